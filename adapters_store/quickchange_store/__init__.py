@@ -1,0 +1,1 @@
+"""Adapter versions on disk: formats, validation, publishing, training. No server, no GPU."""

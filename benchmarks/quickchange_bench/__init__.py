@@ -1,0 +1,1 @@
+"""Load generators and measurements; they drive any OpenAI-compatible server."""

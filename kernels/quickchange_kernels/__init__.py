@@ -1,0 +1,1 @@
+"""Hot operations behind one contract each: a plain reference and one version a device."""

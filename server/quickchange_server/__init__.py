@@ -1,0 +1,1 @@
+"""Quickchange's server: HTTP surfaces, the engine process and what joins the two."""

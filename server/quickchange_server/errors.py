@@ -1,0 +1,95 @@
+"""Every error that a client can be told, with its HTTP status beside it.
+
+    QuickchangeError
+    ├── InvalidRequestError        400  a field is wrong: `param` names it
+    │   ├── UnsupportedParameterError 400  a field that this server does not support
+    │   └── ContextLengthError     400  prompt and max_tokens exceed the model's context
+    ├── ForbiddenError             403  switched off by a setting, which the message names
+    ├── UnknownModelError          404  no such base, adapter, version or alias
+    ├── ConflictError              409  the name is taken or in use
+    ├── AdapterFailedError         424  the adapter could not be loaded
+    ├── RequestFailedError         424  this request ended the engine repeatedly
+    ├── QueueFullError             429  with Retry-After
+    ├── EngineFailedError          500  the engine failed inside a request
+    └── UnavailableError           503  starting, draining or failed; with Retry-After
+
+Knows nothing of HTTP frameworks: `api/` turns these into each surface's own error body.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class QuickchangeError(Exception):
+    """Base of all. `message` says what is wrong and what to do; `param` names the field."""
+
+    status: ClassVar[int] = 500
+    kind: ClassVar[str] = "server_error"  # OpenAI's error "type"
+    code: ClassVar[str | None] = None  # OpenAI's error "code"
+
+    def __init__(
+        self, message: str, *, param: str | None = None, retry_after: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.retry_after = retry_after  # seconds
+
+
+class InvalidRequestError(QuickchangeError):
+    status = 400
+    kind = "invalid_request_error"
+
+
+class UnsupportedParameterError(InvalidRequestError):
+    code = "unsupported_parameter"
+
+
+class ContextLengthError(InvalidRequestError):
+    code = "context_length_exceeded"
+
+
+class ForbiddenError(QuickchangeError):
+    status = 403
+    kind = "permission_error"
+
+
+class UnknownModelError(QuickchangeError):
+    status = 404
+    kind = "invalid_request_error"
+    code = "model_not_found"
+
+
+class ConflictError(QuickchangeError):
+    status = 409
+    kind = "invalid_request_error"
+    code = "conflict"
+
+
+class AdapterFailedError(QuickchangeError):
+    status = 424
+    kind = "adapter_error"
+    code = "adapter_failed"
+
+
+class RequestFailedError(QuickchangeError):
+    status = 424
+    kind = "request_error"
+    code = "request_failed"
+
+
+class QueueFullError(QuickchangeError):
+    status = 429
+    kind = "rate_limit_error"
+    code = "queue_full"
+
+
+class EngineFailedError(QuickchangeError):
+    status = 500
+
+
+class UnavailableError(QuickchangeError):
+    status = 503
+    kind = "service_unavailable"
+    code = "unavailable"

@@ -1,0 +1,1 @@
+"""The base model: transformers with two seams, attention and adapted linears."""

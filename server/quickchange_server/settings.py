@@ -1,0 +1,54 @@
+"""Every setting of the server in one frozen, validated object; environment prefix QUICKCHANGE_.
+
+A bad value raises with the setting's name. The engine process gets the same object, pickled.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+GIB = 1024**3
+
+
+class Settings(BaseSettings):
+    """All settings. Sizes are in bytes, times in seconds, lengths in tokens."""
+
+    model_config = SettingsConfigDict(env_prefix="QUICKCHANGE_", frozen=True, extra="forbid")
+
+    model: str = Field(description="base model: a folder in transformers' layout, or a hub id")
+    served_model_name: str | None = Field(None, description="the base's name in requests")
+    store: Path = Field(description="folder of the adapter store")
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535, description="0 picks a free port")
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    threads: int | None = Field(None, ge=1, description="engine threads on a CPU; default: all")
+
+    max_model_len: int | None = Field(None, ge=16, description="default: what the model allows")
+    max_batch_tokens: int = Field(512, ge=16, description="token rows of one engine step")
+    max_sequences: int = Field(64, ge=1, description="sequences of one engine step")
+    block_size: int = Field(16, ge=1, le=256, description="tokens of one KV block")
+    kv_cache_bytes: int = Field(1 * GIB, ge=1024, description="size of the paged KV cache")
+    prefix_cache: bool = Field(True, description="reuse KV blocks of equal prompt prefixes")
+
+    adapters: bool = Field(True, description="off: no adapter can be served, no seam is put in")
+    adapter_device_bytes: int = Field(1 * GIB, ge=1024, description="budget of the device tier")
+    adapter_host_bytes: int = Field(2 * GIB, ge=1024, description="budget of the host tier")
+    adapter_paths: bool | None = Field(
+        None,
+        description="allow adding an adapter over HTTP from a path on the server's machine; "
+        "default: only where the address is loopback",
+    )
+    max_upload_bytes: int = Field(2 * GIB, ge=1024, description="largest adapter upload")
+
+    max_queue: int = Field(256, ge=1, description="requests in flight before 429")
+    drain_seconds: float = Field(30.0, ge=0, description="on SIGTERM, time for running requests")
+    max_request_deaths: int = Field(3, ge=1, description="engine deaths before a request fails")
+    metrics_adapters: int = Field(100, ge=0, description="adapter names kept as label values")
+    seed: int | None = Field(None, description="seed of the drawn seeds; default: from the system")
