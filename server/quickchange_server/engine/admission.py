@@ -1,0 +1,89 @@
+"""Who of the waiting is next: deficit round robin over compositions, counted in tokens.
+
+Each composition has its own queue. In turn, each queue's credit grows by a quantum and its head is
+served while the credit covers its cost, so that a hot adapter with a thousand requests gets no more
+tokens than a quiet one with ten (Shreedhar and Varghese, 1996). A queue whose head can't be served
+yet (its adapter is still loading) is passed over at no cost to anyone. Knows nothing of KV blocks.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from quickchange_server.engine.sequence import Sequence
+
+QUANTUM = 256  # tokens of credit a turn
+
+
+@dataclass
+class _Queue:
+    waiting: deque[Sequence] = field(default_factory=deque)
+    credit: int = 0
+
+
+def cost(sequence: Sequence) -> int:
+    """Tokens that serving it may take: what is left to compute and to generate."""
+    return len(sequence.tokens) + max(sequence.sampling.max_tokens - sequence.output_length, 0)
+
+
+class FairQueue:
+    """The waiting sequences. The queue at the front of `_queues` has the turn."""
+
+    def __init__(self) -> None:
+        self._queues: OrderedDict[bytes, _Queue] = OrderedDict()
+
+    def __len__(self) -> int:
+        return sum(len(queue.waiting) for queue in self._queues.values())
+
+    def __iter__(self) -> Iterator[Sequence]:
+        for queue in self._queues.values():
+            yield from queue.waiting
+
+    def add(self, sequence: Sequence) -> None:
+        self._queues.setdefault(sequence.key, _Queue()).waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        self._queues[sequence.key].waiting.remove(sequence)
+        self._drop_if_empty(sequence.key)
+
+    def heads(self) -> list[Sequence]:
+        return [queue.waiting[0] for queue in self._queues.values()]
+
+    def next(self, servable: Callable[[Sequence], bool]) -> Sequence | None:
+        """The next sequence in fair order among those whose queue's head is servable; it stays
+        queued until `take`. None if no head is servable."""
+        able = [key for key, queue in self._queues.items() if servable(queue.waiting[0])]
+        if not able:
+            return None
+        # Whole rounds in which nobody could be served are granted at once.
+        rounds = min(self._rounds_short(key) for key in able)
+        for key in able:
+            self._queues[key].credit += max(rounds - 1, 0) * QUANTUM
+        for key in able:
+            queue = self._queues[key]
+            if self._rounds_short(key) > 0:
+                queue.credit += QUANTUM
+            if self._rounds_short(key) == 0:
+                self._queues.move_to_end(key, last=False)
+                return queue.waiting[0]
+            self._queues.move_to_end(key)
+        raise RuntimeError("after the granted rounds, one head's credit covers its cost")
+
+    def take(self, sequence: Sequence) -> None:
+        """Charge for a sequence that `next` gave and remove it."""
+        queue = self._queues[sequence.key]
+        queue.credit -= cost(sequence)
+        queue.waiting.popleft()
+        if queue.waiting and self._rounds_short(sequence.key) > 0:
+            self._queues.move_to_end(sequence.key)  # its turn is over
+        self._drop_if_empty(sequence.key)
+
+    def _rounds_short(self, key: bytes) -> int:
+        queue = self._queues[key]
+        return max(-(-(cost(queue.waiting[0]) - queue.credit) // QUANTUM), 0)
+
+    def _drop_if_empty(self, key: bytes) -> None:
+        if not self._queues[key].waiting:
+            del self._queues[key]  # and with it the credit: an idle adapter saves up nothing

@@ -1,0 +1,223 @@
+"""The engine: requests in, one report a step out. Token ids only; no HTTP, no text, no processes.
+
+`step` is the architecture in a few lines: poll the adapter tiers, schedule, run, advance.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+
+from quickchange_server.adapters.pool import DevicePool
+from quickchange_server.adapters.residency import Residency
+from quickchange_server.engine.kv_cache import KVBlocks
+from quickchange_server.engine.runner import Runner
+from quickchange_server.engine.sampler import RowError, Sampled
+from quickchange_server.engine.scheduler import Scheduled, Scheduler
+from quickchange_server.engine.sequence import Sequence
+from quickchange_server.messages import (
+    AdapterFailed,
+    AdapterMoved,
+    Delta,
+    Ready,
+    StepReport,
+    StepStats,
+    Submit,
+)
+from quickchange_server.model.attention import bytes_per_block
+from quickchange_server.model.load import LoadedModel
+from quickchange_server.settings import Settings
+from quickchange_store.canonical import CanonicalAdapter
+
+
+class Engine:
+    """One model, its KV cache and its adapters. Everything but `on_wake` on one thread.
+
+    `load_adapter` reads an adapter version by digest; it is called on the loader thread, as is
+    `on_wake`, which tells the owner to call `step` again.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        settings: Settings,
+        *,
+        load_adapter: Callable[[str], CanonicalAdapter],
+        on_wake: Callable[[], None],
+    ) -> None:
+        self._settings = settings
+        dtype, device = torch_dtype(settings), torch.device(settings.device)
+        block_bytes = bytes_per_block(model.layers, settings.block_size, dtype)
+        num_blocks = settings.kv_cache_bytes // block_bytes
+        self._vocabulary = model.vocabulary
+        self._max_model_len = settings.max_model_len or min(
+            model.max_positions, num_blocks * settings.block_size
+        )
+        if self._max_model_len > model.max_positions:
+            raise ValueError(
+                f"max_model_len ({self._max_model_len}) exceeds the model's {model.max_positions}"
+            )
+        self._residency = (
+            _residency(model, settings, load_adapter, on_wake) if settings.adapters else None
+        )
+        self.scheduler = Scheduler(
+            KVBlocks(num_blocks, settings.block_size, prefix_cache=settings.prefix_cache),
+            self._residency,
+            max_batch_tokens=settings.max_batch_tokens,
+            max_sequences=settings.max_sequences,
+            max_model_len=self._max_model_len,
+        )
+        self._runner = Runner(
+            model,
+            num_blocks=num_blocks,
+            block_size=settings.block_size,
+            dtype=dtype,
+            device=device,
+        )
+        self._refused: list[Delta] = []
+
+    def ready(self, load_seconds: float) -> Ready:
+        """What the API process needs to know; `load_seconds` is what the start took."""
+        settings = self._settings
+        return Ready(
+            max_model_len=self._max_model_len,
+            kv_blocks=self.scheduler.blocks.num_blocks,
+            block_size=settings.block_size,
+            load_seconds=load_seconds,
+            adapter_device_bytes=settings.adapter_device_bytes,
+            adapter_host_bytes=settings.adapter_host_bytes,
+        )
+
+    def submit(self, submit: Submit) -> None:
+        """Queue a request. One that can't run is answered with an error delta by the next step."""
+        error = self._refusal(submit)
+        sequence = Sequence.from_submit(submit, time.monotonic())
+        if error is not None:
+            self._refused.append(_error(submit.request_id, error, "request"))
+        elif reason := sequence.finish_reason(self._max_model_len):
+            self._refused.append(Delta(submit.request_id, finish_reason=reason))
+        else:
+            self.scheduler.add(sequence)
+
+    def cancel(self, request_id: str) -> None:
+        self.scheduler.cancel(request_id)
+
+    def prefetch(self, digest: str, tier: Literal["device", "host"]) -> None:
+        if self._residency is not None:
+            self._residency.prefetch(digest, tier)
+
+    def pin(self, digest: str, pinned: bool) -> None:
+        if self._residency is not None:
+            self._residency.pin(digest, pinned)
+
+    def forget(self, digest: str) -> None:
+        if self._residency is not None:
+            self._residency.forget(digest)
+
+    def poll_adapters(self) -> list[AdapterMoved | AdapterFailed]:
+        """Apply finished loads and start the next ones; what moved since the last call."""
+        return [] if self._residency is None else self._residency.poll()
+
+    def step(self) -> StepReport | None:
+        """Run one step. None if there was nothing to compute and nothing to say."""
+        started = time.monotonic()
+        deltas, self._refused = self._refused, []
+        deltas += [_error(s.request_id, e, "adapter") for s, e in self.scheduler.failures()]
+        plan = self.scheduler.schedule(started)
+        if not plan and not deltas:
+            return None
+        prefill_rows = sum(item.count for item in plan if item.sequence.remaining > 1)
+        if plan:
+            tables = None if self._residency is None else self._residency.tables
+            results = iter(self._runner.run(plan, tables))
+            deltas += [
+                delta
+                for item in plan
+                if (delta := self._advance(item, next(results) if item.samples else None))
+            ]
+        return StepReport(tuple(deltas), self._stats(plan, prefill_rows, started))
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError if the scheduler's, the cache's or the tiers' state is broken."""
+        self.scheduler.check_integrity()
+        if self._residency is not None:
+            self._residency.check_integrity()
+
+    def close(self) -> None:
+        if self._residency is not None:
+            self._residency.close()
+
+    def _refusal(self, submit: Submit) -> str | None:
+        tokens = len(submit.prompt) + len(submit.output)
+        if not submit.prompt:
+            return "prompt: it has no token; give at least one"
+        if tokens > self._max_model_len or len(submit.prompt) >= self._max_model_len:
+            return f"prompt: {tokens} tokens leave no room in a context of {self._max_model_len}"
+        if not all(0 <= token < self._vocabulary for token in submit.prompt):
+            return f"prompt: token ids must be from 0 to {self._vocabulary - 1}"
+        if submit.adapters and self._residency is None:
+            return "adapters: switched off on this server by the setting 'adapters'"
+        return None
+
+    def _advance(self, item: Scheduled, result: Sampled | RowError | None) -> Delta | None:
+        sequence = item.sequence
+        if isinstance(result, RowError):
+            self.scheduler.advance(item, None)
+            self.scheduler.finish(sequence)
+            return _error(sequence.request_id, result.error, "internal")
+        reason = self.scheduler.advance(item, None if result is None else result.token_id)
+        if result is None:
+            return None
+        first, sequence.told = not sequence.told, True
+        return Delta(
+            sequence.request_id,
+            token_ids=(result.token_id,),
+            logprobs=() if result.logprobs is None else (result.logprobs,),
+            finish_reason=reason,
+            cached_tokens=sequence.cached_tokens if first else None,
+            queue_seconds=sequence.queue_seconds if first else None,
+        )
+
+    def _stats(self, plan: list[Scheduled], prefill_rows: int, started: float) -> StepStats:
+        scheduler = self.scheduler
+        return StepStats(
+            seconds=time.monotonic() - started,
+            rows=sum(item.count for item in plan),
+            prefill_rows=prefill_rows,
+            sequences=len(plan),
+            adapters=len({digest for item in plan for digest in item.sequence.digests()}),
+            running=len(scheduler.running),
+            waiting=len(scheduler) - len(scheduler.running),
+            kv_blocks_used=scheduler.blocks.used,
+            kv_blocks_cached=scheduler.blocks.cached,
+            prefix_hit_tokens=scheduler.prefix_hit_tokens,
+            prefix_query_tokens=scheduler.prefix_query_tokens,
+            preemptions=scheduler.preemptions,
+        )
+
+
+def torch_dtype(settings: Settings) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, settings.dtype)
+    return dtype
+
+
+def _residency(
+    model: LoadedModel,
+    settings: Settings,
+    load_adapter: Callable[[str], CanonicalAdapter],
+    on_wake: Callable[[], None],
+) -> Residency:
+    pool = DevicePool(
+        model.groups,
+        settings.adapter_device_bytes,
+        torch_dtype(settings),
+        torch.device(settings.device),
+    )
+    return Residency(pool, load_adapter, model.groups, settings.adapter_host_bytes, on_wake)
+
+
+def _error(request_id: str, error: str, kind: Literal["adapter", "request", "internal"]) -> Delta:
+    return Delta(request_id, finish_reason="error", error=error, error_kind=kind)

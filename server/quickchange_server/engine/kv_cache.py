@@ -1,0 +1,105 @@
+"""Which KV blocks hold what: reference counts, the prefix cache and its eviction. No tensors.
+
+A block holds the keys and values of `block_size` consecutive tokens. A full block can be found
+again by its content key: a hash over (composition, parent block, its tokens), so equal prefixes
+under the same adapters share blocks and a reloaded adapter name never sees stale ones.
+A block is in exactly one of three states: free (no content worth keeping), cached (no user,
+findable, evicted least recently used first) or used (referenced by one sequence or more).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+
+def block_key(parent: bytes, tokens: Sequence[int]) -> bytes:
+    """Content key of a full block after `parent` (the composition's key for the first block)."""
+    return hashlib.blake2b(array("q", tokens).tobytes(), key=parent, digest_size=16).digest()
+
+
+class KVBlocks:
+    """Owner of all block numbers. Single-threaded: the engine thread's."""
+
+    def __init__(self, num_blocks: int, block_size: int, *, prefix_cache: bool = True) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self._prefix_cache = prefix_cache
+        self._references = [0] * num_blocks
+        self._free = list(range(num_blocks - 1, -1, -1))
+        self._key_of: dict[int, bytes] = {}
+        self._block_of: dict[bytes, int] = {}
+        self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
+
+    @property
+    def available(self) -> int:
+        """Blocks that `allocate` can hand out, by eviction of cached ones where needed."""
+        return len(self._free) + len(self._cached)
+
+    @property
+    def used(self) -> int:
+        return self.num_blocks - self.available
+
+    @property
+    def cached(self) -> int:
+        return len(self._cached)
+
+    def allocate(self, count: int) -> list[int] | None:
+        """`count` blocks with one reference each, or None (and no change) if too few are left."""
+        if count > self.available:
+            return None
+        blocks = [self._take() for _ in range(count)]
+        for block in blocks:
+            self._references[block] = 1
+        return blocks
+
+    def match(self, keys: Iterable[bytes]) -> list[int]:
+        """The longest run of known blocks along `keys`; each gets a reference."""
+        blocks: list[int] = []
+        for key in keys:
+            block = self._block_of.get(key)
+            if block is None:
+                break
+            self._cached.pop(block, None)
+            self._references[block] += 1
+            blocks.append(block)
+        return blocks
+
+    def commit(self, block: int, key: bytes) -> None:
+        """Make a full, used block findable. A second block of equal content stays private."""
+        if self._prefix_cache and key not in self._block_of and block not in self._key_of:
+            self._key_of[block] = key
+            self._block_of[key] = block
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Drop one reference of each, last block first, so that a prefix outlives its tail."""
+        for block in reversed(blocks):
+            self._references[block] -= 1
+            if self._references[block]:
+                continue
+            if block in self._key_of:
+                self._cached[block] = None
+            else:
+                self._free.append(block)
+
+    def _take(self) -> int:
+        if self._free:
+            return self._free.pop()
+        block, _ = self._cached.popitem(last=False)
+        del self._block_of[self._key_of.pop(block)]
+        return block
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError if a block is lost, shared by mistake or findable when it isn't."""
+        used = {b for b, count in enumerate(self._references) if count}
+        free, cached = set(self._free), set(self._cached)
+        assert min(self._references, default=0) >= 0, "negative reference count"
+        assert len(free) == len(self._free), "a block is free twice"
+        in_states = len(used) + len(free) + len(cached)
+        assert in_states == len(used | free | cached), "a block in two states"
+        assert used | free | cached == set(range(self.num_blocks)), "a block is lost"
+        assert cached <= set(self._key_of), "a cached block without a key"
+        assert not free & set(self._key_of), "a free block with a key"
+        assert {k: b for b, k in self._key_of.items()} == self._block_of, "keys disagree"

@@ -1,0 +1,126 @@
+"""The engine as a process: one duplex channel, one loop. No HTTP, no asyncio.
+
+Spawned and supervised by the API process. It ends on `Shutdown`, when the channel closes (the API
+process is gone), or by a crash, after which the supervisor starts a new one.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+
+import torch
+
+from quickchange_server.engine.engine import Engine, torch_dtype
+from quickchange_server.messages import (
+    Cancel,
+    Command,
+    Fatal,
+    Forget,
+    Pin,
+    Prefetch,
+    Ready,
+    Report,
+    Shutdown,
+    Submit,
+)
+from quickchange_server.model.load import load_model
+from quickchange_server.settings import Settings
+from quickchange_store.store import Store
+
+
+class Waker:
+    """Wakes the loop from another thread; coalesces."""
+
+    def __init__(self) -> None:
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._read, False)
+        os.set_blocking(self._write, False)
+
+    def fileno(self) -> int:
+        return self._read
+
+    def wake(self) -> None:
+        try:
+            os.write(self._write, b"w")
+        except BlockingIOError:
+            return  # the pipe is full of wake-ups already
+
+    def clear(self) -> None:
+        try:
+            while os.read(self._read, 4096):
+                pass
+        except BlockingIOError:
+            return
+
+
+def main(connection: Connection, settings: Settings) -> None:
+    """Load the model, say `Ready`, then serve until told to end."""
+    # Ctrl-C and a group-wide SIGTERM are the API process's: it drains, then says Shutdown.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    waker = Waker()
+    try:
+        engine, ready = _start(settings, waker.wake)
+    except (ValueError, OSError, RuntimeError) as error:
+        connection.send(Fatal(f"the engine could not start: {error}"))
+        return
+    connection.send(ready)
+    try:
+        _serve(connection, engine, waker)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return  # the API process is gone: nobody is left to answer
+    finally:
+        engine.close()
+
+
+def _start(settings: Settings, on_wake: Callable[[], None]) -> tuple[Engine, Ready]:
+    started = time.monotonic()
+    model = load_model(
+        settings.model,
+        dtype=torch_dtype(settings),
+        device=torch.device(settings.device),
+        adapters=settings.adapters,
+    )
+    store = Store(settings.store)
+    engine = Engine(model, settings, load_adapter=store.load, on_wake=on_wake)
+    return engine, engine.ready(time.monotonic() - started)
+
+
+def _serve(connection: Connection, engine: Engine, waker: Waker) -> None:
+    while True:
+        while connection.poll():
+            if not _obey(engine, connection.recv()):
+                return
+        reports: list[Report] = [*engine.poll_adapters()]
+        step = engine.step()
+        if step is not None:
+            reports.append(step)
+        for report in reports:
+            connection.send(report)
+        if step is None:
+            wait([connection, waker.fileno()])
+            waker.clear()
+
+
+def _obey(engine: Engine, command: Command) -> bool:
+    """Carry out one command; False ends the loop."""
+    match command:
+        case Submit():
+            engine.submit(command)
+        case Cancel(request_id):
+            engine.cancel(request_id)
+        case Prefetch(digest, tier):
+            engine.prefetch(digest, tier)
+        case Pin(digest, pinned):
+            engine.pin(digest, pinned)
+        case Forget(digest):
+            engine.forget(digest)
+        case Shutdown():
+            return False
+    return True

@@ -1,0 +1,85 @@
+"""One sequence being generated: its tokens, its KV blocks and how far they are computed."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+
+from quickchange_server.engine.kv_cache import block_key
+from quickchange_server.messages import Component, FinishReason, SamplingParams, Submit
+
+
+def composition_key(adapters: Seq[Component]) -> bytes:
+    """Content key of Σ weightᵢ · adapterᵢ: equal for equal compositions, whatever their names."""
+    digest = hashlib.blake2b(digest_size=16)
+    for component in sorted(adapters, key=lambda c: (c.digest, c.weight)):
+        digest.update(component.digest.encode() + struct.pack("<d", component.weight))
+    return digest.digest()
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A request in the engine. `tokens` is prompt and output; everything else follows from it."""
+
+    request_id: str
+    tokens: list[int]
+    prompt_length: int
+    sampling: SamplingParams
+    adapters: tuple[Component, ...]
+    key: bytes  # of its composition
+    arrival: float  # seconds, monotonic
+    blocks: list[int] = field(default_factory=list)
+    block_keys: list[bytes] = field(default_factory=list)  # of its full blocks, as far as needed
+    computed: int = 0  # leading tokens whose keys and values are in `blocks`
+    committed: int = 0  # leading blocks offered to the prefix cache
+    first_scheduled: float | None = None
+    cached_tokens: int | None = None  # found in the prefix cache at first admission
+    told: bool = False  # whether a delta of it has left the engine
+
+    @classmethod
+    def from_submit(cls, submit: Submit, now: float) -> Sequence:
+        return cls(
+            request_id=submit.request_id,
+            tokens=[*submit.prompt, *submit.output],
+            prompt_length=len(submit.prompt),
+            sampling=submit.sampling,
+            adapters=submit.adapters,
+            key=composition_key(submit.adapters),
+            arrival=now,
+        )
+
+    @property
+    def output_length(self) -> int:
+        return len(self.tokens) - self.prompt_length
+
+    @property
+    def remaining(self) -> int:
+        """Tokens still to be computed before the next one can be sampled."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def queue_seconds(self) -> float | None:
+        """From arrival to its first step."""
+        return None if self.first_scheduled is None else self.first_scheduled - self.arrival
+
+    def digests(self) -> list[str]:
+        return list(dict.fromkeys(component.digest for component in self.adapters))
+
+    def keys_of_full_blocks(self, count: int, block_size: int) -> list[bytes]:
+        """Content keys of the first `count` full blocks."""
+        while len(self.block_keys) < count:
+            index = len(self.block_keys)
+            parent = self.block_keys[-1] if index else self.key
+            tokens = self.tokens[index * block_size : (index + 1) * block_size]
+            self.block_keys.append(block_key(parent, tokens))
+        return self.block_keys[:count]
+
+    def finish_reason(self, max_model_len: int) -> FinishReason | None:
+        """Whether the last token ended the sequence."""
+        if self.output_length and self.tokens[-1] in self.sampling.stop_token_ids:
+            return "stop"
+        if self.output_length >= self.sampling.max_tokens or len(self.tokens) >= max_model_len:
+            return "length"
+        return None

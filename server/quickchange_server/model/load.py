@@ -1,0 +1,103 @@
+"""Loads the base model and puts both seams in; finds out what its KV cache must hold.
+
+Any transformers architecture whose attention goes through the attention interface will do. One that
+keeps other state between steps (state-space layers, linear attention) is refused by name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from quickchange_server.adapters.layout import ModuleGroup
+from quickchange_server.model import attention
+from quickchange_server.model.attention import LayerShape, ShapeRecorder, UnsupportedModelError
+from quickchange_server.model.step import StepHolder
+from quickchange_server.model.wrap import Wrapper
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """The base model, ready for paged attention to be installed."""
+
+    module: nn.Module
+    holder: StepHolder
+    groups: tuple[ModuleGroup, ...]
+    layers: dict[int, LayerShape]
+    vocabulary: int  # columns of the logits
+    max_positions: int  # tokens
+
+
+def load_model(
+    path: str, *, dtype: torch.dtype, device: torch.device, adapters: bool
+) -> LoadedModel:
+    """Load from a folder in transformers' layout (or a hub id) and wrap.
+
+    Raises UnsupportedModelError for an architecture that can't be served, OSError or ValueError
+    (transformers') where nothing can be loaded from `path`.
+    """
+    attention.register()
+    config = AutoConfig.from_pretrained(path)
+    _refuse_other_state(config)
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, attn_implementation=attention.NAME
+    )
+    return prepare(model.to(device).eval(), adapters=adapters)
+
+
+def prepare(model: nn.Module, *, adapters: bool) -> LoadedModel:
+    """Wrap a model that was loaded with `attn_implementation="quickchange"`."""
+    config: PretrainedConfig = model.config
+    model.requires_grad_(False)
+    holder = StepHolder()
+    groups = Wrapper(model, holder, adapters=adapters).wrap()
+    recorder = ShapeRecorder()
+    attention.install(model, recorder)
+    logits = forward(model, torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long))
+    if len(recorder.layers) != config.get_text_config().num_hidden_layers:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: {len(recorder.layers)} of "
+            f"{config.get_text_config().num_hidden_layers} layers use the attention interface; "
+            "models with other kinds of layers are not supported yet"
+        )
+    return LoadedModel(
+        module=model,
+        holder=holder,
+        groups=tuple(groups),
+        layers=dict(sorted(recorder.layers.items())),
+        vocabulary=logits.shape[-1],
+        max_positions=int(config.get_text_config().max_position_embeddings),
+    )
+
+
+@torch.inference_mode()
+def forward(
+    model: nn.Module,
+    ids: torch.Tensor,
+    positions: torch.Tensor,
+    sample_rows: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Logits [R, V] of `sample_rows` (default: the last) for the flattened rows `ids` [T]."""
+    device = next(model.parameters()).device
+    output: Any = model(
+        input_ids=ids.unsqueeze(0).to(device),
+        position_ids=positions.unsqueeze(0).to(device),
+        use_cache=False,
+        logits_to_keep=1 if sample_rows is None else sample_rows.to(device),
+    )
+    logits: torch.Tensor = output.logits[0]
+    return logits
+
+
+def _refuse_other_state(config: PretrainedConfig) -> None:
+    text = config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or ())
+    other = kinds - {"full_attention", "sliding_attention"}
+    if other:
+        raise UnsupportedModelError(
+            f"{config.model_type}: layers of type {', '.join(sorted(other))} are not supported yet"
+        )

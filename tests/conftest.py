@@ -1,0 +1,8 @@
+"""For all tests: no hub, and one thread, since small tensors only lose by more."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"

@@ -1,0 +1,131 @@
+"""The scheduler loses nothing, oversteps no budget, and ends every sequence, whatever comes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import hypothesis.strategies as st
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from quickchange_server.engine.kv_cache import KVBlocks
+from quickchange_server.engine.scheduler import Scheduler
+from quickchange_server.engine.sequence import Sequence
+from quickchange_server.messages import Component, SamplingParams, Submit
+
+MAX_MODEL_LEN = 24
+MAX_BATCH_TOKENS = 8
+MAX_SEQUENCES = 4
+
+
+class FakeClaims:
+    """Adapters that become ready, or fail, when the test says so."""
+
+    def __init__(self) -> None:
+        self.claimed: dict[str, list[str]] = {}
+        self.loaded: set[str] = set()
+        self.broken: set[str] = set()
+
+    def claim(self, key: str, digests: list[str]) -> None:
+        assert key not in self.claimed
+        self.claimed[key] = digests
+
+    def ready(self, key: str) -> Mapping[str, int] | None:
+        digests = self.claimed[key]
+        return {d: ord(d[0]) for d in digests} if set(digests) <= self.loaded else None
+
+    def failed(self, key: str) -> str | None:
+        broken = set(self.claimed[key]) & self.broken
+        return f"{broken} can't be loaded" if broken else None
+
+    def release(self, key: str) -> None:
+        del self.claimed[key]
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Requests come and go; each step gives every sampling sequence a token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.claims = FakeClaims()
+        self.scheduler = Scheduler(
+            KVBlocks(8, 4),
+            self.claims,
+            max_batch_tokens=MAX_BATCH_TOKENS,
+            max_sequences=MAX_SEQUENCES,
+            max_model_len=MAX_MODEL_LEN,
+        )
+        self.alive: dict[str, Sequence] = {}
+        self.counter = 0
+
+    @rule(
+        prompt=st.lists(st.integers(0, 1), min_size=1, max_size=MAX_MODEL_LEN - 1),
+        adapters=st.lists(st.sampled_from("xyz"), max_size=2, unique=True),
+        max_tokens=st.integers(1, 12),
+    )
+    def submit(self, prompt: list[int], adapters: list[str], max_tokens: int) -> None:
+        self.counter += 1
+        sequence = Sequence.from_submit(
+            Submit(
+                f"r{self.counter}",
+                tuple(prompt),
+                SamplingParams(seed=0, max_tokens=max_tokens, stop_token_ids=frozenset({7})),
+                tuple(Component(name) for name in adapters),
+            ),
+            now=float(self.counter),
+        )
+        self.alive[sequence.request_id] = sequence
+        self.scheduler.add(sequence)
+
+    @rule(digest=st.sampled_from("xyz"))
+    def adapter_arrives(self, digest: str) -> None:
+        if digest not in self.claims.broken:
+            self.claims.loaded.add(digest)
+
+    @rule(digest=st.sampled_from("xyz"))
+    def adapter_breaks(self, digest: str) -> None:
+        if digest not in self.claims.loaded:
+            self.claims.broken.add(digest)
+            for sequence, _ in self.scheduler.failures():
+                del self.alive[sequence.request_id]
+
+    @precondition(lambda self: self.alive)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        request_id = data.draw(st.sampled_from(sorted(self.alive)))
+        self.scheduler.cancel(request_id)
+        del self.alive[request_id]
+
+    @rule(token=st.sampled_from([0, 1, 7]))
+    def step(self, token: int) -> None:
+        for sequence, _ in self.scheduler.failures():
+            del self.alive[sequence.request_id]
+        plan = self.scheduler.schedule(now=0.0)
+        assert sum(item.count for item in plan) <= MAX_BATCH_TOKENS
+        assert len({id(item.sequence) for item in plan}) == len(plan)
+        for item in plan:
+            room = len(item.sequence.blocks) * 4
+            assert item.sequence.computed + item.count <= room, "rows without a block"
+            assert len(item.components) == len(item.sequence.adapters)
+        for item in plan:
+            if self.scheduler.advance(item, token if item.samples else None):
+                del self.alive[item.sequence.request_id]
+
+    @invariant()
+    def intact(self) -> None:
+        self.scheduler.check_integrity()
+        assert len(self.scheduler) == len(self.alive)
+        assert set(self.claims.claimed) == {r for r, s in self.alive.items() if s.adapters}
+
+    def teardown(self) -> None:
+        self.claims.loaded = set("xyz") - self.claims.broken
+        for _ in range(10_000):
+            if not self.alive:
+                return
+            self.step(0)
+            self.scheduler.check_integrity()
+        raise AssertionError(f"never ended: {sorted(self.alive)}")
+
+
+TestScheduler = SchedulerMachine.TestCase
+TestScheduler.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)

@@ -1,0 +1,42 @@
+"""The wrapped model on paged attention gives transformers' own logits, family by family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import FAMILIES, VOCABULARY, greedy, make_model, save_model
+
+from quickchange_server.engine.kv_cache import KVBlocks
+from quickchange_server.engine.runner import Runner
+from quickchange_server.engine.scheduler import Scheduler
+from quickchange_server.engine.sequence import Sequence
+from quickchange_server.messages import SamplingParams, Submit
+from quickchange_server.model.load import load_model
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_generation_in_chunks_equals_transformers(family: str, tmp_path: Path) -> None:
+    path = save_model(family, tmp_path)
+    loaded = load_model(str(path), dtype=torch.float32, device=CPU, adapters=True)
+    assert loaded.vocabulary == VOCABULARY
+    runner = Runner(loaded, num_blocks=32, block_size=4, dtype=torch.float32, device=CPU)
+    scheduler = Scheduler(
+        KVBlocks(32, 4), None, max_batch_tokens=8, max_sequences=3, max_model_len=100
+    )
+    prompts = {"a": list(range(1, 20)), "b": [5, 6], "c": [9] * 7}
+    sequences = {}
+    for name, prompt in prompts.items():
+        submit = Submit(name, tuple(prompt), SamplingParams(seed=0, max_tokens=12, temperature=0))
+        sequences[name] = Sequence.from_submit(submit, 0.0)
+        scheduler.add(sequences[name])
+    while plan := scheduler.schedule(0.0):
+        results = iter(runner.run(plan, None))
+        for item in plan:
+            scheduler.advance(item, next(results).token_id if item.samples else None)
+    reference = make_model(family)
+    for name, prompt in prompts.items():
+        assert sequences[name].tokens[len(prompt) :] == greedy(reference, prompt, 12), name

@@ -1,0 +1,87 @@
+"""Drives an engine directly, without processes: submit, step to the end, collect."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from quickchange_server.engine.engine import Engine
+from quickchange_server.messages import Component, Delta, SamplingParams, Submit
+from quickchange_server.model.load import load_model
+from quickchange_server.settings import Settings
+from quickchange_store.canonical import CanonicalAdapter
+
+CPU = torch.device("cpu")
+
+
+def make_engine(
+    model: Path, load: Callable[[str], CanonicalAdapter] | None = None, **options: object
+) -> Engine:
+    """An engine on a small model. `load` finds adapters by digest."""
+    small = {
+        "block_size": 4,
+        "kv_cache_bytes": 1 << 20,
+        "max_batch_tokens": 16,
+        "max_sequences": 8,
+        "adapter_device_bytes": 16 << 20,
+        "adapter_host_bytes": 16 << 20,
+    }
+    settings = Settings.model_validate({"model": str(model), "store": model, **small, **options})
+    loaded = load_model(str(model), dtype=torch.float32, device=CPU, adapters=settings.adapters)
+
+    def missing(digest: str) -> CanonicalAdapter:
+        raise FileNotFoundError(f"no adapter {digest}")
+
+    return Engine(loaded, settings, load_adapter=load or missing, on_wake=lambda: None)
+
+
+def request(
+    request_id: str,
+    prompt: Sequence[int],
+    adapters: Sequence[tuple[str, float]] = (),
+    output: Sequence[int] = (),
+    **sampling: object,
+) -> Submit:
+    """A greedy request unless told otherwise."""
+    options = {"seed": 0, "max_tokens": 10, "temperature": 0.0, **sampling}
+    return Submit(
+        request_id,
+        tuple(prompt),
+        SamplingParams(**options),  # type: ignore[arg-type]
+        tuple(Component(*adapter) for adapter in adapters),
+        tuple(output),
+    )
+
+
+class Driver:
+    """Collects what an engine says, and checks its integrity after every step."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.tokens: dict[str, list[int]] = {}
+        self.last: dict[str, Delta] = {}
+        self.first: dict[str, Delta] = {}
+
+    def step(self) -> bool:
+        """One step; False if there was nothing to do just now."""
+        self.engine.poll_adapters()
+        report = self.engine.step()
+        self.engine.check_integrity()
+        for delta in () if report is None else report.deltas:
+            self.first.setdefault(delta.request_id, delta)
+            self.tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
+            if delta.finish_reason:
+                assert delta.request_id not in self.last, "two ends of one request"
+                self.last[delta.request_id] = delta
+        return report is not None
+
+    def finish(self, *request_ids: str, seconds: float = 60.0) -> None:
+        """Step until these requests have ended."""
+        deadline = time.monotonic() + seconds
+        while not set(request_ids) <= set(self.last):
+            assert time.monotonic() < deadline, f"not ended: {set(request_ids) - set(self.last)}"
+            if not self.step():
+                time.sleep(0.001)  # an adapter is loading

@@ -1,0 +1,73 @@
+"""Small random models of several families, made on the spot, and what transformers says of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+VOCABULARY = 97
+
+_COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    # Large weights: logits far apart, so that a last-bit difference can't change the best token.
+    "initializer_range": 0.3,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+_GROUPED = {"num_key_value_heads": 2}
+
+FAMILIES: dict[str, dict[str, object]] = {
+    "llama": {"model_type": "llama", **_GROUPED, "attention_bias": True},
+    "llama-tied": {"model_type": "llama", **_GROUPED, "tie_word_embeddings": True},
+    "qwen2": {"model_type": "qwen2", **_GROUPED},
+    "qwen3": {"model_type": "qwen3", **_GROUPED, "head_dim": 16},
+    "mistral": {"model_type": "mistral", **_GROUPED, "sliding_window": 11},
+    "gemma": {"model_type": "gemma", **_GROUPED, "head_dim": 16},
+    "gemma2": {
+        "model_type": "gemma2",
+        **_GROUPED,
+        "head_dim": 16,
+        "sliding_window": 9,
+        "attn_logit_softcapping": 20.0,
+        "final_logit_softcapping": 15.0,
+        "query_pre_attn_scalar": 16,
+    },
+    "phi": {"model_type": "phi", "partial_rotary_factor": 0.5},
+    "gpt_neox": {"model_type": "gpt_neox", "rotary_pct": 0.5},
+}
+
+
+def make_model(family: str, seed: int = 0) -> PreTrainedModel:
+    """A random float32 model with transformers' own (eager) attention."""
+    torch.manual_seed(seed)
+    options = {**_COMMON, **FAMILIES[family]}
+    config = AutoConfig.for_model(str(options.pop("model_type")), **options)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    for name, parameter in model.named_parameters():
+        if "norm" not in name:  # biases start at zero: make them count
+            torch.nn.init.normal_(parameter, std=0.3 if parameter.dim() > 1 else 0.1)
+    return model
+
+
+def save_model(family: str, folder: Path, seed: int = 0) -> Path:
+    """The same model on disk, in transformers' layout."""
+    make_model(family, seed).save_pretrained(folder)
+    return folder
+
+
+@torch.inference_mode()
+def greedy(model: torch.nn.Module, prompt: list[int], count: int) -> list[int]:
+    """`count` tokens by transformers alone, without a cache: the plainest reference there is."""
+    tokens = list(prompt)
+    for _ in range(count):
+        logits = model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1]
+        tokens.append(int(logits.argmax()))
+    return tokens[len(prompt) :]
