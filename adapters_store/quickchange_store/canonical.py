@@ -4,16 +4,35 @@ A canonical adapter is, per module of the base model, `A [r, in]`, `B [out, r]`,
 optional bias: the module's output y becomes y + w · (scale · B(A x) + bias), where w is the weight
 that a request gives the adapter. Readers of other formats (PEFT, ...) produce this form; the engine
 knows nothing else. Knows nothing of the store's layout on disk, of devices or of HTTP.
+
+Its bytes are one safetensors file, written so that they are a pure function of what the adapter
+computes: the architecture, the modules, their tensors (dtype included) and scales. `base_name` and
+`source` only tell where an adapter came from. They are not in the bytes, so the same weights
+imported twice, from two paths or by two tools, are the same version and share every cache. The
+digest of an adapter is the SHA-256 of these bytes.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
+import struct
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Protocol
 
-import torch
+from quickchange_store.errors import CorruptVersionError, InvalidAdapterError
+
+if TYPE_CHECKING:  # imported where it is needed: names and digests are useful without torch
+    import torch
 
 ModuleKind = Literal["linear", "embedding"]
+
+FORMAT = 1
+METADATA_KEY = "quickchange"  # one key only: a header's keys have no guaranteed order
+DTYPES = {"torch.float32": "F32", "torch.bfloat16": "BF16", "torch.float16": "F16"}
 
 
 @dataclass(frozen=True)
@@ -23,6 +42,19 @@ class ModuleShape:
     kind: ModuleKind
     in_features: int  # an embedding's vocabulary
     out_features: int
+    bias: bool = False  # the base module has one
+    output_scale: float = 1.0  # the module multiplies its own output by it (scaled embeddings)
+
+
+class BaseWeights(Protocol):
+    """The base model's own weights, read only where an import can't do without them."""
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The parameter `name` as the checkpoint holds it, on the CPU.
+
+        Raises BaseModelError where it can't be read.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -32,20 +64,37 @@ class BaseSpec:
     architecture: str  # transformers' class name, e.g. "LlamaForCausalLM"
     name: str  # informal; a different name alone only warns
     modules: dict[str, ModuleShape]  # by module path, e.g. "model.layers.0.self_attn.q_proj"
+    model_type: str = ""  # transformers' model type, e.g. "llama"
+    output_head: str | None = None  # module path of the LM head, which "all-linear" leaves out
+    weights: BaseWeights | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
 class LowRankUpdate:
     """One module's update, in the dtype in which it was trained.
 
-    Shapes: a [r, in], b [out, r], bias [out] or None. r may be 0 (bias only). For an embedding, x is
-    the one-hot row of a token, so `A x` is a column of a [r, vocabulary].
+    Shapes: a [r, in], b [out, r], bias [out] or None. r may be 0 (bias only). For an embedding, x
+    is the one-hot row of a token, so `A x` is a column of a [r, vocabulary].
+
+    Raises InvalidAdapterError where the shapes disagree.
     """
 
     a: torch.Tensor
     b: torch.Tensor
     scale: float
     bias: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.a.ndim != 2 or self.b.ndim != 2 or self.a.shape[0] != self.b.shape[1]:
+            raise InvalidAdapterError(
+                f"A {list(self.a.shape)} and B {list(self.b.shape)} do not fit together",
+                remedy="they must be [r, in] and [out, r]",
+            )
+        if self.bias is not None and self.bias.shape != self.b.shape[:1]:
+            raise InvalidAdapterError(
+                f"bias {list(self.bias.shape)} does not fit B {list(self.b.shape)}",
+                remedy="it must be [out]",
+            )
 
     @property
     def rank(self) -> int:
@@ -57,9 +106,9 @@ class CanonicalAdapter:
     """An adapter as the engine serves it. `updates` is keyed by the base model's module path."""
 
     architecture: str
-    base_name: str  # as the source named it; informal
+    base_name: str  # as the source named it; informal, not in the digest
     updates: dict[str, LowRankUpdate]
-    source: dict[str, Any] = field(default_factory=dict)  # format, recipe: informal, in the digest
+    source: dict[str, Any] = field(default_factory=dict)  # format, recipe: informal, as base_name
 
     @property
     def parameters(self) -> int:
@@ -72,3 +121,147 @@ class CanonicalAdapter:
     @property
     def max_rank(self) -> int:
         return max((u.rank for u in self.updates.values()), default=0)
+
+
+# --- bytes --------------------------------------------------------------------------------------
+
+
+def write(adapter: CanonicalAdapter, stream: BinaryIO) -> str:
+    """Write the adapter's bytes to `stream` and return their SHA-256, in hexadecimal.
+
+    One tensor at a time, so that memory use stays at one tensor's. Raises InvalidAdapterError for
+    a tensor of an unsupported dtype and for a scale that is not finite.
+    """
+    digest = hashlib.sha256()
+    for chunk in _chunks(adapter):
+        digest.update(chunk)
+        stream.write(chunk)
+    return digest.hexdigest()
+
+
+def to_bytes(adapter: CanonicalAdapter) -> bytes:
+    """The adapter's bytes; the same for the same content, on any machine. Raises as `write`."""
+    return b"".join(_chunks(adapter))
+
+
+def digest(adapter: CanonicalAdapter) -> str:
+    """SHA-256 of the adapter's bytes, in hexadecimal. Raises as `write`."""
+    total = hashlib.sha256()
+    for chunk in _chunks(adapter):
+        total.update(chunk)
+    return total.hexdigest()
+
+
+def load(
+    path: Path, *, base_name: str = "", source: dict[str, Any] | None = None
+) -> CanonicalAdapter:
+    """Read an adapter's file; its tensors are memory-mapped, read from disk when first used.
+
+    The header is checked, the tensors' content is not: compare `file_digest` for that. Raises
+    CorruptVersionError for a file that is missing, damaged or of another format.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = _parse_metadata(path, file.metadata())
+            names = set(file.keys())
+            updates = {
+                module: LowRankUpdate(
+                    a=file.get_tensor(f"{module}.a"),
+                    b=file.get_tensor(f"{module}.b"),
+                    scale=scale,
+                    bias=file.get_tensor(f"{module}.bias") if f"{module}.bias" in names else None,
+                )
+                for module, scale in header["scales"].items()
+            }
+    except (SafetensorError, OSError, InvalidAdapterError) as error:
+        raise _corrupt(path, str(error)) from error
+    return CanonicalAdapter(header["architecture"], base_name, updates, source or {})
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal. Raises CorruptVersionError where it can't be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise _corrupt(path, str(error)) from error
+
+
+def _chunks(adapter: CanonicalAdapter) -> Iterator[bytes]:
+    """The file in pieces: header length, header, then the tensors in the header's order."""
+    import torch
+
+    tensors = _ordered_tensors(adapter)
+    yield _header(adapter, tensors)
+    for _, tensor in tensors:
+        flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+        yield flat.view(torch.uint8).numpy().tobytes()
+
+
+def _ordered_tensors(adapter: CanonicalAdapter) -> list[tuple[str, torch.Tensor]]:
+    """(name, tensor), widest dtype first so that every tensor is aligned, then by name."""
+    named = []
+    for module, update in adapter.updates.items():
+        for part, tensor in (("a", update.a), ("b", update.b), ("bias", update.bias)):
+            if tensor is None:
+                continue
+            if str(tensor.dtype) not in DTYPES:
+                raise InvalidAdapterError(
+                    f"dtype {tensor.dtype} can't be stored",
+                    key=f"{module}.{part}",
+                    remedy="convert it to float32, bfloat16 or float16",
+                )
+            named.append((f"{module}.{part}", tensor))
+    return sorted(named, key=lambda item: (-item[1].element_size(), item[0]))
+
+
+def _header(adapter: CanonicalAdapter, tensors: list[tuple[str, torch.Tensor]]) -> bytes:
+    """The safetensors header. Written here because the library promises no stable bytes."""
+    for module, update in adapter.updates.items():
+        if not math.isfinite(update.scale):
+            raise InvalidAdapterError(
+                f"scale {update.scale} is not finite", key=module, remedy="give a finite scale"
+            )
+    content = {
+        "architecture": adapter.architecture,
+        "format": FORMAT,
+        "scales": {module: float(update.scale) for module, update in adapter.updates.items()},
+    }
+    header: dict[str, Any] = {"__metadata__": {METADATA_KEY: _json(content)}}
+    offset = 0
+    for name, tensor in tensors:
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": DTYPES[str(tensor.dtype)],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    encoded = _json(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return struct.pack("<Q", len(encoded)) + encoded
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _parse_metadata(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
+    try:
+        header = json.loads((metadata or {})[METADATA_KEY])
+        if header["format"] != FORMAT:
+            raise _corrupt(path, f"format {header['format']}, known is {FORMAT}")
+        scales = {str(module): float(scale) for module, scale in header["scales"].items()}
+        return {"architecture": str(header["architecture"]), "scales": scales}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise _corrupt(path, f"the header lacks {METADATA_KEY!r}: {error!r}") from error
+
+
+def _corrupt(path: Path, problem: str) -> CorruptVersionError:
+    return CorruptVersionError(
+        problem,
+        file=str(path),
+        remedy="add the adapter again: the same content repairs the version",
+    )

@@ -11,7 +11,8 @@
     ├── RequestFailedError         424  this request ended the engine repeatedly
     ├── QueueFullError             429  with Retry-After
     ├── EngineFailedError          500  the engine failed inside a request
-    └── UnavailableError           503  starting, draining or failed; with Retry-After
+    ├── UnavailableError           503  starting, draining or failed; with Retry-After
+    └── SettingError               500  the server can't start so: `param` names the setting
 
 Knows nothing of HTTP frameworks: `api/` turns these into each surface's own error body.
 """
@@ -93,3 +94,9 @@ class UnavailableError(QuickchangeError):
     status = 503
     kind = "service_unavailable"
     code = "unavailable"
+
+
+class SettingError(QuickchangeError):
+    """Told on the command line, not to a client: the server does not come up."""
+
+    status = 500

@@ -50,7 +50,7 @@ class Component:
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """Generate for one sequence. `output` holds tokens already emitted (after an engine restart)."""
+    """Generate for one sequence. `output`: tokens already emitted (after an engine restart)."""
 
     request_id: str
     prompt: tuple[int, ...]
@@ -114,7 +114,7 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Log-probabilities at one position, after penalties and temperature 1 (the model's own)."""
+    """The model's own log-probabilities at one position: before penalties, bias and temperature."""
 
     token_id: int
     logprob: float
@@ -163,7 +163,7 @@ class StepReport:
 
 @dataclass(frozen=True, slots=True)
 class AdapterMoved:
-    """An adapter version reached `tier` (from a faster or slower one); for residency and metrics."""
+    """An adapter version reached `tier`, from a faster or a slower one."""
 
     digest: str
     tier: Tier

@@ -45,6 +45,9 @@ class Settings(BaseSettings):
         description="allow adding an adapter over HTTP from a path on the server's machine; "
         "default: only where the address is loopback",
     )
+    max_request_bytes: int = Field(
+        16 * 1024**2, ge=1024, description="largest request body, adapter uploads aside"
+    )
     max_upload_bytes: int = Field(2 * GIB, ge=1024, description="largest adapter upload")
 
     max_queue: int = Field(256, ge=1, description="requests in flight before 429")

@@ -1,13 +1,13 @@
 """The engine as a process: one duplex channel, one loop. No HTTP, no asyncio.
 
 Spawned and supervised by the API process. It ends on `Shutdown`, when the channel closes (the API
-process is gone), or by a crash, after which the supervisor starts a new one.
+process is gone), or by a crash, after which the supervisor starts a new one. Signals are left to
+the supervisor, which drains and then says `Shutdown`.
 """
 
 from __future__ import annotations
 
 import os
-import signal
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
@@ -59,9 +59,6 @@ class Waker:
 
 def main(connection: Connection, settings: Settings) -> None:
     """Load the model, say `Ready`, then serve until told to end."""
-    # Ctrl-C and a group-wide SIGTERM are the API process's: it drains, then says Shutdown.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     waker = Waker()

@@ -1,0 +1,295 @@
+"""`quickchange adapters …`: the store on the command line.
+
+Every command prints a table, or JSON with `--json`; errors go to standard error with exit status 1.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from quickchange_store.errors import StoreError
+from quickchange_store.index import Version
+from quickchange_store.store import GC_MIN_AGE, Store
+
+app = typer.Typer(
+    name="adapters", help="Add, list, version and remove adapters.", no_args_is_help=True
+)
+
+StoreOption = Annotated[
+    Path, typer.Option("--store", envvar="QUICKCHANGE_STORE", help="Folder of the adapter store.")
+]
+ModelOption = Annotated[
+    str,
+    typer.Option(
+        "--model", envvar="QUICKCHANGE_MODEL", help="Base model to check against: folder or hub id."
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def add(
+    name: Annotated[str, typer.Argument(help="The adapter's name.")],
+    directory: Annotated[Path, typer.Argument(help="Folder of the adapter, as PEFT saves it.")],
+    store: StoreOption,
+    model: ModelOption,
+    as_json: JsonOption = False,
+) -> None:
+    """Check an adapter against the base model and publish it as the version that NAME serves."""
+    from quickchange_store.base import base_spec  # imports torch: seconds
+    from quickchange_store.importing import add_adapter
+
+    with _errors_shown():
+        added = add_adapter(Store(store), name, directory, base_spec(model))
+        for warning in added.warnings:
+            typer.echo(f"warning: {warning}", err=True)
+        if as_json:
+            _print_json({**_version(added.version), "warnings": list(added.warnings)})
+        else:
+            typer.echo(f"{added.version}  {added.version.digest}")
+
+
+@app.command("list")
+def list_adapters(store: StoreOption, as_json: JsonOption = False) -> None:
+    """List the adapters with the version that each serves, and the aliases."""
+    with _errors_shown():
+        opened = Store(store)
+        index = opened.snapshot()
+        serving = [e.versions[e.current] for _, e in sorted(index.entries.items())]
+        aliases = {alias: str(target) for alias, target in sorted(index.aliases.items())}
+        described = [_described(opened, version) for version in serving]
+        if as_json:
+            _print_json({"adapters": described, "aliases": aliases})
+            return
+        _print_table(
+            ("NAME", "VERSION", "DIGEST", "RANK", "TARGETS", "PARAMETERS", "SIZE", "CREATED"),
+            [_row(entry) for entry in described],
+        )
+        if aliases:
+            typer.echo()
+            _print_table(("ALIAS", "TARGET"), list(aliases.items()))
+
+
+@app.command()
+def show(
+    name: Annotated[str, typer.Argument(help="NAME, NAME@VERSION or an alias.")],
+    store: StoreOption,
+    as_json: JsonOption = False,
+) -> None:
+    """Show one adapter: what NAME serves, and every version of it."""
+    with _errors_shown():
+        opened = Store(store)
+        resolved = opened.resolve(name)
+        versions = opened.versions(resolved.name)
+        found = next(version for version in versions if version.number == resolved.version)
+        detail = {
+            **_described(opened, found),
+            "path": str(opened.path(resolved.digest)),
+            "versions": [_version(version) for version in versions],
+            "aliases": {
+                alias: str(target)
+                for alias, target in opened.aliases().items()
+                if target.name == resolved.name
+            },
+        }
+        if as_json:
+            _print_json(detail)
+            return
+        _print_table(("FIELD", "VALUE"), [(key, _cell(value)) for key, value in detail.items()])
+
+
+@app.command()
+def rm(
+    name: Annotated[str, typer.Argument(help="NAME, or NAME@VERSION.")],
+    store: StoreOption,
+    as_json: JsonOption = False,
+) -> None:
+    """Remove an adapter, or one version of it; `gc` frees the space."""
+    with _errors_shown():
+        removed = Store(store).remove(name)
+        _report([_version(version) for version in removed], as_json, "removed")
+
+
+@app.command()
+def alias(
+    alias: Annotated[str, typer.Argument(help="The alias.")],
+    target: Annotated[str, typer.Argument(help="NAME (what it serves) or NAME@VERSION.")],
+    store: StoreOption,
+    as_json: JsonOption = False,
+) -> None:
+    """Point an alias at an adapter, or move it, in one step."""
+    with _errors_shown():
+        pointer = Store(store).alias(alias, target)
+        if as_json:
+            _print_json({"alias": alias, "target": str(pointer)})
+        else:
+            typer.echo(f"{alias} -> {pointer}")
+
+
+@app.command()
+def unalias(
+    alias: Annotated[str, typer.Argument(help="The alias.")],
+    store: StoreOption,
+    as_json: JsonOption = False,
+) -> None:
+    """Remove an alias."""
+    with _errors_shown():
+        Store(store).unalias(alias)
+        if as_json:
+            _print_json({"alias": alias, "target": None})
+        else:
+            typer.echo(f"removed {alias}")
+
+
+@app.command()
+def rollback(
+    name: Annotated[str, typer.Argument(help="The adapter's name.")],
+    store: StoreOption,
+    version: Annotated[
+        int | None, typer.Argument(help="The version to serve; default: the one before.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Let NAME serve an earlier version, or any of its versions."""
+    with _errors_shown():
+        served = Store(store).rollback(name, version)
+        _report([_version(served)], as_json, "serving")
+
+
+@app.command()
+def verify(store: StoreOption, as_json: JsonOption = False) -> None:
+    """Recompute every digest; exit status 1 where something is wrong."""
+    with _errors_shown():
+        problems = Store(store).verify()
+        if as_json:
+            _print_json([{"subject": p.subject, "what": p.what} for p in problems])
+        else:
+            for problem in problems:
+                typer.echo(str(problem), err=True)
+            typer.echo("all versions are intact" if not problems else f"{len(problems)} problems")
+    if problems:
+        raise typer.Exit(1)
+
+
+@app.command()
+def gc(
+    store: StoreOption,
+    min_age: Annotated[
+        float, typer.Option("--min-age", min=0, help="Seconds since a version was removed.")
+    ] = GC_MIN_AGE,
+    as_json: JsonOption = False,
+) -> None:
+    """Free the space of removed versions and of interrupted writes."""
+    with _errors_shown():
+        done = Store(store).gc(min_age)
+        if as_json:
+            _print_json(
+                {
+                    "versions": list(done.versions),
+                    "temporaries": done.temporaries,
+                    "bytes": done.bytes,
+                }
+            )
+        else:
+            typer.echo(
+                f"removed {len(done.versions)} versions and {done.temporaries} temporary entries, "
+                f"{_size(done.bytes)}"
+            )
+
+
+@contextmanager
+def _errors_shown() -> Iterator[None]:
+    """Turn an expected error into one line on standard error and exit status 1."""
+    try:
+        yield
+    except (StoreError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+
+
+def _version(version: Version) -> dict[str, Any]:
+    return {
+        "name": version.name,
+        "version": version.number,
+        "digest": version.digest,
+        "created": _time(version.created),
+    }
+
+
+def _described(store: Store, version: Version) -> dict[str, Any]:
+    info = store.info(version.digest)
+    return {
+        **_version(version),
+        "architecture": info.architecture,
+        "base_name": info.base_name,
+        "ranks": list(info.ranks),
+        "targets": list(info.targets),
+        "modules": info.modules,
+        "parameters": info.parameters,
+        "dtypes": list(info.dtypes),
+        "bytes": info.size,
+    }
+
+
+def _row(entry: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        entry["name"],
+        str(entry["version"]),
+        entry["digest"][:12],
+        ",".join(str(rank) for rank in entry["ranks"]),
+        ",".join(entry["targets"]),
+        f"{entry['parameters']:,}",
+        _size(entry["bytes"]),
+        entry["created"],
+    )
+
+
+def _report(versions: Sequence[dict[str, Any]], as_json: bool, verb: str) -> None:
+    if as_json:
+        _print_json(list(versions))
+        return
+    for version in versions:
+        typer.echo(f"{verb} {version['name']}@{version['version']}  {version['digest']}")
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} -> {target}" for key, target in value.items())
+    if isinstance(value, list):
+        parts = [
+            f"{v['version']} ({v['digest'][:12]})" if isinstance(v, dict) else v for v in value
+        ]
+        return ", ".join(str(part) for part in parts)
+    return str(value)
+
+
+def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    for row in [header, *rows]:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        typer.echo("  ".join(cells).rstrip())
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2))
+
+
+def _size(count: int) -> str:
+    """Bytes for people, in binary units."""
+    size = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"
+
+
+def _time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

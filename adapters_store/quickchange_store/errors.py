@@ -1,0 +1,92 @@
+"""Every error of the store and of the format readers.
+
+    StoreError
+    ├── InvalidAdapterError       the directory's content is wrong: missing, extra, damaged, NaN
+    ├── UnsupportedFeatureError   valid, but something that this version does not serve
+    ├── BaseMismatchError         made for another base model: architecture or shapes
+    ├── BaseModelError            the base model itself can't be read
+    ├── InvalidNameError          a name, alias or reference is malformed or reserved
+    ├── AdapterNotFoundError      no such name, version or alias
+    │   └── AmbiguousVersionError a digest prefix fits several versions
+    ├── NameConflictError         the name is taken by the other kind (name, alias)
+    │   └── InUseError            an alias or the current pointer holds what is to be removed
+    └── CorruptStoreError         the store's own files are damaged
+        └── CorruptVersionError   one stored version is damaged
+
+Each message names the file, the key inside it and the remedy, which are attributes as well.
+"""
+
+from __future__ import annotations
+
+
+class StoreError(Exception):
+    """Base of all. The message reads "FILE: KEY: PROBLEM; REMEDY"."""
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        file: str | None = None,
+        key: str | None = None,
+        remedy: str | None = None,
+    ) -> None:
+        self.problem = problem
+        self.file = file  # a file's name inside the adapter's directory, or a path in the store
+        self.key = key  # a field, a tensor, a module, a name or a digest
+        self.remedy = remedy
+        where = "".join(f"{part}: " for part in (file, key) if part is not None)
+        super().__init__(where + problem + ("" if remedy is None else f"; {remedy}"))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # The default would call the class with the message alone when an error crosses processes.
+        return (_rebuild, (type(self), self.problem, self.file, self.key, self.remedy))
+
+
+def _rebuild(
+    kind: type[StoreError], problem: str, file: str | None, key: str | None, remedy: str | None
+) -> StoreError:
+    return kind(problem, file=file, key=key, remedy=remedy)
+
+
+class InvalidAdapterError(StoreError):
+    """The adapter's files are incomplete, inconsistent or damaged."""
+
+
+class UnsupportedFeatureError(StoreError):
+    """The adapter uses something that this version does not serve; the message names it."""
+
+
+class BaseMismatchError(StoreError):
+    """The adapter was made for a base model of another architecture or other shapes."""
+
+
+class BaseModelError(StoreError):
+    """The base model's configuration or weights can't be read."""
+
+
+class InvalidNameError(StoreError):
+    """A name, an alias or a reference does not follow the rules, or is reserved."""
+
+
+class AdapterNotFoundError(StoreError):
+    """No such name, version or alias."""
+
+
+class AmbiguousVersionError(AdapterNotFoundError):
+    """A digest prefix fits several versions of the name."""
+
+
+class NameConflictError(StoreError):
+    """The name is already an alias, or the alias already a name."""
+
+
+class InUseError(NameConflictError):
+    """What is to be removed is still pointed at; the message says by what."""
+
+
+class CorruptStoreError(StoreError):
+    """The store's own files are damaged or of an unknown format."""
+
+
+class CorruptVersionError(CorruptStoreError):
+    """A stored version is missing or damaged."""

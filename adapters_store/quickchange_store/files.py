@@ -1,0 +1,77 @@
+"""File operations that survive a crash and other processes: locks, fsync, atomic replacement."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def exclusive_lock(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on `path`, waiting for it. The system frees it when a holder dies.
+
+    Each call opens the file anew, so that threads of one process exclude each other too.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def held_directory(path: Path) -> Iterator[None]:
+    """Create the directory `path` and hold a lock on it, so that others see its maker is alive."""
+    path.mkdir(parents=True)
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def is_held(path: Path) -> bool:
+    """Whether a living process holds a lock on the directory `path`."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    else:
+        return False
+    finally:
+        os.close(descriptor)
+
+
+def sync_directory(path: Path) -> None:
+    """Make the directory's entries (creations, renames) survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Write a new file and wait until it is on the disk."""
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace_atomically(path: Path, content: bytes, scratch: Path) -> None:
+    """Replace `path` so that a reader, or a crash, sees the old content or the new, never half.
+
+    `scratch` is a directory of the same file system, for the file while it is written.
+    """
+    temporary = scratch / f"{path.name}.{secrets.token_hex(8)}"
+    write_synced(temporary, content)
+    temporary.replace(path)
+    sync_directory(path.parent)

@@ -1,0 +1,74 @@
+"""From a directory to a published version: what the command line and the HTTP server share."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from quickchange_store.canonical import BaseSpec
+from quickchange_store.errors import InvalidAdapterError, UnsupportedFeatureError
+from quickchange_store.formats.imported import Imported
+from quickchange_store.formats.peft import read_peft
+from quickchange_store.formats.peft_config import CONFIG_FILE
+from quickchange_store.index import Version
+from quickchange_store.names import check_name
+from quickchange_store.store import Store
+
+TURBO_FILE = "medusa_lm_head.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    """A published version, and what its owner should be told."""
+
+    version: Version
+    warnings: tuple[str, ...]
+
+
+def add_adapter(store: Store, name: str, directory: Path, base: BaseSpec) -> Added:
+    """Read the adapter in `directory`, check it against `base` and publish it as `name`.
+
+    Raises StoreError: every refusal names file, key and remedy.
+    """
+    check_name(name)  # before the work
+    imported = read_adapter(directory, base)
+    return Added(store.add(name, imported.adapter), imported.warnings)
+
+
+def read_adapter(directory: Path, base: BaseSpec) -> Imported:
+    """Read an adapter of any supported format. Raises StoreError."""
+    if not directory.is_dir():
+        raise InvalidAdapterError(
+            "no such folder", file=str(directory), remedy="give the folder that holds the adapter"
+        )
+    _refuse_turbo(directory)
+    if not (directory / CONFIG_FILE).is_file() and (directory / "model.safetensors").is_file():
+        raise UnsupportedFeatureError(
+            "this is a whole model, not an adapter",
+            file="model.safetensors",
+            remedy=f"give a folder with {CONFIG_FILE}",
+        )
+    return read_peft(directory, base)
+
+
+def _refuse_turbo(directory: Path) -> None:
+    key = "medusa_num_heads"
+    file = TURBO_FILE if (directory / TURBO_FILE).exists() else None
+    if file is None and key in _config_keys(directory / "config.json"):
+        file = "config.json"
+    if file is not None:
+        raise UnsupportedFeatureError(
+            "Turbo (Medusa) heads are not supported by this version yet",
+            file=file,
+            key=key,
+            remedy="give a folder that holds the LoRA alone",
+        )
+
+
+def _config_keys(path: Path) -> set[str]:
+    try:
+        config = json.loads(path.read_bytes())
+    except (OSError, ValueError):  # absent, or not ours to judge: only Turbo's key matters
+        return set()
+    return set(config) if isinstance(config, dict) else set()

@@ -1,0 +1,306 @@
+"""The store's index: names, their versions and aliases, as one immutable snapshot in one file.
+
+The file is replaced whole, so a reader always has one consistent state and never takes a lock.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from quickchange_store.errors import (
+    AdapterNotFoundError,
+    AmbiguousVersionError,
+    CorruptStoreError,
+    InUseError,
+)
+from quickchange_store.names import Reference
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """One published version of a name."""
+
+    name: str
+    number: int  # from 1, in the order of publishing; a number is not used twice
+    digest: str  # 64 hexadecimal digits
+    created: float  # seconds since 1970
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.number}"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A name: its versions by number, and the one that the bare name serves."""
+
+    versions: Mapping[int, Version]
+    current: int
+    next_number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Alias:
+    """A pointer to a name, or to one version of it."""
+
+    name: str
+    number: int | None = None  # None: whatever the name serves
+
+    def __str__(self) -> str:
+        return self.name if self.number is None else f"{self.name}@{self.number}"
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """Everything that the store's names point at."""
+
+    entries: Mapping[str, Entry] = field(default_factory=dict)
+    aliases: Mapping[str, Alias] = field(default_factory=dict)
+
+    def entry(self, name: str) -> Entry:
+        """The entry of `name`. Raises AdapterNotFoundError."""
+        try:
+            return self.entries[name]
+        except KeyError:
+            raise AdapterNotFoundError(
+                "no adapter has this name",
+                key=name,
+                remedy="add it with `quickchange adapters add`, or see `quickchange adapters list`",
+            ) from None
+
+    def find(self, reference: Reference) -> Version:
+        """The version that a reference means. Raises AdapterNotFoundError."""
+        alias = self.aliases.get(reference.name)
+        if alias is not None:
+            return self._aliased(alias, reference)
+        entry = self.entry(reference.name)
+        if reference.selector is None:
+            return entry.versions[entry.current]
+        return _select(entry, reference)
+
+    def _aliased(self, alias: Alias, reference: Reference) -> Version:
+        if reference.selector is not None:
+            raise AdapterNotFoundError(
+                f"{reference.name!r} is an alias of {alias} and has no versions of its own",
+                key=str(reference),
+                remedy=f"ask for {alias.name}@{reference.selector}",
+            )
+        entry = self.entry(alias.name)
+        return entry.versions[entry.current if alias.number is None else alias.number]
+
+    def digests(self) -> set[str]:
+        """Every digest that a name refers to."""
+        return {v.digest for entry in self.entries.values() for v in entry.versions.values()}
+
+
+def _select(entry: Entry, reference: Reference) -> Version:
+    if reference.number is not None and reference.number in entry.versions:
+        return entry.versions[reference.number]
+    prefix = reference.digest_prefix
+    fitting = [v for v in entry.versions.values() if prefix and v.digest.startswith(prefix)]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        raise AmbiguousVersionError(
+            "several versions begin with this digest: " + ", ".join(v.digest for v in fitting),
+            key=str(reference),
+            remedy="give more digits, or the version's number",
+        )
+    numbers = ", ".join(str(number) for number in sorted(entry.versions))
+    raise AdapterNotFoundError(
+        "the adapter has no such version",
+        key=str(reference),
+        remedy=f"its versions are {numbers}",
+    )
+
+
+# --- changes: each gives a new value ------------------------------------------------------------
+
+
+def with_digest(entry: Entry | None, name: str, digest: str) -> Entry:
+    """The entry with `digest` current: an old version of it, or a new one."""
+    versions: Mapping[int, Version] = {} if entry is None else entry.versions
+    number = 1 if entry is None else entry.next_number
+    for version in versions.values():
+        if entry is not None and version.digest == digest:
+            return replace(entry, current=version.number)
+    added = Version(name, number, digest, time.time())
+    return Entry({**versions, number: added}, current=number, next_number=number + 1)
+
+
+def previous(name: str, entry: Entry) -> int:
+    """The number of the version before the current one. Raises AdapterNotFoundError."""
+    earlier = [number for number in entry.versions if number < entry.current]
+    if not earlier:
+        raise AdapterNotFoundError(
+            f"there is no version before {entry.current}",
+            key=name,
+            remedy="name the version to serve: it has "
+            + ", ".join(str(number) for number in sorted(entry.versions)),
+        )
+    return max(earlier)
+
+
+def no_version(name: str, entry: Entry, number: int) -> AdapterNotFoundError:
+    """The error that says which versions there are instead."""
+    numbers = ", ".join(str(known) for known in sorted(entry.versions))
+    return AdapterNotFoundError(
+        "the adapter has no such version", key=f"{name}@{number}", remedy=f"it has {numbers}"
+    )
+
+
+def without(index: Index, entry: Entry, gone: tuple[Version, ...]) -> Index:
+    """The index without the versions `gone` of `entry`. Raises InUseError."""
+    name = gone[0].name
+    numbers = {version.number for version in gone}
+    left = {n: v for n, v in entry.versions.items() if n not in numbers}
+    for alias, target in index.aliases.items():
+        if target.name == name and (target.number in numbers or not left):
+            raise InUseError(
+                f"the alias {alias!r} points at it",
+                key=str(target),
+                remedy=f"remove or repoint the alias {alias!r} first",
+            )
+    if left and entry.current in numbers:
+        raise InUseError(
+            f"it is the version that {name} serves",
+            key=f"{name}@{entry.current}",
+            remedy=f"roll back {name} first, or remove {name} as a whole",
+        )
+    kept = {other: e for other, e in index.entries.items() if other != name}
+    if left:
+        kept[name] = replace(entry, versions=left)
+    return replace(index, entries=kept)
+
+
+# --- as a file ----------------------------------------------------------------------------------
+
+
+def encode(index: Index) -> bytes:
+    """The index as JSON."""
+    names = {
+        name: {
+            "current": entry.current,
+            "next": entry.next_number,
+            "versions": {
+                str(v.number): {"digest": v.digest, "created": v.created}
+                for v in entry.versions.values()
+            },
+        }
+        for name, entry in index.entries.items()
+    }
+    aliases = {
+        alias: {"name": target.name, "version": target.number}
+        for alias, target in index.aliases.items()
+    }
+    content = {"format": FORMAT, "names": names, "aliases": aliases}
+    return json.dumps(content, sort_keys=True, indent=1).encode()
+
+
+def decode(content: bytes, path: Path) -> Index:
+    """The index from its JSON; `path` is for messages. Raises CorruptStoreError."""
+    try:
+        tree = json.loads(content)
+        if tree["format"] != FORMAT:
+            raise CorruptStoreError(
+                f"format {tree['format']} is not known to this version, which writes {FORMAT}",
+                file=str(path),
+                remedy="use the version of quickchange that wrote it",
+            )
+        entries = {name: _decode_entry(name, entry) for name, entry in tree["names"].items()}
+        aliases = {
+            alias: Alias(target["name"], target["version"])
+            for alias, target in tree["aliases"].items()
+        }
+        _check_pointers(entries, aliases)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CorruptStoreError(
+            f"the index is damaged ({error!r})",
+            file=str(path),
+            remedy="restore it from a backup; the versions beside it are untouched",
+        ) from error
+    return Index(entries, aliases)
+
+
+def _decode_entry(name: str, tree: Mapping[str, Any]) -> Entry:
+    versions = {
+        int(number): Version(name, int(number), str(v["digest"]), float(v["created"]))
+        for number, v in tree["versions"].items()
+    }
+    return Entry(versions, int(tree["current"]), int(tree["next"]))
+
+
+def _check_pointers(entries: Mapping[str, Entry], aliases: Mapping[str, Alias]) -> None:
+    for name, entry in entries.items():
+        if entry.current not in entry.versions:
+            raise ValueError(f"{name} serves version {entry.current}, which it lacks")
+    for alias, target in aliases.items():
+        if target.name not in entries:
+            raise ValueError(f"alias {alias} points at {target.name}, which is missing")
+        if target.number is not None and target.number not in entries[target.name].versions:
+            raise ValueError(f"alias {alias} points at {target}, which is missing")
+
+
+class IndexFile:
+    """The index on disk, read again only when it has been replaced.
+
+    Keeps the file that it last read open: the system can't give that file's inode to a newer file
+    in the meantime, so comparing inodes never takes a new index for the old one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._mutex = threading.Lock()
+        self._seen: tuple[int, int, int, int] | None = None
+        self._index = Index()
+        self._descriptors: list[int] = []  # the file last read, or none
+        weakref.finalize(self, _close_all, self._descriptors)
+
+    def read(self) -> Index:
+        """The index as it is now; empty where there is none yet. Raises CorruptStoreError."""
+        with self._mutex:
+            try:
+                status = self.path.stat()
+            except FileNotFoundError:
+                self._forget()
+                return self._index
+            if _identity(status) != self._seen:
+                self._reload()
+            return self._index
+
+    def _reload(self) -> None:
+        descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            status = os.fstat(descriptor)
+            with os.fdopen(os.dup(descriptor), "rb") as file:
+                index = decode(file.read(), self.path)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        self._forget()
+        self._descriptors.append(descriptor)
+        self._seen = _identity(status)
+        self._index = index
+
+    def _forget(self) -> None:
+        _close_all(self._descriptors)
+        self._seen = None
+        self._index = Index()
+
+
+def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
+    return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
+
+
+def _close_all(descriptors: list[int]) -> None:
+    while descriptors:
+        os.close(descriptors.pop())

@@ -1,0 +1,407 @@
+"""A folder of adapter versions, addressed by content, shared by any number of processes.
+
+    ROOT/
+      index.json                       names, their versions, aliases; replaced whole
+      lock                             held by whoever changes the index
+      versions/ab/abcd…/               one version, by its digest; never changed once there
+        adapter.safetensors            the canonical bytes; their SHA-256 is the digest
+        info.json                      what can be known without reading tensors
+      tmp/                             what is being written, or was when its writer died
+
+Publishing writes a version under `tmp/`, syncs it, renames it into `versions/` and then replaces
+`index.json`. A crash at any point leaves the old state or the new one; what it leaves under `tmp/`
+or unreferenced under `versions/` is removed by `gc`. Readers take no lock: they see one index, and
+versions do not change. Names live in the index alone, so no name is ever a file's name.
+
+Knows nothing of formats, models, devices or HTTP.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quickchange_store import canonical
+from quickchange_store.errors import (
+    AdapterNotFoundError,
+    CorruptStoreError,
+    CorruptVersionError,
+    NameConflictError,
+    StoreError,
+)
+from quickchange_store.files import (
+    exclusive_lock,
+    held_directory,
+    is_held,
+    replace_atomically,
+    sync_directory,
+    write_synced,
+)
+from quickchange_store.index import (
+    Alias,
+    Index,
+    IndexFile,
+    Version,
+    encode,
+    no_version,
+    previous,
+    with_digest,
+    without,
+)
+from quickchange_store.info import AdapterInfo, describe
+from quickchange_store.names import check_name, parse_reference
+
+if TYPE_CHECKING:
+    from quickchange_store.canonical import CanonicalAdapter
+
+ADAPTER_FILE = "adapter.safetensors"
+INFO_FILE = "info.json"
+GC_MIN_AGE = 3600.0  # seconds; longer than a reader takes between resolving and loading
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """What a reference means now: the adapter's own name, the version's digest and its number."""
+
+    name: str
+    digest: str
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something wrong that `Store.verify` found."""
+
+    subject: str  # a version, an alias or a file
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.subject}: {self.what}"
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """What `Store.gc` removed."""
+
+    versions: tuple[str, ...]  # digests
+    temporaries: int
+    bytes: int
+
+
+class Store:
+    """The adapters under `root`. Made on the first write; a missing folder reads as empty.
+
+    Safe for several threads and processes at once. Every method raises CorruptStoreError where the
+    index is damaged.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._index = IndexFile(root / "index.json")
+
+    # --- reading --------------------------------------------------------------------------------
+
+    def snapshot(self) -> Index:
+        """All names, versions and aliases at one moment. One `stat` where nothing changed."""
+        return self._index.read()
+
+    def resolve(self, reference: str) -> Resolved:
+        """The version that `NAME`, `NAME@NUMBER`, `NAME@DIGESTPREFIX` or an alias means now.
+
+        Raises InvalidNameError, AdapterNotFoundError, AmbiguousVersionError.
+        """
+        version = self._index.read().find(parse_reference(reference))
+        return Resolved(version.name, version.digest, version.number)
+
+    def names(self) -> tuple[str, ...]:
+        """All names, sorted."""
+        return tuple(sorted(self._index.read().entries))
+
+    def versions(self, name: str) -> tuple[Version, ...]:
+        """The versions of `name`, oldest first. Raises AdapterNotFoundError."""
+        versions = self._index.read().entry(name).versions
+        return tuple(versions[number] for number in sorted(versions))
+
+    def aliases(self) -> dict[str, Alias]:
+        """All aliases and what they point at, sorted."""
+        return dict(sorted(self._index.read().aliases.items()))
+
+    def path(self, digest: str) -> Path:
+        """The file of a version. Raises AdapterNotFoundError where the store lacks it."""
+        path = self._directory(digest) / ADAPTER_FILE
+        if not path.is_file():
+            raise AdapterNotFoundError(
+                "the store has no such version", key=digest, remedy="add the adapter again"
+            )
+        return path
+
+    def load(self, digest: str, *, verify: bool = False) -> CanonicalAdapter:
+        """The adapter with this digest, memory-mapped.
+
+        `verify` reads it all and compares the digest first. Raises AdapterNotFoundError and
+        CorruptVersionError.
+        """
+        path = self.path(digest)
+        if verify:
+            _check_digest(path, digest)
+        info = self.info(digest)
+        return canonical.load(path, base_name=info.base_name, source=dict(info.source))
+
+    def info(self, digest: str) -> AdapterInfo:
+        """What is known of a version without reading its tensors.
+
+        Raises AdapterNotFoundError and CorruptVersionError.
+        """
+        self.path(digest)
+        return AdapterInfo.read(self._directory(digest) / INFO_FILE)
+
+    # --- changing -------------------------------------------------------------------------------
+
+    def add(self, name: str, adapter: CanonicalAdapter) -> Version:
+        """Publish `adapter` as the version that `name` serves from now on.
+
+        Content that the name already has keeps its number and becomes current again. Raises
+        InvalidNameError, NameConflictError (the name is an alias), InvalidAdapterError.
+        """
+        check_name(name)
+        self._refuse_alias(self._index.read(), name)
+        with self._staged(adapter) as (staged, digest), self._writing() as index:
+            self._refuse_alias(index, name)
+            self._publish(staged, digest)
+            entry = with_digest(index.entries.get(name), name, digest)
+            self._commit(index, replace(index, entries={**index.entries, name: entry}))
+        return entry.versions[entry.current]
+
+    def rollback(self, name: str, version: int | None = None) -> Version:
+        """Let `name` serve `version`, or the one before the current. Aliases to `name` follow.
+
+        Raises AdapterNotFoundError.
+        """
+        with self._writing() as index:
+            entry = index.entry(name)
+            number = previous(name, entry) if version is None else version
+            if number not in entry.versions:
+                raise no_version(name, entry, number)
+            moved = replace(entry, current=number)
+            self._commit(index, replace(index, entries={**index.entries, name: moved}))
+        return entry.versions[number]
+
+    def alias(self, alias: str, target: str) -> Alias:
+        """Point `alias` at `NAME` (whatever it serves) or at `NAME@VERSION`, in one step.
+
+        Raises InvalidNameError, AdapterNotFoundError, and NameConflictError where `alias` is a
+        name or `target` an alias.
+        """
+        check_name(alias, what="alias")
+        reference = parse_reference(target)
+        with self._writing() as index:
+            if alias in index.entries:
+                raise NameConflictError(
+                    "an adapter has this name", key=alias, remedy="choose another alias"
+                )
+            if reference.name in index.aliases:
+                pointed = index.aliases[reference.name]
+                raise NameConflictError(
+                    "an alias can't point at an alias", key=target, remedy=f"point it at {pointed}"
+                )
+            version = index.find(reference)
+            pointer = Alias(version.name, None if reference.selector is None else version.number)
+            self._commit(index, replace(index, aliases={**index.aliases, alias: pointer}))
+        return pointer
+
+    def unalias(self, alias: str) -> None:
+        """Remove an alias. Raises AdapterNotFoundError."""
+        with self._writing() as index:
+            if alias not in index.aliases:
+                raise AdapterNotFoundError(
+                    "no such alias", key=alias, remedy="see `quickchange adapters list`"
+                )
+            kept = {name: target for name, target in index.aliases.items() if name != alias}
+            self._commit(index, replace(index, aliases=kept))
+
+    def remove(self, reference: str) -> tuple[Version, ...]:
+        """Remove a name, or one version of it, and return what went; `gc` frees the space later.
+
+        Raises InvalidNameError, AdapterNotFoundError, and InUseError where an alias points at it
+        or where it is the version that the name serves while there are others.
+        """
+        parsed = parse_reference(reference)
+        with self._writing() as index:
+            self._refuse_alias(index, parsed.name)
+            entry = index.entry(parsed.name)
+            if parsed.selector is None:
+                gone = tuple(entry.versions.values())
+            else:
+                gone = (index.find(parsed),)
+            left = without(index, entry, gone)
+            for digest in {version.digest for version in gone} - left.digests():
+                self._mark_unreferenced(digest)
+            self._commit(index, left)
+        return gone
+
+    # --- upkeep ---------------------------------------------------------------------------------
+
+    def verify(self) -> list[Problem]:
+        """Recompute every digest and check every pointer; an empty list where all is well."""
+        try:
+            index = self._index.read()
+        except CorruptStoreError as error:
+            return [Problem(str(self._index.path), str(error))]
+        problems = []
+        for digest in sorted(index.digests()):
+            names = ", ".join(
+                str(version)
+                for entry in index.entries.values()
+                for version in entry.versions.values()
+                if version.digest == digest
+            )
+            try:
+                self.load(digest, verify=True)
+            except StoreError as error:
+                problems.append(Problem(names, str(error)))
+        return problems
+
+    def gc(self, min_age: float = GC_MIN_AGE) -> Collected:
+        """Remove versions unreferenced for `min_age` seconds, and what dead writers left.
+
+        Safe beside writers: what a living writer is preparing is never touched. A reader that
+        resolved a name before it was removed has `min_age` to load it.
+        """
+        if not self.root.is_dir():
+            return Collected((), 0, 0)
+        before = time.time() - min_age
+        with self._writing() as index:
+            dead = [path for path in self._temporaries() if _abandoned(path, before)]
+            old = [p for p in self._unreferenced(index) if p.stat().st_mtime <= before]
+            # Moved in one step first: a crash while deleting never leaves half a version.
+            trash = [p.rename(self._tmp / f"{p.name}.{secrets.token_hex(8)}") for p in old]
+            freed = sum(_size(path) for path in [*dead, *trash])
+            for path in [*dead, *trash]:
+                _delete(path)
+        return Collected(tuple(path.name for path in old), len(dead), freed)
+
+    # --- internal -------------------------------------------------------------------------------
+
+    @property
+    def _tmp(self) -> Path:
+        return self.root / "tmp"
+
+    def _directory(self, digest: str) -> Path:
+        if _DIGEST.fullmatch(digest) is None:
+            raise AdapterNotFoundError(
+                "not a digest", key=digest[:80], remedy="give 64 hexadecimal digits"
+            )
+        return self.root / "versions" / digest[:2] / digest
+
+    @contextmanager
+    def _writing(self) -> Iterator[Index]:
+        """Exclude every other writer, and give the index as it is."""
+        self._tmp.mkdir(parents=True, exist_ok=True)
+        with exclusive_lock(self.root / "lock"):
+            yield self._index.read()
+
+    def _commit(self, old: Index, new: Index) -> None:
+        if new != old:
+            replace_atomically(self._index.path, encode(new), self._tmp)
+
+    @contextmanager
+    def _staged(self, adapter: CanonicalAdapter) -> Iterator[tuple[Path, str]]:
+        """A complete version directory under `tmp/`, on the disk, and its digest."""
+        directory = self._tmp / secrets.token_hex(16)
+        with ExitStack() as stack:
+            with self._writing():  # so that gc never meets it before it is held
+                stack.enter_context(held_directory(directory))
+            stack.callback(shutil.rmtree, directory, ignore_errors=True)
+            with (directory / ADAPTER_FILE).open("xb") as file:
+                digest = canonical.write(adapter, file)
+                size = file.tell()
+                file.flush()
+                os.fsync(file.fileno())
+            info = describe(adapter, digest, size=size, created=time.time())
+            write_synced(directory / INFO_FILE, info.encode())
+            sync_directory(directory)
+            yield directory, digest
+
+    def _publish(self, staged: Path, digest: str) -> None:
+        """Move a staged version into place; a damaged one that is there is replaced."""
+        target = self._directory(digest)
+        if target.exists():
+            if _intact(target, digest):
+                return
+            target.rename(self._tmp / f"{digest}.{secrets.token_hex(8)}")
+        if not target.parent.is_dir():
+            target.parent.mkdir(parents=True)
+            sync_directory(target.parent.parent)
+            sync_directory(self.root)
+        staged.rename(target)
+        sync_directory(target.parent)
+
+    def _refuse_alias(self, index: Index, name: str) -> None:
+        if name in index.aliases:
+            raise NameConflictError(
+                f"this is an alias of {index.aliases[name]}",
+                key=name,
+                remedy="use the adapter's own name, or remove the alias first",
+            )
+
+    def _mark_unreferenced(self, digest: str) -> None:
+        """Start the version's time until `gc` may take it."""
+        directory = self._directory(digest)
+        if directory.exists():
+            directory.touch()
+
+    def _unreferenced(self, index: Index) -> list[Path]:
+        kept = index.digests()
+        return [p for p in (self.root / "versions").glob("??/*") if p.name not in kept]
+
+    def _temporaries(self) -> list[Path]:
+        return list(self._tmp.iterdir())
+
+
+def _check_digest(path: Path, digest: str) -> None:
+    found = canonical.file_digest(path)
+    if found != digest:
+        raise CorruptVersionError(
+            f"its content has the digest {found}",
+            file=str(path),
+            key=digest,
+            remedy="add the adapter again: the same content repairs the version",
+        )
+
+
+def _intact(directory: Path, digest: str) -> bool:
+    try:
+        _check_digest(directory / ADAPTER_FILE, digest)
+        AdapterInfo.read(directory / INFO_FILE)
+    except CorruptVersionError:
+        return False
+    return True
+
+
+def _abandoned(path: Path, before: float) -> bool:
+    try:
+        return path.stat().st_mtime <= before and not (path.is_dir() and is_held(path))
+    except FileNotFoundError:  # its writer has just removed it
+        return False
+
+
+def _size(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

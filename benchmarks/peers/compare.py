@@ -1,0 +1,242 @@
+"""Ours and its peers in one session: same prompts, same adapters, same client, by turns.
+
+Each round starts every server in turn, waits for its first token, runs `bench serving`'s workload
+for the base model and for distinct adapters, and ends the server by its process id; the next round
+goes in the other order. Figures are medians over the rounds. The model and the adapters come from
+BASE_MODEL and ADAPTERS_DIR, the peers from PEERS_DIR (see README.md beside this file).
+
+    python benchmarks/peers/compare.py --out results/peers.json
+    python benchmarks/peers/compare.py --check        # are their answers the same? no timing
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from statistics import fmean
+from tempfile import TemporaryDirectory
+from typing import Annotated
+
+import typer
+
+from quickchange_bench import provenance, report
+from quickchange_bench.peer_servers import (
+    MODES,
+    Peer,
+    PeftStatic,
+    Setup,
+    quickchange,
+    scripted,
+)
+from quickchange_bench.results import SCHEMA_VERSION, Point, ServingResult, WorkloadSpec, medians
+from quickchange_bench.stats import ratio
+
+HERE = Path(__file__).resolve().parent
+PEERS: dict[str, Callable[[], Peer]] = {
+    "quickchange": quickchange,
+    "vllm": lambda: scripted("vllm", "openai"),
+    "peft": PeftStatic,
+    "mistralrs": lambda: scripted("mistralrs", "mistralrs"),
+    "llamacpp": lambda: scripted("llamacpp", "llamacpp"),
+}
+
+
+# by mode, load and peer: the first peer's median tokens/s over this one's
+Ratios = dict[str, dict[str, dict[str, float | None]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """All peers' results of one session; the first peer is the one that ratios are of."""
+
+    results: tuple[ServingResult, ...]
+    ratios: Ratios
+    kind: str = "peers"
+    version: int = SCHEMA_VERSION
+
+
+def say(name: str, mode: str, point: Point) -> None:
+    s = point.summary
+    typer.echo(
+        f"round {point.round + 1}, {name}, {mode}, {point.load.name}: {s.tokens_per_second:.1f} "
+        f"tok/s, first token {report.number(s.ttft_p50, 0, report.MILLI)} ms, {s.errors} errors, "
+        f"others {report.number(s.other_cores, 2)} cores",
+        err=True,
+    )
+    for message in s.first_errors:
+        typer.echo(f"  {message}", err=True)
+
+
+def session(setup: Setup, points: dict[tuple[str, str], list[Point]], started: str) -> Session:
+    """What has been measured so far."""
+    machine, commit, command = provenance.machine(), provenance.commit(), provenance.command()
+    results = tuple(
+        ServingResult(
+            label=name if mode == "distinct" else f"{name}, no adapter",
+            model=setup.base.name,
+            dialect=name,
+            workload=WorkloadSpec(
+                adapters=setup.adapters,
+                popularity="distinct" if mode == "distinct" else None,
+                prompt_tokens=str(setup.prompt_tokens),
+                output_tokens=str(setup.output_tokens),
+                requests_per_worker=setup.requests_per_worker,
+                requests=None,
+                warmup=max(setup.adapters, 2),
+                repeat=setup.repeat,
+                seed=setup.seed,
+            ),
+            machine=machine,
+            commit=commit,
+            command=command,
+            started=started,
+            points=tuple(found),
+            medians=medians(found),
+        )
+        for (name, mode), found in points.items()
+    )
+    return Session(results=results, ratios=ratios(results))
+
+
+def ratios(results: Sequence[ServingResult]) -> Ratios:
+    """The first peer's median tokens/s over each other's, by mode and load."""
+    found: Ratios = {}
+    for mode in MODES:
+        own_mode = [r for r in results if (r.workload.popularity or "base") == mode]
+        if not own_mode:
+            continue
+        first = {m.load.name: m.values["tokens_per_second"] for m in own_mode[0].medians}
+        found[mode] = {load: {} for load in first}
+        for result in own_mode[1:]:
+            for median in result.medians:
+                found[mode][median.load.name][result.dialect] = ratio(
+                    first[median.load.name], median.values["tokens_per_second"]
+                )
+    return found
+
+
+def print_session(found: Session) -> None:
+    typer.echo(report.describe(found.results[0]))
+    for mode in MODES:
+        chosen = [r for r in found.results if (r.workload.popularity or "base") == mode]
+        if not chosen:
+            continue
+        typer.echo(f"\n### {'no adapter' if mode == 'base' else 'distinct adapters'}\n")
+        rows = [
+            [result.dialect, *report.serving_row(median)]
+            for result in chosen
+            for median in result.medians
+        ]
+        typer.echo(report.table(["server", *report.SERVING_HEADER], rows))
+        if len(chosen) > 1:
+            typer.echo()
+            typer.echo(report.comparison(chosen))
+
+
+def common_start(text: str, reference: str) -> float:
+    """Which share of the reference, from its beginning on, the text has too."""
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(text, reference, strict=False))
+    return sum(1 for _ in same) / max(len(reference), 1)
+
+
+def check(setup: Setup, peers: Sequence[Peer]) -> None:
+    """Each peer's greedy texts beside the first one's."""
+    reference: list[list[str]] | None = None
+    rows = []
+    for peer in peers:
+        texts = [[text.lstrip() for text in row] for row in peer.texts(setup)]
+        reference = reference or texts
+        pairs = [
+            (text, other)
+            for row, others in zip(texts, reference, strict=True)
+            for text, other in zip(row, others, strict=True)
+        ]
+        shared = fmean(common_start(text, other) for text, other in pairs)
+        distinct = len({text for row in texts for text in row})
+        rows.append(
+            [
+                peer.name,
+                f"{sum(a == b for a, b in pairs)} of {len(pairs)}",
+                report.number(shared, 0, 100),
+                str(distinct),
+            ]
+        )
+        typer.echo(f"{peer.name}: {json.dumps(texts[0], ensure_ascii=False)}", err=True)
+    first = peers[0].name
+    typer.echo(report.table(["server", f"same as {first}", "common start %", "distinct"], rows))
+
+
+def main(
+    peers: Annotated[str, typer.Option(help=", ".join(PEERS))] = ",".join(PEERS),
+    modes: Annotated[str, typer.Option(help=", ".join(MODES))] = ",".join(MODES),
+    concurrency: Annotated[str, typer.Option(help="Requests at once.")] = "1,8,16",
+    repeat: Annotated[int, typer.Option(min=1, help="Rounds.")] = 3,
+    requests_per_worker: Annotated[int, typer.Option(min=1)] = 2,
+    prompt_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    output_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    adapters: Annotated[int, typer.Option(min=1, help="lora-0 to lora-(N-1).")] = 8,
+    threads: Annotated[int, typer.Option(min=1)] = 2,
+    seed: Annotated[int, typer.Option()] = 0,
+    out: Annotated[Path | None, typer.Option(help="Write the session here, as JSON.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw it here, as PNG.")] = None,
+    check_only: Annotated[
+        bool, typer.Option("--check", help="Compare the answers' texts, measure nothing.")
+    ] = False,
+) -> None:
+    chosen_modes = [mode for mode in MODES if mode in modes.split(",")]
+    unknown = set(peers.split(",")) - set(PEERS) | set(modes.split(",")) - set(MODES)
+    if unknown:
+        raise typer.BadParameter(f"unknown: {', '.join(sorted(unknown))}")
+    missing = [name for name in ("BASE_MODEL", "ADAPTERS_DIR") if name not in os.environ]
+    if missing:
+        raise typer.BadParameter(f"set {' and '.join(missing)} in the environment; see README.md")
+    chosen = [PEERS[name]() for name in peers.split(",")]
+    with TemporaryDirectory(prefix="quickchange-peers-") as work:
+        setup = Setup(
+            base=Path(os.environ["BASE_MODEL"]),
+            adapters_dir=Path(os.environ["ADAPTERS_DIR"]),
+            adapters=adapters,
+            threads=threads,
+            concurrency=tuple(int(n) for n in concurrency.split(",")),
+            requests_per_worker=requests_per_worker,
+            repeat=repeat,
+            prompt_tokens=prompt_tokens,
+            output_tokens=output_tokens,
+            seed=seed,
+            scripts=HERE,
+            work=Path(work),
+            progress=say,
+        )
+        if check_only:
+            check(setup, chosen)
+            return
+        found = measure_all(setup, chosen, chosen_modes, out)
+    print_session(found)
+    if plot is not None:
+        report.plot(found.results, plot)
+
+
+def measure_all(
+    setup: Setup, peers: Sequence[Peer], modes: Sequence[str], out: Path | None
+) -> Session:
+    """Every round over every peer; `out` is rewritten after each, so a broken session is kept."""
+    started = provenance.now()
+    points: dict[tuple[str, str], list[Point]] = {
+        (peer.name, mode): [] for mode in modes for peer in peers
+    }
+    for turn in range(setup.repeat):
+        for peer in peers if turn % 2 == 0 else peers[::-1]:
+            for mode, measured in peer.measure(setup, modes, turn).items():
+                points[peer.name, mode] += measured
+        found = session(setup, points, started)
+        if out is not None:
+            report.save(found, out)
+    return found
+
+
+if __name__ == "__main__":
+    typer.run(main)

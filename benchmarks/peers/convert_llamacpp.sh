@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# The base model and its adapters to GGUF in float32, into $PEERS_DIR/gguf (made anew each time).
+# CONVERT_PYTHON needs torch, transformers, safetensors and sentencepiece (default: install_peft's).
+. "$(dirname "$0")/common.sh"
+need_model
+SOURCE="$PEERS_DIR/src/llama_cpp_python-0.3.36/vendor/llama.cpp"
+PY="${CONVERT_PYTHON:-$PEERS_DIR/v-peft/bin/python}"
+GGUF="$PEERS_DIR/gguf"
+export PYTHONPATH="$SOURCE/gguf-py"
+rm -rf "$GGUF.new"
+mkdir -p "$GGUF.new"
+"$PY" "$SOURCE/convert_hf_to_gguf.py" "$BASE_MODEL" --outtype f32 --outfile "$GGUF.new/base.gguf"
+for ((k = 0; k < ADAPTERS; k++)); do
+  "$PY" "$SOURCE/convert_lora_to_gguf.py" "$ADAPTERS_DIR/lora-$k" --base "$BASE_MODEL" \
+    --outtype f32 --outfile "$GGUF.new/lora-$k.gguf"
+done
+rm -rf "$GGUF"
+mv "$GGUF.new" "$GGUF"

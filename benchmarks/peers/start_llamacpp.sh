@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# llama-server. A request picks adapters with "lora": [{"id": K, "scale": 1.0}]; ADAPTERS=0: none.
+. "$(dirname "$0")/common.sh"
+need_model
+GGUF="$PEERS_DIR/gguf"
+lora=()
+if [ "$ADAPTERS" -gt 0 ]; then
+  files="$GGUF/lora-0.gguf"
+  for ((k = 1; k < ADAPTERS; k++)); do files+=",$GGUF/lora-$k.gguf"; done
+  lora=(--lora "$files" --lora-init-without-apply)
+fi
+exec "$PEERS_DIR/llama-build/bin/llama-server" -m "$GGUF/base.gguf" --alias base \
+  --host 127.0.0.1 --port "$PORT" --threads "$THREADS" --threads-batch "$THREADS" \
+  --parallel "$SEQUENCES" --ctx-size "$((SEQUENCES * 1024))" --cache-ram 0 --no-webui "${lora[@]}"

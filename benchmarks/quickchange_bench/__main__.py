@@ -1,0 +1,5 @@
+"""`python -m quickchange_bench serving …`"""
+
+from quickchange_bench.cli import main
+
+main()

@@ -1,0 +1,263 @@
+"""`quickchange bench …`: the commands that measure."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, cast
+
+import typer
+
+from quickchange_bench import provenance, report
+from quickchange_bench.client import DIALECT_NAMES, Client, DialectName, Target, check_url
+from quickchange_bench.overhead import OverheadOptions, measure_overhead, overhead_table
+from quickchange_bench.popularity import POPULARITIES, Popularity, PopularityName
+from quickchange_bench.results import Load, Point, ServingResult, WorkloadSpec, medians
+from quickchange_bench.scale import ScaleOptions, measure_scale, scale_table
+from quickchange_bench.serving import Plan, run_plan
+from quickchange_bench.workload import Workload, parse_length
+
+app = typer.Typer(
+    help="Measure a server: ours, or any that speaks OpenAI's completions.",
+    no_args_is_help=True,
+)
+Command = TypeVar("Command", bound=Callable[..., None])
+
+
+def _refusals(command: Command) -> Command:
+    """What a benchmark refuses ends the command with its message, without a traceback."""
+
+    @wraps(command)
+    def guarded(*arguments: Any, **options: Any) -> None:
+        try:
+            command(*arguments, **options)
+        except (ValueError, RuntimeError, OSError) as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(2) from error
+
+    return cast(Command, guarded)
+
+
+def parse_loads(concurrency: str, rate: float | None) -> tuple[Load, ...]:
+    """`1,8,16` to closed loops; a rate, where given, to one open loop instead."""
+    if rate is not None:
+        return (Load(rate=rate),)
+    try:
+        return tuple(Load(workers=int(part)) for part in concurrency.split(","))
+    except ValueError as error:
+        raise ValueError(f"--concurrency {concurrency!r}: give numbers, as in 1,8,16") from error
+
+
+def adapter_names(listed: str, prefix: str, count: int) -> tuple[str, ...]:
+    """The adapters by name: those listed, or PREFIX0, PREFIX1, … up to `count`."""
+    if listed and prefix:
+        raise ValueError("give --adapters or --adapter-prefix, not both")
+    if prefix:
+        return tuple(f"{prefix}{k}" for k in range(count))
+    return tuple(name.strip() for name in listed.split(",") if name.strip())
+
+
+def _choice(option: str, value: str, known: tuple[str, ...]) -> str:
+    if value not in known:
+        raise ValueError(f"{option} {value!r} is none of {', '.join(known)}")
+    return value
+
+
+def _print_point(point: Point) -> None:
+    s = point.summary
+    typer.echo(
+        f"round {point.round + 1}, {point.load.name}: {s.tokens_per_second:.1f} tok/s, "
+        f"first token {report.number(s.ttft_p50, 0, report.MILLI)} ms, {s.errors} errors",
+        err=True,
+    )
+    for message in s.first_errors:
+        typer.echo(f"  {message}", err=True)
+
+
+@app.command()
+@_refusals
+def serving(
+    url: Annotated[str, typer.Option(help="Where the server answers.")] = "http://127.0.0.1:8000",
+    model: Annotated[str, typer.Option(help="The base model's name there.")] = "base",
+    adapters: Annotated[str, typer.Option(help="Adapter names, with commas.")] = "",
+    adapter_prefix: Annotated[str, typer.Option(help="Or their names' common beginning …")] = "",
+    adapter_count: Annotated[int, typer.Option(min=1, help="… before 0, 1, 2, …")] = 8,
+    popularity: Annotated[str, typer.Option(help=", ".join(POPULARITIES))] = "distinct",
+    concurrency: Annotated[str, typer.Option(help="Closed loops of so many workers.")] = "1,8,16",
+    rate: Annotated[
+        float | None, typer.Option(help="Open loop instead: Poisson arrivals a second.")
+    ] = None,
+    requests: Annotated[
+        int | None, typer.Option(help="Requests a round (default: two a worker, at least 4).")
+    ] = None,
+    prompt_tokens: Annotated[
+        str, typer.Option(help="N, uniform:LOW:HIGH or lognormal:MEDIAN:SIGMA.")
+    ] = "64",
+    output_tokens: Annotated[str, typer.Option(help="Likewise.")] = "64",
+    seed: Annotated[int, typer.Option(help="Of prompts, lengths, adapters and arrivals.")] = 0,
+    repeat: Annotated[int, typer.Option(min=1, help="Rounds; medians are reported.")] = 3,
+    warmup: Annotated[int, typer.Option(min=0, help="Short requests before each round.")] = 8,
+    dialect: Annotated[str, typer.Option(help=", ".join(DIALECT_NAMES))] = "openai",
+    pid: Annotated[
+        int | None, typer.Option(help="The server's process: adds its CPU time and memory.")
+    ] = None,
+    label: Annotated[str, typer.Option(help="This result's name in tables.")] = "quickchange",
+    out: Annotated[Path | None, typer.Option(help="Write the result here, as JSON.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw it here, as PNG.")] = None,
+    allow_remote: Annotated[
+        bool, typer.Option("--allow-remote", help="Load a server that isn't on this machine.")
+    ] = False,
+) -> None:
+    """Throughput and latency of a running server. Without adapters: of its base model."""
+    target = Target(model, adapter_names(adapters, adapter_prefix, adapter_count))
+    drawn = _choice("--popularity", popularity, POPULARITIES)
+    chosen = (
+        Popularity(cast(PopularityName, drawn), len(target.adapters), seed)
+        if target.adapters
+        else None
+    )
+    plan = Plan(
+        workload=Workload(parse_length(prompt_tokens), parse_length(output_tokens), chosen, seed),
+        loads=parse_loads(concurrency, rate),
+        repeat=repeat,
+        requests=requests,
+        warmup=warmup,
+    )
+    checked = check_url(url, allow_remote=allow_remote)
+    tongue = cast(DialectName, _choice("--dialect", dialect, DIALECT_NAMES))
+    started = provenance.now()
+    points = asyncio.run(_serve_plan(checked, target, tongue, plan, pid))
+    result = ServingResult(
+        label=label,
+        model=model,
+        dialect=tongue,
+        workload=WorkloadSpec(
+            adapters=len(target.adapters),
+            popularity=None if chosen is None else chosen.name,
+            prompt_tokens=prompt_tokens,
+            output_tokens=output_tokens,
+            requests_per_worker=None if requests is not None else plan.requests_per_worker,
+            requests=requests,
+            warmup=warmup,
+            repeat=repeat,
+            seed=seed,
+        ),
+        machine=provenance.machine(),
+        commit=provenance.commit(),
+        command=provenance.command(),
+        started=started,
+        points=tuple(points),
+        medians=medians(points),
+    )
+    typer.echo(report.describe(result))
+    typer.echo()
+    typer.echo(report.serving_table(result))
+    if out is not None:
+        report.save(result, out)
+    if plot is not None:
+        report.plot([result], plot)
+    if all(point.summary.errors == point.summary.requests for point in points):
+        typer.echo("error: every request failed", err=True)
+        raise typer.Exit(1)
+
+
+async def _serve_plan(
+    url: str, target: Target, dialect: DialectName, plan: Plan, pid: int | None
+) -> list[Point]:
+    # an open loop keeps as many in flight as it must
+    connections = max([load.workers or 1024 for load in plan.loads])
+    async with Client(url, target, dialect, connections=connections) as client:
+        return await run_plan(client, plan, pid=pid, progress=_print_point)
+
+
+@app.command()
+@_refusals
+def compare(
+    files: Annotated[list[Path], typer.Argument(help="Results of `bench serving`.")],
+    metric: Annotated[str, typer.Option(help="Which figure.")] = "tokens_per_second",
+    plot: Annotated[Path | None, typer.Option(help="Draw all of them here, as PNG.")] = None,
+) -> None:
+    """Results side by side, and the first one's ratio to each other."""
+    results = [report.load_serving(path) for path in files]
+    typer.echo(report.comparison(results, metric))
+    if plot is not None:
+        report.plot(results, plot)
+
+
+@app.command("overhead")
+@_refusals
+def overhead_command(
+    model: Annotated[Path, typer.Option(help="Base model: a folder in transformers' layout.")],
+    concurrency: Annotated[str, typer.Option(help="Closed loops of so many workers.")] = "1,8,16",
+    repeat: Annotated[int, typer.Option(min=2, help="Pairs of rounds at each load.")] = 7,
+    prompt_tokens: Annotated[str, typer.Option(help="As in `serving`.")] = "64",
+    output_tokens: Annotated[str, typer.Option(help="As in `serving`.")] = "64",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="Of the base model.")] = "float32",
+    seed: Annotated[int, typer.Option(help="Of prompts.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Write the result here, as JSON.")] = None,
+) -> None:
+    """What the adapter machinery costs requests that use none: on against off, by turns."""
+    options = OverheadOptions(
+        model=model,
+        loads=parse_loads(concurrency, None),
+        repeat=repeat,
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
+        device=device,
+        dtype=dtype,
+        seed=seed,
+    )
+    result = measure_overhead(options, lambda text: typer.echo(text, err=True))
+    typer.echo(overhead_table(result))
+    if out is not None:
+        report.save(result, out)
+
+
+@app.command("adapters-at-scale")
+@_refusals
+def adapters_at_scale(
+    model: Annotated[Path, typer.Option(help="Base model: a folder in transformers' layout.")],
+    adapters: Annotated[int, typer.Option(min=2, help="How many to register.")] = 500,
+    resident: Annotated[int, typer.Option(min=2, help="How many the device budget holds.")] = 32,
+    host_resident: Annotated[int, typer.Option(min=2, help="And the host budget.")] = 64,
+    rank: Annotated[int, typer.Option(min=1, help="Of every adapter.")] = 16,
+    minutes: Annotated[float, typer.Option(min=0.1, help="Measured time.")] = 10.0,
+    phase_seconds: Annotated[float, typer.Option(min=5, help="Of one phase.")] = 60.0,
+    workers: Annotated[int, typer.Option(min=1, help="Background requests at once.")] = 4,
+    steady: Annotated[int, typer.Option(min=1, help="Streams whose gaps are measured.")] = 2,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="Of the base model.")] = "float32",
+    seed: Annotated[int, typer.Option(help="Of adapters, prompts and popularity.")] = 0,
+    work_dir: Annotated[
+        Path | None, typer.Option(help="For the adapters and the store (default: temporary).")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the result here, as JSON.")] = None,
+) -> None:
+    """Many registered adapters, few resident: errors, memory over time, stalls by loads."""
+    options = ScaleOptions(
+        model=model,
+        adapters=adapters,
+        resident=resident,
+        host_resident=host_resident,
+        rank=rank,
+        minutes=minutes,
+        phase_seconds=phase_seconds,
+        workers=workers,
+        steady=steady,
+        device=device,
+        dtype=dtype,
+        seed=seed,
+    )
+    result = measure_scale(options, work_dir, lambda text: typer.echo(text, err=True))
+    typer.echo(scale_table(result))
+    if out is not None:
+        report.save(result, out)
+
+
+def main() -> None:
+    """Entry point of `python -m quickchange_bench`."""
+    sys.exit(app())

@@ -1,0 +1,214 @@
+"""What the adapter machinery costs requests that use no adapter.
+
+Two servers of ours run side by side, one with adapters on (eight of them resident), one started
+with adapters off. Rounds take turns, each pair in the other order than the last, so that a drifting
+machine favours neither; the ratio of each pair is what counts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+from quickchange_bench import ours, provenance
+from quickchange_bench.client import Client, Target
+from quickchange_bench.launch import Running
+from quickchange_bench.random_adapters import AdapterSpec, write_adapters
+from quickchange_bench.report import number, table
+from quickchange_bench.results import SCHEMA_VERSION, Load, Machine, Summary
+from quickchange_bench.serving import Plan, closed_loop, measure
+from quickchange_bench.stats import ratio, spread
+from quickchange_bench.workload import Request, Workload, parse_length
+
+RESIDENT = 8
+
+
+@dataclass(frozen=True, slots=True)
+class OverheadOptions:
+    model: Path
+    loads: tuple[Load, ...]
+    repeat: int = 7
+    requests_per_worker: int = 2
+    prompt_tokens: str = "64"
+    output_tokens: str = "64"
+    device: str = "cpu"
+    dtype: str = "float32"
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One round at one load on both servers."""
+
+    load: Load
+    turn: int
+    on: Summary
+    off: Summary
+
+
+@dataclass(frozen=True, slots=True)
+class Overhead:
+    """On over off at one load: 1 means free. Ratios of each pair's tokens/s and tokens/CPU s."""
+
+    load: Load
+    pairs: int
+    ratio: float
+    lowest: float
+    highest: float
+    cpu_ratio: float | None
+    off_spread: float | None  # of tokens/s with adapters off: what the machine's own noise is
+    errors: int
+
+
+@dataclass(frozen=True, slots=True)
+class OverheadResult:
+    model: str
+    machine: Machine
+    commit: str | None
+    command: str
+    started: str
+    overheads: tuple[Overhead, ...]
+    pairs: tuple[Pair, ...]
+    kind: str = "overhead"
+    version: int = SCHEMA_VERSION
+
+
+def measure_overhead(options: OverheadOptions, say: Callable[[str], None]) -> OverheadResult:
+    """Start both servers, measure, end them. `say` is told what goes on."""
+    started = provenance.now()
+    with TemporaryDirectory(prefix="quickchange-overhead-") as folder, ExitStack() as stack:
+        work = Path(folder)
+        names = [f"lora-{k}" for k in range(RESIDENT)]
+        write_adapters(options.model, work / "adapters", names, AdapterSpec(seed=options.seed))
+        servers = []
+        for name, setting in (("on", "true"), ("off", "false")):
+            server = ours.OwnServer(
+                model=str(options.model),
+                store=work / f"store-{name}",
+                device=options.device,
+                dtype=options.dtype,
+                environment={"QUICKCHANGE_ADAPTERS": setting},
+            )
+            servers.append(stack.enter_context(server.running(work / f"{name}.log")))
+        ours.register(servers[0].url, {name: work / "adapters" / name for name in names})
+        pairs = asyncio.run(_measure(options, servers[0], servers[1], names, say))
+    return OverheadResult(
+        model=options.model.name,
+        machine=provenance.machine(),
+        commit=provenance.commit(),
+        command=provenance.command(),
+        started=started,
+        overheads=summarise_pairs(pairs),
+        pairs=tuple(pairs),
+    )
+
+
+async def _measure(
+    options: OverheadOptions,
+    on: Running,
+    off: Running,
+    names: list[str],
+    say: Callable[[str], None],
+) -> list[Pair]:
+    plan = Plan(
+        workload=Workload(
+            parse_length(options.prompt_tokens),
+            parse_length(options.output_tokens),
+            seed=options.seed,
+        ),
+        loads=options.loads,
+        repeat=options.repeat,
+        requests_per_worker=options.requests_per_worker,
+        warmup=2,
+    )
+    pairs = []
+    async with (
+        Client(on.url, Target(ours.BASE_NAME, tuple(names))) as client_on,
+        Client(off.url, Target(ours.BASE_NAME)) as client_off,
+    ):
+        touch = [Request(k, "Load this adapter", 1, k) for k in range(len(names))]
+        failed = [done.error for done in await closed_loop(client_on, touch, 1) if done.error]
+        if failed:
+            raise RuntimeError(f"making the adapters resident failed: {failed[0]}")
+        for turn in range(plan.repeat):
+            for place, load in enumerate(plan.loads):
+                both = [("on", client_on, on), ("off", client_off, off)]
+                found = {
+                    name: await measure(client, plan, load, turn=turn, place=place, pid=server.pid)
+                    for name, client, server in (both if (turn + place) % 2 == 0 else both[::-1])
+                }
+                pairs.append(Pair(load, turn, on=found["on"], off=found["off"]))
+                say(_describe(pairs[-1]))
+    return pairs
+
+
+def _describe(pair: Pair) -> str:
+    return (
+        f"round {pair.turn + 1}, {pair.load.name}: on {pair.on.tokens_per_second:.1f}, "
+        f"off {pair.off.tokens_per_second:.1f} tok/s"
+    )
+
+
+def summarise_pairs(pairs: list[Pair]) -> tuple[Overhead, ...]:
+    """One entry a load."""
+    found = []
+    for load in dict.fromkeys(pair.load for pair in pairs):
+        own = [pair for pair in pairs if pair.load == load]
+        ratios = [
+            value
+            for pair in own
+            if (value := ratio(pair.on.tokens_per_second, pair.off.tokens_per_second)) is not None
+        ]
+        if not ratios:
+            raise RuntimeError(f"{load.name}: no pair of rounds gave a token: {own[0].off}")
+        cpu_ratios = [
+            value
+            for pair in own
+            if (value := ratio(pair.on.tokens_per_cpu_second, pair.off.tokens_per_cpu_second))
+            is not None
+        ]
+        found.append(
+            Overhead(
+                load=load,
+                pairs=len(ratios),
+                ratio=median(ratios),
+                lowest=min(ratios),
+                highest=max(ratios),
+                cpu_ratio=median(cpu_ratios) if cpu_ratios else None,
+                off_spread=spread([pair.off.tokens_per_second for pair in own]),
+                errors=sum(pair.on.errors + pair.off.errors for pair in own),
+            )
+        )
+    return tuple(found)
+
+
+def overhead_table(result: OverheadResult) -> str:
+    header = (
+        "load",
+        "pairs",
+        "on / off",
+        "lowest",
+        "highest",
+        "by CPU s",
+        "off spread %",
+        "errors",
+    )
+    rows = [
+        [
+            o.load.name,
+            str(o.pairs),
+            number(o.ratio, 3),
+            number(o.lowest, 3),
+            number(o.highest, 3),
+            number(o.cpu_ratio, 3),
+            number(o.off_spread, 1, 100),
+            str(o.errors),
+        ]
+        for o in result.overheads
+    ]
+    return table(header, rows)

@@ -1,0 +1,115 @@
+// What the kernels take, and the table of them that each instruction set fills. No torch here.
+// Every kernel does one part of an operation on the calling thread; bindings.cpp shares the parts
+// out. Pointers and strides are in elements.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+namespace quickchange {
+
+struct bf16 {
+  uint16_t bits;
+};
+
+inline float to_float(float value) { return value; }
+
+inline float to_float(bf16 value) {
+  const uint32_t bits = uint32_t(value.bits) << 16;
+  float out;
+  std::memcpy(&out, &bits, sizeof out);
+  return out;
+}
+
+template <class T>
+inline T from_float(float value);
+
+template <>
+inline float from_float<float>(float value) {
+  return value;
+}
+
+// Round to nearest even; NaN stays NaN.
+template <>
+inline bf16 from_float<bf16>(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  if (value != value) return {0x7fc0};
+  return {uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+}
+
+template <class T>
+struct LinearArgs {
+  const T* x;  // [rows, K]
+  int64_t ldx, rows;
+  const T* w;  // [N, K]
+  int64_t ldw, N, K;
+  const T* bias;  // [N] or null
+  T* y;           // [rows, N]
+};
+
+constexpr int64_t RANKS = 8;  // of a page
+
+// Some rows of one segment through one page of its adapter.
+template <class T>
+struct LowRankItem {
+  const T* a;  // [8, K], or [8, vocabulary]
+  const T* b;  // [8, width]
+  int64_t row, rows;
+  int64_t column, width;
+  const float* shift;  // [8]
+  float scale;
+  float* h;  // [rows, 8]: (A x + shift) · scale, between the two halves
+};
+
+template <class T, class X>
+struct LowRankArgs {
+  const X* x;          // [T, K], or null
+  const int64_t* ids;  // [T] where x is null
+  int64_t ldx, K;
+  X* y;  // [T, N]
+  int64_t ldy;
+  const LowRankItem<T>* items;
+  int64_t count;
+};
+
+constexpr int64_t KEYS_PER_SPLIT = 256;  // a context is cut here whatever the batch: see attention
+
+template <class T>
+struct AttentionArgs {
+  const T* q;  // [T, Hq, D]
+  int64_t q_row, q_head;
+  const T* k;  // [num_blocks, Hkv, block_size, D]
+  const T* v;
+  int64_t block_size, Hkv, group, D;
+  float scale, softcap;
+  int64_t window;
+};
+
+// Some queries of one sequence and one key head over one split of the keys.
+struct AttentionItem {
+  const int32_t* blocks;
+  int64_t first_query;     // its row in q
+  int64_t first_position;  // and in the sequence
+  int64_t queries;
+  int64_t head;        // of keys
+  int64_t begin, end;  // keys
+  float* maximum;      // [queries * group]
+  float* sum;          // [queries * group]
+  float* out;          // [queries * group, D], not yet divided by sum
+};
+
+struct Kernels {
+  const char* name;
+  void (*linear_f32)(const LinearArgs<float>&, int64_t, int64_t);
+  void (*linear_bf16)(const LinearArgs<bf16>&, int64_t, int64_t);
+};
+
+Kernels avx512_kernels();
+Kernels avx2_kernels();
+Kernels baseline_kernels();
+
+}  // namespace quickchange

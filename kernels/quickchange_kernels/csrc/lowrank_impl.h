@@ -1,0 +1,137 @@
+// lowrank_ in two halves. Down: h = (A x + shift) · scale, shared out by items. Up: y += h B, shared
+// out by columns, so that segments over the same rows never meet. See lowrank.py.
+
+// Row r of the A pages of consecutive items, as if they were stacked; those past the end repeat.
+template <class T>
+inline const T* stacked_row(const LowRankItem<T>* items, int64_t count, int64_t r, int64_t K) {
+  return items[std::min(r / RANKS, count - 1)].a + r % RANKS * K;
+}
+
+// `pages` items over the same rows, M rows of x at a time. `count`: items that may be prefetched.
+template <int M, class T, class X>
+inline void down_by(
+    const LowRankArgs<T, X>& a, const LowRankItem<T>* items, int64_t pages, int64_t count) {
+  constexpr int N = rows_with<M>();
+  const LowRankItem<T>& first = items[0];
+  for (int64_t r = 0; r < pages * RANKS; r += N) {
+    const T* w[N + MAX_AHEAD];
+    for (int i = 0; i < N + MAX_AHEAD; i++) w[i] = stacked_row(items, count, r + i, a.K);
+    for (int64_t m = 0; m < first.rows; m += M) {
+      const X* x[M];
+      clamp_rows(x, M, a.x + (first.row + m) * a.ldx, a.ldx, first.rows - m);
+      float sums[W];
+      store(sums, dot_block<M>(w, x, a.K));
+      for (int64_t i = 0; i < std::min<int64_t>(M, first.rows - m); i++)
+        for (int64_t j = r; j < std::min(r + N, pages * RANKS); j++) {
+          const LowRankItem<T>& item = items[j / RANKS];
+          const float ax = sums[i * N + j - r];
+          item.h[(m + i) * RANKS + j % RANKS] = (ax + item.shift[j % RANKS]) * item.scale;
+        }
+    }
+  }
+}
+
+// An embedding's A x is a column of A.
+template <class T, class X>
+inline void down_lookup(const LowRankArgs<T, X>& a, const LowRankItem<T>& item) {
+  for (int64_t m = 0; m < item.rows; m++)
+    for (int64_t j = 0; j < RANKS; j++) {
+      const float ax = to_float(item.a[j * a.K + a.ids[item.row + m]]);
+      item.h[m * RANKS + j] = (ax + item.shift[j]) * item.scale;
+    }
+}
+
+// Items that follow items[0] over the same rows, itself included.
+template <class T>
+inline int64_t same_rows(const LowRankItem<T>* items, int64_t count) {
+  int64_t n = 1;
+  while (n < count && items[n].row == items[0].row && items[n].rows == items[0].rows) n++;
+  return n;
+}
+
+// Items [begin, end).
+template <class T, class X>
+void lowrank_down(const LowRankArgs<T, X>& a, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end;) {
+    const LowRankItem<T>* items = a.items + i;
+    if (a.x == nullptr) {
+      down_lookup(a, *items);
+      i++;
+      continue;
+    }
+    const int64_t pages = same_rows(items, end - i);
+    if (items->rows == 1) down_by<1>(a, items, pages, end - i);
+    else if (items->rows == 2) down_by<2>(a, items, pages, end - i);
+    else down_by<4>(a, items, pages, end - i);
+    i += pages;
+  }
+}
+
+// y[row .. row + R) += h B over columns [column, column + live) of the members' width, for `pages`
+// items at one place; live is V · W, or less where V is 1.
+template <int R, int V, class T, class X>
+inline void up_block(
+    const LowRankArgs<T, X>& a, const LowRankItem<T>* items, int64_t pages, int64_t m,
+    int64_t column, int64_t live) {
+  X* y = a.y + (items->row + m) * a.ldy + items->column + column;
+  const bool whole = live == V * W;
+  vec acc[R][V];
+  for (int i = 0; i < R; i++)
+    for (int v = 0; v < V; v++)
+      acc[i][v] = whole ? load(y + i * a.ldy + v * W) : load_first(y + i * a.ldy, live);
+  for (int64_t p = 0; p < pages; p++) {
+    const float* h = items[p].h + m * RANKS;
+    for (int64_t j = 0; j < RANKS; j++) {
+      const T* b = items[p].b + j * items[p].width + column;
+      vec row[V];
+      for (int v = 0; v < V; v++) row[v] = whole ? load(b + v * W) : load_first(b, live);
+      for (int i = 0; i < R; i++)
+        for (int v = 0; v < V; v++) acc[i][v] += splat(h[i * RANKS + j]) * row[v];
+    }
+  }
+  for (int i = 0; i < R; i++)
+    for (int v = 0; v < V; v++) {
+      if (whole) store(y + i * a.ldy + v * W, acc[i][v]);
+      else store_first(y + i * a.ldy, acc[i][v], live);
+    }
+}
+
+// The items' rows over columns [begin, end) of their member, R rows and V vectors at a time.
+template <int R, int V, class T, class X>
+inline void up_by(
+    const LowRankArgs<T, X>& a, const LowRankItem<T>* items, int64_t pages, int64_t first,
+    int64_t begin, int64_t end) {
+  for (int64_t m = first; m + R <= items->rows; m += R) {
+    int64_t c = begin;
+    for (; c + V * W <= end; c += V * W) up_block<R, V>(a, items, pages, m, c, V * W);
+    for (; c < end; c += W) up_block<R, 1>(a, items, pages, m, c, std::min(W, end - c));
+  }
+}
+
+// Items that follow items[0] over the same rows and columns, itself included: summed in one go, so
+// that a narrow output is rounded once.
+template <class T>
+inline int64_t same_place(const LowRankItem<T>* items, int64_t count) {
+  int64_t n = 1;
+  while (n < same_rows(items, count) && items[n].column == items[0].column &&
+         items[n].width == items[0].width)
+    n++;
+  return n;
+}
+
+// Columns [begin, end) of y.
+template <class T, class X>
+void lowrank_up(const LowRankArgs<T, X>& a, int64_t begin, int64_t end) {
+  for (int64_t i = 0; i < a.count;) {
+    const LowRankItem<T>* items = a.items + i;
+    const int64_t pages = same_place(items, a.count - i);
+    const int64_t from = std::max<int64_t>(begin - items->column, 0);
+    const int64_t to = std::min(end - items->column, items->width);
+    if (from < to) {
+      const int64_t fours = items->rows / 4 * 4;
+      up_by<4, 2>(a, items, pages, 0, from, to);
+      up_by<1, 4>(a, items, pages, fours, from, to);
+    }
+    i += pages;
+  }
+}

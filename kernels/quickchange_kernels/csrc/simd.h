@@ -1,0 +1,84 @@
+// Vectors of QC_WIDTH floats in the compilers' portable vector extension, and what the kernels need
+// of them. Included once per instruction set, inside that set's namespace and target pragma.
+// Whatever the width, an element's sum over k runs lane by lane in steps of QC_WIDTH and ends in
+// one tree, so that a result depends on the instruction set and the length alone.
+
+typedef float vec __attribute__((vector_size(QC_WIDTH * 4)));
+typedef float vec_unaligned __attribute__((vector_size(QC_WIDTH * 4), aligned(4), may_alias));
+typedef uint32_t bits32 __attribute__((vector_size(QC_WIDTH * 4)));
+typedef uint16_t bits16 __attribute__((vector_size(QC_WIDTH * 2)));
+typedef uint16_t bits16_unaligned __attribute__((vector_size(QC_WIDTH * 2), aligned(2), may_alias));
+
+constexpr int64_t W = QC_WIDTH;
+
+inline vec load(const float* p) { return *reinterpret_cast<const vec_unaligned*>(p); }
+
+inline vec load(const bf16* p) {
+  const bits16 raw = *reinterpret_cast<const bits16_unaligned*>(p);
+  return reinterpret_cast<vec>(__builtin_convertvector(raw, bits32) << 16);
+}
+
+// The first n of W elements; zero in the other lanes.
+template <class T>
+inline vec load_first(const T* p, int64_t n) {
+  T buffer[W] = {};
+  std::memcpy(buffer, p, n * sizeof(T));
+  return load(buffer);
+}
+
+inline void store(float* p, vec v) { *reinterpret_cast<vec_unaligned*>(p) = v; }
+
+// Round to nearest even; NaN stays NaN.
+inline void store(bf16* p, vec v) {
+  const bits32 raw = reinterpret_cast<bits32>(v);
+  const bits32 rounded = (raw + 0x7fff + ((raw >> 16) & 1)) >> 16;
+  const bits32 nan = reinterpret_cast<bits32>(v != v);
+  const bits32 chosen = (rounded & ~nan) | (0x7fc0 & nan);
+  *reinterpret_cast<bits16_unaligned*>(p) = __builtin_convertvector(chosen, bits16);
+}
+
+template <class T>
+inline void store_first(T* p, vec v, int64_t n) {
+  T buffer[W];
+  store(buffer, v);
+  std::memcpy(p, buffer, n * sizeof(T));
+}
+
+inline vec splat(float value) { return value - vec{}; }
+
+// Sums the W lanes of each of W vectors: lane i of the result is the sum of v[i]. log2(W) rounds;
+// each round adds the halves of every vector and packs two vectors in one. Clobbers v.
+#if QC_WIDTH == 16
+inline vec sum_lanes(vec* v) {
+  for (int i = 0; i < 8; i++)
+    v[i] = __builtin_shufflevector(v[i], v[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+           __builtin_shufflevector(v[i], v[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  for (int i = 0; i < 4; i++)
+    v[i] = __builtin_shufflevector(v[i], v[i + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
+           __builtin_shufflevector(v[i], v[i + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+  for (int i = 0; i < 2; i++)
+    v[i] = __builtin_shufflevector(v[i], v[i + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+           __builtin_shufflevector(v[i], v[i + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  return __builtin_shufflevector(v[0], v[1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
+         __builtin_shufflevector(v[0], v[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+}
+#elif QC_WIDTH == 8
+inline vec sum_lanes(vec* v) {
+  for (int i = 0; i < 4; i++)
+    v[i] = __builtin_shufflevector(v[i], v[i + 4], 0, 1, 2, 3, 8, 9, 10, 11) +
+           __builtin_shufflevector(v[i], v[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  for (int i = 0; i < 2; i++)
+    v[i] = __builtin_shufflevector(v[i], v[i + 2], 0, 1, 8, 9, 4, 5, 12, 13) +
+           __builtin_shufflevector(v[i], v[i + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+  return __builtin_shufflevector(v[0], v[1], 0, 8, 2, 10, 4, 12, 6, 14) +
+         __builtin_shufflevector(v[0], v[1], 1, 9, 3, 11, 5, 13, 7, 15);
+}
+#else
+inline vec sum_lanes(vec* v) {
+  for (int i = 0; i < 2; i++)
+    v[i] = __builtin_shufflevector(v[i], v[i + 2], 0, 1, 4, 5) +
+           __builtin_shufflevector(v[i], v[i + 2], 2, 3, 6, 7);
+  return __builtin_shufflevector(v[0], v[1], 0, 4, 2, 6) +
+         __builtin_shufflevector(v[0], v[1], 1, 5, 3, 7);
+}
+#endif

@@ -1,0 +1,203 @@
+"""An adapter as the host tier keeps it: pages ready to be copied to the device.
+
+A page is 8 ranks of one module's update: A [8, in], then B [8, width] transposed so that row j is
+rank j's output vector, each part rounded up to 64 bytes. The last page of an update is padded with
+zeros. A bias is a page of its own with scale 1: A is zero, shift 1 in its first rank, B's first row
+is the bias, exactly as it was trained (folding it into a free rank would divide it by the scale).
+
+Built beside decoding, so the work is cut in pieces that stay below torch's threshold for entering a
+parallel region, where they would fight the engine's threads for its cores. Knows nothing of slots,
+of budgets or of threads.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from quickchange_kernels.lowrank import A_ALIGNMENT, RANKS_PER_PAGE
+from quickchange_server.adapters.layout import Member, ModuleGroup
+from quickchange_server.errors import AdapterFailedError
+from quickchange_store.canonical import CanonicalAdapter, LowRankUpdate
+
+PIECE = 32_768  # elements of one copy: torch uses several threads above this
+
+
+def _no_pause() -> None:
+    """Between two pieces, when nothing else needs the processor."""
+
+
+@dataclass(frozen=True, slots=True)
+class PageShape:
+    """What a page of one module's update looks like. Offsets and sizes in elements."""
+
+    group: int
+    features: int  # the module's inputs, an embedding's vocabulary
+    column: int
+    width: int
+    b_offset: int  # of B within the page
+    elements: int  # of the page, 64-byte aligned
+
+
+def page_shapes(groups: Sequence[ModuleGroup], dtype: torch.dtype) -> dict[str, PageShape]:
+    """The page shape of every module that an adapter may update, by module path."""
+    return {
+        member.path: _page_shape(group, member, dtype)
+        for group in groups
+        for member in group.members
+    }
+
+
+def _page_shape(group: ModuleGroup, member: Member, dtype: torch.dtype) -> PageShape:
+    b_offset = _aligned(RANKS_PER_PAGE * group.in_features, dtype)
+    return PageShape(
+        group=group.index,
+        features=group.in_features,
+        column=member.column,
+        width=member.width,
+        b_offset=b_offset,
+        elements=b_offset + _aligned(RANKS_PER_PAGE * member.width, dtype),
+    )
+
+
+def _aligned(elements: int, dtype: torch.dtype) -> int:
+    unit = A_ALIGNMENT // dtype.itemsize
+    return -(-elements // unit) * unit
+
+
+@dataclass(frozen=True)
+class AdapterImage:
+    """All pages of one adapter in one host tensor, and the tables that describe them.
+
+    Pages are numbered by module group; in `data`, pages of one size lie side by side, so that a
+    run of free pages on the device takes one copy.
+    """
+
+    data: Tensor  # [E] the arena's dtype; pinned where the device is CUDA
+    start: npt.NDArray[np.int64]  # [P] of the page in `data`
+    elements: npt.NDArray[np.int64]  # [P] of the page
+    group: npt.NDArray[np.int64]  # [P] ascending
+    b_offset: npt.NDArray[np.int64]  # [P] of B within the page
+    column: npt.NDArray[np.int64]  # [P]
+    width: npt.NDArray[np.int64]  # [P]
+    scale: npt.NDArray[np.float32]  # [P]
+    shift: npt.NDArray[np.float32]  # [P, 8]
+
+    @property
+    def pages(self) -> int:
+        return int(self.start.size)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pages, the same on the host and on the device."""
+        return self.data.numel() * self.data.element_size()
+
+    @property
+    def demand(self) -> Mapping[int, int]:
+        """Number of pages by page size in elements."""
+        return Counter(self.elements.tolist())
+
+
+@dataclass(frozen=True, slots=True)
+class _Page:
+    """Ranks [first, first + 8) of an update, or its bias where `update` has no such rank."""
+
+    shape: PageShape
+    update: LowRankUpdate
+    first: int
+
+    @property
+    def is_bias(self) -> bool:
+        return self.first >= self.update.rank
+
+
+def build_image(
+    adapter: CanonicalAdapter,
+    shapes: Mapping[str, PageShape],
+    dtype: torch.dtype,
+    *,
+    pin_memory: bool = False,
+    pause: Callable[[], None] = _no_pause,
+) -> AdapterImage:
+    """Lay out and convert an adapter's updates. `pause` is called between pieces of work.
+
+    Raises AdapterFailedError for a module that the model does not have, or of other shapes.
+    """
+    pages = _list_pages(adapter, shapes)
+    elements = np.array([page.shape.elements for page in pages], dtype=np.int64)
+    order = np.argsort(elements, kind="stable")
+    start = np.empty_like(elements)
+    start[order] = np.cumsum(elements[order]) - elements[order]
+    data = torch.zeros(int(elements.sum()), dtype=dtype, pin_memory=pin_memory)
+    for page, begin in zip(pages, start.tolist(), strict=True):
+        _fill(data[begin : begin + page.shape.elements], page, pause)
+    biases = np.array([page.is_bias for page in pages], dtype=bool)
+    scales = [1.0 if page.is_bias else page.update.scale for page in pages]
+    shift = np.zeros((len(pages), RANKS_PER_PAGE), dtype=np.float32)
+    shift[biases, 0] = 1.0
+    return AdapterImage(
+        data=data,
+        start=start,
+        elements=elements,
+        group=np.array([page.shape.group for page in pages], dtype=np.int64),
+        b_offset=np.array([page.shape.b_offset for page in pages], dtype=np.int64),
+        column=np.array([page.shape.column for page in pages], dtype=np.int64),
+        width=np.array([page.shape.width for page in pages], dtype=np.int64),
+        scale=np.array(scales, dtype=np.float32),
+        shift=shift,
+    )
+
+
+def _list_pages(adapter: CanonicalAdapter, shapes: Mapping[str, PageShape]) -> list[_Page]:
+    pages: list[_Page] = []
+    for path, update in adapter.updates.items():
+        shape = shapes.get(path)
+        if shape is None:
+            raise AdapterFailedError(
+                f"{path}: the served model has no such module; add the adapter again with the "
+                "base model that it was trained on"
+            )
+        _check_shapes(path, update, shape)
+        pages += [_Page(shape, update, first) for first in range(0, update.rank, RANKS_PER_PAGE)]
+        if update.bias is not None:
+            pages.append(_Page(shape, update, update.rank))
+    pages.sort(key=lambda page: page.shape.group)
+    return pages
+
+
+def _check_shapes(path: str, update: LowRankUpdate, shape: PageShape) -> None:
+    found = (update.a.shape[1], update.b.shape[0])
+    if found != (shape.features, shape.width):
+        raise AdapterFailedError(
+            f"{path}: the update maps {found[0]} to {found[1]} features, the served model's module "
+            f"{shape.features} to {shape.width}; add the adapter again with its own base model"
+        )
+
+
+def _fill(target: Tensor, page: _Page, pause: Callable[[], None]) -> None:
+    """Copy one page's ranks to `target` [elements], which is zero."""
+    shape, update = page.shape, page.update
+    b = target[shape.b_offset : shape.b_offset + RANKS_PER_PAGE * shape.width]
+    b = b.view(RANKS_PER_PAGE, shape.width)
+    if page.is_bias and update.bias is not None:
+        _copy(b[:1], update.bias[None], pause)
+        return
+    last = min(page.first + RANKS_PER_PAGE, update.rank)
+    count = last - page.first
+    a = target[: RANKS_PER_PAGE * shape.features].view(RANKS_PER_PAGE, shape.features)
+    _copy(a[:count], update.a[page.first : last], pause)
+    _copy(b[:count], update.b[:, page.first : last].T, pause)
+
+
+def _copy(target: Tensor, source: Tensor, pause: Callable[[], None]) -> None:
+    """target [n, m] = source [n, m], n at most 8, in pieces."""
+    step = PIECE // target.shape[0]
+    for begin in range(0, target.shape[1], step):
+        target[:, begin : begin + step].copy_(source[:, begin : begin + step])
+        pause()

@@ -1,0 +1,71 @@
+"""One thread that does the slow part of moving adapters, in the order in which it is asked.
+
+Knows nothing of adapters: it runs functions and hands back what became of them.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Done(Generic[T]):
+    """What became of a job: its result, or the error that it raised."""
+
+    tag: str
+    result: T | None
+    error: Exception | None
+    seconds: float
+
+
+class Loader(Generic[T]):
+    """Jobs in, results out. `on_done` is called on the loader's thread after each job."""
+
+    def __init__(self, on_done: Callable[[], None]) -> None:
+        self._on_done = on_done
+        self._jobs: SimpleQueue[tuple[str, Callable[[], T]] | None] = SimpleQueue()
+        self._done: SimpleQueue[Done[T]] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="adapter-loader", daemon=True)
+        self._thread.start()
+
+    def submit(self, tag: str, job: Callable[[], T]) -> None:
+        self._jobs.put((tag, job))
+
+    def finished(self) -> list[Done[T]]:
+        """The jobs that ended since the last call, in order."""
+        done: list[Done[T]] = []
+        while True:
+            try:
+                done.append(self._done.get_nowait())
+            except Empty:
+                return done
+
+    def close(self) -> None:
+        """Wait for the job that runs, drop those behind it, and end the thread."""
+        try:
+            while True:
+                self._jobs.get_nowait()
+        except Empty:
+            self._jobs.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            self._done.put(self._one(*job))
+            del job  # with it goes what the job holds: an adapter's tensors
+            self._on_done()
+
+    def _one(self, tag: str, job: Callable[[], T]) -> Done[T]:
+        started = time.monotonic()
+        try:
+            result = job()
+        except Exception as error:  # whatever an adapter's files provoke is that adapter's failure
+            return Done(tag, None, error, time.monotonic() - started)
+        return Done(tag, result, None, time.monotonic() - started)

@@ -1,0 +1,254 @@
+"""Device memory of the adapters, counted in ranks: one arena of pages and the tables over it.
+
+A page is 8 ranks of one module's update (image.py), so rank 8 pays for 8 and rank 64 for 64, and a
+byte budget, not a number of slots, says how many adapters are resident. A slot is an adapter's row
+in the tables' directory.
+
+Everything but `write` runs on the engine's thread, between steps. A table that has to grow is
+replaced, so that a running step that holds the old tables keeps valid data; otherwise rows change
+in place, which no running step reads: those of slots that no batch refers to. `write` fills arena
+pages only. Knows nothing of names, requests or eviction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from quickchange_kernels.lowrank import RANKS_PER_PAGE, LowRankTables
+from quickchange_server.adapters.image import PIECE, AdapterImage, page_shapes
+from quickchange_server.adapters.layout import ModuleGroup
+from quickchange_server.adapters.slabs import Grant, RunAllocator, SlabAllocator, slab_size
+from quickchange_server.errors import AdapterFailedError
+
+SETTING = "adapter_device_bytes"
+_SLAB_BYTES = 1 << 20
+_FIRST_SLOTS = 8
+_FIRST_ROWS = 1024
+
+
+def _no_pause() -> None:
+    """Between two copies, when nothing else needs the processor."""
+
+
+@dataclass(frozen=True)
+class _Holding:
+    """What one slot holds."""
+
+    grant: Grant  # its pages of the arena, in elements
+    offsets: npt.NDArray[np.int64]  # [P] the same, in the image's order
+    rows: tuple[int, int]  # of the page table: [begin, end)
+    ranges: npt.NDArray[np.int32]  # [groups, 2] its row of the directory, once published
+
+
+class DevicePool:
+    """Owner of the arena and its tables."""
+
+    def __init__(
+        self,
+        groups: Sequence[ModuleGroup],
+        budget_bytes: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """Take `budget_bytes` of device memory at once.
+
+        Raises ValueError, naming the setting, if not even one page of each module fits in it.
+        """
+        sizes = {shape.elements for shape in page_shapes(groups, dtype).values()}
+        self.budget_bytes = budget_bytes
+        self.dtype = dtype
+        self.device = device
+        span = budget_bytes // dtype.itemsize
+        if not sizes or span < max(sizes):
+            raise ValueError(
+                f"{SETTING} ({budget_bytes} bytes) is less than one page of 8 ranks of the model's "
+                f"largest module ({max(sizes, default=0) * dtype.itemsize} bytes): raise it"
+            )
+        self._groups = len(groups)
+        self._space = SlabAllocator(span, slab_size(sizes, span, _SLAB_BYTES // dtype.itemsize))
+        self._slots = RunAllocator(_FIRST_SLOTS)
+        self._rows = RunAllocator(_FIRST_ROWS)
+        self._holdings: dict[int, _Holding] = {}
+        self._tables = LowRankTables(
+            arena=torch.zeros(span, dtype=dtype, device=device),
+            directory=self._zeros(torch.int32, _FIRST_SLOTS, self._groups, 2),
+            pages=self._zeros(torch.int64, _FIRST_ROWS, 4),
+            page_scale=self._zeros(torch.float32, _FIRST_ROWS),
+            page_shift=self._zeros(torch.float32, _FIRST_ROWS, RANKS_PER_PAGE),
+        )
+
+    @property
+    def tables(self) -> LowRankTables:
+        """For the coming step. A slot's row is empty until `publish`."""
+        return self._tables
+
+    @property
+    def slots(self) -> list[int]:
+        """The slots in use, ascending."""
+        return sorted(self._holdings)
+
+    @property
+    def used_bytes(self) -> int:
+        return self._space.used * self.dtype.itemsize
+
+    def bytes_for(self, image: AdapterImage) -> int:
+        """Device bytes that the image takes."""
+        return image.nbytes
+
+    def fits(self, demand: Mapping[int, int], kept_slots: Iterable[int]) -> bool:
+        """Whether `demand` (images' demands, added) has room beside the kept slots alone."""
+        return self._space.fits(demand, [self._holdings[slot].grant for slot in kept_slots])
+
+    def allocate(self, image: AdapterImage) -> int | None:
+        """A slot with room for the image, nothing of it visible yet; None if there is no room now.
+
+        Raises AdapterFailedError, with both figures, for an image larger than the whole budget.
+        """
+        demand = image.demand
+        if not self.fits(demand, ()):
+            raise AdapterFailedError(too_large(image.nbytes, self.budget_bytes))
+        grant = self._space.allocate(demand)
+        if grant is None:
+            return None
+        slot, begin = self._slots.allocate(1), self._rows.allocate(image.pages)
+        self._grow()
+        rows, ranges = (begin, begin + image.pages), self._ranges(image, begin)
+        holding = _Holding(grant, _in_image_order(image, grant), rows, ranges)
+        self._holdings[slot] = holding
+        self._describe_pages(image, holding)
+        return slot
+
+    def write(self, slot: int, image: AdapterImage, pause: Callable[[], None] = _no_pause) -> None:
+        """Copy the image to the slot's pages and wait until it is there. On any thread."""
+        offsets = self._holdings[slot].offsets
+        if self.device.type != "cuda":
+            self._copy_pages(image, offsets, pause)
+            return
+        with torch.cuda.device(self.device):
+            stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+            with torch.cuda.stream(stream):
+                self._copy_pages(image, offsets, pause)
+            stream.synchronize()
+
+    def publish(self, slot: int) -> None:
+        """Make a written slot visible to the steps from now on."""
+        ranges = torch.from_numpy(self._holdings[slot].ranges)
+        self._tables.directory[slot].copy_(ranges)
+
+    def free(self, slot: int) -> None:
+        """Give the slot and its pages back. No later step may refer to it."""
+        holding = self._holdings.pop(slot)
+        self._tables.directory[slot].zero_()
+        begin, end = holding.rows
+        self._rows.free(begin, end - begin)
+        self._slots.free(slot, 1)
+        self._space.free(holding.grant)
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError if pages or rows are shared or lost, or the directory is wrong."""
+        self._space.check_integrity(holding.grant for holding in self._holdings.values())
+        self._slots.check_integrity((slot, slot + 1) for slot in self._holdings)
+        self._rows.check_integrity(holding.rows for holding in self._holdings.values())
+        held = sum(h.offsets.size for h in self._holdings.values())
+        assert held == len({int(o) for h in self._holdings.values() for o in h.offsets})
+        assert self.used_bytes <= self.budget_bytes, "over the budget"
+        directory = self._tables.directory.cpu()
+        for slot in range(self._slots.capacity):
+            row, holding = directory[slot], self._holdings.get(slot)
+            if holding is None:
+                assert not row.any(), "a free slot is visible"
+            elif row.any():
+                assert np.array_equal(row.numpy(), holding.ranges), "a slot's row is wrong"
+
+    def _zeros(self, dtype: torch.dtype, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=self.device)
+
+    def _grow(self) -> None:
+        """Replace the tables that are smaller than their allocators' capacity."""
+        tables, slots, rows = self._tables, self._slots.capacity, self._rows.capacity
+        if tables.directory.shape[0] < slots:
+            tables = replace(tables, directory=_enlarged(tables.directory, slots))
+        if tables.pages.shape[0] < rows:
+            tables = replace(
+                tables,
+                pages=_enlarged(tables.pages, rows),
+                page_scale=_enlarged(tables.page_scale, rows),
+                page_shift=_enlarged(tables.page_shift, rows),
+            )
+        self._tables = tables
+
+    def _ranges(self, image: AdapterImage, begin: int) -> npt.NDArray[np.int32]:
+        """The slot's row of the directory: [groups, 2], (0, 0) where there is no update."""
+        groups = np.arange(self._groups)
+        first = np.searchsorted(image.group, groups, side="left")
+        last = np.searchsorted(image.group, groups, side="right")
+        ranges = np.stack([first, last], axis=1) + begin
+        ranges[first == last] = 0
+        return ranges.astype(np.int32)
+
+    def _describe_pages(self, image: AdapterImage, holding: _Holding) -> None:
+        begin, end = holding.rows
+        b_offsets = holding.offsets + image.b_offset
+        pages = np.stack([holding.offsets, b_offsets, image.column, image.width], axis=1)
+        self._tables.pages[begin:end].copy_(torch.from_numpy(pages))
+        self._tables.page_scale[begin:end].copy_(torch.from_numpy(image.scale))
+        self._tables.page_shift[begin:end].copy_(torch.from_numpy(image.shift))
+
+    def _copy_pages(
+        self, image: AdapterImage, offsets: npt.NDArray[np.int64], pause: Callable[[], None]
+    ) -> None:
+        arena = self._tables.arena
+        for target, source, length in _runs(offsets, image):
+            # pieces that no parallel region is entered for: the engine needs its threads
+            step = length if self.device.type == "cuda" else PIECE
+            for begin in range(0, length, step):
+                count = min(step, length - begin)
+                piece = image.data[source + begin : source + begin + count]
+                at = target + begin
+                arena[at : at + count].copy_(piece, non_blocking=True)
+                pause()
+
+
+def too_large(needed: int, budget: int) -> str:
+    """Why adapters of `needed` bytes can never be on the device together, and what to do."""
+    return (
+        f"needs {needed} bytes of device memory, more than a budget of {budget} bytes has room for "
+        f"(setting {SETTING}): raise it, or use adapters of lower rank or on fewer modules"
+    )
+
+
+def _enlarged(table: Tensor, rows: int) -> Tensor:
+    larger = torch.zeros((rows, *table.shape[1:]), dtype=table.dtype, device=table.device)
+    larger[: table.shape[0]] = table
+    return larger
+
+
+def _in_image_order(image: AdapterImage, grant: Grant) -> npt.NDArray[np.int64]:
+    """The arena offset of each page of the image."""
+    offsets = np.empty(image.pages, dtype=np.int64)
+    for size, places in grant.pages.items():
+        offsets[image.elements == size] = places
+    return offsets
+
+
+def _runs(offsets: npt.NDArray[np.int64], image: AdapterImage) -> list[tuple[int, int, int]]:
+    """(offset in the arena, offset in the image, length): neighbours in both are one copy."""
+    runs: list[tuple[int, int, int]] = []
+    order = np.argsort(image.start)
+    for target, source, length in zip(
+        offsets[order].tolist(),
+        image.start[order].tolist(),
+        image.elements[order].tolist(),
+        strict=True,
+    ):
+        if runs and runs[-1][0] + runs[-1][2] == target and runs[-1][1] + runs[-1][2] == source:
+            runs[-1] = (runs[-1][0], runs[-1][1], runs[-1][2] + length)
+        else:
+            runs.append((target, source, length))
+    return runs

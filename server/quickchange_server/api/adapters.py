@@ -1,0 +1,295 @@
+"""Administration of adapters: /v1/adapters and /v1/aliases."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import shutil
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import Field, ValidationError
+from starlette.datastructures import FormData, UploadFile
+
+from quickchange_server.api.fields import Body
+from quickchange_server.api.shapes import Json
+from quickchange_server.errors import ForbiddenError, InvalidRequestError
+from quickchange_server.services import Injected, Services
+from quickchange_server.settings import Settings
+from quickchange_store.importing import Added
+from quickchange_store.index import Index, Version
+from quickchange_store.store import Resolved
+
+UPLOADS = "/v1/adapters"
+UPLOAD_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+async def adapters_on(services: Injected) -> None:
+    """Refuses the route where the server serves no adapters."""
+    if not services.settings.adapters:
+        raise ForbiddenError(
+            "adapters are switched off by the setting adapters (QUICKCHANGE_ADAPTERS)"
+        )
+
+
+router = APIRouter(tags=["adapters"], dependencies=[Depends(adapters_on)])
+
+
+class AddFromPath(Body):
+    name: str
+    path: str
+
+
+class Rollback(Body):
+    version: int | None = Field(None, ge=1)  # default: the one before the current
+
+
+class PrefetchTo(Body):
+    tier: Literal["device", "host"] = "device"
+
+
+class PointAlias(Body):
+    target: str  # NAME, or NAME@VERSION
+
+
+def check_paths_allowed(settings: Settings) -> None:
+    """Raises ForbiddenError where clients may not name folders of the server's machine."""
+    allowed = settings.adapter_paths
+    if allowed is None:
+        allowed = is_loopback(settings.host)
+    if not allowed:
+        raise ForbiddenError(
+            "path: adding an adapter from a path of the server's machine is switched off by the "
+            "setting adapter_paths (QUICKCHANGE_ADAPTER_PATHS); upload the files instead",
+            param="path",
+        )
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+# --- views --------------------------------------------------------------------------------------
+
+
+def _residency(services: Services, digest: str) -> Json:
+    residency = services.client.residency
+    found = residency.get(digest)
+    if found is None:
+        return {"tier": "disk", "bytes": 0, "pinned": digest in residency.pins}
+    return {"tier": found.tier, "bytes": found.bytes, "pinned": found.pinned}
+
+
+def _version(services: Services, version: Version) -> Json:
+    return {
+        "version": version.number,
+        "digest": version.digest,
+        "created": int(version.created),
+        "residency": _residency(services, version.digest),
+    }
+
+
+def _summary(services: Services, index: Index, name: str) -> Json:
+    """A name, with what it serves now."""
+    entry = index.entry(name)
+    aliases = sorted(alias for alias, target in index.aliases.items() if target.name == name)
+    return {
+        "id": name,
+        "object": "adapter",
+        **_version(services, entry.versions[entry.current]),
+        "versions": sorted(entry.versions),
+        "aliases": aliases,
+    }
+
+
+def _state(services: Services, resolved: Resolved) -> Json:
+    return {
+        "id": resolved.name,
+        "version": resolved.version,
+        "digest": resolved.digest,
+        "residency": _residency(services, resolved.digest),
+    }
+
+
+def _added(added: Added) -> Json:
+    version = added.version
+    return {
+        "id": version.name,
+        "object": "adapter",
+        "version": version.number,
+        "digest": version.digest,
+        "created": int(version.created),
+        "warnings": list(added.warnings),
+    }
+
+
+# --- reading ------------------------------------------------------------------------------------
+
+
+@router.get("/v1/adapters")
+async def list_adapters(services: Injected) -> Json:
+    """Every adapter, with where the version that it serves is held."""
+    index = services.store.snapshot()
+    return {
+        "object": "list",
+        "data": [_summary(services, index, name) for name in sorted(index.entries)],
+    }
+
+
+@router.get("/v1/adapters/{reference:path}")
+async def one_adapter(reference: str, services: Injected) -> Json:
+    """An adapter by name, version or alias: its versions, and what the referred one holds."""
+    resolved = services.store.resolve(reference)
+    index = services.store.snapshot()
+    info = await asyncio.to_thread(services.store.info, resolved.digest)
+    details = asdict(info)
+    del details["digest"], details["created"]
+    return {
+        **_summary(services, index, resolved.name),
+        **_state(services, resolved),
+        "current": index.entry(resolved.name).current,
+        "versions": [_version(services, v) for v in services.store.versions(resolved.name)],
+        "info": details,
+    }
+
+
+# --- adding and removing ------------------------------------------------------------------------
+
+
+@router.post(UPLOADS, status_code=201)
+async def add_adapter(request: Request, services: Injected) -> Json:
+    """Add an adapter from a folder of the server's machine (JSON) or an upload (multipart)."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "application/json":
+        body = _parse(AddFromPath, await request.body())
+        check_paths_allowed(services.settings)
+        return _added(await services.imports.add(body.name, Path(body.path)))
+    if kind == "multipart/form-data":
+        async with request.form(max_files=len(UPLOAD_FILES), max_fields=1) as form:
+            return _added(await _add_upload(services, form))
+    raise InvalidRequestError(
+        "the body must be application/json with name and path, or multipart/form-data with name, "
+        + " and ".join(UPLOAD_FILES)
+    )
+
+
+def _parse(model: type[AddFromPath], content: bytes) -> AddFromPath:
+    try:
+        return model.model_validate_json(content)
+    except ValidationError as error:
+        raise RequestValidationError(error.errors()) from error
+
+
+async def _add_upload(services: Services, form: FormData) -> Added:
+    name = form.get("name")
+    if not isinstance(name, str):
+        raise InvalidRequestError("name: is required, as a form field", param="name")
+    files = {file: form.get(file) for file in UPLOAD_FILES}
+    with tempfile.TemporaryDirectory(prefix="quickchange-upload-") as folder:
+        for file, upload in files.items():
+            if not isinstance(upload, UploadFile):
+                raise InvalidRequestError(f"{file}: is required, as a file", param=file)
+            # Written under our own name, whatever name the client's file had.
+            await asyncio.to_thread(_write, upload, Path(folder) / file)
+        return await services.imports.add(name, Path(folder))
+
+
+def _write(upload: UploadFile, path: Path) -> None:
+    with path.open("xb") as target:
+        shutil.copyfileobj(upload.file, target)
+
+
+async def remove_reference(services: Services, reference: str) -> tuple[Version, ...]:
+    """Remove a name or one version, from the store and, where nothing else uses it, the engine."""
+    gone = await asyncio.to_thread(services.store.remove, reference)
+    for digest in {version.digest for version in gone} - services.store.snapshot().digests():
+        services.client.forget(digest)
+    return gone
+
+
+@router.delete("/v1/adapters/{reference:path}")
+async def remove_adapter(reference: str, services: Injected) -> Json:
+    """Remove a name with all its versions, or one version. Running requests finish on theirs."""
+    gone = await remove_reference(services, reference)
+    return {
+        "id": reference,
+        "object": "adapter.deleted",
+        "deleted": True,
+        "versions": [str(version) for version in gone],
+    }
+
+
+# --- versions and residency ---------------------------------------------------------------------
+
+
+@router.post("/v1/adapters/{name:path}/rollback")
+async def rollback(name: str, services: Injected, body: Rollback | None = None) -> Json:
+    """Serve an earlier version (or a given one) under the name from now on."""
+    version = None if body is None else body.version
+    served = await asyncio.to_thread(services.store.rollback, name, version)
+    return {"id": name, "object": "adapter", **_version(services, served)}
+
+
+@router.post("/v1/adapters/{reference:path}/pin", status_code=202)
+async def pin(reference: str, services: Injected) -> Json:
+    """Load the version to the device and keep it there."""
+    return _pinned(services, reference, True)
+
+
+@router.post("/v1/adapters/{reference:path}/unpin", status_code=202)
+async def unpin(reference: str, services: Injected) -> Json:
+    """Let the version be evicted again."""
+    return _pinned(services, reference, False)
+
+
+def _pinned(services: Services, reference: str, pinned: bool) -> Json:
+    resolved = services.store.resolve(reference)
+    services.client.pin(resolved.digest, pinned)
+    return _state(services, resolved)
+
+
+@router.post("/v1/adapters/{reference:path}/prefetch", status_code=202)
+async def prefetch(reference: str, services: Injected, body: PrefetchTo | None = None) -> Json:
+    """Bring the version to a tier if its budget allows; the answer does not wait for it."""
+    resolved = services.store.resolve(reference)
+    services.client.prefetch(resolved.digest, "device" if body is None else body.tier)
+    return _state(services, resolved)
+
+
+# --- aliases ------------------------------------------------------------------------------------
+
+
+@router.get("/v1/aliases")
+async def list_aliases(services: Injected) -> Json:
+    """Every alias and what it points at."""
+    aliases = services.store.aliases()
+    return {
+        "object": "list",
+        "data": [_alias(alias, str(target)) for alias, target in aliases.items()],
+    }
+
+
+@router.put("/v1/aliases/{alias:path}")
+async def point_alias(alias: str, body: PointAlias, services: Injected) -> Json:
+    """Point an alias at a name (whatever it serves) or at one version, in one step."""
+    services.imports.refuse_base_name(alias)
+    target = await asyncio.to_thread(services.store.alias, alias, body.target)
+    return _alias(alias, str(target))
+
+
+@router.delete("/v1/aliases/{alias:path}")
+async def remove_alias(alias: str, services: Injected) -> Json:
+    """Remove an alias; what it points at stays."""
+    await asyncio.to_thread(services.store.unalias, alias)
+    return {"id": alias, "object": "alias.deleted", "deleted": True}
+
+
+def _alias(alias: str, target: str) -> Json:
+    return {"id": alias, "object": "alias", "target": target}

@@ -1,0 +1,131 @@
+"""The kinds of field that request bodies share, and the refusal of fields that aren't supported.
+
+A field that this server does not know is refused by name. One that it knows from OpenAI's or
+vLLM's API but does not support is refused with the remedy, unless its value asks for nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FiniteFloat,
+    SkipValidation,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+UNSUPPORTED = "unsupported"  # the type of the validation error; its context names the field
+MAX_STOPS = 16
+MAX_STOP_LENGTH = 1024  # characters
+
+
+@dataclass(frozen=True, slots=True)
+class Unsupported:
+    """A field known from elsewhere: the values that ask for nothing, and what to do instead."""
+
+    remedy: str
+    neutral: tuple[Any, ...] = ()
+
+    def asks(self, value: Any) -> bool:
+        # `1 == True` in Python: the type has to agree as well
+        return not any(type(value) is type(known) and value == known for known in self.neutral)
+
+
+class Body(BaseModel):
+    """A request's body. `null` means the default, as in OpenAI's API; nothing is converted."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    unsupported: ClassVar[Mapping[str, Unsupported]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unsupported(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        kept = {}
+        for name, value in body.items():
+            known = cls.unsupported.get(name)
+            if known is not None and value is not None and known.asks(value):
+                raise PydanticCustomError(
+                    UNSUPPORTED,
+                    "not supported by this server; {remedy}",
+                    {"remedy": known.remedy, "field": name},
+                )
+            if known is None and (value is not None or name not in cls.model_fields):
+                kept[name] = value
+        return kept
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int for item in value)
+
+
+def check_prompt(value: Any) -> str | list[str] | list[int] | list[list[int]]:
+    """Accept the four forms of a prompt; by hand, since a union tries all forms on long lists."""
+    if isinstance(value, str):
+        return check_text(value)
+    if isinstance(value, list) and value:
+        if all(isinstance(item, str) for item in value):
+            return [check_text(item) for item in value]
+        if _is_ids(value) or all(_is_ids(item) for item in value):
+            return value
+    raise PydanticCustomError(
+        "prompt",
+        "must be a string, a list of strings, a list of token ids, or a list of such lists; "
+        "not empty",
+    )
+
+
+def check_text(value: str) -> str:
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise PydanticCustomError(
+                "string_unicode", "must be valid Unicode: it holds half of a surrogate pair"
+            ) from error
+    return value
+
+
+def check_stops(value: Any) -> list[str]:
+    """A stop string or a list of them, as a list."""
+    stops = [value] if isinstance(value, str) else value
+    wrong = not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops)
+    if wrong or len(stops) > MAX_STOPS or not all(0 < len(s) <= MAX_STOP_LENGTH for s in stops):
+        raise PydanticCustomError(
+            "stop",
+            "must be a string, or a list of at most {most} strings, each of 1 to {length} "
+            "characters",
+            {"most": MAX_STOPS, "length": MAX_STOP_LENGTH},
+        )
+    return [check_text(stop) for stop in stops]
+
+
+def check_bias(value: Any) -> dict[int, float]:
+    """OpenAI's logit_bias: a token id as a string to -100..100."""
+    if not isinstance(value, dict):
+        raise PydanticCustomError("logit_bias", "must be an object of token ids to numbers")
+    biases: dict[int, float] = {}
+    for token_id, bias in value.items():
+        number = isinstance(bias, (int, float)) and not isinstance(bias, bool)
+        if not (token_id.isascii() and token_id.isdecimal() and len(token_id) < 10):
+            raise PydanticCustomError("logit_bias", "its keys must be token ids in decimal digits")
+        if not (number and -100 <= bias <= 100):
+            raise PydanticCustomError("logit_bias", "its values must be numbers from -100 to 100")
+        biases[int(token_id)] = float(bias)
+    return biases
+
+
+Prompt = Annotated[
+    SkipValidation[str | list[str] | list[int] | list[list[int]]], BeforeValidator(check_prompt)
+]
+Stops = Annotated[SkipValidation[list[str]], BeforeValidator(check_stops)]
+LogitBias = Annotated[SkipValidation[dict[int, float]], BeforeValidator(check_bias)]
+Number = FiniteFloat

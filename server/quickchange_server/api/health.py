@@ -1,0 +1,31 @@
+"""Is the process alive, is the server ready for requests, and its metrics."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Response
+from fastapi.responses import JSONResponse
+
+from quickchange_server.services import Injected
+
+router = APIRouter(tags=["health"])
+
+
+@router.get("/health")
+@router.get("/health/ready")
+async def ready(services: Injected) -> Response:
+    """200 while requests are taken, 503 otherwise; the body says the engine's state."""
+    state = services.client.state
+    return JSONResponse({"state": state}, 200 if state in ("ready", "restarting") else 503)
+
+
+@router.get("/health/live")
+async def live() -> Response:
+    """200 as long as the API process answers at all."""
+    return JSONResponse({"state": "live"})
+
+
+@router.get("/metrics")
+async def metrics(services: Injected) -> Response:
+    """Prometheus metrics."""
+    body, content_type = services.metrics.render()
+    return Response(body, headers={"Content-Type": content_type})

@@ -1,0 +1,78 @@
+"""GET /v1/models: every name that a request's `model` may hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fastapi import APIRouter
+
+from quickchange_server.api.shapes import Json
+from quickchange_server.services import Injected, Services
+from quickchange_store.index import Index, Version
+from quickchange_store.names import parse_reference
+
+router = APIRouter(tags=["OpenAI"])
+
+OWNER = "quickchange"
+
+
+def _card(services: Services, name: str, created: float, details: Json, root: str) -> Json:
+    info = services.client.info
+    is_base = details["kind"] == "base"
+    return {
+        "id": name,
+        "object": "model",
+        "created": int(created),
+        "owned_by": OWNER,
+        "root": root,
+        "parent": None if is_base else services.catalog.base_name,
+        "max_model_len": None if info is None else info.max_model_len,
+        "quickchange": details,
+    }
+
+
+def _base_card(services: Services) -> Json:
+    name = services.catalog.base_name
+    return _card(services, name, services.created, {"kind": "base"}, name)
+
+
+def _version_card(services: Services, name: str, kind: str, version: Version) -> Json:
+    details = {"kind": kind, "version": version.number, "digest": version.digest}
+    return _card(services, name, version.created, details, str(version))
+
+
+def _adapter_cards(services: Services, index: Index) -> Iterator[Json]:
+    for name, entry in sorted(index.entries.items()):
+        yield _version_card(services, name, "adapter", entry.versions[entry.current])
+        for _, version in sorted(entry.versions.items()):
+            yield _version_card(services, str(version), "version", version)
+    for alias, target in sorted(index.aliases.items()):
+        entry = index.entries[target.name]
+        version = entry.versions[entry.current if target.number is None else target.number]
+        yield _version_card(services, alias, "alias", version)
+
+
+@router.get("/v1/models")
+async def models(services: Injected) -> Json:
+    """The base, adapters, their versions, and aliases."""
+    cards = [_base_card(services)]
+    if services.settings.adapters:
+        cards.extend(_adapter_cards(services, services.store.snapshot()))
+    return {"object": "list", "data": cards}
+
+
+@router.get("/v1/models/{model:path}")
+async def one_model(model: str, services: Injected) -> Json:
+    """One of them; a digest prefix works too, as in requests."""
+    if services.catalog.is_base(model):
+        return _base_card(services)
+    services.catalog.select(model)  # refuses what no request could name
+    index = services.store.snapshot()
+    version = index.find(parse_reference(model))
+    return _version_card(services, model, _kind(index, model), version)
+
+
+def _kind(index: Index, name: str) -> str:
+    if name in index.aliases:
+        return "alias"
+    return "adapter" if name in index.entries else "version"

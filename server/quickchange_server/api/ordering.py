@@ -1,0 +1,133 @@
+"""From a validated body and its token ids to what the engine is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from quickchange_server.api.schemas import Sampled
+from quickchange_server.catalog import Selection, WeightedName
+from quickchange_server.choices import Choices, choice_seed
+from quickchange_server.client import Generation
+from quickchange_server.errors import ContextLengthError, InvalidRequestError
+from quickchange_server.messages import SamplingParams
+from quickchange_server.services import Services
+from quickchange_server.transcript import TextOptions, Transcript
+
+
+def select(services: Services, body: Sampled) -> Selection:
+    """What the body's `model` and `adapters` name."""
+    return services.catalog.select(
+        body.model, [WeightedName(entry.id, entry.weight) for entry in body.adapters]
+    )
+
+
+async def admit(
+    services: Services,
+    body: Sampled,
+    selection: Selection,
+    prompts: Sequence[Sequence[int]],
+    *,
+    request_id: str,
+    prompt_param: str,
+    default_tokens: int | None,
+) -> Choices:
+    """All choices of a request: `n` for each prompt, in the order of the prompts.
+
+    `default_tokens` are generated at most where the body doesn't say; None: all that fit. Raises
+    InvalidRequestError, ContextLengthError, QueueFullError or UnavailableError, and then nothing
+    runs.
+    """
+    count = len(prompts) * body.n
+    if count > services.settings.max_queue:
+        raise InvalidRequestError(
+            f"n: {count} choices in one request exceed the setting max_queue, "
+            f"{services.settings.max_queue}; send fewer prompts or a smaller n",
+            param="n",
+        )
+    _check_tokens(services, body)
+    seed = services.seeds.draw() if body.seed is None else body.seed % 2**64
+    orders: list[tuple[Generation, Transcript]] = []
+    for prompt in prompts:
+        room = _room(services, body, len(prompt), prompt_param)
+        sampling = _sampling(services, body, seed, _max_tokens(body, room, default_tokens))
+        options = _text_options(body, sampling)
+        for choice in range(body.n):
+            generation = Generation(
+                request_id=f"{request_id}-{len(orders)}",
+                prompt=tuple(prompt),
+                sampling=replace(sampling, seed=choice_seed(seed, choice)),
+                adapters=selection.adapters,
+                label=selection.label,
+            )
+            orders.append((generation, Transcript(services.text, options)))
+    return await Choices.admit(services.client, orders)
+
+
+def _check_tokens(services: Services, body: Sampled) -> None:
+    services.text.check_ids(body.stop_token_ids, "stop_token_ids")
+    services.text.check_ids(list(body.logit_bias), "logit_bias")
+
+
+def _room(services: Services, body: Sampled, prompt_tokens: int, param: str) -> int:
+    """Tokens that may follow the prompt. Raises where it, or what is wanted, is too long."""
+    limit = services.engine.max_model_len
+    if prompt_tokens == 0:
+        raise InvalidRequestError(f"{param}: has no tokens; give a prompt", param=param)
+    if prompt_tokens >= limit:
+        raise ContextLengthError(
+            f"this model's maximum context length is {limit} tokens, and the prompt has "
+            f"{prompt_tokens}, which leaves no room for an answer; shorten {param}",
+            param=param,
+        )
+    wanted = body.wanted_tokens
+    if wanted is not None and prompt_tokens + wanted > limit:
+        raise ContextLengthError(
+            f"this model's maximum context length is {limit} tokens, and you asked for "
+            f"{prompt_tokens + wanted} ({prompt_tokens} in {param}, {wanted} to generate); "
+            f"shorten {param} or lower max_tokens to {limit - prompt_tokens}",
+            param=param,
+        )
+    return limit - prompt_tokens
+
+
+def _max_tokens(body: Sampled, room: int, default_tokens: int | None) -> int:
+    if body.wanted_tokens is not None:
+        return body.wanted_tokens
+    most = room if default_tokens is None else min(default_tokens, room)
+    if body.min_tokens > most:
+        raise InvalidRequestError(
+            f"min_tokens: {body.min_tokens} exceeds max_tokens, {most} by default; "
+            "lower it, or set max_tokens",
+            param="min_tokens",
+        )
+    return most
+
+
+def _sampling(services: Services, body: Sampled, seed: int, max_tokens: int) -> SamplingParams:
+    ends = frozenset() if body.ignore_eos else services.text.eos_ids
+    return SamplingParams(
+        seed=seed,
+        max_tokens=max_tokens,
+        temperature=body.temperature,
+        top_k=max(0, body.top_k),
+        top_p=body.top_p,
+        min_p=body.min_p,
+        repetition_penalty=body.repetition_penalty,
+        presence_penalty=body.presence_penalty,
+        frequency_penalty=body.frequency_penalty,
+        logit_bias=tuple(body.logit_bias.items()),
+        min_tokens=body.min_tokens,
+        stop_token_ids=ends | frozenset(body.stop_token_ids),
+        logprobs=body.wanted_logprobs,
+    )
+
+
+def _text_options(body: Sampled, sampling: SamplingParams) -> TextOptions:
+    return TextOptions(
+        stop=tuple(body.stop),
+        include_stop=body.include_stop_str_in_output,
+        skip_special_tokens=body.skip_special_tokens,
+        min_tokens=body.min_tokens,
+        stop_token_ids=sampling.stop_token_ids,
+    )

@@ -1,0 +1,255 @@
+"""Bodies of the OpenAI routes, with vLLM's extra sampling fields and our composition field.
+
+What each field does, its default and its range is in docs/http.md.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from quickchange_server.api.fields import Body, LogitBias, Number, Prompt, Stops, Unsupported
+from quickchange_server.errors import InvalidRequestError
+
+MAX_CHOICES = 128
+MAX_LOGPROBS = 20
+DEFAULT_COMPLETION_TOKENS = 16  # as OpenAI's; a chat may use the rest of the context
+
+_PLAIN = "remove it"
+_TEXT_ONLY = "this server answers with text; ask for the format in the prompt"
+_NO_TOOLS = "remove it, and describe the tools in the prompt if the model is trained for that"
+
+
+class WeightedAdapter(Body):
+    """One term of a composition Σ weightᵢ · adapterᵢ."""
+
+    id: str
+    weight: Number = 1.0
+
+
+class StreamOptions(Body):
+    unsupported: ClassVar[Mapping[str, Unsupported]] = {
+        "include_obfuscation": Unsupported(_PLAIN, (False,)),
+        "continuous_usage_stats": Unsupported("use include_usage", (False,)),
+    }
+
+    include_usage: bool = False
+
+
+class ResponseFormat(Body):
+    type: str
+
+    @model_validator(mode="after")
+    def _text_only(self) -> Self:
+        if self.type != "text":
+            raise PydanticCustomError(
+                "response_format", "supports the type text only; ask for the format in the prompt"
+            )
+        return self
+
+
+_SHARED: dict[str, Unsupported] = {
+    "store": Unsupported("nothing is stored here; remove it", (False,)),
+    "metadata": Unsupported("nothing is stored here; remove it", ({},)),
+    "service_tier": Unsupported(_PLAIN, ("auto", "default")),
+    "safety_identifier": Unsupported("use user, which is informational"),
+    "prompt_cache_key": Unsupported("equal prefixes are cached by content; remove it"),
+    "prompt_cache_retention": Unsupported("equal prefixes are cached by content; remove it"),
+    "use_beam_search": Unsupported("use n with a temperature above 0", (False,)),
+    "length_penalty": Unsupported(_PLAIN, (1, 1.0)),
+    "truncate_prompt_tokens": Unsupported("shorten the prompt; /tokenize counts its tokens"),
+    "prompt_logprobs": Unsupported("only generated tokens have log-probabilities here"),
+    "bad_words": Unsupported("use logit_bias", ([],)),
+    "allowed_token_ids": Unsupported("use logit_bias"),
+    "guided_json": Unsupported(_TEXT_ONLY),
+    "guided_regex": Unsupported(_TEXT_ONLY),
+    "guided_choice": Unsupported(_TEXT_ONLY),
+    "guided_grammar": Unsupported(_TEXT_ONLY),
+    "structured_outputs": Unsupported(_TEXT_ONLY),
+    "spaces_between_special_tokens": Unsupported(_PLAIN, (True,)),
+    "detokenize": Unsupported("text is always made; remove it", (True,)),
+    "priority": Unsupported("requests are served fairly over adapters; remove it", (0,)),
+}
+
+
+class Sampled(Body, ABC):
+    """What completions and chats have in common."""
+
+    model: str
+    adapters: list[WeightedAdapter] = Field(default=[])
+    max_tokens: int | None = Field(None, ge=1)
+    n: int = Field(1, ge=1, le=MAX_CHOICES)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    stop: Stops = Field(default=[])
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    temperature: Number = Field(1.0, ge=0, le=2)
+    top_p: Number = Field(1.0, gt=0, le=1)
+    presence_penalty: Number = Field(0.0, ge=-2, le=2)
+    frequency_penalty: Number = Field(0.0, ge=-2, le=2)
+    logit_bias: LogitBias = Field(default={})
+    response_format: ResponseFormat | None = None
+    user: str | None = None  # informational, as in OpenAI's API: it changes nothing
+
+    top_k: int = Field(0, ge=-1)  # 0 and vLLM's -1: off
+    min_p: Number = Field(0.0, ge=0, le=1)
+    repetition_penalty: Number = Field(1.0, gt=0)
+    min_tokens: int = Field(0, ge=0)
+    ignore_eos: bool = False
+    stop_token_ids: list[int] = Field(default=[])
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        """New tokens at most, where the client said so."""
+        return self.max_tokens
+
+    @property
+    @abstractmethod
+    def wanted_logprobs(self) -> int | None:
+        """As `SamplingParams.logprobs`."""
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequestError(
+                "stream_options: only with stream set to true; remove it, or set stream",
+                param="stream_options",
+            )
+        wanted = self.wanted_tokens
+        if wanted is not None and self.min_tokens > wanted:
+            raise InvalidRequestError(
+                f"min_tokens: {self.min_tokens} exceeds max_tokens, {wanted}; lower it",
+                param="min_tokens",
+            )
+        return self
+
+
+class CompletionRequest(Sampled):
+    """POST /v1/completions"""
+
+    unsupported: ClassVar[Mapping[str, Unsupported]] = {
+        **_SHARED,
+        "best_of": Unsupported("use n, and choose among the choices yourself", (1,)),
+        "echo": Unsupported("put the prompt before the text yourself", (False,)),
+        "suffix": Unsupported("write the fill-in format of the model into the prompt", ("",)),
+        "add_special_tokens": Unsupported("give the prompt as token ids (/tokenize)", (True,)),
+        "prompt_embeds": Unsupported("give the prompt as text or token ids"),
+        "return_tokens_as_token_ids": Unsupported(_PLAIN, (False,)),
+    }
+
+    prompt: Prompt
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        return self.logprobs
+
+
+def join_parts(value: Any) -> str:
+    """A message's content as one string: itself, or its text parts joined by newlines."""
+    if isinstance(value, str):
+        value.encode()  # UnicodeEncodeError is a ValueError, which pydantic reports
+        return value
+    if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
+        raise PydanticCustomError("content", "must be a string or a list of text parts")
+    for part in value:
+        if part.get("type") != "text" or not isinstance(part.get("text"), str) or len(part) != 2:
+            raise PydanticCustomError(
+                "content",
+                'supports parts of the form {"type": "text", "text": ...} only: '
+                "this server reads no images, audio or files",
+            )
+    return join_parts("\n".join(part["text"] for part in value))
+
+
+class Message(Body):
+    """One message of a chat. `developer` is served as `system`."""
+
+    unsupported: ClassVar[Mapping[str, Unsupported]] = {
+        "tool_calls": Unsupported(_NO_TOOLS, ([],)),
+        "tool_call_id": Unsupported(_NO_TOOLS),
+        "function_call": Unsupported(_NO_TOOLS),
+        "refusal": Unsupported("put the refusal into content", ("",)),
+        "audio": Unsupported(_TEXT_ONLY),
+        "annotations": Unsupported(_PLAIN, ([],)),
+    }
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[str, BeforeValidator(join_parts)]
+    name: str | None = None  # handed to the chat template, which decides what it does with it
+
+    def for_template(self) -> dict[str, str]:
+        role = "system" if self.role == "developer" else self.role
+        named = {} if self.name is None else {"name": self.name}
+        return {"role": role, "content": self.content, **named}
+
+
+class ChatRequest(Sampled):
+    """POST /v1/chat/completions"""
+
+    unsupported: ClassVar[Mapping[str, Unsupported]] = {
+        **_SHARED,
+        "tools": Unsupported(_NO_TOOLS, ([],)),
+        "tool_choice": Unsupported(_NO_TOOLS, ("none", "auto")),
+        "parallel_tool_calls": Unsupported(_NO_TOOLS, (True, False)),
+        "functions": Unsupported(_NO_TOOLS, ([],)),
+        "function_call": Unsupported(_NO_TOOLS, ("none", "auto")),
+        "audio": Unsupported(_TEXT_ONLY),
+        "modalities": Unsupported(_TEXT_ONLY, (["text"],)),
+        "prediction": Unsupported(_PLAIN),
+        "reasoning_effort": Unsupported("remove it, or ask for brevity in the prompt"),
+        "verbosity": Unsupported("remove it, or ask for brevity in the prompt"),
+        "web_search_options": Unsupported("this server searches nothing; remove it"),
+        "moderation": Unsupported(_PLAIN),
+        "chat_template": Unsupported("render the chat yourself and use /v1/completions"),
+        "chat_template_kwargs": Unsupported(
+            "render the chat yourself and use /v1/completions", ({},)
+        ),
+        "add_generation_prompt": Unsupported(
+            "render the chat yourself and use /v1/completions", (True,)
+        ),
+        "continue_final_message": Unsupported(
+            "render the chat yourself and use /v1/completions", (False,)
+        ),
+        "add_special_tokens": Unsupported("the chat template writes them; remove it", (False,)),
+        "documents": Unsupported("put them into the messages", ([],)),
+        "echo": Unsupported(_PLAIN, (False,)),
+        "best_of": Unsupported("use n, and choose among the choices yourself", (1,)),
+    }
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS)
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        return self.top_logprobs if self.logprobs else None
+
+    @model_validator(mode="after")
+    def _check_chat(self) -> Self:
+        both = (self.max_tokens, self.max_completion_tokens)
+        if None not in both and both[0] != both[1]:
+            raise InvalidRequestError(
+                "max_completion_tokens: differs from max_tokens; give one of the two",
+                param="max_completion_tokens",
+            )
+        if self.top_logprobs and not self.logprobs:
+            raise InvalidRequestError(
+                "top_logprobs: only with logprobs set to true", param="top_logprobs"
+            )
+        return self

@@ -1,0 +1,92 @@
+"""Server-sent events, and work that ends when its client goes away."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from typing import Any, TypeVar
+
+import anyio
+from fastapi import Request
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from quickchange_server.api.refusals import error_body, internal_error
+from quickchange_server.errors import QuickchangeError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+DONE = b"data: [DONE]\n\n"
+HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies must not collect it
+
+
+def event(body: Any) -> bytes:
+    """One event with a JSON body."""
+    data = json.dumps(body, ensure_ascii=False, separators=(",", ":"))
+    return b"data: " + data.encode() + b"\n\n"
+
+
+class ClientGoneError(Exception):
+    """The client closed the connection: nobody reads the answer."""
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Run `work`, cancelled when the client disconnects. Raises ClientGoneError then."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait([task, gone], return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGoneError
+        return task.result()
+    finally:
+        for future in (task, gone):
+            if not future.done():
+                future.cancel()
+        await asyncio.wait([task, gone])
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(StreamingResponse):
+    """A stream of events whose source is closed as soon as the client is gone."""
+
+    def __init__(self, first: bytes, events: AsyncGenerator[bytes, None]) -> None:
+        super().__init__(_going_on(first, events), media_type="text/event-stream", headers=HEADERS)
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self._events.aclose()
+
+
+async def event_stream(request: Request, events: AsyncGenerator[bytes, None]) -> EventStream:
+    """A response with `events`. What fails before the first event is raised here, so that it still
+    has its own status; what fails later is the stream's last event."""
+    return EventStream(await unless_gone(request, _first(events)), events)
+
+
+async def _first(events: AsyncIterator[bytes]) -> bytes:
+    return await anext(events)
+
+
+async def _going_on(first: bytes, events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield first
+    try:
+        async for body in events:
+            yield body
+    except QuickchangeError as error:
+        yield event(error_body(error))
+    except Exception:
+        logger.exception("a stream failed")
+        yield event(error_body(internal_error()))

@@ -1,0 +1,139 @@
+"""vLLM's routes that clients use: loading and unloading adapters, tokens, version, ping."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Self
+
+from fastapi import APIRouter, Depends, Response
+from fastapi.responses import JSONResponse, PlainTextResponse
+from pydantic import AfterValidator, Field, model_validator
+
+from quickchange_server.api.adapters import adapters_on, check_paths_allowed, remove_reference
+from quickchange_server.api.fields import Body, check_text
+from quickchange_server.api.schemas import Message
+from quickchange_server.api.shapes import Json
+from quickchange_server.errors import InvalidRequestError, UnknownModelError
+from quickchange_server.services import VERSION, Injected, Services
+
+router = APIRouter(tags=["vLLM"])
+
+ValidText = Annotated[str, AfterValidator(check_text)]
+
+
+class LoadLora(Body):
+    lora_name: str = Field(min_length=1)
+    lora_path: str = Field(min_length=1)
+    load_inplace: bool = False  # true: publish a new version under a name that is there already
+
+
+class UnloadLora(Body):
+    lora_name: str = Field(min_length=1)
+
+
+class Tokenize(Body):
+    """Either `prompt` or `messages`."""
+
+    model: str | None = None
+    prompt: ValidText | None = None
+    messages: list[Message] | None = Field(None, min_length=1)
+    add_special_tokens: bool | None = None  # default: true for a prompt, false for a chat
+    add_generation_prompt: bool = True
+    return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise InvalidRequestError(
+                "prompt: give either prompt or messages, not both", param="prompt"
+            )
+        return self
+
+
+class Detokenize(Body):
+    model: str | None = None
+    tokens: list[int]
+
+
+@router.post("/v1/load_lora_adapter", dependencies=[Depends(adapters_on)])
+async def load_lora_adapter(body: LoadLora, services: Injected) -> Response:
+    """Import an adapter from a folder and have it brought to the device."""
+    check_paths_allowed(services.settings)
+    name, folder = body.lora_name, Path(body.lora_path)
+    if name in services.store.snapshot().entries and not body.load_inplace:
+        raise InvalidRequestError(
+            f"lora_name: the lora adapter '{name}' has already been loaded. If you want to load "
+            "the adapter in place, set 'load_inplace' to True.",
+            param="lora_name",
+        )
+    if not folder.is_dir():
+        raise UnknownModelError(
+            f"lora_path: no adapter found for '{name}': {body.lora_path} is not a folder of the "
+            "server's machine",
+            param="lora_path",
+        )
+    added = await services.imports.add(name, folder)
+    services.client.prefetch(added.version.digest)
+    return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
+
+
+@router.post("/v1/unload_lora_adapter", dependencies=[Depends(adapters_on)])
+async def unload_lora_adapter(body: UnloadLora, services: Injected) -> Response:
+    """Remove an adapter's name with all its versions."""
+    name = body.lora_name
+    if name not in services.store.snapshot().entries:
+        raise UnknownModelError(
+            f"lora_name: the lora adapter '{name}' cannot be found.", param="lora_name"
+        )
+    await remove_reference(services, name)
+    return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
+
+
+@router.post("/tokenize")
+async def tokenize(body: Tokenize, services: Injected) -> Json:
+    """Token ids of a prompt or of a chat, as the generation routes would make them."""
+    _check_model(services, body.model)
+    ids = await _tokens(services, body)
+    names = [services.text.token_name(i) for i in ids] if body.return_token_strs else None
+    return {
+        "count": len(ids),
+        "max_model_len": services.engine.max_model_len,
+        "tokens": ids,
+        "token_strs": names,
+    }
+
+
+async def _tokens(services: Services, body: Tokenize) -> list[int]:
+    if body.prompt is not None:
+        special = body.add_special_tokens is not False
+        return await services.text.encode(body.prompt, add_special_tokens=special)
+    messages = [message.for_template() for message in body.messages or []]
+    rendered = services.text.render_chat(messages, add_generation_prompt=body.add_generation_prompt)
+    return await services.text.encode(rendered, add_special_tokens=bool(body.add_special_tokens))
+
+
+@router.post("/detokenize")
+async def detokenize(body: Detokenize, services: Injected) -> Json:
+    """The text of token ids, special tokens included."""
+    _check_model(services, body.model)
+    services.text.check_ids(body.tokens, "tokens")
+    return {"prompt": services.text.decode(body.tokens)}
+
+
+def _check_model(services: Services, model: str | None) -> None:
+    """All models share the base's tokenizer, so `model` is optional; a wrong one is an error."""
+    if model is not None:
+        services.catalog.select(model)
+
+
+@router.get("/version")
+async def version() -> Json:
+    return {"version": VERSION}
+
+
+@router.get("/ping")
+@router.post("/ping")
+async def ping(services: Injected) -> Response:
+    """200 while requests are taken, as /health."""
+    state = services.client.state
+    return JSONResponse({"state": state}, 200 if state in ("ready", "restarting") else 503)

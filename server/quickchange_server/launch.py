@@ -1,0 +1,121 @@
+"""What `quickchange serve` does: settings, demo, warnings, and the lines it prints."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pydantic import ValidationError
+
+from quickchange_server.api.adapters import is_loopback
+from quickchange_server.app import create_app
+from quickchange_server.errors import QuickchangeError
+from quickchange_server.services import Services
+from quickchange_server.serving import bind, run
+from quickchange_server.settings import Settings
+from quickchange_store.errors import StoreError
+
+
+def serve(given: Mapping[str, Any], *, demo: bool) -> None:
+    """Serve until a signal ends it; `given` are the settings from the command line.
+
+    Exits with status 1 and one line where it can't.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        settings = _settings(_with_demo(given) if demo else given)
+        with bind(settings) as listener:
+            _warn(settings)
+            if demo:
+                _publish_demo(settings)
+            run(create_app(settings), settings, listener, partial(_announce, demo=demo))
+    except (QuickchangeError, StoreError) as error:
+        fail(str(error))
+
+
+def fail(message: str) -> NoReturn:
+    sys.exit(f"quickchange: {' '.join(message.split())}")
+
+
+def _settings(given: Mapping[str, Any]) -> Settings:
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        fail("; ".join(_finding(finding) for finding in error.errors()))
+
+
+def _finding(finding: Any) -> str:
+    name = str(finding["loc"][0])
+    option = f"--{name.replace('_', '-')} (or QUICKCHANGE_{name.upper()})"
+    if finding["type"] == "missing":
+        hint = ", or --demo for a model to try" if name == "model" else ""
+        return f"{option} is required{hint}"
+    return f"{option}: {finding['msg']}"
+
+
+def _warn(settings: Settings) -> None:
+    if not is_loopback(settings.host):
+        logging.getLogger(__name__).warning(
+            "listening on %s: anyone who reaches it can use it and change its adapters; this "
+            "version has no authentication",
+            settings.host,
+        )
+
+
+def _announce(services: Services, url: str, *, demo: bool) -> None:
+    names = services.store.names() if services.settings.adapters else ()
+    base = services.catalog.base_name
+    count = f"{len(names)} adapter{'' if len(names) == 1 else 's'}"
+    lines = [f"Quickchange is ready on {url} (model {base}, {count})"]
+    if demo and names:
+        lines += [f"adapters: {', '.join(names)}", "try:", f"  {_curl(url, names[0])}"]
+    print("\n".join(lines), flush=True)
+
+
+def _curl(url: str, model: str) -> str:
+    body = {
+        "model": model,
+        "messages": [{"role": "user", "content": "Hello!"}],
+        "max_tokens": 64,
+        "temperature": 0,
+    }
+    return f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
+
+
+# --- the demo -----------------------------------------------------------------------------------
+
+
+def _with_demo(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with the demo's base model, and its store where none is given."""
+    from quickchange_store.demo.base import DemoBaseError, ensure_demo_base
+
+    if "model" in given:
+        fail("--demo brings its own model: leave out --model, or --demo")
+    try:
+        settings = {**given, "model": str(ensure_demo_base())}
+    except DemoBaseError as error:
+        fail(str(error))
+    if "store" not in given and "QUICKCHANGE_STORE" not in os.environ:
+        settings["store"] = data_folder() / "demo"
+    return settings
+
+
+def _publish_demo(settings: Settings) -> None:
+    from quickchange_store.base import base_spec
+    from quickchange_store.demo import publish_demo_adapters
+    from quickchange_store.store import Store
+
+    publish_demo_adapters(Store(settings.store), base_spec(settings.model))
+
+
+def data_folder() -> Path:
+    """`$XDG_DATA_HOME/quickchange`, else `~/.local/share/quickchange`."""
+    xdg = os.environ.get("XDG_DATA_HOME")
+    return (Path(xdg) if xdg else Path.home() / ".local" / "share") / "quickchange"

@@ -1,0 +1,81 @@
+"""What the routes work with, in one typed object that `app.state.services` holds."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import random
+import secrets
+import time
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from quickchange_server.catalog import Catalog
+from quickchange_server.client import EngineClient
+from quickchange_server.errors import UnavailableError
+from quickchange_server.imports import Imports
+from quickchange_server.messages import Ready
+from quickchange_server.metrics import Metrics
+from quickchange_server.settings import Settings
+from quickchange_server.text import Text
+from quickchange_store.store import Store
+
+SEED_BITS = 63
+VERSION = version("quickchange")
+
+
+class Seeds:
+    """Seeds for requests that bring none. With a seed of its own the sequence is repeatable."""
+
+    def __init__(self, seed: int | None) -> None:
+        self._random = random.Random(seed) if seed is not None else secrets.SystemRandom()
+
+    def draw(self) -> int:
+        return self._random.getrandbits(SEED_BITS)
+
+
+@dataclass(frozen=True)
+class Services:
+    """One server's parts. `started` is done when the engine is ready, or holds why it is not."""
+
+    settings: Settings
+    client: EngineClient
+    metrics: Metrics
+    text: Text
+    store: Store
+    catalog: Catalog
+    imports: Imports
+    seeds: Seeds
+    started: asyncio.Future[Ready]
+    created: int = field(
+        default_factory=lambda: int(time.time())
+    )  # of the base, in /v1/models
+
+    @property
+    def engine(self) -> Ready:
+        """What the engine said of itself. Raises UnavailableError while it has not."""
+        info = self.client.info
+        if info is None:
+            raise UnavailableError(
+                f"the engine is {self.client.state}; try again shortly", retry_after=5.0
+            )
+        return info
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes where the same request and seed may give another result."""
+        settings = self.settings
+        parts = (VERSION, settings.model, settings.dtype, settings.device)
+        return "fp_" + hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
+
+
+async def services_of(request: Request) -> Services:
+    services = request.app.state.services
+    assert isinstance(services, Services)
+    return services
+
+
+Injected = Annotated[Services, Depends(services_of)]

@@ -1,0 +1,159 @@
+"""The base model's tokenizer: prompts and chats to token ids, and token ids to text.
+
+Wraps transformers' own tokenizer and chat template; no tensor is made. Knows nothing of HTTP or of
+the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+
+from quickchange_server.detokenize import Decoding, Detokenizer
+from quickchange_server.errors import InvalidRequestError, SettingError
+
+LONG_TEXT = 20_000  # characters; some 10 ms of tokenising, which other streams should not wait for
+
+
+class Text:
+    """A tokenizer with what the server needs to know of its model.
+
+    `vocab_size` is the number of token ids that the model takes; `eos_ids` end a generation.
+    """
+
+    def __init__(self, tokenizer: Any, *, vocab_size: int, eos_ids: frozenset[int]) -> None:
+        self._tokenizer = tokenizer
+        self._decoding = Decoding(tokenizer)
+        self.vocab_size = vocab_size
+        self.eos_ids = eos_ids
+
+    @classmethod
+    def load(cls, model: str) -> Text:
+        """Read the tokenizer of a model folder or hub id.
+
+        Raises SettingError (setting `model`) where there is none.
+        """
+        from transformers import AutoConfig, AutoTokenizer
+
+        _check_folder(model)
+        try:
+            config = AutoConfig.from_pretrained(model)
+            tokenizer = AutoTokenizer.from_pretrained(model)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
+            raise SettingError(
+                f"model: can't read a tokenizer and configuration from {model!r}: {reason}",
+                param="model",
+            ) from error
+        vocab_size = int(config.get_text_config().vocab_size)
+        return cls(tokenizer, vocab_size=vocab_size, eos_ids=_eos_ids(model, config, tokenizer))
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._tokenizer.chat_template)
+
+    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text. A long one is tokenised on a thread, beside running streams."""
+        if len(text) < LONG_TEXT:
+            return self.encode_now(text, add_special_tokens=add_special_tokens)
+        return await asyncio.to_thread(self.encode_now, text, add_special_tokens=add_special_tokens)
+
+    def encode_now(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """As `encode`, on this thread."""
+        encoded = self._tokenizer(
+            text,
+            add_special_tokens=add_special_tokens,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,  # no warning where a prompt exceeds the model's length: we refuse it
+        )
+        return list(encoded["input_ids"])
+
+    def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+    ) -> str:
+        """The prompt text of a chat, its special tokens included.
+
+        Raises InvalidRequestError where the model has no chat template, or the template refuses
+        the messages (roles that must alternate, for example).
+        """
+        if not self.has_chat_template:
+            raise InvalidRequestError(
+                "this model has no chat template: use /v1/completions with the whole prompt",
+                param="messages",
+            )
+        try:
+            rendered = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
+        except TemplateError as error:
+            raise InvalidRequestError(
+                f"the model's chat template refuses these messages: {error}", param="messages"
+            ) from error
+        return str(rendered)
+
+    async def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+    ) -> list[int]:
+        """Token ids of a chat. The template writes the special tokens, so none are added."""
+        rendered = self.render_chat(messages, add_generation_prompt=add_generation_prompt)
+        return await self.encode(rendered, add_special_tokens=False)
+
+    def detokenizer(self, *, skip_special_tokens: bool = True) -> Detokenizer:
+        """A fresh incremental detokenizer for one sequence."""
+        return self._decoding.detokenizer(skip_special_tokens=skip_special_tokens)
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """Text of a whole sequence."""
+        detokenizer = self.detokenizer(skip_special_tokens=skip_special_tokens)
+        return "".join([*map(detokenizer.push, ids), detokenizer.finish()])
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """One token's own bytes; they may be part of a character."""
+        return self._decoding.token_bytes(token_id)
+
+    def token_name(self, token_id: int) -> str:
+        """The token's entry in the vocabulary, as tokenizers print it."""
+        return str(self._tokenizer.convert_ids_to_tokens(token_id))
+
+    def check_ids(self, ids: Sequence[int], param: str) -> None:
+        """Raises InvalidRequestError where an id is not one of the model's."""
+        if ids and (min(ids) < 0 or max(ids) >= self.vocab_size):
+            wrong = next(i for i in ids if not 0 <= i < self.vocab_size)
+            raise InvalidRequestError(
+                f"{param}: token id {wrong} is not in the model's vocabulary; "
+                f"use ids from 0 to {self.vocab_size - 1}",
+                param=param,
+            )
+
+
+def _check_folder(model: str) -> None:
+    looks_like_path = model.startswith((".", "/", "~")) or model.count("/") > 1
+    if looks_like_path and not Path(model).is_dir():
+        raise SettingError(
+            f"model: there is no folder {model!r}; give a folder in transformers' layout "
+            "or a hub id such as owner/name",
+            param="model",
+        )
+
+
+def _eos_ids(model: str, config: Any, tokenizer: Any) -> frozenset[int]:
+    """End-of-sequence ids of the generation settings, the model and the tokenizer together."""
+    from transformers import GenerationConfig
+
+    found: set[int] = set()
+    sources = [config.get_text_config(), tokenizer]
+    with contextlib.suppress(OSError):  # the file is optional
+        sources.append(GenerationConfig.from_pretrained(model))
+    for source in sources:
+        ids = getattr(source, "eos_token_id", None)
+        if ids is not None:
+            found.update([ids] if isinstance(ids, int) else ids)
+    return frozenset(found)

@@ -1,0 +1,415 @@
+"""The sampler against transformers' processors, naive loops and the distribution itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from quickchange_server.engine.draw import (
+    draw_batch,
+    draw_row,
+    nucleus_threshold,
+    nucleus_thresholds,
+)
+from quickchange_server.engine.philox import uniform
+from quickchange_server.engine.sampler import RowError, Sampled, Sampler, SampleRow
+from quickchange_server.messages import SamplingParams
+
+V = 97
+CPU = torch.device("cpu")
+PROPERTY = settings(deadline=None, max_examples=40)
+
+
+def params(**changes: object) -> SamplingParams:
+    base = SamplingParams(seed=11, max_tokens=1000)
+    return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
+
+
+def row(
+    sampling: SamplingParams,
+    position: int = 0,
+    prompt: Sequence[int] = (1, 2, 3),
+    output: Sequence[int] = (),
+) -> SampleRow:
+    return SampleRow(sampling, position, prompt, output)
+
+
+def random_logits(seed: int, rows: int = 1, size: int = V, spread: float = 3.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, size, generator=generator) * spread
+
+
+def sample_one(logits: torch.Tensor, one: SampleRow) -> Sampled:
+    result = Sampler(logits.shape[1], CPU).sample(logits.clone(), [one])[0]
+    assert isinstance(result, Sampled)
+    return result
+
+
+def edited(logits: torch.Tensor, one: SampleRow) -> torch.Tensor:
+    """The logits after bias, suppression and penalties: what the sampler leaves in place."""
+    work = logits.clone()
+    greedy = dataclasses.replace(one, params=dataclasses.replace(one.params, temperature=0.0))
+    Sampler(logits.shape[1], CPU).sample(work, [greedy])
+    return work
+
+
+def reachable(logits: torch.Tensor, sampling: SamplingParams) -> set[int]:
+    """Every token that some uniform number draws (the kept sets here are small)."""
+    grid = np.linspace(0.0, 1.0, 2000, endpoint=False).tolist()
+    return set(draw_batch(logits.repeat(len(grid), 1), [sampling] * len(grid), grid).tolist())
+
+
+TOKENS = st.lists(st.integers(0, V - 1), max_size=30)
+
+
+@PROPERTY
+@given(st.integers(0, 1000), st.floats(0.2, 3.0), TOKENS, TOKENS)
+def test_repetition_penalty_equals_transformers(
+    seed: int, penalty: float, prompt: list[int], output: list[int]
+) -> None:
+    logits = random_logits(seed)
+    one = row(params(repetition_penalty=penalty), prompt=prompt, output=output)
+    ids = torch.tensor([prompt + output], dtype=torch.int64)
+    expected = RepetitionPenaltyLogitsProcessor(penalty)(ids, logits.clone())
+    torch.testing.assert_close(edited(logits, one), expected)
+
+
+@PROPERTY
+@given(st.integers(0, 1000), st.floats(-2, 2), st.floats(-2, 2), TOKENS)
+def test_frequency_and_presence_penalties_equal_a_naive_loop(
+    seed: int, frequency: float, presence: float, output: list[int]
+) -> None:
+    logits = random_logits(seed)
+    sampling = params(frequency_penalty=frequency, presence_penalty=presence)
+    expected = logits.clone().double()
+    for token in range(V):
+        count = output.count(token)
+        expected[0, token] -= count * frequency + (presence if count else 0.0)
+    result = edited(logits, row(sampling, output=output))
+    torch.testing.assert_close(result, expected.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_prompt_tokens_carry_no_frequency_or_presence_penalty() -> None:
+    logits = random_logits(0)
+    sampling = params(frequency_penalty=1.0, presence_penalty=1.0)
+    assert torch.equal(edited(logits, row(sampling, prompt=range(50))), logits)
+
+
+def test_logit_bias_is_added_and_repeated_ids_add_up() -> None:
+    logits = random_logits(1)
+    expected = logits.clone()
+    expected[0, 5] += 3.0
+    expected[0, 9] -= 100.0
+    sampling = params(logit_bias=((5, 1.0), (9, -100.0), (5, 2.0)))
+    torch.testing.assert_close(edited(logits, row(sampling)), expected)
+
+
+def test_logit_bias_outside_the_vocabulary_fails_that_row_by_name() -> None:
+    rows = [row(params(logit_bias=((V, 1.0),))), row(params())]
+    first, second = Sampler(V, CPU).sample(random_logits(2, rows=2), rows)
+    assert isinstance(first, RowError)
+    assert str(V) in first.error
+    assert "logit_bias" in first.error
+    assert isinstance(second, Sampled)
+
+
+def test_stop_tokens_are_suppressed_until_min_tokens() -> None:
+    logits = random_logits(3)
+    stop = int(logits.argmax())
+    sampling = params(temperature=0.0, min_tokens=2, stop_token_ids=frozenset({stop, V + 50}))
+    chosen = [sample_one(logits, row(sampling, output=[1] * n)).token_id for n in range(4)]
+    assert stop not in chosen[:2]
+    assert chosen[2:] == [stop, stop]
+
+
+def test_edits_apply_in_the_documented_order() -> None:
+    logits = random_logits(4)
+    output = [5, 5, 6]
+    one = row(
+        params(
+            logit_bias=((5, 2.0),),
+            min_tokens=9,
+            stop_token_ids=frozenset({6}),
+            repetition_penalty=1.3,
+            frequency_penalty=0.5,
+            presence_penalty=0.25,
+        ),
+        output=output,
+    )
+    expected = logits.clone()
+    expected[0, 5] += 2.0
+    expected[0, 6] = -math.inf
+    ids = torch.tensor([[1, 2, 3, *output]])
+    expected = RepetitionPenaltyLogitsProcessor(1.3)(ids, expected)
+    for token, count in Counter(output).items():
+        expected[0, token] -= 0.5 * count + 0.25
+    torch.testing.assert_close(edited(logits, one), expected)
+
+
+@PROPERTY
+@given(st.integers(0, 1000), st.floats(0.3, 2.0), st.integers(1, V + 5))
+def test_top_k_keeps_what_transformers_keeps(seed: int, temperature: float, k: int) -> None:
+    logits = random_logits(seed, spread=1.0)
+    warped = TopKLogitsWarper(k)(None, TemperatureLogitsWarper(temperature)(None, logits))
+    expected = set(warped.isfinite()[0].nonzero().flatten().tolist())
+    drawn = reachable(logits, params(temperature=temperature, top_k=k))
+    assert drawn <= expected
+    frequent = set((torch.softmax(warped, -1)[0] > 1e-3).nonzero().flatten().tolist())
+    assert drawn >= frequent
+
+
+@PROPERTY
+@given(st.integers(0, 1000), st.floats(0.01, 0.99), st.sampled_from([0.3, 1.0, 6.0]))
+def test_top_p_keeps_what_transformers_keeps(seed: int, p: float, spread: float) -> None:
+    logits = random_logits(seed, spread=spread).double()
+    expected = TopPLogitsWarper(p)(None, logits).isfinite()
+    probabilities = torch.softmax(logits, -1).float()
+    kept = probabilities >= nucleus_threshold(probabilities[0].numpy(), p)
+    assert torch.equal(kept, expected)
+
+
+@PROPERTY
+@given(st.integers(0, 1000), st.floats(0.01, 1.0))
+def test_min_p_keeps_what_transformers_keeps(seed: int, min_p: float) -> None:
+    logits = random_logits(seed)
+    warped = MinPLogitsWarper(min_p)(None, logits)
+    expected = set(warped.isfinite()[0].nonzero().flatten().tolist())
+    drawn = reachable(logits, params(min_p=min_p))
+    assert drawn <= expected
+    frequent = set((torch.softmax(warped, -1)[0] > 1e-3).nonzero().flatten().tolist())
+    assert drawn >= frequent
+
+
+@PROPERTY
+@given(
+    st.integers(0, 1000),
+    st.sampled_from([0.2, 1.0, 8.0]),
+    st.floats(0.0, 0.999999),
+    st.booleans(),
+)
+def test_the_nucleus_found_by_division_equals_the_one_found_by_sorting(
+    seed: int, spread: float, p: float, coarse: bool
+) -> None:
+    logits = random_logits(seed, size=10_000, spread=spread)
+    if coarse:  # bfloat16 logits tie in large groups
+        logits = logits.bfloat16().float()
+    probabilities = torch.softmax(logits, -1)
+    by_sorting = nucleus_thresholds(probabilities, [p]).item()
+    threshold = nucleus_threshold(probabilities[0].numpy(), p)
+    kept, reference = probabilities >= threshold, probabilities >= by_sorting
+    # the sums run in another order: they may differ by one group of equals at the very edge
+    assert abs(float(probabilities[kept].sum() - probabilities[reference].sum())) < 2e-3 or (
+        threshold == by_sorting
+    )
+    assert float(probabilities[kept].double().sum()) >= p - 1e-6
+
+
+def test_filters_combine_in_transformers_order() -> None:
+    logits = random_logits(8, spread=1.0)
+    warped = TemperatureLogitsWarper(0.8)(None, logits)
+    for warper in (TopKLogitsWarper(20), TopPLogitsWarper(0.8), MinPLogitsWarper(0.2)):
+        warped = warper(None, warped)
+    expected = set(warped.isfinite()[0].nonzero().flatten().tolist())
+    sampling = params(temperature=0.8, top_k=20, top_p=0.8, min_p=0.2)
+    assert reachable(logits, sampling) == expected
+
+
+def test_tokens_that_tie_at_the_edge_of_a_filter_all_stay() -> None:
+    logits = torch.full((1, V), -50.0)
+    logits[0, [4, 40, 77]] = 1.0
+    assert reachable(logits, params(top_k=1)) == {4, 40, 77}
+    assert reachable(logits, params(top_p=0.1)) == {4, 40, 77}
+
+
+FILTERS = st.fixed_dictionaries(
+    {
+        "temperature": st.floats(0.2, 2.0),
+        "top_k": st.sampled_from([0, 1, 5, 50, V, 500]),
+        "top_p": st.sampled_from([1.0, 0.0, 0.3, 0.9, 0.999]),
+        "min_p": st.sampled_from([0.0, 0.05, 1.0]),
+    }
+)
+
+
+@PROPERTY
+@given(st.integers(0, 1000), st.lists(FILTERS, min_size=1, max_size=6))
+def test_the_batched_version_draws_what_the_row_version_draws(
+    seed: int, filters: list[dict[str, float]]
+) -> None:
+    logits = random_logits(seed, rows=len(filters), spread=2.0)
+    sampling = [params(**changes) for changes in filters]
+    uniforms = [uniform(seed, i) for i in range(len(filters))]
+    by_row = [
+        draw_row(line, one, u)
+        for line, one, u in zip(logits.clone().numpy(), sampling, uniforms, strict=True)
+    ]
+    assert draw_batch(logits.clone(), sampling, uniforms).tolist() == by_row
+
+
+@pytest.mark.parametrize("u", [0.0, 0.5, 1.0 - 2.0**-53])
+@pytest.mark.parametrize("temperature", [1e-45, 1e-6, 1.0, 100.0])
+def test_extreme_temperatures_and_uniforms_draw_a_possible_token(
+    u: float, temperature: float
+) -> None:
+    logits = random_logits(9)
+    logits[0, 0] = logits[0, -1] = -math.inf
+    sampling = params(temperature=temperature)
+    token = draw_row(logits.clone().numpy()[0], sampling, u)
+    assert 0 < token < V - 1
+    if temperature < 1e-5:
+        assert token == int(logits.argmax())
+    assert draw_batch(logits.clone(), [sampling], [u]).item() == token
+
+
+@pytest.mark.parametrize("changes", [{}, {"top_k": 12}, {"top_p": 0.8}, {"min_p": 0.1}])
+def test_samples_follow_the_filtered_softmax(changes: dict[str, float]) -> None:
+    logits = random_logits(10, size=24, spread=1.0)
+    warped = logits / 0.9
+    if "top_k" in changes:
+        warped = TopKLogitsWarper(12)(None, warped)
+    if "top_p" in changes:
+        warped = TopPLogitsWarper(0.8)(None, warped)
+    if "min_p" in changes:
+        warped = MinPLogitsWarper(0.1)(None, warped)
+    probabilities = torch.softmax(warped.double(), -1)[0].numpy()
+    count = 4000
+    sampling = params(temperature=0.9, **changes)
+    rows = [row(sampling, position=i) for i in range(count)]
+    results = Sampler(24, CPU).sample(logits.repeat(count, 1), rows)
+    observed = np.bincount([r.token_id for r in results if isinstance(r, Sampled)], minlength=24)
+    possible = probabilities > 0
+    assert observed[~possible].sum() == 0
+    expected = probabilities[possible] * count
+    chi_square = float(((observed[possible] - expected) ** 2 / expected).sum())
+    assert chi_square < 58.0  # the 0.9999 quantile at 23 degrees of freedom
+
+
+def mixed_rows() -> list[SampleRow]:
+    kinds = [
+        params(temperature=0.0),
+        params(),
+        params(temperature=0.7, top_p=0.9, logprobs=3),
+        params(temperature=1.3, top_k=20, logprobs=0),
+        params(min_p=0.05, repetition_penalty=1.2),
+        params(temperature=0.0, frequency_penalty=0.3, logprobs=20),
+        params(top_k=900, top_p=0.95, min_p=0.001, presence_penalty=0.5),
+        params(logit_bias=((3, 5.0),), min_tokens=4, stop_token_ids=frozenset({7})),
+    ]
+    return [
+        row(dataclasses.replace(p, seed=i), position=100 + i, prompt=range(40), output=[5, 6, 5])
+        for i, p in enumerate(kinds * 2)
+    ]
+
+
+def test_a_row_alone_gives_bit_for_bit_what_it_gives_in_a_batch() -> None:
+    rows = mixed_rows()
+    logits = random_logits(12, rows=len(rows), size=40_001)
+    sampler = Sampler(40_001, CPU)
+    together = sampler.sample(logits.clone(), rows)
+    alone = [sampler.sample(logits[i : i + 1].clone(), [one])[0] for i, one in enumerate(rows)]
+    assert together == alone
+    order = list(reversed(range(len(rows))))
+    shuffled = sampler.sample(logits[order].clone(), [rows[i] for i in order])
+    assert shuffled == [together[i] for i in order]
+
+
+def test_the_same_seed_and_position_give_the_same_token_and_others_differ() -> None:
+    logits = torch.zeros(1, V)
+    tokens = [sample_one(logits, row(params(), position=i)).token_id for i in range(20)]
+    assert tokens == [sample_one(logits, row(params(), position=i)).token_id for i in range(20)]
+    assert len(set(tokens)) > 10
+
+
+def test_logprobs_are_the_models_own_before_any_edit() -> None:
+    logits = random_logits(13)
+    reference = torch.log_softmax(logits.double(), -1)[0]
+    sampling = params(temperature=0.3, logit_bias=((3, 100.0),), repetition_penalty=2.0, logprobs=4)
+    result = sample_one(logits, row(sampling)).logprobs
+    assert result is not None
+    assert result.token_id == 3
+    assert result.logprob == pytest.approx(reference[3].item(), abs=1e-5)
+    best = reference.topk(4)
+    assert [token for token, _ in result.top] == best.indices.tolist()
+    assert [value for _, value in result.top] == pytest.approx(best.values.tolist(), abs=1e-5)
+
+
+def test_logprobs_zero_gives_the_chosen_token_alone_and_none_gives_nothing() -> None:
+    logits = random_logits(14)
+    alone = sample_one(logits, row(params(logprobs=0))).logprobs
+    assert alone is not None
+    assert alone.top == ()
+    assert sample_one(logits, row(params())).logprobs is None
+
+
+def test_more_logprobs_than_the_vocabulary_gives_the_whole_vocabulary() -> None:
+    result = sample_one(random_logits(15, size=5), row(params(logprobs=20), prompt=())).logprobs
+    assert result is not None
+    assert sum(math.exp(value) for _, value in result.top) == pytest.approx(1.0, abs=1e-5)
+
+
+BAD = {
+    "NaN": lambda line: line.fill_(math.nan),
+    "one NaN": lambda line: line[17:18].fill_(math.nan),
+    "infinity": lambda line: line[17:18].fill_(math.inf),
+    "nothing possible": lambda line: line.fill_(-math.inf),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"temperature": 0.0},
+        {},
+        {"top_k": 5, "logprobs": 3},
+        {"top_p": 0.5},
+        {"min_p": 0.5, "top_k": 4, "top_p": 0.5},
+    ],
+)
+def test_a_row_without_a_possible_token_fails_alone(kind: str, changes: dict[str, float]) -> None:
+    rows = [row(params(**changes), position=i) for i in range(3)]
+    logits = random_logits(16, rows=3)
+    sound = Sampler(V, CPU).sample(logits.clone(), rows)
+    BAD[kind](logits[1])
+    results = Sampler(V, CPU).sample(logits.clone(), rows)
+    assert isinstance(results[1], RowError)
+    assert results[1].row == 1
+    assert [results[0], results[2]] == [sound[0], sound[2]]
+    tokens = draw_batch(logits, [params(**{**changes, "temperature": 1.0})] * 3, [0.5] * 3)
+    assert all(0 <= t < V for t in tokens[[0, 2]].tolist())
+
+
+def test_greedy_takes_the_first_of_equal_logits() -> None:
+    logits = torch.zeros(1, V)
+    logits[0, [30, 60]] = 2.0
+    assert sample_one(logits, row(params(temperature=0.0))).token_id == 30
+
+
+def test_bfloat16_logits_are_sampled_in_float32() -> None:
+    logits = random_logits(17).bfloat16()
+    low = sample_one(logits, row(params(top_p=0.9)))
+    assert low == sample_one(logits.float(), row(params(top_p=0.9)))
+
+
+def test_logits_of_another_shape_are_refused() -> None:
+    with pytest.raises(ValueError, match="vocabulary of 97"):
+        Sampler(V, CPU).sample(torch.zeros(2, V), [row(params())])
+
+
+def test_no_rows_give_no_tokens() -> None:
+    assert Sampler(V, CPU).sample(torch.zeros(0, V), []) == []

@@ -1,0 +1,215 @@
+"""lowrank_ and lowrank_embedding_ against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from quickchange_kernels import lowrank
+from quickchange_kernels.lowrank import LowRankTables, Segments
+from quickchange_kernels.lowrank_plain import plain_lowrank_, plain_lowrank_embedding_
+from quickchange_kernels.samples import POPULARITIES, draw_slots, make_segments, random_tables
+
+Run = Callable[[Tensor, Tensor, LowRankTables, Segments, int], None]
+Close = Callable[[Tensor, Tensor], None]
+
+
+def spread(tables: LowRankTables, segments: Segments, group: int) -> tuple[object, ...]:
+    return (
+        tables.arena,
+        tables.directory,
+        tables.pages,
+        tables.page_scale,
+        tables.page_shift,
+        segments.rows,
+        segments.slot,
+        segments.weight,
+        group,
+    )
+
+
+def plain(y: Tensor, x: Tensor, tables: LowRankTables, segments: Segments, group: int) -> None:
+    plain_lowrank_(y, x, *spread(tables, segments, group))
+
+
+@pytest.fixture(params=["plain", "dispatched"])
+def run(request: pytest.FixtureRequest) -> Run:
+    return {"plain": plain, "dispatched": lowrank.lowrank_}[request.param]
+
+
+def poisoned(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    return torch.full((rows, columns), float("nan"), dtype=dtype)
+
+
+def randn(*shape: int, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=generator).to(dtype)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 4, 8, 16, 64, 256])
+def test_every_rank_matches_float64(
+    rank: int, run: Run, dtype: torch.dtype, generator: torch.Generator, assert_close: Close
+) -> None:
+    tables = random_tables(96, [64], [rank, rank], generator, dtype=dtype)
+    x = randn(7, 96, generator=generator, dtype=dtype)
+    y = randn(7, 64, generator=generator, dtype=dtype)
+    segments = make_segments([(0, 1, 1, 1.0), (2, 7, 0, 0.5)])
+    expected = lowrank.reference_lowrank(y, x, tables, segments, 0)
+    run(y, x, tables, segments, 0)
+    assert_close(y, expected)
+
+
+@pytest.mark.parametrize("popularity", POPULARITIES)
+@pytest.mark.parametrize("rows", [1, 16, 64])
+def test_one_row_a_request_with_mixed_ranks_in_a_fused_group(
+    popularity: str, rows: int, run: Run, generator: torch.Generator, assert_close: Close
+) -> None:
+    ranks = [16, 0, 8, 64, 3, 16, 5]
+    tables = random_tables(80, [48, 16, 16], ranks, generator)
+    slots = draw_slots(popularity, rows, len(ranks), generator)
+    segments = make_segments([(t, t + 1, slot, 1.0) for t, slot in enumerate(slots)])
+    x = randn(rows, 80, generator=generator)
+    y = randn(rows, 80, generator=generator)
+    expected = lowrank.reference_lowrank(y, x, tables, segments, 0)
+    run(y, x, tables, segments, 0)
+    assert_close(y, expected)
+
+
+@pytest.mark.parametrize(("features", "width"), [(1, 1), (33, 7), (100, 130), (257, 515)])
+def test_odd_sizes_match_float64(
+    features: int,
+    width: int,
+    run: Run,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    assert_close: Close,
+) -> None:
+    tables = random_tables(features, [width, width], [9, 16], generator, dtype=dtype)
+    x = randn(20, features, generator=generator, dtype=dtype)
+    y = randn(20, 2 * width, generator=generator, dtype=dtype)
+    segments = make_segments([(0, 1, 0, 1.0), (1, 3, 1, 2.0), (3, 19, 0, -1.0)])
+    expected = lowrank.reference_lowrank(y, x, tables, segments, 0)
+    run(y, x, tables, segments, 0)
+    assert_close(y, expected)
+
+
+def test_long_prefill_segments_match_float64(
+    run: Run, dtype: torch.dtype, generator: torch.Generator, assert_close: Close
+) -> None:
+    tables = random_tables(128, [64, 32], [16, 40], generator, dtype=dtype, bias=True)
+    x = randn(300, 128, generator=generator, dtype=dtype)
+    y = randn(300, 96, generator=generator, dtype=dtype)
+    segments = make_segments([(0, 150, 0, 1.0), (150, 299, 1, 0.5), (299, 300, 0, 1.0)])
+    expected = lowrank.reference_lowrank(y, x, tables, segments, 0)
+    run(y, x, tables, segments, 0)
+    assert_close(y, expected)
+
+
+def test_a_composition_adds_several_adapters_over_the_same_rows(
+    run: Run, dtype: torch.dtype, generator: torch.Generator, assert_close: Close
+) -> None:
+    tables = random_tables(64, [40], [8, 24, 5], generator, dtype=dtype)
+    spans = [(0, 4, 0, 0.5), (0, 4, 1, 0.3), (2, 30, 2, -1.0), (0, 30, 1, 0.2), (0, 1, 0, 1.0)]
+    x = randn(32, 64, generator=generator, dtype=dtype)
+    y = randn(32, 40, generator=generator, dtype=dtype)
+    expected = lowrank.reference_lowrank(y, x, tables, make_segments(spans), 0)
+    run(y, x, tables, make_segments(spans), 0)
+    assert_close(y, expected)
+
+
+def test_a_bias_is_a_rank_with_a_shift(
+    run: Run, generator: torch.Generator, assert_close: Close
+) -> None:
+    tables = random_tables(32, [24], [0, 3], generator, bias=True)
+    assert tables.page_shift.sum() == 2
+    x = randn(3, 32, generator=generator)
+    y = randn(3, 24, generator=generator)
+    segments = make_segments([(0, 1, 0, 1.0), (1, 3, 1, 0.25)])
+    expected = lowrank.reference_lowrank(y, x, tables, segments, 0)
+    run(y, x, tables, segments, 0)
+    assert_close(y, expected)
+
+
+def test_each_group_takes_its_own_pages(
+    run: Run, generator: torch.Generator, assert_close: Close
+) -> None:
+    tables = random_tables(32, [24], [8, 16], generator, groups=3)
+    x = randn(2, 32, generator=generator)
+    segments = make_segments([(0, 1, 0, 1.0), (1, 2, 1, 1.0)])
+    for group in range(3):
+        y = randn(2, 24, generator=generator)
+        expected = lowrank.reference_lowrank(y, x, tables, segments, group)
+        run(y, x, tables, segments, group)
+        assert_close(y, expected)
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_rows_in_no_segment_are_neither_read_nor_written(
+    long: bool, run: Run, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    tables = random_tables(64, [32], [8, 0], generator, dtype=dtype)
+    count = 40 if long else 2
+    x = poisoned(count + 4, 64, dtype)
+    y = poisoned(count + 4, 32, dtype)
+    y[0] = -0.0
+    x[2 : 2 + count] = randn(count, 64, generator=generator, dtype=dtype)
+    y[2 : 2 + count] = 1
+    before = y.clone()
+    segments = make_segments([(2, 2 + count, 0, 1.0), (0, 1, 1, 1.0), (5, 5, 0, 1.0)])
+    run(y, x, tables, segments, 0)
+    inside = y[2 : 2 + count]
+    assert torch.isfinite(inside).all()
+    assert not torch.equal(inside, before[2 : 2 + count])
+    bits = torch.int32 if dtype == torch.float32 else torch.int16
+    outside = [0, 1, count + 2, count + 3]
+    assert torch.equal(y[outside].view(bits), before[outside].view(bits))
+
+
+def test_no_segments_leave_everything_untouched(run: Run, generator: torch.Generator) -> None:
+    tables = random_tables(16, [16], [8], generator)
+    y = poisoned(3, 16, torch.float32)
+    run(y, poisoned(3, 16, torch.float32), tables, make_segments([]), 0)
+    assert torch.isnan(y).all()
+
+
+def test_columns_of_other_members_are_untouched(run: Run, generator: torch.Generator) -> None:
+    tables = random_tables(16, [8], [8], generator)
+    tables.pages[:, 2] = 4
+    y = torch.zeros(2, 20)
+    run(y, randn(2, 16, generator=generator), tables, make_segments([(0, 2, 0, 1.0)]), 0)
+    assert torch.equal(y[:, :4], torch.zeros(2, 4))
+    assert torch.equal(y[:, 12:], torch.zeros(2, 8))
+    assert (y[:, 4:12] != 0).all()
+
+
+@pytest.mark.parametrize("rows", [3, 60])
+def test_inputs_and_outputs_may_be_column_slices(
+    rows: int, run: Run, dtype: torch.dtype, generator: torch.Generator, assert_close: Close
+) -> None:
+    tables = random_tables(40, [24], [16], generator, dtype=dtype)
+    x = randn(rows, 100, generator=generator, dtype=dtype)[:, 13:53]
+    whole = randn(rows, 50, generator=generator, dtype=dtype)
+    y = whole[:, 9:33]
+    segments = make_segments([(0, rows, 0, 1.0)])
+    expected = whole.double()
+    expected[:, 9:33] = lowrank.reference_lowrank(y, x, tables, segments, 0)
+    run(y, x, tables, segments, 0)
+    assert_close(whole, expected)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 50])
+def test_an_embedding_adds_the_columns_of_its_tokens(
+    rows: int, dtype: torch.dtype, generator: torch.Generator, assert_close: Close
+) -> None:
+    tables = random_tables(91, [48], [4, 20], generator, dtype=dtype, bias=True)
+    ids = torch.randint(0, 91, (rows + 3,), generator=generator)
+    spans = make_segments([(0, rows, 0, 1.0), (0, rows, 1, 0.5), (rows, rows + 1, 1, 1.0)])
+    y = randn(rows + 3, 48, generator=generator, dtype=dtype)
+    expected = lowrank.reference_lowrank_embedding(y, ids, tables, spans, 0, 91)
+    plain_y = y.clone()
+    plain_lowrank_embedding_(plain_y, ids, *spread(tables, spans, 0), 91)
+    assert_close(plain_y, expected)
+    lowrank.lowrank_embedding_(y, ids, tables, spans, 0, 91)
+    assert_close(y, expected)

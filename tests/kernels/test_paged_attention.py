@@ -1,0 +1,158 @@
+"""paged_attention and kv_write_ against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from quickchange_kernels.kv_write import kv_write_, plain_kv_write_, reference_kv_write
+from quickchange_kernels.paged_attention import (
+    paged_attention,
+    plain_paged_attention,
+    reference_paged_attention,
+)
+from quickchange_kernels.samples import random_keys
+
+Attention = Callable[..., Tensor]
+Close = Callable[[Tensor, Tensor], None]
+
+
+@pytest.fixture(params=["plain", "dispatched"])
+def run(request: pytest.FixtureRequest) -> Attention:
+    return {"plain": plain_paged_attention, "dispatched": paged_attention}[request.param]
+
+
+def starts(counts: Sequence[int]) -> Tensor:
+    return torch.tensor([sum(counts[:i]) for i in range(len(counts) + 1)], dtype=torch.int32)
+
+
+def compare(
+    run: Attention,
+    assert_close: Close,
+    generator: torch.Generator,
+    *,
+    lengths: Sequence[int],
+    counts: Sequence[int],
+    heads: tuple[int, int] = (4, 2),
+    dim: int = 32,
+    block_size: int = 16,
+    window: int = 0,
+    softcap: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    keys = random_keys(lengths, heads[1], dim, block_size, generator, dtype)
+    q = torch.randn(sum(counts), heads[0], dim, generator=generator).to(dtype)
+    args = (q, keys.k_cache, keys.v_cache, keys.block_tables, keys.seq_lens, starts(counts))
+    out = run(*args, dim**-0.5, window, softcap)
+    assert out.shape == q.shape
+    assert out.dtype == dtype
+    assert_close(out, reference_paged_attention(*args, dim**-0.5, window, softcap))
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (9, 3), (8, 1), (32, 2)])
+@pytest.mark.parametrize("dim", [32, 64, 72, 128, 256])
+def test_decode_matches_float64_for_every_head_shape(
+    heads: tuple[int, int],
+    dim: int,
+    run: Attention,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    assert_close: Close,
+) -> None:
+    compare(
+        run,
+        assert_close,
+        generator,
+        lengths=[1, 17, 40],
+        counts=[1, 1, 1],
+        heads=heads,
+        dim=dim,
+        dtype=dtype,
+    )
+
+
+@pytest.mark.parametrize("block_size", [1, 5, 16, 64])
+@pytest.mark.parametrize("counts", [[1, 1, 1, 1], [3, 1, 0, 37], [2, 64, 1, 5]])
+def test_block_sizes_and_mixed_query_lengths(
+    block_size: int,
+    counts: list[int],
+    run: Attention,
+    generator: torch.Generator,
+    assert_close: Close,
+) -> None:
+    lengths = [3, 131, 65, 37]
+    compare(run, assert_close, generator, lengths=lengths, counts=counts, block_size=block_size)
+
+
+@pytest.mark.parametrize("window", [1, 7, 16, 50, 1000])
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_windows_and_softcaps(
+    window: int, softcap: float, run: Attention, generator: torch.Generator, assert_close: Close
+) -> None:
+    compare(
+        run,
+        assert_close,
+        generator,
+        lengths=[70, 33, 90],
+        counts=[1, 4, 40],
+        window=window,
+        softcap=softcap,
+    )
+
+
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+def test_a_long_context_and_a_long_prefill(
+    softcap: float,
+    run: Attention,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    assert_close: Close,
+) -> None:
+    compare(
+        run,
+        assert_close,
+        generator,
+        lengths=[1500, 300, 700],
+        counts=[1, 300, 129],
+        softcap=softcap,
+        dtype=dtype,
+    )
+
+
+def test_queries_may_be_a_slice_of_a_fused_projection(
+    run: Attention, generator: torch.Generator, assert_close: Close
+) -> None:
+    keys = random_keys([20, 50], 2, 32, 16, generator)
+    fused = torch.randn(31, 256, generator=generator)
+    q = fused[:, 64:192].view(31, 4, 32)
+    args = (q, keys.k_cache, keys.v_cache, keys.block_tables, keys.seq_lens, starts([1, 30]))
+    assert_close(run(*args, 0.2), reference_paged_attention(*args, 0.2))
+
+
+def test_scores_far_apart_do_not_overflow(
+    run: Attention, generator: torch.Generator, assert_close: Close
+) -> None:
+    keys = random_keys([200], 1, 32, 16, generator)
+    keys.k_cache.mul_(50)
+    q = torch.randn(1, 2, 32, generator=generator) * 50
+    args = (q, keys.k_cache, keys.v_cache, keys.block_tables, keys.seq_lens, starts([1]))
+    assert_close(run(*args, 1.0), reference_paged_attention(*args, 1.0))
+
+
+@pytest.mark.parametrize("write", [plain_kv_write_, kv_write_], ids=["plain", "dispatched"])
+@pytest.mark.parametrize("count", [0, 1, 9])
+def test_keys_and_values_land_in_their_slots(
+    write: Callable[..., None], count: int, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    caches = [torch.randn(6, 2, 4, 24, generator=generator).to(dtype) for _ in range(2)]
+    fused = torch.randn(count, 200, generator=generator).to(dtype)
+    k = fused[:, 20:68].view(count, 2, 24)
+    v = fused[:, 100:148].view(count, 2, 24)
+    slots = torch.randperm(24, generator=generator)[:count]
+    expected = reference_kv_write(k, v, caches[0], caches[1], slots)
+    write(k, v, caches[0], caches[1], slots)
+    assert torch.equal(caches[0], expected[0])
+    assert torch.equal(caches[1], expected[1])

@@ -1,0 +1,136 @@
+"""`quickchange adapters …` from the first command to the last."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from quickchange_store.cli import app
+from quickchange_store.store import Store
+
+
+@pytest.fixture
+def run(tmp_path: Path, bases: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("QUICKCHANGE_STORE", str(tmp_path / "store"))
+    monkeypatch.setenv("QUICKCHANGE_MODEL", str(bases("llama").folder))
+
+    def invoke(*arguments: str) -> Any:
+        return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+    return invoke
+
+
+@pytest.fixture
+def adapter(train: Any, tmp_path: Path) -> Path:
+    folder = tmp_path / "trained"
+    train("llama", folder, r=4, target_modules=["q_proj"])
+    return folder
+
+
+def test_an_adapter_is_added_listed_shown_and_removed(run: Any, adapter: Path) -> None:
+    added = run("add", "org/mine", adapter)
+    assert added.exit_code == 0, added.output
+    assert "org/mine@1" in added.stdout
+    listed = run("list").stdout.splitlines()
+    assert listed[0].split() == [
+        "NAME",
+        "VERSION",
+        "DIGEST",
+        "RANK",
+        "TARGETS",
+        "PARAMETERS",
+        "SIZE",
+        "CREATED",
+    ]
+    assert listed[1].split()[:2] == ["org/mine", "1"]
+    assert "q_proj" in run("show", "org/mine").stdout
+    assert "removed org/mine@1" in run("rm", "org/mine").stdout
+    assert json.loads(run("list", "--json").stdout) == {"adapters": [], "aliases": {}}
+
+
+def test_json_has_what_the_table_has(run: Any, adapter: Path) -> None:
+    added = json.loads(run("add", "mine", adapter, "--json").stdout)
+    assert (added["name"], added["version"], added["warnings"][0][:19]) == (
+        "mine",
+        1,
+        "adapter_config.json",
+    )
+    (entry,) = json.loads(run("list", "--json").stdout)["adapters"]
+    assert entry["digest"] == added["digest"]
+    assert (entry["ranks"], entry["targets"], entry["modules"]) == ([4], ["q_proj"], 2)
+    shown = json.loads(run("show", "mine@1", "--json").stdout)
+    assert Path(shown["path"]).is_file()
+    assert [version["version"] for version in shown["versions"]] == [1]
+
+
+def test_a_warning_goes_to_standard_error(run: Any, adapter: Path) -> None:
+    config = adapter / "adapter_config.json"
+    content = {**json.loads(config.read_text()), "base_model_name_or_path": "other/base"}
+    config.write_text(json.dumps(content))
+    added = run("add", "mine", adapter)
+    assert added.exit_code == 0
+    assert "other/base" in added.stderr
+    assert "other/base" not in added.stdout
+
+
+def test_an_alias_is_set_moved_and_removed(run: Any, adapter: Path) -> None:
+    run("add", "mine", adapter)
+    assert run("alias", "prod", "mine@1").stdout == "prod -> mine@1\n"
+    assert run("alias", "prod", "mine").stdout == "prod -> mine\n"
+    assert run("list").stdout.splitlines()[-1].split() == ["prod", "mine"]
+    refused = run("rm", "mine")
+    assert refused.exit_code == 1
+    assert "'prod'" in refused.stderr
+    assert run("unalias", "prod").exit_code == 0
+    assert run("rm", "mine").exit_code == 0
+
+
+def test_a_name_is_rolled_back(run: Any, adapter: Path, tmp_path: Path, train: Any) -> None:
+    run("add", "mine", adapter)
+    train("llama", tmp_path / "second", seed=2, r=4, target_modules=["q_proj"])
+    assert "mine@2" in run("add", "mine", tmp_path / "second").stdout
+    assert "serving mine@1" in run("rollback", "mine").stdout
+    assert "serving mine@2" in run("rollback", "mine", "2").stdout
+
+
+def test_verify_fails_where_something_is_damaged(run: Any, adapter: Path, tmp_path: Path) -> None:
+    run("add", "mine", adapter)
+    assert run("verify").exit_code == 0
+    store = Store(tmp_path / "store")
+    store.path(store.resolve("mine").digest).write_bytes(b"damaged")
+    failed = run("verify")
+    assert failed.exit_code == 1
+    assert "mine@1" in failed.stderr
+    assert json.loads(run("verify", "--json").stdout)[0]["subject"] == "mine@1"
+
+
+def test_gc_says_what_it_removed(run: Any, adapter: Path) -> None:
+    run("add", "mine", adapter)
+    run("rm", "mine")
+    assert len(json.loads(run("gc", "--min-age", "0", "--json").stdout)["versions"]) == 1
+    assert "removed 0 versions" in run("gc").stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("show", "missing"),
+        ("rm", "missing"),
+        ("alias", "prod", "missing"),
+        ("unalias", "missing"),
+        ("rollback", "missing"),
+        ("add", "../escape", "."),
+        ("add", "mine", "/no/such/folder"),
+        ("add", "mine", ".", "--model", "/no/such/model"),
+    ],
+)
+def test_an_error_is_one_line_on_standard_error(run: Any, arguments: tuple[str, ...]) -> None:
+    failed = run(*arguments)
+    assert failed.exit_code == 1
+    assert failed.stderr.startswith("error: ")
+    assert "Traceback" not in failed.output
+    assert failed.stdout == ""

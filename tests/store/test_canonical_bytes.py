@@ -1,0 +1,148 @@
+"""The canonical bytes: a pure function of what the adapter computes, in plain safetensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+from quickchange_store import canonical
+from quickchange_store.canonical import CanonicalAdapter, LowRankUpdate
+from quickchange_store.errors import CorruptVersionError, InvalidAdapterError
+
+PINNED = "64c376b1b73b9617a1df067bbb9df2f1bbe85209a8261367a825054b90b1e01a"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def update(rank: int, dtype: torch.dtype, bias: bool, value: float = 1.0) -> LowRankUpdate:
+    a = (torch.arange(rank * 5).reshape(rank, 5) + value).to(dtype)
+    b = (torch.arange(3 * rank).reshape(3, rank) - value).to(dtype)
+    return LowRankUpdate(a, b, 0.5, torch.ones(3) * value if bias else None)
+
+
+updates = st.builds(
+    update, st.sampled_from([0, 1, 3, 8]), st.sampled_from(DTYPES), st.booleans(), st.floats(-8, 8)
+)
+adapters = st.builds(
+    CanonicalAdapter,
+    st.sampled_from(["LlamaForCausalLM", "PhiForCausalLM"]),
+    st.just("base"),
+    st.dictionaries(st.sampled_from(["m.q", "m.k", "lm_head", "m.a", "m"]), updates, min_size=1),
+)
+
+
+def same(left: LowRankUpdate, right: LowRankUpdate) -> bool:
+    pairs = [(left.a, right.a), (left.b, right.b)]
+    if left.bias is not None and right.bias is not None:
+        pairs.append((left.bias, right.bias))
+    return (
+        left.scale == right.scale
+        and (left.bias is None) == (right.bias is None)
+        and all(x.dtype == y.dtype and torch.equal(x, y) for x, y in pairs)
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(adapter=adapters)
+def test_what_is_written_is_read_back(
+    adapter: CanonicalAdapter, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("bytes") / "adapter.safetensors"
+    with path.open("wb") as file:
+        digest = canonical.write(adapter, file)
+    loaded = canonical.load(path)
+    assert loaded.architecture == adapter.architecture
+    assert loaded.updates.keys() == adapter.updates.keys()
+    assert all(same(loaded.updates[m], adapter.updates[m]) for m in adapter.updates)
+    assert path.read_bytes() == canonical.to_bytes(adapter)
+    assert digest == canonical.digest(loaded) == canonical.file_digest(path)
+
+
+@settings(max_examples=40, deadline=None)
+@given(adapter=adapters, random=st.randoms(use_true_random=False))
+def test_the_order_of_modules_does_not_matter(adapter: CanonicalAdapter, random: Any) -> None:
+    modules = list(adapter.updates.items())
+    random.shuffle(modules)
+    shuffled = dataclasses.replace(adapter, updates=dict(modules))
+    assert canonical.to_bytes(shuffled) == canonical.to_bytes(adapter)
+
+
+def test_where_an_adapter_came_from_does_not_matter() -> None:
+    adapter = CanonicalAdapter("L", "base", {"m": update(2, torch.float32, True)}, {"format": "x"})
+    other = dataclasses.replace(adapter, base_name="another", source={"seed": 3})
+    assert canonical.digest(other) == canonical.digest(adapter)
+
+
+def test_memory_layout_does_not_matter() -> None:
+    plain = update(2, torch.float32, False)
+    strided = LowRankUpdate(plain.a.T.contiguous().T, plain.b, plain.scale)
+    assert not strided.a.is_contiguous()
+    bytes_of = [
+        canonical.to_bytes(CanonicalAdapter("L", "base", {"m": u})) for u in (plain, strided)
+    ]
+    assert bytes_of[0] == bytes_of[1]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda u: dataclasses.replace(u, scale=0.25),
+        lambda u: dataclasses.replace(u, a=u.a + 1),
+        lambda u: dataclasses.replace(u, a=u.a.bfloat16()),
+        lambda u: dataclasses.replace(u, bias=None),
+    ],
+)
+def test_what_changes_the_function_changes_the_digest(change: Any) -> None:
+    before = CanonicalAdapter("L", "base", {"m": update(2, torch.float32, True)})
+    after = dataclasses.replace(before, updates={"m": change(before.updates["m"])})
+    assert canonical.digest(after) != canonical.digest(before)
+
+
+def test_the_bytes_stay_the_same_over_releases() -> None:
+    adapter = CanonicalAdapter(
+        "L", "b", {"m": update(2, torch.bfloat16, True), "n": update(0, torch.float32, True)}
+    )
+    assert canonical.digest(adapter) == PINNED
+    assert hashlib.sha256(canonical.to_bytes(adapter)).hexdigest() == PINNED
+
+
+def test_the_file_is_plain_safetensors(tmp_path: Path) -> None:
+    adapter = CanonicalAdapter("L", "base", {"m": update(2, torch.bfloat16, True)})
+    path = tmp_path / "adapter.safetensors"
+    path.write_bytes(canonical.to_bytes(adapter))
+    with safe_open(str(path), framework="pt") as file:
+        assert set(file.keys()) == {"m.a", "m.b", "m.bias"}
+        assert torch.equal(file.get_tensor("m.a"), adapter.updates["m"].a)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 30, -1])
+def test_a_cut_file_is_refused(keep: int, tmp_path: Path) -> None:
+    content = canonical.to_bytes(CanonicalAdapter("L", "b", {"m": update(2, torch.float32, True)}))
+    path = tmp_path / "adapter.safetensors"
+    path.write_bytes(content[:keep])
+    with pytest.raises(CorruptVersionError, match=r"adapter\.safetensors"):
+        canonical.load(path)
+
+
+def test_a_scale_that_is_not_finite_is_refused() -> None:
+    bad = dataclasses.replace(update(2, torch.float32, False), scale=math.inf)
+    with pytest.raises(InvalidAdapterError, match="m: scale"):
+        canonical.to_bytes(CanonicalAdapter("L", "base", {"m": bad}))
+
+
+def test_a_dtype_that_can_not_be_stored_is_refused() -> None:
+    with pytest.raises(InvalidAdapterError, match=r"m\.a"):
+        canonical.digest(CanonicalAdapter("L", "base", {"m": update(2, torch.float64, False)}))
+
+
+def test_factors_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(InvalidAdapterError, match="do not fit"):
+        LowRankUpdate(torch.zeros(2, 5), torch.zeros(3, 4), 1.0)
