@@ -89,7 +89,7 @@ class StaticBatches:
                 gaps=gaps,
                 prompt_tokens=length,
                 output_tokens=tokens,
-                text=self.tokenizer.decode(row[width:]),
+                text=self.tokenizer.decode(row[width:], skip_special_tokens=True),
             )
             for request, row, length in zip(batch, output, lengths, strict=True)
         ]

@@ -34,6 +34,8 @@ def _refusals(command: Command) -> Command:
     def guarded(*arguments: Any, **options: Any) -> None:
         try:
             command(*arguments, **options)
+        except typer.Exit:  # a RuntimeError too
+            raise
         except (ValueError, RuntimeError, OSError) as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(2) from error

@@ -30,7 +30,7 @@ class Running:
     start_seconds: float  # from its command to its first token
 
 
-class ServerFailedError(Exception):
+class ServerFailedError(RuntimeError):
     """A server ended or stayed silent; the message ends with the last lines of its log."""
 
 

@@ -80,7 +80,8 @@ class Live:
     store: Store
 
     def post(self, path: str, body: Any) -> httpx.Response:
-        return self.http.post(path, json=body)
+        content = json.dumps(body)  # ASCII: httpx's own can't send half a surrogate pair
+        return self.http.post(path, content=content, headers={"Content-Type": "application/json"})
 
     def events(self, path: str, body: dict[str, Any]) -> list[Any]:
         """The stream's events, parsed; the last "[DONE]" as it is."""

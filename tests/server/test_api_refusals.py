@@ -16,7 +16,6 @@ from quickchange_server.api.schemas import ChatRequest, CompletionRequest
 
 COMPLETION = {"model": BASE, "prompt": "Hello"}
 CHAT = {"model": BASE, "messages": [{"role": "user", "content": "Hi"}]}
-ASKS = object()  # a value that no field takes for its neutral one
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +225,8 @@ def test_a_full_queue_is_429_with_retry_after_and_leaves_nothing_running(tmp_pat
     with live_server(tmp_path, behaviour, max_queue=3) as live:
         long = {**COMPLETION, "max_tokens": 500, "stream": True}
         with live.http.stream("POST", "/v1/completions", json={**long, "n": 2}) as response:
-            next(response.iter_lines())
+            lines = response.iter_lines()
+            next(lines)
             refused = live.post("/v1/completions", {**COMPLETION, "n": 2})
             assert error_of(refused, 429)["code"] == "queue_full"
             assert int(refused.headers["retry-after"]) >= 1

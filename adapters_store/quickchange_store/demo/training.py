@@ -27,9 +27,7 @@ DEMO_RECIPES = {
     "order-json": DemoRecipe(
         800, LoraRecipe(rank=8, alpha=16, lr=2e-3, batch_size=4, dtype="bfloat16")
     ),
-    "sql": DemoRecipe(
-        1400, LoraRecipe(rank=8, alpha=16, lr=2e-3, batch_size=8, dtype="bfloat16")
-    ),
+    "sql": DemoRecipe(1400, LoraRecipe(rank=8, alpha=16, lr=2e-3, batch_size=8, dtype="bfloat16")),
     "docstring": DemoRecipe(
         1500, LoraRecipe(rank=16, alpha=32, lr=1e-3, batch_size=8, dtype="bfloat16")
     ),
@@ -56,9 +54,7 @@ def train_demo(name: str, out: Path) -> TrainingReport:
     model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, recipe.lora.dtype))
     seed, length = recipe.lora.seed, recipe.lora.max_length
     train = encode(demo_examples(task, "train", recipe.examples, seed), tokenizer, length)
-    held_out = encode(
-        demo_examples(task, "held-out", _HELD_OUT_FOR_LOSS, seed), tokenizer, length
-    )
+    held_out = encode(demo_examples(task, "held-out", _HELD_OUT_FOR_LOSS, seed), tokenizer, length)
     adapted, report = train_lora(model, recipe.lora, train, held_out, tokenizer.pad_token_id)
     notes = {
         "command": f"quickchange train demo {name} --out DIR",

@@ -66,6 +66,16 @@ class Residency:
         """Adapters that the loader reads or copies, or will."""
         return sum(entry.job is not Job.NONE for entry in self._entries.values())
 
+    @property
+    def known(self) -> int:
+        """Adapters of which anything is kept: on a tier, on their way, pinned or claimed."""
+        return len(self._entries)
+
+    @property
+    def host_images(self) -> dict[str, int]:
+        """Bytes of each adapter on the host tier, copies of what is on the device included."""
+        return {e.digest: e.nbytes for e in self._entries.values() if e.image is not None}
+
     # --- claims ---------------------------------------------------------------------------------
 
     def claim(self, key: str, digests: Sequence[str]) -> None:
@@ -393,7 +403,7 @@ class Residency:
 
     def _trim_host(self) -> None:
         """Bring the host tier to its budget."""
-        total = sum(e.nbytes for e in self._entries.values() if e.image is not None)
+        total = sum(self.host_images.values())
         if total <= self._host_budget:
             return
         awaited = list(self._awaited_images())

@@ -99,7 +99,9 @@ class Sql:
 def _table(name: str) -> _Table:
     texts, numbers = _TABLES[name]
     columns = (column.split("=") for column in texts.split(";"))
-    return _Table(name, {column: values.split(",") for column, values in columns}, numbers.split(","))
+    return _Table(
+        name, {column: values.split(",") for column, values in columns}, numbers.split(",")
+    )
 
 
 def _database_script(rng: random.Random, table: _Table) -> str:
