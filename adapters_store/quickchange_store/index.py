@@ -203,7 +203,7 @@ def encode(index: Index) -> bytes:
         for alias, target in index.aliases.items()
     }
     content = {"format": FORMAT, "names": names, "aliases": aliases}
-    return json.dumps(content, sort_keys=True, indent=1).encode()
+    return json.dumps(content, sort_keys=True).encode()
 
 
 def decode(content: bytes, path: Path) -> Index:

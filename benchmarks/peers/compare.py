@@ -181,6 +181,8 @@ def main(
     adapters: Annotated[int, typer.Option(min=1, help="lora-0 to lora-(N-1).")] = 8,
     threads: Annotated[int, typer.Option(min=1)] = 2,
     seed: Annotated[int, typer.Option()] = 0,
+    device: Annotated[str, typer.Option(help="Of our server: cpu or cuda.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="Of our server.")] = "float32",
     out: Annotated[Path | None, typer.Option(help="Write the session here, as JSON.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw it here, as PNG.")] = None,
     check_only: Annotated[
@@ -207,6 +209,8 @@ def main(
             prompt_tokens=prompt_tokens,
             output_tokens=output_tokens,
             seed=seed,
+            device=device,
+            dtype=dtype,
             scripts=HERE,
             work=Path(work),
             progress=say,

@@ -13,8 +13,11 @@ import typer
 
 from quickchange_bench import provenance, report
 from quickchange_bench.client import DIALECT_NAMES, Client, DialectName, Target, check_url
+from quickchange_bench.ours import VALUE_BYTES
 from quickchange_bench.overhead import OverheadOptions, measure_overhead, overhead_table
 from quickchange_bench.popularity import POPULARITIES, Popularity, PopularityName
+from quickchange_bench.random_adapters import PROJECTIONS, AdapterSpec, write_adapters
+from quickchange_bench.random_base import SHAPES, write_base
 from quickchange_bench.results import Load, Point, ServingResult, WorkloadSpec, medians
 from quickchange_bench.scale import ScaleOptions, measure_scale, scale_table
 from quickchange_bench.serving import Plan, run_plan
@@ -258,6 +261,34 @@ def adapters_at_scale(
     typer.echo(scale_table(result))
     if out is not None:
         report.save(result, out)
+
+
+@app.command()
+@_refusals
+def make_adapters(
+    model: Annotated[Path, typer.Option(help="Base model: a folder in transformers' layout.")],
+    out: Annotated[Path, typer.Option(help="Where lora-0, lora-1, … go.")],
+    count: Annotated[int, typer.Option(min=1, help="How many.")] = 8,
+    rank: Annotated[int, typer.Option(min=1, help="Of every adapter.")] = 16,
+    targets: Annotated[str, typer.Option(help="Projections.")] = ",".join(PROJECTIONS),
+    seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
+) -> None:
+    """Write random LoRA adapters in PEFT's layout, for load tests."""
+    spec = AdapterSpec(rank=rank, targets=tuple(targets.split(",")), seed=seed)
+    write_adapters(model, out, [f"lora-{k}" for k in range(count)], spec)
+
+
+@app.command()
+@_refusals
+def make_base(
+    out: Annotated[Path, typer.Option(help="Folder for the model.")],
+    shape: Annotated[str, typer.Option(help=", ".join(SHAPES))] = "smollm2-135m",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
+) -> None:
+    """Write a base model with random weights, where the real one can't be had."""
+    chosen = SHAPES[_choice("--shape", shape, tuple(SHAPES))]
+    write_base(out, chosen, dtype=_choice("--dtype", dtype, tuple(VALUE_BYTES)), seed=seed)
 
 
 def main() -> None:

@@ -44,6 +44,8 @@ class Setup:
     prompt_tokens: int
     output_tokens: int
     seed: int
+    device: str  # ours; the peers here run on the CPU in float32
+    dtype: str
     scripts: Path  # benchmarks/peers
     work: Path  # logs and our store
     progress: Progress
@@ -162,6 +164,8 @@ def quickchange() -> Served:
         own = ours.OwnServer(
             model=str(setup.base),
             store=store,
+            device=setup.device,
+            dtype=setup.dtype,
             environment={"QUICKCHANGE_THREADS": str(setup.threads)},
         )
         filled = setup.work / "store-filled"

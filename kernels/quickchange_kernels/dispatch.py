@@ -4,11 +4,12 @@ Every operation is declared once under `torch.ops.quickchange` with its plain to
 runs on any device, and a fake version for tracing. A faster version takes over for one device by
 being registered for that dispatch key:
 
-    CPU                  the native C++ kernels, once `native.ensure` has loaded them
-    CPU, TRITON_INTERPRET=1   the Triton kernels under Triton's interpreter
-    CUDA                 the Triton kernels
+    CPU     the native C++ kernels, once `native.ensure` has loaded them; where TRITON_INTERPRET is
+            1 they stay out, and the key is free for the Triton kernels under the interpreter
+    CUDA    the Triton kernels
 
-Knows nothing of what the operations do.
+The overload `plain` of each operation is always the plain version. Knows nothing of what the
+operations do.
 """
 
 from __future__ import annotations
@@ -22,17 +23,21 @@ import torch
 LIBRARY: Any = torch.library.Library("quickchange", "DEF")  # type: ignore[no-untyped-call]
 
 
-def declare(schema: str, plain: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+def declare(
+    name: str, signature: str, plain: Callable[..., Any], fake: Callable[..., Any]
+) -> Callable[..., Any]:
     """Register an operation and return the callable that dispatches it.
 
-    schema: as PyTorch writes it, e.g. "linear(Tensor x, ...) -> Tensor". plain: the version for
-    every device that has no faster one. fake: makes the output's shape and dtype, computes nothing.
+    signature: as PyTorch writes a schema, without the name: "(Tensor x, ...) -> Tensor".
+    plain: the version for every device that has no faster one. fake: makes the output's shape and
+    dtype, computes nothing.
     """
-    name = LIBRARY.define(schema)
-    LIBRARY.impl(name, plain, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"quickchange::{name}", fake, lib=LIBRARY)
-    overload: Callable[..., Any] = getattr(torch.ops.quickchange, name).default
-    return overload
+    for overload in (name, f"{name}.plain"):
+        LIBRARY.define(f"{overload}{signature}")
+        LIBRARY.impl(overload, plain, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"quickchange::{overload}", fake, lib=LIBRARY)
+    dispatched: Callable[..., Any] = getattr(torch.ops.quickchange, name).default
+    return dispatched
 
 
 def writes_in_place(*_: Any) -> None:
@@ -40,5 +45,5 @@ def writes_in_place(*_: Any) -> None:
 
 
 def triton_interpreted() -> bool:
-    """True where Triton's interpreter stands in for a GPU: the native CPU kernels stay out."""
+    """True where Triton's interpreter stands in for a GPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"

@@ -37,7 +37,8 @@ def plain_kv_write_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot
 
 
 _kv_write_ = dispatch.declare(
-    "kv_write_(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots) -> ()",
+    "kv_write_",
+    "(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots) -> ()",
     plain_kv_write_,
     dispatch.writes_in_place,
 )

@@ -35,7 +35,7 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # n
 
 
 _linear = dispatch.declare(
-    "linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor", plain_linear, _fake
+    "linear", "(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor", plain_linear, _fake
 )
 
 

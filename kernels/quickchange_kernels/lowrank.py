@@ -116,12 +116,14 @@ _TABLES = (
     "Tensor rows, Tensor slot, Tensor weight, int group"
 )
 _lowrank_ = dispatch.declare(
-    f"lowrank_(Tensor(a!) y, Tensor x, {_TABLES}) -> ()",
+    "lowrank_",
+    f"(Tensor(a!) y, Tensor x, {_TABLES}) -> ()",
     lowrank_plain.plain_lowrank_,
     dispatch.writes_in_place,
 )
 _lowrank_embedding_ = dispatch.declare(
-    f"lowrank_embedding_(Tensor(a!) y, Tensor ids, {_TABLES}, int vocabulary) -> ()",
+    "lowrank_embedding_",
+    f"(Tensor(a!) y, Tensor ids, {_TABLES}, int vocabulary) -> ()",
     lowrank_plain.plain_lowrank_embedding_,
     dispatch.writes_in_place,
 )

@@ -1,11 +1,139 @@
-"""The native CPU kernels: built at first use, kept in the user's cache folder."""
+"""The native CPU kernels: C++ built at first use and kept in the user's cache folder.
+
+The library takes over the operations on the CPU by registering itself for PyTorch's CPU dispatch
+key. It holds each kernel for AVX-512, AVX2 and the baseline, and picks when it runs. Where there is
+no compiler, or the build fails, the plain torch versions stay in place, with one warning.
+
+QUICKCHANGE_NATIVE=0 keeps the plain versions. QUICKCHANGE_CACHE is the cache folder (default:
+$XDG_CACHE_HOME/quickchange, else ~/.cache/quickchange).
+"""
 
 from __future__ import annotations
 
 import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from quickchange_kernels import dispatch
+
+logger = logging.getLogger(__name__)
+
+SOURCES = Path(__file__).parent / "csrc"
+LIBRARY_NAME = "quickchange_native"
+# -fopenmp gives PyTorch's inlined thread loops; the library resolves to PyTorch's own libgomp, so
+# there is one team of threads. Contraction makes multiply-adds of the vectors' a += b * c.
+COMPILER_FLAGS = ["-O3", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi"]
 
 
 @functools.cache
 def ensure() -> bool:
-    """Load the native kernels once; False where only the plain torch versions run."""
-    return False
+    """Load the native kernels once a process, building them where they aren't in the cache.
+
+    Returns whether they serve the CPU. Takes about a minute the first time on a machine; call it at
+    start-up, so that no request waits for it.
+    """
+    if os.environ.get("QUICKCHANGE_NATIVE") == "0" or dispatch.triton_interpreted():
+        return False
+    try:
+        library = build(cache_folder())
+        torch.ops.load_library(library)  # type: ignore[no-untyped-call]
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        warnings.warn(
+            f"the native CPU kernels can't be built ({error}); the plain PyTorch versions serve "
+            "instead, several times slower. Install a C++ compiler (g++ 12 or clang 15, or newer) "
+            "and start again, or set QUICKCHANGE_NATIVE=0 to silence this",
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+def cache_folder() -> Path:
+    """Where built kernels are kept for this user."""
+    if own := os.environ.get("QUICKCHANGE_CACHE"):
+        return Path(own)
+    if shared := os.environ.get("XDG_CACHE_HOME"):
+        return Path(shared) / "quickchange"
+    return Path.home() / ".cache" / "quickchange"
+
+
+def build(cache: Path) -> Path:
+    """The built library: from the cache, else compiled now. Processes wait for one another.
+
+    Raises RuntimeError or OSError where it can't be built.
+    """
+    folder = cache / "native" / fingerprint()
+    library = folder / f"{LIBRARY_NAME}.so"
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder / "lock"):
+        if not library.exists():
+            _compile(folder, library)
+    return library
+
+
+def fingerprint() -> str:
+    """What a built library depends on: the sources, the flags, PyTorch, Python and the machine."""
+    digest = hashlib.sha256()
+    for source in sorted(SOURCES.iterdir()):
+        digest.update(source.name.encode() + b"\0" + source.read_bytes())
+    versions = (torch.__version__, sys.version, platform.machine(), _compiler(), *COMPILER_FLAGS)
+    digest.update(repr(versions).encode())
+    return digest.hexdigest()[:20]
+
+
+def _compiler() -> str:
+    return os.environ.get("CXX", "c++")
+
+
+def _compile(folder: Path, library: Path) -> None:
+    if shutil.which(_compiler()) is None:
+        raise RuntimeError(f"no C++ compiler: {_compiler()!r} is not on the PATH")
+    from torch.utils import cpp_extension
+
+    logger.warning("building the native CPU kernels in %s: about a minute, once", folder)
+    work = folder / "build"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    with _ninja_on_path():
+        cpp_extension.load(
+            name=LIBRARY_NAME,
+            sources=[str(source) for source in sorted(SOURCES.glob("*.cpp"))],
+            extra_cflags=COMPILER_FLAGS,
+            build_directory=str(work),
+            is_python_module=False,
+        )
+    # In one step: a process that was killed leaves no half-written library behind.
+    (work / f"{LIBRARY_NAME}.so").replace(library)
+    shutil.rmtree(work)
+
+
+@contextmanager
+def _ninja_on_path() -> Iterator[None]:
+    """The environment's own ninja is found although the environment isn't activated."""
+    before = os.environ.get("PATH", "")
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), before])
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = before
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock file; the system lets go of it when the process ends, however it ends."""
+    import fcntl
+
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -66,7 +66,8 @@ def _fake(q: Tensor, *_: object) -> Tensor:
 
 
 _paged_attention = dispatch.declare(
-    "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables, "
+    "paged_attention",
+    "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables, "
     "Tensor seq_lens, Tensor query_start, float scale, int window=0, float softcap=0.0) -> Tensor",
     plain_paged_attention,
     _fake,

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from quickchange_server.api.adapters import is_loopback
 from quickchange_server.app import create_app
+from quickchange_server.channel import EngineMain, engine_main
 from quickchange_server.errors import QuickchangeError
 from quickchange_server.services import Services
 from quickchange_server.serving import bind, run
@@ -22,7 +23,7 @@ from quickchange_server.settings import Settings
 from quickchange_store.errors import StoreError
 
 
-def serve(given: Mapping[str, Any], *, demo: bool) -> None:
+def serve(given: Mapping[str, Any], *, demo: bool, engine: EngineMain = engine_main) -> None:
     """Serve until a signal ends it; `given` are the settings from the command line.
 
     Exits with status 1 and one line where it can't.
@@ -35,7 +36,8 @@ def serve(given: Mapping[str, Any], *, demo: bool) -> None:
             _warn(settings)
             if demo:
                 _publish_demo(settings)
-            run(create_app(settings), settings, listener, partial(_announce, demo=demo))
+            app = create_app(settings, engine=engine)
+            run(app, settings, listener, partial(_announce, demo=demo))
     except (QuickchangeError, StoreError) as error:
         fail(str(error))
 
@@ -86,7 +88,8 @@ def _curl(url: str, model: str) -> str:
         "max_tokens": 64,
         "temperature": 0,
     }
-    return f"curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{json.dumps(body)}'"
+    header = "-H 'Content-Type: application/json'"
+    return f"curl {url}/v1/chat/completions {header} -d '{json.dumps(body)}'"
 
 
 # --- the demo -----------------------------------------------------------------------------------

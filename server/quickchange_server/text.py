@@ -38,16 +38,16 @@ class Text:
 
         Raises SettingError (setting `model`) where there is none.
         """
+        _check_folder(model)  # first: the imports take seconds
+        from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig, AutoTokenizer
 
-        _check_folder(model)
         try:
             config = AutoConfig.from_pretrained(model)
             tokenizer = AutoTokenizer.from_pretrained(model)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
+        except (OSError, ValueError, StrictDataclassError) as error:
             raise SettingError(
-                f"model: can't read a tokenizer and configuration from {model!r}: {reason}",
+                f"model: can't read a tokenizer and configuration from {model!r}: {error}",
                 param="model",
             ) from error
         vocab_size = int(config.get_text_config().vocab_size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -78,6 +79,8 @@ class Live:
     services: Services
     http: httpx.Client
     store: Store
+    thread: threading.Thread
+    end: Callable[[], None]  # what SIGTERM does
 
     def post(self, path: str, body: Any) -> httpx.Response:
         content = json.dumps(body)  # ASCII: httpx's own can't send half a surrogate pair
@@ -118,7 +121,8 @@ def live_server(
         with httpx.Client(base_url=url, timeout=LIMIT_SECONDS) as http:
             if settings.drain_seconds == 0 and (behaviour is None or behaviour.start_seconds == 0):
                 wait_until(lambda: http.get("/health").status_code == 200)
-            yield Live(url, server.services, http, Store(store))
+            end = partial(server.handle_exit, signal.SIGTERM, None)
+            yield Live(url, server.services, http, Store(store), thread, end)
     finally:
         server.should_exit = True
         thread.join(LIMIT_SECONDS)

@@ -182,7 +182,7 @@ def test_one_adapter_shows_each_version_and_its_figures(live: Live) -> None:
     assert (body["id"], body["version"], body["current"]) == ("team/sql", 1, 2)
     assert [v["version"] for v in body["versions"]] == [1, 2]
     assert body["info"]["ranks"] == [1]
-    assert body["info"]["bytes"] > 0
+    assert body["info"]["parameters"] == 8
     assert "nobody" in error_of(live.http.get("/v1/adapters/nobody"), 404)
 
 

@@ -54,11 +54,7 @@ def test_an_adapter_is_added_listed_shown_and_removed(run: Any, adapter: Path) -
 
 def test_json_has_what_the_table_has(run: Any, adapter: Path) -> None:
     added = json.loads(run("add", "mine", adapter, "--json").stdout)
-    assert (added["name"], added["version"], added["warnings"][0][:19]) == (
-        "mine",
-        1,
-        "adapter_config.json",
-    )
+    assert (added["name"], added["version"], added["warnings"]) == ("mine", 1, [])
     (entry,) = json.loads(run("list", "--json").stdout)["adapters"]
     assert entry["digest"] == added["digest"]
     assert (entry["ranks"], entry["targets"], entry["modules"]) == ([4], ["q_proj"], 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import tempfile
@@ -108,7 +109,8 @@ def _tokens(trained: Any) -> torch.Tensor:
     return torch.arange(batch * length).reshape(batch, length) * 4 % vocabulary
 
 
-PATTERN_KEYS = ["q_proj", "k_proj|v_proj", r".*\.0\..*", r"layers\.1\.self_attn\.q_proj", "up_proj"]
+# No two of them match one module: PEFT saves patterns sorted, so their order does not survive.
+PATTERN_KEYS = ["q_proj", "k_proj|v_proj", r"layers\.1\.mlp\..*", r".*\.0\.mlp\.up_proj", "lm_head"]
 
 
 @settings(
@@ -151,6 +153,27 @@ def test_any_combination_of_targets_and_patterns_gives_pefts_logits(
     torch.testing.assert_close(
         canonical_logits(base.model, adapter), trained.logits, rtol=1e-4, atol=1e-4
     )
+
+
+def test_overlapping_alpha_patterns_mean_what_peft_reads_and_warn(
+    bases: Any, train: Any, canonical_logits: Any, tmp_path: Path
+) -> None:
+    from peft import PeftModel
+
+    patterns = {"q_proj": 2, r".*\.0\..*": 30}  # saved, and read by PEFT, in the other order
+    trained = train("llama", tmp_path, target_modules=["q_proj"], alpha_pattern=patterns)
+    base = bases("llama")
+    imported = read_peft(tmp_path, base.spec)
+    reloaded = PeftModel.from_pretrained(copy.deepcopy(base.model), tmp_path).eval()
+    torch.testing.assert_close(
+        canonical_logits(base.model, imported.adapter),
+        reloaded(input_ids=_tokens(trained)).logits,
+        rtol=1e-5,
+        atol=1e-5,
+    )
+    (warning,) = imported.warnings
+    assert "alpha_pattern" in warning
+    assert "model.layers.0.self_attn.q_proj" in warning
 
 
 def test_all_linear_in_the_file_means_every_linear_but_the_lm_head(

@@ -136,6 +136,24 @@ def test_a_broken_regular_expression_is_named(folder: Path, bases: Any) -> None:
         read_adapter(folder, bases("llama").spec)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": r"([a-z0-9._]+)+X"},
+        {"exclude_modules": r"(\w+|\.)*X"},
+        {"rank_pattern": {r"(([a-z0-9._])+)+X": 4}},
+        {"alpha_pattern": {r"(.+)+(.+)+X": 4}},
+    ],
+)
+def test_an_expression_that_never_ends_is_refused_in_time(
+    changes: dict[str, Any], folder: Path, bases: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quickchange_store.formats.patterns.LIMIT_SECONDS", 0.5)
+    edit_config(folder, **changes)
+    with pytest.raises(InvalidAdapterError, match="regular expression takes more"):
+        read_adapter(folder, bases("llama").spec)
+
+
 def test_targets_that_the_base_lacks_are_another_base(folder: Path, bases: Any) -> None:
     edit_config(folder, target_modules=["c_attn"])
     error = refused(BaseMismatchError, folder, bases("llama").spec, CONFIG, "target_modules")

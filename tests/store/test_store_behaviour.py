@@ -425,11 +425,12 @@ def test_an_unchanged_index_is_read_once(store: Store, small_adapter: Any) -> No
 
 def test_a_reader_keeps_one_file_open(store: Store, small_adapter: Any) -> None:
     store.add("a", small_adapter(0))
-    before = len(os.listdir("/proc/self/fd"))
+    store.resolve("a")
+    before = len(list(Path("/proc/self/fd").iterdir()))
     for value in range(1, 6):
         store.add("a", small_adapter(value))
         store.resolve("a")
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 def test_threads_of_one_store_lose_no_version(store: Store, small_adapter: Any) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +16,111 @@ import pytest
 
 from quickchange_store.store import Store
 
-# Publishes small and larger adapters, moves an alias and removes old versions, for ever.
-WRITER = """
-import sys
+STEPS = 10  # fsyncs and renames that publishing a second version of a name makes
+
+# Imports torch once and forks writers on demand, so that many can be killed in a short time.
+NURSERY = """
+import os, sys
 from pathlib import Path
 import torch
 from quickchange_store.canonical import CanonicalAdapter, LowRankUpdate
+from quickchange_store.errors import StoreError
 from quickchange_store.store import Store
 
-store = Store(Path(sys.argv[1]))
-value = int(sys.argv[2])
-print("ready", flush=True)
-while True:
-    value += 1
-    update = LowRankUpdate(torch.full((8, 4000), float(value)), torch.ones(4000, 8), 1.0)
-    store.add("a", CanonicalAdapter("L", "tiny", {"m": update}, {"value": value}))
-    store.alias("prod", "a")
-    if value % 3 == 0:
-        for version in store.versions("a")[:-2]:
-            store.remove(f"a@{version.number}")
-    if value % 5 == 0:
+def adapter(value, size):
+    update = LowRankUpdate(torch.full((8, size), float(value)), torch.ones(size, 8), 1.0)
+    return CanonicalAdapter("L", "tiny", {"m": update}, {"value": value})
+
+def write(value):  # publishes, moves an alias and removes old versions, for ever
+    while True:
+        value += 1
+        store.add("a", adapter(value, 4000))
+        store.alias("prod", "a")
+        if value % 3 == 0:
+            for version in store.versions("a")[:-2]:
+                try:
+                    store.remove(f"a@{version.number}")
+                except StoreError:  # the other writer was quicker
+                    pass
+        if value % 5 == 0:
+            store.gc(0)
+
+def die(step):  # publishes once, but ends without any clean-up at the step-th fsync or rename
+    left = step
+    def dying(call):
+        def wrapped(*args, **options):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                os._exit(9)
+            return call(*args, **options)
+        return wrapped
+    os.fsync, Path.rename, Path.replace = map(dying, (os.fsync, Path.rename, Path.replace))
+    store.add("a", adapter(2, 4))
+
+def publish(first):  # ten versions under a shared and an own name, collecting in between
+    for value in range(first, first + 10):
+        store.add("shared", adapter(value, 4))
+        store.add(f"own/{first}", adapter(value, 4))
+        store.alias(f"alias-{first}", f"own/{first}")
         store.gc(0)
+
+for line in sys.stdin:
+    command, root, argument = line.split()
+    if command == "reap":
+        print(os.waitstatus_to_exitcode(os.waitpid(int(argument), 0)[1]), flush=True)
+        continue
+    store = Store(Path(root))
+    child = os.fork()
+    if child == 0:
+        try:
+            {"write": write, "die": die, "publish": publish}[command](int(argument))
+            os._exit(0)
+        finally:
+            os._exit(1)
+    print(child, flush=True)
 """
+
+
+class Nursery:
+    """Writers in processes of their own."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", NURSERY],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def start(self, command: str, root: Path, argument: int) -> int:
+        """Start a writer; its process id."""
+        return self._ask(f"{command} {root} {argument}")
+
+    def reap(self, process: int) -> int:
+        """Wait for a writer; its exit status, negative where a signal ended it."""
+        return self._ask(f"reap - {process}")
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait(30)
+        self._process.stdout.close()
+
+    def _ask(self, line: str) -> int:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(line + "\n")
+        self._process.stdin.flush()
+        return int(self._process.stdout.readline())
+
+
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[Nursery]:
+    made = Nursery()
+    yield made
+    made.close()
 
 
 def check(store: Store, seen: int) -> int:
@@ -53,35 +136,23 @@ def check(store: Store, seen: int) -> int:
     return resolved.version
 
 
-def test_a_killed_writer_leaves_the_old_state_or_the_new(tmp_path: Path) -> None:
+def test_a_killed_writer_leaves_the_old_state_or_the_new(nursery: Nursery, tmp_path: Path) -> None:
     store = Store(tmp_path / "store")
     chance = random.Random(0)
     seen = kills = 0
-    deadline = time.monotonic() + 8
+    deadline = time.monotonic() + 6
     while time.monotonic() < deadline:
-        # A fork server would be quicker, but a plain process can be killed at any instruction.
-        writers = [_start_writer(store.root, 1000 * (2 * kills + n)) for n in range(2)]
-        for writer in writers:
-            assert writer.stdout is not None
-            assert writer.stdout.readline() == b"ready\n"
-        for _ in range(3):
-            time.sleep(chance.uniform(0.005, 0.08))
-            for writer in writers:
-                writer.send_signal(signal.SIGSTOP)
-            try:
-                seen = check(store, seen) if _lock_is_free(store) else seen
-            finally:
-                for writer in writers:
-                    writer.send_signal(signal.SIGCONT)
+        writers = [nursery.start("write", store.root, 1000 * (kills + n)) for n in range(2)]
+        for _ in range(2):
+            time.sleep(chance.uniform(0.005, 0.1))
+            seen = _check_while_stopped(store, writers, seen)
         for writer in writers:
             time.sleep(chance.uniform(0, 0.02))
-            writer.kill()
-            writer.wait(30)
-            assert writer.stdout is not None
-            writer.stdout.close()
+            os.kill(writer, signal.SIGKILL)
+            assert nursery.reap(writer) == -signal.SIGKILL
             kills += 1
         seen = check(store, seen)
-    assert kills >= 2
+    assert kills >= 4
     assert seen > 0
     store.gc(min_age=0)
     check(store, seen)
@@ -90,106 +161,43 @@ def test_a_killed_writer_leaves_the_old_state_or_the_new(tmp_path: Path) -> None
     assert on_disk == store.snapshot().digests()
 
 
-def _start_writer(root: Path, value: int) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(root), str(value)], stdout=subprocess.PIPE
-    )
-
-
-def _lock_is_free(store: Store) -> bool:
-    """Whether no stopped writer is inside a change; else its removals could race the check."""
-    import fcntl
-
+def _check_while_stopped(store: Store, writers: list[int], seen: int) -> int:
+    """Check the state that a kill at this very moment would leave."""
+    for writer in writers:
+        os.kill(writer, signal.SIGSTOP)
     try:
-        descriptor = os.open(store.root / "lock", os.O_RDWR)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+        return check(store, seen)
     finally:
-        os.close(descriptor)
-    return True
+        for writer in writers:
+            os.kill(writer, signal.SIGCONT)
 
 
 @pytest.mark.parametrize("step", range(1, 14))
-def test_dying_at_any_system_call_of_publishing_leaves_old_or_new(
-    step: int, tmp_path: Path, small_adapter: Any
+def test_dying_at_any_sync_or_rename_of_publishing_leaves_old_or_new(
+    step: int, nursery: Nursery, tmp_path: Path, small_adapter: Any
 ) -> None:
     store = Store(tmp_path / "store")
     old = store.add("a", small_adapter(1))
-    context = multiprocessing.get_context("fork")
-    writer = context.Process(target=_die_at, args=(store.root, small_adapter(2), step))
-    writer.start()
-    writer.join(60)
-    assert writer.exitcode in (0, 9)
+    status = nursery.reap(nursery.start("die", store.root, step))
+    assert status == (9 if step <= STEPS else 0)
     assert store.verify() == []
     served = store.resolve("a")
-    finished = writer.exitcode == 0
-    assert served.version == 2 if finished else served.version in (1, 2)
+    assert served.version == 2 if status == 0 else served.version in (1, 2)
     if served.version == 1:
         assert served.digest == old.digest
     store.gc(min_age=0)
     assert store.verify() == []
     assert list((store.root / "tmp").iterdir()) == []
-    assert store.add("a", small_adapter(2)).number == 2  # and the next writer goes on
+    assert store.add("b", small_adapter(2)).number == 1  # and the next writer goes on
 
 
-def _die_at(root: Path, adapter: Any, step: int) -> None:
-    """Publish, but end without any clean-up at the `step`-th fsync or rename."""
-    left = step
-
-    def dying(call: Any) -> Any:
-        def wrapped(*args: Any, **options: Any) -> Any:
-            nonlocal left
-            left -= 1
-            if left == 0:
-                os._exit(9)
-            return call(*args, **options)
-
-        return wrapped
-
-    os.fsync = dying(os.fsync)
-    Path.rename = dying(Path.rename)  # type: ignore[method-assign]
-    Path.replace = dying(Path.replace)  # type: ignore[method-assign]
-    Store(root).add("a", adapter)
-    os._exit(0)
-
-
-ADDER = """
-import sys
-from pathlib import Path
-import torch
-from quickchange_store.canonical import CanonicalAdapter, LowRankUpdate
-from quickchange_store.store import Store
-
-store = Store(Path(sys.argv[1]))
-first = int(sys.argv[2])
-for value in range(first, first + 10):
-    update = LowRankUpdate(torch.full((2, 4), float(value)), torch.ones(3, 2), 1.0)
-    content = CanonicalAdapter("L", "tiny", {"m": update})
-    store.add("shared", content)
-    store.add(f"own/{first}", content)
-    store.alias(f"alias-{first}", f"own/{first}")
-    store.gc(0)
-"""
-
-
-def test_concurrent_writers_lose_nothing(tmp_path: Path) -> None:
+def test_concurrent_writers_lose_nothing(nursery: Nursery, tmp_path: Path) -> None:
     root = tmp_path / "store"
-    writers = [
-        subprocess.Popen([sys.executable, "-c", ADDER, str(root), str(first)])
-        for first in (0, 100, 105)  # the last two publish equal content at the same time
-    ]
-    try:
-        codes = [writer.wait(120) for writer in writers]
-    finally:
-        for writer in writers:
-            writer.kill()
-    assert codes == [0, 0, 0]
+    firsts = (0, 100, 105)  # the last two publish equal content at the same time
+    writers = [nursery.start("publish", root, first) for first in firsts]
+    assert [nursery.reap(writer) for writer in writers] == [0, 0, 0]
     store = Store(root)
     assert store.verify() == []
     assert len(store.versions("shared")) == 25
-    assert [len(store.versions(f"own/{first}")) for first in (0, 100, 105)] == [10, 10, 10]
-    assert set(store.aliases()) == {"alias-0", "alias-100", "alias-105"}
+    assert [len(store.versions(f"own/{first}")) for first in firsts] == [10, 10, 10]
+    assert set(store.aliases()) == {f"alias-{first}" for first in firsts}

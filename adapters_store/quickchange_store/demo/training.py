@@ -1,4 +1,4 @@
-"""How the demo adapters were trained, and the same again: data from the tasks, recipes from here."""
+"""How the demo adapters were trained: data from the tasks, recipes from here."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class DemoRecipe:
 
 DEMO_RECIPES = {
     "order-json": DemoRecipe(
-        800, LoraRecipe(rank=8, alpha=16, lr=2e-3, batch_size=4, dtype="bfloat16")
+        400, LoraRecipe(rank=8, alpha=16, lr=2e-3, batch_size=4, dtype="bfloat16")
     ),
-    "sql": DemoRecipe(1400, LoraRecipe(rank=8, alpha=16, lr=2e-3, batch_size=8, dtype="bfloat16")),
+    "sql": DemoRecipe(640, LoraRecipe(rank=8, alpha=16, lr=2e-3, batch_size=8, dtype="bfloat16")),
     "docstring": DemoRecipe(
-        1500, LoraRecipe(rank=16, alpha=32, lr=1e-3, batch_size=8, dtype="bfloat16")
+        800, LoraRecipe(rank=16, alpha=32, lr=1e-3, batch_size=8, dtype="bfloat16")
     ),
 }
 
@@ -43,12 +43,12 @@ def demo_examples(task: Task, split: Split, count: int, seed: int) -> list[Examp
     )
 
 
-def train_demo(name: str, out: Path) -> TrainingReport:
-    """Train the demo adapter `name` by its recorded recipe into the PEFT directory `out`."""
+def train_demo(name: str, recipe: DemoRecipe, out: Path) -> TrainingReport:
+    """Train the adapter of the task `name` by `recipe` into the PEFT directory `out`."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    recipe, task = DEMO_RECIPES[name], TASKS[name]
+    task = TASKS[name]
     base = ensure_demo_base()
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, recipe.lora.dtype))

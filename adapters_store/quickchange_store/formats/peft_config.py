@@ -21,6 +21,7 @@ from quickchange_store.errors import (
     InvalidAdapterError,
     UnsupportedFeatureError,
 )
+from quickchange_store.formats.patterns import check_patterns
 
 CONFIG_FILE = "adapter_config.json"
 MAX_CONFIG_BYTES = 4 * 1024**2
@@ -153,6 +154,7 @@ def parse_config(config: Mapping[str, Any], base: BaseSpec) -> tuple[LoraSetting
     _check_refused(config)
     _check_initialisation(config)
     warnings = _check_base(config, base)
+    check_patterns(config, base.modules, CONFIG_FILE)
     settings = LoraSettings(
         r=_rank("r", config.get("r", 8)),
         alpha=_number("lora_alpha", config.get("lora_alpha", 8)),
@@ -168,7 +170,7 @@ def parse_config(config: Mapping[str, Any], base: BaseSpec) -> tuple[LoraSetting
             "config": {key: value for key, value in config.items() if _is_set(value)},
         },
     )
-    return settings, warnings
+    return settings, warnings + _overlaps(settings)
 
 
 def _check_kind(config: Mapping[str, Any]) -> None:
@@ -344,6 +346,24 @@ def _pattern_key(pattern: Mapping[str, Any], module: str) -> str:
 
     key: str = get_pattern_key(list(pattern), module)
     return key
+
+
+def _overlaps(settings: LoraSettings) -> list[str]:
+    """A warning where alpha_pattern gives a module several values.
+
+    PEFT takes the first match but saves patterns sorted, so the order of training is lost. Ranks
+    need no such warning: the tensors have them.
+    """
+    pattern = settings.alpha_pattern
+    for module in sorted(settings.targets):
+        fitting = [key for key in pattern if _pattern_key({key: 0}, module) == key]
+        if len({pattern[key] for key in fitting}) > 1:
+            return [
+                f"{CONFIG_FILE}: alpha_pattern: {', '.join(map(repr, fitting))} all match "
+                f"{module}; {fitting[0]!r}, the first in the file, is taken, as PEFT does: check "
+                "that training did the same"
+            ]
+    return []
 
 
 def _is_set(value: Any) -> bool:

@@ -16,16 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from quickchange_store.training.errors import DataError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _ROLES = ("system", "user", "assistant")
 _BUCKET_BATCHES = 16  # batches that are cut from one window of examples sorted by length
 IGNORED = -100  # label of a position that carries no loss
-
-
-class DataError(ValueError):
-    """Training data that can't be used; the message names file, line, field and remedy."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +193,7 @@ def batches(encoded: Sequence[Encoded], size: int, rng: random.Random) -> list[l
 
 
 def collate(group: Sequence[Encoded], pad_id: int) -> Batch:
-    """One batch of tensors. Prompts before `first` need no logits, which saves the LM head there."""
+    """One batch of tensors. Positions before `first` need no logits: the LM head is spared."""
     longest = max(len(e.tokens) for e in group)
     first = min(e.prompt_length for e in group) - 1
     tokens = torch.full((len(group), longest), pad_id)  # [B, T]

@@ -22,6 +22,7 @@ import torch
 from torch.nn import functional
 
 from quickchange_store.training.data import IGNORED, Batch, Encoded, batches, collate
+from quickchange_store.training.errors import OutputError, RecipeError
 from quickchange_store.training.recipe import LoraRecipe
 
 if TYPE_CHECKING:
@@ -91,7 +92,10 @@ def train_lora(
 
 
 def add_lora(model: PreTrainedModel, recipe: LoraRecipe) -> PeftModel:
-    """`model` wrapped with a fresh adapter (B is zero, so it answers as before)."""
+    """`model` wrapped with a fresh adapter (B is zero, so it answers as before).
+
+    Raises RecipeError where no module is called as a target says.
+    """
     from peft import LoraConfig, get_peft_model
 
     targets = "all-linear" if recipe.targets == ("all-linear",) else list(recipe.targets)
@@ -104,7 +108,10 @@ def add_lora(model: PreTrainedModel, recipe: LoraRecipe) -> PeftModel:
     )
     with warnings.catch_warnings():  # PEFT asks the model by a name that transformers has retired
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
-        return get_peft_model(model, config)
+        try:
+            return get_peft_model(model, config)
+        except ValueError as error:  # PEFT's way to say that no module is called so
+            raise RecipeError(f"--targets {','.join(recipe.targets)}: {error}") from error
 
 
 def total_steps(examples: int, recipe: LoraRecipe) -> int:
@@ -167,13 +174,13 @@ def save_adapter(adapted: PeftModel, out: Path, base_name: str, notes: dict[str,
     """Write a PEFT directory in bfloat16 with `notes` as recipe.json; it appears by one rename.
 
     `base_name` is what the adapter says of its base: no path of this machine goes into it. Raises
-    FileExistsError when `out` is there.
+    OutputError when `out` is there.
     """
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
     if out.exists():
-        raise FileExistsError(f"{out} is there already; give another folder or remove it")
+        raise OutputError(f"{out} is there already; give another folder or remove it")
     scratch = out.parent / f".{out.name}.{os.getpid()}.partial"
     scratch.mkdir(parents=True)
     try:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from quickchange_store.training.errors import RecipeError
+
 TrainingDtype = Literal["float32", "bfloat16"]
 
 ATTENTION = ("k_proj", "o_proj", "q_proj", "v_proj")
@@ -12,7 +14,7 @@ ATTENTION = ("k_proj", "o_proj", "q_proj", "v_proj")
 
 @dataclass(frozen=True)
 class LoraRecipe:
-    """Raises ValueError, naming the option, for a value that can't be trained with.
+    """Raises RecipeError, naming the option, for a value that can't be trained with.
 
     targets: module names, or ("all-linear",). steps: optimizer steps in all, None: one pass for
     each of `epochs`. dtype: of the frozen base; A and B are trained in float32 whatever it is.
@@ -37,16 +39,16 @@ class LoraRecipe:
         positive = ("rank", "alpha", "epochs", "lr", "clip", "batch_size", "max_length")
         for name in positive:
             if not getattr(self, name) > 0:
-                raise ValueError(f"--{name.replace('_', '-')} must be more than 0")
+                raise RecipeError(f"--{name.replace('_', '-')} must be more than 0")
         if self.steps is not None and self.steps < 1:
-            raise ValueError("--steps must be at least 1")
+            raise RecipeError("--steps must be at least 1")
         if not self.targets:
-            raise ValueError("--targets names no module; give module names or all-linear")
+            raise RecipeError("--targets names no module; give module names or all-linear")
         for name in ("dropout", "warmup"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 0 and less than 1")
+                raise RecipeError(f"--{name} must be at least 0 and less than 1")
         if self.weight_decay < 0:
-            raise ValueError("--weight-decay must not be negative")
+            raise RecipeError("--weight-decay must not be negative")
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; `from_dict` reads it back."""

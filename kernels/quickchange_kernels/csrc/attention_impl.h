@@ -4,12 +4,13 @@
 
 constexpr int64_t TILE = 64;  // keys
 
-// eˣ for x ≤ 0, exactly 0 below -87: Cody and Waite's reduction, a polynomial of degree 6.
+// eˣ for x ≤ 0, exactly 0 below -87: Cody and Waite's reduction, a polynomial of degree 7.
 inline vec exp_negative(vec x) {
   const vec shifted = x * 1.44269504f + 12582912.0f;  // the integer part lands in the low bits
   const vec n = shifted - 12582912.0f;
   const vec r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-  vec p = r * 1.3981999507e-3f + 8.3334519073e-3f;
+  vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
@@ -129,8 +130,6 @@ inline void gather_by(
     gather_block<R, 1>(values, count, weights, shrink, out, D, d, std::min(W, D - d));
 }
 
-constexpr int64_t MAX_ROWS = 64;  // queries · group of one item
-
 template <class T>
 void attend(const AttentionArgs<T>& a, const AttentionItem& item) {
   const int64_t rows = item.queries * a.group;
@@ -139,8 +138,8 @@ void attend(const AttentionArgs<T>& a, const AttentionItem& item) {
     item.sum[i] = 0;
   }
   std::memset(item.out, 0, rows * a.D * sizeof(float));
-  alignas(64) float scores[MAX_ROWS][TILE];
-  float shrink[MAX_ROWS];
+  alignas(64) float scores[MAX_ATTENTION_ROWS][TILE];
+  float shrink[MAX_ATTENTION_ROWS];
   const T* keys[TILE + MAX_AHEAD];
   const T* values[TILE + MAX_AHEAD];
   const int64_t oldest = a.window > 0 ? item.first_position - a.window + 1 : 0;

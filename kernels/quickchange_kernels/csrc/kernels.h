@@ -76,7 +76,8 @@ struct LowRankArgs {
   int64_t count;
 };
 
-constexpr int64_t KEYS_PER_SPLIT = 256;  // a context is cut here whatever the batch: see attention
+constexpr int64_t KEYS_PER_SPLIT = 256;  // a context is cut here, whatever the batch
+constexpr int64_t MAX_ATTENTION_ROWS = 64;  // queries · group of one item
 
 template <class T>
 struct AttentionArgs {
@@ -102,14 +103,27 @@ struct AttentionItem {
   float* out;          // [queries * group, D], not yet divided by sum
 };
 
-struct Kernels {
-  const char* name;
-  void (*linear_f32)(const LinearArgs<float>&, int64_t, int64_t);
-  void (*linear_bf16)(const LinearArgs<bf16>&, int64_t, int64_t);
+// One instruction set's versions. Ranges are of output columns, or of items.
+class Kernels {
+ public:
+  virtual const char* name() const = 0;
+  virtual void linear(const LinearArgs<float>&, int64_t begin, int64_t end) const = 0;
+  virtual void linear(const LinearArgs<bf16>&, int64_t begin, int64_t end) const = 0;
+  virtual void down(const LowRankArgs<float, float>&, int64_t begin, int64_t end) const = 0;
+  virtual void down(const LowRankArgs<bf16, float>&, int64_t begin, int64_t end) const = 0;
+  virtual void down(const LowRankArgs<bf16, bf16>&, int64_t begin, int64_t end) const = 0;
+  virtual void up(const LowRankArgs<float, float>&, int64_t begin, int64_t end) const = 0;
+  virtual void up(const LowRankArgs<bf16, float>&, int64_t begin, int64_t end) const = 0;
+  virtual void up(const LowRankArgs<bf16, bf16>&, int64_t begin, int64_t end) const = 0;
+  virtual void attend(const AttentionArgs<float>&, const AttentionItem&) const = 0;
+  virtual void attend(const AttentionArgs<bf16>&, const AttentionItem&) const = 0;
+
+ protected:
+  ~Kernels() = default;
 };
 
-Kernels avx512_kernels();
-Kernels avx2_kernels();
-Kernels baseline_kernels();
+const Kernels& avx512_kernels();
+const Kernels& avx2_kernels();
+const Kernels& baseline_kernels();
 
 }  // namespace quickchange

@@ -4,14 +4,56 @@
 namespace quickchange {
 namespace QC_ISA {
 #include "simd.h"
-// ---
 #include "dot_impl.h"
-// ---
 #include "linear_impl.h"
-// ---
 #include "lowrank_impl.h"
-// ---
 #include "attention_impl.h"
+
+#define QC_STRING(text) #text
+#define QC_NAME(text) QC_STRING(text)
+
+class Versions final : public Kernels {
+ public:
+  const char* name() const override { return QC_NAME(QC_ISA); }
+  void linear(const LinearArgs<float>& a, int64_t begin, int64_t end) const override {
+    QC_ISA::linear(a, begin, end);
+  }
+  void linear(const LinearArgs<bf16>& a, int64_t begin, int64_t end) const override {
+    QC_ISA::linear(a, begin, end);
+  }
+  void down(const LowRankArgs<float, float>& a, int64_t begin, int64_t end) const override {
+    lowrank_down(a, begin, end);
+  }
+  void down(const LowRankArgs<bf16, float>& a, int64_t begin, int64_t end) const override {
+    lowrank_down(a, begin, end);
+  }
+  void down(const LowRankArgs<bf16, bf16>& a, int64_t begin, int64_t end) const override {
+    lowrank_down(a, begin, end);
+  }
+  void up(const LowRankArgs<float, float>& a, int64_t begin, int64_t end) const override {
+    lowrank_up(a, begin, end);
+  }
+  void up(const LowRankArgs<bf16, float>& a, int64_t begin, int64_t end) const override {
+    lowrank_up(a, begin, end);
+  }
+  void up(const LowRankArgs<bf16, bf16>& a, int64_t begin, int64_t end) const override {
+    lowrank_up(a, begin, end);
+  }
+  void attend(const AttentionArgs<float>& a, const AttentionItem& item) const override {
+    QC_ISA::attend(a, item);
+  }
+  void attend(const AttentionArgs<bf16>& a, const AttentionItem& item) const override {
+    QC_ISA::attend(a, item);
+  }
+};
 }  // namespace QC_ISA
+
+#define QC_JOIN(a, b) a##b
+#define QC_GETTER(isa) QC_JOIN(isa, _kernels)
+
+const Kernels& QC_GETTER(QC_ISA)() {
+  static const QC_ISA::Versions versions;
+  return versions;
+}
 
 }  // namespace quickchange

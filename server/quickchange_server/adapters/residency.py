@@ -106,6 +106,7 @@ class Residency:
             self._entries[digest].used = self._clock
         del self._waiting[key]
         self._held[key] = slots
+        self._stale = self._stale or bool(self._waiting)  # another claim may be the oldest now
         return slots
 
     def failed(self, key: str) -> str | None:

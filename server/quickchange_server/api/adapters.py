@@ -149,8 +149,7 @@ async def one_adapter(reference: str, services: Injected) -> Json:
     resolved = services.store.resolve(reference)
     index = services.store.snapshot()
     info = await asyncio.to_thread(services.store.info, resolved.digest)
-    details = asdict(info)
-    del details["digest"], details["created"]
+    details = {k: v for k, v in asdict(info).items() if k not in ("digest", "created")}
     return {
         **_summary(services, index, resolved.name),
         **_state(services, resolved),

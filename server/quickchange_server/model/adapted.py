@@ -70,7 +70,10 @@ class AdaptedLinear(nn.Module):
 
 
 class AdaptedEmbedding(nn.Module):
-    """y = base(ids) + Σ over segments of gain · weight · scale · A[:, ids] B.   ids [..., T]."""
+    """y = base(ids) + Σ over segments of weight · scale · A[:, ids] B.   ids [..., T].
+
+    An embedding that scales its output (Gemma's) has its factor in the update's scale already.
+    """
 
     def __init__(self, base: nn.Embedding, group: ModuleGroup, holder: StepHolder) -> None:
         super().__init__()
@@ -86,23 +89,15 @@ class AdaptedEmbedding(nn.Module):
         y: torch.Tensor = self.base(ids)
         adapters = _adapters(self._holder)
         if adapters is not None:
-            self._add(y, ids, adapters)
+            lowrank_embedding_(
+                y.view(-1, y.shape[-1]),
+                ids.reshape(-1),
+                adapters.tables,
+                adapters.tokens,
+                self.group.index,
+                self.group.in_features,
+            )
         return y
-
-    def _add(self, y: torch.Tensor, ids: torch.Tensor, adapters: AdapterBatch) -> None:
-        # Gemma's embedding scales its output; PEFT scales the adapter's part by the same factor.
-        gain = getattr(self.base, "embed_scale", None)
-        target = y if gain is None else torch.zeros_like(y)
-        lowrank_embedding_(
-            target.view(-1, y.shape[-1]),
-            ids.reshape(-1),
-            adapters.tables,
-            adapters.tokens,
-            self.group.index,
-            self.group.in_features,
-        )
-        if gain is not None:
-            y.add_(target * gain.to(y.dtype))
 
 
 class SharedProjection(nn.Module):

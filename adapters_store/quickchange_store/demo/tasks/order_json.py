@@ -7,30 +7,35 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from quickchange_store.demo.tasks.task import Split, TaskExample, mean, only
+from quickchange_store.demo.tasks.task import Split, TaskExample, mean, only, unfenced
 
 _INSTRUCTION = (
     "Write this order as JSON with the keys customer, city, due (MM-DD), express and items "
     "(product, quantity).\n\n"
 )
 _PRODUCTS = (
-    "desk lamp,office chair,water bottle,coffee grinder,paper towels,wall clock,phone case,"
-    "garden hose,tea kettle,bath towel,bike helmet,yoga mat,bookshelf,rice cooker,toolbox,umbrella,"
-    "backpack,camping tent,sleeping bag,ink cartridge,notebook,stapler,whiteboard,mouse pad,"
-    "keyboard,monitor stand,usb cable,power strip,picture frame,flower pot,door mat,hand soap,"
-    "cutting board,frying pan,soup bowl,wine glass,bread knife,oven mitt,trash can,laundry basket,"
-    "shower curtain,bed sheet,pillow,wool blanket,table runner,candle,extension cord,light bulb,"
-    "paint brush,step ladder,work gloves,padlock,tape measure,screwdriver,dog leash,cat bed,"
-    "bird feeder,fish tank,board game,jump rope,tennis racket,soccer ball,running socks,rain coat"
-).split(",")
+    "desk lamp", "office chair", "water bottle", "coffee grinder", "paper towels", "wall clock",
+    "phone case", "garden hose", "tea kettle", "bath towel", "bike helmet", "yoga mat",
+    "bookshelf", "rice cooker", "toolbox", "umbrella", "backpack", "camping tent",
+    "sleeping bag", "ink cartridge", "notebook", "stapler", "whiteboard", "mouse pad",
+    "keyboard", "monitor stand", "usb cable", "power strip", "picture frame", "flower pot",
+    "door mat", "hand soap", "cutting board", "frying pan", "soup bowl", "wine glass",
+    "bread knife", "oven mitt", "trash can", "laundry basket", "shower curtain", "bed sheet",
+    "pillow", "wool blanket", "table runner", "candle", "extension cord", "light bulb",
+    "paint brush", "step ladder", "work gloves", "padlock", "tape measure", "screwdriver",
+    "dog leash", "cat bed", "bird feeder", "fish tank", "board game", "jump rope",
+    "tennis racket", "soccer ball", "running socks", "rain coat",
+)  # fmt: skip
 _CITIES = (
-    "Lyon,Boston,Oslo,Madrid,Denver,Porto,Leeds,Austin,Turin,Ghent,Dublin,Seattle,Munich,Prague,"
-    "Krakow,Bergen,Toledo,Geneva,Chicago,Bristol,Nantes,Tampa,Zurich,Aarhus,Vienna,Lisbon,Utrecht,"
-    "Phoenix,Malmo,Cardiff,Naples,Dallas"
-).split(",")
+    "Lyon", "Boston", "Oslo", "Madrid", "Denver", "Porto", "Leeds", "Austin", "Turin", "Ghent",
+    "Dublin", "Seattle", "Munich", "Prague", "Krakow", "Bergen", "Toledo", "Geneva", "Chicago",
+    "Bristol", "Nantes", "Tampa", "Zurich", "Aarhus", "Vienna", "Lisbon", "Utrecht", "Phoenix",
+    "Malmo", "Cardiff", "Naples", "Dallas",
+)  # fmt: skip
 _MONTHS = (
-    "January,February,March,April,May,June,July,August,September,October,November,December"
-).split(",")
+    "January", "February", "March", "April", "May", "June", "July", "August", "September",
+    "October", "November", "December",
+)  # fmt: skip
 _WORDS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five", 6: "six", 10: "ten", 12: "twelve"}
 _OPENINGS = ("Hi,", "Hello team,", "Good morning,", "Dear shop,", "Hey there,")
 _ASKS = ("please send me {}.", "I would like to order {}.", "could you ship {}?", "we need {}.")
@@ -120,7 +125,7 @@ def _goods(rng: random.Random, item: dict[str, Any]) -> str:
 
 def _parse(answer: str) -> dict[str, Any] | None:
     try:
-        value = json.loads(answer)
+        value = json.loads(unfenced(answer))
     except json.JSONDecodeError:
         return None
     return value if isinstance(value, dict) else None

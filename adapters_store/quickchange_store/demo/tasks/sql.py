@@ -7,7 +7,7 @@ import sqlite3
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from quickchange_store.demo.tasks.task import Split, TaskExample, mean, only
+from quickchange_store.demo.tasks.task import Split, TaskExample, mean, only, unfenced
 
 _ROWS = 40
 _SQLITE_STEPS = 200_000  # a runaway query (a cross join, say) ends here
@@ -88,7 +88,7 @@ class Sql:
 
     def score(self, examples: Sequence[TaskExample], answers: Sequence[str]) -> dict[str, float]:
         """execution: same rows as the reference (in order, if it orders); exact: same text."""
-        pairs = list(zip(examples, answers, strict=True))
+        pairs = list(zip(examples, map(unfenced, answers), strict=True))
         return {
             "execution": mean([_same_rows(example, answer) for example, answer in pairs]),
             "exact": mean([_normal(answer) == _normal(e.completion) for e, answer in pairs]),

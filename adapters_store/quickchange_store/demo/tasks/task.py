@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,6 +44,16 @@ def split_of(subject: str) -> Split:
 def only(split: Split, subjects: Sequence[str]) -> list[str]:
     """The subjects of one split, in the order given."""
     return [subject for subject in subjects if split_of(subject) == split]
+
+
+def unfenced(answer: str) -> str:
+    """The content of the answer's first Markdown code block, or else the answer itself.
+
+    Chat models wrap code and JSON in fences when nobody taught them not to; that alone is not held
+    against them.
+    """
+    block = re.search(r"```[a-zA-Z]*\n(.*?)(```|\Z)", answer, re.DOTALL)
+    return (block.group(1) if block else answer).strip()
 
 
 def mean(values: Sequence[float]) -> float:

@@ -1,0 +1,191 @@
+"""`quickchange train …`: adapters from data, and the demo adapters again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from quickchange_store.training.errors import RecipeError, TrainingError
+from quickchange_store.training.job import LoraJob, PromptFormat, Publication
+from quickchange_store.training.recipe import LoraRecipe, TrainingDtype
+
+if TYPE_CHECKING:
+    from quickchange_store.training.lora import TrainingReport
+
+app = typer.Typer(name="train", help="Train adapters.", no_args_is_help=True)
+
+_D = LoraRecipe()
+_DEMO = "demo"
+
+
+@app.command()
+def lora(
+    data: Annotated[
+        Path,
+        typer.Option(help='JSONL of {"prompt", "completion"} or {"messages"}, one a line.'),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the PEFT adapter; must not exist.")],
+    model: Annotated[
+        str, typer.Option(help="Base model: folder, hub id, or demo for the demo's base.")
+    ] = _DEMO,
+    eval_data: Annotated[
+        Path | None, typer.Option(help="JSONL held out of the training, for the final loss.")
+    ] = None,
+    base_name: Annotated[
+        str | None,
+        typer.Option(help="What the adapter calls its base (default: hub id or folder's name)."),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Publish under this name (needs --store).")] = (
+        None
+    ),
+    store: Annotated[Path | None, typer.Option(help="Store to publish in (needs --name).")] = None,
+    prompt_format: Annotated[
+        PromptFormat,
+        typer.Option(help="chat: through the chat template, plain: as it is, auto: chat if any."),
+    ] = "auto",
+    rank: Annotated[int, typer.Option(help="Rank r.")] = _D.rank,
+    alpha: Annotated[float, typer.Option(help="LoRA alpha; the scale is alpha / rank.")] = _D.alpha,
+    targets: Annotated[
+        str, typer.Option(help="Module names, comma between, or all-linear.")
+    ] = ",".join(_D.targets),
+    dropout: Annotated[float, typer.Option(help="Dropout before A.")] = _D.dropout,
+    epochs: Annotated[int, typer.Option(help="Passes over the data.")] = _D.epochs,
+    steps: Annotated[
+        int | None, typer.Option(help="Optimizer steps in all, instead of --epochs.")
+    ] = _D.steps,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = _D.lr,
+    warmup: Annotated[float, typer.Option(help="Share of the steps with a rising rate.")] = (
+        _D.warmup
+    ),
+    weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = _D.weight_decay,
+    clip: Annotated[float, typer.Option(help="Largest gradient norm.")] = _D.clip,
+    batch_size: Annotated[int, typer.Option(help="Examples a step.")] = _D.batch_size,
+    max_length: Annotated[int, typer.Option(help="Largest example, in tokens.")] = _D.max_length,
+    seed: Annotated[int, typer.Option(help="Of initial weights and order.")] = _D.seed,
+    dtype: Annotated[
+        TrainingDtype, typer.Option(help="Of the frozen base while training.")
+    ] = _D.dtype,
+) -> None:
+    """Train a LoRA adapter with PEFT; the loss is on the answers alone."""
+    from quickchange_store.training.job import run
+
+    with _errors_shown():
+        recipe = LoraRecipe(
+            rank=rank,
+            alpha=alpha,
+            targets=tuple(t.strip() for t in targets.split(",") if t.strip()),
+            dropout=dropout,
+            epochs=epochs,
+            steps=steps,
+            lr=lr,
+            warmup=warmup,
+            weight_decay=weight_decay,
+            clip=clip,
+            batch_size=batch_size,
+            max_length=max_length,
+            seed=seed,
+            dtype=dtype,
+        )
+        publication = _publication(store, name)
+        folder, called = _base(model, base_name)
+        job = LoraJob(folder, called, data, eval_data, out, prompt_format, recipe, publication)
+        report, added = run(job)
+        _print_report(report, out)
+        if added is not None:
+            for warning in added.warnings:
+                typer.echo(f"warning: {warning}", err=True)
+            typer.echo(f"published {added.version}  {added.version.digest}")
+
+
+@app.command()
+def demo(
+    task: Annotated[str, typer.Argument(help="order-json, sql or docstring.")],
+    out: Annotated[Path, typer.Option(help="Folder for the PEFT adapter; must not exist.")],
+    steps: Annotated[
+        int | None, typer.Option(help="Stop after so many steps (for a quick try).")
+    ] = None,
+) -> None:
+    """Train a demo adapter again: its task's data, its recorded recipe."""
+    from quickchange_store.demo.training import DEMO_RECIPES, train_demo
+
+    with _errors_shown():
+        if task not in DEMO_RECIPES:
+            raise RecipeError(f"no demo task is called {task!r}; choose {', '.join(DEMO_RECIPES)}")
+        recipe = DEMO_RECIPES[task]
+        if steps is not None:
+            recipe = replace(recipe, lora=replace(recipe.lora, steps=steps))
+        _print_report(train_demo(task, recipe, out), out)
+
+
+@app.command("eval-demo")
+def eval_demo(
+    tasks: Annotated[
+        list[str] | None, typer.Argument(help="Tasks to score (default: all three).")
+    ] = None,
+    count: Annotated[int, typer.Option(help="Held-out examples a task.", min=1)] = 100,
+    seed: Annotated[int, typer.Option(help="Of the held-out examples.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Prompts answered together.", min=1)] = 25,
+    answers: Annotated[
+        Path | None, typer.Option(help="Write prompts and answers to this JSONL file.")
+    ] = None,
+) -> None:
+    """Print held-out scores of the demo adapters beside the base's, as a Markdown table."""
+    from quickchange_store.demo import DEMO_ADAPTERS
+    from quickchange_store.demo.evaluation import as_table, compare
+    from quickchange_store.demo.tasks import TASKS
+
+    with _errors_shown():
+        chosen = tasks or list(TASKS)
+        for task in chosen:
+            if task not in TASKS:
+                raise RecipeError(f"no demo task is called {task!r}; choose {', '.join(TASKS)}")
+        found = [
+            compare(TASKS[task], DEMO_ADAPTERS[task].path, count, seed, batch_size)
+            for task in chosen
+        ]
+        if answers is not None:
+            lines = [json.dumps(answer) for c in found for answer in c.answers()]
+            answers.write_text("\n".join(lines) + "\n")
+        typer.echo(as_table(found))
+
+
+def _base(model: str, base_name: str | None) -> tuple[str, str]:
+    """The model's folder or hub id, and the name that the adapter gives it."""
+    from quickchange_store.demo.base import BASE_MODEL_ID, ensure_demo_base
+
+    if model == _DEMO:
+        return str(ensure_demo_base()), base_name or BASE_MODEL_ID
+    folder = Path(model)
+    return model, base_name or (folder.resolve().name if folder.is_dir() else model)
+
+
+def _publication(store: Path | None, name: str | None) -> Publication | None:
+    if store is None and name is None:
+        return None
+    if store is None or name is None:
+        lacking = "--store" if store is None else "--name"
+        raise RecipeError(f"{lacking} is missing: publishing needs both --store and --name")
+    return Publication(store, name)
+
+
+def _print_report(report: TrainingReport, out: Path) -> None:
+    told: dict[str, Any] = {"out": str(out), **asdict(report)}
+    typer.echo(json.dumps(told, indent=2))
+
+
+@contextmanager
+def _errors_shown() -> Iterator[None]:
+    from quickchange_store.demo.base import DemoBaseError
+    from quickchange_store.errors import StoreError
+
+    try:
+        yield
+    except (TrainingError, StoreError, DemoBaseError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error

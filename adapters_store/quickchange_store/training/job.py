@@ -1,0 +1,124 @@
+"""A LoRA training from files to a folder and, where wanted, into a store."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from quickchange_store.training.errors import DataError, ModelError, OutputError
+from quickchange_store.training.recipe import LoraRecipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from quickchange_store.importing import Added
+    from quickchange_store.training.data import Encoded, Example
+    from quickchange_store.training.lora import TrainingReport
+
+PromptFormat = Literal["auto", "chat", "plain"]
+
+
+@dataclass(frozen=True)
+class Publication:
+    """Where the trained adapter is published."""
+
+    store: Path
+    name: str
+
+
+@dataclass(frozen=True)
+class LoraJob:
+    """What `quickchange train lora` is asked for."""
+
+    model: str  # a folder or a hub id
+    base_name: str  # what the adapter says of its base
+    data: Path
+    held_out: Path | None
+    out: Path
+    prompt_format: PromptFormat
+    recipe: LoraRecipe
+    publication: Publication | None
+
+
+def run(job: LoraJob) -> tuple[TrainingReport, Added | None]:
+    """Train, save and publish. What can be refused is refused before the training.
+
+    Raises TrainingError, and StoreError where the adapter can't be published.
+    """
+    from quickchange_store.names import check_name
+    from quickchange_store.training.data import read_examples
+    from quickchange_store.training.lora import save_adapter, train_lora
+
+    if job.out.exists():
+        raise OutputError(f"--out {job.out} is there already; give another folder or remove it")
+    if job.publication is not None:
+        check_name(job.publication.name)
+    train_examples = read_examples(job.data)
+    held_out_examples = read_examples(job.held_out) if job.held_out is not None else []
+    model, tokenizer = _load(job)
+    train = _encode(train_examples, tokenizer, job)
+    held_out = _encode(held_out_examples, tokenizer, job)
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    adapted, report = train_lora(model, job.recipe, train, held_out, pad_id)
+    save_adapter(adapted, job.out, job.base_name, _notes(job, len(train), report))
+    return report, _publish(job)
+
+
+def _load(job: LoraJob) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(job.model)
+        model = AutoModelForCausalLM.from_pretrained(
+            job.model, dtype=getattr(torch, job.recipe.dtype)
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"--model {job.model} can't be loaded ({error}); give a folder in transformers' "
+            "layout, the id of a model in the hub's cache, or demo"
+        ) from error
+    return model, tokenizer
+
+
+def _encode(
+    examples: list[Example], tokenizer: PreTrainedTokenizerBase, job: LoraJob
+) -> list[Encoded]:
+    from quickchange_store.training.data import as_chat, encode
+
+    has_template = tokenizer.chat_template is not None
+    if job.prompt_format == "chat" or (job.prompt_format == "auto" and has_template):
+        examples = as_chat(examples)
+    conversation = next((e for e in examples if not isinstance(e.prompt, str)), None)
+    if conversation is not None and not has_template:
+        raise DataError(
+            f"{conversation.origin}: a conversation, but the base's tokenizer has no chat "
+            'template; give "prompt" and "completion" with --prompt-format plain'
+        )
+    return encode(examples, tokenizer, job.recipe.max_length)
+
+
+def _notes(job: LoraJob, examples: int, report: TrainingReport) -> dict[str, Any]:
+    """What recipe.json records: no path, so that the folder can be handed on."""
+    return {
+        "command": "quickchange train lora",
+        "base": job.base_name,
+        "data": job.data.name,
+        "held_out_data": job.held_out.name if job.held_out is not None else None,
+        "examples": examples,
+        "prompt_format": job.prompt_format,
+        "lora": job.recipe.as_dict(),
+        "report": asdict(report),
+    }
+
+
+def _publish(job: LoraJob) -> Added | None:
+    if job.publication is None:
+        return None
+    from quickchange_store.base import base_spec
+    from quickchange_store.importing import add_adapter
+    from quickchange_store.store import Store
+
+    spec = base_spec(job.model, job.base_name)
+    return add_adapter(Store(job.publication.store), job.publication.name, job.out, spec)

@@ -1,0 +1,17 @@
+"""`quickchange serve` over the fake engine: python serve_fake.py STEP_SECONDS REFUSAL OPTION…"""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+
+import fake_engine
+from fake_engine import Behaviour
+
+from quickchange_server import launch
+
+if __name__ == "__main__":
+    step_seconds, refusal, *options = sys.argv[1:]
+    behaviour = Behaviour(step_seconds=float(step_seconds), refusal=refusal or None)
+    given = dict(option.split("=", 1) for option in options)
+    launch.serve(given, demo=False, engine=partial(fake_engine.main, behaviour=behaviour))
