@@ -120,7 +120,7 @@ def ratios(results: Sequence[ServingResult]) -> Ratios:
 
 
 def print_session(found: Session) -> None:
-    typer.echo(report.describe(found.results[0]))
+    typer.echo(report.describe(found.results[-1]))
     for mode in MODES:
         chosen = [r for r in found.results if (r.workload.popularity or "base") == mode]
         if not chosen:

@@ -157,8 +157,7 @@ def serving(
         points=tuple(points),
         medians=medians(points),
     )
-    typer.echo(report.describe(result))
-    typer.echo()
+    typer.echo(f"### {label}\n\n{report.describe(result)}\n")
     typer.echo(report.serving_table(result))
     if out is not None:
         report.save(result, out)

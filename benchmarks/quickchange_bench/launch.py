@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -47,6 +49,19 @@ def quickchange_command(*arguments: str) -> list[str]:
 
 
 @contextmanager
+def _unwinding_on_sigterm() -> Iterator[None]:
+    """SIGTERM leaves the block as an exception does, so that its server ends with the benchmark."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
 def running(
     command: Sequence[str],
     *,
@@ -63,7 +78,7 @@ def running(
         ServerFailedError: it ended, or was not ready in `timeout` seconds.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("wb") as output:
+    with log.open("wb") as output, _unwinding_on_sigterm():
         process = subprocess.Popen(
             command,
             stdout=output,

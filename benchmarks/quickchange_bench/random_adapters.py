@@ -53,7 +53,10 @@ def device_bytes(shapes: dict[str, tuple[int, int]], rank: int, value_bytes: int
     )
 
 
-def _write(base: Path, folder: Path, names: list[str], spec: AdapterSpec) -> dict[str, list[int]]:
+def write_in_this_process(
+    base: Path, folder: Path, names: list[str], spec: AdapterSpec
+) -> dict[str, tuple[int, int]]:
+    """As write_adapters, at the price of torch in this process."""
     import torch
     from safetensors.torch import save_file
 
@@ -83,7 +86,7 @@ def _write(base: Path, folder: Path, names: list[str], spec: AdapterSpec) -> dic
         target.mkdir(parents=True, exist_ok=True)
         save_file(tensors, target / "adapter_model.safetensors", metadata={"format": "pt"})
         (target / "adapter_config.json").write_text(json.dumps(config, indent=2))
-    return {path: list(shape) for path, shape in shapes.items()}
+    return shapes
 
 
 def write_adapters(
@@ -94,5 +97,4 @@ def write_adapters(
     In a process of its own, so that the load generator stays small.
     """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        shapes = pool.submit(_write, base, folder, names, spec).result()
-    return {path: (width_in, width_out) for path, (width_in, width_out) in shapes.items()}
+        return pool.submit(write_in_this_process, base, folder, names, spec).result()

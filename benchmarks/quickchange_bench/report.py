@@ -99,7 +99,7 @@ def describe(result: ServingResult) -> str:
         [
             f"- machine: {machine.cpu}, {machine.cores} cores, {machine.memory / 1024**3:.0f} GiB"
             + (f", {machine.gpu}" if machine.gpu else ""),
-            f"- model: {result.model} ({result.label})",
+            f"- model: {result.model}",
             f"- workload: {adapters}; prompts {load.prompt_tokens}, answers {load.output_tokens} "
             f"tokens; median of {load.repeat}; seed {load.seed}",
             f"- commit: {result.commit or 'unknown'}",

@@ -3,7 +3,8 @@
 Prints the milliseconds that all layers of one step take, dispatched (native where built) and in
 plain torch, beside the time that moving their bytes takes at the memory's measured speed. Each
 layer has its own weights, so that nothing stays in the caches between layers. On a machine that
-does other work the minimum says more than the median.
+does other work, `--threads 1 --clock cpu` leaves out the time in which other processes had the
+core; the wall clock means little there.
 """
 
 from __future__ import annotations
@@ -42,21 +43,28 @@ class Case:
     plain: Callable[[], None]
 
 
-def measure(run: Callable[[], None], repeat: int) -> tuple[float, float]:
-    """(median, minimum) milliseconds of a call, after one to warm up."""
-    run()
-    times = []
-    for _ in range(repeat):
-        start = time.perf_counter()
+@dataclass(frozen=True)
+class Stopwatch:
+    """How a call is timed."""
+
+    clock: Callable[[], float]  # seconds
+    repeat: int
+
+    def measure(self, run: Callable[[], None]) -> tuple[float, float]:
+        """(median, minimum) milliseconds of a call, after one to warm up."""
         run()
-        times.append((time.perf_counter() - start) * 1e3)
-    return statistics.median(times), min(times)
+        times = []
+        for _ in range(self.repeat):
+            start = self.clock()
+            run()
+            times.append((self.clock() - start) * 1e3)
+        return statistics.median(times), min(times)
 
 
-def memory_speed() -> float:
+def memory_speed(stopwatch: Stopwatch) -> float:
     """Bytes a second of reading a large tensor."""
     values = torch.zeros(64 * 2**20)  # 256 MiB
-    _, best = measure(lambda: _discard(values.sum()), 5)
+    _, best = stopwatch.measure(lambda: _discard(values.sum()))
     return values.nbytes / best * 1e3
 
 
@@ -153,10 +161,13 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeat", type=int, default=7)
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--only", default="", help="the cases whose names hold this text")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    speed = memory_speed()
+    clock = {"wall": time.perf_counter, "cpu": time.process_time}[args.clock]
+    stopwatch = Stopwatch(clock, args.repeat)
+    speed = memory_speed(stopwatch)
     built = native.ensure()
     chosen = torch.ops.quickchange_native.instruction_set() if built else "plain torch"
     print(f"{args.threads} threads, {speed / 1e9:.1f} GB/s, {chosen}; ms: median (minimum)")
@@ -164,7 +175,7 @@ def main() -> None:
         for case in cases(getattr(torch, args.dtype)):
             if args.only not in case.name:
                 continue
-            fast, plain = (measure(run, args.repeat) for run in (case.dispatched, case.plain))
+            fast, plain = (stopwatch.measure(run) for run in (case.dispatched, case.plain))
             floor = case.bytes_moved / speed * 1e3
             print(
                 f"{case.name:62} {fast[0]:7.1f} ({fast[1]:6.1f})   plain {plain[0]:7.1f} "

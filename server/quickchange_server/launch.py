@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -31,10 +32,10 @@ def serve(given: Mapping[str, Any], *, demo: bool, engine: EngineMain = engine_m
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
-        settings = _settings(_with_demo(given) if demo else given)
+        settings = _settings(with_demo(given) if demo else given)
         with bind(settings) as listener:
-            _warn(settings)
-            if demo:
+            warn_of_exposure(settings)
+            if demo and settings.adapters:
                 _publish_demo(settings)
             app = create_app(settings, engine=engine)
             run(app, settings, listener, partial(_announce, demo=demo))
@@ -62,7 +63,7 @@ def _finding(finding: Any) -> str:
     return f"{option}: {finding['msg']}"
 
 
-def _warn(settings: Settings) -> None:
+def warn_of_exposure(settings: Settings) -> None:
     if not is_loopback(settings.host):
         logging.getLogger(__name__).warning(
             "listening on %s: anyone who reaches it can use it and change its adapters; this "
@@ -75,29 +76,17 @@ def _announce(services: Services, url: str, *, demo: bool) -> None:
     names = services.store.names() if services.settings.adapters else ()
     base = services.catalog.base_name
     count = f"{len(names)} adapter{'' if len(names) == 1 else 's'}"
-    lines = [f"Quickchange is ready on {url} (model {base}, {count})"]
-    if demo and names:
-        lines += [f"adapters: {', '.join(names)}", "try:", f"  {_curl(url, names[0])}"]
-    print("\n".join(lines), flush=True)
-
-
-def _curl(url: str, model: str) -> str:
-    body = {
-        "model": model,
-        "messages": [{"role": "user", "content": "Hello!"}],
-        "max_tokens": 64,
-        "temperature": 0,
-    }
-    header = "-H 'Content-Type: application/json'"
-    return f"curl {url}/v1/chat/completions {header} -d '{json.dumps(body)}'"
+    print(f"Quickchange is ready on {url} (model {base}, {count})", flush=True)
+    if demo:
+        _suggest(names, url)
 
 
 # --- the demo -----------------------------------------------------------------------------------
 
 
-def _with_demo(given: Mapping[str, Any]) -> dict[str, Any]:
+def with_demo(given: Mapping[str, Any]) -> dict[str, Any]:
     """The settings with the demo's base model, and its store where none is given."""
-    from quickchange_store.demo.base import DemoBaseError, ensure_demo_base
+    from quickchange_store.demo import DemoBaseError, ensure_demo_base
 
     if "model" in given:
         fail("--demo brings its own model: leave out --model, or --demo")
@@ -116,6 +105,25 @@ def _publish_demo(settings: Settings) -> None:
     from quickchange_store.store import Store
 
     publish_demo_adapters(Store(settings.store), base_spec(settings.model))
+
+
+def _suggest(names: Sequence[str], url: str) -> None:
+    """Name the adapters, and a request for one of them."""
+    from quickchange_store.demo import DEMO_ADAPTERS
+
+    shown = [DEMO_ADAPTERS[name] for name in names if name in DEMO_ADAPTERS]
+    for adapter in shown:
+        print(f"  {adapter.name}: {adapter.description}")
+    if shown:
+        body = {
+            "model": shown[0].name,
+            "messages": [{"role": "user", "content": shown[0].example_prompt}],
+            "max_tokens": 96,
+            "temperature": 0,
+        }
+        header = "-H 'Content-Type: application/json'"
+        print(f"curl {url}/v1/chat/completions {header} -d {shlex.quote(json.dumps(body))}")
+    sys.stdout.flush()
 
 
 def data_folder() -> Path:

@@ -50,9 +50,7 @@ class Services:
     imports: Imports
     seeds: Seeds
     started: asyncio.Future[Ready]
-    created: int = field(
-        default_factory=lambda: int(time.time())
-    )  # of the base, in /v1/models
+    created: int = field(default_factory=lambda: int(time.time()))  # of the base, in /v1/models
 
     @property
     def engine(self) -> Ready:

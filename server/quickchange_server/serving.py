@@ -17,6 +17,7 @@ from quickchange_server.errors import QuickchangeError, SettingError
 from quickchange_server.services import Services
 from quickchange_server.settings import Settings
 
+BACKLOG = 2048  # connections that wait to be accepted
 LAST_BYTES_SECONDS = 5.0  # for answers that are complete but not yet read, after the drain
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ def bind(settings: Settings) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((settings.host, settings.port))
+        listener.listen(BACKLOG)  # now: a bound port can still be lost to another process
     except OSError as error:
         listener.close()
         raise SettingError(
@@ -107,7 +109,7 @@ def run(app: FastAPI, settings: Settings, listener: socket.socket, announce: Ann
         access_log=False,  # a line a request costs the engine's cores; /metrics counts them
         timeout_graceful_shutdown=int(LAST_BYTES_SECONDS),
         timeout_keep_alive=75,  # longer than proxies' 60 seconds, so that they close first
-        backlog=2048,
+        backlog=BACKLOG,
     )
     server = DrainingServer(config, app, settings)
     asyncio.run(_run(server, listener, announce))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from typer.testing import CliRunner
 
@@ -236,6 +239,29 @@ def test_a_server_that_ends_at_once_is_reported_with_its_log(tmp_path: Path) -> 
         running(command, url=url, target=target, log=log, timeout=30),
     ):
         pass
+
+
+LAUNCHER = """
+import sys, time
+from pathlib import Path
+from quickchange_bench import launch
+launch._wait_ready = lambda process, *_: print(process.pid, flush=True) or 0.0
+sleeper = [sys.executable, "-c", "import time; time.sleep(60)"]
+with launch.running(sleeper, url="", target=launch.Target("base"), log=Path(sys.argv[1])):
+    time.sleep(60)
+"""
+
+
+def test_a_terminated_benchmark_ends_its_server(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", LAUNCHER, str(tmp_path / "log")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as bench_process:
+        assert bench_process.stdout is not None
+        server = psutil.Process(int(bench_process.stdout.readline()))
+        bench_process.terminate()
+        assert bench_process.wait(30) == 128 + 15
+    with contextlib.suppress(psutil.NoSuchProcess):
+        server.wait(10)
+    assert not server.is_running()
 
 
 def test_memory_of_a_process_tree_is_in_bytes() -> None:

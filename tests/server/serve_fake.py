@@ -8,9 +8,9 @@ from functools import partial
 import fake_engine
 from fake_engine import Behaviour
 
-from quickchange_server import launch
-
 if __name__ == "__main__":
+    from quickchange_server import launch  # here: the engine's process imports this file too
+
     step_seconds, refusal, *options = sys.argv[1:]
     behaviour = Behaviour(step_seconds=float(step_seconds), refusal=refusal or None)
     given = dict(option.split("=", 1) for option in options)

@@ -220,6 +220,18 @@ def test_the_request_id_is_echoed_or_drawn(live: Live) -> None:
     assert len(error.headers["x-request-id"]) == 32
 
 
+def test_an_unforeseen_error_is_500_with_the_request_id_that_the_log_has(
+    live: Live, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(_self: object, _model: str, _adapters: object) -> None:
+        raise RuntimeError("secret")
+
+    monkeypatch.setattr("quickchange_server.catalog.Catalog.select", fail)
+    response = live.post("/v1/completions", COMPLETION)
+    assert "secret" not in error_of(response, 500)["message"]
+    assert response.headers["x-request-id"] in caplog.text
+
+
 def test_a_full_queue_is_429_with_retry_after_and_leaves_nothing_running(tmp_path: Path) -> None:
     behaviour = Behaviour(step_seconds=0.05)
     with live_server(tmp_path, behaviour, max_queue=3) as live:

@@ -18,7 +18,7 @@ from http_support import expected_text, make_adapter, wait_until
 from text_support import CHAT_TEMPLATE, byte_tokenizer
 from typer.testing import CliRunner
 
-from quickchange_server import cli
+from quickchange_server import cli, launch
 from quickchange_server.errors import SettingError
 from quickchange_server.settings import Settings
 from quickchange_server.text import Text
@@ -35,7 +35,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(folder)
-    config = {"model_type": "llama", "vocab_size": 300, "hidden_size": 8, "num_attention_heads": 1, "eos_token_id": 5}
+    config = {
+        "model_type": "llama",
+        "vocab_size": 300,
+        "hidden_size": 8,
+        "num_attention_heads": 1,
+        "eos_token_id": 5,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [6, 7]}))
     return folder
@@ -203,3 +209,43 @@ def test_a_folder_without_a_tokenizer_is_a_setting_error(tmp_path: Path) -> None
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(SettingError, match="model: can't read"):
         Text.load(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [
+        ("127.0.0.1", True),
+        ("127.1.2.3", True),
+        ("::1", True),
+        ("localhost", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("10.0.0.1", False),
+        ("example.org", False),
+    ],
+)
+def test_only_loopback_addresses_are_served_without_a_warning(
+    host: str, loopback: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    launch.warn_of_exposure(Settings(model="m", store=Path("s"), host=host))
+    assert ("no authentication" in caplog.text) is not loopback
+
+
+def test_the_demo_has_its_own_model_and_store(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("quickchange_store.demo.ensure_demo_base", lambda: tmp_path / "base")
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    monkeypatch.delenv("QUICKCHANGE_STORE", raising=False)
+    settings = launch.with_demo({"port": 1})
+    assert settings == {
+        "port": 1,
+        "model": str(tmp_path / "base"),
+        "store": tmp_path / "data" / "quickchange" / "demo",
+    }
+    assert launch.with_demo({"store": "mine"})["store"] == "mine"
+
+
+def test_the_demo_and_a_model_exclude_each_other() -> None:
+    with pytest.raises(SystemExit, match="--demo brings its own model"):
+        launch.with_demo({"model": "m"})

@@ -16,8 +16,6 @@ from quickchange_store.training.data import encode_prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-NEW_TOKENS = 96  # longer than any task's right answer
-
 
 @dataclass(frozen=True)
 class Comparison:
@@ -54,9 +52,10 @@ def compare(task: Task, adapter: Path, count: int, seed: int, batch_size: int) -
     folder = ensure_demo_base()
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    plain = greedy_answers(model, tokenizer, examples, batch_size, f"{task.name}: base")
+    limit = task.answer_tokens
+    plain = greedy_answers(model, tokenizer, examples, limit, batch_size, f"{task.name}: base")
     adapted = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
-    tuned = greedy_answers(adapted, tokenizer, examples, batch_size, f"{task.name}: adapter")
+    tuned = greedy_answers(adapted, tokenizer, examples, limit, batch_size, f"{task.name}: adapter")
     return Comparison(
         task=task.name,
         examples=tuple(examples),
@@ -71,6 +70,7 @@ def greedy_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[TaskExample],
+    new_tokens: int,
     batch_size: int,
     label: str,
 ) -> list[str]:
@@ -83,7 +83,7 @@ def greedy_answers(
     for start in tqdm(range(0, len(prompts), batch_size), desc=label, unit="batch"):
         rows = by_length[start : start + batch_size]
         padded = tokenizer.pad({"input_ids": [prompts[i] for i in rows]}, return_tensors="pt")
-        output = model.generate(**padded, max_new_tokens=NEW_TOKENS, do_sample=False)
+        output = model.generate(**padded, max_new_tokens=new_tokens, do_sample=False)
         new = output[:, padded["input_ids"].shape[1] :]
         texts = tokenizer.batch_decode(new, skip_special_tokens=True)
         for i, text in zip(rows, texts, strict=True):

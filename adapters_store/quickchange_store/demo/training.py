@@ -27,9 +27,9 @@ DEMO_RECIPES = {
     "order-json": DemoRecipe(
         400, LoraRecipe(rank=8, alpha=16, lr=2e-3, batch_size=4, dtype="bfloat16")
     ),
-    "sql": DemoRecipe(640, LoraRecipe(rank=8, alpha=16, lr=2e-3, batch_size=8, dtype="bfloat16")),
+    "sql": DemoRecipe(480, LoraRecipe(rank=8, alpha=16, lr=2e-3, batch_size=8, dtype="bfloat16")),
     "docstring": DemoRecipe(
-        800, LoraRecipe(rank=16, alpha=32, lr=1e-3, batch_size=8, dtype="bfloat16")
+        640, LoraRecipe(rank=16, alpha=32, lr=1e-3, batch_size=8, dtype="bfloat16")
     ),
 }
 

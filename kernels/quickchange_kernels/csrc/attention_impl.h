@@ -21,16 +21,44 @@ inline vec exp_negative(vec x) {
   return reinterpret_cast<vec>(reinterpret_cast<bits32>(value) & kept);
 }
 
-// Pointers to one head's keys or values at positions begin .. begin + count - 1; the last repeats.
+// Where a tile's keys and values lie.
 template <class T>
-inline void point_at(
-    const T** out, int64_t count, const T* cache, const AttentionArgs<T>& a,
-    const AttentionItem& item, int64_t begin, int64_t room) {
-  for (int64_t i = 0; i < room; i++) {
-    const int64_t key = begin + std::min(i, count - 1);
-    const int64_t block = item.blocks[key / a.block_size];
-    out[i] = cache + ((block * a.Hkv + item.head) * a.block_size + key % a.block_size) * a.D;
+struct Tile {
+  int64_t begin, count;  // positions
+  const T* keys[TILE + MAX_AHEAD];
+  const T* values[TILE + MAX_AHEAD];
+};
+
+// Finds the tile at `begin`, at most up to `stop`; past its end the last position repeats.
+template <class T>
+inline void find_tile(
+    Tile<T>& tile, const AttentionArgs<T>& a, const AttentionItem& item, int64_t begin,
+    int64_t stop) {
+  tile.begin = begin;
+  tile.count = std::min(TILE, stop - begin);
+  int64_t block = begin / a.block_size, offset = begin % a.block_size, i = 0;
+  while (i < tile.count) {
+    const int64_t start = ((item.blocks[block] * a.Hkv + item.head) * a.block_size + offset) * a.D;
+    const int64_t run = std::min(a.block_size - offset, tile.count - i);
+    for (int64_t n = 0; n < run; n++) {
+      tile.keys[i + n] = a.k + start + n * a.D;
+      tile.values[i + n] = a.v + start + n * a.D;
+    }
+    i += run;
+    block++;
+    offset = 0;
   }
+  for (; i < TILE + MAX_AHEAD; i++) {
+    tile.keys[i] = tile.keys[tile.count - 1];
+    tile.values[i] = tile.values[tile.count - 1];
+  }
+}
+
+// Rows of D elements, into the second-level cache.
+template <class T>
+inline void fetch_rows(const T* const* rows, int64_t count, int64_t D) {
+  for (int64_t i = 0; i < count; i++)
+    for (int64_t d = 0; d < D; d += 64 / int64_t(sizeof(T))) __builtin_prefetch(rows[i] + d, 0, 2);
 }
 
 template <class T>
@@ -57,33 +85,58 @@ inline void score_by(
     }
 }
 
-// Scores of one row become weights e^(score - maximum), zero where hidden. The maximum and the sum
-// run over the tiles; returns the factor by which what was summed before shrinks.
+inline vec choose(bits32 mask, vec yes, vec no) {
+  const bits32 kept = reinterpret_cast<bits32>(yes) & mask;
+  return reinterpret_cast<vec>(kept | (reinterpret_cast<bits32>(no) & ~mask));
+}
+
+inline vec highest_of(vec a, vec b) { return choose(reinterpret_cast<bits32>(a > b), a, b); }
+
+// softcap · tanh(score / softcap)
+inline vec cap(vec score, float softcap) {
+  const vec z = score * (1.0f / softcap);
+  const vec e = exp_negative(-2.0f * highest_of(z, -z));
+  const vec size = softcap * (1.0f - e) / (1.0f + e);
+  return choose(reinterpret_cast<bits32>(z > 0.0f), size, -size);
+}
+
+// Scores of one row become weights e^(score - maximum), zero but for keys first .. last of the tile.
+// The maximum and the sum run over the tiles; returns the factor by which what was summed before
+// shrinks.
 template <class T>
 inline float weigh(
-    const AttentionArgs<T>& a, float* scores, int64_t begin, int64_t first, int64_t last,
+    const AttentionArgs<T>& a, float* scores, int64_t lanes, int64_t first, int64_t last,
     float* maximum, float* sum) {
-  float highest = *maximum;
-  for (int64_t i = 0; i < TILE; i++) {
-    const int64_t key = begin + i;
-    float score = scores[i] * a.scale;
-    if (a.softcap > 0) score = a.softcap * std::tanh(score / a.softcap);
-    scores[i] = key >= first && key <= last ? score : -std::numeric_limits<float>::infinity();
-    highest = std::max(highest, scores[i]);
+  constexpr float NONE = -std::numeric_limits<float>::infinity();
+  typedef int32_t ints __attribute__((vector_size(QC_WIDTH * 4)));
+  ints index;
+  for (int i = 0; i < W; i++) index[i] = i;
+  const int32_t low = int32_t(std::max<int64_t>(first, 0));
+  const int32_t high = int32_t(std::clamp<int64_t>(last, -1, TILE));
+  vec top = splat(*maximum);
+  for (int64_t i = 0; i < lanes; i += W) {
+    vec score = load(scores + i) * a.scale;
+    if (a.softcap > 0) score = cap(score, a.softcap);
+    const ints key = index + int32_t(i);
+    score = choose(reinterpret_cast<bits32>((key >= low) & (key <= high)), score, splat(NONE));
+    store(scores + i, score);
+    top = highest_of(score, top);
   }
-  if (highest == -std::numeric_limits<float>::infinity()) {  // nothing seen yet
-    std::memset(scores, 0, TILE * sizeof(float));
+  float highest = top[0];
+  for (int i = 1; i < W; i++) highest = std::max<float>(highest, top[i]);
+  if (highest == NONE) {  // nothing seen yet
+    std::memset(scores, 0, lanes * sizeof(float));
     return 1.0f;
   }
-  const float shrink = std::exp(*maximum - highest);
   vec total{};
-  for (int64_t i = 0; i < TILE; i += W) {
+  for (int64_t i = 0; i < lanes; i += W) {
     const vec weight = exp_negative(load(scores + i) - highest);
     store(scores + i, weight);
     total += weight;
   }
   float added = 0;
-  for (int64_t i = 0; i < W; i++) added += total[i];
+  for (int i = 0; i < W; i++) added += total[i];
+  const float shrink = std::exp(*maximum - highest);
   *maximum = highest;
   *sum = *sum * shrink + added;
   return shrink;
@@ -130,38 +183,52 @@ inline void gather_by(
     gather_block<R, 1>(values, count, weights, shrink, out, D, d, std::min(W, D - d));
 }
 
+// Scores and weights of one tile for every row, and its share of the output.
+template <class T>
+inline void attend_tile(const AttentionArgs<T>& a, const AttentionItem& item, const Tile<T>& tile) {
+  alignas(64) float scores[MAX_ATTENTION_ROWS][TILE];
+  float shrink[MAX_ATTENTION_ROWS];
+  const int64_t rows = item.queries * a.group;
+  const int64_t lanes = (tile.count + W - 1) / W * W;
+  if (rows == 1) score_by<1>(a, item, tile.keys, tile.count, scores);
+  else if (rows == 2) score_by<2>(a, item, tile.keys, tile.count, scores);
+  else score_by<4>(a, item, tile.keys, tile.count, scores);
+  for (int64_t i = 0; i < rows; i++) {
+    const int64_t last = item.first_position + i / a.group - tile.begin;
+    const int64_t first = a.window > 0 ? last - a.window + 1 : 0;
+    shrink[i] = weigh(a, scores[i], lanes, first, last, item.maximum + i, item.sum + i);
+  }
+  for (int64_t i = 0; i < rows; i += 4) {
+    const auto weights = scores + i;
+    float* out = item.out + i * a.D;
+    switch (std::min<int64_t>(rows - i, 4)) {
+      case 1: gather_by<1>(tile.values, tile.count, weights, shrink + i, out, a.D); break;
+      case 2: gather_by<2>(tile.values, tile.count, weights, shrink + i, out, a.D); break;
+      case 3: gather_by<3>(tile.values, tile.count, weights, shrink + i, out, a.D); break;
+      default: gather_by<4>(tile.values, tile.count, weights, shrink + i, out, a.D);
+    }
+  }
+}
+
 template <class T>
 void attend(const AttentionArgs<T>& a, const AttentionItem& item) {
   const int64_t rows = item.queries * a.group;
-  for (int64_t i = 0; i < rows; i++) {
-    item.maximum[i] = -std::numeric_limits<float>::infinity();
-    item.sum[i] = 0;
-  }
-  std::memset(item.out, 0, rows * a.D * sizeof(float));
-  alignas(64) float scores[MAX_ATTENTION_ROWS][TILE];
-  float shrink[MAX_ATTENTION_ROWS];
-  const T* keys[TILE + MAX_AHEAD];
-  const T* values[TILE + MAX_AHEAD];
+  std::fill_n(item.maximum, rows, -std::numeric_limits<float>::infinity());
+  std::fill_n(item.sum, rows, 0.0f);
+  std::fill_n(item.out, rows * a.D, 0.0f);
   const int64_t oldest = a.window > 0 ? item.first_position - a.window + 1 : 0;
   const int64_t start = std::max(item.begin, std::max<int64_t>(oldest, 0) / TILE * TILE);
   const int64_t stop = std::min(item.end, item.first_position + item.queries);
-  for (int64_t begin = start; begin < stop; begin += TILE) {
-    const int64_t count = std::min(TILE, stop - begin);
-    point_at(keys, count, a.k, a, item, begin, TILE + MAX_AHEAD);
-    point_at(values, count, a.v, a, item, begin, TILE);
-    if (rows == 1) score_by<1>(a, item, keys, count, scores);
-    else if (rows == 2) score_by<2>(a, item, keys, count, scores);
-    else score_by<4>(a, item, keys, count, scores);
-    for (int64_t i = 0; i < rows; i++) {
-      const int64_t position = item.first_position + i / a.group;
-      const int64_t first = a.window > 0 ? position - a.window + 1 : 0;
-      shrink[i] = weigh(
-          a, scores[i], begin, first, position, item.maximum + i, item.sum + i);
+  if (start >= stop) return;
+  Tile<T> tiles[2];
+  find_tile(tiles[0], a, item, start, stop);
+  fetch_rows(tiles[0].keys, tiles[0].count, a.D);
+  for (int64_t begin = start, i = 0; begin < stop; begin += TILE, i ^= 1) {
+    fetch_rows(tiles[i].values, tiles[i].count, a.D);
+    if (begin + TILE < stop) {
+      find_tile(tiles[i ^ 1], a, item, begin + TILE, stop);
+      fetch_rows(tiles[i ^ 1].keys, tiles[i ^ 1].count, a.D);
     }
-    int64_t i = 0;
-    for (; i + 4 <= rows; i += 4)
-      gather_by<4>(values, count, scores + i, shrink + i, item.out + i * a.D, a.D);
-    for (; i < rows; i++)
-      gather_by<1>(values, count, scores + i, shrink + i, item.out + i * a.D, a.D);
+    attend_tile(a, item, tiles[i]);
   }
 }

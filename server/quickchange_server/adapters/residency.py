@@ -234,21 +234,25 @@ class Residency:
         what is in use, and last the claim's own others, which are then needed anew: their pages
         may be what keeps slabs from becoming empty. None where only older claims stand in the way.
         """
-        order = {d: i for i, ds in enumerate(reversed(self._waiting.values())) for d in ds}
+        turn = {d: i for i, ds in enumerate(reversed(self._waiting.values()), 1) for d in ds}
+
+        def order(entry: Entry) -> tuple[bool, bool, int, int]:
+            # What is in use goes by use alone: claims come all the time, and whoever is to give way
+            # must stay the same until it does.
+            busy = entry.digest in in_use
+            return (
+                entry.digest in own,
+                busy,
+                0 if busy else turn.get(entry.digest, 0),
+                entry.used,
+            )
+
         movable = [
             entry
             for entry in self._entries.values()
             if entry.resident and not entry.pinned and entry.digest not in older
         ]
-        movable.sort(
-            key=lambda e: (
-                e.digest in own,
-                e.digest in in_use,
-                e.digest in order,
-                order.get(e.digest, 0),
-                e.used,
-            )
-        )
+        movable.sort(key=order)
         demand = total_demand(missing)
         kept = set(slots_of(self._entries.values()))
         victims: list[Entry] = []

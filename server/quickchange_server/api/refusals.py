@@ -33,6 +33,12 @@ from quickchange_store.errors import (
 
 logger = logging.getLogger(__name__)
 
+CLIENT_CLOSED_REQUEST = 499  # as nginx counts it
+
+
+class ClientGoneError(Exception):
+    """The client closed the connection: nobody reads the answer."""
+
 
 def error_body(error: QuickchangeError) -> dict[str, Any]:
     return {
@@ -136,11 +142,11 @@ def install(app: FastAPI) -> None:
         response.headers.update(error.headers or {})
         return response
 
-    @app.exception_handler(Exception)
-    async def internal(_request: Request, _error: Exception) -> Response:
-        return error_response(internal_error())
+    @app.exception_handler(ClientGoneError)
+    async def gone(_request: Request, _error: ClientGoneError) -> Response:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)  # nobody reads it; the log may
 
 
 def internal_error() -> QuickchangeError:
     """For an error that nobody foresaw: the log has it, the client learns no more than that."""
-    return QuickchangeError("internal error; the server's log has it under this x-request-id")
+    return QuickchangeError("internal error; the server's log has the details")

@@ -13,12 +13,15 @@ from fastapi import Request
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from quickchange_server.api.refusals import error_body, internal_error
+from quickchange_server.api.refusals import ClientGoneError, error_body, internal_error
 from quickchange_server.errors import QuickchangeError
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+# json.dumps would make a new encoder for every event
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 DONE = b"data: [DONE]\n\n"
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies must not collect it
@@ -26,12 +29,7 @@ HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies mu
 
 def event(body: Any) -> bytes:
     """One event with a JSON body."""
-    data = json.dumps(body, ensure_ascii=False, separators=(",", ":"))
-    return b"data: " + data.encode() + b"\n\n"
-
-
-class ClientGoneError(Exception):
-    """The client closed the connection: nobody reads the answer."""
+    return b"data: " + _ENCODER.encode(body).encode() + b"\n\n"
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:

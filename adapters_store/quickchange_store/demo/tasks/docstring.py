@@ -6,6 +6,7 @@ The examples depend on the running Python's standard library; the recipe records
 from __future__ import annotations
 
 import ast
+import functools
 import random
 import re
 import sysconfig
@@ -28,6 +29,7 @@ class Docstring:
 
     name = "docstring"
     description = "Python function to a one-line docstring"
+    answer_tokens = 40
     sample_prompt = (
         _INSTRUCTION + "def read_lines(path):\n    with open(path) as f:\n"
         "        return [line.strip() for line in f]"
@@ -56,7 +58,8 @@ class Docstring:
         }
 
 
-def documented_functions() -> list[tuple[str, str, str]]:
+@functools.cache  # parsing the library takes seconds
+def documented_functions() -> tuple[tuple[str, str, str], ...]:
     """(top-level module, source without docstring, summary sentence), no source twice."""
     root = Path(sysconfig.get_path("stdlib"))
     found: dict[str, tuple[str, str, str]] = {}
@@ -66,7 +69,7 @@ def documented_functions() -> list[tuple[str, str, str]]:
             continue
         fresh = [item for item in _functions(file) if item[0] not in found][:_PER_MODULE]
         found |= {source: (parts[0], source, summary) for source, summary in fresh}
-    return list(found.values())
+    return tuple(found.values())
 
 
 def _functions(file: Path) -> Iterator[tuple[str, str]]:

@@ -51,6 +51,7 @@ class OrderJson:
 
     name = "order-json"
     description = "order e-mail to JSON: customer, city, due, express, items"
+    answer_tokens = 96
     sample_prompt = (
         _INSTRUCTION + "Hello team,\nwe need two garden hoses and 12 padlocks. Ship to Porto. "
         "Due March 9. There is no hurry.\nThanks, Ana Ruiz"

@@ -63,6 +63,7 @@ class Sql:
 
     name = "sql"
     description = "table schema and question to one SQL query"
+    answer_tokens = 48
     sample_prompt = (
         "Table: dogs(id, name, breed, age, weight)\n"
         "Question: What is the average weight for each breed?\nAnswer with one SQL query."

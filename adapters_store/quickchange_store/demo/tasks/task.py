@@ -27,6 +27,7 @@ class Task(Protocol):
     name: str
     description: str
     sample_prompt: str
+    answer_tokens: int  # enough for any right answer, with room for a fence around it
 
     def examples(self, split: Split, count: int, seed: int) -> list[TaskExample]:
         """`count` distinct examples. Raises ValueError when the task can't make that many."""
