@@ -18,6 +18,8 @@ from torch.nn import functional as F
 
 from quickchange_kernels import dispatch, native
 
+MAX_NATIVE_ROWS = 64  # also in csrc/bindings.cpp; MKL is faster from about 90 rows
+
 
 def reference_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The operation in float64: [..., N]."""

@@ -18,7 +18,6 @@ import platform
 import shutil
 import subprocess
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,11 +48,11 @@ def ensure() -> bool:
         library = build(cache_folder())
         torch.ops.load_library(library)  # type: ignore[no-untyped-call]
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        warnings.warn(
-            f"the native CPU kernels can't be built ({error}); the plain PyTorch versions serve "
-            "instead, several times slower. Install a C++ compiler (g++ 12 or clang 15, or newer) "
-            "and start again, or set QUICKCHANGE_NATIVE=0 to silence this",
-            stacklevel=2,
+        logger.warning(
+            "the native CPU kernels can't be built (%s); the plain PyTorch versions serve instead, "
+            "several times slower. Install a C++ compiler (g++ 12 or clang 15, or newer) and start "
+            "again; QUICKCHANGE_NATIVE=0 silences this",
+            error,
         )
         return False
     return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from quickchange_server.adapters.layout import Member, ModuleGroup
+from quickchange_server.adapters.loader import Pacer
 from quickchange_server.adapters.pool import DevicePool
 from quickchange_server.adapters.residency import Residency
 from quickchange_server.messages import AdapterFailed, AdapterMoved
@@ -429,6 +431,18 @@ def test_close_ends_the_thread_with_loads_still_queued() -> None:
     made.residency.close()
     assert threading.active_count() == before
     assert len(made.store.loads) <= 1
+
+
+def test_the_loader_pauses_only_beside_running_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, pauses = [0.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    for busy, expected in ((False, 0), (True, 9)):
+        pacer = Pacer(lambda busy=busy: busy)  # type: ignore[misc]
+        for _ in range(100):
+            now[0] += 0.00005
+            pacer()
+        assert len(pauses) in (expected, expected + 1)
 
 
 def count_tensors() -> int:

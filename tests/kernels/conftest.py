@@ -1,14 +1,20 @@
-"""Both versions of each operation go through the same tests: plain torch, and native C++."""
+"""Every version of an operation goes through the same tests: plain torch, and native C++ for each
+instruction set that the machine has. Where the native kernels can't be built their tests skip.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 
+from quickchange_kernels import native
+
 # ‖out - reference‖ / ‖reference‖, the reference in float64
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+INSTRUCTION_SETS = ["avx512", "avx2", "baseline"]
 
 
 @pytest.fixture
@@ -29,3 +35,32 @@ def assert_close() -> Callable[[torch.Tensor, torch.Tensor], None]:
         assert error < TOLERANCE[out.dtype], f"relative error {error:.2e}"
 
     return check
+
+
+@contextmanager
+def using(instruction_set: str) -> Iterator[str]:
+    """Dispatched calls use this instruction set's native kernels; skips where there are none."""
+    if not native.ensure():
+        pytest.skip("the native kernels can't be built here")
+    try:
+        torch.ops.quickchange_native.use_instruction_set(instruction_set)
+    except ValueError as error:
+        pytest.skip(str(error))
+    yield instruction_set
+    torch.ops.quickchange_native.use_instruction_set("best")
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
+def native_version(request: pytest.FixtureRequest) -> Iterator[str]:
+    with using(request.param) as name:
+        yield name
+
+
+@pytest.fixture(params=["plain", *INSTRUCTION_SETS])
+def version(request: pytest.FixtureRequest) -> Iterator[str]:
+    """ "plain", or the instruction set that dispatched calls use during the test."""
+    if request.param == "plain":
+        yield "plain"
+        return
+    with using(request.param) as name:
+        yield name

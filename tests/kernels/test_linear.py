@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from quickchange_kernels.linear import linear, plain_linear, reference_linear
+from quickchange_kernels.linear import MAX_NATIVE_ROWS, linear, plain_linear, reference_linear
 
 Linear = Callable[..., Tensor]
 Close = Callable[[Tensor, Tensor], None]
-ROWS = [0, 1, 2, 3, 4, 5, 8, 13, 16, 24, 33]
+ROWS = [0, 1, 2, 3, 5, 8, 16, 33, 65]
 
 
-@pytest.fixture(params=["plain", "dispatched"])
-def run(request: pytest.FixtureRequest) -> Linear:
-    return {"plain": plain_linear, "dispatched": linear}[request.param]
+@pytest.fixture
+def run(version: str) -> Linear:
+    return plain_linear if version == "plain" else linear
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -63,3 +63,51 @@ def test_inputs_may_be_strided(
     assert_close(run(x, weight), reference_linear(x, weight))
     turned = torch.randn(40, 5, generator=generator).T
     assert_close(run(turned, weight), reference_linear(turned, weight))
+
+
+@pytest.mark.usefixtures("native_version")
+@pytest.mark.parametrize(("features", "width"), [(576, 100), (131, 33), (7, 16)])
+def test_a_rows_result_does_not_depend_on_the_batch(
+    features: int, width: int, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    x = torch.randn(MAX_NATIVE_ROWS, features, generator=generator).to(dtype)
+    weight = torch.randn(width, features, generator=generator).to(dtype)
+    alone = torch.cat([linear(row, weight) for row in x.split(1)])
+    for rows in (2, 3, 4, 7, 16, MAX_NATIVE_ROWS):
+        assert torch.equal(linear(x[:rows], weight), alone[:rows])
+
+
+@pytest.mark.usefixtures("native_version")
+def test_threads_do_not_change_the_result(generator: torch.Generator) -> None:
+    x, weight = torch.randn(5, 100, generator=generator), torch.randn(777, 100, generator=generator)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    one = linear(x, weight)
+    torch.set_num_threads(3)
+    three = linear(x, weight)
+    torch.set_num_threads(before)
+    assert torch.equal(one, three)
+
+
+@pytest.mark.usefixtures("native_version")
+def test_no_element_outside_the_operands_is_used(generator: torch.Generator) -> None:
+    room = torch.full((12, 50), float("nan"))
+    weight = room[2:9, 10:43]
+    weight.copy_(torch.randn(7, 33, generator=generator))
+    around = torch.full((7, 60), float("nan"))
+    x = around[2:5, 20:53]
+    x.copy_(torch.randn(3, 33, generator=generator))
+    assert torch.isfinite(linear(x, weight)).all()
+
+
+@pytest.mark.usefixtures("native_version")
+def test_a_dtype_without_a_native_version_goes_to_torch(generator: torch.Generator) -> None:
+    x = torch.randn(3, 20, generator=generator, dtype=torch.float64)
+    weight = torch.randn(5, 20, generator=generator, dtype=torch.float64)
+    assert torch.equal(linear(x, weight), plain_linear(x, weight))
+
+
+@pytest.mark.usefixtures("native_version")
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        linear(torch.zeros(2, 4), torch.zeros(3, 5))

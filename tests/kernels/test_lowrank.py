@@ -35,9 +35,9 @@ def plain(y: Tensor, x: Tensor, tables: LowRankTables, segments: Segments, group
     plain_lowrank_(y, x, *spread(tables, segments, group))
 
 
-@pytest.fixture(params=["plain", "dispatched"])
-def run(request: pytest.FixtureRequest) -> Run:
-    return {"plain": plain, "dispatched": lowrank.lowrank_}[request.param]
+@pytest.fixture
+def run(version: str) -> Run:
+    return plain if version == "plain" else lowrank.lowrank_
 
 
 def poisoned(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
@@ -201,15 +201,85 @@ def test_inputs_and_outputs_may_be_column_slices(
 
 @pytest.mark.parametrize("rows", [1, 2, 50])
 def test_an_embedding_adds_the_columns_of_its_tokens(
-    rows: int, dtype: torch.dtype, generator: torch.Generator, assert_close: Close
+    rows: int, version: str, dtype: torch.dtype, generator: torch.Generator, assert_close: Close
 ) -> None:
     tables = random_tables(91, [48], [4, 20], generator, dtype=dtype, bias=True)
     ids = torch.randint(0, 91, (rows + 3,), generator=generator)
     spans = make_segments([(0, rows, 0, 1.0), (0, rows, 1, 0.5), (rows, rows + 1, 1, 1.0)])
     y = randn(rows + 3, 48, generator=generator, dtype=dtype)
     expected = lowrank.reference_lowrank_embedding(y, ids, tables, spans, 0, 91)
-    plain_y = y.clone()
-    plain_lowrank_embedding_(plain_y, ids, *spread(tables, spans, 0), 91)
-    assert_close(plain_y, expected)
-    lowrank.lowrank_embedding_(y, ids, tables, spans, 0, 91)
+    if version == "plain":
+        plain_lowrank_embedding_(y, ids, *spread(tables, spans, 0), 91)
+    else:
+        lowrank.lowrank_embedding_(y, ids, tables, spans, 0, 91)
     assert_close(y, expected)
+
+
+@pytest.mark.usefixtures("native_version")
+def test_a_rows_result_does_not_depend_on_its_batch(
+    dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    tables = random_tables(200, [100, 37], [16, 40, 3], generator, dtype=dtype)
+    x = randn(70, 200, generator=generator, dtype=dtype)
+    y = randn(70, 137, generator=generator, dtype=dtype)
+    together = y.clone()
+    lowrank.lowrank_(together, x, tables, make_segments([(0, 50, 1, 0.5), (50, 70, 0, 1.0)]), 0)
+    for row, slot, weight in [(0, 1, 0.5), (33, 1, 0.5), (49, 1, 0.5), (50, 0, 1.0), (69, 0, 1.0)]:
+        alone = y[row : row + 1].clone()
+        segments = make_segments([(0, 1, slot, weight)])
+        lowrank.lowrank_(alone, x[row : row + 1], tables, segments, 0)
+        assert torch.equal(alone[0], together[row])
+
+
+@pytest.mark.usefixtures("native_version")
+def test_threads_do_not_change_the_result(generator: torch.Generator) -> None:
+    tables = random_tables(96, [300, 100], [16, 64], generator)
+    x = randn(9, 96, generator=generator)
+    segments = make_segments([(0, 9, 0, 1.0), (2, 5, 1, 0.5), (2, 3, 0, 0.5)])
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        y = torch.zeros(9, 400)
+        lowrank.lowrank_(y, x, tables, segments, 0)
+        results.append(y)
+    torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+
+
+def test_bfloat16_pages_serve_float32_rows(
+    run: Run, generator: torch.Generator, assert_close: Close
+) -> None:
+    tables = random_tables(70, [50], [16], generator, dtype=torch.bfloat16)
+    x = randn(3, 70, generator=generator)
+    y = randn(3, 50, generator=generator)
+    segments = make_segments([(0, 3, 0, 1.0)])
+    expected = lowrank.reference_lowrank(y, x, tables, segments, 0)
+    run(y, x, tables, segments, 0)
+    assert_close(y, expected)
+
+
+@pytest.mark.usefixtures("native_version")
+def test_a_dtype_without_a_native_version_goes_to_plain_torch(generator: torch.Generator) -> None:
+    tables = random_tables(16, [8], [8], generator, dtype=torch.float16)
+    x = randn(2, 16, generator=generator, dtype=torch.float16)
+    segments = make_segments([(0, 2, 0, 1.0)])
+    dispatched, expected = (torch.zeros(2, 8, dtype=torch.float16) for _ in range(2))
+    lowrank.lowrank_(dispatched, x, tables, segments, 0)
+    plain(expected, x, tables, segments, 0)
+    assert torch.equal(dispatched, expected)
+
+
+@pytest.mark.usefixtures("native_version")
+def test_bad_inputs_are_named(generator: torch.Generator) -> None:
+    tables = random_tables(16, [8], [8], generator)
+    x, y = torch.zeros(2, 16), torch.zeros(2, 8)
+    segments = make_segments([(0, 2, 0, 1.0)])
+    with pytest.raises(TypeError, match=r"x is Double, y is Float"):
+        lowrank.lowrank_(y, x.double(), tables, segments, 0)
+    with pytest.raises(ValueError, match="y must be"):
+        lowrank.lowrank_(y.T, x, tables, segments, 0)
+    with pytest.raises(IndexError, match="group 7"):
+        lowrank.lowrank_(y, x, tables, segments, 7)
+    wrong = Segments(segments.rows.long(), segments.slot, segments.weight)
+    with pytest.raises(TypeError, match=r"segments\.rows must be contiguous Int"):
+        lowrank.lowrank_(y, x, tables, wrong, 0)

@@ -20,9 +20,9 @@ Attention = Callable[..., Tensor]
 Close = Callable[[Tensor, Tensor], None]
 
 
-@pytest.fixture(params=["plain", "dispatched"])
-def run(request: pytest.FixtureRequest) -> Attention:
-    return {"plain": plain_paged_attention, "dispatched": paged_attention}[request.param]
+@pytest.fixture
+def run(version: str) -> Attention:
+    return plain_paged_attention if version == "plain" else paged_attention
 
 
 def starts(counts: Sequence[int]) -> Tensor:
@@ -140,6 +140,50 @@ def test_scores_far_apart_do_not_overflow(
     q = torch.randn(1, 2, 32, generator=generator) * 50
     args = (q, keys.k_cache, keys.v_cache, keys.block_tables, keys.seq_lens, starts([1]))
     assert_close(run(*args, 1.0), reference_paged_attention(*args, 1.0))
+
+
+@pytest.mark.usefixtures("native_version")
+@pytest.mark.parametrize("window", [0, 100])
+def test_a_sequences_result_depends_on_nothing_but_itself(
+    window: int, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    keys = random_keys([600, 33, 301], 2, 40, 16, generator, dtype)
+    q = torch.randn(12, 6, 40, generator=generator).to(dtype)
+    cache = (keys.k_cache, keys.v_cache)
+    tables, lengths = keys.block_tables, keys.seq_lens
+    together = paged_attention(q, *cache, tables, lengths, starts([1, 3, 8]), 0.1, window)
+    for b, first, count in [(0, 0, 1), (1, 1, 3), (2, 4, 8)]:
+        for i in range(count):  # the queries of a chunk one by one, as decoding meets them
+            alone = paged_attention(
+                q[first + i : first + i + 1],
+                *cache,
+                tables[b : b + 1].contiguous(),
+                lengths[b : b + 1] - count + 1 + i,
+                starts([1]),
+                0.1,
+                window,
+            )
+            assert torch.equal(alone[0], together[first + i])
+
+
+@pytest.mark.usefixtures("native_version")
+def test_bad_inputs_are_named(generator: torch.Generator) -> None:
+    keys = random_keys([5], 2, 32, 16, generator)
+    q, cache = torch.zeros(1, 4, 32), (keys.k_cache, keys.v_cache)
+    with pytest.raises(TypeError, match="must be contiguous int32"):
+        paged_attention(q, *cache, keys.block_tables.long(), keys.seq_lens, starts([1]), 1.0)
+    with pytest.raises(ValueError, match="do not fit together"):
+        paged_attention(q[:, :3], *cache, keys.block_tables, keys.seq_lens, starts([1]), 1.0)
+    with pytest.raises(IndexError, match="slot 99"):
+        kv_write_(torch.zeros(1, 2, 32), torch.zeros(1, 2, 32), *cache, torch.tensor([99]))
+
+
+@pytest.mark.usefixtures("native_version")
+def test_a_dtype_without_a_native_version_goes_to_plain_torch(generator: torch.Generator) -> None:
+    keys = random_keys([5, 9], 2, 32, 16, generator, torch.float64)
+    q = torch.randn(4, 4, 32, generator=generator, dtype=torch.float64)
+    args = (q, keys.k_cache, keys.v_cache, keys.block_tables, keys.seq_lens, starts([1, 3]), 0.2)
+    assert torch.equal(paged_attention(*args), plain_paged_attention(*args))
 
 
 @pytest.mark.parametrize("write", [plain_kv_write_, kv_write_], ids=["plain", "dispatched"])

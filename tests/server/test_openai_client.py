@@ -127,7 +127,9 @@ def test_an_error_in_mid_stream_is_raised_by_the_library(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("n", [1, 2])
-def test_a_client_that_goes_away_cancels_its_request(tmp_path: Path, stream: bool, n: int) -> None:
+def test_a_client_that_goes_away_cancels_its_request_and_is_no_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, stream: bool, n: int
+) -> None:
     journal = tmp_path / "journal"
     behaviour = Behaviour(step_seconds=0.02, journal=journal)
     request = {"model": BASE, "prompt": "Hello", "max_tokens": 2000, "stream": stream, "n": n}
@@ -141,6 +143,7 @@ def test_a_client_that_goes_away_cancels_its_request(tmp_path: Path, stream: boo
                     client.post("/v1/completions", json=request)
         wait_until(lambda: live.services.client.in_flight == 0)
         wait_until(lambda: len(entries(journal, "Cancel")) == n)
+    assert caplog.text == ""
 
 
 def test_a_drain_finishes_streams_and_refuses_the_rest(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ Eviction is least recently used, by the time a claim last began to use the adapt
 the host in the same order; one that the oldest waiting claim needs stays, even over the budget.
 
 All state belongs to the engine's thread. The loader's thread runs two kinds of job, disk to image
-and image to device, and touches nothing else. Knows nothing of names, tokens or batches.
+and image to device, reads whether any claim is held, and touches nothing else. Knows nothing of
+names, tokens or batches.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from quickchange_kernels.lowrank import LowRankTables
 from quickchange_server.adapters.entry import Entry, Job, slots_of, total_demand
 from quickchange_server.adapters.image import AdapterImage, build_image, page_shapes
 from quickchange_server.adapters.layout import ModuleGroup
-from quickchange_server.adapters.loader import Done, Loader
+from quickchange_server.adapters.loader import Done, Loader, Pacer
 from quickchange_server.adapters.pool import DevicePool, too_large
 from quickchange_server.messages import AdapterFailed, AdapterMoved, Tier
 from quickchange_store.canonical import CanonicalAdapter
@@ -48,6 +49,7 @@ class Residency:
         self._shapes = page_shapes(groups, pool.dtype)
         self._host_budget = host_budget_bytes
         self._loader: Loader[AdapterImage | None] = Loader(on_wake)
+        self._pause = Pacer(lambda: bool(self._held))  # only beside requests that run
         self._entries: dict[str, Entry] = {}
         self._waiting: dict[str, tuple[str, ...]] = {}  # claim -> digests, in order of arrival
         self._held: dict[str, dict[str, int]] = {}  # claim -> digest -> slot
@@ -273,7 +275,7 @@ class Residency:
         if slot is not None:
             image = entry.image
             entry.slot, entry.job = slot, Job.WRITE
-            self._loader.submit(entry.digest, lambda: self._pool.write(slot, image))
+            self._loader.submit(entry.digest, lambda: self._pool.write(slot, image, self._pause))
 
     def _start_loads(self, digests: Iterable[str], *, first: bool) -> bool:
         """Read the images that are missing. False if no more may be started for now.
@@ -298,7 +300,9 @@ class Residency:
 
         def job() -> AdapterImage:
             adapter = self._load(digest)
-            return build_image(adapter, self._shapes, self._pool.dtype, pin_memory=pin_memory)
+            return build_image(
+                adapter, self._shapes, self._pool.dtype, pin_memory=pin_memory, pause=self._pause
+            )
 
         return job
 
