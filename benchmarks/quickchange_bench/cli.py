@@ -26,6 +26,7 @@ from quickchange_bench.workload import Workload, parse_length
 app = typer.Typer(
     help="Measure a server: ours, or any that speaks OpenAI's completions.",
     no_args_is_help=True,
+    add_completion=False,
 )
 Command = TypeVar("Command", bound=Callable[..., None])
 
@@ -260,6 +261,35 @@ def adapters_at_scale(
     typer.echo(scale_table(result))
     if out is not None:
         report.save(result, out)
+
+
+@app.command()
+@_refusals
+def step(
+    model: Annotated[Path, typer.Option(help="Base model: a folder in transformers' layout.")],
+    rows: Annotated[str, typer.Option(help="Sequences that decode together.")] = "1,8,16",
+    adapters: Annotated[bool, typer.Option(help="Each row under an adapter of its own.")] = True,
+    rank: Annotated[int, typer.Option(min=1, help="Of every adapter.")] = 16,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Context at the start.")] = 64,
+    threads: Annotated[int, typer.Option(min=1, help="Engine threads.")] = 2,
+) -> None:
+    """Show where a decode step's time goes, against the floor of the bytes it moves."""
+    from tempfile import TemporaryDirectory
+
+    from quickchange_bench.step import profile_step, step_table  # needs torch
+
+    for count in map(int, rows.split(",")):
+        with TemporaryDirectory() as folder:
+            found = profile_step(
+                str(model),
+                Path(folder),
+                rows=count,
+                adapters=count if adapters else 0,
+                rank=rank,
+                prompt=prompt_tokens,
+                threads=threads,
+            )
+        typer.echo(step_table([found]))
 
 
 @app.command()

@@ -183,7 +183,7 @@ def _parts(
     floors: dict[str, int],
 ) -> tuple[Part, ...]:
     seconds = dict.fromkeys(("linears", "LM head", "low-rank", "attention", "other"), 0.0)
-    for event in profiler.events():
+    for event in profiler.events():  # type: ignore[no-untyped-call]
         if event.cpu_parent is not None:
             continue
         part = _PARTS.get(event.name, "other")

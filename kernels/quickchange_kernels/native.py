@@ -47,10 +47,10 @@ def ensure() -> bool:
     try:
         library = build(cache_folder())
         torch.ops.load_library(library)  # type: ignore[no-untyped-call]
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+    except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
         logger.warning(
             "the native CPU kernels can't be built (%s); the plain PyTorch versions serve instead, "
-            "several times slower. Install a C++ compiler (g++ 12 or clang 15, or newer) and start "
+            "several times slower. Install a C++ compiler (g++ 12 or newer) and start "
             "again; QUICKCHANGE_NATIVE=0 silences this",
             error,
         )

@@ -181,6 +181,7 @@ class EngineClient:
                 self._metrics.adapter_moved(report, self._residences.moved(report))
             case AdapterFailed():
                 logger.error("adapter %s could not be loaded: %s", report.digest, report.error)
+                self._residences.pin(report.digest, False)  # as the engine has done
                 self._metrics.adapter_failed()
 
     def engine_died(self, reason: str) -> bool:

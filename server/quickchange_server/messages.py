@@ -175,7 +175,10 @@ class AdapterMoved:
 
 @dataclass(frozen=True, slots=True)
 class AdapterFailed:
-    """An adapter version could not be loaded; the requests that wait for it get an error delta."""
+    """An adapter version could not be loaded, or not be pinned; it is unpinned by that.
+
+    The requests that wait for one that could not be loaded get an error delta.
+    """
 
     digest: str
     error: str

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from quickchange_kernels import rms_norm, rotary, silu_mul  # noqa: F401  declare their operations
 from quickchange_kernels.linear import linear
 from quickchange_kernels.lowrank import RANKS_PER_PAGE
 from quickchange_kernels.paged_attention import paged_attention
@@ -37,12 +38,25 @@ def operands(generator: torch.Generator) -> dict[str, tuple[object, ...]]:
         "lowrank_embedding_": (torch.zeros(2, 8), torch.tensor([3, 11]), *lowrank, 12),
         "kv_write_": (k, k, k_cache, v_cache, torch.tensor([5])),
         "paged_attention": (torch.randn(1, 2, 8), *paged),
+        "rms_norm": (torch.randn(2, 3, 8), torch.randn(8), 1e-5),
+        "silu_mul": (torch.randn(2, 3, 8),),
+        "rotary_": (k.clone(), k.clone(), torch.randn(1, 6), torch.randn(1, 6)),
     }
 
 
 @pytest.mark.usefixtures("version")
 @pytest.mark.parametrize(
-    "name", ["linear", "lowrank_", "lowrank_embedding_", "kv_write_", "paged_attention"]
+    "name",
+    [
+        "linear",
+        "lowrank_",
+        "lowrank_embedding_",
+        "kv_write_",
+        "paged_attention",
+        "rms_norm",
+        "silu_mul",
+        "rotary_",
+    ],
 )
 @pytest.mark.parametrize("overload", ["default", "plain"])
 def test_schemas_and_fake_versions_agree_with_what_runs(

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from quickchange_kernels import lowrank
@@ -283,3 +285,29 @@ def test_bad_inputs_are_named(generator: torch.Generator) -> None:
     wrong = Segments(segments.rows.long(), segments.slot, segments.weight)
     with pytest.raises(TypeError, match=r"segments\.rows must be contiguous Int"):
         lowrank.lowrank_(y, x, tables, wrong, 0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    spans=st.lists(
+        st.tuples(
+            st.integers(0, 50),
+            st.integers(0, 50),
+            st.integers(0, 3),
+            st.floats(-2, 2, allow_nan=False, width=32),
+        ),
+        max_size=12,
+    ),
+    seed=st.integers(0, 2**16),
+)
+def test_any_segments_match_float64(spans: list[tuple[int, int, int, float]], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    tables = random_tables(24, [20, 9], [0, 3, 8, 17], generator)
+    segments = make_segments([(min(a, b), max(a, b), slot, w) for a, b, slot, w in spans])
+    x = randn(50, 24, generator=generator)
+    y = randn(50, 29, generator=generator)
+    expected = lowrank.reference_lowrank(y, x, tables, segments, 0)
+    for version in (plain, lowrank.lowrank_):
+        out = y.clone()
+        version(out, x, tables, segments, 0)
+        assert (out.double() - expected).norm() <= 1e-5 * expected.norm()

@@ -174,6 +174,10 @@ def test_bad_inputs_are_named(generator: torch.Generator) -> None:
         paged_attention(q, *cache, keys.block_tables.long(), keys.seq_lens, starts([1]), 1.0)
     with pytest.raises(ValueError, match="do not fit together"):
         paged_attention(q[:, :3], *cache, keys.block_tables, keys.seq_lens, starts([1]), 1.0)
+    with pytest.raises(ValueError, match="sequence 0 has 9 queries and 5 keys"):
+        paged_attention(
+            torch.zeros(9, 4, 32), *cache, keys.block_tables, keys.seq_lens, starts([9]), 1.0
+        )
     with pytest.raises(IndexError, match="slot 99"):
         kv_write_(torch.zeros(1, 2, 32), torch.zeros(1, 2, 32), *cache, torch.tensor([99]))
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,7 +56,7 @@ class Reference:
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reference]:
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
     folder = tmp_path_factory.mktemp("reference")
     path = save_model("llama", folder / "base")
     spec = base_spec(str(path))
@@ -81,7 +80,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reference]:
         f"adapter-{index}": read_peft(folder / f"adapter-{index}", spec).adapter
         for index in range(len(CONFIGS))
     }
-    yield Reference(path, model, adapters)
+    return Reference(path, model, adapters)
 
 
 def prompts(count: int, seed: int) -> list[list[int]]:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from quickchange_store.demo.tasks import TASKS, Task, TaskExample
+from quickchange_store.demo.tasks import TASKS, Task, TaskExample, sql
 from quickchange_store.demo.tasks.docstring import documented_functions, rouge_l, word_f1
 from quickchange_store.demo.tasks.order_json import OrderJson
 from quickchange_store.demo.tasks.sql import Sql
@@ -60,9 +60,10 @@ def test_empty_answers_score_zero(task: Task) -> None:
     assert set(task.score(made, [""] * 10).values()) == {0.0}
 
 
-def test_too_many_distinct_queries_are_refused() -> None:
-    with pytest.raises(ValueError, match="held-out"):
-        Sql().examples("held-out", 10**5, seed=0)
+def test_more_distinct_queries_than_there_are_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sql, "_KINDS", (sql._group,))
+    with pytest.raises(ValueError, match="sql: 1000 distinct held-out examples are too many"):
+        Sql().examples("held-out", 1000, seed=0)
 
 
 def test_too_many_docstrings_are_refused_with_the_number_there_is() -> None:

@@ -23,7 +23,7 @@ from quickchange_store.training.lora import (
 )
 from quickchange_store.training.recipe import LoraRecipe
 
-RECIPE = LoraRecipe(rank=4, alpha=8, lr=2e-2, steps=40, batch_size=8, seed=7)
+RECIPE = LoraRecipe(rank=4, alpha=8, lr=1e-2, steps=60, batch_size=8, seed=7)
 # To each of 16 first tokens belongs one answer, which the base can't know.
 EXAMPLES = [Encoded((4 + i, 2, 20 + i * 7 % 16, 3), prompt_length=2) for i in range(16)]
 

@@ -4,23 +4,6 @@
 
 constexpr int64_t TILE = 64;  // keys
 
-// eˣ for x ≤ 0, exactly 0 below -87: Cody and Waite's reduction, a polynomial of degree 7.
-inline vec exp_negative(vec x) {
-  const vec shifted = x * 1.44269504f + 12582912.0f;  // the integer part lands in the low bits
-  const vec n = shifted - 12582912.0f;
-  const vec r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-  vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  const bits32 power = (reinterpret_cast<bits32>(shifted) - 0x4B400000u + 127u) << 23;
-  const vec value = p * reinterpret_cast<vec>(power);
-  const bits32 kept = reinterpret_cast<bits32>(x > -87.0f);
-  return reinterpret_cast<vec>(reinterpret_cast<bits32>(value) & kept);
-}
-
 // Where a tile's keys and values lie.
 template <class T>
 struct Tile {
@@ -84,13 +67,6 @@ inline void score_by(
         std::memcpy(&scores[m + i][n], &sums[i * N], N * sizeof(float));
     }
 }
-
-inline vec choose(bits32 mask, vec yes, vec no) {
-  const bits32 kept = reinterpret_cast<bits32>(yes) & mask;
-  return reinterpret_cast<vec>(kept | (reinterpret_cast<bits32>(no) & ~mask));
-}
-
-inline vec highest_of(vec a, vec b) { return choose(reinterpret_cast<bits32>(a > b), a, b); }
 
 // softcap · tanh(score / softcap)
 inline vec cap(vec score, float softcap) {

@@ -1,28 +1,58 @@
 // The dot products that linear, lowrank and attention share.
 
+// How a product of T and X is summed: what is loaded for STEP elements, and how it is added.
+template <class T, class X>
+struct Product {
+  static constexpr int64_t STEP = W;
+  using Left = vec;
+  using Right = vec;
+  static Left left(const T* p) { return load(p); }
+  static Right right(const X* p) { return load(p); }
+  static vec add(vec sum, Left a, Right b) { return sum + a * b; }
+};
+
+#ifdef QC_BF16_DOT
+// Two products a lane and instruction, with a float32 sum.
+template <>
+struct Product<bf16, bf16> {
+  static constexpr int64_t STEP = 2 * W;
+  using Left = __m512bh;
+  using Right = __m512bh;
+  static Left left(const bf16* p) {
+    const __m512i raw = _mm512_loadu_si512(p);
+    return reinterpret_cast<const Left&>(raw);
+  }
+  static Right right(const bf16* p) { return left(p); }
+  static vec add(vec sum, Left a, Right b) { return _mm512_dpbf16_ps(sum, a, b); }
+};
+#endif
+
 // acc[m * stride + n] = the lanes' partial sums of x row m times weight row n. The only loop over k
 // in the library, so that every element of every operation is summed in the same order.
 // w holds 2 N pointers: the rows to multiply, and the rows that come next, which are prefetched.
 template <int N, int M, class T, class X>
 inline void multiply(const T* const* w, const X* const* x, int64_t K, vec* acc, int stride) {
+  using P = Product<T, X>;
   vec sum[M][N] = {};
   int64_t k = 0;
-  for (; k + W <= K; k += W) {
-    vec row[N];
-    for (int n = 0; n < N; n++) row[n] = load(w[n] + k);
+  for (; k + P::STEP <= K; k += P::STEP) {
+    typename P::Left row[N];
+    for (int n = 0; n < N; n++) row[n] = P::left(w[n] + k);
     // Into the second-level cache. Fetching only while the first rows of x pass is slower.
     for (int n = 0; n < N; n++) __builtin_prefetch(w[N + n] + k, 0, 2);
     for (int m = 0; m < M; m++) {
-      const vec value = load(x[m] + k);
-      for (int n = 0; n < N; n++) sum[m][n] += row[n] * value;
+      const typename P::Right value = P::right(x[m] + k);
+      for (int n = 0; n < N; n++) sum[m][n] = P::add(sum[m][n], row[n], value);
     }
   }
   if (k < K) {
-    vec row[N];
-    for (int n = 0; n < N; n++) row[n] = load_first(w[n] + k, K - k);
+    T ends[N][P::STEP] = {};
+    for (int n = 0; n < N; n++) std::memcpy(ends[n], w[n] + k, (K - k) * sizeof(T));
     for (int m = 0; m < M; m++) {
-      const vec value = load_first(x[m] + k, K - k);
-      for (int n = 0; n < N; n++) sum[m][n] += row[n] * value;
+      X end[P::STEP] = {};
+      std::memcpy(end, x[m] + k, (K - k) * sizeof(X));
+      for (int n = 0; n < N; n++)
+        sum[m][n] = P::add(sum[m][n], P::left(ends[n]), P::right(end));
     }
   }
   for (int m = 0; m < M; m++)

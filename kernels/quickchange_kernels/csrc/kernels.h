@@ -103,7 +103,33 @@ struct AttentionItem {
   float* out;          // [queries * group, D], not yet divided by sum
 };
 
-// One instruction set's versions. Ranges are of output columns, or of items.
+template <class T>
+struct NormArgs {
+  const T* x;  // [rows, width]
+  int64_t ldx, width;
+  const T* weight;  // [width]
+  float eps, offset;
+  T* y;  // [rows, width]
+};
+
+template <class T>
+struct GateArgs {
+  const T* x;  // [rows, 2 width]
+  int64_t ldx, width;
+  T* y;  // [rows, width]
+};
+
+template <class T>
+struct RotaryArgs {
+  T* x;  // [rows, heads, at least width]
+  int64_t row_stride, head_stride, heads;
+  const T* cos;  // [rows, width]
+  const T* sin;
+  int64_t ldc, lds, width;
+};
+
+// One instruction set's versions. Ranges are of output columns (linear,
+// up), of items (down), or of rows.
 class Kernels {
  public:
   virtual const char* name() const = 0;
@@ -117,11 +143,18 @@ class Kernels {
   virtual void up(const LowRankArgs<bf16, bf16>&, int64_t begin, int64_t end) const = 0;
   virtual void attend(const AttentionArgs<float>&, const AttentionItem&) const = 0;
   virtual void attend(const AttentionArgs<bf16>&, const AttentionItem&) const = 0;
+  virtual void rms_norm(const NormArgs<float>&, int64_t begin, int64_t end) const = 0;
+  virtual void rms_norm(const NormArgs<bf16>&, int64_t begin, int64_t end) const = 0;
+  virtual void silu_mul(const GateArgs<float>&, int64_t begin, int64_t end) const = 0;
+  virtual void silu_mul(const GateArgs<bf16>&, int64_t begin, int64_t end) const = 0;
+  virtual void rotary(const RotaryArgs<float>&, int64_t begin, int64_t end) const = 0;
+  virtual void rotary(const RotaryArgs<bf16>&, int64_t begin, int64_t end) const = 0;
 
  protected:
   ~Kernels() = default;
 };
 
+const Kernels& avx512_bf16_kernels();
 const Kernels& avx512_kernels();
 const Kernels& avx2_kernels();
 const Kernels& baseline_kernels();

@@ -8,6 +8,7 @@ namespace QC_ISA {
 #include "linear_impl.h"
 #include "lowrank_impl.h"
 #include "attention_impl.h"
+#include "rows_impl.h"
 
 #define QC_STRING(text) #text
 #define QC_NAME(text) QC_STRING(text)
@@ -44,6 +45,24 @@ class Versions final : public Kernels {
   }
   void attend(const AttentionArgs<bf16>& a, const AttentionItem& item) const override {
     QC_ISA::attend(a, item);
+  }
+  void rms_norm(const NormArgs<float>& a, int64_t begin, int64_t end) const override {
+    QC_ISA::rms_norm(a, begin, end);
+  }
+  void rms_norm(const NormArgs<bf16>& a, int64_t begin, int64_t end) const override {
+    QC_ISA::rms_norm(a, begin, end);
+  }
+  void silu_mul(const GateArgs<float>& a, int64_t begin, int64_t end) const override {
+    QC_ISA::silu_mul(a, begin, end);
+  }
+  void silu_mul(const GateArgs<bf16>& a, int64_t begin, int64_t end) const override {
+    QC_ISA::silu_mul(a, begin, end);
+  }
+  void rotary(const RotaryArgs<float>& a, int64_t begin, int64_t end) const override {
+    QC_ISA::rotary(a, begin, end);
+  }
+  void rotary(const RotaryArgs<bf16>& a, int64_t begin, int64_t end) const override {
+    QC_ISA::rotary(a, begin, end);
   }
 };
 }  // namespace QC_ISA

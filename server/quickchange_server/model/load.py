@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers.utils import logging as transformers_logging
 
 from quickchange_server.adapters.layout import ModuleGroup
 from quickchange_server.model import attention
@@ -41,6 +42,7 @@ def load_model(
     (transformers') where nothing can be loaded from `path`.
     """
     attention.register()
+    transformers_logging.disable_progress_bar()  # a server's log is no terminal
     config = AutoConfig.from_pretrained(path)
     _refuse_other_state(config)
     model = AutoModelForCausalLM.from_pretrained(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from quickchange_store.demo.tasks.task import Split, TaskExample, mean, only, unfenced
 
 _ROWS = 40
+_MOST_REPEATS = 1000
 _SQLITE_STEPS = 200_000  # a runaway query (a cross join, say) ends here
 
 # table: text columns with some values | number columns
@@ -73,17 +74,17 @@ class Sql:
         rng = random.Random(f"{self.name}/{split}/{seed}")
         tables = [_table(name) for name in only(split, tuple(_TABLES))]
         found: dict[str, TaskExample] = {}
-        attempts = 0
+        repeats = 0  # in a row
         while len(found) < count:
-            if attempts > 20 * count + 1000:
-                raise ValueError(f"sql: no {count} distinct {split} examples exist; ask for fewer")
-            attempts += 1
+            if repeats > _MOST_REPEATS:
+                raise ValueError(f"sql: {count} distinct {split} examples are too many to find")
             table = rng.choice(tables)
             question, query = rng.choice(_KINDS)(rng, table)
             prompt = (
                 f"Table: {table.name}({', '.join(table.columns)})\n"
                 f"Question: {question}\nAnswer with one SQL query."
             )
+            repeats = repeats + 1 if prompt in found else 0
             found[prompt] = TaskExample(prompt, query, _database_script(rng, table))
         return list(found.values())
 

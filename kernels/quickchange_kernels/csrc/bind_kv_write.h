@@ -1,0 +1,45 @@
+// kv_write_: see kv_write.py.
+#pragma once
+
+#include "binding.h"
+
+namespace quickchange {
+namespace {
+
+void kv_write_(
+    const Tensor& k, const Tensor& v, Tensor& k_cache, Tensor& v_cache, const Tensor& slots) {
+  const auto type = k_cache.scalar_type();
+  const bool native = k.scalar_type() == type && v.scalar_type() == type &&
+                      v_cache.scalar_type() == type && k.stride(2) == 1 && v.stride(2) == 1 &&
+                      k_cache.is_contiguous() && v_cache.is_contiguous() &&
+                      slots.scalar_type() == at::kLong && slots.is_contiguous();
+  if (!native) {
+    plain_version<decltype(kv_write_)>("quickchange::kv_write_").call(k, v, k_cache, v_cache, slots);
+    return;
+  }
+  const int64_t heads = k_cache.size(1), block = k_cache.size(2), D = k_cache.size(3);
+  TORCH_CHECK_VALUE(
+      k.size(0) == slots.numel() && k.size(1) == heads && k.size(2) == D && k.sizes() == v.sizes(),
+      "kv_write: k ", k.sizes(), ", v ", v.sizes(), ", k_cache ", k_cache.sizes(), " and slots ",
+      slots.sizes(), " do not fit together");
+  const int64_t bytes = k_cache.element_size();
+  const int64_t* slot = data<int64_t>(slots);
+  for (int64_t t = 0; t < slots.numel(); t++) {
+    TORCH_CHECK_INDEX(
+        slot[t] >= 0 && slot[t] < k_cache.size(0) * block, "kv_write: slot ", slot[t],
+        " is not among the cache's ", k_cache.size(0) * block);
+    for (int64_t h = 0; h < heads; h++) {
+      const int64_t at = ((slot[t] / block * heads + h) * block + slot[t] % block) * D * bytes;
+      const auto copy = [&](const Tensor& from, Tensor& to) {
+        std::memcpy(
+            data<char>(to) + at, data<char>(from) + (t * from.stride(0) + h * from.stride(1)) * bytes,
+            D * bytes);
+      };
+      copy(k, k_cache);
+      copy(v, v_cache);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace quickchange

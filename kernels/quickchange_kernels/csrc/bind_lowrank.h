@@ -1,0 +1,146 @@
+// lowrank_ and lowrank_embedding_: see lowrank.py.
+#pragma once
+
+#include "binding.h"
+
+namespace quickchange {
+namespace {
+
+constexpr int64_t ROWS_PER_ITEM = 32;  // the rows of x that pass while a page is in the cache
+
+struct Segments {
+  const Tensor& arena;
+  const Tensor& directory;
+  const Tensor& pages;
+  const Tensor& scale;
+  const Tensor& shift;
+  const Tensor& rows;
+  const Tensor& slot;
+  const Tensor& weight;
+  int64_t group;
+};
+
+void check_type(const Tensor& tensor, at::ScalarType type, const char* name) {
+  TORCH_CHECK_TYPE(
+      tensor.scalar_type() == type && tensor.is_contiguous(), "lowrank: ", name, " must be contiguous ",
+      type, ", got ", tensor.scalar_type(), " with strides ", tensor.strides());
+}
+
+void check(const Segments& s) {
+  check_type(s.directory, at::kInt, "directory");
+  check_type(s.pages, at::kLong, "pages");
+  check_type(s.scale, at::kFloat, "page_scale");
+  check_type(s.shift, at::kFloat, "page_shift");
+  check_type(s.rows, at::kInt, "segments.rows");
+  check_type(s.slot, at::kInt, "segments.slot");
+  check_type(s.weight, at::kFloat, "segments.weight");
+  TORCH_CHECK_INDEX(
+      s.group >= 0 && s.group < s.directory.size(1), "lowrank: group ", s.group,
+      " is not in the directory's ", s.directory.size(1));
+}
+
+// Every page of every segment, its rows cut in short runs; pages innermost.
+template <class T>
+std::vector<LowRankItem<T>> list_items(const Segments& s) {
+  std::vector<LowRankItem<T>> items;
+  const T* arena = data<T>(s.arena);
+  const int32_t* rows = data<int32_t>(s.rows);
+  for (int64_t i = 0; i < s.slot.numel(); i++) {
+    const int64_t entry = data<int32_t>(s.slot)[i] * s.directory.size(1) + s.group;
+    const int32_t* range = data<int32_t>(s.directory) + entry * 2;
+    for (int64_t row = rows[2 * i]; row < rows[2 * i + 1]; row += ROWS_PER_ITEM)
+      for (int64_t p = range[0]; p < range[1]; p++) {
+        const int64_t* page = data<int64_t>(s.pages) + p * 4;
+        items.push_back(
+            {arena + page[0], arena + page[1], row,
+             std::min<int64_t>(ROWS_PER_ITEM, rows[2 * i + 1] - row), page[2], page[3],
+             data<float>(s.shift) + p * RANKS, data<float>(s.weight)[i] * data<float>(s.scale)[p],
+             nullptr});
+      }
+  }
+  return items;
+}
+
+template <class T, class X>
+void run_lowrank(const Segments& s, LowRankArgs<T, X> args, int64_t columns) {
+  std::vector<LowRankItem<T>> items = list_items<T>(s);
+  if (items.empty()) return;
+  int64_t rows = 0;
+  for (const auto& item : items) rows += item.rows;
+  const std::unique_ptr<float[]> h(new float[rows * RANKS]);
+  float* next = h.get();
+  for (auto& item : items) {
+    item.h = next;
+    next += item.rows * RANKS;
+  }
+  args.items = items.data();
+  args.count = items.size();
+  const Kernels& version = kernels();
+  // Pairs of pages, because sixteen sums of one row are made together.
+  share((args.count + 1) / 2, [&](int64_t i) {
+    version.down(args, 2 * i, std::min(2 * i + 2, args.count));
+  });
+  const int64_t step = piece(columns, 3);
+  share((columns + step - 1) / step, [&](int64_t i) {
+    version.up(args, i * step, std::min((i + 1) * step, columns));
+  });
+}
+
+template <class T, class X>
+void run_lowrank(
+    const Segments& s, const Tensor& y, const Tensor* x, const Tensor* ids, int64_t K) {
+  LowRankArgs<T, X> args{};
+  if (x) {
+    args.x = data<X>(*x);
+    args.ldx = x->stride(0);
+  } else {
+    args.ids = data<int64_t>(*ids);
+  }
+  args.K = K;
+  args.y = data<X>(y);
+  args.ldy = y.stride(0);
+  run_lowrank<T, X>(s, args, y.size(1));
+}
+
+// False where there is no native version for these dtypes.
+bool try_lowrank(
+    const Segments& s, const Tensor& y, const Tensor* x, const Tensor* ids, int64_t K) {
+  check(s);
+  TORCH_CHECK_VALUE(
+      y.dim() == 2 && y.stride(1) == 1, "lowrank: y must be [T, N] with contiguous rows");
+  const auto type = y.scalar_type(), stored = s.arena.scalar_type();
+  if (stored == at::kFloat && type == at::kFloat) run_lowrank<float, float>(s, y, x, ids, K);
+  else if (stored == at::kBFloat16 && type == at::kFloat) run_lowrank<bf16, float>(s, y, x, ids, K);
+  else if (stored == at::kBFloat16 && type == at::kBFloat16) run_lowrank<bf16, bf16>(s, y, x, ids, K);
+  else return false;
+  return true;
+}
+
+void lowrank_(
+    Tensor& y, const Tensor& x, const Tensor& arena, const Tensor& directory, const Tensor& pages,
+    const Tensor& scale, const Tensor& shift, const Tensor& rows, const Tensor& slot,
+    const Tensor& weight, int64_t group) {
+  TORCH_CHECK_VALUE(
+      x.dim() == 2 && x.stride(1) == 1, "lowrank: x must be [T, K] with contiguous rows");
+  TORCH_CHECK_TYPE(
+      x.scalar_type() == y.scalar_type(), "lowrank: x is ", x.scalar_type(), ", y is ",
+      y.scalar_type(), "; they must be the same");
+  const Segments s{arena, directory, pages, scale, shift, rows, slot, weight, group};
+  if (try_lowrank(s, y, &x, nullptr, x.size(1))) return;
+  plain_version<decltype(lowrank_)>("quickchange::lowrank_")
+      .call(y, x, arena, directory, pages, scale, shift, rows, slot, weight, group);
+}
+
+void lowrank_embedding_(
+    Tensor& y, const Tensor& ids, const Tensor& arena, const Tensor& directory,
+    const Tensor& pages, const Tensor& scale, const Tensor& shift, const Tensor& rows,
+    const Tensor& slot, const Tensor& weight, int64_t group, int64_t vocabulary) {
+  check_type(ids, at::kLong, "ids");
+  const Segments s{arena, directory, pages, scale, shift, rows, slot, weight, group};
+  if (try_lowrank(s, y, nullptr, &ids, vocabulary)) return;
+  plain_version<decltype(lowrank_embedding_)>("quickchange::lowrank_embedding_")
+      .call(y, ids, arena, directory, pages, scale, shift, rows, slot, weight, group, vocabulary);
+}
+
+}  // namespace
+}  // namespace quickchange

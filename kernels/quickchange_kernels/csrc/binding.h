@@ -1,0 +1,71 @@
+// What the operations' bindings share: the instruction set, the threads, the plain versions.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+
+#include <atomic>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "kernels.h"
+
+namespace quickchange {
+namespace {
+
+using at::Tensor;
+
+// Those that this machine has, the best first.
+std::vector<const Kernels*> available_kernels() {
+  std::vector<const Kernels*> found;
+#if defined(__x86_64__)
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(&avx512_bf16_kernels());
+  if (avx512) found.push_back(&avx512_kernels());
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    found.push_back(&avx2_kernels());
+#endif
+  found.push_back(&baseline_kernels());
+  return found;
+}
+
+// The instruction set in use; `use_instruction_set` changes it, for tests.
+std::atomic<const Kernels*> chosen{available_kernels().front()};
+
+const Kernels& kernels() { return *chosen.load(std::memory_order_relaxed); }
+
+// Shares units 0 .. count - 1 over PyTorch's threads, each taking the next one that is free: a
+// thread that the system holds up delays one unit, not a fixed share.
+template <class Unit>
+void share(int64_t count, const Unit& unit) {
+  if (count == 1) return unit(0);
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min<int64_t>(count, at::get_num_threads()), 1, [&](int64_t, int64_t) {
+    for (int64_t i = next++; i < count; i = next++) unit(i);
+  });
+}
+
+int64_t rounded_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+// Cuts columns in pieces for several units a thread; pieces are multiples of 16.
+int64_t piece(int64_t columns, int64_t per_thread) {
+  return rounded_up(std::max<int64_t>(1, columns / (at::get_num_threads() * per_thread)), 16);
+}
+
+bool is_native(at::ScalarType type) { return type == at::kFloat || type == at::kBFloat16; }
+
+template <class T>
+T* data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.data_ptr());
+}
+
+template <class Signature>
+auto plain_version(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "plain").typed<Signature>();
+}
+
+}  // namespace
+}  // namespace quickchange
