@@ -1,7 +1,8 @@
 """The native CPU kernels: C++ built at first use and kept in the user's cache folder.
 
 The library takes over the operations on the CPU by registering itself for PyTorch's CPU dispatch
-key. It holds each kernel for AVX-512, AVX2 and the baseline, and picks when it runs. Where there is
+key. It holds each kernel for AVX-512 (with and without bfloat16 products), AVX2 and the baseline,
+and picks when it runs. Where there is
 no compiler, or the build fails, the plain torch versions stay in place, with one warning.
 
 QUICKCHANGE_NATIVE=0 keeps the plain versions. QUICKCHANGE_CACHE is the cache folder (default:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quickchange_kernels import rms_norm, rotary, silu_mul  # noqa: F401  declare their operations
+from quickchange_kernels import rms_norm, silu_mul  # noqa: F401  declare their operations
 from quickchange_kernels.linear import linear
 from quickchange_kernels.lowrank import RANKS_PER_PAGE
 from quickchange_kernels.paged_attention import paged_attention
@@ -40,7 +40,6 @@ def operands(generator: torch.Generator) -> dict[str, tuple[object, ...]]:
         "paged_attention": (torch.randn(1, 2, 8), *paged),
         "rms_norm": (torch.randn(2, 3, 8), torch.randn(8), 1e-5),
         "silu_mul": (torch.randn(2, 3, 8),),
-        "rotary_": (k.clone(), k.clone(), torch.randn(1, 6), torch.randn(1, 6)),
     }
 
 
@@ -55,7 +54,6 @@ def operands(generator: torch.Generator) -> dict[str, tuple[object, ...]]:
         "paged_attention",
         "rms_norm",
         "silu_mul",
-        "rotary_",
     ],
 )
 @pytest.mark.parametrize("overload", ["default", "plain"])

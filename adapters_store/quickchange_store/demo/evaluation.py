@@ -12,6 +12,7 @@ import torch
 from quickchange_store.demo.base import ensure_demo_base
 from quickchange_store.demo.tasks import Task, TaskExample
 from quickchange_store.training.data import encode_prompt
+from quickchange_store.training.lora import without_peft_noise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -54,7 +55,8 @@ def compare(task: Task, adapter: Path, count: int, seed: int, batch_size: int) -
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     limit = task.answer_tokens
     plain = greedy_answers(model, tokenizer, examples, limit, batch_size, f"{task.name}: base")
-    adapted = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    with without_peft_noise():
+        adapted = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     tuned = greedy_answers(adapted, tokenizer, examples, limit, batch_size, f"{task.name}: adapter")
     return Comparison(
         task=task.name,

@@ -14,6 +14,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,12 +107,19 @@ def add_lora(model: PreTrainedModel, recipe: LoraRecipe) -> PeftModel:
         lora_dropout=recipe.dropout,
         task_type="CAUSAL_LM",
     )
-    with warnings.catch_warnings():  # PEFT asks the model by a name that transformers has retired
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+    with without_peft_noise():
         try:
             return get_peft_model(model, config)
         except ValueError as error:  # PEFT's way to say that no module is called so
             raise RecipeError(f"--targets {','.join(recipe.targets)}: {error}") from error
+
+
+@contextmanager
+def without_peft_noise() -> Iterator[None]:
+    """Hide the warning that PEFT asks a model by a name that transformers has retired."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+        yield
 
 
 def total_steps(examples: int, recipe: LoraRecipe) -> int:

@@ -1,4 +1,4 @@
-// rms_norm, silu_mul and rotary_: see the Python files of these names.
+// rms_norm and silu_mul: see the Python files of these names.
 #pragma once
 
 #include "binding.h"
@@ -52,37 +52,6 @@ Tensor silu_mul(const Tensor& x) {
   if (x.scalar_type() == at::kFloat) run_silu_mul<float>(rows, y);
   else run_silu_mul<bf16>(rows, y);
   return y;
-}
-
-template <class T>
-void run_rotary(Tensor& x, const Tensor& cos, const Tensor& sin) {
-  const RotaryArgs<T> args{data<T>(x), x.stride(0), x.stride(1), x.size(1), data<T>(cos),
-                           data<T>(sin), cos.stride(0), sin.stride(0), cos.size(1)};
-  const Kernels& version = kernels();
-  share_rows(x.size(0), x.size(1) * cos.size(1), [&](int64_t from, int64_t to) {
-    version.rotary(args, from, to);
-  });
-}
-
-void rotary_(Tensor& q, Tensor& k, const Tensor& cos, const Tensor& sin) {
-  for (const Tensor* x : {&q, &k})
-    TORCH_CHECK_VALUE(
-        x->dim() == 3 && cos.dim() == 2 && cos.sizes() == sin.sizes() &&
-            x->size(0) == cos.size(0) && cos.size(1) % 2 == 0 && cos.size(1) <= x->size(2),
-        "rotary: q ", q.sizes(), ", k ", k.sizes(), ", cos ", cos.sizes(), " and sin ",
-        sin.sizes(), " do not fit together");
-  const auto type = q.scalar_type();
-  const bool native = is_native(type) && k.scalar_type() == type && cos.scalar_type() == type &&
-                      sin.scalar_type() == type && q.stride(2) == 1 && k.stride(2) == 1 &&
-                      cos.stride(1) == 1 && sin.stride(1) == 1;
-  if (!native) {
-    plain_version<decltype(rotary_)>("quickchange::rotary_").call(q, k, cos, sin);
-    return;
-  }
-  for (Tensor* x : {&q, &k}) {
-    if (q.scalar_type() == at::kFloat) run_rotary<float>(*x, cos, sin);
-    else run_rotary<bf16>(*x, cos, sin);
-  }
 }
 
 }  // namespace

@@ -36,7 +36,6 @@ TORCH_LIBRARY_IMPL(quickchange, CPU, m) {
   m.impl("kv_write_", kv_write_);
   m.impl("rms_norm", rms_norm);
   m.impl("silu_mul", silu_mul);
-  m.impl("rotary_", rotary_);
 }
 
 TORCH_LIBRARY(quickchange_native, m) {

@@ -119,15 +119,6 @@ struct GateArgs {
   T* y;  // [rows, width]
 };
 
-template <class T>
-struct RotaryArgs {
-  T* x;  // [rows, heads, at least width]
-  int64_t row_stride, head_stride, heads;
-  const T* cos;  // [rows, width]
-  const T* sin;
-  int64_t ldc, lds, width;
-};
-
 // One instruction set's versions. Ranges are of output columns (linear,
 // up), of items (down), or of rows.
 class Kernels {
@@ -147,8 +138,6 @@ class Kernels {
   virtual void rms_norm(const NormArgs<bf16>&, int64_t begin, int64_t end) const = 0;
   virtual void silu_mul(const GateArgs<float>&, int64_t begin, int64_t end) const = 0;
   virtual void silu_mul(const GateArgs<bf16>&, int64_t begin, int64_t end) const = 0;
-  virtual void rotary(const RotaryArgs<float>&, int64_t begin, int64_t end) const = 0;
-  virtual void rotary(const RotaryArgs<bf16>&, int64_t begin, int64_t end) const = 0;
 
  protected:
   ~Kernels() = default;

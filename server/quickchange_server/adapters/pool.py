@@ -76,7 +76,8 @@ class DevicePool:
         self._rows = RunAllocator(_FIRST_ROWS)
         self._holdings: dict[int, _Holding] = {}
         self._tables = LowRankTables(
-            arena=torch.zeros(span, dtype=dtype, device=device),
+            # Not zeroed, so that on a CPU only pages in use take memory: `write` fills all of one.
+            arena=torch.empty(span, dtype=dtype, device=device),
             directory=self._zeros(torch.int32, _FIRST_SLOTS, self._groups, 2),
             pages=self._zeros(torch.int64, _FIRST_ROWS, 4),
             page_scale=self._zeros(torch.float32, _FIRST_ROWS),

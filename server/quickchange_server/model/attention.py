@@ -95,7 +95,9 @@ class PagedAttention:
         self._holder = holder
         self._caches = {
             layer: tuple(
-                torch.zeros(
+                # Not zeroed, so that on a CPU only pages in use take memory: no kernel lets a slot
+                # that no token has written count, whatever it holds.
+                torch.empty(
                     (num_blocks, shape.kv_heads, block_size, shape.head_size),
                     dtype=dtype,
                     device=device,

@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 from quickchange_server.adapters.layout import ModuleGroup
 from quickchange_server.model import attention
 from quickchange_server.model.attention import LayerShape, ShapeRecorder, UnsupportedModelError
+from quickchange_server.model.fused import fuse_small_modules
 from quickchange_server.model.step import StepHolder
 from quickchange_server.model.wrap import Wrapper
 
@@ -57,6 +58,7 @@ def prepare(model: nn.Module, *, adapters: bool) -> LoadedModel:
     model.requires_grad_(False)
     holder = StepHolder()
     groups = Wrapper(model, holder, adapters=adapters).wrap()
+    fuse_small_modules(model)
     recorder = ShapeRecorder()
     attention.install(model, recorder)
     logits = forward(model, torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long))

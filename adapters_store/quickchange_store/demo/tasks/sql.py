@@ -143,7 +143,10 @@ def _same_rows(example: TaskExample, answer: str) -> bool:
 
 
 def _normal(query: str) -> str:
-    return " ".join(query.strip().rstrip(";").replace('"', "'").lower().split())
+    """Without regard to white space, keywords' case and a final semicolon; values stay as given."""
+    parts = query.strip().rstrip(";").replace('"', "'").split("'")
+    parts[::2] = [" ".join(part.lower().split()) for part in parts[::2]]  # outside the quotes
+    return "'".join(parts)
 
 
 def _filter(rng: random.Random, table: _Table) -> tuple[str, str]:

@@ -1,0 +1,54 @@
+"""Which modules of a base model are fused, by family. That outputs stay is tested elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import save_model
+from torch import nn
+
+from quickchange_server.model.adapted import ProjectionPart
+from quickchange_server.model.fused import FusedGatedMLP, FusedRMSNorm
+from quickchange_server.model.load import load_model
+
+LAYERS = 3
+
+
+def loaded(family: str, folder: Path) -> nn.Module:
+    path = save_model(family, folder)
+    return load_model(
+        str(path), dtype=torch.float32, device=torch.device("cpu"), adapters=True
+    ).module
+
+
+def count(model: nn.Module, kind: type[nn.Module]) -> int:
+    return sum(isinstance(module, kind) for module in model.modules())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
+def test_llama_like_models_have_norms_mlps_and_projections_fused(
+    family: str, tmp_path: Path
+) -> None:
+    model = loaded(family, tmp_path)
+    assert count(model, FusedRMSNorm) == 2 * LAYERS + 1
+    assert count(model, FusedGatedMLP) == LAYERS
+    assert count(model, ProjectionPart) == 3 * LAYERS
+
+
+def test_qwen3_has_its_head_norms_fused_too(tmp_path: Path) -> None:
+    assert count(loaded("qwen3", tmp_path), FusedRMSNorm) == 4 * LAYERS + 1
+
+
+def test_gemma_norms_take_one_plus_weight_and_its_gelu_mlp_stays(tmp_path: Path) -> None:
+    model = loaded("gemma", tmp_path)
+    offsets = {m.offset for m in model.modules() if isinstance(m, FusedRMSNorm)}
+    assert offsets == {1.0}
+    assert count(model, FusedGatedMLP) == 0
+
+
+def test_a_model_of_other_parts_is_left_alone(tmp_path: Path) -> None:
+    model = loaded("gpt_neox", tmp_path)
+    assert count(model, FusedRMSNorm) == 0
+    assert count(model, ProjectionPart) == 0
