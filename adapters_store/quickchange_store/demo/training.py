@@ -25,7 +25,7 @@ class DemoRecipe:
 
 DEMO_RECIPES = {
     "order-json": DemoRecipe(
-        400, LoraRecipe(rank=8, alpha=16, lr=2e-3, batch_size=4, dtype="bfloat16")
+        640, LoraRecipe(rank=8, alpha=16, lr=2e-3, batch_size=4, dtype="bfloat16")
     ),
     "sql": DemoRecipe(480, LoraRecipe(rank=8, alpha=16, lr=2e-3, batch_size=8, dtype="bfloat16")),
     "docstring": DemoRecipe(

@@ -7,6 +7,9 @@ namespace quickchange {
 namespace {
 
 constexpr int64_t ROWS_PER_ITEM = 32;  // the rows of x that pass while a page is in the cache
+// Multiplications from which two rounds of waking and awaiting the other threads pay: one row under
+// one rank-16 adapter (about 40,000) is done sooner by the thread that is awake.
+constexpr int64_t WORTH_SHARING = 1 << 17;
 
 struct Segments {
   const Tensor& arena;
@@ -65,8 +68,11 @@ template <class T, class X>
 void run_lowrank(const Segments& s, LowRankArgs<T, X> args, int64_t columns) {
   std::vector<LowRankItem<T>> items = list_items<T>(s);
   if (items.empty()) return;
-  int64_t rows = 0;
-  for (const auto& item : items) rows += item.rows;
+  int64_t rows = 0, work = 0;
+  for (const auto& item : items) {
+    rows += item.rows;
+    work += item.rows * RANKS * (args.K + item.width);
+  }
   const std::unique_ptr<float[]> h(new float[rows * RANKS]);
   float* next = h.get();
   for (auto& item : items) {
@@ -76,6 +82,11 @@ void run_lowrank(const Segments& s, LowRankArgs<T, X> args, int64_t columns) {
   args.items = items.data();
   args.count = items.size();
   const Kernels& version = kernels();
+  if (work < WORTH_SHARING) {
+    version.down(args, 0, args.count);
+    version.up(args, 0, columns);
+    return;
+  }
   // Pairs of pages, because sixteen sums of one row are made together.
   share((args.count + 1) / 2, [&](int64_t i) {
     version.down(args, 2 * i, std::min(2 * i + 2, args.count));

@@ -66,7 +66,7 @@ class Engine:
         self.scheduler = Scheduler(
             KVBlocks(num_blocks, settings.block_size, prefix_cache=settings.prefix_cache),
             self._residency,
-            max_batch_tokens=settings.max_batch_tokens,
+            max_batch_tokens=settings.batch_tokens,
             max_sequences=settings.max_sequences,
             max_model_len=self._max_model_len,
         )

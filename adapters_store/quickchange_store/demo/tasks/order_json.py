@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from quickchange_store.demo.tasks.task import Split, TaskExample, mean, only, unfenced
+from quickchange_store.demo.tasks.task import Split, TaskExample, mean, only, split_of, unfenced
+
+if TYPE_CHECKING:
+    from faker import Faker
 
 _INSTRUCTION = (
     "Write this order as JSON with the keys customer, city, due (MM-DD), express and items "
     "(product, quantity).\n\n"
 )
 _PRODUCTS = (
-    "desk lamp", "office chair", "water bottle", "coffee grinder", "paper towels", "wall clock",
+    "desk lamp", "office chair", "water bottle", "coffee grinder", "paper towel", "wall clock",
     "phone case", "garden hose", "tea kettle", "bath towel", "bike helmet", "yoga mat",
     "bookshelf", "rice cooker", "toolbox", "umbrella", "backpack", "camping tent",
     "sleeping bag", "ink cartridge", "notebook", "stapler", "whiteboard", "mouse pad",
@@ -22,9 +25,9 @@ _PRODUCTS = (
     "door mat", "hand soap", "cutting board", "frying pan", "soup bowl", "wine glass",
     "bread knife", "oven mitt", "trash can", "laundry basket", "shower curtain", "bed sheet",
     "pillow", "wool blanket", "table runner", "candle", "extension cord", "light bulb",
-    "paint brush", "step ladder", "work gloves", "padlock", "tape measure", "screwdriver",
+    "paint brush", "step ladder", "work bench", "padlock", "tape measure", "screwdriver",
     "dog leash", "cat bed", "bird feeder", "fish tank", "board game", "jump rope",
-    "tennis racket", "soccer ball", "running socks", "rain coat",
+    "tennis racket", "soccer ball", "running shoe", "rain coat",
 )  # fmt: skip
 _CITIES = (
     "Lyon", "Boston", "Oslo", "Madrid", "Denver", "Porto", "Leeds", "Austin", "Turin", "Ghent",
@@ -32,6 +35,7 @@ _CITIES = (
     "Bristol", "Nantes", "Tampa", "Zurich", "Aarhus", "Vienna", "Lisbon", "Utrecht", "Phoenix",
     "Malmo", "Cardiff", "Naples", "Dallas",
 )  # fmt: skip
+_KINDS = ("blue", "small", "wooden", "steel", "large", "black", "folding", "cheap", "green")
 _MONTHS = (
     "January", "February", "March", "April", "May", "June", "July", "August", "September",
     "October", "November", "December",
@@ -67,7 +71,8 @@ class OrderJson:
         found: dict[str, TaskExample] = {}
         while len(found) < count:
             customer = f"{faker.first_name()} {faker.last_name()}"
-            order = _order(rng, customer, products, cities)
+            city = rng.choice(cities) if rng.random() < 0.5 else _made_up_city(faker, split)
+            order = _order(rng, customer, city, products)
             prompt = _INSTRUCTION + _email(rng, order)
             found[prompt] = TaskExample(prompt, json.dumps(order))
         return list(found.values())
@@ -84,14 +89,21 @@ class OrderJson:
         }
 
 
-def _order(
-    rng: random.Random, customer: str, products: Sequence[str], cities: Sequence[str]
-) -> dict[str, Any]:
-    chosen = rng.sample(products, rng.choice((1, 1, 2)))
+def _made_up_city(faker: Faker, split: Split) -> str:
+    """So that the adapter learns to copy a city rather than a list of them."""
+    while True:
+        city = str(faker.city())
+        if split_of(city) == split:
+            return city
+
+
+def _order(rng: random.Random, customer: str, city: str, products: Sequence[str]) -> dict[str, Any]:
+    plain = rng.sample(products, rng.choice((1, 1, 2)))
+    chosen = [f"{rng.choice(_KINDS)} {p}" if rng.random() < 0.5 else p for p in plain]
     quantities = [rng.choice((1, 2, 3, 4, 5, 6, 8, 10, 12, 20, 25, 40)) for _ in chosen]
     return {
         "customer": customer,
-        "city": rng.choice(cities),
+        "city": city,
         "due": f"{rng.randint(1, 12):02d}-{rng.randint(1, 28):02d}",
         "express": rng.random() < 0.5,
         "items": [
