@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from quickchange_store import store as store_module
 from quickchange_store.store import Store
 
 STEPS = 10  # fsyncs and renames that publishing a second version of a name makes
@@ -140,8 +142,8 @@ def test_a_killed_writer_leaves_the_old_state_or_the_new(nursery: Nursery, tmp_p
     store = Store(tmp_path / "store")
     chance = random.Random(0)
     seen = kills = 0
-    deadline = time.monotonic() + 6
-    while time.monotonic() < deadline:
+    started = time.monotonic()
+    while (lasted := time.monotonic() - started) < 6 or (not seen and lasted < 60):
         writers = [nursery.start("write", store.root, 1000 * (kills + n)) for n in range(2)]
         for _ in range(2):
             time.sleep(chance.uniform(0.005, 0.1))
@@ -201,3 +203,21 @@ def test_concurrent_writers_lose_nothing(nursery: Nursery, tmp_path: Path) -> No
     assert len(store.versions("shared")) == 25
     assert [len(store.versions(f"own/{first}")) for first in firsts] == [10, 10, 10]
     assert set(store.aliases()) == {f"alias-{first}" for first in firsts}
+
+
+def test_a_staged_version_that_its_writer_removes_during_collection_harms_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_adapter: Any
+) -> None:
+    root = tmp_path / "store"
+    store = Store(root)
+    store.add("a", small_adapter(1))
+    (root / "tmp" / "staged").mkdir()
+    listed = store_module._abandoned
+
+    def listed_then_removed(path: Path, before: float) -> bool:
+        found = listed(path, before)
+        shutil.rmtree(path, ignore_errors=True)
+        return found
+
+    monkeypatch.setattr(store_module, "_abandoned", listed_then_removed)
+    assert store.gc(0).versions == ()
