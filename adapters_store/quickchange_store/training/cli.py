@@ -18,7 +18,7 @@ from quickchange_store.training.recipe import LoraRecipe, TrainingDtype
 if TYPE_CHECKING:
     from quickchange_store.training.lora import TrainingReport
 
-app = typer.Typer(name="train", help="Train adapters.", no_args_is_help=True)
+app = typer.Typer(name="train", help="Train adapters.", no_args_is_help=True, add_completion=False)
 
 _D = LoraRecipe()
 _DEMO = "demo"
