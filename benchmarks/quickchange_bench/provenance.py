@@ -69,8 +69,9 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def command() -> str:
-    """The command line of this process, the program by its bare name."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    """The command line of this process, the program by its bare name and the home folder as ~."""
+    line = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return line.replace(str(Path.home()), "~")
 
 
 def now() -> str:
