@@ -158,8 +158,8 @@ def build_image(
 
 def _zeros(count: int, dtype: torch.dtype, *, pin_memory: bool) -> Tensor:
     """A zero tensor [count], without a parallel region: numpy asks the system for zeroed pages."""
-    if pin_memory:
-        return torch.zeros(count, dtype=dtype, pin_memory=True)
+    if pin_memory or not count:
+        return torch.zeros(count, dtype=dtype, pin_memory=pin_memory)
     return torch.from_numpy(np.zeros(count * dtype.itemsize, dtype=np.uint8)).view(dtype)
 
 
