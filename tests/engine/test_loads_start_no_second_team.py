@@ -13,7 +13,7 @@ import sys
 import pytest
 
 SCRIPT = """
-import os, threading
+import os, threading, time
 import torch
 from quickchange_server.adapters.image import build_image, page_shapes
 from quickchange_server.adapters.layout import Member, ModuleGroup
@@ -36,6 +36,10 @@ def load():
 loader = threading.Thread(target=load)
 loader.start()
 loader.join()
+for _ in range(100):  # the system takes a moment to forget a thread that has ended
+    if len(os.listdir("/proc/self/task")) == before:
+        break
+    time.sleep(0.02)
 print(len(os.listdir("/proc/self/task")) - before)
 """
 

@@ -287,7 +287,10 @@ class Residency:
             if entry.image is not None or entry.slot is not None or entry.job is not Job.NONE:
                 continue
             loading = [e for e in self._entries.values() if e.job is Job.LOAD]
-            promised = sum(e.nbytes for e in [*self._awaited_images(), *loading, entry])
+            # One that was never loaded is taken to be as large as the largest that is known.
+            largest = max((e.nbytes for e in self._entries.values()), default=0)
+            ahead = [*self._awaited_images(), *loading, entry]
+            promised = sum(e.nbytes or largest for e in ahead)
             full = promised > self._host_budget and not first
             if full or len(loading) >= _LOADS_AT_ONCE:
                 return False
