@@ -5,7 +5,7 @@ runs on any device, and a fake version for tracing. A faster version takes over 
 being registered for that dispatch key:
 
     CPU     the native C++ kernels, once `native.ensure` has loaded them; where TRITON_INTERPRET is
-            1 they stay out, and the key is free for the Triton kernels under the interpreter
+            1 they stay out, and the Triton kernels serve under the interpreter
     CUDA    the Triton kernels
 
 The overload `plain` of each operation is always the plain version. Knows nothing of what the
@@ -14,6 +14,8 @@ operations do.
 
 from __future__ import annotations
 
+import functools
+import importlib
 import os
 from collections.abc import Callable
 from typing import Any
@@ -38,6 +40,25 @@ def declare(
         torch.library.register_fake(f"quickchange::{overload}", fake, lib=LIBRARY)
     dispatched: Callable[..., Any] = getattr(torch.ops.quickchange, name).default
     return dispatched
+
+
+def triton_version(name: str, launcher: str) -> None:
+    """Let a Triton launcher serve `name` on the GPU, or on the CPU under Triton's interpreter.
+
+    launcher: "module:function", imported at the first call, so that a machine without a GPU never
+    imports Triton. It takes the operation's arguments as its schema names them.
+    """
+    module, _, function = launcher.partition(":")
+
+    @functools.cache
+    def imported() -> Callable[..., Any]:
+        found: Callable[..., Any] = getattr(importlib.import_module(module), function)
+        return found
+
+    def call(*args: Any) -> Any:
+        return imported()(*args)
+
+    LIBRARY.impl(name, call, "CPU" if triton_interpreted() else "CUDA")
 
 
 def writes_in_place(*_: Any) -> None:

@@ -1,0 +1,30 @@
+"""What a Triton kernel says about itself so that it can be compiled and checked without a GPU.
+
+Each `*_triton.py` has `compilations()`, which yields one `Compilation` for every configuration that
+ships; `aot.py` compiles them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """One specialisation of one kernel.
+
+    Lines of the kernel that load the stream of weights (or keys and values), on which its speed
+    rests, end in the comment `# stream`: there no load may be narrower than 16 bytes.
+    """
+
+    name: str  # unique over all kernels: "lowrank shrink, decode, rank 16, bf16"
+    kernel: Any  # triton.JITFunction
+    signature: Mapping[str, str]  # of each argument that is no constexpr: "*bf16", "i32", "fp32"
+    constants: Mapping[str, Any]  # constexpr arguments
+    num_warps: int
+    num_stages: int
+    divisible_by_16: tuple[str, ...] = ()  # integers known to be; pointers always are
+    products: bool = False  # has matrix products in 16 bits, so tensor cores must do them
+    options: Mapping[str, Any] = field(default_factory=dict)  # others of Triton's compiler
