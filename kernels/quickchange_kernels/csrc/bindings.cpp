@@ -10,6 +10,7 @@
 #include "bind_linear.h"
 #include "bind_lowrank.h"
 #include "bind_rows.h"
+#include "bind_sample.h"
 
 namespace quickchange {
 namespace {
@@ -36,6 +37,10 @@ TORCH_LIBRARY_IMPL(quickchange, CPU, m) {
   m.impl("kv_write_", kv_write_);
   m.impl("rms_norm", rms_norm);
   m.impl("silu_mul", silu_mul);
+  m.impl("sample", sample);
+#ifdef __SIZEOF_INT128__
+  m.impl("philox_uniform", philox_uniform);
+#endif
 }
 
 TORCH_LIBRARY(quickchange_native, m) {

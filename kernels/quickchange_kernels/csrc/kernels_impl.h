@@ -9,6 +9,7 @@ namespace QC_ISA {
 #include "lowrank_impl.h"
 #include "attention_impl.h"
 #include "rows_impl.h"
+#include "sample_impl.h"
 
 #define QC_STRING(text) #text
 #define QC_NAME(text) QC_STRING(text)
@@ -57,6 +58,10 @@ class Versions final : public Kernels {
   }
   void silu_mul(const GateArgs<bf16>& a, int64_t begin, int64_t end) const override {
     QC_ISA::silu_mul(a, begin, end);
+  }
+  void sample(const SampleArgs& a, const SampleScratch& s, int64_t begin, int64_t end)
+      const override {
+    QC_ISA::sample(a, s, begin, end);
   }
 };
 }  // namespace QC_ISA
