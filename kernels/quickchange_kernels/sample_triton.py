@@ -1,10 +1,10 @@
 """Triton version of sample; see sample.py for the rules and why every version draws the same token.
 
-A vocabulary is read in splits of SPLIT tokens, a program a split and row, so that few rows keep all
-of a GPU busy: once for the best logits, once for the masses' sums, and then one split for the token.
-top_k and top_p find their edge by bisection, a program a row, with three thresholds tried in each
-pass over the row; they stop as soon as the edge's tokens can't change, mostly after a third of the
-passes. The launches depend on shapes and on which filters are given, never on values.
+A vocabulary is read in splits of SPLIT tokens, a program a split and row, so that few rows keep
+all of a GPU busy: once for the best logits, once for the masses' sums, and then one split for the
+token. top_k and top_p find their edge by bisection, a program a row, with three thresholds tried in
+each pass over the row; they stop as soon as what is kept can't change. The launches depend on
+shapes and on which filters are given, never on values.
 
 The kernels are compiled without fusing products with sums: that is what fixes a mass to the bit.
 """
@@ -309,7 +309,7 @@ def token_kernel(
     highest = tl.load(best + row * splits + s, mask=live, other=_NEVER)
     first = tl.load(place + row * splits + s, mask=live, other=_FAR)
     token = tl.min(tl.where(highest == peak, first, _FAR), 0)
-    if DRAWN:
+    if DRAWN:  # noqa: SIM102  a constant: nothing below is compiled without it
         if sound & (tl.load(temperature + row) > 0):
             sum_of = tl.load(sums + row * splits + s, mask=live, other=0)
             total = tl.sum(sum_of, 0)

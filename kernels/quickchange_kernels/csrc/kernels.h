@@ -53,16 +53,23 @@ struct LinearArgs {
 
 constexpr int64_t RANKS = 8;  // of a page
 
+// As in lowrank_tables.py.
+enum class PageKind : int32_t { IDENTITY, RELU, GELU, GELU_TANH, SILU, TANH, GAIN };
+
 // Some rows of one segment through one page of its adapter.
 template <class T>
 struct LowRankItem {
-  const T* a;  // [8, K], or [8, vocabulary]
-  const T* b;  // [8, width]
+  PageKind kind;
+  const T* a;  // [8, K], or [8, vocabulary]; a gain has none
+  const T* b;  // [8, width]; a gain's [width]
   int64_t row, rows;
   int64_t column, width;
   const float* shift;  // [8]
   float scale;
-  float* h;  // [rows, 8]: (A x + shift) · scale, between the two halves
+  // Between the two halves: [rows, 8], act(A x + shift) · scale; a gain's [rows, width], y · scale
+  float* h;
+
+  int64_t h_row() const { return kind == PageKind::GAIN ? width : RANKS; }
 };
 
 template <class T, class X>
@@ -109,7 +116,10 @@ struct NormArgs {
   int64_t ldx, width;
   const T* weight;  // [width]
   float eps, offset;
-  T* y;  // [rows, width]
+  T* y;            // [rows, width]
+  const T* delta;  // [rows, width], or null: nothing is added to x
+  int64_t ldd;
+  T* sum;  // [rows, width] x + delta, where there is a delta
 };
 
 template <class T>
@@ -117,6 +127,15 @@ struct GateArgs {
   const T* x;  // [rows, 2 width]
   int64_t ldx, width;
   T* y;  // [rows, width]
+};
+
+template <class T>
+struct RotaryArgs {
+  T* x;  // [rows, heads, at least width]
+  int64_t row_stride, head_stride, heads;
+  const T* cos;  // [rows, width]
+  const T* sin;
+  int64_t ldc, lds, width;
 };
 
 constexpr int MASS_BITS = 42;
@@ -166,6 +185,8 @@ class Kernels {
   virtual void rms_norm(const NormArgs<bf16>&, int64_t begin, int64_t end) const = 0;
   virtual void silu_mul(const GateArgs<float>&, int64_t begin, int64_t end) const = 0;
   virtual void silu_mul(const GateArgs<bf16>&, int64_t begin, int64_t end) const = 0;
+  virtual void rotary(const RotaryArgs<float>&, int64_t begin, int64_t end) const = 0;
+  virtual void rotary(const RotaryArgs<bf16>&, int64_t begin, int64_t end) const = 0;
   virtual void sample(
       const SampleArgs&, const SampleScratch&, int64_t begin, int64_t end) const = 0;
 

@@ -59,6 +59,12 @@ class Versions final : public Kernels {
   void silu_mul(const GateArgs<bf16>& a, int64_t begin, int64_t end) const override {
     QC_ISA::silu_mul(a, begin, end);
   }
+  void rotary(const RotaryArgs<float>& a, int64_t begin, int64_t end) const override {
+    QC_ISA::rotary(a, begin, end);
+  }
+  void rotary(const RotaryArgs<bf16>& a, int64_t begin, int64_t end) const override {
+    QC_ISA::rotary(a, begin, end);
+  }
   void sample(const SampleArgs& a, const SampleScratch& s, int64_t begin, int64_t end)
       const override {
     QC_ISA::sample(a, s, begin, end);
