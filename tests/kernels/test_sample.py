@@ -13,6 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from quickchange_kernels import sample_triton
+from quickchange_kernels.aot import compiling, targets
 from quickchange_kernels.sample import Drawn, Draws, Edits, sample
 from quickchange_kernels.sample_plain import plain_sample
 
@@ -299,3 +301,15 @@ def test_what_the_contract_does_not_have_is_refused_by_name(
 def test_a_native_edit_outside_the_vocabulary_is_refused() -> None:
     with pytest.raises(IndexError, match="token 5"):
         sample(torch.zeros(1, 5), Draws(), edits(({5: 1.0}, {}, {}, {})))
+
+
+def test_the_gpus_masses_fuse_no_product_with_a_sum() -> None:
+    checked = 0
+    for one in sample_triton.compilations():
+        if "no filter, fp32" in one.name:
+            code = compiling.compiled(one, targets.TARGETS["sm_90"]).asm["ptx"]
+            assert "mul.rn.f32" in code
+            assert "div.rn.f32" in code
+            assert "fma.rn.f32" not in code
+            checked += 1
+    assert checked == 2

@@ -138,6 +138,18 @@ struct RotaryArgs {
   int64_t ldc, lds, width;
 };
 
+// The items of one head.
+template <class T, class X>
+struct TurboArgs {
+  const X* x;  // [rows, H]
+  int64_t ldx, H;
+  const T* w;            // [H, H]
+  const T* b;            // [H]
+  const int32_t* items;  // [count, 2] (row of x, row of out)
+  int64_t count;
+  X* out;  // [.., H]
+};
+
 constexpr int MASS_BITS = 42;
 constexpr float SMALLEST_TEMPERATURE = 1e-30f;
 // 2^f = 1 + f (c0 + f (c1 + ...)), as in sample_plain.py
@@ -167,7 +179,7 @@ struct SampleScratch {
 };
 
 // One instruction set's versions. Ranges are of output columns (linear,
-// up), of items (down), or of rows.
+// up, turbo), of items (down), or of rows.
 class Kernels {
  public:
   virtual const char* name() const = 0;
@@ -187,6 +199,9 @@ class Kernels {
   virtual void silu_mul(const GateArgs<bf16>&, int64_t begin, int64_t end) const = 0;
   virtual void rotary(const RotaryArgs<float>&, int64_t begin, int64_t end) const = 0;
   virtual void rotary(const RotaryArgs<bf16>&, int64_t begin, int64_t end) const = 0;
+  virtual void turbo(const TurboArgs<float, float>&, int64_t begin, int64_t end) const = 0;
+  virtual void turbo(const TurboArgs<bf16, float>&, int64_t begin, int64_t end) const = 0;
+  virtual void turbo(const TurboArgs<bf16, bf16>&, int64_t begin, int64_t end) const = 0;
   virtual void sample(
       const SampleArgs&, const SampleScratch&, int64_t begin, int64_t end) const = 0;
 
