@@ -16,7 +16,6 @@ resident adapter has; programs past an adapter's own pages end at once.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -25,16 +24,8 @@ import triton.language as tl
 from torch import Tensor
 
 from quickchange_kernels.compilation import Compilation
-from quickchange_kernels.lowrank_tables import (
-    LARGE_TILE,
-    RANKS_PER_PAGE,
-    SMALL_TILE,
-    PageKind,
-)
-
-MAX_PARTS = 8
-MIN_PART = 1024  # features
-COLUMNS = 128  # of y that one program of expand owns
+from quickchange_kernels.lowrank_blocks import COLUMNS, expand_launch, parts, shrink_launch
+from quickchange_kernels.lowrank_tables import LARGE_TILE, RANKS_PER_PAGE, SMALL_TILE, PageKind
 
 # Arguments whose values, differing by layer or step, are worth no kernel of their own.
 _STEP_SIZES = ["group", "groups", "pieces"]
@@ -252,49 +243,6 @@ def expand_kernel(
         y = tl.load(out, mask=mask, other=0.0).to(tl.float32)
         y += update + y * gain[None, :]
         tl.store(out, y.to(y_ptr.dtype.element_ty), mask=mask)
-
-
-@dataclass(frozen=True)
-class Launch:
-    """The constants and launch options of one kernel."""
-
-    constants: dict[str, Any]
-    num_warps: int
-    num_stages: int
-
-
-def parts(features: int) -> int:
-    """In how many parts the features are summed apart, to keep a GPU busy with few rows."""
-    return min(MAX_PARTS, -(-features // MIN_PART))
-
-
-def shrink_launch(
-    features: int, itemsize: int, height: int, most_pages: int, aligned: bool, hip: bool = False
-) -> Launch:
-    """Of shrink, for rows of `features` elements of `itemsize` bytes."""
-    small = height == SMALL_TILE
-    block = (512 if small else 128) // itemsize
-    constants = {
-        "HEIGHT": height,
-        "PAGES": 2 if small else (4 if most_pages <= 4 else 8),
-        "BLOCK_K": block,
-        "PART": -(-features // (parts(features) * block)) * block,
-        "EVEN_K": features % block == 0,
-        "ALIGNED": aligned,
-    }
-    return Launch(constants, num_warps=4, num_stages=2 if hip else 3)
-
-
-def expand_launch(features: int | None, height: int, aligned: bool) -> Launch:
-    """Of expand. features: what shrink had; None for an embedding."""
-    constants = {
-        "HEIGHT": height,
-        "PAGES": 4,
-        "PARTS": 1 if features is None else parts(features),
-        "BLOCK_N": COLUMNS,
-        "ALIGNED": aligned,
-    }
-    return Launch(constants, num_warps=4 if height == SMALL_TILE else 8, num_stages=1)
 
 
 class _Operands(NamedTuple):
