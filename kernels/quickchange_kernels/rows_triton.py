@@ -191,8 +191,8 @@ def launch_rotary_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 
 def _norm_warps(width: int) -> int:
-    """About eight elements a lane and step."""
-    return min(16, max(1, triton.next_power_of_2(width) // 256))
+    """Eight elements or more a lane, also where a warp has 64 lanes: loads of 16 bytes."""
+    return min(16, max(1, triton.next_power_of_2(width) // 512))
 
 
 def compilations() -> Iterator[Compilation]:
