@@ -83,8 +83,10 @@ struct LowRankArgs {
   int64_t count;
 };
 
-constexpr int64_t KEYS_PER_SPLIT = 256;  // a context is cut here, whatever the batch
-constexpr int64_t MAX_ATTENTION_ROWS = 64;  // queries · group of one item
+constexpr int64_t KEYS_PER_TILE = 64;        // of one step of the running softmax
+constexpr int64_t KEYS_PER_SPLIT = 256;      // a context is cut here, whatever the batch
+constexpr int64_t MAX_ATTENTION_ROWS = 64;   // queries · group of one item
+constexpr int64_t MAX_PRODUCT_DIM = 256;     // of a head in `attend_chunk`
 
 template <class T>
 struct AttentionArgs {
@@ -95,19 +97,22 @@ struct AttentionArgs {
   int64_t block_size, Hkv, group, D;
   float scale, softcap;
   int64_t window;
+  T* out;  // [T, Hq, D]
 };
 
-// Some queries of one sequence and one key head over one split of the keys.
+// Some queries of one sequence and one key head over some of the keys.
 struct AttentionItem {
   const int32_t* blocks;
-  int64_t first_query;     // its row in q
-  int64_t first_position;  // and in the sequence
+  const int64_t* tree;  // of the item's queries, or null
+  int64_t first_query;  // its row in q
+  int64_t first_index;  // and among the sequence's queries
   int64_t queries;
-  int64_t head;        // of keys
-  int64_t begin, end;  // keys
-  float* maximum;      // [queries * group]
-  float* sum;          // [queries * group]
-  float* out;          // [queries * group, D], not yet divided by sum
+  int64_t past;  // keys of the sequence before this step
+  int64_t head;  // of keys
+  int64_t oldest, begin, end;  // the first key that any query sees; keys, from a tile's edge
+  float* maximum;  // [queries * group]
+  float* sum;      // [queries * group]
+  float* part;     // [queries * group, D], not yet divided by sum
 };
 
 template <class T>
@@ -193,6 +198,8 @@ class Kernels {
   virtual void up(const LowRankArgs<bf16, bf16>&, int64_t begin, int64_t end) const = 0;
   virtual void attend(const AttentionArgs<float>&, const AttentionItem&) const = 0;
   virtual void attend(const AttentionArgs<bf16>&, const AttentionItem&) const = 0;
+  virtual void attend_chunk(const AttentionArgs<float>&, const AttentionItem&) const = 0;
+  virtual void attend_chunk(const AttentionArgs<bf16>&, const AttentionItem&) const = 0;
   virtual void rms_norm(const NormArgs<float>&, int64_t begin, int64_t end) const = 0;
   virtual void rms_norm(const NormArgs<bf16>&, int64_t begin, int64_t end) const = 0;
   virtual void silu_mul(const GateArgs<float>&, int64_t begin, int64_t end) const = 0;

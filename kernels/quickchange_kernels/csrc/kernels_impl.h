@@ -8,6 +8,7 @@ namespace QC_ISA {
 #include "linear_impl.h"
 #include "lowrank_impl.h"
 #include "attention_impl.h"
+#include "attention_chunk_impl.h"
 #include "rows_impl.h"
 #include "sample_impl.h"
 #include "turbo_heads_impl.h"
@@ -47,6 +48,12 @@ class Versions final : public Kernels {
   }
   void attend(const AttentionArgs<bf16>& a, const AttentionItem& item) const override {
     QC_ISA::attend(a, item);
+  }
+  void attend_chunk(const AttentionArgs<float>& a, const AttentionItem& item) const override {
+    QC_ISA::attend_chunk(a, item);
+  }
+  void attend_chunk(const AttentionArgs<bf16>& a, const AttentionItem& item) const override {
+    QC_ISA::attend_chunk(a, item);
   }
   void rms_norm(const NormArgs<float>& a, int64_t begin, int64_t end) const override {
     QC_ISA::rms_norm(a, begin, end);
