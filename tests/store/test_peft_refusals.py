@@ -74,7 +74,6 @@ def refused(
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("use_dora", True),
         ("modules_to_save", ["lm_head"]),
         ("trainable_token_indices", [1, 2]),
         ("layer_replication", [[0, 2], [1, 2]]),
@@ -91,7 +90,7 @@ def refused(
         ("init_lora_weights", "olora"),
         ("init_lora_weights", "loftq"),
         ("a_field_of_the_future", 3),
-        ("peft_type", "IA3"),
+        ("peft_type", "ADALORA"),
     ],
 )
 def test_an_unsupported_field_is_named(field: str, value: Any, folder: Path, bases: Any) -> None:
