@@ -80,7 +80,7 @@ def _is_gated(mlp: nn.Module) -> bool:
             weights[f"{name}.bias"] = bias
     factors = torch.linspace(-1, 2, 6, dtype=torch.float64)
     scaled_up = {
-        key: (tensor.T * factors).T if key.startswith("up_proj") else tensor
+        key: torch.einsum("o,o...->o...", factors, tensor) if key.startswith("up_") else tensor
         for key, tensor in weights.items()
     }
     scaled_down = {**weights, "down_proj.weight": weights["down_proj.weight"] * factors}

@@ -28,6 +28,7 @@ from quickchange_store.formats.peft_common import (
     WEIGHTS_FILE,
     WRITER,
     check_base,
+    check_copies,
     find_targets,
 )
 from quickchange_store.formats.tensors import AdapterTensors, weights_file
@@ -75,10 +76,11 @@ def read_ia3(directory: Path, base: BaseSpec) -> Imported:
     feedforward = _feedforward(config, base, targets)
     tensors = AdapterTensors(weights_file(directory, WEIGHTS_FILE, WRITER))
     gains: dict[str, torch.Tensor] = {}
-    for module in targets:
+    for module in (path for path in base.modules if path in targets):
         place = _producer(base, module) if module in feedforward else module
         gain = _factors(tensors, base, module, feedforward=module in feedforward)
         gains[place] = gains[place] * gain if place in gains else gain
+    check_copies(tensors, base)
     if tensors.left:
         raise InvalidAdapterError(
             "the tensor is not expected: target_modules does not cover it",

@@ -19,7 +19,7 @@ from quickchange_store.errors import (
 from quickchange_store.formats.config_file import CONFIG_FILE, read_config
 from quickchange_store.formats.dora import dora_gain
 from quickchange_store.formats.imported import Imported
-from quickchange_store.formats.peft_common import PREFIX, WEIGHTS_FILE, WRITER
+from quickchange_store.formats.peft_common import PREFIX, WEIGHTS_FILE, WRITER, check_copies
 from quickchange_store.formats.peft_config import LoraSettings, parse_config
 from quickchange_store.formats.tensors import AdapterTensors, weights_file
 
@@ -43,7 +43,7 @@ def read_peft(directory: Path, base: BaseSpec) -> Imported:
         update = _module_update(tensors, settings, base, module)
         if update is not None:
             updates[module] = update
-    _check_copies(tensors, base)
+    check_copies(tensors, base)
     _refuse_leftovers(tensors, settings, base)
     adapter = CanonicalAdapter(
         base.architecture, settings.base_name, updates, dict(settings.source)
@@ -152,33 +152,6 @@ def _base_bias_change(
     trained = tensors.take_shaped(key, module, (base.modules[module].out_features,))
     change = trained.float() - tensors.base_tensor(base, f"{module}.bias", key).float()
     return change if bool(change.any()) else None
-
-
-def _check_copies(tensors: AdapterTensors, base: BaseSpec) -> None:
-    """Accept copies of the base's own parameters where nothing in them has changed.
-
-    PEFT saves the embedding beside its LoRA, and with bias="all" every bias of the model.
-    """
-    copies = [key for key in sorted(tensors.left) if _is_base_parameter(key)]
-    for key in copies:
-        name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
-        if name.rpartition(".")[0] not in base.modules and not name.endswith(".bias"):
-            continue  # a module that the base lacks: reported with the leftovers
-        saved = tensors.take(key)
-        original = tensors.base_tensor(base, name, key)
-        if saved.shape != original.shape or not bool((original.to(saved.dtype) == saved).all()):
-            raise UnsupportedFeatureError(
-                f"it replaces the base model's own {name}, shape {list(original.shape)}, by other "
-                f"values, shape {list(saved.shape)}",
-                file=WEIGHTS_FILE,
-                key=key,
-                remedy="train the module with LoRA; a resized vocabulary, fully trained modules "
-                "and biases outside of linear modules are not supported",
-            )
-
-
-def _is_base_parameter(key: str) -> bool:
-    return key.startswith(PREFIX) and key.endswith((".weight", ".bias")) and ".lora_" not in key
 
 
 def _refuse_leftovers(tensors: AdapterTensors, settings: LoraSettings, base: BaseSpec) -> None:

@@ -7,8 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from quickchange_store.canonical import BaseSpec
-from quickchange_store.errors import BaseMismatchError, InvalidAdapterError
+from quickchange_store.errors import (
+    BaseMismatchError,
+    InvalidAdapterError,
+    UnsupportedFeatureError,
+)
 from quickchange_store.formats.config_file import CONFIG_FILE, other_base
+from quickchange_store.formats.tensors import AdapterTensors
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 WRITER = "PEFT's save_pretrained"
@@ -96,3 +101,30 @@ def _target_modules(
             remedy="list the modules that the adapter's tensors belong to",
         )
     return list(targets)
+
+
+def check_copies(tensors: AdapterTensors, base: BaseSpec) -> None:
+    """Accept copies of the base's own parameters where nothing in them has changed.
+
+    PEFT saves the embedding beside its LoRA, and with bias="all" every bias of the model.
+    """
+    copies = [key for key in sorted(tensors.left) if _is_base_parameter(key)]
+    for key in copies:
+        name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+        if name.rpartition(".")[0] not in base.modules and not name.endswith(".bias"):
+            continue  # a module that the base lacks: reported with the leftovers
+        saved = tensors.take(key)
+        original = tensors.base_tensor(base, name, key)
+        if saved.shape != original.shape or not bool((original.to(saved.dtype) == saved).all()):
+            raise UnsupportedFeatureError(
+                f"it replaces the base model's own {name}, shape {list(original.shape)}, by other "
+                f"values, shape {list(saved.shape)}",
+                file=WEIGHTS_FILE,
+                key=key,
+                remedy="train the module with LoRA; a resized vocabulary, fully trained modules "
+                "and biases outside of linear modules are not supported",
+            )
+
+
+def _is_base_parameter(key: str) -> bool:
+    return key.startswith(PREFIX) and key.endswith((".weight", ".bias")) and ".lora_" not in key
