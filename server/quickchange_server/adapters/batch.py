@@ -92,7 +92,7 @@ def pack(runs: Sequence[Run], room: Room) -> torch.Tensor:
 
 def unpack(packed: torch.Tensor, room: Room) -> Segments:
     """Segments that read `packed`, a tensor of `pack` on any device, without a copy."""
-    rows, slot, weight, pieces, tiles = torch.split(packed, room.sizes)
+    rows, slot, weight, pieces, tiles = torch.split(packed, list(room.sizes))
     return Segments(
         rows=rows.view(-1, 2),
         slot=slot,
