@@ -42,18 +42,27 @@ class OutputSide:
 
     def add_(self, y: torch.Tensor, adapters: AdapterBatch) -> None:
         """Add to the sub-layer's output y [T, H] what adapters make of it and of the stream."""
+        tables, tokens = adapters.tables, adapters.tokens
+        output, residual, stream = (
+            group if _wanted(adapters, group) else None
+            for group in (self._output, self._residual, self._stream)
+        )
         entered, self._entered = self._entered, None
-        residual = None if entered is None else entered.reshape(-1, y.shape[-1])
-        # before the first of them writes: an adapter must not read another's addition
-        behind = None
-        if residual is not None and _wanted(adapters, self._stream):
-            behind = y + residual
-        if _wanted(adapters, self._output):
-            lowrank_(y, y, adapters.tables, adapters.tokens, self._output)
-        if residual is not None and self._residual is not None:
-            lowrank_(y, residual, adapters.tables, adapters.tokens, self._residual)
-        if behind is not None and self._stream is not None:
-            lowrank_(y, behind, adapters.tables, adapters.tokens, self._stream)
+        if residual is None and stream is None:
+            if output is not None:
+                lowrank_(y, y, tables, tokens, output)
+            return
+        if entered is None:
+            raise RuntimeError("an adapter reads a residual stream that the model did not show")
+        entered = entered.reshape(-1, y.shape[-1])
+        # Before the first of them writes: an adapter must not read another's addition.
+        behind = None if stream is None else y + entered
+        if output is not None:
+            lowrank_(y, y, tables, tokens, output)
+        if residual is not None:
+            lowrank_(y, entered, tables, tokens, residual)
+        if stream is not None and behind is not None:
+            lowrank_(y, behind, tables, tokens, stream)
 
 
 def _wanted(adapters: AdapterBatch, group: int | None) -> bool:
