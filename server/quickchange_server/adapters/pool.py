@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from quickchange_kernels.lowrank import RANKS_PER_PAGE, LowRankTables
+from quickchange_server.adapters.copies import Copies, Mark, copies_for
 from quickchange_server.adapters.image import PIECE, AdapterImage, page_shapes
 from quickchange_server.adapters.layout import ModuleGroup
 from quickchange_server.adapters.slabs import Grant, RunAllocator, SlabAllocator, slab_size
@@ -44,6 +45,7 @@ class _Holding:
     offsets: npt.NDArray[np.int64]  # [P] the same, in the image's order
     rows: tuple[int, int]  # of the page table: [begin, end)
     ranges: npt.NDArray[np.int32]  # [groups, 2] its row of the directory, once published
+    after: Mark  # no step given to the device later reads what was in these pages before
 
 
 class DevicePool:
@@ -55,9 +57,11 @@ class DevicePool:
         budget_bytes: int,
         dtype: torch.dtype,
         device: torch.device,
+        copies: Copies | None = None,
     ) -> None:
         """Take `budget_bytes` of device memory at once.
 
+        `copies`: how images get there; by default as suits the device.
         Raises ValueError, naming the setting, if not even one page of each module fits in it.
         """
         sizes = {shape.elements for shape in page_shapes(groups, dtype).values()}
@@ -71,6 +75,7 @@ class DevicePool:
                 f"largest module ({max(sizes, default=0) * dtype.itemsize} bytes): raise it"
             )
         self._groups = len(groups)
+        self._copies = copies_for(device) if copies is None else copies
         self._space = SlabAllocator(span, slab_size(sizes, span, _SLAB_BYTES // dtype.itemsize))
         self._slots = RunAllocator(_FIRST_SLOTS)
         self._rows = RunAllocator(_FIRST_ROWS)
@@ -120,22 +125,16 @@ class DevicePool:
         slot, begin = self._slots.allocate(1), self._rows.allocate(image.pages)
         self._grow()
         rows, ranges = (begin, begin + image.pages), self._ranges(image, begin)
-        holding = _Holding(grant, _in_image_order(image, grant), rows, ranges)
+        offsets = _in_image_order(image, grant)
+        holding = _Holding(grant, offsets, rows, ranges, self._copies.mark())
         self._holdings[slot] = holding
         self._describe_pages(image, holding)
         return slot
 
     def write(self, slot: int, image: AdapterImage, pause: Callable[[], None] = _no_pause) -> None:
         """Copy the image to the slot's pages and wait until it is there. On any thread."""
-        offsets = self._holdings[slot].offsets
-        if self.device.type != "cuda":
-            self._copy_pages(image, offsets, pause)
-            return
-        with torch.cuda.device(self.device):
-            stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-            with torch.cuda.stream(stream):
-                self._copy_pages(image, offsets, pause)
-            stream.synchronize()
+        holding = self._holdings[slot]
+        self._copies.run(holding.after, lambda: self._copy_pages(image, holding.offsets, pause))
 
     def publish(self, slot: int) -> None:
         """Make a written slot visible to the steps from now on."""
