@@ -53,16 +53,23 @@ struct LinearArgs {
 
 constexpr int64_t RANKS = 8;  // of a page
 
+// As in lowrank_tables.py.
+enum class PageKind : int32_t { IDENTITY, RELU, GELU, GELU_TANH, SILU, TANH, GAIN };
+
 // Some rows of one segment through one page of its adapter.
 template <class T>
 struct LowRankItem {
-  const T* a;  // [8, K], or [8, vocabulary]
-  const T* b;  // [8, width]
+  PageKind kind;
+  const T* a;  // [8, K], or [8, vocabulary]; a gain has none
+  const T* b;  // [8, width]; a gain's [width]
   int64_t row, rows;
   int64_t column, width;
   const float* shift;  // [8]
   float scale;
-  float* h;  // [rows, 8]: (A x + shift) · scale, between the two halves
+  // Between the two halves: [rows, 8], act(A x + shift) · scale; a gain's [rows, width], y · scale
+  float* h;
+
+  int64_t h_row() const { return kind == PageKind::GAIN ? width : RANKS; }
 };
 
 template <class T, class X>

@@ -27,9 +27,10 @@ class FusedRMSNorm(nn.Module):
         self.weight = weight
         self.eps = eps
         self.offset = offset
+        self.operands = (weight, eps, offset)  # rms_norm's and add_rms_norm's
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, self.weight, self.eps, self.offset)
+        return rms_norm(x, *self.operands)
 
 
 class FusedGatedMLP(nn.Module):
@@ -39,9 +40,11 @@ class FusedGatedMLP(nn.Module):
         super().__init__()
         self.gate_up = gate_up
         self.down_proj = down
+        self._gate_up = gate_up.compute
+        self._down = down.forward
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.down_proj(silu_mul(self.gate_up.projection(x)))
+        out: torch.Tensor = self._down(silu_mul(self._gate_up(x)))
         return out
 
 

@@ -58,6 +58,9 @@ class FusedAttention(nn.Module):
         self.q_norm = q_norm
         self.k_norm = k_norm
         self.layer_idx = call.layer  # by which `attention.install` knows attention modules
+        self._qkv = qkv.compute
+        self._output = o_proj.forward
+        self._norms = (q_norm, k_norm)
         self._split = (call.heads, call.kv_heads, call.kv_heads)
         self._head_size = call.head_size
         self._scoring = {"scale": call.scale, "window": call.window, "softcap": call.softcap}
@@ -69,17 +72,18 @@ class FusedAttention(nn.Module):
         **_: Any,  # masks and caches of transformers' own, which paged attention has no use for
     ) -> tuple[torch.Tensor, None]:
         rows = hidden_states.shape[1]
-        qkv = self.qkv.projection(hidden_states).view(rows, -1, self._head_size)
+        qkv = self._qkv(hidden_states).view(rows, -1, self._head_size)
         q, k, v = qkv.split_with_sizes(self._split, 1)  # [T, heads, D]
-        if self.q_norm is not None:
-            q = self.q_norm(q)
-        if self.k_norm is not None:
-            k = self.k_norm(k)
+        q_norm, k_norm = self._norms
+        if q_norm is not None:
+            q = q_norm(q)
+        if k_norm is not None:
+            k = k_norm(k)
         cos, sin = position_embeddings
         rotary_(q, k, cos[0], sin[0])
         attend: attention.Attend = getattr(self, attention.ATTRIBUTE)
         out = attend(self.layer_idx, q, k, v, **self._scoring)  # type: ignore[arg-type]
-        return self.o_proj(out.view(1, rows, -1)), None
+        return self._output(out.view(1, rows, -1)), None
 
 
 class FusedDecoderLayer(nn.Module):
@@ -93,6 +97,10 @@ class FusedDecoderLayer(nn.Module):
         self.self_attn = self_attn
         self.post_attention_layernorm = after
         self.mlp = mlp
+        self._before = before.forward
+        self._attend = self_attn.forward
+        self._after = after.operands
+        self._mlp = mlp.forward
 
     def forward(
         self,
@@ -100,12 +108,9 @@ class FusedDecoderLayer(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         **_: Any,
     ) -> torch.Tensor:
-        attended, _none = self.self_attn(self.input_layernorm(hidden_states), position_embeddings)
-        norm = self.post_attention_layernorm
-        hidden_states, normed = add_rms_norm(
-            hidden_states, attended, norm.weight, norm.eps, norm.offset
-        )
-        out: torch.Tensor = hidden_states + self.mlp(normed)
+        attended, _none = self._attend(self._before(hidden_states), position_embeddings)
+        hidden_states, normed = add_rms_norm(hidden_states, attended, *self._after)
+        out: torch.Tensor = hidden_states + self._mlp(normed)
         return out
 
 
