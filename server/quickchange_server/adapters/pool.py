@@ -30,8 +30,11 @@ from quickchange_server.errors import AdapterFailedError
 
 SETTING = "adapter_device_bytes"
 _SLAB_BYTES = 1 << 20
-_FIRST_SLOTS = 8
-_FIRST_ROWS = 1024
+# What the tables have room for at first. A table that grows lies elsewhere, and then the captured
+# graphs that read it are void: so there is room for all pages of the smallest size, within reason.
+_FIRST_SLOTS = 64
+_MOST_FIRST_ROWS = 1 << 17
+_USUAL_RANK = 16  # adapters of higher rank widen the kernels' grids when they first come
 
 
 def _no_pause() -> None:
@@ -79,18 +82,18 @@ class DevicePool:
         self._copies = copies_for(device) if copies is None else copies
         self._space = SlabAllocator(span, slab_size(sizes, span, _SLAB_BYTES // dtype.itemsize))
         self._slots = RunAllocator(_FIRST_SLOTS)
-        self._rows = RunAllocator(_FIRST_ROWS)
+        rows = min(span // min(sizes), _MOST_FIRST_ROWS)
+        self._rows = RunAllocator(rows)
         self._holdings: dict[int, _Holding] = {}
-        self._page_counts = np.zeros((_FIRST_SLOTS, len(groups)), dtype=np.int32)  # published
         self._tables = LowRankTables(
             # Not zeroed, so that on a CPU only pages in use take memory: `write` fills all of one.
             arena=torch.empty(span, dtype=dtype, device=device),
             directory=self._zeros(torch.int32, _FIRST_SLOTS, self._groups, 2),
-            pages=self._zeros(torch.int64, _FIRST_ROWS, 4),
-            page_scale=self._zeros(torch.float32, _FIRST_ROWS),
-            page_shift=self._zeros(torch.float32, _FIRST_ROWS, RANKS_PER_PAGE),
-            page_kind=self._zeros(torch.int32, _FIRST_ROWS),
-            shapes=tuple(GroupShape(1, _aligned(group)) for group in groups),
+            pages=self._zeros(torch.int64, rows, 4),
+            page_scale=self._zeros(torch.float32, rows),
+            page_shift=self._zeros(torch.float32, rows, RANKS_PER_PAGE),
+            page_kind=self._zeros(torch.int32, rows),
+            shapes=tuple(_usual_shape(group) for group in groups),
         )
 
     @property
@@ -144,7 +147,7 @@ class DevicePool:
         """Make a written slot visible to the steps from now on."""
         ranges = torch.from_numpy(self._holdings[slot].ranges)
         self._tables.directory[slot].copy_(ranges)
-        self._count_pages(slot, self._holdings[slot].ranges)
+        self._widen(self._holdings[slot].ranges)
 
     def free(self, slot: int) -> None:
         """Give the slot and its pages back. No later step may refer to it."""
@@ -154,7 +157,6 @@ class DevicePool:
         self._rows.free(begin, end - begin)
         self._slots.free(slot, 1)
         self._space.free(holding.grant)
-        self._count_pages(slot, np.zeros_like(holding.ranges))
 
     def check_integrity(self) -> None:
         """Raises AssertionError if pages or rows are shared or lost, or the directory is wrong."""
@@ -180,9 +182,6 @@ class DevicePool:
         tables, slots, rows = self._tables, self._slots.capacity, self._rows.capacity
         if tables.directory.shape[0] < slots:
             tables = replace(tables, directory=_enlarged(tables.directory, slots))
-            self._page_counts = np.pad(
-                self._page_counts, ((0, slots - len(self._page_counts)), (0, 0))
-            )
         if tables.pages.shape[0] < rows:
             tables = replace(
                 tables,
@@ -193,17 +192,19 @@ class DevicePool:
             )
         self._tables = tables
 
-    def _count_pages(self, slot: int, ranges: npt.NDArray[np.int32]) -> None:
-        """Renew what the tables say of the most pages that an adapter has in each group."""
-        self._page_counts[slot] = ranges[:, 1] - ranges[:, 0]
-        shapes = tuple(
-            replace(shape, most_pages=rounded_to_power(pages))
-            for shape, pages in zip(
-                self._tables.shapes, self._page_counts.max(axis=0).tolist(), strict=True
+    def _widen(self, ranges: npt.NDArray[np.int32]) -> None:
+        """Let the kernels' grids cover a slot's pages in each group.
+
+        They stay so when it is gone: it costs programs without work, narrowing costs new graphs.
+        """
+        counts = (ranges[:, 1] - ranges[:, 0]).tolist()
+        shapes = self._tables.shapes
+        if any(count > shape.most_pages for count, shape in zip(counts, shapes, strict=True)):
+            wider = tuple(
+                replace(shape, most_pages=max(shape.most_pages, rounded_to_power(count)))
+                for count, shape in zip(counts, shapes, strict=True)
             )
-        )
-        if shapes != self._tables.shapes:
-            self._tables = replace(self._tables, shapes=shapes)
+            self._tables = replace(self._tables, shapes=wider)
 
     def _ranges(self, image: AdapterImage, begin: int) -> npt.NDArray[np.int32]:
         """The slot's row of the directory: [groups, 2], (0, 0) where there is no update."""
@@ -243,6 +244,11 @@ def too_large(needed: int, budget: int) -> str:
         f"needs {needed} bytes of device memory, more than a budget of {budget} bytes has room for "
         f"(setting {SETTING}): raise it, or use adapters of lower rank or on fewer modules"
     )
+
+
+def _usual_shape(group: ModuleGroup) -> GroupShape:
+    pages = -(-_USUAL_RANK // RANKS_PER_PAGE) * len(group.members)
+    return GroupShape(rounded_to_power(pages), _aligned(group))
 
 
 def _aligned(group: ModuleGroup) -> bool:

@@ -74,9 +74,12 @@ class Engine:
             model,
             num_blocks=num_blocks,
             block_size=settings.block_size,
+            max_sequences=settings.max_sequences,
+            max_model_len=self._max_model_len,
             dtype=dtype,
             device=device,
         )
+        self._runner.warm_up(None if self._residency is None else self._residency.tables)
         self._refused: list[Delta] = []
 
     def ready(self, load_seconds: float) -> Ready:

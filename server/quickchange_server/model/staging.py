@@ -137,7 +137,7 @@ def _leaves(tree: object) -> Iterator[object]:
 def _replaced(tree: Tree, tensors: Iterator[Tensor]) -> Tree:
     """The tree with its tensor leaves replaced in order."""
     if isinstance(tree, Tensor):
-        return next(tensors)
+        return next(tensors)  # type: ignore[return-value]
     if not dataclasses.is_dataclass(tree) or isinstance(tree, type):
         return tree
     fields = dataclasses.fields(tree)
