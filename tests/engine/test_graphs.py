@@ -6,10 +6,10 @@ A graph here is the computation itself, called again on the same memory.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from repeating_capture import RepeatingCapture
 from torch import Tensor
 
 from quickchange_kernels.lowrank import LowRankTables
@@ -28,30 +28,12 @@ class Inputs:
     values: Tensor
 
 
-class CountingCapture:
-    """A `Capture` that runs the computation anew, into the output of the first time."""
-
-    def __init__(self) -> None:
-        self.captured = 0
-        self.replayed = 0
-
-    def __call__(self, compute: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        self.captured += 1
-        output = compute().clone()
-
-        def replay() -> None:
-            self.replayed += 1
-            output.copy_(compute())
-
-        return replay, output
-
-
 def doubled(inputs: Inputs, tables: LowRankTables | None) -> Tensor:
     return inputs.values * 2 + (0 if tables is None else tables.page_scale.sum())
 
 
-def make_graphs() -> tuple[Graphs[Inputs], CountingCapture]:
-    capture = CountingCapture()
+def make_graphs() -> tuple[Graphs[Inputs], RepeatingCapture]:
+    capture = RepeatingCapture()
     return Graphs(doubled, capture, CPU), capture
 
 
@@ -64,7 +46,7 @@ def test_a_key_is_captured_once_and_replayed_on_new_values() -> None:
     for value in (1.0, 2.0, 3.0):
         out = graphs.run("a", Inputs(torch.full((4,), value)), None)
         assert torch.equal(out, torch.full((4,), 2 * value))
-    assert (capture.captured, capture.replayed) == (1, 3)
+    assert (len(capture.rows), capture.replayed) == (1, 3)
 
 
 def test_each_key_has_its_own_graph() -> None:
@@ -72,7 +54,7 @@ def test_each_key_has_its_own_graph() -> None:
     graphs.run("two", Inputs(torch.ones(2)), None)
     graphs.run("three", Inputs(torch.ones(3)), None)
     assert graphs.run("two", Inputs(torch.full((2,), 5.0)), None).tolist() == [10.0, 10.0]
-    assert capture.captured == 2
+    assert len(capture.rows) == 2
 
 
 def test_contents_of_the_tables_may_change_without_a_new_capture() -> None:
@@ -83,7 +65,7 @@ def test_contents_of_the_tables_may_change_without_a_new_capture() -> None:
     same = dataclasses.replace(tables)  # another object on the same tensors
     out = graphs.run("a", Inputs(torch.zeros(1)), same)
     assert out.item() == tables.page_scale.numel()
-    assert capture.captured == 1
+    assert len(capture.rows) == 1
 
 
 def test_tables_on_other_memory_are_captured_anew() -> None:
@@ -92,9 +74,9 @@ def test_tables_on_other_memory_are_captured_anew() -> None:
     graphs.run("a", Inputs(torch.zeros(1)), tables)
     grown = dataclasses.replace(tables, page_scale=torch.full((9,), 1.0))
     assert graphs.run("a", Inputs(torch.zeros(1)), grown).item() == 9.0
-    assert capture.captured == 2
+    assert len(capture.rows) == 2
     assert graphs.run("a", Inputs(torch.ones(1)), grown).item() == 11.0
-    assert capture.captured == 2
+    assert len(capture.rows) == 2
 
 
 WIDTH = 32
@@ -121,7 +103,7 @@ def test_adapters_come_and_go_without_a_new_capture() -> None:
         graphs.run("a", Inputs(torch.zeros(1)), pool.tables)
         pool.free(slot)
         graphs.run("a", Inputs(torch.zeros(1)), pool.tables)
-    assert capture.captured == 1
+    assert len(capture.rows) == 1
 
 
 def test_adapters_of_a_higher_rank_cost_one_new_capture() -> None:
@@ -133,7 +115,7 @@ def test_adapters_of_a_higher_rank_cost_one_new_capture() -> None:
         graphs.run("a", Inputs(torch.zeros(1)), pool.tables)
         pool.free(slot)
         graphs.run("a", Inputs(torch.zeros(1)), pool.tables)
-    assert capture.captured == 2
+    assert len(capture.rows) == 2
     assert pool.tables.shapes[0].most_pages == 8
 
 
