@@ -15,7 +15,7 @@ resident adapter has; programs past an adapter's own pages end at once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -23,10 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quickchange_kernels.lowrank_tables import RANKS_PER_PAGE, SMALL_TILE, PageKind
-
-MAX_PARTS = 8
-MIN_PART = 1024  # features
+from quickchange_kernels.compilation import Compilation
+from quickchange_kernels.lowrank_blocks import COLUMNS, expand_launch, parts, shrink_launch
+from quickchange_kernels.lowrank_tables import LARGE_TILE, RANKS_PER_PAGE, SMALL_TILE, PageKind
 
 # Arguments whose values, differing by layer or step, are worth no kernel of their own.
 _STEP_SIZES = ["group", "groups", "pieces"]
@@ -46,12 +45,6 @@ def _page_range(directory_ptr, slot, group, groups):
     return tl.load(entry), tl.load(entry + 1)
 
 
-@triton.jit
-def _aligned(value, ALIGNED: tl.constexpr):
-    """`value`, which the compiler may take for a multiple of 8 where ALIGNED is true."""
-    return tl.multiple_of(value, 8) if ALIGNED else value
-
-
 @triton.jit(do_not_specialize=_STEP_SIZES)
 def shrink_kernel(
     # pointers
@@ -61,7 +54,7 @@ def shrink_kernel(
     pages_ptr,
     kind_ptr,
     pieces_ptr,
-    partial_ptr,  # float32 [parts, pieces, HEIGHT, RANKS]
+    partial_ptr,  # float32 [parts, pieces, HEIGHT, ranks]
     # sizes
     K,
     group,
@@ -69,10 +62,10 @@ def shrink_kernel(
     pieces,
     # strides
     x_row,
+    ranks,  # of the buffer
     # meta
     HEIGHT: tl.constexpr,
     PAGES: tl.constexpr,  # of one program
-    RANKS: tl.constexpr,  # of a row of the buffer
     BLOCK_K: tl.constexpr,
     PART: tl.constexpr,  # features, a multiple of BLOCK_K
     EVEN_K: tl.constexpr,  # BLOCK_K divides K
@@ -94,7 +87,9 @@ def shrink_kernel(
     page = first + (first_rank + rank) // _RANKS
     live = page < last
     live = live & (tl.load(kind_ptr + page, mask=live, other=_GAIN) != _GAIN)
-    a = _aligned(tl.load(pages_ptr + page.to(tl.int64) * 4, mask=live, other=0), ALIGNED)
+    a = tl.load(pages_ptr + page.to(tl.int64) * 4, mask=live, other=0)
+    if ALIGNED:
+        a = tl.multiple_of(a, 8)
     a_rows = arena_ptr + (a + (rank % _RANKS) * K)
     m = tl.arange(0, HEIGHT)
     in_tile = begin + m < end
@@ -111,7 +106,7 @@ def shrink_kernel(
         h = tl.dot(x, tl.trans(weight.to(x.dtype)), h, input_precision="ieee")
 
     row = (part.to(tl.int64) * pieces + piece) * HEIGHT + m
-    out = partial_ptr + row[:, None] * RANKS + (first_rank + rank)[None, :]
+    out = partial_ptr + row[:, None] * ranks + (first_rank + rank)[None, :]
     tl.store(out, h, mask=in_tile[:, None] & live[None, :])
 
 
@@ -130,9 +125,9 @@ def _activated(h, kind):
 
 
 @triton.jit
-def _summed(partial_ptr, row, rank, mask, part_stride, RANKS: tl.constexpr, PARTS: tl.constexpr):
+def _summed(partial_ptr, row, rank, mask, ranks, part_stride, PARTS: tl.constexpr):
     """The partial sums of a piece's rows [M] and some ranks [R], added in order: [M, R]."""
-    source = partial_ptr + row[:, None] * RANKS + rank[None, :]
+    source = partial_ptr + row[:, None] * ranks + rank[None, :]
     h = tl.load(source, mask=mask, other=0.0)
     for part in tl.static_range(1, PARTS):
         h += tl.load(source + part * part_stride, mask=mask, other=0.0)
@@ -143,7 +138,7 @@ def _summed(partial_ptr, row, rank, mask, part_stride, RANKS: tl.constexpr, PART
 def expand_kernel(
     # pointers
     y_ptr,
-    partial_ptr,  # float32 [PARTS, pieces, HEIGHT, RANKS], or None
+    partial_ptr,  # float32 [PARTS, pieces, HEIGHT, ranks], or None
     ids_ptr,  # None, or int64 [T]
     arena_ptr,
     directory_ptr,
@@ -156,16 +151,16 @@ def expand_kernel(
     tiles_ptr,
     # sizes
     N,
-    vocabulary,
+    K,  # an embedding's vocabulary
     group,
     groups,
     pieces,
     # strides
     y_row,
+    ranks,
     # meta
     HEIGHT: tl.constexpr,
     PAGES: tl.constexpr,  # at a time
-    RANKS: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -180,7 +175,7 @@ def expand_kernel(
     m = tl.arange(0, HEIGHT)
     in_tile = begin + m < end
     rank = tl.arange(0, PAGES * _RANKS)
-    part_stride = pieces.to(tl.int64) * HEIGHT * RANKS
+    part_stride = pieces.to(tl.int64) * HEIGHT * ranks
 
     update = tl.zeros((HEIGHT, BLOCK_N), tl.float32)
     gain = tl.zeros((BLOCK_N,), tl.float32)
@@ -195,8 +190,11 @@ def expand_kernel(
             page = page0 + rank // _RANKS
             live = page < last
             entry = pages_ptr + page.to(tl.int64) * 4
-            column = _aligned(tl.load(entry + 2, mask=live, other=0).to(tl.int32), ALIGNED)
-            width = _aligned(tl.load(entry + 3, mask=live, other=0).to(tl.int32), ALIGNED)
+            column = tl.load(entry + 2, mask=live, other=0).to(tl.int32)
+            width = tl.load(entry + 3, mask=live, other=0).to(tl.int32)
+            if ALIGNED:
+                column = tl.multiple_of(column, 8)
+                width = tl.multiple_of(width, 8)
             hit = live & (column < n0 + BLOCK_N) & (column + width > n0)
             if tl.max(hit.to(tl.int32), axis=0) > 0:
                 chunks += 1
@@ -209,10 +207,10 @@ def expand_kernel(
                 if ids_ptr is None:
                     row = piece * HEIGHT + m.to(tl.int64)
                     at = (page0 - first) * _RANKS + rank
-                    h = _summed(partial_ptr, row, at, lanes, part_stride, RANKS, PARTS)
+                    h = _summed(partial_ptr, row, at, lanes, ranks, part_stride, PARTS)
                 else:
                     ids = tl.load(ids_ptr + begin + m, mask=in_tile, other=0)
-                    a_row = tl.load(entry, mask=low_rank, other=0) + (rank % _RANKS) * vocabulary
+                    a_row = tl.load(entry, mask=low_rank, other=0) + (rank % _RANKS) * K
                     h = tl.load(
                         arena_ptr + (ids[:, None] + a_row[None, :]), mask=lanes, other=0.0
                     ).to(tl.float32)
@@ -222,7 +220,9 @@ def expand_kernel(
                     h = _activated(h, kind[None, :])
                 h = tl.where(low_rank[None, :], h * scale[None, :], 0.0)
 
-                b_row = _aligned(tl.load(entry + 1, mask=hit, other=0), ALIGNED)
+                b_row = tl.load(entry + 1, mask=hit, other=0)
+                if ALIGNED:
+                    b_row = tl.multiple_of(b_row, 8)
                 b_row += (rank % _RANKS) * width - column
                 inside = (n[None, :] >= column[:, None]) & (n[None, :] < (column + width)[:, None])
                 read = hit & (low_rank | (rank % _RANKS == 0))  # a gain has one row
@@ -243,39 +243,6 @@ def expand_kernel(
         y = tl.load(out, mask=mask, other=0.0).to(tl.float32)
         y += update + y * gain[None, :]
         tl.store(out, y.to(y_ptr.dtype.element_ty), mask=mask)
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """Block sizes and launch options of one kernel."""
-
-    pages: int
-    columns: int  # features of shrink, output columns of expand
-    num_warps: int
-    num_stages: int
-
-
-def parts(features: int) -> int:
-    """In how many parts the features are summed apart, to keep a GPU busy with few rows."""
-    return min(MAX_PARTS, -(-features // MIN_PART))
-
-
-def part_size(features: int, block: int) -> int:
-    """Features of a part: a multiple of `block`."""
-    return -(-features // (parts(features) * block)) * block
-
-
-def shrink_blocks(height: int, most_pages: int, itemsize: int, hip: bool) -> Blocks:
-    """Of shrink, for rows of `itemsize` bytes an element."""
-    stages = 2 if hip else 3
-    if height == SMALL_TILE:
-        return Blocks(2, 512 // itemsize, 4, stages)
-    return Blocks(min(8, max(2, most_pages)), 128 // itemsize, 4, stages)
-
-
-def expand_blocks(height: int, most_pages: int) -> Blocks:
-    """Of expand."""
-    return Blocks(min(8, max(2, most_pages)), 128, 4 if height == SMALL_TILE else 8, 1)
 
 
 class _Operands(NamedTuple):
@@ -307,12 +274,13 @@ def launch_lowrank(y: Tensor, x: Tensor, *operands: Any) -> None:
     if x.dtype != y.dtype:
         raise TypeError(f"lowrank: x is {x.dtype}, y is {y.dtype}; they must be the same")
     K = x.shape[1]
-    blocks = shrink_blocks(o.tile_height, o.most_pages, x.itemsize, torch.version.hip is not None)
-    groups_of_pages = triton.cdiv(o.most_pages, blocks.pages)
-    row = max(blocks.pages, expand_blocks(o.tile_height, o.most_pages).pages, o.most_pages)
-    shape = (parts(K), len(pieces), o.tile_height, row * RANKS_PER_PAGE)
+    hip = torch.version.hip is not None
+    launch = shrink_launch(K, x.itemsize, o.tile_height, o.most_pages, o.aligned, hip)
+    ranks = RANKS_PER_PAGE * max(2, o.most_pages)
+    shape = (parts(K), len(pieces), o.tile_height, ranks)
     partial = torch.empty(shape, dtype=torch.float32, device=y.device)
-    shrink_kernel[(len(pieces), groups_of_pages, parts(K))](
+    chunks = triton.cdiv(o.most_pages, launch.constants["PAGES"])
+    shrink_kernel[(len(pieces), chunks, parts(K))](
         x,
         o.arena,
         o.directory,
@@ -325,17 +293,12 @@ def launch_lowrank(y: Tensor, x: Tensor, *operands: Any) -> None:
         o.directory.shape[1],
         len(pieces),
         x.stride(0),
-        HEIGHT=o.tile_height,
-        PAGES=blocks.pages,
-        RANKS=shape[3],
-        BLOCK_K=blocks.columns,
-        PART=part_size(K, blocks.columns),
-        EVEN_K=K % blocks.columns == 0,
-        ALIGNED=o.aligned,
-        num_warps=blocks.num_warps,
-        num_stages=blocks.num_stages,
+        ranks,
+        **launch.constants,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
     )
-    _expand(y, partial, None, o, 0)
+    _expand(y, partial, None, o, K)
 
 
 def launch_lowrank_embedding(y: Tensor, ids: Tensor, *operands: Any) -> None:
@@ -348,11 +311,13 @@ def launch_lowrank_embedding(y: Tensor, ids: Tensor, *operands: Any) -> None:
 
 
 def _expand(
-    y: Tensor, partial: Tensor | None, ids: Tensor | None, o: _Operands, vocabulary: int
+    y: Tensor, partial: Tensor | None, ids: Tensor | None, o: _Operands, features: int
 ) -> None:
+    """features: of the module's input, an embedding's vocabulary."""
     pieces, tiles = _tiles(o)
-    blocks = expand_blocks(o.tile_height, o.most_pages)
-    expand_kernel[(len(tiles), triton.cdiv(y.shape[1], blocks.columns))](
+    summed = features if ids is None else None
+    launch = expand_launch(summed, o.tile_height, o.aligned)
+    expand_kernel[(len(tiles), triton.cdiv(y.shape[1], COLUMNS))](
         y,
         partial,
         ids,
@@ -366,19 +331,15 @@ def _expand(
         pieces,
         tiles,
         y.shape[1],
-        vocabulary,
+        features,
         o.group,
         o.directory.shape[1],
         len(pieces),
         y.stride(0),
-        HEIGHT=o.tile_height,
-        PAGES=blocks.pages,
-        RANKS=1 if partial is None else partial.shape[3],
-        PARTS=1 if partial is None else partial.shape[0],
-        BLOCK_N=blocks.columns,
-        ALIGNED=o.aligned,
-        num_warps=blocks.num_warps,
-        num_stages=blocks.num_stages,
+        0 if partial is None else partial.shape[3],
+        **launch.constants,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
     )
 
 
@@ -394,3 +355,61 @@ def _check_rows(tensor: Tensor, name: str) -> None:
             f"lowrank: {name} must have two dimensions and contiguous rows, got "
             f"{tuple(tensor.shape)} with strides {tensor.stride()}"
         )
+
+
+_TABLES = {
+    "directory_ptr": "*i32", "pages_ptr": "*i64", "kind_ptr": "*i32", "pieces_ptr": "*i32",
+    "partial_ptr": "*fp32", "K": "i32", "group": "i32", "groups": "i32", "pieces": "i32",
+    "ranks": "i32",
+}  # fmt: skip
+
+
+def compilations() -> Iterator[Compilation]:
+    """Decoding and prefill on the inputs of Llama-8B (4096 features) and 70B (8192)."""
+    for height, phase in ((SMALL_TILE, "decode"), (LARGE_TILE, "prefill")):
+        yield _shrink_compilation(f"4096 features, {phase}", 4096, 8, height, "bf16")
+        yield _shrink_compilation(f"4096 features, {phase}", 4096, 8, height, "fp32")
+        yield _expand_compilation(f"4096 features, {phase}", 4096, height, "bf16")
+        yield _expand_compilation(f"4096 features, {phase}", 4096, height, "fp32")
+        yield _expand_compilation(f"8192 features, {phase}", 8192, height, "bf16")
+        yield _expand_compilation(f"embedding, {phase}", None, height, "bf16")
+    yield _shrink_compilation("8192 features, few pages, prefill", 8192, 4, LARGE_TILE, "bf16")
+
+
+def _shrink_compilation(
+    name: str, features: int, pages: int, height: int, dtype: str
+) -> Compilation:
+    itemsize = 4 if dtype == "fp32" else 2
+    launch = shrink_launch(features, itemsize, height, pages, aligned=True)
+    row = f"*{dtype}"
+    return Compilation(
+        name=f"lowrank shrink, {name}, {dtype}",
+        kernel=shrink_kernel,
+        signature={"x_ptr": row, "arena_ptr": row, "x_row": "i32"} | _TABLES,
+        constants=launch.constants,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+        divisible_by_16=("K", "x_row", "ranks"),
+        products=itemsize == 2,
+    )
+
+
+def _expand_compilation(name: str, features: int | None, height: int, dtype: str) -> Compilation:
+    launch = expand_launch(features, height, aligned=True)
+    row = f"*{dtype}"
+    unused = "ids_ptr" if features is not None else "partial_ptr"
+    signature = {
+        "y_ptr": row, "arena_ptr": row, "scale_ptr": "*fp32", "shift_ptr": "*fp32",
+        "weight_ptr": "*fp32", "tiles_ptr": "*i32", "ids_ptr": "*i64", "N": "i32", "y_row": "i32",
+    } | _TABLES  # fmt: skip
+    del signature[unused]
+    return Compilation(
+        name=f"lowrank expand, {name}, {dtype}",
+        kernel=expand_kernel,
+        signature=signature,
+        constants=launch.constants | {unused: None},
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+        divisible_by_16=("K", "N", "y_row", "ranks"),
+        products=dtype != "fp32",
+    )
