@@ -68,7 +68,7 @@ class Runner:
         adapters = any(item.components for item in plan)
         logits = self._logits(plan, tables if adapters else None)
         sampling = [_sample_row(item) for item in plan if item.samples]
-        return self._sampler.sample(logits.float(), sampling) if sampling else []
+        return self._sampler.sample(logits, sampling) if sampling else []
 
     def _logits(self, plan: Sequence[Scheduled], tables: LowRankTables | None) -> Tensor:
         """[samples, V]. tables: None where no row of the plan has an adapter."""
