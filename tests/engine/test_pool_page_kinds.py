@@ -126,7 +126,7 @@ def test_a_short_dtype_holds_a_gain_near_one() -> None:
 
 def test_groups_behind_sublayers_are_called_only_while_an_adapter_has_pages_there() -> None:
     pool = make_pool()
-    assert [shape.most_pages for shape in pool.tables.shapes] == [1, 1, 0]
+    assert [shape.most_pages > 0 for shape in pool.tables.shapes] == [True, True, False]
     plain = load(pool, image_of(q=gained("q", 8)))
     assert pool.tables.shapes[2].most_pages == 0
     slot = load(pool, image_of(o=bottleneck(8, "relu")))

@@ -14,8 +14,6 @@ from quickchange_server.model.load import load_model
 from quickchange_server.settings import Settings
 from quickchange_store.canonical import CanonicalAdapter
 
-CPU = torch.device("cpu")
-
 
 def make_engine(
     model: Path, load: Callable[[str], CanonicalAdapter] | None = None, **options: object
@@ -30,7 +28,12 @@ def make_engine(
         "adapter_host_bytes": 16 << 20,
     }
     settings = Settings.model_validate({"model": str(model), "store": model, **small, **options})
-    loaded = load_model(str(model), dtype=torch.float32, device=CPU, adapters=settings.adapters)
+    loaded = load_model(
+        str(model),
+        dtype=torch.float32,
+        device=torch.device(settings.device),
+        adapters=settings.adapters,
+    )
 
     def missing(digest: str) -> CanonicalAdapter:
         raise FileNotFoundError(f"no adapter {digest}")

@@ -72,14 +72,15 @@ def segments(runs: Sequence[Run], device: torch.device, room: Room | None = None
 
     Raises ValueError for runs that don't fit in `room`; without one it fits the runs.
     """
+    room = room_for(runs, device) if room is None else room
+    return unpack(pack(runs, room).to(device), room)
+
+
+def room_for(runs: Sequence[Run], device: torch.device) -> Room:
+    """Just enough for the runs, with tiles where the versions that serve the device need them."""
     spans = list(_spans(runs))
-    if room is None:
-        height = _height(spans) if _needs_tiles(device) else None
-        batch = _batch(spans, height)
-        room = batch.room(height)
-    else:
-        batch = _batch(spans, room.height)
-    return unpack(_packed(batch, room).to(device), room)
+    height = _height(spans) if _needs_tiles(device) else None
+    return _batch(spans, height).room(height)
 
 
 def pack(runs: Sequence[Run], room: Room) -> torch.Tensor:

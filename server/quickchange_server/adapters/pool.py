@@ -22,6 +22,7 @@ from torch import Tensor
 
 from quickchange_kernels.lowrank import A_ALIGNMENT, RANKS_PER_PAGE, GroupShape, LowRankTables
 from quickchange_kernels.lowrank_tables import rounded_to_power
+from quickchange_server.adapters.copies import Copies, Mark, copies_for
 from quickchange_server.adapters.image import PIECE, AdapterImage, page_shapes
 from quickchange_server.adapters.layout import ModuleGroup
 from quickchange_server.adapters.slabs import Grant, RunAllocator, SlabAllocator, slab_size
@@ -29,8 +30,11 @@ from quickchange_server.errors import AdapterFailedError
 
 SETTING = "adapter_device_bytes"
 _SLAB_BYTES = 1 << 20
-_FIRST_SLOTS = 8
-_FIRST_ROWS = 1024
+# What the tables have room for at first. A table that grows lies elsewhere, and then the captured
+# graphs that read it are void: so there is room for all pages of the smallest size, within reason.
+_FIRST_SLOTS = 64
+_MOST_FIRST_ROWS = 1 << 17
+_USUAL_RANK = 16  # adapters of higher rank widen the kernels' grids when they first come
 
 
 def _no_pause() -> None:
@@ -45,6 +49,7 @@ class _Holding:
     offsets: npt.NDArray[np.int64]  # [P] the same, in the image's order
     rows: tuple[int, int]  # of the page table: [begin, end)
     ranges: npt.NDArray[np.int32]  # [groups, 2] its row of the directory, once published
+    after: Mark  # no step given to the device later reads what was in these pages before
 
 
 class DevicePool:
@@ -56,9 +61,11 @@ class DevicePool:
         budget_bytes: int,
         dtype: torch.dtype,
         device: torch.device,
+        copies: Copies | None = None,
     ) -> None:
         """Take `budget_bytes` of device memory at once.
 
+        `copies`: how images get there; by default as suits the device.
         Raises ValueError, naming the setting, if not even one page of each module fits in it.
         """
         shapes = page_shapes(groups, dtype)
@@ -73,24 +80,27 @@ class DevicePool:
                 f"largest module ({max(sizes, default=0) * dtype.itemsize} bytes): raise it"
             )
         self._groups = tuple(groups)
+        self._copies = copies_for(device) if copies is None else copies
         # What few adapters have (gains, pages behind sub-layers) gets no share of the slabs ahead.
         usual = {shape.elements for (_, source), shape in shapes.items() if source == "input"}
         slab = max(slab_size(usual, span, _SLAB_BYTES // dtype.itemsize), *sizes)
         unit = A_ALIGNMENT // dtype.itemsize  # pages begin at multiples of it, and so must slabs
         self._space = SlabAllocator(span, slab // unit * unit)
         self._slots = RunAllocator(_FIRST_SLOTS)
-        self._rows = RunAllocator(_FIRST_ROWS)
+        rows = min(span // min(sizes), _MOST_FIRST_ROWS)
+        self._rows = RunAllocator(rows)
         self._holdings: dict[int, _Holding] = {}
-        self._page_counts = np.zeros((_FIRST_SLOTS, len(groups)), dtype=np.int32)  # published
+        self._published: set[int] = set()
+        self._users = np.zeros(len(groups), dtype=np.int64)  # published slots with pages in a group
         self._tables = LowRankTables(
             # Not zeroed, so that on a CPU only pages in use take memory: `write` fills all of one.
             arena=torch.empty(span, dtype=dtype, device=device),
             directory=self._zeros(torch.int32, _FIRST_SLOTS, len(groups), 2),
-            pages=self._zeros(torch.int64, _FIRST_ROWS, 4),
-            page_scale=self._zeros(torch.float32, _FIRST_ROWS),
-            page_shift=self._zeros(torch.float32, _FIRST_ROWS, RANKS_PER_PAGE),
-            page_kind=self._zeros(torch.int32, _FIRST_ROWS),
-            shapes=tuple(GroupShape(_pages_bound(group, 0), _aligned(group)) for group in groups),
+            pages=self._zeros(torch.int64, rows, 4),
+            page_scale=self._zeros(torch.float32, rows),
+            page_shift=self._zeros(torch.float32, rows, RANKS_PER_PAGE),
+            page_kind=self._zeros(torch.int32, rows),
+            shapes=tuple(_usual_shape(group) for group in groups),
         )
 
     @property
@@ -129,38 +139,35 @@ class DevicePool:
         slot, begin = self._slots.allocate(1), self._rows.allocate(image.pages)
         self._grow()
         rows, ranges = (begin, begin + image.pages), self._ranges(image, begin)
-        holding = _Holding(grant, _in_image_order(image, grant), rows, ranges)
+        offsets = _in_image_order(image, grant)
+        holding = _Holding(grant, offsets, rows, ranges, self._copies.mark())
         self._holdings[slot] = holding
         self._describe_pages(image, holding)
         return slot
 
     def write(self, slot: int, image: AdapterImage, pause: Callable[[], None] = _no_pause) -> None:
         """Copy the image to the slot's pages and wait until it is there. On any thread."""
-        offsets = self._holdings[slot].offsets
-        if self.device.type != "cuda":
-            self._copy_pages(image, offsets, pause)
-            return
-        with torch.cuda.device(self.device):
-            stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-            with torch.cuda.stream(stream):
-                self._copy_pages(image, offsets, pause)
-            stream.synchronize()
+        holding = self._holdings[slot]
+        self._copies.run(holding.after, lambda: self._copy_pages(image, holding.offsets, pause))
 
     def publish(self, slot: int) -> None:
         """Make a written slot visible to the steps from now on."""
         ranges = torch.from_numpy(self._holdings[slot].ranges)
         self._tables.directory[slot].copy_(ranges)
-        self._count_pages(slot, self._holdings[slot].ranges)
+        self._published.add(slot)
+        self._count(self._holdings[slot].ranges, 1)
 
     def free(self, slot: int) -> None:
         """Give the slot and its pages back. No later step may refer to it."""
         holding = self._holdings.pop(slot)
-        self._tables.directory[slot].zero_()
+        if slot in self._published:
+            self._published.remove(slot)
+            self._tables.directory[slot].zero_()
+            self._count(holding.ranges, -1)
         begin, end = holding.rows
         self._rows.free(begin, end - begin)
         self._slots.free(slot, 1)
         self._space.free(holding.grant)
-        self._count_pages(slot, np.zeros_like(holding.ranges))
 
     def check_integrity(self) -> None:
         """Raises AssertionError if pages or rows are shared or lost, or the directory is wrong."""
@@ -186,9 +193,6 @@ class DevicePool:
         tables, slots, rows = self._tables, self._slots.capacity, self._rows.capacity
         if tables.directory.shape[0] < slots:
             tables = replace(tables, directory=_enlarged(tables.directory, slots))
-            self._page_counts = np.pad(
-                self._page_counts, ((0, slots - len(self._page_counts)), (0, 0))
-            )
         if tables.pages.shape[0] < rows:
             tables = replace(
                 tables,
@@ -199,15 +203,22 @@ class DevicePool:
             )
         self._tables = tables
 
-    def _count_pages(self, slot: int, ranges: npt.NDArray[np.int32]) -> None:
-        """Renew what the tables say of the most pages that an adapter has in each group."""
-        self._page_counts[slot] = ranges[:, 1] - ranges[:, 0]
+    def _count(self, ranges: npt.NDArray[np.int32], change: int) -> None:
+        """Note that a slot with these ranges came (1) or went (-1), and fit the kernels' grids.
+
+        A grid grows with the pages of a group's largest adapter and stays so when that one is gone:
+        it costs programs without work, narrowing would cost new graphs. Only a group behind a
+        sub-layer goes back to 0: nothing calls for it then.
+        """
+        counts = ranges[:, 1] - ranges[:, 0]
+        self._users += np.where(counts > 0, change, 0)
         shapes = tuple(
-            replace(shape, most_pages=_pages_bound(group, pages))
-            for shape, group, pages in zip(
+            _fitted(shape, group, count if change > 0 else 0, users)
+            for shape, group, count, users in zip(
                 self._tables.shapes,
                 self._groups,
-                self._page_counts.max(axis=0).tolist(),
+                counts.tolist(),
+                self._users.tolist(),
                 strict=True,
             )
         )
@@ -255,13 +266,24 @@ def too_large(needed: int, budget: int) -> str:
     )
 
 
-def _pages_bound(group: ModuleGroup, pages: int) -> int:
-    """GroupShape.most_pages. 0 where no adapter has any: then nothing calls for the group.
+def _usual_shape(group: ModuleGroup) -> GroupShape:
+    """As wide as most adapters need, so that grids, and graphs captured with them, seldom change.
 
-    Only behind sub-layers: the groups of all other modules are called in any case, and a bound that
-    never falls to 0 keeps captured graphs valid.
+    Behind sub-layers 0 until an adapter has pages there: then nothing calls for the group.
     """
-    return 0 if group.source != "input" and not pages else rounded_to_power(pages)
+    if group.source != "input":
+        return GroupShape(0, _aligned(group))
+    pages = -(-_USUAL_RANK // RANKS_PER_PAGE) * len(group.members)
+    return GroupShape(rounded_to_power(pages), _aligned(group))
+
+
+def _fitted(shape: GroupShape, group: ModuleGroup, pages: int, users: int) -> GroupShape:
+    """`shape` with room for `pages`; see DevicePool._count."""
+    if group.source != "input" and users == 0:
+        return replace(shape, most_pages=0)
+    if pages > shape.most_pages:
+        return replace(shape, most_pages=rounded_to_power(pages))
+    return shape
 
 
 def _aligned(group: ModuleGroup) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -29,8 +29,10 @@ from quickchange_server.messages import (
 )
 from quickchange_server.model.attention import bytes_per_block
 from quickchange_server.model.load import LoadedModel
-from quickchange_server.settings import Settings
 from quickchange_store.canonical import CanonicalAdapter
+
+if TYPE_CHECKING:  # an engine runs where the server's own libraries are missing
+    from quickchange_server.settings import Settings
 
 
 class Engine:
@@ -74,9 +76,12 @@ class Engine:
             model,
             num_blocks=num_blocks,
             block_size=settings.block_size,
+            max_sequences=settings.max_sequences,
+            max_model_len=self._max_model_len,
             dtype=dtype,
             device=device,
         )
+        self._runner.warm_up(None if self._residency is None else self._residency.tables)
         self._refused: list[Delta] = []
 
     def ready(self, load_seconds: float) -> Ready:

@@ -1,23 +1,26 @@
 """Runs one scheduled step on the model: flattened rows in, one sampled token a sampling row out.
 
-The only place where the scheduler's plan becomes tensors.
+Decode steps run from captured graphs where the device has them; all else is one path.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 
 import torch
+from torch import Tensor
 
 from quickchange_kernels.lowrank import LowRankTables
-from quickchange_server.adapters.batch import Run, segments
+from quickchange_server.engine.buckets import DecodeBuckets
+from quickchange_server.engine.inputs import StepInputs, exact_extent, step_inputs
 from quickchange_server.engine.sampler import RowError, Sampled, Sampler, SampleRow
 from quickchange_server.engine.scheduler import Scheduled
+from quickchange_server.engine.window import Window
 from quickchange_server.model import attention
 from quickchange_server.model.attention import PagedAttention
+from quickchange_server.model.graphs import Graphs, capture_for
 from quickchange_server.model.load import LoadedModel, forward
-from quickchange_server.model.step import AdapterBatch, AttentionBatch, Step
+from quickchange_server.model.staging import upload
 
 
 class Runner:
@@ -29,6 +32,8 @@ class Runner:
         *,
         num_blocks: int,
         block_size: int,
+        max_sequences: int,
+        max_model_len: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
@@ -36,10 +41,22 @@ class Runner:
         self._block_size = block_size
         self._device = device
         self._sampler = Sampler(model.vocabulary, device)
+        capture = capture_for(device)
+        self._graphs = None if capture is None else Graphs(self._compute, capture, device)
+        self._buckets = DecodeBuckets(max_sequences, -(-max_model_len // block_size))
         attention.install(
             model.module,
             PagedAttention(model.layers, num_blocks, block_size, dtype, device, model.holder),
         )
+
+    def warm_up(self, tables: LowRankTables | None) -> None:
+        """Capture every graph, so that no request has to wait for one."""
+        if self._graphs is None:
+            return
+        for adapters in (False, True) if tables is not None else (False,):
+            for extent in self._buckets.extents(adapters=adapters):
+                nothing = step_inputs((), extent, self._block_size)
+                self._graphs.run(extent, nothing, tables if adapters else None)
 
     def run(
         self, plan: Sequence[Scheduled], tables: LowRankTables | None
@@ -48,71 +65,39 @@ class Runner:
 
         `tables` are the adapters on the device, None where the server has none.
         """
-        sampling = [item for item in plan if item.samples]
-        ends = list(accumulate(item.count for item in plan))
-        sample_rows = [end - 1 for item, end in zip(plan, ends, strict=True) if item.samples]
+        adapters = any(item.components for item in plan)
+        logits = self._logits(plan, tables if adapters else None)
+        sampling = [_sample_row(item) for item in plan if item.samples]
+        return self._sampler.sample(logits, sampling) if sampling else []
+
+    def _logits(self, plan: Sequence[Scheduled], tables: LowRankTables | None) -> Tensor:
+        """[samples, V]. tables: None where no row of the plan has an adapter."""
+        adapters = tables is not None
+        if self._graphs is not None:
+            extent = self._buckets.fit(plan, adapters=adapters)
+            if extent is not None:
+                inputs = step_inputs(plan, extent, self._block_size)
+                return self._graphs.run(extent, inputs, tables)[: len(plan)]
+        extent = exact_extent(plan, self._device, adapters=adapters)
+        inputs = step_inputs(plan, extent, self._block_size)
+        return self._compute(upload(inputs, self._device), tables)
+
+    def _compute(self, inputs: StepInputs, tables: LowRankTables | None) -> Tensor:
+        """Logits [R, V] of inputs on the device."""
         holder = self._model.holder
-        holder.step = Step(self._attention_batch(plan, ends), self._adapter_batch(plan, tables))
+        holder.step = inputs.step(tables)
         try:
-            logits = forward(
-                self._model.module,
-                torch.tensor([token for item in plan for token in _tokens(item)]),
-                torch.tensor([position for item in plan for position in _positions(item)]),
-                torch.tensor(sample_rows, dtype=torch.long),
-            )
+            return forward(self._model.module, inputs.ids, inputs.positions, inputs.sample_rows)
         finally:
             holder.step = None
-        if not sampling:
-            return []
-        return self._sampler.sample(logits.float(), [_sample_row(item) for item in sampling])
-
-    def _attention_batch(self, plan: Sequence[Scheduled], ends: list[int]) -> AttentionBatch:
-        size = self._block_size
-        widest = max(len(item.sequence.blocks) for item in plan)
-        tables = [
-            item.sequence.blocks + [0] * (widest - len(item.sequence.blocks)) for item in plan
-        ]
-        slots = [
-            item.sequence.blocks[position // size] * size + position % size
-            for item in plan
-            for position in _positions(item)
-        ]
-        lengths = [item.sequence.computed + item.count for item in plan]
-        return AttentionBatch(
-            slots=torch.tensor(slots, dtype=torch.long).to(self._device),
-            block_tables=torch.tensor(tables, dtype=torch.int32).to(self._device),
-            seq_lens=torch.tensor(lengths, dtype=torch.int32).to(self._device),
-            query_start=torch.tensor([0, *ends], dtype=torch.int32).to(self._device),
-        )
-
-    def _adapter_batch(
-        self, plan: Sequence[Scheduled], tables: LowRankTables | None
-    ) -> AdapterBatch | None:
-        if tables is None or not any(item.components for item in plan):
-            return None
-        return AdapterBatch(
-            tables=tables,
-            tokens=segments([Run(item.count, item.components) for item in plan], self._device),
-            samples=segments(
-                [Run(1, item.components) for item in plan if item.samples], self._device
-            ),
-        )
-
-
-def _positions(item: Scheduled) -> range:
-    return range(item.sequence.computed, item.sequence.computed + item.count)
-
-
-def _tokens(item: Scheduled) -> list[int]:
-    sequence = item.sequence
-    return sequence.tokens[sequence.computed : sequence.computed + item.count]
 
 
 def _sample_row(item: Scheduled) -> SampleRow:
     sequence = item.sequence
+    tokens, prompt = sequence.tokens, sequence.prompt_length
     return SampleRow(
         params=sequence.sampling,
-        position=len(sequence.tokens),
-        prompt=sequence.tokens[: sequence.prompt_length],
-        output=sequence.tokens[sequence.prompt_length :],
+        position=len(tokens),
+        prompt=Window(tokens, 0, prompt),
+        output=Window(tokens, prompt, len(tokens)),
     )

@@ -1,0 +1,166 @@
+"""From a step's plan to the host tensors that the model reads, padded where a fixed shape is asked.
+
+Padding is harmless by the operations' contracts: rows of slot -1 are not written to the cache,
+sequences of length 0 have no queries, segments without rows do nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from quickchange_kernels.lowrank import LowRankTables
+from quickchange_server.adapters.batch import Room, Run, pack, room_for, unpack
+from quickchange_server.engine.scheduler import Scheduled
+from quickchange_server.model.step import AdapterBatch, AttentionBatch, Step
+
+_NOWHERE = -1  # the slot of a row that is written to no block
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """How many of each the tensors of a step have room for."""
+
+    rows: int
+    sequences: int
+    samples: int  # rows that the LM head sees
+    blocks: int  # of a sequence
+    tokens_room: Room | None  # of the segments over all rows; None: no row has an adapter
+    samples_room: Room | None  # of those over the rows that the LM head sees
+
+
+@dataclass(frozen=True, slots=True)
+class PackedSegments:
+    packed: Tensor  # int32, as `batch.pack` makes it
+    room: Room
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """All that a step's forward pass reads beside weights, caches and the adapters' tables."""
+
+    ids: Tensor  # int64 [T]
+    positions: Tensor  # int64 [T]
+    sample_rows: Tensor  # int64 [R]
+    attention: AttentionBatch
+    tokens: PackedSegments | None
+    samples: PackedSegments | None
+
+    def step(self, tables: LowRankTables | None) -> Step:
+        """What the seams in the model read; all tensors on the model's device."""
+        if tables is None or self.tokens is None or self.samples is None:
+            return Step(self.attention, None)
+        tokens = unpack(self.tokens.packed, self.tokens.room)
+        samples = tokens
+        if self.samples is not self.tokens:
+            samples = unpack(self.samples.packed, self.samples.room)
+        return Step(self.attention, AdapterBatch(tables, tokens, samples))
+
+
+def only_decodes(plan: Sequence[Scheduled]) -> bool:
+    """Whether every sequence has one row, which samples: then rows and samples are the same."""
+    return all(item.count == 1 and item.samples for item in plan)
+
+
+def exact_extent(plan: Sequence[Scheduled], device: torch.device, *, adapters: bool) -> Extent:
+    """Just enough for a plan. `adapters`: whether some row has one."""
+    tokens_room = samples_room = None
+    if adapters:
+        tokens_room = room_for(_token_runs(plan), device)
+        same = only_decodes(plan)
+        samples_room = tokens_room if same else room_for(_sample_runs(plan), device)
+    return Extent(
+        rows=sum([item.count for item in plan]),
+        sequences=len(plan),
+        samples=sum([item.samples for item in plan]),
+        blocks=max(len(item.sequence.blocks) for item in plan),
+        tokens_room=tokens_room,
+        samples_room=samples_room,
+    )
+
+
+def step_inputs(plan: Sequence[Scheduled], extent: Extent, block_size: int) -> StepInputs:
+    """The plan's tensors on the host, padded to `extent`.
+
+    Raises ValueError where the plan is larger.
+    """
+    ids: list[int] = []
+    places: list[int] = []
+    for item in plan:
+        sequence, first = item.sequence, item.sequence.computed
+        ids += sequence.tokens[first : first + item.count]
+        places += range(first, first + item.count)
+    ends = list(accumulate([item.count for item in plan]))
+    sampled = [end - 1 for item, end in zip(plan, ends, strict=True) if item.samples]
+    lengths = [item.sequence.computed + item.count for item in plan]
+    positions = _padded(places, extent.rows, np.int64)
+    tables = np.zeros((extent.sequences, extent.blocks), dtype=np.int32)
+    for row, item in enumerate(plan):
+        blocks = item.sequence.blocks
+        tables[row, : len(blocks)] = blocks
+    slots = np.full(extent.rows, _NOWHERE, dtype=np.int64)
+    slots[: len(places)] = _slots(plan, positions[: len(places)], tables, block_size)
+    tokens, samples = _segments(plan, extent)
+    return StepInputs(
+        ids=torch.from_numpy(_padded(ids, extent.rows, np.int64)),
+        positions=torch.from_numpy(positions),
+        sample_rows=torch.from_numpy(_padded(sampled, extent.samples, np.int64)),
+        attention=AttentionBatch(
+            slots=torch.from_numpy(slots),
+            block_tables=torch.from_numpy(tables),
+            seq_lens=torch.from_numpy(_padded(lengths, extent.sequences, np.int32)),
+            query_start=torch.from_numpy(
+                _padded([0, *ends], extent.sequences + 1, np.int32, fill=len(places))
+            ),
+        ),
+        tokens=tokens,
+        samples=samples,
+    )
+
+
+def _slots(
+    plan: Sequence[Scheduled],
+    positions: npt.NDArray[np.integer],
+    tables: npt.NDArray[np.int32],
+    block_size: int,
+) -> npt.NDArray[np.int64]:
+    """Of each row: block · block size + offset."""
+    sequence = np.repeat(np.arange(len(plan)), [item.count for item in plan])
+    block, offset = np.divmod(positions, block_size)
+    slots: npt.NDArray[np.int64] = tables[sequence, block].astype(np.int64) * block_size + offset
+    return slots
+
+
+def _segments(
+    plan: Sequence[Scheduled], extent: Extent
+) -> tuple[PackedSegments | None, PackedSegments | None]:
+    """Over all rows and over those that sample: one and the same where these are the same rows."""
+    if extent.tokens_room is None or extent.samples_room is None:
+        return None, None
+    tokens = PackedSegments(pack(_token_runs(plan), extent.tokens_room), extent.tokens_room)
+    if extent.tokens_room == extent.samples_room and only_decodes(plan):
+        return tokens, tokens
+    samples = PackedSegments(pack(_sample_runs(plan), extent.samples_room), extent.samples_room)
+    return tokens, samples
+
+
+def _token_runs(plan: Sequence[Scheduled]) -> list[Run]:
+    return [Run(item.count, item.components) for item in plan]
+
+
+def _sample_runs(plan: Sequence[Scheduled]) -> list[Run]:
+    return [Run(1, item.components) for item in plan if item.samples]
+
+
+def _padded(
+    values: Sequence[int], size: int, dtype: type[np.integer], fill: int = 0
+) -> npt.NDArray[np.integer]:
+    array = np.full(size, fill, dtype=dtype)
+    array[: len(values)] = values
+    return array

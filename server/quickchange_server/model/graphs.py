@@ -1,0 +1,96 @@
+"""Forward passes of fixed shape, captured once and replayed: no Python and no launches in between.
+
+Knows the bookkeeping alone: which graph serves which shape, its inputs on memory that stays, when
+one is out of date. What capturing means is given from outside: on CUDA it is a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from quickchange_kernels.lowrank import LowRankTables
+from quickchange_server.model.staging import StaticInputs
+
+Inputs = TypeVar("Inputs")
+
+# Runs a computation, and returns what runs the same again on the same memory, and its output
+Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
+
+
+def capture_for(device: torch.device) -> Capture | None:
+    """How computations are captured on a device; None where each step runs as it comes."""
+    if device.type != "cuda":
+        return None
+    from quickchange_server.model.cuda_graphs import CudaCapture
+
+    return CudaCapture(device)
+
+
+@dataclass(frozen=True)
+class _Graph:
+    inputs: StaticInputs
+    tables: LowRankTables | None
+    replay: Callable[[], None]
+    output: Tensor
+
+
+class Graphs(Generic[Inputs]):
+    """One graph a key, captured when it is first needed.
+
+    compute: from inputs on the device, and the adapters' tables, to the output. It must not look at
+    the tensors' values on the host.
+    """
+
+    def __init__(
+        self,
+        compute: Callable[[Inputs, LowRankTables | None], Tensor],
+        capture: Capture,
+        device: torch.device,
+    ) -> None:
+        self._compute = compute
+        self._capture = capture
+        self._device = device
+        self._graphs: dict[Hashable, _Graph] = {}
+
+    def run(self, key: Hashable, inputs: Inputs, tables: LowRankTables | None) -> Tensor:
+        """The output for host `inputs`, which must have the same shapes for the same key.
+
+        It lies in the graph's memory: the next `run`, of any key, may overwrite it.
+        """
+        graph = self._graphs.get(key)
+        if graph is None or not _same_memory(graph.tables, tables):
+            graph = self._captured(inputs, tables)
+        else:
+            # Equal tables, another object: remembered, so that the next comparison is cheap.
+            graph = dataclasses.replace(graph, tables=tables)
+            graph.inputs.refill(inputs)
+        self._graphs[key] = graph
+        graph.replay()
+        return graph.output
+
+    def _captured(self, inputs: Inputs, tables: LowRankTables | None) -> _Graph:
+        static = StaticInputs(inputs, self._device)
+        on_device = static.tree(inputs)
+        replay, output = self._capture(lambda: self._compute(on_device, tables))
+        return _Graph(static, tables, replay, output)
+
+
+def _same_memory(captured: LowRankTables | None, now: LowRankTables | None) -> bool:
+    """Whether a graph that reads the one reads the other: the same tensors, all else equal."""
+    if captured is now:
+        return True
+    if captured is None or now is None:
+        return False
+    pairs = [
+        (getattr(captured, field.name), getattr(now, field.name))
+        for field in dataclasses.fields(LowRankTables)
+    ]
+    return all(
+        one is other if isinstance(one, Tensor) else bool(one == other) for one, other in pairs
+    )

@@ -1,0 +1,129 @@
+"""Which shape a decode step is padded to, and that padding changes nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quickchange_server.adapters.batch import unpack
+from quickchange_server.engine.buckets import DecodeBuckets, bucket_sizes
+from quickchange_server.engine.inputs import exact_extent, step_inputs
+from quickchange_server.engine.scheduler import Scheduled
+from quickchange_server.engine.sequence import Sequence
+from quickchange_server.messages import SamplingParams, Submit
+
+BLOCK = 4
+CPU = torch.device("cpu")
+Components = tuple[tuple[int, float], ...]
+
+
+def item(
+    computed: int, count: int, blocks: list[int], components: Components = (), more: int = 0
+) -> Scheduled:
+    """`count` rows of a sequence, after which `more` are still to be computed."""
+    tokens = tuple(range(100, 100 + computed + count + more))
+    sequence = Sequence.from_submit(Submit("r", tokens, SamplingParams(seed=0, max_tokens=9)), 0.0)
+    sequence.computed, sequence.blocks = computed, blocks
+    return Scheduled(sequence, count, components)
+
+
+def decode(row: int, components: Components = ()) -> Scheduled:
+    return item(row + 5, 1, list(range(row, row + -(-(row + 6) // BLOCK))), components)
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 4, 7, 8, 9, 16, 30, 64, 65, 100, 256])
+def test_sizes_ascend_to_the_largest_and_pad_by_a_bounded_share(most: int) -> None:
+    sizes = bucket_sizes(most)
+    assert sizes[-1] == most
+    assert list(sizes) == sorted(set(sizes))
+    for rows in range(1, most + 1):
+        fitting = next(size for size in sizes if size >= rows)
+        assert fitting < max(2 * rows, 8), f"{rows} rows padded to {fitting}"
+
+
+def test_the_small_sizes_are_the_ones_that_kernels_are_tuned_for() -> None:
+    assert bucket_sizes(40) == (1, 2, 4, 8, 16, 24, 32, 40)
+
+
+def test_the_smallest_bucket_with_room_is_taken() -> None:
+    buckets = DecodeBuckets(16, 8)
+    extent = buckets.fit([decode(row) for row in range(5)], adapters=False)
+    assert extent is not None
+    assert (extent.rows, extent.sequences, extent.samples, extent.blocks) == (8, 8, 8, 8)
+    assert extent.tokens_room is None
+
+
+def test_a_prefill_chunk_fits_no_bucket() -> None:
+    buckets = DecodeBuckets(16, 8)
+    assert buckets.fit([decode(0), item(0, 3, [3])], adapters=False) is None
+    assert buckets.fit([item(0, 1, [3], more=4)], adapters=False) is None
+
+
+def test_compositions_take_a_larger_bucket_or_none() -> None:
+    buckets = DecodeBuckets(8, 8)
+    three: Components = ((0, 1.0), (1, 0.5), (2, 0.25))
+    small = buckets.fit([decode(0, three)], adapters=True)
+    assert small is not None
+    assert small.rows == 4
+    many: Components = tuple((slot, 1.0) for slot in range(9))
+    assert buckets.fit([decode(0, many)], adapters=True) is None
+
+
+def test_every_extent_is_offered_largest_first() -> None:
+    extents = DecodeBuckets(9, 8).extents(adapters=True)
+    assert [extent.rows for extent in extents] == [9, 8, 4, 2, 1]
+
+
+def test_inputs_say_where_each_row_stands() -> None:
+    plan = [item(6, 3, [7, 2, 5]), decode(1)]
+    inputs = step_inputs(plan, exact_extent(plan, CPU, adapters=False), BLOCK)
+    assert inputs.ids.tolist() == [106, 107, 108, 106]
+    assert inputs.positions.tolist() == [6, 7, 8, 6]
+    assert inputs.sample_rows.tolist() == [2, 3]
+    batch = inputs.attention
+    assert batch.slots.tolist() == [2 * 4 + 2, 2 * 4 + 3, 5 * 4, 2 * 4 + 2]
+    assert batch.block_tables.tolist() == [[7, 2, 5], [1, 2, 0]]
+    assert batch.seq_lens.tolist() == [9, 7]
+    assert batch.query_start.tolist() == [0, 3, 4]
+
+
+def test_a_chunk_that_does_not_reach_the_end_samples_nothing() -> None:
+    plan = [item(0, 3, [0], more=2)]
+    assert (
+        step_inputs(plan, exact_extent(plan, CPU, adapters=False), BLOCK).sample_rows.numel() == 0
+    )
+
+
+def test_segments_follow_the_rows_and_the_sampling_rows() -> None:
+    plan = [item(0, 3, [0], ((4, 0.5),), more=2), decode(0, ((4, 0.5),)), decode(1, ((2, 1.0),))]
+    inputs = step_inputs(plan, exact_extent(plan, CPU, adapters=True), BLOCK)
+    assert inputs.tokens is not None
+    assert inputs.samples is not None
+    tokens = unpack(inputs.tokens.packed, inputs.tokens.room)
+    samples = unpack(inputs.samples.packed, inputs.samples.room)
+    assert (tokens.rows.tolist(), tokens.slot.tolist()) == ([[0, 4], [4, 5]], [4, 2])
+    assert tokens.weight.tolist() == [0.5, 1.0]
+    assert (samples.rows.tolist(), samples.slot.tolist()) == ([[0, 1], [1, 2]], [4, 2])
+
+
+@given(rows=st.integers(0, 8), adapters=st.booleans())
+def test_padding_only_appends_what_is_harmless(rows: int, adapters: bool) -> None:
+    plan = [decode(row, ((row % 3, 1.0),) if adapters else ()) for row in range(rows)]
+    extent = DecodeBuckets(8, 8).extents(adapters=adapters)[0]
+    padded = step_inputs(plan, extent, BLOCK)
+    assert padded.ids.shape == padded.positions.shape == padded.sample_rows.shape == (8,)
+    batch = padded.attention
+    assert batch.block_tables.shape == (8, 8)
+    assert batch.slots[rows:].tolist() == [-1] * (8 - rows)
+    assert batch.seq_lens[rows:].tolist() == [0] * (8 - rows)
+    assert batch.query_start.tolist() == [min(row, rows) for row in range(9)]
+    if rows:
+        exact = step_inputs(plan, exact_extent(plan, CPU, adapters=adapters), BLOCK)
+        assert torch.equal(padded.ids[:rows], exact.ids)
+        assert torch.equal(batch.slots[:rows], exact.attention.slots)
+        assert torch.equal(batch.seq_lens[:rows], exact.attention.seq_lens)
+        width = exact.attention.block_tables.shape[1]
+        assert torch.equal(batch.block_tables[:rows, :width], exact.attention.block_tables)
+    assert padded.tokens is padded.samples

@@ -1,0 +1,117 @@
+"""The engine with decode steps from graphs gives what it gives without, whatever the padding.
+
+A graph here is the step itself, run again on the graph's static memory, so what is tested is all of
+the path but the capture.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from engine_driver import Driver, make_engine, request
+from repeating_capture import RepeatingCapture
+from tiny_models import make_model, save_model
+from torch import Tensor, nn
+
+from quickchange_server.engine import runner
+from quickchange_server.engine.sampler import Sampler
+from quickchange_store.canonical import CanonicalAdapter, LowRankUpdate
+
+RANKS = {"rank-4": 4, "rank-8": 8, "rank-16": 16}
+TOKENS = 6
+Asked = list[tuple[list[int], list[tuple[str, float]]]]  # prompt and adapters of each request
+
+ASKED: Asked = [
+    ([5, 6, 7], [("rank-4", 1.0)]),
+    ([8, 9], []),
+    ([3] * 19, [("rank-8", 0.7), ("rank-16", -0.4)]),  # two chunks of prefill
+    ([1, 2, 3, 4], [("rank-16", 1.0)]),
+    ([5, 6, 7], [("rank-4", 1.0)]),
+]
+
+
+def load(digest: str) -> CanonicalAdapter:
+    generator = torch.Generator().manual_seed(RANKS[digest])
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator) * 0.3
+
+    rank = RANKS[digest]
+    updates = {
+        path: LowRankUpdate(
+            random(rank, linear.in_features), random(linear.out_features, rank), 1.0
+        )
+        for path, linear in make_model("llama").named_modules()
+        if isinstance(linear, nn.Linear)
+    }
+    return CanonicalAdapter("L", "base", updates)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model("llama", tmp_path_factory.mktemp("base"))
+
+
+class Watched:
+    """An engine's answers, and the logits behind each of their tokens."""
+
+    def __init__(self, model: Path, asked: Asked, patch: pytest.MonkeyPatch) -> None:
+        self.logits: list[Tensor] = []
+        sample = Sampler.sample
+
+        def watch(sampler: Sampler, logits: Tensor, rows: list[object]) -> object:
+            self.logits += logits.clone()
+            return sample(sampler, logits, rows)  # type: ignore[arg-type]
+
+        with patch.context() as during:
+            during.setattr(Sampler, "sample", watch)
+            engine = make_engine(model, load, max_sequences=6, adapter_device_bytes=1 << 20)
+            drive = Driver(engine)
+            for key, (prompt, adapters) in enumerate(asked):
+                engine.submit(request(str(key), prompt, adapters, max_tokens=TOKENS + key))
+            drive.finish(*map(str, range(len(asked))))
+            engine.close()
+        self.tokens = drive.tokens
+        self.steps = engine.scheduler
+
+
+@pytest.fixture
+def capture(monkeypatch: pytest.MonkeyPatch) -> RepeatingCapture:
+    """Engines made from now on run their decode steps from graphs."""
+    repeating = RepeatingCapture()
+    monkeypatch.setattr(runner, "capture_for", lambda _device: repeating)
+    return repeating
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5])
+def test_graphs_give_the_same_logits_to_the_last_bit(
+    rows: int, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = Watched(model, ASKED[:rows], monkeypatch)
+    capture = RepeatingCapture()
+    monkeypatch.setattr(runner, "capture_for", lambda _device: capture)
+    replayed = Watched(model, ASKED[:rows], monkeypatch)
+    assert capture.replayed > len(capture.rows), "no step was replayed"
+    assert replayed.tokens == plain.tokens
+    # Adapters arrive when they do, so steps may hold other rows: each row must be there somewhere
+    assert sorted(row.tolist() for row in replayed.logits) == sorted(
+        row.tolist() for row in plain.logits
+    )
+
+
+def test_the_warm_up_captures_every_shape_and_serving_no_more(
+    model: Path, capture: RepeatingCapture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Watched(model, ASKED, monkeypatch)
+    assert capture.rows == 2 * [6, 4, 2, 1]
+
+
+def test_prefill_chunks_are_not_replayed(model: Path, capture: RepeatingCapture) -> None:
+    engine = make_engine(model, load)
+    engine.submit(request("0", list(range(19)), max_tokens=1))
+    warmed = capture.replayed
+    Driver(engine).finish("0")
+    engine.close()
+    assert capture.replayed == warmed

@@ -1,0 +1,113 @@
+"""A decode step on a device whose values can't be looked at: nothing is asked for on the host and
+nothing comes from there meanwhile, which is what capturing it in a graph takes.
+
+The device is torch's "meta": tensors with shapes and dtypes, without values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import make_model
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from quickchange_server.adapters.copies import ImmediateCopies
+from quickchange_server.adapters.pool import DevicePool
+from quickchange_server.engine.buckets import DecodeBuckets
+from quickchange_server.engine.inputs import step_inputs
+from quickchange_server.model import attention
+from quickchange_server.model.attention import PagedAttention
+from quickchange_server.model.load import LoadedModel, forward, prepare
+from quickchange_server.model.staging import layout_of, rebuilt
+
+META = torch.device("meta")
+ROWS, BLOCKS, BLOCK_SIZE = 4, 8, 4
+
+
+class OnDeviceOnly(TorchDispatchMode):
+    """Refuses every operation that reads or makes a tensor elsewhere."""
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        del types
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves((args, kwargs, out)):
+            if isinstance(leaf, Tensor) and leaf.device != META:
+                raise RuntimeError(f"{func} with a tensor on {leaf.device}")
+        return out
+
+
+def there(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, device=META)
+
+
+def move(module: nn.Module) -> None:
+    """Its parameters and buffers, wherever else they are referred to."""
+    for tensor in {id(t): t for t in [*module.parameters(), *module.buffers()]}.values():
+        moved = there(tensor)
+        if isinstance(tensor, nn.Parameter):
+            moved = nn.Parameter(moved, requires_grad=False)
+        torch.utils.swap_tensors(tensor, moved)
+
+
+def make_step(family: str, *, adapters: bool) -> tuple[LoadedModel, tuple[Tensor, ...]]:
+    """A model on the device with a padded decode step set, and ids, positions, rows to sample."""
+    attention.register()
+    model = make_model(family)
+    model.set_attn_implementation(attention.NAME)
+    loaded = prepare(model, adapters=adapters)
+    move(loaded.module)
+    pages = PagedAttention(loaded.layers, BLOCKS, BLOCK_SIZE, torch.float32, META, loaded.holder)
+    attention.install(loaded.module, pages)
+    extent = DecodeBuckets(ROWS, BLOCKS).extents(adapters=adapters)[0]
+    on_host = step_inputs((), extent, BLOCK_SIZE)
+    layout, tensors = layout_of(on_host)
+    inputs = rebuilt(on_host, layout, [there(tensor) for tensor in tensors])
+    tables = None
+    if adapters:
+        pool = DevicePool(loaded.groups, 1 << 20, torch.float32, META, ImmediateCopies())
+        tables = pool.tables
+    loaded.holder.step = inputs.step(tables)
+    return loaded, (inputs.ids, inputs.positions, inputs.sample_rows)
+
+
+@pytest.mark.parametrize("adapters", [True, False])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "phi"])
+def test_a_decode_step_stays_on_the_device(family: str, adapters: bool) -> None:
+    loaded, inputs = make_step(family, adapters=adapters)
+    with OnDeviceOnly():
+        logits = forward(loaded.module, *inputs)
+    assert logits.shape == (ROWS, loaded.vocabulary)
+
+
+class Faulty(nn.Module):
+    """What a model must not do in a step."""
+
+    def __init__(self, fault: str) -> None:
+        super().__init__()
+        self.fault = fault
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fault == "a value on the host":
+            return x * x.sum().item()
+        if self.fault == "a tensor from the host":
+            return x + torch.ones(x.shape).to(x.device)
+        return x[x > 0]
+
+
+@pytest.mark.parametrize(
+    "fault", ["a value on the host", "a tensor from the host", "a shape by value"]
+)
+def test_the_check_sees_what_it_is_for(fault: str) -> None:
+    with pytest.raises((RuntimeError, NotImplementedError)), OnDeviceOnly():
+        Faulty(fault)(torch.ones(3, device=META))
