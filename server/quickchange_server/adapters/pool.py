@@ -1,8 +1,8 @@
 """Device memory of the adapters, counted in ranks: one arena of pages and the tables over it.
 
-A page is 8 ranks of one module's update (image.py), so rank 8 pays for 8 and rank 64 for 64, and a
-byte budget, not a number of slots, says how many adapters are resident. A slot is an adapter's row
-in the tables' directory.
+A page is 8 ranks of one module's update (image.py), so rank 8 pays for 8 and rank 64 for 64 (a gain
+for its own row alone), and a byte budget, not a number of slots, says how many adapters are
+resident. A slot is an adapter's row in the tables' directory.
 
 Everything but `write` runs on the engine's thread, between steps. A table that has to grow is
 replaced, so that a running step that holds the old tables keeps valid data; otherwise rows change
@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from quickchange_kernels.lowrank import RANKS_PER_PAGE, GroupShape, LowRankTables
+from quickchange_kernels.lowrank import A_ALIGNMENT, RANKS_PER_PAGE, GroupShape, LowRankTables
 from quickchange_kernels.lowrank_tables import rounded_to_power
 from quickchange_server.adapters.image import PIECE, AdapterImage, page_shapes
 from quickchange_server.adapters.layout import ModuleGroup
@@ -61,7 +61,8 @@ class DevicePool:
 
         Raises ValueError, naming the setting, if not even one page of each module fits in it.
         """
-        sizes = {shape.elements for shape in page_shapes(groups, dtype).values()}
+        shapes = page_shapes(groups, dtype)
+        sizes = {shape.elements for shape in shapes.values()}
         self.budget_bytes = budget_bytes
         self.dtype = dtype
         self.device = device
@@ -71,8 +72,12 @@ class DevicePool:
                 f"{SETTING} ({budget_bytes} bytes) is less than one page of 8 ranks of the model's "
                 f"largest module ({max(sizes, default=0) * dtype.itemsize} bytes): raise it"
             )
-        self._groups = len(groups)
-        self._space = SlabAllocator(span, slab_size(sizes, span, _SLAB_BYTES // dtype.itemsize))
+        self._groups = tuple(groups)
+        # What few adapters have (gains, pages behind sub-layers) gets no share of the slabs ahead.
+        usual = {shape.elements for (_, source), shape in shapes.items() if source == "input"}
+        slab = max(slab_size(usual, span, _SLAB_BYTES // dtype.itemsize), *sizes)
+        unit = A_ALIGNMENT // dtype.itemsize  # pages begin at multiples of it, and so must slabs
+        self._space = SlabAllocator(span, slab // unit * unit)
         self._slots = RunAllocator(_FIRST_SLOTS)
         self._rows = RunAllocator(_FIRST_ROWS)
         self._holdings: dict[int, _Holding] = {}
@@ -80,12 +85,12 @@ class DevicePool:
         self._tables = LowRankTables(
             # Not zeroed, so that on a CPU only pages in use take memory: `write` fills all of one.
             arena=torch.empty(span, dtype=dtype, device=device),
-            directory=self._zeros(torch.int32, _FIRST_SLOTS, self._groups, 2),
+            directory=self._zeros(torch.int32, _FIRST_SLOTS, len(groups), 2),
             pages=self._zeros(torch.int64, _FIRST_ROWS, 4),
             page_scale=self._zeros(torch.float32, _FIRST_ROWS),
             page_shift=self._zeros(torch.float32, _FIRST_ROWS, RANKS_PER_PAGE),
             page_kind=self._zeros(torch.int32, _FIRST_ROWS),
-            shapes=tuple(GroupShape(1, _aligned(group)) for group in groups),
+            shapes=tuple(GroupShape(_pages_bound(group, 0), _aligned(group)) for group in groups),
         )
 
     @property
@@ -198,9 +203,12 @@ class DevicePool:
         """Renew what the tables say of the most pages that an adapter has in each group."""
         self._page_counts[slot] = ranges[:, 1] - ranges[:, 0]
         shapes = tuple(
-            replace(shape, most_pages=rounded_to_power(pages))
-            for shape, pages in zip(
-                self._tables.shapes, self._page_counts.max(axis=0).tolist(), strict=True
+            replace(shape, most_pages=_pages_bound(group, pages))
+            for shape, group, pages in zip(
+                self._tables.shapes,
+                self._groups,
+                self._page_counts.max(axis=0).tolist(),
+                strict=True,
             )
         )
         if shapes != self._tables.shapes:
@@ -208,7 +216,7 @@ class DevicePool:
 
     def _ranges(self, image: AdapterImage, begin: int) -> npt.NDArray[np.int32]:
         """The slot's row of the directory: [groups, 2], (0, 0) where there is no update."""
-        groups = np.arange(self._groups)
+        groups = np.arange(len(self._groups))
         first = np.searchsorted(image.group, groups, side="left")
         last = np.searchsorted(image.group, groups, side="right")
         ranges = np.stack([first, last], axis=1) + begin
@@ -222,6 +230,7 @@ class DevicePool:
         self._tables.pages[begin:end].copy_(torch.from_numpy(pages))
         self._tables.page_scale[begin:end].copy_(torch.from_numpy(image.scale))
         self._tables.page_shift[begin:end].copy_(torch.from_numpy(image.shift))
+        self._tables.page_kind[begin:end].copy_(torch.from_numpy(image.kind))
 
     def _copy_pages(
         self, image: AdapterImage, offsets: npt.NDArray[np.int64], pause: Callable[[], None]
@@ -244,6 +253,15 @@ def too_large(needed: int, budget: int) -> str:
         f"needs {needed} bytes of device memory, more than a budget of {budget} bytes has room for "
         f"(setting {SETTING}): raise it, or use adapters of lower rank or on fewer modules"
     )
+
+
+def _pages_bound(group: ModuleGroup, pages: int) -> int:
+    """GroupShape.most_pages. 0 where no adapter has any: then nothing calls for the group.
+
+    Only behind sub-layers: the groups of all other modules are called in any case, and a bound that
+    never falls to 0 keeps captured graphs valid.
+    """
+    return 0 if group.source != "input" and not pages else rounded_to_power(pages)
 
 
 def _aligned(group: ModuleGroup) -> bool:
