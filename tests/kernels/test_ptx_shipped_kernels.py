@@ -179,12 +179,12 @@ def test_attention_over_several_splits() -> None:
 
 def test_kv_write_writes_its_slots_and_no_others() -> None:
     k, v = (randn(3, 3, 24, dtype=torch.bfloat16, seed=seed) for seed in (1, 2))
-    caches = [randn(4, 3, 16, 24, dtype=torch.bfloat16, seed=seed) for seed in (3, 4)]
+    k_cache, v_cache = (randn(4, 3, 16, 24, dtype=torch.bfloat16, seed=seed) for seed in (3, 4))
     slots = torch.tensor([17, -1, 63])
-    expected = reference_kv_write(k[[0, 2]], v[[0, 2]], *caches, slots[[0, 2]])
+    expected = reference_kv_write(k[[0, 2]], v[[0, 2]], k_cache, v_cache, slots[[0, 2]])
     with launches_run_as_ptx(seed=11):
-        kv_write_triton.launch_kv_write_(k, v, *caches, slots)
-    for out, reference in zip(caches, expected, strict=True):
+        kv_write_triton.launch_kv_write_(k, v, k_cache, v_cache, slots)
+    for out, reference in zip((k_cache, v_cache), expected, strict=True):
         assert torch.equal(out, reference)
 
 
