@@ -27,6 +27,15 @@ struct Product<bf16, bf16> {
 };
 #endif
 
+// Keeps a loaded value in its register. Left alone, GCC folds the load into each multiply-add that
+// uses it, and then the loads are the limit (0.76 of the peak instead of 0.99).
+template <class V>
+inline void pin(V& value) {
+#if defined(__x86_64__)
+  asm("" : "+v"(value));
+#endif
+}
+
 // acc[m * stride + n] = the lanes' partial sums of x row m times weight row n. The only loop over k
 // in the library, so that every element of every operation is summed in the same order.
 // w holds 2 N pointers: the rows to multiply, and the rows that come next, which are prefetched.
@@ -37,11 +46,12 @@ inline void multiply(const T* const* w, const X* const* x, int64_t K, vec* acc, 
   int64_t k = 0;
   for (; k + P::STEP <= K; k += P::STEP) {
     typename P::Left row[N];
-    for (int n = 0; n < N; n++) row[n] = P::left(w[n] + k);
+    for (int n = 0; n < N; n++) pin(row[n] = P::left(w[n] + k));
     // Into the second-level cache. Fetching only while the first rows of x pass is slower.
     for (int n = 0; n < N; n++) __builtin_prefetch(w[N + n] + k, 0, 2);
     for (int m = 0; m < M; m++) {
-      const typename P::Right value = P::right(x[m] + k);
+      typename P::Right value = P::right(x[m] + k);
+      pin(value);
       for (int n = 0; n < N; n++) sum[m][n] = P::add(sum[m][n], row[n], value);
     }
   }
