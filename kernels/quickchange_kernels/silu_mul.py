@@ -30,6 +30,7 @@ def _fake(x: Tensor) -> Tensor:
 
 
 _silu_mul = dispatch.declare("silu_mul", "(Tensor x) -> Tensor", plain_silu_mul, _fake)
+dispatch.triton_version("silu_mul", "quickchange_kernels.rows_triton:launch_silu_mul")
 
 
 def silu_mul(x: Tensor) -> Tensor:

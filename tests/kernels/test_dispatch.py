@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quickchange_kernels import rms_norm, silu_mul  # noqa: F401  declare their operations
+from quickchange_kernels import kv_write, rms_norm, rotary, silu_mul  # noqa: F401  declare them
 from quickchange_kernels.linear import linear
 from quickchange_kernels.lowrank import RANKS_PER_PAGE
 from quickchange_kernels.paged_attention import paged_attention

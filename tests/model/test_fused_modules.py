@@ -9,8 +9,9 @@ import torch
 from tiny_models import save_model
 from torch import nn
 
-from quickchange_server.model.adapted import ProjectionPart
+from quickchange_server.model.adapted import ProjectionPart, SharedProjection
 from quickchange_server.model.fused import FusedGatedMLP, FusedRMSNorm
+from quickchange_server.model.fused_layer import FusedAttention, FusedDecoderLayer
 from quickchange_server.model.load import load_model
 
 LAYERS = 3
@@ -28,17 +29,19 @@ def count(model: nn.Module, kind: type[nn.Module]) -> int:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
-def test_llama_like_models_have_norms_mlps_and_projections_fused(
-    family: str, tmp_path: Path
-) -> None:
+def test_llama_like_models_have_whole_layers_fused(family: str, tmp_path: Path) -> None:
     model = loaded(family, tmp_path)
     assert count(model, FusedRMSNorm) == 2 * LAYERS + 1
     assert count(model, FusedGatedMLP) == LAYERS
-    assert count(model, ProjectionPart) == 3 * LAYERS
+    assert count(model, FusedDecoderLayer) == LAYERS
+    assert count(model, SharedProjection) == 2 * LAYERS
+    assert count(model, ProjectionPart) == 0
 
 
 def test_qwen3_has_its_head_norms_fused_too(tmp_path: Path) -> None:
-    assert count(loaded("qwen3", tmp_path), FusedRMSNorm) == 4 * LAYERS + 1
+    model = loaded("qwen3", tmp_path)
+    assert count(model, FusedRMSNorm) == 4 * LAYERS + 1
+    assert count(model, FusedDecoderLayer) == LAYERS
 
 
 def test_gemma_norms_take_one_plus_weight_and_its_gelu_mlp_stays(tmp_path: Path) -> None:
@@ -46,6 +49,21 @@ def test_gemma_norms_take_one_plus_weight_and_its_gelu_mlp_stays(tmp_path: Path)
     offsets = {m.offset for m in model.modules() if isinstance(m, FusedRMSNorm)}
     assert offsets == {1.0}
     assert count(model, FusedGatedMLP) == 0
+
+
+@pytest.mark.parametrize("family", ["gemma2", "granite"])
+def test_layers_that_only_look_alike_stay_but_for_their_attention(
+    family: str, tmp_path: Path
+) -> None:
+    model = loaded(family, tmp_path)
+    assert count(model, FusedAttention) == LAYERS
+    assert count(model, FusedDecoderLayer) == 0
+
+
+def test_attention_that_rotates_other_columns_stays(tmp_path: Path) -> None:
+    model = loaded("cohere", tmp_path)
+    assert count(model, FusedAttention) == 0
+    assert count(model, ProjectionPart) == 3 * LAYERS
 
 
 def test_a_model_of_other_parts_is_left_alone(tmp_path: Path) -> None:

@@ -40,6 +40,10 @@ FAMILIES: dict[str, dict[str, object]] = {
         "final_logit_softcapping": 15.0,
         "query_pre_attn_scalar": 16,
     },
+    # Looks like llama, but scales what each sub-layer adds.
+    "granite": {"model_type": "granite", **_GROUPED, "residual_multiplier": 0.5},
+    # Rotates neighbouring columns; attention and MLP side by side.
+    "cohere": {"model_type": "cohere", **_GROUPED, "logit_scale": 1.0},
     "phi": {"model_type": "phi", "partial_rotary_factor": 0.5},
     "gpt_neox": {"model_type": "gpt_neox", "rotary_pct": 0.5},
 }

@@ -109,7 +109,10 @@ struct NormArgs {
   int64_t ldx, width;
   const T* weight;  // [width]
   float eps, offset;
-  T* y;  // [rows, width]
+  T* y;            // [rows, width]
+  const T* delta;  // [rows, width], or null: nothing is added to x
+  int64_t ldd;
+  T* sum;  // [rows, width] x + delta, where there is a delta
 };
 
 template <class T>
@@ -117,6 +120,15 @@ struct GateArgs {
   const T* x;  // [rows, 2 width]
   int64_t ldx, width;
   T* y;  // [rows, width]
+};
+
+template <class T>
+struct RotaryArgs {
+  T* x;  // [rows, heads, at least width]
+  int64_t row_stride, head_stride, heads;
+  const T* cos;  // [rows, width]
+  const T* sin;
+  int64_t ldc, lds, width;
 };
 
 // One instruction set's versions. Ranges are of output columns (linear,
@@ -138,6 +150,8 @@ class Kernels {
   virtual void rms_norm(const NormArgs<bf16>&, int64_t begin, int64_t end) const = 0;
   virtual void silu_mul(const GateArgs<float>&, int64_t begin, int64_t end) const = 0;
   virtual void silu_mul(const GateArgs<bf16>&, int64_t begin, int64_t end) const = 0;
+  virtual void rotary(const RotaryArgs<float>&, int64_t begin, int64_t end) const = 0;
+  virtual void rotary(const RotaryArgs<bf16>&, int64_t begin, int64_t end) const = 0;
 
  protected:
   ~Kernels() = default;

@@ -58,6 +58,12 @@ class Versions final : public Kernels {
   void silu_mul(const GateArgs<bf16>& a, int64_t begin, int64_t end) const override {
     QC_ISA::silu_mul(a, begin, end);
   }
+  void rotary(const RotaryArgs<float>& a, int64_t begin, int64_t end) const override {
+    QC_ISA::rotary(a, begin, end);
+  }
+  void rotary(const RotaryArgs<bf16>& a, int64_t begin, int64_t end) const override {
+    QC_ISA::rotary(a, begin, end);
+  }
 };
 }  // namespace QC_ISA
 

@@ -27,9 +27,10 @@ class BaseLinear(nn.Module):
         super().__init__()
         self.weight = base.weight
         self.bias = base.bias
+        self._operands = (base.weight, base.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(x, self.weight, self.bias)
+        return linear(x, *self._operands)
 
 
 def base_linear(module: nn.Linear) -> nn.Module:
@@ -44,6 +45,7 @@ class AdaptedLinear(nn.Module):
         super().__init__()
         self.base = base
         self.group = group
+        self._compute_base = base.forward
         self._index = group.index
         self._rows = rows
         self._holder = holder
@@ -55,7 +57,7 @@ class AdaptedLinear(nn.Module):
         return weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self.base(x)
+        y: torch.Tensor = self._compute_base(x)
         adapters = _adapters(self._holder)
         if adapters is not None:
             segments = adapters.tokens if self._rows == "tokens" else adapters.samples
@@ -111,12 +113,13 @@ class SharedProjection(nn.Module):
         super().__init__()
         self.projection = projection
         self.widths = widths
+        self.compute = projection.forward  # all the parts' columns: [..., sum of widths]
         self._input: torch.Tensor | None = None
         self._outputs: tuple[torch.Tensor, ...] = ()
 
     def part(self, index: int, x: torch.Tensor) -> torch.Tensor:
         if x is not self._input:
-            self._outputs = self.projection(x).split(self.widths, dim=-1)
+            self._outputs = self.compute(x).split(self.widths, dim=-1)
             self._input = x
         out = self._outputs[index]
         if index == len(self.widths) - 1:

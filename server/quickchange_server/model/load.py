@@ -18,6 +18,7 @@ from quickchange_server.adapters.layout import ModuleGroup
 from quickchange_server.model import attention
 from quickchange_server.model.attention import LayerShape, ShapeRecorder, UnsupportedModelError
 from quickchange_server.model.fused import fuse_small_modules
+from quickchange_server.model.fused_layer import fuse_layers
 from quickchange_server.model.step import StepHolder
 from quickchange_server.model.wrap import Wrapper
 
@@ -59,6 +60,7 @@ def prepare(model: nn.Module, *, adapters: bool) -> LoadedModel:
     holder = StepHolder()
     groups = Wrapper(model, holder, adapters=adapters).wrap()
     fuse_small_modules(model)
+    fuse_layers(model, lambda ids, positions: forward(model, ids, positions))
     recorder = ShapeRecorder()
     attention.install(model, recorder)
     logits = forward(model, torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long))
