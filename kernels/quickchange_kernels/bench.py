@@ -20,6 +20,7 @@ from torch import Tensor
 
 from quickchange_kernels import native
 from quickchange_kernels.linear import linear, plain_linear
+from quickchange_kernels.linear_int8 import linear_int8, plain_linear_int8, quantize_int8
 from quickchange_kernels.lowrank import lowrank_
 from quickchange_kernels.lowrank_plain import plain_lowrank_
 from quickchange_kernels.paged_attention import paged_attention
