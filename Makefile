@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: serve test slow check format clean
+.PHONY: serve test test-main test-interpreted test-compiled slow check lint format clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -16,17 +16,27 @@ $(STAMP): pyproject.toml constraints.txt
 serve: $(STAMP)
 	$(BIN)/quickchange serve --demo --port $(PORT)
 
-test: $(STAMP)
+test: test-main test-interpreted test-compiled
+
+test-main: $(STAMP)
 	$(BIN)/python -m pytest
+
+# Triton's interpreter replaces its compiler for a whole process
+test-interpreted: $(STAMP)
+	TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest tests/triton_kernels
+
+test-compiled: $(STAMP)
+	$(BIN)/python -m quickchange_kernels.aot
 
 slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 
-check: $(STAMP)
+check: lint test
+
+lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
 
 format: $(STAMP)
 	$(BIN)/ruff format .

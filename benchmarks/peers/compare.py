@@ -42,7 +42,13 @@ PEERS: dict[str, Callable[[], Peer]] = {
     "peft": PeftStatic,
     "mistralrs": lambda: scripted("mistralrs", "mistralrs"),
     "llamacpp": lambda: scripted("llamacpp", "llamacpp"),
+    # narrower weights
+    "quickchange-bf16": lambda: quickchange("quickchange-bf16", dtype="bfloat16"),
+    "quickchange-int8": lambda: quickchange("quickchange-int8", quantization="int8"),
+    "llamacpp-f16": lambda: scripted("llamacpp-f16", "llamacpp", LLAMACPP_TYPE="f16"),
+    "llamacpp-q8_0": lambda: scripted("llamacpp-q8_0", "llamacpp", LLAMACPP_TYPE="q8_0"),
 }
+IN_FLOAT32 = "quickchange,vllm,peft,mistralrs,llamacpp"
 
 
 # by mode, load and peer: the first peer's median tokens/s over this one's
@@ -171,7 +177,7 @@ def check(setup: Setup, peers: Sequence[Peer]) -> None:
 
 
 def main(
-    peers: Annotated[str, typer.Option(help=", ".join(PEERS))] = ",".join(PEERS),
+    peers: Annotated[str, typer.Option(help=", ".join(PEERS))] = IN_FLOAT32,
     modes: Annotated[str, typer.Option(help=", ".join(MODES))] = ",".join(MODES),
     concurrency: Annotated[str, typer.Option(help="Requests at once.")] = "1,8,16",
     repeat: Annotated[int, typer.Option(min=1, help="Rounds.")] = 3,

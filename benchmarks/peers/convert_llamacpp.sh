@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The base model and its adapters to GGUF in float32, into $PEERS_DIR/gguf (made anew each time).
+# The base model (float32, float16, Q8_0) and its adapters (float32) to GGUF, into $PEERS_DIR/gguf
+# (made anew each time).
 # CONVERT_PYTHON needs torch, transformers, safetensors and sentencepiece (default: install_peft's).
 . "$(dirname "$0")/common.sh"
 need_model
@@ -9,7 +10,10 @@ GGUF="$PEERS_DIR/gguf"
 export PYTHONPATH="$SOURCE/gguf-py"
 rm -rf "$GGUF.new"
 mkdir -p "$GGUF.new"
-"$PY" "$SOURCE/convert_hf_to_gguf.py" "$BASE_MODEL" --outtype f32 --outfile "$GGUF.new/base.gguf"
+for type in f32 f16 q8_0; do
+  "$PY" "$SOURCE/convert_hf_to_gguf.py" "$BASE_MODEL" --outtype "$type" \
+    --outfile "$GGUF.new/base-$type.gguf"
+done
 for ((k = 0; k < ADAPTERS; k++)); do
   "$PY" "$SOURCE/convert_lora_to_gguf.py" "$ADAPTERS_DIR/lora-$k" --base "$BASE_MODEL" \
     --outtype f32 --outfile "$GGUF.new/lora-$k.gguf"

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # llama-server. A request picks adapters with "lora": [{"id": K, "scale": 1.0}]; ADAPTERS=0: none.
+# LLAMACPP_TYPE: how the base's weights are stored, f32 (default), f16 or q8_0.
 . "$(dirname "$0")/common.sh"
 need_model
 GGUF="$PEERS_DIR/gguf"
@@ -9,6 +10,6 @@ if [ "$ADAPTERS" -gt 0 ]; then
   for ((k = 1; k < ADAPTERS; k++)); do files+=",$GGUF/lora-$k.gguf"; done
   lora=(--lora "$files" --lora-init-without-apply)
 fi
-exec "$PEERS_DIR/llama-build/bin/llama-server" -m "$GGUF/base.gguf" --alias base \
+exec "$PEERS_DIR/llama-build/bin/llama-server" -m "$GGUF/base-${LLAMACPP_TYPE:-f32}.gguf" --alias base \
   --host 127.0.0.1 --port "$PORT" --threads "$THREADS" --threads-batch "$THREADS" \
   --parallel "$SEQUENCES" --ctx-size "$((SEQUENCES * 1024))" --cache-ram 0 --no-webui "${lora[@]}"

@@ -138,45 +138,49 @@ class Served:
         return rows
 
 
-def scripted(name: str, dialect: DialectName) -> Served:
-    """A peer that start_NAME.sh serves."""
+def scripted(name: str, dialect: DialectName, **environment: str) -> Served:
+    """A peer that a start script serves: NAME, or NAME-VARIANT with more of an environment."""
+    script = f"start_{name.partition('-')[0]}.sh"
 
     def run(setup: Setup) -> Iterator[Running]:
         port = free_port()
         with running(
-            [str(setup.scripts / f"start_{name}.sh")],
+            [str(setup.scripts / script)],
             url=f"http://127.0.0.1:{port}",
             target=setup.target,
             dialect=dialect,
             log=setup.work / f"{name}.log",
-            environment=setup.environment(port),
+            environment={**setup.environment(port), **environment},
         ) as server:
             yield server
 
     return Served(name, dialect, run)
 
 
-def quickchange() -> Served:
-    """Ours; its store is filled at the first start."""
+def quickchange(name: str = "quickchange", **settings: str) -> Served:
+    """Ours, with more QUICKCHANGE_ settings; its store is filled at the first start."""
 
     def run(setup: Setup) -> Iterator[Running]:
-        store = setup.work / "store"
+        store = setup.work / f"store-{name}"
         own = ours.OwnServer(
             model=str(setup.base),
             store=store,
             device=setup.device,
-            dtype=setup.dtype,
-            environment={"QUICKCHANGE_THREADS": str(setup.threads)},
+            dtype=settings.get("dtype", setup.dtype),
+            environment={
+                "QUICKCHANGE_THREADS": str(setup.threads),
+                **{f"QUICKCHANGE_{key.upper()}": value for key, value in settings.items()},
+            },
         )
-        filled = setup.work / "store-filled"
-        with own.running(setup.work / "quickchange.log") as server:
+        filled = setup.work / f"store-{name}-filled"
+        with own.running(setup.work / f"{name}.log") as server:
             if not filled.exists():
                 folders = {name: setup.adapters_dir / name for name in setup.target.adapters}
                 ours.register(server.url, folders)
                 filled.touch()
             yield server
 
-    return Served("quickchange", "openai", run)
+    return Served(name, "openai", run)
 
 
 class PeftStatic:

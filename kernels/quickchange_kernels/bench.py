@@ -21,7 +21,7 @@ from torch import Tensor
 from quickchange_kernels import native
 from quickchange_kernels.linear import linear, plain_linear
 from quickchange_kernels.linear_int8 import linear_int8, plain_linear_int8, quantize_int8
-from quickchange_kernels.lowrank import lowrank_
+from quickchange_kernels.lowrank import lowrank_, operands
 from quickchange_kernels.lowrank_plain import plain_lowrank_
 from quickchange_kernels.paged_attention import paged_attention
 from quickchange_kernels.paged_attention_plain import plain_paged_attention
@@ -166,9 +166,7 @@ def lowrank_cases(dtype: torch.dtype, rows: int, rank: int) -> Iterator[Case]:
 
     def plain() -> None:
         for t, (k, n) in zip(tables, shapes, strict=True):
-            s = distinct
-            spread = (t.arena, t.directory, t.pages, t.page_scale, t.page_shift)
-            plain_lowrank_(y[n], x[k], *spread, s.rows, s.slot, s.weight, 0)
+            plain_lowrank_(y[n], x[k], *operands(t, distinct, 0))
 
     size = sum(table.arena.nbytes for table in tables)
     name = f"lowrank {_name(dtype)}, {rows} rows, {rows} adapters of rank {rank}"

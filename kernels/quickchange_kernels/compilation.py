@@ -1,7 +1,7 @@
 """What a Triton kernel says about itself so that it can be compiled and checked without a GPU.
 
 Each `*_triton.py` has `compilations()`, which yields one `Compilation` for every configuration that
-ships; `aot.py` compiles them all.
+ships; `python -m quickchange_kernels.aot` compiles them all for the targets named here.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")  # A100, H100, B200, MI300
 
 
 @dataclass(frozen=True)
@@ -28,3 +30,4 @@ class Compilation:
     divisible_by_16: tuple[str, ...] = ()  # integers known to be; pointers always are
     products: bool = False  # has matrix products in 16 bits, so tensor cores must do them
     options: Mapping[str, Any] = field(default_factory=dict)  # others of Triton's compiler
+    targets: tuple[str, ...] = TARGETS  # where this configuration ships

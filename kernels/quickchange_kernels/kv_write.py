@@ -3,8 +3,9 @@
 Contract
     k, v               [T, Hkv, D]                    any strides
     k_cache, v_cache   [num_blocks, Hkv, block_size, D]  contiguous, k's dtype; written in place
-    slots              int64 [T]  block * block_size + offset; no slot twice, all in range
-Slots not named are not touched. A slot out of range raises IndexError (CPU).
+    slots              int64 [T]  block * block_size + offset; no slot twice; -1: padding, skipped
+Slots not named are not touched. Any other slot out of range raises IndexError on a CPU; on a GPU it
+must not occur, and is skipped.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from quickchange_kernels import dispatch, native
 
+PADDING = -1  # the slot of a row that is written nowhere
+
 
 def reference_kv_write(
     k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor
@@ -22,6 +25,8 @@ def reference_kv_write(
     k_cache, v_cache = k_cache.clone(), v_cache.clone()
     block_size = k_cache.shape[2]
     for t, slot in enumerate(slots.tolist()):
+        if slot == PADDING:
+            continue
         k_cache[slot // block_size, :, slot % block_size] = k[t]
         v_cache[slot // block_size, :, slot % block_size] = v[t]
     return k_cache, v_cache
@@ -29,6 +34,8 @@ def reference_kv_write(
 
 def plain_kv_write_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
     """The operation in plain torch, for any device."""
+    kept = (slots != PADDING).nonzero().squeeze(1)
+    k, v, slots = k[kept], v[kept], slots[kept]
     block_size = k_cache.shape[2]
     blocks = torch.div(slots, block_size, rounding_mode="floor")
     offsets = slots - blocks * block_size
@@ -42,6 +49,7 @@ _kv_write_ = dispatch.declare(
     plain_kv_write_,
     dispatch.writes_in_place,
 )
+dispatch.triton_version("kv_write_", "quickchange_kernels.kv_write_triton:launch_kv_write_")
 
 
 def kv_write_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:

@@ -1,66 +1,74 @@
 """lowrank_: add every row's low-rank updates to a linear's or an embedding's output, in one call.
 
-    y[rows_s, column : column + width] += weight_s · scale_p · (x[rows_s] A_pᵀ + shift_p) B_p
+    y[rows_s, column : column + width] += weight_s · scale_p · act_p(x[rows_s] A_pᵀ + shift_p) B_p
 
 for each segment s and each page p of (slot_s, group). A page is 8 ranks of one update; an update of
 rank r is ⌈r/8⌉ pages, the last one zero-padded, so ranks mix freely and nothing is padded further.
+act_p is the page's kind: the identity, or an activation (bottleneck adapters). A page of the kind
+GAIN (DoRA, IA3) has no A, and one row g of B; its update is, with y as it was before the call,
+
+    y[rows_s, column : column + width] += weight_s · scale_p · g_p ⊙ y₀[rows_s, column : ...]
 
 Contract
-    y    [T, N]  rows contiguous (any row stride); written in place; may not overlap x
-    x    [T, K]  lowrank_: y's dtype, rows contiguous (any row stride)
+    y    [T, N]  rows contiguous (any row stride); written in place
+    x    [T, K]  lowrank_: y's dtype, rows contiguous (any row stride). May be y itself, for an
+                 adapter that reads the output it adds to: all reads of x come before any write of
+                 y. May not overlap y otherwise
     ids  int64 [T]  lowrank_embedding_: the tokens; A x is column ids[t] of A [8, vocabulary]
 Several segments may cover the same rows (compositions add up). A row in no segment is neither
 written nor read, and costs nothing. No segments: the call returns at once. Sums are in float32.
 The native version adds to a row in the order of segments, then pages, whatever the other rows are,
-so that a row's result does not depend on the batch it is in, within the shapes it takes.
+so that a row's result does not depend on the batch it is in, within the shapes it takes. The Triton
+version sums a row's features, pieces and pages in an order of its own that the batch does not
+change either; it needs `segments.tiles`.
 Rows, slots and pages are trusted to be in range: the tables' owner checks them when they change,
 not each layer. Knows nothing of adapters' names.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from quickchange_kernels import dispatch, lowrank_plain, native
+from quickchange_kernels.lowrank_tables import (
+    A_ALIGNMENT,
+    RANKS_PER_PAGE,
+    GroupShape,
+    LowRankTables,
+    PageKind,
+    RowTiles,
+    Segments,
+)
 
-RANKS_PER_PAGE = 8
-A_ALIGNMENT = 64  # bytes
-
-
-@dataclass(frozen=True)
-class LowRankTables:
-    """All resident adapters' weights and where they lie. Changes when adapters come and go.
-
-    Offsets are in elements of `arena`; the offset of an A page is a multiple of 64 bytes.
-    """
-
-    arena: Tensor  # [E] the model's dtype
-    directory: Tensor  # int32 [slots, groups, 2] page range (begin, end); begin == end: no update
-    pages: Tensor  # int64 [P, 4] (a_offset, b_offset, column, width); A [8, in], B [8, width]
-    page_scale: Tensor  # float32 [P] alpha / r
-    page_shift: Tensor  # float32 [P, 8] added to A x: a bias is a rank of A row 0 and shift 1
-
-
-@dataclass(frozen=True)
-class Segments:
-    """Which token rows take which adapter, at which weight. Made once a step, for all layers."""
-
-    rows: Tensor  # int32 [S, 2] token rows [begin, end)
-    slot: Tensor  # int32 [S]
-    weight: Tensor  # float32 [S]
+__all__ = [
+    "A_ALIGNMENT",
+    "RANKS_PER_PAGE",
+    "GroupShape",
+    "LowRankTables",
+    "PageKind",
+    "RowTiles",
+    "Segments",
+    "lowrank_",
+    "lowrank_embedding_",
+    "operands",
+    "reference_lowrank",
+    "reference_lowrank_embedding",
+]
 
 
 def reference_lowrank(
     y: Tensor, x: Tensor, tables: LowRankTables, segments: Segments, group: int
 ) -> Tensor:
     """y after the operation, in float64: [T, N]."""
-    out = y.double()
-    for begin, end, weight, page in _updates(tables, segments, group):
-        a, b = _page_weights(tables, page, x.shape[1])
-        _add_update(out, x[begin:end].double() @ a.T, b, tables, (begin, end, weight, page))
-    return out
+
+    def down(begin: int, end: int, page: int) -> Tensor:
+        return x[begin:end].double() @ _matrix(tables, page, 0, RANKS_PER_PAGE, x.shape[1]).T
+
+    return _reference(y, down, tables, segments, group)
 
 
 def reference_lowrank_embedding(
@@ -72,10 +80,34 @@ def reference_lowrank_embedding(
     vocabulary: int,
 ) -> Tensor:
     """y after the operation, in float64: [T, H]."""
-    out = y.double()
+
+    def down(begin: int, end: int, page: int) -> Tensor:
+        return _matrix(tables, page, 0, RANKS_PER_PAGE, vocabulary)[:, ids[begin:end]].T
+
+    return _reference(y, down, tables, segments, group)
+
+
+def _reference(
+    y: Tensor,
+    down: Callable[[int, int, int], Tensor],
+    tables: LowRankTables,
+    segments: Segments,
+    group: int,
+) -> Tensor:
+    """down: A x [rows, 8] of the rows [begin, end) and a page."""
+    before, out = y.double(), y.double().clone()
     for begin, end, weight, page in _updates(tables, segments, group):
-        a, b = _page_weights(tables, page, vocabulary)
-        _add_update(out, a[:, ids[begin:end]].T, b, tables, (begin, end, weight, page))
+        _, _, column, width = tables.pages[page].tolist()
+        kind = PageKind(int(tables.page_kind[page]))
+        place = (slice(begin, end), slice(column, column + width))
+        if kind is PageKind.GAIN:
+            update = before[place] * _matrix(tables, page, 1, 1, width)
+        else:
+            h = down(begin, end, page) + tables.page_shift[page].double()
+            update = lowrank_plain.activated(h, torch.tensor(kind)) @ _matrix(
+                tables, page, 1, RANKS_PER_PAGE, width
+            )
+        out[place] += weight * tables.page_scale[page].double() * update
     return out
 
 
@@ -93,27 +125,16 @@ def _updates(
     ]
 
 
-def _page_weights(tables: LowRankTables, page: int, features: int) -> tuple[Tensor, Tensor]:
-    """A [8, features] and B [8, width] in float64."""
-    a_offset, b_offset, _, width = tables.pages[page].tolist()
-    a = tables.arena[a_offset : a_offset + RANKS_PER_PAGE * features]
-    b = tables.arena[b_offset : b_offset + RANKS_PER_PAGE * width]
-    return a.view(RANKS_PER_PAGE, features).double(), b.view(RANKS_PER_PAGE, width).double()
-
-
-def _add_update(
-    out: Tensor, ax: Tensor, b: Tensor, tables: LowRankTables, update: tuple[int, int, float, int]
-) -> None:
-    begin, end, weight, page = update
-    _, _, column, width = tables.pages[page].tolist()
-    scale = weight * tables.page_scale[page].double()
-    shifted = ax + tables.page_shift[page].double()
-    out[begin:end, column : column + width] += scale * (shifted @ b)
+def _matrix(tables: LowRankTables, page: int, which: int, rows: int, columns: int) -> Tensor:
+    """A page's A (which = 0) or B (1) in float64: [rows, columns]."""
+    offset = int(tables.pages[page, which])
+    return tables.arena[offset : offset + rows * columns].view(rows, columns).double()
 
 
 _TABLES = (
     "Tensor arena, Tensor directory, Tensor pages, Tensor page_scale, Tensor page_shift, "
-    "Tensor rows, Tensor slot, Tensor weight, int group"
+    "Tensor page_kind, Tensor rows, Tensor slot, Tensor weight, Tensor? pieces, Tensor? tiles, "
+    "int tile_height, int group, int most_pages, bool aligned"
 )
 _lowrank_ = dispatch.declare(
     "lowrank_",
@@ -127,6 +148,32 @@ _lowrank_embedding_ = dispatch.declare(
     lowrank_plain.plain_lowrank_embedding_,
     dispatch.writes_in_place,
 )
+dispatch.triton_version("lowrank_", "quickchange_kernels.lowrank_triton:launch_lowrank")
+dispatch.triton_version(
+    "lowrank_embedding_", "quickchange_kernels.lowrank_triton:launch_lowrank_embedding"
+)
+
+
+def operands(tables: LowRankTables, segments: Segments, group: int) -> tuple[Any, ...]:
+    """What the operations take after y and x, as the dispatcher wants it."""
+    tiles, shape = segments.tiles, tables.shapes[group]
+    return (
+        tables.arena,
+        tables.directory,
+        tables.pages,
+        tables.page_scale,
+        tables.page_shift,
+        tables.page_kind,
+        segments.rows,
+        segments.slot,
+        segments.weight,
+        None if tiles is None else tiles.pieces,
+        None if tiles is None else tiles.tiles,
+        0 if tiles is None else tiles.height,
+        group,
+        shape.most_pages,
+        shape.aligned,
+    )
 
 
 def lowrank_(y: Tensor, x: Tensor, tables: LowRankTables, segments: Segments, group: int) -> None:
@@ -134,19 +181,7 @@ def lowrank_(y: Tensor, x: Tensor, tables: LowRankTables, segments: Segments, gr
     if segments.slot.shape[0] == 0:
         return
     native.ensure()
-    _lowrank_(
-        y,
-        x,
-        tables.arena,
-        tables.directory,
-        tables.pages,
-        tables.page_scale,
-        tables.page_shift,
-        segments.rows,
-        segments.slot,
-        segments.weight,
-        group,
-    )
+    _lowrank_(y, x, *operands(tables, segments, group))
 
 
 def lowrank_embedding_(
@@ -161,17 +196,4 @@ def lowrank_embedding_(
     if segments.slot.shape[0] == 0:
         return
     native.ensure()
-    _lowrank_embedding_(
-        y,
-        ids,
-        tables.arena,
-        tables.directory,
-        tables.pages,
-        tables.page_scale,
-        tables.page_shift,
-        segments.rows,
-        segments.slot,
-        segments.weight,
-        group,
-        vocabulary,
-    )
+    _lowrank_embedding_(y, ids, *operands(tables, segments, group), vocabulary)

@@ -7,13 +7,26 @@ accelerator each call waits for the device.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+from quickchange_kernels.lowrank_tables import PageKind
 
 MAX_SHORT_ROWS = 4  # a segment of more rows is worth a matrix product of its own
+
+_ACTIVATIONS: Mapping[PageKind, Callable[[Tensor], Tensor]] = {
+    PageKind.RELU: functional.relu,
+    PageKind.GELU: functional.gelu,
+    PageKind.GELU_TANH: partial(functional.gelu, approximate="tanh"),
+    PageKind.SILU: functional.silu,
+    PageKind.TANH: torch.tanh,
+}
 
 
 class _Down(Protocol):
@@ -68,6 +81,16 @@ class _Pages:
     pages: Tensor
     scale: Tensor
     shift: Tensor
+    kind: Tensor
+
+
+def activated(h: Tensor, kind: Tensor) -> Tensor:
+    """Each element of h through the activation of its page. kind broadcasts to h's shape."""
+    for value, function in _ACTIVATIONS.items():
+        chosen = kind == value
+        if chosen.any():
+            h = torch.where(chosen, function(h), h)
+    return h
 
 
 def plain_lowrank_(
@@ -78,13 +101,20 @@ def plain_lowrank_(
     pages: Tensor,
     page_scale: Tensor,
     page_shift: Tensor,
+    page_kind: Tensor,
     rows: Tensor,
     slot: Tensor,
     weight: Tensor,
+    pieces: Tensor | None,
+    tiles: Tensor | None,
+    tile_height: int,
     group: int,
+    most_pages: int,
+    aligned: bool,
 ) -> None:
     """lowrank_ with its tables and segments spread out, as the dispatcher wants them."""
-    tables = _Pages(arena, pages, page_scale, page_shift)
+    del pieces, tiles, tile_height, most_pages, aligned  # a GPU's grid alone needs them
+    tables = _Pages(arena, pages, page_scale, page_shift, page_kind)
     ranges = directory[slot.long(), group]
     _add_updates(y, _LinearDown(x, arena), tables, ranges, rows, weight)
 
@@ -97,14 +127,21 @@ def plain_lowrank_embedding_(
     pages: Tensor,
     page_scale: Tensor,
     page_shift: Tensor,
+    page_kind: Tensor,
     rows: Tensor,
     slot: Tensor,
     weight: Tensor,
+    pieces: Tensor | None,
+    tiles: Tensor | None,
+    tile_height: int,
     group: int,
+    most_pages: int,
+    aligned: bool,
     vocabulary: int,
 ) -> None:
     """lowrank_embedding_ with its tables and segments spread out."""
-    tables = _Pages(arena, pages, page_scale, page_shift)
+    del pieces, tiles, tile_height, most_pages, aligned
+    tables = _Pages(arena, pages, page_scale, page_shift, page_kind)
     ranges = directory[slot.long(), group]
     _add_updates(y, _EmbeddingDown(ids, arena, vocabulary), tables, ranges, rows, weight)
 
@@ -115,37 +152,60 @@ class _Span:
 
     begin: int  # token rows [begin, end)
     end: int
-    first: int  # pages [first, last)
-    last: int
     weight: float
+    updates: list[int]  # pages with an A
+    gains: list[int]  # and without
 
     @property
     def short(self) -> bool:
         return self.end - self.begin <= MAX_SHORT_ROWS
 
 
-def _add_updates(
-    y: Tensor, down: _Down, tables: _Pages, ranges: Tensor, rows: Tensor, weight: Tensor
-) -> None:
-    """ranges [S, 2]: each segment's pages."""
-    spans = [
-        _Span(begin, end, first, last, w)
+def _spans(tables: _Pages, ranges: Tensor, rows: Tensor, weight: Tensor) -> list[_Span]:
+    """The segments that have rows and pages. ranges [S, 2]: each segment's pages."""
+    gains = set((tables.kind == PageKind.GAIN).nonzero().flatten().tolist())
+    return [
+        _Span(
+            begin,
+            end,
+            w,
+            [page for page in range(first, last) if page not in gains],
+            [page for page in range(first, last) if page in gains],
+        )
         for (begin, end), (first, last), w in zip(
             rows.tolist(), ranges.tolist(), weight.tolist(), strict=True
         )
         if begin < end and first < last
     ]
-    # A lower precision would round once a page: the sum is kept apart, in float32.
-    total = y if y.dtype == torch.float32 else torch.zeros_like(y, dtype=torch.float32)
-    if short := [span for span in spans if span.short]:
+
+
+def _add_updates(
+    y: Tensor, down: _Down, tables: _Pages, ranges: Tensor, rows: Tensor, weight: Tensor
+) -> None:
+    """ranges [S, 2]: each segment's pages."""
+    spans = _spans(tables, ranges, rows, weight)
+    if not spans:
+        return
+    # Apart from y, which may be x and which gains multiply; and in float32, because a lower
+    # precision would round once a page.
+    total = torch.zeros_like(y, dtype=torch.float32)
+    if short := [span for span in spans if span.short and span.updates]:
         _add_short(total, down, tables, short)
+    touched = torch.zeros(y.shape[0], dtype=torch.bool, device=y.device)
     for span in spans:
-        if not span.short:
+        touched[span.begin : span.end] = True
+        _add_gains(total, y, tables, span)
+        if not span.short and span.updates:
             _add_long(total, down, tables, span)
-    if spans and total is not y:
-        touched = sorted({row for span in spans for row in range(span.begin, span.end)})
-        index = torch.tensor(touched, device=y.device)
-        y[index] = (y[index].float() + total[index]).to(y.dtype)
+    y[touched] = (y[touched].float() + total[touched]).to(y.dtype)
+
+
+def _add_gains(total: Tensor, y: Tensor, tables: _Pages, span: _Span) -> None:
+    for page in span.gains:
+        _, b_offset, column, width = tables.pages[page].tolist()
+        gain = tables.arena[b_offset : b_offset + width].float() * tables.scale[page] * span.weight
+        place = (slice(span.begin, span.end), slice(column, column + width))
+        total[place] += y[place].float() * gain
 
 
 def _add_short(total: Tensor, down: _Down, tables: _Pages, spans: list[_Span]) -> None:
@@ -153,7 +213,7 @@ def _add_short(total: Tensor, down: _Down, tables: _Pages, spans: list[_Span]) -
     pairs = [
         (row, page, span.weight)
         for span in spans
-        for page in range(span.first, span.last)
+        for page in span.updates
         for row in range(span.begin, span.end)
     ]
     device = total.device
@@ -161,8 +221,8 @@ def _add_short(total: Tensor, down: _Down, tables: _Pages, spans: list[_Span]) -
     page = torch.tensor([pair[1] for pair in pairs], device=device)
     weight = torch.tensor([pair[2] for pair in pairs], device=device)
     table = tables.pages[page]  # [n, 4]
-    scale = (weight * tables.scale[page]).unsqueeze(1)
-    h = (down.pairs(row, table[:, 0]) + tables.shift[page]) * scale  # [n, 8]
+    h = down.pairs(row, table[:, 0]) + tables.shift[page]  # [n, 8]
+    h = activated(h, tables.kind[page].unsqueeze(1)) * (weight * tables.scale[page]).unsqueeze(1)
     for (column, width), members in _by_place(table).items():
         chosen = torch.tensor(members, device=device)
         b = _gather(tables.arena, table[chosen, 1], 8 * width).view(-1, 8, width)
@@ -172,11 +232,12 @@ def _add_short(total: Tensor, down: _Down, tables: _Pages, spans: list[_Span]) -
 
 def _add_long(total: Tensor, down: _Down, tables: _Pages, span: _Span) -> None:
     """One segment through all its pages."""
-    table = tables.pages[span.first : span.last]
-    shift = tables.shift[span.first : span.last]
-    scale = (span.weight * tables.scale[span.first : span.last]).unsqueeze(1).expand(-1, 8)
+    pages = torch.tensor(span.updates, device=total.device)
+    table = tables.pages[pages]
     h = down.block(span.begin, span.end, table[:, 0])  # [rows, 8 * pages]
-    h = ((h + shift.reshape(-1)) * scale.reshape(-1)).view(h.shape[0], -1, 8)
+    h = h.view(h.shape[0], -1, 8) + tables.shift[pages]
+    h = activated(h, tables.kind[pages].unsqueeze(1))
+    h = h * (span.weight * tables.scale[pages]).unsqueeze(1)
     for (column, width), members in _by_place(table).items():
         chosen = torch.tensor(members, device=total.device)
         b = _gather(tables.arena, table[chosen, 1], 8 * width).view(-1, width)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+MAX_TREE_QUERIES = 64  # of one sequence: the bits of an int64
+
 
 @dataclass(frozen=True)
 class _Scoring:
@@ -29,12 +31,18 @@ class _Cache:
     v: Tensor
     block_tables: Tensor  # int32 [B, M]
 
-    def gather(self, sequences: Tensor, lengths: Tensor, longest: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of some sequences, padded to whole blocks: two [b, Hkv, keys, D]."""
+    def gather(
+        self, sequences: Tensor, first: Tensor, lengths: Tensor, longest: int
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values of some sequences, padded to whole blocks: two [b, Hkv, keys, D].
+
+        What lies before key `first` and from `lengths` on is arbitrary.
+        """
         size = self.k.shape[2]
         table = self.block_tables[sequences, : -(-longest // size)].long()
         start = torch.arange(table.shape[1], device=table.device) * size
-        table = table.masked_fill(start >= lengths.unsqueeze(1), 0)
+        dead = (start >= lengths.unsqueeze(1)) | (start + size <= first.unsqueeze(1))
+        table = table.masked_fill(dead, 0)
         k, v = (c[table].transpose(1, 2).flatten(2, 3) for c in (self.k, self.v))
         return k, v
 
@@ -49,13 +57,15 @@ def plain_paged_attention(
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
+    tree: Tensor | None = None,
 ) -> Tensor:
     """paged_attention for any device; reads lengths on the host."""
     cache = _Cache(k_cache, v_cache, block_tables)
     scoring = _Scoring(scale, window, softcap)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lengths, starts = seq_lens.tolist(), query_start.tolist()
-    counts = [end - begin for begin, end in pairwise(starts)]
+    spans = zip(lengths, pairwise(starts), strict=True)
+    counts = [end - begin if length > 0 else 0 for length, (begin, end) in spans]
     single = [b for b, count in enumerate(counts) if count == 1]
     if single:
         rows = torch.tensor([starts[b] for b in single], device=q.device)
@@ -66,9 +76,12 @@ def plain_paged_attention(
         if count > 1:
             chunk = slice(starts[b], starts[b + 1])
             sequence = torch.tensor([b], device=q.device)
-            out[chunk] = _prefill(
-                q[chunk], cache, sequence, seq_lens[sequence], lengths[b], scoring
-            )
+            bits = tree[chunk] if tree is not None and count <= MAX_TREE_QUERIES else None
+            visible = _visible(count, lengths[b], scoring.window, bits, q.device)
+            first = lengths[b] - count + 1 - window if window > 0 else 0
+            oldest = seq_lens.new_full((1,), first)
+            k, v = cache.gather(sequence, oldest, seq_lens[sequence], lengths[b])
+            out[chunk] = _prefill(q[chunk], k, v, visible, scoring)
     return out
 
 
@@ -77,13 +90,11 @@ def _decode(
 ) -> Tensor:
     """One query [Hq, D] for each of the sequences: [b, Hq, D]."""
     heads = cache.k.shape[1]
-    k, v = cache.gather(sequences, lengths, longest)
+    first = lengths - scoring.window if scoring.window > 0 else torch.zeros_like(lengths)
+    k, v = cache.gather(sequences, first, lengths, longest)
     key = torch.arange(k.shape[2], device=q.device)
-    last = lengths.unsqueeze(1) - 1  # the query's position
-    hidden = key > last  # [b, keys]
+    hidden = (key >= lengths.unsqueeze(1)) | (key < first.unsqueeze(1))  # [b, keys]
     v = v.masked_fill(hidden[:, None, :, None], 0)  # 0 · NaN would be NaN
-    if scoring.window > 0:
-        hidden = hidden | (last - key >= scoring.window)
     grouped = q.reshape(q.shape[0], heads, -1, q.shape[2])  # [b, Hkv, group, D]
     scores = (grouped @ k.transpose(2, 3)).float() * scoring.scale
     if scoring.softcap > 0:
@@ -93,19 +104,35 @@ def _decode(
     return out.flatten(1, 2)
 
 
-def _prefill(
-    q: Tensor, cache: _Cache, sequence: Tensor, lengths: Tensor, length: int, scoring: _Scoring
+def _visible(
+    count: int, length: int, window: int, tree: Tensor | None, device: torch.device
 ) -> Tensor:
-    """Several queries [n, Hq, D] of one sequence: [n, Hq, D]."""
-    heads = cache.k.shape[1]
-    k, v = (c[:, :, :length] for c in cache.gather(sequence, lengths, length))
-    count, group = q.shape[0], q.shape[1] // heads
-    key = torch.arange(length, device=q.device)
-    position = torch.arange(length - count, length, device=q.device).unsqueeze(1)
-    visible = key <= position  # [n, keys]
-    if scoring.window > 0:
-        visible = visible & (position - key < scoring.window)
+    """Which keys each of a sequence's last `count` positions sees: bool [count, length]."""
+    past = length - count
+    own = torch.ones(count, count, dtype=torch.bool, device=device).tril()
+    if tree is not None:
+        own = (tree.unsqueeze(1) >> torch.arange(count, device=device) & 1).bool()
+    visible = torch.cat([own.new_ones(count, past), own], dim=1)
+    if window > 0:
+        nearer = visible.flip(1).cumsum(1).flip(1)  # this key and those after it on the path
+        visible = visible & (nearer <= window)
+    return visible
+
+
+def _prefill(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scoring: _Scoring) -> Tensor:
+    """Several queries [n, Hq, D] of one sequence, over [1, Hkv, at least keys, D]: [n, Hq, D].
+
+    visible: bool [n, keys].
+    """
+    count, length = visible.shape
+    heads = k.shape[1]
+    group = q.shape[1] // heads
     mask = visible.repeat(group, 1)  # [group * n, keys]
+    k, v = k[:, :, :length], v[:, :, :length]
+    if scoring.window > 0:
+        # 0 · NaN would be NaN; so would a score with PyTorch's own attention, which adds its mask.
+        used = visible.any(0)[:, None]
+        k, v = k.where(used, 0), v.where(used, 0)
     grouped = q.reshape(count, heads, group, -1).permute(1, 2, 0, 3).flatten(1, 2).unsqueeze(0)
     if scoring.softcap > 0:
         scores = (grouped @ k.transpose(2, 3)).float() * scoring.scale

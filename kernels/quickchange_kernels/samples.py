@@ -7,12 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from quickchange_kernels.lowrank import A_ALIGNMENT, RANKS_PER_PAGE, LowRankTables, Segments
+from quickchange_kernels.lowrank_tables import (
+    A_ALIGNMENT,
+    RANKS_PER_PAGE,
+    GroupShape,
+    LowRankTables,
+    PageKind,
+    RowTiles,
+    Segments,
+    cut_tiles,
+    rounded_to_power,
+    tile_height,
+)
 
 Popularity = Literal["identical", "distinct", "uniform", "zipf", "skewed"]
 POPULARITIES: tuple[Popularity, ...] = ("identical", "distinct", "uniform", "zipf", "skewed")
@@ -39,13 +51,32 @@ def draw_slots(
     return drawn
 
 
-def make_segments(spans: Sequence[tuple[int, int, int, float]]) -> Segments:
-    """Segments of (begin, end, slot, weight)."""
+def make_segments(
+    spans: Sequence[tuple[int, int, int, float]], height: int | None = None
+) -> Segments:
+    """Segments of (begin, end, slot, weight), which may overlap in any way.
+
+    height: of the tiles, instead of the one that suits the spans.
+    """
+    slots = [span[2] for span in spans]
+    edges = sorted({edge for span in spans for edge in span[:2]})
+    parts = [
+        (begin, end, [i for i, span in enumerate(spans) if span[0] <= begin and end <= span[1]])
+        for begin, end in pairwise(edges)
+    ]
+    covered = [part for part in parts if part[2]]
+    height = height or tile_height(max((end - begin for begin, end, _ in covered), default=0))
+    pieces, tiles = cut_tiles(covered, slots, height)
     return Segments(
-        rows=torch.tensor([span[:2] for span in spans], dtype=torch.int32).view(-1, 2),
-        slot=torch.tensor([span[2] for span in spans], dtype=torch.int32),
+        rows=_int32([span[:2] for span in spans]).view(-1, 2),
+        slot=_int32(slots),
         weight=torch.tensor([span[3] for span in spans], dtype=torch.float32),
+        tiles=RowTiles(_int32(pieces).view(-1, 4), _int32(tiles).view(-1, 4), height),
     )
+
+
+def _int32(values: Sequence[object]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
 
 
 def random_tables(
@@ -57,10 +88,12 @@ def random_tables(
     groups: int = 1,
     dtype: torch.dtype = torch.float32,
     bias: bool = False,
+    kinds: Sequence[PageKind] = (PageKind.IDENTITY,),
 ) -> LowRankTables:
     """Adapters of the given ranks in slots 0, 1, ...; each updates every member of every group.
 
     widths: of a group's members, side by side in its output. bias: one more rank, constant 1 in.
+    kinds: of the pages, in turn.
     Pages lie in the arena in random order, with gaps of NaN between them.
     """
     align = A_ALIGNMENT // dtype.itemsize
@@ -78,6 +111,7 @@ def random_tables(
             directory[slot, group, 1] = len(page_rows)
     pages = torch.zeros(len(page_rows), 4, dtype=torch.int64)
     shift = torch.zeros(len(page_rows), RANKS_PER_PAGE)
+    kind = _int32([kinds[page % len(kinds)] for page in range(len(page_rows))])
     chunks: list[Tensor] = []
     end = 0
     for page in torch.randperm(len(page_rows), generator=generator).tolist():
@@ -87,18 +121,35 @@ def random_tables(
         if bias and live < RANKS_PER_PAGE:
             a[live - 1] = 0
             shift[page, live - 1] = 1
-        gap = -end % align + align
-        pages[page] = torch.tensor([end + gap, end + gap + a.numel(), column, width])
-        chunks += [torch.full((gap,), float("nan")), a.flatten(), b.flatten()]
-        end += gap + a.numel() + b.numel()
-    chunks.append(torch.full((align,), float("nan")))
+        if kind[page] == PageKind.GAIN:
+            a, b, shift[page] = a[:0], b[:1], 0
+        start = (end // align + 1) * align  # something lies between any two pages
+        b_start = -(-(start + a.numel()) // align) * align
+        pages[page] = torch.tensor([start, b_start, column, width])
+        chunks += [_nan(start - end), a.flatten(), _nan(b_start - start - a.numel()), b.flatten()]
+        end = b_start + b.numel()
+    chunks.append(_nan(align))
     return LowRankTables(
         arena=_aligned(torch.cat(chunks).to(dtype)),
         directory=directory,
         pages=pages,
         page_scale=torch.rand(len(page_rows), generator=generator) + 0.5,
         page_shift=shift,
+        page_kind=kind,
+        shapes=(_group_shape(in_features, widths, directory),) * groups,
     )
+
+
+def _group_shape(in_features: int, widths: Sequence[int], directory: Tensor) -> GroupShape:
+    pages = (directory[..., 1] - directory[..., 0]).max() if directory.numel() else torch.tensor(0)
+    return GroupShape(
+        most_pages=rounded_to_power(int(pages)),
+        aligned=all(size % 8 == 0 for size in (in_features, *widths)),
+    )
+
+
+def _nan(count: int) -> Tensor:
+    return torch.full((count,), float("nan"))
 
 
 def _places(widths: Sequence[int]) -> list[tuple[int, int]]:
@@ -152,3 +203,22 @@ def random_keys(
             for cache in (k, v):
                 cache[block, :, :live] = torch.randn(heads, live, dim, generator=generator)
     return PagedKeys(k, v, tables, torch.tensor(lengths, dtype=torch.int32))
+
+
+def query_starts(counts: Sequence[int]) -> Tensor:
+    """Where the rows of sequences with so many queries begin, and the end: int32 [B + 1]."""
+    return torch.tensor([sum(counts[:i]) for i in range(len(counts) + 1)], dtype=torch.int32)
+
+
+def random_tree(counts: Sequence[int], generator: torch.Generator) -> Tensor:
+    """For each query itself and its ancestors in a random forest over its sequence: int64 [T].
+
+    Parents come before children; a query may be a root of its own.
+    """
+    rows: list[int] = []
+    for count in counts:
+        first = len(rows)
+        for i in range(count):
+            parent = int(torch.randint(-1, max(i, 1), (1,), generator=generator)) if i else -1
+            rows.append((rows[first + parent] if parent >= 0 else 0) | 1 << i)
+    return torch.tensor([row - 2**64 if row >= 2**63 else row for row in rows], dtype=torch.int64)

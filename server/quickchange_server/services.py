@@ -66,7 +66,13 @@ class Services:
     def fingerprint(self) -> str:
         """Changes where the same request and seed may give another result."""
         settings = self.settings
-        parts = (VERSION, settings.model, settings.dtype, settings.device)
+        parts = (
+            VERSION,
+            settings.model,
+            settings.dtype,
+            settings.held_adapter_dtype,
+            settings.device,
+        )
         return "fp_" + hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 

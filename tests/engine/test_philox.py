@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quickchange_server.engine.philox import philox_word, uniform
+from quickchange_kernels.philox import philox_word, plain_philox_uniform, uniform, uniforms
 
 SEEDS = st.integers(0, 2**64 - 1)
 POSITIONS = st.integers(1, 2**40)
@@ -48,3 +49,14 @@ def test_uniform_fills_the_unit_interval_evenly(axis: str) -> None:
 def test_neighbouring_positions_are_uncorrelated() -> None:
     values = np.array([uniform(3, i) for i in range(10_000)])
     assert abs(float(np.corrcoef(values[:-1], values[1:])[0, 1])) < 0.04  # 4 standard errors
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(-(2**63), 2**64 - 1), st.integers(0, 2**62)), max_size=5))
+def test_a_batch_of_uniforms_equals_them_one_by_one(pairs: list[tuple[int, int]]) -> None:
+    seeds, positions = [seed for seed, _ in pairs], [position for _, position in pairs]
+    expected = [uniform(seed, position) for seed, position in pairs]
+    assert uniforms(seeds, positions).tolist() == expected
+    bits = np.array([seed % 2**64 for seed in seeds], dtype=np.uint64).view(np.int64)
+    plain = plain_philox_uniform(torch.from_numpy(bits), torch.tensor(positions, dtype=torch.int64))
+    assert plain.tolist() == expected

@@ -20,13 +20,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from quickchange_server.engine.draw import (
-    draw_batch,
-    draw_row,
-    nucleus_threshold,
-    nucleus_thresholds,
-)
-from quickchange_server.engine.philox import uniform
+from quickchange_kernels.sample import Draws, sample
+from quickchange_kernels.sample_plain import kept_masses
 from quickchange_server.engine.sampler import RowError, Sampled, Sampler, SampleRow
 from quickchange_server.messages import SamplingParams
 
@@ -68,10 +63,24 @@ def edited(logits: torch.Tensor, one: SampleRow) -> torch.Tensor:
     return work
 
 
+def draws(sampling: Sequence[SamplingParams], uniforms: Sequence[float]) -> Draws:
+    def column(name: str) -> torch.Tensor:
+        return torch.tensor([getattr(p, name) for p in sampling], dtype=torch.float64)
+
+    return Draws(
+        temperature=column("temperature"),
+        uniform=torch.tensor(uniforms, dtype=torch.float64),
+        top_k=column("top_k").long(),
+        top_p=column("top_p"),
+        min_p=column("min_p"),
+    )
+
+
 def reachable(logits: torch.Tensor, sampling: SamplingParams) -> set[int]:
     """Every token that some uniform number draws (the kept sets here are small)."""
     grid = np.linspace(0.0, 1.0, 2000, endpoint=False).tolist()
-    return set(draw_batch(logits.repeat(len(grid), 1), [sampling] * len(grid), grid).tolist())
+    many = draws([sampling] * len(grid), grid)
+    return set(sample(logits.repeat(len(grid), 1), many).tokens.tolist())
 
 
 TOKENS = st.lists(st.integers(0, V - 1), max_size=30)
@@ -176,11 +185,11 @@ def test_top_k_keeps_what_transformers_keeps(seed: int, temperature: float, k: i
 @PROPERTY
 @given(st.integers(0, 1000), st.floats(0.01, 0.99), st.sampled_from([0.3, 1.0, 6.0]))
 def test_top_p_keeps_what_transformers_keeps(seed: int, p: float, spread: float) -> None:
-    logits = random_logits(seed, spread=spread).double()
-    expected = TopPLogitsWarper(p)(None, logits).isfinite()
-    probabilities = torch.softmax(logits, -1).float()
-    kept = probabilities >= nucleus_threshold(probabilities[0].numpy(), p)
-    assert torch.equal(kept, expected)
+    logits = random_logits(seed, spread=spread)
+    expected = TopPLogitsWarper(p)(None, logits.double()).isfinite()
+    peak = logits.amax(dim=-1, keepdim=True)
+    one, limit = torch.tensor([[1.0], [p]], dtype=torch.float64)
+    assert torch.equal(kept_masses(logits, peak, one, None, limit, None) > 0, expected)
 
 
 @PROPERTY
@@ -193,30 +202,6 @@ def test_min_p_keeps_what_transformers_keeps(seed: int, min_p: float) -> None:
     assert drawn <= expected
     frequent = set((torch.softmax(warped, -1)[0] > 1e-3).nonzero().flatten().tolist())
     assert drawn >= frequent
-
-
-@PROPERTY
-@given(
-    st.integers(0, 1000),
-    st.sampled_from([0.2, 1.0, 8.0]),
-    st.floats(0.0, 0.999999),
-    st.booleans(),
-)
-def test_the_nucleus_found_by_division_equals_the_one_found_by_sorting(
-    seed: int, spread: float, p: float, coarse: bool
-) -> None:
-    logits = random_logits(seed, size=10_000, spread=spread)
-    if coarse:  # bfloat16 logits tie in large groups
-        logits = logits.bfloat16().float()
-    probabilities = torch.softmax(logits, -1)
-    by_sorting = nucleus_thresholds(probabilities, [p]).item()
-    threshold = nucleus_threshold(probabilities[0].numpy(), p)
-    kept, reference = probabilities >= threshold, probabilities >= by_sorting
-    # the sums run in another order: they may differ by one group of equals at the very edge
-    assert abs(float(probabilities[kept].sum() - probabilities[reference].sum())) < 2e-3 or (
-        threshold == by_sorting
-    )
-    assert float(probabilities[kept].double().sum()) >= p - 1e-6
 
 
 def test_filters_combine_in_transformers_order() -> None:
@@ -236,31 +221,6 @@ def test_tokens_that_tie_at_the_edge_of_a_filter_all_stay() -> None:
     assert reachable(logits, params(top_p=0.1)) == {4, 40, 77}
 
 
-FILTERS = st.fixed_dictionaries(
-    {
-        "temperature": st.floats(0.2, 2.0),
-        "top_k": st.sampled_from([0, 1, 5, 50, V, 500]),
-        "top_p": st.sampled_from([1.0, 0.0, 0.3, 0.9, 0.999]),
-        "min_p": st.sampled_from([0.0, 0.05, 1.0]),
-    }
-)
-
-
-@PROPERTY
-@given(st.integers(0, 1000), st.lists(FILTERS, min_size=1, max_size=6))
-def test_the_batched_version_draws_what_the_row_version_draws(
-    seed: int, filters: list[dict[str, float]]
-) -> None:
-    logits = random_logits(seed, rows=len(filters), spread=2.0)
-    sampling = [params(**changes) for changes in filters]
-    uniforms = [uniform(seed, i) for i in range(len(filters))]
-    by_row = [
-        draw_row(line, one, u)
-        for line, one, u in zip(logits.clone().numpy(), sampling, uniforms, strict=True)
-    ]
-    assert draw_batch(logits.clone(), sampling, uniforms).tolist() == by_row
-
-
 @pytest.mark.parametrize("u", [0.0, 0.5, 1.0 - 2.0**-53])
 @pytest.mark.parametrize("temperature", [1e-45, 1e-6, 1.0, 100.0])
 def test_extreme_temperatures_and_uniforms_draw_a_possible_token(
@@ -269,11 +229,10 @@ def test_extreme_temperatures_and_uniforms_draw_a_possible_token(
     logits = random_logits(9)
     logits[0, 0] = logits[0, -1] = -math.inf
     sampling = params(temperature=temperature)
-    token = draw_row(logits.clone().numpy()[0], sampling, u)
+    token = sample(logits, draws([sampling], [u])).tokens.item()
     assert 0 < token < V - 1
     if temperature < 1e-5:
         assert token == int(logits.argmax())
-    assert draw_batch(logits.clone(), [sampling], [u]).item() == token
 
 
 @pytest.mark.parametrize("changes", [{}, {"top_k": 12}, {"top_p": 0.8}, {"min_p": 0.1}])
@@ -390,8 +349,6 @@ def test_a_row_without_a_possible_token_fails_alone(kind: str, changes: dict[str
     assert isinstance(results[1], RowError)
     assert results[1].row == 1
     assert [results[0], results[2]] == [sound[0], sound[2]]
-    tokens = draw_batch(logits, [params(**{**changes, "temperature": 1.0})] * 3, [0.5] * 3)
-    assert all(0 <= t < V for t in tokens[[0, 2]].tolist())
 
 
 def test_greedy_takes_the_first_of_equal_logits() -> None:

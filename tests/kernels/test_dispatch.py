@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch import Tensor
 from quickchange_kernels import kv_write, rms_norm, rotary, silu_mul  # noqa: F401  declare them
 from quickchange_kernels.linear import linear
 from quickchange_kernels.lowrank import RANKS_PER_PAGE
+from quickchange_kernels.lowrank import operands as lowrank_operands
 from quickchange_kernels.paged_attention import paged_attention
 from quickchange_kernels.samples import (
     POPULARITIES,
@@ -25,8 +28,7 @@ CHECKS = ["test_schema", "test_faketensor"]
 def operands(generator: torch.Generator) -> dict[str, tuple[object, ...]]:
     tables = random_tables(12, [8], [4], generator)
     segments = make_segments([(0, 2, 0, 1.0)])
-    spread = (tables.arena.nan_to_num(), tables.directory, tables.pages, tables.page_scale)
-    lowrank = (*spread, tables.page_shift, segments.rows, segments.slot, segments.weight, 0)
+    lowrank = lowrank_operands(replace(tables, arena=tables.arena.nan_to_num()), segments, 0)
     keys = random_keys([16], 1, 8, 16, generator)
     k_cache, v_cache = keys.k_cache.nan_to_num(), keys.v_cache.nan_to_num()
     k = torch.randn(1, 1, 8, generator=generator)

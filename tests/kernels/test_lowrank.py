@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quickchange_kernels import lowrank
-from quickchange_kernels.lowrank import LowRankTables, Segments
+from quickchange_kernels.lowrank import LowRankTables, PageKind, Segments
 from quickchange_kernels.lowrank_plain import plain_lowrank_, plain_lowrank_embedding_
 from quickchange_kernels.samples import POPULARITIES, draw_slots, make_segments, random_tables
 
@@ -19,22 +20,8 @@ Run = Callable[[Tensor, Tensor, LowRankTables, Segments, int], None]
 Close = Callable[[Tensor, Tensor], None]
 
 
-def spread(tables: LowRankTables, segments: Segments, group: int) -> tuple[object, ...]:
-    return (
-        tables.arena,
-        tables.directory,
-        tables.pages,
-        tables.page_scale,
-        tables.page_shift,
-        segments.rows,
-        segments.slot,
-        segments.weight,
-        group,
-    )
-
-
 def plain(y: Tensor, x: Tensor, tables: LowRankTables, segments: Segments, group: int) -> None:
-    plain_lowrank_(y, x, *spread(tables, segments, group))
+    plain_lowrank_(y, x, *lowrank.operands(tables, segments, group))
 
 
 @pytest.fixture
@@ -205,15 +192,83 @@ def test_inputs_and_outputs_may_be_column_slices(
 def test_an_embedding_adds_the_columns_of_its_tokens(
     rows: int, version: str, dtype: torch.dtype, generator: torch.Generator, assert_close: Close
 ) -> None:
-    tables = random_tables(91, [48], [4, 20], generator, dtype=dtype, bias=True)
+    kinds = [PageKind.IDENTITY, PageKind.GAIN, PageKind.TANH]
+    tables = random_tables(91, [48], [4, 20], generator, dtype=dtype, bias=True, kinds=kinds)
     ids = torch.randint(0, 91, (rows + 3,), generator=generator)
     spans = make_segments([(0, rows, 0, 1.0), (0, rows, 1, 0.5), (rows, rows + 1, 1, 1.0)])
     y = randn(rows + 3, 48, generator=generator, dtype=dtype)
     expected = lowrank.reference_lowrank_embedding(y, ids, tables, spans, 0, 91)
     if version == "plain":
-        plain_lowrank_embedding_(y, ids, *spread(tables, spans, 0), 91)
+        plain_lowrank_embedding_(y, ids, *lowrank.operands(tables, spans, 0), 91)
     else:
         lowrank.lowrank_embedding_(y, ids, tables, spans, 0, 91)
+    assert_close(y, expected)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in PageKind if kind != PageKind.IDENTITY])
+@pytest.mark.parametrize("rows", [1, 60])
+def test_a_page_does_what_its_kind_says(
+    kind: PageKind,
+    rows: int,
+    run: Run,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    assert_close: Close,
+) -> None:
+    tables = random_tables(32, [37, 24], [8, 20], generator, dtype=dtype, bias=True, kinds=[kind])
+    x = randn(rows + 2, 32, generator=generator, dtype=dtype)
+    y = randn(rows + 2, 61, generator=generator, dtype=dtype)
+    segments = make_segments([(0, rows, 0, 1.0), (rows, rows + 2, 1, -0.5)])
+    expected = lowrank.reference_lowrank(y, x, tables, segments, 0)
+    run(y, x, tables, segments, 0)
+    assert_close(y, expected)
+
+
+def test_the_kinds_are_the_functions_they_are_named_after() -> None:
+    tables = random_tables(1, [1], [8], torch.Generator(), kinds=[PageKind.IDENTITY])
+    tables.arena.copy_(torch.nan_to_num(tables.arena))
+    a, b, _, _ = tables.pages[0].tolist()
+    tables.arena[a : a + 8], tables.arena[b : b + 8] = 0, 0
+    tables.arena[a], tables.arena[b], tables.page_scale[0] = 1, 1, 1
+    by_name = {
+        PageKind.RELU: 0.0,
+        PageKind.GELU: -0.158655,
+        PageKind.GELU_TANH: -0.158808,
+        PageKind.SILU: -0.268941,
+        PageKind.TANH: -0.761594,
+        PageKind.GAIN: 2.0,
+    }
+    segments = make_segments([(0, 1, 0, 1.0)])
+    x, y = torch.tensor([[-1.0]]), torch.tensor([[2.0]])
+    for kind, expected in by_name.items():
+        tables.page_kind[0] = kind
+        out = lowrank.reference_lowrank(y, x, tables, segments, 0)
+        assert out.item() - 2.0 == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 60])
+def test_pages_of_all_kinds_mix_and_gains_multiply_the_output_as_it_was(
+    rows: int, run: Run, dtype: torch.dtype, generator: torch.Generator, assert_close: Close
+) -> None:
+    tables = random_tables(24, [70, 16], [40, 9, 12], generator, dtype=dtype, kinds=list(PageKind))
+    spans = [(0, rows, 0, 1.0), (0, rows, 1, 0.5), (rows // 2, rows + 1, 2, 2.0)]
+    x = randn(rows + 1, 24, generator=generator, dtype=dtype)
+    y = randn(rows + 1, 86, generator=generator, dtype=dtype)
+    expected = lowrank.reference_lowrank(y, x, tables, make_segments(spans), 0)
+    run(y, x, tables, make_segments(spans), 0)
+    assert_close(y, expected)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 60])
+def test_an_adapter_may_read_the_output_that_it_adds_to(
+    rows: int, run: Run, dtype: torch.dtype, generator: torch.Generator, assert_close: Close
+) -> None:
+    kinds = [PageKind.GELU, PageKind.IDENTITY, PageKind.GAIN]
+    tables = random_tables(160, [160], [24, 8], generator, dtype=dtype, kinds=kinds)
+    segments = make_segments([(0, rows, 0, 1.0), (0, rows, 1, 0.5)])
+    y = randn(rows, 160, generator=generator, dtype=dtype)
+    expected = lowrank.reference_lowrank(y, y, tables, segments, 0)
+    run(y, y, tables, segments, 0)
     assert_close(y, expected)
 
 
@@ -281,7 +336,7 @@ def test_bad_inputs_are_named(generator: torch.Generator) -> None:
     with pytest.raises(ValueError, match="y must be"):
         lowrank.lowrank_(y.T, x, tables, segments, 0)
     with pytest.raises(IndexError, match="group 7"):
-        lowrank.lowrank_(y, x, tables, segments, 7)
+        lowrank.lowrank_(y, x, replace(tables, shapes=tables.shapes * 8), segments, 7)
     wrong = Segments(segments.rows.long(), segments.slot, segments.weight)
     with pytest.raises(TypeError, match=r"segments\.rows must be contiguous Int"):
         lowrank.lowrank_(y, x, tables, wrong, 0)

@@ -14,7 +14,8 @@ from quickchange_kernels.paged_attention import (
     plain_paged_attention,
     reference_paged_attention,
 )
-from quickchange_kernels.samples import random_keys
+from quickchange_kernels.samples import query_starts as starts
+from quickchange_kernels.samples import random_keys, random_tree
 
 Attention = Callable[..., Tensor]
 Close = Callable[[Tensor, Tensor], None]
@@ -23,10 +24,6 @@ Close = Callable[[Tensor, Tensor], None]
 @pytest.fixture
 def run(version: str) -> Attention:
     return plain_paged_attention if version == "plain" else paged_attention
-
-
-def starts(counts: Sequence[int]) -> Tensor:
-    return torch.tensor([sum(counts[:i]) for i in range(len(counts) + 1)], dtype=torch.int32)
 
 
 def compare(
@@ -41,15 +38,17 @@ def compare(
     block_size: int = 16,
     window: int = 0,
     softcap: float = 0.0,
+    tree: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> None:
     keys = random_keys(lengths, heads[1], dim, block_size, generator, dtype)
     q = torch.randn(sum(counts), heads[0], dim, generator=generator).to(dtype)
     args = (q, keys.k_cache, keys.v_cache, keys.block_tables, keys.seq_lens, starts(counts))
-    out = run(*args, dim**-0.5, window, softcap)
+    bits = random_tree(counts, generator) if tree else None
+    out = run(*args, dim**-0.5, window, softcap, bits)
     assert out.shape == q.shape
     assert out.dtype == dtype
-    assert_close(out, reference_paged_attention(*args, dim**-0.5, window, softcap))
+    assert_close(out, reference_paged_attention(*args, dim**-0.5, window, softcap, bits))
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (9, 3), (8, 1), (32, 2)])
@@ -122,6 +121,145 @@ def test_a_long_context_and_a_long_prefill(
     )
 
 
+@pytest.mark.parametrize("heads", [(3, 1), (32, 2), (64, 1)])
+@pytest.mark.parametrize("dim", [16, 72, 256])
+@pytest.mark.parametrize("window", [0, 100])
+def test_long_chunks_of_every_head_shape(
+    heads: tuple[int, int],
+    dim: int,
+    window: int,
+    run: Attention,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    assert_close: Close,
+) -> None:
+    compare(
+        run,
+        assert_close,
+        generator,
+        lengths=[150, 70],
+        counts=[90, 70],
+        heads=heads,
+        dim=dim,
+        window=window,
+        dtype=dtype,
+    )
+
+
+def test_a_head_wider_than_the_blocked_products_take(
+    run: Attention, generator: torch.Generator, assert_close: Close
+) -> None:
+    compare(run, assert_close, generator, lengths=[90], counts=[80], dim=320)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (9, 3), (32, 2)])
+@pytest.mark.parametrize("counts", [[1, 2, 16, 5], [64, 1, 0, 30]])
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+def test_trees(
+    heads: tuple[int, int],
+    counts: list[int],
+    softcap: float,
+    run: Attention,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    assert_close: Close,
+) -> None:
+    compare(
+        run,
+        assert_close,
+        generator,
+        lengths=[64, 70, 300, 30],
+        counts=counts,
+        heads=heads,
+        softcap=softcap,
+        tree=True,
+        dtype=dtype,
+    )
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 20, 100])
+def test_a_windows_distance_in_a_tree_is_along_the_path(
+    window: int, run: Attention, generator: torch.Generator, assert_close: Close
+) -> None:
+    compare(
+        run,
+        assert_close,
+        generator,
+        lengths=[30, 12, 300],
+        counts=[8, 12, 64],
+        window=window,
+        tree=True,
+    )
+
+
+@pytest.mark.parametrize("window", [0, 3, 40])
+def test_a_path_is_what_decoding_it_token_by_token_sees(
+    window: int, run: Attention, generator: torch.Generator
+) -> None:
+    """Queries 0, 2 and 3 of a tree in which 1 branches off, against the same as a plain chunk."""
+    keys = random_keys([54], 2, 32, 16, generator)
+    path = random_keys([53], 2, 32, 16, generator)
+    for there, here in ((path.k_cache, keys.k_cache), (path.v_cache, keys.v_cache)):
+        for position, source in enumerate([*range(51), 52, 53]):
+            block = keys.block_tables[0, source // 16]
+            slot = here[block, :, source % 16]
+            there[path.block_tables[0, position // 16], :, position % 16] = slot
+    q = torch.randn(4, 4, 32, generator=generator)
+    tree = torch.tensor([0b0001, 0b0011, 0b0101, 0b1101])
+    branched = run(
+        q, keys.k_cache, keys.v_cache, keys.block_tables, keys.seq_lens, starts([4]), 0.2, window,
+        0.0, tree,
+    )  # fmt: skip
+    straight = run(
+        q[[0, 2, 3]], path.k_cache, path.v_cache, path.block_tables, path.seq_lens, starts([3]),
+        0.2, window,
+    )  # fmt: skip
+    torch.testing.assert_close(branched[[0, 2, 3]], straight)
+
+
+def test_a_chunk_beyond_64_queries_is_causal_beside_a_tree(
+    run: Attention, generator: torch.Generator, assert_close: Close
+) -> None:
+    keys = random_keys([70, 20], 1, 16, 16, generator)
+    q = torch.randn(70, 2, 16, generator=generator)
+    tree = torch.cat([torch.full((66,), -1), random_tree([4], generator)])
+    args = (q, keys.k_cache, keys.v_cache, keys.block_tables, keys.seq_lens, starts([66, 4]), 0.3)
+    out = run(*args, 0, 0.0, tree)
+    assert_close(out[:66], reference_paged_attention(*args)[:66])
+    assert_close(out[66:], reference_paged_attention(*args, tree=tree)[66:])
+
+
+@pytest.mark.parametrize("counts", [[1, 1, 1], [3, 20, 2], [70, 2, 1]])
+def test_padding_is_harmless(
+    counts: list[int], run: Attention, generator: torch.Generator, assert_close: Close
+) -> None:
+    """A sequence of length 0, whatever queries it claims, and rows after the last sequence."""
+    keys = random_keys([80, 5, 40], 1, 32, 16, generator)
+    keys.seq_lens[1] = 0
+    keys.block_tables[1] = 2**30
+    live = sum(counts)
+    q = torch.randn(live + 7, 2, 32, generator=generator)
+    cache = (keys.k_cache, keys.v_cache, keys.block_tables, keys.seq_lens, starts(counts), 0.3)
+    out = run(q, *cache)
+    owned = [*range(counts[0]), *range(counts[0] + counts[1], live)]
+    assert_close(out[owned], reference_paged_attention(q, *cache)[owned])
+
+
+@pytest.mark.parametrize("counts", [[1, 3], [70, 1]])
+def test_blocks_before_the_window_are_never_looked_up(
+    counts: list[int], run: Attention, generator: torch.Generator, assert_close: Close
+) -> None:
+    keys = random_keys([200, 110], 1, 32, 16, generator)
+    q = torch.randn(sum(counts), 2, 32, generator=generator)
+    cache = (keys.k_cache, keys.v_cache)
+    rest = (keys.seq_lens, starts(counts), 0.3, 20)
+    expected = reference_paged_attention(q, *cache, keys.block_tables, *rest)
+    tables = keys.block_tables.clone()
+    for b, (length, count) in enumerate(zip([200, 110], counts, strict=True)):
+        tables[b, : (length - count - 19) // 16] = 2**30
+    assert_close(run(q, *cache, tables, *rest), expected)
+
+
 def test_queries_may_be_a_slice_of_a_fused_projection(
     run: Attention, generator: torch.Generator, assert_close: Close
 ) -> None:
@@ -174,6 +312,10 @@ def test_bad_inputs_are_named(generator: torch.Generator) -> None:
         paged_attention(q, *cache, keys.block_tables.long(), keys.seq_lens, starts([1]), 1.0)
     with pytest.raises(ValueError, match="do not fit together"):
         paged_attention(q[:, :3], *cache, keys.block_tables, keys.seq_lens, starts([1]), 1.0)
+    with pytest.raises(TypeError, match="tree must be"):
+        paged_attention(
+            q, *cache, keys.block_tables, keys.seq_lens, starts([1]), 1.0, tree=keys.seq_lens
+        )
     with pytest.raises(ValueError, match="sequence 0 has 9 queries and 5 keys"):
         paged_attention(
             torch.zeros(9, 4, 32), *cache, keys.block_tables, keys.seq_lens, starts([9]), 1.0
@@ -200,6 +342,7 @@ def test_keys_and_values_land_in_their_slots(
     k = fused[:, 20:68].view(count, 2, 24)
     v = fused[:, 100:148].view(count, 2, 24)
     slots = torch.randperm(24, generator=generator)[:count]
+    slots[2:4] = -1  # padding
     expected = reference_kv_write(k, v, caches[0], caches[1], slots)
     write(k, v, caches[0], caches[1], slots)
     assert torch.equal(caches[0], expected[0])

@@ -194,3 +194,34 @@ def test_an_adapter_that_cannot_be_loaded_fails_its_own_request_alone(
     assert drive.last["bad"].error_kind == "adapter"
     assert "no-such-digest" in (drive.last["bad"].error or "")
     assert drive.tokens["good"] == reference.tokens("adapter-1", [1, 2], 10)
+
+
+def test_adapters_held_narrower_than_the_base_equal_peft_with_rounded_adapters(
+    reference: Reference,
+) -> None:
+    engine = make_engine(
+        reference.path, reference.adapters.__getitem__, max_sequences=12, adapter_dtype="bfloat16"
+    )
+    drive = Driver(engine)
+    asked = dict(enumerate(zip(reference.adapters, prompts(12, 6), strict=False)))
+    for key, (name, prompt) in asked.items():
+        engine.submit(request(str(key), prompt, [(name, 1.0)]))
+    drive.finish(*map(str, asked))
+    engine.close()
+    weights = {
+        key: parameter
+        for key, parameter in reference.model.named_parameters()
+        if "lora_" in key and ".adapter-" in key
+    }
+    exact = {key: parameter.detach().clone() for key, parameter in weights.items()}
+    with torch.no_grad():
+        for parameter in weights.values():
+            parameter.copy_(parameter.bfloat16())
+    try:
+        expected = {key: reference.tokens(*asked[key], 10) for key in asked}
+    finally:
+        with torch.no_grad():
+            for key, parameter in weights.items():
+                parameter.copy_(exact[key])
+    assert {key: drive.tokens[str(key)] for key in asked} == expected
+    assert any(expected[key] != reference.tokens(*asked[key], 10) for key in asked)

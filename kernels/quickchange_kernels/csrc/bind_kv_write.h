@@ -6,6 +6,8 @@
 namespace quickchange {
 namespace {
 
+constexpr int64_t PADDING_SLOT = -1;  // of a row that is written nowhere
+
 void kv_write_(
     const Tensor& k, const Tensor& v, Tensor& k_cache, Tensor& v_cache, const Tensor& slots) {
   const auto type = k_cache.scalar_type();
@@ -25,6 +27,7 @@ void kv_write_(
   const int64_t bytes = k_cache.element_size();
   const int64_t* slot = data<int64_t>(slots);
   for (int64_t t = 0; t < slots.numel(); t++) {
+    if (slot[t] == PADDING_SLOT) continue;
     TORCH_CHECK_INDEX(
         slot[t] >= 0 && slot[t] < k_cache.size(0) * block, "kv_write: slot ", slot[t],
         " is not among the cache's ", k_cache.size(0) * block);

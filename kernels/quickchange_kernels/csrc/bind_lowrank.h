@@ -17,6 +17,7 @@ struct Segments {
   const Tensor& pages;
   const Tensor& scale;
   const Tensor& shift;
+  const Tensor& kind;
   const Tensor& rows;
   const Tensor& slot;
   const Tensor& weight;
@@ -34,6 +35,7 @@ void check(const Segments& s) {
   check_type(s.pages, at::kLong, "pages");
   check_type(s.scale, at::kFloat, "page_scale");
   check_type(s.shift, at::kFloat, "page_shift");
+  check_type(s.kind, at::kInt, "page_kind");
   check_type(s.rows, at::kInt, "segments.rows");
   check_type(s.slot, at::kInt, "segments.slot");
   check_type(s.weight, at::kFloat, "segments.weight");
@@ -55,7 +57,7 @@ std::vector<LowRankItem<T>> list_items(const Segments& s) {
       for (int64_t p = range[0]; p < range[1]; p++) {
         const int64_t* page = data<int64_t>(s.pages) + p * 4;
         items.push_back(
-            {arena + page[0], arena + page[1], row,
+            {PageKind(data<int32_t>(s.kind)[p]), arena + page[0], arena + page[1], row,
              std::min<int64_t>(ROWS_PER_ITEM, rows[2 * i + 1] - row), page[2], page[3],
              data<float>(s.shift) + p * RANKS, data<float>(s.weight)[i] * data<float>(s.scale)[p],
              nullptr});
@@ -68,16 +70,16 @@ template <class T, class X>
 void run_lowrank(const Segments& s, LowRankArgs<T, X> args, int64_t columns) {
   std::vector<LowRankItem<T>> items = list_items<T>(s);
   if (items.empty()) return;
-  int64_t rows = 0, work = 0;
+  int64_t room = 0, work = 0;
   for (const auto& item : items) {
-    rows += item.rows;
+    room += item.rows * item.h_row();
     work += item.rows * RANKS * (args.K + item.width);
   }
-  const std::unique_ptr<float[]> h(new float[rows * RANKS]);
+  const std::unique_ptr<float[]> h(new float[room]);
   float* next = h.get();
   for (auto& item : items) {
     item.h = next;
-    next += item.rows * RANKS;
+    next += item.rows * item.h_row();
   }
   args.items = items.data();
   args.count = items.size();
@@ -129,28 +131,36 @@ bool try_lowrank(
 
 void lowrank_(
     Tensor& y, const Tensor& x, const Tensor& arena, const Tensor& directory, const Tensor& pages,
-    const Tensor& scale, const Tensor& shift, const Tensor& rows, const Tensor& slot,
-    const Tensor& weight, int64_t group) {
+    const Tensor& scale, const Tensor& shift, const Tensor& kind, const Tensor& rows,
+    const Tensor& slot, const Tensor& weight, const std::optional<Tensor>& pieces,
+    const std::optional<Tensor>& tiles, int64_t tile_height, int64_t group, int64_t most_pages,
+    bool aligned) {
   TORCH_CHECK_VALUE(
       x.dim() == 2 && x.stride(1) == 1, "lowrank: x must be [T, K] with contiguous rows");
   TORCH_CHECK_TYPE(
       x.scalar_type() == y.scalar_type(), "lowrank: x is ", x.scalar_type(), ", y is ",
       y.scalar_type(), "; they must be the same");
-  const Segments s{arena, directory, pages, scale, shift, rows, slot, weight, group};
+  const Segments s{arena, directory, pages, scale, shift, kind, rows, slot, weight, group};
   if (try_lowrank(s, y, &x, nullptr, x.size(1))) return;
   plain_version<decltype(lowrank_)>("quickchange::lowrank_")
-      .call(y, x, arena, directory, pages, scale, shift, rows, slot, weight, group);
+      .call(
+          y, x, arena, directory, pages, scale, shift, kind, rows, slot, weight, pieces, tiles,
+          tile_height, group, most_pages, aligned);
 }
 
 void lowrank_embedding_(
     Tensor& y, const Tensor& ids, const Tensor& arena, const Tensor& directory,
-    const Tensor& pages, const Tensor& scale, const Tensor& shift, const Tensor& rows,
-    const Tensor& slot, const Tensor& weight, int64_t group, int64_t vocabulary) {
+    const Tensor& pages, const Tensor& scale, const Tensor& shift, const Tensor& kind,
+    const Tensor& rows, const Tensor& slot, const Tensor& weight,
+    const std::optional<Tensor>& pieces, const std::optional<Tensor>& tiles, int64_t tile_height,
+    int64_t group, int64_t most_pages, bool aligned, int64_t vocabulary) {
   check_type(ids, at::kLong, "ids");
-  const Segments s{arena, directory, pages, scale, shift, rows, slot, weight, group};
+  const Segments s{arena, directory, pages, scale, shift, kind, rows, slot, weight, group};
   if (try_lowrank(s, y, nullptr, &ids, vocabulary)) return;
   plain_version<decltype(lowrank_embedding_)>("quickchange::lowrank_embedding_")
-      .call(y, ids, arena, directory, pages, scale, shift, rows, slot, weight, group, vocabulary);
+      .call(
+          y, ids, arena, directory, pages, scale, shift, kind, rows, slot, weight, pieces, tiles,
+          tile_height, group, most_pages, aligned, vocabulary);
 }
 
 }  // namespace

@@ -10,6 +10,8 @@
 #include "bind_linear.h"
 #include "bind_lowrank.h"
 #include "bind_rows.h"
+#include "bind_sample.h"
+#include "bind_turbo_heads.h"
 
 namespace quickchange {
 namespace {
@@ -39,6 +41,11 @@ TORCH_LIBRARY_IMPL(quickchange, CPU, m) {
   m.impl("add_rms_norm", add_rms_norm);
   m.impl("silu_mul", silu_mul);
   m.impl("rotary_", rotary_);
+  m.impl("turbo_heads", turbo_heads);
+  m.impl("sample", sample);
+#ifdef __SIZEOF_INT128__
+  m.impl("philox_uniform", philox_uniform);
+#endif
 }
 
 TORCH_LIBRARY(quickchange_native, m) {

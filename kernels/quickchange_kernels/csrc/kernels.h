@@ -67,16 +67,23 @@ struct Int8Args {
 
 constexpr int64_t RANKS = 8;  // of a page
 
+// As in lowrank_tables.py.
+enum class PageKind : int32_t { IDENTITY, RELU, GELU, GELU_TANH, SILU, TANH, GAIN };
+
 // Some rows of one segment through one page of its adapter.
 template <class T>
 struct LowRankItem {
-  const T* a;  // [8, K], or [8, vocabulary]
-  const T* b;  // [8, width]
+  PageKind kind;
+  const T* a;  // [8, K], or [8, vocabulary]; a gain has none
+  const T* b;  // [8, width]; a gain's [width]
   int64_t row, rows;
   int64_t column, width;
   const float* shift;  // [8]
   float scale;
-  float* h;  // [rows, 8]: (A x + shift) · scale, between the two halves
+  // Between the two halves: [rows, 8], act(A x + shift) · scale; a gain's [rows, width], y · scale
+  float* h;
+
+  int64_t h_row() const { return kind == PageKind::GAIN ? width : RANKS; }
 };
 
 template <class T, class X>
@@ -90,8 +97,10 @@ struct LowRankArgs {
   int64_t count;
 };
 
-constexpr int64_t KEYS_PER_SPLIT = 256;  // a context is cut here, whatever the batch
-constexpr int64_t MAX_ATTENTION_ROWS = 64;  // queries · group of one item
+constexpr int64_t KEYS_PER_TILE = 64;        // of one step of the running softmax
+constexpr int64_t KEYS_PER_SPLIT = 256;      // a context is cut here, whatever the batch
+constexpr int64_t MAX_ATTENTION_ROWS = 64;   // queries · group of one item
+constexpr int64_t MAX_PRODUCT_DIM = 256;     // of a head in `attend_chunk`
 
 template <class T>
 struct AttentionArgs {
@@ -102,19 +111,22 @@ struct AttentionArgs {
   int64_t block_size, Hkv, group, D;
   float scale, softcap;
   int64_t window;
+  T* out;  // [T, Hq, D]
 };
 
-// Some queries of one sequence and one key head over one split of the keys.
+// Some queries of one sequence and one key head over some of the keys.
 struct AttentionItem {
   const int32_t* blocks;
-  int64_t first_query;     // its row in q
-  int64_t first_position;  // and in the sequence
+  const int64_t* tree;  // of the item's queries, or null
+  int64_t first_query;  // its row in q
+  int64_t first_index;  // and among the sequence's queries
   int64_t queries;
-  int64_t head;        // of keys
-  int64_t begin, end;  // keys
-  float* maximum;      // [queries * group]
-  float* sum;          // [queries * group]
-  float* out;          // [queries * group, D], not yet divided by sum
+  int64_t past;  // keys of the sequence before this step
+  int64_t head;  // of keys
+  int64_t oldest, begin, end;  // the first key that any query sees; keys, from a tile's edge
+  float* maximum;  // [queries * group]
+  float* sum;      // [queries * group]
+  float* part;     // [queries * group, D], not yet divided by sum
 };
 
 template <class T>
@@ -145,8 +157,48 @@ struct RotaryArgs {
   int64_t ldc, lds, width;
 };
 
+// The items of one head.
+template <class T, class X>
+struct TurboArgs {
+  const X* x;  // [rows, H]
+  int64_t ldx, H;
+  const T* w;            // [H, H]
+  const T* b;            // [H]
+  const int32_t* items;  // [count, 2] (row of x, row of out)
+  int64_t count;
+  X* out;  // [.., H]
+};
+
+constexpr int MASS_BITS = 42;
+constexpr float SMALLEST_TEMPERATURE = 1e-30f;
+// 2^f = 1 + f (c0 + f (c1 + ...)), as in sample_plain.py
+constexpr float EXP2[6] = {0.6931471824645996f,    0.24022650718688965f,  0.055503569543361664f,
+                           0.009618056938052177f, 0.0013390866806730628f, 0.00015461447765119374f};
+
+// Null where no row uses it.
+struct SampleArgs {
+  const float* logits;  // [rows, V], edited
+  int64_t ld, V;
+  const double* temperature;  // [rows], like those below
+  const double* uniform;
+  const int64_t* top_k;
+  const double* top_p;
+  const double* min_p;
+  int64_t* tokens;
+  bool* sound;
+};
+
+constexpr int64_t SAMPLE_BLOCK = 256;  // tokens
+
+// One thread's, for a vocabulary in blocks of SAMPLE_BLOCK.
+struct SampleScratch {
+  float* best;     // [blocks]
+  int64_t* sums;   // [blocks]
+  int64_t* found;  // [blocks * SAMPLE_BLOCK]
+};
+
 // One instruction set's versions. Ranges are of output columns (linear,
-// up), of items (down), or of rows.
+// up, turbo), of items (down), or of rows.
 class Kernels {
  public:
   virtual const char* name() const = 0;
@@ -164,12 +216,19 @@ class Kernels {
   virtual void up(const LowRankArgs<bf16, bf16>&, int64_t begin, int64_t end) const = 0;
   virtual void attend(const AttentionArgs<float>&, const AttentionItem&) const = 0;
   virtual void attend(const AttentionArgs<bf16>&, const AttentionItem&) const = 0;
+  virtual void attend_chunk(const AttentionArgs<float>&, const AttentionItem&) const = 0;
+  virtual void attend_chunk(const AttentionArgs<bf16>&, const AttentionItem&) const = 0;
   virtual void rms_norm(const NormArgs<float>&, int64_t begin, int64_t end) const = 0;
   virtual void rms_norm(const NormArgs<bf16>&, int64_t begin, int64_t end) const = 0;
   virtual void silu_mul(const GateArgs<float>&, int64_t begin, int64_t end) const = 0;
   virtual void silu_mul(const GateArgs<bf16>&, int64_t begin, int64_t end) const = 0;
   virtual void rotary(const RotaryArgs<float>&, int64_t begin, int64_t end) const = 0;
   virtual void rotary(const RotaryArgs<bf16>&, int64_t begin, int64_t end) const = 0;
+  virtual void turbo(const TurboArgs<float, float>&, int64_t begin, int64_t end) const = 0;
+  virtual void turbo(const TurboArgs<bf16, float>&, int64_t begin, int64_t end) const = 0;
+  virtual void turbo(const TurboArgs<bf16, bf16>&, int64_t begin, int64_t end) const = 0;
+  virtual void sample(
+      const SampleArgs&, const SampleScratch&, int64_t begin, int64_t end) const = 0;
 
  protected:
   ~Kernels() = default;

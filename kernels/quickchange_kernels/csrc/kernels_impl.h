@@ -9,7 +9,10 @@ namespace QC_ISA {
 #include "linear_int8_impl.h"
 #include "lowrank_impl.h"
 #include "attention_impl.h"
+#include "attention_chunk_impl.h"
 #include "rows_impl.h"
+#include "sample_impl.h"
+#include "turbo_heads_impl.h"
 
 #define QC_STRING(text) #text
 #define QC_NAME(text) QC_STRING(text)
@@ -63,6 +66,12 @@ class Versions final : public Kernels {
   void attend(const AttentionArgs<bf16>& a, const AttentionItem& item) const override {
     QC_ISA::attend(a, item);
   }
+  void attend_chunk(const AttentionArgs<float>& a, const AttentionItem& item) const override {
+    QC_ISA::attend_chunk(a, item);
+  }
+  void attend_chunk(const AttentionArgs<bf16>& a, const AttentionItem& item) const override {
+    QC_ISA::attend_chunk(a, item);
+  }
   void rms_norm(const NormArgs<float>& a, int64_t begin, int64_t end) const override {
     QC_ISA::rms_norm(a, begin, end);
   }
@@ -80,6 +89,19 @@ class Versions final : public Kernels {
   }
   void rotary(const RotaryArgs<bf16>& a, int64_t begin, int64_t end) const override {
     QC_ISA::rotary(a, begin, end);
+  }
+  void turbo(const TurboArgs<float, float>& a, int64_t begin, int64_t end) const override {
+    turbo_heads(a, begin, end);
+  }
+  void turbo(const TurboArgs<bf16, float>& a, int64_t begin, int64_t end) const override {
+    turbo_heads(a, begin, end);
+  }
+  void turbo(const TurboArgs<bf16, bf16>& a, int64_t begin, int64_t end) const override {
+    turbo_heads(a, begin, end);
+  }
+  void sample(const SampleArgs& a, const SampleScratch& s, int64_t begin, int64_t end)
+      const override {
+    QC_ISA::sample(a, s, begin, end);
   }
 };
 }  // namespace QC_ISA

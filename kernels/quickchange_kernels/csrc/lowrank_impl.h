@@ -1,5 +1,18 @@
-// lowrank_ in two halves. Down: h = (A x + shift) · scale, shared out by items. Up: y += h B, shared
-// out by columns, so that segments over the same rows never meet. See lowrank.py.
+// lowrank_ in two halves. Down: h = act(A x + shift) · scale, shared out by items. Up: y += h B,
+// shared out by columns, so that segments over the same rows never meet. All that is read of x, and
+// of y as it was, is read in the first half. See lowrank.py.
+
+inline float activated(PageKind kind, float v) {
+  switch (kind) {
+    case PageKind::RELU: return std::max(v, 0.0f);
+    case PageKind::GELU: return 0.5f * v * (1.0f + std::erf(v * 0.70710678f));
+    case PageKind::GELU_TANH:
+      return 0.5f * v * (1.0f + std::tanh(0.79788456f * (v + 0.044715f * v * v * v)));
+    case PageKind::SILU: return v / (1.0f + std::exp(-v));
+    case PageKind::TANH: return std::tanh(v);
+    default: return v;
+  }
+}
 
 // Row r of the A pages of consecutive items, as if they were stacked; those past the end repeat.
 template <class T>
@@ -24,8 +37,8 @@ inline void down_by(
       for (int64_t i = 0; i < std::min<int64_t>(M, first.rows - m); i++)
         for (int64_t j = r; j < std::min(r + N, pages * RANKS); j++) {
           const LowRankItem<T>& item = items[j / RANKS];
-          const float ax = sums[i * N + j - r];
-          item.h[(m + i) * RANKS + j % RANKS] = (ax + item.shift[j % RANKS]) * item.scale;
+          const float ax = sums[i * N + j - r] + item.shift[j % RANKS];
+          item.h[(m + i) * RANKS + j % RANKS] = activated(item.kind, ax) * item.scale;
         }
     }
   }
@@ -36,9 +49,19 @@ template <class T, class X>
 inline void down_lookup(const LowRankArgs<T, X>& a, const LowRankItem<T>& item) {
   for (int64_t m = 0; m < item.rows; m++)
     for (int64_t j = 0; j < RANKS; j++) {
-      const float ax = to_float(item.a[j * a.K + a.ids[item.row + m]]);
-      item.h[m * RANKS + j] = (ax + item.shift[j]) * item.scale;
+      const float ax = to_float(item.a[j * a.K + a.ids[item.row + m]]) + item.shift[j];
+      item.h[m * RANKS + j] = activated(item.kind, ax) * item.scale;
     }
+}
+
+// A gain multiplies y as it was.
+template <class T, class X>
+inline void keep_rows(const LowRankArgs<T, X>& a, const LowRankItem<T>& item) {
+  for (int64_t m = 0; m < item.rows; m++) {
+    const X* y = a.y + (item.row + m) * a.ldy + item.column;
+    for (int64_t c = 0; c < item.width; c++)
+      item.h[m * item.width + c] = to_float(y[c]) * item.scale;
+  }
 }
 
 // Items that follow items[0] over the same rows, itself included.
@@ -49,21 +72,50 @@ inline int64_t same_rows(const LowRankItem<T>* items, int64_t count) {
   return n;
 }
 
+// Of items[0 .. count), those before the first gain.
+template <class T>
+inline int64_t before_gain(const LowRankItem<T>* items, int64_t count) {
+  int64_t n = 0;
+  while (n < count && items[n].kind != PageKind::GAIN) n++;
+  return n;
+}
+
 // Items [begin, end).
 template <class T, class X>
 void lowrank_down(const LowRankArgs<T, X>& a, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end;) {
     const LowRankItem<T>* items = a.items + i;
+    if (items->kind == PageKind::GAIN) {
+      keep_rows(a, *items);
+      i++;
+      continue;
+    }
     if (a.x == nullptr) {
       down_lookup(a, *items);
       i++;
       continue;
     }
-    const int64_t pages = same_rows(items, end - i);
-    if (items->rows == 1) down_by<1>(a, items, pages, end - i);
-    else if (items->rows == 2) down_by<2>(a, items, pages, end - i);
-    else down_by<4>(a, items, pages, end - i);
+    const int64_t stacked = before_gain(items, end - i);
+    const int64_t pages = same_rows(items, stacked);
+    if (items->rows == 1) down_by<1>(a, items, pages, stacked);
+    else if (items->rows == 2) down_by<2>(a, items, pages, stacked);
+    else down_by<4>(a, items, pages, stacked);
     i += pages;
+  }
+}
+
+// acc[i][v] += h[i] ⊙ B over `live` columns of a gain.
+template <int R, int V, class T>
+inline void add_gain(
+    const LowRankItem<T>& item, int64_t m, int64_t column, int64_t live, vec (*acc)[V]) {
+  const bool whole = live == V * W;
+  for (int v = 0; v < V; v++) {
+    const T* b = item.b + column + v * W;
+    const vec gain = whole ? load(b) : load_first(b, live);
+    for (int i = 0; i < R; i++) {
+      const float* h = item.h + (m + i) * item.width + column + v * W;
+      acc[i][v] += (whole ? load(h) : load_first(h, live)) * gain;
+    }
   }
 }
 
@@ -80,6 +132,10 @@ inline void up_block(
     for (int v = 0; v < V; v++)
       acc[i][v] = whole ? load(y + i * a.ldy + v * W) : load_first(y + i * a.ldy, live);
   for (int64_t p = 0; p < pages; p++) {
+    if (items[p].kind == PageKind::GAIN) {
+      add_gain<R>(items[p], m, column, live, acc);
+      continue;
+    }
     const float* h = items[p].h + m * RANKS;
     for (int64_t j = 0; j < RANKS; j++) {
       const T* b = items[p].b + j * items[p].width + column;

@@ -20,7 +20,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from quickchange_kernels.lowrank import RANKS_PER_PAGE, LowRankTables
+from quickchange_kernels.lowrank import RANKS_PER_PAGE, GroupShape, LowRankTables
+from quickchange_kernels.lowrank_tables import rounded_to_power
 from quickchange_server.adapters.image import PIECE, AdapterImage, page_shapes
 from quickchange_server.adapters.layout import ModuleGroup
 from quickchange_server.adapters.slabs import Grant, RunAllocator, SlabAllocator, slab_size
@@ -75,6 +76,7 @@ class DevicePool:
         self._slots = RunAllocator(_FIRST_SLOTS)
         self._rows = RunAllocator(_FIRST_ROWS)
         self._holdings: dict[int, _Holding] = {}
+        self._page_counts = np.zeros((_FIRST_SLOTS, len(groups)), dtype=np.int32)  # published
         self._tables = LowRankTables(
             # Not zeroed, so that on a CPU only pages in use take memory: `write` fills all of one.
             arena=torch.empty(span, dtype=dtype, device=device),
@@ -82,6 +84,8 @@ class DevicePool:
             pages=self._zeros(torch.int64, _FIRST_ROWS, 4),
             page_scale=self._zeros(torch.float32, _FIRST_ROWS),
             page_shift=self._zeros(torch.float32, _FIRST_ROWS, RANKS_PER_PAGE),
+            page_kind=self._zeros(torch.int32, _FIRST_ROWS),
+            shapes=tuple(GroupShape(1, _aligned(group)) for group in groups),
         )
 
     @property
@@ -141,6 +145,7 @@ class DevicePool:
         """Make a written slot visible to the steps from now on."""
         ranges = torch.from_numpy(self._holdings[slot].ranges)
         self._tables.directory[slot].copy_(ranges)
+        self._count_pages(slot, self._holdings[slot].ranges)
 
     def free(self, slot: int) -> None:
         """Give the slot and its pages back. No later step may refer to it."""
@@ -150,6 +155,7 @@ class DevicePool:
         self._rows.free(begin, end - begin)
         self._slots.free(slot, 1)
         self._space.free(holding.grant)
+        self._count_pages(slot, np.zeros_like(holding.ranges))
 
     def check_integrity(self) -> None:
         """Raises AssertionError if pages or rows are shared or lost, or the directory is wrong."""
@@ -175,14 +181,30 @@ class DevicePool:
         tables, slots, rows = self._tables, self._slots.capacity, self._rows.capacity
         if tables.directory.shape[0] < slots:
             tables = replace(tables, directory=_enlarged(tables.directory, slots))
+            self._page_counts = np.pad(
+                self._page_counts, ((0, slots - len(self._page_counts)), (0, 0))
+            )
         if tables.pages.shape[0] < rows:
             tables = replace(
                 tables,
                 pages=_enlarged(tables.pages, rows),
                 page_scale=_enlarged(tables.page_scale, rows),
                 page_shift=_enlarged(tables.page_shift, rows),
+                page_kind=_enlarged(tables.page_kind, rows),
             )
         self._tables = tables
+
+    def _count_pages(self, slot: int, ranges: npt.NDArray[np.int32]) -> None:
+        """Renew what the tables say of the most pages that an adapter has in each group."""
+        self._page_counts[slot] = ranges[:, 1] - ranges[:, 0]
+        shapes = tuple(
+            replace(shape, most_pages=rounded_to_power(pages))
+            for shape, pages in zip(
+                self._tables.shapes, self._page_counts.max(axis=0).tolist(), strict=True
+            )
+        )
+        if shapes != self._tables.shapes:
+            self._tables = replace(self._tables, shapes=shapes)
 
     def _ranges(self, image: AdapterImage, begin: int) -> npt.NDArray[np.int32]:
         """The slot's row of the directory: [groups, 2], (0, 0) where there is no update."""
@@ -222,6 +244,14 @@ def too_large(needed: int, budget: int) -> str:
         f"needs {needed} bytes of device memory, more than a budget of {budget} bytes has room for "
         f"(setting {SETTING}): raise it, or use adapters of lower rank or on fewer modules"
     )
+
+
+def _aligned(group: ModuleGroup) -> bool:
+    """As GroupShape means it. Pages begin at multiples of 64 bytes, so B does at one of 16."""
+    sizes = [size for member in group.members for size in (member.column, member.width)]
+    if group.kind != "embedding":  # its A is looked up
+        sizes.append(group.in_features)
+    return all(size % 8 == 0 for size in sizes)
 
 
 def _enlarged(table: Tensor, rows: int) -> Tensor:

@@ -49,7 +49,7 @@ class Engine:
         on_wake: Callable[[], None],
     ) -> None:
         self._settings = settings
-        dtype, device = torch_dtype(settings), torch.device(settings.device)
+        dtype, device = torch_dtype(settings.dtype), torch.device(settings.device)
         block_bytes = bytes_per_block(model.layers, settings.block_size, dtype)
         num_blocks = settings.kv_cache_bytes // block_bytes
         self._vocabulary = model.vocabulary
@@ -199,8 +199,9 @@ class Engine:
         )
 
 
-def torch_dtype(settings: Settings) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, settings.dtype)
+def torch_dtype(name: str) -> torch.dtype:
+    """PyTorch's dtype of a setting's name."""
+    dtype: torch.dtype = getattr(torch, name)
     return dtype
 
 
@@ -213,7 +214,7 @@ def _residency(
     pool = DevicePool(
         model.groups,
         settings.adapter_device_bytes,
-        torch_dtype(settings),
+        torch_dtype(settings.held_adapter_dtype),
         torch.device(settings.device),
     )
     return Residency(pool, load_adapter, model.groups, settings.adapter_host_bytes, on_wake)

@@ -80,7 +80,7 @@ def _start(settings: Settings, on_wake: Callable[[], None]) -> tuple[Engine, Rea
     started = time.monotonic()
     model = load_model(
         settings.model,
-        dtype=torch_dtype(settings),
+        dtype=torch_dtype(settings.dtype),
         device=torch.device(settings.device),
         adapters=settings.adapters,
     )

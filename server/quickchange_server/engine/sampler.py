@@ -7,23 +7,26 @@ in any batch, with or without speculation, and after a restart.
 The order: logit_bias added; stop ids suppressed while min_tokens is not reached; repetition penalty
 over prompt and output (transformers' rule); frequency and presence penalties over the output
 (OpenAI's rule); temperature; top_k, top_p, min_p; inverse CDF over what is left, in vocabulary
-order (draw.py).
+order. The arithmetic is `quickchange_kernels.sample`; here parameters and tokens become its tables.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from quickchange_server.engine.draw import draw
-from quickchange_server.engine.philox import uniform
+from quickchange_kernels.philox import uniforms
+from quickchange_kernels.sample import EDITS, Draws, Edits, sample
 from quickchange_server.messages import SamplingParams, TokenLogprobs
+
+Ints = npt.NDArray[np.int32]
+Floats = npt.NDArray[np.float32]
 
 _NEVER = float("-inf")
 _TOP_LOGPROBS_STEP = 32  # torch's order of equal values depends on k: all small k use one
@@ -64,7 +67,7 @@ class Sampler:
 
     @torch.inference_mode()
     def sample(self, logits: Tensor, rows: Sequence[SampleRow]) -> list[Sampled | RowError]:
-        """One result a row. logits [R, V], any float dtype; float32 logits are overwritten.
+        """One result a row. logits [R, V], float32 (overwritten), bfloat16 or float16.
 
         Raises ValueError when the logits' shape is not [len(rows), vocabulary size].
         """
@@ -75,41 +78,53 @@ class Sampler:
             )
         if not rows:
             return []
-        logits = logits.float().contiguous()
+        if logits.stride(1) != 1:
+            logits = logits.contiguous()
         logprobs = _Logprobs.of(logits, rows)  # the model's own: before anything is edited
-        edits = _Edits(self._vocabulary_size)
-        for index, row in enumerate(rows):
-            edits.add_row(index, row)
-        edits.apply(logits)
-        tokens, peak = self._choose(logits, rows)
-        host = torch.stack([tokens.double(), peak.double()], dim=1)
+        changes = _EditTable(self._vocabulary_size)
+        for row in rows:
+            changes.add_row(row)
+        tokens, sound = sample(logits, _draws(rows, self._device), changes.edits(self._device))
+        host = torch.stack([tokens.double(), sound.double()], dim=1)
         if logprobs is not None:
             host = torch.cat([host, logprobs.columns(tokens)], dim=1)
         values = host.tolist()  # the one transfer to the host
         return [
-            edits.errors.get(index) or _result(index, row, line)
+            changes.errors.get(index) or _result(index, row, line)
             for index, (row, line) in enumerate(zip(rows, values, strict=True))
         ]
 
-    def _choose(self, logits: Tensor, rows: Sequence[SampleRow]) -> tuple[Tensor, Tensor]:
-        """Tokens int64 [R], and the best logits [R], finite exactly where the row is sound."""
-        best = logits.argmax(dim=-1)  # the first of equals; a NaN wins every comparison
-        peak = logits.gather(1, best[:, None]).squeeze(1)
-        drawn = [i for i, row in enumerate(rows) if row.params.temperature > 0]
-        if not drawn:
-            return best, peak
-        uniforms = [uniform(rows[i].params.seed, rows[i].position) for i in drawn]
-        params = [rows[i].params for i in drawn]
-        if len(drawn) == len(rows):
-            return draw(logits, params, uniforms), peak
-        where = torch.tensor(drawn, device=self._device)
-        best[where] = draw(logits[where], params, uniforms)
-        return best, peak
+
+def _draws(rows: Sequence[SampleRow], device: torch.device) -> Draws:
+    """The rows' parameters, in one transfer; a filter that no row uses is left out."""
+    params = [row.params for row in rows]
+    if not any(p.temperature for p in params):
+        return Draws()
+    columns: dict[str, Tensor] = {
+        "temperature": _float64(p.temperature for p in params),
+        "uniform": uniforms([p.seed for p in params], [row.position for row in rows]),
+    }
+    if any(p.top_k for p in params):
+        columns["top_k"] = torch.tensor([p.top_k for p in params])
+    if any(p.top_p < 1 for p in params):
+        columns["top_p"] = _float64(p.top_p for p in params)
+    if any(p.min_p for p in params):
+        columns["min_p"] = _float64(p.min_p for p in params)
+    if device.type == "cpu":
+        return Draws(**columns)
+    bits = torch.stack([column.view(torch.int64) for column in columns.values()]).to(device)
+    return Draws(
+        **{name: bits[i].view(column.dtype) for i, (name, column) in enumerate(columns.items())}
+    )
+
+
+def _float64(values: Iterable[float]) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.float64)
 
 
 def _result(index: int, row: SampleRow, line: list[float]) -> Sampled | RowError:
-    """From one line of the host's table: token, best logit, then the log-probabilities' columns."""
-    if not math.isfinite(line[1]):
+    """From one line of the host's table: token, soundness, then the log-probabilities' columns."""
+    if not line[1]:
         return RowError(
             index,
             "no token can be chosen: the logits hold NaN or infinity, or every token is "
@@ -128,84 +143,63 @@ def _result(index: int, row: SampleRow, line: list[float]) -> Sampled | RowError
     return Sampled(token, TokenLogprobs(token, chosen, tuple(ranked[:wanted])))
 
 
-class _Edits:
-    """Changes to single logits of a batch, gathered on the host and applied in few operations."""
+class _EditTable:
+    """The rows' edits, in the operation's order: row by row, kind by kind."""
 
     def __init__(self, vocabulary_size: int) -> None:
         self._vocabulary_size = vocabulary_size
         self.errors: dict[int, RowError] = {}
-        self._added = _Cells()  # value: the bias
-        self._suppressed = _Cells()
-        self._repeated = _Cells()  # value: the repetition penalty
-        self._subtracted = _Cells()  # value: what frequency and presence take off
+        self._begin = [0]
+        self._tokens: list[Ints] = []
+        self._values: list[Floats] = []
 
-    def add_row(self, index: int, row: SampleRow) -> None:
+    def add_row(self, row: SampleRow) -> None:
+        """The next row's."""
         params, output = row.params, row.output
-        if params.logit_bias:
-            self._add_bias(index, params.logit_bias)
-        if len(output) < params.min_tokens:
-            inside = [i for i in params.stop_token_ids if 0 <= i < self._vocabulary_size]
-            self._suppressed.extend(index, inside, [_NEVER] * len(inside))
-        if params.repetition_penalty != 1.0:
-            seen = list(set(row.prompt).union(output))
-            self._repeated.extend(index, seen, [params.repetition_penalty] * len(seen))
-        if output and (params.frequency_penalty != 0.0 or params.presence_penalty != 0.0):
-            counts = Counter(output)
-            self._subtracted.extend(
-                index,
-                list(counts),
-                [params.frequency_penalty * n + params.presence_penalty for n in counts.values()],
-            )
+        self._add(self._bias(params.logit_bias))
+        suppressed = params.stop_token_ids if len(output) < params.min_tokens else ()
+        self._add({i: _NEVER for i in suppressed if 0 <= i < self._vocabulary_size})
+        penalty = params.repetition_penalty
+        self._add(dict.fromkeys({*row.prompt, *output}, penalty) if penalty != 1.0 else {})
+        self._add(_counted(output, params.frequency_penalty, params.presence_penalty))
 
-    def apply(self, logits: Tensor) -> None:
-        """In place on float32 logits [R, V]. No token appears twice in a kind, so none is lost."""
-        flat = logits.view(-1)
-        if self._added.rows:
-            at, values = self._added.tensors(logits)
-            flat[at] += values
-        if self._suppressed.rows:
-            at, values = self._suppressed.tensors(logits)
-            flat[at] = values
-        if self._repeated.rows:
-            at, penalty = self._repeated.tensors(logits)
-            now = flat[at]
-            flat[at] = torch.where(now < 0, now * penalty, now / penalty)
-        if self._subtracted.rows:
-            at, values = self._subtracted.tensors(logits)
-            flat[at] -= values
+    def edits(self, device: torch.device) -> Edits | None:
+        """None where no logit changes."""
+        if not self._tokens:
+            return None
+        parts = (
+            np.array(self._begin, dtype=np.int32),
+            np.concatenate(self._tokens),
+            np.concatenate(self._values),
+        )
+        return Edits(*(torch.from_numpy(part).to(device) for part in parts))
 
-    def _add_bias(self, index: int, bias: Sequence[tuple[int, float]]) -> None:
+    def _add(self, changes: Mapping[int, float]) -> None:
+        """The next kind of edit: the value of each token."""
+        if changes:
+            self._tokens.append(np.fromiter(changes, dtype=np.int32, count=len(changes)))
+            self._values.append(np.fromiter(changes.values(), dtype=np.float32, count=len(changes)))
+        self._begin.append(self._begin[-1] + len(changes))
+
+    def _bias(self, bias: Sequence[tuple[int, float]]) -> dict[int, float]:
         totals: dict[int, float] = {}
         for token, value in bias:
             if not 0 <= token < self._vocabulary_size:
+                index = (len(self._begin) - 1) // len(EDITS)
                 self.errors[index] = RowError(
                     index,
                     f"logit_bias names token {token}; the vocabulary has {self._vocabulary_size}",
                 )
-                return
+                return {}
             totals[token] = totals.get(token, 0.0) + value
-        self._added.extend(index, list(totals), list(totals.values()))
+        return totals
 
 
-class _Cells:
-    """A list of (row, token, value)."""
-
-    def __init__(self) -> None:
-        self.rows: list[int] = []
-        self._tokens: list[int] = []
-        self._values: list[float] = []
-
-    def extend(self, row: int, tokens: Sequence[int], values: Sequence[float]) -> None:
-        self.rows.extend([row] * len(tokens))
-        self._tokens.extend(tokens)
-        self._values.extend(values)
-
-    def tensors(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Flat indices int64 [N] into `logits` [R, V], and the values float32 [N]."""
-        rows = np.asarray(self.rows, dtype=np.int64)
-        flat = rows * logits.shape[1] + np.asarray(self._tokens, dtype=np.int64)
-        values = torch.tensor(self._values, dtype=torch.float32)
-        return torch.from_numpy(flat).to(logits.device), values.to(logits.device)
+def _counted(output: Sequence[int], frequency: float, presence: float) -> dict[int, float]:
+    """What frequency and presence penalties take off each token of the output."""
+    if frequency == 0.0 and presence == 0.0:
+        return {}
+    return {token: frequency * n + presence for token, n in Counter(output).items()}
 
 
 class _Logprobs:
@@ -226,18 +220,18 @@ class _Logprobs:
         where = torch.tensor([i for i, _ in asking], device=logits.device)
         most = max(n for _, n in asking)
         stepped = -(-most // _TOP_LOGPROBS_STEP) * _TOP_LOGPROBS_STEP
-        table = torch.log_softmax(logits[where], dim=-1)
+        table = torch.log_softmax(logits[where].float(), dim=-1)
         return cls(where, table, min(stepped, logits.shape[1]), len(rows))
 
     def columns(self, tokens: Tensor) -> Tensor:
         """float64 [R, 1 + 2n]: the chosen token's log-probability, n best ids, n best values.
 
-        Rows that did not ask hold zeros. An unsound row's token may lie outside the vocabulary.
+        Rows that did not ask hold zeros.
         """
         columns = torch.zeros(
             self._batch, 1 + 2 * self._count, dtype=torch.float64, device=tokens.device
         )
-        chosen = tokens[self._rows].clamp(max=self._table.shape[1] - 1)[:, None]
+        chosen = tokens[self._rows][:, None]
         parts = [self._table.gather(1, chosen).double()]
         if self._count:
             best = self._table.topk(self._count, dim=-1)

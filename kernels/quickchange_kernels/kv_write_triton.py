@@ -1,0 +1,124 @@
+"""kv_write_ on the GPU: one program writes one row's keys and values into its slot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quickchange_kernels.compilation import Compilation
+
+
+@triton.jit
+def kv_write_kernel(
+    k,
+    v,
+    k_cache,
+    v_cache,
+    slots,
+    # sizes
+    total_slots,
+    # strides
+    k_row,
+    k_head,
+    v_row,
+    v_head,
+    # meta
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Program (row,)."""
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots + row)
+    if (slot < 0) | (slot >= total_slots):  # -1: padding
+        return
+    head = tl.arange(0, BLOCK_HEADS)[:, None]
+    d = tl.arange(0, BLOCK_D)[None, :]
+    live = (head < KV_HEADS) & (d < D)
+    to = ((slot // PAGE * KV_HEADS + head) * PAGE + slot % PAGE) * D + d
+    keys = tl.load(k + row * k_row + head * k_head + d, mask=live)
+    values = tl.load(v + row * v_row + head * v_head + d, mask=live)
+    tl.store(k_cache + to, keys, mask=live)
+    tl.store(v_cache + to, values, mask=live)
+
+
+def launch_kv_write_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    """kv_write_; see there. Raises TypeError or ValueError on what does not fit together."""
+    _check(k, v, k_cache, v_cache, slots)
+    k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (k, v))
+    blocks, heads, page, dim = k_cache.shape
+    if k.numel() == 0:
+        return
+    kv_write_kernel[(len(slots),)](
+        k,
+        v,
+        k_cache,
+        v_cache,
+        slots,
+        blocks * page,
+        k.stride(0),
+        k.stride(1),
+        v.stride(0),
+        v.stride(1),
+        **_constants(heads, dim, page),
+        num_warps=_WARPS,
+    )
+
+
+_WARPS = 4
+
+
+def _constants(heads: int, dim: int, page: int) -> dict[str, Any]:
+    return {
+        "KV_HEADS": heads,
+        "D": dim,
+        "PAGE": page,
+        "BLOCK_HEADS": triton.next_power_of_2(heads),
+        "BLOCK_D": triton.next_power_of_2(dim),
+    }
+
+
+def _check(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    if slots.dtype != torch.int64 or not slots.is_contiguous():
+        raise TypeError(f"kv_write: slots must be contiguous int64, not {slots.dtype}")
+    if not (k.dtype == v.dtype == k_cache.dtype == v_cache.dtype):
+        raise TypeError(
+            f"kv_write: k is {k.dtype} and v {v.dtype}, but the caches are {k_cache.dtype} and "
+            f"{v_cache.dtype}; all must be equal"
+        )
+    fits = (
+        k_cache.dim() == 4
+        and k_cache.shape == v_cache.shape
+        and k.shape == v.shape == (slots.numel(), k_cache.shape[1], k_cache.shape[3])
+        and k_cache.is_contiguous()
+        and v_cache.is_contiguous()
+    )
+    if not fits:
+        raise ValueError(
+            f"kv_write: k {list(k.shape)}, v {list(v.shape)}, k_cache {list(k_cache.shape)}, "
+            f"v_cache {list(v_cache.shape)} (both contiguous) and slots {list(slots.shape)} do not "
+            "fit together"
+        )
+
+
+def compilations() -> Iterator[Compilation]:
+    """For the key heads of Llama 8B and 70B, and of SmolLM2."""
+    signature = dict.fromkeys(("k", "v", "k_cache", "v_cache"), "*bf16") | {"slots": "*i64"}
+    integers = ("total_slots", "k_row", "k_head", "v_row", "v_head")
+    for model, heads, dim in (("Llama", 8, 128), ("SmolLM2", 3, 64)):
+        yield Compilation(
+            name=f"kv_write, {model}",
+            kernel=kv_write_kernel,
+            signature=signature | dict.fromkeys(integers, "i32"),
+            constants=_constants(heads, dim, 16),
+            num_warps=_WARPS,
+            num_stages=1,
+            divisible_by_16=integers,
+        )

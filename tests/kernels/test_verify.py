@@ -1,0 +1,92 @@
+"""verify against its reference, which goes row by row."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from draft_trees import as_lists, random_drafts
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from quickchange_kernels.verify import MAX_ROWS, reference_verify, verify
+
+CPU = torch.device("cpu")
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.lists(st.integers(0, 12), min_size=1, max_size=6),
+    st.integers(0, 10**6),
+    st.booleans(),
+    st.sampled_from([0.3, 0.8, 1.0]),
+    st.integers(0, 3),
+)
+def test_paths_equal_the_references(
+    lengths: list[int], seed: int, tree: bool, agreement: float, spare: int
+) -> None:
+    drafts = random_drafts(lengths, seed, tree=tree, device=CPU, agreement=agreement)
+    longest = max(1, *lengths) + spare
+    parent = drafts.parent if tree else None
+    arguments = (drafts.sampled, drafts.drafted, drafts.rows, longest, parent)
+    assert as_lists(*verify(*arguments)) == reference_verify(*arguments)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=4), st.integers(0, 10**6))
+def test_a_chain_is_a_tree_whose_rows_go_on_from_the_row_before(
+    lengths: list[int], seed: int
+) -> None:
+    drafts = random_drafts(lengths, seed, tree=False, device=CPU)
+    chain, tree = (
+        verify(drafts.sampled, drafts.drafted, drafts.rows, 12, parent)
+        for parent in (None, drafts.parent)
+    )
+    assert as_lists(*chain) == as_lists(*tree)
+
+
+def tokens(*values: int) -> Tensor:
+    return torch.tensor(values)
+
+
+def ranges(*values: tuple[int, int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def test_a_chain_ends_at_the_first_draft_that_differs() -> None:
+    out = verify(tokens(7, 8, 9, 1), tokens(0, 7, 5, 9), ranges((0, 4)), 4)
+    assert as_lists(*out) == [(1, 8, [0, 1])]
+
+
+def test_a_tree_takes_the_branch_that_goes_deepest() -> None:
+    #        0 samples 7
+    #   1: 7    2: 7 samples 4     3: 6
+    #           4: 4 samples 2
+    parent = torch.tensor([9, 0, 0, 0, 2], dtype=torch.int32)
+    out = verify(tokens(7, 3, 4, 5, 2), tokens(0, 7, 7, 6, 4), ranges((0, 5)), 5, parent)
+    assert as_lists(*out) == [(2, 2, [0, 2, 4])]
+
+
+def test_a_sequence_without_drafts_gives_its_one_token() -> None:
+    assert as_lists(*verify(tokens(3), tokens(9), ranges((0, 1)), 1)) == [(0, 3, [0])]
+
+
+def test_no_sequences_give_nothing() -> None:
+    out = verify(tokens(), tokens(), ranges().view(0, 2), 4)
+    assert [part.shape for part in out] == [(0,), (0,), (0, 4)]
+
+
+def test_padding_alone_gives_empty_paths() -> None:
+    out = verify(tokens(), tokens(), ranges((0, 0), (0, 0)), 2)
+    assert as_lists(*out) == [(0, 0, []), (0, 0, [])]
+
+
+@pytest.mark.parametrize("longest", [0, MAX_ROWS + 1])
+def test_sequences_of_a_length_that_is_not_served_are_refused(longest: int) -> None:
+    with pytest.raises(ValueError, match=f"longest is {longest}"):
+        verify(tokens(3), tokens(9), ranges((0, 1)), longest)
+
+
+def test_tokens_of_different_lengths_are_refused() -> None:
+    with pytest.raises(ValueError, match="one shape"):
+        verify(tokens(3), tokens(9, 9), ranges((0, 1)), 1)
