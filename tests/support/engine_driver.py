@@ -30,7 +30,13 @@ def make_engine(
         "adapter_host_bytes": 16 << 20,
     }
     settings = Settings.model_validate({"model": str(model), "store": model, **small, **options})
-    loaded = load_model(str(model), dtype=torch.float32, device=CPU, adapters=settings.adapters)
+    loaded = load_model(
+        str(model),
+        dtype=torch.float32,
+        device=CPU,
+        adapters=settings.adapters,
+        quantization=settings.quantization,
+    )
 
     def missing(digest: str) -> CanonicalAdapter:
         raise FileNotFoundError(f"no adapter {digest}")

@@ -83,6 +83,12 @@ inline void multiply(
   if (k < K) multiply_end<N, M>(w, x, k, K, acc, stride);
 }
 
+// The same where w holds 2 N pointers: the rows to multiply, and those that come next.
+template <int N, int M, class T, class X>
+inline void multiply(const T* const* w, const X* const* x, int64_t K, vec* acc, int stride) {
+  multiply<N, M, N>(w, x, w + N, K, acc, stride);
+}
+
 // How many weight rows go with M rows of x, so that W sums share one reduction.
 template <int M>
 constexpr int rows_with() {
@@ -98,7 +104,7 @@ inline vec dot_block(const T* const* w, const X* const* x, int64_t K) {
   constexpr int N = rows_with<M>();
   constexpr int PASS = N < MAX_AHEAD ? N : MAX_AHEAD;
   vec acc[W];
-  for (int n = 0; n < N; n += PASS) multiply<PASS, M, PASS>(w + n, x, w + n + PASS, K, acc + n, N);
+  for (int n = 0; n < N; n += PASS) multiply<PASS, M>(w + n, x, K, acc + n, N);
   return sum_lanes(acc);
 }
 
