@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quickchange_store.canonical import BaseSpec, ModuleShape
 from quickchange_store.errors import BaseModelError
+from quickchange_store.structure import producers, sublayers
 
 if TYPE_CHECKING:
     import torch
@@ -74,6 +76,8 @@ def spec_of(network: Any, name: str, weights: CheckpointWeights | None = None) -
         modules=modules,
         model_type=str(network.config.model_type),
         output_head=output_head,
+        producers=producers(network),
+        sublayers=sublayers(network),
         weights=weights,
     )
 
@@ -122,10 +126,9 @@ class CheckpointWeights:
 
     def tensor(self, name: str) -> torch.Tensor:
         """The parameter `name`, or the one it is tied to. Raises BaseModelError."""
-        keys = {self._names.parameter(key): (key, file) for key, file in self._files().items()}
         for candidate in (name, self._names.tied.get(name)):
-            if candidate in keys:
-                key, file = keys[candidate]
+            if candidate in self._keys:
+                key, file = self._keys[candidate]
                 return _read(file, key)
         raise BaseModelError(
             f"the base model's weights lack {name!r}, which this adapter's import needs",
@@ -133,6 +136,11 @@ class CheckpointWeights:
             key=name,
             remedy="give the base as safetensors that transformers loads without conversion",
         )
+
+    @cached_property
+    def _keys(self) -> dict[str | None, tuple[str, Path]]:
+        """Each parameter's key in the checkpoint and its file. An adapter may ask for hundreds."""
+        return {self._names.parameter(key): (key, file) for key, file in self._files().items()}
 
     def _files(self) -> dict[str, Path]:
         """Every tensor's key, and the file that holds it."""

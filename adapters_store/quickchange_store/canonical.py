@@ -1,15 +1,22 @@
 """The one form in which every adapter is stored and served: a list of low-rank updates.
 
-A canonical adapter is, per module of the base model, `A [r, in]`, `B [out, r]`, a scale and an
-optional bias: the module's output y becomes y + w · (scale · B(A x) + bias), where w is the weight
-that a request gives the adapter. Readers of other formats (PEFT, ...) produce this form; the engine
-knows nothing else. Knows nothing of the store's layout on disk, of devices or of HTTP.
+A canonical adapter is, per module of the base model, `A [r, in]`, `B [out, r]` and a scale, with an
+optional shift and activation between them, a bias and a gain:
+
+    y + w · ((gain − 1) ⊙ y + scale · B act(A x + shift) + bias)
+
+where y is the module's own output and w the weight that a request gives the adapter. x is the
+module's input, or for bottleneck adapters what `LowRankUpdate.source` says. Readers of other
+formats (PEFT, AdapterHub) produce this form; the engine knows nothing else. Knows nothing of the
+store's layout on disk, of devices or of HTTP.
 
 Its bytes are one safetensors file, written so that they are a pure function of what the adapter
 computes: the architecture, the modules, their tensors (dtype included) and scales. `base_name` and
 `source` only tell where an adapter came from. They are not in the bytes, so the same weights
 imported twice, from two paths or by two tools, are the same version and share every cache. The
-digest of an adapter is the SHA-256 of these bytes.
+digest of an adapter is the SHA-256 of these bytes. What is at its default is not written at all,
+so the bytes of a plain LoRA are the ones that they were before the rest existed; a file with
+anything more is of format 2, which older readers refuse instead of leaving half of it out.
 """
 
 from __future__ import annotations
@@ -18,10 +25,10 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Protocol, get_args
 
 from quickchange_store.errors import CorruptVersionError, InvalidAdapterError
 
@@ -29,8 +36,13 @@ if TYPE_CHECKING:  # imported where it is needed: names and digests are useful w
     import torch
 
 ModuleKind = Literal["linear", "embedding"]
+Activation = Literal["identity", "relu", "gelu", "gelu_tanh", "silu", "tanh"]
+Source = Literal["input", "output", "residual", "stream"]
+ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
+SOURCES: tuple[Source, ...] = get_args(Source)
 
-FORMAT = 1
+PLAIN_FORMAT = 1  # A, B, scale and bias alone
+FORMAT = 2
 METADATA_KEY = "quickchange"  # one key only: a header's keys have no guaranteed order
 DTYPES = {"torch.float32": "F32", "torch.bfloat16": "BF16", "torch.float16": "F16"}
 
@@ -44,6 +56,16 @@ class ModuleShape:
     out_features: int
     bias: bool = False  # the base module has one
     output_scale: float = 1.0  # the module multiplies its own output by it (scaled embeddings)
+
+
+@dataclass(frozen=True)
+class SubLayer:
+    """An attention or a feed-forward part of one layer, named by the module that ends it."""
+
+    layer: int  # from 0
+    kind: Literal["attention", "mlp"]
+    norm: str | None  # path of the norm that the residual stream enters it through, where known
+    plain_stream: bool  # its output joins the residual stream as it is, without another norm
 
 
 class BaseWeights(Protocol):
@@ -66,6 +88,10 @@ class BaseSpec:
     modules: dict[str, ModuleShape]  # by module path, e.g. "model.layers.0.self_attn.q_proj"
     model_type: str = ""  # transformers' model type, e.g. "llama"
     output_head: str | None = None  # module path of the LM head, which "all-linear" leaves out
+    producers: Mapping[str, str] = field(default_factory=dict, compare=False)
+    """Modules whose input is, factor for factor, another module's output: down_proj -> up_proj."""
+    sublayers: Mapping[str, SubLayer] = field(default_factory=dict, compare=False)
+    """The modules that end a sub-layer, whose output joins the residual stream."""
     weights: BaseWeights | None = field(default=None, compare=False, repr=False)
 
 
@@ -73,16 +99,25 @@ class BaseSpec:
 class LowRankUpdate:
     """One module's update, in the dtype in which it was trained.
 
-    Shapes: a [r, in], b [out, r], bias [out] or None. r may be 0 (bias only). For an embedding, x
-    is the one-hot row of a token, so `A x` is a column of a [r, vocabulary].
+    Shapes: a [r, in], b [out, r], bias [out], shift [r], gain [out], the last three or None. r may
+    be 0 (bias or gain only). For an embedding, x is the one-hot row of a token, so `A x` is a
+    column of a [r, vocabulary]. gelu is the exact one (erf), gelu_tanh its usual approximation.
 
-    Raises InvalidAdapterError where the shapes disagree.
+    `source` says what x is: the module's "input"; its "output", after the updates that read the
+    input; the "residual" that enters the module's sub-layer (attention, MLP) ahead of its norm; or
+    the "stream" behind the sub-layer: output + residual. All but "input" have `in` = `out`.
+
+    Raises InvalidAdapterError where the shapes disagree or parts do not go together.
     """
 
     a: torch.Tensor
     b: torch.Tensor
     scale: float
     bias: torch.Tensor | None = None
+    activation: Activation = "identity"
+    source: Source = "input"
+    shift: torch.Tensor | None = None
+    gain: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.a.ndim != 2 or self.b.ndim != 2 or self.a.shape[0] != self.b.shape[1]:
@@ -90,15 +125,54 @@ class LowRankUpdate:
                 f"A {list(self.a.shape)} and B {list(self.b.shape)} do not fit together",
                 remedy="they must be [r, in] and [out, r]",
             )
-        if self.bias is not None and self.bias.shape != self.b.shape[:1]:
+        self._check_vector("bias", self.bias, "out", self.b.shape[0])
+        self._check_vector("gain", self.gain, "out", self.b.shape[0])
+        self._check_vector("shift", self.shift, "r", self.b.shape[1])
+        if self.activation not in ACTIVATIONS or self.source not in SOURCES:
             raise InvalidAdapterError(
-                f"bias {list(self.bias.shape)} does not fit B {list(self.b.shape)}",
-                remedy="it must be [out]",
+                f"activation {self.activation!r} or source {self.source!r} is not known",
+                remedy=f"use one of {', '.join(ACTIVATIONS)} and one of {', '.join(SOURCES)}",
+            )
+        if self.source != "input" and (self.gain is not None or self.a.shape[1] != len(self.b)):
+            raise InvalidAdapterError(
+                f"an update that reads the {self.source} has a gain, or A {list(self.a.shape)} and "
+                f"B {list(self.b.shape)} of different widths",
+                remedy="give the gain to an update that reads the input, and one width to A and B",
+            )
+
+    def _check_vector(self, name: str, tensor: torch.Tensor | None, axis: str, size: int) -> None:
+        if tensor is not None and tuple(tensor.shape) != (size,):
+            raise InvalidAdapterError(
+                f"{name} {list(tensor.shape)} does not fit A {list(self.a.shape)} and "
+                f"B {list(self.b.shape)}",
+                remedy=f"it must be [{axis}]",
             )
 
     @property
     def rank(self) -> int:
         return int(self.a.shape[0])
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors that there are, by the names under which they are stored."""
+        parts = {
+            "a": self.a,
+            "b": self.b,
+            "bias": self.bias,
+            "shift": self.shift,
+            "gain": self.gain,
+        }
+        return {name: tensor for name, tensor in parts.items() if tensor is not None}
+
+    @property
+    def plain(self) -> bool:
+        """Whether A, B, scale and bias say all of it."""
+        return (
+            self.activation == "identity"
+            and self.source == "input"
+            and self.shift is None
+            and self.gain is None
+        )
 
 
 @dataclass(frozen=True)
@@ -113,10 +187,7 @@ class CanonicalAdapter:
     @property
     def parameters(self) -> int:
         """Number of stored values."""
-        return sum(
-            u.a.numel() + u.b.numel() + (0 if u.bias is None else u.bias.numel())
-            for u in self.updates.values()
-        )
+        return sum(t.numel() for u in self.updates.values() for t in u.tensors.values())
 
     @property
     def max_rank(self) -> int:
@@ -171,13 +242,19 @@ def load(
                     a=file.get_tensor(f"{module}.a"),
                     b=file.get_tensor(f"{module}.b"),
                     scale=scale,
-                    bias=file.get_tensor(f"{module}.bias") if f"{module}.bias" in names else None,
+                    activation=header.activations.get(module, "identity"),
+                    source=header.sources.get(module, "input"),
+                    **{
+                        part: file.get_tensor(f"{module}.{part}")
+                        for part in ("bias", "shift", "gain")
+                        if f"{module}.{part}" in names
+                    },
                 )
-                for module, scale in header["scales"].items()
+                for module, scale in header.scales.items()
             }
     except (SafetensorError, OSError, InvalidAdapterError) as error:
         raise _corrupt(path, str(error)) from error
-    return CanonicalAdapter(header["architecture"], base_name, updates, source or {})
+    return CanonicalAdapter(header.architecture, base_name, updates, source or {})
 
 
 def file_digest(path: Path) -> str:
@@ -204,9 +281,7 @@ def _ordered_tensors(adapter: CanonicalAdapter) -> list[tuple[str, torch.Tensor]
     """(name, tensor), widest dtype first so that every tensor is aligned, then by name."""
     named = []
     for module, update in adapter.updates.items():
-        for part, tensor in (("a", update.a), ("b", update.b), ("bias", update.bias)):
-            if tensor is None:
-                continue
+        for part, tensor in update.tensors.items():
             if str(tensor.dtype) not in DTYPES:
                 raise InvalidAdapterError(
                     f"dtype {tensor.dtype} can't be stored",
@@ -224,11 +299,20 @@ def _header(adapter: CanonicalAdapter, tensors: list[tuple[str, torch.Tensor]]) 
             raise InvalidAdapterError(
                 f"scale {update.scale} is not finite", key=module, remedy="give a finite scale"
             )
-    content = {
+    updates = adapter.updates
+    plain = all(update.plain for update in updates.values())
+    content: dict[str, Any] = {
         "architecture": adapter.architecture,
-        "format": FORMAT,
-        "scales": {module: float(update.scale) for module, update in adapter.updates.items()},
+        "format": PLAIN_FORMAT if plain else FORMAT,
+        "scales": {module: float(update.scale) for module, update in updates.items()},
     }
+    if not plain:
+        content["activations"] = {
+            module: u.activation for module, u in updates.items() if u.activation != "identity"
+        }
+        content["sources"] = {
+            module: update.source for module, update in updates.items() if update.source != "input"
+        }
     header: dict[str, Any] = {"__metadata__": {METADATA_KEY: _json(content)}}
     offset = 0
     for name, tensor in tensors:
@@ -248,13 +332,26 @@ def _json(value: object) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-def _parse_metadata(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Header:
+    architecture: str
+    scales: dict[str, float]
+    activations: dict[str, Activation]
+    sources: dict[str, Source]
+
+
+def _parse_metadata(path: Path, metadata: dict[str, str] | None) -> _Header:
+    """The header. What it says of activations and sources is checked by LowRankUpdate."""
     try:
         header = json.loads((metadata or {})[METADATA_KEY])
-        if header["format"] != FORMAT:
-            raise _corrupt(path, f"format {header['format']}, known is {FORMAT}")
-        scales = {str(module): float(scale) for module, scale in header["scales"].items()}
-        return {"architecture": str(header["architecture"]), "scales": scales}
+        if header["format"] not in (PLAIN_FORMAT, FORMAT):
+            raise _corrupt(path, f"format {header['format']}, known are {PLAIN_FORMAT}, {FORMAT}")
+        return _Header(
+            architecture=str(header["architecture"]),
+            scales={str(module): float(scale) for module, scale in header["scales"].items()},
+            activations=dict(header.get("activations", {})),
+            sources=dict(header.get("sources", {})),
+        )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise _corrupt(path, f"the header lacks {METADATA_KEY!r}: {error!r}") from error
 

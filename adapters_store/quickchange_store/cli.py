@@ -37,7 +37,9 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 @app.command()
 def add(
     name: Annotated[str, typer.Argument(help="The adapter's name.")],
-    directory: Annotated[Path, typer.Argument(help="Folder of the adapter, as PEFT saves it.")],
+    directory: Annotated[
+        Path, typer.Argument(help="Folder of the adapter, as PEFT or AdapterHub saves it.")
+    ],
     store: StoreOption,
     model: ModelOption,
     as_json: JsonOption = False,

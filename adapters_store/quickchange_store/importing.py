@@ -8,9 +8,11 @@ from pathlib import Path
 
 from quickchange_store.canonical import BaseSpec
 from quickchange_store.errors import InvalidAdapterError, UnsupportedFeatureError
+from quickchange_store.formats.adapterhub import read_adapterhub
+from quickchange_store.formats.config_file import CONFIG_FILE, read_config
+from quickchange_store.formats.ia3 import read_ia3
 from quickchange_store.formats.imported import Imported
 from quickchange_store.formats.peft import read_peft
-from quickchange_store.formats.peft_config import CONFIG_FILE
 from quickchange_store.index import Version
 from quickchange_store.names import check_name
 from quickchange_store.store import Store
@@ -49,6 +51,11 @@ def read_adapter(directory: Path, base: BaseSpec) -> Imported:
             file="model.safetensors",
             remedy=f"give a folder with {CONFIG_FILE}",
         )
+    config = read_config(directory)
+    if config.get("peft_type") == "IA3":
+        return read_ia3(directory, base)
+    if "peft_type" not in config and ("config" in config or "model_type" in config):
+        return read_adapterhub(directory, base)
     return read_peft(directory, base)
 
 

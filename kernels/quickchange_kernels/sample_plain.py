@@ -136,6 +136,6 @@ def inverse_cdf(mass: Tensor, uniform: Tensor) -> Tensor:
     """int64 [R]: the first token whose running sum of masses exceeds ⌊uniform · their sum⌋."""
     running = mass.cumsum(dim=-1)
     total = running[:, -1]
-    # the product is rounded: it may reach the sum, which no running sum exceeds
+    # a uniform of 1, which the contract does not have, stays in the row
     target = torch.minimum((total.double() * uniform).long(), total - 1)
     return torch.searchsorted(running, target[:, None], right=True).squeeze(1)

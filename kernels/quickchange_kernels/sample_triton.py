@@ -314,7 +314,7 @@ def token_kernel(
             sum_of = tl.load(sums + row * splits + s, mask=live, other=0)
             total = tl.sum(sum_of, 0)
             target = (total.to(tl.float64) * tl.load(uniform + row)).to(tl.int64)
-            # the product is rounded: it may reach the sum, which no running sum exceeds
+            # a uniform of 1, which the contract does not have, stays in the row
             target = tl.minimum(target, total - 1)
             passed = live & (tl.cumsum(sum_of, 0) <= target)
             target -= tl.sum(tl.where(passed, sum_of, 0), 0)

@@ -11,12 +11,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from mass_edges import draws_at_edges
 from torch import Tensor
 
 from quickchange_kernels import sample_triton
 from quickchange_kernels.aot import compiling, targets
 from quickchange_kernels.sample import Drawn, Draws, Edits, sample
-from quickchange_kernels.sample_plain import plain_sample
+from quickchange_kernels.sample_plain import masses, plain_sample
 
 Row = npt.NDArray[np.float64]
 PROPERTY = settings(deadline=None, max_examples=60)
@@ -146,6 +147,28 @@ def test_the_native_version_draws_what_the_plain_one_draws_bit_for_bit(
     out = sample(logits.clone(), draws(rules))
     assert torch.equal(out.sound, expected.sound), native_version
     assert torch.equal(out.tokens, expected.tokens), native_version
+
+
+@pytest.mark.parametrize("spread", [0.1, 1.0, 8.0])
+def test_masses_have_every_bit_of_the_plain_versions(
+    spread: float, run: Run, generator: torch.Generator
+) -> None:
+    logits = torch.randn(50, 300, generator=generator) * spread
+    temperature = torch.rand(50, generator=generator).double() + 0.5
+    rows, how, expected = draws_at_edges(logits, temperature)
+    assert run(rows, how).tokens.tolist() == expected
+
+
+def test_masses_are_the_exponentials_in_units_of_the_best_tokens(
+    generator: torch.Generator,
+) -> None:
+    logits = torch.randn(4, 2000, generator=generator) * 3
+    peak = logits.amax(dim=1, keepdim=True)
+    temperature = torch.tensor([0.3, 0.9, 1.0, 2.0], dtype=torch.float64)
+    power = (logits - peak).double() / temperature[:, None]
+    mass = masses(logits, peak, temperature).double()
+    assert ((mass - power.exp() * 2**42).abs() <= power.exp() * 2**42 * 4e-6 + 1).all()
+    assert (mass.amax(dim=1) == 2**42).all()
 
 
 def test_tokens_follow_their_probabilities(run: Run, generator: torch.Generator) -> None:

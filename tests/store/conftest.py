@@ -104,7 +104,10 @@ def train(bases: Callable[[str], Base]) -> Callable[..., Trained]:
 
 @torch.inference_mode()
 def _canonical_logits(model: torch.nn.Module, adapter: CanonicalAdapter) -> torch.Tensor:
-    """Logits of the base with y + scale · B(A x) + bias at each module: the form's definition."""
+    """Logits of the base with y + (gain − 1) ⊙ y + scale · B(A x) + bias at each module.
+
+    The form's definition, for updates that read the module's input with no activation.
+    """
 
     def hook(update: LowRankUpdate) -> Callable[..., torch.Tensor]:
         def add(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
@@ -112,6 +115,8 @@ def _canonical_logits(model: torch.nn.Module, adapter: CanonicalAdapter) -> torc
             x = inputs[0]
             inner = a.T[x] if isinstance(module, torch.nn.Embedding) else x @ a.T
             result = output + update.scale * (inner @ b.T)
+            if update.gain is not None:
+                result = result + (update.gain - 1) * output
             return result if update.bias is None else result + update.bias
 
         return add

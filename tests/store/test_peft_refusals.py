@@ -74,7 +74,6 @@ def refused(
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("use_dora", True),
         ("modules_to_save", ["lm_head"]),
         ("trainable_token_indices", [1, 2]),
         ("layer_replication", [[0, 2], [1, 2]]),
@@ -91,7 +90,7 @@ def refused(
         ("init_lora_weights", "olora"),
         ("init_lora_weights", "loftq"),
         ("a_field_of_the_future", 3),
-        ("peft_type", "IA3"),
+        ("peft_type", "ADALORA"),
     ],
 )
 def test_an_unsupported_field_is_named(field: str, value: Any, folder: Path, bases: Any) -> None:
@@ -276,10 +275,59 @@ def test_a_tensor_that_nothing_explains_is_named(folder: Path, bases: Any) -> No
     refused(InvalidAdapterError, folder, bases("llama").spec, WEIGHTS, "stray")
 
 
-def test_a_dora_vector_is_named(folder: Path, bases: Any) -> None:
+def test_a_dora_vector_that_the_configuration_denies_is_named(folder: Path, bases: Any) -> None:
     key = Q0_A.replace("lora_A.weight", "lora_magnitude_vector")
     edit_tensors(folder, lambda tensors: tensors.update({key: torch.ones(32)}))
-    refused(UnsupportedFeatureError, folder, bases("llama").spec, WEIGHTS, key)
+    refused(InvalidAdapterError, folder, bases("llama").spec, WEIGHTS, key)
+
+
+def test_a_missing_dora_vector_is_named(folder: Path, bases: Any) -> None:
+    edit_config(folder, use_dora=True)
+    key = Q0_A.replace("lora_A.weight", "lora_magnitude_vector")
+    refused(InvalidAdapterError, folder, bases("llama").spec, WEIGHTS, key)
+
+
+def test_dora_needs_the_weights_of_the_base(bases: Any, train: Any, tmp_path: Path) -> None:
+    train("llama", tmp_path, target_modules=["q_proj"], use_dora=True)
+    spec = dataclasses.replace(bases("llama").spec, weights=None)
+    key = Q0_A.replace("lora_A.weight", "lora_magnitude_vector")
+    error = refused(BaseModelError, tmp_path, spec, WEIGHTS, key)
+    assert "model.layers.0.self_attn.q_proj.weight" in str(error)
+
+
+def test_dora_with_a_bias_of_its_own_is_refused(folder: Path, bases: Any) -> None:
+    edit_config(folder, use_dora=True, lora_bias=True)
+    refused(InvalidAdapterError, folder, bases("llama").spec, CONFIG, "lora_bias")
+
+
+class _PackedWeights:
+    """Weights as a quantised checkpoint has them."""
+
+    def tensor(self, _name: str) -> torch.Tensor:
+        return torch.zeros(512, 1, dtype=torch.uint8)
+
+
+def test_dora_on_quantised_weights_is_refused(bases: Any, train: Any, tmp_path: Path) -> None:
+    train("llama", tmp_path, target_modules=["q_proj"], use_dora=True)
+    spec = dataclasses.replace(bases("llama").spec, weights=_PackedWeights())
+    key = Q0_A.replace("lora_A.weight", "lora_magnitude_vector")
+    error = refused(UnsupportedFeatureError, tmp_path, spec, WEIGHTS, key)
+    assert "before quantisation" in str(error)
+
+
+def test_dora_without_a_direction_is_refused(bases: Any, train: Any, tmp_path: Path) -> None:
+    train("llama", tmp_path, target_modules=["q_proj"], use_dora=True, r=4)
+    spec = dataclasses.replace(bases("llama").spec, weights=_ZeroWeights())
+    edit_tensors(tmp_path, lambda tensors: tensors[Q0_B].zero_())
+    key = Q0_A.replace("lora_A.weight", "lora_magnitude_vector")
+    refused(InvalidAdapterError, tmp_path, spec, WEIGHTS, key)
+
+
+class _ZeroWeights:
+    """A base model that is all zero."""
+
+    def tensor(self, _name: str) -> torch.Tensor:
+        return torch.zeros(32, 32)
 
 
 @pytest.mark.parametrize(
@@ -361,13 +409,6 @@ def test_turbo_heads_are_refused_by_name(with_lora: bool, folder: Path, bases: A
     assert "not supported by this version yet" in str(error)
 
 
-def test_bottleneck_adapters_are_refused_by_name(folder: Path, bases: Any) -> None:
-    content = {"config": {"reduction_factor": 16}, "model_type": "llama"}
-    (folder / CONFIG).write_text(json.dumps(content))
-    error = refused(UnsupportedFeatureError, folder, bases("llama").spec, CONFIG, "config")
-    assert "not supported by this version yet" in str(error)
-
-
 def test_a_whole_model_is_refused_by_name(bases: Any) -> None:
     base = bases("llama")
     error = refused(UnsupportedFeatureError, base.folder, base.spec, "model.safetensors", None)
@@ -384,7 +425,7 @@ def test_a_refused_adapter_leaves_the_store_as_it_was(
 ) -> None:
     store = Store(tmp_path / "store")
     good = add_adapter(store, "mine", folder, bases("llama").spec)
-    edit_config(folder, use_dora=True)
+    edit_config(folder, use_qalora=True)
     with pytest.raises(UnsupportedFeatureError):
         add_adapter(store, "mine", folder, bases("llama").spec)
     assert store.versions("mine") == (good.version,)

@@ -45,6 +45,7 @@ FAMILIES: dict[str, dict[str, object]] = {
     # Rotates neighbouring columns; attention and MLP side by side.
     "cohere": {"model_type": "cohere", **_GROUPED, "logit_scale": 1.0},
     "phi": {"model_type": "phi", "partial_rotary_factor": 0.5},
+    "stablelm": {"model_type": "stablelm", **_GROUPED, "partial_rotary_factor": 0.5},
     "gpt_neox": {"model_type": "gpt_neox", "rotary_pct": 0.5},
 }
 

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 
 import pytest
 import torch
+from mass_edges import draws_at_edges
 from torch import Tensor
 
 from quickchange_kernels.sample import Draws, Edits, sample
@@ -57,6 +58,19 @@ def test_every_kind_of_row_draws_the_plain_versions_token(
     with sanitized():
         sample(logits.clone(), draws)
     check(logits, draws)
+
+
+@pytest.mark.parametrize("spread", [0.5, 8.0])
+def test_masses_have_every_bit_of_the_plain_versions(
+    spread: float, generator: torch.Generator, device: torch.device
+) -> None:
+    logits = torch.randn(3, 500, generator=generator) * spread
+    temperature = torch.tensor([1.0, 0.7, 1.9], dtype=torch.float64)
+    rows, how, expected = draws_at_edges(logits, temperature)
+    assert how.temperature is not None
+    assert how.uniform is not None
+    moved = Draws(how.temperature.to(device), how.uniform.to(device))
+    assert sample(rows.to(device), moved).tokens.tolist() == expected
 
 
 @pytest.mark.parametrize("used", ["temperature", "top_k", "top_p", "min_p"])

@@ -57,14 +57,16 @@ def check_patterns(config: Mapping[str, Any], paths: Iterable[str], file: str) -
             f"a regular expression takes more than {LIMIT_SECONDS:g} s or too much memory over the "
             "base model's module names",
             file=file,
-            key="target_modules, exclude_modules, layers_pattern, rank_pattern, alpha_pattern",
+            key="target_modules, exclude_modules, feedforward_modules, layers_pattern, "
+            "rank_pattern, alpha_pattern",
             remedy="simplify it, or list the modules by name",
         ) from error
 
 
 def _expressions(config: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Each expression as written, and as PEFT uses it."""
-    names = [config.get("target_modules"), config.get("exclude_modules")]
+    fields = ("target_modules", "exclude_modules", "feedforward_modules")
+    names = [config.get(field) for field in fields]
     layers = config.get("layers_pattern")
     layers = layers if isinstance(layers, list) else [layers]
     keys = [

@@ -1,55 +1,49 @@
-"""PEFT LoRA directories: `adapter_config.json` and `adapter_model.safetensors`.
+"""PEFT LoRA and DoRA directories: `adapter_config.json` and `adapter_model.safetensors`.
 
 Every targeted module must have its tensors and every tensor must be understood: an adapter is read
-completely or refused by name. Pickled weights are never opened.
+completely or refused by name.
 """
 
 from __future__ import annotations
 
-import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quickchange_store.canonical import DTYPES, BaseSpec, CanonicalAdapter, LowRankUpdate
+from quickchange_store.canonical import BaseSpec, CanonicalAdapter, LowRankUpdate
 from quickchange_store.errors import (
     BaseMismatchError,
-    BaseModelError,
     InvalidAdapterError,
     UnsupportedFeatureError,
 )
+from quickchange_store.formats.config_file import CONFIG_FILE, read_config
+from quickchange_store.formats.dora import dora_gain
 from quickchange_store.formats.imported import Imported
-from quickchange_store.formats.peft_config import (
-    CONFIG_FILE,
-    LoraSettings,
-    parse_config,
-    read_config,
-)
+from quickchange_store.formats.peft_common import PREFIX, WEIGHTS_FILE, WRITER, check_copies
+from quickchange_store.formats.peft_config import LoraSettings, parse_config
+from quickchange_store.formats.tensors import AdapterTensors, weights_file
 
 if TYPE_CHECKING:
     import torch
 
-WEIGHTS_FILE = "adapter_model.safetensors"
-PREFIX = "base_model.model."
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-
 
 def read_peft(directory: Path, base: BaseSpec) -> Imported:
-    """Read the LoRA adapter in `directory` for the base model `base`.
+    """Read the LoRA or DoRA adapter in `directory` for the base model `base`.
 
-    The base's own weights are opened only for adapters that hold copies of them: trained biases
-    (stored as the difference) and embeddings. Raises InvalidAdapterError, UnsupportedFeatureError,
-    BaseMismatchError and BaseModelError; the message names file, key and remedy.
+    The base's own weights are opened only for adapters that need them: DoRA, and copies of the
+    base's parameters (trained biases, stored as the difference, and embeddings). Raises
+    InvalidAdapterError, UnsupportedFeatureError, BaseMismatchError and BaseModelError; the message
+    names file, key and remedy.
     """
     config = read_config(directory)
     settings, warnings = parse_config(config, base)
-    tensors = _Tensors(_weights_file(directory))
-    _refuse_dora(tensors)
+    tensors = AdapterTensors(weights_file(directory, WEIGHTS_FILE, WRITER))
     updates = {}
     for module in base.modules:  # the base's order, not the file's
         update = _module_update(tensors, settings, base, module)
         if update is not None:
             updates[module] = update
-    _check_copies(tensors, base)
+    check_copies(tensors, base)
     _refuse_leftovers(tensors, settings, base)
     adapter = CanonicalAdapter(
         base.architecture, settings.base_name, updates, dict(settings.source)
@@ -57,105 +51,8 @@ def read_peft(directory: Path, base: BaseSpec) -> Imported:
     return Imported(adapter, tuple(warnings))
 
 
-def _weights_file(directory: Path) -> Path:
-    path = directory / WEIGHTS_FILE
-    if path.is_file():
-        return path
-    others = sorted(entry.name for entry in directory.iterdir() if entry.is_file())
-    for name in others:
-        if name.endswith(PICKLES):
-            raise UnsupportedFeatureError(
-                "a pickle can run any code when it is opened, and is not read",
-                file=name,
-                remedy=f"convert it where you trust it: python -c {shlex.quote(_conversion(name))}",
-            )
-    sharded = [name for name in others if "adapter_model" in name]
-    if sharded:
-        raise UnsupportedFeatureError(
-            "an adapter in several weight files is not supported",
-            file=", ".join(sharded),
-            remedy=f"save it as one {WEIGHTS_FILE}",
-        )
-    raise InvalidAdapterError(
-        "the file is missing",
-        file=WEIGHTS_FILE,
-        remedy="give the folder that PEFT's save_pretrained wrote",
-    )
-
-
-def _conversion(name: str) -> str:
-    return (
-        "import torch; from safetensors.torch import save_file; "
-        f"save_file(torch.load({name!r}, weights_only=True, map_location='cpu'), {WEIGHTS_FILE!r})"
-    )
-
-
-class _Tensors:
-    """The tensors of the file, and which of them nothing has asked for yet."""
-
-    def __init__(self, path: Path) -> None:
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                self._content: dict[str, torch.Tensor] = {
-                    str(key): file.get_tensor(key)
-                    for key in file.keys()  # noqa: SIM118
-                }
-        except (SafetensorError, OSError) as error:
-            raise InvalidAdapterError(
-                f"not a safetensors file ({error})",
-                file=WEIGHTS_FILE,
-                remedy="copy or save it again",
-            ) from error
-        self.left = set(self._content)
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._content
-
-    def take(self, key: str) -> torch.Tensor:
-        """The tensor, checked for its dtype and for finite values."""
-        if key not in self._content:
-            raise InvalidAdapterError(
-                f"the tensor is missing, while {CONFIG_FILE} asks for it",
-                file=WEIGHTS_FILE,
-                key=key,
-                remedy="save the adapter again, with all its tensors",
-            )
-        tensor = self._content[key]
-        if str(tensor.dtype) not in DTYPES:
-            raise UnsupportedFeatureError(
-                f"dtype {tensor.dtype} is not supported",
-                file=WEIGHTS_FILE,
-                key=key,
-                remedy="save it as float32, bfloat16 or float16",
-            )
-        if not bool(tensor.isfinite().all()):
-            raise InvalidAdapterError(
-                "it holds NaN or infinite values",
-                file=WEIGHTS_FILE,
-                key=key,
-                remedy="train again, or take an earlier checkpoint",
-            )
-        self.left.discard(key)
-        return tensor
-
-    def take_shaped(self, key: str, module: str, expected: tuple[int, ...]) -> torch.Tensor:
-        """`take`, and the shape must be the one that the base's module asks for."""
-        tensor = self.take(key)
-        if tuple(tensor.shape) != expected:
-            raise BaseMismatchError(
-                f"shape {list(tensor.shape)}, while {module} of the base model asks for "
-                f"{list(expected)}",
-                file=WEIGHTS_FILE,
-                key=key,
-                remedy="use an adapter of this base model",
-            )
-        return tensor
-
-
 def _module_update(
-    tensors: _Tensors, settings: LoraSettings, base: BaseSpec, module: str
+    tensors: AdapterTensors, settings: LoraSettings, base: BaseSpec, module: str
 ) -> LowRankUpdate | None:
     """The update of one module of the base, None where the adapter leaves it alone."""
     import torch
@@ -173,11 +70,49 @@ def _module_update(
         out = (base.modules[module].out_features,)
         own = tensors.take_shaped(f"{PREFIX}{module}.lora_B.bias", module, out).float() * scale
         change = own if change is None else own + change
-    return LowRankUpdate(a, b, scale * base.modules[module].output_scale, change)
+    update = LowRankUpdate(a, b, scale * base.modules[module].output_scale, change)
+    return _with_magnitude(tensors, base, module, update, scale) if settings.dora else update
+
+
+def _with_magnitude(
+    tensors: AdapterTensors, base: BaseSpec, module: str, update: LowRankUpdate, scale: float
+) -> LowRankUpdate:
+    """DoRA: g ⊙ (W x + scale · B A x) in place of W x, with g = magnitude / ‖W + scale · B A‖.
+
+    PEFT leaves the base's bias out of it, so what the gain does to that bias is taken back.
+    """
+    shape = base.modules[module]
+    key = f"{PREFIX}{module}.lora_magnitude_vector"
+    magnitude = tensors.take_shaped(key, module, (shape.out_features,)).float()
+    weight = tensors.base_tensor(base, f"{module}.weight", key)
+    expected = (shape.out_features, shape.in_features)
+    if shape.kind == "embedding":
+        weight = weight.T
+    if tuple(weight.shape) != expected or not weight.is_floating_point():
+        raise UnsupportedFeatureError(
+            f"DoRA needs the base's {module}.weight as plain numbers {list(expected)}, and the "
+            f"checkpoint has {weight.dtype} {list(weight.shape)}",
+            file=WEIGHTS_FILE,
+            key=key,
+            remedy="add the adapter with the base as it was before quantisation (--model)",
+        )
+    gain = dora_gain(magnitude, weight, update.a, update.b, scale)
+    if not bool(gain.isfinite().all()):
+        raise InvalidAdapterError(
+            f"a row of {module}'s weight and its update are zero, so DoRA has no direction for it",
+            file=WEIGHTS_FILE,
+            key=key,
+            remedy="train again, or leave the module out",
+        )
+    bias = update.bias
+    if shape.bias:
+        own = (1 - gain) * tensors.base_tensor(base, f"{module}.bias", key).float()
+        bias = own if bias is None else bias + own
+    return replace(update, b=gain[:, None] * update.b.float(), gain=gain, bias=bias)
 
 
 def _factors(
-    tensors: _Tensors, settings: LoraSettings, base: BaseSpec, module: str
+    tensors: AdapterTensors, settings: LoraSettings, base: BaseSpec, module: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A [r, in] and B [out, r] of a targeted module."""
     shape = base.modules[module]
@@ -203,7 +138,7 @@ def _factors(
 
 
 def _base_bias_change(
-    tensors: _Tensors, settings: LoraSettings, base: BaseSpec, module: str
+    tensors: AdapterTensors, settings: LoraSettings, base: BaseSpec, module: str
 ) -> torch.Tensor | None:
     """[out] float32: trained minus original bias of the base's module; None without a change."""
     targeted = module in settings.targets
@@ -215,61 +150,11 @@ def _base_bias_change(
     if not targeted or (key not in tensors and f"{PREFIX}{module}.bias" in tensors):
         key = f"{PREFIX}{module}.bias"  # also the name under which older versions of PEFT saved it
     trained = tensors.take_shaped(key, module, (base.modules[module].out_features,))
-    change = trained.float() - _base_tensor(base, f"{module}.bias", key).float()
+    change = trained.float() - tensors.base_tensor(base, f"{module}.bias", key).float()
     return change if bool(change.any()) else None
 
 
-def _check_copies(tensors: _Tensors, base: BaseSpec) -> None:
-    """Accept copies of the base's own parameters where nothing in them has changed.
-
-    PEFT saves the embedding beside its LoRA, and with bias="all" every bias of the model.
-    """
-    copies = [key for key in sorted(tensors.left) if _is_base_parameter(key)]
-    for key in copies:
-        name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
-        if name.rpartition(".")[0] not in base.modules and not name.endswith(".bias"):
-            continue  # a module that the base lacks: reported with the leftovers
-        saved = tensors.take(key)
-        original = _base_tensor(base, name, key)
-        if saved.shape != original.shape or not bool((original.to(saved.dtype) == saved).all()):
-            raise UnsupportedFeatureError(
-                f"it replaces the base model's own {name}, shape {list(original.shape)}, by other "
-                f"values, shape {list(saved.shape)}",
-                file=WEIGHTS_FILE,
-                key=key,
-                remedy="train the module with LoRA; a resized vocabulary, fully trained modules "
-                "and biases outside of linear modules are not supported",
-            )
-
-
-def _is_base_parameter(key: str) -> bool:
-    return key.startswith(PREFIX) and key.endswith((".weight", ".bias")) and ".lora_" not in key
-
-
-def _base_tensor(base: BaseSpec, name: str, key: str) -> torch.Tensor:
-    if base.weights is None:
-        raise BaseModelError(
-            f"the tensor must be compared with the base model's {name}, whose weights aren't at "
-            "hand",
-            file=WEIGHTS_FILE,
-            key=key,
-            remedy="add the adapter where the base model's safetensors weights are",
-        )
-    return base.weights.tensor(name)
-
-
-def _refuse_dora(tensors: _Tensors) -> None:
-    for key in sorted(tensors.left):
-        if "lora_magnitude_vector" in key:
-            raise UnsupportedFeatureError(
-                "DoRA is not supported",
-                file=WEIGHTS_FILE,
-                key=key,
-                remedy="train without DoRA, or merge it into the base",
-            )
-
-
-def _refuse_leftovers(tensors: _Tensors, settings: LoraSettings, base: BaseSpec) -> None:
+def _refuse_leftovers(tensors: AdapterTensors, settings: LoraSettings, base: BaseSpec) -> None:
     if not tensors.left:
         return
     key = min(tensors.left)

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from quickchange_kernels.aot import compiling, inspection, streams
 from quickchange_kernels.aot.inspection import Resources
@@ -65,7 +66,7 @@ def run_job(job: Job) -> Outcome:
         reason = f"does not compile: {_last_line(error)}"
         return Outcome(job, time.perf_counter() - started, None, None, (), (reason,))
     taken = inspection.resources(kernel, target)
-    loading = streams.loading_statements(kernel.asm["ttir"])
+    loading = streams.loading_statements(kernel.asm["ttir"], _source(one).parent)
     widths = streams.load_widths(inspection.assembly(kernel, target), target)
     by_statement = {statement: streams.widths_of(statement, widths) for statement in loading}
     return Outcome(
@@ -127,4 +128,8 @@ def stale_marks(outcomes: Iterable[Outcome]) -> list[str]:
 
 def _source_files(outcomes: Iterable[Outcome]) -> set[str]:
     modules = {(outcome.job.module, outcome.job.name) for outcome in outcomes}
-    return {_shipped(module)[name].kernel.fn.__code__.co_filename for module, name in modules}
+    return {str(_source(_shipped(module)[name])) for module, name in modules}
+
+
+def _source(one: Compilation) -> Path:
+    return Path(one.kernel.fn.__code__.co_filename)

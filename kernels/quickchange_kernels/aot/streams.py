@@ -60,14 +60,19 @@ def _marked_lines(source: str) -> Iterator[int]:
             yield token.start[0]
 
 
-def loading_statements(ttir: str) -> list[Statement]:
-    """The marked statements that load something in Triton's IR of one configuration."""
-    lines = set(_load_lines(ttir))
+def loading_statements(ttir: str, folder: Path) -> list[Statement]:
+    """The marked statements that load something in Triton's IR of one configuration.
+
+    folder: of the kernel's source. Only names of files are compared: Triton's cache may return what
+    was compiled from the same source in another place.
+    """
+    lines = {(Path(path).name, line) for path, line in _load_lines(ttir)}
     return [
         statement
-        for path in sorted({path for path, _ in lines})
-        for statement in marked_statements(path)
-        if any((path, line) in lines for line in range(statement.first, statement.last + 1))
+        for name in sorted({name for name, _ in lines})
+        if (folder / name).exists()
+        for statement in marked_statements(str(folder / name))
+        if any((name, line) in lines for line in range(statement.first, statement.last + 1))
     ]
 
 

@@ -219,7 +219,7 @@ inline int64_t nucleus_edge(
 inline int64_t inverse_cdf(
     const BlockedRow& row, const Kept& kept, const SampleScratch& s, int64_t total,
     double uniform) {
-  // The product is rounded: it may reach the sum, which no running sum exceeds.
+  // A uniform of 1, which the contract does not have, stays in the row.
   int64_t left = std::min(int64_t(double(total) * uniform), total - 1);
   int64_t b = 0, i = 0;
   while (s.sums[b] <= left) left -= s.sums[b++];

@@ -2,8 +2,10 @@
 
 A page is 8 ranks of one module's update: A [8, in], then B [8, width] transposed so that row j is
 rank j's output vector, each part rounded up to 64 bytes. The last page of an update is padded with
-zeros. A bias is a page of its own with scale 1: A is zero, shift 1 in its first rank, B's first row
-is the bias, exactly as it was trained (folding it into a free rank would divide it by the scale).
+zeros. A bias is a page of its own with scale 1 and no activation: A is zero, shift 1 in its first
+rank, B's first row is the bias, exactly as it was trained (folding it into a free rank would divide
+it by the scale). A gain is a page of its own too, and only as long as its one row: gain − 1, which
+a short dtype holds better than the gain.
 
 Built beside decoding, so the work is cut in pieces that stay below torch's threshold for entering a
 parallel region: they would fight the engine's threads for its cores, and a second thread that ever
@@ -15,7 +17,7 @@ Knows nothing of slots, of budgets or of threads.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,11 +25,18 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from quickchange_kernels.lowrank import A_ALIGNMENT, RANKS_PER_PAGE
+from quickchange_kernels.lowrank import A_ALIGNMENT, RANKS_PER_PAGE, PageKind
 from quickchange_server.adapters.layout import Member, ModuleGroup
 from quickchange_server.errors import AdapterFailedError
-from quickchange_store.canonical import CanonicalAdapter, LowRankUpdate
+from quickchange_store.canonical import (
+    ACTIVATIONS,
+    Activation,
+    CanonicalAdapter,
+    LowRankUpdate,
+    Source,
+)
 
+_KINDS: dict[Activation, PageKind] = {name: PageKind[name.upper()] for name in ACTIVATIONS}
 PIECE = 32_768  # elements of one copy: torch uses several threads above this
 
 
@@ -45,12 +54,16 @@ class PageShape:
     width: int
     b_offset: int  # of B within the page
     elements: int  # of the page, 64-byte aligned
+    gain_elements: int  # of a page that holds a gain
 
 
-def page_shapes(groups: Sequence[ModuleGroup], dtype: torch.dtype) -> dict[str, PageShape]:
-    """The page shape of every module that an adapter may update, by module path."""
+Place = tuple[str, Source]  # a module's path, and what an update of it reads
+
+
+def page_shapes(groups: Sequence[ModuleGroup], dtype: torch.dtype) -> dict[Place, PageShape]:
+    """The page shape of every module that an adapter may update, for all that updates may read."""
     return {
-        member.path: _page_shape(group, member, dtype)
+        (member.path, group.source): _page_shape(group, member, dtype)
         for group in groups
         for member in group.members
     }
@@ -65,6 +78,7 @@ def _page_shape(group: ModuleGroup, member: Member, dtype: torch.dtype) -> PageS
         width=member.width,
         b_offset=b_offset,
         elements=b_offset + _aligned(RANKS_PER_PAGE * member.width, dtype),
+        gain_elements=_aligned(member.width, dtype),
     )
 
 
@@ -90,6 +104,7 @@ class AdapterImage:
     width: npt.NDArray[np.int64]  # [P]
     scale: npt.NDArray[np.float32]  # [P]
     shift: npt.NDArray[np.float32]  # [P, 8]
+    kind: npt.NDArray[np.int32]  # [P] PageKind
 
     @property
     def pages(self) -> int:
@@ -108,20 +123,42 @@ class AdapterImage:
 
 @dataclass(frozen=True, slots=True)
 class _Page:
-    """Ranks [first, first + 8) of an update, or its bias where `update` has no such rank."""
+    """Ranks [first, first + 8) of an update, or its bias or gain."""
 
     shape: PageShape
     update: LowRankUpdate
     first: int
+    row: Tensor | None = None  # [width]: the bias or the gain, in place of the ranks
+    kind: PageKind = PageKind.IDENTITY
 
     @property
-    def is_bias(self) -> bool:
-        return self.first >= self.update.rank
+    def last(self) -> int:
+        return min(self.first + RANKS_PER_PAGE, self.update.rank)
+
+    @property
+    def elements(self) -> int:
+        return self.shape.gain_elements if self.kind is PageKind.GAIN else self.shape.elements
+
+    @property
+    def b_offset(self) -> int:
+        return 0 if self.kind is PageKind.GAIN else self.shape.b_offset
+
+    @property
+    def scale(self) -> float:
+        return self.update.scale if self.row is None else 1.0
+
+    def write_shift(self, target: npt.NDArray[np.float32]) -> None:
+        """Fill target [8], which is zero."""
+        if self.row is not None:
+            target[0] = self.kind is not PageKind.GAIN
+        elif self.update.shift is not None:
+            shift = self.update.shift[self.first : self.last]
+            target[: len(shift)] = shift.float().numpy()
 
 
 def build_image(
     adapter: CanonicalAdapter,
-    shapes: Mapping[str, PageShape],
+    shapes: Mapping[Place, PageShape],
     dtype: torch.dtype,
     *,
     pin_memory: bool = False,
@@ -132,27 +169,26 @@ def build_image(
     Raises AdapterFailedError for a module that the model does not have, or of other shapes.
     """
     pages = _list_pages(adapter, shapes)
-    elements = np.array([page.shape.elements for page in pages], dtype=np.int64)
+    elements = np.array([page.elements for page in pages], dtype=np.int64)
     order = np.argsort(elements, kind="stable")
     start = np.empty_like(elements)
     start[order] = np.cumsum(elements[order]) - elements[order]
     data = _zeros(int(elements.sum()), dtype, pin_memory=pin_memory)
-    for page, begin in zip(pages, start.tolist(), strict=True):
-        _fill(data[begin : begin + page.shape.elements], page, pause)
-    biases = np.array([page.is_bias for page in pages], dtype=bool)
-    scales = [1.0 if page.is_bias else page.update.scale for page in pages]
     shift = np.zeros((len(pages), RANKS_PER_PAGE), dtype=np.float32)
-    shift[biases, 0] = 1.0
+    for page, begin, page_shift in zip(pages, start.tolist(), shift, strict=True):
+        _fill(data[begin : begin + page.elements], page, pause)
+        page.write_shift(page_shift)
     return AdapterImage(
         data=data,
         start=start,
         elements=elements,
         group=np.array([page.shape.group for page in pages], dtype=np.int64),
-        b_offset=np.array([page.shape.b_offset for page in pages], dtype=np.int64),
+        b_offset=np.array([page.b_offset for page in pages], dtype=np.int64),
         column=np.array([page.shape.column for page in pages], dtype=np.int64),
         width=np.array([page.shape.width for page in pages], dtype=np.int64),
-        scale=np.array(scales, dtype=np.float32),
+        scale=np.array([page.scale for page in pages], dtype=np.float32),
         shift=shift,
+        kind=np.array([page.kind for page in pages], dtype=np.int32),
     )
 
 
@@ -163,21 +199,29 @@ def _zeros(count: int, dtype: torch.dtype, *, pin_memory: bool) -> Tensor:
     return torch.from_numpy(np.zeros(count * dtype.itemsize, dtype=np.uint8)).view(dtype)
 
 
-def _list_pages(adapter: CanonicalAdapter, shapes: Mapping[str, PageShape]) -> list[_Page]:
+def _list_pages(adapter: CanonicalAdapter, shapes: Mapping[Place, PageShape]) -> list[_Page]:
     pages: list[_Page] = []
     for path, update in adapter.updates.items():
-        shape = shapes.get(path)
+        shape = shapes.get((path, update.source))
         if shape is None:
+            reads = "" if update.source == "input" else f" whose {update.source} could be read"
             raise AdapterFailedError(
-                f"{path}: the served model has no such module; add the adapter again with the "
-                "base model that it was trained on"
+                f"{path}: the served model has no such module{reads}; add the adapter again with "
+                "the base model that it was trained on"
             )
         _check_shapes(path, update, shape)
-        pages += [_Page(shape, update, first) for first in range(0, update.rank, RANKS_PER_PAGE)]
-        if update.bias is not None:
-            pages.append(_Page(shape, update, update.rank))
+        pages += _pages_of(update, shape)
     pages.sort(key=lambda page: page.shape.group)
     return pages
+
+
+def _pages_of(update: LowRankUpdate, shape: PageShape) -> Iterator[_Page]:
+    for first in range(0, update.rank, RANKS_PER_PAGE):
+        yield _Page(shape, update, first, kind=_KINDS[update.activation])
+    if update.bias is not None:
+        yield _Page(shape, update, 0, row=update.bias)
+    if update.gain is not None:
+        yield _Page(shape, update, 0, row=update.gain.float() - 1, kind=PageKind.GAIN)
 
 
 def _check_shapes(path: str, update: LowRankUpdate, shape: PageShape) -> None:
@@ -190,18 +234,17 @@ def _check_shapes(path: str, update: LowRankUpdate, shape: PageShape) -> None:
 
 
 def _fill(target: Tensor, page: _Page, pause: Callable[[], None]) -> None:
-    """Copy one page's ranks to `target` [elements], which is zero."""
+    """Copy one page's content to `target` [elements], which is zero."""
     shape, update = page.shape, page.update
-    b = target[shape.b_offset : shape.b_offset + RANKS_PER_PAGE * shape.width]
-    b = b.view(RANKS_PER_PAGE, shape.width)
-    if page.is_bias and update.bias is not None:
-        _copy(b[:1], update.bias[None], pause)
+    b = target[page.b_offset :]
+    if page.row is not None:
+        _copy(b[None, : shape.width], page.row[None], pause)
         return
-    last = min(page.first + RANKS_PER_PAGE, update.rank)
-    count = last - page.first
+    b = b[: RANKS_PER_PAGE * shape.width].view(RANKS_PER_PAGE, shape.width)
+    count = page.last - page.first
     a = target[: RANKS_PER_PAGE * shape.features].view(RANKS_PER_PAGE, shape.features)
-    _copy(a[:count], update.a[page.first : last], pause)
-    _copy(b[:count], update.b[:, page.first : last].T, pause)
+    _copy(a[:count], update.a[page.first : page.last], pause)
+    _copy(b[:count], update.b[:, page.first : page.last].T, pause)
 
 
 def _copy(target: Tensor, source: Tensor, pause: Callable[[], None]) -> None:

@@ -1,14 +1,15 @@
 """How the base model's modules are grouped for the batched low-rank product.
 
 One group is one wrapped module call in the model: a lone linear, or a fused one (q/k/v, gate/up)
-whose members write side by side into one output. Knows shapes and names only.
+whose members write side by side into one output. A module at the end of a sub-layer has further
+groups for updates that read its output or the residual stream. Knows shapes and names only.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from quickchange_store.canonical import ModuleKind
+from quickchange_store.canonical import ModuleKind, Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,3 +30,4 @@ class ModuleGroup:
     in_features: int  # an embedding's vocabulary
     out_features: int  # sum of the members' widths
     members: tuple[Member, ...]
+    source: Source = "input"  # what the updates in it read

@@ -1,8 +1,8 @@
 """Device memory of the adapters, counted in ranks: one arena of pages and the tables over it.
 
-A page is 8 ranks of one module's update (image.py), so rank 8 pays for 8 and rank 64 for 64, and a
-byte budget, not a number of slots, says how many adapters are resident. A slot is an adapter's row
-in the tables' directory.
+A page is 8 ranks of one module's update (image.py), so rank 8 pays for 8 and rank 64 for 64 (a gain
+for its own row alone), and a byte budget, not a number of slots, says how many adapters are
+resident. A slot is an adapter's row in the tables' directory.
 
 Everything but `write` runs on the engine's thread, between steps. A table that has to grow is
 replaced, so that a running step that holds the old tables keeps valid data; otherwise rows change
@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from quickchange_kernels.lowrank import RANKS_PER_PAGE, GroupShape, LowRankTables
+from quickchange_kernels.lowrank import A_ALIGNMENT, RANKS_PER_PAGE, GroupShape, LowRankTables
 from quickchange_kernels.lowrank_tables import rounded_to_power
 from quickchange_server.adapters.copies import Copies, Mark, copies_for
 from quickchange_server.adapters.image import PIECE, AdapterImage, page_shapes
@@ -68,7 +68,8 @@ class DevicePool:
         `copies`: how images get there; by default as suits the device.
         Raises ValueError, naming the setting, if not even one page of each module fits in it.
         """
-        sizes = {shape.elements for shape in page_shapes(groups, dtype).values()}
+        shapes = page_shapes(groups, dtype)
+        sizes = {shape.elements for shape in shapes.values()}
         self.budget_bytes = budget_bytes
         self.dtype = dtype
         self.device = device
@@ -78,17 +79,21 @@ class DevicePool:
                 f"{SETTING} ({budget_bytes} bytes) is less than one page of 8 ranks of the model's "
                 f"largest module ({max(sizes, default=0) * dtype.itemsize} bytes): raise it"
             )
-        self._groups = len(groups)
+        self._groups = tuple(groups)
         self._copies = copies_for(device) if copies is None else copies
-        self._space = SlabAllocator(span, slab_size(sizes, span, _SLAB_BYTES // dtype.itemsize))
+        # What few adapters have (gains, pages behind sub-layers) gets no share of the slabs ahead.
+        usual = {shape.elements for (_, source), shape in shapes.items() if source == "input"}
+        slab = max(slab_size(usual, span, _SLAB_BYTES // dtype.itemsize), *sizes)
+        unit = A_ALIGNMENT // dtype.itemsize  # pages begin at multiples of it, and so must slabs
+        self._space = SlabAllocator(span, slab // unit * unit)
         self._slots = RunAllocator(_FIRST_SLOTS)
-        rows = min(span // min(sizes), _MOST_FIRST_ROWS)
+        rows = min(span // min(usual), _MOST_FIRST_ROWS)
         self._rows = RunAllocator(rows)
         self._holdings: dict[int, _Holding] = {}
         self._tables = LowRankTables(
             # Not zeroed, so that on a CPU only pages in use take memory: `write` fills all of one.
             arena=torch.empty(span, dtype=dtype, device=device),
-            directory=self._zeros(torch.int32, _FIRST_SLOTS, self._groups, 2),
+            directory=self._zeros(torch.int32, _FIRST_SLOTS, len(groups), 2),
             pages=self._zeros(torch.int64, rows, 4),
             page_scale=self._zeros(torch.float32, rows),
             page_shift=self._zeros(torch.float32, rows, RANKS_PER_PAGE),
@@ -198,17 +203,16 @@ class DevicePool:
         They stay so when it is gone: it costs programs without work, narrowing costs new graphs.
         """
         counts = (ranges[:, 1] - ranges[:, 0]).tolist()
-        shapes = self._tables.shapes
-        if any(count > shape.most_pages for count, shape in zip(counts, shapes, strict=True)):
-            wider = tuple(
-                replace(shape, most_pages=max(shape.most_pages, rounded_to_power(count)))
-                for count, shape in zip(counts, shapes, strict=True)
-            )
-            self._tables = replace(self._tables, shapes=wider)
+        shapes = list(self._tables.shapes)
+        for group, (count, shape) in enumerate(zip(counts, shapes, strict=True)):
+            if count > shape.most_pages:
+                shapes[group] = replace(shape, most_pages=rounded_to_power(count))
+        if tuple(shapes) != self._tables.shapes:
+            self._tables = replace(self._tables, shapes=tuple(shapes))
 
     def _ranges(self, image: AdapterImage, begin: int) -> npt.NDArray[np.int32]:
         """The slot's row of the directory: [groups, 2], (0, 0) where there is no update."""
-        groups = np.arange(self._groups)
+        groups = np.arange(len(self._groups))
         first = np.searchsorted(image.group, groups, side="left")
         last = np.searchsorted(image.group, groups, side="right")
         ranges = np.stack([first, last], axis=1) + begin
@@ -222,6 +226,7 @@ class DevicePool:
         self._tables.pages[begin:end].copy_(torch.from_numpy(pages))
         self._tables.page_scale[begin:end].copy_(torch.from_numpy(image.scale))
         self._tables.page_shift[begin:end].copy_(torch.from_numpy(image.shift))
+        self._tables.page_kind[begin:end].copy_(torch.from_numpy(image.kind))
 
     def _copy_pages(
         self, image: AdapterImage, offsets: npt.NDArray[np.int64], pause: Callable[[], None]
@@ -247,8 +252,10 @@ def too_large(needed: int, budget: int) -> str:
 
 
 def _usual_shape(group: ModuleGroup) -> GroupShape:
+    """For adapters of usual rank. Behind sub-layers few have any page: 0 pages say that nothing
+    calls for the group."""
     pages = -(-_USUAL_RANK // RANKS_PER_PAGE) * len(group.members)
-    return GroupShape(rounded_to_power(pages), _aligned(group))
+    return GroupShape(rounded_to_power(pages) if group.source == "input" else 0, _aligned(group))
 
 
 def _aligned(group: ModuleGroup) -> bool:

@@ -110,8 +110,6 @@ def _draws(rows: Sequence[SampleRow], device: torch.device) -> Draws:
         columns["top_p"] = _float64(p.top_p for p in params)
     if any(p.min_p for p in params):
         columns["min_p"] = _float64(p.min_p for p in params)
-    if device.type == "cpu":
-        return Draws(**columns)
     bits = torch.stack([column.view(torch.int64) for column in columns.values()]).to(device)
     return Draws(
         **{name: bits[i].view(column.dtype) for i, (name, column) in enumerate(columns.items())}

@@ -7,7 +7,7 @@ low-rank products in place. A lone linear is one group of the low-rank operation
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
@@ -16,6 +16,9 @@ from quickchange_kernels.linear import linear
 from quickchange_kernels.lowrank import lowrank_, lowrank_embedding_
 from quickchange_server.adapters.layout import ModuleGroup
 from quickchange_server.model.step import AdapterBatch, StepHolder
+
+if TYPE_CHECKING:  # it is built on this module
+    from quickchange_server.model.output_side import OutputSide
 
 Rows = Literal["tokens", "samples"]  # which rows of the step a module sees
 
@@ -49,6 +52,7 @@ class AdaptedLinear(nn.Module):
         self._index = group.index
         self._rows = rows
         self._holder = holder
+        self.output_side: OutputSide | None = None  # where the module ends a sub-layer
 
     @property
     def weight(self) -> torch.Tensor:
@@ -61,13 +65,10 @@ class AdaptedLinear(nn.Module):
         adapters = _adapters(self._holder)
         if adapters is not None:
             segments = adapters.tokens if self._rows == "tokens" else adapters.samples
-            lowrank_(
-                y.view(-1, y.shape[-1]),
-                x.reshape(-1, x.shape[-1]),
-                adapters.tables,
-                segments,
-                self._index,
-            )
+            rows = y.view(-1, y.shape[-1])
+            lowrank_(rows, x.reshape(-1, x.shape[-1]), adapters.tables, segments, self._index)
+            if self.output_side is not None:
+                self.output_side.add_(rows, adapters)
         return y
 
 

@@ -101,6 +101,8 @@ class FusedDecoderLayer(nn.Module):
         self._attend = self_attn.forward
         self._after = after.operands
         self._mlp = mlp.forward
+        # who wants to see the residual stream as it enters each norm, by the norm's name
+        self.entrances: dict[str, Callable[[torch.Tensor], None]] = {}
 
     def forward(
         self,
@@ -108,8 +110,12 @@ class FusedDecoderLayer(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         **_: Any,
     ) -> torch.Tensor:
+        if self.entrances:
+            self.entrances["input_layernorm"](hidden_states)
         attended, _none = self._attend(self._before(hidden_states), position_embeddings)
         hidden_states, normed = add_rms_norm(hidden_states, attended, *self._after)
+        if self.entrances:
+            self.entrances["post_attention_layernorm"](hidden_states)
         out: torch.Tensor = hidden_states + self._mlp(normed)
         return out
 

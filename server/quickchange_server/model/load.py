@@ -19,6 +19,7 @@ from quickchange_server.model import attention
 from quickchange_server.model.attention import LayerShape, ShapeRecorder, UnsupportedModelError
 from quickchange_server.model.fused import fuse_small_modules
 from quickchange_server.model.fused_layer import fuse_layers
+from quickchange_server.model.output_side import connect
 from quickchange_server.model.step import StepHolder
 from quickchange_server.model.wrap import Wrapper
 
@@ -58,9 +59,11 @@ def prepare(model: nn.Module, *, adapters: bool) -> LoadedModel:
     config: PretrainedConfig = model.config
     model.requires_grad_(False)
     holder = StepHolder()
-    groups = Wrapper(model, holder, adapters=adapters).wrap()
+    wrapper = Wrapper(model, holder, adapters=adapters)
+    groups = wrapper.wrap()
     fuse_small_modules(model)
     fuse_layers(model, lambda ids, positions: forward(model, ids, positions))
+    connect(model, wrapper.entrances)
     recorder = ShapeRecorder()
     attention.install(model, recorder)
     logits = forward(model, torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long))

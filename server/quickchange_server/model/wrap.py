@@ -18,7 +18,10 @@ from quickchange_server.model.adapted import (
     SharedProjection,
     base_linear,
 )
+from quickchange_server.model.output_side import OutputSide
 from quickchange_server.model.step import StepHolder
+from quickchange_store.canonical import Source
+from quickchange_store.structure import sublayers
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -35,11 +38,13 @@ class Wrapper:
         self._holder = holder
         self._adapters = adapters
         self.groups: list[ModuleGroup] = []
+        self.entrances: list[tuple[str, OutputSide]] = []  # norms that the stream enters through
 
     def wrap(self) -> list[ModuleGroup]:
         """Replace the modules in place and return the groups."""
         self._head: nn.Module | None = self._model.get_output_embeddings()  # type: ignore[operator]
         embedding = self._model.get_input_embeddings()  # type: ignore[operator]
+        self._sublayers = sublayers(self._model)
         for path, parent in list(self._model.named_modules()):
             for names in FUSED:
                 self._fuse(path, parent, names)
@@ -64,7 +69,27 @@ class Wrapper:
 
     def _linear(self, path: str, module: nn.Linear) -> nn.Module:
         rows: Rows = "samples" if module is self._head else "tokens"
-        return self._adapted(module, [path], [module.out_features], rows)
+        adapted = self._adapted(module, [path], [module.out_features], rows)
+        if isinstance(adapted, AdaptedLinear) and path in self._sublayers:
+            adapted.output_side = self._output_side(path, module.out_features)
+        return adapted
+
+    def _output_side(self, path: str, width: int) -> OutputSide:
+        """The groups of updates that read what is behind a sub-layer, or what enters it."""
+        place = self._sublayers[path]
+        sources: list[Source] = ["output"]
+        if place.norm is not None:
+            sources += ["residual", "stream"] if place.plain_stream else ["residual"]
+        groups: dict[Source, ModuleGroup] = {}
+        for source in sources:
+            member = Member(path, 0, width)
+            group = ModuleGroup(len(self.groups), "linear", width, width, (member,), source)
+            groups[source] = group
+            self.groups.append(group)
+        side = OutputSide(groups, self._holder)
+        if place.norm is not None:
+            self.entrances.append((place.norm, side))
+        return side
 
     def _adapted(
         self, linear: nn.Linear, paths: list[str], widths: list[int], rows: Rows

@@ -1,0 +1,102 @@
+"""`adapter_config.json`: reading it, and the checks that every format's reader needs.
+
+A field is honoured, harmless or refused, and one that no reader knows is refused where it is set:
+nothing is ignored that could change the output. Knows nothing of tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from quickchange_store.canonical import BaseSpec
+from quickchange_store.errors import InvalidAdapterError, UnsupportedFeatureError
+
+CONFIG_FILE = "adapter_config.json"
+MAX_CONFIG_BYTES = 4 * 1024**2
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The configuration as a dictionary. Raises InvalidAdapterError."""
+    path = directory / CONFIG_FILE
+    if not path.is_file():
+        raise InvalidAdapterError(
+            "the file is missing",
+            file=CONFIG_FILE,
+            remedy="give the folder that PEFT's save_pretrained or AdapterHub's save_adapter wrote",
+        )
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise ValueError(f"more than {MAX_CONFIG_BYTES} bytes")
+        config = json.loads(path.read_bytes())
+        if not isinstance(config, dict):
+            raise ValueError("not an object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise InvalidAdapterError(
+            f"not a JSON configuration ({error})", file=CONFIG_FILE, remedy="save the adapter again"
+        ) from error
+    return config
+
+
+def refuse_fields(
+    config: Mapping[str, Any],
+    *,
+    known: Collection[str],
+    refused: Collection[str],
+    remedies: Mapping[str, str],
+    prefix: str = "",
+) -> None:
+    """Refuse, by name, every field that is set and that is not among the `known` ones."""
+    for name in sorted(config):
+        if name in known or not is_set(config[name]):
+            continue
+        if name in refused:
+            problem = "this feature is not supported"
+        else:
+            problem = "this field is not known, and it may change the output"
+        raise UnsupportedFeatureError(
+            problem,
+            file=CONFIG_FILE,
+            key=prefix + name,
+            remedy=remedies.get(name)
+            or "train without it; remove the field only if it had no effect",
+        )
+
+
+def other_base(field: str, name: Any, base: BaseSpec) -> list[str]:
+    """A warning where the adapter was made for a base model of another name."""
+    if not name or _last_part(str(name)) == _last_part(base.name):
+        return []
+    return [
+        f"{CONFIG_FILE}: {field}: made for {name!r}, while the base model is {base.name!r}; "
+        "architecture and shapes fit"
+    ]
+
+
+def flag(config: Mapping[str, Any], name: str) -> bool:
+    value = config.get(name, False)
+    if value is None or isinstance(value, bool):
+        return bool(value)
+    raise invalid(name, value, "use true or false")
+
+
+def number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise invalid(name, value, "use a finite number")
+    return float(value)
+
+
+def is_set(value: Any) -> bool:
+    """Whether a field asks for something: null, false, zero and empty values do not."""
+    return bool(value)
+
+
+def invalid(name: str, value: Any, remedy: str) -> InvalidAdapterError:
+    return InvalidAdapterError(f"{value!r} is not valid", file=CONFIG_FILE, key=name, remedy=remedy)
+
+
+def _last_part(name: str) -> str:
+    return name.rstrip("/").rpartition("/")[2].casefold()

@@ -1,0 +1,207 @@
+"""The tables as Markdown, and their places in the document."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from quickchange_kernels.roofline import floors
+from quickchange_kernels.roofline.floors import Batch
+from quickchange_kernels.roofline.machine import H100, LLAMA_8B, MODELS, Linear, Machine, Model
+
+if TYPE_CHECKING:
+    from quickchange_kernels.roofline.compiled import Launch
+
+ROWS = (1, 16, 64, 256)
+ADAPTERS = (1, 16, 64)
+RANKS = (16, 64)
+CONTEXTS = (1024, 8192)
+TURBO_HEADS = 4
+
+
+def batches() -> Iterator[Batch]:
+    """What the tables are computed for."""
+    for rank in RANKS:
+        for rows in ROWS:
+            for adapters in ADAPTERS:
+                if adapters <= rows:
+                    yield Batch(rows, adapters, rank)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def microseconds(seconds: float) -> str:
+    """As the tables write times."""
+    value = seconds * 1e6
+    return f"{value:.2f}" if value < 10 else f"{value:.0f}"
+
+
+def megabytes(count: float) -> str:
+    """As the tables write sizes."""
+    value = count / 1e6
+    return f"{value:.2f}" if value < 10 else f"{value:.0f}"
+
+
+def lowrank_table(machine: Machine = H100) -> str:
+    """One layer's four low-rank calls (q/k/v, o, gate/up, down) beside its linears."""
+    header = ["model", "rank", "rows", "adapters", "A, MB", "B, MB + y", "shrink, µs"]
+    header += ["expand, µs", "8 launches, µs", "linears, µs", "share of the linears"]
+    cases = [(model, batch) for model in MODELS for batch in batches()]
+    return table(header, (_lowrank_row(model, batch, machine) for model, batch in cases))
+
+
+def _lowrank_row(model: Model, batch: Batch, machine: Machine) -> list[str]:
+    groups = model.linears
+    shrinks = [floors.shrink(group, batch) for group in groups]
+    expands = [floors.expand(group, batch) for group in groups]
+    shrink = sum(work.seconds(machine) for work in shrinks)
+    expand = sum(work.seconds(machine) for work in expands)
+    linears = sum(floors.linear(group, batch.rows).seconds(machine) for group in groups)
+    return [
+        model.name,
+        str(batch.rank),
+        str(batch.rows),
+        str(batch.adapters),
+        megabytes(sum(work.bytes for work in shrinks)),
+        megabytes(sum(work.bytes for work in expands)),
+        microseconds(shrink),
+        microseconds(expand),
+        microseconds(2 * len(groups) * machine.launch),
+        microseconds(linears),
+        f"{(shrink + expand) / linears:.1%}",
+    ]
+
+
+def other_table(machine: Machine = H100) -> str:
+    """The kernels beside lowrank: attention and kv_write a layer, the others a step."""
+    header = ["model", "rows", *(f"attention, {context} keys, µs" for context in CONTEXTS)]
+    header += ["kv_write, µs"]
+    header += [f"turbo_heads of {adapters}, µs" for adapters in ADAPTERS]
+    header += ["sample, µs"]
+    return table(header, (_other_row(model, rows, machine) for model in MODELS for rows in ROWS))
+
+
+def _other_row(model: Model, rows: int, machine: Machine) -> list[str]:
+    turbo = [
+        microseconds(floors.turbo_heads(model, rows, count, TURBO_HEADS).seconds(machine))
+        if count <= rows
+        else "-"
+        for count in ADAPTERS
+    ]
+    return [
+        model.name,
+        str(rows),
+        *(microseconds(floors.attention(model, rows, n).seconds(machine)) for n in CONTEXTS),
+        microseconds(floors.kv_write(model, rows).seconds(machine)),
+        *turbo,
+        microseconds(floors.sample(model, rows).seconds(machine)),
+    ]
+
+
+def step_table(machine: Machine = H100) -> str:
+    """A whole decode step with the adapters on all linears, against the step without."""
+    header = ["model", "rank", "rows", "adapters", "without, ms", "with, ms", "of it launches, ms"]
+    header += ["with / without"]
+    cases = [(model, batch) for model in MODELS for batch in batches()]
+    return table(header, (_step_row(model, batch, machine) for model, batch in cases))
+
+
+def _step_row(model: Model, batch: Batch, machine: Machine) -> list[str]:
+    groups = model.linears
+    layer = sum(floors.linear(group, batch.rows).seconds(machine) for group in groups)
+    layer += floors.attention(model, batch.rows, CONTEXTS[0]).seconds(machine)
+    head = Linear("head", model.hidden, (model.vocabulary,))
+    without = model.layers * layer + floors.linear(head, batch.rows).seconds(machine)
+    update = sum(
+        floors.shrink(group, batch).seconds(machine) + floors.expand(group, batch).seconds(machine)
+        for group in groups
+    )
+    launches = model.layers * 2 * len(groups) * machine.launch
+    added = model.layers * update + launches
+    return [
+        model.name,
+        str(batch.rank),
+        str(batch.rows),
+        str(batch.adapters),
+        f"{without * 1e3:.2f}",
+        f"{(without + added) * 1e3:.2f}",
+        f"{launches * 1e3:.2f}",
+        f"{(without + added) / without:.2f}",
+    ]
+
+
+def compiled_table(machine: Machine = H100) -> str:
+    """What the compiled kernels that stream or multiply do in their innermost loop, sm_90."""
+    from quickchange_kernels.roofline import compiled
+
+    header = ["kernel", "registers", "programs on an SM", "programs a wave", "loop, instructions"]
+    header += ["loop, bytes a warp", "ceiling of issue, TB/s", "over the bandwidth"]
+    rows = []
+    for one in compiled.shown():
+        found = compiled.measured(one)
+        ceiling = found.loop.ceiling(machine)
+        rows.append(
+            [
+                one.name,
+                str(found.registers),
+                str(found.resident),
+                str(found.resident * machine.processors),
+                str(found.loop.instructions),
+                str(found.loop.bytes_loaded),
+                f"{ceiling / 1e12:.1f}",
+                f"{ceiling / machine.bandwidth:.1f}",
+            ]
+        )
+    return table(header, rows)
+
+
+def waves_table(machine: Machine = H100) -> str:
+    """lowrank decoding on q/k/v of Llama-3.1-8B: programs, waves, and an estimate of the time."""
+    from quickchange_kernels.roofline import compiled
+
+    header = ["rank", "rows", "adapters", "kernel", "programs", "waves", "bytes in flight, MB"]
+    header += ["floor, µs", "estimate with launch, µs"]
+    group = LLAMA_8B.linears[0]
+    launches = [
+        (batch, launch) for batch in batches() for launch in compiled.lowrank_launches(group, batch)
+    ]
+    return table(header, (_waves_row(batch, launch, machine) for batch, launch in launches))
+
+
+def _waves_row(batch: Batch, launch: Launch, machine: Machine) -> list[str]:
+    return [
+        str(batch.rank),
+        str(batch.rows),
+        str(batch.adapters),
+        launch.name,
+        str(launch.programs),
+        f"{launch.waves(machine):.2f}",
+        megabytes(launch.in_flight(machine)),
+        microseconds(launch.floor.seconds(machine)),
+        microseconds(launch.seconds(machine)),
+    ]
+
+
+FLOORS: dict[str, Callable[[], str]] = {
+    "lowrank": lowrank_table,
+    "others": other_table,
+    "step": step_table,
+}
+COMPILED: dict[str, Callable[[], str]] = {"compiled": compiled_table, "waves": waves_table}
+
+
+def written(document: str, names: Iterable[str]) -> str:
+    """The document with the named tables made anew. Raises ValueError where one has no place."""
+    for name in names:
+        begin, end = f"<!-- table {name} -->\n", "<!-- end -->"
+        before, found, rest = document.partition(begin)
+        _, closed, after = rest.partition(end)
+        if not (found and closed):
+            raise ValueError(f"the document has no place '{begin.strip()}' ... '{end}': add it")
+        text = {**FLOORS, **COMPILED}[name]()
+        document = f"{before}{begin}{text}\n{end}{after}"
+    return document

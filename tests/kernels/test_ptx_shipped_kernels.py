@@ -1,0 +1,127 @@
+"""The kernels that ship, compiled for sm_80 and executed: odd sizes, warps in random order."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from ptx_launches import launches_run_as_ptx
+from ptx_memory import FaultError
+
+from quickchange_kernels import lowrank, lowrank_triton, rows_triton, samples
+from quickchange_kernels.lowrank_tables import LowRankTables, Segments
+from quickchange_kernels.rms_norm import reference_add_rms_norm, reference_rms_norm
+from quickchange_kernels.rotary import reference_rotary
+from quickchange_kernels.silu_mul import reference_silu_mul
+
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+
+
+def randn(*shape: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def assert_close(out: Tensor, reference: Tensor) -> None:
+    assert torch.isfinite(out).all()
+    error = (out.double() - reference).norm() / reference.norm()
+    assert error < TOLERANCE[out.dtype], f"relative error {error:.2e}"
+
+
+@pytest.mark.parametrize(("width", "dtype"), [(37, torch.bfloat16), (576, torch.float16)])
+def test_rms_norm(width: int, dtype: torch.dtype) -> None:
+    x, weight = randn(3, width + 3, dtype=dtype)[:, 3:], randn(width, dtype=dtype)
+    with launches_run_as_ptx(seed=3):
+        out = rows_triton.launch_rms_norm(x, weight, 1e-5, 1.0)
+    assert_close(out, reference_rms_norm(x, weight, 1e-5, 1.0))
+
+
+def test_add_rms_norm() -> None:
+    x, delta, weight = (randn(*shape, dtype=torch.bfloat16) for shape in ((2, 72), (2, 72), (72,)))
+    with launches_run_as_ptx(seed=4):
+        total, out = rows_triton.launch_add_rms_norm(x, delta, weight, 1e-5)
+    expected_total, expected = reference_add_rms_norm(x, delta, weight, 1e-5)
+    assert torch.equal(total, expected_total)
+    assert_close(out, expected)
+
+
+@pytest.mark.parametrize(("width", "dtype"), [(1088, torch.bfloat16), (37, torch.float32)])
+def test_silu_mul(width: int, dtype: torch.dtype) -> None:
+    x = randn(3, 2 * width, dtype=dtype)
+    with launches_run_as_ptx(seed=5):
+        out = rows_triton.launch_silu_mul(x)
+    assert_close(out, reference_silu_mul(x))
+
+
+def test_rotary() -> None:
+    q, k = randn(2, 3, 40, dtype=torch.bfloat16), randn(2, 1, 40, dtype=torch.bfloat16)
+    cos, sin = (randn(2, 40, dtype=torch.bfloat16, seed=seed) for seed in (8, 9))
+    expected = [reference_rotary(x, cos, sin) for x in (q, k)]
+    with launches_run_as_ptx(seed=6):
+        rows_triton.launch_rotary_(q, k, cos, sin)
+    for out, reference in zip((q, k), expected, strict=True):
+        assert_close(out, reference)
+
+
+def run_lowrank(tables: LowRankTables, segments: Segments, y: Tensor, x: Tensor) -> Tensor:
+    """y afterwards; rows in no segment must stay what they are."""
+    out = y.clone()
+    operands = lowrank.operands(tables, segments, 0)
+    with launches_run_as_ptx(seed=7):
+        lowrank_triton.launch_lowrank(out, x, *operands)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("features", "widths", "dtype", "spans"),
+    [
+        (576, (48, 24, 24), torch.bfloat16, [(0, 1, 0, 1.0), (1, 3, 2, 0.5), (3, 4, 1, 1.0)]),
+        (37, (19, 5), torch.float16, [(0, 3, 0, 1.0), (0, 3, 2, -0.5)]),
+        (136, (136,), torch.bfloat16, [(1, 40, 2, 1.0)]),
+    ],
+    ids=["decode", "odd sizes and a composition", "prefill"],
+)
+def test_lowrank(
+    features: int,
+    widths: tuple[int, ...],
+    dtype: torch.dtype,
+    spans: list[tuple[int, int, int, float]],
+) -> None:
+    generator = torch.Generator().manual_seed(11)
+    tables = samples.random_tables(features, widths, (3, 0, 20), generator, dtype=dtype)
+    rows = spans[-1][1]
+    x, y = randn(rows, features, dtype=dtype), randn(rows, sum(widths), dtype=dtype, seed=2)
+    segments = samples.make_segments(spans)
+    out = run_lowrank(tables, segments, y, x)
+    assert_close(out, lowrank.reference_lowrank(y, x, tables, segments, 0))
+
+
+def test_lowrank_embedding() -> None:
+    generator = torch.Generator().manual_seed(12)
+    tables = samples.random_tables(50, (24,), (5, 16), generator, dtype=torch.bfloat16)
+    segments = samples.make_segments([(0, 2, 0, 1.0), (2, 5, 1, 1.0)])
+    ids = torch.randint(50, (5,), generator=generator)
+    y = randn(5, 24, dtype=torch.bfloat16)
+    expected = lowrank.reference_lowrank_embedding(y, ids, tables, segments, 0, 50)
+    with launches_run_as_ptx(seed=8):
+        operands = lowrank.operands(tables, segments, 0)
+        lowrank_triton.launch_lowrank_embedding(y, ids, *operands, 50)
+    assert_close(y, expected)
+
+
+def test_a_false_claim_that_lowrank_weights_are_aligned_is_caught() -> None:
+    generator = torch.Generator().manual_seed(13)
+    tables = samples.random_tables(36, (20,), (8,), generator, dtype=torch.bfloat16)
+    honest = tables.shapes[0]
+    assert not honest.aligned
+    lying = dataclasses.replace(tables, shapes=(dataclasses.replace(honest, aligned=True),))
+    x, y = randn(2, 36, dtype=torch.bfloat16), randn(2, 20, dtype=torch.bfloat16)
+    segments = samples.make_segments([(0, 2, 0, 1.0)])
+    expected = lowrank.reference_lowrank(y, x, tables, segments, 0)
+    assert_close(run_lowrank(tables, segments, y, x), expected)
+    with pytest.raises(FaultError, match="misaligned"):
+        run_lowrank(lying, segments, y, x)
