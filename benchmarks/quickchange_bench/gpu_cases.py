@@ -24,8 +24,17 @@ from quickchange_kernels.rms_norm import (
     reference_add_rms_norm,
 )
 from quickchange_kernels.rotary import plain_rotary_, reference_rotary, rotary_
+from quickchange_kernels.sample import Draws, sample
+from quickchange_kernels.sample_plain import plain_sample
 from quickchange_kernels.samples import make_segments, random_keys, random_tables
 from quickchange_kernels.silu_mul import plain_silu_mul, reference_silu_mul, silu_mul
+from quickchange_kernels.turbo_heads import (
+    HeadItems,
+    HeadTables,
+    reference_turbo_heads,
+    turbo_heads,
+)
+from quickchange_kernels.verify import plain_verify, reference_verify, verify
 from quickchange_server.model.staging import layout_of, rebuilt
 
 Tree = TypeVar("Tree")
@@ -225,6 +234,92 @@ def rows_cases(bench: Bench, rows: int, hidden: int, inner: int, heads: int) -> 
     )
 
 
+def sample_case(bench: Bench, rows: int, vocabulary: int) -> Case:
+    """Temperature and top_p. Tokens are the same on every device, so the CPU's plain version is
+    what they must equal: 1 for each row that does."""
+    logits = bench.randn(rows, vocabulary) * 3
+    draws = Draws(
+        temperature=torch.full((rows,), 0.8, dtype=torch.float64),
+        uniform=torch.rand(rows, dtype=torch.float64, generator=bench.generator),
+        top_p=torch.full((rows,), 0.9, dtype=torch.float64),
+    )
+    there = bench.moved(draws)
+
+    def outputs() -> tuple[Tensor, Tensor]:
+        tokens = sample(logits.clone(), there).tokens.cpu()
+        expected, _ = plain_sample(
+            logits.cpu(), draws.temperature, draws.uniform, None, draws.top_p, *[None] * 4
+        )
+        return (tokens == expected).double(), torch.ones(rows, dtype=torch.float64)
+
+    def by_sorting() -> Tensor:
+        ordered, order = torch.softmax(logits.float() / 0.8, dim=-1).sort(dim=-1, descending=True)
+        outside = ordered.cumsum(dim=-1) - ordered > 0.9
+        return order.gather(1, torch.multinomial(ordered.masked_fill(outside, 0.0), 1))
+
+    return Case(
+        f"sample from {vocabulary}, {rows} rows",
+        lambda: sample(logits, there),
+        outputs,
+        "sort and multinomial",
+        by_sorting,
+        logits.nbytes,
+        0,
+    )
+
+
+def turbo_case(bench: Bench, rows: int, heads: int, width: int) -> Case:
+    """Every row through all heads of one adapter."""
+    unit = -(-(width * width + width) // 32) * 32  # every W begins at a multiple of 64 bytes
+    offsets = [(i * unit, i * unit + width * width) for i in range(heads)]
+    tables = HeadTables(
+        bench.randn(heads * unit) * width**-0.5,
+        torch.tensor(offsets, dtype=torch.int64, device=bench.device),
+    )
+    items = HeadItems.of([(row, head) for row in range(rows) for head in range(heads)])
+    there = items.to(bench.device)
+    x = bench.randn(rows, width)
+    weights = [tables.arena[w : w + width * width].view(width, width) for w, _ in offsets]
+    biases = [tables.arena[b : b + width] for _, b in offsets]
+    return Case(
+        f"turbo_heads {width}, {rows} rows, {heads} heads",
+        lambda: turbo_heads(x, tables, there),
+        lambda: (turbo_heads(x, tables, there), reference_turbo_heads(x, tables, items)),
+        "F.linear a head",
+        lambda: [x + F.silu(F.linear(x, *w)) for w in zip(weights, biases, strict=True)],
+        tables.arena.nbytes + x.nbytes * (1 + heads),
+        2 * rows * heads * width * width,
+    )
+
+
+def verify_case(bench: Bench, sequences: int, drafts: int) -> Case:
+    """Chains of drafts of which about three in four hold. 1 for each sequence that is right."""
+    longest = drafts + 1
+    drafted = torch.randint(9, (sequences * longest,), generator=bench.generator)
+    holds = torch.rand(drafted.shape, generator=bench.generator) < 0.75
+    sampled = torch.where(holds, drafted.roll(-1), 9).to(bench.device)
+    drafted = drafted.to(bench.device)
+    begin = torch.arange(sequences, dtype=torch.int32, device=bench.device) * longest
+    rows = torch.stack([begin, begin + longest], dim=1)
+
+    def outputs() -> tuple[Tensor, Tensor]:
+        found = verify(sampled, drafted, rows, longest)
+        expected = reference_verify(sampled, drafted, rows, longest)
+        pairs = zip(found.accepted.tolist(), found.token.tolist(), expected, strict=True)
+        right = [(a, t) == (accepted, token) for a, t, (accepted, token, _) in pairs]
+        return torch.tensor(right).double(), torch.ones(sequences, dtype=torch.float64)
+
+    return Case(
+        f"verify {sequences} sequences of {drafts} drafts",
+        lambda: verify(sampled, drafted, rows, longest),
+        outputs,
+        "plain torch",
+        lambda: plain_verify(sampled, drafted, rows, None, longest),
+        2 * sampled.nbytes,
+        0,
+    )
+
+
 def small_cases(bench: Bench) -> Iterator[Case]:
     """Odd shapes, for checks."""
     yield linear_case(bench, 3, 40, 24)
@@ -234,6 +329,9 @@ def small_cases(bench: Bench) -> Iterator[Case]:
     for keys, queries in ((1, 1), (77, 1), (530, 1), (77, 13)):
         yield attention_case(bench, 3, keys, queries, 8, 2, 64)
     yield kv_write_case(bench, 21, 2, 64)
+    yield sample_case(bench, 5, 1003)
+    yield turbo_case(bench, 5, 3, 72)
+    yield verify_case(bench, 7, 5)
     yield from rows_cases(bench, 5, 96, 56, 3)
 
 
@@ -251,4 +349,7 @@ def llama_cases(bench: Bench) -> Iterator[Case]:
     for sequences, keys, queries in ((1, 4096, 1), (16, 1024, 1), (64, 1024, 1), (1, 2048, 512)):
         yield attention_case(bench, sequences, keys, queries, 32, 8, 128)
     yield kv_write_case(bench, 64, 8, 128)
+    yield sample_case(bench, 64, 128_256)
+    yield turbo_case(bench, 16, 4, 4096)
+    yield verify_case(bench, 64, 7)
     yield from rows_cases(bench, 64, 4096, 14336, 32)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from quickchange_bench.random_base import SHAPES, Shape
+from quickchange_server.adapters.layout import ModuleGroup
 from quickchange_server.engine import runner
 from quickchange_server.engine.engine import Engine
 from quickchange_server.messages import Component, SamplingParams, Submit
@@ -163,12 +164,21 @@ def _random_adapter(model: LoadedModel, digest: str) -> CanonicalAdapter:
         member.path: LowRankUpdate(
             _random(RANK, group.in_features), _random(member.width, RANK), 1.0
         )
-        for group in model.groups
-        if group.kind == "linear"
+        for group in _projections(model)
         for member in group.members
-        if "lm_head" not in member.path
     }
     return CanonicalAdapter("LORA", digest, updates)
+
+
+def _projections(model: LoadedModel) -> list[ModuleGroup]:
+    """Attention's and the MLP's linears, by what they read."""
+    return [
+        group
+        for group in model.groups
+        if group.kind == "linear"
+        and group.source == "input"
+        and "lm_head" not in group.members[0].path
+    ]
 
 
 @cache
@@ -228,8 +238,7 @@ def _bytes_moved(model: LoadedModel, load: Load, context: int) -> int:
     size = int(head.itemsize)
     pages = sum(
         RANK * (group.in_features * len(group.members) + group.out_features)
-        for group in model.groups
-        if group.kind == "linear" and "lm_head" not in group.members[0].path
+        for group in _projections(model)
     )
     values = sum(2 * shape.kv_heads * shape.head_size for shape in model.layers.values())
     return weights + tied + size * (load.adapters * pages + load.rows * context * values)

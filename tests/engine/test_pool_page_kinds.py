@@ -124,9 +124,9 @@ def test_a_short_dtype_holds_a_gain_near_one() -> None:
     )
 
 
-def test_groups_behind_sublayers_are_called_only_while_an_adapter_has_pages_there() -> None:
+def test_groups_behind_sublayers_are_called_once_an_adapter_has_had_pages_there() -> None:
     pool = make_pool()
-    assert [shape.most_pages > 0 for shape in pool.tables.shapes] == [True, True, False]
+    assert pool.tables.shapes[2].most_pages == 0
     plain = load(pool, image_of(q=gained("q", 8)))
     assert pool.tables.shapes[2].most_pages == 0
     slot = load(pool, image_of(o=bottleneck(8, "relu")))
@@ -134,7 +134,7 @@ def test_groups_behind_sublayers_are_called_only_while_an_adapter_has_pages_ther
     pool.free(plain)
     assert pool.tables.shapes[2].most_pages == 2
     pool.free(slot)
-    assert pool.tables.shapes[2].most_pages == 0
+    assert pool.tables.shapes[2].most_pages == 2  # graphs that were captured for it stay valid
 
 
 def test_what_the_model_can_not_read_is_named() -> None:
