@@ -23,7 +23,15 @@ def test_generation_in_chunks_equals_transformers(family: str, tmp_path: Path) -
     path = save_model(family, tmp_path)
     loaded = load_model(str(path), dtype=torch.float32, device=CPU, adapters=True)
     assert loaded.vocabulary == VOCABULARY
-    runner = Runner(loaded, num_blocks=32, block_size=4, dtype=torch.float32, device=CPU)
+    runner = Runner(
+        loaded,
+        num_blocks=32,
+        block_size=4,
+        max_sequences=3,
+        max_model_len=100,
+        dtype=torch.float32,
+        device=CPU,
+    )
     scheduler = Scheduler(
         KVBlocks(32, 4), None, max_batch_tokens=8, max_sequences=3, max_model_len=100
     )
