@@ -21,6 +21,11 @@ project's documentation, KL to float32 in 1e-3 and share of equal first choices:
     x bfloat16             weights as they are   0.09 (0.991)
     x int8                 weights as they are   3.4 (group 32, 0.962)   11 (128)  37 (row)
     both int8, group 32    4.5 (0.960)
+
+All of SmolLM2-135M's linears on two cores of an AMD EPYC (Zen 4), ms, float32, bfloat16 and int8
+with x in float32: 15.4, 10.0 and 9.3 at 1 row; 15.8, 9.0 and 11.3 at 4; 36.7, 16.7 and 22.6 at 16.
+Without the LM head at 256 rows: 307, 159 and 207. So int8 is for memory first: up to 4 rows it is
+bound by unpacking, and where rows are many bfloat16 is faster.
 """
 
 from __future__ import annotations

@@ -13,13 +13,20 @@ struct Unpacked<bf16> {
 };
 #endif
 
-typedef int8_t int8s __attribute__((vector_size(QC_WIDTH)));
-typedef int8_t int8s_unaligned __attribute__((vector_size(QC_WIDTH), aligned(1), may_alias));
-typedef int32_t int32s __attribute__((vector_size(QC_WIDTH * 4)));
-
+// GCC turns the portable conversion into one element after another, five times slower in all.
 inline vec load(const int8_t* p) {
-  const int8s raw = *reinterpret_cast<const int8s_unaligned*>(p);
+#if defined(__x86_64__) && QC_WIDTH == 16
+  const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(raw));
+#elif defined(__x86_64__) && QC_WIDTH == 8
+  const __m128i raw = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(raw));
+#else
+  typedef int8_t int8s __attribute__((vector_size(QC_WIDTH), aligned(1), may_alias));
+  typedef int32_t int32s __attribute__((vector_size(QC_WIDTH * 4)));
+  const int8s raw = *reinterpret_cast<const int8s*>(p);
   return __builtin_convertvector(__builtin_convertvector(raw, int32s), vec);
+#endif
 }
 
 // A whole group times its scale.
