@@ -104,7 +104,7 @@ void attend_chunk(const AttentionArgs<T>& a, const AttentionItem& item) {
   static thread_local ChunkRoom room;
   const int64_t rows = item.queries * a.group, padded = (a.D + W - 1) / W * W;
   for (int64_t r = 0; r < rows; r++) {
-    spread(query(a, item, r), room.q[r], a.D, padded);
+    spread(query(a, item, 0, r), room.q[r], a.D, padded);
     std::fill_n(room.out[r], padded, 0.0f);
     room.maximum[r] = -std::numeric_limits<float>::infinity();
     room.sum[r] = 0;

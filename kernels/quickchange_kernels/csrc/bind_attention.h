@@ -33,7 +33,8 @@ struct AttentionTables {
 // One sequence's items: tiles of queries, and for few queries splits of the keys.
 template <class T>
 void plan_sequence(
-    AttentionPlan& plan, const AttentionArgs<T>& args, const AttentionTables& tables, int64_t b) {
+    AttentionPlan& plan, const AttentionArgs<T>& args, const AttentionTables& tables,
+    int64_t heads, int64_t b) {
   const int64_t row = tables.starts[b], count = tables.starts[b + 1] - row;
   const int64_t length = tables.lengths[b], past = length - count;
   const int64_t step = MAX_ATTENTION_ROWS / args.group;
@@ -51,7 +52,9 @@ void plan_sequence(
     item.oldest = args.window > 0 ? std::max<int64_t>(0, newest - args.window + 1) : 0;
     const int64_t start = item.oldest / KEYS_PER_TILE * KEYS_PER_TILE;
     const int64_t end = tree == nullptr ? newest + item.queries : length;
-    for (item.head = 0; item.head < args.Hkv; item.head++) {
+    item.heads = chunk ? 1 : heads;
+    for (item.head = 0; item.head < args.Hkv; item.head += item.heads) {
+      item.heads = std::min(item.heads, args.Hkv - item.head);
       item.begin = start;
       item.end = end;
       if (chunk) {
@@ -70,9 +73,22 @@ void plan_sequence(
   }
 }
 
+// Key heads of one item: all, whose keys lie side by side, unless that leaves threads without work.
+// No result depends on it.
+template <class T>
+int64_t heads_together(const AttentionArgs<T>& args, const AttentionTables& tables) {
+  int64_t items = 0;
+  for (int64_t b = 0; b < tables.sequences; b++)
+    if (tables.starts[b + 1] > tables.starts[b]) items += 1 + tables.lengths[b] / KEYS_PER_SPLIT;
+  const int64_t wanted = 4 * at::get_num_threads();
+  const int64_t pieces = std::max<int64_t>(1, (wanted + items - 1) / std::max<int64_t>(1, items));
+  return std::clamp<int64_t>(args.Hkv / pieces, 1, MAX_ATTENTION_HEADS);
+}
+
 template <class T>
 AttentionPlan plan_attention(const AttentionArgs<T>& args, const AttentionTables& tables) {
   AttentionPlan plan;
+  const int64_t heads = heads_together(args, tables);
   for (int64_t b = 0; b < tables.sequences; b++) {
     const int64_t length = tables.lengths[b], count = tables.starts[b + 1] - tables.starts[b];
     if (length == 0) continue;  // padding
@@ -80,7 +96,7 @@ AttentionPlan plan_attention(const AttentionArgs<T>& args, const AttentionTables
         count <= length && length <= tables.width * args.block_size,
         "paged_attention: sequence ", b, " has ", count, " queries and ", length,
         " keys; its block table has room for ", tables.width * args.block_size);
-    plan_sequence(plan, args, tables, b);
+    plan_sequence(plan, args, tables, heads, b);
   }
   return plan;
 }
@@ -89,7 +105,8 @@ AttentionPlan plan_attention(const AttentionArgs<T>& args, const AttentionTables
 template <class T>
 void merge(const AttentionArgs<T>& args, const AttentionItem* items, int64_t splits) {
   const int64_t D = args.D;
-  for (int64_t row = 0; row < items->queries * args.group; row++) {
+  const int64_t rows = items->queries * args.group;
+  for (int64_t row = 0; row < items->heads * rows; row++) {
     float highest = items->maximum[row];
     for (int64_t s = 1; s < splits; s++) highest = std::max(highest, items[s].maximum[row]);
     float* total = items->part + row * D;
@@ -101,8 +118,8 @@ void merge(const AttentionArgs<T>& args, const AttentionItem* items, int64_t spl
       for (int64_t d = 0; d < D; d++)
         total[d] = s == 0 ? factor * part[d] : total[d] + factor * part[d];
     }
-    const int64_t head = items->head * args.group + row % args.group;
-    const int64_t query = items->first_query + row / args.group;
+    const int64_t head = (items->head + row / rows) * args.group + row % args.group;
+    const int64_t query = items->first_query + row % rows / args.group;
     T* target = args.out + (query * args.Hkv * args.group + head) * D;
     for (int64_t d = 0; d < D; d++) target[d] = from_float<T>(total[d] / sum);
   }
@@ -112,11 +129,11 @@ template <class T>
 void run_attention(const AttentionArgs<T>& args, const AttentionTables& tables) {
   AttentionPlan plan = plan_attention(args, tables);
   int64_t rows = 0;
-  for (const auto& item : plan.items) rows += item.queries * args.group;
+  for (const auto& item : plan.items) rows += item.heads * item.queries * args.group;
   const std::unique_ptr<float[]> room(new float[rows * (args.D + 2)]);
   float* next = room.get();
   for (auto& item : plan.items) {
-    const int64_t own = item.queries * args.group;
+    const int64_t own = item.heads * item.queries * args.group;
     item.part = next;
     item.maximum = next + own * args.D;
     item.sum = item.maximum + own;

@@ -100,6 +100,7 @@ struct LowRankArgs {
 constexpr int64_t KEYS_PER_TILE = 64;        // of one step of the running softmax
 constexpr int64_t KEYS_PER_SPLIT = 256;      // a context is cut here, whatever the batch
 constexpr int64_t MAX_ATTENTION_ROWS = 64;   // queries · group of one item
+constexpr int64_t MAX_ATTENTION_HEADS = 8;   // of keys, of one item
 constexpr int64_t MAX_PRODUCT_DIM = 256;     // of a head in `attend_chunk`
 
 template <class T>
@@ -114,7 +115,7 @@ struct AttentionArgs {
   T* out;  // [T, Hq, D]
 };
 
-// Some queries of one sequence and one key head over some of the keys.
+// Some queries of one sequence and some key heads over some of the keys.
 struct AttentionItem {
   const int32_t* blocks;
   const int64_t* tree;  // of the item's queries, or null
@@ -122,11 +123,11 @@ struct AttentionItem {
   int64_t first_index;  // and among the sequence's queries
   int64_t queries;
   int64_t past;  // keys of the sequence before this step
-  int64_t head;  // of keys
+  int64_t head, heads;  // of keys
   int64_t oldest, begin, end;  // the first key that any query sees; keys, from a tile's edge
-  float* maximum;  // [queries * group]
-  float* sum;      // [queries * group]
-  float* part;     // [queries * group, D], not yet divided by sum
+  float* maximum;  // [heads, queries * group]
+  float* sum;      // [heads, queries * group]
+  float* part;     // [heads, queries * group, D], not yet divided by sum
 };
 
 template <class T>
