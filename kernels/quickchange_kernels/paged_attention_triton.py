@@ -276,6 +276,7 @@ class Tiling:
     keys: int
     num_warps: int
     num_stages: int
+    options: dict[str, Any]  # of NVIDIA's compiler
 
 
 @dataclass(frozen=True)
@@ -293,11 +294,15 @@ def tiling_for(rows: int, dim: int, itemsize: int, few_registers: bool) -> Tilin
 
     Two stages of keys and values take at most 64 KiB of shared memory, which is all that CDNA has.
     few_registers: the products' results lie in registers beside their operands (sm_80 to sm_89),
-    where a tile of 128 rows by 64 keys spills.
+    where a tile of 128 rows by 64 keys spills. Elsewhere tiles of 8 warps state how many registers
+    a thread may have: for sm_100 the compiler hopes for two programs on an SM otherwise, takes 128
+    and spills.
     """
     bytes_per_key = 2 * padded(dim) * itemsize
     keys = max(16, min(32 if few_registers and rows > 64 else 64, 2**15 // bytes_per_key))
-    return Tiling(rows, keys, num_warps=4 if rows < 64 else 8, num_stages=2)
+    warps = 4 if rows < 64 else 8
+    options = {"maxnreg": 255} if warps == 8 and not few_registers else {}
+    return Tiling(rows, keys, warps, num_stages=2, options=options)
 
 
 def launches_for(
@@ -494,6 +499,7 @@ class Call:
             ),
             num_warps=tiling.num_warps,
             num_stages=tiling.num_stages,
+            **({} if torch.version.hip else tiling.options),
         )
 
     def _merge(self, launch: Launch, parts: Tensor, stats: Tensor, out: Tensor) -> None:
@@ -650,5 +656,6 @@ def _attend_compilation(
         num_stages=launch.tiling.num_stages,
         divisible_by_16=("q_row", "q_head"),
         products=True,
+        options=launch.tiling.options,
         targets=targets,
     )

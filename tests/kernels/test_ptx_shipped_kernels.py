@@ -12,12 +12,28 @@ pytest.importorskip("triton")
 
 from ptx_launches import launches_run_as_ptx
 from ptx_memory import FaultError
+from turbo_items import MIXED, random_heads, random_rows
 
-from quickchange_kernels import lowrank, lowrank_triton, rows_triton, samples
+from quickchange_kernels import (
+    kv_write_triton,
+    lowrank,
+    lowrank_triton,
+    paged_attention_triton,
+    rows_triton,
+    sample_triton,
+    samples,
+    turbo_heads_triton,
+    verify_triton,
+)
+from quickchange_kernels.kv_write import reference_kv_write
 from quickchange_kernels.lowrank_tables import LowRankTables, Segments
+from quickchange_kernels.paged_attention import reference_paged_attention
 from quickchange_kernels.rms_norm import reference_add_rms_norm, reference_rms_norm
 from quickchange_kernels.rotary import reference_rotary
+from quickchange_kernels.sample_plain import plain_sample
 from quickchange_kernels.silu_mul import reference_silu_mul
+from quickchange_kernels.turbo_heads import HeadItems, reference_turbo_heads
+from quickchange_kernels.verify import reference_verify
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
@@ -125,3 +141,86 @@ def test_a_false_claim_that_lowrank_weights_are_aligned_is_caught() -> None:
     assert_close(run_lowrank(tables, segments, y, x), expected)
     with pytest.raises(FaultError, match="misaligned"):
         run_lowrank(lying, segments, y, x)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "counts", "window", "tree", "dtype"),
+    [
+        ((37, 5), (1, 1), 0, False, torch.bfloat16),
+        ((40, 21), (7, 0), 11, True, torch.float16),
+        ((75,), (70,), 0, False, torch.bfloat16),
+    ],
+    ids=["decode", "tree in a window", "prefill"],
+)
+def test_paged_attention(
+    lengths: tuple[int, ...], counts: tuple[int, ...], window: int, tree: bool, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(14)
+    keys = samples.random_keys(lengths, 1, 40, 16, generator, dtype)
+    q = randn(sum(counts), 3, 40, dtype=dtype)
+    bits = samples.random_tree(counts, generator) if tree else None
+    arguments = (q, keys.k_cache, keys.v_cache, keys.block_tables, keys.seq_lens)
+    rest = (samples.query_starts(counts), 40**-0.5, window, 5.0, bits)
+    with launches_run_as_ptx(seed=9):
+        out = paged_attention_triton.launch_paged_attention(*arguments, *rest)
+    assert_close(out, reference_paged_attention(*arguments, *rest))
+
+
+def test_attention_over_several_splits() -> None:
+    generator = torch.Generator().manual_seed(15)
+    keys = samples.random_keys((530,), 1, 16, 16, generator, torch.bfloat16)
+    q = randn(1, 2, 16, dtype=torch.bfloat16)
+    arguments = (q, keys.k_cache, keys.v_cache, keys.block_tables, keys.seq_lens)
+    rest = (samples.query_starts((1,)), 0.25)
+    with launches_run_as_ptx(seed=10):
+        out = paged_attention_triton.launch_paged_attention(*arguments, *rest)
+    assert_close(out, reference_paged_attention(*arguments, *rest))
+
+
+def test_kv_write_writes_its_slots_and_no_others() -> None:
+    k, v = (randn(3, 3, 24, dtype=torch.bfloat16, seed=seed) for seed in (1, 2))
+    k_cache, v_cache = (randn(4, 3, 16, 24, dtype=torch.bfloat16, seed=seed) for seed in (3, 4))
+    slots = torch.tensor([17, -1, 63])
+    expected = reference_kv_write(k[[0, 2]], v[[0, 2]], k_cache, v_cache, slots[[0, 2]])
+    with launches_run_as_ptx(seed=11):
+        kv_write_triton.launch_kv_write_(k, v, k_cache, v_cache, slots)
+    for out, reference in zip((k_cache, v_cache), expected, strict=True):
+        assert torch.equal(out, reference)
+
+
+@pytest.mark.parametrize(("width", "dtype"), [(37, torch.float32), (72, torch.bfloat16)])
+def test_turbo_heads(width: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(16)
+    heads = random_heads(5, width, dtype, generator)
+    x, items = random_rows(MIXED, width, dtype, generator), HeadItems.of(MIXED)
+    with launches_run_as_ptx(seed=12):
+        out = turbo_heads_triton.launch_turbo_heads(
+            x, heads.arena, heads.offsets, items.items, items.segments
+        )
+    assert_close(out, reference_turbo_heads(x, heads, items))
+
+
+def test_sample_draws_the_plain_versions_tokens() -> None:
+    logits = (randn(3, 700, dtype=torch.bfloat16) * 4)[:, 3:]
+    temperature, uniform, top_p, min_p = (
+        torch.tensor(values, dtype=torch.float64)
+        for values in ([0.0, 1.0, 0.7], [0.5, 0.73, 0.99], [0.5, 1.0, 0.9], [0.1, 0.0, 0.02])
+    )
+    top_k = torch.tensor([3, 0, 50])
+    how = (temperature, uniform, top_k, top_p, min_p, None, None, None)
+    with launches_run_as_ptx(seed=13):
+        tokens, sound = sample_triton.launch_sample(logits, *how)
+    expected_tokens, expected_sound = plain_sample(logits, *how)
+    assert tokens.tolist() == expected_tokens.tolist()
+    assert sound.tolist() == expected_sound.tolist()
+
+
+def test_verify_accepts_the_longest_path_that_holds() -> None:
+    sampled, drafted = torch.tensor([5, 6, 9, 8, 1, 2]), torch.tensor([0, 5, 6, 3, 0, 7])
+    rows = torch.tensor([[0, 4], [4, 6], [6, 6]], dtype=torch.int32)
+    with launches_run_as_ptx(seed=14):
+        accepted, token, path = verify_triton.launch_verify(sampled, drafted, rows, None, 4)
+    for b, (count, last, places) in enumerate(reference_verify(sampled, drafted, rows, 4)):
+        assert accepted[b] == count
+        assert token[b] == last
+        assert path[b, : len(places)].tolist() == places

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -63,7 +64,7 @@ def fill(out, VALUE: tl.constexpr, N: tl.constexpr):
     tl.store(out + tl.arange(0, N), tl.full((N,), VALUE, tl.bfloat16))
 
 
-EXPECTED = {
+EXPECTED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "add": lambda x, y: x + y,
     "sub": lambda x, y: x - y,
     "mul": lambda x, y: x * y,

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-from quickchange_kernels.lowrank import lowrank_
+from quickchange_kernels.lowrank import LowRankTables, lowrank_
 from quickchange_server.adapters.layout import ModuleGroup
 from quickchange_server.model.fused_layer import FusedDecoderLayer
 from quickchange_server.model.step import AdapterBatch, StepHolder
@@ -25,11 +25,11 @@ class OutputSide:
 
     def __init__(self, groups: dict[Source, ModuleGroup], holder: StepHolder) -> None:
         """`groups` always has "output"; the others only where `enter` will be called."""
-        self._output = groups["output"].index
-        residual, stream = groups.get("residual"), groups.get("stream")
-        self._residual = None if residual is None else residual.index
-        self._stream = None if stream is None else stream.index
+        order: tuple[Source, ...] = ("output", "residual", "stream")
+        self._groups = tuple(groups[source].index if source in groups else None for source in order)
         self._holder = holder
+        self._tables: LowRankTables | None = None  # those that the next is about
+        self._used: tuple[int | None, ...] | None = None  # of _groups; None: not one
         self._entered: torch.Tensor | None = None  # [..., H], from the norm to the sub-layer's end
 
     def enter(self, stream: torch.Tensor) -> None:
@@ -37,16 +37,17 @@ class OutputSide:
         step = self._holder.step
         if step is None or step.adapters is None:
             return
-        if _wanted(step.adapters, self._residual) or _wanted(step.adapters, self._stream):
+        used = self._groups_in_use(step.adapters.tables)
+        if used is not None and used[1:] != (None, None):
             self._entered = stream
 
     def add_(self, y: torch.Tensor, adapters: AdapterBatch) -> None:
         """Add to the sub-layer's output y [T, H] what adapters make of it and of the stream."""
         tables, tokens = adapters.tables, adapters.tokens
-        output, residual, stream = (
-            group if _wanted(adapters, group) else None
-            for group in (self._output, self._residual, self._stream)
-        )
+        used = self._groups_in_use(tables)
+        if used is None:
+            return
+        output, residual, stream = used
         entered, self._entered = self._entered, None
         if residual is None and stream is None:
             if output is not None:
@@ -64,10 +65,15 @@ class OutputSide:
         if stream is not None and behind is not None:
             lowrank_(y, behind, tables, tokens, stream)
 
-
-def _wanted(adapters: AdapterBatch, group: int | None) -> bool:
-    """Whether some adapter on the device has updates in the group."""
-    return group is not None and adapters.tables.shapes[group].most_pages > 0
+    def _groups_in_use(self, tables: LowRankTables) -> tuple[int | None, ...] | None:
+        """The groups in which some adapter on the device has pages; found out once a change."""
+        if tables is not self._tables:
+            used = tuple(
+                group if group is not None and tables.shapes[group].most_pages else None
+                for group in self._groups
+            )
+            self._tables, self._used = tables, (None if used == (None,) * 3 else used)
+        return self._used
 
 
 def connect(model: nn.Module, entrances: Iterable[tuple[str, OutputSide]]) -> None:
