@@ -90,8 +90,6 @@ class DevicePool:
         rows = min(span // min(usual), _MOST_FIRST_ROWS)
         self._rows = RunAllocator(rows)
         self._holdings: dict[int, _Holding] = {}
-        self._published: set[int] = set()
-        self._users = np.zeros(len(groups), dtype=np.int64)  # published slots with pages in a group
         self._tables = LowRankTables(
             # Not zeroed, so that on a CPU only pages in use take memory: `write` fills all of one.
             arena=torch.empty(span, dtype=dtype, device=device),
@@ -154,16 +152,12 @@ class DevicePool:
         """Make a written slot visible to the steps from now on."""
         ranges = torch.from_numpy(self._holdings[slot].ranges)
         self._tables.directory[slot].copy_(ranges)
-        self._published.add(slot)
-        self._count(self._holdings[slot].ranges, 1)
+        self._widen(self._holdings[slot].ranges)
 
     def free(self, slot: int) -> None:
         """Give the slot and its pages back. No later step may refer to it."""
         holding = self._holdings.pop(slot)
-        if slot in self._published:
-            self._published.remove(slot)
-            self._tables.directory[slot].zero_()
-            self._count(holding.ranges, -1)
+        self._tables.directory[slot].zero_()
         begin, end = holding.rows
         self._rows.free(begin, end - begin)
         self._slots.free(slot, 1)
@@ -203,27 +197,18 @@ class DevicePool:
             )
         self._tables = tables
 
-    def _count(self, ranges: npt.NDArray[np.int32], change: int) -> None:
-        """Note that a slot with these ranges came (1) or went (-1), and fit the kernels' grids.
+    def _widen(self, ranges: npt.NDArray[np.int32]) -> None:
+        """Let the kernels' grids cover a slot's pages in each group.
 
-        A grid grows with the pages of a group's largest adapter and stays so when that one is gone:
-        it costs programs without work, narrowing would cost new graphs. Only a group behind a
-        sub-layer goes back to 0: nothing calls for it then.
+        They stay so when it is gone: it costs programs without work, narrowing costs new graphs.
         """
-        counts = ranges[:, 1] - ranges[:, 0]
-        self._users += np.where(counts > 0, change, 0)
-        shapes = tuple(
-            _fitted(shape, group, count if change > 0 else 0, users)
-            for shape, group, count, users in zip(
-                self._tables.shapes,
-                self._groups,
-                counts.tolist(),
-                self._users.tolist(),
-                strict=True,
-            )
-        )
-        if shapes != self._tables.shapes:
-            self._tables = replace(self._tables, shapes=shapes)
+        counts = (ranges[:, 1] - ranges[:, 0]).tolist()
+        shapes = list(self._tables.shapes)
+        for group, (count, shape) in enumerate(zip(counts, shapes, strict=True)):
+            if count > shape.most_pages:
+                shapes[group] = replace(shape, most_pages=rounded_to_power(count))
+        if tuple(shapes) != self._tables.shapes:
+            self._tables = replace(self._tables, shapes=tuple(shapes))
 
     def _ranges(self, image: AdapterImage, begin: int) -> npt.NDArray[np.int32]:
         """The slot's row of the directory: [groups, 2], (0, 0) where there is no update."""
@@ -267,23 +252,10 @@ def too_large(needed: int, budget: int) -> str:
 
 
 def _usual_shape(group: ModuleGroup) -> GroupShape:
-    """As wide as most adapters need, so that grids, and graphs captured with them, seldom change.
-
-    Behind sub-layers 0 until an adapter has pages there: then nothing calls for the group.
-    """
-    if group.source != "input":
-        return GroupShape(0, _aligned(group))
+    """For adapters of usual rank. Behind sub-layers few have any page: 0 pages say that nothing
+    calls for the group."""
     pages = -(-_USUAL_RANK // RANKS_PER_PAGE) * len(group.members)
-    return GroupShape(rounded_to_power(pages), _aligned(group))
-
-
-def _fitted(shape: GroupShape, group: ModuleGroup, pages: int, users: int) -> GroupShape:
-    """`shape` with room for `pages`; see DevicePool._count."""
-    if group.source != "input" and users == 0:
-        return replace(shape, most_pages=0)
-    if pages > shape.most_pages:
-        return replace(shape, most_pages=rounded_to_power(pages))
-    return shape
+    return GroupShape(rounded_to_power(pages) if group.source == "input" else 0, _aligned(group))
 
 
 def _aligned(group: ModuleGroup) -> bool:
