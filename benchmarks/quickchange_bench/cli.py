@@ -294,6 +294,37 @@ def step(
 
 @app.command()
 @_refusals
+def perplexity(
+    model: Annotated[Path, typer.Option(help="Base model: a folder in transformers' layout.")],
+    dtype: Annotated[str, typer.Option(help="One or more, with commas.")] = "float32,bfloat16",
+    quantization: Annotated[
+        str, typer.Option(help="none or int8; one or more, with commas.")
+    ] = "none,int8",
+    window: Annotated[int, typer.Option(min=2, help="Tokens of one window.")] = 512,
+    windows: Annotated[int, typer.Option(min=1, help="How many.")] = 8,
+) -> None:
+    """What dtypes and quantisations of the base lose on a fixed text."""
+    from quickchange_bench.perplexity import (  # needs torch
+        Variant,
+        loss_table,
+        measure_perplexity,
+    )
+
+    kept = ("none", "int8")
+    variants = [
+        Variant(
+            _choice("--dtype", name, tuple(VALUE_BYTES)),
+            "int8" if _choice("--quantization", how, kept) == "int8" else "none",
+        )
+        for how in quantization.split(",")
+        for name in dtype.split(",")
+    ]
+    losses = measure_perplexity(str(model), variants, window=window, windows=windows)
+    typer.echo(f"{losses[0].tokens} tokens scored\n\n{loss_table(losses)}")
+
+
+@app.command()
+@_refusals
 def make_adapters(
     model: Annotated[Path, typer.Option(help="Base model: a folder in transformers' layout.")],
     out: Annotated[Path, typer.Option(help="Where lora-0, lora-1, … go.")],

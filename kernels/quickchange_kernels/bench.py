@@ -20,6 +20,7 @@ from torch import Tensor
 
 from quickchange_kernels import native
 from quickchange_kernels.linear import linear, plain_linear
+from quickchange_kernels.linear_int8 import linear_int8, plain_linear_int8, quantize_int8
 from quickchange_kernels.lowrank import lowrank_, operands
 from quickchange_kernels.lowrank_plain import plain_lowrank_
 from quickchange_kernels.paged_attention import paged_attention
@@ -72,10 +73,15 @@ def _discard(_: Tensor) -> None:
     """Results are for timing alone."""
 
 
-def linear_cases(dtype: torch.dtype, rows: list[int]) -> Iterator[Case]:
-    """All linears of the model and the LM head."""
-    shapes = [(sum(widths), k) for k, widths in FUSED] * LAYERS + [(VOCABULARY, HIDDEN)]
-    weights = [torch.randn(shape).to(dtype) for shape in shapes]
+def linear_shapes(*, head: bool) -> list[tuple[int, int]]:
+    """(out, in) of all linears of the model, with or without the LM head."""
+    layers = [(sum(widths), k) for k, widths in FUSED] * LAYERS
+    return [*layers, (VOCABULARY, HIDDEN)] if head else layers
+
+
+def linear_cases(dtype: torch.dtype, rows: list[int], *, head: bool = True) -> Iterator[Case]:
+    """All linears of the model beside `F.linear`; prefill leaves the LM head out."""
+    weights = [torch.randn(shape).to(dtype) for shape in linear_shapes(head=head)]
     size = sum(weight.nbytes for weight in weights)
     for count in rows:
         inputs = {k: torch.randn(count, k).to(dtype) for k in (HIDDEN, INNER)}
@@ -87,10 +93,56 @@ def linear_cases(dtype: torch.dtype, rows: list[int]) -> Iterator[Case]:
                 version(inputs[weight.shape[1]], weight)
 
         yield Case(
-            f"linear {_name(dtype)}, {count} rows",
+            f"linear {_name(dtype)}, {count} rows{'' if head else ', no LM head'}",
             size,
             lambda run=run: run(linear),  # type: ignore[misc]
             lambda run=run: run(plain_linear),  # type: ignore[misc]
+        )
+
+
+def onednn_cases(dtype: torch.dtype, rows: list[int], *, head: bool = True) -> Iterator[Case]:
+    """The same through oneDNN: weights packed for each number of rows, and as they are."""
+    weights = [torch.randn(shape).to(dtype) for shape in linear_shapes(head=head)]
+    size = sum(weight.nbytes for weight in weights)
+    onednn = torch.ops.mkldnn._linear_pointwise
+    for count in rows:
+        inputs = {k: torch.randn(count, k).to(dtype) for k in (HIDDEN, INNER)}
+        packed = [torch.ops.mkldnn._reorder_linear_weight(weight, count) for weight in weights]
+
+        def run(
+            chosen: list[Tensor], inputs: dict[int, Tensor] = inputs, like: list[Tensor] = weights
+        ) -> None:
+            for weight, shape in zip(chosen, like, strict=True):
+                onednn(inputs[shape.shape[1]], weight, None, "none", [], "")
+
+        yield Case(
+            f"oneDNN packed (plain: as is) {_name(dtype)}, {count} rows"
+            f"{'' if head else ', no LM head'}",
+            size,
+            lambda run=run, packed=packed: run(packed),  # type: ignore[misc]
+            lambda run=run: run(weights),  # type: ignore[misc]
+        )
+
+
+def int8_cases(dtype: torch.dtype, rows: list[int], *, head: bool = True) -> Iterator[Case]:
+    """All linears kept as int8, x in `dtype`; plain: `F.linear` on weights made anew."""
+    weights = [quantize_int8(torch.randn(shape)) for shape in linear_shapes(head=head)]
+    size = sum(weight.nbytes + scale.nbytes for weight, scale in weights)
+    for count in rows:
+        inputs = {k: torch.randn(count, k).to(dtype) for k in (HIDDEN, INNER)}
+
+        def run(
+            version: Callable[[Tensor, Tensor, Tensor], Tensor],
+            inputs: dict[int, Tensor] = inputs,
+        ) -> None:
+            for weight, scale in weights:
+                version(inputs[weight.shape[1]], weight, scale)
+
+        yield Case(
+            f"linear int8 {_name(dtype)}, {count} rows{'' if head else ', no LM head'}",
+            size,
+            lambda run=run: run(linear_int8),  # type: ignore[misc]
+            lambda run=run: run(plain_linear_int8),  # type: ignore[misc]
         )
 
 
@@ -145,7 +197,10 @@ def _name(dtype: torch.dtype) -> str:
 
 def cases(dtype: torch.dtype) -> Iterator[Case]:
     """Every line of the table; one case's tensors are freed before the next is made."""
-    yield from linear_cases(dtype, [1, 2, 4, 8, 16, 32, 64])
+    few, many = [1, 2, 4, 8, 16, 32], [64, 128, 256, 512]
+    for linears in (linear_cases, onednn_cases, int8_cases):
+        yield from linears(dtype, few)
+        yield from linears(dtype, many, head=False)
     yield from lowrank_cases(dtype, 16, 16)
     yield from attention_cases(dtype, 16, 129, 1)
     yield from attention_cases(dtype, 16, 1024, 1)

@@ -1,4 +1,4 @@
-"""linear: y = x Wᵀ + b for the few rows of a decode or verify step.
+"""linear: y = x Wᵀ + b, from the one row of a decode step to a prefill chunk.
 
 Contract
     x       [..., K]  float32, bfloat16 or float16; any strides
@@ -6,14 +6,11 @@ Contract
     bias    [N]       or None
     returns [..., N]  new, contiguous, x's dtype; sums in float32 at least
 
-The native CPU version takes up to `MAX_NATIVE_ROWS` rows of float32 or bfloat16 and hands longer
-ones to `F.linear`. Within it every output element is summed in one order that depends on K alone,
-so that a row's result does not depend on how many rows share the call (batch invariance, bitwise).
-
-Measured on an AMD EPYC (Zen 4, AVX-512), one thread, SmolLM2-135M's layer shapes, ms, native and
-F.linear: float32, 113 MB: 5.7 and 9.6 at 1 row, 7.2 and 14.8 at 8, 12.3 and 21.2 at 16, 40.8 and
-50.4 at 64, 67.7 and 65.0 at 96. bfloat16, 57 MB: 3.2 and 7.1 at 1, 6.9 and 10.9 at 16, 24.4 and
-23.5 at 64.
+The native CPU version takes float32 and bfloat16 and sums every output element in one order that
+depends on K alone, so a row's result does not depend on how many rows share the call, nor on where
+a prompt was cut in chunks (batch invariance, bitwise). Rows of x pass in tiles of 64 over 16 weight
+rows; the weights that come next are fetched meanwhile, a few lines with each block of rows, so
+memory and arithmetic overlap.
 """
 
 from __future__ import annotations
@@ -22,8 +19,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from quickchange_kernels import dispatch, native
-
-MAX_NATIVE_ROWS = 64  # also in csrc/bind_linear.h; MKL is faster from about 90 rows
 
 
 def reference_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

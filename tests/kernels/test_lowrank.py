@@ -289,6 +289,21 @@ def test_a_rows_result_does_not_depend_on_its_batch(
 
 
 @pytest.mark.usefixtures("native_version")
+@pytest.mark.parametrize("rows", [40, 41])
+def test_many_adapters_shared_out_by_rows_match_float64(
+    rows: int, dtype: torch.dtype, generator: torch.Generator, assert_close: Close
+) -> None:
+    tables = random_tables(600, [576, 90], [16, 8, 3], generator, dtype=dtype)
+    spans = [(t, t + 1, t % 3, 0.5) for t in range(40)] + [(40, rows, 0, 1.0), (7, 9, 1, 2.0)]
+    spans.sort(key=lambda span: -span[0] if rows == 41 else span[0])
+    x = randn(rows, 600, generator=generator, dtype=dtype)
+    y = randn(rows, 666, generator=generator, dtype=dtype)
+    expected = lowrank.reference_lowrank(y, x, tables, make_segments(spans), 0)
+    lowrank.lowrank_(y, x, tables, make_segments(spans), 0)
+    assert_close(y, expected)
+
+
+@pytest.mark.usefixtures("native_version")
 def test_threads_do_not_change_the_result(generator: torch.Generator) -> None:
     tables = random_tables(96, [300, 100], [16, 64], generator)
     x = randn(9, 96, generator=generator)

@@ -33,6 +33,7 @@ def make_engine(
         dtype=torch.float32,
         device=torch.device(settings.device),
         adapters=settings.adapters,
+        quantization=settings.quantization,
     )
 
     def missing(digest: str) -> CanonicalAdapter:

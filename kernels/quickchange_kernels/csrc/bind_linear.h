@@ -1,4 +1,4 @@
-// linear: see linear.py.
+// linear, linear_int8: see linear.py, linear_int8.py.
 #pragma once
 
 #include "binding.h"
@@ -6,7 +6,14 @@
 namespace quickchange {
 namespace {
 
-constexpr int64_t MAX_NATIVE_ROWS = 64;
+constexpr int64_t COLUMN_BLOCK = 16;  // columns that the widest kernels make at once
+
+// Output columns [0, N) in pieces, several a thread: work(begin, end).
+template <class Work>
+void share_columns(int64_t N, const Work& work) {
+  const int64_t step = piece(N, 8);
+  share((N + step - 1) / step, [&](int64_t i) { work(i * step, std::min((i + 1) * step, N)); });
+}
 
 template <class T>
 void run_linear(
@@ -14,28 +21,79 @@ void run_linear(
   LinearArgs<T> args{
       data<T>(x), x.stride(0), x.size(0), data<T>(weight), weight.stride(0), weight.size(0),
       weight.size(1), bias ? data<T>(*bias) : nullptr, data<T>(y)};
-  const int64_t step = piece(args.N, 8);
   const Kernels& version = kernels();
-  share((args.N + step - 1) / step, [&](int64_t i) {
-    version.linear(args, i * step, std::min((i + 1) * step, args.N));
+  share_columns(args.N, [&](int64_t begin, int64_t end) { version.linear(args, begin, end); });
+}
+
+template <class X, class Y>
+void run_linear_int8(
+    const Tensor& x, const Tensor& weight, const Tensor& scale, const std::optional<Tensor>& bias,
+    const Tensor& y) {
+  const Int8Args<X, Y> args{
+      data<X>(x), x.stride(0), x.size(0), data<int8_t>(weight), data<bf16>(scale), weight.size(0),
+      weight.size(1), bias ? data<Y>(*bias) : nullptr, data<Y>(y), nullptr};
+  const Kernels& version = kernels();
+  share_columns(args.N, [&](int64_t begin, int64_t end) {
+    constexpr int64_t LINE = 64 / sizeof(float);
+    const std::unique_ptr<float[]> room(new float[COLUMN_BLOCK * args.K + LINE]);
+    const auto address = reinterpret_cast<uintptr_t>(room.get());
+    Int8Args<X, Y> own = args;
+    own.room = reinterpret_cast<void*>((address + 63) / 64 * 64);
+    version.linear_int8(own, begin, end);
   });
 }
 
-Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  const bool native =
-      is_native(weight.scalar_type()) && x.scalar_type() == weight.scalar_type() &&
-      (!bias || (bias->scalar_type() == weight.scalar_type() && bias->is_contiguous())) &&
-      weight.dim() == 2 && weight.numel() > 0 && weight.stride(1) == 1 && x.dim() > 0 &&
-      x.size(-1) == weight.size(1) && x.numel() > 0 &&
-      x.numel() <= MAX_NATIVE_ROWS * weight.size(1);
-  if (!native) return at::linear(x, weight, bias);
-  Tensor rows = x.reshape({-1, x.size(-1)});
-  if (rows.stride(1) != 1) rows = rows.contiguous();
+// x as rows whose elements are contiguous.
+Tensor as_rows(const Tensor& x) {
+  const Tensor rows = x.reshape({-1, x.size(-1)});
+  return rows.stride(1) == 1 ? rows : rows.contiguous();
+}
+
+Tensor output_for(const Tensor& x, int64_t columns) {
   auto shape = x.sizes().vec();
-  shape.back() = weight.size(0);
-  Tensor y = at::empty(shape, x.options());
+  shape.back() = columns;
+  return at::empty(shape, x.options());
+}
+
+bool fits(const std::optional<Tensor>& bias, at::ScalarType type) {
+  return !bias || (bias->scalar_type() == type && bias->is_contiguous());
+}
+
+Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  const bool native = is_native(weight.scalar_type()) && x.scalar_type() == weight.scalar_type() &&
+                      fits(bias, weight.scalar_type()) && weight.dim() == 2 &&
+                      weight.numel() > 0 && weight.stride(1) == 1 && x.dim() > 0 &&
+                      x.size(-1) == weight.size(1) && x.numel() > 0;
+  if (!native) return at::linear(x, weight, bias);
+  const Tensor rows = as_rows(x);
+  Tensor y = output_for(x, weight.size(0));
   if (weight.scalar_type() == at::kFloat) run_linear<float>(rows, weight, bias, y);
   else run_linear<bf16>(rows, weight, bias, y);
+  return y;
+}
+
+Tensor linear_int8(
+    const Tensor& x, const Tensor& weight, const Tensor& scale,
+    const std::optional<Tensor>& bias) {
+  const int64_t groups = weight.dim() == 2 ? (weight.size(1) + INT8_GROUP - 1) / INT8_GROUP : 0;
+  const bool native = is_native(x.scalar_type()) && weight.scalar_type() == at::kChar &&
+                      scale.scalar_type() == at::kBFloat16 && fits(bias, x.scalar_type()) &&
+                      weight.is_contiguous() && scale.is_contiguous() && scale.dim() == 2 &&
+                      weight.numel() > 0 && scale.size(0) == weight.size(0) &&
+                      scale.size(1) == groups && x.dim() > 0 && x.size(-1) == weight.size(1) &&
+                      x.numel() > 0;
+  if (!native) {
+    using Plain = Tensor(const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&);
+    static const auto plain = plain_version<Plain>("quickchange::linear_int8");
+    return plain.call(x, weight, scale, bias);
+  }
+  Tensor rows = as_rows(x);
+  Tensor y = output_for(x, weight.size(0));
+  const bool wide = x.scalar_type() == at::kFloat;
+  if (wide && kernels().multiplies_bf16()) rows = rows.to(at::kBFloat16);
+  if (rows.scalar_type() == at::kFloat) run_linear_int8<float, float>(rows, weight, scale, bias, y);
+  else if (wide) run_linear_int8<bf16, float>(rows, weight, scale, bias, y);
+  else run_linear_int8<bf16, bf16>(rows, weight, scale, bias, y);
   return y;
 }
 

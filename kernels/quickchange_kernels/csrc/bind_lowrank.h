@@ -66,6 +66,47 @@ std::vector<LowRankItem<T>> list_items(const Segments& s) {
   return items;
 }
 
+// Where items can be parted so that no row is on both sides: 0, ..., items.size().
+template <class T>
+std::vector<int64_t> row_cuts(const std::vector<LowRankItem<T>>& items) {
+  std::vector<int64_t> first_row(items.size());  // of the items from i on
+  int64_t least = std::numeric_limits<int64_t>::max();
+  for (int64_t i = items.size() - 1; i >= 0; i--)
+    first_row[i] = least = std::min(least, items[i].row);
+  std::vector<int64_t> cuts{0};
+  int64_t end = items[0].row + items[0].rows;
+  for (int64_t i = 1; i < int64_t(items.size()); i++) {
+    if (first_row[i] >= end) cuts.push_back(i);
+    end = std::max(end, items[i].row + items[i].rows);
+  }
+  cuts.push_back(items.size());
+  return cuts;
+}
+
+// Few rows under many adapters are shared out by rows, because a page read from end to end comes
+// faster than its parts do for several threads; else by columns, so that threads share the pages.
+template <class T, class X>
+void share_up(
+    const LowRankArgs<T, X>& args, const std::vector<LowRankItem<T>>& items, int64_t columns) {
+  const Kernels& version = kernels();
+  const std::vector<int64_t> cuts = row_cuts(items);
+  const int64_t parts = cuts.size() - 1;
+  const int64_t rows = items.back().row + items.back().rows - items[0].row;
+  if (parts >= 4 * at::get_num_threads() && rows <= 4 * parts) {
+    share(parts, [&](int64_t i) {
+      LowRankArgs<T, X> part = args;
+      part.items += cuts[i];
+      part.count = cuts[i + 1] - cuts[i];
+      version.up(part, 0, columns);
+    });
+    return;
+  }
+  const int64_t step = piece(columns, 3);
+  share((columns + step - 1) / step, [&](int64_t i) {
+    version.up(args, i * step, std::min((i + 1) * step, columns));
+  });
+}
+
 template <class T, class X>
 void run_lowrank(const Segments& s, LowRankArgs<T, X> args, int64_t columns) {
   std::vector<LowRankItem<T>> items = list_items<T>(s);
@@ -93,10 +134,7 @@ void run_lowrank(const Segments& s, LowRankArgs<T, X> args, int64_t columns) {
   share((args.count + 1) / 2, [&](int64_t i) {
     version.down(args, 2 * i, std::min(2 * i + 2, args.count));
   });
-  const int64_t step = piece(columns, 3);
-  share((columns + step - 1) / step, [&](int64_t i) {
-    version.up(args, i * step, std::min((i + 1) * step, columns));
-  });
+  share_up(args, items, columns);
 }
 
 template <class T, class X>

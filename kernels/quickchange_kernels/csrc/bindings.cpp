@@ -32,6 +32,7 @@ void use_instruction_set(const std::string& name) {
 
 TORCH_LIBRARY_IMPL(quickchange, CPU, m) {
   m.impl("linear", linear);
+  m.impl("linear_int8", linear_int8);
   m.impl("lowrank_", lowrank_);
   m.impl("lowrank_embedding_", lowrank_embedding_);
   m.impl("paged_attention", paged_attention);

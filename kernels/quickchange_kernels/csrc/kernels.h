@@ -51,6 +51,20 @@ struct LinearArgs {
   T* y;           // [rows, N]
 };
 
+constexpr int64_t INT8_GROUP = 32;  // weights of a row that share a scale
+
+template <class X, class Y>
+struct Int8Args {
+  const X* x;  // [rows, K]
+  int64_t ldx, rows;
+  const int8_t* w;    // [N, K]
+  const bf16* scale;  // [N, ceil(K / INT8_GROUP)]
+  int64_t N, K;
+  const Y* bias;  // [N] or null
+  Y* y;           // [rows, N]
+  void* room;     // the calling thread's: 16 K floats, 64-byte aligned
+};
+
 constexpr int64_t RANKS = 8;  // of a page
 
 // As in lowrank_tables.py.
@@ -190,6 +204,10 @@ class Kernels {
   virtual const char* name() const = 0;
   virtual void linear(const LinearArgs<float>&, int64_t begin, int64_t end) const = 0;
   virtual void linear(const LinearArgs<bf16>&, int64_t begin, int64_t end) const = 0;
+  virtual void linear_int8(const Int8Args<float, float>&, int64_t begin, int64_t end) const = 0;
+  virtual void linear_int8(const Int8Args<bf16, float>&, int64_t begin, int64_t end) const = 0;
+  virtual void linear_int8(const Int8Args<bf16, bf16>&, int64_t begin, int64_t end) const = 0;
+  virtual bool multiplies_bf16() const = 0;  // bf16 operands are twice as fast as float32
   virtual void down(const LowRankArgs<float, float>&, int64_t begin, int64_t end) const = 0;
   virtual void down(const LowRankArgs<bf16, float>&, int64_t begin, int64_t end) const = 0;
   virtual void down(const LowRankArgs<bf16, bf16>&, int64_t begin, int64_t end) const = 0;

@@ -6,6 +6,7 @@ namespace QC_ISA {
 #include "simd.h"
 #include "dot_impl.h"
 #include "linear_impl.h"
+#include "linear_int8_impl.h"
 #include "lowrank_impl.h"
 #include "attention_impl.h"
 #include "attention_chunk_impl.h"
@@ -24,6 +25,22 @@ class Versions final : public Kernels {
   }
   void linear(const LinearArgs<bf16>& a, int64_t begin, int64_t end) const override {
     QC_ISA::linear(a, begin, end);
+  }
+  void linear_int8(const Int8Args<float, float>& a, int64_t begin, int64_t end) const override {
+    QC_ISA::linear_int8(a, begin, end);
+  }
+  void linear_int8(const Int8Args<bf16, float>& a, int64_t begin, int64_t end) const override {
+    QC_ISA::linear_int8(a, begin, end);
+  }
+  void linear_int8(const Int8Args<bf16, bf16>& a, int64_t begin, int64_t end) const override {
+    QC_ISA::linear_int8(a, begin, end);
+  }
+  bool multiplies_bf16() const override {
+#ifdef QC_BF16_DOT
+    return true;
+#else
+    return false;
+#endif
   }
   void down(const LowRankArgs<float, float>& a, int64_t begin, int64_t end) const override {
     lowrank_down(a, begin, end);

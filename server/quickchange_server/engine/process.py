@@ -83,6 +83,7 @@ def _start(settings: Settings, on_wake: Callable[[], None]) -> tuple[Engine, Rea
         dtype=torch_dtype(settings.dtype),
         device=torch.device(settings.device),
         adapters=settings.adapters,
+        quantization=settings.quantization,
     )
     store = Store(settings.store)
     engine = Engine(model, settings, load_adapter=store.load, on_wake=on_wake)

@@ -16,10 +16,16 @@ from transformers.utils import logging as transformers_logging
 
 from quickchange_server.adapters.layout import ModuleGroup
 from quickchange_server.model import attention
+from quickchange_server.model.adapted import base_linear
 from quickchange_server.model.attention import LayerShape, ShapeRecorder, UnsupportedModelError
 from quickchange_server.model.fused import fuse_small_modules
 from quickchange_server.model.fused_layer import fuse_layers
 from quickchange_server.model.output_side import connect
+from quickchange_server.model.quantized import (
+    Quantization,
+    check_quantization,
+    int8_linear,
+)
 from quickchange_server.model.step import StepHolder
 from quickchange_server.model.wrap import Wrapper
 
@@ -37,13 +43,19 @@ class LoadedModel:
 
 
 def load_model(
-    path: str, *, dtype: torch.dtype, device: torch.device, adapters: bool
+    path: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    adapters: bool,
+    quantization: Quantization = "none",
 ) -> LoadedModel:
     """Load from a folder in transformers' layout (or a hub id) and wrap.
 
     Raises UnsupportedModelError for an architecture that can't be served, OSError or ValueError
     (transformers') where nothing can be loaded from `path`.
     """
+    check_quantization(quantization, device)
     attention.register()
     transformers_logging.disable_progress_bar()  # a server's log is no terminal
     config = AutoConfig.from_pretrained(path)
@@ -51,15 +63,18 @@ def load_model(
     model = AutoModelForCausalLM.from_pretrained(
         path, dtype=dtype, attn_implementation=attention.NAME
     )
-    return prepare(model.to(device).eval(), adapters=adapters)
+    return prepare(model.to(device).eval(), adapters=adapters, quantization=quantization)
 
 
-def prepare(model: nn.Module, *, adapters: bool) -> LoadedModel:
+def prepare(
+    model: nn.Module, *, adapters: bool, quantization: Quantization = "none"
+) -> LoadedModel:
     """Wrap a model that was loaded with `attn_implementation="quickchange"`."""
     config: PretrainedConfig = model.config
     model.requires_grad_(False)
     holder = StepHolder()
-    wrapper = Wrapper(model, holder, adapters=adapters)
+    base = int8_linear if quantization == "int8" else base_linear
+    wrapper = Wrapper(model, holder, adapters=adapters, base=base)
     groups = wrapper.wrap()
     fuse_small_modules(model)
     fuse_layers(model, lambda ids, positions: forward(model, ids, positions))

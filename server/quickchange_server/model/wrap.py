@@ -6,6 +6,8 @@ wrapped one by one. Module paths, as adapters name them, are those before fusion
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -33,10 +35,18 @@ class Wrapper:
     no group exists and no step ever looks for segments.
     """
 
-    def __init__(self, model: nn.Module, holder: StepHolder, *, adapters: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        holder: StepHolder,
+        *,
+        adapters: bool,
+        base: Callable[[nn.Linear], nn.Module] = base_linear,
+    ) -> None:
         self._model = model
         self._holder = holder
         self._adapters = adapters
+        self._base = base  # makes what computes a linear
         self.groups: list[ModuleGroup] = []
         self.entrances: list[tuple[str, OutputSide]] = []  # norms that the stream enters through
 
@@ -94,7 +104,7 @@ class Wrapper:
     def _adapted(
         self, linear: nn.Linear, paths: list[str], widths: list[int], rows: Rows
     ) -> nn.Module:
-        base = base_linear(linear)
+        base = self._base(linear)
         if not self._adapters:
             return base
         columns = [sum(widths[:index]) for index in range(len(widths))]

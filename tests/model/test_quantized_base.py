@@ -1,0 +1,77 @@
+"""A base kept as int8: what is replaced, what it computes, what it takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from engine_driver import Driver, make_engine, request
+from tiny_models import make_model, save_model
+from torch import nn
+
+from quickchange_kernels.linear_int8 import dequantize_int8, quantize_int8
+from quickchange_server.model.adapted import BaseLinear
+from quickchange_server.model.fused_layer import FusedDecoderLayer
+from quickchange_server.model.load import LoadedModel, load_model
+from quickchange_server.model.quantized import Int8Linear
+
+CPU = torch.device("cpu")
+
+
+def int8_model(family: str, folder: Path, *, adapters: bool = True) -> LoadedModel:
+    path = str(save_model(family, folder))
+    return load_model(path, dtype=torch.float32, device=CPU, adapters=adapters, quantization="int8")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("adapters", [True, False])
+def test_no_linear_keeps_float_weights(family: str, adapters: bool, tmp_path: Path) -> None:
+    model = int8_model(family, tmp_path, adapters=adapters).module
+    assert not any(isinstance(module, nn.Linear | BaseLinear) for module in model.modules())
+    matrices = {name for name, parameter in model.named_parameters() if parameter.dim() == 2}
+    assert len(matrices) == 1  # the embedding
+    assert any(isinstance(module, Int8Linear) for module in model.modules())
+
+
+def test_layers_are_fused_as_with_float_weights(tmp_path: Path) -> None:
+    model = int8_model("llama", tmp_path).module
+    assert sum(isinstance(module, FusedDecoderLayer) for module in model.modules()) == 3
+
+
+def test_a_tied_head_gets_rows_of_its_own_and_the_embedding_keeps_its_numbers(
+    tmp_path: Path,
+) -> None:
+    original = make_model("llama-tied").get_input_embeddings().weight
+    model = int8_model("llama-tied", tmp_path).module
+    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+    assert torch.equal(embedding, original)
+    head = model.get_output_embeddings().base  # type: ignore[operator]
+    assert isinstance(head, Int8Linear)
+    assert head.quantized.dtype == torch.int8
+
+
+def test_tokens_are_those_of_transformers_with_the_same_rounded_weights(tmp_path: Path) -> None:
+    rounded = make_model("llama")
+    for module in rounded.modules():
+        if isinstance(module, nn.Linear):
+            quantized = quantize_int8(module.weight.detach())
+            module.weight = nn.Parameter(dequantize_int8(*quantized, torch.float32))
+    prompt = [3, 1, 4, 1, 5, 9, 2, 6]
+    expected = rounded.generate(torch.tensor([prompt]), max_new_tokens=10, do_sample=False)
+    engine = make_engine(save_model("llama", tmp_path), quantization="int8")
+    driver = Driver(engine)
+    engine.submit(request("a", prompt))
+    driver.finish("a")
+    assert driver.tokens["a"] == expected[0, len(prompt) :].tolist()
+
+
+def test_other_devices_are_refused_and_told_what_to_use(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--quantization int8 .* use --quantization none"):
+        load_model(
+            str(tmp_path),
+            dtype=torch.float32,
+            device=torch.device("cuda"),
+            adapters=True,
+            quantization="int8",
+        )
