@@ -35,25 +35,30 @@ def most_pages(pool: DevicePool) -> list[int]:
     return [shape.most_pages for shape in pool.tables.shapes]
 
 
-def test_most_pages_follow_the_resident_adapters_in_powers_of_two() -> None:
+def test_grids_are_wide_enough_for_rank_16_and_widen_in_powers_of_two() -> None:
     pool = DevicePool(GROUPS, 1 << 20, torch.float32, torch.device("cpu"))
-    assert most_pages(pool) == [1, 1, 1]
-    small = load(pool, q=8, k=8)
-    assert most_pages(pool) == [2, 1, 1]
-    large = load(pool, q=40, k=1, o=24)
-    assert most_pages(pool) == [8, 4, 1]
-    pool.free(large)
-    assert most_pages(pool) == [2, 1, 1]
-    pool.free(small)
-    assert most_pages(pool) == [1, 1, 1]
+    assert most_pages(pool) == [4, 2, 2]
+    load(pool, q=16, k=16, o=16)
+    assert most_pages(pool) == [4, 2, 2]
+    load(pool, q=40, k=1, o=24)
+    assert most_pages(pool) == [8, 4, 2]
 
 
-def test_more_adapters_than_the_first_tables_hold_are_counted() -> None:
+def test_grids_stay_wide_when_an_adapter_goes_so_that_graphs_stay_valid() -> None:
     pool = DevicePool(GROUPS, 1 << 20, torch.float32, torch.device("cpu"))
-    for _ in range(20):
+    pool.free(load(pool, q=40, k=1, o=24))
+    tables = pool.tables
+    assert most_pages(pool) == [8, 4, 2]
+    pool.free(load(pool, q=40, k=1, o=24))
+    assert pool.tables is tables
+
+
+def test_more_adapters_than_the_first_tables_hold_widen_grids_too() -> None:
+    pool = DevicePool(GROUPS, 1 << 20, torch.float32, torch.device("cpu"))
+    for _ in range(100):
         load(pool, q=1)
-    load(pool, q=17)
-    assert most_pages(pool) == [4, 1, 1]
+    load(pool, q=40)
+    assert most_pages(pool) == [8, 2, 2]
 
 
 def test_groups_of_odd_sizes_are_not_aligned() -> None:
