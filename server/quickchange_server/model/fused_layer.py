@@ -4,8 +4,8 @@ q/k/v product, the residual sum joined with the norm that follows it.
 A module is recognised by its parts and then by what it computes: a short pass through the model
 notes what each candidate is called with, and on that input the fused version must give what the
 original gives, attention standing in for a product that all of queries, keys and values enter. So
-no list of model names is kept. At 16 rows of SmolLM2 transformers' own modules take 9.9 ms a step
-for what is not a product, and these 2.6.
+no list of model names is kept. At 16 rows of SmolLM2 what is neither product nor attention takes
+5.9 ms a step instead of 14.3 with transformers' own modules.
 """
 
 from __future__ import annotations
