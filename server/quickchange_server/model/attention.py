@@ -134,6 +134,7 @@ class PagedAttention:
             scale,
             window,
             softcap,
+            batch.tree,
         )
 
 

@@ -18,10 +18,11 @@ from quickchange_kernels.lowrank import LowRankTables, Segments
 class AttentionBatch:
     """Where each row's keys and values go and what each query sees."""
 
-    slots: torch.Tensor  # int64 [T]: block * block_size + offset
+    slots: torch.Tensor  # int64 [T]: block * block_size + offset; -1: padding, written nowhere
     block_tables: torch.Tensor  # int32 [B, M]
     seq_lens: torch.Tensor  # int32 [B]: keys of each sequence, this step's included
     query_start: torch.Tensor  # int32 [B + 1]: first row of each sequence
+    tree: torch.Tensor | None = None  # int64 [T]: which of its step's rows each sees; None: causal
 
 
 @dataclass(frozen=True, slots=True)
