@@ -12,4 +12,4 @@ if [ "$ADAPTERS" -gt 0 ]; then
 fi
 exec "$PEERS_DIR/llama-build/bin/llama-server" -m "$GGUF/base-${LLAMACPP_TYPE:-f32}.gguf" --alias base \
   --host 127.0.0.1 --port "$PORT" --threads "$THREADS" --threads-batch "$THREADS" \
-  --parallel "$SEQUENCES" --ctx-size "$((SEQUENCES * 1024))" --cache-ram 0 --no-webui "${lora[@]}"
+  --parallel "$SEQUENCES" --ctx-size "$((SEQUENCES * CONTEXT))" --cache-ram 0 --no-webui "${lora[@]}"

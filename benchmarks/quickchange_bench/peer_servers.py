@@ -62,6 +62,7 @@ class Setup:
             "ADAPTERS": str(self.adapters),
             "THREADS": str(self.threads),
             "SEQUENCES": str(max(self.concurrency)),
+            "CONTEXT": str(max(1024, self.prompt_tokens + self.output_tokens + 16)),
             "PORT": str(port),
         }
 
