@@ -48,6 +48,7 @@ void check(const Segments& s) {
 template <class T>
 std::vector<LowRankItem<T>> list_items(const Segments& s) {
   std::vector<LowRankItem<T>> items;
+  items.reserve(8 * s.slot.numel());  // rank 16 in a group of up to four members
   const T* arena = data<T>(s.arena);
   const int32_t* rows = data<int32_t>(s.rows);
   for (int64_t i = 0; i < s.slot.numel(); i++) {
@@ -83,24 +84,40 @@ std::vector<int64_t> row_cuts(const std::vector<LowRankItem<T>>& items) {
   return cuts;
 }
 
-// Few rows under many adapters are shared out by rows, because a page read from end to end comes
-// faster than its parts do for several threads; else by columns, so that threads share the pages.
+// Few rows under many adapters are shared out by rows, both halves in one go: no thread waits for
+// another in between, and a page read from end to end comes faster than its parts do for several
+// threads. Legal where x is y, too: a row's x is read before that row is written. False where the
+// rows are not of that sort.
 template <class T, class X>
-void share_up(
+bool share_by_rows(
     const LowRankArgs<T, X>& args, const std::vector<LowRankItem<T>>& items, int64_t columns) {
-  const Kernels& version = kernels();
   const std::vector<int64_t> cuts = row_cuts(items);
   const int64_t parts = cuts.size() - 1;
   const int64_t rows = items.back().row + items.back().rows - items[0].row;
-  if (parts >= 4 * at::get_num_threads() && rows <= 4 * parts) {
-    share(parts, [&](int64_t i) {
-      LowRankArgs<T, X> part = args;
-      part.items += cuts[i];
-      part.count = cuts[i + 1] - cuts[i];
-      version.up(part, 0, columns);
-    });
-    return;
-  }
+  if (parts < 4 * at::get_num_threads() || rows > 4 * parts) return false;
+  const Kernels& version = kernels();
+  // Several parts a unit, because what comes first in a unit is not fetched ahead of its use.
+  const int64_t run = parts / (4 * at::get_num_threads());
+  share((parts + run - 1) / run, [&](int64_t i) {
+    const int64_t first = cuts[i * run], last = cuts[std::min((i + 1) * run, parts)];
+    LowRankArgs<T, X> unit = args;
+    unit.items += first;
+    unit.count = last - first;
+    version.down(unit, 0, unit.count);
+    version.up(unit, 0, columns);
+  });
+  return true;
+}
+
+// Rows that share pages: the down half by items, then the up half by columns, so that threads share
+// the pages.
+template <class T, class X>
+void share_by_columns(const LowRankArgs<T, X>& args, int64_t columns) {
+  const Kernels& version = kernels();
+  // Pairs of pages, because sixteen sums of one row are made together.
+  share((args.count + 1) / 2, [&](int64_t i) {
+    version.down(args, 2 * i, std::min(2 * i + 2, args.count));
+  });
   const int64_t step = piece(columns, 3);
   share((columns + step - 1) / step, [&](int64_t i) {
     version.up(args, i * step, std::min((i + 1) * step, columns));
@@ -130,11 +147,7 @@ void run_lowrank(const Segments& s, LowRankArgs<T, X> args, int64_t columns) {
     version.up(args, 0, columns);
     return;
   }
-  // Pairs of pages, because sixteen sums of one row are made together.
-  share((args.count + 1) / 2, [&](int64_t i) {
-    version.down(args, 2 * i, std::min(2 * i + 2, args.count));
-  });
-  share_up(args, items, columns);
+  if (!share_by_rows(args, items, columns)) share_by_columns(args, columns);
 }
 
 template <class T, class X>

@@ -2,6 +2,8 @@
 // shared out by columns, so that segments over the same rows never meet. All that is read of x, and
 // of y as it was, is read in the first half. See lowrank.py.
 
+constexpr int64_t LINE = 64;  // bytes, of the caches
+
 inline float activated(PageKind kind, float v) {
   switch (kind) {
     case PageKind::RELU: return std::max(v, 0.0f);
@@ -80,9 +82,17 @@ inline int64_t before_gain(const LowRankItem<T>* items, int64_t count) {
   return n;
 }
 
+// Fetches what `down_by` multiplies before the rows that it fetches itself.
+template <class T>
+inline void fetch_first(const LowRankItem<T>& item, int64_t K) {
+  for (int64_t k = 0; k < MAX_AHEAD * K; k += LINE / sizeof(T)) __builtin_prefetch(item.a + k, 0, 2);
+}
+
 // Items [begin, end).
 template <class T, class X>
 void lowrank_down(const LowRankArgs<T, X>& a, int64_t begin, int64_t end) {
+  if (a.x != nullptr && begin < end && a.items[begin].kind != PageKind::GAIN)
+    fetch_first(a.items[begin], a.K);
   for (int64_t i = begin; i < end;) {
     const LowRankItem<T>* items = a.items + i;
     if (items->kind == PageKind::GAIN) {
@@ -103,6 +113,49 @@ void lowrank_down(const LowRankArgs<T, X>& a, int64_t begin, int64_t end) {
     i += pages;
   }
 }
+
+constexpr int64_t BYTES_AHEAD = 16384;  // half and twice as many are no faster
+
+// Fetches the rows of B that come next, over columns [begin, end) of y. They are too short, and lie
+// too far apart, for the hardware to guess them: left to it, most of the time is spent waiting.
+template <class T>
+class RowsAhead {
+ public:
+  RowsAhead(const LowRankItem<T>* items, int64_t count, int64_t begin, int64_t end)
+      : item_(items), last_(items + count), begin_(begin), end_(end) {
+    if (item_ != last_) open();
+  }
+
+  void fetch(int64_t bytes) {
+    for (; bytes > 0 && item_ != last_; bytes -= LINE) {
+      __builtin_prefetch(next_, 0, 2);
+      next_ += LINE / sizeof(T);
+      if (next_ >= stop_) advance();
+    }
+  }
+
+ private:
+  void advance() {
+    row_++;
+    if (row_ == (item_->kind == PageKind::GAIN ? 1 : RANKS)) {
+      row_ = 0;
+      item_++;
+      if (item_ == last_) return;
+    }
+    open();
+  }
+
+  void open() {
+    const T* b = item_->b + row_ * item_->width;
+    next_ = b + std::clamp<int64_t>(begin_ - item_->column, 0, item_->width);
+    stop_ = b + std::clamp<int64_t>(end_ - item_->column, 0, item_->width);
+  }
+
+  const LowRankItem<T>*item_, *last_;
+  int64_t begin_, end_, row_ = 0;
+  const T* next_ = nullptr;
+  const T* stop_ = nullptr;
+};
 
 // acc[i][v] += h[i] ⊙ B over `live` columns of a gain.
 template <int R, int V, class T>
@@ -156,11 +209,18 @@ inline void up_block(
 template <int R, int V, class T, class X>
 inline void up_by(
     const LowRankArgs<T, X>& a, const LowRankItem<T>* items, int64_t pages, int64_t first,
-    int64_t begin, int64_t end) {
+    int64_t begin, int64_t end, RowsAhead<T>& ahead) {
+  const int64_t column_bytes = pages * RANKS * sizeof(T);
   for (int64_t m = first; m + R <= items->rows; m += R) {
     int64_t c = begin;
-    for (; c + V * W <= end; c += V * W) up_block<R, V>(a, items, pages, m, c, V * W);
-    for (; c < end; c += W) up_block<R, 1>(a, items, pages, m, c, std::min(W, end - c));
+    for (; c + V * W <= end; c += V * W) {
+      if (m == 0) ahead.fetch(V * W * column_bytes);
+      up_block<R, V>(a, items, pages, m, c, V * W);
+    }
+    for (; c < end; c += W) {
+      if (m == 0) ahead.fetch(W * column_bytes);
+      up_block<R, 1>(a, items, pages, m, c, std::min(W, end - c));
+    }
   }
 }
 
@@ -178,6 +238,8 @@ inline int64_t same_place(const LowRankItem<T>* items, int64_t count) {
 // Columns [begin, end) of y.
 template <class T, class X>
 void lowrank_up(const LowRankArgs<T, X>& a, int64_t begin, int64_t end) {
+  RowsAhead<T> ahead(a.items, a.count, begin, end);
+  ahead.fetch(BYTES_AHEAD);
   for (int64_t i = 0; i < a.count;) {
     const LowRankItem<T>* items = a.items + i;
     const int64_t pages = same_place(items, a.count - i);
@@ -185,8 +247,8 @@ void lowrank_up(const LowRankArgs<T, X>& a, int64_t begin, int64_t end) {
     const int64_t to = std::min(end - items->column, items->width);
     if (from < to) {
       const int64_t fours = items->rows / 4 * 4;
-      up_by<4, 2>(a, items, pages, 0, from, to);
-      up_by<1, 4>(a, items, pages, fours, from, to);
+      up_by<4, 2>(a, items, pages, 0, from, to, ahead);
+      up_by<1, 4>(a, items, pages, fours, from, to, ahead);
     }
     i += pages;
   }
