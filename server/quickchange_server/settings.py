@@ -39,7 +39,7 @@ class Settings(BaseSettings):
         None,
         ge=16,
         description="token rows of one engine step, which bounds how long a prefill holds up "
-        "running streams; default: 256 on a CPU, 2048 on CUDA",
+        "running streams; default: 192 on a CPU, 2048 on CUDA",
     )
     max_sequences: int = Field(64, ge=1, description="sequences of one engine step")
     block_size: int = Field(16, ge=1, le=256, description="tokens of one KV block")
@@ -80,4 +80,4 @@ class Settings(BaseSettings):
         """`max_batch_tokens`, or the device's default."""
         if self.max_batch_tokens is not None:
             return self.max_batch_tokens
-        return {"cpu": 256, "cuda": 2048}[self.device]
+        return {"cpu": 192, "cuda": 2048}[self.device]
