@@ -71,6 +71,7 @@ class Services:
             settings.model,
             settings.dtype,
             settings.held_adapter_dtype,
+            settings.quantization,
             settings.device,
         )
         return "fp_" + hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
