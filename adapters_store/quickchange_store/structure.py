@@ -89,6 +89,4 @@ def _is_gated(mlp: nn.Module) -> bool:
         left, right = (functional_call(mlp, w, (x,)) for w in (scaled_up, scaled_down))
         return bool((left - right).abs().max() < _TOLERANCE)
     except (TypeError, ValueError, RuntimeError, NotImplementedError, AttributeError):
-        return (
-            False  # it takes more than its input, or has parts of its own: not what it looks like
-        )
+        return False  # it takes more than its input, or has other parts: not what it looks like

@@ -119,6 +119,5 @@ def test_sixteen_requests_for_eight_adapters_share_a_batch_and_equal_peft(tmp_pa
     )
     total = float(re.search(r"quickchange_batch_adapters_count ([\d.]+)", metrics)[1])  # type: ignore[index]
     few = max(float(n) for le, n in buckets.items() if float(le) < 8)
-    # The requests arrive over several prefill steps, the later the busier the machine is.
-    assert total - few >= NEW_TOKENS // 4, "few steps held more than four adapters"
+    assert total - few >= NEW_TOKENS // 2, "few steps held more than four adapters"
     assert answers == by_peft(model, folder, asked)
