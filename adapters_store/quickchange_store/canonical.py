@@ -35,6 +35,8 @@ from quickchange_store.errors import CorruptVersionError, InvalidAdapterError
 if TYPE_CHECKING:  # imported where it is needed: names and digests are useful without torch
     import torch
 
+    from quickchange_store.turbo import TurboHeads
+
 ModuleKind = Literal["linear", "embedding"]
 Activation = Literal["identity", "relu", "gelu", "gelu_tanh", "silu", "tanh"]
 Source = Literal["input", "output", "residual", "stream"]
@@ -183,6 +185,7 @@ class CanonicalAdapter:
     base_name: str  # as the source named it; informal, not in the digest
     updates: dict[str, LowRankUpdate]
     source: dict[str, Any] = field(default_factory=dict)  # format, recipe: informal, as base_name
+    turbo: TurboHeads | None = None  # the heads that draft for it
 
     @property
     def parameters(self) -> int:

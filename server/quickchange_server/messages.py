@@ -45,6 +45,14 @@ class Component:
     weight: float = 1.0
 
 
+@dataclass(frozen=True, slots=True)
+class Drafting:
+    """How tokens of a request are drafted ahead of the base model, which verifies them."""
+
+    heads: str | None = None  # digest of the adapter version whose Turbo heads draft
+    lookup: bool = False  # also from what followed the same tokens earlier in prompt and output
+
+
 # --- API process to engine ---------------------------------------------------------------------
 
 
@@ -57,6 +65,7 @@ class Submit:
     sampling: SamplingParams
     adapters: tuple[Component, ...] = ()  # empty: the plain base model
     output: tuple[int, ...] = ()
+    drafting: Drafting | None = None  # None: no token is drafted
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +144,21 @@ class Delta:
         None  # with the first delta: prompt tokens found in the prefix cache
     )
     queue_seconds: float | None = None  # with the first delta: arrival in the engine to first step
+    drafted: int = 0  # draft tokens verified in the step that made this delta
+    accepted: int = 0  # of token_ids, those that came from accepted drafts
+
+
+@dataclass(frozen=True, slots=True)
+class DraftCount:
+    """What one drafter's drafts at one depth came to in one step."""
+
+    drafter: str  # digest of the adapter version whose heads drafted, or LOOKUP
+    depth: int  # from 1: tokens after the one that was certain
+    drafted: int
+    accepted: int
+
+
+LOOKUP = "lookup"  # DraftCount.drafter of drafts found earlier in prompt and output
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +177,10 @@ class StepStats:
     prefix_hit_tokens: int  # total
     prefix_query_tokens: int  # total
     preemptions: int  # total
+    drafts: tuple[DraftCount, ...] = ()
+    draft_rows: int = 0  # rows bought for drafts in this step
+    draft_estimate: float = 0.0  # tokens that they were expected to bring
+    draft_gain: int = 0  # tokens that they brought
 
 
 @dataclass(frozen=True, slots=True)
