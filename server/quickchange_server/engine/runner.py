@@ -87,7 +87,8 @@ class Runner:
         holder = self._model.holder
         holder.step = inputs.step(tables)
         try:
-            return forward(self._model.module, inputs.ids, inputs.positions, inputs.sample_rows)
+            model = self._model
+            return forward(model, inputs.ids, inputs.positions, inputs.sample_rows).logits
         finally:
             holder.step = None
 
