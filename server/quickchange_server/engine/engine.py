@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from quickchange_server.adapters.head_image import TurboShape
 from quickchange_server.adapters.pool import DevicePool
 from quickchange_server.adapters.residency import Residency
 from quickchange_server.engine.kv_cache import KVBlocks
@@ -264,7 +265,8 @@ def _residency(
         torch_dtype(settings.held_adapter_dtype),
         torch.device(settings.device),
     )
-    return Residency(pool, load_adapter, model.groups, settings.adapter_host_bytes, on_wake)
+    turbo = TurboShape(model.hidden, model.vocabulary)
+    return Residency(pool, load_adapter, model.groups, turbo, settings.adapter_host_bytes, on_wake)
 
 
 def _error(request_id: str, error: str, kind: Literal["adapter", "request", "internal"]) -> Delta:
