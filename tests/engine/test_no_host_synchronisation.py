@@ -86,7 +86,7 @@ def make_step(family: str, *, adapters: bool) -> tuple[LoadedModel, tuple[Tensor
 def test_a_decode_step_stays_on_the_device(family: str, adapters: bool) -> None:
     loaded, inputs = make_step(family, adapters=adapters)
     with OnDeviceOnly():
-        logits = forward(loaded.module, *inputs)
+        logits = forward(loaded, *inputs).logits
     assert logits.shape == (ROWS, loaded.vocabulary)
 
 
