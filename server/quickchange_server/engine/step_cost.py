@@ -46,7 +46,9 @@ class StepCost:
         self._rows = np.array([rows for rows, _ in medians])
         self._shape = np.array(_never_falling([seconds for _, seconds in medians]))
         self._level = 1.0  # how much slower the machine is than when the points were measured
-        self._table = np.empty(0)  # seconds of 0, 1, … rows at level 1; empty: to be made
+        self._table: NDArray[np.float64] = np.empty(
+            0
+        )  # seconds of 0, 1, … rows at level 1; empty: to be made
 
     def seconds(self, rows: int) -> float:
         """Of a step of `rows` rows, as things are now."""
@@ -83,7 +85,7 @@ class StepCost:
 
     def _made_table(self, rows: int) -> NDArray[np.float64]:
         counts = np.arange(rows + 1)
-        table = np.interp(counts, self._rows, self._shape)
+        table: NDArray[np.float64] = np.interp(counts, self._rows, self._shape)
         last = int(self._rows[-1])
         slope = (self._shape[-1] - self._shape[-2]) / (last - self._rows[-2])
         table[last:] += slope * (counts[last:] - last)

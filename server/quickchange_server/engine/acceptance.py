@@ -1,0 +1,217 @@
+"""How likely a draft holds: running means by drafter, depth and confidence, with decay.
+
+A draft's chance is always that it holds *given that all before it held*. What is known of one
+drafter at one depth and confidence is drawn towards what is known of that drafter at that
+confidence, and this towards all drafters of its kind, so that new adapters start sensibly. Counts
+decay with each observation of the drafter, wherever it falls: what is no longer observed gives way
+to what is. Knows nothing of models, rows or time.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Generic, NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quickchange_server.messages import LOOKUP
+
+DEEPEST = 16  # depths told apart; deeper drafts count as this deep
+KEPT = 1_024  # drafters remembered, the latest used
+
+HALF_LIFE = 512  # observations of a drafter after which one weighs half
+STRENGTH = 8.0  # observations that the coarser level is worth
+
+_HEADS_EDGES = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85, 0.95)  # of the heads' own probability
+_HEADS_PRIOR = (0.05, 0.18, 0.33, 0.48, 0.63, 0.78, 0.9, 0.97)  # taken at their word
+_LOOKUP_PRIOR = (0.1, 0.25, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7)  # of matches of 1, 2, … tokens
+BINS = len(_HEADS_PRIOR)
+
+OFFERS = 16  # chains remembered of what a drafter offered lately
+HOPE = 0.8  # what a drafter's first offers are taken to be, at each depth: it is tried
+
+FIRST_PAUSE = 64  # steps without a draft bought until a drafter is tried again
+LONGEST_PAUSE = 4_096  # the pause doubles up to this while trying leads to nothing
+SPACING = 8  # steps from one trial to the next, whichever drafters they are of
+
+
+class Drafter(NamedTuple):
+    """Who drafts, and for which model: the same heads fare differently on another adapter."""
+
+    name: str  # digest of the adapter version whose heads draft, or LOOKUP
+    composition: bytes  # key of the adapters that verify
+
+
+Value = TypeVar("Value")
+
+
+class _Latest(Generic[Value]):
+    """Values by drafter, made when first asked for; the KEPT used last are remembered."""
+
+    def __init__(self, make: Callable[[], Value]) -> None:
+        self._make = make
+        self._values: OrderedDict[Drafter, Value] = OrderedDict()
+
+    def __getitem__(self, drafter: Drafter) -> Value:
+        value = self._values.get(drafter)
+        if value is None:
+            value = self._values[drafter] = self._make()
+            if len(self._values) > KEPT:
+                self._values.popitem(last=False)
+        else:
+            self._values.move_to_end(drafter)
+        return value
+
+
+class _Means:
+    """Decayed means of yes and no in some cells, under one clock that each observation turns.
+
+    Decay is a growing weight of what is new, so that only the observed cell is touched.
+    """
+
+    _GROWTH = 2 ** (1 / HALF_LIFE)
+    _LARGEST = 2.0**64  # weights are scaled down before they lose precision
+
+    def __init__(self, cells: int) -> None:
+        self._held = [0.0] * cells
+        self._seen = [0.0] * cells
+        self._weight = 1.0  # of an observation now
+
+    def turn(self) -> None:
+        self._weight *= self._GROWTH
+        if self._weight > self._LARGEST:
+            self._held = [held / self._weight for held in self._held]
+            self._seen = [seen / self._weight for seen in self._seen]
+            self._weight = 1.0
+
+    def add(self, cell: int, held: bool) -> None:
+        self._seen[cell] += self._weight
+        if held:
+            self._held[cell] += self._weight
+
+    def mean(self, cell: int, prior: float) -> float:
+        """The posterior mean, `prior` being worth STRENGTH observations."""
+        strength = STRENGTH * self._weight
+        return (self._held[cell] + strength * prior) / (self._seen[cell] + strength)
+
+
+class Acceptance:
+    """The chances of drafts, learned from what was verified."""
+
+    def __init__(self) -> None:
+        self._kinds = {True: _Means(BINS), False: _Means(BINS)}  # is lookup -> over all drafters
+        # A drafter's cells: BINS over all depths, then BINS for each depth.
+        self._drafters = _Latest(lambda: _Means(BINS * (1 + DEEPEST)))
+
+    def chance(self, drafter: Drafter, depth: int, confidence: float) -> float:
+        """Above 0 and below 1: that a draft holds, given that all before it held.
+
+        depth: from 1. confidence: of heads, the draft's own probability; of lookup, the tokens that
+        matched.
+        """
+        return self.chances(drafter, (confidence,), depth)[0]
+
+    def chances(
+        self, drafter: Drafter, confidences: Iterable[float], depth: int = 1
+    ) -> list[float]:
+        """Of drafts that follow one another, the first of them at `depth`."""
+        is_lookup = drafter.name == LOOKUP
+        kind, own = self._kinds[is_lookup], self._drafters[drafter]
+        priors = _LOOKUP_PRIOR if is_lookup else _HEADS_PRIOR
+        found = []
+        for at, confidence in enumerate(confidences, depth):
+            column = _bin(confidence, is_lookup)
+            prior = own.mean(column, kind.mean(column, priors[column]))
+            found.append(own.mean(BINS * min(at, DEEPEST) + column, prior))
+        return found
+
+    def observe(self, drafter: Drafter, depth: int, confidence: float, held: bool) -> None:
+        """A draft was verified, all before it having held."""
+        is_lookup = drafter.name == LOOKUP
+        column = _bin(confidence, is_lookup)
+        kind, own = self._kinds[is_lookup], self._drafters[drafter]
+        kind.turn()
+        kind.add(column, held)
+        own.turn()
+        own.add(column, held)
+        own.add(BINS * min(depth, DEEPEST) + column, held)
+
+
+class Offers:
+    """What each drafter offered lately: from it follows whether drafting again would pay.
+
+    Whole chains and not means by depth, because a drafter that is sure half of the time is worth
+    its rows where one that is half sure all of the time is not.
+    """
+
+    def __init__(self) -> None:
+        self._rings = _Latest(_Ring)
+
+    def record(self, drafter: Drafter, chances: Sequence[float]) -> None:
+        """`chances`: of a chain that was drafted, bought or not, from depth 1."""
+        self._rings[drafter].record(chances)
+
+    def expected(self, drafter: Drafter) -> NDArray[np.float64]:
+        """Chances given those before, of the last chains offered. [OFFERS, DEEPEST]
+
+        Where fewer were offered, or not so deep, HOPE stands for them.
+        """
+        return self._rings[drafter].chances
+
+
+class _Ring:
+    def __init__(self) -> None:
+        self.chances = np.full((OFFERS, DEEPEST), HOPE)
+        self._next = 0
+
+    def record(self, chances: Sequence[float]) -> None:
+        known = min(len(chances), DEEPEST)
+        self.chances[self._next, :known] = chances[:known]
+        self._next = (self._next + 1) % OFFERS
+
+
+class Trials:
+    """When a drafter whose drafts are no longer bought is tried again, so as to notice a change.
+
+    Counted in steps in which the drafter takes part, hence the same for the same steps.
+    """
+
+    def __init__(self) -> None:
+        self._pauses = _Latest(_Pause)
+        self._since_trial = SPACING
+
+    def due(self, drafters: Iterable[Drafter]) -> Drafter | None:
+        """The one to try in this step, if any; to be called once a step with its distinct drafters.
+
+        Whoever is given drafts for one sequence, and what it drafts is verified whatever it costs.
+        """
+        self._since_trial += 1
+        chosen = None
+        for drafter in drafters:
+            pause = self._pauses[drafter]
+            pause.steps += 1
+            if chosen is None and self._since_trial >= SPACING and pause.steps >= pause.length:
+                pause.steps = 0
+                pause.length = min(2 * pause.length, LONGEST_PAUSE)
+                chosen, self._since_trial = drafter, 0
+        return chosen
+
+    def bought(self, drafter: Drafter) -> None:
+        """Drafts of it were bought for what they are worth, not as a trial."""
+        pause = self._pauses[drafter]
+        pause.steps, pause.length = 0, FIRST_PAUSE
+
+
+class _Pause:
+    def __init__(self) -> None:
+        self.steps = 0
+        self.length = FIRST_PAUSE
+
+
+def _bin(confidence: float, is_lookup: bool) -> int:
+    if is_lookup:
+        return min(int(confidence), BINS) - 1
+    return bisect_right(_HEADS_EDGES, confidence)
