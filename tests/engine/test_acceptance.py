@@ -19,7 +19,6 @@ from quickchange_server.engine.acceptance import (
     SPACING,
     Acceptance,
     Drafter,
-    Offers,
     Trials,
 )
 from quickchange_server.messages import LOOKUP
@@ -113,8 +112,8 @@ def test_what_is_no_longer_observed_gives_way_to_what_is() -> None:
 def test_a_chain_has_the_chances_of_its_drafts() -> None:
     acceptance = Acceptance()
     feed(acceptance, HEADS, 0.3, 100)
-    chances = acceptance.chances(HEADS, [0.6, 0.9, 0.6], depth=2)
-    assert chances == [acceptance.chance(HEADS, d, c) for d, c in ((2, 0.6), (3, 0.9), (4, 0.6))]
+    chances = acceptance.chances(HEADS, [0.6, 0.9, 0.6])
+    assert chances == [acceptance.chance(HEADS, d, c) for d, c in ((1, 0.6), (2, 0.9), (3, 0.6))]
 
 
 def test_only_the_latest_drafters_are_remembered() -> None:
@@ -126,19 +125,25 @@ def test_only_the_latest_drafters_are_remembered() -> None:
     assert acceptance.chance(Drafter("forgotten", b""), 1, 0.6) > start
 
 
-def test_offers_are_hoped_for_until_they_are_known() -> None:
-    offers = Offers()
-    assert (offers.expected(HEADS) == HOPE).all()
+def test_what_was_not_offered_yet_is_hoped_for() -> None:
+    acceptance = Acceptance()
+    assert (acceptance.expected(HEADS, DEEPEST) == HOPE).all()
+    acceptance.offered(HEADS, [0.3, 0.6])
+    expected = acceptance.expected(HEADS, 3)
+    assert expected.shape == (OFFERS, 3)
+    assert list(expected[0]) == [*acceptance.chances(HEADS, [0.3, 0.6]), HOPE]
+    assert (expected[1:] == HOPE).all()
+
+
+def test_the_last_offers_are_expected_again_with_the_chances_of_now() -> None:
+    acceptance = Acceptance()
     for index in range(OFFERS + 1):
-        offers.record(HEADS, [index / 100, 0.5])
-    expected = offers.expected(HEADS)
-    assert expected.shape == (OFFERS, DEEPEST)
-    assert sorted(expected[:, 0]) == pytest.approx(np.arange(1, OFFERS + 1) / 100)
-    assert (expected[:, 1] == 0.5).all()
-    assert (expected[:, 2:] == HOPE).all()
+        acceptance.offered(HEADS, [0.6 if index else 0.01])
+    feed(acceptance, HEADS, 1.0, 500)
+    assert acceptance.expected(HEADS, 1).ravel() == pytest.approx(acceptance.chance(HEADS, 1, 0.6))
 
 
-def test_a_drafter_that_is_never_bought_is_tried_ever_more_rarely() -> None:
+def test_a_drafter_whose_drafts_never_hold_is_tried_ever_more_rarely() -> None:
     trials = Trials()
     tried = [step for step in range(1, 20_000) if trials.due([HEADS]) is not None]
     pauses = np.diff([0, *tried])
@@ -147,12 +152,12 @@ def test_a_drafter_that_is_never_bought_is_tried_ever_more_rarely() -> None:
     ]
 
 
-def test_a_drafter_that_is_bought_is_not_tried_and_starts_anew_when_it_no_longer_is() -> None:
+def test_a_drafter_whose_drafts_hold_is_not_tried_and_starts_anew_when_they_no_longer_do() -> None:
     trials = Trials()
     for _ in range(1_000):
         trials.due([HEADS])
     for _ in range(1_000):
-        trials.bought(HEADS)
+        trials.held(HEADS)
         assert trials.due([HEADS]) is None
     assert [trials.due([HEADS]) for _ in range(FIRST_PAUSE)].index(HEADS) == FIRST_PAUSE - 2
 

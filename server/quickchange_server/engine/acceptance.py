@@ -1,10 +1,10 @@
 """How likely a draft holds: running means by drafter, depth and confidence, with decay.
 
 A draft's chance is always that it holds *given that all before it held*. What is known of one
-drafter at one depth and confidence is drawn towards what is known of that drafter at that
-confidence, and this towards all drafters of its kind, so that new adapters start sensibly. Counts
-decay with each observation of the drafter, wherever it falls: what is no longer observed gives way
-to what is. Knows nothing of models, rows or time.
+drafter at one depth and confidence is drawn towards what is known of it at other depths, and this
+towards all drafters of its kind, so that new adapters start sensibly. Counts decay with each
+observation of the drafter, wherever it falls: what is no longer observed gives way to what is.
+Knows nothing of models, rows or time.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ KEPT = 1_024  # drafters remembered, the latest used
 
 HALF_LIFE = 512  # observations of a drafter after which one weighs half
 STRENGTH = 8.0  # observations that the coarser level is worth
+KIND_STRENGTH = 32.0  # observations of all drafters of a kind that the first guess is worth
 
 _HEADS_EDGES = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85, 0.95)  # of the heads' own probability
 _HEADS_PRIOR = (0.05, 0.18, 0.33, 0.48, 0.63, 0.78, 0.9, 0.97)  # taken at their word
@@ -31,10 +32,10 @@ _LOOKUP_PRIOR = (0.1, 0.25, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7)  # of matches of 1, 
 BINS = len(_HEADS_PRIOR)
 
 OFFERS = 16  # chains remembered of what a drafter offered lately
-HOPE = 0.8  # what a drafter's first offers are taken to be, at each depth: it is tried
+HOPE = 0.95  # the chance of what was not offered yet: it is tried
 
-FIRST_PAUSE = 64  # steps without a draft bought until a drafter is tried again
-LONGEST_PAUSE = 4_096  # the pause doubles up to this while trying leads to nothing
+FIRST_PAUSE = 64  # steps in which no draft held until a drafter is tried again
+LONGEST_PAUSE = 1_024  # the pause doubles up to this while nothing that is tried holds
 SPACING = 8  # steps from one trial to the next, whichever drafters they are of
 
 
@@ -92,10 +93,30 @@ class _Means:
         if held:
             self._held[cell] += self._weight
 
-    def mean(self, cell: int, prior: float) -> float:
-        """The posterior mean, `prior` being worth STRENGTH observations."""
-        strength = STRENGTH * self._weight
-        return (self._held[cell] + strength * prior) / (self._seen[cell] + strength)
+    def mean(self, cell: int, prior: float, strength: float) -> float:
+        """The posterior mean, `prior` being worth `strength` observations."""
+        worth = strength * self._weight
+        return (self._held[cell] + worth * prior) / (self._seen[cell] + worth)
+
+    def mean_without(self, cells: int, cell: int, prior: float, strength: float) -> float:
+        """`mean` of the cell `cells`, less what it shares with `cell`."""
+        worth = strength * self._weight
+        held = self._held[cells] - self._held[cell]
+        return (held + worth * prior) / (self._seen[cells] - self._seen[cell] + worth)
+
+
+class _History:
+    """What is known of one drafter. Its cells: BINS over all depths, then BINS for each depth."""
+
+    def __init__(self) -> None:
+        self.means = _Means(BINS * (1 + DEEPEST))
+        self.offers = np.full((OFFERS, DEEPEST), BINS)  # bins; BINS: not offered yet
+        self.next_offer = 0
+
+    def chance(self, depth: int, column: int, prior: float) -> float:
+        cell = BINS * min(depth, DEEPEST) + column
+        others = self.means.mean_without(column, cell, prior, STRENGTH)
+        return self.means.mean(cell, others, STRENGTH)
 
 
 class Acceptance:
@@ -103,8 +124,7 @@ class Acceptance:
 
     def __init__(self) -> None:
         self._kinds = {True: _Means(BINS), False: _Means(BINS)}  # is lookup -> over all drafters
-        # A drafter's cells: BINS over all depths, then BINS for each depth.
-        self._drafters = _Latest(lambda: _Means(BINS * (1 + DEEPEST)))
+        self._drafters = _Latest(_History)
 
     def chance(self, drafter: Drafter, depth: int, confidence: float) -> float:
         """Above 0 and below 1: that a draft holds, given that all before it held.
@@ -112,69 +132,62 @@ class Acceptance:
         depth: from 1. confidence: of heads, the draft's own probability; of lookup, the tokens that
         matched.
         """
-        return self.chances(drafter, (confidence,), depth)[0]
+        column = _bin(drafter, confidence)
+        return self._drafters[drafter].chance(depth, column, self._prior(drafter, column))
 
-    def chances(
-        self, drafter: Drafter, confidences: Iterable[float], depth: int = 1
-    ) -> list[float]:
-        """Of drafts that follow one another, the first of them at `depth`."""
-        is_lookup = drafter.name == LOOKUP
-        kind, own = self._kinds[is_lookup], self._drafters[drafter]
-        priors = _LOOKUP_PRIOR if is_lookup else _HEADS_PRIOR
-        found = []
-        for at, confidence in enumerate(confidences, depth):
-            column = _bin(confidence, is_lookup)
-            prior = own.mean(column, kind.mean(column, priors[column]))
-            found.append(own.mean(BINS * min(at, DEEPEST) + column, prior))
-        return found
+    def chances(self, drafter: Drafter, confidences: Iterable[float]) -> list[float]:
+        """Of drafts that follow one another from depth 1."""
+        history = self._drafters[drafter]
+        columns = [_bin(drafter, confidence) for confidence in confidences]
+        return [
+            history.chance(depth, column, self._prior(drafter, column))
+            for depth, column in enumerate(columns, 1)
+        ]
 
     def observe(self, drafter: Drafter, depth: int, confidence: float, held: bool) -> None:
         """A draft was verified, all before it having held."""
-        is_lookup = drafter.name == LOOKUP
-        column = _bin(confidence, is_lookup)
-        kind, own = self._kinds[is_lookup], self._drafters[drafter]
+        column = _bin(drafter, confidence)
+        kind, own = self._kinds[drafter.name == LOOKUP], self._drafters[drafter].means
         kind.turn()
         kind.add(column, held)
         own.turn()
         own.add(column, held)
         own.add(BINS * min(depth, DEEPEST) + column, held)
 
+    def offered(self, drafter: Drafter, confidences: Sequence[float]) -> None:
+        """A chain was drafted from depth 1, whether any of it is bought or not."""
+        history = self._drafters[drafter]
+        columns = [_bin(drafter, confidence) for confidence in confidences[:DEEPEST]]
+        history.offers[history.next_offer, : len(columns)] = columns
+        history.next_offer = (history.next_offer + 1) % OFFERS
 
-class Offers:
-    """What each drafter offered lately: from it follows whether drafting again would pay.
+    def expected(self, drafter: Drafter, deepest: int) -> NDArray[np.float64]:
+        """Chances of the last chains offered, each given those before. [OFFERS, deepest]
 
-    Whole chains and not means by depth, because a drafter that is sure half of the time is worth
-    its rows where one that is half sure all of the time is not.
-    """
-
-    def __init__(self) -> None:
-        self._rings = _Latest(_Ring)
-
-    def record(self, drafter: Drafter, chances: Sequence[float]) -> None:
-        """`chances`: of a chain that was drafted, bought or not, from depth 1."""
-        self._rings[drafter].record(chances)
-
-    def expected(self, drafter: Drafter) -> NDArray[np.float64]:
-        """Chances given those before, of the last chains offered. [OFFERS, DEEPEST]
-
-        Where fewer were offered, or not so deep, HOPE stands for them.
+        Whole chains and not means by depth: a drafter that is sure half of the time is worth its
+        rows where one that is half sure all of the time is not. Where fewer chains were offered, or
+        not so deep, HOPE stands for what is missing. deepest: 1 to DEEPEST.
         """
-        return self._rings[drafter].chances
+        history = self._drafters[drafter]
+        priors = [self._prior(drafter, column) for column in range(BINS)]
+        table = np.array(
+            [
+                [*(history.chance(depth, column, priors[column]) for column in range(BINS)), HOPE]
+                for depth in range(1, deepest + 1)
+            ]
+        )
+        chances: NDArray[np.float64] = table[np.arange(deepest), history.offers[:, :deepest]]
+        return chances
 
-
-class _Ring:
-    def __init__(self) -> None:
-        self.chances = np.full((OFFERS, DEEPEST), HOPE)
-        self._next = 0
-
-    def record(self, chances: Sequence[float]) -> None:
-        known = min(len(chances), DEEPEST)
-        self.chances[self._next, :known] = chances[:known]
-        self._next = (self._next + 1) % OFFERS
+    def _prior(self, drafter: Drafter, column: int) -> float:
+        """Of a drafter of which nothing is known."""
+        is_lookup = drafter.name == LOOKUP
+        guess = _LOOKUP_PRIOR[column] if is_lookup else _HEADS_PRIOR[column]
+        return self._kinds[is_lookup].mean(column, guess, KIND_STRENGTH)
 
 
 class Trials:
-    """When a drafter whose drafts are no longer bought is tried again, so as to notice a change.
+    """When a drafter whose drafts no longer hold is tried again, so as to notice a change.
 
     Counted in steps in which the drafter takes part, hence the same for the same steps.
     """
@@ -199,8 +212,8 @@ class Trials:
                 chosen, self._since_trial = drafter, 0
         return chosen
 
-    def bought(self, drafter: Drafter) -> None:
-        """Drafts of it were bought for what they are worth, not as a trial."""
+    def held(self, drafter: Drafter) -> None:
+        """A draft of it held, bought for its worth or as a trial."""
         pause = self._pauses[drafter]
         pause.steps, pause.length = 0, FIRST_PAUSE
 
@@ -211,7 +224,7 @@ class _Pause:
         self.length = FIRST_PAUSE
 
 
-def _bin(confidence: float, is_lookup: bool) -> int:
-    if is_lookup:
+def _bin(drafter: Drafter, confidence: float) -> int:
+    if drafter.name == LOOKUP:
         return min(int(confidence), BINS) - 1
     return bisect_right(_HEADS_EDGES, confidence)

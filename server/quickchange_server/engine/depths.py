@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from quickchange_server.engine.acceptance import DEEPEST, Drafter, Offers
+from quickchange_server.engine.acceptance import DEEPEST, Acceptance, Drafter
 from quickchange_server.engine.purchase import Load, expected_tokens
 from quickchange_server.engine.step_cost import DraftCost, StepCost
 
@@ -30,7 +30,11 @@ class Prospect:
 
 
 def depths(
-    prospects: Sequence[Prospect], offers: Offers, load: Load, cost: StepCost, drafting: DraftCost
+    prospects: Sequence[Prospect],
+    acceptance: Acceptance,
+    load: Load,
+    cost: StepCost,
+    drafting: DraftCost,
 ) -> tuple[int, ...]:
     """How deep the heads of each decoding sequence should draft for the next step; 0: not at all.
 
@@ -38,7 +42,7 @@ def depths(
     second to be worth the rate reached so far, choose what then gains most, and again from the rate
     that this gives; it only rises, from that of not drafting at all.
     """
-    groups = _groups(prospects, offers)
+    groups = _groups(prospects, acceptance)
     none = (0,) * len(prospects)
     if not groups or load.cap <= 0:
         return none
@@ -62,7 +66,7 @@ class _Group:
     paths: NDArray[np.float64]  # [offers, depths] chances, those before included
 
 
-def _groups(prospects: Sequence[Prospect], offers: Offers) -> list[_Group]:
+def _groups(prospects: Sequence[Prospect], acceptance: Acceptance) -> list[_Group]:
     able: dict[Drafter, list[int]] = {}
     for index, prospect in enumerate(prospects):
         if prospect.drafter is not None and prospect.deepest:
@@ -70,7 +74,7 @@ def _groups(prospects: Sequence[Prospect], offers: Offers) -> list[_Group]:
     groups = []
     for drafter, indices in able.items():
         deepest = min(max(prospects[index].deepest for index in indices), DEEPEST)
-        paths = offers.expected(drafter)[:, :deepest].cumprod(axis=1)
+        paths = acceptance.expected(drafter, deepest).cumprod(axis=1)
         promise = float(paths.sum()) / len(paths)
         members = [i for i in indices if expected_tokens(prospects[i].known) < promise]
         if members:
