@@ -12,6 +12,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from math import sqrt
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -32,6 +33,7 @@ _LOOKUP_PRIOR = (0.1, 0.25, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7)  # of matches of 1, 
 BINS = len(_HEADS_PRIOR)
 
 OFFERS = 16  # chains remembered of what a drafter offered lately
+HOPEFUL = 0.5  # of the posterior's deviation, added while few were seen: bad luck ends no drafter
 HOPE = 0.95  # the chance of what was not offered yet: it is tried
 
 FIRST_PAUSE = 64  # steps in which no draft held until a drafter is tried again
@@ -93,6 +95,10 @@ class _Means:
         if held:
             self._held[cell] += self._weight
 
+    def seen(self, cell: int) -> float:
+        """Observations in a cell, by what they still weigh."""
+        return self._seen[cell] / self._weight
+
     def mean(self, cell: int, prior: float, strength: float) -> float:
         """The posterior mean, `prior` being worth `strength` observations."""
         worth = strength * self._weight
@@ -116,7 +122,9 @@ class _History:
     def chance(self, depth: int, column: int, prior: float) -> float:
         cell = BINS * min(depth, DEEPEST) + column
         others = self.means.mean_without(column, cell, prior, STRENGTH)
-        return self.means.mean(cell, others, STRENGTH)
+        mean = self.means.mean(cell, others, STRENGTH)
+        deviation = sqrt(mean * (1 - mean) / (self.means.seen(cell) + STRENGTH))
+        return mean + HOPEFUL * deviation * (1 - mean)
 
 
 class Acceptance:

@@ -7,8 +7,10 @@ offer what it did lately. Knows nothing of tokens: chances in, depths out.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +19,7 @@ from quickchange_server.engine.acceptance import DEEPEST, Acceptance, Drafter
 from quickchange_server.engine.purchase import Load, expected_tokens
 from quickchange_server.engine.step_cost import DraftCost, StepCost
 
+REPLAN = 8  # steps a plan holds: what it rests on, changes over many more
 _ROUNDS = 3  # each squares the distance to the best
 
 
@@ -29,40 +32,78 @@ class Prospect:
     deepest: int = 0  # drafts that its heads may give at most
 
 
-def depths(
-    prospects: Sequence[Prospect],
-    acceptance: Acceptance,
-    load: Load,
-    cost: StepCost,
-    drafting: DraftCost,
-) -> tuple[int, ...]:
-    """How deep the heads of each decoding sequence should draft for the next step; 0: not at all.
+class DepthPlan:
+    """How deep to draft, thought through anew every few steps and whenever the batch changes."""
 
-    The best rate (tokens a second, drafting included) is found as Dinkelbach does (1967): take a
-    second to be worth the rate reached so far, choose what then gains most, and again from the rate
-    that this gives; it only rises, from that of not drafting at all.
-    """
-    groups = _groups(prospects, acceptance)
-    none = (0,) * len(prospects)
-    if not groups or load.cap <= 0:
-        return none
-    hopes = _Hopes.of(prospects, groups)
-    chosen, rate = none, hopes.best_rate([0] * len(groups), load, cost, 0.0)
-    for _ in range(_ROUNDS):
-        levels = hopes.levels(rate, groups, load, cost, drafting)
-        wanted = _depths_of(levels, prospects, groups)
-        reached = hopes.best_rate(levels, load, cost, drafting.seconds(wanted))
-        if reached <= rate:
-            break
-        chosen, rate = wanted, reached
-    return chosen
+    def __init__(self, acceptance: Acceptance, cost: StepCost, drafting: DraftCost) -> None:
+        self._acceptance = acceptance
+        self._cost = cost
+        self._drafting = drafting
+        self._orders: dict[Drafter, _Order] = {}
+        self._batch: Counter[Drafter | None] = Counter()
+        self._age = 0
+
+    def depths(self, prospects: Sequence[Prospect], load: Load) -> tuple[int, ...]:
+        """For each decoding sequence, how deep its heads should draft; 0: not at all."""
+        batch = Counter(prospect.drafter for prospect in prospects)
+        self._age += 1
+        if batch != self._batch or self._age >= REPLAN:
+            self._orders = self._ordered(prospects, load)
+            self._batch, self._age = batch, 0
+        if load.cap <= 0:
+            return (0,) * len(prospects)
+        return tuple(self._depth(prospect) for prospect in prospects)
+
+    def _depth(self, prospect: Prospect) -> int:
+        order = None if prospect.drafter is None else self._orders.get(prospect.drafter)
+        if order is None or expected_tokens(prospect.known) >= order.promise:
+            return 0
+        return min(order.depth, prospect.deepest)
+
+    def _ordered(self, prospects: Sequence[Prospect], load: Load) -> dict[Drafter, _Order]:
+        """What each drafter should do, where any should draft.
+
+        The best rate (tokens a second, drafting included) is found as Dinkelbach does (1967): take
+        a second to be worth the rate reached so far, choose what then gains most, and again from
+        the rate that this gives; it only rises, from that of not drafting at all.
+        """
+        groups = _groups(prospects, self._acceptance)
+        if not groups:
+            return {}
+        hopes = _Hopes.of(prospects, groups)
+        chosen = [0] * len(groups)
+        rate = hopes.best_rate(chosen, load, self._cost, 0.0)
+        for _ in range(_ROUNDS):
+            levels = hopes.levels(rate, groups, load, self._cost, self._drafting)
+            wanted = [
+                min(level, prospects[member].deepest)
+                for level, group in zip(levels, groups, strict=True)
+                for member in group.members
+            ]
+            reached = hopes.best_rate(levels, load, self._cost, self._drafting.seconds(wanted))
+            if reached <= rate:
+                break
+            chosen, rate = levels, reached
+        return {
+            group.drafter: _Order(depth, group.promise)
+            for group, depth in zip(groups, chosen, strict=True)
+        }
+
+
+class _Order(NamedTuple):
+    """What a drafter should do."""
+
+    depth: int
+    promise: float  # tokens to be expected of a chain; who has more without heads needs none
 
 
 @dataclass(frozen=True, slots=True)
 class _Group:
     """The sequences of one drafter for which its heads promise more than what they have."""
 
+    drafter: Drafter
     members: list[int]
+    promise: float  # tokens to be expected of a chain
     paths: NDArray[np.float64]  # [offers, depths] chances, those before included
 
 
@@ -78,18 +119,8 @@ def _groups(prospects: Sequence[Prospect], acceptance: Acceptance) -> list[_Grou
         promise = float(paths.sum()) / len(paths)
         members = [i for i in indices if expected_tokens(prospects[i].known) < promise]
         if members:
-            groups.append(_Group(members, paths))
+            groups.append(_Group(drafter, members, promise, paths))
     return groups
-
-
-def _depths_of(
-    levels: Sequence[int], prospects: Sequence[Prospect], groups: Sequence[_Group]
-) -> tuple[int, ...]:
-    depth = [0] * len(prospects)
-    for level, group in zip(levels, groups, strict=True):
-        for member in group.members:
-            depth[member] = min(level, prospects[member].deepest)
-    return tuple(depth)
 
 
 @dataclass(frozen=True, slots=True)
