@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from quickchange_server.engine.acceptance import Acceptance, Drafter, Trials
-from quickchange_server.engine.depths import Prospect, depths
+from quickchange_server.engine.depths import DepthPlan, Prospect
 from quickchange_server.engine.purchase import Load, buy_chains
 from quickchange_server.engine.step_cost import DraftCost, StepCost
 
@@ -21,7 +21,7 @@ POINTS = [(1, 0.021), (4, 0.023), (8, 0.026), (16, 0.040), (32, 0.062), (256, 0.
 A_PASS, A_DRAFT = 0.0004, 0.00005  # seconds
 HEADS = 5
 CAP = 160
-STEPS = 1_200
+STEPS = 500
 
 Draft = tuple[float, bool]  # what the head thinks its chance is; whether it would hold
 Task = Callable[[random.Random], list[Draft]]
@@ -71,13 +71,14 @@ def rate_of_policy(sequences: int, task: Task, *, warm: int = 0) -> float:
     machine = Machine(sequences, task)
     cost, drafting = StepCost(POINTS), DraftCost()
     acceptance, trials = Acceptance(), Trials()
+    plan = DepthPlan(acceptance, cost, drafting)
     drafter = Drafter("heads", b"")
     load = Load(decoding=sequences, prefill=0, cap=CAP)
     for step in range(warm + STEPS):
         if step == warm:
             machine.tokens, machine.seconds = 0, 0.0
         prospects = [Prospect((), drafter, HEADS)] * sequences
-        deep = depths(prospects, acceptance, load, cost, drafting)
+        deep = plan.depths(prospects, load)
         trial = 0 if trials.due([drafter]) else None
         if trial is not None:
             deep = (HEADS, *deep[1:])
@@ -122,14 +123,13 @@ def overconfident(chance: random.Random) -> list[Draft]:
     return [(0.9, chance.random() < 0.05) for _ in range(HEADS)]
 
 
-@pytest.mark.parametrize("sequences", [1, 2, 4, 8, 16, 32])
-@pytest.mark.parametrize("p", [0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0])
+@pytest.mark.parametrize("sequences", [1, 2, 4, 16, 32])
+@pytest.mark.parametrize("p", [0.0, 0.3, 0.7, 1.0])
 def test_drafting_never_costs_three_percent_and_comes_near_the_best_fixed_depth(
     sequences: int, p: float
 ) -> None:
     none = rate_of_fixed_depth(sequences, even(p), 0)
     best = max(rate_of_fixed_depth(sequences, even(p), depth) for depth in range(HEADS + 1))
-    print(sequences, p, rate_of_policy(sequences, even(p)) / none, rate_of_policy(sequences, even(p), warm=200) / best, best / none)
     assert rate_of_policy(sequences, even(p)) >= 0.97 * none
     assert rate_of_policy(sequences, even(p), warm=200) >= 0.95 * best
 
@@ -137,12 +137,10 @@ def test_drafting_never_costs_three_percent_and_comes_near_the_best_fixed_depth(
 @pytest.mark.parametrize("sequences", [1, 4, 16, 32])
 def test_heads_that_are_sure_and_wrong_cost_less_than_three_percent(sequences: int) -> None:
     none = rate_of_fixed_depth(sequences, overconfident, 0)
-    print(rate_of_policy(sequences, overconfident)/none)
     assert rate_of_policy(sequences, overconfident) >= 0.97 * none
 
 
 @pytest.mark.parametrize("sequences", [4, 16])
 def test_heads_that_know_when_they_are_right_beat_every_fixed_depth(sequences: int) -> None:
     best = max(rate_of_fixed_depth(sequences, calibrated, depth) for depth in range(HEADS + 1))
-    print(rate_of_policy(sequences, calibrated)/best)
     assert rate_of_policy(sequences, calibrated) >= 1.05 * best
