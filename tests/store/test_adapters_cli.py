@@ -40,6 +40,7 @@ def test_an_adapter_is_added_listed_shown_and_removed(run: Any, adapter: Path) -
         "NAME",
         "VERSION",
         "DIGEST",
+        "KIND",
         "RANK",
         "TARGETS",
         "PARAMETERS",
@@ -47,9 +48,14 @@ def test_an_adapter_is_added_listed_shown_and_removed(run: Any, adapter: Path) -
         "CREATED",
     ]
     assert listed[1].split()[:2] == ["org/mine", "1"]
+    assert listed[1].split()[3] == "LoRA"
     assert "q_proj" in run("show", "org/mine").stdout
     assert "removed org/mine@1" in run("rm", "org/mine").stdout
-    assert json.loads(run("list", "--json").stdout) == {"adapters": [], "aliases": {}}
+    assert json.loads(run("list", "--json").stdout) == {
+        "adapters": [],
+        "aliases": {},
+        "turbo": {},
+    }
 
 
 def test_json_has_what_the_table_has(run: Any, adapter: Path) -> None:
@@ -77,7 +83,7 @@ def test_an_alias_is_set_moved_and_removed(run: Any, adapter: Path) -> None:
     run("add", "mine", adapter)
     assert run("alias", "prod", "mine@1").stdout == "prod -> mine@1\n"
     assert run("alias", "prod", "mine").stdout == "prod -> mine\n"
-    assert run("list").stdout.splitlines()[-1].split() == ["prod", "mine"]
+    assert run("list").stdout.splitlines()[-1].split() == ["prod", "mine", "-"]
     refused = run("rm", "mine")
     assert refused.exit_code == 1
     assert "'prod'" in refused.stderr
