@@ -9,13 +9,13 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from quickchange_store.errors import StoreError
+from quickchange_store.exporting import Layout, export_adapter
 from quickchange_store.index import Version
 from quickchange_store.info import AdapterInfo
 from quickchange_store.store import GC_MIN_AGE, Store
@@ -37,15 +37,6 @@ ModelOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-
-class Layout(StrEnum):
-    """What `export` writes."""
-
-    LORAX = "lorax"
-    VLLM = "vllm"
-    PEFT = "peft"
-    TURBO = "turbo"
 
 
 _COLUMNS = (
@@ -145,16 +136,19 @@ def export(
             "LoRA alone; turbo: LoRA, and heads of any kind.",
         ),
     ],
+    as_json: JsonOption = False,
 ) -> None:
     """Write an adapter as a folder that other tools, or `add`, read."""
     from quickchange_store.base import base_spec  # imports torch: seconds
-    from quickchange_store.exporting import export_adapter
 
     with _errors_shown():
         opened = Store(store)
         adapter = opened.load(opened.resolve(name).digest)
         written = export_adapter(adapter, directory, layout, base_spec(model))
-        typer.echo(f"wrote {', '.join(written)} to {directory}")
+        if as_json:
+            _print_json({"directory": str(directory), "parts": list(written)})
+        else:
+            typer.echo(f"wrote {' and '.join(written)} to {directory}")
 
 
 @app.command()

@@ -14,8 +14,8 @@ from __future__ import annotations
 import secrets
 import shutil
 from collections.abc import Callable
+from enum import StrEnum
 from pathlib import Path
-from typing import Literal
 
 from quickchange_store.canonical import BaseSpec, CanonicalAdapter
 from quickchange_store.errors import (
@@ -34,12 +34,20 @@ from quickchange_store.formats.peft_write import check_peft, write_peft
 from quickchange_store.formats.turbo_dir import write_turbo_directory
 from quickchange_store.turbo import TurboHeads
 
-LayoutName = Literal["lorax", "vllm", "peft", "turbo"]
 _Step = tuple[str, Callable[[Path], None]]
 
 
+class Layout(StrEnum):
+    """What `export_adapter` writes."""
+
+    LORAX = "lorax"
+    VLLM = "vllm"
+    PEFT = "peft"
+    TURBO = "turbo"
+
+
 def export_adapter(
-    adapter: CanonicalAdapter, directory: Path, layout: LayoutName, base: BaseSpec
+    adapter: CanonicalAdapter, directory: Path, layout: Layout, base: BaseSpec
 ) -> tuple[str, ...]:
     """Write `adapter` to `directory`, which must not exist; returns the parts that were written.
 
@@ -70,18 +78,18 @@ def export_adapter(
     return tuple(part for part, _ in steps)
 
 
-def _steps(adapter: CanonicalAdapter, layout: LayoutName, base: BaseSpec) -> list[_Step]:
+def _steps(adapter: CanonicalAdapter, layout: Layout, base: BaseSpec) -> list[_Step]:
     """What is to be written, in order: each part's name and its writer. Raises for the rest."""
     steps: list[_Step] = []
-    if adapter.updates and layout != "vllm":
+    if adapter.updates and layout is not Layout.VLLM:
         check_peft(adapter.updates, base)
         steps.append(
             ("the LoRA", lambda to: write_peft(adapter.updates, to, base, adapter.base_name))
         )
-    if adapter.turbo is not None and layout != "peft":
+    if adapter.turbo is not None and layout is not Layout.PEFT:
         steps.append(("the Turbo heads", _heads_writer(adapter, adapter.turbo, layout, base)))
     if not steps:
-        part = "Turbo heads" if layout == "vllm" else "LoRA"
+        part = "Turbo heads" if layout is Layout.VLLM else "LoRA"
         raise UnsupportedFeatureError(
             f"the adapter has no {part}, and {layout}'s folder holds nothing else",
             key="format",
@@ -91,13 +99,13 @@ def _steps(adapter: CanonicalAdapter, layout: LayoutName, base: BaseSpec) -> lis
 
 
 def _heads_writer(
-    adapter: CanonicalAdapter, turbo: TurboHeads, layout: LayoutName, base: BaseSpec
+    adapter: CanonicalAdapter, turbo: TurboHeads, layout: Layout, base: BaseSpec
 ) -> Callable[[Path], None]:
     name = adapter.base_name
-    if layout == "lorax":
+    if layout is Layout.LORAX:
         check_lorax(turbo, base)
         return lambda to: write_lorax(turbo, to, name)
-    if layout == "vllm":
+    if layout is Layout.VLLM:
         check_vllm(turbo, base)
         return lambda to: write_vllm(turbo, to, base, name)
     check_base(turbo, base)
