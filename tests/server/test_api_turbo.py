@@ -372,6 +372,20 @@ def test_an_upload_may_hold_turbo_heads(tmp_path: Path, lora: bool) -> None:
         assert "completion_tokens_details" in usage
 
 
+@pytest.mark.parametrize(
+    "field", ["../config.json", "a/b.json", ".json", "adapter_model.bin", "x.safetensors\n", ""]
+)
+def test_an_upload_with_another_kind_of_file_is_refused(live: Live, field: str) -> None:
+    response = live.http.post("/v1/adapters", data={"name": "new"}, files=[(field, b"{}")])
+    assert ".safetensors" in error_of(response, 400)["message"]
+
+
+def test_an_upload_with_text_in_place_of_a_file_is_refused(live: Live) -> None:
+    form = {"config.json": (None, "{}"), "name": (None, "new")}
+    response = live.http.post("/v1/adapters", files=form)
+    assert error_of(response, 400)["message"]
+
+
 def test_an_upload_with_a_file_twice_is_refused_by_its_name(live: Live, tmp_path: Path) -> None:
     config = (write_medusa(tmp_path / "heads") / "config.json").read_bytes()
     files = [("config.json", config), ("config.json", config)]
