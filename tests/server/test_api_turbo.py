@@ -353,9 +353,20 @@ def test_a_turbo_lora_folder_is_added_from_a_path_and_shown_with_its_heads(
         "parameters": 2 * (4 * 4 + 4),
         "medusa_1_ratio": round((4 * 4 + 258 * 4) / (4 * 4 + 4), 1),
     }
-    assert listed["turbo"] == shown["turbo"] == shown["info"]["turbo"] == heads
+    assert listed["turbo"] == shown["turbo"] == heads
     assert shown["versions"][0]["turbo"] == heads
     assert shown["info"]["ranks"] == [1]
+
+
+def test_an_older_version_is_shown_with_its_own_heads(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.add("both", make_turbo(1.0, lora=True, depth=3))
+    store.add("both", make_adapter(1.0))
+    with live_server(tmp_path) as live:
+        shown = live.http.get("/v1/adapters/both@1").json()
+        (listed,) = live.http.get("/v1/adapters").json()["data"]
+    assert (shown["turbo"]["depth"], listed["turbo"]) == (3, None)
+    assert [v["turbo"] is None for v in shown["versions"]] == [False, True]
 
 
 @pytest.mark.parametrize("lora", [False, True])

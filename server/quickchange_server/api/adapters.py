@@ -170,11 +170,11 @@ async def one_adapter(reference: str, services: Injected) -> Json:
     resolved = services.store.resolve(reference)
     index = services.store.snapshot()
     info = await asyncio.to_thread(services.store.info, resolved.digest)
-    details = {k: v for k, v in asdict(info).items() if k not in ("digest", "created")}
-    details["turbo"] = _turbo(info)
+    details = {k: v for k, v in asdict(info).items() if k not in ("digest", "created", "turbo")}
     return {
         **_summary(services, index, resolved.name),
         **_state(services, resolved),
+        "turbo": _turbo(info),
         "current": index.entry(resolved.name).current,
         "versions": [_version(services, v) for v in services.store.versions(resolved.name)],
         "info": details,
