@@ -12,8 +12,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from quickchange_server.engine.engine import Engine, torch_dtype
 from quickchange_server.messages import (
@@ -59,6 +61,7 @@ class Completion:
     seconds: float  # to its last token
     drafted: int  # draft tokens verified for it
     accepted: int  # of its tokens, those that came from accepted drafts
+    states: Tensor | None = None  # [tokens, H] where they were asked for: see `OfflineEngine.run`
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +100,7 @@ class _Pending:
     first: float = 0.0
     drafted: int = 0
     accepted: int = 0
+    states: list[Tensor] = field(default_factory=list)  # [H] each
 
     def add(self, delta: Delta) -> None:
         if delta.token_ids and not self.tokens:
@@ -113,7 +117,29 @@ class _Pending:
             seconds=time.monotonic() - self.submitted,
             drafted=self.drafted,
             accepted=self.accepted,
+            states=torch.stack(self.states) if self.states else None,
         )
+
+
+class _StateTap:
+    """Sees what enters the LM head: one row for each token that a step samples, in its order."""
+
+    def __init__(self, head: torch.nn.Module) -> None:
+        self._rows: Tensor | None = None
+        self._handle = head.register_forward_pre_hook(self._keep)
+
+    def _keep(self, _head: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        self._rows = args[0].reshape(-1, args[0].shape[-1])
+
+    def take(self) -> Tensor:
+        """The last step's rows [tokens, H], on the CPU."""
+        rows, self._rows = self._rows, None
+        if rows is None:
+            raise RuntimeError("a step sampled tokens without calling the LM head")
+        return rows.to("cpu", copy=True)
+
+    def close(self) -> None:
+        self._handle.remove()
 
 
 class OfflineEngine:
@@ -135,6 +161,7 @@ class OfflineEngine:
             adapters=settings.adapters,
             quantization=settings.quantization,
         )
+        self._head = model.module.get_output_embeddings()  # type: ignore[operator]
         self._engine = Engine(
             model,
             settings,
@@ -161,22 +188,28 @@ class OfflineEngine:
         requests: Sequence[OfflineRequest],
         *,
         concurrency: int | None = None,
+        states: bool = False,
         on_finished: Callable[[int, Completion], None] | None = None,
     ) -> OfflineRun:
         """Answer all requests; `on_finished` hears of each (index, completion) as it ends.
 
         `concurrency`: requests in the engine at once, None: all (the settings' `max_sequences`
-        still bounds a step). Raises OfflineError at the first request that can't be answered.
+        still bounds a step). `states`: keep the hidden state that entered the LM head for each
+        token, in the model's dtype; for requests without drafting only. Raises OfflineError at the
+        first request that can't be answered, ValueError for states with drafting.
         """
+        if states and any(request.drafting is not None for request in requests):
+            raise ValueError("states are kept only of requests whose drafting is None")
         steps, counts = 0, _DraftTally()
         completions: dict[int, Completion] = {}
         waiting = iter(enumerate(requests))
         pending: dict[str, _Pending] = {}
         started = time.monotonic()
+        tap = _StateTap(self._head) if states else None
         try:
             self._submit(waiting, pending, concurrency or len(requests))
             while pending:
-                stats, ended = self._step(pending)
+                stats, ended = self._step(pending, tap)
                 steps += stats is not None
                 counts.add(stats)
                 for index, completion in ended:
@@ -185,6 +218,8 @@ class OfflineEngine:
                         on_finished(index, completion)
                 self._submit(waiting, pending, len(ended))
         finally:
+            if tap is not None:
+                tap.close()
             for request_id in pending:
                 self._engine.cancel(request_id)
         return OfflineRun(
@@ -217,7 +252,7 @@ class OfflineEngine:
             )
 
     def _step(
-        self, pending: dict[str, _Pending]
+        self, pending: dict[str, _Pending], tap: _StateTap | None
     ) -> tuple[StepStats | None, list[tuple[int, Completion]]]:
         """One step; what ended in it."""
         self._awake.clear()
@@ -226,6 +261,10 @@ class OfflineEngine:
         if report is None:
             self._awake.wait()  # nothing can run until an adapter has been read
             return None, []
+        sampled = [delta for delta in report.deltas if delta.token_ids]
+        if tap is not None and sampled:
+            for delta, state in zip(sampled, tap.take(), strict=True):
+                pending[delta.request_id].states.append(state)
         ended = []
         for delta in report.deltas:
             request = pending[delta.request_id]
