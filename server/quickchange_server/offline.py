@@ -6,11 +6,13 @@ HTTP, a second process or text.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -33,6 +35,11 @@ from quickchange_server.model.load import load_model
 from quickchange_server.settings import Settings
 from quickchange_store.canonical import CanonicalAdapter
 from quickchange_store.store import Store
+from quickchange_store.training.turbo_data import Generate, OnOutput
+from quickchange_store.training.turbo_heads import Wanted
+
+_TOGETHER = 48  # sequences of a step that makes outputs
+_THE_ADAPTER = "adapter"  # stands for the digest of the only one
 
 LoadAdapter = Callable[[str], CanonicalAdapter]
 
@@ -300,3 +307,44 @@ class _DraftTally:
 def _failures(moves: Iterable[AdapterMoved | AdapterFailed]) -> str:
     """What went wrong with adapters, in one line."""
     return "; ".join(f"{m.digest}: {m.error}" for m in moves if isinstance(m, AdapterFailed))
+
+
+def generate_for(wanted: Wanted) -> Generate:
+    """A maker of greedy outputs for the training of heads: an engine that ends with the run.
+
+    Raises what `OfflineEngine` raises.
+    """
+
+    def generate(prompts: Sequence[Sequence[int]], on_output: OnOutput) -> None:
+        settings = Settings(
+            model=wanted.model,
+            store=Path(os.devnull),  # the only adapter is at hand
+            dtype=wanted.dtype,
+            max_model_len=wanted.max_length,
+            max_sequences=_TOGETHER,
+            adapters=wanted.adapter is not None,
+        )
+        sampling = SamplingParams(
+            seed=0,
+            max_tokens=wanted.max_new_tokens,
+            temperature=0.0,
+            stop_token_ids=wanted.stop_token_ids,
+        )
+        adapters = () if wanted.adapter is None else (Component(_THE_ADAPTER),)
+        requests = [OfflineRequest(tuple(prompt), sampling, adapters) for prompt in prompts]
+
+        def finished(index: int, completion: Completion) -> None:
+            if completion.states is None:
+                raise OfflineError(f"request {index}: it ended without a token")
+            on_output(index, completion.token_ids, completion.states)
+
+        with OfflineEngine(settings, lambda _digest: _known(wanted.adapter)) as engine:
+            engine.run(requests, states=True, on_finished=finished)
+
+    return generate
+
+
+def _known(adapter: CanonicalAdapter | None) -> CanonicalAdapter:
+    if adapter is None:
+        raise OfflineError("an adapter was asked for, but the outputs are the base's own")
+    return adapter

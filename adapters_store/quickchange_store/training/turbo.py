@@ -157,7 +157,7 @@ class TurboTrainer:
             for chosen in self._batches(len(rows), len(losses), total):
                 for group in optimizer.param_groups:
                     group["lr"] = recipe.lr * lr_share(len(losses), total, recipe.warmup)
-                loss = self.loss(heads, rows.states[chosen].float(), rows.tokens[chosen])
+                loss = self.loss(heads, rows, chosen)
                 loss.backward()  # type: ignore[no-untyped-call]
                 nn.utils.clip_grad_norm_(heads.parameters(), recipe.clip)
                 optimizer.step()
@@ -182,22 +182,35 @@ class TurboTrainer:
             self.recipe.steps if self.recipe.steps is not None else self.recipe.epochs * per_epoch
         )
 
-    def loss(self, heads: TrainableHeads, states: Tensor, tokens: Tensor) -> Tensor:
-        """Mean over the drafts that there are, weighted by depth; a scalar.
-
-        states [N, H], tokens [N, depth + 1].
-        """
-        recipe = self.recipe
+    def loss(self, heads: TrainableHeads, rows: Positions, chosen: Tensor) -> Tensor:
+        """Mean over the drafts that there are at the rows `chosen` [N], weighted by depth."""
+        recipe, tokens = self.recipe, rows.tokens[chosen]
         with torch.autocast("cpu", torch.bfloat16):
-            logits = heads(states, self._embedded(tokens)) @ self._head_rows().T
+            logits = (
+                heads(rows.states[chosen].float(), self._embedded(tokens)) @ self._head_rows().T
+            )
         shares = logits.float().log_softmax(-1)  # [depth, N, D]
         places = self._places(tokens[:, 1:].T)  # [depth, N]
         weights = recipe.depth_decay ** torch.arange(recipe.depth)[:, None]
         said = -shares.gather(-1, places.clamp(min=0)[..., None])[..., 0]
+        if recipe.kl:
+            said = said + recipe.kl * self._divergence(shares, rows.states, chosen)
         unsure = -shares.mean(-1)
         each = torch.where(places == _OUTSIDE, recipe.spread * unsure, said)
         counted = weights * (places != ABSENT)
         return (each * counted).sum() / counted.sum()
+
+    def _divergence(self, shares: Tensor, states: Tensor, chosen: Tensor) -> Tensor:
+        """[depth, N]: of the heads' distributions from the model's own, over the vocabulary.
+
+        The model's own is that of the state from which the drafted token came, a row further on
+        for each depth; where the output has ended there, the value means nothing.
+        """
+        ahead = chosen + 1 + torch.arange(self.recipe.depth)[:, None]
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            logits = states[ahead.clamp(max=len(states) - 1)].float() @ self._head_rows().T
+        own = logits.float().log_softmax(-1)
+        return functional.kl_div(shares, own, reduction="none", log_target=True).sum(-1)
 
     @torch.no_grad()
     def measure(self, heads: TrainableHeads, outputs: Sequence[Output]) -> HeadMeasures:
@@ -259,6 +272,7 @@ class TurboTrainer:
         """Where tokens stand in the vocabulary; _OUTSIDE where they don't, ABSENT stays."""
         if self.vocabulary is None:
             return tokens
+        tokens = tokens.contiguous()
         place = torch.searchsorted(self.vocabulary, tokens).clamp(max=len(self.vocabulary) - 1)
         found = torch.where(self.vocabulary[place] == tokens, place, _OUTSIDE)
         return torch.where(tokens == ABSENT, ABSENT, found)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from quickchange_store.training import checks
 from quickchange_store.training.base_ends import base_ends
 from quickchange_store.training.checkpoint import Checkpoints, fingerprint
+from quickchange_store.training.recipe import TrainingDtype
 from quickchange_store.training.turbo import HeadMeasures, TurboTrainer
 from quickchange_store.training.turbo_data import (
     Generate,
@@ -35,7 +36,7 @@ class Wanted:
 
     model: str  # a folder or a hub id
     adapter: CanonicalAdapter | None  # None: the base alone
-    dtype: str
+    dtype: TrainingDtype
     max_new_tokens: int
     max_length: int  # tokens, prompt and output together
     stop_token_ids: frozenset[int]

@@ -48,7 +48,12 @@ class TurboJob:
     @property
     def work(self) -> Path:
         """Where outputs and checkpoints lie until the end."""
-        return self.out.parent / f"{self.out.name}.training"
+        return work_folder(self.out)
+
+
+def work_folder(out: Path) -> Path:
+    """Beside `out`, which appears only at the end."""
+    return out.parent / f"{out.name}.training"
 
 
 def run(job: TurboJob, generate_for: GenerateFor) -> tuple[TurboReport, Added | None]:
