@@ -112,6 +112,11 @@ def refuse_left(tensors: AdapterTensors, expected: str) -> None:
         )
 
 
+def copied(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy on the CPU that shares memory with nothing, as safetensors wants it."""
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
 def base_name(config: Mapping[str, Any]) -> str:
     return str(config.get(BASE_NAME) or "")
 

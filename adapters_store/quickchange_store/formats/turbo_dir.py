@@ -27,6 +27,7 @@ from quickchange_store.formats.turbo_common import (
     ImportedHeads,
     LmHead,
     base_name,
+    copied,
     refuse_left,
 )
 from quickchange_store.turbo_bytes import TurboLayout
@@ -64,11 +65,6 @@ def write_turbo_directory(
     content = {name.removeprefix(_PREFIX): copied(tensor) for name, tensor in tensors.items()}
     save_file(content, directory / TURBO_FILE)
     (directory / HEADS_CONFIG_FILE).write_text(encoded + "\n")
-
-
-def copied(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy on the CPU that shares memory with nothing, as safetensors wants it."""
-    return tensor.detach().to("cpu", copy=True).contiguous()
 
 
 def read_turbo_directory(
