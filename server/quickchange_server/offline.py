@@ -1,0 +1,263 @@
+"""An engine in this process, for many requests at once and no server: token ids in and out.
+
+Training makes a model's own outputs with it and evaluation its answers and timings; neither needs
+HTTP, a second process or text.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+
+import torch
+
+from quickchange_server.engine.engine import Engine, torch_dtype
+from quickchange_server.messages import (
+    AdapterFailed,
+    AdapterMoved,
+    Component,
+    Delta,
+    Drafting,
+    FinishReason,
+    SamplingParams,
+    StepStats,
+    Submit,
+)
+from quickchange_server.model.load import load_model
+from quickchange_server.settings import Settings
+from quickchange_store.canonical import CanonicalAdapter
+from quickchange_store.store import Store
+
+LoadAdapter = Callable[[str], CanonicalAdapter]
+
+
+class OfflineError(RuntimeError):
+    """A request could not be answered; the message names it by its index and says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class OfflineRequest:
+    """One prompt, as `Submit` has it; its index in the list of requests names it."""
+
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    adapters: tuple[Component, ...] = ()  # empty: the plain base model
+    drafting: Drafting | None = None  # None: no token is drafted
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What one request came to. Times in seconds since it was submitted."""
+
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    first_token_seconds: float
+    seconds: float  # to its last token
+    drafted: int  # draft tokens verified for it
+    accepted: int  # of its tokens, those that came from accepted drafts
+
+
+@dataclass(frozen=True, slots=True)
+class DepthCount:
+    """Drafts at one depth of one drafter, over a whole run."""
+
+    drafted: int
+    accepted: int
+
+
+@dataclass(frozen=True, slots=True)
+class OfflineRun:
+    """All completions, in the requests' order, and what the run took."""
+
+    completions: tuple[Completion, ...]
+    seconds: float
+    steps: int
+    drafts: Mapping[tuple[str, int], DepthCount]  # by (drafter, depth from 1), as in DraftCount
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(completion.token_ids) for completion in self.completions)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens of all requests over the run's wall-clock time."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+@dataclass
+class _Pending:
+    """A request on its way."""
+
+    submitted: float  # seconds, monotonic
+    tokens: list[int] = field(default_factory=list)
+    first: float = 0.0
+    drafted: int = 0
+    accepted: int = 0
+
+    def add(self, delta: Delta) -> None:
+        if delta.token_ids and not self.tokens:
+            self.first = time.monotonic() - self.submitted
+        self.tokens += delta.token_ids
+        self.drafted += delta.drafted
+        self.accepted += delta.accepted
+
+    def completion(self, reason: FinishReason) -> Completion:
+        return Completion(
+            token_ids=tuple(self.tokens),
+            finish_reason=reason,
+            first_token_seconds=self.first,
+            seconds=time.monotonic() - self.submitted,
+            drafted=self.drafted,
+            accepted=self.accepted,
+        )
+
+
+class OfflineEngine:
+    """Answers lists of requests. A context manager: closing ends its loader thread.
+
+    `load_adapter` reads an adapter version by its digest; by default from `settings.store`.
+    `settings.threads`, where given, becomes this process's number of torch threads. Raises what
+    `load_model` raises.
+    """
+
+    def __init__(self, settings: Settings, load_adapter: LoadAdapter | None = None) -> None:
+        if settings.threads is not None:
+            torch.set_num_threads(settings.threads)
+        self._awake = threading.Event()
+        model = load_model(
+            settings.model,
+            dtype=torch_dtype(settings.dtype),
+            device=torch.device(settings.device),
+            adapters=settings.adapters,
+            quantization=settings.quantization,
+        )
+        self._engine = Engine(
+            model,
+            settings,
+            load_adapter=load_adapter or Store(settings.store).load,
+            on_wake=self._awake.set,
+        )
+
+    def __enter__(self) -> OfflineEngine:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._engine.close()
+
+    def run(
+        self,
+        requests: Sequence[OfflineRequest],
+        *,
+        concurrency: int | None = None,
+        on_finished: Callable[[int, Completion], None] | None = None,
+    ) -> OfflineRun:
+        """Answer all requests; `on_finished` hears of each (index, completion) as it ends.
+
+        `concurrency`: requests in the engine at once, None: all (the settings' `max_sequences`
+        still bounds a step). Raises OfflineError at the first request that can't be answered.
+        """
+        steps, counts = 0, _DraftTally()
+        completions: dict[int, Completion] = {}
+        waiting = iter(enumerate(requests))
+        pending: dict[str, _Pending] = {}
+        started = time.monotonic()
+        try:
+            self._submit(waiting, pending, concurrency or len(requests))
+            while pending:
+                stats, ended = self._step(pending)
+                steps += stats is not None
+                counts.add(stats)
+                for index, completion in ended:
+                    completions[index] = completion
+                    if on_finished is not None:
+                        on_finished(index, completion)
+                self._submit(waiting, pending, len(ended))
+        finally:
+            for request_id in pending:
+                self._engine.cancel(request_id)
+        return OfflineRun(
+            completions=tuple(completions[i] for i in range(len(requests))),
+            seconds=time.monotonic() - started,
+            steps=steps,
+            drafts=counts.by_depth(),
+        )
+
+    def _submit(
+        self,
+        waiting: Iterator[tuple[int, OfflineRequest]],
+        pending: dict[str, _Pending],
+        count: int,
+    ) -> None:
+        """Hand the next `count` requests to the engine."""
+        for _ in range(count):
+            index, request = next(waiting, (0, None))
+            if request is None:
+                return
+            pending[str(index)] = _Pending(time.monotonic())
+            self._engine.submit(
+                Submit(
+                    str(index),
+                    request.prompt,
+                    request.sampling,
+                    adapters=request.adapters,
+                    drafting=request.drafting,
+                )
+            )
+
+    def _step(
+        self, pending: dict[str, _Pending]
+    ) -> tuple[StepStats | None, list[tuple[int, Completion]]]:
+        """One step; what ended in it."""
+        self._awake.clear()
+        failed = _failures(self._engine.poll_adapters())
+        report = self._engine.step()
+        if report is None:
+            self._awake.wait()  # nothing can run until an adapter has been read
+            return None, []
+        ended = []
+        for delta in report.deltas:
+            request = pending[delta.request_id]
+            request.add(delta)
+            if delta.finish_reason == "error":
+                why = delta.error or failed
+                raise OfflineError(f"request {delta.request_id}: {why}")
+            if delta.finish_reason is not None:
+                del pending[delta.request_id]
+                ended.append((int(delta.request_id), request.completion(delta.finish_reason)))
+        return report.stats, ended
+
+
+class _DraftTally:
+    """Sums draft counts over steps."""
+
+    def __init__(self) -> None:
+        self._drafted: Counter[tuple[str, int]] = Counter()
+        self._accepted: Counter[tuple[str, int]] = Counter()
+
+    def add(self, stats: StepStats | None) -> None:
+        for count in () if stats is None else stats.drafts:
+            self._drafted[count.drafter, count.depth] += count.drafted
+            self._accepted[count.drafter, count.depth] += count.accepted
+
+    def by_depth(self) -> dict[tuple[str, int], DepthCount]:
+        return {
+            key: DepthCount(drafted, self._accepted[key])
+            for key, drafted in sorted(self._drafted.items())
+        }
+
+
+def _failures(moves: Iterable[AdapterMoved | AdapterFailed]) -> str:
+    """What went wrong with adapters, in one line."""
+    return "; ".join(f"{m.digest}: {m.error}" for m in moves if isinstance(m, AdapterFailed))
