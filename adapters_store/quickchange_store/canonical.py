@@ -16,7 +16,8 @@ computes: the architecture, the modules, their tensors (dtype included) and scal
 imported twice, from two paths or by two tools, are the same version and share every cache. The
 digest of an adapter is the SHA-256 of these bytes. What is at its default is not written at all,
 so the bytes of a plain LoRA are the ones that they were before the rest existed; a file with
-anything more is of format 2, which older readers refuse instead of leaving half of it out.
+anything more is of format 2, with Turbo heads (`turbo_bytes`) of format 3: older readers refuse it
+instead of leaving half of it out.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Protocol, get_args
 
+from quickchange_store import turbo_bytes
 from quickchange_store.errors import CorruptVersionError, InvalidAdapterError
+from quickchange_store.turbo_bytes import TurboLayout
 
 if TYPE_CHECKING:  # imported where it is needed: names and digests are useful without torch
     import torch
@@ -44,9 +47,11 @@ ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 SOURCES: tuple[Source, ...] = get_args(Source)
 
 PLAIN_FORMAT = 1  # A, B, scale and bias alone
-FORMAT = 2
+FULL_FORMAT = 2
+TURBO_FORMAT = 3
 METADATA_KEY = "quickchange"  # one key only: a header's keys have no guaranteed order
 DTYPES = {"torch.float32": "F32", "torch.bfloat16": "BF16", "torch.float16": "F16"}
+_STORED = {**DTYPES, "torch.int32": "I32"}
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,11 @@ class BaseSpec:
     sublayers: Mapping[str, SubLayer] = field(default_factory=dict, compare=False)
     """The modules that end a sub-layer, whose output joins the residual stream."""
     weights: BaseWeights | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def head(self) -> ModuleShape | None:
+        """The LM head: `in_features` is the hidden size, `out_features` the vocabulary."""
+        return None if self.output_head is None else self.modules.get(self.output_head)
 
 
 @dataclass(frozen=True)
@@ -189,8 +199,9 @@ class CanonicalAdapter:
 
     @property
     def parameters(self) -> int:
-        """Number of stored values."""
-        return sum(t.numel() for u in self.updates.values() for t in u.tensors.values())
+        """Number of stored values, those of the Turbo heads included."""
+        updates = sum(t.numel() for u in self.updates.values() for t in u.tensors.values())
+        return updates + (0 if self.turbo is None else turbo_bytes.parameters(self.turbo))
 
     @property
     def max_rank(self) -> int:
@@ -255,9 +266,11 @@ def load(
                 )
                 for module, scale in header.scales.items()
             }
+            layout = header.turbo
+            turbo = None if layout is None else turbo_bytes.assemble(layout, file.get_tensor)
     except (SafetensorError, OSError, InvalidAdapterError) as error:
         raise _corrupt(path, str(error)) from error
-    return CanonicalAdapter(header.architecture, base_name, updates, source or {})
+    return CanonicalAdapter(header.architecture, base_name, updates, source or {}, turbo)
 
 
 def file_digest(path: Path) -> str:
@@ -273,29 +286,47 @@ def _chunks(adapter: CanonicalAdapter) -> Iterator[bytes]:
     """The file in pieces: header length, header, then the tensors in the header's order."""
     import torch
 
-    tensors = _ordered_tensors(adapter)
-    yield _header(adapter, tensors)
+    layout, heads = (None, {}) if adapter.turbo is None else turbo_bytes.parts(adapter.turbo)
+    tensors = _ordered(adapter, heads)
+    yield _header(adapter, layout, tensors)
     for _, tensor in tensors:
         flat = tensor.detach().to("cpu").contiguous().reshape(-1)
         yield flat.view(torch.uint8).numpy().tobytes()
 
 
-def _ordered_tensors(adapter: CanonicalAdapter) -> list[tuple[str, torch.Tensor]]:
+def _ordered(
+    adapter: CanonicalAdapter, heads: Mapping[str, torch.Tensor]
+) -> list[tuple[str, torch.Tensor]]:
     """(name, tensor), widest dtype first so that every tensor is aligned, then by name."""
-    named = []
-    for module, update in adapter.updates.items():
-        for part, tensor in update.tensors.items():
-            if str(tensor.dtype) not in DTYPES:
-                raise InvalidAdapterError(
-                    f"dtype {tensor.dtype} can't be stored",
-                    key=f"{module}.{part}",
-                    remedy="convert it to float32, bfloat16 or float16",
-                )
-            named.append((f"{module}.{part}", tensor))
-    return sorted(named, key=lambda item: (-item[1].element_size(), item[0]))
+    updates = {
+        f"{module}.{part}": tensor
+        for module, update in adapter.updates.items()
+        for part, tensor in update.tensors.items()
+    }
+    clash = updates.keys() & heads.keys()
+    if clash:
+        raise InvalidAdapterError(
+            "a module and the Turbo heads have a tensor of this name",
+            key=min(clash),
+            remedy="rename the module: no path of the base model may begin with turbo.",
+        )
+    named = {**updates, **heads}
+    for name, tensor in named.items():
+        known = DTYPES if name != turbo_bytes.VOCABULARY else _STORED
+        if str(tensor.dtype) not in known:
+            raise InvalidAdapterError(
+                f"dtype {tensor.dtype} can't be stored",
+                key=name,
+                remedy="convert it to float32, bfloat16 or float16",
+            )
+    return sorted(named.items(), key=lambda item: (-item[1].element_size(), item[0]))
 
 
-def _header(adapter: CanonicalAdapter, tensors: list[tuple[str, torch.Tensor]]) -> bytes:
+def _header(
+    adapter: CanonicalAdapter,
+    layout: TurboLayout | None,
+    tensors: list[tuple[str, torch.Tensor]],
+) -> bytes:
     """The safetensors header. Written here because the library promises no stable bytes."""
     for module, update in adapter.updates.items():
         if not math.isfinite(update.scale):
@@ -306,7 +337,7 @@ def _header(adapter: CanonicalAdapter, tensors: list[tuple[str, torch.Tensor]]) 
     plain = all(update.plain for update in updates.values())
     content: dict[str, Any] = {
         "architecture": adapter.architecture,
-        "format": PLAIN_FORMAT if plain else FORMAT,
+        "format": PLAIN_FORMAT if plain else FULL_FORMAT,
         "scales": {module: float(update.scale) for module, update in updates.items()},
     }
     if not plain:
@@ -316,12 +347,15 @@ def _header(adapter: CanonicalAdapter, tensors: list[tuple[str, torch.Tensor]]) 
         content["sources"] = {
             module: update.source for module, update in updates.items() if update.source != "input"
         }
+    if layout is not None:
+        content["format"] = TURBO_FORMAT
+        content["turbo"] = layout.encode()
     header: dict[str, Any] = {"__metadata__": {METADATA_KEY: _json(content)}}
     offset = 0
     for name, tensor in tensors:
         end = offset + tensor.numel() * tensor.element_size()
         header[name] = {
-            "dtype": DTYPES[str(tensor.dtype)],
+            "dtype": _STORED[str(tensor.dtype)],
             "shape": list(tensor.shape),
             "data_offsets": [offset, end],
         }
@@ -341,19 +375,23 @@ class _Header:
     scales: dict[str, float]
     activations: dict[str, Activation]
     sources: dict[str, Source]
+    turbo: TurboLayout | None
 
 
 def _parse_metadata(path: Path, metadata: dict[str, str] | None) -> _Header:
     """The header. What it says of activations and sources is checked by LowRankUpdate."""
     try:
         header = json.loads((metadata or {})[METADATA_KEY])
-        if header["format"] not in (PLAIN_FORMAT, FORMAT):
-            raise _corrupt(path, f"format {header['format']}, known are {PLAIN_FORMAT}, {FORMAT}")
+        known = (PLAIN_FORMAT, FULL_FORMAT, TURBO_FORMAT)
+        if header["format"] not in known:
+            raise _corrupt(path, f"format {header['format']}, known are {list(known)}")
+        has_heads = header["format"] == TURBO_FORMAT
         return _Header(
             architecture=str(header["architecture"]),
             scales={str(module): float(scale) for module, scale in header["scales"].items()},
             activations=dict(header.get("activations", {})),
             sources=dict(header.get("sources", {})),
+            turbo=TurboLayout.decode(header["turbo"]) if has_heads else None,
         )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise _corrupt(path, f"the header lacks {METADATA_KEY!r}: {error!r}") from error

@@ -35,7 +35,7 @@ def add_adapter(store: Store, name: str, directory: Path, base: BaseSpec) -> Add
     """
     check_name(name)  # before the work
     imported = read_adapter(directory, base)
-    return Added(store.add(name, imported.adapter), imported.warnings)
+    return Added(store.add(name, imported.adapter, base), imported.warnings)
 
 
 def read_adapter(directory: Path, base: BaseSpec) -> Imported:

@@ -20,10 +20,12 @@ from quickchange_store.errors import (
     AmbiguousVersionError,
     CorruptStoreError,
     InUseError,
+    NameConflictError,
 )
-from quickchange_store.names import Reference
+from quickchange_store.names import Reference, parse_reference
 
 FORMAT = 1
+TURBO_FORMAT = 2  # some version has Turbo heads: a reader that knows 1 alone would lose that
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,7 @@ class Version:
     number: int  # from 1, in the order of publishing; a number is not used twice
     digest: str  # 64 hexadecimal digits
     created: float  # seconds since 1970
+    turbo: bool = False  # it has Turbo heads
 
     def __str__(self) -> str:
         return f"{self.name}@{self.number}"
@@ -50,10 +53,11 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Alias:
-    """A pointer to a name, or to one version of it."""
+    """A pointer to a name, or to one version of it, and the Turbo that drafts for it."""
 
     name: str
     number: int | None = None  # None: whatever the name serves
+    turbo: str | None = None  # NAME or NAME@NUMBER, whose heads draft in place of its own
 
     def __str__(self) -> str:
         return self.name if self.number is None else f"{self.name}@{self.number}"
@@ -97,6 +101,14 @@ class Index:
         entry = self.entry(alias.name)
         return entry.versions[entry.current if alias.number is None else alias.number]
 
+    def drafting(self, reference: Reference) -> Version | None:
+        """The version whose heads draft for a reference: its alias's Turbo, else its own heads."""
+        alias = self.aliases.get(reference.name)
+        if alias is not None and alias.turbo is not None:
+            return self.find(parse_reference(alias.turbo))
+        version = self.find(reference)
+        return version if version.turbo else None
+
     def digests(self) -> set[str]:
         """Every digest that a name refers to."""
         return {v.digest for entry in self.entries.values() for v in entry.versions.values()}
@@ -126,14 +138,14 @@ def _select(entry: Entry, reference: Reference) -> Version:
 # --- changes: each gives a new value ------------------------------------------------------------
 
 
-def with_digest(entry: Entry | None, name: str, digest: str) -> Entry:
-    """The entry with `digest` current: an old version of it, or a new one."""
+def with_digest(entry: Entry | None, name: str, digest: str, *, turbo: bool) -> Entry:
+    """The entry with `digest` current: an old version of it, or a new one. `turbo`: has heads."""
     versions: Mapping[int, Version] = {} if entry is None else entry.versions
     number = 1 if entry is None else entry.next_number
     for version in versions.values():
         if entry is not None and version.digest == digest:
             return replace(entry, current=version.number)
-    added = Version(name, number, digest, time.time())
+    added = Version(name, number, digest, time.time(), turbo)
     return Entry({**versions, number: added}, current=number, next_number=number + 1)
 
 
@@ -170,6 +182,13 @@ def without(index: Index, entry: Entry, gone: tuple[Version, ...]) -> Index:
                 key=str(target),
                 remedy=f"remove or repoint the alias {alias!r} first",
             )
+        drafter = None if target.turbo is None else parse_reference(target.turbo)
+        if drafter and drafter.name == name and (drafter.number in numbers or not left):
+            raise InUseError(
+                f"the alias {alias!r} drafts with it",
+                key=str(drafter),
+                remedy=f"remove the alias {alias!r} or give it another Turbo first",
+            )
     if left and entry.current in numbers:
         raise InUseError(
             f"it is the version that {name} serves",
@@ -182,6 +201,36 @@ def without(index: Index, entry: Entry, gone: tuple[Version, ...]) -> Index:
     return replace(index, entries=kept)
 
 
+def pointed(index: Index, reference: str) -> tuple[Version, int | None]:
+    """What a pointer of an alias means now, and its number where it is to stay with that version.
+
+    Raises InvalidNameError, AdapterNotFoundError, NameConflictError (it is an alias itself).
+    """
+    parsed = parse_reference(reference)
+    if parsed.name in index.aliases:
+        raise NameConflictError(
+            "an alias can't point at an alias",
+            key=reference,
+            remedy=f"point it at {index.aliases[parsed.name]}",
+        )
+    version = index.find(parsed)
+    return version, None if parsed.selector is None else version.number
+
+
+def check_drafters(index: Index) -> None:
+    """Raise InUseError where an alias's Turbo has come to serve a version without heads."""
+    for alias, target in index.aliases.items():
+        if target.turbo is None:
+            continue
+        version = index.find(parse_reference(target.turbo))
+        if not version.turbo:
+            raise InUseError(
+                f"the alias {alias!r} drafts with {target.turbo}, and this version has no heads",
+                key=str(version),
+                remedy=f"publish it under another name, or give the alias {alias!r} another Turbo",
+            )
+
+
 # --- as a file ----------------------------------------------------------------------------------
 
 
@@ -192,17 +241,26 @@ def encode(index: Index) -> bytes:
             "current": entry.current,
             "next": entry.next_number,
             "versions": {
-                str(v.number): {"digest": v.digest, "created": v.created}
+                str(v.number): {
+                    "digest": v.digest,
+                    "created": v.created,
+                    **({"turbo": True} if v.turbo else {}),
+                }
                 for v in entry.versions.values()
             },
         }
         for name, entry in index.entries.items()
     }
     aliases = {
-        alias: {"name": target.name, "version": target.number}
+        alias: {
+            "name": target.name,
+            "version": target.number,
+            **({} if target.turbo is None else {"turbo": target.turbo}),
+        }
         for alias, target in index.aliases.items()
     }
-    content = {"format": FORMAT, "names": names, "aliases": aliases}
+    heads = any(v.turbo for entry in index.entries.values() for v in entry.versions.values())
+    content = {"format": TURBO_FORMAT if heads else FORMAT, "names": names, "aliases": aliases}
     return json.dumps(content, sort_keys=True).encode()
 
 
@@ -210,15 +268,16 @@ def decode(content: bytes, path: Path) -> Index:
     """The index from its JSON; `path` is for messages. Raises CorruptStoreError."""
     try:
         tree = json.loads(content)
-        if tree["format"] != FORMAT:
+        if tree["format"] not in (FORMAT, TURBO_FORMAT):
             raise CorruptStoreError(
-                f"format {tree['format']} is not known to this version, which writes {FORMAT}",
+                f"format {tree['format']} is not known to this version, which reads up to "
+                f"{TURBO_FORMAT}",
                 file=str(path),
                 remedy="use the version of quickchange that wrote it",
             )
         entries = {name: _decode_entry(name, entry) for name, entry in tree["names"].items()}
         aliases = {
-            alias: Alias(target["name"], target["version"])
+            alias: Alias(target["name"], target["version"], target.get("turbo"))
             for alias, target in tree["aliases"].items()
         }
         _check_pointers(entries, aliases)
@@ -233,7 +292,9 @@ def decode(content: bytes, path: Path) -> Index:
 
 def _decode_entry(name: str, tree: Mapping[str, Any]) -> Entry:
     versions = {
-        int(number): Version(name, int(number), str(v["digest"]), float(v["created"]))
+        int(number): Version(
+            name, int(number), str(v["digest"]), float(v["created"]), v.get("turbo", False)
+        )
         for number, v in tree["versions"].items()
     }
     return Entry(versions, int(tree["current"]), int(tree["next"]))
@@ -248,6 +309,15 @@ def _check_pointers(entries: Mapping[str, Entry], aliases: Mapping[str, Alias]) 
             raise ValueError(f"alias {alias} points at {target.name}, which is missing")
         if target.number is not None and target.number not in entries[target.name].versions:
             raise ValueError(f"alias {alias} points at {target}, which is missing")
+        if target.turbo is not None:
+            _check_turbo(entries, alias, parse_reference(target.turbo))
+
+
+def _check_turbo(entries: Mapping[str, Entry], alias: str, reference: Reference) -> None:
+    entry = entries.get(reference.name)
+    number = reference.number or (entry and entry.current)
+    if entry is None or number not in entry.versions:
+        raise ValueError(f"alias {alias} drafts with {reference}, which is missing")
 
 
 class IndexFile:

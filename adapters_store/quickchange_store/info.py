@@ -8,10 +8,32 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quickchange_store.errors import CorruptVersionError, InvalidAdapterError
+from quickchange_store import turbo_bytes
+from quickchange_store.errors import (
+    BaseMismatchError,
+    CorruptVersionError,
+    InvalidAdapterError,
+)
 
 if TYPE_CHECKING:
-    from quickchange_store.canonical import CanonicalAdapter
+    from quickchange_store.canonical import BaseSpec, CanonicalAdapter
+    from quickchange_store.turbo import TurboHeads
+
+
+@dataclass(frozen=True, slots=True)
+class TurboInfo:
+    """The Turbo part of a version in figures."""
+
+    depth: int  # tokens that the heads draft at once
+    hidden: int
+    sequential: bool
+    vocabulary: int | None  # tokens that are drafted; None: all
+    own_outputs: bool  # the heads have LM heads of their own
+    parameters: int  # trained values
+
+    def medusa_parameters(self, vocabulary: int) -> int:
+        """Those of as many Medusa-1 heads, each with an LM head of [vocabulary, hidden]."""
+        return (self.hidden * self.hidden + vocabulary * self.hidden) * self.depth
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +51,10 @@ class AdapterInfo:
     size: int  # bytes of the version's file
     created: float  # seconds since 1970
     source: Mapping[str, Any]
+    kind: str = ""  # "LoRA", "bottleneck", …; unknown where an earlier release added it
+    turbo: TurboInfo | None = None
+    base_hidden: int | None = None  # of the base that it was checked against, where there was one
+    base_vocabulary: int | None = None
 
     @property
     def max_rank(self) -> int:
@@ -52,6 +78,8 @@ class AdapterInfo:
             tree = json.loads(path.read_bytes())
             for name in ("ranks", "targets", "dtypes"):
                 tree[name] = tuple(tree[name])
+            if tree.get("turbo") is not None:
+                tree["turbo"] = TurboInfo(**tree["turbo"])
             return cls(**tree)
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise CorruptVersionError(
@@ -61,9 +89,14 @@ class AdapterInfo:
             ) from error
 
 
-def describe(adapter: CanonicalAdapter, digest: str, *, size: int, created: float) -> AdapterInfo:
-    """The figures of `adapter`, whose file has `size` bytes."""
+def describe(
+    adapter: CanonicalAdapter, digest: str, *, size: int, created: float, base: BaseSpec | None
+) -> AdapterInfo:
+    """The figures of `adapter`, whose file has `size` bytes. It was checked against `base`."""
     updates = adapter.updates
+    head = None if base is None else base.head
+    weights = [update.a for update in updates.values()]
+    weights += [] if adapter.turbo is None else [block.weight for block in adapter.turbo.blocks]
     return AdapterInfo(
         digest=digest,
         architecture=adapter.architecture,
@@ -72,8 +105,60 @@ def describe(adapter: CanonicalAdapter, digest: str, *, size: int, created: floa
         targets=tuple(sorted({path.rpartition(".")[2] for path in updates})),
         modules=len(updates),
         parameters=adapter.parameters,
-        dtypes=tuple(sorted({str(u.a.dtype).removeprefix("torch.") for u in updates.values()})),
+        dtypes=tuple(sorted({str(weight.dtype).removeprefix("torch.") for weight in weights})),
         size=size,
         created=created,
         source=dict(adapter.source),
+        kind=_kind(adapter),
+        turbo=None if adapter.turbo is None else _turbo(adapter.turbo),
+        base_hidden=None if head is None else head.in_features,
+        base_vocabulary=None if head is None else head.out_features,
     )
+
+
+def _turbo(turbo: TurboHeads) -> TurboInfo:
+    return TurboInfo(
+        depth=turbo.depth,
+        hidden=turbo.hidden,
+        sequential=turbo.sequential,
+        vocabulary=None if turbo.vocabulary is None else len(turbo.vocabulary),
+        own_outputs=bool(turbo.outputs),
+        parameters=turbo_bytes.parameters(turbo),
+    )
+
+
+def _kind(adapter: CanonicalAdapter) -> str:
+    """What people call it, by what it computes."""
+    updates = adapter.updates.values()
+    if not updates:
+        return "Turbo" if adapter.turbo is not None else "empty"
+    if any(update.activation != "identity" or update.source != "input" for update in updates):
+        kind = "bottleneck"
+    elif any(update.gain is not None for update in updates):
+        kind = "DoRA" if adapter.max_rank else "IA3"
+    else:
+        kind = "LoRA"
+    return kind if adapter.turbo is None else f"Turbo {kind}"
+
+
+def check_fit(name: object, heads: AdapterInfo, target: AdapterInfo) -> None:
+    """Raise where the heads of the version `name` can't draft for `target`.
+
+    InvalidAdapterError where it has none, BaseMismatchError where they are for another base model.
+    """
+    if heads.turbo is None:
+        raise InvalidAdapterError(
+            "it has no Turbo heads",
+            key=str(name),
+            remedy="bind an adapter whose kind, in `quickchange adapters list`, is Turbo",
+        )
+    hidden = target.base_hidden if target.turbo is None else target.turbo.hidden
+    ours, theirs = (heads.architecture, heads.turbo.hidden), (target.architecture, hidden)
+    if ours[0] != theirs[0] or ours[1] != (hidden or ours[1]):
+        raise BaseMismatchError(
+            f"its heads are for {ours[0]} with a hidden size of {ours[1]}, and the adapter that "
+            f"they would draft for is for {theirs[0]}"
+            + (f" with {hidden}" if hidden is not None else ""),
+            key=str(name),
+            remedy="bind heads that were trained on the same base model",
+        )

@@ -14,7 +14,8 @@ from quickchange_store.errors import InvalidNameError
 
 MAX_LENGTH = 256
 MIN_DIGEST_PREFIX = 6
-RESERVED = frozenset({"auto", "base", "none", "off"})  # they mean something else in requests
+# They mean something else in requests: as a model, or as its Turbo.
+RESERVED = frozenset({"auto", "base", "lookup", "none", "off"})
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}(/[A-Za-z0-9][A-Za-z0-9._-]{0,127})*")
 _NUMBER = re.compile(r"[1-9][0-9]*")

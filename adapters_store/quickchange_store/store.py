@@ -50,17 +50,19 @@ from quickchange_store.index import (
     Index,
     IndexFile,
     Version,
+    check_drafters,
     encode,
     no_version,
+    pointed,
     previous,
     with_digest,
     without,
 )
-from quickchange_store.info import AdapterInfo, describe
+from quickchange_store.info import AdapterInfo, check_fit, describe
 from quickchange_store.names import check_name, parse_reference
 
 if TYPE_CHECKING:
-    from quickchange_store.canonical import CanonicalAdapter
+    from quickchange_store.canonical import BaseSpec, CanonicalAdapter
 
 ADAPTER_FILE = "adapter.safetensors"
 INFO_FILE = "info.json"
@@ -76,6 +78,7 @@ class Resolved:
     name: str
     digest: str
     version: int
+    turbo: str | None = None  # digest of the version whose heads draft by default, where one does
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +123,10 @@ class Store:
 
         Raises InvalidNameError, AdapterNotFoundError, AmbiguousVersionError.
         """
-        version = self._index.read().find(parse_reference(reference))
-        return Resolved(version.name, version.digest, version.number)
+        index, parsed = self._index.read(), parse_reference(reference)
+        version, drafter = index.find(parsed), index.drafting(parsed)
+        turbo = None if drafter is None else drafter.digest
+        return Resolved(version.name, version.digest, version.number, turbo)
 
     def names(self) -> tuple[str, ...]:
         """All names, sorted."""
@@ -167,25 +172,31 @@ class Store:
 
     # --- changing -------------------------------------------------------------------------------
 
-    def add(self, name: str, adapter: CanonicalAdapter) -> Version:
+    def add(self, name: str, adapter: CanonicalAdapter, base: BaseSpec | None = None) -> Version:
         """Publish `adapter` as the version that `name` serves from now on.
 
-        Content that the name already has keeps its number and becomes current again. Raises
-        InvalidNameError, NameConflictError (the name is an alias), InvalidAdapterError.
+        `base` is the model that it was checked against, whose sizes its info keeps. Content that
+        the name already has keeps its number and becomes current again. Raises InvalidNameError,
+        NameConflictError (the name is an alias), InvalidAdapterError, and InUseError where an alias
+        drafts with `name` and the adapter has no heads.
         """
         check_name(name)
         self._refuse_alias(self._index.read(), name)
-        with self._staged(adapter) as (staged, digest), self._writing() as index:
+        with self._staged(adapter, base) as (staged, digest), self._writing() as index:
             self._refuse_alias(index, name)
+            heads = adapter.turbo is not None
+            entry = with_digest(index.entries.get(name), name, digest, turbo=heads)
+            new = replace(index, entries={**index.entries, name: entry})
+            check_drafters(new)
             self._publish(staged, digest)
-            entry = with_digest(index.entries.get(name), name, digest)
-            self._commit(index, replace(index, entries={**index.entries, name: entry}))
+            self._commit(index, new)
         return entry.versions[entry.current]
 
     def rollback(self, name: str, version: int | None = None) -> Version:
         """Let `name` serve `version`, or the one before the current. Aliases to `name` follow.
 
-        Raises AdapterNotFoundError.
+        Raises AdapterNotFoundError, and InUseError where an alias drafts with `name` and that
+        version has no heads.
         """
         with self._writing() as index:
             entry = index.entry(name)
@@ -193,29 +204,31 @@ class Store:
             if number not in entry.versions:
                 raise no_version(name, entry, number)
             moved = replace(entry, current=number)
-            self._commit(index, replace(index, entries={**index.entries, name: moved}))
+            new = replace(index, entries={**index.entries, name: moved})
+            check_drafters(new)
+            self._commit(index, new)
         return entry.versions[number]
 
-    def alias(self, alias: str, target: str) -> Alias:
+    def alias(self, alias: str, target: str, turbo: str | None = None) -> Alias:
         """Point `alias` at `NAME` (whatever it serves) or at `NAME@VERSION`, in one step.
 
-        Raises InvalidNameError, AdapterNotFoundError, and NameConflictError where `alias` is a
-        name or `target` an alias.
+        `turbo` names the heads that draft for it in the same way; without it, those of the target
+        do, where it has any. Raises InvalidNameError, AdapterNotFoundError, NameConflictError where
+        `alias` is a name, or `target` or `turbo` an alias, InvalidAdapterError where `turbo` has no
+        heads, and BaseMismatchError where its heads are for another base model than the target.
         """
         check_name(alias, what="alias")
-        reference = parse_reference(target)
         with self._writing() as index:
             if alias in index.entries:
                 raise NameConflictError(
                     "an adapter has this name", key=alias, remedy="choose another alias"
                 )
-            if reference.name in index.aliases:
-                pointed = index.aliases[reference.name]
-                raise NameConflictError(
-                    "an alias can't point at an alias", key=target, remedy=f"point it at {pointed}"
-                )
-            version = index.find(reference)
-            pointer = Alias(version.name, None if reference.selector is None else version.number)
+            version, number = pointed(index, target)
+            pointer = Alias(version.name, number)
+            if turbo is not None:
+                drafter, stays = pointed(index, turbo)
+                check_fit(drafter, self.info(drafter.digest), self.info(version.digest))
+                pointer = replace(pointer, turbo=str(Alias(drafter.name, stays)))
             self._commit(index, replace(index, aliases={**index.aliases, alias: pointer}))
         return pointer
 
@@ -315,7 +328,9 @@ class Store:
             replace_atomically(self._index.path, encode(new), self._tmp)
 
     @contextmanager
-    def _staged(self, adapter: CanonicalAdapter) -> Iterator[tuple[Path, str]]:
+    def _staged(
+        self, adapter: CanonicalAdapter, base: BaseSpec | None
+    ) -> Iterator[tuple[Path, str]]:
         """A complete version directory under `tmp/`, on the disk, and its digest."""
         directory = self._tmp / secrets.token_hex(16)
         with ExitStack() as stack:
@@ -327,7 +342,7 @@ class Store:
                 size = file.tell()
                 file.flush()
                 os.fsync(file.fileno())
-            info = describe(adapter, digest, size=size, created=time.time())
+            info = describe(adapter, digest, size=size, created=time.time(), base=base)
             write_synced(directory / INFO_FILE, info.encode())
             sync_directory(directory)
             yield directory, digest

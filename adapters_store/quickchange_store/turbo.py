@@ -72,6 +72,42 @@ class TurboHeads:
                 f"{len(self.outputs)} own LM heads for {len(self.heads)} heads",
                 remedy="give one for each head, or none",
             )
+        self._check_vocabulary()
+        self._check_outputs()
+
+    def _check_vocabulary(self) -> None:
+        import torch
+
+        tokens = self.vocabulary
+        if tokens is None:
+            return
+        ascending = (
+            tokens.dtype == torch.int32
+            and tokens.ndim == 1
+            and len(tokens) > 0
+            and int(tokens[0]) >= 0
+            and bool((tokens[1:] > tokens[:-1]).all())
+        )
+        if not ascending:
+            raise InvalidAdapterError(
+                f"a vocabulary {tokens.dtype} {list(tokens.shape)} that is not a list of tokens",
+                key="vocabulary",
+                remedy="it must be int32 [D], ascending, from 0 and without repetition",
+            )
+
+    def _check_outputs(self) -> None:
+        rows = None if self.vocabulary is None else len(self.vocabulary)
+        shapes = {tuple(output.shape) for output in self.outputs}
+        fitting = [
+            s for s in shapes if len(s) == 2 and s[1] == self.hidden and rows in (None, s[0])
+        ]
+        if len(shapes) > 1 or len(fitting) != len(shapes):
+            raise InvalidAdapterError(
+                f"own LM heads {[list(shape) for shape in sorted(shapes)]} for a hidden size of "
+                f"{self.hidden}" + ("" if rows is None else f" and a vocabulary of {rows} tokens"),
+                key="outputs",
+                remedy="they must be [V, H], or [D, H] where there is a vocabulary",
+            )
 
     def _check_head(self, head: tuple[int, ...]) -> None:
         if not all(0 <= index < len(self.blocks) for index in head):
