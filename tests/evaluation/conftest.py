@@ -41,7 +41,7 @@ def _base() -> LlamaForCausalLM:
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
-    signs = "abcdefghijklmnopqrstuvwxyz {}\":"
+    signs = 'abcdefghijklmnopqrstuvwxyz {}":'
     vocabulary = {"<eos>": 0} | {sign: i + 1 for i, sign in enumerate(signs)}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="z"))
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")

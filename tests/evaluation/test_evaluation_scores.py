@@ -20,7 +20,16 @@ def test_objects_and_arrays_are_json(text: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", '{"a": 1} and more', "```json\n{}\n```", "{'a': 1}", '{"a": NaN}', "[Infinity]", "42"],
+    [
+        "",
+        "{",
+        '{"a": 1} and more',
+        "```json\n{}\n```",
+        "{'a': 1}",
+        '{"a": NaN}',
+        "[Infinity]",
+        "42",
+    ],
 )
 def test_what_is_cut_off_wrapped_or_bare_is_not_json(text: str) -> None:
     assert not is_json(text)

@@ -91,19 +91,19 @@ class Adapters:
             raise AdapterNotFoundError(
                 f"{name!r} is not a folder", remedy="give --store for adapters by name"
             )
-        digest = self._store.resolve(name).digest
-        return self._keep(digest, self._store.load(digest))
+        resolved = self._store.resolve(name)
+        if resolved.turbo is not None:
+            self._read[resolved.turbo] = self._store.load(resolved.turbo)
+        return self._keep(resolved.digest, self._store.load(resolved.digest), resolved.turbo)
 
     def _by_folder(self, folder: Path) -> _Found:
         adapter = read_adapter(folder, self._spec).adapter
-        return self._keep(digest_of(adapter), adapter)
+        digest = digest_of(adapter)
+        return self._keep(digest, adapter, None if adapter.turbo is None else digest)
 
-    def _keep(self, digest: str, adapter: CanonicalAdapter) -> _Found:
+    def _keep(self, digest: str, adapter: CanonicalAdapter, turbo: str | None) -> _Found:
         self._read[digest] = adapter
-        return _Found(
-            adapter=digest if adapter.updates else None,
-            turbo=digest if adapter.turbo is not None else None,
-        )
+        return _Found(digest if adapter.updates else None, turbo)
 
 
 def _split(text: str) -> tuple[str, str]:
