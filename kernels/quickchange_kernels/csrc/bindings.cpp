@@ -42,6 +42,8 @@ TORCH_LIBRARY_IMPL(quickchange, CPU, m) {
   m.impl("silu_mul", silu_mul);
   m.impl("rotary_", rotary_);
   m.impl("turbo_heads", turbo_heads);
+  m.impl("head_logits", head_logits);
+  m.impl("draft_logits", draft_logits);
   m.impl("sample", sample);
 #ifdef __SIZEOF_INT128__
   m.impl("philox_uniform", philox_uniform);
