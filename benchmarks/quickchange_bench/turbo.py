@@ -286,11 +286,10 @@ def count_drafts(exposition: str) -> Drafts:
 def side_of(done: Sequence[Completion], before: Drafts, after: Drafts) -> Side:
     """A round's figures: its requests' outcomes, and the drafts counted ahead of it and behind."""
     summary = summarise(done, None)
+    between = after - before
     depths = tuple(
-        Depth(
-            depth, *(after[what, depth] - before[what, depth] for what in ("drafted", "accepted"))
-        )
-        for depth in sorted({depth for _, depth in after})
+        Depth(depth, between["drafted", depth], between["accepted", depth])
+        for depth in sorted({depth for _, depth in between})
     )
     undrafted = summary.output_tokens - sum(depth.accepted for depth in depths)
     return Side(

@@ -101,7 +101,7 @@ class LossMeter:
         holder = self._model.holder
         holder.step = Step(_attention_batch(group, self._device), adapters)
         try:
-            return forward(self._model.module, ids, positions, rows).logits
+            return forward(self._model, ids, positions, rows).logits
         finally:
             holder.step = None
 
