@@ -7,7 +7,9 @@ rank, B's first row is the bias, exactly as it was trained (folding it into a fr
 it by the scale). A gain is a page of its own too, and only as long as its one row: gain − 1, which
 a short dtype holds better than the gain.
 
-Behind them come the pages of the adapter's Turbo heads (head_image.py). Built beside decoding, so the work is cut in pieces that stay below torch's threshold for entering a
+Behind them come the pages of the adapter's Turbo heads (head_image.py).
+
+Built beside decoding, so the work is cut in pieces that stay below torch's threshold for entering a
 parallel region: they would fight the engine's threads for its cores, and a second thread that ever
 enters one gets a thread team of its own, after which OpenMP, seeing more threads than cores, lets
 the engine's team sleep between regions (a step of SmolLM2 took 30 ms instead of 24 from then on).

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from itertools import takewhile
+from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -17,7 +17,7 @@ from quickchange_server.adapters.pool import DevicePool
 from quickchange_server.adapters.residency import Residency
 from quickchange_server.engine.kv_cache import KVBlocks
 from quickchange_server.engine.runner import Result, Runner
-from quickchange_server.engine.sampler import Sampled
+from quickchange_server.engine.sampler import RowError, Sampled
 from quickchange_server.engine.scheduler import Scheduled, Scheduler
 from quickchange_server.engine.sequence import Sequence
 from quickchange_server.engine.speculation import DraftReport, Speculation, head_drafts
@@ -185,16 +185,15 @@ class Engine:
         if result is None:
             self.scheduler.advance(item, ())
             return []
-        drawn = list(takewhile(lambda row: isinstance(row, Sampled), result.sampled))
+        drawn, error = _until_error(result.sampled)
         taken, reason = self.scheduler.advance(item, [row.token_id for row in drawn])
         sequence.head_drafts = head_drafts(len(sequence.tokens), result.drafts)
         deltas = []
         if taken:
             held = len(result.sampled) - 1
             deltas.append(self._delta(item, drawn[:taken], reason, min(taken, held)))
-        if reason is None and len(drawn) < len(result.sampled):
+        if reason is None and error is not None:
             self.scheduler.finish(sequence)
-            error = result.sampled[len(drawn)].error
             deltas.append(_error(sequence.request_id, error, "internal"))
         return deltas
 
@@ -245,6 +244,16 @@ class Engine:
             draft_estimate=drafted.estimate,
             draft_gain=drafted.gain,
         )
+
+
+def _until_error(rows: Seq[Sampled | RowError]) -> tuple[list[Sampled], str | None]:
+    """The tokens before the first row that has none, and what is wrong with that."""
+    drawn: list[Sampled] = []
+    for row in rows:
+        if isinstance(row, RowError):
+            return drawn, row.error
+        drawn.append(row)
+    return drawn, None
 
 
 def torch_dtype(name: str) -> torch.dtype:

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from quickchange_server.engine.acceptance import DEEPEST, Acceptance, Drafter, Offers, Trials
+from quickchange_server.engine.depths import Prospect, depths
 from quickchange_server.engine.lookup import PromptLookup
-from quickchange_server.engine.purchase import Load, Prospect, buy_chains, depths, expected_tokens
+from quickchange_server.engine.purchase import Load, buy_chains, expected_tokens
 from quickchange_server.engine.runner import Ran, Result
 from quickchange_server.engine.scheduler import Scheduled
 from quickchange_server.engine.sequence import HeadDrafts, Sequence

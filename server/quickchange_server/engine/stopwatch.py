@@ -38,8 +38,8 @@ class CudaStopwatch:
         self._marks: list[torch.cuda.Event] = []
 
     def mark(self) -> None:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()  # type: ignore[no-untyped-call]
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
         self._marks.append(event)
 
     def seconds(self) -> list[float]:

@@ -66,6 +66,10 @@ class Drafter:
         self._plain = self._head if isinstance(self._head, BaseLinear) else None
         self._embedding = embedding.base if isinstance(embedding, AdaptedEmbedding) else embedding
 
+    @property
+    def facts(self) -> HeadFacts:
+        return HeadFacts(plain=self._plain is not None, group=self._group)
+
     @torch.inference_mode()
     def draft(
         self,
@@ -82,11 +86,14 @@ class Drafter:
         Sequential heads follow their best candidates. An item's drafts do not depend on the others.
         Raises ValueError for a slot without heads, and for a depth that its heads don't have.
         """
-        facts = HeadFacts(plain=self._plain is not None, group=self._group)
-        planner = Planner(items, adapters, facts, hidden.shape[0], self._device)
-        call = _Call(planner.vocabularies, adapters, tokens, (len(items), planner.depth, width))
+        planner = Planner(items, adapters, self.facts, hidden.shape[0], self._device)
+        call = DraftCall(planner.vocabularies, adapters, tokens, (len(items), planner.depth, width))
+        return self.compute(upload(planner.rounds(), self._device), hidden, call)
+
+    def compute(self, rounds: Sequence[Round], hidden: Tensor, call: DraftCall) -> Drafts:
+        """What `draft` does on the device. All tensors are there."""
         states = hidden
-        for number, part in enumerate(upload(planner.rounds(), self._device)):
+        for number, part in enumerate(rounds):
             states = self._states(part, hidden, states, call, first=number == 0)
             if part.module is not None:
                 self._through_module(part.module, states, call)
@@ -97,7 +104,7 @@ class Drafter:
         return call.drafts
 
     def _states(
-        self, part: Round, hidden: Tensor, before: Tensor, call: _Call, *, first: bool
+        self, part: Round, hidden: Tensor, before: Tensor, call: DraftCall, *, first: bool
     ) -> Tensor:
         """[rows of the round, H] what the heads end with."""
         heads = call.adapters.heads
@@ -113,14 +120,14 @@ class Drafter:
             found = out if level.rows is None else found.index_copy(0, level.rows, out)
         return found
 
-    def _begin(self, begin: Beginning, before: Tensor, tokens: Tensor, call: _Call) -> Tensor:
+    def _begin(self, begin: Beginning, before: Tensor, tokens: Tensor, call: DraftCall) -> Tensor:
         """[S, H] behind the first blocks of sequential heads."""
         x = _chosen(before, begin.states)
         embedded: Tensor = self._embedding(tokens.index_select(0, begin.tokens))
         z = torch.cat([x, embedded.to(x.dtype)], dim=1)
         return turbo_heads(x, z, call.adapters.heads, begin.items)
 
-    def _through_module(self, part: ModuleLogits, states: Tensor, call: _Call) -> None:
+    def _through_module(self, part: ModuleLogits, states: Tensor, call: DraftCall) -> None:
         rows = _chosen(states, part.rows)
         logits: Tensor = self._head(rows)
         if part.segments is not None and self._group is not None:
@@ -134,7 +141,7 @@ class Drafter:
             call.choose(picked, part.over_columns)
 
 
-class _Call:
+class DraftCall:
     """What one call of `draft` reads throughout, and its drafts as they come."""
 
     def __init__(
@@ -189,14 +196,14 @@ class _Call:
         return self.vocabulary[at].long()
 
 
-def _over_subset(part: SubsetLogits, head: BaseLinear, states: Tensor, call: _Call) -> None:
+def _over_subset(part: SubsetLogits, head: BaseLinear, states: Tensor, call: DraftCall) -> None:
     rows = _chosen(states, part.rows)
     vocabulary, segments = call.vocabulary, part.segments
     logits = draft_logits(rows, head.weight, vocabulary, segments, part.width, head.bias)
     call.choose(logits, part.choice)
 
 
-def _through_own(part: OwnLogits, states: Tensor, call: _Call) -> None:
+def _through_own(part: OwnLogits, states: Tensor, call: DraftCall) -> None:
     logits = head_logits(states, call.adapters.heads, part.items, part.width)
     call.choose(logits, part.choice)
 

@@ -83,6 +83,7 @@ def prepare(
 ) -> LoadedModel:
     """Wrap a model that was loaded with `attn_implementation="quickchange"`."""
     config: PretrainedConfig = model.config
+    _refuse_headless(model)
     model.requires_grad_(False)
     holder = StepHolder()
     base = int8_linear if quantization == "int8" else base_linear
@@ -93,7 +94,8 @@ def prepare(
     connect(model, wrapper.entrances)
     recorder = ShapeRecorder()
     attention.install(model, recorder)
-    head, head_input = _output_head(model)
+    head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+    head_input = HeadInput(head)
     logits = _logits(model, torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long))
     if len(recorder.layers) != config.get_text_config().num_hidden_layers:
         raise UnsupportedModelError(
@@ -113,17 +115,6 @@ def prepare(
         head_input=head_input,
         embedding=model.get_input_embeddings(),  # type: ignore[operator]
     )
-
-
-def _output_head(model: nn.Module) -> tuple[nn.Module, HeadInput]:
-    """The LM head, and what shows its input from now on."""
-    head: nn.Module | None = model.get_output_embeddings()  # type: ignore[operator]
-    if head is None:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has no module that makes its logits (get_output_embeddings); "
-            "models without an LM head can't be served"
-        )
-    return head, HeadInput(head)
 
 
 @torch.inference_mode()
@@ -155,6 +146,14 @@ def _logits(
     )
     logits: torch.Tensor = output.logits[0]
     return logits
+
+
+def _refuse_headless(model: nn.Module) -> None:
+    if model.get_output_embeddings() is None:  # type: ignore[operator]
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no module that makes its logits (get_output_embeddings); "
+            "models without an LM head can't be served"
+        )
 
 
 def _refuse_other_state(config: PretrainedConfig) -> None:
