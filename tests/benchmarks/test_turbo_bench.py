@@ -127,14 +127,12 @@ def pairs_of(fake: DraftingServer, chosen: TurboOptions) -> list[TurboPair]:
 
 def test_both_sides_ask_the_same_of_the_same_model(fake: DraftingServer, tmp_path: Any) -> None:
     pairs_of(fake, options(tmp_path, loads=(Load(1),), repeat=1))
-    sides = {
-        turbo: [
-            (b["model"], b["prompt"], b["max_tokens"]) for b in fake.bodies if b["turbo"] == turbo
-        ]
+    on, off = (
+        [(b["model"], b["prompt"], b["max_tokens"]) for b in fake.bodies if b["turbo"] == turbo]
         for turbo in ("auto", "off")
-    }
-    assert sides["auto"] == sides["off"]
-    assert len(sides["auto"]) == 4 + 8  # warm-up, then the round
+    )
+    assert on == off
+    assert len(on) == 4 + 8  # warm-up, then the round
     assert all("ignore_eos" not in body for body in fake.bodies)
 
 
@@ -208,13 +206,9 @@ def test_a_load_without_a_token_is_an_error() -> None:
 def test_the_table_names_acceptance_and_differences() -> None:
     on = replace(side(20.0), depths=(Depth(1, 10, 9), Depth(2, 10, 5)))
     gains = summarise_gains([TurboPair("sql", Load(16), 0, on, side(10.0), different=0)])
-    result = TurboResult(
-        "m", machine=None, commit=None, command="", started="", gains=gains, pairs=()
-    )  # type: ignore[arg-type]
-    header, _, row = turbo_table(result).splitlines()
-    cells = dict(
-        zip(map(str.strip, header.split("|")), map(str.strip, row.split("|")), strict=True)
-    )
+    result = TurboResult("m", machine(), None, "", "", gains, ())
+    header, _, row = (line.split("|") for line in turbo_table(result).splitlines())
+    cells = dict(zip(map(str.strip, header), map(str.strip, row), strict=True))
     assert cells["on / off"] == "2.00"
     assert cells["accepted by depth"] == "0.90 0.50"
     assert cells["different"] == "0"
