@@ -131,7 +131,7 @@ def test_both_sides_ask_the_same_of_the_same_model(fake: DraftingServer, tmp_pat
         [(b["model"], b["prompt"], b["max_tokens"]) for b in fake.bodies if b["turbo"] == turbo]
         for turbo in ("auto", "off")
     )
-    assert on == off
+    assert sorted(on) == sorted(off)
     assert len(on) == 4 + 8  # warm-up, then the round
     assert all("ignore_eos" not in body for body in fake.bodies)
 
