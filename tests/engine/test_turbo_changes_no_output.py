@@ -19,11 +19,11 @@ import pytest
 import torch
 from engine_driver import make_engine
 from hypothesis import HealthCheck, given, settings
-from quickchange_server.engine.purchase import Load, Purchase
 from turbo_models import HEADS, KV_BYTES, VOCABULARY, TurboModels, make_turbo_models
 
 from quickchange_server.engine import speculation
 from quickchange_server.engine.engine import Engine
+from quickchange_server.engine.purchase import Load, Purchase
 from quickchange_server.messages import (
     Component,
     Delta,
