@@ -86,7 +86,7 @@ class TurboHeads:
             and tokens.ndim == 1
             and len(tokens) > 0
             and int(tokens[0]) >= 0
-            and bool((tokens[1:] > tokens[:-1]).all())
+            and bool((tokens.diff() > 0).numpy().all())
         )
         if not ascending:
             raise InvalidAdapterError(

@@ -225,6 +225,11 @@ class Speculation:
         ]
 
 
+def _expected(chain: Seq[_Draft]) -> float:
+    """Tokens that a chain brings, if all of it is verified."""
+    return expected_tokens([draft.chance for draft in chain])
+
+
 def _heads_of(sequence: Sequence) -> Drafter | None:
     return None if sequence.heads is None else Drafter(sequence.heads, sequence.key)
 
