@@ -15,11 +15,16 @@ from typing import Annotated, Any
 import typer
 
 from quickchange_store.errors import StoreError
+from quickchange_store.exporting import Layout, export_adapter
 from quickchange_store.index import Version
+from quickchange_store.info import AdapterInfo
 from quickchange_store.store import GC_MIN_AGE, Store
 
 app = typer.Typer(
-    name="adapters", help="Add, list, version and remove adapters.", no_args_is_help=True
+    name="adapters",
+    help="Add, list, version and remove adapters.",
+    no_args_is_help=True,
+    add_completion=False,
 )
 
 StoreOption = Annotated[
@@ -34,11 +39,17 @@ ModelOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
+_COLUMNS = (
+    *("NAME", "VERSION", "DIGEST", "KIND", "RANK"),
+    *("TARGETS", "PARAMETERS", "SIZE", "CREATED"),
+)
+
+
 @app.command()
 def add(
     name: Annotated[str, typer.Argument(help="The adapter's name.")],
     directory: Annotated[
-        Path, typer.Argument(help="Folder of the adapter, as PEFT or AdapterHub saves it.")
+        Path, typer.Argument(help="Folder of the adapter: PEFT, AdapterHub, Medusa heads.")
     ],
     store: StoreOption,
     model: ModelOption,
@@ -66,17 +77,19 @@ def list_adapters(store: StoreOption, as_json: JsonOption = False) -> None:
         index = opened.snapshot()
         serving = [e.versions[e.current] for _, e in sorted(index.entries.items())]
         aliases = {alias: str(target) for alias, target in sorted(index.aliases.items())}
+        turbo = {a: t.turbo for a, t in sorted(index.aliases.items()) if t.turbo is not None}
         described = [_described(opened, version) for version in serving]
         if as_json:
-            _print_json({"adapters": described, "aliases": aliases})
+            _print_json({"adapters": described, "aliases": aliases, "turbo": turbo})
             return
         _print_table(
-            ("NAME", "VERSION", "DIGEST", "RANK", "TARGETS", "PARAMETERS", "SIZE", "CREATED"),
+            _COLUMNS,
             [_row(entry) for entry in described],
         )
         if aliases:
             typer.echo()
-            _print_table(("ALIAS", "TARGET"), list(aliases.items()))
+            rows = [(alias, target, turbo.get(alias, "-")) for alias, target in aliases.items()]
+            _print_table(("ALIAS", "TARGET", "TURBO"), rows)
 
 
 @app.command()
@@ -100,11 +113,42 @@ def show(
                 for alias, target in opened.aliases().items()
                 if target.name == resolved.name
             },
+            "drafts_with": resolved.turbo,
         }
         if as_json:
             _print_json(detail)
             return
+        detail["turbo"] = _turbo_line(detail["turbo"])
         _print_table(("FIELD", "VALUE"), [(key, _cell(value)) for key, value in detail.items()])
+
+
+@app.command()
+def export(
+    name: Annotated[str, typer.Argument(help="NAME, NAME@VERSION or an alias.")],
+    directory: Annotated[Path, typer.Argument(help="Folder to write, which must not exist yet.")],
+    store: StoreOption,
+    model: ModelOption,
+    layout: Annotated[
+        Layout,
+        typer.Option(
+            "--format",
+            help="lorax: LoRA and Medusa heads; vllm: the heads alone, as vLLM's Medusa; peft: the "
+            "LoRA alone; turbo: LoRA, and heads of any kind.",
+        ),
+    ],
+    as_json: JsonOption = False,
+) -> None:
+    """Write an adapter as a folder that other tools, or `add`, read."""
+    from quickchange_store.base import base_spec  # imports torch: seconds
+
+    with _errors_shown():
+        opened = Store(store)
+        adapter = opened.load(opened.resolve(name).digest)
+        written = export_adapter(adapter, directory, layout, base_spec(model))
+        if as_json:
+            _print_json({"directory": str(directory), "parts": list(written)})
+        else:
+            typer.echo(f"wrote {' and '.join(written)} to {directory}")
 
 
 @app.command()
@@ -124,15 +168,20 @@ def alias(
     alias: Annotated[str, typer.Argument(help="The alias.")],
     target: Annotated[str, typer.Argument(help="NAME (what it serves) or NAME@VERSION.")],
     store: StoreOption,
+    turbo: Annotated[
+        str | None,
+        typer.Option("--turbo", help="NAME or NAME@VERSION of the heads that draft for it."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Point an alias at an adapter, or move it, in one step."""
+    """Point an alias at an adapter and at the Turbo that drafts for it, in one step."""
     with _errors_shown():
-        pointer = Store(store).alias(alias, target)
+        pointer = Store(store).alias(alias, target, turbo)
         if as_json:
-            _print_json({"alias": alias, "target": str(pointer)})
+            _print_json({"alias": alias, "target": str(pointer), "turbo": pointer.turbo})
         else:
-            typer.echo(f"{alias} -> {pointer}")
+            drafts = "" if pointer.turbo is None else f", drafts with {pointer.turbo}"
+            typer.echo(f"{alias} -> {pointer}{drafts}")
 
 
 @app.command()
@@ -229,6 +278,7 @@ def _described(store: Store, version: Version) -> dict[str, Any]:
     info = store.info(version.digest)
     return {
         **_version(version),
+        "kind": info.kind,
         "architecture": info.architecture,
         "base_name": info.base_name,
         "ranks": list(info.ranks),
@@ -237,7 +287,43 @@ def _described(store: Store, version: Version) -> dict[str, Any]:
         "parameters": info.parameters,
         "dtypes": list(info.dtypes),
         "bytes": info.size,
+        "turbo": _turbo(info),
     }
+
+
+def _turbo(info: AdapterInfo) -> dict[str, Any] | None:
+    """The Turbo part in figures, beside what as many Medusa-1 heads would need."""
+    if info.turbo is None:
+        return None
+    known = info.base_vocabulary
+    medusa = None if known is None else info.turbo.medusa_parameters(known)
+    return {
+        "heads": info.turbo.depth,
+        "sequential": info.turbo.sequential,
+        "vocabulary": info.turbo.vocabulary,
+        "own_lm_heads": info.turbo.own_outputs,
+        "hidden": info.turbo.hidden,
+        "parameters": info.turbo.parameters,
+        "medusa_parameters": medusa,
+        "fewer_than_medusa": None if medusa is None else medusa / info.turbo.parameters,
+    }
+
+
+def _turbo_line(turbo: dict[str, Any] | None) -> str:
+    if turbo is None:
+        return "-"
+    drafted = "all" if turbo["vocabulary"] is None else f"{turbo['vocabulary']:,}"
+    line = (
+        f"{turbo['heads']} {'sequential' if turbo['sequential'] else 'parallel'} heads, "
+        f"{drafted} tokens, {'own LM heads' if turbo['own_lm_heads'] else 'shared LM head'}, "
+        f"{turbo['parameters']:,} parameters"
+    )
+    if turbo["medusa_parameters"] is None:
+        return line
+    return (
+        f"{line}; Medusa-1 has {turbo['medusa_parameters']:,} for as many heads, "
+        f"{turbo['fewer_than_medusa']:.1f}x"
+    )
 
 
 def _row(entry: dict[str, Any]) -> tuple[str, ...]:
@@ -245,8 +331,9 @@ def _row(entry: dict[str, Any]) -> tuple[str, ...]:
         entry["name"],
         str(entry["version"]),
         entry["digest"][:12],
-        ",".join(str(rank) for rank in entry["ranks"]),
-        ",".join(entry["targets"]),
+        entry["kind"] or "-",
+        ",".join(str(rank) for rank in entry["ranks"]) or "-",
+        ",".join(entry["targets"]) or "-",
         f"{entry['parameters']:,}",
         _size(entry["bytes"]),
         entry["created"],
@@ -262,6 +349,8 @@ def _report(versions: Sequence[dict[str, Any]], as_json: bool, verb: str) -> Non
 
 
 def _cell(value: Any) -> str:
+    if value in (None, "", [], {}):
+        return "-"
     if isinstance(value, dict):
         return ", ".join(f"{key} -> {target}" for key, target in value.items())
     if isinstance(value, list):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,3 +76,25 @@ def replace_atomically(path: Path, content: bytes, scratch: Path) -> None:
     write_synced(temporary, content)
     temporary.replace(path)
     sync_directory(path.parent)
+
+
+def abandoned(path: Path, before: float) -> bool:
+    """Whether `path` was last changed at `before` or earlier and no living process holds it."""
+    try:
+        return path.stat().st_mtime <= before and not (path.is_dir() and is_held(path))
+    except FileNotFoundError:  # its writer has just removed it
+        return False
+
+
+def tree_size(path: Path) -> int:
+    """Bytes of a file, or of all files of a directory."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def delete(path: Path) -> None:
+    """Remove a file or a directory; a file that is gone already is no error."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)  # its writer may have removed it since it was listed

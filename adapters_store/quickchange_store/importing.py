@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from quickchange_store.canonical import BaseSpec
+from quickchange_store.canonical import BaseSpec, CanonicalAdapter
 from quickchange_store.errors import InvalidAdapterError, UnsupportedFeatureError
 from quickchange_store.formats.adapterhub import read_adapterhub
 from quickchange_store.formats.config_file import CONFIG_FILE, read_config
+from quickchange_store.formats.heads import read_heads
 from quickchange_store.formats.ia3 import read_ia3
 from quickchange_store.formats.imported import Imported
 from quickchange_store.formats.peft import read_peft
+from quickchange_store.formats.peft_common import WEIGHTS_FILE
 from quickchange_store.index import Version
 from quickchange_store.names import check_name
 from quickchange_store.store import Store
-
-TURBO_FILE = "medusa_lm_head.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +38,28 @@ def add_adapter(store: Store, name: str, directory: Path, base: BaseSpec) -> Add
 
 
 def read_adapter(directory: Path, base: BaseSpec) -> Imported:
-    """Read an adapter of any supported format. Raises StoreError."""
+    """Read an adapter of any supported format: updates, Turbo heads or both. Raises StoreError."""
     if not directory.is_dir():
         raise InvalidAdapterError(
             "no such folder", file=str(directory), remedy="give the folder that holds the adapter"
         )
-    _refuse_turbo(directory)
+    heads = read_heads(directory, base)
+    if heads is None:
+        return _read_updates(directory, base)
+    if not any((directory / name).exists() for name in (CONFIG_FILE, WEIGHTS_FILE)):
+        source = dict(heads.source)
+        turbo = CanonicalAdapter(base.architecture, heads.base_name, {}, source, heads.heads)
+        return Imported(turbo, heads.warnings)
+    read = _read_updates(directory, base)
+    both = replace(
+        read.adapter,
+        turbo=heads.heads,
+        source={**read.adapter.source, "turbo": dict(heads.source)},
+    )
+    return Imported(both, read.warnings + heads.warnings)
+
+
+def _read_updates(directory: Path, base: BaseSpec) -> Imported:
     if not (directory / CONFIG_FILE).is_file() and (directory / "model.safetensors").is_file():
         raise UnsupportedFeatureError(
             "this is a whole model, not an adapter",
@@ -57,25 +72,3 @@ def read_adapter(directory: Path, base: BaseSpec) -> Imported:
     if "peft_type" not in config and ("config" in config or "model_type" in config):
         return read_adapterhub(directory, base)
     return read_peft(directory, base)
-
-
-def _refuse_turbo(directory: Path) -> None:
-    key = "medusa_num_heads"
-    file = TURBO_FILE if (directory / TURBO_FILE).exists() else None
-    if file is None and key in _config_keys(directory / "config.json"):
-        file = "config.json"
-    if file is not None:
-        raise UnsupportedFeatureError(
-            "Turbo (Medusa) heads are not supported by this version yet",
-            file=file,
-            key=key,
-            remedy="give a folder that holds the LoRA alone",
-        )
-
-
-def _config_keys(path: Path) -> set[str]:
-    try:
-        config = json.loads(path.read_bytes())
-    except (OSError, ValueError):  # absent, or not ours to judge: only Turbo's key matters
-        return set()
-    return set(config) if isinstance(config, dict) else set()

@@ -20,6 +20,7 @@ from quickchange_store.errors import (
     AmbiguousVersionError,
     CorruptStoreError,
     InUseError,
+    InvalidNameError,
     NameConflictError,
 )
 from quickchange_store.names import Reference, parse_reference
@@ -281,7 +282,7 @@ def decode(content: bytes, path: Path) -> Index:
             for alias, target in tree["aliases"].items()
         }
         _check_pointers(entries, aliases)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, InvalidNameError) as error:
         raise CorruptStoreError(
             f"the index is damaged ({error!r})",
             file=str(path),

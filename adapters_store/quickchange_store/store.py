@@ -38,11 +38,13 @@ from quickchange_store.errors import (
     StoreError,
 )
 from quickchange_store.files import (
+    abandoned,
+    delete,
     exclusive_lock,
     held_directory,
-    is_held,
     replace_atomically,
     sync_directory,
+    tree_size,
     write_synced,
 )
 from quickchange_store.index import (
@@ -294,13 +296,13 @@ class Store:
             return Collected((), 0, 0)
         before = time.time() - min_age
         with self._writing() as index:
-            dead = [path for path in self._temporaries() if _abandoned(path, before)]
+            dead = [path for path in self._temporaries() if abandoned(path, before)]
             old = [p for p in self._unreferenced(index) if p.stat().st_mtime <= before]
             # Moved in one step first: a crash while deleting never leaves half a version.
             trash = [p.rename(self._tmp / f"{p.name}.{secrets.token_hex(8)}") for p in old]
-            freed = sum(_size(path) for path in [*dead, *trash])
+            freed = sum(tree_size(path) for path in [*dead, *trash])
             for path in [*dead, *trash]:
-                _delete(path)
+                delete(path)
         return Collected(tuple(path.name for path in old), len(dead), freed)
 
     # --- internal -------------------------------------------------------------------------------
@@ -401,22 +403,3 @@ def _intact(directory: Path, digest: str) -> bool:
     except CorruptVersionError:
         return False
     return True
-
-
-def _abandoned(path: Path, before: float) -> bool:
-    try:
-        return path.stat().st_mtime <= before and not (path.is_dir() and is_held(path))
-    except FileNotFoundError:  # its writer has just removed it
-        return False
-
-
-def _size(path: Path) -> int:
-    files = path.rglob("*") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files if file.is_file())
-
-
-def _delete(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)  # its writer may have removed it since it was listed

@@ -41,8 +41,8 @@ class TurboLayout:
     def decode(cls, tree: Mapping[str, Any]) -> TurboLayout:
         """Raises KeyError, TypeError or ValueError where the header is damaged."""
         return cls(
-            heads=tuple(tuple(int(index) for index in head) for head in tree["heads"]),
-            outputs=tuple(int(index) for index in tree["outputs"]),
+            heads=tuple(tuple(map(_number, head)) for head in tree["heads"]),
+            outputs=tuple(map(_number, tree["outputs"])),
             sequential=bool(tree["sequential"]),
             vocabulary=bool(tree["vocabulary"]),
         )
@@ -119,6 +119,12 @@ def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
     if left.dtype != right.dtype or left.shape != right.shape:
         return False
     return torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (left, right)))
+
+
+def _number(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{value!r} is not a number from 0")
+    return value
 
 
 def _weight(number: int) -> str:

@@ -6,14 +6,18 @@ HTTP, a second process or text.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from quickchange_server.engine.engine import Engine, torch_dtype
 from quickchange_server.messages import (
@@ -31,6 +35,11 @@ from quickchange_server.model.load import load_model
 from quickchange_server.settings import Settings
 from quickchange_store.canonical import CanonicalAdapter
 from quickchange_store.store import Store
+from quickchange_store.training.turbo_data import Generate, OnOutput
+from quickchange_store.training.turbo_heads import Wanted
+
+_TOGETHER = 48  # sequences of a step that makes outputs
+_THE_ADAPTER = "adapter"  # stands for the digest of the only one
 
 LoadAdapter = Callable[[str], CanonicalAdapter]
 
@@ -59,6 +68,7 @@ class Completion:
     seconds: float  # to its last token
     drafted: int  # draft tokens verified for it
     accepted: int  # of its tokens, those that came from accepted drafts
+    states: Tensor | None = None  # [tokens, H] where they were asked for: see `OfflineEngine.run`
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +107,7 @@ class _Pending:
     first: float = 0.0
     drafted: int = 0
     accepted: int = 0
+    states: list[Tensor] = field(default_factory=list)  # [H] each
 
     def add(self, delta: Delta) -> None:
         if delta.token_ids and not self.tokens:
@@ -113,7 +124,29 @@ class _Pending:
             seconds=time.monotonic() - self.submitted,
             drafted=self.drafted,
             accepted=self.accepted,
+            states=torch.stack(self.states) if self.states else None,
         )
+
+
+class _StateTap:
+    """Sees what enters the LM head: one row for each token that a step samples, in its order."""
+
+    def __init__(self, head: torch.nn.Module) -> None:
+        self._rows: Tensor | None = None
+        self._handle = head.register_forward_pre_hook(self._keep)
+
+    def _keep(self, _head: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        self._rows = args[0].reshape(-1, args[0].shape[-1])
+
+    def take(self) -> Tensor:
+        """The last step's rows [tokens, H], on the CPU."""
+        rows, self._rows = self._rows, None
+        if rows is None:
+            raise RuntimeError("a step sampled tokens without calling the LM head")
+        return rows.to("cpu", copy=True)
+
+    def close(self) -> None:
+        self._handle.remove()
 
 
 class OfflineEngine:
@@ -135,6 +168,7 @@ class OfflineEngine:
             adapters=settings.adapters,
             quantization=settings.quantization,
         )
+        self._head = model.module.get_output_embeddings()  # type: ignore[operator]
         self._engine = Engine(
             model,
             settings,
@@ -161,22 +195,28 @@ class OfflineEngine:
         requests: Sequence[OfflineRequest],
         *,
         concurrency: int | None = None,
+        states: bool = False,
         on_finished: Callable[[int, Completion], None] | None = None,
     ) -> OfflineRun:
         """Answer all requests; `on_finished` hears of each (index, completion) as it ends.
 
         `concurrency`: requests in the engine at once, None: all (the settings' `max_sequences`
-        still bounds a step). Raises OfflineError at the first request that can't be answered.
+        still bounds a step). `states`: keep the hidden state that entered the LM head for each
+        token, in the model's dtype; for requests without drafting only. Raises OfflineError at the
+        first request that can't be answered, ValueError for states with drafting.
         """
+        if states and any(request.drafting is not None for request in requests):
+            raise ValueError("states are kept only of requests whose drafting is None")
         steps, counts = 0, _DraftTally()
         completions: dict[int, Completion] = {}
         waiting = iter(enumerate(requests))
         pending: dict[str, _Pending] = {}
         started = time.monotonic()
+        tap = _StateTap(self._head) if states else None
         try:
             self._submit(waiting, pending, concurrency or len(requests))
             while pending:
-                stats, ended = self._step(pending)
+                stats, ended = self._step(pending, tap)
                 steps += stats is not None
                 counts.add(stats)
                 for index, completion in ended:
@@ -185,6 +225,8 @@ class OfflineEngine:
                         on_finished(index, completion)
                 self._submit(waiting, pending, len(ended))
         finally:
+            if tap is not None:
+                tap.close()
             for request_id in pending:
                 self._engine.cancel(request_id)
         return OfflineRun(
@@ -217,7 +259,7 @@ class OfflineEngine:
             )
 
     def _step(
-        self, pending: dict[str, _Pending]
+        self, pending: dict[str, _Pending], tap: _StateTap | None
     ) -> tuple[StepStats | None, list[tuple[int, Completion]]]:
         """One step; what ended in it."""
         self._awake.clear()
@@ -226,6 +268,10 @@ class OfflineEngine:
         if report is None:
             self._awake.wait()  # nothing can run until an adapter has been read
             return None, []
+        sampled = [delta for delta in report.deltas if delta.token_ids]
+        if tap is not None and sampled:
+            for delta, state in zip(sampled, tap.take(), strict=True):
+                pending[delta.request_id].states.append(state)
         ended = []
         for delta in report.deltas:
             request = pending[delta.request_id]
@@ -261,3 +307,44 @@ class _DraftTally:
 def _failures(moves: Iterable[AdapterMoved | AdapterFailed]) -> str:
     """What went wrong with adapters, in one line."""
     return "; ".join(f"{m.digest}: {m.error}" for m in moves if isinstance(m, AdapterFailed))
+
+
+def generate_for(wanted: Wanted) -> Generate:
+    """A maker of greedy outputs for the training of heads: an engine that ends with the run.
+
+    Raises what `OfflineEngine` raises.
+    """
+
+    def generate(prompts: Sequence[Sequence[int]], on_output: OnOutput) -> None:
+        settings = Settings(
+            model=wanted.model,
+            store=Path(os.devnull),  # the only adapter is at hand
+            dtype=wanted.dtype,
+            max_model_len=wanted.max_length,
+            max_sequences=_TOGETHER,
+            adapters=wanted.adapter is not None,
+        )
+        sampling = SamplingParams(
+            seed=0,
+            max_tokens=wanted.max_new_tokens,
+            temperature=0.0,
+            stop_token_ids=wanted.stop_token_ids,
+        )
+        adapters = () if wanted.adapter is None else (Component(_THE_ADAPTER),)
+        requests = [OfflineRequest(tuple(prompt), sampling, adapters) for prompt in prompts]
+
+        def finished(index: int, completion: Completion) -> None:
+            if completion.states is None:
+                raise OfflineError(f"request {index}: it ended without a token")
+            on_output(index, completion.token_ids, completion.states)
+
+        with OfflineEngine(settings, lambda _digest: _known(wanted.adapter)) as engine:
+            engine.run(requests, states=True, on_finished=finished)
+
+    return generate
+
+
+def _known(adapter: CanonicalAdapter | None) -> CanonicalAdapter:
+    if adapter is None:
+        raise OfflineError("an adapter was asked for, but the outputs are the base's own")
+    return adapter

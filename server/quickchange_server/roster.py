@@ -16,7 +16,7 @@ from quickchange_server.flight import Flight
 # died: a sampled token depends on (seed, position) alone, so a request that ends an engine does it
 # at the same place again. An engine is at most a few steps ahead of what was received, each of
 # them one token and the accepted drafts, whose number may differ from the last time.
-CLEARED_AFTER_TOKENS = 32
+CLEARED_AFTER_TOKENS = 20
 
 
 class Roster:

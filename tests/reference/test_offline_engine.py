@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_models import VOCABULARY, greedy, make_model, save_model
 
-from quickchange_server.messages import Component, SamplingParams
+from quickchange_server.messages import Component, Drafting, SamplingParams
 from quickchange_server.offline import (
     Completion,
     OfflineEngine,
@@ -77,6 +78,27 @@ def test_each_request_is_told_of_once_with_times_in_order(engine: OfflineEngine)
     assert found.tokens == 4 * len(PROMPTS)
     for completion in found.completions:
         assert 0 < completion.first_token_seconds < completion.seconds <= found.seconds
+
+
+def test_states_are_what_enters_the_lm_head_of_transformers_model(engine: OfflineEngine) -> None:
+    with engine:
+        found = engine.run(
+            [asked(p, n) for p, n in zip(PROMPTS, LENGTHS, strict=True)], states=True
+        )
+    reference = make_model("llama-tied")
+    for prompt, completion in zip(PROMPTS, found.completions, strict=True):
+        tokens = torch.tensor([[*prompt, *completion.token_ids]])
+        with torch.inference_mode():
+            hidden = reference.model(input_ids=tokens).last_hidden_state[0]
+        torch.testing.assert_close(
+            completion.states, hidden[len(prompt) - 1 : -1], rtol=1e-4, atol=1e-4
+        )
+
+
+def test_states_are_refused_with_drafting(engine: OfflineEngine) -> None:
+    drafting = OfflineRequest((1,), SamplingParams(0, 3), drafting=Drafting(lookup=True))
+    with engine, pytest.raises(ValueError, match="drafting is None"):
+        engine.run([drafting], states=True)
 
 
 def test_one_bad_request_is_named_and_the_engine_goes_on(engine: OfflineEngine) -> None:

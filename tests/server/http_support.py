@@ -63,7 +63,7 @@ def write_medusa(folder: Path, value: float = 1.0) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     config = {"base_model_name_or_path": BASE, "medusa_num_heads": 2, "medusa_num_layers": 1}
     (folder / "config.json").write_text(json.dumps({**config, "version": "2"}))
-    weights = {f"{head}.0.linear.weight": torch.full((4, 4), value) for head in range(2)}
+    weights = {f"{head}.0.linear.weight": torch.full((4, 4), value + head) for head in range(2)}
     biases = {f"{head}.0.linear.bias": torch.zeros(4) for head in range(2)}
     save_file(weights | biases, folder / "medusa_lm_head.safetensors", metadata={"format": "pt"})
     return folder

@@ -353,9 +353,20 @@ def test_a_turbo_lora_folder_is_added_from_a_path_and_shown_with_its_heads(
         "parameters": 2 * (4 * 4 + 4),
         "medusa_1_ratio": round((4 * 4 + 258 * 4) / (4 * 4 + 4), 1),
     }
-    assert listed["turbo"] == shown["turbo"] == shown["info"]["turbo"] == heads
+    assert listed["turbo"] == shown["turbo"] == heads
     assert shown["versions"][0]["turbo"] == heads
     assert shown["info"]["ranks"] == [1]
+
+
+def test_an_older_version_is_shown_with_its_own_heads(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.add("both", make_turbo(1.0, lora=True, depth=3))
+    store.add("both", make_adapter(1.0))
+    with live_server(tmp_path) as live:
+        shown = live.http.get("/v1/adapters/both@1").json()
+        (listed,) = live.http.get("/v1/adapters").json()["data"]
+    assert (shown["turbo"]["depth"], listed["turbo"]) == (3, None)
+    assert [v["turbo"] is None for v in shown["versions"]] == [False, True]
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -370,6 +381,20 @@ def test_an_upload_may_hold_turbo_heads(tmp_path: Path, lora: bool) -> None:
         assert response.status_code == 201, response.text
         _, _, usage = answer_of(live, completion(None, model="fast"), stream=False)
         assert "completion_tokens_details" in usage
+
+
+@pytest.mark.parametrize(
+    "field", ["../config.json", "a/b.json", ".json", "adapter_model.bin", "x.safetensors\n", ""]
+)
+def test_an_upload_with_another_kind_of_file_is_refused(live: Live, field: str) -> None:
+    response = live.http.post("/v1/adapters", data={"name": "new"}, files=[(field, b"{}")])
+    assert ".safetensors" in error_of(response, 400)["message"]
+
+
+def test_an_upload_with_text_in_place_of_a_file_is_refused(live: Live) -> None:
+    form = {"config.json": (None, "{}"), "name": (None, "new")}
+    response = live.http.post("/v1/adapters", files=form)
+    assert error_of(response, 400)["message"]
 
 
 def test_an_upload_with_a_file_twice_is_refused_by_its_name(live: Live, tmp_path: Path) -> None:

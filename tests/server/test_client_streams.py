@@ -92,7 +92,7 @@ def test_a_failed_load_names_the_turbo_unless_it_is_one_of_the_adapters(broken: 
                 drafting=Drafting(broken),
                 drafter="both",
             )
-            with pytest.raises(AdapterFailedError, match="could not be loaded$"):
+            with pytest.raises(AdapterFailedError, match=r"could not be loaded$"):
                 await deltas_of(client, own)
 
     run(scenario())

@@ -14,6 +14,7 @@ import torch
 
 from quickchange_store.base import base_spec
 from quickchange_store.canonical import BaseSpec, CanonicalAdapter, LowRankUpdate
+from quickchange_store.turbo import DraftBlock, TurboHeads
 
 SIZES: dict[str, Any] = {
     "vocab_size": 53,
@@ -145,5 +146,22 @@ def small_adapter() -> Callable[..., CanonicalAdapter]:
         a = torch.full((2, size), float(value))
         update = LowRankUpdate(a, torch.ones(3, 2), scale=0.5)
         return CanonicalAdapter("LlamaForCausalLM", "tiny", {"model.layers.0.q_proj": update})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def turbo_adapter() -> Callable[..., CanonicalAdapter]:
+    """A function that makes a distinct Turbo from a number, without any model."""
+
+    def make(
+        value: int, hidden: int = 4, architecture: str = "LlamaForCausalLM"
+    ) -> CanonicalAdapter:
+        blocks = tuple(
+            DraftBlock(torch.full((hidden, hidden), float(value + i)), torch.ones(hidden))
+            for i in range(2)
+        )
+        heads = TurboHeads(blocks, ((0,), (1,)))
+        return CanonicalAdapter(architecture, "tiny", {}, {}, heads)
 
     return make

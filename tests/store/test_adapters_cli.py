@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from quickchange_store.cli import app
+from quickchange_store.formats.turbo_dir import write_turbo_directory
 from quickchange_store.store import Store
+from quickchange_store.turbo import DraftBlock, TurboHeads
 
 
 @pytest.fixture
@@ -40,6 +43,7 @@ def test_an_adapter_is_added_listed_shown_and_removed(run: Any, adapter: Path) -
         "NAME",
         "VERSION",
         "DIGEST",
+        "KIND",
         "RANK",
         "TARGETS",
         "PARAMETERS",
@@ -47,9 +51,14 @@ def test_an_adapter_is_added_listed_shown_and_removed(run: Any, adapter: Path) -
         "CREATED",
     ]
     assert listed[1].split()[:2] == ["org/mine", "1"]
+    assert listed[1].split()[3] == "LoRA"
     assert "q_proj" in run("show", "org/mine").stdout
     assert "removed org/mine@1" in run("rm", "org/mine").stdout
-    assert json.loads(run("list", "--json").stdout) == {"adapters": [], "aliases": {}}
+    assert json.loads(run("list", "--json").stdout) == {
+        "adapters": [],
+        "aliases": {},
+        "turbo": {},
+    }
 
 
 def test_json_has_what_the_table_has(run: Any, adapter: Path) -> None:
@@ -77,7 +86,7 @@ def test_an_alias_is_set_moved_and_removed(run: Any, adapter: Path) -> None:
     run("add", "mine", adapter)
     assert run("alias", "prod", "mine@1").stdout == "prod -> mine@1\n"
     assert run("alias", "prod", "mine").stdout == "prod -> mine\n"
-    assert run("list").stdout.splitlines()[-1].split() == ["prod", "mine"]
+    assert run("list").stdout.splitlines()[-1].split() == ["prod", "mine", "-"]
     refused = run("rm", "mine")
     assert refused.exit_code == 1
     assert "'prod'" in refused.stderr
@@ -130,3 +139,48 @@ def test_an_error_is_one_line_on_standard_error(run: Any, arguments: tuple[str, 
     assert failed.stderr.startswith("error: ")
     assert "Traceback" not in failed.output
     assert failed.stdout == ""
+
+
+@pytest.fixture
+def heads(tmp_path: Path) -> Path:
+    """Two parallel heads for the base model, in Quickchange's own folder."""
+    block = DraftBlock(torch.ones(32, 32), torch.zeros(32))
+    other = DraftBlock(torch.zeros(32, 32), torch.zeros(32))
+    write_turbo_directory(TurboHeads((block, other), ((0,), (1,))), tmp_path / "heads", "tiny")
+    return tmp_path / "heads"
+
+
+def test_a_turbo_is_listed_and_shown_beside_medusa(run: Any, heads: Path) -> None:
+    assert run("add", "fast", heads).exit_code == 0
+    assert run("list").stdout.splitlines()[1].split()[3] == "Turbo"
+    medusa, ours = 2 * (32 * 32 + 53 * 32), 2 * (32 * 32 + 32)
+    shown = run("show", "fast").stdout
+    assert f"{ours:,} parameters; Medusa-1 has {medusa:,} for as many heads, 2.6x" in shown
+    turbo = json.loads(run("show", "fast", "--json").stdout)["turbo"]
+    assert turbo["fewer_than_medusa"] == pytest.approx(medusa / ours)
+    assert (turbo["heads"], turbo["sequential"], turbo["vocabulary"]) == (2, False, None)
+
+
+def test_an_alias_binds_a_turbo(run: Any, adapter: Path, heads: Path) -> None:
+    run("add", "mine", adapter)
+    run("add", "fast", heads)
+    bound = run("alias", "prod", "mine", "--turbo", "fast@1")
+    assert bound.stdout == "prod -> mine, drafts with fast@1\n"
+    assert run("list").stdout.splitlines()[-1].split() == ["prod", "mine", "fast@1"]
+    digest = json.loads(run("show", "fast", "--json").stdout)["digest"]
+    assert json.loads(run("show", "prod", "--json").stdout)["drafts_with"] == digest
+    refused = run("alias", "next", "mine", "--turbo", "mine")
+    assert refused.exit_code == 1
+    assert "no Turbo heads" in refused.stderr
+
+
+def test_what_is_exported_is_added_again_as_the_same_version(
+    run: Any, adapter: Path, heads: Path, tmp_path: Path
+) -> None:
+    for name, folder, layout in (("mine", adapter, "peft"), ("fast", heads, "lorax")):
+        run("add", name, folder)
+        exported = run("export", name, tmp_path / layout, "--format", layout)
+        assert exported.exit_code == 0, exported.output
+        added = json.loads(run("add", name, tmp_path / layout, "--json").stdout)
+        assert added["version"] == 1
+    assert run("export", "mine", tmp_path / "v", "--format", "vllm").exit_code == 1

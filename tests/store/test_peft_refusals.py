@@ -398,17 +398,6 @@ def test_biases_need_the_weights_of_the_base(bases: Any, train: Any, tmp_path: P
     refused(BaseModelError, tmp_path, spec, WEIGHTS, key)
 
 
-@pytest.mark.parametrize("with_lora", [True, False])
-def test_turbo_heads_are_refused_by_name(with_lora: bool, folder: Path, bases: Any) -> None:
-    if not with_lora:
-        (folder / CONFIG).unlink()
-    (folder / "config.json").write_text(json.dumps({"medusa_num_heads": 3}))
-    error = refused(
-        UnsupportedFeatureError, folder, bases("llama").spec, "config.json", "medusa_num_heads"
-    )
-    assert "not supported by this version yet" in str(error)
-
-
 def test_a_whole_model_is_refused_by_name(bases: Any) -> None:
     base = bases("llama")
     error = refused(UnsupportedFeatureError, base.folder, base.spec, "model.safetensors", None)

@@ -16,20 +16,31 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from quickchange_store import canonical
 from quickchange_store.canonical import CanonicalAdapter, LowRankUpdate
-from quickchange_store.errors import AdapterNotFoundError, InUseError, NameConflictError
+from quickchange_store.errors import (
+    AdapterNotFoundError,
+    InUseError,
+    InvalidAdapterError,
+    NameConflictError,
+)
 from quickchange_store.store import Store
+from quickchange_store.turbo import DraftBlock, TurboHeads
 
 NAMES = ["a", "b", "org/c"]
 ALIASES = ["prod", "next", "a"]  # one of them is also a name
 CONTENTS = range(4)
+WITH_HEADS = frozenset({2, 3})
 
 
 def adapter(content: int) -> CanonicalAdapter:
     update = LowRankUpdate(torch.full((1, 2), float(content)), torch.ones(2, 1), 1.0)
-    return CanonicalAdapter("LlamaForCausalLM", "tiny", {"m.q": update})
+    heads = TurboHeads((DraftBlock(torch.eye(2), torch.zeros(2)),), ((0,),))
+    turbo = heads if content in WITH_HEADS else None
+    return CanonicalAdapter("LlamaForCausalLM", "tiny", {"m.q": update}, turbo=turbo)
 
 
 DIGESTS = [canonical.digest(adapter(content)) for content in CONTENTS]
+DRAFTING = {DIGESTS[content] for content in WITH_HEADS}
+Pointer = tuple[str, int | None]
 
 
 @dataclass
@@ -46,7 +57,8 @@ class StoreMachine(RuleBasedStateMachine):
         self.store = Store(self.root / "store")
         self.other = Store(self.root / "store")  # as another process would see it
         self.names: dict[str, Named] = {}
-        self.aliases: dict[str, tuple[str, int | None]] = {}
+        self.aliases: dict[str, Pointer] = {}
+        self.turbos: dict[str, Pointer] = {}  # by alias
 
     def teardown(self) -> None:
         shutil.rmtree(self.root)
@@ -55,6 +67,10 @@ class StoreMachine(RuleBasedStateMachine):
     def add(self, name: str, content: int) -> None:
         if name in self.aliases:
             with pytest.raises(NameConflictError):
+                self.store.add(name, adapter(content))
+            return
+        if (name, None) in self.turbos.values() and content not in WITH_HEADS:
+            with pytest.raises(InUseError):
                 self.store.add(name, adapter(content))
             return
         version = self.store.add(name, adapter(content))
@@ -67,25 +83,44 @@ class StoreMachine(RuleBasedStateMachine):
         entry.current = known[0]
         assert (version.number, version.digest) == (known[0], DIGESTS[content])
 
-    @rule(alias=st.sampled_from(ALIASES), name=st.sampled_from(NAMES), pick=st.integers(0, 3))
-    def alias(self, alias: str, name: str, pick: int) -> None:
-        number = pick or None
-        target = name if number is None else f"{name}@{number}"
-        if alias in self.names or name in self.aliases:
-            with pytest.raises(NameConflictError):
-                self.store.alias(alias, target)
-        elif name not in self.names or (number and number not in self.names[name].versions):
+    @rule(
+        alias=st.sampled_from(ALIASES),
+        name=st.sampled_from(NAMES),
+        pick=st.integers(0, 3),
+        turbo=st.none() | st.tuples(st.sampled_from(NAMES), st.integers(0, 3)),
+    )
+    def alias(self, alias: str, name: str, pick: int, turbo: tuple[str, int] | None) -> None:
+        pointers: list[Pointer] = [(name, pick or None)]
+        pointers += [] if turbo is None else [(turbo[0], turbo[1] or None)]
+        target, bound = text(pointers[0]), text(pointers[1]) if turbo else None
+        if alias in self.names or any(pointer[0] in self.aliases for pointer in pointers):
+            # Whichever is looked at first; a target that is missing may come before an alias.
+            with pytest.raises((NameConflictError, AdapterNotFoundError)):
+                self.store.alias(alias, target, bound)
+        elif any(self.pointed(pointer) is None for pointer in pointers):
             with pytest.raises(AdapterNotFoundError):
-                self.store.alias(alias, target)
+                self.store.alias(alias, target, bound)
+        elif turbo is not None and self.pointed(pointers[1]) not in DRAFTING:
+            with pytest.raises(InvalidAdapterError):
+                self.store.alias(alias, target, bound)
         else:
-            self.store.alias(alias, target)
-            self.aliases[alias] = (name, number)
+            self.store.alias(alias, target, bound)
+            self.aliases[alias] = pointers[0]
+            self.turbos.pop(alias, None)
+            if turbo is not None:
+                self.turbos[alias] = pointers[1]
+
+    def pointed(self, pointer: Pointer) -> str | None:
+        """The digest that a pointer means, where there is one."""
+        entry = self.names.get(pointer[0])
+        return None if entry is None else entry.versions.get(pointer[1] or entry.current)
 
     @rule(alias=st.sampled_from(ALIASES))
     def unalias(self, alias: str) -> None:
         if alias in self.aliases:
             self.store.unalias(alias)
             del self.aliases[alias]
+            self.turbos.pop(alias, None)
         else:
             with pytest.raises(AdapterNotFoundError):
                 self.store.unalias(alias)
@@ -101,6 +136,9 @@ class StoreMachine(RuleBasedStateMachine):
         if number is None or number not in entry.versions:
             with pytest.raises(AdapterNotFoundError):
                 self.store.rollback(name, wanted)
+        elif (name, None) in self.turbos.values() and entry.versions[number] not in DRAFTING:
+            with pytest.raises(InUseError):
+                self.store.rollback(name, wanted)
         else:
             assert self.store.rollback(name, wanted).number == number
             entry.current = number
@@ -113,7 +151,8 @@ class StoreMachine(RuleBasedStateMachine):
         number = data.draw(st.sampled_from([None, *entry.versions]))
         gone = set(entry.versions) if number is None else {number}
         all_gone = gone == set(entry.versions)
-        held = any(n == name and (all_gone or v in gone) for n, v in self.aliases.values())
+        pointers = [*self.aliases.values(), *self.turbos.values()]
+        held = any(n == name and (all_gone or v in gone) for n, v in pointers)
         reference = name if number is None else f"{name}@{number}"
         if held or (not all_gone and entry.current in gone):
             with pytest.raises(InUseError):
@@ -136,18 +175,29 @@ class StoreMachine(RuleBasedStateMachine):
         for store in (self.store, self.other):
             assert store.names() == tuple(sorted(self.names))
             for name, entry in self.names.items():
-                assert store.resolve(name).digest == entry.versions[entry.current]
+                served = store.resolve(name)
+                assert served.digest == entry.versions[entry.current]
+                assert served.turbo == (served.digest if served.digest in DRAFTING else None)
                 for number, digest in entry.versions.items():
                     assert store.resolve(f"{name}@{number}").digest == digest
                     assert store.resolve(f"{name}@{digest[:12]}").version == number
             assert {a: (t.name, t.number) for a, t in store.aliases().items()} == self.aliases
             for alias, (name, number) in self.aliases.items():
                 entry = self.names[name]
-                assert store.resolve(alias).version == (number or entry.current)
+                resolved = store.resolve(alias)
+                assert resolved.version == (number or entry.current)
+                own = resolved.digest if resolved.digest in DRAFTING else None
+                bound = self.turbos.get(alias)
+                assert resolved.turbo == (own if bound is None else self.pointed(bound))
 
     @invariant()
     def check_integrity(self) -> None:
         assert self.other.verify() == []
+
+
+def text(pointer: Pointer) -> str:
+    name, number = pointer
+    return name if number is None else f"{name}@{number}"
 
 
 StoreMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)

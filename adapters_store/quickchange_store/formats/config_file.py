@@ -19,14 +19,15 @@ CONFIG_FILE = "adapter_config.json"
 MAX_CONFIG_BYTES = 4 * 1024**2
 
 
-def read_config(directory: Path) -> dict[str, Any]:
+def read_config(directory: Path, file: str = CONFIG_FILE) -> dict[str, Any]:
     """The configuration as a dictionary. Raises InvalidAdapterError."""
-    path = directory / CONFIG_FILE
+    path = directory / file
     if not path.is_file():
         raise InvalidAdapterError(
             "the file is missing",
-            file=CONFIG_FILE,
-            remedy="give the folder that PEFT's save_pretrained or AdapterHub's save_adapter wrote",
+            file=file,
+            remedy="give the whole folder, as PEFT's save_pretrained, AdapterHub's save_adapter or "
+            "the training of Turbo heads wrote it",
         )
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
@@ -36,7 +37,7 @@ def read_config(directory: Path) -> dict[str, Any]:
             raise ValueError("not an object")
     except (OSError, ValueError, RecursionError) as error:
         raise InvalidAdapterError(
-            f"not a JSON configuration ({error})", file=CONFIG_FILE, remedy="save the adapter again"
+            f"not a JSON configuration ({error})", file=file, remedy="save the adapter again"
         ) from error
     return config
 
@@ -66,21 +67,21 @@ def refuse_fields(
         )
 
 
-def other_base(field: str, name: Any, base: BaseSpec) -> list[str]:
+def other_base(field: str, name: Any, base: BaseSpec, file: str = CONFIG_FILE) -> list[str]:
     """A warning where the adapter was made for a base model of another name."""
     if not name or _last_part(str(name)) == _last_part(base.name):
         return []
     return [
-        f"{CONFIG_FILE}: {field}: made for {name!r}, while the base model is {base.name!r}; "
+        f"{file}: {field}: made for {name!r}, while the base model is {base.name!r}; "
         "architecture and shapes fit"
     ]
 
 
-def flag(config: Mapping[str, Any], name: str) -> bool:
+def flag(config: Mapping[str, Any], name: str, file: str = CONFIG_FILE) -> bool:
     value = config.get(name, False)
     if value is None or isinstance(value, bool):
         return bool(value)
-    raise invalid(name, value, "use true or false")
+    raise invalid(name, value, "use true or false", file)
 
 
 def number(name: str, value: Any) -> float:
@@ -94,8 +95,8 @@ def is_set(value: Any) -> bool:
     return bool(value)
 
 
-def invalid(name: str, value: Any, remedy: str) -> InvalidAdapterError:
-    return InvalidAdapterError(f"{value!r} is not valid", file=CONFIG_FILE, key=name, remedy=remedy)
+def invalid(name: str, value: Any, remedy: str, file: str = CONFIG_FILE) -> InvalidAdapterError:
+    return InvalidAdapterError(f"{value!r} is not valid", file=file, key=name, remedy=remedy)
 
 
 def _last_part(name: str) -> str:

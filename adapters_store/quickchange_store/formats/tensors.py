@@ -1,4 +1,4 @@
-"""The weight file of an adapter's directory: found, opened, and read tensor by tensor.
+"""The weight files of an adapter's directory: found, opened, and read tensor by tensor.
 
 Every tensor is checked when it is taken, and the reader can tell which ones nothing asked for.
 Pickled weights are never opened.
@@ -7,8 +7,10 @@ Pickled weights are never opened.
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from quickchange_store.canonical import DTYPES, BaseSpec
 from quickchange_store.errors import (
@@ -30,15 +32,8 @@ def weights_file(directory: Path, expected: str, writer: str) -> Path:
     path = directory / expected
     if path.is_file():
         return path
-    others = sorted(entry.name for entry in directory.iterdir() if entry.is_file())
-    for name in others:
-        if name.endswith(PICKLES):
-            raise UnsupportedFeatureError(
-                "a pickle can run any code when it is opened, and is not read",
-                file=name,
-                remedy="convert it where you trust it: python -c "
-                f"{shlex.quote(_conversion(name, expected))}",
-            )
+    refuse_pickle(directory, expected)
+    others = _names(directory)
     sharded = [name for name in others if Path(expected).stem in name]
     if sharded:
         raise UnsupportedFeatureError(
@@ -53,6 +48,25 @@ def weights_file(directory: Path, expected: str, writer: str) -> Path:
     )
 
 
+def refuse_pickle(directory: Path, expected: str, apart_from: Sequence[str] = ()) -> None:
+    """Refuse the first pickle in `directory`, with the command that makes it `expected`.
+
+    Files whose names begin with one of `apart_from` hold something else.
+    """
+    for name in _names(directory):
+        if name.endswith(PICKLES) and not name.startswith(tuple(apart_from)):
+            raise UnsupportedFeatureError(
+                "a pickle can run any code when it is opened, and is not read",
+                file=name,
+                remedy="convert it where you trust it: python -c "
+                f"{shlex.quote(_conversion(name, expected))}",
+            )
+
+
+def _names(directory: Path) -> list[str]:
+    return sorted(entry.name for entry in directory.iterdir() if entry.is_file())
+
+
 def _conversion(name: str, expected: str) -> str:
     return (
         "import torch; from safetensors.torch import save_file; "
@@ -60,56 +74,104 @@ def _conversion(name: str, expected: str) -> str:
     )
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise InvalidAdapterError(
+            f"not a safetensors file ({error})",
+            file=path.name,
+            remedy="copy or save it again",
+        ) from error
+
+
 class AdapterTensors:
-    """The tensors of the file, and which of them nothing has asked for yet."""
+    """The tensors of one file or several, and which of them nothing has asked for yet.
 
-    def __init__(self, path: Path) -> None:
-        from safetensors import SafetensorError, safe_open
+    `config_file` is the one that says which tensors there must be, for messages.
+    """
 
-        self.file = path.name
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                self._content: dict[str, torch.Tensor] = {
-                    str(key): file.get_tensor(key)
-                    for key in file.keys()  # noqa: SIM118
-                }
-        except (SafetensorError, OSError) as error:
-            raise InvalidAdapterError(
-                f"not a safetensors file ({error})",
-                file=self.file,
-                remedy="copy or save it again",
-            ) from error
+    def __init__(self, *paths: Path, config_file: str = CONFIG_FILE) -> None:
+        self._config_file = config_file
+        self._main = paths[0].name
+        self._content: dict[str, torch.Tensor] = {}
+        self._files: dict[str, str] = {}
+        for path in paths:
+            self._open(path)
         self.left = set(self._content)
+
+    def _open(self, path: Path) -> None:
+        with _opened(path) as file:
+            for key in map(str, file.keys()):
+                if key in self._content:
+                    raise InvalidAdapterError(
+                        f"the tensor is in {self._files[key]} too",
+                        file=path.name,
+                        key=key,
+                        remedy="keep one of the two files",
+                    )
+                self._content[key] = file.get_tensor(key)
+                self._files[key] = path.name
+
+    @staticmethod
+    def keys(path: Path) -> set[str]:
+        """The names in one file, without reading tensors. Raises InvalidAdapterError."""
+        with _opened(path) as file:
+            return set(file.keys())
+
+    def file_of(self, key: str) -> str:
+        """The name of the file that holds the tensor, or that should."""
+        return self._files.get(key, self._main)
 
     def __contains__(self, key: str) -> bool:
         return key in self._content
 
     def take(self, key: str) -> torch.Tensor:
         """The tensor, checked for its dtype and for finite values."""
-        if key not in self._content:
-            raise InvalidAdapterError(
-                f"the tensor is missing, while {CONFIG_FILE} asks for it",
-                file=self.file,
-                key=key,
-                remedy="save the adapter again, with all its tensors",
-            )
-        tensor = self._content[key]
+        tensor = self._find(key)
         if str(tensor.dtype) not in DTYPES:
             raise UnsupportedFeatureError(
                 f"dtype {tensor.dtype} is not supported",
-                file=self.file,
+                file=self.file_of(key),
                 key=key,
                 remedy="save it as float32, bfloat16 or float16",
             )
         if not bool(tensor.isfinite().all()):
             raise InvalidAdapterError(
                 "it holds NaN or infinite values",
-                file=self.file,
+                file=self.file_of(key),
                 key=key,
                 remedy="train again, or take an earlier checkpoint",
             )
         self.left.discard(key)
         return tensor
+
+    def take_integers(self, key: str) -> torch.Tensor:
+        """A tensor of whole numbers, int32 or int64."""
+        tensor = self._find(key)
+        if str(tensor.dtype) not in ("torch.int32", "torch.int64"):
+            raise InvalidAdapterError(
+                f"dtype {tensor.dtype}, where whole numbers are needed",
+                file=self.file_of(key),
+                key=key,
+                remedy="save it as int32 or int64",
+            )
+        self.left.discard(key)
+        return tensor
+
+    def _find(self, key: str) -> torch.Tensor:
+        if key not in self._content:
+            raise InvalidAdapterError(
+                f"the tensor is missing, while {self._config_file} asks for it",
+                file=self.file_of(key),
+                key=key,
+                remedy="save the adapter again, with all its tensors",
+            )
+        return self._content[key]
 
     def take_shaped(self, key: str, module: str, expected: tuple[int, ...]) -> torch.Tensor:
         """`take`, and the shape must be the one that the base's module asks for."""
@@ -118,7 +180,7 @@ class AdapterTensors:
             raise BaseMismatchError(
                 f"shape {list(tensor.shape)}, while {module} of the base model asks for "
                 f"{list(expected)}",
-                file=self.file,
+                file=self.file_of(key),
                 key=key,
                 remedy="use an adapter of this base model",
             )
@@ -133,7 +195,7 @@ class AdapterTensors:
             raise BaseModelError(
                 f"the tensor must be compared with the base model's {name}, whose weights aren't "
                 "at hand",
-                file=self.file,
+                file=self.file_of(key),
                 key=key,
                 remedy="add the adapter where the base model's safetensors weights are",
             )

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quickchange_store.training.errors import RecipeError, TrainingError
-from quickchange_store.training.job import LoraJob, PromptFormat, Publication
+from quickchange_store.training.cli_common import (
+    DEMO,
+    base_of,
+    errors_shown,
+    publication_of,
+    say_added,
+)
+from quickchange_store.training.errors import RecipeError
+from quickchange_store.training.job import LoraJob, PromptFormat
 from quickchange_store.training.recipe import LoraRecipe, TrainingDtype
+from quickchange_store.training.turbo_cli import engine_outputs, print_turbo_report, turbo
 
 if TYPE_CHECKING:
     from quickchange_store.training.lora import TrainingReport
 
 app = typer.Typer(name="train", help="Train adapters.", no_args_is_help=True, add_completion=False)
+app.command()(turbo)
 
 _D = LoraRecipe()
-_DEMO = "demo"
 
 
 @app.command()
@@ -33,7 +39,7 @@ def lora(
     out: Annotated[Path, typer.Option(help="Folder for the PEFT adapter; must not exist.")],
     model: Annotated[
         str, typer.Option(help="Base model: folder, hub id, or demo for the demo's base.")
-    ] = _DEMO,
+    ] = DEMO,
     eval_data: Annotated[
         Path | None, typer.Option(help="JSONL held out of the training, for the final loss.")
     ] = None,
@@ -75,7 +81,7 @@ def lora(
     """Train a LoRA adapter with PEFT; the loss is on the answers alone."""
     from quickchange_store.training.job import run
 
-    with _errors_shown():
+    with errors_shown():
         recipe = LoraRecipe(
             rank=rank,
             alpha=alpha,
@@ -92,35 +98,42 @@ def lora(
             seed=seed,
             dtype=dtype,
         )
-        publication = _publication(store, name)
-        folder, called = _base(model, base_name)
+        publication = publication_of(store, name)
+        folder, called = base_of(model, base_name)
         job = LoraJob(folder, called, data, eval_data, out, prompt_format, recipe, publication)
         report, added = run(job)
         _print_report(report, out)
-        if added is not None:
-            for warning in added.warnings:
-                typer.echo(f"warning: {warning}", err=True)
-            typer.echo(f"published {added.version}  {added.version.digest}")
+        say_added(added)
 
 
 @app.command()
 def demo(
-    task: Annotated[str, typer.Argument(help="order-json, sql or docstring.")],
-    out: Annotated[Path, typer.Option(help="Folder for the PEFT adapter; must not exist.")],
+    name: Annotated[
+        str, typer.Argument(help="order-json, sql or docstring; with -heads, or base-heads.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the adapter; must not exist.")],
     steps: Annotated[
         int | None, typer.Option(help="Stop after so many steps (for a quick try).")
     ] = None,
 ) -> None:
     """Train a demo adapter again: its task's data, its recorded recipe."""
+    from quickchange_store.demo.heads import DEMO_HEADS_RECIPES, train_demo_heads
     from quickchange_store.demo.training import DEMO_RECIPES, train_demo
 
-    with _errors_shown():
-        if task not in DEMO_RECIPES:
-            raise RecipeError(f"no demo task is called {task!r}; choose {', '.join(DEMO_RECIPES)}")
-        recipe = DEMO_RECIPES[task]
-        if steps is not None:
-            recipe = replace(recipe, lora=replace(recipe.lora, steps=steps))
-        _print_report(train_demo(task, recipe, out), out)
+    with errors_shown():
+        if name in DEMO_HEADS_RECIPES:
+            heads = DEMO_HEADS_RECIPES[name]
+            if steps is not None:
+                heads = replace(heads, turbo=replace(heads.turbo, steps=steps))
+            print_turbo_report(train_demo_heads(name, heads, out, engine_outputs()), out)
+        elif name in DEMO_RECIPES:
+            recipe = DEMO_RECIPES[name]
+            if steps is not None:
+                recipe = replace(recipe, lora=replace(recipe.lora, steps=steps))
+            _print_report(train_demo(name, recipe, out), out)
+        else:
+            known = ", ".join([*DEMO_RECIPES, *DEMO_HEADS_RECIPES])
+            raise RecipeError(f"no demo adapter is called {name!r}; choose {known}")
 
 
 @app.command("eval-demo")
@@ -140,7 +153,7 @@ def eval_demo(
     from quickchange_store.demo.evaluation import as_table, compare
     from quickchange_store.demo.tasks import TASKS
 
-    with _errors_shown():
+    with errors_shown():
         chosen = tasks or list(TASKS)
         for task in chosen:
             if task not in TASKS:
@@ -155,37 +168,6 @@ def eval_demo(
         typer.echo(as_table(found))
 
 
-def _base(model: str, base_name: str | None) -> tuple[str, str]:
-    """The model's folder or hub id, and the name that the adapter gives it."""
-    from quickchange_store.demo.base import BASE_MODEL_ID, ensure_demo_base
-
-    if model == _DEMO:
-        return str(ensure_demo_base()), base_name or BASE_MODEL_ID
-    folder = Path(model)
-    return model, base_name or (folder.resolve().name if folder.is_dir() else model)
-
-
-def _publication(store: Path | None, name: str | None) -> Publication | None:
-    if store is None and name is None:
-        return None
-    if store is None or name is None:
-        lacking = "--store" if store is None else "--name"
-        raise RecipeError(f"{lacking} is missing: publishing needs both --store and --name")
-    return Publication(store, name)
-
-
 def _print_report(report: TrainingReport, out: Path) -> None:
     told: dict[str, Any] = {"out": str(out), **asdict(report)}
     typer.echo(json.dumps(told, indent=2))
-
-
-@contextmanager
-def _errors_shown() -> Iterator[None]:
-    from quickchange_store.demo.base import DemoBaseError
-    from quickchange_store.errors import StoreError
-
-    try:
-        yield
-    except (TrainingError, StoreError, DemoBaseError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,6 +67,32 @@ def read_examples(file: Path) -> list[Example]:
     In a conversation the last message must be the assistant's; it alone is learned. Blank lines are
     skipped. Raises DataError at the first bad line.
     """
+    return _read_lines(file, lambda line, origin: _parsed(_object(line, origin), origin))
+
+
+def read_prompts(file: Path) -> list[Example]:
+    """Prompts of a JSONL file: as `read_examples`, but completions may be missing.
+
+    {"prompt"} alone, or a conversation that ends with the user's message, gives an empty
+    completion. Raises DataError at the first bad line.
+    """
+    return _read_lines(file, _asked)
+
+
+def _asked(line: str, origin: str) -> Example:
+    value = _object(line, origin)
+    if value.keys() == {"prompt"}:
+        return Example(_text(value, "prompt", origin), "", origin)
+    messages = value.get("messages")
+    if value.keys() == {"messages"} and isinstance(messages, list) and messages:
+        last = messages[-1]
+        if isinstance(last, dict) and last.get("role") == "user":
+            return Example(tuple(_checked_messages(messages, origin)), "", origin)
+    return _parsed(value, origin)
+
+
+def _read_lines(file: Path, parse: Callable[[str, str], Example]) -> list[Example]:
+    """`parse` gets each line that is not blank, and its origin."""
     try:
         text = file.read_text(encoding="utf-8")
     except OSError as error:
@@ -74,7 +100,7 @@ def read_examples(file: Path) -> list[Example]:
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
     examples = [
-        _example(line, f"{file} line {number}")
+        parse(line, f"{file} line {number}")
         for number, line in enumerate(text.split("\n"), start=1)
         if line.strip()
     ]
@@ -83,13 +109,17 @@ def read_examples(file: Path) -> list[Example]:
     return examples
 
 
-def _example(line: str, origin: str) -> Example:
+def _object(line: str, origin: str) -> dict[str, Any]:
     try:
         value = json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(f"{origin}: not JSON: {error.msg} at column {error.colno}") from error
     if not isinstance(value, dict):
         raise DataError(f"{origin}: a JSON object is expected, not {type(value).__name__}")
+    return value
+
+
+def _parsed(value: dict[str, Any], origin: str) -> Example:
     keys = value.keys()
     if keys == {"prompt", "completion"}:
         prompt, completion = _text(value, "prompt", origin), _text(value, "completion", origin)
@@ -112,6 +142,17 @@ def _text(value: dict[str, Any], name: str, origin: str, where: str = "") -> str
 def _conversation(messages: object, origin: str) -> Example:
     if not isinstance(messages, list) or len(messages) < 2:
         raise DataError(f'{origin}: field "messages" must be a list of two or more messages')
+    checked = _checked_messages(messages, origin)
+    last = checked.pop()
+    if last["role"] != "assistant":
+        raise DataError(
+            f"{origin}: the last message's role is {last['role']}; it must be assistant, since "
+            "that message is what is learned"
+        )
+    return Example(tuple(checked), last["content"], origin)
+
+
+def _checked_messages(messages: list[Any], origin: str) -> list[dict[str, str]]:
     checked = []
     for i, message in enumerate(messages):
         where = f"messages[{i}]"
@@ -122,13 +163,7 @@ def _conversation(messages: object, origin: str) -> Example:
             raise DataError(f'{origin}: field "{where}.role" must be one of {", ".join(_ROLES)}')
         content = _text(message, "content", origin, f"{where}.")
         checked.append({"role": role, "content": content})
-    last = checked.pop()
-    if last["role"] != "assistant":
-        raise DataError(
-            f"{origin}: the last message's role is {last['role']}; it must be assistant, since "
-            "that message is what is learned"
-        )
-    return Example(tuple(checked), last["content"], origin)
+    return checked
 
 
 def as_chat(examples: Iterable[Example]) -> list[Example]:

@@ -26,5 +26,13 @@ class ModelError(TrainingError):
     """The base model or its tokenizer can't be loaded."""
 
 
+def model_error(model: str, error: Exception) -> ModelError:
+    """For a `--model` that transformers can't load."""
+    return ModelError(
+        f"--model {model} can't be loaded ({error}); give a folder in transformers' layout, the "
+        "id of a model in the hub's cache, or demo"
+    )
+
+
 class OutputError(TrainingError):
     """The folder for the adapter can't be used."""

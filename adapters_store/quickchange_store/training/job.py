@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from quickchange_store.training.errors import DataError, ModelError, OutputError
+from quickchange_store.training.errors import DataError, OutputError, model_error
 from quickchange_store.training.recipe import LoraRecipe
 
 if TYPE_CHECKING:
@@ -67,19 +68,45 @@ def run(job: LoraJob) -> tuple[TrainingReport, Added | None]:
 
 def _load(job: LoraJob) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
+    tokenizer = load_tokenizer(job.model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(job.model)
         model = AutoModelForCausalLM.from_pretrained(
             job.model, dtype=getattr(torch, job.recipe.dtype)
         )
     except (OSError, ValueError) as error:
-        raise ModelError(
-            f"--model {job.model} can't be loaded ({error}); give a folder in transformers' "
-            "layout, the id of a model in the hub's cache, or demo"
-        ) from error
+        raise model_error(job.model, error) from error
     return model, tokenizer
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """Raises ModelError."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise model_error(model, error) from error
+    return tokenizer
+
+
+def uses_chat(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat
+) -> bool:
+    """Whether bare prompts become user messages.
+
+    Raises DataError for a conversation that the tokenizer has no template for.
+    """
+    has_template = tokenizer.chat_template is not None
+    chat = prompt_format == "chat" or (prompt_format == "auto" and has_template)
+    told = next((e for e in examples if chat or not isinstance(e.prompt, str)), None)
+    if told is not None and not has_template:
+        raise DataError(
+            f"{told.origin}: a conversation, but the base's tokenizer has no chat "
+            'template; give "prompt" and "completion" with --prompt-format plain'
+        )
+    return chat
 
 
 def _encode(
@@ -87,16 +114,8 @@ def _encode(
 ) -> list[Encoded]:
     from quickchange_store.training.data import as_chat, encode
 
-    has_template = tokenizer.chat_template is not None
-    if job.prompt_format == "chat" or (job.prompt_format == "auto" and has_template):
-        examples = as_chat(examples)
-    conversation = next((e for e in examples if not isinstance(e.prompt, str)), None)
-    if conversation is not None and not has_template:
-        raise DataError(
-            f"{conversation.origin}: a conversation, but the base's tokenizer has no chat "
-            'template; give "prompt" and "completion" with --prompt-format plain'
-        )
-    return encode(examples, tokenizer, job.recipe.max_length)
+    chat = uses_chat(examples, tokenizer, job.prompt_format)
+    return encode(as_chat(examples) if chat else examples, tokenizer, job.recipe.max_length)
 
 
 def _notes(job: LoraJob, examples: int, report: TrainingReport) -> dict[str, Any]:

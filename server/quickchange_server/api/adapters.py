@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import re
 import shutil
 import tempfile
 from dataclasses import asdict
@@ -26,13 +27,8 @@ from quickchange_store.info import AdapterInfo
 from quickchange_store.store import Resolved
 
 UPLOADS = "/v1/adapters"
-UPLOAD_FILES = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "config.json",  # of Turbo heads, with one of the next two
-    "medusa_lm_head.safetensors",
-    "turbo_heads.safetensors",
-)
+MAX_UPLOAD_FILES = 64  # Turbo heads may come in several
+UPLOAD_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}\.(json|safetensors)")
 
 
 async def adapters_on(services: Injected) -> None:
@@ -174,11 +170,11 @@ async def one_adapter(reference: str, services: Injected) -> Json:
     resolved = services.store.resolve(reference)
     index = services.store.snapshot()
     info = await asyncio.to_thread(services.store.info, resolved.digest)
-    details = {k: v for k, v in asdict(info).items() if k not in ("digest", "created")}
-    details["turbo"] = _turbo(info)
+    details = {k: v for k, v in asdict(info).items() if k not in ("digest", "created", "turbo")}
     return {
         **_summary(services, index, resolved.name),
         **_state(services, resolved),
+        "turbo": _turbo(info),
         "current": index.entry(resolved.name).current,
         "versions": [_version(services, v) for v in services.store.versions(resolved.name)],
         "info": details,
@@ -197,7 +193,7 @@ async def add_adapter(request: Request, services: Injected) -> Json:
         check_paths_allowed(services.settings)
         return _added(await services.imports.add(body.name, Path(body.path)))
     if kind == "multipart/form-data":
-        async with request.form(max_files=len(UPLOAD_FILES), max_fields=1) as form:
+        async with request.form(max_files=MAX_UPLOAD_FILES, max_fields=1) as form:
             return _added(await _add_upload(services, form))
     raise InvalidRequestError(
         "the body must be application/json with name and path, or multipart/form-data with name "
@@ -220,12 +216,13 @@ async def _add_upload(services: Services, form: FormData) -> Added:
         for file, upload in form.multi_items():
             if file == "name":
                 continue
-            # Written under our own name, whatever name the client's file had.
+            # The field's name, whatever name the client's file had: checked to be no path.
             path = Path(folder) / file
-            if file not in UPLOAD_FILES or path.exists() or not isinstance(upload, UploadFile):
+            fits = UPLOAD_FILE.fullmatch(file) is not None and not path.exists()
+            if not fits or not isinstance(upload, UploadFile):
                 raise InvalidRequestError(
-                    f"{file}: can't be taken; send as files, each once, what the adapter has of "
-                    + ", ".join(UPLOAD_FILES),
+                    f"{file}: can't be taken; send the adapter's .json and .safetensors files, "
+                    "each once, as a file field that has its name",
                     param=file,
                 )
             await asyncio.to_thread(_write, upload, path)

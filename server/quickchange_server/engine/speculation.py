@@ -14,8 +14,8 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from quickchange_server.engine.acceptance import DEEPEST, Acceptance, Drafter, Offers, Trials
-from quickchange_server.engine.depths import Prospect, depths
+from quickchange_server.engine.acceptance import DEEPEST, Acceptance, Drafter, Trials
+from quickchange_server.engine.depths import DepthPlan, Prospect
 from quickchange_server.engine.lookup import PromptLookup
 from quickchange_server.engine.purchase import Load, buy_chains, expected_tokens
 from quickchange_server.engine.runner import Ran, Result
@@ -62,7 +62,7 @@ class Speculation:
         self._max_model_len = max_model_len
         self._draft_cost = DraftCost()
         self._acceptance = Acceptance()
-        self._offers = Offers()
+        self._depth_plan = DepthPlan(self._acceptance, cost, self._draft_cost)
         self._trials = Trials()
         self._trial: str | None = None  # request whose drafts are verified whatever they are worth
         self._room = 0
@@ -91,8 +91,6 @@ class Speculation:
             bought.append(tuple([draft.token for draft in own]))
             if own:
                 self._bought[item.sequence.request_id] = own
-                if index != trial:
-                    self._trials.bought(own[0].drafter)
         return bought
 
     def depths(self, plan: Seq[Scheduled]) -> Mapping[str, int]:
@@ -108,7 +106,7 @@ class Speculation:
         prospects = [self._prospect(item) for item in items]
         decoding = sum([item.samples for item in plan])
         load = Load(decoding, 0, self._room + sum([len(item.drafts) for item in plan]))
-        chosen = depths(prospects, self._offers, load, self._cost, self._draft_cost)
+        chosen = self._depth_plan.depths(prospects, load)
         for item, prospect, depth in zip(items, prospects, chosen, strict=True):
             key = item.sequence.request_id
             if self._trial is None and due is not None and due in _drafters(item.sequence):
@@ -120,7 +118,7 @@ class Speculation:
 
     def observe(self, plan: Seq[Scheduled], ran: Ran) -> DraftReport:
         """Learn from a step that was computed as planned."""
-        if ran.seconds is not None:
+        if ran.seconds is not None and all(item.count == 1 for item in plan):
             self._cost.observe(sum([item.rows for item in plan]), ran.seconds)
         if ran.draft_seconds is not None:
             self._draft_cost.observe(list(self._depths.values()), ran.draft_seconds)
@@ -155,9 +153,10 @@ class Speculation:
             drafted[draft.drafter.name, depth] += 1
             accepted[draft.drafter.name, depth] += depth <= held
             if depth <= held + 1:
-                self._acceptance.observe(
-                    draft.drafter, depth, draft.confidence, held=depth <= held
-                )
+                holds = depth <= held
+                self._acceptance.observe(draft.drafter, depth, draft.confidence, holds)
+                if holds:
+                    self._trials.held(draft.drafter)
 
     def _is_trial(self, item: Scheduled) -> bool:
         return item.sequence.request_id == self._trial
@@ -190,10 +189,11 @@ class Speculation:
         weakest = min(range(len(heads)), key=lambda i: heads[i].chance) if heads else 0
         alone = self._of_lookup(sequence, (), most)
         self._lookups[sequence.request_id] = [draft.chance for draft in alone]
-        chains = [heads, alone]
-        for cut in {weakest, len(heads)} - {0}:
-            chains.append([*heads[:cut], *self._of_lookup(sequence, heads[:cut], most - cut)])
-        return max(chains, key=lambda chain: expected_tokens([d.chance for d in chain]))
+        joined = [
+            [*heads[:cut], *self._of_lookup(sequence, heads[:cut], most - cut)]
+            for cut in {weakest, len(heads)} - {0}
+        ]
+        return max([heads, alone, *joined], key=lambda chain: expected_tokens([d.chance for d in chain]))
 
     def _of_heads(self, sequence: Sequence, most: int) -> list[_Draft]:
         made = sequence.head_drafts
@@ -203,7 +203,7 @@ class Speculation:
         if drafter is None:
             return []
         chances = self._acceptance.chances(drafter, made.chances)
-        self._offers.record(drafter, chances)
+        self._acceptance.offered(drafter, made.chances)
         drafts = zip(made.tokens, made.chances, chances, strict=True)
         return [_Draft(token, drafter, sure, chance) for token, sure, chance in drafts][:most]
 
@@ -215,9 +215,12 @@ class Speculation:
             return []
         drafter = _lookup_of(sequence)
         matches = range(found.match, found.match + len(found.tokens))
-        chances = self._acceptance.chances(drafter, matches, len(after) + 1)
-        drafts = zip(found.tokens, matches, chances, strict=True)
-        return [_Draft(token, drafter, match, chance) for token, match, chance in drafts]
+        return [
+            _Draft(token, drafter, match, self._acceptance.chance(drafter, depth, match))
+            for depth, (token, match) in enumerate(
+                zip(found.tokens, matches, strict=True), len(after) + 1
+            )
+        ]
 
 
 def _heads_of(sequence: Sequence) -> Drafter | None:

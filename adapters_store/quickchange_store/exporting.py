@@ -1,0 +1,112 @@
+"""From a stored adapter to a folder that other tools read, and that `importing` reads back.
+
+    lorax    adapter_config.json and adapter_model.safetensors for the LoRA, config.json and
+             medusa_lm_head.safetensors for the heads: a Turbo LoRA has both
+    vllm     the heads alone, as vLLM's Medusa
+    peft     the LoRA alone
+    turbo    as lorax, with the heads in Quickchange's own layout, which says all of them
+
+What a layout can't say is refused before anything is written.
+"""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+
+from quickchange_store.canonical import BaseSpec, CanonicalAdapter
+from quickchange_store.errors import (
+    BaseMismatchError,
+    NameConflictError,
+    UnsupportedFeatureError,
+)
+from quickchange_store.formats.medusa_write import (
+    check_base,
+    check_lorax,
+    check_vllm,
+    write_lorax,
+    write_vllm,
+)
+from quickchange_store.formats.peft_write import check_peft, write_peft
+from quickchange_store.formats.turbo_dir import write_turbo_directory
+from quickchange_store.turbo import TurboHeads
+
+_Step = tuple[str, Callable[[Path], None]]
+
+
+class Layout(StrEnum):
+    """What `export_adapter` writes."""
+
+    LORAX = "lorax"
+    VLLM = "vllm"
+    PEFT = "peft"
+    TURBO = "turbo"
+
+
+def export_adapter(
+    adapter: CanonicalAdapter, directory: Path, layout: Layout, base: BaseSpec
+) -> tuple[str, ...]:
+    """Write `adapter` to `directory`, which must not exist; returns the parts that were written.
+
+    Raises NameConflictError (the folder exists), BaseMismatchError (another base model),
+    UnsupportedFeatureError (the layout can't say it; the message names the module or the part) and
+    BaseModelError (vLLM's layout needs the base's weights). Nothing is left behind by a failure.
+    """
+    if directory.exists():
+        raise NameConflictError(
+            "the folder exists", key=str(directory), remedy="give one that does not exist yet"
+        )
+    if adapter.architecture != base.architecture:
+        raise BaseMismatchError(
+            f"the adapter is for {adapter.architecture}, the base model is {base.architecture}",
+            key="architecture",
+            remedy="give the base model that the adapter was made for (--model)",
+        )
+    steps = _steps(adapter, layout, base)
+    unfinished = directory.with_name(f"{directory.name}.{secrets.token_hex(4)}")
+    unfinished.mkdir(parents=True)
+    try:
+        for _, write in steps:
+            write(unfinished)
+        unfinished.rename(directory)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    return tuple(part for part, _ in steps)
+
+
+def _steps(adapter: CanonicalAdapter, layout: Layout, base: BaseSpec) -> list[_Step]:
+    """What is to be written, in order: each part's name and its writer. Raises for the rest."""
+    steps: list[_Step] = []
+    if adapter.updates and layout is not Layout.VLLM:
+        check_peft(adapter.updates, base)
+        steps.append(
+            ("the LoRA", lambda to: write_peft(adapter.updates, to, base, adapter.base_name))
+        )
+    if adapter.turbo is not None and layout is not Layout.PEFT:
+        steps.append(("the Turbo heads", _heads_writer(adapter, adapter.turbo, layout, base)))
+    if not steps:
+        part = "Turbo heads" if layout is Layout.VLLM else "LoRA"
+        raise UnsupportedFeatureError(
+            f"the adapter has no {part}, and {layout}'s folder holds nothing else",
+            key="format",
+            remedy="choose the layout of what it has: `quickchange adapters show` says its kind",
+        )
+    return steps
+
+
+def _heads_writer(
+    adapter: CanonicalAdapter, turbo: TurboHeads, layout: Layout, base: BaseSpec
+) -> Callable[[Path], None]:
+    name = adapter.base_name
+    if layout is Layout.LORAX:
+        check_lorax(turbo, base)
+        return lambda to: write_lorax(turbo, to, name)
+    if layout is Layout.VLLM:
+        check_vllm(turbo, base)
+        return lambda to: write_vllm(turbo, to, base, name)
+    check_base(turbo, base)
+    return lambda to: write_turbo_directory(turbo, to, name, dict(adapter.source))
