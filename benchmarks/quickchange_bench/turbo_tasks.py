@@ -51,8 +51,8 @@ def demo_asks(
 ) -> Iterator[Ask]:
     """Each task with `count` prompts at most. `served`: names of models; the first fits best.
 
-    A demo task asks TASK-turbo where the server has that, else the adapter TASK with whatever
-    heads it has. Chat asks `base` with the heads `base_heads`.
+    A demo task asks the alias TASK-turbo where the server has that, else the adapter TASK with the
+    heads TASK-heads. Chat asks `base` with the heads `base_heads`.
 
     Raises:
         ValueError: an unknown task, or a name that is not served.
@@ -63,21 +63,25 @@ def demo_asks(
     for task in tasks:
         if task not in TASK_NAMES:
             raise ValueError(f"--tasks {task!r} is none of {', '.join(TASK_NAMES)}")
-        name = base if task == CHAT else _first_served((f"{task}-turbo", task), served)
-        turbo = _first_served((base_heads,), served) if task == CHAT else "auto"
+        name, turbo = _drafting(task, served, base, base_heads)
         limit = CHAT_TOKENS if task == CHAT else TASKS[task].answer_tokens
         prompts = {text: _encoded(text, tokenizer) for text in _texts(task, count)}
         yield Ask(task, name, turbo, prompts, limit)
 
 
-def _first_served(names: Sequence[str], served: Sequence[str]) -> str:
-    for name in names:
-        if name in served:
-            return name
-    raise ValueError(
-        f"the store has no {' or '.join(names)}, only {', '.join(served)}: add it, or leave its "
-        "task out of --tasks"
-    )
+def _drafting(task: str, served: Sequence[str], base: str, base_heads: str) -> tuple[str, str]:
+    """The model to ask, and what its `turbo` field is."""
+    alias = f"{task}-turbo"
+    if alias in served:
+        return alias, "auto"
+    model, heads = (base, base_heads) if task == CHAT else (task, f"{task}-heads")
+    for name in (model, heads):
+        if name not in served:
+            raise ValueError(
+                f"the store has neither {alias} nor {name}, only {', '.join(served)}: add it, or "
+                "leave its task out of --tasks"
+            )
+    return model, heads
 
 
 def _texts(task: str, count: int) -> list[str]:

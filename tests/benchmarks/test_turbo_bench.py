@@ -252,6 +252,11 @@ def test_tasks_ask_held_out_prompts_of_what_is_served(fake: DraftingServer, tmp_
 
 
 @pytest.mark.usefixtures("_letters")
+def test_heads_are_named_where_no_alias_binds_them(tmp_path: Any) -> None:
+    (sql,) = demo_asks(("sql",), tmp_path, ["base", "sql", "sql-heads"], "base", "", 4)
+    assert (sql.model, sql.turbo) == ("sql", "sql-heads")
+
+
 def test_prompts_are_repeated_where_they_do_not_suffice() -> None:
     requests = ASK.requests(7)
     assert [request.index for request in requests] == list(range(7))
@@ -260,7 +265,8 @@ def test_prompts_are_repeated_where_they_do_not_suffice() -> None:
 
 @pytest.mark.usefixtures("_letters")
 @pytest.mark.parametrize(
-    ("task", "named"), [("poems", "--tasks 'poems'"), ("order-json", "order-json-turbo or")]
+    ("task", "named"),
+    [("poems", "--tasks 'poems'"), ("order-json", "neither order-json-turbo nor order-json")],
 )
 def test_a_task_that_can_not_be_asked_is_refused(tmp_path: Any, task: str, named: str) -> None:
     with pytest.raises(ValueError, match=named):

@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from turbo_models import HEADS, KV_BYTES, VOCABULARY, TurboModels, make_turbo_models
 
 from quickchange_server.engine import speculation
+from quickchange_server.engine.depths import DepthPlan, Prospect
 from quickchange_server.engine.engine import Engine
 from quickchange_server.engine.purchase import Load, Purchase
 from quickchange_server.messages import (
@@ -114,12 +115,17 @@ def buy_everything(
     return Purchase((), tuple(lengths), 0.0)
 
 
+def draft_deepest(plan: DepthPlan, prospects: Sequence[Prospect], load: Load) -> tuple[int, ...]:
+    """All heads that there are, whatever they cost."""
+    del plan, load
+    return tuple(prospect.deepest for prospect in prospects)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _no_draft_is_too_dear() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(speculation, "buy_chains", buy_everything)
-        deepest = lambda prospects, *_: tuple(p.deepest for p in prospects)  # noqa: E731
-        patch.setattr(speculation, "depths", deepest)
+        patch.setattr(DepthPlan, "depths", draft_deepest)
         yield
 
 

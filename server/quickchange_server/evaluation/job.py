@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from quickchange_server.evaluation.run import Task, evaluate
 from quickchange_server.evaluation.variants import BASE, Adapters
@@ -15,9 +14,8 @@ from quickchange_store.base import base_spec
 from quickchange_store.demo import ensure_demo_base, publish_demo_adapters
 from quickchange_store.evaluation.results import Evaluation, save
 from quickchange_store.store import Store
-from quickchange_store.training.data import Encoded, Example, as_chat, encode, read_examples
-from quickchange_store.training.errors import DataError, ModelError
-from quickchange_store.training.job import PromptFormat
+from quickchange_store.training.data import as_chat, encode, read_examples
+from quickchange_store.training.job import PromptFormat, load_tokenizer, uses_chat
 
 DEMO = "demo"
 
@@ -87,36 +85,12 @@ def _store(job: Job, model: str) -> Store | None:
 
 def _task(job: Job, model: str) -> Task:
     examples = read_examples(job.task)[: job.limit]
-    tokenizer = _tokenizer(model)
-    encoded = _encoded(examples, tokenizer, job)
+    tokenizer = load_tokenizer(model)
+    chat = uses_chat(examples, tokenizer, job.prompt_format)
+    encoded = encode(as_chat(examples) if chat else examples, tokenizer, job.max_length)
     longest = max(e.answer_length for e in encoded)
     return Task(
         examples=tuple(examples),
         encoded=tuple(encoded),
         max_tokens=job.max_tokens or longest + -(-longest // 4),
     )
-
-
-def _tokenizer(model: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"--model {model} has no tokenizer that can be read ({error}); give a folder in "
-            "transformers' layout, the id of a model in the hub's cache, or demo"
-        ) from error
-
-
-def _encoded(examples: list[Example], tokenizer: Any, job: Job) -> list[Encoded]:
-    has_template = tokenizer.chat_template is not None
-    if job.prompt_format == "chat" or (job.prompt_format == "auto" and has_template):
-        examples = as_chat(examples)
-    conversation = next((e for e in examples if not isinstance(e.prompt, str)), None)
-    if conversation is not None and not has_template:
-        raise DataError(
-            f"{conversation.origin}: a conversation, but the base's tokenizer has no chat "
-            'template; give "prompt" and "completion" with --prompt-format plain'
-        )
-    return encode(examples, tokenizer, job.max_length)

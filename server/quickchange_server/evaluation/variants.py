@@ -83,7 +83,7 @@ class Adapters:
         return Drafting(heads, lookup=True)
 
     def _find(self, name: str) -> _Found:
-        if Path(name).is_dir():
+        if _is_folder(name):
             return self._by_folder(Path(name))
         if name == BASE:
             return _Found(None, None)
@@ -109,13 +109,15 @@ class Adapters:
 def _split(text: str) -> tuple[str, str]:
     """NAME and TURBO. A folder whose own name has a + in it is meant as a whole."""
     name, plus, turbo = text.rpartition("+")
-    if not plus or Path(text).is_dir():
+    if not plus or _is_folder(text):
         return text, _AUTO
     return name, turbo
 
 
+def _is_folder(text: str) -> bool:
+    return bool(text) and Path(text).is_dir()
+
+
 def _label(name: str, turbo: str) -> str:
-    shown = Path(name).resolve().name if Path(name).is_dir() else name
-    if turbo == _AUTO:
-        return shown
-    return f"{shown}+{Path(turbo).resolve().name if Path(turbo).is_dir() else turbo}"
+    shown, drafts = (Path(t).resolve().name if _is_folder(t) else t for t in (name, turbo))
+    return shown if turbo == _AUTO else f"{shown}+{drafts}"
