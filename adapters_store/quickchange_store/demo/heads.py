@@ -59,9 +59,10 @@ def train_demo_heads(
     from quickchange_store.demo import DEMO_ADAPTERS
     from quickchange_store.importing import read_adapter
     from quickchange_store.training.base_ends import stop_token_ids
+    from quickchange_store.training.job import work_folder
     from quickchange_store.training.turbo_data import encode_prompts
     from quickchange_store.training.turbo_heads import make_heads
-    from quickchange_store.training.turbo_job import save_heads, work_folder
+    from quickchange_store.training.turbo_job import save_heads
 
     base = str(ensure_demo_base())
     spec = base_spec(base, BASE_MODEL_ID)
@@ -82,6 +83,6 @@ def train_demo_heads(
         "python": platform.python_version(),
         "report": asdict(report),
     }
-    save_heads(heads, out, BASE_MODEL_ID, notes)
+    save_heads(heads, out, spec, notes)
     shutil.rmtree(work)
     return report
