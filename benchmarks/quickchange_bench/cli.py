@@ -222,6 +222,56 @@ def overhead_command(
         report.save(result, out)
 
 
+@app.command("turbo")
+@_refusals
+def turbo_command(
+    model: Annotated[
+        str, typer.Option(help="Base model's folder, or demo for the demo's base.")
+    ] = "demo",
+    store: Annotated[
+        Path | None, typer.Option(help="Adapter store (default: a new one with the demo's).")
+    ] = None,
+    tasks: Annotated[
+        str, typer.Option(help="With commas: the demo's tasks, and chat.")
+    ] = "order-json,sql,docstring,chat",
+    base_heads: Annotated[
+        str, typer.Option(help="The adapter whose heads draft for the base in chat.")
+    ] = "base-heads",
+    concurrency: Annotated[
+        str, typer.Option(help="Closed loops of so many workers.")
+    ] = "1,4,8,16,32",
+    repeat: Annotated[int, typer.Option(min=1, help="Pairs of rounds; medians are reported.")] = 3,
+    requests_per_worker: Annotated[
+        int, typer.Option(min=1, help="In a round; at least 8 requests in all.")
+    ] = 2,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="Of the base model.")] = "float32",
+    out: Annotated[Path | None, typer.Option(help="Write the result here, as JSON.")] = None,
+) -> None:
+    """What drafts bring on the demo's held-out prompts and on chat: on against off, by turns."""
+    from quickchange_bench.turbo import TurboOptions, measure_turbo, turbo_table
+    from quickchange_store.demo import ensure_demo_base
+
+    options = TurboOptions(
+        model=ensure_demo_base() if model == "demo" else Path(model),
+        store=store,
+        tasks=tuple(tasks.split(",")),
+        base_heads=base_heads,
+        loads=parse_loads(concurrency, None),
+        repeat=repeat,
+        requests_per_worker=requests_per_worker,
+        device=device,
+        dtype=dtype,
+    )
+    result = measure_turbo(options, lambda text: typer.echo(text, err=True))
+    typer.echo(turbo_table(result))
+    if out is not None:
+        report.save(result, out)
+    if wrong := sum(gain.different for gain in result.gains):
+        typer.echo(f"error: {wrong} answers with drafts differ from those without", err=True)
+        raise typer.Exit(1)
+
+
 @app.command("adapters-at-scale")
 @_refusals
 def adapters_at_scale(

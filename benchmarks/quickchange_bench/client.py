@@ -163,7 +163,7 @@ class Client:
     ) -> None:
         self.target = target
         self.dialect: DialectName = dialect
-        self._http = httpx.AsyncClient(
+        self.http = httpx.AsyncClient(
             base_url=url,
             timeout=httpx.Timeout(timeout, connect=10.0),
             limits=httpx.Limits(max_connections=connections),
@@ -171,7 +171,7 @@ class Client:
         )
 
     async def __aenter__(self) -> Self:
-        await self._http.__aenter__()
+        await self.http.__aenter__()
         return self
 
     async def __aexit__(
@@ -180,7 +180,11 @@ class Client:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        await self._http.__aexit__(kind, error, trace)
+        await self.http.__aexit__(kind, error, trace)
+
+    def body(self, request: Request) -> Body:
+        """What is sent for a request."""
+        return request_body(self.dialect, self.target, request)
 
     async def complete(self, request: Request) -> Completion:
         """Stream one completion to its end. A failure is an outcome too: `error` says which."""
@@ -192,8 +196,8 @@ class Client:
         return stream.completion(request, None)
 
     async def _read(self, request: Request, stream: _Stream) -> None:
-        body = request_body(self.dialect, self.target, request)
-        async with self._http.stream("POST", "/v1/completions", json=body) as response:
+        body = self.body(request)
+        async with self.http.stream("POST", "/v1/completions", json=body) as response:
             if response.status_code != 200:
                 answer = (await response.aread()).decode(errors="replace")
                 raise ServerRefusedError(f"status {response.status_code}: {answer[:400]}")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from quickchange_kernels.draft_logits import draft_logits, reference_draft_logits
 from quickchange_kernels.kv_write import kv_write_, plain_kv_write_, reference_kv_write
 from quickchange_kernels.linear import linear
 from quickchange_kernels.lowrank import lowrank_, reference_lowrank
@@ -31,6 +32,8 @@ from quickchange_kernels.silu_mul import plain_silu_mul, reference_silu_mul, sil
 from quickchange_kernels.turbo_heads import (
     HeadItems,
     HeadTables,
+    in_pages,
+    page_elements,
     reference_turbo_heads,
     turbo_heads,
 )
@@ -270,25 +273,47 @@ def sample_case(bench: Bench, rows: int, vocabulary: int) -> Case:
 
 def turbo_case(bench: Bench, rows: int, heads: int, width: int) -> Case:
     """Every row through all heads of one adapter."""
-    unit = -(-(width * width + width) // 32) * 32  # every W begins at a multiple of 64 bytes
-    offsets = [(i * unit, i * unit + width * width) for i in range(heads)]
+    weights = [bench.randn(width, width) * width**-0.5 for _ in range(heads)]
+    biases = [bench.randn(width) for _ in range(heads)]
+    held = [in_pages(*head) for head in zip(weights, biases, strict=True)]
+    pages = len(held[0])
+    unit = -(-page_elements(width) // 32) * 32  # every page begins at a multiple of 64 bytes
+    arena = F.pad(torch.cat(held), (0, unit - page_elements(width))).flatten()
+    edges = torch.arange(heads + 1, dtype=torch.int32, device=bench.device) * pages
     tables = HeadTables(
-        bench.randn(heads * unit) * width**-0.5,
-        torch.tensor(offsets, dtype=torch.int64, device=bench.device),
+        arena,
+        torch.arange(heads * pages, device=bench.device) * unit,
+        torch.stack([edges[:-1], edges[1:]], dim=1),
     )
     items = HeadItems.of([(row, head) for row in range(rows) for head in range(heads)])
     there = items.to(bench.device)
     x = bench.randn(rows, width)
-    weights = [tables.arena[w : w + width * width].view(width, width) for w, _ in offsets]
-    biases = [tables.arena[b : b + width] for _, b in offsets]
     return Case(
         f"turbo_heads {width}, {rows} rows, {heads} heads",
-        lambda: turbo_heads(x, tables, there),
-        lambda: (turbo_heads(x, tables, there), reference_turbo_heads(x, tables, items)),
+        lambda: turbo_heads(x, x, tables, there),
+        lambda: (turbo_heads(x, x, tables, there), reference_turbo_heads(x, x, tables, items)),
         "F.linear a head",
         lambda: [x + F.silu(F.linear(x, *w)) for w in zip(weights, biases, strict=True)],
-        tables.arena.nbytes + x.nbytes * (1 + heads),
+        heads * (weights[0].nbytes + biases[0].nbytes) + x.nbytes * (1 + heads),
         2 * rows * heads * width * width,
+    )
+
+
+def draft_case(bench: Bench, rows: int, tokens: int, features: int, vocabulary: int) -> Case:
+    """All rows over the same tokens of an LM head."""
+    h, weight = bench.randn(rows, features), bench.randn(vocabulary, features)
+    order = torch.randperm(vocabulary, generator=bench.generator)[:tokens].sort().values
+    ids = order.int().to(bench.device)
+    segments = torch.tensor([[0, rows, 0, tokens]], dtype=torch.int32, device=bench.device)
+    arguments = (h, weight, ids, segments, tokens)
+    return Case(
+        f"draft_logits {features} to {tokens} of {vocabulary}, {rows} rows",
+        lambda: draft_logits(*arguments),
+        lambda: (draft_logits(*arguments), reference_draft_logits(*arguments)),
+        "gather and F.linear",
+        lambda: F.linear(h, weight[ids]),
+        tokens * features * weight.itemsize + h.nbytes + 4 * rows * tokens,
+        2 * rows * tokens * features,
     )
 
 
@@ -331,6 +356,7 @@ def small_cases(bench: Bench) -> Iterator[Case]:
     yield kv_write_case(bench, 21, 2, 64)
     yield sample_case(bench, 5, 1003)
     yield turbo_case(bench, 5, 3, 72)
+    yield draft_case(bench, 5, 40, 72, 200)
     yield verify_case(bench, 7, 5)
     yield from rows_cases(bench, 5, 96, 56, 3)
 
@@ -351,5 +377,6 @@ def llama_cases(bench: Bench) -> Iterator[Case]:
     yield kv_write_case(bench, 64, 8, 128)
     yield sample_case(bench, 64, 128_256)
     yield turbo_case(bench, 16, 4, 4096)
+    yield draft_case(bench, 64, 4096, 4096, 128_256)
     yield verify_case(bench, 64, 7)
     yield from rows_cases(bench, 64, 4096, 14336, 32)

@@ -52,6 +52,7 @@ class EngineOptions:
     batch_tokens: int = 2048
     prefix_cache: bool = False
     adapters: bool = True
+    turbo: bool = False
 
     @property
     def held_adapter_dtype(self) -> str:

@@ -109,7 +109,7 @@ def _logits(loaded: LoadedModel, ids: Tensor, blocks: int) -> Tensor:
         adapters=None,
     )
     try:
-        return forward(loaded.module, ids, positions, positions)
+        return forward(loaded, ids, positions, positions).logits
     finally:
         loaded.holder.step = None
 

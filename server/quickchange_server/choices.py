@@ -36,6 +36,14 @@ class Choice:
     def completion_tokens(self) -> int:
         return self._transcript.completion_tokens
 
+    @property
+    def drafted_tokens(self) -> int:
+        return self._transcript.drafted_tokens
+
+    @property
+    def accepted_tokens(self) -> int:
+        return self._transcript.accepted_tokens
+
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """The pieces, the last of them with an ending; those that bring nothing are left out.
 
@@ -88,6 +96,16 @@ class Choices:
     @property
     def completion_tokens(self) -> int:
         return sum(choice.completion_tokens for choice in self._choices)
+
+    @property
+    def drafted_tokens(self) -> int:
+        """Draft tokens that the base model has judged."""
+        return sum(choice.drafted_tokens for choice in self._choices)
+
+    @property
+    def accepted_tokens(self) -> int:
+        """Of the completion's tokens, those that came from drafts."""
+        return sum(choice.accepted_tokens for choice in self._choices)
 
     async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
         """The pieces of all choices as they come, each with its choice's index.

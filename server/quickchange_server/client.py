@@ -136,6 +136,11 @@ class EngineClient:
         adapters = generation.adapters
         if len(adapters) == 1:
             self._residences.name(adapters[0].digest, generation.label)
+        drafting = generation.drafting
+        if drafting is not None:
+            self._metrics.drafting(drafting)
+            if drafting.heads is not None and generation.drafter is not None:
+                self._residences.name(drafting.heads, generation.drafter)
         metrics = self._metrics.request(
             generation.label, bool(adapters), len(generation.prompt), now
         )
@@ -244,7 +249,7 @@ class EngineClient:
 
     def _stepped(self, report: StepReport) -> None:
         now = time.monotonic()
-        self._metrics.step(report.stats)
+        self._metrics.step(report.stats, self._residences.label)
         for delta in report.deltas:
             self._deliver(delta, now)
         if self._roster.on_trial is not None:

@@ -18,7 +18,7 @@ from quickchange_server.errors import (
     QuickchangeError,
     RequestFailedError,
 )
-from quickchange_server.messages import Component, Delta, SamplingParams, Submit
+from quickchange_server.messages import Component, Delta, Drafting, SamplingParams, Submit
 from quickchange_server.metrics import Outcome, RequestMetrics
 
 
@@ -31,6 +31,8 @@ class Generation:
     sampling: SamplingParams
     adapters: tuple[Component, ...] = ()  # empty: the plain base model
     label: str = "base"  # the adapter's name in metrics
+    drafting: Drafting | None = None  # None: no token is drafted
+    drafter: str | None = None  # the name, in metrics, of the adapter whose heads draft
 
 
 class Flight:
@@ -74,12 +76,13 @@ class Flight:
             sampling=generation.sampling,
             adapters=generation.adapters,
             output=tuple(self.emitted),
+            drafting=generation.drafting,
         )
 
     def deliver(self, delta: Delta, now: float) -> None:
         """Take a delta of the engine. `now`: monotonic seconds, for the metrics."""
         if delta.finish_reason == "error":
-            self.fail(_error_of(delta), now)
+            self.fail(_error_of(delta, self.generation), now)
             return
         if self.submissions > 1:
             delta = self._as_first_told(delta)
@@ -179,15 +182,24 @@ class DeltaStream:
             self._leave(self._flight, outcome)
 
 
-def _error_of(delta: Delta) -> QuickchangeError:
+def _error_of(delta: Delta, generation: Generation) -> QuickchangeError:
     message = delta.error or "the engine gave up this request and did not say why"
     match delta.error_kind:
         case "adapter":
-            return AdapterFailedError(message)
+            return AdapterFailedError(message + _turbo_remedy(generation))
         case "request":
             return RequestFailedError(message)
         case _:
             return EngineFailedError(message)
+
+
+def _turbo_remedy(generation: Generation) -> str:
+    """What to do where it is not one of the adapters that failed, but the Turbo beside them."""
+    heads = None if generation.drafting is None else generation.drafting.heads
+    if heads is None or heads in {component.digest for component in generation.adapters}:
+        return ""
+    drafter = generation.drafter or heads
+    return f'; the request loads the Turbo {drafter!r} as well, which turbo: "off" leaves out'
 
 
 def _outcome_of(error: QuickchangeError) -> Outcome:

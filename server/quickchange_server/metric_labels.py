@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 
+from quickchange_server.messages import LOOKUP
+
 BASE = "base"  # requests to the plain base model
 OTHER = "other"  # every adapter beyond the bound
+RESERVED = frozenset({BASE, OTHER, LOOKUP})  # LOOKUP: drafts that no adapter made
 LONGEST = 100  # characters
 _UNUSUAL = re.compile(r"[^A-Za-z0-9._@:/+-]")
 
@@ -13,8 +16,8 @@ _UNUSUAL = re.compile(r"[^A-Za-z0-9._@:/+-]")
 class AdapterLabels:
     """The first `limit` adapter names keep their own value; all others share "other".
 
-    An adapter that is itself called "base" or "other" is counted with the others, so that the
-    values' meanings hold.
+    An adapter that is itself called "base", "other" or "lookup" is counted with the others, so
+    that the values' meanings hold.
     """
 
     def __init__(self, limit: int) -> None:
@@ -28,7 +31,7 @@ class AdapterLabels:
         return kept
 
     def _new(self, name: str) -> str:
-        if len(self._kept) >= self._limit or name in (BASE, OTHER):
+        if len(self._kept) >= self._limit or name in RESERVED:
             return OTHER
         self._kept[name] = _UNUSUAL.sub("_", name[:LONGEST]) or OTHER
         return self._kept[name]

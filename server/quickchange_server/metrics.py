@@ -14,8 +14,17 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, G
 from prometheus_client.exposition import generate_latest
 from prometheus_client.process_collector import ProcessCollector
 
-from quickchange_server.messages import AdapterMoved, Delta, FinishReason, Ready, StepStats, Tier
+from quickchange_server.messages import (
+    AdapterMoved,
+    Delta,
+    Drafting,
+    FinishReason,
+    Ready,
+    StepStats,
+    Tier,
+)
 from quickchange_server.metric_labels import BASE, AdapterLabels
+from quickchange_server.metrics_speculation import NameOf, SpeculationMetrics
 from quickchange_server.metrics_state import EngineTotals, ServerState, StateCollector
 from quickchange_server.settings import Settings
 
@@ -51,6 +60,7 @@ class Metrics:
         self._series: dict[str, AdapterSeries] = {}  # by label value
         self._totals = EngineTotals()
         self._families = _RequestFamilies(self.registry)
+        self._speculation = SpeculationMetrics(self.registry, self._labels)
         self._make_step_metrics()
         self._make_adapter_metrics()
         self._make_engine_metrics()
@@ -122,20 +132,25 @@ class Metrics:
             series = self._series[value] = AdapterSeries(self._families, value)
         return RequestMetrics(series, prompt_tokens, now)
 
+    def drafting(self, drafting: Drafting) -> None:
+        """Count an admitted request whose tokens are drafted ahead."""
+        self._speculation.request(drafting)
+
     def refused(self, reason: Refusal) -> None:
         self._refused.labels(reason).inc()
 
     def resubmitted(self) -> None:
         self._resubmitted.inc()
 
-    def step(self, stats: StepStats) -> None:
-        """Take the figures of one engine step."""
+    def step(self, stats: StepStats, name_of: NameOf) -> None:
+        """Take the figures of one engine step. `name_of` names the adapters that drafted."""
         self._step_seconds.observe(stats.seconds)
         self._rows.observe(stats.rows)
         self._sequences.observe(stats.sequences)
         self._distinct.observe(stats.adapters)
         self._prefill_rows.inc(stats.prefill_rows)
         self._totals.step(stats)
+        self._speculation.step(stats, name_of)
 
     def engine_started(self, ready: Ready) -> None:
         self._up.set(1)

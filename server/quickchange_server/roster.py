@@ -14,8 +14,9 @@ from quickchange_server.flight import Flight
 
 # A suspect is cleared once it has emitted this many tokens past the point at which the engine
 # died: a sampled token depends on (seed, position) alone, so a request that ends an engine does it
-# at the same place again, and an engine is at most a few tokens ahead of what was received.
-CLEARED_AFTER_TOKENS = 8
+# at the same place again. An engine is at most a few steps ahead of what was received, each of
+# them one token and the accepted drafts, whose number may differ from the last time.
+CLEARED_AFTER_TOKENS = 20
 
 
 class Roster:

@@ -54,6 +54,12 @@ class Settings(BaseSettings):
         "their memory and what a step reads, at the cost of their rounding",
     )
     adapter_host_bytes: int = Field(2 * GIB, ge=1024, description="budget of the host tier")
+    turbo: bool = Field(True, description="off: no token is drafted ahead, whatever requests ask")
+    prompt_lookup: bool = Field(
+        True,
+        description="draft also from what followed the same tokens earlier in prompt and output; "
+        "off: Turbo heads draft alone",
+    )
     adapter_paths: bool | None = Field(
         None,
         description="allow adding an adapter over HTTP from a path on the server's machine; "

@@ -60,6 +60,8 @@ class Transcript:
         self._decoded = 0  # characters
         self._emitted = 0  # characters
         self.completion_tokens = 0
+        self.drafted_tokens = 0
+        self.accepted_tokens = 0  # of completion_tokens, those that came from drafts
 
     def push(self, delta: Delta) -> Piece:
         """Add a delta's tokens. Where the piece has an ending, the choice is complete."""
@@ -74,6 +76,9 @@ class Transcript:
             if stopped:
                 self.completion_tokens = before + index + 1
                 break
+        self.drafted_tokens += delta.drafted
+        # A delta's accepted drafts are its first tokens; a stop string may have cut some off.
+        self.accepted_tokens += min(delta.accepted, self.completion_tokens - before)
         if delta.finish_reason is not None and not stopped:
             text, stopped = self._finish()
             parts.append(text)

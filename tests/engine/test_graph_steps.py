@@ -59,14 +59,14 @@ class Watched:
 
     def __init__(self, model: Path, asked: Asked, patch: pytest.MonkeyPatch) -> None:
         self.logits: list[Tensor] = []
-        sample = Sampler.sample
+        draw = Sampler.draw
 
         def watch(sampler: Sampler, logits: Tensor, rows: list[object]) -> object:
             self.logits += logits.clone()
-            return sample(sampler, logits, rows)  # type: ignore[arg-type]
+            return draw(sampler, logits, rows)  # type: ignore[arg-type]
 
         with patch.context() as during:
-            during.setattr(Sampler, "sample", watch)
+            during.setattr(Sampler, "draw", watch)
             engine = make_engine(model, load, max_sequences=6, adapter_device_bytes=1 << 20)
             drive = Driver(engine)
             for key, (prompt, adapters) in enumerate(asked):

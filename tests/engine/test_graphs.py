@@ -17,7 +17,7 @@ from quickchange_kernels.samples import random_tables
 from quickchange_server.adapters.image import build_image, page_shapes
 from quickchange_server.adapters.layout import Member, ModuleGroup
 from quickchange_server.adapters.pool import DevicePool
-from quickchange_server.model.graphs import Graphs, capture_for
+from quickchange_server.model.graphs import Graphs, Outputs, capture_for
 from quickchange_store.canonical import CanonicalAdapter, LowRankUpdate
 
 CPU = torch.device("cpu")
@@ -28,8 +28,8 @@ class Inputs:
     values: Tensor
 
 
-def doubled(inputs: Inputs, tables: LowRankTables | None) -> Tensor:
-    return inputs.values * 2 + (0 if tables is None else tables.page_scale.sum())
+def doubled(inputs: Inputs, tables: LowRankTables | None) -> Outputs:
+    return (inputs.values * 2 + (0 if tables is None else tables.page_scale.sum()),)
 
 
 def make_graphs() -> tuple[Graphs[Inputs], RepeatingCapture]:
@@ -44,7 +44,7 @@ def make_tables() -> LowRankTables:
 def test_a_key_is_captured_once_and_replayed_on_new_values() -> None:
     graphs, capture = make_graphs()
     for value in (1.0, 2.0, 3.0):
-        out = graphs.run("a", Inputs(torch.full((4,), value)), None)
+        (out,) = graphs.run("a", Inputs(torch.full((4,), value)), None)
         assert torch.equal(out, torch.full((4,), 2 * value))
     assert (len(capture.rows), capture.replayed) == (1, 3)
 
@@ -53,7 +53,7 @@ def test_each_key_has_its_own_graph() -> None:
     graphs, capture = make_graphs()
     graphs.run("two", Inputs(torch.ones(2)), None)
     graphs.run("three", Inputs(torch.ones(3)), None)
-    assert graphs.run("two", Inputs(torch.full((2,), 5.0)), None).tolist() == [10.0, 10.0]
+    assert graphs.run("two", Inputs(torch.full((2,), 5.0)), None)[0].tolist() == [10.0, 10.0]
     assert len(capture.rows) == 2
 
 
@@ -63,7 +63,7 @@ def test_contents_of_the_tables_may_change_without_a_new_capture() -> None:
     graphs.run("a", Inputs(torch.zeros(1)), tables)
     tables.page_scale.fill_(1.0)
     same = dataclasses.replace(tables)  # another object on the same tensors
-    out = graphs.run("a", Inputs(torch.zeros(1)), same)
+    (out,) = graphs.run("a", Inputs(torch.zeros(1)), same)
     assert out.item() == tables.page_scale.numel()
     assert len(capture.rows) == 1
 
@@ -73,9 +73,9 @@ def test_tables_on_other_memory_are_captured_anew() -> None:
     tables = make_tables()
     graphs.run("a", Inputs(torch.zeros(1)), tables)
     grown = dataclasses.replace(tables, page_scale=torch.full((9,), 1.0))
-    assert graphs.run("a", Inputs(torch.zeros(1)), grown).item() == 9.0
+    assert graphs.run("a", Inputs(torch.zeros(1)), grown)[0].item() == 9.0
     assert len(capture.rows) == 2
-    assert graphs.run("a", Inputs(torch.ones(1)), grown).item() == 11.0
+    assert graphs.run("a", Inputs(torch.ones(1)), grown)[0].item() == 11.0
     assert len(capture.rows) == 2
 
 

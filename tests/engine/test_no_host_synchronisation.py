@@ -15,15 +15,20 @@ from tiny_models import make_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from turbo_adapters import make_turbo, turbo_adapter
 
 from quickchange_server.adapters.copies import ImmediateCopies
+from quickchange_server.adapters.image import build_image, page_shapes
 from quickchange_server.adapters.pool import DevicePool
 from quickchange_server.engine.buckets import DecodeBuckets
 from quickchange_server.engine.inputs import step_inputs
 from quickchange_server.model import attention
 from quickchange_server.model.attention import PagedAttention
+from quickchange_server.model.draft_plan import DraftItem, Planner
+from quickchange_server.model.drafting import DraftCall, Drafter
 from quickchange_server.model.load import LoadedModel, forward, prepare
 from quickchange_server.model.staging import layout_of, rebuilt
+from quickchange_store.canonical import LowRankUpdate
 
 META = torch.device("meta")
 ROWS, BLOCKS, BLOCK_SIZE = 4, 8, 4
@@ -86,8 +91,40 @@ def make_step(family: str, *, adapters: bool) -> tuple[LoadedModel, tuple[Tensor
 def test_a_decode_step_stays_on_the_device(family: str, adapters: bool) -> None:
     loaded, inputs = make_step(family, adapters=adapters)
     with OnDeviceOnly():
-        logits = forward(loaded.module, *inputs)
+        logits, hidden = forward(loaded, *inputs)
     assert logits.shape == (ROWS, loaded.vocabulary)
+    assert hidden.shape == (ROWS, loaded.hidden)
+
+
+@pytest.mark.parametrize("adapted", [True, False])
+def test_drafting_stays_on_the_device(adapted: bool) -> None:
+    loaded, _ = make_step("llama", adapters=True)
+    pool = DevicePool(loaded.groups, 1 << 20, torch.float32, META, ImmediateCopies())
+    kinds: list[dict[str, Any]] = [
+        {"blocks_a_head": 2},
+        {"sequential": True, "vocabulary": (1, 2, 3)},
+        {"own_outputs": 9},
+    ]
+    low = LowRankUpdate(torch.ones(8, loaded.hidden), torch.ones(loaded.vocabulary, 8), 1.0)
+    shapes = page_shapes(loaded.groups, torch.float32)
+    items: list[DraftItem] = []
+    for kind in kinds:
+        adapter = turbo_adapter(make_turbo(loaded.hidden, 3, **kind), lm_head=low)
+        slot = pool.allocate(build_image(adapter, shapes, torch.float32))
+        assert slot is not None
+        pool.publish(slot)
+        items.append(DraftItem(0, slot, 3, ((slot, 1.0),) if adapted else ()))
+    drafter = Drafter(loaded, META)
+    planner = Planner(items, pool, drafter.facts, ROWS, META)
+    on_host = planner.rounds()
+    layout, tensors = layout_of(on_host)
+    rounds = rebuilt(on_host, layout, [there(tensor) for tensor in tensors])
+    hidden = torch.empty(ROWS, loaded.hidden, device=META)
+    certain = torch.empty(ROWS, dtype=torch.int64, device=META)
+    with OnDeviceOnly(), torch.inference_mode():
+        call = DraftCall(planner.vocabularies, pool, certain, (len(items), 3, 2))
+        drafts = drafter.compute(rounds, hidden, call)
+    assert drafts.tokens.shape == (3, 3, 2)
 
 
 class Faulty(nn.Module):

@@ -5,108 +5,16 @@ from __future__ import annotations
 import gc
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from residency_bench import LARGE, SLAB, SLABS, Bench, bench
 
-from quickchange_server.adapters.layout import Member, ModuleGroup
 from quickchange_server.adapters.loader import Pacer
-from quickchange_server.adapters.pool import DevicePool
-from quickchange_server.adapters.residency import Residency
 from quickchange_server.messages import AdapterFailed, AdapterMoved
-from quickchange_store.canonical import CanonicalAdapter, LowRankUpdate
-
-GROUPS = (
-    ModuleGroup(0, "linear", 8, 8, (Member("small", 0, 8),)),
-    ModuleGroup(1, "linear", 32, 32, (Member("large", 0, 32),)),
-)
-SMALL, LARGE = 512, 2048  # bytes of one page
-SLABS, SLAB = 16, 2048  # what a budget of 32 KiB is divided into
-WAIT = 20.0  # seconds until a test that hangs fails
-
-
-class Store:
-    """Adapters by name: "sN..." has N small pages, "lN..." N large ones. Loads wait at a gate."""
-
-    def __init__(self) -> None:
-        self.gate = threading.Semaphore(2000)
-        self.broken: set[str] = set()
-        self.loads: list[str] = []
-
-    def load(self, digest: str) -> CanonicalAdapter:
-        assert self.gate.acquire(timeout=WAIT)
-        self.loads.append(digest)
-        if digest in self.broken:
-            raise OSError(f"{digest}: no such file")
-        path, features = ("small", 8) if digest[0] == "s" else ("large", 32)
-        rank = 8 * int(digest[1])
-        low = LowRankUpdate(torch.ones(rank, features), torch.ones(features, rank), 1.0)
-        return CanonicalAdapter("Tiny", "tiny", {path: low})
-
-    def close_gate(self) -> None:
-        while self.gate.acquire(blocking=False):
-            pass
-
-
-class Bench:
-    """A residency, its store, and what happened."""
-
-    def __init__(self, slabs: int = SLABS, host: int = 1 << 20) -> None:
-        self.store = Store()
-        self.awake = threading.Semaphore(0)
-        self.events: list[AdapterMoved | AdapterFailed] = []
-        self.pool = DevicePool(GROUPS, slabs * SLAB, torch.float32, torch.device("cpu"))
-        self.residency = Residency(self.pool, self.store.load, GROUPS, host, self.awake.release)
-
-    def poll(self) -> None:
-        self.events += self.residency.poll()
-        self.residency.check_integrity()
-
-    def step(self) -> None:
-        """Let the loader end one job, and apply it."""
-        self.poll()
-        if self.residency.in_flight:
-            assert self.awake.acquire(timeout=WAIT)
-            self.poll()
-
-    def settle(self) -> None:
-        self.poll()
-        while self.residency.in_flight:
-            self.step()
-
-    def hold(self, key: str, *digests: str) -> dict[str, int]:
-        """Claim, and wait until it is held."""
-        self.residency.claim(key, digests)
-        self.settle()
-        slots = self.residency.ready(key)
-        assert slots is not None, self.residency.failed(key)
-        return slots
-
-    def use(self, *digests: str) -> None:
-        """Hold and release."""
-        self.hold("use", *digests)
-        self.residency.release("use")
-
-    def tier(self, digest: str) -> str:
-        """By the events told."""
-        moved = [e.tier for e in self.events if isinstance(e, AdapterMoved) and e.digest == digest]
-        return moved[-1] if moved else "disk"
-
-
-@contextmanager
-def bench(slabs: int = SLABS, host: int = 1 << 20) -> Iterator[Bench]:
-    made = Bench(slabs, host)
-    try:
-        yield made
-        made.poll()
-    finally:
-        made.store.gate.release(1000)
-        made.residency.close()
 
 
 def test_a_claim_is_ready_when_all_its_adapters_are_on_the_device() -> None:
@@ -465,7 +373,21 @@ def test_memory_stays_level_over_500_loads() -> None:
         assert len(b.store.loads) == 550
 
 
-ADAPTERS = ["s1a", "s3b", "s9c", "l1d", "l3e", "l4f", "l6g", "l8h", "l9i", "s2j"]
+ADAPTERS = [
+    "s1a",
+    "s3b",
+    "s9c",
+    "l1d",
+    "l3e",
+    "l4f",
+    "l6g",
+    "l8h",
+    "l9i",
+    "s2j",
+    "t3k",
+    "b5m",
+    "x1n",
+]
 
 
 class Requests(RuleBasedStateMachine):

@@ -50,7 +50,7 @@ def random_logits(seed: int, rows: int = 1, size: int = V, spread: float = 3.0) 
 
 
 def sample_one(logits: torch.Tensor, one: SampleRow) -> Sampled:
-    result = Sampler(logits.shape[1], CPU).sample(logits.clone(), [one])[0]
+    result = Sampler(logits.shape[1], CPU).draw(logits.clone(), [one]).results()[0]
     assert isinstance(result, Sampled)
     return result
 
@@ -59,7 +59,7 @@ def edited(logits: torch.Tensor, one: SampleRow) -> torch.Tensor:
     """The logits after bias, suppression and penalties: what the sampler leaves in place."""
     work = logits.clone()
     greedy = dataclasses.replace(one, params=dataclasses.replace(one.params, temperature=0.0))
-    Sampler(logits.shape[1], CPU).sample(work, [greedy])
+    Sampler(logits.shape[1], CPU).draw(work, [greedy]).results()
     return work
 
 
@@ -130,7 +130,7 @@ def test_logit_bias_is_added_and_repeated_ids_add_up() -> None:
 
 def test_logit_bias_outside_the_vocabulary_fails_that_row_by_name() -> None:
     rows = [row(params(logit_bias=((V, 1.0),))), row(params())]
-    first, second = Sampler(V, CPU).sample(random_logits(2, rows=2), rows)
+    first, second = Sampler(V, CPU).draw(random_logits(2, rows=2), rows).results()
     assert isinstance(first, RowError)
     assert str(V) in first.error
     assert "logit_bias" in first.error
@@ -249,7 +249,7 @@ def test_samples_follow_the_filtered_softmax(changes: dict[str, float]) -> None:
     count = 4000
     sampling = params(temperature=0.9, **changes)
     rows = [row(sampling, position=i) for i in range(count)]
-    results = Sampler(24, CPU).sample(logits.repeat(count, 1), rows)
+    results = Sampler(24, CPU).draw(logits.repeat(count, 1), rows).results()
     observed = np.bincount([r.token_id for r in results if isinstance(r, Sampled)], minlength=24)
     possible = probabilities > 0
     assert observed[~possible].sum() == 0
@@ -279,11 +279,13 @@ def test_a_row_alone_gives_bit_for_bit_what_it_gives_in_a_batch() -> None:
     rows = mixed_rows()
     logits = random_logits(12, rows=len(rows), size=40_001)
     sampler = Sampler(40_001, CPU)
-    together = sampler.sample(logits.clone(), rows)
-    alone = [sampler.sample(logits[i : i + 1].clone(), [one])[0] for i, one in enumerate(rows)]
+    together = sampler.draw(logits.clone(), rows).results()
+    alone = [
+        sampler.draw(logits[i : i + 1].clone(), [one]).results()[0] for i, one in enumerate(rows)
+    ]
     assert together == alone
     order = list(reversed(range(len(rows))))
-    shuffled = sampler.sample(logits[order].clone(), [rows[i] for i in order])
+    shuffled = sampler.draw(logits[order].clone(), [rows[i] for i in order]).results()
     assert shuffled == [together[i] for i in order]
 
 
@@ -343,9 +345,9 @@ BAD = {
 def test_a_row_without_a_possible_token_fails_alone(kind: str, changes: dict[str, float]) -> None:
     rows = [row(params(**changes), position=i) for i in range(3)]
     logits = random_logits(16, rows=3)
-    sound = Sampler(V, CPU).sample(logits.clone(), rows)
+    sound = Sampler(V, CPU).draw(logits.clone(), rows).results()
     BAD[kind](logits[1])
-    results = Sampler(V, CPU).sample(logits.clone(), rows)
+    results = Sampler(V, CPU).draw(logits.clone(), rows).results()
     assert isinstance(results[1], RowError)
     assert results[1].row == 1
     assert [results[0], results[2]] == [sound[0], sound[2]]
@@ -365,8 +367,4 @@ def test_bfloat16_logits_are_sampled_in_float32() -> None:
 
 def test_logits_of_another_shape_are_refused() -> None:
     with pytest.raises(ValueError, match="vocabulary of 97"):
-        Sampler(V, CPU).sample(torch.zeros(2, V), [row(params())])
-
-
-def test_no_rows_give_no_tokens() -> None:
-    assert Sampler(V, CPU).sample(torch.zeros(0, V), []) == []
+        Sampler(V, CPU).draw(torch.zeros(2, V), [row(params())]).results()

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from collections.abc import Sequence as Seq
 
 import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from quickchange_server.engine.kv_cache import KVBlocks
-from quickchange_server.engine.scheduler import Scheduler
+from quickchange_server.engine.scheduler import Scheduled, Scheduler
 from quickchange_server.engine.sequence import Sequence
-from quickchange_server.messages import Component, SamplingParams, Submit
+from quickchange_server.messages import Component, Drafting, SamplingParams, Submit
 
 MAX_MODEL_LEN = 24
 MAX_BATCH_TOKENS = 8
@@ -42,15 +43,36 @@ class FakeClaims:
         del self.claimed[key]
 
 
+class FakeDrafts:
+    """Buys as many drafts as the test says, for sequences that decode, where drafts can count."""
+
+    def __init__(self) -> None:
+        self.wanted = 0
+
+    def buy(self, plan: Seq[Scheduled], room: int) -> list[tuple[int, ...]]:
+        bought = []
+        for item in plan:
+            sequence = item.sequence
+            count = 0
+            if sequence.drafting is not None and item.count == 1 and item.samples:
+                left = sequence.sampling.max_tokens - sequence.output_length - 1
+                count = max(min(self.wanted, room, left), 0)
+            room -= count
+            bought.append((0,) * count)
+        return bought
+
+
 class SchedulerMachine(RuleBasedStateMachine):
     """Requests come and go; each step gives every sampling sequence a token."""
 
     def __init__(self) -> None:
         super().__init__()
         self.claims = FakeClaims()
+        self.drafts = FakeDrafts()
         self.scheduler = Scheduler(
             KVBlocks(8, 4),
             self.claims,
+            self.drafts,
             max_batch_tokens=MAX_BATCH_TOKENS,
             max_sequences=MAX_SEQUENCES,
             max_model_len=MAX_MODEL_LEN,
@@ -62,8 +84,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         prompt=st.lists(st.integers(0, 1), min_size=1, max_size=MAX_MODEL_LEN - 1),
         adapters=st.lists(st.sampled_from("xyz"), max_size=2, unique=True),
         max_tokens=st.integers(1, 12),
+        drafting=st.sampled_from([None, Drafting(lookup=True), Drafting("x"), Drafting("z", True)]),
     )
-    def submit(self, prompt: list[int], adapters: list[str], max_tokens: int) -> None:
+    def submit(
+        self, prompt: list[int], adapters: list[str], max_tokens: int, drafting: Drafting | None
+    ) -> None:
         self.counter += 1
         sequence = Sequence.from_submit(
             Submit(
@@ -71,6 +96,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 tuple(prompt),
                 SamplingParams(seed=0, max_tokens=max_tokens, stop_token_ids=frozenset({7})),
                 tuple(Component(name) for name in adapters),
+                drafting=drafting,
             ),
             now=float(self.counter),
         )
@@ -96,26 +122,34 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.cancel(request_id)
         del self.alive[request_id]
 
-    @rule(token=st.sampled_from([0, 1, 7]))
-    def step(self, token: int) -> None:
+    @rule(token=st.sampled_from([0, 1, 7]), drafts=st.integers(0, 6), held=st.integers(0, 6))
+    def step(self, token: int, drafts: int = 0, held: int = 0) -> None:
         for sequence, _ in self.scheduler.failures():
             del self.alive[sequence.request_id]
+        self.drafts.wanted = drafts
         plan = self.scheduler.schedule(now=0.0)
-        assert sum(item.count for item in plan) <= MAX_BATCH_TOKENS
+        assert sum(item.rows for item in plan) <= MAX_BATCH_TOKENS
         assert len({id(item.sequence) for item in plan}) == len(plan)
         for item in plan:
             room = len(item.sequence.blocks) * 4
-            assert item.sequence.computed + item.count <= room, "rows without a block"
+            assert item.sequence.computed + item.rows <= room, "rows without a block"
             assert len(item.components) == len(item.sequence.adapters)
+            assert (item.heads is None) == (item.sequence.heads is None)
         for item in plan:
-            if self.scheduler.advance(item, token if item.samples else None):
+            before = item.sequence.output_length
+            tokens = [token] * (min(held, len(item.drafts)) + 1) if item.samples else []
+            taken, reason = self.scheduler.advance(item, tokens)
+            assert item.sequence.output_length == before + taken
+            if reason:
                 del self.alive[item.sequence.request_id]
+            else:
+                assert taken == len(tokens), "a token of a sequence that goes on is lost"
 
     @invariant()
     def intact(self) -> None:
         self.scheduler.check_integrity()
         assert len(self.scheduler) == len(self.alive)
-        assert set(self.claims.claimed) == {r for r, s in self.alive.items() if s.adapters}
+        assert set(self.claims.claimed) == {r for r, s in self.alive.items() if s.digests()}
 
     def teardown(self) -> None:
         self.claims.loaded = set("xyz") - self.claims.broken

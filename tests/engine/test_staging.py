@@ -123,3 +123,13 @@ def test_static_inputs_take_new_values_on_the_same_memory() -> None:
 def test_static_inputs_refuse_another_layout(other: Outer) -> None:
     with pytest.raises(ValueError, match="captured on"):
         StaticInputs(make_tree(), CPU).refill(other)
+
+
+def test_tuples_are_trees_too() -> None:
+    tree = (make_tree(0), (torch.arange(3), 7), ())
+    layout, tensors = layout_of(tree)
+    copy = rebuilt(tree, layout, views(layout, packed(layout, tensors, CPU)))
+    assert torch.equal(copy[0].weight, tree[0].weight)
+    assert torch.equal(copy[1][0], torch.arange(3))
+    assert copy[1][1:] == (7,)
+    assert copy[2] == ()

@@ -10,11 +10,14 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from draft_vocabularies import random_case
 from ptx_launches import launches_run_as_ptx
 from ptx_memory import FaultError
 from turbo_items import MIXED, random_heads, random_rows
 
 from quickchange_kernels import (
+    draft_logits_triton,
+    kv_move_triton,
     kv_write_triton,
     lowrank,
     lowrank_triton,
@@ -25,6 +28,8 @@ from quickchange_kernels import (
     turbo_heads_triton,
     verify_triton,
 )
+from quickchange_kernels.draft_logits import reference_draft_logits
+from quickchange_kernels.kv_move import reference_kv_move
 from quickchange_kernels.kv_write import reference_kv_write
 from quickchange_kernels.lowrank_tables import LowRankTables, Segments
 from quickchange_kernels.paged_attention import reference_paged_attention
@@ -32,7 +37,11 @@ from quickchange_kernels.rms_norm import reference_add_rms_norm, reference_rms_n
 from quickchange_kernels.rotary import reference_rotary
 from quickchange_kernels.sample_plain import plain_sample
 from quickchange_kernels.silu_mul import reference_silu_mul
-from quickchange_kernels.turbo_heads import HeadItems, reference_turbo_heads
+from quickchange_kernels.turbo_heads import (
+    HeadItems,
+    reference_head_logits,
+    reference_turbo_heads,
+)
 from quickchange_kernels.verify import reference_verify
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-2, torch.float16: 1e-2}
@@ -188,16 +197,43 @@ def test_kv_write_writes_its_slots_and_no_others() -> None:
         assert torch.equal(out, reference)
 
 
-@pytest.mark.parametrize(("width", "dtype"), [(37, torch.float32), (72, torch.bfloat16)])
-def test_turbo_heads(width: int, dtype: torch.dtype) -> None:
+def test_kv_move_reads_every_source_before_it_writes() -> None:
+    caches = [randn(4, 3, 16, 24, dtype=torch.bfloat16, seed=seed) for seed in (3, 4)]
+    source, target = torch.tensor([18, 19, 2**40, 63]), torch.tensor([17, 18, -1, 19])
+    expected = reference_kv_move(*caches, source, target)
+    with launches_run_as_ptx(seed=16):
+        kv_move_triton.launch_kv_move_(*caches, source, target)
+    for out, reference in zip(caches, expected, strict=True):
+        assert torch.equal(out, reference)
+
+
+@pytest.mark.parametrize(
+    ("width", "features", "dtype"), [(37, 37, torch.float32), (72, 144, torch.bfloat16)]
+)
+def test_turbo_heads(width: int, features: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(16)
-    heads = random_heads(5, width, dtype, generator)
-    x, items = random_rows(MIXED, width, dtype, generator), HeadItems.of(MIXED)
+    heads = random_heads(5, width, features, dtype, generator)
+    x, z = (random_rows(MIXED, size, dtype, generator) for size in (width, features))
+    items = HeadItems.of(MIXED)
+    operands = (heads.arena, heads.pages, heads.matrices, items.items, items.segments)
     with launches_run_as_ptx(seed=12):
-        out = turbo_heads_triton.launch_turbo_heads(
-            x, heads.arena, heads.offsets, items.items, items.segments
-        )
-    assert_close(out, reference_turbo_heads(x, heads, items))
+        out = turbo_heads_triton.launch_turbo_heads(x, z, *operands)
+        logits = turbo_heads_triton.launch_head_logits(z, *operands, width)
+    assert_close(out, reference_turbo_heads(x, z, heads, items))
+    assert_close(logits, reference_head_logits(z, heads, items, width))
+
+
+@pytest.mark.parametrize(("features", "dtype"), [(37, torch.float32), (64, torch.bfloat16)])
+def test_draft_logits(features: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(17)
+    case = random_case([(1, 20), (3, 7)], features, generator, dtype, dtype, biased=True)
+    operands = (case.h, case.weight, case.bias, case.vocabulary, case.segments, case.width)
+    with launches_run_as_ptx(seed=15):
+        out = draft_logits_triton.launch_draft_logits(*operands)
+    expected = reference_draft_logits(*case)
+    assert torch.equal(out.isneginf(), expected.isneginf())
+    finite = out.isfinite()
+    assert_close(out[finite], expected[finite])
 
 
 def test_sample_draws_the_plain_versions_tokens() -> None:

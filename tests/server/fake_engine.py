@@ -1,5 +1,6 @@
 """An engine without a model: tokens are a function of (adapters, seed, position), as promised.
 
+Where a request drafts, some steps give it several tokens, and they are the same tokens.
 `partial(fake_engine.main, behaviour=Behaviour(...))` is an entry that a spawned process can
 import. Tokens are lowercase ASCII letters, so that a byte tokenizer makes text of them.
 """
@@ -15,12 +16,14 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from quickchange_server.messages import (
+    LOOKUP,
     AdapterFailed,
     AdapterMoved,
     Cancel,
     Command,
     Component,
     Delta,
+    DraftCount,
     Fatal,
     Forget,
     Pin,
@@ -42,7 +45,8 @@ ADAPTER_BYTES = 1000
 class Behaviour:
     """What the fake does besides answering."""
 
-    step_seconds: float = 0.0  # of each step, which gives every running sequence one token
+    step_seconds: float = 0.0  # of each step, which gives every running sequence one token...
+    drafts: int = 4  # ... and up to so many more where its request drafts
     start_seconds: float = 0.0
     refusal: str | None = None  # a Fatal instead of Ready
     exit_at_start: int | None = None  # the exit code, before Ready
@@ -69,6 +73,7 @@ class FakeEngine:
     sequences: dict[str, Sequence] = field(default_factory=dict)
     loaded: set[str] = field(default_factory=set)
     pinned: set[str] = field(default_factory=set)
+    drafts: list[DraftCount] = field(default_factory=list)  # of the step under way
 
     def run(self) -> None:
         try:
@@ -101,12 +106,12 @@ class FakeEngine:
         return True
 
     def submit(self, submit: Submit) -> None:
-        for component in submit.adapters:
-            if not self.load(component.digest):
+        for digest in digests_of(submit):
+            if not self.load(digest):
                 delta = Delta(
                     submit.request_id,
                     finish_reason="error",
-                    error=f"adapter {component.digest} could not be loaded",
+                    error=f"adapter {digest} could not be loaded",
                     error_kind="adapter",
                 )
                 self.connection.send(StepReport((delta,), self.stats()))
@@ -138,27 +143,44 @@ class FakeEngine:
         submit, behaviour = sequence.submit, self.behaviour
         if submit.prompt[:1] == (behaviour.poison,) and sequence.emitted >= behaviour.poison_at:
             os._exit(3)
-        token = token_at(
-            submit.sampling.seed, len(submit.prompt) + sequence.emitted, submit.adapters
-        )
-        sequence.emitted += 1
+        tokens: list[int] = []
+        drafted = 0 if submit.drafting is None else behaviour.drafts
+        agreed = accepted_at(submit.sampling.seed, sequence.emitted, drafted)
+        finish = None
+        while finish is None and len(tokens) <= agreed:
+            position = len(submit.prompt) + sequence.emitted
+            tokens.append(token_at(submit.sampling.seed, position, submit.adapters))
+            sequence.emitted += 1
+            finish = finish_of(submit.sampling, tokens[-1], sequence.emitted)
         first, sequence.begun = not sequence.begun, True
-        finish = finish_of(submit.sampling, token, sequence.emitted)
         if finish is not None:
             del self.sequences[key]
+        accepted = min(agreed, len(tokens))
+        self.count(submit, drafted, accepted)
         wanted = submit.sampling.logprobs is not None
         return Delta(
             request_id=key,
-            token_ids=(token,),
-            logprobs=(TokenLogprobs(token, -1.0, ((token, -1.0),)),) if wanted else (),
+            token_ids=tuple(tokens),
+            logprobs=tuple(TokenLogprobs(t, -1.0, ((t, -1.0),)) for t in tokens if wanted),
             finish_reason=finish,
             cached_tokens=0 if first else None,
             queue_seconds=0.001 if first else None,
+            drafted=drafted,
+            accepted=accepted,
         )
+
+    def count(self, submit: Submit, drafted: int, accepted: int) -> None:
+        drafting = submit.drafting
+        if drafting is None:
+            return
+        drafter = LOOKUP if drafting.heads is None else drafting.heads
+        depths = range(1, drafted + 1)
+        self.drafts += [DraftCount(drafter, d, 1, int(d <= accepted)) for d in depths]
 
     def stats(self) -> StepStats:
         count = len(self.sequences)
         digests = {c.digest for s in self.sequences.values() for c in s.submit.adapters}
+        drafts, self.drafts = tuple(self.drafts), []
         return StepStats(
             seconds=self.behaviour.step_seconds,
             rows=count,
@@ -172,12 +194,28 @@ class FakeEngine:
             prefix_hit_tokens=0,
             prefix_query_tokens=0,
             preemptions=0,
+            drafts=drafts,
+            draft_rows=sum(c.drafted for c in drafts),
+            draft_estimate=sum(c.drafted for c in drafts) / 2,
+            draft_gain=sum(c.accepted for c in drafts),
         )
 
 
 def token_at(seed: int, position: int, adapters: tuple[Component, ...] = ()) -> int:
     """The token that any fake engine emits there."""
     return ord("a") + zlib.crc32(repr((seed, position, adapters)).encode()) % 26
+
+
+def accepted_at(seed: int, emitted: int, drafted: int) -> int:
+    """Of `drafted` tokens, how many the fake engine accepts in the step after `emitted` tokens."""
+    return zlib.crc32(repr((seed, emitted)).encode()) % (drafted + 1)
+
+
+def digests_of(submit: Submit) -> list[str]:
+    """What has to be loaded for a request."""
+    heads = None if submit.drafting is None else submit.drafting.heads
+    digests = [component.digest for component in submit.adapters]
+    return digests if heads is None else [*digests, heads]
 
 
 def expected_tokens(
@@ -205,6 +243,7 @@ def note(behaviour: Behaviour, kind: str, command: Command | None = None) -> Non
         "request_id": getattr(command, "request_id", None),
         "digest": getattr(command, "digest", None),
         "output": len(getattr(command, "output", ())),
+        "heads": getattr(getattr(command, "drafting", None), "heads", None),
     }
     with behaviour.journal.open("a") as journal:
         journal.write(json.dumps(entry) + "\n")

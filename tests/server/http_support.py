@@ -30,14 +30,16 @@ from quickchange_server.settings import Settings
 from quickchange_server.text import Text
 from quickchange_store.canonical import BaseSpec, CanonicalAdapter, LowRankUpdate, ModuleShape
 from quickchange_store.store import Store
+from quickchange_store.turbo import DraftBlock, TurboHeads
 
 BASE = "tiny/base"
 MODULE = "model.layers.0.self_attn.q_proj"
 BASE_SPEC = BaseSpec(
     architecture="LlamaForCausalLM",
     name=BASE,
-    modules={MODULE: ModuleShape("linear", 4, 4)},
+    modules={MODULE: ModuleShape("linear", 4, 4), "lm_head": ModuleShape("linear", 4, 258)},
     model_type="llama",
+    output_head="lm_head",
 )
 LIMIT_SECONDS = 30.0
 
@@ -46,6 +48,25 @@ def make_adapter(value: float) -> CanonicalAdapter:
     """A rank-1 adapter whose content follows from `value`."""
     update = LowRankUpdate(torch.full((1, 4), value), torch.ones(4, 1), 1.0)
     return CanonicalAdapter("LlamaForCausalLM", BASE, {MODULE: update})
+
+
+def make_turbo(value: float, *, lora: bool = False, depth: int = 2) -> CanonicalAdapter:
+    """Turbo heads whose content follows from `value`, alone or beside `make_adapter(value)`."""
+    blocks = tuple(DraftBlock(torch.full((4, 4), value), torch.zeros(4)) for _ in range(depth))
+    heads = TurboHeads(blocks, tuple((index,) for index in range(depth)))
+    updates = make_adapter(value).updates if lora else {}
+    return CanonicalAdapter("LlamaForCausalLM", BASE, updates, turbo=heads)
+
+
+def write_medusa(folder: Path, value: float = 1.0) -> Path:
+    """Two Medusa heads in LoRAX's layout."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"base_model_name_or_path": BASE, "medusa_num_heads": 2, "medusa_num_layers": 1}
+    (folder / "config.json").write_text(json.dumps({**config, "version": "2"}))
+    weights = {f"{head}.0.linear.weight": torch.full((4, 4), value + head) for head in range(2)}
+    biases = {f"{head}.0.linear.bias": torch.zeros(4) for head in range(2)}
+    save_file(weights | biases, folder / "medusa_lm_head.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def write_peft(folder: Path, value: float = 1.0, **config: Any) -> Path:

@@ -207,7 +207,8 @@ def test_an_alias_is_served_repointed_and_removed(live: Live) -> None:
     live.store.add("sql", make_adapter(1.0))
     live.store.add("sql", make_adapter(2.0))
     pointed = live.http.put("/v1/aliases/team/prod", json={"target": "sql@1"})
-    assert pointed.json() == {"id": "team/prod", "object": "alias", "target": "sql@1"}
+    alias = {"id": "team/prod", "object": "alias", "target": "sql@1", "turbo": None}
+    assert pointed.json() == alias
     assert text_of(live, "team/prod") == text_of(live, "sql@1")
     live.http.put("/v1/aliases/team/prod", json={"target": "sql"})
     assert text_of(live, "team/prod") == text_of(live, "sql@2")

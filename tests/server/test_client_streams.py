@@ -31,7 +31,7 @@ from quickchange_server.errors import (
     QueueFullError,
     UnavailableError,
 )
-from quickchange_server.messages import Component, Delta, SamplingParams
+from quickchange_server.messages import Component, Delta, Drafting, SamplingParams
 from quickchange_server.metrics import Metrics
 
 
@@ -68,6 +68,43 @@ def test_an_adapter_that_fails_to_load_raises_its_reason() -> None:
             with pytest.raises(AdapterFailedError, match="gone could not be loaded"):
                 await deltas_of(client, generation("a", adapters=(Component("gone"),), label="x"))
             assert client.in_flight == 0
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("broken", ["lora", "heads"])
+def test_a_failed_load_names_the_turbo_unless_it_is_one_of_the_adapters(broken: str) -> None:
+    async def scenario() -> None:
+        async with client_of(Behaviour(missing=frozenset({broken}))) as client:
+            beside = generation(
+                "a",
+                adapters=(Component("lora"),),
+                label="sql",
+                drafting=Drafting("heads"),
+                drafter="fast",
+            )
+            with pytest.raises(AdapterFailedError, match=r"Turbo 'fast'.*turbo: \"off\""):
+                await deltas_of(client, beside)
+            own = generation(
+                "b",
+                adapters=(Component(broken),),
+                label="both",
+                drafting=Drafting(broken),
+                drafter="both",
+            )
+            with pytest.raises(AdapterFailedError, match=r"could not be loaded$"):
+                await deltas_of(client, own)
+
+    run(scenario())
+
+
+def test_the_heads_of_a_request_are_resident_under_their_name() -> None:
+    async def scenario() -> None:
+        async with client_of() as client:
+            wanted = generation("a", drafting=Drafting("heads"), drafter="fast")
+            assert tokens_of(await deltas_of(client, wanted)) == expected_tokens(wanted.sampling, 3)
+            assert client.residency["heads"].tier == "device"
+            assert client.residency.label("heads") == "fast"
 
     run(scenario())
 

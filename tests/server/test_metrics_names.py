@@ -11,7 +11,15 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
-from quickchange_server.messages import AdapterMoved, Delta, Ready, StepStats
+from quickchange_server.messages import (
+    LOOKUP,
+    AdapterMoved,
+    Delta,
+    DraftCount,
+    Drafting,
+    Ready,
+    StepStats,
+)
 from quickchange_server.metric_labels import AdapterLabels
 from quickchange_server.metrics import Metrics
 from quickchange_server.residences import Residences
@@ -19,6 +27,12 @@ from quickchange_server.settings import Settings
 
 READY = Ready(2048, 128, 16, 1.5, 10_000, 20_000)
 STATS = StepStats(0.02, 12, 4, 8, 3, 8, 2, 40, 10, 100, 200, 1)
+DRAFTS = (
+    DraftCount("t", 1, drafted=4, accepted=3),
+    DraftCount("t", 2, drafted=2, accepted=1),
+    DraftCount(LOOKUP, 1, drafted=5, accepted=0),
+)
+NAMES = {"t": "turbo"}
 BASE_UNITS = ("_seconds", "_bytes", "_tokens", "_rows", "_blocks")
 COUNTS = (  # gauges and histograms of things without a unit, named by what they count
     "quickchange_batch_sequences",
@@ -51,7 +65,11 @@ def busy_metrics() -> tuple[Metrics, State]:
     metrics, state = make_metrics(), State()
     metrics.watch(state)
     metrics.engine_started(READY)
-    metrics.step(STATS)
+    metrics.step(STATS, NAMES.get)
+    metrics.step(
+        replace(STATS, drafts=DRAFTS, draft_rows=11, draft_estimate=4.5, draft_gain=4), NAMES.get
+    )
+    metrics.drafting(Drafting("t", lookup=True))
     request = metrics.request("orders", True, 7, 0.0)
     request.delta(Delta("a", (1,), cached_tokens=3, queue_seconds=0.2), 1.0)
     request.delta(Delta("a", (2, 3)), 1.5)
@@ -114,12 +132,47 @@ def test_a_request_is_counted_by_adapter_from_its_deltas() -> None:
 
 def test_a_step_is_seen_in_the_batch_histograms() -> None:
     metrics, _ = busy_metrics()
-    assert value(metrics, "quickchange_step_duration_seconds_sum") == 0.02
-    assert value(metrics, "quickchange_batch_rows_sum") == 12
-    assert value(metrics, "quickchange_batch_sequences_sum") == 8
+    assert value(metrics, "quickchange_step_duration_seconds_sum") == 0.04
+    assert value(metrics, "quickchange_batch_rows_sum") == 24
+    assert value(metrics, "quickchange_batch_sequences_sum") == 16
     assert value(metrics, "quickchange_batch_adapters_bucket", le="2.0") == 0
-    assert value(metrics, "quickchange_batch_adapters_bucket", le="3.0") == 1
-    assert value(metrics, "quickchange_prefill_rows_total") == 4
+    assert value(metrics, "quickchange_batch_adapters_bucket", le="3.0") == 2
+    assert value(metrics, "quickchange_prefill_rows_total") == 8
+
+
+def test_drafts_are_counted_by_adapter_and_depth_and_their_price_in_all() -> None:
+    metrics, _ = busy_metrics()
+    speculation = "quickchange_speculation_"
+    drafted, accepted = f"{speculation}drafted_tokens_total", f"{speculation}accepted_tokens_total"
+    counts = {
+        (label, depth): tuple(
+            value(metrics, name, adapter=label, depth=depth) for name in (drafted, accepted)
+        )
+        for label, depth in (("turbo", "1"), ("turbo", "2"), ("lookup", "1"))
+    }
+    assert counts == {("turbo", "1"): (4, 3), ("turbo", "2"): (2, 1), ("lookup", "1"): (5, 0)}
+    assert value(metrics, f"{speculation}rows_total") == 11
+    assert value(metrics, f"{speculation}estimated_tokens_total") == 4.5
+    assert value(metrics, f"{speculation}gained_tokens_total") == 4
+
+
+def test_requests_are_counted_by_what_drafts_for_them() -> None:
+    metrics = make_metrics()
+    for drafting in (Drafting("t"), Drafting("t", lookup=True), Drafting(lookup=True)):
+        metrics.drafting(drafting)
+    name = "quickchange_speculation_requests_total"
+    counted = {s.labels["drafter"]: s.value for s in samples(metrics) if s.name == name}
+    assert counted == {"heads": 1, "heads+lookup": 1, "lookup": 1}
+
+
+def test_drafts_of_adapters_without_a_known_name_are_counted_as_other() -> None:
+    metrics = make_metrics(adapters=1)
+    for digest in ("t", "u", "v"):
+        stats = replace(STATS, drafts=(DraftCount(digest, 1, 1, 0),), draft_rows=1)
+        metrics.step(stats, {"t": "turbo", "u": "beyond the bound"}.get)
+    drafted = "quickchange_speculation_drafted_tokens_total"
+    assert value(metrics, drafted, adapter="turbo") == 1
+    assert value(metrics, drafted, adapter="other") == 2
 
 
 def test_a_scrape_reads_requests_blocks_and_tiers() -> None:
@@ -168,13 +221,13 @@ def test_the_engines_totals_never_go_back_over_restarts() -> None:
     metrics, _ = busy_metrics()
     seen = []
     for hits in (100, 150):
-        metrics.step(replace(STATS, prefix_hit_tokens=hits))
+        metrics.step(replace(STATS, prefix_hit_tokens=hits), NAMES.get)
         seen.append(value(metrics, "quickchange_prefix_hit_tokens_total"))
     metrics.engine_died()
     seen.append(value(metrics, "quickchange_prefix_hit_tokens_total"))
     metrics.engine_started(READY)
     for hits in (0, 20):
-        metrics.step(replace(STATS, prefix_hit_tokens=hits))
+        metrics.step(replace(STATS, prefix_hit_tokens=hits), NAMES.get)
         seen.append(value(metrics, "quickchange_prefix_hit_tokens_total"))
     metrics.engine_died()
     metrics.engine_died()  # one that never made a step
@@ -214,6 +267,7 @@ def test_adapters_beyond_the_bound_share_one_label_value() -> None:
         ("x" * 500, "x" * 100),
         ("base", "other"),
         ("other", "other"),
+        ("lookup", "other"),
     ],
 )
 def test_label_text_is_kept_plain_and_short(name: str, label: str) -> None:

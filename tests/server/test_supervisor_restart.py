@@ -29,6 +29,7 @@ from quickchange_server.messages import (
     AdapterMoved,
     Component,
     Delta,
+    Drafting,
     Forget,
     Prefetch,
     Ready,
@@ -91,6 +92,30 @@ def test_logprobs_and_first_words_come_once_over_a_restart() -> None:
         assert [p.token_id for d in deltas for p in d.logprobs] == tokens_of(deltas)
         assert sum(d.cached_tokens is not None for d in deltas) == 1
         assert sum(d.queue_seconds is not None for d in deltas) == 1
+
+    run(scenario())
+
+
+def test_drafting_goes_on_with_the_same_tokens_when_the_engine_is_killed(tmp_path: Path) -> None:
+    journal = tmp_path / "journal"
+
+    async def scenario() -> None:
+        async with client_of(Behaviour(step_seconds=0.01, journal=journal)) as client:
+            sampling = SamplingParams(seed=3, max_tokens=100, logprobs=1)
+            drafting = Drafting("heads", lookup=True)
+            wanted = Generation("a", (1, 2), sampling, drafting=drafting, drafter="turbo")
+            stream = asyncio.create_task(deltas_of(client, wanted))
+            await asyncio.sleep(0.12)
+            kill_engine(client)
+            deltas = await stream
+        assert tokens_of(deltas) == expected_tokens(sampling, 2)
+        assert [p.token_id for d in deltas for p in d.logprobs] == tokens_of(deltas)
+        submits = entries(journal, "Submit")
+        assert [entry["heads"] for entry in submits] == ["heads", "heads"]
+        resumed_at = submits[1]["output"]
+        assert isinstance(resumed_at, int)
+        assert 0 < resumed_at < 100
+        assert len(deltas) < 100
 
     run(scenario())
 

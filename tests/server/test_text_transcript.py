@@ -54,13 +54,16 @@ def text_of(pieces: list[Piece]) -> str:
     sizes=st.lists(st.integers(1, 4), max_size=16),
     stop=st.sampled_from([(), ("ab",), ("é", "\n\n")]),
     min_tokens=st.integers(0, 4),
+    include_stop=st.booleans(),
+    skip_special_tokens=st.booleans(),
+    finish=st.sampled_from(["length", "stop"]),
 )
 def test_the_text_does_not_depend_on_how_deltas_are_grouped(
-    ids: list[int], sizes: list[int], stop: tuple[str, ...], min_tokens: int
+    ids: list[int], sizes: list[int], finish: str, **wanted: Any
 ) -> None:
-    options = TextOptions(stop=stop, min_tokens=min_tokens)
-    singly, alone = transcribe(ids, options, logprobs=True)
-    grouped, together = transcribe(ids, options, sizes=sizes, logprobs=True)
+    options = TextOptions(**wanted, stop_token_ids=frozenset(ids[-1:]))
+    singly, alone = transcribe(ids, options, finish, logprobs=True)
+    grouped, together = transcribe(ids, options, finish, sizes=sizes, logprobs=True)
     assert text_of(singly) == text_of(grouped)
     assert singly[-1].ending == grouped[-1].ending
     assert [t for p in singly for t in p.tokens] == [t for p in grouped for t in p.tokens]
@@ -111,3 +114,12 @@ def test_log_probabilities_come_with_their_text_and_offset() -> None:
 def test_log_probabilities_behind_a_stop_string_are_dropped_with_their_text() -> None:
     pieces, _ = transcribe(list(b"ab.c"), TextOptions(stop=(".",)), logprobs=True)
     assert [t.logprobs.token_id for p in pieces for t in p.tokens] == [97, 98]
+
+
+def test_accepted_tokens_behind_a_stop_string_are_not_counted() -> None:
+    transcript = Transcript(TEXT, TextOptions(stop=(".",)))
+    transcript.push(Delta("r", tuple(b"ab"), drafted=4, accepted=1))
+    piece = transcript.push(Delta("r", tuple(b"c.def"), drafted=4, accepted=4))
+    assert (piece.text, piece.ending) == ("c", "stop")
+    counts = transcript.completion_tokens, transcript.drafted_tokens, transcript.accepted_tokens
+    assert counts == (4, 8, 3)

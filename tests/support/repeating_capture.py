@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import Tensor
+from quickchange_server.model.graphs import Outputs
 
 
 class RepeatingCapture:
-    """A `Capture` that runs the computation anew, into the output of the first time."""
+    """A `Capture` that runs the computation anew, into the outputs of the first time."""
 
     def __init__(self) -> None:
-        self.rows: list[int] = []  # of each output captured
+        self.rows: list[int] = []  # of the outputs of each capture
         self.replayed = 0
 
-    def __call__(self, compute: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        output = compute().clone()
-        self.rows.append(output.shape[0])
+    def __call__(self, compute: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
+        outputs = tuple(output.clone() for output in compute())
+        self.rows.append(outputs[0].shape[0])
 
         def replay() -> None:
             self.replayed += 1
-            output.copy_(compute())
+            for output, again in zip(outputs, compute(), strict=True):
+                output.copy_(again)
 
-        return replay, output
+        return replay, outputs

@@ -1,4 +1,4 @@
-// turbo_heads: see turbo_heads.py.
+// turbo_heads, head_logits, draft_logits: see turbo_heads.py, draft_logits.py.
 #pragma once
 
 #include "binding.h"
@@ -6,50 +6,125 @@
 namespace quickchange {
 namespace {
 
-constexpr int64_t TURBO_COLUMNS = 64;  // of one unit of work
+constexpr int64_t HEAD_COLUMNS = 4 * PAGE_ROWS;  // of one unit of work
 
-template <class T, class X>
-void run_turbo_heads(
-    const Tensor& x, const Tensor& arena, const int64_t* offsets, const int32_t* items,
-    const Tensor& segments, const Tensor& out) {
-  const int64_t H = x.size(1), pieces = (H + TURBO_COLUMNS - 1) / TURBO_COLUMNS;
-  const int32_t* segment = data<int32_t>(segments);
+struct HeadIndices {
+  const Tensor pages, matrices, items, segments;
+};
+
+template <class T, class X, class Y>
+void run_heads(
+    const Tensor* x, const Tensor& z, const Tensor& arena, const HeadIndices& at,
+    const Tensor& out) {
+  const int64_t N = out.size(1), pieces = (N + HEAD_COLUMNS - 1) / HEAD_COLUMNS;
+  const int32_t* segment = data<int32_t>(at.segments);
+  const int32_t* matrix = data<int32_t>(at.matrices);
   const Kernels& version = kernels();
-  if (segments.size(0) == 0) return;
-  share(segments.size(0) * pieces, [&](int64_t i) {
+  if (at.segments.size(0) * pieces == 0) return;
+  share(at.segments.size(0) * pieces, [&](int64_t i) {
     const int32_t* own = segment + 3 * (i / pieces);
     if (own[0] >= own[1]) return;
-    const int64_t begin = i % pieces * TURBO_COLUMNS;
-    const TurboArgs<T, X> args{
-        data<X>(x), x.stride(0), H, data<T>(arena) + offsets[2 * own[2]],
-        data<T>(arena) + offsets[2 * own[2] + 1], items + 2 * own[0], own[1] - own[0], data<X>(out)};
-    version.turbo(args, begin, std::min(begin + TURBO_COLUMNS, H));
+    const int64_t begin = i % pieces * HEAD_COLUMNS;
+    const int32_t* range = matrix + 2 * own[2];
+    const HeadArgs<T, X, Y> args{
+        x ? data<X>(*x) : nullptr, x ? x->stride(0) : 0, data<X>(z), z.stride(0), z.size(1),
+        data<T>(arena), data<int64_t>(at.pages) + range[0], range[1] - range[0],
+        data<int32_t>(at.items) + 2 * own[0], own[1] - own[0], data<Y>(out), N};
+    version.heads(args, begin, std::min(begin + HEAD_COLUMNS, N));
   });
 }
 
+bool is_native_pair(const Tensor& rows, const Tensor& weights) {
+  const auto of_rows = rows.scalar_type(), of_weights = weights.scalar_type();
+  return is_native(of_rows) && is_native(of_weights) &&
+         !(of_rows == at::kBFloat16 && of_weights == at::kFloat) && rows.stride(1) == 1 &&
+         rows.size(1) > 0;
+}
+
+HeadIndices head_indices(
+    const Tensor& pages, const Tensor& matrices, const Tensor& items, const Tensor& segments) {
+  TORCH_CHECK_VALUE(
+      pages.scalar_type() == at::kLong && pages.dim() == 1 &&
+          matrices.scalar_type() == at::kInt && matrices.dim() == 2 && matrices.size(1) == 2 &&
+          items.scalar_type() == at::kInt && items.dim() == 2 && items.size(1) == 2 &&
+          segments.scalar_type() == at::kInt && segments.dim() == 2 && segments.size(1) == 3,
+      "turbo_heads: pages must be int64 [P], matrices int32 [G, 2], items int32 [I, 2] and segments "
+      "int32 [S, 3]");
+  return {pages.contiguous(), matrices.contiguous(), items.contiguous(), segments.contiguous()};
+}
+
 Tensor turbo_heads(
-    const Tensor& x, const Tensor& arena, const Tensor& offsets, const Tensor& items,
-    const Tensor& segments) {
-  const auto of_x = x.scalar_type(), of_arena = arena.scalar_type();
-  const bool native = is_native(of_x) && is_native(of_arena) &&
-                      !(of_x == at::kBFloat16 && of_arena == at::kFloat) && x.stride(1) == 1 &&
-                      arena.is_contiguous() && x.size(1) > 0;
+    const Tensor& x, const Tensor& z, const Tensor& arena, const Tensor& pages,
+    const Tensor& matrices, const Tensor& items, const Tensor& segments) {
+  const bool native = is_native_pair(z, arena) && x.scalar_type() == z.scalar_type() &&
+                      x.stride(1) == 1 && arena.is_contiguous();
   if (!native)
     return plain_version<decltype(turbo_heads)>("quickchange::turbo_heads")
-        .call(x, arena, offsets, items, segments);
-  TORCH_CHECK_VALUE(
-      offsets.scalar_type() == at::kLong && items.scalar_type() == at::kInt &&
-          segments.scalar_type() == at::kInt && items.dim() == 2 && items.size(1) == 2 &&
-          segments.dim() == 2 && segments.size(1) == 3,
-      "turbo_heads: offsets must be int64 [G, 2], items int32 [I, 2] and segments int32 [S, 3]");
+        .call(x, z, arena, pages, matrices, items, segments);
+  const HeadIndices at = head_indices(pages, matrices, items, segments);
   Tensor out = at::empty({items.size(0), x.size(1)}, x.options());
-  const Tensor places = offsets.contiguous(), own = items.contiguous(),
-               runs = segments.contiguous();
-  const int64_t* offset = data<int64_t>(places);
-  const int32_t* item = data<int32_t>(own);
-  if (of_x == at::kBFloat16) run_turbo_heads<bf16, bf16>(x, arena, offset, item, runs, out);
-  else if (of_arena == at::kBFloat16) run_turbo_heads<bf16, float>(x, arena, offset, item, runs, out);
-  else run_turbo_heads<float, float>(x, arena, offset, item, runs, out);
+  if (x.scalar_type() == at::kBFloat16) run_heads<bf16, bf16, bf16>(&x, z, arena, at, out);
+  else if (arena.scalar_type() == at::kBFloat16) run_heads<bf16, float, float>(&x, z, arena, at, out);
+  else run_heads<float, float, float>(&x, z, arena, at, out);
+  return out;
+}
+
+Tensor head_logits(
+    const Tensor& z, const Tensor& arena, const Tensor& pages, const Tensor& matrices,
+    const Tensor& items, const Tensor& segments, int64_t width) {
+  if (!is_native_pair(z, arena) || !arena.is_contiguous())
+    return plain_version<decltype(head_logits)>("quickchange::head_logits")
+        .call(z, arena, pages, matrices, items, segments, width);
+  const HeadIndices at = head_indices(pages, matrices, items, segments);
+  Tensor out = at::empty({items.size(0), width}, z.options().dtype(at::kFloat));
+  if (z.scalar_type() == at::kBFloat16) run_heads<bf16, bf16, float>(nullptr, z, arena, at, out);
+  else if (arena.scalar_type() == at::kBFloat16)
+    run_heads<bf16, float, float>(nullptr, z, arena, at, out);
+  else run_heads<float, float, float>(nullptr, z, arena, at, out);
+  return out;
+}
+
+template <class T, class X>
+void run_draft_logits(
+    const Tensor& h, const Tensor& weight, const std::optional<Tensor>& bias,
+    const Tensor& vocabulary, const Tensor& segments, const Tensor& out) {
+  const int64_t width = out.size(1), step = piece(width, 8), pieces = (width + step - 1) / step;
+  const int32_t* segment = data<int32_t>(segments);
+  const Kernels& version = kernels();
+  if (segments.size(0) * pieces == 0) return;
+  share(segments.size(0) * pieces, [&](int64_t i) {
+    const int32_t* own = segment + 4 * (i / pieces);
+    if (own[0] >= own[1]) return;
+    const int64_t begin = i % pieces * step;
+    const DraftArgs<T, X> args{
+        data<X>(h) + own[0] * h.stride(0), h.stride(0), own[1] - own[0], data<T>(weight),
+        weight.stride(0), h.size(1), bias ? data<T>(*bias) : nullptr,
+        data<int32_t>(vocabulary) + own[2], own[3] - own[2], data<float>(out) + own[0] * width,
+        width};
+    version.draft_logits(args, begin, std::min(begin + step, width));
+  });
+}
+
+Tensor draft_logits(
+    const Tensor& h, const Tensor& weight, const std::optional<Tensor>& bias,
+    const Tensor& vocabulary, const Tensor& segments, int64_t width) {
+  const bool native = is_native_pair(h, weight) && weight.stride(1) == 1 &&
+                      (!bias || (bias->scalar_type() == weight.scalar_type() &&
+                                 bias->is_contiguous()));
+  if (!native)
+    return plain_version<decltype(draft_logits)>("quickchange::draft_logits")
+        .call(h, weight, bias, vocabulary, segments, width);
+  TORCH_CHECK_VALUE(
+      vocabulary.scalar_type() == at::kInt && vocabulary.dim() == 1 &&
+          segments.scalar_type() == at::kInt && segments.dim() == 2 && segments.size(1) == 4,
+      "draft_logits: vocabulary must be int32 [S] and segments int32 [R, 4]");
+  Tensor out = at::empty({h.size(0), width}, h.options().dtype(at::kFloat));
+  const Tensor tokens = vocabulary.contiguous(), runs = segments.contiguous();
+  if (h.scalar_type() == at::kBFloat16)
+    run_draft_logits<bf16, bf16>(h, weight, bias, tokens, runs, out);
+  else if (weight.scalar_type() == at::kBFloat16)
+    run_draft_logits<bf16, float>(h, weight, bias, tokens, runs, out);
+  else run_draft_logits<float, float>(h, weight, bias, tokens, runs, out);
   return out;
 }
 

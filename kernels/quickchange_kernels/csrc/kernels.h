@@ -158,16 +158,36 @@ struct RotaryArgs {
   int64_t ldc, lds, width;
 };
 
-// The items of one head.
-template <class T, class X>
-struct TurboArgs {
-  const X* x;  // [rows, H]
-  int64_t ldx, H;
-  const T* w;            // [H, H]
-  const T* b;            // [H]
-  const int32_t* items;  // [count, 2] (row of x, row of out)
+constexpr int64_t PAGE_ROWS = 16;  // outputs of a page of a drafting head's matrix
+
+// The items of one matrix.
+template <class T, class X, class Y>
+struct HeadArgs {
+  const X* x;  // [rows, N], or null: neither residual nor activation
+  int64_t ldx;
+  const X* z;  // [rows, K]
+  int64_t ldz, K;
+  const T* arena;
+  const int64_t* pages;  // [count_pages] each W [16, K], b [16]
+  int64_t count_pages;
+  const int32_t* items;  // [count, 2] (row of x and z, row of out)
   int64_t count;
-  X* out;  // [.., H]
+  Y* out;  // [.., N]
+  int64_t N;
+};
+
+// The rows of one segment.
+template <class T, class X>
+struct DraftArgs {
+  const X* h;  // [rows, K]
+  int64_t ldh, rows;
+  const T* weight;  // [V, K]
+  int64_t ldw, K;
+  const T* bias;  // [V] or null
+  const int32_t* vocabulary;  // [tokens] rows of weight
+  int64_t tokens;
+  float* out;  // [rows, width]
+  int64_t width;
 };
 
 constexpr int MASS_BITS = 42;
@@ -199,7 +219,7 @@ struct SampleScratch {
 };
 
 // One instruction set's versions. Ranges are of output columns (linear,
-// up, turbo), of items (down), or of rows.
+// up, heads, draft_logits), of items (down), or of rows.
 class Kernels {
  public:
   virtual const char* name() const = 0;
@@ -225,9 +245,13 @@ class Kernels {
   virtual void silu_mul(const GateArgs<bf16>&, int64_t begin, int64_t end) const = 0;
   virtual void rotary(const RotaryArgs<float>&, int64_t begin, int64_t end) const = 0;
   virtual void rotary(const RotaryArgs<bf16>&, int64_t begin, int64_t end) const = 0;
-  virtual void turbo(const TurboArgs<float, float>&, int64_t begin, int64_t end) const = 0;
-  virtual void turbo(const TurboArgs<bf16, float>&, int64_t begin, int64_t end) const = 0;
-  virtual void turbo(const TurboArgs<bf16, bf16>&, int64_t begin, int64_t end) const = 0;
+  virtual void heads(const HeadArgs<float, float, float>&, int64_t begin, int64_t end) const = 0;
+  virtual void heads(const HeadArgs<bf16, float, float>&, int64_t begin, int64_t end) const = 0;
+  virtual void heads(const HeadArgs<bf16, bf16, float>&, int64_t begin, int64_t end) const = 0;
+  virtual void heads(const HeadArgs<bf16, bf16, bf16>&, int64_t begin, int64_t end) const = 0;
+  virtual void draft_logits(const DraftArgs<float, float>&, int64_t begin, int64_t end) const = 0;
+  virtual void draft_logits(const DraftArgs<bf16, float>&, int64_t begin, int64_t end) const = 0;
+  virtual void draft_logits(const DraftArgs<bf16, bf16>&, int64_t begin, int64_t end) const = 0;
   virtual void sample(
       const SampleArgs&, const SampleScratch&, int64_t begin, int64_t end) const = 0;
 

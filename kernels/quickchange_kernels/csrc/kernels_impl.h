@@ -13,6 +13,7 @@ namespace QC_ISA {
 #include "rows_impl.h"
 #include "sample_impl.h"
 #include "turbo_heads_impl.h"
+#include "draft_logits_impl.h"
 
 #define QC_STRING(text) #text
 #define QC_NAME(text) QC_STRING(text)
@@ -90,14 +91,26 @@ class Versions final : public Kernels {
   void rotary(const RotaryArgs<bf16>& a, int64_t begin, int64_t end) const override {
     QC_ISA::rotary(a, begin, end);
   }
-  void turbo(const TurboArgs<float, float>& a, int64_t begin, int64_t end) const override {
-    turbo_heads(a, begin, end);
+  void heads(const HeadArgs<float, float, float>& a, int64_t begin, int64_t end) const override {
+    QC_ISA::heads(a, begin, end);
   }
-  void turbo(const TurboArgs<bf16, float>& a, int64_t begin, int64_t end) const override {
-    turbo_heads(a, begin, end);
+  void heads(const HeadArgs<bf16, float, float>& a, int64_t begin, int64_t end) const override {
+    QC_ISA::heads(a, begin, end);
   }
-  void turbo(const TurboArgs<bf16, bf16>& a, int64_t begin, int64_t end) const override {
-    turbo_heads(a, begin, end);
+  void heads(const HeadArgs<bf16, bf16, float>& a, int64_t begin, int64_t end) const override {
+    QC_ISA::heads(a, begin, end);
+  }
+  void heads(const HeadArgs<bf16, bf16, bf16>& a, int64_t begin, int64_t end) const override {
+    QC_ISA::heads(a, begin, end);
+  }
+  void draft_logits(const DraftArgs<float, float>& a, int64_t begin, int64_t end) const override {
+    QC_ISA::draft_logits(a, begin, end);
+  }
+  void draft_logits(const DraftArgs<bf16, float>& a, int64_t begin, int64_t end) const override {
+    QC_ISA::draft_logits(a, begin, end);
+  }
+  void draft_logits(const DraftArgs<bf16, bf16>& a, int64_t begin, int64_t end) const override {
+    QC_ISA::draft_logits(a, begin, end);
   }
   void sample(const SampleArgs& a, const SampleScratch& s, int64_t begin, int64_t end)
       const override {

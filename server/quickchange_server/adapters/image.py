@@ -7,6 +7,8 @@ rank, B's first row is the bias, exactly as it was trained (folding it into a fr
 it by the scale). A gain is a page of its own too, and only as long as its one row: gain − 1, which
 a short dtype holds better than the gain.
 
+Behind them come the pages of the adapter's Turbo heads (head_image.py).
+
 Built beside decoding, so the work is cut in pieces that stay below torch's threshold for entering a
 parallel region: they would fight the engine's threads for its cores, and a second thread that ever
 enters one gets a thread team of its own, after which OpenMP, seeing more threads than cores, lets
@@ -17,16 +19,19 @@ Knows nothing of slots, of budgets or of threads.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from quickchange_kernels.lowrank import A_ALIGNMENT, RANKS_PER_PAGE, PageKind
+from quickchange_kernels.lowrank import RANKS_PER_PAGE, PageKind
+from quickchange_server.adapters.head_image import HeadLayout, head_pages
 from quickchange_server.adapters.layout import Member, ModuleGroup
+from quickchange_server.adapters.pieces import Pause, aligned, copy_in_pieces, no_pause
 from quickchange_server.errors import AdapterFailedError
 from quickchange_store.canonical import (
     ACTIVATIONS,
@@ -37,11 +42,6 @@ from quickchange_store.canonical import (
 )
 
 _KINDS: dict[Activation, PageKind] = {name: PageKind[name.upper()] for name in ACTIVATIONS}
-PIECE = 32_768  # elements of one copy: torch uses several threads above this
-
-
-def _no_pause() -> None:
-    """Between two pieces, when nothing else needs the processor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,45 +70,42 @@ def page_shapes(groups: Sequence[ModuleGroup], dtype: torch.dtype) -> dict[Place
 
 
 def _page_shape(group: ModuleGroup, member: Member, dtype: torch.dtype) -> PageShape:
-    b_offset = _aligned(RANKS_PER_PAGE * group.in_features, dtype)
+    b_offset = aligned(RANKS_PER_PAGE * group.in_features, dtype)
     return PageShape(
         group=group.index,
         features=group.in_features,
         column=member.column,
         width=member.width,
         b_offset=b_offset,
-        elements=b_offset + _aligned(RANKS_PER_PAGE * member.width, dtype),
-        gain_elements=_aligned(member.width, dtype),
+        elements=b_offset + aligned(RANKS_PER_PAGE * member.width, dtype),
+        gain_elements=aligned(member.width, dtype),
     )
-
-
-def _aligned(elements: int, dtype: torch.dtype) -> int:
-    unit = A_ALIGNMENT // dtype.itemsize
-    return -(-elements // unit) * unit
 
 
 @dataclass(frozen=True)
 class AdapterImage:
     """All pages of one adapter in one host tensor, and the tables that describe them.
 
-    Pages are numbered by module group; in `data`, pages of one size lie side by side, so that a
-    run of free pages on the device takes one copy.
+    The first L pages are the updates', by module group; the heads' follow. In `data`, pages of one
+    size lie side by side, so that a run of free pages on the device takes one copy.
     """
 
     data: Tensor  # [E] the arena's dtype; pinned where the device is CUDA
     start: npt.NDArray[np.int64]  # [P] of the page in `data`
     elements: npt.NDArray[np.int64]  # [P] of the page
-    group: npt.NDArray[np.int64]  # [P] ascending
-    b_offset: npt.NDArray[np.int64]  # [P] of B within the page
-    column: npt.NDArray[np.int64]  # [P]
-    width: npt.NDArray[np.int64]  # [P]
-    scale: npt.NDArray[np.float32]  # [P]
-    shift: npt.NDArray[np.float32]  # [P, 8]
-    kind: npt.NDArray[np.int32]  # [P] PageKind
+    group: npt.NDArray[np.int64]  # [L] ascending
+    b_offset: npt.NDArray[np.int64]  # [L] of B within the page
+    column: npt.NDArray[np.int64]  # [L]
+    width: npt.NDArray[np.int64]  # [L]
+    scale: npt.NDArray[np.float32]  # [L]
+    shift: npt.NDArray[np.float32]  # [L, 8]
+    kind: npt.NDArray[np.int32]  # [L] PageKind
+    heads: HeadLayout | None  # what the other pages are; None: there are none
 
     @property
     def pages(self) -> int:
-        return int(self.start.size)
+        """L, the updates' pages."""
+        return int(self.group.size)
 
     @property
     def nbytes(self) -> int:
@@ -119,6 +116,16 @@ class AdapterImage:
     def demand(self) -> Mapping[int, int]:
         """Number of pages by page size in elements."""
         return Counter(self.elements.tolist())
+
+
+class _Content(Protocol):
+    """A page of any sort."""
+
+    @property
+    def elements(self) -> int: ...
+
+    def fill(self, target: Tensor, pause: Pause) -> None:
+        """Copy the page's content to `target` [elements], which is zero."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +162,19 @@ class _Page:
             shift = self.update.shift[self.first : self.last]
             target[: len(shift)] = shift.float().numpy()
 
+    def fill(self, target: Tensor, pause: Pause) -> None:
+        """Copy the page's content to `target` [elements], which is zero."""
+        shape, update = self.shape, self.update
+        b = target[self.b_offset :]
+        if self.row is not None:
+            copy_in_pieces(b[None, : shape.width], self.row[None], pause)
+            return
+        b = b[: RANKS_PER_PAGE * shape.width].view(RANKS_PER_PAGE, shape.width)
+        count = self.last - self.first
+        a = target[: RANKS_PER_PAGE * shape.features].view(RANKS_PER_PAGE, shape.features)
+        copy_in_pieces(a[:count], update.a[self.first : self.last], pause)
+        copy_in_pieces(b[:count], update.b[:, self.first : self.last].T, pause)
+
 
 def build_image(
     adapter: CanonicalAdapter,
@@ -162,33 +182,41 @@ def build_image(
     dtype: torch.dtype,
     *,
     pin_memory: bool = False,
-    pause: Callable[[], None] = _no_pause,
+    pause: Pause = no_pause,
 ) -> AdapterImage:
-    """Lay out and convert an adapter's updates. `pause` is called between pieces of work.
+    """Lay out and convert an adapter's updates and heads. `pause` is called between pieces of work.
 
-    Raises AdapterFailedError for a module that the model does not have, or of other shapes.
+    Raises AdapterFailedError for a module that the model does not have, or of other shapes. Heads
+    are taken as they are: TurboShape.check says whether they fit.
     """
-    pages = _list_pages(adapter, shapes)
+    updates = _list_pages(adapter, shapes)
+    pages: list[_Content] = [*updates]
+    layout = None
+    if adapter.turbo is not None:
+        heads, layout = head_pages(adapter.turbo, dtype)
+        pages += heads
     elements = np.array([page.elements for page in pages], dtype=np.int64)
     order = np.argsort(elements, kind="stable")
     start = np.empty_like(elements)
     start[order] = np.cumsum(elements[order]) - elements[order]
     data = _zeros(int(elements.sum()), dtype, pin_memory=pin_memory)
-    shift = np.zeros((len(pages), RANKS_PER_PAGE), dtype=np.float32)
-    for page, begin, page_shift in zip(pages, start.tolist(), shift, strict=True):
-        _fill(data[begin : begin + page.elements], page, pause)
-        page.write_shift(page_shift)
+    for page, begin in zip(pages, start.tolist(), strict=True):
+        page.fill(data[begin : begin + page.elements], pause)
+    shift = np.zeros((len(updates), RANKS_PER_PAGE), dtype=np.float32)
+    for update, page_shift in zip(updates, shift, strict=True):
+        update.write_shift(page_shift)
     return AdapterImage(
         data=data,
         start=start,
         elements=elements,
-        group=np.array([page.shape.group for page in pages], dtype=np.int64),
-        b_offset=np.array([page.b_offset for page in pages], dtype=np.int64),
-        column=np.array([page.shape.column for page in pages], dtype=np.int64),
-        width=np.array([page.shape.width for page in pages], dtype=np.int64),
-        scale=np.array([page.scale for page in pages], dtype=np.float32),
+        group=np.array([page.shape.group for page in updates], dtype=np.int64),
+        b_offset=np.array([page.b_offset for page in updates], dtype=np.int64),
+        column=np.array([page.shape.column for page in updates], dtype=np.int64),
+        width=np.array([page.shape.width for page in updates], dtype=np.int64),
+        scale=np.array([page.scale for page in updates], dtype=np.float32),
         shift=shift,
-        kind=np.array([page.kind for page in pages], dtype=np.int32),
+        kind=np.array([page.kind for page in updates], dtype=np.int32),
+        heads=layout,
     )
 
 
@@ -231,25 +259,3 @@ def _check_shapes(path: str, update: LowRankUpdate, shape: PageShape) -> None:
             f"{path}: the update maps {found[0]} to {found[1]} features, the served model's module "
             f"{shape.features} to {shape.width}; add the adapter again with its own base model"
         )
-
-
-def _fill(target: Tensor, page: _Page, pause: Callable[[], None]) -> None:
-    """Copy one page's content to `target` [elements], which is zero."""
-    shape, update = page.shape, page.update
-    b = target[page.b_offset :]
-    if page.row is not None:
-        _copy(b[None, : shape.width], page.row[None], pause)
-        return
-    b = b[: RANKS_PER_PAGE * shape.width].view(RANKS_PER_PAGE, shape.width)
-    count = page.last - page.first
-    a = target[: RANKS_PER_PAGE * shape.features].view(RANKS_PER_PAGE, shape.features)
-    _copy(a[:count], update.a[page.first : page.last], pause)
-    _copy(b[:count], update.b[:, page.first : page.last].T, pause)
-
-
-def _copy(target: Tensor, source: Tensor, pause: Callable[[], None]) -> None:
-    """target [n, m] = source [n, m], n at most 8, in pieces."""
-    step = PIECE // target.shape[0]
-    for begin in range(0, target.shape[1], step):
-        target[:, begin : begin + step].copy_(source[:, begin : begin + step])
-        pause()

@@ -2,7 +2,8 @@
 
 A page is 8 ranks of one module's update (image.py), so rank 8 pays for 8 and rank 64 for 64 (a gain
 for its own row alone), and a byte budget, not a number of slots, says how many adapters are
-resident. A slot is an adapter's row in the tables' directory.
+resident. A slot is an adapter's row in the tables' directory. An adapter's Turbo heads lie in pages
+of the same arena, come and go with its slot, and have tables of their own (head_pool.py).
 
 Everything but `write` runs on the engine's thread, between steps. A table that has to grow is
 replaced, so that a running step that holds the old tables keeps valid data; otherwise rows change
@@ -12,7 +13,7 @@ pages only. Knows nothing of names, requests or eviction.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,9 +23,12 @@ from torch import Tensor
 
 from quickchange_kernels.lowrank import A_ALIGNMENT, RANKS_PER_PAGE, GroupShape, LowRankTables
 from quickchange_kernels.lowrank_tables import rounded_to_power
+from quickchange_kernels.turbo_heads import HeadTables
 from quickchange_server.adapters.copies import Copies, Mark, copies_for
-from quickchange_server.adapters.image import PIECE, AdapterImage, page_shapes
+from quickchange_server.adapters.head_pool import HeadPool, TurboSlot, enlarged
+from quickchange_server.adapters.image import AdapterImage, page_shapes
 from quickchange_server.adapters.layout import ModuleGroup
+from quickchange_server.adapters.pieces import PIECE, Pause, no_pause
 from quickchange_server.adapters.slabs import Grant, RunAllocator, SlabAllocator, slab_size
 from quickchange_server.errors import AdapterFailedError
 
@@ -35,10 +39,6 @@ _SLAB_BYTES = 1 << 20
 _FIRST_SLOTS = 64
 _MOST_FIRST_ROWS = 1 << 17
 _USUAL_RANK = 16  # adapters of higher rank widen the kernels' grids when they first come
-
-
-def _no_pause() -> None:
-    """Between two copies, when nothing else needs the processor."""
 
 
 @dataclass(frozen=True)
@@ -100,11 +100,26 @@ class DevicePool:
             page_kind=self._zeros(torch.int32, rows),
             shapes=tuple(_usual_shape(group) for group in groups),
         )
+        self._heads = HeadPool(self._tables.arena)
 
     @property
     def tables(self) -> LowRankTables:
         """For the coming step. A slot's row is empty until `publish`."""
         return self._tables
+
+    @property
+    def heads(self) -> HeadTables:
+        """For the coming step: of all slots' Turbo heads."""
+        return self._heads.tables
+
+    def turbo(self, slot: int) -> TurboSlot | None:
+        """What a slot can draft with; None without heads, or until `publish`."""
+        return self._heads.turbo(slot)
+
+    def updates(self, slot: int, group: int) -> bool:
+        """Whether the adapter in a slot has an update in a module group."""
+        begin, end = self._holdings[slot].ranges[group]
+        return bool(begin < end)
 
     @property
     def slots(self) -> list[int]:
@@ -141,9 +156,11 @@ class DevicePool:
         holding = _Holding(grant, offsets, rows, ranges, self._copies.mark())
         self._holdings[slot] = holding
         self._describe_pages(image, holding)
+        if image.heads is not None:
+            self._heads.add(slot, image.heads, offsets[image.pages :])
         return slot
 
-    def write(self, slot: int, image: AdapterImage, pause: Callable[[], None] = _no_pause) -> None:
+    def write(self, slot: int, image: AdapterImage, pause: Pause = no_pause) -> None:
         """Copy the image to the slot's pages and wait until it is there. On any thread."""
         holding = self._holdings[slot]
         self._copies.run(holding.after, lambda: self._copy_pages(image, holding.offsets, pause))
@@ -153,10 +170,12 @@ class DevicePool:
         ranges = torch.from_numpy(self._holdings[slot].ranges)
         self._tables.directory[slot].copy_(ranges)
         self._widen(self._holdings[slot].ranges)
+        self._heads.publish(slot)
 
     def free(self, slot: int) -> None:
         """Give the slot and its pages back. No later step may refer to it."""
         holding = self._holdings.pop(slot)
+        self._heads.remove(slot)
         self._tables.directory[slot].zero_()
         begin, end = holding.rows
         self._rows.free(begin, end - begin)
@@ -168,6 +187,7 @@ class DevicePool:
         self._space.check_integrity(holding.grant for holding in self._holdings.values())
         self._slots.check_integrity((slot, slot + 1) for slot in self._holdings)
         self._rows.check_integrity(holding.rows for holding in self._holdings.values())
+        self._heads.check_integrity()
         held = sum(h.offsets.size for h in self._holdings.values())
         assert held == len({int(o) for h in self._holdings.values() for o in h.offsets})
         assert self.used_bytes <= self.budget_bytes, "over the budget"
@@ -186,14 +206,14 @@ class DevicePool:
         """Replace the tables that are smaller than their allocators' capacity."""
         tables, slots, rows = self._tables, self._slots.capacity, self._rows.capacity
         if tables.directory.shape[0] < slots:
-            tables = replace(tables, directory=_enlarged(tables.directory, slots))
+            tables = replace(tables, directory=enlarged(tables.directory, slots))
         if tables.pages.shape[0] < rows:
             tables = replace(
                 tables,
-                pages=_enlarged(tables.pages, rows),
-                page_scale=_enlarged(tables.page_scale, rows),
-                page_shift=_enlarged(tables.page_shift, rows),
-                page_kind=_enlarged(tables.page_kind, rows),
+                pages=enlarged(tables.pages, rows),
+                page_scale=enlarged(tables.page_scale, rows),
+                page_shift=enlarged(tables.page_shift, rows),
+                page_kind=enlarged(tables.page_kind, rows),
             )
         self._tables = tables
 
@@ -221,15 +241,15 @@ class DevicePool:
 
     def _describe_pages(self, image: AdapterImage, holding: _Holding) -> None:
         begin, end = holding.rows
-        b_offsets = holding.offsets + image.b_offset
-        pages = np.stack([holding.offsets, b_offsets, image.column, image.width], axis=1)
+        offsets = holding.offsets[: image.pages]
+        pages = np.stack([offsets, offsets + image.b_offset, image.column, image.width], axis=1)
         self._tables.pages[begin:end].copy_(torch.from_numpy(pages))
         self._tables.page_scale[begin:end].copy_(torch.from_numpy(image.scale))
         self._tables.page_shift[begin:end].copy_(torch.from_numpy(image.shift))
         self._tables.page_kind[begin:end].copy_(torch.from_numpy(image.kind))
 
     def _copy_pages(
-        self, image: AdapterImage, offsets: npt.NDArray[np.int64], pause: Callable[[], None]
+        self, image: AdapterImage, offsets: npt.NDArray[np.int64], pause: Pause
     ) -> None:
         arena = self._tables.arena
         for target, source, length in _runs(offsets, image):
@@ -247,7 +267,8 @@ def too_large(needed: int, budget: int) -> str:
     """Why adapters of `needed` bytes can never be on the device together, and what to do."""
     return (
         f"needs {needed} bytes of device memory, more than a budget of {budget} bytes has room for "
-        f"(setting {SETTING}): raise it, or use adapters of lower rank or on fewer modules"
+        f"(setting {SETTING}): raise it, or use adapters of lower rank, on fewer modules or with "
+        "fewer heads"
     )
 
 
@@ -266,15 +287,9 @@ def _aligned(group: ModuleGroup) -> bool:
     return all(size % 8 == 0 for size in sizes)
 
 
-def _enlarged(table: Tensor, rows: int) -> Tensor:
-    larger = torch.zeros((rows, *table.shape[1:]), dtype=table.dtype, device=table.device)
-    larger[: table.shape[0]] = table
-    return larger
-
-
 def _in_image_order(image: AdapterImage, grant: Grant) -> npt.NDArray[np.int64]:
     """The arena offset of each page of the image."""
-    offsets = np.empty(image.pages, dtype=np.int64)
+    offsets = np.empty(image.elements.size, dtype=np.int64)
     for size, places in grant.pages.items():
         offsets[image.elements == size] = places
     return offsets

@@ -21,7 +21,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
 from quickchange_kernels.lowrank import LowRankTables
+from quickchange_kernels.turbo_heads import HeadTables
 from quickchange_server.adapters.entry import Entry, Job, slots_of, total_demand
+from quickchange_server.adapters.head_image import TurboShape
+from quickchange_server.adapters.head_pool import TurboSlot
 from quickchange_server.adapters.image import AdapterImage, build_image, page_shapes
 from quickchange_server.adapters.layout import ModuleGroup
 from quickchange_server.adapters.loader import Done, Loader, Pacer
@@ -40,6 +43,7 @@ class Residency:
         pool: DevicePool,
         load: Callable[[str], CanonicalAdapter],
         groups: Sequence[ModuleGroup],
+        turbo: TurboShape,
         host_budget_bytes: int,
         on_wake: Callable[[], None],
     ) -> None:
@@ -47,6 +51,7 @@ class Residency:
         self._pool = pool
         self._load = load
         self._shapes = page_shapes(groups, pool.dtype)
+        self._turbo = turbo
         self._host_budget = host_budget_bytes
         self._loader: Loader[AdapterImage | None] = Loader(on_wake)
         self._pause = Pacer(lambda: bool(self._held))  # only beside requests that run
@@ -62,6 +67,19 @@ class Residency:
     @property
     def tables(self) -> LowRankTables:
         return self._pool.tables
+
+    @property
+    def heads(self) -> HeadTables:
+        """Of the Turbo heads of all adapters on the device."""
+        return self._pool.heads
+
+    def turbo(self, slot: int) -> TurboSlot | None:
+        """What the adapter in a slot can draft with; None where it has no heads."""
+        return self._pool.turbo(slot)
+
+    def updates(self, slot: int, group: int) -> bool:
+        """Whether the adapter in a slot has an update in a module group."""
+        return self._pool.updates(slot, group)
 
     @property
     def in_flight(self) -> int:
@@ -303,6 +321,8 @@ class Residency:
 
         def job() -> AdapterImage:
             adapter = self._load(digest)
+            if adapter.turbo is not None:
+                self._turbo.check(adapter.turbo)
             return build_image(
                 adapter, self._shapes, self._pool.dtype, pin_memory=pin_memory, pause=self._pause
             )

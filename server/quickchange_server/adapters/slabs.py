@@ -106,11 +106,14 @@ class SlabAllocator:
             assert slab.free == sorted(slab.free, reverse=True), "free pages out of order"
 
     def _slabs_needed(self, demand: Mapping[int, int], spare: Mapping[int, int]) -> int:
-        """Empty slabs that `demand` takes beside the spare pages (page size -> number)."""
+        """Empty slabs that `demand` takes beside the spare pages (page size -> number).
+
+        More than there are, for a page that is larger than a slab.
+        """
+        if any(size > self._slab for size in demand):
+            return self._count + 1
         needed = 0
         for size, count in demand.items():
-            if size > self._slab:
-                raise ValueError(f"a page of {size} in slabs of {self._slab}")
             needed += -(-max(count - spare.get(size, 0), 0) // (self._slab // size))
         return needed
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import re
 import shutil
 import tempfile
 from dataclasses import asdict
@@ -21,11 +22,13 @@ from quickchange_server.errors import ForbiddenError, InvalidRequestError
 from quickchange_server.services import Injected, Services
 from quickchange_server.settings import Settings
 from quickchange_store.importing import Added
-from quickchange_store.index import Index, Version
+from quickchange_store.index import Alias, Index, Version
+from quickchange_store.info import AdapterInfo
 from quickchange_store.store import Resolved
 
 UPLOADS = "/v1/adapters"
-UPLOAD_FILES = ("adapter_config.json", "adapter_model.safetensors")
+MAX_UPLOAD_FILES = 64  # Turbo heads may come in several
+UPLOAD_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}\.(json|safetensors)")
 
 
 async def adapters_on(services: Injected) -> None:
@@ -54,6 +57,7 @@ class PrefetchTo(Body):
 
 class PointAlias(Body):
     target: str  # NAME, or NAME@VERSION
+    turbo: str | None = None  # the same, of the heads that draft; default: the target's own
 
 
 def check_paths_allowed(settings: Settings) -> None:
@@ -92,7 +96,24 @@ def _version(services: Services, version: Version) -> Json:
         "version": version.number,
         "digest": version.digest,
         "created": int(version.created),
+        "turbo": _turbo(services.catalog.info(version.digest)) if version.turbo else None,
         "residency": _residency(services, version.digest),
+    }
+
+
+def _turbo(info: AdapterInfo) -> Json | None:
+    """The figures of a version's Turbo heads."""
+    heads, vocabulary = info.turbo, info.base_vocabulary
+    if heads is None:
+        return None
+    medusa = None if vocabulary is None else heads.medusa_parameters(vocabulary)
+    return {
+        "depth": heads.depth,
+        "sequential": heads.sequential,
+        "vocabulary": heads.vocabulary,
+        "own_outputs": heads.own_outputs,
+        "parameters": heads.parameters,
+        "medusa_1_ratio": None if medusa is None else round(medusa / heads.parameters, 1),
     }
 
 
@@ -149,10 +170,11 @@ async def one_adapter(reference: str, services: Injected) -> Json:
     resolved = services.store.resolve(reference)
     index = services.store.snapshot()
     info = await asyncio.to_thread(services.store.info, resolved.digest)
-    details = {k: v for k, v in asdict(info).items() if k not in ("digest", "created")}
+    details = {k: v for k, v in asdict(info).items() if k not in ("digest", "created", "turbo")}
     return {
         **_summary(services, index, resolved.name),
         **_state(services, resolved),
+        "turbo": _turbo(info),
         "current": index.entry(resolved.name).current,
         "versions": [_version(services, v) for v in services.store.versions(resolved.name)],
         "info": details,
@@ -171,11 +193,11 @@ async def add_adapter(request: Request, services: Injected) -> Json:
         check_paths_allowed(services.settings)
         return _added(await services.imports.add(body.name, Path(body.path)))
     if kind == "multipart/form-data":
-        async with request.form(max_files=len(UPLOAD_FILES), max_fields=1) as form:
+        async with request.form(max_files=MAX_UPLOAD_FILES, max_fields=1) as form:
             return _added(await _add_upload(services, form))
     raise InvalidRequestError(
-        "the body must be application/json with name and path, or multipart/form-data with name, "
-        + " and ".join(UPLOAD_FILES)
+        "the body must be application/json with name and path, or multipart/form-data with name "
+        "and the adapter's files"
     )
 
 
@@ -190,13 +212,20 @@ async def _add_upload(services: Services, form: FormData) -> Added:
     name = form.get("name")
     if not isinstance(name, str):
         raise InvalidRequestError("name: is required, as a form field", param="name")
-    files = {file: form.get(file) for file in UPLOAD_FILES}
     with tempfile.TemporaryDirectory(prefix="quickchange-upload-") as folder:
-        for file, upload in files.items():
-            if not isinstance(upload, UploadFile):
-                raise InvalidRequestError(f"{file}: is required, as a file", param=file)
-            # Written under our own name, whatever name the client's file had.
-            await asyncio.to_thread(_write, upload, Path(folder) / file)
+        for file, upload in form.multi_items():
+            if file == "name":
+                continue
+            # The field's name, whatever name the client's file had: checked to be no path.
+            path = Path(folder) / file
+            fits = UPLOAD_FILE.fullmatch(file) is not None and not path.exists()
+            if not fits or not isinstance(upload, UploadFile):
+                raise InvalidRequestError(
+                    f"{file}: can't be taken; send the adapter's .json and .safetensors files, "
+                    "each once, as a file field that has its name",
+                    param=file,
+                )
+            await asyncio.to_thread(_write, upload, path)
         return await services.imports.add(name, Path(folder))
 
 
@@ -271,16 +300,19 @@ async def list_aliases(services: Injected) -> Json:
     aliases = services.store.aliases()
     return {
         "object": "list",
-        "data": [_alias(alias, str(target)) for alias, target in aliases.items()],
+        "data": [_alias(alias, target) for alias, target in aliases.items()],
     }
 
 
 @router.put("/v1/aliases/{alias:path}")
 async def point_alias(alias: str, body: PointAlias, services: Injected) -> Json:
-    """Point an alias at a name (whatever it serves) or at one version, in one step."""
+    """Point an alias at a name (whatever it serves) or at one version, in one step.
+
+    With `turbo`, that adapter's heads draft for it, in place of the target's own.
+    """
     services.imports.refuse_base_name(alias)
-    target = await asyncio.to_thread(services.store.alias, alias, body.target)
-    return _alias(alias, str(target))
+    target = await asyncio.to_thread(services.store.alias, alias, body.target, body.turbo)
+    return _alias(alias, target)
 
 
 @router.delete("/v1/aliases/{alias:path}")
@@ -290,5 +322,5 @@ async def remove_alias(alias: str, services: Injected) -> Json:
     return {"id": alias, "object": "alias.deleted", "deleted": True}
 
 
-def _alias(alias: str, target: str) -> Json:
-    return {"id": alias, "object": "alias", "target": target}
+def _alias(alias: str, target: Alias) -> Json:
+    return {"id": alias, "object": "alias", "target": str(target), "turbo": target.turbo}

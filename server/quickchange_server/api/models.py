@@ -8,8 +8,8 @@ from fastapi import APIRouter
 
 from quickchange_server.api.shapes import Json
 from quickchange_server.services import Injected, Services
-from quickchange_store.index import Index, Version
-from quickchange_store.names import parse_reference
+from quickchange_store.index import Index
+from quickchange_store.names import Reference, parse_reference
 
 router = APIRouter(tags=["OpenAI"])
 
@@ -36,20 +36,24 @@ def _base_card(services: Services) -> Json:
     return _card(services, name, services.created, {"kind": "base"}, name)
 
 
-def _version_card(services: Services, name: str, kind: str, version: Version) -> Json:
-    details = {"kind": kind, "version": version.number, "digest": version.digest}
-    return _card(services, name, version.created, details, str(version))
+def _version_card(services: Services, index: Index, reference: Reference, kind: str) -> Json:
+    version, drafter = index.find(reference), index.drafting(reference)
+    details = {
+        "kind": kind,
+        "version": version.number,
+        "digest": version.digest,
+        "turbo": None if drafter is None else str(drafter),
+    }
+    return _card(services, str(reference), version.created, details, str(version))
 
 
 def _adapter_cards(services: Services, index: Index) -> Iterator[Json]:
     for name, entry in sorted(index.entries.items()):
-        yield _version_card(services, name, "adapter", entry.versions[entry.current])
-        for _, version in sorted(entry.versions.items()):
-            yield _version_card(services, str(version), "version", version)
-    for alias, target in sorted(index.aliases.items()):
-        entry = index.entries[target.name]
-        version = entry.versions[entry.current if target.number is None else target.number]
-        yield _version_card(services, alias, "alias", version)
+        yield _version_card(services, index, Reference(name), "adapter")
+        for number in sorted(entry.versions):
+            yield _version_card(services, index, Reference(name, str(number)), "version")
+    for alias in sorted(index.aliases):
+        yield _version_card(services, index, Reference(alias), "alias")
 
 
 @router.get("/v1/models")
@@ -68,8 +72,7 @@ async def one_model(model: str, services: Injected) -> Json:
         return _base_card(services)
     services.catalog.select(model)  # refuses what no request could name
     index = services.store.snapshot()
-    version = index.find(parse_reference(model))
-    return _version_card(services, model, _kind(index, model), version)
+    return _version_card(services, index, parse_reference(model), _kind(index, model))
 
 
 def _kind(index: Index, name: str) -> str:

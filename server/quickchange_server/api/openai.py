@@ -18,7 +18,14 @@ from quickchange_server.api.schemas import (
     CompletionRequest,
     Sampled,
 )
-from quickchange_server.api.shapes import ChatShape, CompletionShape, Json, Shape, usage
+from quickchange_server.api.shapes import (
+    ChatShape,
+    CompletionShape,
+    Json,
+    Shape,
+    predictions,
+    usage,
+)
 from quickchange_server.api.sse import DONE, event, event_stream, unless_gone
 from quickchange_server.choices import Choices
 from quickchange_server.services import Injected, Services
@@ -36,6 +43,7 @@ class Answer:
     choices: Choices
     prompt_tokens: int  # of all prompts
     choices_per_prompt: int
+    drafting: bool  # tokens are drafted ahead
 
     @property
     def usage(self) -> Json:
@@ -43,7 +51,10 @@ class Answer:
             self.choices[index].cached_tokens
             for index in range(0, len(self.choices), self.choices_per_prompt)
         )
-        return usage(self.prompt_tokens, self.choices.completion_tokens, cached)
+        told = usage(self.prompt_tokens, self.choices.completion_tokens, cached)
+        if self.drafting:
+            told |= predictions(self.choices.drafted_tokens, self.choices.accepted_tokens)
+        return told
 
 
 @dataclass
@@ -148,7 +159,8 @@ async def completions(request: Request, body: CompletionRequest, services: Injec
     )
     shape = CompletionShape(services.text, body.logprobs is not None)
     envelope = _envelope(services, request_id, selection.model)
-    answer = Answer(envelope, shape, choices, sum(map(len, prompts)), body.n)
+    drafting = selection.drafting is not None
+    answer = Answer(envelope, shape, choices, sum(map(len, prompts)), body.n, drafting)
     return await respond(request, body, answer)
 
 
@@ -170,5 +182,6 @@ async def chat_completions(request: Request, body: ChatRequest, services: Inject
     )
     shape = ChatShape(services.text, body.logprobs)
     envelope = _envelope(services, request_id, selection.model)
-    answer = Answer(envelope, shape, choices, len(prompt), body.n)
+    drafting = selection.drafting is not None
+    answer = Answer(envelope, shape, choices, len(prompt), body.n, drafting)
     return await respond(request, body, answer)

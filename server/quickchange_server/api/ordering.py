@@ -16,10 +16,9 @@ from quickchange_server.transcript import TextOptions, Transcript
 
 
 def select(services: Services, body: Sampled) -> Selection:
-    """What the body's `model` and `adapters` name."""
-    return services.catalog.select(
-        body.model, [WeightedName(entry.id, entry.weight) for entry in body.adapters]
-    )
+    """What the body's `model`, `adapters` and `turbo` name."""
+    composition = [WeightedName(entry.id, entry.weight) for entry in body.adapters]
+    return services.catalog.select(body.model, composition, body.turbo)
 
 
 async def admit(
@@ -59,6 +58,8 @@ async def admit(
                 sampling=replace(sampling, seed=choice_seed(seed, choice)),
                 adapters=selection.adapters,
                 label=selection.label,
+                drafting=selection.drafting,
+                drafter=selection.drafter,
             )
             orders.append((generation, Transcript(services.text, options)))
     return await Choices.admit(services.client, orders)

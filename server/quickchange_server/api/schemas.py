@@ -1,4 +1,4 @@
-"""Bodies of the OpenAI routes, with vLLM's extra sampling fields and our composition field.
+"""Bodies of the OpenAI routes, with vLLM's extra sampling fields, our `adapters` and `turbo`.
 
 What each field does, its default and its range is in docs/http.md.
 """
@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from quickchange_server.api.fields import Body, LogitBias, Number, Prompt, Stops, Unsupported
+from quickchange_server.catalog import AUTO
 from quickchange_server.errors import InvalidRequestError
 
 MAX_CHOICES = 128
@@ -81,6 +82,7 @@ class Sampled(Body, ABC):
 
     model: str
     adapters: list[WeightedAdapter] = Field(default=[])
+    turbo: str = AUTO  # what drafts tokens ahead
     max_tokens: int | None = Field(None, ge=1)
     n: int = Field(1, ge=1, le=MAX_CHOICES)
     stream: bool = False

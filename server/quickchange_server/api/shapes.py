@@ -24,6 +24,15 @@ def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Jso
     }
 
 
+def predictions(drafted: int, accepted: int) -> Json:
+    """The part of the usage that tells of drafts, in OpenAI's own fields for predicted output."""
+    details = {
+        "accepted_prediction_tokens": accepted,
+        "rejected_prediction_tokens": drafted - accepted,
+    }
+    return {"completion_tokens_details": details}
+
+
 def finite(logprob: float) -> float:
     return max(logprob, LOWEST_LOGPROB)
 

@@ -1,4 +1,8 @@
-"""Which fixed shape a decode step is padded to, so that one captured graph serves many steps."""
+"""Which fixed shape a decode step is padded to, so that one captured graph serves many steps.
+
+A shape of n rows has room for n sequences, so it serves n sequences that decode one row each, and
+fewer that verify drafts too.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +32,7 @@ def _step(size: int) -> int:
 
 
 class DecodeBuckets:
-    """The shapes of decode steps of up to `most` sequences of up to `blocks` blocks each."""
+    """The shapes of decode steps of up to `most` rows, of sequences of up to `blocks` blocks."""
 
     def __init__(self, most: int, blocks: int) -> None:
         self._sizes = bucket_sizes(most)
@@ -42,11 +46,12 @@ class DecodeBuckets:
         """The smallest shape that has room for the plan; None for one that no graph serves."""
         if not only_decodes(plan):
             return None
+        rows = sum([item.rows for item in plan])
         segments, pieces = _needed(plan) if adapters else (0, 0)
         for size in self._sizes:
             extent = self._extent(size, adapters=adapters)
             room = extent.tokens_room
-            if size >= len(plan) and (
+            if size >= rows and (
                 room is None or (room.segments >= segments and room.pieces >= pieces)
             ):
                 return extent
@@ -60,10 +65,10 @@ class DecodeBuckets:
 
 
 def _needed(plan: Sequence[Scheduled]) -> tuple[int, int]:
-    """Segments and pieces of a plan of one row a sequence."""
+    """Segments and pieces of a plan."""
     segments = pieces = 0
     for components, group in groupby(plan, key=lambda item: item.components):
-        rows = sum(1 for _ in group)
+        rows = sum([item.rows for item in group])
         segments += len(components)
         pieces += len(components) * -(-rows // SMALL_TILE)
     return segments, pieces

@@ -7,21 +7,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from quickchange_server.adapters.head_image import TurboShape
 from quickchange_server.adapters.pool import DevicePool
 from quickchange_server.adapters.residency import Residency
 from quickchange_server.engine.kv_cache import KVBlocks
-from quickchange_server.engine.runner import Runner
+from quickchange_server.engine.runner import Result, Runner
 from quickchange_server.engine.sampler import RowError, Sampled
 from quickchange_server.engine.scheduler import Scheduled, Scheduler
 from quickchange_server.engine.sequence import Sequence
+from quickchange_server.engine.speculation import DraftReport, Speculation, head_drafts
+from quickchange_server.engine.step_cost import StepCost
 from quickchange_server.messages import (
     AdapterFailed,
     AdapterMoved,
     Delta,
+    FinishReason,
     Ready,
     StepReport,
     StepStats,
@@ -65,15 +70,9 @@ class Engine:
         self._residency = (
             _residency(model, settings, load_adapter, on_wake) if settings.adapters else None
         )
-        self.scheduler = Scheduler(
-            KVBlocks(num_blocks, settings.block_size, prefix_cache=settings.prefix_cache),
-            self._residency,
-            max_batch_tokens=settings.batch_tokens,
-            max_sequences=settings.max_sequences,
-            max_model_len=self._max_model_len,
-        )
         self._runner = Runner(
             model,
+            self._residency,
             num_blocks=num_blocks,
             block_size=settings.block_size,
             max_sequences=settings.max_sequences,
@@ -81,7 +80,19 @@ class Engine:
             dtype=dtype,
             device=device,
         )
-        self._runner.warm_up(None if self._residency is None else self._residency.tables)
+        self._runner.warm_up()
+        self._speculation: Speculation | None = None
+        if settings.turbo:
+            cost = StepCost(self._runner.price_rows(settings.batch_tokens))
+            self._speculation = Speculation(cost, self._head_count, self._max_model_len)
+        self.scheduler = Scheduler(
+            KVBlocks(num_blocks, settings.block_size, prefix_cache=settings.prefix_cache),
+            self._residency,
+            self._speculation,
+            max_batch_tokens=settings.batch_tokens,
+            max_sequences=settings.max_sequences,
+            max_model_len=self._max_model_len,
+        )
         self._refused: list[Delta] = []
 
     def ready(self, load_seconds: float) -> Ready:
@@ -135,15 +146,16 @@ class Engine:
         if not plan and not deltas:
             return None
         prefill_rows = sum(item.count for item in plan if item.sequence.remaining > 1)
+        drafted = DraftReport()
         if plan:
-            tables = None if self._residency is None else self._residency.tables
-            results = iter(self._runner.run(plan, tables))
-            deltas += [
-                delta
-                for item in plan
-                if (delta := self._advance(item, next(results) if item.samples else None))
-            ]
-        return StepReport(tuple(deltas), self._stats(plan, prefill_rows, started))
+            depths = {} if self._speculation is None else self._speculation.depths(plan)
+            ran = self._runner.run(plan, depths)
+            if self._speculation is not None:
+                drafted = self._speculation.observe(plan, ran)
+            results = iter(ran.results)
+            for item in plan:
+                deltas += self._advance(item, next(results) if item.samples else None)
+        return StepReport(tuple(deltas), self._stats(plan, prefill_rows, drafted, started))
 
     def check_integrity(self) -> None:
         """Raises AssertionError if the scheduler's, the cache's or the tiers' state is broken."""
@@ -163,34 +175,60 @@ class Engine:
             return f"prompt: {tokens} tokens leave no room in a context of {self._max_model_len}"
         if not all(0 <= token < self._vocabulary for token in submit.prompt):
             return f"prompt: token ids must be from 0 to {self._vocabulary - 1}"
-        if submit.adapters and self._residency is None:
+        heads = submit.drafting is not None and submit.drafting.heads is not None
+        if (submit.adapters or heads) and self._residency is None:
             return "adapters: switched off on this server by the setting 'adapters'"
         return None
 
-    def _advance(self, item: Scheduled, result: Sampled | RowError | None) -> Delta | None:
+    def _advance(self, item: Scheduled, result: Result | None) -> list[Delta]:
         sequence = item.sequence
-        if isinstance(result, RowError):
-            self.scheduler.advance(item, None)
-            self.scheduler.finish(sequence)
-            return _error(sequence.request_id, result.error, "internal")
-        reason = self.scheduler.advance(item, None if result is None else result.token_id)
         if result is None:
-            return None
+            self.scheduler.advance(item, ())
+            return []
+        drawn, error = _until_error(result.sampled)
+        taken, reason = self.scheduler.advance(item, [row.token_id for row in drawn])
+        sequence.head_drafts = head_drafts(len(sequence.tokens), result.drafts)
+        deltas = []
+        if taken:
+            held = len(result.sampled) - 1
+            deltas.append(self._delta(item, drawn[:taken], reason, min(taken, held)))
+        if reason is None and error is not None:
+            self.scheduler.finish(sequence)
+            deltas.append(_error(sequence.request_id, error, "internal"))
+        return deltas
+
+    def _delta(
+        self,
+        item: Scheduled,
+        drawn: list[Sampled],
+        reason: FinishReason | None,
+        accepted: int,
+    ) -> Delta:
+        sequence = item.sequence
         first, sequence.told = not sequence.told, True
         return Delta(
             sequence.request_id,
-            token_ids=(result.token_id,),
-            logprobs=() if result.logprobs is None else (result.logprobs,),
+            token_ids=tuple(row.token_id for row in drawn),
+            logprobs=tuple(row.logprobs for row in drawn if row.logprobs is not None),
             finish_reason=reason,
             cached_tokens=sequence.cached_tokens if first else None,
             queue_seconds=sequence.queue_seconds if first else None,
+            drafted=len(item.drafts),
+            accepted=accepted,
         )
 
-    def _stats(self, plan: list[Scheduled], prefill_rows: int, started: float) -> StepStats:
+    def _head_count(self, slot: int) -> int:
+        """How many tokens the Turbo heads in a device slot draft."""
+        turbo = None if self._residency is None else self._residency.turbo(slot)
+        return 0 if turbo is None else turbo.depth
+
+    def _stats(
+        self, plan: list[Scheduled], prefill_rows: int, drafted: DraftReport, started: float
+    ) -> StepStats:
         scheduler = self.scheduler
         return StepStats(
             seconds=time.monotonic() - started,
-            rows=sum(item.count for item in plan),
+            rows=sum(item.rows for item in plan),
             prefill_rows=prefill_rows,
             sequences=len(plan),
             adapters=len({digest for item in plan for digest in item.sequence.digests()}),
@@ -201,7 +239,21 @@ class Engine:
             prefix_hit_tokens=scheduler.prefix_hit_tokens,
             prefix_query_tokens=scheduler.prefix_query_tokens,
             preemptions=scheduler.preemptions,
+            drafts=drafted.counts,
+            draft_rows=drafted.rows,
+            draft_estimate=drafted.estimate,
+            draft_gain=drafted.gain,
         )
+
+
+def _until_error(rows: Seq[Sampled | RowError]) -> tuple[list[Sampled], str | None]:
+    """The tokens before the first row that has none, and what is wrong with that."""
+    drawn: list[Sampled] = []
+    for row in rows:
+        if isinstance(row, RowError):
+            return drawn, row.error
+        drawn.append(row)
+    return drawn, None
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -222,7 +274,8 @@ def _residency(
         torch_dtype(settings.held_adapter_dtype),
         torch.device(settings.device),
     )
-    return Residency(pool, load_adapter, model.groups, settings.adapter_host_bytes, on_wake)
+    turbo = TurboShape(model.hidden, model.vocabulary)
+    return Residency(pool, load_adapter, model.groups, turbo, settings.adapter_host_bytes, on_wake)
 
 
 def _error(request_id: str, error: str, kind: Literal["adapter", "request", "internal"]) -> Delta:

@@ -64,7 +64,7 @@ class StepInputs:
 
 
 def only_decodes(plan: Sequence[Scheduled]) -> bool:
-    """Whether every sequence has one row, which samples: then rows and samples are the same."""
+    """Whether each sequence has its last token's row and drafts alone: then every row samples."""
     return all(item.count == 1 and item.samples for item in plan)
 
 
@@ -76,9 +76,9 @@ def exact_extent(plan: Sequence[Scheduled], device: torch.device, *, adapters: b
         same = only_decodes(plan)
         samples_room = tokens_room if same else room_for(_sample_runs(plan), device)
     return Extent(
-        rows=sum([item.count for item in plan]),
+        rows=sum([item.rows for item in plan]),
         sequences=len(plan),
-        samples=sum([item.samples for item in plan]),
+        samples=sum([item.sampled_rows for item in plan]),
         blocks=max(len(item.sequence.blocks) for item in plan),
         tokens_room=tokens_room,
         samples_room=samples_room,
@@ -95,10 +95,13 @@ def step_inputs(plan: Sequence[Scheduled], extent: Extent, block_size: int) -> S
     for item in plan:
         sequence, first = item.sequence, item.sequence.computed
         ids += sequence.tokens[first : first + item.count]
-        places += range(first, first + item.count)
-    ends = list(accumulate([item.count for item in plan]))
-    sampled = [end - 1 for item, end in zip(plan, ends, strict=True) if item.samples]
-    lengths = [item.sequence.computed + item.count for item in plan]
+        ids += item.drafts
+        places += range(first, first + item.rows)
+    ends = list(accumulate([item.rows for item in plan]))
+    sampled: list[int] = []
+    for item, end in zip(plan, ends, strict=True):
+        sampled += range(end - item.sampled_rows, end)
+    lengths = [item.sequence.computed + item.rows for item in plan]
     positions = _padded(places, extent.rows, np.int64)
     tables = np.zeros((extent.sequences, extent.blocks), dtype=np.int32)
     for row, item in enumerate(plan):
@@ -131,7 +134,7 @@ def _slots(
     block_size: int,
 ) -> npt.NDArray[np.int64]:
     """Of each row: block · block size + offset."""
-    sequence = np.repeat(np.arange(len(plan)), [item.count for item in plan])
+    sequence = np.repeat(np.arange(len(plan)), [item.rows for item in plan])
     block, offset = np.divmod(positions, block_size)
     slots: npt.NDArray[np.int64] = tables[sequence, block].astype(np.int64) * block_size + offset
     return slots
@@ -151,11 +154,11 @@ def _segments(
 
 
 def _token_runs(plan: Sequence[Scheduled]) -> list[Run]:
-    return [Run(item.count, item.components) for item in plan]
+    return [Run(item.rows, item.components) for item in plan]
 
 
 def _sample_runs(plan: Sequence[Scheduled]) -> list[Run]:
-    return [Run(1, item.components) for item in plan if item.samples]
+    return [Run(item.sampled_rows, item.components) for item in plan if item.samples]
 
 
 def _padded(

@@ -58,6 +58,23 @@ class RowError:
     error: str
 
 
+@dataclass(frozen=True)
+class Draw:
+    """What was drawn, still on the device."""
+
+    tokens: Tensor  # int64 [R]; 0 where no token can be chosen
+    _rows: tuple[SampleRow, ...]
+    _table: Tensor  # float64 [R, 2 and more]: token, soundness, the log-probabilities' columns
+    _errors: Mapping[int, RowError]  # known before
+
+    def results(self) -> list[Sampled | RowError]:
+        """One a row, brought to the host in one transfer."""
+        return [
+            self._errors.get(index) or _result(index, row, line)
+            for index, (row, line) in enumerate(zip(self._rows, self._table.tolist(), strict=True))
+        ]
+
+
 class Sampler:
     """Samples rows over one vocabulary on one device. Holds no state between calls."""
 
@@ -66,8 +83,8 @@ class Sampler:
         self._device = device
 
     @torch.inference_mode()
-    def sample(self, logits: Tensor, rows: Sequence[SampleRow]) -> list[Sampled | RowError]:
-        """One result a row. logits [R, V], float32 (overwritten), bfloat16 or float16.
+    def draw(self, logits: Tensor, rows: Sequence[SampleRow]) -> Draw:
+        """A token for each of one row or more. logits [R, V], float32 (overwritten) or shorter.
 
         Raises ValueError when the logits' shape is not [len(rows), vocabulary size].
         """
@@ -76,8 +93,6 @@ class Sampler:
                 f"logits of shape {tuple(logits.shape)} for {len(rows)} rows over a vocabulary "
                 f"of {self._vocabulary_size}"
             )
-        if not rows:
-            return []
         if logits.stride(1) != 1:
             logits = logits.contiguous()
         logprobs = _Logprobs.of(logits, rows)  # the model's own: before anything is edited
@@ -85,14 +100,10 @@ class Sampler:
         for row in rows:
             changes.add_row(row)
         tokens, sound = sample(logits, _draws(rows, self._device), changes.edits(self._device))
-        host = torch.stack([tokens.double(), sound.double()], dim=1)
+        table = torch.stack([tokens.double(), sound.double()], dim=1)
         if logprobs is not None:
-            host = torch.cat([host, logprobs.columns(tokens)], dim=1)
-        values = host.tolist()  # the one transfer to the host
-        return [
-            changes.errors.get(index) or _result(index, row, line)
-            for index, (row, line) in enumerate(zip(rows, values, strict=True))
-        ]
+            table = torch.cat([table, logprobs.columns(tokens)], dim=1)
+        return Draw(tokens, tuple(rows), table, changes.errors)
 
 
 def _draws(rows: Sequence[SampleRow], device: torch.device) -> Draws:

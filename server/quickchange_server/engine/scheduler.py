@@ -3,15 +3,16 @@
 Continuous batching with chunked prefill: every running sequence gets its next rows, decode rows
 first of all (they are one each), the rest of the row budget goes to prefill chunks in order of
 admission. When KV blocks run out, the sequence admitted last gives its blocks back and is computed
-anew later (preemption by recompute; what the prefix cache still holds is found again). Knows
-nothing of tensors or text.
+anew later (preemption by recompute; what the prefix cache still holds is found again). What is left
+of rows and free blocks may go to drafts of sequences that decode. Knows nothing of tensors or text.
 """
 
 from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from quickchange_server.engine.admission import FairQueue
@@ -31,16 +32,35 @@ class Claims(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Scheduled:
-    """`count` rows of one sequence in the coming step: tokens [computed, computed + count)."""
+    """Rows of one sequence in the coming step: tokens [computed, computed + count), then drafts."""
 
     sequence: Sequence
     count: int
     components: tuple[tuple[int, float], ...]  # (device slot, weight) of each adapter
+    heads: int | None = None  # device slot of its Turbo heads
+    drafts: tuple[int, ...] = ()  # tokens to verify, each one after the one before
 
     @property
     def samples(self) -> bool:
-        """Whether the last of these rows yields a new token."""
+        """Whether the last of the sequence's tokens is among these rows: it yields a new one."""
         return self.count == self.sequence.remaining
+
+    @property
+    def rows(self) -> int:
+        return self.count + len(self.drafts)
+
+    @property
+    def sampled_rows(self) -> int:
+        """How many of the rows, the last ones, yield a token."""
+        return 1 + len(self.drafts) if self.samples else 0
+
+
+class Drafts(Protocol):
+    """What the scheduler needs of speculation: which drafts are worth their rows."""
+
+    def buy(self, plan: Seq[Scheduled], room: int) -> Seq[tuple[int, ...]]:
+        """The tokens to verify for each item, empty for most; at most `room` in all."""
+        ...
 
 
 class Scheduler:
@@ -50,6 +70,7 @@ class Scheduler:
         self,
         blocks: KVBlocks,
         claims: Claims | None,
+        drafts: Drafts | None = None,
         *,
         max_batch_tokens: int,
         max_sequences: int,
@@ -67,6 +88,7 @@ class Scheduler:
             )
         self.blocks = blocks
         self._claims = claims  # None: no sequence with adapters may be added
+        self._drafts = drafts  # None: nothing is drafted
         self.max_batch_tokens = max_batch_tokens
         self.max_sequences = max_sequences
         self.max_model_len = max_model_len
@@ -82,8 +104,8 @@ class Scheduler:
         return len(self._sequences)
 
     def add(self, sequence: Sequence) -> None:
-        if sequence.adapters:
-            self._holder().claim(sequence.request_id, sequence.digests())
+        if digests := sequence.digests():
+            self._holder().claim(sequence.request_id, digests)
         self._sequences[sequence.request_id] = sequence
         self.waiting.add(sequence)
 
@@ -105,7 +127,7 @@ class Scheduler:
         failed = [
             (sequence, error)
             for sequence in self.waiting
-            if sequence.adapters and (error := self._holder().failed(sequence.request_id))
+            if sequence.digests() and (error := self._holder().failed(sequence.request_id))
         ]
         for sequence, _ in failed:
             self.cancel(sequence.request_id)
@@ -128,20 +150,30 @@ class Scheduler:
         if self.preemptions == preemptions:
             plan += self._admit(prefill_budget, now)
         # Rows under the same adapters side by side: one segment, whose weights are read once.
-        return sorted(plan, key=lambda item: item.components)
+        plan.sort(key=lambda item: item.components)
+        return plan if self._drafts is None else self._with_drafts(plan, self._drafts)
 
-    def advance(self, item: Scheduled, token: int | None) -> FinishReason | None:
-        """Record that `item` was computed and, where it samples, which token it gave."""
+    def advance(self, item: Scheduled, tokens: Seq[int]) -> tuple[int, FinishReason | None]:
+        """Record that `item` was computed and which tokens it gave: none where it does not sample,
+        else one more than drafts that held.
+
+        Returns how many of them count (the first that ends the sequence is the last of it), and
+        whether the sequence ended.
+        """
         sequence = item.sequence
         sequence.computed += item.count
+        taken, reason = 0, None
+        for token in tokens:
+            sequence.tokens.append(token)
+            taken += 1
+            reason = sequence.finish_reason(self.max_model_len)
+            if reason is not None:
+                break
+        sequence.computed += max(taken - 1, 0)  # the rows of drafts that held
         self._commit_full_blocks(sequence)
-        if token is None:
-            return None
-        sequence.tokens.append(token)
-        reason = sequence.finish_reason(self.max_model_len)
         if reason is not None:
             self.finish(sequence)
-        return reason
+        return taken, reason
 
     def finish(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
@@ -163,6 +195,26 @@ class Scheduler:
         for sequence in [*self.preempted, *self.waiting]:
             assert not sequence.blocks, "a sequence that isn't running holds blocks"
             assert not sequence.computed, "a sequence that isn't running counts as computed"
+
+    def _with_drafts(self, plan: list[Scheduled], drafts: Drafts) -> list[Scheduled]:
+        room = self.max_batch_tokens - sum([item.count for item in plan])
+        bought = drafts.buy(plan, room)
+        return [
+            replace(item, drafts=tokens[: self._room_for_drafts(item, len(tokens))])
+            if tokens
+            else item
+            for item, tokens in zip(plan, bought, strict=True)
+        ]
+
+    def _room_for_drafts(self, item: Scheduled, count: int) -> int:
+        """How many drafts find a place: nobody gives way for them."""
+        sequence, block_size = item.sequence, self.blocks.block_size
+        end = sequence.computed + item.count
+        missing = -(-(end + count) // block_size) - len(sequence.blocks)
+        free = min(missing, self.blocks.available)
+        if free > 0:
+            sequence.blocks += self.blocks.allocate(free) or ()
+        return min(count, len(sequence.blocks) * block_size - end)
 
     def _admit(self, budget: int, now: float) -> list[Scheduled]:
         admitted = []
@@ -190,7 +242,7 @@ class Scheduler:
         return self._claims
 
     def _is_ready(self, sequence: Sequence) -> bool:
-        return not sequence.adapters or self._holder().ready(sequence.request_id) is not None
+        return not sequence.digests() or self._holder().ready(sequence.request_id) is not None
 
     def _place(self, sequence: Sequence) -> bool:
         """Take the prefix that is cached, if what is left of the sequence has room."""
@@ -235,7 +287,7 @@ class Scheduler:
 
     def _end(self, sequence: Sequence) -> None:
         self._free_blocks(sequence)
-        if sequence.adapters:
+        if sequence.digests():
             self._holder().release(sequence.request_id)
         del self._sequences[sequence.request_id]
 
@@ -254,10 +306,11 @@ class Scheduler:
         sequence.committed = full
 
     def _scheduled(self, sequence: Sequence, count: int) -> Scheduled:
-        if not sequence.adapters:
+        if not sequence.digests():
             return Scheduled(sequence, count, ())
         slots = self._holder().ready(sequence.request_id)
         if slots is None:
             raise RuntimeError(f"{sequence.request_id} runs without its adapters on the device")
         components = tuple((slots[c.digest], c.weight) for c in sequence.adapters)
-        return Scheduled(sequence, count, components)
+        heads = None if sequence.heads is None else slots[sequence.heads]
+        return Scheduled(sequence, count, components, heads)

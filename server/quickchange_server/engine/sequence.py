@@ -8,7 +8,8 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from quickchange_server.engine.kv_cache import block_key
-from quickchange_server.messages import Component, FinishReason, SamplingParams, Submit
+from quickchange_server.engine.lookup import PromptLookup
+from quickchange_server.messages import Component, Drafting, FinishReason, SamplingParams, Submit
 
 
 def composition_key(adapters: Seq[Component]) -> bytes:
@@ -17,6 +18,18 @@ def composition_key(adapters: Seq[Component]) -> bytes:
     for component in sorted(adapters, key=lambda c: (c.digest, c.weight)):
         digest.update(component.digest.encode() + struct.pack("<d", component.weight))
     return digest.digest()
+
+
+@dataclass(frozen=True, slots=True)
+class HeadDrafts:
+    """What Turbo heads expect after a sequence's first `after` tokens.
+
+    chances: the heads' own probability of each, given those before it.
+    """
+
+    after: int
+    tokens: tuple[int, ...]
+    chances: tuple[float, ...]
 
 
 @dataclass(eq=False)
@@ -30,6 +43,9 @@ class Sequence:
     adapters: tuple[Component, ...]
     key: bytes  # of its composition
     arrival: float  # seconds, monotonic
+    drafting: Drafting | None = None
+    head_drafts: HeadDrafts | None = None  # those made last
+    lookup: PromptLookup | None = None  # over `tokens`, where drafting asks for it
     blocks: list[int] = field(default_factory=list)
     block_keys: list[bytes] = field(default_factory=list)  # of its full blocks, as far as needed
     computed: int = 0  # leading tokens whose keys and values are in `blocks`
@@ -48,6 +64,7 @@ class Sequence:
             adapters=submit.adapters,
             key=composition_key(submit.adapters),
             arrival=now,
+            drafting=submit.drafting,
         )
 
     @property
@@ -64,8 +81,15 @@ class Sequence:
         """From arrival to its first step."""
         return None if self.first_scheduled is None else self.first_scheduled - self.arrival
 
+    @property
+    def heads(self) -> str | None:
+        """Digest of the adapter version whose Turbo heads draft for it."""
+        return None if self.drafting is None else self.drafting.heads
+
     def digests(self) -> list[str]:
-        return list(dict.fromkeys(component.digest for component in self.adapters))
+        """All adapter versions that it needs on the device."""
+        heads = () if self.heads is None else (self.heads,)
+        return list(dict.fromkeys([*(component.digest for component in self.adapters), *heads]))
 
     def keys_of_full_blocks(self, count: int, block_size: int) -> list[bytes]:
         """Content keys of the first `count` full blocks."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+
+from quickchange_server.model.graphs import Outputs
 
 _RUNS_BEFORE = 2  # the first compiles kernels and makes cuBLAS's workspaces, which no capture may
 
@@ -17,7 +18,7 @@ class CudaCapture:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, compute: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    def __call__(self, compute: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
         with torch.cuda.device(self._device):
             current, aside = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
             aside.wait_stream(current)
@@ -28,5 +29,5 @@ class CudaCapture:
             graph = torch.cuda.CUDAGraph()
             # Of this thread alone: the loader's thread may take pinned memory meanwhile.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                output = compute()
-        return graph.replay, output
+                outputs = compute()
+        return graph.replay, outputs

@@ -19,8 +19,10 @@ from quickchange_server.model.staging import StaticInputs
 
 Inputs = TypeVar("Inputs")
 
-# Runs a computation, and returns what runs the same again on the same memory, and its output
-Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
+Outputs = tuple[Tensor, ...]
+
+# Runs a computation, and returns what runs the same again on the same memory, and its outputs
+Capture = Callable[[Callable[[], Outputs]], tuple[Callable[[], None], Outputs]]
 
 
 def capture_for(device: torch.device) -> Capture | None:
@@ -37,19 +39,19 @@ class _Graph:
     inputs: StaticInputs
     tables: LowRankTables | None
     replay: Callable[[], None]
-    output: Tensor
+    outputs: Outputs
 
 
 class Graphs(Generic[Inputs]):
     """One graph a key, captured when it is first needed.
 
-    compute: from inputs on the device, and the adapters' tables, to the output. It must not look at
-    the tensors' values on the host.
+    compute: from inputs on the device, and the adapters' tables, to the outputs. It must not look
+    at the tensors' values on the host.
     """
 
     def __init__(
         self,
-        compute: Callable[[Inputs, LowRankTables | None], Tensor],
+        compute: Callable[[Inputs, LowRankTables | None], Outputs],
         capture: Capture,
         device: torch.device,
     ) -> None:
@@ -58,10 +60,10 @@ class Graphs(Generic[Inputs]):
         self._device = device
         self._graphs: dict[Hashable, _Graph] = {}
 
-    def run(self, key: Hashable, inputs: Inputs, tables: LowRankTables | None) -> Tensor:
-        """The output for host `inputs`, which must have the same shapes for the same key.
+    def run(self, key: Hashable, inputs: Inputs, tables: LowRankTables | None) -> Outputs:
+        """The outputs for host `inputs`, which must have the same shapes for the same key.
 
-        It lies in the graph's memory: the next `run`, of any key, may overwrite it.
+        They lie in the graph's memory: the next `run`, of any key, may overwrite them.
         """
         graph = self._graphs.get(key)
         if graph is None or not _same_memory(graph.tables, tables):
@@ -72,13 +74,13 @@ class Graphs(Generic[Inputs]):
             graph.inputs.refill(inputs)
         self._graphs[key] = graph
         graph.replay()
-        return graph.output
+        return graph.outputs
 
     def _captured(self, inputs: Inputs, tables: LowRankTables | None) -> _Graph:
         static = StaticInputs(inputs, self._device)
         on_device = static.tree(inputs)
-        replay, output = self._capture(lambda: self._compute(on_device, tables))
-        return _Graph(static, tables, replay, output)
+        replay, outputs = self._capture(lambda: self._compute(on_device, tables))
+        return _Graph(static, tables, replay, outputs)
 
 
 def _same_memory(captured: LowRankTables | None, now: LowRankTables | None) -> bool:

@@ -7,7 +7,7 @@ keeps other state between steps (state-space layers, linear attention) is refuse
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from quickchange_server.model.adapted import base_linear
 from quickchange_server.model.attention import LayerShape, ShapeRecorder, UnsupportedModelError
 from quickchange_server.model.fused import fuse_small_modules
 from quickchange_server.model.fused_layer import fuse_layers
+from quickchange_server.model.head_input import HeadInput
 from quickchange_server.model.output_side import connect
 from quickchange_server.model.quantized import (
     Quantization,
@@ -39,7 +40,18 @@ class LoadedModel:
     groups: tuple[ModuleGroup, ...]
     layers: dict[int, LayerShape]
     vocabulary: int  # columns of the logits
+    hidden: int  # features that enter the LM head
     max_positions: int  # tokens
+    head: nn.Module  # the LM head, wrapped
+    head_input: HeadInput
+    embedding: nn.Module  # of the input tokens, wrapped
+
+
+class Output(NamedTuple):
+    """What a forward pass gives for the rows that sample."""
+
+    logits: torch.Tensor  # [R, V]
+    hidden: torch.Tensor  # [R, H] what entered the LM head
 
 
 def load_model(
@@ -71,17 +83,20 @@ def prepare(
 ) -> LoadedModel:
     """Wrap a model that was loaded with `attn_implementation="quickchange"`."""
     config: PretrainedConfig = model.config
+    _refuse_headless(model)
     model.requires_grad_(False)
     holder = StepHolder()
     base = int8_linear if quantization == "int8" else base_linear
     wrapper = Wrapper(model, holder, adapters=adapters, base=base)
     groups = wrapper.wrap()
     fuse_small_modules(model)
-    fuse_layers(model, lambda ids, positions: forward(model, ids, positions))
+    fuse_layers(model, lambda ids, positions: _logits(model, ids, positions))
     connect(model, wrapper.entrances)
     recorder = ShapeRecorder()
     attention.install(model, recorder)
-    logits = forward(model, torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long))
+    head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+    head_input = HeadInput(head)
+    logits = _logits(model, torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long))
     if len(recorder.layers) != config.get_text_config().num_hidden_layers:
         raise UnsupportedModelError(
             f"{type(model).__name__}: {len(recorder.layers)} of "
@@ -94,18 +109,34 @@ def prepare(
         groups=tuple(groups),
         layers=dict(sorted(recorder.layers.items())),
         vocabulary=logits.shape[-1],
+        hidden=head_input.take().shape[-1],
         max_positions=int(config.get_text_config().max_position_embeddings),
+        head=head,
+        head_input=head_input,
+        embedding=model.get_input_embeddings(),  # type: ignore[operator]
     )
 
 
 @torch.inference_mode()
 def forward(
+    model: LoadedModel,
+    ids: torch.Tensor,
+    positions: torch.Tensor,
+    sample_rows: torch.Tensor | None = None,
+) -> Output:
+    """Logits and hidden states of `sample_rows` [R] (default: the last) of the rows `ids` [T]."""
+    logits = _logits(model.module, ids, positions, sample_rows)
+    return Output(logits, model.head_input.take())
+
+
+@torch.inference_mode()
+def _logits(
     model: nn.Module,
     ids: torch.Tensor,
     positions: torch.Tensor,
     sample_rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Logits [R, V] of `sample_rows` (default: the last) for the flattened rows `ids` [T]."""
+    """[R, V]"""
     device = next(model.parameters()).device
     output: Any = model(
         input_ids=ids.unsqueeze(0).to(device),
@@ -115,6 +146,14 @@ def forward(
     )
     logits: torch.Tensor = output.logits[0]
     return logits
+
+
+def _refuse_headless(model: nn.Module) -> None:
+    if model.get_output_embeddings() is None:  # type: ignore[operator]
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no module that makes its logits (get_output_embeddings); "
+            "models without an LM head can't be served"
+        )
 
 
 def _refuse_other_state(config: PretrainedConfig) -> None:

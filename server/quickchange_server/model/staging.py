@@ -1,7 +1,7 @@
 """A step's small host tensors on their way to the device: packed in one buffer, in one copy.
 
-Works on any tree of frozen dataclasses whose leaves are tensors, numbers or None: what they mean is
-not known here. On a CPU nothing is packed or copied.
+Works on any tree of frozen dataclasses and tuples whose leaves are tensors, numbers or None: what
+they mean is not known here. On a CPU nothing is packed or copied.
 
 On a GPU the buffer is pinned, so that the copy does not hold up the host. Pinned memory comes from
 torch's own cache, which hands a buffer out again only once the copies out of it are done.
@@ -130,6 +130,9 @@ def _leaves(tree: object) -> Iterator[object]:
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         for field in dataclasses.fields(tree):
             yield from _leaves(getattr(tree, field.name))
+    elif isinstance(tree, tuple):
+        for item in tree:
+            yield from _leaves(item)
     else:
         yield tree
 
@@ -138,6 +141,8 @@ def _replaced(tree: Tree, tensors: Iterator[Tensor]) -> Tree:
     """The tree with its tensor leaves replaced in order."""
     if isinstance(tree, Tensor):
         return next(tensors)  # type: ignore[return-value]
+    if isinstance(tree, tuple):
+        return tuple(_replaced(item, tensors) for item in tree)  # type: ignore[return-value]
     if not dataclasses.is_dataclass(tree) or isinstance(tree, type):
         return tree
     fields = dataclasses.fields(tree)

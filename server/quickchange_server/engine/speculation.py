@@ -1,0 +1,245 @@
+"""Which tokens are drafted and verified in each step: what is offered, what it costs, what it gave.
+
+Two drafters offer: an adapter's Turbo heads, which a step runs for the next one, and prompt lookup.
+A sequence's chain is whichever of them, or of one after the other, promises most. From all chains
+the step buys the drafts that bring most tokens for their time (`purchase.py`), and what became of
+them is learned (`acceptance.py`, `step_cost.py`). None of it changes a token of the output.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from quickchange_server.engine.acceptance import DEEPEST, Acceptance, Drafter, Trials
+from quickchange_server.engine.depths import DepthPlan, Prospect
+from quickchange_server.engine.lookup import PromptLookup
+from quickchange_server.engine.purchase import Load, buy_chains, expected_tokens
+from quickchange_server.engine.runner import Ran, Result
+from quickchange_server.engine.scheduler import Scheduled
+from quickchange_server.engine.sequence import HeadDrafts, Sequence
+from quickchange_server.engine.step_cost import DraftCost, StepCost
+from quickchange_server.messages import LOOKUP, DraftCount
+
+
+class _Draft(NamedTuple):
+    token: int
+    drafter: Drafter
+    confidence: float  # heads: the token's own probability; lookup: tokens that matched before it
+    chance: float  # that it holds, given that all before it do
+
+
+@dataclass(frozen=True, slots=True)
+class DraftReport:
+    """What a step's drafts came to."""
+
+    counts: tuple[DraftCount, ...] = ()
+    rows: int = 0
+    estimate: float = 0.0  # tokens
+    gain: int = 0  # tokens
+
+
+def head_drafts(after: int, drafts: Seq[tuple[int, float]]) -> HeadDrafts | None:
+    """(token, chance) in order of depth, for a sequence of `after` tokens."""
+    if not drafts:
+        return None
+    tokens, chances = zip(*drafts, strict=True)
+    return HeadDrafts(after, tokens, chances)
+
+
+class Speculation:
+    """Owner of what is known about drafters and prices. Everything on the engine's thread."""
+
+    def __init__(
+        self, cost: StepCost, head_count: Callable[[int], int], max_model_len: int
+    ) -> None:
+        """head_count: how many tokens the Turbo heads in a device slot draft."""
+        self._cost = cost
+        self._head_count = head_count
+        self._max_model_len = max_model_len
+        self._draft_cost = DraftCost()
+        self._acceptance = Acceptance()
+        self._depth_plan = DepthPlan(self._acceptance, cost, self._draft_cost)
+        self._trials = Trials()
+        self._trial: str | None = None  # request whose drafts are verified whatever they are worth
+        self._room = 0
+        # of the step under way
+        self._bought: dict[str, list[_Draft]] = {}
+        self._lookups: dict[str, list[float]] = {}
+        self._depths: dict[str, int] = {}
+        self._estimate = 0.0
+
+    def buy(self, plan: Seq[Scheduled], room: int) -> list[tuple[int, ...]]:
+        """The drafts to verify for each item; at most `room` in all."""
+        self._bought, self._lookups, self._estimate = {}, {}, 0.0
+        chains = [self._chain(item) for item in plan]
+        self._room = room
+        if not any(chains):
+            return [()] * len(plan)
+        decoding = sum([item.samples for item in plan])
+        load = Load(decoding, sum([item.count for item in plan]) - decoding, room)
+        trial = next((i for i, item in enumerate(plan) if self._is_trial(item)), None)
+        chances = [[draft.chance for draft in chain] for chain in chains]
+        purchase = buy_chains(chances, load, self._cost, trial=trial)
+        self._estimate = purchase.gain
+        bought = []
+        for index, (item, chain) in enumerate(zip(plan, chains, strict=True)):
+            own = chain[: purchase.lengths[index]]
+            bought.append(tuple([draft.token for draft in own]))
+            if own:
+                self._bought[item.sequence.request_id] = own
+        return bought
+
+    def depths(self, plan: Seq[Scheduled]) -> Mapping[str, int]:
+        """How many tokens the heads are to draft for each request, after this step; none for most.
+
+        Also decides whom the next step tries.
+        """
+        self._trial, self._depths = None, {}
+        items = [item for item in plan if item.samples and item.sequence.drafting is not None]
+        if not items:
+            return {}
+        due = self._trials.due(dict.fromkeys(d for item in items for d in _drafters(item.sequence)))
+        prospects = [self._prospect(item) for item in items]
+        decoding = sum([item.samples for item in plan])
+        load = Load(decoding, 0, self._room + sum([len(item.drafts) for item in plan]))
+        chosen = self._depth_plan.depths(prospects, load)
+        for item, prospect, depth in zip(items, prospects, chosen, strict=True):
+            key = item.sequence.request_id
+            if self._trial is None and due is not None and due in _drafters(item.sequence):
+                self._trial = key
+                depth = max(depth, prospect.deepest)
+            if depth:
+                self._depths[key] = depth
+        return self._depths
+
+    def observe(self, plan: Seq[Scheduled], ran: Ran) -> DraftReport:
+        """Learn from a step that was computed as planned."""
+        if ran.seconds is not None and all(item.count == 1 for item in plan):
+            self._cost.observe(sum([item.rows for item in plan]), ran.seconds)
+        if ran.draft_seconds is not None:
+            self._draft_cost.observe(list(self._depths.values()), ran.draft_seconds)
+        if not self._bought:
+            return DraftReport()
+        drafted: Counter[tuple[str, int]] = Counter()
+        accepted: Counter[tuple[str, int]] = Counter()
+        sampling = [item for item in plan if item.samples]
+        for item, result in zip(sampling, ran.results, strict=True):
+            self._judge(item, result, drafted, accepted)
+        return DraftReport(
+            counts=tuple(
+                DraftCount(name, depth, count, accepted[name, depth])
+                for (name, depth), count in drafted.items()
+            ),
+            rows=drafted.total(),
+            estimate=self._estimate,
+            gain=accepted.total(),
+        )
+
+    def _judge(
+        self,
+        item: Scheduled,
+        result: Result,
+        drafted: Counter[tuple[str, int]],
+        accepted: Counter[tuple[str, int]],
+    ) -> None:
+        """Count one item's drafts, and learn from those whose turn came."""
+        held = len(result.sampled) - 1
+        chain = self._bought.get(item.sequence.request_id, [])
+        for depth, draft in enumerate(chain[: len(item.drafts)], 1):
+            drafted[draft.drafter.name, depth] += 1
+            accepted[draft.drafter.name, depth] += depth <= held
+            if depth <= held + 1:
+                holds = depth <= held
+                self._acceptance.observe(draft.drafter, depth, draft.confidence, holds)
+                if holds:
+                    self._trials.held(draft.drafter)
+
+    def _is_trial(self, item: Scheduled) -> bool:
+        return item.sequence.request_id == self._trial
+
+    def _prospect(self, item: Scheduled) -> Prospect:
+        sequence = item.sequence
+        known = self._lookups.get(sequence.request_id, ())
+        if item.heads is None:
+            return Prospect(known)
+        deepest = min(self._head_count(item.heads), self._most(sequence))
+        return Prospect(known, _heads_of(sequence), max(deepest, 0))
+
+    def _most(self, sequence: Sequence) -> int:
+        """Drafts that can still count: the last token of a sequence needs none."""
+        left = sequence.sampling.max_tokens - sequence.output_length
+        return min(left, self._max_model_len - len(sequence.tokens), DEEPEST + 1) - 1
+
+    def _chain(self, item: Scheduled) -> list[_Draft]:
+        """The most promising chain of drafts for an item; empty where it has none."""
+        sequence = item.sequence
+        if sequence.drafting is None or not item.samples or item.count != 1:
+            return []
+        most = self._most(sequence)
+        if most < 1:
+            return []
+        heads = self._of_heads(sequence, most)
+        if not sequence.drafting.lookup:
+            return heads
+        # Lookup goes on where the heads are least sure, or where they end, or does without them.
+        weakest = min(range(len(heads)), key=lambda i: heads[i].chance) if heads else 0
+        alone = self._of_lookup(sequence, (), most)
+        self._lookups[sequence.request_id] = [draft.chance for draft in alone]
+        joined = [
+            [*heads[:cut], *self._of_lookup(sequence, heads[:cut], most - cut)]
+            for cut in {weakest, len(heads)} - {0}
+        ]
+        return max(
+            [heads, alone, *joined], key=lambda chain: expected_tokens([d.chance for d in chain])
+        )
+
+    def _of_heads(self, sequence: Sequence, most: int) -> list[_Draft]:
+        made = sequence.head_drafts
+        if made is None or made.after != len(sequence.tokens):
+            return []
+        drafter = _heads_of(sequence)
+        if drafter is None:
+            return []
+        chances = self._acceptance.chances(drafter, made.chances)
+        self._acceptance.offered(drafter, made.chances)
+        drafts = zip(made.tokens, made.chances, chances, strict=True)
+        return [_Draft(token, drafter, sure, chance) for token, sure, chance in drafts][:most]
+
+    def _of_lookup(self, sequence: Sequence, after: Seq[_Draft], most: int) -> list[_Draft]:
+        if sequence.lookup is None:
+            sequence.lookup = PromptLookup(sequence.tokens)
+        found = sequence.lookup.find(most, [draft.token for draft in after])
+        if found is None:
+            return []
+        drafter = _lookup_of(sequence)
+        matches = range(found.match, found.match + len(found.tokens))
+        return [
+            _Draft(token, drafter, match, self._acceptance.chance(drafter, depth, match))
+            for depth, (token, match) in enumerate(
+                zip(found.tokens, matches, strict=True), len(after) + 1
+            )
+        ]
+
+
+def _expected(chain: Seq[_Draft]) -> float:
+    """Tokens that a chain brings, if all of it is verified."""
+    return expected_tokens([draft.chance for draft in chain])
+
+
+def _heads_of(sequence: Sequence) -> Drafter | None:
+    return None if sequence.heads is None else Drafter(sequence.heads, sequence.key)
+
+
+def _lookup_of(sequence: Sequence) -> Drafter:
+    return Drafter(LOOKUP, sequence.key)
+
+
+def _drafters(sequence: Sequence) -> list[Drafter]:
+    """All that draft for it."""
+    heads = _heads_of(sequence)
+    lookup = sequence.drafting is not None and sequence.drafting.lookup
+    return [*([] if heads is None else [heads]), *([_lookup_of(sequence)] if lookup else [])]

@@ -1,0 +1,125 @@
+"""`quickchange eval`: adapters side by side on a task of one's own, as a table and a plot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from quickchange_store.evaluation.report import MEASURES, Measure
+from quickchange_store.training.errors import RecipeError, TrainingError
+from quickchange_store.training.job import PromptFormat
+from quickchange_store.training.recipe import TrainingDtype
+
+app = typer.Typer(name="eval", add_completion=False)
+
+_DEMO = "demo"
+
+
+@app.command()
+def evaluate(
+    task: Annotated[
+        Path,
+        typer.Argument(help='JSONL of {"prompt", "completion"} or {"messages"}, one a line.'),
+    ],
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME or folder, may be given repeatedly; NAME+TURBO says how it drafts: auto "
+            "(default), off, lookup, or the name or folder of Turbo heads. The base always comes "
+            "first; base+TURBO is the base with heads."
+        ),
+    ] = None,
+    store: Annotated[
+        Path | None,
+        typer.Option(envvar="QUICKCHANGE_STORE", help="Store (default for the demo: its own)."),
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="Base model: folder, hub id, or demo for the demo's base.")
+    ] = _DEMO,
+    limit: Annotated[int | None, typer.Option(min=1, help="Take the first N examples.")] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of an answer (default: a quarter more than the longest wanted)."),
+    ] = None,
+    concurrency: Annotated[
+        str, typer.Option(help="Requests at once; speed is measured at each.")
+    ] = "1,16",
+    prompt_format: Annotated[
+        PromptFormat,
+        typer.Option(help="chat: through the chat template, plain: as it is, auto: chat if any."),
+    ] = "auto",
+    max_length: Annotated[int, typer.Option(help="Largest example, in tokens.")] = 2048,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where the engine runs.")] = "cpu",
+    dtype: Annotated[TrainingDtype, typer.Option(help="Of the base model.")] = "float32",
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw quality against speed here: .png, .svg or .pdf.")
+    ] = None,
+    measure: Annotated[
+        Measure, typer.Option(help=f"The plot's quality: {', '.join(MEASURES)}.")
+    ] = "token-f1",
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", help="Write figures and answers here, after each adapter."),
+    ] = None,
+) -> None:
+    """Compare adapters on a task file: quality, loss, speed and accepted drafts.
+
+    Exact match; JSON validity, of the answers whose reference is JSON; SQuAD's token F1; loss in
+    nats a token of the references; tokens/s, tokens a step and time to the first token; the share
+    of drafts accepted, depth by depth.
+    """
+    from quickchange_server.evaluation.job import Job, run
+    from quickchange_store.evaluation import report
+
+    with _errors_shown():
+        if plot is not None:
+            report.check_plot(plot)
+        found = run(
+            Job(
+                task=task,
+                model=model,
+                store=store,
+                adapters=tuple(adapter or ()),
+                limit=limit,
+                max_tokens=max_tokens,
+                concurrency=_concurrency(concurrency),
+                prompt_format=prompt_format,
+                max_length=max_length,
+                device=device,
+                dtype=dtype,
+                out=json_file,
+            ),
+            lambda stage: typer.echo(stage, err=True),
+        )
+        typer.echo(report.as_table(found))
+        if plot is not None:
+            report.plot(found, measure, plot)
+
+
+def _concurrency(text: str) -> tuple[int, ...]:
+    """`1,16` to numbers, ascending, each once."""
+    try:
+        found = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        found = []
+    if not found or found[0] < 1:
+        raise RecipeError(f"--concurrency {text!r}: give numbers from 1, as in 1,16")
+    return tuple(found)
+
+
+@contextmanager
+def _errors_shown() -> Iterator[None]:
+    from quickchange_server.errors import QuickchangeError
+    from quickchange_server.offline import OfflineError
+    from quickchange_store.demo.base import DemoBaseError
+    from quickchange_store.errors import StoreError
+
+    try:
+        yield
+    except (TrainingError, StoreError, DemoBaseError, QuickchangeError, OfflineError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error

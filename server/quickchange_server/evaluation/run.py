@@ -1,0 +1,150 @@
+"""Runs an evaluation: every variant on every example, through the engine that serves them.
+
+Greedy. Quality comes from one pass over all examples at the highest concurrency; the lower ones
+are passes over the first few, as they only measure speed. Knows nothing of files or tables.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+
+from quickchange_server.evaluation.loss import LossMeter
+from quickchange_server.evaluation.variants import Adapters, Variant
+from quickchange_server.messages import SamplingParams
+from quickchange_server.offline import OfflineEngine, OfflineRequest, OfflineRun
+from quickchange_server.settings import Settings
+from quickchange_server.text import Text
+from quickchange_store.evaluation.results import Answer, DepthAcceptance, Row, Speed
+from quickchange_store.evaluation.scores import score
+from quickchange_store.training.data import Encoded, Example
+
+_WARMUP_TOKENS = 4
+_LEAST_REQUESTS = 8  # of a pass that measures speed alone
+_REQUESTS_A_LANE = 2
+
+
+@dataclass(frozen=True)
+class Task:
+    """The examples, tokenised, and how long an answer may get."""
+
+    examples: tuple[Example, ...]
+    encoded: tuple[Encoded, ...]
+    max_tokens: int
+
+
+def evaluate(
+    settings: Settings,
+    adapters: Adapters,
+    variants: Sequence[Variant],
+    task: Task,
+    concurrency: Sequence[int],
+    stage: Callable[[str], None],
+) -> Iterator[Row]:
+    """A row for each variant, as it is done. `stage` is told what begins.
+
+    `concurrency`: requests in the engine at once, of each pass.
+
+    Raises what `load_model` raises, AdapterFailedError, OfflineError.
+    """
+    losses = _losses(settings, adapters, variants, task, stage)
+    text = Text.load(settings.model)
+    with OfflineEngine(settings, adapters.load) as engine:
+        for variant in variants:
+            stage(f"{variant.label}: answers")
+            yield _Asked(engine, text, task, variant).row(concurrency, losses[variant.adapter])
+
+
+def _losses(
+    settings: Settings,
+    adapters: Adapters,
+    variants: Sequence[Variant],
+    task: Task,
+    stage: Callable[[str], None],
+) -> dict[str | None, float]:
+    """Of each adapter, by digest: heads draft what the same weights would say."""
+    meter = LossMeter(settings)
+    losses: dict[str | None, float] = {}
+    for variant in variants:
+        digest = variant.adapter
+        if digest not in losses:
+            stage(f"{variant.label}: loss")
+            adapter = None if digest is None else adapters.load(digest)
+            losses[digest] = meter.loss(adapter, task.encoded)
+    return losses
+
+
+class _Asked:
+    """One variant on a running engine."""
+
+    def __init__(self, engine: OfflineEngine, text: Text, task: Task, variant: Variant) -> None:
+        self._engine = engine
+        self._text = text
+        self._task = task
+        self._requests = [
+            OfflineRequest(
+                prompt=e.tokens[: e.prompt_length],
+                sampling=SamplingParams(
+                    seed=0,
+                    max_tokens=task.max_tokens,
+                    temperature=0.0,
+                    stop_token_ids=text.eos_ids,
+                ),
+                adapters=variant.components,
+                drafting=variant.drafting,
+            )
+            for e in task.encoded
+        ]
+        self._label = variant.label
+
+    def row(self, concurrency: Sequence[int], loss: float) -> Row:
+        self._warm_up()
+        runs = {lanes: self._pass(lanes, most=max(concurrency)) for lanes in concurrency}
+        answers = [self._answer(c.token_ids) for c in runs[max(concurrency)].completions]
+        examples = self._task.examples
+        return Row(
+            label=self._label,
+            scores=score(answers, [e.completion for e in examples]),
+            loss=loss,
+            speeds=tuple(_speed(lanes, run) for lanes, run in runs.items()),
+            acceptance=_acceptance(runs.values()),
+            answers=tuple(Answer(e.origin, a) for e, a in zip(examples, answers, strict=True)),
+        )
+
+    def _warm_up(self) -> None:
+        """Bring the adapter to the device: reading it is not the task's time."""
+        first = self._requests[0]
+        short = replace(first, sampling=replace(first.sampling, max_tokens=_WARMUP_TOKENS))
+        self._engine.run([short])
+
+    def _pass(self, lanes: int, most: int) -> OfflineRun:
+        few = max(_LEAST_REQUESTS, _REQUESTS_A_LANE * lanes)
+        requests = self._requests if lanes == most else self._requests[:few]
+        return self._engine.run(requests, concurrency=lanes)
+
+    def _answer(self, tokens: Sequence[int]) -> str:
+        return self._text.decode(tokens, skip_special_tokens=True)
+
+
+def _speed(lanes: int, run: OfflineRun) -> Speed:
+    accepted = sum(completion.accepted for completion in run.completions)
+    return Speed(
+        concurrency=lanes,
+        requests=len(run.completions),
+        tokens_per_second=run.tokens_per_second,
+        tokens_per_step=run.tokens / (run.tokens - accepted),
+        first_token_seconds=median(c.first_token_seconds for c in run.completions),
+    )
+
+
+def _acceptance(runs: Iterable[OfflineRun]) -> tuple[DepthAcceptance, ...]:
+    """All drafters together: heads and lookup share the rows of a step."""
+    drafted: Counter[int] = Counter()
+    accepted: Counter[int] = Counter()
+    for run in runs:
+        for (_, depth), count in run.drafts.items():
+            drafted[depth] += count.drafted
+            accepted[depth] += count.accepted
+    return tuple(DepthAcceptance(d, drafted[d], accepted[d]) for d in sorted(drafted))

@@ -1,0 +1,81 @@
+"""The loss of references equals transformers' and PEFT's, whatever examples share a pass."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from quickchange_server.errors import AdapterFailedError
+from quickchange_server.evaluation.loss import LossMeter
+from quickchange_server.settings import Settings
+from quickchange_store.base import base_spec
+from quickchange_store.canonical import CanonicalAdapter
+from quickchange_store.importing import read_adapter
+from quickchange_store.training.data import Encoded
+
+
+def encoded(lengths: list[tuple[int, int]]) -> list[Encoded]:
+    """Random tokens, so many in the prompt and so many in all."""
+    generator = random.Random(3)
+    return [
+        Encoded(tuple(generator.randrange(32) for _ in range(total)), prompt)
+        for prompt, total in lengths
+    ]
+
+
+EXAMPLES = encoded([(1, 2), (5, 40), (16, 17), (30, 47), (200, 290), (3, 260)])
+
+
+@torch.inference_mode()
+def by_transformers(model: torch.nn.Module) -> float:
+    """Mean over answer tokens, each example alone, in float64."""
+    nats, count = 0.0, 0
+    for example in EXAMPLES:
+        ids = torch.tensor([example.tokens])
+        logprobs = model(input_ids=ids).logits[0].double().log_softmax(-1)
+        for place in range(example.prompt_length, len(example.tokens)):
+            nats -= float(logprobs[place - 1, example.tokens[place]])
+            count += 1
+    return nats / count
+
+
+@pytest.fixture(scope="module")
+def meter(bench: Any) -> LossMeter:
+    return LossMeter(
+        Settings.model_validate(
+            {"model": str(bench.model), "store": bench.model, "adapter_device_bytes": 8 << 20}
+        )
+    )
+
+
+def adapter(bench: Any, name: str) -> CanonicalAdapter:
+    return read_adapter(bench.loras[name], base_spec(str(bench.model))).adapter
+
+
+def test_the_bases_loss_is_transformers(bench: Any, meter: LossMeter) -> None:
+    model = AutoModelForCausalLM.from_pretrained(bench.model).eval()
+    assert meter.loss(None, EXAMPLES) == pytest.approx(by_transformers(model), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["first", "second"])
+def test_an_adapters_loss_is_pefts(bench: Any, meter: LossMeter, name: str) -> None:
+    base = AutoModelForCausalLM.from_pretrained(bench.model)
+    expected = by_transformers(PeftModel.from_pretrained(base, bench.loras[name]).eval())
+    assert meter.loss(adapter(bench, name), EXAMPLES) == pytest.approx(expected, rel=1e-5)
+    assert abs(expected - meter.loss(None, EXAMPLES)) > 0.01  # and nothing of it stays behind
+
+
+def test_an_adapter_larger_than_the_budget_is_refused(bench: Any, tmp_path: Path) -> None:
+    small = LossMeter(
+        Settings.model_validate(
+            {"model": str(bench.model), "store": tmp_path, "adapter_device_bytes": 9000}
+        )
+    )
+    with pytest.raises(AdapterFailedError, match="adapter_device_bytes"):
+        small.loss(adapter(bench, "second"), EXAMPLES)
