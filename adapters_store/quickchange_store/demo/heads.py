@@ -29,7 +29,9 @@ DEMO_HEADS_RECIPES = {
     "order-json-heads": DemoHeadsRecipe("order-json", 2000, TurboRecipe()),
     "sql-heads": DemoHeadsRecipe("sql", 2000, TurboRecipe()),
     "docstring-heads": DemoHeadsRecipe("docstring", 1500, TurboRecipe()),
-    "base-heads": DemoHeadsRecipe(None, 1500, TurboRecipe(vocabulary=2048)),
+    "base-heads": DemoHeadsRecipe(
+        None, 800, TurboRecipe(depth=6, vocabulary=4096, epochs=3, max_new_tokens=128)
+    ),
 }
 
 

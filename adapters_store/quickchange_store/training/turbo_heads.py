@@ -38,7 +38,6 @@ class Wanted:
     adapter: CanonicalAdapter | None  # None: the base alone
     dtype: TrainingDtype
     max_new_tokens: int
-    max_length: int  # tokens, prompt and output together
     stop_token_ids: frozenset[int]
 
 
@@ -94,7 +93,6 @@ def make_heads(
         source.adapter,
         recipe.dtype,
         recipe.max_new_tokens,
-        recipe.max_length,
         source.stop_token_ids,
     )
     of_outputs = fingerprint(
