@@ -32,7 +32,7 @@ DEMO_ADAPTERS: dict[str, DemoAdapter] = {
 }
 
 _CHAT_PROMPT = "Give me tips for someone who is new to gardening."
-_WITH_HEADS = ("order-json",)  # tasks, and "base", whose heads come with the package
+_WITH_HEADS = ("order-json", "sql")  # tasks, and "base", whose heads come with the package
 
 DEMO_HEADS: dict[str, DemoAdapter] = {
     f"{subject}-heads": DemoAdapter(
