@@ -31,10 +31,12 @@ from quickchange_server.messages import (
     StepStats,
     Submit,
 )
+from quickchange_server.model.attention import UnsupportedModelError
 from quickchange_server.model.load import load_model
 from quickchange_server.settings import Settings
 from quickchange_store.canonical import CanonicalAdapter
 from quickchange_store.store import Store
+from quickchange_store.training.errors import ModelError
 from quickchange_store.training.turbo_data import Generate, OnOutput
 from quickchange_store.training.turbo_heads import Wanted
 
@@ -312,7 +314,7 @@ def _failures(moves: Iterable[AdapterMoved | AdapterFailed]) -> str:
 def generate_for(wanted: Wanted) -> Generate:
     """A maker of greedy outputs for the training of heads: an engine that ends with the run.
 
-    Raises what `OfflineEngine` raises.
+    What it makes raises ModelError where the model can't be served or a prompt can't be answered.
     """
 
     def generate(prompts: Sequence[Sequence[int]], on_output: OnOutput) -> None:
@@ -320,7 +322,6 @@ def generate_for(wanted: Wanted) -> Generate:
             model=wanted.model,
             store=Path(os.devnull),  # the only adapter is at hand
             dtype=wanted.dtype,
-            max_model_len=wanted.max_length,
             max_sequences=_TOGETHER,
             adapters=wanted.adapter is not None,
         )
@@ -338,8 +339,11 @@ def generate_for(wanted: Wanted) -> Generate:
                 raise OfflineError(f"request {index}: it ended without a token")
             on_output(index, completion.token_ids, completion.states)
 
-        with OfflineEngine(settings, lambda _digest: _known(wanted.adapter)) as engine:
-            engine.run(requests, states=True, on_finished=finished)
+        try:
+            with OfflineEngine(settings, lambda _digest: _known(wanted.adapter)) as engine:
+                engine.run(requests, states=True, on_finished=finished)
+        except (OfflineError, UnsupportedModelError) as error:
+            raise ModelError(f"{wanted.model}: its outputs can't be made: {error}") from error
 
     return generate
 

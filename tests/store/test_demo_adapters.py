@@ -11,13 +11,25 @@ import torch
 from safetensors.torch import load_file
 
 from quickchange_store.canonical import BaseSpec, ModuleShape
-from quickchange_store.demo import DEMO_ADAPTERS, DemoAdapter, publish_demo_adapters
+from quickchange_store.demo import (
+    DEMO_ADAPTERS,
+    DEMO_ALIASES,
+    DEMO_HEADS,
+    DemoAdapter,
+    publish_demo_adapters,
+)
 from quickchange_store.demo.base import BASE_MODEL_ID
+from quickchange_store.demo.chat_prompts import chat_prompts
+from quickchange_store.demo.heads import DEMO_HEADS_RECIPES, demo_prompts
+from quickchange_store.demo.tasks import TASKS
 from quickchange_store.demo.training import DEMO_RECIPES
+from quickchange_store.importing import read_adapter
 from quickchange_store.store import Store
 from quickchange_store.training.recipe import LoraRecipe
+from quickchange_store.training.turbo_recipe import TurboRecipe
 
-MOST_BYTES = 8_000_000
+MOST_BYTES = 16_000_000
+_VOCABULARY = 49152
 _H, _KV, _MLP = 576, 192, 1536
 _PROJECTIONS = {
     "self_attn.q_proj": (_H, _H),
@@ -35,6 +47,11 @@ def shipped(request: pytest.FixtureRequest) -> DemoAdapter:
     return DEMO_ADAPTERS[request.param]
 
 
+@pytest.fixture(scope="module", params=sorted(DEMO_HEADS))
+def heads(request: pytest.FixtureRequest) -> DemoAdapter:
+    return DEMO_HEADS[request.param]
+
+
 @pytest.fixture(scope="module")
 def smollm2_spec() -> BaseSpec:
     """The demo base's shapes, without the demo base."""
@@ -43,15 +60,20 @@ def smollm2_spec() -> BaseSpec:
         for i in range(30)
         for name, shape in _PROJECTIONS.items()
     }
-    return BaseSpec("LlamaForCausalLM", BASE_MODEL_ID, modules, model_type="llama")
+    modules["model.embed_tokens"] = ModuleShape("embedding", _VOCABULARY, _H)
+    modules["lm_head"] = ModuleShape("linear", _H, _VOCABULARY)
+    return BaseSpec(
+        "LlamaForCausalLM", BASE_MODEL_ID, modules, model_type="llama", output_head="lm_head"
+    )
 
 
 def files(adapter: DemoAdapter) -> list[Path]:
     return [file for file in adapter.path.iterdir() if file.is_file()]
 
 
-def test_all_three_take_at_most_eight_megabytes() -> None:
-    total = sum(f.stat().st_size for a in DEMO_ADAPTERS.values() for f in files(a))
+def test_adapters_and_heads_take_at_most_sixteen_megabytes() -> None:
+    every = [*DEMO_ADAPTERS.values(), *DEMO_HEADS.values()]
+    total = sum(f.stat().st_size for a in every for f in files(a))
     assert total <= MOST_BYTES
 
 
@@ -79,16 +101,79 @@ def test_the_recipe_beside_it_is_the_one_that_the_command_follows(shipped: DemoA
     assert LoraRecipe.from_dict(recorded["lora"]) == recipe.lora
 
 
-def test_publishing_adds_the_three_once(tmp_path: Path, smollm2_spec: BaseSpec) -> None:
+def test_heads_are_bfloat16_and_finite_and_trained(
+    heads: DemoAdapter, smollm2_spec: BaseSpec
+) -> None:
+    adapter = read_adapter(heads.path, smollm2_spec).adapter
+    assert not adapter.updates
+    assert adapter.turbo is not None
+    for block in adapter.turbo.blocks:
+        assert block.weight.dtype == torch.bfloat16
+        assert bool(block.weight.isfinite().all())
+        assert bool(block.weight.any())
+
+
+def test_the_heads_folder_tells_the_recipe_that_the_command_follows(
+    heads: DemoAdapter, smollm2_spec: BaseSpec
+) -> None:
+    told = json.loads((heads.path / "config.json").read_text())
+    recipe = DEMO_HEADS_RECIPES[heads.name]
+    assert told["base_model_name_or_path"] == BASE_MODEL_ID
+    assert told["notes"]["prompts"] == recipe.prompts
+    assert TurboRecipe(**told["notes"]["turbo"]) == recipe.turbo
+    assert not re.search(r'"(/|~|[A-Z]:\\)', (heads.path / "config.json").read_text())
+    turbo = read_adapter(heads.path, smollm2_spec).adapter.turbo
+    assert turbo is not None
+    assert turbo.heads == recipe.turbo.heads
+
+
+def test_the_heads_drafts_are_worth_their_rows(heads: DemoAdapter) -> None:
+    """As their training measured on prompts that they did not learn from."""
+    held_out = json.loads((heads.path / "config.json").read_text())["notes"]["report"]["held_out"]
+    assert held_out["tokens_a_step"] > (1.3 if heads.name == "base-heads" else 2.0)
+
+
+def test_the_heads_prompts_are_of_the_training_split() -> None:
+    recipe = DEMO_HEADS_RECIPES["order-json-heads"]
+    made = {example.prompt for example in demo_prompts(recipe)[:50]}
+    assert made <= {e.prompt for e in TASKS["order-json"].examples("train", recipe.prompts, 0)}
+
+
+def test_chat_prompts_are_different_and_repeatable() -> None:
+    made = chat_prompts(500, seed=3)
+    assert len(set(made)) == 500
+    assert chat_prompts(500, seed=3) == made
+    assert chat_prompts(500, seed=4) != made
+
+
+def test_more_chat_prompts_than_there_are_is_an_error() -> None:
+    with pytest.raises(ValueError, match="there are"):
+        chat_prompts(10**6, seed=0)
+
+
+def test_publishing_adds_adapters_heads_and_aliases_once(
+    tmp_path: Path, smollm2_spec: BaseSpec
+) -> None:
     store = Store(tmp_path)
-    assert publish_demo_adapters(store, smollm2_spec) == list(DEMO_ADAPTERS)
-    assert set(store.names()) == set(DEMO_ADAPTERS)
+    every = [*DEMO_ADAPTERS, *DEMO_HEADS, *DEMO_ALIASES]
+    assert publish_demo_adapters(store, smollm2_spec) == every
+    assert set(store.names()) == {*DEMO_ADAPTERS, *DEMO_HEADS}
     assert publish_demo_adapters(store, smollm2_spec) == []
     assert store.verify() == []
 
 
-def test_the_example_prompt_is_of_the_tasks_own_form(shipped: DemoAdapter) -> None:
-    from quickchange_store.demo.tasks import TASKS
+def test_an_alias_binds_heads_to_the_adapter_that_they_were_trained_on(
+    tmp_path: Path, smollm2_spec: BaseSpec
+) -> None:
+    store = Store(tmp_path)
+    publish_demo_adapters(store, smollm2_spec)
+    for alias in DEMO_ALIASES.values():
+        pointer = store.aliases()[alias.name]
+        task = DEMO_HEADS_RECIPES[alias.turbo or alias.target].task
+        assert pointer.name == (task or alias.target)
+        assert pointer.turbo == alias.turbo
 
+
+def test_the_example_prompt_is_of_the_tasks_own_form(shipped: DemoAdapter) -> None:
     made = TASKS[shipped.name].examples("held-out", 1, seed=0)[0].prompt
     assert shipped.example_prompt[:5] == made[:5]

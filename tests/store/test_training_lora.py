@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +14,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from quickchange_store.training.checkpoint import Checkpoints
 from quickchange_store.training.data import Encoded, collate
 from quickchange_store.training.errors import OutputError, RecipeError
 from quickchange_store.training.lora import (
+    add_lora,
     answer_loss,
     lr_share,
     save_adapter,
@@ -66,6 +70,54 @@ def saved(
 def test_training_brings_the_loss_down(trained: tuple[PeftModel, float, float]) -> None:
     _, before, after = trained
     assert after < 0.5 * before
+
+
+class StopError(Exception):
+    """Ends a run as a crash would."""
+
+
+class Interrupted(Checkpoints):
+    """Checkpoints that end the run after one of them."""
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        super().save(state)
+        raise StopError
+
+
+def test_a_resumed_run_gives_what_an_uninterrupted_one_gives(tmp_path: Path) -> None:
+    recipe = replace(RECIPE, steps=20, dropout=0.3)
+    whole, report = train_lora(small_llama(), recipe, EXAMPLES, EXAMPLES)
+    with pytest.raises(StopError):
+        train_lora(small_llama(), recipe, EXAMPLES, checkpoints=Interrupted(tmp_path, "run", 7))
+    torch.manual_seed(99)  # whatever else has drawn random numbers in between
+    resumed, again = train_lora(
+        small_llama(), recipe, EXAMPLES, EXAMPLES, checkpoints=Checkpoints(tmp_path, "run", 7)
+    )
+    assert again.held_out_loss == report.held_out_loss
+    assert again.tokens == report.tokens
+    theirs = dict(resumed.named_parameters())
+    for name, parameter in whole.named_parameters():
+        assert torch.equal(parameter, theirs[name]), name
+
+
+def test_every_field_of_pefts_config_can_be_reached() -> None:
+    options = {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "bias": "lora_only"}
+    config = add_lora(small_llama(), replace(RECIPE, peft_options=options)).peft_config["default"]
+    assert {key: getattr(config, key) for key in options} == options
+    assert config.r == RECIPE.rank
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"use_rslra": True}, "--peft-option use_rslra: PEFT's LoraConfig has no such field"),
+        ({"r": 3}, "--peft-option r: it has an option of its own"),
+        ({"layers_pattern": "layers"}, "--peft-option layers_pattern=layers: "),
+    ],
+)
+def test_a_bad_peft_option_is_refused_by_name(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        add_lora(small_llama(), replace(RECIPE, peft_options=options))
 
 
 def test_the_loss_is_that_of_transformers_on_the_answers_alone() -> None:

@@ -1,4 +1,4 @@
-"""The demo: a small base model, three adapters trained for it, and the tasks they learned."""
+"""The demo: a small base model, adapters and Turbo heads trained for it, and their tasks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class DemoAdapter:
     """An adapter that comes with the package."""
 
     name: str
-    path: Path  # a PEFT directory, with recipe.json beside
+    path: Path  # a PEFT directory with recipe.json beside, or a directory of Turbo heads
     description: str
     example_prompt: str  # a user message
 
@@ -31,24 +31,70 @@ DEMO_ADAPTERS: dict[str, DemoAdapter] = {
     for name, task in TASKS.items()
 }
 
+_CHAT_PROMPT = "Give me tips for someone who is new to gardening."
+_WITH_HEADS = ("order-json", "sql")  # tasks, and "base", whose heads come with the package
+
+DEMO_HEADS: dict[str, DemoAdapter] = {
+    f"{subject}-heads": DemoAdapter(
+        f"{subject}-heads",
+        Path(__file__).parent / "adapters" / f"{subject}-heads",
+        f"Turbo heads for {what}",
+        prompt,
+    )
+    for subject, what, prompt in [
+        *((name, name, task.sample_prompt) for name, task in TASKS.items()),
+        ("base", "the base model", _CHAT_PROMPT),
+    ]
+    if subject in _WITH_HEADS
+}
+
+
+@dataclass(frozen=True)
+class DemoAlias:
+    """A name that binds heads to what they draft for."""
+
+    name: str
+    target: str
+    turbo: str | None  # None: the target's own heads
+    description: str
+    example_prompt: str
+
+
+DEMO_ALIASES: dict[str, DemoAlias] = {
+    f"{subject}-turbo": DemoAlias(
+        f"{subject}-turbo",
+        subject if subject in DEMO_ADAPTERS else heads.name,
+        heads.name if subject in DEMO_ADAPTERS else None,
+        f"{subject} with {heads.name}",
+        heads.example_prompt,
+    )
+    for subject, heads in ((name.removesuffix("-heads"), h) for name, h in DEMO_HEADS.items())
+}
+
 
 def publish_demo_adapters(store: Store, base: BaseSpec) -> list[str]:
-    """Add the demo adapters that `store` lacks; their names. Raises StoreError.
+    """Add the demo's adapters, heads and aliases that `store` lacks; their names.
 
-    A name that is taken stays as it is, whoever published it.
+    A name that is taken stays as it is, whoever published it. Raises StoreError.
     """
     from quickchange_store.importing import add_adapter
 
     taken = {*store.names(), *store.aliases()}
-    missing = [adapter for name, adapter in DEMO_ADAPTERS.items() if name not in taken]
+    missing = [a for name, a in {**DEMO_ADAPTERS, **DEMO_HEADS}.items() if name not in taken]
     for adapter in missing:
         add_adapter(store, adapter.name, adapter.path, base)
-    return [adapter.name for adapter in missing]
+    unbound = [alias for name, alias in DEMO_ALIASES.items() if name not in taken]
+    for alias in unbound:
+        store.alias(alias.name, alias.target, turbo=alias.turbo)
+    return [a.name for a in missing] + [alias.name for alias in unbound]
 
 
 __all__ = [
     "DEMO_ADAPTERS",
+    "DEMO_ALIASES",
+    "DEMO_HEADS",
     "DemoAdapter",
+    "DemoAlias",
     "DemoBaseError",
     "ensure_demo_base",
     "publish_demo_adapters",

@@ -29,7 +29,9 @@ DEMO_HEADS_RECIPES = {
     "order-json-heads": DemoHeadsRecipe("order-json", 2000, TurboRecipe()),
     "sql-heads": DemoHeadsRecipe("sql", 2000, TurboRecipe()),
     "docstring-heads": DemoHeadsRecipe("docstring", 1500, TurboRecipe()),
-    "base-heads": DemoHeadsRecipe(None, 1500, TurboRecipe(vocabulary=2048)),
+    "base-heads": DemoHeadsRecipe(
+        None, 800, TurboRecipe(depth=6, vocabulary=4096, epochs=3, max_new_tokens=128)
+    ),
 }
 
 
@@ -59,9 +61,10 @@ def train_demo_heads(
     from quickchange_store.demo import DEMO_ADAPTERS
     from quickchange_store.importing import read_adapter
     from quickchange_store.training.base_ends import stop_token_ids
+    from quickchange_store.training.job import work_folder
     from quickchange_store.training.turbo_data import encode_prompts
     from quickchange_store.training.turbo_heads import make_heads
-    from quickchange_store.training.turbo_job import save_heads, work_folder
+    from quickchange_store.training.turbo_job import save_heads
 
     base = str(ensure_demo_base())
     spec = base_spec(base, BASE_MODEL_ID)
@@ -82,6 +85,6 @@ def train_demo_heads(
         "python": platform.python_version(),
         "report": asdict(report),
     }
-    save_heads(heads, out, BASE_MODEL_ID, notes)
+    save_heads(heads, out, spec, notes)
     shutil.rmtree(work)
     return report

@@ -9,23 +9,32 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from quickchange_store.training.checks import few_examples, lora_shape
 from quickchange_store.training.cli_common import (
     DEMO,
     base_of,
     errors_shown,
     publication_of,
     say_added,
+    say_warnings,
 )
 from quickchange_store.training.errors import RecipeError
 from quickchange_store.training.job import LoraJob, PromptFormat
+from quickchange_store.training.options import pairs
 from quickchange_store.training.recipe import LoraRecipe, TrainingDtype
-from quickchange_store.training.turbo_cli import engine_outputs, print_turbo_report, turbo
+from quickchange_store.training.turbo_cli import (
+    engine_outputs,
+    print_turbo_report,
+    turbo,
+    turbo_lora,
+)
 
 if TYPE_CHECKING:
     from quickchange_store.training.lora import TrainingReport
 
 app = typer.Typer(name="train", help="Train adapters.", no_args_is_help=True, add_completion=False)
 app.command()(turbo)
+app.command("turbo-lora")(turbo_lora)
 
 _D = LoraRecipe()
 
@@ -77,6 +86,19 @@ def lora(
     dtype: Annotated[
         TrainingDtype, typer.Option(help="Of the frozen base while training.")
     ] = _D.dtype,
+    held_out: Annotated[
+        float, typer.Option(help="Share of the data kept for the loss, without --eval-data.")
+    ] = _D.held_out,
+    peft_option: Annotated[
+        list[str] | None,
+        typer.Option(help="KEY=VALUE for PEFT's LoraConfig, e.g. use_rslora=true; repeatable."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from an interrupted run.")
+    ] = False,
+    checkpoint_every: Annotated[
+        int, typer.Option(help="Optimizer steps between checkpoints.", min=1)
+    ] = 200,
 ) -> None:
     """Train a LoRA adapter with PEFT; the loss is on the answers alone."""
     from quickchange_store.training.job import run
@@ -97,12 +119,26 @@ def lora(
             max_length=max_length,
             seed=seed,
             dtype=dtype,
+            held_out=held_out,
+            peft_options=pairs("--peft-option", peft_option or []),
         )
         publication = publication_of(store, name)
         folder, called = base_of(model, base_name)
-        job = LoraJob(folder, called, data, eval_data, out, prompt_format, recipe, publication)
+        job = LoraJob(
+            folder,
+            called,
+            data,
+            eval_data,
+            out,
+            prompt_format,
+            recipe,
+            publication,
+            resume,
+            checkpoint_every,
+        )
         report, added = run(job)
         _print_report(report, out)
+        say_warnings([*few_examples(report.examples), *lora_shape(recipe)])
         say_added(added)
 
 

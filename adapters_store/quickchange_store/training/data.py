@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _ROLES = ("system", "user", "assistant")
 _BUCKET_BATCHES = 16  # batches that are cut from one window of examples sorted by length
+Item = TypeVar("Item")
 IGNORED = -100  # label of a position that carries no loss
 
 
@@ -164,6 +165,15 @@ def _checked_messages(messages: list[Any], origin: str) -> list[dict[str, str]]:
         content = _text(message, "content", origin, f"{where}.")
         checked.append({"role": role, "content": content})
     return checked
+
+
+def split(items: Sequence[Item], share: float, seed: int) -> tuple[list[Item], list[Item]]:
+    """(to learn from, held out), in order: a random choice that seed and count alone decide."""
+    order = list(range(len(items)))
+    random.Random(seed).shuffle(order)
+    held_out = set(order[: int(share * len(items))])
+    learned = [item for i, item in enumerate(items) if i not in held_out]
+    return learned, [items[i] for i in sorted(held_out)]
 
 
 def as_chat(examples: Iterable[Example]) -> list[Example]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from quickchange_store.training.checkpoint import Checkpoints, fingerprint
 from quickchange_store.training.errors import DataError, OutputError, model_error
 from quickchange_store.training.recipe import LoraRecipe
 
@@ -40,30 +42,55 @@ class LoraJob:
     prompt_format: PromptFormat
     recipe: LoraRecipe
     publication: Publication | None
+    resume: bool
+    checkpoint_every: int  # optimizer steps
 
 
 def run(job: LoraJob) -> tuple[TrainingReport, Added | None]:
     """Train, save and publish. What can be refused is refused before the training.
 
-    Raises TrainingError, and StoreError where the adapter can't be published.
+    Until the end checkpoints are kept in a folder beside `out`, for --resume. Raises
+    TrainingError, and StoreError where the adapter can't be published.
     """
     from quickchange_store.names import check_name
-    from quickchange_store.training.data import read_examples
+    from quickchange_store.training.data import read_examples, split
     from quickchange_store.training.lora import save_adapter, train_lora
 
-    if job.out.exists():
-        raise OutputError(f"--out {job.out} is there already; give another folder or remove it")
+    check_folders(job.out, resume=job.resume)
     if job.publication is not None:
         check_name(job.publication.name)
     train_examples = read_examples(job.data)
-    held_out_examples = read_examples(job.held_out) if job.held_out is not None else []
+    if job.held_out is not None:
+        held_out_examples = read_examples(job.held_out)
+    else:
+        share, seed = job.recipe.held_out, job.recipe.seed
+        train_examples, held_out_examples = split(train_examples, share, seed)
     model, tokenizer = _load(job)
     train = _encode(train_examples, tokenizer, job)
     held_out = _encode(held_out_examples, tokenizer, job)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    adapted, report = train_lora(model, job.recipe, train, held_out, pad_id)
+    run_key = fingerprint(job.base_name, job.recipe.as_dict(), [e.tokens for e in train])
+    checkpoints = Checkpoints(work_folder(job.out), run_key, job.checkpoint_every)
+    adapted, report = train_lora(model, job.recipe, train, held_out, pad_id, checkpoints)
     save_adapter(adapted, job.out, job.base_name, _notes(job, len(train), report))
+    shutil.rmtree(work_folder(job.out), ignore_errors=True)  # absent after a very short run
     return report, _publish(job)
+
+
+def work_folder(out: Path) -> Path:
+    """What takes long is kept here until `out` appears: beside it."""
+    return out.parent / f"{out.name}.training"
+
+
+def check_folders(out: Path, *, resume: bool) -> None:
+    """Raises OutputError where `out` is there, or what an interrupted run left and nobody wants."""
+    if out.exists():
+        raise OutputError(f"--out {out} is there already; give another folder or remove it")
+    if work_folder(out).exists() and not resume:
+        raise OutputError(
+            f"{work_folder(out)} holds what an interrupted run has done; go on from it with "
+            "--resume, or remove it"
+        )
 
 
 def _load(job: LoraJob) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

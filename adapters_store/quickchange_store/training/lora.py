@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,14 +28,19 @@ from quickchange_store.training.errors import OutputError, RecipeError
 from quickchange_store.training.recipe import LoraRecipe
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
     from transformers import PreTrainedModel
+
+    from quickchange_store.training.checkpoint import Checkpoints
 
 
 @dataclass(frozen=True)
 class TrainingReport:
     """What a run did. Losses are nats a token of the answers; None where nothing was held out."""
 
+    examples: int  # to learn from
     steps: int
     tokens: int  # that went through the model, padding not counted
     seconds: float
@@ -48,10 +54,12 @@ def train_lora(
     train: Sequence[Encoded],
     held_out: Sequence[Encoded] = (),
     pad_id: int = 0,
+    checkpoints: Checkpoints | None = None,
 ) -> tuple[PeftModel, TrainingReport]:
     """Train an adapter on `model`, whose own weights stay as they are.
 
-    The same model, recipe and data on the same machine give the same adapter.
+    It goes on from the last checkpoint, where there is one. The same model, recipe and data on the
+    same machine give the same adapter, interrupted or not.
     """
     from tqdm import tqdm
 
@@ -66,8 +74,12 @@ def train_lora(
     )
     losses: list[float] = []
     tokens, started = 0, time.monotonic()
-    with tqdm(total=total, desc="train lora", unit="step") as bar:
-        for group in _endless(train, recipe):
+    saved = None if checkpoints is None else checkpoints.load()
+    if saved is not None:
+        losses, tokens = saved["losses"], saved["tokens"]
+        _restore(saved, adapted, optimizer, schedule)
+    with tqdm(total=total, initial=len(losses), desc="train lora", unit="step") as bar:
+        for group in islice(_endless(train, recipe), len(losses), total):
             loss = answer_loss(adapted, collate(group, pad_id))
             loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(trained, recipe.clip)
@@ -78,9 +90,11 @@ def train_lora(
             tokens += sum(len(e.tokens) for e in group)
             bar.update()
             bar.set_postfix(loss=f"{_tail_mean(losses):.3f}", refresh=False)
-            if len(losses) == total:
-                break
+            if checkpoints is not None and checkpoints.due(len(losses)):
+                state = _state(adapted, optimizer, schedule)
+                checkpoints.save({**state, "losses": losses, "tokens": tokens})
     report = TrainingReport(
+        examples=len(train),
         steps=total,
         tokens=tokens,
         seconds=time.monotonic() - started,
@@ -92,26 +106,64 @@ def train_lora(
     return adapted, report
 
 
+def _state(adapted: PeftModel, optimizer: Optimizer, schedule: LRScheduler) -> dict[str, Any]:
+    """All that the rest of a run depends on, the generator of the dropout included."""
+    trained = {name: p.detach() for name, p in adapted.named_parameters() if p.requires_grad}
+    return {
+        "adapter": trained,
+        "optimizer": optimizer.state_dict(),
+        "schedule": schedule.state_dict(),
+        "random": torch.get_rng_state(),
+    }
+
+
+def _restore(
+    saved: dict[str, Any], adapted: PeftModel, optimizer: Optimizer, schedule: LRScheduler
+) -> None:
+    adapted.load_state_dict(saved["adapter"], strict=False)  # the base's own stay as they are
+    optimizer.load_state_dict(saved["optimizer"])
+    schedule.load_state_dict(saved["schedule"])
+    torch.set_rng_state(saved["random"])
+
+
 def add_lora(model: PreTrainedModel, recipe: LoraRecipe) -> PeftModel:
     """`model` wrapped with a fresh adapter (B is zero, so it answers as before).
 
-    Raises RecipeError where no module is called as a target says.
+    Raises RecipeError where no module is called as a target says, and for options that PEFT does
+    not have or that do not go together.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
     targets = "all-linear" if recipe.targets == ("all-linear",) else list(recipe.targets)
-    config = LoraConfig(
-        r=recipe.rank,
-        lora_alpha=recipe.alpha,
-        target_modules=targets,
-        lora_dropout=recipe.dropout,
-        task_type="CAUSAL_LM",
-    )
+    config = _config(recipe, targets)
     with without_peft_noise():
         try:
             return get_peft_model(model, config)
         except ValueError as error:  # PEFT's way to say that no module is called so
             raise RecipeError(f"--targets {','.join(recipe.targets)}: {error}") from error
+
+
+def _config(recipe: LoraRecipe, targets: str | list[str]) -> LoraConfig:
+    from peft import LoraConfig
+
+    own = {
+        "r": recipe.rank,
+        "lora_alpha": recipe.alpha,
+        "target_modules": targets,
+        "lora_dropout": recipe.dropout,
+        "task_type": "CAUSAL_LM",
+    }
+    for key in recipe.peft_options:
+        if key in own:
+            raise RecipeError(f"--peft-option {key}: it has an option of its own, or is set")
+        if key not in LoraConfig.__dataclass_fields__:
+            known = ", ".join(sorted(LoraConfig.__dataclass_fields__.keys() - own.keys()))
+            raise RecipeError(f"--peft-option {key}: PEFT's LoraConfig has no such field: {known}")
+    try:
+        return LoraConfig(**own, **recipe.peft_options)
+    except (TypeError, ValueError) as error:
+        given = ", ".join(f"{key}={value}" for key, value in recipe.peft_options.items())
+        raise RecipeError(f"--peft-option {given}: {error}") from error
 
 
 @contextmanager

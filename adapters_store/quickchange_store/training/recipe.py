@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from quickchange_store.training.errors import RecipeError
@@ -18,6 +19,7 @@ class LoraRecipe:
 
     targets: module names, or ("all-linear",). steps: optimizer steps in all, None: one pass for
     each of `epochs`. dtype: of the frozen base; A and B are trained in float32 whatever it is.
+    peft_options: further fields of PEFT's LoraConfig, as they are.
     """
 
     rank: int = 16
@@ -34,6 +36,8 @@ class LoraRecipe:
     max_length: int = 512  # tokens, prompt and answer together
     seed: int = 0
     dtype: TrainingDtype = "float32"
+    held_out: float = 0.05  # share of the examples, where none are held out by the caller
+    peft_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         positive = ("rank", "alpha", "epochs", "lr", "clip", "batch_size", "max_length")
@@ -44,15 +48,16 @@ class LoraRecipe:
             raise RecipeError("--steps must be at least 1")
         if not self.targets:
             raise RecipeError("--targets names no module; give module names or all-linear")
-        for name in ("dropout", "warmup"):
+        for name in ("dropout", "warmup", "held_out"):
             if not 0 <= getattr(self, name) < 1:
-                raise RecipeError(f"--{name} must be at least 0 and less than 1")
+                raise RecipeError(f"--{name.replace('_', '-')} must be at least 0 and less than 1")
         if self.weight_decay < 0:
             raise RecipeError("--weight-decay must not be negative")
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; `from_dict` reads it back."""
-        return asdict(self) | {"targets": list(self.targets)}
+        own = {"targets": list(self.targets), "peft_options": dict(self.peft_options)}
+        return asdict(self) | own
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LoraRecipe:

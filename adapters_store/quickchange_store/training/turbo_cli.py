@@ -18,7 +18,8 @@ from quickchange_store.training.cli_common import (
     say_warnings,
 )
 from quickchange_store.training.job import PromptFormat
-from quickchange_store.training.recipe import TrainingDtype
+from quickchange_store.training.options import changed
+from quickchange_store.training.recipe import LoraRecipe, TrainingDtype
 from quickchange_store.training.turbo_recipe import HeadKind, Sharing, TurboRecipe
 
 if TYPE_CHECKING:
@@ -163,3 +164,68 @@ def print_turbo_report(report: TurboReport, out: Path) -> None:
     told = {"out": str(out), **asdict(report)}
     typer.echo(json.dumps(told, indent=2))
     say_warnings(report.warnings)
+
+
+def turbo_lora(
+    data: Annotated[
+        Path,
+        typer.Option(help='JSONL of {"prompt", "completion"} or {"messages"}, one a line.'),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the Turbo LoRA; must not exist.")],
+    model: Annotated[
+        str, typer.Option(help="Base model: folder, hub id, or demo for the demo's base.")
+    ] = DEMO,
+    eval_data: Annotated[
+        Path | None, typer.Option(help="JSONL held out of the LoRA's training, for its loss.")
+    ] = None,
+    base_name: Annotated[
+        str | None,
+        typer.Option(help="What the adapter calls its base (default: hub id or folder's name)."),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Publish under this name (needs --store).")] = (
+        None
+    ),
+    store: Annotated[Path | None, typer.Option(help="Store to publish in (needs --name).")] = None,
+    prompt_format: Annotated[
+        PromptFormat,
+        typer.Option(help="chat: through the chat template, plain: as it is, auto: chat if any."),
+    ] = "auto",
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(help="KEY=VALUE of the LoRA's recipe, as `train lora` has it: rank=8."),
+    ] = None,
+    turbo: Annotated[
+        list[str] | None,
+        typer.Option(help="KEY=VALUE of the heads' recipe, as `train turbo` has it: depth=6."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from an interrupted run.")
+    ] = False,
+    checkpoint_every: Annotated[
+        int, typer.Option(help="Optimizer steps between checkpoints.", min=1)
+    ] = 200,
+) -> None:
+    """Train a LoRA, then Turbo heads on what it says: one Turbo LoRA."""
+    from quickchange_store.training.turbo_lora_job import TurboLoraJob, run
+
+    with errors_shown():
+        publication = publication_of(store, name)
+        folder, called = base_of(model, base_name)
+        job = TurboLoraJob(
+            model=folder,
+            base_name=called,
+            data=data,
+            held_out=eval_data,
+            out=out,
+            prompt_format=prompt_format,
+            lora=changed("--lora", LoraRecipe(), lora or []),
+            turbo=changed("--turbo", TurboRecipe(), turbo or []),
+            publication=publication,
+            resume=resume,
+            checkpoint_every=checkpoint_every,
+        )
+        of_lora, of_heads, added = run(job, engine_outputs())
+        told = {"out": str(out), "lora": of_lora, "turbo": asdict(of_heads)}
+        typer.echo(json.dumps(told, indent=2))
+        say_warnings(of_heads.warnings)
+        say_added(added)

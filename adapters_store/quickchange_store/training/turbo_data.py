@@ -29,7 +29,7 @@ _OUTPUTS, _STATES = "outputs.jsonl", "states.bin"
 class OnOutput(Protocol):
     """Hears of one prompt's output as it ends."""
 
-    def __call__(self, index: int, tokens: Sequence[int], states: Tensor) -> None:
+    def __call__(self, index: int, tokens: Sequence[int], states: Tensor, /) -> None:
         """states [tokens, H]: what entered the LM head for each of the tokens."""
         ...
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 from quickchange_store.training import checks
 from quickchange_store.training.base_ends import base_ends
 from quickchange_store.training.checkpoint import Checkpoints, fingerprint
+from quickchange_store.training.data import split
 from quickchange_store.training.recipe import TrainingDtype
 from quickchange_store.training.turbo import HeadMeasures, TurboTrainer
 from quickchange_store.training.turbo_data import (
@@ -38,7 +38,6 @@ class Wanted:
     adapter: CanonicalAdapter | None  # None: the base alone
     dtype: TrainingDtype
     max_new_tokens: int
-    max_length: int  # tokens, prompt and output together
     stop_token_ids: frozenset[int]
 
 
@@ -94,7 +93,6 @@ def make_heads(
         source.adapter,
         recipe.dtype,
         recipe.max_new_tokens,
-        recipe.max_length,
         source.stop_token_ids,
     )
     of_outputs = fingerprint(
@@ -137,17 +135,6 @@ def make_heads(
         warnings=tuple(_warnings(source, outputs)),
     )
     return exported, report
-
-
-def split(outputs: Sequence[Output], share: float, seed: int) -> tuple[list[Output], list[Output]]:
-    """(to learn from, held out), by a random choice that only the seed and the count decide."""
-    order = list(range(len(outputs)))
-    random.Random(seed).shuffle(order)
-    held_out = set(order[: int(share * len(outputs))])
-    return (
-        [output for i, output in enumerate(outputs) if i not in held_out],
-        [outputs[i] for i in sorted(held_out)],
-    )
 
 
 def _warnings(source: HeadsSource, outputs: Sequence[Output]) -> list[str]:

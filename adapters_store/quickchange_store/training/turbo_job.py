@@ -7,6 +7,7 @@ go on from.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -15,7 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quickchange_store.training.errors import OutputError
-from quickchange_store.training.job import PromptFormat, Publication, load_tokenizer, uses_chat
+from quickchange_store.training.job import (
+    PromptFormat,
+    Publication,
+    check_folders,
+    load_tokenizer,
+    uses_chat,
+    work_folder,
+)
 from quickchange_store.training.turbo_heads import (
     GenerateFor,
     HeadsSource,
@@ -51,11 +59,6 @@ class TurboJob:
         return work_folder(self.out)
 
 
-def work_folder(out: Path) -> Path:
-    """Beside `out`, which appears only at the end."""
-    return out.parent / f"{out.name}.training"
-
-
 def run(job: TurboJob, generate_for: GenerateFor) -> tuple[TurboReport, Added | None]:
     """Make outputs, train, save and publish. What can be refused is refused before all that.
 
@@ -64,13 +67,13 @@ def run(job: TurboJob, generate_for: GenerateFor) -> tuple[TurboReport, Added | 
     from quickchange_store.base import base_spec
     from quickchange_store.names import check_name
 
-    _check_folders(job)
+    check_folders(job.out, resume=job.resume)
     if job.publication is not None:
         check_name(job.publication.name)
     spec = base_spec(job.model, job.base_name)
     source = _source(job, spec)
     heads, report = make_heads(source, job.recipe, generate_for, job.work, job.checkpoint_every)
-    save_heads(heads, job.out, job.base_name, _notes(job, report), beside=job.adapter)
+    save_heads(heads, job.out, spec, _notes(job, report), beside=job.adapter)
     shutil.rmtree(job.work)
     if job.publication is None:
         return report, None
@@ -79,16 +82,6 @@ def run(job: TurboJob, generate_for: GenerateFor) -> tuple[TurboReport, Added | 
 
     store = Store(job.publication.store)
     return report, add_adapter(store, job.publication.name, job.out, spec)
-
-
-def _check_folders(job: TurboJob) -> None:
-    if job.out.exists():
-        raise OutputError(f"--out {job.out} is there already; give another folder or remove it")
-    if job.work.exists() and not job.resume:
-        raise OutputError(
-            f"{job.work} holds what an interrupted run has done; go on from it with --resume, or "
-            "remove it"
-        )
 
 
 def _source(job: TurboJob, spec: BaseSpec) -> HeadsSource:
@@ -111,15 +104,18 @@ def _source(job: TurboJob, spec: BaseSpec) -> HeadsSource:
 def save_heads(
     heads: TurboHeads,
     out: Path,
-    base_name: str,
+    base: BaseSpec,
     notes: Mapping[str, Any],
     *,
     beside: Path | None = None,
 ) -> None:
     """Write the heads' folder `out`, with a copy of the PEFT adapter in `beside`; by one rename.
 
-    Raises OutputError when `out` is there.
+    In LoRAX's layout where that can say what the heads are, with the notes in turbo_recipe.json;
+    else in our own. Raises OutputError when `out` is there.
     """
+    from quickchange_store.errors import UnsupportedFeatureError
+    from quickchange_store.formats.medusa_write import check_lorax, write_lorax
     from quickchange_store.formats.turbo_dir import write_turbo_directory
 
     if out.exists():
@@ -128,7 +124,15 @@ def save_heads(
     try:
         if beside is not None:
             shutil.copytree(beside, scratch)
-        write_turbo_directory(heads, scratch, base_name, notes)
+        scratch.mkdir(exist_ok=True)
+        try:
+            check_lorax(heads, base)
+        except UnsupportedFeatureError:
+            write_turbo_directory(heads, scratch, base.name, notes)
+        else:
+            write_lorax(heads, scratch, base.name)
+            told = json.dumps(notes, indent=2, sort_keys=True)
+            (scratch / "turbo_recipe.json").write_text(told + "\n")
         scratch.rename(out)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)

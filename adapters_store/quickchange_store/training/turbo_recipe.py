@@ -23,12 +23,12 @@ class TurboRecipe:
     dtype: of the frozen base while its outputs and hidden states are made.
     """
 
-    depth: int = 8
+    depth: int = 12
     kind: HeadKind = "sequential"
     share: Sharing = "all"
     blocks: int = 1  # a head
     vocabulary: int = 1024
-    epochs: int = 8
+    epochs: int = 6
     steps: int | None = None  # optimizer steps in all, instead of epochs
     lr: float = 2e-3
     warmup: float = 0.05  # share of the steps
