@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from quickchange_server.messages import LOOKUP
 
 DEEPEST = 16  # depths told apart; deeper drafts count as this deep
+WORDS = "words"  # Drafter.name of drafts found in the prompt by their text
 KEPT = 1_024  # drafters remembered, the latest used
 
 HALF_LIFE = 512  # observations of a drafter after which one weighs half
@@ -30,7 +31,11 @@ KIND_STRENGTH = 32.0  # observations of all drafters of a kind that the first gu
 _HEADS_EDGES = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85, 0.95)  # of the heads' own probability
 _HEADS_PRIOR = (0.05, 0.18, 0.33, 0.48, 0.63, 0.78, 0.9, 0.97)  # taken at their word
 _LOOKUP_PRIOR = (0.1, 0.25, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7)  # of matches of 1, 2, … tokens
+_WORDS_PRIOR = (0.6, 0.3, 0.8, 0.8, 0.8, 0.8, 0.5, 0.5)  # of 1, 2, … characters; long words may end
 BINS = len(_HEADS_PRIOR)
+
+_HEADS = "heads"
+_PRIORS = {_HEADS: _HEADS_PRIOR, LOOKUP: _LOOKUP_PRIOR, WORDS: _WORDS_PRIOR}  # by kind
 
 OFFERS = 16  # chains remembered of what a drafter offered lately
 HOPEFUL = 0.5  # of the posterior's deviation, added while few were seen: bad luck ends no drafter
@@ -44,7 +49,7 @@ SPACING = 8  # steps from one trial to the next, whichever drafters they are of
 class Drafter(NamedTuple):
     """Who drafts, and for which model: the same heads fare differently on another adapter."""
 
-    name: str  # digest of the adapter version whose heads draft, or LOOKUP
+    name: str  # digest of the adapter version whose heads draft, LOOKUP or WORDS
     composition: bytes  # key of the adapters that verify
 
 
@@ -131,14 +136,14 @@ class Acceptance:
     """The chances of drafts, learned from what was verified."""
 
     def __init__(self) -> None:
-        self._kinds = {True: _Means(BINS), False: _Means(BINS)}  # is lookup -> over all drafters
+        self._kinds = {kind: _Means(BINS) for kind in _PRIORS}  # over all drafters of it
         self._drafters = _Latest(_History)
 
     def chance(self, drafter: Drafter, depth: int, confidence: float) -> float:
         """Above 0 and below 1: that a draft holds, given that all before it held.
 
-        depth: from 1. confidence: of heads, the draft's own probability; of lookup, the tokens that
-        matched.
+        depth: from 1. confidence: of heads, the draft's own probability; of lookup, the tokens, or
+        the characters, that matched.
         """
         column = _bin(drafter, confidence)
         return self._drafters[drafter].chance(depth, column, self._prior(drafter, column))
@@ -155,7 +160,7 @@ class Acceptance:
     def observe(self, drafter: Drafter, depth: int, confidence: float, held: bool) -> None:
         """A draft was verified, all before it having held."""
         column = _bin(drafter, confidence)
-        kind, own = self._kinds[drafter.name == LOOKUP], self._drafters[drafter].means
+        kind, own = self._kinds[_kind(drafter)], self._drafters[drafter].means
         kind.turn()
         kind.add(column, held)
         own.turn()
@@ -189,9 +194,8 @@ class Acceptance:
 
     def _prior(self, drafter: Drafter, column: int) -> float:
         """Of a drafter of which nothing is known."""
-        is_lookup = drafter.name == LOOKUP
-        guess = _LOOKUP_PRIOR[column] if is_lookup else _HEADS_PRIOR[column]
-        return self._kinds[is_lookup].mean(column, guess, KIND_STRENGTH)
+        kind = _kind(drafter)
+        return self._kinds[kind].mean(column, _PRIORS[kind][column], KIND_STRENGTH)
 
 
 class Trials:
@@ -233,6 +237,10 @@ class _Pause:
 
 
 def _bin(drafter: Drafter, confidence: float) -> int:
-    if drafter.name == LOOKUP:
-        return min(int(confidence), BINS) - 1
-    return bisect_right(_HEADS_EDGES, confidence)
+    if _kind(drafter) == _HEADS:
+        return bisect_right(_HEADS_EDGES, confidence)
+    return min(int(confidence), BINS) - 1
+
+
+def _kind(drafter: Drafter) -> str:
+    return drafter.name if drafter.name in _PRIORS else _HEADS

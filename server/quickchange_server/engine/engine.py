@@ -20,8 +20,9 @@ from quickchange_server.engine.runner import Result, Runner
 from quickchange_server.engine.sampler import RowError, Sampled
 from quickchange_server.engine.scheduler import Scheduled, Scheduler
 from quickchange_server.engine.sequence import Sequence
-from quickchange_server.engine.speculation import DraftReport, Speculation, head_drafts
+from quickchange_server.engine.speculation import DraftReport, Speculation
 from quickchange_server.engine.step_cost import StepCost
+from quickchange_server.engine.word_lookup import TokenText
 from quickchange_server.messages import (
     AdapterFailed,
     AdapterMoved,
@@ -47,7 +48,8 @@ class Engine:
     """One model, its KV cache and its adapters. Everything but `on_wake` on one thread.
 
     `load_adapter` reads an adapter version by digest; it is called on the loader thread, as is
-    `on_wake`, which tells the owner to call `step` again.
+    `on_wake`, which tells the owner to call `step` again. `text`: the tokenizer, where words of the
+    prompt may be drafted by their text.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Engine:
         *,
         load_adapter: Callable[[str], CanonicalAdapter],
         on_wake: Callable[[], None],
+        text: TokenText | None = None,
     ) -> None:
         self._settings = settings
         dtype, device = torch_dtype(settings.dtype), torch.device(settings.device)
@@ -87,7 +90,7 @@ class Engine:
         self._speculation: Speculation | None = None
         if settings.turbo:
             cost = StepCost(self._runner.price_rows(settings.batch_tokens))
-            self._speculation = Speculation(cost, self._head_count, self._max_model_len)
+            self._speculation = Speculation(cost, self._head_count, self._max_model_len, text)
         self.scheduler = Scheduler(
             KVBlocks(num_blocks, settings.block_size, prefix_cache=settings.prefix_cache),
             self._residency,
@@ -152,7 +155,8 @@ class Engine:
         drafted = DraftReport()
         if plan:
             depths = {} if self._speculation is None else self._speculation.depths(plan)
-            ran = self._runner.run(plan, depths)
+            guide = None if self._speculation is None else self._speculation.guide
+            ran = self._runner.run(plan, depths, guide)
             if self._speculation is not None:
                 drafted = self._speculation.observe(plan, ran)
             results = iter(ran.results)
@@ -190,7 +194,8 @@ class Engine:
             return []
         drawn, error = _until_error(result.sampled)
         taken, reason = self.scheduler.advance(item, [row.token_id for row in drawn])
-        sequence.head_drafts = head_drafts(len(sequence.tokens), result.drafts)
+        if self._speculation is not None:
+            self._speculation.keep(sequence, result)
         deltas = []
         if taken:
             held = len(result.sampled) - 1

@@ -29,6 +29,7 @@ from quickchange_server.messages import (
 )
 from quickchange_server.model.load import load_model
 from quickchange_server.settings import Settings
+from quickchange_server.token_text import token_text
 from quickchange_store.store import Store
 
 
@@ -86,7 +87,8 @@ def _start(settings: Settings, on_wake: Callable[[], None]) -> tuple[Engine, Rea
         quantization=settings.quantization,
     )
     store = Store(settings.store)
-    engine = Engine(model, settings, load_adapter=store.load, on_wake=on_wake)
+    text = token_text(settings.model) if settings.turbo and settings.prompt_lookup else None
+    engine = Engine(model, settings, load_adapter=store.load, on_wake=on_wake, text=text)
     return engine, engine.ready(time.monotonic() - started)
 
 

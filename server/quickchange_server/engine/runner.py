@@ -6,7 +6,7 @@ path. Between the forward pass and the results nothing waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,10 +24,12 @@ from quickchange_server.engine.verification import Verdict, judge
 from quickchange_server.engine.window import Window
 from quickchange_server.model import attention
 from quickchange_server.model.attention import PagedAttention
-from quickchange_server.model.drafting import Drafter, DraftItem, Drafts
+from quickchange_server.model.drafting import Drafter, DraftItem, Drafts, Guide
 from quickchange_server.model.graphs import Graphs, capture_for
 from quickchange_server.model.load import LoadedModel, Output, forward
 from quickchange_server.model.staging import upload
+
+GuideFor = Callable[[Sequence[Scheduled]], Guide | None]
 
 _PRICED_ROWS = (1, 2, 4, 6, 8, 10, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _PRICING_ROUNDS = 3
@@ -96,8 +98,13 @@ class Runner:
         rounds = [[self._priced(rows) for rows in sizes] for _ in range(_PRICING_ROUNDS)]
         return [(rows, min(times)) for rows, *times in zip(sizes, *rounds, strict=True)]
 
-    def run(self, plan: Sequence[Scheduled], depths: Mapping[str, int]) -> Ran:
-        """Compute `plan`, then drafts of so many tokens for the requests in `depths`."""
+    def run(
+        self, plan: Sequence[Scheduled], depths: Mapping[str, int], guide: GuideFor | None = None
+    ) -> Ran:
+        """Compute `plan`, then drafts of so many tokens for the requests in `depths`.
+
+        guide: makes what may revise the drafts of the items that have any.
+        """
         watch = stopwatch(self._device)
         watch.mark()
         adapters = any(item.components for item in plan)
@@ -108,7 +115,7 @@ class Runner:
         draw = self._sampler.draw(output.logits, [r for i in sampling for r in _sample_rows(i)])
         verdict = judge(sampling, draw.tokens)
         watch.mark()
-        drafts = self._draft(sampling, depths, verdict, output.hidden)
+        drafts = self._draft(sampling, depths, verdict, output.hidden, guide)
         watch.mark()
         accepted = verdict.counts(len(sampling))
         rows = iter(draw.results())
@@ -130,6 +137,7 @@ class Runner:
         depths: Mapping[str, int],
         verdict: Verdict,
         hidden: Tensor,
+        guide: GuideFor | None,
     ) -> _Drafted | None:
         """What heads expect after each item's last token. hidden [R, H]."""
         if not depths or self._residency is None:
@@ -142,7 +150,11 @@ class Runner:
         if not items:
             return None
         drafts = self._drafter.draft(
-            verdict.at_last_rows(hidden), verdict.token, items, self._residency
+            verdict.at_last_rows(hidden),
+            verdict.token,
+            items,
+            self._residency,
+            guide=guide([sampling[item.row] for item in items]) if guide is not None else None,
         )
         return _Drafted(items, drafts)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from quickchange_server.engine.kv_cache import block_key
 from quickchange_server.engine.lookup import PromptLookup
+from quickchange_server.engine.word_lookup import WordLookup
 from quickchange_server.messages import Component, Drafting, FinishReason, SamplingParams, Submit
 
 
@@ -24,12 +25,14 @@ def composition_key(adapters: Seq[Component]) -> bytes:
 class HeadDrafts:
     """What Turbo heads expect after a sequence's first `after` tokens.
 
-    chances: the heads' own probability of each, given those before it.
+    chances: the heads' own probability of each, given those before it. matches: of those that a
+    word of the prompt stands for, the characters that matched; 0: the head's own.
     """
 
     after: int
     tokens: tuple[int, ...]
     chances: tuple[float, ...]
+    matches: tuple[int, ...]
 
 
 @dataclass(eq=False)
@@ -46,6 +49,7 @@ class Sequence:
     drafting: Drafting | None = None
     head_drafts: HeadDrafts | None = None  # those made last
     lookup: PromptLookup | None = None  # over `tokens`, where drafting asks for it
+    words: WordLookup | None = None  # the same by text, where the engine has a tokenizer
     blocks: list[int] = field(default_factory=list)
     block_keys: list[bytes] = field(default_factory=list)  # of its full blocks, as far as needed
     computed: int = 0  # leading tokens whose keys and values are in `blocks`

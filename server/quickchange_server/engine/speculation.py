@@ -14,14 +14,16 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from quickchange_server.engine.acceptance import DEEPEST, Acceptance, Drafter, Trials
+from quickchange_server.engine.acceptance import DEEPEST, WORDS, Acceptance, Drafter, Trials
 from quickchange_server.engine.depths import DepthPlan, Prospect
-from quickchange_server.engine.lookup import PromptLookup
+from quickchange_server.engine.guidance import GuidedChain, WordGuide
+from quickchange_server.engine.lookup import Found, PromptLookup
 from quickchange_server.engine.purchase import Load, buy_chains, expected_tokens
 from quickchange_server.engine.runner import Ran, Result
 from quickchange_server.engine.scheduler import Scheduled
 from quickchange_server.engine.sequence import HeadDrafts, Sequence
 from quickchange_server.engine.step_cost import DraftCost, StepCost
+from quickchange_server.engine.word_lookup import TokenText, WordLookup
 from quickchange_server.messages import LOOKUP, DraftCount
 
 
@@ -42,24 +44,22 @@ class DraftReport:
     gain: int = 0  # tokens
 
 
-def head_drafts(after: int, drafts: Seq[tuple[int, float]]) -> HeadDrafts | None:
-    """(token, chance) in order of depth, for a sequence of `after` tokens."""
-    if not drafts:
-        return None
-    tokens, chances = zip(*drafts, strict=True)
-    return HeadDrafts(after, tokens, chances)
-
-
 class Speculation:
     """Owner of what is known about drafters and prices. Everything on the engine's thread."""
 
     def __init__(
-        self, cost: StepCost, head_count: Callable[[int], int], max_model_len: int
+        self,
+        cost: StepCost,
+        head_count: Callable[[int], int],
+        max_model_len: int,
+        text: TokenText | None,
     ) -> None:
-        """head_count: how many tokens the Turbo heads in a device slot draft."""
+        """head_count: how many tokens the Turbo heads in a device slot draft. text: None where
+        prompts are looked up by tokens alone."""
         self._cost = cost
         self._head_count = head_count
         self._max_model_len = max_model_len
+        self._text = text
         self._draft_cost = DraftCost()
         self._acceptance = Acceptance()
         self._depth_plan = DepthPlan(self._acceptance, cost, self._draft_cost)
@@ -70,6 +70,7 @@ class Speculation:
         self._bought: dict[str, list[_Draft]] = {}
         self._lookups: dict[str, list[float]] = {}
         self._depths: dict[str, int] = {}
+        self._guided: dict[str, GuidedChain] = {}
         self._estimate = 0.0
 
     def buy(self, plan: Seq[Scheduled], room: int) -> list[tuple[int, ...]]:
@@ -98,7 +99,7 @@ class Speculation:
 
         Also decides whom the next step tries.
         """
-        self._trial, self._depths = None, {}
+        self._trial, self._depths, self._guided = None, {}, {}
         items = [item for item in plan if item.samples and item.sequence.drafting is not None]
         if not items:
             return {}
@@ -115,6 +116,26 @@ class Speculation:
             if depth:
                 self._depths[key] = depth
         return self._depths
+
+    def guide(self, items: Seq[Scheduled]) -> WordGuide | None:
+        """What revises the heads' drafts for these items, where any may be revised."""
+        chains = [self._guided_chain(item.sequence) for item in items]
+        if not any(chain.lookup for chain in chains):
+            return None
+        self._guided = {
+            item.sequence.request_id: chain for item, chain in zip(items, chains, strict=True)
+        }
+        return WordGuide(chains, self._acceptance)
+
+    def keep(self, sequence: Sequence, result: Result) -> None:
+        """Note what the heads have drafted for a sequence that has just taken its tokens."""
+        sequence.head_drafts = None
+        if result.drafts:
+            tokens, chances = zip(*result.drafts, strict=True)
+            guided = self._guided.get(sequence.request_id)
+            matches = (0,) * len(tokens) if guided is None else guided.matches[: len(tokens)]
+            after = len(sequence.tokens)
+            sequence.head_drafts = HeadDrafts(after, tokens, chances, tuple(matches))
 
     def observe(self, plan: Seq[Scheduled], ran: Ran) -> DraftReport:
         """Learn from a step that was computed as planned."""
@@ -150,8 +171,9 @@ class Speculation:
         held = len(result.sampled) - 1
         chain = self._bought.get(item.sequence.request_id, [])
         for depth, draft in enumerate(chain[: len(item.drafts)], 1):
-            drafted[draft.drafter.name, depth] += 1
-            accepted[draft.drafter.name, depth] += depth <= held
+            counted = LOOKUP if draft.drafter.name == WORDS else draft.drafter.name
+            drafted[counted, depth] += 1
+            accepted[counted, depth] += depth <= held
             if depth <= held + 1:
                 holds = depth <= held
                 self._acceptance.observe(draft.drafter, depth, draft.confidence, holds)
@@ -187,42 +209,67 @@ class Speculation:
             return heads
         # Lookup goes on where the heads are least sure, or where they end, or does without them.
         weakest = min(range(len(heads)), key=lambda i: heads[i].chance) if heads else 0
-        alone = self._of_lookup(sequence, (), most)
+        alone = self._of_prompt(sequence, (), most)
         self._lookups[sequence.request_id] = [draft.chance for draft in alone]
         joined = [
-            [*heads[:cut], *self._of_lookup(sequence, heads[:cut], most - cut)]
+            [*heads[:cut], *self._of_prompt(sequence, heads[:cut], most - cut)]
             for cut in {weakest, len(heads)} - {0}
         ]
-        return max(
-            [heads, alone, *joined], key=lambda chain: expected_tokens([d.chance for d in chain])
-        )
+        return max([heads, alone, *joined], key=_expected)
 
     def _of_heads(self, sequence: Sequence, most: int) -> list[_Draft]:
         made = sequence.head_drafts
         if made is None or made.after != len(sequence.tokens):
             return []
-        drafter = _heads_of(sequence)
-        if drafter is None:
+        heads = _heads_of(sequence)
+        if heads is None:
             return []
-        chances = self._acceptance.chances(drafter, made.chances)
-        self._acceptance.offered(drafter, made.chances)
-        drafts = zip(made.tokens, made.chances, chances, strict=True)
-        return [_Draft(token, drafter, sure, chance) for token, sure, chance in drafts][:most]
+        words = Drafter(WORDS, sequence.key)
+        drafts = []
+        for depth, token in enumerate(made.tokens, 1):
+            match = made.matches[depth - 1]
+            drafter, confidence = (words, match) if match else (heads, made.chances[depth - 1])
+            chance = self._acceptance.chance(drafter, depth, confidence)
+            drafts.append(_Draft(token, drafter, confidence, chance))
+        sure = [d.confidence if d.drafter is heads else d.chance for d in drafts]
+        self._acceptance.offered(heads, sure)
+        return drafts[:most]
 
-    def _of_lookup(self, sequence: Sequence, after: Seq[_Draft], most: int) -> list[_Draft]:
+    def _of_prompt(self, sequence: Sequence, after: Seq[_Draft], most: int) -> list[_Draft]:
+        """What the prompt promises behind the drafts `after`, by tokens or by text."""
+        tokens = [draft.token for draft in after]
         if sequence.lookup is None:
             sequence.lookup = PromptLookup(sequence.tokens)
-        found = sequence.lookup.find(most, [draft.token for draft in after])
+        chains = [self._found(sequence.lookup.find(most, tokens), _lookup_of(sequence), len(after))]
+        words = self._words(sequence)
+        if words is not None:
+            found = words.find(most, tokens)
+            chains.append(self._found(found, Drafter(WORDS, sequence.key), len(after)))
+        return max(chains, key=_expected)
+
+    def _found(self, found: Found | None, drafter: Drafter, before: int) -> list[_Draft]:
+        """Drafts of a lookup, `before` others standing before them."""
         if found is None:
             return []
-        drafter = _lookup_of(sequence)
-        matches = range(found.match, found.match + len(found.tokens))
-        return [
-            _Draft(token, drafter, match, self._acceptance.chance(drafter, depth, match))
-            for depth, (token, match) in enumerate(
-                zip(found.tokens, matches, strict=True), len(after) + 1
-            )
-        ]
+        drafts = []
+        for place, token in enumerate(found.tokens):
+            match = found.match + place
+            chance = self._acceptance.chance(drafter, before + place + 1, match)
+            drafts.append(_Draft(token, drafter, match, chance))
+        return drafts
+
+    def _words(self, sequence: Sequence) -> WordLookup | None:
+        if sequence.words is None and self._text is not None:
+            sequence.words = WordLookup(sequence.tokens, sequence.prompt_length, self._text)
+        return sequence.words
+
+    def _guided_chain(self, sequence: Sequence) -> GuidedChain:
+        heads = _heads_of(sequence)
+        if heads is None or sequence.drafting is None:
+            raise RuntimeError(f"{sequence.request_id} has drafts of heads that it does not have")
+        lookup = self._words(sequence) if sequence.drafting.lookup else None
+        depth = self._depths[sequence.request_id]
+        return GuidedChain(lookup, heads, Drafter(WORDS, sequence.key), depth)
 
 
 def _expected(chain: Seq[_Draft]) -> float:

@@ -14,13 +14,14 @@ any adapter's update: heads are trained on it as it is. What models do to logits
 the head's logits as they are. Temperature plays no role: drafts are guesses, and whoever samples
 decides.
 
-Everything happens on the device, given what was asked for: no value comes back meanwhile.
+Everything happens on the device, given what was asked for: no value comes back meanwhile, unless a
+guide is asked.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -55,6 +56,18 @@ class Drafts(NamedTuple):
     chances: Tensor  # float32 [I, depth, width] softmax of the head's logits, over its vocabulary
 
 
+class Guide(Protocol):
+    """Who may know better than a head what comes next."""
+
+    def begin(self, tokens: Sequence[int]) -> None:
+        """The certain next token of each item."""
+        ...
+
+    def revise(self, tokens: Sequence[int], chances: Sequence[float]) -> list[int]:
+        """What is drafted for each item at the next depth, from the heads' best and its chance."""
+        ...
+
+
 class Drafter:
     """Reads a model's LM head and embedding. Holds no state between calls."""
 
@@ -79,18 +92,26 @@ class Drafter:
         adapters: Adapters,
         *,
         width: int = 1,
+        guide: Guide | None = None,
     ) -> Drafts:
         """Drafts of `items` (one at least), the `width` best candidates at each depth.
 
         hidden [n, H]: what entered the LM head. tokens int64 [n]: each row's certain next token.
-        Sequential heads follow their best candidates. An item's drafts do not depend on the others.
+        Sequential heads follow their best candidates, or what `guide` puts in their place; asking
+        it takes tokens to the host at every depth. An item's drafts do not depend on the others.
         Raises ValueError for a slot without heads, and for a depth that its heads don't have.
         """
         planner = Planner(items, adapters, self.facts, hidden.shape[0], self._device)
         call = DraftCall(planner.vocabularies, adapters, tokens, (len(items), planner.depth, width))
-        return self.compute(upload(planner.rounds(), self._device), hidden, call)
+        rounds = upload(planner.rounds(), self._device)
+        if guide is not None:
+            certain = tokens.tolist()
+            guide.begin([certain[item.row] for item in items])
+        return self.compute(rounds, hidden, call, guide)
 
-    def compute(self, rounds: Sequence[Round], hidden: Tensor, call: DraftCall) -> Drafts:
+    def compute(
+        self, rounds: Sequence[Round], hidden: Tensor, call: DraftCall, guide: Guide | None = None
+    ) -> Drafts:
         """What `draft` does on the device. All tensors are there."""
         states = hidden
         for number, part in enumerate(rounds):
@@ -101,6 +122,11 @@ class Drafter:
                 _over_subset(part.subset, self._plain, states, call)
             for own in part.own:
                 _through_own(own, states, call)
+            if guide is not None:
+                call.revise(number, guide)
+        if guide is not None:
+            for number in range(len(rounds), call.depth):
+                call.revise(number, guide)
         return call.drafts
 
     def _states(
@@ -159,6 +185,19 @@ class DraftCall:
         self._tokens = torch.zeros((items * depth, width), dtype=torch.int64, device=device)
         self._chances = torch.zeros((items * depth, width), dtype=torch.float32, device=device)
         self._shape = shape
+
+    @property
+    def depth(self) -> int:
+        return self._shape[1]
+
+    def revise(self, number: int, guide: Guide) -> None:
+        """Let `guide` decide what is drafted at depth `number` (from 0)."""
+        tokens = self._tokens.view(self._shape)[:, number, 0]
+        chances = self._chances.view(self._shape)[:, number, 0]
+        before = tokens.tolist()
+        after = guide.revise(before, chances.tolist())
+        if after != before:
+            tokens.copy_(torch.tensor(after))
 
     @property
     def best(self) -> Tensor:
