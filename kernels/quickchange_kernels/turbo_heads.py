@@ -86,7 +86,7 @@ def in_pages(weight: Tensor, bias: Tensor | None = None) -> Tensor:
     rows, features = weight.shape
     count = -(-rows // PAGE_ROWS)
     pages = weight.new_zeros((count, page_elements(features)))
-    of_weight, of_bias = pages.split([PAGE_ROWS * features, PAGE_ROWS], dim=1)
+    of_weight, of_bias = pages.split([PAGE_ROWS * features, PAGE_ROWS], dim=1)  # type: ignore[no-untyped-call]
     spare = count * PAGE_ROWS - rows
     of_weight.copy_(F.pad(weight, (0, 0, 0, spare)).view(count, -1))
     if bias is not None:
@@ -125,7 +125,7 @@ def _matrix(
     first, end = matrices[matrix].tolist()
     size = page_elements(features)
     held = torch.stack([arena[page : page + size] for page in pages[first:end].tolist()])
-    weight, bias = held.split([PAGE_ROWS * features, PAGE_ROWS], dim=1)
+    weight, bias = held.split([PAGE_ROWS * features, PAGE_ROWS], dim=1)  # type: ignore[no-untyped-call]
     return weight.reshape(-1, features)[:width], bias.reshape(-1)[:width]
 
 

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quickchange_kernels import dispatch
+from quickchange_kernels import dispatch, native
 
 MAX_ROWS = 128
 
@@ -125,4 +125,5 @@ def verify(
             f"verify: sampled {tuple(sampled.shape)}, drafted {tuple(drafted.shape)} and parent "
             f"{None if parent is None else tuple(parent.shape)} must have one shape"
         )
+    native.ensure()
     return Verified(*_verify(sampled, drafted, rows, parent, longest))

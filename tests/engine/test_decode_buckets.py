@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -53,6 +55,19 @@ def test_the_smallest_bucket_with_room_is_taken() -> None:
     assert extent is not None
     assert (extent.rows, extent.sequences, extent.samples, extent.blocks) == (8, 8, 8, 8)
     assert extent.tokens_room is None
+
+
+def test_a_step_that_verifies_drafts_takes_a_bucket_with_room_for_their_rows() -> None:
+    plan = [replace(decode(row), drafts=(7, 8)) for row in range(3)]
+    extent = DecodeBuckets(16, 8).fit(plan, adapters=False)
+    assert extent is not None
+    assert extent.rows == 16  # nine are needed
+    inputs = step_inputs(plan, extent, BLOCK)
+    assert inputs.ids[:9].tolist() == [105, 7, 8, 106, 7, 8, 107, 7, 8]
+    assert inputs.positions[:9].tolist() == [5, 6, 7, 6, 7, 8, 7, 8, 9]
+    assert inputs.sample_rows[:9].tolist() == list(range(9))
+    assert inputs.attention.query_start[:5].tolist() == [0, 3, 6, 9, 9]
+    assert inputs.attention.seq_lens[:4].tolist() == [8, 9, 10, 0]
 
 
 def test_a_prefill_chunk_fits_no_bucket() -> None:

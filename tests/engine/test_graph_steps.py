@@ -6,6 +6,7 @@ the path but the capture.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from quickchange_server.engine import runner
 from quickchange_server.engine.sampler import Sampler
+from quickchange_server.messages import Drafting
 from quickchange_store.canonical import CanonicalAdapter, LowRankUpdate
 
 RANKS = {"rank-4": 4, "rank-8": 8, "rank-16": 16}
@@ -105,7 +107,30 @@ def test_the_warm_up_captures_every_shape_and_serving_no_more(
     model: Path, capture: RepeatingCapture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Watched(model, ASKED, monkeypatch)
+    assert capture.rows == 2 * [12, 8, 4, 2, 1]
+
+
+def test_an_engine_without_turbo_captures_no_shape_for_drafts(
+    model: Path, capture: RepeatingCapture
+) -> None:
+    make_engine(model, load, max_sequences=6, turbo=False).close()
     assert capture.rows == 2 * [6, 4, 2, 1]
+
+
+def test_drafts_are_verified_from_graphs_with_the_same_tokens(
+    model: Path, capture: RepeatingCapture
+) -> None:
+    engine = make_engine(model, load)
+    drive = Driver(engine)
+    for key, drafting in {"off": None, "on": Drafting(lookup=True)}.items():
+        asked = request(key, [5, 6, 7, 5, 6, 7, 5, 6], [("rank-4", 1.0)], max_tokens=24)
+        engine.submit(replace(asked, drafting=drafting))
+        warmed = capture.replayed
+        drive.finish(key)
+        assert capture.replayed > warmed, "no step was replayed"
+    engine.close()
+    assert drive.tokens["on"] == drive.tokens["off"]
+    assert drive.drafted["on"] > 0
 
 
 def test_prefill_chunks_are_not_replayed(model: Path, capture: RepeatingCapture) -> None:

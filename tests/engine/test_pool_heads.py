@@ -204,13 +204,7 @@ def test_a_pool_without_heads_has_small_tables() -> None:
 REFUSED = {
     "other hidden size": (make_turbo(HIDDEN + 1, 2), "from 22 features.*takes 21"),
     "token beyond": (make_turbo(HIDDEN, 2, vocabulary=(3, 101)), "token 101.*tokens 0 to 100"),
-    "token below": (make_turbo(HIDDEN, 2, vocabulary=(-3, 9)), "token -3"),
-    "no tokens": (make_turbo(HIDDEN, 2, vocabulary=()), "vocabulary is empty"),
-    "larger LM head": (make_turbo(HIDDEN, 2, own_outputs=102), "head 0 .* to 102 tokens"),
-    "LM head of other tokens": (
-        make_turbo(HIDDEN, 2, own_outputs=101, vocabulary=(1, 2)),
-        "to 101 tokens, the served model drafts 2",
-    ),
+    "larger LM head": (make_turbo(HIDDEN, 2, own_outputs=102), "for 102 tokens, .* has 101"),
 }
 
 

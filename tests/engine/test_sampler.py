@@ -280,7 +280,9 @@ def test_a_row_alone_gives_bit_for_bit_what_it_gives_in_a_batch() -> None:
     logits = random_logits(12, rows=len(rows), size=40_001)
     sampler = Sampler(40_001, CPU)
     together = sampler.draw(logits.clone(), rows).results()
-    alone = [sampler.draw(logits[i : i + 1].clone(), [one]).results()[0] for i, one in enumerate(rows)]
+    alone = [
+        sampler.draw(logits[i : i + 1].clone(), [one]).results()[0] for i, one in enumerate(rows)
+    ]
     assert together == alone
     order = list(reversed(range(len(rows))))
     shuffled = sampler.draw(logits[order].clone(), [rows[i] for i in order]).results()

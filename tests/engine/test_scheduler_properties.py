@@ -44,7 +44,7 @@ class FakeClaims:
 
 
 class FakeDrafts:
-    """Buys as many drafts as the test says, for sequences that decode and whose drafts can count."""
+    """Buys as many drafts as the test says, for sequences that decode, where drafts can count."""
 
     def __init__(self) -> None:
         self.wanted = 0

@@ -1,6 +1,8 @@
-"""verify against its reference, which goes row by row."""
+"""verify against its reference, which goes row by row: native where it can be built, and plain."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -9,11 +11,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quickchange_kernels.verify import MAX_ROWS, reference_verify, verify
+from quickchange_kernels.verify import MAX_ROWS, Verified, plain_verify, reference_verify, verify
 
+Run = Callable[..., Verified]
 CPU = torch.device("cpu")
 
 
+def run_plain(
+    sampled: Tensor, drafted: Tensor, rows: Tensor, longest: int, parent: Tensor | None = None
+) -> Verified:
+    return Verified(*plain_verify(sampled, drafted, rows, parent, longest))
+
+
+every_version = pytest.mark.parametrize("run", [verify, run_plain], ids=["dispatched", "plain"])
+
+
+@every_version
 @settings(deadline=None, max_examples=200)
 @given(
     st.lists(st.integers(0, 12), min_size=1, max_size=6),
@@ -23,61 +36,67 @@ CPU = torch.device("cpu")
     st.integers(0, 3),
 )
 def test_paths_equal_the_references(
-    lengths: list[int], seed: int, tree: bool, agreement: float, spare: int
+    run: Run, lengths: list[int], seed: int, tree: bool, agreement: float, spare: int
 ) -> None:
     drafts = random_drafts(lengths, seed, tree=tree, device=CPU, agreement=agreement)
     longest = max(1, *lengths) + spare
     parent = drafts.parent if tree else None
     arguments = (drafts.sampled, drafts.drafted, drafts.rows, longest, parent)
-    assert as_lists(*verify(*arguments)) == reference_verify(*arguments)
+    assert as_lists(*run(*arguments)) == reference_verify(*arguments)
 
 
+@every_version
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.integers(0, 12), min_size=1, max_size=4), st.integers(0, 10**6))
 def test_a_chain_is_a_tree_whose_rows_go_on_from_the_row_before(
-    lengths: list[int], seed: int
+    run: Run, lengths: list[int], seed: int
 ) -> None:
     drafts = random_drafts(lengths, seed, tree=False, device=CPU)
     chain, tree = (
-        verify(drafts.sampled, drafts.drafted, drafts.rows, 12, parent)
+        run(drafts.sampled, drafts.drafted, drafts.rows, 12, parent)
         for parent in (None, drafts.parent)
     )
     assert as_lists(*chain) == as_lists(*tree)
 
 
 def tokens(*values: int) -> Tensor:
-    return torch.tensor(values)
+    return torch.tensor(values, dtype=torch.int64)
 
 
 def ranges(*values: tuple[int, int]) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
-def test_a_chain_ends_at_the_first_draft_that_differs() -> None:
-    out = verify(tokens(7, 8, 9, 1), tokens(0, 7, 5, 9), ranges((0, 4)), 4)
+@every_version
+def test_a_chain_ends_at_the_first_draft_that_differs(run: Run) -> None:
+    out = run(tokens(7, 8, 9, 1), tokens(0, 7, 5, 9), ranges((0, 4)), 4)
     assert as_lists(*out) == [(1, 8, [0, 1])]
 
 
-def test_a_tree_takes_the_branch_that_goes_deepest() -> None:
+@every_version
+def test_a_tree_takes_the_branch_that_goes_deepest(run: Run) -> None:
     #        0 samples 7
     #   1: 7    2: 7 samples 4     3: 6
     #           4: 4 samples 2
     parent = torch.tensor([9, 0, 0, 0, 2], dtype=torch.int32)
-    out = verify(tokens(7, 3, 4, 5, 2), tokens(0, 7, 7, 6, 4), ranges((0, 5)), 5, parent)
+    out = run(tokens(7, 3, 4, 5, 2), tokens(0, 7, 7, 6, 4), ranges((0, 5)), 5, parent)
     assert as_lists(*out) == [(2, 2, [0, 2, 4])]
 
 
-def test_a_sequence_without_drafts_gives_its_one_token() -> None:
-    assert as_lists(*verify(tokens(3), tokens(9), ranges((0, 1)), 1)) == [(0, 3, [0])]
+@every_version
+def test_a_sequence_without_drafts_gives_its_one_token(run: Run) -> None:
+    assert as_lists(*run(tokens(3), tokens(9), ranges((0, 1)), 1)) == [(0, 3, [0])]
 
 
-def test_no_sequences_give_nothing() -> None:
-    out = verify(tokens(), tokens(), ranges().view(0, 2), 4)
+@every_version
+def test_no_sequences_give_nothing(run: Run) -> None:
+    out = run(tokens(), tokens(), ranges().view(0, 2), 4)
     assert [part.shape for part in out] == [(0,), (0,), (0, 4)]
 
 
-def test_padding_alone_gives_empty_paths() -> None:
-    out = verify(tokens(), tokens(), ranges((0, 0), (0, 0)), 2)
+@every_version
+def test_padding_alone_gives_empty_paths(run: Run) -> None:
+    out = run(tokens(), tokens(), ranges((0, 0), (0, 0)), 2)
     assert as_lists(*out) == [(0, 0, []), (0, 0, [])]
 
 

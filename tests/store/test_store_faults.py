@@ -212,12 +212,12 @@ def test_a_staged_version_that_its_writer_removes_during_collection_harms_nobody
     store = Store(root)
     store.add("a", small_adapter(1))
     (root / "tmp" / "staged").mkdir()
-    listed = store_module._abandoned
+    listed = store_module.abandoned
 
     def listed_then_removed(path: Path, before: float) -> bool:
         found = listed(path, before)
         shutil.rmtree(path, ignore_errors=True)
         return found
 
-    monkeypatch.setattr(store_module, "_abandoned", listed_then_removed)
+    monkeypatch.setattr(store_module, "abandoned", listed_then_removed)
     assert store.gc(0).versions == ()

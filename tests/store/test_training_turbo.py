@@ -135,7 +135,7 @@ def test_tokens_a_step_are_those_of_greedy_verification() -> None:
     assert made.measure(heads, outputs()).tokens_a_step == pytest.approx(11 / 3)
 
 
-class Stop(Exception):
+class StopError(Exception):
     """Ends a run as a crash would."""
 
 
@@ -144,13 +144,13 @@ class Interrupted(Checkpoints):
 
     def save(self, state: Mapping[str, Any]) -> None:
         super().save(state)
-        raise Stop
+        raise StopError
 
 
 def test_a_resumed_run_gives_what_an_uninterrupted_one_gives(tmp_path: Path) -> None:
     rows = positions(outputs(), RECIPE.depth)
     whole, curve = trainer(RECIPE).train(rows)
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         trainer(RECIPE).train(rows, Interrupted(tmp_path, "run", every=23))
     resumed, again = trainer(RECIPE).train(rows, Checkpoints(tmp_path, "run", every=23))
     assert again.losses == curve.losses

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -68,6 +69,8 @@ class Driver:
         self.tokens: dict[str, list[int]] = {}
         self.last: dict[str, Delta] = {}
         self.first: dict[str, Delta] = {}
+        self.drafted: Counter[str] = Counter()
+        self.accepted: Counter[str] = Counter()
 
     def step(self) -> bool:
         """One step; False if there was nothing to do just now."""
@@ -77,6 +80,8 @@ class Driver:
         for delta in () if report is None else report.deltas:
             self.first.setdefault(delta.request_id, delta)
             self.tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
+            self.drafted[delta.request_id] += delta.drafted
+            self.accepted[delta.request_id] += delta.accepted
             if delta.finish_reason:
                 assert delta.request_id not in self.last, "two ends of one request"
                 self.last[delta.request_id] = delta

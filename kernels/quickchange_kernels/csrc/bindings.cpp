@@ -12,6 +12,7 @@
 #include "bind_rows.h"
 #include "bind_sample.h"
 #include "bind_turbo_heads.h"
+#include "bind_verify.h"
 
 namespace quickchange {
 namespace {
@@ -37,6 +38,7 @@ TORCH_LIBRARY_IMPL(quickchange, CPU, m) {
   m.impl("lowrank_embedding_", lowrank_embedding_);
   m.impl("paged_attention", paged_attention);
   m.impl("kv_write_", kv_write_);
+  m.impl("kv_move_", kv_move_);
   m.impl("rms_norm", rms_norm);
   m.impl("add_rms_norm", add_rms_norm);
   m.impl("silu_mul", silu_mul);
@@ -44,6 +46,7 @@ TORCH_LIBRARY_IMPL(quickchange, CPU, m) {
   m.impl("turbo_heads", turbo_heads);
   m.impl("head_logits", head_logits);
   m.impl("draft_logits", draft_logits);
+  m.impl("verify", verify);
   m.impl("sample", sample);
 #ifdef __SIZEOF_INT128__
   m.impl("philox_uniform", philox_uniform);

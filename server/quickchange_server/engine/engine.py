@@ -40,6 +40,9 @@ if TYPE_CHECKING:  # an engine runs where the server's own libraries are missing
     from quickchange_server.settings import Settings
 
 
+_ROWS_OF_DRAFTS = 2  # rows a sequence up to which a full batch's verification has a graph
+
+
 class Engine:
     """One model, its KV cache and its adapters. Everything but `on_wake` on one thread.
 
@@ -75,7 +78,7 @@ class Engine:
             self._residency,
             num_blocks=num_blocks,
             block_size=settings.block_size,
-            max_sequences=settings.max_sequences,
+            most_graph_rows=settings.max_sequences * (_ROWS_OF_DRAFTS if settings.turbo else 1),
             max_model_len=self._max_model_len,
             dtype=dtype,
             device=device,

@@ -60,11 +60,12 @@ class Runner:
         *,
         num_blocks: int,
         block_size: int,
-        max_sequences: int,
+        most_graph_rows: int,
         max_model_len: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        """most_graph_rows: of a step that runs from a captured graph, where there are any."""
         self._model = model
         self._residency = residency  # None: the server has no adapters
         self._block_size = block_size
@@ -73,7 +74,7 @@ class Runner:
         self._drafter = Drafter(model, device)
         capture = capture_for(device)
         self._graphs = None if capture is None else Graphs(self._compute, capture, device)
-        self._buckets = DecodeBuckets(max_sequences, -(-max_model_len // block_size))
+        self._buckets = DecodeBuckets(most_graph_rows, -(-max_model_len // block_size))
         attention.install(
             model.module,
             PagedAttention(model.layers, num_blocks, block_size, dtype, device, model.holder),

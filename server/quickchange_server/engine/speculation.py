@@ -193,7 +193,9 @@ class Speculation:
             [*heads[:cut], *self._of_lookup(sequence, heads[:cut], most - cut)]
             for cut in {weakest, len(heads)} - {0}
         ]
-        return max([heads, alone, *joined], key=lambda chain: expected_tokens([d.chance for d in chain]))
+        return max(
+            [heads, alone, *joined], key=lambda chain: expected_tokens([d.chance for d in chain])
+        )
 
     def _of_heads(self, sequence: Sequence, most: int) -> list[_Draft]:
         made = sequence.head_drafts
@@ -221,6 +223,11 @@ class Speculation:
                 zip(found.tokens, matches, strict=True), len(after) + 1
             )
         ]
+
+
+def _expected(chain: Seq[_Draft]) -> float:
+    """Tokens that a chain brings, if all of it is verified."""
+    return expected_tokens([draft.chance for draft in chain])
 
 
 def _heads_of(sequence: Sequence) -> Drafter | None:
