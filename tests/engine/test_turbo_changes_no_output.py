@@ -301,6 +301,35 @@ def test_a_stop_token_inside_accepted_drafts_ends_the_output(
     assert found.reason == "stop"
 
 
+@pytest.mark.parametrize(
+    "edits",
+    [
+        {"frequency_penalty": 1.0},
+        {"presence_penalty": 2.0},
+        {"repetition_penalty": 1.2},
+        {"min_tokens": 12, "stop_token_ids": frozenset(range(0, VOCABULARY, 3))},
+        {"logit_bias": ((11, 2.0), (2, -3.0))},
+        {"temperature": 1.5, "frequency_penalty": 0.5},
+    ],
+    ids=lambda edits: next(iter(edits)),
+)
+def test_what_is_edited_counts_the_drafts_before_it(
+    models: TurboModels, roomy: Engine, edits: dict[str, object]
+) -> None:
+    """Periods, where drafts hold until what has been said too often is said no more."""
+    submits = []
+    for k in range(12):
+        submit = greedy(str(k), beginning(20 + k, 2) * 6, Drafting("two", lookup=True))
+        sampling = replace(submit.sampling, seed=k, **edits)  # type: ignore[arg-type]
+        submits.append(replace(submit, sampling=sampling))
+    engine = engine_of(models)
+    found = run(engine, submits)
+    engine.close()
+    assert sum(one.accepted for one in found.values()) > 0
+    for submit in submits:
+        check_equal(found[submit.request_id], alone(roomy, submit), submit)
+
+
 # --- the distribution ---------------------------------------------------------------------------
 
 DRAWN = 1500  # requests, each with a seed of its own
