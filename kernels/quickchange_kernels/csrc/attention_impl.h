@@ -8,8 +8,8 @@ constexpr int64_t TILE = KEYS_PER_TILE;
 template <class T>
 struct Tile {
   int64_t begin, count;  // positions
-  const T* keys[TILE + PASS_ROWS];
-  const T* values[TILE + PASS_ROWS];
+  const T* keys[TILE + MAX_AHEAD];
+  const T* values[TILE + MAX_AHEAD];
 };
 
 // Finds the tile at `begin`. Where the item sees no key, before its oldest and past its last, the
@@ -36,7 +36,7 @@ inline void find_tile(
     tile.keys[n] = tile.keys[dead];
     tile.values[n] = tile.values[dead];
   }
-  for (; i < TILE + PASS_ROWS; i++) {
+  for (; i < TILE + MAX_AHEAD; i++) {
     tile.keys[i] = tile.keys[tile.count - 1];
     tile.values[i] = tile.values[tile.count - 1];
   }
@@ -178,7 +178,7 @@ inline void score_by(
     const HeadTile<T>& tile, const T* const* queries, int64_t rows, Fetcher<T>& fetcher,
     float (*scores)[TILE]) {
   constexpr int SLOTS = M == 3 ? 4 : M;
-  constexpr int N = W / SLOTS, PASS = N < PASS_ROWS ? N : PASS_ROWS;
+  constexpr int N = W / SLOTS, PASS = N < MAX_AHEAD ? N : MAX_AHEAD;
   const int64_t D = DIM > 0 ? DIM : tile.D;
   for (int64_t n = 0; n < tile.count; n += N) {
     if (n % 4 == 0) fetcher.fetch(tile.lines);

@@ -95,49 +95,28 @@ constexpr int rows_with() {
   return W / M;
 }
 
-constexpr int PASS_ROWS = 4;  // weight rows, at most, that one pass over k multiplies
-constexpr int MAX_AHEAD = 2 * PASS_ROWS;  // pointers that are wanted beyond the rows multiplied
+constexpr int MAX_AHEAD = 4;  // pointers that `dot_block` wants beyond the rows it multiplies
 
 // out[m * (W / M) + n] = x row m · weight row n, for M rows of x and W / M weight rows. While w[n]
-// is multiplied w[n + PASS_ROWS] is fetched.
+// is multiplied w[n + MAX_AHEAD] is fetched.
 template <int M, class T, class X>
 inline vec dot_block(const T* const* w, const X* const* x, int64_t K) {
   constexpr int N = rows_with<M>();
-  constexpr int PASS = N < PASS_ROWS ? N : PASS_ROWS;
+  constexpr int PASS = N < MAX_AHEAD ? N : MAX_AHEAD;
   vec acc[W];
   for (int n = 0; n < N; n += PASS) multiply<PASS, M>(w + n, x, K, acc + n, N);
   return sum_lanes(acc);
 }
 
-constexpr int BLOCK_ROWS = 4;  // of x, in one block where there are several
-constexpr int BLOCK_COLUMNS = rows_with<BLOCK_ROWS>();  // weight rows that come with them
-
-// Of the blocks of so many rows of x, how many fetch: the whole ones, which have the time, and from
-// five rows on two at least.
-inline int64_t fetching_blocks(int64_t rows) {
-  return std::max<int64_t>(rows > BLOCK_ROWS ? 2 : 1, rows / BLOCK_ROWS);
-}
-
-// out[m * BLOCK_COLUMNS + n] = x row m · weight row n, for M ≤ BLOCK_ROWS rows of x: block `part` of
-// those that pass over the same weight rows. The first `fetchers` of them fetch the weight rows after
-// the next, each its share, so that the memory is never asked for more at once than it brings in the
-// meantime; the next ones themselves would come too late.
+// The same where many blocks of rows of x pass over the same weight rows: block `part` fetches one
+// of the N weight rows that come next, so that the memory is never asked for more at once than it
+// brings in the meantime.
 template <int M, class T, class X>
-inline vec dot_part(
-    const T* const* w, const X* const* x, int64_t K, int64_t part, int64_t fetchers) {
-  constexpr int N = BLOCK_COLUMNS;
-  const T* const* next = w + 2 * N;
-  vec acc[W] = {};
-  if (part >= std::min<int64_t>(N, fetchers)) {
-    multiply<N, M, 0>(w, x, next, K, acc, N);
-  } else if (fetchers == 1) {
-    multiply<N, M, N>(w, x, next, K, acc, N);
-  } else if (part + fetchers >= N) {
-    multiply<N, M, 1>(w, x, next + part, K, acc, N);
-  } else {
-    const T* two[] = {next[part], next[part + fetchers]};
-    multiply<N, M, 2>(w, x, two, K, acc, N);
-  }
+inline vec dot_block_part(const T* const* w, const X* const* x, int64_t K, int64_t part) {
+  constexpr int N = rows_with<M>();
+  vec acc[W];
+  if (part < N) multiply<N, M, 1>(w, x, w + N + part, K, acc, N);
+  else multiply<N, M, 0>(w, x, w, K, acc, N);
   return sum_lanes(acc);
 }
 

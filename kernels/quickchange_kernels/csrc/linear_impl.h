@@ -16,49 +16,20 @@ inline void write_columns(
   }
 }
 
-// sums[i][j] = x row i · weight row j, for one or two rows of x.
+// sums[i][j] = x row i · weight row j, M rows of x at a time: all of them pass over W / M weight rows
+// while these are in the first-level cache.
 template <int M, class T, class X>
 inline void sum_columns(
-    const T* const* w, const X* first, int64_t ldx, int64_t K, int64_t columns, float (*sums)[W]) {
+    const T* const* w, const X* first, int64_t ldx, int64_t rows, int64_t K, int64_t columns,
+    float (*sums)[W]) {
   constexpr int N = rows_with<M>();
-  const X* x[M];
-  for (int i = 0; i < M; i++) x[i] = first + i * ldx;
-  for (int64_t j = 0; j < columns; j += N) {
-    float lanes[W];
-    store(lanes, dot_block<M>(w + j, x, K));
-    for (int i = 0; i < M; i++) std::memcpy(&sums[i][j], lanes + i * N, N * sizeof(float));
-  }
-}
-
-template <int M, class T, class X>
-inline void sum_part(
-    const T* const* w, const X* first, int64_t ldx, int64_t K, int64_t part, int64_t fetchers,
-    float (*sums)[W]) {
-  const X* x[M];
-  for (int i = 0; i < M; i++) x[i] = first + i * ldx;
-  float lanes[W];
-  store(lanes, dot_part<M>(w, x, K, part, fetchers));
-  for (int i = 0; i < M; i++)
-    std::memcpy(sums[i], lanes + i * BLOCK_COLUMNS, BLOCK_COLUMNS * sizeof(float));
-}
-
-// The same for more rows: all of them pass over a few weight rows while these are in the first-level
-// cache.
-template <class T, class X>
-inline void sum_parts(
-    const T* const* w, const X* x, int64_t ldx, int64_t rows, int64_t K, int64_t columns,
-    float (*sums)[W]) {
-  const int64_t fetchers = fetching_blocks(rows);
-  for (int64_t j = 0; j < columns; j += BLOCK_COLUMNS)
-    for (int64_t i = 0; i < rows; i += BLOCK_ROWS) {
-      const int64_t part = i / BLOCK_ROWS;
-      const auto target = reinterpret_cast<float(*)[W]>(&sums[i][j]);
-      switch (std::min<int64_t>(rows - i, BLOCK_ROWS)) {
-        case 1: sum_part<1>(w + j, x + i * ldx, ldx, K, part, fetchers, target); break;
-        case 2: sum_part<2>(w + j, x + i * ldx, ldx, K, part, fetchers, target); break;
-        case 3: sum_part<3>(w + j, x + i * ldx, ldx, K, part, fetchers, target); break;
-        default: sum_part<4>(w + j, x + i * ldx, ldx, K, part, fetchers, target);
-      }
+  for (int64_t j = 0; j < columns; j += N)
+    for (int64_t i = 0; i < rows; i += M) {
+      const X* x[M];
+      clamp_rows(x, M, first + i * ldx, ldx, rows - i);
+      float lanes[W];
+      store(lanes, rows > 2 * M ? dot_block_part<M>(w + j, x, K, i / M) : dot_block<M>(w + j, x, K));
+      for (int r = 0; r < M; r++) std::memcpy(&sums[i + r][j], lanes + r * N, N * sizeof(float));
     }
 }
 
@@ -68,9 +39,9 @@ inline void linear_columns(
     const T* const* w, const X* x, int64_t ldx, int64_t rows, int64_t K, int64_t columns,
     const Y* bias, Y* y, int64_t ldy) {
   alignas(64) float sums[TILE_ROWS][W];
-  if (rows == 1) sum_columns<1>(w, x, ldx, K, columns, sums);
-  else if (rows == 2) sum_columns<2>(w, x, ldx, K, columns, sums);
-  else sum_parts(w, x, ldx, rows, K, columns, sums);
+  if (rows == 1) sum_columns<1>(w, x, ldx, rows, K, columns, sums);
+  else if (rows == 2) sum_columns<2>(w, x, ldx, rows, K, columns, sums);
+  else sum_columns<4>(w, x, ldx, rows, K, columns, sums);
   write_columns(sums, rows, columns, bias, y, ldy);
 }
 

@@ -29,8 +29,8 @@ inline void down_by(
   constexpr int N = rows_with<M>();
   const LowRankItem<T>& first = items[0];
   for (int64_t r = 0; r < pages * RANKS; r += N) {
-    const T* w[N + PASS_ROWS];
-    for (int i = 0; i < N + PASS_ROWS; i++) w[i] = stacked_row(items, count, r + i, a.K);
+    const T* w[N + MAX_AHEAD];
+    for (int i = 0; i < N + MAX_AHEAD; i++) w[i] = stacked_row(items, count, r + i, a.K);
     for (int64_t m = 0; m < first.rows; m += M) {
       const X* x[M];
       clamp_rows(x, M, a.x + (first.row + m) * a.ldx, a.ldx, first.rows - m);
@@ -85,7 +85,7 @@ inline int64_t before_gain(const LowRankItem<T>* items, int64_t count) {
 // Fetches what `down_by` multiplies before the rows that it fetches itself.
 template <class T>
 inline void fetch_first(const LowRankItem<T>& item, int64_t K) {
-  for (int64_t k = 0; k < PASS_ROWS * K; k += LINE / sizeof(T)) __builtin_prefetch(item.a + k, 0, 2);
+  for (int64_t k = 0; k < MAX_AHEAD * K; k += LINE / sizeof(T)) __builtin_prefetch(item.a + k, 0, 2);
 }
 
 // Items [begin, end).

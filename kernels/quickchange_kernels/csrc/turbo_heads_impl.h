@@ -48,7 +48,7 @@ inline void heads_by(const HeadArgs<T, X, Y>& a, int64_t begin, int64_t end) {
       const X* z[M];
       for (int i = 0; i < M; i++)
         z[i] = a.z + a.items[2 * std::min<int64_t>(m + i, a.count - 1)] * a.ldz;
-      const vec sums = M == BLOCK_ROWS ? dot_part<M>(w, z, a.K, m / M, fetching_blocks(a.count))
+      const vec sums = a.count > 2 * M ? dot_block_part<M>(w, z, a.K, m / M)
                                        : dot_block<M>(w, z, a.K);
       finish_heads<M>(a, m, n, std::min<int64_t>(N, end - n), sums);
     }
