@@ -32,7 +32,6 @@ DEMO_ADAPTERS: dict[str, DemoAdapter] = {
 }
 
 _CHAT_PROMPT = "Give me tips for someone who is new to gardening."
-_WITH_HEADS = ("order-json", "sql")  # tasks, and "base", whose heads come with the package
 
 DEMO_HEADS: dict[str, DemoAdapter] = {
     f"{subject}-heads": DemoAdapter(
@@ -45,7 +44,6 @@ DEMO_HEADS: dict[str, DemoAdapter] = {
         *((name, name, task.sample_prompt) for name, task in TASKS.items()),
         ("base", "the base model", _CHAT_PROMPT),
     ]
-    if subject in _WITH_HEADS
 }
 
 
