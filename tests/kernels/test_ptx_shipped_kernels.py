@@ -17,7 +17,6 @@ from turbo_items import MIXED, random_heads, random_rows
 
 from quickchange_kernels import (
     draft_logits_triton,
-    kv_move_triton,
     kv_write_triton,
     lowrank,
     lowrank_triton,
@@ -29,7 +28,6 @@ from quickchange_kernels import (
     verify_triton,
 )
 from quickchange_kernels.draft_logits import reference_draft_logits
-from quickchange_kernels.kv_move import reference_kv_move
 from quickchange_kernels.kv_write import reference_kv_write
 from quickchange_kernels.lowrank_tables import LowRankTables, Segments
 from quickchange_kernels.paged_attention import reference_paged_attention
@@ -194,16 +192,6 @@ def test_kv_write_writes_its_slots_and_no_others() -> None:
     with launches_run_as_ptx(seed=11):
         kv_write_triton.launch_kv_write_(k, v, k_cache, v_cache, slots)
     for out, reference in zip((k_cache, v_cache), expected, strict=True):
-        assert torch.equal(out, reference)
-
-
-def test_kv_move_reads_every_source_before_it_writes() -> None:
-    caches = [randn(4, 3, 16, 24, dtype=torch.bfloat16, seed=seed) for seed in (3, 4)]
-    source, target = torch.tensor([18, 19, 2**40, 63]), torch.tensor([17, 18, -1, 19])
-    expected = reference_kv_move(*caches, source, target)
-    with launches_run_as_ptx(seed=16):
-        kv_move_triton.launch_kv_move_(*caches, source, target)
-    for out, reference in zip(caches, expected, strict=True):
         assert torch.equal(out, reference)
 
 

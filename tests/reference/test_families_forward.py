@@ -25,9 +25,10 @@ def test_generation_in_chunks_equals_transformers(family: str, tmp_path: Path) -
     assert loaded.vocabulary == VOCABULARY
     runner = Runner(
         loaded,
+        None,
         num_blocks=32,
         block_size=4,
-        max_sequences=3,
+        most_graph_rows=3,
         max_model_len=100,
         dtype=torch.float32,
         device=CPU,
@@ -42,9 +43,10 @@ def test_generation_in_chunks_equals_transformers(family: str, tmp_path: Path) -
         sequences[name] = Sequence.from_submit(submit, 0.0)
         scheduler.add(sequences[name])
     while plan := scheduler.schedule(0.0):
-        results = iter(runner.run(plan, None))
+        results = iter(runner.run(plan, {}).results)
         for item in plan:
-            scheduler.advance(item, next(results).token_id if item.samples else None)
+            tokens = [row.token_id for row in next(results).sampled] if item.samples else []
+            scheduler.advance(item, tokens)
     reference = make_model(family)
     for name, prompt in prompts.items():
         assert sequences[name].tokens[len(prompt) :] == greedy(reference, prompt, 12), name

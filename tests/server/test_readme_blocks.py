@@ -18,7 +18,7 @@ COMMANDS = [line for line in "\n".join(BLOCKS).splitlines() if line and not line
 CURLS = [
     curl for block in BLOCKS for curl in re.split(r"^(?=curl )", block, flags=re.MULTILINE)[1:]
 ]
-DEMO_NAMES = ("order-json", "sql", "docstring")
+DEMO_NAMES = ("order-json", "order-json-turbo", "sql", "docstring")
 SECONDS = 60
 
 

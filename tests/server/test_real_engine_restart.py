@@ -93,7 +93,11 @@ def test_streams_survive_kill_9_of_the_engine(tmp_path: Path) -> None:
         for rank in (4, 8, 24)
     ]
     settings = Settings(
-        model=str(model), store=tmp_path / "store", kv_cache_bytes=4 << 20, threads=1
+        model=str(model),
+        store=tmp_path / "store",
+        kv_cache_bytes=4 << 20,
+        threads=1,
+        prompt_lookup=False,  # the model has no tokenizer
     )
     wanted = generations(digests)
 

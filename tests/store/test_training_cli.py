@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from quickchange_store.store import Store
 from quickchange_store.training.cli import app
+from quickchange_store.training.data import read_examples
 
 RUNNER = CliRunner()
 
@@ -107,3 +108,16 @@ def test_an_unknown_demo_task_is_refused_with_those_there_are(tmp_path: Path) ->
     result = RUNNER.invoke(app, ["demo", "poetry", "--out", str(tmp_path / "adapter")])
     assert result.exit_code == 1
     assert "order-json, sql, docstring" in result.stderr
+
+
+def test_demo_data_is_written_as_training_reads_it_and_never_over_a_file(tmp_path: Path) -> None:
+    out = tmp_path / "orders.jsonl"
+    arguments = ["demo-data", "order-json", "--out", str(out), "--count", "3"]
+    assert RUNNER.invoke(app, arguments).exit_code == 0
+    examples = read_examples(out)
+    assert [json.loads(example.completion).keys() for example in examples] == 3 * [
+        {"customer": 0, "city": 0, "due": 0, "express": 0, "items": 0}.keys()
+    ]
+    again = RUNNER.invoke(app, arguments)
+    assert again.exit_code == 1
+    assert "is there already" in again.output

@@ -18,7 +18,7 @@ from quickchange_store.training.cli_common import (
     say_added,
     say_warnings,
 )
-from quickchange_store.training.errors import RecipeError
+from quickchange_store.training.errors import OutputError, RecipeError
 from quickchange_store.training.job import LoraJob, PromptFormat
 from quickchange_store.training.options import pairs
 from quickchange_store.training.recipe import LoraRecipe, TrainingDtype
@@ -170,6 +170,32 @@ def demo(
         else:
             known = ", ".join([*DEMO_RECIPES, *DEMO_HEADS_RECIPES])
             raise RecipeError(f"no demo adapter is called {name!r}; choose {known}")
+
+
+@app.command("demo-data")
+def demo_data(
+    task: Annotated[str, typer.Argument(help="order-json, sql or docstring.")],
+    out: Annotated[Path, typer.Option(help="JSONL file to write; must not exist.")],
+    count: Annotated[int, typer.Option(help="Examples.", min=1)] = 1000,
+    split: Annotated[str, typer.Option(help="train, or held-out: other words in it.")] = "train",
+    seed: Annotated[int, typer.Option(help="Of the examples.")] = 0,
+) -> None:
+    """Write examples of a demo task, to train or to evaluate with."""
+    from quickchange_store.demo.tasks import TASKS
+
+    with errors_shown():
+        if task not in TASKS:
+            raise RecipeError(f"no demo task is called {task!r}; choose {', '.join(TASKS)}")
+        if split not in ("train", "held-out"):
+            raise RecipeError(f"--split is train or held-out, not {split!r}")
+        examples = TASKS[task].examples("train" if split == "train" else "held-out", count, seed)
+        lines = [json.dumps({"prompt": e.prompt, "completion": e.completion}) for e in examples]
+        try:
+            with out.open("x") as file:
+                file.write("\n".join(lines) + "\n")
+        except FileExistsError as error:
+            raise OutputError(f"{out} is there already; give another file or remove it") from error
+    typer.echo(f"{len(lines)} examples in {out}")
 
 
 @app.command("eval-demo")

@@ -1,4 +1,4 @@
-// kv_write_, kv_move_: see kv_write.py, kv_move.py.
+// kv_write_: see kv_write.py.
 #pragma once
 
 #include "binding.h"
@@ -42,49 +42,6 @@ void kv_write_(
       copy(v, v_cache);
     }
   }
-}
-
-// Moves one cache's slots; `held` has room for them. All are read before any is written.
-void move_slots(
-    const Tensor& cache, const std::vector<std::pair<int64_t, int64_t>>& moves,
-    std::vector<char>& held) {
-  const int64_t heads = cache.size(1), block = cache.size(2);
-  const int64_t bytes = cache.size(3) * cache.element_size();
-  const auto place = [&](int64_t slot, int64_t head) {
-    return data<char>(cache) + ((slot / block * heads + head) * block + slot % block) * bytes;
-  };
-  held.resize(moves.size() * heads * bytes);
-  char* next = held.data();
-  for (const auto& [source, target] : moves)
-    for (int64_t h = 0; h < heads; h++, next += bytes) std::memcpy(next, place(source, h), bytes);
-  next = held.data();
-  for (const auto& [source, target] : moves)
-    for (int64_t h = 0; h < heads; h++, next += bytes) std::memcpy(place(target, h), next, bytes);
-}
-
-void kv_move_(Tensor& k_cache, Tensor& v_cache, const Tensor& source, const Tensor& target) {
-  TORCH_CHECK_VALUE(
-      k_cache.dim() == 4 && k_cache.sizes() == v_cache.sizes() && k_cache.is_contiguous() &&
-          v_cache.is_contiguous() && source.scalar_type() == at::kLong &&
-          target.scalar_type() == at::kLong && source.dim() == 1 &&
-          source.sizes() == target.sizes(),
-      "kv_move: k_cache ", k_cache.sizes(), ", v_cache ", v_cache.sizes(),
-      " (both contiguous), source ", source.sizes(), " and target ", target.sizes(),
-      " (both int64) do not fit together");
-  const Tensor from = source.contiguous(), to = target.contiguous();
-  const int64_t slots = k_cache.size(0) * k_cache.size(2);
-  std::vector<std::pair<int64_t, int64_t>> moves;
-  for (int64_t i = 0; i < from.numel(); i++) {
-    const int64_t a = data<int64_t>(from)[i], b = data<int64_t>(to)[i];
-    if (b == PADDING_SLOT || a == b) continue;
-    TORCH_CHECK_INDEX(
-        a >= 0 && a < slots && b >= 0 && b < slots, "kv_move: from slot ", a, " to ", b,
-        ", which are not both among the cache's ", slots);
-    moves.emplace_back(a, b);
-  }
-  std::vector<char> held;
-  move_slots(k_cache, moves, held);
-  move_slots(v_cache, moves, held);
 }
 
 }  // namespace

@@ -38,7 +38,6 @@ TORCH_LIBRARY_IMPL(quickchange, CPU, m) {
   m.impl("lowrank_embedding_", lowrank_embedding_);
   m.impl("paged_attention", paged_attention);
   m.impl("kv_write_", kv_write_);
-  m.impl("kv_move_", kv_move_);
   m.impl("rms_norm", rms_norm);
   m.impl("add_rms_norm", add_rms_norm);
   m.impl("silu_mul", silu_mul);

@@ -8,13 +8,13 @@ them is learned (`acceptance.py`, `step_cost.py`). None of it changes a token of
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from quickchange_server.engine.acceptance import DEEPEST, WORDS, Acceptance, Drafter, Trials
+from quickchange_server.engine.acceptance import DEEPEST, KEPT, WORDS, Acceptance, Drafter, Trials
 from quickchange_server.engine.depths import DepthPlan, Prospect
 from quickchange_server.engine.guidance import GuidedChain, WordGuide
 from quickchange_server.engine.lookup import Found, PromptLookup
@@ -25,6 +25,8 @@ from quickchange_server.engine.sequence import HeadDrafts, Sequence
 from quickchange_server.engine.step_cost import DraftCost, StepCost
 from quickchange_server.engine.word_lookup import TokenText, WordLookup
 from quickchange_server.messages import LOOKUP, DraftCount
+
+_REMEMBERED = 16  # chains
 
 
 class _Draft(NamedTuple):
@@ -64,6 +66,7 @@ class Speculation:
         self._acceptance = Acceptance()
         self._depth_plan = DepthPlan(self._acceptance, cost, self._draft_cost)
         self._trials = Trials()
+        self._reach = _Reach()
         self._trial: str | None = None  # request whose drafts are verified whatever they are worth
         self._room = 0
         # of the step under way
@@ -90,6 +93,8 @@ class Speculation:
         for index, (item, chain) in enumerate(zip(plan, chains, strict=True)):
             own = chain[: purchase.lengths[index]]
             bought.append(tuple([draft.token for draft in own]))
+            if chain:
+                self._reach.note(_drafters(item.sequence), len(own))
             if own:
                 self._bought[item.sequence.request_id] = own
         return bought
@@ -108,8 +113,9 @@ class Speculation:
         decoding = sum([item.samples for item in plan])
         load = Load(decoding, 0, self._room + sum([len(item.drafts) for item in plan]))
         chosen = self._depth_plan.depths(prospects, load)
-        for item, prospect, depth in zip(items, prospects, chosen, strict=True):
+        for item, prospect, planned in zip(items, prospects, chosen, strict=True):
             key = item.sequence.request_id
+            depth = min(planned, self._reach.of(prospect.drafter))
             if self._trial is None and due is not None and due in _drafters(item.sequence):
                 self._trial = key
                 depth = max(depth, prospect.deepest)
@@ -270,6 +276,26 @@ class Speculation:
         lookup = self._words(sequence) if sequence.drafting.lookup else None
         depth = self._depths[sequence.request_id]
         return GuidedChain(lookup, heads, Drafter(WORDS, sequence.key), depth)
+
+
+class _Reach:
+    """How deep drafters' chains were bought lately: what heads draft beyond is seldom of use."""
+
+    def __init__(self) -> None:
+        self._lengths: dict[Drafter, deque[int]] = {}
+
+    def note(self, drafters: Seq[Drafter], length: int) -> None:
+        """So much was bought of a chain of these."""
+        for drafter in drafters:
+            lengths = self._lengths.setdefault(drafter, deque(maxlen=_REMEMBERED))
+            lengths.append(length)
+        while len(self._lengths) > KEPT:
+            del self._lengths[next(iter(self._lengths))]
+
+    def of(self, drafter: Drafter | None) -> int:
+        """The depth to which drafting may pay: one more than was bought lately."""
+        lengths = None if drafter is None else self._lengths.get(drafter)
+        return DEEPEST if lengths is None or len(lengths) < _REMEMBERED else max(lengths) + 1
 
 
 def _expected(chain: Seq[_Draft]) -> float:
