@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from quickchange_server.engine.engine import Engine, torch_dtype
+from quickchange_server.engine.word_lookup import TokenText
 from quickchange_server.messages import (
     AdapterFailed,
     AdapterMoved,
@@ -159,7 +160,13 @@ class OfflineEngine:
     `load_model` raises.
     """
 
-    def __init__(self, settings: Settings, load_adapter: LoadAdapter | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        load_adapter: LoadAdapter | None = None,
+        text: TokenText | None = None,
+    ) -> None:
+        """text: the tokenizer, where drafts may be words of the prompt, as a server's are."""
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         self._awake = threading.Event()
@@ -176,6 +183,7 @@ class OfflineEngine:
             settings,
             load_adapter=load_adapter or Store(settings.store).load,
             on_wake=self._awake.set,
+            text=text,
         )
 
     def __enter__(self) -> OfflineEngine:

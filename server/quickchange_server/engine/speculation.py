@@ -1,7 +1,9 @@
 """Which tokens are drafted and verified in each step: what is offered, what it costs, what it gave.
 
-Two drafters offer: an adapter's Turbo heads, which a step runs for the next one, and prompt lookup.
-A sequence's chain is whichever of them, or of one after the other, promises most. From all chains
+An adapter's Turbo heads offer, which a step runs for the next one, and prompt lookup, by tokens and
+by words. A sequence's chain is what promises most of them, or of one after the other; words also
+take the place of single heads' drafts, before the next head reads them (`guidance.py`). From all
+chains
 the step buys the drafts that bring most tokens for their time (`purchase.py`), and what became of
 them is learned (`acceptance.py`, `step_cost.py`). None of it changes a token of the output.
 """
@@ -118,7 +120,8 @@ class Speculation:
             depth = min(planned, self._reach.of(prospect.drafter))
             if self._trial is None and due is not None and due in _drafters(item.sequence):
                 self._trial = key
-                depth = max(depth, prospect.deepest)
+                if due == prospect.drafter:
+                    depth = prospect.deepest
             if depth:
                 self._depths[key] = depth
         return self._depths
@@ -126,7 +129,7 @@ class Speculation:
     def guide(self, items: Seq[Scheduled]) -> WordGuide | None:
         """What revises the heads' drafts for these items, where any may be revised."""
         chains = [self._guided_chain(item.sequence) for item in items]
-        if not any(chain.lookup for chain in chains):
+        if all(chain.lookup is None for chain in chains):
             return None
         self._guided = {
             item.sequence.request_id: chain for item, chain in zip(items, chains, strict=True)

@@ -17,6 +17,7 @@ from quickchange_server.messages import SamplingParams
 from quickchange_server.offline import OfflineEngine, OfflineRequest, OfflineRun
 from quickchange_server.settings import Settings
 from quickchange_server.text import Text
+from quickchange_server.token_text import token_text
 from quickchange_store.evaluation.results import Answer, DepthAcceptance, Row, Speed
 from quickchange_store.evaluation.scores import score
 from quickchange_store.training.data import Encoded, Example
@@ -51,7 +52,7 @@ def evaluate(
     """
     losses = _losses(settings, adapters, variants, task, stage)
     text = Text.load(settings.model)
-    with OfflineEngine(settings, adapters.load) as engine:
+    with OfflineEngine(settings, adapters.load, token_text(settings.model)) as engine:
         for variant in variants:
             stage(f"{variant.label}: answers")
             yield _Asked(engine, text, task, variant).row(concurrency, losses[variant.adapter])
