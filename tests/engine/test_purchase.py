@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from itertools import chain, combinations
+from itertools import product
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
 from quickchange_server.engine.purchase import (
-    Candidate,
     Load,
-    buy,
     buy_chains,
     expected_tokens,
 )
@@ -29,50 +27,31 @@ def costs(draw: st.DrawFn) -> StepCost:
     return StepCost([(r, draw(st.floats(0.01, 0.2))) for r in rows])
 
 
-@st.composite
-def trees(draw: st.DrawFn) -> list[Candidate]:
-    candidates: list[Candidate] = []
-    for index in range(draw(st.integers(0, 7))):
-        parent = draw(st.none() | st.integers(0, index - 1)) if index else None
-        sequence = draw(st.integers(0, 2)) if parent is None else candidates[parent].sequence
-        candidates.append(Candidate(sequence, parent, draw(chances)))
-    return candidates
-
-
 def rate(gain: float, count: int, load: Load, cost: StepCost) -> float:
     base = load.decoding + load.prefill
     extra = cost.seconds(base + count) - cost.seconds(base)
     return (load.decoding + gain) / (cost.seconds(load.decoding) + extra)
 
 
-def paths(candidates: list[Candidate]) -> list[float]:
-    found: list[float] = []
-    for _, parent, chance in candidates:
-        found.append(chance if parent is None else chance * found[parent])
-    return found
-
-
-@given(trees(), st.integers(0, 12), st.integers(0, 8), costs())
+@given(
+    st.lists(st.lists(chances, max_size=4), min_size=3, max_size=3),
+    st.integers(0, 12),
+    st.integers(0, 8),
+    costs(),
+)
 def test_no_other_choice_brings_more_tokens_a_second(
-    candidates: list[Candidate], prefill: int, cap: int, cost: StepCost
+    chains: list[list[float]], prefill: int, cap: int, cost: StepCost
 ) -> None:
     load = Load(decoding=3, prefill=prefill, cap=cap)
-    path = paths(candidates)
-    purchase = buy(candidates, 3, load, cost)
 
-    every = range(len(candidates))
-    choices = chain.from_iterable(combinations(every, n) for n in range(min(cap, len(every)) + 1))
-    closed = [
-        choice
-        for choice in choices
-        if all(candidates[i].parent is None or candidates[i].parent in choice for i in choice)
-    ]
-    best = max(rate(sum(path[i] for i in choice), len(choice), load, cost) for choice in closed)
-    assert rate(purchase.gain, len(purchase.bought), load, cost) == pytest.approx(best)
-    assert purchase.bought in closed
-    assert purchase.gain == pytest.approx(sum(path[i] for i in purchase.bought))
-    bought = [candidates[i].sequence for i in purchase.bought]
-    assert purchase.lengths == tuple(bought.count(sequence) for sequence in range(3))
+    def gain(lengths: tuple[int, ...]) -> float:
+        return sum(expected_tokens(c[:n]) for c, n in zip(chains, lengths, strict=True))
+
+    choices = product(*(range(len(chain) + 1) for chain in chains))
+    best = max(rate(gain(c), sum(c), load, cost) for c in choices if sum(c) <= cap)
+    purchase = buy_chains(chains, load, cost)
+    assert purchase.gain == pytest.approx(gain(purchase.lengths))
+    assert rate(purchase.gain, sum(purchase.lengths), load, cost) == pytest.approx(best)
 
 
 @given(some_chains, st.integers(0, 200), st.integers(0, 20), costs(), st.data())
@@ -82,7 +61,7 @@ def test_of_chains_beginnings_are_bought_within_the_cap_and_the_trial_goes_first
     trial = data.draw(st.none() | st.integers(0, len(chains) - 1))
     load = Load(decoding=len(chains), prefill=prefill, cap=cap)
     purchase = buy_chains(chains, load, cost, trial=trial)
-    assert sum(purchase.lengths) == len(purchase.bought) <= cap
+    assert sum(purchase.lengths) <= cap
     gain = sum(
         expected_tokens(chain[:length])
         for chain, length in zip(chains, purchase.lengths, strict=True)
@@ -92,24 +71,12 @@ def test_of_chains_beginnings_are_bought_within_the_cap_and_the_trial_goes_first
         assert purchase.lengths[trial] == min(len(chains[trial]), cap)
 
 
-@given(some_chains, st.integers(0, 20), costs())
-def test_chains_are_bought_as_the_trees_that_they_are(
-    chains: list[list[float]], cap: int, cost: StepCost
-) -> None:
-    candidates: list[Candidate] = []
-    for sequence, chances_ in enumerate(chains):
-        for depth, chance in enumerate(chances_):
-            candidates.append(Candidate(sequence, len(candidates) - 1 if depth else None, chance))
-    load = Load(decoding=len(chains), prefill=0, cap=cap)
-    assert buy_chains(chains, load, cost) == buy(candidates, len(chains), load, cost)
-
-
 @given(st.integers(1, 32), st.integers(1, 6), costs())
 def test_drafts_that_never_hold_are_not_bought_even_where_rows_are_free(
     sequences: int, depth: int, cost: StepCost
 ) -> None:
     load = Load(decoding=sequences, prefill=0, cap=100)
-    assert buy_chains([[0.0] * depth] * sequences, load, cost).bought == ()
+    assert not any(buy_chains([[0.0] * depth] * sequences, load, cost).lengths)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +88,7 @@ def test_on_a_cpu_one_sequence_drafts_deep_and_many_only_what_is_likely(
 ) -> None:
     load = Load(decoding=sequences, prefill=0, cap=400)
     purchase = buy_chains([[chance] * 12] * sequences, load, CPU)
-    assert len(purchase.bought) == bought
+    assert sum(purchase.lengths) == bought
 
 
 def test_the_sure_sequence_gets_the_rows() -> None:
@@ -137,5 +104,4 @@ def test_a_prefill_in_the_step_makes_rows_as_dear_as_beyond_it() -> None:
 
 def test_without_candidates_nothing_is_bought() -> None:
     purchase = buy_chains([[], []], Load(decoding=2, prefill=0, cap=8), CPU)
-    assert purchase == buy([], 2, Load(decoding=2, prefill=0, cap=8), CPU)
-    assert (purchase.bought, purchase.lengths, purchase.gain) == ((), (0, 0), 0.0)
+    assert (purchase.lengths, purchase.gain) == ((0, 0), 0.0)

@@ -91,7 +91,7 @@ def rate_of_policy(sequences: int, task: Task, *, warm: int = 0) -> float:
         chains = [acceptance.chances(drafter, chain) for chain in confidences]
         purchase = buy_chains(chains, load, cost, trial=trial)
         bought = [chain[:length] for chain, length in zip(drafts, purchase.lengths, strict=True)]
-        cost.observe(sequences + len(purchase.bought), machine.verify(bought))
+        cost.observe(sequences + sum(purchase.lengths), machine.verify(bought))
         for chain in bought:
             for depth, (sure, holds) in enumerate(chain[: accepted(chain) + 1], 1):
                 acceptance.observe(drafter, depth, sure, holds)

@@ -112,7 +112,7 @@ def buy_everything(
     for chain in chances:
         lengths.append(min(len(chain), room))
         room -= lengths[-1]
-    return Purchase((), tuple(lengths), 0.0)
+    return Purchase(tuple(lengths), 0.0)
 
 
 def draft_deepest(plan: DepthPlan, prospects: Sequence[Prospect], load: Load) -> tuple[int, ...]:

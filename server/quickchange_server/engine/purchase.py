@@ -2,28 +2,19 @@
 
 A draft costs what its row adds to the step and brings a token with the chance that it and all
 before it hold. For any number of rows the best drafts are those of the highest such chances, and as
-no draft has a higher one than the draft it follows, they are whole beginnings of chains, or of
-trees. What is left is how many: rows are nearly free up to a point and dear beyond, so every number
-is looked at. Knows nothing of tokens: chances in, counts out.
+no draft has a higher one than the draft it follows, they are whole beginnings of chains. What is
+left is how many: rows are nearly free up to a point and dear beyond, so every number is looked at.
+Knows nothing of tokens: chances in, counts out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
 from quickchange_server.engine.step_cost import StepCost
-
-
-class Candidate(NamedTuple):
-    """A draft that may be bought."""
-
-    sequence: int
-    parent: int | None  # index among the candidates of the draft it follows; None: it is the first
-    chance: float  # that it holds, given that its parent did
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,44 +30,40 @@ class Load:
 class Purchase:
     """The drafts to verify in a step."""
 
-    bought: tuple[int, ...]  # indices of the candidates, ascending: parents before their children
-    lengths: tuple[int, ...]  # how many of each sequence
+    lengths: tuple[int, ...]  # how many of each chain, from its beginning
     gain: float  # tokens they are expected to bring
-
-
-def buy(
-    candidates: Sequence[Candidate],
-    sequences: int,
-    load: Load,
-    cost: StepCost,
-    *,
-    trial: int | None = None,
-) -> Purchase:
-    """The drafts that make the decode work's tokens a second most; of equals, the fewest.
-
-    candidates: each after its parent. sequences: Candidate.sequence is below it. trial: the
-    sequence whose drafts are bought whatever they are worth, as far as the cap goes.
-    """
-    paths: list[float] = []  # chance of each with all before it
-    for _, parent, chance in candidates:
-        paths.append(chance if parent is None else chance * paths[parent])
-    owners = [candidate.sequence for candidate in candidates]
-    return _bought(paths, owners, sequences, load, cost, trial)
 
 
 def buy_chains(
     chains: Sequence[Sequence[float]], load: Load, cost: StepCost, *, trial: int | None = None
 ) -> Purchase:
-    """`buy` where each sequence offers one chain: its drafts' chances, each given those before."""
-    paths: list[float] = []
+    """The drafts that make the decode work's tokens a second most; of equals, the fewest.
+
+    chains: of each sequence its drafts' chances, each given those before. trial: the sequence whose
+    drafts are bought whatever they are worth, as far as the cap goes.
+    """
+    paths: list[float] = []  # chance of each with all before it
     owners: list[int] = []
     for sequence, chain in enumerate(chains):
         path = 1.0
-        for chance in chain:
-            path *= chance
+        for held in chain:
+            path *= held
             paths.append(path)
             owners.append(sequence)
-    return _bought(paths, owners, len(chains), load, cost, trial)
+    if not paths or load.cap <= 0:
+        return Purchase((0,) * len(chains), 0.0)
+    chance, owner = np.array(paths), np.array(owners)
+    tried = np.zeros(len(owner), bool) if trial is None else owner == trial
+    # Stable: of equal chances the earlier goes first, hence a draft before its successor.
+    order = np.argsort(np.where(tried, -2.0, -chance), kind="stable")[: load.cap]
+    gains = np.concatenate(((0.0,), np.cumsum(chance[order])))
+    base = load.decoding + load.prefill
+    table = cost.table(base + len(order))
+    seconds = table[load.decoding] + table[base:] - table[base]
+    least = int(tried[order].sum())
+    count = least + int(np.argmax((load.decoding + gains[least:]) / seconds[least:]))
+    lengths = np.bincount(owner[order[:count]], minlength=len(chains))
+    return Purchase(tuple(lengths.tolist()), float(gains[count]))
 
 
 def expected_tokens(chain: Iterable[float]) -> float:
@@ -86,28 +73,3 @@ def expected_tokens(chain: Iterable[float]) -> float:
         path *= chance
         tokens += path
     return tokens
-
-
-def _bought(
-    paths: list[float],
-    owners: list[int],
-    sequences: int,
-    load: Load,
-    cost: StepCost,
-    trial: int | None,
-) -> Purchase:
-    if not paths or load.cap <= 0:
-        return Purchase((), (0,) * sequences, 0.0)
-    chance, owner = np.array(paths), np.array(owners)
-    tried = np.zeros(len(owner), bool) if trial is None else owner == trial
-    # Stable: of equal chances the earlier goes first, hence a parent before its child.
-    order = np.argsort(np.where(tried, -2.0, -chance), kind="stable")[: load.cap]
-    gains = np.concatenate(((0.0,), np.cumsum(chance[order])))
-    base = load.decoding + load.prefill
-    table = cost.table(base + len(order))
-    seconds = table[load.decoding] + table[base:] - table[base]
-    least = int(tried[order].sum())
-    count = least + int(np.argmax((load.decoding + gains[least:]) / seconds[least:]))
-    bought = np.sort(order[:count])
-    lengths = np.bincount(owner[bought], minlength=sequences)
-    return Purchase(tuple(bought.tolist()), tuple(lengths.tolist()), float(gains[count]))

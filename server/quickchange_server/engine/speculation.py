@@ -29,6 +29,9 @@ from quickchange_server.engine.word_lookup import TokenText, WordLookup
 from quickchange_server.messages import LOOKUP, DraftCount
 
 _REMEMBERED = 16  # chains
+_UNSURE = 0.5  # a head's chance below which lookup may take over in the middle of a chain
+_PATIENCE = 4  # offers of a sequence in a row, none bought, before steps pass without one
+_LONGEST_PAUSE = 8  # steps from one offer to the next
 
 
 class _Draft(NamedTuple):
@@ -71,6 +74,7 @@ class Speculation:
         self._reach = _Reach()
         self._trial: str | None = None  # request whose drafts are verified whatever they are worth
         self._room = 0
+        self._step = 0
         # of the step under way
         self._bought: dict[str, list[_Draft]] = {}
         self._lookups: dict[str, list[float]] = {}
@@ -81,6 +85,7 @@ class Speculation:
     def buy(self, plan: Seq[Scheduled], room: int) -> list[tuple[int, ...]]:
         """The drafts to verify for each item; at most `room` in all."""
         self._bought, self._lookups, self._estimate = {}, {}, 0.0
+        self._step += 1
         chains = [self._chain(item) for item in plan]
         self._room = room
         if not any(chains):
@@ -96,6 +101,7 @@ class Speculation:
             own = chain[: purchase.lengths[index]]
             bought.append(tuple([draft.token for draft in own]))
             if chain:
+                item.sequence.unbought = 0 if own else item.sequence.unbought + 1
                 self._reach.note(_drafters(item.sequence), len(own))
             if own:
                 self._bought[item.sequence.request_id] = own
@@ -210,21 +216,26 @@ class Speculation:
         sequence = item.sequence
         if sequence.drafting is None or not item.samples or item.count != 1:
             return []
+        pause = min(1 + sequence.unbought // _PATIENCE, _LONGEST_PAUSE)
+        if self._step % pause and not self._is_trial(item):
+            return []  # looking costs time too
         most = self._most(sequence)
         if most < 1:
             return []
         heads = self._of_heads(sequence, most)
         if not sequence.drafting.lookup:
             return heads
-        # Lookup goes on where the heads are least sure, or where they end, or does without them.
-        weakest = min(range(len(heads)), key=lambda i: heads[i].chance) if heads else 0
-        alone = self._of_prompt(sequence, (), most)
-        self._lookups[sequence.request_id] = [draft.chance for draft in alone]
+        if not heads:
+            alone = self._of_prompt(sequence, (), most)
+            self._lookups[sequence.request_id] = [draft.chance for draft in alone]
+            return alone
+        # Lookup goes on where the heads end, or where they are least sure.
+        weakest = min(range(len(heads)), key=lambda i: heads[i].chance)
+        cuts = {len(heads), weakest if heads[weakest].chance < _UNSURE else len(heads)}
         joined = [
-            [*heads[:cut], *self._of_prompt(sequence, heads[:cut], most - cut)]
-            for cut in {weakest, len(heads)} - {0}
+            [*heads[:cut], *self._of_prompt(sequence, heads[:cut], most - cut)] for cut in cuts
         ]
-        return max([heads, alone, *joined], key=_expected)
+        return max([heads, *joined], key=_expected)
 
     def _of_heads(self, sequence: Sequence, most: int) -> list[_Draft]:
         made = sequence.head_drafts
