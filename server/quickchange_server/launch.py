@@ -7,7 +7,7 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -78,7 +78,7 @@ def _announce(services: Services, url: str, *, demo: bool) -> None:
     count = f"{len(names)} adapter{'' if len(names) == 1 else 's'}"
     print(f"Quickchange is ready on {url} (model {base}, {count})", flush=True)
     if demo:
-        _suggest(names, url)
+        _suggest({*names, *services.store.aliases()}, url)
 
 
 # --- the demo -----------------------------------------------------------------------------------
@@ -107,17 +107,18 @@ def _publish_demo(settings: Settings) -> None:
     publish_demo_adapters(Store(settings.store), base_spec(settings.model))
 
 
-def _suggest(names: Sequence[str], url: str) -> None:
-    """Name the adapters, and a request for one of them."""
-    from quickchange_store.demo import DEMO_ADAPTERS
+def _suggest(names: Collection[str], url: str) -> None:
+    """Name the adapters, those with Turbo last, and a request for one of these."""
+    from quickchange_store.demo import DEMO_ADAPTERS, DEMO_ALIASES, DemoAdapter, DemoAlias
 
-    shown = [DEMO_ADAPTERS[name] for name in names if name in DEMO_ADAPTERS]
-    for adapter in shown:
-        print(f"  {adapter.name}: {adapter.description}")
-    if shown:
+    entries: list[DemoAlias | DemoAdapter] = [*DEMO_ALIASES.values(), *DEMO_ADAPTERS.values()]
+    shown = [(e.name, e.description, e.example_prompt) for e in entries if e.name in names]
+    for name, description, _ in reversed(shown):
+        print(f"  {name}: {description}")
+    for name, _, prompt in shown[:1]:
         body = {
-            "model": shown[0].name,
-            "messages": [{"role": "user", "content": shown[0].example_prompt}],
+            "model": name,
+            "messages": [{"role": "user", "content": prompt}],
             "max_tokens": 96,
             "temperature": 0,
         }

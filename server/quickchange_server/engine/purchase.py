@@ -16,6 +16,8 @@ import numpy as np
 
 from quickchange_server.engine.step_cost import StepCost
 
+CAUTION = 0.9  # of a draft's expected tokens that count: prices and chances are estimates
+
 
 @dataclass(frozen=True, slots=True)
 class Load:
@@ -61,7 +63,8 @@ def buy_chains(
     table = cost.table(base + len(order))
     seconds = table[load.decoding] + table[base:] - table[base]
     least = int(tried[order].sum())
-    count = least + int(np.argmax((load.decoding + gains[least:]) / seconds[least:]))
+    counted = load.decoding + CAUTION * gains[least:]
+    count = least + int(np.argmax(counted / seconds[least:]))
     lengths = np.bincount(owner[order[:count]], minlength=len(chains))
     return Purchase(tuple(lengths.tolist()), float(gains[count]))
 

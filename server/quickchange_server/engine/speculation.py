@@ -30,8 +30,10 @@ from quickchange_server.messages import LOOKUP, DraftCount
 
 _REMEMBERED = 16  # chains
 _UNSURE = 0.5  # a head's chance below which lookup may take over in the middle of a chain
+_TRIED = 3  # drafts verified of a trial, at most
 _PATIENCE = 4  # offers of a sequence in a row, none bought, before steps pass without one
-_LONGEST_PAUSE = 8  # steps from one offer to the next
+_LONGEST_PAUSE = 32  # steps from one offer to the next
+_QUIET = 4  # steps from one look to the next while nothing is drafted
 
 
 class _Draft(NamedTuple):
@@ -86,7 +88,7 @@ class Speculation:
         """The drafts to verify for each item; at most `room` in all."""
         self._bought, self._lookups, self._estimate = {}, {}, 0.0
         self._step += 1
-        chains = [self._chain(item) for item in plan]
+        chains = [self._chain(item)[: _TRIED if self._is_trial(item) else None] for item in plan]
         self._room = room
         if not any(chains):
             return [()] * len(plan)
@@ -112,7 +114,10 @@ class Speculation:
 
         Also decides whom the next step tries.
         """
+        asleep = not self._depths and self._trial is None and self._step % _QUIET
         self._trial, self._depths, self._guided = None, {}, {}
+        if asleep:
+            return {}
         items = [item for item in plan if item.samples and item.sequence.drafting is not None]
         if not items:
             return {}
@@ -127,7 +132,7 @@ class Speculation:
             if self._trial is None and due is not None and due in _drafters(item.sequence):
                 self._trial = key
                 if due == prospect.drafter:
-                    depth = prospect.deepest
+                    depth = max(depth, min(_TRIED, prospect.deepest))
             if depth:
                 self._depths[key] = depth
         return self._depths
@@ -154,7 +159,8 @@ class Speculation:
 
     def observe(self, plan: Seq[Scheduled], ran: Ran) -> DraftReport:
         """Learn from a step that was computed as planned."""
-        if ran.seconds is not None and all(item.count == 1 for item in plan):
+        news = bool(self._bought) or self._step % _QUIET == 0
+        if news and ran.seconds is not None and all(item.count == 1 for item in plan):
             self._cost.observe(sum([item.rows for item in plan]), ran.seconds)
         if ran.draft_seconds is not None:
             self._draft_cost.observe(list(self._depths.values()), ran.draft_seconds)
