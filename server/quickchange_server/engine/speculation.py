@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from quickchange_server.engine.acceptance import DEEPEST, KEPT, WORDS, Acceptance, Drafter, Trials
 from quickchange_server.engine.depths import DepthPlan, Prospect
+from quickchange_server.engine.guard import Guard
 from quickchange_server.engine.guidance import GuidedChain, WordGuide
 from quickchange_server.engine.lookup import Found, PromptLookup
 from quickchange_server.engine.purchase import Load, buy_chains, expected_tokens
@@ -74,6 +75,8 @@ class Speculation:
         self._depth_plan = DepthPlan(self._acceptance, cost, self._draft_cost)
         self._trials = Trials()
         self._reach = _Reach()
+        self._guard = Guard()
+        self._awake = False  # whether the step under way may draft
         self._trial: str | None = None  # request whose drafts are verified whatever they are worth
         self._room = 0
         self._step = 0
@@ -88,11 +91,15 @@ class Speculation:
         """The drafts to verify for each item; at most `room` in all."""
         self._bought, self._lookups, self._estimate = {}, {}, 0.0
         self._step += 1
-        chains = [self._chain(item)[: _TRIED if self._is_trial(item) else None] for item in plan]
+        decoding = sum([item.samples for item in plan])
         self._room = room
+        wanted = any(item.sequence.drafting is not None for item in plan)
+        self._awake = wanted and self._guard.awake(decoding)
+        if not self._awake:
+            return [()] * len(plan)
+        chains = [self._chain(item)[: _TRIED if self._is_trial(item) else None] for item in plan]
         if not any(chains):
             return [()] * len(plan)
-        decoding = sum([item.samples for item in plan])
         load = Load(decoding, sum([item.count for item in plan]) - decoding, room)
         trial = next((i for i, item in enumerate(plan) if self._is_trial(item)), None)
         chances = [[draft.chance for draft in chain] for chain in chains]
@@ -116,7 +123,7 @@ class Speculation:
         """
         asleep = not self._depths and self._trial is None and self._step % _QUIET
         self._trial, self._depths, self._guided = None, {}, {}
-        if asleep:
+        if asleep or not self._awake:
             return {}
         items = [item for item in plan if item.samples and item.sequence.drafting is not None]
         if not items:
@@ -162,6 +169,7 @@ class Speculation:
         news = bool(self._bought) or self._step % _QUIET == 0
         if news and ran.seconds is not None and all(item.count == 1 for item in plan):
             self._cost.observe(sum([item.rows for item in plan]), ran.seconds)
+        self._judge_step(plan, ran)
         if ran.draft_seconds is not None:
             self._draft_cost.observe(list(self._depths.values()), ran.draft_seconds)
         if not self._bought:
@@ -180,6 +188,14 @@ class Speculation:
             estimate=self._estimate,
             gain=accepted.total(),
         )
+
+    def _judge_step(self, plan: Seq[Scheduled], ran: Ran) -> None:
+        """Hold what a step of decoding alone gave against what it would have without drafts."""
+        if not self._awake or ran.seconds is None or any(item.count != 1 for item in plan):
+            return
+        tokens = sum([len(result.sampled) for result in ran.results])
+        seconds = ran.seconds + (ran.draft_seconds or 0.0)
+        self._guard.observe(len(plan), tokens, seconds, self._cost.seconds(len(plan)))
 
     def _judge(
         self,
