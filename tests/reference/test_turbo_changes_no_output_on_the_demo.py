@@ -14,6 +14,7 @@ from quickchange_server.messages import Component, Drafting, SamplingParams
 from quickchange_server.offline import OfflineEngine, OfflineRequest
 from quickchange_server.settings import Settings
 from quickchange_server.text import Text
+from quickchange_server.token_text import token_text
 from quickchange_store.base import base_spec
 from quickchange_store.demo import DEMO_ADAPTERS, ensure_demo_base, publish_demo_adapters
 from quickchange_store.demo.tasks import TASKS
@@ -73,7 +74,7 @@ def test_drafts_change_no_token_of_the_demo_adapters(tmp_path: Path) -> None:
     publish_demo_adapters(store, base_spec(model))
     requests = demo_requests(model, store)
     settings = Settings.model_validate({"model": str(model), "store": store.root})
-    with OfflineEngine(settings) as engine:
+    with OfflineEngine(settings, text=token_text(settings.model)) as engine:
         drafted = engine.run(requests, concurrency=16)
     undrafted = Settings.model_validate({**settings.model_dump(), "turbo": False})
     with OfflineEngine(undrafted) as engine:
