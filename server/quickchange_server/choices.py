@@ -67,14 +67,18 @@ class Choice:
 
 
 class Choices:
-    """All choices of one request."""
+    """All choices of one request: `per_prompt` for each of its prompts."""
 
-    def __init__(self, choices: Sequence[Choice]) -> None:
+    def __init__(self, choices: Sequence[Choice], per_prompt: int = 1) -> None:
         self._choices = choices
+        self._per_prompt = per_prompt
 
     @classmethod
     async def admit(
-        cls, client: EngineClient, orders: Sequence[tuple[Generation, Transcript]]
+        cls,
+        client: EngineClient,
+        orders: Sequence[tuple[Generation, Transcript]],
+        per_prompt: int = 1,
     ) -> Choices:
         """Hand every generation to the engine. Raises QueueFullError or UnavailableError, and then
         none of them is left running."""
@@ -85,13 +89,19 @@ class Choices:
         except BaseException:
             await cls(admitted).close()
             raise
-        return cls(admitted)
+        return cls(admitted, per_prompt)
 
     def __len__(self) -> int:
         return len(self._choices)
 
     def __getitem__(self, index: int) -> Choice:
         return self._choices[index]
+
+    @property
+    def cached_tokens(self) -> int:
+        """Of the prompts' tokens, each prompt counted once, those found in the prefix cache."""
+        firsts = self._choices[:: self._per_prompt]
+        return sum(choice.cached_tokens for choice in firsts)
 
     @property
     def completion_tokens(self) -> int:

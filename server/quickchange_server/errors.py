@@ -4,12 +4,14 @@
     ├── InvalidRequestError        400  a field is wrong: `param` names it
     │   ├── UnsupportedParameterError 400  a field that this server does not support
     │   └── ContextLengthError     400  prompt and max_tokens exceed the model's context
-    ├── ForbiddenError             403  switched off by a setting, which the message names
+    ├── UnauthenticatedError       401  no valid API key
+    ├── ForbiddenError             403  switched off by a setting, or outside the key's scopes
     ├── UnknownModelError          404  no such base, adapter, version or alias
     ├── ConflictError              409  the name is taken or in use
     ├── AdapterFailedError         424  the adapter could not be loaded
     ├── RequestFailedError         424  this request ended the engine repeatedly
     ├── QueueFullError             429  with Retry-After
+    ├── RateLimitedError           429  a limit of the API key; with Retry-After
     ├── EngineFailedError          500  the engine failed inside a request
     ├── UnavailableError           503  starting, draining or failed; with Retry-After
     └── SettingError               500  the server can't start so: `param` names the setting
@@ -51,6 +53,12 @@ class ContextLengthError(InvalidRequestError):
     code = "context_length_exceeded"
 
 
+class UnauthenticatedError(QuickchangeError):
+    status = 401
+    kind = "authentication_error"
+    code = "invalid_api_key"
+
+
 class ForbiddenError(QuickchangeError):
     status = 403
     kind = "permission_error"
@@ -84,6 +92,12 @@ class QueueFullError(QuickchangeError):
     status = 429
     kind = "rate_limit_error"
     code = "queue_full"
+
+
+class RateLimitedError(QuickchangeError):
+    status = 429
+    kind = "rate_limit_error"
+    code = "rate_limit_exceeded"
 
 
 class EngineFailedError(QuickchangeError):

@@ -18,7 +18,15 @@ from quickchange_server.errors import (
     QuickchangeError,
     RequestFailedError,
 )
-from quickchange_server.messages import Component, Delta, Drafting, SamplingParams, Submit
+from quickchange_server.messages import (
+    Component,
+    Constraint,
+    Delta,
+    Drafting,
+    Pooling,
+    SamplingParams,
+    Submit,
+)
 from quickchange_server.metrics import Outcome, RequestMetrics
 
 
@@ -33,6 +41,11 @@ class Generation:
     label: str = "base"  # the adapter's name in metrics
     drafting: Drafting | None = None  # None: no token is drafted
     drafter: str | None = None  # the name, in metrics, of the adapter whose heads draft
+    constraint: Constraint | None = None
+    salt: str = ""
+    background: bool = False
+    prompt_logprobs: int | None = None
+    pooling: Pooling | None = None
 
 
 class Flight:
@@ -77,6 +90,11 @@ class Flight:
             adapters=generation.adapters,
             output=tuple(self.emitted),
             drafting=generation.drafting,
+            constraint=generation.constraint,
+            salt=generation.salt,
+            background=generation.background,
+            prompt_logprobs=generation.prompt_logprobs,
+            pooling=generation.pooling,
         )
 
     def deliver(self, delta: Delta, now: float) -> None:

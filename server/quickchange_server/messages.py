@@ -28,6 +28,7 @@ class SamplingParams:
     top_k: int = 0  # 0 means off
     top_p: float = 1.0
     min_p: float = 0.0
+    typical_p: float = 1.0  # 1 means off (Meister et al. 2022, as in transformers)
     repetition_penalty: float = 1.0  # over prompt and output, as in transformers
     presence_penalty: float = 0.0  # over output only, as in OpenAI's API
     frequency_penalty: float = 0.0  # over output only
@@ -53,6 +54,17 @@ class Drafting:
     lookup: bool = False  # also from what followed the same tokens earlier in prompt and output
 
 
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """What the generated text must be: every token that could not lead there is suppressed."""
+
+    kind: Literal["json_object", "json_schema", "regex", "grammar"]
+    source: str = ""  # the schema as JSON, the regular expression, the grammar; "" for json_object
+
+
+Pooling = Literal["mean", "last"]  # of the hidden states that enter the LM head
+
+
 # --- API process to engine ---------------------------------------------------------------------
 
 
@@ -66,6 +78,11 @@ class Submit:
     adapters: tuple[Component, ...] = ()  # empty: the plain base model
     output: tuple[int, ...] = ()
     drafting: Drafting | None = None  # None: no token is drafted
+    constraint: Constraint | None = None  # None: any text
+    salt: str = ""  # requests share cached prefixes only under equal salts
+    background: bool = False  # runs on what other requests leave, and gives way to them
+    prompt_logprobs: int | None = None  # as SamplingParams.logprobs, of the prompt's tokens
+    pooling: Pooling | None = None  # an embedding of the prompt instead of new tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +163,9 @@ class Delta:
     queue_seconds: float | None = None  # with the first delta: arrival in the engine to first step
     drafted: int = 0  # draft tokens verified in the step that made this delta
     accepted: int = 0  # of token_ids, those that came from accepted drafts
+    # With the first delta, where asked for: one for each token of the prompt but the first.
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    embedding: bytes | None = None  # float32 little-endian [H]; the only delta of its request
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from quickchange_server.books import Bookkeeper
 from quickchange_server.catalog import Catalog
 from quickchange_server.client import EngineClient
 from quickchange_server.errors import UnavailableError
@@ -50,6 +51,7 @@ class Services:
     imports: Imports
     seeds: Seeds
     started: asyncio.Future[Ready]
+    books: tuple[Bookkeeper, ...] = ()
     created: int = field(default_factory=lambda: int(time.time()))  # of the base, in /v1/models
 
     @property

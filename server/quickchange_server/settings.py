@@ -74,6 +74,25 @@ class Settings(BaseSettings):
     drain_seconds: float = Field(30.0, ge=0, description="on SIGTERM, time for running requests")
     max_request_deaths: int = Field(3, ge=1, description="engine deaths before a request fails")
     metrics_adapters: int = Field(100, ge=0, description="adapter names kept as label values")
+    database: str | None = Field(
+        None,
+        description="where experiments, keys and usage are kept: an SQLAlchemy URL, for several "
+        "replicas of PostgreSQL (postgresql+psycopg://...); default: SQLite in the store's folder",
+    )
+    api_keys: bool | None = Field(
+        None,
+        description="ask every request for an API key; default: only where the address is not "
+        "loopback",
+    )
+    allow_unauthenticated: bool = Field(
+        False, description="listen on an address that is not loopback without asking for keys"
+    )
+    tenant_cache: bool = Field(
+        False, description="tenants share no prefix-cache hits, whose timing tells of prompts"
+    )
+    otlp_endpoint: str | None = Field(
+        None, description="where OpenTelemetry traces are sent (OTLP over HTTP); default: nowhere"
+    )
     seed: int | None = Field(None, description="seed of the drawn seeds; default: from the system")
 
     @property

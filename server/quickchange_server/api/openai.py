@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -12,6 +11,7 @@ from dataclasses import dataclass, field
 from fastapi import APIRouter, Request, Response
 
 from quickchange_server.api import ordering
+from quickchange_server.api.callers import Calling
 from quickchange_server.api.schemas import (
     DEFAULT_COMPLETION_TOKENS,
     ChatRequest,
@@ -27,7 +27,7 @@ from quickchange_server.api.shapes import (
     usage,
 )
 from quickchange_server.api.sse import DONE, event, event_stream, unless_gone
-from quickchange_server.choices import Choices
+from quickchange_server.books import Running
 from quickchange_server.services import Injected, Services
 from quickchange_server.transcript import Ending, LoggedToken
 
@@ -40,20 +40,20 @@ class Answer:
 
     envelope: Json  # what the whole answer and each event have in common, "object" aside
     shape: Shape
-    choices: Choices
-    prompt_tokens: int  # of all prompts
-    choices_per_prompt: int
+    running: Running
     drafting: bool  # tokens are drafted ahead
 
     @property
+    def headers(self) -> dict[str, str]:
+        return ordering.headers(self.running.account.opened.assignment)
+
+    @property
     def usage(self) -> Json:
-        cached = sum(
-            self.choices[index].cached_tokens
-            for index in range(0, len(self.choices), self.choices_per_prompt)
-        )
-        told = usage(self.prompt_tokens, self.choices.completion_tokens, cached)
+        choices = self.running.choices
+        prompt_tokens = self.running.account.opened.prompt_tokens
+        told = usage(prompt_tokens, choices.completion_tokens, choices.cached_tokens)
         if self.drafting:
-            told |= predictions(self.choices.drafted_tokens, self.choices.accepted_tokens)
+            told |= predictions(choices.drafted_tokens, choices.accepted_tokens)
         return told
 
 
@@ -68,13 +68,14 @@ class _Collected:
 
 async def whole(answer: Answer) -> Json:
     """The answer in one piece."""
-    collected = [_Collected() for _ in range(len(answer.choices))]
-    async with aclosing(answer.choices.pieces()) as pieces:
+    collected = [_Collected() for _ in range(len(answer.running.choices))]
+    async with aclosing(answer.running.pieces()) as pieces:
         async for index, piece in pieces:
             choice = collected[index]
             choice.parts.append(piece.text)
             choice.tokens.extend(piece.tokens)
             choice.ending = piece.ending
+    await answer.running.account.settled()
     return {
         **answer.envelope,
         "object": answer.shape.object,
@@ -91,7 +92,7 @@ async def streamed(answer: Answer, include_usage: bool) -> AsyncGenerator[bytes,
     envelope = {**answer.envelope, "object": answer.shape.chunk_object}
     without_usage = {"usage": None} if include_usage else {}
     opened: set[int] = set()
-    async with aclosing(answer.choices.pieces()) as pieces:
+    async with aclosing(answer.running.pieces()) as pieces:
         async for index, piece in pieces:
             said = [answer.shape.chunk(index, piece)]
             if index not in opened:
@@ -102,6 +103,7 @@ async def streamed(answer: Answer, include_usage: bool) -> AsyncGenerator[bytes,
                 yield event({**envelope, "choices": [choice], **without_usage})
     if include_usage:
         yield event({**envelope, "choices": [], "usage": answer.usage})
+    await answer.running.account.settled()
     yield DONE
 
 
@@ -109,21 +111,26 @@ async def respond(request: Request, body: Sampled, answer: Answer) -> Response:
     """The response; a client that goes away before its end cancels what still runs."""
     try:
         if body.stream:
-            return await event_stream(request, streamed(answer, body.include_usage))
+            events = streamed(answer, body.include_usage)
+            return await event_stream(request, events, answer.headers)
         content = json.dumps(await unless_gone(request, whole(answer)), ensure_ascii=False)
     except BaseException:
-        await answer.choices.close()
+        await answer.running.close()
         raise
-    return Response(content, media_type="application/json")
+    return Response(content, media_type="application/json", headers=answer.headers)
 
 
-def _envelope(services: Services, request_id: str, model: str) -> Json:
-    return {
-        "id": request_id,
-        "created": int(time.time()),
-        "model": model,
+def _envelope(services: Services, running: Running) -> Json:
+    opened = running.account.opened
+    told = {
+        "id": opened.request_id,
+        "created": int(opened.at),
+        "model": opened.model,
         "system_fingerprint": services.fingerprint,
     }
+    if opened.assignment is not None:
+        told["quickchange"] = ordering.shown(opened.assignment)
+    return told
 
 
 async def _prompts(
@@ -143,45 +150,43 @@ async def _prompts(
 
 
 @router.post("/v1/completions")
-async def completions(request: Request, body: CompletionRequest, services: Injected) -> Response:
+async def completions(
+    request: Request, body: CompletionRequest, services: Injected, caller: Calling
+) -> Response:
     """Continue a prompt."""
-    selection = ordering.select(services, body)
-    prompts = await _prompts(services, body.prompt)
-    request_id = f"cmpl-{uuid.uuid4().hex}"
-    choices = await ordering.admit(
+    order = ordering.select(services, caller, body, request.headers)
+    prompts = await _prompts(services, order.body.prompt)
+    running = await ordering.admit(
         services,
-        body,
-        selection,
+        order,
         prompts,
-        request_id=request_id,
+        request_id=f"cmpl-{uuid.uuid4().hex}",
         prompt_param="prompt",
         default_tokens=DEFAULT_COMPLETION_TOKENS,
     )
-    shape = CompletionShape(services.text, body.logprobs is not None)
-    envelope = _envelope(services, request_id, selection.model)
-    drafting = selection.drafting is not None
-    answer = Answer(envelope, shape, choices, sum(map(len, prompts)), body.n, drafting)
-    return await respond(request, body, answer)
+    shape = CompletionShape(services.text, order.body.logprobs is not None)
+    drafting = order.selection.drafting is not None
+    answer = Answer(_envelope(services, running), shape, running, drafting)
+    return await respond(request, order.body, answer)
 
 
 @router.post("/v1/chat/completions")
-async def chat_completions(request: Request, body: ChatRequest, services: Injected) -> Response:
+async def chat_completions(
+    request: Request, body: ChatRequest, services: Injected, caller: Calling
+) -> Response:
     """Answer a chat."""
-    selection = ordering.select(services, body)
-    messages = [message.for_template() for message in body.messages]
+    order = ordering.select(services, caller, body, request.headers)
+    messages = [message.for_template() for message in order.body.messages]
     prompt = await services.text.encode_chat(messages)
-    request_id = f"chatcmpl-{uuid.uuid4().hex}"
-    choices = await ordering.admit(
+    running = await ordering.admit(
         services,
-        body,
-        selection,
+        order,
         [prompt],
-        request_id=request_id,
+        request_id=f"chatcmpl-{uuid.uuid4().hex}",
         prompt_param="messages",
         default_tokens=None,
     )
-    shape = ChatShape(services.text, body.logprobs)
-    envelope = _envelope(services, request_id, selection.model)
-    drafting = selection.drafting is not None
-    answer = Answer(envelope, shape, choices, len(prompt), body.n, drafting)
-    return await respond(request, body, answer)
+    shape = ChatShape(services.text, order.body.logprobs)
+    drafting = order.selection.drafting is not None
+    answer = Answer(_envelope(services, running), shape, running, drafting)
+    return await respond(request, order.body, answer)

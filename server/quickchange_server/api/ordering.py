@@ -1,11 +1,16 @@
-"""From a validated body and its token ids to what the engine is asked for."""
+"""From a validated body to what the engine is asked for: names, experiments, limits, admission."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 
 from quickchange_server.api.schemas import Sampled
+from quickchange_server.api.shapes import Json
+from quickchange_server.books import Account, Assignment, Opened, Running
+from quickchange_server.callers import Caller
 from quickchange_server.catalog import Selection, WeightedName
 from quickchange_server.choices import Choices, choice_seed
 from quickchange_server.client import Generation
@@ -14,29 +19,59 @@ from quickchange_server.messages import SamplingParams
 from quickchange_server.services import Services
 from quickchange_server.transcript import TextOptions, Transcript
 
+B = TypeVar("B", bound=Sampled)
 
-def select(services: Services, body: Sampled) -> Selection:
-    """What the body's `model`, `adapters` and `turbo` name."""
+
+@dataclass(frozen=True, slots=True)
+class Order(Generic[B]):
+    """What is to be generated, and for whom, before its prompt is tokens."""
+
+    caller: Caller
+    model: str  # as the client named it
+    body: B  # with what the experiment's variant changes
+    selection: Selection
+    assignment: Assignment | None = None
+    traceparent: str | None = None
+
+
+def select(services: Services, caller: Caller, body: B, headers: Mapping[str, str]) -> Order[B]:
+    """What the body's `model`, `adapters` and `turbo` name for this caller."""
     composition = [WeightedName(entry.id, entry.weight) for entry in body.adapters]
-    return services.catalog.select(body.model, composition, body.turbo)
+    selection = services.catalog.select(body.model, composition, body.turbo)
+    return Order(caller, body.model, body, selection, traceparent=headers.get("traceparent"))
+
+
+def shown(assignment: Assignment) -> Json:
+    """An assignment as the answer's field tells it."""
+    return {"experiment": assignment.experiment, "variant": assignment.variant}
+
+
+def headers(assignment: Assignment | None) -> dict[str, str]:
+    """An assignment as the answer's headers tell it."""
+    if assignment is None:
+        return {}
+    return {
+        "x-quickchange-experiment": assignment.experiment,
+        "x-quickchange-variant": assignment.variant,
+    }
 
 
 async def admit(
     services: Services,
-    body: Sampled,
-    selection: Selection,
+    order: Order[B],
     prompts: Sequence[Sequence[int]],
     *,
     request_id: str,
     prompt_param: str,
     default_tokens: int | None,
-) -> Choices:
+) -> Running:
     """All choices of a request: `n` for each prompt, in the order of the prompts.
 
     `default_tokens` are generated at most where the body doesn't say; None: all that fit. Raises
-    InvalidRequestError, ContextLengthError, QueueFullError or UnavailableError, and then nothing
-    runs.
+    InvalidRequestError, ContextLengthError, RateLimitedError, QueueFullError or UnavailableError,
+    and then nothing runs.
     """
+    body = order.body
     count = len(prompts) * body.n
     if count > services.settings.max_queue:
         raise InvalidRequestError(
@@ -56,13 +91,41 @@ async def admit(
                 request_id=f"{request_id}-{len(orders)}",
                 prompt=tuple(prompt),
                 sampling=replace(sampling, seed=choice_seed(seed, choice)),
-                adapters=selection.adapters,
-                label=selection.label,
-                drafting=selection.drafting,
-                drafter=selection.drafter,
+                adapters=order.selection.adapters,
+                label=order.selection.label,
+                drafting=order.selection.drafting,
+                drafter=order.selection.drafter,
+                salt=order.caller.salt,
             )
             orders.append((generation, Transcript(services.text, options)))
-    return await Choices.admit(services.client, orders)
+    account = Account.open(_opened(order, prompts, orders, request_id), services.books)
+    try:
+        choices = await Choices.admit(services.client, orders, body.n)
+    except BaseException:
+        account.end("refused")
+        raise
+    return Running(choices, account)
+
+
+def _opened(
+    order: Order[B],
+    prompts: Sequence[Sequence[int]],
+    orders: Sequence[tuple[Generation, Transcript]],
+    request_id: str,
+) -> Opened:
+    return Opened(
+        request_id=request_id,
+        caller=order.caller,
+        model=order.model,
+        label=order.selection.label,
+        prompt_tokens=sum(map(len, prompts)),
+        max_tokens=sum(generation.sampling.max_tokens for generation, _ in orders),
+        choices=len(orders),
+        at=time.time(),
+        assignment=order.assignment,
+        user=order.body.user,
+        traceparent=order.traceparent,
+    )
 
 
 def _check_tokens(services: Services, body: Sampled) -> None:

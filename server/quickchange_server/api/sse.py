@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
 from typing import Any, TypeVar
 
 import anyio
@@ -56,8 +56,12 @@ async def _disconnected(request: Request) -> None:
 class EventStream(StreamingResponse):
     """A stream of events whose source is closed as soon as the client is gone."""
 
-    def __init__(self, first: bytes, events: AsyncGenerator[bytes, None]) -> None:
-        super().__init__(_going_on(first, events), media_type="text/event-stream", headers=HEADERS)
+    def __init__(
+        self, first: bytes, events: AsyncGenerator[bytes, None], headers: Mapping[str, str]
+    ) -> None:
+        super().__init__(
+            _going_on(first, events), media_type="text/event-stream", headers={**HEADERS, **headers}
+        )
         self._events = events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -68,10 +72,12 @@ class EventStream(StreamingResponse):
                 await self._events.aclose()
 
 
-async def event_stream(request: Request, events: AsyncGenerator[bytes, None]) -> EventStream:
+async def event_stream(
+    request: Request, events: AsyncGenerator[bytes, None], headers: Mapping[str, str]
+) -> EventStream:
     """A response with `events`. What fails before the first event is raised here, so that it still
     has its own status; what fails later is the stream's last event."""
-    return EventStream(await unless_gone(request, _first(events)), events)
+    return EventStream(await unless_gone(request, _first(events)), events, headers)
 
 
 async def _first(events: AsyncIterator[bytes]) -> bytes:
