@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from jinja2 import TemplateError
 
 from quickchange_server.detokenize import Decoding, Detokenizer
 from quickchange_server.errors import InvalidRequestError, SettingError
+from quickchange_server.tools import Messages, ToolFormat, tool_format
 
 LONG_TEXT = 4_000  # characters: 7 ms of tokenising (SmolLM2), which no other stream should wait for
 
@@ -57,6 +59,15 @@ class Text:
     def has_chat_template(self) -> bool:
         return bool(self._tokenizer.chat_template)
 
+    @cached_property
+    def tool_format(self) -> ToolFormat | None:
+        """How the model writes tool calls; None where its chat template has no tools."""
+        return tool_format(self._apply_template) if self.has_chat_template else None
+
+    def is_special(self, text: str) -> bool:
+        """Whether `text` is one of the special tokens, which an answer's text leaves out."""
+        return text in self._tokenizer.all_special_tokens
+
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. A long one is tokenised on a thread, beside running streams."""
         if len(text) < LONG_TEXT:
@@ -75,7 +86,7 @@ class Text:
         return list(encoded["input_ids"])
 
     def render_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+        self, messages: Messages, *, tools: Messages = (), add_generation_prompt: bool = True
     ) -> str:
         """The prompt text of a chat, its special tokens included.
 
@@ -88,22 +99,30 @@ class Text:
                 param="messages",
             )
         try:
-            rendered = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-            )
+            return self._apply_template(messages, tools, add_generation_prompt)
         except TemplateError as error:
             raise InvalidRequestError(
                 f"the model's chat template refuses these messages: {error}", param="messages"
             ) from error
+
+    def _apply_template(
+        self, messages: Messages, tools: Messages, add_generation_prompt: bool
+    ) -> str:
+        rendered = self._tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            tools=[dict(tool) for tool in tools] or None,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+        )
         return str(rendered)
 
     async def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+        self, messages: Messages, *, tools: Messages = (), add_generation_prompt: bool = True
     ) -> list[int]:
         """Token ids of a chat. The template writes the special tokens, so none are added."""
-        rendered = self.render_chat(messages, add_generation_prompt=add_generation_prompt)
+        rendered = self.render_chat(
+            messages, tools=tools, add_generation_prompt=add_generation_prompt
+        )
         return await self.encode(rendered, add_special_tokens=False)
 
     def detokenizer(self, *, skip_special_tokens: bool = True) -> Detokenizer:
