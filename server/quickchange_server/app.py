@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 
@@ -14,8 +15,10 @@ from quickchange_server.api.middleware import BodyLimitMiddleware, RequestIdMidd
 from quickchange_server.catalog import Catalog, base_names
 from quickchange_server.channel import EngineMain, engine_main
 from quickchange_server.client import EngineClient
+from quickchange_server.errors import SettingError
 from quickchange_server.imports import Imports
 from quickchange_server.metrics import Metrics
+from quickchange_server.metrics_http import HttpMetricsMiddleware
 from quickchange_server.services import VERSION, Seeds, Services
 from quickchange_server.settings import Settings
 from quickchange_server.text import Text
@@ -23,7 +26,11 @@ from quickchange_store.base import base_spec
 from quickchange_store.canonical import BaseSpec
 from quickchange_store.store import Store
 
+if TYPE_CHECKING:
+    from quickchange_server.traces import Traces
+
 BaseMaker = Callable[[], BaseSpec]
+TracesMaker = Callable[[], "Traces"]
 
 
 def create_app(
@@ -36,22 +43,27 @@ def create_app(
     """The application; its parts are at `app.state.services` once it has started.
 
     `text`, `engine` and `base` replace the tokenizer of the model, the engine's entry and what
-    adapters are checked against. Raises SettingError where the model's tokenizer can't be read.
+    adapters are checked against. Raises SettingError where the model's tokenizer can't be read, or
+    where traces are asked for and can't be sent.
 
     Requests are answered while the engine still starts, with 503. `services.started` tells when it
     is ready, or why it can't be.
     """
     text = Text.load(settings.model) if text is None else text
     base = partial(base_spec, settings.model) if base is None else base
+    traces_maker = _traces_maker(settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        services = _services(settings, text, engine, base)
+        traces = None if traces_maker is None else traces_maker()
+        services = _services(settings, text, engine, base, traces)
         app.state.services = services
         try:
             yield
         finally:
             await _end(services)
+            if traces is not None:
+                await traces.close()
 
     app = FastAPI(title="Quickchange", version=VERSION, lifespan=lifespan)
     for router in (openai.router, models.router, vllm.router, adapters.router, health.router):
@@ -64,10 +76,28 @@ def create_app(
         upload_limit=settings.max_upload_bytes,
     )
     app.add_middleware(RequestIdMiddleware)
+    app.add_middleware(HttpMetricsMiddleware)
     return app
 
 
-def _services(settings: Settings, text: Text, engine: EngineMain, base: BaseMaker) -> Services:
+def _traces_maker(settings: Settings) -> TracesMaker | None:
+    """What starts sending traces, where the settings ask for them. Raises SettingError."""
+    if settings.otlp_endpoint is None:
+        return None
+    try:
+        from quickchange_server import traces
+    except ModuleNotFoundError as error:
+        raise SettingError(
+            "otlp_endpoint: traces need OpenTelemetry, which is not installed; "
+            "pip install 'quickchange[traces]', or leave the setting out",
+            param="otlp_endpoint",
+        ) from error
+    return partial(traces.Traces, traces.address(settings.otlp_endpoint), VERSION)
+
+
+def _services(
+    settings: Settings, text: Text, engine: EngineMain, base: BaseMaker, traces: Traces | None
+) -> Services:
     """The server's parts, with the engine starting. On the event loop."""
     metrics = Metrics(settings)
     client = EngineClient(settings, metrics, engine)
@@ -89,6 +119,7 @@ def _services(settings: Settings, text: Text, engine: EngineMain, base: BaseMake
         imports=Imports(store, base, names),
         seeds=Seeds(settings.seed),
         started=asyncio.create_task(client.start(), name="engine-start"),
+        books=() if traces is None else (traces,),
     )
 
 
