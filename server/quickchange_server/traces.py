@@ -59,7 +59,7 @@ class Traces:
             context=self._propagator.extract(carrier),
             kind=SpanKind.SERVER,
             start_time=began,
-            attributes=_attributes(completed),
+            attributes=attributes_of(completed),
         )
         if completed.first_token_seconds is not None:
             at = began + _nanoseconds(completed.first_token_seconds)
@@ -96,7 +96,8 @@ def _operation(opened: Opened) -> str:
     return "chat" if opened.request_id.startswith("chatcmpl-") else "text_completion"
 
 
-def _attributes(completed: Completed) -> dict[str, AttributeValue]:
+def attributes_of(completed: Completed) -> dict[str, AttributeValue]:
+    """What a span tells of its request."""
     opened = completed.opened
     attributes: dict[str, AttributeValue] = {
         "gen_ai.operation.name": _operation(opened),
