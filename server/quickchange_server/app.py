@@ -12,6 +12,7 @@ from fastapi import FastAPI
 
 from quickchange_server.api import adapters, health, models, openai, refusals, vllm
 from quickchange_server.api.middleware import BodyLimitMiddleware, RequestIdMiddleware
+from quickchange_server.books import Bookkeeper
 from quickchange_server.catalog import Catalog, base_names
 from quickchange_server.channel import EngineMain, engine_main
 from quickchange_server.client import EngineClient
@@ -19,8 +20,11 @@ from quickchange_server.errors import SettingError
 from quickchange_server.imports import Imports
 from quickchange_server.metrics import Metrics
 from quickchange_server.metrics_http import HttpMetricsMiddleware
+from quickchange_server.metrics_storage import StorageMetrics
 from quickchange_server.services import VERSION, Seeds, Services
 from quickchange_server.settings import Settings
+from quickchange_server.storage.database import Database
+from quickchange_server.storage.revisions import Revisions
 from quickchange_server.text import Text
 from quickchange_store.base import base_spec
 from quickchange_store.canonical import BaseSpec
@@ -55,8 +59,13 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        metrics = Metrics(settings)
+        url, counts = settings.database_url, StorageMetrics(metrics.registry)
+        database = await asyncio.to_thread(Database.open, url, counts)
         traces = None if traces_maker is None else traces_maker()
-        services = _services(settings, text, engine, base, traces)
+        books = () if traces is None else (traces,)
+        services = _services(settings, metrics, text, engine, base, database, books)
+        services.revisions.start()
         app.state.services = services
         try:
             yield
@@ -96,10 +105,15 @@ def _traces_maker(settings: Settings) -> TracesMaker | None:
 
 
 def _services(
-    settings: Settings, text: Text, engine: EngineMain, base: BaseMaker, traces: Traces | None
+    settings: Settings,
+    metrics: Metrics,
+    text: Text,
+    engine: EngineMain,
+    base: BaseMaker,
+    database: Database,
+    books: tuple[Bookkeeper, ...],
 ) -> Services:
     """The server's parts, with the engine starting. On the event loop."""
-    metrics = Metrics(settings)
     client = EngineClient(settings, metrics, engine)
     store = Store(settings.store)
     names = base_names(settings)
@@ -119,13 +133,17 @@ def _services(
         imports=Imports(store, base, names),
         seeds=Seeds(settings.seed),
         started=asyncio.create_task(client.start(), name="engine-start"),
-        books=() if traces is None else (traces,),
+        books=books,
+        database=database,
+        revisions=Revisions(database),
     )
 
 
 async def _end(services: Services) -> None:
-    """Drain what still runs and end the engine."""
+    """Drain what still runs, end the engine, and commit what was recorded."""
     if not services.started.done():
         services.started.cancel()
     await asyncio.wait([services.started])
     await services.client.close(services.settings.drain_seconds)
+    await services.revisions.close()
+    await services.database.close()
