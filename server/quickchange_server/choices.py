@@ -31,6 +31,7 @@ class Choice:
         self._stream = stream
         self._transcript = transcript
         self.cached_tokens = 0  # prompt tokens found in the prefix cache
+        self.queue_seconds = 0.0  # from arrival in the engine to its first step
 
     @property
     def completion_tokens(self) -> int:
@@ -52,6 +53,8 @@ class Choice:
         async for delta in self._stream:
             if delta.cached_tokens is not None:
                 self.cached_tokens = delta.cached_tokens
+            if delta.queue_seconds is not None:
+                self.queue_seconds = delta.queue_seconds
             piece = self._transcript.push(delta)
             if piece.ending is not None:
                 self._stream.stop()  # for a stop string; otherwise it has ended by itself
@@ -102,6 +105,12 @@ class Choices:
         """Of the prompts' tokens, each prompt counted once, those found in the prefix cache."""
         firsts = self._choices[:: self._per_prompt]
         return sum(choice.cached_tokens for choice in firsts)
+
+    @property
+    def queue_seconds(self) -> float:
+        """From arrival in the engine to the first step of any choice; 0 before that."""
+        begun = (choice.queue_seconds for choice in self._choices if choice.queue_seconds)
+        return min(begun, default=0.0)
 
     @property
     def completion_tokens(self) -> int:

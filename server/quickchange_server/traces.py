@@ -61,9 +61,12 @@ class Traces:
             start_time=began,
             attributes=attributes_of(completed),
         )
-        if completed.first_token_seconds is not None:
-            at = began + _nanoseconds(completed.first_token_seconds)
-            span.add_event("quickchange.first_token", timestamp=at)
+        for event, after in (
+            ("quickchange.first_step", completed.queue_seconds),
+            ("quickchange.first_token", completed.first_token_seconds),
+        ):
+            if after:
+                span.add_event(event, timestamp=began + _nanoseconds(after))
         if completed.ending == "failed":
             span.set_status(Status(StatusCode.ERROR))
         span.end(began + _nanoseconds(completed.seconds))

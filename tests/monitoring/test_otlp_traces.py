@@ -87,9 +87,10 @@ def test_a_completion_is_one_span_with_its_adapter_and_tokens(
         "quickchange.accepted_tokens": 0,
         "quickchange.ending": "length",
     }
-    (event,) = span.events
-    assert event.name == "quickchange.first_token"
-    assert span.start_time_unix_nano < event.time_unix_nano <= span.end_time_unix_nano
+    step, token = span.events
+    assert (step.name, token.name) == ("quickchange.first_step", "quickchange.first_token")
+    assert step.time_unix_nano - span.start_time_unix_nano == 1_000_000  # as the engine says
+    assert span.start_time_unix_nano < token.time_unix_nano <= span.end_time_unix_nano
     assert received.paths[0] == "/v1/traces"
     assert received.resources[0]["service.name"] == "quickchange"
 
