@@ -128,6 +128,5 @@ def attributes_of(completed: Completed) -> dict[str, AttributeValue]:
         attributes |= {
             "quickchange.experiment": opened.assignment.experiment,
             "quickchange.variant": opened.assignment.variant,
-            "quickchange.shadow": opened.assignment.shadow,
         }
     return attributes

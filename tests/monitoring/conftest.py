@@ -16,7 +16,7 @@ import pytest
 for folder in (Path(__file__).parent, Path(__file__).parent.parent / "server"):
     sys.path.insert(0, str(folder))
 
-from fleet_load import fleet, observe, under_load  # noqa: E402
+from fleet_load import Fleet, fleet, observe, under_load  # noqa: E402
 from http_support import Live  # noqa: E402
 from prometheus_support import Observed, program, prometheus  # noqa: E402
 
@@ -24,13 +24,19 @@ LOAD_SECONDS = 12.0
 
 
 @pytest.fixture(scope="session")
-def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    with fleet(tmp_path_factory.mktemp("fleet")) as live:
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    with fleet(tmp_path_factory.mktemp("fleet")) as served:
         from stand_in_metrics import stand_ins
 
-        existing = set(re.findall(r"^# TYPE (\S+) ", live.http.get("/metrics").text, re.MULTILINE))
-        with stand_ins(live.services.metrics.registry, existing):
-            yield live
+        text = served.live.http.get("/metrics").text
+        existing = set(re.findall(r"^# TYPE (\S+) ", text, re.MULTILINE))
+        with stand_ins(served.live.services.metrics.registry, existing):
+            yield served
+
+
+@pytest.fixture(scope="session")
+def live(served: Fleet) -> Live:
+    return served.live
 
 
 @pytest.fixture(scope="session")
@@ -43,9 +49,11 @@ def exported(live: Live) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def observed(live: Live, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Observed]:
+def observed(served: Fleet, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Observed]:
     program("prometheus")
-    with prometheus(tmp_path_factory.mktemp("prometheus"), urlsplit(live.url).netloc) as running:
-        with under_load(live):
+    target = urlsplit(served.live.url).netloc
+    authorization = served.live.http.headers.get("authorization")
+    with prometheus(tmp_path_factory.mktemp("prometheus"), target, authorization) as running:
+        with under_load(served):
             start, end = observe(LOAD_SECONDS)
         yield Observed(running, start, end)

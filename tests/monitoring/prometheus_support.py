@@ -78,8 +78,8 @@ class Observed:
     end: float
 
 
-def configuration(target: str) -> dict[str, Any]:
-    """The repository's own, with one server as target and a faster clock."""
+def configuration(target: str, authorization: str | None) -> dict[str, Any]:
+    """The repository's own, with one server as target, its key and a faster clock."""
     config: dict[str, Any] = yaml.safe_load((FILES / "prometheus.yml").read_text())
     every = f"{SCRAPE_SECONDS}s"
     config["global"] = {"scrape_interval": every, "evaluation_interval": every}
@@ -87,6 +87,9 @@ def configuration(target: str) -> dict[str, Any]:
     (job,) = config["scrape_configs"]
     del job["dns_sd_configs"]
     job["static_configs"] = [{"targets": [target]}]
+    if authorization is not None:
+        kind, _, credentials = authorization.partition(" ")
+        job["authorization"] = {"type": kind, "credentials": credentials}
     return config
 
 
@@ -97,14 +100,14 @@ def free_port() -> int:
 
 
 @contextmanager
-def prometheus(folder: Path, target: str) -> Iterator[Prometheus]:
+def prometheus(folder: Path, target: str, authorization: str | None) -> Iterator[Prometheus]:
     """Scrapes `target` (host:port), once at least; data and log lie in `folder`.
 
     Ended by its process id.
     """
     binary = program("prometheus")
     config = folder / "prometheus.yml"
-    config.write_text(yaml.safe_dump(configuration(target)))
+    config.write_text(yaml.safe_dump(configuration(target, authorization)))
     address = f"127.0.0.1:{free_port()}"
     command = [
         binary,

@@ -175,16 +175,14 @@ def test_what_was_recorded_is_sent_before_the_end_with_its_times() -> None:
 
 
 def test_an_experiments_variant_is_told() -> None:
-    assignment = Assignment("tone", "b", "u", "hash", shadow=True)
+    assignment = Assignment("tone", "b", "u", "hash")
     opened = replace(OPENED, request_id="chatcmpl-1", assignment=assignment)
     with collector() as received:
         run(received.url, Completed(opened, "cancelled"))
     attributes = plain(received.spans[0].attributes)
     assert received.spans[0].name == "chat canary"
-    told = {
-        key: attributes.get(f"quickchange.{key}") for key in ("experiment", "variant", "shadow")
-    }
-    assert told == {"experiment": "tone", "variant": "b", "shadow": True}
+    told = {key: attributes.get(f"quickchange.{key}") for key in ("experiment", "variant")}
+    assert told == {"experiment": "tone", "variant": "b"}
     assert "gen_ai.response.finish_reasons" not in attributes
     assert not received.spans[0].events
 
