@@ -23,7 +23,6 @@ from quickchange_bench.results import Load, Point, ServingResult, WorkloadSpec, 
 from quickchange_bench.scale import ScaleOptions, measure_scale, scale_table
 from quickchange_bench.serving import Plan, run_plan
 from quickchange_bench.workload import Workload, parse_length
-from quickchange_server.experiments.statistics.plan import Plan
 
 app = typer.Typer(
     help="Measure a server: ours, or any that speaks OpenAI's completions.",
@@ -379,13 +378,15 @@ def perplexity(
 @_refusals
 def experiments_command(
     runs: Annotated[int, typer.Option(min=1, help="Whole experiments of each kind.")] = 1000,
-    horizon: Annotated[int, typer.Option(min=50, help="Units a variant in each.")] = 5000,
+    horizon: Annotated[
+        int, typer.Option(min=50, help="Units of the smallest variant in each.")
+    ] = 5000,
     every: Annotated[int, typer.Option(min=1, help="Outcomes between looks.")] = 50,
     seed: Annotated[int, typer.Option(help="Of the outcomes.")] = 0,
 ) -> None:
     """How often the experiments' statistics are wrong, and how soon they are right."""
     design = simulation.Design(runs=runs, horizon=horizon, every=every, seed=seed)
-    for line in simulation.report(design, Plan()):
+    for line in simulation.report(design):
         typer.echo(line)
 
 

@@ -74,6 +74,12 @@ class Trial:
     def variants(self) -> int:
         return len(self.stages[0])
 
+    @property
+    def smallest(self) -> float:
+        """The smallest variant's share of all outcomes."""
+        stages = np.array(self.stages)
+        return float(np.mean(stages / stages.sum(axis=1, keepdims=True), axis=0).min())
+
     def assign(self, uniform: Floats) -> NDArray[np.intp]:
         """Which variant each outcome is of. [runs, looks, every], of numbers below 1."""
         stage = np.arange(uniform.shape[1]) * len(self.stages) // uniform.shape[1]
@@ -88,7 +94,7 @@ class Design:
     """How often each trial is run, how long, and how often one looks."""
 
     runs: int = 1000
-    horizon: int = 5000  # units a variant, on average
+    horizon: int = 5000  # units of the smallest variant, on average
     every: int = 50  # outcomes, of all variants together, between looks
     seed: int = 0
 
@@ -99,7 +105,7 @@ class Found:
 
     share: float  # of runs in which it spoke
     wrong: float  # of runs in which it first spoke with the wrong sign, or of an equal variant
-    median_units: float  # a variant, until it spoke; infinite where half the runs stayed silent
+    median_units: float  # of the smallest variant; infinite where half the runs stayed silent
 
 
 def always_valid(moments: Moments, plan: Plan) -> Bools:
@@ -123,7 +129,7 @@ def looks(trial: Trial, design: Design) -> Iterator[Moments]:
     """Runs of the trial, a batch at a time: moments of [runs, looks, V]."""
     rng = np.random.default_rng(design.seed)
     variants = trial.variants
-    shape = (design.horizon * variants // design.every, design.every)
+    shape = (round(design.horizon / trial.smallest) // design.every, design.every)
     effects = np.zeros(variants)
     effects[-1] = trial.effect
     for start in range(0, design.runs, _BATCH):
@@ -141,7 +147,7 @@ def judge(trial: Trial, design: Design, plan: Plan, rules: Sequence[Rule]) -> li
     """What each rule came to, on the same runs."""
     heard: list[list[tuple[float, bool]]] = [[] for _ in rules]
     for moments in looks(trial, design):
-        units = moments.count.sum(axis=-1) / trial.variants
+        units = moments.count.min(axis=-1)
         estimates = differences(moments).value
         for rule, spoken in zip(rules, heard, strict=True):
             spoken += _first_words(rule(moments, plan), estimates, units, trial.effect)
@@ -151,7 +157,7 @@ def judge(trial: Trial, design: Design, plan: Plan, rules: Sequence[Rule]) -> li
 def _first_words(
     said: Bools, estimates: Floats, units: Floats, effect: float
 ) -> list[tuple[float, bool]]:
-    """Of each run: units a variant until the first word, and whether it was wrong."""
+    """Of each run: the smallest variant's units at the first word, and whether it was wrong."""
     words = []
     for run in range(len(said)):
         when = np.flatnonzero(said[run].any(axis=-1))
@@ -212,7 +218,7 @@ def ratio_alarms(
     """The sample-ratio test on runs whose units come by `actual`, tested against `promised`."""
     rng = np.random.default_rng(design.seed)
     shares = np.array(promised) / np.sum(promised)
-    total = design.horizon * len(promised) // design.every
+    total = round(design.horizon / shares.min()) // design.every
     blocks = rng.multinomial(design.every, actual, size=(design.runs, total))
     counts = np.cumsum(blocks, axis=1).astype(np.float64)
     alarms = dirichlet_evidence(counts, shares, concentration * shares) > -np.log(
@@ -221,7 +227,7 @@ def ratio_alarms(
     words = []
     for run in alarms:
         when = np.flatnonzero(run)
-        units = (when[0] + 1) * design.every / len(promised) if len(when) else float("inf")
+        units = (when[0] + 1) * design.every * shares.min() if len(when) else float("inf")
         words.append((units, False))
     return _found(words)
 
@@ -242,7 +248,7 @@ def same_table(design: Design, plan: Plan, trials: Sequence[Trial]) -> Iterator[
 def different_table(design: Design, plan: Plan, trials: Sequence[Trial]) -> Iterator[str]:
     """A markdown table of power and of how soon, a line at a time."""
     yield (
-        "| outcome | effect | found | wrong sign | median units a variant "
+        "| outcome | effect | found | wrong sign | median units of the smallest "
         "| fixed-size t-test, 80 % power |"
     )
     yield "|---|---|---|---|---|---|"
@@ -268,7 +274,7 @@ RATIOS: tuple[tuple[tuple[float, ...], tuple[float, ...]], ...] = (
 
 def ratio_table(design: Design, plan: Plan) -> Iterator[str]:
     """A markdown table of the sample-ratio test, a line at a time."""
-    yield "| promised | actual | alarms | median units a variant |"
+    yield "| promised | actual | alarms | median units of the smallest |"
     yield "|---|---|---|---|"
     for promised, actual in RATIOS:
         found = ratio_alarms(promised, actual, design, plan)
@@ -277,11 +283,12 @@ def ratio_table(design: Design, plan: Plan) -> Iterator[str]:
         yield f"| {' | '.join(names)} | {100 * found.share:.1f} % | {median} |"
 
 
-def report(design: Design, plan: Plan) -> Iterator[str]:
-    """All three tables, a line at a time."""
+def report(design: Design) -> Iterator[str]:
+    """All three tables of the default plan, a line at a time."""
+    plan = Plan()
     yield (
-        f"{design.runs:,} runs of {design.horizon:,} units a variant, a look after every "
-        f"{design.every} outcomes, seed {design.seed}; alpha {plan.alpha:g}, sample ratio "
+        f"{design.runs:,} runs of {design.horizon:,} units of the smallest variant, a look after "
+        f"every {design.every} outcomes, seed {design.seed}; alpha {plan.alpha:g}, sample ratio "
         f"{plan.ratio_threshold:g}; sharpest at {plan.sharpest_at:g} units.\n"
     )
     yield from same_table(design, plan, same_trials())

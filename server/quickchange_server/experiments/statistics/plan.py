@@ -18,7 +18,7 @@ class Plan:
 
     alpha: float = 0.05
     minimum_units: int = 100  # of each of two variants of equal size …
-    minimum_units_uneven: int = 1000  # … rising to this, of the smaller, as the other outgrows it
+    minimum_units_uneven: int = 1500  # … rising to this, of the smaller, as the other outgrows it
     minimum_events: int = 20  # flags: units of each value, in two variants together
     sharpest_at: float = 1000.0  # units a variant at which the interval is narrowest
     ratio_threshold: float = 0.01

@@ -14,6 +14,7 @@ from scipy.optimize import brentq
 from scipy.special import betaln, xlog1py, xlogy
 
 _TINY = 1e-12  # nearer than this to 0 or 1 is there
+_CLOSE = 1e-15  # of an end: rare flags' ends lie near 0
 
 
 def interval(total: float, count: float, alpha: float) -> tuple[float, float]:
@@ -25,6 +26,8 @@ def interval(total: float, count: float, alpha: float) -> tuple[float, float]:
         return level - float(xlogy(total, p) + xlog1py(rest, -p))
 
     peak = total / count if count else 0.5
-    lower = float(brentq(left_out, _TINY, peak)) if left_out(_TINY) > 0 else 0.0
-    upper = float(brentq(left_out, peak, 1 - _TINY)) if left_out(1 - _TINY) > 0 else 1.0
+    lower = float(brentq(left_out, _TINY, peak, xtol=_CLOSE)) if left_out(_TINY) > 0 else 0.0
+    upper = (
+        float(brentq(left_out, peak, 1 - _TINY, xtol=_CLOSE)) if left_out(1 - _TINY) > 0 else 1.0
+    )
     return lower, upper
