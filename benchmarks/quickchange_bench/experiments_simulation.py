@@ -13,13 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from quickchange_server.experiments.statistics.moments import Floats, Kind, Moments
+from quickchange_server.experiments.statistics.moments import Floats, Kind, Moments, pooled
 from quickchange_server.experiments.statistics.plan import Plan
 from quickchange_server.experiments.statistics.ratio import CONCENTRATION, dirichlet_evidence
 from quickchange_server.experiments.statistics.sequential import differences, p_value
 
 Bools = NDArray[np.bool_]
-Rule = Callable[[Moments, Plan], Bools]  # moments of [..., V] to [..., V - 1]: says "different"
+Strata = Sequence[Moments]  # a stage each
+Rule = Callable[[Strata, Plan], Bools]  # moments of [..., V] to [..., V - 1]: says "different"
 _BATCH = 50  # runs drawn at once: bounds memory
 
 
@@ -63,12 +64,14 @@ def flag(rate: float) -> Population:
 class Trial:
     """One kind of run: V variants, their weights, and what the last one has over the others.
 
-    Several stages of weights, equally long, are a ramp.
+    Several stages of weights, equally long, are a ramp; from each to the next, all outcomes move by
+    `drift`, as they do from a working day to a Sunday.
     """
 
     population: Population
     stages: tuple[tuple[float, ...], ...] = ((1.0, 1.0),)
     effect: float = 0.0
+    drift: float = 0.0
 
     @property
     def variants(self) -> int:
@@ -80,9 +83,13 @@ class Trial:
         stages = np.array(self.stages)
         return float(np.mean(stages / stages.sum(axis=1, keepdims=True), axis=0).min())
 
+    def stage(self, looks: int) -> NDArray[np.intp]:
+        """Which stage is at each look. [looks]"""
+        return np.asarray(np.arange(looks) * len(self.stages) // looks)
+
     def assign(self, uniform: Floats) -> NDArray[np.intp]:
         """Which variant each outcome is of. [runs, looks, every], of numbers below 1."""
-        stage = np.arange(uniform.shape[1]) * len(self.stages) // uniform.shape[1]
+        stage = self.stage(uniform.shape[1])
         ends = np.cumsum(self.stages, axis=1) / np.sum(self.stages, axis=1, keepdims=True)
         return np.asarray(
             sum(uniform >= ends[stage, k, None] for k in range(self.variants - 1)), dtype=np.intp
@@ -108,15 +115,17 @@ class Found:
     median_units: float  # of the smallest variant; infinite where half the runs stayed silent
 
 
-def always_valid(moments: Moments, plan: Plan) -> Bools:
+def always_valid(strata: Strata, plan: Plan) -> Bools:
     """The server's rule."""
+    moments = pooled(strata)
     compared = moments.count.shape[-1] - 1
-    small = p_value(differences(moments), plan.rho) * compared < plan.alpha
+    small = p_value(differences(strata), plan.rho) * compared < plan.alpha
     return np.asarray(plan.enough(moments) & small)
 
 
-def t_test(moments: Moments, plan: Plan) -> Bools:
+def t_test(strata: Strata, plan: Plan) -> Bools:
     """Welch's t-test at each look with the same minimum sample: what must not be done."""
+    moments = pooled(strata)
     first = (moments.mean[..., :1], np.sqrt(moments.variance[..., :1]), moments.count[..., :1])
     rest = (moments.mean[..., 1:], np.sqrt(moments.variance[..., 1:]), moments.count[..., 1:])
     enough = plan.enough(moments)
@@ -125,32 +134,39 @@ def t_test(moments: Moments, plan: Plan) -> Bools:
     return np.asarray(enough & (found.pvalue * rest[0].shape[-1] < plan.alpha))
 
 
-def looks(trial: Trial, design: Design) -> Iterator[Moments]:
-    """Runs of the trial, a batch at a time: moments of [runs, looks, V]."""
+def looks(trial: Trial, design: Design) -> Iterator[Strata]:
+    """Runs of the trial, a batch at a time: moments of [runs, looks, V], of each stage."""
     rng = np.random.default_rng(design.seed)
-    variants = trial.variants
     shape = (round(design.horizon / trial.smallest) // design.every, design.every)
-    effects = np.zeros(variants)
+    effects = np.zeros(trial.variants)
     effects[-1] = trial.effect
+    stage = trial.stage(shape[0])  # [looks]
     for start in range(0, design.runs, _BATCH):
         runs = min(_BATCH, design.runs - start)
         variant = trial.assign(rng.random((runs, *shape)))
-        value = trial.population.draw(rng, effects[variant])
+        moved = effects[variant] + trial.drift * stage[:, None]
+        value = trial.population.draw(rng, moved)
         sums = [
-            np.stack([np.sum(part, axis=-1, where=variant == k) for k in range(variants)], axis=-1)
+            np.stack([np.sum(part, axis=-1, where=variant == k) for k in range(trial.variants)], -1)
             for part in (np.ones_like(value), value, value**2)
         ]
-        yield Moments(trial.population.kind, *(np.cumsum(part, axis=1) for part in sums))
+        yield [
+            Moments(
+                trial.population.kind,
+                *(np.cumsum(part * (stage == k)[:, None], axis=1) for part in sums),
+            )
+            for k in range(len(trial.stages))
+        ]
 
 
 def judge(trial: Trial, design: Design, plan: Plan, rules: Sequence[Rule]) -> list[Found]:
     """What each rule came to, on the same runs."""
     heard: list[list[tuple[float, bool]]] = [[] for _ in rules]
-    for moments in looks(trial, design):
-        units = moments.count.min(axis=-1)
-        estimates = differences(moments).value
+    for strata in looks(trial, design):
+        units = pooled(strata).count.min(axis=-1)
+        estimates = differences(strata).value
         for rule, spoken in zip(rules, heard, strict=True):
-            spoken += _first_words(rule(moments, plan), estimates, units, trial.effect)
+            spoken += _first_words(rule(strata, plan), estimates, units, trial.effect)
     return [_found(spoken) for spoken in heard]
 
 
@@ -186,7 +202,8 @@ def fixed_units(trial: Trial, plan: Plan, power: float = 0.8) -> float:
 
 
 def same_trials() -> list[Trial]:
-    """A/A: equal shares, four variants, a tenth, and a ramp from a hundredth to a half."""
+    """A/A: equal shares, four variants, a tenth, a ramp from a hundredth to a half, and the ramp
+    while outcomes drift."""
     populations = [normal(), lognormal(1.0), lognormal(1.5), flag(0.5), flag(0.05), flag(0.01)]
     splits = (
         ((1.0, 1.0),),
@@ -194,7 +211,12 @@ def same_trials() -> list[Trial]:
         ((9.0, 1.0),),
         ((99.0, 1.0), (9.0, 1.0), (3.0, 1.0), (1.0, 1.0)),
     )
-    return [Trial(p, stages) for p in populations for stages in splits]
+    still = [Trial(p, stages) for p in populations for stages in splits]
+    return [
+        *still,
+        Trial(normal(), splits[-1], drift=0.1),
+        Trial(flag(0.05), splits[-1], drift=0.02),
+    ]
 
 
 def different_trials() -> list[Trial]:
@@ -238,9 +260,10 @@ def same_table(design: Design, plan: Plan, trials: Sequence[Trial]) -> Iterator[
     yield "|---|---|---|---|"
     for trial in trials:
         ours, theirs = judge(trial, design, plan, [always_valid, t_test])
+        drift = f", drifting by {trial.drift:g} a stage" if trial.drift else ""
         shares = " then ".join(":".join(f"{w:g}" for w in stage) for stage in trial.stages)
         yield (
-            f"| {trial.population.name} | {shares} | {100 * ours.share:.1f} % "
+            f"| {trial.population.name}{drift} | {shares} | {100 * ours.share:.1f} % "
             f"| {100 * theirs.share:.1f} % |"
         )
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from quickchange_server.experiments.statistics.moments import Moments
+from quickchange_server.experiments.statistics.moments import Moments, pooled
 from quickchange_server.experiments.statistics.sequential import (
     Estimate,
     best_mixing,
@@ -63,7 +63,7 @@ def test_the_interval_is_that_of_growthbooks_published_example() -> None:
 def test_a_difference_has_welchs_statistic() -> None:
     rng = np.random.default_rng(0)
     a, b = rng.normal(3, 1, 400), rng.normal(3.2, 2, 700)
-    found = differences(of(a, b))
+    found = differences([of(a, b)])
     expected = stats.ttest_ind(b, a, equal_var=False).statistic
     assert float(found.value[0] / found.error[0]) == pytest.approx(expected, rel=1e-9)
 
@@ -99,8 +99,8 @@ def test_it_is_narrowest_against_one_look_near_where_it_is_tuned() -> None:
 
 def test_equal_variants_clock_is_their_size_and_uneven_ones_lies_between() -> None:
     rng = np.random.default_rng(2)
-    even = differences(of(rng.normal(size=500), rng.normal(size=500)))
-    uneven = differences(of(rng.normal(size=5000), rng.normal(size=50)))
+    even = differences([of(rng.normal(size=500), rng.normal(size=500))])
+    uneven = differences([of(rng.normal(size=5000), rng.normal(size=50))])
     assert even.units[0] == pytest.approx(500)
     assert 50 < uneven.units[0] < 150
 
@@ -118,11 +118,48 @@ def test_one_unit_or_no_spread_has_no_interval() -> None:
         "number", np.array([0.0, 1.0, 9.0]), np.array([0.0, 2.0, 9.0]), np.array([0.0, 4.0, 9.0])
     )
     rho = best_mixing(1000, 0.05)
-    assert np.isnan(half_width(differences(moments), 0.05, rho)).all()
-    assert np.isnan(p_value(differences(moments), rho)).all()
+    assert np.isnan(half_width(differences([moments]), 0.05, rho)).all()
+    assert np.isnan(p_value(differences([moments]), rho)).all()
 
 
 def test_a_flag_that_one_variant_has_not_seen_is_not_taken_for_impossible() -> None:
     moments = Moments("flag", np.array([100.0, 100.0]), np.array([0.0, 3.0]), np.array([0.0, 3.0]))
     error = float(means(moments).error[0])
     assert error == pytest.approx(np.sqrt((1 / 102) * (101 / 102) / 100), rel=1e-9)
+
+
+def test_a_drift_under_changing_shares_is_no_difference() -> None:
+    # no effect, but the second stretch's outcomes are 10 higher and more of them are the variant's
+    rng = np.random.default_rng(8)
+    days = [
+        of(rng.normal(0, 1, 900), rng.normal(0, 1, 100)),
+        of(rng.normal(10, 1, 500), rng.normal(10, 1, 500)),
+    ]
+    apart, together = differences(days), differences([pooled(days)])
+    assert abs(float(apart.value[0])) < 0.2
+    assert float(together.value[0]) > 4
+
+
+def test_strata_are_weighted_by_information_as_one_clock() -> None:
+    rng = np.random.default_rng(9)
+    sample = [rng.normal(size=(2, 300)), rng.normal(size=(2, 700))]
+    strata = [of(*pair) for pair in sample]
+    found, whole = differences(strata), differences([pooled(strata)])
+    # equal shares in all stretches: the same as without strata
+    assert float(found.value[0]) == pytest.approx(float(whole.value[0]), rel=1e-9)
+    assert float(found.error[0]) == pytest.approx(float(whole.error[0]), rel=1e-9)
+    assert float(found.units[0]) == pytest.approx(1000, rel=1e-9)
+
+
+def test_a_stretch_without_a_variant_adds_nothing() -> None:
+    rng = np.random.default_rng(10)
+    both = of(rng.normal(size=300), rng.normal(size=300))
+    empty = Moments("number", np.array([50.0, 0.0]), np.zeros(2), np.zeros(2))
+    found, alone = differences([both, empty]), differences([both])
+    assert found.value[0] == pytest.approx(alone.value[0], rel=1e-9)
+    assert np.isfinite(found.error[0])
+
+
+def test_no_strata_are_refused() -> None:
+    with pytest.raises(ValueError, match="one or more"):
+        pooled([])

@@ -21,17 +21,17 @@ EVEN = [Stretch((1, 1), (1000, 1000))]
 
 
 def flag(*hits: int, count: int = 1000, **more: object) -> OutcomeSums:
-    return OutcomeSums("liked", "flag", [Sums(count, h, h) for h in hits], **more)  # type: ignore[arg-type]
+    return OutcomeSums("liked", "flag", [[Sums(count, h, h) for h in hits]], **more)  # type: ignore[arg-type]
 
 
 def number(*means: float, count: int = 1000, **more: object) -> OutcomeSums:
     """Units of variance 1."""
     sums = [Sums(count, mean * count, (count - 1) + count * mean**2) for mean in means]
-    return OutcomeSums("score", "number", sums, **more)  # type: ignore[arg-type]
+    return OutcomeSums("score", "number", [sums], **more)  # type: ignore[arg-type]
 
 
 def result(*outcomes: OutcomeSums, plan: Plan | None = None) -> ExperimentResult:
-    names = ["base", "new", "newer"][: len(outcomes[0].sums)]
+    names = ["base", "new", "newer"][: len(outcomes[0].sums[0])]
     stretch = Stretch([1] * len(names), [1000] * len(names))
     return analyse(names, outcomes, [stretch], plan or Plan())
 
@@ -66,7 +66,7 @@ def test_nothing_is_decided_below_the_minimum_sample() -> None:
 
 def test_a_small_variant_beside_a_large_one_needs_more_units() -> None:
     sums = [Sums(9000, 0, 8999), Sums(900, 900, 1799)]
-    found = analyse(["a", "b"], [OutcomeSums("x", "number", sums)], EVEN, Plan())
+    found = analyse(["a", "b"], [OutcomeSums("x", "number", [sums])], EVEN, Plan())
     comparison = found.outcomes[0].comparisons[0]
     assert comparison.needed_units == 1360
     assert comparison.decision == "keep collecting"
@@ -106,7 +106,7 @@ def test_two_comparisons_divide_the_error_rate() -> None:
 
 def test_the_labels_of_an_outcome_divide_it_too() -> None:
     sums = [Sums(1000, 300, 300), Sums(1000, 350, 350)]
-    short = OutcomeSums("tone", "label", sums, label="short", labels=4)
+    short = OutcomeSums("tone", "label", [sums], label="short", labels=4)
     found = result(short).outcomes[0]
     assert (found.label, found.comparisons_corrected) == ("short", 4)
     assert found.variants[1].mean == 0.35
@@ -141,11 +141,12 @@ def test_a_full_result_is_json_as_documented() -> None:
 @pytest.mark.parametrize(
     ("outcome", "named"),
     [
-        (OutcomeSums("x", "flag", [Sums(10, 11, 11), Sums(10, 1, 1)]), "'x' of variant 'a'"),
-        (OutcomeSums("x", "flag", [Sums(10, 1, 1), Sums(10, 1, 4)]), "'x' of variant 'b'"),
-        (OutcomeSums("x", "number", [Sums(-1, 1, 1), Sums(10, 1, 4)]), "count -1"),
-        (OutcomeSums("x", "number", [Sums(1, math.nan, 1), Sums(10, 1, 4)]), "sum nan"),
-        (OutcomeSums("x", "number", [Sums(10, 1, 4)]), "sums of 1 variants: give 2"),
+        (OutcomeSums("x", "flag", [[Sums(10, 11, 11), Sums(10, 1, 1)]]), "'x' of variant 'a'"),
+        (OutcomeSums("x", "flag", [[Sums(10, 1, 1), Sums(10, 1, 4)]]), "'x' of variant 'b'"),
+        (OutcomeSums("x", "number", [[Sums(-1, 1, 1), Sums(10, 1, 4)]]), "count -1"),
+        (OutcomeSums("x", "number", [[Sums(1, math.nan, 1), Sums(10, 1, 4)]]), "sum nan"),
+        (OutcomeSums("x", "number", [[Sums(10, 1, 4)]]), "sums of 1 variants: give 2"),
+        (OutcomeSums("x", "number", []), "'x' has no sums"),
     ],
 )
 def test_impossible_sums_are_refused_by_name(outcome: OutcomeSums, named: str) -> None:
@@ -179,3 +180,15 @@ def test_a_stretch_of_another_number_of_variants_is_refused() -> None:
 def test_a_plan_refuses_a_bad_value_by_name(setting: str, value: float) -> None:
     with pytest.raises(ValueError, match=setting):
         Plan(**{setting: value})  # type: ignore[arg-type]
+
+
+def test_stretches_are_compared_each_within_itself() -> None:
+    # 10 % then 50 % of units, and all outcomes rise by 1 between: no effect
+    rows = [
+        [Sums(900, 0.0, 899.0), Sums(100, 0.0, 99.0)],
+        [Sums(2500, 2500.0, 5000.0), Sums(2500, 2500.0, 5000.0)],
+    ]
+    found = analyse(["a", "b"], [OutcomeSums("x", "number", rows)], EVEN, Plan()).outcomes[0]
+    assert found.comparisons[0].difference == pytest.approx(0.0, abs=1e-12)
+    assert found.variants[1].count == 2600
+    assert found.variants[1].mean == pytest.approx(2500 / 2600)

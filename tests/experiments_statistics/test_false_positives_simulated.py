@@ -31,6 +31,13 @@ def test_no_more_of_equal_variants_are_called_different_than_alpha(
     assert ours.share <= 0.05
 
 
+def test_a_drift_during_a_ramp_is_not_called_a_difference() -> None:
+    ramp = Trial(normal(), ((9.0, 1.0), (1.0, 1.0)), drift=0.3)
+    ours, theirs = judge(ramp, DESIGN, Plan(), [always_valid, t_test])
+    assert ours.share <= 0.05
+    assert theirs.share > 0.9
+
+
 def test_a_t_test_at_every_look_is_wrong_far_more_often() -> None:
     (theirs,) = judge(Trial(normal()), DESIGN, Plan(), [t_test])
     assert theirs.share > 0.15

@@ -15,7 +15,7 @@ import numpy as np
 
 from quickchange_server.experiments.statistics import proportion, sequential
 from quickchange_server.experiments.statistics.best import Goal, probability_best
-from quickchange_server.experiments.statistics.moments import Floats, Moments
+from quickchange_server.experiments.statistics.moments import Floats, Moments, pooled
 from quickchange_server.experiments.statistics.plan import Plan
 from quickchange_server.experiments.statistics.ratio import Segment, sample_ratio
 from quickchange_server.experiments.statistics.results import (
@@ -55,12 +55,14 @@ class Sums:
 class OutcomeSums:
     """A number or a flag (0 to 1 a unit), or one label of several (1 where the unit has it).
 
-    `labels` is how many labels the outcome has, all of which are tested; 1 for numbers and flags.
+    `sums` has a row for each stretch of constant weights in which units came, in any order: units
+    by when they were first seen. `labels` is how many labels the outcome has, all of which are
+    tested; 1 for numbers and flags.
     """
 
     name: str
     kind: OutcomeKind
-    sums: Sequence[Sums]  # a variant each, the control first
+    sums: Sequence[Sequence[Sums]]  # [stretch][variant], the control first
     goal: Goal = "increase"
     margin: float | None = None
     label: str | None = None
@@ -111,7 +113,8 @@ def decide(
 
 
 def _outcome(variants: Sequence[str], outcome: OutcomeSums, plan: Plan) -> OutcomeResult:
-    moments = _moments(variants, outcome)
+    strata = _strata(variants, outcome)
+    moments = pooled(strata)
     corrected = (len(variants) - 1) * outcome.labels
     return OutcomeResult(
         name=outcome.name,
@@ -121,7 +124,7 @@ def _outcome(variants: Sequence[str], outcome: OutcomeSums, plan: Plan) -> Outco
         margin=outcome.margin,
         comparisons_corrected=corrected,
         variants=_variants(variants, moments, outcome.goal, plan),
-        comparisons=_comparisons(variants, moments, outcome, corrected, plan),
+        comparisons=_comparisons(variants, strata, outcome, corrected, plan),
     )
 
 
@@ -151,11 +154,16 @@ def _mean_intervals(moments: Moments, plan: Plan) -> list[Interval | None]:
 
 
 def _comparisons(
-    names: Sequence[str], moments: Moments, outcome: OutcomeSums, corrected: int, plan: Plan
+    names: Sequence[str],
+    strata: Sequence[Moments],
+    outcome: OutcomeSums,
+    corrected: int,
+    plan: Plan,
 ) -> tuple[Comparison, ...]:
-    estimate = sequential.differences(moments)
+    estimate = sequential.differences(strata)
     intervals = _around(estimate, plan.alpha / corrected, plan.rho)
     p_values = np.minimum(sequential.p_value(estimate, plan.rho) * corrected, 1.0)
+    moments = pooled(strata)
     enough, needed = plan.enough(moments), plan.needed(moments)
     return tuple(
         Comparison(
@@ -202,13 +210,19 @@ def _ratio(names: Sequence[str], stretches: Sequence[Stretch], plan: Plan) -> Ra
     )
 
 
-def _moments(names: Sequence[str], outcome: OutcomeSums) -> Moments:
+def _strata(names: Sequence[str], outcome: OutcomeSums) -> list[Moments]:
     """Raises ValueError where the sums can't be of such units."""
-    if len(outcome.sums) != len(names):
+    if not outcome.sums:
+        raise ValueError(f"outcome {outcome.name!r} has no sums: give a row, of zeros if need be")
+    return [_moments(names, outcome, row) for row in outcome.sums]
+
+
+def _moments(names: Sequence[str], outcome: OutcomeSums, row: Sequence[Sums]) -> Moments:
+    if len(row) != len(names):
         raise ValueError(
-            f"outcome {outcome.name!r} has sums of {len(outcome.sums)} variants: give {len(names)}"
+            f"outcome {outcome.name!r} has sums of {len(row)} variants: give {len(names)}"
         )
-    for name, sums in zip(names, outcome.sums, strict=True):
+    for name, sums in zip(names, row, strict=True):
         if not _possible(outcome.kind, sums):
             raise ValueError(
                 f"outcome {outcome.name!r} of variant {name!r}: no {outcome.kind} units have "
@@ -216,9 +230,9 @@ def _moments(names: Sequence[str], outcome: OutcomeSums) -> Moments:
             )
     return Moments(
         "number" if outcome.kind == "number" else "flag",
-        _floats([sums.count for sums in outcome.sums]),
-        _floats([sums.total for sums in outcome.sums]),
-        _floats([sums.squares for sums in outcome.sums]),
+        _floats([sums.count for sums in row]),
+        _floats([sums.total for sums in row]),
+        _floats([sums.squares for sums in row]),
     )
 
 

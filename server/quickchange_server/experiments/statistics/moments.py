@@ -7,6 +7,7 @@ outcomes. Knows nothing of where the sums come from.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -49,6 +50,18 @@ class Moments:
         more = self.count + 2
         mean = (self.total + 1) / more
         return np.asarray(np.maximum((self.squares + 1) / more - mean**2, 0.0))
+
+
+def pooled(strata: Sequence[Moments]) -> Moments:
+    """All strata's units together. Raises ValueError without strata."""
+    if not strata:
+        raise ValueError("no strata to pool: give one or more")
+    return Moments(
+        strata[0].kind,
+        np.sum([part.count for part in strata], axis=0),
+        np.sum([part.total for part in strata], axis=0),
+        np.sum([part.squares for part in strata], axis=0),
+    )
 
 
 def ratio(above: Floats, below: Floats) -> Floats:

@@ -26,8 +26,9 @@ def interval(total: float, count: float, alpha: float) -> tuple[float, float]:
         return level - float(xlogy(total, p) + xlog1py(rest, -p))
 
     peak = total / count if count else 0.5
-    lower = float(brentq(left_out, _TINY, peak, xtol=_CLOSE)) if left_out(_TINY) > 0 else 0.0
-    upper = (
-        float(brentq(left_out, peak, 1 - _TINY, xtol=_CLOSE)) if left_out(1 - _TINY) > 0 else 1.0
-    )
+    lower, upper = 0.0, 1.0
+    if left_out(_TINY) > 0:
+        lower = float(brentq(left_out, _TINY, peak, xtol=_CLOSE))
+    if left_out(1 - _TINY) > 0:
+        upper = float(brentq(left_out, peak, 1 - _TINY, xtol=_CLOSE))
     return lower, upper

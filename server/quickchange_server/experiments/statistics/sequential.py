@@ -14,11 +14,12 @@ Here v counts units and S / v is the estimate over its standard error times sqrt
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from quickchange_server.experiments.statistics.moments import Floats, Moments, ratio
+from quickchange_server.experiments.statistics.moments import Floats, Moments, pooled, ratio
 
 
 @dataclass(frozen=True)
@@ -67,18 +68,32 @@ def means(moments: Moments) -> Estimate:
     )
 
 
-def differences(moments: Moments) -> Estimate:
+def differences(strata: Sequence[Moments]) -> Estimate:
     """Of each variant's mean less the control's. [..., V - 1]
 
+    A stratum is a stretch of constant weights. Differences are taken within strata and weighted by
+    their information: where a ramp has changed the shares while outcomes drifted, means of all
+    units would differ without any effect (Simpson's paradox). The variances are those of all units
+    together, which is safe, and steady where a stratum is small.
+
     The clock is the units that two variants of equal size would need for the same standard error.
-    It stays proportional to the information when weights change, as a ramp does: the number of
-    units would not, and the bound would no longer be a bound.
+    It stays proportional to the information when weights change; the number of units would not,
+    and the bound would no longer be a bound.
     """
-    variance, count, mean = moments.working_variance, moments.count, moments.mean
-    of_mean = ratio(variance, count)
-    squared = of_mean[..., 1:] + of_mean[..., :1]
+    variance = pooled(strata).working_variance
+    information = np.array([_information(part, variance) for part in strata])  # [S, ..., V - 1]
+    within = np.array([part.mean[..., 1:] - part.mean[..., :1] for part in strata])
+    total = np.sum(information, axis=0)
+    weighted = np.sum(information * np.nan_to_num(within), axis=0)
     return Estimate(
-        mean[..., 1:] - mean[..., :1],
-        np.sqrt(squared),
-        ratio(variance[..., 1:] + variance[..., :1], squared),
+        ratio(weighted, total),
+        np.sqrt(ratio(np.ones_like(total), total)),
+        (variance[..., 1:] + variance[..., :1]) * total,
     )
+
+
+def _information(stratum: Moments, variance: Floats) -> Floats:
+    """1 over the squared standard error of each difference; 0 where it isn't known. [..., V - 1]"""
+    of_mean = ratio(variance, stratum.count)
+    squared = of_mean[..., 1:] + of_mean[..., :1]
+    return np.nan_to_num(ratio(np.ones_like(squared), squared))
