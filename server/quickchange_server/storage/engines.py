@@ -61,11 +61,10 @@ def unusable(engine: Engine, error: DBAPIError) -> SettingError:
 def _parsed(url: str) -> URL:
     try:
         parsed = make_url(url)
-    except ArgumentError as error:
-        # SQLAlchemy's message repeats the URL, password and all.
+    except (ArgumentError, ValueError):  # the latter of a port that is no number
         raise SettingError(
             f"database: not a database's URL; it looks like {_KINDS}", param="database"
-        ) from error
+        ) from None  # SQLAlchemy's message repeats the URL, password and all
     if parsed.drivername in ("postgres", "postgresql"):
         parsed = parsed.set(drivername="postgresql+psycopg")
     if parsed.drivername not in ("sqlite", "sqlite+pysqlite", "postgresql+psycopg"):
