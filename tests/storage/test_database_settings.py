@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
+from quickchange_server import launch
 from quickchange_server.errors import SettingError
 from quickchange_server.settings import Settings
 from quickchange_server.storage.database import Database
@@ -82,3 +85,21 @@ def test_the_default_is_sqlite_in_the_stores_folder(tmp_path: Path) -> None:
     assert settings.database_url == f"sqlite:///{tmp_path}/store/quickchange.sqlite3"
     given = Settings(model="unused", store=tmp_path, database="sqlite:///x")
     assert given.database_url == "sqlite:///x"
+
+
+def test_a_file_that_another_process_uses_is_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "test.sqlite3"
+    other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    other.execute("CREATE TABLE theirs (x)")
+    other.execute("BEGIN IMMEDIATE")
+    ending = threading.Timer(0.3, other.execute, ["COMMIT"])
+    ending.start()
+    asyncio.run(Database.open(f"sqlite:///{path}").close())
+    ending.join()
+    other.close()
+
+
+def test_serve_refuses_in_one_line_with_status_1(tmp_path: Path) -> None:
+    given = {"model": "unused", "store": tmp_path, "port": 0, "database": "mysql://host/x"}
+    with pytest.raises(SystemExit, match=r"^quickchange: database: mysql is not supported[^\n]*$"):
+        launch.serve(given, demo=False)
