@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ def filled(url: str, topics: list[str]) -> None:
     async def main() -> None:
         database = Database.open(url)
         for topic in topics:
-            await database.write(lambda connection, topic=topic: bump(connection, topic))
+            await database.write(partial(bump, topic=topic))
         await database.close()
 
     asyncio.run(main())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import sys
+from functools import partial
 
 from storage_support import note
 
@@ -17,14 +18,14 @@ async def main(url: str, label: str) -> None:
         texts = [f"{label}-{number}-{index}" for index in range(20)]
         records = {text: database.record(note(text)) for text in texts}
         for text, future in records.items():
-            future.add_done_callback(lambda done, text=text: say(done, text))
+            future.add_done_callback(partial(say, text))
         if number % 5 == 0:
             await database.write(note(f"{label}-{number}-written"))
             print(f"{label}-{number}-written", flush=True)
         await asyncio.sleep(0.002)
 
 
-def say(done: asyncio.Future[None], text: str) -> None:
+def say(text: str, done: asyncio.Future[None]) -> None:
     done.result()
     print(text, flush=True)
 

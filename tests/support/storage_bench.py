@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,10 @@ async def watch_loop(delays: list[float]) -> None:
         delays.append(time.perf_counter() - began - 0.001)
 
 
+def took(commits: list[float], began: float, _record: asyncio.Future[None]) -> None:
+    commits.append(time.perf_counter() - began)
+
+
 async def burst(database: Database) -> float:
     """Records a second where they come as fast as they can be asked for."""
     began = time.perf_counter()
@@ -87,10 +92,8 @@ async def steady(database: Database | None) -> tuple[list[float], list[float]]:
     asked = 0
     while (now := time.perf_counter() - began) < SECONDS:
         while database is not None and asked < now * RATE:
-            at = time.perf_counter()
-            database.record(entry(asked)).add_done_callback(
-                lambda _, at=at: commits.append(time.perf_counter() - at)
-            )
+            done = partial(took, commits, time.perf_counter())
+            database.record(entry(asked)).add_done_callback(done)
             asked += 1
         await asyncio.sleep(0.002)
     watching.cancel()

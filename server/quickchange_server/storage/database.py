@@ -92,7 +92,7 @@ class Database:
         except DBAPIError as error:
             if not passes(error):
                 raise
-            raise absent(str(error)) from error
+            raise absent("it does not answer") from error
 
     def _read_once(self, query: Callable[[Connection], T]) -> T:
         with self._engine.connect() as connection:

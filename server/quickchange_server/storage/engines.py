@@ -29,6 +29,8 @@ _POSTGRES = {
     "keepalives_count": 3,
     "tcp_user_timeout": 15_000,
 }
+# A connection for each thread; no values in errors, which are logged.
+_COMMON: dict[str, Any] = {"pool_size": READERS + 1, "max_overflow": 0, "hide_parameters": True}
 _KINDS = "sqlite:///FILE or postgresql+psycopg://USER:PASSWORD@HOST/DATABASE"
 
 
@@ -87,8 +89,7 @@ def _sqlite(url: URL) -> Engine:
     engine = create_engine(
         url,
         connect_args={"timeout": BUSY_SECONDS, "check_same_thread": False},
-        pool_size=READERS + 1,
-        max_overflow=0,
+        **_COMMON,
     )
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
@@ -136,9 +137,7 @@ def _begin_sqlite(connection: Connection) -> None:
 def _postgres(url: URL) -> Engine:
     given = {name: value for name, value in _POSTGRES.items() if name not in url.query}
     try:
-        engine = create_engine(
-            url, connect_args=given, pool_size=READERS + 1, max_overflow=0, pool_recycle=1800
-        )
+        engine = create_engine(url, connect_args=given, pool_recycle=1800, **_COMMON)
     except ImportError as error:
         raise SettingError(
             "database: PostgreSQL needs its driver: pip install 'quickchange[postgres]'",
