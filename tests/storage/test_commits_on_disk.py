@@ -54,7 +54,7 @@ def test_foreign_keys_hold(database_url: str) -> None:
     async def main() -> None:
         async with noted(database_url) as database:
             await database.write(make)
-            with pytest.raises(IntegrityError, match="(?i)foreign key"):
+            with pytest.raises(IntegrityError, match=r"(?i)foreign key"):
                 await database.write(orphan)
 
     asyncio.run(main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from postgres_server import PostgresServer, postgres_server
 from prometheus_client import CollectorRegistry
 from sqlalchemy import Connection, Engine, text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import IntegrityError, OperationalError
 from storage_support import NOTES, note, noted, notes
 
 from quickchange_server.errors import UnavailableError
@@ -137,6 +138,39 @@ def test_closing_gives_up_after_its_time_and_counts_what_is_lost(
         assert counted_lost(registry) == 3
 
     asyncio.run(main())
+
+
+def test_a_connection_that_breaks_beside_a_failing_record_harms_no_other(
+    postgres_url: str,
+) -> None:
+    runs = 0
+
+    def breaks(connection: Connection) -> None:
+        """Break in the second run, which comes since a neighbour failed in the first."""
+        nonlocal runs
+        runs += 1
+        if runs == 2:
+            cut(postgres_url, connection.connection.driver_connection.info.backend_pid)  # type: ignore[union-attr]
+        note("broke")(connection)
+
+    async def main() -> None:
+        async with noted(postgres_url) as database:
+            held = threading.Event()
+            first = database.record(lambda _: wait(held))  # so that the others share a group
+            changes = (note("a"), breaks, note("a"), note("b"))
+            records = [database.record(change) for change in changes]
+            held.set()
+            results = await asyncio.gather(first, *records, return_exceptions=True)
+            failed = [isinstance(result, IntegrityError) for result in results]
+            assert failed == [False, False, False, True, False]
+            assert await database.read(notes) == ["a", "broke", "b"]
+
+    asyncio.run(main())
+    assert runs >= 3
+
+
+def wait(event: threading.Event) -> None:
+    assert event.wait(10)
 
 
 # --- a commit whose answer is lost --------------------------------------------------------------

@@ -84,9 +84,9 @@ class PostgresServer:
         return (self._folder.parent / f"{self._folder.name}.log").read_text()
 
     def remove(self) -> None:
-        """End it if it runs, and delete all that it had."""
+        """End it if it runs, at once, and delete all that it had."""
         if self._process is not None and self._process.poll() is None:
-            self.stop()
+            self.stop(signal.SIGQUIT)
         shutil.rmtree(self._folder)
         (self._folder.parent / f"{self._folder.name}.log").unlink(missing_ok=True)
 

@@ -151,8 +151,9 @@ class Writer:
         now = time.monotonic()
         with self._changed:
             late = [job for job in self._waiting if job.gives_up is not None and now > job.gives_up]
-            for job in late:
-                self._waiting.remove(job)
+            if late:
+                gone = set(late)
+                self._waiting = deque(job for job in self._waiting if job not in gone)
         _tell((job, Outcome(error=absent("it does not answer"))) for job in late)
 
 
