@@ -45,11 +45,11 @@ _ROWS_OF_DRAFTS = 2  # rows a sequence up to which a full batch's verification h
 
 
 class Engine:
-    """One model, its KV cache and its adapters. Everything but `on_wake` on one thread.
+    """One model, its KV cache and its adapters. Everything but the loader on one thread.
 
-    `load_adapter` reads an adapter version by digest; it is called on the loader thread, as is
-    `on_wake`, which tells the owner to call `step` again. `text`: the tokenizer, where words of the
-    prompt may be drafted by their text.
+    `load_adapter` reads an adapter version by digest; it is called on the loader thread. `on_wake`
+    tells the owner to call `poll_adapters` and `step` again; it is called on either thread. `text`:
+    the tokenizer, where words of the prompt may be drafted by their text.
     """
 
     def __init__(
@@ -62,6 +62,7 @@ class Engine:
         text: TokenText | None = None,
     ) -> None:
         self._settings = settings
+        self._on_wake = on_wake
         dtype, device = torch_dtype(settings.dtype), torch.device(settings.device)
         block_bytes = bytes_per_block(model.layers, settings.block_size, dtype)
         num_blocks = settings.kv_cache_bytes // block_bytes
@@ -149,6 +150,8 @@ class Engine:
         deltas, self._refused = self._refused, []
         deltas += [_error(s.request_id, e, "adapter") for s, e in self.scheduler.failures()]
         plan = self.scheduler.schedule(started)
+        if self.scheduler.claims_changed:
+            self._on_wake()  # the tiers act on claims in `poll_adapters`
         if not plan and not deltas:
             return None
         prefill_rows = sum(item.count for item in plan if item.sequence.remaining > 1)

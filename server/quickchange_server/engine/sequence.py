@@ -13,9 +13,15 @@ from quickchange_server.engine.word_lookup import WordLookup
 from quickchange_server.messages import Component, Drafting, FinishReason, SamplingParams, Submit
 
 
-def composition_key(adapters: Seq[Component]) -> bytes:
-    """Content key of Σ weightᵢ · adapterᵢ: equal for equal compositions, whatever their names."""
-    digest = hashlib.blake2b(digest_size=16)
+def composition_key(adapters: Seq[Component], salt: str = "") -> bytes:
+    """Content key of Σ weightᵢ · adapterᵢ: equal for equal compositions, whatever their names.
+
+    Under different salts equal compositions have different keys. So cached blocks are not shared
+    between salts, admission is fair over them, and what is learned of drafts is not told by one to
+    another: whoever has a salt of its own can't be slowed, sped up or watched through these.
+    """
+    secret = hashlib.blake2b(salt.encode(), digest_size=32).digest() if salt else b""
+    digest = hashlib.blake2b(digest_size=16, key=secret)
     for component in sorted(adapters, key=lambda c: (c.digest, c.weight)):
         digest.update(component.digest.encode() + struct.pack("<d", component.weight))
     return digest.digest()
@@ -44,9 +50,10 @@ class Sequence:
     prompt_length: int
     sampling: SamplingParams
     adapters: tuple[Component, ...]
-    key: bytes  # of its composition
+    key: bytes  # of its composition and salt
     arrival: float  # seconds, monotonic
     drafting: Drafting | None = None
+    background: bool = False  # runs on what the others leave
     head_drafts: HeadDrafts | None = None  # those made last
     lookup: PromptLookup | None = None  # over `tokens`, where drafting asks for it
     words: WordLookup | None = None  # the same by text, where the engine has a tokenizer
@@ -67,9 +74,11 @@ class Sequence:
             prompt_length=len(submit.prompt),
             sampling=submit.sampling,
             adapters=submit.adapters,
-            key=composition_key(submit.adapters),
+            key=composition_key(submit.adapters, submit.salt),
             arrival=now,
-            drafting=submit.drafting,
+            # Drafts buy speed with rows: nobody waits for a background request, who could use them.
+            drafting=None if submit.background else submit.drafting,
+            background=submit.background,
         )
 
     @property
