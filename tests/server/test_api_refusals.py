@@ -70,6 +70,8 @@ def test_true_is_not_the_neutral_one(live: Live) -> None:
         ("top_k", -2),
         ("top_k", 1.5),
         ("min_p", 1.1),
+        ("typical_p", 0),
+        ("typical_p", 1.1),
         ("n", 0),
         ("n", 129),
         ("n", True),

@@ -87,7 +87,7 @@ def test_streamed_chats_with_an_adapter_and_usage(client: openai.OpenAI, live: L
         max_tokens=4,
         stream=True,
         stream_options={"include_usage": True},
-        extra_body={"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1},
+        extra_body={"top_k": 5, "min_p": 0.1, "typical_p": 0.9, "repetition_penalty": 1.1},
     )
     *chunks, last = list(stream)
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)

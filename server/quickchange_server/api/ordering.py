@@ -177,6 +177,7 @@ def _sampling(services: Services, body: Sampled, seed: int, max_tokens: int) -> 
         top_k=max(0, body.top_k),
         top_p=body.top_p,
         min_p=body.min_p,
+        typical_p=body.typical_p,
         repetition_penalty=body.repetition_penalty,
         presence_penalty=body.presence_penalty,
         frequency_penalty=body.frequency_penalty,

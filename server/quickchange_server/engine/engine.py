@@ -120,7 +120,7 @@ class Engine:
         sequence = Sequence.from_submit(submit, time.monotonic())
         if error is not None:
             self._refused.append(_error(submit.request_id, error, "request"))
-        elif reason := sequence.finish_reason(self._max_model_len):
+        elif sequence.generates and (reason := sequence.finish_reason(self._max_model_len)):
             self._refused.append(Delta(submit.request_id, finish_reason=reason))
         else:
             self.scheduler.add(sequence)
@@ -179,9 +179,10 @@ class Engine:
 
     def _refusal(self, submit: Submit) -> str | None:
         tokens = len(submit.prompt) + len(submit.output)
+        most = self._max_model_len - (submit.pooling is None)
         if not submit.prompt:
             return "prompt: it has no token; give at least one"
-        if tokens > self._max_model_len or len(submit.prompt) >= self._max_model_len:
+        if tokens > self._max_model_len or len(submit.prompt) > most:
             return f"prompt: {tokens} tokens leave no room in a context of {self._max_model_len}"
         if not all(0 <= token < self._vocabulary for token in submit.prompt):
             return f"prompt: token ids must be from 0 to {self._vocabulary - 1}"
@@ -193,8 +194,8 @@ class Engine:
     def _advance(self, item: Scheduled, result: Result | None) -> list[Delta]:
         sequence = item.sequence
         if result is None:
-            self.scheduler.advance(item, ())
-            return []
+            _, reason = self.scheduler.advance(item, ())
+            return [] if reason is None else [self._delta(item, [], reason, 0)]
         drawn, error = _until_error(result.sampled)
         taken, reason = self.scheduler.advance(item, [row.token_id for row in drawn])
         if self._speculation is not None:
@@ -217,6 +218,7 @@ class Engine:
     ) -> Delta:
         sequence = item.sequence
         first, sequence.told = not sequence.told, True
+        reading = sequence.reading if first else None
         return Delta(
             sequence.request_id,
             token_ids=tuple(row.token_id for row in drawn),
@@ -226,6 +228,8 @@ class Engine:
             queue_seconds=sequence.queue_seconds if first else None,
             drafted=len(item.drafts),
             accepted=accepted,
+            prompt_logprobs=() if reading is None else reading.scores,
+            embedding=None if reading is None else reading.embedding,
         )
 
     def _head_count(self, slot: int) -> int:

@@ -27,6 +27,8 @@ from quickchange_server.engine.kv_cache import KVBlocks
 from quickchange_server.engine.sequence import Sequence
 from quickchange_server.messages import FinishReason
 
+_NO_ROWS = range(0)
+_MOST_SCORED = 256  # rows of a step whose logits are read for prompts: [256, V] is held at once
 _BESIDE = 8  # background rows beside others: one of so many that a step may have
 
 
@@ -52,7 +54,23 @@ class Scheduled:
     @property
     def samples(self) -> bool:
         """Whether the last of the sequence's tokens is among these rows: it yields a new one."""
-        return self.count == self.sequence.remaining
+        return self.count == self.sequence.remaining and self.sequence.generates
+
+    @property
+    def scored(self) -> range:
+        """Positions of the rows whose logits are read for the prompt's log-probabilities."""
+        reading = self.sequence.reading
+        if reading is None or reading.top is None:
+            return _NO_ROWS
+        return reading.rows(self.sequence.computed, self.count)
+
+    @property
+    def pooled(self) -> range:
+        """Positions of the rows whose hidden states are read for an embedding."""
+        reading = self.sequence.reading
+        if reading is None or reading.top is not None:
+            return _NO_ROWS
+        return reading.rows(self.sequence.computed, self.count)
 
     @property
     def rows(self) -> int:
@@ -106,6 +124,7 @@ class Scheduler:
         self._sequences: dict[str, Sequence] = {}
         self._lent: dict[str, Sequence] = {}  # background sequences with a claim, by id
         self.claims_changed = False  # by the last `schedule`
+        self._scorable = 0  # rows that the coming step may still read logits of, for prompts
         self.preemptions = 0
         self.prefix_hit_tokens = 0
         self.prefix_query_tokens = 0
@@ -145,6 +164,7 @@ class Scheduler:
     def schedule(self, now: float) -> list[Scheduled]:
         """The coming step. `now` in seconds, on the clock of the sequences' arrival."""
         self.claims_changed = False
+        self._scorable = _MOST_SCORED
         preemptions = self.preemptions
         running = [sequence for sequence in self.running if not sequence.background]
         plan = self._go_on(running, self.max_batch_tokens)
@@ -160,14 +180,15 @@ class Scheduler:
 
     def advance(self, item: Scheduled, tokens: Seq[int]) -> tuple[int, FinishReason | None]:
         """Record that `item` was computed and which tokens it gave: none where it does not sample,
-        else one more than drafts that held.
+        else one more than drafts that held. What it reads of its prompt has been read.
 
         Returns how many of them count (the first that ends the sequence is the last of it), and
         whether the sequence ended.
         """
         sequence = item.sequence
         sequence.computed += item.count
-        taken, reason = 0, None
+        taken = 0
+        reason = None if sequence.generates else sequence.finish_reason(self.max_model_len)
         for token in tokens:
             sequence.tokens.append(token)
             taken += 1
@@ -219,7 +240,7 @@ class Scheduler:
             if sequence not in self.running:
                 break  # preempted for one before it, as are all after it
             decode = sequence.remaining == 1
-            count = min(sequence.remaining, decode_budget if decode else prefill_budget)
+            count = self._count(sequence, decode_budget if decode else prefill_budget)
             if count > 0 and self._grow(sequence, count):
                 plan.append(self._scheduled(sequence, count))
                 if decode:
@@ -291,12 +312,23 @@ class Scheduler:
             self.running.append(sequence)
             if sequence.first_scheduled is None:
                 sequence.first_scheduled = now
-            count = min(sequence.remaining, budget)
+            count = self._count(sequence, budget)
             if not self._grow(sequence, count):
                 raise RuntimeError("_place left too few blocks for the sequence it placed")
-            admitted.append(self._scheduled(sequence, count))
+            if count:
+                admitted.append(self._scheduled(sequence, count))
             budget -= count
         return admitted
+
+    def _count(self, sequence: Sequence, budget: int) -> int:
+        """How many of a sequence's rows come next, within `budget`."""
+        count = min(sequence.remaining, budget)
+        reading = sequence.reading
+        if reading is None or reading.top is None or reading.complete:
+            return count
+        count = min(count, self._scorable)
+        self._scorable -= count
+        return count
 
     def _has_place(self, lane: Lane) -> bool:
         """Whether one more may run, in place of one in the background where need be."""
@@ -324,10 +356,10 @@ class Scheduler:
         """Take the prefix that is cached, if what is left of the sequence has room; the background
         makes room for the foreground."""
         block_size = self.blocks.block_size
-        # At least one token is computed: its hidden state gives the next one.
-        full = (len(sequence.tokens) - 1) // block_size
+        full = sequence.reusable // block_size
         found = self.blocks.match(sequence.keys_of_full_blocks(full, block_size))
-        needed = -(-(len(sequence.tokens) + 1) // block_size) - len(found)
+        most = len(sequence.tokens) + sequence.generates
+        needed = -(-most // block_size) - len(found)
         while needed > self.blocks.available:
             if sequence.background or len(self.running) == self._running_foreground():
                 self.blocks.release(found)
