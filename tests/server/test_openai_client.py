@@ -107,8 +107,8 @@ def test_errors_are_the_librarys_own(client: openai.OpenAI) -> None:
         client.completions.create(model="nobody", prompt="x")
     assert unknown.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError) as refused:
-        client.completions.create(model=BASE, prompt="x", echo=True)
-    assert refused.value.param == "echo"
+        client.completions.create(model=BASE, prompt="x", suffix="end")
+    assert refused.value.param == "suffix"
 
 
 def test_an_error_in_mid_stream_is_raised_by_the_library(tmp_path: Path) -> None:
