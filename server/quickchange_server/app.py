@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 
-from quickchange_server.api import adapters, health, models, openai, refusals, vllm
+from quickchange_server.api import adapters, embeddings, health, models, openai, refusals, vllm
 from quickchange_server.api.middleware import BodyLimitMiddleware, RequestIdMiddleware
 from quickchange_server.books import Bookkeeper
 from quickchange_server.catalog import Catalog, base_names
@@ -75,7 +75,14 @@ def create_app(
                 await traces.close()
 
     app = FastAPI(title="Quickchange", version=VERSION, lifespan=lifespan)
-    for router in (openai.router, models.router, vllm.router, adapters.router, health.router):
+    for router in (
+        openai.router,
+        embeddings.router,
+        models.router,
+        vllm.router,
+        adapters.router,
+        health.router,
+    ):
         app.include_router(router)
     refusals.install(app)
     app.add_middleware(
