@@ -27,6 +27,7 @@ from quickchange_server.errors import SettingError
 PATH = "/v1/traces"
 SEND_SECONDS = 5.0  # for one batch, retries included
 BATCH_SECONDS = 1.0  # until a span is sent at the latest
+OPERATIONS = {"chatcmpl": "chat", "embd": "embeddings"}  # by the ids that the routes give
 MICROSECOND = 1000  # nanoseconds; finer than that, Unix time as a float only makes up digits
 
 
@@ -96,7 +97,7 @@ def _nanoseconds(seconds: float) -> int:
 
 
 def _operation(opened: Opened) -> str:
-    return "chat" if opened.request_id.startswith("chatcmpl-") else "text_completion"
+    return OPERATIONS.get(opened.request_id.partition("-")[0], "text_completion")
 
 
 def attributes_of(completed: Completed) -> dict[str, AttributeValue]:
