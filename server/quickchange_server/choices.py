@@ -32,6 +32,7 @@ class Choice:
         self._stream = stream
         self._transcript = transcript
         self.cached_tokens = 0  # prompt tokens found in the prefix cache
+        self.queue_seconds = 0.0  # from arrival in the engine to its first step
         self.prompt_logprobs: tuple[
             TokenLogprobs, ...
         ] = ()  # where asked for; with the first piece
@@ -57,6 +58,8 @@ class Choice:
         async for delta in self._stream:
             if delta.cached_tokens is not None:
                 self.cached_tokens = delta.cached_tokens
+            if delta.queue_seconds is not None:
+                self.queue_seconds = delta.queue_seconds
             self.prompt_logprobs = delta.prompt_logprobs or self.prompt_logprobs
             self.embedding = delta.embedding
             piece = self._transcript.push(delta)
@@ -109,6 +112,12 @@ class Choices:
         """Of the prompts' tokens, each prompt counted once, those found in the prefix cache."""
         firsts = self._choices[:: self._per_prompt]
         return sum(choice.cached_tokens for choice in firsts)
+
+    @property
+    def queue_seconds(self) -> float:
+        """From arrival in the engine to the first step of any choice; 0 before that."""
+        begun = (choice.queue_seconds for choice in self._choices if choice.queue_seconds)
+        return min(begun, default=0.0)
 
     @property
     def completion_tokens(self) -> int:

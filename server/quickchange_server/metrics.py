@@ -24,6 +24,7 @@ from quickchange_server.messages import (
     Tier,
 )
 from quickchange_server.metric_labels import BASE, AdapterLabels
+from quickchange_server.metrics_http import HttpMetrics
 from quickchange_server.metrics_speculation import NameOf, SpeculationMetrics
 from quickchange_server.metrics_state import EngineTotals, ServerState, StateCollector
 from quickchange_server.settings import Settings
@@ -60,6 +61,7 @@ class Metrics:
         self._series: dict[str, AdapterSeries] = {}  # by label value
         self._totals = EngineTotals()
         self._families = _RequestFamilies(self.registry)
+        self.http = HttpMetrics(self.registry)
         self._speculation = SpeculationMetrics(self.registry, self._labels)
         self._make_step_metrics()
         self._make_adapter_metrics()
