@@ -14,6 +14,7 @@ from quickchange_server.api.middleware import BodyLimitMiddleware, RequestIdMidd
 from quickchange_server.catalog import Catalog, base_names
 from quickchange_server.channel import EngineMain, engine_main
 from quickchange_server.client import EngineClient
+from quickchange_server.constraints.checks import ConstraintChecks
 from quickchange_server.imports import Imports
 from quickchange_server.metrics import Metrics
 from quickchange_server.services import VERSION, Seeds, Services
@@ -78,6 +79,7 @@ def _services(settings: Settings, text: Text, engine: EngineMain, base: BaseMake
         client=client,
         metrics=metrics,
         text=text,
+        constraints=ConstraintChecks(text, metrics.structured),
         store=store,
         catalog=Catalog(
             store,
@@ -98,3 +100,4 @@ async def _end(services: Services) -> None:
         services.started.cancel()
     await asyncio.wait([services.started])
     await services.client.close(services.settings.drain_seconds)
+    await services.constraints.close()

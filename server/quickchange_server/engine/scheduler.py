@@ -164,7 +164,7 @@ class Scheduler:
         sequence.computed += item.count
         taken, reason = 0, None
         for token in tokens:
-            sequence.tokens.append(token)
+            sequence.take(token)
             taken += 1
             reason = sequence.finish_reason(self.max_model_len)
             if reason is not None:
