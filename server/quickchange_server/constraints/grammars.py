@@ -42,10 +42,15 @@ class TokenGrammars:
 
     def fill(self, wanted: Sequence[Masked[Matcher]], bits: npt.NDArray[np.int32]) -> None:
         """See `engine.constraints.ConstraintCompiler`."""
-        tasks = [(_library(one.matcher).inner, one.row, list(one.drafts)) for one in wanted]
-        self._executor.unsafe_compute_mask_ptr_with_draft_token(
-            tasks, bits.ctypes.data, bits.strides[0], bits.shape[0]
-        )
+        into = (bits.ctypes.data, bits.strides[0], bits.shape[0])
+        single = [(_library(one.matcher).inner, one.row) for one in wanted if not one.drafts]
+        chains = [
+            (_library(one.matcher).inner, one.row, list(one.drafts)) for one in wanted if one.drafts
+        ]
+        if single:
+            self._executor.unsafe_compute_mask_ptr(single, *into)
+        if chains:
+            self._executor.unsafe_compute_mask_ptr_with_draft_token(chains, *into)
 
 
 class LibraryMatcher:
