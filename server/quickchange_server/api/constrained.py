@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 from quickchange_server.api.fields import Body, Unsupported
 
@@ -15,7 +16,20 @@ _PLAIN = "remove it"
 
 Choice = Annotated[str, Field(min_length=1)]
 Choices = Annotated[list[Choice], Field(min_length=1, max_length=MOST_CHOICES)]
-Schema = dict[str, Any] | bool
+
+
+def _check_schema(value: Any) -> Any:
+    if not isinstance(value, dict | bool):
+        raise PydanticCustomError("schema", "must be a JSON schema: an object, true or false")
+    return value
+
+
+def _check_written(value: Any) -> Any:
+    return value if isinstance(value, str) else _check_schema(value)
+
+
+Schema = Annotated[Any, BeforeValidator(_check_schema)]
+Written = Annotated[Any, BeforeValidator(_check_written)]  # or a string of JSON, as vLLM takes it
 Source = Annotated[str, Field(min_length=1)]
 
 
@@ -47,7 +61,7 @@ class StructuredOutputs(Body):
         "whitespace_pattern": Unsupported("use regex or grammar"),
     }
 
-    json_: Schema | str | None = Field(None, alias="json")
+    json_: Written | None = Field(None, alias="json")
     regex: Source | None = None
     choice: Choices | None = None
     grammar: Source | None = None
@@ -56,7 +70,7 @@ class StructuredOutputs(Body):
 
 class Constrained(Body):
     response_format: ResponseFormat | None = None
-    guided_json: Schema | str | None = None
+    guided_json: Written | None = None
     guided_regex: Source | None = None
     guided_choice: Choices | None = None
     guided_grammar: Source | None = None
