@@ -27,6 +27,7 @@ def _object(properties: Schema, **more: Any) -> Schema:
     }
 
 
+_MAIL = "^[a-z]{2,8}@[a-z]{2,8}\\.com$"
 _LINE = _object(
     {
         "item": {"type": "string", "minLength": 1, "maxLength": 24},
@@ -109,20 +110,22 @@ CASES: tuple[Case, ...] = (
         ),
     ),
     Case(
-        "recursion",
+        "references",
         "Describe a small folder tree.",
         {
             "$defs": {
+                "name": {"type": "string", "pattern": "^[a-z]{1,8}$"},
+                "leaf": _object({"name": {"$ref": "#/$defs/name"}}),
                 "node": _object(
                     {
-                        "name": {"type": "string", "pattern": "^[a-z]{1,8}$"},
+                        "name": {"$ref": "#/$defs/name"},
                         "children": {
                             "type": "array",
-                            "items": {"$ref": "#/$defs/node"},
+                            "items": {"$ref": "#/$defs/leaf"},
                             "maxItems": 2,
                         },
                     }
-                )
+                ),
             },
             "$ref": "#/$defs/node",
         },
@@ -132,9 +135,9 @@ CASES: tuple[Case, ...] = (
         "How many of each fruit are in the basket: 3 apples, 2 pears?",
         {
             "type": "object",
-            "properties": {"basket": {"type": "string", "maxLength": 12}},
-            "required": ["basket"],
-            "additionalProperties": {"type": "integer", "minimum": 0, "maximum": 99},
+            "patternProperties": {"^[a-z]{2,10}$": {"enum": [0, 1, 2, 3, 4, 5]}},
+            "additionalProperties": False,
+            "maxProperties": 4,
         },
     ),
     Case(

@@ -109,9 +109,7 @@ def grammars() -> TokenGrammars:
 
 def engine_of(models: TurboModels, grammars: TokenGrammars, **options: object) -> Engine:
     small = {"max_model_len": MAX_LEN, **options}
-    return make_engine(
-        models.path, models.adapters.__getitem__, constraints=grammars, **small
-    )
+    return make_engine(models.path, models.adapters.__getitem__, constraints=grammars, **small)
 
 
 @pytest.fixture(scope="module")
@@ -153,9 +151,11 @@ def _object(parts: list[dict[str, Any]]) -> dict[str, Any]:
 
 schemas = st.recursive(
     st.sampled_from(SCALARS),
-    lambda inner: st.lists(inner, min_size=1, max_size=3).map(_object)
-    | st.lists(inner, min_size=1, max_size=2).map(
-        lambda parts: {"type": "array", "prefixItems": parts, "items": False}
+    lambda inner: (
+        st.lists(inner, min_size=1, max_size=3).map(_object)
+        | st.lists(inner, min_size=1, max_size=2).map(
+            lambda parts: {"type": "array", "prefixItems": parts, "items": False}
+        )
     ),
     max_leaves=4,
 ).map(lambda schema: {**schema, "$defs": {"list": LIST}})
@@ -293,9 +293,9 @@ def test_the_end_may_not_come_while_the_text_is_not_complete(roomy: Engine) -> N
 def test_a_stop_token_of_the_request_ends_only_complete_text(roomy: Engine) -> None:
     stops = frozenset({END, 24})  # "ab", which the expression allows as text
     bias = ((24, 100.0),)
-    said = run(
-        roomy, [constrained("regex", "(a|b){3,9}", logit_bias=bias, stop_token_ids=stops)]
-    )["r"]
+    said = run(roomy, [constrained("regex", "(a|b){3,9}", logit_bias=bias, stop_token_ids=stops)])[
+        "r"
+    ]
     assert said.tokens[-1] == 24
     assert len(written(said.tokens[:-1])) >= 3
 

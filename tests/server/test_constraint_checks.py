@@ -174,10 +174,10 @@ def test_a_model_without_an_end_token_is_refused_with_the_reason() -> None:
     assert "no end-of-sequence token" in message
 
 
-def test_a_sentencepiece_like_tokenizer_is_read() -> None:
+def test_a_tokenizer_at_which_the_library_panics_is_named() -> None:
     text = Text(sentencepiece_tokenizer(strip=True), vocab_size=269, eos_ids=frozenset({2}))
-    served = checked(lambda c: c.accept(Asked(Constraint("regex", "b+"), "f")), text=text)
-    assert served.source == "b+"
+    _, message = checked(lambda c: fault(c, Asked(Constraint("regex", "b"), "f")), text=text)
+    assert "the model's tokenizer can't be read" in message
 
 
 def test_a_tokenizer_that_the_library_does_not_read_is_named() -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from text_of_pieces import text_of_pieces
+
 from quickchange_server.constraints.grammars import TokenGrammars
 from quickchange_server.text import Text
-from text_of_pieces import text_of_pieces
 
 END = 28
 PIECES = (

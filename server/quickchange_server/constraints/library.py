@@ -9,7 +9,8 @@ says of that key.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import llguidance
 
@@ -30,10 +31,8 @@ def read_tokenizer(tokenizer: str, vocabulary: int, ends: Iterable[int]) -> Toke
     """
     if not (known := sorted(ends)):
         raise ConstraintError("the model has no end-of-sequence token")
-    try:
+    with _panics_raised("the model's tokenizer can't be read"):
         return llguidance.LLTokenizer(tokenizer, n_vocab=vocabulary, eos_token=known)
-    except (ValueError, RuntimeError) as error:
-        raise ConstraintError(f"the model's tokenizer can't be read: {error}") from error
 
 
 def compiled(tokens: Tokens, constraint: Constraint) -> llguidance.LLMatcher:
@@ -41,16 +40,26 @@ def compiled(tokens: Tokens, constraint: Constraint) -> llguidance.LLMatcher:
 
     Raises ConstraintError: what is wrong with it, in the library's words.
     """
-    try:
-        grammar = _grammar(constraint)
-    except ValueError as error:
-        raise ConstraintError(str(error)) from error
-    matcher = llguidance.LLMatcher(tokens, grammar, log_level=0)
-    if not matcher.is_error() and not matcher.is_stopped():
-        matcher.compute_bitmask()
+    with _panics_raised("can't be compiled"):
+        matcher = llguidance.LLMatcher(tokens, _grammar(constraint), log_level=0)
+        if not matcher.is_error() and not matcher.is_stopped():
+            matcher.compute_bitmask()
     if matcher.is_error():
         raise ConstraintError(matcher.get_error())
     return matcher
+
+
+@contextmanager
+def _panics_raised(what: str) -> Iterator[None]:
+    """The library's errors, and its panics, which are no Exception, as ConstraintError."""
+    try:
+        yield
+    except Exception as error:
+        raise ConstraintError(f"{what}: {error}") from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ConstraintError(f"{what}: {error}") from error
 
 
 def _grammar(constraint: Constraint) -> str:

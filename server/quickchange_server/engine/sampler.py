@@ -5,9 +5,10 @@ which depends on (seed, position) alone. Nothing is shared between rows, so the 
 in any batch, with or without speculation, and after a restart.
 
 The order: tokens that a constraint forbids masked; logit_bias added; stop ids suppressed while
-min_tokens is not reached; repetition penalty over prompt and output (transformers' rule);
-frequency and presence penalties over the output (OpenAI's rule); temperature; top_k, top_p, min_p; inverse CDF over what is left, in vocabulary
-order. The arithmetic is `quickchange_kernels.sample`; here parameters and tokens become its tables.
+min_tokens is not reached; repetition penalty over prompt and output (transformers' rule); frequency
+and presence penalties over the output (OpenAI's rule); temperature; top_k, top_p, min_p; inverse
+CDF over what is left, in vocabulary order. The arithmetic is `quickchange_kernels.sample`; here
+parameters and tokens become its tables.
 """
 
 from __future__ import annotations
