@@ -282,6 +282,7 @@ def structured_command(
         Path | None, typer.Option(help="Adapter store (default: a new one with the demo's).")
     ] = None,
     generations: Annotated[int, typer.Option(min=0, help="To judge, over ten schemas.")] = 200,
+    first: Annotated[int, typer.Option(min=0, help="Seed of the first of them.")] = 0,
     concurrency: Annotated[
         str, typer.Option(help="Closed loops of so many workers, timed; empty for none.")
     ] = "1,8,16",
@@ -300,6 +301,7 @@ def structured_command(
         model=ensure_demo_base() if model == "demo" else Path(model),
         store=store,
         generations=generations,
+        first=first,
         concurrency=tuple(int(part) for part in concurrency.split(",") if part),
         requests_per_worker=requests_per_worker,
     )

@@ -38,6 +38,7 @@ class StructuredOptions:
     model: Path
     store: Path | None = None
     generations: int = 200
+    first: int = 0  # seed of the first; the others' follow
     concurrency: tuple[int, ...] = (1, 8, 16)
     requests_per_worker: int = 2
     max_tokens: int = 384
@@ -116,7 +117,8 @@ async def _measure(
 ) -> StructuredResult:
     async with httpx.AsyncClient(base_url=url, timeout=_SECONDS, trust_env=False) as http:
         await _closed_loop(http, list(islice(_orders(), _WARMUP)), _WARMUP, options)
-        orders = list(islice(_orders(), options.generations))
+        last = options.first + options.generations
+        orders = list(islice(_orders(), options.first, last))
         off = await _closed_loop(http, orders, _TOGETHER, options)
         drafted = [replace(order, turbo=_turbo(order)) for order in orders]
         on = await _closed_loop(http, drafted, _TOGETHER, options)

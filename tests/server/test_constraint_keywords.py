@@ -43,6 +43,10 @@ def refused(schema: Any) -> InvalidRequestError:
         ({"enum": []}, "schema.enum"),
         ({"required": "a"}, "schema.required"),
         ({"pattern": 5}, "schema.pattern"),
+        ({"const": "a\x1f"}, "schema.const"),
+        ({"enum": [1, {"a": ["\x00"]}]}, "schema.enum"),
+        ({"properties": {"a\x01": {}}}, "schema.properties"),
+        ({"required": ["\x02"]}, "schema.required"),
         ({"allOf": {}}, "schema.allOf"),
     ],
 )

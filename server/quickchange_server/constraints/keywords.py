@@ -46,6 +46,7 @@ _NUMBERS = frozenset({"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximu
 _COUNTS = frozenset(
     {"minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"}
 )
+_WRITTEN = frozenset("\b\f\n\r\t")  # control characters that have an escape of their own
 _TYPES = frozenset({"object", "array", "string", "number", "integer", "boolean", "null"})
 
 
@@ -143,7 +144,9 @@ def _wrong_schemas(value: Any) -> str | None:
 
 
 def _wrong_map(value: Any) -> str | None:
-    return None if isinstance(value, dict) else "must be an object of schemas"
+    if not isinstance(value, dict):
+        return "must be an object of schemas"
+    return _wrong_value(list(value))
 
 
 def _wrong_schema(value: Any) -> str | None:
@@ -154,11 +157,27 @@ def _wrong_schema(value: Any) -> str | None:
 
 def _wrong_names(value: Any) -> str | None:
     sound = isinstance(value, list) and all(isinstance(name, str) for name in value)
-    return None if sound else "must be a list of property names"
+    return _wrong_value(value) if sound else "must be a list of property names"
 
 
 def _wrong_enum(value: Any) -> str | None:
-    return None if isinstance(value, list) and value else "must be a list of at least one value"
+    if not isinstance(value, list) or not value:
+        return "must be a list of at least one value"
+    return _wrong_value(value)
+
+
+def _wrong_value(value: Any) -> str | None:
+    r"""JSON needs an escape of the kind \u001f for these characters, and that is never written."""
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, str) and any(c < " " and c not in _WRITTEN for c in one):
+            return "has a control character, which is not written here; remove it"
+        if isinstance(one, dict):
+            waiting += [*one, *one.values()]
+        elif isinstance(one, list):
+            waiting += one
+    return None
 
 
 def _wrong_text(value: Any) -> str | None:
@@ -179,7 +198,7 @@ def _wrong_format(value: Any) -> str | None:
 _SHAPES: dict[str, Callable[[Any], str | None]] = {
     "type": _wrong_type,
     "enum": _wrong_enum,
-    "const": lambda _: None,
+    "const": _wrong_value,
     "anyOf": _wrong_schemas,
     "oneOf": _wrong_schemas,
     "allOf": _wrong_schemas,

@@ -20,6 +20,9 @@ from quickchange_server.messages import Constraint
 _BLANKS = r"[\x20\x0A\x0D\x09]{1,24}"
 _ESCAPES = '"\\bfnrt'
 
+_TERSE = "<non-verbose/>"  # ends the library's messages where its state is left out
+_EMPTY = "NoExtension"
+
 Tokens = llguidance.LLTokenizer
 
 
@@ -41,11 +44,13 @@ def compiled(tokens: Tokens, constraint: Constraint) -> llguidance.LLMatcher:
     Raises ConstraintError: what is wrong with it, in the library's words.
     """
     with _panics_raised("can't be compiled"):
-        matcher = llguidance.LLMatcher(tokens, _grammar(constraint), log_level=0)
+        limits = llguidance.LLParserLimits(verbose_errors=False)
+        matcher = llguidance.LLMatcher(tokens, _grammar(constraint), log_level=0, limits=limits)
         if not matcher.is_error() and not matcher.is_stopped():
             matcher.compute_bitmask()
     if matcher.is_error():
-        raise ConstraintError(matcher.get_error())
+        error = matcher.get_error().removesuffix(_TERSE).rstrip()
+        raise ConstraintError("no text satisfies it" if error.startswith(_EMPTY) else error)
     return matcher
 
 
