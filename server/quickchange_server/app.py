@@ -9,7 +9,7 @@ from functools import partial
 
 from fastapi import FastAPI
 
-from quickchange_server.api import adapters, health, models, openai, refusals, vllm
+from quickchange_server.api import adapters, embeddings, health, models, openai, refusals, vllm
 from quickchange_server.api.middleware import BodyLimitMiddleware, RequestIdMiddleware
 from quickchange_server.catalog import Catalog, base_names
 from quickchange_server.channel import EngineMain, engine_main
@@ -17,8 +17,11 @@ from quickchange_server.client import EngineClient
 from quickchange_server.constraints.checks import ConstraintChecks
 from quickchange_server.imports import Imports
 from quickchange_server.metrics import Metrics
+from quickchange_server.metrics_storage import StorageMetrics
 from quickchange_server.services import VERSION, Seeds, Services
 from quickchange_server.settings import Settings
+from quickchange_server.storage.database import Database
+from quickchange_server.storage.revisions import Revisions
 from quickchange_server.text import Text
 from quickchange_store.base import base_spec
 from quickchange_store.canonical import BaseSpec
@@ -47,7 +50,11 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        services = _services(settings, text, engine, base)
+        metrics = Metrics(settings)
+        url, counts = settings.database_url, StorageMetrics(metrics.registry)
+        database = await asyncio.to_thread(Database.open, url, counts)
+        services = _services(settings, metrics, text, engine, base, database)
+        services.revisions.start()
         app.state.services = services
         try:
             yield
@@ -55,7 +62,14 @@ def create_app(
             await _end(services)
 
     app = FastAPI(title="Quickchange", version=VERSION, lifespan=lifespan)
-    for router in (openai.router, models.router, vllm.router, adapters.router, health.router):
+    for router in (
+        openai.router,
+        embeddings.router,
+        models.router,
+        vllm.router,
+        adapters.router,
+        health.router,
+    ):
         app.include_router(router)
     refusals.install(app)
     app.add_middleware(
@@ -68,9 +82,15 @@ def create_app(
     return app
 
 
-def _services(settings: Settings, text: Text, engine: EngineMain, base: BaseMaker) -> Services:
+def _services(
+    settings: Settings,
+    metrics: Metrics,
+    text: Text,
+    engine: EngineMain,
+    base: BaseMaker,
+    database: Database,
+) -> Services:
     """The server's parts, with the engine starting. On the event loop."""
-    metrics = Metrics(settings)
     client = EngineClient(settings, metrics, engine)
     store = Store(settings.store)
     names = base_names(settings)
@@ -91,13 +111,17 @@ def _services(settings: Settings, text: Text, engine: EngineMain, base: BaseMake
         imports=Imports(store, base, names),
         seeds=Seeds(settings.seed),
         started=asyncio.create_task(client.start(), name="engine-start"),
+        database=database,
+        revisions=Revisions(database),
     )
 
 
 async def _end(services: Services) -> None:
-    """Drain what still runs and end the engine."""
+    """Drain what still runs, end the engine, and commit what was recorded."""
     if not services.started.done():
         services.started.cancel()
     await asyncio.wait([services.started])
     await services.client.close(services.settings.drain_seconds)
     await services.constraints.close()
+    await services.revisions.close()
+    await services.database.close()
