@@ -16,6 +16,7 @@ from quickchange_server.books import Bookkeeper
 from quickchange_server.catalog import Catalog, base_names
 from quickchange_server.channel import EngineMain, engine_main
 from quickchange_server.client import EngineClient
+from quickchange_server.constraints.checks import ConstraintChecks
 from quickchange_server.errors import SettingError
 from quickchange_server.imports import Imports
 from quickchange_server.metrics import Metrics
@@ -129,6 +130,7 @@ def _services(
         client=client,
         metrics=metrics,
         text=text,
+        constraints=ConstraintChecks(text, metrics.structured),
         store=store,
         catalog=Catalog(
             store,
@@ -152,5 +154,6 @@ async def _end(services: Services) -> None:
         services.started.cancel()
     await asyncio.wait([services.started])
     await services.client.close(services.settings.drain_seconds)
+    await services.constraints.close()
     await services.revisions.close()
     await services.database.close()

@@ -303,10 +303,16 @@ def note(behaviour: Behaviour, kind: str, command: Command | None = None) -> Non
         "digest": getattr(command, "digest", None),
         "output": len(getattr(command, "output", ())),
         "heads": getattr(getattr(command, "drafting", None), "heads", None),
+        "constraint": _constraint(command),
         "prompt_logprobs": getattr(command, "prompt_logprobs", None),
     }
     with behaviour.journal.open("a") as journal:
         journal.write(json.dumps(entry) + "\n")
+
+
+def _constraint(command: Command | None) -> tuple[str, str] | None:
+    constraint = getattr(command, "constraint", None)
+    return None if constraint is None else (constraint.kind, constraint.source)
 
 
 def entries(journal: Path, kind: str) -> list[dict[str, object]]:

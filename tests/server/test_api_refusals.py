@@ -132,7 +132,7 @@ def test_a_bad_value_is_refused_with_the_fields_name(live: Live, field: str, val
             "messages[0].tool_calls",
         ),
         ({"messages": [{"role": "user", "content": "x", "age": 5}]}, "messages[0].age"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"logprobs": 3}, "logprobs"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from quickchange_server.engine.constraints import ConstraintCompiler
 from quickchange_server.engine.engine import Engine
 from quickchange_server.messages import Component, Delta, Pooling, SamplingParams, Submit
 from quickchange_server.model.load import load_model
@@ -17,7 +18,10 @@ from quickchange_store.canonical import CanonicalAdapter
 
 
 def make_engine(
-    model: Path, load: Callable[[str], CanonicalAdapter] | None = None, **options: object
+    model: Path,
+    load: Callable[[str], CanonicalAdapter] | None = None,
+    constraints: ConstraintCompiler | None = None,
+    **options: object,
 ) -> Engine:
     """An engine on a small model. `load` finds adapters by digest."""
     small = {
@@ -40,7 +44,13 @@ def make_engine(
     def missing(digest: str) -> CanonicalAdapter:
         raise FileNotFoundError(f"no adapter {digest}")
 
-    return Engine(loaded, settings, load_adapter=load or missing, on_wake=lambda: None)
+    return Engine(
+        loaded,
+        settings,
+        load_adapter=load or missing,
+        on_wake=lambda: None,
+        constraints=constraints,
+    )
 
 
 def request(

@@ -14,6 +14,7 @@ from quickchange_server.callers import Caller
 from quickchange_server.catalog import Selection, WeightedName
 from quickchange_server.choices import Choices, choice_seed
 from quickchange_server.client import Generation
+from quickchange_server.constraints.asked import asked
 from quickchange_server.errors import ContextLengthError, InvalidRequestError
 from quickchange_server.messages import Pooling, SamplingParams
 from quickchange_server.services import Services
@@ -83,6 +84,8 @@ async def admit(
             param=param,
         )
     _check_tokens(services, body)
+    wanted = asked(body)
+    constraint = None if wanted is None else await services.constraints.accept(wanted)
     seed = services.seeds.draw() if body.seed is None else body.seed % 2**64
     orders: list[tuple[Generation, Transcript]] = []
     for prompt in prompts:
@@ -106,6 +109,7 @@ async def admit(
                 label=order.selection.label,
                 drafting=order.selection.drafting,
                 drafter=order.selection.drafter,
+                constraint=constraint,
                 salt=order.caller.salt,
                 prompt_logprobs=body.wanted_prompt_logprobs if scored else None,
                 pooling=pooling,

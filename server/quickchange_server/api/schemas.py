@@ -12,6 +12,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from quickchange_server.api.constrained import UNSUPPORTED as CONSTRAINED_UNSUPPORTED
+from quickchange_server.api.constrained import Constrained
 from quickchange_server.api.fields import Body, LogitBias, Number, Prompt, Stops, Unsupported
 from quickchange_server.catalog import AUTO
 from quickchange_server.errors import InvalidRequestError
@@ -21,7 +23,7 @@ MAX_LOGPROBS = 20
 DEFAULT_COMPLETION_TOKENS = 16  # as OpenAI's; a chat may use the rest of the context
 
 _PLAIN = "remove it"
-_TEXT_ONLY = "this server answers with text; ask for the format in the prompt"
+_TEXT_ONLY = "this server reads and writes text alone; remove it"
 _NO_TOOLS = "remove it, and describe the tools in the prompt if the model is trained for that"
 
 
@@ -41,18 +43,6 @@ class StreamOptions(Body):
     include_usage: bool = False
 
 
-class ResponseFormat(Body):
-    type: str
-
-    @model_validator(mode="after")
-    def _text_only(self) -> Self:
-        if self.type != "text":
-            raise PydanticCustomError(
-                "response_format", "supports the type text only; ask for the format in the prompt"
-            )
-        return self
-
-
 _SHARED: dict[str, Unsupported] = {
     "store": Unsupported("nothing is stored here; remove it", (False,)),
     "metadata": Unsupported("nothing is stored here; remove it", ({},)),
@@ -65,18 +55,14 @@ _SHARED: dict[str, Unsupported] = {
     "truncate_prompt_tokens": Unsupported("shorten the prompt; /tokenize counts its tokens"),
     "bad_words": Unsupported("use logit_bias", ([],)),
     "allowed_token_ids": Unsupported("use logit_bias"),
-    "guided_json": Unsupported(_TEXT_ONLY),
-    "guided_regex": Unsupported(_TEXT_ONLY),
-    "guided_choice": Unsupported(_TEXT_ONLY),
-    "guided_grammar": Unsupported(_TEXT_ONLY),
-    "structured_outputs": Unsupported(_TEXT_ONLY),
+    **CONSTRAINED_UNSUPPORTED,
     "spaces_between_special_tokens": Unsupported(_PLAIN, (True,)),
     "detokenize": Unsupported("text is always made; remove it", (True,)),
     "priority": Unsupported("requests are served fairly over adapters; remove it", (0,)),
 }
 
 
-class Sampled(Body, ABC):
+class Sampled(Constrained, ABC):
     """What completions and chats have in common."""
 
     model: str
@@ -93,7 +79,6 @@ class Sampled(Body, ABC):
     presence_penalty: Number = Field(0.0, ge=-2, le=2)
     frequency_penalty: Number = Field(0.0, ge=-2, le=2)
     logit_bias: LogitBias = Field(default={})
-    response_format: ResponseFormat | None = None
     user: str | None = None  # informational, as in OpenAI's API: it changes nothing
 
     top_k: int = Field(0, ge=-1)  # 0 and vLLM's -1: off

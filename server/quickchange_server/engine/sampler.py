@@ -4,11 +4,12 @@ A row's token is a function of its logits, its parameters, its tokens so far and
 which depends on (seed, position) alone. Nothing is shared between rows, so the result is the same
 in any batch, with or without speculation, and after a restart.
 
-The order: logit_bias added; stop ids suppressed while min_tokens is not reached; repetition penalty
-over prompt and output (transformers' rule); frequency and presence penalties over the output
-(OpenAI's rule); temperature; top_k, top_p, min_p, typical_p (transformers' order, and that of
-servers with fewer filters); inverse CDF over what is left, in vocabulary order. The arithmetic is
-`quickchange_kernels.sample`; here parameters and tokens become its tables.
+The order: tokens that a constraint forbids masked; logit_bias added; stop ids suppressed while
+min_tokens is not reached; repetition penalty over prompt and output (transformers' rule); frequency
+and presence penalties over the output (OpenAI's rule); temperature; top_k, top_p, min_p, typical_p
+(transformers' order, and that of servers with fewer filters); inverse CDF over what is left, in
+vocabulary order. The arithmetic is `quickchange_kernels.sample`; here parameters and tokens become
+its tables.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +26,8 @@ from torch import Tensor
 
 from quickchange_kernels.philox import uniforms
 from quickchange_kernels.sample import EDITS, Draws, Edits, sample
+from quickchange_kernels.token_mask import token_mask_
+from quickchange_server.engine.constraints import TokenMasks
 from quickchange_server.messages import SamplingParams, TokenLogprobs
 
 Ints = npt.NDArray[np.int32]
@@ -57,6 +61,7 @@ class RowError:
 
     row: int  # index in the batch
     error: str
+    kind: Literal["internal", "request"] = "internal"  # whose fault it is
 
 
 @dataclass(frozen=True)
@@ -84,8 +89,11 @@ class Sampler:
         self._device = device
 
     @torch.inference_mode()
-    def draw(self, logits: Tensor, rows: Sequence[SampleRow]) -> Draw:
-        """A token for each of one row or more. logits [R, V], float32 (overwritten) or shorter.
+    def draw(
+        self, logits: Tensor, rows: Sequence[SampleRow], masks: TokenMasks | None = None
+    ) -> Draw:
+        """A token for each of one row or more. logits [R, V], overwritten. masks: of the rows that
+        are constrained.
 
         Raises ValueError when the logits' shape is not [len(rows), vocabulary size].
         """
@@ -97,6 +105,8 @@ class Sampler:
         if logits.stride(1) != 1:
             logits = logits.contiguous()
         logprobs = _Logprobs.of(logits, rows)  # the model's own: before anything is edited
+        if masks is not None:
+            token_mask_(logits, masks.rows.to(self._device), masks.bits.to(self._device))
         changes = _EditTable(self._vocabulary_size)
         for row in rows:
             changes.add_row(row)
@@ -104,7 +114,10 @@ class Sampler:
         table = torch.stack([tokens.double(), sound.double()], dim=1)
         if logprobs is not None:
             table = torch.cat([table, logprobs.columns(tokens)], dim=1)
-        return Draw(tokens, tuple(rows), table, changes.errors)
+        errors = changes.errors
+        if masks is not None:
+            errors |= {row: RowError(row, text, "request") for row, text in masks.errors.items()}
+        return Draw(tokens, tuple(rows), table, errors)
 
 
 def _draws(rows: Sequence[SampleRow], device: torch.device) -> Draws:

@@ -190,7 +190,7 @@ class Scheduler:
         taken = 0
         reason = None if sequence.generates else sequence.finish_reason(self.max_model_len)
         for token in tokens:
-            sequence.tokens.append(token)
+            sequence.take(token)
             taken += 1
             reason = sequence.finish_reason(self.max_model_len)
             if reason is not None:

@@ -6,6 +6,7 @@ import hashlib
 import struct
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from quickchange_server.engine.kv_cache import block_key
 from quickchange_server.engine.lookup import PromptLookup
@@ -42,6 +43,30 @@ class HeadDrafts:
     matches: tuple[int, ...]
 
 
+class Matcher(Protocol):
+    """How far a constrained text has come in its grammar."""
+
+    @property
+    def error(self) -> str | None:
+        """Why it can't go on: a limit of the library, met on the way."""
+        ...
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing but the end may follow."""
+        ...
+
+    def copy(self) -> Matcher: ...
+
+    def advance(self, token: int) -> None:
+        """Go on by a token that was allowed."""
+        ...
+
+    def allowed(self, tokens: Seq[int]) -> int:
+        """Of the tokens, one after the other, those that may follow; the end is the last."""
+        ...
+
+
 @dataclass(eq=False)
 class Sequence:
     """A request in the engine. `tokens` is prompt and output; everything else follows from it."""
@@ -60,6 +85,7 @@ class Sequence:
     head_drafts: HeadDrafts | None = None  # those made last
     lookup: PromptLookup | None = None  # over `tokens`, where drafting asks for it
     words: WordLookup | None = None  # the same by text, where the engine has a tokenizer
+    matcher: Matcher | None = None  # where its text is constrained
     unbought: int = 0  # chains offered in a row of which nothing was verified
     blocks: list[int] = field(default_factory=list)
     block_keys: list[bytes] = field(default_factory=list)  # of its full blocks, as far as needed
@@ -90,6 +116,10 @@ class Sequence:
             reading=reading,
             generates=generates,
         )
+
+    @property
+    def output(self) -> list[int]:
+        return self.tokens[self.prompt_length :]
 
     @property
     def output_length(self) -> int:
@@ -132,6 +162,12 @@ class Sequence:
             self.block_keys.append(block_key(parent, tokens))
         return self.block_keys[:count]
 
+    def take(self, token: int) -> None:
+        """The next token of the output."""
+        self.tokens.append(token)
+        if self.matcher is not None and token not in self.sampling.stop_token_ids:
+            self.matcher.advance(token)
+
     def finish_reason(self, max_model_len: int) -> FinishReason | None:
         """Whether it has ended: by its last token, or without any where none is to come."""
         if not self.generates:
@@ -140,6 +176,8 @@ class Sequence:
             return "stop" if self.reading is not None and self.reading.top is None else "length"
         if self.output_length and self.tokens[-1] in self.sampling.stop_token_ids:
             return "stop"
+        if self.matcher is not None and self.matcher.complete:
+            return "stop"  # before min_tokens, too: nothing else may follow
         if self.output_length >= self.sampling.max_tokens or len(self.tokens) >= max_model_len:
             return "length"
         return None
