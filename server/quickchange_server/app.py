@@ -10,10 +10,12 @@ from functools import partial
 from fastapi import FastAPI
 
 from quickchange_server.api import adapters, health, models, openai, refusals, vllm
+from quickchange_server.api.lorax import routes as lorax
 from quickchange_server.api.middleware import BodyLimitMiddleware, RequestIdMiddleware
 from quickchange_server.catalog import Catalog, base_names
 from quickchange_server.channel import EngineMain, engine_main
 from quickchange_server.client import EngineClient
+from quickchange_server.derived import Derived
 from quickchange_server.imports import Imports
 from quickchange_server.metrics import Metrics
 from quickchange_server.services import VERSION, Seeds, Services
@@ -54,7 +56,14 @@ def create_app(
             await _end(services)
 
     app = FastAPI(title="Quickchange", version=VERSION, lifespan=lifespan)
-    for router in (openai.router, models.router, vllm.router, adapters.router, health.router):
+    for router in (
+        openai.router,
+        lorax.router,
+        models.router,
+        vllm.router,
+        adapters.router,
+        health.router,
+    ):
         app.include_router(router)
     refusals.install(app)
     app.add_middleware(
@@ -87,6 +96,7 @@ def _services(settings: Settings, text: Text, engine: EngineMain, base: BaseMake
             prompt_lookup=settings.prompt_lookup,
         ),
         imports=Imports(store, base, names),
+        derived=Derived(store, settings.derived_adapters),
         seeds=Seeds(settings.seed),
         started=asyncio.create_task(client.start(), name="engine-start"),
     )
@@ -97,4 +107,5 @@ async def _end(services: Services) -> None:
     if not services.started.done():
         services.started.cancel()
     await asyncio.wait([services.started])
+    await services.derived.close()
     await services.client.close(services.settings.drain_seconds)

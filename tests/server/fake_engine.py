@@ -54,6 +54,7 @@ class Behaviour:
     poison: int | None = None  # a prompt beginning with this token ends the process...
     poison_at: int = 0  # ... once so many tokens of it have been emitted
     missing: frozenset[str] = frozenset()  # digests that can't be loaded
+    logprob_spread: float = 0.0  # how far log-probabilities lie below -1, by the request's seed
     deaf: bool = False  # reads no commands after Ready
     journal: Path | None = None  # a JSON line for each start and each command
 
@@ -158,10 +159,13 @@ class FakeEngine:
         accepted = min(agreed, len(tokens))
         self.count(submit, drafted, accepted)
         wanted = submit.sampling.logprobs is not None
+        logprob = logprob_at(submit.sampling.seed, behaviour.logprob_spread)
+        asked = first and submit.prompt_logprobs is not None
         return Delta(
             request_id=key,
             token_ids=tuple(tokens),
-            logprobs=tuple(TokenLogprobs(t, -1.0, ((t, -1.0),)) for t in tokens if wanted),
+            logprobs=tuple(TokenLogprobs(t, logprob, ((t, logprob),)) for t in tokens if wanted),
+            prompt_logprobs=tuple(TokenLogprobs(t, -2.0) for t in submit.prompt[1:] if asked),
             finish_reason=finish,
             cached_tokens=0 if first else None,
             queue_seconds=0.001 if first else None,
@@ -204,6 +208,11 @@ class FakeEngine:
 def token_at(seed: int, position: int, adapters: tuple[Component, ...] = ()) -> int:
     """The token that any fake engine emits there."""
     return ord("a") + zlib.crc32(repr((seed, position, adapters)).encode()) % 26
+
+
+def logprob_at(seed: int, spread: float) -> float:
+    """The log-probability of every token of a request."""
+    return -1.0 - spread * (zlib.crc32(repr(seed).encode()) % 1000) / 1000
 
 
 def accepted_at(seed: int, emitted: int, drafted: int) -> int:

@@ -64,10 +64,12 @@ async def admit(
     request_id: str,
     prompt_param: str,
     default_tokens: int | None,
+    prompt_logprobs: int | None = None,
 ) -> Running:
     """All choices of a request: `n` for each prompt, in the order of the prompts.
 
-    `default_tokens` are generated at most where the body doesn't say; None: all that fit. Raises
+    `default_tokens` are generated at most where the body doesn't say; None: all that fit.
+    `prompt_logprobs` asks for the prompt's as `SamplingParams.logprobs` does for new ones. Raises
     InvalidRequestError, ContextLengthError, RateLimitedError, QueueFullError or UnavailableError,
     and then nothing runs.
     """
@@ -96,6 +98,7 @@ async def admit(
                 drafting=order.selection.drafting,
                 drafter=order.selection.drafter,
                 salt=order.caller.salt,
+                prompt_logprobs=prompt_logprobs,
             )
             orders.append((generation, Transcript(services.text, options)))
     account = Account.open(_opened(order, prompts, orders, request_id), services.books)
@@ -177,6 +180,7 @@ def _sampling(services: Services, body: Sampled, seed: int, max_tokens: int) -> 
         top_k=max(0, body.top_k),
         top_p=body.top_p,
         min_p=body.min_p,
+        typical_p=body.typical_p,
         repetition_penalty=body.repetition_penalty,
         presence_penalty=body.presence_penalty,
         frequency_penalty=body.frequency_penalty,

@@ -99,6 +99,7 @@ class Sampled(Body, ABC):
 
     top_k: int = Field(0, ge=-1)  # 0 and vLLM's -1: off
     min_p: Number = Field(0.0, ge=0, le=1)
+    typical_p: Number = Field(1.0, gt=0, le=1)
     repetition_penalty: Number = Field(1.0, gt=0)
     min_tokens: int = Field(0, ge=0)
     ignore_eos: bool = False
