@@ -14,6 +14,7 @@ result without a name, so that a server needs no tensors of its own for it. Know
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial, reduce
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 from quickchange_store.canonical import CanonicalAdapter, LowRankUpdate
@@ -111,8 +113,7 @@ def _check_plain(digest: str, adapter: CanonicalAdapter) -> None:
 
 def _function(recipe: Recipe) -> Merge:
     """PEFT's function for the strategy, of tensors and weights."""
-    from peft.utils import merge_utils
-
+    merge_utils = _peft_merge_utils()
     density = recipe.density
     match recipe.strategy:
         case "ties":
@@ -123,6 +124,21 @@ def _function(recipe: Recipe) -> Merge:
         case "dare_ties":
             sign = recipe.sign_method
             return partial(merge_utils.dare_ties, density=density, majority_sign_method=sign)
+
+
+def _peft_merge_utils() -> ModuleType:
+    """`peft.utils.merge_utils`, which needs torch alone, without the rest of peft."""
+    # `import peft` brings transformers, which takes most of the time of a small merge.
+    package = importlib.util.find_spec("peft")
+    assert package is not None
+    assert package.origin is not None
+    file = Path(package.origin).parent / "utils" / "merge_utils.py"
+    spec = importlib.util.spec_from_file_location("quickchange_peft_merge_utils", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def module_seed(recipe: Recipe, module: str) -> int:
