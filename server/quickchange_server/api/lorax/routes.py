@@ -37,6 +37,7 @@ from quickchange_server.errors import (
     EngineFailedError,
     InvalidRequestError,
     UnknownModelError,
+    UnsupportedParameterError,
 )
 from quickchange_server.services import VERSION, Injected, Services
 from quickchange_server.transcript import LoggedToken
@@ -118,6 +119,21 @@ async def info(services: Injected) -> Json:
         "docker_label": None,
         "request_logger_url": None,
     }
+
+
+@router.post("/embed")
+async def embed() -> Response:
+    """Refused: LoRAX answers it for embedding models alone, too."""
+    raise UnsupportedParameterError("/embed: this server generates text; use POST /v1/embeddings")
+
+
+@router.post("/classify")
+@router.post("/classify_batch")
+async def classify() -> Response:
+    """Refused: LoRAX answers it for classification models alone, too."""
+    raise UnsupportedParameterError(
+        "/classify: this server generates text; ask for the class in the prompt of /generate"
+    )
 
 
 # --- the work -----------------------------------------------------------------------------------
