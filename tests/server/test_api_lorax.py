@@ -12,6 +12,8 @@ from fake_engine import Behaviour, logprob_at
 from http_support import BASE, Live, expected_text, live_server, make_adapter, make_turbo
 from text_support import START, byte_text
 
+from quickchange_server.api.lorax.schemas import GenerateRequest, Parameters
+from quickchange_server.api.lorax.translation import completion
 from quickchange_server.choices import choice_seed
 from quickchange_server.messages import Component
 from quickchange_store.store import Store
@@ -143,6 +145,53 @@ def test_a_seed_may_have_64_bits(live: Live) -> None:
 
 def test_a_greedy_answer_has_no_seed(live: Live) -> None:
     assert generate(live, details=True)["details"]["seed"] is None
+
+
+# --- how tokens are chosen ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("parameters", "temperature"),
+    [
+        ({}, 0.0),
+        ({"temperature": 1.0}, 0.0),
+        ({"temperature": 0.7}, 0.7),
+        ({"temperature": 3.5}, 3.5),
+        ({"temperature": 0.0, "do_sample": True, "top_k": 5}, 0.0),
+        ({"do_sample": True}, 1.0),
+        ({"top_k": 5}, 1.0),
+        ({"top_p": 0.9}, 1.0),
+        ({"typical_p": 0.9, "temperature": 2.5}, 2.5),
+    ],
+)
+def test_tokens_are_drawn_where_lorax_draws_them(
+    live: Live, parameters: dict[str, Any], temperature: float
+) -> None:
+    request = GenerateRequest(inputs="x", parameters=Parameters(**parameters))
+    assert completion(live.services, request).temperature == temperature
+
+
+def test_every_sampling_parameter_reaches_the_engines_request(live: Live) -> None:
+    given = Parameters(
+        top_k=7,
+        top_p=0.9,
+        typical_p=0.8,
+        repetition_penalty=1.1,
+        frequency_penalty=0.2,
+        presence_penalty=-0.3,
+        stop=["a"],
+        ignore_eos_token=True,
+        best_of=3,
+        max_new_tokens=9,
+        return_k_alternatives=4,
+        user="u",
+    )
+    wanted = completion(live.services, GenerateRequest(inputs="x", parameters=given))
+    assert (wanted.top_k, wanted.top_p, wanted.typical_p) == (7, 0.9, 0.8)
+    assert wanted.repetition_penalty == 1.1
+    assert (wanted.frequency_penalty, wanted.presence_penalty) == (0.2, -0.3)
+    assert (wanted.stop, wanted.ignore_eos, wanted.n) == (["a"], True, 3)
+    assert (wanted.max_tokens, wanted.logprobs, wanted.user) == (9, 4, "u")
 
 
 # --- which adapters -----------------------------------------------------------------------------
