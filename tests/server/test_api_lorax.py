@@ -168,7 +168,7 @@ def test_tokens_are_drawn_where_lorax_draws_them(
     live: Live, parameters: dict[str, Any], temperature: float
 ) -> None:
     request = GenerateRequest(inputs="x", parameters=Parameters(**parameters))
-    assert completion(live.services, request).temperature == temperature
+    assert completion(live.services, request, tokens=True).temperature == temperature
 
 
 def test_every_sampling_parameter_reaches_the_engines_request(live: Live) -> None:
@@ -186,7 +186,7 @@ def test_every_sampling_parameter_reaches_the_engines_request(live: Live) -> Non
         return_k_alternatives=4,
         user="u",
     )
-    wanted = completion(live.services, GenerateRequest(inputs="x", parameters=given))
+    wanted = completion(live.services, GenerateRequest(inputs="x", parameters=given), tokens=True)
     assert (wanted.top_k, wanted.top_p, wanted.typical_p) == (7, 0.9, 0.8)
     assert wanted.repetition_penalty == 1.1
     assert (wanted.frequency_penalty, wanted.presence_penalty) == (0.2, -0.3)

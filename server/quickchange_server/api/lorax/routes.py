@@ -78,7 +78,7 @@ async def generate_stream(
 ) -> Response:
     """Generate text, a server-sent event for each token."""
     _check_stream(body)
-    work = await _begin(services, caller, body, request)
+    work = await _begin(services, caller, body, request, streamed=True)
     return await _stream_response(request, work)
 
 
@@ -140,12 +140,18 @@ async def classify() -> Response:
 
 
 async def _begin(
-    services: Services, caller: Caller, body: GenerateRequest, request: Request
+    services: Services,
+    caller: Caller,
+    body: GenerateRequest,
+    request: Request,
+    *,
+    streamed: bool = False,
 ) -> Work:
     """Translate, select and admit."""
     clock = Clock()
     given = body.parameters
-    wanted = translation.completion(services, body)
+    tokens = streamed or given.details or given.decoder_input_details or given.candidates > 1
+    wanted = translation.completion(services, body, tokens=tokens)
     try:
         order = ordering.select(services, caller, wanted, request.headers)
     except UnknownModelError as error:
@@ -214,25 +220,22 @@ async def _whole(work: Work) -> tuple[Json, dict[str, str]]:
     given = work.request.parameters
     if given.details or given.decoder_input_details:
         answer["details"] = _details(work, candidates, best)
-    choices, prompt_tokens = work.running.choices, len(work.prompt)
-    told = accounting(work.clock, choices, best, candidates[best], prompt_tokens)
+    told = accounting(work.clock, work.running.choices[best], len(work.prompt))
     return answer, work.headers | told
 
 
 def _details(work: Work, candidates: Sequence[Candidate], best: int) -> Json:
-    choices, shapes = work.running.choices, work.shapes
-    chosen = candidates[best]
-    prefill = shapes.prefill(work.prompt, choices[best].prompt_logprobs)
-    details = {
-        **shapes.ending(chosen, len(work.prompt), choices[best].completion_tokens),
-        "prefill": prefill,
-        "tokens": [shapes.token(token) for token in chosen.tokens],
-    }
-    if len(candidates) > 1:
+    parts = []
+    for index, candidate in enumerate(candidates):
+        choice = work.running.choices[index]
+        ending = work.shapes.ending(candidate, choice)
+        parts.append(ending | work.shapes.tokens(candidate, choice, work.prompt))
+    details = {**parts.pop(best), "prompt_tokens": len(work.prompt)}
+    if parts:
+        others = [*candidates[:best], *candidates[best + 1 :]]
         details["best_of_sequences"] = [
-            shapes.sequence(candidate, choices[index].completion_tokens, prefill)
-            for index, candidate in enumerate(candidates)
-            if index != best
+            {"generated_text": work.shapes.generated_text(other), **part}
+            for other, part in zip(others, parts, strict=True)
         ]
     return details
 
@@ -259,7 +262,7 @@ async def _events(work: Work) -> AsyncGenerator[bytes, None]:
         raise EngineFailedError("the engine ended the text without a token")
     details = None
     if work.request.parameters.details:
-        generated = work.running.choices.completion_tokens
-        details = shapes.ending(candidate, len(work.prompt), generated)
+        ending = shapes.ending(candidate, work.running.choices[0])
+        details = {**ending, "prompt_tokens": len(work.prompt)}
     last = {"token": shapes.token(tokens[-1]), "generated_text": shapes.generated_text(candidate)}
     yield event({**last, "details": details})

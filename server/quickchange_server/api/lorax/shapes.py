@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from quickchange_server.api.lorax.schemas import Parameters
 from quickchange_server.api.shapes import Json, finite
-from quickchange_server.choices import Choices
+from quickchange_server.choices import Choice
 from quickchange_server.messages import TokenLogprobs
 from quickchange_server.services import Services
 from quickchange_server.text import Text
@@ -46,11 +46,6 @@ class Candidate:
             return "length"
         last = self.tokens[-1].logprobs.token_id if self.tokens else None
         return "eos_token" if last in text.eos_ids else "stop_sequence"
-
-    @property
-    def skipped(self) -> int:
-        """Tokens that came from drafts."""
-        return sum(token.drafted for token in self.tokens)
 
     @property
     def mean_logprob(self) -> float:
@@ -97,25 +92,19 @@ class Shapes:
     def generated_text(self, candidate: Candidate) -> str:
         return self._before + candidate.text
 
-    def ending(self, candidate: Candidate, prompt_tokens: int, generated_tokens: int) -> Json:
-        """What the details of a stream and those of a whole answer have in common."""
+    def ending(self, candidate: Candidate, choice: Choice) -> Json:
+        """What every kind of details has. `choice` is where the candidate came from."""
         return {
             "finish_reason": candidate.finish_reason(self._text),
-            "prompt_tokens": prompt_tokens,
-            "generated_tokens": generated_tokens,
-            "skipped_tokens": candidate.skipped,
+            "generated_tokens": choice.completion_tokens,
+            "skipped_tokens": choice.accepted_tokens,
             "seed": candidate.seed,
         }
 
-    def sequence(self, candidate: Candidate, generated_tokens: int, prefill: list[Json]) -> Json:
-        """One of `best_of_sequences`."""
+    def tokens(self, candidate: Candidate, choice: Choice, prompt: Sequence[int]) -> Json:
+        """What the details of a whole answer have besides."""
         return {
-            "generated_text": self.generated_text(candidate),
-            "finish_reason": candidate.finish_reason(self._text),
-            "generated_tokens": generated_tokens,
-            "skipped_tokens": candidate.skipped,
-            "seed": candidate.seed,
-            "prefill": prefill,
+            "prefill": self.prefill(prompt, choice.prompt_logprobs),
             "tokens": [self.token(token) for token in candidate.tokens],
         }
 
@@ -157,15 +146,13 @@ def identity(
     return known
 
 
-def accounting(
-    clock: Clock, choices: Choices, best: int, candidate: Candidate, prompt: int
-) -> dict[str, str]:
+def accounting(clock: Clock, choice: Choice, prompt: int) -> dict[str, str]:
     """The headers that are known at the end: times in whole milliseconds, and tokens."""
     total = time.monotonic() - clock.began
     validation = clock.admitted - clock.began
-    queue = choices[best].queue_seconds
+    queue = choice.queue_seconds
     inference = max(0.0, total - validation - queue)
-    generated = choices[best].completion_tokens
+    generated = choice.completion_tokens
     first = total if clock.first_token is None else clock.first_token - clock.began
     return {
         "x-total-time": _milliseconds(total),
@@ -176,7 +163,7 @@ def accounting(
         "x-time-per-token": _milliseconds(inference / max(1, generated)),
         "x-time-to-first-token": _milliseconds(first),
         "x-generated-tokens": str(generated),
-        "x-skipped-tokens": str(candidate.skipped),
+        "x-skipped-tokens": str(choice.accepted_tokens),
         "x-total-tokens": str(prompt + generated),
     }
 

@@ -16,9 +16,11 @@ from quickchange_server.services import Services
 BASE_ID = "__base_model__"  # LoRAX's adapter id of the plain base
 
 
-def completion(services: Services, request: GenerateRequest) -> CompletionRequest:
-    """The request in OpenAI's terms, its seed drawn. Raises RequestValidationError and
-    InvalidRequestError where it has no such form."""
+def completion(services: Services, request: GenerateRequest, *, tokens: bool) -> CompletionRequest:
+    """The request in OpenAI's terms, its seed drawn; `tokens`: each is to be told.
+
+    Raises RequestValidationError and InvalidRequestError where it has no such form.
+    """
     given = request.parameters
     seed = services.seeds.draw() if given.seed is None else given.seed
     body = {
@@ -36,7 +38,7 @@ def completion(services: Services, request: GenerateRequest) -> CompletionReques
         "frequency_penalty": given.frequency_penalty,
         "presence_penalty": given.presence_penalty,
         "ignore_eos": given.ignore_eos_token,
-        "logprobs": given.return_k_alternatives or 0,
+        "logprobs": (given.return_k_alternatives or 0) if tokens else None,
         "response_format": _format(given.response_format),
         "turbo": given.turbo,
         "user": given.user,
