@@ -10,6 +10,7 @@ from functools import partial
 from fastapi import FastAPI
 
 from quickchange_server.api import adapters, health, models, openai, refusals, vllm
+from quickchange_server.api.lorax import failures
 from quickchange_server.api.lorax import routes as lorax
 from quickchange_server.api.middleware import BodyLimitMiddleware, RequestIdMiddleware
 from quickchange_server.catalog import Catalog, base_names
@@ -73,6 +74,7 @@ def create_app(
     ):
         app.include_router(router)
     refusals.install(app)
+    failures.install(app, lorax.PATHS)
     app.add_middleware(
         BodyLimitMiddleware,
         limit=settings.max_request_bytes,

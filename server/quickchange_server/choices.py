@@ -31,9 +31,11 @@ class Choice:
     def __init__(self, stream: DeltaStream, transcript: Transcript) -> None:
         self._stream = stream
         self._transcript = transcript
-        self.cached_tokens = 0  # prompt tokens found in the prefix cache
         self.queue_seconds = 0.0  # from arrival in the engine to its first step
-        self.prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # of all but the prompt's first token
+        self.cached_tokens = 0  # prompt tokens found in the prefix cache
+        self.prompt_logprobs: tuple[
+            TokenLogprobs, ...
+        ] = ()  # where asked for; with the first piece
 
     @property
     def completion_tokens(self) -> int:
@@ -53,12 +55,11 @@ class Choice:
         Raises what the engine's stream raises.
         """
         async for delta in self._stream:
-            if delta.cached_tokens is not None:
-                self.cached_tokens = delta.cached_tokens
             if delta.queue_seconds is not None:
                 self.queue_seconds = delta.queue_seconds
-            if delta.prompt_logprobs:
-                self.prompt_logprobs = delta.prompt_logprobs
+            if delta.cached_tokens is not None:
+                self.cached_tokens = delta.cached_tokens
+            self.prompt_logprobs = delta.prompt_logprobs or self.prompt_logprobs
             piece = self._transcript.push(delta)
             if piece.ending is not None:
                 self._stream.stop()  # for a stop string; otherwise it has ended by itself

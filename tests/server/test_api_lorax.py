@@ -19,7 +19,6 @@ from quickchange_server.messages import Component
 from quickchange_store.store import Store
 
 PROMPT = "Hello"
-SPREAD = 2.0
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +28,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     store.add("team/sql", make_adapter(1.0))
     store.add("json", make_adapter(2.0))
     store.add("quick", make_turbo(3.0, lora=True))
-    with live_server(folder, Behaviour(logprob_spread=SPREAD)) as live:
+    with live_server(folder, Behaviour(sure=False)) as live:
         yield live
 
 
@@ -61,11 +60,11 @@ def test_details_tell_every_token_with_its_text_and_logprob(live: Live) -> None:
         {
             "id": ord(character),
             "text": character,
-            "logprob": logprob_at(3, SPREAD),
+            "logprob": logprob_at(5 + place, ord(character)),
             "special": False,
             "skipped": False,
         }
-        for character in text
+        for place, character in enumerate(text)
     ]
     assert details == {
         "finish_reason": "length",
@@ -98,7 +97,11 @@ def test_return_full_text_puts_the_inputs_in_front(live: Live) -> None:
 def test_decoder_input_details_bring_the_prompts_logprobs_and_the_details(live: Live) -> None:
     details = generate(live, decoder_input_details=True)["details"]
     assert details["prefill"] == [
-        {"id": ord(character), "text": character, "logprob": None if place == 0 else -2.0}
+        {
+            "id": ord(character),
+            "text": character,
+            "logprob": None if place == 0 else logprob_at(place, ord(character)),
+        }
         for place, character in enumerate(PROMPT)
     ]
 
@@ -235,14 +238,14 @@ def test_turbo_drafts_and_the_skipped_tokens_are_those_that_it_drafted(live: Liv
 
 
 def test_best_of_answers_with_the_likeliest_and_tells_the_others(tmp_path: Path) -> None:
-    with live_server(tmp_path, Behaviour(logprob_spread=SPREAD), seed=4) as live:
+    with live_server(tmp_path, Behaviour(sure=False), seed=4) as live:
         answer = generate(live, seed=None, best_of=4, do_sample=True, details=True)
     details = answer["details"]
     others = details["best_of_sequences"]
     candidates = [details, *others]
     assert len(others) == 3
-    logprobs = [candidate["tokens"][0]["logprob"] for candidate in candidates]
-    assert logprobs[0] == max(logprobs) > max(logprobs[1:])
+    means = [sum(token["logprob"] for token in c["tokens"]) / 6 for c in candidates]
+    assert means[0] == max(means) > max(means[1:])
     seeds = [candidate["seed"] for candidate in candidates]
     texts = [answer["generated_text"], *(other["generated_text"] for other in others)]
     assert texts == [expected_text(seed, 5, 6) for seed in seeds]

@@ -191,6 +191,13 @@ def test_other_errors_of_the_routes_have_the_same_form(live: Live) -> None:
     assert set(response.json()) == {"error", "error_type"}
 
 
+def test_a_wrong_method_has_the_same_form_and_says_which_is_right(live: Live) -> None:
+    response = live.http.get("/generate")
+    assert response.status_code == 405
+    assert response.headers["allow"] == "POST"
+    assert set(response.json()) == {"error", "error_type"}
+
+
 def test_openais_routes_keep_openais_errors(live: Live) -> None:
     error = live.post("/v1/completions", {"model": BASE, "prompt": "x", "n": 0}).json()["error"]
     assert set(error) == {"message", "type", "param", "code"}

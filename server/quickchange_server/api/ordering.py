@@ -64,12 +64,10 @@ async def admit(
     request_id: str,
     prompt_param: str,
     default_tokens: int | None,
-    prompt_logprobs: int | None = None,
 ) -> Running:
     """All choices of a request: `n` for each prompt, in the order of the prompts.
 
-    `default_tokens` are generated at most where the body doesn't say; None: all that fit.
-    `prompt_logprobs` asks for the prompt's as `SamplingParams.logprobs` does for new ones. Raises
+    `default_tokens` are generated at most where the body doesn't say; None: all that fit. Raises
     InvalidRequestError, ContextLengthError, RateLimitedError, QueueFullError or UnavailableError,
     and then nothing runs.
     """
@@ -89,6 +87,9 @@ async def admit(
         sampling = _sampling(services, body, seed, _max_tokens(body, room, default_tokens))
         options = _text_options(body, sampling)
         for choice in range(body.n):
+            # The log-probabilities of one prompt are the same in all its choices; a stream begins
+            # each with them.
+            scored = choice == 0 or body.stream
             generation = Generation(
                 request_id=f"{request_id}-{len(orders)}",
                 prompt=tuple(prompt),
@@ -98,7 +99,7 @@ async def admit(
                 drafting=order.selection.drafting,
                 drafter=order.selection.drafter,
                 salt=order.caller.salt,
-                prompt_logprobs=prompt_logprobs,
+                prompt_logprobs=body.wanted_prompt_logprobs if scored else None,
             )
             orders.append((generation, Transcript(services.text, options)))
     account = Account.open(_opened(order, prompts, orders, request_id), services.books)

@@ -118,6 +118,11 @@ class Sampled(Body, ABC):
         """As `SamplingParams.logprobs`."""
 
     @property
+    def wanted_prompt_logprobs(self) -> int | None:
+        """As `Submit.prompt_logprobs`."""
+        return None
+
+    @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
@@ -152,6 +157,11 @@ class CompletionRequest(Sampled):
 
     prompt: Prompt
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+
+    @property
+    def wanted_prompt_logprobs(self) -> int | None:
+        return self.prompt_logprobs
 
     @property
     def wanted_logprobs(self) -> int | None:

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import re
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Collection
 from typing import Any
 
-from fastapi import Request, Response
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
-from quickchange_server.api.refusals import (
-    ClientGoneError,
-    from_store,
-    from_validation,
-    internal_error,
-)
+from quickchange_server.api.refusals import from_store, from_validation
 from quickchange_server.api.shapes import Json
 from quickchange_server.errors import (
     AdapterFailedError,
@@ -35,10 +28,6 @@ from quickchange_server.errors import (
     UnknownModelError,
 )
 from quickchange_store.errors import StoreError
-
-logger = logging.getLogger(__name__)
-
-Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 # The fields under the names that LoRAX has for them; longer names first.
 _NAMES = (
@@ -87,27 +76,30 @@ def refusal(error: QuickchangeError, status: int | None = None) -> Response:
     return Response(content, status, headers=headers, media_type="application/json")
 
 
-class LoraxRoute(APIRoute):
-    """A route whose errors are LoRAX's."""
+def install(app: FastAPI, paths: Collection[str]) -> None:
+    """Answer errors on these paths in LoRAX's form; to be called behind `refusals.install`."""
 
-    def get_route_handler(self) -> Handler:
-        handler = super().get_route_handler()
+    def answer(kind: type[Exception], answered: Callable[[Any], Response]) -> None:
+        otherwise = app.exception_handlers[kind]
 
-        async def answer(request: Request) -> Response:
-            try:
-                return await handler(request)
-            except RequestValidationError as error:
-                return refusal(from_validation(list(error.errors())))
-            except StoreError as error:
-                return refusal(from_store(error))
-            except QuickchangeError as error:
-                return refusal(error)
-            except HTTPException as error:
-                return refusal(InvalidRequestError(str(error.detail)), error.status_code)
-            except ClientGoneError:
-                raise
-            except Exception:
-                logger.exception("%s %s failed", request.method, request.url.path)
-                return refusal(internal_error())
+        async def handler(request: Request, error: Exception) -> Response:
+            if request.url.path in paths:
+                return answered(error)
+            response = otherwise(request, error)
+            assert isinstance(response, Awaitable)
+            answer_of_others = await response
+            assert isinstance(answer_of_others, Response)
+            return answer_of_others
 
-        return answer
+        app.add_exception_handler(kind, handler)
+
+    answer(QuickchangeError, refusal)
+    answer(StoreError, lambda error: refusal(from_store(error)))
+    answer(RequestValidationError, lambda error: refusal(from_validation(list(error.errors()))))
+    answer(HTTPException, _http)
+
+
+def _http(error: HTTPException) -> Response:
+    response = refusal(InvalidRequestError(str(error.detail)), error.status_code)
+    response.headers.update(error.headers or {})
+    return response

@@ -9,11 +9,12 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from fastapi import APIRouter, Request, Response
+from fastapi.routing import APIRoute
 
 from quickchange_server.api import ordering
 from quickchange_server.api.callers import Calling
 from quickchange_server.api.lorax import translation
-from quickchange_server.api.lorax.failures import LoraxRoute, failure
+from quickchange_server.api.lorax.failures import failure
 from quickchange_server.api.lorax.merging import merged
 from quickchange_server.api.lorax.schemas import (
     MAX_STOP_SEQUENCES,
@@ -42,7 +43,7 @@ from quickchange_server.errors import (
 from quickchange_server.services import VERSION, Injected, Services
 from quickchange_server.transcript import LoggedToken
 
-router = APIRouter(tags=["LoRAX"], route_class=LoraxRoute)
+router = APIRouter(tags=["LoRAX"])
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,9 @@ async def classify() -> Response:
     )
 
 
+PATHS = frozenset(route.path for route in router.routes if isinstance(route, APIRoute))
+
+
 # --- the work -----------------------------------------------------------------------------------
 
 
@@ -165,7 +169,6 @@ async def _begin(
         request_id=f"gen-{uuid.uuid4().hex}",
         prompt_param="inputs",
         default_tokens=None,
-        prompt_logprobs=0 if given.decoder_input_details else None,
     )
     clock.admit()
     first = (order.body.seed or 0) % 2**64
@@ -225,11 +228,12 @@ async def _whole(work: Work) -> tuple[Json, dict[str, str]]:
 
 
 def _details(work: Work, candidates: Sequence[Candidate], best: int) -> Json:
-    parts = []
+    choices, shapes, parts = work.running.choices, work.shapes, []
+    prefill = shapes.prefill(work.prompt, choices[0].prompt_logprobs)  # the same for all
     for index, candidate in enumerate(candidates):
-        choice = work.running.choices[index]
-        ending = work.shapes.ending(candidate, choice)
-        parts.append(ending | work.shapes.tokens(candidate, choice, work.prompt))
+        tokens = [shapes.token(token) for token in candidate.tokens]
+        ending = shapes.ending(candidate, choices[index])
+        parts.append({**ending, "prefill": prefill, "tokens": tokens})
     details = {**parts.pop(best), "prompt_tokens": len(work.prompt)}
     if parts:
         others = [*candidates[:best], *candidates[best + 1 :]]

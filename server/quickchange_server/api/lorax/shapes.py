@@ -101,13 +101,6 @@ class Shapes:
             "seed": candidate.seed,
         }
 
-    def tokens(self, candidate: Candidate, choice: Choice, prompt: Sequence[int]) -> Json:
-        """What the details of a whole answer have besides."""
-        return {
-            "prefill": self.prefill(prompt, choice.prompt_logprobs),
-            "tokens": [self.token(token) for token in candidate.tokens],
-        }
-
     def _alone(self, token_id: int) -> str:
         return self._text.token_bytes(token_id).decode(errors="replace")
 

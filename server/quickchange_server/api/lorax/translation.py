@@ -48,7 +48,10 @@ def completion(services: Services, request: GenerateRequest, *, tokens: bool) ->
     except ValidationError as error:
         raise RequestValidationError(error.errors()) from error
     # Set behind the validation: LoRAX's temperatures have no upper bound, OpenAI's end at 2.
-    return translated.model_copy(update={"temperature": _temperature(given)})
+    changes: dict[str, float] = {"temperature": _temperature(given)}
+    if given.decoder_input_details:
+        changes["prompt_logprobs"] = 0
+    return translated.model_copy(update=changes)
 
 
 def _temperature(given: Parameters) -> float:
