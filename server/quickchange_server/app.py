@@ -9,7 +9,7 @@ from functools import partial
 
 from fastapi import FastAPI
 
-from quickchange_server.api import adapters, health, models, openai, refusals, vllm
+from quickchange_server.api import adapters, embeddings, health, models, openai, refusals, vllm
 from quickchange_server.api.lorax import failures
 from quickchange_server.api.lorax import routes as lorax
 from quickchange_server.api.middleware import BodyLimitMiddleware, RequestIdMiddleware
@@ -67,6 +67,7 @@ def create_app(
     for router in (
         openai.router,
         lorax.router,
+        embeddings.router,
         models.router,
         vllm.router,
         adapters.router,

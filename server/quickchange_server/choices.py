@@ -36,6 +36,7 @@ class Choice:
         self.prompt_logprobs: tuple[
             TokenLogprobs, ...
         ] = ()  # where asked for; with the first piece
+        self.embedding: bytes | None = None  # where asked for; with the last piece
 
     @property
     def completion_tokens(self) -> int:
@@ -60,6 +61,7 @@ class Choice:
             if delta.cached_tokens is not None:
                 self.cached_tokens = delta.cached_tokens
             self.prompt_logprobs = delta.prompt_logprobs or self.prompt_logprobs
+            self.embedding = delta.embedding
             piece = self._transcript.push(delta)
             if piece.ending is not None:
                 self._stream.stop()  # for a stop string; otherwise it has ended by itself
