@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING
 from fastapi import FastAPI
 
 from quickchange_server.api import adapters, embeddings, health, models, openai, refusals, vllm
+from quickchange_server.api.lorax import failures
+from quickchange_server.api.lorax import routes as lorax
 from quickchange_server.api.middleware import BodyLimitMiddleware, RequestIdMiddleware
 from quickchange_server.books import Bookkeeper
 from quickchange_server.catalog import Catalog, base_names
 from quickchange_server.channel import EngineMain, engine_main
 from quickchange_server.client import EngineClient
 from quickchange_server.constraints.checks import ConstraintChecks
+from quickchange_server.derived import Derived
 from quickchange_server.errors import SettingError
 from quickchange_server.imports import Imports
 from quickchange_server.metrics import Metrics
@@ -78,6 +81,7 @@ def create_app(
     app = FastAPI(title="Quickchange", version=VERSION, lifespan=lifespan)
     for router in (
         openai.router,
+        lorax.router,
         embeddings.router,
         models.router,
         vllm.router,
@@ -86,6 +90,7 @@ def create_app(
     ):
         app.include_router(router)
     refusals.install(app)
+    failures.install(app, lorax.PATHS)
     app.add_middleware(
         BodyLimitMiddleware,
         limit=settings.max_request_bytes,
@@ -140,6 +145,7 @@ def _services(
             prompt_lookup=settings.prompt_lookup,
         ),
         imports=Imports(store, base, names),
+        derived=Derived(store, settings.derived_adapters),
         seeds=Seeds(settings.seed),
         started=asyncio.create_task(client.start(), name="engine-start"),
         books=books,
@@ -153,6 +159,7 @@ async def _end(services: Services) -> None:
     if not services.started.done():
         services.started.cancel()
     await asyncio.wait([services.started])
+    await services.derived.close()
     await services.client.close(services.settings.drain_seconds)
     await services.constraints.close()
     await services.revisions.close()

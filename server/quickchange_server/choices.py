@@ -31,6 +31,7 @@ class Choice:
     def __init__(self, stream: DeltaStream, transcript: Transcript) -> None:
         self._stream = stream
         self._transcript = transcript
+        self.queue_seconds = 0.0  # from arrival in the engine to its first step
         self.cached_tokens = 0  # prompt tokens found in the prefix cache
         self.queue_seconds = 0.0  # from arrival in the engine to its first step
         self.prompt_logprobs: tuple[
@@ -56,6 +57,8 @@ class Choice:
         Raises what the engine's stream raises.
         """
         async for delta in self._stream:
+            if delta.queue_seconds is not None:
+                self.queue_seconds = delta.queue_seconds
             if delta.cached_tokens is not None:
                 self.cached_tokens = delta.cached_tokens
             if delta.queue_seconds is not None:

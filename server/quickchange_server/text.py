@@ -55,6 +55,11 @@ class Text:
         return cls(tokenizer, vocab_size=vocab_size, eos_ids=_eos_ids(model, config, tokenizer))
 
     @property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that are marks and not text, such as the end of a sequence."""
+        return self._decoding.special_ids
+
+    @property
     def has_chat_template(self) -> bool:
         return bool(self._tokenizer.chat_template)
 
@@ -84,6 +89,30 @@ class Text:
             verbose=False,  # no warning where a prompt exceeds the model's length: we refuse it
         )
         return list(encoded["input_ids"])
+
+    async def spans(
+        self, text: str, *, add_special_tokens: bool = True
+    ) -> list[tuple[int, int, int]]:
+        """Token ids of a text, each with the characters that it stands for: (id, start, stop).
+
+        Raises InvalidRequestError where the model's tokenizer keeps no account of that.
+        """
+        if not self._tokenizer.is_fast:
+            raise InvalidRequestError(
+                "inputs: this model has no fast tokenizer, which alone tells where tokens begin; "
+                "send prompt instead of inputs for the ids alone",
+                param="inputs",
+            )
+        encoded = await asyncio.to_thread(
+            self._tokenizer,
+            text,
+            add_special_tokens=add_special_tokens,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        return [(token_id, start, stop) for token_id, (start, stop) in pairs]
 
     def render_chat(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
