@@ -21,6 +21,8 @@ from quickchange_server.transcript import Piece
 
 Ending = Literal["stop", "length", "cancelled", "refused", "failed"]
 
+SETTLE_SECONDS = 10.0  # that the end of an answer waits for its record
+
 logger = logging.getLogger(__name__)
 
 
@@ -64,6 +66,7 @@ class Completed:
     accepted_tokens: int = 0
     first_token_seconds: float | None = None  # from `opened.at`
     seconds: float = 0.0
+    queue_seconds: float = 0.0  # from arrival in the engine to the first step; 0: it had none
 
 
 class Bookkeeper(Protocol):
@@ -117,18 +120,31 @@ class Account:
             accepted_tokens=0 if choices is None else choices.accepted_tokens,
             first_token_seconds=self._first,
             seconds=time.monotonic() - self._began,
+            queue_seconds=0.0 if choices is None else choices.queue_seconds,
         )
         kept = [keeper.completed(completed) for keeper in self._keepers]
         self._durable = [asyncio.ensure_future(future) for future in kept if future is not None]
 
     async def settled(self) -> None:
-        """Wait until the books hold what `end` told. What a bookkeeper raises is logged: the
-        answer is complete, and its client is not to lose it for that."""
-        for kept in await asyncio.gather(*(self._durable or ()), return_exceptions=True):
-            if isinstance(kept, BaseException):
+        """Wait until the books hold what `end` told, at most for a while.
+
+        A record that is lost, or still waits for a database that is away, is logged: the answer is
+        complete, and its client is to have it.
+        """
+        if not self._durable:
+            return
+        done, waiting = await asyncio.wait(self._durable, timeout=SETTLE_SECONDS)
+        for kept in done:
+            error = kept.exception()
+            if error is not None:
                 logger.error(
-                    "the record of request %s is lost", self.opened.request_id, exc_info=kept
+                    "the record of request %s is lost", self.opened.request_id, exc_info=error
                 )
+        if waiting:
+            logger.warning(
+                "request %s ended before its record was on disk; it is still to be written",
+                self.opened.request_id,
+            )
 
 
 class Running:
