@@ -15,7 +15,7 @@ from keys_support import client_of, created, keyed_server
 from starlette.routing import BaseRoute
 from text_support import byte_text
 
-from quickchange_server.api.callers import OPEN_PATHS, Needs
+from quickchange_server.api.callers import OPEN, Needs
 from quickchange_server.app import create_app
 from quickchange_server.callers import SCOPES, Scope
 from quickchange_server.settings import Settings
@@ -103,13 +103,14 @@ def test_every_route_declares_one_scope_or_is_open() -> None:
     undecided = [
         name
         for name, scopes in declared().items()
-        if len(scopes) != 1 and not (name.partition(" ")[2] in OPEN_PATHS and not scopes)
+        if len(scopes) != 1 and not (tuple(name.split()) in OPEN and not scopes)
     ]
     assert undecided == []
 
 
 def test_open_are_the_probes_alone() -> None:
-    assert {"/health", "/health/live", "/health/ready", "/ping"} == OPEN_PATHS
+    probes = {"GET /health", "GET /health/live", "GET /health/ready", "GET /ping", "POST /ping"}
+    assert {" ".join(one) for one in OPEN} == probes
 
 
 def test_routes_ask_for_the_scopes_that_are_meant() -> None:
@@ -151,7 +152,7 @@ def test_a_route_answers_401_without_a_key_and_403_below_its_scope(
         scope: client.request(method, sent, json={} if method != "GET" else None).status_code
         for scope, client in clients.items()
     }
-    if path in OPEN_PATHS:
+    if (method, path) in OPEN:
         assert set(statuses.values()) == {200}
         return
     (needed,) = declared()[name]

@@ -1,6 +1,6 @@
 """Who calls: the API key of every request is checked here, before anything reads its body.
 
-`CallerMiddleware` finds the caller or answers 401; the open paths below need none. Each route then
+`CallerMiddleware` finds the caller or answers 401; what is `OPEN` needs none. Each route then
 declares the scope that it needs by one of `Calling`, `Managing`, `Administering`, or, where it has
 no use for the caller, by `dependencies=[Depends(INFER)]` and so on.
 """
@@ -19,7 +19,15 @@ from quickchange_server.errors import ForbiddenError, QuickchangeError, Unauthen
 from quickchange_server.services import Services
 
 # What load balancers and orchestrators ask. Tells nothing but the engine's state.
-OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/ping"})
+OPEN = frozenset(
+    {
+        ("GET", "/health"),
+        ("GET", "/health/live"),
+        ("GET", "/health/ready"),
+        ("GET", "/ping"),
+        ("POST", "/ping"),
+    }
+)
 METRICS_PATH = "/metrics"  # open by the setting `open_metrics`
 
 
@@ -90,13 +98,14 @@ async def _refused(
 def _caller(scope: ConnectionScope) -> Caller:
     services = scope["app"].state.services
     assert isinstance(services, Services)
-    if services.keyring is None or _open(services, scope["path"]):
+    if services.keyring is None or _open(services, scope["method"], scope["path"]):
         return ANYONE
     return services.keyring.caller(_secret(Headers(scope=scope)))
 
 
-def _open(services: Services, path: str) -> bool:
-    return path in OPEN_PATHS or (path == METRICS_PATH and services.settings.open_metrics)
+def _open(services: Services, method: str, path: str) -> bool:
+    metrics = path == METRICS_PATH and services.settings.open_metrics
+    return metrics or (method, path) in OPEN
 
 
 def _secret(headers: Headers) -> str | None:
