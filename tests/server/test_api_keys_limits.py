@@ -6,6 +6,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import pytest
@@ -107,6 +108,23 @@ def test_requests_that_are_refused_elsewhere_are_not_charged(live: Live) -> None
         assert complete(client, temperature=9).status_code == 400
         assert complete(client, max_tokens=10**6).status_code == 400
         assert complete(client).status_code == 200
+
+
+def test_what_a_full_queue_refuses_is_neither_charged_nor_billed(tmp_path: Path) -> None:
+    behaviour = Behaviour(step_seconds=0.02)
+    with keyed_server(tmp_path, behaviour=behaviour, max_queue=1) as live:
+        _, secret = created(live, limits={"requests_per_minute": 2, "concurrent_requests": 2})
+        body = {**COMPLETION, "max_tokens": 1000, "stream": True}
+        with live.http.stream("POST", "/v1/completions", json=body) as response:
+            lines = response.iter_lines()
+            next(lines)
+            with client_of(live, secret) as client:
+                for _ in range(4):
+                    assert error_of(complete(client), 429)["code"] == "queue_full"
+        with client_of(live, secret) as client:
+            wait_until(lambda: complete(client).status_code == 200, seconds=5)
+            (row,) = client.get("/v1/usage", params={"group": ""}).json()["data"]
+    assert row["requests"] == 1
 
 
 @pytest.mark.parametrize(

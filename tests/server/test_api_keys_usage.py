@@ -136,6 +136,21 @@ def test_a_key_sees_its_own_tenant_s_usage_alone(live: Live) -> None:
     assert {"own-one", "own-two"} <= {row["tenant"] for row in rows(live.http)}
 
 
+def test_adapters_that_a_key_does_not_see_are_one_row_without_a_name(live: Live) -> None:
+    _, wide = created(live, tenant="veiled")
+    _, narrow = created(live, tenant="veiled", names=["nothing/*"])
+    with client_of(live, wide) as client:
+        for model in (BASE, "sql", "chat", "sql"):
+            client.post("/v1/completions", json={**COMPLETION, "model": model}).raise_for_status()
+        assert [row["adapter"] for row in rows(client, group="adapter")] == ["base", "chat", "sql"]
+        whole = rows(client, group="")
+    with client_of(live, narrow) as client:
+        seen = rows(client, group="adapter")
+        assert rows(client, group="") == whole
+    assert [(row["adapter"], row["requests"]) for row in seen] == [("base", 1), ("-", 3)]
+    assert {name: sum(row[name] for row in seen) for name in FIGURES} == whole[0]
+
+
 def test_groups_choose_the_columns(live: Live) -> None:
     _, secret = created(live, tenant="groups")
     with client_of(live, secret) as client:
@@ -192,6 +207,7 @@ def test_a_failed_request_is_counted_and_its_tokens_are_not(tmp_path: Path) -> N
         with client_of(live, secret) as client:
             failed = client.post("/v1/completions", json={**COMPLETION, "model": "bad"})
             assert failed.status_code == 424
+            wait_until(lambda: rows(client) != [], seconds=5)  # a failure's answer does not wait
             (row,) = rows(client, group="adapter")
     expected = {**dict.fromkeys(FIGURES, 0), "requests": 1, "failed": 1}
     assert row == {"adapter": "bad", **expected}

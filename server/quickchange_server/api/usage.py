@@ -12,11 +12,14 @@ from fastapi import APIRouter, Query
 from quickchange_server.api.callers import Calling
 from quickchange_server.api.shapes import Json
 from quickchange_server.callers import Caller
+from quickchange_server.catalog import BASE_LABEL, COMPOSITION_LABEL
 from quickchange_server.errors import ForbiddenError, InvalidRequestError
 from quickchange_server.services import Injected
-from quickchange_server.tenants.usage import GROUPS, HOUR, Group, Report, report
+from quickchange_server.tenants.usage import FIGURES, GROUPS, HOUR, Group, Report, report
 
 DEFAULT_SECONDS = 30 * 86_400  # before the end
+NO_NAMES = {BASE_LABEL, COMPOSITION_LABEL}
+UNSEEN = "-"  # no adapter's name begins so
 DEFAULT_GROUP = "tenant,key,adapter"
 
 router = APIRouter(tags=["API keys"])
@@ -44,8 +47,22 @@ async def usage(
         "from": since,
         "to": until,
         "group": list(wanted.group),
-        "data": rows,
+        "data": rows if caller.may("admin") else _veiled(rows, caller),
     }
+
+
+def _veiled(rows: list[Json], caller: Caller) -> list[Json]:
+    """The rows with all adapters that the caller doesn't see, which other keys of its tenant or an
+    experiment's variants have used, counted as one."""
+    kept: dict[tuple[object, ...], Json] = {}
+    for row in rows:
+        name = row.get("adapter")
+        if name is not None and name not in NO_NAMES and not caller.sees(name):
+            row = {**row, "adapter": UNSEEN}
+        same = kept.setdefault(tuple(row[name] for name in row if name not in FIGURES), row)
+        if same is not row:
+            same |= {figure: same[figure] + row[figure] for figure in FIGURES}
+    return list(kept.values())
 
 
 def _tenant(caller: Caller, asked: str | None) -> str | None:
