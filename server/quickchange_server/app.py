@@ -9,7 +9,17 @@ from functools import partial
 
 from fastapi import FastAPI
 
-from quickchange_server.api import adapters, health, keys, models, openai, refusals, usage, vllm
+from quickchange_server.api import (
+    adapters,
+    embeddings,
+    health,
+    keys,
+    models,
+    openai,
+    refusals,
+    usage,
+    vllm,
+)
 from quickchange_server.api.callers import CallerMiddleware
 from quickchange_server.api.middleware import BodyLimitMiddleware, RequestIdMiddleware
 from quickchange_server.catalog import Catalog, base_names
@@ -68,7 +78,7 @@ def create_app(
             await _end(services)
 
     app = FastAPI(title="Quickchange", version=VERSION, lifespan=lifespan)
-    for module in (openai, models, vllm, adapters, keys, usage, health):
+    for module in (openai, embeddings, models, vllm, adapters, keys, usage, health):
         app.include_router(module.router)
     refusals.install(app)
     app.add_middleware(

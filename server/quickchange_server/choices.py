@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Sequence
 
 from quickchange_server.client import DeltaStream, EngineClient, Generation
 from quickchange_server.errors import UnavailableError
+from quickchange_server.messages import TokenLogprobs
 from quickchange_server.transcript import Piece, Transcript
 
 SEED_BYTES = 8
@@ -31,6 +32,10 @@ class Choice:
         self._stream = stream
         self._transcript = transcript
         self.cached_tokens = 0  # prompt tokens found in the prefix cache
+        self.prompt_logprobs: tuple[
+            TokenLogprobs, ...
+        ] = ()  # where asked for; with the first piece
+        self.embedding: bytes | None = None  # where asked for; with the last piece
 
     @property
     def completion_tokens(self) -> int:
@@ -52,6 +57,8 @@ class Choice:
         async for delta in self._stream:
             if delta.cached_tokens is not None:
                 self.cached_tokens = delta.cached_tokens
+            self.prompt_logprobs = delta.prompt_logprobs or self.prompt_logprobs
+            self.embedding = delta.embedding
             piece = self._transcript.push(delta)
             if piece.ending is not None:
                 self._stream.stop()  # for a stop string; otherwise it has ended by itself

@@ -23,6 +23,7 @@ from quickchange_server.errors import QuickchangeError, SettingError
 from quickchange_server.services import Services
 from quickchange_server.serving import bind, run
 from quickchange_server.settings import Settings
+from quickchange_server.storage import database
 from quickchange_server.storage.database import Database
 from quickchange_server.tenants.policy import asks_for_keys
 from quickchange_server.tenants.records import every
@@ -40,6 +41,7 @@ def serve(given: Mapping[str, Any], *, demo: bool, engine: EngineMain = engine_m
     try:
         settings = _settings(with_demo(given) if demo else given)
         with bind(settings) as listener:
+            database.check(settings.database_url)
             check_access(settings)
             if demo and settings.adapters:
                 _publish_demo(settings)

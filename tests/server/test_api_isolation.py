@@ -77,6 +77,7 @@ ASKS: dict[str, Ask] = {
     "completion of no version": generate("/v1/completions", model="NAME@7", **PROMPT),
     "completion of a digest": generate("/v1/completions", model="NAME@0123abc", **PROMPT),
     "chat": generate("/v1/chat/completions", model="NAME", **CHAT),
+    "embedding": generate("/v1/embeddings", model="NAME", input="x"),
     "composition": generate("/v1/completions", model=BASE, adapters=[{"id": "NAME"}], **PROMPT),
     "composition with one's own": generate(
         "/v1/completions", model=BASE, adapters=[{"id": "acme/sql"}, {"id": "NAME"}], **PROMPT

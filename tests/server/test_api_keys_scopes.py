@@ -29,6 +29,7 @@ EXPECTED: dict[Scope, set[str]] = {
     "infer": {
         "POST /v1/completions",
         "POST /v1/chat/completions",
+        "POST /v1/embeddings",
         "GET /v1/models",
         "GET /v1/models/{model:path}",
         "POST /tokenize",

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from quickchange_server.engine.engine import Engine
-from quickchange_server.messages import Component, Delta, SamplingParams, Submit
+from quickchange_server.messages import Component, Delta, Pooling, SamplingParams, Submit
 from quickchange_server.model.load import load_model
 from quickchange_server.settings import Settings
 from quickchange_store.canonical import CanonicalAdapter
@@ -48,6 +48,11 @@ def request(
     prompt: Sequence[int],
     adapters: Sequence[tuple[str, float]] = (),
     output: Sequence[int] = (),
+    *,
+    salt: str = "",
+    background: bool = False,
+    prompt_logprobs: int | None = None,
+    pooling: Pooling | None = None,
     **sampling: object,
 ) -> Submit:
     """A greedy request unless told otherwise."""
@@ -58,6 +63,10 @@ def request(
         SamplingParams(**options),  # type: ignore[arg-type]
         tuple(Component(*adapter) for adapter in adapters),
         tuple(output),
+        salt=salt,
+        background=background,
+        prompt_logprobs=prompt_logprobs,
+        pooling=pooling,
     )
 
 

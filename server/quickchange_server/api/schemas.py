@@ -63,7 +63,6 @@ _SHARED: dict[str, Unsupported] = {
     "use_beam_search": Unsupported("use n with a temperature above 0", (False,)),
     "length_penalty": Unsupported(_PLAIN, (1, 1.0)),
     "truncate_prompt_tokens": Unsupported("shorten the prompt; /tokenize counts its tokens"),
-    "prompt_logprobs": Unsupported("only generated tokens have log-probabilities here"),
     "bad_words": Unsupported("use logit_bias", ([],)),
     "allowed_token_ids": Unsupported("use logit_bias"),
     "guided_json": Unsupported(_TEXT_ONLY),
@@ -99,6 +98,7 @@ class Sampled(Body, ABC):
 
     top_k: int = Field(0, ge=-1)  # 0 and vLLM's -1: off
     min_p: Number = Field(0.0, ge=0, le=1)
+    typical_p: Number = Field(1.0, gt=0, le=1)
     repetition_penalty: Number = Field(1.0, gt=0)
     min_tokens: int = Field(0, ge=0)
     ignore_eos: bool = False
@@ -110,6 +110,16 @@ class Sampled(Body, ABC):
     def wanted_tokens(self) -> int | None:
         """New tokens at most, where the client said so."""
         return self.max_tokens
+
+    @property
+    def candidates(self) -> int:
+        """Choices generated for each prompt, of which `n` are told."""
+        return self.n
+
+    @property
+    def wanted_prompt_logprobs(self) -> int | None:
+        """As `Submit.prompt_logprobs`."""
+        return None
 
     @property
     @abstractmethod
@@ -141,8 +151,6 @@ class CompletionRequest(Sampled):
 
     unsupported: ClassVar[Mapping[str, Unsupported]] = {
         **_SHARED,
-        "best_of": Unsupported("use n, and choose among the choices yourself", (1,)),
-        "echo": Unsupported("put the prompt before the text yourself", (False,)),
         "suffix": Unsupported("write the fill-in format of the model into the prompt", ("",)),
         "add_special_tokens": Unsupported("give the prompt as token ids (/tokenize)", (True,)),
         "prompt_embeds": Unsupported("give the prompt as text or token ids"),
@@ -150,11 +158,50 @@ class CompletionRequest(Sampled):
     }
 
     prompt: Prompt
+    max_tokens: int | None = Field(None, ge=0)
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    echo: bool = False
+    best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+
+    @property
+    def candidates(self) -> int:
+        return self.n if self.best_of is None else self.best_of
+
+    @property
+    def wanted_prompt_logprobs(self) -> int | None:
+        echoed = self.logprobs if self.echo else None
+        wanted = [top for top in (echoed, self.prompt_logprobs) if top is not None]
+        return max(wanted, default=None)
 
     @property
     def wanted_logprobs(self) -> int | None:
-        return self.logprobs
+        ranked = self.candidates > self.n  # by them
+        return 0 if self.logprobs is None and ranked else self.logprobs
+
+    @model_validator(mode="after")
+    def _check_completion(self) -> Self:
+        if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
+            raise InvalidRequestError(
+                "max_tokens: 0 needs echo or prompt_logprobs; raise it, or ask for one of them",
+                param="max_tokens",
+            )
+        if self.best_of is not None and self.best_of < self.n:
+            raise InvalidRequestError(
+                f"best_of: {self.best_of} is less than n, {self.n}; raise it", param="best_of"
+            )
+        if self.stream and self.candidates > self.n:
+            raise InvalidRequestError(
+                "best_of: the best are known at the end alone; remove it, or stream",
+                param="best_of",
+            )
+        if self.stream and self.prompt_logprobs is not None:
+            raise InvalidRequestError(
+                "prompt_logprobs: only in an answer that is not streamed; remove stream, or use "
+                "echo with logprobs",
+                param="prompt_logprobs",
+            )
+        return self
 
 
 def join_parts(value: Any) -> str:
@@ -227,6 +274,7 @@ class ChatRequest(Sampled):
         "documents": Unsupported("put them into the messages", ([],)),
         "echo": Unsupported(_PLAIN, (False,)),
         "best_of": Unsupported("use n, and choose among the choices yourself", (1,)),
+        "prompt_logprobs": Unsupported("render the chat yourself and use /v1/completions"),
     }
 
     messages: list[Message] = Field(min_length=1)

@@ -45,11 +45,11 @@ _ROWS_OF_DRAFTS = 2  # rows a sequence up to which a full batch's verification h
 
 
 class Engine:
-    """One model, its KV cache and its adapters. Everything but `on_wake` on one thread.
+    """One model, its KV cache and its adapters. Everything but the loader on one thread.
 
-    `load_adapter` reads an adapter version by digest; it is called on the loader thread, as is
-    `on_wake`, which tells the owner to call `step` again. `text`: the tokenizer, where words of the
-    prompt may be drafted by their text.
+    `load_adapter` reads an adapter version by digest; it is called on the loader thread. `on_wake`
+    tells the owner to call `poll_adapters` and `step` again; it is called on either thread. `text`:
+    the tokenizer, where words of the prompt may be drafted by their text.
     """
 
     def __init__(
@@ -62,6 +62,7 @@ class Engine:
         text: TokenText | None = None,
     ) -> None:
         self._settings = settings
+        self._on_wake = on_wake
         dtype, device = torch_dtype(settings.dtype), torch.device(settings.device)
         block_bytes = bytes_per_block(model.layers, settings.block_size, dtype)
         num_blocks = settings.kv_cache_bytes // block_bytes
@@ -119,7 +120,7 @@ class Engine:
         sequence = Sequence.from_submit(submit, time.monotonic())
         if error is not None:
             self._refused.append(_error(submit.request_id, error, "request"))
-        elif reason := sequence.finish_reason(self._max_model_len):
+        elif sequence.generates and (reason := sequence.finish_reason(self._max_model_len)):
             self._refused.append(Delta(submit.request_id, finish_reason=reason))
         else:
             self.scheduler.add(sequence)
@@ -149,6 +150,8 @@ class Engine:
         deltas, self._refused = self._refused, []
         deltas += [_error(s.request_id, e, "adapter") for s, e in self.scheduler.failures()]
         plan = self.scheduler.schedule(started)
+        if self.scheduler.claims_changed:
+            self._on_wake()  # the tiers act on claims in `poll_adapters`
         if not plan and not deltas:
             return None
         prefill_rows = sum(item.count for item in plan if item.sequence.remaining > 1)
@@ -176,9 +179,10 @@ class Engine:
 
     def _refusal(self, submit: Submit) -> str | None:
         tokens = len(submit.prompt) + len(submit.output)
+        most = self._max_model_len - (submit.pooling is None)
         if not submit.prompt:
             return "prompt: it has no token; give at least one"
-        if tokens > self._max_model_len or len(submit.prompt) >= self._max_model_len:
+        if tokens > self._max_model_len or len(submit.prompt) > most:
             return f"prompt: {tokens} tokens leave no room in a context of {self._max_model_len}"
         if not all(0 <= token < self._vocabulary for token in submit.prompt):
             return f"prompt: token ids must be from 0 to {self._vocabulary - 1}"
@@ -190,8 +194,8 @@ class Engine:
     def _advance(self, item: Scheduled, result: Result | None) -> list[Delta]:
         sequence = item.sequence
         if result is None:
-            self.scheduler.advance(item, ())
-            return []
+            _, reason = self.scheduler.advance(item, ())
+            return [] if reason is None else [self._delta(item, [], reason, 0)]
         drawn, error = _until_error(result.sampled)
         taken, reason = self.scheduler.advance(item, [row.token_id for row in drawn])
         if self._speculation is not None:
@@ -214,6 +218,7 @@ class Engine:
     ) -> Delta:
         sequence = item.sequence
         first, sequence.told = not sequence.told, True
+        reading = sequence.reading if first else None
         return Delta(
             sequence.request_id,
             token_ids=tuple(row.token_id for row in drawn),
@@ -223,6 +228,8 @@ class Engine:
             queue_seconds=sequence.queue_seconds if first else None,
             drafted=len(item.drafts),
             accepted=accepted,
+            prompt_logprobs=() if reading is None else reading.scores,
+            embedding=None if reading is None else reading.embedding,
         )
 
     def _head_count(self, slot: int) -> int:

@@ -16,7 +16,8 @@ from torch import Tensor
 from quickchange_kernels.lowrank import LowRankTables
 from quickchange_server.adapters.residency import Residency
 from quickchange_server.engine.buckets import DecodeBuckets
-from quickchange_server.engine.inputs import Extent, StepInputs, exact_extent, step_inputs
+from quickchange_server.engine.inputs import Extent, StepInputs, exact_extent, reads, step_inputs
+from quickchange_server.engine.readout import read
 from quickchange_server.engine.sampler import RowError, Sampled, Sampler, SampleRow
 from quickchange_server.engine.scheduler import Scheduled
 from quickchange_server.engine.stopwatch import stopwatch
@@ -110,6 +111,8 @@ class Runner:
         adapters = any(item.components for item in plan)
         output = self._forward(plan, self._tables if adapters else None)
         sampling = [item for item in plan if item.samples]
+        if reads(plan):
+            output = self._read(plan, output)
         if not sampling:
             return Ran([], None, None)
         draw = self._sampler.draw(output.logits, [r for i in sampling for r in _sample_rows(i)])
@@ -126,6 +129,13 @@ class Runner:
             results.append(Result(sampled[: held + 1], ahead))
         seconds, draft_seconds = watch.seconds()
         return Ran(results, seconds, None if drafts is None else draft_seconds)
+
+    def _read(self, plan: Sequence[Scheduled], output: Output) -> Output:
+        """Let sequences read their prompts' rows; what is left is of the rows that sample."""
+        sampled = sum([item.sampled_rows for item in plan])
+        scored = sampled + sum([len(item.scored) for item in plan])
+        read(plan, output.logits[sampled:scored], output.hidden[scored:])
+        return Output(output.logits[:sampled], output.hidden[:sampled])
 
     @property
     def _tables(self) -> LowRankTables | None:
@@ -177,7 +187,8 @@ class Runner:
         holder = self._model.holder
         holder.step = inputs.step(tables)
         try:
-            return forward(self._model, inputs.ids, inputs.positions, inputs.sample_rows)
+            rows = inputs.sample_rows
+            return forward(self._model, inputs.ids, inputs.positions, rows, inputs.head_rows)
         finally:
             holder.step = None
 

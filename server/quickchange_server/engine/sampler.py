@@ -6,8 +6,9 @@ in any batch, with or without speculation, and after a restart.
 
 The order: logit_bias added; stop ids suppressed while min_tokens is not reached; repetition penalty
 over prompt and output (transformers' rule); frequency and presence penalties over the output
-(OpenAI's rule); temperature; top_k, top_p, min_p; inverse CDF over what is left, in vocabulary
-order. The arithmetic is `quickchange_kernels.sample`; here parameters and tokens become its tables.
+(OpenAI's rule); temperature; top_k, top_p, min_p, typical_p (transformers' order, and that of
+servers with fewer filters); inverse CDF over what is left, in vocabulary order. The arithmetic is
+`quickchange_kernels.sample`; here parameters and tokens become its tables.
 """
 
 from __future__ import annotations
@@ -121,6 +122,8 @@ def _draws(rows: Sequence[SampleRow], device: torch.device) -> Draws:
         columns["top_p"] = _float64(p.top_p for p in params)
     if any(p.min_p for p in params):
         columns["min_p"] = _float64(p.min_p for p in params)
+    if any(p.typical_p < 1 for p in params):
+        columns["typical_p"] = _float64(p.typical_p for p in params)
     bits = torch.stack([column.view(torch.int64) for column in columns.values()]).to(device)
     return Draws(
         **{name: bits[i].view(column.dtype) for i, (name, column) in enumerate(columns.items())}
@@ -143,13 +146,22 @@ def _result(index: int, row: SampleRow, line: list[float]) -> Sampled | RowError
     wanted = row.params.logprobs
     if wanted is None:
         return Sampled(token)
-    chosen, pairs = line[2], line[3:]
-    half = len(pairs) // 2
+    return Sampled(token, TokenLogprobs(token, line[2], best_first(line[3:], wanted)))
+
+
+def best_first(columns: Sequence[float], wanted: int) -> tuple[tuple[int, float], ...]:
+    """(token, log-probability) of the `wanted` best, from columns of ids and columns of values."""
+    half = len(columns) // 2
     ranked = sorted(
-        ((int(i), value) for i, value in zip(pairs[:half], pairs[half:], strict=True)),
+        ((int(i), value) for i, value in zip(columns[:half], columns[half:], strict=True)),
         key=lambda pair: (-pair[1], pair[0]),
     )
-    return Sampled(token, TokenLogprobs(token, chosen, tuple(ranked[:wanted])))
+    return tuple(ranked[:wanted])
+
+
+def top_count(wanted: int, vocabulary: int) -> int:
+    """How many of the best to ask torch for, where `wanted` are."""
+    return min(-(-wanted // _TOP_LOGPROBS_STEP) * _TOP_LOGPROBS_STEP, vocabulary)
 
 
 class _EditTable:
@@ -228,9 +240,8 @@ class _Logprobs:
             return None
         where = torch.tensor([i for i, _ in asking], device=logits.device)
         most = max(n for _, n in asking)
-        stepped = -(-most // _TOP_LOGPROBS_STEP) * _TOP_LOGPROBS_STEP
         table = torch.log_softmax(logits[where].float(), dim=-1)
-        return cls(where, table, min(stepped, logits.shape[1]), len(rows))
+        return cls(where, table, top_count(most, logits.shape[1]), len(rows))
 
     def columns(self, tokens: Tensor) -> Tensor:
         """float64 [R, 1 + 2n]: the chosen token's log-probability, n best ids, n best values.
