@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 
-from quickchange_server.api import adapters, embeddings, health, models, openai, refusals, vllm
+from quickchange_server.api import (
+    adapters,
+    embeddings,
+    health,
+    keys,
+    models,
+    openai,
+    refusals,
+    usage,
+    vllm,
+)
+from quickchange_server.api.callers import CallerMiddleware
 from quickchange_server.api.lorax import failures
 from quickchange_server.api.lorax import routes as lorax
 from quickchange_server.api.middleware import BodyLimitMiddleware, RequestIdMiddleware
@@ -29,6 +40,9 @@ from quickchange_server.services import VERSION, Seeds, Services
 from quickchange_server.settings import Settings
 from quickchange_server.storage.database import Database
 from quickchange_server.storage.revisions import Revisions
+from quickchange_server.tenants.parts import Tenants
+from quickchange_server.tenants.policy import asks_for_keys
+from quickchange_server.tenants.records import TOPIC
 from quickchange_server.text import Text
 from quickchange_store.base import base_spec
 from quickchange_store.canonical import BaseSpec
@@ -52,7 +66,8 @@ def create_app(
 
     `text`, `engine` and `base` replace the tokenizer of the model, the engine's entry and what
     adapters are checked against. Raises SettingError where the model's tokenizer can't be read, or
-    where traces are asked for and can't be sent.
+    where traces are asked for and can't be sent, or where the settings would leave the server open
+    to others without saying so.
 
     Requests are answered while the engine still starts, with 503. `services.started` tells when it
     is ready, or why it can't be.
@@ -60,16 +75,18 @@ def create_app(
     text = Text.load(settings.model) if text is None else text
     base = partial(base_spec, settings.model) if base is None else base
     traces_maker = _traces_maker(settings)
+    keyed = asks_for_keys(settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         metrics = Metrics(settings)
         url, counts = settings.database_url, StorageMetrics(metrics.registry)
         database = await asyncio.to_thread(Database.open, url, counts)
+        tenants = Tenants.make(settings, database, metrics.registry, keyed=keyed)
         traces = None if traces_maker is None else traces_maker()
-        books = () if traces is None else (traces,)
-        services = _services(settings, metrics, text, engine, base, database, books)
-        services.revisions.start()
+        books: tuple[Bookkeeper, ...] = () if traces is None else (traces,)
+        services = _services(settings, metrics, text, engine, base, database, tenants, books)
+        await _start(services)
         app.state.services = services
         try:
             yield
@@ -79,16 +96,8 @@ def create_app(
                 await traces.close()
 
     app = FastAPI(title="Quickchange", version=VERSION, lifespan=lifespan)
-    for router in (
-        openai.router,
-        lorax.router,
-        embeddings.router,
-        models.router,
-        vllm.router,
-        adapters.router,
-        health.router,
-    ):
-        app.include_router(router)
+    for module in (openai, lorax, embeddings, models, vllm, adapters, keys, usage, health):
+        app.include_router(module.router)
     refusals.install(app)
     failures.install(app, lorax.PATHS)
     app.add_middleware(
@@ -97,6 +106,7 @@ def create_app(
         uploads=adapters.UPLOADS,
         upload_limit=settings.max_upload_bytes,
     )
+    app.add_middleware(CallerMiddleware)
     app.add_middleware(RequestIdMiddleware)
     app.add_middleware(HttpMetricsMiddleware)
     return app
@@ -124,6 +134,7 @@ def _services(
     engine: EngineMain,
     base: BaseMaker,
     database: Database,
+    tenants: Tenants,
     books: tuple[Bookkeeper, ...],
 ) -> Services:
     """The server's parts, with the engine starting. On the event loop."""
@@ -148,10 +159,19 @@ def _services(
         derived=Derived(store, settings.derived_adapters),
         seeds=Seeds(settings.seed),
         started=asyncio.create_task(client.start(), name="engine-start"),
-        books=books,
         database=database,
         revisions=Revisions(database),
+        keyring=tenants.keyring,
+        books=(*books, tenants.books),
     )
+
+
+async def _start(services: Services) -> None:
+    """Read what the database defines, and go on seeing what changes."""
+    if services.keyring is not None:
+        await services.keyring.refresh()
+        services.revisions.watch(TOPIC, services.keyring.refresh)
+    services.revisions.start()
 
 
 async def _end(services: Services) -> None:

@@ -25,6 +25,7 @@ from quickchange_server.metrics import Metrics
 from quickchange_server.settings import Settings
 from quickchange_server.storage.database import Database
 from quickchange_server.storage.revisions import Revisions
+from quickchange_server.tenants.keyring import Keyring
 from quickchange_server.text import Text
 from quickchange_store.store import Store
 
@@ -59,6 +60,7 @@ class Services:
     started: asyncio.Future[Ready]
     database: Database
     revisions: Revisions
+    keyring: Keyring | None = None  # None: no request needs an API key
     books: tuple[Bookkeeper, ...] = ()
     created: int = field(default_factory=lambda: int(time.time()))  # of the base, in /v1/models
 

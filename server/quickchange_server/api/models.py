@@ -6,8 +6,10 @@ from collections.abc import Iterator
 
 from fastapi import APIRouter
 
+from quickchange_server.api.callers import Calling
 from quickchange_server.api.shapes import Json
 from quickchange_server.services import Injected, Services
+from quickchange_server.visibility import seen
 from quickchange_store.index import Index
 from quickchange_store.names import Reference, parse_reference
 
@@ -57,20 +59,20 @@ def _adapter_cards(services: Services, index: Index) -> Iterator[Json]:
 
 
 @router.get("/v1/models")
-async def models(services: Injected) -> Json:
+async def models(services: Injected, caller: Calling) -> Json:
     """The base, adapters, their versions, and aliases."""
     cards = [_base_card(services)]
     if services.settings.adapters:
-        cards.extend(_adapter_cards(services, services.store.snapshot()))
+        cards.extend(_adapter_cards(services, seen(services.store.snapshot(), caller.sees)))
     return {"object": "list", "data": cards}
 
 
 @router.get("/v1/models/{model:path}")
-async def one_model(model: str, services: Injected) -> Json:
+async def one_model(model: str, services: Injected, caller: Calling) -> Json:
     """One of them; a digest prefix works too, as in requests."""
     if services.catalog.is_base(model):
         return _base_card(services)
-    services.catalog.select(model)  # refuses what no request could name
+    services.catalog.select(model, sees=caller.sees)  # refuses what no request could name
     index = services.store.snapshot()
     return _version_card(services, index, parse_reference(model), _kind(index, model))
 

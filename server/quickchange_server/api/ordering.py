@@ -38,7 +38,7 @@ class Order(Generic[B]):
 def select(services: Services, caller: Caller, body: B, headers: Mapping[str, str]) -> Order[B]:
     """What the body's `model`, `adapters` and `turbo` name for this caller."""
     composition = [WeightedName(entry.id, entry.weight) for entry in body.adapters]
-    selection = services.catalog.select(body.model, composition, body.turbo)
+    selection = services.catalog.select(body.model, composition, body.turbo, sees=caller.sees)
     return Order(caller, body.model, body, selection, traceparent=headers.get("traceparent"))
 
 
@@ -86,6 +86,7 @@ async def admit(
     _check_tokens(services, body)
     wanted = asked(body)
     constraint = None if wanted is None else await services.constraints.accept(wanted)
+    default_tokens = _allowed(order.caller, default_tokens, count)
     seed = services.seeds.draw() if body.seed is None else body.seed % 2**64
     orders: list[tuple[Generation, Transcript]] = []
     for prompt in prompts:
@@ -183,6 +184,14 @@ def _room(services: Services, body: Sampled, prompt_tokens: int, param: str) -> 
             param=param,
         )
     return limit - prompt_tokens
+
+
+def _allowed(caller: Caller, default_tokens: int | None, choices: int) -> int | None:
+    """The default of new tokens where the caller's limit, shared by all choices, is lower."""
+    if caller.max_new_tokens is None:
+        return default_tokens
+    share = max(1, caller.max_new_tokens // choices)
+    return share if default_tokens is None else min(default_tokens, share)
 
 
 def _max_tokens(body: Sampled, room: int, default_tokens: int | None) -> int:
