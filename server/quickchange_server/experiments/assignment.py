@@ -1,0 +1,82 @@
+"""Which variant a request gets. Pure: the time and the draw are handed in.
+
+A subject that is missing (no `user`, header or field) has the request drawn at random, as if the
+experiment were not sticky; it counts as a unit of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from quickchange_server.api.schemas import Sampled
+from quickchange_server.books import Assignment
+from quickchange_server.experiments.definition import Sticky
+from quickchange_server.experiments.experiment import Experiment
+from quickchange_server.experiments.layout import SIZE
+
+UNIT_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """An assignment, and under which stretch of the experiment it was made."""
+
+    experiment: Experiment
+    assignment: Assignment
+    stretch: int
+
+    @property
+    def counted(self) -> bool:
+        """Whether it was left to chance, so that results may count it."""
+        return self.assignment.by in ("hash", "random")
+
+
+def subject_of(sticky: Sticky, body: Sampled, headers: Mapping[str, str]) -> str | None:
+    """What the request's assignment sticks to; None where it brings nothing."""
+    match sticky.by:
+        case "user":
+            return body.user or None
+        case "header":
+            return headers.get(str(sticky.name)) or None
+        case "field":
+            return body.metadata.get(str(sticky.name)) or None
+        case "random":
+            return None
+
+
+def unit_of(experiment: str, tenant: str, subject: str) -> str:
+    """The subject's hash, 32 hexadecimal digits: another one in each experiment and tenant."""
+    said = "\0".join((experiment, tenant, subject)).encode()
+    return hashlib.sha256(said).hexdigest()[: 2 * UNIT_BYTES]
+
+
+def point_of(unit: str) -> int:
+    """The unit's place on the line."""
+    return int(unit[:8], 16) % SIZE
+
+
+def assign(
+    experiment: Experiment, tenant: str, subject: str | None, draw: int, now: float
+) -> Chosen:
+    """The variant for a request. `draw`: a random number below SIZE, used where nothing sticks."""
+    definition = experiment.definition
+    unit = None if subject is None else unit_of(experiment.id, tenant, subject)
+    number = experiment.stretch(now)
+
+    def chosen(variant: str, by: str) -> Chosen:
+        assignment = Assignment(experiment.name, variant, unit, by)  # type: ignore[arg-type]
+        return Chosen(experiment, assignment, number)
+
+    if experiment.state != "running":
+        return chosen(experiment.served, "state")
+    if subject is not None and subject in definition.allow:
+        return chosen(definition.allow[subject], "list")
+    if subject is not None and subject in definition.deny:
+        return chosen(definition.default.name, "list")
+    division = experiment.stretches[number].layout
+    point = draw if unit is None else point_of(unit)
+    owner = division[bisect_right(division, point, key=lambda piece: piece[0])][1]
+    return chosen(owner, "random" if unit is None else "hash")
