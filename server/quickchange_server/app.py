@@ -16,8 +16,11 @@ from quickchange_server.channel import EngineMain, engine_main
 from quickchange_server.client import EngineClient
 from quickchange_server.imports import Imports
 from quickchange_server.metrics import Metrics
+from quickchange_server.metrics_storage import StorageMetrics
 from quickchange_server.services import VERSION, Seeds, Services
 from quickchange_server.settings import Settings
+from quickchange_server.storage.database import Database
+from quickchange_server.storage.revisions import Revisions
 from quickchange_server.text import Text
 from quickchange_store.base import base_spec
 from quickchange_store.canonical import BaseSpec
@@ -46,7 +49,11 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        services = _services(settings, text, engine, base)
+        metrics = Metrics(settings)
+        url, counts = settings.database_url, StorageMetrics(metrics.registry)
+        database = await asyncio.to_thread(Database.open, url, counts)
+        services = _services(settings, metrics, text, engine, base, database)
+        services.revisions.start()
         app.state.services = services
         try:
             yield
@@ -67,9 +74,15 @@ def create_app(
     return app
 
 
-def _services(settings: Settings, text: Text, engine: EngineMain, base: BaseMaker) -> Services:
+def _services(
+    settings: Settings,
+    metrics: Metrics,
+    text: Text,
+    engine: EngineMain,
+    base: BaseMaker,
+    database: Database,
+) -> Services:
     """The server's parts, with the engine starting. On the event loop."""
-    metrics = Metrics(settings)
     client = EngineClient(settings, metrics, engine)
     store = Store(settings.store)
     names = base_names(settings)
@@ -89,12 +102,16 @@ def _services(settings: Settings, text: Text, engine: EngineMain, base: BaseMake
         imports=Imports(store, base, names),
         seeds=Seeds(settings.seed),
         started=asyncio.create_task(client.start(), name="engine-start"),
+        database=database,
+        revisions=Revisions(database),
     )
 
 
 async def _end(services: Services) -> None:
-    """Drain what still runs and end the engine."""
+    """Drain what still runs, end the engine, and commit what was recorded."""
     if not services.started.done():
         services.started.cancel()
     await asyncio.wait([services.started])
     await services.client.close(services.settings.drain_seconds)
+    await services.revisions.close()
+    await services.database.close()

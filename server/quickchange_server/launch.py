@@ -31,6 +31,7 @@ def serve(given: Mapping[str, Any], *, demo: bool, engine: EngineMain = engine_m
     """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # of each migration that it looks at
     try:
         settings = _settings(with_demo(given) if demo else given)
         with bind(settings) as listener:

@@ -21,6 +21,8 @@ from quickchange_server.imports import Imports
 from quickchange_server.messages import Ready
 from quickchange_server.metrics import Metrics
 from quickchange_server.settings import Settings
+from quickchange_server.storage.database import Database
+from quickchange_server.storage.revisions import Revisions
 from quickchange_server.text import Text
 from quickchange_store.store import Store
 
@@ -51,6 +53,8 @@ class Services:
     imports: Imports
     seeds: Seeds
     started: asyncio.Future[Ready]
+    database: Database
+    revisions: Revisions
     books: tuple[Bookkeeper, ...] = ()
     created: int = field(default_factory=lambda: int(time.time()))  # of the base, in /v1/models
 

@@ -101,6 +101,13 @@ class Settings(BaseSettings):
         return self.dtype if self.adapter_dtype == "model" else self.adapter_dtype
 
     @property
+    def database_url(self) -> str:
+        """`database`, or SQLite in the store's folder."""
+        if self.database is not None:
+            return self.database
+        return f"sqlite:///{self.store / 'quickchange.sqlite3'}"
+
+    @property
     def batch_tokens(self) -> int:
         """`max_batch_tokens`, or the device's default."""
         if self.max_batch_tokens is not None:

@@ -1,0 +1,1 @@
+"""What must outlive the process: one SQL database, SQLite by default, PostgreSQL for replicas."""

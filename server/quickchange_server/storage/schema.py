@@ -1,0 +1,41 @@
+"""Brings a database's tables to what this version knows. Safe while other replicas do the same."""
+
+from __future__ import annotations
+
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, Engine, text
+
+from quickchange_server.errors import SettingError
+
+_LOCK = 0x717569636B  # any number that no other user of the database locks: "quick"
+
+
+def upgrade(engine: Engine) -> None:
+    """Apply the migrations that are missing, all in one transaction, one replica at a time.
+
+    `engine` begins transactions that write (SQLite's immediate ones). Raises SettingError where
+    the database has migrations that this version does not know.
+    """
+    config = Config()
+    config.set_main_option("script_location", "quickchange_server.storage:migrations")
+    scripts = ScriptDirectory.from_config(config)
+    with engine.begin() as connection:
+        if connection.dialect.name == "postgresql":
+            connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
+        _refuse_newer(connection, scripts)
+        config.attributes["connection"] = connection
+        command.upgrade(config, "heads")
+
+
+def _refuse_newer(connection: Connection, scripts: ScriptDirectory) -> None:
+    known = {script.revision for script in scripts.walk_revisions()}
+    applied = set(MigrationContext.configure(connection).get_current_heads())
+    if unknown := sorted(applied - known):
+        raise SettingError(
+            f"database: its tables are newer than this version of Quickchange (migration "
+            f"{', '.join(unknown)}); start the version that made them, or name another database",
+            param="database",
+        )

@@ -1,0 +1,29 @@
+"""The one MetaData that all tables hang on, and the table that storage itself needs.
+
+A domain adds its tables in a file `tables_<domain>.py` beside this one, and its migrations as an
+Alembic branch of its own in `migrations/versions` (`<domain>_0001.py`, no down revision, the
+domain as branch label), so that domains grow without knowing of each other. Constraints get their
+names from the convention below: a migration can name what it drops.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import BigInteger, Column, MetaData, String, Table
+
+METADATA = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+# How often the definitions of a topic have changed; replicas poll it.
+REVISIONS = Table(
+    "revisions",
+    METADATA,
+    Column("topic", String(64), primary_key=True),
+    Column("number", BigInteger, nullable=False),
+)

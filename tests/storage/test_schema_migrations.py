@@ -1,0 +1,49 @@
+"""The tables: migrations make what the metadata says, once, whoever comes first."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import pkgutil
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+from sqlalchemy import create_engine, text
+
+from quickchange_server import storage
+from quickchange_server.errors import SettingError
+from quickchange_server.storage.database import Database
+from quickchange_server.storage.tables import METADATA
+
+
+def opened_and_closed(url: str) -> None:
+    asyncio.run(Database.open(url).close())
+
+
+def test_migrations_make_the_tables_that_the_metadata_describes(database_url: str) -> None:
+    for module in pkgutil.iter_modules(storage.__path__):
+        if module.name.startswith("tables"):
+            importlib.import_module(f"{storage.__name__}.{module.name}")
+    opened_and_closed(database_url)
+    engine = create_engine(database_url)
+    with engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert compare_metadata(context, METADATA) == []
+    engine.dispose()
+
+
+def test_opening_again_changes_nothing(database_url: str) -> None:
+    opened_and_closed(database_url)
+    opened_and_closed(database_url)
+
+
+def test_tables_newer_than_this_version_are_refused(database_url: str) -> None:
+    opened_and_closed(database_url)
+    engine = create_engine(database_url)
+    with engine.begin() as connection:
+        connection.execute(text("INSERT INTO alembic_version VALUES ('storage_9999')"))
+    engine.dispose()
+    with pytest.raises(SettingError, match=r"database: .*newer .*storage_9999") as raised:
+        Database.open(database_url)
+    assert raised.value.param == "database"
