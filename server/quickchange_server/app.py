@@ -9,13 +9,18 @@ from functools import partial
 
 from fastapi import FastAPI
 
-from quickchange_server.api import adapters, health, models, openai, refusals, vllm
+from quickchange_server.api import adapters, experiments, health, models, openai, refusals, vllm
 from quickchange_server.api.middleware import BodyLimitMiddleware, RequestIdMiddleware
 from quickchange_server.catalog import Catalog, base_names
 from quickchange_server.channel import EngineMain, engine_main
 from quickchange_server.client import EngineClient
+from quickchange_server.experiments.exposures import Exposures
+from quickchange_server.experiments.promotion import Promotions
+from quickchange_server.experiments.registry import Experiments
+from quickchange_server.experiments.shadows import Shadows
 from quickchange_server.imports import Imports
 from quickchange_server.metrics import Metrics
+from quickchange_server.metrics_experiments import ExperimentMetrics
 from quickchange_server.metrics_storage import StorageMetrics
 from quickchange_server.services import VERSION, Seeds, Services
 from quickchange_server.settings import Settings
@@ -53,6 +58,7 @@ def create_app(
         url, counts = settings.database_url, StorageMetrics(metrics.registry)
         database = await asyncio.to_thread(Database.open, url, counts)
         services = _services(settings, metrics, text, engine, base, database)
+        await services.revisions.look()  # what is named must be known before the first request
         services.revisions.start()
         app.state.services = services
         try:
@@ -61,7 +67,7 @@ def create_app(
             await _end(services)
 
     app = FastAPI(title="Quickchange", version=VERSION, lifespan=lifespan)
-    for router in (openai.router, models.router, vllm.router, adapters.router, health.router):
+    for router in (openai.router, models.router, vllm.router, adapters.router, experiments.router, health.router):
         app.include_router(router)
     refusals.install(app)
     app.add_middleware(
@@ -86,6 +92,10 @@ def _services(
     client = EngineClient(settings, metrics, engine)
     store = Store(settings.store)
     names = base_names(settings)
+    revisions = Revisions(database)
+    experiments = Experiments(database, revisions)
+    experiment_metrics = ExperimentMetrics(metrics.registry, settings.metrics_adapters)
+    exposures = Exposures(database, experiment_metrics)
     return Services(
         settings=settings,
         client=client,
@@ -99,11 +109,17 @@ def _services(
             turbo=settings.turbo,
             prompt_lookup=settings.prompt_lookup,
         ),
-        imports=Imports(store, base, names),
+        imports=Imports(store, base, names, experiments.refuse_name),
         seeds=Seeds(settings.seed),
         started=asyncio.create_task(client.start(), name="engine-start"),
         database=database,
-        revisions=Revisions(database),
+        revisions=revisions,
+        experiments=experiments,
+        exposures=exposures,
+        experiment_metrics=experiment_metrics,
+        shadows=Shadows(experiment_metrics, lambda: 2 * client.in_flight < settings.max_queue),
+        promotions=Promotions(store, experiments),
+        books=(exposures,),
     )
 
 
@@ -112,6 +128,7 @@ async def _end(services: Services) -> None:
     if not services.started.done():
         services.started.cancel()
     await asyncio.wait([services.started])
+    await services.shadows.close()
     await services.client.close(services.settings.drain_seconds)
     await services.revisions.close()
     await services.database.close()

@@ -310,7 +310,7 @@ async def point_alias(alias: str, body: PointAlias, services: Injected) -> Json:
 
     With `turbo`, that adapter's heads draft for it, in place of the target's own.
     """
-    services.imports.refuse_base_name(alias)
+    services.imports.refuse_taken(alias)
     target = await asyncio.to_thread(services.store.alias, alias, body.target, body.turbo)
     return _alias(alias, target)
 

@@ -7,31 +7,15 @@ experiment were not sticky; it counts as a unit of its own.
 from __future__ import annotations
 
 import hashlib
-from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from quickchange_server.api.schemas import Sampled
-from quickchange_server.books import Assignment
+from quickchange_server.books import Assignment, How
 from quickchange_server.experiments.definition import Sticky
 from quickchange_server.experiments.experiment import Experiment
-from quickchange_server.experiments.layout import SIZE
+from quickchange_server.experiments.layout import SIZE, owner
 
 UNIT_BYTES = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Chosen:
-    """An assignment, and under which stretch of the experiment it was made."""
-
-    experiment: Experiment
-    assignment: Assignment
-    stretch: int
-
-    @property
-    def counted(self) -> bool:
-        """Whether it was left to chance, so that results may count it."""
-        return self.assignment.by in ("hash", "random")
 
 
 def subject_of(sticky: Sticky, body: Sampled, headers: Mapping[str, str]) -> str | None:
@@ -60,23 +44,22 @@ def point_of(unit: str) -> int:
 
 def assign(
     experiment: Experiment, tenant: str, subject: str | None, draw: int, now: float
-) -> Chosen:
+) -> Assignment:
     """The variant for a request. `draw`: a random number below SIZE, used where nothing sticks."""
     definition = experiment.definition
     unit = None if subject is None else unit_of(experiment.id, tenant, subject)
-    number = experiment.stretch(now)
-
-    def chosen(variant: str, by: str) -> Chosen:
-        assignment = Assignment(experiment.name, variant, unit, by)  # type: ignore[arg-type]
-        return Chosen(experiment, assignment, number)
-
+    stretch = experiment.stretch(now)
+    by: How
     if experiment.state != "running":
-        return chosen(experiment.served, "state")
-    if subject is not None and subject in definition.allow:
-        return chosen(definition.allow[subject], "list")
-    if subject is not None and subject in definition.deny:
-        return chosen(definition.default.name, "list")
-    division = experiment.stretches[number].layout
-    point = draw if unit is None else point_of(unit)
-    owner = division[bisect_right(division, point, key=lambda piece: piece[0])][1]
-    return chosen(owner, "random" if unit is None else "hash")
+        variant, by = experiment.served, "state"
+    elif subject is not None and subject in definition.allow:
+        variant, by = definition.allow[subject], "list"
+    elif subject is not None and subject in definition.deny:
+        variant, by = definition.default.name, "list"
+    else:
+        division = experiment.stretches[stretch].layout
+        variant = owner(division, draw if unit is None else point_of(unit))
+        by = "random" if unit is None else "hash"
+    return Assignment(
+        experiment.name, variant, unit, by, experiment_id=experiment.id, stretch=stretch
+    )

@@ -113,10 +113,7 @@ class Served(Body):
 
     def serves_as(self, other: Served) -> bool:
         """Whether both answer alike, whatever their shares."""
-        mine, its = (
-            (v.model, v.adapters, v.turbo, v.overrides)
-            for v in (self, other)
-        )
+        mine, its = ((v.model, v.adapters, v.turbo, v.overrides) for v in (self, other))
         return mine == its
 
 
@@ -143,9 +140,7 @@ class Sticky(Body):
         needed = self.by in ("header", "field")
         if needed != (self.name is not None):
             what = "is required with" if needed else "makes no sense with"
-            raise InvalidRequestError(
-                f"sticky.name: {what} by {self.by!r}", param="sticky.name"
-            )
+            raise InvalidRequestError(f"sticky.name: {what} by {self.by!r}", param="sticky.name")
         return self
 
 
@@ -174,6 +169,15 @@ class Metric(Body):
     kind: Literal["number", "flag", "label"] = "number"
     goal: Literal["increase", "decrease"] = "increase"
     missing: Number | None = None  # counts for a unit without an outcome; default: it is left out
+    margin: Number | None = Field(None, gt=0)  # differences smaller than this don't matter
+
+    @model_validator(mode="after")
+    def _flag_or_not(self) -> Self:
+        if self.missing is not None and self.kind != "number" and self.missing not in (0, 1):
+            raise InvalidRequestError(
+                f"metrics: missing of the {self.kind} {self.name!r} is 0 or 1", param="metrics"
+            )
+        return self
 
 
 class Definition(Body):
@@ -181,7 +185,7 @@ class Definition(Body):
 
     name: ExperimentName
     description: str = Field("", max_length=MAX_TEXT)
-    variants: list[Variant] = Field(min_length=1, max_length=MAX_VARIANTS)
+    variants: list[Variant] = Field(min_length=2, max_length=MAX_VARIANTS)
     control: str | None = None  # default: the first variant
     sticky: Sticky = Field(default=Sticky(by="user"))
     allow: dict[Unit, str] = Field(default={}, max_length=MAX_LISTED)  # unit: variant
@@ -191,8 +195,7 @@ class Definition(Body):
     shadow_limit: int = Field(4, ge=1, le=64)  # shadow requests at once, of one server
     metrics: list[Metric] = Field(default=[], max_length=MAX_METRICS)
     minimum: int = Field(100, ge=2)  # units of each variant before a decision is offered
-    alpha: float = Field(0.05, ge=1e-6, le=0.5, allow_inf_nan=False)
-    margin: Number = Field(0.0, ge=0)  # differences below it don't matter
+    alpha: float = Field(0.05, ge=1e-6, le=0.4, allow_inf_nan=False)  # rate of false findings
     alias: str | None = Field(None, min_length=1)  # what promote and rollback move
 
     @model_validator(mode="after")

@@ -182,12 +182,11 @@ def _must_be(old: Experiment, state: State, action: str) -> None:
 
 def _refuse_rewriting(old: Definition, new: Definition) -> None:
     """What is measured under a name must stay the same thing."""
-    if new.name != old.name or new.sticky != old.sticky or new.default.name != old.default.name:
-        what = "name" if new.name != old.name else "sticky"
-        what = "control" if new.sticky == old.sticky and new.name == old.name else what
-        raise InvalidRequestError(
-            f"{what}: can't change once the experiment exists; create another", param=what
-        )
+    for field in ("name", "sticky", "alpha", "minimum"):
+        if getattr(new, field) != getattr(old, field):
+            raise _fixed(field)
+    if new.default.name != old.default.name:
+        raise _fixed("control")
     for field, before, after in (
         ("variants", old.variants, {v.name: v for v in new.variants}),
         ("shadows", old.shadows, {s.name: s for s in new.shadows}),
@@ -202,6 +201,14 @@ def _refuse_rewriting(old: Definition, new: Definition) -> None:
                     "results would mix two things; give it no share, and add another beside it",
                     param=field,
                 )
+
+
+def _fixed(field: str) -> InvalidRequestError:
+    return InvalidRequestError(
+        f"{field}: can't change once the experiment exists: results hold for what was set before "
+        "the first of them; create another experiment",
+        param=field,
+    )
 
 
 def _plan(

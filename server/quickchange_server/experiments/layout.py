@@ -9,6 +9,7 @@ change at once.) The division depends on its past, so it is kept, not computed a
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from itertools import groupby
 
@@ -29,6 +30,11 @@ def shares(layout: Layout) -> dict[str, int]:
     for start, end, variant in pieces(layout):
         sizes[variant] = sizes.get(variant, 0) + end - start
     return sizes
+
+
+def owner(layout: Layout, point: int) -> str:
+    """The variant that a point belongs to."""
+    return layout[bisect_right(layout, point, key=lambda piece: piece[0])][1]
 
 
 def divided(weights: Mapping[str, float]) -> Layout:
@@ -56,9 +62,7 @@ def _sizes(weights: Mapping[str, float]) -> dict[str, int]:
     total = sum(weights.values())
     exact = {variant: weight / total * SIZE for variant, weight in weights.items()}
     sizes = {variant: int(size) for variant, size in exact.items()}
-    by_remainder = sorted(
-        (v for v in exact if weights[v] > 0), key=lambda v: sizes[v] - exact[v]
-    )
+    by_remainder = sorted((v for v in exact if weights[v] > 0), key=lambda v: sizes[v] - exact[v])
     for variant in by_remainder[: SIZE - sum(sizes.values())]:
         sizes[variant] += 1
     return sizes
