@@ -6,7 +6,9 @@ and picks when it runs. Where there is
 no compiler, or the build fails, the plain torch versions stay in place, with one warning.
 
 QUICKCHANGE_NATIVE=0 keeps the plain versions. QUICKCHANGE_CACHE is the cache folder (default:
-$XDG_CACHE_HOME/quickchange, else ~/.cache/quickchange).
+$XDG_CACHE_HOME/quickchange, else ~/.cache/quickchange). QUICKCHANGE_PREBUILT is one that was filled
+before, such as an image's: it is looked into first and never written to.
+`python -m quickchange_kernels.native` builds them into the cache folder.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ def ensure() -> bool:
     if os.environ.get("QUICKCHANGE_NATIVE") == "0" or dispatch.triton_interpreted():
         return False
     try:
-        library = build(cache_folder())
+        library = prebuilt() or build(cache_folder())
         torch.ops.load_library(library)  # type: ignore[no-untyped-call]
     except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
         logger.warning(
@@ -68,18 +70,31 @@ def cache_folder() -> Path:
     return Path.home() / ".cache" / "quickchange"
 
 
+def prebuilt() -> Path | None:
+    """The library from the folder that QUICKCHANGE_PREBUILT names, if it is there and fits."""
+    folder = os.environ.get("QUICKCHANGE_PREBUILT")
+    if not folder:
+        return None
+    library = _library(Path(folder))
+    return library if library.exists() else None
+
+
 def build(cache: Path) -> Path:
     """The built library: from the cache, else compiled now. Processes wait for one another.
 
     Raises RuntimeError or OSError where it can't be built.
     """
-    folder = cache / "native" / fingerprint()
-    library = folder / f"{LIBRARY_NAME}.so"
+    library = _library(cache)
+    folder = library.parent
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder / "lock"):
         if not library.exists():
             _compile(folder, library)
     return library
+
+
+def _library(cache: Path) -> Path:
+    return cache / "native" / fingerprint() / f"{LIBRARY_NAME}.so"
 
 
 def fingerprint() -> str:
@@ -137,3 +152,7 @@ def _locked(path: Path) -> Iterator[None]:
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+if __name__ == "__main__":
+    print(build(cache_folder()))

@@ -108,3 +108,24 @@ def test_the_fingerprint_follows_the_sources(
     before = native.fingerprint()
     (tmp_path / "a.cpp").write_text("two")
     assert native.fingerprint() != before
+
+
+def test_a_prebuilt_library_is_taken_without_writing_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "image" / "native" / native.fingerprint()
+    folder.mkdir(parents=True)
+    (folder / f"{native.LIBRARY_NAME}.so").write_bytes(b"built before")
+    monkeypatch.setenv("QUICKCHANGE_PREBUILT", str(tmp_path / "image"))
+    assert native.prebuilt() == folder / f"{native.LIBRARY_NAME}.so"
+    assert [path.name for path in folder.iterdir()] == [f"{native.LIBRARY_NAME}.so"]
+
+
+def test_a_prebuilt_library_of_other_sources_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "native" / "another-fingerprint"
+    folder.mkdir(parents=True)
+    (folder / f"{native.LIBRARY_NAME}.so").write_bytes(b"built before")
+    monkeypatch.setenv("QUICKCHANGE_PREBUILT", str(tmp_path))
+    assert native.prebuilt() is None
