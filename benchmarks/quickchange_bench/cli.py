@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeVar, cast
 
 import typer
 
+from quickchange_bench import experiments_simulation as simulation
 from quickchange_bench import provenance, report
 from quickchange_bench.client import DIALECT_NAMES, Client, DialectName, Target, check_url
 from quickchange_bench.ours import VALUE_BYTES
@@ -371,6 +372,22 @@ def perplexity(
     ]
     losses = measure_perplexity(str(model), variants, window=window, windows=windows)
     typer.echo(f"{losses[0].tokens} tokens scored\n\n{loss_table(losses)}")
+
+
+@app.command("experiments")
+@_refusals
+def experiments_command(
+    runs: Annotated[int, typer.Option(min=1, help="Whole experiments of each kind.")] = 1000,
+    horizon: Annotated[
+        int, typer.Option(min=50, help="Units of the smallest variant in each.")
+    ] = 5000,
+    every: Annotated[int, typer.Option(min=1, help="Outcomes between looks.")] = 50,
+    seed: Annotated[int, typer.Option(help="Of the outcomes.")] = 0,
+) -> None:
+    """How often the experiments' statistics are wrong, and how soon they are right."""
+    design = simulation.Design(runs=runs, horizon=horizon, every=every, seed=seed)
+    for line in simulation.report(design):
+        typer.echo(line)
 
 
 @app.command()

@@ -187,7 +187,7 @@ class Definition(Body):
     description: str = Field("", max_length=MAX_TEXT)
     variants: list[Variant] = Field(min_length=2, max_length=MAX_VARIANTS)
     control: str | None = None  # default: the first variant
-    sticky: Sticky = Field(default=Sticky(by="user"))
+    sticky: Sticky = Field(default=Sticky(by="user", name=None))
     allow: dict[Unit, str] = Field(default={}, max_length=MAX_LISTED)  # unit: variant
     deny: list[Unit] = Field(default=[], max_length=MAX_LISTED)  # they get the control
     ramp: list[Step] = Field(default=[], max_length=MAX_STEPS)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, Row, select
+from sqlalchemy import Connection, select
 
 from quickchange_server.callers import Caller
 from quickchange_server.errors import InvalidRequestError, UnknownModelError
@@ -39,6 +39,13 @@ class Kept:
     variant: str
     counted: bool  # the assignment was left to chance
     new: bool  # no outcome had its idempotency key
+
+
+@dataclass(frozen=True, slots=True)
+class _Exposure:
+    variant: str
+    unit: str
+    counted: bool
 
 
 def keep(
@@ -110,7 +117,7 @@ def _checked(metric: Metric, told: Told) -> tuple[float | None, str | None]:
 
 def _exposure(
     connection: Connection, experiment: Experiment, caller: Caller, told: Told
-) -> Row[tuple[str, str, bool]]:
+) -> _Exposure:
     """What the outcome belongs to: the completion, or what the unit got last."""
     table = EXPERIMENT_EXPOSURES
     query = select(table.c.variant, table.c.unit, table.c.counted).where(
@@ -130,4 +137,4 @@ def _exposure(
             f"{told.param}.{what}: the experiment {experiment.name!r} answered no {what} {given!r}",
             param=f"{told.param}.{what}",
         )
-    return found
+    return _Exposure(found.variant, found.unit, found.counted)

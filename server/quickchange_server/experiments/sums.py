@@ -14,8 +14,6 @@ from sqlalchemy import (
     ColumnElement,
     Connection,
     Float,
-    FromClause,
-    Select,
     Subquery,
     and_,
     case,
@@ -66,7 +64,7 @@ def tally(connection: Connection, experiment: Experiment) -> Tally:
             each for metric in definition.metrics for each in _told(connection, experiment, metric, order)
         ),
         automatic=_automatic(connection, experiment, order),
-        shadows=_measured(connection, experiment, shadow=True),
+        shadows=_shadowed(connection, experiment),
         requests=_requests(connection, experiment),
         stretches=_stretches(connection, experiment, order),
     )
@@ -78,23 +76,19 @@ def tally(connection: Connection, experiment: Experiment) -> Tally:
 def _told(
     connection: Connection, experiment: Experiment, metric: Metric, order: Sequence[str]
 ) -> Iterable[OutcomeSums]:
-    if metric.kind != "label":
-        found = _summed(connection, _unit_means(experiment, metric, _O.value))
-        yield OutcomeSums(metric.name, metric.kind, _in(order, found), metric.goal, metric.margin)
+    def summed(value: ColumnElement[Any]) -> list[list[Sums]]:
+        means = _unit_means(experiment, metric, value)
+        found = _summed(connection, means, [means.c.mean])
+        return _placed(found, experiment, order, 0)
+
+    kind, goal, margin = metric.kind, metric.goal, metric.margin
+    if kind != "label":
+        yield OutcomeSums(metric.name, kind, summed(_O.value), goal, margin)
         return
     labels = _labels(connection, experiment, metric)
     for label in labels:
         has = case((_O.label == label, 1.0), else_=0.0)
-        found = _summed(connection, _unit_means(experiment, metric, has))
-        yield OutcomeSums(
-            metric.name,
-            "label",
-            _in(order, found),
-            metric.goal,
-            metric.margin,
-            label,
-            len(labels),
-        )
+        yield OutcomeSums(metric.name, kind, summed(has), goal, margin, label, len(labels))
 
 
 def _labels(connection: Connection, experiment: Experiment, metric: Metric) -> list[str]:
@@ -112,39 +106,24 @@ def _outcomes_of(experiment: Experiment, metric: Metric) -> list[ColumnElement[b
     return [_O.experiment == experiment.id, _O.name == metric.name, _O.counted.is_(True)]
 
 
-def _unit_means(
-    experiment: Experiment, metric: Metric, value: ColumnElement[Any]
-) -> Subquery:
-    """(variant, mean) a unit."""
+def _unit_means(experiment: Experiment, metric: Metric, value: ColumnElement[Any]) -> Subquery:
+    """(variant, stretch, mean) a unit."""
     means = (
         select(_O.variant, _O.unit, func.avg(value).label("mean"))
         .where(*_outcomes_of(experiment, metric))
         .group_by(_O.variant, _O.unit)
         .subquery()
     )
+    first = _first_seen(experiment)
     if metric.missing is None:
-        return means
+        joined = means.join(first, means.c.unit == first.c.unit)
+        return select(means.c.variant, first.c.stretch, means.c.mean).select_from(joined).subquery()
     units = select(_E.variant, _E.unit).where(*_counted(experiment)).distinct().subquery()
     same = and_(units.c.variant == means.c.variant, units.c.unit == means.c.unit)
     filled = func.coalesce(means.c.mean, float(metric.missing), type_=Float)
-    joined = units.outerjoin(means, same)
-    return select(units.c.variant, filled.label("mean")).select_from(joined).subquery()
-
-
-def _summed(connection: Connection, means: FromClause) -> dict[str, Sums]:
-    mean = means.c.mean
-    query = select(
-        means.c.variant, func.count(mean), func.sum(mean), func.sum(mean * mean)
-    ).group_by(means.c.variant)
-    return {row[0]: _sums(*row[1:]) for row in connection.execute(query)}
-
-
-def _sums(count: int, total: Any, squares: Any) -> Sums:
-    return Sums(count, float(total or 0.0), float(squares or 0.0))
-
-
-def _in(order: Sequence[str], found: Mapping[str, Sums]) -> tuple[Sums, ...]:
-    return tuple(found.get(variant, NOTHING) for variant in order)
+    joined = units.join(first, units.c.unit == first.c.unit).outerjoin(means, same)
+    columns = units.c.variant, first.c.stretch, filled.label("mean")
+    return select(*columns).select_from(joined).subquery()
 
 
 # --- what the server measured -------------------------------------------------------------------
@@ -172,30 +151,79 @@ def _automatic(
         OutcomeSums(
             name,
             "flag" if name in ENDINGS else "number",
-            tuple(found.get(variant, {}).get(name, NOTHING) for variant in order),
+            _placed(found, experiment, order, place),
             ENDINGS.get(name, "decrease"),
         )
-        for name in _measures()
+        for place, name in enumerate(_measures())
     )
 
 
-def _measured(
-    connection: Connection, experiment: Experiment, *, shadow: bool = False
-) -> dict[str, dict[str, Sums]]:
-    measures = _measures()
+def _measured(connection: Connection, experiment: Experiment, *, shadow: bool = False) -> Found:
+    """The sums of all measures, in their order."""
+    measures = [value.label(name) for name, value in _measures().items()]
+    averages = [func.avg(value).label(value.name) for value in measures]
     means = (
-        select(_E.variant, *(func.avg(value).label(name) for name, value in measures.items()))
+        select(_E.variant, _E.unit, *averages)
         .where(*_counted(experiment, shadow=shadow))
         .group_by(_E.variant, _E.unit)
         .subquery()
     )
-    columns = [means.c[name] for name in measures]
-    sums = [f for c in columns for f in (func.count(c), func.sum(c), func.sum(c * c))]
-    query = select(means.c.variant, *sums).group_by(means.c.variant)
+    first = _first_seen(experiment, shadow=shadow)
+    columns = [means.c[value.name] for value in measures]
+    joined = means.join(first, means.c.unit == first.c.unit)
+    placed = select(means.c.variant, first.c.stretch, *columns).select_from(joined).subquery()
+    return _summed(connection, placed, [placed.c[value.name] for value in measures])
+
+
+def _shadowed(connection: Connection, experiment: Experiment) -> dict[str, dict[str, Sums]]:
+    found = _measured(connection, experiment, shadow=True)
     return {
-        row[0]: {name: _sums(*row[1 + 3 * k : 4 + 3 * k]) for k, name in enumerate(measures)}
-        for row in connection.execute(query)
+        variant: {
+            name: _added(sums[place] for (v, _), sums in found.items() if v == variant)
+            for place, name in enumerate(_measures())
+        }
+        for variant in sorted({variant for variant, _ in found})
     }
+
+
+# --- sums ---------------------------------------------------------------------------------------
+
+Found = dict[tuple[str, int], list[Sums]]  # by variant and stretch, a value each
+
+
+def _summed(
+    connection: Connection, units: Subquery, values: Sequence[ColumnElement[Any]]
+) -> Found:
+    key = units.c.variant, units.c.stretch
+    sums = [f for v in values for f in (func.count(v), func.sum(v), func.sum(v * v))]
+    return {
+        (row[0], row[1]): [_sums(*row[2 + 3 * k : 5 + 3 * k]) for k in range(len(values))]
+        for row in connection.execute(select(*key, *sums).group_by(*key))
+    }
+
+
+def _sums(count: int, total: Any, squares: Any) -> Sums:
+    return Sums(count, float(total or 0.0), float(squares or 0.0))
+
+
+def _added(several: Iterable[Sums]) -> Sums:
+    listed = list(several)
+    return Sums(
+        sum(s.count for s in listed), sum(s.total for s in listed), sum(s.squares for s in listed)
+    )
+
+
+def _placed(
+    found: Found, experiment: Experiment, order: Sequence[str], place: int
+) -> list[list[Sums]]:
+    """The sums of one value, [stretch][variant]."""
+    return [
+        [found[variant, number][place] if (variant, number) in found else NOTHING for variant in order]
+        for number in range(len(experiment.stretches))
+    ]
+
+
+# --- units and requests -------------------------------------------------------------------------
 
 
 def _requests(connection: Connection, experiment: Experiment) -> dict[str, dict[str, int]]:
@@ -210,31 +238,29 @@ def _requests(connection: Connection, experiment: Experiment) -> dict[str, dict[
     return found
 
 
+def _first_seen(experiment: Experiment, *, shadow: bool = False) -> Subquery:
+    """(unit, stretch) of its first exposure: numbers of stretches grow with time."""
+    return (
+        select(_E.unit, func.min(_E.stretch).label("stretch"))
+        .where(*_counted(experiment, shadow=shadow))
+        .group_by(_E.unit)
+        .subquery()
+    )
+
+
 def _stretches(
     connection: Connection, experiment: Experiment, order: Sequence[str]
 ) -> tuple[Stretch, ...]:
     """Units of each variant by the stretch in which they were first seen."""
-    counts = {
-        (number, variant): count
-        for number, variant, count in connection.execute(_first_seen(experiment))
-    }
-    sizes = [shares(stretch.layout) for stretch in experiment.stretches]
+    nth = func.row_number().over(partition_by=_E.unit, order_by=(_E.stretch, _E.at, _E.completion))
+    seen = select(_E.stretch, _E.variant, nth.label("nth")).where(*_counted(experiment)).subquery()
+    key = seen.c.stretch, seen.c.variant
+    query = select(*key, func.count()).where(seen.c.nth == 1).group_by(*key)
+    counts = {(row[0], row[1]): int(row[2]) for row in connection.execute(query)}
     return tuple(
         Stretch(
-            [float(size.get(variant, 0)) for variant in order],
+            [float(shares(stretch.layout).get(variant, 0)) for variant in order],
             [counts.get((number, variant), 0) for variant in order],
         )
-        for number, size in enumerate(sizes)
-    )
-
-
-def _first_seen(experiment: Experiment) -> Select[tuple[int, str, int]]:
-    nth = func.row_number().over(partition_by=_E.unit, order_by=(_E.at, _E.completion))
-    seen = (
-        select(_E.stretch, _E.variant, nth.label("nth")).where(*_counted(experiment)).subquery()
-    )
-    return (
-        select(seen.c.stretch, seen.c.variant, func.count())
-        .where(seen.c.nth == 1)
-        .group_by(seen.c.stretch, seen.c.variant)
+        for number, stretch in enumerate(experiment.stretches)
     )
