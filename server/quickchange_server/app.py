@@ -67,7 +67,14 @@ def create_app(
             await _end(services)
 
     app = FastAPI(title="Quickchange", version=VERSION, lifespan=lifespan)
-    for router in (openai.router, models.router, vllm.router, adapters.router, experiments.router, health.router):
+    for router in (
+        openai.router,
+        models.router,
+        vllm.router,
+        adapters.router,
+        experiments.router,
+        health.router,
+    ):
         app.include_router(router)
     refusals.install(app)
     app.add_middleware(

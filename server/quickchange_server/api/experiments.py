@@ -7,8 +7,8 @@ from functools import partial
 from typing import Annotated, Any, Self
 
 from fastapi import APIRouter, Depends, Query
-from pydantic import Field, StrictBool, ValidationError, model_validator
-from quickchange_store.index import Index
+from pydantic import BeforeValidator, Field, SkipValidation, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from quickchange_server.api.callers import Calling
 from quickchange_server.api.fields import Body
@@ -16,12 +16,16 @@ from quickchange_server.api.refusals import from_validation
 from quickchange_server.api.shapes import Json
 from quickchange_server.callers import Caller, Scope
 from quickchange_server.catalog import WeightedName
-from quickchange_server.errors import ConflictError, ForbiddenError, InvalidRequestError, QuickchangeError
+from quickchange_server.errors import (
+    ConflictError,
+    ForbiddenError,
+    InvalidRequestError,
+    QuickchangeError,
+)
 from quickchange_server.experiments import outcomes as told
 from quickchange_server.experiments import records
 from quickchange_server.experiments.definition import (
     Definition,
-    ExperimentName,
     Metric,
     Served,
     Shadow,
@@ -35,6 +39,7 @@ from quickchange_server.experiments.layout import SIZE, shares
 from quickchange_server.experiments.promotion import Moved
 from quickchange_server.experiments.results import results_of
 from quickchange_server.services import Injected, Services
+from quickchange_store.index import Index
 
 router = APIRouter(tags=["experiments"])
 
@@ -91,11 +96,21 @@ class Promote(Body):
     variant: str
 
 
+def _check_value(value: Any) -> Any:
+    if not isinstance(value, (bool, int, float, str)):
+        raise PydanticCustomError("value", "must be a number, true or false, or a label")
+    return value
+
+
+# A union would tell of each kind that it is not.
+OutcomeValue = Annotated[SkipValidation[bool | float | str], BeforeValidator(_check_value)]
+
+
 class Outcome(Body):
     """What came of an answer, by the answer's id or by what its assignment stuck to."""
 
     name: str
-    value: StrictBool | Annotated[float, Field(allow_inf_nan=False)] | str
+    value: OutcomeValue
     completion: str | None = Field(None, min_length=1, max_length=64)
     unit: str | None = Field(None, min_length=1, max_length=512)
     idempotency_key: str | None = Field(None, min_length=1, max_length=128)

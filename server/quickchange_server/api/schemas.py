@@ -12,7 +12,15 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from quickchange_server.api.fields import Body, LogitBias, Metadata, Number, Prompt, Stops, Unsupported
+from quickchange_server.api.fields import (
+    Body,
+    LogitBias,
+    Metadata,
+    Number,
+    Prompt,
+    Stops,
+    Unsupported,
+)
 from quickchange_server.catalog import AUTO
 from quickchange_server.errors import InvalidRequestError
 

@@ -42,16 +42,18 @@ OVERRIDABLE = (
     "stop",
 )
 
+LABELS = "1 to 64 letters, digits, '.', '_' or '-', beginning with a letter or a digit"
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
-def check_label(value: str) -> str:
-    """A variant's or a metric's name: it stands in headers and in metrics."""
-    if _LABEL.fullmatch(value) is None:
-        raise PydanticCustomError(
-            "label",
-            "must be 1 to 64 letters, digits, '.', '_' or '-', beginning with a letter or a digit",
-        )
+def is_label(value: str) -> bool:
+    """Whether it may stand in headers and in metrics: a variant's or a metric's name."""
+    return _LABEL.fullmatch(value) is not None
+
+
+def _check_label(value: str) -> str:
+    if not is_label(value):
+        raise PydanticCustomError("label", f"must be {LABELS}")
     return value
 
 
@@ -65,7 +67,7 @@ def check_experiment_name(name: str) -> str:
     return name
 
 
-Label = Annotated[str, AfterValidator(check_label)]
+Label = Annotated[str, AfterValidator(_check_label)]
 ExperimentName = Annotated[str, AfterValidator(check_experiment_name)]
 Weight = Annotated[Number, Field(ge=0, le=1e6)]
 Unit = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]

@@ -17,9 +17,7 @@ from quickchange_server.storage.upserts import insert
 class Exposures:
     """Records every request that was assigned, when it has ended."""
 
-    def __init__(
-        self, database: Database, metrics: ExperimentMetrics
-    ) -> None:
+    def __init__(self, database: Database, metrics: ExperimentMetrics) -> None:
         self._database = database
         self._metrics = metrics
 
@@ -27,13 +25,15 @@ class Exposures:
         """Nothing is refused here, and nothing recorded before the end."""
 
     def completed(self, completed: Completed) -> Awaitable[None] | None:
-        """Record it. Done after the commit, so that who has the whole answer can tell its outcome."""
+        """Record it. Done after the commit: who has the whole answer can tell its outcome."""
         assignment = completed.opened.assignment
         if assignment is None:
             return None
         self._metrics.completed(completed, assignment)
         values = _values(completed, assignment)
-        return self._database.record(partial(_insert, experiment=assignment.experiment_id, values=values))
+        return self._database.record(
+            partial(_insert, experiment=assignment.experiment_id, values=values)
+        )
 
 
 def _insert(connection: Connection, experiment: str, values: Mapping[str, object]) -> None:

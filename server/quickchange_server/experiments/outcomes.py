@@ -11,7 +11,7 @@ from sqlalchemy import Connection, select
 from quickchange_server.callers import Caller
 from quickchange_server.errors import InvalidRequestError, UnknownModelError
 from quickchange_server.experiments.assignment import unit_of
-from quickchange_server.experiments.definition import Metric, check_label
+from quickchange_server.experiments.definition import LABELS, Metric, is_label
 from quickchange_server.experiments.experiment import Experiment
 from quickchange_server.storage.tables_experiments import EXPERIMENT_EXPOSURES, EXPERIMENT_OUTCOMES
 from quickchange_server.storage.upserts import insert
@@ -100,15 +100,15 @@ def _metric(experiment: Experiment, told: Told) -> Metric:
 
 def _checked(metric: Metric, told: Told) -> tuple[float | None, str | None]:
     """The value, or the label."""
-    value, is_flag = told.value, isinstance(told.value, bool)
-    if metric.kind == "label" and isinstance(value, str):
-        return None, check_label(value)
-    if metric.kind == "flag" and is_flag:
-        return float(value), None
-    if metric.kind == "number" and isinstance(value, float | int) and not is_flag:
-        if math.isfinite(value):
-            return float(value), None
-    wanted = {"label": "a short string", "flag": "true or false", "number": "a finite number"}
+    match metric.kind, told.value:
+        case "label", str(label) if is_label(label):
+            return None, label
+        case "flag", bool(flag):
+            return float(flag), None
+        case "number", float() | int() as number if not isinstance(number, bool):
+            if math.isfinite(number):
+                return float(number), None
+    wanted = {"label": LABELS, "flag": "true or false", "number": "a finite number"}
     raise InvalidRequestError(
         f"{told.param}.value: {metric.name!r} is a {metric.kind}; send {wanted[metric.kind]}",
         param=f"{told.param}.value",

@@ -69,12 +69,19 @@ class Experiments:
         return await self._taken_up(made)
 
     async def update(
-        self, name: str, caller: Caller, edit: Callable[[Definition], Definition], version: int | None
+        self,
+        name: str,
+        caller: Caller,
+        edit: Callable[[Definition], Definition],
+        version: int | None,
     ) -> Experiment:
         """Change the definition as it stands in the database. Raises UnknownModelError,
         ConflictError, InvalidRequestError."""
         act = self._act(caller, "update")
-        make: Make = lambda old: changes.updated(old, edit(old.definition), act.at)
+
+        def make(old: Experiment) -> Experiment:
+            return changes.updated(old, edit(old.definition), act.at)
+
         return await self._change(name, act, make, version)
 
     async def pause(self, name: str, caller: Caller) -> Experiment:

@@ -61,7 +61,9 @@ def tally(connection: Connection, experiment: Experiment) -> Tally:
     return Tally(
         order=order,
         outcomes=tuple(
-            each for metric in definition.metrics for each in _told(connection, experiment, metric, order)
+            each
+            for metric in definition.metrics
+            for each in _told(connection, experiment, metric, order)
         ),
         automatic=_automatic(connection, experiment, order),
         shadows=_shadowed(connection, experiment),
@@ -191,9 +193,7 @@ def _shadowed(connection: Connection, experiment: Experiment) -> dict[str, dict[
 Found = dict[tuple[str, int], list[Sums]]  # by variant and stretch, a value each
 
 
-def _summed(
-    connection: Connection, units: Subquery, values: Sequence[ColumnElement[Any]]
-) -> Found:
+def _summed(connection: Connection, units: Subquery, values: Sequence[ColumnElement[Any]]) -> Found:
     key = units.c.variant, units.c.stretch
     sums = [f for v in values for f in (func.count(v), func.sum(v), func.sum(v * v))]
     return {
@@ -218,7 +218,10 @@ def _placed(
 ) -> list[list[Sums]]:
     """The sums of one value, [stretch][variant]."""
     return [
-        [found[variant, number][place] if (variant, number) in found else NOTHING for variant in order]
+        [
+            found[variant, number][place] if (variant, number) in found else NOTHING
+            for variant in order
+        ]
         for number in range(len(experiment.stretches))
     ]
 
