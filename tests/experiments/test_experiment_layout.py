@@ -38,9 +38,9 @@ def test_shares_are_the_weights_to_the_point(weights: dict[str, float]) -> None:
 def test_what_moves_is_exactly_the_distance_of_the_shares(
     first: dict[str, float], later: list[dict[str, float]]
 ) -> None:
-    layout = divided(first)
+    history = [divided(first)]
     for weights in later:
-        after = moved(layout, weights)
+        layout, after = history[-1], moved(history, weights)
         old, new = shares(layout), shares(after)
         assert new == shares(divided(weights))
         moves = changed_hands(layout, after)
@@ -48,15 +48,20 @@ def test_what_moves_is_exactly_the_distance_of_the_shares(
         assert 2 * sum(moves.values()) == distance
         kept = {name for name in NAMES if old.get(name, 0) == new.get(name, 0)}
         assert not any({lost, got} & kept for lost, got in moves)
-        layout = after
+        history.append(after)
 
 
-def test_going_back_to_the_old_weights_gives_everybody_back_what_they_had() -> None:
-    half = divided({"a": 1, "b": 1})
-    assert moved(moved(half, {"a": 3, "b": 2}), {"a": 1, "b": 1}) == half
+@given(weights_of_all, weights_of_all, weights_of_all)
+def test_weights_that_are_taken_back_give_everybody_back_what_they_had(
+    first: dict[str, float], second: dict[str, float], third: dict[str, float]
+) -> None:
+    history = [divided(first)]
+    for weights in (second, third, second, first):
+        history.append(moved(history, weights))
+    assert history[3:] == [history[1], history[0]]
 
 
 def test_a_new_variant_takes_from_each_only_what_it_must_give() -> None:
     before = divided({"a": 1, "b": 1})
-    moves = changed_hands(before, moved(before, {"a": 2, "b": 2, "c": 1}))
+    moves = changed_hands(before, moved([before], {"a": 2, "b": 2, "c": 1}))
     assert set(moves) == {("a", "c"), ("b", "c")}

@@ -234,8 +234,7 @@ def _replanned(
     """The stretches until now, and from now on those that the definition plans."""
     made = list(old.stretches[: old.stretch(now) + 1])
     for begins, weights in _plan(definition, started, now):
-        last = made[-1].layout
-        division = layout.moved(last, weights)
-        if division != last:
+        division = layout.moved([stretch.layout for stretch in made], weights)
+        if division != made[-1].layout:
             made.append(Stretch(begins, division))
     return tuple(made)

@@ -4,13 +4,14 @@ A unit is a point of 0 .. SIZE - 1, which never moves; a variant owns pieces of 
 its share. When weights change, what must shrink gives up the far end of its pieces, and what must
 grow takes exactly that, so the part of the line that changes hands is the total variation distance
 of the shares: no method moves less. (Weighted rendezvous hashing moves more where several weights
-change at once.) The division depends on its past, so it is kept, not computed anew.
+change at once.) Weights that are taken back give everybody back what they had. The division
+depends on its past, so it is kept, not computed anew.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 
 SIZE = 2**32
@@ -19,16 +20,13 @@ Layout = tuple[tuple[int, str], ...]  # (end of a piece, its variant), ends asce
 Piece = tuple[int, int, str]  # first point, end, variant
 
 
-def pieces(layout: Layout) -> list[Piece]:
-    ends = [end for end, _ in layout]
-    return [(s, e, v) for s, (e, v) in zip([0, *ends], layout, strict=False)]
-
-
 def shares(layout: Layout) -> dict[str, int]:
     """Points of each variant; variants without any are not in it."""
     sizes: dict[str, int] = {}
-    for start, end, variant in pieces(layout):
+    start = 0
+    for end, variant in layout:
         sizes[variant] = sizes.get(variant, 0) + end - start
+        start = end
     return sizes
 
 
@@ -47,14 +45,38 @@ def divided(weights: Mapping[str, float]) -> Layout:
     return tuple(made)
 
 
-def moved(layout: Layout, weights: Mapping[str, float]) -> Layout:
-    """The division that `weights` ask for, with the least change of `layout`."""
-    wanted = _sizes(weights)
+def moved(history: Sequence[Layout], weights: Mapping[str, float]) -> Layout:
+    """The division that `weights` ask for, with the least change of the last one in `history`: an
+    earlier one where that changes no more."""
+    layout, wanted = history[-1], _sizes(weights)
     kept, freed = _shrunk(layout, wanted)
-    missing = {v: n for v, n in wanted.items() if n > 0}
+    fewest = sum(end - start for start, end, _ in freed)
+    for earlier in reversed(history):
+        if shares(earlier) == _positive(wanted) and _apart(layout, earlier) == fewest:
+            return earlier
+    missing = _positive(wanted)
     for start, end, variant in kept:
         missing[variant] -= end - start
     return _joined([*kept, *_handed_out(freed, missing)])
+
+
+def pieces(layout: Layout) -> list[Piece]:
+    ends = [end for end, _ in layout]
+    return [(start, end, v) for start, (end, v) in zip([0, *ends], layout, strict=False)]
+
+
+def _positive(sizes: Mapping[str, int]) -> dict[str, int]:
+    return {variant: size for variant, size in sizes.items() if size > 0}
+
+
+def _apart(one: Layout, other: Layout) -> int:
+    """Points that have another owner."""
+    cuts = sorted({0, *(end for end, _ in one), *(end for end, _ in other)})
+    return sum(
+        end - start
+        for start, end in zip(cuts, cuts[1:], strict=False)
+        if owner(one, start) != owner(other, start)
+    )
 
 
 def _sizes(weights: Mapping[str, float]) -> dict[str, int]:
@@ -73,8 +95,9 @@ def _shrunk(layout: Layout, wanted: Mapping[str, int]) -> tuple[list[Piece], lis
     room = dict(wanted)
     kept, freed = [], []
     for start, end, variant in pieces(layout):
-        cut = start + min(end - start, room.get(variant, 0))
-        room[variant] = room.get(variant, 0) - (cut - start)
+        left = room.get(variant, 0)
+        cut = start + min(end - start, left)
+        room[variant] = left - (cut - start)
         if cut > start:
             kept.append((start, cut, variant))
         if end > cut:
@@ -87,7 +110,7 @@ def _handed_out(freed: Iterable[Piece], missing: dict[str, int]) -> list[Piece]:
     for first, end, _ in freed:
         start = first
         while start < end:
-            variant = next(v for v, n in missing.items() if n > 0)
+            variant = next(variant for variant, size in missing.items() if size > 0)
             cut = min(end, start + missing[variant])
             missing[variant] -= cut - start
             taken.append((start, cut, variant))

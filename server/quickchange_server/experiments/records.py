@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import Connection, RowMapping, delete, insert, select, update
 
 from quickchange_server.callers import Caller
 from quickchange_server.errors import ConflictError, UnknownModelError
@@ -114,7 +115,12 @@ def audit(connection: Connection, name: str, limit: int) -> list[dict[str, Any]]
     rows = connection.execute(
         select(table).where(table.c.name == name).order_by(table.c.id.desc()).limit(limit)
     )
-    return [dict(row._mapping) for row in rows]
+    return [_entry(row._mapping) for row in rows]
+
+
+def _entry(row: RowMapping) -> dict[str, Any]:
+    sides = {side: row[side] and json.loads(row[side]) for side in ("before", "after")}
+    return {**row, **sides}
 
 
 def unknown(name: str) -> UnknownModelError:
