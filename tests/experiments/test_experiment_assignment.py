@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 from experiment_support import START, definition_of, experiment_of
@@ -191,17 +192,19 @@ def test_what_results_rest_on_can_not_change(change: dict[str, object], param: s
     assert refused.value.param == param
 
 
-@pytest.mark.parametrize("action", ["pause", "update", "stop"])
-def test_a_stopped_experiment_stays_stopped(action: str) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda old: changes.paused(old, START),
+        lambda old: changes.resumed(old, START),
+        lambda old: changes.updated(old, old.definition, START),
+        lambda old: changes.stopped(old, None, START),
+    ],
+)
+def test_a_stopped_experiment_stays_stopped(change: Callable[[Experiment], Experiment]) -> None:
     stopped = changes.stopped(experiment_of(), None, START)
     with pytest.raises(ConflictError):
-        match action:
-            case "pause":
-                changes.paused(stopped, START)
-            case "update":
-                changes.updated(stopped, definition_of(), START)
-            case _:
-                changes.stopped(stopped, None, START)
+        change(stopped)
 
 
 def test_a_document_gives_back_the_experiment() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +19,7 @@ def changed_hands(before: Layout, after: Layout) -> dict[tuple[str, str], int]:
     """Points by who lost and who got them."""
     cuts = sorted({0, *(end for end, _ in before), *(end for end, _ in after)})
     moves: dict[tuple[str, str], int] = {}
-    for start, end in zip(cuts, cuts[1:], strict=False):
+    for start, end in pairwise(cuts):
         pair = owner(before, start), owner(after, start)
         moves[pair] = moves.get(pair, 0) + end - start
     return {(lost, got): size for (lost, got), size in moves.items() if lost != got}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -226,7 +228,7 @@ def test_moved_weights_hold_at_once_and_move_only_their_share(live: Live) -> Non
 
 def test_lists_come_before_chance(live: Live) -> None:
     created(live)
-    patched(live, allow={user: "b" for user in USERS[:4]}, deny=USERS[4:8])
+    patched(live, allow=dict.fromkeys(USERS[:4], "b"), deny=USERS[4:8])
     assert {variant_of(live, user) for user in USERS[:4]} == {"b"}
     assert {variant_of(live, user) for user in USERS[4:8]} == {"a"}
 
@@ -286,6 +288,32 @@ def test_an_update_of_another_version_is_refused(live: Live) -> None:
     created(live)
     assert patched(live, version=1, weights={"b": 3}).json()["version"] == 2
     refused(patched(live, version=1, weights={"b": 5}), 409, "version")
+
+
+def test_of_updates_at_once_of_one_version_one_wins(live: Live) -> None:
+    created(live)
+    with ThreadPoolExecutor(8) as threads:
+        update = partial(patched, live, version=1)
+        answers = list(threads.map(lambda w: update(weights={"b": w}), range(1, 9)))
+    assert sorted(answer.status_code for answer in answers) == [200] + [409] * 7
+    (won,) = (n for n, answer in enumerate(answers, start=1) if answer.status_code == 200)
+    assert live.http.get("/v1/experiments/tone").json()["shares"]["b"] == pytest.approx(
+        won / (won + 1)
+    )
+
+
+def test_updates_at_once_are_all_in_the_end_result(live: Live) -> None:
+    created(live)
+    changes = [{"allow": {"u": "b"}}, {"deny": ["v"]}, {"metrics": [FLAG]}, {"weights": {"b": 3}}]
+    with ThreadPoolExecutor(4) as threads:
+        answers = list(threads.map(lambda change: patched(live, **change), changes))
+    assert all(answer.is_success for answer in answers)
+    shown = live.http.get("/v1/experiments/tone").json()
+    assert shown["version"] == 5
+    assert shown["shares"]["b"] == 0.75
+    definition = shown["definition"]
+    assert (definition["allow"], definition["deny"]) == ({"u": "b"}, ["v"])
+    assert definition["metrics"][0]["name"] == "ok"
 
 
 def test_the_audit_trail_has_every_change_and_outlives_the_experiment(live: Live) -> None:
@@ -462,19 +490,13 @@ def test_metrics_tell_of_requests_and_outcomes(live: Live) -> None:
     completion = asked(live, model="counted").json()["id"]
     body = {"completion": completion, "name": "ok", "value": True}
     live.post("/v1/experiments/counted/outcomes", body).raise_for_status()
-    lines = live.http.get("/metrics").text
-    labels = '{experiment="counted",variant="b"'
-    assert (
-        f'quickchange_experiment_requests_total{{experiment="counted",outcome="length",variant="b"}} 1.0'
-        in lines
-    )
-    assert f"quickchange_experiment_tokens_total{labels}}} 4.0" in lines
-    assert f"quickchange_experiment_request_seconds_count{labels}}} 1.0" in lines
-    assert f"quickchange_experiment_first_token_seconds_count{labels}}} 1.0" in lines
-    assert (
-        'quickchange_experiment_outcomes_total{experiment="counted",name="ok",variant="b"} 1.0'
-        in lines
-    )
+    lines = live.http.get("/metrics").text.splitlines()
+    family, of = "quickchange_experiment", 'experiment="counted"'
+    assert f'{family}_requests_total{{{of},outcome="length",variant="b"}} 1.0' in lines
+    assert f'{family}_tokens_total{{{of},variant="b"}} 4.0' in lines
+    assert f'{family}_request_seconds_count{{{of},variant="b"}} 1.0' in lines
+    assert f'{family}_first_token_seconds_count{{{of},variant="b"}} 1.0' in lines
+    assert f'{family}_outcomes_total{{{of},name="ok",variant="b"}} 1.0' in lines
 
 
 # --- promotion ----------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 
 SIZE = 2**32
 
@@ -73,9 +73,7 @@ def _apart(one: Layout, other: Layout) -> int:
     """Points that have another owner."""
     cuts = sorted({0, *(end for end, _ in one), *(end for end, _ in other)})
     return sum(
-        end - start
-        for start, end in zip(cuts, cuts[1:], strict=False)
-        if owner(one, start) != owner(other, start)
+        end - start for start, end in pairwise(cuts) if owner(one, start) != owner(other, start)
     )
 
 

@@ -1,7 +1,8 @@
 """Sufficient statistics of an experiment, by SQL: each unit counts once, with its mean.
 
-A unit is what the assignment sticks to, or one request where nothing sticks. Only assignments that
-were left to chance count. Knows nothing of inference.
+A unit is what the assignment sticks to, or one request where nothing sticks. It belongs to the
+variant that it got first; what it does after a change of weights moved it to another is left out.
+Only assignments that were left to chance count. Knows nothing of inference.
 """
 
 from __future__ import annotations
@@ -117,15 +118,14 @@ def _unit_means(experiment: Experiment, metric: Metric, value: ColumnElement[Any
         .subquery()
     )
     first = _first_seen(experiment)
+    same = _same_unit(first, means)
     if metric.missing is None:
-        joined = means.join(first, means.c.unit == first.c.unit)
-        return select(means.c.variant, first.c.stretch, means.c.mean).select_from(joined).subquery()
-    units = select(_E.variant, _E.unit).where(*_counted(experiment)).distinct().subquery()
-    same = and_(units.c.variant == means.c.variant, units.c.unit == means.c.unit)
-    filled = func.coalesce(means.c.mean, float(metric.missing), type_=Float)
-    joined = units.join(first, units.c.unit == first.c.unit).outerjoin(means, same)
-    columns = units.c.variant, first.c.stretch, filled.label("mean")
-    return select(*columns).select_from(joined).subquery()
+        mean = means.c.mean
+        joined = first.join(means, same)
+    else:
+        mean = func.coalesce(means.c.mean, float(metric.missing), type_=Float).label("mean")
+        joined = first.outerjoin(means, same)
+    return select(first.c.variant, first.c.stretch, mean).select_from(joined).subquery()
 
 
 # --- what the server measured -------------------------------------------------------------------
@@ -160,31 +160,34 @@ def _automatic(
     )
 
 
-def _measured(connection: Connection, experiment: Experiment, *, shadow: bool = False) -> Found:
+def _measured(connection: Connection, experiment: Experiment) -> Found:
     """The sums of all measures, in their order."""
     measures = [value.label(name) for name, value in _measures().items()]
     averages = [func.avg(value).label(value.name) for value in measures]
     means = (
         select(_E.variant, _E.unit, *averages)
-        .where(*_counted(experiment, shadow=shadow))
+        .where(*_counted(experiment))
         .group_by(_E.variant, _E.unit)
         .subquery()
     )
-    first = _first_seen(experiment, shadow=shadow)
+    first = _first_seen(experiment)
     columns = [means.c[value.name] for value in measures]
-    joined = means.join(first, means.c.unit == first.c.unit)
-    placed = select(means.c.variant, first.c.stretch, *columns).select_from(joined).subquery()
+    joined = first.join(means, _same_unit(first, means))
+    placed = select(first.c.variant, first.c.stretch, *columns).select_from(joined).subquery()
     return _summed(connection, placed, [placed.c[value.name] for value in measures])
 
 
 def _shadowed(connection: Connection, experiment: Experiment) -> dict[str, dict[str, Sums]]:
-    found = _measured(connection, experiment, shadow=True)
+    """Of requests, not of units: nothing is inferred from them."""
+    measures = _measures()
+    query = (
+        select(_E.variant, *_three(measures.values()))
+        .where(*_counted(experiment, shadow=True))
+        .group_by(_E.variant)
+    )
     return {
-        variant: {
-            name: _added(sums[place] for (v, _), sums in found.items() if v == variant)
-            for place, name in enumerate(_measures())
-        }
-        for variant in sorted({variant for variant, _ in found})
+        row[0]: dict(zip(measures, _read(row[1:]), strict=True))
+        for row in connection.execute(query)
     }
 
 
@@ -195,22 +198,20 @@ Found = dict[tuple[str, int], list[Sums]]  # by variant and stretch, a value eac
 
 def _summed(connection: Connection, units: Subquery, values: Sequence[ColumnElement[Any]]) -> Found:
     key = units.c.variant, units.c.stretch
-    sums = [f for v in values for f in (func.count(v), func.sum(v), func.sum(v * v))]
-    return {
-        (row[0], row[1]): [_sums(*row[2 + 3 * k : 5 + 3 * k]) for k in range(len(values))]
-        for row in connection.execute(select(*key, *sums).group_by(*key))
-    }
+    query = select(*key, *_three(values)).group_by(*key)
+    return {(row[0], row[1]): _read(row[2:]) for row in connection.execute(query)}
 
 
-def _sums(count: int, total: Any, squares: Any) -> Sums:
-    return Sums(count, float(total or 0.0), float(squares or 0.0))
+def _three(values: Iterable[ColumnElement[Any]]) -> list[ColumnElement[Any]]:
+    """Count, sum and sum of squares of each value."""
+    return [f for v in values for f in (func.count(v), func.sum(v), func.sum(v * v))]
 
 
-def _added(several: Iterable[Sums]) -> Sums:
-    listed = list(several)
-    return Sums(
-        sum(s.count for s in listed), sum(s.total for s in listed), sum(s.squares for s in listed)
-    )
+def _read(columns: Sequence[Any]) -> list[Sums]:
+    return [
+        Sums(count, float(total or 0.0), float(squares or 0.0))
+        for count, total, squares in zip(*[iter(columns)] * 3, strict=True)
+    ]
 
 
 def _placed(
@@ -241,24 +242,29 @@ def _requests(connection: Connection, experiment: Experiment) -> dict[str, dict[
     return found
 
 
-def _first_seen(experiment: Experiment, *, shadow: bool = False) -> Subquery:
-    """(unit, stretch) of its first exposure: numbers of stretches grow with time."""
-    return (
-        select(_E.unit, func.min(_E.stretch).label("stretch"))
-        .where(*_counted(experiment, shadow=shadow))
-        .group_by(_E.unit)
+def _first_seen(experiment: Experiment) -> Subquery:
+    """(unit, variant, stretch) of a unit's first exposure: it belongs to that variant for good."""
+    nth = func.row_number().over(partition_by=_E.unit, order_by=(_E.stretch, _E.at, _E.completion))
+    seen = (
+        select(_E.unit, _E.variant, _E.stretch, nth.label("nth"))
+        .where(*_counted(experiment))
         .subquery()
     )
+    return select(seen.c.unit, seen.c.variant, seen.c.stretch).where(seen.c.nth == 1).subquery()
+
+
+def _same_unit(first: Subquery, means: Subquery) -> ColumnElement[bool]:
+    """Joins what a unit did under the variant that it got first."""
+    return and_(first.c.unit == means.c.unit, first.c.variant == means.c.variant)
 
 
 def _stretches(
     connection: Connection, experiment: Experiment, order: Sequence[str]
 ) -> tuple[Stretch, ...]:
     """Units of each variant by the stretch in which they were first seen."""
-    nth = func.row_number().over(partition_by=_E.unit, order_by=(_E.stretch, _E.at, _E.completion))
-    seen = select(_E.stretch, _E.variant, nth.label("nth")).where(*_counted(experiment)).subquery()
-    key = seen.c.stretch, seen.c.variant
-    query = select(*key, func.count()).where(seen.c.nth == 1).group_by(*key)
+    first = _first_seen(experiment)
+    key = first.c.stretch, first.c.variant
+    query = select(*key, func.count()).group_by(*key)
     counts = {(row[0], row[1]): int(row[2]) for row in connection.execute(query)}
     return tuple(
         Stretch(
