@@ -56,9 +56,12 @@ def test_a_shadow_is_computed_in_the_background_and_not_shown(live: Live, journa
     assert answer.json()["choices"] == plain["choices"]
     wait_until(lambda: "s" in shadowed(live))
     assert shadowed(live)["s"]["tokens"] == {"count": 1, "mean": 6.0}
-    submits = [json.loads(line) for line in journal.read_text().splitlines()]
     assert counted(live, "length") == 1
-    assert any("Submit" in str(entry) for entry in submits)
+    entries = [json.loads(line) for line in journal.read_text().splitlines()]
+    background = {e["request_id"]: e["background"] for e in entries if e["kind"] == "Submit"}
+    answered = answer.json()["id"]
+    assert background[f"{answered}-0"] is False
+    assert background[f"{answered}.0-0"] is True
 
 
 def test_a_shadow_changes_neither_ratio_nor_measures(live: Live) -> None:

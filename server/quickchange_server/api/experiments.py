@@ -40,10 +40,12 @@ from quickchange_server.experiments.promotion import Moved
 from quickchange_server.experiments.results import results_of
 from quickchange_server.services import Injected, Services
 from quickchange_store.index import Index
+from quickchange_store.names import check_name
 
 router = APIRouter(tags=["experiments"])
 
 MAX_OUTCOMES = 1000  # of one request
+PRINTABLE = "^[!-~]+$"
 AUDITED = 100  # entries shown unless asked for more
 
 
@@ -111,9 +113,9 @@ class Outcome(Body):
 
     name: str
     value: OutcomeValue
-    completion: str | None = Field(None, min_length=1, max_length=64)
+    completion: str | None = Field(None, max_length=64, pattern=PRINTABLE)
     unit: str | None = Field(None, min_length=1, max_length=512)
-    idempotency_key: str | None = Field(None, min_length=1, max_length=128)
+    idempotency_key: str | None = Field(None, max_length=128, pattern=PRINTABLE)
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Self:
@@ -177,7 +179,7 @@ async def audit(
     limit: Annotated[int, Query(ge=1, le=1000)] = AUDITED,
 ) -> Json:
     """Who changed what and when, newest first; of a deleted experiment too."""
-    if not caller.sees(name):
+    if not caller.sees(check_name(name)):
         raise records.unknown(name)
     entries = await services.database.read(partial(records.audit, name=name, limit=limit))
     if not entries:

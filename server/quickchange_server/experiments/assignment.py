@@ -54,7 +54,7 @@ def assign(
         variant, by = experiment.served, "state"
     elif subject is not None and subject in definition.allow:
         variant, by = definition.allow[subject], "list"
-    elif subject is not None and subject in definition.deny:
+    elif subject is not None and subject in definition.denied:
         variant, by = definition.default.name, "list"
     else:
         division = experiment.stretches[stretch].layout

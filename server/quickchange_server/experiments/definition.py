@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
@@ -221,6 +222,10 @@ class Definition(Body):
             if not any(weights.values()):
                 raise _wrong("variants", "all weights are zero; give one of them a share")
         return self
+
+    @cached_property
+    def denied(self) -> frozenset[str]:
+        return frozenset(self.deny)
 
     @property
     def default(self) -> Variant:

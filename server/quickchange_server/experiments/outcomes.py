@@ -82,7 +82,8 @@ def _keep(
         tenant=caller.tenant,
         idempotency_key=told.key,
     )
-    new = connection.execute(statement.on_conflict_do_nothing()).rowcount > 0
+    made = statement.on_conflict_do_nothing().returning(EXPERIMENT_OUTCOMES.c.id)
+    new = connection.execute(made).first() is not None
     return Kept(told.name, exposure.variant, exposure.counted, new)
 
 
