@@ -9,7 +9,18 @@ from functools import partial
 
 from fastapi import FastAPI
 
-from quickchange_server.api import adapters, experiments, health, models, openai, refusals, vllm
+from quickchange_server.api import (
+    adapters,
+    experiments,
+    health,
+    keys,
+    models,
+    openai,
+    refusals,
+    usage,
+    vllm,
+)
+from quickchange_server.api.callers import CallerMiddleware
 from quickchange_server.api.middleware import BodyLimitMiddleware, RequestIdMiddleware
 from quickchange_server.catalog import Catalog, base_names
 from quickchange_server.channel import EngineMain, engine_main
@@ -26,6 +37,9 @@ from quickchange_server.services import VERSION, Seeds, Services
 from quickchange_server.settings import Settings
 from quickchange_server.storage.database import Database
 from quickchange_server.storage.revisions import Revisions
+from quickchange_server.tenants.parts import Tenants
+from quickchange_server.tenants.policy import asks_for_keys
+from quickchange_server.tenants.records import TOPIC
 from quickchange_server.text import Text
 from quickchange_store.base import base_spec
 from quickchange_store.canonical import BaseSpec
@@ -44,22 +58,24 @@ def create_app(
     """The application; its parts are at `app.state.services` once it has started.
 
     `text`, `engine` and `base` replace the tokenizer of the model, the engine's entry and what
-    adapters are checked against. Raises SettingError where the model's tokenizer can't be read.
+    adapters are checked against. Raises SettingError where the model's tokenizer can't be read, or
+    where the settings would leave the server open to others without saying so.
 
     Requests are answered while the engine still starts, with 503. `services.started` tells when it
     is ready, or why it can't be.
     """
     text = Text.load(settings.model) if text is None else text
     base = partial(base_spec, settings.model) if base is None else base
+    keyed = asks_for_keys(settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         metrics = Metrics(settings)
         url, counts = settings.database_url, StorageMetrics(metrics.registry)
         database = await asyncio.to_thread(Database.open, url, counts)
-        services = _services(settings, metrics, text, engine, base, database)
-        await services.revisions.look()  # what is named must be known before the first request
-        services.revisions.start()
+        tenants = Tenants.make(settings, database, metrics.registry, keyed=keyed)
+        services = _services(settings, metrics, text, engine, base, database, tenants)
+        await _start(services)
         app.state.services = services
         try:
             yield
@@ -67,15 +83,8 @@ def create_app(
             await _end(services)
 
     app = FastAPI(title="Quickchange", version=VERSION, lifespan=lifespan)
-    for router in (
-        openai.router,
-        models.router,
-        vllm.router,
-        adapters.router,
-        experiments.router,
-        health.router,
-    ):
-        app.include_router(router)
+    for module in (openai, models, vllm, adapters, experiments, keys, usage, health):
+        app.include_router(module.router)
     refusals.install(app)
     app.add_middleware(
         BodyLimitMiddleware,
@@ -83,6 +92,7 @@ def create_app(
         uploads=adapters.UPLOADS,
         upload_limit=settings.max_upload_bytes,
     )
+    app.add_middleware(CallerMiddleware)
     app.add_middleware(RequestIdMiddleware)
     return app
 
@@ -94,6 +104,7 @@ def _services(
     engine: EngineMain,
     base: BaseMaker,
     database: Database,
+    tenants: Tenants,
 ) -> Services:
     """The server's parts, with the engine starting. On the event loop."""
     client = EngineClient(settings, metrics, engine)
@@ -126,8 +137,18 @@ def _services(
         experiment_metrics=experiment_metrics,
         shadows=Shadows(experiment_metrics, lambda: 2 * client.in_flight < settings.max_queue),
         promotions=Promotions(store, experiments),
-        books=(exposures,),
+        keyring=tenants.keyring,
+        books=(tenants.books, exposures),
     )
+
+
+async def _start(services: Services) -> None:
+    """Read what the database defines, and go on seeing what changes."""
+    if services.keyring is not None:
+        await services.keyring.refresh()
+        services.revisions.watch(TOPIC, services.keyring.refresh)
+    await services.revisions.look()  # experiments must be known before the first request
+    services.revisions.start()
 
 
 async def _end(services: Services) -> None:

@@ -28,6 +28,7 @@ from quickchange_server.metrics_experiments import ExperimentMetrics
 from quickchange_server.settings import Settings
 from quickchange_server.storage.database import Database
 from quickchange_server.storage.revisions import Revisions
+from quickchange_server.tenants.keyring import Keyring
 from quickchange_server.text import Text
 from quickchange_store.store import Store
 
@@ -65,6 +66,7 @@ class Services:
     experiment_metrics: ExperimentMetrics
     shadows: Shadows
     promotions: Promotions
+    keyring: Keyring | None = None  # None: no request needs an API key
     books: tuple[Bookkeeper, ...] = ()
     created: int = field(default_factory=lambda: int(time.time()))  # of the base, in /v1/models
 

@@ -244,6 +244,7 @@ def note(behaviour: Behaviour, kind: str, command: Command | None = None) -> Non
         "digest": getattr(command, "digest", None),
         "output": len(getattr(command, "output", ())),
         "background": getattr(command, "background", None),
+        "salt": getattr(command, "salt", None),
         "heads": getattr(getattr(command, "drafting", None), "heads", None),
     }
     with behaviour.journal.open("a") as journal:

@@ -6,19 +6,18 @@ from dataclasses import asdict
 from functools import partial
 from typing import Annotated, Any, Self
 
-from fastapi import APIRouter, Depends, Query
+from fastapi import APIRouter, Query
 from pydantic import BeforeValidator, Field, SkipValidation, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from quickchange_server.api.callers import Calling
+from quickchange_server.api.callers import Calling, Managing, check_own
 from quickchange_server.api.fields import Body
 from quickchange_server.api.refusals import from_validation
 from quickchange_server.api.shapes import Json
-from quickchange_server.callers import Caller, Scope
+from quickchange_server.callers import Caller
 from quickchange_server.catalog import WeightedName
 from quickchange_server.errors import (
     ConflictError,
-    ForbiddenError,
     InvalidRequestError,
     QuickchangeError,
 )
@@ -47,20 +46,6 @@ router = APIRouter(tags=["experiments"])
 MAX_OUTCOMES = 1000  # of one request
 PRINTABLE = "^[!-~]+$"
 AUDITED = 100  # entries shown unless asked for more
-
-
-def _may(scope: Scope) -> Any:
-    async def check(caller: Calling) -> None:
-        if not caller.may(scope):
-            raise ForbiddenError(
-                f"this needs an API key of the scope {scope}, and yours is of {caller.scope}"
-            )
-
-    return Depends(check)
-
-
-MANAGE = [_may("manage")]
-INFER = [_may("infer")]
 
 
 class Change(Body):
@@ -144,18 +129,18 @@ class Outcomes(Body):
 # --- definitions --------------------------------------------------------------------------------
 
 
-@router.post("/v1/experiments", status_code=201, dependencies=MANAGE)
-async def create(body: Definition, services: Injected, caller: Calling) -> Json:
+@router.post("/v1/experiments", status_code=201)
+async def create(body: Definition, services: Injected, caller: Managing) -> Json:
     """Define an experiment; requests may name it as `model` at once."""
-    _refuse_hidden(caller, body.name)
+    check_own(caller, body.name, "name")
     services.imports.refuse_taken(body.name)
     _refuse_stored(services.store.snapshot(), body.name)
-    _check_served(services, body)
+    _check_served(services, caller, body)
     return _shown(await services.experiments.create(body, caller), services)
 
 
-@router.get("/v1/experiments", dependencies=MANAGE)
-async def list_experiments(services: Injected, caller: Calling) -> Json:
+@router.get("/v1/experiments")
+async def list_experiments(services: Injected, caller: Managing) -> Json:
     """Every experiment that the caller may see."""
     there = services.experiments.all
     return {
@@ -164,18 +149,18 @@ async def list_experiments(services: Injected, caller: Calling) -> Json:
     }
 
 
-@router.get("/v1/experiments/{name:path}/results", dependencies=MANAGE)
-async def results(name: str, services: Injected, caller: Calling) -> Json:
+@router.get("/v1/experiments/{name:path}/results")
+async def results(name: str, services: Injected, caller: Managing) -> Json:
     """What the variants came to so far."""
     experiment = _seen(services, caller, name)
     return await results_of(services.database, experiment)
 
 
-@router.get("/v1/experiments/{name:path}/audit", dependencies=MANAGE)
+@router.get("/v1/experiments/{name:path}/audit")
 async def audit(
     name: str,
     services: Injected,
-    caller: Calling,
+    caller: Managing,
     limit: Annotated[int, Query(ge=1, le=1000)] = AUDITED,
 ) -> Json:
     """Who changed what and when, newest first; of a deleted experiment too."""
@@ -187,22 +172,22 @@ async def audit(
     return {"object": "list", "data": entries}
 
 
-@router.get("/v1/experiments/{name:path}", dependencies=MANAGE)
-async def one_experiment(name: str, services: Injected, caller: Calling) -> Json:
+@router.get("/v1/experiments/{name:path}")
+async def one_experiment(name: str, services: Injected, caller: Managing) -> Json:
     """One experiment: its definition, its state, and the shares that hold now."""
     return _shown(_seen(services, caller, name), services)
 
 
-@router.patch("/v1/experiments/{name:path}", dependencies=MANAGE)
-async def update(name: str, body: Change, services: Injected, caller: Calling) -> Json:
+@router.patch("/v1/experiments/{name:path}")
+async def update(name: str, body: Change, services: Injected, caller: Managing) -> Json:
     """Change an experiment; only the units whose share moved get another variant."""
-    _check_served(services, body.apply(_seen(services, caller, name).definition))
+    _check_served(services, caller, body.apply(_seen(services, caller, name).definition))
     changed = await services.experiments.update(name, caller, body.apply, body.version)
     return _shown(changed, services)
 
 
-@router.delete("/v1/experiments/{name:path}", dependencies=MANAGE)
-async def delete(name: str, services: Injected, caller: Calling) -> Json:
+@router.delete("/v1/experiments/{name:path}")
+async def delete(name: str, services: Injected, caller: Managing) -> Json:
     """Forget an experiment and what it recorded; the audit trail stays."""
     _seen(services, caller, name)
     await services.experiments.delete(name, caller)
@@ -212,38 +197,38 @@ async def delete(name: str, services: Injected, caller: Calling) -> Json:
 # --- state --------------------------------------------------------------------------------------
 
 
-@router.post("/v1/experiments/{name:path}/pause", dependencies=MANAGE)
-async def pause(name: str, services: Injected, caller: Calling) -> Json:
+@router.post("/v1/experiments/{name:path}/pause")
+async def pause(name: str, services: Injected, caller: Managing) -> Json:
     """Everybody gets the control for now, which is not counted."""
     _seen(services, caller, name)
     return _shown(await services.experiments.pause(name, caller), services)
 
 
-@router.post("/v1/experiments/{name:path}/resume", dependencies=MANAGE)
-async def resume(name: str, services: Injected, caller: Calling) -> Json:
+@router.post("/v1/experiments/{name:path}/resume")
+async def resume(name: str, services: Injected, caller: Managing) -> Json:
     """Go on where it was paused; everybody gets their variant again."""
     _seen(services, caller, name)
     return _shown(await services.experiments.resume(name, caller), services)
 
 
-@router.post("/v1/experiments/{name:path}/stop", dependencies=MANAGE)
-async def stop(name: str, services: Injected, caller: Calling, body: Stop | None = None) -> Json:
+@router.post("/v1/experiments/{name:path}/stop")
+async def stop(name: str, services: Injected, caller: Managing, body: Stop | None = None) -> Json:
     """End it: from now on everybody gets the winner, or the control."""
     _seen(services, caller, name)
     winner = None if body is None else body.winner
     return _shown(await services.experiments.stop(name, caller, winner), services)
 
 
-@router.post("/v1/experiments/{name:path}/promote", dependencies=MANAGE)
-async def promote(name: str, body: Promote, services: Injected, caller: Calling) -> Json:
+@router.post("/v1/experiments/{name:path}/promote")
+async def promote(name: str, body: Promote, services: Injected, caller: Managing) -> Json:
     """Point the experiment's alias at what a variant serves, in one step."""
     experiment = _seen(services, caller, name)
     _check_alias(services, caller, experiment)
     return _moved(name, await services.promotions.promote(name, caller, body.variant))
 
 
-@router.post("/v1/experiments/{name:path}/rollback", dependencies=MANAGE)
-async def roll_back(name: str, services: Injected, caller: Calling) -> Json:
+@router.post("/v1/experiments/{name:path}/rollback")
+async def roll_back(name: str, services: Injected, caller: Managing) -> Json:
     """Undo the last promotion: the alias is what it was before."""
     _seen(services, caller, name)
     return _moved(name, await services.promotions.roll_back(name, caller))
@@ -252,7 +237,7 @@ async def roll_back(name: str, services: Injected, caller: Calling) -> Json:
 # --- outcomes -----------------------------------------------------------------------------------
 
 
-@router.post("/v1/experiments/{name:path}/outcomes", status_code=201, dependencies=INFER)
+@router.post("/v1/experiments/{name:path}/outcomes", status_code=201)
 async def outcomes(name: str, body: Outcomes, services: Injected, caller: Calling) -> Json:
     """Tell what came of answers. All are kept or none; the answer comes after they are durable."""
     experiment = _seen(services, caller, name)
@@ -321,14 +306,6 @@ def _seen(services: Services, caller: Caller, name: str) -> Experiment:
     return services.experiments.get(name)
 
 
-def _refuse_hidden(caller: Caller, name: str) -> None:
-    if not caller.sees(name):
-        raise ForbiddenError(
-            f"name: {name!r} is outside the names of your API key, {', '.join(caller.names)}",
-            param="name",
-        )
-
-
 def _refuse_stored(index: Index, name: str) -> None:
     taken = "an adapter" if name in index.entries else "an alias" if name in index.aliases else None
     if taken is not None:
@@ -340,24 +317,24 @@ def _refuse_stored(index: Index, name: str) -> None:
 def _check_alias(services: Services, caller: Caller, experiment: Experiment) -> None:
     alias = experiment.definition.alias
     if alias is not None:
-        _refuse_hidden(caller, alias)
+        check_own(caller, alias, "alias")
         services.imports.refuse_taken(alias)
 
 
-def _check_served(services: Services, definition: Definition) -> None:
+def _check_served(services: Services, caller: Caller, definition: Definition) -> None:
     """Raises where a variant or a shadow names what can't be served, by its place."""
     for field in ("variants", "shadows"):
         variants: list[Served] = getattr(definition, field)
         for index, variant in enumerate(variants):
-            _check_one(services, variant, f"{field}[{index}]")
+            _check_one(services, caller, variant, f"{field}[{index}]")
 
 
-def _check_one(services: Services, variant: Served, place: str) -> None:
+def _check_one(services: Services, caller: Caller, variant: Served, place: str) -> None:
     model = variant.model or services.catalog.base_name
     composition = [WeightedName(entry.id, entry.weight) for entry in variant.adapters]
     turbo = "auto" if variant.turbo is None else variant.turbo
     try:
-        services.catalog.select(model, composition, turbo)
+        services.catalog.select(model, composition, turbo, sees=caller.sees)
     except QuickchangeError as error:
         raise type(error)(f"{place}.{error.message}", param=f"{place}.{error.param}") from error
 

@@ -10,6 +10,7 @@ from quickchange_server.api.callers import Calling
 from quickchange_server.api.shapes import Json
 from quickchange_server.experiments.experiment import Experiment
 from quickchange_server.services import Injected, Services
+from quickchange_server.visibility import seen
 from quickchange_store.index import Index
 from quickchange_store.names import Reference, parse_reference
 
@@ -69,7 +70,7 @@ async def models(services: Injected, caller: Calling) -> Json:
     """The base, adapters, their versions, aliases, and experiments."""
     cards = [_base_card(services)]
     if services.settings.adapters:
-        cards.extend(_adapter_cards(services, services.store.snapshot()))
+        cards.extend(_adapter_cards(services, seen(services.store.snapshot(), caller.sees)))
     there = services.experiments.all
     cards.extend(_experiment_card(services, there[n]) for n in sorted(there) if caller.sees(n))
     return {"object": "list", "data": cards}
@@ -83,7 +84,7 @@ async def one_model(model: str, services: Injected, caller: Calling) -> Json:
     experiment = services.experiments.find(model) if caller.sees(model) else None
     if experiment is not None:
         return _experiment_card(services, experiment)
-    services.catalog.select(model)  # refuses what no request could name
+    services.catalog.select(model, sees=caller.sees)  # refuses what no request could name
     index = services.store.snapshot()
     return _version_card(services, index, parse_reference(model), _kind(index, model))
 

@@ -28,6 +28,7 @@ from quickchange_server.experiments.experiment import Experiment
 from quickchange_server.messages import SamplingParams
 from quickchange_server.services import Services
 from quickchange_server.transcript import TextOptions, Transcript
+from quickchange_server.visibility import Sees, everything
 
 B = TypeVar("B", bound=Sampled)
 
@@ -55,8 +56,9 @@ def select(services: Services, caller: Caller, body: B, headers: Mapping[str, st
     traceparent = headers.get("traceparent")
     named = services.experiments.find(body.model) if caller.sees(body.model) else None
     if named is None:
-        selection = _selection(services, body)
+        selection = _selection(services, body, caller.sees)
         return Order(caller, body.model, body, selection, traceparent=traceparent)
+    services.catalog.select(services.catalog.base_name, turbo=body.turbo, sees=caller.sees)
     assignment = assigning.assigned(services, named, caller, body, headers)
     definition = named.definition
     order = _served(services, caller, body, assignment, definition.variant(assignment.variant))
@@ -74,7 +76,7 @@ def _served(
     """The order that a variant of an experiment makes of a body. Raises AdapterFailedError."""
     changed = assigning.overridden(services, body, variant)
     try:
-        selection = _selection(services, changed)
+        selection = _selection(services, changed, everything)  # variants are the operator's
     except QuickchangeError as error:
         raise assigning.unservable(assignment, error) from error
     return Order(caller, body.model, changed, selection, assignment)
@@ -90,9 +92,9 @@ def _shadows(
             yield beside, _served(services, caller, body, beside, shadow)
 
 
-def _selection(services: Services, body: Sampled) -> Selection:
+def _selection(services: Services, body: Sampled, sees: Sees) -> Selection:
     composition = [WeightedName(entry.id, entry.weight) for entry in body.adapters]
-    return services.catalog.select(body.model, composition, body.turbo)
+    return services.catalog.select(body.model, composition, body.turbo, sees=sees)
 
 
 def shown(assignment: Assignment) -> Json:
@@ -134,6 +136,7 @@ async def admit(
             param="n",
         )
     _check_tokens(services, body)
+    default_tokens = _allowed(order.caller, default_tokens, count)
     seed = services.seeds.draw() if body.seed is None else body.seed % 2**64
     orders: list[tuple[Generation, Transcript]] = []
     for prompt in prompts:
@@ -220,6 +223,14 @@ def _room(services: Services, body: Sampled, prompt_tokens: int, param: str) -> 
             param=param,
         )
     return limit - prompt_tokens
+
+
+def _allowed(caller: Caller, default_tokens: int | None, choices: int) -> int | None:
+    """The default of new tokens where the caller's limit, shared by all choices, is lower."""
+    if caller.max_new_tokens is None:
+        return default_tokens
+    share = max(1, caller.max_new_tokens // choices)
+    return share if default_tokens is None else min(default_tokens, share)
 
 
 def _max_tokens(body: Sampled, room: int, default_tokens: int | None) -> int:
