@@ -39,6 +39,7 @@ from quickchange_server.experiments.registry import Experiments
 from quickchange_server.experiments.shadows import Shadows
 from quickchange_server.imports import Imports
 from quickchange_server.metrics import Metrics
+from quickchange_server.metrics_experiment_shares import ShareCollector
 from quickchange_server.metrics_experiments import ExperimentMetrics
 from quickchange_server.metrics_http import HttpMetricsMiddleware
 from quickchange_server.metrics_storage import StorageMetrics
@@ -161,6 +162,7 @@ def _services(
     revisions = Revisions(database)
     experiments = Experiments(database, revisions)
     experiment_metrics = ExperimentMetrics(metrics.registry, settings.metrics_adapters)
+    metrics.registry.register(ShareCollector(experiments, experiment_metrics.label))
     exposures = Exposures(database, experiment_metrics)
     return Services(
         settings=settings,
