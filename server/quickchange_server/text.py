@@ -70,9 +70,11 @@ class Text:
         """How the model writes tool calls; None where its chat template has no tools."""
         return tool_format(self._apply_template) if self.has_chat_template else None
 
-    def is_special(self, text: str) -> bool:
-        """Whether `text` is one of the special tokens, which an answer's text leaves out."""
-        return text in self._tokenizer.all_special_tokens
+    def special_id(self, text: str) -> int | None:
+        """The special token that is written so, which an answer's text leaves out; None: it is
+        none."""
+        special = text in self._tokenizer.all_special_tokens
+        return int(self._tokenizer.convert_tokens_to_ids(text)) if special else None
 
     def tokenizer_json(self) -> str | None:
         """The tokenizer as the `tokenizers` library writes it; None where it is none of that."""

@@ -71,17 +71,6 @@ class ToolFormat:
         known = [call for call in calls if call is not None and call.name in names]
         return known if known and len(known) == len(calls) else None
 
-    def written(self, call: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """A JSON value of this form, `call` at the name's place and `arguments` at theirs: for
-        schemas as well as for calls."""
-        value: dict[str, Any] = {}
-        for path, leaf in ((self.name_path, call), (self.arguments_path, arguments)):
-            place = value
-            for key in path[:-1]:
-                place = place.setdefault(key, {})
-            place[path[-1]] = leaf
-        return value
-
     def _call(self, value: Any) -> ToolCall | None:
         name, arguments = _at(value, self.name_path), _at(value, self.arguments_path)
         if not isinstance(name, str) or not isinstance(arguments, dict):

@@ -6,13 +6,14 @@ import json
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import cast
 
 from fastapi import APIRouter, Request, Response
 
-from quickchange_server.api import calling, ordering
+from quickchange_server.api import ordering
 from quickchange_server.api.callers import Calling
+from quickchange_server.api.calling import with_tools
 from quickchange_server.api.prompt_shape import PromptShape, ToldPrompt, told_prompt
 from quickchange_server.api.schemas import (
     DEFAULT_COMPLETION_TOKENS,
@@ -28,8 +29,8 @@ from quickchange_server.api.shapes import (
     predictions,
     usage,
 )
-from quickchange_server.api.tool_shapes import ToolChatShape
 from quickchange_server.api.sse import DONE, event, event_stream, unless_gone
+from quickchange_server.api.tool_shapes import ToolChatShape
 from quickchange_server.books import Running
 from quickchange_server.services import Injected, Services
 from quickchange_server.transcript import Ending, LoggedToken
@@ -218,9 +219,7 @@ async def chat_completions(
 ) -> Response:
     """Answer a chat."""
     order = ordering.select(services, caller, body, request.headers)
-    tools = calling.of(services.text, order.body)
-    if tools is not None:
-        order = replace(order, body=tools.body)
+    order, calls = with_tools(services.text, order)
     body = order.body
     prompt = await services.text.encode_chat(
         [message.for_template() for message in body.messages],
@@ -235,9 +234,9 @@ async def chat_completions(
         default_tokens=None,
     )
     shape = ChatShape(services.text, body.logprobs)
-    if tools is not None:
+    if calls is not None:
         most = None if body.parallel_tool_calls else 1
-        shape = ToolChatShape(services.text, body.logprobs, tools.reader, most=most)
+        shape = ToolChatShape(services.text, body.logprobs, calls.reader, most=most)
     drafting = order.selection.drafting is not None
     answer = Answer(_envelope(services, running), shape, running, drafting)
     return await respond(request, body, answer)

@@ -257,12 +257,16 @@ class Message(Body):
     @model_validator(mode="after")
     def _check_role(self) -> Self:
         if self.content is None and not self.tool_calls:
-            raise PydanticCustomError("message", "content is required")
+            raise PydanticCustomError("missing", "is required", {"field": "content"})
         if self.tool_calls and self.role != "assistant":
-            raise PydanticCustomError("message", "tool_calls belong to the role assistant")
+            raise PydanticCustomError(
+                "message", "belong to the role assistant", {"field": "tool_calls"}
+            )
         if (self.tool_call_id is not None) != (self.role == "tool"):
             raise PydanticCustomError(
-                "message", "the role tool, and no other, has tool_call_id: the call it answers"
+                "message",
+                "the role tool has it, and no other: the id of the call that it answers",
+                {"field": "tool_call_id"},
             )
         return self
 
@@ -331,20 +335,23 @@ class ChatRequest(Sampled):
     def _check_tools(self) -> Self:
         names = [tool.function.name for tool in self.tools]
         if len(set(names)) < len(names):
-            raise PydanticCustomError("tools", "tools: two functions have one name")
+            raise InvalidRequestError("tools: two functions have one name", param="tools")
         choice = self.tool_choice
         if isinstance(choice, ChosenTool) and choice.function.name not in names:
-            raise PydanticCustomError(
-                "tool_choice", "tool_choice: names a function that is not among the tools"
+            raise InvalidRequestError(
+                f"tool_choice: {choice.function.name!r} is not among the tools",
+                param="tool_choice",
             )
         if choice == "required" and not self.tools:
-            raise PydanticCustomError("tool_choice", "tool_choice: required, and there are no tools")
+            raise InvalidRequestError(
+                "tool_choice: required, and there are no tools; give some", param="tool_choice"
+            )
         strict = any(tool.function.strict for tool in self.tools)
         if strict and not self.demanded_tools:
-            raise PydanticCustomError(
-                "tools",
+            raise InvalidRequestError(
                 "tools: strict is kept only where tool_choice makes the model call; set "
                 "tool_choice, or leave strict out",
+                param="tools",
             )
         return self
 
