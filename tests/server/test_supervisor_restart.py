@@ -240,6 +240,19 @@ def test_a_drain_outlives_the_death_of_the_engine() -> None:
     run(scenario())
 
 
+def test_a_close_waits_until_the_engine_is_gone() -> None:
+    async def scenario() -> None:
+        client = make_client(Behaviour())
+        await client.start()
+        engine = client.pid
+        assert engine is not None
+        await client.close(0)
+        with pytest.raises(ProcessLookupError):
+            os.kill(engine, 0)
+
+    run(scenario())
+
+
 def test_a_close_during_a_restart_leaves_no_process(tmp_path: Path) -> None:
     journal = tmp_path / "journal"
 
