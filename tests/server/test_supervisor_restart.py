@@ -249,6 +249,7 @@ def test_a_close_ends_an_engine_that_does_not_end_itself(
     async def scenario() -> None:
         client = make_client(Behaviour(deaf=True))
         await client.start()
+        await asyncio.sleep(0.05)  # it is being watched now
         engine = client.pid
         assert engine is not None
         await client.close(0)
