@@ -9,7 +9,7 @@ from functools import partial
 
 from fastapi import FastAPI
 
-from quickchange_server.api import adapters, health, models, openai, refusals, vllm
+from quickchange_server.api import adapters, health, models, openai, page, refusals, vllm
 from quickchange_server.api.middleware import BodyLimitMiddleware, RequestIdMiddleware
 from quickchange_server.catalog import Catalog, base_names
 from quickchange_server.channel import EngineMain, engine_main
@@ -63,6 +63,7 @@ def create_app(
     app = FastAPI(title="Quickchange", version=VERSION, lifespan=lifespan)
     for router in (openai.router, models.router, vllm.router, adapters.router, health.router):
         app.include_router(router)
+    app.include_router(page.router)
     refusals.install(app)
     app.add_middleware(
         BodyLimitMiddleware,
