@@ -123,7 +123,10 @@ class Row {
   constructor(name, act) {
     this.aliases = el("span", { class: "hint" });
     this.cells = Object.fromEntries(
-      COLUMNS.slice(1, -1).map((column) => [column, el("td", { role: "cell", "data-label": column })]),
+      COLUMNS.slice(1, -1).map((column) => [
+        column,
+        el("td", { role: "cell", "data-label": column }),
+      ]),
     );
     this.pin = el("button", { type: "button" });
     this.pin.addEventListener("click", () => act(name, this.pinned ? "unpin" : "pin"));
@@ -142,7 +145,10 @@ class Row {
   update({ version, versions, aliases, residency, turbo }) {
     this.pinned = residency.pinned;
     setText(this.aliases, aliases.length ? ` also ${aliases.join(", ")}` : "");
-    setText(this.cells.Version, versions.length > 1 ? `${version} of ${versions.length}` : `${version}`);
+    setText(
+      this.cells.Version,
+      versions.length > 1 ? `${version} of ${versions.length}` : `${version}`,
+    );
     setText(this.cells.Tier, residency.tier);
     this.cells.Tier.dataset.tier = residency.tier;
     setText(this.cells.Memory, residency.bytes ? bytes(residency.bytes) : NONE);

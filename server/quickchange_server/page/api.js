@@ -97,7 +97,8 @@ const REFUSALS = {
 function inWords(status, message, retryAfter = null) {
   const again = retryAfter === null ? "" : ` Try again in ${retryAfter} s.`;
   if (status === 401) {
-    const why = storedKey() === null ? "This server asks for an API key" : "This API key is not valid";
+    const why =
+      storedKey() === null ? "This server asks for an API key" : "This API key is not valid";
     return `${why}: ${message}`;
   }
   const what = REFUSALS[status];

@@ -19,7 +19,8 @@ export function setUpExperiments() {
     const items = experiments.map((experiment) => item(experiment, experiment.id === chosen));
     const focused = document.activeElement?.dataset?.name;
     list.replaceChildren(...items);
-    if (focused !== undefined) [...list.querySelectorAll("button")].find((b) => b.dataset.name === focused)?.focus();
+    if (focused !== undefined)
+      [...list.querySelectorAll("button")].find((b) => b.dataset.name === focused)?.focus();
   };
 
   const showChosen = async (experiments) => {

@@ -6,7 +6,7 @@ import { svg } from "./dom.js";
 const HEIGHT = 36; // pixels
 const MARGIN = 4; // per cent of the width, left free at both ends
 const STEPS = [1, 2, 2.5, 5, 10];
-const TICKS = 4; // about so many
+const TICKS = 5; // about so many
 
 /** A scale over all finite `values`: {at(value), ticks}. Null where there are none. */
 export function scaleOf(values) {
@@ -44,7 +44,10 @@ export function axis(scale, format) {
  * One interval with its point. `zero`: a line at 0. `margin`: a band of what doesn't matter.
  * `mood`: "better", "worse" or null, which colours it. The cell beside it says the same in figures.
  */
-export function intervalStrip(scale, { point, interval, zero = false, margin = null, mood = null }) {
+export function intervalStrip(
+  scale,
+  { point, interval, zero = false, margin = null, mood = null },
+) {
   const x = (value) => `${scale.at(value)}%`;
   const middle = HEIGHT / 2;
   const parts = scale.ticks.map((tick) =>
@@ -59,7 +62,9 @@ export function intervalStrip(scale, { point, interval, zero = false, margin = n
     const [low, high] = interval;
     parts.push(svg("line", { class: "reach", x1: x(low), x2: x(high), y1: middle, y2: middle }));
     for (const end of interval) {
-      parts.push(svg("line", { class: "reach", x1: x(end), x2: x(end), y1: middle - 5, y2: middle + 5 }));
+      parts.push(
+        svg("line", { class: "reach", x1: x(end), x2: x(end), y1: middle - 5, y2: middle + 5 }),
+      );
     }
   }
   if (point !== null) parts.push(svg("circle", { class: "point", cx: x(point), cy: middle, r: 5 }));

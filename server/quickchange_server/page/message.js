@@ -5,7 +5,12 @@ import { count, number, percent, seconds } from "./format.js";
 
 /** What somebody typed. */
 export function promptTurn(text) {
-  return el("article", { class: "turn user" }, el("h3", {}, "You"), el("p", { class: "said" }, text));
+  return el(
+    "article",
+    { class: "turn user" },
+    el("h3", {}, "You"),
+    el("p", { class: "said" }, text),
+  );
 }
 
 /** An answer as it comes. Times are milliseconds of performance.now(). */

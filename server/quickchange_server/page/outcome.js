@@ -13,7 +13,11 @@ export function outcomePart(outcome, level) {
     "section",
     { class: "outcome", "data-outcome": title },
     el(`h${level}`, {}, title, el("span", { class: "hint" }, ` ${kindWords(outcome)}, ${aim}`)),
-    el("ul", { class: "decisions" }, comparisons.map((each) => decision(each, outcome))),
+    el(
+      "ul",
+      { class: "decisions" },
+      comparisons.map((each) => decision(each, outcome)),
+    ),
     differences(outcome, title),
     means(outcome, title),
   );
@@ -37,20 +41,28 @@ function range(interval, format, unit = "") {
 const MOODS = { better: "better", worse: "worse" };
 
 function decision(comparison, outcome) {
-  const { variant, control, decision: decided, enough, needed_units: needed } = comparison;
-  const counts = outcome.variants.filter((each) => [variant, control].includes(each.variant));
-  const least = Math.min(...counts.map((each) => each.count));
-  const words = enough
-    ? `minimum sample of ${count(needed)} reached`
-    : `${count(least)} of the ${count(needed)} units needed of the smaller variant`;
+  const { variant, control, decision: decided } = comparison;
+  const mood = MOODS[decided] ?? "open";
   return el(
     "li",
     {},
     el("strong", {}, variant),
     ` against ${control}: `,
-    el("span", { class: "badge decision", "data-decision": MOODS[decided] ?? "open" }, decided),
-    el("span", { class: "hint" }, ` ${words}`),
+    el("span", { class: "badge decision", "data-decision": mood }, decided),
+    el("span", { class: "hint" }, ` ${sampleWords(comparison, outcome)}`),
   );
+}
+
+/** How far the minimum sample is. */
+function sampleWords({ variant, control, enough, needed_units: needed, decision }, { variants }) {
+  const both = variants.filter((each) => [variant, control].includes(each.variant));
+  const least = Math.min(...both.map((each) => each.count));
+  if (least < needed) {
+    return `${count(least)} of the ${count(needed)} units needed of the smaller variant`;
+  }
+  if (!enough) return "too few units of one of its two values";
+  const reached = `minimum sample of ${count(needed)} reached`;
+  return decision === "keep collecting" ? `${reached}, the interval holds 0` : reached;
 }
 
 function differences(outcome, title) {
@@ -88,7 +100,14 @@ function means(outcome, title) {
     count(each.count),
     probability(each.probability_best),
   ]);
-  const head = ["Variant", "Mean", scaled(scale, value), "Interval", "Units", "Probability of best"];
+  const head = [
+    "Variant",
+    "Mean",
+    scaled(scale, value),
+    "Interval",
+    "Units",
+    "Probability of best",
+  ];
   return table(`${title}: each variant`, head, rows);
 }
 
@@ -107,7 +126,11 @@ function table(caption, head, rows) {
     { class: "cards intervals", role: "table" },
     el("caption", {}, caption),
     el("thead", { role: "rowgroup" }, el("tr", { role: "row" }, cells)),
-    el("tbody", { role: "rowgroup" }, rows.map((row) => tableRow(row, head))),
+    el(
+      "tbody",
+      { role: "rowgroup" },
+      rows.map((row) => tableRow(row, head)),
+    ),
   );
 }
 

@@ -5,18 +5,14 @@ import { el, field } from "./dom.js";
 import { AnswerTurn, promptTurn } from "./message.js";
 import { fillSelect } from "./models.js";
 
-const TURBO = [
-  ["auto", "auto: the name's own"],
-  ["lookup", "lookup: from the prompt"],
-  ["off", "off"],
-];
+const TURBO = ["auto", "lookup", "off"];
 const NEAR_END = 40; // pixels from the end within which the log follows what comes
 
 export class Pane {
   constructor(letter) {
     this.history = [];
     this.model = el("select", { "data-field": "model" });
-    const turbo = TURBO.map(([value, label]) => el("option", { value }, label));
+    const turbo = TURBO.map((value) => el("option", { value }, value));
     this.turbo = el("select", { "data-field": "turbo" }, turbo);
     this.temperature = numberInput("temperature", { min: 0, max: 2, step: 0.1, value: 0 });
     this.maxTokens = numberInput("max_tokens", { min: 1, step: 1, value: 256, required: true });

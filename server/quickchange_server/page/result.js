@@ -50,7 +50,9 @@ function ratioPart(ratio) {
     el("strong", {}, "Sample ratio mismatch: trust no comparison below. "),
     "The variants did not get the shares that their weights promise ",
     `(p ${pValue(ratio.p_value).replace(/^(?!<)/, "= ")}, threshold ${number(ratio.threshold)}): `,
-    Object.keys(ratio.expected).map((each) => shareWords(each, ratio)).join("; "),
+    Object.keys(ratio.expected)
+      .map((each) => shareWords(each, ratio))
+      .join("; "),
     ". Some units get lost or get the wrong variant; find out why before you go on.",
   );
 }
@@ -89,8 +91,20 @@ function units({ shares }, { ratio, requests }) {
     el(
       "table",
       { class: "cards", role: "table", "aria-label": "Units by variant" },
-      el("thead", { role: "rowgroup" }, el("tr", { role: "row" }, head.map((text) => columnHead(text)))),
-      el("tbody", { role: "rowgroup" }, rows.map((row, index) => unitsRow(names[index], row, head))),
+      el(
+        "thead",
+        { role: "rowgroup" },
+        el(
+          "tr",
+          { role: "row" },
+          head.map((text) => columnHead(text)),
+        ),
+      ),
+      el(
+        "tbody",
+        { role: "rowgroup" },
+        rows.map((row, index) => unitsRow(names[index], row, head)),
+      ),
     ),
   ];
 }
@@ -110,7 +124,13 @@ function unitsRow(name, row, head) {
 function method({ method: said }) {
   const entries = Object.entries(said);
   const term = (name) => el("dt", {}, name.replaceAll("_", " "));
-  return [el("dl", {}, entries.flatMap(([name, text]) => [term(name), el("dd", {}, text)]))];
+  return [
+    el(
+      "dl",
+      {},
+      entries.flatMap(([name, text]) => [term(name), el("dd", {}, text)]),
+    ),
+  ];
 }
 
 function folded(id, title, children) {

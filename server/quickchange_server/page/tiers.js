@@ -7,7 +7,8 @@ const TIERS = [
   ["device", "Device"],
   ["host", "Host"],
 ];
-const SAMPLE = /^quickchange_tier_(adapters|used_bytes|capacity_bytes)\{tier="(device|host)"\} (\S+)$/gm;
+const SAMPLE =
+  /^quickchange_tier_(adapters|used_bytes|capacity_bytes)\{tier="(device|host)"\} (\S+)$/gm;
 
 /** By tier {adapters, used_bytes, capacity_bytes}, out of the metrics' text. */
 export function tiersOf(metrics) {
@@ -32,7 +33,9 @@ export function tiersOfAdapters(adapters) {
 
 /** Show the tiers in `place`. */
 export function showTiers(place, tiers) {
-  const shown = TIERS.filter(([tier]) => tiers[tier]).map(([tier, label]) => bar(label, tiers[tier]));
+  const shown = TIERS.filter(([tier]) => tiers[tier]).map(([tier, label]) =>
+    bar(label, tiers[tier]),
+  );
   place.replaceChildren(...shown);
 }
 
@@ -44,6 +47,11 @@ function bar(label, tier) {
     return el("div", { class: "tier" }, heading, el("span", {}, `${bytes(used)}, ${versions}`));
   }
   const told = `${bytes(used)} of ${bytes(capacity)} (${percent(used / capacity)}), ${versions}`;
-  const meter = el("meter", { min: 0, max: capacity, value: used, "aria-label": `${label}: ${told}` });
+  const meter = el("meter", {
+    min: 0,
+    max: capacity,
+    value: used,
+    "aria-label": `${label}: ${told}`,
+  });
   return el("div", { class: "tier" }, heading, el("span", {}, told), meter);
 }
