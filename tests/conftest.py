@@ -6,3 +6,5 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
+
+pytest_plugins = ["postgres_server"]

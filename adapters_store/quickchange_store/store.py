@@ -264,6 +264,35 @@ class Store:
             self._commit(index, left)
         return gone
 
+    # --- versions without a name ----------------------------------------------------------------
+
+    def publish(self, adapter: CanonicalAdapter) -> str:
+        """Publish `adapter` under no name and return its digest.
+
+        Such a version is listed nowhere, and `gc` takes it like any other that no name refers to:
+        whoever works with it calls `keep` now and then. Raises InvalidAdapterError.
+        """
+        with self._staged(adapter, None) as (staged, digest), self._writing():
+            self._publish(staged, digest)
+            self._mark_unreferenced(digest)
+        return digest
+
+    def keep(self, digest: str) -> bool:
+        """Start a version's time until `gc` may take it anew. False where the store lacks it."""
+        with self._writing():
+            there = self._directory(digest).exists()
+            self._mark_unreferenced(digest)
+        return there
+
+    def discard(self, digest: str) -> None:
+        """Remove a version now, unless a name refers to it."""
+        with self._writing() as index:
+            path = self._directory(digest)
+            if digest in index.digests() or not path.exists():
+                return
+            trash = path.rename(self._tmp / f"{digest}.{secrets.token_hex(8)}")
+            delete(trash)
+
     # --- upkeep ---------------------------------------------------------------------------------
 
     def verify(self) -> list[Problem]:

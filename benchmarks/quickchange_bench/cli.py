@@ -273,6 +273,48 @@ def turbo_command(
         raise typer.Exit(1)
 
 
+@app.command("structured")
+@_refusals
+def structured_command(
+    model: Annotated[
+        str, typer.Option(help="Base model's folder, or demo for the demo's base.")
+    ] = "demo",
+    store: Annotated[
+        Path | None, typer.Option(help="Adapter store (default: a new one with the demo's).")
+    ] = None,
+    generations: Annotated[int, typer.Option(min=0, help="To judge, over ten schemas.")] = 200,
+    first: Annotated[int, typer.Option(min=0, help="Seed of the first of them.")] = 0,
+    concurrency: Annotated[
+        str, typer.Option(help="Closed loops of so many workers, timed; empty for none.")
+    ] = "1,8,16",
+    requests_per_worker: Annotated[int, typer.Option(min=1, help="Of a closed loop.")] = 2,
+    out: Annotated[Path | None, typer.Option(help="Write the result here, as JSON.")] = None,
+) -> None:
+    """Answers under JSON schemas: valid, the same with drafts, and how fast beside free text."""
+    from quickchange_bench.structured import (
+        StructuredOptions,
+        measure_structured,
+        structured_table,
+    )
+    from quickchange_store.demo import ensure_demo_base
+
+    options = StructuredOptions(
+        model=ensure_demo_base() if model == "demo" else Path(model),
+        store=store,
+        generations=generations,
+        first=first,
+        concurrency=tuple(int(part) for part in concurrency.split(",") if part),
+        requests_per_worker=requests_per_worker,
+    )
+    result = measure_structured(options, lambda text: typer.echo(text, err=True))
+    typer.echo(structured_table(result))
+    if out is not None:
+        report.save(result, out)
+    if result.invalid or result.different:
+        typer.echo("error: not every answer is valid and the same with drafts", err=True)
+        raise typer.Exit(1)
+
+
 @app.command("adapters-at-scale")
 @_refusals
 def adapters_at_scale(

@@ -251,7 +251,7 @@ def sample_case(bench: Bench, rows: int, vocabulary: int) -> Case:
     def outputs() -> tuple[Tensor, Tensor]:
         tokens = sample(logits.clone(), there).tokens.cpu()
         expected, _ = plain_sample(
-            logits.cpu(), draws.temperature, draws.uniform, None, draws.top_p, *[None] * 4
+            logits.cpu(), draws.temperature, draws.uniform, None, draws.top_p, *[None] * 5
         )
         return (tokens == expected).double(), torch.ones(rows, dtype=torch.float64)
 

@@ -90,7 +90,7 @@ def profile_step(
     )
     engine = _engine(loaded, settings, folder, adapters, rank)
     _submit(engine, loaded, rows, adapters, prompt)
-    while engine.scheduler.waiting or any(s.remaining > 1 for s in engine.scheduler.running):
+    while engine.scheduler.foreground or any(s.remaining > 1 for s in engine.scheduler.running):
         engine.poll_adapters()
         engine.step()
     times = [_timed(engine) for _ in range(WARM_UP + PROFILED)][WARM_UP:]

@@ -8,6 +8,10 @@ Edits come first, then the draw. With mass(i) = ⌊2⁴² · exp((lᵢ − max l
     top_p         keeps mass >= the greatest m for which the masses >= m hold top_p of all (of those
                   that top_k left)
     min_p         keeps mass >= min_p · 2⁴²
+    typical_p     keeps |depth − D| <= the least r for which these hold typical_p of all (of those
+                  that the filters before left), where depth(i) = ⌊−2¹⁶ · log₂ exp((lᵢ − max l) /
+                  temperature)⌋ and D, a whole number, is the mean depth under the masses (Meister
+                  et al. 2022: depth − D is how much more than the entropy a token would tell)
     the token     the first i whose running sum of kept masses exceeds ⌊uniform · their sum⌋
 
 Integers add up to the same sum in any order, and a mass is made of float32 steps that IEEE 754
@@ -19,9 +23,10 @@ mass at 2⁻⁴² of the best token's takes at most 2⁻²⁴ of the whole from 
 Contract
     logits      [R, V]  float32, bfloat16 or float16; rows contiguous (any row stride), V <= 2²⁰.
                         Edits are made in place where they are float32, else in a copy
-    temperature, uniform, top_p, min_p  float64 [R]   top_k  int64 [R]
-                        uniform in [0, 1); top_k of 0, or of V and more, is off, as are top_p >= 1
-                        and min_p <= 0. A filter that no row uses is None, and costs nothing
+    temperature, uniform, top_p, min_p, typical_p  float64 [R]   top_k  int64 [R]
+                        uniform in [0, 1); top_k of 0, or of V and more, is off, as are top_p and
+                        typical_p >= 1 and min_p <= 0. A filter that no row uses is None, and costs
+                        nothing
     returns     tokens int64 [R], sound bool [R]. A row with NaN or +inf, or whose logits are all
                 -inf after the edits, is not sound, and its token is 0; other rows don't notice
 Tokens in `Edits` are trusted to lie in the vocabulary. Knows nothing of sequences or penalties.
@@ -63,6 +68,7 @@ class Draws:
     top_k: Tensor | None = None  # int64 [R]
     top_p: Tensor | None = None  # float64 [R]
     min_p: Tensor | None = None  # float64 [R]
+    typical_p: Tensor | None = None  # float64 [R]
 
 
 class Drawn(NamedTuple):
@@ -80,7 +86,7 @@ def _fake(logits: Tensor, *_: Tensor | None) -> tuple[Tensor, Tensor]:
 _sample = dispatch.declare(
     "sample",
     "(Tensor(a!) logits, Tensor? temperature, Tensor? uniform, Tensor? top_k, Tensor? top_p, "
-    "Tensor? min_p, Tensor? edit_begin, Tensor? edit_token, Tensor? edit_value) "
+    "Tensor? min_p, Tensor? typical_p, Tensor? edit_begin, Tensor? edit_token, Tensor? edit_value) "
     "-> (Tensor, Tensor)",
     plain_sample,
     _fake,
@@ -101,6 +107,7 @@ def sample(logits: Tensor, draws: Draws, edits: Edits | None = None) -> Drawn:
             draws.top_k,
             draws.top_p,
             draws.min_p,
+            draws.typical_p,
             *changes,
         )
     )
@@ -135,4 +142,5 @@ _DRAW_DTYPES = {
     "top_k": torch.int64,
     "top_p": torch.float64,
     "min_p": torch.float64,
+    "typical_p": torch.float64,
 }

@@ -19,6 +19,8 @@ EXP2 = (
     0.0013390866806730628,
     0.00015461447765119374,
 )
+DEPTH_UNIT = 65536.0  # of one bit
+_LIMB = 21  # bits of half a mass: products with depths, of either half, add up within 63
 _LOWEST = -64.0  # log2 of a weight whose mass is 0
 _KINDS = 4
 
@@ -30,6 +32,7 @@ def plain_sample(
     top_k: Tensor | None,
     top_p: Tensor | None,
     min_p: Tensor | None,
+    typical_p: Tensor | None,
     edit_begin: Tensor | None,
     edit_token: Tensor | None,
     edit_value: Tensor | None,
@@ -43,7 +46,7 @@ def plain_sample(
     sound = peak.isfinite().squeeze(1)
     tokens = best
     if temperature is not None and uniform is not None:
-        kept = kept_masses(logits, peak, temperature, top_k, top_p, min_p)
+        kept = kept_masses(logits, peak, temperature, top_k, top_p, min_p, typical_p)
         tokens = torch.where(temperature > 0, inverse_cdf(kept, uniform), best)
     return torch.where(sound, tokens, 0), sound
 
@@ -69,15 +72,21 @@ def _edited(kind: int, now: Tensor, value: Tensor) -> Tensor:
     return now - value
 
 
+def powers(logits: Tensor, peak: Tensor, temperature: Tensor) -> Tensor:
+    """float32 [R, V]: log2 of each token's weight beside the best's, at least -64. Rounded as
+    `masses` says."""
+    scale = temperature.float().clamp(min=SMALLEST_TEMPERATURE)[:, None]
+    power = (logits - peak) / scale
+    power = power * LOG2_E
+    return torch.where((power > _LOWEST) & (power <= 0), power, _LOWEST)
+
+
 def masses(logits: Tensor, peak: Tensor, temperature: Tensor) -> Tensor:
     """int64 [R, V] of float32 logits [R, V], their best [R, 1] and float64 temperatures [R].
 
     Every line is one float32 operation, rounded as IEEE 754 says: other versions give these bits.
     """
-    scale = temperature.float().clamp(min=SMALLEST_TEMPERATURE)[:, None]
-    power = (logits - peak) / scale
-    power = power * LOG2_E
-    power = torch.where((power > _LOWEST) & (power <= 0), power, _LOWEST)
+    power = powers(logits, peak, temperature)
     whole = power + ROUNDER
     whole = whole - ROUNDER
     part = power - whole
@@ -99,6 +108,7 @@ def kept_masses(
     top_k: Tensor | None,
     top_p: Tensor | None,
     min_p: Tensor | None,
+    typical_p: Tensor | None,
 ) -> Tensor:
     """int64 [R, V]: the masses of what the filters keep, 0 elsewhere."""
     mass = masses(logits, peak, temperature)
@@ -110,7 +120,11 @@ def kept_masses(
     if min_p is not None:
         whole = 2**MASS_BITS
         least = torch.maximum(least, (min_p * whole).long().clamp(max=whole))
-    return mass.masked_fill_(mass < least[:, None], 0)
+    mass.masked_fill_(mass < least[:, None], 0)
+    if typical_p is not None:
+        depth = (powers(logits, peak, temperature) * -DEPTH_UNIT).long()
+        mass.masked_fill_(~typical(mass, depth, typical_p), 0)
+    return mass
 
 
 def kth_best(logits: Tensor, top_k: Tensor) -> Tensor:
@@ -130,6 +144,23 @@ def nucleus_edge(mass: Tensor, top_p: Tensor) -> Tensor:
     before = (running < wanted[:, None]).sum(dim=-1, keepdim=True)
     edge = ordered.gather(1, before.clamp(max=mass.shape[1] - 1)).squeeze(1)
     return torch.where(top_p < 1, edge, 1)
+
+
+def typical(mass: Tensor, depth: Tensor, typical_p: Tensor) -> Tensor:
+    """bool [R, V]: whether a depth is among those nearest to the mean depth under the masses, of
+    which typical_p of all mass is made; all where it is off. mass, depth int64 [R, V]."""
+    total = mass.sum(dim=-1)
+    high = ((mass >> _LIMB) * depth).sum(dim=-1).double() * 2**_LIMB
+    low = ((mass & (2**_LIMB - 1)) * depth).sum(dim=-1).double()
+    mean = ((high + low) / total.double()).long()
+    away = (depth - mean[:, None]).abs()
+    ordered = away.sort(dim=-1)
+    running = mass.gather(1, ordered.indices).cumsum(dim=-1)
+    wanted = (total.double() * typical_p).long().clamp(min=1)
+    before = (running < wanted[:, None]).sum(dim=-1, keepdim=True)
+    edge = ordered.values.gather(1, before.clamp(max=mass.shape[1] - 1))
+    close: Tensor = away <= edge
+    return close | (typical_p >= 1)[:, None]
 
 
 def inverse_cdf(mass: Tensor, uniform: Tensor) -> Tensor:

@@ -2,9 +2,9 @@
 
 A vocabulary is read in splits of SPLIT tokens, a program a split and row, so that few rows keep
 all of a GPU busy: once for the best logits, once for the masses' sums, and then one split for the
-token. top_k and top_p find their edge by bisection, a program a row, with three thresholds tried in
-each pass over the row; they stop as soon as what is kept can't change. The launches depend on
-shapes and on which filters are given, never on values.
+token. top_k, top_p and typical_p find their edge by bisection, a program a row, with three
+thresholds tried in each pass over the row; the first two stop as soon as what is kept can't change.
+The launches depend on shapes and on which filters are given, never on values.
 
 The kernels are compiled without fusing products with sums: that is what fixes a mass to the bit.
 """
@@ -34,6 +34,9 @@ _NEVER = tl.constexpr(float("-inf"))
 _NAN = tl.constexpr(float("nan"))
 _LOWEST_KEY = tl.constexpr(-0x7F800001)  # of -inf
 _FAR = tl.constexpr(2**31 - 1)
+_DEPTH_UNIT = tl.constexpr(-sample_plain.DEPTH_UNIT)
+_MOST_DEPTH = tl.constexpr(1 << 22)
+_LIMB = tl.constexpr(1 << 21)
 
 
 @triton.jit
@@ -48,11 +51,21 @@ def _row_peak(best, row, splits, SPLITS: tl.constexpr):
 
 
 @triton.jit
-def _masses(logit, peak, scale):
-    """int64 masses of float32 logits: bit for bit `sample_plain.masses`."""
+def _powers(logit, peak, scale):
+    """float32 log2 of weights: bit for bit `sample_plain.powers`."""
     power = tl.div_rn(logit - peak, scale + tl.zeros_like(logit))
     power = power * _LOG2_E
-    power = tl.where((power > -64.0) & (power <= 0.0), power, -64.0)
+    return tl.where((power > -64.0) & (power <= 0.0), power, -64.0)
+
+
+@triton.jit
+def _depths(power):
+    return (power * _DEPTH_UNIT).to(tl.int32)
+
+
+@triton.jit
+def _masses(power):
+    """int64 masses of weights' log2: bit for bit `sample_plain.masses`."""
     whole = power + _ROUNDER
     whole = whole - _ROUNDER
     part = power - whole
@@ -100,6 +113,33 @@ def _least_mass(least, min_p, row, FILTERED: tl.constexpr, FLOORED: tl.constexpr
         floor = (tl.load(min_p + row) * unit.to(tl.float64)).to(tl.int64)
         lowest = tl.maximum(lowest, tl.minimum(floor, unit))
     return lowest
+
+
+@triton.jit
+def _kept(
+    logit,
+    row,
+    peak,
+    temperature,
+    kth,
+    least,
+    min_p,
+    near,
+    CUT: tl.constexpr,
+    FILTERED: tl.constexpr,
+    FLOORED: tl.constexpr,
+    TYPICAL: tl.constexpr,
+):
+    """int64 masses of a row's float32 logits, 0 for what its filters drop."""
+    power = _powers(logit, peak, _scale(temperature, row))
+    mass = _masses(power)
+    if CUT:
+        mass = tl.where(_keys(logit) >= tl.load(kth + row), mass, 0)
+    mass = tl.where(mass >= _least_mass(least, min_p, row, FILTERED, FLOORED), mass, 0)
+    if TYPICAL:
+        away = tl.abs(_depths(power) - tl.load(near + 2 * row))
+        mass = tl.where(away <= tl.load(near + 2 * row + 1), mass, 0)
+    return mass
 
 
 @triton.jit
@@ -202,6 +242,7 @@ def sum_kernel(
     kth,  # int32 [R], not read unless CUT
     least,  # int64 [R], not read unless FILTERED
     min_p,  # float64 [R], not read unless FLOORED
+    near,  # int32 [R, 2], not read unless TYPICAL
     sums,  # int64 [R, splits] of the kept masses
     V,
     splits,
@@ -209,6 +250,7 @@ def sum_kernel(
     CUT: tl.constexpr,
     FILTERED: tl.constexpr,
     FLOORED: tl.constexpr,
+    TYPICAL: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -218,10 +260,9 @@ def sum_kernel(
         i = split * BLOCK + tl.arange(0, BLOCK)
         peak, _ = _row_peak(best, row, splits, SPLITS)
         logit = tl.load(logits + row * stride_row + i, mask=i < V, other=_NEVER).to(tl.float32)
-        mass = _masses(logit, peak, _scale(temperature, row))
-        if CUT:
-            mass = tl.where(_keys(logit) >= tl.load(kth + row), mass, 0)
-        mass = tl.where(mass >= _least_mass(least, min_p, row, FILTERED, FLOORED), mass, 0)
+        mass = _kept(
+            logit, row, peak, temperature, kth, least, min_p, near, CUT, FILTERED, FLOORED, TYPICAL
+        )
         tl.store(sums + row * splits + split, tl.sum(mass, 0))
 
 
@@ -266,7 +307,7 @@ def top_p_kernel(
                 i = start + tl.arange(0, BLOCK)
                 place = logits + row * stride_row + i
                 logit = tl.load(place, mask=i < V, other=_NEVER).to(tl.float32)
-                mass = _masses(logit, peak, scale)
+                mass = _masses(_powers(logit, peak, scale))
                 if CUT:
                     mass = tl.where(_keys(logit) >= cut, mass, 0)
                 sum1 += tl.where(mass >= low + step, mass, 0)
@@ -280,6 +321,80 @@ def top_p_kernel(
 
 
 @triton.jit
+def typical_kernel(
+    logits,  # [R, V]
+    best,  # float32 [R, splits]
+    temperature,  # float64 [R]
+    kth,  # int32 [R], not read unless CUT
+    least,  # int64 [R], not read unless FILTERED
+    min_p,  # float64 [R], not read unless FLOORED
+    typical_p,  # float64 [R]
+    near,  # int32 [R, 2]: the mean depth, and how far from it depths are kept
+    V,
+    splits,
+    stride_row,
+    CUT: tl.constexpr,
+    FILTERED: tl.constexpr,
+    FLOORED: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    mean = tl.full((), 0, tl.int32)
+    low = tl.full((), -_FAR, tl.int64)  # depths at least so close, counted from _MOST_DEPTH
+    limit = tl.load(typical_p + row)
+    if (limit < 1) & (tl.load(temperature + row) > 0):
+        peak, _ = _row_peak(best, row, splits, SPLITS)
+        total = tl.zeros((BLOCK,), tl.int64)
+        upper = tl.zeros((BLOCK,), tl.int64)
+        lower = tl.zeros((BLOCK,), tl.int64)
+        for start in range(0, V, BLOCK):
+            i = start + tl.arange(0, BLOCK)
+            place = logits + row * stride_row + i
+            logit = tl.load(place, mask=i < V, other=_NEVER).to(tl.float32)
+            mass = _kept(
+                logit, row, peak, temperature, kth, least, min_p, near, CUT, FILTERED, FLOORED,
+                False,
+            )  # fmt: skip
+            depth = _depths(_powers(logit, peak, _scale(temperature, row))).to(tl.int64)
+            total += mass
+            upper += mass // _LIMB * depth
+            lower += mass % _LIMB * depth
+        whole = tl.sum(total, 0).to(tl.float64)
+        weighted = tl.sum(upper, 0).to(tl.float64) * _LIMB + tl.sum(lower, 0).to(tl.float64)
+        # an unsound row has no mass; what it draws is not told
+        mean = (weighted / tl.maximum(whole, 1.0)).to(tl.int32)
+        wanted = tl.maximum((whole * limit).to(tl.int64), 1)
+        low = tl.full((), 0, tl.int64)
+        high = tl.full((), _MOST_DEPTH + 1, tl.int64)
+        over = high
+        while high - low > 1:
+            step = tl.maximum((high - low) // 4, 1)
+            sum1 = tl.zeros((BLOCK,), tl.int64)
+            sum2 = tl.zeros((BLOCK,), tl.int64)
+            sum3 = tl.zeros((BLOCK,), tl.int64)
+            for start in range(0, V, BLOCK):
+                i = start + tl.arange(0, BLOCK)
+                place = logits + row * stride_row + i
+                logit = tl.load(place, mask=i < V, other=_NEVER).to(tl.float32)
+                mass = _kept(
+                    logit, row, peak, temperature, kth, least, min_p, near, CUT, FILTERED, FLOORED,
+                    False,
+                )  # fmt: skip
+                depth = _depths(_powers(logit, peak, _scale(temperature, row)))
+                close = (-tl.abs(depth - mean) + _MOST_DEPTH).to(tl.int64)
+                sum1 += tl.where(close >= low + step, mass, 0)
+                sum2 += tl.where(close >= low + 2 * step, mass, 0)
+                sum3 += tl.where(close >= low + 3 * step, mass, 0)
+            low, high, over = _narrow(
+                low, high, over, wanted, step,
+                tl.sum(sum1, 0), tl.sum(sum2, 0), tl.sum(sum3, 0),
+            )  # fmt: skip
+    tl.store(near + 2 * row, mean)
+    tl.store(near + 2 * row + 1, tl.minimum(-low + _MOST_DEPTH, _FAR).to(tl.int32))
+
+
+@triton.jit
 def token_kernel(
     logits,  # [R, V]
     best,  # float32 [R, splits]
@@ -289,6 +404,7 @@ def token_kernel(
     kth,  # int32 [R], not read unless CUT
     least,  # int64 [R], not read unless FILTERED
     min_p,  # float64 [R], not read unless FLOORED
+    near,  # int32 [R, 2], not read unless TYPICAL
     sums,  # int64 [R, splits]
     tokens,  # int64 [R]
     soundness,  # bool [R]
@@ -299,6 +415,7 @@ def token_kernel(
     CUT: tl.constexpr,
     FILTERED: tl.constexpr,
     FLOORED: tl.constexpr,
+    TYPICAL: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -320,10 +437,10 @@ def token_kernel(
             target -= tl.sum(tl.where(passed, sum_of, 0), 0)
             i = tl.sum(passed.to(tl.int32), 0) * BLOCK + tl.arange(0, BLOCK)
             logit = tl.load(logits + row * stride_row + i, mask=i < V, other=_NEVER).to(tl.float32)
-            mass = _masses(logit, peak, _scale(temperature, row))
-            if CUT:
-                mass = tl.where(_keys(logit) >= tl.load(kth + row), mass, 0)
-            mass = tl.where(mass >= _least_mass(least, min_p, row, FILTERED, FLOORED), mass, 0)
+            mass = _kept(
+                logit, row, peak, temperature, kth, least, min_p, near, CUT, FILTERED, FLOORED,
+                TYPICAL,
+            )  # fmt: skip
             token = tl.min(tl.where(tl.cumsum(mass, 0) > target, i, _FAR), 0)
     tl.store(tokens + row, tl.where(sound, token, 0).to(tl.int64))
     tl.store(soundness + row, sound)
@@ -336,6 +453,7 @@ def launch_sample(
     top_k: Tensor | None,
     top_p: Tensor | None,
     min_p: Tensor | None,
+    typical_p: Tensor | None,
     edit_begin: Tensor | None,
     edit_token: Tensor | None,
     edit_value: Tensor | None,
@@ -359,10 +477,13 @@ def launch_sample(
     sums = torch.empty(rows, splits, dtype=torch.int64, device=device)
     kth = torch.empty(rows, dtype=torch.int32, device=device)
     least = torch.empty(rows, dtype=torch.int64, device=device)
+    near = torch.empty(rows, 2, dtype=torch.int32, device=device)
     sizes = (size, splits, logits.stride(0))
     row_grid, split_grid = (rows,), (rows, splits)
     drawn = temperature is not None
-    cut, nucleus, floored = (drawn and value is not None for value in (top_k, top_p, min_p))
+    cut, nucleus, floored, typical = (
+        drawn and value is not None for value in (top_k, top_p, min_p, typical_p)
+    )
     meta = {"SPLITS": triton.next_power_of_2(splits), "BLOCK": SPLIT, "enable_fp_fusion": False}
     each, whole = meta | {"num_warps": 8}, meta | {"num_warps": 16}
 
@@ -371,21 +492,27 @@ def launch_sample(
         top_k_kernel[row_grid](logits, best, top_k, kth, *sizes, **whole)
     if nucleus:
         sum_kernel[split_grid](
-            logits, best, temperature, kth, least, least, sums, *sizes,
-            CUT=cut, FILTERED=False, FLOORED=False, **each,
+            logits, best, temperature, kth, least, least, near, sums, *sizes,
+            CUT=cut, FILTERED=False, FLOORED=False, TYPICAL=False, **each,
         )  # fmt: skip
         top_p_kernel[row_grid](
             logits, best, temperature, kth, top_p, sums, least, *sizes, CUT=cut, **whole
         )
     filters = {"CUT": cut, "FILTERED": nucleus, "FLOORED": floored}
+    floor = min_p if floored else least
+    if typical:
+        typical_kernel[row_grid](
+            logits, best, temperature, kth, least, floor, typical_p, near, *sizes,
+            **filters, **whole,
+        )  # fmt: skip
+    filters["TYPICAL"] = typical
     if drawn:
         sum_kernel[split_grid](
-            logits, best, temperature, kth, least, min_p if floored else least, sums, *sizes,
-            **filters, **each,
+            logits, best, temperature, kth, least, floor, near, sums, *sizes, **filters, **each,
         )  # fmt: skip
     token_kernel[row_grid](
         logits, best, place, temperature if drawn else sums, uniform if drawn else sums, kth, least,
-        min_p if floored else least, sums, tokens, sound, *sizes, DRAWN=drawn, **filters, **each,
+        floor, near, sums, tokens, sound, *sizes, DRAWN=drawn, **filters, **each,
     )  # fmt: skip
     return tokens, sound
 
@@ -402,6 +529,11 @@ def compilations() -> Iterator[Compilation]:
         for on in (False, True):
             kind = f"{'all filters' if on else 'no filter'}, {dtype}"
             filters = {"CUT": on, "FILTERED": on, "FLOORED": on}
+            if on:
+                yield _compilation(
+                    f"sample typical_p, {dtype}", typical_kernel, 16, dtype, **filters, **shape
+                )
+            filters["TYPICAL"] = on
             yield _compilation(f"sample sums, {kind}", sum_kernel, 8, dtype, **filters, **shape)
             yield _compilation(
                 f"sample token, {kind}", token_kernel, 8, dtype, DRAWN=True, **filters, **shape
@@ -410,9 +542,10 @@ def compilations() -> Iterator[Compilation]:
 
 _TYPES = {
     "best": "*fp32", "place": "*i32", "temperature": "*fp64", "uniform": "*fp64",
-    "top_k": "*i64", "top_p": "*fp64", "min_p": "*fp64", "kth": "*i32", "least": "*i64",
-    "sums": "*i64", "tokens": "*i64", "soundness": "*i1", "begin": "*i32", "token": "*i32",
-    "value": "*fp32", "V": "i32", "splits": "i32", "stride_row": "i32",
+    "top_k": "*i64", "top_p": "*fp64", "min_p": "*fp64", "typical_p": "*fp64", "near": "*i32",
+    "kth": "*i32", "least": "*i64", "sums": "*i64", "tokens": "*i64",
+    "soundness": "*i1", "begin": "*i32", "token": "*i32", "value": "*fp32", "V": "i32",
+    "splits": "i32", "stride_row": "i32",
 }  # fmt: skip
 
 

@@ -64,6 +64,7 @@ class Completed:
     accepted_tokens: int = 0
     first_token_seconds: float | None = None  # from `opened.at`
     seconds: float = 0.0
+    queue_seconds: float = 0.0  # from arrival in the engine to the first step; 0: it had none
 
 
 class Bookkeeper(Protocol):
@@ -117,6 +118,7 @@ class Account:
             accepted_tokens=0 if choices is None else choices.accepted_tokens,
             first_token_seconds=self._first,
             seconds=time.monotonic() - self._began,
+            queue_seconds=0.0 if choices is None else choices.queue_seconds,
         )
         kept = [keeper.completed(completed) for keeper in self._keepers]
         self._durable = [asyncio.ensure_future(future) for future in kept if future is not None]

@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Sequence
 
 from quickchange_server.client import DeltaStream, EngineClient, Generation
 from quickchange_server.errors import UnavailableError
+from quickchange_server.messages import TokenLogprobs
 from quickchange_server.transcript import Piece, Transcript
 
 SEED_BYTES = 8
@@ -30,7 +31,13 @@ class Choice:
     def __init__(self, stream: DeltaStream, transcript: Transcript) -> None:
         self._stream = stream
         self._transcript = transcript
+        self.queue_seconds = 0.0  # from arrival in the engine to its first step
         self.cached_tokens = 0  # prompt tokens found in the prefix cache
+        self.queue_seconds = 0.0  # from arrival in the engine to its first step
+        self.prompt_logprobs: tuple[
+            TokenLogprobs, ...
+        ] = ()  # where asked for; with the first piece
+        self.embedding: bytes | None = None  # where asked for; with the last piece
 
     @property
     def completion_tokens(self) -> int:
@@ -50,8 +57,14 @@ class Choice:
         Raises what the engine's stream raises.
         """
         async for delta in self._stream:
+            if delta.queue_seconds is not None:
+                self.queue_seconds = delta.queue_seconds
             if delta.cached_tokens is not None:
                 self.cached_tokens = delta.cached_tokens
+            if delta.queue_seconds is not None:
+                self.queue_seconds = delta.queue_seconds
+            self.prompt_logprobs = delta.prompt_logprobs or self.prompt_logprobs
+            self.embedding = delta.embedding
             piece = self._transcript.push(delta)
             if piece.ending is not None:
                 self._stream.stop()  # for a stop string; otherwise it has ended by itself
@@ -102,6 +115,12 @@ class Choices:
         """Of the prompts' tokens, each prompt counted once, those found in the prefix cache."""
         firsts = self._choices[:: self._per_prompt]
         return sum(choice.cached_tokens for choice in firsts)
+
+    @property
+    def queue_seconds(self) -> float:
+        """From arrival in the engine to the first step of any choice; 0 before that."""
+        begun = (choice.queue_seconds for choice in self._choices if choice.queue_seconds)
+        return min(begun, default=0.0)
 
     @property
     def completion_tokens(self) -> int:

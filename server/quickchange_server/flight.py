@@ -135,6 +135,7 @@ class Flight:
             request_id=self.request_id,
             cached_tokens=None if told else delta.cached_tokens,
             queue_seconds=None if told else delta.queue_seconds,
+            prompt_logprobs=() if told else delta.prompt_logprobs,
         )
 
     def _end(self, outcome: Outcome, now: float) -> None:

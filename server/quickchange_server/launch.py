@@ -21,6 +21,7 @@ from quickchange_server.errors import QuickchangeError
 from quickchange_server.services import Services
 from quickchange_server.serving import bind, run
 from quickchange_server.settings import Settings
+from quickchange_server.storage import database
 from quickchange_store.errors import StoreError
 
 
@@ -36,6 +37,7 @@ def serve(given: Mapping[str, Any], *, demo: bool, engine: EngineMain = engine_m
         settings = _settings(with_demo(given) if demo else given)
         with bind(settings) as listener:
             warn_of_exposure(settings)
+            database.check(settings.database_url)
             if demo and settings.adapters:
                 _publish_demo(settings)
             app = create_app(settings, engine=engine)

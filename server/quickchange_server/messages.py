@@ -201,6 +201,7 @@ class StepStats:
     draft_rows: int = 0  # rows bought for drafts in this step
     draft_estimate: float = 0.0  # tokens that they were expected to bring
     draft_gain: int = 0  # tokens that they brought
+    mask_seconds: float | None = None  # of all constrained sequences; None: there were none
 
 
 @dataclass(frozen=True, slots=True)

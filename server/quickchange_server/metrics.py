@@ -24,8 +24,10 @@ from quickchange_server.messages import (
     Tier,
 )
 from quickchange_server.metric_labels import BASE, AdapterLabels
+from quickchange_server.metrics_http import HttpMetrics
 from quickchange_server.metrics_speculation import NameOf, SpeculationMetrics
 from quickchange_server.metrics_state import EngineTotals, ServerState, StateCollector
+from quickchange_server.metrics_structured import StructuredMetrics
 from quickchange_server.settings import Settings
 
 Outcome = FinishReason | Literal["adapter_failed", "request_failed", "engine_failed", "unavailable"]
@@ -60,7 +62,9 @@ class Metrics:
         self._series: dict[str, AdapterSeries] = {}  # by label value
         self._totals = EngineTotals()
         self._families = _RequestFamilies(self.registry)
+        self.http = HttpMetrics(self.registry)
         self._speculation = SpeculationMetrics(self.registry, self._labels)
+        self.structured = StructuredMetrics(self.registry)
         self._make_step_metrics()
         self._make_adapter_metrics()
         self._make_engine_metrics()
@@ -150,6 +154,8 @@ class Metrics:
         self._distinct.observe(stats.adapters)
         self._prefill_rows.inc(stats.prefill_rows)
         self._totals.step(stats)
+        if stats.mask_seconds is not None:
+            self.structured.masked(stats.mask_seconds)
         self._speculation.step(stats, name_of)
 
     def engine_started(self, ready: Ready) -> None:

@@ -16,6 +16,8 @@ from fastapi import Depends, Request
 from quickchange_server.books import Bookkeeper
 from quickchange_server.catalog import Catalog
 from quickchange_server.client import EngineClient
+from quickchange_server.constraints.checks import ConstraintChecks
+from quickchange_server.derived import Derived
 from quickchange_server.errors import UnavailableError
 from quickchange_server.imports import Imports
 from quickchange_server.messages import Ready
@@ -48,9 +50,11 @@ class Services:
     client: EngineClient
     metrics: Metrics
     text: Text
+    constraints: ConstraintChecks
     store: Store
     catalog: Catalog
     imports: Imports
+    derived: Derived
     seeds: Seeds
     started: asyncio.Future[Ready]
     database: Database

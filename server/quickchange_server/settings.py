@@ -60,6 +60,12 @@ class Settings(BaseSettings):
         description="draft also from what followed the same tokens earlier in prompt and output; "
         "off: Turbo heads draft alone",
     )
+    derived_adapters: int = Field(
+        64,
+        ge=1,
+        description="adapters merged for requests (ties, dare) that the store keeps; the one used "
+        "least recently goes first",
+    )
     adapter_paths: bool | None = Field(
         None,
         description="allow adding an adapter over HTTP from a path on the server's machine; "

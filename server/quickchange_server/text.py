@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,23 @@ class Text:
         return cls(tokenizer, vocab_size=vocab_size, eos_ids=_eos_ids(model, config, tokenizer))
 
     @property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that are marks and not text, such as the end of a sequence."""
+        return self._decoding.special_ids
+
+    @property
     def has_chat_template(self) -> bool:
         return bool(self._tokenizer.chat_template)
+
+    def tokenizer_json(self) -> str | None:
+        """The tokenizer as the `tokenizers` library writes it; None where it is none of that."""
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            return None
+        plain = copy.copy(backend)
+        plain.no_padding()
+        plain.no_truncation()
+        return str(plain.to_str())
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. A long one is tokenised on a thread, beside running streams."""
@@ -73,6 +89,30 @@ class Text:
             verbose=False,  # no warning where a prompt exceeds the model's length: we refuse it
         )
         return list(encoded["input_ids"])
+
+    async def spans(
+        self, text: str, *, add_special_tokens: bool = True
+    ) -> list[tuple[int, int, int]]:
+        """Token ids of a text, each with the characters that it stands for: (id, start, stop).
+
+        Raises InvalidRequestError where the model's tokenizer keeps no account of that.
+        """
+        if not self._tokenizer.is_fast:
+            raise InvalidRequestError(
+                "inputs: this model has no fast tokenizer, which alone tells where tokens begin; "
+                "send prompt instead of inputs for the ids alone",
+                param="inputs",
+            )
+        encoded = await asyncio.to_thread(
+            self._tokenizer,
+            text,
+            add_special_tokens=add_special_tokens,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        return [(token_id, start, stop) for token_id, (start, stop) in pairs]
 
     def render_chat(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True

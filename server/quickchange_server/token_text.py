@@ -10,9 +10,10 @@ from quickchange_server.text import Text
 _PIECES, _PHRASES = 1 << 16, 1 << 14  # remembered: the same few come again and again
 
 
-def token_text(model: str) -> TokenText:
-    """Of a model folder or hub id. Raises SettingError where there is no tokenizer."""
-    text = Text.load(model)
+def token_text(model: str | Text) -> TokenText:
+    """Of a model folder, a hub id or what was loaded from one. Raises SettingError where there is
+    no tokenizer."""
+    text = Text.load(model) if isinstance(model, str) else model
 
     @lru_cache(_PIECES)
     def piece(token: int) -> str:

@@ -33,6 +33,8 @@ class LoggedToken:
 
     offset: int  # characters of the choice's text before it
     logprobs: TokenLogprobs
+    text: str  # that it makes certain; "" in the middle of a character
+    drafted: bool  # it came from an accepted draft
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,8 @@ class Transcript:
         before = self.completion_tokens - len(delta.token_ids)
         for index, token_id in enumerate(self._visible(delta)):
             logged = delta.logprobs[index] if delta.logprobs else None
-            text, stopped = self._add(token_id, logged, before + index + 1)
+            drafted = index < delta.accepted
+            text, stopped = self._add(token_id, logged, before + index + 1, drafted)
             parts.append(text)
             if stopped:
                 self.completion_tokens = before + index + 1
@@ -93,12 +96,12 @@ class Transcript:
         return ids[:-1] if ended_by_token and not self._options.include_stop else ids
 
     def _add(
-        self, token_id: int, logprobs: TokenLogprobs | None, position: int
+        self, token_id: int, logprobs: TokenLogprobs | None, position: int, drafted: bool
     ) -> tuple[str, bool]:
         """Certain text after the `position`-th token, and whether a stop string completed."""
-        if logprobs is not None:
-            self._waiting.append(LoggedToken(self._decoded, logprobs))
         text = self._detokenizer.push(token_id)
+        if logprobs is not None:
+            self._waiting.append(LoggedToken(self._decoded, logprobs, text, drafted))
         self._decoded += len(text)
         if position <= self._options.min_tokens:
             return text, False

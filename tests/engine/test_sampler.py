@@ -18,6 +18,7 @@ from transformers.generation.logits_process import (
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 
 from quickchange_kernels.sample import Draws, sample
@@ -73,6 +74,7 @@ def draws(sampling: Sequence[SamplingParams], uniforms: Sequence[float]) -> Draw
         top_k=column("top_k").long(),
         top_p=column("top_p"),
         min_p=column("min_p"),
+        typical_p=column("typical_p"),
     )
 
 
@@ -189,7 +191,7 @@ def test_top_p_keeps_what_transformers_keeps(seed: int, p: float, spread: float)
     expected = TopPLogitsWarper(p)(None, logits.double()).isfinite()
     peak = logits.amax(dim=-1, keepdim=True)
     one, limit = torch.tensor([[1.0], [p]], dtype=torch.float64)
-    assert torch.equal(kept_masses(logits, peak, one, None, limit, None) > 0, expected)
+    assert torch.equal(kept_masses(logits, peak, one, None, limit, None, None) > 0, expected)
 
 
 @PROPERTY
@@ -204,13 +206,33 @@ def test_min_p_keeps_what_transformers_keeps(seed: int, min_p: float) -> None:
     assert drawn >= frequent
 
 
+@PROPERTY
+@given(st.integers(0, 1000), st.floats(0.01, 0.99), st.floats(0.3, 2.0))
+def test_typical_p_keeps_what_transformers_keeps(seed: int, p: float, temperature: float) -> None:
+    logits = random_logits(seed).double()
+    warped = TypicalLogitsWarper(p)(None, TemperatureLogitsWarper(temperature)(None, logits))
+    peak = logits.amax(dim=-1, keepdim=True).float()
+    how = (torch.tensor([temperature], dtype=torch.float64), None, None, None)
+    kept = kept_masses(logits.float(), peak, *how, torch.tensor([p], dtype=torch.float64))
+    assert torch.equal(kept > 0, warped.isfinite())
+
+
 def test_filters_combine_in_transformers_order() -> None:
     logits = random_logits(8, spread=1.0)
     warped = TemperatureLogitsWarper(0.8)(None, logits)
-    for warper in (TopKLogitsWarper(20), TopPLogitsWarper(0.8), MinPLogitsWarper(0.2)):
+    warpers = (
+        TopKLogitsWarper(20),
+        TopPLogitsWarper(0.8),
+        MinPLogitsWarper(0.2),
+        TypicalLogitsWarper(0.6),
+    )
+    counts = []
+    for warper in warpers:
         warped = warper(None, warped)
+        counts.append(int(warped.isfinite().sum()))
+    assert counts == sorted(set(counts), reverse=True), "a filter that drops nothing tests nothing"
     expected = set(warped.isfinite()[0].nonzero().flatten().tolist())
-    sampling = params(temperature=0.8, top_k=20, top_p=0.8, min_p=0.2)
+    sampling = params(temperature=0.8, top_k=20, top_p=0.8, min_p=0.2, typical_p=0.6)
     assert reachable(logits, sampling) == expected
 
 
@@ -235,7 +257,9 @@ def test_extreme_temperatures_and_uniforms_draw_a_possible_token(
         assert token == int(logits.argmax())
 
 
-@pytest.mark.parametrize("changes", [{}, {"top_k": 12}, {"top_p": 0.8}, {"min_p": 0.1}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"top_k": 12}, {"top_p": 0.8}, {"min_p": 0.1}, {"typical_p": 0.5}]
+)
 def test_samples_follow_the_filtered_softmax(changes: dict[str, float]) -> None:
     logits = random_logits(10, size=24, spread=1.0)
     warped = logits / 0.9
@@ -245,6 +269,8 @@ def test_samples_follow_the_filtered_softmax(changes: dict[str, float]) -> None:
         warped = TopPLogitsWarper(0.8)(None, warped)
     if "min_p" in changes:
         warped = MinPLogitsWarper(0.1)(None, warped)
+    if "typical_p" in changes:
+        warped = TypicalLogitsWarper(0.5)(None, warped)
     probabilities = torch.softmax(warped.double(), -1)[0].numpy()
     count = 4000
     sampling = params(temperature=0.9, **changes)
@@ -265,6 +291,7 @@ def mixed_rows() -> list[SampleRow]:
         params(temperature=0.7, top_p=0.9, logprobs=3),
         params(temperature=1.3, top_k=20, logprobs=0),
         params(min_p=0.05, repetition_penalty=1.2),
+        params(typical_p=0.7),
         params(temperature=0.0, frequency_penalty=0.3, logprobs=20),
         params(top_k=900, top_p=0.95, min_p=0.001, presence_penalty=0.5),
         params(logit_bias=((3, 5.0),), min_tokens=4, stop_token_ids=frozenset({7})),
@@ -339,7 +366,7 @@ BAD = {
         {},
         {"top_k": 5, "logprobs": 3},
         {"top_p": 0.5},
-        {"min_p": 0.5, "top_k": 4, "top_p": 0.5},
+        {"min_p": 0.5, "top_k": 4, "top_p": 0.5, "typical_p": 0.3},
     ],
 )
 def test_a_row_without_a_possible_token_fails_alone(kind: str, changes: dict[str, float]) -> None:

@@ -85,9 +85,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         adapters=st.lists(st.sampled_from("xyz"), max_size=2, unique=True),
         max_tokens=st.integers(1, 12),
         drafting=st.sampled_from([None, Drafting(lookup=True), Drafting("x"), Drafting("z", True)]),
+        background=st.booleans(),
     )
     def submit(
-        self, prompt: list[int], adapters: list[str], max_tokens: int, drafting: Drafting | None
+        self,
+        prompt: list[int],
+        adapters: list[str],
+        max_tokens: int,
+        drafting: Drafting | None,
+        background: bool,
     ) -> None:
         self.counter += 1
         sequence = Sequence.from_submit(
@@ -97,6 +103,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 SamplingParams(seed=0, max_tokens=max_tokens, stop_token_ids=frozenset({7})),
                 tuple(Component(name) for name in adapters),
                 drafting=drafting,
+                background=background,
             ),
             now=float(self.counter),
         )
@@ -128,6 +135,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             del self.alive[sequence.request_id]
         self.drafts.wanted = drafts
         plan = self.scheduler.schedule(now=0.0)
+        if any(not item.sequence.background for item in plan):
+            behind = sum(item.rows for item in plan if item.sequence.background)
+            assert behind <= MAX_BATCH_TOKENS // 8
         assert sum(item.rows for item in plan) <= MAX_BATCH_TOKENS
         assert len({id(item.sequence) for item in plan}) == len(plan)
         for item in plan:
@@ -149,7 +159,11 @@ class SchedulerMachine(RuleBasedStateMachine):
     def intact(self) -> None:
         self.scheduler.check_integrity()
         assert len(self.scheduler) == len(self.alive)
-        assert set(self.claims.claimed) == {r for r, s in self.alive.items() if s.digests()}
+        needing = {r: s for r, s in self.alive.items() if s.digests()}
+        assert {r for r, s in needing.items() if not s.background} <= set(self.claims.claimed)
+        assert set(self.claims.claimed) <= set(needing)
+        for sequence in self.scheduler.running:
+            assert sequence.request_id not in needing or sequence.request_id in self.claims.claimed
 
     def teardown(self) -> None:
         self.claims.loaded = set("xyz") - self.claims.broken

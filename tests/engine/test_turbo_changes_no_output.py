@@ -159,6 +159,7 @@ SAMPLING = st.builds(
     top_k=st.sampled_from([0, 0, 3]),
     top_p=st.sampled_from([1.0, 0.8]),
     min_p=st.sampled_from([0.0, 0.05]),
+    typical_p=st.sampled_from([1.0, 0.8]),
     repetition_penalty=st.sampled_from([1.0, 1.0, 1.3, 0.8]),
     presence_penalty=st.sampled_from([0.0, 0.0, 0.7]),
     frequency_penalty=st.sampled_from([0.0, 0.0, 0.4, -0.3]),

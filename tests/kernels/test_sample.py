@@ -33,6 +33,7 @@ class Rules:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    typical_p: float = 1.0
 
 
 def draws(rules: list[Rules]) -> Draws:
@@ -45,12 +46,13 @@ def draws(rules: list[Rules]) -> Draws:
         column("top_k").long(),
         column("top_p"),
         column("min_p"),
+        column("typical_p"),
     )
 
 
 def run_plain(logits: Tensor, how: Draws, edits: Edits | None = None) -> Drawn:
     changes = (None, None, None) if edits is None else (edits.begin, edits.token, edits.value)
-    draw = (how.temperature, how.uniform, how.top_k, how.top_p, how.min_p)
+    draw = (how.temperature, how.uniform, how.top_k, how.top_p, how.min_p, how.typical_p)
     return Drawn(*plain_sample(logits, *draw, *changes))
 
 
@@ -62,8 +64,14 @@ def run(version: str) -> Run:
     return run_plain if version == "plain" else sample
 
 
-def probabilities(logits: Row, rules: Rules) -> Row:
-    """The rules as they are documented, in float64, with sorting: what is drawn, how often."""
+BIT = np.log(2.0) * 2.0**-16  # the unit of depths
+
+
+def probabilities(logits: Row, rules: Rules, shift: float = 0.0) -> Row:
+    """The rules as they are documented, in float64, with sorting: what is drawn, how often.
+
+    shift: of the entropy that typical_p looks around, in units of depth.
+    """
     scaled = logits / rules.temperature
     kept = np.ones(len(scaled), dtype=bool)
     if 0 < rules.top_k < len(scaled):
@@ -76,7 +84,16 @@ def probabilities(logits: Row, rules: Rules) -> Row:
         least = ordered[np.searchsorted(ordered.cumsum(), rules.top_p * (1 - 1e-12))]
     least = max(least, rules.min_p * weights.max())
     weights = np.where(weights >= least, weights, 0.0)
-    return weights / weights.sum()
+    weights /= weights.sum()
+    if rules.typical_p < 1:
+        told = -np.log(weights, out=np.full(len(weights), -np.inf), where=weights > 0)
+        entropy = (weights[weights > 0] * told[weights > 0]).sum() + shift * BIT
+        away = np.abs(told - entropy)
+        order = np.argsort(away, kind="stable")
+        edge = np.searchsorted(weights[order].cumsum(), rules.typical_p * (1 - 1e-12))
+        weights = np.where(away <= away[order][edge], weights, 0.0)
+    drawn: Row = weights / weights.sum()
+    return drawn
 
 
 RULES = st.builds(
@@ -86,6 +103,7 @@ RULES = st.builds(
     top_k=st.sampled_from([0, 0, 1, 3, 40, 97, 1000]),
     top_p=st.one_of(st.just(1.0), st.floats(0.01, 0.999)),
     min_p=st.one_of(st.just(0.0), st.floats(0.001, 0.9)),
+    typical_p=st.one_of(st.just(1.0), st.floats(0.01, 0.999)),
 )
 
 
@@ -107,7 +125,7 @@ def test_the_token_is_the_one_that_the_rules_give_in_float64(
 
 
 def _on_an_edge(logits: Tensor, rules: Rules) -> bool:
-    """Whether a change of top_p or min_p within rounding changes what is kept."""
+    """Whether a change of top_p, min_p or typical_p within rounding changes what is kept."""
     row = logits[0].double().numpy()
     kept = [
         probabilities(
@@ -118,12 +136,16 @@ def _on_an_edge(logits: Tensor, rules: Rules) -> bool:
                 rules.top_k,
                 rules.top_p * (1 + sign * 1e-5) if rules.top_p < 1 else 1.0,
                 rules.min_p * (1 + sign * 1e-5),
+                rules.typical_p * (1 + edge * 1e-5) if rules.typical_p < 1 else 1.0,
             ),
+            shift,
         )
         > 0
         for sign in (-1, 1)
+        for edge in (-1, 1)
+        for shift in (-4, 4)
     ]
-    return not np.array_equal(*kept)
+    return any(not np.array_equal(kept[0], other) for other in kept[1:])
 
 
 @settings(PROPERTY, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -193,7 +215,14 @@ def test_tokens_follow_their_probabilities(run: Run, generator: torch.Generator)
 def test_a_rows_token_does_not_depend_on_its_batch(run: Run, generator: torch.Generator) -> None:
     logits = torch.randn(7, 5001, generator=generator) * 4
     rules = [
-        Rules(0.7 + 0.1 * i, 0.13 * i, top_k=[0, 50][i % 2], top_p=0.5 + 0.08 * i) for i in range(7)
+        Rules(
+            0.7 + 0.1 * i,
+            0.13 * i,
+            top_k=[0, 50][i % 2],
+            top_p=0.5 + 0.08 * i,
+            typical_p=1 - 0.09 * i,
+        )
+        for i in range(7)
     ]
     together = run(logits.clone(), draws(rules)).tokens.tolist()
     alone = [
@@ -224,6 +253,7 @@ def test_extreme_filters_keep_the_best_token(run: Run) -> None:
         Rules(min_p=1.0, uniform=0.99),
         Rules(min_p=7.0, uniform=0.99),
         Rules(top_k=1, uniform=0.99),
+        Rules(top_k=1, typical_p=0.0, uniform=0.99),
         Rules(temperature=1e-45, uniform=0.99),
     ]
     assert run(logits.repeat(len(rules), 1), draws(rules)).tokens.tolist() == [1] * len(rules)
@@ -241,7 +271,7 @@ def test_rows_that_are_not_sound_are_marked_and_disturb_no_other(
     run: Run, bad: float, at: int, generator: torch.Generator
 ) -> None:
     logits = torch.randn(4, 601, generator=generator)
-    rules = [Rules(top_k=40, top_p=0.9, min_p=0.01)] * 3 + [Rules(temperature=0.0)]
+    rules = [Rules(top_k=40, top_p=0.9, min_p=0.01, typical_p=0.8)] * 3 + [Rules(temperature=0.0)]
     expected = run(logits.clone(), draws(rules)).tokens.tolist()
     logits[1, at] = bad
     logits[2] = NEVER

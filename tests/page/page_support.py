@@ -74,7 +74,9 @@ class Browser:
         self.origin = url
         self.driver.get("about:blank")
         self.driver.get(f"{url}/{fragment}")
-        self.wait(lambda: self.run("return document.querySelector('[aria-selected=true]') !== null"))
+        self.wait(
+            lambda: self.run("return document.querySelector('[aria-selected=true]') !== null")
+        )
 
     def stub(self, answers: dict[str, list[Any]]) -> None:
         """Answer these paths from now on, from the next load."""

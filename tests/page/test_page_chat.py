@@ -174,7 +174,14 @@ def test_the_chat_needs_no_mouse(browser: Browser, live: Live) -> None:
         seen.append(active.get_attribute("id") or active.get_attribute("data-field"))
         if seen[-1] == "prompt":
             break
-    fields = ["model", "turbo", "temperature", "max_tokens", "seed", None]  # None: the log, to scroll
+    fields = [
+        "model",
+        "turbo",
+        "temperature",
+        "max_tokens",
+        "seed",
+        None,
+    ]  # None: the log, to scroll
     assert seen == ["key-button", *fields, *fields, "prompt"]
     browser.keys("Hello", Keys.TAB)
     assert browser.driver.switch_to.active_element.get_attribute("id") == "send"

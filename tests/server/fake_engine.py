@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import time
 import zlib
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from quickchange_server.messages import (
     Delta,
     DraftCount,
     Fatal,
+    FinishReason,
     Forget,
     Pin,
     Prefetch,
@@ -53,6 +55,7 @@ class Behaviour:
     starts: int | None = None  # only so many starts succeed (counted in `journal`)
     poison: int | None = None  # a prompt beginning with this token ends the process...
     poison_at: int = 0  # ... once so many tokens of it have been emitted
+    sure: bool = True  # each token's log-probability is -1; else that of `logprob_at`
     missing: frozenset[str] = frozenset()  # digests that can't be loaded
     deaf: bool = False  # reads no commands after Ready
     journal: Path | None = None  # a JSON line for each start and each command
@@ -116,6 +119,11 @@ class FakeEngine:
                 )
                 self.connection.send(StepReport((delta,), self.stats()))
                 return
+        asks = submit.sampling.max_tokens or submit.pooling or submit.prompt_logprobs is not None
+        if not asks:
+            delta = Delta(submit.request_id, finish_reason="length")
+            self.connection.send(StepReport((delta,), self.stats()))
+            return
         self.sequences[submit.request_id] = Sequence(submit, len(submit.output))
 
     def load(self, digest: str) -> bool:
@@ -143,6 +151,9 @@ class FakeEngine:
         submit, behaviour = sequence.submit, self.behaviour
         if submit.prompt[:1] == (behaviour.poison,) and sequence.emitted >= behaviour.poison_at:
             os._exit(3)
+        if submit.pooling is not None or not submit.sampling.max_tokens:
+            del self.sequences[key]
+            return read_only(submit)
         tokens: list[int] = []
         drafted = 0 if submit.drafting is None else behaviour.drafts
         agreed = accepted_at(submit.sampling.seed, sequence.emitted, drafted)
@@ -158,10 +169,19 @@ class FakeEngine:
         accepted = min(agreed, len(tokens))
         self.count(submit, drafted, accepted)
         wanted = submit.sampling.logprobs is not None
+        begin = len(submit.prompt) + sequence.emitted - len(tokens)
+        chances = [
+            -1.0 if behaviour.sure else logprob_at(begin + i, t) for i, t in enumerate(tokens)
+        ]
         return Delta(
             request_id=key,
             token_ids=tuple(tokens),
-            logprobs=tuple(TokenLogprobs(t, -1.0, ((t, -1.0),)) for t in tokens if wanted),
+            logprobs=tuple(
+                TokenLogprobs(t, p, ((t, p),))
+                for t, p in zip(tokens, chances, strict=True)
+                if wanted
+            ),
+            prompt_logprobs=prompt_logprobs_of(submit) if first and not submit.output else (),
             finish_reason=finish,
             cached_tokens=0 if first else None,
             queue_seconds=0.001 if first else None,
@@ -206,6 +226,45 @@ def token_at(seed: int, position: int, adapters: tuple[Component, ...] = ()) -> 
     return ord("a") + zlib.crc32(repr((seed, position, adapters)).encode()) % 26
 
 
+def logprob_at(position: int, token: int) -> float:
+    """The log-probability of a token that stands there."""
+    return -(1 + zlib.crc32(repr((position, token)).encode()) % 1000) / 250
+
+
+def prompt_logprobs_of(submit: Submit) -> tuple[TokenLogprobs, ...]:
+    """Where a request asks for them: each token is the best, and the one after it the next best."""
+    top = submit.prompt_logprobs
+    if top is None:
+        return ()
+    pairs = [(t, logprob_at(i, t)) for i, t in enumerate(submit.prompt)][1:]
+    return tuple(TokenLogprobs(t, p, tuple((t + k, p - k) for k in range(top))) for t, p in pairs)
+
+
+def embedding_of(
+    prompt: tuple[int, ...], pooling: str, adapters: tuple[Component, ...] = ()
+) -> list[float]:
+    """What the fake engine answers: four whole numbers."""
+    return [
+        float(1 + zlib.crc32(repr((prompt, pooling, adapters, i)).encode()) % 9) for i in range(4)
+    ]
+
+
+def read_only(submit: Submit) -> Delta:
+    """The answer to a request without new tokens."""
+    embedding = None
+    if submit.pooling is not None:
+        numbers = embedding_of(submit.prompt, submit.pooling, submit.adapters)
+        embedding = struct.pack("<4f", *numbers)
+    return Delta(
+        submit.request_id,
+        finish_reason="length" if embedding is None else "stop",
+        cached_tokens=0,
+        queue_seconds=0.001,
+        prompt_logprobs=prompt_logprobs_of(submit),
+        embedding=embedding,
+    )
+
+
 def accepted_at(seed: int, emitted: int, drafted: int) -> int:
     """Of `drafted` tokens, how many the fake engine accepts in the step after `emitted` tokens."""
     return zlib.crc32(repr((seed, emitted)).encode()) % (drafted + 1)
@@ -228,7 +287,7 @@ def expected_tokens(
     return tokens
 
 
-def finish_of(sampling: SamplingParams, token: int, emitted: int) -> str | None:
+def finish_of(sampling: SamplingParams, token: int, emitted: int) -> FinishReason | None:
     if token in sampling.stop_token_ids and emitted >= sampling.min_tokens:
         return "stop"
     return "length" if emitted >= sampling.max_tokens else None
@@ -244,9 +303,16 @@ def note(behaviour: Behaviour, kind: str, command: Command | None = None) -> Non
         "digest": getattr(command, "digest", None),
         "output": len(getattr(command, "output", ())),
         "heads": getattr(getattr(command, "drafting", None), "heads", None),
+        "constraint": _constraint(command),
+        "prompt_logprobs": getattr(command, "prompt_logprobs", None),
     }
     with behaviour.journal.open("a") as journal:
         journal.write(json.dumps(entry) + "\n")
+
+
+def _constraint(command: Command | None) -> tuple[str, str] | None:
+    constraint = getattr(command, "constraint", None)
+    return None if constraint is None else (constraint.kind, constraint.source)
 
 
 def entries(journal: Path, kind: str) -> list[dict[str, object]]:

@@ -120,7 +120,11 @@ class Live:
 
 @contextmanager
 def live_server(
-    store: Path, behaviour: Behaviour | None = None, text: Text | None = None, **changes: Any
+    store: Path,
+    behaviour: Behaviour | None = None,
+    text: Text | None = None,
+    engine: Callable[..., None] = fake_engine.main,
+    **changes: Any,
 ) -> Iterator[Live]:
     """A server in a thread of this process, its engine in a process of its own."""
     given = {"model": "unused", "served_model_name": BASE, "drain_seconds": 0, **changes}
@@ -128,7 +132,7 @@ def live_server(
     app = create_app(
         settings,
         text=text or byte_text(eos=frozenset()),
-        engine=partial(fake_engine.main, behaviour=behaviour or Behaviour()),
+        engine=partial(engine, behaviour=behaviour or Behaviour()),
         base=lambda: BASE_SPEC,
     )
     listener = bind(settings)

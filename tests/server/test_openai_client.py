@@ -87,7 +87,7 @@ def test_streamed_chats_with_an_adapter_and_usage(client: openai.OpenAI, live: L
         max_tokens=4,
         stream=True,
         stream_options={"include_usage": True},
-        extra_body={"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1},
+        extra_body={"top_k": 5, "min_p": 0.1, "typical_p": 0.9, "repetition_penalty": 1.1},
     )
     *chunks, last = list(stream)
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
@@ -107,8 +107,8 @@ def test_errors_are_the_librarys_own(client: openai.OpenAI) -> None:
         client.completions.create(model="nobody", prompt="x")
     assert unknown.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError) as refused:
-        client.completions.create(model=BASE, prompt="x", echo=True)
-    assert refused.value.param == "echo"
+        client.completions.create(model=BASE, prompt="x", suffix="end")
+    assert refused.value.param == "suffix"
 
 
 def test_an_error_in_mid_stream_is_raised_by_the_library(tmp_path: Path) -> None:

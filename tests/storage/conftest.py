@@ -1,15 +1,9 @@
-"""The databases that every test of storage runs on."""
+"""Makes the support modules importable: those here, in processes of their own too, and the live
+server's."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-
-@pytest.fixture
-def database_url(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path / 'test.sqlite3'}"
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "server")]

@@ -9,15 +9,19 @@ from pathlib import Path
 
 import torch
 
+from quickchange_server.engine.constraints import ConstraintCompiler
 from quickchange_server.engine.engine import Engine
-from quickchange_server.messages import Component, Delta, SamplingParams, Submit
+from quickchange_server.messages import Component, Delta, Pooling, SamplingParams, Submit
 from quickchange_server.model.load import load_model
 from quickchange_server.settings import Settings
 from quickchange_store.canonical import CanonicalAdapter
 
 
 def make_engine(
-    model: Path, load: Callable[[str], CanonicalAdapter] | None = None, **options: object
+    model: Path,
+    load: Callable[[str], CanonicalAdapter] | None = None,
+    constraints: ConstraintCompiler | None = None,
+    **options: object,
 ) -> Engine:
     """An engine on a small model. `load` finds adapters by digest."""
     small = {
@@ -40,7 +44,13 @@ def make_engine(
     def missing(digest: str) -> CanonicalAdapter:
         raise FileNotFoundError(f"no adapter {digest}")
 
-    return Engine(loaded, settings, load_adapter=load or missing, on_wake=lambda: None)
+    return Engine(
+        loaded,
+        settings,
+        load_adapter=load or missing,
+        on_wake=lambda: None,
+        constraints=constraints,
+    )
 
 
 def request(
@@ -48,6 +58,11 @@ def request(
     prompt: Sequence[int],
     adapters: Sequence[tuple[str, float]] = (),
     output: Sequence[int] = (),
+    *,
+    salt: str = "",
+    background: bool = False,
+    prompt_logprobs: int | None = None,
+    pooling: Pooling | None = None,
     **sampling: object,
 ) -> Submit:
     """A greedy request unless told otherwise."""
@@ -58,6 +73,10 @@ def request(
         SamplingParams(**options),  # type: ignore[arg-type]
         tuple(Component(*adapter) for adapter in adapters),
         tuple(output),
+        salt=salt,
+        background=background,
+        prompt_logprobs=prompt_logprobs,
+        pooling=pooling,
     )
 
 

@@ -18,7 +18,7 @@ NEVER = float("-inf")
 
 def plain(logits: Tensor, how: Draws, edits: Edits | None = None) -> tuple[Tensor, Tensor]:
     changes = (None, None, None) if edits is None else (edits.begin, edits.token, edits.value)
-    draw = (how.temperature, how.uniform, how.top_k, how.top_p, how.min_p)
+    draw = (how.temperature, how.uniform, how.top_k, how.top_p, how.min_p, how.typical_p)
     return plain_sample(logits, *draw, *changes)
 
 
@@ -42,6 +42,7 @@ def draws(device: torch.device) -> Draws:
         top_k=torch.tensor([3, 0, 50, 7, 10**6], device=device),
         top_p=column(0.5, 1.0, 0.9, 0.6, 0.0, device=device),
         min_p=column(0.1, 0.0, 0.02, 0.3, 0.0, device=device),
+        typical_p=column(0.3, 0.4, 0.85, 1.0, 0.0, device=device),
     )
 
 
@@ -73,7 +74,7 @@ def test_masses_have_every_bit_of_the_plain_versions(
     assert sample(rows.to(device), moved).tokens.tolist() == expected
 
 
-@pytest.mark.parametrize("used", ["temperature", "top_k", "top_p", "min_p"])
+@pytest.mark.parametrize("used", ["temperature", "top_k", "top_p", "min_p", "typical_p"])
 def test_filters_that_no_row_uses_are_left_out(
     used: str, draws: Draws, generator: torch.Generator, device: torch.device
 ) -> None:
@@ -97,7 +98,7 @@ def test_ties_and_impossible_tokens(
     logits[:, 5000] = -0.0
     logits[:, :4200] = NEVER  # a whole split that holds nothing
     same = torch.full((5,), uniform, dtype=torch.float64, device=device)
-    how = Draws(torch.ones_like(same), same, draws.top_k, draws.top_p, draws.min_p)
+    how = Draws(torch.ones_like(same), same, draws.top_k, draws.top_p, draws.min_p, draws.typical_p)
     check(logits.to(device), how)
 
 

@@ -36,8 +36,8 @@ Optional packed(const Optional& tensor) {
 
 std::tuple<Tensor, Tensor> sample(
     Tensor& given, const Optional& temperature, const Optional& uniform, const Optional& top_k,
-    const Optional& top_p, const Optional& min_p, const Optional& edit_begin,
-    const Optional& edit_token, const Optional& edit_value) {
+    const Optional& top_p, const Optional& min_p, const Optional& typical_p,
+    const Optional& edit_begin, const Optional& edit_token, const Optional& edit_value) {
   const Tensor logits = given.scalar_type() == at::kFloat ? given : given.to(at::kFloat);
   const int64_t R = logits.size(0), V = logits.size(1);
   TORCH_CHECK_VALUE(
@@ -53,11 +53,11 @@ std::tuple<Tensor, Tensor> sample(
   Tensor tokens = at::empty({R}, logits.options().dtype(at::kLong));
   Tensor sound = at::empty({R}, logits.options().dtype(at::kBool));
   const Optional t = packed(temperature), u = packed(uniform), k = packed(top_k), p = packed(top_p),
-                 m = packed(min_p);
+                 m = packed(min_p), typical = packed(typical_p);
   const SampleArgs args{
       data<float>(logits), logits.stride(0), V, data_or_null<double>(t), data_or_null<double>(u),
       data_or_null<int64_t>(k), data_or_null<double>(p), data_or_null<double>(m),
-      data<int64_t>(tokens), data<bool>(sound)};
+      data_or_null<double>(typical), data<int64_t>(tokens), data<bool>(sound)};
   const Kernels& version = kernels();
   // Less than some 64 Ki tokens is not worth a second thread.
   const int64_t step = std::max<int64_t>(1, 65536 / V);

@@ -11,6 +11,7 @@
 #include "bind_lowrank.h"
 #include "bind_rows.h"
 #include "bind_sample.h"
+#include "bind_token_mask.h"
 #include "bind_turbo_heads.h"
 #include "bind_verify.h"
 
@@ -47,6 +48,7 @@ TORCH_LIBRARY_IMPL(quickchange, CPU, m) {
   m.impl("draft_logits", draft_logits);
   m.impl("verify", verify);
   m.impl("sample", sample);
+  m.impl("token_mask_", token_mask_);
 #ifdef __SIZEOF_INT128__
   m.impl("philox_uniform", philox_uniform);
 #endif

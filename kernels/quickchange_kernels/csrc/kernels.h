@@ -205,6 +205,7 @@ struct SampleArgs {
   const int64_t* top_k;
   const double* top_p;
   const double* min_p;
+  const double* typical_p;
   int64_t* tokens;
   bool* sound;
 };

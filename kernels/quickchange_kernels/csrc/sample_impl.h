@@ -37,7 +37,27 @@ struct Kept {
   float peak, scale;
   float least_logit = NEVER;
   int64_t least_mass = 1;
+  int32_t depth = 0, radius = -1;  // depths within `radius` of `depth`; all where it is negative
 };
+
+// log2 of weights beside the best's, at least -64.
+inline vec powers(vec logit, const Kept& kept) {
+  vec power = rounded(rounded(logit - kept.peak) / kept.scale);
+  power = rounded(power * 1.44269504f);
+  const bits32 inside =
+      reinterpret_cast<bits32>(power > -64.0f) & reinterpret_cast<bits32>(power <= 0.0f);
+  return choose(inside, power, splat(-64.0f));
+}
+
+// Depths of one block; see sample.py.
+inline void depths(const float* logits, const Kept& kept, int32_t* out) {
+  for (int64_t i = 0; i < BLOCK; i += W) {
+    const ints depth = __builtin_convertvector(powers(load(logits + i), kept) * -65536.0f, ints);
+    std::memcpy(out + i, &depth, sizeof depth);
+  }
+}
+
+inline int32_t distance(int32_t one, int32_t other) { return one < other ? other - one : one - other; }
 
 inline void masses(const float* logits, const Kept& kept, BlockMasses& out) {
   const int32_t least_hi = int32_t(kept.least_mass >> LIMB);
@@ -45,11 +65,7 @@ inline void masses(const float* logits, const Kept& kept, BlockMasses& out) {
   const vec rounder = splat(12582912.0f), one = splat(1.0f);
   for (int64_t i = 0; i < BLOCK; i += W) {
     const vec logit = load(logits + i);
-    vec power = rounded(rounded(logit - kept.peak) / kept.scale);
-    power = rounded(power * 1.44269504f);
-    const bits32 inside =
-        reinterpret_cast<bits32>(power > -64.0f) & reinterpret_cast<bits32>(power <= 0.0f);
-    power = choose(inside, power, splat(-64.0f));
+    const vec power = powers(logit, kept);
     const vec whole = rounded(power + rounder) - rounder;
     const vec part = rounded(power - whole);
     vec value = splat(EXP2[5]);
@@ -67,6 +83,11 @@ inline void masses(const float* logits, const Kept& kept, BlockMasses& out) {
     std::memcpy(out.hi + i, &hi, sizeof hi);
     std::memcpy(out.lo + i, &lo, sizeof lo);
   }
+  if (kept.radius < 0) return;
+  int32_t depth[BLOCK];
+  depths(logits, kept, depth);
+  for (int64_t i = 0; i < BLOCK; i++)
+    if (distance(depth[i], kept.depth) > kept.radius) out.hi[i] = out.lo[i] = 0;
 }
 
 // A row of logits in whole blocks, the last one filled up with -inf.
@@ -216,6 +237,57 @@ inline int64_t nucleus_edge(
   return edge(s.found, count, kept.least_mass, above, wanted, MassOf());
 }
 
+// A token's mass, 1 at least, beside a number of 22 bits.
+inline int64_t joined(int64_t number, int64_t mass) {
+  return int64_t(uint64_t(number) << MASS_BITS | uint64_t(mass - 1));
+}
+inline int64_t number_of(int64_t value) { return int64_t(uint64_t(value) >> MASS_BITS); }
+inline int64_t mass_of(int64_t value) {
+  return (value & ((int64_t(1) << MASS_BITS) - 1)) + 1;
+}
+
+// Sets which depths are typical; s.sums as `block_sums` left them.
+inline void keep_typical(
+    const BlockedRow& row, Kept& kept, const SampleScratch& s, int64_t total, double typical_p) {
+  BlockMasses block;
+  int32_t depth[BLOCK];
+  int64_t high = 0, low = 0, count = 0;
+  for (int64_t b = 0; b < row.blocks(); b++) {
+    if (!s.sums[b]) continue;
+    masses(row.block(b), kept, block);
+    depths(row.block(b), kept, depth);
+    for (int64_t i = 0; i < BLOCK; i++) {
+      if (!block.at(i)) continue;
+      high += int64_t(block.hi[i]) * depth[i];
+      low += int64_t(block.lo[i]) * depth[i];
+      s.found[count++] = joined(depth[i], block.at(i));
+    }
+  }
+  const int32_t mean =
+      int32_t((double(high) * double(1 << LIMB) + double(low)) / double(total));
+  for (int64_t i = 0; i < count; i++)
+    s.found[i] = joined(distance(int32_t(number_of(s.found[i])), mean), mass_of(s.found[i]));
+  // By bisection; what lies within `least`, `settled` in all, and beyond `most` is left out.
+  const int64_t wanted = std::max<int64_t>(1, int64_t(double(total) * typical_p));
+  int64_t least = -1, most = int64_t(1) << 22, settled = 0;
+  while (most - least > 1) {
+    const int64_t middle = least + (most - least) / 2;
+    int64_t sum = 0, left = 0;
+    for (int64_t i = 0; i < count; i++)
+      sum += number_of(s.found[i]) <= middle ? mass_of(s.found[i]) : 0;
+    const bool reached = settled + sum >= wanted;
+    for (int64_t i = 0; i < count; i++) {
+      s.found[left] = s.found[i];
+      left += (number_of(s.found[i]) <= middle) == reached;
+    }
+    count = left;
+    if (reached) most = middle;
+    else least = middle, settled += sum;
+  }
+  kept.depth = mean;
+  kept.radius = int32_t(most);
+}
+
 inline int64_t inverse_cdf(
     const BlockedRow& row, const Kept& kept, const SampleScratch& s, int64_t total,
     double uniform) {
@@ -242,6 +314,8 @@ inline int64_t draw(
     least = std::max(least, std::min(whole, int64_t(a.min_p[r] * double(whole))));
   }
   kept.least_mass = least;
+  if (a.typical_p && a.typical_p[r] < 1)
+    keep_typical(row, kept, s, block_sums(row, kept, s), a.typical_p[r]);
   return inverse_cdf(row, kept, s, block_sums(row, kept, s), a.uniform[r]);
 }
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from typing import cast
 
 from fastapi import APIRouter, Request, Response
 
 from quickchange_server.api import ordering
 from quickchange_server.api.callers import Calling
+from quickchange_server.api.prompt_shape import PromptShape, ToldPrompt, told_prompt
 from quickchange_server.api.schemas import (
     DEFAULT_COMPLETION_TOKENS,
     ChatRequest,
@@ -33,6 +35,8 @@ from quickchange_server.transcript import Ending, LoggedToken
 
 router = APIRouter(tags=["OpenAI"])
 
+AnyPrompt = str | list[str] | list[int] | list[list[int]]
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -42,6 +46,8 @@ class Answer:
     shape: Shape
     running: Running
     drafting: bool  # tokens are drafted ahead
+    n: int = 1  # choices told for each prompt...
+    candidates: int = 1  # ... where more are generated, the best of so many
 
     @property
     def headers(self) -> dict[str, str]:
@@ -65,6 +71,23 @@ class _Collected:
     tokens: list[LoggedToken] = field(default_factory=list)
     ending: Ending | None = None
 
+    @property
+    def likelihood(self) -> float:
+        """Its mean log-probability a token; what has none is least likely."""
+        logprobs = [token.logprobs.logprob for token in self.tokens]
+        return sum(logprobs) / len(logprobs) if logprobs else float("-inf")
+
+
+def _best(collected: list[_Collected], answer: Answer) -> list[_Collected]:
+    """The likeliest `n` of each prompt's candidates, the best first; where all are told, all."""
+    if answer.candidates <= answer.n:
+        return collected
+    told = []
+    for first in range(0, len(collected), answer.candidates):
+        candidates = collected[first : first + answer.candidates]
+        told += sorted(candidates, key=lambda c: c.likelihood, reverse=True)[: answer.n]
+    return told
+
 
 async def whole(answer: Answer) -> Json:
     """The answer in one piece."""
@@ -81,7 +104,7 @@ async def whole(answer: Answer) -> Json:
         "object": answer.shape.object,
         "choices": [
             answer.shape.choice(index, "".join(choice.parts), choice.tokens, choice.ending)
-            for index, choice in enumerate(collected)
+            for index, choice in enumerate(_best(collected, answer))
         ],
         "usage": answer.usage,
     }
@@ -133,18 +156,23 @@ def _envelope(services: Services, running: Running) -> Json:
     return told
 
 
-async def _prompts(
-    services: Services, prompt: str | list[str] | list[int] | list[list[int]]
-) -> list[list[int]]:
+def _several(prompt: AnyPrompt) -> Sequence[str | list[int]]:
+    """The prompts one by one, each text or token ids."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if isinstance(prompt[0], int):
+        return cast("list[list[int]]", [prompt])
+    return cast("list[str | list[int]]", prompt)
+
+
+async def token_ids(services: Services, prompt: AnyPrompt, param: str) -> list[list[int]]:
     """The prompts' token ids; text as the tokenizer encodes it, with its own special tokens."""
-    several = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
     encoded = []
-    for one in several:
+    for one in _several(prompt):
         if isinstance(one, str):
             encoded.append(await services.text.encode(one))
         else:
-            assert isinstance(one, list)
-            services.text.check_ids(one, "prompt")
+            services.text.check_ids(one, param)
             encoded.append(one)
     return encoded
 
@@ -155,7 +183,8 @@ async def completions(
 ) -> Response:
     """Continue a prompt."""
     order = ordering.select(services, caller, body, request.headers)
-    prompts = await _prompts(services, order.body.prompt)
+    body = order.body
+    prompts = await token_ids(services, body.prompt, "prompt")
     running = await ordering.admit(
         services,
         order,
@@ -164,10 +193,22 @@ async def completions(
         prompt_param="prompt",
         default_tokens=DEFAULT_COMPLETION_TOKENS,
     )
-    shape = CompletionShape(services.text, order.body.logprobs is not None)
+    shape = CompletionShape(services.text, body.logprobs is not None)
+    if body.echo or body.prompt_logprobs is not None:
+        shape = PromptShape(services.text, body, _told(services, body, prompts), running.choices)
     drafting = order.selection.drafting is not None
-    answer = Answer(_envelope(services, running), shape, running, drafting)
-    return await respond(request, order.body, answer)
+    envelope = _envelope(services, running)
+    answer = Answer(envelope, shape, running, drafting, body.n, body.candidates)
+    return await respond(request, body, answer)
+
+
+def _told(
+    services: Services, body: CompletionRequest, prompts: Sequence[Sequence[int]]
+) -> list[ToldPrompt]:
+    return [
+        told_prompt(services.text, sent if isinstance(sent, str) else None, ids)
+        for sent, ids in zip(_several(body.prompt), prompts, strict=True)
+    ]
 
 
 @router.post("/v1/chat/completions")

@@ -14,8 +14,9 @@ from quickchange_server.callers import Caller
 from quickchange_server.catalog import Selection, WeightedName
 from quickchange_server.choices import Choices, choice_seed
 from quickchange_server.client import Generation
+from quickchange_server.constraints.asked import asked
 from quickchange_server.errors import ContextLengthError, InvalidRequestError
-from quickchange_server.messages import SamplingParams
+from quickchange_server.messages import Pooling, SamplingParams
 from quickchange_server.services import Services
 from quickchange_server.transcript import TextOptions, Transcript
 
@@ -64,29 +65,42 @@ async def admit(
     request_id: str,
     prompt_param: str,
     default_tokens: int | None,
+    pooling: Pooling | None = None,
 ) -> Running:
-    """All choices of a request: `n` for each prompt, in the order of the prompts.
+    """All choices of a request: its `candidates` for each prompt, in the order of the prompts.
 
-    `default_tokens` are generated at most where the body doesn't say; None: all that fit. Raises
+    `default_tokens` are generated at most where the body doesn't say; None: all that fit. With
+    `pooling` embeddings are made instead, of prompts that may fill the context. Raises
     InvalidRequestError, ContextLengthError, RateLimitedError, QueueFullError or UnavailableError,
     and then nothing runs.
     """
     body = order.body
-    count = len(prompts) * body.n
+    count = len(prompts) * body.candidates
     if count > services.settings.max_queue:
+        param = "n" if pooling is None else prompt_param
         raise InvalidRequestError(
-            f"n: {count} choices in one request exceed the setting max_queue, "
+            f"{param}: {count} sequences in one request exceed the setting max_queue, "
             f"{services.settings.max_queue}; send fewer prompts or a smaller n",
-            param="n",
+            param=param,
         )
     _check_tokens(services, body)
+    wanted = asked(body)
+    constraint = None if wanted is None else await services.constraints.accept(wanted)
     seed = services.seeds.draw() if body.seed is None else body.seed % 2**64
     orders: list[tuple[Generation, Transcript]] = []
     for prompt in prompts:
-        room = _room(services, body, len(prompt), prompt_param)
-        sampling = _sampling(services, body, seed, _max_tokens(body, room, default_tokens))
+        new_tokens = 0
+        if pooling is None:
+            room = _room(services, body, len(prompt), prompt_param)
+            new_tokens = _max_tokens(body, room, default_tokens)
+        else:
+            _check_fits(services, len(prompt), prompt_param)
+        sampling = _sampling(services, body, seed, new_tokens)
         options = _text_options(body, sampling)
-        for choice in range(body.n):
+        for choice in range(body.candidates):
+            # The log-probabilities of one prompt are the same in all its choices; a stream begins
+            # each with them.
+            scored = choice == 0 or body.stream
             generation = Generation(
                 request_id=f"{request_id}-{len(orders)}",
                 prompt=tuple(prompt),
@@ -95,12 +109,15 @@ async def admit(
                 label=order.selection.label,
                 drafting=order.selection.drafting,
                 drafter=order.selection.drafter,
+                constraint=constraint,
                 salt=order.caller.salt,
+                prompt_logprobs=body.wanted_prompt_logprobs if scored else None,
+                pooling=pooling,
             )
             orders.append((generation, Transcript(services.text, options)))
     account = Account.open(_opened(order, prompts, orders, request_id), services.books)
     try:
-        choices = await Choices.admit(services.client, orders, body.n)
+        choices = await Choices.admit(services.client, orders, body.candidates)
     except BaseException:
         account.end("refused")
         raise
@@ -131,6 +148,19 @@ def _opened(
 def _check_tokens(services: Services, body: Sampled) -> None:
     services.text.check_ids(body.stop_token_ids, "stop_token_ids")
     services.text.check_ids(list(body.logit_bias), "logit_bias")
+
+
+def _check_fits(services: Services, tokens: int, param: str) -> None:
+    """Raises where a prompt is empty or exceeds the context."""
+    limit = services.engine.max_model_len
+    if tokens == 0:
+        raise InvalidRequestError(f"{param}: has no tokens; give a text", param=param)
+    if tokens > limit:
+        raise ContextLengthError(
+            f"this model's maximum context length is {limit} tokens, and {param} has {tokens}; "
+            "shorten it",
+            param=param,
+        )
 
 
 def _room(services: Services, body: Sampled, prompt_tokens: int, param: str) -> int:
@@ -177,6 +207,7 @@ def _sampling(services: Services, body: Sampled, seed: int, max_tokens: int) -> 
         top_k=max(0, body.top_k),
         top_p=body.top_p,
         min_p=body.min_p,
+        typical_p=body.typical_p,
         repetition_penalty=body.repetition_penalty,
         presence_penalty=body.presence_penalty,
         frequency_penalty=body.frequency_penalty,

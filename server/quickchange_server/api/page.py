@@ -22,6 +22,7 @@ FILES = (
     INDEX,
     "icon.svg",
     "theme.css",
+    "results.css",
     "sections.css",
     "main.js",
     "api.js",

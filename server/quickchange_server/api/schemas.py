@@ -12,6 +12,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from quickchange_server.api.constrained import UNSUPPORTED as CONSTRAINED_UNSUPPORTED
+from quickchange_server.api.constrained import Constrained
 from quickchange_server.api.fields import Body, LogitBias, Number, Prompt, Stops, Unsupported
 from quickchange_server.catalog import AUTO
 from quickchange_server.errors import InvalidRequestError
@@ -21,7 +23,7 @@ MAX_LOGPROBS = 20
 DEFAULT_COMPLETION_TOKENS = 16  # as OpenAI's; a chat may use the rest of the context
 
 _PLAIN = "remove it"
-_TEXT_ONLY = "this server answers with text; ask for the format in the prompt"
+_TEXT_ONLY = "this server reads and writes text alone; remove it"
 _NO_TOOLS = "remove it, and describe the tools in the prompt if the model is trained for that"
 
 
@@ -41,18 +43,6 @@ class StreamOptions(Body):
     include_usage: bool = False
 
 
-class ResponseFormat(Body):
-    type: str
-
-    @model_validator(mode="after")
-    def _text_only(self) -> Self:
-        if self.type != "text":
-            raise PydanticCustomError(
-                "response_format", "supports the type text only; ask for the format in the prompt"
-            )
-        return self
-
-
 _SHARED: dict[str, Unsupported] = {
     "store": Unsupported("nothing is stored here; remove it", (False,)),
     "metadata": Unsupported("nothing is stored here; remove it", ({},)),
@@ -63,21 +53,16 @@ _SHARED: dict[str, Unsupported] = {
     "use_beam_search": Unsupported("use n with a temperature above 0", (False,)),
     "length_penalty": Unsupported(_PLAIN, (1, 1.0)),
     "truncate_prompt_tokens": Unsupported("shorten the prompt; /tokenize counts its tokens"),
-    "prompt_logprobs": Unsupported("only generated tokens have log-probabilities here"),
     "bad_words": Unsupported("use logit_bias", ([],)),
     "allowed_token_ids": Unsupported("use logit_bias"),
-    "guided_json": Unsupported(_TEXT_ONLY),
-    "guided_regex": Unsupported(_TEXT_ONLY),
-    "guided_choice": Unsupported(_TEXT_ONLY),
-    "guided_grammar": Unsupported(_TEXT_ONLY),
-    "structured_outputs": Unsupported(_TEXT_ONLY),
+    **CONSTRAINED_UNSUPPORTED,
     "spaces_between_special_tokens": Unsupported(_PLAIN, (True,)),
     "detokenize": Unsupported("text is always made; remove it", (True,)),
     "priority": Unsupported("requests are served fairly over adapters; remove it", (0,)),
 }
 
 
-class Sampled(Body, ABC):
+class Sampled(Constrained, ABC):
     """What completions and chats have in common."""
 
     model: str
@@ -94,11 +79,11 @@ class Sampled(Body, ABC):
     presence_penalty: Number = Field(0.0, ge=-2, le=2)
     frequency_penalty: Number = Field(0.0, ge=-2, le=2)
     logit_bias: LogitBias = Field(default={})
-    response_format: ResponseFormat | None = None
     user: str | None = None  # informational, as in OpenAI's API: it changes nothing
 
     top_k: int = Field(0, ge=-1)  # 0 and vLLM's -1: off
     min_p: Number = Field(0.0, ge=0, le=1)
+    typical_p: Number = Field(1.0, gt=0, le=1)
     repetition_penalty: Number = Field(1.0, gt=0)
     min_tokens: int = Field(0, ge=0)
     ignore_eos: bool = False
@@ -110,6 +95,16 @@ class Sampled(Body, ABC):
     def wanted_tokens(self) -> int | None:
         """New tokens at most, where the client said so."""
         return self.max_tokens
+
+    @property
+    def candidates(self) -> int:
+        """Choices generated for each prompt, of which `n` are told."""
+        return self.n
+
+    @property
+    def wanted_prompt_logprobs(self) -> int | None:
+        """As `Submit.prompt_logprobs`."""
+        return None
 
     @property
     @abstractmethod
@@ -141,8 +136,6 @@ class CompletionRequest(Sampled):
 
     unsupported: ClassVar[Mapping[str, Unsupported]] = {
         **_SHARED,
-        "best_of": Unsupported("use n, and choose among the choices yourself", (1,)),
-        "echo": Unsupported("put the prompt before the text yourself", (False,)),
         "suffix": Unsupported("write the fill-in format of the model into the prompt", ("",)),
         "add_special_tokens": Unsupported("give the prompt as token ids (/tokenize)", (True,)),
         "prompt_embeds": Unsupported("give the prompt as text or token ids"),
@@ -150,11 +143,50 @@ class CompletionRequest(Sampled):
     }
 
     prompt: Prompt
+    max_tokens: int | None = Field(None, ge=0)
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    echo: bool = False
+    best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+
+    @property
+    def candidates(self) -> int:
+        return self.n if self.best_of is None else self.best_of
+
+    @property
+    def wanted_prompt_logprobs(self) -> int | None:
+        echoed = self.logprobs if self.echo else None
+        wanted = [top for top in (echoed, self.prompt_logprobs) if top is not None]
+        return max(wanted, default=None)
 
     @property
     def wanted_logprobs(self) -> int | None:
-        return self.logprobs
+        ranked = self.candidates > self.n  # by them
+        return 0 if self.logprobs is None and ranked else self.logprobs
+
+    @model_validator(mode="after")
+    def _check_completion(self) -> Self:
+        if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
+            raise InvalidRequestError(
+                "max_tokens: 0 needs echo or prompt_logprobs; raise it, or ask for one of them",
+                param="max_tokens",
+            )
+        if self.best_of is not None and self.best_of < self.n:
+            raise InvalidRequestError(
+                f"best_of: {self.best_of} is less than n, {self.n}; raise it", param="best_of"
+            )
+        if self.stream and self.candidates > self.n:
+            raise InvalidRequestError(
+                "best_of: the best are known at the end alone; remove it, or stream",
+                param="best_of",
+            )
+        if self.stream and self.prompt_logprobs is not None:
+            raise InvalidRequestError(
+                "prompt_logprobs: only in an answer that is not streamed; remove stream, or use "
+                "echo with logprobs",
+                param="prompt_logprobs",
+            )
+        return self
 
 
 def join_parts(value: Any) -> str:
@@ -227,6 +259,7 @@ class ChatRequest(Sampled):
         "documents": Unsupported("put them into the messages", ([],)),
         "echo": Unsupported(_PLAIN, (False,)),
         "best_of": Unsupported("use n, and choose among the choices yourself", (1,)),
+        "prompt_logprobs": Unsupported("render the chat yourself and use /v1/completions"),
     }
 
     messages: list[Message] = Field(min_length=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 import anyio
@@ -19,6 +19,7 @@ from quickchange_server.errors import QuickchangeError
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Failure = Callable[[QuickchangeError], Mapping[str, Any]]  # an error as an event's body
 
 # json.dumps would make a new encoder for every event
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
@@ -57,10 +58,16 @@ class EventStream(StreamingResponse):
     """A stream of events whose source is closed as soon as the client is gone."""
 
     def __init__(
-        self, first: bytes, events: AsyncGenerator[bytes, None], headers: Mapping[str, str]
+        self,
+        first: bytes,
+        events: AsyncGenerator[bytes, None],
+        headers: Mapping[str, str],
+        failure: Failure,
     ) -> None:
         super().__init__(
-            _going_on(first, events), media_type="text/event-stream", headers={**HEADERS, **headers}
+            _going_on(first, events, failure),
+            media_type="text/event-stream",
+            headers={**HEADERS, **headers},
         )
         self._events = events
 
@@ -73,24 +80,29 @@ class EventStream(StreamingResponse):
 
 
 async def event_stream(
-    request: Request, events: AsyncGenerator[bytes, None], headers: Mapping[str, str]
+    request: Request,
+    events: AsyncGenerator[bytes, None],
+    headers: Mapping[str, str],
+    failure: Failure = error_body,
 ) -> EventStream:
     """A response with `events`. What fails before the first event is raised here, so that it still
-    has its own status; what fails later is the stream's last event."""
-    return EventStream(await unless_gone(request, _first(events)), events, headers)
+    has its own status; what fails later is the stream's last event, as `failure` writes it."""
+    return EventStream(await unless_gone(request, _first(events)), events, headers, failure)
 
 
 async def _first(events: AsyncIterator[bytes]) -> bytes:
     return await anext(events)
 
 
-async def _going_on(first: bytes, events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+async def _going_on(
+    first: bytes, events: AsyncIterator[bytes], failure: Failure
+) -> AsyncIterator[bytes]:
     yield first
     try:
         async for body in events:
             yield body
     except QuickchangeError as error:
-        yield event(error_body(error))
+        yield event(failure(error))
     except Exception:
         logger.exception("a stream failed")
-        yield event(error_body(internal_error()))
+        yield event(failure(internal_error()))

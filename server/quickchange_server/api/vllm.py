@@ -32,10 +32,11 @@ class UnloadLora(Body):
 
 
 class Tokenize(Body):
-    """Either `prompt` or `messages`."""
+    """One of `prompt`, `messages` and LoRAX's `inputs`."""
 
     model: str | None = None
     prompt: ValidText | None = None
+    inputs: ValidText | None = None
     messages: list[Message] | None = Field(None, min_length=1)
     add_special_tokens: bool | None = None  # default: true for a prompt, false for a chat
     add_generation_prompt: bool = True
@@ -43,9 +44,11 @@ class Tokenize(Body):
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Self:
-        if (self.prompt is None) == (self.messages is None):
+        given = (self.prompt, self.messages, self.inputs)
+        if given.count(None) != 2:
             raise InvalidRequestError(
-                "prompt: give either prompt or messages, not both", param="prompt"
+                "prompt: give either prompt or messages, or inputs for LoRAX's answer",
+                param="prompt",
             )
         return self
 
@@ -90,9 +93,14 @@ async def unload_lora_adapter(body: UnloadLora, services: Injected) -> Response:
 
 
 @router.post("/tokenize")
-async def tokenize(body: Tokenize, services: Injected) -> Json:
-    """Token ids of a prompt or of a chat, as the generation routes would make them."""
+async def tokenize(body: Tokenize, services: Injected) -> Json | list[Json]:
+    """Token ids of a prompt or of a chat, as the generation routes would make them.
+
+    For `inputs` the answer is LoRAX's: a list of the tokens, each with its place in the text.
+    """
     _check_model(services, body.model)
+    if body.inputs is not None:
+        return await _spans(services, body.inputs, body.add_special_tokens is not False)
     ids = await _tokens(services, body)
     names = [services.text.token_name(i) for i in ids] if body.return_token_strs else None
     return {
@@ -101,6 +109,13 @@ async def tokenize(body: Tokenize, services: Injected) -> Json:
         "tokens": ids,
         "token_strs": names,
     }
+
+
+async def _spans(services: Services, text: str, special: bool) -> list[Json]:
+    return [
+        {"id": token_id, "text": services.text.token_name(token_id), "start": start, "stop": stop}
+        for token_id, start, stop in await services.text.spans(text, add_special_tokens=special)
+    ]
 
 
 async def _tokens(services: Services, body: Tokenize) -> list[int]:

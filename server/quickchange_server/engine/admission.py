@@ -1,13 +1,16 @@
-"""Who of the waiting is next: deficit round robin over compositions, counted in tokens.
+"""Who is next to run: those who had to give way, then the waiting in fair order.
 
-Each composition has its own queue. In turn, each queue's credit grows by a quantum and its head is
-served while the credit covers its cost, so that a hot adapter with a thousand requests gets no more
-tokens than a quiet one with ten (Shreedhar and Varghese, 1996). A queue whose head can't be served
-yet (its adapter is still loading) is passed over at no cost to anyone. Knows nothing of KV blocks.
+The order is deficit round robin over compositions, counted in tokens. Each composition has its own
+queue. In turn, each queue's credit grows by a quantum and its head is served while the credit
+covers its cost, so that a hot adapter with a thousand requests gets no more tokens than a quiet one
+with ten (Shreedhar and Varghese, 1996). Requests under different salts are different compositions
+here, so that salted tenants share a popular adapter evenly. A queue whose head can't be served yet
+(its adapter is still loading) is passed over at no cost to anyone. Knows nothing of KV blocks.
 """
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -36,6 +39,9 @@ class FairQueue:
 
     def __len__(self) -> int:
         return sum(len(queue.waiting) for queue in self._queues.values())
+
+    def __bool__(self) -> bool:
+        return bool(self._queues)
 
     def __iter__(self) -> Iterator[Sequence]:
         for queue in self._queues.values():
@@ -87,3 +93,49 @@ class FairQueue:
     def _drop_if_empty(self, key: bytes) -> None:
         if not self._queues[key].waiting:
             del self._queues[key]  # and with it the credit: an idle adapter saves up nothing
+
+
+class Lane:
+    """The sequences of one priority that are not running: the preempted, in order of arrival, then
+    the waiting in fair order."""
+
+    def __init__(self) -> None:
+        self.preempted: list[Sequence] = []
+        self.waiting = FairQueue()
+
+    def __len__(self) -> int:
+        return len(self.preempted) + len(self.waiting)
+
+    def __bool__(self) -> bool:
+        return bool(self.preempted or self.waiting)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        yield from self.preempted
+        yield from self.waiting
+
+    def candidates(self) -> list[Sequence]:
+        """Those that may be next, once they can be served."""
+        return [*self.preempted, *self.waiting.heads()]
+
+    def next(self, servable: Callable[[Sequence], bool]) -> Sequence | None:
+        """The next that is servable; it stays here until `take`. None if there is none."""
+        again = next((sequence for sequence in self.preempted if servable(sequence)), None)
+        return self.waiting.next(servable) if again is None else again
+
+    def take(self, sequence: Sequence) -> None:
+        """Remove a sequence that `next` gave."""
+        if sequence in self.preempted:
+            self.preempted.remove(sequence)
+        else:
+            self.waiting.take(sequence)
+
+    def put_back(self, sequence: Sequence) -> None:
+        """A running sequence that had to give way."""
+        insort(self.preempted, sequence, key=lambda s: s.arrival)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Drop a sequence, wherever it is."""
+        if sequence in self.preempted:
+            self.preempted.remove(sequence)
+        else:
+            self.waiting.remove(sequence)

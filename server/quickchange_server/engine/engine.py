@@ -15,6 +15,7 @@ import torch
 from quickchange_server.adapters.head_image import TurboShape
 from quickchange_server.adapters.pool import DevicePool
 from quickchange_server.adapters.residency import Residency
+from quickchange_server.engine.constraints import ConstraintCompiler, Constraints
 from quickchange_server.engine.kv_cache import KVBlocks
 from quickchange_server.engine.runner import Result, Runner
 from quickchange_server.engine.sampler import RowError, Sampled
@@ -45,11 +46,12 @@ _ROWS_OF_DRAFTS = 2  # rows a sequence up to which a full batch's verification h
 
 
 class Engine:
-    """One model, its KV cache and its adapters. Everything but `on_wake` on one thread.
+    """One model, its KV cache and its adapters. Everything but the loader on one thread.
 
-    `load_adapter` reads an adapter version by digest; it is called on the loader thread, as is
-    `on_wake`, which tells the owner to call `step` again. `text`: the tokenizer, where words of the
-    prompt may be drafted by their text.
+    `load_adapter` reads an adapter version by digest; it is called on the loader thread. `on_wake`
+    tells the owner to call `poll_adapters` and `step` again; it is called on any thread. `text`:
+    the tokenizer, where words of the prompt may be drafted by their text. `constraints`: what makes
+    grammars; None: requests with a constraint are refused.
     """
 
     def __init__(
@@ -60,8 +62,13 @@ class Engine:
         load_adapter: Callable[[str], CanonicalAdapter],
         on_wake: Callable[[], None],
         text: TokenText | None = None,
+        constraints: ConstraintCompiler | None = None,
     ) -> None:
         self._settings = settings
+        self._on_wake = on_wake
+        self._constraints = (
+            None if constraints is None else Constraints(constraints, model.vocabulary, on_wake)
+        )
         dtype, device = torch_dtype(settings.dtype), torch.device(settings.device)
         block_bytes = bytes_per_block(model.layers, settings.block_size, dtype)
         num_blocks = settings.kv_cache_bytes // block_bytes
@@ -85,6 +92,7 @@ class Engine:
             max_model_len=self._max_model_len,
             dtype=dtype,
             device=device,
+            masks=None if self._constraints is None else self._constraints.masks,
         )
         self._runner.warm_up()
         self._speculation: Speculation | None = None
@@ -119,12 +127,16 @@ class Engine:
         sequence = Sequence.from_submit(submit, time.monotonic())
         if error is not None:
             self._refused.append(_error(submit.request_id, error, "request"))
-        elif reason := sequence.finish_reason(self._max_model_len):
+        elif sequence.generates and (reason := sequence.finish_reason(self._max_model_len)):
             self._refused.append(Delta(submit.request_id, finish_reason=reason))
+        elif self._constraints is not None and submit.constraint is not None:
+            self._constraints.hold(sequence, submit.constraint)
         else:
             self.scheduler.add(sequence)
 
     def cancel(self, request_id: str) -> None:
+        if self._constraints is not None:
+            self._constraints.cancel(request_id)
         self.scheduler.cancel(request_id)
 
     def prefetch(self, digest: str, tier: Literal["device", "host"]) -> None:
@@ -148,21 +160,26 @@ class Engine:
         started = time.monotonic()
         deltas, self._refused = self._refused, []
         deltas += [_error(s.request_id, e, "adapter") for s, e in self.scheduler.failures()]
+        deltas += self._begin_constrained()
         plan = self.scheduler.schedule(started)
+        if self.scheduler.claims_changed:
+            self._on_wake()  # the tiers act on claims in `poll_adapters`
         if not plan and not deltas:
             return None
         prefill_rows = sum(item.count for item in plan if item.sequence.remaining > 1)
-        drafted = DraftReport()
+        drafted, mask_seconds = DraftReport(), None
         if plan:
             depths = {} if self._speculation is None else self._speculation.depths(plan)
             guide = None if self._speculation is None else self._speculation.guide
             ran = self._runner.run(plan, depths, guide)
+            mask_seconds = ran.mask_seconds
             if self._speculation is not None:
                 drafted = self._speculation.observe(plan, ran)
             results = iter(ran.results)
             for item in plan:
                 deltas += self._advance(item, next(results) if item.samples else None)
-        return StepReport(tuple(deltas), self._stats(plan, prefill_rows, drafted, started))
+        stats = self._stats(plan, prefill_rows, drafted, mask_seconds, started)
+        return StepReport(tuple(deltas), stats)
 
     def check_integrity(self) -> None:
         """Raises AssertionError if the scheduler's, the cache's or the tiers' state is broken."""
@@ -171,27 +188,44 @@ class Engine:
             self._residency.check_integrity()
 
     def close(self) -> None:
+        if self._constraints is not None:
+            self._constraints.close()
         if self._residency is not None:
             self._residency.close()
 
     def _refusal(self, submit: Submit) -> str | None:
         tokens = len(submit.prompt) + len(submit.output)
+        most = self._max_model_len - (submit.pooling is None)
         if not submit.prompt:
             return "prompt: it has no token; give at least one"
-        if tokens > self._max_model_len or len(submit.prompt) >= self._max_model_len:
+        if tokens > self._max_model_len or len(submit.prompt) > most:
             return f"prompt: {tokens} tokens leave no room in a context of {self._max_model_len}"
         if not all(0 <= token < self._vocabulary for token in submit.prompt):
             return f"prompt: token ids must be from 0 to {self._vocabulary - 1}"
         heads = submit.drafting is not None and submit.drafting.heads is not None
         if (submit.adapters or heads) and self._residency is None:
             return "adapters: switched off on this server by the setting 'adapters'"
+        if submit.constraint is not None and self._constraints is None:
+            return "constraint: this engine has no tokenizer to constrain text with; remove it"
         return None
+
+    def _begin_constrained(self) -> list[Delta]:
+        """Queue the sequences whose grammar is ready; the ends of those that can't begin."""
+        deltas = []
+        for sequence, error in () if self._constraints is None else self._constraints.released():
+            if error is not None:
+                deltas.append(_error(sequence.request_id, f"constraint: {error}", "request"))
+            elif reason := sequence.finish_reason(self._max_model_len):
+                deltas.append(Delta(sequence.request_id, finish_reason=reason))
+            else:
+                self.scheduler.add(sequence)
+        return deltas
 
     def _advance(self, item: Scheduled, result: Result | None) -> list[Delta]:
         sequence = item.sequence
         if result is None:
-            self.scheduler.advance(item, ())
-            return []
+            _, reason = self.scheduler.advance(item, ())
+            return [] if reason is None else [self._delta(item, [], reason, 0)]
         drawn, error = _until_error(result.sampled)
         taken, reason = self.scheduler.advance(item, [row.token_id for row in drawn])
         if self._speculation is not None:
@@ -202,7 +236,7 @@ class Engine:
             deltas.append(self._delta(item, drawn[:taken], reason, min(taken, held)))
         if reason is None and error is not None:
             self.scheduler.finish(sequence)
-            deltas.append(_error(sequence.request_id, error, "internal"))
+            deltas.append(_error(sequence.request_id, error.error, error.kind))
         return deltas
 
     def _delta(
@@ -214,6 +248,7 @@ class Engine:
     ) -> Delta:
         sequence = item.sequence
         first, sequence.told = not sequence.told, True
+        reading = sequence.reading if first else None
         return Delta(
             sequence.request_id,
             token_ids=tuple(row.token_id for row in drawn),
@@ -223,6 +258,8 @@ class Engine:
             queue_seconds=sequence.queue_seconds if first else None,
             drafted=len(item.drafts),
             accepted=accepted,
+            prompt_logprobs=() if reading is None else reading.scores,
+            embedding=None if reading is None else reading.embedding,
         )
 
     def _head_count(self, slot: int) -> int:
@@ -231,9 +268,15 @@ class Engine:
         return 0 if turbo is None else turbo.depth
 
     def _stats(
-        self, plan: list[Scheduled], prefill_rows: int, drafted: DraftReport, started: float
+        self,
+        plan: list[Scheduled],
+        prefill_rows: int,
+        drafted: DraftReport,
+        mask_seconds: float | None,
+        started: float,
     ) -> StepStats:
         scheduler = self.scheduler
+        compiling = 0 if self._constraints is None else len(self._constraints)
         return StepStats(
             seconds=time.monotonic() - started,
             rows=sum(item.rows for item in plan),
@@ -241,7 +284,7 @@ class Engine:
             sequences=len(plan),
             adapters=len({digest for item in plan for digest in item.sequence.digests()}),
             running=len(scheduler.running),
-            waiting=len(scheduler) - len(scheduler.running),
+            waiting=len(scheduler) - len(scheduler.running) + compiling,
             kv_blocks_used=scheduler.blocks.used,
             kv_blocks_cached=scheduler.blocks.cached,
             prefix_hit_tokens=scheduler.prefix_hit_tokens,
@@ -251,15 +294,16 @@ class Engine:
             draft_rows=drafted.rows,
             draft_estimate=drafted.estimate,
             draft_gain=drafted.gain,
+            mask_seconds=mask_seconds,
         )
 
 
-def _until_error(rows: Seq[Sampled | RowError]) -> tuple[list[Sampled], str | None]:
+def _until_error(rows: Seq[Sampled | RowError]) -> tuple[list[Sampled], RowError | None]:
     """The tokens before the first row that has none, and what is wrong with that."""
     drawn: list[Sampled] = []
     for row in rows:
         if isinstance(row, RowError):
-            return drawn, row.error
+            return drawn, row
         drawn.append(row)
     return drawn, None
 

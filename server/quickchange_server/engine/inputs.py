@@ -29,7 +29,7 @@ class Extent:
 
     rows: int
     sequences: int
-    samples: int  # rows that the LM head sees
+    samples: int  # rows whose hidden states are asked for; the LM head sees all but the pooled
     blocks: int  # of a sequence
     tokens_room: Room | None  # of the segments over all rows; None: no row has an adapter
     samples_room: Room | None  # of those over the rows that the LM head sees
@@ -47,7 +47,8 @@ class StepInputs:
 
     ids: Tensor  # int64 [T]
     positions: Tensor  # int64 [T]
-    sample_rows: Tensor  # int64 [R]
+    sample_rows: Tensor  # int64 [R]: those that sample, then the scored, then the pooled
+    head_rows: int | None  # of them, the first ones, those that the LM head sees; None: all
     attention: AttentionBatch
     tokens: PackedSegments | None
     samples: PackedSegments | None
@@ -68,6 +69,11 @@ def only_decodes(plan: Sequence[Scheduled]) -> bool:
     return all(item.count == 1 and item.samples for item in plan)
 
 
+def reads(plan: Sequence[Scheduled]) -> bool:
+    """Whether some sequence may read its prompt's rows."""
+    return any(item.sequence.reading is not None for item in plan)
+
+
 def exact_extent(plan: Sequence[Scheduled], device: torch.device, *, adapters: bool) -> Extent:
     """Just enough for a plan. `adapters`: whether some row has one."""
     tokens_room = samples_room = None
@@ -78,7 +84,11 @@ def exact_extent(plan: Sequence[Scheduled], device: torch.device, *, adapters: b
     return Extent(
         rows=sum([item.rows for item in plan]),
         sequences=len(plan),
-        samples=sum([item.sampled_rows for item in plan]),
+        samples=sum(
+            [item.sampled_rows + len(item.scored) + len(item.pooled) for item in plan]
+            if reads(plan)
+            else [item.sampled_rows for item in plan]
+        ),
         blocks=max(len(item.sequence.blocks) for item in plan),
         tokens_room=tokens_room,
         samples_room=samples_room,
@@ -101,6 +111,11 @@ def step_inputs(plan: Sequence[Scheduled], extent: Extent, block_size: int) -> S
     sampled: list[int] = []
     for item, end in zip(plan, ends, strict=True):
         sampled += range(end - item.sampled_rows, end)
+    head_rows = None
+    if reads(plan):
+        sampled += _rows_at(plan, ends, [item.scored for item in plan])
+        head_rows = len(sampled)
+        sampled += _rows_at(plan, ends, [item.pooled for item in plan])
     lengths = [item.sequence.computed + item.rows for item in plan]
     positions = _padded(places, extent.rows, np.int64)
     tables = np.zeros((extent.sequences, extent.blocks), dtype=np.int32)
@@ -114,6 +129,7 @@ def step_inputs(plan: Sequence[Scheduled], extent: Extent, block_size: int) -> S
         ids=torch.from_numpy(_padded(ids, extent.rows, np.int64)),
         positions=torch.from_numpy(positions),
         sample_rows=torch.from_numpy(_padded(sampled, extent.samples, np.int64)),
+        head_rows=None if head_rows == len(sampled) else head_rows,
         attention=AttentionBatch(
             slots=torch.from_numpy(slots),
             block_tables=torch.from_numpy(tables),
@@ -125,6 +141,17 @@ def step_inputs(plan: Sequence[Scheduled], extent: Extent, block_size: int) -> S
         tokens=tokens,
         samples=samples,
     )
+
+
+def _rows_at(
+    plan: Sequence[Scheduled], ends: Sequence[int], positions: Sequence[range]
+) -> list[int]:
+    """The step's rows of some of each sequence's positions."""
+    rows: list[int] = []
+    for item, end, wanted in zip(plan, ends, positions, strict=True):
+        shift = end - item.rows - item.sequence.computed
+        rows += range(wanted.start + shift, wanted.stop + shift) if wanted else ()
+    return rows
 
 
 def _slots(
@@ -158,7 +185,10 @@ def _token_runs(plan: Sequence[Scheduled]) -> list[Run]:
 
 
 def _sample_runs(plan: Sequence[Scheduled]) -> list[Run]:
-    return [Run(item.sampled_rows, item.components) for item in plan if item.samples]
+    runs = [Run(item.sampled_rows, item.components) for item in plan if item.samples]
+    if reads(plan):
+        runs += [Run(len(item.scored), item.components) for item in plan if item.scored]
+    return runs
 
 
 def _padded(

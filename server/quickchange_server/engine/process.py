@@ -7,6 +7,7 @@ the supervisor, which drains and then says `Shutdown`.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -14,7 +15,10 @@ from multiprocessing.connection import Connection, wait
 
 import torch
 
+from quickchange_server.constraints.errors import ConstraintError
+from quickchange_server.constraints.grammars import TokenGrammars
 from quickchange_server.engine.engine import Engine, torch_dtype
+from quickchange_server.errors import SettingError
 from quickchange_server.messages import (
     Cancel,
     Command,
@@ -29,8 +33,11 @@ from quickchange_server.messages import (
 )
 from quickchange_server.model.load import load_model
 from quickchange_server.settings import Settings
+from quickchange_server.text import Text
 from quickchange_server.token_text import token_text
 from quickchange_store.store import Store
+
+logger = logging.getLogger(__name__)
 
 
 class Waker:
@@ -87,9 +94,36 @@ def _start(settings: Settings, on_wake: Callable[[], None]) -> tuple[Engine, Rea
         quantization=settings.quantization,
     )
     store = Store(settings.store)
-    text = token_text(settings.model) if settings.turbo and settings.prompt_lookup else None
-    engine = Engine(model, settings, load_adapter=store.load, on_wake=on_wake, text=text)
+    text = _tokenizer(settings)
+    lookup = settings.turbo and settings.prompt_lookup
+    engine = Engine(
+        model,
+        settings,
+        load_adapter=store.load,
+        on_wake=on_wake,
+        text=token_text(text) if lookup and text is not None else None,
+        constraints=None if text is None else _grammars(text),
+    )
     return engine, engine.ready(time.monotonic() - started)
+
+
+def _tokenizer(settings: Settings) -> Text | None:
+    """None where the model has none and nothing asks for one."""
+    try:
+        return Text.load(settings.model)
+    except SettingError:
+        if settings.turbo and settings.prompt_lookup:
+            raise
+        return None
+
+
+def _grammars(text: Text) -> TokenGrammars | None:
+    """None where text can't be constrained; requests that ask for it are then refused."""
+    try:
+        return TokenGrammars.of(text)
+    except ConstraintError as error:
+        logger.warning("structured output is not served: %s", error)
+        return None
 
 
 def _serve(connection: Connection, engine: Engine, waker: Waker) -> None:

@@ -16,7 +16,9 @@ from torch import Tensor
 from quickchange_kernels.lowrank import LowRankTables
 from quickchange_server.adapters.residency import Residency
 from quickchange_server.engine.buckets import DecodeBuckets
-from quickchange_server.engine.inputs import Extent, StepInputs, exact_extent, step_inputs
+from quickchange_server.engine.constraints import TokenMasks
+from quickchange_server.engine.inputs import Extent, StepInputs, exact_extent, reads, step_inputs
+from quickchange_server.engine.readout import read
 from quickchange_server.engine.sampler import RowError, Sampled, Sampler, SampleRow
 from quickchange_server.engine.scheduler import Scheduled
 from quickchange_server.engine.stopwatch import stopwatch
@@ -30,6 +32,7 @@ from quickchange_server.model.load import LoadedModel, Output, forward
 from quickchange_server.model.staging import upload
 
 GuideFor = Callable[[Sequence[Scheduled]], Guide | None]
+MasksFor = Callable[[Sequence[Scheduled]], TokenMasks | None]
 
 _PRICED_ROWS = (1, 2, 4, 6, 8, 10, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _PRICING_ROUNDS = 3
@@ -50,6 +53,7 @@ class Ran:
     results: list[Result]
     seconds: float | None  # forward pass and sampling; None where nobody waits for the end
     draft_seconds: float | None  # of the heads; None where none ran
+    mask_seconds: float | None = None  # of token masks, on the host; None where none were made
 
 
 class Runner:
@@ -66,8 +70,11 @@ class Runner:
         max_model_len: int,
         dtype: torch.dtype,
         device: torch.device,
+        masks: MasksFor | None = None,
     ) -> None:
-        """most_graph_rows: of a step that runs from a captured graph, where there are any."""
+        """most_graph_rows: of a step that runs from a captured graph, where there are any. masks:
+        makes those of the items that sample; None: no text is ever constrained."""
+        self._masks = masks
         self._model = model
         self._residency = residency  # None: the server has no adapters
         self._block_size = block_size
@@ -110,9 +117,13 @@ class Runner:
         adapters = any(item.components for item in plan)
         output = self._forward(plan, self._tables if adapters else None)
         sampling = [item for item in plan if item.samples]
+        if reads(plan):
+            output = self._read(plan, output)
         if not sampling:
             return Ran([], None, None)
-        draw = self._sampler.draw(output.logits, [r for i in sampling for r in _sample_rows(i)])
+        masks = None if self._masks is None else self._masks(sampling)  # beside a GPU's forward
+        rows_to_draw = [row for item in sampling for row in _sample_rows(item)]
+        draw = self._sampler.draw(output.logits, rows_to_draw, masks)
         verdict = judge(sampling, draw.tokens)
         watch.mark()
         drafts = self._draft(sampling, depths, verdict, output.hidden, guide)
@@ -125,7 +136,19 @@ class Runner:
             sampled = tuple(next(rows) for _ in range(item.sampled_rows))
             results.append(Result(sampled[: held + 1], ahead))
         seconds, draft_seconds = watch.seconds()
-        return Ran(results, seconds, None if drafts is None else draft_seconds)
+        return Ran(
+            results,
+            seconds,
+            None if drafts is None else draft_seconds,
+            None if masks is None else masks.seconds,
+        )
+
+    def _read(self, plan: Sequence[Scheduled], output: Output) -> Output:
+        """Let sequences read their prompts' rows; what is left is of the rows that sample."""
+        sampled = sum([item.sampled_rows for item in plan])
+        scored = sampled + sum([len(item.scored) for item in plan])
+        read(plan, output.logits[sampled:scored], output.hidden[scored:])
+        return Output(output.logits[:sampled], output.hidden[:sampled])
 
     @property
     def _tables(self) -> LowRankTables | None:
@@ -177,7 +200,8 @@ class Runner:
         holder = self._model.holder
         holder.step = inputs.step(tables)
         try:
-            return forward(self._model, inputs.ids, inputs.positions, inputs.sample_rows)
+            rows = inputs.sample_rows
+            return forward(self._model, inputs.ids, inputs.positions, rows, inputs.head_rows)
         finally:
             holder.step = None
 

@@ -4,10 +4,12 @@ A row's token is a function of its logits, its parameters, its tokens so far and
 which depends on (seed, position) alone. Nothing is shared between rows, so the result is the same
 in any batch, with or without speculation, and after a restart.
 
-The order: logit_bias added; stop ids suppressed while min_tokens is not reached; repetition penalty
-over prompt and output (transformers' rule); frequency and presence penalties over the output
-(OpenAI's rule); temperature; top_k, top_p, min_p; inverse CDF over what is left, in vocabulary
-order. The arithmetic is `quickchange_kernels.sample`; here parameters and tokens become its tables.
+The order: tokens that a constraint forbids masked; logit_bias added; stop ids suppressed while
+min_tokens is not reached; repetition penalty over prompt and output (transformers' rule); frequency
+and presence penalties over the output (OpenAI's rule); temperature; top_k, top_p, min_p, typical_p
+(transformers' order, and that of servers with fewer filters); inverse CDF over what is left, in
+vocabulary order. The arithmetic is `quickchange_kernels.sample`; here parameters and tokens become
+its tables.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +26,8 @@ from torch import Tensor
 
 from quickchange_kernels.philox import uniforms
 from quickchange_kernels.sample import EDITS, Draws, Edits, sample
+from quickchange_kernels.token_mask import token_mask_
+from quickchange_server.engine.constraints import TokenMasks
 from quickchange_server.messages import SamplingParams, TokenLogprobs
 
 Ints = npt.NDArray[np.int32]
@@ -56,6 +61,7 @@ class RowError:
 
     row: int  # index in the batch
     error: str
+    kind: Literal["internal", "request"] = "internal"  # whose fault it is
 
 
 @dataclass(frozen=True)
@@ -83,8 +89,11 @@ class Sampler:
         self._device = device
 
     @torch.inference_mode()
-    def draw(self, logits: Tensor, rows: Sequence[SampleRow]) -> Draw:
-        """A token for each of one row or more. logits [R, V], float32 (overwritten) or shorter.
+    def draw(
+        self, logits: Tensor, rows: Sequence[SampleRow], masks: TokenMasks | None = None
+    ) -> Draw:
+        """A token for each of one row or more. logits [R, V], overwritten. masks: of the rows that
+        are constrained.
 
         Raises ValueError when the logits' shape is not [len(rows), vocabulary size].
         """
@@ -96,6 +105,8 @@ class Sampler:
         if logits.stride(1) != 1:
             logits = logits.contiguous()
         logprobs = _Logprobs.of(logits, rows)  # the model's own: before anything is edited
+        if masks is not None:
+            token_mask_(logits, masks.rows.to(self._device), masks.bits.to(self._device))
         changes = _EditTable(self._vocabulary_size)
         for row in rows:
             changes.add_row(row)
@@ -103,7 +114,10 @@ class Sampler:
         table = torch.stack([tokens.double(), sound.double()], dim=1)
         if logprobs is not None:
             table = torch.cat([table, logprobs.columns(tokens)], dim=1)
-        return Draw(tokens, tuple(rows), table, changes.errors)
+        errors = changes.errors
+        if masks is not None:
+            errors |= {row: RowError(row, text, "request") for row, text in masks.errors.items()}
+        return Draw(tokens, tuple(rows), table, errors)
 
 
 def _draws(rows: Sequence[SampleRow], device: torch.device) -> Draws:
@@ -121,6 +135,8 @@ def _draws(rows: Sequence[SampleRow], device: torch.device) -> Draws:
         columns["top_p"] = _float64(p.top_p for p in params)
     if any(p.min_p for p in params):
         columns["min_p"] = _float64(p.min_p for p in params)
+    if any(p.typical_p < 1 for p in params):
+        columns["typical_p"] = _float64(p.typical_p for p in params)
     bits = torch.stack([column.view(torch.int64) for column in columns.values()]).to(device)
     return Draws(
         **{name: bits[i].view(column.dtype) for i, (name, column) in enumerate(columns.items())}
@@ -143,13 +159,22 @@ def _result(index: int, row: SampleRow, line: list[float]) -> Sampled | RowError
     wanted = row.params.logprobs
     if wanted is None:
         return Sampled(token)
-    chosen, pairs = line[2], line[3:]
-    half = len(pairs) // 2
+    return Sampled(token, TokenLogprobs(token, line[2], best_first(line[3:], wanted)))
+
+
+def best_first(columns: Sequence[float], wanted: int) -> tuple[tuple[int, float], ...]:
+    """(token, log-probability) of the `wanted` best, from columns of ids and columns of values."""
+    half = len(columns) // 2
     ranked = sorted(
-        ((int(i), value) for i, value in zip(pairs[:half], pairs[half:], strict=True)),
+        ((int(i), value) for i, value in zip(columns[:half], columns[half:], strict=True)),
         key=lambda pair: (-pair[1], pair[0]),
     )
-    return Sampled(token, TokenLogprobs(token, chosen, tuple(ranked[:wanted])))
+    return tuple(ranked[:wanted])
+
+
+def top_count(wanted: int, vocabulary: int) -> int:
+    """How many of the best to ask torch for, where `wanted` are."""
+    return min(-(-wanted // _TOP_LOGPROBS_STEP) * _TOP_LOGPROBS_STEP, vocabulary)
 
 
 class _EditTable:
@@ -228,9 +253,8 @@ class _Logprobs:
             return None
         where = torch.tensor([i for i, _ in asking], device=logits.device)
         most = max(n for _, n in asking)
-        stepped = -(-most // _TOP_LOGPROBS_STEP) * _TOP_LOGPROBS_STEP
         table = torch.log_softmax(logits[where].float(), dim=-1)
-        return cls(where, table, min(stepped, logits.shape[1]), len(rows))
+        return cls(where, table, top_count(most, logits.shape[1]), len(rows))
 
     def columns(self, tokens: Tensor) -> Tensor:
         """float64 [R, 1 + 2n]: the chosen token's log-probability, n best ids, n best values.

@@ -5,20 +5,31 @@ first of all (they are one each), the rest of the row budget goes to prefill chu
 admission. When KV blocks run out, the sequence admitted last gives its blocks back and is computed
 anew later (preemption by recompute; what the prefix cache still holds is found again). What is left
 of rows and free blocks may go to drafts of sequences that decode. Knows nothing of tensors or text.
+
+Background sequences run on what the others, the foreground, leave. They are admitted while no
+foreground sequence waits, give up their places and blocks before any of these does, and get what
+rows are left: all of them in a step of their own, an eighth of the budget at most beside others,
+which bounds how much longer they make a step that somebody waits for. They claim adapters while
+nobody in the foreground waits, and give them back when somebody does: at the end of a step that
+could not admit it. What they do to the foreground besides: they may evict adapters and cached
+prefixes that no request is using, and a load that has begun is not broken off.
 """
 
 from __future__ import annotations
 
-from bisect import insort
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from quickchange_server.engine.admission import FairQueue
+from quickchange_server.engine.admission import Lane
 from quickchange_server.engine.kv_cache import KVBlocks
 from quickchange_server.engine.sequence import Sequence
 from quickchange_server.messages import FinishReason
+
+_NO_ROWS = range(0)
+_MOST_SCORED = 256  # rows of a step whose logits are read for prompts: [256, V] is held at once
+_BESIDE = 8  # background rows beside others: one of so many that a step may have
 
 
 class Claims(Protocol):
@@ -43,7 +54,23 @@ class Scheduled:
     @property
     def samples(self) -> bool:
         """Whether the last of the sequence's tokens is among these rows: it yields a new one."""
-        return self.count == self.sequence.remaining
+        return self.count == self.sequence.remaining and self.sequence.generates
+
+    @property
+    def scored(self) -> range:
+        """Positions of the rows whose logits are read for the prompt's log-probabilities."""
+        reading = self.sequence.reading
+        if reading is None or reading.top is None:
+            return _NO_ROWS
+        return reading.rows(self.sequence.computed, self.count)
+
+    @property
+    def pooled(self) -> range:
+        """Positions of the rows whose hidden states are read for an embedding."""
+        reading = self.sequence.reading
+        if reading is None or reading.top is not None:
+            return _NO_ROWS
+        return reading.rows(self.sequence.computed, self.count)
 
     @property
     def rows(self) -> int:
@@ -92,10 +119,12 @@ class Scheduler:
         self.max_batch_tokens = max_batch_tokens
         self.max_sequences = max_sequences
         self.max_model_len = max_model_len
-        self.waiting = FairQueue()
-        self.preempted: list[Sequence] = []  # in order of arrival; before all waiting
+        self.foreground, self.background = Lane(), Lane()
         self.running: list[Sequence] = []  # in order of admission
         self._sequences: dict[str, Sequence] = {}
+        self._lent: dict[str, Sequence] = {}  # background sequences with a claim, by id
+        self.claims_changed = False  # by the last `schedule`
+        self._scorable = 0  # rows that the coming step may still read logits of, for prompts
         self.preemptions = 0
         self.prefix_hit_tokens = 0
         self.prefix_query_tokens = 0
@@ -104,10 +133,11 @@ class Scheduler:
         return len(self._sequences)
 
     def add(self, sequence: Sequence) -> None:
-        if digests := sequence.digests():
+        if not sequence.background and (digests := sequence.digests()):
+            self._take_back([s for s in self._lent.values() if s not in self.running])
             self._holder().claim(sequence.request_id, digests)
         self._sequences[sequence.request_id] = sequence
-        self.waiting.add(sequence)
+        self._lane(sequence).waiting.add(sequence)
 
     def cancel(self, request_id: str) -> None:
         """Drop a sequence wherever it is; an unknown id is one that has already ended."""
@@ -116,17 +146,15 @@ class Scheduler:
             return
         if sequence in self.running:
             self.running.remove(sequence)
-        elif sequence in self.preempted:
-            self.preempted.remove(sequence)
         else:
-            self.waiting.remove(sequence)
+            self._lane(sequence).remove(sequence)
         self._end(sequence)
 
     def failures(self) -> list[tuple[Sequence, str]]:
         """Remove and return the waiting whose adapters can't be loaded, each with the error."""
         failed = [
             (sequence, error)
-            for sequence in self.waiting
+            for sequence in (*self.foreground.waiting, *self._lent.values())
             if sequence.digests() and (error := self._holder().failed(sequence.request_id))
         ]
         for sequence, _ in failed:
@@ -135,36 +163,34 @@ class Scheduler:
 
     def schedule(self, now: float) -> list[Scheduled]:
         """The coming step. `now` in seconds, on the clock of the sequences' arrival."""
-        plan: list[Scheduled] = []
-        decoding = sum(sequence.remaining == 1 for sequence in self.running)
-        prefill_budget = self.max_batch_tokens - decoding
+        self.claims_changed = False
+        self._scorable = _MOST_SCORED
         preemptions = self.preemptions
-        for sequence in list(self.running):
-            if sequence not in self.running:
-                break  # preempted for one before it, as are all after it
-            decode = sequence.remaining == 1
-            count = 1 if decode else min(sequence.remaining, prefill_budget)
-            if count and self._grow(sequence, count):
-                plan.append(self._scheduled(sequence, count))
-                prefill_budget -= 0 if decode else count
-        if self.preemptions == preemptions:
-            plan += self._admit(prefill_budget, now)
+        running = [sequence for sequence in self.running if not sequence.background]
+        plan = self._go_on(running, self.max_batch_tokens)
+        if len(running) == self._running_foreground():
+            plan += self._admit(self.foreground, self.max_batch_tokens - _rows(plan), now)
+        if self._drafts is not None:
+            plan = self._with_drafts(plan, self._drafts)
+        if self.background or len(self.running) > self._running_foreground():
+            plan += self._behind(plan, now, admitting=self.preemptions == preemptions)
         # Rows under the same adapters side by side: one segment, whose weights are read once.
         plan.sort(key=lambda item: item.components)
-        return plan if self._drafts is None else self._with_drafts(plan, self._drafts)
+        return plan
 
     def advance(self, item: Scheduled, tokens: Seq[int]) -> tuple[int, FinishReason | None]:
         """Record that `item` was computed and which tokens it gave: none where it does not sample,
-        else one more than drafts that held.
+        else one more than drafts that held. What it reads of its prompt has been read.
 
         Returns how many of them count (the first that ends the sequence is the last of it), and
         whether the sequence ended.
         """
         sequence = item.sequence
         sequence.computed += item.count
-        taken, reason = 0, None
+        taken = 0
+        reason = None if sequence.generates else sequence.finish_reason(self.max_model_len)
         for token in tokens:
-            sequence.tokens.append(token)
+            sequence.take(token)
             taken += 1
             reason = sequence.finish_reason(self.max_model_len)
             if reason is not None:
@@ -182,7 +208,8 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Raises AssertionError if a sequence or a block is lost, shared or counted twice."""
         self.blocks.check_integrity()
-        everywhere = [*self.running, *self.preempted, *self.waiting]
+        apart = [*self.foreground, *self.background]
+        everywhere = [*self.running, *apart]
         assert {s.request_id for s in everywhere} == set(self._sequences), "a sequence is lost"
         assert len(everywhere) == len(self._sequences), "a sequence in two places"
         assert len(self.running) <= self.max_sequences, "too many running"
@@ -192,12 +219,69 @@ class Scheduler:
             room = len(sequence.blocks) * self.blocks.block_size
             assert sequence.computed <= room, "more tokens computed than blocks hold"
             assert sequence.remaining >= 1, "nothing left to compute in a running sequence"
-        for sequence in [*self.preempted, *self.waiting]:
+        for sequence in apart:
             assert not sequence.blocks, "a sequence that isn't running holds blocks"
             assert not sequence.computed, "a sequence that isn't running counts as computed"
+        assert all(s.background for s in self._lent.values()), "lent to the foreground"
+        assert set(self._lent) <= set(self._sequences), "lent to one that has ended"
+
+    def _lane(self, sequence: Sequence) -> Lane:
+        return self.background if sequence.background else self.foreground
+
+    def _running_foreground(self) -> int:
+        return sum([not sequence.background for sequence in self.running])
+
+    def _go_on(self, sequences: Seq[Sequence], budget: int) -> list[Scheduled]:
+        """The next rows, at most `budget`, of sequences that run: decode rows first of all."""
+        plan: list[Scheduled] = []
+        decode_budget = budget
+        prefill_budget = budget - sum([sequence.remaining == 1 for sequence in sequences])
+        for sequence in sequences:
+            if sequence not in self.running:
+                break  # preempted for one before it, as are all after it
+            decode = sequence.remaining == 1
+            count = self._count(sequence, decode_budget if decode else prefill_budget)
+            if count > 0 and self._grow(sequence, count):
+                plan.append(self._scheduled(sequence, count))
+                if decode:
+                    decode_budget -= 1
+                else:
+                    prefill_budget -= count
+        return plan
+
+    def _behind(self, plan: Seq[Scheduled], now: float, *, admitting: bool) -> list[Scheduled]:
+        """The background's rows beside the foreground's `plan`. admitting: any new ones."""
+        if self.foreground:
+            self._take_back(list(self._lent.values()))
+        room = self.max_batch_tokens - _rows(plan)
+        if plan or self.foreground:
+            room = min(room, max(self.max_batch_tokens // _BESIDE, 1))
+        running = [sequence for sequence in self.running if sequence.background]
+        behind = self._go_on(running, room)
+        if admitting and not self.foreground and all(s in self.running for s in running):
+            self._lend()
+            behind += self._admit(self.background, room - _rows(behind), now)
+        return behind
+
+    def _lend(self) -> None:
+        """Let those of the background who are next claim their adapters."""
+        for sequence in self.background.candidates()[: self.max_sequences]:
+            if sequence.request_id not in self._lent and (digests := sequence.digests()):
+                self._holder().claim(sequence.request_id, digests)
+                self._lent[sequence.request_id] = sequence
+                self.claims_changed = True
+
+    def _take_back(self, sequences: Seq[Sequence]) -> None:
+        """Release the adapters lent to these, which can't run on without."""
+        for sequence in sequences:
+            if sequence in self.running:
+                self._preempt(sequence)
+            self._holder().release(sequence.request_id)
+            del self._lent[sequence.request_id]
+            self.claims_changed = True
 
     def _with_drafts(self, plan: list[Scheduled], drafts: Drafts) -> list[Scheduled]:
-        room = self.max_batch_tokens - sum([item.count for item in plan])
+        room = self.max_batch_tokens - _rows(plan)
         bought = drafts.buy(plan, room)
         return [
             replace(item, drafts=tokens[: self._room_for_drafts(item, len(tokens))])
@@ -216,25 +300,45 @@ class Scheduler:
             sequence.blocks += self.blocks.allocate(free) or ()
         return min(count, len(sequence.blocks) * block_size - end)
 
-    def _admit(self, budget: int, now: float) -> list[Scheduled]:
+    def _admit(self, lane: Lane, budget: int, now: float) -> list[Scheduled]:
         admitted = []
-        while budget > 0 and len(self.running) < self.max_sequences:
-            sequence = self.preempted[0] if self.preempted else self.waiting.next(self._is_ready)
+        while budget > 0 and self._has_place(lane):
+            sequence = lane.next(self._is_ready)
             if sequence is None or not self._place(sequence):
                 break
-            if self.preempted:
-                self.preempted.pop(0)
-            else:
-                self.waiting.take(sequence)
+            if len(self.running) == self.max_sequences:
+                self._preempt(self._last())
+            lane.take(sequence)
             self.running.append(sequence)
             if sequence.first_scheduled is None:
                 sequence.first_scheduled = now
-            count = min(sequence.remaining, budget)
+            count = self._count(sequence, budget)
             if not self._grow(sequence, count):
                 raise RuntimeError("_place left too few blocks for the sequence it placed")
-            admitted.append(self._scheduled(sequence, count))
+            if count:
+                admitted.append(self._scheduled(sequence, count))
             budget -= count
         return admitted
+
+    def _count(self, sequence: Sequence, budget: int) -> int:
+        """How many of a sequence's rows come next, within `budget`."""
+        count = min(sequence.remaining, budget)
+        reading = sequence.reading
+        if reading is None or reading.top is None or reading.complete:
+            return count
+        count = min(count, self._scorable)
+        self._scorable -= count
+        return count
+
+    def _has_place(self, lane: Lane) -> bool:
+        """Whether one more may run, in place of one in the background where need be."""
+        others = len(self.running) if lane is self.background else self._running_foreground()
+        return others < self.max_sequences
+
+    def _last(self) -> Sequence:
+        """The running sequence that gives way first."""
+        behind = (sequence for sequence in reversed(self.running) if sequence.background)
+        return next(behind, self.running[-1])
 
     def _holder(self) -> Claims:
         if self._claims is None:
@@ -242,18 +346,25 @@ class Scheduler:
         return self._claims
 
     def _is_ready(self, sequence: Sequence) -> bool:
-        return not sequence.digests() or self._holder().ready(sequence.request_id) is not None
+        if not sequence.digests():
+            return True
+        if sequence.background and sequence.request_id not in self._lent:
+            return False
+        return self._holder().ready(sequence.request_id) is not None
 
     def _place(self, sequence: Sequence) -> bool:
-        """Take the prefix that is cached, if what is left of the sequence has room."""
+        """Take the prefix that is cached, if what is left of the sequence has room; the background
+        makes room for the foreground."""
         block_size = self.blocks.block_size
-        # At least one token is computed: its hidden state gives the next one.
-        full = (len(sequence.tokens) - 1) // block_size
+        full = sequence.reusable // block_size
         found = self.blocks.match(sequence.keys_of_full_blocks(full, block_size))
-        needed = -(-(len(sequence.tokens) + 1) // block_size) - len(found)
-        if needed > self.blocks.available:
-            self.blocks.release(found)
-            return False
+        most = len(sequence.tokens) + sequence.generates
+        needed = -(-most // block_size) - len(found)
+        while needed > self.blocks.available:
+            if sequence.background or len(self.running) == self._running_foreground():
+                self.blocks.release(found)
+                return False
+            self._preempt(self._last())
         sequence.blocks = found
         sequence.computed = len(found) * block_size
         sequence.committed = len(found)
@@ -264,8 +375,8 @@ class Scheduler:
         return True
 
     def _grow(self, sequence: Sequence, count: int) -> bool:
-        """Blocks for `count` more tokens, taken from the last admitted where none are left.
-        False if it was this sequence itself that had to give way."""
+        """Blocks for `count` more tokens, taken from the last admitted where none are left, the
+        background's first. False if it was this sequence itself that had to give way."""
         have = len(sequence.blocks)
         needed = -(-(sequence.computed + count) // self.blocks.block_size) - have
         while needed > 0:
@@ -273,7 +384,7 @@ class Scheduler:
             if blocks is not None:
                 sequence.blocks += blocks
                 break
-            victim = self.running[-1]
+            victim = self._last()
             self._preempt(victim)
             if victim is sequence:
                 return False
@@ -282,12 +393,13 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self._free_blocks(sequence)
-        insort(self.preempted, sequence, key=lambda s: s.arrival)
+        self._lane(sequence).put_back(sequence)
         self.preemptions += 1
 
     def _end(self, sequence: Sequence) -> None:
         self._free_blocks(sequence)
-        if sequence.digests():
+        claimed = not sequence.background or self._lent.pop(sequence.request_id, None) is not None
+        if claimed and sequence.digests():
             self._holder().release(sequence.request_id)
         del self._sequences[sequence.request_id]
 
@@ -314,3 +426,7 @@ class Scheduler:
         components = tuple((slots[c.digest], c.weight) for c in sequence.adapters)
         heads = None if sequence.heads is None else slots[sequence.heads]
         return Scheduled(sequence, count, components, heads)
+
+
+def _rows(plan: Seq[Scheduled]) -> int:
+    return sum([item.rows for item in plan])

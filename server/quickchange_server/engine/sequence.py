@@ -6,16 +6,24 @@ import hashlib
 import struct
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from quickchange_server.engine.kv_cache import block_key
 from quickchange_server.engine.lookup import PromptLookup
+from quickchange_server.engine.reading import Reading
 from quickchange_server.engine.word_lookup import WordLookup
 from quickchange_server.messages import Component, Drafting, FinishReason, SamplingParams, Submit
 
 
-def composition_key(adapters: Seq[Component]) -> bytes:
-    """Content key of Σ weightᵢ · adapterᵢ: equal for equal compositions, whatever their names."""
-    digest = hashlib.blake2b(digest_size=16)
+def composition_key(adapters: Seq[Component], salt: str = "") -> bytes:
+    """Content key of Σ weightᵢ · adapterᵢ: equal for equal compositions, whatever their names.
+
+    Under different salts equal compositions have different keys. So cached blocks are not shared
+    between salts, admission is fair over them, and what is learned of drafts is not told by one to
+    another: whoever has a salt of its own can't be slowed, sped up or watched through these.
+    """
+    secret = hashlib.blake2b(salt.encode(), digest_size=32).digest() if salt else b""
+    digest = hashlib.blake2b(digest_size=16, key=secret)
     for component in sorted(adapters, key=lambda c: (c.digest, c.weight)):
         digest.update(component.digest.encode() + struct.pack("<d", component.weight))
     return digest.digest()
@@ -35,6 +43,30 @@ class HeadDrafts:
     matches: tuple[int, ...]
 
 
+class Matcher(Protocol):
+    """How far a constrained text has come in its grammar."""
+
+    @property
+    def error(self) -> str | None:
+        """Why it can't go on: a limit of the library, met on the way."""
+        ...
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing but the end may follow."""
+        ...
+
+    def copy(self) -> Matcher: ...
+
+    def advance(self, token: int) -> None:
+        """Go on by a token that was allowed."""
+        ...
+
+    def allowed(self, tokens: Seq[int]) -> int:
+        """Of the tokens, one after the other, those that may follow; the end is the last."""
+        ...
+
+
 @dataclass(eq=False)
 class Sequence:
     """A request in the engine. `tokens` is prompt and output; everything else follows from it."""
@@ -44,12 +76,16 @@ class Sequence:
     prompt_length: int
     sampling: SamplingParams
     adapters: tuple[Component, ...]
-    key: bytes  # of its composition
+    key: bytes  # of its composition and salt
     arrival: float  # seconds, monotonic
     drafting: Drafting | None = None
+    background: bool = False  # runs on what the others leave
+    reading: Reading | None = None  # what is read of its prompt's rows
+    generates: bool = True  # False: it ends when its prompt is computed
     head_drafts: HeadDrafts | None = None  # those made last
     lookup: PromptLookup | None = None  # over `tokens`, where drafting asks for it
     words: WordLookup | None = None  # the same by text, where the engine has a tokenizer
+    matcher: Matcher | None = None  # where its text is constrained
     unbought: int = 0  # chains offered in a row of which nothing was verified
     blocks: list[int] = field(default_factory=list)
     block_keys: list[bytes] = field(default_factory=list)  # of its full blocks, as far as needed
@@ -61,16 +97,29 @@ class Sequence:
 
     @classmethod
     def from_submit(cls, submit: Submit, now: float) -> Sequence:
+        reading = Reading.of(submit)
+        embeds = submit.pooling is not None
+        # A request for its prompt's log-probabilities alone has no new token.
+        generates = not embeds and (reading is None or submit.sampling.max_tokens > 0)
+        # Drafts buy speed with rows: nobody waits for a background request, who could use them.
+        drafts = generates and not submit.background
         return cls(
             request_id=submit.request_id,
             tokens=[*submit.prompt, *submit.output],
             prompt_length=len(submit.prompt),
             sampling=submit.sampling,
             adapters=submit.adapters,
-            key=composition_key(submit.adapters),
+            key=composition_key(submit.adapters, submit.salt),
             arrival=now,
-            drafting=submit.drafting,
+            drafting=submit.drafting if drafts else None,
+            background=submit.background,
+            reading=reading,
+            generates=generates,
         )
+
+    @property
+    def output(self) -> list[int]:
+        return self.tokens[self.prompt_length :]
 
     @property
     def output_length(self) -> int:
@@ -80,6 +129,14 @@ class Sequence:
     def remaining(self) -> int:
         """Tokens still to be computed before the next one can be sampled."""
         return len(self.tokens) - self.computed
+
+    @property
+    def reusable(self) -> int:
+        """Leading tokens whose rows need not be computed if their keys and values are known."""
+        known = len(self.tokens) - 1  # the last one's hidden state gives the next token
+        if self.reading is None or self.reading.complete:
+            return known
+        return min(known, self.reading.done)
 
     @property
     def queue_seconds(self) -> float | None:
@@ -105,10 +162,22 @@ class Sequence:
             self.block_keys.append(block_key(parent, tokens))
         return self.block_keys[:count]
 
+    def take(self, token: int) -> None:
+        """The next token of the output."""
+        self.tokens.append(token)
+        if self.matcher is not None and token not in self.sampling.stop_token_ids:
+            self.matcher.advance(token)
+
     def finish_reason(self, max_model_len: int) -> FinishReason | None:
-        """Whether the last token ended the sequence."""
+        """Whether it has ended: by its last token, or without any where none is to come."""
+        if not self.generates:
+            if self.remaining:
+                return None
+            return "stop" if self.reading is not None and self.reading.top is None else "length"
         if self.output_length and self.tokens[-1] in self.sampling.stop_token_ids:
             return "stop"
+        if self.matcher is not None and self.matcher.complete:
+            return "stop"  # before min_tokens, too: nothing else may follow
         if self.output_length >= self.sampling.max_tokens or len(self.tokens) >= max_model_len:
             return "length"
         return None

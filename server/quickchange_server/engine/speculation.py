@@ -97,7 +97,10 @@ class Speculation:
         self._awake = wanted and self._guard.awake(decoding)
         if not self._awake:
             return [()] * len(plan)
-        chains = [self._chain(item)[: _TRIED if self._is_trial(item) else None] for item in plan]
+        chains = [
+            _lawful(item, self._chain(item)[: _TRIED if self._is_trial(item) else None])
+            for item in plan
+        ]
         if not any(chains):
             return [()] * len(plan)
         load = Load(decoding, sum([item.count for item in plan]) - decoding, room)
@@ -332,6 +335,14 @@ class _Reach:
         """The depth to which drafting may pay: one more than was bought lately."""
         lengths = None if drafter is None else self._lengths.get(drafter)
         return DEEPEST if lengths is None or len(lengths) < _REMEMBERED else max(lengths) + 1
+
+
+def _lawful(item: Scheduled, chain: list[_Draft]) -> list[_Draft]:
+    """The chain down to the first draft that the item's constraint forbids."""
+    matcher = item.sequence.matcher
+    if matcher is None or not chain:
+        return chain
+    return chain[: matcher.allowed([draft.token for draft in chain])]
 
 
 def _expected(chain: Seq[_Draft]) -> float:

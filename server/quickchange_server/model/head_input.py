@@ -17,6 +17,7 @@ class HeadInput:
     def __init__(self, head: nn.Module) -> None:
         """Watches `head` from now on."""
         self._seen: torch.Tensor | None = None  # [..., H]
+        self.rows: int | None = None  # of the coming pass: the head sees so many; None: all
         head.register_forward_pre_hook(self._keep)
 
     def take(self) -> torch.Tensor:
@@ -29,5 +30,8 @@ class HeadInput:
             raise RuntimeError("the model made logits without calling its LM head")
         return seen.reshape(-1, seen.shape[-1])
 
-    def _keep(self, _head: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+    def _keep(
+        self, _head: nn.Module, args: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, ...] | None:
         self._seen = args[0]
+        return None if self.rows is None else (args[0][..., : self.rows, :], *args[1:])

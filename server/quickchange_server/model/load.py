@@ -48,9 +48,9 @@ class LoadedModel:
 
 
 class Output(NamedTuple):
-    """What a forward pass gives for the rows that sample."""
+    """What a forward pass gives for the rows that were asked for."""
 
-    logits: torch.Tensor  # [R, V]
+    logits: torch.Tensor  # [R, V], or of the first of them
     hidden: torch.Tensor  # [R, H] what entered the LM head
 
 
@@ -123,10 +123,18 @@ def forward(
     ids: torch.Tensor,
     positions: torch.Tensor,
     sample_rows: torch.Tensor | None = None,
+    head_rows: int | None = None,
 ) -> Output:
-    """Logits and hidden states of `sample_rows` [R] (default: the last) of the rows `ids` [T]."""
-    logits = _logits(model.module, ids, positions, sample_rows)
-    return Output(logits, model.head_input.take())
+    """Logits and hidden states of `sample_rows` [R] (default: the last) of the rows `ids` [T].
+
+    head_rows: the LM head sees only so many of them, the first; None: all.
+    """
+    model.head_input.rows = head_rows
+    try:
+        logits = _logits(model.module, ids, positions, sample_rows)
+        return Output(logits, model.head_input.take())
+    finally:
+        model.head_input.rows = None
 
 
 @torch.inference_mode()

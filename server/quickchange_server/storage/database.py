@@ -28,6 +28,11 @@ from quickchange_server.storage.writer import Writer, absent
 T = TypeVar("T")
 
 
+def check(url: str) -> None:
+    """Raises what `Database.open` would; brings the tables to this version's as it does."""
+    _migrated(url).dispose()
+
+
 class Database:
     """One database with its threads. Its methods are called on an event loop."""
 
@@ -43,16 +48,7 @@ class Database:
         Raises SettingError ("database") where the URL is wrong, its driver is missing, it can't
         be reached or written, or its tables are newer than this version.
         """
-        engine = make_engine(url)
-        try:
-            upgrade(writing(engine))
-        except DBAPIError as error:
-            engine.dispose()
-            raise unusable(engine, error) from error
-        except BaseException:
-            engine.dispose()
-            raise
-        return cls(engine, metrics or StorageMetrics())
+        return cls(_migrated(url), metrics or StorageMetrics())
 
     async def read(self, query: Callable[[Connection], T]) -> T:
         """Run `query` on a reader's connection: one transaction, which is rolled back.
@@ -96,8 +92,21 @@ class Database:
         except DBAPIError as error:
             if not passes(error):
                 raise
-            raise absent(str(error)) from error
+            raise absent("it does not answer") from error
 
     def _read_once(self, query: Callable[[Connection], T]) -> T:
         with self._engine.connect() as connection:
             return query(connection)
+
+
+def _migrated(url: str) -> Engine:
+    engine = make_engine(url)
+    try:
+        upgrade(writing(engine))
+    except DBAPIError as error:
+        engine.dispose()
+        raise unusable(engine, error) from error
+    except BaseException:
+        engine.dispose()
+        raise
+    return engine

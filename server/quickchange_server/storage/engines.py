@@ -8,6 +8,8 @@ vanished is noticed within seconds.
 from __future__ import annotations
 
 import os
+import sqlite3
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,8 @@ _POSTGRES = {
     "keepalives_count": 3,
     "tcp_user_timeout": 15_000,
 }
+# A connection for each thread; no values in errors, which are logged.
+_COMMON: dict[str, Any] = {"pool_size": READERS + 1, "max_overflow": 0, "hide_parameters": True}
 _KINDS = "sqlite:///FILE or postgresql+psycopg://USER:PASSWORD@HOST/DATABASE"
 
 
@@ -61,11 +65,10 @@ def unusable(engine: Engine, error: DBAPIError) -> SettingError:
 def _parsed(url: str) -> URL:
     try:
         parsed = make_url(url)
-    except ArgumentError as error:
-        # SQLAlchemy's message repeats the URL, password and all.
+    except (ArgumentError, ValueError):  # the latter of a port that is no number
         raise SettingError(
             f"database: not a database's URL; it looks like {_KINDS}", param="database"
-        ) from error
+        ) from None  # SQLAlchemy's message repeats the URL, password and all
     if parsed.drivername in ("postgres", "postgresql"):
         parsed = parsed.set(drivername="postgresql+psycopg")
     if parsed.drivername not in ("sqlite", "sqlite+pysqlite", "postgresql+psycopg"):
@@ -86,8 +89,7 @@ def _sqlite(url: URL) -> Engine:
     engine = create_engine(
         url,
         connect_args={"timeout": BUSY_SECONDS, "check_same_thread": False},
-        pool_size=READERS + 1,
-        max_overflow=0,
+        **_COMMON,
     )
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
@@ -106,10 +108,26 @@ def _make_private(path: Path) -> None:
         ) from error
 
 
-def _prepare_sqlite(connection: Any, _record: object) -> None:
+def _prepare_sqlite(connection: sqlite3.Connection, _record: object) -> None:
     connection.isolation_level = None  # the driver's own transactions break SAVEPOINT
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+    for pragma in ("synchronous=FULL", "foreign_keys=ON"):
         connection.execute(f"PRAGMA {pragma}").close()
+    _use_log(connection)
+
+
+def _use_log(connection: sqlite3.Connection) -> None:
+    """Switch to the write-ahead log. For this alone SQLite does not wait, but fails where another
+    process uses the file: with replicas that start together, one in a hundred."""
+    end = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode=WAL").close()
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > end:
+                raise
+            time.sleep(0.01)
+        else:
+            return
 
 
 def _begin_sqlite(connection: Connection) -> None:
@@ -119,9 +137,7 @@ def _begin_sqlite(connection: Connection) -> None:
 def _postgres(url: URL) -> Engine:
     given = {name: value for name, value in _POSTGRES.items() if name not in url.query}
     try:
-        engine = create_engine(
-            url, connect_args=given, pool_size=READERS + 1, max_overflow=0, pool_recycle=1800
-        )
+        engine = create_engine(url, connect_args=given, pool_recycle=1800, **_COMMON)
     except ImportError as error:
         raise SettingError(
             "database: PostgreSQL needs its driver: pip install 'quickchange[postgres]'",

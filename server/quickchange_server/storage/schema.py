@@ -10,6 +10,7 @@ from sqlalchemy import Connection, Engine, text
 
 from quickchange_server.errors import SettingError
 
+OLDEST_POSTGRES = (13,)  # pg_xact_status
 _LOCK = 0x717569636B  # any number that no other user of the database locks: "quick"
 
 
@@ -24,10 +25,21 @@ def upgrade(engine: Engine) -> None:
     scripts = ScriptDirectory.from_config(config)
     with engine.begin() as connection:
         if connection.dialect.name == "postgresql":
+            _refuse_older_server(connection)
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
         _refuse_newer(connection, scripts)
         config.attributes["connection"] = connection
         command.upgrade(config, "heads")
+
+
+def _refuse_older_server(connection: Connection) -> None:
+    version = connection.dialect.server_version_info or ()
+    if version < OLDEST_POSTGRES:
+        shown = ".".join(str(part) for part in version)
+        raise SettingError(
+            f"database: PostgreSQL {shown} is too old; use {OLDEST_POSTGRES[0]} or newer",
+            param="database",
+        )
 
 
 def _refuse_newer(connection: Connection, scripts: ScriptDirectory) -> None:

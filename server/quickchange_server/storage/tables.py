@@ -8,6 +8,9 @@ names from the convention below: a migration can name what it drops.
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
+
 from sqlalchemy import BigInteger, Column, MetaData, String, Table
 
 METADATA = MetaData(
@@ -27,3 +30,12 @@ REVISIONS = Table(
     Column("topic", String(64), primary_key=True),
     Column("number", BigInteger, nullable=False),
 )
+
+
+def all_tables() -> MetaData:
+    """METADATA with every domain's tables on it, whoever has imported them."""
+    package = __name__.rpartition(".")[0]
+    for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
+        if module.name.startswith("tables_"):
+            importlib.import_module(f"{package}.{module.name}")
+    return METADATA

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Engine, text
+from sqlalchemy import Connection, Engine, select, text
 from sqlalchemy.exc import DBAPIError
 
 from quickchange_server.storage.outages import StillRunningError, passes
@@ -66,7 +66,12 @@ class Transactions:
             # transaction: a commit would roll back without a word.
             number = _transaction_id(connection)
             self._sent = None if number is None else _Sent(number, outcomes)
-            transaction.commit()
+            try:
+                transaction.commit()
+            except BaseException as error:
+                if not passes(error):  # the server's answer: it was not made
+                    self._sent = None
+                raise
             self._sent = None
         return outcomes
 
@@ -93,7 +98,11 @@ def _make(connection: Connection, change: Change) -> Outcome:
 def _make_apart(connection: Connection, change: Change) -> Outcome:
     try:
         with connection.begin_nested():
-            return Outcome(change(connection))
+            outcome = Outcome(change(connection))
+            # Fails where the change has hidden an error that ended the transaction: here going
+            # back to the savepoint mends it, while after a failed RELEASE nothing would.
+            connection.execute(select(1))
+            return outcome
     except Exception as error:
         if passes(error):
             raise

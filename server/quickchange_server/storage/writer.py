@@ -122,7 +122,7 @@ class Writer:
                 if pause == _FIRST_PAUSE:
                     logger.warning("the database is away, changes wait for it: %s", error)
                 if self._too_late():
-                    return self._given_up(error, len(changes))
+                    return self._given_up(len(changes))
             else:
                 self._metrics.commit_seconds.observe(time.monotonic() - began)
                 if pause != _FIRST_PAUSE:
@@ -140,18 +140,20 @@ class Writer:
             return True
         return self._closed_at is not None and now > self._closed_at + CLOSE_SECONDS
 
-    def _given_up(self, error: Exception, count: int) -> list[Outcome]:
+    def _given_up(self, count: int) -> list[Outcome]:
         if self._group[0].gives_up is None:
+            logger.error("%d records are lost: the database stays away", count)
             self._metrics.lost.inc(count)
-        return [Outcome(error=absent(str(error)))] * count
+        return [Outcome(error=absent("it does not answer"))] * count
 
     def _expire(self) -> None:
         """Fail those behind the group that have waited long enough for the database."""
         now = time.monotonic()
         with self._changed:
             late = [job for job in self._waiting if job.gives_up is not None and now > job.gives_up]
-            for job in late:
-                self._waiting.remove(job)
+            if late:
+                gone = set(late)
+                self._waiting = deque(job for job in self._waiting if job not in gone)
         _tell((job, Outcome(error=absent("it does not answer"))) for job in late)
 
 

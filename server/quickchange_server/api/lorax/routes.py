@@ -1,0 +1,272 @@
+"""LoRAX's routes: /generate, /generate_stream, /, and /info."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from fastapi import APIRouter, Request, Response
+from fastapi.routing import APIRoute
+
+from quickchange_server.api import ordering
+from quickchange_server.api.callers import Calling
+from quickchange_server.api.lorax import translation
+from quickchange_server.api.lorax.failures import failure
+from quickchange_server.api.lorax.merging import merged
+from quickchange_server.api.lorax.schemas import (
+    MAX_STOP_SEQUENCES,
+    CompatGenerateRequest,
+    GenerateRequest,
+)
+from quickchange_server.api.lorax.shapes import (
+    Candidate,
+    Clock,
+    Shapes,
+    accounting,
+    identity,
+)
+from quickchange_server.api.schemas import MAX_CHOICES
+from quickchange_server.api.shapes import Json
+from quickchange_server.api.sse import event, event_stream, unless_gone
+from quickchange_server.books import Running
+from quickchange_server.callers import Caller
+from quickchange_server.choices import choice_seed
+from quickchange_server.errors import (
+    EngineFailedError,
+    InvalidRequestError,
+    UnknownModelError,
+    UnsupportedParameterError,
+)
+from quickchange_server.services import VERSION, Injected, Services
+from quickchange_server.transcript import LoggedToken
+
+router = APIRouter(tags=["LoRAX"])
+
+
+@dataclass(frozen=True)
+class Work:
+    """A request under way."""
+
+    request: GenerateRequest
+    prompt: Sequence[int]
+    running: Running
+    seeds: Sequence[int | None]  # of each candidate
+    shapes: Shapes
+    clock: Clock
+    identity: dict[str, str] = field(default_factory=dict)  # headers
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Those known before the first token."""
+        return self.identity | ordering.headers(self.running.account.opened.assignment)
+
+
+@router.post("/generate")
+async def generate(
+    request: Request, body: GenerateRequest, services: Injected, caller: Calling
+) -> Response:
+    """Generate text."""
+    work = await _begin(services, caller, body, request)
+    return await _whole_response(request, work, listed=False)
+
+
+@router.post("/generate_stream")
+async def generate_stream(
+    request: Request, body: GenerateRequest, services: Injected, caller: Calling
+) -> Response:
+    """Generate text, a server-sent event for each token."""
+    _check_stream(body)
+    work = await _begin(services, caller, body, request, streamed=True)
+    return await _stream_response(request, work)
+
+
+@router.post("/")
+@router.post("/invocations")
+async def compat_generate(
+    request: Request, body: CompatGenerateRequest, services: Injected, caller: Calling
+) -> Response:
+    """Either of the two, by `stream`; the whole answer is a list of one."""
+    if body.stream:
+        return await generate_stream(request, body, services, caller)
+    work = await _begin(services, caller, body, request)
+    return await _whole_response(request, work, listed=True)
+
+
+@router.get("/info")
+async def info(services: Injected) -> Json:
+    """What the server is and what it takes, in LoRAX's terms."""
+    settings, engine = services.settings, services.engine
+    return {
+        "model_id": services.catalog.base_name,
+        "model_sha": None,
+        "model_dtype": f"torch.{settings.dtype}",
+        "model_device_type": settings.device,
+        "model_pipeline_tag": "text-generation",
+        "max_concurrent_requests": settings.max_queue,
+        "max_best_of": min(MAX_CHOICES, settings.max_queue),
+        "max_stop_sequences": MAX_STOP_SEQUENCES,
+        "max_input_length": engine.max_model_len - 1,
+        "max_total_tokens": engine.max_model_len,
+        "waiting_served_ratio": 0.0,  # a request joins at the next step, whatever runs
+        "max_batch_total_tokens": engine.kv_blocks * engine.block_size,
+        "max_waiting_tokens": 0,  # the same
+        "validation_workers": 1,
+        "eager_prefill": True,
+        "version": VERSION,
+        "sha": None,
+        "docker_label": None,
+        "request_logger_url": None,
+    }
+
+
+@router.post("/embed")
+async def embed() -> Response:
+    """Refused: LoRAX answers it for embedding models alone, too."""
+    raise UnsupportedParameterError("/embed: this server generates text; use POST /v1/embeddings")
+
+
+@router.post("/classify")
+@router.post("/classify_batch")
+async def classify() -> Response:
+    """Refused: LoRAX answers it for classification models alone, too."""
+    raise UnsupportedParameterError(
+        "/classify: this server generates text; ask for the class in the prompt of /generate"
+    )
+
+
+PATHS = frozenset(route.path for route in router.routes if isinstance(route, APIRoute))
+
+
+# --- the work -----------------------------------------------------------------------------------
+
+
+async def _begin(
+    services: Services,
+    caller: Caller,
+    body: GenerateRequest,
+    request: Request,
+    *,
+    streamed: bool = False,
+) -> Work:
+    """Translate, select and admit."""
+    clock = Clock()
+    given = body.parameters
+    tokens = streamed or given.details or given.decoder_input_details or given.candidates > 1
+    wanted = translation.completion(services, body, tokens=tokens)
+    try:
+        order = ordering.select(services, caller, wanted, request.headers)
+    except UnknownModelError as error:
+        raise UnknownModelError(error.message + _remedy(body), param=error.param) from error
+    order = await merged(services, order, given.merged_adapters)
+    prompt = await translation.prompt(services, body)
+    running = await ordering.admit(
+        services,
+        order,
+        [prompt],
+        request_id=f"gen-{uuid.uuid4().hex}",
+        prompt_param="inputs",
+        default_tokens=None,
+    )
+    clock.admit()
+    first = (order.body.seed or 0) % 2**64
+    drawn = order.body.temperature > 0
+    seeds = [choice_seed(first, i) if drawn else None for i in range(order.body.n)]
+    shapes = Shapes(services.text, given, body.inputs)
+    known = identity(services, given, body.inputs, len(prompt))
+    return Work(body, prompt, running, seeds, shapes, clock, known)
+
+
+def _remedy(body: GenerateRequest) -> str:
+    """What helps where an adapter is not there."""
+    source = body.parameters.adapter_source or "hub"
+    return (
+        f". Adapters are served from this server's store, and nothing is fetched from {source!r} "
+        "when a request comes: add it once (POST /v1/adapters, or `quickchange adapters add`)"
+    )
+
+
+def _check_stream(body: GenerateRequest) -> None:
+    if body.parameters.candidates > 1:
+        raise InvalidRequestError(
+            "`best_of` != 1 is not supported when streaming tokens", param="best_of"
+        )
+    if body.parameters.decoder_input_details:
+        raise InvalidRequestError(
+            "`decoder_input_details` == true is not supported when streaming tokens",
+            param="decoder_input_details",
+        )
+
+
+async def _whole_response(request: Request, work: Work, *, listed: bool) -> Response:
+    try:
+        answer, headers = await unless_gone(request, _whole(work))
+    except BaseException:
+        await work.running.close()
+        raise
+    content = json.dumps([answer] if listed else answer, ensure_ascii=False)
+    return Response(content, media_type="application/json", headers=headers)
+
+
+async def _whole(work: Work) -> tuple[Json, dict[str, str]]:
+    """The answer in one piece, and its headers."""
+    candidates = [Candidate(seed) for seed in work.seeds]
+    async with aclosing(work.running.pieces()) as pieces:
+        async for index, piece in pieces:
+            work.clock.token()
+            candidates[index].add(piece)
+    await work.running.account.settled()
+    best = max(range(len(candidates)), key=lambda index: candidates[index].mean_logprob)
+    answer: Json = {"generated_text": work.shapes.generated_text(candidates[best])}
+    given = work.request.parameters
+    if given.details or given.decoder_input_details:
+        answer["details"] = _details(work, candidates, best)
+    told = accounting(work.clock, work.running.choices[best], len(work.prompt))
+    return answer, work.headers | told
+
+
+def _details(work: Work, candidates: Sequence[Candidate], best: int) -> Json:
+    choices, shapes, parts = work.running.choices, work.shapes, []
+    prefill = shapes.prefill(work.prompt, choices[0].prompt_logprobs)  # the same for all
+    for index, candidate in enumerate(candidates):
+        tokens = [shapes.token(token) for token in candidate.tokens]
+        ending = shapes.ending(candidate, choices[index])
+        parts.append({**ending, "prefill": prefill, "tokens": tokens})
+    details = {**parts.pop(best), "prompt_tokens": len(work.prompt)}
+    if parts:
+        others = [*candidates[:best], *candidates[best + 1 :]]
+        details["best_of_sequences"] = [
+            {"generated_text": work.shapes.generated_text(other), **part}
+            for other, part in zip(others, parts, strict=True)
+        ]
+    return details
+
+
+async def _stream_response(request: Request, work: Work) -> Response:
+    try:
+        return await event_stream(request, _events(work), work.headers, failure)
+    except BaseException:
+        await work.running.close()
+        raise
+
+
+async def _events(work: Work) -> AsyncGenerator[bytes, None]:
+    """An event a token; the last has the text and, where asked for, the details."""
+    shapes, candidate = work.shapes, Candidate(work.seeds[0])
+    tokens: tuple[LoggedToken, ...] = ()
+    async with aclosing(work.running.pieces()) as pieces:
+        async for _, piece in pieces:
+            tokens = candidate.add(piece)
+            for token in tokens if piece.ending is None else tokens[:-1]:
+                yield event({"token": shapes.token(token), "generated_text": None, "details": None})
+    await work.running.account.settled()
+    if not tokens:
+        raise EngineFailedError("the engine ended the text without a token")
+    details = None
+    if work.request.parameters.details:
+        ending = shapes.ending(candidate, work.running.choices[0])
+        details = {**ending, "prompt_tokens": len(work.prompt)}
+    last = {"token": shapes.token(tokens[-1]), "generated_text": shapes.generated_text(candidate)}
+    yield event({**last, "details": details})

@@ -1,0 +1,117 @@
+"""LoRAX's parameters as the request that OpenAI's route for completions would get."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+
+from quickchange_server.api.lorax.schemas import GenerateRequest, Parameters, ResponseFormat
+from quickchange_server.api.schemas import CompletionRequest
+from quickchange_server.api.shapes import Json
+from quickchange_server.errors import InvalidRequestError
+from quickchange_server.services import Services
+
+BASE_ID = "__base_model__"  # LoRAX's adapter id of the plain base
+
+
+def completion(services: Services, request: GenerateRequest, *, tokens: bool) -> CompletionRequest:
+    """The request in OpenAI's terms, its seed drawn; `tokens`: each is to be told.
+
+    Raises RequestValidationError and InvalidRequestError where it has no such form.
+    """
+    given = request.parameters
+    seed = services.seeds.draw() if given.seed is None else given.seed
+    body = {
+        **_model(services, given),
+        "prompt": request.inputs,
+        "max_tokens": given.max_new_tokens,
+        "n": given.candidates,
+        "stop": given.stop,
+        "include_stop_str_in_output": True,  # LoRAX leaves it in the text
+        "seed": seed if seed < 2**63 else seed - 2**64,  # the same 64 bits
+        "top_p": given.top_p,
+        "top_k": given.top_k,
+        "typical_p": given.typical_p,
+        "repetition_penalty": given.repetition_penalty,
+        "frequency_penalty": given.frequency_penalty,
+        "presence_penalty": given.presence_penalty,
+        "ignore_eos": given.ignore_eos_token,
+        "logprobs": (given.return_k_alternatives or 0) if tokens else None,
+        "response_format": _format(given.response_format),
+        "turbo": given.turbo,
+        "user": given.user,
+    }
+    try:
+        translated = CompletionRequest.model_validate(body)
+    except ValidationError as error:
+        raise RequestValidationError(error.errors()) from error
+    # Set behind the validation: LoRAX's temperatures have no upper bound, OpenAI's end at 2.
+    changes: dict[str, float] = {"temperature": _temperature(given)}
+    if given.decoder_input_details:
+        changes["prompt_logprobs"] = 0
+    return translated.model_copy(update=changes)
+
+
+def _temperature(given: Parameters) -> float:
+    if not given.sampling:
+        return 0.0
+    return 1.0 if given.temperature is None else given.temperature
+
+
+def _model(services: Services, given: Parameters) -> Mapping[str, object]:
+    base = services.catalog.base_name
+    merged = given.merged_adapters
+    if merged is not None:
+        terms = zip(merged.ids, merged.weights, strict=True)
+        return {"model": base, "adapters": [{"id": id_, "weight": w} for id_, w in terms]}
+    return {"model": base if given.adapter_id in (None, "", BASE_ID) else given.adapter_id}
+
+
+def _format(given: ResponseFormat | None) -> Json | None:
+    if given is None:
+        return None
+    if given.json_schema is None:
+        return {"type": "json_object"}
+    schema = {"name": "lorax", "schema": given.json_schema}
+    return {"type": "json_schema", "json_schema": schema}
+
+
+async def prompt(services: Services, request: GenerateRequest) -> list[int]:
+    """The prompt's token ids, cut to the last `truncate`. Raises InvalidRequestError where they
+    and what is to follow don't fit."""
+    given = request.parameters
+    ids = await services.text.encode(request.inputs)
+    limit = services.engine.max_model_len
+    if given.truncate is not None:
+        if given.truncate >= limit:
+            raise InvalidRequestError(
+                f"`truncate` must be strictly positive and less than {limit}. "
+                f"Given: {given.truncate}",
+                param="truncate",
+            )
+        if len(ids) > given.truncate:
+            ids = await _truncated(services, request.inputs, ids, given.truncate)
+    if len(ids) >= limit:
+        raise InvalidRequestError(
+            f"`inputs` must have less than {limit} tokens. Given: {len(ids)}", param="inputs"
+        )
+    if given.max_new_tokens is not None and len(ids) + given.max_new_tokens > limit:
+        raise InvalidRequestError(
+            f"`inputs` tokens + `max_new_tokens` must be <= {limit}. Given: {len(ids)} `inputs` "
+            f"tokens and {given.max_new_tokens} `max_new_tokens`",
+            param="max_new_tokens",
+        )
+    return ids
+
+
+async def _truncated(services: Services, text: str, ids: list[int], length: int) -> list[int]:
+    """The last tokens of the text, between the special tokens that the tokenizer put around it."""
+    bare = await services.text.encode(text, add_special_tokens=False)
+    around = len(ids) - len(bare)
+    starts = range(around + 1) if 0 < around < length else ()
+    for start in starts:
+        if ids[start : start + len(bare)] == bare:
+            return ids[:start] + bare[around - length :] + ids[start + len(bare) :]
+    return ids[-length:]
