@@ -34,7 +34,7 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 @pytest.fixture
 def browser(chromium: Browser) -> Iterator[Browser]:
-    """A wide, light, empty tab; afterwards nothing may have left the server or been complained of."""
+    """A wide, light, empty tab. Fails where it asked another server, or complained."""
     chromium.reset()
     yield chromium
     assert chromium.outside() == []

@@ -18,10 +18,17 @@ from selenium.webdriver.support.ui import Select, WebDriverWait
 CHROMIUM = Path("/usr/bin/chromium")
 CHROMEDRIVER = Path("/usr/bin/chromedriver")
 FLAGS = (
-    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run "
-    "--disable-background-networking --disable-component-update --disable-sync "
-    "--disable-dev-shm-usage --no-default-browser-check"
-).split()
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+    "--disable-component-update",
+    "--disable-background-networking",
+    "--no-default-browser-check",
+    "--no-first-run",
+)
 WAIT_SECONDS = 15.0
 WIDE, NARROW = (1280, 900), (360, 740)
 
@@ -67,16 +74,14 @@ class Browser:
         self.size(WIDE)
         self.scheme("light")
         for kind in ("browser", "performance"):
-            self.driver.get_log(kind)
+            self.log(kind)
 
     def open(self, url: str, fragment: str = "") -> None:
         """Load the page anew, with no key kept, and wait until it stands."""
         self.origin = url
         self.driver.get("about:blank")
         self.driver.get(f"{url}/{fragment}")
-        self.wait(
-            lambda: self.run("return document.querySelector('[aria-selected=true]') !== null")
-        )
+        self.wait(lambda: self.all("[role=tab][aria-selected=true]"))
 
     def stub(self, answers: dict[str, list[Any]]) -> None:
         """Answer these paths from now on, from the next load."""
@@ -136,7 +141,7 @@ class Browser:
         self.one("#prompt").send_keys(Keys.CONTROL, Keys.ENTER)
 
     def run(self, script: str, *arguments: Any) -> Any:
-        return self.driver.execute_script(script, *arguments)  # type: ignore[no-untyped-call]
+        return self.driver.execute_script(script, *arguments)
 
     def wait(self, condition: Any) -> None:
         WebDriverWait(self.driver, WAIT_SECONDS, 0.02).until(lambda _: condition())

@@ -25,6 +25,6 @@ class SpellingEngine(FakeEngine):
         return delta
 
 
-def main(connection: Connection, settings: Settings, behaviour: Behaviour = Behaviour()) -> None:
+def main(connection: Connection, settings: Settings, behaviour: Behaviour) -> None:
     fake_engine.FakeEngine = SpellingEngine  # type: ignore[misc]
     fake_engine.main(connection, settings, behaviour)

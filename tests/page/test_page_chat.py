@@ -6,10 +6,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import fake_engine
 import pytest
 import spelling_engine
-from fake_engine import Behaviour
 from http_support import BASE, Live, live_server, make_adapter
 from page_support import Browser
 from selenium.webdriver.common.keys import Keys
@@ -174,14 +172,8 @@ def test_the_chat_needs_no_mouse(browser: Browser, live: Live) -> None:
         seen.append(active.get_attribute("id") or active.get_attribute("data-field"))
         if seen[-1] == "prompt":
             break
-    fields = [
-        "model",
-        "turbo",
-        "temperature",
-        "max_tokens",
-        "seed",
-        None,
-    ]  # None: the log, to scroll
+    log = None  # it has the focus to be scrolled
+    fields = ["model", "turbo", "temperature", "max_tokens", "seed", log]
     assert seen == ["key-button", *fields, *fields, "prompt"]
     browser.keys("Hello", Keys.TAB)
     assert browser.driver.switch_to.active_element.get_attribute("id") == "send"
@@ -197,9 +189,8 @@ def test_the_chat_needs_no_mouse(browser: Browser, live: Live) -> None:
 
 
 @pytest.fixture
-def hostile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Live]:
-    monkeypatch.setattr(fake_engine, "main", spelling_engine.main)
-    with live_server(tmp_path, Behaviour()) as live:
+def hostile(tmp_path: Path) -> Iterator[Live]:
+    with live_server(tmp_path, engine=spelling_engine.main) as live:
         live.store.add("sql", make_adapter(1.0))
         yield live
 
