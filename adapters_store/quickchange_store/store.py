@@ -395,7 +395,7 @@ class Store:
     def _refuse_alias(self, index: Index, name: str) -> None:
         if name in index.aliases:
             raise NameConflictError(
-                f"this is an alias of {index.aliases[name]}",
+                "this is an alias",
                 key=name,
                 remedy="use the adapter's own name, or remove the alias first",
             )

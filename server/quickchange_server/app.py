@@ -10,11 +10,23 @@ from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 
-from quickchange_server.api import adapters, embeddings, health, models, openai, refusals, vllm
+from quickchange_server.api import (
+    adapters,
+    embeddings,
+    experiments,
+    health,
+    keys,
+    models,
+    openai,
+    page,
+    refusals,
+    usage,
+    vllm,
+)
+from quickchange_server.api.callers import CallerMiddleware
 from quickchange_server.api.lorax import failures
 from quickchange_server.api.lorax import routes as lorax
 from quickchange_server.api.middleware import BodyLimitMiddleware, RequestIdMiddleware
-from quickchange_server.api.page import router as page
 from quickchange_server.books import Bookkeeper
 from quickchange_server.catalog import Catalog, base_names
 from quickchange_server.channel import EngineMain, engine_main
@@ -22,14 +34,22 @@ from quickchange_server.client import EngineClient
 from quickchange_server.constraints.checks import ConstraintChecks
 from quickchange_server.derived import Derived
 from quickchange_server.errors import SettingError
+from quickchange_server.experiments.exposures import Exposures
+from quickchange_server.experiments.promotion import Promotions
+from quickchange_server.experiments.registry import Experiments
+from quickchange_server.experiments.shadows import Shadows
 from quickchange_server.imports import Imports
 from quickchange_server.metrics import Metrics
+from quickchange_server.metrics_experiments import ExperimentMetrics
 from quickchange_server.metrics_http import HttpMetricsMiddleware
 from quickchange_server.metrics_storage import StorageMetrics
 from quickchange_server.services import VERSION, Seeds, Services
 from quickchange_server.settings import Settings
 from quickchange_server.storage.database import Database
 from quickchange_server.storage.revisions import Revisions
+from quickchange_server.tenants.parts import Tenants
+from quickchange_server.tenants.policy import asks_for_keys
+from quickchange_server.tenants.records import TOPIC
 from quickchange_server.text import Text
 from quickchange_store.base import base_spec
 from quickchange_store.canonical import BaseSpec
@@ -53,7 +73,8 @@ def create_app(
 
     `text`, `engine` and `base` replace the tokenizer of the model, the engine's entry and what
     adapters are checked against. Raises SettingError where the model's tokenizer can't be read, or
-    where traces are asked for and can't be sent.
+    where traces are asked for and can't be sent, or where the settings would leave the server open
+    to others without saying so.
 
     Requests are answered while the engine still starts, with 503. `services.started` tells when it
     is ready, or why it can't be.
@@ -61,16 +82,18 @@ def create_app(
     text = Text.load(settings.model) if text is None else text
     base = partial(base_spec, settings.model) if base is None else base
     traces_maker = _traces_maker(settings)
+    keyed = asks_for_keys(settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         metrics = Metrics(settings)
         url, counts = settings.database_url, StorageMetrics(metrics.registry)
         database = await asyncio.to_thread(Database.open, url, counts)
+        tenants = Tenants.make(settings, database, metrics.registry, keyed=keyed)
         traces = None if traces_maker is None else traces_maker()
-        books = () if traces is None else (traces,)
-        services = _services(settings, metrics, text, engine, base, database, books)
-        services.revisions.start()
+        books: tuple[Bookkeeper, ...] = () if traces is None else (traces,)
+        services = _services(settings, metrics, text, engine, base, database, tenants, books)
+        await _start(services)
         app.state.services = services
         try:
             yield
@@ -80,17 +103,20 @@ def create_app(
                 await traces.close()
 
     app = FastAPI(title="Quickchange", version=VERSION, lifespan=lifespan)
-    for router in (
-        openai.router,
-        lorax.router,
-        embeddings.router,
-        models.router,
-        vllm.router,
-        adapters.router,
-        health.router,
+    for module in (
+        openai,
+        lorax,
+        embeddings,
+        models,
+        vllm,
+        adapters,
+        experiments,
+        keys,
+        usage,
+        health,
+        page,
     ):
-        app.include_router(router)
-    app.include_router(page)
+        app.include_router(module.router)
     refusals.install(app)
     failures.install(app, lorax.PATHS)
     app.add_middleware(
@@ -99,6 +125,7 @@ def create_app(
         uploads=adapters.UPLOADS,
         upload_limit=settings.max_upload_bytes,
     )
+    app.add_middleware(CallerMiddleware)
     app.add_middleware(RequestIdMiddleware)
     app.add_middleware(HttpMetricsMiddleware)
     return app
@@ -126,12 +153,17 @@ def _services(
     engine: EngineMain,
     base: BaseMaker,
     database: Database,
+    tenants: Tenants,
     books: tuple[Bookkeeper, ...],
 ) -> Services:
     """The server's parts, with the engine starting. On the event loop."""
     client = EngineClient(settings, metrics, engine)
     store = Store(settings.store)
     names = base_names(settings)
+    revisions = Revisions(database)
+    experiments = Experiments(database, revisions)
+    experiment_metrics = ExperimentMetrics(metrics.registry, settings.metrics_adapters)
+    exposures = Exposures(database, experiment_metrics)
     return Services(
         settings=settings,
         client=client,
@@ -146,14 +178,29 @@ def _services(
             turbo=settings.turbo,
             prompt_lookup=settings.prompt_lookup,
         ),
-        imports=Imports(store, base, names),
+        imports=Imports(store, base, names, experiments.refuse_name),
         derived=Derived(store, settings.derived_adapters),
         seeds=Seeds(settings.seed),
         started=asyncio.create_task(client.start(), name="engine-start"),
-        books=books,
         database=database,
-        revisions=Revisions(database),
+        revisions=revisions,
+        experiments=experiments,
+        exposures=exposures,
+        experiment_metrics=experiment_metrics,
+        shadows=Shadows(experiment_metrics, lambda: 2 * client.in_flight < settings.max_queue),
+        promotions=Promotions(store, experiments),
+        keyring=tenants.keyring,
+        books=(*books, tenants.books, exposures),
     )
+
+
+async def _start(services: Services) -> None:
+    """Read what the database defines, and go on seeing what changes."""
+    if services.keyring is not None:
+        await services.keyring.refresh()
+        services.revisions.watch(TOPIC, services.keyring.refresh)
+    await services.revisions.look()  # experiments must be known before the first request
+    services.revisions.start()
 
 
 async def _end(services: Services) -> None:
@@ -162,6 +209,7 @@ async def _end(services: Services) -> None:
         services.started.cancel()
     await asyncio.wait([services.started])
     await services.derived.close()
+    await services.shadows.close()
     await services.client.close(services.settings.drain_seconds)
     await services.constraints.close()
     await services.revisions.close()

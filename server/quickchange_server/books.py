@@ -20,6 +20,9 @@ from quickchange_server.errors import QuickchangeError
 from quickchange_server.transcript import Piece
 
 Ending = Literal["stop", "length", "cancelled", "refused", "failed"]
+How = Literal["hash", "random", "list", "state"]  # of an assignment; state: paused or stopped
+
+SETTLE_SECONDS = 10.0  # that the end of an answer waits for its record
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +34,15 @@ class Assignment:
     experiment: str
     variant: str
     unit: str | None  # what the assignment sticks to, hashed; None: drawn for this request alone
-    by: Literal["hash", "random", "list"]
+    by: How
     shadow: bool = False  # computed beside the request that was answered
+    experiment_id: str = ""  # unlike its name never used twice
+    stretch: int = 0  # which of the experiment's times of constant weights
+
+    @property
+    def counted(self) -> bool:
+        """Whether it was left to chance, so that results may count it."""
+        return self.by in ("hash", "random")
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,13 +134,25 @@ class Account:
         self._durable = [asyncio.ensure_future(future) for future in kept if future is not None]
 
     async def settled(self) -> None:
-        """Wait until the books hold what `end` told. What a bookkeeper raises is logged: the
-        answer is complete, and its client is not to lose it for that."""
-        for kept in await asyncio.gather(*(self._durable or ()), return_exceptions=True):
-            if isinstance(kept, BaseException):
+        """Wait until the books hold what `end` told, at most for a while.
+
+        A record that is lost, or still waits for a database that is away, is logged: the answer is
+        complete, and its client is to have it.
+        """
+        if not self._durable:
+            return
+        done, waiting = await asyncio.wait(self._durable, timeout=SETTLE_SECONDS)
+        for kept in done:
+            error = kept.exception()
+            if error is not None:
                 logger.error(
-                    "the record of request %s is lost", self.opened.request_id, exc_info=kept
+                    "the record of request %s is lost", self.opened.request_id, exc_info=error
                 )
+        if waiting:
+            logger.warning(
+                "request %s ended before its record was on disk; it is still to be written",
+                self.opened.request_id,
+            )
 
 
 class Running:

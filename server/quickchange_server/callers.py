@@ -19,6 +19,7 @@ class Caller:
     scope: Scope
     names: tuple[str, ...] = ("*",)  # globs of the adapters, aliases and experiments that exist
     salt: str = ""  # of the prefix cache
+    max_new_tokens: int | None = None  # of one request, all choices; None: what the model allows
 
     def sees(self, name: str) -> bool:
         """Whether a name (without version) exists for this caller."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from quickchange_server.errors import ForbiddenError, InvalidRequestError, UnknownModelError
 from quickchange_server.messages import LOOKUP, Component, Drafting
 from quickchange_server.settings import Settings
+from quickchange_server.visibility import Sees, everything, reachable
 from quickchange_store.errors import StoreError
 from quickchange_store.index import Version
 from quickchange_store.info import AdapterInfo
@@ -95,18 +96,21 @@ class Catalog:
         model: str,
         composition: Sequence[WeightedName] | None = None,
         turbo: str = AUTO,
+        *,
+        sees: Sees = everything,
     ) -> Selection:
         """What `model` (or the base with a composition Σ weightᵢ · adapterᵢ) stands for, and what
         `turbo` (AUTO, OFF, LOOKUP or the name of an adapter with heads) has draft for it.
 
-        Raises UnknownModelError, InvalidRequestError, or ForbiddenError where a setting is off.
+        A name that isn't seen is one that does not exist; the base always does. Raises
+        UnknownModelError, InvalidRequestError, or ForbiddenError where a setting is off.
         """
         if composition:
-            return self._drafted(self._composed(model, composition), None, turbo)
+            return self._drafted(self._composed(model, composition, sees), None, turbo, sees)
         if self.is_base(model):
-            return self._drafted(Selection(model, (), BASE_LABEL), None, turbo)
-        named = self._find(model, param="model")
-        return self._drafted(self._alone(model, named.version), named.drafter, turbo)
+            return self._drafted(Selection(model, (), BASE_LABEL), None, turbo, sees)
+        named = self._find(model, sees, param="model")
+        return self._drafted(self._alone(model, named.version), named.drafter, turbo, sees)
 
     def _alone(self, model: str, version: Version) -> Selection:
         if self._only_drafts(version):  # the base itself, with its prefix cache
@@ -117,7 +121,7 @@ class Catalog:
         """Whether the version holds Turbo heads and nothing that changes the model."""
         return version.turbo and self.info(version.digest).modules == 0
 
-    def _composed(self, model: str, composition: Sequence[WeightedName]) -> Selection:
+    def _composed(self, model: str, composition: Sequence[WeightedName], sees: Sees) -> Selection:
         if not self.is_base(model):
             raise InvalidRequestError(
                 f"adapters: a composition is over the base model, and model names {model!r}; "
@@ -133,16 +137,16 @@ class Catalog:
         weights: dict[str, float] = {}
         names: set[str] = set()
         for index, entry in enumerate(composition):
-            version = self._term(entry.name, param=f"adapters[{index}].id")
+            version = self._term(entry.name, sees, param=f"adapters[{index}].id")
             weights[version.digest] = weights.get(version.digest, 0.0) + entry.weight
             names.add(version.name)
         components = _components(weights)
         label = names.pop() if len(names) == 1 else COMPOSITION_LABEL
         return Selection(model, components, label if components else BASE_LABEL)
 
-    def _term(self, reference: str, *, param: str) -> Version:
+    def _term(self, reference: str, sees: Sees, *, param: str) -> Version:
         """What one entry of a composition names."""
-        version = self._find(reference, param=param).version
+        version = self._find(reference, sees, param=param).version
         if self._only_drafts(version):
             raise InvalidRequestError(
                 f"{param}: {reference!r} holds Turbo heads alone, which add nothing to the model; "
@@ -151,7 +155,7 @@ class Catalog:
             )
         return version
 
-    def _find(self, reference: str, *, param: str) -> Named:
+    def _find(self, reference: str, sees: Sees, *, param: str) -> Named:
         if not self._adapters:
             raise ForbiddenError(
                 f"{param}: {reference!r} is not the base model ({self.base_name!r}), and adapters "
@@ -159,7 +163,8 @@ class Catalog:
                 param=param,
             )
         try:
-            index, parsed = self._store.snapshot(), parse_reference(reference)
+            parsed = parse_reference(reference)
+            index = reachable(self._store.snapshot(), parsed, sees)
             return Named(index.find(parsed), index.drafting(parsed))
         except StoreError as error:
             raise UnknownModelError(
@@ -170,7 +175,9 @@ class Catalog:
 
     # --- what drafts ----------------------------------------------------------------------------
 
-    def _drafted(self, selection: Selection, bound: Version | None, turbo: str) -> Selection:
+    def _drafted(
+        self, selection: Selection, bound: Version | None, turbo: str, sees: Sees
+    ) -> Selection:
         """The selection with its drafting. `bound`: whose heads AUTO means."""
         if turbo == OFF:
             return selection
@@ -180,7 +187,7 @@ class Catalog:
         if turbo == LOOKUP:
             self._check_on("prompt_lookup", self._lookup)
             return replace(selection, drafting=Drafting(lookup=True))
-        drafter = self._find(turbo, param="turbo").drafter
+        drafter = self._find(turbo, sees, param="turbo").drafter
         if drafter is None:
             raise InvalidRequestError(
                 f"turbo: {turbo!r} has no Turbo heads; name an adapter that has (GET /v1/models "

@@ -33,7 +33,6 @@ class Choice:
         self._transcript = transcript
         self.queue_seconds = 0.0  # from arrival in the engine to its first step
         self.cached_tokens = 0  # prompt tokens found in the prefix cache
-        self.queue_seconds = 0.0  # from arrival in the engine to its first step
         self.prompt_logprobs: tuple[
             TokenLogprobs, ...
         ] = ()  # where asked for; with the first piece
@@ -61,8 +60,6 @@ class Choice:
                 self.queue_seconds = delta.queue_seconds
             if delta.cached_tokens is not None:
                 self.cached_tokens = delta.cached_tokens
-            if delta.queue_seconds is not None:
-                self.queue_seconds = delta.queue_seconds
             self.prompt_logprobs = delta.prompt_logprobs or self.prompt_logprobs
             self.embedding = delta.embedding
             piece = self._transcript.push(delta)

@@ -1,4 +1,4 @@
-"""The command `quickchange`: serve, adapters, database, train, eval, bench.
+"""The command `quickchange`: serve, adapters, keys, database, train, eval, bench.
 
 Imports what a command needs only when it runs, so that `quickchange --help` is quick.
 """
@@ -23,6 +23,7 @@ app = typer.Typer(
 
 SUB_APPS = {
     "adapters": ("quickchange_store.cli", "Add, list, alias, verify and remove adapters."),
+    "keys": ("quickchange_server.tenants.cli", "Create, list, rotate and revoke API keys."),
     "database": ("quickchange_server.storage.cli", "Move what the server keeps elsewhere."),
     "train": ("quickchange_store.training.cli", "Train adapters."),
     "eval": ("quickchange_server.evaluation.cli", "Compare adapters on a task of your own."),

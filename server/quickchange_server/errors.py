@@ -7,6 +7,7 @@
     ├── UnauthenticatedError       401  no valid API key
     ├── ForbiddenError             403  switched off by a setting, or outside the key's scopes
     ├── UnknownModelError          404  no such base, adapter, version or alias
+    ├── NotFoundError              404  no such thing, other than a model
     ├── ConflictError              409  the name is taken or in use
     ├── AdapterFailedError         424  the adapter could not be loaded
     ├── RequestFailedError         424  this request ended the engine repeatedly
@@ -68,6 +69,12 @@ class UnknownModelError(QuickchangeError):
     status = 404
     kind = "invalid_request_error"
     code = "model_not_found"
+
+
+class NotFoundError(QuickchangeError):
+    status = 404
+    kind = "invalid_request_error"
+    code = "not_found"
 
 
 class ConflictError(QuickchangeError):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
 import shlex
 import sys
+import time
 from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
@@ -14,14 +16,17 @@ from typing import Any, NoReturn
 
 from pydantic import ValidationError
 
-from quickchange_server.api.adapters import is_loopback
+from quickchange_server.addresses import is_loopback
 from quickchange_server.app import create_app
 from quickchange_server.channel import EngineMain, engine_main
-from quickchange_server.errors import QuickchangeError
+from quickchange_server.errors import QuickchangeError, SettingError
 from quickchange_server.services import Services
 from quickchange_server.serving import bind, run
 from quickchange_server.settings import Settings
 from quickchange_server.storage import database
+from quickchange_server.storage.database import Database
+from quickchange_server.tenants.policy import asks_for_keys
+from quickchange_server.tenants.records import every
 from quickchange_store.errors import StoreError
 
 
@@ -36,8 +41,8 @@ def serve(given: Mapping[str, Any], *, demo: bool, engine: EngineMain = engine_m
     try:
         settings = _settings(with_demo(given) if demo else given)
         with bind(settings) as listener:
-            warn_of_exposure(settings)
             database.check(settings.database_url)
+            check_access(settings)
             if demo and settings.adapters:
                 _publish_demo(settings)
             app = create_app(settings, engine=engine)
@@ -66,13 +71,32 @@ def _finding(finding: Any) -> str:
     return f"{option}: {finding['msg']}"
 
 
-def warn_of_exposure(settings: Settings) -> None:
-    if not is_loopback(settings.host):
+def check_access(settings: Settings) -> None:
+    """Warn where anyone who reaches the server can use it. Raises SettingError where requests need
+    an API key and there is none, or where the settings contradict each other."""
+    if asks_for_keys(settings):
+        if not asyncio.run(_has_key(settings)):
+            raise SettingError(
+                "api_keys: requests need an API key, and the database has no valid one; create one "
+                "with `quickchange keys create`, or let everyone in with --allow-unauthenticated",
+                param="api_keys",
+            )
+    elif not is_loopback(settings.host):
         logging.getLogger(__name__).warning(
-            "listening on %s: anyone who reaches it can use it and change its adapters; this "
-            "version has no authentication",
+            "listening on %s without asking for API keys: anyone who reaches it can use it and "
+            "change its adapters",
             settings.host,
         )
+
+
+async def _has_key(settings: Settings) -> bool:
+    database = await asyncio.to_thread(Database.open, settings.database_url)
+    try:
+        keys = await database.read(every)
+    finally:
+        await database.close()
+    now = time.time()
+    return any(key.state(now) == "valid" for key in keys)
 
 
 def _announce(services: Services, url: str, *, demo: bool) -> None:

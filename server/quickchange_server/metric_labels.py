@@ -16,12 +16,13 @@ _UNUSUAL = re.compile(r"[^A-Za-z0-9._@:/+-]")
 class AdapterLabels:
     """The first `limit` adapter names keep their own value; all others share "other".
 
-    An adapter that is itself called "base", "other" or "lookup" is counted with the others, so
-    that the values' meanings hold.
+    An adapter that is itself called "base", "other" or "lookup" (`reserved`) is counted with the
+    others, so that the values' meanings hold.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, reserved: frozenset[str] = RESERVED) -> None:
         self._limit = limit
+        self._reserved = reserved
         self._kept: dict[str, str] = {}  # name: label value
 
     def __call__(self, name: str) -> str:
@@ -31,7 +32,7 @@ class AdapterLabels:
         return kept
 
     def _new(self, name: str) -> str:
-        if len(self._kept) >= self._limit or name in RESERVED:
+        if len(self._kept) >= self._limit or name in self._reserved:
             return OTHER
         self._kept[name] = _UNUSUAL.sub("_", name[:LONGEST]) or OTHER
         return self._kept[name]

@@ -14,6 +14,11 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 GIB = 1024**3
 
 
+def default_database(store: Path) -> str:
+    """The URL of the database where the setting names none: SQLite in the store's folder."""
+    return f"sqlite:///{store / 'quickchange.sqlite3'}"
+
+
 class Settings(BaseSettings):
     """All settings. Sizes are in bytes, times in seconds, lengths in tokens."""
 
@@ -93,6 +98,11 @@ class Settings(BaseSettings):
     allow_unauthenticated: bool = Field(
         False, description="listen on an address that is not loopback without asking for keys"
     )
+    open_metrics: bool = Field(
+        False,
+        description="answer /metrics without an API key where the server asks for keys; its labels "
+        "name tenants and adapters",
+    )
     tenant_cache: bool = Field(
         False, description="tenants share no prefix-cache hits, whose timing tells of prompts"
     )
@@ -109,9 +119,7 @@ class Settings(BaseSettings):
     @property
     def database_url(self) -> str:
         """`database`, or SQLite in the store's folder."""
-        if self.database is not None:
-            return self.database
-        return f"sqlite:///{self.store / 'quickchange.sqlite3'}"
+        return default_database(self.store) if self.database is None else self.database
 
     @property
     def batch_tokens(self) -> int:

@@ -54,7 +54,6 @@ class Browser:
     driver: webdriver.Chrome
     origin: str = ""
     tolerated: list[str] = field(default_factory=list)  # parts of complaints a test expects
-    scripts: list[str] = field(default_factory=list)
 
     @classmethod
     def start(cls, profile: Path) -> Browser:
@@ -66,18 +65,21 @@ class Browser:
         return cls(webdriver.Chrome(options, Service(str(CHROMEDRIVER))))
 
     def reset(self) -> None:
-        """As if just started."""
-        for script in self.scripts:
-            self.cdp("Page.removeScriptToEvaluateOnNewDocument", identifier=script)
-        self.scripts, self.tolerated, self.origin = [], [], ""
-        self.driver.get("about:blank")
+        """A tab of its own, as if just started: no key is kept, nothing is stubbed."""
+        before = self.driver.current_window_handle
+        self.driver.switch_to.new_window("tab")
+        here = self.driver.current_window_handle
+        self.driver.switch_to.window(before)
+        self.driver.close()
+        self.driver.switch_to.window(here)
+        self.tolerated, self.origin = [], ""
         self.size(WIDE)
         self.scheme("light")
         for kind in ("browser", "performance"):
             self.log(kind)
 
     def open(self, url: str, fragment: str = "") -> None:
-        """Load the page anew, with no key kept, and wait until it stands."""
+        """Load the page anew and wait until it stands."""
         self.origin = url
         self.driver.get("about:blank")
         self.driver.get(f"{url}/{fragment}")
@@ -86,8 +88,7 @@ class Browser:
     def stub(self, answers: dict[str, list[Any]]) -> None:
         """Answer these paths from now on, from the next load."""
         source = STUB % json.dumps(answers)
-        found = self.cdp("Page.addScriptToEvaluateOnNewDocument", source=source)
-        self.scripts.append(found["identifier"])
+        self.cdp("Page.addScriptToEvaluateOnNewDocument", source=source)
 
     def cdp(self, command: str, **arguments: Any) -> Any:
         return self.driver.execute_cdp_cmd(command, arguments)

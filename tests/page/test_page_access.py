@@ -138,7 +138,6 @@ def test_headings_go_down_one_level_at_a_time(stubbed: Browser, live: Live, sect
 
 
 def test_tabs_are_moved_over_by_arrow_keys(browser: Browser, live: Live) -> None:
-    browser.stub(answers())
     browser.open(live.url)
     browser.one("#tab-chat").send_keys(Keys.ARROW_RIGHT)
     assert browser.one("#adapters").is_displayed()

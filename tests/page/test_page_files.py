@@ -43,7 +43,7 @@ def test_the_policy_allows_this_server_alone(live: Live) -> None:
     assert not any("unsafe" in part or "http" in part or "*" in part for part in policy)
 
 
-@pytest.mark.parametrize("path", ["/page/none.js", "/page/..%2Fapp.py", "/page/%2E%2E/app.py"])
+@pytest.mark.parametrize("path", ["/page/none.js", "/page/..%2Fapp.py", "/page/", "/page"])
 def test_what_is_no_file_of_the_page_is_not_served(live: Live, path: str) -> None:
     assert live.http.get(path).status_code == 404
 

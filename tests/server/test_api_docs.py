@@ -12,6 +12,7 @@ from text_support import byte_text
 
 from quickchange_server import errors
 from quickchange_server.api.adapters import AddFromPath, PointAlias, PrefetchTo, Rollback
+from quickchange_server.api.keys import ChangedKey, KeyLimits, NewKey, Rotation
 from quickchange_server.api.schemas import ChatRequest, CompletionRequest, Message, WeightedAdapter
 from quickchange_server.api.vllm import Detokenize, LoadLora, Tokenize, UnloadLora
 from quickchange_server.app import create_app
@@ -31,6 +32,10 @@ BODIES: list[type[BaseModel]] = [
     UnloadLora,
     Tokenize,
     Detokenize,
+    NewKey,
+    KeyLimits,
+    ChangedKey,
+    Rotation,
 ]
 
 

@@ -227,8 +227,9 @@ def test_a_folder_without_a_tokenizer_is_a_setting_error(tmp_path: Path) -> None
 def test_only_loopback_addresses_are_served_without_a_warning(
     host: str, loopback: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    launch.warn_of_exposure(Settings(model="m", store=Path("s"), host=host))
-    assert ("no authentication" in caplog.text) is not loopback
+    settings = Settings(model="m", store=Path("s"), host=host, allow_unauthenticated=True)
+    launch.check_access(settings)
+    assert ("without asking for API keys" in caplog.text) is not loopback
 
 
 def test_the_demo_has_its_own_model_and_store(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
@@ -16,14 +17,20 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import Field, ValidationError
 from starlette.datastructures import FormData, UploadFile
 
+from quickchange_server.addresses import is_loopback
+from quickchange_server.api.callers import MANAGE, Managing, check_own
 from quickchange_server.api.fields import Body
 from quickchange_server.api.shapes import Json
-from quickchange_server.errors import ForbiddenError, InvalidRequestError
+from quickchange_server.callers import Caller
+from quickchange_server.errors import ConflictError, ForbiddenError, InvalidRequestError
 from quickchange_server.services import Injected, Services
 from quickchange_server.settings import Settings
+from quickchange_server.visibility import reachable, seen
+from quickchange_store.errors import AdapterNotFoundError, InUseError
 from quickchange_store.importing import Added
 from quickchange_store.index import Alias, Index, Version
 from quickchange_store.info import AdapterInfo
+from quickchange_store.names import Reference, parse_reference
 from quickchange_store.store import Resolved
 
 UPLOADS = "/v1/adapters"
@@ -39,7 +46,7 @@ async def adapters_on(services: Injected) -> None:
         )
 
 
-router = APIRouter(tags=["adapters"], dependencies=[Depends(adapters_on)])
+router = APIRouter(tags=["adapters"], dependencies=[Depends(MANAGE), Depends(adapters_on)])
 
 
 class AddFromPath(Body):
@@ -73,11 +80,27 @@ def check_paths_allowed(settings: Settings) -> None:
         )
 
 
-def is_loopback(host: str) -> bool:
+# --- what a caller sees -------------------------------------------------------------------------
+
+
+def check_seen(services: Services, caller: Caller, reference: str) -> None:
+    """Raise the same AdapterNotFoundError for what isn't there and for what isn't seen."""
+    parsed = parse_reference(reference)
+    reachable(services.store.snapshot(), parsed, caller.sees).find(parsed)
+
+
+@contextmanager
+def uses_hidden(caller: Caller) -> Iterator[None]:
+    """Keep the names of aliases that hold an adapter from a caller who may not see them."""
     try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+        yield
+    except InUseError as error:
+        if "*" in caller.names:
+            raise
+        raise ConflictError(
+            "it is in use: an alias points at it or drafts with it, or it is the version that its "
+            "name serves; change that first, or ask an administrator where you see no such alias"
+        ) from error
 
 
 # --- views --------------------------------------------------------------------------------------
@@ -155,9 +178,9 @@ def _added(added: Added) -> Json:
 
 
 @router.get("/v1/adapters")
-async def list_adapters(services: Injected) -> Json:
+async def list_adapters(services: Injected, caller: Managing) -> Json:
     """Every adapter, with where the version that it serves is held."""
-    index = services.store.snapshot()
+    index = seen(services.store.snapshot(), caller.sees)
     return {
         "object": "list",
         "data": [_summary(services, index, name) for name in sorted(index.entries)],
@@ -165,10 +188,11 @@ async def list_adapters(services: Injected) -> Json:
 
 
 @router.get("/v1/adapters/{reference:path}")
-async def one_adapter(reference: str, services: Injected) -> Json:
+async def one_adapter(reference: str, services: Injected, caller: Managing) -> Json:
     """An adapter by name, version or alias: its versions, and what the referred one holds."""
+    check_seen(services, caller, reference)
     resolved = services.store.resolve(reference)
-    index = services.store.snapshot()
+    index = seen(services.store.snapshot(), caller.sees)
     info = await asyncio.to_thread(services.store.info, resolved.digest)
     details = {k: v for k, v in asdict(info).items() if k not in ("digest", "created", "turbo")}
     return {
@@ -185,16 +209,18 @@ async def one_adapter(reference: str, services: Injected) -> Json:
 
 
 @router.post(UPLOADS, status_code=201)
-async def add_adapter(request: Request, services: Injected) -> Json:
+async def add_adapter(request: Request, services: Injected, caller: Managing) -> Json:
     """Add an adapter from a folder of the server's machine (JSON) or an upload (multipart)."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":
         body = _parse(AddFromPath, await request.body())
+        check_own(caller, body.name, "name")
         check_paths_allowed(services.settings)
-        return _added(await services.imports.add(body.name, Path(body.path)))
+        with uses_hidden(caller):
+            return _added(await services.imports.add(body.name, Path(body.path)))
     if kind == "multipart/form-data":
         async with request.form(max_files=MAX_UPLOAD_FILES, max_fields=1) as form:
-            return _added(await _add_upload(services, form))
+            return _added(await _add_upload(services, caller, form))
     raise InvalidRequestError(
         "the body must be application/json with name and path, or multipart/form-data with name "
         "and the adapter's files"
@@ -208,11 +234,15 @@ def _parse(model: type[AddFromPath], content: bytes) -> AddFromPath:
         raise RequestValidationError(error.errors()) from error
 
 
-async def _add_upload(services: Services, form: FormData) -> Added:
+async def _add_upload(services: Services, caller: Caller, form: FormData) -> Added:
     name = form.get("name")
     if not isinstance(name, str):
         raise InvalidRequestError("name: is required, as a form field", param="name")
-    with tempfile.TemporaryDirectory(prefix="quickchange-upload-") as folder:
+    check_own(caller, name, "name")
+    with (
+        uses_hidden(caller),
+        tempfile.TemporaryDirectory(prefix="quickchange-upload-") as folder,
+    ):
         for file, upload in form.multi_items():
             if file == "name":
                 continue
@@ -234,18 +264,22 @@ def _write(upload: UploadFile, path: Path) -> None:
         shutil.copyfileobj(upload.file, target)
 
 
-async def remove_reference(services: Services, reference: str) -> tuple[Version, ...]:
+async def remove_reference(
+    services: Services, caller: Caller, reference: str
+) -> tuple[Version, ...]:
     """Remove a name or one version, from the store and, where nothing else uses it, the engine."""
-    gone = await asyncio.to_thread(services.store.remove, reference)
+    check_seen(services, caller, reference)
+    with uses_hidden(caller):
+        gone = await asyncio.to_thread(services.store.remove, reference)
     for digest in {version.digest for version in gone} - services.store.snapshot().digests():
         services.client.forget(digest)
     return gone
 
 
 @router.delete("/v1/adapters/{reference:path}")
-async def remove_adapter(reference: str, services: Injected) -> Json:
+async def remove_adapter(reference: str, services: Injected, caller: Managing) -> Json:
     """Remove a name with all its versions, or one version. Running requests finish on theirs."""
-    gone = await remove_reference(services, reference)
+    gone = await remove_reference(services, caller, reference)
     return {
         "id": reference,
         "object": "adapter.deleted",
@@ -258,34 +292,42 @@ async def remove_adapter(reference: str, services: Injected) -> Json:
 
 
 @router.post("/v1/adapters/{name:path}/rollback")
-async def rollback(name: str, services: Injected, body: Rollback | None = None) -> Json:
+async def rollback(
+    name: str, services: Injected, caller: Managing, body: Rollback | None = None
+) -> Json:
     """Serve an earlier version (or a given one) under the name from now on."""
+    check_seen(services, caller, name)
     version = None if body is None else body.version
-    served = await asyncio.to_thread(services.store.rollback, name, version)
+    with uses_hidden(caller):
+        served = await asyncio.to_thread(services.store.rollback, name, version)
     return {"id": name, "object": "adapter", **_version(services, served)}
 
 
 @router.post("/v1/adapters/{reference:path}/pin", status_code=202)
-async def pin(reference: str, services: Injected) -> Json:
+async def pin(reference: str, services: Injected, caller: Managing) -> Json:
     """Load the version to the device and keep it there."""
-    return _pinned(services, reference, True)
+    return _pinned(services, caller, reference, True)
 
 
 @router.post("/v1/adapters/{reference:path}/unpin", status_code=202)
-async def unpin(reference: str, services: Injected) -> Json:
+async def unpin(reference: str, services: Injected, caller: Managing) -> Json:
     """Let the version be evicted again."""
-    return _pinned(services, reference, False)
+    return _pinned(services, caller, reference, False)
 
 
-def _pinned(services: Services, reference: str, pinned: bool) -> Json:
+def _pinned(services: Services, caller: Caller, reference: str, pinned: bool) -> Json:
+    check_seen(services, caller, reference)
     resolved = services.store.resolve(reference)
     services.client.pin(resolved.digest, pinned)
     return _state(services, resolved)
 
 
 @router.post("/v1/adapters/{reference:path}/prefetch", status_code=202)
-async def prefetch(reference: str, services: Injected, body: PrefetchTo | None = None) -> Json:
+async def prefetch(
+    reference: str, services: Injected, caller: Managing, body: PrefetchTo | None = None
+) -> Json:
     """Bring the version to a tier if its budget allows; the answer does not wait for it."""
+    check_seen(services, caller, reference)
     resolved = services.store.resolve(reference)
     services.client.prefetch(resolved.digest, "device" if body is None else body.tier)
     return _state(services, resolved)
@@ -295,29 +337,36 @@ async def prefetch(reference: str, services: Injected, body: PrefetchTo | None =
 
 
 @router.get("/v1/aliases")
-async def list_aliases(services: Injected) -> Json:
+async def list_aliases(services: Injected, caller: Managing) -> Json:
     """Every alias and what it points at."""
-    aliases = services.store.aliases()
+    aliases = seen(services.store.snapshot(), caller.sees).aliases
     return {
         "object": "list",
-        "data": [_alias(alias, target) for alias, target in aliases.items()],
+        "data": [_alias(alias, target) for alias, target in sorted(aliases.items())],
     }
 
 
 @router.put("/v1/aliases/{alias:path}")
-async def point_alias(alias: str, body: PointAlias, services: Injected) -> Json:
+async def point_alias(alias: str, body: PointAlias, services: Injected, caller: Managing) -> Json:
     """Point an alias at a name (whatever it serves) or at one version, in one step.
 
     With `turbo`, that adapter's heads draft for it, in place of the target's own.
     """
-    services.imports.refuse_base_name(alias)
+    check_own(caller, alias, "alias")
+    services.imports.refuse_taken(alias)
+    for reference in (body.target, body.turbo):
+        if reference is not None:
+            check_seen(services, caller, reference)
     target = await asyncio.to_thread(services.store.alias, alias, body.target, body.turbo)
     return _alias(alias, target)
 
 
 @router.delete("/v1/aliases/{alias:path}")
-async def remove_alias(alias: str, services: Injected) -> Json:
+async def remove_alias(alias: str, services: Injected, caller: Managing) -> Json:
     """Remove an alias; what it points at stays."""
+    index = services.store.snapshot()
+    if alias not in reachable(index, Reference(alias), caller.sees).aliases:
+        raise AdapterNotFoundError("no such alias", key=alias, remedy="GET /v1/aliases lists all")
     await asyncio.to_thread(services.store.unalias, alias)
     return {"id": alias, "object": "alias.deleted", "deleted": True}
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Depends, Response
 from fastapi.responses import JSONResponse
 
+from quickchange_server.api.callers import ADMIN, METRICS_PATH
 from quickchange_server.services import Injected
 
 router = APIRouter(tags=["health"])
@@ -24,7 +25,7 @@ async def live() -> Response:
     return JSONResponse({"state": "live"})
 
 
-@router.get("/metrics")
+@router.get(METRICS_PATH, dependencies=[Depends(ADMIN)])
 async def metrics(services: Injected) -> Response:
     """Prometheus metrics."""
     body, content_type = services.metrics.render()

@@ -7,13 +7,12 @@ it refuse text as markup, so what a model writes can't become a part of the page
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
 from fastapi import APIRouter, Request, Response
-from starlette.exceptions import HTTPException
 
 router = APIRouter(include_in_schema=False)
 
@@ -42,7 +41,7 @@ FILES = (
     "outcome.js",
     "intervals.js",
 )
-PAGE_PREFIX = "/page/"
+PATHS = {"/": INDEX} | {f"/page/{name}": name for name in FILES}
 
 _TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 _HEADERS = {
@@ -85,20 +84,13 @@ def _asset(name: str, content: bytes) -> Asset:
     return Asset(content, media_type, f'"{hashlib.sha256(content).hexdigest()[:32]}"')
 
 
-def is_page(path: str) -> bool:
-    """Whether a path belongs to the page, and so needs no API key."""
-    return path == "/" or path.startswith(PAGE_PREFIX)
+def _sender(name: str) -> Callable[[Request], Awaitable[Response]]:
+    async def send(request: Request) -> Response:
+        return assets()[name].answer(request)
+
+    return send
 
 
-@router.get("/")
-async def index(request: Request) -> Response:
-    """The page."""
-    return assets()[INDEX].answer(request)
-
-
-@router.get(PAGE_PREFIX + "{file}")
-async def page_file(file: str, request: Request) -> Response:
-    """One of its files."""
-    if file not in assets():
-        raise HTTPException(404, "the page has no such file")
-    return assets()[file].answer(request)
+# A route each, so that what needs no API key is exactly these.
+for _path, _name in PATHS.items():
+    router.add_api_route(_path, _sender(_name), methods=["GET"])

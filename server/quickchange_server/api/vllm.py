@@ -9,10 +9,17 @@ from fastapi import APIRouter, Depends, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import AfterValidator, Field, model_validator
 
-from quickchange_server.api.adapters import adapters_on, check_paths_allowed, remove_reference
+from quickchange_server.api.adapters import (
+    adapters_on,
+    check_paths_allowed,
+    remove_reference,
+    uses_hidden,
+)
+from quickchange_server.api.callers import INFER, MANAGE, Calling, Managing, check_own
 from quickchange_server.api.fields import Body, check_text
 from quickchange_server.api.schemas import Message
 from quickchange_server.api.shapes import Json
+from quickchange_server.callers import Caller
 from quickchange_server.errors import InvalidRequestError, UnknownModelError
 from quickchange_server.services import VERSION, Injected, Services
 
@@ -58,9 +65,10 @@ class Detokenize(Body):
     tokens: list[int]
 
 
-@router.post("/v1/load_lora_adapter", dependencies=[Depends(adapters_on)])
-async def load_lora_adapter(body: LoadLora, services: Injected) -> Response:
+@router.post("/v1/load_lora_adapter", dependencies=[Depends(MANAGE), Depends(adapters_on)])
+async def load_lora_adapter(body: LoadLora, services: Injected, caller: Managing) -> Response:
     """Import an adapter from a folder and have it brought to the device."""
+    check_own(caller, body.lora_name, "lora_name")
     check_paths_allowed(services.settings)
     name, folder = body.lora_name, Path(body.lora_path)
     if name in services.store.snapshot().entries and not body.load_inplace:
@@ -75,30 +83,31 @@ async def load_lora_adapter(body: LoadLora, services: Injected) -> Response:
             "server's machine",
             param="lora_path",
         )
-    added = await services.imports.add(name, folder)
+    with uses_hidden(caller):
+        added = await services.imports.add(name, folder)
     services.client.prefetch(added.version.digest)
     return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
 
-@router.post("/v1/unload_lora_adapter", dependencies=[Depends(adapters_on)])
-async def unload_lora_adapter(body: UnloadLora, services: Injected) -> Response:
+@router.post("/v1/unload_lora_adapter", dependencies=[Depends(MANAGE), Depends(adapters_on)])
+async def unload_lora_adapter(body: UnloadLora, services: Injected, caller: Managing) -> Response:
     """Remove an adapter's name with all its versions."""
     name = body.lora_name
-    if name not in services.store.snapshot().entries:
+    if not caller.sees(name) or name not in services.store.snapshot().entries:
         raise UnknownModelError(
             f"lora_name: the lora adapter '{name}' cannot be found.", param="lora_name"
         )
-    await remove_reference(services, name)
+    await remove_reference(services, caller, name)
     return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
 
 
 @router.post("/tokenize")
-async def tokenize(body: Tokenize, services: Injected) -> Json | list[Json]:
+async def tokenize(body: Tokenize, services: Injected, caller: Calling) -> Json | list[Json]:
     """Token ids of a prompt or of a chat, as the generation routes would make them.
 
     For `inputs` the answer is LoRAX's: a list of the tokens, each with its place in the text.
     """
-    _check_model(services, body.model)
+    _check_model(services, caller, body.model)
     if body.inputs is not None:
         return await _spans(services, body.inputs, body.add_special_tokens is not False)
     ids = await _tokens(services, body)
@@ -128,20 +137,20 @@ async def _tokens(services: Services, body: Tokenize) -> list[int]:
 
 
 @router.post("/detokenize")
-async def detokenize(body: Detokenize, services: Injected) -> Json:
+async def detokenize(body: Detokenize, services: Injected, caller: Calling) -> Json:
     """The text of token ids, special tokens included."""
-    _check_model(services, body.model)
+    _check_model(services, caller, body.model)
     services.text.check_ids(body.tokens, "tokens")
     return {"prompt": services.text.decode(body.tokens)}
 
 
-def _check_model(services: Services, model: str | None) -> None:
+def _check_model(services: Services, caller: Caller, model: str | None) -> None:
     """All models share the base's tokenizer, so `model` is optional; a wrong one is an error."""
     if model is not None:
-        services.catalog.select(model)
+        services.catalog.select(model, sees=caller.sees)
 
 
-@router.get("/version")
+@router.get("/version", dependencies=[Depends(INFER)])
 async def version() -> Json:
     return {"version": VERSION}
 

@@ -1,0 +1,80 @@
+"""Usage rows: totals of one process, written whole, so that repetition and loss change nothing."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from quickchange_server.books import Completed, Ending, Opened
+from quickchange_server.callers import Caller
+from quickchange_server.storage.database import Database
+from quickchange_server.tenants.usage import HOUR, Report, UsageLog, report
+
+CALLER = Caller("acme", "key", "infer")
+
+
+def completed(label: str = "sql", ending: Ending = "stop", tokens: int = 3) -> Completed:
+    opened = Opened("id", CALLER, label, label, 5, 9, 1, 0.0)
+    return Completed(opened, ending, completion_tokens=tokens, cached_tokens=2)
+
+
+def reported(path: Path, *adds: tuple[UsageLog, Completed, float]) -> dict[int, int]:
+    """Completion tokens by hour, after these were added in this order."""
+    wanted = Report(0, 10**11, None, ("hour",))
+
+    async def work() -> dict[int, int]:
+        database = Database.open(f"sqlite:///{path / 'usage.sqlite3'}")
+        for log, one, now in adds:
+            log.database = database
+            await log.add(one, "key", now)
+        rows = await database.read(lambda connection: report(connection, wanted))
+        await database.close()
+        return {row["hour"]: row["completion_tokens"] for row in rows}
+
+    return asyncio.run(work())
+
+
+def log() -> UsageLog:
+    return UsageLog(None)  # type: ignore[arg-type]
+
+
+def test_each_hour_has_its_own_totals(tmp_path: Path) -> None:
+    one = log()
+    adds = [
+        (one, completed(), HOUR - 1.0),
+        (one, completed(), 1.0 * HOUR),
+        (one, completed(), HOUR),
+    ]
+    assert reported(tmp_path, *adds) == {0: 3, HOUR: 6}
+
+
+def test_processes_add_up(tmp_path: Path) -> None:
+    one, two = log(), log()
+    adds = [(one, completed(), 1.0), (two, completed(), 2.0), (one, completed(), 3.0)]
+    assert reported(tmp_path, *adds) == {0: 9}
+
+
+def test_a_clock_that_is_set_back_loses_nothing(tmp_path: Path) -> None:
+    one = log()
+    adds = [(one, completed(), 1.0), (one, completed(), HOUR + 1.0), (one, completed(), 2.0)]
+    assert sum(reported(tmp_path, *adds).values()) == 9
+
+
+def test_a_lost_write_is_made_good_by_the_next(tmp_path: Path) -> None:
+    class Lossy:
+        """Drops what it is given."""
+
+        def record(self, _change: object) -> asyncio.Future[None]:
+            future = asyncio.get_running_loop().create_future()
+            future.set_exception(OSError("gone"))
+            future.exception()
+            return future
+
+    one = log()
+
+    async def lose() -> None:
+        one.database = Lossy()  # type: ignore[assignment]
+        one.add(completed(), "key", 1.0)
+
+    asyncio.run(lose())
+    assert reported(tmp_path, (one, completed(), 2.0)) == {0: 6}
