@@ -54,6 +54,18 @@ def test_differences_are_drawn_where_their_figures_say(browser: Browser, live: L
             assert abs(reach[side][row] - zero[0] - width * each["interval"][side]) < 0.01
 
 
+def test_the_zero_line_stands_at_the_scales_zero(browser: Browser, live: Live) -> None:
+    near = flag("liked", (0.50, 0.62, 0.54), 1900)  # the scale begins just below 0
+    opened(browser, live, (experiment("greeting"), results("greeting", near)))
+    script = """
+      const labels = document.querySelectorAll("#result table.intervals:nth-of-type(1) .axis text");
+      return [...labels].filter((each) => each.textContent === "0")
+        .map((each) => each.getAttribute("x"));
+    """
+    places = [float(place.removesuffix("%")) for place in browser.run(script)]
+    assert places == drawn(browser, 0, ".zero", "x1")[:1]
+
+
 def test_means_have_their_intervals_counts_and_probabilities(browser: Browser, live: Live) -> None:
     opened(browser, live, (experiment("greeting"), results("greeting", LIKED)))
     rows = browser.texts("#result table.intervals:nth-of-type(2) tbody tr")

@@ -10,8 +10,9 @@ export const NONE = "–";
 /** 1234567 as "1,234,567". */
 export const count = (value) => whole.format(value);
 
-/** Three significant digits. */
-export const number = (value) => (value === null ? NONE : short.format(value).replace("-", "−"));
+/** Three significant digits; + 0 because -0 is no figure. */
+export const number = (value) =>
+  value === null ? NONE : short.format(value + 0).replace("-", "−");
 
 /** A share of one as per cent, two decimals at most. */
 export function percent(value) {

@@ -6,7 +6,7 @@ import { svg } from "./dom.js";
 const HEIGHT = 36; // pixels
 const MARGIN = 4; // per cent of the width, left free at both ends
 const STEPS = [1, 2, 2.5, 5, 10];
-const TICKS = 5; // about so many
+const TICKS = 6; // about so many
 
 /** A scale over all finite `values`: {at(value), ticks}. Null where there are none. */
 export function scaleOf(values) {

@@ -65,7 +65,8 @@ function shareWords(variant, { observed, expected }) {
 function rules({ alpha, minimum }) {
   return (
     `Intervals hold at all looks together, with ${percent(1 - alpha)}. At least ${count(minimum)} ` +
-    "units of each variant before a decision. Probability of best describes; it does not decide."
+    "units of each variant before a decision, more where their sizes differ. Probability of best " +
+    "describes; it does not decide."
   );
 }
 
