@@ -13,6 +13,7 @@ from fastapi import FastAPI
 from quickchange_server.api import (
     adapters,
     embeddings,
+    experiments,
     health,
     keys,
     models,
@@ -32,8 +33,13 @@ from quickchange_server.client import EngineClient
 from quickchange_server.constraints.checks import ConstraintChecks
 from quickchange_server.derived import Derived
 from quickchange_server.errors import SettingError
+from quickchange_server.experiments.exposures import Exposures
+from quickchange_server.experiments.promotion import Promotions
+from quickchange_server.experiments.registry import Experiments
+from quickchange_server.experiments.shadows import Shadows
 from quickchange_server.imports import Imports
 from quickchange_server.metrics import Metrics
+from quickchange_server.metrics_experiments import ExperimentMetrics
 from quickchange_server.metrics_http import HttpMetricsMiddleware
 from quickchange_server.metrics_storage import StorageMetrics
 from quickchange_server.services import VERSION, Seeds, Services
@@ -96,7 +102,18 @@ def create_app(
                 await traces.close()
 
     app = FastAPI(title="Quickchange", version=VERSION, lifespan=lifespan)
-    for module in (openai, lorax, embeddings, models, vllm, adapters, keys, usage, health):
+    for module in (
+        openai,
+        lorax,
+        embeddings,
+        models,
+        vllm,
+        adapters,
+        experiments,
+        keys,
+        usage,
+        health,
+    ):
         app.include_router(module.router)
     refusals.install(app)
     failures.install(app, lorax.PATHS)
@@ -141,6 +158,10 @@ def _services(
     client = EngineClient(settings, metrics, engine)
     store = Store(settings.store)
     names = base_names(settings)
+    revisions = Revisions(database)
+    experiments = Experiments(database, revisions)
+    experiment_metrics = ExperimentMetrics(metrics.registry, settings.metrics_adapters)
+    exposures = Exposures(database, experiment_metrics)
     return Services(
         settings=settings,
         client=client,
@@ -155,14 +176,19 @@ def _services(
             turbo=settings.turbo,
             prompt_lookup=settings.prompt_lookup,
         ),
-        imports=Imports(store, base, names),
+        imports=Imports(store, base, names, experiments.refuse_name),
         derived=Derived(store, settings.derived_adapters),
         seeds=Seeds(settings.seed),
         started=asyncio.create_task(client.start(), name="engine-start"),
         database=database,
-        revisions=Revisions(database),
+        revisions=revisions,
+        experiments=experiments,
+        exposures=exposures,
+        experiment_metrics=experiment_metrics,
+        shadows=Shadows(experiment_metrics, lambda: 2 * client.in_flight < settings.max_queue),
+        promotions=Promotions(store, experiments),
         keyring=tenants.keyring,
-        books=(*books, tenants.books),
+        books=(*books, tenants.books, exposures),
     )
 
 
@@ -171,6 +197,7 @@ async def _start(services: Services) -> None:
     if services.keyring is not None:
         await services.keyring.refresh()
         services.revisions.watch(TOPIC, services.keyring.refresh)
+    await services.revisions.look()  # experiments must be known before the first request
     services.revisions.start()
 
 
@@ -180,6 +207,7 @@ async def _end(services: Services) -> None:
         services.started.cancel()
     await asyncio.wait([services.started])
     await services.derived.close()
+    await services.shadows.close()
     await services.client.close(services.settings.drain_seconds)
     await services.constraints.close()
     await services.revisions.close()

@@ -20,6 +20,7 @@ from quickchange_server.errors import QuickchangeError
 from quickchange_server.transcript import Piece
 
 Ending = Literal["stop", "length", "cancelled", "refused", "failed"]
+How = Literal["hash", "random", "list", "state"]  # of an assignment; state: paused or stopped
 
 SETTLE_SECONDS = 10.0  # that the end of an answer waits for its record
 
@@ -33,8 +34,15 @@ class Assignment:
     experiment: str
     variant: str
     unit: str | None  # what the assignment sticks to, hashed; None: drawn for this request alone
-    by: Literal["hash", "random", "list"]
+    by: How
     shadow: bool = False  # computed beside the request that was answered
+    experiment_id: str = ""  # unlike its name never used twice
+    stretch: int = 0  # which of the experiment's times of constant weights
+
+    @property
+    def counted(self) -> bool:
+        """Whether it was left to chance, so that results may count it."""
+        return self.by in ("hash", "random")
 
 
 @dataclass(frozen=True, slots=True)

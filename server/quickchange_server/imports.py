@@ -16,11 +16,19 @@ from quickchange_store.store import Store
 
 
 class Imports:
-    """The way into the store. `base` makes the spec that adapters are checked against, once."""
+    """The way into the store. `base` makes the spec that adapters are checked against, once.
+
+    `refuse_name` raises where a name is taken by something that is not in the store.
+    """
 
     def __init__(
-        self, store: Store, base: Callable[[], BaseSpec], base_names: tuple[str, ...]
+        self,
+        store: Store,
+        base: Callable[[], BaseSpec],
+        base_names: tuple[str, ...],
+        refuse_name: Callable[[str], None],
     ) -> None:
+        self._refuse_name = refuse_name
         self._store = store
         self._make_base = base
         self._base_names = base_names
@@ -33,7 +41,7 @@ class Imports:
         Raises StoreError, ConflictError where the base has this name, and InvalidRequestError
         where the folder can't be read.
         """
-        self.refuse_base_name(name)
+        self.refuse_taken(name)
         async with self._turn:
             try:
                 return await asyncio.to_thread(self._add, name, directory)
@@ -43,8 +51,9 @@ class Imports:
                     param="path",
                 ) from error
 
-    def refuse_base_name(self, name: str) -> None:
-        """Raises ConflictError where `name` is the base model's."""
+    def refuse_taken(self, name: str) -> None:
+        """Raises ConflictError where `name` is the base model's, or an experiment's."""
+        self._refuse_name(name)
         if name in self._base_names:
             raise ConflictError(
                 f"name: {name!r} is the base model; choose another name", param="name"

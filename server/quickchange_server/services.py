@@ -19,9 +19,14 @@ from quickchange_server.client import EngineClient
 from quickchange_server.constraints.checks import ConstraintChecks
 from quickchange_server.derived import Derived
 from quickchange_server.errors import UnavailableError
+from quickchange_server.experiments.exposures import Exposures
+from quickchange_server.experiments.promotion import Promotions
+from quickchange_server.experiments.registry import Experiments
+from quickchange_server.experiments.shadows import Shadows
 from quickchange_server.imports import Imports
 from quickchange_server.messages import Ready
 from quickchange_server.metrics import Metrics
+from quickchange_server.metrics_experiments import ExperimentMetrics
 from quickchange_server.settings import Settings
 from quickchange_server.storage.database import Database
 from quickchange_server.storage.revisions import Revisions
@@ -60,6 +65,11 @@ class Services:
     started: asyncio.Future[Ready]
     database: Database
     revisions: Revisions
+    experiments: Experiments
+    exposures: Exposures  # the one book that shadow requests are in; one of `books`
+    experiment_metrics: ExperimentMetrics
+    shadows: Shadows
+    promotions: Promotions
     keyring: Keyring | None = None  # None: no request needs an API key
     books: tuple[Bookkeeper, ...] = ()
     created: int = field(default_factory=lambda: int(time.time()))  # of the base, in /v1/models

@@ -94,6 +94,7 @@ class DrainingServer(uvicorn.Server):
         self._drain = asyncio.create_task(self._drained(), name="drain")
 
     async def _drained(self) -> None:
+        await self.services.shadows.close()
         await self.services.client.close(self.settings.drain_seconds)
         self.should_exit = True
 

@@ -302,6 +302,7 @@ def note(behaviour: Behaviour, kind: str, command: Command | None = None) -> Non
         "request_id": getattr(command, "request_id", None),
         "digest": getattr(command, "digest", None),
         "output": len(getattr(command, "output", ())),
+        "background": getattr(command, "background", None),
         "salt": getattr(command, "salt", None),
         "heads": getattr(getattr(command, "drafting", None), "heads", None),
         "constraint": _constraint(command),

@@ -353,7 +353,7 @@ async def point_alias(alias: str, body: PointAlias, services: Injected, caller: 
     With `turbo`, that adapter's heads draft for it, in place of the target's own.
     """
     check_own(caller, alias, "alias")
-    services.imports.refuse_base_name(alias)
+    services.imports.refuse_taken(alias)
     for reference in (body.target, body.turbo):
         if reference is not None:
             check_seen(services, caller, reference)

@@ -14,6 +14,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Field,
     FiniteFloat,
     SkipValidation,
     model_validator,
@@ -123,6 +124,9 @@ def check_bias(value: Any) -> dict[int, float]:
     return biases
 
 
+MetadataKey = Annotated[str, Field(min_length=1, max_length=64)]
+MetadataValue = Annotated[str, Field(max_length=512)]
+Metadata = Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)]  # as in OpenAI's API
 Prompt = Annotated[
     SkipValidation[str | list[str] | list[int] | list[list[int]]], BeforeValidator(check_prompt)
 ]

@@ -8,6 +8,7 @@ from fastapi import APIRouter
 
 from quickchange_server.api.callers import Calling
 from quickchange_server.api.shapes import Json
+from quickchange_server.experiments.experiment import Experiment
 from quickchange_server.services import Injected, Services
 from quickchange_server.visibility import seen
 from quickchange_store.index import Index
@@ -58,12 +59,20 @@ def _adapter_cards(services: Services, index: Index) -> Iterator[Json]:
         yield _version_card(services, index, Reference(alias), "alias")
 
 
+def _experiment_card(services: Services, experiment: Experiment) -> Json:
+    details = {"kind": "experiment", "state": experiment.state}
+    name = experiment.name
+    return _card(services, name, experiment.created, details, name)
+
+
 @router.get("/v1/models")
 async def models(services: Injected, caller: Calling) -> Json:
-    """The base, adapters, their versions, and aliases."""
+    """The base, adapters, their versions, aliases, and experiments."""
     cards = [_base_card(services)]
     if services.settings.adapters:
         cards.extend(_adapter_cards(services, seen(services.store.snapshot(), caller.sees)))
+    there = services.experiments.all
+    cards.extend(_experiment_card(services, there[n]) for n in sorted(there) if caller.sees(n))
     return {"object": "list", "data": cards}
 
 
@@ -72,6 +81,9 @@ async def one_model(model: str, services: Injected, caller: Calling) -> Json:
     """One of them; a digest prefix works too, as in requests."""
     if services.catalog.is_base(model):
         return _base_card(services)
+    experiment = services.experiments.find(model) if caller.sees(model) else None
+    if experiment is not None:
+        return _experiment_card(services, experiment)
     services.catalog.select(model, sees=caller.sees)  # refuses what no request could name
     index = services.store.snapshot()
     return _version_card(services, index, parse_reference(model), _kind(index, model))

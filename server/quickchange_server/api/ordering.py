@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Generic, TypeVar
 
+from quickchange_server.api import assigning
 from quickchange_server.api.schemas import Sampled
 from quickchange_server.api.shapes import Json
 from quickchange_server.books import Account, Assignment, Opened, Running
@@ -15,10 +18,18 @@ from quickchange_server.catalog import Selection, WeightedName
 from quickchange_server.choices import Choices, choice_seed
 from quickchange_server.client import Generation
 from quickchange_server.constraints.asked import asked
-from quickchange_server.errors import ContextLengthError, InvalidRequestError
+from quickchange_server.errors import (
+    AdapterFailedError,
+    ContextLengthError,
+    InvalidRequestError,
+    QuickchangeError,
+)
+from quickchange_server.experiments.definition import Served
+from quickchange_server.experiments.experiment import Experiment
 from quickchange_server.messages import Pooling, SamplingParams
 from quickchange_server.services import Services
 from quickchange_server.transcript import TextOptions, Transcript
+from quickchange_server.visibility import Sees, everything
 
 B = TypeVar("B", bound=Sampled)
 
@@ -33,13 +44,58 @@ class Order(Generic[B]):
     selection: Selection
     assignment: Assignment | None = None
     traceparent: str | None = None
+    shadows: tuple[tuple[Assignment, Order[B]], ...] = ()  # computed beside it, never shown
+    shadow_limit: int = 0  # of its experiment's shadows at once
+
+    @property
+    def is_shadow(self) -> bool:
+        return self.assignment is not None and self.assignment.shadow
 
 
 def select(services: Services, caller: Caller, body: B, headers: Mapping[str, str]) -> Order[B]:
     """What the body's `model`, `adapters` and `turbo` name for this caller."""
+    traceparent = headers.get("traceparent")
+    named = services.experiments.find(body.model) if caller.sees(body.model) else None
+    if named is None:
+        selection = _selection(services, body, caller.sees)
+        return Order(caller, body.model, body, selection, traceparent=traceparent)
+    services.catalog.select(services.catalog.base_name, turbo=body.turbo, sees=caller.sees)
+    assignment = assigning.assigned(services, named, caller, body, headers)
+    definition = named.definition
+    order = _served(services, caller, body, assignment, definition.variant(assignment.variant))
+    return replace(
+        order,
+        traceparent=traceparent,
+        shadows=tuple(_shadows(services, caller, body, assignment, named)),
+        shadow_limit=definition.shadow_limit,
+    )
+
+
+def _served(
+    services: Services, caller: Caller, body: B, assignment: Assignment, variant: Served
+) -> Order[B]:
+    """The order that a variant of an experiment makes of a body. Raises AdapterFailedError."""
+    changed = assigning.overridden(services, body, variant)
+    try:
+        selection = _selection(services, changed, everything)  # variants are the operator's
+    except QuickchangeError as error:
+        raise assigning.unservable(assignment, error) from error
+    return Order(caller, body.model, changed, selection, assignment)
+
+
+def _shadows(
+    services: Services, caller: Caller, body: B, assignment: Assignment, experiment: Experiment
+) -> Iterator[tuple[Assignment, Order[B]]]:
+    """The shadows of a request. One that can't be served must not cost the request its answer."""
+    for shadow in assigning.shadows(experiment):
+        beside = replace(assignment, variant=shadow.name, shadow=True)
+        with suppress(AdapterFailedError):  # logged
+            yield beside, _served(services, caller, body, beside, shadow)
+
+
+def _selection(services: Services, body: Sampled, sees: Sees) -> Selection:
     composition = [WeightedName(entry.id, entry.weight) for entry in body.adapters]
-    selection = services.catalog.select(body.model, composition, body.turbo, sees=caller.sees)
-    return Order(caller, body.model, body, selection, traceparent=headers.get("traceparent"))
+    return services.catalog.select(body.model, composition, body.turbo, sees=sees)
 
 
 def shown(assignment: Assignment) -> Json:
@@ -112,16 +168,30 @@ async def admit(
                 drafter=order.selection.drafter,
                 constraint=constraint,
                 salt=order.caller.salt,
+                background=order.is_shadow,
                 prompt_logprobs=body.wanted_prompt_logprobs if scored else None,
                 pooling=pooling,
             )
             orders.append((generation, Transcript(services.text, options)))
-    account = Account.open(_opened(order, prompts, orders, request_id), services.books)
+    books = (services.exposures,) if order.is_shadow else services.books
+    account = Account.open(_opened(order, prompts, orders, request_id), books)
     try:
         choices = await Choices.admit(services.client, orders, body.candidates)
     except BaseException:
         account.end("refused")
         raise
+    for number, (assignment, shadow) in enumerate(order.shadows):
+        again = partial(
+            admit,
+            services,
+            shadow,
+            prompts,
+            request_id=f"{request_id}.{number}",
+            prompt_param=prompt_param,
+            default_tokens=default_tokens,
+            pooling=pooling,
+        )
+        services.shadows.start(assignment, order.shadow_limit, again)
     return Running(choices, account)
 
 

@@ -14,7 +14,15 @@ from pydantic_core import PydanticCustomError
 
 from quickchange_server.api.constrained import UNSUPPORTED as CONSTRAINED_UNSUPPORTED
 from quickchange_server.api.constrained import Constrained
-from quickchange_server.api.fields import Body, LogitBias, Number, Prompt, Stops, Unsupported
+from quickchange_server.api.fields import (
+    Body,
+    LogitBias,
+    Metadata,
+    Number,
+    Prompt,
+    Stops,
+    Unsupported,
+)
 from quickchange_server.catalog import AUTO
 from quickchange_server.errors import InvalidRequestError
 
@@ -45,7 +53,6 @@ class StreamOptions(Body):
 
 _SHARED: dict[str, Unsupported] = {
     "store": Unsupported("nothing is stored here; remove it", (False,)),
-    "metadata": Unsupported("nothing is stored here; remove it", ({},)),
     "service_tier": Unsupported(_PLAIN, ("auto", "default")),
     "safety_identifier": Unsupported("use user, which is informational"),
     "prompt_cache_key": Unsupported("equal prefixes are cached by content; remove it"),
@@ -79,7 +86,8 @@ class Sampled(Constrained, ABC):
     presence_penalty: Number = Field(0.0, ge=-2, le=2)
     frequency_penalty: Number = Field(0.0, ge=-2, le=2)
     logit_bias: LogitBias = Field(default={})
-    user: str | None = None  # informational, as in OpenAI's API: it changes nothing
+    user: str | None = None  # what experiments stick to, unless they say otherwise
+    metadata: Metadata = Field(default={})  # an experiment may stick to one of its fields
 
     top_k: int = Field(0, ge=-1)  # 0 and vLLM's -1: off
     min_p: Number = Field(0.0, ge=0, le=1)

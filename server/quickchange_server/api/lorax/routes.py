@@ -8,11 +8,11 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from fastapi.routing import APIRoute
 
 from quickchange_server.api import ordering
-from quickchange_server.api.callers import Calling
+from quickchange_server.api.callers import INFER, Calling
 from quickchange_server.api.lorax import translation
 from quickchange_server.api.lorax.failures import failure
 from quickchange_server.api.lorax.merging import merged
@@ -95,7 +95,7 @@ async def compat_generate(
     return await _whole_response(request, work, listed=True)
 
 
-@router.get("/info")
+@router.get("/info", dependencies=[Depends(INFER)])
 async def info(services: Injected) -> Json:
     """What the server is and what it takes, in LoRAX's terms."""
     settings, engine = services.settings, services.engine
@@ -122,14 +122,14 @@ async def info(services: Injected) -> Json:
     }
 
 
-@router.post("/embed")
+@router.post("/embed", dependencies=[Depends(INFER)])
 async def embed() -> Response:
     """Refused: LoRAX answers it for embedding models alone, too."""
     raise UnsupportedParameterError("/embed: this server generates text; use POST /v1/embeddings")
 
 
-@router.post("/classify")
-@router.post("/classify_batch")
+@router.post("/classify", dependencies=[Depends(INFER)])
+@router.post("/classify_batch", dependencies=[Depends(INFER)])
 async def classify() -> Response:
     """Refused: LoRAX answers it for classification models alone, too."""
     raise UnsupportedParameterError(

@@ -1,0 +1,279 @@
+"""What an experiment is, as its owner writes it: variants, who sticks to what, ramp, metrics.
+
+Frozen and validated once; a bad value raises with the field's name. Knows nothing of what has
+happened to the experiment since (`experiment.py`) nor of who gets which variant (`assignment.py`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from quickchange_server.api.fields import Body, Number
+from quickchange_server.api.schemas import CompletionRequest, WeightedAdapter
+from quickchange_server.errors import InvalidRequestError
+from quickchange_store.names import check_name
+
+MAX_VARIANTS = 16
+MAX_SHADOWS = 4
+MAX_STEPS = 64
+MAX_METRICS = 32
+MAX_LISTED = 10_000
+MAX_TEXT = 512  # characters of a description, of a listed unit
+AUTOMATIC = ("latency", "first_token", "tokens", "stop", "length", "cancelled", "failed")
+ACTIONS = frozenset(
+    {"outcomes", "results", "audit", "pause", "resume", "stop", "promote", "rollback"}
+)
+# What a variant may set of a request's sampling.
+OVERRIDABLE = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "typical_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "max_tokens",
+    "stop",
+)
+
+LABELS = "1 to 64 letters, digits, '.', '_' or '-', beginning with a letter or a digit"
+_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def is_label(value: str) -> bool:
+    """Whether it may stand in headers and in metrics: a variant's or a metric's name."""
+    return _LABEL.fullmatch(value) is not None
+
+
+def _check_label(value: str) -> str:
+    if not is_label(value):
+        raise PydanticCustomError("label", f"must be {LABELS}")
+    return value
+
+
+def check_experiment_name(name: str) -> str:
+    """A name as adapters have them, but not one that a route's last word hides."""
+    check_name(name)
+    if name.rpartition("/")[2] in ACTIONS:
+        raise PydanticCustomError(
+            "experiment_name", "its last segment is the name of a route; choose another"
+        )
+    return name
+
+
+Label = Annotated[str, AfterValidator(_check_label)]
+ExperimentName = Annotated[str, AfterValidator(check_experiment_name)]
+Weight = Annotated[Number, Field(ge=0, le=1e6)]
+Unit = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
+
+
+def _check_overrides(overrides: dict[str, Any]) -> dict[str, Any]:
+    """The overrides as a request's body would hold them."""
+    known = [name for name in OVERRIDABLE if name in CompletionRequest.model_fields]
+    for name in overrides:
+        if name not in known:
+            raise PydanticCustomError(
+                "override",
+                "{name}: can't be set by a variant; these can: {known}",
+                {"name": name, "known": ", ".join(known)},
+            )
+    try:
+        body = CompletionRequest.model_validate({"model": "x", "prompt": "x", **overrides})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise PydanticCustomError(
+            "override", "{where}: {what}", {"where": where, "what": first["msg"]}
+        ) from error
+    return {name: getattr(body, name) for name in overrides if overrides[name] is not None}
+
+
+class Served(Body):
+    """What a variant is answered by: a name, or a composition over the base."""
+
+    name: Label
+    model: str | None = Field(None, min_length=1)  # base, adapter, version or alias
+    adapters: list[WeightedAdapter] = Field(default=[])
+    turbo: str | None = Field(None, min_length=1)  # default: what the request asks for
+    overrides: Annotated[dict[str, Any], AfterValidator(_check_overrides)] = Field(default={})
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if (self.model is None) == (not self.adapters):
+            raise InvalidRequestError(
+                f"variants: {self.name!r} needs either model (a base, an adapter, an alias) or "
+                "adapters (a composition)",
+                param="variants",
+            )
+        return self
+
+    def serves_as(self, other: Served) -> bool:
+        """Whether both answer alike, whatever their shares."""
+        mine, its = ((v.model, v.adapters, v.turbo, v.overrides) for v in (self, other))
+        return mine == its
+
+
+class Variant(Served):
+    """One of the answers that a request may get."""
+
+    weight: Weight = 1.0  # its share is its weight over the sum of all
+
+
+class Shadow(Served):
+    """Computed beside a share of the answered requests, never shown."""
+
+    share: float = Field(1.0, ge=0, le=1, allow_inf_nan=False)
+
+
+class Sticky(Body):
+    """What the assignment sticks to."""
+
+    by: Literal["user", "header", "field", "random"]
+    name: str | None = Field(None, min_length=1, max_length=64)  # of the header or the field
+
+    @model_validator(mode="after")
+    def _named_where_needed(self) -> Self:
+        needed = self.by in ("header", "field")
+        if needed != (self.name is not None):
+            what = "is required with" if needed else "makes no sense with"
+            raise InvalidRequestError(f"sticky.name: {what} by {self.by!r}", param="sticky.name")
+        return self
+
+
+class Step(Body):
+    """From some time on, other weights. A time is Unix seconds, or seconds after the start."""
+
+    at: Number | None = Field(None, ge=0)
+    after: Number | None = Field(None, ge=0)
+    share: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
+    weights: dict[str, Weight] | None = None
+
+    @model_validator(mode="after")
+    def _one_each(self) -> Self:
+        for one, other in (("at", "after"), ("share", "weights")):
+            if (getattr(self, one) is None) == (getattr(self, other) is None):
+                raise InvalidRequestError(
+                    f"ramp: each step needs either {one} or {other}", param="ramp"
+                )
+        return self
+
+
+class Metric(Body):
+    """An outcome that counts."""
+
+    name: Label
+    kind: Literal["number", "flag", "label"] = "number"
+    goal: Literal["increase", "decrease"] = "increase"
+    missing: Number | None = None  # counts for a unit without an outcome; default: it is left out
+    margin: Number | None = Field(None, gt=0)  # differences smaller than this don't matter
+
+    @model_validator(mode="after")
+    def _flag_or_not(self) -> Self:
+        if self.missing is not None and self.kind != "number" and self.missing not in (0, 1):
+            raise InvalidRequestError(
+                f"metrics: missing of the {self.kind} {self.name!r} is 0 or 1", param="metrics"
+            )
+        return self
+
+
+class Definition(Body):
+    """An experiment as it was asked for."""
+
+    name: ExperimentName
+    description: str = Field("", max_length=MAX_TEXT)
+    variants: list[Variant] = Field(min_length=2, max_length=MAX_VARIANTS)
+    control: str | None = None  # default: the first variant
+    sticky: Sticky = Field(default=Sticky(by="user", name=None))
+    allow: dict[Unit, str] = Field(default={}, max_length=MAX_LISTED)  # unit: variant
+    deny: list[Unit] = Field(default=[], max_length=MAX_LISTED)  # they get the control
+    ramp: list[Step] = Field(default=[], max_length=MAX_STEPS)
+    shadows: list[Shadow] = Field(default=[], max_length=MAX_SHADOWS)
+    shadow_limit: int = Field(4, ge=1, le=64)  # shadow requests at once, of one server
+    metrics: list[Metric] = Field(default=[], max_length=MAX_METRICS)
+    minimum: int = Field(100, ge=2)  # units of each variant before a decision is offered
+    alpha: float = Field(0.05, ge=1e-6, le=0.4, allow_inf_nan=False)  # rate of false findings
+    alias: str | None = Field(None, min_length=1)  # what promote and rollback move
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        _refuse_twins("variants", [*self.variants, *self.shadows])
+        _refuse_twins("metrics", self.metrics)
+        names = {variant.name for variant in self.variants}
+        if self.control is not None:
+            _refuse_unknown("control", [self.control], names)
+        _refuse_unknown("allow", self.allow.values(), names)
+        for metric in self.metrics:
+            if metric.name in AUTOMATIC:
+                raise _wrong("metrics", f"{metric.name!r} is measured by the server itself")
+        if self.sticky.by == "random" and (self.allow or self.deny):
+            raise _wrong("sticky", "lists of units need something that sticks; choose user")
+        if both := sorted(set(self.allow) & set(self.deny)):
+            raise _wrong("deny", f"{both[0]!r} is in allow as well; take it off one list")
+        for step in self.ramp:
+            _refuse_unknown("ramp", step.weights or (), names)
+        for weights in self.stages():
+            if not any(weights.values()):
+                raise _wrong("variants", "all weights are zero; give one of them a share")
+        return self
+
+    @cached_property
+    def denied(self) -> frozenset[str]:
+        return frozenset(self.deny)
+
+    @property
+    def default(self) -> Variant:
+        """The control."""
+        return self.variants[0] if self.control is None else self.variant(self.control)
+
+    def variant(self, name: str) -> Variant:
+        """Raises KeyError where there is none."""
+        return {variant.name: variant for variant in self.variants}[name]
+
+    @property
+    def weights(self) -> dict[str, float]:
+        return {variant.name: variant.weight for variant in self.variants}
+
+    def stages(self) -> Iterator[dict[str, float]]:
+        """The weights without a ramp, then those of its steps."""
+        yield self.weights
+        for step in self.ramp:
+            yield self.weights_of(step)
+
+    def weights_of(self, step: Step) -> dict[str, float]:
+        """The weights from a step on. A share goes to the others as their weights say, and what
+        they leave to the control."""
+        if step.weights is not None:
+            return {name: step.weights.get(name, 0.0) for name in self.weights}
+        share, weights = step.share or 0.0, self.weights
+        total, control = sum(weights.values()), self.default.name
+        scaled = {name: share * weight for name, weight in weights.items()}
+        scaled[control] += (1 - share) * total
+        return scaled
+
+
+def _wrong(param: str, what: str) -> InvalidRequestError:
+    return InvalidRequestError(f"{param}: {what}", param=param)
+
+
+def _refuse_twins(param: str, named: Iterable[Served | Metric]) -> None:
+    seen: set[str] = set()
+    for each in named:
+        if each.name in seen:
+            raise _wrong(param, f"the name {each.name!r} is there twice; rename one")
+        seen.add(each.name)
+
+
+def _refuse_unknown(
+    param: str, given: Iterable[str] | Mapping[str, object], names: set[str]
+) -> None:
+    for name in given:
+        if name not in names:
+            known = ", ".join(sorted(names))
+            raise _wrong(param, f"there is no variant {name!r}; there are {known}")

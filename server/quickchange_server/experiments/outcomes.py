@@ -1,0 +1,141 @@
+"""Outcomes that clients tell of answers, kept with the variant that gave them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, select
+
+from quickchange_server.callers import Caller
+from quickchange_server.errors import InvalidRequestError, UnknownModelError
+from quickchange_server.experiments.assignment import unit_of
+from quickchange_server.experiments.definition import LABELS, Metric, is_label
+from quickchange_server.experiments.experiment import Experiment
+from quickchange_server.storage.tables_experiments import EXPERIMENT_EXPOSURES, EXPERIMENT_OUTCOMES
+from quickchange_server.storage.upserts import insert
+
+Value = float | bool | str
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """One outcome as a client tells it, of a completion or of a unit."""
+
+    param: str  # its place in the request, for messages
+    name: str
+    value: Value
+    completion: str | None
+    unit: str | None  # the sticky subject as requests send it
+    key: str | None  # idempotency
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Where it went."""
+
+    name: str
+    variant: str
+    counted: bool  # the assignment was left to chance
+    new: bool  # no outcome had its idempotency key
+
+
+@dataclass(frozen=True, slots=True)
+class _Exposure:
+    variant: str
+    unit: str
+    counted: bool
+
+
+def keep(
+    connection: Connection,
+    experiment: Experiment,
+    caller: Caller,
+    outcomes: Sequence[Told],
+    now: float,
+) -> list[Kept]:
+    """Write all outcomes, or none.
+
+    Raises UnknownModelError where a completion or a unit is not the experiment's or not of this
+    caller, and InvalidRequestError for a value that is not of its metric's kind.
+    """
+    return [_keep(connection, experiment, caller, told, now) for told in outcomes]
+
+
+def _keep(
+    connection: Connection, experiment: Experiment, caller: Caller, told: Told, now: float
+) -> Kept:
+    metric = _metric(experiment, told)
+    value, label = _checked(metric, told)
+    exposure = _exposure(connection, experiment, caller, told)
+    statement = insert(connection, EXPERIMENT_OUTCOMES).values(
+        experiment=experiment.id,
+        name=told.name,
+        variant=exposure.variant,
+        unit=exposure.unit,
+        completion=told.completion,
+        counted=exposure.counted,
+        value=value,
+        label=label,
+        at=now,
+        tenant=caller.tenant,
+        idempotency_key=told.key,
+    )
+    made = statement.on_conflict_do_nothing().returning(EXPERIMENT_OUTCOMES.c.id)
+    new = connection.execute(made).first() is not None
+    return Kept(told.name, exposure.variant, exposure.counted, new)
+
+
+def _metric(experiment: Experiment, told: Told) -> Metric:
+    for metric in experiment.definition.metrics:
+        if metric.name == told.name:
+            return metric
+    known = ", ".join(metric.name for metric in experiment.definition.metrics) or "none"
+    raise InvalidRequestError(
+        f"{told.param}.name: the experiment {experiment.name!r} has no metric {told.name!r}, it "
+        f"has {known}; PATCH its metrics first",
+        param=f"{told.param}.name",
+    )
+
+
+def _checked(metric: Metric, told: Told) -> tuple[float | None, str | None]:
+    """The value, or the label."""
+    match metric.kind, told.value:
+        case "label", str(label) if is_label(label):
+            return None, label
+        case "flag", bool(flag):
+            return float(flag), None
+        case "number", float() | int() as number if not isinstance(number, bool):
+            if math.isfinite(number):
+                return float(number), None
+    wanted = {"label": LABELS, "flag": "true or false", "number": "a finite number"}
+    raise InvalidRequestError(
+        f"{told.param}.value: {metric.name!r} is a {metric.kind}; send {wanted[metric.kind]}",
+        param=f"{told.param}.value",
+    )
+
+
+def _exposure(
+    connection: Connection, experiment: Experiment, caller: Caller, told: Told
+) -> _Exposure:
+    """What the outcome belongs to: the completion, or what the unit got last."""
+    table = EXPERIMENT_EXPOSURES
+    query = select(table.c.variant, table.c.unit, table.c.counted).where(
+        table.c.experiment == experiment.id, table.c.shadow.is_(False)
+    )
+    if told.completion is not None:
+        query = query.where(table.c.completion == told.completion)
+        if not caller.may("admin"):
+            query = query.where(table.c.tenant == caller.tenant)
+    else:
+        unit = unit_of(experiment.id, caller.tenant, told.unit or "")
+        query = query.where(table.c.unit == unit).order_by(table.c.at.desc()).limit(1)
+    found = connection.execute(query).first()
+    if found is None:
+        what, given = ("completion", told.completion) if told.unit is None else ("unit", told.unit)
+        raise UnknownModelError(
+            f"{told.param}.{what}: the experiment {experiment.name!r} answered no {what} {given!r}",
+            param=f"{told.param}.{what}",
+        )
+    return _Exposure(found.variant, found.unit, found.counted)

@@ -1,0 +1,132 @@
+"""The experiments of this server: one snapshot that is swapped whole, and the way to change it.
+
+Every change is a transaction of its own; other replicas take it up by its revision. Knows nothing
+of HTTP.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
+
+from quickchange_server.callers import Caller
+from quickchange_server.errors import ConflictError
+from quickchange_server.experiments import experiment as changes
+from quickchange_server.experiments import records
+from quickchange_server.experiments.definition import Definition
+from quickchange_server.experiments.experiment import Experiment, Pointed
+from quickchange_server.experiments.records import Act, Action
+from quickchange_server.storage.database import Database
+from quickchange_server.storage.revisions import Revisions
+
+Clock = Callable[[], float]
+Make = Callable[[Experiment], Experiment]
+
+ID_BYTES = 16
+
+
+class Experiments:
+    """All experiments by name. On the event loop; reading never waits."""
+
+    def __init__(self, database: Database, revisions: Revisions, clock: Clock = time.time) -> None:
+        self._database = database
+        self._revisions = revisions
+        self._all: Mapping[str, Experiment] = MappingProxyType({})
+        self.clock = clock
+        revisions.watch(records.TOPIC, self._load)
+
+    @property
+    def all(self) -> Mapping[str, Experiment]:
+        """As they stand now; a later change makes another mapping."""
+        return self._all
+
+    def find(self, name: str) -> Experiment | None:
+        return self._all.get(name)
+
+    def get(self, name: str) -> Experiment:
+        """Raises UnknownModelError."""
+        found = self._all.get(name)
+        if found is None:
+            raise records.unknown(name)
+        return found
+
+    def refuse_name(self, name: str) -> None:
+        """Raises ConflictError where an experiment has this name."""
+        if name in self._all:
+            raise ConflictError(
+                f"name: {name!r} is an experiment; choose another name, or delete it first",
+                param="name",
+            )
+
+    async def create(self, definition: Definition, caller: Caller) -> Experiment:
+        """A new experiment, running at once. Raises ConflictError where the name is taken."""
+        act = self._act(caller, "create")
+        made = changes.created(secrets.token_hex(ID_BYTES), definition, act.at)
+        await self._database.write(partial(records.create, experiment=made, act=act))
+        return await self._taken_up(made)
+
+    async def update(
+        self,
+        name: str,
+        caller: Caller,
+        edit: Callable[[Definition], Definition],
+        version: int | None,
+    ) -> Experiment:
+        """Change the definition as it stands in the database. Raises UnknownModelError,
+        ConflictError, InvalidRequestError."""
+        act = self._act(caller, "update")
+
+        def make(old: Experiment) -> Experiment:
+            return changes.updated(old, edit(old.definition), act.at)
+
+        return await self._change(name, act, make, version)
+
+    async def pause(self, name: str, caller: Caller) -> Experiment:
+        act = self._act(caller, "pause")
+        return await self._change(name, act, lambda old: changes.paused(old, act.at))
+
+    async def resume(self, name: str, caller: Caller) -> Experiment:
+        act = self._act(caller, "resume")
+        return await self._change(name, act, lambda old: changes.resumed(old, act.at))
+
+    async def stop(self, name: str, caller: Caller, winner: str | None) -> Experiment:
+        act = self._act(caller, "stop")
+        return await self._change(name, act, lambda old: changes.stopped(old, winner, act.at))
+
+    async def promote(
+        self, name: str, caller: Caller, variant: str, before: Pointed | None
+    ) -> Experiment:
+        """Note that the alias is given to `variant`; `before` is what it points at until then."""
+        act = self._act(caller, "promote")
+        return await self._change(name, act, lambda old: changes.promoted(old, variant, before))
+
+    async def roll_back(self, name: str, caller: Caller) -> Experiment:
+        """Note that the last promotion is undone."""
+        return await self._change(name, self._act(caller, "rollback"), changes.rolled_back)
+
+    async def delete(self, name: str, caller: Caller) -> Experiment:
+        """Forget an experiment with its records; the audit trail stays."""
+        act = self._act(caller, "delete")
+        gone = await self._database.write(partial(records.remove, name=name, act=act))
+        await self._revisions.look()
+        return gone
+
+    def _act(self, caller: Caller, action: Action) -> Act:
+        return Act(caller, action, self.clock())
+
+    async def _change(
+        self, name: str, act: Act, make: Make, version: int | None = None
+    ) -> Experiment:
+        change = partial(records.change, name=name, act=act, make=make, version=version)
+        return await self._taken_up(await self._database.write(change))
+
+    async def _taken_up(self, changed: Experiment) -> Experiment:
+        """Serve by what the database has now, before the change is acknowledged."""
+        await self._revisions.look()
+        return changed
+
+    async def _load(self) -> None:
+        self._all = MappingProxyType(await self._database.read(records.all_experiments))

@@ -1,0 +1,68 @@
+"""Shadow requests: computed beside those that are answered, on what these leave, seen by nobody.
+
+A shadow is dropped rather than queued: never more than its experiment's limit at once, and none
+while the server's queue fills. Knows nothing of HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+
+from quickchange_server.books import Assignment, Running
+from quickchange_server.errors import QuickchangeError
+from quickchange_server.metrics_experiments import ExperimentMetrics
+
+Admit = Callable[[], Awaitable[Running]]
+
+logger = logging.getLogger(__name__)
+
+
+class Shadows:
+    """All shadows under way. `has_room`: whether the server can take more than it must."""
+
+    def __init__(self, metrics: ExperimentMetrics, has_room: Callable[[], bool]) -> None:
+        self._metrics = metrics
+        self._has_room = has_room
+        self._running: Counter[str] = Counter()  # by experiment
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._closed = False
+
+    def start(self, assignment: Assignment, limit: int, admit: Admit) -> None:
+        """Begin one on a task of its own, or drop it; returns at once."""
+        experiment = assignment.experiment_id
+        if self._closed or self._running[experiment] >= limit or not self._has_room():
+            self._metrics.shadow_dropped(assignment)
+            return
+        self._running[experiment] += 1
+        task = asyncio.create_task(self._run(assignment, admit), name="shadow")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def close(self) -> None:
+        """End all of them, and begin none any more."""
+        self._closed = True
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    async def _run(self, assignment: Assignment, admit: Admit) -> None:
+        try:
+            running = await admit()
+            async with aclosing(running.pieces()) as pieces:
+                async for _ in pieces:
+                    pass
+            await running.account.settled()
+        except QuickchangeError as error:
+            logger.info(
+                "a shadow of %s, %s, came to nothing: %s",
+                assignment.experiment,
+                assignment.variant,
+                error,
+            )
+        finally:
+            self._running[assignment.experiment_id] -= 1

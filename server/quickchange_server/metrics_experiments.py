@@ -1,0 +1,74 @@
+"""What the server counts and times of experiments, by variant. On the event loop."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+
+from quickchange_server.books import Assignment, Completed
+from quickchange_server.metric_labels import AdapterLabels
+
+SECONDS_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+FIRST_TOKEN_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+
+
+class ExperimentMetrics:
+    """Metrics of the first `limit` experiments under their names, of all others under "other"."""
+
+    def __init__(self, registry: CollectorRegistry, limit: int) -> None:
+        self._label = AdapterLabels(limit)
+        variant = ["experiment", "variant"]
+        self._requests = Counter(
+            "quickchange_experiment_requests_total",
+            "Requests of an experiment that ended",
+            [*variant, "outcome"],
+            registry=registry,
+        )
+        self._seconds = Histogram(
+            "quickchange_experiment_request_seconds",
+            "From arrival to the end of requests that were answered",
+            variant,
+            buckets=SECONDS_BUCKETS,
+            registry=registry,
+        )
+        self._first_token = Histogram(
+            "quickchange_experiment_first_token_seconds",
+            "From arrival to the first token",
+            variant,
+            buckets=FIRST_TOKEN_BUCKETS,
+            registry=registry,
+        )
+        self._tokens = Counter(
+            "quickchange_experiment_tokens_total", "Tokens generated", variant, registry=registry
+        )
+        self._outcomes = Counter(
+            "quickchange_experiment_outcomes_total",
+            "Outcomes told by clients",
+            [*variant, "name"],
+            registry=registry,
+        )
+        self._shadows = Counter(
+            "quickchange_experiment_shadow_requests_total",
+            "Shadow requests that ended, or were dropped because the server had other work",
+            [*variant, "outcome"],
+            registry=registry,
+        )
+
+    def completed(self, completed: Completed, assignment: Assignment) -> None:
+        """Count a request that has ended."""
+        labels = self._label(assignment.experiment), assignment.variant
+        if assignment.shadow:
+            self._shadows.labels(*labels, completed.ending).inc()
+            return
+        self._requests.labels(*labels, completed.ending).inc()
+        self._tokens.labels(*labels).inc(completed.completion_tokens)
+        if completed.first_token_seconds is not None:
+            self._first_token.labels(*labels).observe(completed.first_token_seconds)
+        if completed.ending in ("stop", "length"):
+            self._seconds.labels(*labels).observe(completed.seconds)
+
+    def outcome(self, experiment: str, variant: str, name: str) -> None:
+        self._outcomes.labels(self._label(experiment), variant, name).inc()
+
+    def shadow_dropped(self, assignment: Assignment) -> None:
+        labels = self._label(assignment.experiment), assignment.variant
+        self._shadows.labels(*labels, "dropped").inc()
