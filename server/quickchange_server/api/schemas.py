@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
 from quickchange_server.api.constrained import UNSUPPORTED as CONSTRAINED_UNSUPPORTED
@@ -214,6 +214,19 @@ def join_parts(value: Any) -> str:
     return join_parts("\n".join(part["text"] for part in value))
 
 
+_PART: dict[str, Any] = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "required": ["type", "text"],
+    "additionalProperties": False,
+}
+Content = Annotated[
+    str,
+    BeforeValidator(join_parts),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": _PART}]}),
+]
+
+
 class Message(Body):
     """One message of a chat. `developer` is served as `system`."""
 
@@ -227,7 +240,7 @@ class Message(Body):
     }
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(join_parts)]
+    content: Content
     name: str | None = None  # handed to the chat template, which decides what it does with it
 
     def for_template(self) -> dict[str, str]:

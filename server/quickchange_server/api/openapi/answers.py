@@ -155,6 +155,35 @@ class ChatCompletion(Generated):
     usage: Usage
 
 
+class CompletionEvent(Generated):
+    object: Literal["text_completion"]
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+
+
+class StreamedTool(CalledTool):
+    index: int
+
+
+class ChatDelta(Answer):
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+    tool_calls: list[StreamedTool] | None = None
+
+
+class ChatEventChoice(Answer):
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | Literal["tool_calls"] | None
+
+
+class ChatEvent(Generated):
+    object: Literal["chat.completion.chunk"]
+    choices: list[ChatEventChoice]
+    usage: Usage | None = None
+
+
 class Embedding(Answer):
     object: Literal["embedding"]
     index: int
@@ -223,15 +252,18 @@ class LoraxEnding(Answer):
     generated_tokens: int
     skipped_tokens: int
     seed: int | None
+
+
+class LoraxTold(LoraxEnding):
     prefill: list[LoraxPrefill]
     tokens: list[LoraxToken]
 
 
-class LoraxSequence(LoraxEnding):
+class LoraxSequence(LoraxTold):
     generated_text: str
 
 
-class LoraxDetails(LoraxEnding):
+class LoraxDetails(LoraxTold):
     prompt_tokens: int
     best_of_sequences: list[LoraxSequence] | None = None
 
@@ -239,6 +271,16 @@ class LoraxDetails(LoraxEnding):
 class LoraxAnswer(Answer):
     generated_text: str
     details: LoraxDetails | None = None
+
+
+class LoraxStreamDetails(LoraxEnding):
+    prompt_tokens: int
+
+
+class LoraxEvent(Answer):
+    token: LoraxToken
+    generated_text: str | None  # in the last
+    details: LoraxStreamDetails | None  # in the last
 
 
 class LoraxInfo(Answer):

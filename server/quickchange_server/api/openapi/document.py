@@ -13,14 +13,13 @@ from fastapi import FastAPI
 from pydantic import TypeAdapter
 
 from quickchange_server.api.adapters import AddFromPath
+from quickchange_server.api.callers import METRICS_PATH, OPEN
 from quickchange_server.api.openapi.operations import EVENTS, JSON, MEANINGS, OPERATIONS, Answers
 from quickchange_server.api.shapes import Json
+from quickchange_server.settings import Settings
 
 _REF = "#/components/schemas/{model}"
-_EVENTS = {
-    "type": "string",
-    "description": "Server-sent events, each `data: ` and JSON; docs/http.md has their form",
-}
+_OF_422 = ("HTTPValidationError", "ValidationError")  # FastAPI's; errors have other bodies here
 _UPLOADED = (
     "adapter_config.json",
     "adapter_model.safetensors",
@@ -30,11 +29,9 @@ _UPLOADED = (
 )
 
 
-def install(app: FastAPI, *, keyed: bool, open_operations: Collection[tuple[str, str]]) -> None:
-    """Have /openapi.json and /docs show the whole document.
-
-    keyed: the server asks for API keys, but at `open_operations` (method in capitals, path).
-    """
+def install(app: FastAPI, settings: Settings, *, keyed: bool) -> None:
+    """Have /openapi.json and /docs show the whole document. keyed: API keys are asked for."""
+    unkeyed = OPEN | {("GET", METRICS_PATH)} if settings.open_metrics else OPEN
     made = app.openapi
 
     def whole() -> Json:
@@ -42,7 +39,7 @@ def install(app: FastAPI, *, keyed: bool, open_operations: Collection[tuple[str,
             document = made()
             _finish(document)
             if keyed:
-                _secure(document, open_operations)
+                _secure(document, unkeyed)
         return made()
 
     app.openapi = whole  # type: ignore[method-assign]  # as FastAPI's documentation has it
@@ -56,12 +53,16 @@ def operations_of(document: Json) -> Iterator[tuple[tuple[str, str], Json]]:
 
 
 def _finish(document: Json) -> None:
-    models = {id(m): m for told in OPERATIONS.values() for m in (told.model, told.error)}
-    models[id(AddFromPath)] = AddFromPath
-    schemas, shared = _schemas([model for model in models.values() if model is not None])
-    document["components"]["schemas"] |= shared
-    for unused in ("HTTPValidationError", "ValidationError"):
-        document["components"]["schemas"].pop(unused, None)
+    tables = (o for told in OPERATIONS.values() for o in (told.model, told.event, told.error))
+    models = {id(model): model for model in (*tables, AddFromPath) if model is not None}
+    schemas, shared = _schemas(list(models.values()))
+    own = document["components"]["schemas"]
+    for unused in _OF_422:
+        own.pop(unused, None)
+    for name in own.keys() & shared.keys():
+        if own[name]["properties"].keys() != shared[name]["properties"].keys():
+            raise ValueError(f"two models are named {name}: rename the one of the answers")
+    document["components"]["schemas"] = shared | own
     for place, operation in operations_of(document):
         operation["responses"] = _responses(OPERATIONS[place], schemas)
     upload = document["paths"].get("/v1/adapters", {}).get("post")
@@ -92,11 +93,17 @@ def _success(told: Answers, schemas: Mapping[int, Json]) -> Json:
     content: Json = {}
     if told.model is not None:
         content[told.content] = {"schema": schemas[id(told.model)]}
-    elif not told.streams:
+    elif told.event is None:
         content[told.content] = {"schema": {"type": "string"}}
-    if told.streams:
-        content[EVENTS] = {"schema": _EVENTS}
+    if told.event is not None:
+        content[EVENTS] = {"itemSchema": _event(schemas[id(told.event)])}
     return {"description": MEANINGS[told.status], "content": content}
+
+
+def _event(data: Json) -> Json:
+    """A server-sent event, as OpenAPI 3.2 describes it."""
+    shown = {"type": "string", "contentMediaType": JSON, "contentSchema": data}
+    return {"type": "object", "properties": {"data": shown}, "required": ["data"]}
 
 
 def _upload(from_path: Json) -> Json:
@@ -114,13 +121,13 @@ def _upload(from_path: Json) -> Json:
     }
 
 
-def _secure(document: Json, open_operations: Collection[tuple[str, str]]) -> None:
+def _secure(document: Json, unkeyed: Collection[tuple[str, str]]) -> None:
     document["components"]["securitySchemes"] = {
         "bearer": {"type": "http", "scheme": "bearer", "description": "An API key"},
         "header": {"type": "apiKey", "in": "header", "name": "x-api-key"},
     }
     for (method, path), operation in operations_of(document):
-        if (method.upper(), path) in open_operations:
+        if (method.upper(), path) in unkeyed:
             operation["security"] = []
         else:
             operation["security"] = [{"bearer": []}, {"header": []}]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from quickchange_server.api.openapi import answers, answers_experiments
 
@@ -22,10 +22,10 @@ _GENERATES = frozenset({404, 413, 424, 429})
 class Answers:
     """One operation's success, and the statuses of its errors."""
 
-    model: Any = None  # a type that pydantic knows; None: not JSON
+    model: Any = None  # a type that pydantic knows; None: not JSON, or events alone
     status: int = 200
     content: str = JSON
-    streams: bool = False  # server-sent events as well, or alone where `model` is None
+    event: Any = None  # a type: of the events that are streamed where the request asks for them
     errors: frozenset[int] = _ALWAYS
     error: type[answers.Answer] = answers.Error
 
@@ -43,12 +43,14 @@ def _posted(model: Any, *errors: int, status: int = 200) -> Answers:
     return _json(model, 413, *errors, status=status)
 
 
-def _generated(model: Any, *, streams: bool = True) -> Answers:
-    return Answers(model, streams=streams, errors=_ALWAYS | _GENERATES)
+def _generated(model: Any, event: Any = None) -> Answers:
+    events = None if event is None else event | answers.Error | Literal["[DONE]"]
+    return Answers(model, event=events, errors=_ALWAYS | _GENERATES)
 
 
-def _lorax(model: Any, *, streams: bool) -> Answers:
-    return Answers(model, streams=streams, errors=_LORAX, error=answers.LoraxError)
+def _lorax(model: Any, event: Any = None) -> Answers:
+    events = None if event is None else event | answers.LoraxError
+    return Answers(model, event=events, errors=_LORAX, error=answers.LoraxError)
 
 
 _REFUSED = Answers(status=0, errors=frozenset({401, 422, 403}), error=answers.LoraxError)
@@ -56,16 +58,16 @@ _STATE = Answers(answers.State, errors=frozenset())  # a 503 of theirs is a stat
 _EXPERIMENT = _json(answers_experiments.Experiment, 404)
 
 OPERATIONS: Mapping[tuple[str, str], Answers] = {
-    ("post", "/v1/completions"): _generated(answers.Completion),
-    ("post", "/v1/chat/completions"): _generated(answers.ChatCompletion),
-    ("post", "/v1/embeddings"): _generated(answers.Embeddings, streams=False),
+    ("post", "/v1/completions"): _generated(answers.Completion, answers.CompletionEvent),
+    ("post", "/v1/chat/completions"): _generated(answers.ChatCompletion, answers.ChatEvent),
+    ("post", "/v1/embeddings"): _generated(answers.Embeddings),
     ("get", "/v1/models"): _json(answers.Models),
     ("get", "/v1/models/{model}"): _json(answers.Model, 404),
-    ("post", "/generate"): _lorax(answers.LoraxAnswer, streams=False),
-    ("post", "/generate_stream"): _lorax(None, streams=True),
-    ("post", "/"): _lorax(list[answers.LoraxAnswer], streams=True),
-    ("post", "/invocations"): _lorax(list[answers.LoraxAnswer], streams=True),
-    ("get", "/info"): _lorax(answers.LoraxInfo, streams=False),
+    ("post", "/generate"): _lorax(answers.LoraxAnswer),
+    ("post", "/generate_stream"): _lorax(None, answers.LoraxEvent),
+    ("post", "/"): _lorax(list[answers.LoraxAnswer], answers.LoraxEvent),
+    ("post", "/invocations"): _lorax(list[answers.LoraxAnswer], answers.LoraxEvent),
+    ("get", "/info"): _lorax(answers.LoraxInfo),
     ("post", "/embed"): _REFUSED,
     ("post", "/classify"): _REFUSED,
     ("post", "/classify_batch"): _REFUSED,

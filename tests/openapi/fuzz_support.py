@@ -1,0 +1,135 @@
+"""The server's OpenAPI document for schemathesis, and servers with names that requests can hit."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import schemathesis
+from http_support import BASE, BASE_SPEC, Live, live_server, make_adapter, make_turbo
+from keys_support import keyed_server
+from schemathesis import Case, HookContext
+from schemathesis.config import SchemathesisConfig
+from schemathesis.schemas import BaseSchema
+from text_support import byte_text
+
+from quickchange_server.app import create_app
+from quickchange_server.settings import Settings
+from quickchange_store.store import Store
+
+SEED = 20260101
+EXPERIMENT = "trial"
+ADAPTERS = ("sql", "team/notes", "turbo")
+SERVED = (BASE, *ADAPTERS, "live", EXPERIMENT, "sql@1")
+PATH_NAMES = {
+    "model": SERVED,
+    "reference": (*ADAPTERS, "sql@1"),
+    "name": ("sql", "turbo", EXPERIMENT),
+    "alias": ("live", "other"),
+}
+MAX_MODEL_LEN = 64  # tokens: what is fuzzed is requests, so answers are short
+
+
+def document(**changes: Any) -> dict[str, Any]:
+    """/openapi.json of a server with these settings."""
+    settings = Settings(model="unused", store=Path("unused"), **changes)
+    return create_app(settings, text=byte_text(), base=lambda: BASE_SPEC).openapi()
+
+
+def schema_of(openapi: dict[str, Any], *, examples: int) -> BaseSchema:
+    """The document to be fuzzed: seeded, valid and invalid requests, names that are there."""
+    config = SchemathesisConfig.from_dict(
+        {
+            "seed": SEED,
+            "generation": {
+                "mode": "all",
+                "max-examples": examples,
+                "deterministic": True,
+                "no-shrink": True,
+            },
+            # a schema can't say which names exist, nor which fields go together
+            "checks": {"positive_data_acceptance": {"enabled": False}},
+            "phases": {"stateful": {"enabled": False}},
+            "warnings": False,
+        }
+    )
+    schema = schemathesis.openapi.from_dict(openapi, config=config)
+    choice = random.Random(SEED)
+
+    @schema.hook
+    def map_path_parameters(_context: HookContext, parameters: Any) -> Any:
+        for name, known in PATH_NAMES.items():
+            if isinstance(parameters, dict) and name in parameters and choice.random() < 0.5:
+                parameters[name] = choice.choice(known)
+        return parameters
+
+    @schema.hook
+    def map_body(_context: HookContext, body: Any) -> Any:
+        if isinstance(body, dict) and "model" in body and choice.random() < 0.7:
+            body["model"] = choice.choice(SERVED)
+        return body
+
+    return schema
+
+
+@contextmanager
+def filled_server(store: Path, *, keyed: bool) -> Iterator[Live]:
+    """A server with adapters, an alias and an experiment. Where keys are asked for, its client
+    brings an admin's."""
+    adapters = Store(store)
+    adapters.add("sql", make_adapter(1.0))
+    adapters.add("team/notes", make_adapter(2.0))
+    adapters.add("turbo", make_turbo(3.0, lora=True))
+    adapters.alias("live", "sql")
+    server = keyed_server if keyed else live_server
+    with server(store, max_model_len=MAX_MODEL_LEN, max_queue=512) as live:
+        variants = [{"name": "now", "model": BASE}, {"name": "tuned", "model": "sql"}]
+        body = {"name": EXPERIMENT, "variants": variants, "metrics": [{"name": "liked"}]}
+        made = live.post("/v1/experiments", {**body, "alias": "winner"})
+        assert made.status_code == 201, made.text
+        yield live
+
+
+class Fuzzer:
+    """Sends cases to a server, holds the answers against the document, and counts them."""
+
+    def __init__(self, live: Live, openapi: dict[str, Any]) -> None:
+        self._live = live
+        self._openapi = openapi
+        self.counts: Counter[tuple[str, int]] = Counter()  # by operation and status
+
+    def check(self, case: Case) -> None:
+        """Raises schemathesis' failures."""
+        headers = {"Authorization": self._live.http.headers.get("Authorization", "")}
+        given = headers if headers["Authorization"] else {}
+        response = case.call(base_url=self._live.url, headers=given)
+        self.counts[case.operation.label, response.status_code] += 1
+        case.validate_response(response, headers=given)
+        if response.headers.get("content-type", [""])[0].startswith("text/event-stream"):
+            self._check_events(case, response.content.decode())
+
+    def _check_events(self, case: Case, stream: str) -> None:
+        """Every event's data is what the document says of this operation's events."""
+        operation = self._openapi["paths"][case.path][case.method.lower()]
+        event = operation["responses"]["200"]["content"]["text/event-stream"]["itemSchema"]
+        schema = {**event["properties"]["data"]["contentSchema"], **self._components}
+        for line in filter(None, stream.splitlines()):
+            data = line.removeprefix("data: ")
+            jsonschema.validate(data if data == "[DONE]" else json.loads(data), schema)
+
+    @property
+    def _components(self) -> dict[str, Any]:
+        return {"components": self._openapi["components"]}
+
+
+def of_operations(openapi: dict[str, Any]) -> Iterator[str]:
+    """Every operation, as schemathesis labels it."""
+    for path, methods in openapi["paths"].items():
+        for method in methods:
+            yield f"{method.upper()} {path}"
