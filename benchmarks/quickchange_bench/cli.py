@@ -16,6 +16,7 @@ from quickchange_bench import provenance, report
 from quickchange_bench.client import DIALECT_NAMES, Client, DialectName, Target, check_url
 from quickchange_bench.ours import VALUE_BYTES
 from quickchange_bench.overhead import OverheadOptions, measure_overhead, overhead_table
+from quickchange_bench.overhead_sides import PARTS, Part
 from quickchange_bench.popularity import POPULARITIES, Popularity, PopularityName
 from quickchange_bench.random_adapters import PROJECTIONS, AdapterSpec, write_adapters
 from quickchange_bench.random_base import SHAPES, write_base
@@ -197,6 +198,9 @@ def compare(
 @_refusals
 def overhead_command(
     model: Annotated[Path, typer.Option(help="Base model: a folder in transformers' layout.")],
+    of: Annotated[
+        str, typer.Option(help="adapters, or service: keys, limits, usage and an experiment.")
+    ] = "adapters",
     concurrency: Annotated[str, typer.Option(help="Closed loops of so many workers.")] = "1,8,16",
     repeat: Annotated[int, typer.Option(min=2, help="Pairs of rounds at each load.")] = 7,
     prompt_tokens: Annotated[str, typer.Option(help="As in `serving`.")] = "64",
@@ -206,8 +210,9 @@ def overhead_command(
     seed: Annotated[int, typer.Option(help="Of prompts.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Write the result here, as JSON.")] = None,
 ) -> None:
-    """What the adapter machinery costs requests that use none: on against off, by turns."""
+    """What a part costs requests that need nothing of it: with it against without, by turns."""
     options = OverheadOptions(
+        of=cast(Part, _choice("--of", of, PARTS)),
         model=model,
         loads=parse_loads(concurrency, None),
         repeat=repeat,

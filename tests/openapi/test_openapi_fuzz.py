@@ -13,7 +13,8 @@ from fuzz_support import Fuzzer, document, filled_server, schema_of
 from schemathesis import Case
 
 OPEN, KEYED = document(), document(api_keys=True)
-EXAMPLES = 6  # random ones of an operation, beside those that its schema's bounds give
+EXAMPLES = 4  # random ones of an operation, beside those that its schema's bounds give
+MANY = 150
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +23,26 @@ def open_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fuzzer]:
         yield Fuzzer(live, OPEN)
 
 
-@schema_of(OPEN, examples=EXAMPLES).parametrize()
-def test_answers_are_as_documented(case: Case, open_server: Fuzzer) -> None:
+@pytest.fixture(scope="module")
+def keyed_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fuzzer]:
+    with filled_server(tmp_path_factory.mktemp("keyed"), keyed=True) as live:
+        yield Fuzzer(live, KEYED)
+
+
+@schema_of(KEYED, examples=EXAMPLES).parametrize()
+def test_answers_are_as_documented_with_api_keys(case: Case, keyed_server: Fuzzer) -> None:
+    keyed_server.check(case)
+
+
+@pytest.mark.slow
+@schema_of(OPEN, examples=MANY).parametrize()
+def test_answers_are_as_documented_without_api_keys(case: Case, open_server: Fuzzer) -> None:
     open_server.check(case)
+
+
+@pytest.mark.slow
+@schema_of(KEYED, examples=MANY).parametrize()
+def test_answers_are_as_documented_with_api_keys_at_length(
+    case: Case, keyed_server: Fuzzer
+) -> None:
+    keyed_server.check(case)

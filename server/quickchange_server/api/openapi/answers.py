@@ -15,6 +15,9 @@ from quickchange_server.experiments.statistics.results import ExperimentResult
 from quickchange_server.tenants.key import Limits
 
 
+ExperimentState = Literal["running", "paused", "stopped"]
+
+
 class Answer(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -204,10 +207,11 @@ class Embeddings(Answer):
 
 
 class ModelDetails(Answer):
-    kind: Literal["base", "adapter", "version", "alias"]
+    kind: Literal["base", "adapter", "version", "alias", "experiment"]
     version: int | None = None
     digest: str | None = None
     turbo: str | None = None
+    state: ExperimentState | None = None
 
 
 class Model(Answer):

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from quickchange_server.api.openapi.answers import Answer
+from quickchange_server.api.openapi.answers import Answer, ExperimentState
 from quickchange_server.experiments.definition import Definition
 from quickchange_server.experiments.statistics.results import Method, OutcomeResult, RatioResult
-
-ExperimentState = Literal["running", "paused", "stopped"]
 
 
 class Experiment(Answer):

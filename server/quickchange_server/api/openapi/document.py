@@ -96,12 +96,12 @@ def _success(told: Answers, schemas: Mapping[int, Json]) -> Json:
     elif told.event is None:
         content[told.content] = {"schema": {"type": "string"}}
     if told.event is not None:
-        content[EVENTS] = {"itemSchema": _event(schemas[id(told.event)])}
+        content[EVENTS] = {"schema": _event(schemas[id(told.event)])}
     return {"description": MEANINGS[told.status], "content": content}
 
 
 def _event(data: Json) -> Json:
-    """A server-sent event, as OpenAPI 3.2 describes it."""
+    """The schema of one server-sent event: OpenAPI 3.1 has none for the stream."""
     shown = {"type": "string", "contentMediaType": JSON, "contentSchema": data}
     return {"type": "object", "properties": {"data": shown}, "required": ["data"]}
 
