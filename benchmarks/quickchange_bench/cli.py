@@ -11,8 +11,8 @@ from typing import Annotated, Any, TypeVar, cast
 
 import typer
 
+from quickchange_bench import ab, provenance, report
 from quickchange_bench import experiments_simulation as simulation
-from quickchange_bench import provenance, report
 from quickchange_bench.client import DIALECT_NAMES, Client, DialectName, Target, check_url
 from quickchange_bench.ours import VALUE_BYTES
 from quickchange_bench.overhead import OverheadOptions, measure_overhead, overhead_table
@@ -224,6 +224,40 @@ def overhead_command(
     )
     result = measure_overhead(options, lambda text: typer.echo(text, err=True))
     typer.echo(overhead_table(result))
+    if out is not None:
+        report.save(result, out)
+
+
+@app.command("ab")
+@_refusals
+def ab_command(
+    run: Annotated[str, typer.Argument(help="aa: the same twice; ab: the base and the adapter.")],
+    url: Annotated[str, typer.Option(help="A server of the demo.")] = "http://127.0.0.1:8000",
+    name: Annotated[str, typer.Option(help="Of the experiment; default: orders-RUN.")] = "",
+    users: Annotated[int, typer.Option(min=2, help="Each asks once.")] = 400,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 8,
+    minimum: Annotated[int, typer.Option(min=2, help="Users a variant before a decision.")] = 100,
+    base: Annotated[str, typer.Option(help="The base model's name.")] = "SmolLM2-135M-Instruct",
+    key: Annotated[
+        str | None,
+        typer.Option(help="An API key with the scope manage.", envvar="QUICKCHANGE_BENCH_KEY"),
+    ] = None,
+    allow_remote: Annotated[bool, typer.Option(help="Another machine's server.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write the results here, as JSON.")] = None,
+) -> None:
+    """Run an experiment on the demo over HTTP, from its definition to a decision."""
+    chosen = cast(ab.Run, _choice("RUN", run, ab.RUNS))
+    options = ab.AbOptions(
+        url=check_url(url, allow_remote=allow_remote),
+        run=chosen,
+        name=name or f"orders-{chosen}",
+        base=base,
+        users=users,
+        concurrency=concurrency,
+        minimum=minimum,
+        key=key,
+    )
+    result = asyncio.run(ab.run_ab(options, typer.echo))
     if out is not None:
         report.save(result, out)
 

@@ -81,9 +81,7 @@ def measure_overhead(options: OverheadOptions, say: Callable[[str], None]) -> Ov
     started = provenance.now()
     with TemporaryDirectory(prefix="quickchange-overhead-") as folder:
         make = SIDES[options.of]
-        with make(
-            options.model, Path(folder), device=options.device, dtype=options.dtype
-        ) as sides:
+        with make(options.model, Path(folder), device=options.device, dtype=options.dtype) as sides:
             pairs = asyncio.run(_measure(options, sides, say))
     return OverheadResult(
         model=options.model.name,

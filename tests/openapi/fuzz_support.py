@@ -88,7 +88,8 @@ def schema_of(openapi: dict[str, Any], *, examples: int) -> BaseSchema:
 
     @schema.hook
     def map_body(_context: HookContext, body: Any) -> Any:
-        if isinstance(body, dict) and "model" in body and choice.random() < 0.7:
+        named = isinstance(body, dict) and isinstance(body.get("model"), str)
+        if named and choice.random() < 0.7:
             body["model"] = choice.choice(SERVED)
         return body
 
@@ -122,6 +123,14 @@ class Fuzzer:
         self._choice = random.Random(SEED)
         self._keys = [created(live, tenant=f"tenant-{k}")[0] for k in range(2)]
         self.counts: Counter[tuple[str, int]] = Counter()  # by operation and status
+
+    def table(self) -> str:
+        """What was asked and answered, an operation a line."""
+        lines = []
+        for label in sorted({label for label, _ in self.counts}):
+            told = {status: n for (of, status), n in sorted(self.counts.items()) if of == label}
+            lines.append(f"{sum(told.values()):6} {label}: {told}")
+        return "\n".join(lines)
 
     def check(self, case: Case) -> None:
         """Raises schemathesis' failures."""

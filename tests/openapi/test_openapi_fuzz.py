@@ -6,7 +6,6 @@ No answer is a 5xx, and each has a status, a content type and a body that the do
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from fuzz_support import Fuzzer, document, filled_server, schema_of
@@ -17,16 +16,22 @@ EXAMPLES = 4  # random ones of an operation, beside those that its schema's boun
 MANY = 150
 
 
+def told(fuzzer: Fuzzer) -> Iterator[Fuzzer]:
+    """The fuzzer; at the end its counts, to be seen with `pytest -s`."""
+    yield fuzzer
+    print(f"\n{fuzzer.table()}")
+
+
 @pytest.fixture(scope="module")
 def open_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fuzzer]:
     with filled_server(tmp_path_factory.mktemp("open"), keyed=False) as live:
-        yield Fuzzer(live, OPEN)
+        yield from told(Fuzzer(live, OPEN))
 
 
 @pytest.fixture(scope="module")
 def keyed_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fuzzer]:
     with filled_server(tmp_path_factory.mktemp("keyed"), keyed=True) as live:
-        yield Fuzzer(live, KEYED)
+        yield from told(Fuzzer(live, KEYED))
 
 
 @schema_of(KEYED, examples=EXAMPLES).parametrize()

@@ -11,9 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from quickchange_server.callers import Scope
-from quickchange_server.experiments.statistics.results import ExperimentResult
 from quickchange_server.tenants.key import Limits
-
 
 ExperimentState = Literal["running", "paused", "stopped"]
 
