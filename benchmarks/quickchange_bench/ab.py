@@ -117,7 +117,7 @@ async def run_ab(options: AbOptions, say: Say) -> AbResult:
     async with httpx.AsyncClient(
         base_url=options.url, headers=headers, timeout=ANSWER_SECONDS, trust_env=False
     ) as http:
-        server = _Server(http, options.name)
+        server = Server(http, options.name)
         await server.ask("POST", "/v1/experiments", definition(options))
         say(f"created {options.name}; {options.users} users, {options.concurrency} at once")
         looks = await _send(server, options, say)
@@ -125,7 +125,7 @@ async def run_ab(options: AbOptions, say: Say) -> AbResult:
         say(results_text(results))
         promoted = rolled_back = None
         if options.run == "ab" and decision_of(results) == "better":
-            promoted, rolled_back = await _promote_and_back(server, say)
+            promoted, rolled_back = await promote_and_back(server, say)
     return AbResult(
         machine=provenance.machine(),
         commit=provenance.commit(),
@@ -139,7 +139,9 @@ async def run_ab(options: AbOptions, say: Say) -> AbResult:
 
 
 @dataclass(frozen=True)
-class _Server:
+class Server:
+    """One experiment on a server."""
+
     http: httpx.AsyncClient
     experiment: str
 
@@ -154,7 +156,7 @@ class _Server:
         return await self.ask(method, f"/v1/experiments/{self.experiment}/{action}", body)
 
 
-async def _send(server: _Server, options: AbOptions, say: Say) -> list[str]:
+async def _send(server: Server, options: AbOptions, say: Say) -> list[str]:
     """Every user's request and its outcomes; the decisions on the way."""
     examples = TASK.examples("held-out", options.users, seed=0)
     queue: Iterator[tuple[int, TaskExample]] = iter(enumerate(examples))
@@ -182,7 +184,8 @@ async def _send(server: _Server, options: AbOptions, say: Say) -> list[str]:
     return looks
 
 
-async def _promote_and_back(server: _Server, say: Say) -> tuple[Json, Json]:
+async def promote_and_back(server: Server, say: Say) -> tuple[Json, Json]:
+    """Point the alias at the tuned variant, ask it, and point it back."""
     promoted = await server.do("POST", "promote", {"variant": "tuned"})
     alias = promoted["alias"]
     before, after = _pointed(promoted["before"]), _pointed(promoted["after"])
