@@ -40,6 +40,7 @@ from quickchange_server.experiments.registry import Experiments
 from quickchange_server.experiments.shadows import Shadows
 from quickchange_server.imports import Imports
 from quickchange_server.metrics import Metrics
+from quickchange_server.metrics_experiment_shares import ShareCollector
 from quickchange_server.metrics_experiments import ExperimentMetrics
 from quickchange_server.metrics_http import HttpMetricsMiddleware
 from quickchange_server.metrics_storage import StorageMetrics
@@ -163,6 +164,7 @@ def _services(
     revisions = Revisions(database)
     experiments = Experiments(database, revisions)
     experiment_metrics = ExperimentMetrics(metrics.registry, settings.metrics_adapters)
+    metrics.registry.register(ShareCollector(experiments, experiment_metrics.label))
     exposures = Exposures(database, experiment_metrics)
     return Services(
         settings=settings,

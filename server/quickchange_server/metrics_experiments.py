@@ -15,7 +15,7 @@ class ExperimentMetrics:
     """Metrics of the first `limit` experiments under their names, of all others under "other"."""
 
     def __init__(self, registry: CollectorRegistry, limit: int) -> None:
-        self._label = AdapterLabels(limit)
+        self.label = AdapterLabels(limit)
         variant = ["experiment", "variant"]
         self._requests = Counter(
             "quickchange_experiment_requests_total",
@@ -55,7 +55,7 @@ class ExperimentMetrics:
 
     def completed(self, completed: Completed, assignment: Assignment) -> None:
         """Count a request that has ended."""
-        labels = self._label(assignment.experiment), assignment.variant
+        labels = self.label(assignment.experiment), assignment.variant
         if assignment.shadow:
             self._shadows.labels(*labels, completed.ending).inc()
             return
@@ -67,8 +67,8 @@ class ExperimentMetrics:
             self._seconds.labels(*labels).observe(completed.seconds)
 
     def outcome(self, experiment: str, variant: str, name: str) -> None:
-        self._outcomes.labels(self._label(experiment), variant, name).inc()
+        self._outcomes.labels(self.label(experiment), variant, name).inc()
 
     def shadow_dropped(self, assignment: Assignment) -> None:
-        labels = self._label(assignment.experiment), assignment.variant
+        labels = self.label(assignment.experiment), assignment.variant
         self._shadows.labels(*labels, "dropped").inc()

@@ -151,7 +151,8 @@ class Supervisor:
     async def _supervise(self) -> None:
         """Until no engine can be had: wait for the engine's end, tell of it, start the next."""
         while self._channel is not None:
-            reason = await self._channel.ended
+            # Shielded: a cancelled wait would cancel the future, which `stop` still waits for.
+            reason = await asyncio.shield(self._channel.ended)
             self._died(reason)
             await self._restart(reason)
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from jinja2 import TemplateError
 
 from quickchange_server.detokenize import Decoding, Detokenizer
 from quickchange_server.errors import InvalidRequestError, SettingError
+from quickchange_server.tools import Messages, ToolFormat, tool_format
 
 LONG_TEXT = 4_000  # characters: 7 ms of tokenising (SmolLM2), which no other stream should wait for
 
@@ -62,6 +64,17 @@ class Text:
     @property
     def has_chat_template(self) -> bool:
         return bool(self._tokenizer.chat_template)
+
+    @cached_property
+    def tool_format(self) -> ToolFormat | None:
+        """How the model writes tool calls; None where its chat template has no tools."""
+        return tool_format(self._apply_template) if self.has_chat_template else None
+
+    def special_id(self, text: str) -> int | None:
+        """The special token that is written so, which an answer's text leaves out; None: it is
+        none."""
+        special = text in self._tokenizer.all_special_tokens
+        return int(self._tokenizer.convert_tokens_to_ids(text)) if special else None
 
     def tokenizer_json(self) -> str | None:
         """The tokenizer as the `tokenizers` library writes it; None where it is none of that."""
@@ -115,7 +128,7 @@ class Text:
         return [(token_id, start, stop) for token_id, (start, stop) in pairs]
 
     def render_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+        self, messages: Messages, *, tools: Messages = (), add_generation_prompt: bool = True
     ) -> str:
         """The prompt text of a chat, its special tokens included.
 
@@ -128,22 +141,30 @@ class Text:
                 param="messages",
             )
         try:
-            rendered = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-            )
+            return self._apply_template(messages, tools, add_generation_prompt)
         except TemplateError as error:
             raise InvalidRequestError(
                 f"the model's chat template refuses these messages: {error}", param="messages"
             ) from error
+
+    def _apply_template(
+        self, messages: Messages, tools: Messages, add_generation_prompt: bool
+    ) -> str:
+        rendered = self._tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            tools=[dict(tool) for tool in tools] or None,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+        )
         return str(rendered)
 
     async def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+        self, messages: Messages, *, tools: Messages = (), add_generation_prompt: bool = True
     ) -> list[int]:
         """Token ids of a chat. The template writes the special tokens, so none are added."""
-        rendered = self.render_chat(messages, add_generation_prompt=add_generation_prompt)
+        rendered = self.render_chat(
+            messages, tools=tools, add_generation_prompt=add_generation_prompt
+        )
         return await self.encode(rendered, add_special_tokens=False)
 
     def detokenizer(self, *, skip_special_tokens: bool = True) -> Detokenizer:

@@ -15,6 +15,7 @@ import busy_engine
 import httpx
 from fake_engine import Behaviour
 from http_support import BASE, Live, live_server, make_adapter, make_turbo
+from keys_support import bearer, make_key
 from text_support import byte_text
 
 from quickchange_store.store import Store
@@ -65,10 +66,6 @@ def keys(
     folder: Path,
 ) -> tuple[Mapping[str, str], tuple[Mapping[str, str], Mapping[str, str]], dict[str, Any]]:
     """Headers of an operator and of two tenants, one of them limited; and the server's setting."""
-    try:
-        from keys_support import bearer, make_key
-    except ModuleNotFoundError:
-        return {}, ({}, {}), {}
     _, operator = make_key(folder, "operator", "admin")
     _, acme = make_key(folder, "acme")
     _, globex = make_key(folder, "globex", requests_per_minute=60)

@@ -58,6 +58,7 @@ class Behaviour:
     sure: bool = True  # each token's log-probability is -1; else that of `logprob_at`
     missing: frozenset[str] = frozenset()  # digests that can't be loaded
     deaf: bool = False  # reads no commands after Ready
+    says: tuple[int, ...] = ()  # tokens that every answer has instead, in a circle
     journal: Path | None = None  # a JSON line for each start and each command
 
 
@@ -160,7 +161,10 @@ class FakeEngine:
         finish = None
         while finish is None and len(tokens) <= agreed:
             position = len(submit.prompt) + sequence.emitted
-            tokens.append(token_at(submit.sampling.seed, position, submit.adapters))
+            if says := behaviour.says:
+                tokens.append(says[sequence.emitted % len(says)])
+            else:
+                tokens.append(token_at(submit.sampling.seed, position, submit.adapters))
             sequence.emitted += 1
             finish = finish_of(submit.sampling, tokens[-1], sequence.emitted)
         first, sequence.begun = not sequence.begun, True
@@ -305,6 +309,7 @@ def note(behaviour: Behaviour, kind: str, command: Command | None = None) -> Non
         "background": getattr(command, "background", None),
         "salt": getattr(command, "salt", None),
         "heads": getattr(getattr(command, "drafting", None), "heads", None),
+        "prompt": getattr(command, "prompt", None),
         "constraint": _constraint(command),
         "prompt_logprobs": getattr(command, "prompt_logprobs", None),
     }

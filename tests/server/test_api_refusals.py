@@ -129,7 +129,7 @@ def test_a_bad_value_is_refused_with_the_fields_name(live: Live, field: str, val
         ),
         (
             {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]},
-            "messages[0].tool_calls",
+            "messages[0].tool_calls[0].id",
         ),
         ({"messages": [{"role": "user", "content": "x", "age": 5}]}, "messages[0].age"),
         ({"response_format": {"type": "xml"}}, "response_format.type"),

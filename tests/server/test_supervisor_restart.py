@@ -23,6 +23,7 @@ from client_support import (
 from fake_engine import Behaviour, entries, expected_tokens
 from prometheus_client.parser import text_string_to_metric_families
 
+from quickchange_server import supervisor
 from quickchange_server.client import EngineClient, Generation
 from quickchange_server.errors import EngineFailedError, RequestFailedError, UnavailableError
 from quickchange_server.messages import (
@@ -236,6 +237,24 @@ def test_a_drain_outlives_the_death_of_the_engine() -> None:
         kill_engine(client)
         assert tokens_of(await stream) == expected_tokens(wanted.sampling, 3)
         await closing
+
+    run(scenario())
+
+
+def test_a_close_ends_an_engine_that_does_not_end_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(supervisor, "STOP_SECONDS", 0.2)
+
+    async def scenario() -> None:
+        client = make_client(Behaviour(deaf=True))
+        await client.start()
+        await asyncio.sleep(0.05)  # it is being watched now
+        engine = client.pid
+        assert engine is not None
+        await client.close(0)
+        with pytest.raises(ProcessLookupError):
+            os.kill(engine, 0)
 
     run(scenario())
 

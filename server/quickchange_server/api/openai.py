@@ -13,6 +13,7 @@ from fastapi import APIRouter, Request, Response
 
 from quickchange_server.api import ordering
 from quickchange_server.api.callers import Calling
+from quickchange_server.api.calling import with_tools
 from quickchange_server.api.prompt_shape import PromptShape, ToldPrompt, told_prompt
 from quickchange_server.api.schemas import (
     DEFAULT_COMPLETION_TOKENS,
@@ -29,6 +30,7 @@ from quickchange_server.api.shapes import (
     usage,
 )
 from quickchange_server.api.sse import DONE, event, event_stream, unless_gone
+from quickchange_server.api.tool_shapes import ToolChatShape
 from quickchange_server.books import Running
 from quickchange_server.services import Injected, Services
 from quickchange_server.transcript import Ending, LoggedToken
@@ -217,8 +219,12 @@ async def chat_completions(
 ) -> Response:
     """Answer a chat."""
     order = ordering.select(services, caller, body, request.headers)
-    messages = [message.for_template() for message in order.body.messages]
-    prompt = await services.text.encode_chat(messages)
+    order, calls = with_tools(services.text, order)
+    body = order.body
+    prompt = await services.text.encode_chat(
+        [message.for_template() for message in body.messages],
+        tools=[tool.for_template() for tool in body.offered_tools],
+    )
     running = await ordering.admit(
         services,
         order,
@@ -227,7 +233,10 @@ async def chat_completions(
         prompt_param="messages",
         default_tokens=None,
     )
-    shape = ChatShape(services.text, order.body.logprobs)
+    shape = ChatShape(services.text, body.logprobs)
+    if calls is not None:
+        most = None if body.parallel_tool_calls else 1
+        shape = ToolChatShape(services.text, body.logprobs, calls.reader, most=most)
     drafting = order.selection.drafting is not None
     answer = Answer(_envelope(services, running), shape, running, drafting)
-    return await respond(request, order.body, answer)
+    return await respond(request, body, answer)

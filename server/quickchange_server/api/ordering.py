@@ -17,7 +17,7 @@ from quickchange_server.callers import Caller
 from quickchange_server.catalog import Selection, WeightedName
 from quickchange_server.choices import Choices, choice_seed
 from quickchange_server.client import Generation
-from quickchange_server.constraints.asked import asked
+from quickchange_server.constraints.asked import Asked, asked
 from quickchange_server.errors import (
     AdapterFailedError,
     ContextLengthError,
@@ -45,6 +45,7 @@ class Order(Generic[B]):
     assignment: Assignment | None = None
     traceparent: str | None = None
     shadows: tuple[tuple[Assignment, Order[B]], ...] = ()  # computed beside it, never shown
+    demanded: Asked | None = None  # what the text must be for another reason than those fields
     shadow_limit: int = 0  # of its experiment's shadows at once
 
     @property
@@ -140,7 +141,7 @@ async def admit(
             param=param,
         )
     _check_tokens(services, body)
-    wanted = asked(body)
+    wanted = asked(body) or order.demanded
     constraint = None if wanted is None else await services.constraints.accept(wanted)
     default_tokens = _allowed(order.caller, default_tokens, count)
     seed = services.seeds.draw() if body.seed is None else body.seed % 2**64

@@ -23,6 +23,14 @@ from quickchange_server.api.fields import (
     Stops,
     Unsupported,
 )
+from quickchange_server.api.tool_schemas import (
+    MAX_TOOLS,
+    ChosenTool,
+    MadeCall,
+    Tool,
+    ToolChoice,
+    Tools,
+)
 from quickchange_server.catalog import AUTO
 from quickchange_server.errors import InvalidRequestError
 
@@ -32,7 +40,6 @@ DEFAULT_COMPLETION_TOKENS = 16  # as OpenAI's; a chat may use the rest of the co
 
 _PLAIN = "remove it"
 _TEXT_ONLY = "this server reads and writes text alone; remove it"
-_NO_TOOLS = "remove it, and describe the tools in the prompt if the model is trained for that"
 
 
 class WeightedAdapter(Body):
@@ -231,22 +238,50 @@ class Message(Body):
     """One message of a chat. `developer` is served as `system`."""
 
     unsupported: ClassVar[Mapping[str, Unsupported]] = {
-        "tool_calls": Unsupported(_NO_TOOLS, ([],)),
-        "tool_call_id": Unsupported(_NO_TOOLS),
-        "function_call": Unsupported(_NO_TOOLS),
+        "function_call": Unsupported("use tool_calls"),
         "refusal": Unsupported("put the refusal into content", ("",)),
         "audio": Unsupported(_TEXT_ONLY),
         "annotations": Unsupported(_PLAIN, ([],)),
     }
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Content
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content | None = None
     name: str | None = None  # handed to the chat template, which decides what it does with it
+    tool_calls: Annotated[list[MadeCall], Field(max_length=MAX_TOOLS)] = Field(default=[])
+    tool_call_id: str | None = None
 
-    def for_template(self) -> dict[str, str]:
-        role = "system" if self.role == "developer" else self.role
-        named = {} if self.name is None else {"name": self.name}
-        return {"role": role, "content": self.content, **named}
+    @property
+    def about_tools(self) -> bool:
+        return bool(self.tool_calls) or self.role == "tool"
+
+    def for_template(self) -> dict[str, Any]:
+        message: dict[str, Any] = {
+            "role": "system" if self.role == "developer" else self.role,
+            "content": self.content or "",
+        }
+        if self.name is not None:
+            message["name"] = self.name
+        if self.tool_calls:
+            message["tool_calls"] = [call.for_template() for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            message["tool_call_id"] = self.tool_call_id
+        return message
+
+    @model_validator(mode="after")
+    def _check_role(self) -> Self:
+        if self.content is None and not self.tool_calls:
+            raise PydanticCustomError("missing", "is required", {"field": "content"})
+        if self.tool_calls and self.role != "assistant":
+            raise PydanticCustomError(
+                "message", "belong to the role assistant", {"field": "tool_calls"}
+            )
+        if (self.tool_call_id is not None) != (self.role == "tool"):
+            raise PydanticCustomError(
+                "message",
+                "the role tool has it, and no other: the id of the call that it answers",
+                {"field": "tool_call_id"},
+            )
+        return self
 
 
 class ChatRequest(Sampled):
@@ -254,11 +289,8 @@ class ChatRequest(Sampled):
 
     unsupported: ClassVar[Mapping[str, Unsupported]] = {
         **_SHARED,
-        "tools": Unsupported(_NO_TOOLS, ([],)),
-        "tool_choice": Unsupported(_NO_TOOLS, ("none", "auto")),
-        "parallel_tool_calls": Unsupported(_NO_TOOLS, (True, False)),
-        "functions": Unsupported(_NO_TOOLS, ([],)),
-        "function_call": Unsupported(_NO_TOOLS, ("none", "auto")),
+        "functions": Unsupported("use tools", ([],)),
+        "function_call": Unsupported("use tool_choice", ("none", "auto")),
         "audio": Unsupported(_TEXT_ONLY),
         "modalities": Unsupported(_TEXT_ONLY, (["text"],)),
         "prediction": Unsupported(_PLAIN),
@@ -284,6 +316,9 @@ class ChatRequest(Sampled):
     }
 
     messages: list[Message] = Field(min_length=1)
+    tools: Tools = Field(default=[])
+    tool_choice: ToolChoice = "auto"
+    parallel_tool_calls: bool = True
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS)
@@ -295,6 +330,43 @@ class ChatRequest(Sampled):
     @property
     def wanted_logprobs(self) -> int | None:
         return self.top_logprobs if self.logprobs else None
+
+    @property
+    def offered_tools(self) -> list[Tool]:
+        """What the model may call."""
+        return [] if self.tool_choice == "none" else self.tools
+
+    @property
+    def demanded_tools(self) -> list[Tool]:
+        """Of which the answer has to call one; empty where it need not."""
+        choice = self.tool_choice
+        if isinstance(choice, ChosenTool):
+            return [tool for tool in self.tools if tool.function.name == choice.function.name]
+        return self.tools if choice == "required" else []
+
+    @model_validator(mode="after")
+    def _check_tools(self) -> Self:
+        names = [tool.function.name for tool in self.tools]
+        if len(set(names)) < len(names):
+            raise InvalidRequestError("tools: two functions have one name", param="tools")
+        choice = self.tool_choice
+        if isinstance(choice, ChosenTool) and choice.function.name not in names:
+            raise InvalidRequestError(
+                f"tool_choice: {choice.function.name!r} is not among the tools",
+                param="tool_choice",
+            )
+        if choice == "required" and not self.tools:
+            raise InvalidRequestError(
+                "tool_choice: required, and there are no tools; give some", param="tool_choice"
+            )
+        strict = any(tool.function.strict for tool in self.tools)
+        if strict and not self.demanded_tools:
+            raise InvalidRequestError(
+                "tools: strict is kept only where tool_choice makes the model call; set "
+                "tool_choice, or leave strict out",
+                param="tools",
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_chat(self) -> Self:

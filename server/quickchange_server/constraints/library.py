@@ -11,14 +11,19 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import llguidance
 
 from quickchange_server.constraints.errors import ConstraintError
 from quickchange_server.messages import Constraint
 
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
 _BLANKS = r"[\x20\x0A\x0D\x09]{1,24}"
 _ESCAPES = '"\\bfnrt'
+JSON_FORM: JsonCompileOptions = {"whitespace_pattern": _BLANKS, "json_allowed_escapes": _ESCAPES}
 
 _TERSE = "<non-verbose/>"  # ends the library's messages where its state is left out
 _EMPTY = "NoExtension"
@@ -82,5 +87,5 @@ def _grammar(constraint: Constraint) -> str:
 def _of_schema(schema: str) -> str:
     return llguidance.LLMatcher.grammar_from_json_schema(
         json.loads(schema),
-        overrides={"whitespace_pattern": _BLANKS, "json_allowed_escapes": _ESCAPES},
+        overrides=JSON_FORM,
     )

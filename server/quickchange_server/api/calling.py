@@ -1,0 +1,124 @@
+"""What tools make of a chat: whether the model can call them, and how its calls are read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from quickchange_server.api.ordering import Order
+from quickchange_server.api.schemas import ChatRequest
+from quickchange_server.api.tool_schemas import Tool
+from quickchange_server.constraints.asked import Asked, asked
+from quickchange_server.constraints.keywords import check_keywords
+from quickchange_server.constraints.library import JSON_FORM
+from quickchange_server.errors import InvalidRequestError
+from quickchange_server.messages import Constraint
+from quickchange_server.text import Text
+from quickchange_server.tools import ToolFormat, ToolReader
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Calls:
+    """How the calls of a chat are read."""
+
+    form: ToolFormat
+    names: frozenset[str]
+
+    def reader(self) -> ToolReader:
+        return ToolReader(self.form, self.names)
+
+
+def with_tools(text: Text, order: Order[ChatRequest]) -> tuple[Order[ChatRequest], Calls | None]:
+    """The order with what its tools ask of the text, and how calls are read; None: no tools.
+
+    Raises InvalidRequestError where the model takes none, or the answer can't be a call.
+    """
+    body = order.body
+    if any(message.about_tools for message in body.messages):
+        _form(text, "messages")
+    if not body.offered_tools:
+        return order, None
+    form = _form(text, "tools")
+    calls = Calls(form, frozenset(tool.function.name for tool in body.offered_tools))
+    if text.special_id(form.begin) is not None or text.special_id(form.end) is not None:
+        # calls are recognised by them
+        order = replace(order, body=body.model_copy(update={"skip_special_tokens": False}))
+    return replace(order, demanded=_demanded(text, form, body)), calls
+
+
+def _form(text: Text, param: str) -> ToolFormat:
+    form = text.tool_format
+    if form is None:
+        raise InvalidRequestError(
+            f"{param}: this model's chat template takes no tools, or writes calls in a form that "
+            "can't be read back; describe the tools in the prompt, and ask for a format with "
+            "response_format",
+            param=param,
+        )
+    return form
+
+
+def _demanded(text: Text, form: ToolFormat, body: ChatRequest) -> Asked | None:
+    """The constraint of an answer that has to be a call; None where it need not be one."""
+    if not body.demanded_tools:
+        return None
+    other = asked(body)
+    if other is not None:
+        raise InvalidRequestError(
+            f"tool_choice: makes the answer a call, and {other.place} makes it something else; "
+            "give one",
+            param="tool_choice",
+        )
+    for index, tool in enumerate(body.tools):
+        if tool in body.demanded_tools:
+            check_keywords(_parameters(tool), f"tools[{index}].function.parameters")
+    return Asked(Constraint("grammar", call_grammar(text, form, body.demanded_tools)), "tools")
+
+
+def call_grammar(text: Text, form: ToolFormat, tools: Sequence[Tool]) -> str:
+    """A Lark grammar of exactly one call, whose arguments fit its function's schema."""
+    calls: Json = {"anyOf": [_call_schema(form, tool) for tool in tools]}
+    if form.listed:
+        calls = {"type": "array", "items": calls, "minItems": 1, "maxItems": 1}
+    schema = json.dumps({**calls, "x-guidance": JSON_FORM})
+    begin = f"{_mark(text, form.begin)} BLANKS? " if form.begin else ""
+    end = f" BLANKS? {_mark(text, form.end)}" if form.end else ""
+    return f"start: {begin}%json {schema}{end}\nBLANKS: /[ \\n]{{1,2}}/\n"
+
+
+def _parameters(tool: Tool) -> Json:
+    return {"type": "object", **(tool.function.parameters or {})}
+
+
+def _call_schema(form: ToolFormat, tool: Tool) -> Json:
+    """The JSON that a call of this function is."""
+    leaves = [
+        (form.name_path, {"const": tool.function.name}),
+        (form.arguments_path, _parameters(tool)),
+    ]
+    return _nested(leaves)
+
+
+def _nested(leaves: Sequence[tuple[Sequence[str], Json]]) -> Json:
+    """Objects with exactly the keys of these paths, and the schemas at their ends."""
+    properties: Json = {}
+    for key in dict.fromkeys(path[0] for path, _ in leaves):
+        inner = [(path[1:], schema) for path, schema in leaves if path[0] == key]
+        ended = [schema for path, schema in inner if not path]
+        properties[key] = ended[0] if ended else _nested(inner)
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+
+
+def _mark(text: Text, mark: str) -> str:
+    """A mark, as Lark writes it."""
+    token = text.special_id(mark)
+    return json.dumps(mark, ensure_ascii=False) if token is None else f"<[{token}]>"

@@ -1,0 +1,32 @@
+"""Chat templates that write tool calls in the forms that are about."""
+
+MARKED = (  # calls in marks, one by one, as many open models write them
+    "{% if tools %}<|im_start|>system\nTools: {{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}\n<tool_call>\n"
+    '{"name": {{ c.function.name | tojson }}, "arguments": {{ c.function.arguments | tojson }}}'
+    "\n</tool_call>{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+BARE = (  # nothing but the JSON, with other keys
+    "{% if tools %}Tools: {{ tools | tojson }}\n{% endif %}"
+    "{% for m in messages %}[{{ m.role }}] "
+    "{% if m.tool_calls %}"
+    '{"name": "{{ m.tool_calls[0].function.name }}", '
+    '"parameters": {{ m.tool_calls[0].function.arguments | tojson }}}'
+    "{% else %}{{ m.content }}{% endif %}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+LISTED = (  # all calls in one list behind a mark
+    "{% if tools %}[TOOLS]{{ tools | tojson }}[/TOOLS]{% endif %}"
+    "{% for m in messages %}{% if m.role == 'user' %}[INST]{{ m.content }}[/INST]"
+    "{% elif m.tool_calls %}[CALLS][{% for c in m.tool_calls %}"
+    '{"function": {{ c.function | tojson }}, "id": "{{ c.id }}"}{{ "," if not loop.last }}'
+    "{% endfor %}]<|im_end|>{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+)
+TAGGED = (  # no JSON at all
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<call name={{ c.function.name }}>"
+    "{% for k, v in c.function.arguments.items() %}<{{ k }}>{{ v }}</{{ k }}>{% endfor %}</call>"
+    "{% endfor %}<|im_end|>{% endfor %}"
+)
