@@ -201,4 +201,5 @@ async def promote_and_back(server: Server, say: Say) -> tuple[Json, Json]:
 def _pointed(target: Json | None) -> str:
     if target is None:
         return "nothing"
-    return target["target"] + (f" with {target['turbo']}" if target["turbo"] else "")
+    name, heads = str(target["target"]), target["turbo"]
+    return f"{name} with {heads}" if heads else name

@@ -104,7 +104,9 @@ def test_an_address_without_a_scheme_is_refused() -> None:
 
 
 def test_each_request_may_be_of_another_user() -> None:
-    bodies = [request_body("openai", Target("m", users=True), Request(k, "p", 1, None)) for k in (3, 4)]
+    bodies = [
+        request_body("openai", Target("m", users=True), Request(k, "p", 1, None)) for k in (3, 4)
+    ]
     assert [body["user"] for body in bodies] == ["user-3", "user-4"]
     assert "user" not in request_body("openai", TARGET, Request(3, "p", 1, None))
 

@@ -13,7 +13,7 @@ from schemathesis import Case
 
 OPEN, KEYED = document(), document(api_keys=True)
 EXAMPLES = 4  # random ones of an operation, beside those that its schema's bounds give
-MANY = 150
+MANY = 60
 
 
 def told(fuzzer: Fuzzer) -> Iterator[Fuzzer]:

@@ -7,7 +7,7 @@ parameters and the bodies that it parses. `operations.py` has the rest, by opera
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI
 from pydantic import TypeAdapter
@@ -72,7 +72,8 @@ def _finish(document: Json) -> None:
 
 def _schemas(models: list[Any]) -> tuple[dict[int, Json], Json]:
     """Each model's schema by its id, and those that they share, by name."""
-    inputs = [(id(model), "validation", TypeAdapter(model)) for model in models]
+    mode: Literal["validation"] = "validation"
+    inputs = [(id(model), mode, TypeAdapter(model)) for model in models]
     found, shared = TypeAdapter.json_schemas(inputs, ref_template=_REF)
     return {key: schema for (key, _), schema in found.items()}, shared.get("$defs", {})
 
