@@ -40,7 +40,7 @@ class AbOptions:
     run: Run
     name: str
     base: str
-    users: int = 400
+    users: int = 640
     concurrency: int = 8
     minimum: int = 100
     look_every: int = 100  # answers between two looks at the results
@@ -65,7 +65,7 @@ class AbResult:
 
 def definition(options: AbOptions) -> Json:
     """The experiment's body for POST /v1/experiments."""
-    control = {"model": options.base, "turbo": "off"} if options.run == "ab" else TUNED
+    control = {"model": options.base, "turbo": "base-heads"} if options.run == "ab" else TUNED
     return {
         "name": options.name,
         "description": f"the task {TASK.name}: {DECIDING}",

@@ -234,7 +234,7 @@ def ab_command(
     run: Annotated[str, typer.Argument(help="aa: the same twice; ab: the base and the adapter.")],
     url: Annotated[str, typer.Option(help="A server of the demo.")] = "http://127.0.0.1:8000",
     name: Annotated[str, typer.Option(help="Of the experiment; default: orders-RUN.")] = "",
-    users: Annotated[int, typer.Option(min=2, help="Each asks once.")] = 400,
+    users: Annotated[int, typer.Option(min=2, help="Each asks once.")] = 640,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 8,
     minimum: Annotated[int, typer.Option(min=2, help="Users a variant before a decision.")] = 100,
     base: Annotated[str, typer.Option(help="The base model's name.")] = "SmolLM2-135M-Instruct",

@@ -40,6 +40,7 @@ def demo(tmp_path: Path) -> Iterator[Live]:
     store = Store(tmp_path)
     store.add("order-json", make_adapter(1.0))
     store.add("order-json-heads", make_turbo(2.0))
+    store.add("base-heads", make_turbo(3.0))
     with live_server(tmp_path) as live:
         yield live
 

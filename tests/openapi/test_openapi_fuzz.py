@@ -12,7 +12,7 @@ from fuzz_support import Fuzzer, document, filled_server, schema_of
 from schemathesis import Case
 
 OPEN, KEYED = document(), document(api_keys=True)
-EXAMPLES = 4  # random ones of an operation, beside those that its schema's bounds give
+EXAMPLES = 3  # random ones of an operation, beside those that its schema's bounds give
 MANY = 60
 
 
@@ -25,13 +25,13 @@ def told(fuzzer: Fuzzer) -> Iterator[Fuzzer]:
 @pytest.fixture(scope="module")
 def open_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fuzzer]:
     with filled_server(tmp_path_factory.mktemp("open"), keyed=False) as live:
-        yield from told(Fuzzer(live, OPEN))
+        yield from told(Fuzzer(live))
 
 
 @pytest.fixture(scope="module")
 def keyed_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fuzzer]:
     with filled_server(tmp_path_factory.mktemp("keyed"), keyed=True) as live:
-        yield from told(Fuzzer(live, KEYED))
+        yield from told(Fuzzer(live))
 
 
 @schema_of(KEYED, examples=EXAMPLES).parametrize()

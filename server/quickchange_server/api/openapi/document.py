@@ -97,13 +97,15 @@ def _success(told: Answers, schemas: Mapping[int, Json]) -> Json:
     elif told.event is None:
         content[told.content] = {"schema": {"type": "string"}}
     if told.event is not None:
-        content[EVENTS] = {"schema": _event(schemas[id(told.event)])}
+        content[EVENTS] = {"schema": _event(schemas[id(told.event)], told.last_event)}
     return {"description": MEANINGS[told.status], "content": content}
 
 
-def _event(data: Json) -> Json:
+def _event(data: Json, last: str | None) -> Json:
     """The schema of one server-sent event: OpenAPI 3.1 has none for the stream."""
-    shown = {"type": "string", "contentMediaType": JSON, "contentSchema": data}
+    shown: Json = {"type": "string", "contentMediaType": JSON, "contentSchema": data}
+    if last is not None:
+        shown = {"anyOf": [shown, {"const": last}]}
     return {"type": "object", "properties": {"data": shown}, "required": ["data"]}
 
 

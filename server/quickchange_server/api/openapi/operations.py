@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from quickchange_server.api.openapi import answers, answers_experiments
 
@@ -26,6 +26,7 @@ class Answers:
     status: int = 200
     content: str = JSON
     event: Any = None  # a type: of the events that are streamed where the request asks for them
+    last_event: str | None = None  # the data of an event that is no JSON
     errors: frozenset[int] = _ALWAYS
     error: type[answers.Answer] = answers.Error
 
@@ -44,8 +45,8 @@ def _posted(model: Any, *errors: int, status: int = 200) -> Answers:
 
 
 def _generated(model: Any, event: Any = None) -> Answers:
-    events = None if event is None else event | answers.Error | Literal["[DONE]"]
-    return Answers(model, event=events, errors=_ALWAYS | _GENERATES)
+    events = None if event is None else event | answers.Error
+    return Answers(model, event=events, last_event="[DONE]", errors=_ALWAYS | _GENERATES)
 
 
 def _lorax(model: Any, event: Any = None) -> Answers:
