@@ -11,11 +11,12 @@ from typing import Annotated, Any, TypeVar, cast
 
 import typer
 
+from quickchange_bench import ab, provenance, report
 from quickchange_bench import experiments_simulation as simulation
-from quickchange_bench import provenance, report
 from quickchange_bench.client import DIALECT_NAMES, Client, DialectName, Target, check_url
 from quickchange_bench.ours import VALUE_BYTES
 from quickchange_bench.overhead import OverheadOptions, measure_overhead, overhead_table
+from quickchange_bench.overhead_sides import PARTS, Part
 from quickchange_bench.popularity import POPULARITIES, Popularity, PopularityName
 from quickchange_bench.random_adapters import PROJECTIONS, AdapterSpec, write_adapters
 from quickchange_bench.random_base import SHAPES, write_base
@@ -197,6 +198,9 @@ def compare(
 @_refusals
 def overhead_command(
     model: Annotated[Path, typer.Option(help="Base model: a folder in transformers' layout.")],
+    of: Annotated[
+        str, typer.Option(help="adapters, or service: keys, limits, usage and an experiment.")
+    ] = "adapters",
     concurrency: Annotated[str, typer.Option(help="Closed loops of so many workers.")] = "1,8,16",
     repeat: Annotated[int, typer.Option(min=2, help="Pairs of rounds at each load.")] = 7,
     prompt_tokens: Annotated[str, typer.Option(help="As in `serving`.")] = "64",
@@ -206,8 +210,9 @@ def overhead_command(
     seed: Annotated[int, typer.Option(help="Of prompts.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Write the result here, as JSON.")] = None,
 ) -> None:
-    """What the adapter machinery costs requests that use none: on against off, by turns."""
+    """What a part costs requests that need nothing of it: with it against without, by turns."""
     options = OverheadOptions(
+        of=cast(Part, _choice("--of", of, PARTS)),
         model=model,
         loads=parse_loads(concurrency, None),
         repeat=repeat,
@@ -219,6 +224,40 @@ def overhead_command(
     )
     result = measure_overhead(options, lambda text: typer.echo(text, err=True))
     typer.echo(overhead_table(result))
+    if out is not None:
+        report.save(result, out)
+
+
+@app.command("ab")
+@_refusals
+def ab_command(
+    run: Annotated[str, typer.Argument(help="aa: the same twice; ab: the base and the adapter.")],
+    url: Annotated[str, typer.Option(help="A server of the demo.")] = "http://127.0.0.1:8000",
+    name: Annotated[str, typer.Option(help="Of the experiment; default: orders-RUN.")] = "",
+    users: Annotated[int, typer.Option(min=2, help="Each asks once.")] = 640,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 8,
+    minimum: Annotated[int, typer.Option(min=2, help="Users a variant before a decision.")] = 100,
+    base: Annotated[str, typer.Option(help="The base model's name.")] = "SmolLM2-135M-Instruct",
+    key: Annotated[
+        str | None,
+        typer.Option(help="An API key with the scope manage.", envvar="QUICKCHANGE_BENCH_KEY"),
+    ] = None,
+    allow_remote: Annotated[bool, typer.Option(help="Another machine's server.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write the results here, as JSON.")] = None,
+) -> None:
+    """Run an experiment on the demo over HTTP, from its definition to a decision."""
+    chosen = cast(ab.Run, _choice("RUN", run, ab.RUNS))
+    options = ab.AbOptions(
+        url=check_url(url, allow_remote=allow_remote),
+        run=chosen,
+        name=name or f"orders-{chosen}",
+        base=base,
+        users=users,
+        concurrency=concurrency,
+        minimum=minimum,
+        key=key,
+    )
+    result = asyncio.run(ab.run_ab(options, typer.echo))
     if out is not None:
         report.save(result, out)
 

@@ -27,10 +27,12 @@ Body = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The names by which a server knows its base model and its adapters."""
+    """The names by which a server knows its base model and its adapters, and its API key."""
 
     model: str
     adapters: tuple[str, ...] = ()
+    key: str | None = field(default=None, repr=False)
+    users: bool = False  # each request says that it is of another user
 
 
 def _openai(target: Target, adapter: int | None) -> Body:
@@ -60,8 +62,10 @@ DIALECTS: dict[DialectName, Callable[[Target, int | None], Body]] = {
 
 def request_body(dialect: DialectName, target: Target, request: Request) -> Body:
     """Greedy, streamed, exactly `request.output_tokens` long, with a usage count at the end."""
+    user = {"user": f"user-{request.index}"} if target.users else {}
     return {
         **DIALECTS[dialect](target, request.adapter),
+        **user,
         "prompt": request.prompt,
         "max_tokens": request.output_tokens,
         "temperature": 0,
@@ -69,6 +73,11 @@ def request_body(dialect: DialectName, target: Target, request: Request) -> Body
         "stream": True,
         "stream_options": {"include_usage": True},
     }
+
+
+def bearer(key: str) -> dict[str, str]:
+    """The header that brings an API key."""
+    return {"Authorization": f"Bearer {key}"}
 
 
 def check_url(url: str, *, allow_remote: bool) -> str:
@@ -165,6 +174,7 @@ class Client:
         self.dialect: DialectName = dialect
         self.http = httpx.AsyncClient(
             base_url=url,
+            headers={} if target.key is None else bearer(target.key),
             timeout=httpx.Timeout(timeout, connect=10.0),
             limits=httpx.Limits(max_connections=connections),
             trust_env=False,  # a proxy between would be measured too

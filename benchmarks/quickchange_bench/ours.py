@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 
-from quickchange_bench.client import Target
+from quickchange_bench.client import Target, bearer
 from quickchange_bench.launch import Running, free_port, quickchange_command, running
 
 BASE_NAME = "base"
@@ -26,6 +28,7 @@ class OwnServer:
     device: str = "cpu"
     dtype: str = "float32"
     environment: Mapping[str, str] = field(default_factory=dict)
+    key: str | None = field(default=None, repr=False)  # an API key, where it asks for one
 
     @contextmanager
     def running(self, log: Path) -> Iterator[Running]:
@@ -43,11 +46,40 @@ class OwnServer:
         with running(
             quickchange_command("serve", *flat),
             url=f"http://127.0.0.1:{port}",
-            target=Target(BASE_NAME),
+            target=Target(BASE_NAME, key=self.key),
             log=log,
             environment={"QUICKCHANGE_SERVED_MODEL_NAME": BASE_NAME, **self.environment},
         ) as server:
             yield server
+
+
+def admin_key(store: Path) -> str:
+    """A new API key with the scope admin, in the database of a store's folder.
+
+    Raises:
+        RuntimeError: the command that makes it failed; says why.
+    """
+    command = quickchange_command(
+        "keys", "create", "--tenant", "operator", "--scope", "admin", "--store", str(store)
+    )
+    made = subprocess.run(command, capture_output=True, text=True, check=False)
+    if made.returncode != 0:
+        raise RuntimeError(f"making an API key: {made.stderr[-400:]}")
+    return made.stdout.strip()
+
+
+def create(url: str, path: str, body: Mapping[str, Any], key: str | None = None) -> dict[str, Any]:
+    """POST a definition (an experiment, an API key); what the server made of it.
+
+    Raises:
+        RuntimeError: the server refused it; says why.
+    """
+    headers = {} if key is None else bearer(key)
+    with httpx.Client(base_url=url, timeout=ADMIN_SECONDS, trust_env=False) as http:
+        response = http.post(path, json=body, headers=headers)
+    _check(response, f"POST {path}")
+    answer: dict[str, Any] = response.json()
+    return answer
 
 
 def register(url: str, adapters: Mapping[str, Path]) -> None:

@@ -1,37 +1,34 @@
-"""What the adapter machinery costs requests that use no adapter.
+"""What a part of the server costs requests that need nothing of it.
 
-Two servers of ours run side by side, one with adapters on (eight of them resident), one started
-with adapters off. Rounds take turns, each pair in the other order than the last, so that a drifting
-machine favours neither; the ratio of each pair is what counts.
+Two servers of ours run side by side, one with the part (`overhead_sides.py`), one without. Rounds
+take turns, each pair in the other order than the last, so that a drifting machine favours neither;
+the ratio of each pair is what counts.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
-from quickchange_bench import ours, provenance
-from quickchange_bench.client import Client, Target
-from quickchange_bench.launch import Running
-from quickchange_bench.random_adapters import AdapterSpec, write_adapters
+from quickchange_bench import provenance
+from quickchange_bench.client import Client
+from quickchange_bench.overhead_sides import SIDES, Part, Sides
 from quickchange_bench.report import number, table
 from quickchange_bench.results import SCHEMA_VERSION, Load, Machine, Summary
-from quickchange_bench.serving import Plan, closed_loop, measure
+from quickchange_bench.serving import Plan, measure
 from quickchange_bench.stats import ratio, spread
-from quickchange_bench.workload import Request, Workload, parse_length
-
-RESIDENT = 8
+from quickchange_bench.workload import Workload, parse_length
 
 
 @dataclass(frozen=True, slots=True)
 class OverheadOptions:
     model: Path
     loads: tuple[Load, ...]
+    of: Part = "adapters"
     repeat: int = 7
     requests_per_worker: int = 2
     prompt_tokens: str = "64"
@@ -61,7 +58,7 @@ class Overhead:
     lowest: float
     highest: float
     cpu_ratio: float | None
-    off_spread: float | None  # of tokens/s with adapters off: what the machine's own noise is
+    off_spread: float | None  # of tokens/s without the part: what the machine's own noise is
     errors: int
 
 
@@ -74,6 +71,7 @@ class OverheadResult:
     started: str
     overheads: tuple[Overhead, ...]
     pairs: tuple[Pair, ...]
+    of: Part = "adapters"
     kind: str = "overhead"
     version: int = SCHEMA_VERSION
 
@@ -81,22 +79,10 @@ class OverheadResult:
 def measure_overhead(options: OverheadOptions, say: Callable[[str], None]) -> OverheadResult:
     """Start both servers, measure, end them. `say` is told what goes on."""
     started = provenance.now()
-    with TemporaryDirectory(prefix="quickchange-overhead-") as folder, ExitStack() as stack:
-        work = Path(folder)
-        names = [f"lora-{k}" for k in range(RESIDENT)]
-        write_adapters(options.model, work / "adapters", names, AdapterSpec(seed=options.seed))
-        servers = []
-        for name, setting in (("on", "true"), ("off", "false")):
-            server = ours.OwnServer(
-                model=str(options.model),
-                store=work / f"store-{name}",
-                device=options.device,
-                dtype=options.dtype,
-                environment={"QUICKCHANGE_ADAPTERS": setting},
-            )
-            servers.append(stack.enter_context(server.running(work / f"{name}.log")))
-        ours.register(servers[0].url, {name: work / "adapters" / name for name in names})
-        pairs = asyncio.run(_measure(options, servers[0], servers[1], names, say))
+    with TemporaryDirectory(prefix="quickchange-overhead-") as folder:
+        make = SIDES[options.of]
+        with make(options.model, Path(folder), device=options.device, dtype=options.dtype) as sides:
+            pairs = asyncio.run(_measure(options, sides, say))
     return OverheadResult(
         model=options.model.name,
         machine=provenance.machine(),
@@ -105,15 +91,12 @@ def measure_overhead(options: OverheadOptions, say: Callable[[str], None]) -> Ov
         started=started,
         overheads=summarise_pairs(pairs),
         pairs=tuple(pairs),
+        of=options.of,
     )
 
 
 async def _measure(
-    options: OverheadOptions,
-    on: Running,
-    off: Running,
-    names: list[str],
-    say: Callable[[str], None],
+    options: OverheadOptions, sides: Sides, say: Callable[[str], None]
 ) -> list[Pair]:
     plan = Plan(
         workload=Workload(
@@ -127,17 +110,14 @@ async def _measure(
         warmup=2,
     )
     pairs = []
+    on, off = sides.on, sides.off
     async with (
-        Client(on.url, Target(ours.BASE_NAME, tuple(names))) as client_on,
-        Client(off.url, Target(ours.BASE_NAME)) as client_off,
+        Client(on.server.url, on.target) as client_on,
+        Client(off.server.url, off.target) as client_off,
     ):
-        touch = [Request(k, "Load this adapter", 1, k) for k in range(len(names))]
-        failed = [done.error for done in await closed_loop(client_on, touch, 1) if done.error]
-        if failed:
-            raise RuntimeError(f"making the adapters resident failed: {failed[0]}")
         for turn in range(plan.repeat):
             for place, load in enumerate(plan.loads):
-                both = [("on", client_on, on), ("off", client_off, off)]
+                both = [("on", client_on, on.server), ("off", client_off, off.server)]
                 found = {
                     name: await measure(client, plan, load, turn=turn, place=place, pid=server.pid)
                     for name, client, server in (both if (turn + place) % 2 == 0 else both[::-1])

@@ -27,6 +27,7 @@ from quickchange_server.api.callers import CallerMiddleware
 from quickchange_server.api.lorax import failures
 from quickchange_server.api.lorax import routes as lorax
 from quickchange_server.api.middleware import BodyLimitMiddleware, RequestIdMiddleware
+from quickchange_server.api.openapi import document
 from quickchange_server.books import Bookkeeper
 from quickchange_server.catalog import Catalog, base_names
 from quickchange_server.channel import EngineMain, engine_main
@@ -120,6 +121,7 @@ def create_app(
         app.include_router(module.router)
     refusals.install(app)
     failures.install(app, lorax.PATHS)
+    document.install(app, settings, keyed=keyed)
     app.add_middleware(
         BodyLimitMiddleware,
         limit=settings.max_request_bytes,

@@ -101,3 +101,17 @@ def test_another_machine_needs_a_word() -> None:
 def test_an_address_without_a_scheme_is_refused() -> None:
     with pytest.raises(ValueError, match="http://HOST:PORT"):
         check_url("localhost:8000", allow_remote=False)
+
+
+def test_each_request_may_be_of_another_user() -> None:
+    bodies = [
+        request_body("openai", Target("m", users=True), Request(k, "p", 1, None)) for k in (3, 4)
+    ]
+    assert [body["user"] for body in bodies] == ["user-3", "user-4"]
+    assert "user" not in request_body("openai", TARGET, Request(3, "p", 1, None))
+
+
+def test_an_api_key_goes_along() -> None:
+    client = Client("http://127.0.0.1:1", Target("m", key="secret"))
+    assert client.http.headers["Authorization"] == "Bearer secret"
+    assert "secret" not in repr(client.target)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import shutil
 import tempfile
@@ -229,9 +230,11 @@ async def add_adapter(request: Request, services: Injected, caller: Managing) ->
 
 def _parse(model: type[AddFromPath], content: bytes) -> AddFromPath:
     try:
-        return model.model_validate_json(content)
+        return model.model_validate(json.loads(content))
     except ValidationError as error:
         raise RequestValidationError(error.errors()) from error
+    except ValueError as error:
+        raise InvalidRequestError(f"the body is not valid JSON: {error}") from error
 
 
 async def _add_upload(services: Services, caller: Caller, form: FormData) -> Added:

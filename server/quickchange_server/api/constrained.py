@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from quickchange_server.api.fields import Body, Unsupported
@@ -28,8 +28,12 @@ def _check_written(value: Any) -> Any:
     return value if isinstance(value, str) else _check_schema(value)
 
 
-Schema = Annotated[Any, BeforeValidator(_check_schema)]
-Written = Annotated[Any, BeforeValidator(_check_written)]  # or a string of JSON, as vLLM takes it
+Schema = Annotated[
+    Any, BeforeValidator(_check_schema), WithJsonSchema({"type": ["object", "boolean"]})
+]
+Written = Annotated[  # or a string of JSON, as vLLM takes it
+    Any, BeforeValidator(_check_written), WithJsonSchema({"type": ["object", "boolean", "string"]})
+]
 Source = Annotated[str, Field(min_length=1)]
 
 

@@ -7,7 +7,15 @@ from functools import partial
 from typing import Annotated, Any, Self
 
 from fastapi import APIRouter, Query
-from pydantic import BeforeValidator, Field, SkipValidation, ValidationError, model_validator
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SkipValidation,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from quickchange_server.api.callers import Calling, Managing, check_own
@@ -90,7 +98,11 @@ def _check_value(value: Any) -> Any:
 
 
 # A union would tell of each kind that it is not.
-OutcomeValue = Annotated[SkipValidation[bool | float | str], BeforeValidator(_check_value)]
+OutcomeValue = Annotated[
+    SkipValidation[bool | float | str],
+    BeforeValidator(_check_value),
+    WithJsonSchema({"type": ["boolean", "number", "string"]}),
+]
 
 
 class Outcome(Body):
@@ -113,8 +125,17 @@ class Outcome(Body):
         return self
 
 
+def _one_or_several(schema: Json) -> None:
+    """The schema of `Outcomes`, with that of one outcome beside it."""
+    several = {key: schema.pop(key) for key in ("type", "properties", "required")}
+    several["additionalProperties"] = schema.pop("additionalProperties")
+    schema["anyOf"] = [several, several["properties"]["outcomes"]["items"]]
+
+
 class Outcomes(Body):
     """Several outcomes; one may also be sent as it is."""
+
+    model_config = ConfigDict(json_schema_extra=_one_or_several)
 
     outcomes: list[Outcome] = Field(min_length=1, max_length=MAX_OUTCOMES)
 

@@ -16,10 +16,13 @@ from pydantic import (
     ConfigDict,
     Field,
     FiniteFloat,
+    GetJsonSchemaHandler,
     SkipValidation,
+    WithJsonSchema,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError
 
 UNSUPPORTED = "unsupported"  # the type of the validation error; its context names the field
 MAX_STOPS = 16
@@ -62,6 +65,24 @@ class Body(BaseModel):
             if known is None and (value is not None or name not in cls.model_fields):
                 kept[name] = value
         return kept
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """Says that fields with a default take `null` as well."""
+        schema = handler(core)
+        own = handler.resolve_ref_schema(schema)
+        for name, field in own.get("properties", {}).items():
+            if name not in own.get("required", ()) and not _takes_null(field):
+                shown = {key: field.pop(key) for key in ("title", "default") if key in field}
+                own["properties"][name] = {"anyOf": [field, {"type": "null"}], **shown}
+        return schema
+
+
+def _takes_null(field: Mapping[str, Any]) -> bool:
+    untyped = not {"type", "anyOf", "$ref", "enum", "const"} & field.keys()
+    return untyped or {"type": "null"} in field.get("anyOf", ())
 
 
 def _is_ids(value: Any) -> bool:
@@ -127,9 +148,32 @@ def check_bias(value: Any) -> dict[int, float]:
 MetadataKey = Annotated[str, Field(min_length=1, max_length=64)]
 MetadataValue = Annotated[str, Field(max_length=512)]
 Metadata = Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)]  # as in OpenAI's API
-Prompt = Annotated[
-    SkipValidation[str | list[str] | list[int] | list[list[int]]], BeforeValidator(check_prompt)
+_STOP: JsonSchemaValue = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_LENGTH}
+_STOPS: JsonSchemaValue = {"type": "array", "items": _STOP, "maxItems": MAX_STOPS}
+_BIASES: JsonSchemaValue = {
+    "type": "object",
+    "propertyNames": {"pattern": "^[0-9]{1,9}$"},
+    "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+}
+_IDS: JsonSchemaValue = {"type": "array", "items": {"type": "integer"}}
+_PROMPTS: list[JsonSchemaValue] = [
+    {"type": "string"},
+    {"type": "array", "items": {"type": "string"}, "minItems": 1},
+    {**_IDS, "minItems": 1},
+    {"type": "array", "items": _IDS, "minItems": 1},
 ]
-Stops = Annotated[SkipValidation[list[str]], BeforeValidator(check_stops)]
-LogitBias = Annotated[SkipValidation[dict[int, float]], BeforeValidator(check_bias)]
+
+Prompt = Annotated[
+    SkipValidation[str | list[str] | list[int] | list[list[int]]],
+    BeforeValidator(check_prompt),
+    WithJsonSchema({"anyOf": _PROMPTS}),
+]
+Stops = Annotated[
+    SkipValidation[list[str]],
+    BeforeValidator(check_stops),
+    WithJsonSchema({"anyOf": [_STOP, _STOPS]}),
+]
+LogitBias = Annotated[
+    SkipValidation[dict[int, float]], BeforeValidator(check_bias), WithJsonSchema(_BIASES)
+]
 Number = FiniteFloat

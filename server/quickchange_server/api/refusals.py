@@ -14,6 +14,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from quickchange_server.api.fields import UNSUPPORTED
 from quickchange_server.errors import (
@@ -33,6 +34,7 @@ from quickchange_store.errors import (
 
 logger = logging.getLogger(__name__)
 
+_METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
 CLIENT_CLOSED_REQUEST = 499  # as nginx counts it
 
 
@@ -140,11 +142,23 @@ def install(app: FastAPI) -> None:
         refused = InvalidRequestError(message)
         response = error_response(refused, error.status_code)
         response.headers.update(error.headers or {})
+        if error.status_code == 405:
+            response.headers["Allow"] = ", ".join(_methods(app, request))
         return response
 
     @app.exception_handler(ClientGoneError)
     async def gone(_request: Request, _error: ClientGoneError) -> Response:
         return Response(status_code=CLIENT_CLOSED_REQUEST)  # nobody reads it; the log may
+
+
+def _methods(app: FastAPI, request: Request) -> list[str]:
+    """What the path may be asked with. Starlette tells of the first route that fits, alone."""
+    asked = ({**request.scope, "method": method} for method in _METHODS)
+    return [
+        scope["method"]
+        for scope in asked
+        if any(route.matches(scope)[0] is Match.FULL for route in app.router.routes)
+    ]
 
 
 def internal_error() -> QuickchangeError:

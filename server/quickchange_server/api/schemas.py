@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
 from quickchange_server.api.constrained import UNSUPPORTED as CONSTRAINED_UNSUPPORTED
@@ -221,6 +221,19 @@ def join_parts(value: Any) -> str:
     return join_parts("\n".join(part["text"] for part in value))
 
 
+_PART: dict[str, Any] = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "required": ["type", "text"],
+    "additionalProperties": False,
+}
+Content = Annotated[
+    str,
+    BeforeValidator(join_parts),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": _PART}]}),
+]
+
+
 class Message(Body):
     """One message of a chat. `developer` is served as `system`."""
 
@@ -232,7 +245,7 @@ class Message(Body):
     }
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str, BeforeValidator(join_parts)] | None = None
+    content: Content | None = None
     name: str | None = None  # handed to the chat template, which decides what it does with it
     tool_calls: Annotated[list[MadeCall], Field(max_length=MAX_TOOLS)] = Field(default=[])
     tool_call_id: str | None = None

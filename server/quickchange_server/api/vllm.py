@@ -7,7 +7,7 @@ from typing import Annotated, Self
 
 from fastapi import APIRouter, Depends, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from quickchange_server.api.adapters import (
     adapters_on,
@@ -38,8 +38,20 @@ class UnloadLora(Body):
     lora_name: str = Field(min_length=1)
 
 
+_FORMS = {"prompt": "string", "messages": "array", "inputs": "string"}
+
+
 class Tokenize(Body):
     """One of `prompt`, `messages` and LoRAX's `inputs`."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [
+                {"required": [name], "properties": {name: {"type": kind}}}
+                for name, kind in _FORMS.items()
+            ]
+        }
+    )
 
     model: str | None = None
     prompt: ValidText | None = None

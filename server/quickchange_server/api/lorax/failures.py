@@ -100,6 +100,7 @@ def install(app: FastAPI, paths: Collection[str]) -> None:
 
 
 def _http(error: HTTPException) -> Response:
-    response = refusal(InvalidRequestError(str(error.detail)), error.status_code)
+    status = 422 if error.status_code == 400 else error.status_code  # a body that is no JSON
+    response = refusal(InvalidRequestError(str(error.detail)), status)
     response.headers.update(error.headers or {})
     return response
