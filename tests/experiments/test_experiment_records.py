@@ -1,4 +1,4 @@
-"""What the experiments keep, on both databases: audit, exposures, outcomes, and what they refuse."""
+"""What experiments keep, on both databases: audit, exposures, outcomes, and what they refuse."""
 
 from __future__ import annotations
 

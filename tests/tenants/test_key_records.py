@@ -63,9 +63,7 @@ def test_a_changed_key_is_read_as_it_was_changed(database_url: str) -> None:
 
 def test_a_rotated_key_is_read_with_both_secrets(database_url: str) -> None:
     key, old = made(database_url)
-    ((_, new),) = done(
-        database_url, partial(records.rotate, key_id=key.id, overlap=10.5, now=NOW)
-    )
+    ((_, new),) = done(database_url, partial(records.rotate, key_id=key.id, overlap=10.5, now=NOW))
     (found,) = done(database_url, partial(records.one, key_id=key.id))
     assert found.accepts(new, NOW)
     assert found.accepts(old, NOW + 10.25)
