@@ -306,7 +306,7 @@ def test_of_two_replicas_that_take_a_name_at_once_one_gets_it(database_url: str)
         return True
 
     async def run() -> list[bool]:
-        return await asyncio.gather(one(1), one(2))
+        return list(await asyncio.gather(one(1), one(2)))
 
     assert sorted(asyncio.run(run())) == [False, True]
 
