@@ -143,7 +143,7 @@ def test_a_killed_writer_leaves_the_old_state_or_the_new(nursery: Nursery, tmp_p
     chance = random.Random(0)
     seen = kills = 0
     started = time.monotonic()
-    while (lasted := time.monotonic() - started) < 6 or (not seen and lasted < 60):
+    while (lasted := time.monotonic() - started) < 6 or ((kills < 4 or not seen) and lasted < 60):
         writers = [nursery.start("write", store.root, 1000 * (kills + n)) for n in range(2)]
         for _ in range(2):
             time.sleep(chance.uniform(0.005, 0.1))
