@@ -66,6 +66,12 @@ class ExperimentMetrics:
         if completed.ending in ("stop", "length"):
             self._seconds.labels(*labels).observe(completed.seconds)
 
+    def unservable(self, assignment: Assignment) -> None:
+        """Count a request whose variant names what can't be served: it is in no book."""
+        labels = self.label(assignment.experiment), assignment.variant
+        counter = self._shadows if assignment.shadow else self._requests
+        counter.labels(*labels, "refused").inc()
+
     def outcome(self, experiment: str, variant: str, name: str) -> None:
         self._outcomes.labels(self.label(experiment), variant, name).inc()
 

@@ -7,7 +7,6 @@ import random
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 from zlib import crc32
 
@@ -79,9 +78,9 @@ def made_up(experiment: Experiment, seed: int) -> tuple[Rows, Rows]:
     return exposures, outcomes
 
 
-def tallied(path: Path, experiment: Experiment, exposures: Rows, outcomes: Rows) -> Tally:
+def tallied(url: str, experiment: Experiment, exposures: Rows, outcomes: Rows) -> Tally:
     async def run() -> Tally:
-        database = await asyncio.to_thread(Database.open, f"sqlite:///{path}/sums.sqlite3")
+        database = await asyncio.to_thread(Database.open, url)
         act = Act(ANYONE, "create", START)
         try:
             await database.write(partial(create, experiment=experiment, act=act))
@@ -132,10 +131,10 @@ def assert_same(found: Any, expected: list[list[Sums]]) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_sums_are_those_by_hand(tmp_path: Path, seed: int) -> None:
+def test_sums_are_those_by_hand(database_url: str, seed: int) -> None:
     experiment = moved_experiment()
     exposures, outcomes = made_up(experiment, seed)
-    sums = tallied(tmp_path, experiment, exposures, outcomes)
+    sums = tallied(database_url, experiment, exposures, outcomes)
     named: dict[str, Rows] = defaultdict(list)
     for row in outcomes:
         named[row["name"]].append(row)
@@ -159,10 +158,10 @@ def test_sums_are_those_by_hand(tmp_path: Path, seed: int) -> None:
         assert_same(found[name, None], by_hand(exposures, exposures, value_of))
 
 
-def test_units_are_counted_where_they_were_first_seen(tmp_path: Path) -> None:
+def test_units_are_counted_where_they_were_first_seen(database_url: str) -> None:
     experiment = moved_experiment()
     exposures, outcomes = made_up(experiment, 7)
-    sums = tallied(tmp_path, experiment, exposures, outcomes)
+    sums = tallied(database_url, experiment, exposures, outcomes)
     first: dict[str, Any] = {}
     for row in exposures:
         if row["counted"]:

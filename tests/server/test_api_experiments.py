@@ -144,8 +144,10 @@ def test_a_body_that_is_wrong_is_refused_by_its_field(live: Live) -> None:
     refused(patched(live, weights={"a": -1}), 400, "weights.a")
     refused(patched(live, allow={"u": "c"}), 400, "allow")
     refused(patched(live, alpha=0.1), 400, "alpha")
+    patched(live, metrics=[FLAG])
+    refused(patched(live, metrics=[{**FLAG, "kind": "label"}]), 400, "metrics")
     refused(live.post("/v1/experiments/tone/stop", {"winner": "c"}), 400, "winner")
-    assert live.http.get("/v1/experiments/tone").json()["version"] == 1
+    assert live.http.get("/v1/experiments/tone").json()["version"] == 2
 
 
 @pytest.mark.parametrize("route", ["", "/results", "/audit"])
@@ -252,6 +254,29 @@ def test_a_variant_that_went_away_is_424_and_names_nothing(live: Live) -> None:
     live.http.delete("/v1/adapters/gone").raise_for_status()
     response = live.post("/v1/completions", {**COMPLETION, "model": "tone"})
     assert "gone" not in refused(response, 424, "model")
+
+
+def test_requests_for_a_variant_that_went_away_are_counted_as_refused(live: Live) -> None:
+    live.store.add("gone", make_adapter(3.0))
+    gone = {"name": "b", "model": "gone"}
+    created(live, name="broken", variants=[{**A, "weight": 0}, gone], shadows=[])
+    live.http.delete("/v1/adapters/gone").raise_for_status()
+    live.post("/v1/completions", {**COMPLETION, "model": "broken"})
+    line = (
+        'quickchange_experiment_requests_total{experiment="broken",outcome="refused",variant="b"}'
+    )
+    assert f"{line} 1.0" in live.http.get("/metrics").text.splitlines()
+    assert live.http.get("/v1/experiments/broken/results").json()["requests"] == {}
+
+
+def test_the_weight_of_a_variant_that_went_away_can_be_taken_away(live: Live) -> None:
+    live.store.add("gone", make_adapter(3.0))
+    created(live, variants=[A, {"name": "b", "model": "gone"}])
+    live.http.delete("/v1/adapters/gone").raise_for_status()
+    assert patched(live, weights={"b": 0}).json()["shares"]["a"] == 1.0
+    assert {variant_of(live, user) for user in USERS[:8]} == {"a"}
+    more = [A, {"name": "b", "model": "gone", "weight": 0}, {"name": "c", "model": "gone"}]
+    refused(patched(live, variants=more), 404, "variants[2].model")
 
 
 def test_a_ramp_follows_the_clock(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -519,6 +544,17 @@ def test_rollback_of_a_first_promotion_removes_the_alias(live: Live) -> None:
     done(live, "promote", {"variant": "b"})
     done(live, "rollback")
     assert live.store.aliases() == {}
+
+
+def test_a_promotion_that_is_sent_again_is_undone_by_one_rollback(live: Live) -> None:
+    live.store.alias("live", "json")
+    created(live, alias="live")
+    done(live, "promote", {"variant": "b"})
+    again = done(live, "promote", {"variant": "b"})
+    assert again["after"] == {"target": "sql", "turbo": None}
+    done(live, "rollback")
+    assert str(live.store.aliases()["live"]) == "json"
+    assert live.http.get("/v1/experiments/tone").json()["promoted"] is None
 
 
 def test_promotions_are_undone_one_by_one(live: Live) -> None:

@@ -90,6 +90,24 @@ def test_a_hidden_turbo_stays_hidden_beside_an_experiment(live: Live) -> None:
         assert (refused.status_code, refused.json()["error"]["param"]) == (404, "turbo")
 
 
+def test_an_alias_outside_a_key_s_names_is_neither_given_nor_taken_back(live: Live) -> None:
+    variants = [{"name": "a", "model": "hidden"}, {"name": "b", "model": "hidden"}]
+    body = {"name": "acme/ours", "variants": variants, "alias": "theirs"}
+    live.post("/v1/experiments", body).raise_for_status()
+    route = "/v1/experiments/acme/ours"
+    live.post(f"{route}/promote", {"variant": "b"}).raise_for_status()
+    with client_of(live, secret_of(live, "manage")) as client:
+        assert client.post(f"{route}/promote", json={"variant": "a"}).status_code == 403
+        assert client.post(f"{route}/rollback").status_code == 403
+    assert "theirs" in live.store.aliases()
+
+
+def test_the_weights_of_variants_that_a_manager_does_not_see_can_be_changed(live: Live) -> None:
+    with client_of(live, secret_of(live, "manage")) as client:
+        changed = client.patch(ROUTE, json={"weights": {"b": 1}})
+        assert changed.status_code == 200, changed.text
+
+
 def test_the_audit_trail_names_the_key(live: Live) -> None:
     key, secret = created(live, scope="manage", tenant="acme", names=["*"])
     with client_of(live, secret) as client:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from sqlalchemy import Connection
+from sqlalchemy import Connection, create_engine
 from sqlalchemy.exc import IntegrityError
 from storage_support import note, noted, notes, notes_at
 
@@ -108,6 +108,25 @@ def test_a_read_changes_nothing(database_url: str) -> None:
             assert await database.read(notes) == []
 
     asyncio.run(main())
+
+
+def test_a_read_sees_the_database_at_one_moment(database_url: str) -> None:
+    async def run() -> None:
+        async with noted(database_url) as database:
+            await database.write(note("before"))
+            engine = create_engine(database_url)
+
+            def twice(connection: Connection) -> tuple[list[str], list[str]]:
+                first = notes(connection)
+                with engine.begin() as other:
+                    note("meanwhile")(other)
+                return first, notes(connection)
+
+            assert await database.read(twice) == (["before"], ["before"])
+            assert await database.read(notes) == ["before", "meanwhile"]
+            engine.dispose()
+
+    asyncio.run(run())
 
 
 def test_closing_commits_what_was_recorded(database_url: str) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import create_engine, text
 
@@ -30,6 +32,29 @@ def test_migrations_make_the_tables_that_the_metadata_describes(database_url: st
 def test_opening_again_changes_nothing(database_url: str) -> None:
     opened_and_closed(database_url)
     opened_and_closed(database_url)
+
+
+@pytest.mark.parametrize("domain", ["storage", "tenants", "experiments"])
+def test_a_database_that_has_a_part_of_the_migrations_gets_the_others_and_keeps_its_rows(
+    database_url: str, domain: str
+) -> None:
+    config = Config()
+    config.set_main_option("script_location", "quickchange_server.storage:migrations")
+    table, row = {
+        "storage": ("revisions", "('t', 7)"),
+        "tenants": ("usage", "(0, 't', 'k', 'a', 'p', 1, 2, 3, 4, 5)"),
+        "experiments": ("experiments", "('i', 'n', 1, '{}')"),
+    }[domain]
+    engine = create_engine(database_url)
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, f"{domain}@head")
+        connection.execute(text(f'INSERT INTO "{table}" VALUES {row}'))
+    opened_and_closed(database_url)
+    with engine.connect() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), all_tables()) == []
+        assert connection.execute(text(f'SELECT count(*) FROM "{table}"')).scalar() == 1
+    engine.dispose()
 
 
 def test_tables_newer_than_this_version_are_refused(database_url: str) -> None:

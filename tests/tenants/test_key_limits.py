@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from dataclasses import dataclass, field
 
 import pytest
@@ -212,3 +213,16 @@ def test_what_never_fits_is_a_bad_request_and_takes_nothing(
 def test_what_fits_exactly_is_admitted() -> None:
     limits = Limits(max_prompt_tokens=10, max_new_tokens=20, tokens_per_minute=30)
     Limiter(Clock()).admit("key", limits, 10, 20)
+
+
+def test_a_key_without_limits_keeps_no_more_than_a_minute_of_its_past() -> None:
+    clock = Clock()
+    limiter = Limiter(clock)
+
+    def hold_after(requests: int) -> int:
+        for _ in range(requests):
+            clock.now += SECOND
+            limiter.end(limiter.admit("key", Limits(), 1, 1), 2)
+        return len(pickle.dumps(limiter._states))
+
+    assert hold_after(1000) == pytest.approx(hold_after(5000), rel=0.2)

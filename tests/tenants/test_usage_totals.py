@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 
 from quickchange_server.books import Completed, Ending, Opened
 from quickchange_server.callers import Caller
@@ -18,12 +17,12 @@ def completed(label: str = "sql", ending: Ending = "stop", tokens: int = 3) -> C
     return Completed(opened, ending, completion_tokens=tokens, cached_tokens=2)
 
 
-def reported(path: Path, *adds: tuple[UsageLog, Completed, float]) -> dict[int, int]:
+def reported(url: str, *adds: tuple[UsageLog, Completed, float]) -> dict[int, int]:
     """Completion tokens by hour, after these were added in this order."""
     wanted = Report(0, 10**11, None, ("hour",))
 
     async def work() -> dict[int, int]:
-        database = Database.open(f"sqlite:///{path / 'usage.sqlite3'}")
+        database = Database.open(url)
         for log, one, now in adds:
             log.database = database
             await log.add(one, "key", now)
@@ -38,29 +37,29 @@ def log() -> UsageLog:
     return UsageLog(None)  # type: ignore[arg-type]
 
 
-def test_each_hour_has_its_own_totals(tmp_path: Path) -> None:
+def test_each_hour_has_its_own_totals(database_url: str) -> None:
     one = log()
     adds = [
         (one, completed(), HOUR - 1.0),
         (one, completed(), 1.0 * HOUR),
         (one, completed(), HOUR),
     ]
-    assert reported(tmp_path, *adds) == {0: 3, HOUR: 6}
+    assert reported(database_url, *adds) == {0: 3, HOUR: 6}
 
 
-def test_processes_add_up(tmp_path: Path) -> None:
+def test_processes_add_up(database_url: str) -> None:
     one, two = log(), log()
     adds = [(one, completed(), 1.0), (two, completed(), 2.0), (one, completed(), 3.0)]
-    assert reported(tmp_path, *adds) == {0: 9}
+    assert reported(database_url, *adds) == {0: 9}
 
 
-def test_a_clock_that_is_set_back_loses_nothing(tmp_path: Path) -> None:
+def test_a_clock_that_is_set_back_loses_nothing(database_url: str) -> None:
     one = log()
     adds = [(one, completed(), 1.0), (one, completed(), HOUR + 1.0), (one, completed(), 2.0)]
-    assert sum(reported(tmp_path, *adds).values()) == 9
+    assert sum(reported(database_url, *adds).values()) == 9
 
 
-def test_a_lost_write_is_made_good_by_the_next(tmp_path: Path) -> None:
+def test_a_lost_write_is_made_good_by_the_next(database_url: str) -> None:
     class Lossy:
         """Drops what it is given."""
 
@@ -77,4 +76,4 @@ def test_a_lost_write_is_made_good_by_the_next(tmp_path: Path) -> None:
         one.add(completed(), "key", 1.0)
 
     asyncio.run(lose())
-    assert reported(tmp_path, (one, completed(), 2.0)) == {0: 6}
+    assert reported(database_url, (one, completed(), 2.0)) == {0: 6}

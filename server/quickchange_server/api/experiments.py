@@ -202,7 +202,8 @@ async def one_experiment(name: str, services: Injected, caller: Managing) -> Jso
 @router.patch("/v1/experiments/{name:path}")
 async def update(name: str, body: Change, services: Injected, caller: Managing) -> Json:
     """Change an experiment; only the units whose share moved get another variant."""
-    _check_served(services, caller, body.apply(_seen(services, caller, name).definition))
+    before = _seen(services, caller, name).definition
+    _check_served(services, caller, body.apply(before), before)
     changed = await services.experiments.update(name, caller, body.apply, body.version)
     return _shown(changed, services)
 
@@ -243,15 +244,15 @@ async def stop(name: str, services: Injected, caller: Managing, body: Stop | Non
 @router.post("/v1/experiments/{name:path}/promote")
 async def promote(name: str, body: Promote, services: Injected, caller: Managing) -> Json:
     """Point the experiment's alias at what a variant serves, in one step."""
-    experiment = _seen(services, caller, name)
-    _check_alias(services, caller, experiment)
+    _check_alias(services, caller, _seen(services, caller, name).definition.alias)
     return _moved(name, await services.promotions.promote(name, caller, body.variant))
 
 
 @router.post("/v1/experiments/{name:path}/rollback")
 async def roll_back(name: str, services: Injected, caller: Managing) -> Json:
     """Undo the last promotion: the alias is what it was before."""
-    _seen(services, caller, name)
+    promotions = _seen(services, caller, name).promotions
+    _check_alias(services, caller, promotions[-1].alias if promotions else None)
     return _moved(name, await services.promotions.roll_back(name, caller))
 
 
@@ -335,19 +336,28 @@ def _refuse_stored(index: Index, name: str) -> None:
         )
 
 
-def _check_alias(services: Services, caller: Caller, experiment: Experiment) -> None:
-    alias = experiment.definition.alias
+def _check_alias(services: Services, caller: Caller, alias: str | None) -> None:
     if alias is not None:
         check_own(caller, alias, "alias")
         services.imports.refuse_taken(alias)
 
 
-def _check_served(services: Services, caller: Caller, definition: Definition) -> None:
-    """Raises where a variant or a shadow names what can't be served, by its place."""
+def _check_served(
+    services: Services, caller: Caller, definition: Definition, before: Definition | None = None
+) -> None:
+    """Raises where a variant or a shadow names what can't be served, by its place.
+
+    Not of those that were there `before`: one whose adapter is gone must not keep its weight from
+    being taken away, nor one that the caller doesn't see.
+    """
+    old = () if before is None else (*before.variants, *before.shadows)
+    there = {each.name: each for each in old}
     for field in ("variants", "shadows"):
         variants: list[Served] = getattr(definition, field)
         for index, variant in enumerate(variants):
-            _check_one(services, caller, variant, f"{field}[{index}]")
+            known = there.get(variant.name)
+            if known is None or not known.serves_as(variant):
+                _check_one(services, caller, variant, f"{field}[{index}]")
 
 
 def _check_one(services: Services, caller: Caller, variant: Served, place: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from dataclasses import asdict, replace
 from functools import partial
@@ -15,8 +14,7 @@ from quickchange_server.api.callers import ADMIN
 from quickchange_server.api.fields import Body, Number
 from quickchange_server.api.shapes import Json
 from quickchange_server.callers import Scope
-from quickchange_server.errors import UnavailableError
-from quickchange_server.services import Injected, Services
+from quickchange_server.services import Injected
 from quickchange_server.tenants import records
 from quickchange_server.tenants.key import MAX_LIMIT, Key, Limits, Terms, names_of
 
@@ -25,7 +23,6 @@ MAX_OVERLAP = 30 * 86_400.0  # seconds
 DEFAULT_OVERLAP = 86_400.0
 
 router = APIRouter(tags=["API keys"], dependencies=[Depends(ADMIN)])
-logger = logging.getLogger(__name__)
 
 Count = Annotated[int, Field(ge=1, le=MAX_LIMIT)]
 Label = Annotated[str, Field(max_length=MAX_LABEL)]
@@ -99,14 +96,6 @@ def _key(key: Key) -> Json:
     }
 
 
-async def _take_up(services: Services) -> None:
-    """Have this replica act on a change at once, and not at its next look."""
-    try:
-        await services.revisions.look()
-    except UnavailableError as error:  # the change is made, and its answer may hold a secret
-        logger.warning("a change of API keys acts a little later: %s", error)
-
-
 @router.post("/v1/keys", status_code=201)
 async def create_key(body: NewKey, services: Injected) -> Json:
     """Make an API key. Its secret is in this answer and nowhere else."""
@@ -121,7 +110,7 @@ async def create_key(body: NewKey, services: Injected) -> Json:
     key, secret = await services.database.write(
         partial(records.create, terms=terms, now=time.time())
     )
-    await _take_up(services)
+    await services.revisions.take_up()
     return {**_key(key), "secret": secret}
 
 
@@ -143,7 +132,7 @@ async def one_key(key_id: KeyId, services: Injected) -> Json:
 async def change_key(key_id: KeyId, body: ChangedKey, services: Injected) -> Json:
     """Change what a key may do. Its tenant stays."""
     key = await services.database.write(partial(records.change, key_id=key_id, changed=body.terms))
-    await _take_up(services)
+    await services.revisions.take_up()
     return _key(key)
 
 
@@ -151,7 +140,7 @@ async def change_key(key_id: KeyId, body: ChangedKey, services: Injected) -> Jso
 async def revoke_key(key_id: KeyId, services: Injected) -> Json:
     """End a key for good; its past usage stays."""
     key = await services.database.write(partial(records.revoke, key_id=key_id, now=time.time()))
-    await _take_up(services)
+    await services.revisions.take_up()
     return _key(key)
 
 
@@ -162,5 +151,5 @@ async def rotate_key(key_id: KeyId, services: Injected, body: Rotation | None = 
     key, secret = await services.database.write(
         partial(records.rotate, key_id=key_id, overlap=overlap, now=time.time())
     )
-    await _take_up(services)
+    await services.revisions.take_up()
     return {**_key(key), "secret": secret}

@@ -80,6 +80,7 @@ def _served(
     try:
         selection = _selection(services, changed, everything)  # variants are the operator's
     except QuickchangeError as error:
+        services.experiment_metrics.unservable(assignment)
         raise assigning.unservable(assignment, error) from error
     return Order(caller, body.model, changed, selection, assignment)
 

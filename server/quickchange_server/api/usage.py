@@ -15,6 +15,7 @@ from quickchange_server.callers import Caller
 from quickchange_server.catalog import BASE_LABEL, COMPOSITION_LABEL
 from quickchange_server.errors import ForbiddenError, InvalidRequestError
 from quickchange_server.services import Injected
+from quickchange_server.tenants.key import check_tenant
 from quickchange_server.tenants.usage import FIGURES, GROUPS, HOUR, Group, Report, report
 
 DEFAULT_SECONDS = 30 * 86_400  # before the end
@@ -67,6 +68,8 @@ def _veiled(rows: list[Json], caller: Caller) -> list[Json]:
 
 def _tenant(caller: Caller, asked: str | None) -> str | None:
     """Whose usage is told; None: everyone's."""
+    if asked is not None:
+        check_tenant(asked)
     if caller.may("admin"):
         return asked
     if asked not in (None, caller.tenant):

@@ -24,6 +24,7 @@ MAX_SHADOWS = 4
 MAX_STEPS = 64
 MAX_METRICS = 32
 MAX_LISTED = 10_000
+MAX_NUMBER = 1e15  # an outcome's absolute value: sums of squares stay far from overflow
 MAX_TEXT = 512  # characters of a description, of a listed unit
 AUTOMATIC = ("latency", "first_token", "tokens", "stop", "length", "cancelled", "failed")
 ACTIONS = frozenset(
@@ -171,7 +172,8 @@ class Metric(Body):
     name: Label
     kind: Literal["number", "flag", "label"] = "number"
     goal: Literal["increase", "decrease"] = "increase"
-    missing: Number | None = None  # counts for a unit without an outcome; default: it is left out
+    # Counts for a unit without an outcome; default: such a unit is left out.
+    missing: Number | None = Field(None, ge=-MAX_NUMBER, le=MAX_NUMBER)
     margin: Number | None = Field(None, gt=0)  # differences smaller than this don't matter
 
     @model_validator(mode="after")

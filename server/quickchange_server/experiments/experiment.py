@@ -92,6 +92,7 @@ def updated(old: Experiment, definition: Definition, now: float) -> Experiment:
             param="name",
         )
     _refuse_rewriting(old.definition, definition)
+    _refuse_other_kinds(old.definition, definition)
     new_ramp = definition.ramp != old.definition.ramp
     started = now if new_ramp else old.started
     stretches = _replanned(old, definition, started, now)
@@ -201,6 +202,17 @@ def _refuse_rewriting(old: Definition, new: Definition) -> None:
                     "results would mix two things; give it no share, and add another beside it",
                     param=field,
                 )
+
+
+def _refuse_other_kinds(old: Definition, new: Definition) -> None:
+    kinds = {metric.name: metric.kind for metric in old.metrics}
+    for metric in new.metrics:
+        if kinds.get(metric.name, metric.kind) != metric.kind:
+            raise InvalidRequestError(
+                f"metrics: {metric.name!r} is a {kinds[metric.name]} and its outcomes are kept as "
+                "that; give the new one another name",
+                param="metrics",
+            )
 
 
 def _fixed(field: str) -> InvalidRequestError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ from sqlalchemy import Connection, select
 from quickchange_server.callers import Caller
 from quickchange_server.errors import InvalidRequestError, UnknownModelError
 from quickchange_server.experiments.assignment import unit_of
-from quickchange_server.experiments.definition import LABELS, Metric, is_label
+from quickchange_server.experiments.definition import LABELS, MAX_NUMBER, Metric, is_label
 from quickchange_server.experiments.experiment import Experiment
 from quickchange_server.storage.tables_experiments import EXPERIMENT_EXPOSURES, EXPERIMENT_OUTCOMES
 from quickchange_server.storage.upserts import insert
@@ -107,9 +106,10 @@ def _checked(metric: Metric, told: Told) -> tuple[float | None, str | None]:
         case "flag", bool(flag):
             return float(flag), None
         case "number", float() | int() as number if not isinstance(number, bool):
-            if math.isfinite(number):
+            if -MAX_NUMBER <= number <= MAX_NUMBER:  # no NaN, and compares any integer
                 return float(number), None
-    wanted = {"label": LABELS, "flag": "true or false", "number": "a finite number"}
+    number_wanted = f"a number of at most {MAX_NUMBER:g} either way"
+    wanted = {"label": LABELS, "flag": "true or false", "number": number_wanted}
     raise InvalidRequestError(
         f"{told.param}.value: {metric.name!r} is a {metric.kind}; send {wanted[metric.kind]}",
         param=f"{told.param}.value",
@@ -119,10 +119,12 @@ def _checked(metric: Metric, told: Told) -> tuple[float | None, str | None]:
 def _exposure(
     connection: Connection, experiment: Experiment, caller: Caller, told: Told
 ) -> _Exposure:
-    """What the outcome belongs to: the completion, or what the unit got last."""
+    """What the outcome belongs to: the completion, or the last that the unit was not refused."""
     table = EXPERIMENT_EXPOSURES
     query = select(table.c.variant, table.c.unit, table.c.counted).where(
-        table.c.experiment == experiment.id, table.c.shadow.is_(False)
+        table.c.experiment == experiment.id,
+        table.c.shadow.is_(False),
+        table.c.ending != "refused",
     )
     if told.completion is not None:
         query = query.where(table.c.completion == told.completion)

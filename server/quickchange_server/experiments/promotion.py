@@ -1,7 +1,8 @@
 """Gives an experiment's alias to a variant, and takes it back. Knows nothing of HTTP.
 
 What the alias was is on the disk before it moves, so a crash between the two loses nothing that
-rollback needs.
+rollback needs. Both may be sent again, after a crash or where no answer came: promoting what is
+promoted already finishes the move and notes nothing twice, so that one rollback undoes it.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Promotions:
         """Point the experiment's alias at what `variant` serves.
 
         Raises UnknownModelError, InvalidRequestError where there is no alias or the variant is
-        not one adapter, and StoreError; then nothing has changed.
+        not one adapter, StoreError and OSError; then nothing has changed.
         """
         async with self._turn:
             experiment = self._experiments.get(name)
@@ -52,10 +53,13 @@ class Promotions:
             served = experiment.definition.variant(variant)
             index = self._store.snapshot()
             target, before = _target(served, index), _pointed(index.aliases.get(alias))
+            if _is_again(experiment, variant, alias, before, target):
+                await self._move(alias, target)
+                return Moved(alias, before, target, _not_carried(served))
             await self._experiments.promote(name, caller, variant, before)
             try:
                 await self._move(alias, target)
-            except StoreError:
+            except (StoreError, OSError):
                 await self._experiments.roll_back(name, caller)
                 raise
             return Moved(alias, before, target, _not_carried(served))
@@ -103,6 +107,16 @@ def _target(variant: Variant, index: Index) -> Pointed:
             param="variant",
         )
     return Pointed(model, turbo)
+
+
+def _is_again(
+    experiment: Experiment, variant: str, alias: str, now: Pointed | None, target: Pointed
+) -> bool:
+    """Whether the last promotion is this one, made or begun."""
+    if not experiment.promotions:
+        return False
+    last = experiment.promotions[-1]
+    return (last.variant, last.alias) == (variant, alias) and now in (target, last.before)
 
 
 def _pointed(alias: Alias | None) -> Pointed | None:

@@ -13,6 +13,7 @@ from quickchange_server.callers import Caller
 from quickchange_server.errors import ConflictError, UnknownModelError
 from quickchange_server.experiments.documents import decode, encode
 from quickchange_server.experiments.experiment import Experiment
+from quickchange_server.storage import upserts
 from quickchange_server.storage.revisions import bump
 from quickchange_server.storage.tables_experiments import (
     EXPERIMENT_AUDIT,
@@ -35,31 +36,29 @@ class Act:
     at: float
 
 
-def all_experiments(connection: Connection) -> dict[str, Experiment]:
-    """By name."""
-    documents = connection.execute(select(EXPERIMENTS.c.document)).scalars()
-    found = map(decode, documents)
-    return {experiment.name: experiment for experiment in found}
+def documents(connection: Connection) -> dict[str, str]:
+    """All experiments as they are kept, by name."""
+    rows = connection.execute(select(EXPERIMENTS.c.name, EXPERIMENTS.c.document))
+    return {row.name: row.document for row in rows}
 
 
 def create(connection: Connection, experiment: Experiment, act: Act) -> Experiment:
     """Raises ConflictError where the name is taken."""
-    taken = select(EXPERIMENTS.c.id).where(EXPERIMENTS.c.name == experiment.name)
-    if connection.execute(taken).first() is not None:
+    document = encode(experiment)
+    statement = upserts.insert(connection, EXPERIMENTS).values(
+        id=experiment.id,
+        name=experiment.name,
+        version=experiment.version,
+        document=document,
+    )
+    # One statement: another replica may be taking the name at this moment.
+    made = statement.on_conflict_do_nothing().returning(EXPERIMENTS.c.id)
+    if connection.execute(made).first() is None:
         raise ConflictError(
             f"name: there is an experiment {experiment.name!r} already; choose another name, or "
             "PATCH that one",
             param="name",
         )
-    document = encode(experiment)
-    connection.execute(
-        insert(EXPERIMENTS).values(
-            id=experiment.id,
-            name=experiment.name,
-            version=experiment.version,
-            document=document,
-        )
-    )
     _note(connection, experiment, act, None, document)
     return experiment
 

@@ -6,17 +6,21 @@ of HTTP.
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
 
+from sqlalchemy import Connection
+
 from quickchange_server.callers import Caller
 from quickchange_server.errors import ConflictError
 from quickchange_server.experiments import experiment as changes
 from quickchange_server.experiments import records
 from quickchange_server.experiments.definition import Definition
+from quickchange_server.experiments.documents import decode
 from quickchange_server.experiments.experiment import Experiment, Pointed
 from quickchange_server.experiments.records import Act, Action
 from quickchange_server.storage.database import Database
@@ -26,6 +30,8 @@ Clock = Callable[[], float]
 Make = Callable[[Experiment], Experiment]
 
 ID_BYTES = 16
+
+logger = logging.getLogger(__name__)
 
 
 class Experiments:
@@ -111,7 +117,7 @@ class Experiments:
         """Forget an experiment with its records; the audit trail stays."""
         act = self._act(caller, "delete")
         gone = await self._database.write(partial(records.remove, name=name, act=act))
-        await self._revisions.look()
+        await self._revisions.take_up()
         return gone
 
     def _act(self, caller: Caller, action: Action) -> Act:
@@ -125,8 +131,27 @@ class Experiments:
 
     async def _taken_up(self, changed: Experiment) -> Experiment:
         """Serve by what the database has now, before the change is acknowledged."""
-        await self._revisions.look()
+        await self._revisions.take_up()
         return changed
 
     async def _load(self) -> None:
-        self._all = MappingProxyType(await self._database.read(records.all_experiments))
+        self._all = MappingProxyType(await self._database.read(self._read_all))
+
+    def _read_all(self, connection: Connection) -> dict[str, Experiment]:
+        documents = records.documents(connection)
+        found = {name: self._read(name, document) for name, document in documents.items()}
+        return {name: one for name, one in found.items() if one is not None}
+
+    def _read(self, name: str, document: str) -> Experiment | None:
+        """The experiment; as it was before where this version can't read it, as a newer replica
+        may have written: one such experiment must not keep the others from changing."""
+        try:
+            return decode(document)
+        except Exception:
+            known = self._all.get(name)
+            logger.exception(
+                "the experiment %s can't be read, so it %s; was it written by a newer version?",
+                name,
+                "is not served" if known is None else "stays as it was before its last change",
+            )
+            return known

@@ -97,7 +97,7 @@ def _told(
 def _labels(connection: Connection, experiment: Experiment, metric: Metric) -> list[str]:
     query = (
         select(_O.label)
-        .where(*_outcomes_of(experiment, metric), _O.label.is_not(None))
+        .where(*_outcomes_of(experiment, metric))
         .group_by(_O.label)
         .order_by(func.count().desc(), _O.label)
         .limit(MAX_LABELS)
@@ -106,7 +106,13 @@ def _labels(connection: Connection, experiment: Experiment, metric: Metric) -> l
 
 
 def _outcomes_of(experiment: Experiment, metric: Metric) -> list[ColumnElement[bool]]:
-    return [_O.experiment == experiment.id, _O.name == metric.name, _O.counted.is_(True)]
+    kinds = {  # outcomes of a metric of this name that was taken away and came back as another
+        "number": _O.value.is_not(None),
+        "flag": _O.value.in_((0.0, 1.0)),
+        "label": _O.label.is_not(None),
+    }
+    of_metric = _O.experiment == experiment.id, _O.name == metric.name, _O.counted.is_(True)
+    return [*of_metric, kinds[metric.kind]]
 
 
 def _unit_means(experiment: Experiment, metric: Metric, value: ColumnElement[Any]) -> Subquery:

@@ -20,7 +20,7 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
 from quickchange_server.metrics_storage import StorageMetrics
-from quickchange_server.storage.engines import READERS, make_engine, unusable, writing
+from quickchange_server.storage.engines import READERS, make_engine, reading, unusable, writing
 from quickchange_server.storage.outages import passes
 from quickchange_server.storage.schema import upgrade
 from quickchange_server.storage.writer import Writer, absent
@@ -38,6 +38,7 @@ class Database:
 
     def __init__(self, engine: Engine, metrics: StorageMetrics) -> None:
         self._engine = engine
+        self._reading = reading(engine)
         self._writer = Writer(writing(engine), metrics)
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="database-reader")
 
@@ -51,7 +52,8 @@ class Database:
         return cls(_migrated(url), metrics or StorageMetrics())
 
     async def read(self, query: Callable[[Connection], T]) -> T:
-        """Run `query` on a reader's connection: one transaction, which is rolled back.
+        """Run `query` on a reader's connection: one transaction, which sees the database at one
+        moment and is rolled back.
 
         Raises what `query` raises, and UnavailableError where the database is away.
         """
@@ -95,7 +97,7 @@ class Database:
             raise absent("it does not answer") from error
 
     def _read_once(self, query: Callable[[Connection], T]) -> T:
-        with self._engine.connect() as connection:
+        with self._reading.connect() as connection:
             return query(connection)
 
 

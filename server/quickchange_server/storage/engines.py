@@ -51,6 +51,17 @@ def writing(engine: Engine) -> Engine:
     return engine.execution_options(**{BEGIN: "BEGIN IMMEDIATE"})
 
 
+def reading(engine: Engine) -> Engine:
+    """The same engine and pool for transactions that read: all that one reads is of one moment.
+
+    SQLite's are so anyway; by PostgreSQL's default each statement would see what has been
+    committed since the one before, and an experiment's sums would not go with its counts.
+    """
+    if engine.dialect.name == "sqlite":
+        return engine
+    return engine.execution_options(isolation_level="REPEATABLE READ")
+
+
 def unusable(engine: Engine, error: DBAPIError) -> SettingError:
     """What to tell where the database can't be opened."""
     shown = engine.url.render_as_string(hide_password=True)

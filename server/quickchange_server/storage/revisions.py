@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 
 from sqlalchemy import Connection, select
 
+from quickchange_server.errors import UnavailableError
 from quickchange_server.storage.database import Database
 from quickchange_server.storage.tables import REVISIONS
 from quickchange_server.storage.upserts import insert
@@ -56,7 +57,7 @@ class Revisions:
         self._polling = asyncio.create_task(self._poll(), name="revisions")
 
     async def look(self) -> None:
-        """Look now: after a change of one's own, or to load before the first request.
+        """Look now: to load before the first request.
 
         Raises what `Database.read` raises.
         """
@@ -66,6 +67,14 @@ class Revisions:
                 number = numbers.get(topic, 0)
                 if self._seen.get(topic) != number and await _all_succeed(topic, callbacks):
                     self._seen[topic] = number
+
+    async def take_up(self) -> None:
+        """Look now, after a change of one's own that is committed: its answer must not fail any
+        more. Where the database has gone away since, the change acts at a later look."""
+        try:
+            await self.look()
+        except UnavailableError as error:
+            logger.warning("a change that is made acts a little later here: %s", error)
 
     async def close(self) -> None:
         """Look no more."""

@@ -42,12 +42,9 @@ class Terms:
     expires: float | None = None  # Unix seconds
 
     def __post_init__(self) -> None:
-        if _TENANT.fullmatch(self.tenant) is None:
-            raise InvalidRequestError(
-                f"tenant: {self.tenant[:80]!r} is not a valid tenant; use letters, digits, '.', "
-                "'_' and '-', beginning with a letter or a digit, at most 64",
-                param="tenant",
-            )
+        check_tenant(self.tenant)
+        if "\0" in self.label:  # PostgreSQL keeps none
+            raise InvalidRequestError("label: holds the character NUL; remove it", param="label")
         _check_names(self.names)
         if self.scope == "admin" and self.names != ("*",):
             raise InvalidRequestError(
@@ -55,6 +52,16 @@ class Terms:
                 "leave names out, or give another scope",
                 param="names",
             )
+
+
+def check_tenant(tenant: str) -> None:
+    """Raises InvalidRequestError where it is not a tenant's name."""
+    if _TENANT.fullmatch(tenant) is None:
+        raise InvalidRequestError(
+            f"tenant: {tenant[:80]!r} is not a valid tenant; use letters, digits, '.', '_' and "
+            "'-', beginning with a letter or a digit, at most 64",
+            param="tenant",
+        )
 
 
 def names_of(scope: Scope, names: Sequence[str] | None) -> tuple[str, ...]:

@@ -53,6 +53,7 @@ class Window:
         raise ValueError(f"{amount} never fits under {limit}")
 
     def take(self, now: int, amount: int) -> Taken:
+        self._forget(now)  # where nothing is limited nobody asks to `wait`
         taken = Taken(now, amount)
         self._taken.append(taken)
         self._total += amount

@@ -16,7 +16,7 @@ from quickchange_server.errors import ConflictError, NotFoundError
 from quickchange_server.storage.revisions import bump
 from quickchange_server.storage.tables_tenants import KEYS
 from quickchange_server.tenants.key import Key, Limits, Retiring, Terms
-from quickchange_server.tenants.secret import digest_of, new_id, new_secret
+from quickchange_server.tenants.secret import digest_of, is_id, new_id, new_secret
 
 TOPIC = "api_keys"
 
@@ -40,7 +40,8 @@ def every(connection: Connection) -> list[Key]:
 def one(connection: Connection, key_id: str) -> Key:
     """Raises NotFoundError."""
     # Locked, where the database can: what is read here is written back by the same transaction.
-    row = connection.execute(select(KEYS).where(KEYS.c.id == key_id).with_for_update()).first()
+    query = select(KEYS).where(KEYS.c.id == key_id).with_for_update()
+    row = connection.execute(query).first() if is_id(key_id) else None
     if row is None:
         raise NotFoundError(f"id: there is no API key {key_id[:80]!r}; GET /v1/keys lists all")
     return _key(row)

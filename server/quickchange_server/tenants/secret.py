@@ -13,12 +13,18 @@ import hmac
 import re
 import secrets
 
-_SECRET = re.compile(r"qc-([0-9a-f]{16})-[0-9a-f]{64}")
+_ID = re.compile(r"[0-9a-f]{16}")
+_SECRET = re.compile(rf"qc-({_ID.pattern})-[0-9a-f]{{64}}")
 
 
 def new_id() -> str:
     """A public id for a new key."""
     return secrets.token_hex(8)
+
+
+def is_id(text: str) -> bool:
+    """Whether a key could have it as its public id."""
+    return _ID.fullmatch(text) is not None
 
 
 def new_secret(key_id: str) -> str:
