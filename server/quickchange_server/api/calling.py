@@ -44,8 +44,8 @@ def with_tools(text: Text, order: Order[ChatRequest]) -> tuple[Order[ChatRequest
         return order, None
     form = _form(text, "tools")
     calls = Calls(form, frozenset(tool.function.name for tool in body.offered_tools))
-    if text.special_id(form.begin) is not None or text.special_id(form.end) is not None:
-        # calls are recognised by them
+    marks = text.special_parts(form.begin) + text.special_parts(form.end)
+    if any(isinstance(part, int) for part in marks):  # calls are recognised by them
         order = replace(order, body=body.model_copy(update={"skip_special_tokens": False}))
     return replace(order, demanded=_demanded(text, form, body)), calls
 
@@ -85,8 +85,9 @@ def call_grammar(text: Text, form: ToolFormat, tools: Sequence[Tool]) -> str:
     if form.listed:
         calls = {"type": "array", "items": calls, "minItems": 1, "maxItems": 1}
     schema = json.dumps({**calls, "x-guidance": JSON_FORM})
-    begin = f"{_mark(text, form.begin)} BLANKS? " if form.begin else ""
-    end = f" BLANKS? {_mark(text, form.end)}" if form.end else ""
+    begin, end = _mark(text, form.begin), _mark(text, form.end)
+    begin = f"{begin} BLANKS? " if begin else ""
+    end = f" BLANKS? {end}" if end else ""
     return f"start: {begin}%json {schema}{end}\nBLANKS: /[ \\n]{{1,2}}/\n"
 
 
@@ -120,5 +121,7 @@ def _nested(leaves: Sequence[tuple[Sequence[str], Json]]) -> Json:
 
 def _mark(text: Text, mark: str) -> str:
     """A mark, as Lark writes it."""
-    token = text.special_id(mark)
-    return json.dumps(mark, ensure_ascii=False) if token is None else f"<[{token}]>"
+    return " ".join(
+        f"<[{part}]>" if isinstance(part, int) else json.dumps(part, ensure_ascii=False)
+        for part in text.special_parts(mark)
+    )
