@@ -200,6 +200,9 @@ CALLED = {
 }
 
 
+ANSWERED = {"role": "tool", "tool_call_id": "a", "content": "12 o'clock"}
+
+
 def test_a_template_gets_arguments_as_text_where_it_takes_them_so(tmp_path: Path) -> None:
     journal = tmp_path / "journal"
     behaviour = Behaviour(says=(ord("."), END), journal=journal)
@@ -232,6 +235,14 @@ def test_several_choices_each_have_their_calls(live: Live, stream: bool) -> None
         calls = [one["delta"]["tool_calls"] for one in deltas]
     assert [[call["function"]["name"] for call in one] for one in calls] == [["weather"]] * 3
     assert len({call["id"] for one in calls for call in one}) == 3
+
+
+def test_tokenize_counts_what_a_chat_with_tools_sends(live: Live, journal: Path) -> None:
+    body = {"messages": [*ASK, CALLED, ANSWERED], "tools": [WEATHER, TIME]}
+    live.post("/v1/chat/completions", {"model": BASE, **body}).raise_for_status()
+    told = live.post("/tokenize", body).json()
+    assert told["tokens"] == entries(journal, "Submit")[-1]["prompt"]
+    assert live.post("/tokenize", {"prompt": "x", "tools": [TIME]}).status_code == 400
 
 
 def test_a_stop_string_inside_a_call_leaves_text(live: Live) -> None:
