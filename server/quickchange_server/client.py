@@ -150,6 +150,10 @@ class EngineClient:
         self._depart()
         return DeltaStream(flight, self._leave)
 
+    def check_room(self, count: int) -> None:
+        """Raise what `generate` would, were it called so often now."""
+        self._admit(time.monotonic(), count)
+
     def prefetch(self, digest: str, tier: Literal["device", "host"] = "device") -> None:
         """Have an adapter version brought to `tier`, if its budget allows."""
         command = Prefetch(digest, tier)
@@ -205,7 +209,7 @@ class EngineClient:
 
     # --- requests -------------------------------------------------------------------------------
 
-    def _admit(self, now: float) -> None:
+    def _admit(self, now: float, count: int = 1) -> None:
         match self.state:
             case "failed":
                 reason = f"the engine has failed: {self._failure}"
@@ -217,7 +221,7 @@ class EngineClient:
                 left = max(1.0, (self._draining_until or now) - now)
                 reason = "the server is shutting down; try again shortly"
                 self._refuse(UnavailableError(reason, retry_after=left))
-        if self.in_flight >= self._settings.max_queue:
+        if self.in_flight + count > self._settings.max_queue:
             self._metrics.refused("queue_full")
             raise QueueFullError(
                 f"{self.in_flight} requests are in flight, as many as the setting max_queue "

@@ -16,73 +16,111 @@ import logging
 import os
 import sys
 import time
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
-from quickchange_server.errors import EngineFailedError, QueueFullError
+from quickchange_server.errors import (
+    EngineFailedError,
+    QueueFullError,
+    RequestFailedError,
+    UnavailableError,
+)
 from quickchange_store.files import exclusive_lock, replace_atomically
 from quickchange_store.merging import Recipe, job, result
 from quickchange_store.store import Store
 
 FOLDER = "derived"  # of the store: a file RECIPE'S KEY.digests for each
 MAX_WAITING = 16  # recipes that are being made or wait for it
+MAKING_SECONDS = 600.0  # that one may take; others wait for it
 KEPT_ANEW_SECONDS = 60.0  # a version's time in the store is started anew at most so often
 IN_USE_SECONDS = 600.0  # a version used within it may still have to be loaded for some request
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass
+class _Making:
+    """A recipe on its way."""
+
+    task: asyncio.Task[str]
+    waiting: int = 0  # requests
+
+
 class Derived:
     """The derived adapters of one store. Used on one event loop."""
 
-    def __init__(self, store: Store, limit: int) -> None:
+    def __init__(self, store: Store, limit: int, *, making_seconds: float = MAKING_SECONDS) -> None:
         self._store = store
         self._limit = limit
         self._folder = store.root / FOLDER
         self._turn = asyncio.Semaphore(1)
-        self._making: dict[str, asyncio.Task[str]] = {}
+        self._making_seconds = making_seconds
+        self._making: dict[str, _Making] = {}
+        self._under_way: str | None = None  # the recipe's key whose turn it is
         self._kept: dict[str, tuple[str, float]] = {}  # recipe's key: digest, when it was kept
 
     async def digest(self, recipe: Recipe) -> str:
         """The digest of what the recipe comes to, made where the store lacks it.
 
-        Requests for one recipe share one making. Raises QueueFullError, EngineFailedError, and
+        Requests for one recipe share one making. Raises QueueFullError, EngineFailedError,
+        RequestFailedError where it takes too long, UnavailableError at the server's end, and
         StoreError where these adapters can't be merged so.
         """
         key = recipe.key
         digest, kept = self._kept.get(key, ("", 0.0))
         if digest and time.monotonic() - kept < KEPT_ANEW_SECONDS:
             return digest
-        task = self._making.get(key)
-        if task is None:
-            if len(self._making) >= MAX_WAITING:
-                raise QueueFullError(
-                    f"merged_adapters: {MAX_WAITING} merges are under way or waiting; "
-                    "send the request again later, or merge with linear, which needs no making",
-                    retry_after=10.0,
-                )
-            task = asyncio.create_task(self._find_or_make(recipe), name="derive")
-            self._making[key] = task
-            task.add_done_callback(partial(self._made, key))
-        return await asyncio.shield(task)  # others may wait for it too
+        making = self._making.get(key) or self._begin(recipe)
+        making.waiting += 1
+        try:
+            return await asyncio.shield(making.task)  # others may wait for it too
+        except asyncio.CancelledError:
+            if making.task.cancelled():
+                raise UnavailableError(
+                    "the server is shutting down; send the request again"
+                ) from None
+            raise
+        finally:
+            making.waiting -= 1
+            if not making.waiting and self._under_way != key:
+                making.task.cancel()
+                self._made(key, making)
+
+    def _begin(self, recipe: Recipe) -> _Making:
+        if len(self._making) >= MAX_WAITING:
+            raise QueueFullError(
+                f"merged_adapters: {MAX_WAITING} merges are under way or waiting; "
+                "send the request again later, or merge with linear, which needs no making",
+                retry_after=10.0,
+            )
+        key = recipe.key
+        task = asyncio.create_task(self._find_or_make(recipe), name="derive")
+        making = self._making[key] = _Making(task)
+        task.add_done_callback(lambda _: self._made(key, making))
+        return making
 
     async def close(self) -> None:
         """End what is being made."""
-        tasks = list(self._making.values())
+        tasks = [making.task for making in self._making.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _made(self, key: str, task: asyncio.Task[str]) -> None:
-        del self._making[key]
-        if not task.cancelled():
-            task.exception()  # seen, even where everyone who waited has gone
+    def _made(self, key: str, making: _Making) -> None:
+        if self._making.get(key) is making:
+            del self._making[key]
+        if making.task.done() and not making.task.cancelled():
+            making.task.exception()  # seen, even where everyone who waited has gone
 
     async def _find_or_make(self, recipe: Recipe) -> str:
         digest = await asyncio.to_thread(self._find, recipe)
         if digest is None:
             async with self._turn:
-                digest = await self._make(recipe)
+                self._under_way = recipe.key
+                try:
+                    digest = await self._make(recipe)
+                finally:
+                    self._under_way = None
             await asyncio.to_thread(self._remember, recipe, digest)
         self._kept[recipe.key] = digest, time.monotonic()
         return digest
@@ -99,11 +137,19 @@ class Derived:
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
         try:
-            output, said = await process.communicate(job(self._store.root, recipe))
-        except asyncio.CancelledError:
-            process.kill()
-            await process.wait()
-            raise
+            async with asyncio.timeout(self._making_seconds):
+                output, said = await process.communicate(job(self._store.root, recipe))
+        except TimeoutError as error:
+            logger.error("merging %s took over %.0f s: ended", recipe, self._making_seconds)
+            raise RequestFailedError(
+                f"merged_adapters: merging took more than {self._making_seconds:.0f} s; merge "
+                "fewer adapters, adapters of one rank, or with linear, which needs no making",
+                param="merged_adapters",
+            ) from error
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
         if process.returncode != 0:
             logger.error("merging %s failed: %s", recipe, said.decode(errors="replace"))
             raise EngineFailedError(

@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from jinja2 import TemplateError
 
 from quickchange_server.detokenize import Decoding, Detokenizer
 from quickchange_server.errors import InvalidRequestError, SettingError
-from quickchange_server.tools import Messages, ToolFormat, tool_format
+from quickchange_server.tools import Messages, ToolFormat, tool_format, with_text_arguments
 
 LONG_TEXT = 4_000  # characters: 7 ms of tokenising (SmolLM2), which no other stream should wait for
 
@@ -68,13 +70,22 @@ class Text:
     @cached_property
     def tool_format(self) -> ToolFormat | None:
         """How the model writes tool calls; None where its chat template has no tools."""
-        return tool_format(self._apply_template) if self.has_chat_template else None
+        form = tool_format(self._apply_template) if self.has_chat_template else None
+        return None if form is None else replace(form, end=self._before_end(form.end))
 
-    def special_id(self, text: str) -> int | None:
-        """The special token that is written so, which an answer's text leaves out; None: it is
-        none."""
-        special = text in self._tokenizer.all_special_tokens
-        return int(self._tokenizer.convert_tokens_to_ids(text)) if special else None
+    def _before_end(self, text: str) -> str:
+        """A text up to the token that ends the answer, which is no part of what is read."""
+        ends = {self.token_name(token_id) for token_id in self.eos_ids & self.special_ids}
+        cut = min((text.find(end) for end in ends if end in text), default=len(text))
+        return text[:cut].rstrip()
+
+    def special_parts(self, text: str) -> list[str | int]:
+        """A text as its special tokens, by id, which an answer's text leaves out, and what is
+        between them."""
+        known = {self.token_name(token_id): token_id for token_id in self.special_ids}
+        longest_first = sorted(known, key=len, reverse=True)
+        parts = re.split(f"({'|'.join(map(re.escape, longest_first))})", text) if known else [text]
+        return [known.get(part, part) for part in parts if part]
 
     def tokenizer_json(self) -> str | None:
         """The tokenizer as the `tokenizers` library writes it; None where it is none of that."""
@@ -140,6 +151,10 @@ class Text:
                 "this model has no chat template: use /v1/completions with the whole prompt",
                 param="messages",
             )
+        if any(message.get("tool_calls") for message in messages):
+            form = self.tool_format
+            if form is not None and form.from_text:
+                messages = [with_text_arguments(message) for message in messages]
         try:
             return self._apply_template(messages, tools, add_generation_prompt)
         except TemplateError as error:
@@ -150,12 +165,16 @@ class Text:
     def _apply_template(
         self, messages: Messages, tools: Messages, add_generation_prompt: bool
     ) -> str:
-        rendered = self._tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            tools=[dict(tool) for tool in tools] or None,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-        )
+        """Raises jinja2.TemplateError, whatever the template's own code raises."""
+        try:
+            rendered = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tools=[dict(tool) for tool in tools] or None,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise TemplateError(str(error)) from error
         return str(rendered)
 
     async def encode_chat(

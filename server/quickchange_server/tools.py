@@ -23,12 +23,13 @@ _NAME, _KEY, _VALUE, _SAID = "probe_tool", "probe_key", "probe_value", "probe_co
 _ARGUMENTS = {_KEY: _VALUE}
 _ASKED = {"role": "user", "content": "probe_question"}
 _ANSWERED = {"role": "assistant", "content": _SAID}
+_ID = "call00000"  # nine letters and digits: the strictest template asks for that
 _CALLED = {
     "role": "assistant",
     "content": "",
     "tool_calls": [
         {
-            "id": "call00000",  # nine letters and digits: the strictest template asks for that
+            "id": _ID,
             "type": "function",
             "function": {"name": _NAME, "arguments": _ARGUMENTS},
         }
@@ -62,6 +63,7 @@ class ToolFormat:
     listed: bool  # the JSON is a list of calls
     name_path: tuple[str, ...]  # keys down to the function's name
     arguments_path: tuple[str, ...]
+    from_text: bool = False  # the template takes a call's arguments as text, not as an object
 
     def calls(self, value: Any, names: Collection[str]) -> list[ToolCall] | None:
         """The calls that a JSON value stands for; None where it is anything else, or names a
@@ -80,22 +82,48 @@ class ToolFormat:
 
 def tool_format(render: Render) -> ToolFormat | None:
     """How a chat template writes calls; None where it takes no tools, or does not write JSON."""
+    return _learned(render, from_text=False) or _learned(render, from_text=True)
+
+
+def with_text_arguments(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message for a template that takes the arguments of its calls as text."""
+    calls = [
+        {
+            **call,
+            "function": {
+                **call["function"],
+                "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False),
+            },
+        }
+        for call in message.get("tool_calls", ())
+    ]
+    return {**message, "tool_calls": calls} if calls else dict(message)
+
+
+def _learned(render: Render, *, from_text: bool) -> ToolFormat | None:
+    call = with_text_arguments(_CALLED) if from_text else _CALLED
     try:
         opening = render([_ASKED], [_TOOL], True)
         answered = render([_ASKED, _ANSWERED], [_TOOL], False)
-        called = render([_ASKED, _CALLED], [_TOOL], False)
+        called = render([_ASKED, call], [_TOOL], False)
     except TemplateError:
         return None
     if _NAME not in opening or _SAID not in answered:
         return None
-    after = answered.rpartition(_SAID)[2]  # what ends every message of the assistant's
-    tail = called[_shared(opening, called) :].removesuffix(after)
+    # What stands before and behind every message of the assistant's, such as an empty thought, is
+    # no part of a call.
+    before, _, after = answered.rpartition(_SAID)
+    begun = max(_shared(opening, called), _shared(before, called))
+    tail = called[begun:].removesuffix(after)
     for start, end, value in _values(tail):
         call = value[0] if isinstance(value, list) and value else value
         name_path, arguments_path = _path(call, _NAME), _path(call, _ARGUMENTS)
         if name_path and arguments_path:
             begin, finish = tail[:start].strip(), tail[end:].strip()
-            return ToolFormat(begin, finish, isinstance(value, list), name_path, arguments_path)
+            if any(own in begin + finish for own in (_ID, _NAME)):
+                return None  # not the same for every call
+            listed = isinstance(value, list)
+            return ToolFormat(begin, finish, listed, name_path, arguments_path, from_text)
     return None
 
 

@@ -15,11 +15,13 @@ from typing import Any
 import hypothesis.strategies as st
 import jsonschema
 import pytest
-from constraint_tokens import END, tiny_grammars, written
+from constraint_tokens import END, PIECES, tiny_grammars, tiny_text, written
 from engine_driver import make_engine
 from hypothesis import HealthCheck, given, settings
 from turbo_models import KV_BYTES, VOCABULARY, TurboModels, make_turbo_models
 
+from quickchange_server.api.calling import call_grammar
+from quickchange_server.api.tool_schemas import Tool
 from quickchange_server.constraints.grammars import TokenGrammars
 from quickchange_server.engine import speculation
 from quickchange_server.engine.depths import DepthPlan, Prospect
@@ -27,6 +29,7 @@ from quickchange_server.engine.engine import Engine
 from quickchange_server.engine.purchase import Load, Purchase
 from quickchange_server.messages import Component, Constraint, Delta, Drafting, Submit
 from quickchange_server.messages import SamplingParams as Params
+from quickchange_server.tools import ToolFormat, ToolReader
 
 MAX_LEN = 72
 SMALL_CACHE = MAX_LEN * KV_BYTES * 5 // 4
@@ -346,3 +349,53 @@ def test_a_cancelled_request_that_waits_for_its_grammar_is_gone(roomy: Engine) -
     roomy.cancel("r")
     time.sleep(0.05)
     assert roomy.step() is None
+
+
+FORM = ToolFormat("-a-", ".b.", False, ("a",), ("b",))  # of this vocabulary's characters
+TOOLS = [
+    Tool.model_validate({"type": "function", "function": {"name": name, "parameters": parameters}})
+    for name, parameters in {
+        "ab": {
+            "properties": {"c": {"type": "integer", "minimum": 0, "maximum": 25}},
+            "required": ["c"],
+            "additionalProperties": False,
+        },
+        "ba": {
+            "properties": {"e": {"type": "string", "pattern": "^[abc]{1,3}$"}},
+            "additionalProperties": False,
+        },
+    }.items()
+]
+
+
+def test_a_demanded_call_is_read_back_and_the_same_with_drafts_for_every_seed(
+    roomy: Engine, cramped: Engine
+) -> None:
+    constraint = Constraint("grammar", call_grammar(tiny_text(), FORM, TOOLS))
+    params = Params(
+        seed=0,
+        max_tokens=60,
+        temperature=3.0,
+        stop_token_ids=frozenset({END}),
+        logit_bias=((PIECES.index(" "), -100.0),),  # blanks between the keys would fill the context
+    )
+    wanted = [
+        Submit(str(seed), (1, 8, 9), replace(params, seed=seed), constraint=constraint)
+        for seed in range(50)
+    ]
+    plain = run(roomy, wanted)
+    drafted = run(cramped, [replace(submit, drafting=Drafting("two", True)) for submit in wanted])
+    assert {key: said.tokens for key, said in drafted.items()} == {
+        key: said.tokens for key, said in plain.items()
+    }
+    assert sum(said.accepted for said in drafted.values()) > 0
+    schemas = {tool.function.name: tool.function.parameters for tool in TOOLS}
+    called = set()
+    for said in plain.values():
+        assert said.end == ("stop", None)
+        text, calls = ToolReader(FORM, list(schemas)).push(written(said.tokens), final=True)
+        assert text == ""
+        (call,) = calls
+        jsonschema.Draft202012Validator(schemas[call.name]).validate(json.loads(call.arguments))
+        called.add(call.name)
+    assert called == set(schemas)

@@ -15,6 +15,7 @@ from lorax.types import MergedAdapters
 
 PROMPT = "Hello"
 PLAIN = {"max_new_tokens": 6, "seed": 3}
+SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
 
 
 def merged(strategy, *ids):
@@ -79,6 +80,13 @@ CASES = {
     "best of": sync(best_of=3, do_sample=True, max_new_tokens=4),
     "linear": sync(merged_adapters=merged("linear", "team/sql", "json"), **PLAIN),
     "ties": sync(merged_adapters=merged("ties", "team/sql", "json"), **PLAIN),
+    "json": sync(
+        response_format={"type": "json_object", "schema": SCHEMA},
+        adapter_id="team/sql",
+        **PLAIN,
+    ),
+    "json stream": streamed(response_format={"type": "json_object", "schema": SCHEMA}, **PLAIN),
+    "bad schema": sync(response_format={"type": "json_object", "schema": {"type": "objekt"}}),
     "merged stream": streamed(merged_adapters=merged(None, "team/sql", "json"), **PLAIN),
     "unknown adapter": sync(adapter_id="owner/unknown"),
     "unknown adapter, stream": streamed(adapter_id="owner/unknown"),

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_engine import Behaviour
+from fake_engine import Behaviour, entries
 from http_support import Live, expected_text, live_server, make_adapter
 from lorax_client import python_with_client, run_script
+from text_support import byte_text
 
 from quickchange_server.messages import Component
 from quickchange_store.merging import Recipe, derive
@@ -30,7 +32,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     store = Store(folder)
     store.add("team/sql", make_adapter(1.0))
     store.add("json", make_adapter(2.0))
-    with live_server(folder) as live:
+    with live_server(folder, Behaviour(journal=folder / "journal"), byte_text()) as live:
         yield live
 
 
@@ -102,6 +104,14 @@ def test_merged_adapters_are_the_exact_sum(outcomes: Outcomes, live: Live, case:
     assert said["generated_text"] == expected
 
 
+def test_a_response_format_is_a_constraint(outcomes: Outcomes, live: Live) -> None:
+    assert answer(outcomes, "json")["generated_text"] == with_sql(live)
+    assert answer(outcomes, "json stream")[-1]["generated_text"] == expected_text(3, 5, 6)
+    asked = [entry["constraint"] for entry in entries(live.store.root / "journal", "Submit")]
+    sources = [json.loads(one[1]) for one in asked if one and one[0] == "json_schema"]
+    assert [schema["properties"] for schema in sources] == [{"n": {"type": "integer"}}] * 2
+
+
 def test_merged_adapters_by_ties(outcomes: Outcomes, live: Live) -> None:
     named = tuple((component.digest, component.weight) for component in parts(live))
     derived = derive(live.store, Recipe("ties", named, 0.5))
@@ -119,6 +129,7 @@ def test_merged_adapters_by_ties(outcomes: Outcomes, live: Live) -> None:
         ("watermark", "ValidationError", "watermark"),
         ("too long", "ValidationError", "must be <= 2048"),
         ("too long, stream", "ValidationError", "must be <= 2048"),
+        ("bad schema", "ValidationError", "response_format.schema.type: "),
         ("embed", "ValidationError", "/v1/embeddings"),
         ("classify", "ValidationError", "/classify"),
     ],

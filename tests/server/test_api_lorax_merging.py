@@ -7,13 +7,18 @@ import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
-from http_support import BASE, Live, expected_text, live_server, make_adapter
+from fake_engine import Behaviour
+from http_support import BASE, Live, expected_text, live_server, make_adapter, wait_until
+from keys_support import client_of, created, keyed_server
 
 from quickchange_server.derived import FOLDER, IN_USE_SECONDS, Derived
+from quickchange_server.errors import RequestFailedError, UnavailableError
 from quickchange_server.messages import Component
 from quickchange_store.errors import AdapterNotFoundError, UnsupportedFeatureError
 from quickchange_store.merging import MergeStrategy, Recipe, derive, merge
@@ -176,6 +181,110 @@ def test_use_keeps_a_derived_adapter_from_gc(tmp_path: Path) -> None:
     os.utime(store.path(digest).parent, (past, past))
     asyncio.run(Derived(store, 8).digest(wanted))
     assert store.gc(min_age=3600).versions == ()
+
+
+# --- for whom ------------------------------------------------------------------------------------
+
+
+MERGE = {
+    "inputs": "Hello",
+    "parameters": {"max_new_tokens": 4, "merged_adapters": {**MERGED, "merge_strategy": "ties"}},
+}
+
+
+def test_a_keys_limits_refuse_before_anything_is_made(tmp_path: Path) -> None:
+    store = filled(tmp_path)
+    with keyed_server(tmp_path) as live:
+        _, secret = created(live, limits={"requests_per_minute": 1})
+        with client_of(live, secret) as client:
+            client.post("/generate", json={"inputs": "x"}).raise_for_status()
+            assert client.post("/generate", json=MERGE).status_code == 429
+    assert derived_files(store) == []
+
+
+def test_a_full_queue_refuses_before_anything_is_made(tmp_path: Path) -> None:
+    store = filled(tmp_path)
+    long = {"inputs": "x", "parameters": {"max_new_tokens": 500}}
+    with (
+        live_server(tmp_path, Behaviour(step_seconds=0.05), max_queue=1) as live,
+        live.http.stream("POST", "/generate_stream", json=long) as running,
+    ):
+        lines = running.iter_lines()  # kept: its end would close the stream
+        next(lines)
+        assert live.post("/generate", MERGE).status_code == 429
+    assert derived_files(store) == []
+
+
+def test_a_client_that_goes_away_waits_for_no_merge(tmp_path: Path) -> None:
+    filled(tmp_path)
+    with keyed_server(tmp_path) as live:
+        _, secret = created(live, limits={"concurrent_requests": 1})
+        with client_of(live, secret) as client:
+            with pytest.raises(httpx.ReadTimeout):
+                client.post("/generate", json=MERGE, timeout=0.1)
+            again = partial(client.post, "/generate", json={"inputs": "x"})
+            wait_until(lambda: again().status_code == 200)
+
+
+def test_what_has_begun_is_made_and_what_waits_is_not_where_all_have_gone(tmp_path: Path) -> None:
+    store = filled(tmp_path)
+    first, second = recipe(store), recipe(store, "dare_ties")
+
+    async def leave() -> Derived:
+        derived = Derived(store, 8)
+        asked = [asyncio.create_task(derived.digest(one)) for one in (first, second)]
+        await asyncio.sleep(0.5)
+        for task in asked:
+            task.cancel()
+        await asyncio.gather(*asked, return_exceptions=True)
+        assert await derived.digest(first)  # joins, or finds it made
+        await asyncio.sleep(0.5)
+        return derived
+
+    asyncio.run(leave())
+    assert [path.stem for path in derived_files(store)] == [first.key]
+
+
+def test_one_who_stays_keeps_a_waiting_merge(tmp_path: Path) -> None:
+    store = filled(tmp_path)
+
+    async def ask() -> str:
+        derived = Derived(store, 8)
+        first = asyncio.create_task(derived.digest(recipe(store)))
+        gone, stays = (
+            asyncio.create_task(derived.digest(recipe(store, "dare_ties"))) for _ in range(2)
+        )
+        await asyncio.sleep(0.1)
+        gone.cancel()
+        await first
+        return await stays
+
+    assert held(store, asyncio.run(ask()))
+
+
+def test_a_merge_that_takes_too_long_is_ended(tmp_path: Path) -> None:
+    store = filled(tmp_path)
+
+    async def ask() -> None:
+        await Derived(store, 8, making_seconds=0.05).digest(recipe(store))
+
+    with pytest.raises(RequestFailedError, match="more than 0 s"):
+        asyncio.run(ask())
+    assert derived_files(store) == []
+
+
+def test_the_servers_end_tells_those_who_wait(tmp_path: Path) -> None:
+    store = filled(tmp_path)
+
+    async def ask() -> None:
+        derived = Derived(store, 8)
+        waiting = asyncio.create_task(derived.digest(recipe(store)))
+        await asyncio.sleep(0.1)
+        await derived.close()
+        await waiting
+
+    with pytest.raises(UnavailableError, match="shutting down"):
+        asyncio.run(ask())
 
 
 def test_the_making_equals_merge_in_this_process(tmp_path: Path) -> None:

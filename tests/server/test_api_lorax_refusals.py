@@ -57,6 +57,8 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
         ({"stop": ["a", "b", "c", "d", "e"]}, "`stop` supports up to 4 stop sequences. Given: 5"),
         ({"stop": [""]}, "stop[0]"),
         ({"watermark": True}, "watermark"),
+        ({"grammar": {"type": "regex", "value": "a+"}}, "response_format"),
+        ({"top_n_tokens": 3}, "return_k_alternatives"),
         ({"apply_chat_template": True}, "apply_chat_template"),
         ({"adapter_source": "moon"}, "adapter_source"),
         ({"do_sample": 1}, "do_sample"),

@@ -11,8 +11,8 @@ import openai
 import pytest
 from fake_engine import Behaviour, entries
 from http_support import BASE, Live, live_server
-from text_support import END, byte_text
-from tool_templates import LISTED, MARKED
+from text_support import END, START, byte_text
+from tool_templates import BROKEN, LISTED, MARKED, SPECIAL, TEXTUAL
 
 from quickchange_server.api.calling import call_grammar
 from quickchange_server.api.tool_schemas import Tool
@@ -58,6 +58,10 @@ def chat(live: Live, **fields: Any) -> Any:
     return live.post("/v1/chat/completions", body)
 
 
+def prompt_of(submitted: dict[str, Any]) -> str:
+    return bytes(token for token in submitted["prompt"] if token < 256).decode()
+
+
 def choice(live: Live, **fields: Any) -> Any:
     response = chat(live, **fields)
     assert response.status_code == 200, response.text
@@ -88,7 +92,7 @@ def test_without_tools_nothing_is_read_as_a_call(live: Live) -> None:
 
 def test_tools_stand_in_the_prompt_as_the_template_writes_them(live: Live, journal: Path) -> None:
     choice(live)
-    prompt = bytes(t for t in entries(journal, "Submit")[-1]["prompt"] if t < 256).decode()
+    prompt = prompt_of(entries(journal, "Submit")[-1])
     assert prompt.startswith("system\nTools: ")
     assert '"name": "weather"' in prompt
 
@@ -101,7 +105,7 @@ def test_a_conversation_with_calls_is_written_back(live: Live, journal: Path) ->
         {"role": "tool", "tool_call_id": "a1", "content": "12 mm"},
     ]
     choice(live, messages=messages)
-    prompt = bytes(t for t in entries(journal, "Submit")[-1]["prompt"] if t < 256).decode()
+    prompt = prompt_of(entries(journal, "Submit")[-1])
     assert CALL in prompt
     assert "tool\n12 mm" in prompt
 
@@ -171,6 +175,80 @@ def test_a_listed_call_is_a_list_of_one() -> None:
     assert accepts(LISTED, [WEATHER], f"[CALLS][{call}]")
     assert not accepts(LISTED, [WEATHER], f"[CALLS]{call}")
     assert not accepts(LISTED, [WEATHER], f"[CALLS][{call}, {call}]")
+
+
+def test_a_mark_with_a_special_token_is_demanded_by_its_id() -> None:
+    text = byte_text(SPECIAL)
+    assert text.tool_format is not None
+    source = call_grammar(text, text.tool_format, [Tool.model_validate(TIME)])
+    matcher = TokenGrammars.of(text).compile(Constraint("grammar", source))
+    tokens = [START, *b'call\n{"name": "time", "arguments": {}}</call>', END]
+    assert matcher.allowed(tokens) == len(tokens)
+
+
+def test_a_call_behind_a_special_token_is_read(tmp_path: Path) -> None:
+    told = (START, *b'call\n{"name": "time", "arguments": {}}</call>', END)
+    with live_server(tmp_path, Behaviour(says=told), byte_text(SPECIAL)) as live:
+        answered = choice(live)
+    assert [call["function"]["name"] for call in answered["message"]["tool_calls"]] == ["time"]
+    assert answered["message"]["content"] is None
+
+
+CALLED = {
+    "role": "assistant",
+    "tool_calls": [{"id": "a", "function": {"name": "time", "arguments": '{"zone": "é"}'}}],
+}
+
+
+ANSWERED = {"role": "tool", "tool_call_id": "a", "content": "12 o'clock"}
+
+
+def test_a_template_gets_arguments_as_text_where_it_takes_them_so(tmp_path: Path) -> None:
+    journal = tmp_path / "journal"
+    behaviour = Behaviour(says=(ord("."), END), journal=journal)
+    with live_server(tmp_path / "store", behaviour, byte_text(TEXTUAL)) as live:
+        choice(live, messages=[*ASK, CALLED])
+    (submitted,) = entries(journal, "Submit")
+    assert '"arguments": {"zone": "é"}}' in prompt_of(submitted)
+
+
+def test_a_template_that_fails_in_its_own_code_refuses_the_messages(tmp_path: Path) -> None:
+    with live_server(tmp_path, text=byte_text(BROKEN)) as live:
+        response = live.post("/v1/chat/completions", {"model": BASE, "messages": ASK})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "messages"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_several_choices_each_have_their_calls(live: Live, stream: bool) -> None:
+    if not stream:
+        body = {"model": BASE, "messages": ASK, "tools": [WEATHER], "n": 3, "logprobs": True}
+        told = live.post("/v1/chat/completions", body).json()["choices"]
+        calls = [one["message"]["tool_calls"] for one in told]
+        assert all(len(one["logprobs"]["content"]) == len(ANSWER) for one in told)
+    else:
+        body = {"model": BASE, "messages": ASK, "tools": [WEATHER], "n": 3}
+        *events, _ = live.events("/v1/chat/completions", body)
+        told = [event["choices"][0] for event in events]
+        deltas = [one for one in told if "tool_calls" in one["delta"]]
+        assert sorted(one["index"] for one in deltas) == [0, 1, 2]
+        calls = [one["delta"]["tool_calls"] for one in deltas]
+    assert [[call["function"]["name"] for call in one] for one in calls] == [["weather"]] * 3
+    assert len({call["id"] for one in calls for call in one}) == 3
+
+
+def test_tokenize_counts_what_a_chat_with_tools_sends(live: Live, journal: Path) -> None:
+    body = {"messages": [*ASK, CALLED, ANSWERED], "tools": [WEATHER, TIME]}
+    live.post("/v1/chat/completions", {"model": BASE, **body}).raise_for_status()
+    told = live.post("/tokenize", body).json()
+    assert told["tokens"] == entries(journal, "Submit")[-1]["prompt"]
+    assert live.post("/tokenize", {"prompt": "x", "tools": [TIME]}).status_code == 400
+
+
+def test_a_stop_string_inside_a_call_leaves_text(live: Live) -> None:
+    answered = choice(live, stop=["Porto"])
+    assert answered["finish_reason"] == "stop"
+    assert answered["message"]["content"] == ANSWER[: ANSWER.index("Porto")]
 
 
 STRICT = {"type": "function", "function": {"name": "time", "strict": True}}

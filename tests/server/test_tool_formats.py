@@ -3,34 +3,32 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from text_support import CHAT_TEMPLATE, byte_tokenizer
-from tool_templates import BARE, LISTED, MARKED, TAGGED
+from text_support import CHAT_TEMPLATE, byte_text
+from tool_templates import (
+    BARE,
+    BROKEN,
+    LISTED,
+    MARKED,
+    NUMBERED,
+    SPECIAL,
+    TAGGED,
+    TEXTUAL,
+    THINKING,
+)
 
-from quickchange_server.tools import Messages, ToolCall, ToolFormat, ToolReader, tool_format
+from quickchange_server.tools import ToolCall, ToolFormat, ToolReader
 
 HERMES = ToolFormat("<tool_call>", "</tool_call>", False, ("name",), ("arguments",))
 NAMES = ("weather", "time")
 
 
 def learned(template: str) -> ToolFormat | None:
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = template
-
-    def render(messages: Messages, tools: Messages, prompt: bool) -> str:
-        return str(
-            tokenizer.apply_chat_template(
-                [dict(m) for m in messages],
-                tools=[dict(t) for t in tools],
-                tokenize=False,
-                add_generation_prompt=prompt,
-            )
-        )
-
-    return tool_format(render)
+    return byte_text(template).tool_format
 
 
 def read(form: ToolFormat, pieces: list[str]) -> tuple[str, list[ToolCall]]:
@@ -52,15 +50,22 @@ def read(form: ToolFormat, pieces: list[str]) -> tuple[str, list[ToolCall]]:
             LISTED,
             ToolFormat("[CALLS]", "", True, ("function", "name"), ("function", "arguments")),
         ),
+        (THINKING, HERMES),
+        (TEXTUAL, replace(HERMES, from_text=True)),
+        (SPECIAL, replace(HERMES, begin="<|im_start|>call", end="</call>")),
     ],
-    ids=["marked", "bare", "listed"],
+    ids=["marked", "bare", "listed", "thinking", "textual", "special"],
 )
 def test_the_form_is_the_templates_own(template: str, form: ToolFormat) -> None:
     assert learned(template) == form
 
 
-@pytest.mark.parametrize("template", [CHAT_TEMPLATE, TAGGED], ids=["no tools", "no JSON"])
-def test_a_template_without_calls_in_json_has_no_form(template: str) -> None:
+@pytest.mark.parametrize(
+    "template",
+    [CHAT_TEMPLATE, TAGGED, NUMBERED, BROKEN],
+    ids=["no tools", "no JSON", "marks that differ", "broken"],
+)
+def test_a_template_whose_calls_cannot_be_recognised_has_no_form(template: str) -> None:
     assert learned(template) is None
 
 

@@ -30,3 +30,18 @@ TAGGED = (  # no JSON at all
     "{% for k, v in c.function.arguments.items() %}<{{ k }}>{{ v }}</{{ k }}>{% endfor %}</call>"
     "{% endfor %}<|im_end|>{% endfor %}"
 )
+THINKING = MARKED.replace(  # an empty thought before every answer behind the last question
+    "{{ m.content }}",
+    "{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}",
+)
+TEXTUAL = MARKED.replace(  # joins the arguments to its own text
+    "{{ c.function.arguments | tojson }}", "{{ '' + c.function.arguments }}"
+)
+NUMBERED = MARKED.replace("<tool_call>", "<tool_call id={{ c.id }}>")  # the mark is each call's own
+SPECIAL = (  # the mark begins with a special token, and what ends a call ends the answer
+    "{% if tools %}{{ tools | tojson }}{% endif %}"
+    "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}<|im_start|>call\n"
+    '{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}'
+    "</call><|im_end|>\n{% endfor %}{% if not m.tool_calls %}.{% endif %}{% endfor %}"
+)
+BROKEN = MARKED + "{{ messages[7].content + 1 }}"  # fails in its own code

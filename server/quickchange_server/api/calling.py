@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from quickchange_server.api.ordering import Order
-from quickchange_server.api.schemas import ChatRequest
+from quickchange_server.api.schemas import ChatRequest, Message
 from quickchange_server.api.tool_schemas import Tool
 from quickchange_server.constraints.asked import Asked, asked
 from quickchange_server.constraints.keywords import check_keywords
@@ -38,16 +38,24 @@ def with_tools(text: Text, order: Order[ChatRequest]) -> tuple[Order[ChatRequest
     Raises InvalidRequestError where the model takes none, or the answer can't be a call.
     """
     body = order.body
-    if any(message.about_tools for message in body.messages):
-        _form(text, "messages")
-    if not body.offered_tools:
+    form = tools_form(text, body.messages, body.offered_tools)
+    if form is None:
         return order, None
-    form = _form(text, "tools")
     calls = Calls(form, frozenset(tool.function.name for tool in body.offered_tools))
-    if text.special_id(form.begin) is not None or text.special_id(form.end) is not None:
-        # calls are recognised by them
+    marks = text.special_parts(form.begin) + text.special_parts(form.end)
+    if any(isinstance(part, int) for part in marks):  # calls are recognised by them
         order = replace(order, body=body.model_copy(update={"skip_special_tokens": False}))
     return replace(order, demanded=_demanded(text, form, body)), calls
+
+
+def tools_form(text: Text, messages: Sequence[Message], tools: Sequence[Tool]) -> ToolFormat | None:
+    """How the model would call one of `tools`; None: there are none.
+
+    Raises InvalidRequestError where its template has no room for them, or for messages about tools.
+    """
+    if any(message.about_tools for message in messages):
+        _form(text, "messages")
+    return _form(text, "tools") if tools else None
 
 
 def _form(text: Text, param: str) -> ToolFormat:
@@ -85,8 +93,9 @@ def call_grammar(text: Text, form: ToolFormat, tools: Sequence[Tool]) -> str:
     if form.listed:
         calls = {"type": "array", "items": calls, "minItems": 1, "maxItems": 1}
     schema = json.dumps({**calls, "x-guidance": JSON_FORM})
-    begin = f"{_mark(text, form.begin)} BLANKS? " if form.begin else ""
-    end = f" BLANKS? {_mark(text, form.end)}" if form.end else ""
+    begin, end = _mark(text, form.begin), _mark(text, form.end)
+    begin = f"{begin} BLANKS? " if begin else ""
+    end = f" BLANKS? {end}" if end else ""
     return f"start: {begin}%json {schema}{end}\nBLANKS: /[ \\n]{{1,2}}/\n"
 
 
@@ -120,5 +129,7 @@ def _nested(leaves: Sequence[tuple[Sequence[str], Json]]) -> Json:
 
 def _mark(text: Text, mark: str) -> str:
     """A mark, as Lark writes it."""
-    token = text.special_id(mark)
-    return json.dumps(mark, ensure_ascii=False) if token is None else f"<[{token}]>"
+    return " ".join(
+        f"<[{part}]>" if isinstance(part, int) else json.dumps(part, ensure_ascii=False)
+        for part in text.special_parts(mark)
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -26,10 +27,11 @@ from quickchange_server.errors import (
 )
 from quickchange_server.experiments.definition import Served
 from quickchange_server.experiments.experiment import Experiment
-from quickchange_server.messages import Pooling, SamplingParams
+from quickchange_server.messages import Component, Pooling, SamplingParams
 from quickchange_server.services import Services
 from quickchange_server.transcript import TextOptions, Transcript
 from quickchange_server.visibility import Sees, everything
+from quickchange_store.merging import Recipe
 
 B = TypeVar("B", bound=Sampled)
 
@@ -47,6 +49,7 @@ class Order(Generic[B]):
     shadows: tuple[tuple[Assignment, Order[B]], ...] = ()  # computed beside it, never shown
     demanded: Asked | None = None  # what the text must be for another reason than those fields
     shadow_limit: int = 0  # of its experiment's shadows at once
+    recipe: Recipe | None = None  # what the selection's adapters are merged by, before they serve
 
     @property
     def is_shadow(self) -> bool:
@@ -130,7 +133,7 @@ async def admit(
     `default_tokens` are generated at most where the body doesn't say; None: all that fit. With
     `pooling` embeddings are made instead, of prompts that may fill the context. Raises
     InvalidRequestError, ContextLengthError, RateLimitedError, QueueFullError or UnavailableError,
-    and then nothing runs.
+    and what merging by the order's recipe raises; then nothing runs.
     """
     body = order.body
     count = len(prompts) * body.candidates
@@ -166,8 +169,8 @@ async def admit(
                 sampling=replace(sampling, seed=choice_seed(seed, choice)),
                 adapters=order.selection.adapters,
                 label=order.selection.label,
-                drafting=order.selection.drafting,
-                drafter=order.selection.drafter,
+                drafting=order.selection.drafting if pooling is None else None,
+                drafter=order.selection.drafter if pooling is None else None,
                 constraint=constraint,
                 salt=order.caller.salt,
                 background=order.is_shadow,
@@ -178,7 +181,12 @@ async def admit(
     books = (services.exposures,) if order.is_shadow else services.books
     account = Account.open(_opened(order, prompts, orders, request_id), books)
     try:
+        if order.recipe is not None:
+            orders = await _merged(services, order.recipe, orders)
         choices = await Choices.admit(services.client, orders, body.candidates)
+    except asyncio.CancelledError:
+        account.end("cancelled")
+        raise
     except BaseException:
         account.end("refused")
         raise
@@ -195,6 +203,15 @@ async def admit(
         )
         services.shadows.start(assignment, order.shadow_limit, again)
     return Running(choices, account)
+
+
+async def _merged(
+    services: Services, recipe: Recipe, orders: Sequence[tuple[Generation, Transcript]]
+) -> list[tuple[Generation, Transcript]]:
+    """The orders with the derived adapter, which is made for nobody whom the engine refuses."""
+    services.client.check_room(len(orders))
+    derived = (Component(await services.derived.digest(recipe)),)
+    return [(replace(generation, adapters=derived), told) for generation, told in orders]
 
 
 def _opened(

@@ -16,9 +16,11 @@ from quickchange_server.api.adapters import (
     uses_hidden,
 )
 from quickchange_server.api.callers import INFER, MANAGE, Calling, Managing, check_own
+from quickchange_server.api.calling import tools_form
 from quickchange_server.api.fields import Body, check_text
 from quickchange_server.api.schemas import Message
 from quickchange_server.api.shapes import Json
+from quickchange_server.api.tool_schemas import Tools
 from quickchange_server.callers import Caller
 from quickchange_server.errors import InvalidRequestError, UnknownModelError
 from quickchange_server.services import VERSION, Injected, Services
@@ -57,6 +59,7 @@ class Tokenize(Body):
     prompt: ValidText | None = None
     inputs: ValidText | None = None
     messages: list[Message] | None = Field(None, min_length=1)
+    tools: Tools = Field(default=[])
     add_special_tokens: bool | None = None  # default: true for a prompt, false for a chat
     add_generation_prompt: bool = True
     return_token_strs: bool = False
@@ -68,6 +71,11 @@ class Tokenize(Body):
             raise InvalidRequestError(
                 "prompt: give either prompt or messages, or inputs for LoRAX's answer",
                 param="prompt",
+            )
+        if self.tools and self.messages is None:
+            raise InvalidRequestError(
+                "tools: stand in a chat's prompt alone; give messages, or remove them",
+                param="tools",
             )
         return self
 
@@ -143,8 +151,13 @@ async def _tokens(services: Services, body: Tokenize) -> list[int]:
     if body.prompt is not None:
         special = body.add_special_tokens is not False
         return await services.text.encode(body.prompt, add_special_tokens=special)
-    messages = [message.for_template() for message in body.messages or []]
-    rendered = services.text.render_chat(messages, add_generation_prompt=body.add_generation_prompt)
+    messages = body.messages or []
+    tools_form(services.text, messages, body.tools)
+    rendered = services.text.render_chat(
+        [message.for_template() for message in messages],
+        tools=[tool.for_template() for tool in body.tools],
+        add_generation_prompt=body.add_generation_prompt,
+    )
     return await services.text.encode(rendered, add_special_tokens=bool(body.add_special_tokens))
 
 

@@ -35,6 +35,7 @@ _NAMES = (
     (re.compile(r"^adapters: "), "merged_adapters: "),
     (re.compile(r"^model: "), "adapter_id: "),
     (re.compile(r"\bmax_tokens\b"), "max_new_tokens"),
+    (re.compile(r"\bresponse_format\.json_schema\.schema\b"), "response_format.schema"),
 )
 
 

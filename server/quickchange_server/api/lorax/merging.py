@@ -1,4 +1,4 @@
-"""`merged_adapters` by ties and DARE: a derived adapter in place of the composition."""
+"""`merged_adapters` by ties and DARE: an order to serve a derived adapter."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ from quickchange_store.merging import Recipe
 MERGEABLE = ("LoRA", "Turbo LoRA")  # kinds, as `AdapterInfo.kind` tells them
 
 
-async def merged(
+def merged(
     services: Services, order: Order[CompletionRequest], given: MergedAdapters | None
 ) -> Order[CompletionRequest]:
     """The order with what `given` asks for.
 
     The order's selection is the linear composition already, whose names have been looked up for
     this caller. Like PEFT, one adapter alone is merged with nothing: it is served at its weight.
-    Waits while the derived adapter is made. Raises InvalidRequestError, QueueFullError,
-    EngineFailedError and StoreError.
+    Nothing is made yet. Raises InvalidRequestError.
     """
     if given is None or given.merge_strategy == "linear" or len(given.ids) == 1:
         return order
@@ -42,8 +41,7 @@ async def merged(
         density=given.density,
         sign_method=given.majority_sign_method,
     )
-    derived = Component(await services.derived.digest(recipe))
-    return replace(order, selection=replace(order.selection, adapters=(derived,)))
+    return replace(order, recipe=recipe)
 
 
 def _check_kind(services: Services, component: Component, given: MergedAdapters) -> None:

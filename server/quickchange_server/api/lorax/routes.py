@@ -160,9 +160,9 @@ async def _begin(
         order = ordering.select(services, caller, wanted, request.headers)
     except UnknownModelError as error:
         raise UnknownModelError(error.message + _remedy(body), param=error.param) from error
-    order = await merged(services, order, given.merged_adapters)
+    order = merged(services, order, given.merged_adapters)
     prompt = await translation.prompt(services, body)
-    running = await ordering.admit(
+    admitting = ordering.admit(
         services,
         order,
         [prompt],
@@ -170,6 +170,7 @@ async def _begin(
         prompt_param="inputs",
         default_tokens=None,
     )
+    running = await unless_gone(request, admitting)  # which may wait for a merge
     clock.admit()
     first = (order.body.seed or 0) % 2**64
     drawn = order.body.temperature > 0

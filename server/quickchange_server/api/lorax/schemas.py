@@ -56,6 +56,11 @@ class Parameters(Body):
 
     unsupported: ClassVar[Mapping[str, Unsupported]] = {
         "watermark": Unsupported("remove it: no watermark is put into texts here", (False,)),
+        "grammar": Unsupported(  # TGI's
+            'use response_format, {"type": "json_object", "schema": ...}; /v1/completions takes a '
+            "regular expression as guided_regex"
+        ),
+        "top_n_tokens": Unsupported("use return_k_alternatives"),  # TGI's
         "apply_chat_template": Unsupported("send the chat to /v1/chat/completions", (False,)),
     }
 
