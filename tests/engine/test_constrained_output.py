@@ -10,21 +10,24 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from threading import Event
 from typing import Any
 
 import hypothesis.strategies as st
 import jsonschema
+import numpy as np
+import numpy.typing as npt
 import pytest
+from bought_drafts import every_draft_bought
 from constraint_tokens import END, tiny_grammars, written
 from engine_driver import make_engine
 from hypothesis import HealthCheck, given, settings
 from turbo_models import KV_BYTES, VOCABULARY, TurboModels, make_turbo_models
 
 from quickchange_server.constraints.grammars import TokenGrammars
-from quickchange_server.engine import speculation
-from quickchange_server.engine.depths import DepthPlan, Prospect
+from quickchange_server.engine.constraints import Masked
 from quickchange_server.engine.engine import Engine
-from quickchange_server.engine.purchase import Load, Purchase
+from quickchange_server.engine.sequence import Matcher
 from quickchange_server.messages import Component, Constraint, Delta, Drafting, Submit
 from quickchange_server.messages import SamplingParams as Params
 
@@ -73,27 +76,9 @@ def run(engine: Engine, submits: Sequence[Submit]) -> dict[str, Said]:
     return said
 
 
-def buy_everything(
-    chances: Sequence[Sequence[float]], load: Load, cost: object, *, trial: int | None = None
-) -> Purchase:
-    del cost, trial
-    lengths, room = [], load.cap
-    for chain in chances:
-        lengths.append(min(len(chain), room))
-        room -= lengths[-1]
-    return Purchase(tuple(lengths), 0.0)
-
-
-def draft_deepest(plan: DepthPlan, prospects: Sequence[Prospect], load: Load) -> tuple[int, ...]:
-    del plan, load
-    return tuple(prospect.deepest for prospect in prospects)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _no_draft_is_too_dear() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(speculation, "buy_chains", buy_everything)
-        patch.setattr(DepthPlan, "depths", draft_deepest)
+    with every_draft_bought():
         yield
 
 
@@ -341,8 +326,79 @@ def test_an_engine_without_a_tokenizer_refuses_constraints(models: TurboModels) 
     assert "constraint" in (said.end[1] or "")
 
 
-def test_a_cancelled_request_that_waits_for_its_grammar_is_gone(roomy: Engine) -> None:
-    roomy.submit(constrained("regex", "a{6}"))
-    roomy.cancel("r")
-    time.sleep(0.05)
-    assert roomy.step() is None
+def test_stop_tokens_that_leave_nothing_to_go_on_with_are_the_requests_fault(
+    roomy: Engine,
+) -> None:
+    stops = frozenset({END, 9})  # "b", which is all that may follow
+    hopeless = constrained("regex", "b{4}", stop_token_ids=stops)
+    last = run(roomy, [replace(hopeless, drafting=Drafting(lookup=True))])["r"].last
+    assert last is not None
+    assert last.error_kind == "request"
+    assert "stop tokens" in (last.error or "")
+
+
+class Stalled:
+    """A compiler that stands still until it is told to go on, and knows what it was asked for."""
+
+    def __init__(self, grammars: TokenGrammars) -> None:
+        self._grammars = grammars
+        self.ends = grammars.ends
+        self.go_on = Event()
+        self.begun = Event()
+        self.asked: list[str] = []
+
+    def compile(self, constraint: Constraint) -> Matcher:
+        self.asked.append(constraint.source)
+        self.begun.set()
+        assert self.go_on.wait(60)
+        return self._grammars.compile(constraint)
+
+    def fill(self, wanted: Sequence[Masked[Matcher]], bits: npt.NDArray[np.int32]) -> None:
+        self._grammars.fill(wanted, bits)
+
+
+@pytest.fixture
+def stalled(grammars: TokenGrammars) -> Iterator[Stalled]:
+    stalled = Stalled(grammars)
+    yield stalled
+    stalled.go_on.set()
+
+
+@pytest.fixture
+def waiting(models: TurboModels, stalled: Stalled) -> Iterator[Engine]:
+    """An engine whose compiler has stalled over `a{6}`, asked for by `r`."""
+    engine = make_engine(models.path, constraints=stalled)
+    engine.submit(constrained("regex", "a{6}"))
+    assert stalled.begun.wait(60)
+    yield engine
+    stalled.go_on.set()
+    engine.close()
+
+
+def test_a_stalled_compilation_holds_up_nobody_without_a_constraint(waiting: Engine) -> None:
+    plain = replace(constrained("regex", "a"), request_id="plain", constraint=None)
+    said = run(waiting, [plain])["plain"]
+    assert said.end[0] in ("stop", "length")
+
+
+def test_a_request_cancelled_while_its_grammar_compiles_is_gone(
+    waiting: Engine, stalled: Stalled
+) -> None:
+    waiting.cancel("r")
+    stalled.go_on.set()
+    again = replace(constrained("regex", "a{6}"), request_id="again")
+    assert set(run(waiting, [again])) == {"again"}  # a delta of the other would be a KeyError
+    assert waiting.step() is None
+    assert stalled.asked == ["a{6}"], "compiled twice"
+
+
+def test_what_is_cancelled_before_its_compilation_begins_is_not_compiled(
+    waiting: Engine, stalled: Stalled
+) -> None:
+    waiting.submit(replace(constrained("regex", "b{6}"), request_id="b"))
+    waiting.submit(replace(constrained("regex", "c{6}"), request_id="c"))
+    waiting.cancel("b")
+    said = {"r": Said(), "c": Said()}
+    stalled.go_on.set()
+    drive(waiting, said)
+    assert stalled.asked == ["a{6}", "c{6}"]
