@@ -7,6 +7,7 @@ sequences are preempted, and across a restart. Every draft for which there is ro
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -297,6 +298,25 @@ def test_heads_and_lookup_draft_for_constrained_text(cramped: Engine) -> None:
     said = run(cramped, [replace(submit, drafting=Drafting("five", lookup=True))])["r"]
     assert written(said.tokens) == "ab" * 20
     assert said.accepted > 0
+
+
+def test_text_without_a_choice_is_drafted_whole(cramped: Engine) -> None:
+    """Nothing in it was there before, and no token spells more than one letter of it."""
+    text = "c0.5-e:b 2[aca"
+    drafting = Drafting(lookup=True)
+    said = run(cramped, [replace(constrained("regex", re.escape(text)), drafting=drafting)])["r"]
+    assert (written(said.tokens), said.end) == (text, ("stop", None))
+    assert said.accepted == said.drafted == len(text) - 1  # the first comes with the prompt
+
+
+def test_text_with_two_spellings_is_the_models_own_in_spite_of_drafts(
+    roomy: Engine, cramped: Engine
+) -> None:
+    """`ab` is one token, or two: drafts are always of one spelling, the model is free."""
+    for seed in range(6):
+        submit = constrained("regex", "(ab){12}", seed=seed, temperature=1.5)
+        drafted = run(cramped, [replace(submit, drafting=Drafting("five"))])["r"]
+        assert drafted.tokens == run(roomy, [submit])["r"].tokens
 
 
 def test_log_probabilities_are_the_models_own(roomy: Engine) -> None:

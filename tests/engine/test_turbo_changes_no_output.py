@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import hypothesis.strategies as st
 import numpy as np
@@ -197,7 +198,7 @@ CONSTRAINTS = st.sampled_from(
         Constraint("json_schema", '{"type": "array", "items": {"enum": ["a", 12, null]}}'),
     ]
 )
-KINDS = st.one_of(
+KINDS: st.SearchStrategy[dict[str, Any]] = st.one_of(
     st.just({}),
     st.just({}),
     st.fixed_dictionaries({"constraint": CONSTRAINTS}),

@@ -162,7 +162,7 @@ class Scheduler:
         preemptions = self.preemptions
         running = [sequence for sequence in self.running if not sequence.background]
         plan = self._go_on(running, self.max_batch_tokens)
-        if len(running) == self._running_foreground():
+        if self.foreground and len(running) == self._running_foreground():
             plan += self._admit(self.foreground, self.max_batch_tokens - _rows(plan), now)
         if self._drafts is not None:
             plan = self._with_drafts(plan, self._drafts)
@@ -387,6 +387,8 @@ class Scheduler:
 
     def _scheduled(self, sequence: Sequence, count: int) -> Scheduled:
         slots = self._holdings.slots(sequence)
+        if not slots:
+            return Scheduled(sequence, count, ())
         components = tuple((slots[c.digest], c.weight) for c in sequence.adapters)
         heads = None if sequence.heads is None else slots[sequence.heads]
         return Scheduled(sequence, count, components, heads)
