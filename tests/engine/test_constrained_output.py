@@ -7,14 +7,19 @@ sequences are preempted, and across a restart. Every draft for which there is ro
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from threading import Event
 from typing import Any
 
 import hypothesis.strategies as st
 import jsonschema
+import numpy as np
+import numpy.typing as npt
 import pytest
+from bought_drafts import every_draft_bought
 from constraint_tokens import END, PIECES, tiny_grammars, tiny_text, written
 from engine_driver import make_engine
 from hypothesis import HealthCheck, given, settings
@@ -23,10 +28,9 @@ from turbo_models import KV_BYTES, VOCABULARY, TurboModels, make_turbo_models
 from quickchange_server.api.calling import call_grammar
 from quickchange_server.api.tool_schemas import Tool
 from quickchange_server.constraints.grammars import TokenGrammars
-from quickchange_server.engine import speculation
-from quickchange_server.engine.depths import DepthPlan, Prospect
+from quickchange_server.engine.constraints import Masked
 from quickchange_server.engine.engine import Engine
-from quickchange_server.engine.purchase import Load, Purchase
+from quickchange_server.engine.sequence import Matcher
 from quickchange_server.messages import Component, Constraint, Delta, Drafting, Submit
 from quickchange_server.messages import SamplingParams as Params
 from quickchange_server.tools import ToolFormat, ToolReader
@@ -76,27 +80,9 @@ def run(engine: Engine, submits: Sequence[Submit]) -> dict[str, Said]:
     return said
 
 
-def buy_everything(
-    chances: Sequence[Sequence[float]], load: Load, cost: object, *, trial: int | None = None
-) -> Purchase:
-    del cost, trial
-    lengths, room = [], load.cap
-    for chain in chances:
-        lengths.append(min(len(chain), room))
-        room -= lengths[-1]
-    return Purchase(tuple(lengths), 0.0)
-
-
-def draft_deepest(plan: DepthPlan, prospects: Sequence[Prospect], load: Load) -> tuple[int, ...]:
-    del plan, load
-    return tuple(prospect.deepest for prospect in prospects)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _no_draft_is_too_dear() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(speculation, "buy_chains", buy_everything)
-        patch.setattr(DepthPlan, "depths", draft_deepest)
+    with every_draft_bought():
         yield
 
 
@@ -317,6 +303,25 @@ def test_heads_and_lookup_draft_for_constrained_text(cramped: Engine) -> None:
     assert said.accepted > 0
 
 
+def test_text_without_a_choice_is_drafted_whole(cramped: Engine) -> None:
+    """Nothing in it was there before, and no token spells more than one letter of it."""
+    text = "c0.5-e:b 2[aca"
+    drafting = Drafting(lookup=True)
+    said = run(cramped, [replace(constrained("regex", re.escape(text)), drafting=drafting)])["r"]
+    assert (written(said.tokens), said.end) == (text, ("stop", None))
+    assert said.accepted == said.drafted == len(text) - 1  # the first comes with the prompt
+
+
+def test_text_with_two_spellings_is_the_models_own_in_spite_of_drafts(
+    roomy: Engine, cramped: Engine
+) -> None:
+    """`ab` is one token, or two: drafts are always of one spelling, the model is free."""
+    for seed in range(6):
+        submit = constrained("regex", "(ab){12}", seed=seed, temperature=1.5)
+        drafted = run(cramped, [replace(submit, drafting=Drafting("five"))])["r"]
+        assert drafted.tokens == run(roomy, [submit])["r"].tokens
+
+
 def test_log_probabilities_are_the_models_own(roomy: Engine) -> None:
     """Of a forced token, which had to be sampled, too."""
     submit = constrained("regex", "a", logprobs=1)
@@ -399,3 +404,81 @@ def test_a_demanded_call_is_read_back_and_the_same_with_drafts_for_every_seed(
         jsonschema.Draft202012Validator(schemas[call.name]).validate(json.loads(call.arguments))
         called.add(call.name)
     assert called == set(schemas)
+
+
+def test_stop_tokens_that_leave_nothing_to_go_on_with_are_the_requests_fault(
+    roomy: Engine,
+) -> None:
+    stops = frozenset({END, 9})  # "b", which is all that may follow
+    hopeless = constrained("regex", "b{4}", stop_token_ids=stops)
+    last = run(roomy, [replace(hopeless, drafting=Drafting(lookup=True))])["r"].last
+    assert last is not None
+    assert last.error_kind == "request"
+    assert "stop tokens" in (last.error or "")
+
+
+class Stalled:
+    """A compiler that stands still until it is told to go on, and knows what it was asked for."""
+
+    def __init__(self, grammars: TokenGrammars) -> None:
+        self._grammars = grammars
+        self.ends = grammars.ends
+        self.go_on = Event()
+        self.begun = Event()
+        self.asked: list[str] = []
+
+    def compile(self, constraint: Constraint) -> Matcher:
+        self.asked.append(constraint.source)
+        self.begun.set()
+        assert self.go_on.wait(60)
+        return self._grammars.compile(constraint)
+
+    def fill(self, wanted: Sequence[Masked[Matcher]], bits: npt.NDArray[np.int32]) -> None:
+        self._grammars.fill(wanted, bits)
+
+
+@pytest.fixture
+def stalled(grammars: TokenGrammars) -> Iterator[Stalled]:
+    stalled = Stalled(grammars)
+    yield stalled
+    stalled.go_on.set()
+
+
+@pytest.fixture
+def waiting(models: TurboModels, stalled: Stalled) -> Iterator[Engine]:
+    """An engine whose compiler has stalled over `a{6}`, asked for by `r`."""
+    engine = make_engine(models.path, constraints=stalled)
+    engine.submit(constrained("regex", "a{6}"))
+    assert stalled.begun.wait(60)
+    yield engine
+    stalled.go_on.set()
+    engine.close()
+
+
+def test_a_stalled_compilation_holds_up_nobody_without_a_constraint(waiting: Engine) -> None:
+    plain = replace(constrained("regex", "a"), request_id="plain", constraint=None)
+    said = run(waiting, [plain])["plain"]
+    assert said.end[0] in ("stop", "length")
+
+
+def test_a_request_cancelled_while_its_grammar_compiles_is_gone(
+    waiting: Engine, stalled: Stalled
+) -> None:
+    waiting.cancel("r")
+    stalled.go_on.set()
+    again = replace(constrained("regex", "a{6}"), request_id="again")
+    assert set(run(waiting, [again])) == {"again"}  # a delta of the other would be a KeyError
+    assert waiting.step() is None
+    assert stalled.asked == ["a{6}"], "compiled twice"
+
+
+def test_what_is_cancelled_before_its_compilation_begins_is_not_compiled(
+    waiting: Engine, stalled: Stalled
+) -> None:
+    waiting.submit(replace(constrained("regex", "b{6}"), request_id="b"))
+    waiting.submit(replace(constrained("regex", "c{6}"), request_id="c"))
+    waiting.cancel("b")
+    said = {"r": Said(), "c": Said()}
+    stalled.go_on.set()
+    drive(waiting, said)
+    assert stalled.asked == ["a{6}", "c{6}"]

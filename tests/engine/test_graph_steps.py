@@ -6,19 +6,23 @@ the path but the capture.
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from bought_drafts import every_draft_bought
 from engine_driver import Driver, make_engine, request
 from repeating_capture import RepeatingCapture
-from tiny_models import make_model, save_model
+from text_of_pieces import text_of_pieces
+from tiny_models import VOCABULARY, make_model, save_model
 from torch import Tensor, nn
 
+from quickchange_server.constraints.grammars import TokenGrammars
 from quickchange_server.engine import runner
 from quickchange_server.engine.sampler import Sampler
-from quickchange_server.messages import Drafting
+from quickchange_server.messages import Constraint, Drafting
 from quickchange_store.canonical import CanonicalAdapter, LowRankUpdate
 
 RANKS = {"rank-4": 4, "rank-8": 8, "rank-16": 16}
@@ -63,9 +67,9 @@ class Watched:
         self.logits: list[Tensor] = []
         draw = Sampler.draw
 
-        def watch(sampler: Sampler, logits: Tensor, rows: list[object]) -> object:
+        def watch(sampler: Sampler, logits: Tensor, *rest: object) -> object:
             self.logits += logits.clone()
-            return draw(sampler, logits, rows)  # type: ignore[arg-type]
+            return draw(sampler, logits, *rest)  # type: ignore[arg-type]
 
         with patch.context() as during:
             during.setattr(Sampler, "draw", watch)
@@ -122,15 +126,41 @@ def test_drafts_are_verified_from_graphs_with_the_same_tokens(
 ) -> None:
     engine = make_engine(model, load)
     drive = Driver(engine)
-    for key, drafting in {"off": None, "on": Drafting(lookup=True)}.items():
-        asked = request(key, [5, 6, 7, 5, 6, 7, 5, 6], [("rank-4", 1.0)], max_tokens=24)
-        engine.submit(replace(asked, drafting=drafting))
-        warmed = capture.replayed
-        drive.finish(key)
-        assert capture.replayed > warmed, "no step was replayed"
+    with every_draft_bought():
+        for key, drafting in {"off": None, "on": Drafting(lookup=True)}.items():
+            asked = request(key, [5, 6, 7, 5, 6, 7, 5, 6], [("rank-4", 1.0)], max_tokens=24)
+            engine.submit(replace(asked, drafting=drafting))
+            warmed = capture.replayed
+            drive.finish(key)
+            assert capture.replayed > warmed, "no step was replayed"
     engine.close()
     assert drive.tokens["on"] == drive.tokens["off"]
     assert drive.drafted["on"] > 0
+
+
+def test_masks_of_one_step_leave_nothing_in_the_next_ones_logits(
+    model: Path, capture: RepeatingCapture
+) -> None:
+    """They are applied behind the graph, in its own output memory."""
+    pieces = [*(chr(ord("!") + token) for token in range(VOCABULARY - 1)), "<end>"]
+    grammars = TokenGrammars.of(text_of_pieces(pieces, VOCABULARY - 1))
+    engine = make_engine(model, load, grammars)
+    drive = Driver(engine)
+    plain = request("alone", [5, 6, 7], max_tokens=12)
+    engine.submit(plain)
+    drive.finish("alone")
+    constraint = Constraint("regex", "[A-Z]{9}")
+    engine.submit(replace(request("masked", [8, 9], max_tokens=12), constraint=constraint))
+    engine.submit(replace(plain, request_id="beside"))
+    warmed = capture.replayed
+    drive.finish("masked", "beside")
+    engine.submit(replace(plain, request_id="after"))
+    drive.finish("after")
+    engine.close()
+    assert capture.replayed > warmed, "no step was replayed"
+    said = "".join(pieces[token] for token in drive.tokens["masked"])
+    assert re.fullmatch("[A-Z]{9}", said)
+    assert drive.tokens["beside"] == drive.tokens["after"] == drive.tokens["alone"]
 
 
 def test_prefill_chunks_are_not_replayed(model: Path, capture: RepeatingCapture) -> None:

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from turbo_adapters import make_turbo, turbo_adapter
 
+from quickchange_kernels.token_mask import mask_words, plain_token_mask_
 from quickchange_server.adapters.copies import ImmediateCopies
 from quickchange_server.adapters.image import build_image, page_shapes
 from quickchange_server.adapters.pool import DevicePool
@@ -65,7 +66,7 @@ def move(module: nn.Module) -> None:
         torch.utils.swap_tensors(tensor, moved)
 
 
-def make_step(family: str, *, adapters: bool) -> tuple[LoadedModel, tuple[Tensor, ...]]:
+def make_step(family: str, *, adapters: bool) -> tuple[LoadedModel, tuple[Tensor, Tensor, Tensor]]:
     """A model on the device with a padded decode step set, and ids, positions, rows to sample."""
     attention.register()
     model = make_model(family)
@@ -125,6 +126,16 @@ def test_drafting_stays_on_the_device(adapted: bool) -> None:
         call = DraftCall(planner.vocabularies, pool, certain, (len(items), 3, 2))
         drafts = drafter.compute(rounds, hidden, call)
     assert drafts.tokens.shape == (3, 3, 2)
+
+
+def test_masking_tokens_stays_on_the_device() -> None:
+    """By the plain version, which leans on torch alone: its masks have gone up before."""
+    vocabulary = 97
+    logits = torch.empty(ROWS, vocabulary, device=META)
+    rows = torch.empty(2, dtype=torch.int64, device=META)
+    bits = torch.empty(2, mask_words(vocabulary), dtype=torch.int32, device=META)
+    with OnDeviceOnly(), torch.inference_mode():
+        plain_token_mask_(logits, rows, bits)
 
 
 class Faulty(nn.Module):

@@ -9,7 +9,7 @@ import dataclasses
 import random
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -269,6 +269,28 @@ def test_a_resubmission_with_output_does_not_tell_them_again(reference: Referenc
     drive.finish("rest")
     assert drive.tokens["rest"] == tokens[2:]
     assert drive.first["rest"].prompt_logprobs == ()
+
+
+@pytest.mark.parametrize("kind", ["mean", "last", "scores"])
+def test_what_is_not_finite_fails_its_request_alone(reference: Reference, kind: str) -> None:
+    """An adapter whose values are numbers, and whose product is none."""
+    whole = reference.adapters["adapter-1"]
+    huge = {
+        path: replace(update, a=update.a * 1e30, b=update.b * 1e30)
+        for path, update in whole.updates.items()
+    }
+    adapters = {**reference.adapters, "huge": replace(whole, updates=huge)}
+    engine = make_engine(reference.path, adapters.__getitem__)
+    drive = Driver(engine)
+    prompt = prompts(1, 9)[0]
+    Asked("huge", prompt, kind).submit(engine, "huge")
+    sound = Asked("adapter-1", prompt, kind)
+    sound.submit(engine, "sound")
+    drive.finish("huge", "sound")
+    engine.close()
+    assert drive.last["huge"].error_kind == "internal"
+    assert "NaN or infinity" in (drive.last["huge"].error or "")
+    sound.check(reference, drive, "sound")
 
 
 def test_an_embedding_may_fill_the_context(reference: Reference) -> None:

@@ -1,4 +1,5 @@
-"""With the same seed, output with drafts equals output without, token for token, whatever is mixed.
+"""With the same seed, output with drafts equals output without, token for token, whatever is mixed:
+requests in the background, under salts or constraints, and those that read their own prompt.
 
 Each request is run alone, without drafts, on an engine with room for everything; then all together,
 with drafts, on one so small that sequences are preempted, and across a restart of the engine.
@@ -13,20 +14,23 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
+from bought_drafts import every_draft_bought
+from constraint_tokens import tiny_grammars
 from engine_driver import make_engine
 from hypothesis import HealthCheck, given, settings
 from turbo_models import HEADS, KV_BYTES, VOCABULARY, TurboModels, make_turbo_models
 
-from quickchange_server.engine import speculation
-from quickchange_server.engine.depths import DepthPlan, Prospect
+from quickchange_server.constraints.grammars import TokenGrammars
 from quickchange_server.engine.engine import Engine
-from quickchange_server.engine.purchase import Load, Purchase
 from quickchange_server.messages import (
     Component,
+    Constraint,
     Delta,
     Drafting,
     SamplingParams,
@@ -44,16 +48,21 @@ class Said:
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    embedding: bytes | None = None
     reason: str | None = None
+    error: str | None = None
     drafted: int = 0
     accepted: int = 0
 
     def add(self, delta: Delta) -> None:
         assert self.reason is None, "a delta after the end"
-        assert delta.error is None, delta.error
         assert delta.accepted <= min(delta.drafted, len(delta.token_ids))
         self.tokens += delta.token_ids
         self.logprobs += delta.logprobs
+        self.prompt_logprobs = self.prompt_logprobs or delta.prompt_logprobs
+        self.embedding = self.embedding or delta.embedding
+        self.error = delta.error
         self.reason = delta.finish_reason
         self.drafted += delta.drafted
         self.accepted += delta.accepted
@@ -68,7 +77,7 @@ def drive(engine: Engine, said: dict[str, Said], steps: int | None = None) -> No
         report = engine.step()
         engine.check_integrity()
         if report is None:
-            time.sleep(0.001)  # an adapter is loading
+            time.sleep(0.001)  # an adapter or a grammar is on its way
             continue
         steps = None if steps is None else steps - 1
         for delta in report.deltas:
@@ -91,8 +100,18 @@ def alone(engine: Engine, submit: Submit) -> Said:
 def check_equal(found: Said, expected: Said, submit: Submit) -> None:
     assert found.tokens == expected.tokens, submit
     assert found.reason == expected.reason, submit
-    assert len(found.logprobs) == len(expected.logprobs)
-    for ours, theirs in zip(found.logprobs, expected.logprobs, strict=True):
+    assert found.error == expected.error, submit
+    check_close(found.logprobs, expected.logprobs)
+    check_close(found.prompt_logprobs, expected.prompt_logprobs)
+    assert (found.embedding is None) == (expected.embedding is None)
+    if found.embedding is not None and expected.embedding is not None:
+        ours, theirs = (np.frombuffer(one, "<f4") for one in (found.embedding, expected.embedding))
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def check_close(found: Sequence[TokenLogprobs], expected: Sequence[TokenLogprobs]) -> None:
+    assert len(found) == len(expected)
+    for ours, theirs in zip(found, expected, strict=True):
         assert ours.token_id == theirs.token_id
         assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)
         assert [token for token, _ in ours.top] == [token for token, _ in theirs.top]
@@ -103,41 +122,28 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> TurboModels:
     return make_turbo_models(tmp_path_factory.mktemp("turbo") / "base")
 
 
-def buy_everything(
-    chances: Sequence[Sequence[float]], load: Load, cost: object, *, trial: int | None = None
-) -> Purchase:
-    """Whole chains, the first ones first, as long as there is room."""
-    del cost, trial
-    lengths, room = [], load.cap
-    for chain in chances:
-        lengths.append(min(len(chain), room))
-        room -= lengths[-1]
-    return Purchase(tuple(lengths), 0.0)
-
-
-def draft_deepest(plan: DepthPlan, prospects: Sequence[Prospect], load: Load) -> tuple[int, ...]:
-    """All heads that there are, whatever they cost."""
-    del plan, load
-    return tuple(prospect.deepest for prospect in prospects)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _no_draft_is_too_dear() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(speculation, "buy_chains", buy_everything)
-        patch.setattr(DepthPlan, "depths", draft_deepest)
+    with every_draft_bought():
         yield
 
 
-def engine_of(models: TurboModels, **options: object) -> Engine:
+@pytest.fixture(scope="module")
+def grammars() -> TokenGrammars:
+    return tiny_grammars()
+
+
+def engine_of(
+    models: TurboModels, constraints: TokenGrammars | None = None, **options: object
+) -> Engine:
     small = {"max_model_len": MAX_LEN, **options}
-    return make_engine(models.path, models.adapters.__getitem__, **small)
+    return make_engine(models.path, models.adapters.__getitem__, constraints, **small)
 
 
 @pytest.fixture(scope="module")
-def roomy(models: TurboModels) -> Engine:
+def roomy(models: TurboModels, grammars: TokenGrammars) -> Engine:
     """Where requests run alone."""
-    return engine_of(models)
+    return engine_of(models, grammars)
 
 
 # --- requests at random -------------------------------------------------------------------------
@@ -185,11 +191,37 @@ DRAFTING = st.one_of(
 )
 
 
+CONSTRAINTS = st.sampled_from(
+    [
+        Constraint("regex", "(ab|c){2,12}"),
+        Constraint("json_object", ""),
+        Constraint("json_schema", '{"type": "array", "items": {"enum": ["a", 12, null]}}'),
+    ]
+)
+KINDS: st.SearchStrategy[dict[str, Any]] = st.one_of(
+    st.just({}),
+    st.just({}),
+    st.fixed_dictionaries({"constraint": CONSTRAINTS}),
+    st.fixed_dictionaries({"prompt_logprobs": st.sampled_from([0, 2])}),
+    st.fixed_dictionaries({"pooling": st.sampled_from(["last", "mean"])}),
+)
+
+
 @st.composite
 def requests(draw: st.DrawFn) -> list[Submit]:
     count = draw(st.integers(1, 6))
     return [
-        Submit(str(k), tuple(draw(PROMPTS)), draw(SAMPLING), draw(ADAPTERS), (), draw(DRAFTING))
+        Submit(
+            str(k),
+            tuple(draw(PROMPTS)),
+            draw(SAMPLING),
+            draw(ADAPTERS),
+            (),
+            draw(DRAFTING),
+            salt=draw(st.sampled_from(["", "", "one", "other"])),
+            background=draw(st.sampled_from([False, False, True])),
+            **draw(KINDS),
+        )
         for k in range(count)
     ]
 
@@ -204,9 +236,9 @@ RANDOM = settings(
 @RANDOM
 @given(submits=requests())
 def test_random_mixes_say_what_each_request_says_alone(
-    models: TurboModels, roomy: Engine, submits: list[Submit]
+    models: TurboModels, grammars: TokenGrammars, roomy: Engine, submits: list[Submit]
 ) -> None:
-    engine = engine_of(models, kv_cache_bytes=SMALL_CACHE, max_sequences=4)
+    engine = engine_of(models, grammars, kv_cache_bytes=SMALL_CACHE, max_sequences=4)
     found = run(engine, submits)
     engine.close()
     for submit in submits:
@@ -216,15 +248,15 @@ def test_random_mixes_say_what_each_request_says_alone(
 @RANDOM
 @given(submits=requests(), steps=st.integers(1, 30))
 def test_an_engine_that_starts_anew_goes_on_where_each_request_stood(
-    models: TurboModels, roomy: Engine, submits: list[Submit], steps: int
+    models: TurboModels, grammars: TokenGrammars, roomy: Engine, submits: list[Submit], steps: int
 ) -> None:
     said = {submit.request_id: Said() for submit in submits}
-    engine = engine_of(models, kv_cache_bytes=SMALL_CACHE, max_sequences=4)
+    engine = engine_of(models, grammars, kv_cache_bytes=SMALL_CACHE, max_sequences=4)
     for submit in submits:
         engine.submit(submit)
     drive(engine, said, steps)
     engine.close()
-    engine = engine_of(models)
+    engine = engine_of(models, grammars)
     for submit in submits:
         if said[submit.request_id].reason is None:
             engine.submit(replace(submit, output=tuple(said[submit.request_id].tokens)))

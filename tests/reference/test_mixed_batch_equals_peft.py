@@ -7,16 +7,21 @@ prefill, preemption, prefix hits and cancellations forced in between.
 from __future__ import annotations
 
 import random
+import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from engine_driver import Driver, make_engine, request
 from peft import LoraConfig, PeftModel, get_peft_model
+from text_of_pieces import text_of_pieces
 from tiny_models import VOCABULARY, greedy, make_model, save_model
 
+from quickchange_server.constraints.grammars import TokenGrammars
+from quickchange_server.messages import Constraint
 from quickchange_store.base import base_spec
 from quickchange_store.canonical import CanonicalAdapter
 from quickchange_store.formats.peft import read_peft
@@ -139,6 +144,47 @@ def test_preemption_prefix_hits_and_cancellations_change_nothing(reference: Refe
         expected = reference.tokens(name, prompt, 10)
         got = drive.tokens.get(key, [])
         assert got == expected[: len(got)] if key in cancelled else got == expected, (key, name)
+
+
+def test_other_kinds_of_request_beside_change_nothing(reference: Reference) -> None:
+    """The background, salted, constrained, and those that read their prompts; all short of room."""
+    letters = [chr(ord("!") + token) for token in range(VOCABULARY - 1)]
+    engine = make_engine(
+        reference.path,
+        reference.adapters.__getitem__,
+        TokenGrammars.of(text_of_pieces([*letters, "<end>"], VOCABULARY - 1)),
+        kv_cache_bytes=3 * 2 * 2 * 12 * 4 * 64 * 5 // 2,  # 160 tokens for up to eight sequences
+        max_model_len=96,
+    )
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"background": True},
+        {"salt": "one"},
+        {"constraint": Constraint("regex", "[A-Z]{3,9}")},
+        {"prompt_logprobs": 2},
+        {"pooling": "mean", "background": True},
+        {"pooling": "last"},
+    ]
+    names: list[str | None] = [*reference.adapters, None, None]
+    drive = Driver(engine)
+    asked: dict[str, tuple[str | None, list[int], dict[str, Any]]] = {}
+    for index, prompt in enumerate(prompts(8 * len(kinds), 7)):
+        key, name, kind = str(index), names[index % len(names)], kinds[index % len(kinds)]
+        asked[key] = (name, prompt, kind)
+        engine.submit(replace(request(key, prompt, [(name, 1.0)] if name else []), **kind))
+        if index % 3 == 0:
+            drive.step()
+    drive.finish(*asked)
+    engine.close()
+    assert engine.scheduler.preemptions > 0
+    for key, (name, prompt, kind) in asked.items():
+        if "pooling" in kind:
+            assert drive.last[key].embedding is not None, key
+        elif "constraint" in kind:
+            said = "".join(letters[token] for token in drive.tokens[key])
+            assert re.fullmatch("[A-Z]{3,9}", said), key
+        else:
+            assert drive.tokens[key] == reference.tokens(name, prompt, 10), (key, name, kind)
 
 
 def test_a_composition_is_the_weighted_sum_of_its_adapters(reference: Reference) -> None:

@@ -74,6 +74,9 @@ class LibraryMatcher:
     def advance(self, token: int) -> None:
         self.inner.consume_token(token)
 
+    def forced(self) -> list[int]:
+        return self.inner.compute_ff_tokens()
+
     def allowed(self, tokens: Sequence[int]) -> int:
         count = self.inner.validate_tokens(list(tokens))
         ends = (place for place, token in enumerate(tokens[:count], 1) if token in self._ends)

@@ -22,6 +22,7 @@ from quickchange_server.messages import LOOKUP
 
 DEEPEST = 16  # depths told apart; deeper drafts count as this deep
 WORDS = "words"  # Drafter.name of drafts found in the prompt by their text
+FORCED = "forced"  # Drafter.name of drafts that a constraint leaves no choice but of spelling
 KEPT = 1_024  # drafters remembered, the latest used
 
 HALF_LIFE = 512  # observations of a drafter after which one weighs half
@@ -33,9 +34,15 @@ _HEADS_PRIOR = (0.05, 0.18, 0.33, 0.48, 0.63, 0.78, 0.9, 0.97)  # taken at their
 _LOOKUP_PRIOR = (0.1, 0.25, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7)  # of matches of 1, 2, … tokens
 _WORDS_PRIOR = (0.6, 0.3, 0.8, 0.8, 0.8, 0.8, 0.5, 0.5)  # of 1, 2, … characters; long words may end
 BINS = len(_HEADS_PRIOR)
+_FORCED_PRIOR = (0.9,) * BINS  # text is mostly spelled as the tokenizer spells it
 
 _HEADS = "heads"
-_PRIORS = {_HEADS: _HEADS_PRIOR, LOOKUP: _LOOKUP_PRIOR, WORDS: _WORDS_PRIOR}  # by kind
+_PRIORS = {  # by kind
+    _HEADS: _HEADS_PRIOR,
+    LOOKUP: _LOOKUP_PRIOR,
+    WORDS: _WORDS_PRIOR,
+    FORCED: _FORCED_PRIOR,
+}
 
 OFFERS = 16  # chains remembered of what a drafter offered lately
 HOPEFUL = 0.5  # of the posterior's deviation, added while few were seen: bad luck ends no drafter
@@ -49,7 +56,7 @@ SPACING = 8  # steps from one trial to the next, whichever drafters they are of
 class Drafter(NamedTuple):
     """Who drafts, and for which model: the same heads fare differently on another adapter."""
 
-    name: str  # digest of the adapter version whose heads draft, LOOKUP or WORDS
+    name: str  # digest of the adapter version whose heads draft, LOOKUP, WORDS or FORCED
     composition: bytes  # key of the adapters that verify
 
 
@@ -143,7 +150,7 @@ class Acceptance:
         """Above 0 and below 1: that a draft holds, given that all before it held.
 
         depth: from 1. confidence: of heads, the draft's own probability; of lookup, the tokens, or
-        the characters, that matched.
+        the characters, that matched; of what is forced, 1.
         """
         column = _bin(drafter, confidence)
         return self._drafters[drafter].chance(depth, column, self._prior(drafter, column))

@@ -28,6 +28,10 @@ from quickchange_server.messages import Constraint
 
 _KEPT = 64  # compiled grammars
 _ALL = -1  # a word that allows all of its tokens
+_NO_TOKEN = (
+    "constraint: its text can only go on with tokens that end the output, and it is not complete; "
+    "ask for other stop tokens"
+)
 
 M = TypeVar("M", bound=Matcher)
 
@@ -94,7 +98,9 @@ class Constraints:
         made.add_done_callback(lambda _: self._on_wake())
 
     def cancel(self, request_id: str) -> None:
-        self._waiting.pop(request_id, None)
+        """Forget a sequence; its grammar is not compiled where that has not begun."""
+        if (waiting := self._waiting.pop(request_id, None)) is not None:
+            waiting.matcher.cancel()
 
     def released(self) -> list[tuple[Sequence, str | None]]:
         """Remove and return those whose grammar is ready, or can't be: with the error."""
@@ -138,6 +144,8 @@ class Constraints:
                 errors |= dict.fromkeys(rows[own], one.matcher.error)
             else:
                 self._allow_stops(bits[own], stop)
+                empty = np.flatnonzero(~bits[own].any(axis=1))
+                errors |= dict.fromkeys((rows[one.row + place] for place in empty), _NO_TOKEN)
         seconds = time.monotonic() - started
         return TokenMasks(torch.tensor(rows), torch.from_numpy(bits), errors, seconds)
 

@@ -42,6 +42,7 @@ if TYPE_CHECKING:  # an engine runs where the server's own libraries are missing
     from quickchange_server.settings import Settings
 
 
+_UNSOUND = "prompt: it can't be read: the model's hidden states or logits hold NaN or infinity"
 _ROWS_OF_DRAFTS = 2  # rows a sequence up to which a full batch's verification has a graph
 
 
@@ -223,6 +224,9 @@ class Engine:
 
     def _advance(self, item: Scheduled, result: Result | None) -> list[Delta]:
         sequence = item.sequence
+        if sequence.reading is not None and not sequence.reading.sound:
+            self.scheduler.finish(sequence)
+            return [_error(sequence.request_id, _UNSOUND, "internal")]
         if result is None:
             _, reason = self.scheduler.advance(item, ())
             return [] if reason is None else [self._delta(item, [], reason, 0)]

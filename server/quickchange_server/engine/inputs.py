@@ -71,7 +71,7 @@ def only_decodes(plan: Sequence[Scheduled]) -> bool:
 
 def reads(plan: Sequence[Scheduled]) -> bool:
     """Whether some sequence may read its prompt's rows."""
-    return any(item.sequence.reading is not None for item in plan)
+    return bool([item for item in plan if item.sequence.reading is not None])
 
 
 def exact_extent(plan: Sequence[Scheduled], device: torch.device, *, adapters: bool) -> Extent:

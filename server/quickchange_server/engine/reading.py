@@ -6,6 +6,7 @@ preemption. Knows nothing of devices.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -26,6 +27,7 @@ class Reading:
         self.done = length - 1 if pooling == "last" else 0  # rows before it need no reading
         self._end = length if top is None else length - 1
         self._pooled = self._end - self.done
+        self.sound = True  # whether all that was read is finite
         self._scores: list[TokenLogprobs] = []
         self._sum: Doubles | None = None
 
@@ -60,10 +62,12 @@ class Reading:
 
     def add_scores(self, scores: Sequence[TokenLogprobs]) -> None:
         """Those of the next rows."""
+        self.sound &= all(math.isfinite(score.logprob) for score in scores)
         self._scores += scores
         self.done += len(scores)
 
     def add_states(self, total: Doubles, rows: int) -> None:
         """The sum [H] of the next rows' hidden states."""
+        self.sound &= bool(np.isfinite(total).all())
         self._sum = total if self._sum is None else self._sum + total
         self.done += rows

@@ -29,6 +29,7 @@ from quickchange_kernels.sample import EDITS, Draws, Edits, sample
 from quickchange_kernels.token_mask import token_mask_
 from quickchange_server.engine.constraints import TokenMasks
 from quickchange_server.messages import SamplingParams, TokenLogprobs
+from quickchange_server.model.staging import upload
 
 Ints = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
@@ -106,7 +107,7 @@ class Sampler:
             logits = logits.contiguous()
         logprobs = _Logprobs.of(logits, rows)  # the model's own: before anything is edited
         if masks is not None:
-            token_mask_(logits, masks.rows.to(self._device), masks.bits.to(self._device))
+            token_mask_(logits, *upload((masks.rows, masks.bits), self._device))
         changes = _EditTable(self._vocabulary_size)
         for row in rows:
             changes.add_row(row)

@@ -17,12 +17,12 @@ prefixes that no request is using, and a load that has begun is not broken off.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from quickchange_server.engine.admission import Lane
+from quickchange_server.engine.holdings import Claims, Holdings
 from quickchange_server.engine.kv_cache import KVBlocks
 from quickchange_server.engine.sequence import Sequence
 from quickchange_server.messages import FinishReason
@@ -30,15 +30,6 @@ from quickchange_server.messages import FinishReason
 _NO_ROWS = range(0)
 _MOST_SCORED = 256  # rows of a step whose logits are read for prompts: [256, V] is held at once
 _BESIDE = 8  # background rows beside others: one of so many that a step may have
-
-
-class Claims(Protocol):
-    """What the scheduler needs of adapter residency: hold a request's adapters on the device."""
-
-    def claim(self, key: str, digests: list[str]) -> None: ...
-    def ready(self, key: str) -> Mapping[str, int] | None: ...
-    def failed(self, key: str) -> str | None: ...
-    def release(self, key: str) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +105,7 @@ class Scheduler:
                 f"max_model_len ({max_model_len}): raise the one or lower the other"
             )
         self.blocks = blocks
-        self._claims = claims  # None: no sequence with adapters may be added
+        self._holdings = Holdings(claims)  # None: no sequence with adapters may be added
         self._drafts = drafts  # None: nothing is drafted
         self.max_batch_tokens = max_batch_tokens
         self.max_sequences = max_sequences
@@ -122,8 +113,6 @@ class Scheduler:
         self.foreground, self.background = Lane(), Lane()
         self.running: list[Sequence] = []  # in order of admission
         self._sequences: dict[str, Sequence] = {}
-        self._lent: dict[str, Sequence] = {}  # background sequences with a claim, by id
-        self.claims_changed = False  # by the last `schedule`
         self._scorable = 0  # rows that the coming step may still read logits of, for prompts
         self.preemptions = 0
         self.prefix_hit_tokens = 0
@@ -132,10 +121,15 @@ class Scheduler:
     def __len__(self) -> int:
         return len(self._sequences)
 
+    @property
+    def claims_changed(self) -> bool:
+        """Whether the last `schedule` lent adapters or took some back: tell the tiers."""
+        return self._holdings.changed
+
     def add(self, sequence: Sequence) -> None:
-        if not sequence.background and (digests := sequence.digests()):
-            self._take_back([s for s in self._lent.values() if s not in self.running])
-            self._holder().claim(sequence.request_id, digests)
+        if not sequence.background and sequence.digests():
+            self._take_back([s for s in self._holdings.lent if s not in self.running])
+            self._holdings.claim(sequence)
         self._sequences[sequence.request_id] = sequence
         self._lane(sequence).waiting.add(sequence)
 
@@ -154,8 +148,8 @@ class Scheduler:
         """Remove and return the waiting whose adapters can't be loaded, each with the error."""
         failed = [
             (sequence, error)
-            for sequence in (*self.foreground.waiting, *self._lent.values())
-            if sequence.digests() and (error := self._holder().failed(sequence.request_id))
+            for sequence in (*self.foreground.waiting, *self._holdings.lent)
+            if (error := self._holdings.failure(sequence)) is not None
         ]
         for sequence, _ in failed:
             self.cancel(sequence.request_id)
@@ -163,12 +157,12 @@ class Scheduler:
 
     def schedule(self, now: float) -> list[Scheduled]:
         """The coming step. `now` in seconds, on the clock of the sequences' arrival."""
-        self.claims_changed = False
+        self._holdings.changed = False
         self._scorable = _MOST_SCORED
         preemptions = self.preemptions
         running = [sequence for sequence in self.running if not sequence.background]
         plan = self._go_on(running, self.max_batch_tokens)
-        if len(running) == self._running_foreground():
+        if self.foreground and len(running) == self._running_foreground():
             plan += self._admit(self.foreground, self.max_batch_tokens - _rows(plan), now)
         if self._drafts is not None:
             plan = self._with_drafts(plan, self._drafts)
@@ -222,8 +216,7 @@ class Scheduler:
         for sequence in apart:
             assert not sequence.blocks, "a sequence that isn't running holds blocks"
             assert not sequence.computed, "a sequence that isn't running counts as computed"
-        assert all(s.background for s in self._lent.values()), "lent to the foreground"
-        assert set(self._lent) <= set(self._sequences), "lent to one that has ended"
+        self._holdings.check_integrity(self._sequences)
 
     def _lane(self, sequence: Sequence) -> Lane:
         return self.background if sequence.background else self.foreground
@@ -252,33 +245,22 @@ class Scheduler:
     def _behind(self, plan: Seq[Scheduled], now: float, *, admitting: bool) -> list[Scheduled]:
         """The background's rows beside the foreground's `plan`. admitting: any new ones."""
         if self.foreground:
-            self._take_back(list(self._lent.values()))
+            self._take_back(self._holdings.lent)
         room = self.max_batch_tokens - _rows(plan)
         if plan or self.foreground:
             room = min(room, max(self.max_batch_tokens // _BESIDE, 1))
         running = [sequence for sequence in self.running if sequence.background]
         behind = self._go_on(running, room)
         if admitting and not self.foreground and all(s in self.running for s in running):
-            self._lend()
+            self._holdings.lend(self.background.candidates()[: self.max_sequences])
             behind += self._admit(self.background, room - _rows(behind), now)
         return behind
 
-    def _lend(self) -> None:
-        """Let those of the background who are next claim their adapters."""
-        for sequence in self.background.candidates()[: self.max_sequences]:
-            if sequence.request_id not in self._lent and (digests := sequence.digests()):
-                self._holder().claim(sequence.request_id, digests)
-                self._lent[sequence.request_id] = sequence
-                self.claims_changed = True
-
     def _take_back(self, sequences: Seq[Sequence]) -> None:
-        """Release the adapters lent to these, which can't run on without."""
         for sequence in sequences:
             if sequence in self.running:
                 self._preempt(sequence)
-            self._holder().release(sequence.request_id)
-            del self._lent[sequence.request_id]
-            self.claims_changed = True
+            self._holdings.take_back(sequence)
 
     def _with_drafts(self, plan: list[Scheduled], drafts: Drafts) -> list[Scheduled]:
         room = self.max_batch_tokens - _rows(plan)
@@ -303,7 +285,7 @@ class Scheduler:
     def _admit(self, lane: Lane, budget: int, now: float) -> list[Scheduled]:
         admitted = []
         while budget > 0 and self._has_place(lane):
-            sequence = lane.next(self._is_ready)
+            sequence = lane.next(self._holdings.is_ready)
             if sequence is None or not self._place(sequence):
                 break
             if len(self.running) == self.max_sequences:
@@ -339,18 +321,6 @@ class Scheduler:
         """The running sequence that gives way first."""
         behind = (sequence for sequence in reversed(self.running) if sequence.background)
         return next(behind, self.running[-1])
-
-    def _holder(self) -> Claims:
-        if self._claims is None:
-            raise RuntimeError("a sequence with adapters in an engine without adapters")
-        return self._claims
-
-    def _is_ready(self, sequence: Sequence) -> bool:
-        if not sequence.digests():
-            return True
-        if sequence.background and sequence.request_id not in self._lent:
-            return False
-        return self._holder().ready(sequence.request_id) is not None
 
     def _place(self, sequence: Sequence) -> bool:
         """Take the prefix that is cached, if what is left of the sequence has room; the background
@@ -398,9 +368,7 @@ class Scheduler:
 
     def _end(self, sequence: Sequence) -> None:
         self._free_blocks(sequence)
-        claimed = not sequence.background or self._lent.pop(sequence.request_id, None) is not None
-        if claimed and sequence.digests():
-            self._holder().release(sequence.request_id)
+        self._holdings.release(sequence)
         del self._sequences[sequence.request_id]
 
     def _free_blocks(self, sequence: Sequence) -> None:
@@ -418,11 +386,9 @@ class Scheduler:
         sequence.committed = full
 
     def _scheduled(self, sequence: Sequence, count: int) -> Scheduled:
-        if not sequence.digests():
+        slots = self._holdings.slots(sequence)
+        if not slots:
             return Scheduled(sequence, count, ())
-        slots = self._holder().ready(sequence.request_id)
-        if slots is None:
-            raise RuntimeError(f"{sequence.request_id} runs without its adapters on the device")
         components = tuple((slots[c.digest], c.weight) for c in sequence.adapters)
         heads = None if sequence.heads is None else slots[sequence.heads]
         return Scheduled(sequence, count, components, heads)

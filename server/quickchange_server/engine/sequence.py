@@ -62,6 +62,10 @@ class Matcher(Protocol):
         """Go on by a token that was allowed."""
         ...
 
+    def forced(self) -> list[int]:
+        """Text that must follow, as the tokenizer spells it. Other spellings are allowed, too."""
+        ...
+
     def allowed(self, tokens: Seq[int]) -> int:
         """Of the tokens, one after the other, those that may follow; the end is the last."""
         ...

@@ -1,11 +1,11 @@
 """Which tokens are drafted and verified in each step: what is offered, what it costs, what it gave.
 
 An adapter's Turbo heads offer, which a step runs for the next one, and prompt lookup, by tokens and
-by words. A sequence's chain is what promises most of them, or of one after the other; words also
-take the place of single heads' drafts, before the next head reads them (`guidance.py`). From all
-chains
-the step buys the drafts that bring most tokens for their time (`purchase.py`), and what became of
-them is learned (`acceptance.py`, `step_cost.py`). None of it changes a token of the output.
+by words; and a constraint, where it leaves one text to go on with. A sequence's chain is what
+promises most of them, or of one after the other; words also take the place of single heads' drafts,
+before the next head reads them (`guidance.py`). From all chains the step buys the drafts that bring
+most tokens for their time (`purchase.py`), and what became of them is learned (`acceptance.py`,
+`step_cost.py`). None of it changes a token of the output.
 """
 
 from __future__ import annotations
@@ -16,7 +16,15 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from quickchange_server.engine.acceptance import DEEPEST, KEPT, WORDS, Acceptance, Drafter, Trials
+from quickchange_server.engine.acceptance import (
+    DEEPEST,
+    FORCED,
+    KEPT,
+    WORDS,
+    Acceptance,
+    Drafter,
+    Trials,
+)
 from quickchange_server.engine.depths import DepthPlan, Prospect
 from quickchange_server.engine.guard import Guard
 from quickchange_server.engine.guidance import GuidedChain, WordGuide
@@ -24,7 +32,7 @@ from quickchange_server.engine.lookup import Found, PromptLookup
 from quickchange_server.engine.purchase import Load, buy_chains, expected_tokens
 from quickchange_server.engine.runner import Ran, Result
 from quickchange_server.engine.scheduler import Scheduled
-from quickchange_server.engine.sequence import HeadDrafts, Sequence
+from quickchange_server.engine.sequence import HeadDrafts, Matcher, Sequence
 from quickchange_server.engine.step_cost import DraftCost, StepCost
 from quickchange_server.engine.word_lookup import TokenText, WordLookup
 from quickchange_server.messages import LOOKUP, DraftCount
@@ -40,7 +48,7 @@ _QUIET = 4  # steps from one look to the next while nothing is drafted
 class _Draft(NamedTuple):
     token: int
     drafter: Drafter
-    confidence: float  # heads: the token's own probability; lookup: tokens that matched before it
+    confidence: float  # as Acceptance.chance has it
     chance: float  # that it holds, given that all before it do
 
 
@@ -97,10 +105,7 @@ class Speculation:
         self._awake = wanted and self._guard.awake(decoding)
         if not self._awake:
             return [()] * len(plan)
-        chains = [
-            _lawful(item, self._chain(item)[: _TRIED if self._is_trial(item) else None])
-            for item in plan
-        ]
+        chains = [self._chain(item)[: _TRIED if self._is_trial(item) else None] for item in plan]
         if not any(chains):
             return [()] * len(plan)
         load = Load(decoding, sum([item.count for item in plan]) - decoding, room)
@@ -211,7 +216,7 @@ class Speculation:
         held = len(result.sampled) - 1
         chain = self._bought.get(item.sequence.request_id, [])
         for depth, draft in enumerate(chain[: len(item.drafts)], 1):
-            counted = LOOKUP if draft.drafter.name == WORDS else draft.drafter.name
+            counted = LOOKUP if draft.drafter.name in (WORDS, FORCED) else draft.drafter.name
             drafted[counted, depth] += 1
             accepted[counted, depth] += depth <= held
             if depth <= held + 1:
@@ -248,8 +253,14 @@ class Speculation:
         if most < 1:
             return []
         heads = self._of_heads(sequence, most)
-        if not sequence.drafting.lookup:
-            return heads
+        offered = self._with_lookup(sequence, heads, most) if sequence.drafting.lookup else heads
+        if sequence.matcher is None:
+            return offered
+        forced = self._of_constraint(sequence, sequence.matcher, most)
+        return max(_lawful(sequence.matcher, offered), forced, key=_expected)
+
+    def _with_lookup(self, sequence: Sequence, heads: list[_Draft], most: int) -> list[_Draft]:
+        """What the prompt promises, alone or behind the heads' drafts."""
         if not heads:
             alone = self._of_prompt(sequence, (), most)
             self._lookups[sequence.request_id] = [draft.chance for draft in alone]
@@ -279,6 +290,13 @@ class Speculation:
         sure = [d.confidence if d.drafter is heads else d.chance for d in drafts]
         self._acceptance.offered(heads, sure)
         return drafts[:most]
+
+    def _of_constraint(self, sequence: Sequence, matcher: Matcher, most: int) -> list[_Draft]:
+        drafter = Drafter(FORCED, sequence.key)
+        return [
+            _Draft(token, drafter, 1, self._acceptance.chance(drafter, depth, 1))
+            for depth, token in enumerate(matcher.forced()[:most], 1)
+        ]
 
     def _of_prompt(self, sequence: Sequence, after: Seq[_Draft], most: int) -> list[_Draft]:
         """What the prompt promises behind the drafts `after`, by tokens or by text."""
@@ -337,12 +355,9 @@ class _Reach:
         return DEEPEST if lengths is None or len(lengths) < _REMEMBERED else max(lengths) + 1
 
 
-def _lawful(item: Scheduled, chain: list[_Draft]) -> list[_Draft]:
-    """The chain down to the first draft that the item's constraint forbids."""
-    matcher = item.sequence.matcher
-    if matcher is None or not chain:
-        return chain
-    return chain[: matcher.allowed([draft.token for draft in chain])]
+def _lawful(matcher: Matcher, chain: list[_Draft]) -> list[_Draft]:
+    """The chain down to the first draft that a constraint forbids."""
+    return chain and chain[: matcher.allowed([draft.token for draft in chain])]
 
 
 def _expected(chain: Seq[_Draft]) -> float:

@@ -1,0 +1,44 @@
+"""Drafting as if drafts cost nothing: every one for which there is room is verified.
+
+What a draft is worth hangs on the machine's mood; whether output changes must not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import pytest
+
+from quickchange_server.engine import speculation
+from quickchange_server.engine.depths import DepthPlan, Prospect
+from quickchange_server.engine.guard import Guard
+from quickchange_server.engine.purchase import Load, Purchase
+
+
+@contextmanager
+def every_draft_bought() -> Iterator[None]:
+    """No price, no depth that doesn't pay, no rest while steps are slow."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speculation, "buy_chains", _whole_chains)
+        patch.setattr(DepthPlan, "depths", _deepest)
+        patch.setattr(Guard, "awake", lambda _guard, _decoding: True)
+        yield
+
+
+def _whole_chains(
+    chances: Sequence[Sequence[float]], load: Load, cost: object, *, trial: int | None = None
+) -> Purchase:
+    """The first ones first, as long as there is room."""
+    del cost, trial
+    lengths, room = [], load.cap
+    for chain in chances:
+        lengths.append(min(len(chain), room))
+        room -= lengths[-1]
+    return Purchase(tuple(lengths), 0.0)
+
+
+def _deepest(plan: DepthPlan, prospects: Sequence[Prospect], load: Load) -> tuple[int, ...]:
+    """All heads that there are."""
+    del plan, load
+    return tuple(prospect.deepest for prospect in prospects)
