@@ -18,8 +18,9 @@ serve: $(STAMP)
 
 test: test-main test-interpreted test-compiled
 
+# a process a core; a file's tests stay together, so that they share its servers
 test-main: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 # Triton's interpreter replaces its compiler for a whole process
 test-interpreted: $(STAMP)

@@ -18,6 +18,7 @@ from quickchange_server.api import (
     keys,
     models,
     openai,
+    page,
     refusals,
     usage,
     vllm,
@@ -114,6 +115,7 @@ def create_app(
         keys,
         usage,
         health,
+        page,
     ):
         app.include_router(module.router)
     refusals.install(app)

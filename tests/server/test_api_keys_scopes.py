@@ -16,6 +16,7 @@ from starlette.routing import BaseRoute
 from text_support import byte_text
 
 from quickchange_server.api.callers import OPEN, Needs
+from quickchange_server.api.page import FILES
 from quickchange_server.app import create_app
 from quickchange_server.callers import SCOPES, Scope
 from quickchange_server.settings import Settings
@@ -117,9 +118,10 @@ def test_every_route_declares_one_scope_or_is_open() -> None:
     assert undecided == []
 
 
-def test_open_are_the_probes_alone() -> None:
+def test_open_are_the_probes_and_the_page_alone() -> None:
     probes = {"GET /health", "GET /health/live", "GET /health/ready", "GET /ping", "POST /ping"}
-    assert {" ".join(one) for one in OPEN} == probes
+    page = {"GET /", *(f"GET /page/{name}" for name in FILES)}
+    assert {" ".join(one) for one in OPEN} == probes | page
 
 
 def test_routes_ask_for_the_scopes_that_are_meant() -> None:
@@ -174,9 +176,10 @@ def test_a_route_answers_401_without_a_key_and_403_below_its_scope(
 
 @pytest.mark.parametrize("path", [*sorted(DOCUMENTS), "/no/such/route", "/health/", "//health"])
 def test_what_is_not_open_needs_a_key_known_or_not(
-    clients: dict[Scope | None, httpx.Client], path: str
+    live: Live, clients: dict[Scope | None, httpx.Client], path: str
 ) -> None:
-    assert clients[None].get(path).status_code == 401
+    # Whole: of "//health" alone a client makes a host.
+    assert clients[None].get(f"{live.url}{path}").status_code == 401
 
 
 def test_metrics_are_open_by_their_own_setting(tmp_path: Path) -> None:

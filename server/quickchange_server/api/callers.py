@@ -14,12 +14,14 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Send
 from starlette.types import Scope as ConnectionScope
 
+from quickchange_server.api import page
 from quickchange_server.callers import ANYONE, Caller, Scope
 from quickchange_server.errors import ForbiddenError, QuickchangeError, UnauthenticatedError
 from quickchange_server.services import Services
 
-# What load balancers and orchestrators ask. Tells nothing but the engine's state.
-OPEN = frozenset(
+# What load balancers and orchestrators ask, which tells nothing but the engine's state, and the
+# page's files, which hold no data.
+OPEN = frozenset(("GET", path) for path in page.PATHS) | frozenset(
     {
         ("GET", "/health"),
         ("GET", "/health/live"),

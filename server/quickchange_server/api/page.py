@@ -1,0 +1,96 @@
+"""The page at /: static files that hold no data, for anyone, with or without an API key.
+
+The browser may load nothing from elsewhere and run no script but these files; Trusted Types make
+it refuse text as markup, so what a model writes can't become a part of the page.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+
+from fastapi import APIRouter, Request, Response
+
+router = APIRouter(include_in_schema=False)
+
+INDEX = "index.html"
+FILES = (
+    INDEX,
+    "icon.svg",
+    "theme.css",
+    "results.css",
+    "sections.css",
+    "main.js",
+    "api.js",
+    "sse.js",
+    "key.js",
+    "dom.js",
+    "format.js",
+    "tabs.js",
+    "models.js",
+    "chat.js",
+    "pane.js",
+    "message.js",
+    "adapters.js",
+    "tiers.js",
+    "experiments.js",
+    "result.js",
+    "outcome.js",
+    "intervals.js",
+)
+PATHS = {"/": INDEX} | {f"/page/{name}": name for name in FILES}
+
+_TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'; object-src 'none'; "
+    "require-trusted-types-for 'script'; trusted-types 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cache-Control": "no-cache",  # kept, and asked for again by its ETag: no stale mix of files
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Asset:
+    """One file as it is sent."""
+
+    content: bytes
+    media_type: str
+    etag: str
+
+    def answer(self, request: Request) -> Response:
+        """The file, or 304 where the client has it."""
+        headers = {**_HEADERS, "ETag": self.etag}
+        known = request.headers.get("if-none-match", "")
+        if self.etag in [tag.strip().removeprefix("W/") for tag in known.split(",")]:
+            return Response(status_code=304, headers=headers)
+        return Response(self.content, media_type=self.media_type, headers=headers)
+
+
+@cache
+def assets() -> Mapping[str, Asset]:
+    """Every file of the page, read once."""
+    folder = files("quickchange_server") / "page"
+    return {name: _asset(name, (folder / name).read_bytes()) for name in FILES}
+
+
+def _asset(name: str, content: bytes) -> Asset:
+    media_type = f"{_TYPES[name.rpartition('.')[2]]}; charset=utf-8"
+    return Asset(content, media_type, f'"{hashlib.sha256(content).hexdigest()[:32]}"')
+
+
+def _sender(name: str) -> Callable[[Request], Awaitable[Response]]:
+    async def send(request: Request) -> Response:
+        return assets()[name].answer(request)
+
+    return send
+
+
+# A route each, so that what needs no API key is exactly these.
+for _path, _name in PATHS.items():
+    router.add_api_route(_path, _sender(_name), methods=["GET"])

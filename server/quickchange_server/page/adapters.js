@@ -1,0 +1,164 @@
+// Which adapter is on which tier, kept current while it is looked at.
+
+import { ApiError, get, getText, nameInPath, post } from "./api.js";
+import { byId, el, setText, showProblem } from "./dom.js";
+import { NONE, bytes, count } from "./format.js";
+import { showTiers, tiersOf, tiersOfAdapters } from "./tiers.js";
+
+const REFRESH_MS = 3000;
+const MOST = 200; // rows shown at once
+const COLUMNS = ["Name", "Version", "Tier", "Memory", "Pinned", "Turbo", "Actions"];
+
+/** Set up the section; returns what tabs and keys call. */
+export function setUpAdapters() {
+  const body = el("tbody", { role: "rowgroup" });
+  const rows = new Map(); // by name: kept over refreshes, so that the focus stays
+  const filter = byId("adapter-filter");
+  const resident = byId("adapter-resident");
+  let adapters = [];
+  let timer = null;
+  let withMetrics = true; // false: the key may not read them
+
+  byId("adapter-table").append(table(body));
+
+  const showRows = () => {
+    const wanted = filter.value.trim().toLowerCase();
+    const matching = adapters.filter(
+      ({ id, aliases, residency }) =>
+        [id, ...aliases].some((name) => name.toLowerCase().includes(wanted)) &&
+        (!resident.checked || residency.tier !== "disk"),
+    );
+    const shown = matching.slice(0, MOST);
+    place(body, rows, shown, act);
+    const all = adapters.length;
+    const part = shown.length < all ? `${count(shown.length)} of ${count(all)}` : count(all);
+    setText(byId("adapters-count"), all ? `${part} adapters` : "The store has no adapters yet.");
+  };
+
+  const refresh = async () => {
+    try {
+      adapters = (await get("v1/adapters")).data;
+      showRows();
+      showTiers(byId("tiers"), await loadTiers());
+      showProblem(byId("adapters-problem"), null);
+    } catch (error) {
+      if (!(error instanceof ApiError)) throw error;
+      if (error.status === 401 || error.status === 403) stopRefreshing(); // until another key
+      showProblem(byId("adapters-problem"), `The adapters can't be shown. ${error.message}`);
+    }
+  };
+
+  /** From the metrics, which have the budgets; where these are refused, from the list. */
+  async function loadTiers() {
+    if (!withMetrics) return tiersOfAdapters(adapters);
+    try {
+      return tiersOf(await getText("metrics"));
+    } catch (error) {
+      if (!(error instanceof ApiError) || error.status !== 403) throw error;
+      withMetrics = false;
+      return tiersOfAdapters(adapters);
+    }
+  }
+
+  async function act(name, action) {
+    try {
+      await post(`v1/adapters/${nameInPath(name)}/${action}`);
+      setText(byId("adapters-done"), `${name}: ${action} was asked for.`);
+    } catch (error) {
+      if (!(error instanceof ApiError)) throw error;
+      setText(byId("adapters-done"), `${name}: ${error.message}`);
+    }
+    await refresh();
+  }
+
+  const startRefreshing = () => {
+    stopRefreshing();
+    timer = setInterval(() => document.hidden || refresh(), REFRESH_MS);
+    return refresh();
+  };
+  const stopRefreshing = () => {
+    clearInterval(timer);
+    timer = null;
+  };
+
+  filter.addEventListener("input", showRows);
+  resident.addEventListener("change", showRows);
+  return {
+    show: startRefreshing,
+    hide: stopRefreshing,
+    keyChanged: () => {
+      withMetrics = true;
+      if (!byId("adapters").hidden) startRefreshing();
+    },
+  };
+}
+
+// Roles are said again, because narrow screens show rows as cards, which ends a table for some.
+function table(body) {
+  const cells = COLUMNS.map((name) => el("th", { scope: "col", role: "columnheader" }, name));
+  const head = el("thead", { role: "rowgroup" }, el("tr", { role: "row" }, cells));
+  return el("table", { class: "cards", role: "table", "aria-label": "Adapters" }, head, body);
+}
+
+/** Make the rows those of `shown`, moving none that stay. */
+function place(body, rows, shown, act) {
+  const names = new Set(shown.map(({ id }) => id));
+  for (const [name, row] of rows) {
+    if (names.has(name)) continue;
+    row.element.remove();
+    rows.delete(name);
+  }
+  shown.forEach((adapter, index) => {
+    let row = rows.get(adapter.id);
+    if (row === undefined) {
+      row = new Row(adapter.id, act);
+      rows.set(adapter.id, row);
+    }
+    row.update(adapter);
+    if (body.children[index] !== row.element) body.insertBefore(row.element, body.children[index]);
+  });
+}
+
+class Row {
+  constructor(name, act) {
+    this.aliases = el("span", { class: "hint" });
+    this.cells = Object.fromEntries(
+      COLUMNS.slice(1, -1).map((column) => [
+        column,
+        el("td", { role: "cell", "data-label": column }),
+      ]),
+    );
+    this.pin = el("button", { type: "button" });
+    this.pin.addEventListener("click", () => act(name, this.pinned ? "unpin" : "pin"));
+    const prefetch = el("button", { type: "button", "aria-label": `Prefetch ${name}` }, "Prefetch");
+    prefetch.addEventListener("click", () => act(name, "prefetch"));
+    this.element = el(
+      "tr",
+      { role: "row" },
+      el("th", { scope: "row", role: "rowheader" }, name, this.aliases),
+      Object.values(this.cells),
+      el("td", { role: "cell", "data-label": "Actions" }, this.pin, " ", prefetch),
+    );
+    this.name = name;
+  }
+
+  update({ version, versions, aliases, residency, turbo }) {
+    this.pinned = residency.pinned;
+    setText(this.aliases, aliases.length ? ` also ${aliases.join(", ")}` : "");
+    setText(
+      this.cells.Version,
+      versions.length > 1 ? `${version} of ${versions.length}` : `${version}`,
+    );
+    setText(this.cells.Tier, residency.tier);
+    this.cells.Tier.dataset.tier = residency.tier;
+    setText(this.cells.Memory, residency.bytes ? bytes(residency.bytes) : NONE);
+    setText(this.cells.Pinned, residency.pinned ? "yes" : "no");
+    setText(this.cells.Turbo, turbo === null ? NONE : turboText(turbo));
+    setText(this.pin, residency.pinned ? "Unpin" : "Pin");
+    this.pin.setAttribute("aria-label", `${residency.pinned ? "Unpin" : "Pin"} ${this.name}`);
+  }
+}
+
+function turboText({ depth, sequential }) {
+  return `${depth} ${depth === 1 ? "token" : "tokens"} ahead, ${sequential ? "sequential" : "parallel"}`;
+}

@@ -1,0 +1,34 @@
+// Puts the page together: its sections, the key, and the server's state.
+
+import { setUpAdapters } from "./adapters.js";
+import { setUpChat } from "./chat.js";
+import { byId, setText } from "./dom.js";
+import { setUpExperiments } from "./experiments.js";
+import { setUpKey } from "./key.js";
+import { setUpTabs } from "./tabs.js";
+
+const STATE_MS = 5000;
+
+const sections = {
+  chat: setUpChat(),
+  adapters: setUpAdapters(),
+  experiments: setUpExperiments(),
+};
+
+async function showState() {
+  if (document.hidden) return;
+  let state = "no answer";
+  try {
+    state = (await (await fetch("health")).json()).state;
+  } catch {
+    // The word says it; the next look may find the server again.
+  }
+  const place = byId("state");
+  place.dataset.state = state;
+  setText(place, `Server: ${state}`);
+}
+
+setUpKey(() => Object.values(sections).forEach((section) => section.keyChanged()));
+setUpTabs(sections);
+setInterval(showState, STATE_MS);
+showState();
