@@ -35,9 +35,9 @@ def base_spec(model: str | Path, name: str | None = None) -> BaseSpec:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(str(model))
+        config = AutoConfig.from_pretrained(str(model), trust_remote_code=False)
         with torch.device("meta"):
-            network = AutoModelForCausalLM.from_config(config)
+            network = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise BaseModelError(
             f"{str(model)!r} is not a causal language model that transformers can read ({error})",

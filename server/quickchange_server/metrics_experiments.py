@@ -5,17 +5,24 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from quickchange_server.books import Assignment, Completed
-from quickchange_server.metric_labels import AdapterLabels
+from quickchange_server.metric_labels import OTHER, AdapterLabels
 
 SECONDS_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+MAX_WORDS = 64  # variants, and as many outcomes, that an experiment's name ever shows
 FIRST_TOKEN_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 
 class ExperimentMetrics:
-    """Metrics of the first `limit` experiments under their names, of all others under "other"."""
+    """Metrics of the first `limit` experiments under their names, of all others under "other".
+
+    Definitions change, so what stands beside a name is bounded as well: its first MAX_WORDS
+    variants and outcomes; of "other" all are "other".
+    """
 
     def __init__(self, registry: CollectorRegistry, limit: int) -> None:
         self.label = AdapterLabels(limit)
+        self._variants: dict[str, set[str]] = {}  # by experiment
+        self._names: dict[str, set[str]] = {}  # of outcomes, by experiment
         variant = ["experiment", "variant"]
         self._requests = Counter(
             "quickchange_experiment_requests_total",
@@ -55,7 +62,7 @@ class ExperimentMetrics:
 
     def completed(self, completed: Completed, assignment: Assignment) -> None:
         """Count a request that has ended."""
-        labels = self.label(assignment.experiment), assignment.variant
+        labels = self._of(assignment.experiment, assignment.variant)
         if assignment.shadow:
             self._shadows.labels(*labels, completed.ending).inc()
             return
@@ -73,8 +80,22 @@ class ExperimentMetrics:
         counter.labels(*labels, "refused").inc()
 
     def outcome(self, experiment: str, variant: str, name: str) -> None:
-        self._outcomes.labels(self.label(experiment), variant, name).inc()
+        labels = self._of(experiment, variant)
+        self._outcomes.labels(*labels, _bounded(self._names, labels[0], name)).inc()
 
     def shadow_dropped(self, assignment: Assignment) -> None:
-        labels = self.label(assignment.experiment), assignment.variant
+        labels = self._of(assignment.experiment, assignment.variant)
         self._shadows.labels(*labels, "dropped").inc()
+
+    def _of(self, experiment: str, variant: str) -> tuple[str, str]:
+        label = self.label(experiment)
+        return label, _bounded(self._variants, label, variant)
+
+
+def _bounded(kept: dict[str, set[str]], experiment: str, word: str) -> str:
+    if experiment == OTHER:
+        return OTHER
+    words = kept.setdefault(experiment, set())
+    if len(words) < MAX_WORDS:
+        words.add(word)
+    return word if word in words else OTHER

@@ -48,8 +48,8 @@ class Text:
         from transformers import AutoConfig, AutoTokenizer
 
         try:
-            config = AutoConfig.from_pretrained(model)
-            tokenizer = AutoTokenizer.from_pretrained(model)
+            config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
         except (OSError, ValueError, StrictDataclassError) as error:
             raise SettingError(
                 f"model: can't read a tokenizer and configuration from {model!r}: {error}",

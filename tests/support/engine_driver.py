@@ -21,6 +21,7 @@ def make_engine(
     model: Path,
     load: Callable[[str], CanonicalAdapter] | None = None,
     constraints: ConstraintCompiler | None = None,
+    on_wake: Callable[[], None] = lambda: None,
     **options: object,
 ) -> Engine:
     """An engine on a small model. `load` finds adapters by digest."""
@@ -48,7 +49,7 @@ def make_engine(
         loaded,
         settings,
         load_adapter=load or missing,
-        on_wake=lambda: None,
+        on_wake=on_wake,
         constraints=constraints,
     )
 

@@ -23,7 +23,9 @@ def base_ends(model: str, spec: BaseSpec, adapter: CanonicalAdapter | None) -> B
     from transformers import AutoModelForCausalLM
 
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            model, dtype=torch.float32, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise model_error(model, error) from error
     embeddings = loaded.get_input_embeddings().weight.detach()

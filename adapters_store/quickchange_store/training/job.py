@@ -100,7 +100,7 @@ def _load(job: LoraJob) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     tokenizer = load_tokenizer(job.model)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            job.model, dtype=getattr(torch, job.recipe.dtype)
+            job.model, dtype=getattr(torch, job.recipe.dtype), trust_remote_code=False
         )
     except (OSError, ValueError) as error:
         raise model_error(job.model, error) from error
@@ -112,7 +112,9 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            model, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise model_error(model, error) from error
     return tokenizer

@@ -220,6 +220,7 @@ class Engine:
                 deltas.append(Delta(sequence.request_id, finish_reason=reason))
             else:
                 self.scheduler.add(sequence)
+                self._on_wake()  # `poll_adapters` came before this claim, and the loop would sleep
         return deltas
 
     def _advance(self, item: Scheduled, result: Result | None) -> list[Delta]:

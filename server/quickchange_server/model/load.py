@@ -70,10 +70,11 @@ def load_model(
     check_quantization(quantization, device)
     attention.register()
     transformers_logging.disable_progress_bar()  # a server's log is no terminal
-    config = AutoConfig.from_pretrained(path)
+    # Said each time: left out, transformers asks on a terminal whether to run a model's code.
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     _refuse_other_state(config)
     model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, attn_implementation=attention.NAME
+        path, dtype=dtype, attn_implementation=attention.NAME, trust_remote_code=False
     )
     return prepare(model.to(device).eval(), adapters=adapters, quantization=quantization)
 
