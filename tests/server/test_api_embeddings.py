@@ -129,3 +129,16 @@ def test_embeddings_are_counted_as_requests_that_ended_well(live: Live) -> None:
     before = stopped()
     live.post("/v1/embeddings", {**BODY, "input": ["a", "b"]})
     assert stopped() == before + 2
+
+
+def test_a_variant_that_drafts_answers_with_a_vector_and_drafts_nothing(live: Live) -> None:
+    drafting = {"name": "b", "model": "team/sql", "turbo": "lookup"}
+    variants = [{"name": "a", "model": BASE, "weight": 0}, drafting]
+    made = live.post("/v1/experiments", {"name": "vectors", "variants": variants})
+    assert made.status_code == 201, made.text
+    response = live.post("/v1/embeddings", {**BODY, "model": "vectors", "normalize": False})
+    assert response.json()["quickchange"] == {"experiment": "vectors", "variant": "b"}
+    adapters = (Component(live.store.resolve("team/sql").digest),)
+    told = response.json()["data"][0]["embedding"]
+    assert told == of_text("Hello", "last", adapters).tolist()
+    assert 'requests_total{drafter="lookup"} 1' not in live.http.get("/metrics").text

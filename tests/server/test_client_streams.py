@@ -283,6 +283,7 @@ def test_residency_follows_the_engine_and_pins() -> None:
     run(scenario())
 
 
-def test_the_client_loads_no_torch() -> None:
-    code = "import sys, quickchange_server.client; sys.exit('torch' in sys.modules)"
+@pytest.mark.parametrize("module", ["client", "app"])
+def test_the_servers_own_modules_load_no_torch(module: str) -> None:
+    code = f"import sys, quickchange_server.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
