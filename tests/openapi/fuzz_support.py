@@ -19,7 +19,6 @@ from text_support import byte_text
 
 from quickchange_server.app import create_app
 from quickchange_server.settings import Settings
-from quickchange_store.store import Store
 
 SEED = 20260101
 EXPERIMENT = "trial"
@@ -115,18 +114,22 @@ def schema_of(openapi: dict[str, Any], *, examples: int) -> BaseSchema:
 def filled_server(store: Path, *, keyed: bool) -> Iterator[Live]:
     """A server with adapters, an alias and an experiment. Where keys are asked for, its client
     brings an admin's."""
-    adapters = Store(store)
-    adapters.add("sql", make_adapter(1.0))
-    adapters.add("team/notes", make_adapter(2.0))
-    adapters.add("turbo", make_turbo(3.0, lora=True))
-    adapters.alias("live", "sql")
     server = keyed_server if keyed else live_server
     with server(store, max_model_len=MAX_MODEL_LEN, max_queue=512) as live:
-        variants = [{"name": "now", "model": BASE}, {"name": "tuned", "model": "sql"}]
-        body = {"name": EXPERIMENT, "variants": variants, "metrics": [{"name": "liked"}]}
-        made = live.post("/v1/experiments", {**body, "alias": "winner"})
-        assert made.status_code == 201, made.text
+        fill(live)
         yield live
+
+
+def fill(live: Live) -> None:
+    """Have the adapters, the alias and the experiment there that requests name."""
+    live.store.add("sql", make_adapter(1.0))
+    live.store.add("team/notes", make_adapter(2.0))
+    live.store.add("turbo", make_turbo(3.0, lora=True))
+    live.store.alias("live", "sql")
+    variants = [{"name": "now", "model": BASE}, {"name": "tuned", "model": "sql"}]
+    body = {"name": EXPERIMENT, "variants": variants, "metrics": [{"name": "liked"}]}
+    made = live.post("/v1/experiments", {**body, "alias": "winner"})
+    assert made.status_code in (201, 409), made.text
 
 
 class Fuzzer:
@@ -156,6 +159,8 @@ class Fuzzer:
         response = case.call(base_url=self._live.url, headers=given)
         self.counts[case.operation.label, response.status_code] += 1
         case.validate_response(response, headers=given)
+        if case.method == "DELETE" and response.status_code == 200:
+            fill(self._live)
 
     def _ease(self, case: Case) -> None:
         """Make a valid request to generate more likely to be answered: few of its options at once,
