@@ -230,9 +230,9 @@ def structured_table(result: StructuredResult) -> str:
             str(speed.workers),
             number(speed.free),
             number(speed.constrained),
-            number(speed.constrained / speed.free),
+            number(speed.constrained / speed.free, 2),
             number(speed.constrained_turbo),
-            number(speed.constrained_turbo / speed.free),
+            number(speed.constrained_turbo / speed.free, 2),
         )
         for speed in result.speeds
     ]
