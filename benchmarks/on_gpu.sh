@@ -17,7 +17,7 @@ export PYTHONPATH="server:kernels:adapters_store:benchmarks${PYTHONPATH:+:$PYTHO
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 
 status=0
-timeout 330 "$PYTHON" -m quickchange_bench.gpu --out "$OUT" "$@" 2>&1 | tee "$OUT/gpu.txt" ||
+timeout 330 "$PYTHON" -m quickchange_bench.gpu.gpu_run --out "$OUT" "$@" 2>&1 | tee "$OUT/gpu.txt" ||
   status=$?
 
 case " $* " in *" --dry-run "*)

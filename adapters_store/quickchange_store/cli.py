@@ -56,7 +56,7 @@ def add(
     as_json: JsonOption = False,
 ) -> None:
     """Check an adapter against the base model and publish it as the version that NAME serves."""
-    from quickchange_store.base import base_spec  # imports torch: seconds
+    from quickchange_store.base_model.base_spec import base_spec  # imports torch: seconds
     from quickchange_store.importing import add_adapter
 
     with _errors_shown():
@@ -139,7 +139,7 @@ def export(
     as_json: JsonOption = False,
 ) -> None:
     """Write an adapter as a folder that other tools, or `add`, read."""
-    from quickchange_store.base import base_spec  # imports torch: seconds
+    from quickchange_store.base_model.base_spec import base_spec  # imports torch: seconds
 
     with _errors_shown():
         opened = Store(store)

@@ -17,22 +17,18 @@ from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 
-from quickchange_store.canonical import BaseSpec, CanonicalAdapter
-from quickchange_store.errors import (
-    BaseMismatchError,
-    NameConflictError,
-    UnsupportedFeatureError,
-)
-from quickchange_store.formats.medusa_write import (
+from quickchange_store.canonical.canonical_adapter import BaseSpec, CanonicalAdapter
+from quickchange_store.canonical.turbo_part import TurboHeads
+from quickchange_store.errors import BaseMismatchError, NameConflictError, UnsupportedFeatureError
+from quickchange_store.formats.peft.peft_write import check_peft, write_peft
+from quickchange_store.formats.turbo.medusa_write import (
     check_base,
     check_lorax,
     check_vllm,
     write_lorax,
     write_vllm,
 )
-from quickchange_store.formats.peft_write import check_peft, write_peft
-from quickchange_store.formats.turbo_dir import write_turbo_directory
-from quickchange_store.turbo import TurboHeads
+from quickchange_store.formats.turbo.turbo_directory import write_turbo_directory
 
 _Step = tuple[str, Callable[[Path], None]]
 

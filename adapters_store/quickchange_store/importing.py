@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from quickchange_store.canonical import BaseSpec, CanonicalAdapter
+from quickchange_store.canonical.canonical_adapter import BaseSpec, CanonicalAdapter
 from quickchange_store.errors import InvalidAdapterError, UnsupportedFeatureError
-from quickchange_store.formats.adapterhub import read_adapterhub
+from quickchange_store.formats.adapterhub.bottleneck import read_adapterhub
 from quickchange_store.formats.config_file import CONFIG_FILE, read_config
-from quickchange_store.formats.heads import read_heads
-from quickchange_store.formats.ia3 import read_ia3
 from quickchange_store.formats.imported import Imported
-from quickchange_store.formats.peft import read_peft
-from quickchange_store.formats.peft_common import WEIGHTS_FILE
+from quickchange_store.formats.peft.ia3 import read_ia3
+from quickchange_store.formats.peft.lora import read_peft
+from quickchange_store.formats.peft.peft_common import WEIGHTS_FILE
+from quickchange_store.formats.turbo.heads_reader import read_heads
 from quickchange_store.index import Version
 from quickchange_store.names import check_name
 from quickchange_store.store import Store

@@ -8,16 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quickchange_store import turbo_bytes
-from quickchange_store.errors import (
-    BaseMismatchError,
-    CorruptVersionError,
-    InvalidAdapterError,
-)
+from quickchange_store.canonical import turbo_bytes
+from quickchange_store.errors import BaseMismatchError, CorruptVersionError, InvalidAdapterError
 
 if TYPE_CHECKING:
-    from quickchange_store.canonical import BaseSpec, CanonicalAdapter
-    from quickchange_store.turbo import TurboHeads
+    from quickchange_store.canonical.canonical_adapter import BaseSpec, CanonicalAdapter
+    from quickchange_store.canonical.turbo_part import TurboHeads
 
 
 @dataclass(frozen=True, slots=True)

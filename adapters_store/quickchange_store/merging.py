@@ -27,7 +27,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
-from quickchange_store.canonical import CanonicalAdapter, LowRankUpdate
+from quickchange_store.canonical.canonical_adapter import CanonicalAdapter, LowRankUpdate
 from quickchange_store.errors import StoreError, UnsupportedFeatureError
 from quickchange_store.store import Store
 

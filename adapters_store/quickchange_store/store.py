@@ -29,7 +29,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quickchange_store import canonical
+from quickchange_store.canonical import canonical_adapter
 from quickchange_store.errors import (
     AdapterNotFoundError,
     CorruptStoreError,
@@ -64,7 +64,7 @@ from quickchange_store.info import AdapterInfo, check_fit, describe
 from quickchange_store.names import check_name, parse_reference
 
 if TYPE_CHECKING:
-    from quickchange_store.canonical import BaseSpec, CanonicalAdapter
+    from quickchange_store.canonical.canonical_adapter import BaseSpec, CanonicalAdapter
 
 ADAPTER_FILE = "adapter.safetensors"
 INFO_FILE = "info.json"
@@ -162,7 +162,7 @@ class Store:
         if verify:
             _check_digest(path, digest)
         info = self.info(digest)
-        return canonical.load(path, base_name=info.base_name, source=dict(info.source))
+        return canonical_adapter.load(path, base_name=info.base_name, source=dict(info.source))
 
     def info(self, digest: str) -> AdapterInfo:
         """What is known of a version without reading its tensors.
@@ -369,7 +369,7 @@ class Store:
                 stack.enter_context(held_directory(directory))
             stack.callback(shutil.rmtree, directory, ignore_errors=True)
             with (directory / ADAPTER_FILE).open("xb") as file:
-                digest = canonical.write(adapter, file)
+                digest = canonical_adapter.write(adapter, file)
                 size = file.tell()
                 file.flush()
                 os.fsync(file.fileno())
@@ -415,7 +415,7 @@ class Store:
 
 
 def _check_digest(path: Path, digest: str) -> None:
-    found = canonical.file_digest(path)
+    found = canonical_adapter.file_digest(path)
     if found != digest:
         raise CorruptVersionError(
             f"its content has the digest {found}",

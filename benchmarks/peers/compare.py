@@ -23,8 +23,15 @@ from typing import Annotated
 
 import typer
 
-from quickchange_bench import provenance, report
-from quickchange_bench.peer_servers import (
+from quickchange_bench import provenance, report_tables
+from quickchange_bench.bench_results import (
+    SCHEMA_VERSION,
+    Point,
+    ServingResult,
+    WorkloadSpec,
+    medians,
+)
+from quickchange_bench.load.peer_servers import (
     MODES,
     Peer,
     PeftStatic,
@@ -32,8 +39,7 @@ from quickchange_bench.peer_servers import (
     quickchange,
     scripted,
 )
-from quickchange_bench.results import SCHEMA_VERSION, Point, ServingResult, WorkloadSpec, medians
-from quickchange_bench.stats import ratio
+from quickchange_bench.summary_stats import ratio
 
 HERE = Path(__file__).resolve().parent
 PEERS: dict[str, Callable[[], Peer]] = {
@@ -69,8 +75,8 @@ def say(name: str, mode: str, point: Point) -> None:
     s = point.summary
     typer.echo(
         f"round {point.round + 1}, {name}, {mode}, {point.load.name}: {s.tokens_per_second:.1f} "
-        f"tok/s, first token {report.number(s.ttft_p50, 0, report.MILLI)} ms, {s.errors} errors, "
-        f"others {report.number(s.other_cores, 2)} cores",
+        f"tok/s, first token {report_tables.number(s.ttft_p50, 0, report_tables.MILLI)} ms, {s.errors} errors, "
+        f"others {report_tables.number(s.other_cores, 2)} cores",
         err=True,
     )
     for message in s.first_errors:
@@ -126,21 +132,21 @@ def ratios(results: Sequence[ServingResult]) -> Ratios:
 
 
 def print_session(found: Session) -> None:
-    typer.echo(report.describe(found.results[-1]))
+    typer.echo(report_tables.describe(found.results[-1]))
     for mode in MODES:
         chosen = [r for r in found.results if (r.workload.popularity or "base") == mode]
         if not chosen:
             continue
         typer.echo(f"\n### {'no adapter' if mode == 'base' else 'distinct adapters'}\n")
         rows = [
-            [result.dialect, *report.serving_row(median)]
+            [result.dialect, *report_tables.serving_row(median)]
             for result in chosen
             for median in result.medians
         ]
-        typer.echo(report.table(["server", *report.SERVING_HEADER], rows))
+        typer.echo(report_tables.table(["server", *report_tables.SERVING_HEADER], rows))
         if len(chosen) > 1:
             typer.echo()
-            typer.echo(report.comparison(chosen))
+            typer.echo(report_tables.comparison(chosen))
 
 
 def common_start(text: str, reference: str) -> float:
@@ -167,13 +173,15 @@ def check(setup: Setup, peers: Sequence[Peer]) -> None:
             [
                 peer.name,
                 f"{sum(a == b for a, b in pairs)} of {len(pairs)}",
-                report.number(shared, 0, 100),
+                report_tables.number(shared, 0, 100),
                 str(distinct),
             ]
         )
         typer.echo(f"{peer.name}: {json.dumps(texts[0], ensure_ascii=False)}", err=True)
     first = peers[0].name
-    typer.echo(report.table(["server", f"same as {first}", "common start %", "distinct"], rows))
+    typer.echo(
+        report_tables.table(["server", f"same as {first}", "common start %", "distinct"], rows)
+    )
 
 
 def main(
@@ -227,7 +235,7 @@ def main(
         found = measure_all(setup, chosen, chosen_modes, out)
     print_session(found)
     if plot is not None:
-        report.plot(found.results, plot)
+        report_tables.plot(found.results, plot)
 
 
 def measure_all(
@@ -244,7 +252,7 @@ def measure_all(
                 points[peer.name, mode] += measured
         found = session(setup, points, started)
         if out is not None:
-            report.save(found, out)
+            report_tables.save(found, out)
     return found
 
 

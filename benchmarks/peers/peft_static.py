@@ -23,11 +23,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteriaList
 
-from quickchange_bench.popularity import Popularity
-from quickchange_bench.process import ResourceProbe
-from quickchange_bench.results import Completion, Load, summarise
-from quickchange_bench.serving import Plan
-from quickchange_bench.workload import Fixed, Request, Workload
+from quickchange_bench.bench_results import Completion, Load, summarise
+from quickchange_bench.load.load_runner import Plan
+from quickchange_bench.load.popularity import Popularity
+from quickchange_bench.load.process_usage import ResourceProbe
+from quickchange_bench.load.workload import Fixed, Request, Workload
 
 BASE = "__base__"  # PEFT's name for "no adapter" in adapter_names
 

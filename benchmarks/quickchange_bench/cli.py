@@ -11,19 +11,20 @@ from typing import Annotated, Any, TypeVar, cast
 
 import typer
 
-from quickchange_bench import ab, provenance, report
-from quickchange_bench import experiments_simulation as simulation
-from quickchange_bench.client import DIALECT_NAMES, Client, DialectName, Target, check_url
-from quickchange_bench.ours import VALUE_BYTES
-from quickchange_bench.overhead import OverheadOptions, measure_overhead, overhead_table
-from quickchange_bench.overhead_sides import PARTS, Part
-from quickchange_bench.popularity import POPULARITIES, Popularity, PopularityName
-from quickchange_bench.random_adapters import PROJECTIONS, AdapterSpec, write_adapters
-from quickchange_bench.random_base import SHAPES, write_base
-from quickchange_bench.results import Load, Point, ServingResult, WorkloadSpec, medians
-from quickchange_bench.scale import ScaleOptions, measure_scale, scale_table
-from quickchange_bench.serving import Plan, run_plan
-from quickchange_bench.workload import Workload, parse_length
+from quickchange_bench import provenance, report_tables
+from quickchange_bench.bench_results import Load, Point, ServingResult, WorkloadSpec, medians
+from quickchange_bench.load.load_client import DIALECT_NAMES, Client, DialectName, Target, check_url
+from quickchange_bench.load.load_runner import Plan, run_plan
+from quickchange_bench.load.own_server import VALUE_BYTES
+from quickchange_bench.load.popularity import POPULARITIES, Popularity, PopularityName
+from quickchange_bench.load.workload import Workload, parse_length
+from quickchange_bench.models.random_adapters import PROJECTIONS, AdapterSpec, write_adapters
+from quickchange_bench.models.random_base import SHAPES, write_base
+from quickchange_bench.service import ab_test
+from quickchange_bench.service import experiments_simulation as simulation
+from quickchange_bench.service.adapters_at_scale import ScaleOptions, measure_scale, scale_table
+from quickchange_bench.service.overhead import OverheadOptions, measure_overhead, overhead_table
+from quickchange_bench.service.overhead_sides import PARTS, Part
 
 app = typer.Typer(
     help="Measure a server: ours, or any that speaks OpenAI's completions.",
@@ -78,7 +79,7 @@ def _print_point(point: Point) -> None:
     s = point.summary
     typer.echo(
         f"round {point.round + 1}, {point.load.name}: {s.tokens_per_second:.1f} tok/s, "
-        f"first token {report.number(s.ttft_p50, 0, report.MILLI)} ms, {s.errors} errors",
+        f"first token {report_tables.number(s.ttft_p50, 0, report_tables.MILLI)} ms, {s.errors} errors",
         err=True,
     )
     for message in s.first_errors:
@@ -160,12 +161,12 @@ def serving(
         points=tuple(points),
         medians=medians(points),
     )
-    typer.echo(f"### {label}\n\n{report.describe(result)}\n")
-    typer.echo(report.serving_table(result))
+    typer.echo(f"### {label}\n\n{report_tables.describe(result)}\n")
+    typer.echo(report_tables.serving_table(result))
     if out is not None:
-        report.save(result, out)
+        report_tables.save(result, out)
     if plot is not None:
-        report.plot([result], plot)
+        report_tables.plot([result], plot)
     if all(point.summary.errors == point.summary.requests for point in points):
         typer.echo("error: every request failed", err=True)
         raise typer.Exit(1)
@@ -188,10 +189,10 @@ def compare(
     plot: Annotated[Path | None, typer.Option(help="Draw all of them here, as PNG.")] = None,
 ) -> None:
     """Results side by side, and the first one's ratio to each other."""
-    results = [report.load_serving(path) for path in files]
-    typer.echo(report.comparison(results, metric))
+    results = [report_tables.load_serving(path) for path in files]
+    typer.echo(report_tables.comparison(results, metric))
     if plot is not None:
-        report.plot(results, plot)
+        report_tables.plot(results, plot)
 
 
 @app.command("overhead")
@@ -225,7 +226,7 @@ def overhead_command(
     result = measure_overhead(options, lambda text: typer.echo(text, err=True))
     typer.echo(overhead_table(result))
     if out is not None:
-        report.save(result, out)
+        report_tables.save(result, out)
 
 
 @app.command("ab")
@@ -246,8 +247,8 @@ def ab_command(
     out: Annotated[Path | None, typer.Option(help="Write the results here, as JSON.")] = None,
 ) -> None:
     """Run an experiment on the demo over HTTP, from its definition to a decision."""
-    chosen = cast(ab.Run, _choice("RUN", run, ab.RUNS))
-    options = ab.AbOptions(
+    chosen = cast(ab_test.Run, _choice("RUN", run, ab_test.RUNS))
+    options = ab_test.AbOptions(
         url=check_url(url, allow_remote=allow_remote),
         run=chosen,
         name=name or f"orders-{chosen}",
@@ -257,9 +258,9 @@ def ab_command(
         minimum=minimum,
         key=key,
     )
-    result = asyncio.run(ab.run_ab(options, typer.echo))
+    result = asyncio.run(ab_test.run_ab(options, typer.echo))
     if out is not None:
-        report.save(result, out)
+        report_tables.save(result, out)
 
 
 @app.command("turbo")
@@ -289,8 +290,8 @@ def turbo_command(
     out: Annotated[Path | None, typer.Option(help="Write the result here, as JSON.")] = None,
 ) -> None:
     """What drafts bring on the demo's held-out prompts and on chat: on against off, by turns."""
-    from quickchange_bench.turbo import TurboOptions, measure_turbo, turbo_table
-    from quickchange_store.demo import ensure_demo_base
+    from quickchange_bench.engine.turbo_bench import TurboOptions, measure_turbo, turbo_table
+    from quickchange_training.demo import ensure_demo_base
 
     options = TurboOptions(
         model=ensure_demo_base() if model == "demo" else Path(model),
@@ -306,7 +307,7 @@ def turbo_command(
     result = measure_turbo(options, lambda text: typer.echo(text, err=True))
     typer.echo(turbo_table(result))
     if out is not None:
-        report.save(result, out)
+        report_tables.save(result, out)
     if wrong := sum(gain.different for gain in result.gains):
         typer.echo(f"error: {wrong} answers with drafts differ from those without", err=True)
         raise typer.Exit(1)
@@ -330,12 +331,12 @@ def structured_command(
     out: Annotated[Path | None, typer.Option(help="Write the result here, as JSON.")] = None,
 ) -> None:
     """Answers under JSON schemas: valid, the same with drafts, and how fast beside free text."""
-    from quickchange_bench.structured import (
+    from quickchange_bench.service.structured_bench import (
         StructuredOptions,
         measure_structured,
         structured_table,
     )
-    from quickchange_store.demo import ensure_demo_base
+    from quickchange_training.demo import ensure_demo_base
 
     options = StructuredOptions(
         model=ensure_demo_base() if model == "demo" else Path(model),
@@ -348,7 +349,7 @@ def structured_command(
     result = measure_structured(options, lambda text: typer.echo(text, err=True))
     typer.echo(structured_table(result))
     if out is not None:
-        report.save(result, out)
+        report_tables.save(result, out)
     if result.invalid or result.different:
         typer.echo("error: not every answer is valid and the same with drafts", err=True)
         raise typer.Exit(1)
@@ -392,7 +393,7 @@ def adapters_at_scale(
     result = measure_scale(options, work_dir, lambda text: typer.echo(text, err=True))
     typer.echo(scale_table(result))
     if out is not None:
-        report.save(result, out)
+        report_tables.save(result, out)
 
 
 @app.command()
@@ -408,7 +409,10 @@ def step(
     """Show where a decode step's time goes, against the floor of the bytes it moves."""
     from tempfile import TemporaryDirectory
 
-    from quickchange_bench.step import profile_step, step_table  # needs torch
+    from quickchange_bench.engine.step_profile import (
+        profile_step,
+        step_table,  # needs torch
+    )
 
     for count in map(int, rows.split(",")):
         with TemporaryDirectory() as folder:
@@ -436,11 +440,7 @@ def perplexity(
     windows: Annotated[int, typer.Option(min=1, help="How many.")] = 8,
 ) -> None:
     """What dtypes and quantisations of the base lose on a fixed text."""
-    from quickchange_bench.perplexity import (  # needs torch
-        Variant,
-        loss_table,
-        measure_perplexity,
-    )
+    from quickchange_bench.engine.perplexity import Variant, loss_table, measure_perplexity
 
     kept = ("none", "int8")
     variants = [

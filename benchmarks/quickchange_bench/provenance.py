@@ -11,7 +11,7 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-from quickchange_bench.results import Machine
+from quickchange_bench.bench_results import Machine
 
 
 def machine() -> Machine:

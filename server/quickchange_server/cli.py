@@ -25,7 +25,7 @@ SUB_APPS = {
     "adapters": ("quickchange_store.cli", "Add, list, alias, verify and remove adapters."),
     "keys": ("quickchange_server.tenants.cli", "Create, list, rotate and revoke API keys."),
     "database": ("quickchange_server.storage.cli", "Move what the server keeps elsewhere."),
-    "train": ("quickchange_store.training.cli", "Train adapters."),
+    "train": ("quickchange_training.cli", "Train adapters."),
     "eval": ("quickchange_server.evaluation.cli", "Compare adapters on a task of your own."),
     "bench": ("quickchange_bench.cli", "Measure servers and kernels."),
 }
@@ -33,7 +33,7 @@ SUB_APPS = {
 
 def serve_command() -> Callable[..., None]:
     """`serve` with an option for every setting, made from the settings themselves."""
-    from quickchange_server.settings import Settings
+    from quickchange_server.config import Settings
 
     def serve(**given: Any) -> None:
         """Serve the base model and the store's adapters over HTTP.
@@ -41,7 +41,7 @@ def serve_command() -> Callable[..., None]:
         Every option can be given in the environment as well: QUICKCHANGE_MODEL, QUICKCHANGE_PORT,
         and so on; an option wins over the environment.
         """
-        from quickchange_server.launch import serve as launch
+        from quickchange_server.entrypoints.serve import serve as launch
 
         demo = bool(given.pop("demo"))
         launch({name: value for name, value in given.items() if value is not None}, demo=demo)

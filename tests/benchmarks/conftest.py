@@ -1,18 +1,13 @@
-"""A tiny server that answers completions in OpenAI's form, for tests of the load generator.
-
-Makes the helpers of tests/server importable by name as well.
-"""
+"""A tiny server that answers completions in OpenAI's form, for tests of the load generator."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,11 +15,9 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from quickchange_bench.launch import free_port
+from quickchange_bench.load.server_process import free_port
 
 TOKEN_SECONDS = 0.002
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "server"))
 
 
 @dataclass

@@ -12,7 +12,8 @@ import httpx
 import pytest
 from http_support import BASE, Live, live_server, make_adapter, make_turbo
 
-from quickchange_bench.ab import (
+from quickchange_bench.service.ab_report import results_text
+from quickchange_bench.service.ab_test import (
     RUNS,
     TASK,
     AbOptions,
@@ -24,12 +25,11 @@ from quickchange_bench.ab import (
     promote_and_back,
     run_ab,
 )
-from quickchange_bench.ab_report import results_text
 from quickchange_server.experiments.definition import Definition
 from quickchange_server.experiments.statistics.analysis import OutcomeSums, Stretch, Sums, analyse
 from quickchange_server.experiments.statistics.plan import Plan
-from quickchange_store.demo.tasks import TaskExample
 from quickchange_store.store import Store
+from quickchange_training.demo.tasks import TaskExample
 
 (EXAMPLE,) = TASK.examples("held-out", 1, seed=5)
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from quickchange_bench.client import Client, DialectName, Target, check_url, request_body
-from quickchange_bench.results import Completion
-from quickchange_bench.workload import Request
+from quickchange_bench.bench_results import Completion
+from quickchange_bench.load.load_client import Client, DialectName, Target, check_url, request_body
+from quickchange_bench.load.workload import Request
 
 TARGET = Target("base", ("a", "b", "c"))
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quickchange_bench.stats import median_of, percentile, ratio, slope, spread
+from quickchange_bench.summary_stats import median_of, percentile, ratio, slope, spread
 
 numbers = st.floats(-1e6, 1e6)
 

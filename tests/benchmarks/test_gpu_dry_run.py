@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from quickchange_bench.gpu import run
-from quickchange_bench.gpu_cases import Bench, small_cases
-from quickchange_bench.gpu_engine import LOADS
-from quickchange_bench.gpu_kernels import check, generator
+from quickchange_bench.gpu.gpu_cases import Bench, small_cases
+from quickchange_bench.gpu.gpu_engine import LOADS
+from quickchange_bench.gpu.gpu_kernels import check, generator
+from quickchange_bench.gpu.gpu_run import run
 
 CPU = torch.device("cpu")
 

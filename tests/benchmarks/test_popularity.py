@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quickchange_bench.popularity import POPULARITIES, Popularity, PopularityName, weights
+from quickchange_bench.load.popularity import POPULARITIES, Popularity, PopularityName, weights
 
 DRAWS = 4000
 

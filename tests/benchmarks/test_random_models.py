@@ -10,15 +10,15 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from quickchange_bench.random_adapters import (
+from quickchange_bench.load.workload import make_prompt
+from quickchange_bench.models.random_adapters import (
     PROJECTIONS,
     AdapterSpec,
     device_bytes,
     linear_shapes,
     write_in_this_process,
 )
-from quickchange_bench.random_base import SHAPES, vocabulary, write_base
-from quickchange_bench.workload import make_prompt
+from quickchange_bench.models.random_base import SHAPES, vocabulary, write_base
 
 
 @pytest.fixture(scope="module")

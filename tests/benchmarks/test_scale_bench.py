@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from quickchange_bench import ours, scale
-from quickchange_bench.client import Client, Target
-from quickchange_bench.growth import Samples, growth_table
-from quickchange_bench.launch import Running
-from quickchange_bench.scale import Bench, PhaseKind, ScaleOptions, Traffic
+from quickchange_bench.load import own_server
+from quickchange_bench.load.load_client import Client, Target
+from quickchange_bench.load.memory_growth import Samples, growth_table
+from quickchange_bench.load.server_process import Running
+from quickchange_bench.service import adapters_at_scale
+from quickchange_bench.service.adapters_at_scale import Bench, PhaseKind, ScaleOptions, Traffic
 
 OPTIONS = ScaleOptions(
     model=Path("model"),
@@ -37,7 +38,7 @@ def phase(fake: Any, kind: PhaseKind) -> Traffic:
 
 @pytest.fixture(autouse=True)
 def no_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ours, "device_loads", lambda _url: 0)
+    monkeypatch.setattr(own_server, "device_loads", lambda _url: 0)
 
 
 def adapters(bodies: list[dict[str, Any]], tokens: int) -> set[str]:
@@ -47,7 +48,10 @@ def adapters(bodies: list[dict[str, Any]], tokens: int) -> set[str]:
 @pytest.mark.parametrize("kind", ["quiet", "loads"])
 def test_steady_streams_stay_on_their_own_adapters(fake_server: Any, kind: PhaseKind) -> None:
     traffic = phase(fake_server, kind)
-    assert adapters(fake_server.bodies, scale.STEADY_TOKENS) == {"scale-0000", "scale-0001"}
+    assert adapters(fake_server.bodies, adapters_at_scale.STEADY_TOKENS) == {
+        "scale-0000",
+        "scale-0001",
+    }
     assert fake_server.most_running == OPTIONS.steady + OPTIONS.workers
     assert traffic.phase().errors == 0
     assert traffic.phase().itl_p99 is not None
@@ -55,13 +59,13 @@ def test_steady_streams_stay_on_their_own_adapters(fake_server: Any, kind: Phase
 
 def test_a_quiet_background_stays_within_the_resident_adapters(fake_server: Any) -> None:
     phase(fake_server, "quiet")
-    asked = adapters(fake_server.bodies, scale.BACKGROUND_TOKENS)
+    asked = adapters(fake_server.bodies, adapters_at_scale.BACKGROUND_TOKENS)
     assert asked <= set(OPTIONS.names[OPTIONS.steady : OPTIONS.hot])
 
 
 def test_a_loading_background_goes_beyond_them(fake_server: Any) -> None:
     phase(fake_server, "loads")
-    asked = adapters(fake_server.bodies, scale.BACKGROUND_TOKENS)
+    asked = adapters(fake_server.bodies, adapters_at_scale.BACKGROUND_TOKENS)
     assert asked - set(OPTIONS.names[: OPTIONS.resident])
 
 

@@ -16,17 +16,17 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
-from quickchange_bench import report
+from quickchange_bench import report_tables
+from quickchange_bench.bench_results import Completion, Load, Point, medians, summarise
 from quickchange_bench.cli import adapter_names, app, parse_loads
-from quickchange_bench.client import Client, Target
-from quickchange_bench.launch import ServerFailedError, free_port, running
-from quickchange_bench.ours import count_device_loads
-from quickchange_bench.overhead import Pair, summarise_pairs
-from quickchange_bench.popularity import Popularity
-from quickchange_bench.process import memory
-from quickchange_bench.results import Completion, Load, Point, medians, summarise
-from quickchange_bench.serving import Plan, run_plan
-from quickchange_bench.workload import Fixed, Workload
+from quickchange_bench.load.load_client import Client, Target
+from quickchange_bench.load.load_runner import Plan, run_plan
+from quickchange_bench.load.own_server import count_device_loads
+from quickchange_bench.load.popularity import Popularity
+from quickchange_bench.load.process_usage import memory
+from quickchange_bench.load.server_process import ServerFailedError, free_port, running
+from quickchange_bench.load.workload import Fixed, Workload
+from quickchange_bench.service.overhead import Pair, summarise_pairs
 
 TARGET = Target("base", ("lora-0", "lora-1", "lora-2"))
 
@@ -181,21 +181,21 @@ def test_the_command_writes_a_result_a_plot_and_a_table(fake_server: Any, tmp_pa
 
 def test_a_result_is_read_back_as_it_was(fake_server: Any, tmp_path: Path) -> None:
     serve_to(fake_server, tmp_path / "a.json")
-    result = report.load_serving(tmp_path / "a.json")
-    report.save(result, tmp_path / "b.json")
+    result = report_tables.load_serving(tmp_path / "a.json")
+    report_tables.save(result, tmp_path / "b.json")
     assert (tmp_path / "b.json").read_text() == (tmp_path / "a.json").read_text()
 
 
 def test_compare_puts_ratios_to_the_first_result(fake_server: Any, tmp_path: Path) -> None:
     serve_to(fake_server, tmp_path / "a.json", "--label", "ours")
-    result = report.load_serving(tmp_path / "a.json")
+    result = report_tables.load_serving(tmp_path / "a.json")
     slow = tuple(
         replace(
             m, values={**m.values, "tokens_per_second": (m.values["tokens_per_second"] or 0) / 2}
         )
         for m in result.medians
     )
-    report.save(replace(result, label="theirs", medians=slow), tmp_path / "b.json")
+    report_tables.save(replace(result, label="theirs", medians=slow), tmp_path / "b.json")
     answer = bench("compare", str(tmp_path / "a.json"), str(tmp_path / "b.json"))
     assert answer.exit_code == 0, answer.output
     assert "theirs" in answer.output

@@ -15,10 +15,8 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import PlainTextResponse, StreamingResponse
 
-from quickchange_bench.launch import free_port
-from quickchange_bench.provenance import machine
-from quickchange_bench.results import Completion, Load, summarise
-from quickchange_bench.turbo import (
+from quickchange_bench.bench_results import Completion, Load, summarise
+from quickchange_bench.engine.turbo_bench import (
     Depth,
     Side,
     TurboOptions,
@@ -31,8 +29,10 @@ from quickchange_bench.turbo import (
     summarise_gains,
     turbo_table,
 )
-from quickchange_bench.turbo_tasks import Ask, demo_asks
-from quickchange_store.demo.tasks import TASKS
+from quickchange_bench.engine.turbo_tasks import Ask, demo_asks
+from quickchange_bench.load.server_process import free_port
+from quickchange_bench.provenance import machine
+from quickchange_training.demo.tasks import TASKS
 
 STEP_SECONDS = 0.004
 TOKENS = 12

@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from quickchange_bench.popularity import Popularity
-from quickchange_bench.workload import (
+from quickchange_bench.load.popularity import Popularity
+from quickchange_bench.load.workload import (
     WORDS,
     Fixed,
     LogNormal,

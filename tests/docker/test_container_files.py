@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from quickchange_server.settings import Settings
+from quickchange_server.config import Settings
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 
-from quickchange_server.engine.admission import FairQueue, cost
+from quickchange_server.engine.fair_queue import FairQueue, cost
 from quickchange_server.engine.sequence import Sequence
-from quickchange_server.messages import Component, SamplingParams, Submit
+from quickchange_server.protocol import Component, SamplingParams, Submit
 
 
 def waiting(adapter: str, index: int, prompt: int = 50, new: int = 50) -> Sequence:

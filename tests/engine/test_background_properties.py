@@ -9,10 +9,10 @@ import pytest
 from engine_driver import request
 from hypothesis import given, settings
 
-from quickchange_server.engine.kv_cache import KVBlocks
+from quickchange_server.engine.kv_cache_manager import KVBlocks
 from quickchange_server.engine.scheduler import Scheduled, Scheduler
 from quickchange_server.engine.sequence import Sequence
-from quickchange_server.messages import Drafting, SamplingParams, Submit
+from quickchange_server.protocol import Drafting, SamplingParams, Submit
 
 BLOCK_SIZE, MAX_BATCH_TOKENS, MAX_SEQUENCES, MAX_MODEL_LEN = 4, 16, 4, 32
 

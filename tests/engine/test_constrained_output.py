@@ -25,15 +25,15 @@ from engine_driver import make_engine
 from hypothesis import HealthCheck, given, settings
 from turbo_models import KV_BYTES, VOCABULARY, TurboModels, make_turbo_models
 
-from quickchange_server.api.calling import call_grammar
-from quickchange_server.api.tool_schemas import Tool
-from quickchange_server.constraints.grammars import TokenGrammars
-from quickchange_server.engine.constraints import Masked
+from quickchange_server.api.openai.tool_calling import call_grammar
+from quickchange_server.api.openai.tool_requests import Tool
 from quickchange_server.engine.engine import Engine
 from quickchange_server.engine.sequence import Matcher
-from quickchange_server.messages import Component, Constraint, Delta, Drafting, Submit
-from quickchange_server.messages import SamplingParams as Params
-from quickchange_server.tools import ToolFormat, ToolReader
+from quickchange_server.engine.token_masks import Masked
+from quickchange_server.frontend.tool_parser import ToolFormat, ToolReader
+from quickchange_server.protocol import Component, Constraint, Delta, Drafting, Submit
+from quickchange_server.protocol import SamplingParams as Params
+from quickchange_server.structured_output.grammar import TokenGrammars
 
 MAX_LEN = 72
 SMALL_CACHE = MAX_LEN * KV_BYTES * 5 // 4

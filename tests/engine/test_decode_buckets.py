@@ -9,12 +9,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quickchange_server.adapters.batch import unpack
-from quickchange_server.engine.buckets import DecodeBuckets, bucket_sizes
-from quickchange_server.engine.inputs import exact_extent, step_inputs
+from quickchange_server.adapters.batch_segments import unpack
+from quickchange_server.engine.model_inputs import (
+    DecodeBuckets,
+    bucket_sizes,
+    exact_extent,
+    step_inputs,
+)
 from quickchange_server.engine.scheduler import Scheduled
 from quickchange_server.engine.sequence import Sequence
-from quickchange_server.messages import SamplingParams, Submit
+from quickchange_server.protocol import SamplingParams, Submit
 
 BLOCK = 4
 CPU = torch.device("cpu")

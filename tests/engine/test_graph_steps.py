@@ -19,11 +19,11 @@ from text_of_pieces import text_of_pieces
 from tiny_models import VOCABULARY, make_model, save_model
 from torch import Tensor, nn
 
-from quickchange_server.constraints.grammars import TokenGrammars
-from quickchange_server.engine import runner
+from quickchange_server.engine import model_runner
 from quickchange_server.engine.sampler import Sampler
-from quickchange_server.messages import Constraint, Drafting
-from quickchange_store.canonical import CanonicalAdapter, LowRankUpdate
+from quickchange_server.protocol import Constraint, Drafting
+from quickchange_server.structured_output.grammar import TokenGrammars
+from quickchange_store.canonical.canonical_adapter import CanonicalAdapter, LowRankUpdate
 
 RANKS = {"rank-4": 4, "rank-8": 8, "rank-16": 16}
 TOKENS = 6
@@ -87,7 +87,7 @@ class Watched:
 def capture(monkeypatch: pytest.MonkeyPatch) -> RepeatingCapture:
     """Engines made from now on run their decode steps from graphs."""
     repeating = RepeatingCapture()
-    monkeypatch.setattr(runner, "capture_for", lambda _device: repeating)
+    monkeypatch.setattr(model_runner, "capture_for", lambda _device: repeating)
     return repeating
 
 
@@ -97,7 +97,7 @@ def test_graphs_give_the_same_logits_to_the_last_bit(
 ) -> None:
     plain = Watched(model, ASKED[:rows], monkeypatch)
     capture = RepeatingCapture()
-    monkeypatch.setattr(runner, "capture_for", lambda _device: capture)
+    monkeypatch.setattr(model_runner, "capture_for", lambda _device: capture)
     replayed = Watched(model, ASKED[:rows], monkeypatch)
     assert capture.replayed > len(capture.rows), "no step was replayed"
     assert replayed.tokens == plain.tokens

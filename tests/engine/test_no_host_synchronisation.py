@@ -17,19 +17,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from turbo_adapters import make_turbo, turbo_adapter
 
-from quickchange_kernels.token_mask import mask_words, plain_token_mask_
-from quickchange_server.adapters.copies import ImmediateCopies
-from quickchange_server.adapters.image import build_image, page_shapes
-from quickchange_server.adapters.pool import DevicePool
-from quickchange_server.engine.buckets import DecodeBuckets
-from quickchange_server.engine.inputs import step_inputs
-from quickchange_server.model import attention
-from quickchange_server.model.attention import PagedAttention
-from quickchange_server.model.draft_plan import DraftItem, Planner
-from quickchange_server.model.drafting import DraftCall, Drafter
-from quickchange_server.model.load import LoadedModel, forward, prepare
-from quickchange_server.model.staging import layout_of, rebuilt
-from quickchange_store.canonical import LowRankUpdate
+from quickchange_kernels.sampling.token_mask import mask_words, plain_token_mask_
+from quickchange_server.adapters.adapter_loader import ImmediateCopies
+from quickchange_server.adapters.memory_pool import DevicePool
+from quickchange_server.adapters.packing import build_image, page_shapes
+from quickchange_server.engine.model_inputs import DecodeBuckets, step_inputs
+from quickchange_server.model import paged_attention
+from quickchange_server.model.input_buffers import layout_of, rebuilt
+from quickchange_server.model.model_loader import LoadedModel, forward, prepare
+from quickchange_server.model.paged_attention import PagedAttention
+from quickchange_server.spec_decode.draft_head_plan import DraftItem, Planner
+from quickchange_server.spec_decode.draft_heads import DraftCall, Drafter
+from quickchange_store.canonical.canonical_adapter import LowRankUpdate
 
 META = torch.device("meta")
 ROWS, BLOCKS, BLOCK_SIZE = 4, 8, 4
@@ -68,13 +67,13 @@ def move(module: nn.Module) -> None:
 
 def make_step(family: str, *, adapters: bool) -> tuple[LoadedModel, tuple[Tensor, Tensor, Tensor]]:
     """A model on the device with a padded decode step set, and ids, positions, rows to sample."""
-    attention.register()
+    paged_attention.register()
     model = make_model(family)
-    model.set_attn_implementation(attention.NAME)
+    model.set_attn_implementation(paged_attention.NAME)
     loaded = prepare(model, adapters=adapters)
     move(loaded.module)
     pages = PagedAttention(loaded.layers, BLOCKS, BLOCK_SIZE, torch.float32, META, loaded.holder)
-    attention.install(loaded.module, pages)
+    paged_attention.install(loaded.module, pages)
     extent = DecodeBuckets(ROWS, BLOCKS).extents(adapters=adapters)[0]
     on_host = step_inputs((), extent, BLOCK_SIZE)
     layout, tensors = layout_of(on_host)

@@ -19,14 +19,14 @@ from engine_driver import Driver, make_engine, request
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_models import VOCABULARY, make_model, save_model
 
+from quickchange_server.config import Settings
 from quickchange_server.engine.engine import Engine
 from quickchange_server.engine.scheduler import Scheduled
-from quickchange_server.messages import Delta
-from quickchange_server.model.load import load_model
-from quickchange_server.settings import Settings
-from quickchange_store.base import base_spec
-from quickchange_store.canonical import CanonicalAdapter
-from quickchange_store.formats.peft import read_peft
+from quickchange_server.model.model_loader import load_model
+from quickchange_server.protocol import Delta
+from quickchange_store.base_model.base_spec import base_spec
+from quickchange_store.canonical.canonical_adapter import CanonicalAdapter
+from quickchange_store.formats.peft.lora import read_peft
 
 TARGETS = [["q_proj", "v_proj", "lm_head"], ["q_proj", "k_proj", "down_proj"]]
 

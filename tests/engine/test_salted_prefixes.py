@@ -8,10 +8,10 @@ import pytest
 from engine_driver import Driver, make_engine, request
 from tiny_models import save_model
 
-from quickchange_server.engine.admission import FairQueue
 from quickchange_server.engine.engine import Engine
+from quickchange_server.engine.fair_queue import FairQueue
 from quickchange_server.engine.sequence import Sequence, composition_key
-from quickchange_server.messages import Component
+from quickchange_server.protocol import Component
 
 PROMPT = list(range(1, 22))
 

@@ -21,10 +21,10 @@ from transformers.generation.logits_process import (
     TypicalLogitsWarper,
 )
 
-from quickchange_kernels.sample import Draws, sample
-from quickchange_kernels.sample_plain import kept_masses
+from quickchange_kernels.sampling.sample_contract import Draws, sample
+from quickchange_kernels.sampling.sample_plain import kept_masses
 from quickchange_server.engine.sampler import RowError, Sampled, Sampler, SampleRow
-from quickchange_server.messages import SamplingParams
+from quickchange_server.protocol import SamplingParams
 
 V = 97
 CPU = torch.device("cpu")

@@ -9,10 +9,10 @@ import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from quickchange_server.engine.kv_cache import KVBlocks
+from quickchange_server.engine.kv_cache_manager import KVBlocks
 from quickchange_server.engine.scheduler import Scheduled, Scheduler
 from quickchange_server.engine.sequence import Sequence
-from quickchange_server.messages import Component, Drafting, SamplingParams, Submit
+from quickchange_server.protocol import Component, Drafting, SamplingParams, Submit
 
 MAX_MODEL_LEN = 24
 MAX_BATCH_TOKENS = 8

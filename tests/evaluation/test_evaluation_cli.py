@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from quickchange_server.evaluation import run
 from quickchange_server.evaluation.cli import app
-from quickchange_store.base import base_spec
+from quickchange_store.base_model.base_spec import base_spec
 from quickchange_store.importing import add_adapter
 from quickchange_store.store import Store
 

@@ -11,13 +11,13 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from quickchange_server.config import Settings
 from quickchange_server.errors import AdapterFailedError
 from quickchange_server.evaluation.loss import LossMeter
-from quickchange_server.settings import Settings
-from quickchange_store.base import base_spec
-from quickchange_store.canonical import CanonicalAdapter
+from quickchange_store.base_model.base_spec import base_spec
+from quickchange_store.canonical.canonical_adapter import CanonicalAdapter
 from quickchange_store.importing import read_adapter
-from quickchange_store.training.data import Encoded
+from quickchange_training.examples import Encoded
 
 
 def encoded(lengths: list[tuple[int, int]]) -> list[Encoded]:

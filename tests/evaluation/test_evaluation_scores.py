@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from quickchange_store.evaluation.scores import Scores, exact_match, is_json, score, token_f1
+from quickchange_training.evaluation.scores import Scores, exact_match, is_json, score, token_f1
 
 
 def test_an_exact_match_ignores_white_space_around_alone() -> None:

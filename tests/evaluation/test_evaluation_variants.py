@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from quickchange_server.evaluation.variants import Adapters, Variant
-from quickchange_server.messages import Drafting
-from quickchange_store.base import base_spec
-from quickchange_store.canonical import CanonicalAdapter
+from quickchange_server.protocol import Drafting
+from quickchange_store.base_model.base_spec import base_spec
+from quickchange_store.canonical.canonical_adapter import CanonicalAdapter
+from quickchange_store.canonical.turbo_part import DraftBlock, TurboHeads
 from quickchange_store.errors import StoreError
 from quickchange_store.importing import read_adapter
 from quickchange_store.store import Store
-from quickchange_store.turbo import DraftBlock, TurboHeads
 
 HIDDEN = 32
 

@@ -1,16 +1,11 @@
-"""Makes `experiment_support` importable by name; an adapter for the store."""
+"""A small adapter for the store."""
 
 from __future__ import annotations
-
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from quickchange_store.canonical import CanonicalAdapter, LowRankUpdate
-
-sys.path.insert(0, str(Path(__file__).parent))
+from quickchange_store.canonical.canonical_adapter import CanonicalAdapter, LowRankUpdate
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from experiment_support import START, definition_of, experiment_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quickchange_server.api.schemas import CompletionRequest
+from quickchange_server.api.openai.requests import CompletionRequest
 from quickchange_server.errors import ConflictError, InvalidRequestError
 from quickchange_server.experiments import experiment as changes
 from quickchange_server.experiments.assignment import assign, subject_of

@@ -8,7 +8,7 @@ import pytest
 from experiment_support import body_of, definition_of
 from pydantic import ValidationError
 
-from quickchange_server.api.refusals import from_validation
+from quickchange_server.api.error_responses import from_validation
 from quickchange_server.errors import InvalidRequestError
 from quickchange_server.experiments.definition import Definition
 from quickchange_store.errors import InvalidNameError

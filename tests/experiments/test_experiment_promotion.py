@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 from experiment_support import definition_of
 
-from quickchange_server.callers import ANYONE
 from quickchange_server.experiments.experiment import Pointed
 from quickchange_server.experiments.promotion import Promotions
 from quickchange_server.experiments.registry import Experiments
+from quickchange_server.frontend.caller import ANYONE
 from quickchange_server.storage.database import Database
 from quickchange_server.storage.revisions import Revisions
-from quickchange_store.canonical import CanonicalAdapter
+from quickchange_store.canonical.canonical_adapter import CanonicalAdapter
 from quickchange_store.store import Store
 
 

@@ -15,23 +15,23 @@ from experiment_support import START, definition_of, experiment_of
 from prometheus_client import CollectorRegistry
 from sqlalchemy import func, select, update
 
-from quickchange_server.books import Assignment, Completed, Ending, Opened
-from quickchange_server.callers import ANYONE, Caller
 from quickchange_server.errors import (
     ConflictError,
     InvalidRequestError,
     UnavailableError,
     UnknownModelError,
 )
-from quickchange_server.experiments import outcomes, records
+from quickchange_server.experiments import experiment_records, outcomes
 from quickchange_server.experiments.assignment import unit_of
 from quickchange_server.experiments.experiment import Experiment
+from quickchange_server.experiments.experiment_records import Act
+from quickchange_server.experiments.experiment_results import results_of
 from quickchange_server.experiments.exposures import Exposures
 from quickchange_server.experiments.outcomes import Kept, Told
-from quickchange_server.experiments.records import Act
 from quickchange_server.experiments.registry import Experiments
-from quickchange_server.experiments.results import results_of
-from quickchange_server.metrics_experiments import ExperimentMetrics
+from quickchange_server.frontend.caller import ANYONE, Caller
+from quickchange_server.frontend.request_observers import Assignment, Completed, Ending, Opened
+from quickchange_server.observability.experiment_metrics import ExperimentMetrics
 from quickchange_server.storage.database import Database
 from quickchange_server.storage.revisions import Revisions
 from quickchange_server.storage.tables_experiments import (
@@ -84,7 +84,9 @@ async def world_at(url: str) -> AsyncIterator[World]:
     database = await asyncio.to_thread(Database.open, url)
     experiment = experiment_of(metrics=METRICS)
     try:
-        await database.write(partial(records.create, experiment=experiment, act=act("create")))
+        await database.write(
+            partial(experiment_records.create, experiment=experiment, act=act("create"))
+        )
         yield World(database, experiment)
     finally:
         await database.close()
@@ -98,7 +100,7 @@ def in_world(url: str, test: Callable[[World], Awaitable[None]]) -> None:
     asyncio.run(run())
 
 
-def act(action: records.Action) -> Act:
+def act(action: experiment_records.Action) -> Act:
     return Act(ANYONE, action, START)
 
 
@@ -260,7 +262,9 @@ def test_an_answer_of_a_deleted_experiment_is_not_kept(database_url: str) -> Non
     async def test(world: World) -> None:
         await world.answered("c1", "ana")
         await world.told(told(completion="c1"))
-        await world.database.write(partial(records.remove, name="tone", act=act("delete")))
+        await world.database.write(
+            partial(experiment_records.remove, name="tone", act=act("delete"))
+        )
         await world.answered("c2", "ana")
         assert await world.rows(EXPERIMENT_EXPOSURES) == 0
         assert await world.rows(EXPERIMENT_OUTCOMES) == 0
@@ -278,13 +282,17 @@ def test_the_audit_trail_is_read_newest_first_and_outlives_the_experiment(
         def grown(old: Experiment) -> Experiment:
             return replace(old, version=old.version + 1)
 
-        change = partial(records.change, name="tone", act=act("update"), make=grown)
+        change = partial(experiment_records.change, name="tone", act=act("update"), make=grown)
         await world.database.write(change)
-        await world.database.write(partial(records.remove, name="tone", act=act("delete")))
-        entries = await world.database.read(partial(records.audit, name="tone", limit=10))
+        await world.database.write(
+            partial(experiment_records.remove, name="tone", act=act("delete"))
+        )
+        entries = await world.database.read(
+            partial(experiment_records.audit, name="tone", limit=10)
+        )
         assert [entry["action"] for entry in entries] == ["delete", "update", "create"]
         assert [entries[1][side]["version"] for side in ("before", "after")] == [1, 2]
-        latest = await world.database.read(partial(records.audit, name="tone", limit=1))
+        latest = await world.database.read(partial(experiment_records.audit, name="tone", limit=1))
         assert latest == entries[:1]
 
     in_world(database_url, test)
@@ -298,7 +306,9 @@ def test_of_two_replicas_that_take_a_name_at_once_one_gets_it(database_url: str)
         experiment = replace(experiment_of(), id=f"{number:032}")
         await asyncio.to_thread(both.wait, 30)
         try:
-            await database.write(partial(records.create, experiment=experiment, act=act("create")))
+            await database.write(
+                partial(experiment_records.create, experiment=experiment, act=act("create"))
+            )
         except ConflictError:
             return False
         finally:
@@ -313,7 +323,7 @@ def test_of_two_replicas_that_take_a_name_at_once_one_gets_it(database_url: str)
 
 def test_a_change_of_a_version_that_is_past_is_refused(database_url: str) -> None:
     async def test(world: World) -> None:
-        change = partial(records.change, name="tone", act=act("update"), version=2)
+        change = partial(experiment_records.change, name="tone", act=act("update"), version=2)
         with pytest.raises(ConflictError, match="at version 1"):
             await world.database.write(partial(change, make=lambda old: old))
 

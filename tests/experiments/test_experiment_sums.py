@@ -14,12 +14,12 @@ import pytest
 from experiment_support import START, experiment_of
 from sqlalchemy import Connection, insert
 
-from quickchange_server.callers import ANYONE
 from quickchange_server.experiments import experiment as changes
 from quickchange_server.experiments.experiment import Experiment
-from quickchange_server.experiments.records import Act, create
+from quickchange_server.experiments.experiment_records import Act, create
 from quickchange_server.experiments.statistics.analysis import Sums
 from quickchange_server.experiments.sums import Tally, tally
+from quickchange_server.frontend.caller import ANYONE
 from quickchange_server.storage.database import Database
 from quickchange_server.storage.tables_experiments import EXPERIMENT_EXPOSURES, EXPERIMENT_OUTCOMES
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from quickchange_server.api import experiments
-from quickchange_server.api.schemas import CompletionRequest
+from quickchange_server.api.admin import experiments
+from quickchange_server.api.openai.requests import CompletionRequest
 from quickchange_server.experiments.definition import (
     OVERRIDABLE,
     Definition,

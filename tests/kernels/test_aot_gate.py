@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from quickchange_kernels.aot import compiling, gate, report, streams, targets
+from quickchange_kernels.aot import compiling, gate, gate_report, streams, targets
 from quickchange_kernels.aot.gate import Job, Outcome
 from quickchange_kernels.compilation import TARGETS, Compilation
 
@@ -123,7 +123,7 @@ def test_the_command_prints_the_table_and_fails_with_reasons(tmp_path: Path) -> 
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 1, done.stderr
     lines = done.stdout.splitlines()
-    assert lines[0].split() == list(report.HEADER)
+    assert lines[0].split() == list(gate_report.HEADER)
     assert [line.split()[0] for line in lines[1:6]] == [
         "spills",
         "shared",

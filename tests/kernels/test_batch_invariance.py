@@ -11,19 +11,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from quickchange_kernels.linear import linear
-from quickchange_kernels.linear_int8 import linear_int8, quantize_int8
-from quickchange_kernels.lowrank import lowrank_
-from quickchange_kernels.paged_attention import paged_attention
-from quickchange_kernels.rms_norm import add_rms_norm, rms_norm
-from quickchange_kernels.rotary import rotary_
-from quickchange_kernels.samples import (
+from quickchange_kernels.attention.paged_attention_contract import paged_attention
+from quickchange_kernels.elementwise.rms_norm import add_rms_norm, rms_norm
+from quickchange_kernels.elementwise.rotary import rotary_
+from quickchange_kernels.elementwise.silu_mul import silu_mul
+from quickchange_kernels.linear.linear_float import linear
+from quickchange_kernels.linear.linear_int8 import linear_int8, quantize_int8
+from quickchange_kernels.lowrank.lowrank_contract import lowrank_
+from quickchange_kernels.random_inputs import (
     make_segments,
     query_starts,
     random_keys,
     random_tables,
 )
-from quickchange_kernels.silu_mul import silu_mul
 
 pytestmark = pytest.mark.usefixtures("native_version")
 ROWS = range(1, 41)

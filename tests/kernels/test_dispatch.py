@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from quickchange_kernels import kv_write, rms_norm, rotary, silu_mul  # noqa: F401  declare them
-from quickchange_kernels.linear import linear
-from quickchange_kernels.lowrank import RANKS_PER_PAGE
-from quickchange_kernels.lowrank import operands as lowrank_operands
-from quickchange_kernels.paged_attention import paged_attention
-from quickchange_kernels.samples import (
+from quickchange_kernels.attention.paged_attention_contract import paged_attention
+from quickchange_kernels.elementwise import (
+    silu_mul,  # noqa: F401  declare them
+)
+from quickchange_kernels.linear.linear_float import linear
+from quickchange_kernels.lowrank.lowrank_contract import RANKS_PER_PAGE
+from quickchange_kernels.lowrank.lowrank_contract import operands as lowrank_operands
+from quickchange_kernels.random_inputs import (
     POPULARITIES,
     draw_slots,
     make_segments,

@@ -9,7 +9,7 @@ import torch
 from draft_vocabularies import DraftCase, random_case
 from torch import Tensor
 
-from quickchange_kernels.draft_logits import (
+from quickchange_kernels.turbo_heads.draft_logits import (
     draft_logits,
     plain_draft_logits,
     reference_draft_logits,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quickchange_kernels.linear import linear, plain_linear, reference_linear
+from quickchange_kernels.linear.linear_float import linear, plain_linear, reference_linear
 
 Linear = Callable[..., Tensor]
 Close = Callable[[Tensor, Tensor], None]

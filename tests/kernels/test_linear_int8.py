@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quickchange_kernels.linear_int8 import (
+from quickchange_kernels.linear.linear_int8 import (
     GROUP,
     dequantize_int8,
     linear_int8,

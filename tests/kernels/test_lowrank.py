@@ -11,22 +11,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quickchange_kernels import lowrank
-from quickchange_kernels.lowrank import LowRankTables, PageKind, Segments
-from quickchange_kernels.lowrank_plain import plain_lowrank_, plain_lowrank_embedding_
-from quickchange_kernels.samples import POPULARITIES, draw_slots, make_segments, random_tables
+from quickchange_kernels.lowrank import lowrank_contract
+from quickchange_kernels.lowrank.lowrank_contract import LowRankTables, PageKind, Segments
+from quickchange_kernels.lowrank.lowrank_plain import plain_lowrank_, plain_lowrank_embedding_
+from quickchange_kernels.random_inputs import POPULARITIES, draw_slots, make_segments, random_tables
 
 Run = Callable[[Tensor, Tensor, LowRankTables, Segments, int], None]
 Close = Callable[[Tensor, Tensor], None]
 
 
 def plain(y: Tensor, x: Tensor, tables: LowRankTables, segments: Segments, group: int) -> None:
-    plain_lowrank_(y, x, *lowrank.operands(tables, segments, group))
+    plain_lowrank_(y, x, *lowrank_contract.operands(tables, segments, group))
 
 
 @pytest.fixture
 def run(version: str) -> Run:
-    return plain if version == "plain" else lowrank.lowrank_
+    return plain if version == "plain" else lowrank_contract.lowrank_
 
 
 def poisoned(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
@@ -45,7 +45,7 @@ def test_every_rank_matches_float64(
     x = randn(7, 96, generator=generator, dtype=dtype)
     y = randn(7, 64, generator=generator, dtype=dtype)
     segments = make_segments([(0, 1, 1, 1.0), (2, 7, 0, 0.5)])
-    expected = lowrank.reference_lowrank(y, x, tables, segments, 0)
+    expected = lowrank_contract.reference_lowrank(y, x, tables, segments, 0)
     run(y, x, tables, segments, 0)
     assert_close(y, expected)
 
@@ -61,7 +61,7 @@ def test_one_row_a_request_with_mixed_ranks_in_a_fused_group(
     segments = make_segments([(t, t + 1, slot, 1.0) for t, slot in enumerate(slots)])
     x = randn(rows, 80, generator=generator)
     y = randn(rows, 80, generator=generator)
-    expected = lowrank.reference_lowrank(y, x, tables, segments, 0)
+    expected = lowrank_contract.reference_lowrank(y, x, tables, segments, 0)
     run(y, x, tables, segments, 0)
     assert_close(y, expected)
 
@@ -79,7 +79,7 @@ def test_odd_sizes_match_float64(
     x = randn(20, features, generator=generator, dtype=dtype)
     y = randn(20, 2 * width, generator=generator, dtype=dtype)
     segments = make_segments([(0, 1, 0, 1.0), (1, 3, 1, 2.0), (3, 19, 0, -1.0)])
-    expected = lowrank.reference_lowrank(y, x, tables, segments, 0)
+    expected = lowrank_contract.reference_lowrank(y, x, tables, segments, 0)
     run(y, x, tables, segments, 0)
     assert_close(y, expected)
 
@@ -91,7 +91,7 @@ def test_long_prefill_segments_match_float64(
     x = randn(300, 128, generator=generator, dtype=dtype)
     y = randn(300, 96, generator=generator, dtype=dtype)
     segments = make_segments([(0, 150, 0, 1.0), (150, 299, 1, 0.5), (299, 300, 0, 1.0)])
-    expected = lowrank.reference_lowrank(y, x, tables, segments, 0)
+    expected = lowrank_contract.reference_lowrank(y, x, tables, segments, 0)
     run(y, x, tables, segments, 0)
     assert_close(y, expected)
 
@@ -103,7 +103,7 @@ def test_a_composition_adds_several_adapters_over_the_same_rows(
     spans = [(0, 4, 0, 0.5), (0, 4, 1, 0.3), (2, 30, 2, -1.0), (0, 30, 1, 0.2), (0, 1, 0, 1.0)]
     x = randn(32, 64, generator=generator, dtype=dtype)
     y = randn(32, 40, generator=generator, dtype=dtype)
-    expected = lowrank.reference_lowrank(y, x, tables, make_segments(spans), 0)
+    expected = lowrank_contract.reference_lowrank(y, x, tables, make_segments(spans), 0)
     run(y, x, tables, make_segments(spans), 0)
     assert_close(y, expected)
 
@@ -116,7 +116,7 @@ def test_a_bias_is_a_rank_with_a_shift(
     x = randn(3, 32, generator=generator)
     y = randn(3, 24, generator=generator)
     segments = make_segments([(0, 1, 0, 1.0), (1, 3, 1, 0.25)])
-    expected = lowrank.reference_lowrank(y, x, tables, segments, 0)
+    expected = lowrank_contract.reference_lowrank(y, x, tables, segments, 0)
     run(y, x, tables, segments, 0)
     assert_close(y, expected)
 
@@ -129,7 +129,7 @@ def test_each_group_takes_its_own_pages(
     segments = make_segments([(0, 1, 0, 1.0), (1, 2, 1, 1.0)])
     for group in range(3):
         y = randn(2, 24, generator=generator)
-        expected = lowrank.reference_lowrank(y, x, tables, segments, group)
+        expected = lowrank_contract.reference_lowrank(y, x, tables, segments, group)
         run(y, x, tables, segments, group)
         assert_close(y, expected)
 
@@ -183,7 +183,7 @@ def test_inputs_and_outputs_may_be_column_slices(
     y = whole[:, 9:33]
     segments = make_segments([(0, rows, 0, 1.0)])
     expected = whole.double()
-    expected[:, 9:33] = lowrank.reference_lowrank(y, x, tables, segments, 0)
+    expected[:, 9:33] = lowrank_contract.reference_lowrank(y, x, tables, segments, 0)
     run(y, x, tables, segments, 0)
     assert_close(whole, expected)
 
@@ -197,11 +197,11 @@ def test_an_embedding_adds_the_columns_of_its_tokens(
     ids = torch.randint(0, 91, (rows + 3,), generator=generator)
     spans = make_segments([(0, rows, 0, 1.0), (0, rows, 1, 0.5), (rows, rows + 1, 1, 1.0)])
     y = randn(rows + 3, 48, generator=generator, dtype=dtype)
-    expected = lowrank.reference_lowrank_embedding(y, ids, tables, spans, 0, 91)
+    expected = lowrank_contract.reference_lowrank_embedding(y, ids, tables, spans, 0, 91)
     if version == "plain":
-        plain_lowrank_embedding_(y, ids, *lowrank.operands(tables, spans, 0), 91)
+        plain_lowrank_embedding_(y, ids, *lowrank_contract.operands(tables, spans, 0), 91)
     else:
-        lowrank.lowrank_embedding_(y, ids, tables, spans, 0, 91)
+        lowrank_contract.lowrank_embedding_(y, ids, tables, spans, 0, 91)
     assert_close(y, expected)
 
 
@@ -219,7 +219,7 @@ def test_a_page_does_what_its_kind_says(
     x = randn(rows + 2, 32, generator=generator, dtype=dtype)
     y = randn(rows + 2, 61, generator=generator, dtype=dtype)
     segments = make_segments([(0, rows, 0, 1.0), (rows, rows + 2, 1, -0.5)])
-    expected = lowrank.reference_lowrank(y, x, tables, segments, 0)
+    expected = lowrank_contract.reference_lowrank(y, x, tables, segments, 0)
     run(y, x, tables, segments, 0)
     assert_close(y, expected)
 
@@ -242,7 +242,7 @@ def test_the_kinds_are_the_functions_they_are_named_after() -> None:
     x, y = torch.tensor([[-1.0]]), torch.tensor([[2.0]])
     for kind, expected in by_name.items():
         tables.page_kind[0] = kind
-        out = lowrank.reference_lowrank(y, x, tables, segments, 0)
+        out = lowrank_contract.reference_lowrank(y, x, tables, segments, 0)
         assert out.item() - 2.0 == pytest.approx(expected, abs=1e-6)
 
 
@@ -254,7 +254,7 @@ def test_pages_of_all_kinds_mix_and_gains_multiply_the_output_as_it_was(
     spans = [(0, rows, 0, 1.0), (0, rows, 1, 0.5), (rows // 2, rows + 1, 2, 2.0)]
     x = randn(rows + 1, 24, generator=generator, dtype=dtype)
     y = randn(rows + 1, 86, generator=generator, dtype=dtype)
-    expected = lowrank.reference_lowrank(y, x, tables, make_segments(spans), 0)
+    expected = lowrank_contract.reference_lowrank(y, x, tables, make_segments(spans), 0)
     run(y, x, tables, make_segments(spans), 0)
     assert_close(y, expected)
 
@@ -267,7 +267,7 @@ def test_an_adapter_may_read_the_output_that_it_adds_to(
     tables = random_tables(160, [160], [24, 8], generator, dtype=dtype, kinds=kinds)
     segments = make_segments([(0, rows, 0, 1.0), (0, rows, 1, 0.5)])
     y = randn(rows, 160, generator=generator, dtype=dtype)
-    expected = lowrank.reference_lowrank(y, y, tables, segments, 0)
+    expected = lowrank_contract.reference_lowrank(y, y, tables, segments, 0)
     run(y, y, tables, segments, 0)
     assert_close(y, expected)
 
@@ -280,11 +280,13 @@ def test_a_rows_result_does_not_depend_on_its_batch(
     x = randn(70, 200, generator=generator, dtype=dtype)
     y = randn(70, 137, generator=generator, dtype=dtype)
     together = y.clone()
-    lowrank.lowrank_(together, x, tables, make_segments([(0, 50, 1, 0.5), (50, 70, 0, 1.0)]), 0)
+    lowrank_contract.lowrank_(
+        together, x, tables, make_segments([(0, 50, 1, 0.5), (50, 70, 0, 1.0)]), 0
+    )
     for row, slot, weight in [(0, 1, 0.5), (33, 1, 0.5), (49, 1, 0.5), (50, 0, 1.0), (69, 0, 1.0)]:
         alone = y[row : row + 1].clone()
         segments = make_segments([(0, 1, slot, weight)])
-        lowrank.lowrank_(alone, x[row : row + 1], tables, segments, 0)
+        lowrank_contract.lowrank_(alone, x[row : row + 1], tables, segments, 0)
         assert torch.equal(alone[0], together[row])
 
 
@@ -298,8 +300,8 @@ def test_many_adapters_shared_out_by_rows_match_float64(
     spans.sort(key=lambda span: -span[0] if rows == 41 else span[0])
     x = randn(rows, 600, generator=generator, dtype=dtype)
     y = randn(rows, 666, generator=generator, dtype=dtype)
-    expected = lowrank.reference_lowrank(y, x, tables, make_segments(spans), 0)
-    lowrank.lowrank_(y, x, tables, make_segments(spans), 0)
+    expected = lowrank_contract.reference_lowrank(y, x, tables, make_segments(spans), 0)
+    lowrank_contract.lowrank_(y, x, tables, make_segments(spans), 0)
     assert_close(y, expected)
 
 
@@ -312,7 +314,7 @@ def test_threads_do_not_change_the_result(generator: torch.Generator) -> None:
     for threads in (1, 3):
         torch.set_num_threads(threads)
         y = torch.zeros(9, 400)
-        lowrank.lowrank_(y, x, tables, segments, 0)
+        lowrank_contract.lowrank_(y, x, tables, segments, 0)
         results.append(y)
     torch.set_num_threads(before)
     assert torch.equal(results[0], results[1])
@@ -325,7 +327,7 @@ def test_bfloat16_pages_serve_float32_rows(
     x = randn(3, 70, generator=generator)
     y = randn(3, 50, generator=generator)
     segments = make_segments([(0, 3, 0, 1.0)])
-    expected = lowrank.reference_lowrank(y, x, tables, segments, 0)
+    expected = lowrank_contract.reference_lowrank(y, x, tables, segments, 0)
     run(y, x, tables, segments, 0)
     assert_close(y, expected)
 
@@ -336,7 +338,7 @@ def test_a_dtype_without_a_native_version_goes_to_plain_torch(generator: torch.G
     x = randn(2, 16, generator=generator, dtype=torch.float16)
     segments = make_segments([(0, 2, 0, 1.0)])
     dispatched, expected = (torch.zeros(2, 8, dtype=torch.float16) for _ in range(2))
-    lowrank.lowrank_(dispatched, x, tables, segments, 0)
+    lowrank_contract.lowrank_(dispatched, x, tables, segments, 0)
     plain(expected, x, tables, segments, 0)
     assert torch.equal(dispatched, expected)
 
@@ -347,14 +349,14 @@ def test_bad_inputs_are_named(generator: torch.Generator) -> None:
     x, y = torch.zeros(2, 16), torch.zeros(2, 8)
     segments = make_segments([(0, 2, 0, 1.0)])
     with pytest.raises(TypeError, match=r"x is Double, y is Float"):
-        lowrank.lowrank_(y, x.double(), tables, segments, 0)
+        lowrank_contract.lowrank_(y, x.double(), tables, segments, 0)
     with pytest.raises(ValueError, match="y must be"):
-        lowrank.lowrank_(y.T, x, tables, segments, 0)
+        lowrank_contract.lowrank_(y.T, x, tables, segments, 0)
     with pytest.raises(IndexError, match="group 7"):
-        lowrank.lowrank_(y, x, replace(tables, shapes=tables.shapes * 8), segments, 7)
+        lowrank_contract.lowrank_(y, x, replace(tables, shapes=tables.shapes * 8), segments, 7)
     wrong = Segments(segments.rows.long(), segments.slot, segments.weight)
     with pytest.raises(TypeError, match=r"segments\.rows must be contiguous Int"):
-        lowrank.lowrank_(y, x, tables, wrong, 0)
+        lowrank_contract.lowrank_(y, x, tables, wrong, 0)
 
 
 @settings(max_examples=60, deadline=None)
@@ -376,8 +378,8 @@ def test_any_segments_match_float64(spans: list[tuple[int, int, int, float]], se
     segments = make_segments([(min(a, b), max(a, b), slot, w) for a, b, slot, w in spans])
     x = randn(50, 24, generator=generator)
     y = randn(50, 29, generator=generator)
-    expected = lowrank.reference_lowrank(y, x, tables, segments, 0)
-    for version in (plain, lowrank.lowrank_):
+    expected = lowrank_contract.reference_lowrank(y, x, tables, segments, 0)
+    for version in (plain, lowrank_contract.lowrank_):
         out = y.clone()
         version(out, x, tables, segments, 0)
         assert (out.double() - expected).norm() <= 1e-5 * expected.norm()

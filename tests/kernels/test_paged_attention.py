@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from quickchange_kernels.kv_write import kv_write_, plain_kv_write_, reference_kv_write
-from quickchange_kernels.paged_attention import (
+from quickchange_kernels.attention.kv_write import kv_write_, plain_kv_write_, reference_kv_write
+from quickchange_kernels.attention.paged_attention_contract import (
     paged_attention,
     plain_paged_attention,
     reference_paged_attention,
 )
-from quickchange_kernels.samples import query_starts as starts
-from quickchange_kernels.samples import random_keys, random_tree
+from quickchange_kernels.random_inputs import query_starts as starts
+from quickchange_kernels.random_inputs import random_keys, random_tree
 
 Attention = Callable[..., Tensor]
 Close = Callable[[Tensor, Tensor], None]

@@ -15,32 +15,26 @@ from ptx_launches import launches_run_as_ptx
 from ptx_memory import FaultError
 from turbo_items import MIXED, random_heads, random_rows
 
-from quickchange_kernels import (
-    draft_logits_triton,
-    kv_write_triton,
-    lowrank,
-    lowrank_triton,
-    paged_attention_triton,
-    rows_triton,
-    sample_triton,
-    samples,
-    turbo_heads_triton,
-    verify_triton,
-)
-from quickchange_kernels.draft_logits import reference_draft_logits
-from quickchange_kernels.kv_write import reference_kv_write
-from quickchange_kernels.lowrank_tables import LowRankTables, Segments
-from quickchange_kernels.paged_attention import reference_paged_attention
-from quickchange_kernels.rms_norm import reference_add_rms_norm, reference_rms_norm
-from quickchange_kernels.rotary import reference_rotary
-from quickchange_kernels.sample_plain import plain_sample
-from quickchange_kernels.silu_mul import reference_silu_mul
-from quickchange_kernels.turbo_heads import (
+from quickchange_kernels import random_inputs
+from quickchange_kernels.attention import kv_write_triton, paged_attention_triton
+from quickchange_kernels.attention.kv_write import reference_kv_write
+from quickchange_kernels.attention.paged_attention_contract import reference_paged_attention
+from quickchange_kernels.elementwise import elementwise_triton
+from quickchange_kernels.elementwise.rms_norm import reference_add_rms_norm, reference_rms_norm
+from quickchange_kernels.elementwise.rotary import reference_rotary
+from quickchange_kernels.elementwise.silu_mul import reference_silu_mul
+from quickchange_kernels.lowrank import lowrank_contract, lowrank_triton
+from quickchange_kernels.lowrank.lowrank_tables import LowRankTables, Segments
+from quickchange_kernels.sampling import sample_triton, verify_triton
+from quickchange_kernels.sampling.sample_plain import plain_sample
+from quickchange_kernels.sampling.verify import reference_verify
+from quickchange_kernels.turbo_heads import draft_logits_triton, turbo_heads_triton
+from quickchange_kernels.turbo_heads.draft_logits import reference_draft_logits
+from quickchange_kernels.turbo_heads.turbo_heads_contract import (
     HeadItems,
     reference_head_logits,
     reference_turbo_heads,
 )
-from quickchange_kernels.verify import reference_verify
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
@@ -59,14 +53,14 @@ def assert_close(out: Tensor, reference: Tensor) -> None:
 def test_rms_norm(width: int, dtype: torch.dtype) -> None:
     x, weight = randn(3, width + 3, dtype=dtype)[:, 3:], randn(width, dtype=dtype)
     with launches_run_as_ptx(seed=3):
-        out = rows_triton.launch_rms_norm(x, weight, 1e-5, 1.0)
+        out = elementwise_triton.launch_rms_norm(x, weight, 1e-5, 1.0)
     assert_close(out, reference_rms_norm(x, weight, 1e-5, 1.0))
 
 
 def test_add_rms_norm() -> None:
     x, delta, weight = (randn(*shape, dtype=torch.bfloat16) for shape in ((2, 72), (2, 72), (72,)))
     with launches_run_as_ptx(seed=4):
-        total, out = rows_triton.launch_add_rms_norm(x, delta, weight, 1e-5)
+        total, out = elementwise_triton.launch_add_rms_norm(x, delta, weight, 1e-5)
     expected_total, expected = reference_add_rms_norm(x, delta, weight, 1e-5)
     assert torch.equal(total, expected_total)
     assert_close(out, expected)
@@ -76,7 +70,7 @@ def test_add_rms_norm() -> None:
 def test_silu_mul(width: int, dtype: torch.dtype) -> None:
     x = randn(3, 2 * width, dtype=dtype)
     with launches_run_as_ptx(seed=5):
-        out = rows_triton.launch_silu_mul(x)
+        out = elementwise_triton.launch_silu_mul(x)
     assert_close(out, reference_silu_mul(x))
 
 
@@ -85,7 +79,7 @@ def test_rotary() -> None:
     cos, sin = (randn(2, 40, dtype=torch.bfloat16, seed=seed) for seed in (8, 9))
     expected = [reference_rotary(x, cos, sin) for x in (q, k)]
     with launches_run_as_ptx(seed=6):
-        rows_triton.launch_rotary_(q, k, cos, sin)
+        elementwise_triton.launch_rotary_(q, k, cos, sin)
     for out, reference in zip((q, k), expected, strict=True):
         assert_close(out, reference)
 
@@ -93,7 +87,7 @@ def test_rotary() -> None:
 def run_lowrank(tables: LowRankTables, segments: Segments, y: Tensor, x: Tensor) -> Tensor:
     """y afterwards; rows in no segment must stay what they are."""
     out = y.clone()
-    operands = lowrank.operands(tables, segments, 0)
+    operands = lowrank_contract.operands(tables, segments, 0)
     with launches_run_as_ptx(seed=7):
         lowrank_triton.launch_lowrank(out, x, *operands)
     return out
@@ -115,36 +109,36 @@ def test_lowrank(
     spans: list[tuple[int, int, int, float]],
 ) -> None:
     generator = torch.Generator().manual_seed(11)
-    tables = samples.random_tables(features, widths, (3, 0, 20), generator, dtype=dtype)
+    tables = random_inputs.random_tables(features, widths, (3, 0, 20), generator, dtype=dtype)
     rows = spans[-1][1]
     x, y = randn(rows, features, dtype=dtype), randn(rows, sum(widths), dtype=dtype, seed=2)
-    segments = samples.make_segments(spans)
+    segments = random_inputs.make_segments(spans)
     out = run_lowrank(tables, segments, y, x)
-    assert_close(out, lowrank.reference_lowrank(y, x, tables, segments, 0))
+    assert_close(out, lowrank_contract.reference_lowrank(y, x, tables, segments, 0))
 
 
 def test_lowrank_embedding() -> None:
     generator = torch.Generator().manual_seed(12)
-    tables = samples.random_tables(50, (24,), (5, 16), generator, dtype=torch.bfloat16)
-    segments = samples.make_segments([(0, 2, 0, 1.0), (2, 5, 1, 1.0)])
+    tables = random_inputs.random_tables(50, (24,), (5, 16), generator, dtype=torch.bfloat16)
+    segments = random_inputs.make_segments([(0, 2, 0, 1.0), (2, 5, 1, 1.0)])
     ids = torch.randint(50, (5,), generator=generator)
     y = randn(5, 24, dtype=torch.bfloat16)
-    expected = lowrank.reference_lowrank_embedding(y, ids, tables, segments, 0, 50)
+    expected = lowrank_contract.reference_lowrank_embedding(y, ids, tables, segments, 0, 50)
     with launches_run_as_ptx(seed=8):
-        operands = lowrank.operands(tables, segments, 0)
+        operands = lowrank_contract.operands(tables, segments, 0)
         lowrank_triton.launch_lowrank_embedding(y, ids, *operands, 50)
     assert_close(y, expected)
 
 
 def test_a_false_claim_that_lowrank_weights_are_aligned_is_caught() -> None:
     generator = torch.Generator().manual_seed(13)
-    tables = samples.random_tables(36, (20,), (8,), generator, dtype=torch.bfloat16)
+    tables = random_inputs.random_tables(36, (20,), (8,), generator, dtype=torch.bfloat16)
     honest = tables.shapes[0]
     assert not honest.aligned
     lying = dataclasses.replace(tables, shapes=(dataclasses.replace(honest, aligned=True),))
     x, y = randn(2, 36, dtype=torch.bfloat16), randn(2, 20, dtype=torch.bfloat16)
-    segments = samples.make_segments([(0, 2, 0, 1.0)])
-    expected = lowrank.reference_lowrank(y, x, tables, segments, 0)
+    segments = random_inputs.make_segments([(0, 2, 0, 1.0)])
+    expected = lowrank_contract.reference_lowrank(y, x, tables, segments, 0)
     assert_close(run_lowrank(tables, segments, y, x), expected)
     with pytest.raises(FaultError, match="misaligned"):
         run_lowrank(lying, segments, y, x)
@@ -163,11 +157,11 @@ def test_paged_attention(
     lengths: tuple[int, ...], counts: tuple[int, ...], window: int, tree: bool, dtype: torch.dtype
 ) -> None:
     generator = torch.Generator().manual_seed(14)
-    keys = samples.random_keys(lengths, 1, 40, 16, generator, dtype)
+    keys = random_inputs.random_keys(lengths, 1, 40, 16, generator, dtype)
     q = randn(sum(counts), 3, 40, dtype=dtype)
-    bits = samples.random_tree(counts, generator) if tree else None
+    bits = random_inputs.random_tree(counts, generator) if tree else None
     arguments = (q, keys.k_cache, keys.v_cache, keys.block_tables, keys.seq_lens)
-    rest = (samples.query_starts(counts), 40**-0.5, window, 5.0, bits)
+    rest = (random_inputs.query_starts(counts), 40**-0.5, window, 5.0, bits)
     with launches_run_as_ptx(seed=9):
         out = paged_attention_triton.launch_paged_attention(*arguments, *rest)
     assert_close(out, reference_paged_attention(*arguments, *rest))
@@ -175,10 +169,10 @@ def test_paged_attention(
 
 def test_attention_over_several_splits() -> None:
     generator = torch.Generator().manual_seed(15)
-    keys = samples.random_keys((530,), 1, 16, 16, generator, torch.bfloat16)
+    keys = random_inputs.random_keys((530,), 1, 16, 16, generator, torch.bfloat16)
     q = randn(1, 2, 16, dtype=torch.bfloat16)
     arguments = (q, keys.k_cache, keys.v_cache, keys.block_tables, keys.seq_lens)
-    rest = (samples.query_starts((1,)), 0.25)
+    rest = (random_inputs.query_starts((1,)), 0.25)
     with launches_run_as_ptx(seed=10):
         out = paged_attention_triton.launch_paged_attention(*arguments, *rest)
     assert_close(out, reference_paged_attention(*arguments, *rest))

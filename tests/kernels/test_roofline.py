@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from quickchange_kernels.roofline import floors, tables
+from quickchange_kernels.roofline import floors, roofline_tables
 from quickchange_kernels.roofline.floors import Batch, Work
 from quickchange_kernels.roofline.machine import H100, LLAMA_8B, LLAMA_70B, Linear, Model
 
@@ -46,7 +46,7 @@ def test_reading_keys_and_values_bounds_attention() -> None:
 
 def test_the_document_shows_the_floors_as_computed() -> None:
     document = DOCUMENT.read_text()
-    assert tables.written(document, tables.FLOORS) == document, (
+    assert roofline_tables.written(document, roofline_tables.FLOORS) == document, (
         "run python -m quickchange_kernels.roofline --write docs/kernels.md"
     )
 
@@ -55,14 +55,14 @@ def test_the_document_shows_the_floors_as_computed() -> None:
 def test_the_document_shows_the_compiled_kernels_as_they_are() -> None:
     pytest.importorskip("triton")
     document = DOCUMENT.read_text()
-    assert tables.written(document, tables.COMPILED) == document, (
+    assert roofline_tables.written(document, roofline_tables.COMPILED) == document, (
         "run python -m quickchange_kernels.roofline --write docs/kernels.md"
     )
 
 
 def test_a_document_without_a_place_is_refused() -> None:
     with pytest.raises(ValueError, match="no place '<!-- table step -->'"):
-        tables.written("# Empty", ["step"])
+        roofline_tables.written("# Empty", ["step"])
 
 
 SASS = """

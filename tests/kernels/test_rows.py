@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quickchange_kernels.rms_norm import (
+from quickchange_kernels.elementwise.rms_norm import (
     add_rms_norm,
     plain_add_rms_norm,
     plain_rms_norm,
@@ -16,8 +16,8 @@ from quickchange_kernels.rms_norm import (
     reference_rms_norm,
     rms_norm,
 )
-from quickchange_kernels.rotary import plain_rotary_, reference_rotary, rotary_
-from quickchange_kernels.silu_mul import plain_silu_mul, reference_silu_mul, silu_mul
+from quickchange_kernels.elementwise.rotary import plain_rotary_, reference_rotary, rotary_
+from quickchange_kernels.elementwise.silu_mul import plain_silu_mul, reference_silu_mul, silu_mul
 
 Close = Callable[[Tensor, Tensor], None]
 WIDTHS = [1, 8, 37, 576]

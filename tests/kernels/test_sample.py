@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from mass_edges import draws_at_edges
 from torch import Tensor
 
-from quickchange_kernels import sample_triton
 from quickchange_kernels.aot import compiling, targets
-from quickchange_kernels.sample import Drawn, Draws, Edits, sample
-from quickchange_kernels.sample_plain import masses, plain_sample
+from quickchange_kernels.sampling import sample_triton
+from quickchange_kernels.sampling.sample_contract import Drawn, Draws, Edits, sample
+from quickchange_kernels.sampling.sample_plain import masses, plain_sample
 
 Row = npt.NDArray[np.float64]
 PROPERTY = settings(deadline=None, max_examples=60)

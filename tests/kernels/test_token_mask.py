@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quickchange_kernels.token_mask import (
+from quickchange_kernels.sampling.token_mask import (
     mask_words,
     plain_token_mask_,
     reference_token_mask,

@@ -11,7 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quickchange_kernels.verify import MAX_ROWS, Verified, plain_verify, reference_verify, verify
+from quickchange_kernels.sampling.verify import (
+    MAX_ROWS,
+    Verified,
+    plain_verify,
+    reference_verify,
+    verify,
+)
 
 Run = Callable[..., Verified]
 CPU = torch.device("cpu")

@@ -9,10 +9,14 @@ import torch
 from tiny_models import save_model
 from torch import nn
 
-from quickchange_server.model.adapted import ProjectionPart, SharedProjection
-from quickchange_server.model.fused import FusedGatedMLP, FusedRMSNorm
-from quickchange_server.model.fused_layer import FusedAttention, FusedDecoderLayer
-from quickchange_server.model.load import load_model
+from quickchange_server.model.adapter_layers import ProjectionPart, SharedProjection
+from quickchange_server.model.fusion import (
+    FusedAttention,
+    FusedDecoderLayer,
+    FusedGatedMLP,
+    FusedRMSNorm,
+)
+from quickchange_server.model.model_loader import load_model
 
 LAYERS = 3
 

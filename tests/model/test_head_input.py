@@ -9,11 +9,10 @@ import torch
 from tiny_models import FAMILIES, make_model, save_model
 from torch import nn
 
-from quickchange_server.model import attention
-from quickchange_server.model.attention import PagedAttention, UnsupportedModelError
-from quickchange_server.model.head_input import HeadInput
-from quickchange_server.model.load import forward, load_model, prepare
-from quickchange_server.model.step import AttentionBatch, Step
+from quickchange_server.model import paged_attention
+from quickchange_server.model.forward_context import AttentionBatch, Step
+from quickchange_server.model.model_loader import HeadInput, forward, load_model, prepare
+from quickchange_server.model.paged_attention import PagedAttention, UnsupportedModelError
 
 CPU = torch.device("cpu")
 ROWS = 6
@@ -41,7 +40,7 @@ def test_hidden_states_are_those_that_transformers_head_reads(
     path = str(save_model(family, tmp_path))
     model = load_model(path, dtype=torch.float32, device=CPU, adapters=adapters)
     pages = PagedAttention(model.layers, 4, 4, torch.float32, CPU, model.holder)
-    attention.install(model.module, pages)
+    paged_attention.install(model.module, pages)
     ids, rows = torch.tensor([3, 1, 4, 1, 5, 9]), torch.tensor([5, 2])
     model.holder.step = causal()
     output = forward(model, ids, torch.arange(ROWS), rows)
@@ -58,9 +57,9 @@ def test_hidden_states_are_those_that_transformers_head_reads(
 
 
 def test_a_model_without_an_lm_head_is_refused_by_name() -> None:
-    attention.register()
+    paged_attention.register()
     model = make_model("llama")
-    model.set_attn_implementation(attention.NAME)
+    model.set_attn_implementation(paged_attention.NAME)
     model.lm_head = None
     with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM has no module"):
         prepare(model, adapters=True)

@@ -10,7 +10,7 @@ from engine_driver import Driver, make_engine, request
 from tiny_models import save_model
 
 from quickchange_server.model import output_side
-from quickchange_store.canonical import CanonicalAdapter, LowRankUpdate, Source
+from quickchange_store.canonical.canonical_adapter import CanonicalAdapter, LowRankUpdate, Source
 
 HIDDEN, LAYERS = 48, 3
 

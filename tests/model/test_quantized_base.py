@@ -10,11 +10,11 @@ from engine_driver import Driver, make_engine, request
 from tiny_models import make_model, save_model
 from torch import nn
 
-from quickchange_kernels.linear_int8 import dequantize_int8, quantize_int8
-from quickchange_server.model.adapted import BaseLinear
-from quickchange_server.model.fused_layer import FusedDecoderLayer
-from quickchange_server.model.load import LoadedModel, load_model
-from quickchange_server.model.quantized import Int8Linear
+from quickchange_kernels.linear.linear_int8 import dequantize_int8, quantize_int8
+from quickchange_server.model.adapter_layers import BaseLinear
+from quickchange_server.model.fusion import FusedDecoderLayer
+from quickchange_server.model.int8_linear import Int8Linear
+from quickchange_server.model.model_loader import LoadedModel, load_model
 
 CPU = torch.device("cpu")
 

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "server")]
-
-from fake_engine import Behaviour  # noqa: E402
-from http_support import Live, live_server, make_adapter, make_turbo  # noqa: E402
-from page_support import CHROMEDRIVER, CHROMIUM, Browser  # noqa: E402
+from fake_engine import Behaviour
+from http_support import Live, live_server, make_adapter, make_turbo
+from page_support import CHROMEDRIVER, CHROMIUM, Browser
 
 STEP_SECONDS = 0.004
 

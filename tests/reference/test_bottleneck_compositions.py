@@ -12,8 +12,13 @@ from engine_driver import Driver, make_engine, request
 from tiny_models import VOCABULARY, greedy, make_model, save_model
 from torch.nn import functional as F
 
-from quickchange_store.canonical import Activation, CanonicalAdapter, LowRankUpdate, Source
-from quickchange_store.structure import sublayers
+from quickchange_store.base_model.sublayers import sublayers
+from quickchange_store.canonical.canonical_adapter import (
+    Activation,
+    CanonicalAdapter,
+    LowRankUpdate,
+    Source,
+)
 
 ACTIVATIONS = {
     "identity": lambda x: x,

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from tiny_models import greedy
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from quickchange_store.base import base_spec
-from quickchange_store.canonical import BaseSpec, CanonicalAdapter
+from quickchange_store.base_model.base_spec import base_spec
+from quickchange_store.canonical.canonical_adapter import BaseSpec, CanonicalAdapter
 from quickchange_store.importing import read_adapter
 
 RECORDED = json.loads((Path(__file__).parent / "adapterhub" / "answers.json").read_text())

@@ -24,11 +24,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from quickchange_bench.random_adapters import AdapterSpec, write_adapters
-from quickchange_store.base import base_spec
-from quickchange_store.demo import ensure_demo_base
+from quickchange_bench.models.random_adapters import AdapterSpec, write_adapters
+from quickchange_store.base_model.base_spec import base_spec
 from quickchange_store.importing import add_adapter
 from quickchange_store.store import Store
+from quickchange_training.demo import ensure_demo_base
 
 NAMES = [f"lora-{index}" for index in range(8)]
 BASE = "SmolLM2-135M-Instruct"

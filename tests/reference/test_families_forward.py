@@ -8,12 +8,12 @@ import pytest
 import torch
 from tiny_models import FAMILIES, VOCABULARY, greedy, make_model, save_model
 
-from quickchange_server.engine.kv_cache import KVBlocks
-from quickchange_server.engine.runner import Runner
+from quickchange_server.engine.kv_cache_manager import KVBlocks
+from quickchange_server.engine.model_runner import Runner
 from quickchange_server.engine.scheduler import Scheduler
 from quickchange_server.engine.sequence import Sequence
-from quickchange_server.messages import SamplingParams, Submit
-from quickchange_server.model.load import load_model
+from quickchange_server.model.model_loader import load_model
+from quickchange_server.protocol import SamplingParams, Submit
 
 CPU = torch.device("cpu")
 

@@ -20,11 +20,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from text_of_pieces import text_of_pieces
 from tiny_models import VOCABULARY, greedy, make_model, save_model
 
-from quickchange_server.constraints.grammars import TokenGrammars
-from quickchange_server.messages import Constraint
-from quickchange_store.base import base_spec
-from quickchange_store.canonical import CanonicalAdapter
-from quickchange_store.formats.peft import read_peft
+from quickchange_server.protocol import Constraint
+from quickchange_server.structured_output.grammar import TokenGrammars
+from quickchange_store.base_model.base_spec import base_spec
+from quickchange_store.canonical.canonical_adapter import CanonicalAdapter
+from quickchange_store.formats.peft.lora import read_peft
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from quickchange_bench.structured import StructuredOptions, measure_structured
-from quickchange_store.demo import ensure_demo_base
+from quickchange_bench.service.structured_bench import StructuredOptions, measure_structured
+from quickchange_training.demo import ensure_demo_base
 
 
 @pytest.mark.slow

@@ -10,17 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from quickchange_server.messages import Component, Drafting, SamplingParams
-from quickchange_server.offline import OfflineEngine, OfflineRequest
-from quickchange_server.settings import Settings
-from quickchange_server.text import Text
-from quickchange_server.token_text import token_text
-from quickchange_store.base import base_spec
-from quickchange_store.demo import DEMO_ADAPTERS, ensure_demo_base, publish_demo_adapters
-from quickchange_store.demo.tasks import TASKS
+from quickchange_server.config import Settings
+from quickchange_server.entrypoints.llm import OfflineEngine, OfflineRequest
+from quickchange_server.frontend.tokenizer import Text, token_text
+from quickchange_server.protocol import Component, Drafting, SamplingParams
+from quickchange_store.base_model.base_spec import base_spec
 from quickchange_store.store import Store
-from quickchange_store.training.data import encode_prompt
-from quickchange_store.training.job import load_tokenizer
+from quickchange_training.demo import DEMO_ADAPTERS, ensure_demo_base, publish_demo_adapters
+from quickchange_training.demo.tasks import TASKS
+from quickchange_training.examples import encode_prompt
+from quickchange_training.lora.lora_job import load_tokenizer
 
 REQUESTS = 24
 NEW_TOKENS = 48

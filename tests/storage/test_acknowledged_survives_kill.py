@@ -17,7 +17,7 @@ import pytest
 from postgres_server import PostgresServer, postgres_server
 from storage_support import noted, notes_at
 
-WRITER = Path(__file__).with_name("write_until_killed.py")
+WRITER = Path(__file__).parents[1] / "support" / "write_until_killed.py"
 STRIDES = (0.15, 0.6)  # seconds of writing before the kill
 LIMIT_SECONDS = 60.0
 

@@ -16,7 +16,7 @@ import httpx
 from http_support import BASE
 from storage_support import notes_at
 
-SCRIPT = Path(__file__).with_name("serve_recording.py")
+SCRIPT = Path(__file__).parents[1] / "support" / "serve_recording.py"
 SUPPORT = (SCRIPT.parent, SCRIPT.parents[1] / "server", SCRIPT.parents[1] / "support")
 CLIENTS = 6
 ENDED = 60  # answers before the kill

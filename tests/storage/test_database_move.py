@@ -11,7 +11,7 @@ from sqlalchemy import select
 from storage_support import NOTES, note, noted, notes
 from typer.testing import CliRunner
 
-from quickchange_server.storage import moving
+from quickchange_server.storage import maintenance
 from quickchange_server.storage.cli import app
 from quickchange_server.storage.database import Database
 from quickchange_server.storage.revisions import bump
@@ -64,14 +64,14 @@ def test_rows_keep_their_numbers_and_new_ones_go_on_after_them(
 ) -> None:
     source = f"sqlite:///{tmp_path / 'source.sqlite3'}"
     texts = [f"n{number}" for number in range(5)]
-    monkeypatch.setattr(moving, "all_tables", lambda: NOTES.metadata)
-    monkeypatch.setattr(moving, "BATCH", 2)
+    monkeypatch.setattr(maintenance, "all_tables", lambda: NOTES.metadata)
+    monkeypatch.setattr(maintenance, "BATCH", 2)
 
     async def main() -> None:
         async with noted(source) as database, noted(database_url):
             for text in texts:
                 await database.write(note(text))
-        moving.move(source, database_url, lambda _table, _rows: None)
+        maintenance.move(source, database_url, lambda _table, _rows: None)
         async with noted(database_url) as database:
             await database.write(note("new"))
             assert await database.read(notes) == [*texts, "new"]

@@ -16,7 +16,7 @@ from sqlalchemy.exc import IntegrityError, OperationalError
 from storage_support import NOTES, note, noted, notes
 
 from quickchange_server.errors import UnavailableError
-from quickchange_server.metrics_storage import StorageMetrics
+from quickchange_server.observability.subsystem_metrics import StorageMetrics
 from quickchange_server.storage import transactions as transactions_module
 from quickchange_server.storage import writer as writer_module
 from quickchange_server.storage.database import Database

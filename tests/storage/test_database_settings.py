@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from quickchange_server import launch
+from quickchange_server.config import Settings
+from quickchange_server.entrypoints import serve
 from quickchange_server.errors import SettingError
-from quickchange_server.settings import Settings
 from quickchange_server.storage.database import Database
 
 
@@ -102,4 +102,4 @@ def test_a_file_that_another_process_uses_is_waited_for(tmp_path: Path) -> None:
 def test_serve_refuses_in_one_line_with_status_1(tmp_path: Path) -> None:
     given = {"model": "unused", "store": tmp_path, "port": 0, "database": "mysql://host/x"}
     with pytest.raises(SystemExit, match=r"^quickchange: database: mysql is not supported[^\n]*$"):
-        launch.serve(given, demo=False)
+        serve.serve(given, demo=False)

@@ -15,7 +15,7 @@ from http_support import BASE, Live, live_server
 from keys_support import bearer, created
 
 from quickchange_server.storage.database import Database
-from quickchange_server.tenants import records
+from quickchange_server.tenants import key_records
 from quickchange_server.tenants.key import Terms
 
 
@@ -26,7 +26,7 @@ def keyed(store: Path, url: str) -> Iterator[Live]:
     async def make_key() -> str:
         database = Database.open(url)
         terms = Terms("operator", "admin", ("*",))
-        _, secret = await database.write(partial(records.create, terms=terms, now=time.time()))
+        _, secret = await database.write(partial(key_records.create, terms=terms, now=time.time()))
         await database.close()
         return secret
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from quickchange_store.base import base_spec
-from quickchange_store.canonical import BaseSpec, CanonicalAdapter, LowRankUpdate
-from quickchange_store.turbo import DraftBlock, TurboHeads
+from quickchange_store.base_model.base_spec import base_spec
+from quickchange_store.canonical.canonical_adapter import BaseSpec, CanonicalAdapter, LowRankUpdate
+from quickchange_store.canonical.turbo_part import DraftBlock, TurboHeads
 
 SIZES: dict[str, Any] = {
     "vocab_size": 53,

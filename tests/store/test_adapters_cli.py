@@ -10,10 +10,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from quickchange_store.canonical.turbo_part import DraftBlock, TurboHeads
 from quickchange_store.cli import app
-from quickchange_store.formats.turbo_dir import write_turbo_directory
+from quickchange_store.formats.turbo.turbo_directory import write_turbo_directory
 from quickchange_store.store import Store
-from quickchange_store.turbo import DraftBlock, TurboHeads
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from quickchange_store.base import base_spec
-from quickchange_store.canonical import ModuleShape
+from quickchange_store.base_model.base_spec import base_spec
+from quickchange_store.canonical.canonical_adapter import ModuleShape
 from quickchange_store.errors import BaseModelError
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from quickchange_store.structure import producers, sublayers
+from quickchange_store.base_model.sublayers import producers, sublayers
 
 
 class Gated(nn.Module):

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from quickchange_store import canonical
-from quickchange_store.canonical import (
+from quickchange_store.canonical import canonical_adapter
+from quickchange_store.canonical.canonical_adapter import (
     ACTIVATIONS,
     SOURCES,
     Activation,
@@ -86,13 +86,13 @@ def test_what_is_written_is_read_back(
 ) -> None:
     path = tmp_path_factory.mktemp("bytes") / "adapter.safetensors"
     with path.open("wb") as file:
-        digest = canonical.write(adapter, file)
-    loaded = canonical.load(path)
+        digest = canonical_adapter.write(adapter, file)
+    loaded = canonical_adapter.load(path)
     assert loaded.architecture == adapter.architecture
     assert loaded.updates.keys() == adapter.updates.keys()
     assert all(same(loaded.updates[m], adapter.updates[m]) for m in adapter.updates)
-    assert path.read_bytes() == canonical.to_bytes(adapter)
-    assert digest == canonical.digest(loaded) == canonical.file_digest(path)
+    assert path.read_bytes() == canonical_adapter.to_bytes(adapter)
+    assert digest == canonical_adapter.digest(loaded) == canonical_adapter.file_digest(path)
 
 
 @settings(max_examples=40, deadline=None)
@@ -101,13 +101,13 @@ def test_the_order_of_modules_does_not_matter(adapter: CanonicalAdapter, random:
     modules = list(adapter.updates.items())
     random.shuffle(modules)
     shuffled = dataclasses.replace(adapter, updates=dict(modules))
-    assert canonical.to_bytes(shuffled) == canonical.to_bytes(adapter)
+    assert canonical_adapter.to_bytes(shuffled) == canonical_adapter.to_bytes(adapter)
 
 
 def test_where_an_adapter_came_from_does_not_matter() -> None:
     adapter = CanonicalAdapter("L", "base", {"m": update(2, torch.float32, True)}, {"format": "x"})
     other = dataclasses.replace(adapter, base_name="another", source={"seed": 3})
-    assert canonical.digest(other) == canonical.digest(adapter)
+    assert canonical_adapter.digest(other) == canonical_adapter.digest(adapter)
 
 
 def test_memory_layout_does_not_matter() -> None:
@@ -115,7 +115,8 @@ def test_memory_layout_does_not_matter() -> None:
     strided = LowRankUpdate(plain.a.T.contiguous().T, plain.b, plain.scale)
     assert not strided.a.is_contiguous()
     bytes_of = [
-        canonical.to_bytes(CanonicalAdapter("L", "base", {"m": u})) for u in (plain, strided)
+        canonical_adapter.to_bytes(CanonicalAdapter("L", "base", {"m": u}))
+        for u in (plain, strided)
     ]
     assert bytes_of[0] == bytes_of[1]
 
@@ -135,40 +136,42 @@ def test_memory_layout_does_not_matter() -> None:
 def test_what_changes_the_function_changes_the_digest(change: Any) -> None:
     before = CanonicalAdapter("L", "base", {"m": update(2, torch.float32, True)})
     after = dataclasses.replace(before, updates={"m": change(before.updates["m"])})
-    assert canonical.digest(after) != canonical.digest(before)
+    assert canonical_adapter.digest(after) != canonical_adapter.digest(before)
 
 
 def test_the_bytes_stay_the_same_over_releases() -> None:
     adapter = CanonicalAdapter(
         "L", "b", {"m": update(2, torch.bfloat16, True), "n": update(0, torch.float32, True)}
     )
-    assert canonical.digest(adapter) == PINNED
-    assert hashlib.sha256(canonical.to_bytes(adapter)).hexdigest() == PINNED
+    assert canonical_adapter.digest(adapter) == PINNED
+    assert hashlib.sha256(canonical_adapter.to_bytes(adapter)).hexdigest() == PINNED
 
 
 def test_what_an_update_reads_changes_the_digest() -> None:
     digests = {
-        canonical.digest(CanonicalAdapter("L", "b", {"m": bottleneck(2, "relu", source, True)}))
+        canonical_adapter.digest(
+            CanonicalAdapter("L", "b", {"m": bottleneck(2, "relu", source, True)})
+        )
         for source in SOURCES
     }
     assert len(digests) == len(SOURCES)
 
 
 def test_a_file_of_another_format_is_refused(tmp_path: Path) -> None:
-    content = canonical.to_bytes(CanonicalAdapter("L", "b", {"m": gain(2, torch.float32)}))
+    content = canonical_adapter.to_bytes(CanonicalAdapter("L", "b", {"m": gain(2, torch.float32)}))
     assert content.count(b'\\"format\\":2') == 1
     path = tmp_path / "adapter.safetensors"
     path.write_bytes(content.replace(b'\\"format\\":2', b'\\"format\\":4'))
     with pytest.raises(CorruptVersionError, match="format 4"):
-        canonical.load(path)
+        canonical_adapter.load(path)
 
 
 def test_an_unknown_activation_in_a_file_is_refused(tmp_path: Path) -> None:
     adapter = CanonicalAdapter("L", "b", {"m": bottleneck(2, "relu", "output", True)})
     path = tmp_path / "adapter.safetensors"
-    path.write_bytes(canonical.to_bytes(adapter).replace(b"relu", b"mish"))
+    path.write_bytes(canonical_adapter.to_bytes(adapter).replace(b"relu", b"mish"))
     with pytest.raises(CorruptVersionError, match="mish"):
-        canonical.load(path)
+        canonical_adapter.load(path)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +198,7 @@ def test_a_gain_on_what_is_not_the_modules_own_output_is_refused() -> None:
 def test_the_file_is_plain_safetensors(tmp_path: Path) -> None:
     adapter = CanonicalAdapter("L", "base", {"m": update(2, torch.bfloat16, True)})
     path = tmp_path / "adapter.safetensors"
-    path.write_bytes(canonical.to_bytes(adapter))
+    path.write_bytes(canonical_adapter.to_bytes(adapter))
     with safe_open(str(path), framework="pt") as file:
         assert set(file.keys()) == {"m.a", "m.b", "m.bias"}
         assert torch.equal(file.get_tensor("m.a"), adapter.updates["m"].a)
@@ -203,22 +206,26 @@ def test_the_file_is_plain_safetensors(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("keep", [0, 4, 30, -1])
 def test_a_cut_file_is_refused(keep: int, tmp_path: Path) -> None:
-    content = canonical.to_bytes(CanonicalAdapter("L", "b", {"m": update(2, torch.float32, True)}))
+    content = canonical_adapter.to_bytes(
+        CanonicalAdapter("L", "b", {"m": update(2, torch.float32, True)})
+    )
     path = tmp_path / "adapter.safetensors"
     path.write_bytes(content[:keep])
     with pytest.raises(CorruptVersionError, match=r"adapter\.safetensors"):
-        canonical.load(path)
+        canonical_adapter.load(path)
 
 
 def test_a_scale_that_is_not_finite_is_refused() -> None:
     bad = dataclasses.replace(update(2, torch.float32, False), scale=math.inf)
     with pytest.raises(InvalidAdapterError, match="m: scale"):
-        canonical.to_bytes(CanonicalAdapter("L", "base", {"m": bad}))
+        canonical_adapter.to_bytes(CanonicalAdapter("L", "base", {"m": bad}))
 
 
 def test_a_dtype_that_can_not_be_stored_is_refused() -> None:
     with pytest.raises(InvalidAdapterError, match=r"m\.a"):
-        canonical.digest(CanonicalAdapter("L", "base", {"m": update(2, torch.float64, False)}))
+        canonical_adapter.digest(
+            CanonicalAdapter("L", "base", {"m": update(2, torch.float64, False)})
+        )
 
 
 def test_factors_that_do_not_fit_are_refused() -> None:

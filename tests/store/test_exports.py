@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from quickchange_store import canonical
-from quickchange_store.canonical import BaseSpec, CanonicalAdapter, LowRankUpdate
+from quickchange_store.canonical import canonical_adapter
+from quickchange_store.canonical.canonical_adapter import BaseSpec, CanonicalAdapter, LowRankUpdate
+from quickchange_store.canonical.turbo_part import DraftBlock, TurboHeads
 from quickchange_store.errors import (
     BaseMismatchError,
     BaseModelError,
@@ -22,7 +23,6 @@ from quickchange_store.errors import (
 )
 from quickchange_store.exporting import Layout, export_adapter
 from quickchange_store.importing import read_adapter
-from quickchange_store.turbo import DraftBlock, TurboHeads
 
 H, V = 32, 53  # of the base models in conftest
 MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.o_proj", "lm_head")
@@ -96,7 +96,7 @@ def test_heads_read_back_are_the_same_version(
     assert export_adapter(adapter(heads), folder, layout, spec) == ("the Turbo heads",)
     read = read_adapter(folder, spec)
     assert read.warnings == ()
-    assert canonical.digest(read.adapter) == canonical.digest(adapter(heads))
+    assert canonical_adapter.digest(read.adapter) == canonical_adapter.digest(adapter(heads))
 
 
 @pytest.mark.parametrize("layout", [Layout.LORAX, Layout.TURBO])
@@ -106,7 +106,7 @@ def test_a_turbo_lora_read_back_is_the_same_version(
     made = adapter(PARALLEL, lora(spec, 2.0, 0.1, 1 / 3))
     export_adapter(made, tmp_path / "made", layout, spec)
     read = read_adapter(tmp_path / "made", spec).adapter
-    assert canonical.digest(read) == canonical.digest(made)
+    assert canonical_adapter.digest(read) == canonical_adapter.digest(made)
 
 
 def test_the_lora_part_is_a_peft_folder_that_peft_reads(
@@ -119,7 +119,9 @@ def test_the_lora_part_is_a_peft_folder_that_peft_reads(
     folder = tmp_path / "made"
     assert export_adapter(made, folder, Layout.PEFT, base.spec) == ("the LoRA",)
     alone = dataclasses.replace(made, turbo=None)
-    assert canonical.digest(read_adapter(folder, base.spec).adapter) == canonical.digest(alone)
+    assert canonical_adapter.digest(
+        read_adapter(folder, base.spec).adapter
+    ) == canonical_adapter.digest(alone)
 
     from transformers import AutoModelForCausalLM
 
@@ -141,7 +143,7 @@ def test_an_embeddings_lora_keeps_its_scale(tmp_path: Path, bases: Any) -> None:
     export_adapter(made, tmp_path / "made", Layout.PEFT, spec)
     assert json.loads((tmp_path / "made/adapter_config.json").read_text())["lora_alpha"] == 8
     read = read_adapter(tmp_path / "made", spec).adapter
-    assert canonical.digest(read) == canonical.digest(made)
+    assert canonical_adapter.digest(read) == canonical_adapter.digest(made)
 
 
 def test_vllms_folder_has_what_its_medusa_model_loads(tmp_path: Path, bases: Any) -> None:

@@ -13,14 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quickchange_store import canonical
+from quickchange_store.canonical import canonical_adapter
 from quickchange_store.errors import (
     BaseMismatchError,
     InvalidAdapterError,
     StoreError,
     UnsupportedFeatureError,
 )
-from quickchange_store.formats.ia3 import HARMLESS, HONOURED, REFUSED
+from quickchange_store.formats.peft.ia3 import HARMLESS, HONOURED, REFUSED
 from quickchange_store.importing import add_adapter, read_adapter
 from quickchange_store.store import Store
 
@@ -87,7 +87,7 @@ def test_a_stored_adapter_is_read_back(bases: Any, save: Any, tmp_path: Path) ->
     folder = save(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"])
     added = add_adapter(store, "mine", folder, bases("llama").spec)
     loaded = store.load(added.version.digest)
-    assert canonical.digest(loaded) == added.version.digest
+    assert canonical_adapter.digest(loaded) == added.version.digest
     assert store.info(added.version.digest).ranks == (0,)
     assert loaded.parameters == 2 * (32 + 48)
 

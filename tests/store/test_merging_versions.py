@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from quickchange_store.canonical import CanonicalAdapter, LowRankUpdate, digest
+from quickchange_store.canonical.canonical_adapter import CanonicalAdapter, LowRankUpdate, digest
 from quickchange_store.errors import AdapterNotFoundError, UnsupportedFeatureError
 from quickchange_store.merging import Recipe, job, merge, result, run
 from quickchange_store.store import Store

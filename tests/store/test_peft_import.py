@@ -14,8 +14,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from quickchange_store.formats.peft import read_peft
-from quickchange_store.formats.peft_config import HARMLESS, HONOURED, REFUSED
+from quickchange_store.formats.peft.lora import read_peft
+from quickchange_store.formats.peft.peft_config import HARMLESS, HONOURED, REFUSED
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]

@@ -21,7 +21,7 @@ from quickchange_store.errors import (
     StoreError,
     UnsupportedFeatureError,
 )
-from quickchange_store.formats.peft import read_peft
+from quickchange_store.formats.peft.lora import read_peft
 from quickchange_store.importing import add_adapter, read_adapter
 from quickchange_store.store import Store
 

@@ -25,7 +25,7 @@ NURSERY = """
 import os, sys
 from pathlib import Path
 import torch
-from quickchange_store.canonical import CanonicalAdapter, LowRankUpdate
+from quickchange_store.canonical.canonical_adapter import CanonicalAdapter, LowRankUpdate
 from quickchange_store.errors import StoreError
 from quickchange_store.store import Store
 

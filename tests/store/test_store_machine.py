@@ -14,8 +14,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from quickchange_store import canonical
-from quickchange_store.canonical import CanonicalAdapter, LowRankUpdate
+from quickchange_store.canonical import canonical_adapter
+from quickchange_store.canonical.canonical_adapter import CanonicalAdapter, LowRankUpdate
+from quickchange_store.canonical.turbo_part import DraftBlock, TurboHeads
 from quickchange_store.errors import (
     AdapterNotFoundError,
     InUseError,
@@ -23,7 +24,6 @@ from quickchange_store.errors import (
     NameConflictError,
 )
 from quickchange_store.store import Store
-from quickchange_store.turbo import DraftBlock, TurboHeads
 
 NAMES = ["a", "b", "org/c"]
 ALIASES = ["prod", "next", "a"]  # one of them is also a name
@@ -38,7 +38,7 @@ def adapter(content: int) -> CanonicalAdapter:
     return CanonicalAdapter("LlamaForCausalLM", "tiny", {"m.q": update}, turbo=turbo)
 
 
-DIGESTS = [canonical.digest(adapter(content)) for content in CONTENTS]
+DIGESTS = [canonical_adapter.digest(adapter(content)) for content in CONTENTS]
 DRAFTING = {DIGESTS[content] for content in WITH_HEADS}
 Pointer = tuple[str, int | None]
 

@@ -12,12 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quickchange_store import canonical
-from quickchange_store.canonical import CanonicalAdapter, LowRankUpdate
+from quickchange_store.canonical import canonical_adapter
+from quickchange_store.canonical.canonical_adapter import CanonicalAdapter, LowRankUpdate
+from quickchange_store.canonical.turbo_part import DraftBlock, TurboHeads
 from quickchange_store.errors import CorruptVersionError, InvalidAdapterError
 from quickchange_store.info import AdapterInfo, TurboInfo
 from quickchange_store.store import INFO_FILE, Store
-from quickchange_store.turbo import DraftBlock, TurboHeads
 
 H = 4
 PINNED = "0de4cec7449a3efbcafab51adeab9620ad4f54186cf5821b684aac8add6b2b5a"
@@ -92,13 +92,13 @@ def test_what_is_written_is_read_back(
     made = adapter(heads, lora)
     path = tmp_path_factory.mktemp("bytes") / "adapter.safetensors"
     with path.open("wb") as file:
-        digest = canonical.write(made, file)
-    loaded = canonical.load(path)
+        digest = canonical_adapter.write(made, file)
+    loaded = canonical_adapter.load(path)
     assert loaded.turbo is not None
     assert same(loaded.turbo, heads)
     assert loaded.updates.keys() == made.updates.keys()
-    assert digest == canonical.digest(loaded) == canonical.file_digest(path)
-    assert path.read_bytes() == canonical.to_bytes(made)
+    assert digest == canonical_adapter.digest(loaded) == canonical_adapter.file_digest(path)
+    assert path.read_bytes() == canonical_adapter.to_bytes(made)
     assert loaded.parameters == made.parameters
 
 
@@ -116,13 +116,13 @@ def test_how_blocks_are_numbered_and_shared_does_not_matter(
         for i, head in enumerate(heads.heads)
     )
     other = dataclasses.replace(heads, blocks=tuple(blocks), heads=numbers)
-    assert canonical.to_bytes(adapter(other)) == canonical.to_bytes(adapter(heads))
+    assert canonical_adapter.to_bytes(adapter(other)) == canonical_adapter.to_bytes(adapter(heads))
 
 
 @settings(max_examples=60, deadline=None)
 @given(left=turbo_heads(), right=turbo_heads())
 def test_only_equal_heads_have_equal_bytes(left: TurboHeads, right: TurboHeads) -> None:
-    digests = [canonical.digest(adapter(turbo)) for turbo in (left, right)]
+    digests = [canonical_adapter.digest(adapter(turbo)) for turbo in (left, right)]
     assert (digests[0] == digests[1]) == same(left, right)
 
 
@@ -131,8 +131,8 @@ def test_only_equal_heads_have_equal_bytes(left: TurboHeads, right: TurboHeads) 
 def test_heads_change_the_digest_of_a_lora(heads: TurboHeads) -> None:
     both = adapter(heads, lora=True)
     alone = dataclasses.replace(both, turbo=None)
-    assert canonical.digest(both) != canonical.digest(alone)
-    assert b"turbo" not in canonical.to_bytes(alone)
+    assert canonical_adapter.digest(both) != canonical_adapter.digest(alone)
+    assert b"turbo" not in canonical_adapter.to_bytes(alone)
 
 
 def test_the_bytes_stay_the_same_over_releases() -> None:
@@ -143,7 +143,7 @@ def test_the_bytes_stay_the_same_over_releases() -> None:
     )
     outputs = (torch.arange(6.0).reshape(3, 2),) * 2
     heads = TurboHeads(blocks, ((0,), (0, 1)), True, vocabulary, outputs)
-    assert canonical.digest(adapter(heads, lora=True)) == PINNED
+    assert canonical_adapter.digest(adapter(heads, lora=True)) == PINNED
 
 
 def test_what_heads_share_counts_once() -> None:
@@ -156,7 +156,7 @@ def test_a_module_named_as_a_tensor_of_the_heads_is_refused() -> None:
     heads = TurboHeads((block(1),), ((0,),))
     clash = CanonicalAdapter("L", "base", {"turbo.block.0": update}, {}, heads)
     with pytest.raises(InvalidAdapterError, match=r"turbo\.block\.0\.bias"):
-        canonical.to_bytes(clash)
+        canonical_adapter.to_bytes(clash)
 
 
 @pytest.mark.parametrize(
@@ -173,19 +173,19 @@ def test_a_module_named_as_a_tensor_of_the_heads_is_refused() -> None:
     ],
 )
 def test_a_damaged_header_is_refused(old: bytes, new: bytes, tmp_path: Path) -> None:
-    content = canonical.to_bytes(adapter(TurboHeads((block(1),), ((0,),))))
+    content = canonical_adapter.to_bytes(adapter(TurboHeads((block(1),), ((0,),))))
     assert content.count(old) == 1
     assert len(old) == len(new)
     path = tmp_path / "adapter.safetensors"
     path.write_bytes(content.replace(old, new))
     with pytest.raises(CorruptVersionError, match=r"adapter\.safetensors"):
-        canonical.load(path)
+        canonical_adapter.load(path)
 
 
 def test_a_dtype_that_can_not_be_stored_is_refused() -> None:
     heads = TurboHeads((block(1, torch.float64),), ((0,),))
     with pytest.raises(InvalidAdapterError, match=r"turbo\.block\.0\.weight"):
-        canonical.digest(adapter(heads))
+        canonical_adapter.digest(adapter(heads))
 
 
 @pytest.mark.parametrize(

@@ -10,17 +10,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quickchange_store import canonical
-from quickchange_store.canonical import BaseSpec, CanonicalAdapter
+from quickchange_store.canonical import canonical_adapter
+from quickchange_store.canonical.canonical_adapter import BaseSpec, CanonicalAdapter
+from quickchange_store.canonical.turbo_part import DraftBlock, TurboHeads
 from quickchange_store.errors import (
     BaseMismatchError,
     InvalidAdapterError,
     StoreError,
     UnsupportedFeatureError,
 )
-from quickchange_store.formats.turbo_dir import write_turbo_directory
+from quickchange_store.formats.turbo.turbo_directory import write_turbo_directory
 from quickchange_store.importing import read_adapter
-from quickchange_store.turbo import DraftBlock, TurboHeads
 
 H, V = 32, 53  # of the base models in conftest
 CONFIG, WEIGHTS, KEY = "config.json", "turbo_heads.safetensors", "quickchange_turbo"
@@ -79,7 +79,7 @@ def test_what_is_written_is_read_back(heads: TurboHeads, tmp_path: Path, spec: B
     assert read.adapter.base_name == "tiny"
     assert read.adapter.source == {"format": "turbo", "notes": {"recipe": {"seed": 3}}}
     expected = CanonicalAdapter(spec.architecture, "", {}, {}, heads)
-    assert canonical.digest(read.adapter) == canonical.digest(expected)
+    assert canonical_adapter.digest(read.adapter) == canonical_adapter.digest(expected)
 
 
 def test_equal_blocks_are_written_once(tmp_path: Path, spec: BaseSpec) -> None:

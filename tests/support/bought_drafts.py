@@ -10,17 +10,17 @@ from contextlib import contextmanager
 
 import pytest
 
-from quickchange_server.engine import speculation
-from quickchange_server.engine.depths import DepthPlan, Prospect
-from quickchange_server.engine.guard import Guard
-from quickchange_server.engine.purchase import Load, Purchase
+from quickchange_server.spec_decode import speculator
+from quickchange_server.spec_decode.backoff import Guard
+from quickchange_server.spec_decode.draft_depth import DepthPlan, Prospect
+from quickchange_server.spec_decode.draft_selection import Load, Purchase
 
 
 @contextmanager
 def every_draft_bought() -> Iterator[None]:
     """No price, no depth that doesn't pay, no rest while steps are slow."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(speculation, "buy_chains", _whole_chains)
+        patch.setattr(speculator, "buy_chains", _whole_chains)
         patch.setattr(DepthPlan, "depths", _deepest)
         patch.setattr(Guard, "awake", lambda _guard, _decoding: True)
         yield

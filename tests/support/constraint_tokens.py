@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from text_of_pieces import text_of_pieces
 
-from quickchange_server.constraints.grammars import TokenGrammars
-from quickchange_server.text import Text
+from quickchange_server.frontend.tokenizer import Text
+from quickchange_server.structured_output.grammar import TokenGrammars
 
 END = 28
 PIECES = (

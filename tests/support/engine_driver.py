@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-from quickchange_server.engine.constraints import ConstraintCompiler
+from quickchange_server.config import Settings
 from quickchange_server.engine.engine import Engine
-from quickchange_server.messages import Component, Delta, Pooling, SamplingParams, Submit
-from quickchange_server.model.load import load_model
-from quickchange_server.settings import Settings
-from quickchange_store.canonical import CanonicalAdapter
+from quickchange_server.engine.token_masks import ConstraintCompiler
+from quickchange_server.model.model_loader import load_model
+from quickchange_server.protocol import Component, Delta, Pooling, SamplingParams, Submit
+from quickchange_store.canonical.canonical_adapter import CanonicalAdapter
 
 
 def make_engine(

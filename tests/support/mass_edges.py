@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quickchange_kernels.sample import Draws
-from quickchange_kernels.sample_plain import masses
+from quickchange_kernels.sampling.sample_contract import Draws
+from quickchange_kernels.sampling.sample_plain import masses
 
 
 def draws_at_edges(logits: Tensor, temperature: Tensor) -> tuple[Tensor, Draws, list[int]]:

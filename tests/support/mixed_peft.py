@@ -13,8 +13,8 @@ from engine_driver import Driver, make_engine, request
 from peft import PeftConfig, PeftModel, get_peft_model
 from tiny_models import VOCABULARY, greedy, make_model, save_model
 
-from quickchange_store.base import base_spec
-from quickchange_store.canonical import CanonicalAdapter
+from quickchange_store.base_model.base_spec import base_spec
+from quickchange_store.canonical.canonical_adapter import CanonicalAdapter
 from quickchange_store.importing import read_adapter
 
 TOKENS = 10

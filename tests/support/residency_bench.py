@@ -9,12 +9,12 @@ from contextlib import contextmanager
 import torch
 from turbo_adapters import make_turbo, turbo_adapter
 
-from quickchange_server.adapters.head_image import TurboShape
-from quickchange_server.adapters.layout import Member, ModuleGroup
-from quickchange_server.adapters.pool import DevicePool
-from quickchange_server.adapters.residency import Residency
-from quickchange_server.messages import AdapterFailed, AdapterMoved
-from quickchange_store.canonical import CanonicalAdapter, LowRankUpdate
+from quickchange_server.adapters.manager import Residency
+from quickchange_server.adapters.memory_pool import DevicePool
+from quickchange_server.adapters.module_groups import Member, ModuleGroup
+from quickchange_server.adapters.turbo_packing import TurboShape
+from quickchange_server.protocol import AdapterFailed, AdapterMoved
+from quickchange_store.canonical.canonical_adapter import CanonicalAdapter, LowRankUpdate
 
 GROUPS = (
     ModuleGroup(0, "linear", 8, 8, (Member("small", 0, 8),)),

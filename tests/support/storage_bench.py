@@ -28,7 +28,7 @@ from sqlalchemy import (
     insert,
 )
 
-from quickchange_server.metrics_storage import StorageMetrics
+from quickchange_server.observability.subsystem_metrics import StorageMetrics
 from quickchange_server.storage.database import Database
 
 ENTRIES = Table(

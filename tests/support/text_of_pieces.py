@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from quickchange_server.detokenize import byte_level_alphabet
-from quickchange_server.text import Text
+from quickchange_server.frontend.detokenizer import byte_level_alphabet
+from quickchange_server.frontend.tokenizer import Text
 
 
 def text_of_pieces(pieces: Sequence[str], end: int) -> Text:

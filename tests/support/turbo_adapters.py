@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from quickchange_store.canonical import CanonicalAdapter, LowRankUpdate
-from quickchange_store.turbo import DraftBlock, TurboHeads
+from quickchange_store.canonical.canonical_adapter import CanonicalAdapter, LowRankUpdate
+from quickchange_store.canonical.turbo_part import DraftBlock, TurboHeads
 
 
 def make_turbo(

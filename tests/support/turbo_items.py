@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quickchange_kernels.turbo_heads import HeadItems, HeadTables, in_pages
+from quickchange_kernels.turbo_heads.turbo_heads_contract import HeadItems, HeadTables, in_pages
 
 NAN = float("nan")
 # (row, matrix): matrices of 3, 1, 2 rows, in mixed order; rows with 3 matrices, 1 and none;

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from quickchange_store.canonical import CanonicalAdapter, LowRankUpdate
-from quickchange_store.turbo import DraftBlock, TurboHeads
+from quickchange_store.canonical.canonical_adapter import CanonicalAdapter, LowRankUpdate
+from quickchange_store.canonical.turbo_part import DraftBlock, TurboHeads
 
 VOCABULARY = 29
 HIDDEN = 48

@@ -6,7 +6,7 @@ import hashlib
 
 import pytest
 
-from quickchange_server.tenants.secret import digest_of, id_of, matches, new_id, new_secret
+from quickchange_server.tenants.key_secret import digest_of, id_of, matches, new_id, new_secret
 
 
 def test_a_secret_carries_its_public_id() -> None:

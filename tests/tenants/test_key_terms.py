@@ -6,7 +6,7 @@ import pytest
 
 from quickchange_server.errors import InvalidRequestError
 from quickchange_server.tenants.key import Key, Retiring, Terms, names_of
-from quickchange_server.tenants.secret import digest_of
+from quickchange_server.tenants.key_secret import digest_of
 
 OLD, NEW = "qc-old", "qc-new"
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 
-from quickchange_server.books import Completed, Ending, Opened
-from quickchange_server.callers import Caller
+from quickchange_server.frontend.caller import Caller
+from quickchange_server.frontend.request_observers import Completed, Ending, Opened
 from quickchange_server.storage.database import Database
-from quickchange_server.tenants.usage import HOUR, Report, UsageLog, report
+from quickchange_server.tenants.usage_log import HOUR, Report, UsageLog, report
 
 CALLER = Caller("acme", "key", "infer")
 

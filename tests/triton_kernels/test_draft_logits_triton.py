@@ -10,7 +10,7 @@ import torch
 from draft_vocabularies import random_case
 from torch import Tensor
 
-from quickchange_kernels.draft_logits import draft_logits, reference_draft_logits
+from quickchange_kernels.turbo_heads.draft_logits import draft_logits, reference_draft_logits
 
 Sanitized = Callable[..., AbstractContextManager[None]]
 PARTS = [(1, 50), (3, 7), (2, 0), (5, 33)]

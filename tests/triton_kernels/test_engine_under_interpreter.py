@@ -18,11 +18,11 @@ from repeating_capture import RepeatingCapture
 from tiny_models import greedy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from quickchange_server.engine import runner
+from quickchange_server.engine import model_runner
 from quickchange_server.engine.engine import Engine
-from quickchange_store.base import base_spec
-from quickchange_store.canonical import CanonicalAdapter
-from quickchange_store.formats.peft import read_peft
+from quickchange_store.base_model.base_spec import base_spec
+from quickchange_store.canonical.canonical_adapter import CanonicalAdapter
+from quickchange_store.formats.peft.lora import read_peft
 
 VOCABULARY = 61
 ADAPTERS: dict[str, dict[str, object]] = {
@@ -114,12 +114,12 @@ def capture(
 ) -> RepeatingCapture | None:
     """How the engines made from now on run decode steps."""
     if request.param == "as it comes":
-        monkeypatch.setattr(runner, "capture_for", lambda _device: None)
+        monkeypatch.setattr(model_runner, "capture_for", lambda _device: None)
         return None
     if device.type == "cuda":
         return None  # real graphs
     repeating = RepeatingCapture()
-    monkeypatch.setattr(runner, "capture_for", lambda _device: repeating)
+    monkeypatch.setattr(model_runner, "capture_for", lambda _device: repeating)
     return repeating
 
 

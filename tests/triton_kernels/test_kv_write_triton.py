@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 import pytest
 import torch
 
-from quickchange_kernels.kv_write import kv_write_, reference_kv_write
+from quickchange_kernels.attention.kv_write import kv_write_, reference_kv_write
 
 
 @pytest.mark.parametrize("count", [0, 1, 9])

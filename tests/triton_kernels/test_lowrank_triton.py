@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from quickchange_kernels import lowrank
-from quickchange_kernels.lowrank import LowRankTables, PageKind, RowTiles, Segments
-from quickchange_kernels.lowrank_triton import launch_lowrank, launch_lowrank_embedding
-from quickchange_kernels.samples import draw_slots, make_segments, random_tables
+from quickchange_kernels.lowrank import lowrank_contract
+from quickchange_kernels.lowrank.lowrank_contract import LowRankTables, PageKind, RowTiles, Segments
+from quickchange_kernels.lowrank.lowrank_triton import launch_lowrank, launch_lowrank_embedding
+from quickchange_kernels.random_inputs import draw_slots, make_segments, random_tables
 
 Close = Callable[[Tensor, Tensor], None]
 Sanitized = Callable[..., AbstractContextManager[None]]
@@ -46,13 +46,15 @@ class Problem:
 
     @property
     def expected(self) -> Tensor:
-        return lowrank.reference_lowrank(self.y, self.x, self.tables, self.segments, self.group)
+        return lowrank_contract.reference_lowrank(
+            self.y, self.x, self.tables, self.segments, self.group
+        )
 
     def launch(self, device: torch.device) -> Tensor:
         """y afterwards, on the CPU."""
         y, x = (tensor.clone().to(device) for tensor in (self.y, self.x))
         tables, segments = moved(self.tables, device), moved(self.segments, device)
-        launch_lowrank(y, x, *lowrank.operands(tables, segments, self.group))
+        launch_lowrank(y, x, *lowrank_contract.operands(tables, segments, self.group))
         return y.cpu()
 
 
@@ -174,9 +176,11 @@ def test_an_adapter_may_read_the_output_that_it_adds_to(
     tables = moved(random_tables(160, [160], [24], generator, kinds=kinds), device)
     segments = make_segments([(0, rows, 0, 1.0)])
     y = randn(rows, 160, generator=generator)
-    expected = lowrank.reference_lowrank(y, y, moved(tables, torch.device("cpu")), segments, 0)
+    expected = lowrank_contract.reference_lowrank(
+        y, y, moved(tables, torch.device("cpu")), segments, 0
+    )
     y = y.to(device)
-    launch_lowrank(y, y, *lowrank.operands(tables, moved(segments, device), 0))
+    launch_lowrank(y, y, *lowrank_contract.operands(tables, moved(segments, device), 0))
     assert_close(y.cpu(), expected)
 
 
@@ -206,7 +210,7 @@ def test_columns_of_other_members_are_untouched(
 ) -> None:
     tables = random_tables(16, [8], [8], generator)
     tables.pages[:, 2] = 4
-    tables = dataclasses.replace(tables, shapes=(lowrank.GroupShape(2, aligned=False),))
+    tables = dataclasses.replace(tables, shapes=(lowrank_contract.GroupShape(2, aligned=False),))
     x = randn(2, 16, generator=generator)
     out = Problem(torch.zeros(2, 20), x, tables, make_segments([(0, 2, 0, 1.0)])).launch(device)
     assert torch.equal(out[:, :4], torch.zeros(2, 4))
@@ -227,10 +231,10 @@ def test_inputs_and_outputs_may_be_column_slices(
     x = randn(rows, 100, generator=generator, dtype=dtype)[:, 13:53]
     whole = randn(rows, 50, generator=generator, dtype=dtype)
     expected = whole.double()
-    expected[:, 9:33] = lowrank.reference_lowrank(whole[:, 9:33], x, tables, segments, 0)
+    expected[:, 9:33] = lowrank_contract.reference_lowrank(whole[:, 9:33], x, tables, segments, 0)
     whole = whole.to(device)
     x = randn(rows, 100, generator=generator, dtype=dtype).to(device)[:, 13:53].copy_(x)
-    operands = lowrank.operands(moved(tables, device), moved(segments, device), 0)
+    operands = lowrank_contract.operands(moved(tables, device), moved(segments, device), 0)
     launch_lowrank(whole[:, 9:33], x, *operands)
     assert_close(whole.cpu(), expected)
 
@@ -255,9 +259,9 @@ def test_an_embedding_adds_the_columns_of_its_tokens(
     ids = torch.randint(0, 91, (rows + 3,), generator=generator)
     segments = make_segments([(0, rows, 0, 1.0), (0, rows, 1, 0.5), (rows, rows + 1, 1, 1.0)])
     y = randn(rows + 3, 48, generator=generator, dtype=dtype)
-    expected = lowrank.reference_lowrank_embedding(y, ids, tables, segments, 0, 91)
+    expected = lowrank_contract.reference_lowrank_embedding(y, ids, tables, segments, 0, 91)
     y, ids = y.to(device), ids.to(device)
-    operands = lowrank.operands(moved(tables, device), moved(segments, device), 0)
+    operands = lowrank_contract.operands(moved(tables, device), moved(segments, device), 0)
     launch_lowrank_embedding(y, ids, *operands, 91)
     assert_close(y.cpu(), expected)
 
@@ -283,7 +287,7 @@ def test_a_larger_most_pages_changes_no_bit(
 ) -> None:
     tables = random_tables(64, [40], [8, 24], generator)
     inputs = problem(generator, tables, [(0, 4, 0, 0.5), (2, 6, 1, 0.3)], 6, (64, 40))
-    larger = dataclasses.replace(tables, shapes=(lowrank.GroupShape(32, aligned=True),))
+    larger = dataclasses.replace(tables, shapes=(lowrank_contract.GroupShape(32, aligned=True),))
     assert torch.equal(
         inputs.launch(device), dataclasses.replace(inputs, tables=larger).launch(device)
     )
@@ -320,12 +324,12 @@ def test_what_a_launch_needs_is_named(device: torch.device, generator: torch.Gen
     tables = moved(random_tables(16, [8], [8], generator), device)
     segments = moved(make_segments([(0, 2, 0, 1.0)]), device)
     x, y = torch.zeros(2, 16, device=device), torch.zeros(2, 8, device=device)
-    operands = lowrank.operands(tables, segments, 0)
+    operands = lowrank_contract.operands(tables, segments, 0)
     with pytest.raises(TypeError, match=r"x is torch\.float64"):
         launch_lowrank(y, x.double(), *operands)
     with pytest.raises(ValueError, match="y must have"):
         launch_lowrank(y.T, x, *operands)
-    untiled = lowrank.operands(tables, dataclasses.replace(segments, tiles=None), 0)
+    untiled = lowrank_contract.operands(tables, dataclasses.replace(segments, tiles=None), 0)
     with pytest.raises(ValueError, match="no tiles"):
         launch_lowrank(y, x, *untiled)
 
@@ -336,7 +340,7 @@ def test_the_operation_dispatches_to_triton(
     tables = random_tables(16, [8], [8], generator)
     segments = make_segments([(0, 2, 0, 1.0)])
     x, y = randn(2, 16, generator=generator), randn(2, 8, generator=generator)
-    expected = lowrank.reference_lowrank(y, x, tables, segments, 0)
+    expected = lowrank_contract.reference_lowrank(y, x, tables, segments, 0)
     y = y.to(device)
-    lowrank.lowrank_(y, x.to(device), moved(tables, device), moved(segments, device), 0)
+    lowrank_contract.lowrank_(y, x.to(device), moved(tables, device), moved(segments, device), 0)
     assert_close(y.cpu(), expected)

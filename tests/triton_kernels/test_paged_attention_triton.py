@@ -9,10 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from quickchange_kernels import paged_attention_blocks
-from quickchange_kernels.paged_attention import paged_attention, reference_paged_attention
-from quickchange_kernels.paged_attention_blocks import launches_for
-from quickchange_kernels.samples import query_starts, random_keys, random_tree
+from quickchange_kernels.attention import paged_attention_tuning
+from quickchange_kernels.attention.paged_attention_contract import (
+    paged_attention,
+    reference_paged_attention,
+)
+from quickchange_kernels.attention.paged_attention_tuning import launches_for
+from quickchange_kernels.random_inputs import query_starts, random_keys, random_tree
 
 Compare = Callable[..., None]
 
@@ -137,7 +140,7 @@ def test_a_chunk_beyond_64_queries_is_causal_beside_a_tree(
 
 @pytest.fixture
 def short_splits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paged_attention_blocks, "KEYS_PER_SPLIT", 64)
+    monkeypatch.setattr(paged_attention_tuning, "KEYS_PER_SPLIT", 64)
 
 
 @pytest.mark.usefixtures("short_splits")

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from quickchange_kernels.rms_norm import (
+from quickchange_kernels.elementwise.rms_norm import (
     add_rms_norm,
     reference_add_rms_norm,
     reference_rms_norm,
     rms_norm,
 )
-from quickchange_kernels.rotary import reference_rotary, rotary_
-from quickchange_kernels.silu_mul import reference_silu_mul, silu_mul
+from quickchange_kernels.elementwise.rotary import reference_rotary, rotary_
+from quickchange_kernels.elementwise.silu_mul import reference_silu_mul, silu_mul
 
 Close = Callable[[Tensor, Tensor], None]
 WIDTHS = [1, 37, 576]

@@ -10,8 +10,8 @@ import torch
 from mass_edges import draws_at_edges
 from torch import Tensor
 
-from quickchange_kernels.sample import Draws, Edits, sample
-from quickchange_kernels.sample_plain import plain_sample
+from quickchange_kernels.sampling.sample_contract import Draws, Edits, sample
+from quickchange_kernels.sampling.sample_plain import plain_sample
 
 NEVER = float("-inf")
 

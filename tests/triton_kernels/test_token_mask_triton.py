@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 import pytest
 import torch
 
-from quickchange_kernels.token_mask import mask_words, reference_token_mask, token_mask_
+from quickchange_kernels.sampling.token_mask import mask_words, reference_token_mask, token_mask_
 
 
 @pytest.mark.parametrize("vocabulary", [5, 64, 2048 + 37])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from turbo_items import MIXED, random_heads, random_rows, with_padding
 
-from quickchange_kernels.turbo_heads import (
+from quickchange_kernels.turbo_heads.turbo_heads_contract import (
     HeadItems,
     HeadTables,
     head_logits,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from draft_trees import as_lists, random_drafts
 
-from quickchange_kernels.verify import MAX_ROWS, reference_verify, verify
+from quickchange_kernels.sampling.verify import MAX_ROWS, reference_verify, verify
 
 Sanitized = Callable[..., AbstractContextManager[None]]
 

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from quickchange_store.canonical import BaseSpec
+from quickchange_store.canonical.canonical_adapter import BaseSpec
 from quickchange_store.errors import InvalidAdapterError, UnsupportedFeatureError
 
 CONFIG_FILE = "adapter_config.json"

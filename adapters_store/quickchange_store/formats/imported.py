@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from quickchange_store.canonical import CanonicalAdapter
+from quickchange_store.canonical.canonical_adapter import CanonicalAdapter
 
 
 @dataclass(frozen=True)

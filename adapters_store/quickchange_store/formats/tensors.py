@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quickchange_store.canonical import DTYPES, BaseSpec
+from quickchange_store.canonical.canonical_adapter import DTYPES, BaseSpec
 from quickchange_store.errors import (
     BaseMismatchError,
     BaseModelError,

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from quickchange_kernels.aot import compiling, gate, report, targets
+from quickchange_kernels.aot import compiling, gate, gate_report, targets
 from quickchange_kernels.compilation import TARGETS
 
 
@@ -24,14 +24,14 @@ def main(
     """Compile the Triton kernels that ship, print what each takes; status 1 if one is unfit."""
     started = time.perf_counter()
     work = list(gate.jobs(module or compiling.kernel_modules(), targets.named(names), only))
-    typer.echo(report.line(report.HEADER))
+    typer.echo(gate_report.line(gate_report.HEADER))
     outcomes = []
     for outcome in gate.run(work, jobs):
         outcomes.append(outcome)
-        typer.echo(report.line(report.cells(outcome)))
+        typer.echo(gate_report.line(gate_report.cells(outcome)))
     if json is not None:
-        json.write_text(report.as_json(outcomes))
-    reasons = report.failures(outcomes) + ([] if only else gate.stale_marks(outcomes))
+        json.write_text(gate_report.as_json(outcomes))
+    reasons = gate_report.failures(outcomes) + ([] if only else gate.stale_marks(outcomes))
     for reason in reasons:
         typer.echo(f"UNFIT  {reason}")
     unfit = sum(1 for outcome in outcomes if outcome.reasons)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from quickchange_kernels.roofline import tables
+from quickchange_kernels.roofline import roofline_tables
 
 
 def main(
@@ -15,9 +15,9 @@ def main(
     compiled: Annotated[bool, typer.Option(help="also those that need the compiler")] = True,
 ) -> None:
     """Print the tables of what the kernels must take on an H100, or write them to a document."""
-    chosen = {**tables.FLOORS, **(tables.COMPILED if compiled else {})}
+    chosen = {**roofline_tables.FLOORS, **(roofline_tables.COMPILED if compiled else {})}
     if write is not None:
-        write.write_text(tables.written(write.read_text(), chosen))
+        write.write_text(roofline_tables.written(write.read_text(), chosen))
         return
     for name, make in chosen.items():
         typer.echo(f"{name}: {make.__doc__}\n\n{make()}\n")

@@ -156,7 +156,7 @@ def _lowrank_kernel(name: str, features: int, height: int) -> Measured:
 
 def lowrank_launches(group: Linear, batch: Batch) -> list[Launch]:
     """shrink and expand of one call, for rows spread evenly over the adapters."""
-    from quickchange_kernels.lowrank_tables import RANKS_PER_PAGE, tile_height
+    from quickchange_kernels.lowrank.lowrank_tables import RANKS_PER_PAGE, tile_height
 
     height = tile_height(-(-batch.rows // batch.adapters))
     shrink = _lowrank_kernel("shrink_kernel", group.inputs, height)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from fastapi import APIRouter, Depends, Response
 from fastapi.responses import JSONResponse
 
-from quickchange_server.api.callers import ADMIN, METRICS_PATH
-from quickchange_server.services import Injected
+from quickchange_server.api.auth import ADMIN, METRICS_PATH
+from quickchange_server.entrypoints.app_state import Injected
 
 router = APIRouter(tags=["health"])
 

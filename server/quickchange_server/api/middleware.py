@@ -10,7 +10,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from quickchange_server.api.refusals import error_response, internal_error
+from quickchange_server.api.error_responses import error_response, internal_error
 from quickchange_server.errors import InvalidRequestError
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from fastapi import Request
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from quickchange_server.api.refusals import ClientGoneError, error_body, internal_error
+from quickchange_server.api.error_responses import ClientGoneError, error_body, internal_error
 from quickchange_server.errors import QuickchangeError
 
 logger = logging.getLogger(__name__)

@@ -9,21 +9,21 @@ from fastapi import APIRouter, Depends, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
-from quickchange_server.api.adapters import (
+from quickchange_server.api.admin.adapters import (
     adapters_on,
     check_paths_allowed,
     remove_reference,
     uses_hidden,
 )
-from quickchange_server.api.callers import INFER, MANAGE, Calling, Managing, check_own
-from quickchange_server.api.calling import tools_form
-from quickchange_server.api.fields import Body, check_text
-from quickchange_server.api.schemas import Message
-from quickchange_server.api.shapes import Json
-from quickchange_server.api.tool_schemas import Tools
-from quickchange_server.callers import Caller
+from quickchange_server.api.auth import INFER, MANAGE, Calling, Managing, check_own
+from quickchange_server.api.openai.requests import Message
+from quickchange_server.api.openai.responses import Json
+from quickchange_server.api.openai.tool_calling import tools_form
+from quickchange_server.api.openai.tool_requests import Tools
+from quickchange_server.api.request_base import Body, check_text
+from quickchange_server.entrypoints.app_state import VERSION, Injected, Services
 from quickchange_server.errors import InvalidRequestError, UnknownModelError
-from quickchange_server.services import VERSION, Injected, Services
+from quickchange_server.frontend.caller import Caller
 
 router = APIRouter(tags=["vLLM"])
 

@@ -12,19 +12,18 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from quickchange_server.adapters.head_image import TurboShape
-from quickchange_server.adapters.pool import DevicePool
-from quickchange_server.adapters.residency import Residency
-from quickchange_server.engine.constraints import ConstraintCompiler, Constraints
-from quickchange_server.engine.kv_cache import KVBlocks
-from quickchange_server.engine.runner import Result, Runner
+from quickchange_server.adapters.manager import Residency
+from quickchange_server.adapters.memory_pool import DevicePool
+from quickchange_server.adapters.turbo_packing import TurboShape
+from quickchange_server.engine.kv_cache_manager import KVBlocks
+from quickchange_server.engine.model_runner import Result, Runner
 from quickchange_server.engine.sampler import RowError, Sampled
 from quickchange_server.engine.scheduler import Scheduled, Scheduler
 from quickchange_server.engine.sequence import Sequence
-from quickchange_server.engine.speculation import DraftReport, Speculation
-from quickchange_server.engine.step_cost import StepCost
-from quickchange_server.engine.word_lookup import TokenText
-from quickchange_server.messages import (
+from quickchange_server.engine.token_masks import ConstraintCompiler, Constraints
+from quickchange_server.model.model_loader import LoadedModel
+from quickchange_server.model.paged_attention import bytes_per_block
+from quickchange_server.protocol import (
     AdapterFailed,
     AdapterMoved,
     Delta,
@@ -34,12 +33,13 @@ from quickchange_server.messages import (
     StepStats,
     Submit,
 )
-from quickchange_server.model.attention import bytes_per_block
-from quickchange_server.model.load import LoadedModel
-from quickchange_store.canonical import CanonicalAdapter
+from quickchange_server.spec_decode.cost_model import StepCost
+from quickchange_server.spec_decode.phrase_lookup import TokenText
+from quickchange_server.spec_decode.speculator import DraftReport, Speculation
+from quickchange_store.canonical.canonical_adapter import CanonicalAdapter
 
 if TYPE_CHECKING:  # an engine runs where the server's own libraries are missing
-    from quickchange_server.settings import Settings
+    from quickchange_server.config import Settings
 
 
 _UNSOUND = "prompt: it can't be read: the model's hidden states or logits hold NaN or infinity"

@@ -15,11 +15,12 @@ from multiprocessing.connection import Connection, wait
 
 import torch
 
-from quickchange_server.constraints.errors import ConstraintError
-from quickchange_server.constraints.grammars import TokenGrammars
+from quickchange_server.config import Settings
 from quickchange_server.engine.engine import Engine, torch_dtype
 from quickchange_server.errors import SettingError
-from quickchange_server.messages import (
+from quickchange_server.frontend.tokenizer import Text, token_text
+from quickchange_server.model.model_loader import load_model
+from quickchange_server.protocol import (
     Cancel,
     Command,
     Fatal,
@@ -31,10 +32,8 @@ from quickchange_server.messages import (
     Shutdown,
     Submit,
 )
-from quickchange_server.model.load import load_model
-from quickchange_server.settings import Settings
-from quickchange_server.text import Text
-from quickchange_server.token_text import token_text
+from quickchange_server.structured_output.errors import ConstraintError
+from quickchange_server.structured_output.grammar import TokenGrammars
 from quickchange_store.store import Store
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ The order: tokens that a constraint forbids masked; logit_bias added; stop ids s
 min_tokens is not reached; repetition penalty over prompt and output (transformers' rule); frequency
 and presence penalties over the output (OpenAI's rule); temperature; top_k, top_p, min_p, typical_p
 (transformers' order, and that of servers with fewer filters); inverse CDF over what is left, in
-vocabulary order. The arithmetic is `quickchange_kernels.sample`; here parameters and tokens become
+vocabulary order. The arithmetic is `quickchange_kernels.sampling.sample_contract`; here parameters and tokens become
 its tables.
 """
 
@@ -24,12 +24,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from quickchange_kernels.philox import uniforms
-from quickchange_kernels.sample import EDITS, Draws, Edits, sample
-from quickchange_kernels.token_mask import token_mask_
-from quickchange_server.engine.constraints import TokenMasks
-from quickchange_server.messages import SamplingParams, TokenLogprobs
-from quickchange_server.model.staging import upload
+from quickchange_kernels.sampling.philox import uniforms
+from quickchange_kernels.sampling.sample_contract import EDITS, Draws, Edits, sample
+from quickchange_kernels.sampling.token_mask import token_mask_
+from quickchange_server.engine.token_masks import TokenMasks
+from quickchange_server.model.input_buffers import upload
+from quickchange_server.protocol import SamplingParams, TokenLogprobs
 
 Ints = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]

@@ -21,11 +21,11 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from quickchange_server.engine.admission import Lane
-from quickchange_server.engine.holdings import Claims, Holdings
-from quickchange_server.engine.kv_cache import KVBlocks
+from quickchange_server.engine.adapter_claims import Claims, Holdings
+from quickchange_server.engine.fair_queue import Lane
+from quickchange_server.engine.kv_cache_manager import KVBlocks
 from quickchange_server.engine.sequence import Sequence
-from quickchange_server.messages import FinishReason
+from quickchange_server.protocol import FinishReason
 
 _NO_ROWS = range(0)
 _MOST_SCORED = 256  # rows of a step whose logits are read for prompts: [256, V] is held at once

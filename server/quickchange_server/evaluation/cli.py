@@ -9,10 +9,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from quickchange_store.evaluation.report import MEASURES, Measure
-from quickchange_store.training.errors import RecipeError, TrainingError
-from quickchange_store.training.job import PromptFormat
-from quickchange_store.training.recipe import TrainingDtype
+from quickchange_training.errors import RecipeError, TrainingError
+from quickchange_training.evaluation.evaluation_report import MEASURES, Measure
+from quickchange_training.lora.lora_job import PromptFormat
+from quickchange_training.lora.lora_recipe import TrainingDtype
 
 app = typer.Typer(name="eval", add_completion=False)
 
@@ -72,12 +72,12 @@ def evaluate(
     nats a token of the references; tokens/s, tokens a step and time to the first token; the share
     of drafts accepted, depth by depth.
     """
-    from quickchange_server.evaluation.job import Job, run
-    from quickchange_store.evaluation import report
+    from quickchange_server.evaluation.evaluation_job import Job, run
+    from quickchange_training.evaluation import evaluation_report
 
     with _errors_shown():
         if plot is not None:
-            report.check_plot(plot)
+            evaluation_report.check_plot(plot)
         found = run(
             Job(
                 task=task,
@@ -95,9 +95,9 @@ def evaluate(
             ),
             lambda stage: typer.echo(stage, err=True),
         )
-        typer.echo(report.as_table(found))
+        typer.echo(evaluation_report.as_table(found))
         if plot is not None:
-            report.plot(found, measure, plot)
+            evaluation_report.plot(found, measure, plot)
 
 
 def _concurrency(text: str) -> tuple[int, ...]:
@@ -113,10 +113,10 @@ def _concurrency(text: str) -> tuple[int, ...]:
 
 @contextmanager
 def _errors_shown() -> Iterator[None]:
+    from quickchange_server.entrypoints.llm import OfflineError
     from quickchange_server.errors import QuickchangeError
-    from quickchange_server.offline import OfflineError
-    from quickchange_store.demo.base import DemoBaseError
     from quickchange_store.errors import StoreError
+    from quickchange_training.demo.demo_base import DemoBaseError
 
     try:
         yield

@@ -12,17 +12,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from quickchange_server.adapters.batch import Run, segments
-from quickchange_server.adapters.image import build_image, page_shapes
-from quickchange_server.adapters.pool import DevicePool
+from quickchange_server.adapters.batch_segments import Run, segments
+from quickchange_server.adapters.memory_pool import DevicePool
+from quickchange_server.adapters.packing import build_image, page_shapes
+from quickchange_server.config import Settings
 from quickchange_server.engine.engine import torch_dtype
-from quickchange_server.model import attention
-from quickchange_server.model.attention import PagedAttention
-from quickchange_server.model.load import LoadedModel, forward, load_model
-from quickchange_server.model.step import AdapterBatch, AttentionBatch, Step
-from quickchange_server.settings import Settings
-from quickchange_store.canonical import CanonicalAdapter
-from quickchange_store.training.data import Encoded
+from quickchange_server.model import paged_attention
+from quickchange_server.model.forward_context import AdapterBatch, AttentionBatch, Step
+from quickchange_server.model.model_loader import LoadedModel, forward, load_model
+from quickchange_server.model.paged_attention import PagedAttention
+from quickchange_store.canonical.canonical_adapter import CanonicalAdapter
+from quickchange_training.examples import Encoded
 
 _BLOCK = 16  # tokens
 _ROWS = 512  # of one pass, where no example alone has more
@@ -71,7 +71,7 @@ class LossMeter:
         cache = PagedAttention(
             self._model.layers, blocks, _BLOCK, self._dtype, self._device, self._model.holder
         )
-        attention.install(self._model.module, cache)
+        paged_attention.install(self._model.module, cache)
         nats = sum(self._nats(group, slot) for group in groups)
         return nats / sum(e.answer_length for e in examples)
 

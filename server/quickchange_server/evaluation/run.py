@@ -11,16 +11,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
+from quickchange_server.config import Settings
+from quickchange_server.entrypoints.llm import OfflineEngine, OfflineRequest, OfflineRun
 from quickchange_server.evaluation.loss import LossMeter
 from quickchange_server.evaluation.variants import Adapters, Variant
-from quickchange_server.messages import SamplingParams
-from quickchange_server.offline import OfflineEngine, OfflineRequest, OfflineRun
-from quickchange_server.settings import Settings
-from quickchange_server.text import Text
-from quickchange_server.token_text import token_text
-from quickchange_store.evaluation.results import Answer, DepthAcceptance, Row, Speed
-from quickchange_store.evaluation.scores import score
-from quickchange_store.training.data import Encoded, Example
+from quickchange_server.frontend.tokenizer import Text, token_text
+from quickchange_server.protocol import SamplingParams
+from quickchange_training.evaluation.evaluation_results import Answer, DepthAcceptance, Row, Speed
+from quickchange_training.evaluation.scores import score
+from quickchange_training.examples import Encoded, Example
 
 _WARMUP_TOKENS = 4
 _LEAST_REQUESTS = 8  # of a pass that measures speed alone

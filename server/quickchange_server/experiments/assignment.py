@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 
-from quickchange_server.api.schemas import Sampled
-from quickchange_server.books import Assignment, How
+from quickchange_server.api.openai.requests import Sampled
 from quickchange_server.experiments.definition import Sticky
 from quickchange_server.experiments.experiment import Experiment
 from quickchange_server.experiments.layout import SIZE, owner
+from quickchange_server.frontend.request_observers import Assignment, How
 
 UNIT_BYTES = 16
 

@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from quickchange_server.api.fields import Body, Number
-from quickchange_server.api.schemas import CompletionRequest, WeightedAdapter
+from quickchange_server.api.openai.requests import CompletionRequest, WeightedAdapter
+from quickchange_server.api.request_base import Body, Number
 from quickchange_server.errors import InvalidRequestError
 from quickchange_store.names import check_name
 

@@ -7,11 +7,11 @@ from functools import partial
 
 from sqlalchemy import Connection, literal, select
 
-from quickchange_server.books import Assignment, Completed, Opened
-from quickchange_server.metrics_experiments import ExperimentMetrics
+from quickchange_server.frontend.request_observers import Assignment, Completed, Opened
+from quickchange_server.observability.experiment_metrics import ExperimentMetrics
 from quickchange_server.storage.database import Database
+from quickchange_server.storage.tables import insert
 from quickchange_server.storage.tables_experiments import EXPERIMENT_EXPOSURES, EXPERIMENTS
-from quickchange_server.storage.upserts import insert
 
 
 class Exposures:

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, select
 
-from quickchange_server.callers import Caller
 from quickchange_server.errors import InvalidRequestError, UnknownModelError
 from quickchange_server.experiments.assignment import unit_of
 from quickchange_server.experiments.definition import LABELS, MAX_NUMBER, Metric, is_label
 from quickchange_server.experiments.experiment import Experiment
+from quickchange_server.frontend.caller import Caller
+from quickchange_server.storage.tables import insert
 from quickchange_server.storage.tables_experiments import EXPERIMENT_EXPOSURES, EXPERIMENT_OUTCOMES
-from quickchange_server.storage.upserts import insert
 
 Value = float | bool | str
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
-from quickchange_server.callers import Caller
 from quickchange_server.errors import InvalidRequestError
 from quickchange_server.experiments.definition import Variant
 from quickchange_server.experiments.experiment import Experiment, Pointed, rolled_back, variant_of
 from quickchange_server.experiments.registry import Experiments
+from quickchange_server.frontend.caller import Caller
 from quickchange_store.errors import StoreError
 from quickchange_store.index import Alias, Index
 from quickchange_store.store import Store

@@ -15,14 +15,14 @@ from types import MappingProxyType
 
 from sqlalchemy import Connection
 
-from quickchange_server.callers import Caller
 from quickchange_server.errors import ConflictError
 from quickchange_server.experiments import experiment as changes
-from quickchange_server.experiments import records
+from quickchange_server.experiments import experiment_records
 from quickchange_server.experiments.definition import Definition
 from quickchange_server.experiments.documents import decode
 from quickchange_server.experiments.experiment import Experiment, Pointed
-from quickchange_server.experiments.records import Act, Action
+from quickchange_server.experiments.experiment_records import Act, Action
+from quickchange_server.frontend.caller import Caller
 from quickchange_server.storage.database import Database
 from quickchange_server.storage.revisions import Revisions
 
@@ -42,7 +42,7 @@ class Experiments:
         self._revisions = revisions
         self._all: Mapping[str, Experiment] = MappingProxyType({})
         self.clock = clock
-        revisions.watch(records.TOPIC, self._load)
+        revisions.watch(experiment_records.TOPIC, self._load)
 
     @property
     def all(self) -> Mapping[str, Experiment]:
@@ -56,7 +56,7 @@ class Experiments:
         """Raises UnknownModelError."""
         found = self._all.get(name)
         if found is None:
-            raise records.unknown(name)
+            raise experiment_records.unknown(name)
         return found
 
     def refuse_name(self, name: str) -> None:
@@ -71,7 +71,7 @@ class Experiments:
         """A new experiment, running at once. Raises ConflictError where the name is taken."""
         act = self._act(caller, "create")
         made = changes.created(secrets.token_hex(ID_BYTES), definition, act.at)
-        await self._database.write(partial(records.create, experiment=made, act=act))
+        await self._database.write(partial(experiment_records.create, experiment=made, act=act))
         return await self._taken_up(made)
 
     async def update(
@@ -116,7 +116,7 @@ class Experiments:
     async def delete(self, name: str, caller: Caller) -> Experiment:
         """Forget an experiment with its records; the audit trail stays."""
         act = self._act(caller, "delete")
-        gone = await self._database.write(partial(records.remove, name=name, act=act))
+        gone = await self._database.write(partial(experiment_records.remove, name=name, act=act))
         await self._revisions.take_up()
         return gone
 
@@ -126,7 +126,7 @@ class Experiments:
     async def _change(
         self, name: str, act: Act, make: Make, version: int | None = None
     ) -> Experiment:
-        change = partial(records.change, name=name, act=act, make=make, version=version)
+        change = partial(experiment_records.change, name=name, act=act, make=make, version=version)
         return await self._taken_up(await self._database.write(change))
 
     async def _taken_up(self, changed: Experiment) -> Experiment:
@@ -138,7 +138,7 @@ class Experiments:
         self._all = MappingProxyType(await self._database.read(self._read_all))
 
     def _read_all(self, connection: Connection) -> dict[str, Experiment]:
-        documents = records.documents(connection)
+        documents = experiment_records.documents(connection)
         found = {name: self._read(name, document) for name, document in documents.items()}
         return {name: one for name, one in found.items() if one is not None}
 

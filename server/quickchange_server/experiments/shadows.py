@@ -12,9 +12,9 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 
-from quickchange_server.books import Assignment, Running
 from quickchange_server.errors import QuickchangeError
-from quickchange_server.metrics_experiments import ExperimentMetrics
+from quickchange_server.frontend.request_observers import Assignment, Running
+from quickchange_server.observability.experiment_metrics import ExperimentMetrics
 
 Admit = Callable[[], Awaitable[Running]]
 

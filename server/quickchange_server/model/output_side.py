@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-from quickchange_kernels.lowrank import LowRankTables, lowrank_
-from quickchange_server.adapters.layout import ModuleGroup
-from quickchange_server.model.fused_layer import FusedDecoderLayer
-from quickchange_server.model.step import AdapterBatch, StepHolder
-from quickchange_store.canonical import Source
+from quickchange_kernels.lowrank.lowrank_contract import LowRankTables, lowrank_
+from quickchange_server.adapters.module_groups import ModuleGroup
+from quickchange_server.model.forward_context import AdapterBatch, StepHolder
+from quickchange_server.model.fusion import FusedDecoderLayer
+from quickchange_store.canonical.canonical_adapter import Source
 
 
 class OutputSide:

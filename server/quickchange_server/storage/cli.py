@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from quickchange_server.errors import QuickchangeError
-from quickchange_server.storage import moving, pruning
+from quickchange_server.storage import maintenance
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -26,7 +26,7 @@ def move(
 ) -> None:
     """Copy all that a database keeps into an empty one. Stop the servers first."""
     try:
-        moving.move(source, target, lambda table, rows: typer.echo(f"{table}: {rows} rows"))
+        maintenance.move(source, target, lambda table, rows: typer.echo(f"{table}: {rows} rows"))
     except QuickchangeError as error:
         sys.exit(f"quickchange: {error}")
 
@@ -46,6 +46,6 @@ def prune(
             "is in the future; give a day that has begun", param_hint="--before"
         )
     try:
-        typer.echo(f"usage: {pruning.prune_usage(url, int(first.timestamp()))} rows deleted")
+        typer.echo(f"usage: {maintenance.prune_usage(url, int(first.timestamp()))} rows deleted")
     except QuickchangeError as error:
         sys.exit(f"quickchange: {error}")

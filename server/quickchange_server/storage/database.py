@@ -19,7 +19,7 @@ from typing import TypeVar
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
-from quickchange_server.metrics_storage import StorageMetrics
+from quickchange_server.observability.subsystem_metrics import StorageMetrics
 from quickchange_server.storage.engines import READERS, make_engine, reading, unusable, writing
 from quickchange_server.storage.outages import passes
 from quickchange_server.storage.schema import upgrade

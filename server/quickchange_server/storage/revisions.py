@@ -14,8 +14,7 @@ from sqlalchemy import Connection, select
 
 from quickchange_server.errors import UnavailableError
 from quickchange_server.storage.database import Database
-from quickchange_server.storage.tables import REVISIONS
-from quickchange_server.storage.upserts import insert
+from quickchange_server.storage.tables import REVISIONS, insert
 
 POLL_SECONDS = 1.0
 

@@ -4,6 +4,8 @@ A domain adds its tables in a file `tables_<domain>.py` beside this one, and its
 Alembic branch of its own in `migrations/versions` (`<domain>_0001.py`, no down revision, the
 domain as branch label), so that domains grow without knowing of each other. Constraints get their
 names from the convention below: a migration can name what it drops.
+
+INSERT ... ON CONFLICT, which SQLite and PostgreSQL spell alike and SQLAlchemy has for each.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from sqlalchemy import BigInteger, Column, MetaData, String, Table
+from sqlalchemy import BigInteger, Column, Connection, MetaData, String, Table
+from sqlalchemy.dialects import postgresql, sqlite
 
 METADATA = MetaData(
     naming_convention={
@@ -39,3 +42,10 @@ def all_tables() -> MetaData:
         if module.name.startswith("tables_"):
             importlib.import_module(f"{package}.{module.name}")
     return METADATA
+
+
+def insert(connection: Connection, table: Table) -> sqlite.Insert | postgresql.Insert:
+    """An INSERT that has `on_conflict_do_update` and `on_conflict_do_nothing`."""
+    if connection.dialect.name == "postgresql":
+        return postgresql.insert(table)
+    return sqlite.insert(table)

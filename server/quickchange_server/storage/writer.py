@@ -21,7 +21,7 @@ from typing import Any
 from sqlalchemy import Engine
 
 from quickchange_server.errors import UnavailableError
-from quickchange_server.metrics_storage import StorageMetrics
+from quickchange_server.observability.subsystem_metrics import StorageMetrics
 from quickchange_server.storage.outages import passes
 from quickchange_server.storage.transactions import Change, Outcome, Transactions
 

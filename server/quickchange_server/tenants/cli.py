@@ -19,11 +19,11 @@ from typing import Annotated, Any, TypeVar
 import typer
 from sqlalchemy import Connection
 
-from quickchange_server.callers import SCOPES, Scope
+from quickchange_server.config import default_database
 from quickchange_server.errors import QuickchangeError
-from quickchange_server.settings import default_database
+from quickchange_server.frontend.caller import SCOPES, Scope
 from quickchange_server.storage.database import Database
-from quickchange_server.tenants import records
+from quickchange_server.tenants import key_records
 from quickchange_server.tenants.key import MAX_LIMIT, Key, Limits, Terms, names_of
 
 T = TypeVar("T")
@@ -103,7 +103,7 @@ def create(
     def change(connection: Connection) -> tuple[Key, str]:
         named = names_of(with_scope, names)
         terms = Terms(tenant, with_scope, named, label, limits, expires)
-        return records.create(connection, terms, now)
+        return key_records.create(connection, terms, now)
 
     _print_secret(*_in_database(database, store, change), as_json)
 
@@ -113,7 +113,7 @@ def list_keys(
     database: DatabaseOption = None, store: StoreOption = None, as_json: JsonOption = False
 ) -> None:
     """List the keys, revoked and expired ones too."""
-    keys = _in_database(database, store, records.every)
+    keys = _in_database(database, store, key_records.every)
     if as_json:
         typer.echo(json.dumps([_shown(key) for key in keys], indent=2))
         return
@@ -131,7 +131,9 @@ def list_keys(
 @app.command()
 def revoke(key: KeyArgument, database: DatabaseOption = None, store: StoreOption = None) -> None:
     """End a key for good."""
-    revoked = _in_database(database, store, partial(records.revoke, key_id=key, now=time.time()))
+    revoked = _in_database(
+        database, store, partial(key_records.revoke, key_id=key, now=time.time())
+    )
     typer.echo(f"revoked {revoked.id} of {revoked.terms.tenant}")
 
 
@@ -146,7 +148,7 @@ def rotate(
     as_json: JsonOption = False,
 ) -> None:
     """Give a key a new secret and print it, this once."""
-    change = partial(records.rotate, key_id=key, overlap=overlap, now=time.time())
+    change = partial(key_records.rotate, key_id=key, overlap=overlap, now=time.time())
     _print_secret(*_in_database(database, store, change), as_json)
 
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from quickchange_server.callers import Scope
 from quickchange_server.errors import InvalidRequestError
-from quickchange_server.tenants.secret import matches
+from quickchange_server.frontend.caller import Scope
+from quickchange_server.tenants.key_secret import matches
 
 MAX_GLOBS = 64
 MAX_GLOB_LENGTH = 256  # characters, as a name's

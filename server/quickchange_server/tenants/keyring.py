@@ -11,12 +11,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from quickchange_server.callers import Caller
 from quickchange_server.errors import UnauthenticatedError
+from quickchange_server.frontend.caller import Caller
 from quickchange_server.storage.database import Database
 from quickchange_server.tenants.key import Key
-from quickchange_server.tenants.records import every
-from quickchange_server.tenants.secret import id_of
+from quickchange_server.tenants.key_records import every
+from quickchange_server.tenants.key_secret import id_of
 
 _HOW = "send `Authorization: Bearer KEY` with a valid API key"
 

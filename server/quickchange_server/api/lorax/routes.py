@@ -11,37 +11,31 @@ from dataclasses import dataclass, field
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.routing import APIRoute
 
-from quickchange_server.api import ordering
-from quickchange_server.api.callers import INFER, Calling
+from quickchange_server.api.auth import INFER, Calling
 from quickchange_server.api.lorax import translation
-from quickchange_server.api.lorax.failures import failure
-from quickchange_server.api.lorax.merging import merged
-from quickchange_server.api.lorax.schemas import (
+from quickchange_server.api.lorax.derived_adapters import merged
+from quickchange_server.api.lorax.errors import failure
+from quickchange_server.api.lorax.requests import (
     MAX_STOP_SEQUENCES,
     CompatGenerateRequest,
     GenerateRequest,
 )
-from quickchange_server.api.lorax.shapes import (
-    Candidate,
-    Clock,
-    Shapes,
-    accounting,
-    identity,
-)
-from quickchange_server.api.schemas import MAX_CHOICES
-from quickchange_server.api.shapes import Json
+from quickchange_server.api.lorax.responses import Candidate, Clock, Shapes, accounting, identity
+from quickchange_server.api.openai.requests import MAX_CHOICES
+from quickchange_server.api.openai.responses import Json
 from quickchange_server.api.sse import event, event_stream, unless_gone
-from quickchange_server.books import Running
-from quickchange_server.callers import Caller
-from quickchange_server.choices import choice_seed
+from quickchange_server.entrypoints.app_state import VERSION, Injected, Services
 from quickchange_server.errors import (
     EngineFailedError,
     InvalidRequestError,
     UnknownModelError,
     UnsupportedParameterError,
 )
-from quickchange_server.services import VERSION, Injected, Services
-from quickchange_server.transcript import LoggedToken
+from quickchange_server.frontend import request_admission
+from quickchange_server.frontend.caller import Caller
+from quickchange_server.frontend.generation import choice_seed
+from quickchange_server.frontend.output_processor import LoggedToken
+from quickchange_server.frontend.request_observers import Running
 
 router = APIRouter(tags=["LoRAX"])
 
@@ -61,7 +55,7 @@ class Work:
     @property
     def headers(self) -> dict[str, str]:
         """Those known before the first token."""
-        return self.identity | ordering.headers(self.running.account.opened.assignment)
+        return self.identity | request_admission.headers(self.running.account.opened.assignment)
 
 
 @router.post("/generate")
@@ -157,12 +151,12 @@ async def _begin(
     tokens = streamed or given.details or given.decoder_input_details or given.candidates > 1
     wanted = translation.completion(services, body, tokens=tokens)
     try:
-        order = ordering.select(services, caller, wanted, request.headers)
+        order = request_admission.select(services, caller, wanted, request.headers)
     except UnknownModelError as error:
         raise UnknownModelError(error.message + _remedy(body), param=error.param) from error
     order = merged(services, order, given.merged_adapters)
     prompt = await translation.prompt(services, body)
-    admitting = ordering.admit(
+    admitting = request_admission.admit(
         services,
         order,
         [prompt],

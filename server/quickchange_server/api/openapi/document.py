@@ -12,11 +12,11 @@ from typing import Any, Literal
 from fastapi import FastAPI
 from pydantic import TypeAdapter
 
-from quickchange_server.api.adapters import AddFromPath
-from quickchange_server.api.callers import METRICS_PATH, OPEN
+from quickchange_server.api.admin.adapters import AddFromPath
+from quickchange_server.api.auth import METRICS_PATH, OPEN
+from quickchange_server.api.openai.responses import Json
 from quickchange_server.api.openapi.operations import EVENTS, JSON, MEANINGS, OPERATIONS, Answers
-from quickchange_server.api.shapes import Json
-from quickchange_server.settings import Settings
+from quickchange_server.config import Settings
 
 _REF = "#/components/schemas/{model}"
 _OF_422 = ("HTTPValidationError", "ValidationError")  # FastAPI's; errors have other bodies here

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from quickchange_server.api.openapi import answers, answers_experiments
+from quickchange_server.api.openapi import response_models, response_models_experiments
 
 JSON = "application/json"
 EVENTS = "text/event-stream"
@@ -28,7 +28,7 @@ class Answers:
     event: Any = None  # a type: of the events that are streamed where the request asks for them
     last_event: str | None = None  # the data of an event that is no JSON
     errors: frozenset[int] = _ALWAYS
-    error: type[answers.Answer] = answers.Error
+    error: type[response_models.Answer] = response_models.Error
 
     def also(self, *statuses: int) -> Answers:
         """With more errors."""
@@ -45,71 +45,85 @@ def _posted(model: Any, *errors: int, status: int = 200) -> Answers:
 
 
 def _generated(model: Any, event: Any = None) -> Answers:
-    events = None if event is None else event | answers.Error
+    events = None if event is None else event | response_models.Error
     return Answers(model, event=events, last_event="[DONE]", errors=_ALWAYS | _GENERATES)
 
 
 def _lorax(model: Any, event: Any = None) -> Answers:
-    events = None if event is None else event | answers.LoraxError
-    return Answers(model, event=events, errors=_LORAX, error=answers.LoraxError)
+    events = None if event is None else event | response_models.LoraxError
+    return Answers(model, event=events, errors=_LORAX, error=response_models.LoraxError)
 
 
-_REFUSED = Answers(status=0, errors=frozenset({401, 422, 403}), error=answers.LoraxError)
-_STATE = Answers(answers.State, errors=frozenset())  # a 503 of theirs is a state, not an error
-_EXPERIMENT = _json(answers_experiments.Experiment, 404)
+_REFUSED = Answers(status=0, errors=frozenset({401, 422, 403}), error=response_models.LoraxError)
+_STATE = Answers(
+    response_models.State, errors=frozenset()
+)  # a 503 of theirs is a state, not an error
+_EXPERIMENT = _json(response_models_experiments.Experiment, 404)
 
 OPERATIONS: Mapping[tuple[str, str], Answers] = {
-    ("post", "/v1/completions"): _generated(answers.Completion, answers.CompletionEvent),
-    ("post", "/v1/chat/completions"): _generated(answers.ChatCompletion, answers.ChatEvent),
-    ("post", "/v1/embeddings"): _generated(answers.Embeddings),
-    ("get", "/v1/models"): _json(answers.Models),
-    ("get", "/v1/models/{model}"): _json(answers.Model, 404),
-    ("post", "/generate"): _lorax(answers.LoraxAnswer),
-    ("post", "/generate_stream"): _lorax(None, answers.LoraxEvent),
-    ("post", "/"): _lorax(list[answers.LoraxAnswer], answers.LoraxEvent),
-    ("post", "/invocations"): _lorax(list[answers.LoraxAnswer], answers.LoraxEvent),
-    ("get", "/info"): _lorax(answers.LoraxInfo),
+    ("post", "/v1/completions"): _generated(
+        response_models.Completion, response_models.CompletionEvent
+    ),
+    ("post", "/v1/chat/completions"): _generated(
+        response_models.ChatCompletion, response_models.ChatEvent
+    ),
+    ("post", "/v1/embeddings"): _generated(response_models.Embeddings),
+    ("get", "/v1/models"): _json(response_models.Models),
+    ("get", "/v1/models/{model}"): _json(response_models.Model, 404),
+    ("post", "/generate"): _lorax(response_models.LoraxAnswer),
+    ("post", "/generate_stream"): _lorax(None, response_models.LoraxEvent),
+    ("post", "/"): _lorax(list[response_models.LoraxAnswer], response_models.LoraxEvent),
+    ("post", "/invocations"): _lorax(list[response_models.LoraxAnswer], response_models.LoraxEvent),
+    ("get", "/info"): _lorax(response_models.LoraxInfo),
     ("post", "/embed"): _REFUSED,
     ("post", "/classify"): _REFUSED,
     ("post", "/classify_batch"): _REFUSED,
     ("post", "/v1/load_lora_adapter"): replace(_posted(None, 404, 409), content=TEXT),
     ("post", "/v1/unload_lora_adapter"): replace(_posted(None, 404, 409), content=TEXT),
-    ("post", "/tokenize"): _posted(answers.Tokens | list[answers.TokenSpan], 404),
-    ("post", "/detokenize"): _posted(answers.Detokenized, 404),
-    ("get", "/version"): _json(answers.ServerVersion),
-    ("get", "/v1/adapters"): _json(answers.Adapters),
-    ("post", "/v1/adapters"): _posted(answers.AddedAdapter, 409, status=201),
-    ("get", "/v1/adapters/{reference}"): _json(answers.DescribedAdapter, 404),
-    ("delete", "/v1/adapters/{reference}"): _json(answers.RemovedAdapter, 404, 409),
-    ("post", "/v1/adapters/{name}/rollback"): _posted(answers.Served, 404, 409),
-    ("post", "/v1/adapters/{reference}/pin"): _json(answers.AdapterState, 404, status=202),
-    ("post", "/v1/adapters/{reference}/unpin"): _json(answers.AdapterState, 404, status=202),
-    ("post", "/v1/adapters/{reference}/prefetch"): _posted(answers.AdapterState, 404, status=202),
-    ("get", "/v1/aliases"): _json(answers.Aliases),
-    ("put", "/v1/aliases/{alias}"): _posted(answers.Alias, 404, 409),
-    ("delete", "/v1/aliases/{alias}"): _json(answers.RemovedAlias, 404, 409),
+    ("post", "/tokenize"): _posted(response_models.Tokens | list[response_models.TokenSpan], 404),
+    ("post", "/detokenize"): _posted(response_models.Detokenized, 404),
+    ("get", "/version"): _json(response_models.ServerVersion),
+    ("get", "/v1/adapters"): _json(response_models.Adapters),
+    ("post", "/v1/adapters"): _posted(response_models.AddedAdapter, 409, status=201),
+    ("get", "/v1/adapters/{reference}"): _json(response_models.DescribedAdapter, 404),
+    ("delete", "/v1/adapters/{reference}"): _json(response_models.RemovedAdapter, 404, 409),
+    ("post", "/v1/adapters/{name}/rollback"): _posted(response_models.Served, 404, 409),
+    ("post", "/v1/adapters/{reference}/pin"): _json(response_models.AdapterState, 404, status=202),
+    ("post", "/v1/adapters/{reference}/unpin"): _json(
+        response_models.AdapterState, 404, status=202
+    ),
+    ("post", "/v1/adapters/{reference}/prefetch"): _posted(
+        response_models.AdapterState, 404, status=202
+    ),
+    ("get", "/v1/aliases"): _json(response_models.Aliases),
+    ("put", "/v1/aliases/{alias}"): _posted(response_models.Alias, 404, 409),
+    ("delete", "/v1/aliases/{alias}"): _json(response_models.RemovedAlias, 404, 409),
     ("post", "/v1/experiments"): replace(_EXPERIMENT, status=201).also(409, 413),
-    ("get", "/v1/experiments"): _json(answers_experiments.Experiments),
+    ("get", "/v1/experiments"): _json(response_models_experiments.Experiments),
     ("get", "/v1/experiments/{name}"): _EXPERIMENT,
     ("patch", "/v1/experiments/{name}"): _EXPERIMENT.also(409, 413),
-    ("delete", "/v1/experiments/{name}"): _json(answers_experiments.DeletedExperiment, 404),
-    ("get", "/v1/experiments/{name}/results"): _json(answers_experiments.Results, 404),
-    ("get", "/v1/experiments/{name}/audit"): _json(answers_experiments.AuditTrail, 404),
+    ("delete", "/v1/experiments/{name}"): _json(response_models_experiments.DeletedExperiment, 404),
+    ("get", "/v1/experiments/{name}/results"): _json(response_models_experiments.Results, 404),
+    ("get", "/v1/experiments/{name}/audit"): _json(response_models_experiments.AuditTrail, 404),
     ("post", "/v1/experiments/{name}/pause"): _EXPERIMENT.also(409),
     ("post", "/v1/experiments/{name}/resume"): _EXPERIMENT.also(409),
     ("post", "/v1/experiments/{name}/stop"): _EXPERIMENT.also(409, 413),
-    ("post", "/v1/experiments/{name}/promote"): _posted(answers_experiments.MovedAlias, 404, 409),
-    ("post", "/v1/experiments/{name}/rollback"): _json(answers_experiments.MovedAlias, 404, 409),
-    ("post", "/v1/experiments/{name}/outcomes"): _posted(
-        answers_experiments.KeptOutcomes, 404, 409, status=201
+    ("post", "/v1/experiments/{name}/promote"): _posted(
+        response_models_experiments.MovedAlias, 404, 409
     ),
-    ("post", "/v1/keys"): _posted(answers.NewApiKey, status=201),
-    ("get", "/v1/keys"): _json(answers.ApiKeys),
-    ("get", "/v1/keys/{id}"): _json(answers.ApiKey, 404),
-    ("patch", "/v1/keys/{id}"): _posted(answers.ApiKey, 404, 409),
-    ("delete", "/v1/keys/{id}"): _json(answers.ApiKey, 404),
-    ("post", "/v1/keys/{id}/rotate"): _posted(answers.NewApiKey, 404, 409),
-    ("get", "/v1/usage"): _json(answers.UsageReport),
+    ("post", "/v1/experiments/{name}/rollback"): _json(
+        response_models_experiments.MovedAlias, 404, 409
+    ),
+    ("post", "/v1/experiments/{name}/outcomes"): _posted(
+        response_models_experiments.KeptOutcomes, 404, 409, status=201
+    ),
+    ("post", "/v1/keys"): _posted(response_models.NewApiKey, status=201),
+    ("get", "/v1/keys"): _json(response_models.ApiKeys),
+    ("get", "/v1/keys/{id}"): _json(response_models.ApiKey, 404),
+    ("patch", "/v1/keys/{id}"): _posted(response_models.ApiKey, 404, 409),
+    ("delete", "/v1/keys/{id}"): _json(response_models.ApiKey, 404),
+    ("post", "/v1/keys/{id}/rotate"): _posted(response_models.NewApiKey, 404, 409),
+    ("get", "/v1/usage"): _json(response_models.UsageReport),
     ("get", "/health"): _STATE,
     ("get", "/health/ready"): _STATE,
     ("get", "/health/live"): _STATE,

@@ -18,7 +18,7 @@ from quickchange_server.experiments.statistics.best import Goal, probability_bes
 from quickchange_server.experiments.statistics.moments import Floats, Moments, pooled
 from quickchange_server.experiments.statistics.plan import Plan
 from quickchange_server.experiments.statistics.ratio import Segment, sample_ratio
-from quickchange_server.experiments.statistics.results import (
+from quickchange_server.experiments.statistics.result_types import (
     Comparison,
     Decision,
     ExperimentResult,

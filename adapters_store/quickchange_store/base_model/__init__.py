@@ -1,0 +1,1 @@
+"""What the store knows of a base model: shapes, weights by name, sub-layers."""

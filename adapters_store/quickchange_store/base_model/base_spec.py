@@ -1,0 +1,210 @@
+"""What a base model is made of, read from its configuration alone, without its weights.
+
+The model is instantiated on the meta device, so a model of any size takes a second and no memory.
+Knows nothing of adapters.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quickchange_store.base_model.sublayers import producers, sublayers
+from quickchange_store.canonical.canonical_adapter import BaseSpec, ModuleShape
+from quickchange_store.errors import BaseModelError
+
+if TYPE_CHECKING:
+    import torch
+
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+
+
+def base_spec(model: str | Path, name: str | None = None) -> BaseSpec:
+    """The spec of the model at a path (transformers' layout) or with a hub id.
+
+    Its modules are every `nn.Linear`, the LM head included where it is tied to the embedding, and
+    the input embedding. `name` is what the base is called in messages; default: `model`. Takes
+    seconds for a large model: keep the result. Raises BaseModelError.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(str(model), trust_remote_code=False)
+        with torch.device("meta"):
+            network = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise BaseModelError(
+            f"{str(model)!r} is not a causal language model that transformers can read ({error})",
+            file="config.json",
+            remedy="give a folder in transformers' layout, or the id of a model in the hub's cache",
+        ) from error
+    weights = CheckpointWeights(str(model), _Names.of(network))
+    return spec_of(network, str(name or model), weights)
+
+
+def spec_of(network: Any, name: str, weights: CheckpointWeights | None = None) -> BaseSpec:
+    """The spec of a transformers model that exists already, on any device."""
+    import torch
+
+    embedding = network.get_input_embeddings()
+    head = network.get_output_embeddings()
+    modules = {}
+    output_head = None
+    for path, module in network.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            modules[path] = ModuleShape(
+                "linear", module.in_features, module.out_features, bias=module.bias is not None
+            )
+            output_head = path if module is head else output_head
+        elif module is embedding and isinstance(module, torch.nn.Embedding):
+            modules[path] = ModuleShape(
+                "embedding",
+                module.num_embeddings,
+                module.embedding_dim,
+                # Gemma 3 and others: the module multiplies its output, and so does PEFT its update.
+                output_scale=float(getattr(module, "scalar_embed_scale", 1.0)),
+            )
+    return BaseSpec(
+        architecture=type(network).__name__,
+        name=name,
+        modules=modules,
+        model_type=str(network.config.model_type),
+        output_head=output_head,
+        producers=producers(network),
+        sublayers=sublayers(network),
+        weights=weights,
+    )
+
+
+@dataclass(frozen=True)
+class _Names:
+    """How a checkpoint names the model's parameters, by transformers' own rules for loading."""
+
+    tied: Mapping[str, str]  # parameters that may be left out, and the one that each is equal to
+    parameters: Mapping[str, str]  # every parameter's name, twice
+    prefix: str  # of the part without a head, which some checkpoints leave out
+    renamings: Sequence[Any]
+    converters: Sequence[Any]
+
+    @classmethod
+    def of(cls, network: Any) -> _Names:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+
+        tied = getattr(network, "all_tied_weights_keys", None) or {}
+        transforms = get_model_conversion_mapping(network)
+        return cls(
+            tied={str(target): str(source) for target, source in dict(tied).items()},
+            parameters={name: name for name in network.state_dict()},
+            prefix=network.base_model_prefix,
+            renamings=[t for t in transforms if isinstance(t, WeightRenaming)],
+            converters=[t for t in transforms if not isinstance(t, WeightRenaming)],
+        )
+
+    def parameter(self, key: str) -> str | None:
+        """The parameter that a checkpoint's tensor is, None where it is one after a conversion."""
+        from transformers.core_model_loading import rename_source_key
+
+        name, converted = rename_source_key(
+            key, self.renamings, self.converters, self.prefix, self.parameters
+        )
+        return None if converted else str(name)
+
+
+class CheckpointWeights:
+    """Parameters from a safetensors checkpoint, each read when asked for."""
+
+    def __init__(self, model: str, names: _Names) -> None:
+        self._model = model
+        self._names = names
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The parameter `name`, or the one it is tied to. Raises BaseModelError."""
+        for candidate in (name, self._names.tied.get(name)):
+            if candidate in self._keys:
+                key, file = self._keys[candidate]
+                return _read(file, key)
+        raise BaseModelError(
+            f"the base model's weights lack {name!r}, which this adapter's import needs",
+            file=WEIGHTS,
+            key=name,
+            remedy="give the base as safetensors that transformers loads without conversion",
+        )
+
+    @cached_property
+    def _keys(self) -> dict[str | None, tuple[str, Path]]:
+        """Each parameter's key in the checkpoint and its file. An adapter may ask for hundreds."""
+        return {self._names.parameter(key): (key, file) for key, file in self._files().items()}
+
+    def _files(self) -> dict[str, Path]:
+        """Every tensor's key, and the file that holds it."""
+        single = self._find(WEIGHTS)
+        if single is not None:
+            return dict.fromkeys(_keys(single), single)
+        index = self._find(WEIGHTS_INDEX)
+        if index is None:
+            raise BaseModelError(
+                f"{self._model!r} has no safetensors weights, which this adapter's import needs",
+                file=WEIGHTS,
+                remedy="save the base with save_pretrained, which writes safetensors",
+            )
+        return {key: index.parent / shard for key, shard in _shards(index).items()}
+
+    def _find(self, file: str) -> Path | None:
+        from transformers.utils.hub import cached_file
+
+        folder = Path(self._model)
+        if folder.is_dir():
+            return folder / file if (folder / file).is_file() else None
+        found = cached_file(
+            self._model,
+            file,
+            local_files_only=True,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        return None if found is None else Path(found)
+
+
+def _keys(path: Path) -> list[str]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise _unreadable(path, None, error) from error
+
+
+def _shards(index: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_bytes())["weight_map"]
+        return {str(key): str(shard) for key, shard in weight_map.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise _unreadable(index, "weight_map", error) from error
+
+
+def _read(path: Path, key: str) -> torch.Tensor:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            tensor: torch.Tensor = file.get_tensor(key)
+    except (SafetensorError, OSError) as error:
+        raise _unreadable(path, key, error) from error
+    return tensor
+
+
+def _unreadable(path: Path, key: str | None, error: Exception) -> BaseModelError:
+    return BaseModelError(
+        f"the base model's file can't be read ({error})",
+        file=path.name,
+        key=key,
+        remedy="fetch the base model again",
+    )

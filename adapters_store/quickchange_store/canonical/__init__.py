@@ -1,0 +1,1 @@
+"""The one form in which every adapter is stored and served."""

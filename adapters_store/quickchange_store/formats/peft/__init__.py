@@ -1,0 +1,1 @@
+"""PEFT's formats: LoRA, DoRA and IA3 directories."""

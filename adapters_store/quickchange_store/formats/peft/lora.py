@@ -1,0 +1,176 @@
+"""PEFT LoRA and DoRA directories: `adapter_config.json` and `adapter_model.safetensors`.
+
+Every targeted module must have its tensors and every tensor must be understood: an adapter is read
+completely or refused by name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quickchange_store.canonical.canonical_adapter import BaseSpec, CanonicalAdapter, LowRankUpdate
+from quickchange_store.errors import BaseMismatchError, InvalidAdapterError, UnsupportedFeatureError
+from quickchange_store.formats.config_file import CONFIG_FILE, read_config
+from quickchange_store.formats.imported import Imported
+from quickchange_store.formats.peft.dora import dora_gain
+from quickchange_store.formats.peft.peft_common import PREFIX, WEIGHTS_FILE, WRITER, check_copies
+from quickchange_store.formats.peft.peft_config import LoraSettings, parse_config
+from quickchange_store.formats.tensors import AdapterTensors, weights_file
+
+if TYPE_CHECKING:
+    import torch
+
+
+def read_peft(directory: Path, base: BaseSpec) -> Imported:
+    """Read the LoRA or DoRA adapter in `directory` for the base model `base`.
+
+    The base's own weights are opened only for adapters that need them: DoRA, and copies of the
+    base's parameters (trained biases, stored as the difference, and embeddings). Raises
+    InvalidAdapterError, UnsupportedFeatureError, BaseMismatchError and BaseModelError; the message
+    names file, key and remedy.
+    """
+    config = read_config(directory)
+    settings, warnings = parse_config(config, base)
+    tensors = AdapterTensors(weights_file(directory, WEIGHTS_FILE, WRITER))
+    updates = {}
+    for module in base.modules:  # the base's order, not the file's
+        update = _module_update(tensors, settings, base, module)
+        if update is not None:
+            updates[module] = update
+    check_copies(tensors, base)
+    _refuse_leftovers(tensors, settings, base)
+    adapter = CanonicalAdapter(
+        base.architecture, settings.base_name, updates, dict(settings.source)
+    )
+    return Imported(adapter, tuple(warnings))
+
+
+def _module_update(
+    tensors: AdapterTensors, settings: LoraSettings, base: BaseSpec, module: str
+) -> LowRankUpdate | None:
+    """The update of one module of the base, None where the adapter leaves it alone."""
+    import torch
+
+    change = _base_bias_change(tensors, settings, base, module)
+    if module not in settings.targets:
+        if change is None:
+            return None
+        shape = base.modules[module]
+        a, b = torch.zeros(0, shape.in_features), torch.zeros(shape.out_features, 0)
+        return LowRankUpdate(a, b, 1.0, change)
+    a, b = _factors(tensors, settings, base, module)
+    scale = settings.scale(module)
+    if settings.lora_bias and base.modules[module].kind == "linear":
+        out = (base.modules[module].out_features,)
+        own = tensors.take_shaped(f"{PREFIX}{module}.lora_B.bias", module, out).float() * scale
+        change = own if change is None else own + change
+    update = LowRankUpdate(a, b, scale * base.modules[module].output_scale, change)
+    return _with_magnitude(tensors, base, module, update, scale) if settings.dora else update
+
+
+def _with_magnitude(
+    tensors: AdapterTensors, base: BaseSpec, module: str, update: LowRankUpdate, scale: float
+) -> LowRankUpdate:
+    """DoRA: g ⊙ (W x + scale · B A x) in place of W x, with g = magnitude / ‖W + scale · B A‖.
+
+    PEFT leaves the base's bias out of it, so what the gain does to that bias is taken back.
+    """
+    shape = base.modules[module]
+    key = f"{PREFIX}{module}.lora_magnitude_vector"
+    magnitude = tensors.take_shaped(key, module, (shape.out_features,)).float()
+    weight = tensors.base_tensor(base, f"{module}.weight", key)
+    expected = (shape.out_features, shape.in_features)
+    if shape.kind == "embedding":
+        weight = weight.T
+    if tuple(weight.shape) != expected or not weight.is_floating_point():
+        raise UnsupportedFeatureError(
+            f"DoRA needs the base's {module}.weight as plain numbers {list(expected)}, and the "
+            f"checkpoint has {weight.dtype} {list(weight.shape)}",
+            file=WEIGHTS_FILE,
+            key=key,
+            remedy="add the adapter with the base as it was before quantisation (--model)",
+        )
+    gain = dora_gain(magnitude, weight, update.a, update.b, scale)
+    if not bool(gain.isfinite().all()):
+        raise InvalidAdapterError(
+            f"a row of {module}'s weight and its update are zero, so DoRA has no direction for it",
+            file=WEIGHTS_FILE,
+            key=key,
+            remedy="train again, or leave the module out",
+        )
+    bias = update.bias
+    if shape.bias:
+        own = (1 - gain) * tensors.base_tensor(base, f"{module}.bias", key).float()
+        bias = own if bias is None else bias + own
+    return replace(update, b=gain[:, None] * update.b.float(), gain=gain, bias=bias)
+
+
+def _factors(
+    tensors: AdapterTensors, settings: LoraSettings, base: BaseSpec, module: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A [r, in] and B [out, r] of a targeted module."""
+    shape = base.modules[module]
+    names = ("lora_A.weight", "lora_B.weight")
+    if shape.kind == "embedding":
+        names = ("lora_embedding_A", "lora_embedding_B")
+    keys = tuple(f"{PREFIX}{module}.{name}" for name in names)
+    a, b = (tensors.take(key) for key in keys)
+    rank = settings.rank(module)
+    found = {a.shape[0], b.shape[-1]} if a.ndim == b.ndim == 2 else set()
+    if found and found != {rank}:
+        raise InvalidAdapterError(
+            f"A {list(a.shape)} and B {list(b.shape)} are not of rank {rank}, which {CONFIG_FILE} "
+            "gives to this module",
+            file=WEIGHTS_FILE,
+            key=keys[0],
+            remedy="correct r or rank_pattern, or save the adapter again",
+        )
+    return (
+        tensors.take_shaped(keys[0], module, (rank, shape.in_features)),
+        tensors.take_shaped(keys[1], module, (shape.out_features, rank)),
+    )
+
+
+def _base_bias_change(
+    tensors: AdapterTensors, settings: LoraSettings, base: BaseSpec, module: str
+) -> torch.Tensor | None:
+    """[out] float32: trained minus original bias of the base's module; None without a change."""
+    targeted = module in settings.targets
+    if settings.bias == "none" or not (targeted or settings.bias == "all"):
+        return None
+    if not base.modules[module].bias:
+        return None
+    key = f"{PREFIX}{module}.base_layer.bias"
+    if not targeted or (key not in tensors and f"{PREFIX}{module}.bias" in tensors):
+        key = f"{PREFIX}{module}.bias"  # also the name under which older versions of PEFT saved it
+    trained = tensors.take_shaped(key, module, (base.modules[module].out_features,))
+    change = trained.float() - tensors.base_tensor(base, f"{module}.bias", key).float()
+    return change if bool(change.any()) else None
+
+
+def _refuse_leftovers(tensors: AdapterTensors, settings: LoraSettings, base: BaseSpec) -> None:
+    if not tensors.left:
+        return
+    key = min(tensors.left)
+    more = f" ({len(tensors.left) - 1} more like it)" if len(tensors.left) > 1 else ""
+    module, _, part = key.removeprefix(PREFIX).partition(".lora_")
+    if key.startswith(PREFIX) and part and module not in base.modules:
+        raise BaseMismatchError(
+            f"the base model {base.architecture} has no linear or input embedding module "
+            f"{module!r}{more}",
+            file=WEIGHTS_FILE,
+            key=key,
+            remedy="use an adapter of this base model; linear and input embedding modules are "
+            "served",
+        )
+    reason = "nothing in adapter_config.json asks for it"
+    if part and module not in settings.targets:
+        reason = f"target_modules does not cover {module}"
+    raise InvalidAdapterError(
+        f"the tensor is not expected: {reason}{more}",
+        file=WEIGHTS_FILE,
+        key=key,
+        remedy=f"save the adapter again, so that {CONFIG_FILE} and its tensors agree",
+    )

@@ -1,0 +1,237 @@
+"""`adapter_config.json` of a PEFT LoRA: which fields are honoured, harmless or refused.
+
+Every field of PEFT's LoraConfig is in exactly one of the three groups below, and a field that none
+of them knows is refused where it is set: nothing is ignored that could change the output. Knows
+nothing of tensors.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from quickchange_store.canonical.canonical_adapter import BaseSpec
+from quickchange_store.errors import InvalidAdapterError, UnsupportedFeatureError
+from quickchange_store.formats.config_file import (
+    CONFIG_FILE,
+    flag,
+    invalid,
+    is_set,
+    number,
+    refuse_fields,
+)
+from quickchange_store.formats.patterns import check_patterns
+from quickchange_store.formats.peft.peft_common import check_base, find_targets
+
+HONOURED = frozenset(
+    {
+        "alpha_pattern",
+        "auto_mapping",  # its base_model_class is compared with the base's architecture
+        "base_model_name_or_path",  # a different one warns
+        "bias",
+        "exclude_modules",
+        "init_lora_weights",  # kinds that change the base's weights are refused
+        "layers_pattern",
+        "layers_to_transform",
+        "lora_alpha",
+        "lora_bias",
+        "peft_type",
+        "r",
+        "rank_pattern",
+        "target_modules",
+        "task_type",  # other than a causal language model warns
+        "use_dora",
+        "use_rslora",
+    }
+)
+
+HARMLESS = frozenset(
+    {
+        "corda_config",  # how a base-changing kind was initialised; that kind itself is refused
+        "eva_config",  # how A was initialised
+        "fan_in_fan_out",  # of Conv1D only, whose modules are refused; PEFT ignores it elsewhere
+        "inference_mode",
+        "loftq_config",
+        "lora_dropout",  # training only
+        "lora_ga_config",
+        "megatron_core",  # a module's name, used with megatron_config only
+        "peft_version",
+        "qalora_group_size",  # used with use_qalora only
+        "revision",  # of the base model on the hub
+        "runtime_config",
+        "velora_config",  # another backward pass, the same forward pass
+    }
+)
+
+REFUSED = frozenset(
+    {
+        "alora_invocation_tokens",
+        "arrow_config",
+        "ensure_weight_tying",
+        "kasa_config",
+        "layer_replication",
+        "megatron_config",
+        "modules_to_save",
+        "monteclora_config",
+        "target_parameters",
+        "trainable_token_indices",
+        "use_bdlora",
+        "use_qalora",
+    }
+)
+
+# These subtract from the base's weights what they put into the adapter; without that changed base
+# the adapter is another function.
+_BASE_CHANGING = ("pissa", "olora", "corda", "lora_ga", "loftq")
+
+_REMEDIES = {
+    "modules_to_save": "train these modules with LoRA (target_modules) instead",
+    "trainable_token_indices": "train the embedding with LoRA (target_modules) instead",
+    "target_parameters": "target nn.Linear modules (target_modules) instead",
+    "ensure_weight_tying": "target the embedding and the LM head separately",
+}
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """What of the configuration decides the output."""
+
+    r: int
+    alpha: float
+    rslora: bool
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    bias: Literal["none", "all", "lora_only"]
+    lora_bias: bool
+    dora: bool
+    targets: frozenset[str]  # module paths of the base
+    base_name: str
+    source: Mapping[str, Any]
+
+    def rank(self, module: str) -> int:
+        """The rank of a module, after rank_pattern."""
+        return self.rank_pattern.get(_pattern_key(self.rank_pattern, module), self.r)
+
+    def scale(self, module: str) -> float:
+        """The factor before B A: alpha / r, or alpha / sqrt(r) with rank-stabilised LoRA."""
+        alpha = self.alpha_pattern.get(_pattern_key(self.alpha_pattern, module), self.alpha)
+        rank = self.rank(module)
+        return alpha / (math.sqrt(rank) if self.rslora else rank)
+
+
+def parse_config(config: Mapping[str, Any], base: BaseSpec) -> tuple[LoraSettings, list[str]]:
+    """The settings, and warnings for the adapter's owner.
+
+    Raises InvalidAdapterError, UnsupportedFeatureError and BaseMismatchError, naming the field.
+    """
+    _check_kind(config)
+    refuse_fields(config, known=HONOURED | HARMLESS, refused=REFUSED, remedies=_REMEDIES)
+    _check_initialisation(config)
+    warnings = check_base(config, base)
+    check_patterns(config, base.modules, CONFIG_FILE)
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
+
+    settings = LoraSettings(
+        r=_rank("r", config.get("r", 8)),
+        alpha=number("lora_alpha", config.get("lora_alpha", 8)),
+        rslora=flag(config, "use_rslora"),
+        rank_pattern=_pattern(config, "rank_pattern", _rank),
+        alpha_pattern=_pattern(config, "alpha_pattern", number),
+        bias=_bias(config),
+        lora_bias=flag(config, "lora_bias"),
+        dora=flag(config, "use_dora"),
+        targets=find_targets(config, base, DEFAULTS),
+        base_name=str(config.get("base_model_name_or_path") or ""),
+        source={
+            "format": "peft",
+            "config": {key: value for key, value in config.items() if is_set(value)},
+        },
+    )
+    if settings.dora and settings.lora_bias:
+        raise invalid("lora_bias", True, "PEFT has no DoRA with a bias of its own: train without")
+    return settings, warnings + _overlaps(settings)
+
+
+def _check_kind(config: Mapping[str, Any]) -> None:
+    kind = config.get("peft_type")
+    if kind is None:
+        raise InvalidAdapterError(
+            "the field is missing",
+            file=CONFIG_FILE,
+            key="peft_type",
+            remedy='set it to "LORA" or "IA3"',
+        )
+    if kind != "LORA":
+        raise UnsupportedFeatureError(
+            f"{kind!r} is not supported",
+            file=CONFIG_FILE,
+            key="peft_type",
+            remedy='use "LORA" or "IA3"',
+        )
+
+
+def _check_initialisation(config: Mapping[str, Any]) -> None:
+    kind = config.get("init_lora_weights", True)
+    if isinstance(kind, str) and kind.lower().startswith(_BASE_CHANGING):
+        raise UnsupportedFeatureError(
+            f"{kind!r} changes the base model's weights, so the adapter alone is another function",
+            file=CONFIG_FILE,
+            key="init_lora_weights",
+            remedy="save it with save_pretrained(path_initial_model_for_weight_conversion=…), "
+            "which writes a plain LoRA",
+        )
+
+
+def _bias(config: Mapping[str, Any]) -> Literal["none", "all", "lora_only"]:
+    value = config.get("bias", "none")
+    if value not in ("none", "all", "lora_only"):
+        raise invalid("bias", value, 'use "none", "all" or "lora_only"')
+    kind: Literal["none", "all", "lora_only"] = value
+    return kind
+
+
+def _rank(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise invalid(name, value, "a rank is a whole number from 1")
+    return value
+
+
+def _pattern(config: Mapping[str, Any], name: str, check: Any) -> dict[str, Any]:
+    value = config.get(name) or {}
+    if not isinstance(value, dict):
+        raise invalid(name, value, "use an object of module patterns and values")
+    for pattern in value:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            remedy = f"use a regular expression: {error}"
+            raise invalid(f"{name}.{pattern}", pattern, remedy) from error
+    return {pattern: check(f"{name}.{pattern}", entry) for pattern, entry in value.items()}
+
+
+def _pattern_key(pattern: Mapping[str, Any], module: str) -> str:
+    from peft.utils.other import get_pattern_key
+
+    key: str = get_pattern_key(list(pattern), module)
+    return key
+
+
+def _overlaps(settings: LoraSettings) -> list[str]:
+    """A warning where alpha_pattern gives a module several values.
+
+    PEFT takes the first match but saves patterns sorted, so the order of training is lost. Ranks
+    need no such warning: the tensors have them.
+    """
+    pattern = settings.alpha_pattern
+    for module in sorted(settings.targets):
+        fitting = [key for key in pattern if _pattern_key({key: 0}, module) == key]
+        if len({pattern[key] for key in fitting}) > 1:
+            return [
+                f"{CONFIG_FILE}: alpha_pattern: {', '.join(map(repr, fitting))} all match "
+                f"{module}; {fitting[0]!r}, the first in the file, is taken, as PEFT does: check "
+                "that training did the same"
+            ]
+    return []

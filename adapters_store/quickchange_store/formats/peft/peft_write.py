@@ -1,0 +1,100 @@
+"""A PEFT LoRA directory out of the updates of a canonical adapter.
+
+Only what PEFT's LoRA computes is written: A, B and a scale for each module. Ranks and scales that
+differ between modules go into rank_pattern and alpha_pattern, by whole module paths.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from quickchange_store.canonical.canonical_adapter import BaseSpec, LowRankUpdate
+from quickchange_store.errors import BaseMismatchError, UnsupportedFeatureError
+from quickchange_store.formats.config_file import CONFIG_FILE
+from quickchange_store.formats.peft.peft_common import PREFIX, WEIGHTS_FILE
+from quickchange_store.formats.turbo.turbo_common import BASE_NAME, copied
+
+
+def check_peft(updates: Mapping[str, LowRankUpdate], base: BaseSpec) -> None:
+    """Raise where PEFT's LoRA can't say an update, or the base lacks its module."""
+    for module, update in updates.items():
+        if module not in base.modules:
+            raise BaseMismatchError(
+                f"the base model {base.architecture} has no such module",
+                key=module,
+                remedy="give the base model that the adapter was made for (--model)",
+            )
+        extra = "a bias" if update.bias is not None else "rank 0" if not update.rank else None
+        if not update.plain or extra is not None:
+            what = extra or f"more than A, B and a scale ({_beyond(update)})"
+            raise UnsupportedFeatureError(
+                f"the update has {what}, which PEFT's LoRA can't say",
+                key=module,
+                remedy="keep the folder that the adapter was added from; plain LoRA is exported",
+            )
+
+
+def write_peft(
+    updates: Mapping[str, LowRankUpdate], directory: Path, base: BaseSpec, base_name: str
+) -> None:
+    """Write the LoRA into `directory`, which exists. `check_peft` says what can be."""
+    from safetensors.torch import save_file
+
+    tensors = {}
+    for module, update in updates.items():
+        embedding = base.modules[module].kind == "embedding"
+        names = ("embedding_A", "embedding_B") if embedding else ("A.weight", "B.weight")
+        for name, factor in zip(names, (update.a, update.b), strict=True):
+            tensors[f"{PREFIX}{module}.lora_{name}"] = copied(factor)
+    save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
+    config = json.dumps(_config(updates, base, base_name), indent=2, sort_keys=True)
+    (directory / CONFIG_FILE).write_text(config + "\n")
+
+
+def _config(updates: Mapping[str, LowRankUpdate], base: BaseSpec, base_name: str) -> dict[str, Any]:
+    ranks = {module: update.rank for module, update in updates.items()}
+    alphas = {
+        module: _alpha(update.scale / base.modules[module].output_scale, update.rank)
+        for module, update in updates.items()
+    }
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        BASE_NAME: base_name,
+        "inference_mode": True,
+        "bias": "none",
+        "r": rank,
+        "lora_alpha": _number(alpha),
+        "target_modules": sorted(updates),
+        "rank_pattern": {m: r for m, r in ranks.items() if r != rank},
+        "alpha_pattern": {m: _number(a) for m, a in alphas.items() if a != alpha},
+    }
+
+
+def _alpha(scale: float, rank: int) -> float:
+    """The lora_alpha that, divided by the rank, gives the scale to the last bit where one does."""
+    nearest = scale * rank
+    beside = (nearest, math.nextafter(nearest, math.inf), math.nextafter(nearest, -math.inf))
+    return next((alpha for alpha in beside if alpha / rank == scale), nearest)
+
+
+def _number(value: float) -> int | float:
+    """Whole numbers as PEFT writes them."""
+    return int(value) if value.is_integer() else value
+
+
+def _beyond(update: LowRankUpdate) -> str:
+    parts = {
+        f"activation {update.activation}": update.activation != "identity",
+        f"reading the {update.source}": update.source != "input",
+        "shift": update.shift is not None,
+        "gain": update.gain is not None,
+    }
+    return ", ".join(part for part, there in parts.items() if there)

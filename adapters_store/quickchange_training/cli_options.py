@@ -1,0 +1,115 @@
+"""What the training commands share: the base, the publication, errors and warnings.
+
+Recipes from `key=value` options, checked against the recipe's own fields.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from quickchange_training.errors import RecipeError, TrainingError
+from quickchange_training.lora.lora_job import Publication
+
+if TYPE_CHECKING:
+    from quickchange_store.importing import Added
+
+
+import json
+from dataclasses import fields
+from typing import Any, TypeVar
+
+from quickchange_training.lora.lora_recipe import LoraRecipe
+from quickchange_training.turbo.turbo_recipe import TurboRecipe
+
+DEMO = "demo"
+
+
+def base_of(model: str, base_name: str | None) -> tuple[str, str]:
+    """The model's folder or hub id, and the name that the adapter gives it."""
+    from quickchange_training.demo.demo_base import BASE_MODEL_ID, ensure_demo_base
+
+    if model == DEMO:
+        return str(ensure_demo_base()), base_name or BASE_MODEL_ID
+    folder = Path(model)
+    return model, base_name or (folder.resolve().name if folder.is_dir() else model)
+
+
+def publication_of(store: Path | None, name: str | None) -> Publication | None:
+    """None where neither is given. Raises RecipeError where one is missing."""
+    if store is None and name is None:
+        return None
+    if store is None or name is None:
+        lacking = "--store" if store is None else "--name"
+        raise RecipeError(f"{lacking} is missing: publishing needs both --store and --name")
+    return Publication(store, name)
+
+
+def say_added(added: Added | None) -> None:
+    """What was published, and what its owner should know."""
+    if added is not None:
+        say_warnings(added.warnings)
+        typer.echo(f"published {added.version}  {added.version.digest}")
+
+
+def say_warnings(warnings: Sequence[str]) -> None:
+    """On stderr, one a line."""
+    for warning in warnings:
+        typer.echo(f"warning: {warning}", err=True)
+
+
+@contextmanager
+def errors_shown() -> Iterator[None]:
+    """Errors that name their remedy end the command with their message alone."""
+    from quickchange_store.errors import StoreError
+    from quickchange_training.demo.demo_base import DemoBaseError
+
+    try:
+        yield
+    except (TrainingError, StoreError, DemoBaseError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+Recipe = TypeVar("Recipe", LoraRecipe, TurboRecipe)
+
+
+def pairs(option: str, given: Sequence[str]) -> dict[str, Any]:
+    """`key=value` texts; a value is JSON where it reads as such, else text.
+
+    Raises RecipeError, naming the option, for a text without "=" and a key given twice.
+    """
+    found: dict[str, Any] = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise RecipeError(f"{option} {text!r}: write it as KEY=VALUE")
+        if key in found:
+            raise RecipeError(f"{option} {key} is given twice")
+        try:
+            found[key] = json.loads(value)
+        except json.JSONDecodeError:
+            found[key] = value
+    return found
+
+
+def changed(option: str, recipe: Recipe, given: Sequence[str]) -> Recipe:
+    """`recipe` with the fields that are given. Raises RecipeError, naming option and key."""
+    values = pairs(option, given)
+    known = {field.name for field in fields(recipe)}
+    kinds = recipe.as_dict()
+    for key, value in values.items():
+        if key not in known:
+            raise RecipeError(f"{option} {key}: not known; choose from {', '.join(sorted(known))}")
+        wanted = kinds[key]
+        if key == "targets" and isinstance(value, str):
+            values[key] = tuple(target.strip() for target in value.split(","))
+        elif isinstance(wanted, float) and type(value) is int:
+            values[key] = float(value)
+        elif wanted is not None and type(value) is not type(wanted):
+            raise RecipeError(f"{option} {key}={value!r}: {type(wanted).__name__} is expected")
+    return type(recipe)(**(vars(recipe) | values))

@@ -1,0 +1,172 @@
+"""A LoRA training from files to a folder and, where wanted, into a store."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from quickchange_training.checkpoint import Checkpoints, fingerprint
+from quickchange_training.errors import DataError, OutputError, model_error
+from quickchange_training.lora.lora_recipe import LoraRecipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from quickchange_store.importing import Added
+    from quickchange_training.examples import Encoded, Example
+    from quickchange_training.lora.lora_trainer import TrainingReport
+
+PromptFormat = Literal["auto", "chat", "plain"]
+
+
+@dataclass(frozen=True)
+class Publication:
+    """Where the trained adapter is published."""
+
+    store: Path
+    name: str
+
+
+@dataclass(frozen=True)
+class LoraJob:
+    """What `quickchange train lora` is asked for."""
+
+    model: str  # a folder or a hub id
+    base_name: str  # what the adapter says of its base
+    data: Path
+    held_out: Path | None
+    out: Path
+    prompt_format: PromptFormat
+    recipe: LoraRecipe
+    publication: Publication | None
+    resume: bool
+    checkpoint_every: int  # optimizer steps
+
+
+def run(job: LoraJob) -> tuple[TrainingReport, Added | None]:
+    """Train, save and publish. What can be refused is refused before the training.
+
+    Until the end checkpoints are kept in a folder beside `out`, for --resume. Raises
+    TrainingError, and StoreError where the adapter can't be published.
+    """
+    from quickchange_store.names import check_name
+    from quickchange_training.examples import read_examples, split
+    from quickchange_training.lora.lora_trainer import save_adapter, train_lora
+
+    check_folders(job.out, resume=job.resume)
+    if job.publication is not None:
+        check_name(job.publication.name)
+    train_examples = read_examples(job.data)
+    if job.held_out is not None:
+        held_out_examples = read_examples(job.held_out)
+    else:
+        share, seed = job.recipe.held_out, job.recipe.seed
+        train_examples, held_out_examples = split(train_examples, share, seed)
+    model, tokenizer = _load(job)
+    train = _encode(train_examples, tokenizer, job)
+    held_out = _encode(held_out_examples, tokenizer, job)
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    run_key = fingerprint(job.base_name, job.recipe.as_dict(), [e.tokens for e in train])
+    checkpoints = Checkpoints(work_folder(job.out), run_key, job.checkpoint_every)
+    adapted, report = train_lora(model, job.recipe, train, held_out, pad_id, checkpoints)
+    save_adapter(adapted, job.out, job.base_name, _notes(job, len(train), report))
+    shutil.rmtree(work_folder(job.out), ignore_errors=True)  # absent after a very short run
+    return report, _publish(job)
+
+
+def work_folder(out: Path) -> Path:
+    """What takes long is kept here until `out` appears: beside it."""
+    return out.parent / f"{out.name}.training"
+
+
+def check_folders(out: Path, *, resume: bool) -> None:
+    """Raises OutputError where `out` is there, or what an interrupted run left and nobody wants."""
+    if out.exists():
+        raise OutputError(f"--out {out} is there already; give another folder or remove it")
+    if work_folder(out).exists() and not resume:
+        raise OutputError(
+            f"{work_folder(out)} holds what an interrupted run has done; go on from it with "
+            "--resume, or remove it"
+        )
+
+
+def _load(job: LoraJob) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = load_tokenizer(job.model)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            job.model, dtype=getattr(torch, job.recipe.dtype), trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise model_error(job.model, error) from error
+    return model, tokenizer
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """Raises ModelError."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            model, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise model_error(model, error) from error
+    return tokenizer
+
+
+def uses_chat(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat
+) -> bool:
+    """Whether bare prompts become user messages.
+
+    Raises DataError for a conversation that the tokenizer has no template for.
+    """
+    has_template = tokenizer.chat_template is not None
+    chat = prompt_format == "chat" or (prompt_format == "auto" and has_template)
+    told = next((e for e in examples if chat or not isinstance(e.prompt, str)), None)
+    if told is not None and not has_template:
+        raise DataError(
+            f"{told.origin}: a conversation, but the base's tokenizer has no chat "
+            'template; give "prompt" and "completion" with --prompt-format plain'
+        )
+    return chat
+
+
+def _encode(
+    examples: list[Example], tokenizer: PreTrainedTokenizerBase, job: LoraJob
+) -> list[Encoded]:
+    from quickchange_training.examples import as_chat, encode
+
+    chat = uses_chat(examples, tokenizer, job.prompt_format)
+    return encode(as_chat(examples) if chat else examples, tokenizer, job.recipe.max_length)
+
+
+def _notes(job: LoraJob, examples: int, report: TrainingReport) -> dict[str, Any]:
+    """What recipe.json records: no path, so that the folder can be handed on."""
+    return {
+        "command": "quickchange train lora",
+        "base": job.base_name,
+        "data": job.data.name,
+        "held_out_data": job.held_out.name if job.held_out is not None else None,
+        "examples": examples,
+        "prompt_format": job.prompt_format,
+        "lora": job.recipe.as_dict(),
+        "report": asdict(report),
+    }
+
+
+def _publish(job: LoraJob) -> Added | None:
+    if job.publication is None:
+        return None
+    from quickchange_store.base_model.base_spec import base_spec
+    from quickchange_store.importing import add_adapter
+    from quickchange_store.store import Store
+
+    spec = base_spec(job.model, job.base_name)
+    return add_adapter(Store(job.publication.store), job.publication.name, job.out, spec)

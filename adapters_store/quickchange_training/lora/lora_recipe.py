@@ -1,0 +1,64 @@
+"""The recipe of a LoRA adapter: every choice that its training depends on besides the data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from quickchange_training.errors import RecipeError
+
+TrainingDtype = Literal["float32", "bfloat16"]
+
+ATTENTION = ("k_proj", "o_proj", "q_proj", "v_proj")
+
+
+@dataclass(frozen=True)
+class LoraRecipe:
+    """Raises RecipeError, naming the option, for a value that can't be trained with.
+
+    targets: module names, or ("all-linear",). steps: optimizer steps in all, None: one pass for
+    each of `epochs`. dtype: of the frozen base; A and B are trained in float32 whatever it is.
+    peft_options: further fields of PEFT's LoraConfig, as they are.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: tuple[str, ...] = ATTENTION
+    dropout: float = 0.0
+    epochs: int = 1
+    steps: int | None = None
+    lr: float = 1e-3
+    warmup: float = 0.1  # share of the steps
+    weight_decay: float = 0.0
+    clip: float = 1.0  # largest gradient norm
+    batch_size: int = 8
+    max_length: int = 512  # tokens, prompt and answer together
+    seed: int = 0
+    dtype: TrainingDtype = "float32"
+    held_out: float = 0.05  # share of the examples, where none are held out by the caller
+    peft_options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        positive = ("rank", "alpha", "epochs", "lr", "clip", "batch_size", "max_length")
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise RecipeError(f"--{name.replace('_', '-')} must be more than 0")
+        if self.steps is not None and self.steps < 1:
+            raise RecipeError("--steps must be at least 1")
+        if not self.targets:
+            raise RecipeError("--targets names no module; give module names or all-linear")
+        for name in ("dropout", "warmup", "held_out"):
+            if not 0 <= getattr(self, name) < 1:
+                raise RecipeError(f"--{name.replace('_', '-')} must be at least 0 and less than 1")
+        if self.weight_decay < 0:
+            raise RecipeError("--weight-decay must not be negative")
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; `from_dict` reads it back."""
+        own = {"targets": list(self.targets), "peft_options": dict(self.peft_options)}
+        return asdict(self) | own
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> LoraRecipe:
+        return cls(**(values | {"targets": tuple(values["targets"])}))

@@ -1,0 +1,270 @@
+"""LoRA training with PEFT: a short loop with AdamW, warm-up and cosine decay, and its saving.
+
+The loss is on the answer's tokens alone, a mean over the tokens of a batch. Knows nothing of files
+of examples, of stores or of command lines.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import shutil
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional
+
+from quickchange_training.errors import OutputError, RecipeError
+from quickchange_training.examples import IGNORED, Batch, Encoded, batches, collate
+from quickchange_training.lora.lora_recipe import LoraRecipe
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
+    from transformers import PreTrainedModel
+
+    from quickchange_training.checkpoint import Checkpoints
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """What a run did. Losses are nats a token of the answers; None where nothing was held out."""
+
+    examples: int  # to learn from
+    steps: int
+    tokens: int  # that went through the model, padding not counted
+    seconds: float
+    train_loss: float  # mean over the last tenth of the steps
+    held_out_loss: float | None
+
+
+def train_lora(
+    model: PreTrainedModel,
+    recipe: LoraRecipe,
+    train: Sequence[Encoded],
+    held_out: Sequence[Encoded] = (),
+    pad_id: int = 0,
+    checkpoints: Checkpoints | None = None,
+) -> tuple[PeftModel, TrainingReport]:
+    """Train an adapter on `model`, whose own weights stay as they are.
+
+    It goes on from the last checkpoint, where there is one. The same model, recipe and data on the
+    same machine give the same adapter, interrupted or not.
+    """
+    from tqdm import tqdm
+
+    torch.manual_seed(recipe.seed)
+    adapted = add_lora(model, recipe)
+    adapted.train()
+    trained = [p for p in adapted.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=recipe.lr, weight_decay=recipe.weight_decay)
+    total = total_steps(len(train), recipe)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: lr_share(step, total, recipe.warmup)
+    )
+    losses: list[float] = []
+    tokens, started = 0, time.monotonic()
+    saved = None if checkpoints is None else checkpoints.load()
+    if saved is not None:
+        losses, tokens = saved["losses"], saved["tokens"]
+        _restore(saved, adapted, optimizer, schedule)
+    with tqdm(total=total, initial=len(losses), desc="train lora", unit="step") as bar:
+        for group in islice(_endless(train, recipe), len(losses), total):
+            loss = answer_loss(adapted, collate(group, pad_id))
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(trained, recipe.clip)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(loss.item())
+            tokens += sum(len(e.tokens) for e in group)
+            bar.update()
+            bar.set_postfix(loss=f"{_tail_mean(losses):.3f}", refresh=False)
+            if checkpoints is not None and checkpoints.due(len(losses)):
+                state = _state(adapted, optimizer, schedule)
+                checkpoints.save({**state, "losses": losses, "tokens": tokens})
+    report = TrainingReport(
+        examples=len(train),
+        steps=total,
+        tokens=tokens,
+        seconds=time.monotonic() - started,
+        train_loss=_tail_mean(losses),
+        held_out_loss=held_out_loss(adapted, held_out, recipe.batch_size, pad_id)
+        if held_out
+        else None,
+    )
+    return adapted, report
+
+
+def _state(adapted: PeftModel, optimizer: Optimizer, schedule: LRScheduler) -> dict[str, Any]:
+    """All that the rest of a run depends on, the generator of the dropout included."""
+    trained = {name: p.detach() for name, p in adapted.named_parameters() if p.requires_grad}
+    return {
+        "adapter": trained,
+        "optimizer": optimizer.state_dict(),
+        "schedule": schedule.state_dict(),
+        "random": torch.get_rng_state(),
+    }
+
+
+def _restore(
+    saved: dict[str, Any], adapted: PeftModel, optimizer: Optimizer, schedule: LRScheduler
+) -> None:
+    adapted.load_state_dict(saved["adapter"], strict=False)  # the base's own stay as they are
+    optimizer.load_state_dict(saved["optimizer"])
+    schedule.load_state_dict(saved["schedule"])
+    torch.set_rng_state(saved["random"])
+
+
+def add_lora(model: PreTrainedModel, recipe: LoraRecipe) -> PeftModel:
+    """`model` wrapped with a fresh adapter (B is zero, so it answers as before).
+
+    Raises RecipeError where no module is called as a target says, and for options that PEFT does
+    not have or that do not go together.
+    """
+    from peft import get_peft_model
+
+    targets = "all-linear" if recipe.targets == ("all-linear",) else list(recipe.targets)
+    config = _config(recipe, targets)
+    with without_peft_noise():
+        try:
+            return get_peft_model(model, config)
+        except ValueError as error:  # PEFT's way to say that no module is called so
+            raise RecipeError(f"--targets {','.join(recipe.targets)}: {error}") from error
+
+
+def _config(recipe: LoraRecipe, targets: str | list[str]) -> LoraConfig:
+    from peft import LoraConfig
+
+    own = {
+        "r": recipe.rank,
+        "lora_alpha": recipe.alpha,
+        "target_modules": targets,
+        "lora_dropout": recipe.dropout,
+        "task_type": "CAUSAL_LM",
+    }
+    for key in recipe.peft_options:
+        if key in own:
+            raise RecipeError(f"--peft-option {key}: it has an option of its own, or is set")
+        if key not in LoraConfig.__dataclass_fields__:
+            known = ", ".join(sorted(LoraConfig.__dataclass_fields__.keys() - own.keys()))
+            raise RecipeError(f"--peft-option {key}: PEFT's LoraConfig has no such field: {known}")
+    try:
+        return LoraConfig(**own, **recipe.peft_options)
+    except (TypeError, ValueError) as error:
+        given = ", ".join(f"{key}={value}" for key, value in recipe.peft_options.items())
+        raise RecipeError(f"--peft-option {given}: {error}") from error
+
+
+@contextmanager
+def without_peft_noise() -> Iterator[None]:
+    """Hide the warning that PEFT asks a model by a name that transformers has retired."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+        yield
+
+
+def total_steps(examples: int, recipe: LoraRecipe) -> int:
+    """Optimizer steps of a run over `examples` examples."""
+    per_epoch = math.ceil(examples / recipe.batch_size)
+    return recipe.steps if recipe.steps is not None else recipe.epochs * per_epoch
+
+
+def lr_share(step: int, total: int, warmup: float) -> float:
+    """The share of the peak learning rate at `step`: linear up, then half a cosine to a tenth."""
+    rising = warmup * total
+    if step < rising:
+        return (step + 1) / (rising + 1)
+    done = (step - rising) / max(1.0, total - rising)
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def answer_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """Mean cross-entropy of the answers' tokens, a float32 scalar."""
+    return functional.cross_entropy(_logits(model, batch), batch.labels.flatten())
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: torch.nn.Module, held_out: Sequence[Encoded], batch_size: int, pad_id: int
+) -> float:
+    """Nats a token over the answers of all examples."""
+    model.eval()
+    by_length = sorted(held_out, key=lambda e: len(e.tokens))
+    total, count = 0.0, 0
+    for start in range(0, len(by_length), batch_size):
+        batch = collate(by_length[start : start + batch_size], pad_id)
+        labels = batch.labels.flatten()
+        total += functional.cross_entropy(_logits(model, batch), labels, reduction="sum").item()
+        count += int((labels != IGNORED).sum())
+    return total / count
+
+
+def _logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    kept = batch.tokens.shape[1] - batch.first
+    output = model(
+        input_ids=batch.tokens, attention_mask=batch.mask, logits_to_keep=kept, use_cache=False
+    )
+    logits: torch.Tensor = output.logits  # [B, kept, V]
+    return logits.flatten(0, 1).float()
+
+
+def _endless(train: Sequence[Encoded], recipe: LoraRecipe) -> Iterator[list[Encoded]]:
+    rng = random.Random(recipe.seed)
+    while True:
+        yield from batches(train, recipe.batch_size, rng)
+
+
+def _tail_mean(losses: Sequence[float]) -> float:
+    tail = losses[-max(1, len(losses) // 10) :]
+    return sum(tail) / len(tail)
+
+
+def save_adapter(adapted: PeftModel, out: Path, base_name: str, notes: dict[str, Any]) -> None:
+    """Write a PEFT directory in bfloat16 with `notes` as recipe.json; it appears by one rename.
+
+    `base_name` is what the adapter says of its base: no path of this machine goes into it. Raises
+    OutputError when `out` is there.
+    """
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    if out.exists():
+        raise OutputError(f"{out} is there already; give another folder or remove it")
+    scratch = out.parent / f".{out.name}.{os.getpid()}.partial"
+    scratch.mkdir(parents=True)
+    try:
+        state = {
+            name: tensor.detach().to(torch.bfloat16).contiguous()
+            for name, tensor in get_peft_model_state_dict(adapted).items()
+        }
+        save_file(state, scratch / "adapter_model.safetensors", metadata={"format": "pt"})
+        _write_json(scratch / "adapter_config.json", _portable_config(adapted, base_name))
+        _write_json(scratch / "recipe.json", notes)
+        scratch.rename(out)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+def _portable_config(adapted: PeftModel, base_name: str) -> dict[str, Any]:
+    config: dict[str, Any] = adapted.peft_config["default"].to_dict()
+    config["base_model_name_or_path"] = base_name
+    config["inference_mode"] = True
+    targets = config["target_modules"]
+    config["target_modules"] = targets if isinstance(targets, str) else sorted(targets)
+    return config
+
+
+def _write_json(file: Path, value: dict[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=2, sort_keys=True, default=str) + "\n")

@@ -1,0 +1,1 @@
+"""Training of Turbo heads on what the model itself says."""

@@ -1,0 +1,53 @@
+"""The two ends of a base model that Turbo heads share, as one adapter sees them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from quickchange_training.errors import RecipeError, model_error
+from quickchange_training.turbo.turbo_trainer import BaseEnds
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from quickchange_store.canonical.canonical_adapter import BaseSpec, CanonicalAdapter
+
+
+def base_ends(model: str, spec: BaseSpec, adapter: CanonicalAdapter | None) -> BaseEnds:
+    """Float32 embeddings and LM head of `model`, the head with the adapter's update of it.
+
+    Raises ModelError where the model can't be loaded, RecipeError for an adapter that changes the
+    LM head by more than low-rank matrices.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            model, dtype=torch.float32, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise model_error(model, error) from error
+    embeddings = loaded.get_input_embeddings().weight.detach()
+    head = loaded.get_output_embeddings().weight.detach()
+    update = None if adapter is None else adapter.updates.get(spec.output_head or "")
+    if update is not None:
+        if not update.plain or update.bias is not None:
+            raise RecipeError(
+                f"--adapter changes {spec.output_head} by more than A and B: heads draft with its "
+                "weight alone; leave that module out of the adapter"
+            )
+        head = head + update.scale * (update.b.float() @ update.a.float())
+    return BaseEnds(embeddings, head)
+
+
+def stop_token_ids(model: str, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """What ends an output: the tokenizer's eos and those of the model's generation config."""
+    from transformers import GenerationConfig
+
+    try:
+        said = GenerationConfig.from_pretrained(model).eos_token_id
+    except OSError:
+        said = None  # a model without a generation config
+    more = said if isinstance(said, list) else [said]
+    return frozenset(i for i in (tokenizer.eos_token_id, *more) if i is not None)

@@ -1,0 +1,231 @@
+"""`quickchange train turbo` and `train turbo-lora`: options to jobs, reports to the terminal."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from quickchange_training.cli_options import (
+    DEMO,
+    base_of,
+    changed,
+    errors_shown,
+    publication_of,
+    say_added,
+    say_warnings,
+)
+from quickchange_training.lora.lora_job import PromptFormat
+from quickchange_training.lora.lora_recipe import LoraRecipe, TrainingDtype
+from quickchange_training.turbo.turbo_recipe import HeadKind, Sharing, TurboRecipe
+
+if TYPE_CHECKING:
+    from quickchange_training.turbo.head_maker import GenerateFor, TurboReport
+
+_D = TurboRecipe()
+
+
+def turbo(
+    data: Annotated[
+        Path,
+        typer.Option(
+            help='JSONL of {"prompt"} or {"messages"}, one a line; completions are not learned.'
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the heads; must not exist.")],
+    model: Annotated[
+        str, typer.Option(help="Base model: folder, hub id, or demo for the demo's base.")
+    ] = DEMO,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the LoRA that the heads are for; it goes into --out as well."),
+    ] = None,
+    base_name: Annotated[
+        str | None,
+        typer.Option(help="What the heads call their base (default: hub id or folder's name)."),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Publish under this name (needs --store).")] = (
+        None
+    ),
+    store: Annotated[Path | None, typer.Option(help="Store to publish in (needs --name).")] = None,
+    prompt_format: Annotated[
+        PromptFormat,
+        typer.Option(help="chat: through the chat template, plain: as it is, auto: chat if any."),
+    ] = "auto",
+    depth: Annotated[int, typer.Option(help="Tokens drafted at most.")] = _D.depth,
+    kind: Annotated[
+        HeadKind,
+        typer.Option(help="sequential: a head sees the token before (Hydra); parallel: Medusa."),
+    ] = _D.kind,
+    share: Annotated[
+        Sharing, typer.Option(help="Heads that have the same blocks: all, all but the first, none.")
+    ] = _D.share,
+    blocks: Annotated[int, typer.Option(help="Residual blocks a head.")] = _D.blocks,
+    vocabulary: Annotated[
+        int, typer.Option(help="Most frequent tokens that are drafted; 0: every token.")
+    ] = _D.vocabulary,
+    epochs: Annotated[int, typer.Option(help="Passes over the outputs.")] = _D.epochs,
+    steps: Annotated[
+        int | None, typer.Option(help="Optimizer steps in all, instead of --epochs.")
+    ] = _D.steps,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = _D.lr,
+    warmup: Annotated[float, typer.Option(help="Share of the steps with a rising rate.")] = (
+        _D.warmup
+    ),
+    weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = _D.weight_decay,
+    clip: Annotated[float, typer.Option(help="Largest gradient norm.")] = _D.clip,
+    batch_size: Annotated[int, typer.Option(help="Positions a step.")] = _D.batch_size,
+    depth_decay: Annotated[
+        float, typer.Option(help="Weight of a head's loss against the head's before it.")
+    ] = _D.depth_decay,
+    spread: Annotated[
+        float, typer.Option(help="Weight of being unsure where the token is not in --vocabulary.")
+    ] = _D.spread,
+    kl: Annotated[
+        float, typer.Option(help="Weight of the divergence from the model's own distribution.")
+    ] = _D.kl,
+    held_out: Annotated[
+        float, typer.Option(help="Share of the prompts kept for the report.")
+    ] = _D.held_out,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Longest output, in tokens.")
+    ] = _D.max_new_tokens,
+    max_length: Annotated[
+        int, typer.Option(help="Longest prompt and output together, in tokens.")
+    ] = _D.max_length,
+    seed: Annotated[int, typer.Option(help="Of the order and of what is held out.")] = _D.seed,
+    dtype: Annotated[
+        TrainingDtype, typer.Option(help="Of the base while it makes its outputs.")
+    ] = _D.dtype,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from an interrupted run.")
+    ] = False,
+    checkpoint_every: Annotated[
+        int, typer.Option(help="Optimizer steps between checkpoints.", min=1)
+    ] = 200,
+) -> None:
+    """Train Turbo heads for the base or a LoRA, on the model's own outputs to the prompts."""
+    from quickchange_training.turbo.turbo_job import TurboJob, run
+
+    with errors_shown():
+        recipe = TurboRecipe(
+            depth=depth,
+            kind=kind,
+            share=share,
+            blocks=blocks,
+            vocabulary=vocabulary,
+            epochs=epochs,
+            steps=steps,
+            lr=lr,
+            warmup=warmup,
+            weight_decay=weight_decay,
+            clip=clip,
+            batch_size=batch_size,
+            depth_decay=depth_decay,
+            spread=spread,
+            kl=kl,
+            held_out=held_out,
+            max_new_tokens=max_new_tokens,
+            max_length=max_length,
+            seed=seed,
+            dtype=dtype,
+        )
+        publication = publication_of(store, name)
+        folder, called = base_of(model, base_name)
+        job = TurboJob(
+            folder,
+            called,
+            data,
+            adapter,
+            out,
+            prompt_format,
+            recipe,
+            publication,
+            resume,
+            checkpoint_every,
+        )
+        report, added = run(job, engine_outputs())
+        print_turbo_report(report, out)
+        say_added(added)
+
+
+def engine_outputs() -> GenerateFor:
+    """Outputs by the server's engine: imported here alone, since the store knows no server."""
+    from quickchange_server.entrypoints.llm import generate_for
+
+    return generate_for
+
+
+def print_turbo_report(report: TurboReport, out: Path) -> None:
+    """As JSON on stdout, warnings on stderr."""
+    told = {"out": str(out), **asdict(report)}
+    typer.echo(json.dumps(told, indent=2))
+    say_warnings(report.warnings)
+
+
+def turbo_lora(
+    data: Annotated[
+        Path,
+        typer.Option(help='JSONL of {"prompt", "completion"} or {"messages"}, one a line.'),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the Turbo LoRA; must not exist.")],
+    model: Annotated[
+        str, typer.Option(help="Base model: folder, hub id, or demo for the demo's base.")
+    ] = DEMO,
+    eval_data: Annotated[
+        Path | None, typer.Option(help="JSONL held out of the LoRA's training, for its loss.")
+    ] = None,
+    base_name: Annotated[
+        str | None,
+        typer.Option(help="What the adapter calls its base (default: hub id or folder's name)."),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Publish under this name (needs --store).")] = (
+        None
+    ),
+    store: Annotated[Path | None, typer.Option(help="Store to publish in (needs --name).")] = None,
+    prompt_format: Annotated[
+        PromptFormat,
+        typer.Option(help="chat: through the chat template, plain: as it is, auto: chat if any."),
+    ] = "auto",
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(help="KEY=VALUE of the LoRA's recipe, as `train lora` has it: rank=8."),
+    ] = None,
+    turbo: Annotated[
+        list[str] | None,
+        typer.Option(help="KEY=VALUE of the heads' recipe, as `train turbo` has it: depth=6."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from an interrupted run.")
+    ] = False,
+    checkpoint_every: Annotated[
+        int, typer.Option(help="Optimizer steps between checkpoints.", min=1)
+    ] = 200,
+) -> None:
+    """Train a LoRA, then Turbo heads on what it says: one Turbo LoRA."""
+    from quickchange_training.turbo.turbo_lora_job import TurboLoraJob, run
+
+    with errors_shown():
+        publication = publication_of(store, name)
+        folder, called = base_of(model, base_name)
+        job = TurboLoraJob(
+            model=folder,
+            base_name=called,
+            data=data,
+            held_out=eval_data,
+            out=out,
+            prompt_format=prompt_format,
+            lora=changed("--lora", LoraRecipe(), lora or []),
+            turbo=changed("--turbo", TurboRecipe(), turbo or []),
+            publication=publication,
+            resume=resume,
+            checkpoint_every=checkpoint_every,
+        )
+        of_lora, of_heads, added = run(job, engine_outputs())
+        told = {"out": str(out), "lora": of_lora, "turbo": asdict(of_heads)}
+        typer.echo(json.dumps(told, indent=2))
+        say_warnings(of_heads.warnings)
+        say_added(added)

@@ -1,0 +1,188 @@
+"""What Turbo heads learn from: prompts, the model's own outputs to them, and its hidden states.
+
+An output is what the model says greedily, made by a function that the caller gives (the server's
+engine, in practice): this module knows nothing of engines. Outputs are kept on disk as they come,
+so that an interrupted run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from quickchange_training.errors import DataError
+from quickchange_training.examples import Example, as_chat, encode_prompt
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+ABSENT = -1  # in place of a token: behind the output's end
+_OUTPUTS, _STATES = "outputs.jsonl", "states.bin"
+
+
+class OnOutput(Protocol):
+    """Hears of one prompt's output as it ends."""
+
+    def __call__(self, index: int, tokens: Sequence[int], states: Tensor, /) -> None:
+        """states [tokens, H]: what entered the LM head for each of the tokens."""
+        ...
+
+
+Generate = Callable[[Sequence[Sequence[int]], OnOutput], None]
+"""Makes the model's greedy outputs to prompts, in any order of their ends."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt's token ids, and the completion that the data gave for it, if it did."""
+
+    tokens: tuple[int, ...]
+    completion: tuple[int, ...]  # empty: none was given
+    origin: str  # "FILE line N"
+
+
+@dataclass(frozen=True)
+class Output:
+    """What the model says to a prompt, the end-of-sequence token included where it was reached."""
+
+    tokens: tuple[int, ...]
+    states: Tensor  # bfloat16 [tokens, H]: what entered the LM head for each of them
+
+
+@dataclass(frozen=True)
+class Positions:
+    """One row a token of an output: what heads see there and what they should say.
+
+    states [N, H]: what entered the LM head for the row's first token. tokens int64 [N, depth + 1]:
+    that token and those after it, ABSENT behind the output's end.
+    """
+
+    states: Tensor
+    tokens: Tensor
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+
+def encode_prompts(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, chat: bool, longest: int
+) -> list[Prompt]:
+    """Token ids of the prompts. Raises DataError for one that has none or more than `longest`."""
+    prompts = []
+    for example in as_chat(examples) if chat else examples:
+        tokens = tuple(encode_prompt(example.prompt, tokenizer))
+        if not 0 < len(tokens) <= longest:
+            raise DataError(
+                f"{example.origin}: the prompt has {len(tokens)} tokens; 1 to {longest} leave room "
+                "for --max-new-tokens in --max-length"
+            )
+        answer = tokenizer(example.completion, add_special_tokens=False)["input_ids"]
+        prompts.append(Prompt(tokens, tuple(answer), example.origin))
+    return prompts
+
+
+class KeptOutputs:
+    """The outputs made so far, in a folder: token ids a line, states in one file beside.
+
+    `key` says what they depend on. Raises DataError where the folder holds outputs of another key.
+    """
+
+    def __init__(self, folder: Path, key: str, hidden: int) -> None:
+        self._hidden = hidden
+        self.found: dict[int, Output] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = self._whole_lines(folder, key)
+        rows = self._read(folder / _STATES, lines)
+        # What a crash left half written goes: lines end in a newline, states lie behind no line.
+        self._lines = (folder / _OUTPUTS).open("w", encoding="utf-8")
+        self._lines.writelines(json.dumps(line) + "\n" for line in [{"key": key}, *lines])
+        self._states = (folder / _STATES).open("ab")
+        self._states.truncate(rows * hidden * 2)
+
+    def __enter__(self) -> KeptOutputs:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lines.close()
+        self._states.close()
+
+    def add(self, index: int, tokens: Sequence[int], states: Tensor) -> None:
+        """Keep the output of prompt `index`: states first, so that a line has its states."""
+        kept = states.to(torch.bfloat16)
+        self._states.write(kept.contiguous().view(torch.uint8).numpy().tobytes())
+        self._states.flush()
+        self._lines.write(json.dumps({"index": index, "tokens": list(tokens)}) + "\n")
+        self._lines.flush()
+        self.found[index] = Output(tuple(tokens), kept)
+
+    def _whole_lines(self, folder: Path, key: str) -> list[dict[str, Any]]:
+        file = folder / _OUTPUTS
+        lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
+        if lines and json.loads(lines[0]) != {"key": key}:
+            raise DataError(
+                f"{file}: outputs of another model, to other prompts or of another length; remove "
+                "the folder to make them again"
+            )
+        return [json.loads(line) for line in lines[1:]]
+
+    def _read(self, file: Path, lines: Sequence[dict[str, Any]]) -> int:
+        """Take up the states of `lines`; the rows that these have."""
+        rows = 0
+        raw = bytearray(file.read_bytes()) if lines else bytearray()
+        states = torch.frombuffer(raw, dtype=torch.bfloat16) if raw else torch.empty(0)
+        states = states[: len(states) // self._hidden * self._hidden].view(-1, self._hidden)
+        for line in lines:
+            tokens = tuple(line["tokens"])
+            self.found[line["index"]] = Output(tokens, states[rows : rows + len(tokens)])
+            rows += len(tokens)
+        return rows
+
+
+def own_outputs(prompts: Sequence[Prompt], generate: Generate, kept: KeptOutputs) -> list[Output]:
+    """The model's own greedy outputs, in the prompts' order; those in `kept` are not made again."""
+    from tqdm import tqdm
+
+    wanted = [i for i in range(len(prompts)) if i not in kept.found]
+    done = len(prompts) - len(wanted)
+    with tqdm(total=len(prompts), initial=done, desc="own outputs", unit="prompt") as bar:
+
+        def keep(index: int, tokens: Sequence[int], states: Tensor) -> None:
+            kept.add(wanted[index], tokens, states)
+            bar.update()
+
+        if wanted:
+            generate([prompts[i].tokens for i in wanted], keep)
+    return [kept.found[i] for i in range(len(prompts))]
+
+
+def positions(outputs: Sequence[Output], depth: int) -> Positions:
+    """The rows of all outputs, one after another."""
+    return Positions(
+        torch.cat([output.states for output in outputs]),
+        torch.cat([_ahead(output.tokens, depth) for output in outputs]),
+    )
+
+
+def _ahead(tokens: Sequence[int], depth: int) -> Tensor:
+    """[len(tokens), depth + 1]: each token and the `depth` after it."""
+    padded = torch.tensor([*tokens, *[ABSENT] * depth])
+    return padded.unfold(0, depth + 1, 1)
+
+
+def draft_vocabulary(outputs: Sequence[Output], size: int, stop: frozenset[int]) -> Tensor:
+    """int64, ascending: the `size` most frequent tokens of the outputs, stop tokens among them.
+
+    Fewer where the outputs have fewer. Of equally frequent tokens the smaller ids come first.
+    """
+    said = torch.tensor([token for output in outputs for token in output.tokens])
+    tokens, counts = torch.unique(said, return_counts=True)  # ascending
+    counts[torch.isin(tokens, torch.tensor(sorted(stop), dtype=torch.int64))] = len(said) + 1
+    best = counts.argsort(descending=True, stable=True)[:size]
+    chosen: Tensor = tokens[best].sort().values
+    return chosen

@@ -1,0 +1,146 @@
+"""Turbo heads from prompts to a folder and, where wanted, into a store.
+
+The folder that is made holds the heads and, where they are for a LoRA, the LoRA beside them: one
+Turbo LoRA. What takes long is kept in a folder beside it until the end, for an interrupted run to
+go on from.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quickchange_training.errors import OutputError
+from quickchange_training.lora.lora_job import (
+    PromptFormat,
+    Publication,
+    check_folders,
+    load_tokenizer,
+    uses_chat,
+    work_folder,
+)
+from quickchange_training.turbo.head_maker import GenerateFor, HeadsSource, TurboReport, make_heads
+from quickchange_training.turbo.turbo_recipe import TurboRecipe
+
+if TYPE_CHECKING:
+    from quickchange_store.canonical.canonical_adapter import BaseSpec
+    from quickchange_store.canonical.turbo_part import TurboHeads
+    from quickchange_store.importing import Added
+
+
+@dataclass(frozen=True)
+class TurboJob:
+    """What `quickchange train turbo` is asked for."""
+
+    model: str  # a folder or a hub id
+    base_name: str  # what the heads say of their base
+    data: Path
+    adapter: Path | None  # folder of the LoRA that the heads are for; None: the base alone
+    out: Path
+    prompt_format: PromptFormat
+    recipe: TurboRecipe
+    publication: Publication | None
+    resume: bool
+    checkpoint_every: int  # optimizer steps
+
+    @property
+    def work(self) -> Path:
+        """Where outputs and checkpoints lie until the end."""
+        return work_folder(self.out)
+
+
+def run(job: TurboJob, generate_for: GenerateFor) -> tuple[TurboReport, Added | None]:
+    """Make outputs, train, save and publish. What can be refused is refused before all that.
+
+    Raises TrainingError, and StoreError where the adapter can't be read or published.
+    """
+    from quickchange_store.base_model.base_spec import base_spec
+    from quickchange_store.names import check_name
+
+    check_folders(job.out, resume=job.resume)
+    if job.publication is not None:
+        check_name(job.publication.name)
+    spec = base_spec(job.model, job.base_name)
+    source = _source(job, spec)
+    heads, report = make_heads(source, job.recipe, generate_for, job.work, job.checkpoint_every)
+    save_heads(heads, job.out, spec, _notes(job, report), beside=job.adapter)
+    shutil.rmtree(job.work)
+    if job.publication is None:
+        return report, None
+    from quickchange_store.importing import add_adapter
+    from quickchange_store.store import Store
+
+    store = Store(job.publication.store)
+    return report, add_adapter(store, job.publication.name, job.out, spec)
+
+
+def _source(job: TurboJob, spec: BaseSpec) -> HeadsSource:
+    from quickchange_store.importing import read_adapter
+    from quickchange_training.examples import read_prompts
+    from quickchange_training.turbo.base_ends import stop_token_ids
+    from quickchange_training.turbo.turbo_data import encode_prompts
+
+    examples = read_prompts(job.data)
+    adapter = None if job.adapter is None else read_adapter(job.adapter, spec).adapter
+    tokenizer = load_tokenizer(job.model)
+    longest = job.recipe.max_length - job.recipe.max_new_tokens
+    chat = uses_chat(examples, tokenizer, job.prompt_format)
+    prompts = encode_prompts(examples, tokenizer, chat=chat, longest=longest)
+    return HeadsSource(
+        job.model, spec, adapter, tuple(prompts), stop_token_ids(job.model, tokenizer)
+    )
+
+
+def save_heads(
+    heads: TurboHeads,
+    out: Path,
+    base: BaseSpec,
+    notes: Mapping[str, Any],
+    *,
+    beside: Path | None = None,
+) -> None:
+    """Write the heads' folder `out`, with a copy of the PEFT adapter in `beside`; by one rename.
+
+    In LoRAX's layout where that can say what the heads are, with the notes in turbo_recipe.json;
+    else in our own. Raises OutputError when `out` is there.
+    """
+    from quickchange_store.errors import UnsupportedFeatureError
+    from quickchange_store.formats.turbo.medusa_write import check_lorax, write_lorax
+    from quickchange_store.formats.turbo.turbo_directory import write_turbo_directory
+
+    if out.exists():
+        raise OutputError(f"{out} is there already; give another folder or remove it")
+    scratch = out.parent / f".{out.name}.{os.getpid()}.partial"
+    try:
+        if beside is not None:
+            shutil.copytree(beside, scratch)
+        scratch.mkdir(exist_ok=True)
+        try:
+            check_lorax(heads, base)
+        except UnsupportedFeatureError:
+            write_turbo_directory(heads, scratch, base.name, notes)
+        else:
+            write_lorax(heads, scratch, base.name)
+            told = json.dumps(notes, indent=2, sort_keys=True)
+            (scratch / "turbo_recipe.json").write_text(told + "\n")
+        scratch.rename(out)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+def _notes(job: TurboJob, report: TurboReport) -> dict[str, Any]:
+    """What is recorded with the heads: no path, so that the folder can be handed on."""
+    return {
+        "command": "quickchange train turbo",
+        "data": job.data.name,
+        "adapter": None if job.adapter is None else job.adapter.name,
+        "prompt_format": job.prompt_format,
+        "turbo": job.recipe.as_dict(),
+        "report": asdict(report),
+    }

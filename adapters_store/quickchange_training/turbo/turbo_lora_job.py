@@ -1,0 +1,89 @@
+"""A Turbo LoRA from examples: the LoRA first, then heads on what it says, in one folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quickchange_training.lora import lora_job
+from quickchange_training.lora.lora_job import PromptFormat, Publication
+from quickchange_training.lora.lora_recipe import LoraRecipe
+from quickchange_training.turbo import turbo_job
+from quickchange_training.turbo.head_maker import GenerateFor, TurboReport
+from quickchange_training.turbo.turbo_recipe import TurboRecipe
+
+if TYPE_CHECKING:
+    from quickchange_store.importing import Added
+
+
+@dataclass(frozen=True)
+class TurboLoraJob:
+    """What `quickchange train turbo-lora` is asked for; the fields are those of the two jobs."""
+
+    model: str
+    base_name: str
+    data: Path
+    held_out: Path | None
+    out: Path
+    prompt_format: PromptFormat
+    lora: LoraRecipe
+    turbo: TurboRecipe
+    publication: Publication | None
+    resume: bool
+    checkpoint_every: int
+
+    @property
+    def lora_out(self) -> Path:
+        """Where the LoRA lies until it is copied beside its heads."""
+        return lora_job.work_folder(self.out) / "lora"
+
+    def of_lora(self) -> lora_job.LoraJob:
+        """The first half."""
+        return lora_job.LoraJob(
+            model=self.model,
+            base_name=self.base_name,
+            data=self.data,
+            held_out=self.held_out,
+            out=self.lora_out,
+            prompt_format=self.prompt_format,
+            recipe=self.lora,
+            publication=None,
+            resume=self.resume,
+            checkpoint_every=self.checkpoint_every,
+        )
+
+    def of_heads(self) -> turbo_job.TurboJob:
+        """The second half, which goes on in the folder of the first."""
+        return turbo_job.TurboJob(
+            model=self.model,
+            base_name=self.base_name,
+            data=self.data,
+            adapter=self.lora_out,
+            out=self.out,
+            prompt_format=self.prompt_format,
+            recipe=self.turbo,
+            publication=self.publication,
+            resume=True,
+            checkpoint_every=self.checkpoint_every,
+        )
+
+
+def run(
+    job: TurboLoraJob, generate_for: GenerateFor
+) -> tuple[dict[str, Any], TurboReport, Added | None]:
+    """Train both, save and publish; the LoRA's report comes as its recipe.json has it.
+
+    Raises TrainingError, and StoreError where the adapter can't be published.
+    """
+    lora_job.check_folders(job.out, resume=job.resume)
+    if job.publication is not None:
+        from quickchange_store.names import check_name
+
+        check_name(job.publication.name)
+    if not job.lora_out.exists():
+        lora_job.run(job.of_lora())
+    said = json.loads((job.lora_out / "recipe.json").read_text())["report"]
+    report, added = turbo_job.run(job.of_heads(), generate_for)
+    return said, report, added

@@ -1,0 +1,1 @@
+"""Measurements of the engine: steps, drafts, and what a dtype loses."""

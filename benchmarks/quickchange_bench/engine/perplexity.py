@@ -1,0 +1,126 @@
+"""What a dtype or quantisation of the base loses: perplexity and KL divergence on a fixed text.
+
+Runs the server's own model path (fused modules, paged attention) over windows of a text that lies
+beside this file: an early copy of this project's documentation, which no model was trained on.
+Every window starts a sequence of its own; all its tokens but the first are scored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quickchange_server.engine.engine import torch_dtype
+from quickchange_server.frontend.tokenizer import Text
+from quickchange_server.model.forward_context import AttentionBatch, Step
+from quickchange_server.model.int8_linear import Quantization
+from quickchange_server.model.model_loader import LoadedModel, forward, load_model
+from quickchange_server.model.paged_attention import PagedAttention, install
+
+TEXT = Path(__file__).parent / "texts" / "prose.txt"
+_BLOCK = 16  # tokens of one KV block
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """How the base is kept."""
+
+    dtype: str
+    quantization: Quantization
+
+    @property
+    def name(self) -> str:
+        return self.dtype if self.quantization == "none" else f"{self.quantization} ({self.dtype})"
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    variant: Variant
+    tokens: int  # scored
+    perplexity: float
+    divergence: float  # mean KL to float32, nats a token
+    same_choice: float  # share of tokens whose most likely successor is float32's
+
+
+def measure_perplexity(
+    model: str, variants: Sequence[Variant], *, window: int, windows: int
+) -> list[Loss]:
+    """Each variant beside float32, over `windows` windows of `window` tokens.
+
+    Raises ValueError where the text is shorter.
+    """
+    tokens = Text.load(model).encode_now(TEXT.read_text())
+    if len(tokens) < window * windows:
+        raise ValueError(
+            f"--windows {windows}: the text has {len(tokens)} tokens, {window * windows} are "
+            "needed; give fewer or a smaller --window"
+        )
+    parts = torch.tensor(tokens[: window * windows]).view(windows, window)
+    expected = list(_log_probabilities(model, Variant("float32", "none"), parts))
+    return [
+        _loss(variant, parts, expected, _log_probabilities(model, variant, parts))
+        for variant in variants
+    ]
+
+
+def loss_table(losses: Sequence[Loss]) -> str:
+    """Markdown."""
+    lines = [
+        "| base | perplexity | KL to float32, 1e-3 nats | same first choice |",
+        "|---|---|---|---|",
+    ]
+    lines += [
+        f"| {loss.variant.name} | {loss.perplexity:.3f} | {loss.divergence * 1e3:.2f} | "
+        f"{loss.same_choice:.4f} |"
+        for loss in losses
+    ]
+    return "\n".join(lines)
+
+
+@torch.inference_mode()
+def _log_probabilities(model: str, variant: Variant, parts: Tensor) -> Iterator[Tensor]:
+    """[window - 1, V] of each window: of its tokens but the first, given those before."""
+    dtype, device = torch_dtype(variant.dtype), torch.device("cpu")
+    loaded = load_model(
+        model, dtype=dtype, device=device, adapters=False, quantization=variant.quantization
+    )
+    blocks = -(-parts.shape[1] // _BLOCK)
+    install(
+        loaded.module, PagedAttention(loaded.layers, blocks, _BLOCK, dtype, device, loaded.holder)
+    )
+    for ids in parts:
+        yield torch.log_softmax(_logits(loaded, ids, blocks)[:-1].float(), dim=-1)
+
+
+def _logits(loaded: LoadedModel, ids: Tensor, blocks: int) -> Tensor:
+    length, positions = len(ids), torch.arange(len(ids))
+    loaded.holder.step = Step(
+        AttentionBatch(
+            slots=positions,
+            block_tables=torch.arange(blocks, dtype=torch.int32)[None],
+            seq_lens=torch.tensor([length], dtype=torch.int32),
+            query_start=torch.tensor([0, length], dtype=torch.int32),
+        ),
+        adapters=None,
+    )
+    try:
+        return forward(loaded, ids, positions, positions).logits
+    finally:
+        loaded.holder.step = None
+
+
+def _loss(
+    variant: Variant, parts: Tensor, expected: Sequence[Tensor], found: Iterator[Tensor]
+) -> Loss:
+    surprise, divergence, same, count = 0.0, 0.0, 0, 0
+    for ids, reference, scores in zip(parts, expected, found, strict=True):
+        surprise -= float(scores.gather(1, ids[1:, None]).sum())
+        divergence += float((reference.exp() * (reference - scores)).sum())
+        same += int((reference.argmax(1) == scores.argmax(1)).sum())
+        count += len(scores)
+    return Loss(variant, count, math.exp(surprise / count), divergence / count, same / count)

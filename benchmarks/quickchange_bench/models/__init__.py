@@ -1,0 +1,1 @@
+"""Random base models and adapters for load tests."""

@@ -1,0 +1,125 @@
+"""Tiles, splits and launches of attention's Triton kernels: pure functions of shape and device.
+
+Chosen by what the compilers for sm_80, sm_90, sm_100 and gfx942 say of registers, shared memory and
+load widths. Splits have a fixed size, so that the order of a row's sums follows from its context.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from quickchange_kernels.attention.paged_attention_plain import MAX_TREE_QUERIES
+
+KEYS_PER_SPLIT = 512
+MAX_SPLITS = 32  # of a wider table's context the splits grow instead, by powers of two
+ANY_COUNT = 2**30
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How one launch cuts its work."""
+
+    rows: int
+    keys: int
+    num_warps: int
+    num_stages: int
+    options: dict[str, Any]  # of NVIDIA's compiler
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The sequences with `least` to `most` queries."""
+
+    least: int
+    most: int
+    split: bool
+    tiling: Tiling
+
+
+def tiling_for(rows: int, dim: int, itemsize: int, few_registers: bool) -> Tiling:
+    """Tile and pipeline for `rows` query rows of a head size.
+
+    Two stages of keys and values take at most 64 KiB of shared memory, which is all that CDNA has.
+    few_registers: the products' results lie in registers beside their operands (sm_80 to sm_89),
+    where a tile of 128 rows by 64 keys spills. Elsewhere tiles of 8 warps state how many registers
+    a thread may have: for sm_100 the compiler hopes for two programs on an SM otherwise, takes 128
+    and spills.
+    """
+    bytes_per_key = 2 * padded(dim) * itemsize
+    keys = max(16, min(32 if few_registers and rows > 64 else 64, 2**15 // bytes_per_key))
+    warps = 4 if rows < 64 else 8
+    options = {"maxnreg": 255} if warps == 8 and not few_registers else {}
+    return Tiling(rows, keys, warps, num_stages=2, options=options)
+
+
+def launches_for(
+    T: int, B: int, group: int, dim: int, itemsize: int, few_registers: bool
+) -> list[Launch]:
+    """The launches that cover every way in which T rows may be shared by B sequences.
+
+    With no more rows than sequences, which is what decoding looks like, small tiles take them all.
+    """
+
+    def tiling(rows: int) -> Tiling:
+        rows = max(rows, power_of_two(group))
+        return tiling_for(rows, dim, itemsize, few_registers)
+
+    few = MAX_TREE_QUERIES if T <= B else max(1, 16 // group)
+    launches = [
+        Launch(1, few, True, tiling(16)),
+        Launch(few + 1, MAX_TREE_QUERIES, True, tiling(64)),
+        Launch(MAX_TREE_QUERIES + 1, ANY_COUNT, False, tiling(128 if dim <= 128 else 64)),
+    ]
+    return [launch for launch in launches if launch.least <= min(T, launch.most)]
+
+
+def has_few_registers(device: torch.device) -> bool:
+    """See `tiling_for`."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device)[0] < 9
+
+
+def power_of_two(count: int) -> int:
+    """The smallest that is at least `count`, 1 for 0."""
+    return 1 << max(count - 1, 0).bit_length()
+
+
+def padded(dim: int) -> int:
+    """A head size as tiles have it: a power of two that matrix products take."""
+    return max(16, power_of_two(dim))
+
+
+def keys_per_split_for(keys: int) -> int:
+    """Keys of one split where block tables have room for `keys`: a constant up to 16,384."""
+    return KEYS_PER_SPLIT * power_of_two(-(-keys // (KEYS_PER_SPLIT * MAX_SPLITS)))
+
+
+def kernel_constants(
+    heads: int, kv_heads: int, dim: int, page: int, tiling: Tiling, **switches: bool
+) -> dict[str, Any]:
+    """The constexpr arguments of `paged_attention_kernel`. switches: WINDOW, SOFTCAP, SPLIT."""
+    return {
+        "KV_HEADS": kv_heads,
+        "GROUP": heads // kv_heads,
+        "D": dim,
+        "PAGE": page,
+        "BLOCK_ROWS": tiling.rows,
+        "BLOCK_KEYS": tiling.keys,
+        "BLOCK_D": padded(dim),
+        **switches,
+    }
+
+
+def merge_constants(heads: int, dim: int, splits: int, window: bool) -> dict[str, Any]:
+    """The constexpr arguments of `merge_splits_kernel`."""
+    return {
+        "HEADS": heads,
+        "D": dim,
+        "BLOCK_D": padded(dim),
+        "BLOCK_SPLITS": power_of_two(splits),
+        "WINDOW": window,
+    }

@@ -1,0 +1,1 @@
+"""Operations done row by row: RMSNorm, rotary embedding, gated SiLU."""

@@ -1,0 +1,1 @@
+"""Linear layers of few rows: float weights and int8 weights."""

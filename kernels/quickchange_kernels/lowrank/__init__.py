@@ -1,0 +1,1 @@
+"""Batched low-rank products: the contract, plain torch, Triton and its tuning."""

@@ -1,0 +1,420 @@
+"""lowrank_ and lowrank_embedding_ as two Triton kernels. See lowrank_contract.py for the contract.
+
+    shrink   h = A x of a piece's rows, some pages and a part of the features: one program each.
+             Partial sums go to a float32 buffer.
+    expand   a tile's rows over a block of columns: one program owns them, adds the partial sums in
+             order, goes through all pieces and pages and writes y once. No atomics.
+
+The two launches also keep every read of x before any write of y. An embedding needs no shrink: its
+A x is a lookup, done in expand.
+
+Which features are summed apart (`parts`) depends on their number alone; a tile's height, on how
+many rows share a segment, changes no order of sums. The grid covers the most pages that any
+resident adapter has; programs past an adapter's own pages end at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quickchange_kernels.compilation import Compilation
+from quickchange_kernels.lowrank.lowrank_tables import (
+    LARGE_TILE,
+    RANKS_PER_PAGE,
+    SMALL_TILE,
+    PageKind,
+)
+from quickchange_kernels.lowrank.lowrank_tuning import COLUMNS, expand_launch, parts, shrink_launch
+
+# Arguments whose values, differing by layer or step, are worth no kernel of their own.
+_STEP_SIZES = ["group", "groups", "pieces"]
+_RANKS = tl.constexpr(RANKS_PER_PAGE)
+_IDENTITY = tl.constexpr(int(PageKind.IDENTITY))
+_RELU = tl.constexpr(int(PageKind.RELU))
+_GELU = tl.constexpr(int(PageKind.GELU))
+_GELU_TANH = tl.constexpr(int(PageKind.GELU_TANH))
+_SILU = tl.constexpr(int(PageKind.SILU))
+_TANH = tl.constexpr(int(PageKind.TANH))
+_GAIN = tl.constexpr(int(PageKind.GAIN))
+
+
+@triton.jit
+def _page_range(directory_ptr, slot, group, groups):
+    entry = directory_ptr + (slot * groups + group) * 2
+    return tl.load(entry), tl.load(entry + 1)
+
+
+@triton.jit(do_not_specialize=_STEP_SIZES)
+def shrink_kernel(
+    # pointers
+    x_ptr,
+    arena_ptr,
+    directory_ptr,
+    pages_ptr,
+    kind_ptr,
+    pieces_ptr,
+    partial_ptr,  # float32 [parts, pieces, HEIGHT, ranks]
+    # sizes
+    K,
+    group,
+    groups,
+    pieces,
+    # strides
+    x_row,
+    ranks,  # of the buffer
+    # meta
+    HEIGHT: tl.constexpr,
+    PAGES: tl.constexpr,  # of one program
+    BLOCK_K: tl.constexpr,
+    PART: tl.constexpr,  # features, a multiple of BLOCK_K
+    EVEN_K: tl.constexpr,  # BLOCK_K divides K
+    ALIGNED: tl.constexpr,
+):
+    piece = tl.program_id(0)
+    begin = tl.load(pieces_ptr + piece * 4)
+    end = tl.load(pieces_ptr + piece * 4 + 1)
+    if begin >= end:
+        return
+    slot = tl.load(pieces_ptr + piece * 4 + 2)
+    first, last = _page_range(directory_ptr, slot, group, groups)
+    first_rank = tl.program_id(1) * (PAGES * _RANKS)
+    if first + first_rank // _RANKS >= last:
+        return
+    part = tl.program_id(2)
+
+    rank = tl.arange(0, PAGES * _RANKS)
+    page = first + (first_rank + rank) // _RANKS
+    live = page < last
+    live = live & (tl.load(kind_ptr + page, mask=live, other=_GAIN) != _GAIN)
+    a = tl.load(pages_ptr + page.to(tl.int64) * 4, mask=live, other=0)
+    if ALIGNED:
+        a = tl.multiple_of(a, 8)
+    a_rows = arena_ptr + (a + (rank % _RANKS) * K)
+    m = tl.arange(0, HEIGHT)
+    in_tile = begin + m < end
+    x_rows = x_ptr + (begin + m).to(tl.int64) * x_row
+
+    h = tl.zeros((HEIGHT, PAGES * _RANKS), tl.float32)
+    for k0 in range(part * PART, tl.minimum((part + 1) * PART, K), BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        in_k = tl.full((BLOCK_K,), True, tl.int1) if EVEN_K else k < K
+        weight = tl.load(  # stream
+            a_rows[:, None] + k[None, :], mask=live[:, None] & in_k[None, :], other=0.0
+        )
+        x = tl.load(x_rows[:, None] + k[None, :], mask=in_tile[:, None] & in_k[None, :], other=0.0)
+        h = tl.dot(x, tl.trans(weight.to(x.dtype)), h, input_precision="ieee")
+
+    row = (part.to(tl.int64) * pieces + piece) * HEIGHT + m
+    out = partial_ptr + row[:, None] * ranks + (first_rank + rank)[None, :]
+    tl.store(out, h, mask=in_tile[:, None] & live[None, :])
+
+
+@triton.jit
+def _activated(h, kind):
+    """h [M, R] through the activation of each rank's page, kind [1, R]."""
+    h = tl.where(kind == _RELU, tl.maximum(h, 0.0), h)
+    gelu = 0.5 * h * (1 + tl.erf(h * 0.7071067811865476))
+    gelu_tanh = h * tl.sigmoid(1.5957691216057308 * (h + 0.044715 * h * h * h))
+    silu = h * tl.sigmoid(h)
+    tanh = 2 * tl.sigmoid(2 * h) - 1
+    h = tl.where(kind == _GELU, gelu, h)
+    h = tl.where(kind == _GELU_TANH, gelu_tanh, h)
+    h = tl.where(kind == _SILU, silu, h)
+    return tl.where(kind == _TANH, tanh, h)
+
+
+@triton.jit
+def _summed(partial_ptr, row, rank, mask, ranks, part_stride, PARTS: tl.constexpr):
+    """The partial sums of a piece's rows [M] and some ranks [R], added in order: [M, R]."""
+    source = partial_ptr + row[:, None] * ranks + rank[None, :]
+    h = tl.load(source, mask=mask, other=0.0)
+    for part in tl.static_range(1, PARTS):
+        h += tl.load(source + part * part_stride, mask=mask, other=0.0)
+    return h
+
+
+@triton.jit(do_not_specialize=_STEP_SIZES)
+def expand_kernel(
+    # pointers
+    y_ptr,
+    partial_ptr,  # float32 [PARTS, pieces, HEIGHT, ranks], or None
+    ids_ptr,  # None, or int64 [T]
+    arena_ptr,
+    directory_ptr,
+    pages_ptr,
+    scale_ptr,
+    shift_ptr,
+    kind_ptr,
+    weight_ptr,
+    pieces_ptr,
+    tiles_ptr,
+    # sizes
+    N,
+    K,  # an embedding's vocabulary
+    group,
+    groups,
+    pieces,
+    # strides
+    y_row,
+    ranks,
+    # meta
+    HEIGHT: tl.constexpr,
+    PAGES: tl.constexpr,  # at a time
+    PARTS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    begin = tl.load(tiles_ptr + tile * 4)
+    end = tl.load(tiles_ptr + tile * 4 + 1)
+    if begin >= end:
+        return
+    n0 = tl.program_id(1) * BLOCK_N
+    n = n0 + tl.arange(0, BLOCK_N)
+    m = tl.arange(0, HEIGHT)
+    in_tile = begin + m < end
+    rank = tl.arange(0, PAGES * _RANKS)
+    part_stride = pieces.to(tl.int64) * HEIGHT * ranks
+
+    update = tl.zeros((HEIGHT, BLOCK_N), tl.float32)
+    gain = tl.zeros((BLOCK_N,), tl.float32)
+    chunks = 0
+    first_piece = tl.load(tiles_ptr + tile * 4 + 2)
+    last_piece = tl.load(tiles_ptr + tile * 4 + 3)
+    for piece in range(first_piece, last_piece):
+        slot = tl.load(pieces_ptr + piece * 4 + 2)
+        weight = tl.load(weight_ptr + tl.load(pieces_ptr + piece * 4 + 3))
+        first, last = _page_range(directory_ptr, slot, group, groups)
+        for page0 in range(first, last, PAGES):
+            page = page0 + rank // _RANKS
+            live = page < last
+            entry = pages_ptr + page.to(tl.int64) * 4
+            column = tl.load(entry + 2, mask=live, other=0).to(tl.int32)
+            width = tl.load(entry + 3, mask=live, other=0).to(tl.int32)
+            if ALIGNED:
+                column = tl.multiple_of(column, 8)
+                width = tl.multiple_of(width, 8)
+            hit = live & (column < n0 + BLOCK_N) & (column + width > n0)
+            if tl.max(hit.to(tl.int32), axis=0) > 0:
+                chunks += 1
+                kind = tl.load(kind_ptr + page, mask=hit, other=_IDENTITY)
+                is_gain = kind == _GAIN
+                low_rank = hit & (kind != _GAIN)
+                scale = weight * tl.load(scale_ptr + page, mask=hit, other=0.0)
+
+                lanes = in_tile[:, None] & low_rank[None, :]
+                if ids_ptr is None:
+                    row = piece * HEIGHT + m.to(tl.int64)
+                    at = (page0 - first) * _RANKS + rank
+                    h = _summed(partial_ptr, row, at, lanes, ranks, part_stride, PARTS)
+                else:
+                    ids = tl.load(ids_ptr + begin + m, mask=in_tile, other=0)
+                    a_row = tl.load(entry, mask=low_rank, other=0) + (rank % _RANKS) * K
+                    h = tl.load(
+                        arena_ptr + (ids[:, None] + a_row[None, :]), mask=lanes, other=0.0
+                    ).to(tl.float32)
+                shift = tl.load(shift_ptr + page * _RANKS + rank % _RANKS, mask=low_rank, other=0.0)
+                h += shift[None, :]
+                if tl.max(tl.where(low_rank, kind, 0), axis=0) > 0:
+                    h = _activated(h, kind[None, :])
+                h = tl.where(low_rank[None, :], h * scale[None, :], 0.0)
+
+                b_row = tl.load(entry + 1, mask=hit, other=0)
+                if ALIGNED:
+                    b_row = tl.multiple_of(b_row, 8)
+                b_row += (rank % _RANKS) * width - column
+                inside = (n[None, :] >= column[:, None]) & (n[None, :] < (column + width)[:, None])
+                read = hit & (low_rank | (rank % _RANKS == 0))  # a gain has one row
+                b = tl.load(  # stream
+                    arena_ptr + (b_row[:, None] + n[None, :]),
+                    mask=read[:, None] & inside,
+                    other=0.0,
+                )
+                if tl.max(is_gain.to(tl.int32), axis=0) > 0:
+                    gains = tl.where(is_gain[:, None], b.to(tl.float32) * scale[:, None], 0.0)
+                    gain += tl.sum(gains, axis=0)
+                factor = h.to(y_ptr.dtype.element_ty)
+                update = tl.dot(factor, b.to(factor.dtype), update, input_precision="ieee")
+
+    if chunks > 0:
+        out = y_ptr + (begin + m).to(tl.int64)[:, None] * y_row + n[None, :]
+        mask = in_tile[:, None] & (n < N)[None, :]
+        y = tl.load(out, mask=mask, other=0.0).to(tl.float32)
+        y += update + y * gain[None, :]
+        tl.store(out, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+class _Operands(NamedTuple):
+    """What follows y and x in the operations' schemas."""
+
+    arena: Tensor
+    directory: Tensor
+    pages: Tensor
+    page_scale: Tensor
+    page_shift: Tensor
+    page_kind: Tensor
+    rows: Tensor
+    slot: Tensor
+    weight: Tensor
+    pieces: Tensor | None
+    tiles: Tensor | None
+    tile_height: int
+    group: int
+    most_pages: int
+    aligned: bool
+
+
+def launch_lowrank(y: Tensor, x: Tensor, *operands: Any) -> None:
+    """lowrank_ with the arguments that its schema names."""
+    o = _Operands(*operands)
+    pieces, _ = _tiles(o)
+    _check_rows(y, "y")
+    _check_rows(x, "x")
+    if x.dtype != y.dtype:
+        raise TypeError(f"lowrank: x is {x.dtype}, y is {y.dtype}; they must be the same")
+    K = x.shape[1]
+    hip = torch.version.hip is not None
+    launch = shrink_launch(K, x.itemsize, o.tile_height, o.most_pages, o.aligned, hip)
+    ranks = RANKS_PER_PAGE * max(2, o.most_pages)
+    shape = (parts(K), len(pieces), o.tile_height, ranks)
+    partial = torch.empty(shape, dtype=torch.float32, device=y.device)
+    chunks = triton.cdiv(o.most_pages, launch.constants["PAGES"])
+    shrink_kernel[(len(pieces), chunks, parts(K))](
+        x,
+        o.arena,
+        o.directory,
+        o.pages,
+        o.page_kind,
+        pieces,
+        partial,
+        K,
+        o.group,
+        o.directory.shape[1],
+        len(pieces),
+        x.stride(0),
+        ranks,
+        **launch.constants,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )
+    _expand(y, partial, None, o, K)
+
+
+def launch_lowrank_embedding(y: Tensor, ids: Tensor, *operands: Any) -> None:
+    """lowrank_embedding_ with the arguments that its schema names."""
+    *rest, vocabulary = operands
+    _check_rows(y, "y")
+    if ids.dtype != torch.int64 or not ids.is_contiguous():
+        raise TypeError(f"lowrank: ids must be contiguous int64, got {ids.dtype}")
+    _expand(y, None, ids, _Operands(*rest), vocabulary)
+
+
+def _expand(
+    y: Tensor, partial: Tensor | None, ids: Tensor | None, o: _Operands, features: int
+) -> None:
+    """features: of the module's input, an embedding's vocabulary."""
+    pieces, tiles = _tiles(o)
+    summed = features if ids is None else None
+    launch = expand_launch(summed, o.tile_height, o.aligned)
+    expand_kernel[(len(tiles), triton.cdiv(y.shape[1], COLUMNS))](
+        y,
+        partial,
+        ids,
+        o.arena,
+        o.directory,
+        o.pages,
+        o.page_scale,
+        o.page_shift,
+        o.page_kind,
+        o.weight,
+        pieces,
+        tiles,
+        y.shape[1],
+        features,
+        o.group,
+        o.directory.shape[1],
+        len(pieces),
+        y.stride(0),
+        0 if partial is None else partial.shape[3],
+        **launch.constants,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )
+
+
+def _tiles(o: _Operands) -> tuple[Tensor, Tensor]:
+    if o.pieces is None or o.tiles is None:
+        raise ValueError("lowrank: the segments have no tiles, which the GPU's version needs")
+    return o.pieces, o.tiles
+
+
+def _check_rows(tensor: Tensor, name: str) -> None:
+    if tensor.dim() != 2 or tensor.stride(1) != 1:
+        raise ValueError(
+            f"lowrank: {name} must have two dimensions and contiguous rows, got "
+            f"{tuple(tensor.shape)} with strides {tensor.stride()}"
+        )
+
+
+_TABLES = {
+    "directory_ptr": "*i32", "pages_ptr": "*i64", "kind_ptr": "*i32", "pieces_ptr": "*i32",
+    "partial_ptr": "*fp32", "K": "i32", "group": "i32", "groups": "i32", "pieces": "i32",
+    "ranks": "i32",
+}  # fmt: skip
+
+
+def compilations() -> Iterator[Compilation]:
+    """Decoding and prefill on the inputs of Llama-8B (4096 features) and 70B (8192)."""
+    for height, phase in ((SMALL_TILE, "decode"), (LARGE_TILE, "prefill")):
+        yield _shrink_compilation(f"4096 features, {phase}", 4096, 8, height, "bf16")
+        yield _shrink_compilation(f"4096 features, {phase}", 4096, 8, height, "fp32")
+        yield _expand_compilation(f"4096 features, {phase}", 4096, height, "bf16")
+        yield _expand_compilation(f"4096 features, {phase}", 4096, height, "fp32")
+        yield _expand_compilation(f"8192 features, {phase}", 8192, height, "bf16")
+        yield _expand_compilation(f"embedding, {phase}", None, height, "bf16")
+    yield _shrink_compilation("8192 features, few pages, prefill", 8192, 4, LARGE_TILE, "bf16")
+
+
+def _shrink_compilation(
+    name: str, features: int, pages: int, height: int, dtype: str
+) -> Compilation:
+    itemsize = 4 if dtype == "fp32" else 2
+    launch = shrink_launch(features, itemsize, height, pages, aligned=True)
+    row = f"*{dtype}"
+    return Compilation(
+        name=f"lowrank shrink, {name}, {dtype}",
+        kernel=shrink_kernel,
+        signature={"x_ptr": row, "arena_ptr": row, "x_row": "i32"} | _TABLES,
+        constants=launch.constants,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+        divisible_by_16=("K", "x_row", "ranks"),
+        products=itemsize == 2,
+    )
+
+
+def _expand_compilation(name: str, features: int | None, height: int, dtype: str) -> Compilation:
+    launch = expand_launch(features, height, aligned=True)
+    row = f"*{dtype}"
+    unused = "ids_ptr" if features is not None else "partial_ptr"
+    signature = {
+        "y_ptr": row, "arena_ptr": row, "scale_ptr": "*fp32", "shift_ptr": "*fp32",
+        "weight_ptr": "*fp32", "tiles_ptr": "*i32", "ids_ptr": "*i64", "N": "i32", "y_row": "i32",
+    } | _TABLES  # fmt: skip
+    del signature[unused]
+    return Compilation(
+        name=f"lowrank expand, {name}, {dtype}",
+        kernel=expand_kernel,
+        signature=signature,
+        constants=launch.constants | {unused: None},
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+        divisible_by_16=("K", "N", "y_row", "ranks"),
+        products=dtype != "fp32",
+    )

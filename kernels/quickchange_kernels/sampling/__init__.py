@@ -1,0 +1,1 @@
+"""Sampling, token masks, verification of drafts, and the random numbers behind them."""

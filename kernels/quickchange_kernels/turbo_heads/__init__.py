@@ -1,0 +1,1 @@
+"""Turbo heads and the logits over their draft vocabularies."""

@@ -1,0 +1,65 @@
+"""Adds adapters to the store beside running requests: one at a time, on a thread of its own.
+
+Validation reads every tensor, so it must not hold up the event loop. Knows nothing of HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+from quickchange_server.errors import ConflictError, InvalidRequestError
+from quickchange_store.canonical.canonical_adapter import BaseSpec
+from quickchange_store.importing import Added, add_adapter
+from quickchange_store.store import Store
+
+
+class Imports:
+    """The way into the store. `base` makes the spec that adapters are checked against, once.
+
+    `refuse_name` raises where a name is taken by something that is not in the store.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        base: Callable[[], BaseSpec],
+        base_names: tuple[str, ...],
+        refuse_name: Callable[[str], None],
+    ) -> None:
+        self._refuse_name = refuse_name
+        self._store = store
+        self._make_base = base
+        self._base_names = base_names
+        self._base: BaseSpec | None = None
+        self._turn = asyncio.Lock()
+
+    async def add(self, name: str, directory: Path) -> Added:
+        """Check the adapter in `directory` and publish it as `name`.
+
+        Raises StoreError, ConflictError where the base has this name, and InvalidRequestError
+        where the folder can't be read.
+        """
+        self.refuse_taken(name)
+        async with self._turn:
+            try:
+                return await asyncio.to_thread(self._add, name, directory)
+            except OSError as error:
+                raise InvalidRequestError(
+                    f"path: {error.filename or directory} can't be read: {error.strerror}",
+                    param="path",
+                ) from error
+
+    def refuse_taken(self, name: str) -> None:
+        """Raises ConflictError where `name` is the base model's, or an experiment's."""
+        self._refuse_name(name)
+        if name in self._base_names:
+            raise ConflictError(
+                f"name: {name!r} is the base model; choose another name", param="name"
+            )
+
+    def _add(self, name: str, directory: Path) -> Added:
+        if self._base is None:
+            self._base = self._make_base()
+        return add_adapter(self._store, name, directory, self._base)

@@ -1,0 +1,222 @@
+"""Names to content: which base and adapter versions a request's `model` means, and what drafts.
+
+A name is resolved once, when its request arrives: the request keeps the digests that it began
+with, whatever happens to the name meanwhile. Knows nothing of HTTP or of the engine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+from quickchange_server.adapter_registry.visibility import Sees, everything, reachable
+from quickchange_server.config import Settings
+from quickchange_server.errors import ForbiddenError, InvalidRequestError, UnknownModelError
+from quickchange_server.protocol import LOOKUP, Component, Drafting
+from quickchange_store.errors import StoreError
+from quickchange_store.index import Version
+from quickchange_store.info import AdapterInfo
+from quickchange_store.names import parse_reference
+from quickchange_store.store import Store
+
+MAX_COMPONENTS = 32  # of one composition
+BASE_LABEL = "base"  # both are reserved or impossible as adapter names
+COMPOSITION_LABEL = "+"
+AUTO, OFF = "auto", "off"  # of `turbo`, beside LOOKUP and names; reserved as names
+KNOWN_VERSIONS = 4096  # whose info is remembered
+
+
+@dataclass(frozen=True, slots=True)
+class WeightedName:
+    """One entry of a request's `adapters`."""
+
+    name: str
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """What one name means now."""
+
+    version: Version
+    drafter: Version | None  # whose heads draft for it: its alias's Turbo, else its own
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """What a request is served by."""
+
+    model: str  # as the client named it
+    adapters: tuple[Component, ...]  # sorted by digest; empty: the plain base
+    label: str  # for metrics: the adapter's name without version, or one of the two above
+    drafting: Drafting | None = None  # None: no token is drafted
+    drafter: str | None = None  # for metrics: the name of the adapter whose heads draft
+
+
+def base_names(settings: Settings) -> tuple[str, ...]:
+    """The names that mean the base model; the first is the one that it is listed under."""
+    if settings.served_model_name is not None:
+        return (settings.served_model_name,)
+    folder = Path(settings.model)
+    return (folder.resolve().name,) if folder.is_dir() else (settings.model,)
+
+
+class Catalog:
+    """Resolves what requests name."""
+
+    def __init__(
+        self,
+        store: Store,
+        names: tuple[str, ...],
+        *,
+        adapters: bool = True,
+        turbo: bool = True,
+        prompt_lookup: bool = True,
+    ) -> None:
+        self._store = store
+        self._adapters = adapters
+        self._turbo = turbo
+        self._lookup = prompt_lookup
+        self.base_names = names
+        # `Store.info`, remembered: a digest's content never changes.
+        self.info: Callable[[str], AdapterInfo] = lru_cache(KNOWN_VERSIONS)(store.info)
+
+    @property
+    def base_name(self) -> str:
+        return self.base_names[0]
+
+    def is_base(self, name: str) -> bool:
+        return name in self.base_names
+
+    def select(
+        self,
+        model: str,
+        composition: Sequence[WeightedName] | None = None,
+        turbo: str = AUTO,
+        *,
+        sees: Sees = everything,
+    ) -> Selection:
+        """What `model` (or the base with a composition Σ weightᵢ · adapterᵢ) stands for, and what
+        `turbo` (AUTO, OFF, LOOKUP or the name of an adapter with heads) has draft for it.
+
+        A name that isn't seen is one that does not exist; the base always does. Raises
+        UnknownModelError, InvalidRequestError, or ForbiddenError where a setting is off.
+        """
+        if composition:
+            return self._drafted(self._composed(model, composition, sees), None, turbo, sees)
+        if self.is_base(model):
+            return self._drafted(Selection(model, (), BASE_LABEL), None, turbo, sees)
+        named = self._find(model, sees, param="model")
+        return self._drafted(self._alone(model, named.version), named.drafter, turbo, sees)
+
+    def _alone(self, model: str, version: Version) -> Selection:
+        if self._only_drafts(version):  # the base itself, with its prefix cache
+            return Selection(model, (), BASE_LABEL)
+        return Selection(model, (Component(version.digest),), version.name)
+
+    def _only_drafts(self, version: Version) -> bool:
+        """Whether the version holds Turbo heads and nothing that changes the model."""
+        return version.turbo and self.info(version.digest).modules == 0
+
+    def _composed(self, model: str, composition: Sequence[WeightedName], sees: Sees) -> Selection:
+        if not self.is_base(model):
+            raise InvalidRequestError(
+                f"adapters: a composition is over the base model, and model names {model!r}; "
+                f"set model to {self.base_name!r} and list {model!r} among the adapters",
+                param="adapters",
+            )
+        if len(composition) > MAX_COMPONENTS:
+            raise InvalidRequestError(
+                f"adapters: at most {MAX_COMPONENTS} adapters in one composition, "
+                f"not {len(composition)}",
+                param="adapters",
+            )
+        weights: dict[str, float] = {}
+        names: set[str] = set()
+        for index, entry in enumerate(composition):
+            version = self._term(entry.name, sees, param=f"adapters[{index}].id")
+            weights[version.digest] = weights.get(version.digest, 0.0) + entry.weight
+            names.add(version.name)
+        components = _components(weights)
+        label = names.pop() if len(names) == 1 else COMPOSITION_LABEL
+        return Selection(model, components, label if components else BASE_LABEL)
+
+    def _term(self, reference: str, sees: Sees, *, param: str) -> Version:
+        """What one entry of a composition names."""
+        version = self._find(reference, sees, param=param).version
+        if self._only_drafts(version):
+            raise InvalidRequestError(
+                f"{param}: {reference!r} holds Turbo heads alone, which add nothing to the model; "
+                f"take it off the list and set turbo to {reference!r}",
+                param=param,
+            )
+        return version
+
+    def _find(self, reference: str, sees: Sees, *, param: str) -> Named:
+        if not self._adapters:
+            raise ForbiddenError(
+                f"{param}: {reference!r} is not the base model ({self.base_name!r}), and adapters "
+                "are switched off by the setting adapters (QUICKCHANGE_ADAPTERS)",
+                param=param,
+            )
+        try:
+            parsed = parse_reference(reference)
+            index = reachable(self._store.snapshot(), parsed, sees)
+            return Named(index.find(parsed), index.drafting(parsed))
+        except StoreError as error:
+            raise UnknownModelError(
+                f"{param}: the model {reference!r} does not exist: {error} "
+                "GET /v1/models lists what there is",
+                param=param,
+            ) from error
+
+    # --- what drafts ----------------------------------------------------------------------------
+
+    def _drafted(
+        self, selection: Selection, bound: Version | None, turbo: str, sees: Sees
+    ) -> Selection:
+        """The selection with its drafting. `bound`: whose heads AUTO means."""
+        if turbo == OFF:
+            return selection
+        if turbo == AUTO:
+            return self._by_heads(selection, bound) if bound and self._turbo else selection
+        self._check_on("turbo", self._turbo)
+        if turbo == LOOKUP:
+            self._check_on("prompt_lookup", self._lookup)
+            return replace(selection, drafting=Drafting(lookup=True))
+        drafter = self._find(turbo, sees, param="turbo").drafter
+        if drafter is None:
+            raise InvalidRequestError(
+                f"turbo: {turbo!r} has no Turbo heads; name an adapter that has (GET /v1/models "
+                f'marks them), or send "{LOOKUP}" or "{OFF}"',
+                param="turbo",
+            )
+        return self._by_heads(selection, drafter)
+
+    def _by_heads(self, selection: Selection, drafter: Version) -> Selection:
+        drafting = Drafting(drafter.digest, lookup=self._lookup)
+        return replace(selection, drafting=drafting, drafter=drafter.name)
+
+    def _check_on(self, setting: str, on: bool) -> None:
+        if not on:
+            raise ForbiddenError(
+                f"turbo: switched off by the setting {setting} (QUICKCHANGE_{setting.upper()}); "
+                f'leave the field out, or send "{OFF}"',
+                param="turbo",
+            )
+
+
+def _components(weights: dict[str, float]) -> tuple[Component, ...]:
+    """In one order whatever the request's, so that equal compositions share cached prefixes."""
+    for weight in weights.values():
+        if not math.isfinite(weight):
+            raise InvalidRequestError(
+                "adapters: the weights of one adapter add up to infinity; give smaller weights",
+                param="adapters",
+            )
+    return tuple(
+        Component(digest, weight) for digest, weight in sorted(weights.items()) if weight != 0.0
+    )

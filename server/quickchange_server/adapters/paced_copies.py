@@ -1,0 +1,35 @@
+"""Copies on the host that start no second thread: in pieces, with a pause after each.
+
+Knows nothing of what is copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from quickchange_kernels.lowrank.lowrank_contract import A_ALIGNMENT
+
+PIECE = 32_768  # elements of one copy: torch uses several threads above this
+
+Pause = Callable[[], None]
+
+
+def no_pause() -> None:
+    """Between two pieces, when nothing else needs the processor."""
+
+
+def aligned(elements: int, dtype: torch.dtype) -> int:
+    """`elements` rounded up to what 64 bytes hold a whole number of times."""
+    unit = A_ALIGNMENT // dtype.itemsize
+    return -(-elements // unit) * unit
+
+
+def copy_in_pieces(target: Tensor, source: Tensor, pause: Pause) -> None:
+    """target [n, m] = source [n, m], n at least 1 and far below PIECE."""
+    step = PIECE // target.shape[0]
+    for begin in range(0, target.shape[1], step):
+        target[:, begin : begin + step].copy_(source[:, begin : begin + step])
+        pause()

@@ -1,0 +1,129 @@
+"""The tables over the heads' pages in the arena, and what each slot can draft with.
+
+The pages themselves lie in the arena beside those of the updates, and DevicePool gives, fills and
+frees them. Everything on the engine's thread, between steps; a table that has to grow is replaced.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from quickchange_kernels.turbo_heads.turbo_heads_contract import HeadTables
+from quickchange_server.adapters.slab_allocator import RunAllocator
+from quickchange_server.adapters.turbo_packing import HeadLayout
+
+_FIRST_PAGES = 1024
+_FIRST_MATRICES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class TurboSlot:
+    """The heads of the adapter in one slot. Numbers are those of HeadTables' matrices."""
+
+    heads: tuple[tuple[int, ...], ...]  # of each head: its blocks' matrices, in order
+    sequential: bool
+    outputs: tuple[int, ...]  # own LM heads' matrices, one a head; or none
+    columns: int | None  # tokens that are chosen from; None: as many as the base's LM head has
+    vocabulary: Tensor | None  # int32 [columns] on the device; None: token i is column i
+
+    @property
+    def depth(self) -> int:
+        """Tokens that the heads draft at once."""
+        return len(self.heads)
+
+
+@dataclass(frozen=True)
+class _Holding:
+    """What one slot holds of the tables."""
+
+    pages: tuple[int, int]  # [begin, end)
+    matrices: tuple[int, int]
+    turbo: TurboSlot
+
+
+class HeadPool:
+    """Owner of the heads' tables over one arena."""
+
+    def __init__(self, arena: Tensor) -> None:
+        self._pages = RunAllocator(_FIRST_PAGES)
+        self._matrices = RunAllocator(_FIRST_MATRICES)
+        self._holdings: dict[int, _Holding] = {}
+        self._published: set[int] = set()
+        self._tables = HeadTables(
+            arena=arena,
+            pages=torch.zeros(_FIRST_PAGES, dtype=torch.int64, device=arena.device),
+            matrices=torch.zeros((_FIRST_MATRICES, 2), dtype=torch.int32, device=arena.device),
+        )
+
+    @property
+    def tables(self) -> HeadTables:
+        """For the coming step."""
+        return self._tables
+
+    def turbo(self, slot: int) -> TurboSlot | None:
+        """What the slot can draft with; None without heads, or until they are published."""
+        return self._holdings[slot].turbo if slot in self._published else None
+
+    def add(self, slot: int, layout: HeadLayout, offsets: npt.NDArray[np.int64]) -> None:
+        """Describe a slot's heads, whose pages lie at `offsets` [P] elements in the arena."""
+        count = int(layout.matrices[-1, 1])  # a vocabulary's page stands in no table
+        page, matrix = self._pages.allocate(count), self._matrices.allocate(len(layout.matrices))
+        self._grow()
+        turbo = TurboSlot(
+            heads=tuple(tuple(matrix + block for block in head) for head in layout.heads),
+            sequential=layout.sequential,
+            outputs=tuple(matrix + output for output in layout.outputs),
+            columns=layout.columns,
+            vocabulary=self._vocabulary(layout, int(offsets[-1])),
+        )
+        held = _Holding((page, page + count), (matrix, matrix + len(layout.matrices)), turbo)
+        self._tables.pages[slice(*held.pages)].copy_(torch.from_numpy(offsets[:count]))
+        self._tables.matrices[slice(*held.matrices)].copy_(torch.from_numpy(layout.matrices + page))
+        self._holdings[slot] = held
+
+    def publish(self, slot: int) -> None:
+        """The pages have arrived. A slot without heads is ignored."""
+        if slot in self._holdings:
+            self._published.add(slot)
+
+    def remove(self, slot: int) -> None:
+        """Give a slot's rows back. One without heads is ignored."""
+        held = self._holdings.pop(slot, None)
+        if held is not None:
+            self._published.discard(slot)
+            self._pages.free(held.pages[0], held.pages[1] - held.pages[0])
+            self._matrices.free(held.matrices[0], held.matrices[1] - held.matrices[0])
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError if rows of the tables are shared or lost."""
+        self._pages.check_integrity(held.pages for held in self._holdings.values())
+        self._matrices.check_integrity(held.matrices for held in self._holdings.values())
+        assert self._published <= set(self._holdings), "heads that are not there"
+
+    def _vocabulary(self, layout: HeadLayout, offset: int) -> Tensor | None:
+        if layout.vocabulary is None:
+            return None
+        arena = self._tables.arena
+        elements = -(-layout.vocabulary * torch.int32.itemsize // arena.dtype.itemsize)
+        return arena[offset : offset + elements].view(torch.int32)
+
+    def _grow(self) -> None:
+        """Replace the tables that are smaller than their allocators' capacity."""
+        tables = self._tables
+        if tables.pages.shape[0] < self._pages.capacity:
+            tables = replace(tables, pages=enlarged(tables.pages, self._pages.capacity))
+        if tables.matrices.shape[0] < self._matrices.capacity:
+            tables = replace(tables, matrices=enlarged(tables.matrices, self._matrices.capacity))
+        self._tables = tables
+
+
+def enlarged(table: Tensor, rows: int) -> Tensor:
+    """A table with room for `rows`, zero beyond those of `table`."""
+    larger = torch.zeros((rows, *table.shape[1:]), dtype=table.dtype, device=table.device)
+    larger[: table.shape[0]] = table
+    return larger

@@ -1,0 +1,1 @@
+"""Administration over HTTP: adapters, experiments, API keys, usage."""

@@ -1,0 +1,378 @@
+"""Administration of adapters: /v1/adapters and /v1/aliases."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import Field, ValidationError
+from starlette.datastructures import FormData, UploadFile
+
+from quickchange_server.adapter_registry.visibility import reachable, seen
+from quickchange_server.api.auth import MANAGE, Managing, check_own
+from quickchange_server.api.openai.responses import Json
+from quickchange_server.api.request_base import Body
+from quickchange_server.config import Settings
+from quickchange_server.entrypoints.app_state import Injected, Services
+from quickchange_server.entrypoints.http_server import is_loopback
+from quickchange_server.errors import ConflictError, ForbiddenError, InvalidRequestError
+from quickchange_server.frontend.caller import Caller
+from quickchange_store.errors import AdapterNotFoundError, InUseError
+from quickchange_store.importing import Added
+from quickchange_store.index import Alias, Index, Version
+from quickchange_store.info import AdapterInfo
+from quickchange_store.names import Reference, parse_reference
+from quickchange_store.store import Resolved
+
+UPLOADS = "/v1/adapters"
+MAX_UPLOAD_FILES = 64  # Turbo heads may come in several
+UPLOAD_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}\.(json|safetensors)")
+
+
+async def adapters_on(services: Injected) -> None:
+    """Refuses the route where the server serves no adapters."""
+    if not services.settings.adapters:
+        raise ForbiddenError(
+            "adapters are switched off by the setting adapters (QUICKCHANGE_ADAPTERS)"
+        )
+
+
+router = APIRouter(tags=["adapters"], dependencies=[Depends(MANAGE), Depends(adapters_on)])
+
+
+class AddFromPath(Body):
+    name: str
+    path: str
+
+
+class Rollback(Body):
+    version: int | None = Field(None, ge=1)  # default: the one before the current
+
+
+class PrefetchTo(Body):
+    tier: Literal["device", "host"] = "device"
+
+
+class PointAlias(Body):
+    target: str  # NAME, or NAME@VERSION
+    turbo: str | None = None  # the same, of the heads that draft; default: the target's own
+
+
+def check_paths_allowed(settings: Settings) -> None:
+    """Raises ForbiddenError where clients may not name folders of the server's machine."""
+    allowed = settings.adapter_paths
+    if allowed is None:
+        allowed = is_loopback(settings.host)
+    if not allowed:
+        raise ForbiddenError(
+            "path: adding an adapter from a path of the server's machine is switched off by the "
+            "setting adapter_paths (QUICKCHANGE_ADAPTER_PATHS); upload the files instead",
+            param="path",
+        )
+
+
+# --- what a caller sees -------------------------------------------------------------------------
+
+
+def check_seen(services: Services, caller: Caller, reference: str) -> None:
+    """Raise the same AdapterNotFoundError for what isn't there and for what isn't seen."""
+    parsed = parse_reference(reference)
+    reachable(services.store.snapshot(), parsed, caller.sees).find(parsed)
+
+
+@contextmanager
+def uses_hidden(caller: Caller) -> Iterator[None]:
+    """Keep the names of aliases that hold an adapter from a caller who may not see them."""
+    try:
+        yield
+    except InUseError as error:
+        if "*" in caller.names:
+            raise
+        raise ConflictError(
+            "it is in use: an alias points at it or drafts with it, or it is the version that its "
+            "name serves; change that first, or ask an administrator where you see no such alias"
+        ) from error
+
+
+# --- views --------------------------------------------------------------------------------------
+
+
+def _residency(services: Services, digest: str) -> Json:
+    residency = services.client.residency
+    found = residency.get(digest)
+    if found is None:
+        return {"tier": "disk", "bytes": 0, "pinned": digest in residency.pins}
+    return {"tier": found.tier, "bytes": found.bytes, "pinned": found.pinned}
+
+
+def _version(services: Services, version: Version) -> Json:
+    return {
+        "version": version.number,
+        "digest": version.digest,
+        "created": int(version.created),
+        "turbo": _turbo(services.catalog.info(version.digest)) if version.turbo else None,
+        "residency": _residency(services, version.digest),
+    }
+
+
+def _turbo(info: AdapterInfo) -> Json | None:
+    """The figures of a version's Turbo heads."""
+    heads, vocabulary = info.turbo, info.base_vocabulary
+    if heads is None:
+        return None
+    medusa = None if vocabulary is None else heads.medusa_parameters(vocabulary)
+    return {
+        "depth": heads.depth,
+        "sequential": heads.sequential,
+        "vocabulary": heads.vocabulary,
+        "own_outputs": heads.own_outputs,
+        "parameters": heads.parameters,
+        "medusa_1_ratio": None if medusa is None else round(medusa / heads.parameters, 1),
+    }
+
+
+def _summary(services: Services, index: Index, name: str) -> Json:
+    """A name, with what it serves now."""
+    entry = index.entry(name)
+    aliases = sorted(alias for alias, target in index.aliases.items() if target.name == name)
+    return {
+        "id": name,
+        "object": "adapter",
+        **_version(services, entry.versions[entry.current]),
+        "versions": sorted(entry.versions),
+        "aliases": aliases,
+    }
+
+
+def _state(services: Services, resolved: Resolved) -> Json:
+    return {
+        "id": resolved.name,
+        "version": resolved.version,
+        "digest": resolved.digest,
+        "residency": _residency(services, resolved.digest),
+    }
+
+
+def _added(added: Added) -> Json:
+    version = added.version
+    return {
+        "id": version.name,
+        "object": "adapter",
+        "version": version.number,
+        "digest": version.digest,
+        "created": int(version.created),
+        "warnings": list(added.warnings),
+    }
+
+
+# --- reading ------------------------------------------------------------------------------------
+
+
+@router.get("/v1/adapters")
+async def list_adapters(services: Injected, caller: Managing) -> Json:
+    """Every adapter, with where the version that it serves is held."""
+    index = seen(services.store.snapshot(), caller.sees)
+    return {
+        "object": "list",
+        "data": [_summary(services, index, name) for name in sorted(index.entries)],
+    }
+
+
+@router.get("/v1/adapters/{reference:path}")
+async def one_adapter(reference: str, services: Injected, caller: Managing) -> Json:
+    """An adapter by name, version or alias: its versions, and what the referred one holds."""
+    check_seen(services, caller, reference)
+    resolved = services.store.resolve(reference)
+    index = seen(services.store.snapshot(), caller.sees)
+    info = await asyncio.to_thread(services.store.info, resolved.digest)
+    details = {k: v for k, v in asdict(info).items() if k not in ("digest", "created", "turbo")}
+    return {
+        **_summary(services, index, resolved.name),
+        **_state(services, resolved),
+        "turbo": _turbo(info),
+        "current": index.entry(resolved.name).current,
+        "versions": [_version(services, v) for v in services.store.versions(resolved.name)],
+        "info": details,
+    }
+
+
+# --- adding and removing ------------------------------------------------------------------------
+
+
+@router.post(UPLOADS, status_code=201)
+async def add_adapter(request: Request, services: Injected, caller: Managing) -> Json:
+    """Add an adapter from a folder of the server's machine (JSON) or an upload (multipart)."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "application/json":
+        body = _parse(AddFromPath, await request.body())
+        check_own(caller, body.name, "name")
+        check_paths_allowed(services.settings)
+        with uses_hidden(caller):
+            return _added(await services.imports.add(body.name, Path(body.path)))
+    if kind == "multipart/form-data":
+        async with request.form(max_files=MAX_UPLOAD_FILES, max_fields=1) as form:
+            return _added(await _add_upload(services, caller, form))
+    raise InvalidRequestError(
+        "the body must be application/json with name and path, or multipart/form-data with name "
+        "and the adapter's files"
+    )
+
+
+def _parse(model: type[AddFromPath], content: bytes) -> AddFromPath:
+    try:
+        return model.model_validate(json.loads(content))
+    except ValidationError as error:
+        raise RequestValidationError(error.errors()) from error
+    except ValueError as error:
+        raise InvalidRequestError(f"the body is not valid JSON: {error}") from error
+
+
+async def _add_upload(services: Services, caller: Caller, form: FormData) -> Added:
+    name = form.get("name")
+    if not isinstance(name, str):
+        raise InvalidRequestError("name: is required, as a form field", param="name")
+    check_own(caller, name, "name")
+    with (
+        uses_hidden(caller),
+        tempfile.TemporaryDirectory(prefix="quickchange-upload-") as folder,
+    ):
+        for file, upload in form.multi_items():
+            if file == "name":
+                continue
+            # The field's name, whatever name the client's file had: checked to be no path.
+            path = Path(folder) / file
+            fits = UPLOAD_FILE.fullmatch(file) is not None and not path.exists()
+            if not fits or not isinstance(upload, UploadFile):
+                raise InvalidRequestError(
+                    f"{file}: can't be taken; send the adapter's .json and .safetensors files, "
+                    "each once, as a file field that has its name",
+                    param=file,
+                )
+            await asyncio.to_thread(_write, upload, path)
+        return await services.imports.add(name, Path(folder))
+
+
+def _write(upload: UploadFile, path: Path) -> None:
+    with path.open("xb") as target:
+        shutil.copyfileobj(upload.file, target)
+
+
+async def remove_reference(
+    services: Services, caller: Caller, reference: str
+) -> tuple[Version, ...]:
+    """Remove a name or one version, from the store and, where nothing else uses it, the engine."""
+    check_seen(services, caller, reference)
+    with uses_hidden(caller):
+        gone = await asyncio.to_thread(services.store.remove, reference)
+    for digest in {version.digest for version in gone} - services.store.snapshot().digests():
+        services.client.forget(digest)
+    return gone
+
+
+@router.delete("/v1/adapters/{reference:path}")
+async def remove_adapter(reference: str, services: Injected, caller: Managing) -> Json:
+    """Remove a name with all its versions, or one version. Running requests finish on theirs."""
+    gone = await remove_reference(services, caller, reference)
+    return {
+        "id": reference,
+        "object": "adapter.deleted",
+        "deleted": True,
+        "versions": [str(version) for version in gone],
+    }
+
+
+# --- versions and residency ---------------------------------------------------------------------
+
+
+@router.post("/v1/adapters/{name:path}/rollback")
+async def rollback(
+    name: str, services: Injected, caller: Managing, body: Rollback | None = None
+) -> Json:
+    """Serve an earlier version (or a given one) under the name from now on."""
+    check_seen(services, caller, name)
+    version = None if body is None else body.version
+    with uses_hidden(caller):
+        served = await asyncio.to_thread(services.store.rollback, name, version)
+    return {"id": name, "object": "adapter", **_version(services, served)}
+
+
+@router.post("/v1/adapters/{reference:path}/pin", status_code=202)
+async def pin(reference: str, services: Injected, caller: Managing) -> Json:
+    """Load the version to the device and keep it there."""
+    return _pinned(services, caller, reference, True)
+
+
+@router.post("/v1/adapters/{reference:path}/unpin", status_code=202)
+async def unpin(reference: str, services: Injected, caller: Managing) -> Json:
+    """Let the version be evicted again."""
+    return _pinned(services, caller, reference, False)
+
+
+def _pinned(services: Services, caller: Caller, reference: str, pinned: bool) -> Json:
+    check_seen(services, caller, reference)
+    resolved = services.store.resolve(reference)
+    services.client.pin(resolved.digest, pinned)
+    return _state(services, resolved)
+
+
+@router.post("/v1/adapters/{reference:path}/prefetch", status_code=202)
+async def prefetch(
+    reference: str, services: Injected, caller: Managing, body: PrefetchTo | None = None
+) -> Json:
+    """Bring the version to a tier if its budget allows; the answer does not wait for it."""
+    check_seen(services, caller, reference)
+    resolved = services.store.resolve(reference)
+    services.client.prefetch(resolved.digest, "device" if body is None else body.tier)
+    return _state(services, resolved)
+
+
+# --- aliases ------------------------------------------------------------------------------------
+
+
+@router.get("/v1/aliases")
+async def list_aliases(services: Injected, caller: Managing) -> Json:
+    """Every alias and what it points at."""
+    aliases = seen(services.store.snapshot(), caller.sees).aliases
+    return {
+        "object": "list",
+        "data": [_alias(alias, target) for alias, target in sorted(aliases.items())],
+    }
+
+
+@router.put("/v1/aliases/{alias:path}")
+async def point_alias(alias: str, body: PointAlias, services: Injected, caller: Managing) -> Json:
+    """Point an alias at a name (whatever it serves) or at one version, in one step.
+
+    With `turbo`, that adapter's heads draft for it, in place of the target's own.
+    """
+    check_own(caller, alias, "alias")
+    services.imports.refuse_taken(alias)
+    for reference in (body.target, body.turbo):
+        if reference is not None:
+            check_seen(services, caller, reference)
+    target = await asyncio.to_thread(services.store.alias, alias, body.target, body.turbo)
+    return _alias(alias, target)
+
+
+@router.delete("/v1/aliases/{alias:path}")
+async def remove_alias(alias: str, services: Injected, caller: Managing) -> Json:
+    """Remove an alias; what it points at stays."""
+    index = services.store.snapshot()
+    if alias not in reachable(index, Reference(alias), caller.sees).aliases:
+        raise AdapterNotFoundError("no such alias", key=alias, remedy="GET /v1/aliases lists all")
+    await asyncio.to_thread(services.store.unalias, alias)
+    return {"id": alias, "object": "alias.deleted", "deleted": True}
+
+
+def _alias(alias: str, target: Alias) -> Json:
+    return {"id": alias, "object": "alias", "target": str(target), "turbo": target.turbo}

@@ -1,0 +1,379 @@
+"""Experiments over HTTP: /v1/experiments and what is done with them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from functools import partial
+from typing import Annotated, Any, Self
+
+from fastapi import APIRouter, Query
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SkipValidation,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from quickchange_server.adapter_registry.resolver import WeightedName
+from quickchange_server.api.auth import Calling, Managing, check_own
+from quickchange_server.api.error_responses import from_validation
+from quickchange_server.api.openai.responses import Json
+from quickchange_server.api.request_base import Body
+from quickchange_server.entrypoints.app_state import Injected, Services
+from quickchange_server.errors import ConflictError, InvalidRequestError, QuickchangeError
+from quickchange_server.experiments import experiment_records
+from quickchange_server.experiments import outcomes as told
+from quickchange_server.experiments.definition import (
+    Definition,
+    Metric,
+    Served,
+    Shadow,
+    Step,
+    Unit,
+    Variant,
+    Weight,
+)
+from quickchange_server.experiments.experiment import Experiment, Pointed
+from quickchange_server.experiments.experiment_results import results_of
+from quickchange_server.experiments.layout import SIZE, shares
+from quickchange_server.experiments.promotion import Moved
+from quickchange_server.frontend.caller import Caller
+from quickchange_store.index import Index
+from quickchange_store.names import check_name
+
+router = APIRouter(tags=["experiments"])
+
+MAX_OUTCOMES = 1000  # of one request
+PRINTABLE = "^[!-~]+$"
+AUDITED = 100  # entries shown unless asked for more
+
+
+class Change(Body):
+    """Fields of a definition that are to be others; those that aren't given stay."""
+
+    version: int | None = Field(None, ge=1)  # refuse unless the experiment is at this version
+    description: str | None = None
+    weights: dict[str, Weight] | None = None  # of those variants alone
+    variants: list[Variant] | None = None
+    allow: dict[Unit, str] | None = None
+    deny: list[Unit] | None = None
+    ramp: list[Step] | None = None
+    shadows: list[Shadow] | None = None
+    shadow_limit: int | None = None
+    metrics: list[Metric] | None = None
+    alias: str | None = None
+
+    def apply(self, definition: Definition) -> Definition:
+        """The changed definition, validated as a whole."""
+        given = self.model_dump(exclude_unset=True, exclude={"version", "weights"})
+        content = {**definition.model_dump(), **given}
+        if self.weights is not None:
+            content["variants"] = _reweighted(content["variants"], self.weights)
+        try:
+            return Definition.model_validate(content)
+        except ValidationError as error:
+            raise from_validation(list(error.errors())) from error
+
+
+class Stop(Body):
+    winner: str | None = None  # the variant that answers from now on; default: the control
+
+
+class Promote(Body):
+    variant: str
+
+
+def _check_value(value: Any) -> Any:
+    if not isinstance(value, (bool, int, float, str)):
+        raise PydanticCustomError("value", "must be a number, true or false, or a label")
+    return value
+
+
+# A union would tell of each kind that it is not.
+OutcomeValue = Annotated[
+    SkipValidation[bool | float | str],
+    BeforeValidator(_check_value),
+    WithJsonSchema({"type": ["boolean", "number", "string"]}),
+]
+
+
+class Outcome(Body):
+    """What came of an answer, by the answer's id or by what its assignment stuck to."""
+
+    name: str
+    value: OutcomeValue
+    completion: str | None = Field(None, max_length=64, pattern=PRINTABLE)
+    unit: str | None = Field(None, min_length=1, max_length=512)
+    idempotency_key: str | None = Field(None, max_length=128, pattern=PRINTABLE)
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if (self.completion is None) == (self.unit is None):
+            raise InvalidRequestError(
+                "completion: give either completion (an answer's id) or unit (the user, or what "
+                "else the experiment sticks to)",
+                param="completion",
+            )
+        return self
+
+
+def _one_or_several(schema: Json) -> None:
+    """The schema of `Outcomes`, with that of one outcome beside it."""
+    several = {key: schema.pop(key) for key in ("type", "properties", "required")}
+    several["additionalProperties"] = schema.pop("additionalProperties")
+    schema["anyOf"] = [several, several["properties"]["outcomes"]["items"]]
+
+
+class Outcomes(Body):
+    """Several outcomes; one may also be sent as it is."""
+
+    model_config = ConfigDict(json_schema_extra=_one_or_several)
+
+    outcomes: list[Outcome] = Field(min_length=1, max_length=MAX_OUTCOMES)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_alone(cls, body: Any) -> Any:
+        if isinstance(body, dict) and "outcomes" not in body:
+            return {"outcomes": [body]}
+        return body
+
+
+# --- definitions --------------------------------------------------------------------------------
+
+
+@router.post("/v1/experiments", status_code=201)
+async def create(body: Definition, services: Injected, caller: Managing) -> Json:
+    """Define an experiment; requests may name it as `model` at once."""
+    check_own(caller, body.name, "name")
+    services.imports.refuse_taken(body.name)
+    _refuse_stored(services.store.snapshot(), body.name)
+    _check_served(services, caller, body)
+    return _shown(await services.experiments.create(body, caller), services)
+
+
+@router.get("/v1/experiments")
+async def list_experiments(services: Injected, caller: Managing) -> Json:
+    """Every experiment that the caller may see."""
+    there = services.experiments.all
+    return {
+        "object": "list",
+        "data": [_shown(there[name], services) for name in sorted(there) if caller.sees(name)],
+    }
+
+
+@router.get("/v1/experiments/{name:path}/results")
+async def results(name: str, services: Injected, caller: Managing) -> Json:
+    """What the variants came to so far."""
+    experiment = _seen(services, caller, name)
+    return await results_of(services.database, experiment)
+
+
+@router.get("/v1/experiments/{name:path}/audit")
+async def audit(
+    name: str,
+    services: Injected,
+    caller: Managing,
+    limit: Annotated[int, Query(ge=1, le=1000)] = AUDITED,
+) -> Json:
+    """Who changed what and when, newest first; of a deleted experiment too."""
+    if not caller.sees(check_name(name)):
+        raise experiment_records.unknown(name)
+    entries = await services.database.read(
+        partial(experiment_records.audit, name=name, limit=limit)
+    )
+    if not entries:
+        raise experiment_records.unknown(name)
+    return {"object": "list", "data": entries}
+
+
+@router.get("/v1/experiments/{name:path}")
+async def one_experiment(name: str, services: Injected, caller: Managing) -> Json:
+    """One experiment: its definition, its state, and the shares that hold now."""
+    return _shown(_seen(services, caller, name), services)
+
+
+@router.patch("/v1/experiments/{name:path}")
+async def update(name: str, body: Change, services: Injected, caller: Managing) -> Json:
+    """Change an experiment; only the units whose share moved get another variant."""
+    before = _seen(services, caller, name).definition
+    _check_served(services, caller, body.apply(before), before)
+    changed = await services.experiments.update(name, caller, body.apply, body.version)
+    return _shown(changed, services)
+
+
+@router.delete("/v1/experiments/{name:path}")
+async def delete(name: str, services: Injected, caller: Managing) -> Json:
+    """Forget an experiment and what it recorded; the audit trail stays."""
+    _seen(services, caller, name)
+    await services.experiments.delete(name, caller)
+    return {"id": name, "object": "experiment.deleted", "deleted": True}
+
+
+# --- state --------------------------------------------------------------------------------------
+
+
+@router.post("/v1/experiments/{name:path}/pause")
+async def pause(name: str, services: Injected, caller: Managing) -> Json:
+    """Everybody gets the control for now, which is not counted."""
+    _seen(services, caller, name)
+    return _shown(await services.experiments.pause(name, caller), services)
+
+
+@router.post("/v1/experiments/{name:path}/resume")
+async def resume(name: str, services: Injected, caller: Managing) -> Json:
+    """Go on where it was paused; everybody gets their variant again."""
+    _seen(services, caller, name)
+    return _shown(await services.experiments.resume(name, caller), services)
+
+
+@router.post("/v1/experiments/{name:path}/stop")
+async def stop(name: str, services: Injected, caller: Managing, body: Stop | None = None) -> Json:
+    """End it: from now on everybody gets the winner, or the control."""
+    _seen(services, caller, name)
+    winner = None if body is None else body.winner
+    return _shown(await services.experiments.stop(name, caller, winner), services)
+
+
+@router.post("/v1/experiments/{name:path}/promote")
+async def promote(name: str, body: Promote, services: Injected, caller: Managing) -> Json:
+    """Point the experiment's alias at what a variant serves, in one step."""
+    _check_alias(services, caller, _seen(services, caller, name).definition.alias)
+    return _moved(name, await services.promotions.promote(name, caller, body.variant))
+
+
+@router.post("/v1/experiments/{name:path}/rollback")
+async def roll_back(name: str, services: Injected, caller: Managing) -> Json:
+    """Undo the last promotion: the alias is what it was before."""
+    promotions = _seen(services, caller, name).promotions
+    _check_alias(services, caller, promotions[-1].alias if promotions else None)
+    return _moved(name, await services.promotions.roll_back(name, caller))
+
+
+# --- outcomes -----------------------------------------------------------------------------------
+
+
+@router.post("/v1/experiments/{name:path}/outcomes", status_code=201)
+async def outcomes(name: str, body: Outcomes, services: Injected, caller: Calling) -> Json:
+    """Tell what came of answers. All are kept or none; the answer comes after they are durable."""
+    experiment = _seen(services, caller, name)
+    given = [_told(outcome, index) for index, outcome in enumerate(body.outcomes)]
+    now = services.experiments.clock()
+    kept = await services.database.write(
+        partial(told.keep, experiment=experiment, caller=caller, outcomes=given, now=now)
+    )
+    for each in kept:
+        if each.new:
+            services.experiment_metrics.outcome(name, each.variant, each.name)
+    return {"object": "list", "data": [asdict(each) for each in kept]}
+
+
+def _told(outcome: Outcome, index: int) -> told.Told:
+    return told.Told(
+        param=f"outcomes[{index}]",
+        name=outcome.name,
+        value=outcome.value,
+        completion=outcome.completion,
+        unit=outcome.unit,
+        key=outcome.idempotency_key,
+    )
+
+
+# --- views and checks ---------------------------------------------------------------------------
+
+
+def _shown(experiment: Experiment, services: Services) -> Json:
+    now = services.experiments.clock()
+    held = shares(experiment.stretches[experiment.stretch(now)].layout)
+    names = [variant.name for variant in experiment.definition.variants]
+    last = experiment.promotions[-1] if experiment.promotions else None
+    return {
+        "id": experiment.name,
+        "object": "experiment",
+        "version": experiment.version,
+        "state": experiment.state,
+        "created": int(experiment.created),
+        "winner": experiment.winner,
+        "shares": {name: round(held.get(name, 0) / SIZE, 9) for name in names},
+        "promoted": None if last is None else last.variant,
+        "definition": experiment.definition.model_dump(mode="json", exclude_none=True),
+    }
+
+
+def _moved(name: str, moved: Moved) -> Json:
+    return {
+        "id": name,
+        "object": "experiment.alias",
+        "alias": moved.alias,
+        "before": _pointed(moved.before),
+        "after": _pointed(moved.after),
+        "not_carried": list(moved.not_carried),
+    }
+
+
+def _pointed(pointed: Pointed | None) -> Json | None:
+    return None if pointed is None else asdict(pointed)
+
+
+def _seen(services: Services, caller: Caller, name: str) -> Experiment:
+    """Raises UnknownModelError, also where the caller may not see it."""
+    if not caller.sees(name):
+        raise experiment_records.unknown(name)
+    return services.experiments.get(name)
+
+
+def _refuse_stored(index: Index, name: str) -> None:
+    taken = "an adapter" if name in index.entries else "an alias" if name in index.aliases else None
+    if taken is not None:
+        raise ConflictError(
+            f"name: {name!r} is {taken}; choose another name for the experiment", param="name"
+        )
+
+
+def _check_alias(services: Services, caller: Caller, alias: str | None) -> None:
+    if alias is not None:
+        check_own(caller, alias, "alias")
+        services.imports.refuse_taken(alias)
+
+
+def _check_served(
+    services: Services, caller: Caller, definition: Definition, before: Definition | None = None
+) -> None:
+    """Raises where a variant or a shadow names what can't be served, by its place.
+
+    Not of those that were there `before`: one whose adapter is gone must not keep its weight from
+    being taken away, nor one that the caller doesn't see.
+    """
+    old = () if before is None else (*before.variants, *before.shadows)
+    there = {each.name: each for each in old}
+    for field in ("variants", "shadows"):
+        variants: list[Served] = getattr(definition, field)
+        for index, variant in enumerate(variants):
+            known = there.get(variant.name)
+            if known is None or not known.serves_as(variant):
+                _check_one(services, caller, variant, f"{field}[{index}]")
+
+
+def _check_one(services: Services, caller: Caller, variant: Served, place: str) -> None:
+    model = variant.model or services.catalog.base_name
+    composition = [WeightedName(entry.id, entry.weight) for entry in variant.adapters]
+    turbo = "auto" if variant.turbo is None else variant.turbo
+    try:
+        services.catalog.select(model, composition, turbo, sees=caller.sees)
+    except QuickchangeError as error:
+        raise type(error)(f"{place}.{error.message}", param=f"{place}.{error.param}") from error
+
+
+def _reweighted(variants: list[Json], weights: dict[str, float]) -> list[Json]:
+    known = {variant["name"] for variant in variants}
+    for name in weights:
+        if name not in known:
+            raise InvalidRequestError(
+                f"weights: there is no variant {name!r}; there are {', '.join(sorted(known))}",
+                param="weights",
+            )
+    return [{**v, "weight": weights.get(v["name"], v["weight"])} for v in variants]

@@ -1,0 +1,157 @@
+"""API keys: /v1/keys. For callers with the scope admin."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Path
+from pydantic import BaseModel, ConfigDict, Field
+
+from quickchange_server.api.auth import ADMIN
+from quickchange_server.api.openai.responses import Json
+from quickchange_server.api.request_base import Body, Number
+from quickchange_server.entrypoints.app_state import Injected
+from quickchange_server.frontend.caller import Scope
+from quickchange_server.tenants import key_records
+from quickchange_server.tenants.key import MAX_LIMIT, Key, Limits, Terms, names_of
+
+MAX_LABEL = 200  # characters
+MAX_OVERLAP = 30 * 86_400.0  # seconds
+DEFAULT_OVERLAP = 86_400.0
+
+router = APIRouter(tags=["API keys"], dependencies=[Depends(ADMIN)])
+
+Count = Annotated[int, Field(ge=1, le=MAX_LIMIT)]
+Label = Annotated[str, Field(max_length=MAX_LABEL)]
+KeyId = Annotated[str, Path(alias="id")]
+Time = Annotated[Number, Field(ge=0, le=1e11)]  # Unix seconds
+
+
+class KeyLimits(Body):
+    """`null`: no limit."""
+
+    requests_per_minute: Count | None = None
+    tokens_per_minute: Count | None = None
+    concurrent_requests: Count | None = None
+    max_prompt_tokens: Count | None = None
+    max_new_tokens: Count | None = None
+
+    def limits(self) -> Limits:
+        return Limits(**self.model_dump())
+
+
+class NewKey(Body):
+    tenant: str
+    scope: Scope = "infer"
+    label: Label = ""
+    names: list[str] | None = None  # globs; required but for the scope admin
+    limits: KeyLimits = KeyLimits()
+    expires: Time | None = None  # Unix seconds; default: never
+
+
+class ChangedKey(BaseModel):
+    """What is given replaces what was. `null` takes an expiry, or all limits, away."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    scope: Scope = "infer"
+    label: Label = ""
+    names: list[str] = []
+    limits: KeyLimits | None = None
+    expires: Time | None = None
+
+    def terms(self, old: Terms) -> Terms:
+        """The key's terms with these changes."""
+        given = {name: getattr(self, name) for name in self.model_fields_set}
+        if "names" in given:
+            given["names"] = tuple(self.names)
+        if "limits" in given:
+            given["limits"] = Limits() if self.limits is None else self.limits.limits()
+        return replace(old, **given)
+
+
+class Rotation(Body):
+    overlap_seconds: Number = Field(DEFAULT_OVERLAP, ge=0, le=MAX_OVERLAP)
+
+
+def _key(key: Key) -> Json:
+    terms, now = key.terms, time.time()
+    retiring = key.retiring
+    return {
+        "id": key.id,
+        "object": "api_key",
+        "tenant": terms.tenant,
+        "scope": terms.scope,
+        "label": terms.label,
+        "names": list(terms.names),
+        "limits": asdict(terms.limits),
+        "state": key.state(now),
+        "created": key.created,
+        "expires": terms.expires,
+        "revoked": key.revoked,
+        "old_secret_until": None if retiring is None or retiring.until <= now else retiring.until,
+    }
+
+
+@router.post("/v1/keys", status_code=201)
+async def create_key(body: NewKey, services: Injected) -> Json:
+    """Make an API key. Its secret is in this answer and nowhere else."""
+    terms = Terms(
+        tenant=body.tenant,
+        scope=body.scope,
+        label=body.label,
+        names=names_of(body.scope, body.names),
+        limits=body.limits.limits(),
+        expires=body.expires,
+    )
+    key, secret = await services.database.write(
+        partial(key_records.create, terms=terms, now=time.time())
+    )
+    await services.revisions.take_up()
+    return {**_key(key), "secret": secret}
+
+
+@router.get("/v1/keys")
+async def list_keys(services: Injected, tenant: str | None = None) -> Json:
+    """All keys, or a tenant's, oldest first; revoked and expired ones too."""
+    keys = await services.database.read(key_records.every)
+    shown = [_key(key) for key in keys if tenant is None or key.terms.tenant == tenant]
+    return {"object": "list", "data": shown}
+
+
+@router.get("/v1/keys/{id}")
+async def one_key(key_id: KeyId, services: Injected) -> Json:
+    """One key."""
+    return _key(await services.database.read(partial(key_records.one, key_id=key_id)))
+
+
+@router.patch("/v1/keys/{id}")
+async def change_key(key_id: KeyId, body: ChangedKey, services: Injected) -> Json:
+    """Change what a key may do. Its tenant stays."""
+    key = await services.database.write(
+        partial(key_records.change, key_id=key_id, changed=body.terms)
+    )
+    await services.revisions.take_up()
+    return _key(key)
+
+
+@router.delete("/v1/keys/{id}")
+async def revoke_key(key_id: KeyId, services: Injected) -> Json:
+    """End a key for good; its past usage stays."""
+    key = await services.database.write(partial(key_records.revoke, key_id=key_id, now=time.time()))
+    await services.revisions.take_up()
+    return _key(key)
+
+
+@router.post("/v1/keys/{id}/rotate")
+async def rotate_key(key_id: KeyId, services: Injected, body: Rotation | None = None) -> Json:
+    """Give a key a new secret, in this answer and nowhere else; the old one ends later."""
+    overlap = DEFAULT_OVERLAP if body is None else body.overlap_seconds
+    key, secret = await services.database.write(
+        partial(key_records.rotate, key_id=key_id, overlap=overlap, now=time.time())
+    )
+    await services.revisions.take_up()
+    return {**_key(key), "secret": secret}

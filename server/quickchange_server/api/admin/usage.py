@@ -1,0 +1,105 @@
+"""Usage for billing: GET /v1/usage."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime
+from functools import partial
+from typing import Annotated, cast
+
+from fastapi import APIRouter, Query
+
+from quickchange_server.adapter_registry.resolver import BASE_LABEL, COMPOSITION_LABEL
+from quickchange_server.api.auth import Calling
+from quickchange_server.api.openai.responses import Json
+from quickchange_server.entrypoints.app_state import Injected
+from quickchange_server.errors import ForbiddenError, InvalidRequestError
+from quickchange_server.frontend.caller import Caller
+from quickchange_server.tenants.key import check_tenant
+from quickchange_server.tenants.usage_log import FIGURES, GROUPS, HOUR, Group, Report, report
+
+DEFAULT_SECONDS = 30 * 86_400  # before the end
+NO_NAMES = {BASE_LABEL, COMPOSITION_LABEL}
+UNSEEN = "-"  # no adapter's name begins so
+DEFAULT_GROUP = "tenant,key,adapter"
+
+router = APIRouter(tags=["API keys"])
+
+
+@router.get("/v1/usage")
+async def usage(
+    services: Injected,
+    caller: Calling,
+    begin: Annotated[str | None, Query(alias="from")] = None,
+    end: Annotated[str | None, Query(alias="to")] = None,
+    tenant: str | None = None,
+    group: str = DEFAULT_GROUP,
+) -> Json:
+    """Requests and tokens of whole hours: the caller's own tenant's, or, with the scope admin, all.
+
+    `from` and `to` are Unix seconds or ISO 8601 times; hours that they cut are counted whole.
+    """
+    until = -(-_seconds(end, "to", time.time()) // HOUR) * HOUR
+    since = _seconds(begin, "from", until - DEFAULT_SECONDS) // HOUR * HOUR
+    wanted = Report(since, until, _tenant(caller, tenant), _groups(group))
+    rows = await services.database.read(partial(report, wanted=wanted))
+    return {
+        "object": "list",
+        "from": since,
+        "to": until,
+        "group": list(wanted.group),
+        "data": rows if caller.may("admin") else _veiled(rows, caller),
+    }
+
+
+def _veiled(rows: list[Json], caller: Caller) -> list[Json]:
+    """The rows with all adapters that the caller doesn't see, which other keys of its tenant or an
+    experiment's variants have used, counted as one."""
+    kept: dict[tuple[object, ...], Json] = {}
+    for row in rows:
+        name = row.get("adapter")
+        if name is not None and name not in NO_NAMES and not caller.sees(name):
+            row = {**row, "adapter": UNSEEN}
+        same = kept.setdefault(tuple(row[name] for name in row if name not in FIGURES), row)
+        if same is not row:
+            same |= {figure: same[figure] + row[figure] for figure in FIGURES}
+    return list(kept.values())
+
+
+def _tenant(caller: Caller, asked: str | None) -> str | None:
+    """Whose usage is told; None: everyone's."""
+    if asked is not None:
+        check_tenant(asked)
+    if caller.may("admin"):
+        return asked
+    if asked not in (None, caller.tenant):
+        raise ForbiddenError(
+            "tenant: an API key without the scope admin sees its own tenant's usage only; leave "
+            "tenant out",
+            param="tenant",
+        )
+    return caller.tenant
+
+
+def _seconds(text: str | None, param: str, default: float) -> int:
+    if text is None:
+        return int(default)
+    try:
+        if text.isascii() and text.isdecimal() and len(text) <= 11:
+            return int(text)
+        time = datetime.fromisoformat(text)
+        return int((time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp())
+    except (ValueError, OverflowError) as error:
+        raise InvalidRequestError(
+            f"{param}: must be Unix seconds or an ISO 8601 time such as 2026-01-31T12:00:00Z",
+            param=param,
+        ) from error
+
+
+def _groups(text: str) -> tuple[Group, ...]:
+    names = [name for name in text.split(",") if name]
+    if any(name not in GROUPS for name in names):
+        raise InvalidRequestError(
+            f"group: must be some of {', '.join(GROUPS)}, joined by commas", param="group"
+        )
+    return tuple(cast(Group, name) for name in dict.fromkeys(names))

@@ -1,0 +1,148 @@
+"""Bodies of LoRAX's routes. What each field does and where it differs is in docs/lorax.md."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import AfterValidator, Field, model_validator
+
+from quickchange_server.adapter_registry.resolver import AUTO
+from quickchange_server.api.openai.requests import MAX_CHOICES, MAX_LOGPROBS
+from quickchange_server.api.request_base import Body, Number, Unsupported, check_text
+from quickchange_server.errors import InvalidRequestError
+from quickchange_store.merging import MergeStrategy, SignMethod
+
+MAX_STOP_SEQUENCES = 4  # LoRAX's default; clients read it from /info
+AdapterSource = Literal["hub", "local", "s3", "pbase"]
+ValidText = Annotated[str, AfterValidator(check_text)]
+
+
+class MergedAdapters(Body):
+    """Several adapters as one."""
+
+    ids: list[str] = Field(min_length=1)
+    weights: list[Number] = Field(min_length=1)
+    merge_strategy: Literal["linear"] | MergeStrategy = "linear"
+    density: Number = Field(0.0, ge=0, le=1)
+    majority_sign_method: SignMethod = "total"
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if len(self.ids) != len(self.weights):
+            raise InvalidRequestError(
+                f"merged_adapters.weights: {len(self.weights)} for {len(self.ids)} ids; "
+                "give one weight for each id",
+                param="merged_adapters.weights",
+            )
+        if self.merge_strategy != "linear" and self.density == 0:
+            raise InvalidRequestError(
+                f"merged_adapters.density: {self.merge_strategy} merges the share of values that "
+                "density keeps, and 0 keeps none; give a share such as 0.5",
+                param="merged_adapters.density",
+            )
+        return self
+
+
+class ResponseFormat(Body):
+    """What the text must be."""
+
+    type: Literal["json_object"]
+    json_schema: dict[str, Any] | None = Field(None, alias="schema")
+
+
+class Parameters(Body):
+    """How to generate. `turbo` and `user` are this server's own, as in the OpenAI routes."""
+
+    unsupported: ClassVar[Mapping[str, Unsupported]] = {
+        "watermark": Unsupported("remove it: no watermark is put into texts here", (False,)),
+        "grammar": Unsupported(  # TGI's
+            'use response_format, {"type": "json_object", "schema": ...}; /v1/completions takes a '
+            "regular expression as guided_regex"
+        ),
+        "top_n_tokens": Unsupported("use return_k_alternatives"),  # TGI's
+        "apply_chat_template": Unsupported("send the chat to /v1/chat/completions", (False,)),
+    }
+
+    adapter_id: str | None = None
+    adapter_source: AdapterSource | None = None
+    merged_adapters: MergedAdapters | None = None
+    api_token: str | None = Field(None, repr=False)  # for hubs, which this server never asks
+    best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    temperature: Number | None = Field(None, ge=0)
+    repetition_penalty: Number | None = Field(None, gt=0)
+    frequency_penalty: Number | None = Field(None, ge=-2, le=2)
+    presence_penalty: Number | None = Field(None, ge=-2, le=2)
+    top_k: int | None = Field(None, gt=0)
+    top_p: Number | None = Field(None, gt=0, lt=1)
+    typical_p: Number | None = Field(None, gt=0, lt=1)
+    do_sample: bool = False
+    seed: int | None = Field(None, ge=0, lt=2**64)
+    max_new_tokens: int | None = Field(None, gt=0)
+    ignore_eos_token: bool = False
+    return_full_text: bool = False
+    stop: list[Annotated[ValidText, Field(min_length=1)]] = Field(default=[])
+    truncate: int | None = Field(None, gt=0)
+    details: bool = False
+    decoder_input_details: bool = False
+    return_k_alternatives: int | None = Field(None, gt=0, le=MAX_LOGPROBS)
+    response_format: ResponseFormat | None = None
+    turbo: str = AUTO
+    user: str | None = None
+
+    @property
+    def sampling(self) -> bool:
+        """Whether tokens are drawn: as in LoRAX, a temperature of exactly 1 alone draws none."""
+        if self.temperature == 0:
+            return False
+        filtered = (self.top_k, self.top_p, self.typical_p) != (None, None, None)
+        return self.do_sample or filtered or self.temperature not in (None, 1.0)
+
+    @property
+    def candidates(self) -> int:
+        return 1 if self.best_of is None else self.best_of
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.adapter_id is not None and self.merged_adapters is not None:
+            raise InvalidRequestError(
+                "at most one of `adapter_id` or `merged_adapters` may be provided",
+                param="merged_adapters",
+            )
+        if len(self.stop) > MAX_STOP_SEQUENCES:
+            raise InvalidRequestError(
+                f"`stop` supports up to {MAX_STOP_SEQUENCES} stop sequences. "
+                f"Given: {len(self.stop)}",
+                param="stop",
+            )
+        if self.candidates > 1:
+            self._check_best_of()
+        return self
+
+    def _check_best_of(self) -> None:
+        asked = (self.temperature, self.top_k, self.top_p, self.typical_p)
+        if not self.do_sample and asked == (None, None, None, None):
+            raise InvalidRequestError(
+                "you must use sampling when `best_of` is > 1", param="best_of"
+            )
+        if self.seed is not None:
+            raise InvalidRequestError("`seed` must not be set when `best_of` > 1", param="seed")
+
+
+class GenerateRequest(Body):
+    """POST /generate and /generate_stream"""
+
+    inputs: ValidText
+    parameters: Parameters = Field(default_factory=Parameters)
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> Self:
+        if not self.inputs:
+            raise InvalidRequestError("`inputs` cannot be empty", param="inputs")
+        return self
+
+
+class CompatGenerateRequest(GenerateRequest):
+    """POST /, which is both"""
+
+    stream: bool = False

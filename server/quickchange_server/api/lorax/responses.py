@@ -1,0 +1,170 @@
+"""The JSON and the headers of LoRAX's answers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+from urllib.parse import quote
+
+from quickchange_server.api.lorax.requests import Parameters
+from quickchange_server.api.openai.responses import Json, finite
+from quickchange_server.entrypoints.app_state import Services
+from quickchange_server.frontend.generation import Choice
+from quickchange_server.frontend.output_processor import Ending, LoggedToken, Piece
+from quickchange_server.frontend.tokenizer import Text
+from quickchange_server.protocol import TokenLogprobs
+
+FinishReason = Literal["length", "eos_token", "stop_sequence"]
+DEFAULT_SOURCE = "local"  # adapters are this server's own
+
+
+@dataclass
+class Candidate:
+    """One generated sequence as it grows."""
+
+    seed: int | None  # None: nothing was drawn
+    text: str = ""
+    tokens: list[LoggedToken] = field(default_factory=list)
+    ending: Ending | None = None
+
+    def add(self, piece: Piece) -> tuple[LoggedToken, ...]:
+        """Take a piece; the tokens that it brings."""
+        self.text += piece.text
+        self.ending = piece.ending
+        tokens = piece.tokens
+        if piece.ending is not None and tokens:
+            # A stop string may end inside the last token, and the text inside a character.
+            last = replace(tokens[-1], text=self.text[tokens[-1].offset :])
+            tokens = (*tokens[:-1], last)
+        self.tokens.extend(tokens)
+        return tokens
+
+    def finish_reason(self, text: Text) -> FinishReason:
+        if self.ending == "length":
+            return "length"
+        last = self.tokens[-1].logprobs.token_id if self.tokens else None
+        return "eos_token" if last in text.eos_ids else "stop_sequence"
+
+    @property
+    def mean_logprob(self) -> float:
+        """By which LoRAX ranks the candidates of `best_of`."""
+        logprobs = [token.logprobs.logprob for token in self.tokens]
+        return sum(logprobs) / max(1, len(logprobs))
+
+
+class Shapes:
+    """How one request's answer is written."""
+
+    def __init__(self, text: Text, parameters: Parameters, inputs: str) -> None:
+        self._text = text
+        self._parameters = parameters
+        self._before = inputs if parameters.return_full_text else ""
+
+    def token(self, token: LoggedToken) -> Json:
+        """A generated token. A special one has its own text, which is not part of the whole's."""
+        said, special = token.logprobs, token.logprobs.token_id in self._text.special_ids
+        shown: Json = {
+            "id": said.token_id,
+            "text": self._alone(said.token_id) if special else token.text,
+            "logprob": finite(said.logprob),
+            "special": special,
+            "skipped": token.drafted,
+        }
+        if self._parameters.return_k_alternatives is not None:
+            shown["alternative_tokens"] = [
+                {"id": id_, "text": self._alone(id_), "logprob": finite(logprob)}
+                for id_, logprob in said.top
+            ]
+        return shown
+
+    def prefill(self, prompt: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> list[Json]:
+        """The prompt's tokens; the first has no log-probability. Empty where not asked for."""
+        if not self._parameters.decoder_input_details:
+            return []
+        known = [None, *(finite(said.logprob) for said in logprobs)]
+        return [
+            {"id": token_id, "text": self._alone(token_id), "logprob": logprob}
+            for token_id, logprob in zip(prompt, known, strict=True)
+        ]
+
+    def generated_text(self, candidate: Candidate) -> str:
+        return self._before + candidate.text
+
+    def ending(self, candidate: Candidate, choice: Choice) -> Json:
+        """What every kind of details has. `choice` is where the candidate came from."""
+        return {
+            "finish_reason": candidate.finish_reason(self._text),
+            "generated_tokens": choice.completion_tokens,
+            "skipped_tokens": choice.accepted_tokens,
+            "seed": candidate.seed,
+        }
+
+    def _alone(self, token_id: int) -> str:
+        return self._text.token_bytes(token_id).decode(errors="replace")
+
+
+@dataclass
+class Clock:
+    """When a request passed what its headers tell of. Monotonic seconds."""
+
+    began: float = field(default_factory=time.monotonic)
+    admitted: float = 0.0
+    first_token: float | None = None
+
+    def admit(self) -> None:
+        self.admitted = time.monotonic()
+
+    def token(self) -> None:
+        if self.first_token is None:
+            self.first_token = time.monotonic()
+
+
+def identity(
+    services: Services, parameters: Parameters, inputs: str, prompt: int
+) -> dict[str, str]:
+    """The headers that are known before the first token."""
+    known = {
+        "x-model-id": _header(services.catalog.base_name),
+        "x-prompt-tokens": str(prompt),
+        "x-compute-type": services.settings.device,
+        "x-compute-characters": str(len(inputs)),
+    }
+    merged = parameters.merged_adapters
+    ids = [parameters.adapter_id or ""] if merged is None else merged.ids
+    if any(ids):
+        known["x-adapter-id"] = _header(",".join(ids))
+        known["x-adapter-source"] = parameters.adapter_source or DEFAULT_SOURCE
+    return known
+
+
+def accounting(clock: Clock, choice: Choice, prompt: int) -> dict[str, str]:
+    """The headers that are known at the end: times in whole milliseconds, and tokens."""
+    total = time.monotonic() - clock.began
+    validation = clock.admitted - clock.began
+    queue = choice.queue_seconds
+    inference = max(0.0, total - validation - queue)
+    generated = choice.completion_tokens
+    first = total if clock.first_token is None else clock.first_token - clock.began
+    return {
+        "x-total-time": _milliseconds(total),
+        "x-compute-time": _milliseconds(total),
+        "x-validation-time": _milliseconds(validation),
+        "x-queue-time": _milliseconds(queue),
+        "x-inference-time": _milliseconds(inference),
+        "x-time-per-token": _milliseconds(inference / max(1, generated)),
+        "x-time-to-first-token": _milliseconds(first),
+        "x-generated-tokens": str(generated),
+        "x-skipped-tokens": str(choice.accepted_tokens),
+        "x-total-tokens": str(prompt + generated),
+    }
+
+
+def _milliseconds(seconds: float) -> str:
+    return str(int(seconds * 1000))
+
+
+def _header(value: str) -> str:
+    """As a header can carry it: what is not printable ASCII as in a URL."""
+    return value if value.isascii() and value.isprintable() else quote(value, safe="/:@,")

@@ -1,0 +1,244 @@
+"""OpenAI's generation routes: /v1/completions and /v1/chat/completions."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import cast
+
+from fastapi import APIRouter, Request, Response
+
+from quickchange_server.api.auth import Calling
+from quickchange_server.api.openai.requests import (
+    DEFAULT_COMPLETION_TOKENS,
+    ChatRequest,
+    CompletionRequest,
+    Sampled,
+)
+from quickchange_server.api.openai.responses import (
+    ChatShape,
+    CompletionShape,
+    Json,
+    PromptShape,
+    Shape,
+    ToldPrompt,
+    ToolChatShape,
+    predictions,
+    told_prompt,
+    usage,
+)
+from quickchange_server.api.openai.tool_calling import with_tools
+from quickchange_server.api.sse import DONE, event, event_stream, unless_gone
+from quickchange_server.entrypoints.app_state import Injected, Services
+from quickchange_server.frontend import request_admission
+from quickchange_server.frontend.output_processor import Ending, LoggedToken
+from quickchange_server.frontend.request_observers import Running
+
+router = APIRouter(tags=["OpenAI"])
+
+AnyPrompt = str | list[str] | list[int] | list[list[int]]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A request under way, and how its route writes the answer."""
+
+    envelope: Json  # what the whole answer and each event have in common, "object" aside
+    shape: Shape
+    running: Running
+    drafting: bool  # tokens are drafted ahead
+    n: int = 1  # choices told for each prompt...
+    candidates: int = 1  # ... where more are generated, the best of so many
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return request_admission.headers(self.running.account.opened.assignment)
+
+    @property
+    def usage(self) -> Json:
+        choices = self.running.choices
+        prompt_tokens = self.running.account.opened.prompt_tokens
+        told = usage(prompt_tokens, choices.completion_tokens, choices.cached_tokens)
+        if self.drafting:
+            told |= predictions(choices.drafted_tokens, choices.accepted_tokens)
+        return told
+
+
+@dataclass
+class _Collected:
+    """One choice of an answer that is not streamed."""
+
+    parts: list[str] = field(default_factory=list)
+    tokens: list[LoggedToken] = field(default_factory=list)
+    ending: Ending | None = None
+
+    @property
+    def likelihood(self) -> float:
+        """Its mean log-probability a token; what has none is least likely."""
+        logprobs = [token.logprobs.logprob for token in self.tokens]
+        return sum(logprobs) / len(logprobs) if logprobs else float("-inf")
+
+
+def _best(collected: list[_Collected], answer: Answer) -> list[_Collected]:
+    """The likeliest `n` of each prompt's candidates, the best first; where all are told, all."""
+    if answer.candidates <= answer.n:
+        return collected
+    told = []
+    for first in range(0, len(collected), answer.candidates):
+        candidates = collected[first : first + answer.candidates]
+        told += sorted(candidates, key=lambda c: c.likelihood, reverse=True)[: answer.n]
+    return told
+
+
+async def whole(answer: Answer) -> Json:
+    """The answer in one piece."""
+    collected = [_Collected() for _ in range(len(answer.running.choices))]
+    async with aclosing(answer.running.pieces()) as pieces:
+        async for index, piece in pieces:
+            choice = collected[index]
+            choice.parts.append(piece.text)
+            choice.tokens.extend(piece.tokens)
+            choice.ending = piece.ending
+    await answer.running.account.settled()
+    return {
+        **answer.envelope,
+        "object": answer.shape.object,
+        "choices": [
+            answer.shape.choice(index, "".join(choice.parts), choice.tokens, choice.ending)
+            for index, choice in enumerate(_best(collected, answer))
+        ],
+        "usage": answer.usage,
+    }
+
+
+async def streamed(answer: Answer, include_usage: bool) -> AsyncGenerator[bytes, None]:
+    """The answer as server-sent events."""
+    envelope = {**answer.envelope, "object": answer.shape.chunk_object}
+    without_usage = {"usage": None} if include_usage else {}
+    opened: set[int] = set()
+    async with aclosing(answer.running.pieces()) as pieces:
+        async for index, piece in pieces:
+            said = [answer.shape.chunk(index, piece)]
+            if index not in opened:
+                opened.add(index)
+                opening = answer.shape.opening(index)
+                said = said if opening is None else [opening, *said]
+            for choice in said:
+                yield event({**envelope, "choices": [choice], **without_usage})
+    if include_usage:
+        yield event({**envelope, "choices": [], "usage": answer.usage})
+    await answer.running.account.settled()
+    yield DONE
+
+
+async def respond(request: Request, body: Sampled, answer: Answer) -> Response:
+    """The response; a client that goes away before its end cancels what still runs."""
+    try:
+        if body.stream:
+            events = streamed(answer, body.include_usage)
+            return await event_stream(request, events, answer.headers)
+        content = json.dumps(await unless_gone(request, whole(answer)), ensure_ascii=False)
+    except BaseException:
+        await answer.running.close()
+        raise
+    return Response(content, media_type="application/json", headers=answer.headers)
+
+
+def _envelope(services: Services, running: Running) -> Json:
+    opened = running.account.opened
+    told = {
+        "id": opened.request_id,
+        "created": int(opened.at),
+        "model": opened.model,
+        "system_fingerprint": services.fingerprint,
+    }
+    if opened.assignment is not None:
+        told["quickchange"] = request_admission.shown(opened.assignment)
+    return told
+
+
+def _several(prompt: AnyPrompt) -> Sequence[str | list[int]]:
+    """The prompts one by one, each text or token ids."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if isinstance(prompt[0], int):
+        return cast("list[list[int]]", [prompt])
+    return cast("list[str | list[int]]", prompt)
+
+
+async def token_ids(services: Services, prompt: AnyPrompt, param: str) -> list[list[int]]:
+    """The prompts' token ids; text as the tokenizer encodes it, with its own special tokens."""
+    encoded = []
+    for one in _several(prompt):
+        if isinstance(one, str):
+            encoded.append(await services.text.encode(one))
+        else:
+            services.text.check_ids(one, param)
+            encoded.append(one)
+    return encoded
+
+
+@router.post("/v1/completions")
+async def completions(
+    request: Request, body: CompletionRequest, services: Injected, caller: Calling
+) -> Response:
+    """Continue a prompt."""
+    order = request_admission.select(services, caller, body, request.headers)
+    body = order.body
+    prompts = await token_ids(services, body.prompt, "prompt")
+    running = await request_admission.admit(
+        services,
+        order,
+        prompts,
+        request_id=f"cmpl-{uuid.uuid4().hex}",
+        prompt_param="prompt",
+        default_tokens=DEFAULT_COMPLETION_TOKENS,
+    )
+    shape = CompletionShape(services.text, body.logprobs is not None)
+    if body.echo or body.prompt_logprobs is not None:
+        shape = PromptShape(services.text, body, _told(services, body, prompts), running.choices)
+    drafting = order.selection.drafting is not None
+    envelope = _envelope(services, running)
+    answer = Answer(envelope, shape, running, drafting, body.n, body.candidates)
+    return await respond(request, body, answer)
+
+
+def _told(
+    services: Services, body: CompletionRequest, prompts: Sequence[Sequence[int]]
+) -> list[ToldPrompt]:
+    return [
+        told_prompt(services.text, sent if isinstance(sent, str) else None, ids)
+        for sent, ids in zip(_several(body.prompt), prompts, strict=True)
+    ]
+
+
+@router.post("/v1/chat/completions")
+async def chat_completions(
+    request: Request, body: ChatRequest, services: Injected, caller: Calling
+) -> Response:
+    """Answer a chat."""
+    order = request_admission.select(services, caller, body, request.headers)
+    order, calls = with_tools(services.text, order)
+    body = order.body
+    prompt = await services.text.encode_chat(
+        [message.for_template() for message in body.messages],
+        tools=[tool.for_template() for tool in body.offered_tools],
+    )
+    running = await request_admission.admit(
+        services,
+        order,
+        [prompt],
+        request_id=f"chatcmpl-{uuid.uuid4().hex}",
+        prompt_param="messages",
+        default_tokens=None,
+    )
+    shape = ChatShape(services.text, body.logprobs)
+    if calls is not None:
+        most = None if body.parallel_tool_calls else 1
+        shape = ToolChatShape(services.text, body.logprobs, calls.reader, most=most)
+    drafting = order.selection.drafting is not None
+    answer = Answer(_envelope(services, running), shape, running, drafting)
+    return await respond(request, body, answer)

@@ -1,0 +1,131 @@
+"""POST /v1/embeddings: OpenAI's embeddings, from the hidden states of any adapter."""
+
+from __future__ import annotations
+
+import base64
+import json
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+from fastapi import APIRouter, Request, Response
+from pydantic import Field
+
+from quickchange_server.api.auth import Calling
+from quickchange_server.api.openai.completions import token_ids
+from quickchange_server.api.openai.requests import CompletionRequest, WeightedAdapter
+from quickchange_server.api.openai.responses import Json
+from quickchange_server.api.request_base import Body, Prompt, Unsupported
+from quickchange_server.api.sse import unless_gone
+from quickchange_server.entrypoints.app_state import Injected
+from quickchange_server.errors import EngineFailedError
+from quickchange_server.frontend import request_admission
+from quickchange_server.frontend.request_observers import Running
+from quickchange_server.protocol import Pooling
+
+router = APIRouter(tags=["OpenAI"])
+
+Floats = npt.NDArray[np.float32]
+
+
+class EmbeddingRequest(Body):
+    """POST /v1/embeddings"""
+
+    unsupported: ClassVar[Mapping[str, Unsupported]] = {
+        "dimensions": Unsupported(
+            "the model was not trained to be cut: embeddings have its hidden size; remove it"
+        ),
+        "truncate_prompt_tokens": Unsupported("shorten the input; /tokenize counts its tokens"),
+        "priority": Unsupported("requests are served fairly over adapters; remove it", (0,)),
+        "add_special_tokens": Unsupported("give the input as token ids (/tokenize)", (True,)),
+    }
+
+    model: str
+    input: Prompt
+    adapters: list[WeightedAdapter] = Field(default=[])
+    encoding_format: Literal["float", "base64"] = "float"
+    pooling: Pooling = "last"
+    normalize: bool = True
+    user: str | None = None
+
+    def as_completion(self) -> CompletionRequest:
+        """What is the same in a completion: names, and whom the request is for."""
+        return CompletionRequest(
+            model=self.model,
+            prompt=self.input,
+            adapters=self.adapters,
+            turbo="off",  # nothing is drafted
+            user=self.user,
+        )
+
+
+@router.post("/v1/embeddings")
+async def embeddings(
+    request: Request, body: EmbeddingRequest, services: Injected, caller: Calling
+) -> Response:
+    """Turn texts into vectors."""
+    order = request_admission.select(services, caller, body.as_completion(), request.headers)
+    running = await request_admission.admit(
+        services,
+        order,
+        await token_ids(services, body.input, "input"),
+        request_id=f"embd-{uuid.uuid4().hex}",
+        prompt_param="input",
+        default_tokens=None,
+        pooling=body.pooling,
+    )
+    try:
+        vectors = await unless_gone(request, _vectors(running))
+        await running.account.settled()
+    except BaseException:
+        await running.close()
+        raise
+    opened = running.account.opened
+    told: Json = {
+        "object": "list",
+        "data": [
+            {
+                "object": "embedding",
+                "index": index,
+                "embedding": _encoded(_unit(v) if body.normalize else v, body.encoding_format),
+            }
+            for index, v in enumerate(vectors)
+        ],
+        "model": opened.model,
+        "usage": {"prompt_tokens": opened.prompt_tokens, "total_tokens": opened.prompt_tokens},
+    }
+    if opened.assignment is not None:
+        told["quickchange"] = request_admission.shown(opened.assignment)
+    return Response(
+        json.dumps(told),
+        media_type="application/json",
+        headers=request_admission.headers(opened.assignment),
+    )
+
+
+async def _vectors(running: Running) -> Sequence[Floats]:
+    """One [H] for each input."""
+    async for _ in running.pieces():
+        pass
+    vectors = []
+    for index in range(len(running.choices)):
+        embedding = running.choices[index].embedding
+        if embedding is None:
+            raise EngineFailedError("the engine ended an embedding without a vector; try again")
+        vectors.append(np.frombuffer(embedding, dtype="<f4"))
+    return vectors
+
+
+def _unit(vector: Floats) -> Floats:
+    """Of length 1; a vector of zeros, which has no direction, as it is."""
+    length = float(np.linalg.norm(vector.astype(np.float64)))
+    return vector if length == 0 else (vector / length).astype("<f4")
+
+
+def _encoded(vector: Floats, how: Literal["float", "base64"]) -> list[float] | str:
+    if how == "base64":
+        return base64.b64encode(vector.astype("<f4").tobytes()).decode()
+    numbers: list[float] = vector.tolist()
+    return numbers

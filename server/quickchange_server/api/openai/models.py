@@ -1,0 +1,95 @@
+"""GET /v1/models: every name that a request's `model` may hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fastapi import APIRouter
+
+from quickchange_server.adapter_registry.visibility import seen
+from quickchange_server.api.auth import Calling
+from quickchange_server.api.openai.responses import Json
+from quickchange_server.entrypoints.app_state import Injected, Services
+from quickchange_server.experiments.experiment import Experiment
+from quickchange_store.index import Index
+from quickchange_store.names import Reference, parse_reference
+
+router = APIRouter(tags=["OpenAI"])
+
+OWNER = "quickchange"
+
+
+def _card(services: Services, name: str, created: float, details: Json, root: str) -> Json:
+    info = services.client.info
+    is_base = details["kind"] == "base"
+    return {
+        "id": name,
+        "object": "model",
+        "created": int(created),
+        "owned_by": OWNER,
+        "root": root,
+        "parent": None if is_base else services.catalog.base_name,
+        "max_model_len": None if info is None else info.max_model_len,
+        "quickchange": details,
+    }
+
+
+def _base_card(services: Services) -> Json:
+    name = services.catalog.base_name
+    return _card(services, name, services.created, {"kind": "base"}, name)
+
+
+def _version_card(services: Services, index: Index, reference: Reference, kind: str) -> Json:
+    version, drafter = index.find(reference), index.drafting(reference)
+    details = {
+        "kind": kind,
+        "version": version.number,
+        "digest": version.digest,
+        "turbo": None if drafter is None else str(drafter),
+    }
+    return _card(services, str(reference), version.created, details, str(version))
+
+
+def _adapter_cards(services: Services, index: Index) -> Iterator[Json]:
+    for name, entry in sorted(index.entries.items()):
+        yield _version_card(services, index, Reference(name), "adapter")
+        for number in sorted(entry.versions):
+            yield _version_card(services, index, Reference(name, str(number)), "version")
+    for alias in sorted(index.aliases):
+        yield _version_card(services, index, Reference(alias), "alias")
+
+
+def _experiment_card(services: Services, experiment: Experiment) -> Json:
+    details = {"kind": "experiment", "state": experiment.state}
+    name = experiment.name
+    return _card(services, name, experiment.created, details, name)
+
+
+@router.get("/v1/models")
+async def models(services: Injected, caller: Calling) -> Json:
+    """The base, adapters, their versions, aliases, and experiments."""
+    cards = [_base_card(services)]
+    if services.settings.adapters:
+        cards.extend(_adapter_cards(services, seen(services.store.snapshot(), caller.sees)))
+    there = services.experiments.all
+    cards.extend(_experiment_card(services, there[n]) for n in sorted(there) if caller.sees(n))
+    return {"object": "list", "data": cards}
+
+
+@router.get("/v1/models/{model:path}")
+async def one_model(model: str, services: Injected, caller: Calling) -> Json:
+    """One of them; a digest prefix works too, as in requests."""
+    if services.catalog.is_base(model):
+        return _base_card(services)
+    experiment = services.experiments.find(model) if caller.sees(model) else None
+    if experiment is not None:
+        return _experiment_card(services, experiment)
+    services.catalog.select(model, sees=caller.sees)  # refuses what no request could name
+    index = services.store.snapshot()
+    return _version_card(services, index, parse_reference(model), _kind(index, model))
+
+
+def _kind(index: Index, name: str) -> str:
+    if name in index.aliases:
+        return "alias"
+    return "adapter" if name in index.entries else "version"

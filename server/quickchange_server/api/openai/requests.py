@@ -1,0 +1,460 @@
+"""Bodies of the OpenAI routes, with vLLM's extra sampling fields, our `adapters` and `turbo`.
+
+What each field does, its default and its range is in docs/http.md.
+
+The fields of a body that constrain the text: OpenAI's `response_format`, vLLM's `guided_*` and
+`structured_outputs`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic_core import PydanticCustomError
+
+from quickchange_server.adapter_registry.resolver import AUTO
+from quickchange_server.api.openai.tool_requests import (
+    MAX_TOOLS,
+    ChosenTool,
+    MadeCall,
+    Tool,
+    ToolChoice,
+    Tools,
+)
+from quickchange_server.api.request_base import (
+    Body,
+    LogitBias,
+    Metadata,
+    Number,
+    Prompt,
+    Stops,
+    Unsupported,
+)
+from quickchange_server.errors import InvalidRequestError
+
+MOST_CHOICES = 1_000
+_PLAIN_TEXT = "remove it"
+
+Choice = Annotated[str, Field(min_length=1)]
+Choices = Annotated[list[Choice], Field(min_length=1, max_length=MOST_CHOICES)]
+
+
+def _check_schema(value: Any) -> Any:
+    if not isinstance(value, dict | bool):
+        raise PydanticCustomError("schema", "must be a JSON schema: an object, true or false")
+    return value
+
+
+def _check_written(value: Any) -> Any:
+    return value if isinstance(value, str) else _check_schema(value)
+
+
+Schema = Annotated[
+    Any, BeforeValidator(_check_schema), WithJsonSchema({"type": ["object", "boolean"]})
+]
+Written = Annotated[  # or a string of JSON, as vLLM takes it
+    Any, BeforeValidator(_check_written), WithJsonSchema({"type": ["object", "boolean", "string"]})
+]
+Source = Annotated[str, Field(min_length=1)]
+
+
+class JsonSchema(Body):
+    """OpenAI's form. The schema is always enforced, so `strict` changes nothing; `name` and
+    `description` are informational. Without a schema any JSON object will do."""
+
+    name: str | None = None
+    description: str | None = None
+    schema_: Schema | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(Body):
+    """vLLM's: one of these."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    unsupported: ClassVar[Mapping[str, Unsupported]] = {
+        "structural_tag": Unsupported("use grammar"),
+        "disable_fallback": Unsupported(_PLAIN_TEXT, (True, False)),
+        "disable_any_whitespace": Unsupported("use regex or grammar", (False,)),
+        "disable_additional_properties": Unsupported("set additionalProperties", (False,)),
+        "whitespace_pattern": Unsupported("use regex or grammar"),
+    }
+
+    json_: Written | None = Field(None, alias="json")
+    regex: Source | None = None
+    choice: Choices | None = None
+    grammar: Source | None = None
+    json_object: bool | None = None
+
+
+class Constrained(Body):
+    response_format: ResponseFormat | None = None
+    guided_json: Written | None = None
+    guided_regex: Source | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: Source | None = None
+    structured_outputs: StructuredOutputs | None = None
+
+
+CONSTRAINED_UNSUPPORTED: Mapping[str, Unsupported] = {
+    "guided_decoding_backend": Unsupported("there is one; remove it"),
+    "guided_whitespace_pattern": Unsupported("use guided_regex or guided_grammar"),
+}
+
+
+MAX_CHOICES = 128
+MAX_LOGPROBS = 20
+DEFAULT_COMPLETION_TOKENS = 16  # as OpenAI's; a chat may use the rest of the context
+
+_PLAIN = "remove it"
+_TEXT_ONLY = "this server reads and writes text alone; remove it"
+
+
+class WeightedAdapter(Body):
+    """One term of a composition Σ weightᵢ · adapterᵢ."""
+
+    id: str
+    weight: Number = 1.0
+
+
+class StreamOptions(Body):
+    unsupported: ClassVar[Mapping[str, Unsupported]] = {
+        "include_obfuscation": Unsupported(_PLAIN, (False,)),
+        "continuous_usage_stats": Unsupported("use include_usage", (False,)),
+    }
+
+    include_usage: bool = False
+
+
+_SHARED: dict[str, Unsupported] = {
+    "store": Unsupported("nothing is stored here; remove it", (False,)),
+    "service_tier": Unsupported(_PLAIN, ("auto", "default")),
+    "safety_identifier": Unsupported("use user, which is informational"),
+    "prompt_cache_key": Unsupported("equal prefixes are cached by content; remove it"),
+    "prompt_cache_retention": Unsupported("equal prefixes are cached by content; remove it"),
+    "use_beam_search": Unsupported("use n with a temperature above 0", (False,)),
+    "length_penalty": Unsupported(_PLAIN, (1, 1.0)),
+    "truncate_prompt_tokens": Unsupported("shorten the prompt; /tokenize counts its tokens"),
+    "bad_words": Unsupported("use logit_bias", ([],)),
+    "allowed_token_ids": Unsupported("use logit_bias"),
+    **CONSTRAINED_UNSUPPORTED,
+    "spaces_between_special_tokens": Unsupported(_PLAIN, (True,)),
+    "detokenize": Unsupported("text is always made; remove it", (True,)),
+    "priority": Unsupported("requests are served fairly over adapters; remove it", (0,)),
+}
+
+
+class Sampled(Constrained, ABC):
+    """What completions and chats have in common."""
+
+    model: str
+    adapters: list[WeightedAdapter] = Field(default=[])
+    turbo: str = AUTO  # what drafts tokens ahead
+    max_tokens: int | None = Field(None, ge=1)
+    n: int = Field(1, ge=1, le=MAX_CHOICES)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    stop: Stops = Field(default=[])
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    temperature: Number = Field(1.0, ge=0, le=2)
+    top_p: Number = Field(1.0, gt=0, le=1)
+    presence_penalty: Number = Field(0.0, ge=-2, le=2)
+    frequency_penalty: Number = Field(0.0, ge=-2, le=2)
+    logit_bias: LogitBias = Field(default={})
+    user: str | None = None  # what experiments stick to, unless they say otherwise
+    metadata: Metadata = Field(default={})  # an experiment may stick to one of its fields
+
+    top_k: int = Field(0, ge=-1)  # 0 and vLLM's -1: off
+    min_p: Number = Field(0.0, ge=0, le=1)
+    typical_p: Number = Field(1.0, gt=0, le=1)
+    repetition_penalty: Number = Field(1.0, gt=0)
+    min_tokens: int = Field(0, ge=0)
+    ignore_eos: bool = False
+    stop_token_ids: list[int] = Field(default=[])
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        """New tokens at most, where the client said so."""
+        return self.max_tokens
+
+    @property
+    def candidates(self) -> int:
+        """Choices generated for each prompt, of which `n` are told."""
+        return self.n
+
+    @property
+    def wanted_prompt_logprobs(self) -> int | None:
+        """As `Submit.prompt_logprobs`."""
+        return None
+
+    @property
+    @abstractmethod
+    def wanted_logprobs(self) -> int | None:
+        """As `SamplingParams.logprobs`."""
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequestError(
+                "stream_options: only with stream set to true; remove it, or set stream",
+                param="stream_options",
+            )
+        wanted = self.wanted_tokens
+        if wanted is not None and self.min_tokens > wanted:
+            raise InvalidRequestError(
+                f"min_tokens: {self.min_tokens} exceeds max_tokens, {wanted}; lower it",
+                param="min_tokens",
+            )
+        return self
+
+
+class CompletionRequest(Sampled):
+    """POST /v1/completions"""
+
+    unsupported: ClassVar[Mapping[str, Unsupported]] = {
+        **_SHARED,
+        "suffix": Unsupported("write the fill-in format of the model into the prompt", ("",)),
+        "add_special_tokens": Unsupported("give the prompt as token ids (/tokenize)", (True,)),
+        "prompt_embeds": Unsupported("give the prompt as text or token ids"),
+        "return_tokens_as_token_ids": Unsupported(_PLAIN, (False,)),
+    }
+
+    prompt: Prompt
+    max_tokens: int | None = Field(None, ge=0)
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    echo: bool = False
+    best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+
+    @property
+    def candidates(self) -> int:
+        return self.n if self.best_of is None else self.best_of
+
+    @property
+    def wanted_prompt_logprobs(self) -> int | None:
+        echoed = self.logprobs if self.echo else None
+        wanted = [top for top in (echoed, self.prompt_logprobs) if top is not None]
+        return max(wanted, default=None)
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        ranked = self.candidates > self.n  # by them
+        return 0 if self.logprobs is None and ranked else self.logprobs
+
+    @model_validator(mode="after")
+    def _check_completion(self) -> Self:
+        if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
+            raise InvalidRequestError(
+                "max_tokens: 0 needs echo or prompt_logprobs; raise it, or ask for one of them",
+                param="max_tokens",
+            )
+        if self.best_of is not None and self.best_of < self.n:
+            raise InvalidRequestError(
+                f"best_of: {self.best_of} is less than n, {self.n}; raise it", param="best_of"
+            )
+        if self.stream and self.candidates > self.n:
+            raise InvalidRequestError(
+                "best_of: the best are known at the end alone; remove it, or stream",
+                param="best_of",
+            )
+        if self.stream and self.prompt_logprobs is not None:
+            raise InvalidRequestError(
+                "prompt_logprobs: only in an answer that is not streamed; remove stream, or use "
+                "echo with logprobs",
+                param="prompt_logprobs",
+            )
+        return self
+
+
+def join_parts(value: Any) -> str:
+    """A message's content as one string: itself, or its text parts joined by newlines."""
+    if isinstance(value, str):
+        value.encode()  # UnicodeEncodeError is a ValueError, which pydantic reports
+        return value
+    if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
+        raise PydanticCustomError("content", "must be a string or a list of text parts")
+    for part in value:
+        if part.get("type") != "text" or not isinstance(part.get("text"), str) or len(part) != 2:
+            raise PydanticCustomError(
+                "content",
+                'supports parts of the form {"type": "text", "text": ...} only: '
+                "this server reads no images, audio or files",
+            )
+    return join_parts("\n".join(part["text"] for part in value))
+
+
+_PART: dict[str, Any] = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "required": ["type", "text"],
+    "additionalProperties": False,
+}
+Content = Annotated[
+    str,
+    BeforeValidator(join_parts),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": _PART}]}),
+]
+
+
+class Message(Body):
+    """One message of a chat. `developer` is served as `system`."""
+
+    unsupported: ClassVar[Mapping[str, Unsupported]] = {
+        "function_call": Unsupported("use tool_calls"),
+        "refusal": Unsupported("put the refusal into content", ("",)),
+        "audio": Unsupported(_TEXT_ONLY),
+        "annotations": Unsupported(_PLAIN, ([],)),
+    }
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content | None = None
+    name: str | None = None  # handed to the chat template, which decides what it does with it
+    tool_calls: Annotated[list[MadeCall], Field(max_length=MAX_TOOLS)] = Field(default=[])
+    tool_call_id: str | None = None
+
+    @property
+    def about_tools(self) -> bool:
+        return bool(self.tool_calls) or self.role == "tool"
+
+    def for_template(self) -> dict[str, Any]:
+        message: dict[str, Any] = {
+            "role": "system" if self.role == "developer" else self.role,
+            "content": self.content or "",
+        }
+        if self.name is not None:
+            message["name"] = self.name
+        if self.tool_calls:
+            message["tool_calls"] = [call.for_template() for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            message["tool_call_id"] = self.tool_call_id
+        return message
+
+    @model_validator(mode="after")
+    def _check_role(self) -> Self:
+        if self.content is None and not self.tool_calls:
+            raise PydanticCustomError("missing", "is required", {"field": "content"})
+        if self.tool_calls and self.role != "assistant":
+            raise PydanticCustomError(
+                "message", "belong to the role assistant", {"field": "tool_calls"}
+            )
+        if (self.tool_call_id is not None) != (self.role == "tool"):
+            raise PydanticCustomError(
+                "message",
+                "the role tool has it, and no other: the id of the call that it answers",
+                {"field": "tool_call_id"},
+            )
+        return self
+
+
+class ChatRequest(Sampled):
+    """POST /v1/chat/completions"""
+
+    unsupported: ClassVar[Mapping[str, Unsupported]] = {
+        **_SHARED,
+        "functions": Unsupported("use tools", ([],)),
+        "function_call": Unsupported("use tool_choice", ("none", "auto")),
+        "audio": Unsupported(_TEXT_ONLY),
+        "modalities": Unsupported(_TEXT_ONLY, (["text"],)),
+        "prediction": Unsupported(_PLAIN),
+        "reasoning_effort": Unsupported("remove it, or ask for brevity in the prompt"),
+        "verbosity": Unsupported("remove it, or ask for brevity in the prompt"),
+        "web_search_options": Unsupported("this server searches nothing; remove it"),
+        "moderation": Unsupported(_PLAIN),
+        "chat_template": Unsupported("render the chat yourself and use /v1/completions"),
+        "chat_template_kwargs": Unsupported(
+            "render the chat yourself and use /v1/completions", ({},)
+        ),
+        "add_generation_prompt": Unsupported(
+            "render the chat yourself and use /v1/completions", (True,)
+        ),
+        "continue_final_message": Unsupported(
+            "render the chat yourself and use /v1/completions", (False,)
+        ),
+        "add_special_tokens": Unsupported("the chat template writes them; remove it", (False,)),
+        "documents": Unsupported("put them into the messages", ([],)),
+        "echo": Unsupported(_PLAIN, (False,)),
+        "best_of": Unsupported("use n, and choose among the choices yourself", (1,)),
+        "prompt_logprobs": Unsupported("render the chat yourself and use /v1/completions"),
+    }
+
+    messages: list[Message] = Field(min_length=1)
+    tools: Tools = Field(default=[])
+    tool_choice: ToolChoice = "auto"
+    parallel_tool_calls: bool = True
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS)
+
+    @property
+    def wanted_tokens(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        return self.top_logprobs if self.logprobs else None
+
+    @property
+    def offered_tools(self) -> list[Tool]:
+        """What the model may call."""
+        return [] if self.tool_choice == "none" else self.tools
+
+    @property
+    def demanded_tools(self) -> list[Tool]:
+        """Of which the answer has to call one; empty where it need not."""
+        choice = self.tool_choice
+        if isinstance(choice, ChosenTool):
+            return [tool for tool in self.tools if tool.function.name == choice.function.name]
+        return self.tools if choice == "required" else []
+
+    @model_validator(mode="after")
+    def _check_tools(self) -> Self:
+        names = [tool.function.name for tool in self.tools]
+        if len(set(names)) < len(names):
+            raise InvalidRequestError("tools: two functions have one name", param="tools")
+        choice = self.tool_choice
+        if isinstance(choice, ChosenTool) and choice.function.name not in names:
+            raise InvalidRequestError(
+                f"tool_choice: {choice.function.name!r} is not among the tools",
+                param="tool_choice",
+            )
+        if choice == "required" and not self.tools:
+            raise InvalidRequestError(
+                "tool_choice: required, and there are no tools; give some", param="tool_choice"
+            )
+        strict = any(tool.function.strict for tool in self.tools)
+        if strict and not self.demanded_tools:
+            raise InvalidRequestError(
+                "tools: strict is kept only where tool_choice makes the model call; set "
+                "tool_choice, or leave strict out",
+                param="tools",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_chat(self) -> Self:
+        both = (self.max_tokens, self.max_completion_tokens)
+        if None not in both and both[0] != both[1]:
+            raise InvalidRequestError(
+                "max_completion_tokens: differs from max_tokens; give one of the two",
+                param="max_completion_tokens",
+            )
+        if self.top_logprobs and not self.logprobs:
+            raise InvalidRequestError(
+                "top_logprobs: only with logprobs set to true", param="top_logprobs"
+            )
+        return self

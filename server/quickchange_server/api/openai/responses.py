@@ -1,0 +1,336 @@
+"""The JSON of OpenAI's two generation routes: choices, chunks, log-probabilities, usage.
+
+Completions that tell of their prompt: OpenAI's `echo` and vLLM's `prompt_logprobs`.
+
+The JSON of a chat whose answer may call tools.
+"""
+
+from __future__ import annotations
+
+import secrets
+import string
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+from quickchange_server.api.openai.requests import CompletionRequest
+from quickchange_server.frontend.generation import Choices
+from quickchange_server.frontend.output_processor import Ending, LoggedToken, Piece
+from quickchange_server.frontend.tokenizer import Text
+from quickchange_server.frontend.tool_parser import ToolCall, ToolReader
+from quickchange_server.protocol import TokenLogprobs
+
+LOWEST_LOGPROB = -9999.0  # stands for minus infinity, which JSON lacks; OpenAI's API does the same
+
+Json = dict[str, Any]
+
+
+def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Json:
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
+    }
+
+
+def predictions(drafted: int, accepted: int) -> Json:
+    """The part of the usage that tells of drafts, in OpenAI's own fields for predicted output."""
+    details = {
+        "accepted_prediction_tokens": accepted,
+        "rejected_prediction_tokens": drafted - accepted,
+    }
+    return {"completion_tokens_details": details}
+
+
+def finite(logprob: float) -> float:
+    return max(logprob, LOWEST_LOGPROB)
+
+
+class Shape(ABC):
+    """How one route writes what is generated."""
+
+    object: str  # of the whole answer
+    chunk_object: str  # of one streamed event
+
+    def __init__(self, text: Text, logprobs: bool) -> None:
+        self._text = text
+        self._logprobs = logprobs
+
+    @abstractmethod
+    def choice(
+        self, index: int, text: str, tokens: Sequence[LoggedToken], ending: Ending | None
+    ) -> Json:
+        """A complete choice."""
+
+    @abstractmethod
+    def chunk(self, index: int, piece: Piece) -> Json:
+        """What one piece adds to a choice."""
+
+    def opening(self, _index: int) -> Json | None:
+        """What a stream says of a choice before its first piece."""
+        return None
+
+
+class ChatShape(Shape):
+    object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+
+    def choice(
+        self, index: int, text: str, tokens: Sequence[LoggedToken], ending: Ending | None
+    ) -> Json:
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": text, "refusal": None},
+            "logprobs": self._content(tokens),
+            "finish_reason": ending,
+        }
+
+    def opening(self, index: int) -> Json:
+        delta = {"role": "assistant", "content": ""}
+        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+    def chunk(self, index: int, piece: Piece) -> Json:
+        return {
+            "index": index,
+            "delta": {"content": piece.text} if piece.text else {},
+            "logprobs": self._content(piece.tokens),
+            "finish_reason": piece.ending,
+        }
+
+    def _content(self, tokens: Sequence[LoggedToken]) -> Json | None:
+        if not self._logprobs:
+            return None
+        return {"content": [self._entry(t.logprobs) for t in tokens], "refusal": None}
+
+    def _entry(self, logprobs: TokenLogprobs) -> Json:
+        top = [self._token(token_id, logprob) for token_id, logprob in logprobs.top]
+        return {**self._token(logprobs.token_id, logprobs.logprob), "top_logprobs": top}
+
+    def _token(self, token_id: int, logprob: float) -> Json:
+        raw = self._text.token_bytes(token_id)
+        return {
+            "token": raw.decode(errors="replace"),
+            "logprob": finite(logprob),
+            "bytes": list(raw),
+        }
+
+
+class CompletionShape(Shape):
+    object = "text_completion"
+    chunk_object = "text_completion"
+
+    def choice(
+        self, index: int, text: str, tokens: Sequence[LoggedToken], ending: Ending | None
+    ) -> Json:
+        return {
+            "index": index,
+            "text": text,
+            "logprobs": self._lists(tokens),
+            "finish_reason": ending,
+        }
+
+    def chunk(self, index: int, piece: Piece) -> Json:
+        return self.choice(index, piece.text, piece.tokens, piece.ending)
+
+    def _lists(self, tokens: Sequence[LoggedToken]) -> Json | None:
+        if not self._logprobs:
+            return None
+        return {
+            "tokens": [self._name(token.logprobs.token_id) for token in tokens],
+            "token_logprobs": [finite(token.logprobs.logprob) for token in tokens],
+            "top_logprobs": [self._top(token.logprobs) for token in tokens],
+            "text_offset": [token.offset for token in tokens],
+        }
+
+    def _top(self, logprobs: TokenLogprobs) -> dict[str, float]:
+        """The best tokens and the sampled one, by text."""
+        entries = [(logprobs.token_id, logprobs.logprob), *logprobs.top]
+        return {self._name(token_id): finite(logprob) for token_id, logprob in entries}
+
+    def _name(self, token_id: int) -> str:
+        """The token's text; part of a character as OpenAI writes it, `bytes:\\xe2\\x80`."""
+        raw = self._text.token_bytes(token_id)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+@dataclass(frozen=True, slots=True)
+class ToldPrompt:
+    """A prompt as an answer repeats it."""
+
+    text: str  # as the client sent it; that of its tokens where it sent those
+    ids: tuple[int, ...]
+    offsets: tuple[int, ...]  # of each token, in characters
+
+
+def told_prompt(text: Text, sent: str | None, ids: Sequence[int]) -> ToldPrompt:
+    """sent: the client's text, where it sent text. Special tokens have none."""
+    detokenizer = text.detokenizer(skip_special_tokens=True)
+    parts: list[str] = []
+    offsets: list[int] = []
+    length = 0
+    for token_id in ids:
+        offsets.append(length)
+        parts.append(detokenizer.push(token_id))
+        length += len(parts[-1])
+    own = "".join([*parts, detokenizer.finish()])
+    return ToldPrompt(own if sent is None else sent, tuple(ids), tuple(offsets))
+
+
+class PromptShape(CompletionShape):
+    """Choices that begin with their prompt, or carry its log-probabilities, or both."""
+
+    def __init__(
+        self,
+        text: Text,
+        body: CompletionRequest,
+        prompts: Sequence[ToldPrompt],
+        choices: Choices,
+    ) -> None:
+        super().__init__(text, body.logprobs is not None)
+        self._body = body
+        self._prompts = prompts
+        self._choices = choices
+
+    def choice(
+        self, index: int, text: str, tokens: Sequence[LoggedToken], ending: Ending | None
+    ) -> Json:
+        number = index // self._body.n
+        prompt = self._prompts[number]
+        scores = self._choices[number * self._body.candidates].prompt_logprobs
+        told = super().choice(index, text, self._behind(prompt, tokens), ending)
+        if self._body.echo:
+            told["text"] = prompt.text + text
+            if told["logprobs"] is not None:
+                before = self._prompt_lists(prompt, scores)
+                told["logprobs"] = {k: before[k] + v for k, v in told["logprobs"].items()}
+        if self._body.prompt_logprobs is not None:
+            told["prompt_logprobs"] = self._by_token(scores, self._body.prompt_logprobs)
+        return told
+
+    def chunk(self, index: int, piece: Piece) -> Json:
+        tokens = self._behind(self._prompts[index // self._body.n], piece.tokens)
+        return super().choice(index, piece.text, tokens, piece.ending)
+
+    def opening(self, index: int) -> Json | None:
+        if not self._body.echo:
+            return None
+        prompt = self._prompts[index // self._body.n]
+        told = super().choice(index, prompt.text, (), None)
+        if told["logprobs"] is not None:
+            told["logprobs"] = self._prompt_lists(prompt, self._choices[index].prompt_logprobs)
+        return told
+
+    def _behind(self, prompt: ToldPrompt, tokens: Sequence[LoggedToken]) -> Sequence[LoggedToken]:
+        """The tokens of a choice, their offsets counted from where its text begins."""
+        if not self._body.echo:
+            return tokens
+        return [replace(token, offset=len(prompt.text) + token.offset) for token in tokens]
+
+    def _prompt_lists(self, prompt: ToldPrompt, scores: Sequence[TokenLogprobs]) -> Json:
+        """The prompt's part of a choice's `logprobs`. Nothing stands before the first token."""
+        top = self._body.logprobs or 0
+        cut = [replace(score, top=score.top[:top]) for score in scores]
+        return {
+            "tokens": [self._name(token_id) for token_id in prompt.ids],
+            "token_logprobs": [None, *(finite(score.logprob) for score in cut)],
+            "top_logprobs": [None, *(self._top(score) for score in cut)],
+            "text_offset": list(prompt.offsets),
+        }
+
+    def _by_token(self, scores: Sequence[TokenLogprobs], top: int) -> list[Json | None]:
+        """vLLM's form: for each token but the first its own entry and the best, by token id."""
+        told: list[Json | None] = [None]
+        for score in scores:
+            ranked: dict[int, tuple[float, int | None]]
+            ranked = {token_id: (p, rank) for rank, (token_id, p) in enumerate(score.top[:top], 1)}
+            ranked.setdefault(score.token_id, (score.logprob, self._rank(score)))
+            told.append(
+                {
+                    str(token_id): {
+                        "logprob": finite(logprob),
+                        "rank": rank,
+                        "decoded_token": self._name(token_id),
+                    }
+                    for token_id, (logprob, rank) in ranked.items()
+                }
+            )
+        return told
+
+    def _rank(self, score: TokenLogprobs) -> int | None:
+        """Of the prompt's own token, where it is among the best that are known."""
+        ids = [token_id for token_id, _ in score.top]
+        return ids.index(score.token_id) + 1 if score.token_id in ids else None
+
+
+_ID_LENGTH = 9  # letters and digits: what the strictest chat template takes
+_ID_CHARACTERS = string.ascii_letters + string.digits
+
+
+class ToolChatShape(ChatShape):
+    """As a chat's, with the calls taken out of the text. A call is told whole, when it is."""
+
+    def __init__(
+        self, text: Text, logprobs: bool, reader: Callable[[], ToolReader], *, most: int | None
+    ) -> None:
+        """reader: makes one for each choice. most: calls of one choice that are told."""
+        super().__init__(text, logprobs)
+        self._reader = reader
+        self._most = most
+        self._streams: dict[int, _Stream] = {}
+
+    def choice(
+        self, index: int, text: str, tokens: Sequence[LoggedToken], ending: Ending | None
+    ) -> Json:
+        said, calls = self._stream(index).push(text, final=True)
+        shown = super().choice(index, said, tokens, ending)
+        if calls:
+            shown["message"]["content"] = said.strip() or None
+            shown["message"]["tool_calls"] = [_call(call) for _, call in calls]
+            shown["finish_reason"] = _reason(ending)
+        return shown
+
+    def chunk(self, index: int, piece: Piece) -> Json:
+        stream = self._stream(index)
+        said, calls = stream.push(piece.text, final=piece.ending is not None)
+        shown = super().chunk(index, Piece(said, piece.tokens, piece.ending))
+        if calls:
+            shown["delta"]["tool_calls"] = [{"index": n, **_call(call)} for n, call in calls]
+        if stream.told:
+            shown["finish_reason"] = _reason(piece.ending)
+        return shown
+
+    def _stream(self, index: int) -> _Stream:
+        return self._streams.setdefault(index, _Stream(self._reader(), self._most))
+
+
+class _Stream:
+    """One choice's calls, numbered."""
+
+    def __init__(self, reader: ToolReader, most: int | None) -> None:
+        self._reader = reader
+        self._most = most
+        self.told = 0
+
+    def push(self, text: str, *, final: bool) -> tuple[str, list[tuple[int, ToolCall]]]:
+        said, calls = self._reader.push(text, final=final)
+        left = None if self._most is None else self._most - self.told
+        numbered = list(enumerate(islice(calls, left), start=self.told))
+        self.told += len(numbered)
+        return said, numbered
+
+
+def _call(call: ToolCall) -> Json:
+    call_id = "".join(secrets.choice(_ID_CHARACTERS) for _ in range(_ID_LENGTH))
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call_id, "type": "function", "function": function}
+
+
+def _reason(ending: Ending | None) -> str | None:
+    """A choice that was cut off says so, whatever it called."""
+    return "tool_calls" if ending == "stop" else ending

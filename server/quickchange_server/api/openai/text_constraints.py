@@ -1,0 +1,107 @@
+"""What a request's fields ask of its text, as the one constraint that the engine knows."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from quickchange_server.api.openai.requests import Constrained, StructuredOutputs
+from quickchange_server.errors import InvalidRequestError
+from quickchange_server.protocol import Constraint
+from quickchange_server.structured_output.schema_keywords import check_keywords
+
+LONGEST = 64 * 1024  # characters of a schema, a regular expression or a grammar
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A constraint, and the field that asks for it."""
+
+    constraint: Constraint
+    place: str
+
+
+def asked(body: Constrained) -> Asked | None:
+    """None where any text will do.
+
+    Raises InvalidRequestError where several fields ask, for what is too long, and for a schema with
+    keywords that are not enforced, naming the place.
+    """
+    found = [one for one in (_of_format(body), *_of_guided(body), *_of_outputs(body)) if one]
+    if len(found) > 1:
+        both = f"{found[0].place} and {found[1].place}"
+        raise InvalidRequestError(
+            f"{found[1].place}: {both} both constrain the text; give one", param=found[1].place
+        )
+    if not found:
+        return None
+    only = found[0]
+    if len(only.constraint.source) > LONGEST:
+        raise InvalidRequestError(
+            f"{only.place}: has {len(only.constraint.source)} characters, of {LONGEST} at most; "
+            "simplify it",
+            param=only.place,
+        )
+    if only.constraint.kind == "json_schema":
+        check_keywords(json.loads(only.constraint.source), only.place)
+    return only
+
+
+def choice_grammar(choices: list[str]) -> str:
+    """One of these texts and nothing else, as a Lark grammar."""
+    return "start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
+
+
+def _of_format(body: Constrained) -> Asked | None:
+    wanted = body.response_format
+    if wanted is None or wanted.type == "text":
+        return None
+    if wanted.type == "json_object":
+        return Asked(Constraint("json_object"), "response_format")
+    place = "response_format.json_schema.schema"
+    if wanted.json_schema is None or wanted.json_schema.schema_ is None:
+        return Asked(Constraint("json_object"), place)
+    return _schema(wanted.json_schema.schema_, place)
+
+
+def _of_guided(body: Constrained) -> list[Asked]:
+    named = StructuredOutputs(
+        json_=body.guided_json,
+        regex=body.guided_regex,
+        choice=body.guided_choice,
+        grammar=body.guided_grammar,
+    )
+    return _outputs(named, "guided_")
+
+
+def _of_outputs(body: Constrained) -> list[Asked]:
+    wanted = body.structured_outputs
+    return [] if wanted is None else _outputs(wanted, "structured_outputs.")
+
+
+def _outputs(wanted: StructuredOutputs, before: str) -> list[Asked]:
+    found = []
+    if wanted.json_ is not None:
+        found.append(_schema(wanted.json_, before + "json"))
+    if wanted.regex is not None:
+        found.append(Asked(Constraint("regex", wanted.regex), before + "regex"))
+    if wanted.choice is not None:
+        grammar = choice_grammar(wanted.choice)
+        found.append(Asked(Constraint("grammar", grammar), before + "choice"))
+    if wanted.grammar is not None:
+        found.append(Asked(Constraint("grammar", wanted.grammar), before + "grammar"))
+    if wanted.json_object:
+        found.append(Asked(Constraint("json_object"), before + "json_object"))
+    return found
+
+
+def _schema(schema: object, place: str) -> Asked:
+    """Of a schema as a value, or as JSON in a string, as vLLM takes it too."""
+    if isinstance(schema, str):
+        try:
+            schema = json.loads(schema)
+        except ValueError as error:
+            raise InvalidRequestError(
+                f"{place}: is not JSON: {error}; send the schema as an object", param=place
+            ) from error
+    return Asked(Constraint("json_schema", json.dumps(schema, separators=(",", ":"))), place)

@@ -1,0 +1,265 @@
+"""From a step's plan to the host tensors that the model reads, padded where a fixed shape is asked.
+
+Padding is harmless by the operations' contracts: rows of slot -1 are not written to the cache,
+sequences of length 0 have no queries, segments without rows do nothing.
+
+Which fixed shape a decode step is padded to, so that one captured graph serves many steps.
+
+A shape of n rows has room for n sequences, so it serves n sequences that decode one row each, and
+fewer that verify drafts too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, groupby
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from quickchange_kernels.lowrank.lowrank_contract import LowRankTables
+from quickchange_kernels.lowrank.lowrank_tables import SMALL_TILE
+from quickchange_server.adapters.batch_segments import Room, Run, pack, room_for, unpack
+from quickchange_server.engine.scheduler import Scheduled
+from quickchange_server.model.forward_context import AdapterBatch, AttentionBatch, Step
+
+_NOWHERE = -1  # the slot of a row that is written to no block
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """How many of each the tensors of a step have room for."""
+
+    rows: int
+    sequences: int
+    samples: int  # rows whose hidden states are asked for; the LM head sees all but the pooled
+    blocks: int  # of a sequence
+    tokens_room: Room | None  # of the segments over all rows; None: no row has an adapter
+    samples_room: Room | None  # of those over the rows that the LM head sees
+
+
+@dataclass(frozen=True, slots=True)
+class PackedSegments:
+    packed: Tensor  # int32, as `batch.pack` makes it
+    room: Room
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """All that a step's forward pass reads beside weights, caches and the adapters' tables."""
+
+    ids: Tensor  # int64 [T]
+    positions: Tensor  # int64 [T]
+    sample_rows: Tensor  # int64 [R]: those that sample, then the scored, then the pooled
+    head_rows: int | None  # of them, the first ones, those that the LM head sees; None: all
+    attention: AttentionBatch
+    tokens: PackedSegments | None
+    samples: PackedSegments | None
+
+    def step(self, tables: LowRankTables | None) -> Step:
+        """What the seams in the model read; all tensors on the model's device."""
+        if tables is None or self.tokens is None or self.samples is None:
+            return Step(self.attention, None)
+        tokens = unpack(self.tokens.packed, self.tokens.room)
+        samples = tokens
+        if self.samples is not self.tokens:
+            samples = unpack(self.samples.packed, self.samples.room)
+        return Step(self.attention, AdapterBatch(tables, tokens, samples))
+
+
+def only_decodes(plan: Sequence[Scheduled]) -> bool:
+    """Whether each sequence has its last token's row and drafts alone: then every row samples."""
+    return all(item.count == 1 and item.samples for item in plan)
+
+
+def reads(plan: Sequence[Scheduled]) -> bool:
+    """Whether some sequence may read its prompt's rows."""
+    return bool([item for item in plan if item.sequence.reading is not None])
+
+
+def exact_extent(plan: Sequence[Scheduled], device: torch.device, *, adapters: bool) -> Extent:
+    """Just enough for a plan. `adapters`: whether some row has one."""
+    tokens_room = samples_room = None
+    if adapters:
+        tokens_room = room_for(_token_runs(plan), device)
+        same = only_decodes(plan)
+        samples_room = tokens_room if same else room_for(_sample_runs(plan), device)
+    return Extent(
+        rows=sum([item.rows for item in plan]),
+        sequences=len(plan),
+        samples=sum(
+            [item.sampled_rows + len(item.scored) + len(item.pooled) for item in plan]
+            if reads(plan)
+            else [item.sampled_rows for item in plan]
+        ),
+        blocks=max(len(item.sequence.blocks) for item in plan),
+        tokens_room=tokens_room,
+        samples_room=samples_room,
+    )
+
+
+def step_inputs(plan: Sequence[Scheduled], extent: Extent, block_size: int) -> StepInputs:
+    """The plan's tensors on the host, padded to `extent`.
+
+    Raises ValueError where the plan is larger.
+    """
+    ids: list[int] = []
+    places: list[int] = []
+    for item in plan:
+        sequence, first = item.sequence, item.sequence.computed
+        ids += sequence.tokens[first : first + item.count]
+        ids += item.drafts
+        places += range(first, first + item.rows)
+    ends = list(accumulate([item.rows for item in plan]))
+    sampled: list[int] = []
+    for item, end in zip(plan, ends, strict=True):
+        sampled += range(end - item.sampled_rows, end)
+    head_rows = None
+    if reads(plan):
+        sampled += _rows_at(plan, ends, [item.scored for item in plan])
+        head_rows = len(sampled)
+        sampled += _rows_at(plan, ends, [item.pooled for item in plan])
+    lengths = [item.sequence.computed + item.rows for item in plan]
+    positions = _padded(places, extent.rows, np.int64)
+    tables = np.zeros((extent.sequences, extent.blocks), dtype=np.int32)
+    for row, item in enumerate(plan):
+        blocks = item.sequence.blocks
+        tables[row, : len(blocks)] = blocks
+    slots = np.full(extent.rows, _NOWHERE, dtype=np.int64)
+    slots[: len(places)] = _slots(plan, positions[: len(places)], tables, block_size)
+    tokens, samples = _segments(plan, extent)
+    return StepInputs(
+        ids=torch.from_numpy(_padded(ids, extent.rows, np.int64)),
+        positions=torch.from_numpy(positions),
+        sample_rows=torch.from_numpy(_padded(sampled, extent.samples, np.int64)),
+        head_rows=None if head_rows == len(sampled) else head_rows,
+        attention=AttentionBatch(
+            slots=torch.from_numpy(slots),
+            block_tables=torch.from_numpy(tables),
+            seq_lens=torch.from_numpy(_padded(lengths, extent.sequences, np.int32)),
+            query_start=torch.from_numpy(
+                _padded([0, *ends], extent.sequences + 1, np.int32, fill=len(places))
+            ),
+        ),
+        tokens=tokens,
+        samples=samples,
+    )
+
+
+def _rows_at(
+    plan: Sequence[Scheduled], ends: Sequence[int], positions: Sequence[range]
+) -> list[int]:
+    """The step's rows of some of each sequence's positions."""
+    rows: list[int] = []
+    for item, end, wanted in zip(plan, ends, positions, strict=True):
+        shift = end - item.rows - item.sequence.computed
+        rows += range(wanted.start + shift, wanted.stop + shift) if wanted else ()
+    return rows
+
+
+def _slots(
+    plan: Sequence[Scheduled],
+    positions: npt.NDArray[np.integer],
+    tables: npt.NDArray[np.int32],
+    block_size: int,
+) -> npt.NDArray[np.int64]:
+    """Of each row: block · block size + offset."""
+    sequence = np.repeat(np.arange(len(plan)), [item.rows for item in plan])
+    block, offset = np.divmod(positions, block_size)
+    slots: npt.NDArray[np.int64] = tables[sequence, block].astype(np.int64) * block_size + offset
+    return slots
+
+
+def _segments(
+    plan: Sequence[Scheduled], extent: Extent
+) -> tuple[PackedSegments | None, PackedSegments | None]:
+    """Over all rows and over those that sample: one and the same where these are the same rows."""
+    if extent.tokens_room is None or extent.samples_room is None:
+        return None, None
+    tokens = PackedSegments(pack(_token_runs(plan), extent.tokens_room), extent.tokens_room)
+    if extent.tokens_room == extent.samples_room and only_decodes(plan):
+        return tokens, tokens
+    samples = PackedSegments(pack(_sample_runs(plan), extent.samples_room), extent.samples_room)
+    return tokens, samples
+
+
+def _token_runs(plan: Sequence[Scheduled]) -> list[Run]:
+    return [Run(item.rows, item.components) for item in plan]
+
+
+def _sample_runs(plan: Sequence[Scheduled]) -> list[Run]:
+    runs = [Run(item.sampled_rows, item.components) for item in plan if item.samples]
+    if reads(plan):
+        runs += [Run(len(item.scored), item.components) for item in plan if item.scored]
+    return runs
+
+
+def _padded(
+    values: Sequence[int], size: int, dtype: type[np.integer], fill: int = 0
+) -> npt.NDArray[np.integer]:
+    array = np.full(size, fill, dtype=dtype)
+    array[: len(values)] = values
+    return array
+
+
+# (up to this many rows, in steps of): a step is padded by an eighth at most, few graphs are needed
+_STEPS = ((64, 8), (128, 16), (1 << 30, 32))
+
+
+def bucket_sizes(most: int) -> tuple[int, ...]:
+    """Numbers of rows, ascending: 1, 2, 4, 8, 16, 24, 32, ... and `most` as the last."""
+    sizes = [1, 2, 4]
+    while sizes[-1] < most:
+        following = 8 if sizes[-1] == 4 else sizes[-1] + _step(sizes[-1])
+        sizes.append(following)
+    return (*(size for size in sizes if size < most), most)
+
+
+def _step(size: int) -> int:
+    return next(step for limit, step in _STEPS if size < limit)
+
+
+class DecodeBuckets:
+    """The shapes of decode steps of up to `most` rows, of sequences of up to `blocks` blocks."""
+
+    def __init__(self, most: int, blocks: int) -> None:
+        self._sizes = bucket_sizes(most)
+        self._blocks = blocks
+
+    def extents(self, *, adapters: bool) -> list[Extent]:
+        """All shapes, the largest first."""
+        return [self._extent(size, adapters=adapters) for size in reversed(self._sizes)]
+
+    def fit(self, plan: Sequence[Scheduled], *, adapters: bool) -> Extent | None:
+        """The smallest shape that has room for the plan; None for one that no graph serves."""
+        if not only_decodes(plan):
+            return None
+        rows = sum([item.rows for item in plan])
+        segments, pieces = _needed(plan) if adapters else (0, 0)
+        for size in self._sizes:
+            extent = self._extent(size, adapters=adapters)
+            room = extent.tokens_room
+            if size >= rows and (
+                room is None or (room.segments >= segments and room.pieces >= pieces)
+            ):
+                return extent
+        return None
+
+    def _extent(self, size: int, *, adapters: bool) -> Extent:
+        # One adapter a row, and as much again for compositions whose rows are cut in several tiles.
+        # Small tiles whatever the batch: most have a row or two under one adapter.
+        room = Room(size, pieces=2 * size, tiles=size, height=SMALL_TILE) if adapters else None
+        return Extent(size, size, size, self._blocks, room, room)
+
+
+def _needed(plan: Sequence[Scheduled]) -> tuple[int, int]:
+    """Segments and pieces of a plan."""
+    segments = pieces = 0
+    for components, group in groupby(plan, key=lambda item: item.components):
+        rows = sum([item.rows for item in group])
+        segments += len(components)
+        pieces += len(components) * -(-rows // SMALL_TILE)
+    return segments, pieces

@@ -1,0 +1,164 @@
+"""One engine process, and the two threads that carry messages to and from it.
+
+The event loop neither waits for the pipe nor for the process: a reader thread hands each report to
+the loop, a writer thread sends what is queued. Knows nothing of what the messages say, except
+`Ready` and `Fatal`; a channel serves one life of an engine and is not used again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import logging
+import multiprocessing
+import os
+import pickle
+import queue
+import signal
+import threading
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import TypeVar
+
+from quickchange_server.config import Settings
+from quickchange_server.protocol import Command, Fatal, Ready, Report
+
+EngineMain = Callable[[Connection, Settings], None]
+T = TypeVar("T")
+LINGER_SECONDS = 5.0  # from the end of the pipe to the end of the process, then it is killed
+
+logger = logging.getLogger(__name__)
+
+
+def engine_main(connection: Connection, settings: Settings) -> None:
+    """The engine's entry, imported in its own process so that the API process never loads torch."""
+    from quickchange_server.engine.process import main
+
+    main(connection, settings)
+
+
+class EngineChannel:
+    """A running engine. Made on the event loop, whose thread then gets every callback.
+
+    `ready` gets the engine's Ready; `ended` gets the reason once the process is gone, after its
+    last report, and exactly once. Other reports go to `on_report`.
+    """
+
+    def __init__(
+        self, main: EngineMain, settings: Settings, on_report: Callable[[Report], None]
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.ready: asyncio.Future[Ready] = self._loop.create_future()
+        self.ended: asyncio.Future[str] = self._loop.create_future()
+        self._on_report = on_report
+        self._fatal: Fatal | None = None
+        self._outbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe(duplex=True)
+        self._process = context.Process(
+            target=_run_engine, args=(main, theirs, settings), name="quickchange-engine"
+        )
+        # A few milliseconds on the loop; on a thread of its own it could outlive a cancellation.
+        self._process.start()
+        theirs.close()  # else the pipe would not end with the engine
+        self.pid = self._process.pid
+        atexit.register(self.kill)
+        self._writer = threading.Thread(target=self._write, name="engine-writer", daemon=True)
+        self._reader = threading.Thread(target=self._read, name="engine-reader", daemon=True)
+        self._writer.start()
+        self._reader.start()
+
+    def send(self, command: Command) -> None:
+        """Queue a command; it is lost if the engine ends first."""
+        self._outbox.put(command)
+
+    def kill(self) -> None:
+        """End the process at once. `ended` follows."""
+        self._process.kill()
+
+    def _write(self) -> None:
+        while (command := self._outbox.get()) is not None:
+            try:
+                self._connection.send(command)
+            except OSError:
+                return  # the engine is gone, which the reader finds out and reports
+
+    def _read(self) -> None:
+        try:
+            while True:
+                self._hand_over(self._deliver, self._connection.recv())
+        except (EOFError, OSError):
+            pass  # the engine is gone; a message cut short says the same
+        except (pickle.UnpicklingError, AttributeError, ImportError, TypeError):
+            logger.exception("the engine sent a message that can't be read; ending it")
+            self.kill()
+        self._hand_over(self._end, self._reap())
+
+    def _reap(self) -> str:
+        """Wait until the process is gone, and say how it ended."""
+        self._process.join(LINGER_SECONDS)
+        if self._process.exitcode is None:
+            self._process.kill()
+            self._process.join()
+        atexit.unregister(self.kill)
+        self._outbox.put(None)
+        self._writer.join()
+        self._connection.close()
+        return describe_exit(self._process.exitcode)
+
+    def _hand_over(self, callback: Callable[[T], None], argument: T) -> None:
+        try:
+            self._loop.call_soon_threadsafe(callback, argument)
+        except RuntimeError:
+            self.kill()  # the loop is closed: nobody is left to serve
+
+    def _deliver(self, report: Report) -> None:
+        match report:
+            case Ready():
+                if not self.ready.done():
+                    self.ready.set_result(report)
+            case Fatal():
+                self._fatal = report
+            case _:
+                self._on_report(report)
+
+    def _end(self, exit_description: str) -> None:
+        if self._fatal is not None:
+            self.ended.set_result(_words(self._fatal))
+        elif self.ready.done():
+            self.ended.set_result(exit_description)
+        else:
+            self.ended.set_result(f"{exit_description} before it was ready; its log says more")
+
+
+def describe_exit(code: int | None) -> str:
+    """What an exit code of multiprocessing says, in words."""
+    if code is None or code >= 0:
+        return f"the engine process ended with exit code {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    hint = " (by hand, or for want of memory)" if name == "SIGKILL" else ""
+    return f"the engine process was ended by {name}{hint}"
+
+
+def _words(fatal: Fatal) -> str:
+    return f"{fatal.error} (setting: {fatal.setting})" if fatal.setting else fatal.error
+
+
+def _run_engine(main: EngineMain, connection: Connection, settings: Settings) -> None:
+    """In the engine process: `main`, ended by the API process alone, and never outliving it."""
+    # Ctrl-C and service managers signal every process of the service; during the drain that
+    # follows, the engine is still needed.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
+    main(connection, settings)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)  # the main thread may be deep in a step, or stuck

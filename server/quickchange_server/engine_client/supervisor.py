@@ -1,0 +1,196 @@
+"""Keeps one engine process alive: starts it, starts another when it dies, gives up in the end.
+
+Knows nothing of requests: what was with an engine, and what is to be sent to the next, is its
+listener's business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any, Literal, Protocol
+
+from quickchange_server.config import Settings
+from quickchange_server.engine_client.channel import EngineChannel, EngineMain
+from quickchange_server.errors import EngineFailedError
+from quickchange_server.protocol import Command, Ready, Report, Shutdown
+
+Phase = Literal["starting", "ready", "restarting", "failed", "stopped"]
+
+START_SECONDS = 1800.0  # a large model from a slow disk takes minutes; a hung start is longer
+STOP_SECONDS = 5.0  # for an orderly end, then the process is killed
+MAX_FAILURES = 5  # failed starts in a row
+LONG_LIFE_SECONDS = 30.0  # an idle engine that lived this long did start
+FIRST_BACKOFF_SECONDS = 0.5
+LAST_BACKOFF_SECONDS = 30.0
+
+logger = logging.getLogger(__name__)
+
+
+class EngineListener(Protocol):
+    """Who is told about the engine, on the event loop's thread."""
+
+    def engine_ready(self, ready: Ready) -> None:
+        """A new engine takes commands."""
+
+    def engine_reported(self, report: Report) -> None:
+        """The engine said something (neither Ready nor Fatal)."""
+
+    def engine_died(self, reason: str) -> bool:
+        """The engine is gone. True: it had requests, so the start itself was good."""
+        ...
+
+    def engine_failed(self, reason: str) -> None:
+        """No engine can be had, and none will be."""
+
+
+class Supervisor:
+    """One engine at a time, from `start` to `stop`."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        main: EngineMain,
+        listener: EngineListener,
+        *,
+        start_seconds: float = START_SECONDS,
+        first_backoff_seconds: float = FIRST_BACKOFF_SECONDS,
+    ) -> None:
+        self._settings = settings
+        self._main = main
+        self._listener = listener
+        self._start_seconds = start_seconds
+        self._first_backoff_seconds = first_backoff_seconds
+        self._phase: Phase = "starting"
+        self._channel: EngineChannel | None = None
+        self._info: Ready | None = None
+        self._ready_at = 0.0
+        self._failures = 0
+        self._watch: asyncio.Task[None] | None = None
+
+    @property
+    def phase(self) -> Phase:
+        return self._phase
+
+    @property
+    def info(self) -> Ready | None:
+        """What the last engine that was ready said of itself."""
+        return self._info
+
+    @property
+    def pid(self) -> int | None:
+        """The engine's process id; None while there is none."""
+        return None if self._channel is None else self._channel.pid
+
+    async def start(self) -> Ready:
+        """Start the first engine. Raises EngineFailedError with the engine's own reason.
+
+        A first start is not tried again: it fails for a setting or the model, which stay as they
+        are.
+        """
+        if self._phase != "starting" or self._channel is not None:
+            raise RuntimeError("an engine is started once")
+        try:
+            ready = await self._launch()
+        except EngineFailedError as error:
+            self._fail(error.message)
+            raise
+        self._watch = asyncio.create_task(self._supervise(), name="engine-supervisor")
+        self._watch.add_done_callback(self._supervision_ended)
+        return ready
+
+    def send(self, command: Command) -> None:
+        """Hand a command to the engine. Only where `phase` is "ready"."""
+        if self._channel is None:
+            raise RuntimeError("no engine to send to")
+        self._channel.send(command)
+
+    async def stop(self) -> None:
+        """End the engine, in order where it can be, by force where not. May be called again."""
+        self._phase = "stopped"
+        if self._watch is not None:
+            self._watch.cancel()
+            await asyncio.wait([self._watch])
+        if self._channel is not None:
+            await self._end(self._channel)
+            self._channel = None
+
+    async def _end(self, channel: EngineChannel) -> None:
+        if channel.ready.done():  # one that still loads reads no commands
+            channel.send(Shutdown())
+            await asyncio.wait([channel.ended], timeout=STOP_SECONDS)
+        if not channel.ended.done():
+            logger.info("killing engine process %s, which did not end when asked to", channel.pid)
+            channel.kill()
+            await channel.ended
+
+    async def _launch(self) -> Ready:
+        """A new engine, ready. Raises EngineFailedError if it ends or hangs before that."""
+        channel = EngineChannel(self._main, self._settings, self._listener.engine_reported)
+        self._channel = channel
+        first: set[asyncio.Future[Any]] = {channel.ready, channel.ended}
+        await asyncio.wait(first, timeout=self._start_seconds, return_when=asyncio.FIRST_COMPLETED)
+        if channel.ready.done() and not channel.ended.done():
+            return self._started(channel.ready.result())
+        if channel.ended.done():
+            reason = channel.ended.result()
+        else:
+            channel.kill()
+            await channel.ended
+            reason = f"the engine was not ready after {self._start_seconds:g} seconds"
+        self._channel = None
+        raise EngineFailedError(reason)
+
+    def _started(self, ready: Ready) -> Ready:
+        self._info = ready
+        self._ready_at = asyncio.get_running_loop().time()
+        self._phase = "ready"
+        self._listener.engine_ready(ready)
+        return ready
+
+    async def _supervise(self) -> None:
+        """Until no engine can be had: wait for the engine's end, tell of it, start the next."""
+        while self._channel is not None:
+            # Shielded: a cancelled wait would cancel the future, which `stop` still waits for.
+            reason = await asyncio.shield(self._channel.ended)
+            self._died(reason)
+            await self._restart(reason)
+
+    def _died(self, reason: str) -> None:
+        lived = asyncio.get_running_loop().time() - self._ready_at
+        self._phase = "restarting"
+        self._channel = None
+        logger.error("engine lost after %.1f s: %s; starting another", lived, reason)
+        blameless = self._listener.engine_died(reason) or lived >= LONG_LIFE_SECONDS
+        self._failures = 0 if blameless else self._failures + 1
+
+    async def _restart(self, reason: str) -> None:
+        while self._failures < MAX_FAILURES:
+            await asyncio.sleep(self._backoff_seconds())
+            try:
+                await self._launch()
+            except EngineFailedError as error:
+                self._failures += 1
+                reason = error.message
+                logger.error("%s (%d of %d)", reason, self._failures, MAX_FAILURES)
+            else:
+                return
+        self._fail(f"the engine failed {self._failures} times in a row, at last: {reason}")
+
+    def _backoff_seconds(self) -> float:
+        if self._failures == 0:
+            return 0.0
+        doubled = self._first_backoff_seconds * 2.0 ** (self._failures - 1)
+        return min(LAST_BACKOFF_SECONDS, doubled)
+
+    def _fail(self, reason: str) -> None:
+        if self._phase == "stopped":
+            return
+        self._phase = "failed"
+        self._listener.engine_failed(reason)
+
+    def _supervision_ended(self, watch: asyncio.Task[None]) -> None:
+        """A defect in supervision itself must not leave requests waiting for ever."""
+        if not watch.cancelled() and (error := watch.exception()) is not None:
+            logger.error("supervision of the engine ended", exc_info=error)
+            self._fail(f"supervision of the engine ended: {error!r}")

@@ -1,0 +1,208 @@
+"""Puts the server together: its parts, its routes, and its life from start to drain."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import TYPE_CHECKING
+
+from fastapi import FastAPI
+
+from quickchange_server.adapter_registry.importer import Imports
+from quickchange_server.adapter_registry.merged_adapters import Derived
+from quickchange_server.adapter_registry.resolver import Catalog, base_names
+from quickchange_server.api import error_responses, health, page, vllm
+from quickchange_server.api.admin import adapters, experiments, keys, usage
+from quickchange_server.api.auth import CallerMiddleware
+from quickchange_server.api.lorax import errors
+from quickchange_server.api.lorax import routes as lorax
+from quickchange_server.api.middleware import BodyLimitMiddleware, RequestIdMiddleware
+from quickchange_server.api.openai import completions, embeddings, models
+from quickchange_server.api.openapi import document
+from quickchange_server.config import Settings
+from quickchange_server.engine_client.channel import EngineMain, engine_main
+from quickchange_server.engine_client.client import EngineClient
+from quickchange_server.entrypoints.app_state import VERSION, Seeds, Services
+from quickchange_server.errors import SettingError
+from quickchange_server.experiments.exposures import Exposures
+from quickchange_server.experiments.promotion import Promotions
+from quickchange_server.experiments.registry import Experiments
+from quickchange_server.experiments.shadows import Shadows
+from quickchange_server.frontend.request_observers import Bookkeeper
+from quickchange_server.frontend.tokenizer import Text
+from quickchange_server.observability.experiment_metrics import ExperimentMetrics, ShareCollector
+from quickchange_server.observability.http_metrics import HttpMetricsMiddleware
+from quickchange_server.observability.metrics import Metrics
+from quickchange_server.observability.subsystem_metrics import StorageMetrics
+from quickchange_server.storage.database import Database
+from quickchange_server.storage.revisions import Revisions
+from quickchange_server.structured_output.validator import ConstraintChecks
+from quickchange_server.tenants.key_records import TOPIC
+from quickchange_server.tenants.tenancy import Tenants, asks_for_keys
+from quickchange_store.base_model.base_spec import base_spec
+from quickchange_store.canonical.canonical_adapter import BaseSpec
+from quickchange_store.store import Store
+
+if TYPE_CHECKING:
+    from quickchange_server.observability.tracing import Traces
+
+BaseMaker = Callable[[], BaseSpec]
+TracesMaker = Callable[[], "Traces"]
+
+
+def create_app(
+    settings: Settings,
+    *,
+    text: Text | None = None,
+    engine: EngineMain = engine_main,
+    base: BaseMaker | None = None,
+) -> FastAPI:
+    """The application; its parts are at `app.state.services` once it has started.
+
+    `text`, `engine` and `base` replace the tokenizer of the model, the engine's entry and what
+    adapters are checked against. Raises SettingError where the model's tokenizer can't be read, or
+    where traces are asked for and can't be sent, or where the settings would leave the server open
+    to others without saying so.
+
+    Requests are answered while the engine still starts, with 503. `services.started` tells when it
+    is ready, or why it can't be.
+    """
+    text = Text.load(settings.model) if text is None else text
+    base = partial(base_spec, settings.model) if base is None else base
+    traces_maker = _traces_maker(settings)
+    keyed = asks_for_keys(settings)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        metrics = Metrics(settings)
+        url, counts = settings.database_url, StorageMetrics(metrics.registry)
+        database = await asyncio.to_thread(Database.open, url, counts)
+        tenants = Tenants.make(settings, database, metrics.registry, keyed=keyed)
+        traces = None if traces_maker is None else traces_maker()
+        books: tuple[Bookkeeper, ...] = () if traces is None else (traces,)
+        services = _services(settings, metrics, text, engine, base, database, tenants, books)
+        await _start(services)
+        app.state.services = services
+        try:
+            yield
+        finally:
+            await _end(services)
+            if traces is not None:
+                await traces.close()
+
+    app = FastAPI(title="Quickchange", version=VERSION, lifespan=lifespan)
+    for module in (
+        completions,
+        lorax,
+        embeddings,
+        models,
+        vllm,
+        adapters,
+        experiments,
+        keys,
+        usage,
+        health,
+        page,
+    ):
+        app.include_router(module.router)
+    error_responses.install(app)
+    errors.install(app, lorax.PATHS)
+    document.install(app, settings, keyed=keyed)
+    app.add_middleware(
+        BodyLimitMiddleware,
+        limit=settings.max_request_bytes,
+        uploads=adapters.UPLOADS,
+        upload_limit=settings.max_upload_bytes,
+    )
+    app.add_middleware(CallerMiddleware)
+    app.add_middleware(RequestIdMiddleware)
+    app.add_middleware(HttpMetricsMiddleware)
+    return app
+
+
+def _traces_maker(settings: Settings) -> TracesMaker | None:
+    """What starts sending traces, where the settings ask for them. Raises SettingError."""
+    if settings.otlp_endpoint is None:
+        return None
+    try:
+        from quickchange_server.observability import tracing as traces
+    except ModuleNotFoundError as error:
+        raise SettingError(
+            "otlp_endpoint: traces need OpenTelemetry, which is not installed; "
+            "pip install 'quickchange[traces]', or leave the setting out",
+            param="otlp_endpoint",
+        ) from error
+    return partial(traces.Traces, traces.address(settings.otlp_endpoint), VERSION)
+
+
+def _services(
+    settings: Settings,
+    metrics: Metrics,
+    text: Text,
+    engine: EngineMain,
+    base: BaseMaker,
+    database: Database,
+    tenants: Tenants,
+    books: tuple[Bookkeeper, ...],
+) -> Services:
+    """The server's parts, with the engine starting. On the event loop."""
+    client = EngineClient(settings, metrics, engine)
+    store = Store(settings.store)
+    names = base_names(settings)
+    revisions = Revisions(database)
+    experiments = Experiments(database, revisions)
+    experiment_metrics = ExperimentMetrics(metrics.registry, settings.metrics_adapters)
+    metrics.registry.register(ShareCollector(experiments, experiment_metrics.label))
+    exposures = Exposures(database, experiment_metrics)
+    return Services(
+        settings=settings,
+        client=client,
+        metrics=metrics,
+        text=text,
+        constraints=ConstraintChecks(text, metrics.structured),
+        store=store,
+        catalog=Catalog(
+            store,
+            names,
+            adapters=settings.adapters,
+            turbo=settings.turbo,
+            prompt_lookup=settings.prompt_lookup,
+        ),
+        imports=Imports(store, base, names, experiments.refuse_name),
+        derived=Derived(store, settings.derived_adapters),
+        seeds=Seeds(settings.seed),
+        started=asyncio.create_task(client.start(), name="engine-start"),
+        database=database,
+        revisions=revisions,
+        experiments=experiments,
+        exposures=exposures,
+        experiment_metrics=experiment_metrics,
+        shadows=Shadows(experiment_metrics, lambda: 2 * client.in_flight < settings.max_queue),
+        promotions=Promotions(store, experiments),
+        keyring=tenants.keyring,
+        books=(*books, tenants.books, exposures),
+    )
+
+
+async def _start(services: Services) -> None:
+    """Read what the database defines, and go on seeing what changes."""
+    if services.keyring is not None:
+        await services.keyring.refresh()
+        services.revisions.watch(TOPIC, services.keyring.refresh)
+    await services.revisions.look()  # experiments must be known before the first request
+    services.revisions.start()
+
+
+async def _end(services: Services) -> None:
+    """Drain what still runs, end the engine, and commit what was recorded."""
+    if not services.started.done():
+        services.started.cancel()
+    await asyncio.wait([services.started])
+    await services.derived.close()
+    await services.shadows.close()
+    await services.client.close(services.settings.drain_seconds)
+    await services.constraints.close()
+    await services.revisions.close()
+    await services.database.close()

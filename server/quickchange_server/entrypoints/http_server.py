@@ -1,0 +1,161 @@
+"""Runs the application under uvicorn: a bound port, a line when ready, a drain on SIGTERM.
+
+What an address says of who can reach it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+import signal
+import socket
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from quickchange_server.config import Settings
+from quickchange_server.entrypoints.app_state import Services
+from quickchange_server.errors import QuickchangeError, SettingError
+
+BACKLOG = 2048  # connections that wait to be accepted
+LAST_BYTES_SECONDS = 5.0  # for answers that are complete but not yet read, after the drain
+
+logger = logging.getLogger(__name__)
+
+Announce = Callable[[Services, str], None]
+
+
+def bind(settings: Settings) -> socket.socket:
+    """Listen on the settings' address. Raises SettingError where it can't be had."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+        listener.listen(BACKLOG)  # now: a bound port can still be lost to another process
+    except OSError as error:
+        listener.close()
+        raise SettingError(
+            f"port: can't listen on {settings.host} port {settings.port}: {error.strerror}; "
+            "choose another with --port, or end what listens there",
+            param="port",
+        ) from error
+    return listener
+
+
+def url_of(settings: Settings, listener: socket.socket) -> str:
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    return f"http://{host}:{listener.getsockname()[1]}"
+
+
+class DrainingServer(uvicorn.Server):
+    """uvicorn that, at the first SIGTERM or SIGINT, drains before it stops listening.
+
+    During the drain /health says so and new requests get 503, while running streams go on for
+    `drain_seconds`. A second signal stops at once.
+    """
+
+    def __init__(self, config: uvicorn.Config, app: FastAPI, settings: Settings) -> None:
+        super().__init__(config)
+        self._app = app
+        self.settings = settings
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._drain: asyncio.Task[None] | None = None
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().serve(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        # Runs between two bytecodes of the main thread; the loop does the work when it can.
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._end, signal.Signals(sig))
+
+    @property
+    def draining(self) -> bool:
+        return self._drain is not None
+
+    @property
+    def services(self) -> Services:
+        services: Services = self._app.state.services
+        return services
+
+    def _end(self, received: signal.Signals) -> None:
+        if not self.started:
+            self.should_exit = True
+            return
+        if self._drain is not None:
+            logger.warning("%s again: stopping now", received.name)
+            self.force_exit = True
+            self.should_exit = True
+            return
+        in_flight = self.services.client.in_flight
+        logger.info("%s: draining %d requests", received.name, in_flight)
+        self._drain = asyncio.create_task(self._drained(), name="drain")
+
+    async def _drained(self) -> None:
+        await self.services.shadows.close()
+        await self.services.client.close(self.settings.drain_seconds)
+        self.should_exit = True
+
+
+def run(app: FastAPI, settings: Settings, listener: socket.socket, announce: Announce) -> None:
+    """Serve until a signal ends it. `announce` is called once, when the engine is ready.
+
+    Raises QuickchangeError with the engine's reason where the engine can't start.
+    """
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,  # a line a request costs the engine's cores; /metrics counts them
+        timeout_graceful_shutdown=int(LAST_BYTES_SECONDS),
+        timeout_keep_alive=75,  # longer than proxies' 60 seconds, so that they close first
+        backlog=BACKLOG,
+    )
+    server = DrainingServer(config, app, settings)
+    asyncio.run(_run(server, listener, announce))
+
+
+async def _run(server: DrainingServer, listener: socket.socket, announce: Announce) -> None:
+    url = url_of(server.settings, listener)
+    serving = asyncio.create_task(server.serve([listener]), name="serve")
+    watching = asyncio.create_task(_announce(server, serving, url, announce), name="announce")
+    try:
+        await serving
+    finally:
+        await asyncio.wait([watching])
+    await watching  # raises why the engine could not start
+
+
+async def _announce(
+    server: DrainingServer, serving: asyncio.Task[None], url: str, announce: Announce
+) -> None:
+    while not (server.started or serving.done()):
+        await asyncio.sleep(0.01)
+    if serving.done():
+        return
+    services = server.services
+    either: list[asyncio.Future[Any]] = [services.started, serving]
+    await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+    if server.draining or not services.started.done():
+        return
+    error = services.started.exception()
+    if error is None:
+        announce(services, url)
+        return
+    server.should_exit = True
+    if isinstance(error, QuickchangeError):
+        raise error
+    raise SettingError(f"the engine could not start: {error!r}") from error
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches the address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

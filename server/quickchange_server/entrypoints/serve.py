@@ -1,0 +1,159 @@
+"""What `quickchange serve` does: settings, demo, warnings, and the lines it prints."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import shlex
+import sys
+import time
+from collections.abc import Collection, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pydantic import ValidationError
+
+from quickchange_server.config import Settings
+from quickchange_server.engine_client.channel import EngineMain, engine_main
+from quickchange_server.entrypoints.app import create_app
+from quickchange_server.entrypoints.app_state import Services
+from quickchange_server.entrypoints.http_server import bind, is_loopback, run
+from quickchange_server.errors import QuickchangeError, SettingError
+from quickchange_server.storage import database
+from quickchange_server.storage.database import Database
+from quickchange_server.tenants.key_records import every
+from quickchange_server.tenants.tenancy import asks_for_keys
+from quickchange_store.errors import StoreError
+
+
+def serve(given: Mapping[str, Any], *, demo: bool, engine: EngineMain = engine_main) -> None:
+    """Serve until a signal ends it; `given` are the settings from the command line.
+
+    Exits with status 1 and one line where it can't.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # of each migration that it looks at
+    try:
+        settings = _settings(with_demo(given) if demo else given)
+        with bind(settings) as listener:
+            database.check(settings.database_url)
+            check_access(settings)
+            if demo and settings.adapters:
+                _publish_demo(settings)
+            app = create_app(settings, engine=engine)
+            run(app, settings, listener, partial(_announce, demo=demo))
+    except (QuickchangeError, StoreError) as error:
+        fail(str(error))
+
+
+def fail(message: str) -> NoReturn:
+    sys.exit(f"quickchange: {' '.join(message.split())}")
+
+
+def _settings(given: Mapping[str, Any]) -> Settings:
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        fail("; ".join(_finding(finding) for finding in error.errors()))
+
+
+def _finding(finding: Any) -> str:
+    name = str(finding["loc"][0])
+    option = f"--{name.replace('_', '-')} (or QUICKCHANGE_{name.upper()})"
+    if finding["type"] == "missing":
+        hint = ", or --demo for a model to try" if name == "model" else ""
+        return f"{option} is required{hint}"
+    return f"{option}: {finding['msg']}"
+
+
+def check_access(settings: Settings) -> None:
+    """Warn where anyone who reaches the server can use it. Raises SettingError where requests need
+    an API key and there is none, or where the settings contradict each other."""
+    if asks_for_keys(settings):
+        if not asyncio.run(_has_key(settings)):
+            raise SettingError(
+                "api_keys: requests need an API key, and the database has no valid one; create one "
+                "with `quickchange keys create`, or let everyone in with --allow-unauthenticated",
+                param="api_keys",
+            )
+    elif not is_loopback(settings.host):
+        logging.getLogger(__name__).warning(
+            "listening on %s without asking for API keys: anyone who reaches it can use it and "
+            "change its adapters",
+            settings.host,
+        )
+
+
+async def _has_key(settings: Settings) -> bool:
+    database = await asyncio.to_thread(Database.open, settings.database_url)
+    try:
+        keys = await database.read(every)
+    finally:
+        await database.close()
+    now = time.time()
+    return any(key.state(now) == "valid" for key in keys)
+
+
+def _announce(services: Services, url: str, *, demo: bool) -> None:
+    names = services.store.names() if services.settings.adapters else ()
+    base = services.catalog.base_name
+    count = f"{len(names)} adapter{'' if len(names) == 1 else 's'}"
+    print(f"Quickchange is ready on {url} (model {base}, {count})", flush=True)
+    if demo:
+        _suggest({*names, *services.store.aliases()}, url)
+
+
+# --- the demo -----------------------------------------------------------------------------------
+
+
+def with_demo(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with the demo's base model, and its store where none is given."""
+    from quickchange_training.demo import DemoBaseError, ensure_demo_base
+
+    if "model" in given:
+        fail("--demo brings its own model: leave out --model, or --demo")
+    try:
+        settings = {**given, "model": str(ensure_demo_base())}
+    except DemoBaseError as error:
+        fail(str(error))
+    if "store" not in given and "QUICKCHANGE_STORE" not in os.environ:
+        settings["store"] = data_folder() / "demo"
+    return settings
+
+
+def _publish_demo(settings: Settings) -> None:
+    from quickchange_store.base_model.base_spec import base_spec
+    from quickchange_store.store import Store
+    from quickchange_training.demo import publish_demo_adapters
+
+    publish_demo_adapters(Store(settings.store), base_spec(settings.model))
+
+
+def _suggest(names: Collection[str], url: str) -> None:
+    """Name the adapters, those with Turbo last, and a request for one of these."""
+    from quickchange_training.demo import DEMO_ADAPTERS, DEMO_ALIASES, DemoAdapter, DemoAlias
+
+    entries: list[DemoAlias | DemoAdapter] = [*DEMO_ALIASES.values(), *DEMO_ADAPTERS.values()]
+    shown = [(e.name, e.description, e.example_prompt) for e in entries if e.name in names]
+    for name, description, _ in reversed(shown):
+        print(f"  {name}: {description}")
+    for name, _, prompt in shown[:1]:
+        body = {
+            "model": name,
+            "messages": [{"role": "user", "content": prompt}],
+            "max_tokens": 96,
+            "temperature": 0,
+        }
+        header = "-H 'Content-Type: application/json'"
+        print(f"curl {url}/v1/chat/completions {header} -d {shlex.quote(json.dumps(body))}")
+    sys.stdout.flush()
+
+
+def data_folder() -> Path:
+    """`$XDG_DATA_HOME/quickchange`, else `~/.local/share/quickchange`."""
+    xdg = os.environ.get("XDG_DATA_HOME")
+    return (Path(xdg) if xdg else Path.home() / ".local" / "share") / "quickchange"

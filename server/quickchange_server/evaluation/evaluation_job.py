@@ -1,0 +1,96 @@
+"""One evaluation from options to rows: reads the task, finds the adapters, saves as it goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from quickchange_server.config import Settings
+from quickchange_server.entrypoints.serve import data_folder
+from quickchange_server.evaluation.run import Task, evaluate
+from quickchange_server.evaluation.variants import BASE, Adapters
+from quickchange_store.base_model.base_spec import base_spec
+from quickchange_store.store import Store
+from quickchange_training.demo import ensure_demo_base, publish_demo_adapters
+from quickchange_training.evaluation.evaluation_results import Evaluation, save
+from quickchange_training.examples import as_chat, encode, read_examples
+from quickchange_training.lora.lora_job import PromptFormat, load_tokenizer, uses_chat
+
+DEMO = "demo"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the command line asks for."""
+
+    task: Path
+    model: str  # folder, hub id or DEMO
+    store: Path | None
+    adapters: tuple[str, ...]  # NAME[+TURBO] each
+    limit: int | None  # of examples
+    max_tokens: int | None  # of an answer
+    concurrency: tuple[int, ...]  # ascending
+    prompt_format: PromptFormat
+    max_length: int  # of an example, in tokens
+    device: str
+    dtype: str
+    out: Path | None  # for the JSON
+
+
+def run(job: Job, stage: Callable[[str], None]) -> Evaluation:
+    """The base's row, then one for each adapter; `stage` is told what begins.
+
+    With `job.out`, what is done so far is written there after each row. What can be refused is
+    refused first. Raises TrainingError, StoreError, DemoBaseError, QuickchangeError, OfflineError.
+    """
+    model = str(ensure_demo_base()) if job.model == DEMO else job.model
+    task = _task(job, model)
+    adapters = Adapters(model, _store(job, model))
+    variants = [adapters.variant(text) for text in (BASE, *job.adapters)]
+    settings = Settings.model_validate(
+        {
+            "model": model,
+            "store": job.store or ".",  # unused: adapters are handed to the engine
+            "device": job.device,
+            "dtype": job.dtype,
+            "prefix_cache": False,  # a prompt seen before would be answered sooner
+            "max_sequences": max(job.concurrency),
+        }
+    )
+    found = Evaluation(
+        task=job.task.name,
+        model=Path(model).name,
+        examples=len(task.examples),
+        max_tokens=task.max_tokens,
+        rows=(),
+    )
+    for row in evaluate(settings, adapters, variants, task, job.concurrency, stage):
+        found = replace(found, rows=(*found.rows, row))
+        if job.out is not None:
+            save(found, job.out)
+    return found
+
+
+def _store(job: Job, model: str) -> Store | None:
+    """Where names are looked up; where none is given, the demo's own for the demo's base."""
+    if job.store is not None:
+        return Store(job.store)
+    if job.model != DEMO:
+        return None
+    store = Store(data_folder() / DEMO)
+    publish_demo_adapters(store, base_spec(model))
+    return store
+
+
+def _task(job: Job, model: str) -> Task:
+    examples = read_examples(job.task)[: job.limit]
+    tokenizer = load_tokenizer(model)
+    chat = uses_chat(examples, tokenizer, job.prompt_format)
+    encoded = encode(as_chat(examples) if chat else examples, tokenizer, job.max_length)
+    longest = max(e.answer_length for e in encoded)
+    return Task(
+        examples=tuple(examples),
+        encoded=tuple(encoded),
+        max_tokens=job.max_tokens or longest + -(-longest // 4),
+    )

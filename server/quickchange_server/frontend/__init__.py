@@ -1,0 +1,1 @@
+"""From a client's request to the engine's and back to text. No HTTP, no tensors."""

@@ -1,0 +1,130 @@
+"""From the engine's tokens to a client's text: detokenising, stop strings, log-probabilities.
+
+One transcript per generated choice. Knows nothing of HTTP; `api/` gives its pieces their shape.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Literal
+
+from quickchange_server.frontend.stop_strings import StopScanner
+from quickchange_server.frontend.tokenizer import Text
+from quickchange_server.protocol import Delta, TokenLogprobs
+
+Ending = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class TextOptions:
+    """What a request asks of its text. Lengths in tokens."""
+
+    stop: tuple[str, ...] = ()
+    include_stop: bool = False  # the stop string or stop token is part of the text
+    skip_special_tokens: bool = True
+    min_tokens: int = 0  # stop strings count only in the text after these
+    stop_token_ids: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class LoggedToken:
+    """A token with its log-probabilities, and where its text begins."""
+
+    offset: int  # characters of the choice's text before it
+    logprobs: TokenLogprobs
+    text: str  # that it makes certain; "" in the middle of a character
+    drafted: bool  # it came from an accepted draft
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one delta adds to a choice. The last piece carries `ending`."""
+
+    text: str
+    tokens: tuple[LoggedToken, ...] = ()
+    ending: Ending | None = None
+
+
+class Transcript:
+    """The text of one choice as its tokens arrive.
+
+    The text excludes what ended it, a stop string or a stop token, unless `include_stop`.
+    Log-probabilities come with the text that they belong to; those of tokens behind a stop string
+    are dropped with their text.
+    """
+
+    def __init__(self, text: Text, options: TextOptions) -> None:
+        self._options = options
+        self._detokenizer = text.detokenizer(skip_special_tokens=options.skip_special_tokens)
+        self._scanner = StopScanner(options.stop, include=options.include_stop)
+        self._waiting: deque[LoggedToken] = deque()  # their text is not out yet
+        self._decoded = 0  # characters
+        self._emitted = 0  # characters
+        self.completion_tokens = 0
+        self.drafted_tokens = 0
+        self.accepted_tokens = 0  # of completion_tokens, those that came from drafts
+
+    def push(self, delta: Delta) -> Piece:
+        """Add a delta's tokens. Where the piece has an ending, the choice is complete."""
+        parts: list[str] = []
+        stopped = False
+        self.completion_tokens += len(delta.token_ids)
+        before = self.completion_tokens - len(delta.token_ids)
+        for index, token_id in enumerate(self._visible(delta)):
+            logged = delta.logprobs[index] if delta.logprobs else None
+            drafted = index < delta.accepted
+            text, stopped = self._add(token_id, logged, before + index + 1, drafted)
+            parts.append(text)
+            if stopped:
+                self.completion_tokens = before + index + 1
+                break
+        self.drafted_tokens += delta.drafted
+        # A delta's accepted drafts are its first tokens; a stop string may have cut some off.
+        self.accepted_tokens += min(delta.accepted, self.completion_tokens - before)
+        if delta.finish_reason is not None and not stopped:
+            text, stopped = self._finish()
+            parts.append(text)
+        return self._piece("".join(parts), delta, stopped)
+
+    def _visible(self, delta: Delta) -> tuple[int, ...]:
+        """The delta's tokens without the stop token that ended the choice."""
+        ids = delta.token_ids
+        ended_by_token = (
+            delta.finish_reason == "stop" and ids and ids[-1] in self._options.stop_token_ids
+        )
+        return ids[:-1] if ended_by_token and not self._options.include_stop else ids
+
+    def _add(
+        self, token_id: int, logprobs: TokenLogprobs | None, position: int, drafted: bool
+    ) -> tuple[str, bool]:
+        """Certain text after the `position`-th token, and whether a stop string completed."""
+        text = self._detokenizer.push(token_id)
+        if logprobs is not None:
+            self._waiting.append(LoggedToken(self._decoded, logprobs, text, drafted))
+        self._decoded += len(text)
+        if position <= self._options.min_tokens:
+            return text, False
+        scanned = self._scanner.push(text)
+        return scanned.text, scanned.stop is not None
+
+    def _finish(self) -> tuple[str, bool]:
+        scanned = self._scanner.push(self._detokenizer.finish())
+        if scanned.stop is not None:
+            return scanned.text, True
+        return scanned.text + self._scanner.finish(), False
+
+    def _piece(self, text: str, delta: Delta, stopped: bool) -> Piece:
+        self._emitted += len(text)
+        everything = delta.finish_reason is not None and not stopped
+        tokens = self._released(everything) if self._waiting else ()
+        if stopped:
+            return Piece(text, tokens, "stop")
+        ending = delta.finish_reason
+        return Piece(text, tokens, ending if ending in ("stop", "length") else None)
+
+    def _released(self, everything: bool) -> tuple[LoggedToken, ...]:
+        released = []
+        while self._waiting and (everything or self._waiting[0].offset < self._emitted):
+            released.append(self._waiting.popleft())
+        return tuple(released)

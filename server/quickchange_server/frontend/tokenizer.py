@@ -1,0 +1,266 @@
+"""The base model's tokenizer: prompts and chats to token ids, and token ids to text.
+
+Wraps transformers' own tokenizer and chat template; no tensor is made. Knows nothing of HTTP or of
+the engine.
+
+A model's tokenizer as the engine's word lookup needs it: pieces of tokens, tokens of phrases.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import copy
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+
+from quickchange_server.errors import InvalidRequestError, SettingError
+from quickchange_server.frontend.detokenizer import Decoding, Detokenizer
+from quickchange_server.frontend.tool_parser import (
+    Messages,
+    ToolFormat,
+    tool_format,
+    with_text_arguments,
+)
+from quickchange_server.spec_decode.phrase_lookup import TokenText
+
+LONG_TEXT = 4_000  # characters: 7 ms of tokenising (SmolLM2), which no other stream should wait for
+
+
+class Text:
+    """A tokenizer with what the server needs to know of its model.
+
+    `vocab_size` is the number of token ids that the model takes; `eos_ids` end a generation.
+    """
+
+    def __init__(self, tokenizer: Any, *, vocab_size: int, eos_ids: frozenset[int]) -> None:
+        self._tokenizer = tokenizer
+        self._decoding = Decoding(tokenizer)
+        self.vocab_size = vocab_size
+        self.eos_ids = eos_ids
+
+    @classmethod
+    def load(cls, model: str) -> Text:
+        """Read the tokenizer of a model folder or hub id.
+
+        Raises SettingError (setting `model`) where there is none.
+        """
+        _check_folder(model)  # first: the imports take seconds
+        from huggingface_hub.errors import StrictDataclassError
+        from transformers import AutoConfig, AutoTokenizer
+
+        try:
+            config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        except (OSError, ValueError, StrictDataclassError) as error:
+            raise SettingError(
+                f"model: can't read a tokenizer and configuration from {model!r}: {error}",
+                param="model",
+            ) from error
+        vocab_size = int(config.get_text_config().vocab_size)
+        return cls(tokenizer, vocab_size=vocab_size, eos_ids=_eos_ids(model, config, tokenizer))
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that are marks and not text, such as the end of a sequence."""
+        return self._decoding.special_ids
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._tokenizer.chat_template)
+
+    @cached_property
+    def tool_format(self) -> ToolFormat | None:
+        """How the model writes tool calls; None where its chat template has no tools."""
+        form = tool_format(self._apply_template) if self.has_chat_template else None
+        return None if form is None else replace(form, end=self._before_end(form.end))
+
+    def _before_end(self, text: str) -> str:
+        """A text up to the token that ends the answer, which is no part of what is read."""
+        ends = {self.token_name(token_id) for token_id in self.eos_ids & self.special_ids}
+        cut = min((text.find(end) for end in ends if end in text), default=len(text))
+        return text[:cut].rstrip()
+
+    def special_parts(self, text: str) -> list[str | int]:
+        """A text as its special tokens, by id, which an answer's text leaves out, and what is
+        between them."""
+        known = {self.token_name(token_id): token_id for token_id in self.special_ids}
+        longest_first = sorted(known, key=len, reverse=True)
+        parts = re.split(f"({'|'.join(map(re.escape, longest_first))})", text) if known else [text]
+        return [known.get(part, part) for part in parts if part]
+
+    def tokenizer_json(self) -> str | None:
+        """The tokenizer as the `tokenizers` library writes it; None where it is none of that."""
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            return None
+        plain = copy.copy(backend)
+        plain.no_padding()
+        plain.no_truncation()
+        return str(plain.to_str())
+
+    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text. A long one is tokenised on a thread, beside running streams."""
+        if len(text) < LONG_TEXT:
+            return self.encode_now(text, add_special_tokens=add_special_tokens)
+        return await asyncio.to_thread(self.encode_now, text, add_special_tokens=add_special_tokens)
+
+    def encode_now(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """As `encode`, on this thread."""
+        encoded = self._tokenizer(
+            text,
+            add_special_tokens=add_special_tokens,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,  # no warning where a prompt exceeds the model's length: we refuse it
+        )
+        return list(encoded["input_ids"])
+
+    async def spans(
+        self, text: str, *, add_special_tokens: bool = True
+    ) -> list[tuple[int, int, int]]:
+        """Token ids of a text, each with the characters that it stands for: (id, start, stop).
+
+        Raises InvalidRequestError where the model's tokenizer keeps no account of that.
+        """
+        if not self._tokenizer.is_fast:
+            raise InvalidRequestError(
+                "inputs: this model has no fast tokenizer, which alone tells where tokens begin; "
+                "send prompt instead of inputs for the ids alone",
+                param="inputs",
+            )
+        encoded = await asyncio.to_thread(
+            self._tokenizer,
+            text,
+            add_special_tokens=add_special_tokens,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        return [(token_id, start, stop) for token_id, (start, stop) in pairs]
+
+    def render_chat(
+        self, messages: Messages, *, tools: Messages = (), add_generation_prompt: bool = True
+    ) -> str:
+        """The prompt text of a chat, its special tokens included.
+
+        Raises InvalidRequestError where the model has no chat template, or the template refuses
+        the messages (roles that must alternate, for example).
+        """
+        if not self.has_chat_template:
+            raise InvalidRequestError(
+                "this model has no chat template: use /v1/completions with the whole prompt",
+                param="messages",
+            )
+        if any(message.get("tool_calls") for message in messages):
+            form = self.tool_format
+            if form is not None and form.from_text:
+                messages = [with_text_arguments(message) for message in messages]
+        try:
+            return self._apply_template(messages, tools, add_generation_prompt)
+        except TemplateError as error:
+            raise InvalidRequestError(
+                f"the model's chat template refuses these messages: {error}", param="messages"
+            ) from error
+
+    def _apply_template(
+        self, messages: Messages, tools: Messages, add_generation_prompt: bool
+    ) -> str:
+        """Raises jinja2.TemplateError, whatever the template's own code raises."""
+        try:
+            rendered = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tools=[dict(tool) for tool in tools] or None,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise TemplateError(str(error)) from error
+        return str(rendered)
+
+    async def encode_chat(
+        self, messages: Messages, *, tools: Messages = (), add_generation_prompt: bool = True
+    ) -> list[int]:
+        """Token ids of a chat. The template writes the special tokens, so none are added."""
+        rendered = self.render_chat(
+            messages, tools=tools, add_generation_prompt=add_generation_prompt
+        )
+        return await self.encode(rendered, add_special_tokens=False)
+
+    def detokenizer(self, *, skip_special_tokens: bool = True) -> Detokenizer:
+        """A fresh incremental detokenizer for one sequence."""
+        return self._decoding.detokenizer(skip_special_tokens=skip_special_tokens)
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """Text of a whole sequence."""
+        detokenizer = self.detokenizer(skip_special_tokens=skip_special_tokens)
+        return "".join([*map(detokenizer.push, ids), detokenizer.finish()])
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """One token's own bytes; they may be part of a character."""
+        return self._decoding.token_bytes(token_id)
+
+    def token_name(self, token_id: int) -> str:
+        """The token's entry in the vocabulary, as tokenizers print it."""
+        return str(self._tokenizer.convert_ids_to_tokens(token_id))
+
+    def check_ids(self, ids: Sequence[int], param: str) -> None:
+        """Raises InvalidRequestError where an id is not one of the model's."""
+        if ids and (min(ids) < 0 or max(ids) >= self.vocab_size):
+            wrong = next(i for i in ids if not 0 <= i < self.vocab_size)
+            raise InvalidRequestError(
+                f"{param}: token id {wrong} is not in the model's vocabulary; "
+                f"use ids from 0 to {self.vocab_size - 1}",
+                param=param,
+            )
+
+
+def _check_folder(model: str) -> None:
+    looks_like_path = model.startswith((".", "/", "~")) or model.count("/") > 1
+    if looks_like_path and not Path(model).is_dir():
+        raise SettingError(
+            f"model: there is no folder {model!r}; give a folder in transformers' layout "
+            "or a hub id such as owner/name",
+            param="model",
+        )
+
+
+def _eos_ids(model: str, config: Any, tokenizer: Any) -> frozenset[int]:
+    """End-of-sequence ids of the generation settings, the model and the tokenizer together."""
+    from transformers import GenerationConfig
+
+    found: set[int] = set()
+    sources = [config.get_text_config(), tokenizer]
+    with contextlib.suppress(OSError):  # the file is optional
+        sources.append(GenerationConfig.from_pretrained(model))
+    for source in sources:
+        ids = getattr(source, "eos_token_id", None)
+        if ids is not None:
+            found.update([ids] if isinstance(ids, int) else ids)
+    return frozenset(found)
+
+
+_PIECES, _PHRASES = 1 << 16, 1 << 14  # remembered: the same few come again and again
+
+
+def token_text(model: str | Text) -> TokenText:
+    """Of a model folder, a hub id or what was loaded from one. Raises SettingError where there is
+    no tokenizer."""
+    text = Text.load(model) if isinstance(model, str) else model
+
+    @lru_cache(_PIECES)
+    def piece(token: int) -> str:
+        return text.token_bytes(token).decode(errors="replace")
+
+    @lru_cache(_PHRASES)
+    def encode(phrase: str) -> tuple[int, ...]:
+        return tuple(text.encode_now(phrase, add_special_tokens=False))
+
+    return TokenText(piece, encode)

@@ -1,0 +1,150 @@
+"""Seam two: wrapped linears and embeddings that add the batch's adapter segments.
+
+A wrapper calls the base module and, only when some row of the step has an adapter, adds the
+low-rank products in place. A lone linear is one group of the low-rank operation; a fused one
+(q/k/v, gate/up) is one group with several members.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import nn
+
+from quickchange_kernels.linear.linear_float import linear
+from quickchange_kernels.lowrank.lowrank_contract import lowrank_, lowrank_embedding_
+from quickchange_server.adapters.module_groups import ModuleGroup
+from quickchange_server.model.forward_context import AdapterBatch, StepHolder
+
+if TYPE_CHECKING:  # it is built on this module
+    from quickchange_server.model.output_side import OutputSide
+
+Rows = Literal["tokens", "samples"]  # which rows of the step a module sees
+
+
+class BaseLinear(nn.Module):
+    """A plain `nn.Linear` through the few-row kernel; the weight stays where it is."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.weight = base.weight
+        self.bias = base.bias
+        self._operands = (base.weight, base.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, *self._operands)
+
+
+def base_linear(module: nn.Linear) -> nn.Module:
+    """The fastest module that computes exactly what `module` does (quantised kin stay as is)."""
+    return BaseLinear(module) if type(module) is nn.Linear else module
+
+
+class AdaptedLinear(nn.Module):
+    """y = base(x) + Σ over segments of weight · scale · (x Aᵀ) B.   x [..., K], y [..., N]."""
+
+    def __init__(self, base: nn.Module, group: ModuleGroup, rows: Rows, holder: StepHolder) -> None:
+        super().__init__()
+        self.base = base
+        self.group = group
+        self._compute_base = base.forward
+        self._index = group.index
+        self._rows = rows
+        self._holder = holder
+        self.output_side: OutputSide | None = None  # where the module ends a sub-layer
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The base's weight: some models read its dtype or device."""
+        weight: torch.Tensor = self.base.weight  # type: ignore[assignment]
+        return weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self._compute_base(x)
+        adapters = _adapters(self._holder)
+        if adapters is not None:
+            segments = adapters.tokens if self._rows == "tokens" else adapters.samples
+            rows = y.view(-1, y.shape[-1])
+            lowrank_(rows, x.reshape(-1, x.shape[-1]), adapters.tables, segments, self._index)
+            if self.output_side is not None:
+                self.output_side.add_(rows, adapters)
+        return y
+
+
+class AdaptedEmbedding(nn.Module):
+    """y = base(ids) + Σ over segments of weight · scale · A[:, ids] B.   ids [..., T].
+
+    An embedding that scales its output (Gemma's) has its factor in the update's scale already.
+    """
+
+    def __init__(self, base: nn.Embedding, group: ModuleGroup, holder: StepHolder) -> None:
+        super().__init__()
+        self.base = base
+        self.group = group
+        self._holder = holder
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.base.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.base(ids)
+        adapters = _adapters(self._holder)
+        if adapters is not None:
+            lowrank_embedding_(
+                y.view(-1, y.shape[-1]),
+                ids.reshape(-1),
+                adapters.tables,
+                adapters.tokens,
+                self.group.index,
+                self.group.in_features,
+            )
+        return y
+
+
+class SharedProjection(nn.Module):
+    """One linear computed once for several modules that read the same input.
+
+    Each part asks with its own input; the product is computed when the input is a new one and kept
+    until the last part has taken its columns, so a model that calls the parts apart stays right.
+    """
+
+    def __init__(self, projection: nn.Module, widths: list[int]) -> None:
+        super().__init__()
+        self.projection = projection
+        self.widths = widths
+        self.compute = projection.forward  # all the parts' columns: [..., sum of widths]
+        self._input: torch.Tensor | None = None
+        self._outputs: tuple[torch.Tensor, ...] = ()
+
+    def part(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        if x is not self._input:
+            self._outputs = self.compute(x).split(self.widths, dim=-1)
+            self._input = x
+        out = self._outputs[index]
+        if index == len(self.widths) - 1:
+            self._input, self._outputs = None, ()
+        return out
+
+
+class ProjectionPart(nn.Module):
+    """Stands in the model where one of the fused linears stood."""
+
+    def __init__(self, shared: SharedProjection, index: int) -> None:
+        super().__init__()
+        self.shared = shared
+        self.index = index
+
+    @property
+    def weight(self) -> torch.Tensor:
+        weight: torch.Tensor = self.shared.projection.weight  # type: ignore[assignment]
+        begin = sum(self.shared.widths[: self.index])
+        return weight[begin : begin + self.shared.widths[self.index]]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.shared.part(self.index, x)
+
+
+def _adapters(holder: StepHolder) -> AdapterBatch | None:
+    return None if holder.step is None else holder.step.adapters

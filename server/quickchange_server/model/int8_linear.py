@@ -1,0 +1,53 @@
+"""Linears of the base model kept as int8, made at load from float weights.
+
+Knows nothing of adapters: a wrapped linear calls this in place of the float one. Where the LM head
+shares its weights with the embedding, the head gets int8 rows of its own and the embedding keeps
+its numbers.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import nn
+
+from quickchange_kernels.linear.linear_int8 import linear_int8, quantize_int8
+
+Quantization = Literal["none", "int8"]
+
+
+class Int8Linear(nn.Module):
+    """y = x Wᵀ + b, W int8 with a scale per row and group of 32.   x [..., K], y [..., N]."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        quantized, scale = quantize_int8(base.weight.detach())
+        self.register_buffer("quantized", quantized)  # int8 [N, K]
+        self.register_buffer("scale", scale)  # bfloat16 [N, groups]
+        self.bias = base.bias
+        self.weight = _shape_only(base.weight)
+        self._operands = (quantized, scale, base.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear_int8(x, *self._operands)
+
+
+def int8_linear(module: nn.Linear) -> nn.Module:
+    """A plain linear as int8; kin of `nn.Linear` that compute something else stay as they are."""
+    return Int8Linear(module) if type(module) is nn.Linear else module
+
+
+def check_quantization(quantization: Quantization, device: torch.device) -> None:
+    """Raise ValueError where the device can't serve a base so kept."""
+    if quantization == "int8" and device.type != "cpu":
+        raise ValueError(
+            "--quantization int8 (or QUICKCHANGE_QUANTIZATION) serves on --device cpu only; on "
+            f"{device.type} use --quantization none with --dtype bfloat16, or a model that is "
+            "stored quantised"
+        )
+
+
+def _shape_only(weight: torch.Tensor) -> torch.Tensor:
+    """Zeros like `weight` that take no memory: models ask for a shape, dtype or device."""
+    return torch.zeros((), dtype=weight.dtype, device=weight.device).expand(weight.shape)

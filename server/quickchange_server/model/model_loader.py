@@ -1,0 +1,205 @@
+"""The hidden states that enter the LM head, from which drafting heads start.
+
+Models scale or norm them in their own ways before the head, and scale or cap the logits behind it:
+only the head's own input is the same thing everywhere. It is a tensor of the forward pass, so in a
+captured graph it is an output like the logits; nothing here runs when the graph is replayed.
+
+Loads the base model and puts both seams in; finds out what its KV cache must hold.
+
+Any transformers architecture whose attention goes through the attention interface will do. One that
+keeps other state between steps (state-space layers, linear attention) is refused by name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers.utils import logging as transformers_logging
+
+from quickchange_server.adapters.module_groups import ModuleGroup
+from quickchange_server.model import paged_attention
+from quickchange_server.model.adapter_layers import base_linear
+from quickchange_server.model.forward_context import StepHolder
+from quickchange_server.model.fusion import fuse_layers, fuse_small_modules
+from quickchange_server.model.int8_linear import Quantization, check_quantization, int8_linear
+from quickchange_server.model.output_side import connect
+from quickchange_server.model.paged_attention import (
+    LayerShape,
+    ShapeRecorder,
+    UnsupportedModelError,
+)
+from quickchange_server.model.wrapping import Wrapper
+
+
+class HeadInput:
+    """Keeps the input of an LM head until it is taken."""
+
+    def __init__(self, head: nn.Module) -> None:
+        """Watches `head` from now on."""
+        self._seen: torch.Tensor | None = None  # [..., H]
+        self.rows: int | None = None  # of the coming pass: the head sees so many; None: all
+        head.register_forward_pre_hook(self._keep)
+
+    def take(self) -> torch.Tensor:
+        """[R, H] of the pass that has just run.
+
+        Raises RuntimeError if none has since the last call.
+        """
+        seen, self._seen = self._seen, None
+        if seen is None:
+            raise RuntimeError("the model made logits without calling its LM head")
+        return seen.reshape(-1, seen.shape[-1])
+
+    def _keep(
+        self, _head: nn.Module, args: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, ...] | None:
+        self._seen = args[0]
+        return None if self.rows is None else (args[0][..., : self.rows, :], *args[1:])
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """The base model, ready for paged attention to be installed."""
+
+    module: nn.Module
+    holder: StepHolder
+    groups: tuple[ModuleGroup, ...]
+    layers: dict[int, LayerShape]
+    vocabulary: int  # columns of the logits
+    hidden: int  # features that enter the LM head
+    max_positions: int  # tokens
+    head: nn.Module  # the LM head, wrapped
+    head_input: HeadInput
+    embedding: nn.Module  # of the input tokens, wrapped
+
+
+class Output(NamedTuple):
+    """What a forward pass gives for the rows that were asked for."""
+
+    logits: torch.Tensor  # [R, V], or of the first of them
+    hidden: torch.Tensor  # [R, H] what entered the LM head
+
+
+def load_model(
+    path: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    adapters: bool,
+    quantization: Quantization = "none",
+) -> LoadedModel:
+    """Load from a folder in transformers' layout (or a hub id) and wrap.
+
+    Raises UnsupportedModelError for an architecture that can't be served, OSError or ValueError
+    (transformers') where nothing can be loaded from `path`.
+    """
+    check_quantization(quantization, device)
+    paged_attention.register()
+    transformers_logging.disable_progress_bar()  # a server's log is no terminal
+    # Said each time: left out, transformers asks on a terminal whether to run a model's code.
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    _refuse_other_state(config)
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, attn_implementation=paged_attention.NAME, trust_remote_code=False
+    )
+    return prepare(model.to(device).eval(), adapters=adapters, quantization=quantization)
+
+
+def prepare(
+    model: nn.Module, *, adapters: bool, quantization: Quantization = "none"
+) -> LoadedModel:
+    """Wrap a model that was loaded with `attn_implementation="quickchange"`."""
+    config: PretrainedConfig = model.config
+    _refuse_headless(model)
+    model.requires_grad_(False)
+    holder = StepHolder()
+    base = int8_linear if quantization == "int8" else base_linear
+    wrapper = Wrapper(model, holder, adapters=adapters, base=base)
+    groups = wrapper.wrap()
+    fuse_small_modules(model)
+    fuse_layers(model, lambda ids, positions: _logits(model, ids, positions))
+    connect(model, wrapper.entrances)
+    recorder = ShapeRecorder()
+    paged_attention.install(model, recorder)
+    head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+    head_input = HeadInput(head)
+    logits = _logits(model, torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long))
+    if len(recorder.layers) != config.get_text_config().num_hidden_layers:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: {len(recorder.layers)} of "
+            f"{config.get_text_config().num_hidden_layers} layers use the attention interface; "
+            "models with other kinds of layers are not supported yet"
+        )
+    return LoadedModel(
+        module=model,
+        holder=holder,
+        groups=tuple(groups),
+        layers=dict(sorted(recorder.layers.items())),
+        vocabulary=logits.shape[-1],
+        hidden=head_input.take().shape[-1],
+        max_positions=int(config.get_text_config().max_position_embeddings),
+        head=head,
+        head_input=head_input,
+        embedding=model.get_input_embeddings(),  # type: ignore[operator]
+    )
+
+
+@torch.inference_mode()
+def forward(
+    model: LoadedModel,
+    ids: torch.Tensor,
+    positions: torch.Tensor,
+    sample_rows: torch.Tensor | None = None,
+    head_rows: int | None = None,
+) -> Output:
+    """Logits and hidden states of `sample_rows` [R] (default: the last) of the rows `ids` [T].
+
+    head_rows: the LM head sees only so many of them, the first; None: all.
+    """
+    model.head_input.rows = head_rows
+    try:
+        logits = _logits(model.module, ids, positions, sample_rows)
+        return Output(logits, model.head_input.take())
+    finally:
+        model.head_input.rows = None
+
+
+@torch.inference_mode()
+def _logits(
+    model: nn.Module,
+    ids: torch.Tensor,
+    positions: torch.Tensor,
+    sample_rows: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """[R, V]"""
+    device = next(model.parameters()).device
+    output: Any = model(
+        input_ids=ids.unsqueeze(0).to(device),
+        position_ids=positions.unsqueeze(0).to(device),
+        use_cache=False,
+        logits_to_keep=1 if sample_rows is None else sample_rows.to(device),
+    )
+    logits: torch.Tensor = output.logits[0]
+    return logits
+
+
+def _refuse_headless(model: nn.Module) -> None:
+    if model.get_output_embeddings() is None:  # type: ignore[operator]
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no module that makes its logits (get_output_embeddings); "
+            "models without an LM head can't be served"
+        )
+
+
+def _refuse_other_state(config: PretrainedConfig) -> None:
+    text = config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or ())
+    other = kinds - {"full_attention", "sliding_attention"}
+    if other:
+        raise UnsupportedModelError(
+            f"{config.model_type}: layers of type {', '.join(sorted(other))} are not supported yet"
+        )

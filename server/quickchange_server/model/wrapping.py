@@ -1,0 +1,154 @@
+"""Puts the adapted modules into a loaded model: fuses what reads the same input, wraps the rest.
+
+Recognises the two patterns by the names that nearly all decoder models use; anything else is
+wrapped one by one. Module paths, as adapters name them, are those before fusion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from quickchange_server.adapters.module_groups import Member, ModuleGroup
+from quickchange_server.model.adapter_layers import (
+    AdaptedEmbedding,
+    AdaptedLinear,
+    ProjectionPart,
+    Rows,
+    SharedProjection,
+    base_linear,
+)
+from quickchange_server.model.forward_context import StepHolder
+from quickchange_server.model.output_side import OutputSide
+from quickchange_store.base_model.sublayers import sublayers
+from quickchange_store.canonical.canonical_adapter import Source
+
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+class Wrapper:
+    """Wraps one model's modules; `groups` then tells which they are, by their group index.
+
+    With `adapters=False` the linears are fused and go through the few-row kernel all the same, but
+    no group exists and no step ever looks for segments.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        holder: StepHolder,
+        *,
+        adapters: bool,
+        base: Callable[[nn.Linear], nn.Module] = base_linear,
+    ) -> None:
+        self._model = model
+        self._holder = holder
+        self._adapters = adapters
+        self._base = base  # makes what computes a linear
+        self.groups: list[ModuleGroup] = []
+        self.entrances: list[tuple[str, OutputSide]] = []  # norms that the stream enters through
+
+    def wrap(self) -> list[ModuleGroup]:
+        """Replace the modules in place and return the groups."""
+        self._head: nn.Module | None = self._model.get_output_embeddings()  # type: ignore[operator]
+        embedding = self._model.get_input_embeddings()  # type: ignore[operator]
+        self._sublayers = sublayers(self._model)
+        for path, parent in list(self._model.named_modules()):
+            for names in FUSED:
+                self._fuse(path, parent, names)
+        for path, module in list(self._model.named_modules()):
+            if isinstance(module, nn.Linear):
+                self._replace(path, self._linear(path, module))
+            elif module is embedding and isinstance(module, nn.Embedding) and self._adapters:
+                self._replace(path, self._embedding(path, module))
+        return self.groups
+
+    def _fuse(self, path: str, parent: nn.Module, names: tuple[str, ...]) -> None:
+        parts = [getattr(parent, name, None) for name in names]
+        linears = [part for part in parts if type(part) is nn.Linear]
+        if len(linears) < len(names) or not _alike(linears):
+            return
+        fused = _concatenate(linears)
+        widths = [linear.out_features for linear in linears]
+        paths = [f"{path}.{name}" if path else name for name in names]
+        shared = SharedProjection(self._adapted(fused, paths, widths, "tokens"), widths)
+        for index, name in enumerate(names):
+            setattr(parent, name, ProjectionPart(shared, index))
+
+    def _linear(self, path: str, module: nn.Linear) -> nn.Module:
+        rows: Rows = "samples" if module is self._head else "tokens"
+        adapted = self._adapted(module, [path], [module.out_features], rows)
+        if isinstance(adapted, AdaptedLinear) and path in self._sublayers:
+            adapted.output_side = self._output_side(path, module.out_features)
+        return adapted
+
+    def _output_side(self, path: str, width: int) -> OutputSide:
+        """The groups of updates that read what is behind a sub-layer, or what enters it."""
+        place = self._sublayers[path]
+        sources: list[Source] = ["output"]
+        if place.norm is not None:
+            sources += ["residual", "stream"] if place.plain_stream else ["residual"]
+        groups: dict[Source, ModuleGroup] = {}
+        for source in sources:
+            member = Member(path, 0, width)
+            group = ModuleGroup(len(self.groups), "linear", width, width, (member,), source)
+            groups[source] = group
+            self.groups.append(group)
+        side = OutputSide(groups, self._holder)
+        if place.norm is not None:
+            self.entrances.append((place.norm, side))
+        return side
+
+    def _adapted(
+        self, linear: nn.Linear, paths: list[str], widths: list[int], rows: Rows
+    ) -> nn.Module:
+        base = self._base(linear)
+        if not self._adapters:
+            return base
+        columns = [sum(widths[:index]) for index in range(len(widths))]
+        members = tuple(Member(*item) for item in zip(paths, columns, widths, strict=True))
+        group = ModuleGroup(
+            len(self.groups), "linear", linear.in_features, linear.out_features, members
+        )
+        self.groups.append(group)
+        return AdaptedLinear(base, group, rows, self._holder)
+
+    def _embedding(self, path: str, module: nn.Embedding) -> nn.Module:
+        vocabulary, hidden = module.num_embeddings, module.embedding_dim
+        member = Member(path, 0, hidden)
+        group = ModuleGroup(len(self.groups), "embedding", vocabulary, hidden, (member,))
+        self.groups.append(group)
+        return AdaptedEmbedding(module, group, self._holder)
+
+    def _replace(self, path: str, module: nn.Module) -> None:
+        parent, _, name = path.rpartition(".")
+        setattr(self._model.get_submodule(parent), name, module)
+
+
+def _alike(linears: list[nn.Linear]) -> bool:
+    first = linears[0]
+    return all(
+        linear.in_features == first.in_features
+        and (linear.bias is None) == (first.bias is None)
+        and linear.weight.dtype == first.weight.dtype
+        for linear in linears
+    )
+
+
+def _concatenate(linears: list[nn.Linear]) -> nn.Linear:
+    first = linears[0]
+    fused = nn.Linear(
+        first.in_features,
+        sum(linear.out_features for linear in linears),
+        bias=first.bias is not None,
+        device="meta",
+    )
+    fused.weight = nn.Parameter(
+        torch.cat([linear.weight.detach() for linear in linears]), requires_grad=False
+    )
+    if first.bias is not None:
+        biases = [linear.bias.detach() for linear in linears]
+        fused.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
+    return fused

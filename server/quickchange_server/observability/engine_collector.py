@@ -1,0 +1,145 @@
+"""Metrics that are read at the scrape instead of being kept: the engine's state and totals.
+
+The engine's totals start at zero with each engine; what earlier engines counted is added, so that
+the counters never go back.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Protocol
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from quickchange_server.engine_client.adapter_status import Residence, Residences
+from quickchange_server.observability.labels import OTHER, AdapterLabels
+from quickchange_server.protocol import Ready, StepStats
+
+_TOTALS = {
+    "prefix_query_tokens": "Prompt tokens looked up in the prefix cache",
+    "prefix_hit_tokens": "Prompt tokens found in the prefix cache",
+    "preemptions": "Sequences that gave up their KV blocks to be computed again",
+}
+
+
+class ServerState(Protocol):
+    """What a scrape reads. All of it is cheap."""
+
+    @property
+    def in_flight(self) -> int:
+        """Requests admitted and not ended."""
+        ...
+
+    @property
+    def info(self) -> Ready | None: ...
+
+    @property
+    def pid(self) -> int | None: ...
+
+    @property
+    def residency(self) -> Residences: ...
+
+
+class EngineTotals:
+    """The last step's figures, and what engines that are gone had counted."""
+
+    def __init__(self) -> None:
+        self.last: StepStats | None = None
+        self._earlier = dict.fromkeys(_TOTALS, 0)
+
+    def step(self, stats: StepStats) -> None:
+        self.last = stats
+
+    def engine_died(self) -> None:
+        self._earlier = self.totals()
+        self.last = None
+
+    def totals(self) -> dict[str, int]:
+        last = self.last
+        if last is None:
+            return dict(self._earlier)
+        return {name: count + getattr(last, name) for name, count in self._earlier.items()}
+
+
+class StateCollector(Collector):
+    """Turns the state into metric families at each scrape."""
+
+    def __init__(self, state: ServerState, totals: EngineTotals, labels: AdapterLabels) -> None:
+        self._state = state
+        self._totals = totals
+        self._labels = labels
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._requests()
+        yield from self._kv_cache()
+        yield from self._engine_totals()
+        yield from self._tiers()
+        yield self._adapters()
+
+    def _requests(self) -> Iterator[Metric]:
+        """Running as of the last step; all else waits, also what waits for an engine."""
+        in_flight = self._state.in_flight
+        last = self._totals.last
+        running = 0 if last is None else min(last.running, in_flight)
+        yield _gauge("requests_running", "Requests in the engine's batch", running)
+        yield _gauge("requests_waiting", "Requests admitted and not running", in_flight - running)
+
+    def _kv_cache(self) -> Iterator[Metric]:
+        info, last = self._state.info, self._totals.last
+        capacity = 0 if info is None else info.kv_blocks
+        used = 0 if last is None else last.kv_blocks_used
+        cached = 0 if last is None else last.kv_blocks_cached
+        yield _gauge("kv_capacity_blocks", "KV blocks in all", capacity)
+        yield _gauge("kv_used_blocks", "KV blocks that sequences use", used)
+        yield _gauge("kv_cached_blocks", "KV blocks kept for prefix hits alone", cached)
+
+    def _engine_totals(self) -> Iterator[Metric]:
+        for name, count in self._totals.totals().items():
+            yield CounterMetricFamily(f"quickchange_{name}", _TOTALS[name], value=count)
+
+    def _tiers(self) -> Iterator[Metric]:
+        count: defaultdict[str, int] = defaultdict(int)
+        size: defaultdict[str, int] = defaultdict(int)
+        for residence in self._residences().values():
+            count[residence.tier] += 1
+            size[residence.tier] += residence.bytes
+        info = self._state.info
+        capacity = {
+            "device": info.adapter_device_bytes if info else 0,
+            "host": info.adapter_host_bytes if info else 0,
+        }
+        yield _by_tier("tier_adapters", "Adapter versions on a tier", count)
+        yield _by_tier("tier_used_bytes", "Bytes of adapter versions on a tier", size)
+        yield _by_tier("tier_capacity_bytes", "Budget of a tier in bytes", capacity)
+
+    def _adapters(self) -> Metric:
+        """Bytes by adapter; versions without a known name are counted as "other"."""
+        size: defaultdict[tuple[str, str], int] = defaultdict(int)
+        for digest, residence in self._residences().items():
+            name = self._state.residency.label(digest)
+            label = OTHER if name is None else self._labels(name)
+            size[label, residence.tier] += residence.bytes
+        family = GaugeMetricFamily(
+            "quickchange_adapter_resident_bytes",
+            "Bytes of an adapter's versions on a tier",
+            labels=["adapter", "tier"],
+        )
+        for (label, tier), value in size.items():
+            family.add_metric([label, tier], value)
+        return family
+
+    def _residences(self) -> dict[str, Residence]:
+        return self._state.residency.snapshot()
+
+
+def _gauge(name: str, text: str, value: float) -> Metric:
+    return GaugeMetricFamily(f"quickchange_{name}", text, value=value)
+
+
+def _by_tier(name: str, text: str, values: dict[str, int]) -> Metric:
+    family = GaugeMetricFamily(f"quickchange_{name}", text, labels=["tier"])
+    for tier in ("device", "host"):
+        family.add_metric([tier], values.get(tier, 0))
+    return family

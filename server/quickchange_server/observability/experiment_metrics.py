@@ -1,0 +1,135 @@
+"""What the server counts and times of experiments, by variant. On the event loop.
+
+The shares that running experiments' variants are to have, read at each scrape.
+
+Beside them an alert holds the shares that the variants got.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from quickchange_server.experiments.layout import SIZE, shares
+from quickchange_server.experiments.registry import Experiments
+from quickchange_server.frontend.request_observers import Assignment, Completed
+from quickchange_server.observability.labels import OTHER, AdapterLabels
+
+SECONDS_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+MAX_WORDS = 64  # variants, and as many outcomes, that an experiment's name ever shows
+FIRST_TOKEN_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+
+
+class ExperimentMetrics:
+    """Metrics of the first `limit` experiments under their names, of all others under "other".
+
+    Definitions change, so what stands beside a name is bounded as well: its first MAX_WORDS
+    variants and outcomes; of "other" all are "other".
+    """
+
+    def __init__(self, registry: CollectorRegistry, limit: int) -> None:
+        self.label = AdapterLabels(limit)
+        self._variants: dict[str, set[str]] = {}  # by experiment
+        self._names: dict[str, set[str]] = {}  # of outcomes, by experiment
+        variant = ["experiment", "variant"]
+        self._requests = Counter(
+            "quickchange_experiment_requests_total",
+            "Requests of an experiment that ended",
+            [*variant, "outcome"],
+            registry=registry,
+        )
+        self._seconds = Histogram(
+            "quickchange_experiment_request_seconds",
+            "From arrival to the end of requests that were answered",
+            variant,
+            buckets=SECONDS_BUCKETS,
+            registry=registry,
+        )
+        self._first_token = Histogram(
+            "quickchange_experiment_first_token_seconds",
+            "From arrival to the first token",
+            variant,
+            buckets=FIRST_TOKEN_BUCKETS,
+            registry=registry,
+        )
+        self._tokens = Counter(
+            "quickchange_experiment_tokens_total", "Tokens generated", variant, registry=registry
+        )
+        self._outcomes = Counter(
+            "quickchange_experiment_outcomes_total",
+            "Outcomes told by clients",
+            [*variant, "name"],
+            registry=registry,
+        )
+        self._shadows = Counter(
+            "quickchange_experiment_shadow_requests_total",
+            "Shadow requests that ended, or were dropped because the server had other work",
+            [*variant, "outcome"],
+            registry=registry,
+        )
+
+    def completed(self, completed: Completed, assignment: Assignment) -> None:
+        """Count a request that has ended."""
+        labels = self._of(assignment.experiment, assignment.variant)
+        if assignment.shadow:
+            self._shadows.labels(*labels, completed.ending).inc()
+            return
+        self._requests.labels(*labels, completed.ending).inc()
+        self._tokens.labels(*labels).inc(completed.completion_tokens)
+        if completed.first_token_seconds is not None:
+            self._first_token.labels(*labels).observe(completed.first_token_seconds)
+        if completed.ending in ("stop", "length"):
+            self._seconds.labels(*labels).observe(completed.seconds)
+
+    def unservable(self, assignment: Assignment) -> None:
+        """Count a request whose variant names what can't be served: it is in no book."""
+        labels = self.label(assignment.experiment), assignment.variant
+        counter = self._shadows if assignment.shadow else self._requests
+        counter.labels(*labels, "refused").inc()
+
+    def outcome(self, experiment: str, variant: str, name: str) -> None:
+        labels = self._of(experiment, variant)
+        self._outcomes.labels(*labels, _bounded(self._names, labels[0], name)).inc()
+
+    def shadow_dropped(self, assignment: Assignment) -> None:
+        labels = self._of(assignment.experiment, assignment.variant)
+        self._shadows.labels(*labels, "dropped").inc()
+
+    def _of(self, experiment: str, variant: str) -> tuple[str, str]:
+        label = self.label(experiment)
+        return label, _bounded(self._variants, label, variant)
+
+
+def _bounded(kept: dict[str, set[str]], experiment: str, word: str) -> str:
+    if experiment == OTHER:
+        return OTHER
+    words = kept.setdefault(experiment, set())
+    if len(words) < MAX_WORDS:
+        words.add(word)
+    return word if word in words else OTHER
+
+
+class ShareCollector(Collector):
+    """`label` bounds the experiments' names; those beyond the bound are left out."""
+
+    def __init__(self, experiments: Experiments, label: Callable[[str], str]) -> None:
+        self._experiments = experiments
+        self._label = label
+
+    def collect(self) -> Iterator[Metric]:
+        family = GaugeMetricFamily(
+            "quickchange_experiment_share",
+            "Share of the units that a running experiment gives to a variant",
+            labels=["experiment", "variant"],
+        )
+        now = self._experiments.clock()
+        for name, experiment in self._experiments.all.items():
+            label = self._label(name)
+            if experiment.state == "running" and label != OTHER:
+                layout = experiment.stretches[experiment.stretch(now)].layout
+                for variant, points in shares(layout).items():
+                    family.add_metric([label, variant], points / SIZE)
+        yield family

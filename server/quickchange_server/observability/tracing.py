@@ -1,0 +1,133 @@
+"""OpenTelemetry traces: one span a request, sent by OTLP over HTTP.
+
+Attributes carry the GenAI semantic conventions' names where those have one, and `quickchange.` ones
+elsewhere; a span is a child of the client's own where its `traceparent` says so, and is left out
+where that says that nobody samples it. Spans are made when a request has ended and sent in batches
+by a thread of their own. Imported only where the setting `otlp_endpoint` is given: it needs the
+extra `traces`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from urllib.parse import urlsplit
+
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.trace.sampling import ALWAYS_ON, ParentBased
+from opentelemetry.trace import SpanKind, Status, StatusCode
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from opentelemetry.util.types import AttributeValue
+
+from quickchange_server.errors import SettingError
+from quickchange_server.frontend.request_observers import Completed, Opened
+
+PATH = "/v1/traces"
+SEND_SECONDS = 5.0  # for one batch, retries included
+BATCH_SECONDS = 1.0  # until a span is sent at the latest
+OPERATIONS = {"chatcmpl": "chat", "embd": "embeddings"}  # by the ids that the routes give
+MICROSECOND = 1000  # nanoseconds; finer than that, Unix time as a float only makes up digits
+
+
+class Traces:
+    """A bookkeeper that makes spans."""
+
+    def __init__(self, address: str, version: str) -> None:
+        """`address`: where spans are posted to."""
+        exporter = OTLPSpanExporter(endpoint=address, timeout=SEND_SECONDS)
+        resource = Resource.create({SERVICE_NAME: "quickchange", SERVICE_VERSION: version})
+        self._provider = TracerProvider(
+            sampler=ParentBased(ALWAYS_ON), resource=resource, shutdown_on_exit=False
+        )
+        self._provider.add_span_processor(
+            BatchSpanProcessor(exporter, schedule_delay_millis=BATCH_SECONDS * 1000)
+        )
+        self._tracer = self._provider.get_tracer("quickchange", version)
+        self._propagator = TraceContextTextMapPropagator()
+
+    def opened(self, opened: Opened) -> None:
+        """Nothing yet: the span is made at the end, when all of it is known."""
+
+    def completed(self, completed: Completed) -> None:
+        """Make the request's span. Whether it reaches a collector is not waited for."""
+        opened = completed.opened
+        carrier = {} if opened.traceparent is None else {"traceparent": opened.traceparent}
+        began = _nanoseconds(opened.at)
+        span = self._tracer.start_span(
+            f"{_operation(opened)} {opened.model}",
+            context=self._propagator.extract(carrier),
+            kind=SpanKind.SERVER,
+            start_time=began,
+            attributes=attributes_of(completed),
+        )
+        for event, after in (
+            ("quickchange.first_step", completed.queue_seconds),
+            ("quickchange.first_token", completed.first_token_seconds),
+        ):
+            if after:
+                span.add_event(event, timestamp=began + _nanoseconds(after))
+        if completed.ending == "failed":
+            span.set_status(Status(StatusCode.ERROR))
+        span.end(began + _nanoseconds(completed.seconds))
+
+    async def close(self) -> None:
+        """Send what is left, and end the thread."""
+        await asyncio.to_thread(self._provider.shutdown)
+
+
+def address(endpoint: str) -> str:
+    """Where spans are posted to: the collector's `endpoint`, with OTLP's path where it has none.
+
+    Raises SettingError where that is not an address.
+    """
+    parts = urlsplit(endpoint)
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        raise SettingError(
+            f"otlp_endpoint: {endpoint!r} is not the address of a collector; give one such as "
+            "http://127.0.0.1:4318 (OTLP over HTTP)",
+            param="otlp_endpoint",
+        )
+    return endpoint.rstrip("/") + PATH if parts.path in ("", "/") else endpoint
+
+
+def _nanoseconds(seconds: float) -> int:
+    return round(seconds * 1e6) * MICROSECOND
+
+
+def _operation(opened: Opened) -> str:
+    return OPERATIONS.get(opened.request_id.partition("-")[0], "text_completion")
+
+
+def attributes_of(completed: Completed) -> dict[str, AttributeValue]:
+    """What a span tells of its request."""
+    opened = completed.opened
+    attributes: dict[str, AttributeValue] = {
+        "gen_ai.operation.name": _operation(opened),
+        "gen_ai.provider.name": "quickchange",
+        "gen_ai.request.model": opened.model,
+        "gen_ai.request.max_tokens": opened.max_tokens,
+        "gen_ai.request.choice.count": opened.choices,
+        "gen_ai.response.id": opened.request_id,
+        "gen_ai.usage.input_tokens": opened.prompt_tokens,
+        "gen_ai.usage.output_tokens": completed.completion_tokens,
+        "gen_ai.usage.cache_read.input_tokens": completed.cached_tokens,
+        "quickchange.adapter": opened.label,
+        "quickchange.tenant": opened.caller.tenant,
+        "quickchange.drafted_tokens": completed.drafted_tokens,
+        "quickchange.accepted_tokens": completed.accepted_tokens,
+        "quickchange.ending": completed.ending,
+    }
+    if completed.ending in ("stop", "length"):
+        attributes["gen_ai.response.finish_reasons"] = (completed.ending,)
+    if completed.ending == "failed":
+        attributes["error.type"] = "_OTHER"  # the conventions' word where no kind is told
+    if completed.first_token_seconds is not None:
+        attributes["gen_ai.response.time_to_first_chunk"] = completed.first_token_seconds
+    if opened.assignment is not None:
+        attributes |= {
+            "quickchange.experiment": opened.assignment.experiment,
+            "quickchange.variant": opened.assignment.variant,
+        }
+    return attributes

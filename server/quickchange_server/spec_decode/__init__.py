@@ -1,0 +1,1 @@
+"""Speculative decoding: what is drafted, what drafts cost and bring, and their verification."""

@@ -1,0 +1,253 @@
+"""How likely a draft holds: running means by drafter, depth and confidence, with decay.
+
+A draft's chance is always that it holds *given that all before it held*. What is known of one
+drafter at one depth and confidence is drawn towards what is known of it at other depths, and this
+towards all drafters of its kind, so that new adapters start sensibly. Counts decay with each
+observation of the drafter, wherever it falls: what is no longer observed gives way to what is.
+Knows nothing of models, rows or time.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from math import sqrt
+from typing import Generic, NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quickchange_server.protocol import LOOKUP
+
+DEEPEST = 16  # depths told apart; deeper drafts count as this deep
+WORDS = "words"  # Drafter.name of drafts found in the prompt by their text
+FORCED = "forced"  # Drafter.name of drafts that a constraint leaves no choice but of spelling
+KEPT = 1_024  # drafters remembered, the latest used
+
+HALF_LIFE = 512  # observations of a drafter after which one weighs half
+STRENGTH = 8.0  # observations that the coarser level is worth
+KIND_STRENGTH = 32.0  # observations of all drafters of a kind that the first guess is worth
+
+_HEADS_EDGES = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85, 0.95)  # of the heads' own probability
+_HEADS_PRIOR = (0.05, 0.18, 0.33, 0.48, 0.63, 0.78, 0.9, 0.97)  # taken at their word
+_LOOKUP_PRIOR = (0.1, 0.25, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7)  # of matches of 1, 2, … tokens
+_WORDS_PRIOR = (0.6, 0.3, 0.8, 0.8, 0.8, 0.8, 0.5, 0.5)  # of 1, 2, … characters; long words may end
+BINS = len(_HEADS_PRIOR)
+_FORCED_PRIOR = (0.9,) * BINS  # text is mostly spelled as the tokenizer spells it
+
+_HEADS = "heads"
+_PRIORS = {  # by kind
+    _HEADS: _HEADS_PRIOR,
+    LOOKUP: _LOOKUP_PRIOR,
+    WORDS: _WORDS_PRIOR,
+    FORCED: _FORCED_PRIOR,
+}
+
+OFFERS = 16  # chains remembered of what a drafter offered lately
+HOPEFUL = 0.5  # of the posterior's deviation, added while few were seen: bad luck ends no drafter
+HOPE = 0.95  # the chance of what was not offered yet: it is tried
+
+FIRST_PAUSE = 64  # steps in which no draft held until a drafter is tried again
+LONGEST_PAUSE = 1_024  # the pause doubles up to this while nothing that is tried holds
+SPACING = 8  # steps from one trial to the next, whichever drafters they are of
+
+
+class Drafter(NamedTuple):
+    """Who drafts, and for which model: the same heads fare differently on another adapter."""
+
+    name: str  # digest of the adapter version whose heads draft, LOOKUP, WORDS or FORCED
+    composition: bytes  # key of the adapters that verify
+
+
+Value = TypeVar("Value")
+
+
+class _Latest(Generic[Value]):
+    """Values by drafter, made when first asked for; the KEPT used last are remembered."""
+
+    def __init__(self, make: Callable[[], Value]) -> None:
+        self._make = make
+        self._values: OrderedDict[Drafter, Value] = OrderedDict()
+
+    def __getitem__(self, drafter: Drafter) -> Value:
+        value = self._values.get(drafter)
+        if value is None:
+            value = self._values[drafter] = self._make()
+            if len(self._values) > KEPT:
+                self._values.popitem(last=False)
+        else:
+            self._values.move_to_end(drafter)
+        return value
+
+
+class _Means:
+    """Decayed means of yes and no in some cells, under one clock that each observation turns.
+
+    Decay is a growing weight of what is new, so that only the observed cell is touched.
+    """
+
+    _GROWTH = 2 ** (1 / HALF_LIFE)
+    _LARGEST = 2.0**64  # weights are scaled down before they lose precision
+
+    def __init__(self, cells: int) -> None:
+        self._held = [0.0] * cells
+        self._seen = [0.0] * cells
+        self._weight = 1.0  # of an observation now
+
+    def turn(self) -> None:
+        self._weight *= self._GROWTH
+        if self._weight > self._LARGEST:
+            self._held = [held / self._weight for held in self._held]
+            self._seen = [seen / self._weight for seen in self._seen]
+            self._weight = 1.0
+
+    def add(self, cell: int, held: bool) -> None:
+        self._seen[cell] += self._weight
+        if held:
+            self._held[cell] += self._weight
+
+    def seen(self, cell: int) -> float:
+        """Observations in a cell, by what they still weigh."""
+        return self._seen[cell] / self._weight
+
+    def mean(self, cell: int, prior: float, strength: float) -> float:
+        """The posterior mean, `prior` being worth `strength` observations."""
+        worth = strength * self._weight
+        return (self._held[cell] + worth * prior) / (self._seen[cell] + worth)
+
+    def mean_without(self, cells: int, cell: int, prior: float, strength: float) -> float:
+        """`mean` of the cell `cells`, less what it shares with `cell`."""
+        worth = strength * self._weight
+        held = self._held[cells] - self._held[cell]
+        return (held + worth * prior) / (self._seen[cells] - self._seen[cell] + worth)
+
+
+class _History:
+    """What is known of one drafter. Its cells: BINS over all depths, then BINS for each depth."""
+
+    def __init__(self) -> None:
+        self.means = _Means(BINS * (1 + DEEPEST))
+        self.offers = np.full((OFFERS, DEEPEST), BINS)  # bins; BINS: not offered yet
+        self.next_offer = 0
+
+    def chance(self, depth: int, column: int, prior: float) -> float:
+        cell = BINS * min(depth, DEEPEST) + column
+        others = self.means.mean_without(column, cell, prior, STRENGTH)
+        mean = self.means.mean(cell, others, STRENGTH)
+        deviation = sqrt(mean * (1 - mean) / (self.means.seen(cell) + STRENGTH))
+        return mean + HOPEFUL * deviation * (1 - mean)
+
+
+class Acceptance:
+    """The chances of drafts, learned from what was verified."""
+
+    def __init__(self) -> None:
+        self._kinds = {kind: _Means(BINS) for kind in _PRIORS}  # over all drafters of it
+        self._drafters = _Latest(_History)
+
+    def chance(self, drafter: Drafter, depth: int, confidence: float) -> float:
+        """Above 0 and below 1: that a draft holds, given that all before it held.
+
+        depth: from 1. confidence: of heads, the draft's own probability; of lookup, the tokens, or
+        the characters, that matched; of what is forced, 1.
+        """
+        column = _bin(drafter, confidence)
+        return self._drafters[drafter].chance(depth, column, self._prior(drafter, column))
+
+    def chances(self, drafter: Drafter, confidences: Iterable[float]) -> list[float]:
+        """Of drafts that follow one another from depth 1."""
+        history = self._drafters[drafter]
+        columns = [_bin(drafter, confidence) for confidence in confidences]
+        return [
+            history.chance(depth, column, self._prior(drafter, column))
+            for depth, column in enumerate(columns, 1)
+        ]
+
+    def observe(self, drafter: Drafter, depth: int, confidence: float, held: bool) -> None:
+        """A draft was verified, all before it having held."""
+        column = _bin(drafter, confidence)
+        kind, own = self._kinds[_kind(drafter)], self._drafters[drafter].means
+        kind.turn()
+        kind.add(column, held)
+        own.turn()
+        own.add(column, held)
+        own.add(BINS * min(depth, DEEPEST) + column, held)
+
+    def offered(self, drafter: Drafter, confidences: Sequence[float]) -> None:
+        """A chain was drafted from depth 1, whether any of it is bought or not."""
+        history = self._drafters[drafter]
+        columns = [_bin(drafter, confidence) for confidence in confidences[:DEEPEST]]
+        history.offers[history.next_offer, : len(columns)] = columns
+        history.next_offer = (history.next_offer + 1) % OFFERS
+
+    def expected(self, drafter: Drafter, deepest: int) -> NDArray[np.float64]:
+        """Chances of the last chains offered, each given those before. [OFFERS, deepest]
+
+        Whole chains and not means by depth: a drafter that is sure half of the time is worth its
+        rows where one that is half sure all of the time is not. Where fewer chains were offered, or
+        not so deep, HOPE stands for what is missing. deepest: 1 to DEEPEST.
+        """
+        history = self._drafters[drafter]
+        priors = [self._prior(drafter, column) for column in range(BINS)]
+        table = np.array(
+            [
+                [*(history.chance(depth, column, priors[column]) for column in range(BINS)), HOPE]
+                for depth in range(1, deepest + 1)
+            ]
+        )
+        chances: NDArray[np.float64] = table[np.arange(deepest), history.offers[:, :deepest]]
+        return chances
+
+    def _prior(self, drafter: Drafter, column: int) -> float:
+        """Of a drafter of which nothing is known."""
+        kind = _kind(drafter)
+        return self._kinds[kind].mean(column, _PRIORS[kind][column], KIND_STRENGTH)
+
+
+class Trials:
+    """When a drafter whose drafts no longer hold is tried again, so as to notice a change.
+
+    Counted in steps in which the drafter takes part, hence the same for the same steps.
+    """
+
+    def __init__(self) -> None:
+        self._pauses = _Latest(_Pause)
+        self._since_trial = SPACING
+
+    def due(self, drafters: Iterable[Drafter]) -> Drafter | None:
+        """The one to try in this step, if any; to be called once a step with its distinct drafters.
+
+        Whoever is given drafts for one sequence, and what it drafts is verified whatever it costs.
+        """
+        self._since_trial += 1
+        chosen = None
+        for drafter in drafters:
+            pause = self._pauses[drafter]
+            pause.steps += 1
+            if chosen is None and self._since_trial >= SPACING and pause.steps >= pause.length:
+                pause.steps = 0
+                pause.length = min(2 * pause.length, LONGEST_PAUSE)
+                chosen, self._since_trial = drafter, 0
+        return chosen
+
+    def held(self, drafter: Drafter) -> None:
+        """A draft of it held, bought for its worth or as a trial."""
+        pause = self._pauses[drafter]
+        pause.steps, pause.length = 0, FIRST_PAUSE
+
+
+class _Pause:
+    def __init__(self) -> None:
+        self.steps = 0
+        self.length = FIRST_PAUSE
+
+
+def _bin(drafter: Drafter, confidence: float) -> int:
+    if _kind(drafter) == _HEADS:
+        return bisect_right(_HEADS_EDGES, confidence)
+    return min(int(confidence), BINS) - 1
+
+
+def _kind(drafter: Drafter) -> str:
+    return drafter.name if drafter.name in _PRIORS else _HEADS

@@ -1,0 +1,207 @@
+"""How deep the heads of each sequence should draft for the next step, before they have.
+
+Drafting takes time whether its drafts are then bought or not; under load, with drafts that seldom
+hold, it must not be done at all. What will be offered is not known yet: each drafter is taken to
+offer what it did lately. Knows nothing of tokens: chances in, depths out.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quickchange_server.spec_decode.acceptance_rates import DEEPEST, Acceptance, Drafter
+from quickchange_server.spec_decode.cost_model import DraftCost, StepCost
+from quickchange_server.spec_decode.draft_selection import CAUTION, Load, expected_tokens
+
+REPLAN = 8  # steps a plan holds: what it rests on, changes over many more
+_ROUNDS = 3  # each squares the distance to the best
+
+
+@dataclass(frozen=True, slots=True)
+class Prospect:
+    """What one decoding sequence may draft in the next step."""
+
+    known: Sequence[float]  # chances of the drafts it has without heads, each given those before
+    drafter: Drafter | None = None  # its heads
+    deepest: int = 0  # drafts that its heads may give at most
+
+
+class DepthPlan:
+    """How deep to draft, thought through anew every few steps and whenever the batch changes."""
+
+    def __init__(self, acceptance: Acceptance, cost: StepCost, drafting: DraftCost) -> None:
+        self._acceptance = acceptance
+        self._cost = cost
+        self._drafting = drafting
+        self._orders: dict[Drafter, _Order] = {}
+        self._batch: Counter[Drafter | None] = Counter()
+        self._age = 0
+
+    def depths(self, prospects: Sequence[Prospect], load: Load) -> tuple[int, ...]:
+        """For each decoding sequence, how deep its heads should draft; 0: not at all."""
+        batch = Counter(prospect.drafter for prospect in prospects)
+        self._age += 1
+        if batch != self._batch or self._age >= REPLAN:
+            self._orders = self._ordered(prospects, load)
+            self._batch, self._age = batch, 0
+        if load.cap <= 0:
+            return (0,) * len(prospects)
+        return tuple(self._depth(prospect) for prospect in prospects)
+
+    def _depth(self, prospect: Prospect) -> int:
+        order = None if prospect.drafter is None else self._orders.get(prospect.drafter)
+        if order is None or expected_tokens(prospect.known) >= order.promise:
+            return 0
+        return min(order.depth, prospect.deepest)
+
+    def _ordered(self, prospects: Sequence[Prospect], load: Load) -> dict[Drafter, _Order]:
+        """What each drafter should do, where any should draft.
+
+        The best rate (tokens a second, drafting included) is found as Dinkelbach does (1967): take
+        a second to be worth the rate reached so far, choose what then gains most, and again from
+        the rate that this gives; it only rises, from that of not drafting at all.
+        """
+        groups = _groups(prospects, self._acceptance)
+        if not groups:
+            return {}
+        hopes = _Hopes.of(prospects, groups)
+        chosen = [0] * len(groups)
+        rate = hopes.best_rate(chosen, load, self._cost, 0.0)
+        for _ in range(_ROUNDS):
+            levels = hopes.levels(rate, groups, load, self._cost, self._drafting)
+            wanted = [
+                min(level, prospects[member].deepest)
+                for level, group in zip(levels, groups, strict=True)
+                for member in group.members
+            ]
+            reached = hopes.best_rate(levels, load, self._cost, self._drafting.seconds(wanted))
+            if reached <= rate:
+                break
+            chosen, rate = levels, reached
+        return {
+            group.drafter: _Order(depth, group.promise)
+            for group, depth in zip(groups, chosen, strict=True)
+        }
+
+
+class _Order(NamedTuple):
+    """What a drafter should do."""
+
+    depth: int
+    promise: float  # tokens to be expected of a chain; who has more without heads needs none
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """The sequences of one drafter for which its heads promise more than what they have."""
+
+    drafter: Drafter
+    members: list[int]
+    promise: float  # tokens to be expected of a chain
+    paths: NDArray[np.float64]  # [offers, depths] chances, those before included
+
+
+def _groups(prospects: Sequence[Prospect], acceptance: Acceptance) -> list[_Group]:
+    able: dict[Drafter, list[int]] = {}
+    for index, prospect in enumerate(prospects):
+        if prospect.drafter is not None and prospect.deepest:
+            able.setdefault(prospect.drafter, []).append(index)
+    groups = []
+    for drafter, indices in able.items():
+        deepest = min(max(prospects[index].deepest for index in indices), DEEPEST)
+        paths = acceptance.expected(drafter, deepest).cumprod(axis=1)
+        promise = float(paths.sum()) / len(paths)
+        members = [i for i in indices if expected_tokens(prospects[i].known) < promise]
+        if members:
+            groups.append(_Group(drafter, members, promise, paths))
+    return groups
+
+
+@dataclass(frozen=True, slots=True)
+class _Hopes:
+    """The drafts that may be expected, the likeliest first; each counts for a part of a row.
+
+    A sequence in a group has either what its heads give down to some depth, or what it has without.
+    """
+
+    path: NDArray[np.float64]  # [N] what counts of the chance of each with all before it
+    rows: NDArray[np.float64]  # [N] how many of the kind
+    depth: NDArray[np.int64]  # [N] 0: there without heads
+    group: NDArray[np.int64]  # [N] its sequence's, of `groups`; len(groups): in none
+
+    @classmethod
+    def of(cls, prospects: Sequence[Prospect], groups: Sequence[_Group]) -> _Hopes:
+        belongs = {member: at for at, group in enumerate(groups) for member in group.members}
+        known = [np.cumprod(prospect.known) for prospect in prospects]
+        path = np.concatenate([*(group.paths.ravel() for group in groups), *known])
+        sizes = [*(group.paths.size for group in groups), *map(len, known)]
+        shares = [len(group.members) / len(group.paths) for group in groups]
+        owners = [belongs.get(index, len(groups)) for index in range(len(prospects))]
+        depth = np.zeros(len(path), int)
+        heads_given = [np.tile(np.arange(1, w + 1), n) for n, w in (g.paths.shape for g in groups)]
+        depth[: sum(map(len, heads_given))] = np.concatenate(heads_given)
+        order = np.argsort(-path, kind="stable")
+        return cls(
+            path=CAUTION * path[order],
+            rows=np.repeat([*shares, *(1.0 for _ in known)], sizes)[order],
+            depth=depth[order],
+            group=np.repeat([*range(len(groups)), *owners], sizes)[order],
+        )
+
+    def best_rate(
+        self, levels: Sequence[int], load: Load, cost: StepCost, drafting: float
+    ) -> float:
+        """Tokens a second where the groups draft to `levels` in `drafting` seconds."""
+        level = np.array([*levels, 0])[self.group]
+        among = (self.depth <= level) & ((self.depth > 0) | (level == 0))
+        gains, _, seconds = self._bought(among, load, cost)
+        return float(((load.decoding + gains) / (seconds + drafting)).max())
+
+    def levels(
+        self,
+        rate: float,
+        groups: Sequence[_Group],
+        load: Load,
+        cost: StepCost,
+        drafting: DraftCost,
+    ) -> list[int]:
+        """The depth for each group that gains most where a second is worth `rate` tokens.
+
+        Rows are taken at the mean price of all that are then worth theirs.
+        """
+        gains, rows, seconds = self._bought(np.ones(len(self.path), bool), load, cost)
+        count = int(np.argmax(gains - rate * seconds))
+        if not count:
+            return [0] * len(groups)
+        price = (seconds[count] - seconds[0]) / rows[count]
+        worth = self.rows[:count] * (self.path[:count] - rate * price)
+        most = max(group.paths.shape[1] for group in groups)
+        cell = self.group[:count] * (most + 1) + self.depth[:count]
+        net = np.bincount(cell, worth, (len(groups) + 1) * (most + 1)).reshape(-1, most + 1)[:-1]
+        members = np.array([len(group.members) for group in groups])
+        everyone = int(members.sum())
+        passes = np.array([drafting.seconds([depth] * everyone) for depth in range(most + 1)])
+        total = net - rate * np.outer(members / everyone, np.diff(passes, prepend=0.0))
+        total[:, 1:] = total[:, 1:].cumsum(axis=1)
+        best: list[int] = total.argmax(axis=1).tolist()
+        return best
+
+    def _bought(
+        self, among: NDArray[np.bool_], load: Load, cost: StepCost
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+        """Tokens gained, rows and seconds with the first 0, 1, … of the drafts `among`."""
+        share = self.rows[among]
+        rows = np.concatenate(((0.0,), share.cumsum()))
+        within = rows <= load.cap
+        gains = np.concatenate(((0.0,), (share * self.path[among]).cumsum()))[within]
+        rows = rows[within]
+        base = load.decoding + load.prefill
+        table = cost.table(base + int(rows[-1]) + 1)
+        at = np.interp(base + rows, np.arange(len(table)), table)
+        return gains, rows, table[load.decoding] + at - table[base]

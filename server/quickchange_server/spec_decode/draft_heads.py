@@ -1,0 +1,251 @@
+"""Drafts tokens with Turbo heads, for any mix of sequences with different heads in one call.
+
+For an item whose sequence's hidden state is x and whose certain next token is t, head d gives
+
+    parallel     h = blocks_d(x)                 block: h + SiLU(W h + b)
+    sequential   h = blocks_d([h; e(t)])         h from the head before (at first x); e(t) the input
+                 t = the best token of its logits    embedding, which the first block reads beside h
+
+and its logits are the LM head's of h, with what the request's adapters add there, over the heads'
+vocabulary where they have one; or those of the head's own LM head. The embedding is that of the
+base model's input embedding module (with its scale, where the module has one) and has no part of
+any adapter's update: heads are trained on it as it is. What models do to logits behind the LM head
+(a scale, a cap) keeps their order, so the tokens are the same without; the chances are those of
+the head's logits as they are. Temperature plays no role: drafts are guesses, and whoever samples
+decides.
+
+Everything happens on the device, given what was asked for: no value comes back meanwhile, unless a
+guide is asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from quickchange_kernels.lowrank.lowrank_contract import lowrank_
+from quickchange_kernels.turbo_heads.draft_logits import draft_logits
+from quickchange_kernels.turbo_heads.turbo_heads_contract import head_logits, turbo_heads
+from quickchange_server.model.adapter_layers import AdaptedEmbedding, AdaptedLinear, BaseLinear
+from quickchange_server.model.input_buffers import upload
+from quickchange_server.model.model_loader import LoadedModel
+from quickchange_server.spec_decode.draft_head_plan import (
+    Adapters,
+    Beginning,
+    Choice,
+    Columns,
+    DraftItem,
+    HeadFacts,
+    ModuleLogits,
+    OwnLogits,
+    Planner,
+    Round,
+    SubsetLogits,
+)
+
+__all__ = ["Adapters", "DraftItem", "Drafter", "Drafts"]
+
+
+class Drafts(NamedTuple):
+    """Candidates by item and depth, the best first; token 0 with chance 0 where there is none."""
+
+    tokens: Tensor  # int64 [I, depth, width]; depth: the largest that an item asked for
+    chances: Tensor  # float32 [I, depth, width] softmax of the head's logits, over its vocabulary
+
+
+class Guide(Protocol):
+    """Who may know better than a head what comes next."""
+
+    def begin(self, tokens: Sequence[int]) -> None:
+        """The certain next token of each item."""
+        ...
+
+    def revise(self, tokens: Sequence[int], chances: Sequence[float]) -> list[int]:
+        """What is drafted for each item at the next depth, from the heads' best and its chance."""
+        ...
+
+
+class Drafter:
+    """Reads a model's LM head and embedding. Holds no state between calls."""
+
+    def __init__(self, model: LoadedModel, device: torch.device) -> None:
+        head, embedding = model.head, model.embedding
+        self._device = device
+        self._group = head.group.index if isinstance(head, AdaptedLinear) else None
+        self._head = head.base if isinstance(head, AdaptedLinear) else head
+        self._plain = self._head if isinstance(self._head, BaseLinear) else None
+        self._embedding = embedding.base if isinstance(embedding, AdaptedEmbedding) else embedding
+
+    @property
+    def facts(self) -> HeadFacts:
+        return HeadFacts(plain=self._plain is not None, group=self._group)
+
+    @torch.inference_mode()
+    def draft(
+        self,
+        hidden: Tensor,
+        tokens: Tensor,
+        items: Sequence[DraftItem],
+        adapters: Adapters,
+        *,
+        width: int = 1,
+        guide: Guide | None = None,
+    ) -> Drafts:
+        """Drafts of `items` (one at least), the `width` best candidates at each depth.
+
+        hidden [n, H]: what entered the LM head. tokens int64 [n]: each row's certain next token.
+        Sequential heads follow their best candidates, or what `guide` puts in their place; asking
+        it takes tokens to the host at every depth. An item's drafts do not depend on the others.
+        Raises ValueError for a slot without heads, and for a depth that its heads don't have.
+        """
+        planner = Planner(items, adapters, self.facts, hidden.shape[0], self._device)
+        call = DraftCall(planner.vocabularies, adapters, tokens, (len(items), planner.depth, width))
+        rounds = upload(planner.rounds(), self._device)
+        if guide is not None:
+            certain = tokens.tolist()
+            guide.begin([certain[item.row] for item in items])
+        return self.compute(rounds, hidden, call, guide)
+
+    def compute(
+        self, rounds: Sequence[Round], hidden: Tensor, call: DraftCall, guide: Guide | None = None
+    ) -> Drafts:
+        """What `draft` does on the device. All tensors are there."""
+        states = hidden
+        for number, part in enumerate(rounds):
+            states = self._states(part, hidden, states, call, first=number == 0)
+            if part.module is not None:
+                self._through_module(part.module, states, call)
+            if part.subset is not None and self._plain is not None:
+                _over_subset(part.subset, self._plain, states, call)
+            for own in part.own:
+                _through_own(own, states, call)
+            if guide is not None:
+                call.revise(number, guide)
+        if guide is not None:
+            for number in range(len(rounds), call.depth):
+                call.revise(number, guide)
+        return call.drafts
+
+    def _states(
+        self, part: Round, hidden: Tensor, before: Tensor, call: DraftCall, *, first: bool
+    ) -> Tensor:
+        """[rows of the round, H] what the heads end with."""
+        heads = call.adapters.heads
+        states: list[Tensor] = []
+        if part.parallel is not None:
+            states.append(turbo_heads(hidden, hidden, heads, part.parallel))
+        if part.sequential is not None:
+            tokens = call.certain if first else call.best
+            states.append(self._begin(part.sequential, before, tokens, call))
+        found = states[0] if len(states) == 1 else torch.cat(states)
+        for level in part.levels:
+            out = turbo_heads(found, found, heads, level.items)
+            found = out if level.rows is None else found.index_copy(0, level.rows, out)
+        return found
+
+    def _begin(self, begin: Beginning, before: Tensor, tokens: Tensor, call: DraftCall) -> Tensor:
+        """[S, H] behind the first blocks of sequential heads."""
+        x = _chosen(before, begin.states)
+        embedded: Tensor = self._embedding(tokens.index_select(0, begin.tokens))
+        z = torch.cat([x, embedded.to(x.dtype)], dim=1)
+        return turbo_heads(x, z, call.adapters.heads, begin.items)
+
+    def _through_module(self, part: ModuleLogits, states: Tensor, call: DraftCall) -> None:
+        rows = _chosen(states, part.rows)
+        logits: Tensor = self._head(rows)
+        if part.segments is not None and self._group is not None:
+            lowrank_(logits, rows, call.adapters.tables, part.segments, self._group)
+        over_all = 0
+        if part.over_all is not None:
+            over_all = part.over_all.places.shape[0]
+            call.choose(logits[:over_all], part.over_all)
+        if part.over_columns is not None and part.columns is not None:
+            picked = call.columns(logits[over_all:], part.over_columns, part.columns)
+            call.choose(picked, part.over_columns)
+
+
+class DraftCall:
+    """What one call of `draft` reads throughout, and its drafts as they come."""
+
+    def __init__(
+        self,
+        vocabularies: Sequence[Tensor],
+        adapters: Adapters,
+        certain: Tensor,
+        shape: tuple[int, int, int],
+    ) -> None:
+        items, depth, width = shape
+        device = certain.device
+        self.adapters = adapters
+        self.certain = certain  # int64 [n]
+        self.vocabulary = torch.cat([certain.new_empty(0, dtype=torch.int32), *vocabularies])
+        self._tokens = torch.zeros((items * depth, width), dtype=torch.int64, device=device)
+        self._chances = torch.zeros((items * depth, width), dtype=torch.float32, device=device)
+        self._shape = shape
+
+    @property
+    def depth(self) -> int:
+        return self._shape[1]
+
+    def revise(self, number: int, guide: Guide) -> None:
+        """Let `guide` decide what is drafted at depth `number` (from 0)."""
+        tokens = self._tokens.view(self._shape)[:, number, 0]
+        chances = self._chances.view(self._shape)[:, number, 0]
+        before = tokens.tolist()
+        after = guide.revise(before, chances.tolist())
+        if after != before:
+            tokens.copy_(torch.tensor(after))
+
+    @property
+    def best(self) -> Tensor:
+        """int64 [items · depth]"""
+        return self._tokens[:, 0]
+
+    @property
+    def drafts(self) -> Drafts:
+        return Drafts(self._tokens.view(self._shape), self._chances.view(self._shape))
+
+    def columns(self, logits: Tensor, choice: Choice, columns: Columns) -> Tensor:
+        """[m, width] the rows' vocabularies' columns of [m, V]; -inf behind a shorter one's end."""
+        number = torch.arange(columns.width, device=logits.device)
+        absent = number >= columns.size[:, None]
+        return logits.gather(1, self._named(choice, number)).masked_fill(absent, float("-inf"))
+
+    def choose(self, logits: Tensor, choice: Choice) -> None:
+        """Keep the best of logits [m, columns] as the drafts of the choice's places."""
+        logits = logits.float()
+        count = min(self._shape[-1], logits.shape[1])
+        value, index = logits.max(1, keepdim=True) if count == 1 else logits.topk(count, dim=1)
+        chances = (value - logits.logsumexp(1, keepdim=True)).exp()
+        tokens = self._named(choice, index)
+        if count > 1:  # of a list shorter than others, no column may be left
+            tokens = tokens.masked_fill(value == float("-inf"), 0)
+        self._tokens[:, :count].index_copy_(0, choice.places, tokens)
+        self._chances[:, :count].index_copy_(0, choice.places, chances)
+
+    def _named(self, choice: Choice, columns: Tensor) -> Tensor:
+        """int64 [m, k] the tokens of columns [m, k] or [k]."""
+        if choice.first is None:
+            return columns
+        # The columns behind a list's end are another list's, or nobody's: no draft comes of them.
+        at = (choice.first[:, None] + columns).clamp(max=self.vocabulary.shape[0] - 1)
+        return self.vocabulary[at].long()
+
+
+def _over_subset(part: SubsetLogits, head: BaseLinear, states: Tensor, call: DraftCall) -> None:
+    rows = _chosen(states, part.rows)
+    vocabulary, segments = call.vocabulary, part.segments
+    logits = draft_logits(rows, head.weight, vocabulary, segments, part.width, head.bias)
+    call.choose(logits, part.choice)
+
+
+def _through_own(part: OwnLogits, states: Tensor, call: DraftCall) -> None:
+    logits = head_logits(states, call.adapters.heads, part.items, part.width)
+    call.choose(logits, part.choice)
+
+
+def _chosen(rows: Tensor, which: Tensor | None) -> Tensor:
+    return rows if which is None else rows.index_select(0, which)

@@ -1,0 +1,67 @@
+"""Keeps tenants' books: limits at the door, usage at the end, and metrics."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+from quickchange_server.frontend.request_observers import Completed, Opened
+from quickchange_server.observability.tenant_metrics import TenantMetrics
+from quickchange_server.tenants.keyring import Keyring
+from quickchange_server.tenants.limits import Admitted, LimitedError, Limiter, TooLargeError
+from quickchange_server.tenants.usage_log import UsageLog
+
+
+@dataclass
+class KeyBooks:
+    """What the server keeps where it asks for keys."""
+
+    keyring: Keyring
+    limiter: Limiter
+    usage: UsageLog
+
+
+@dataclass
+class TenantBooks:
+    """A Bookkeeper. `keys` is None where no key is asked for: then metrics alone are kept.
+
+    A shadow is the server's own doing: it counts for no tenant.
+    """
+
+    metrics: TenantMetrics
+    keys: KeyBooks | None
+    clock: Callable[[], float] = time.time  # Unix seconds
+    _admitted: dict[str, Admitted] = field(default_factory=dict)  # by request id
+
+    def opened(self, opened: Opened) -> None:
+        """Raises TooLargeError, LimitedError or UnauthenticatedError."""
+        key = opened.caller.key
+        if self.keys is None or key is None or _is_shadow(opened):
+            return
+        limits = self.keys.keyring.key(key).terms.limits
+        try:
+            self._admitted[opened.request_id] = self.keys.limiter.admit(
+                key, limits, opened.prompt_tokens, opened.max_tokens
+            )
+        except (TooLargeError, LimitedError) as error:
+            self.metrics.limited(opened.caller.tenant, error.limit)
+            raise
+
+    def completed(self, completed: Completed) -> Awaitable[None] | None:
+        opened = completed.opened
+        if _is_shadow(opened):
+            return None
+        self.metrics.completed(completed)
+        admitted = self._admitted.pop(opened.request_id, None)
+        if self.keys is None or admitted is None:
+            return None
+        if completed.ending == "refused":
+            self.keys.limiter.undo(admitted)
+            return None
+        self.keys.limiter.end(admitted, opened.prompt_tokens + completed.completion_tokens)
+        return self.keys.usage.add(completed, admitted.key, self.clock())
+
+
+def _is_shadow(opened: Opened) -> bool:
+    return opened.assignment is not None and opened.assignment.shadow

@@ -1,0 +1,61 @@
+"""Puts the tenants' parts together, by the settings.
+
+Whether requests need an API key, by the settings.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry
+
+from quickchange_server.config import Settings
+from quickchange_server.entrypoints.http_server import is_loopback
+from quickchange_server.errors import SettingError
+from quickchange_server.observability.tenant_metrics import TenantMetrics
+from quickchange_server.storage.database import Database
+from quickchange_server.tenants.accounting import KeyBooks, TenantBooks
+from quickchange_server.tenants.keyring import Keyring
+from quickchange_server.tenants.limits import Limiter
+from quickchange_server.tenants.usage_log import UsageLog
+
+
+@dataclass(frozen=True, slots=True)
+class Tenants:
+    """`keyring` is None where no request needs a key."""
+
+    keyring: Keyring | None
+    books: TenantBooks
+
+    @classmethod
+    def make(
+        cls, settings: Settings, database: Database, registry: CollectorRegistry, *, keyed: bool
+    ) -> Tenants:
+        """`keyed`: requests need an API key."""
+        metrics = TenantMetrics(registry, settings.metrics_adapters)
+        if not keyed:
+            return cls(None, TenantBooks(metrics, None))
+        keyring = Keyring(database, salted=settings.tenant_cache)
+        return cls(keyring, TenantBooks(metrics, KeyBooks(keyring, Limiter(), UsageLog(database))))
+
+
+def asks_for_keys(settings: Settings) -> bool:
+    """Raises SettingError where the settings contradict each other, or leave the server open to
+    others without saying so."""
+    reachable = not is_loopback(settings.host)
+    if settings.api_keys and settings.allow_unauthenticated:
+        raise SettingError(
+            "allow_unauthenticated: contradicts api_keys; give one of --api-keys and "
+            "--allow-unauthenticated",
+            param="allow_unauthenticated",
+        )
+    if settings.api_keys is False and reachable and not settings.allow_unauthenticated:
+        raise SettingError(
+            f"api_keys: off, while {settings.host} can be reached by others, who could use the "
+            "server and change its adapters; leave --no-api-keys out, or say "
+            "--allow-unauthenticated as well",
+            param="api_keys",
+        )
+    if settings.api_keys is None:
+        return reachable and not settings.allow_unauthenticated
+    return settings.api_keys

@@ -1,0 +1,308 @@
+"""Tool calls over HTTP: what is asked, what is refused, and the JSON of answers and streams."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from fake_engine import Behaviour, entries
+from http_support import BASE, Live, live_server
+from text_support import END, START, byte_text
+from tool_templates import BROKEN, LISTED, MARKED, SPECIAL, TEXTUAL
+
+from quickchange_server.api.openai.tool_calling import call_grammar
+from quickchange_server.api.openai.tool_requests import Tool
+from quickchange_server.protocol import Constraint
+from quickchange_server.structured_output.grammar import TokenGrammars
+
+ASK = [{"role": "user", "content": "Rain in Porto?"}]
+WEATHER: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+    },
+}
+TIME = {"type": "function", "function": {"name": "time"}}
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Porto"}}\n</tool_call>'
+ANSWER = f"One moment. {CALL}"
+
+
+def says(text: str) -> Behaviour:
+    return Behaviour(says=(*text.encode(), END))
+
+
+@pytest.fixture(scope="module")
+def journal(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("tools") / "journal"
+
+
+@pytest.fixture(scope="module")
+def live(journal: Path) -> Iterator[Live]:
+    behaviour = Behaviour(says=says(ANSWER).says, journal=journal)
+    with live_server(journal.parent / "store", behaviour, byte_text(MARKED)) as live:
+        yield live
+
+
+def chat(live: Live, **fields: Any) -> Any:
+    body = {"model": BASE, "messages": ASK, "tools": [WEATHER, TIME], **fields}
+    return live.post("/v1/chat/completions", body)
+
+
+def prompt_of(submitted: dict[str, Any]) -> str:
+    return bytes(token for token in submitted["prompt"] if token < 256).decode()
+
+
+def choice(live: Live, **fields: Any) -> Any:
+    response = chat(live, **fields)
+    assert response.status_code == 200, response.text
+    return response.json()["choices"][0]
+
+
+def test_a_call_is_taken_out_of_the_text(live: Live) -> None:
+    answered = choice(live)
+    assert answered["finish_reason"] == "tool_calls"
+    assert answered["message"]["content"] == "One moment."
+    (call,) = answered["message"]["tool_calls"]
+    assert call["type"] == "function"
+    assert call["function"]["name"] == "weather"
+    assert json.loads(call["function"]["arguments"]) == {"city": "Porto"}
+
+
+def test_a_call_of_no_offered_tool_is_text(live: Live) -> None:
+    answered = choice(live, tools=[TIME])
+    assert answered["message"]["content"] == ANSWER
+    assert "tool_calls" not in answered["message"]
+    assert answered["finish_reason"] == "stop"
+
+
+def test_without_tools_nothing_is_read_as_a_call(live: Live) -> None:
+    for fields in ({"tools": []}, {"tool_choice": "none"}):
+        assert choice(live, **fields)["message"]["content"] == ANSWER
+
+
+def test_tools_stand_in_the_prompt_as_the_template_writes_them(live: Live, journal: Path) -> None:
+    choice(live)
+    prompt = prompt_of(entries(journal, "Submit")[-1])
+    assert prompt.startswith("system\nTools: ")
+    assert '"name": "weather"' in prompt
+
+
+def test_a_conversation_with_calls_is_written_back(live: Live, journal: Path) -> None:
+    function = {"name": "weather", "arguments": '{"city": "Porto"}'}
+    messages = [
+        *ASK,
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "a1", "function": function}]},
+        {"role": "tool", "tool_call_id": "a1", "content": "12 mm"},
+    ]
+    choice(live, messages=messages)
+    prompt = prompt_of(entries(journal, "Submit")[-1])
+    assert CALL in prompt
+    assert "tool\n12 mm" in prompt
+
+
+def test_a_stream_tells_text_as_it_comes_and_a_call_whole(live: Live) -> None:
+    events = live.events(
+        "/v1/chat/completions", {"model": BASE, "messages": ASK, "tools": [WEATHER]}
+    )
+    deltas = [event["choices"][0] for event in events[:-1]]
+    text = "".join(delta["delta"].get("content") or "" for delta in deltas)
+    calls = [call for delta in deltas for call in delta["delta"].get("tool_calls", [])]
+    assert text.strip() == "One moment."
+    assert [(call["index"], call["function"]["name"]) for call in calls] == [(0, "weather")]
+    assert deltas[-1]["finish_reason"] == "tool_calls"
+
+
+def test_openais_library_reads_the_calls(live: Live) -> None:
+    with openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0) as client:
+        answer = client.chat.completions.create(model=BASE, messages=ASK, tools=[WEATHER])  # type: ignore[arg-type, list-item]
+    (call,) = answer.choices[0].message.tool_calls or []
+    assert call.type == "function"
+    assert call.function.name == "weather"
+
+
+def test_one_call_at_most_where_parallel_calls_are_off(tmp_path: Path) -> None:
+    with live_server(tmp_path, says(CALL + CALL), byte_text(MARKED)) as live:
+        assert len(choice(live)["message"]["tool_calls"]) == 2
+        assert len(choice(live, parallel_tool_calls=False)["message"]["tool_calls"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("tool_choice", "names"),
+    [
+        ("required", ["weather", "time"]),
+        ({"type": "function", "function": {"name": "weather"}}, ["weather"]),
+    ],
+)
+def test_a_demanded_call_is_a_constraint(
+    live: Live, journal: Path, tool_choice: Any, names: list[str]
+) -> None:
+    choice(live, tool_choice=tool_choice)
+    kind, source = entries(journal, "Submit")[-1]["constraint"]
+    assert kind == "grammar"
+    assert [name for name in ("weather", "time") if f'"const": "{name}"' in source] == names
+
+
+def accepts(template: str, tools: list[Any], written: str) -> bool:
+    text = byte_text(template)
+    assert text.tool_format is not None
+    source = call_grammar(text, text.tool_format, [Tool.model_validate(tool) for tool in tools])
+    matcher = TokenGrammars.of(text).compile(Constraint("grammar", source))
+    tokens = [*written.encode(), END]
+    return matcher.allowed(tokens) == len(tokens)
+
+
+def test_the_grammar_is_of_one_call_that_fits_its_schema() -> None:
+    assert accepts(MARKED, [WEATHER, TIME], CALL)
+    assert accepts(MARKED, [TIME], CALL.replace("weather", "time"))
+    assert not accepts(MARKED, [TIME], CALL)
+    assert not accepts(MARKED, [WEATHER], CALL + CALL)
+    assert not accepts(MARKED, [WEATHER], CALL.replace('"Porto"', "7"))
+    assert not accepts(MARKED, [WEATHER], CALL.replace("city", "town"))
+
+
+def test_a_listed_call_is_a_list_of_one() -> None:
+    call = '{"function": {"name": "weather", "arguments": {"city": "Porto"}}}'
+    assert accepts(LISTED, [WEATHER], f"[CALLS][{call}]")
+    assert not accepts(LISTED, [WEATHER], f"[CALLS]{call}")
+    assert not accepts(LISTED, [WEATHER], f"[CALLS][{call}, {call}]")
+
+
+def test_a_mark_with_a_special_token_is_demanded_by_its_id() -> None:
+    text = byte_text(SPECIAL)
+    assert text.tool_format is not None
+    source = call_grammar(text, text.tool_format, [Tool.model_validate(TIME)])
+    matcher = TokenGrammars.of(text).compile(Constraint("grammar", source))
+    tokens = [START, *b'call\n{"name": "time", "arguments": {}}</call>', END]
+    assert matcher.allowed(tokens) == len(tokens)
+
+
+def test_a_call_behind_a_special_token_is_read(tmp_path: Path) -> None:
+    told = (START, *b'call\n{"name": "time", "arguments": {}}</call>', END)
+    with live_server(tmp_path, Behaviour(says=told), byte_text(SPECIAL)) as live:
+        answered = choice(live)
+    assert [call["function"]["name"] for call in answered["message"]["tool_calls"]] == ["time"]
+    assert answered["message"]["content"] is None
+
+
+CALLED = {
+    "role": "assistant",
+    "tool_calls": [{"id": "a", "function": {"name": "time", "arguments": '{"zone": "é"}'}}],
+}
+
+
+ANSWERED = {"role": "tool", "tool_call_id": "a", "content": "12 o'clock"}
+
+
+def test_a_template_gets_arguments_as_text_where_it_takes_them_so(tmp_path: Path) -> None:
+    journal = tmp_path / "journal"
+    behaviour = Behaviour(says=(ord("."), END), journal=journal)
+    with live_server(tmp_path / "store", behaviour, byte_text(TEXTUAL)) as live:
+        choice(live, messages=[*ASK, CALLED])
+    (submitted,) = entries(journal, "Submit")
+    assert '"arguments": {"zone": "é"}}' in prompt_of(submitted)
+
+
+def test_a_template_that_fails_in_its_own_code_refuses_the_messages(tmp_path: Path) -> None:
+    with live_server(tmp_path, text=byte_text(BROKEN)) as live:
+        response = live.post("/v1/chat/completions", {"model": BASE, "messages": ASK})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "messages"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_several_choices_each_have_their_calls(live: Live, stream: bool) -> None:
+    if not stream:
+        body = {"model": BASE, "messages": ASK, "tools": [WEATHER], "n": 3, "logprobs": True}
+        told = live.post("/v1/chat/completions", body).json()["choices"]
+        calls = [one["message"]["tool_calls"] for one in told]
+        assert all(len(one["logprobs"]["content"]) == len(ANSWER) for one in told)
+    else:
+        body = {"model": BASE, "messages": ASK, "tools": [WEATHER], "n": 3}
+        *events, _ = live.events("/v1/chat/completions", body)
+        told = [event["choices"][0] for event in events]
+        deltas = [one for one in told if "tool_calls" in one["delta"]]
+        assert sorted(one["index"] for one in deltas) == [0, 1, 2]
+        calls = [one["delta"]["tool_calls"] for one in deltas]
+    assert [[call["function"]["name"] for call in one] for one in calls] == [["weather"]] * 3
+    assert len({call["id"] for one in calls for call in one}) == 3
+
+
+def test_tokenize_counts_what_a_chat_with_tools_sends(live: Live, journal: Path) -> None:
+    body = {"messages": [*ASK, CALLED, ANSWERED], "tools": [WEATHER, TIME]}
+    live.post("/v1/chat/completions", {"model": BASE, **body}).raise_for_status()
+    told = live.post("/tokenize", body).json()
+    assert told["tokens"] == entries(journal, "Submit")[-1]["prompt"]
+    assert live.post("/tokenize", {"prompt": "x", "tools": [TIME]}).status_code == 400
+
+
+def test_a_stop_string_inside_a_call_leaves_text(live: Live) -> None:
+    answered = choice(live, stop=["Porto"])
+    assert answered["finish_reason"] == "stop"
+    assert answered["message"]["content"] == ANSWER[: ANSWER.index("Porto")]
+
+
+STRICT = {"type": "function", "function": {"name": "time", "strict": True}}
+NAMED = {"type": "function", "function": {"name": "other"}}
+UNENFORCED = {"type": "function", "function": {"name": "t", "parameters": {"unheardOf": 1}}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": [TIME, TIME]}, "tools"),
+        ({"tool_choice": NAMED}, "tool_choice"),
+        ({"tools": [], "tool_choice": "required"}, "tool_choice"),
+        ({"tools": [STRICT]}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
+        ({"tools": [{"type": "browser"}]}, "tools[0].type"),
+        (
+            {"tools": [UNENFORCED], "tool_choice": "required"},
+            "tools[0].function.parameters.unheardOf",
+        ),
+        ({"tool_choice": "required", "response_format": {"type": "json_object"}}, "tool_choice"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": []}, *ASK]}, None),
+        ({"messages": [{"role": "assistant"}]}, "messages[0].content"),
+        (
+            {
+                "messages": [
+                    {
+                        "role": "assistant",
+                        "tool_calls": [{"id": "a", "function": {"name": "t", "arguments": "no"}}],
+                    }
+                ]
+            },
+            "messages[0].tool_calls[0].function.arguments",
+        ),
+    ],
+)
+def test_a_wrong_field_is_refused_by_its_place(
+    live: Live, fields: dict[str, Any], param: str | None
+) -> None:
+    response = chat(live, **fields)
+    if param is None:
+        assert response.status_code == 200
+        return
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["param"] == param
+
+
+def test_a_model_whose_template_has_no_tools_refuses_them(tmp_path: Path) -> None:
+    with live_server(tmp_path, text=byte_text()) as live:
+        response = chat(live)
+        assert response.status_code == 400
+        error = response.json()["error"]
+        assert error["param"] == "tools"
+        assert "takes no tools" in error["message"]
+        answered = [*ASK, {"role": "tool", "tool_call_id": "a", "content": "x"}]
+        assert chat(live, tools=[], messages=answered).json()["error"]["param"] == "messages"

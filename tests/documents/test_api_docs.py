@@ -1,0 +1,64 @@
+"""docs/http.md names every field, every route and every error code."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from http_support import BASE_SPEC
+from pydantic import BaseModel
+from text_support import byte_text
+
+from quickchange_server import errors
+from quickchange_server.api.admin.adapters import AddFromPath, PointAlias, PrefetchTo, Rollback
+from quickchange_server.api.admin.keys import ChangedKey, KeyLimits, NewKey, Rotation
+from quickchange_server.api.openai.requests import (
+    ChatRequest,
+    CompletionRequest,
+    Message,
+    WeightedAdapter,
+)
+from quickchange_server.api.vllm import Detokenize, LoadLora, Tokenize, UnloadLora
+from quickchange_server.config import Settings
+from quickchange_server.entrypoints.app import create_app
+
+DOCS = (Path(__file__).parents[2] / "docs" / "http.md").read_text()
+BODIES: list[type[BaseModel]] = [
+    CompletionRequest,
+    ChatRequest,
+    Message,
+    WeightedAdapter,
+    AddFromPath,
+    Rollback,
+    PrefetchTo,
+    PointAlias,
+    LoadLora,
+    UnloadLora,
+    Tokenize,
+    Detokenize,
+    NewKey,
+    KeyLimits,
+    ChangedKey,
+    Rotation,
+]
+
+
+@pytest.mark.parametrize("body", BODIES, ids=lambda body: body.__name__)
+def test_every_field_is_documented(body: type[BaseModel]) -> None:
+    missing = [f for f in body.model_fields if not re.search(rf"[`\"]{f}[`\"]", DOCS)]
+    assert missing == []
+
+
+def test_every_route_is_documented() -> None:
+    settings = Settings(model="unused", store=Path("unused"))
+    app = create_app(settings, text=byte_text(), base=lambda: BASE_SPEC)
+    for path in app.openapi()["paths"]:
+        documented = re.sub(r"\{[a-z]+\}", "", path).rstrip("/")
+        assert documented.rpartition("/")[2] in DOCS, path
+
+
+def test_every_error_code_is_documented() -> None:
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type)]
+    codes = {getattr(kind, "code", None) for kind in kinds} - {None}
+    assert [code for code in codes if f"`{code}`" not in DOCS] == []

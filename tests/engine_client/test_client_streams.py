@@ -1,0 +1,289 @@
+"""Streams, admission and drain of the engine's client, over a real process with a fake engine."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from functools import partial
+from pathlib import Path
+
+import fake_engine
+import pytest
+from client_support import (
+    client_of,
+    deltas_of,
+    generation,
+    make_client,
+    make_settings,
+    run,
+    tokens_of,
+    until,
+)
+from fake_engine import Behaviour, entries, expected_tokens
+
+from quickchange_server.engine_client.client import EngineClient, Generation
+from quickchange_server.errors import (
+    AdapterFailedError,
+    EngineFailedError,
+    QueueFullError,
+    UnavailableError,
+)
+from quickchange_server.observability.metrics import Metrics
+from quickchange_server.protocol import Component, Delta, Drafting, SamplingParams
+
+
+def test_a_stream_has_every_token_once_and_ends_with_a_finish_reason() -> None:
+    async def scenario() -> None:
+        async with client_of() as client:
+            wanted = generation("a", max_tokens=20)
+            deltas = await deltas_of(client, wanted)
+        tokens = tokens_of(deltas)
+        assert tokens == expected_tokens(wanted.sampling, 3)
+        assert [d.finish_reason for d in deltas] == [None] * 19 + ["length"]
+
+    run(scenario())
+
+
+def test_requests_share_the_engine_and_are_told_apart() -> None:
+    async def scenario() -> None:
+        async with client_of(Behaviour(step_seconds=0.002)) as client:
+            wanted = [
+                generation(f"r{i}", 10 + i, adapters=(Component(f"d{i}"),), label=f"a{i}")
+                for i in range(8)
+            ]
+            streams = await asyncio.gather(*(deltas_of(client, w) for w in wanted))
+        for w, deltas in zip(wanted, streams, strict=True):
+            tokens = tokens_of(deltas)
+            assert tokens == expected_tokens(w.sampling, 3, w.adapters)
+
+    run(scenario())
+
+
+def test_an_adapter_that_fails_to_load_raises_its_reason() -> None:
+    async def scenario() -> None:
+        async with client_of(Behaviour(missing=frozenset({"gone"}))) as client:
+            with pytest.raises(AdapterFailedError, match="gone could not be loaded"):
+                await deltas_of(client, generation("a", adapters=(Component("gone"),), label="x"))
+            assert client.in_flight == 0
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("broken", ["lora", "heads"])
+def test_a_failed_load_names_the_turbo_unless_it_is_one_of_the_adapters(broken: str) -> None:
+    async def scenario() -> None:
+        async with client_of(Behaviour(missing=frozenset({broken}))) as client:
+            beside = generation(
+                "a",
+                adapters=(Component("lora"),),
+                label="sql",
+                drafting=Drafting("heads"),
+                drafter="fast",
+            )
+            with pytest.raises(AdapterFailedError, match=r"Turbo 'fast'.*turbo: \"off\""):
+                await deltas_of(client, beside)
+            own = generation(
+                "b",
+                adapters=(Component(broken),),
+                label="both",
+                drafting=Drafting(broken),
+                drafter="both",
+            )
+            with pytest.raises(AdapterFailedError, match=r"could not be loaded$"):
+                await deltas_of(client, own)
+
+    run(scenario())
+
+
+def test_the_heads_of_a_request_are_resident_under_their_name() -> None:
+    async def scenario() -> None:
+        async with client_of() as client:
+            wanted = generation("a", drafting=Drafting("heads"), drafter="fast")
+            assert tokens_of(await deltas_of(client, wanted)) == expected_tokens(wanted.sampling, 3)
+            assert client.residency["heads"].tier == "device"
+            assert client.residency.label("heads") == "fast"
+
+    run(scenario())
+
+
+def test_a_full_queue_refuses_at_once_with_a_time_to_come_back() -> None:
+    async def scenario() -> None:
+        async with client_of(Behaviour(step_seconds=0.01), max_queue=2) as client:
+            streams = [client.generate(generation(name, 1000)) for name in "ab"]
+            with pytest.raises(QueueFullError) as refusal:
+                client.generate(generation("c"))
+            assert refusal.value.retry_after is not None
+            assert 1 <= refusal.value.retry_after <= 60
+            await streams[0].aclose()
+            assert await deltas_of(client, generation("d"))
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("way", ["aclose", "stop", "cancel"])
+def test_leaving_a_stream_cancels_it_in_the_engine(way: str, tmp_path: Path) -> None:
+    journal = tmp_path / "journal"
+
+    async def scenario() -> None:
+        async with client_of(Behaviour(step_seconds=0.005, journal=journal)) as client:
+            stream = client.generate(generation("a", 100_000))
+            await anext(stream)
+            if way == "aclose":
+                await stream.aclose()
+            elif way == "stop":
+                stream.stop()
+            else:
+                with pytest.raises(TimeoutError):
+                    await asyncio.wait_for(_exhaust(stream), 0.05)
+            assert client.in_flight == 0
+            await until(lambda: len(entries(journal, "Cancel")) == 1)
+            assert [delta async for delta in stream] == []
+        assert entries(journal, "Cancel")[0]["request_id"] == "a"
+
+    run(scenario())
+
+
+async def _exhaust(stream: AsyncIterator[Delta]) -> None:
+    async for _ in stream:
+        pass
+
+
+def test_leaving_a_finished_stream_sends_nothing(tmp_path: Path) -> None:
+    journal = tmp_path / "journal"
+
+    async def scenario() -> None:
+        async with client_of(Behaviour(journal=journal)) as client:
+            async with client.generate(generation("a")) as stream:
+                await _exhaust(stream)
+            await deltas_of(client, generation("b"))
+        assert entries(journal, "Cancel") == []
+
+    run(scenario())
+
+
+def test_before_the_start_requests_are_refused_as_unavailable() -> None:
+    async def scenario() -> None:
+        client = make_client()
+        assert client.state == "starting"
+        with pytest.raises(UnavailableError, match="starting") as refusal:
+            client.generate(generation("a"))
+        assert refusal.value.retry_after
+        await client.close(0)
+
+    run(scenario())
+
+
+def test_a_drain_lets_running_requests_end_and_admits_none() -> None:
+    async def scenario() -> None:
+        client = make_client(Behaviour(step_seconds=0.01))
+        await client.start()
+        running = asyncio.create_task(deltas_of(client, generation("a", 20)))
+        await asyncio.sleep(0.03)
+        closing = asyncio.create_task(client.close(drain_seconds=20))
+        await asyncio.sleep(0)
+        assert client.state == "draining"
+        with pytest.raises(UnavailableError, match="shutting down"):
+            client.generate(generation("b"))
+        assert len(await running) == 20
+        await closing
+        assert client.pid is None
+
+    run(scenario())
+
+
+def test_a_drain_cuts_what_runs_past_its_deadline() -> None:
+    async def scenario() -> None:
+        client = make_client(Behaviour(step_seconds=0.01))
+        await client.start()
+        running = asyncio.create_task(deltas_of(client, generation("a", 100_000)))
+        await asyncio.sleep(0.03)
+        await client.close(drain_seconds=0.1)
+        with pytest.raises(UnavailableError, match="shutting down"):
+            await running
+
+    run(scenario())
+
+
+def test_an_engine_that_refuses_to_start_raises_its_own_words() -> None:
+    async def scenario() -> None:
+        client = make_client(Behaviour(refusal="no such folder: /models/none"))
+        with pytest.raises(EngineFailedError, match=r"no such folder: /models/none.*model"):
+            await client.start()
+        assert client.state == "failed"
+        with pytest.raises(UnavailableError, match="no such folder"):
+            client.generate(generation("a"))
+        await client.close(0)
+
+    run(scenario())
+
+
+def test_an_engine_that_dies_at_the_start_says_how() -> None:
+    async def scenario() -> None:
+        client = make_client(Behaviour(exit_at_start=7))
+        with pytest.raises(EngineFailedError, match="exit code 7"):
+            await client.start()
+        await client.close(0)
+
+    run(scenario())
+
+
+def test_an_engine_that_hangs_at_the_start_is_given_up() -> None:
+    async def scenario() -> None:
+        settings = make_settings()
+        main = partial(fake_engine.main, behaviour=Behaviour(start_seconds=600))
+        client = EngineClient(settings, Metrics(settings), main, start_seconds=0.5)
+        with pytest.raises(EngineFailedError, match=r"not ready after 0\.5 seconds"):
+            await client.start()
+        assert client.pid is None
+        await client.close(0)
+
+    run(scenario())
+
+
+def test_a_deaf_engine_stalls_neither_the_loop_nor_the_end() -> None:
+    async def scenario() -> None:
+        async with client_of(Behaviour(deaf=True)) as client:
+            long = tuple(range(300_000))  # more than the pipe holds
+            started = time.monotonic()
+            stream = client.generate(Generation("a", long, SamplingParams(seed=1, max_tokens=1)))
+            await asyncio.sleep(0.05)
+            assert time.monotonic() - started < 1
+            await stream.aclose()
+
+    run(scenario())
+
+
+def test_a_request_id_in_flight_is_not_taken_twice() -> None:
+    async def scenario() -> None:
+        async with client_of(Behaviour(step_seconds=0.01)) as client:
+            stream = client.generate(generation("a", 1000))
+            with pytest.raises(ValueError, match="already in flight"):
+                client.generate(generation("a"))
+            await stream.aclose()
+
+    run(scenario())
+
+
+def test_residency_follows_the_engine_and_pins() -> None:
+    async def scenario() -> None:
+        async with client_of() as client:
+            client.prefetch("d1", "device")
+            await until(lambda: "d1" in client.residency)
+            assert client.residency["d1"].tier == "device"
+            assert client.residency["d1"].bytes == fake_engine.ADAPTER_BYTES
+            assert not client.residency["d1"].pinned
+            client.pin("d1", True)
+            assert client.residency["d1"].pinned
+            client.forget("d1")
+            await until(lambda: "d1" not in client.residency)
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("module", ["client", "app"])
+def test_the_servers_own_modules_load_no_torch(module: str) -> None:
+    code = f"import sys, quickchange_server.{module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0

@@ -1,0 +1,111 @@
+"""Kill -9 of the real engine in mid-stream: every stream ends as in an undisturbed run."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+
+import torch
+from tiny_models import save_model
+
+from quickchange_server.config import Settings
+from quickchange_server.engine_client.client import EngineClient, Generation
+from quickchange_server.observability.metrics import Metrics
+from quickchange_server.protocol import Component, SamplingParams
+from quickchange_store.base_model.base_spec import base_spec
+from quickchange_store.canonical.canonical_adapter import CanonicalAdapter, LowRankUpdate
+from quickchange_store.store import Store
+
+NEW_TOKENS = 150
+
+
+def random_adapter(model: Path, rank: int, seed: int) -> CanonicalAdapter:
+    """Random updates of every linear of the layers."""
+    generator = torch.Generator().manual_seed(seed)
+    spec = base_spec(str(model))
+    updates = {
+        path: LowRankUpdate(
+            torch.randn(rank, shape.in_features, generator=generator) * 0.2,
+            torch.randn(shape.out_features, rank, generator=generator) * 0.2,
+            scale=0.5,
+        )
+        for path, shape in spec.modules.items()
+        if shape.kind == "linear" and "layers" in path
+    }
+    return CanonicalAdapter(spec.architecture, spec.name, updates)
+
+
+def generations(digests: list[str]) -> list[Generation]:
+    compositions = [(), *[(Component(digest),) for digest in digests]]
+    compositions.append((Component(digests[0], 0.7), Component(digests[1], -0.2)))
+    return [
+        Generation(
+            request_id=f"r{index}",
+            prompt=tuple(range(1 + index, 20 + 3 * index)),
+            sampling=SamplingParams(
+                seed=index,
+                max_tokens=NEW_TOKENS,
+                temperature=(0.0, 1.0)[index % 2],
+                top_p=0.9,
+                repetition_penalty=1.1,
+                presence_penalty=0.3,
+                logprobs=2 if index == 1 else None,
+            ),
+            adapters=adapters,
+            label="a",
+        )
+        for index, adapters in enumerate(compositions)
+    ]
+
+
+async def tokens_of(client: EngineClient, wanted: Generation, seen: list[int]) -> list[int]:
+    tokens: list[int] = []
+    async for delta in client.generate(wanted):
+        tokens += delta.token_ids
+        seen.append(len(delta.token_ids))
+    return tokens
+
+
+async def collect(settings: Settings, wanted: list[Generation], kills: int) -> list[list[int]]:
+    client = EngineClient(settings, Metrics(settings))
+    await client.start()
+    seen: list[int] = []
+    try:
+        streams = [asyncio.create_task(tokens_of(client, w, seen)) for w in wanted]
+        for kill in range(kills):
+            while len(seen) < (kill + 1) * len(wanted) * NEW_TOKENS // 4:
+                await asyncio.sleep(0.002)
+            assert client.pid is not None
+            assert not all(stream.done() for stream in streams)
+            os.kill(client.pid, signal.SIGKILL)
+        return await asyncio.gather(*streams)
+    finally:
+        await client.close(drain_seconds=0)
+
+
+def test_streams_survive_kill_9_of_the_engine(tmp_path: Path) -> None:
+    model = save_model("llama", tmp_path / "model")
+    store = Store(tmp_path / "store")
+    digests = [
+        store.add(f"adapter-{rank}", random_adapter(model, rank, seed=rank)).digest
+        for rank in (4, 8, 24)
+    ]
+    settings = Settings(
+        model=str(model),
+        store=tmp_path / "store",
+        kv_cache_bytes=4 << 20,
+        threads=1,
+        prompt_lookup=False,  # the model has no tokenizer
+    )
+    wanted = generations(digests)
+
+    async def scenario() -> None:
+        undisturbed = await collect(settings, wanted, kills=0)
+        disturbed = await collect(settings, wanted, kills=2)
+        assert [len(tokens) for tokens in undisturbed] == [NEW_TOKENS] * len(wanted)
+        assert disturbed == undisturbed
+        assert len({tuple(tokens) for tokens in undisturbed}) == len(wanted)
+
+    asyncio.run(asyncio.wait_for(scenario(), 120))

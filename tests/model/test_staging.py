@@ -1,0 +1,135 @@
+"""A tree of tensors goes through one packed buffer and comes out equal; static inputs stay put."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from quickchange_server.model.input_buffers import (
+    StaticInputs,
+    layout_of,
+    packed,
+    rebuilt,
+    upload,
+    views,
+)
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, slots=True)
+class Inner:
+    table: Tensor
+    height: int
+    missing: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Outer:
+    ids: Tensor
+    inner: Inner
+    again: Inner
+    weight: Tensor
+
+
+def make_tree(start: int = 0, rows: int = 3, height: int = 16) -> Outer:
+    inner = Inner(torch.arange(start, start + 5, dtype=torch.int32), height)
+    return Outer(
+        ids=torch.arange(start, start + rows),
+        inner=inner,
+        again=inner,
+        weight=torch.tensor([[0.5 + start], [1.5]]),
+    )
+
+
+def through_a_buffer(tree: Outer) -> tuple[Outer, Tensor]:
+    layout, tensors = layout_of(tree)
+    buffer = packed(layout, tensors, CPU)
+    return rebuilt(tree, layout, views(layout, buffer)), buffer
+
+
+def test_a_tree_comes_out_of_the_buffer_equal() -> None:
+    tree = make_tree()
+    copy, _ = through_a_buffer(tree)
+    for old, new in (
+        (tree.ids, copy.ids),
+        (tree.inner.table, copy.inner.table),
+        (tree.weight, copy.weight),
+    ):
+        assert new.dtype == old.dtype
+        assert torch.equal(new, old)
+    assert copy.inner.height == 16
+    assert copy.inner.missing is None
+
+
+def test_every_tensor_lies_in_one_buffer_at_vector_width() -> None:
+    copy, buffer = through_a_buffer(make_tree())
+    begin, end = buffer.data_ptr(), buffer.data_ptr() + buffer.nbytes
+    for tensor in (copy.ids, copy.inner.table, copy.weight):
+        assert begin <= tensor.data_ptr() < end
+        assert (tensor.data_ptr() - begin) % 16 == 0
+
+
+def test_a_tensor_that_is_met_twice_travels_once() -> None:
+    copy, buffer = through_a_buffer(make_tree())
+    assert copy.inner.table is copy.again.table
+    assert buffer.numel() == 32 + 32 + 16  # ids, table, weight, each rounded up to 16 bytes
+
+
+def test_empty_tensors_and_strided_ones_are_kept() -> None:
+    tree = Inner(torch.arange(8)[::2], 0, torch.empty(0, 2, dtype=torch.int32))
+    layout, tensors = layout_of(tree)
+    copy = rebuilt(tree, layout, views(layout, packed(layout, tensors, CPU)))
+    assert copy.table.tolist() == [0, 2, 4, 6]
+    assert copy.missing is not None
+    assert copy.missing.shape == (0, 2)
+
+
+def test_a_cpu_gets_the_very_tensors() -> None:
+    tree = make_tree()
+    assert upload(tree, CPU) is tree
+
+
+def test_static_inputs_take_new_values_on_the_same_memory() -> None:
+    first, second = make_tree(0), make_tree(100)
+    static = StaticInputs(first, CPU)
+    tree = static.tree(first)
+    before = tree.ids.data_ptr()
+    assert torch.equal(tree.ids, first.ids)
+    static.refill(second)
+    assert tree.ids.data_ptr() == before
+    assert torch.equal(tree.ids, second.ids)
+    assert torch.equal(tree.again.table, second.inner.table)
+    assert torch.equal(tree.weight, second.weight)
+    assert torch.equal(first.ids, torch.arange(3)), "the host's tensors were taken, not copied"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        make_tree(rows=4),
+        make_tree(height=64),
+        Outer(
+            *[getattr(make_tree(), n) for n in ("ids", "inner")],
+            Inner(torch.zeros(5), 16),
+            torch.zeros(2, 1),
+        ),
+    ],
+    ids=["another shape", "another constant", "a tensor no longer shared"],
+)
+def test_static_inputs_refuse_another_layout(other: Outer) -> None:
+    with pytest.raises(ValueError, match="captured on"):
+        StaticInputs(make_tree(), CPU).refill(other)
+
+
+def test_tuples_are_trees_too() -> None:
+    tree = (make_tree(0), (torch.arange(3), 7), ())
+    layout, tensors = layout_of(tree)
+    copy = rebuilt(tree, layout, views(layout, packed(layout, tensors, CPU)))
+    assert torch.equal(copy[0].weight, tree[0].weight)
+    assert torch.equal(copy[1][0], torch.arange(3))
+    assert copy[1][1:] == (7,)
+    assert copy[2] == ()

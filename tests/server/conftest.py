@@ -1,8 +1,0 @@
-"""Makes `fake_engine` importable by name, in spawned engine processes too (they get sys.path)."""
-
-from __future__ import annotations
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent))

@@ -1,0 +1,123 @@
+"""`quickchange train lora` from files to a folder and a store, and its refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from quickchange_store.store import Store
+from quickchange_training.cli import app
+from quickchange_training.examples import read_examples
+
+RUNNER = CliRunner()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama whose tokenizer has a token a letter and no chat template."""
+    folder = tmp_path_factory.mktemp("bases") / "tiny-llama"
+    vocab = {"<eos>": 0} | {chr(97 + i): i + 1 for i in range(26)}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="z"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=27,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    file = tmp_path / "train.jsonl"
+    lines = [json.dumps({"prompt": chr(97 + i), "completion": chr(98 + i)}) for i in range(12)]
+    file.write_text("\n".join(lines))
+    return file
+
+
+def train(*options: object) -> tuple[int, str, str]:
+    """Exit status, output and errors."""
+    result = RUNNER.invoke(app, ["lora", *map(str, options)])
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_an_adapter_is_trained_saved_and_published(model: Path, data: Path, tmp_path: Path) -> None:
+    out, store = tmp_path / "adapter", tmp_path / "store"
+    code, told, errors = train(
+        *("--model", model, "--data", data, "--eval-data", data, "--out", out),
+        *("--rank", 4, "--steps", 3, "--name", "letters", "--store", store),
+    )
+    assert code == 0, errors
+    assert '"held_out_loss"' in told
+    assert Store(store).resolve("letters").version == 1
+    recipe = json.loads((out / "recipe.json").read_text())
+    assert recipe["base"] == "tiny-llama"
+    assert str(tmp_path) not in (out / "recipe.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--rank", "0"), "--rank must be more than 0"),
+        (("--name", "letters"), "--store is missing"),
+        (("--store", "somewhere"), "--name is missing"),
+        (("--store", "s", "--name", "../up"), "../up"),
+        (("--prompt-format", "chat"), "no chat template"),
+        (("--max-length", "2"), "train.jsonl line 1: 3 tokens, more than 2"),
+        (("--targets", "c_attn"), "--targets c_attn"),
+        (("--eval-data", "none.jsonl"), "none.jsonl: cannot be read"),
+    ],
+)
+def test_bad_input_ends_with_its_name_and_nothing_is_written(
+    model: Path, data: Path, tmp_path: Path, options: tuple[str, ...], message: str
+) -> None:
+    out = tmp_path / "adapter"
+    code, _, errors = train("--model", model, "--data", data, "--out", out, *options)
+    assert code == 1
+    assert message in errors
+    assert not out.exists()
+
+
+def test_a_folder_that_exists_is_refused_before_training(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    code, _, errors = train("--model", model, "--data", data, "--out", tmp_path)
+    assert code == 1
+    assert "is there already" in errors
+
+
+def test_a_model_that_is_none_is_named(data: Path, tmp_path: Path) -> None:
+    code, _, errors = train("--model", tmp_path, "--data", data, "--out", tmp_path / "adapter")
+    assert code == 1
+    assert "can't be loaded" in errors
+
+
+def test_an_unknown_demo_task_is_refused_with_those_there_are(tmp_path: Path) -> None:
+    result = RUNNER.invoke(app, ["demo", "poetry", "--out", str(tmp_path / "adapter")])
+    assert result.exit_code == 1
+    assert "order-json, sql, docstring" in result.stderr
+
+
+def test_demo_data_is_written_as_training_reads_it_and_never_over_a_file(tmp_path: Path) -> None:
+    out = tmp_path / "orders.jsonl"
+    arguments = ["demo-data", "order-json", "--out", str(out), "--count", "3"]
+    assert RUNNER.invoke(app, arguments).exit_code == 0
+    examples = read_examples(out)
+    assert [json.loads(example.completion).keys() for example in examples] == 3 * [
+        {"customer": 0, "city": 0, "due": 0, "express": 0, "items": 0}.keys()
+    ]
+    again = RUNNER.invoke(app, arguments)
+    assert again.exit_code == 1
+    assert "is there already" in again.output

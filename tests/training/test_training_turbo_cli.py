@@ -1,0 +1,245 @@
+"""`quickchange train turbo` and `turbo-lora`, on a tiny model: from files to folder and store."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner, Result
+
+from quickchange_server.entrypoints import llm
+from quickchange_store.canonical.canonical_adapter import CanonicalAdapter
+from quickchange_store.store import Store
+from quickchange_training.cli import app
+from quickchange_training.turbo.head_maker import Wanted
+from quickchange_training.turbo.turbo_data import Generate, OnOutput
+
+RUNNER = CliRunner()
+QUICK = ("--steps", 3, "--max-new-tokens", 12, "--depth", 2, "--vocabulary", 9)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama whose tokenizer has a token a letter and no chat template."""
+    folder = tmp_path_factory.mktemp("bases") / "tiny-llama"
+    vocab = {"<eos>": 0} | {chr(97 + i): i + 1 for i in range(26)}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="z"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=27,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n".join(json.dumps({"prompt": chr(97 + i)}) for i in range(20)))
+    return file
+
+
+@pytest.fixture
+def examples(tmp_path: Path) -> Path:
+    file = tmp_path / "examples.jsonl"
+    lines = [json.dumps({"prompt": chr(97 + i), "completion": "abcabc"}) for i in range(20)]
+    file.write_text("\n".join(lines))
+    return file
+
+
+def train(command: str, model: Path, *options: object) -> Result:
+    fits = ("--model", model, "--max-length", 48) if command == "turbo" else ("--model", model)
+    return RUNNER.invoke(app, [command, *map(str, fits), *map(str, options)])
+
+
+def stored(store: Path, name: str) -> CanonicalAdapter:
+    found = Store(store)
+    return found.load(found.resolve(name).digest)
+
+
+def test_heads_are_trained_saved_and_published(model: Path, prompts: Path, tmp_path: Path) -> None:
+    out, store = tmp_path / "heads", tmp_path / "store"
+    result = train(
+        "turbo",
+        model,
+        "--data",
+        prompts,
+        "--out",
+        out,
+        "--name",
+        "drafts",
+        "--store",
+        store,
+        *QUICK,
+    )
+    assert result.exit_code == 0, result.stderr
+    adapter = stored(store, "drafts")
+    assert not adapter.updates
+    assert adapter.turbo is not None
+    assert adapter.turbo.depth == 2
+    assert adapter.turbo.sequential
+    assert adapter.turbo.vocabulary is not None
+    assert len(adapter.turbo.vocabulary) <= 9
+    assert not (tmp_path / "heads.training").exists()
+
+
+def test_the_report_says_what_the_heads_are_worth(
+    model: Path, prompts: Path, tmp_path: Path
+) -> None:
+    result = train("turbo", model, "--data", prompts, "--out", tmp_path / "heads", *QUICK)
+    report = json.loads(result.stdout)
+    assert report["prompts"] == 19
+    assert report["held_out_prompts"] == 1
+    assert report["steps"] == 3
+    assert len(report["held_out"]["acceptance"]) == 2
+    assert 1 <= report["held_out"]["tokens_a_step"] <= 3
+    assert report["parameters"] == 32 * 64 + 32  # one block for both heads
+    assert report["medusa1_parameters"] == 2 * (32 * 32 + 32 + 27 * 32)
+    assert "20 examples: with fewer than 2000" in result.stderr
+
+
+def test_parallel_heads_are_written_in_loraxs_layout(
+    model: Path, prompts: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "heads"
+    medusa = ("--kind", "parallel", "--share", "none", *QUICK, "--vocabulary", 0)
+    result = train("turbo", model, "--data", prompts, "--out", out, *medusa)
+    assert result.exit_code == 0, result.stderr
+    config = json.loads((out / "config.json").read_text())
+    assert config["medusa_num_heads"] == 2
+    assert (out / "medusa_lm_head.safetensors").is_file()
+    assert str(tmp_path) not in (out / "turbo_recipe.json").read_text()
+
+
+def test_a_turbo_lora_is_one_adapter_of_both_parts(
+    model: Path, examples: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    options = ("--data", examples, "--out", tmp_path / "both", "--name", "both", "--store", store)
+    of_turbo = ("depth=2", "steps=3", "max_new_tokens=12", "max_length=48", "vocabulary=9")
+    result = train(
+        "turbo-lora",
+        model,
+        *options,
+        *("--lora", "rank=4", "--lora", "steps=3"),
+        *(text for pair in of_turbo for text in ("--turbo", pair)),
+    )
+    assert result.exit_code == 0, result.stderr
+    adapter = stored(store, "both")
+    assert {update.rank for update in adapter.updates.values()} == {4}
+    assert adapter.turbo is not None
+    assert adapter.turbo.depth == 2
+    assert "are not what the model says" in result.stderr
+
+
+def test_completions_that_the_model_gives_itself_are_no_matter(
+    model: Path, tmp_path: Path, outputs: dict[str, str]
+) -> None:
+    said = tmp_path / "said.jsonl"
+    lines = [json.dumps({"prompt": p, "completion": o}) for p, o in outputs.items()]
+    said.write_text("\n".join(lines))
+    result = train("turbo", model, "--data", said, "--out", tmp_path / "heads", *QUICK)
+    assert result.exit_code == 0, result.stderr
+    assert "are not what the model says" not in result.stderr
+
+
+@pytest.fixture
+def outputs(model: Path, prompts: Path) -> dict[str, str]:
+    """What the model says, by prompt, as text; empty ones left out."""
+    letters = ["", *(chr(97 + i) for i in range(26))]
+    asked = [json.loads(line)["prompt"] for line in prompts.read_text().split("\n")]
+    found: dict[str, str] = {}
+
+    def keep(index: int, tokens: Sequence[int], _states: torch.Tensor) -> None:
+        found[asked[index]] = "".join(letters[token] for token in tokens)
+
+    wanted = Wanted(str(model), None, "bfloat16", 12, frozenset({0}))
+    llm.generate_for(wanted)([[letters.index(p)] for p in asked], keep)
+    return {prompt: text for prompt, text in found.items() if text}
+
+
+def test_an_interrupted_run_goes_on_with_the_outputs_that_it_has(
+    model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+
+    def counted(wanted: Wanted, most: int | None) -> Generate:
+        make = real(wanted)
+
+        def generate(asked: Sequence[Sequence[int]], on_output: OnOutput) -> None:
+            def hear(index: int, tokens: Sequence[int], states: torch.Tensor) -> None:
+                if most is not None and len(made) >= most:
+                    raise KeyboardInterrupt
+                made.append(index)
+                on_output(index, tokens, states)
+
+            make(asked, hear)
+
+        return generate
+
+    real = llm.generate_for
+    whole = tmp_path / "whole"
+    train("turbo", model, "--data", prompts, "--out", whole, *QUICK)
+    out = tmp_path / "heads"
+    monkeypatch.setattr(llm, "generate_for", lambda wanted: counted(wanted, 7))
+    stopped = train("turbo", model, "--data", prompts, "--out", out, *QUICK)
+    assert stopped.exit_code != 0
+    assert not out.exists()
+    refused = train("turbo", model, "--data", prompts, "--out", out, *QUICK)
+    assert "go on from it with --resume" in refused.stderr
+    monkeypatch.setattr(llm, "generate_for", lambda wanted: counted(wanted, None))
+    resumed = train("turbo", model, "--data", prompts, "--out", out, *QUICK, "--resume")
+    assert resumed.exit_code == 0, resumed.stderr
+    assert len(made) == 20
+    heads = "turbo_heads.safetensors"
+    assert (out / heads).read_bytes() == (whole / heads).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": ""}', 'line 1: field "prompt" must be text'),
+        ('{"question": "a"}', "line 1: has the fields"),
+        ('{"prompt": "' + "a" * 40 + '"}', "line 1: the prompt has 40 tokens; 1 to 36 leave room"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', "no chat template"),
+    ],
+)
+def test_a_bad_line_is_named(model: Path, tmp_path: Path, line: str, message: str) -> None:
+    file = tmp_path / "bad.jsonl"
+    file.write_text(line)
+    result = train("turbo", model, "--data", file, "--out", tmp_path / "heads", *QUICK)
+    assert result.exit_code == 1
+    assert message in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--lora", "rnk=4"), "--lora rnk: not known"),
+        (("--turbo", "depth"), "--turbo 'depth': write it as KEY=VALUE"),
+        (("--turbo", "depth=two"), "--turbo depth='two': int is expected"),
+        (("--lora", "rank=4", "--lora", "rank=5"), "--lora rank is given twice"),
+    ],
+)
+def test_a_bad_recipe_is_refused_by_its_key(
+    model: Path, examples: Path, tmp_path: Path, options: Sequence[str], message: str
+) -> None:
+    result = train("turbo-lora", model, "--data", examples, "--out", tmp_path / "both", *options)
+    assert result.exit_code == 1
+    assert message in result.stderr
