@@ -208,17 +208,3 @@ def random_keys(
 def query_starts(counts: Sequence[int]) -> Tensor:
     """Where the rows of sequences with so many queries begin, and the end: int32 [B + 1]."""
     return torch.tensor([sum(counts[:i]) for i in range(len(counts) + 1)], dtype=torch.int32)
-
-
-def random_tree(counts: Sequence[int], generator: torch.Generator) -> Tensor:
-    """For each query itself and its ancestors in a random forest over its sequence: int64 [T].
-
-    Parents come before children; a query may be a root of its own.
-    """
-    rows: list[int] = []
-    for count in counts:
-        first = len(rows)
-        for i in range(count):
-            parent = int(torch.randint(-1, max(i, 1), (1,), generator=generator)) if i else -1
-            rows.append((rows[first + parent] if parent >= 0 else 0) | 1 << i)
-    return torch.tensor([row - 2**64 if row >= 2**63 else row for row in rows], dtype=torch.int64)

@@ -85,21 +85,18 @@ def test_norms_activations_and_rotations(dtype: torch.dtype, generator: torch.Ge
 
 
 @pytest.mark.parametrize("window", [0, 100])
-@pytest.mark.parametrize("tree", [False, True])
 def test_attention_of_drafts_equals_that_of_their_tokens_one_by_one(
-    window: int, tree: bool, dtype: torch.dtype, generator: torch.Generator
+    window: int, dtype: torch.dtype, generator: torch.Generator
 ) -> None:
-    """A chain, given as one or as a tree, beside other sequences and alone."""
+    """A chain beside other sequences and alone."""
     lengths = [5, 63, 64, 66, 130, 255, 258, 300, 530, 700]
     drafts = [1, 3, 2, 5, 21, 2, 8, 40, 16, 64]
     keys = random_keys(lengths, KV_HEADS, SIZE, 16, generator, dtype)
     caches = (keys.k_cache, keys.v_cache)
     q = torch.randn(sum(drafts), HEADS, SIZE, generator=generator).to(dtype)
-    chain = [(1 << (i + 1)) - 1 for count in drafts for i in range(count)]
-    bits = torch.tensor([line - (1 << 64) * (line >> 63) for line in chain]) if tree else None
     scale = SIZE**-0.5
     together = paged_attention(
-        q, *caches, keys.block_tables, keys.seq_lens, query_starts(drafts), scale, window, 0.0, bits
+        q, *caches, keys.block_tables, keys.seq_lens, query_starts(drafts), scale, window
     )
     row = 0
     for b, (length, count) in enumerate(zip(lengths, drafts, strict=True)):

@@ -15,7 +15,7 @@ from quickchange_kernels.attention.paged_attention_contract import (
     reference_paged_attention,
 )
 from quickchange_kernels.random_inputs import query_starts as starts
-from quickchange_kernels.random_inputs import random_keys, random_tree
+from quickchange_kernels.random_inputs import random_keys
 
 Attention = Callable[..., Tensor]
 Close = Callable[[Tensor, Tensor], None]
@@ -38,17 +38,15 @@ def compare(
     block_size: int = 16,
     window: int = 0,
     softcap: float = 0.0,
-    tree: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> None:
     keys = random_keys(lengths, heads[1], dim, block_size, generator, dtype)
     q = torch.randn(sum(counts), heads[0], dim, generator=generator).to(dtype)
     args = (q, keys.k_cache, keys.v_cache, keys.block_tables, keys.seq_lens, starts(counts))
-    bits = random_tree(counts, generator) if tree else None
-    out = run(*args, dim**-0.5, window, softcap, bits)
+    out = run(*args, dim**-0.5, window, softcap)
     assert out.shape == q.shape
     assert out.dtype == dtype
-    assert_close(out, reference_paged_attention(*args, dim**-0.5, window, softcap, bits))
+    assert_close(out, reference_paged_attention(*args, dim**-0.5, window, softcap))
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (9, 3), (8, 1), (32, 2)])
@@ -155,7 +153,7 @@ def test_a_head_wider_than_the_blocked_products_take(
 @pytest.mark.parametrize("heads", [(4, 4), (9, 3), (32, 2)])
 @pytest.mark.parametrize("counts", [[1, 2, 16, 5], [64, 1, 0, 30]])
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
-def test_trees(
+def test_drafts_beside_decoding(
     heads: tuple[int, int],
     counts: list[int],
     softcap: float,
@@ -172,61 +170,15 @@ def test_trees(
         counts=counts,
         heads=heads,
         softcap=softcap,
-        tree=True,
         dtype=dtype,
     )
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 20, 100])
-def test_a_windows_distance_in_a_tree_is_along_the_path(
+def test_drafts_in_a_window(
     window: int, run: Attention, generator: torch.Generator, assert_close: Close
 ) -> None:
-    compare(
-        run,
-        assert_close,
-        generator,
-        lengths=[30, 12, 300],
-        counts=[8, 12, 64],
-        window=window,
-        tree=True,
-    )
-
-
-@pytest.mark.parametrize("window", [0, 3, 40])
-def test_a_path_is_what_decoding_it_token_by_token_sees(
-    window: int, run: Attention, generator: torch.Generator
-) -> None:
-    """Queries 0, 2 and 3 of a tree in which 1 branches off, against the same as a plain chunk."""
-    keys = random_keys([54], 2, 32, 16, generator)
-    path = random_keys([53], 2, 32, 16, generator)
-    for there, here in ((path.k_cache, keys.k_cache), (path.v_cache, keys.v_cache)):
-        for position, source in enumerate([*range(51), 52, 53]):
-            block = keys.block_tables[0, source // 16]
-            slot = here[block, :, source % 16]
-            there[path.block_tables[0, position // 16], :, position % 16] = slot
-    q = torch.randn(4, 4, 32, generator=generator)
-    tree = torch.tensor([0b0001, 0b0011, 0b0101, 0b1101])
-    branched = run(
-        q, keys.k_cache, keys.v_cache, keys.block_tables, keys.seq_lens, starts([4]), 0.2, window,
-        0.0, tree,
-    )  # fmt: skip
-    straight = run(
-        q[[0, 2, 3]], path.k_cache, path.v_cache, path.block_tables, path.seq_lens, starts([3]),
-        0.2, window,
-    )  # fmt: skip
-    torch.testing.assert_close(branched[[0, 2, 3]], straight)
-
-
-def test_a_chunk_beyond_64_queries_is_causal_beside_a_tree(
-    run: Attention, generator: torch.Generator, assert_close: Close
-) -> None:
-    keys = random_keys([70, 20], 1, 16, 16, generator)
-    q = torch.randn(70, 2, 16, generator=generator)
-    tree = torch.cat([torch.full((66,), -1), random_tree([4], generator)])
-    args = (q, keys.k_cache, keys.v_cache, keys.block_tables, keys.seq_lens, starts([66, 4]), 0.3)
-    out = run(*args, 0, 0.0, tree)
-    assert_close(out[:66], reference_paged_attention(*args)[:66])
-    assert_close(out[66:], reference_paged_attention(*args, tree=tree)[66:])
+    compare(run, assert_close, generator, lengths=[30, 12, 300], counts=[8, 12, 64], window=window)
 
 
 @pytest.mark.parametrize("counts", [[1, 1, 1], [3, 20, 2], [70, 2, 1]])
@@ -312,10 +264,6 @@ def test_bad_inputs_are_named(generator: torch.Generator) -> None:
         paged_attention(q, *cache, keys.block_tables.long(), keys.seq_lens, starts([1]), 1.0)
     with pytest.raises(ValueError, match="do not fit together"):
         paged_attention(q[:, :3], *cache, keys.block_tables, keys.seq_lens, starts([1]), 1.0)
-    with pytest.raises(TypeError, match="tree must be"):
-        paged_attention(
-            q, *cache, keys.block_tables, keys.seq_lens, starts([1]), 1.0, tree=keys.seq_lens
-        )
     with pytest.raises(ValueError, match="sequence 0 has 9 queries and 5 keys"):
         paged_attention(
             torch.zeros(9, 4, 32), *cache, keys.block_tables, keys.seq_lens, starts([9]), 1.0

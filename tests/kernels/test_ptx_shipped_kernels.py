@@ -145,23 +145,22 @@ def test_a_false_claim_that_lowrank_weights_are_aligned_is_caught() -> None:
 
 
 @pytest.mark.parametrize(
-    ("lengths", "counts", "window", "tree", "dtype"),
+    ("lengths", "counts", "window", "dtype"),
     [
-        ((37, 5), (1, 1), 0, False, torch.bfloat16),
-        ((40, 21), (7, 0), 11, True, torch.float16),
-        ((75,), (70,), 0, False, torch.bfloat16),
+        ((37, 5), (1, 1), 0, torch.bfloat16),
+        ((40, 21), (7, 0), 11, torch.float16),
+        ((75,), (70,), 0, torch.bfloat16),
     ],
-    ids=["decode", "tree in a window", "prefill"],
+    ids=["decode", "drafts in a window", "prefill"],
 )
 def test_paged_attention(
-    lengths: tuple[int, ...], counts: tuple[int, ...], window: int, tree: bool, dtype: torch.dtype
+    lengths: tuple[int, ...], counts: tuple[int, ...], window: int, dtype: torch.dtype
 ) -> None:
     generator = torch.Generator().manual_seed(14)
     keys = random_inputs.random_keys(lengths, 1, 40, 16, generator, dtype)
     q = randn(sum(counts), 3, 40, dtype=dtype)
-    bits = random_inputs.random_tree(counts, generator) if tree else None
     arguments = (q, keys.k_cache, keys.v_cache, keys.block_tables, keys.seq_lens)
-    rest = (random_inputs.query_starts(counts), 40**-0.5, window, 5.0, bits)
+    rest = (random_inputs.query_starts(counts), 40**-0.5, window, 5.0)
     with launches_run_as_ptx(seed=9):
         out = paged_attention_triton.launch_paged_attention(*arguments, *rest)
     assert_close(out, reference_paged_attention(*arguments, *rest))
@@ -237,7 +236,7 @@ def test_verify_accepts_the_longest_path_that_holds() -> None:
     sampled, drafted = torch.tensor([5, 6, 9, 8, 1, 2]), torch.tensor([0, 5, 6, 3, 0, 7])
     rows = torch.tensor([[0, 4], [4, 6], [6, 6]], dtype=torch.int32)
     with launches_run_as_ptx(seed=14):
-        accepted, token, path = verify_triton.launch_verify(sampled, drafted, rows, None, 4)
+        accepted, token, path = verify_triton.launch_verify(sampled, drafted, rows, 4)
     for b, (count, last, places) in enumerate(reference_verify(sampled, drafted, rows, 4)):
         assert accepted[b] == count
         assert token[b] == last

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from draft_trees import as_lists, random_drafts
+from draft_chains import as_lists, random_drafts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -23,10 +23,8 @@ Run = Callable[..., Verified]
 CPU = torch.device("cpu")
 
 
-def run_plain(
-    sampled: Tensor, drafted: Tensor, rows: Tensor, longest: int, parent: Tensor | None = None
-) -> Verified:
-    return Verified(*plain_verify(sampled, drafted, rows, parent, longest))
+def run_plain(sampled: Tensor, drafted: Tensor, rows: Tensor, longest: int) -> Verified:
+    return Verified(*plain_verify(sampled, drafted, rows, longest))
 
 
 every_version = pytest.mark.parametrize("run", [verify, run_plain], ids=["dispatched", "plain"])
@@ -37,32 +35,15 @@ every_version = pytest.mark.parametrize("run", [verify, run_plain], ids=["dispat
 @given(
     st.lists(st.integers(0, 12), min_size=1, max_size=6),
     st.integers(0, 10**6),
-    st.booleans(),
     st.sampled_from([0.3, 0.8, 1.0]),
     st.integers(0, 3),
 )
 def test_paths_equal_the_references(
-    run: Run, lengths: list[int], seed: int, tree: bool, agreement: float, spare: int
+    run: Run, lengths: list[int], seed: int, agreement: float, spare: int
 ) -> None:
-    drafts = random_drafts(lengths, seed, tree=tree, device=CPU, agreement=agreement)
-    longest = max(1, *lengths) + spare
-    parent = drafts.parent if tree else None
-    arguments = (drafts.sampled, drafts.drafted, drafts.rows, longest, parent)
+    drafts = random_drafts(lengths, seed, CPU, agreement=agreement)
+    arguments = (*drafts, max(1, *lengths) + spare)
     assert as_lists(*run(*arguments)) == reference_verify(*arguments)
-
-
-@every_version
-@settings(deadline=None, max_examples=50)
-@given(st.lists(st.integers(0, 12), min_size=1, max_size=4), st.integers(0, 10**6))
-def test_a_chain_is_a_tree_whose_rows_go_on_from_the_row_before(
-    run: Run, lengths: list[int], seed: int
-) -> None:
-    drafts = random_drafts(lengths, seed, tree=False, device=CPU)
-    chain, tree = (
-        run(drafts.sampled, drafts.drafted, drafts.rows, 12, parent)
-        for parent in (None, drafts.parent)
-    )
-    assert as_lists(*chain) == as_lists(*tree)
 
 
 def tokens(*values: int) -> Tensor:
@@ -77,16 +58,6 @@ def ranges(*values: tuple[int, int]) -> Tensor:
 def test_a_chain_ends_at_the_first_draft_that_differs(run: Run) -> None:
     out = run(tokens(7, 8, 9, 1), tokens(0, 7, 5, 9), ranges((0, 4)), 4)
     assert as_lists(*out) == [(1, 8, [0, 1])]
-
-
-@every_version
-def test_a_tree_takes_the_branch_that_goes_deepest(run: Run) -> None:
-    #        0 samples 7
-    #   1: 7    2: 7 samples 4     3: 6
-    #           4: 4 samples 2
-    parent = torch.tensor([9, 0, 0, 0, 2], dtype=torch.int32)
-    out = run(tokens(7, 3, 4, 5, 2), tokens(0, 7, 7, 6, 4), ranges((0, 5)), 5, parent)
-    assert as_lists(*out) == [(2, 2, [0, 2, 4])]
 
 
 @every_version

@@ -90,8 +90,8 @@ class Device:
         self.pool.publish(slot)
         return slot
 
-    def draft(self, items: Sequence[DraftItem], width: int = 1) -> Drafts:
-        return self.drafter.draft(self.hidden, self.tokens, items, self.pool, width=width)
+    def draft(self, items: Sequence[DraftItem]) -> Drafts:
+        return self.drafter.draft(self.hidden, self.tokens, items, self.pool)
 
     def embed(self, token: int) -> Tensor:
         found: Tensor = self.original.get_input_embeddings()(torch.tensor(token)).detach()
@@ -124,13 +124,11 @@ class Device:
 
 
 def check(drafts: Drafts, index: int, expected: Sequence[Tensor]) -> None:
-    """That item `index` has the best candidates of `expected`, and nothing deeper."""
-    width = drafts.tokens.shape[2]
+    """That item `index` has the best tokens of `expected`, and nothing deeper."""
     for depth, chances in enumerate(expected):
-        best = chances.topk(width)
-        assert drafts.tokens[index, depth].tolist() == best.indices.tolist()
+        assert drafts.tokens[index, depth] == chances.argmax()
         torch.testing.assert_close(
-            drafts.chances[index, depth].double(), best.values, rtol=1e-4, atol=1e-7
+            drafts.chances[index, depth].double(), chances.max(), rtol=1e-4, atol=1e-7
         )
     assert not drafts.tokens[index, len(expected) :].any()
     assert not drafts.chances[index, len(expected) :].any()
@@ -142,7 +140,7 @@ def test_drafts_are_the_formulas(name: str, family: str, tmp_path: Path) -> None
     device, turbo = Device(tmp_path, family), TURBOS[name]
     slot = device.load(turbo_adapter(turbo))
     items = [DraftItem(row, slot, turbo.depth, ()) for row in (2, 0)]
-    drafts = device.draft(items, width=3)
+    drafts = device.draft(items)
     for index, item in enumerate(items):
         check(drafts, index, device.expected(turbo, item))
 
@@ -161,7 +159,7 @@ def test_what_adapters_add_to_the_lm_head_counts(name: str, tmp_path: Path) -> N
     components = [(), ((slot, 1.0),), composed, ((unrelated, 1.0), (other, 3.0))]
     updates = [(), ((1.0, first),), ((0.5, first), (-2.0, second)), ((3.0, second),)]
     items = [DraftItem(row, slot, turbo.depth, components[row]) for row in range(4)]
-    drafts = device.draft(items, width=2)
+    drafts = device.draft(items)
     for index, item in enumerate(items):
         check(drafts, index, device.expected(turbo, item, *updates[index]))
 
@@ -176,9 +174,9 @@ def test_heads_of_all_kinds_in_one_call_draft_as_each_does_alone(tmp_path: Path)
         asked += [(DraftItem(row, slot, turbo.depth, components), turbo) for row in rows]
     assert {item.depth for item, _ in asked} == {2, 3, 5}
     random.Random(0).shuffle(asked)
-    together = device.draft([item for item, _ in asked], width=2)
+    together = device.draft([item for item, _ in asked])
     for index, (item, turbo) in enumerate(asked):
-        alone = device.draft([item], width=2)
+        alone = device.draft([item])
         assert torch.equal(together.tokens[index, : item.depth], alone.tokens[0])
         torch.testing.assert_close(together.chances[index, : item.depth], alone.chances[0])
         updates = [(1.0, low)] if item.components else []
@@ -210,10 +208,10 @@ def test_an_lm_head_kept_as_int8_drafts_with_its_rounded_weights(name: str, tmp_
     item = DraftItem(3, slot, 1, ())
     drafts = device.draft([item])
     expected = device.expected(turbo, item)[0]
-    assert int(drafts.tokens[0, 0, 0]) == int(expected.argmax())
+    assert int(drafts.tokens[0, 0]) == int(expected.argmax())
     # bfloat16 products: x and the weights times their scales are rounded to 8 bits
     torch.testing.assert_close(
-        float(drafts.chances[0, 0, 0]), float(expected.max()), rtol=0.05, atol=0
+        float(drafts.chances[0, 0]), float(expected.max()), rtol=0.05, atol=0
     )
 
 
@@ -222,7 +220,7 @@ def test_heads_held_in_bfloat16_draft_with_their_rounded_weights(name: str, tmp_
     device, turbo = Device(tmp_path, dtype=torch.bfloat16), TURBOS[name]
     slot = device.load(turbo_adapter(turbo))
     item = DraftItem(0, slot, turbo.depth, ())
-    check(device.draft([item], width=2), 0, device.expected(_rounded(turbo), item))
+    check(device.draft([item]), 0, device.expected(_rounded(turbo), item))
 
 
 def _rounded(turbo: TurboHeads) -> TurboHeads:
@@ -262,22 +260,17 @@ def test_only_the_vocabularys_rows_of_the_lm_head_are_read(tmp_path: Path) -> No
     others[list(FEW)] = False
     head = device.model.head.base
     head.weight[others] = float("nan")  # type: ignore[index]
-    check(device.draft([item], width=2), 0, device.expected(turbo, item))
+    check(device.draft([item]), 0, device.expected(turbo, item))
 
 
-def test_a_vocabulary_shorter_than_the_width_leaves_places_empty(tmp_path: Path) -> None:
+def test_a_short_vocabulary_beside_a_longer_one_drafts_its_own_tokens(tmp_path: Path) -> None:
     device = Device(tmp_path)
     short = make_turbo(HIDDEN, 2, vocabulary=(6, 60), seed=20)
     slots = [device.load(turbo_adapter(t)) for t in (TURBOS["vocabulary"], short)]
     for order in (slots, slots[::-1]):
-        drafts = device.draft([DraftItem(0, slot, 2, ()) for slot in order], width=3)
+        items = [DraftItem(0, slot, 2, ()) for slot in order]
         of_short = order.index(slots[1])
-        assert set(drafts.tokens[of_short, 0, :2].tolist()) == {6, 60}
-        assert drafts.tokens[of_short, :, 2].tolist() == [0, 0]
-        assert drafts.chances[of_short, :, 2].tolist() == [0.0, 0.0]
-        assert drafts.chances[of_short, 0].sum() == pytest.approx(1.0)
-    alone = device.draft([DraftItem(0, slots[1], 2, ())], width=3)
-    assert alone.tokens[0, :, 2].tolist() == [0, 0]
+        check(device.draft(items), of_short, device.expected(short, items[of_short]))
 
 
 def test_a_slot_without_heads_and_a_depth_beyond_them_are_refused(tmp_path: Path) -> None:

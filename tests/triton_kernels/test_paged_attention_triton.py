@@ -15,7 +15,7 @@ from quickchange_kernels.attention.paged_attention_contract import (
     reference_paged_attention,
 )
 from quickchange_kernels.attention.paged_attention_tuning import launches_for
-from quickchange_kernels.random_inputs import query_starts, random_keys, random_tree
+from quickchange_kernels.random_inputs import query_starts, random_keys
 
 Compare = Callable[..., None]
 
@@ -39,7 +39,6 @@ def compare(
         block_size: int = 16,
         window: int = 0,
         softcap: float = 0.0,
-        tree: bool = False,
         dtype: torch.dtype = torch.float32,
         padding: int = 0,
     ) -> None:
@@ -47,19 +46,14 @@ def compare(
         live = sum(counts)
         q = torch.randn(live + padding, heads[0], dim, generator=generator).to(dtype)
         q[live:] = float("nan")
-        bits = random_tree(counts, generator) if tree else None
-        if bits is not None:
-            bits = torch.cat([bits, bits.new_full((padding,), -1)])
         cache = (keys.k_cache, keys.v_cache, keys.block_tables, keys.seq_lens)
         args = (q, *cache, query_starts(counts))
         there = [x.to(device) for x in args]
         with sanitized():
-            out = paged_attention(
-                *there, dim**-0.5, window, softcap, None if bits is None else bits.to(device)
-            )
+            out = paged_attention(*there, dim**-0.5, window, softcap)
         assert out.shape == q.shape
         assert out.dtype == dtype
-        reference = reference_paged_attention(*args, dim**-0.5, window, softcap, bits)
+        reference = reference_paged_attention(*args, dim**-0.5, window, softcap)
         assert_close(out[:live], reference[:live])
 
     return check
@@ -110,32 +104,17 @@ def test_softcaps(compare: Compare, softcap: float) -> None:
 
 @pytest.mark.parametrize("heads", [(2, 2), (3, 1), (8, 1)])
 @pytest.mark.parametrize("counts", [[2, 16, 5], [1, 1, 7]])
-def test_trees(compare: Compare, heads: tuple[int, int], counts: list[int]) -> None:
-    compare([2, 50, 70], counts, heads=heads, dim=32, tree=True)
+def test_drafts(compare: Compare, heads: tuple[int, int], counts: list[int]) -> None:
+    compare([2, 50, 70], counts, heads=heads, dim=32)
 
 
-def test_a_tree_of_64_uses_all_bits(compare: Compare) -> None:
-    compare([100, 64], [64, 3], heads=(2, 1), dim=32, tree=True)
+def test_as_many_queries_as_splits_take(compare: Compare) -> None:
+    compare([100, 64], [64, 3], heads=(2, 1), dim=32)
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 20])
-def test_a_windows_distance_in_a_tree_is_along_the_path(compare: Compare, window: int) -> None:
-    compare([30, 12], [8, 12], heads=(2, 1), dim=32, tree=True, window=window)
-
-
-def test_a_chunk_beyond_64_queries_is_causal_beside_a_tree(
-    device: torch.device, generator: torch.Generator, assert_close: Callable[..., None]
-) -> None:
-    keys = random_keys([70, 20], 1, 16, 16, generator)
-    q = torch.randn(70, 2, 16, generator=generator)
-    tree = torch.cat([torch.full((66,), -1), random_tree([4], generator)])
-    cache = (keys.k_cache, keys.v_cache, keys.block_tables, keys.seq_lens, query_starts([66, 4]))
-    out = paged_attention(q.to(device), *(x.to(device) for x in cache), 0.3, tree=tree.to(device))
-    reference = reference_paged_attention(q, *cache, 0.3)
-    assert_close(out[:66], reference[:66])
-    whole = reference_paged_attention(q, *cache, 0.3, tree=tree)
-    assert torch.equal(whole[:66], reference[:66])
-    assert_close(out[66:], whole[66:])
+def test_drafts_in_a_window(compare: Compare, window: int) -> None:
+    compare([30, 12], [8, 12], heads=(2, 1), dim=32, window=window)
 
 
 @pytest.fixture
@@ -152,15 +131,14 @@ def test_splits_are_merged(compare: Compare, counts: list[int], window: int) -> 
 
 @pytest.mark.usefixtures("short_splits")
 @pytest.mark.parametrize("window", [0, 5, 66])
-def test_splits_of_a_tree_are_merged(compare: Compare, window: int) -> None:
+def test_splits_of_drafts_are_merged(compare: Compare, window: int) -> None:
     """Rows of one tile end in different splits, and may see nothing of the last."""
-    compare([130, 70], [10, 8], heads=(2, 1), dim=32, window=window, tree=True)
+    compare([130, 70], [10, 8], heads=(2, 1), dim=32, window=window)
 
 
 @pytest.mark.usefixtures("short_splits")
-@pytest.mark.parametrize("tree", [False, True])
-def test_rows_beyond_the_last_sequence_are_harmless(compare: Compare, tree: bool) -> None:
-    compare([70, 30], [1, 5], padding=9, tree=tree)
+def test_rows_beyond_the_last_sequence_are_harmless(compare: Compare) -> None:
+    compare([70, 30], [1, 5], padding=9)
 
 
 @pytest.mark.parametrize("counts", [[1, 1, 1], [3, 20, 2]])
@@ -253,5 +231,3 @@ def test_what_does_not_fit_is_named(device: torch.device, generator: torch.Gener
         paged_attention(q[:, :3], *cache, tables, lengths, starts, 1.0)
     with pytest.raises(TypeError, match="the caches"):
         paged_attention(q.half(), *cache, tables, lengths, starts, 1.0)
-    with pytest.raises(TypeError, match="tree must be"):
-        paged_attention(q, *cache, tables, lengths, starts, 1.0, tree=lengths)

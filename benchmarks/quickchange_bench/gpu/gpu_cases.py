@@ -342,7 +342,7 @@ def verify_case(bench: Bench, sequences: int, drafts: int) -> Case:
         lambda: verify(sampled, drafted, rows, longest),
         outputs,
         "plain torch",
-        lambda: plain_verify(sampled, drafted, rows, None, longest),
+        lambda: plain_verify(sampled, drafted, rows, longest),
         2 * sampled.nbytes,
         0,
     )

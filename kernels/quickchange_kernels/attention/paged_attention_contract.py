@@ -9,16 +9,9 @@ Contract
     scale         scores are q·k · scale
     window        w > 0: key j is visible to position p iff p - j < w; 0: no window
     softcap       c > 0: scores become c · tanh(scores / c); 0: none
-    tree          int64 [T] or None: what each row sees of its own sequence's queries of this step
     returns       [T, Hq, D]  new, contiguous, q's dtype; sums in float32
 Query i of sequence b stands at position seq_lens[b] - q_len + i and sees keys 0 .. its position.
 The step's own keys are in the cache already (`kv_write_`).
-
-With a tree, bit i of tree[row] says that the row sees query i of its sequence; its own bit is set,
-and every key before this step's is visible. The set bits, in order, are the path that ends in the
-row: the n-th of them (from 0) stands at position past + n, with past = seq_lens[b] - q_len, and a
-window counts by these positions. The row itself stands at past + (number of set bits) - 1. A
-sequence with more than MAX_TREE_QUERIES queries is causal, its entries unread.
 
 Padding: rows of q from query_start[B] on belong to no sequence, and a sequence of length 0 has
 none whatever query_start says; their output is unspecified. A sequence may have no queries. Cache
@@ -33,10 +26,7 @@ import torch
 from torch import Tensor
 
 from quickchange_kernels import dispatch, native
-from quickchange_kernels.attention.paged_attention_plain import (
-    MAX_TREE_QUERIES,
-    plain_paged_attention,
-)
+from quickchange_kernels.attention.paged_attention_plain import plain_paged_attention
 
 
 def reference_paged_attention(
@@ -49,7 +39,6 @@ def reference_paged_attention(
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
-    tree: Tensor | None = None,
 ) -> Tensor:
     """The operation in float64, one query at a time: [T, Hq, D]."""
     out = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
@@ -60,13 +49,8 @@ def reference_paged_attention(
         values = _sequence(v_cache, block_tables[b], length).repeat_interleave(group, dim=1)
         count = starts[b + 1] - starts[b]
         for i in range(count if length > 0 else 0):
-            row, past = starts[b] + i, length - count
-            seen = list(range(past + i + 1))
-            if tree is not None and count <= MAX_TREE_QUERIES:
-                bits = int(tree[row])
-                seen = seen[:past] + [past + n for n in range(count) if bits >> n & 1]
-            # What is seen stands in order at positions 0, 1, ..: the last `window` are near enough.
-            seen = seen[-window:] if window > 0 else seen
+            row, stop = starts[b] + i, length - count + i + 1
+            seen = slice(max(stop - window, 0) if window > 0 else 0, stop)
             scores = torch.einsum("hd,jhd->hj", q[row].double(), keys[seen]) * scale
             if softcap > 0:
                 scores = softcap * torch.tanh(scores / softcap)
@@ -88,8 +72,7 @@ def _fake(q: Tensor, *_: object) -> Tensor:
 _paged_attention = dispatch.declare(
     "paged_attention",
     "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables, "
-    "Tensor seq_lens, Tensor query_start, float scale, int window=0, float softcap=0.0, "
-    "Tensor? tree=None) -> Tensor",
+    "Tensor seq_lens, Tensor query_start, float scale, int window=0, float softcap=0.0) -> Tensor",
     plain_paged_attention,
     _fake,
 )
@@ -108,11 +91,10 @@ def paged_attention(
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
-    tree: Tensor | None = None,
 ) -> Tensor:
     """The operation on q's device. Contract above."""
     native.ensure()
     out: Tensor = _paged_attention(
-        q, k_cache, v_cache, block_tables, seq_lens, query_start, scale, window, softcap, tree
+        q, k_cache, v_cache, block_tables, seq_lens, query_start, scale, window, softcap
     )
     return out

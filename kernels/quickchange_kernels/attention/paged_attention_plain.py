@@ -15,8 +15,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-MAX_TREE_QUERIES = 64  # of one sequence: the bits of an int64
-
 
 @dataclass(frozen=True)
 class _Scoring:
@@ -57,7 +55,6 @@ def plain_paged_attention(
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
-    tree: Tensor | None = None,
 ) -> Tensor:
     """paged_attention for any device; reads lengths on the host."""
     cache = _Cache(k_cache, v_cache, block_tables)
@@ -76,8 +73,7 @@ def plain_paged_attention(
         if count > 1:
             chunk = slice(starts[b], starts[b + 1])
             sequence = torch.tensor([b], device=q.device)
-            bits = tree[chunk] if tree is not None and count <= MAX_TREE_QUERIES else None
-            visible = _visible(count, lengths[b], scoring.window, bits, q.device)
+            visible = _visible(count, lengths[b], scoring.window, q.device)
             first = lengths[b] - count + 1 - window if window > 0 else 0
             oldest = seq_lens.new_full((1,), first)
             k, v = cache.gather(sequence, oldest, seq_lens[sequence], lengths[b])
@@ -104,19 +100,12 @@ def _decode(
     return out.flatten(1, 2)
 
 
-def _visible(
-    count: int, length: int, window: int, tree: Tensor | None, device: torch.device
-) -> Tensor:
+def _visible(count: int, length: int, window: int, device: torch.device) -> Tensor:
     """Which keys each of a sequence's last `count` positions sees: bool [count, length]."""
-    past = length - count
-    own = torch.ones(count, count, dtype=torch.bool, device=device).tril()
-    if tree is not None:
-        own = (tree.unsqueeze(1) >> torch.arange(count, device=device) & 1).bool()
-    visible = torch.cat([own.new_ones(count, past), own], dim=1)
-    if window > 0:
-        nearer = visible.flip(1).cumsum(1).flip(1)  # this key and those after it on the path
-        visible = visible & (nearer <= window)
-    return visible
+    key = torch.arange(length, device=device)
+    position = key[length - count :, None]
+    visible = key <= position
+    return visible & (key > position - window) if window > 0 else visible
 
 
 def _prefill(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scoring: _Scoring) -> Tensor:

@@ -1,4 +1,4 @@
-"""paged_attention on the GPU: one Triton kernel for decode, tree verification and prefill chunks.
+"""paged_attention on the GPU: one Triton kernel for decode, verification and prefill chunks.
 
 A program takes one tile of query rows of one sequence, one key head and one split of the keys. The
 query heads that share the key head lie along the tile's rows, so that keys and values are read once
@@ -26,10 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quickchange_kernels.attention.paged_attention_plain import (
-    MAX_TREE_QUERIES,
-    plain_paged_attention,
-)
+from quickchange_kernels.attention.paged_attention_plain import plain_paged_attention
 from quickchange_kernels.attention.paged_attention_tuning import (
     ANY_COUNT,
     Launch,
@@ -55,26 +52,6 @@ def _sequence_of(query_start, tile, sequences, TOKENS: tl.constexpr, GAP: tl.con
 
 
 @triton.jit
-def _count_bits(x):
-    """How many bits of each int64 are set. Every shift is masked, so that signs do no harm."""
-    x = x - ((x >> 1) & 0x5555555555555555)
-    x = (x & 0x3333333333333333) + ((x >> 2) & 0x3333333333333333)
-    x = (x + (x >> 4)) & 0x0F0F0F0F0F0F0F0F
-    x = x + (x >> 8)
-    x = x + (x >> 16)
-    return ((x + (x >> 32)) & 0x7F).to(tl.int32)
-
-
-@triton.jit
-def _highest_bits(x, set_bits, wanted):
-    """x without its lowest set bits beyond `wanted`. set_bits: how many x has."""
-    surplus = set_bits - wanted
-    for dropped in range(0, tl.max(surplus, 0)):
-        x = tl.where(dropped < surplus, x & (x - 1), x)
-    return x
-
-
-@triton.jit
 def paged_attention_kernel(
     q,
     k_cache,
@@ -82,7 +59,6 @@ def paged_attention_kernel(
     block_tables,
     seq_lens,
     query_start,
-    tree,  # or None
     out,  # [T, Hq, D]; with SPLIT float32 [splits, T, Hq, D], not yet divided by the sums
     stats,  # with SPLIT float32 [2, splits, T, Hq]: maxima in base 2, sums; else None
     # sizes
@@ -130,13 +106,8 @@ def paged_attention_kernel(
     # Which keys: from the oldest that the window shows to the newest that a row of the tile sees.
     # Blocks of keys lie at multiples of their size, wherever the queries are.
     past = length - count
-    if tree is None:
-        stop = past + tl.minimum(first_token + TOKENS, count)
-        oldest = past + first_token - window + 1
-    else:
-        stop = length
-        oldest = past - window + 1
-    oldest = tl.maximum(oldest, 0)
+    stop = past + tl.minimum(first_token + TOKENS, count)
+    oldest = tl.maximum(past + first_token - window + 1, 0)
     begin = split * keys_per_split
     stop = tl.minimum(stop, begin + keys_per_split)
     if WINDOW:
@@ -154,12 +125,6 @@ def paged_attention_kernel(
     q_at = row[:, None] * q_row + query_head[:, None] * q_head + d[None, :]
     queries = tl.load(q + q_at, mask=live[:, None] & in_head[None, :], other=0.0)
     position = past + token
-    if tree is not None:
-        path = tl.load(tree + row, mask=live, other=0)
-        if WINDOW:
-            on_path = _count_bits(path)
-            position = past + on_path - 1
-            path = _highest_bits(path, on_path, window)
 
     top = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_ROWS,), tl.float32)
@@ -180,19 +145,9 @@ def paged_attention_kernel(
         if SOFTCAP:  # c · tanh(s / c), and tanh(z) = 1 - 2 / (e^(2z) + 1)
             power = tl.exp2(tl.minimum(scores * (2 * LOG2_E / softcap), 64.0))
             scores = softcap * (1 - 2 / (power + 1))
-        if tree is None:
-            seen = key[None, :] <= position[:, None]
-            if WINDOW:
-                seen &= key[None, :] > position[:, None] - window
-        else:
-            bit = tl.minimum(tl.maximum(key - past, 0), 63).to(tl.int64)
-            own = ((path[:, None] >> bit[None, :]) & 1) != 0
-            before = (key < past)[None, :]
-            if WINDOW:
-                recent = key[None, :] > position[:, None] - window
-                seen = (before & recent) | ((key >= past)[None, :] & own)
-            else:
-                seen = before | own
+        seen = key[None, :] <= position[:, None]
+        if WINDOW:
+            seen &= key[None, :] > position[:, None] - window
         scores = tl.where(seen & inside[None, :], scores * LOG2_E, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
         finite = tl.where(new_top == float("-inf"), 0.0, new_top)  # -inf - -inf would be NaN
@@ -222,7 +177,6 @@ def merge_splits_kernel(
     stats,  # float32 [2, splits, T, Hq]
     seq_lens,
     query_start,
-    tree,  # or None
     out,  # [T, Hq, D]
     # sizes
     T,
@@ -251,12 +205,8 @@ def merge_splits_kernel(
         return
     # Only splits that the row's tile has written are read.
     past = tl.load(seq_lens + b) - count
-    if tree is None:
-        last = past + row - start
-        oldest = last - window + 1
-    else:
-        last = past + count - 1
-        oldest = past - window + 1
+    last = past + row - start
+    oldest = last - window + 1
     if last < 0:
         return
     split = tl.arange(0, BLOCK_SPLITS)
@@ -285,14 +235,13 @@ def launch_paged_attention(
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
-    tree: Tensor | None = None,
 ) -> Tensor:
     """paged_attention; see there. Dtypes other than float32, bfloat16 and float16 go to the plain
     version. Raises TypeError or ValueError on what does not fit together."""
-    _check(q, k_cache, v_cache, block_tables, seq_lens, query_start, tree)
+    _check(q, k_cache, v_cache, block_tables, seq_lens, query_start)
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return plain_paged_attention(
-            q, k_cache, v_cache, block_tables, seq_lens, query_start, scale, window, softcap, tree
+            q, k_cache, v_cache, block_tables, seq_lens, query_start, scale, window, softcap
         )
     keys = block_tables.shape[1] * k_cache.shape[2]
     call = Call(
@@ -305,7 +254,6 @@ def launch_paged_attention(
         scale,
         max(window, 0),
         max(softcap, 0.0),
-        tree,
         keys_per_split_for(keys),
     )
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -326,7 +274,6 @@ def _check(
     block_tables: Tensor,
     seq_lens: Tensor,
     query_start: Tensor,
-    tree: Tensor | None,
 ) -> None:
     for index in (block_tables, seq_lens, query_start):
         if index.dtype != torch.int32 or not index.is_contiguous():
@@ -353,13 +300,6 @@ def _check(
         )
     if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
         raise ValueError("paged_attention: k_cache and v_cache must be contiguous")
-    if tree is not None and not (
-        tree.dtype == torch.int64 and tree.is_contiguous() and tree.shape == q.shape[:1]
-    ):
-        raise TypeError(
-            f"paged_attention: tree must be contiguous int64 of shape [{len(q)}], "
-            f"not {tree.dtype} {list(tree.shape)}"
-        )
 
 
 @dataclass(frozen=True)
@@ -375,7 +315,6 @@ class Call:
     scale: float
     window: int
     softcap: float
-    tree: Tensor | None
     keys_per_split: int
 
     def run(self, launch: Launch, out: Tensor) -> None:
@@ -405,7 +344,6 @@ class Call:
             self.block_tables,
             self.seq_lens,
             self.query_start,
-            self.tree if launch.most <= MAX_TREE_QUERIES else None,
             out,
             stats,
             T,
@@ -441,7 +379,6 @@ class Call:
             stats,
             self.seq_lens,
             self.query_start,
-            self.tree,
             out,
             T,
             len(self.seq_lens),
@@ -500,21 +437,19 @@ _FEW_REGISTERS = ("sm_80",)
 
 
 def compilations() -> Iterator[Compilation]:
-    """Decoding, verification of trees (16 and 64 tokens take the same tiles), prefill, merging."""
+    """Decoding, verification (of up to 64 tokens), prefill, merging."""
     for model, shape in _MODELS.items():
         for few_registers in (False, True):
             yield from _attend_compilations(model, shape, few_registers)
         heads, _, dim = shape
-        for tree in (False, True):
-            yield Compilation(
-                name=f"attention merge, {model}{', tree' if tree else ''}",
-                kernel=merge_splits_kernel,
-                signature=_MERGE_SIGNATURE | ({"tree": "*i64"} if tree else {}),
-                constants=merge_constants(heads, dim, 16, window=False)
-                | ({} if tree else {"tree": None}),
-                num_warps=4,
-                num_stages=2,
-            )
+        yield Compilation(
+            name=f"attention merge, {model}",
+            kernel=merge_splits_kernel,
+            signature=_MERGE_SIGNATURE,
+            constants=merge_constants(heads, dim, 16, window=False),
+            num_warps=4,
+            num_stages=2,
+        )
 
 
 def _attend_compilations(
@@ -525,18 +460,17 @@ def _attend_compilations(
         _FEW_REGISTERS if few_registers else tuple(t for t in TARGETS if t not in _FEW_REGISTERS)
     )
     launches = launches_for(4096, 16, heads // kv_heads, dim, 2, few_registers)
-    for kind, launch in zip(("decode", "tree", "prefill"), launches, strict=True):
+    for kind, launch in zip(("decode", "verify", "prefill"), launches, strict=True):
         for window in (False, True):
             name = f"attention {kind}, {model}{', window' if window else ''}"
             suffix = ", few registers" if few_registers else ""
-            yield _attend_compilation(name + suffix, shape, launch, kind == "tree", window, targets)
+            yield _attend_compilation(name + suffix, shape, launch, window, targets)
 
 
 def _attend_compilation(
     name: str,
     shape: tuple[int, int, int],
     launch: Launch,
-    tree: bool,
     window: bool,
     targets: tuple[str, ...],
 ) -> Compilation:
@@ -548,10 +482,6 @@ def _attend_compilation(
         signature |= {"out": "*fp32", "stats": "*fp32"}
     else:
         constants["stats"] = None
-    if tree:
-        signature["tree"] = "*i64"
-    else:
-        constants["tree"] = None
     return Compilation(
         name=name,
         kernel=paged_attention_kernel,

@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from quickchange_kernels.attention.paged_attention_plain import MAX_TREE_QUERIES
-
+MAX_SPLIT_QUERIES = 64  # of one sequence; a longer chunk goes over its whole context
 KEYS_PER_SPLIT = 512
 MAX_SPLITS = 32  # of a wider table's context the splits grow instead, by powers of two
 ANY_COUNT = 2**30
@@ -67,11 +66,11 @@ def launches_for(
         rows = max(rows, power_of_two(group))
         return tiling_for(rows, dim, itemsize, few_registers)
 
-    few = MAX_TREE_QUERIES if T <= B else max(1, 16 // group)
+    few = MAX_SPLIT_QUERIES if T <= B else max(1, 16 // group)
     launches = [
         Launch(1, few, True, tiling(16)),
-        Launch(few + 1, MAX_TREE_QUERIES, True, tiling(64)),
-        Launch(MAX_TREE_QUERIES + 1, ANY_COUNT, False, tiling(128 if dim <= 128 else 64)),
+        Launch(few + 1, MAX_SPLIT_QUERIES, True, tiling(64)),
+        Launch(MAX_SPLIT_QUERIES + 1, ANY_COUNT, False, tiling(128 if dim <= 128 else 64)),
     ]
     return [launch for launch in launches if launch.least <= min(T, launch.most)]
 

@@ -117,18 +117,8 @@ inline uint64_t bits_between(int64_t first, int64_t last) {
 
 // Which keys of the tile at `begin` the item's i-th query sees.
 inline uint64_t visible(const AttentionItem& item, int64_t i, int64_t window, int64_t begin) {
-  if (item.tree == nullptr) {
-    const int64_t last = item.past + item.first_index + i - begin;
-    return bits_between(window > 0 ? last - window + 1 : 0, last);
-  }
-  uint64_t path = uint64_t(item.tree[i]);
-  const int64_t length = __builtin_popcountll(path), past = item.past - begin;
-  if (window > 0)
-    for (int64_t dropped = window; dropped < length; dropped++) path &= path - 1;
-  const int64_t first = window > 0 ? past + length - window : 0;
-  const uint64_t before = bits_between(first, past - 1);
-  if (past >= 64 || past <= -64) return before;
-  return before | (past >= 0 ? path << past : path >> -past);
+  const int64_t last = item.past + item.first_index + i - begin;
+  return bits_between(window > 0 ? last - window + 1 : 0, last);
 }
 
 // One head's part of a tile of keys for its query rows.

@@ -6,7 +6,7 @@
 namespace quickchange {
 namespace {
 
-constexpr int64_t MAX_TREE_QUERIES = 64;  // a longer chunk of a prompt goes through matrices
+constexpr int64_t MAX_SPLIT_QUERIES = 64;  // a longer chunk of a prompt goes through matrices
 
 // Queries of one sequence and head whose splits are merged into the output.
 struct AttentionUnit {
@@ -27,7 +27,6 @@ struct AttentionTables {
   const int32_t* lengths;  // [B]
   const int32_t* starts;   // [B + 1]
   int64_t sequences;
-  const int64_t* tree;  // [T] or null
 };
 
 // One sequence's items: tiles of queries, and for few queries splits of the keys.
@@ -36,22 +35,20 @@ void plan_sequence(
     AttentionPlan& plan, const AttentionArgs<T>& args, const AttentionTables& tables,
     int64_t heads, int64_t b) {
   const int64_t row = tables.starts[b], count = tables.starts[b + 1] - row;
-  const int64_t length = tables.lengths[b], past = length - count;
+  const int64_t past = tables.lengths[b] - count;
   const int64_t step = MAX_ATTENTION_ROWS / args.group;
-  const bool chunk = count > MAX_TREE_QUERIES && args.D <= MAX_PRODUCT_DIM;
-  const int64_t* tree = count > MAX_TREE_QUERIES ? nullptr : tables.tree;
+  const bool chunk = count > MAX_SPLIT_QUERIES && args.D <= MAX_PRODUCT_DIM;
   for (int64_t first = 0; first < count; first += step) {
     AttentionItem item{};
     item.blocks = tables.blocks + b * tables.width;
-    item.tree = tree == nullptr ? nullptr : tree + row + first;
     item.first_query = row + first;
     item.first_index = first;
     item.queries = std::min(step, count - first);
     item.past = past;
-    const int64_t newest = past + (tree == nullptr ? first : 0);
-    item.oldest = args.window > 0 ? std::max<int64_t>(0, newest - args.window + 1) : 0;
+    const int64_t position = past + first;  // of the item's first query
+    item.oldest = args.window > 0 ? std::max<int64_t>(0, position - args.window + 1) : 0;
     const int64_t start = item.oldest / KEYS_PER_TILE * KEYS_PER_TILE;
-    const int64_t end = tree == nullptr ? newest + item.queries : length;
+    const int64_t end = position + item.queries;
     item.heads = chunk ? 1 : heads;
     for (item.head = 0; item.head < args.Hkv; item.head += item.heads) {
       item.heads = std::min(item.heads, args.Hkv - item.head);
@@ -163,17 +160,12 @@ AttentionArgs<T> attention_args(
 
 Tensor paged_attention(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& tables, const Tensor& lengths,
-    const Tensor& starts, double scale, int64_t window, double softcap,
-    const std::optional<Tensor>& tree) {
+    const Tensor& starts, double scale, int64_t window, double softcap) {
   const auto plain = plain_version<decltype(paged_attention)>("quickchange::paged_attention");
   for (const Tensor* t : {&tables, &lengths, &starts})
     TORCH_CHECK_TYPE(
         t->scalar_type() == at::kInt && t->is_contiguous(),
         "paged_attention: block_tables, seq_lens and query_start must be contiguous int32");
-  TORCH_CHECK_TYPE(
-      !tree.has_value() || (tree->scalar_type() == at::kLong && tree->is_contiguous() &&
-                            tree->dim() == 1 && tree->size(0) == q.size(0)),
-      "paged_attention: tree must be contiguous int64 of shape [", q.size(0), "]");
   TORCH_CHECK_VALUE(
       starts.numel() == lengths.numel() + 1 && q.dim() == 3 && k.dim() == 4 &&
           q.size(2) == k.size(3) && q.size(1) % k.size(1) == 0 && k.sizes() == v.sizes(),
@@ -183,11 +175,11 @@ Tensor paged_attention(
                       v.scalar_type() == q.scalar_type() && q.stride(2) == 1 &&
                       k.is_contiguous() && v.is_contiguous() &&
                       q.size(1) / k.size(1) <= MAX_ATTENTION_ROWS;
-  if (!native) return plain.call(q, k, v, tables, lengths, starts, scale, window, softcap, tree);
+  if (!native) return plain.call(q, k, v, tables, lengths, starts, scale, window, softcap);
   Tensor out = at::empty(q.sizes(), q.options());
   const AttentionTables indices{
       data<int32_t>(tables), tables.size(1), data<int32_t>(lengths), data<int32_t>(starts),
-      lengths.numel(), tree.has_value() ? data<int64_t>(*tree) : nullptr};
+      lengths.numel()};
   if (q.scalar_type() == at::kFloat)
     run_attention(attention_args<float>(q, k, v, scale, window, softcap, out), indices);
   else run_attention(attention_args<bf16>(q, k, v, scale, window, softcap, out), indices);

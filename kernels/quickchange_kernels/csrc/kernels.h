@@ -118,7 +118,6 @@ struct AttentionArgs {
 // Some queries of one sequence and some key heads over some of the keys.
 struct AttentionItem {
   const int32_t* blocks;
-  const int64_t* tree;  // of the item's queries, or null
   int64_t first_query;  // its row in q
   int64_t first_index;  // and among the sequence's queries
   int64_t queries;

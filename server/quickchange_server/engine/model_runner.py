@@ -257,7 +257,7 @@ def _on_host(drafted: _Drafted | None, count: int) -> list[tuple[tuple[int, floa
     ahead: list[tuple[tuple[int, float], ...]] = [()] * count
     if drafted is None:
         return ahead
-    tokens, chances = (part[:, :, 0].tolist() for part in drafted.drafts)  # the best at each depth
+    tokens, chances = (part.tolist() for part in drafted.drafts)
     for item, own_tokens, own_chances in zip(drafted.items, tokens, chances, strict=True):
         pairs = zip(own_tokens, own_chances, strict=True)
         ahead[item.row] = tuple(pairs)[: item.depth]

@@ -22,7 +22,6 @@ class AttentionBatch:
     block_tables: torch.Tensor  # int32 [B, M]
     seq_lens: torch.Tensor  # int32 [B]: keys of each sequence, this step's included
     query_start: torch.Tensor  # int32 [B + 1]: first row of each sequence
-    tree: torch.Tensor | None = None  # int64 [T]: which of its step's rows each sees; None: causal
 
 
 @dataclass(frozen=True, slots=True)

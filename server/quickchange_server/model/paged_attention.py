@@ -134,7 +134,6 @@ class PagedAttention:
             scale,
             window,
             softcap,
-            batch.tree,
         )
 
 

@@ -50,10 +50,10 @@ __all__ = ["Adapters", "DraftItem", "Drafter", "Drafts"]
 
 
 class Drafts(NamedTuple):
-    """Candidates by item and depth, the best first; token 0 with chance 0 where there is none."""
+    """Each head's best token, by item and depth; token 0 with chance 0 where there is none."""
 
-    tokens: Tensor  # int64 [I, depth, width]; depth: the largest that an item asked for
-    chances: Tensor  # float32 [I, depth, width] softmax of the head's logits, over its vocabulary
+    tokens: Tensor  # int64 [I, depth]; depth: the largest that an item asked for
+    chances: Tensor  # float32 [I, depth] softmax of the head's logits, over its vocabulary
 
 
 class Guide(Protocol):
@@ -91,18 +91,17 @@ class Drafter:
         items: Sequence[DraftItem],
         adapters: Adapters,
         *,
-        width: int = 1,
         guide: Guide | None = None,
     ) -> Drafts:
-        """Drafts of `items` (one at least), the `width` best candidates at each depth.
+        """Drafts of `items` (one at least).
 
         hidden [n, H]: what entered the LM head. tokens int64 [n]: each row's certain next token.
-        Sequential heads follow their best candidates, or what `guide` puts in their place; asking
+        Sequential heads follow their best tokens, or what `guide` puts in their place; asking
         it takes tokens to the host at every depth. An item's drafts do not depend on the others.
         Raises ValueError for a slot without heads, and for a depth that its heads don't have.
         """
         planner = Planner(items, adapters, self.facts, hidden.shape[0], self._device)
-        call = DraftCall(planner.vocabularies, adapters, tokens, (len(items), planner.depth, width))
+        call = DraftCall(planner.vocabularies, adapters, tokens, (len(items), planner.depth))
         rounds = upload(planner.rounds(), self._device)
         if guide is not None:
             certain = tokens.tolist()
@@ -175,25 +174,24 @@ class DraftCall:
         vocabularies: Sequence[Tensor],
         adapters: Adapters,
         certain: Tensor,
-        shape: tuple[int, int, int],
+        shape: tuple[int, int],
     ) -> None:
-        items, depth, width = shape
         device = certain.device
         self.adapters = adapters
         self.certain = certain  # int64 [n]
         self.vocabulary = torch.cat([certain.new_empty(0, dtype=torch.int32), *vocabularies])
-        self._tokens = torch.zeros((items * depth, width), dtype=torch.int64, device=device)
-        self._chances = torch.zeros((items * depth, width), dtype=torch.float32, device=device)
-        self._shape = shape
+        self.drafts = Drafts(
+            torch.zeros(shape, dtype=torch.int64, device=device),
+            torch.zeros(shape, dtype=torch.float32, device=device),
+        )
 
     @property
     def depth(self) -> int:
-        return self._shape[1]
+        return self.drafts.tokens.shape[1]
 
     def revise(self, number: int, guide: Guide) -> None:
         """Let `guide` decide what is drafted at depth `number` (from 0)."""
-        tokens = self._tokens.view(self._shape)[:, number, 0]
-        chances = self._chances.view(self._shape)[:, number, 0]
+        tokens, chances = (part[:, number] for part in self.drafts)
         before = tokens.tolist()
         after = guide.revise(before, chances.tolist())
         if after != before:
@@ -202,11 +200,7 @@ class DraftCall:
     @property
     def best(self) -> Tensor:
         """int64 [items · depth]"""
-        return self._tokens[:, 0]
-
-    @property
-    def drafts(self) -> Drafts:
-        return Drafts(self._tokens.view(self._shape), self._chances.view(self._shape))
+        return self.drafts.tokens.view(-1)
 
     def columns(self, logits: Tensor, choice: Choice, columns: Columns) -> Tensor:
         """[m, width] the rows' vocabularies' columns of [m, V]; -inf behind a shorter one's end."""
@@ -217,14 +211,11 @@ class DraftCall:
     def choose(self, logits: Tensor, choice: Choice) -> None:
         """Keep the best of logits [m, columns] as the drafts of the choice's places."""
         logits = logits.float()
-        count = min(self._shape[-1], logits.shape[1])
-        value, index = logits.max(1, keepdim=True) if count == 1 else logits.topk(count, dim=1)
-        chances = (value - logits.logsumexp(1, keepdim=True)).exp()
-        tokens = self._named(choice, index)
-        if count > 1:  # of a list shorter than others, no column may be left
-            tokens = tokens.masked_fill(value == float("-inf"), 0)
-        self._tokens[:, :count].index_copy_(0, choice.places, tokens)
-        self._chances[:, :count].index_copy_(0, choice.places, chances)
+        value, index = logits.max(1, keepdim=True)
+        chances = (value - logits.logsumexp(1, keepdim=True)).exp().squeeze(1)
+        tokens = self._named(choice, index).squeeze(1)
+        self.best.index_copy_(0, choice.places, tokens)
+        self.drafts.chances.view(-1).index_copy_(0, choice.places, chances)
 
     def _named(self, choice: Choice, columns: Tensor) -> Tensor:
         """int64 [m, k] the tokens of columns [m, k] or [k]."""
