@@ -75,8 +75,8 @@ def say(name: str, mode: str, point: Point) -> None:
     s = point.summary
     typer.echo(
         f"round {point.round + 1}, {name}, {mode}, {point.load.name}: {s.tokens_per_second:.1f} "
-        f"tok/s, first token {report_tables.number(s.ttft_p50, 0, report_tables.MILLI)} ms, {s.errors} errors, "
-        f"others {report_tables.number(s.other_cores, 2)} cores",
+        f"tok/s, first token {report_tables.number(s.ttft_p50, 0, report_tables.MILLI)} ms, "
+        f"{s.errors} errors, others {report_tables.number(s.other_cores, 2)} cores",
         err=True,
     )
     for message in s.first_errors:

@@ -79,7 +79,8 @@ def _print_point(point: Point) -> None:
     s = point.summary
     typer.echo(
         f"round {point.round + 1}, {point.load.name}: {s.tokens_per_second:.1f} tok/s, "
-        f"first token {report_tables.number(s.ttft_p50, 0, report_tables.MILLI)} ms, {s.errors} errors",
+        f"first token {report_tables.number(s.ttft_p50, 0, report_tables.MILLI)} ms, "
+        f"{s.errors} errors",
         err=True,
     )
     for message in s.first_errors:

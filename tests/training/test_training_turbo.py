@@ -47,7 +47,7 @@ def trainer(recipe: TurboRecipe, vocabulary: list[int] | None = None) -> TurboTr
 
 
 def drafts(heads: TurboHeads, state: torch.Tensor, token: int, after: list[int]) -> list[int]:
-    """By the definition in `quickchange_store.canonical.turbo_part`; `after`: the tokens that really came."""
+    """Drafts by turbo_part.py's definition; `after`: the tokens that really came."""
     base, h, found = ends(), state, []
     for head, before in zip(heads.heads, [token, *after], strict=False):
         h = h if heads.sequential else state

@@ -1,4 +1,4 @@
-"""Everything that a GPU is needed for, in one run of minutes: `python -m quickchange_bench.gpu.gpu_run`.
+"""Everything that needs a GPU, in one run of minutes: `python -m quickchange_bench.gpu.gpu_run`.
 
 Checks every operation, times it beside torch and its floor, runs the engine with CUDA graphs.
 Needs torch, triton, transformers and safetensors, and no network. `--dry-run` goes the same way on

@@ -1,4 +1,4 @@
-"""Triton version of sample; see sample_contract.py for the rules and why every version draws the same token.
+"""Triton version of sample. sample_contract.py has the rules, and why all versions agree.
 
 A vocabulary is read in splits of SPLIT tokens, a program a split and row, so that few rows keep
 all of a GPU busy: once for the best logits, once for the masses' sums, and then one split for the

@@ -1,1 +1,1 @@
-"""From names to digests: what a request's `model` and `adapters` mean, and how adapters are added."""
+"""From names to digests: what `model` and `adapters` mean, and how adapters are added."""

@@ -1,7 +1,7 @@
 """Device memory of the adapters, counted in ranks: one arena of pages and the tables over it.
 
-A page is 8 ranks of one module's update (packing.py), so rank 8 pays for 8 and rank 64 for 64 (a gain
-for its own row alone), and a byte budget, not a number of slots, says how many adapters are
+A page is 8 ranks of one module's update (packing.py), so rank 8 pays for 8 and rank 64 for 64 (a
+gain for its own row alone), and a byte budget, not a number of slots, says how many adapters are
 resident. A slot is an adapter's row in the tables' directory. An adapter's Turbo heads lie in pages
 of the same arena, come and go with its slot, and have tables of their own (turbo_tables.py).
 

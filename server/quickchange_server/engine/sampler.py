@@ -8,8 +8,8 @@ The order: tokens that a constraint forbids masked; logit_bias added; stop ids s
 min_tokens is not reached; repetition penalty over prompt and output (transformers' rule); frequency
 and presence penalties over the output (OpenAI's rule); temperature; top_k, top_p, min_p, typical_p
 (transformers' order, and that of servers with fewer filters); inverse CDF over what is left, in
-vocabulary order. The arithmetic is `quickchange_kernels.sampling.sample_contract`; here parameters and tokens become
-its tables.
+vocabulary order. The arithmetic is `quickchange_kernels.sampling.sample_contract`; here parameters
+and tokens become its tables.
 """
 
 from __future__ import annotations

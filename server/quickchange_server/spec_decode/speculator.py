@@ -3,9 +3,9 @@
 An adapter's Turbo heads offer, which a step runs for the next one, and prompt lookup, by tokens and
 by words; and a constraint, where it leaves one text to go on with. A sequence's chain is what
 promises most of them, or of one after the other; words also take the place of single heads' drafts,
-before the next head reads them (`phrase_lookup.py`). From all chains the step buys the drafts that bring
-most tokens for their time (`draft_selection.py`), and what became of them is learned (`acceptance_rates.py`,
-`cost_model.py`). None of it changes a token of the output.
+before the next head reads them (`phrase_lookup.py`). From all chains the step buys the drafts that
+bring most tokens for their time (`draft_selection.py`), and what became of them is learned
+(`acceptance_rates.py`, `cost_model.py`). None of it changes a token of the output.
 """
 
 from __future__ import annotations
