@@ -1,7 +1,8 @@
 """Constraints judged for the event loop, before admission: each content once, in bounded time.
 
 What clients send is compiled in a process of its own (`validator_process.py`), which is ended where
-it takes too long: patterns that intersect can keep a compiler busy for hours. Verdicts are kept by content.
+it takes too long: patterns that intersect can keep a compiler busy for hours. Verdicts are kept by
+content.
 """
 
 from __future__ import annotations
