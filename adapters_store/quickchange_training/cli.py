@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quickchange_training.advice import few_examples, lora_shape
 from quickchange_training.cli_options import (
     DEMO,
     base_of,
@@ -20,9 +19,10 @@ from quickchange_training.cli_options import (
     say_warnings,
 )
 from quickchange_training.errors import OutputError, RecipeError
+from quickchange_training.examples import few_examples
 from quickchange_training.lora.lora_job import LoraJob, PromptFormat
-from quickchange_training.lora.lora_recipe import LoraRecipe, TrainingDtype
-from quickchange_training.turbo.turbo_cli import (
+from quickchange_training.lora.lora_recipe import LoraRecipe, TrainingDtype, lora_shape
+from quickchange_training.turbo_cli import (
     engine_outputs,
     print_turbo_report,
     turbo,

@@ -250,3 +250,16 @@ def collate(group: Sequence[Encoded], pad_id: int) -> Batch:
         mask[row, : len(ids)] = 1
         labels[row, e.prompt_length - 1 : len(ids) - 1] = ids[e.prompt_length :]
     return Batch(tokens, mask, labels[:, first:].contiguous(), first)
+
+
+FEW_EXAMPLES = 2000
+
+
+def few_examples(count: int) -> list[str]:
+    """A warning where there are few examples to train on."""
+    if count >= FEW_EXAMPLES:
+        return []
+    return [
+        f"{count} examples: with fewer than {FEW_EXAMPLES} an adapter tends to learn them by "
+        "heart; compare its held-out loss with its training loss, and gather more if they differ"
+    ]

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from quickchange_training.advice import few_examples, lora_shape, not_its_own, short_outputs
-from quickchange_training.lora.lora_recipe import LoraRecipe
-from quickchange_training.turbo.turbo_data import Output, Prompt
+from quickchange_training.examples import few_examples
+from quickchange_training.lora.lora_recipe import LoraRecipe, lora_shape
+from quickchange_training.turbo.turbo_data import Output, Prompt, not_its_own, short_outputs
 
 EOS = 0
 

@@ -16,6 +16,7 @@ from quickchange_store.canonical.canonical_adapter import BaseSpec
 from quickchange_store.errors import InvalidAdapterError, UnsupportedFeatureError
 
 CONFIG_FILE = "adapter_config.json"
+BASE_NAME = "base_model_name_or_path"
 MAX_CONFIG_BYTES = 4 * 1024**2
 
 

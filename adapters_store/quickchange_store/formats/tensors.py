@@ -200,3 +200,8 @@ class AdapterTensors:
                 remedy="add the adapter where the base model's safetensors weights are",
             )
         return base.weights.tensor(name)
+
+
+def copied(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy on the CPU that shares memory with nothing, as safetensors wants it."""
+    return tensor.detach().to("cpu", copy=True).contiguous()

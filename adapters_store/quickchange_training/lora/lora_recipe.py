@@ -62,3 +62,31 @@ class LoraRecipe:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LoraRecipe:
         return cls(**(values | {"targets": tuple(values["targets"])}))
+
+
+_RANKS = (4, 128)
+
+
+_SCALES = (0.25, 8.0)
+
+
+def lora_shape(recipe: LoraRecipe) -> list[str]:
+    """Warnings about a LoRA's rank, scale or targets that look off."""
+    said = []
+    low, high = _RANKS
+    if not low <= recipe.rank <= high:
+        said.append(
+            f"rank {recipe.rank} is unusual: ranks of 8 to 64 do for most tasks, and every rank "
+            "costs memory and time in each step"
+        )
+    scale = recipe.alpha / recipe.rank
+    if not _SCALES[0] <= scale <= _SCALES[1]:
+        said.append(f"alpha / rank is {scale:g}: 1 to 2 is usual, with --lr to tune the rest")
+    attention = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "query_key_value", "c_attn")
+    named = any(target.endswith(attention) for target in recipe.targets)
+    if recipe.targets != ("all-linear",) and not named:
+        said.append(
+            f"targets {','.join(recipe.targets)} leave the attention out: begin with its "
+            "projections, then add the MLP's"
+        )
+    return said

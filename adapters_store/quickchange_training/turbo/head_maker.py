@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quickchange_training import advice
 from quickchange_training.checkpoint import Checkpoints, fingerprint
-from quickchange_training.examples import split
+from quickchange_training.examples import few_examples, split
 from quickchange_training.lora.lora_recipe import TrainingDtype
 from quickchange_training.turbo.base_ends import base_ends
 from quickchange_training.turbo.turbo_data import (
@@ -19,8 +18,10 @@ from quickchange_training.turbo.turbo_data import (
     Output,
     Prompt,
     draft_vocabulary,
+    not_its_own,
     own_outputs,
     positions,
+    short_outputs,
 )
 from quickchange_training.turbo.turbo_trainer import HeadMeasures, TurboTrainer
 
@@ -139,7 +140,7 @@ def make_heads(
 
 def _warnings(source: HeadsSource, outputs: Sequence[Output]) -> list[str]:
     return [
-        *advice.few_examples(len(outputs)),
-        *advice.short_outputs([len(output.tokens) for output in outputs]),
-        *advice.not_its_own(source.prompts, outputs, source.stop_token_ids),
+        *few_examples(len(outputs)),
+        *short_outputs([len(output.tokens) for output in outputs]),
+        *not_its_own(source.prompts, outputs, source.stop_token_ids),
     ]

@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -186,3 +187,38 @@ def draft_vocabulary(outputs: Sequence[Output], size: int, stop: frozenset[int])
     best = counts.argsort(descending=True, stable=True)[:size]
     chosen: Tensor = tokens[best].sort().values
     return chosen
+
+
+SHORT_OUTPUT = 10  # tokens
+
+
+_OWN_SHARE = 0.5  # of the completions, given by the data, that the model says itself
+
+
+def short_outputs(lengths: Sequence[int]) -> list[str]:
+    """A warning where outputs are so short that drafting can save few steps."""
+    if not lengths or mean(lengths) >= SHORT_OUTPUT:
+        return []
+    return [
+        f"outputs have {mean(lengths):.1f} tokens on average: under {SHORT_OUTPUT} a request is "
+        "mostly its prompt, and drafting can save little"
+    ]
+
+
+def not_its_own(
+    prompts: Sequence[Prompt], outputs: Sequence[Output], stop: frozenset[int]
+) -> list[str]:
+    """A warning where the data's completions are not what the model itself says."""
+    given = [
+        (prompt.completion, tuple(t for t in output.tokens if t not in stop))
+        for prompt, output in zip(prompts, outputs, strict=True)
+        if prompt.completion
+    ]
+    own = sum(completion == said for completion, said in given)
+    if not given or own >= _OWN_SHARE * len(given):
+        return []
+    return [
+        f"{len(given) - own} of {len(given)} completions in the data are not what the model says: "
+        "heads learn from its own outputs instead; if the data is what it should say, train a "
+        "LoRA on it first (quickchange train turbo-lora)"
+    ]

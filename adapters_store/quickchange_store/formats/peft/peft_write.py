@@ -15,9 +15,9 @@ from typing import Any
 
 from quickchange_store.canonical.canonical_adapter import BaseSpec, LowRankUpdate
 from quickchange_store.errors import BaseMismatchError, UnsupportedFeatureError
-from quickchange_store.formats.config_file import CONFIG_FILE
+from quickchange_store.formats.config_file import BASE_NAME, CONFIG_FILE
 from quickchange_store.formats.peft.peft_common import PREFIX, WEIGHTS_FILE
-from quickchange_store.formats.turbo.turbo_common import BASE_NAME, copied
+from quickchange_store.formats.tensors import copied
 
 
 def check_peft(updates: Mapping[str, LowRankUpdate], base: BaseSpec) -> None:

@@ -15,13 +15,9 @@ from typing import TYPE_CHECKING, Any
 from quickchange_store.canonical.canonical_adapter import BaseSpec
 from quickchange_store.canonical.turbo_part import TurboHeads
 from quickchange_store.errors import BaseMismatchError, BaseModelError, UnsupportedFeatureError
-from quickchange_store.formats.turbo.turbo_common import (
-    BASE_NAME,
-    HEADS_CONFIG_FILE,
-    HEADS_FILE,
-    LmHead,
-    copied,
-)
+from quickchange_store.formats.config_file import BASE_NAME
+from quickchange_store.formats.tensors import copied
+from quickchange_store.formats.turbo.turbo_common import HEADS_CONFIG_FILE, HEADS_FILE, LmHead
 
 if TYPE_CHECKING:
     import torch

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from quickchange_store.canonical.canonical_adapter import BaseSpec
 from quickchange_store.errors import BaseMismatchError, InvalidAdapterError
+from quickchange_store.formats.config_file import BASE_NAME
 from quickchange_store.formats.tensors import AdapterTensors
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 HEADS_CONFIG_FILE = "config.json"
 HEADS_FILE = "medusa_lm_head.safetensors"
-BASE_NAME = "base_model_name_or_path"
 
 
 @dataclass(frozen=True)
@@ -110,11 +110,6 @@ def refuse_left(tensors: AdapterTensors, expected: str) -> None:
             key=key,
             remedy=f"correct {HEADS_CONFIG_FILE}, or save the heads again",
         )
-
-
-def copied(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy on the CPU that shares memory with nothing, as safetensors wants it."""
-    return tensor.detach().to("cpu", copy=True).contiguous()
 
 
 def base_name(config: Mapping[str, Any]) -> str:

@@ -21,14 +21,13 @@ from quickchange_store.canonical import turbo_bytes
 from quickchange_store.canonical.canonical_adapter import BaseSpec
 from quickchange_store.canonical.turbo_bytes import TurboLayout
 from quickchange_store.errors import InvalidAdapterError, UnsupportedFeatureError
-from quickchange_store.formats.tensors import AdapterTensors
+from quickchange_store.formats.config_file import BASE_NAME
+from quickchange_store.formats.tensors import AdapterTensors, copied
 from quickchange_store.formats.turbo.turbo_common import (
-    BASE_NAME,
     HEADS_CONFIG_FILE,
     ImportedHeads,
     LmHead,
     base_name,
-    copied,
     refuse_left,
 )
 
