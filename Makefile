@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: serve test test-main test-interpreted test-compiled slow check lint format clean
+.PHONY: serve test test-main test-interpreted test-compiled slow check lint map format clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -38,10 +38,17 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/vulture
+	$(BIN)/lint-imports
+	$(BIN)/python tests/code_map/checks.py
+
+# measures of the code's map, with their targets
+map: $(STAMP)
+	PYTHONPATH=tests/support HF_HUB_OFFLINE=1 $(BIN)/python tests/code_map/measures.py
 
 format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
