@@ -6,26 +6,37 @@ from fastapi import APIRouter, Depends, Response
 from fastapi.responses import JSONResponse
 
 from quickchange_server.api.auth import ADMIN, METRICS_PATH
+from quickchange_server.api.openapi.response_models import EngineState
+from quickchange_server.api.openapi.route_responses import COMMON_ERRORS, PLAIN_TEXT, Responses
 from quickchange_server.entrypoints.app_state import Injected
 
-router = APIRouter(tags=["health"])
+NOT_READY: Responses = {503: {"model": EngineState, "description": "No requests are taken"}}
+
+router = APIRouter(tags=["health"], responses=NOT_READY)
 
 
-@router.get("/health")
-@router.get("/health/ready")
+@router.get("/health", response_model=EngineState)
+@router.get("/health/ready", response_model=EngineState)
+@router.get("/ping", response_model=EngineState, tags=["vLLM"])
+@router.post("/ping", response_model=EngineState, tags=["vLLM"])
 async def ready(services: Injected) -> Response:
     """200 while requests are taken, 503 otherwise; the body says the engine's state."""
     state = services.client.state
     return JSONResponse({"state": state}, 200 if state in ("ready", "restarting") else 503)
 
 
-@router.get("/health/live")
+@router.get("/health/live", response_model=EngineState)
 async def live() -> Response:
     """200 as long as the API process answers at all."""
     return JSONResponse({"state": "live"})
 
 
-@router.get(METRICS_PATH, dependencies=[Depends(ADMIN)])
+@router.get(
+    METRICS_PATH,
+    dependencies=[Depends(ADMIN)],
+    response_class=Response,
+    responses=COMMON_ERRORS | PLAIN_TEXT,
+)
 async def metrics(services: Injected) -> Response:
     """Prometheus metrics."""
     body, content_type = services.metrics.render()

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Self
 
 from fastapi import APIRouter, Depends, Response
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import PlainTextResponse
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from quickchange_server.api.admin.adapters import (
@@ -20,12 +20,19 @@ from quickchange_server.api.openai.requests import Message
 from quickchange_server.api.openai.responses import Json
 from quickchange_server.api.openai.tool_calling import tools_form
 from quickchange_server.api.openai.tool_requests import Tools
+from quickchange_server.api.openapi.response_models import (
+    DetokenizedText,
+    ServerVersion,
+    TokenizedPrompt,
+    TokenSpan,
+)
+from quickchange_server.api.openapi.route_responses import COMMON_ERRORS, PLAIN_TEXT, errors
 from quickchange_server.api.request_base import Body, check_text
 from quickchange_server.entrypoints.app_state import VERSION, Injected, Services
 from quickchange_server.errors import InvalidRequestError, UnknownModelError
 from quickchange_server.frontend.caller import Caller
 
-router = APIRouter(tags=["vLLM"])
+router = APIRouter(tags=["vLLM"], responses=COMMON_ERRORS)
 
 ValidText = Annotated[str, AfterValidator(check_text)]
 
@@ -85,7 +92,12 @@ class Detokenize(Body):
     tokens: list[int]
 
 
-@router.post("/v1/load_lora_adapter", dependencies=[Depends(MANAGE), Depends(adapters_on)])
+@router.post(
+    "/v1/load_lora_adapter",
+    dependencies=[Depends(MANAGE), Depends(adapters_on)],
+    response_class=Response,
+    responses=PLAIN_TEXT | errors(404, 409, 413),
+)
 async def load_lora_adapter(body: LoadLora, services: Injected, caller: Managing) -> Response:
     """Import an adapter from a folder and have it brought to the device."""
     check_own(caller, body.lora_name, "lora_name")
@@ -109,7 +121,12 @@ async def load_lora_adapter(body: LoadLora, services: Injected, caller: Managing
     return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
 
-@router.post("/v1/unload_lora_adapter", dependencies=[Depends(MANAGE), Depends(adapters_on)])
+@router.post(
+    "/v1/unload_lora_adapter",
+    dependencies=[Depends(MANAGE), Depends(adapters_on)],
+    response_class=Response,
+    responses=PLAIN_TEXT | errors(404, 409, 413),
+)
 async def unload_lora_adapter(body: UnloadLora, services: Injected, caller: Managing) -> Response:
     """Remove an adapter's name with all its versions."""
     name = body.lora_name
@@ -121,7 +138,9 @@ async def unload_lora_adapter(body: UnloadLora, services: Injected, caller: Mana
     return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
 
 
-@router.post("/tokenize")
+@router.post(
+    "/tokenize", response_model=TokenizedPrompt | list[TokenSpan], responses=errors(404, 413)
+)
 async def tokenize(body: Tokenize, services: Injected, caller: Calling) -> Json | list[Json]:
     """Token ids of a prompt or of a chat, as the generation routes would make them.
 
@@ -161,7 +180,7 @@ async def _tokens(services: Services, body: Tokenize) -> list[int]:
     return await services.text.encode(rendered, add_special_tokens=bool(body.add_special_tokens))
 
 
-@router.post("/detokenize")
+@router.post("/detokenize", response_model=DetokenizedText, responses=errors(404, 413))
 async def detokenize(body: Detokenize, services: Injected, caller: Calling) -> Json:
     """The text of token ids, special tokens included."""
     _check_model(services, caller, body.model)
@@ -175,14 +194,6 @@ def _check_model(services: Services, caller: Caller, model: str | None) -> None:
         services.catalog.select(model, sees=caller.sees)
 
 
-@router.get("/version", dependencies=[Depends(INFER)])
+@router.get("/version", dependencies=[Depends(INFER)], response_model=ServerVersion)
 async def version() -> Json:
     return {"version": VERSION}
-
-
-@router.get("/ping")
-@router.post("/ping")
-async def ping(services: Injected) -> Response:
-    """200 while requests are taken, as /health."""
-    state = services.client.state
-    return JSONResponse({"state": state}, 200 if state in ("ready", "restarting") else 503)

@@ -92,7 +92,12 @@ def create_app(
             if traces is not None:
                 await traces.close()
 
-    app = FastAPI(title="Quickchange", version=VERSION, lifespan=lifespan)
+    app = FastAPI(
+        title="Quickchange",
+        version=VERSION,
+        lifespan=lifespan,
+        separate_input_output_schemas=False,
+    )
     for module in (
         completions,
         lorax,

@@ -21,6 +21,18 @@ from starlette.datastructures import FormData, UploadFile
 from quickchange_server.adapter_registry.visibility import reachable, seen
 from quickchange_server.api.auth import MANAGE, Managing, check_own
 from quickchange_server.api.openai.responses import Json
+from quickchange_server.api.openapi.response_models_admin import (
+    AdapterDocument,
+    AdapterList,
+    AddedAdapter,
+    AliasDocument,
+    AliasList,
+    RemovedAdapter,
+    RemovedAlias,
+    ServedAdapter,
+    VersionResidency,
+)
+from quickchange_server.api.openapi.route_responses import COMMON_ERRORS, errors
 from quickchange_server.api.request_base import Body
 from quickchange_server.config import Settings
 from quickchange_server.entrypoints.app_state import Injected, Services
@@ -36,6 +48,7 @@ from quickchange_store.store import Resolved
 
 UPLOADS = "/v1/adapters"
 MAX_UPLOAD_FILES = 64  # Turbo heads may come in several
+ACCEPTED = "Asked of the engine; the answer does not wait for it"
 UPLOAD_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}\.(json|safetensors)")
 
 
@@ -47,12 +60,39 @@ async def adapters_on(services: Injected) -> None:
         )
 
 
-router = APIRouter(tags=["adapters"], dependencies=[Depends(MANAGE), Depends(adapters_on)])
+router = APIRouter(
+    tags=["adapters"],
+    dependencies=[Depends(MANAGE), Depends(adapters_on)],
+    responses=COMMON_ERRORS,
+)
 
 
 class AddFromPath(Body):
     name: str
     path: str
+
+
+_FILE = {"type": "string", "format": "binary"}
+_UPLOADED = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "config.json",
+    "medusa_lm_head.safetensors",
+    "turbo_heads.safetensors",
+)
+_UPLOAD_FORM = {
+    "type": "object",
+    "description": "Each file in a field of its name; docs/http.md says which belong together",
+    "properties": {"name": {"type": "string"}, **dict.fromkeys(_UPLOADED, _FILE)},
+    "required": ["name"],
+}
+_ADD_BODY = {  # in the document; the route reads it itself
+    "required": True,
+    "content": {
+        "application/json": {"schema": AddFromPath.model_json_schema()},
+        "multipart/form-data": {"schema": _UPLOAD_FORM},
+    },
+}
 
 
 class Rollback(Body):
@@ -178,7 +218,7 @@ def _added(added: Added) -> Json:
 # --- reading ------------------------------------------------------------------------------------
 
 
-@router.get("/v1/adapters")
+@router.get("/v1/adapters", response_model=AdapterList)
 async def list_adapters(services: Injected, caller: Managing) -> Json:
     """Every adapter, with where the version that it serves is held."""
     index = seen(services.store.snapshot(), caller.sees)
@@ -188,7 +228,7 @@ async def list_adapters(services: Injected, caller: Managing) -> Json:
     }
 
 
-@router.get("/v1/adapters/{reference:path}")
+@router.get("/v1/adapters/{reference:path}", response_model=AdapterDocument, responses=errors(404))
 async def one_adapter(reference: str, services: Injected, caller: Managing) -> Json:
     """An adapter by name, version or alias: its versions, and what the referred one holds."""
     check_seen(services, caller, reference)
@@ -209,7 +249,13 @@ async def one_adapter(reference: str, services: Injected, caller: Managing) -> J
 # --- adding and removing ------------------------------------------------------------------------
 
 
-@router.post(UPLOADS, status_code=201)
+@router.post(
+    UPLOADS,
+    status_code=201,
+    response_model=AddedAdapter,
+    responses=errors(409, 413),
+    openapi_extra={"requestBody": _ADD_BODY},
+)
 async def add_adapter(request: Request, services: Injected, caller: Managing) -> Json:
     """Add an adapter from a folder of the server's machine (JSON) or an upload (multipart)."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -279,7 +325,9 @@ async def remove_reference(
     return gone
 
 
-@router.delete("/v1/adapters/{reference:path}")
+@router.delete(
+    "/v1/adapters/{reference:path}", response_model=RemovedAdapter, responses=errors(404, 409)
+)
 async def remove_adapter(reference: str, services: Injected, caller: Managing) -> Json:
     """Remove a name with all its versions, or one version. Running requests finish on theirs."""
     gone = await remove_reference(services, caller, reference)
@@ -294,7 +342,11 @@ async def remove_adapter(reference: str, services: Injected, caller: Managing) -
 # --- versions and residency ---------------------------------------------------------------------
 
 
-@router.post("/v1/adapters/{name:path}/rollback")
+@router.post(
+    "/v1/adapters/{name:path}/rollback",
+    response_model=ServedAdapter,
+    responses=errors(404, 409, 413),
+)
 async def rollback(
     name: str, services: Injected, caller: Managing, body: Rollback | None = None
 ) -> Json:
@@ -306,13 +358,25 @@ async def rollback(
     return {"id": name, "object": "adapter", **_version(services, served)}
 
 
-@router.post("/v1/adapters/{reference:path}/pin", status_code=202)
+@router.post(
+    "/v1/adapters/{reference:path}/pin",
+    status_code=202,
+    response_model=VersionResidency,
+    response_description=ACCEPTED,
+    responses=errors(404),
+)
 async def pin(reference: str, services: Injected, caller: Managing) -> Json:
     """Load the version to the device and keep it there."""
     return _pinned(services, caller, reference, True)
 
 
-@router.post("/v1/adapters/{reference:path}/unpin", status_code=202)
+@router.post(
+    "/v1/adapters/{reference:path}/unpin",
+    status_code=202,
+    response_model=VersionResidency,
+    response_description=ACCEPTED,
+    responses=errors(404),
+)
 async def unpin(reference: str, services: Injected, caller: Managing) -> Json:
     """Let the version be evicted again."""
     return _pinned(services, caller, reference, False)
@@ -325,7 +389,13 @@ def _pinned(services: Services, caller: Caller, reference: str, pinned: bool) ->
     return _state(services, resolved)
 
 
-@router.post("/v1/adapters/{reference:path}/prefetch", status_code=202)
+@router.post(
+    "/v1/adapters/{reference:path}/prefetch",
+    status_code=202,
+    response_model=VersionResidency,
+    response_description=ACCEPTED,
+    responses=errors(404, 413),
+)
 async def prefetch(
     reference: str, services: Injected, caller: Managing, body: PrefetchTo | None = None
 ) -> Json:
@@ -339,7 +409,7 @@ async def prefetch(
 # --- aliases ------------------------------------------------------------------------------------
 
 
-@router.get("/v1/aliases")
+@router.get("/v1/aliases", response_model=AliasList)
 async def list_aliases(services: Injected, caller: Managing) -> Json:
     """Every alias and what it points at."""
     aliases = seen(services.store.snapshot(), caller.sees).aliases
@@ -349,7 +419,9 @@ async def list_aliases(services: Injected, caller: Managing) -> Json:
     }
 
 
-@router.put("/v1/aliases/{alias:path}")
+@router.put(
+    "/v1/aliases/{alias:path}", response_model=AliasDocument, responses=errors(404, 409, 413)
+)
 async def point_alias(alias: str, body: PointAlias, services: Injected, caller: Managing) -> Json:
     """Point an alias at a name (whatever it serves) or at one version, in one step.
 
@@ -364,7 +436,7 @@ async def point_alias(alias: str, body: PointAlias, services: Injected, caller: 
     return _alias(alias, target)
 
 
-@router.delete("/v1/aliases/{alias:path}")
+@router.delete("/v1/aliases/{alias:path}", response_model=RemovedAlias, responses=errors(404, 409))
 async def remove_alias(alias: str, services: Injected, caller: Managing) -> Json:
     """Remove an alias; what it points at stays."""
     index = services.store.snapshot()

@@ -22,6 +22,16 @@ from quickchange_server.adapter_registry.resolver import WeightedName
 from quickchange_server.api.auth import Calling, Managing, check_own
 from quickchange_server.api.error_responses import from_validation
 from quickchange_server.api.openai.responses import Json
+from quickchange_server.api.openapi.response_models_experiments import (
+    AuditTrail,
+    DeletedExperiment,
+    ExperimentDocument,
+    ExperimentList,
+    ExperimentResults,
+    MovedAlias,
+    RecordedOutcomes,
+)
+from quickchange_server.api.openapi.route_responses import COMMON_ERRORS, errors
 from quickchange_server.api.request_base import Body
 from quickchange_server.entrypoints.app_state import Injected, Services
 from quickchange_server.errors import ConflictError, InvalidRequestError, QuickchangeError
@@ -45,7 +55,7 @@ from quickchange_server.frontend.caller import Caller
 from quickchange_store.index import Index
 from quickchange_store.names import check_name
 
-router = APIRouter(tags=["experiments"])
+router = APIRouter(tags=["experiments"], responses=COMMON_ERRORS)
 
 MAX_OUTCOMES = 1000  # of one request
 PRINTABLE = "^[!-~]+$"
@@ -146,7 +156,13 @@ class Outcomes(Body):
 # --- definitions --------------------------------------------------------------------------------
 
 
-@router.post("/v1/experiments", status_code=201)
+@router.post(
+    "/v1/experiments",
+    status_code=201,
+    response_model=ExperimentDocument,
+    response_model_exclude_unset=True,
+    responses=errors(404, 409, 413),
+)
 async def create(body: Definition, services: Injected, caller: Managing) -> Json:
     """Define an experiment; requests may name it as `model` at once."""
     check_own(caller, body.name, "name")
@@ -156,7 +172,7 @@ async def create(body: Definition, services: Injected, caller: Managing) -> Json
     return _shown(await services.experiments.create(body, caller), services)
 
 
-@router.get("/v1/experiments")
+@router.get("/v1/experiments", response_model=ExperimentList, response_model_exclude_unset=True)
 async def list_experiments(services: Injected, caller: Managing) -> Json:
     """Every experiment that the caller may see."""
     there = services.experiments.all
@@ -166,14 +182,16 @@ async def list_experiments(services: Injected, caller: Managing) -> Json:
     }
 
 
-@router.get("/v1/experiments/{name:path}/results")
+@router.get(
+    "/v1/experiments/{name:path}/results", response_model=ExperimentResults, responses=errors(404)
+)
 async def results(name: str, services: Injected, caller: Managing) -> Json:
     """What the variants came to so far."""
     experiment = _seen(services, caller, name)
     return await results_of(services.database, experiment)
 
 
-@router.get("/v1/experiments/{name:path}/audit")
+@router.get("/v1/experiments/{name:path}/audit", response_model=AuditTrail, responses=errors(404))
 async def audit(
     name: str,
     services: Injected,
@@ -191,13 +209,23 @@ async def audit(
     return {"object": "list", "data": entries}
 
 
-@router.get("/v1/experiments/{name:path}")
+@router.get(
+    "/v1/experiments/{name:path}",
+    response_model=ExperimentDocument,
+    response_model_exclude_unset=True,
+    responses=errors(404),
+)
 async def one_experiment(name: str, services: Injected, caller: Managing) -> Json:
     """One experiment: its definition, its state, and the shares that hold now."""
     return _shown(_seen(services, caller, name), services)
 
 
-@router.patch("/v1/experiments/{name:path}")
+@router.patch(
+    "/v1/experiments/{name:path}",
+    response_model=ExperimentDocument,
+    response_model_exclude_unset=True,
+    responses=errors(404, 409, 413),
+)
 async def update(name: str, body: Change, services: Injected, caller: Managing) -> Json:
     """Change an experiment; only the units whose share moved get another variant."""
     before = _seen(services, caller, name).definition
@@ -206,7 +234,9 @@ async def update(name: str, body: Change, services: Injected, caller: Managing) 
     return _shown(changed, services)
 
 
-@router.delete("/v1/experiments/{name:path}")
+@router.delete(
+    "/v1/experiments/{name:path}", response_model=DeletedExperiment, responses=errors(404)
+)
 async def delete(name: str, services: Injected, caller: Managing) -> Json:
     """Forget an experiment and what it recorded; the audit trail stays."""
     _seen(services, caller, name)
@@ -217,21 +247,36 @@ async def delete(name: str, services: Injected, caller: Managing) -> Json:
 # --- state --------------------------------------------------------------------------------------
 
 
-@router.post("/v1/experiments/{name:path}/pause")
+@router.post(
+    "/v1/experiments/{name:path}/pause",
+    response_model=ExperimentDocument,
+    response_model_exclude_unset=True,
+    responses=errors(404, 409),
+)
 async def pause(name: str, services: Injected, caller: Managing) -> Json:
     """Everybody gets the control for now, which is not counted."""
     _seen(services, caller, name)
     return _shown(await services.experiments.pause(name, caller), services)
 
 
-@router.post("/v1/experiments/{name:path}/resume")
+@router.post(
+    "/v1/experiments/{name:path}/resume",
+    response_model=ExperimentDocument,
+    response_model_exclude_unset=True,
+    responses=errors(404, 409),
+)
 async def resume(name: str, services: Injected, caller: Managing) -> Json:
     """Go on where it was paused; everybody gets their variant again."""
     _seen(services, caller, name)
     return _shown(await services.experiments.resume(name, caller), services)
 
 
-@router.post("/v1/experiments/{name:path}/stop")
+@router.post(
+    "/v1/experiments/{name:path}/stop",
+    response_model=ExperimentDocument,
+    response_model_exclude_unset=True,
+    responses=errors(404, 409, 413),
+)
 async def stop(name: str, services: Injected, caller: Managing, body: Stop | None = None) -> Json:
     """End it: from now on everybody gets the winner, or the control."""
     _seen(services, caller, name)
@@ -239,14 +284,20 @@ async def stop(name: str, services: Injected, caller: Managing, body: Stop | Non
     return _shown(await services.experiments.stop(name, caller, winner), services)
 
 
-@router.post("/v1/experiments/{name:path}/promote")
+@router.post(
+    "/v1/experiments/{name:path}/promote",
+    response_model=MovedAlias,
+    responses=errors(404, 409, 413),
+)
 async def promote(name: str, body: Promote, services: Injected, caller: Managing) -> Json:
     """Point the experiment's alias at what a variant serves, in one step."""
     _check_alias(services, caller, _seen(services, caller, name).definition.alias)
     return _moved(name, await services.promotions.promote(name, caller, body.variant))
 
 
-@router.post("/v1/experiments/{name:path}/rollback")
+@router.post(
+    "/v1/experiments/{name:path}/rollback", response_model=MovedAlias, responses=errors(404, 409)
+)
 async def roll_back(name: str, services: Injected, caller: Managing) -> Json:
     """Undo the last promotion: the alias is what it was before."""
     promotions = _seen(services, caller, name).promotions
@@ -257,7 +308,12 @@ async def roll_back(name: str, services: Injected, caller: Managing) -> Json:
 # --- outcomes -----------------------------------------------------------------------------------
 
 
-@router.post("/v1/experiments/{name:path}/outcomes", status_code=201)
+@router.post(
+    "/v1/experiments/{name:path}/outcomes",
+    status_code=201,
+    response_model=RecordedOutcomes,
+    responses=errors(404, 409, 413),
+)
 async def outcomes(name: str, body: Outcomes, services: Injected, caller: Calling) -> Json:
     """Tell what came of answers. All are kept or none; the answer comes after they are durable."""
     experiment = _seen(services, caller, name)

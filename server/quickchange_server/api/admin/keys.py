@@ -12,6 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from quickchange_server.api.auth import ADMIN
 from quickchange_server.api.openai.responses import Json
+from quickchange_server.api.openapi.response_models_admin import (
+    ApiKeyDocument,
+    ApiKeyList,
+    ApiKeyWithSecret,
+)
+from quickchange_server.api.openapi.route_responses import COMMON_ERRORS, errors
 from quickchange_server.api.request_base import Body, Number
 from quickchange_server.entrypoints.app_state import Injected
 from quickchange_server.frontend.caller import Scope
@@ -22,7 +28,7 @@ MAX_LABEL = 200  # characters
 MAX_OVERLAP = 30 * 86_400.0  # seconds
 DEFAULT_OVERLAP = 86_400.0
 
-router = APIRouter(tags=["API keys"], dependencies=[Depends(ADMIN)])
+router = APIRouter(tags=["API keys"], dependencies=[Depends(ADMIN)], responses=COMMON_ERRORS)
 
 Count = Annotated[int, Field(ge=1, le=MAX_LIMIT)]
 Label = Annotated[str, Field(max_length=MAX_LABEL)]
@@ -96,7 +102,7 @@ def _key(key: Key) -> Json:
     }
 
 
-@router.post("/v1/keys", status_code=201)
+@router.post("/v1/keys", status_code=201, response_model=ApiKeyWithSecret, responses=errors(413))
 async def create_key(body: NewKey, services: Injected) -> Json:
     """Make an API key. Its secret is in this answer and nowhere else."""
     terms = Terms(
@@ -114,7 +120,7 @@ async def create_key(body: NewKey, services: Injected) -> Json:
     return {**_key(key), "secret": secret}
 
 
-@router.get("/v1/keys")
+@router.get("/v1/keys", response_model=ApiKeyList)
 async def list_keys(services: Injected, tenant: str | None = None) -> Json:
     """All keys, or a tenant's, oldest first; revoked and expired ones too."""
     keys = await services.database.read(key_records.every)
@@ -122,13 +128,13 @@ async def list_keys(services: Injected, tenant: str | None = None) -> Json:
     return {"object": "list", "data": shown}
 
 
-@router.get("/v1/keys/{id}")
+@router.get("/v1/keys/{id}", response_model=ApiKeyDocument, responses=errors(404))
 async def one_key(key_id: KeyId, services: Injected) -> Json:
     """One key."""
     return _key(await services.database.read(partial(key_records.one, key_id=key_id)))
 
 
-@router.patch("/v1/keys/{id}")
+@router.patch("/v1/keys/{id}", response_model=ApiKeyDocument, responses=errors(404, 409, 413))
 async def change_key(key_id: KeyId, body: ChangedKey, services: Injected) -> Json:
     """Change what a key may do. Its tenant stays."""
     key = await services.database.write(
@@ -138,7 +144,7 @@ async def change_key(key_id: KeyId, body: ChangedKey, services: Injected) -> Jso
     return _key(key)
 
 
-@router.delete("/v1/keys/{id}")
+@router.delete("/v1/keys/{id}", response_model=ApiKeyDocument, responses=errors(404))
 async def revoke_key(key_id: KeyId, services: Injected) -> Json:
     """End a key for good; its past usage stays."""
     key = await services.database.write(partial(key_records.revoke, key_id=key_id, now=time.time()))
@@ -146,7 +152,9 @@ async def revoke_key(key_id: KeyId, services: Injected) -> Json:
     return _key(key)
 
 
-@router.post("/v1/keys/{id}/rotate")
+@router.post(
+    "/v1/keys/{id}/rotate", response_model=ApiKeyWithSecret, responses=errors(404, 409, 413)
+)
 async def rotate_key(key_id: KeyId, services: Injected, body: Rotation | None = None) -> Json:
     """Give a key a new secret, in this answer and nowhere else; the old one ends later."""
     overlap = DEFAULT_OVERLAP if body is None else body.overlap_seconds

@@ -12,6 +12,8 @@ from fastapi import APIRouter, Query
 from quickchange_server.adapter_registry.resolver import BASE_LABEL, COMPOSITION_LABEL
 from quickchange_server.api.auth import Calling
 from quickchange_server.api.openai.responses import Json
+from quickchange_server.api.openapi.response_models_admin import UsageReport
+from quickchange_server.api.openapi.route_responses import COMMON_ERRORS
 from quickchange_server.entrypoints.app_state import Injected
 from quickchange_server.errors import ForbiddenError, InvalidRequestError
 from quickchange_server.frontend.caller import Caller
@@ -23,10 +25,10 @@ NO_NAMES = {BASE_LABEL, COMPOSITION_LABEL}
 UNSEEN = "-"  # no adapter's name begins so
 DEFAULT_GROUP = "tenant,key,adapter"
 
-router = APIRouter(tags=["API keys"])
+router = APIRouter(tags=["API keys"], responses=COMMON_ERRORS)
 
 
-@router.get("/v1/usage")
+@router.get("/v1/usage", response_model=UsageReport, response_model_exclude_unset=True)
 async def usage(
     services: Injected,
     caller: Calling,

@@ -23,6 +23,13 @@ from quickchange_server.api.lorax.requests import (
 from quickchange_server.api.lorax.responses import Candidate, Clock, Shapes, accounting, identity
 from quickchange_server.api.openai.requests import MAX_CHOICES
 from quickchange_server.api.openai.responses import Json
+from quickchange_server.api.openapi.response_models import (
+    LoraxErrorBody,
+    LoraxGeneration,
+    LoraxInfo,
+    LoraxStreamEvent,
+)
+from quickchange_server.api.openapi.route_responses import events, lorax_errors
 from quickchange_server.api.sse import event, event_stream, unless_gone
 from quickchange_server.entrypoints.app_state import VERSION, Injected, Services
 from quickchange_server.errors import (
@@ -37,7 +44,10 @@ from quickchange_server.frontend.generation import choice_seed
 from quickchange_server.frontend.output_processor import LoggedToken
 from quickchange_server.frontend.request_observers import Running
 
-router = APIRouter(tags=["LoRAX"])
+router = APIRouter(tags=["LoRAX"], responses=lorax_errors(401, 403, 422))
+
+_ERRORS = lorax_errors(413, 424, 429, 500, 503)
+_EVENTS = events(LoraxStreamEvent | LoraxErrorBody)
 
 
 @dataclass(frozen=True)
@@ -58,7 +68,7 @@ class Work:
         return self.identity | request_admission.headers(self.running.account.opened.assignment)
 
 
-@router.post("/generate")
+@router.post("/generate", response_model=LoraxGeneration, responses=_ERRORS)
 async def generate(
     request: Request, body: GenerateRequest, services: Injected, caller: Calling
 ) -> Response:
@@ -67,7 +77,7 @@ async def generate(
     return await _whole_response(request, work, listed=False)
 
 
-@router.post("/generate_stream")
+@router.post("/generate_stream", response_class=Response, responses=_ERRORS | _EVENTS)
 async def generate_stream(
     request: Request, body: GenerateRequest, services: Injected, caller: Calling
 ) -> Response:
@@ -77,8 +87,8 @@ async def generate_stream(
     return await _stream_response(request, work)
 
 
-@router.post("/")
-@router.post("/invocations")
+@router.post("/", response_model=list[LoraxGeneration], responses=_ERRORS | _EVENTS)
+@router.post("/invocations", response_model=list[LoraxGeneration], responses=_ERRORS | _EVENTS)
 async def compat_generate(
     request: Request, body: CompatGenerateRequest, services: Injected, caller: Calling
 ) -> Response:
@@ -89,7 +99,7 @@ async def compat_generate(
     return await _whole_response(request, work, listed=True)
 
 
-@router.get("/info", dependencies=[Depends(INFER)])
+@router.get("/info", dependencies=[Depends(INFER)], response_model=LoraxInfo, responses=_ERRORS)
 async def info(services: Injected) -> Json:
     """What the server is and what it takes, in LoRAX's terms."""
     settings, engine = services.settings, services.engine
@@ -116,14 +126,20 @@ async def info(services: Injected) -> Json:
     }
 
 
-@router.post("/embed", dependencies=[Depends(INFER)])
+@router.post(
+    "/embed", dependencies=[Depends(INFER)], status_code=422, response_model=LoraxErrorBody
+)
 async def embed() -> Response:
     """Refused: LoRAX answers it for embedding models alone, too."""
     raise UnsupportedParameterError("/embed: this server generates text; use POST /v1/embeddings")
 
 
-@router.post("/classify", dependencies=[Depends(INFER)])
-@router.post("/classify_batch", dependencies=[Depends(INFER)])
+@router.post(
+    "/classify", dependencies=[Depends(INFER)], status_code=422, response_model=LoraxErrorBody
+)
+@router.post(
+    "/classify_batch", dependencies=[Depends(INFER)], status_code=422, response_model=LoraxErrorBody
+)
 async def classify() -> Response:
     """Refused: LoRAX answers it for classification models alone, too."""
     raise UnsupportedParameterError(

@@ -31,13 +31,21 @@ from quickchange_server.api.openai.responses import (
     usage,
 )
 from quickchange_server.api.openai.tool_calling import with_tools
+from quickchange_server.api.openapi.response_models import (
+    ChatCompletion,
+    ChatCompletionChunk,
+    CompletionChunk,
+    ErrorBody,
+    TextCompletion,
+)
+from quickchange_server.api.openapi.route_responses import COMMON_ERRORS, GENERATION_ERRORS, events
 from quickchange_server.api.sse import DONE, event, event_stream, unless_gone
 from quickchange_server.entrypoints.app_state import Injected, Services
 from quickchange_server.frontend import request_admission
 from quickchange_server.frontend.output_processor import Ending, LoggedToken
 from quickchange_server.frontend.request_observers import Running
 
-router = APIRouter(tags=["OpenAI"])
+router = APIRouter(tags=["OpenAI"], responses=COMMON_ERRORS)
 
 AnyPrompt = str | list[str] | list[int] | list[list[int]]
 
@@ -181,7 +189,11 @@ async def token_ids(services: Services, prompt: AnyPrompt, param: str) -> list[l
     return encoded
 
 
-@router.post("/v1/completions")
+@router.post(
+    "/v1/completions",
+    response_model=TextCompletion,
+    responses=GENERATION_ERRORS | events(CompletionChunk | ErrorBody, last="[DONE]"),
+)
 async def completions(
     request: Request, body: CompletionRequest, services: Injected, caller: Calling
 ) -> Response:
@@ -215,7 +227,11 @@ def _told(
     ]
 
 
-@router.post("/v1/chat/completions")
+@router.post(
+    "/v1/chat/completions",
+    response_model=ChatCompletion,
+    responses=GENERATION_ERRORS | events(ChatCompletionChunk | ErrorBody, last="[DONE]"),
+)
 async def chat_completions(
     request: Request, body: ChatRequest, services: Injected, caller: Calling
 ) -> Response:

@@ -17,6 +17,8 @@ from quickchange_server.api.auth import Calling
 from quickchange_server.api.openai.completions import token_ids
 from quickchange_server.api.openai.requests import CompletionRequest, WeightedAdapter
 from quickchange_server.api.openai.responses import Json
+from quickchange_server.api.openapi.response_models import EmbeddingList
+from quickchange_server.api.openapi.route_responses import COMMON_ERRORS, GENERATION_ERRORS
 from quickchange_server.api.request_base import Body, Prompt, Unsupported
 from quickchange_server.api.sse import unless_gone
 from quickchange_server.entrypoints.app_state import Injected
@@ -25,7 +27,7 @@ from quickchange_server.frontend import request_admission
 from quickchange_server.frontend.request_observers import Running
 from quickchange_server.protocol import Pooling
 
-router = APIRouter(tags=["OpenAI"])
+router = APIRouter(tags=["OpenAI"], responses=COMMON_ERRORS)
 
 Floats = npt.NDArray[np.float32]
 
@@ -61,7 +63,7 @@ class EmbeddingRequest(Body):
         )
 
 
-@router.post("/v1/embeddings")
+@router.post("/v1/embeddings", response_model=EmbeddingList, responses=GENERATION_ERRORS)
 async def embeddings(
     request: Request, body: EmbeddingRequest, services: Injected, caller: Calling
 ) -> Response:

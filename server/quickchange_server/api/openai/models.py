@@ -9,12 +9,14 @@ from fastapi import APIRouter
 from quickchange_server.adapter_registry.visibility import seen
 from quickchange_server.api.auth import Calling
 from quickchange_server.api.openai.responses import Json
+from quickchange_server.api.openapi.response_models import ModelCard, ModelList
+from quickchange_server.api.openapi.route_responses import COMMON_ERRORS, errors
 from quickchange_server.entrypoints.app_state import Injected, Services
 from quickchange_server.experiments.experiment import Experiment
 from quickchange_store.index import Index
 from quickchange_store.names import Reference, parse_reference
 
-router = APIRouter(tags=["OpenAI"])
+router = APIRouter(tags=["OpenAI"], responses=COMMON_ERRORS)
 
 OWNER = "quickchange"
 
@@ -65,7 +67,7 @@ def _experiment_card(services: Services, experiment: Experiment) -> Json:
     return _card(services, name, experiment.created, details, name)
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", response_model=ModelList, response_model_exclude_unset=True)
 async def models(services: Injected, caller: Calling) -> Json:
     """The base, adapters, their versions, aliases, and experiments."""
     cards = [_base_card(services)]
@@ -76,7 +78,12 @@ async def models(services: Injected, caller: Calling) -> Json:
     return {"object": "list", "data": cards}
 
 
-@router.get("/v1/models/{model:path}")
+@router.get(
+    "/v1/models/{model:path}",
+    response_model=ModelCard,
+    response_model_exclude_unset=True,
+    responses=errors(404),
+)
 async def one_model(model: str, services: Injected, caller: Calling) -> Json:
     """One of them; a digest prefix works too, as in requests."""
     if services.catalog.is_base(model):

@@ -1,32 +1,17 @@
-"""Makes FastAPI's document whole: answers, errors, API keys, and bodies that it can't see.
-
-Routes write their answers and read some bodies themselves, so that FastAPI knows only their paths,
-parameters and the bodies that it parses. `operations.py` has the rest, by operation.
-"""
+"""Changes in FastAPI's document what routes can't say: shared schemas of events, API keys, and that
+a wrong field is no 422."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from typing import Any, Literal
+from collections.abc import Collection, Iterator
 
 from fastapi import FastAPI
-from pydantic import TypeAdapter
 
-from quickchange_server.api.admin.adapters import AddFromPath
 from quickchange_server.api.auth import METRICS_PATH, OPEN
 from quickchange_server.api.openai.responses import Json
-from quickchange_server.api.openapi.operations import EVENTS, JSON, MEANINGS, OPERATIONS, Answers
 from quickchange_server.config import Settings
 
-_REF = "#/components/schemas/{model}"
-_OF_422 = ("HTTPValidationError", "ValidationError")  # FastAPI's; errors have other bodies here
-_UPLOADED = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "config.json",
-    "medusa_lm_head.safetensors",
-    "turbo_heads.safetensors",
-)
+_VALIDATION = "HTTPValidationError"  # FastAPI's own body of a wrong field, which no route answers
 
 
 def install(app: FastAPI, settings: Settings, *, keyed: bool) -> None:
@@ -53,75 +38,18 @@ def operations_of(document: Json) -> Iterator[tuple[tuple[str, str], Json]]:
 
 
 def _finish(document: Json) -> None:
-    tables = (o for told in OPERATIONS.values() for o in (told.model, told.event, told.error))
-    models = {id(model): model for model in (*tables, AddFromPath) if model is not None}
-    schemas, shared = _schemas(list(models.values()))
-    own = document["components"]["schemas"]
-    for unused in _OF_422:
-        own.pop(unused, None)
-    for name in own.keys() & shared.keys():
-        if own[name]["properties"].keys() != shared[name]["properties"].keys():
-            raise ValueError(f"two models are named {name}: rename the one of the answers")
-    document["components"]["schemas"] = shared | own
-    for place, operation in operations_of(document):
-        operation["responses"] = _responses(OPERATIONS[place], schemas)
-    upload = document["paths"].get("/v1/adapters", {}).get("post")
-    if upload is not None:
-        upload["requestBody"] = _upload(schemas[id(AddFromPath)])
-
-
-def _schemas(models: list[Any]) -> tuple[dict[int, Json], Json]:
-    """Each model's schema by its id, and those that they share, by name."""
-    mode: Literal["validation"] = "validation"
-    inputs = [(id(model), mode, TypeAdapter(model)) for model in models]
-    found, shared = TypeAdapter.json_schemas(inputs, ref_template=_REF)
-    return {key: schema for (key, _), schema in found.items()}, shared.get("$defs", {})
-
-
-def _responses(told: Answers, schemas: Mapping[int, Json]) -> Json:
-    responses = {}
-    if told.status:
-        responses[str(told.status)] = _success(told, schemas)
-    if not told.errors:  # the server's state: the same body, whatever it is
-        responses["503"] = _success(told, schemas) | {"description": "No requests are taken"}
-    for status in sorted(told.errors):
-        error = {"schema": schemas[id(told.error)]}
-        responses[str(status)] = {"description": MEANINGS[status], "content": {JSON: error}}
-    return responses
-
-
-def _success(told: Answers, schemas: Mapping[int, Json]) -> Json:
-    content: Json = {}
-    if told.model is not None:
-        content[told.content] = {"schema": schemas[id(told.model)]}
-    elif told.event is None:
-        content[told.content] = {"schema": {"type": "string"}}
-    if told.event is not None:
-        content[EVENTS] = {"schema": _event(schemas[id(told.event)], told.last_event)}
-    return {"description": MEANINGS[told.status], "content": content}
-
-
-def _event(data: Json, last: str | None) -> Json:
-    """The schema of one server-sent event: OpenAPI 3.1 has none for the stream."""
-    shown: Json = {"type": "string", "contentMediaType": JSON, "contentSchema": data}
-    if last is not None:
-        shown = {"anyOf": [shown, {"const": last}]}
-    return {"type": "object", "properties": {"data": shown}, "required": ["data"]}
-
-
-def _upload(from_path: Json) -> Json:
-    """The two bodies of POST /v1/adapters, which the route reads itself."""
-    file = {"type": "string", "format": "binary"}
-    form = {
-        "type": "object",
-        "description": "Each file in a field of its name; docs/http.md says which belong together",
-        "properties": {"name": {"type": "string"}, **dict.fromkeys(_UPLOADED, file)},
-        "required": ["name"],
-    }
-    return {
-        "required": True,
-        "content": {JSON: {"schema": from_path}, "multipart/form-data": {"schema": form}},
-    }
+    schemas = document["components"]["schemas"]
+    for unused in (_VALIDATION, "ValidationError"):
+        del schemas[unused]
+    for _, operation in operations_of(document):
+        responses = operation["responses"]
+        for status, response in list(responses.items()):
+            for content in response["content"].values():
+                schema = content["schema"]
+                if schema.get("$ref", "").endswith(f"/{_VALIDATION}"):
+                    del responses[status]
+                for name, shared in schema.pop("$defs", {}).items():
+                    schemas.setdefault(name, shared)
 
 
 def _secure(document: Json, unkeyed: Collection[tuple[str, str]]) -> None:

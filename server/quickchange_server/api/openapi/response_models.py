@@ -1,43 +1,45 @@
-"""What the routes answer, for the OpenAPI document; docs/http.md says what the fields mean.
+"""What the routes of generation, models and tokens answer; docs/http.md says what the fields mean.
 
-Routes write their answers themselves, without a pass through these models: they are what tests
-hold the answers against. No field may come that is not here.
+Routes that return a `Response` write it themselves: of those, the models are documentation, which
+tests hold the answers against. Any other route's answer is validated: no field may come that is not
+here.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
-from quickchange_server.frontend.caller import Scope
-from quickchange_server.tenants.key import Limits
+from quickchange_server.api.openai.tool_requests import FunctionName
 
 ExperimentState = Literal["running", "paused", "stopped"]
 
 
-class Answer(BaseModel):
+class ResponseModel(BaseModel):
+    """Base of all answers."""
+
     model_config = ConfigDict(extra="forbid")
 
 
 # --- errors -------------------------------------------------------------------------------------
 
 
-class ErrorDetails(Answer):
+class ErrorDetails(ResponseModel):
     message: str
     type: str
-    param: str | None  # the place of the field that is wrong
+    param: str | None  # path of the wrong field
     code: str | None
 
 
-class Error(Answer):
-    """An error, as OpenAI's API tells it."""
+class ErrorBody(ResponseModel):
+    """An error in OpenAI's form."""
 
     error: ErrorDetails
 
 
-class LoraxError(Answer):
-    """An error, as LoRAX tells it."""
+class LoraxErrorBody(ResponseModel):
+    """An error in LoRAX's form."""
 
     error: str
     error_type: str
@@ -46,57 +48,57 @@ class LoraxError(Answer):
 # --- OpenAI -------------------------------------------------------------------------------------
 
 
-class Assigned(Answer):
-    """The experiment that `model` named, and what it chose."""
+class ChosenVariant(ResponseModel):
+    """The experiment that `model` named, and the variant that it chose."""
 
     experiment: str
     variant: str
 
 
-class PromptDetails(Answer):
+class PromptTokensDetails(ResponseModel):
     cached_tokens: int
 
 
-class DraftDetails(Answer):
+class CompletionTokensDetails(ResponseModel):
     accepted_prediction_tokens: int
     rejected_prediction_tokens: int
 
 
-class Usage(Answer):
+class CompletionUsage(ResponseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: PromptDetails
-    completion_tokens_details: DraftDetails | None = None
+    prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | None = None
 
 
-class Generated(Answer):
-    """What every answer and every streamed event has."""
+class GenerationEnvelope(ResponseModel):
+    """Fields of every answer and every streamed event."""
 
     id: str
     created: int
     model: str
     system_fingerprint: str
-    quickchange: Assigned | None = None
+    quickchange: ChosenVariant | None = None
 
 
 FinishReason = Literal["stop", "length"]
 
 
-class CompletionLogprobs(Answer):
+class CompletionLogprobs(ResponseModel):
     tokens: list[str]
     token_logprobs: list[float | None]
     top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
-class PromptLogprob(Answer):
+class PromptLogprob(ResponseModel):
     logprob: float
     rank: int | None
     decoded_token: str
 
 
-class CompletionChoice(Answer):
+class CompletionChoice(ResponseModel):
     index: int
     text: str
     logprobs: CompletionLogprobs | None
@@ -104,107 +106,107 @@ class CompletionChoice(Answer):
     prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = None
 
 
-class Completion(Generated):
+class TextCompletion(GenerationEnvelope):
     object: Literal["text_completion"]
     choices: list[CompletionChoice]
-    usage: Usage
+    usage: CompletionUsage
 
 
-class TopLogprob(Answer):
+class TopLogprob(ResponseModel):
     token: str
     logprob: float
     bytes: list[int]
 
 
-class ChatLogprob(TopLogprob):
+class ChatTokenLogprob(TopLogprob):
     top_logprobs: list[TopLogprob]
 
 
-class ChatLogprobs(Answer):
-    content: list[ChatLogprob]
+class ChatLogprobs(ResponseModel):
+    content: list[ChatTokenLogprob]
     refusal: None
 
 
-class CalledFunction(Answer):
-    name: str
+class FunctionCall(ResponseModel):
+    name: FunctionName
     arguments: str
 
 
-class CalledTool(Answer):
+class AssistantToolCall(ResponseModel):
     id: str
     type: Literal["function"]
-    function: CalledFunction
+    function: FunctionCall
 
 
-class AssistantMessage(Answer):
+class AssistantMessage(ResponseModel):
     role: Literal["assistant"]
     content: str | None
     refusal: None
-    tool_calls: list[CalledTool] | None = None
+    tool_calls: list[AssistantToolCall] | None = None
 
 
-class ChatChoice(Answer):
+class ChatChoice(ResponseModel):
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason | Literal["tool_calls"]
 
 
-class ChatCompletion(Generated):
+class ChatCompletion(GenerationEnvelope):
     object: Literal["chat.completion"]
     choices: list[ChatChoice]
-    usage: Usage
+    usage: CompletionUsage
 
 
-class CompletionEvent(Generated):
+class CompletionChunk(GenerationEnvelope):
     object: Literal["text_completion"]
     choices: list[CompletionChoice]
-    usage: Usage | None = None
+    usage: CompletionUsage | None = None
 
 
-class StreamedTool(CalledTool):
+class ToolCallDelta(AssistantToolCall):
     index: int
 
 
-class ChatDelta(Answer):
+class ChatDelta(ResponseModel):
     role: Literal["assistant"] | None = None
     content: str | None = None
-    tool_calls: list[StreamedTool] | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
-class ChatEventChoice(Answer):
+class ChatChunkChoice(ResponseModel):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason | Literal["tool_calls"] | None
 
 
-class ChatEvent(Generated):
+class ChatCompletionChunk(GenerationEnvelope):
     object: Literal["chat.completion.chunk"]
-    choices: list[ChatEventChoice]
-    usage: Usage | None = None
+    choices: list[ChatChunkChoice]
+    usage: CompletionUsage | None = None
 
 
-class Embedding(Answer):
+class EmbeddingVector(ResponseModel):
     object: Literal["embedding"]
     index: int
     embedding: list[float] | str
 
 
-class EmbeddingUsage(Answer):
+class EmbeddingUsage(ResponseModel):
     prompt_tokens: int
     total_tokens: int
 
 
-class Embeddings(Answer):
+class EmbeddingList(ResponseModel):
     object: Literal["list"]
-    data: list[Embedding]
+    data: list[EmbeddingVector]
     model: str
     usage: EmbeddingUsage
-    quickchange: Assigned | None = None
+    quickchange: ChosenVariant | None = None
 
 
-class ModelDetails(Answer):
+class ModelDetails(ResponseModel):
     kind: Literal["base", "adapter", "version", "alias", "experiment"]
     version: int | None = None
     digest: str | None = None
@@ -212,7 +214,7 @@ class ModelDetails(Answer):
     state: ExperimentState | None = None
 
 
-class Model(Answer):
+class ModelCard(ResponseModel):
     id: str
     object: Literal["model"]
     created: int
@@ -223,54 +225,54 @@ class Model(Answer):
     quickchange: ModelDetails
 
 
-class Models(Answer):
+class ModelList(ResponseModel):
     object: Literal["list"]
-    data: list[Model]
+    data: list[ModelCard]
 
 
 # --- LoRAX --------------------------------------------------------------------------------------
 
 
-class LoraxAlternative(Answer):
+class LoraxAlternativeToken(ResponseModel):
     id: int
     text: str
     logprob: float
 
 
-class LoraxToken(LoraxAlternative):
+class LoraxToken(LoraxAlternativeToken):
     special: bool
     skipped: bool
-    alternative_tokens: list[LoraxAlternative] | None = None
+    alternative_tokens: list[LoraxAlternativeToken] | None = None
 
 
-class LoraxPrefill(Answer):
+class LoraxPrefillToken(ResponseModel):
     id: int
     text: str
     logprob: float | None
 
 
-class LoraxEnding(Answer):
+class LoraxEnding(ResponseModel):
     finish_reason: Literal["length", "eos_token", "stop_sequence"]
     generated_tokens: int
     skipped_tokens: int
     seed: int | None
 
 
-class LoraxTold(LoraxEnding):
-    prefill: list[LoraxPrefill]
+class LoraxTokenDetails(LoraxEnding):
+    prefill: list[LoraxPrefillToken]
     tokens: list[LoraxToken]
 
 
-class LoraxSequence(LoraxTold):
+class LoraxSequence(LoraxTokenDetails):
     generated_text: str
 
 
-class LoraxDetails(LoraxTold):
+class LoraxDetails(LoraxTokenDetails):
     prompt_tokens: int
     best_of_sequences: list[LoraxSequence] | None = None
 
 
-class LoraxAnswer(Answer):
+class LoraxGeneration(ResponseModel):
     generated_text: str
     details: LoraxDetails | None = None
 
@@ -279,13 +281,13 @@ class LoraxStreamDetails(LoraxEnding):
     prompt_tokens: int
 
 
-class LoraxEvent(Answer):
+class LoraxStreamEvent(ResponseModel):
     token: LoraxToken
-    generated_text: str | None  # in the last
-    details: LoraxStreamDetails | None  # in the last
+    generated_text: str | None  # in the last event
+    details: LoraxStreamDetails | None  # in the last event
 
 
-class LoraxInfo(Answer):
+class LoraxInfo(ResponseModel):
     model_id: str
     model_sha: str | None
     model_dtype: str
@@ -307,124 +309,18 @@ class LoraxInfo(Answer):
     request_logger_url: str | None
 
 
-# --- adapters -----------------------------------------------------------------------------------
-
-
-class Residency(Answer):
-    tier: Literal["device", "host", "disk"]
-    bytes: int
-    pinned: bool
-
-
-class TurboFigures(Answer):
-    depth: int
-    sequential: bool
-    vocabulary: int | None
-    own_outputs: bool
-    parameters: int
-    medusa_1_ratio: float | None
-
-
-class AdapterVersion(Answer):
-    version: int
-    digest: str
-    created: int
-    turbo: TurboFigures | None
-    residency: Residency
-
-
-class Served(AdapterVersion):
-    """What a name serves."""
-
-    id: str
-    object: Literal["adapter"]
-
-
-class Adapter(Served):
-    versions: list[int]
-    aliases: list[str]
-
-
-class Adapters(Answer):
-    object: Literal["list"]
-    data: list[Adapter]
-
-
-class AdapterFigures(Answer):
-    architecture: str
-    base_name: str
-    ranks: list[int]
-    targets: list[str]
-    modules: int
-    parameters: int
-    dtypes: list[str]
-    size: int
-    source: dict[str, Any]
-    kind: str
-    base_hidden: int | None
-    base_vocabulary: int | None
-
-
-class DescribedAdapter(Served):
-    aliases: list[str]
-    current: int
-    versions: list[AdapterVersion]
-    info: AdapterFigures
-
-
-class AddedAdapter(Answer):
-    id: str
-    object: Literal["adapter"]
-    version: int
-    digest: str
-    created: int
-    warnings: list[str]
-
-
-class RemovedAdapter(Answer):
-    id: str
-    object: Literal["adapter.deleted"]
-    deleted: Literal[True]
-    versions: list[str]
-
-
-class AdapterState(Answer):
-    id: str
-    version: int
-    digest: str
-    residency: Residency
-
-
-class Alias(Answer):
-    id: str
-    object: Literal["alias"]
-    target: str
-    turbo: str | None
-
-
-class Aliases(Answer):
-    object: Literal["list"]
-    data: list[Alias]
-
-
-class RemovedAlias(Answer):
-    id: str
-    object: Literal["alias.deleted"]
-    deleted: Literal[True]
-
-
 # --- vLLM ---------------------------------------------------------------------------------------
 
 
-class Tokens(Answer):
+class TokenizedPrompt(ResponseModel):
     count: int
     max_model_len: int
     tokens: list[int]
     token_strs: list[str] | None
 
 
-class TokenSpan(Answer):
-    """LoRAX's form."""
+class TokenSpan(ResponseModel):
+    """One token in LoRAX's form of /tokenize."""
 
     id: int
     text: str
@@ -432,62 +328,13 @@ class TokenSpan(Answer):
     stop: int
 
 
-class Detokenized(Answer):
+class DetokenizedText(ResponseModel):
     prompt: str
 
 
-class ServerVersion(Answer):
+class ServerVersion(ResponseModel):
     version: str
 
 
-class State(Answer):
+class EngineState(ResponseModel):
     state: str
-
-
-# --- API keys -----------------------------------------------------------------------------------
-
-
-class ApiKey(Answer):
-    id: str
-    object: Literal["api_key"]
-    tenant: str
-    scope: Scope
-    label: str
-    names: list[str]
-    limits: Limits
-    state: Literal["valid", "expired", "revoked"]
-    created: float
-    expires: float | None
-    revoked: float | None
-    old_secret_until: float | None
-
-
-class NewApiKey(ApiKey):
-    secret: str  # told once
-
-
-class ApiKeys(Answer):
-    object: Literal["list"]
-    data: list[ApiKey]
-
-
-class UsageRow(Answer):
-    hour: int | None = None
-    tenant: str | None = None
-    key: str | None = None
-    adapter: str | None = None
-    requests: int
-    prompt_tokens: int
-    cached_tokens: int
-    completion_tokens: int
-    failed: int
-
-
-class UsageReport(Answer):
-    model_config = ConfigDict(extra="forbid", populate_by_name=True)
-
-    object: Literal["list"]
-    begin: int = Field(alias="from")
-    to: int
-    group: list[str]
-    data: list[UsageRow]

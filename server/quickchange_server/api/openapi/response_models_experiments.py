@@ -1,10 +1,10 @@
-"""What the experiments' routes answer, for the OpenAPI document."""
+"""What the experiments' routes answer; docs/http.md says what the fields mean."""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-from quickchange_server.api.openapi.response_models import Answer, ExperimentState
+from quickchange_server.api.openapi.response_models import ExperimentState, ResponseModel
 from quickchange_server.experiments.definition import Definition
 from quickchange_server.experiments.statistics.result_types import (
     Method,
@@ -13,35 +13,35 @@ from quickchange_server.experiments.statistics.result_types import (
 )
 
 
-class Experiment(Answer):
+class ExperimentDocument(ResponseModel):
     id: str
     object: Literal["experiment"]
     version: int
     state: ExperimentState
     created: int
     winner: str | None
-    shares: dict[str, float]  # that hold now
+    shares: dict[str, float]  # the current ones
     promoted: str | None
     definition: Definition
 
 
-class Experiments(Answer):
+class ExperimentList(ResponseModel):
     object: Literal["list"]
-    data: list[Experiment]
+    data: list[ExperimentDocument]
 
 
-class DeletedExperiment(Answer):
+class DeletedExperiment(ResponseModel):
     id: str
     object: Literal["experiment.deleted"]
     deleted: Literal[True]
 
 
-class AliasTarget(Answer):
+class AliasTarget(ResponseModel):
     target: str
     turbo: str | None
 
 
-class MovedAlias(Answer):
+class MovedAlias(ResponseModel):
     id: str
     object: Literal["experiment.alias"]
     alias: str
@@ -50,19 +50,19 @@ class MovedAlias(Answer):
     not_carried: list[str]
 
 
-class KeptOutcome(Answer):
+class RecordedOutcome(ResponseModel):
     name: str
     variant: str
     counted: bool
     new: bool
 
 
-class KeptOutcomes(Answer):
+class RecordedOutcomes(ResponseModel):
     object: Literal["list"]
-    data: list[KeptOutcome]
+    data: list[RecordedOutcome]
 
 
-class AuditEntry(Answer):
+class AuditEntry(ResponseModel):
     id: int
     experiment: str
     name: str
@@ -74,18 +74,18 @@ class AuditEntry(Answer):
     after: dict[str, Any] | None
 
 
-class AuditTrail(Answer):
+class AuditTrail(ResponseModel):
     object: Literal["list"]
     data: list[AuditEntry]
 
 
-class ShadowMeasure(Answer):
+class ShadowMeasure(ResponseModel):
     count: int
     mean: float | None
 
 
-class Results(Answer):
-    """docs/experiments-statistics.md says how to read it."""
+class ExperimentResults(ResponseModel):
+    """Statistics so far; docs/experiments-statistics.md says how to read them."""
 
     id: str
     object: Literal["experiment.results"]

@@ -1,0 +1,167 @@
+"""What the routes of adapters, aliases, API keys and usage answer.
+
+docs/http.md says what the fields mean."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field
+
+from quickchange_server.api.openapi.response_models import ResponseModel
+from quickchange_server.frontend.caller import Scope
+from quickchange_server.tenants.key import Limits
+
+# --- adapters -----------------------------------------------------------------------------------
+
+
+class AdapterResidency(ResponseModel):
+    tier: Literal["device", "host", "disk"]
+    bytes: int
+    pinned: bool
+
+
+class DraftHeadsSummary(ResponseModel):
+    depth: int
+    sequential: bool
+    vocabulary: int | None
+    own_outputs: bool
+    parameters: int
+    medusa_1_ratio: float | None
+
+
+class AdapterVersionDocument(ResponseModel):
+    version: int
+    digest: str
+    created: int
+    turbo: DraftHeadsSummary | None
+    residency: AdapterResidency
+
+
+class ServedAdapter(AdapterVersionDocument):
+    """The version that a name serves."""
+
+    id: str
+    object: Literal["adapter"]
+
+
+class AdapterSummary(ServedAdapter):
+    versions: list[int]
+    aliases: list[str]
+
+
+class AdapterList(ResponseModel):
+    object: Literal["list"]
+    data: list[AdapterSummary]
+
+
+class AdapterContents(ResponseModel):
+    architecture: str
+    base_name: str
+    ranks: list[int]
+    targets: list[str]
+    modules: int
+    parameters: int
+    dtypes: list[str]
+    size: int
+    source: dict[str, Any]
+    kind: str
+    base_hidden: int | None
+    base_vocabulary: int | None
+
+
+class AdapterDocument(ServedAdapter):
+    aliases: list[str]
+    current: int
+    versions: list[AdapterVersionDocument]
+    info: AdapterContents
+
+
+class AddedAdapter(ResponseModel):
+    id: str
+    object: Literal["adapter"]
+    version: int
+    digest: str
+    created: int
+    warnings: list[str]
+
+
+class RemovedAdapter(ResponseModel):
+    id: str
+    object: Literal["adapter.deleted"]
+    deleted: Literal[True]
+    versions: list[str]
+
+
+class VersionResidency(ResponseModel):
+    id: str
+    version: int
+    digest: str
+    residency: AdapterResidency
+
+
+class AliasDocument(ResponseModel):
+    id: str
+    object: Literal["alias"]
+    target: str
+    turbo: str | None
+
+
+class AliasList(ResponseModel):
+    object: Literal["list"]
+    data: list[AliasDocument]
+
+
+class RemovedAlias(ResponseModel):
+    id: str
+    object: Literal["alias.deleted"]
+    deleted: Literal[True]
+
+
+# --- API keys -----------------------------------------------------------------------------------
+
+
+class ApiKeyDocument(ResponseModel):
+    id: str
+    object: Literal["api_key"]
+    tenant: str
+    scope: Scope
+    label: str
+    names: list[str]
+    limits: Limits
+    state: Literal["valid", "expired", "revoked"]
+    created: float
+    expires: float | None
+    revoked: float | None
+    old_secret_until: float | None
+
+
+class ApiKeyWithSecret(ApiKeyDocument):
+    secret: str  # shown in this answer and never again
+
+
+class ApiKeyList(ResponseModel):
+    object: Literal["list"]
+    data: list[ApiKeyDocument]
+
+
+class UsageRow(ResponseModel):
+    hour: int | None = None
+    tenant: str | None = None
+    key: str | None = None
+    adapter: str | None = None
+    requests: int
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    failed: int
+
+
+class UsageReport(ResponseModel):
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+
+    object: Literal["list"]
+    begin: int = Field(alias="from")
+    to: int
+    group: list[str]
+    data: list[UsageRow]

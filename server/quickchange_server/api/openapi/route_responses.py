@@ -1,0 +1,65 @@
+"""Declares in route decorators, as `responses=`, what `response_model=` can't say: errors, event
+streams and plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from quickchange_server.api.openapi.response_models import ErrorBody, LoraxErrorBody
+
+Responses = dict[int | str, dict[str, Any]]
+
+_REFERENCE = "#/components/schemas/{model}"
+_MEANINGS: Mapping[int, str] = {
+    400: "A field is wrong: `param` is its place",
+    401: "The server asks for API keys, and there is none or it is not valid",
+    403: "Switched off by a setting, or outside the API key's scope or names",
+    404: "There is no such name, or the API key does not see it",
+    409: "The name is taken, or what is to be changed is in use or in another state",
+    413: "The body is too large",
+    422: "A field is wrong, or the route is not supported",
+    424: "The adapter could not be loaded, or the request ended the engine repeatedly",
+    429: "No room, in the queue or in a limit of the API key; see `Retry-After`",
+    500: "The engine failed inside the request, or an error that nobody foresaw",
+    503: "The server starts, drains or has failed, or its database is away; see `Retry-After`",
+}
+
+
+def errors(*statuses: int) -> Responses:
+    """Errors in OpenAI's form."""
+    return {s: {"model": ErrorBody, "description": _MEANINGS[s]} for s in statuses}
+
+
+def lorax_errors(*statuses: int) -> Responses:
+    """Errors in LoRAX's form."""
+    return {s: {"model": LoraxErrorBody, "description": _MEANINGS[s]} for s in statuses}
+
+
+# A wrong field, no API key, its scope; the server's own state.
+COMMON_ERRORS = errors(400, 401, 403, 500, 503)
+GENERATION_ERRORS = errors(404, 413, 424, 429)
+
+# A route with a body other than JSON takes response_class=Response, lest FastAPI puts its errors
+# under that body's content type.
+PLAIN_TEXT: Responses = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+
+
+def events(data: Any, *, last: str | None = None) -> Responses:
+    """A stream of server-sent events whose data is JSON of this type; `last` ends it, as it is.
+
+    OpenAPI 3.1 can't describe a stream, so the schema is that of one event.
+    """
+    content = TypeAdapter(data).json_schema(ref_template=_REFERENCE)
+    shared = content.pop("$defs")  # document.py moves them to where the references point
+    shown: dict[str, Any] = {
+        "type": "string",
+        "contentMediaType": "application/json",
+        "contentSchema": content,
+    }
+    if last is not None:
+        shown = {"anyOf": [shown, {"const": last}]}
+    event = {"type": "object", "properties": {"data": shown}, "required": ["data"], "$defs": shared}
+    return {200: {"content": {"text/event-stream": {"schema": event}}}}
