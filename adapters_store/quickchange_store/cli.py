@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from quickchange_store.errors import StoreError
-from quickchange_store.exporting import Layout, export_adapter
+from quickchange_store.exporting import ExportLayout, export_adapter
 from quickchange_store.index import Version
 from quickchange_store.info import AdapterInfo
 from quickchange_store.store import GC_MIN_AGE, Store
@@ -129,7 +129,7 @@ def export(
     store: StoreOption,
     model: ModelOption,
     layout: Annotated[
-        Layout,
+        ExportLayout,
         typer.Option(
             "--format",
             help="lorax: LoRA and Medusa heads; vllm: the heads alone, as vLLM's Medusa; peft: the "

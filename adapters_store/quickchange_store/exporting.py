@@ -33,7 +33,7 @@ from quickchange_store.formats.turbo.turbo_directory import write_turbo_director
 _Step = tuple[str, Callable[[Path], None]]
 
 
-class Layout(StrEnum):
+class ExportLayout(StrEnum):
     """What `export_adapter` writes."""
 
     LORAX = "lorax"
@@ -43,7 +43,7 @@ class Layout(StrEnum):
 
 
 def export_adapter(
-    adapter: CanonicalAdapter, directory: Path, layout: Layout, base: BaseSpec
+    adapter: CanonicalAdapter, directory: Path, layout: ExportLayout, base: BaseSpec
 ) -> tuple[str, ...]:
     """Write `adapter` to `directory`, which must not exist; returns the parts that were written.
 
@@ -74,18 +74,18 @@ def export_adapter(
     return tuple(part for part, _ in steps)
 
 
-def _steps(adapter: CanonicalAdapter, layout: Layout, base: BaseSpec) -> list[_Step]:
+def _steps(adapter: CanonicalAdapter, layout: ExportLayout, base: BaseSpec) -> list[_Step]:
     """What is to be written, in order: each part's name and its writer. Raises for the rest."""
     steps: list[_Step] = []
-    if adapter.updates and layout is not Layout.VLLM:
+    if adapter.updates and layout is not ExportLayout.VLLM:
         check_peft(adapter.updates, base)
         steps.append(
             ("the LoRA", lambda to: write_peft(adapter.updates, to, base, adapter.base_name))
         )
-    if adapter.turbo is not None and layout is not Layout.PEFT:
+    if adapter.turbo is not None and layout is not ExportLayout.PEFT:
         steps.append(("the Turbo heads", _heads_writer(adapter, adapter.turbo, layout, base)))
     if not steps:
-        part = "Turbo heads" if layout is Layout.VLLM else "LoRA"
+        part = "Turbo heads" if layout is ExportLayout.VLLM else "LoRA"
         raise UnsupportedFeatureError(
             f"the adapter has no {part}, and {layout}'s folder holds nothing else",
             key="format",
@@ -95,13 +95,13 @@ def _steps(adapter: CanonicalAdapter, layout: Layout, base: BaseSpec) -> list[_S
 
 
 def _heads_writer(
-    adapter: CanonicalAdapter, turbo: TurboHeads, layout: Layout, base: BaseSpec
+    adapter: CanonicalAdapter, turbo: TurboHeads, layout: ExportLayout, base: BaseSpec
 ) -> Callable[[Path], None]:
     name = adapter.base_name
-    if layout is Layout.LORAX:
+    if layout is ExportLayout.LORAX:
         check_lorax(turbo, base)
         return lambda to: write_lorax(turbo, to, name)
-    if layout is Layout.VLLM:
+    if layout is ExportLayout.VLLM:
         check_vllm(turbo, base)
         return lambda to: write_vllm(turbo, to, base, name)
     check_base(turbo, base)

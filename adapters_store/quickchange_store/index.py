@@ -44,7 +44,7 @@ class Version:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class NameEntry:
     """A name: its versions by number, and the one that the bare name serves."""
 
     versions: Mapping[int, Version]
@@ -68,10 +68,10 @@ class Alias:
 class Index:
     """Everything that the store's names point at."""
 
-    entries: Mapping[str, Entry] = field(default_factory=dict)
+    entries: Mapping[str, NameEntry] = field(default_factory=dict)
     aliases: Mapping[str, Alias] = field(default_factory=dict)
 
-    def entry(self, name: str) -> Entry:
+    def entry(self, name: str) -> NameEntry:
         """The entry of `name`. Raises AdapterNotFoundError."""
         try:
             return self.entries[name]
@@ -115,7 +115,7 @@ class Index:
         return {v.digest for entry in self.entries.values() for v in entry.versions.values()}
 
 
-def _select(entry: Entry, reference: Reference) -> Version:
+def _select(entry: NameEntry, reference: Reference) -> Version:
     if reference.number is not None and reference.number in entry.versions:
         return entry.versions[reference.number]
     prefix = reference.digest_prefix
@@ -139,7 +139,7 @@ def _select(entry: Entry, reference: Reference) -> Version:
 # --- changes: each gives a new value ------------------------------------------------------------
 
 
-def with_digest(entry: Entry | None, name: str, digest: str, *, turbo: bool) -> Entry:
+def with_digest(entry: NameEntry | None, name: str, digest: str, *, turbo: bool) -> NameEntry:
     """The entry with `digest` current: an old version of it, or a new one. `turbo`: has heads."""
     versions: Mapping[int, Version] = {} if entry is None else entry.versions
     number = 1 if entry is None else entry.next_number
@@ -147,10 +147,10 @@ def with_digest(entry: Entry | None, name: str, digest: str, *, turbo: bool) -> 
         if entry is not None and version.digest == digest:
             return replace(entry, current=version.number)
     added = Version(name, number, digest, time.time(), turbo)
-    return Entry({**versions, number: added}, current=number, next_number=number + 1)
+    return NameEntry({**versions, number: added}, current=number, next_number=number + 1)
 
 
-def previous(name: str, entry: Entry) -> int:
+def previous(name: str, entry: NameEntry) -> int:
     """The number of the version before the current one. Raises AdapterNotFoundError."""
     earlier = [number for number in entry.versions if number < entry.current]
     if not earlier:
@@ -163,7 +163,7 @@ def previous(name: str, entry: Entry) -> int:
     return max(earlier)
 
 
-def no_version(name: str, entry: Entry, number: int) -> AdapterNotFoundError:
+def no_version(name: str, entry: NameEntry, number: int) -> AdapterNotFoundError:
     """The error that says which versions there are instead."""
     numbers = ", ".join(str(known) for known in sorted(entry.versions))
     return AdapterNotFoundError(
@@ -171,7 +171,7 @@ def no_version(name: str, entry: Entry, number: int) -> AdapterNotFoundError:
     )
 
 
-def without(index: Index, entry: Entry, gone: tuple[Version, ...]) -> Index:
+def without(index: Index, entry: NameEntry, gone: tuple[Version, ...]) -> Index:
     """The index without the versions `gone` of `entry`. Raises InUseError."""
     name = gone[0].name
     numbers = {version.number for version in gone}
@@ -291,17 +291,17 @@ def decode(content: bytes, path: Path) -> Index:
     return Index(entries, aliases)
 
 
-def _decode_entry(name: str, tree: Mapping[str, Any]) -> Entry:
+def _decode_entry(name: str, tree: Mapping[str, Any]) -> NameEntry:
     versions = {
         int(number): Version(
             name, int(number), str(v["digest"]), float(v["created"]), v.get("turbo", False)
         )
         for number, v in tree["versions"].items()
     }
-    return Entry(versions, int(tree["current"]), int(tree["next"]))
+    return NameEntry(versions, int(tree["current"]), int(tree["next"]))
 
 
-def _check_pointers(entries: Mapping[str, Entry], aliases: Mapping[str, Alias]) -> None:
+def _check_pointers(entries: Mapping[str, NameEntry], aliases: Mapping[str, Alias]) -> None:
     for name, entry in entries.items():
         if entry.current not in entry.versions:
             raise ValueError(f"{name} serves version {entry.current}, which it lacks")
@@ -314,7 +314,7 @@ def _check_pointers(entries: Mapping[str, Entry], aliases: Mapping[str, Alias]) 
             _check_turbo(entries, alias, parse_reference(target.turbo))
 
 
-def _check_turbo(entries: Mapping[str, Entry], alias: str, reference: Reference) -> None:
+def _check_turbo(entries: Mapping[str, NameEntry], alias: str, reference: Reference) -> None:
     entry = entries.get(reference.name)
     number = reference.number or (entry and entry.current)
     if entry is None or number not in entry.versions:

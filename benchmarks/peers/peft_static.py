@@ -23,8 +23,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteriaList
 
-from quickchange_bench.bench_results import Completion, Load, summarise
-from quickchange_bench.load.load_runner import Plan
+from quickchange_bench.bench_results import ClientCompletion, Load, summarise
+from quickchange_bench.load.load_runner import LoadPlan
 from quickchange_bench.load.popularity import Popularity
 from quickchange_bench.load.process_usage import ResourceProbe
 from quickchange_bench.load.workload import Fixed, Request, Workload
@@ -32,7 +32,7 @@ from quickchange_bench.load.workload import Fixed, Request, Workload
 BASE = "__base__"  # PEFT's name for "no adapter" in adapter_names
 
 
-class Clock:
+class StepClock:
     """A stopping criterion that notes when each step's tokens exist, and stops nothing."""
 
     def __init__(self) -> None:
@@ -59,11 +59,11 @@ class StaticBatches:
         self.adapters = adapters
 
     @torch.inference_mode()
-    def complete(self, batch: Sequence[Request]) -> list[Completion]:
+    def complete(self, batch: Sequence[Request]) -> list[ClientCompletion]:
         """Greedy, all rows as long as the first asks. Outcomes in the batch's order."""
         tokens = batch[0].output_tokens
         encoded = self.tokenizer([r.prompt for r in batch], return_tensors="pt", padding=True)
-        clock = Clock()
+        clock = StepClock()
         started = time.perf_counter()
         with self._selected(batch) as selection:
             output = self.model.generate(
@@ -80,7 +80,7 @@ class StaticBatches:
         lengths = encoded.attention_mask.sum(dim=1).tolist()
         gaps = tuple(b - a for a, b in zip(clock.times, clock.times[1:], strict=False))
         return [
-            Completion(
+            ClientCompletion(
                 index=request.index,
                 adapter=request.adapter,
                 started=started,
@@ -111,7 +111,7 @@ def batches(requests: Sequence[Request], size: int) -> Iterator[Sequence[Request
     return (requests[start : start + size] for start in range(0, len(requests), size))
 
 
-def measure(model: StaticBatches, plan: Plan, load: Load, *, turn: int, place: int) -> Any:
+def measure(model: StaticBatches, plan: LoadPlan, load: Load, *, turn: int, place: int) -> Any:
     """As serving.measure, with a batch where a server has concurrent requests."""
     size = load.workers or 1
     for batch in batches(plan.warmup_requests(turn, place), size):
@@ -155,7 +155,7 @@ def main() -> None:
         return
     distinct = adapters > 0 and options.mode == "distinct"
     popularity = Popularity("distinct", adapters, options.seed) if distinct else None
-    plan = Plan(
+    plan = LoadPlan(
         workload=Workload(
             Fixed(options.prompt_tokens), Fixed(options.output_tokens), popularity, options.seed
         ),

@@ -14,7 +14,7 @@ SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
-class Completion:
+class ClientCompletion:
     """One request's outcome, on the client's own clock.
 
     `gaps` are the times between successive events that carry text; a server that sends several
@@ -137,7 +137,7 @@ class WorkloadSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class Machine:
+class MachineInfo:
     cpu: str
     cores: int
     memory: int  # bytes
@@ -154,7 +154,7 @@ class ServingResult:
     model: str
     dialect: str
     workload: WorkloadSpec
-    machine: Machine
+    machine: MachineInfo
     commit: str | None
     command: str
     started: str  # ISO 8601, UTC
@@ -164,7 +164,7 @@ class ServingResult:
     version: int = field(default=SCHEMA_VERSION)
 
 
-def summarise(completions: Sequence[Completion], use: ResourceUse | None) -> Summary:
+def summarise(completions: Sequence[ClientCompletion], use: ResourceUse | None) -> Summary:
     """Figures of one round; failed requests count as errors and in nothing else.
 
     Raises:

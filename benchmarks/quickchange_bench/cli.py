@@ -13,8 +13,14 @@ import typer
 
 from quickchange_bench import provenance, report_tables
 from quickchange_bench.bench_results import Load, Point, ServingResult, WorkloadSpec, medians
-from quickchange_bench.load.load_client import DIALECT_NAMES, Client, DialectName, Target, check_url
-from quickchange_bench.load.load_runner import Plan, run_plan
+from quickchange_bench.load.load_client import (
+    DIALECT_NAMES,
+    Client,
+    DialectName,
+    ServedNames,
+    check_url,
+)
+from quickchange_bench.load.load_runner import LoadPlan, run_plan
 from quickchange_bench.load.own_server import VALUE_BYTES
 from quickchange_bench.load.popularity import POPULARITIES, Popularity, PopularityName
 from quickchange_bench.load.workload import Workload, parse_length
@@ -122,14 +128,14 @@ def serving(
     ] = False,
 ) -> None:
     """Throughput and latency of a running server. Without adapters: of its base model."""
-    target = Target(model, adapter_names(adapters, adapter_prefix, adapter_count))
+    target = ServedNames(model, adapter_names(adapters, adapter_prefix, adapter_count))
     drawn = _choice("--popularity", popularity, POPULARITIES)
     chosen = (
         Popularity(cast(PopularityName, drawn), len(target.adapters), seed)
         if target.adapters
         else None
     )
-    plan = Plan(
+    plan = LoadPlan(
         workload=Workload(parse_length(prompt_tokens), parse_length(output_tokens), chosen, seed),
         loads=parse_loads(concurrency, rate),
         repeat=repeat,
@@ -174,7 +180,7 @@ def serving(
 
 
 async def _serve_plan(
-    url: str, target: Target, dialect: DialectName, plan: Plan, pid: int | None
+    url: str, target: ServedNames, dialect: DialectName, plan: LoadPlan, pid: int | None
 ) -> list[Point]:
     # an open loop keeps as many in flight as it must
     connections = max([load.workers or 1024 for load in plan.loads])
@@ -441,11 +447,11 @@ def perplexity(
     windows: Annotated[int, typer.Option(min=1, help="How many.")] = 8,
 ) -> None:
     """What dtypes and quantisations of the base lose on a fixed text."""
-    from quickchange_bench.engine.perplexity import Variant, loss_table, measure_perplexity
+    from quickchange_bench.engine.perplexity import BaseVariant, loss_table, measure_perplexity
 
     kept = ("none", "int8")
     variants = [
-        Variant(
+        BaseVariant(
             _choice("--dtype", name, tuple(VALUE_BYTES)),
             "int8" if _choice("--quantization", how, kept) == "int8" else "none",
         )

@@ -11,11 +11,11 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-from quickchange_bench.bench_results import Machine
+from quickchange_bench.bench_results import MachineInfo
 
 
-def machine() -> Machine:
-    return Machine(
+def machine() -> MachineInfo:
+    return MachineInfo(
         cpu=_cpu_name(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else _cores(),
         memory=_memory(),

@@ -35,7 +35,7 @@ FUSED = [(HIDDEN, (576, 192, 192)), (HIDDEN, (576,)), (HIDDEN, (1536, 1536)), (I
 
 
 @dataclass(frozen=True)
-class Case:
+class CpuCase:
     """One line of the table."""
 
     name: str
@@ -45,7 +45,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Stopwatch:
+class CallTimer:
     """How a call is timed."""
 
     clock: Callable[[], float]  # seconds
@@ -62,7 +62,7 @@ class Stopwatch:
         return statistics.median(times), min(times)
 
 
-def memory_speed(stopwatch: Stopwatch) -> float:
+def memory_speed(stopwatch: CallTimer) -> float:
     """Bytes a second of reading a large tensor."""
     values = torch.ones(64 * 2**20)  # 256 MiB, written: untouched pages would all be one page
     _, best = stopwatch.measure(lambda: _discard(values.sum()))
@@ -79,7 +79,7 @@ def linear_shapes(*, head: bool) -> list[tuple[int, int]]:
     return [*layers, (VOCABULARY, HIDDEN)] if head else layers
 
 
-def linear_cases(dtype: torch.dtype, rows: list[int], *, head: bool = True) -> Iterator[Case]:
+def linear_cases(dtype: torch.dtype, rows: list[int], *, head: bool = True) -> Iterator[CpuCase]:
     """All linears of the model beside `F.linear`; prefill leaves the LM head out."""
     weights = [torch.randn(shape).to(dtype) for shape in linear_shapes(head=head)]
     size = sum(weight.nbytes for weight in weights)
@@ -92,7 +92,7 @@ def linear_cases(dtype: torch.dtype, rows: list[int], *, head: bool = True) -> I
             for weight in weights:
                 version(inputs[weight.shape[1]], weight)
 
-        yield Case(
+        yield CpuCase(
             f"linear {_name(dtype)}, {count} rows{'' if head else ', no LM head'}",
             size,
             lambda run=run: run(linear),  # type: ignore[misc]
@@ -100,7 +100,7 @@ def linear_cases(dtype: torch.dtype, rows: list[int], *, head: bool = True) -> I
         )
 
 
-def onednn_cases(dtype: torch.dtype, rows: list[int], *, head: bool = True) -> Iterator[Case]:
+def onednn_cases(dtype: torch.dtype, rows: list[int], *, head: bool = True) -> Iterator[CpuCase]:
     """The same through oneDNN: weights packed for each number of rows, and as they are."""
     weights = [torch.randn(shape).to(dtype) for shape in linear_shapes(head=head)]
     size = sum(weight.nbytes for weight in weights)
@@ -115,7 +115,7 @@ def onednn_cases(dtype: torch.dtype, rows: list[int], *, head: bool = True) -> I
             for weight, shape in zip(chosen, like, strict=True):
                 onednn(inputs[shape.shape[1]], weight, None, "none", [], "")
 
-        yield Case(
+        yield CpuCase(
             f"oneDNN packed (plain: as is) {_name(dtype)}, {count} rows"
             f"{'' if head else ', no LM head'}",
             size,
@@ -124,7 +124,7 @@ def onednn_cases(dtype: torch.dtype, rows: list[int], *, head: bool = True) -> I
         )
 
 
-def int8_cases(dtype: torch.dtype, rows: list[int], *, head: bool = True) -> Iterator[Case]:
+def int8_cases(dtype: torch.dtype, rows: list[int], *, head: bool = True) -> Iterator[CpuCase]:
     """All linears kept as int8, x in `dtype`; plain: `F.linear` on weights made anew."""
     weights = [quantize_int8(torch.randn(shape)) for shape in linear_shapes(head=head)]
     size = sum(weight.nbytes + scale.nbytes for weight, scale in weights)
@@ -138,7 +138,7 @@ def int8_cases(dtype: torch.dtype, rows: list[int], *, head: bool = True) -> Ite
             for weight, scale in weights:
                 version(inputs[weight.shape[1]], weight, scale)
 
-        yield Case(
+        yield CpuCase(
             f"linear int8 {_name(dtype)}, {count} rows{'' if head else ', no LM head'}",
             size,
             lambda run=run: run(linear_int8),  # type: ignore[misc]
@@ -146,7 +146,7 @@ def int8_cases(dtype: torch.dtype, rows: list[int], *, head: bool = True) -> Ite
         )
 
 
-def lowrank_cases(dtype: torch.dtype, rows: int, rank: int) -> Iterator[Case]:
+def lowrank_cases(dtype: torch.dtype, rows: int, rank: int) -> Iterator[CpuCase]:
     """Every row its own adapter on all seven projections, then no adapter at all."""
     generator = torch.Generator().manual_seed(0)
     # Each layer's pages are apart in memory, as they are for a model's layers.
@@ -170,10 +170,12 @@ def lowrank_cases(dtype: torch.dtype, rows: int, rank: int) -> Iterator[Case]:
 
     size = sum(table.arena.nbytes for table in tables)
     name = f"lowrank {_name(dtype)}, {rows} rows, {rows} adapters of rank {rank}"
-    yield Case(name, size, dispatched, plain)
+    yield CpuCase(name, size, dispatched, plain)
 
 
-def attention_cases(dtype: torch.dtype, sequences: int, keys: int, queries: int) -> Iterator[Case]:
+def attention_cases(
+    dtype: torch.dtype, sequences: int, keys: int, queries: int
+) -> Iterator[CpuCase]:
     """Each sequence's last queries over its context."""
     generator = torch.Generator().manual_seed(0)
     cache = random_keys([keys] * sequences, KV_HEADS, HEAD_DIM, 16, generator, dtype)
@@ -188,14 +190,14 @@ def attention_cases(dtype: torch.dtype, sequences: int, keys: int, queries: int)
 
     size = sum(k.nbytes + v.nbytes for k, v in layers)
     name = f"attention {_name(dtype)}, {sequences} sequences of {keys} keys, {queries} queries each"
-    yield Case(name, size, lambda: run(paged_attention), lambda: run(plain_paged_attention))
+    yield CpuCase(name, size, lambda: run(paged_attention), lambda: run(plain_paged_attention))
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def cases(dtype: torch.dtype) -> Iterator[Case]:
+def cases(dtype: torch.dtype) -> Iterator[CpuCase]:
     """Every line of the table; one case's tensors are freed before the next is made."""
     few, many = [1, 2, 4, 8, 16, 32], [64, 128, 256, 512]
     for linears in (linear_cases, onednn_cases, int8_cases):
@@ -219,7 +221,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     clock = {"wall": time.perf_counter, "cpu": time.process_time}[args.clock]
-    stopwatch = Stopwatch(clock, args.repeat)
+    stopwatch = CallTimer(clock, args.repeat)
     speed = memory_speed(stopwatch)
     built = native.ensure()
     chosen = torch.ops.quickchange_native.instruction_set() if built else "plain torch"

@@ -7,15 +7,23 @@ from typing import Any
 
 import pytest
 
-from quickchange_bench.bench_results import Completion
-from quickchange_bench.load.load_client import Client, DialectName, Target, check_url, request_body
+from quickchange_bench.bench_results import ClientCompletion
+from quickchange_bench.load.load_client import (
+    Client,
+    DialectName,
+    ServedNames,
+    check_url,
+    request_body,
+)
 from quickchange_bench.load.workload import Request
 
-TARGET = Target("base", ("a", "b", "c"))
+TARGET = ServedNames("base", ("a", "b", "c"))
 
 
-def complete(url: str, prompt: str, adapter: int | None, target: Target = TARGET) -> Completion:
-    async def run() -> Completion:
+def complete(
+    url: str, prompt: str, adapter: int | None, target: ServedNames = TARGET
+) -> ClientCompletion:
+    async def run() -> ClientCompletion:
         async with Client(url, target) as client:
             return await client.complete(Request(3, prompt, 5, adapter))
 
@@ -49,7 +57,7 @@ def test_the_body_asks_for_a_greedy_stream_of_a_fixed_length(fake_server: Any) -
 
 
 def test_a_refusal_is_an_error_with_the_servers_words(fake_server: Any) -> None:
-    done = complete(fake_server.url, "hello", None, Target("unknown"))
+    done = complete(fake_server.url, "hello", None, ServedNames("unknown"))
     assert done.error is not None
     assert "404" in done.error
     assert "no such model" in done.error
@@ -105,13 +113,14 @@ def test_an_address_without_a_scheme_is_refused() -> None:
 
 def test_each_request_may_be_of_another_user() -> None:
     bodies = [
-        request_body("openai", Target("m", users=True), Request(k, "p", 1, None)) for k in (3, 4)
+        request_body("openai", ServedNames("m", users=True), Request(k, "p", 1, None))
+        for k in (3, 4)
     ]
     assert [body["user"] for body in bodies] == ["user-3", "user-4"]
     assert "user" not in request_body("openai", TARGET, Request(3, "p", 1, None))
 
 
 def test_an_api_key_goes_along() -> None:
-    client = Client("http://127.0.0.1:1", Target("m", key="secret"))
+    client = Client("http://127.0.0.1:1", ServedNames("m", key="secret"))
     assert client.http.headers["Authorization"] == "Bearer secret"
     assert "secret" not in repr(client.target)

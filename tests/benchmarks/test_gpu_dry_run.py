@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from quickchange_bench.gpu.gpu_cases import Bench, small_cases
+from quickchange_bench.gpu.gpu_cases import DeviceSetup, small_cases
 from quickchange_bench.gpu.gpu_engine import LOADS
 from quickchange_bench.gpu.gpu_kernels import check, generator
 from quickchange_bench.gpu.gpu_run import run
@@ -24,7 +24,9 @@ def test_a_dry_run_checks_times_and_decodes_everything(tmp_path: Path) -> None:
     assert all(timed.seconds > 0 and timed.floor > 0 for timed in report.times)
     written = json.loads((tmp_path / "gpu.json").read_text())
     assert written["dry_run"] is True
-    assert len(written["times"]) == len(list(small_cases(Bench(CPU, torch.float32, generator()))))
+    assert len(written["times"]) == len(
+        list(small_cases(DeviceSetup(CPU, torch.float32, generator())))
+    )
 
 
 def test_a_run_without_time_left_stops_and_still_writes(tmp_path: Path) -> None:
@@ -35,7 +37,7 @@ def test_a_run_without_time_left_stops_and_still_writes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wrong", ["a bad result", "a version that does not run"])
 def test_a_check_reports_what_is_wrong(wrong: str) -> None:
-    case = next(iter(small_cases(Bench(CPU, torch.float32, generator()))))
+    case = next(iter(small_cases(DeviceSetup(CPU, torch.float32, generator()))))
     out, expected = case.outputs()
 
     def broken() -> tuple[torch.Tensor, torch.Tensor]:

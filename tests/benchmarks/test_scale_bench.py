@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from quickchange_bench.load import own_server
-from quickchange_bench.load.load_client import Client, Target
+from quickchange_bench.load.load_client import Client, ServedNames
 from quickchange_bench.load.memory_growth import Samples, growth_table
-from quickchange_bench.load.server_process import Running
+from quickchange_bench.load.server_process import RunningServer
 from quickchange_bench.service import adapters_at_scale
-from quickchange_bench.service.adapters_at_scale import Bench, PhaseKind, ScaleOptions, Traffic
+from quickchange_bench.service.adapters_at_scale import PhaseKind, ScaleBench, ScaleOptions, Traffic
 
 OPTIONS = ScaleOptions(
     model=Path("model"),
@@ -29,9 +29,9 @@ OPTIONS = ScaleOptions(
 
 def phase(fake: Any, kind: PhaseKind) -> Traffic:
     async def run() -> Traffic:
-        async with Client(fake.url, Target("base", tuple(OPTIONS.names))) as client:
-            server = Running(url=fake.url, pid=os.getpid(), start_seconds=0.0)
-            return await Bench(OPTIONS, server, client).phase(kind)
+        async with Client(fake.url, ServedNames("base", tuple(OPTIONS.names))) as client:
+            server = RunningServer(url=fake.url, pid=os.getpid(), start_seconds=0.0)
+            return await ScaleBench(OPTIONS, server, client).phase(kind)
 
     return asyncio.run(run())
 

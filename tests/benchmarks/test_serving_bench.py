@@ -17,10 +17,10 @@ import pytest
 from typer.testing import CliRunner
 
 from quickchange_bench import report_tables
-from quickchange_bench.bench_results import Completion, Load, Point, medians, summarise
+from quickchange_bench.bench_results import ClientCompletion, Load, Point, medians, summarise
 from quickchange_bench.cli import adapter_names, app, parse_loads
-from quickchange_bench.load.load_client import Client, Target
-from quickchange_bench.load.load_runner import Plan, run_plan
+from quickchange_bench.load.load_client import Client, ServedNames
+from quickchange_bench.load.load_runner import LoadPlan, run_plan
 from quickchange_bench.load.own_server import count_device_loads
 from quickchange_bench.load.popularity import Popularity
 from quickchange_bench.load.process_usage import memory
@@ -28,15 +28,15 @@ from quickchange_bench.load.server_process import ServerFailedError, free_port, 
 from quickchange_bench.load.workload import Fixed, Workload
 from quickchange_bench.service.overhead import Pair, summarise_pairs
 
-TARGET = Target("base", ("lora-0", "lora-1", "lora-2"))
+TARGET = ServedNames("base", ("lora-0", "lora-1", "lora-2"))
 
 
-def plan(*loads: Load, **changes: Any) -> Plan:
+def plan(*loads: Load, **changes: Any) -> LoadPlan:
     workload = Workload(Fixed(5), Fixed(6), Popularity("distinct", 3))
-    return Plan(**{"workload": workload, "loads": loads, "repeat": 2, "warmup": 3, **changes})
+    return LoadPlan(**{"workload": workload, "loads": loads, "repeat": 2, "warmup": 3, **changes})
 
 
-def measure(url: str, chosen: Plan, pid: int | None = None) -> list[Point]:
+def measure(url: str, chosen: LoadPlan, pid: int | None = None) -> list[Point]:
     async def run() -> list[Point]:
         async with Client(url, TARGET) as client:
             return await run_plan(client, chosen, pid=pid)
@@ -44,9 +44,9 @@ def measure(url: str, chosen: Plan, pid: int | None = None) -> list[Point]:
     return asyncio.run(run())
 
 
-def completion(index: int, started: float, error: str | None = None) -> Completion:
+def completion(index: int, started: float, error: str | None = None) -> ClientCompletion:
     """Four tokens, one a second, the first after two."""
-    return Completion(
+    return ClientCompletion(
         index=index,
         adapter=None,
         started=started,
@@ -232,7 +232,7 @@ def test_a_run_in_which_all_fails_ends_with_an_error(tmp_path: Path) -> None:
 
 def test_a_server_that_ends_at_once_is_reported_with_its_log(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "print('no model here'); raise SystemExit(3)"]
-    target, log = Target("base"), tmp_path / "server.log"
+    target, log = ServedNames("base"), tmp_path / "server.log"
     url = f"http://127.0.0.1:{free_port()}"
     with (
         pytest.raises(ServerFailedError, match=r"(?s)status 3.*no model here"),

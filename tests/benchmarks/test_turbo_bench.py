@@ -15,10 +15,10 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import PlainTextResponse, StreamingResponse
 
-from quickchange_bench.bench_results import Completion, Load, summarise
+from quickchange_bench.bench_results import ClientCompletion, Load, summarise
 from quickchange_bench.engine.turbo_bench import (
     Depth,
-    Side,
+    DraftingSide,
     TurboOptions,
     TurboPair,
     TurboResult,
@@ -173,11 +173,11 @@ def test_depths_are_added_up_over_drafters() -> None:
     assert count_drafts(text) == {("drafted", 1): 7, ("drafted", 12): 3, ("accepted", 1): 4}
 
 
-def completion(seconds: float) -> Completion:
-    return Completion(0, None, 0.0, seconds, 0.5, (0.1,), 3, 10, "text")
+def completion(seconds: float) -> ClientCompletion:
+    return ClientCompletion(0, None, 0.0, seconds, 0.5, (0.1,), 3, 10, "text")
 
 
-def side(tokens_per_second: float) -> Side:
+def side(tokens_per_second: float) -> DraftingSide:
     done = [completion(10 / tokens_per_second)]
     return side_of(done, count_drafts(""), count_drafts(""))
 
@@ -198,7 +198,7 @@ def test_gains_are_medians_of_pairs_by_task_and_load() -> None:
 
 def test_a_load_without_a_token_is_an_error() -> None:
     failed = replace(completion(1.0), error="gone", output_tokens=0)
-    nothing = Side(summarise([failed], None), None, ())
+    nothing = DraftingSide(summarise([failed], None), None, ())
     with pytest.raises(RuntimeError, match="gone"):
         summarise_gains([TurboPair("sql", Load(1), 0, nothing, nothing, 0)])
 

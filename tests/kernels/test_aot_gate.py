@@ -14,14 +14,14 @@ import pytest
 pytest.importorskip("triton")
 
 from quickchange_kernels.aot import compiling, gate, gate_report, streams, targets
-from quickchange_kernels.aot.gate import Job, Outcome
+from quickchange_kernels.aot.gate import CompileJob, CompileOutcome
 from quickchange_kernels.compilation import TARGETS, Compilation
 
 SPECIMENS = "aot_specimens"
 
 
-def outcome(name: str, target: str) -> Outcome:
-    return gate.run_job(Job(SPECIMENS, name, target))
+def outcome(name: str, target: str) -> CompileOutcome:
+    return gate.run_job(CompileJob(SPECIMENS, name, target))
 
 
 @pytest.mark.parametrize("target", TARGETS)

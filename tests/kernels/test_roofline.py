@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from quickchange_kernels.roofline import floors, roofline_tables
-from quickchange_kernels.roofline.floors import Batch, Work
+from quickchange_kernels.roofline.floors import KernelWork, StepBatch
 from quickchange_kernels.roofline.machine import H100, LLAMA_8B, LLAMA_70B, Linear, Model
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "kernels.md"
@@ -15,12 +15,12 @@ SMALL = Linear("small", 8, (4, 2))
 
 
 def test_floors_of_a_small_call_are_those_worked_by_hand() -> None:
-    batch = Batch(rows=3, adapters=2, rank=1)
+    batch = StepBatch(rows=3, adapters=2, rank=1)
     # A: 2 adapters x 2 linears x rank 1 x 8 inputs; 3 rows of 8 inputs and of 2 float32 sums
-    assert floors.shrink(SMALL, batch) == Work(2 * 32 + 3 * (2 * 8 + 4 * 2), 2 * 3 * 2 * 8)
+    assert floors.shrink(SMALL, batch) == KernelWork(2 * 32 + 3 * (2 * 8 + 4 * 2), 2 * 3 * 2 * 8)
     # B: 2 adapters x rank 1 x 6 outputs; 3 rows of 6 outputs twice, and of 2 float32 sums
-    assert floors.expand(SMALL, batch) == Work(2 * 12 + 3 * (2 * 2 * 6 + 4 * 2), 2 * 3 * 6)
-    assert floors.linear(SMALL, 3) == Work(2 * (48 + 3 * 14), 2 * 3 * 48)
+    assert floors.expand(SMALL, batch) == KernelWork(2 * 12 + 3 * (2 * 2 * 6 + 4 * 2), 2 * 3 * 6)
+    assert floors.linear(SMALL, 3) == KernelWork(2 * (48 + 3 * 14), 2 * 3 * 48)
 
 
 @pytest.mark.parametrize(("model", "parameters"), [(LLAMA_8B, 8.03e9), (LLAMA_70B, 70.55e9)])
@@ -33,8 +33,8 @@ def test_the_models_have_the_parameters_that_they_are_known_for(
 
 
 def test_a_floor_is_the_slower_of_memory_and_arithmetic() -> None:
-    assert Work(3.35e12, 1).seconds(H100) == 1
-    assert Work(1, 2 * 989e12).seconds(H100) == 2
+    assert KernelWork(3.35e12, 1).seconds(H100) == 1
+    assert KernelWork(1, 2 * 989e12).seconds(H100) == 2
 
 
 def test_reading_keys_and_values_bounds_attention() -> None:

@@ -21,7 +21,7 @@ from quickchange_store.errors import (
     StoreError,
     UnsupportedFeatureError,
 )
-from quickchange_store.exporting import Layout, export_adapter
+from quickchange_store.exporting import ExportLayout, export_adapter
 from quickchange_store.importing import read_adapter
 
 H, V = 32, 53  # of the base models in conftest
@@ -76,21 +76,21 @@ def adapter(
 @pytest.mark.parametrize(
     ("layout", "heads"),
     [
-        (Layout.LORAX, PARALLEL),
-        (Layout.LORAX, SHARED),
-        (Layout.LORAX, OWN),
-        (Layout.VLLM, PARALLEL),
-        (Layout.VLLM, DEEP),
-        (Layout.VLLM, OWN),
-        (Layout.VLLM, DRAFTED),
-        (Layout.VLLM, DRAFTED_OWN),
-        (Layout.TURBO, UNEVEN),
-        (Layout.TURBO, DRAFTED_OWN),
-        (Layout.TURBO, SEQUENTIAL),
+        (ExportLayout.LORAX, PARALLEL),
+        (ExportLayout.LORAX, SHARED),
+        (ExportLayout.LORAX, OWN),
+        (ExportLayout.VLLM, PARALLEL),
+        (ExportLayout.VLLM, DEEP),
+        (ExportLayout.VLLM, OWN),
+        (ExportLayout.VLLM, DRAFTED),
+        (ExportLayout.VLLM, DRAFTED_OWN),
+        (ExportLayout.TURBO, UNEVEN),
+        (ExportLayout.TURBO, DRAFTED_OWN),
+        (ExportLayout.TURBO, SEQUENTIAL),
     ],
 )
 def test_heads_read_back_are_the_same_version(
-    layout: Layout, heads: TurboHeads, tmp_path: Path, spec: BaseSpec
+    layout: ExportLayout, heads: TurboHeads, tmp_path: Path, spec: BaseSpec
 ) -> None:
     folder = tmp_path / "made"
     assert export_adapter(adapter(heads), folder, layout, spec) == ("the Turbo heads",)
@@ -99,9 +99,9 @@ def test_heads_read_back_are_the_same_version(
     assert canonical_adapter.digest(read.adapter) == canonical_adapter.digest(adapter(heads))
 
 
-@pytest.mark.parametrize("layout", [Layout.LORAX, Layout.TURBO])
+@pytest.mark.parametrize("layout", [ExportLayout.LORAX, ExportLayout.TURBO])
 def test_a_turbo_lora_read_back_is_the_same_version(
-    layout: Layout, tmp_path: Path, spec: BaseSpec
+    layout: ExportLayout, tmp_path: Path, spec: BaseSpec
 ) -> None:
     made = adapter(PARALLEL, lora(spec, 2.0, 0.1, 1 / 3))
     export_adapter(made, tmp_path / "made", layout, spec)
@@ -117,7 +117,7 @@ def test_the_lora_part_is_a_peft_folder_that_peft_reads(
     base = bases("llama")
     made = adapter(PARALLEL, lora(base.spec, 2.0, 0.1, 1 / 3))
     folder = tmp_path / "made"
-    assert export_adapter(made, folder, Layout.PEFT, base.spec) == ("the LoRA",)
+    assert export_adapter(made, folder, ExportLayout.PEFT, base.spec) == ("the LoRA",)
     alone = dataclasses.replace(made, turbo=None)
     assert canonical_adapter.digest(
         read_adapter(folder, base.spec).adapter
@@ -140,7 +140,7 @@ def test_an_embeddings_lora_keeps_its_scale(tmp_path: Path, bases: Any) -> None:
     a, b = torch.randn(4, shape.in_features), torch.randn(shape.out_features, 4)
     update = LowRankUpdate(a, b, 2.0 * shape.output_scale)
     made = CanonicalAdapter(spec.architecture, "tiny", {module: update})
-    export_adapter(made, tmp_path / "made", Layout.PEFT, spec)
+    export_adapter(made, tmp_path / "made", ExportLayout.PEFT, spec)
     assert json.loads((tmp_path / "made/adapter_config.json").read_text())["lora_alpha"] == 8
     read = read_adapter(tmp_path / "made", spec).adapter
     assert canonical_adapter.digest(read) == canonical_adapter.digest(made)
@@ -148,7 +148,7 @@ def test_an_embeddings_lora_keeps_its_scale(tmp_path: Path, bases: Any) -> None:
 
 def test_vllms_folder_has_what_its_medusa_model_loads(tmp_path: Path, bases: Any) -> None:
     base = bases("llama")
-    export_adapter(adapter(DRAFTED), tmp_path / "made", Layout.VLLM, base.spec)
+    export_adapter(adapter(DRAFTED), tmp_path / "made", ExportLayout.VLLM, base.spec)
     tensors = load_file(tmp_path / "made/model.safetensors")
     assert set(tensors) == {
         *(f"blocks.{i}.layers.0.{part}" for i in range(2) for part in ("weight", "bias")),
@@ -165,7 +165,7 @@ def test_vllms_folder_has_what_its_medusa_model_loads(tmp_path: Path, bases: Any
 
 def test_loraxs_version_tells_v1_from_v2(tmp_path: Path, spec: BaseSpec) -> None:
     for name, heads in (("v1", OWN), ("v2", PARALLEL)):
-        export_adapter(adapter(heads), tmp_path / name, Layout.LORAX, spec)
+        export_adapter(adapter(heads), tmp_path / name, ExportLayout.LORAX, spec)
     versions = [
         json.loads((tmp_path / name / "config.json").read_text())["version"]
         for name in ("v1", "v2")
@@ -179,7 +179,7 @@ def test_loraxs_version_tells_v1_from_v2(tmp_path: Path, spec: BaseSpec) -> None
 def refused(
     kind: type[StoreError],
     made: CanonicalAdapter,
-    layout: Layout,
+    layout: ExportLayout,
     base: BaseSpec,
     tmp_path: Path,
 ) -> StoreError:
@@ -194,16 +194,16 @@ def refused(
 @pytest.mark.parametrize(
     ("layout", "heads", "named"),
     [
-        (Layout.LORAX, SEQUENTIAL, "sequential"),
-        (Layout.LORAX, UNEVEN, "different numbers of blocks"),
-        (Layout.LORAX, DRAFTED, "vocabulary"),
-        (Layout.LORAX, DEEP, "several blocks"),
-        (Layout.VLLM, SEQUENTIAL, "sequential"),
-        (Layout.VLLM, UNEVEN, "different numbers of blocks"),
+        (ExportLayout.LORAX, SEQUENTIAL, "sequential"),
+        (ExportLayout.LORAX, UNEVEN, "different numbers of blocks"),
+        (ExportLayout.LORAX, DRAFTED, "vocabulary"),
+        (ExportLayout.LORAX, DEEP, "several blocks"),
+        (ExportLayout.VLLM, SEQUENTIAL, "sequential"),
+        (ExportLayout.VLLM, UNEVEN, "different numbers of blocks"),
     ],
 )
 def test_heads_that_a_layout_can_not_say_are_refused_by_name(
-    layout: Layout, heads: TurboHeads, named: str, tmp_path: Path, spec: BaseSpec
+    layout: ExportLayout, heads: TurboHeads, named: str, tmp_path: Path, spec: BaseSpec
 ) -> None:
     error = refused(UnsupportedFeatureError, adapter(heads), layout, spec, tmp_path)
     assert named in str(error)
@@ -225,14 +225,16 @@ def test_updates_that_peft_can_not_say_are_refused_by_name(
 ) -> None:
     module, update = next(iter(lora(spec, 1.0).items()))
     made = adapter(None, {module: dataclasses.replace(update, **change)})
-    error = refused(UnsupportedFeatureError, made, Layout.PEFT, spec, tmp_path)
+    error = refused(UnsupportedFeatureError, made, ExportLayout.PEFT, spec, tmp_path)
     assert error.key == module
     assert named in error.problem
 
 
-@pytest.mark.parametrize(("layout", "with_heads"), [(Layout.VLLM, False), (Layout.PEFT, True)])
+@pytest.mark.parametrize(
+    ("layout", "with_heads"), [(ExportLayout.VLLM, False), (ExportLayout.PEFT, True)]
+)
 def test_a_layout_of_what_is_not_there_is_refused(
-    layout: Layout, with_heads: bool, tmp_path: Path, spec: BaseSpec
+    layout: ExportLayout, with_heads: bool, tmp_path: Path, spec: BaseSpec
 ) -> None:
     made = adapter(PARALLEL) if with_heads else adapter(None, lora(spec, 1.0))
     refused(UnsupportedFeatureError, made, layout, spec, tmp_path)
@@ -240,25 +242,25 @@ def test_a_layout_of_what_is_not_there_is_refused(
 
 def test_another_base_model_is_refused(tmp_path: Path, spec: BaseSpec, bases: Any) -> None:
     other = bases("gpt_neox").spec
-    refused(BaseMismatchError, adapter(PARALLEL), Layout.LORAX, other, tmp_path)
+    refused(BaseMismatchError, adapter(PARALLEL), ExportLayout.LORAX, other, tmp_path)
     small = TurboHeads((DraftBlock(torch.eye(4), torch.ones(4)),), ((0,),))
-    for layout in (Layout.LORAX, Layout.VLLM, Layout.TURBO):
+    for layout in (ExportLayout.LORAX, ExportLayout.VLLM, ExportLayout.TURBO):
         refused(BaseMismatchError, adapter(small), layout, spec, tmp_path)
     update = LowRankUpdate(torch.ones(1, H), torch.ones(H, 1), 1.0)
     made = adapter(None, {"model.layers.7.self_attn.q_proj": update})
-    refused(BaseMismatchError, made, Layout.PEFT, spec, tmp_path)
+    refused(BaseMismatchError, made, ExportLayout.PEFT, spec, tmp_path)
 
 
 def test_vllms_layout_needs_the_bases_lm_head(tmp_path: Path, spec: BaseSpec) -> None:
     bare = dataclasses.replace(spec, weights=None)
-    refused(BaseModelError, adapter(PARALLEL), Layout.VLLM, bare, tmp_path)
-    export_adapter(adapter(OWN), tmp_path / "own", Layout.VLLM, bare)
+    refused(BaseModelError, adapter(PARALLEL), ExportLayout.VLLM, bare, tmp_path)
+    export_adapter(adapter(OWN), tmp_path / "own", ExportLayout.VLLM, bare)
 
 
 def test_a_folder_that_exists_is_left_alone(tmp_path: Path, spec: BaseSpec) -> None:
     (tmp_path / "made").mkdir()
     with pytest.raises(NameConflictError, match="exists"):
-        export_adapter(adapter(PARALLEL), tmp_path / "made", Layout.LORAX, spec)
+        export_adapter(adapter(PARALLEL), tmp_path / "made", ExportLayout.LORAX, spec)
     assert list((tmp_path / "made").iterdir()) == []
 
 
@@ -269,5 +271,5 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, spec: BaseSpec) -> None
 
     broken = dataclasses.replace(spec, weights=Broken())
     with pytest.raises(BaseModelError):
-        export_adapter(adapter(PARALLEL), tmp_path / "made", Layout.VLLM, broken)
+        export_adapter(adapter(PARALLEL), tmp_path / "made", ExportLayout.VLLM, broken)
     assert list(tmp_path.iterdir()) == []

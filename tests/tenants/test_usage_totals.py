@@ -7,7 +7,7 @@ import asyncio
 from quickchange_server.frontend.caller import Caller
 from quickchange_server.frontend.request_observers import Completed, Ending, Opened
 from quickchange_server.storage.database import Database
-from quickchange_server.tenants.usage_log import HOUR, Report, UsageLog, report
+from quickchange_server.tenants.usage_log import HOUR, UsageLog, UsageQuery, report
 
 CALLER = Caller("acme", "key", "infer")
 
@@ -19,7 +19,7 @@ def completed(label: str = "sql", ending: Ending = "stop", tokens: int = 3) -> C
 
 def reported(url: str, *adds: tuple[UsageLog, Completed, float]) -> dict[int, int]:
     """Completion tokens by hour, after these were added in this order."""
-    wanted = Report(0, 10**11, None, ("hour",))
+    wanted = UsageQuery(0, 10**11, None, ("hour",))
 
     async def work() -> dict[int, int]:
         database = Database.open(url)

@@ -27,7 +27,7 @@ _BLOCK = 16  # tokens of one KV block
 
 
 @dataclass(frozen=True, slots=True)
-class Variant:
+class BaseVariant:
     """How the base is kept."""
 
     dtype: str
@@ -40,7 +40,7 @@ class Variant:
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    variant: Variant
+    variant: BaseVariant
     tokens: int  # scored
     perplexity: float
     divergence: float  # mean KL to float32, nats a token
@@ -48,7 +48,7 @@ class Loss:
 
 
 def measure_perplexity(
-    model: str, variants: Sequence[Variant], *, window: int, windows: int
+    model: str, variants: Sequence[BaseVariant], *, window: int, windows: int
 ) -> list[Loss]:
     """Each variant beside float32, over `windows` windows of `window` tokens.
 
@@ -61,7 +61,7 @@ def measure_perplexity(
             "needed; give fewer or a smaller --window"
         )
     parts = torch.tensor(tokens[: window * windows]).view(windows, window)
-    expected = list(_log_probabilities(model, Variant("float32", "none"), parts))
+    expected = list(_log_probabilities(model, BaseVariant("float32", "none"), parts))
     return [
         _loss(variant, parts, expected, _log_probabilities(model, variant, parts))
         for variant in variants
@@ -83,7 +83,7 @@ def loss_table(losses: Sequence[Loss]) -> str:
 
 
 @torch.inference_mode()
-def _log_probabilities(model: str, variant: Variant, parts: Tensor) -> Iterator[Tensor]:
+def _log_probabilities(model: str, variant: BaseVariant, parts: Tensor) -> Iterator[Tensor]:
     """[window - 1, V] of each window: of its tokens but the first, given those before."""
     dtype, device = torch_dtype(variant.dtype), torch.device("cpu")
     loaded = load_model(
@@ -115,7 +115,7 @@ def _logits(loaded: LoadedModel, ids: Tensor, blocks: int) -> Tensor:
 
 
 def _loss(
-    variant: Variant, parts: Tensor, expected: Sequence[Tensor], found: Iterator[Tensor]
+    variant: BaseVariant, parts: Tensor, expected: Sequence[Tensor], found: Iterator[Tensor]
 ) -> Loss:
     surprise, divergence, same, count = 0.0, 0.0, 0, 0
     for ids, reference, scores in zip(parts, expected, found, strict=True):

@@ -46,7 +46,7 @@ _PARTS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class StepPart:
     """One row of the table. Times and floors in seconds a step; bytes moved at least."""
 
     name: str
@@ -61,7 +61,7 @@ class StepProfile:
     context: int  # tokens a sequence, on average
     seconds: float  # median, without the profiler
     bandwidth: float  # bytes/s, measured reading
-    parts: tuple[Part, ...]
+    parts: tuple[StepPart, ...]
 
 
 def measure_bandwidth(threads: int) -> float:
@@ -181,7 +181,7 @@ def _parts(
     step_seconds: float,
     profiled: Sequence[float],
     floors: dict[str, int],
-) -> tuple[Part, ...]:
+) -> tuple[StepPart, ...]:
     seconds = dict.fromkeys(("linears", "LM head", "low-rank", "attention", "other"), 0.0)
     for event in profiler.events():  # type: ignore[no-untyped-call]
         if event.cpu_parent is not None:
@@ -191,9 +191,9 @@ def _parts(
             part = "LM head"
         seconds[part] += event.cpu_time_total / 1e6 / len(profiled)
     parts = [
-        Part(name, seconds[name], floors[name])
+        StepPart(name, seconds[name], floors[name])
         for name in ("linears", "LM head", "low-rank", "attention")
     ]
-    parts.append(Part("other torch operations", seconds["other"]))
-    parts.append(Part("Python and the rest", step_seconds - sum(seconds.values())))
+    parts.append(StepPart("other torch operations", seconds["other"]))
+    parts.append(StepPart("Python and the rest", step_seconds - sum(seconds.values())))
     return tuple(parts)

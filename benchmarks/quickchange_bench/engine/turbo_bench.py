@@ -22,15 +22,15 @@ from prometheus_client.parser import text_string_to_metric_families
 from quickchange_bench import provenance
 from quickchange_bench.bench_results import (
     SCHEMA_VERSION,
-    Completion,
+    ClientCompletion,
     Load,
-    Machine,
+    MachineInfo,
     Summary,
     summarise,
 )
 from quickchange_bench.engine.turbo_tasks import Ask, demo_asks
 from quickchange_bench.load import own_server
-from quickchange_bench.load.load_client import Body, Client, Target
+from quickchange_bench.load.load_client import Body, Client, ServedNames
 from quickchange_bench.load.load_runner import closed_loop
 from quickchange_bench.load.workload import Request
 from quickchange_bench.report_tables import MILLI, number, table
@@ -74,7 +74,7 @@ class Depth:
 
 
 @dataclass(frozen=True, slots=True)
-class Side:
+class DraftingSide:
     """One round with drafts on, or off."""
 
     summary: Summary
@@ -89,8 +89,8 @@ class TurboPair:
     task: str
     load: Load
     turn: int
-    on: Side
-    off: Side
+    on: DraftingSide
+    off: DraftingSide
     different: int  # answers that are not the same: must be 0
 
     @property
@@ -121,7 +121,7 @@ class TurboGain:
 @dataclass(frozen=True, slots=True)
 class TurboResult:
     model: str
-    machine: Machine
+    machine: MachineInfo
     commit: str | None
     command: str
     started: str
@@ -135,7 +135,9 @@ class AskClient(Client):
     """Sends one task's prompts to one model, with drafts as told, to their natural end."""
 
     def __init__(self, url: str, ask: Ask, turbo: str, connections: int) -> None:
-        super().__init__(url, Target(ask.model), connections=connections + 1)  # and the metrics
+        super().__init__(
+            url, ServedNames(ask.model), connections=connections + 1
+        )  # and the metrics
         self._ask = ask
         self._turbo = turbo
 
@@ -212,7 +214,7 @@ async def measure_pairs(
         for ask in asks:
             on = await stack.enter_async_context(AskClient(url, ask, ask.turbo, connections))
             off = await stack.enter_async_context(AskClient(url, ask, OFF, connections))
-            lanes.append(Lane(ask, url, on, off))
+            lanes.append(TaskClients(ask, url, on, off))
             await lanes[-1].warm_up()
         for turn in range(options.repeat):
             for place, lane in enumerate(lanes):
@@ -226,12 +228,12 @@ async def measure_pairs(
 
 @dataclass(frozen=True)
 class _Round:
-    side: Side
+    side: DraftingSide
     answers: Mapping[int, tuple[str, int]]  # by index: text and number of tokens
 
 
 @dataclass(frozen=True)
-class Lane:
+class TaskClients:
     """One task and the two clients that ask it."""
 
     ask: Ask
@@ -284,7 +286,7 @@ def count_drafts(exposition: str) -> Drafts:
     return found
 
 
-def side_of(done: Sequence[Completion], before: Drafts, after: Drafts) -> Side:
+def side_of(done: Sequence[ClientCompletion], before: Drafts, after: Drafts) -> DraftingSide:
     """A round's figures: its requests' outcomes, and the drafts counted ahead of it and behind."""
     summary = summarise(done, None)
     between = after - before
@@ -293,7 +295,7 @@ def side_of(done: Sequence[Completion], before: Drafts, after: Drafts) -> Side:
         for depth in sorted({depth for _, depth in between})
     )
     undrafted = summary.output_tokens - sum(depth.accepted for depth in depths)
-    return Side(
+    return DraftingSide(
         summary=summary,
         tokens_per_step=ratio(summary.output_tokens, undrafted),
         depths=depths,
@@ -342,7 +344,7 @@ def _gain(own: Sequence[TurboPair]) -> TurboGain:
     )
 
 
-def _together(sides: Sequence[Side]) -> tuple[Depth, ...]:
+def _together(sides: Sequence[DraftingSide]) -> tuple[Depth, ...]:
     drafted: Counter[int] = Counter()
     accepted: Counter[int] = Counter()
     for depth in (depth for side in sides for depth in side.depths):

@@ -50,7 +50,7 @@ EPS = 1e-5
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
+class GpuCase:
     """One operation on one shape. Bytes and operations are the least that it can do with."""
 
     name: str
@@ -63,7 +63,7 @@ class Case:
 
 
 @dataclass(frozen=True, slots=True)
-class Bench:
+class DeviceSetup:
     """Where and in which precision."""
 
     device: torch.device
@@ -79,10 +79,10 @@ class Bench:
         return rebuilt(tree, layout, [tensor.to(self.device) for tensor in tensors])
 
 
-def linear_case(bench: Bench, rows: int, features: int, width: int) -> Case:
+def linear_case(bench: DeviceSetup, rows: int, features: int, width: int) -> GpuCase:
     """The base's product, whose time every low-rank update is seen beside."""
     x, weight = bench.randn(rows, features), bench.randn(width, features) * features**-0.5
-    return Case(
+    return GpuCase(
         f"linear {features} to {width}, {rows} rows",
         lambda: linear(x, weight),
         lambda: (linear(x, weight), x.double() @ weight.double().T),
@@ -94,8 +94,8 @@ def linear_case(bench: Bench, rows: int, features: int, width: int) -> Case:
 
 
 def lowrank_case(
-    bench: Bench, rows: int, ranks: Sequence[int], features: int, widths: Sequence[int]
-) -> Case:
+    bench: DeviceSetup, rows: int, ranks: Sequence[int], features: int, widths: Sequence[int]
+) -> GpuCase:
     """`rows` rows, in equal parts under one adapter each, of the given ranks."""
     tables = bench.moved(random_tables(features, widths, ranks, bench.generator, dtype=bench.dtype))
     count = len(ranks)
@@ -122,7 +122,7 @@ def lowrank_case(
 
     padded = sum(-(-rank // 8) * 8 for rank in ranks)
     weights = padded * sum(features + width for width in widths) * y.itemsize
-    return Case(
+    return GpuCase(
         f"lowrank {features} to {'+'.join(map(str, widths))}, {rows} rows, {count} adapters of "
         f"rank {'/'.join(str(rank) for rank in sorted(set(ranks)))}",
         lambda: lowrank_(y, x, tables, segments, 0),
@@ -135,8 +135,14 @@ def lowrank_case(
 
 
 def attention_case(
-    bench: Bench, sequences: int, keys: int, queries: int, heads: int, kv_heads: int, size: int
-) -> Case:
+    bench: DeviceSetup,
+    sequences: int,
+    keys: int,
+    queries: int,
+    heads: int,
+    kv_heads: int,
+    size: int,
+) -> GpuCase:
     """The last `queries` rows of each sequence over its context."""
     lengths = [max(keys - 3 * i, queries) for i in range(sequences)]
     cache = bench.moved(
@@ -156,7 +162,7 @@ def attention_case(
     k, v = (bench.randn(sequences, kv_heads, keys, size) for _ in range(2))
     grouped = q.view(sequences, queries, heads, size).transpose(1, 2)
     mask = torch.ones(queries, keys, dtype=torch.bool, device=bench.device).tril(keys - queries)
-    return Case(
+    return GpuCase(
         f"attention, {sequences} sequences of {keys} keys, {queries} queries each",
         lambda: paged_attention(*arguments),
         lambda: (paged_attention(*arguments), reference_paged_attention(*arguments)),
@@ -169,7 +175,7 @@ def attention_case(
     )
 
 
-def kv_write_case(bench: Bench, rows: int, kv_heads: int, size: int) -> Case:
+def kv_write_case(bench: DeviceSetup, rows: int, kv_heads: int, size: int) -> GpuCase:
     """One layer's keys and values into shuffled slots."""
     blocks = rows // BLOCK_SIZE + 2
     shape = (blocks, kv_heads, BLOCK_SIZE, size)
@@ -183,7 +189,7 @@ def kv_write_case(bench: Bench, rows: int, kv_heads: int, size: int) -> Case:
         kv_write_(k, v, fresh_k, fresh_v, slots)
         return torch.stack([fresh_k, fresh_v]), expected
 
-    return Case(
+    return GpuCase(
         f"kv_write, {rows} rows",
         lambda: kv_write_(k, v, k_cache, v_cache, slots),
         outputs,
@@ -194,7 +200,9 @@ def kv_write_case(bench: Bench, rows: int, kv_heads: int, size: int) -> Case:
     )
 
 
-def rows_cases(bench: Bench, rows: int, hidden: int, inner: int, heads: int) -> Iterator[Case]:
+def rows_cases(
+    bench: DeviceSetup, rows: int, hidden: int, inner: int, heads: int
+) -> Iterator[GpuCase]:
     """What works row by row: norm with the residual sum, gated activation, rotary embedding."""
     x, residual, weight = bench.randn(rows, hidden), bench.randn(rows, hidden), bench.randn(hidden)
     wide = bench.randn(rows, 2 * inner)
@@ -208,7 +216,7 @@ def rows_cases(bench: Bench, rows: int, hidden: int, inner: int, heads: int) -> 
         rotary_(fresh, k.clone(), cos, sin)
         return fresh, reference_rotary(q, cos, sin)
 
-    yield Case(
+    yield GpuCase(
         f"add_rms_norm {hidden}, {rows} rows",
         lambda: add_rms_norm(x, residual, weight, EPS, 0.0),
         lambda: (
@@ -220,7 +228,7 @@ def rows_cases(bench: Bench, rows: int, hidden: int, inner: int, heads: int) -> 
         4 * x.nbytes,
         0,
     )
-    yield Case(
+    yield GpuCase(
         f"silu_mul {inner}, {rows} rows",
         lambda: silu_mul(wide),
         lambda: (silu_mul(wide), reference_silu_mul(wide)),
@@ -229,7 +237,7 @@ def rows_cases(bench: Bench, rows: int, hidden: int, inner: int, heads: int) -> 
         wide.nbytes * 3 // 2,
         0,
     )
-    yield Case(
+    yield GpuCase(
         f"rotary {heads} heads of {size}, {rows} rows",
         lambda: rotary_(q, k, cos, sin),
         rotated,
@@ -240,7 +248,7 @@ def rows_cases(bench: Bench, rows: int, hidden: int, inner: int, heads: int) -> 
     )
 
 
-def sample_case(bench: Bench, rows: int, vocabulary: int) -> Case:
+def sample_case(bench: DeviceSetup, rows: int, vocabulary: int) -> GpuCase:
     """Temperature and top_p. Tokens are the same on every device, so the CPU's plain version is
     what they must equal: 1 for each row that does."""
     logits = bench.randn(rows, vocabulary) * 3
@@ -263,7 +271,7 @@ def sample_case(bench: Bench, rows: int, vocabulary: int) -> Case:
         outside = ordered.cumsum(dim=-1) - ordered > 0.9
         return order.gather(1, torch.multinomial(ordered.masked_fill(outside, 0.0), 1))
 
-    return Case(
+    return GpuCase(
         f"sample from {vocabulary}, {rows} rows",
         lambda: sample(logits, there),
         outputs,
@@ -274,7 +282,7 @@ def sample_case(bench: Bench, rows: int, vocabulary: int) -> Case:
     )
 
 
-def turbo_case(bench: Bench, rows: int, heads: int, width: int) -> Case:
+def turbo_case(bench: DeviceSetup, rows: int, heads: int, width: int) -> GpuCase:
     """Every row through all heads of one adapter."""
     weights = [bench.randn(width, width) * width**-0.5 for _ in range(heads)]
     biases = [bench.randn(width) for _ in range(heads)]
@@ -291,7 +299,7 @@ def turbo_case(bench: Bench, rows: int, heads: int, width: int) -> Case:
     items = HeadItems.of([(row, head) for row in range(rows) for head in range(heads)])
     there = items.to(bench.device)
     x = bench.randn(rows, width)
-    return Case(
+    return GpuCase(
         f"turbo_heads {width}, {rows} rows, {heads} heads",
         lambda: turbo_heads(x, x, tables, there),
         lambda: (turbo_heads(x, x, tables, there), reference_turbo_heads(x, x, tables, items)),
@@ -302,14 +310,16 @@ def turbo_case(bench: Bench, rows: int, heads: int, width: int) -> Case:
     )
 
 
-def draft_case(bench: Bench, rows: int, tokens: int, features: int, vocabulary: int) -> Case:
+def draft_case(
+    bench: DeviceSetup, rows: int, tokens: int, features: int, vocabulary: int
+) -> GpuCase:
     """All rows over the same tokens of an LM head."""
     h, weight = bench.randn(rows, features), bench.randn(vocabulary, features)
     order = torch.randperm(vocabulary, generator=bench.generator)[:tokens].sort().values
     ids = order.int().to(bench.device)
     segments = torch.tensor([[0, rows, 0, tokens]], dtype=torch.int32, device=bench.device)
     arguments = (h, weight, ids, segments, tokens)
-    return Case(
+    return GpuCase(
         f"draft_logits {features} to {tokens} of {vocabulary}, {rows} rows",
         lambda: draft_logits(*arguments),
         lambda: (draft_logits(*arguments), reference_draft_logits(*arguments)),
@@ -320,7 +330,7 @@ def draft_case(bench: Bench, rows: int, tokens: int, features: int, vocabulary: 
     )
 
 
-def verify_case(bench: Bench, sequences: int, drafts: int) -> Case:
+def verify_case(bench: DeviceSetup, sequences: int, drafts: int) -> GpuCase:
     """Chains of drafts of which about three in four hold. 1 for each sequence that is right."""
     longest = drafts + 1
     drafted = torch.randint(9, (sequences * longest,), generator=bench.generator)
@@ -337,7 +347,7 @@ def verify_case(bench: Bench, sequences: int, drafts: int) -> Case:
         right = [(a, t) == (accepted, token) for a, t, (accepted, token, _) in pairs]
         return torch.tensor(right).double(), torch.ones(sequences, dtype=torch.float64)
 
-    return Case(
+    return GpuCase(
         f"verify {sequences} sequences of {drafts} drafts",
         lambda: verify(sampled, drafted, rows, longest),
         outputs,
@@ -348,7 +358,7 @@ def verify_case(bench: Bench, sequences: int, drafts: int) -> Case:
     )
 
 
-def small_cases(bench: Bench) -> Iterator[Case]:
+def small_cases(bench: DeviceSetup) -> Iterator[GpuCase]:
     """Odd shapes, for checks."""
     yield linear_case(bench, 3, 40, 24)
     for ranks in ([4], [8, 16, 64], [0, 20, 1, 33]):
@@ -364,7 +374,7 @@ def small_cases(bench: Bench) -> Iterator[Case]:
     yield from rows_cases(bench, 5, 96, 56, 3)
 
 
-def llama_cases(bench: Bench) -> Iterator[Case]:
+def llama_cases(bench: DeviceSetup) -> Iterator[GpuCase]:
     """Llama-3.1-8B's, for timings."""
     qkv, gate_up = (4096, (4096, 1024, 1024)), (4096, (14336, 14336))
     down = (14336, (4096,))

@@ -17,7 +17,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from quickchange_bench.models.random_base import SHAPES, Shape
+from quickchange_bench.models.random_base import SHAPES, LlamaShape
 from quickchange_server.adapters.module_groups import ModuleGroup
 from quickchange_server.engine import model_runner
 from quickchange_server.engine.engine import Engine
@@ -60,7 +60,7 @@ class EngineOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
+class DecodeLoad:
     """`rows` sequences that decode, in turn over so many adapters (0: the plain base)."""
 
     rows: int
@@ -71,7 +71,7 @@ class Load:
 class Decoded:
     """Seconds, medians of a step."""
 
-    load: Load
+    load: DecodeLoad
     graphs: bool
     seconds: float
     floor: float  # by the bytes that a step must move
@@ -83,12 +83,12 @@ class Decoded:
 
 
 LOADS = [
-    Load(1, 0), Load(1, 1), Load(8, 0), Load(8, 1), Load(8, 8),
-    Load(32, 0), Load(32, 1), Load(32, 8), Load(32, 32),
+    DecodeLoad(1, 0), DecodeLoad(1, 1), DecodeLoad(8, 0), DecodeLoad(8, 1), DecodeLoad(8, 8),
+    DecodeLoad(32, 0), DecodeLoad(32, 1), DecodeLoad(32, 8), DecodeLoad(32, 32),
 ]  # fmt: skip
 
 
-def random_llama(shape: Shape, device: torch.device, dtype: torch.dtype) -> LoadedModel:
+def random_llama(shape: LlamaShape, device: torch.device, dtype: torch.dtype) -> LoadedModel:
     """A Llama of this shape, its random weights made on the device."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -188,7 +188,7 @@ def _random(rows: int, columns: int) -> Tensor:
 
 
 def _decode(
-    engine: Engine, model: LoadedModel, load: Load, graphs: bool, bandwidth: float
+    engine: Engine, model: LoadedModel, load: DecodeLoad, graphs: bool, bandwidth: float
 ) -> Decoded:
     keys = [f"{load.rows}/{load.adapters}/{row}" for row in range(load.rows)]
     generator = torch.Generator().manual_seed(0)
@@ -230,7 +230,7 @@ def _step_seconds(engine: Engine) -> float:
     return time.perf_counter() - started
 
 
-def _bytes_moved(model: LoadedModel, load: Load, context: int) -> int:
+def _bytes_moved(model: LoadedModel, load: DecodeLoad, context: int) -> int:
     """Weights once (of the embedding only rows), the adapters' pages, keys and values."""
     embedding = model.module.get_input_embeddings().weight  # type: ignore[operator]
     weights = sum(p.nbytes for p in model.module.parameters() if p is not embedding)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from quickchange_bench.gpu.gpu_cases import Bench, Case
+from quickchange_bench.gpu.gpu_cases import DeviceSetup, GpuCase
 
 # ‖out - reference‖ / ‖reference‖
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-2, torch.float16: 1e-2}
@@ -18,13 +18,13 @@ _SQUARE = 8192
 
 
 @dataclass(frozen=True, slots=True)
-class Speed:
+class DeviceSpeed:
     """What the device does at its best, measured."""
 
     bandwidth: float  # bytes a second, reading and writing
     arithmetic: float  # operations a second, in a large product
 
-    def floor(self, case: Case) -> float:
+    def floor(self, case: GpuCase) -> float:
         """Seconds that the case takes at least."""
         return max(case.bytes / self.bandwidth, case.operations / self.arithmetic)
 
@@ -53,7 +53,7 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-def check(case: Case, dtype: torch.dtype) -> Checked:
+def check(case: GpuCase, dtype: torch.dtype) -> Checked:
     """Run the case once on fresh data."""
     name = str(dtype).removeprefix("torch.")
     try:
@@ -67,24 +67,26 @@ def check(case: Case, dtype: torch.dtype) -> Checked:
 
 
 def check_all(
-    device: torch.device, cases: Callable[[Bench], Iterable[Case]], left: Callable[[], float]
+    device: torch.device,
+    cases: Callable[[DeviceSetup], Iterable[GpuCase]],
+    left: Callable[[], float],
 ) -> Iterator[Checked]:
     """Every case in every precision, as long as there are seconds `left`."""
     for dtype in TOLERANCE:
-        for case in cases(Bench(device, dtype, generator())):
+        for case in cases(DeviceSetup(device, dtype, generator())):
             if left() > 0:
                 yield check(case, dtype)
 
 
 def time_all(
     device: torch.device,
-    cases: Callable[[Bench], Iterable[Case]],
-    speed: Speed,
+    cases: Callable[[DeviceSetup], Iterable[GpuCase]],
+    speed: DeviceSpeed,
     left: Callable[[], float],
 ) -> Iterator[Timed | Checked]:
     """Every case in bfloat16, as long as there are seconds `left`. One that is wrong is not timed:
     what its check found comes instead."""
-    for case in cases(Bench(device, torch.bfloat16, generator())):
+    for case in cases(DeviceSetup(device, torch.bfloat16, generator())):
         if left() <= 0:
             return
         checked = check(case, torch.bfloat16)
@@ -115,7 +117,7 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
     return statistics.median(times)
 
 
-def measure_speed(device: torch.device) -> Speed:
+def measure_speed(device: torch.device) -> DeviceSpeed:
     """By one large copy and one large product in bfloat16."""
     small = device.type != "cuda"
     source = torch.ones(_SPARE >> (6 if small else 0), dtype=torch.bfloat16, device=device)
@@ -124,4 +126,4 @@ def measure_speed(device: torch.device) -> Speed:
     square = torch.randn(size, size, dtype=torch.bfloat16, device=device)
     copied = seconds(lambda: target.copy_(source), device)
     multiplied = seconds(lambda: square @ square, device)
-    return Speed(2 * source.nbytes / copied, 2 * size**3 / multiplied)
+    return DeviceSpeed(2 * source.nbytes / copied, 2 * size**3 / multiplied)

@@ -21,7 +21,7 @@ from quickchange_bench.gpu.gpu_cases import llama_cases, small_cases
 from quickchange_bench.gpu.gpu_engine import Decoded, decode_steps, suitable_shape
 from quickchange_bench.gpu.gpu_kernels import (
     Checked,
-    Speed,
+    DeviceSpeed,
     Timed,
     check_all,
     measure_speed,
@@ -33,14 +33,14 @@ CHECKS_END, TIMES_END = 0.3, 0.6
 
 
 @dataclass
-class Report:
+class GpuReport:
     """What was found so far; written after each part, so that a run cut short leaves something."""
 
     device: str
     torch: str
     dry_run: bool
     model: str
-    speed: Speed
+    speed: DeviceSpeed
     checks: list[Checked] = field(default_factory=list)
     times: list[Timed] = field(default_factory=list)
     engine: list[Decoded] = field(default_factory=list)
@@ -54,7 +54,7 @@ class Report:
         return [checked for checked in self.checks if not checked.passed]
 
 
-def run(device: torch.device, folder: Path, minutes: float) -> Report:
+def run(device: torch.device, folder: Path, minutes: float) -> GpuReport:
     """All parts, within the time; prints each as it is done."""
     started = time.monotonic()
 
@@ -64,7 +64,7 @@ def run(device: torch.device, folder: Path, minutes: float) -> Report:
     dry_run = device.type != "cuda"
     name = "CPU" if dry_run else torch.cuda.get_device_name(device)
     shape = suitable_shape(device)
-    report = Report(name, torch.__version__, dry_run, shape, measure_speed(device))
+    report = GpuReport(name, torch.__version__, dry_run, shape, measure_speed(device))
     print(f"{name}, torch {torch.__version__}: {report.speed.bandwidth / 1e9:.0f} GB/s, "
           f"{report.speed.arithmetic / 1e12:.1f} TFLOP/s\n")  # fmt: skip
     for checked in check_all(device, small_cases, left(CHECKS_END)):

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from quickchange_bench.bench_results import Completion
+from quickchange_bench.bench_results import ClientCompletion
 from quickchange_bench.load.workload import Request
 
 DialectName = Literal["openai", "llamacpp", "mistralrs"]
@@ -26,7 +26,7 @@ Body = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class ServedNames:
     """The names by which a server knows its base model and its adapters, and its API key."""
 
     model: str
@@ -35,32 +35,32 @@ class Target:
     users: bool = False  # each request says that it is of another user
 
 
-def _openai(target: Target, adapter: int | None) -> Body:
+def _openai(target: ServedNames, adapter: int | None) -> Body:
     return {"model": target.model if adapter is None else target.adapters[adapter]}
 
 
-def _llamacpp(target: Target, adapter: int | None) -> Body:
+def _llamacpp(target: ServedNames, adapter: int | None) -> Body:
     # adapters go by their place on the server's command line; an empty list would mean "all of
     # them at scale 1", so the base model is asked for by scaling one to 0
     chosen = {"id": 0, "scale": 0.0} if adapter is None else {"id": adapter, "scale": 1.0}
     return {"model": target.model, "lora": [chosen], "cache_prompt": False}
 
 
-def _mistralrs(target: Target, adapter: int | None) -> Body:
+def _mistralrs(target: ServedNames, adapter: int | None) -> Body:
     body: Body = {"model": target.model}
     if adapter is not None:
         body["adapters"] = [target.adapters[adapter]]
     return body
 
 
-DIALECTS: dict[DialectName, Callable[[Target, int | None], Body]] = {
+DIALECTS: dict[DialectName, Callable[[ServedNames, int | None], Body]] = {
     "openai": _openai,
     "llamacpp": _llamacpp,
     "mistralrs": _mistralrs,
 }
 
 
-def request_body(dialect: DialectName, target: Target, request: Request) -> Body:
+def request_body(dialect: DialectName, target: ServedNames, request: Request) -> Body:
     """Greedy, streamed, exactly `request.output_tokens` long, with a usage count at the end."""
     user = {"user": f"user-{request.index}"} if target.users else {}
     return {
@@ -140,8 +140,8 @@ class _Stream:
         self.last_event = now
         self.text.append(text)
 
-    def completion(self, request: Request, error: str | None) -> Completion:
-        return Completion(
+    def completion(self, request: Request, error: str | None) -> ClientCompletion:
+        return ClientCompletion(
             index=request.index,
             adapter=request.adapter,
             started=self.started,
@@ -164,7 +164,7 @@ class Client:
     def __init__(
         self,
         url: str,
-        target: Target,
+        target: ServedNames,
         dialect: DialectName = "openai",
         *,
         connections: int = 64,
@@ -196,7 +196,7 @@ class Client:
         """What is sent for a request."""
         return request_body(self.dialect, self.target, request)
 
-    async def complete(self, request: Request) -> Completion:
+    async def complete(self, request: Request) -> ClientCompletion:
         """Stream one completion to its end. A failure is an outcome too: `error` says which."""
         stream = _Stream(started=time.perf_counter())
         try:

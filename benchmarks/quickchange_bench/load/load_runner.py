@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from quickchange_bench.bench_results import Completion, Load, Point, Summary, summarise
+from quickchange_bench.bench_results import ClientCompletion, Load, Point, Summary, summarise
 from quickchange_bench.load.load_client import Client
 from quickchange_bench.load.process_usage import ResourceProbe
 from quickchange_bench.load.workload import ROUND_STRIDE, Fixed, Request, Workload
@@ -23,11 +23,11 @@ LOAD_STRIDE = 10_000  # request indices between two loads of a round
 
 async def closed_loop(
     client: Client, requests: Iterable[Request], workers: int
-) -> list[Completion]:
+) -> list[ClientCompletion]:
     """All requests, `workers` at a time; their outcomes worker by worker."""
     queue = iter(requests)
 
-    async def worker() -> list[Completion]:
+    async def worker() -> list[ClientCompletion]:
         return [await client.complete(request) for request in queue]
 
     async with asyncio.TaskGroup() as group:
@@ -37,12 +37,12 @@ async def closed_loop(
 
 async def open_loop(
     client: Client, requests: Iterable[Request], rate: float, seed: int
-) -> list[Completion]:
+) -> list[ClientCompletion]:
     """All requests at the times of a Poisson process of `rate` a second, in their own order."""
     clock = asyncio.get_running_loop()
     rng = random.Random(f"arrivals {seed}")
     due = clock.time()
-    tasks: list[asyncio.Task[Completion]] = []
+    tasks: list[asyncio.Task[ClientCompletion]] = []
     async with asyncio.TaskGroup() as group:
         for request in requests:
             due += rng.expovariate(rate)  # absolute times: a late wake-up delays nothing after it
@@ -52,7 +52,7 @@ async def open_loop(
 
 
 @dataclass(frozen=True)
-class Plan:
+class LoadPlan:
     """The loads to try, how often, and with how many requests each.
 
     A closed loop takes `requests_per_worker` for every worker, at least `min_requests`; `requests`,
@@ -96,7 +96,7 @@ class Plan:
 
 
 async def measure(
-    client: Client, plan: Plan, load: Load, *, turn: int, place: int, pid: int | None
+    client: Client, plan: LoadPlan, load: Load, *, turn: int, place: int, pid: int | None
 ) -> Summary:
     """One round at one load: warm-up, which isn't counted, then the requests, which are."""
     if warmup := plan.warmup_requests(turn, place):
@@ -112,7 +112,7 @@ async def measure(
 
 async def run_plan(
     client: Client,
-    plan: Plan,
+    plan: LoadPlan,
     *,
     pid: int | None = None,
     turns: Sequence[int] | None = None,

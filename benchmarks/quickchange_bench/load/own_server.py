@@ -11,8 +11,13 @@ from typing import Any
 
 import httpx
 
-from quickchange_bench.load.load_client import Target, bearer
-from quickchange_bench.load.server_process import Running, free_port, quickchange_command, running
+from quickchange_bench.load.load_client import ServedNames, bearer
+from quickchange_bench.load.server_process import (
+    RunningServer,
+    free_port,
+    quickchange_command,
+    running,
+)
 
 BASE_NAME = "base"
 VALUE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -31,7 +36,7 @@ class OwnServer:
     key: str | None = field(default=None, repr=False)  # an API key, where it asks for one
 
     @contextmanager
-    def running(self, log: Path) -> Iterator[Running]:
+    def running(self, log: Path) -> Iterator[RunningServer]:
         """On a free port, until the block ends."""
         port = free_port()
         arguments = {
@@ -46,7 +51,7 @@ class OwnServer:
         with running(
             quickchange_command("serve", *flat),
             url=f"http://127.0.0.1:{port}",
-            target=Target(BASE_NAME, key=self.key),
+            target=ServedNames(BASE_NAME, key=self.key),
             log=log,
             environment={"QUICKCHANGE_SERVED_MODEL_NAME": BASE_NAME, **self.environment},
         ) as server:

@@ -18,11 +18,11 @@ from typing import Protocol
 
 from quickchange_bench.bench_results import Load, Point, Summary
 from quickchange_bench.load import own_server
-from quickchange_bench.load.load_client import Client, DialectName, Target
-from quickchange_bench.load.load_runner import Plan, run_plan
+from quickchange_bench.load.load_client import Client, DialectName, ServedNames
+from quickchange_bench.load.load_runner import LoadPlan, run_plan
 from quickchange_bench.load.popularity import Popularity
 from quickchange_bench.load.server_process import (
-    Running,
+    RunningServer,
     ServerFailedError,
     free_port,
     running,
@@ -57,8 +57,8 @@ class Setup:
     progress: Progress
 
     @property
-    def target(self) -> Target:
-        return Target("base", tuple(f"lora-{k}" for k in range(self.adapters)))
+    def target(self) -> ServedNames:
+        return ServedNames("base", tuple(f"lora-{k}" for k in range(self.adapters)))
 
     def environment(self, port: int) -> dict[str, str]:
         """For the start scripts, see common.sh."""
@@ -72,9 +72,9 @@ class Setup:
             "PORT": str(port),
         }
 
-    def plan(self, mode: str) -> Plan:
+    def plan(self, mode: str) -> LoadPlan:
         distinct = Popularity("distinct", self.adapters, self.seed)
-        return Plan(
+        return LoadPlan(
             workload=Workload(
                 Fixed(self.prompt_tokens),
                 Fixed(self.output_tokens),
@@ -101,19 +101,19 @@ class Peer(Protocol):
 
 
 @dataclass
-class Served:
+class HttpPeer:
     """A peer behind HTTP. `run` starts it and ends it."""
 
     name: str
     dialect: DialectName
-    run: Callable[[Setup], Iterator[Running]]
+    run: Callable[[Setup], Iterator[RunningServer]]
 
     def measure(self, setup: Setup, modes: Sequence[str], turn: int) -> dict[str, list[Point]]:
         with contextmanager(self.run)(setup) as server:
             return asyncio.run(self._measure(server, setup, modes, turn))
 
     async def _measure(
-        self, server: Running, setup: Setup, modes: Sequence[str], turn: int
+        self, server: RunningServer, setup: Setup, modes: Sequence[str], turn: int
     ) -> dict[str, list[Point]]:
         async with Client(server.url, setup.target, self.dialect) as client:
             return {
@@ -131,7 +131,7 @@ class Served:
         with contextmanager(self.run)(setup) as server:
             return asyncio.run(self._texts(server, setup))
 
-    async def _texts(self, server: Running, setup: Setup) -> list[list[str]]:
+    async def _texts(self, server: RunningServer, setup: Setup) -> list[list[str]]:
         rows = []
         async with Client(server.url, setup.target, self.dialect) as client:
             for prompt in CHECK_PROMPTS:
@@ -145,11 +145,11 @@ class Served:
         return rows
 
 
-def scripted(name: str, dialect: DialectName, **environment: str) -> Served:
+def scripted(name: str, dialect: DialectName, **environment: str) -> HttpPeer:
     """A peer that a start script serves: NAME, or NAME-VARIANT with more of an environment."""
     script = f"start_{name.partition('-')[0]}.sh"
 
-    def run(setup: Setup) -> Iterator[Running]:
+    def run(setup: Setup) -> Iterator[RunningServer]:
         port = free_port()
         with running(
             [str(setup.scripts / script)],
@@ -161,13 +161,13 @@ def scripted(name: str, dialect: DialectName, **environment: str) -> Served:
         ) as server:
             yield server
 
-    return Served(name, dialect, run)
+    return HttpPeer(name, dialect, run)
 
 
-def quickchange(name: str = "quickchange", **settings: str) -> Served:
+def quickchange(name: str = "quickchange", **settings: str) -> HttpPeer:
     """Ours, with more QUICKCHANGE_ settings; its store is filled at the first start."""
 
-    def run(setup: Setup) -> Iterator[Running]:
+    def run(setup: Setup) -> Iterator[RunningServer]:
         store = setup.work / f"store-{name}"
         own = own_server.OwnServer(
             model=str(setup.base),
@@ -187,7 +187,7 @@ def quickchange(name: str = "quickchange", **settings: str) -> Served:
                 filled.touch()
             yield server
 
-    return Served(name, "openai", run)
+    return HttpPeer(name, "openai", run)
 
 
 class PeftStatic:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from quickchange_bench.load.load_client import Client, DialectName, Target
+from quickchange_bench.load.load_client import Client, DialectName, ServedNames
 from quickchange_bench.load.process_usage import require_psutil, tree
 from quickchange_bench.load.workload import Request
 
@@ -24,7 +24,7 @@ POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class Running:
+class RunningServer:
     """A server that answers. `pid` heads its process tree."""
 
     url: str
@@ -66,12 +66,12 @@ def running(
     command: Sequence[str],
     *,
     url: str,
-    target: Target,
+    target: ServedNames,
     log: Path,
     dialect: DialectName = "openai",
     environment: Mapping[str, str] | None = None,
     timeout: float = 300.0,
-) -> Iterator[Running]:
+) -> Iterator[RunningServer]:
     """Run `command` until the block ends. It is ready once the base model gives one token.
 
     Raises:
@@ -88,7 +88,7 @@ def running(
         )
         try:
             seconds = _wait_ready(process, url, target, dialect, log, timeout)
-            yield Running(url=url, pid=process.pid, start_seconds=seconds)
+            yield RunningServer(url=url, pid=process.pid, start_seconds=seconds)
         finally:
             stop(process)
 
@@ -96,7 +96,7 @@ def running(
 def _wait_ready(
     process: subprocess.Popen[bytes],
     url: str,
-    target: Target,
+    target: ServedNames,
     dialect: DialectName,
     log: Path,
     timeout: float,
@@ -114,7 +114,7 @@ def _wait_ready(
     raise ServerFailedError(f"not ready after {timeout:.0f} s ({answer}); {tail(log)}")
 
 
-async def _probe(url: str, target: Target, dialect: DialectName) -> str | None:
+async def _probe(url: str, target: ServedNames, dialect: DialectName) -> str | None:
     """None if the base model gave a token, else what went wrong."""
     async with Client(url, target, dialect, timeout=120.0) as client:
         request = Request(index=0, prompt="Ready", output_tokens=1, adapter=None)

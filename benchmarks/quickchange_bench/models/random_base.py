@@ -17,7 +17,7 @@ UNKNOWN = "<|unknown|>"
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class LlamaShape:
     """A Llama's sizes."""
 
     hidden: int
@@ -30,10 +30,10 @@ class Shape:
 
 
 SHAPES = {
-    "tiny": Shape(64, 128, 2, 4, 2, 1_024),
-    "smollm2-135m": Shape(576, 1_536, 30, 9, 3, 49_152),
-    "llama-1b": Shape(2_048, 8_192, 16, 32, 8, 128_256),
-    "llama-8b": Shape(4_096, 14_336, 32, 32, 8, 128_256, tied=False),
+    "tiny": LlamaShape(64, 128, 2, 4, 2, 1_024),
+    "smollm2-135m": LlamaShape(576, 1_536, 30, 9, 3, 49_152),
+    "llama-1b": LlamaShape(2_048, 8_192, 16, 32, 8, 128_256),
+    "llama-8b": LlamaShape(4_096, 14_336, 32, 32, 8, 128_256, tied=False),
 }
 
 
@@ -61,7 +61,7 @@ def _tokenizer(size: int) -> Any:
     )
 
 
-def write_base(folder: Path, shape: Shape, *, dtype: str, seed: int) -> None:
+def write_base(folder: Path, shape: LlamaShape, *, dtype: str, seed: int) -> None:
     """Save a Llama of this shape, with its tokeniser, in transformers' layout."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM

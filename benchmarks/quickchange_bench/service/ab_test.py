@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import httpx
 
 from quickchange_bench import provenance
-from quickchange_bench.bench_results import SCHEMA_VERSION, Machine
+from quickchange_bench.bench_results import SCHEMA_VERSION, MachineInfo
 from quickchange_bench.load.load_client import bearer
 from quickchange_bench.service.ab_report import results_text
 from quickchange_training.demo.tasks import TASKS, TaskExample
@@ -51,7 +51,7 @@ class AbOptions:
 class AbResult:
     """The results as the server told them at last, and what was done with the winner."""
 
-    machine: Machine
+    machine: MachineInfo
     commit: str | None
     command: str
     started: str

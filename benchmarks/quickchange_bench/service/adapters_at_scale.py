@@ -24,13 +24,13 @@ from tempfile import TemporaryDirectory
 from typing import Literal, get_args
 
 from quickchange_bench import provenance
-from quickchange_bench.bench_results import SCHEMA_VERSION, Completion, Machine
+from quickchange_bench.bench_results import SCHEMA_VERSION, ClientCompletion, MachineInfo
 from quickchange_bench.load import own_server
-from quickchange_bench.load.load_client import Client, Target
+from quickchange_bench.load.load_client import Client, ServedNames
 from quickchange_bench.load.load_runner import closed_loop
 from quickchange_bench.load.memory_growth import Growth, Samples, growth_table, sample_forever
 from quickchange_bench.load.popularity import Popularity
-from quickchange_bench.load.server_process import Running
+from quickchange_bench.load.server_process import RunningServer
 from quickchange_bench.load.workload import Fixed, Request, Workload
 from quickchange_bench.models.random_adapters import AdapterSpec, device_bytes, write_adapters
 from quickchange_bench.report_tables import MEBI, MILLI, number, table
@@ -97,7 +97,7 @@ class Phase:
 class ScaleResult:
     options: dict[str, str]
     model: str
-    machine: Machine
+    machine: MachineInfo
     commit: str | None
     command: str
     started: str
@@ -120,8 +120,8 @@ class Traffic:
     kind: PhaseKind
     seconds: float
     loads: int
-    steady: tuple[Completion, ...]
-    background: tuple[Completion, ...]
+    steady: tuple[ClientCompletion, ...]
+    background: tuple[ClientCompletion, ...]
 
     @property
     def gaps(self) -> list[float]:
@@ -145,10 +145,10 @@ class Traffic:
         )
 
 
-class Bench:
+class ScaleBench:
     """Drives one running server through the phases."""
 
-    def __init__(self, options: ScaleOptions, server: Running, client: Client) -> None:
+    def __init__(self, options: ScaleOptions, server: RunningServer, client: Client) -> None:
         self._options = options
         self._server = server
         self._client = client
@@ -215,13 +215,13 @@ class Bench:
 
 
 async def _drive(
-    options: ScaleOptions, server: Running, say: Callable[[str], None]
+    options: ScaleOptions, server: RunningServer, say: Callable[[str], None]
 ) -> tuple[list[Traffic], Samples]:
-    target = Target(own_server.BASE_NAME, tuple(options.names))
+    target = ServedNames(own_server.BASE_NAME, tuple(options.names))
     connections = options.workers + options.steady
     traffic: list[Traffic] = []
     async with Client(server.url, target, connections=connections) as client:
-        bench = Bench(options, server, client)
+        bench = ScaleBench(options, server, client)
         await bench.fill()
         for kind in PHASES:  # warm-up, not counted
             say(f"warm-up, {describe(await bench.phase(kind))}")

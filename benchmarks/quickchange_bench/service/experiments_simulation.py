@@ -107,7 +107,7 @@ class Design:
 
 
 @dataclass(frozen=True)
-class Found:
+class RuleOutcomes:
     """What a rule came to in the runs of a trial."""
 
     share: float  # of runs in which it spoke
@@ -159,7 +159,7 @@ def looks(trial: Trial, design: Design) -> Iterator[Strata]:
         ]
 
 
-def judge(trial: Trial, design: Design, plan: Plan, rules: Sequence[Rule]) -> list[Found]:
+def judge(trial: Trial, design: Design, plan: Plan, rules: Sequence[Rule]) -> list[RuleOutcomes]:
     """What each rule came to, on the same runs."""
     heard: list[list[tuple[float, bool]]] = [[] for _ in rules]
     for strata in looks(trial, design):
@@ -186,9 +186,9 @@ def _first_words(
     return words
 
 
-def _found(words: Sequence[tuple[float, bool]]) -> Found:
+def _found(words: Sequence[tuple[float, bool]]) -> RuleOutcomes:
     units = np.array([word[0] for word in words])
-    return Found(
+    return RuleOutcomes(
         share=float(np.mean(np.isfinite(units))),
         wrong=float(np.mean([word[1] for word in words])),
         median_units=float(np.quantile(units, 0.5, method="higher")),
@@ -236,7 +236,7 @@ def ratio_alarms(
     design: Design,
     plan: Plan,
     concentration: float = CONCENTRATION,
-) -> Found:
+) -> RuleOutcomes:
     """The sample-ratio test on runs whose units come by `actual`, tested against `promised`."""
     rng = np.random.default_rng(design.seed)
     shares = np.array(promised) / np.sum(promised)

@@ -15,9 +15,9 @@ from statistics import median
 from tempfile import TemporaryDirectory
 
 from quickchange_bench import provenance
-from quickchange_bench.bench_results import SCHEMA_VERSION, Load, Machine, Summary
+from quickchange_bench.bench_results import SCHEMA_VERSION, Load, MachineInfo, Summary
 from quickchange_bench.load.load_client import Client
-from quickchange_bench.load.load_runner import Plan, measure
+from quickchange_bench.load.load_runner import LoadPlan, measure
 from quickchange_bench.load.workload import Workload, parse_length
 from quickchange_bench.report_tables import number, table
 from quickchange_bench.service.overhead_sides import SIDES, Part, Sides
@@ -65,7 +65,7 @@ class Overhead:
 @dataclass(frozen=True, slots=True)
 class OverheadResult:
     model: str
-    machine: Machine
+    machine: MachineInfo
     commit: str | None
     command: str
     started: str
@@ -98,7 +98,7 @@ def measure_overhead(options: OverheadOptions, say: Callable[[str], None]) -> Ov
 async def _measure(
     options: OverheadOptions, sides: Sides, say: Callable[[str], None]
 ) -> list[Pair]:
-    plan = Plan(
+    plan = LoadPlan(
         workload=Workload(
             parse_length(options.prompt_tokens),
             parse_length(options.output_tokens),

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from quickchange_bench.load import own_server
-from quickchange_bench.load.load_client import Client, Target
+from quickchange_bench.load.load_client import Client, ServedNames
 from quickchange_bench.load.load_runner import closed_loop
-from quickchange_bench.load.server_process import Running
+from quickchange_bench.load.server_process import RunningServer
 from quickchange_bench.load.workload import Request
 from quickchange_bench.models.random_adapters import AdapterSpec, write_adapters
 
@@ -31,17 +31,17 @@ LIMITS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Side:
+class OverheadSide:
     """A server, and how requests for its base are to name it."""
 
-    server: Running
-    target: Target
+    server: RunningServer
+    target: ServedNames
 
 
 @dataclass(frozen=True, slots=True)
 class Sides:
-    on: Side
-    off: Side
+    on: OverheadSide
+    off: OverheadSide
 
 
 @contextmanager
@@ -60,14 +60,14 @@ def adapters(model: Path, work: Path, *, device: str, dtype: str) -> Iterator[Si
         off = stack.enter_context(server("off", "false").running(work / "off.log"))
         own_server.register(on.url, {name: work / "adapters" / name for name in names})
         asyncio.run(_use_each(on.url, names))
-        target = Target(own_server.BASE_NAME)
-        yield Sides(Side(on, target), Side(off, target))
+        target = ServedNames(own_server.BASE_NAME)
+        yield Sides(OverheadSide(on, target), OverheadSide(off, target))
 
 
 async def _use_each(url: str, names: Sequence[str]) -> None:
     """A token of each adapter, which brings it to the device."""
     requests = [Request(k, "Load this adapter", 1, k) for k in range(len(names))]
-    async with Client(url, Target(own_server.BASE_NAME, tuple(names))) as client:
+    async with Client(url, ServedNames(own_server.BASE_NAME, tuple(names))) as client:
         failed = [done.error for done in await closed_loop(client, requests, 1) if done.error]
     if failed:
         raise RuntimeError(f"making the adapters resident failed: {failed[0]}")
@@ -90,8 +90,8 @@ def service(model: Path, work: Path, *, device: str, dtype: str) -> Iterator[Sid
         body = {"tenant": "bench", "names": ["*"], "limits": LIMITS}
         key = own_server.create(on.url, "/v1/keys", body, admin)["secret"]
         yield Sides(
-            Side(on, Target(EXPERIMENT, key=key, users=True)),
-            Side(off, Target(own_server.BASE_NAME, users=True)),
+            OverheadSide(on, ServedNames(EXPERIMENT, key=key, users=True)),
+            OverheadSide(off, ServedNames(own_server.BASE_NAME, users=True)),
         )
 
 

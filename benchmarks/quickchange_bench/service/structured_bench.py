@@ -23,7 +23,7 @@ import jsonschema
 
 from quickchange_bench.load import own_server
 from quickchange_bench.report_tables import number, table
-from quickchange_bench.service.structured_schemas import CASES, Case
+from quickchange_bench.service.structured_schemas import CASES, SchemaCase
 
 _SECONDS = 900.0  # for one answer
 _TOGETHER = 16  # generations of the first part
@@ -46,10 +46,10 @@ class StructuredOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class StructuredRequest:
     """One request."""
 
-    case: Case
+    case: SchemaCase
     model: str
     seed: int
     turbo: str = "off"
@@ -72,14 +72,14 @@ class Order:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class StructuredAnswer:
     text: str
     tokens: int
     accepted: int  # of them, those that came from drafts
 
 
 @dataclass(frozen=True, slots=True)
-class Speed:
+class StructuredSpeed:
     """Tokens a second at one number of workers."""
 
     workers: int
@@ -94,7 +94,7 @@ class StructuredResult:
     invalid: tuple[str, ...]  # "schema: why"
     different: int  # pairs whose texts with and without drafts differ
     accepted_share: float  # of the tokens with drafts on, those that came from drafts
-    speeds: tuple[Speed, ...]
+    speeds: tuple[StructuredSpeed, ...]
 
 
 def measure_structured(
@@ -142,7 +142,9 @@ async def _measure(
     )
 
 
-async def _speed(http: httpx.AsyncClient, workers: int, options: StructuredOptions) -> Speed:
+async def _speed(
+    http: httpx.AsyncClient, workers: int, options: StructuredOptions
+) -> StructuredSpeed:
     count = max(workers * options.requests_per_worker, len(CASES))
     orders = [replace(order, temperature=0.0) for order in islice(_orders(), count)]
     seconds, constrained = await _timed(http, orders, workers, options)
@@ -152,22 +154,28 @@ async def _speed(http: httpx.AsyncClient, workers: int, options: StructuredOptio
     free_seconds, _ = await _timed(http, free, workers, options)
     drafted = [replace(order, turbo=_turbo(order)) for order in orders]
     turbo_seconds, _ = await _timed(http, drafted, workers, options)
-    return Speed(workers, total / free_seconds, total / seconds, total / turbo_seconds)
+    return StructuredSpeed(workers, total / free_seconds, total / seconds, total / turbo_seconds)
 
 
 async def _timed(
-    http: httpx.AsyncClient, orders: Sequence[Order], workers: int, options: StructuredOptions
-) -> tuple[float, list[Answer]]:
+    http: httpx.AsyncClient,
+    orders: Sequence[StructuredRequest],
+    workers: int,
+    options: StructuredOptions,
+) -> tuple[float, list[StructuredAnswer]]:
     started = time.monotonic()
     answers = await _closed_loop(http, orders, workers, options)
     return time.monotonic() - started, answers
 
 
 async def _closed_loop(
-    http: httpx.AsyncClient, orders: Sequence[Order], workers: int, options: StructuredOptions
-) -> list[Answer]:
+    http: httpx.AsyncClient,
+    orders: Sequence[StructuredRequest],
+    workers: int,
+    options: StructuredOptions,
+) -> list[StructuredAnswer]:
     """All orders, so many at a time; in their order."""
-    answers: dict[int, Answer] = {}
+    answers: dict[int, StructuredAnswer] = {}
     waiting = iter(enumerate(orders))
 
     async def work() -> None:
@@ -178,33 +186,35 @@ async def _closed_loop(
     return [answers[index] for index in range(len(orders))]
 
 
-async def _ask(http: httpx.AsyncClient, order: Order, max_tokens: int) -> Answer:
+async def _ask(
+    http: httpx.AsyncClient, order: StructuredRequest, max_tokens: int
+) -> StructuredAnswer:
     response = await http.post("/v1/chat/completions", json=order.body(max_tokens))
     if response.status_code != 200:
         raise RuntimeError(f"{order.case.name}: {response.status_code}: {response.text[:400]}")
     told = response.json()
     usage = told["usage"]
     details = usage.get("completion_tokens_details", {})
-    return Answer(
+    return StructuredAnswer(
         text=told["choices"][0]["message"]["content"],
         tokens=usage["completion_tokens"],
         accepted=details.get("accepted_prediction_tokens", 0),
     )
 
 
-def _orders() -> Iterator[Order]:
+def _orders() -> Iterator[StructuredRequest]:
     """The schemas in turn, on the base and on the adapter by turns, each with a seed of its own."""
     for seed, case in enumerate(cycle(CASES)):
         model = (own_server.BASE_NAME, ADAPTER)[(seed + seed // len(CASES)) % 2]
-        yield Order(case, model, seed)
+        yield StructuredRequest(case, model, seed)
 
 
-def _turbo(order: Order) -> str:
+def _turbo(order: StructuredRequest) -> str:
     """Of the adapter its own heads; of the base, words of the prompt."""
     return "auto" if order.model == ADAPTER else "lookup"
 
 
-def _fault(case: Case, text: str) -> str | None:
+def _fault(case: SchemaCase, text: str) -> str | None:
     """Why an answer is not valid; None: it is."""
     try:
         jsonschema.Draft202012Validator(case.schema).validate(json.loads(text))

@@ -9,7 +9,7 @@ Schema = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
+class SchemaCase:
     """A schema by name, and what a user asks."""
 
     name: str
@@ -35,8 +35,8 @@ _LINE = _object(
     }
 )
 
-CASES: tuple[Case, ...] = (
-    Case(
+CASES: tuple[SchemaCase, ...] = (
+    SchemaCase(
         "order",
         "Turn into JSON: please send 3 boxes of green tea and 1 kettle to Ada Byron in Bergen.",
         _object(
@@ -47,7 +47,7 @@ CASES: tuple[Case, ...] = (
             }
         ),
     ),
-    Case(
+    SchemaCase(
         "enums",
         "Classify this ticket: the app crashes whenever I upload a photo.",
         _object(
@@ -58,7 +58,7 @@ CASES: tuple[Case, ...] = (
             }
         ),
     ),
-    Case(
+    SchemaCase(
         "numbers",
         "How warm, how humid and how windy is a summer day in Rome?",
         _object(
@@ -69,7 +69,7 @@ CASES: tuple[Case, ...] = (
             }
         ),
     ),
-    Case(
+    SchemaCase(
         "pattern",
         "Make up a flight.",
         _object(
@@ -80,7 +80,7 @@ CASES: tuple[Case, ...] = (
             }
         ),
     ),
-    Case(
+    SchemaCase(
         "formats",
         "Make up a meeting with its date, its start and the host's mail address.",
         _object(
@@ -91,7 +91,7 @@ CASES: tuple[Case, ...] = (
             }
         ),
     ),
-    Case(
+    SchemaCase(
         "any_of",
         "A customer can be reached by mail or by telephone. Make one up.",
         _object(
@@ -109,7 +109,7 @@ CASES: tuple[Case, ...] = (
             }
         ),
     ),
-    Case(
+    SchemaCase(
         "references",
         "Describe a small folder tree.",
         {
@@ -130,7 +130,7 @@ CASES: tuple[Case, ...] = (
             "$ref": "#/$defs/node",
         },
     ),
-    Case(
+    SchemaCase(
         "map",
         "How many of each fruit are in the basket: 3 apples, 2 pears?",
         {
@@ -140,7 +140,7 @@ CASES: tuple[Case, ...] = (
             "maxProperties": 4,
         },
     ),
-    Case(
+    SchemaCase(
         "tuple",
         "Name two points on a map.",
         {
@@ -158,7 +158,7 @@ CASES: tuple[Case, ...] = (
             },
         },
     ),
-    Case(
+    SchemaCase(
         "person",
         "Make up a person with an address.",
         _object(

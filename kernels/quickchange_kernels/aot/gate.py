@@ -18,7 +18,7 @@ from quickchange_kernels.compilation import Compilation
 
 
 @dataclass(frozen=True)
-class Job:
+class CompileJob:
     """One configuration of one module for one target; by name, since kernels can't be pickled."""
 
     module: str
@@ -27,10 +27,10 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class CompileOutcome:
     """What came of a job."""
 
-    job: Job
+    job: CompileJob
     seconds: float
     resources: Resources | None  # None: it does not compile
     narrowest_stream: int | None  # bytes; None: the configuration has no marked load
@@ -47,16 +47,16 @@ def _shipped(module: str) -> dict[str, Compilation]:
     return {one.name: one for one in found}
 
 
-def jobs(modules: Sequence[str], targets: Sequence[Target], only: str = "") -> Iterator[Job]:
+def jobs(modules: Sequence[str], targets: Sequence[Target], only: str = "") -> Iterator[CompileJob]:
     """The configurations whose name contains `only`, on each target that they ship on."""
     for module in modules:
         for name, one in _shipped(module).items():
             for target in targets:
                 if only in name and target.name in one.targets:
-                    yield Job(module, name, target.name)
+                    yield CompileJob(module, name, target.name)
 
 
-def run_job(job: Job) -> Outcome:
+def run_job(job: CompileJob) -> CompileOutcome:
     """Compile and judge one configuration."""
     one, target = _shipped(job.module)[job.name], TARGETS[job.target]
     started = time.perf_counter()
@@ -64,12 +64,12 @@ def run_job(job: Job) -> Outcome:
         kernel = compiling.compiled(one, target)
     except Exception as error:  # the compiler's own errors have no common base; all are reported
         reason = f"does not compile: {_last_line(error)}"
-        return Outcome(job, time.perf_counter() - started, None, None, (), (reason,))
+        return CompileOutcome(job, time.perf_counter() - started, None, None, (), (reason,))
     taken = inspection.resources(kernel, target)
     loading = streams.loading_statements(kernel.asm["ttir"], _source(one).parent)
     widths = streams.load_widths(inspection.assembly(kernel, target), target)
     by_statement = {statement: streams.widths_of(statement, widths) for statement in loading}
-    return Outcome(
+    return CompileOutcome(
         job,
         time.perf_counter() - started,
         taken,
@@ -107,7 +107,7 @@ def _narrow(by_statement: dict[streams.Statement, list[int]]) -> Iterator[str]:
             )
 
 
-def run(work: Sequence[Job], processes: int) -> Iterator[Outcome]:
+def run(work: Sequence[CompileJob], processes: int) -> Iterator[CompileOutcome]:
     """Run the jobs in processes of their own, in the order given. One process: in this one."""
     if processes == 1:
         yield from map(run_job, work)
@@ -117,7 +117,7 @@ def run(work: Sequence[Job], processes: int) -> Iterator[Outcome]:
         yield from pool.map(run_job, work)
 
 
-def stale_marks(outcomes: Iterable[Outcome]) -> list[str]:
+def stale_marks(outcomes: Iterable[CompileOutcome]) -> list[str]:
     """Marked statements that load nothing in any configuration: such a mark checks nothing."""
     loading = {statement for outcome in outcomes for statement in outcome.loading}
     marked = {mark for path in _source_files(outcomes) for mark in streams.marked_statements(path)}
@@ -126,7 +126,7 @@ def stale_marks(outcomes: Iterable[Outcome]) -> list[str]:
     )
 
 
-def _source_files(outcomes: Iterable[Outcome]) -> set[str]:
+def _source_files(outcomes: Iterable[CompileOutcome]) -> set[str]:
     modules = {(outcome.job.module, outcome.job.name) for outcome in outcomes}
     return {str(_source(_shipped(module)[name])) for module, name in modules}
 

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 
-from quickchange_kernels.aot.gate import Outcome
+from quickchange_kernels.aot.gate import CompileOutcome
 
 HEADER = (
     "kernel",
@@ -28,7 +28,7 @@ def line(cells: Sequence[str]) -> str:
     return f"{name:58s} {target:7s}" + "".join(f"{number:>13s}" for number in numbers)
 
 
-def cells(outcome: Outcome) -> list[str]:
+def cells(outcome: CompileOutcome) -> list[str]:
     """What the table says of one outcome, as HEADER names it."""
     name, taken = [outcome.job.name, outcome.job.target], outcome.resources
     if taken is None:
@@ -47,7 +47,7 @@ def cells(outcome: Outcome) -> list[str]:
     ]
 
 
-def failures(outcomes: Sequence[Outcome]) -> list[str]:
+def failures(outcomes: Sequence[CompileOutcome]) -> list[str]:
     """Why kernels are unfit, one reason a line."""
     return [
         f"{outcome.job.name} on {outcome.job.target}: {reason}"
@@ -56,6 +56,6 @@ def failures(outcomes: Sequence[Outcome]) -> list[str]:
     ]
 
 
-def as_json(outcomes: Sequence[Outcome]) -> str:
+def as_json(outcomes: Sequence[CompileOutcome]) -> str:
     """Everything known of the outcomes."""
     return json.dumps([dataclasses.asdict(outcome) for outcome in outcomes], indent=1)

@@ -29,7 +29,7 @@ from torch import Tensor
 from quickchange_kernels.attention.paged_attention_plain import plain_paged_attention
 from quickchange_kernels.attention.paged_attention_tuning import (
     ANY_COUNT,
-    Launch,
+    AttentionLaunch,
     has_few_registers,
     kernel_constants,
     keys_per_split_for,
@@ -317,7 +317,7 @@ class Call:
     softcap: float
     keys_per_split: int
 
-    def run(self, launch: Launch, out: Tensor) -> None:
+    def run(self, launch: AttentionLaunch, out: Tensor) -> None:
         """Write the output of the launch's sequences, and of no others."""
         splits = self._splits() if launch.split else 1
         if splits == 1:
@@ -332,7 +332,9 @@ class Call:
         keys = self.block_tables.shape[1] * self.k_cache.shape[2]
         return max(1, triton.cdiv(keys, self.keys_per_split))
 
-    def _attend(self, launch: Launch, out: Tensor, stats: Tensor | None, splits: int) -> None:
+    def _attend(
+        self, launch: AttentionLaunch, out: Tensor, stats: Tensor | None, splits: int
+    ) -> None:
         T, heads, dim = self.q.shape
         kv_heads, page = self.k_cache.shape[1:3]
         group, tiling = heads // kv_heads, launch.tiling
@@ -372,7 +374,7 @@ class Call:
             **({} if torch.version.hip else tiling.options),
         )
 
-    def _merge(self, launch: Launch, parts: Tensor, stats: Tensor, out: Tensor) -> None:
+    def _merge(self, launch: AttentionLaunch, parts: Tensor, stats: Tensor, out: Tensor) -> None:
         splits, T, heads, dim = parts.shape
         merge_splits_kernel[(T, heads)](
             parts,
@@ -470,7 +472,7 @@ def _attend_compilations(
 def _attend_compilation(
     name: str,
     shape: tuple[int, int, int],
-    launch: Launch,
+    launch: AttentionLaunch,
     window: bool,
     targets: tuple[str, ...],
 ) -> Compilation:

@@ -29,7 +29,7 @@ class Tiling:
 
 
 @dataclass(frozen=True)
-class Launch:
+class AttentionLaunch:
     """The sequences with `least` to `most` queries."""
 
     least: int
@@ -56,7 +56,7 @@ def tiling_for(rows: int, dim: int, itemsize: int, few_registers: bool) -> Tilin
 
 def launches_for(
     T: int, B: int, group: int, dim: int, itemsize: int, few_registers: bool
-) -> list[Launch]:
+) -> list[AttentionLaunch]:
     """The launches that cover every way in which T rows may be shared by B sequences.
 
     With no more rows than sequences, which is what decoding looks like, small tiles take them all.
@@ -68,9 +68,9 @@ def launches_for(
 
     few = MAX_SPLIT_QUERIES if T <= B else max(1, 16 // group)
     launches = [
-        Launch(1, few, True, tiling(16)),
-        Launch(few + 1, MAX_SPLIT_QUERIES, True, tiling(64)),
-        Launch(MAX_SPLIT_QUERIES + 1, ANY_COUNT, False, tiling(128 if dim <= 128 else 64)),
+        AttentionLaunch(1, few, True, tiling(16)),
+        AttentionLaunch(few + 1, MAX_SPLIT_QUERIES, True, tiling(64)),
+        AttentionLaunch(MAX_SPLIT_QUERIES + 1, ANY_COUNT, False, tiling(128 if dim <= 128 else 64)),
     ]
     return [launch for launch in launches if launch.least <= min(T, launch.most)]
 

@@ -17,7 +17,7 @@ COLUMNS = 128  # of y that one program of expand owns
 
 
 @dataclass(frozen=True)
-class Launch:
+class LowRankLaunch:
     """The constants and launch options of one kernel."""
 
     constants: dict[str, Any]
@@ -32,7 +32,7 @@ def parts(features: int) -> int:
 
 def shrink_launch(
     features: int, itemsize: int, height: int, most_pages: int, aligned: bool, hip: bool = False
-) -> Launch:
+) -> LowRankLaunch:
     """Of shrink, for rows of `features` elements of `itemsize` bytes."""
     small = height == SMALL_TILE
     block = (512 if small else 128) // itemsize
@@ -44,10 +44,10 @@ def shrink_launch(
         "EVEN_K": features % block == 0,
         "ALIGNED": aligned,
     }
-    return Launch(constants, num_warps=4, num_stages=2 if hip else 3)
+    return LowRankLaunch(constants, num_warps=4, num_stages=2 if hip else 3)
 
 
-def expand_launch(features: int | None, height: int, aligned: bool) -> Launch:
+def expand_launch(features: int | None, height: int, aligned: bool) -> LowRankLaunch:
     """Of expand. features: what shrink had; None for an embedding."""
     constants = {
         "HEIGHT": height,
@@ -56,4 +56,4 @@ def expand_launch(features: int | None, height: int, aligned: bool) -> Launch:
         "BLOCK_N": COLUMNS,
         "ALIGNED": aligned,
     }
-    return Launch(constants, num_warps=4 if height == SMALL_TILE else 8, num_stages=1)
+    return LowRankLaunch(constants, num_warps=4 if height == SMALL_TILE else 8, num_stages=1)

@@ -14,8 +14,8 @@ from quickchange_kernels.aot import compiling, inspection
 from quickchange_kernels.aot.targets import TARGETS
 from quickchange_kernels.compilation import Compilation
 from quickchange_kernels.roofline import floors
-from quickchange_kernels.roofline.floors import VALUE, Batch, Work
-from quickchange_kernels.roofline.machine import Linear, Machine
+from quickchange_kernels.roofline.floors import VALUE, KernelWork, StepBatch
+from quickchange_kernels.roofline.machine import GpuRates, Linear
 
 TARGET = TARGETS["sm_90"]
 LANES = 32
@@ -28,7 +28,7 @@ class Loop:
     instructions: int
     bytes_loaded: int  # by one warp in one round
 
-    def ceiling(self, machine: Machine) -> float:
+    def ceiling(self, machine: GpuRates) -> float:
         """Bytes/s that the whole GPU could load, were issuing instructions all that took time."""
         per_instruction = self.bytes_loaded / self.instructions
         return per_instruction * machine.issue_rate * machine.processors
@@ -102,25 +102,25 @@ def _bytes_loaded(instruction: str) -> int:
 
 
 @dataclass(frozen=True)
-class Launch:
+class MeasuredLaunch:
     """One launch of a kernel, and what it must do."""
 
     name: str
     kernel: Measured
     programs: int
     program_in_flight: int  # bytes that one program has on their way
-    floor: Work
+    floor: KernelWork
 
-    def waves(self, machine: Machine) -> float:
+    def waves(self, machine: GpuRates) -> float:
         """How often the GPU is filled."""
         return self.programs / (machine.processors * self.kernel.resident)
 
-    def in_flight(self, machine: Machine) -> int:
+    def in_flight(self, machine: GpuRates) -> int:
         """Bytes on their way at once, with all processors as full as they get."""
         wave = machine.processors * self.kernel.resident
         return min(self.programs, wave) * self.program_in_flight
 
-    def seconds(self, machine: Machine) -> float:
+    def seconds(self, machine: GpuRates) -> float:
         """An estimate: the floor, stretched where too few bytes are on their way at once and by a
         last wave that is not full; and the launch itself."""
         starved = max(1.0, machine.bytes_in_flight / self.in_flight(machine))
@@ -154,7 +154,7 @@ def _lowrank_kernel(name: str, features: int, height: int) -> Measured:
     raise ValueError(f"no shipped configuration of {name}, {features} features, {height} rows")
 
 
-def lowrank_launches(group: Linear, batch: Batch) -> list[Launch]:
+def lowrank_launches(group: Linear, batch: StepBatch) -> list[MeasuredLaunch]:
     """shrink and expand of one call, for rows spread evenly over the adapters."""
     from quickchange_kernels.lowrank.lowrank_tables import RANKS_PER_PAGE, tile_height
 
@@ -167,14 +167,14 @@ def lowrank_launches(group: Linear, batch: Batch) -> list[Launch]:
     a_tile = narrow["PAGES"] * RANKS_PER_PAGE * narrow["BLOCK_K"]
     b_tile = wide["PAGES"] * RANKS_PER_PAGE * wide["BLOCK_N"]
     return [
-        Launch(
+        MeasuredLaunch(
             "shrink",
             shrink,
             pieces * -(-pages // narrow["PAGES"]) * wide["PARTS"],
             VALUE * a_tile * (shrink.one.num_stages - 1),
             floors.shrink(group, batch, wide["PARTS"]),
         ),
-        Launch(
+        MeasuredLaunch(
             "expand",
             expand,
             pieces * -(-sum(group.outputs) // wide["BLOCK_N"]),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Machine:
+class GpuRates:
     """A GPU's rates, as its maker states them, and two assumptions."""
 
     name: str
@@ -28,7 +28,7 @@ class Machine:
 
 
 # NVIDIA H100 SXM data sheet; the clock is the one that its tensor rate implies, 1.83 GHz.
-H100 = Machine(
+H100 = GpuRates(
     name="H100 SXM",
     bandwidth=3.35e12,
     tensor_rate=989e12,

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from quickchange_kernels.roofline import floors
-from quickchange_kernels.roofline.floors import Batch
-from quickchange_kernels.roofline.machine import H100, LLAMA_8B, MODELS, Linear, Machine, Model
+from quickchange_kernels.roofline.floors import StepBatch
+from quickchange_kernels.roofline.machine import H100, LLAMA_8B, MODELS, GpuRates, Linear, Model
 
 if TYPE_CHECKING:
-    from quickchange_kernels.roofline.compiled import Launch
+    from quickchange_kernels.roofline.compiled import MeasuredLaunch
 
 ROWS = (1, 16, 64, 256)
 ADAPTERS = (1, 16, 64)
@@ -19,13 +19,13 @@ CONTEXTS = (1024, 8192)
 TURBO_HEADS = 4
 
 
-def batches() -> Iterator[Batch]:
+def batches() -> Iterator[StepBatch]:
     """What the tables are computed for."""
     for rank in RANKS:
         for rows in ROWS:
             for adapters in ADAPTERS:
                 if adapters <= rows:
-                    yield Batch(rows, adapters, rank)
+                    yield StepBatch(rows, adapters, rank)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -46,7 +46,7 @@ def megabytes(count: float) -> str:
     return f"{value:.2f}" if value < 10 else f"{value:.0f}"
 
 
-def lowrank_table(machine: Machine = H100) -> str:
+def lowrank_table(machine: GpuRates = H100) -> str:
     """One layer's four low-rank calls (q/k/v, o, gate/up, down) beside its linears."""
     header = ["model", "rank", "rows", "adapters", "A, MB", "B, MB + y", "shrink, µs"]
     header += ["expand, µs", "8 launches, µs", "linears, µs", "share of the linears"]
@@ -54,7 +54,7 @@ def lowrank_table(machine: Machine = H100) -> str:
     return table(header, (_lowrank_row(model, batch, machine) for model, batch in cases))
 
 
-def _lowrank_row(model: Model, batch: Batch, machine: Machine) -> list[str]:
+def _lowrank_row(model: Model, batch: StepBatch, machine: GpuRates) -> list[str]:
     groups = model.linears
     shrinks = [floors.shrink(group, batch) for group in groups]
     expands = [floors.expand(group, batch) for group in groups]
@@ -76,7 +76,7 @@ def _lowrank_row(model: Model, batch: Batch, machine: Machine) -> list[str]:
     ]
 
 
-def other_table(machine: Machine = H100) -> str:
+def other_table(machine: GpuRates = H100) -> str:
     """The kernels beside lowrank: attention and kv_write a layer, the others a step."""
     header = ["model", "rows", *(f"attention, {context} keys, µs" for context in CONTEXTS)]
     header += ["kv_write, µs"]
@@ -85,7 +85,7 @@ def other_table(machine: Machine = H100) -> str:
     return table(header, (_other_row(model, rows, machine) for model in MODELS for rows in ROWS))
 
 
-def _other_row(model: Model, rows: int, machine: Machine) -> list[str]:
+def _other_row(model: Model, rows: int, machine: GpuRates) -> list[str]:
     turbo = [
         microseconds(floors.turbo_heads(model, rows, count, TURBO_HEADS).seconds(machine))
         if count <= rows
@@ -102,7 +102,7 @@ def _other_row(model: Model, rows: int, machine: Machine) -> list[str]:
     ]
 
 
-def step_table(machine: Machine = H100) -> str:
+def step_table(machine: GpuRates = H100) -> str:
     """A whole decode step with the adapters on all linears, against the step without."""
     header = ["model", "rank", "rows", "adapters", "without, ms", "with, ms", "of it launches, ms"]
     header += ["with / without"]
@@ -110,7 +110,7 @@ def step_table(machine: Machine = H100) -> str:
     return table(header, (_step_row(model, batch, machine) for model, batch in cases))
 
 
-def _step_row(model: Model, batch: Batch, machine: Machine) -> list[str]:
+def _step_row(model: Model, batch: StepBatch, machine: GpuRates) -> list[str]:
     groups = model.linears
     layer = sum(floors.linear(group, batch.rows).seconds(machine) for group in groups)
     layer += floors.attention(model, batch.rows, CONTEXTS[0]).seconds(machine)
@@ -134,7 +134,7 @@ def _step_row(model: Model, batch: Batch, machine: Machine) -> list[str]:
     ]
 
 
-def compiled_table(machine: Machine = H100) -> str:
+def compiled_table(machine: GpuRates = H100) -> str:
     """What the compiled kernels that stream or multiply do in their innermost loop, sm_90."""
     from quickchange_kernels.roofline import compiled
 
@@ -159,7 +159,7 @@ def compiled_table(machine: Machine = H100) -> str:
     return table(header, rows)
 
 
-def waves_table(machine: Machine = H100) -> str:
+def waves_table(machine: GpuRates = H100) -> str:
     """lowrank decoding on q/k/v of Llama-3.1-8B: programs, waves, and an estimate of the time."""
     from quickchange_kernels.roofline import compiled
 
@@ -172,7 +172,7 @@ def waves_table(machine: Machine = H100) -> str:
     return table(header, (_waves_row(batch, launch, machine) for batch, launch in launches))
 
 
-def _waves_row(batch: Batch, launch: Launch, machine: Machine) -> list[str]:
+def _waves_row(batch: StepBatch, launch: MeasuredLaunch, machine: GpuRates) -> list[str]:
     return [
         str(batch.rank),
         str(batch.rows),

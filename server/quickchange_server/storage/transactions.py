@@ -19,7 +19,7 @@ Change = Callable[[Connection], Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class ChangeOutcome:
     """What a change came to: its value, or why it failed."""
 
     value: Any = None
@@ -31,7 +31,7 @@ class _Sent:
     """A commit that was sent and not answered."""
 
     transaction: str
-    outcomes: list[Outcome]
+    outcomes: list[ChangeOutcome]
 
 
 class Transactions:
@@ -41,7 +41,7 @@ class Transactions:
         self._engine = engine
         self._sent: _Sent | None = None
 
-    def commit(self, changes: list[Change]) -> list[Outcome]:
+    def commit(self, changes: list[Change]) -> list[ChangeOutcome]:
         """Make the changes in one transaction; where one fails, once more with each apart.
 
         At first without savepoints, since almost no change fails: to PostgreSQL they are two
@@ -58,8 +58,8 @@ class Transactions:
         return self._transaction(changes, _make_apart)
 
     def _transaction(
-        self, changes: list[Change], make: Callable[[Connection, Change], Outcome]
-    ) -> list[Outcome]:
+        self, changes: list[Change], make: Callable[[Connection, Change], ChangeOutcome]
+    ) -> list[ChangeOutcome]:
         with self._engine.connect() as connection, connection.begin() as transaction:
             outcomes = [make(connection, change) for change in changes]
             # Also fails where a change has hidden an error of its own, which has ended the
@@ -75,7 +75,7 @@ class Transactions:
             self._sent = None
         return outcomes
 
-    def _answer(self, sent: _Sent) -> list[Outcome] | None:
+    def _answer(self, sent: _Sent) -> list[ChangeOutcome] | None:
         """The outcomes, where that commit was made after all."""
         query = text("SELECT pg_xact_status(CAST(CAST(:id AS text) AS xid8))")
         with self._engine.connect() as connection:
@@ -91,14 +91,14 @@ class Transactions:
         return sent.outcomes if status == "committed" else None
 
 
-def _make(connection: Connection, change: Change) -> Outcome:
-    return Outcome(change(connection))
+def _make(connection: Connection, change: Change) -> ChangeOutcome:
+    return ChangeOutcome(change(connection))
 
 
-def _make_apart(connection: Connection, change: Change) -> Outcome:
+def _make_apart(connection: Connection, change: Change) -> ChangeOutcome:
     try:
         with connection.begin_nested():
-            outcome = Outcome(change(connection))
+            outcome = ChangeOutcome(change(connection))
             # Fails where the change has hidden an error that ended the transaction: here going
             # back to the savepoint mends it, while after a failed RELEASE nothing would.
             connection.execute(select(1))
@@ -106,7 +106,7 @@ def _make_apart(connection: Connection, change: Change) -> Outcome:
     except Exception as error:
         if passes(error):
             raise
-        return Outcome(error=error)
+        return ChangeOutcome(error=error)
 
 
 def _transaction_id(connection: Connection) -> str | None:

@@ -23,7 +23,7 @@ from sqlalchemy import Engine
 from quickchange_server.errors import UnavailableError
 from quickchange_server.observability.subsystem_metrics import StorageMetrics
 from quickchange_server.storage.outages import passes
-from quickchange_server.storage.transactions import Change, Outcome, Transactions
+from quickchange_server.storage.transactions import Change, ChangeOutcome, Transactions
 
 QUEUE_LIMIT = 50_000  # changes that wait; some 1 KiB each
 GROUP_LIMIT = 500  # changes of one transaction, which bounds how long it holds the write lock
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
-class Job:
+class QueuedChange:
     """A change and who waits for it."""
 
     change: Change
@@ -50,8 +50,8 @@ class Writer:
     def __init__(self, engine: Engine, metrics: StorageMetrics) -> None:
         self._transactions = Transactions(engine)
         self._metrics = metrics
-        self._waiting: deque[Job] = deque()
-        self._group: list[Job] = []  # what the running transaction makes
+        self._waiting: deque[QueuedChange] = deque()
+        self._group: list[QueuedChange] = []  # what the running transaction makes
         self._changed = threading.Condition()
         self._closed_at: float | None = None  # monotonic
         metrics.watch(self._length)
@@ -69,7 +69,7 @@ class Writer:
         gives_up = time.monotonic() + WRITE_SECONDS if alone else None
         with self._changed:
             if self._closed_at is None and self._length() < QUEUE_LIMIT:
-                self._waiting.append(Job(change, loop, future, gives_up))
+                self._waiting.append(QueuedChange(change, loop, future, gives_up))
                 self._changed.notify()
                 return future
         if not alone:
@@ -96,7 +96,7 @@ class Writer:
                 self._group = []
             _tell(zip(group, outcomes, strict=True))
 
-    def _next(self) -> list[Job]:
+    def _next(self) -> list[QueuedChange]:
         """What shares the next transaction; empty when all is done."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closed_at is not None)
@@ -109,7 +109,7 @@ class Writer:
                     break
             return list(self._group)
 
-    def _outlast(self, changes: list[Change]) -> list[Outcome]:
+    def _outlast(self, changes: list[Change]) -> list[ChangeOutcome]:
         """Commit the group's changes, waiting for a database that is away."""
         pause = _FIRST_PAUSE
         while True:
@@ -118,7 +118,7 @@ class Writer:
                 outcomes = self._transactions.commit(changes)
             except Exception as error:
                 if not passes(error):
-                    return [Outcome(error=error)] * len(changes)
+                    return [ChangeOutcome(error=error)] * len(changes)
                 if pause == _FIRST_PAUSE:
                     logger.warning("the database is away, changes wait for it: %s", error)
                 if self._too_late():
@@ -140,11 +140,11 @@ class Writer:
             return True
         return self._closed_at is not None and now > self._closed_at + CLOSE_SECONDS
 
-    def _given_up(self, count: int) -> list[Outcome]:
+    def _given_up(self, count: int) -> list[ChangeOutcome]:
         if self._group[0].gives_up is None:
             logger.error("%d records are lost: the database stays away", count)
             self._metrics.lost.inc(count)
-        return [Outcome(error=absent("it does not answer"))] * count
+        return [ChangeOutcome(error=absent("it does not answer"))] * count
 
     def _expire(self) -> None:
         """Fail those behind the group that have waited long enough for the database."""
@@ -154,7 +154,7 @@ class Writer:
             if late:
                 gone = set(late)
                 self._waiting = deque(job for job in self._waiting if job not in gone)
-        _tell((job, Outcome(error=absent("it does not answer"))) for job in late)
+        _tell((job, ChangeOutcome(error=absent("it does not answer"))) for job in late)
 
 
 def absent(reason: str) -> UnavailableError:
@@ -164,9 +164,11 @@ def absent(reason: str) -> UnavailableError:
     )
 
 
-def _tell(told: Iterable[tuple[Job, Outcome]]) -> None:
+def _tell(told: Iterable[tuple[QueuedChange, ChangeOutcome]]) -> None:
     """Resolve futures on their loops: one wake-up a loop, however many they are."""
-    by_loop: defaultdict[asyncio.AbstractEventLoop, list[tuple[Job, Outcome]]] = defaultdict(list)
+    by_loop: defaultdict[asyncio.AbstractEventLoop, list[tuple[QueuedChange, ChangeOutcome]]] = (
+        defaultdict(list)
+    )
     for job, outcome in told:
         by_loop[job.loop].append((job, outcome))
     for loop, pairs in by_loop.items():
@@ -176,7 +178,7 @@ def _tell(told: Iterable[tuple[Job, Outcome]]) -> None:
             logger.debug("%d changes were committed after their event loop closed", len(pairs))
 
 
-def _resolve(pairs: list[tuple[Job, Outcome]]) -> None:
+def _resolve(pairs: list[tuple[QueuedChange, ChangeOutcome]]) -> None:
     for job, outcome in pairs:
         if job.future.done():  # cancelled: whoever waited has gone
             continue

@@ -30,7 +30,7 @@ class Taken:
     amount: int
 
 
-class Window:
+class MinuteWindow:
     """What was taken in the last minute: [now - 60 s, now], its older end not included."""
 
     def __init__(self) -> None:
@@ -76,8 +76,8 @@ class Window:
 class _State:
     """Of one key."""
 
-    requests: Window = field(default_factory=Window)
-    tokens: Window = field(default_factory=Window)
+    requests: MinuteWindow = field(default_factory=MinuteWindow)
+    tokens: MinuteWindow = field(default_factory=MinuteWindow)
     running: int = 0
 
 

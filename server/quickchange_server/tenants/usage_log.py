@@ -88,7 +88,7 @@ def _write(connection: Connection, row: dict[str, Any]) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class UsageQuery:
     """What a report is asked for."""
 
     begin: int  # hours' first seconds: from `begin` to before `end`
@@ -97,7 +97,7 @@ class Report:
     group: Sequence[Group]
 
 
-def report(connection: Connection, wanted: Report) -> list[dict[str, Any]]:
+def report(connection: Connection, wanted: UsageQuery) -> list[dict[str, Any]]:
     """Rows with the group's columns and FIGURES. Raises InvalidRequestError where they are too
     many."""
     columns = [USAGE.c[name] for name in wanted.group]

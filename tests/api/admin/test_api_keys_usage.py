@@ -23,7 +23,7 @@ from http_support import BASE, LIMIT_SECONDS, Live, live_server, make_adapter, w
 from keys_support import COMPLETION, bearer, client_of, created, in_database, keyed_server, make_key
 from text_support import byte_tokenizer
 
-from quickchange_server.tenants.usage_log import Report, report
+from quickchange_server.tenants.usage_log import UsageQuery, report
 from quickchange_store.store import Store
 
 FIGURES = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens", "failed")
@@ -263,7 +263,7 @@ def test_what_was_answered_is_billed_after_a_kill_9(tmp_path: Path) -> None:
         process.communicate(timeout=LIMIT_SECONDS)
     for thread in threads:
         thread.join(LIMIT_SECONDS)
-    wanted = Report(0, 10**11, "killed", ("adapter",))
+    wanted = UsageQuery(0, 10**11, "killed", ("adapter",))
     (row,) = in_database(store, lambda connection: report(connection, wanted))
     assert row["adapter"] == "sql"
     # each client had at most one request under way, whose answer it did not get

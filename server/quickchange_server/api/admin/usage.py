@@ -18,7 +18,7 @@ from quickchange_server.entrypoints.app_state import Injected
 from quickchange_server.errors import ForbiddenError, InvalidRequestError
 from quickchange_server.frontend.caller import Caller
 from quickchange_server.tenants.key import check_tenant
-from quickchange_server.tenants.usage_log import FIGURES, GROUPS, HOUR, Group, Report, report
+from quickchange_server.tenants.usage_log import FIGURES, GROUPS, HOUR, Group, UsageQuery, report
 
 DEFAULT_SECONDS = 30 * 86_400  # before the end
 NO_NAMES = {BASE_LABEL, COMPOSITION_LABEL}
@@ -43,7 +43,7 @@ async def usage(
     """
     until = -(-_seconds(end, "to", time.time()) // HOUR) * HOUR
     since = _seconds(begin, "from", until - DEFAULT_SECONDS) // HOUR * HOUR
-    wanted = Report(since, until, _tenant(caller, tenant), _groups(group))
+    wanted = UsageQuery(since, until, _tenant(caller, tenant), _groups(group))
     rows = await services.database.read(partial(report, wanted=wanted))
     return {
         "object": "list",
