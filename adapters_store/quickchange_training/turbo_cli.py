@@ -153,8 +153,8 @@ def turbo(
 
 
 def engine_outputs() -> GenerateFor:
-    """Outputs by the server's engine: imported here alone, since the store knows no server."""
-    from quickchange_server.entrypoints.llm import generate_for
+    """Outputs by the server's engine, imported only when it is to run."""
+    from quickchange_store.training.engine_outputs import generate_for
 
     return generate_for
 

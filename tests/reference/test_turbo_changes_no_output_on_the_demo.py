@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from quickchange_server.config import Settings
-from quickchange_server.entrypoints.llm import OfflineEngine, OfflineRequest
+from quickchange_server.entrypoints.in_process_engine import InProcessEngine
 from quickchange_server.frontend.tokenizer import Text, token_text
-from quickchange_server.protocol import Component, Drafting, SamplingParams
+from quickchange_server.protocol import Component, Drafting, SamplingParams, Submit
 from quickchange_store.base_model.base_spec import base_spec
 from quickchange_store.store import Store
 from quickchange_training.demo import DEMO_ADAPTERS, ensure_demo_base, publish_demo_adapters
@@ -38,7 +38,7 @@ def drafter(store: Store, name: str) -> str | None:
     return store.resolve(known[0]).turbo if known else None
 
 
-def demo_requests(model: Path, store: Store) -> list[OfflineRequest]:
+def demo_requests(model: Path, store: Store) -> list[Submit]:
     """Adapters, prompts and ways of sampling in turn, each with all the drafts that it can have."""
     tokenizer = load_tokenizer(str(model))
     eos = Text.load(str(model)).eos_ids
@@ -49,7 +49,8 @@ def demo_requests(model: Path, store: Store) -> list[OfflineRequest]:
         example = TASKS[name or "sql"].examples("held-out", REQUESTS, seed=1)[index]
         components = () if name is None else (Component(store.resolve(name).digest),)
         requests.append(
-            OfflineRequest(
+            Submit(
+                str(index),
                 prompt=tuple(
                     encode_prompt([{"role": "user", "content": example.prompt}], tokenizer)
                 ),
@@ -73,10 +74,10 @@ def test_drafts_change_no_token_of_the_demo_adapters(tmp_path: Path) -> None:
     publish_demo_adapters(store, base_spec(model))
     requests = demo_requests(model, store)
     settings = Settings.model_validate({"model": str(model), "store": store.root})
-    with OfflineEngine(settings, text=token_text(settings.model)) as engine:
+    with InProcessEngine(settings, text=token_text(settings.model)) as engine:
         drafted = engine.run(requests, concurrency=16)
     undrafted = Settings.model_validate({**settings.model_dump(), "turbo": False})
-    with OfflineEngine(undrafted) as engine:
+    with InProcessEngine(undrafted) as engine:
         alone = engine.run(requests, concurrency=1)
     assert sum(completion.accepted for completion in drafted.completions) > 20
     for index, (found, expected) in enumerate(

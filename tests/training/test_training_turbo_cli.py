@@ -12,9 +12,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
-from quickchange_server.entrypoints import llm
 from quickchange_store.canonical.canonical_adapter import CanonicalAdapter
 from quickchange_store.store import Store
+from quickchange_store.training import engine_outputs
 from quickchange_training.cli import app
 from quickchange_training.turbo.head_maker import Wanted
 from quickchange_training.turbo.turbo_data import Generate, OnOutput
@@ -170,7 +170,7 @@ def outputs(model: Path, prompts: Path) -> dict[str, str]:
         found[asked[index]] = "".join(letters[token] for token in tokens)
 
     wanted = Wanted(str(model), None, "bfloat16", 12, frozenset({0}))
-    llm.generate_for(wanted)([[letters.index(p)] for p in asked], keep)
+    engine_outputs.generate_for(wanted)([[letters.index(p)] for p in asked], keep)
     return {prompt: text for prompt, text in found.items() if text}
 
 
@@ -193,17 +193,17 @@ def test_an_interrupted_run_goes_on_with_the_outputs_that_it_has(
 
         return generate
 
-    real = llm.generate_for
+    real = engine_outputs.generate_for
     whole = tmp_path / "whole"
     train("turbo", model, "--data", prompts, "--out", whole, *QUICK)
     out = tmp_path / "heads"
-    monkeypatch.setattr(llm, "generate_for", lambda wanted: counted(wanted, 7))
+    monkeypatch.setattr(engine_outputs, "generate_for", lambda wanted: counted(wanted, 7))
     stopped = train("turbo", model, "--data", prompts, "--out", out, *QUICK)
     assert stopped.exit_code != 0
     assert not out.exists()
     refused = train("turbo", model, "--data", prompts, "--out", out, *QUICK)
     assert "go on from it with --resume" in refused.stderr
-    monkeypatch.setattr(llm, "generate_for", lambda wanted: counted(wanted, None))
+    monkeypatch.setattr(engine_outputs, "generate_for", lambda wanted: counted(wanted, None))
     resumed = train("turbo", model, "--data", prompts, "--out", out, *QUICK, "--resume")
     assert resumed.exit_code == 0, resumed.stderr
     assert len(made) == 20

@@ -1,1 +1,1 @@
-"""Process start: the command `serve`, the HTTP application and the engine in this process."""
+"""Where a process begins: an engine in this process, and the public Python API on it."""

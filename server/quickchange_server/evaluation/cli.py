@@ -113,13 +113,12 @@ def _concurrency(text: str) -> tuple[int, ...]:
 
 @contextmanager
 def _errors_shown() -> Iterator[None]:
-    from quickchange_server.entrypoints.llm import OfflineError
     from quickchange_server.errors import QuickchangeError
     from quickchange_store.errors import StoreError
     from quickchange_training.demo.demo_base import DemoBaseError
 
     try:
         yield
-    except (TrainingError, StoreError, DemoBaseError, QuickchangeError, OfflineError) as error:
+    except (TrainingError, StoreError, DemoBaseError, QuickchangeError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error

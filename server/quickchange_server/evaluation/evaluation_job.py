@@ -42,7 +42,7 @@ def run(job: Job, stage: Callable[[str], None]) -> Evaluation:
     """The base's row, then one for each adapter; `stage` is told what begins.
 
     With `job.out`, what is done so far is written there after each row. What can be refused is
-    refused first. Raises TrainingError, StoreError, DemoBaseError, QuickchangeError, OfflineError.
+    refused first. Raises TrainingError, StoreError, DemoBaseError, QuickchangeError.
     """
     model = str(ensure_demo_base()) if job.model == DEMO else job.model
     task = _task(job, model)

@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from statistics import median
 
 from quickchange_server.config import Settings
-from quickchange_server.entrypoints.llm import OfflineEngine, OfflineRequest, OfflineRun
+from quickchange_server.entrypoints.in_process_engine import EngineRun, InProcessEngine
 from quickchange_server.evaluation.loss import LossMeter
 from quickchange_server.evaluation.variants import Adapters, Variant
 from quickchange_server.frontend.tokenizer import Text, token_text
-from quickchange_server.protocol import SamplingParams
+from quickchange_server.protocol import SamplingParams, Submit
 from quickchange_training.evaluation.evaluation_results import Answer, DepthAcceptance, Row, Speed
 from quickchange_training.evaluation.scores import score
 from quickchange_training.examples import Encoded, Example
@@ -47,11 +47,11 @@ def evaluate(
 
     `concurrency`: requests in the engine at once, of each pass.
 
-    Raises what `load_model` raises, AdapterFailedError, OfflineError.
+    Raises what `load_model` raises, what `InProcessEngine.run` raises.
     """
     losses = _losses(settings, adapters, variants, task, stage)
     text = Text.load(settings.model)
-    with OfflineEngine(settings, adapters.load, token_text(settings.model)) as engine:
+    with InProcessEngine(settings, adapters.load, token_text(settings.model)) as engine:
         for variant in variants:
             stage(f"{variant.label}: answers")
             yield _Asked(engine, text, task, variant).row(concurrency, losses[variant.adapter])
@@ -79,14 +79,15 @@ def _losses(
 class _Asked:
     """One variant on a running engine."""
 
-    def __init__(self, engine: OfflineEngine, text: Text, task: Task, variant: Variant) -> None:
+    def __init__(self, engine: InProcessEngine, text: Text, task: Task, variant: Variant) -> None:
         self._engine = engine
         self._text = text
         self._task = task
         self._requests = [
-            OfflineRequest(
-                prompt=e.tokens[: e.prompt_length],
-                sampling=SamplingParams(
+            Submit(
+                str(index),
+                e.tokens[: e.prompt_length],
+                SamplingParams(
                     seed=0,
                     max_tokens=task.max_tokens,
                     temperature=0.0,
@@ -95,7 +96,7 @@ class _Asked:
                 adapters=variant.components,
                 drafting=variant.drafting,
             )
-            for e in task.encoded
+            for index, e in enumerate(task.encoded)
         ]
         self._label = variant.label
 
@@ -119,7 +120,7 @@ class _Asked:
         short = replace(first, sampling=replace(first.sampling, max_tokens=_WARMUP_TOKENS))
         self._engine.run([short])
 
-    def _pass(self, lanes: int, most: int) -> OfflineRun:
+    def _pass(self, lanes: int, most: int) -> EngineRun:
         few = max(_LEAST_REQUESTS, _REQUESTS_A_LANE * lanes)
         requests = self._requests if lanes == most else self._requests[:few]
         return self._engine.run(requests, concurrency=lanes)
@@ -128,7 +129,7 @@ class _Asked:
         return self._text.decode(tokens, skip_special_tokens=True)
 
 
-def _speed(lanes: int, run: OfflineRun) -> Speed:
+def _speed(lanes: int, run: EngineRun) -> Speed:
     accepted = sum(completion.accepted for completion in run.completions)
     return Speed(
         concurrency=lanes,
@@ -139,7 +140,7 @@ def _speed(lanes: int, run: OfflineRun) -> Speed:
     )
 
 
-def _acceptance(runs: Iterable[OfflineRun]) -> tuple[DepthAcceptance, ...]:
+def _acceptance(runs: Iterable[EngineRun]) -> tuple[DepthAcceptance, ...]:
     """All drafters together: heads and lookup share the rows of a step."""
     drafted: Counter[int] = Counter()
     accepted: Counter[int] = Counter()

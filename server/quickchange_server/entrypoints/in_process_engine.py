@@ -1,18 +1,17 @@
 """An engine in this process, for many requests at once and no server: token ids in and out.
 
-Training makes a model's own outputs with it and evaluation its answers and timings; neither needs
-HTTP, a second process or text.
+`LLM` puts text around it; training makes a model's own outputs with it and evaluation its answers
+and timings. Knows nothing of text, of names or of HTTP.
 """
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -21,44 +20,28 @@ from torch import Tensor
 
 from quickchange_server.config import Settings
 from quickchange_server.engine.engine import Engine, torch_dtype
+from quickchange_server.errors import (
+    AdapterFailedError,
+    EngineFailedError,
+    QuickchangeError,
+    RequestFailedError,
+)
 from quickchange_server.model.model_loader import load_model
-from quickchange_server.model.paged_attention import UnsupportedModelError
 from quickchange_server.protocol import (
     AdapterFailed,
     AdapterMoved,
-    Component,
     Delta,
-    Drafting,
     FinishReason,
-    SamplingParams,
     StepStats,
     Submit,
+    TokenLogprobs,
 )
 from quickchange_server.spec_decode.phrase_lookup import TokenText
 from quickchange_store.canonical.canonical_adapter import CanonicalAdapter
 from quickchange_store.store import Store
-from quickchange_training.errors import ModelError
-from quickchange_training.turbo.head_maker import Wanted
-from quickchange_training.turbo.turbo_data import Generate, OnOutput
-
-_TOGETHER = 48  # sequences of a step that makes outputs
-_THE_ADAPTER = "adapter"  # stands for the digest of the only one
 
 LoadAdapter = Callable[[str], CanonicalAdapter]
-
-
-class OfflineError(RuntimeError):
-    """A request could not be answered; the message names it by its index and says why."""
-
-
-@dataclass(frozen=True, slots=True)
-class OfflineRequest:
-    """One prompt, as `Submit` has it; its index in the list of requests names it."""
-
-    prompt: tuple[int, ...]
-    sampling: SamplingParams
-    adapters: tuple[Component, ...] = ()  # empty: the plain base model
-    drafting: Drafting | None = None  # None: no token is drafted
+Ends = Callable[[Delta], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +54,11 @@ class Completion:
     seconds: float  # to its last token
     drafted: int  # draft tokens verified for it
     accepted: int  # of its tokens, those that came from accepted drafts
-    states: Tensor | None = None  # [tokens, H] where they were asked for: see `OfflineEngine.run`
+    cached_tokens: int  # prompt tokens found in the prefix cache
+    logprobs: tuple[TokenLogprobs, ...] = ()  # one a token, where asked for
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # one for each prompt token but the first
+    embedding: bytes | None = None  # float32 little-endian [H], where asked for
+    states: Tensor | None = None  # [tokens, H], where asked for: see `InProcessEngine.run`
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +70,7 @@ class DepthCount:
 
 
 @dataclass(frozen=True, slots=True)
-class OfflineRun:
+class EngineRun:
     """All completions, in the requests' order, and what the run took."""
 
     completions: tuple[Completion, ...]
@@ -105,28 +92,30 @@ class OfflineRun:
 class _Pending:
     """A request on its way."""
 
+    index: int  # in the list of requests
     submitted: float  # seconds, monotonic
-    tokens: list[int] = field(default_factory=list)
+    deltas: list[Delta] = field(default_factory=list)
     first: float = 0.0
-    drafted: int = 0
-    accepted: int = 0
     states: list[Tensor] = field(default_factory=list)  # [H] each
 
     def add(self, delta: Delta) -> None:
-        if delta.token_ids and not self.tokens:
+        if delta.token_ids and not self.first:
             self.first = time.monotonic() - self.submitted
-        self.tokens += delta.token_ids
-        self.drafted += delta.drafted
-        self.accepted += delta.accepted
+        self.deltas.append(delta)
 
     def completion(self, reason: FinishReason) -> Completion:
+        deltas = self.deltas
         return Completion(
-            token_ids=tuple(self.tokens),
+            token_ids=tuple(token for delta in deltas for token in delta.token_ids),
             finish_reason=reason,
             first_token_seconds=self.first,
             seconds=time.monotonic() - self.submitted,
-            drafted=self.drafted,
-            accepted=self.accepted,
+            drafted=sum(delta.drafted for delta in deltas),
+            accepted=sum(delta.accepted for delta in deltas),
+            cached_tokens=sum(delta.cached_tokens or 0 for delta in deltas),
+            logprobs=tuple(scores for delta in deltas for scores in delta.logprobs),
+            prompt_logprobs=tuple(scores for delta in deltas for scores in delta.prompt_logprobs),
+            embedding=deltas[-1].embedding,
             states=torch.stack(self.states) if self.states else None,
         )
 
@@ -148,14 +137,18 @@ class _StateTap:
             raise RuntimeError("a step sampled tokens without calling the LM head")
         return rows.to("cpu", copy=True)
 
-    def close(self) -> None:
+    def __enter__(self) -> _StateTap:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
         self._handle.remove()
 
 
-class OfflineEngine:
+class InProcessEngine:
     """Answers lists of requests. A context manager: closing ends its loader thread.
 
     `load_adapter` reads an adapter version by its digest; by default from `settings.store`.
+    `text`: the tokenizer, where drafts may be words of the prompt, as a server's are.
     `settings.threads`, where given, becomes this process's number of torch threads. Raises what
     `load_model` raises.
     """
@@ -166,10 +159,11 @@ class OfflineEngine:
         load_adapter: LoadAdapter | None = None,
         text: TokenText | None = None,
     ) -> None:
-        """text: the tokenizer, where drafts may be words of the prompt, as a server's are."""
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         self._awake = threading.Event()
+        self._closed = False
+        started = time.monotonic()
         model = load_model(
             settings.model,
             dtype=torch_dtype(settings.dtype),
@@ -185,8 +179,9 @@ class OfflineEngine:
             on_wake=self._awake.set,
             text=text,
         )
+        self.info = self._engine.ready(time.monotonic() - started)
 
-    def __enter__(self) -> OfflineEngine:
+    def __enter__(self) -> InProcessEngine:
         return self
 
     def __exit__(
@@ -198,57 +193,72 @@ class OfflineEngine:
         self.close()
 
     def close(self) -> None:
-        self._engine.close()
+        if not self._closed:
+            self._closed = True
+            self._engine.close()
 
     def run(
         self,
-        requests: Sequence[OfflineRequest],
+        requests: Sequence[Submit],
         *,
         concurrency: int | None = None,
         states: bool = False,
+        ends: Ends | None = None,
         on_finished: Callable[[int, Completion], None] | None = None,
-    ) -> OfflineRun:
+    ) -> EngineRun:
         """Answer all requests; `on_finished` hears of each (index, completion) as it ends.
 
         `concurrency`: requests in the engine at once, None: all (the settings' `max_sequences`
         still bounds a step). `states`: keep the hidden state that entered the LM head for each
-        token, in the model's dtype; for requests without drafting only. Raises OfflineError at the
-        first request that can't be answered, ValueError for states with drafting.
+        token, in the model's dtype; for requests without drafting only. `ends` sees every delta and
+        says whether its request is complete there, as at a stop string.
+
+        Raises AdapterFailedError, RequestFailedError or EngineFailedError, naming the request, at
+        the first that can't be answered, and the rest is cancelled; ValueError for ids that are not
+        distinct and for states with drafting; RuntimeError after `close`.
         """
-        if states and any(request.drafting is not None for request in requests):
-            raise ValueError("states are kept only of requests whose drafting is None")
+        self._check(requests, states)
         steps, counts = 0, _DraftTally()
         completions: dict[int, Completion] = {}
         waiting = iter(enumerate(requests))
         pending: dict[str, _Pending] = {}
         started = time.monotonic()
-        tap = _StateTap(self._head) if states else None
         try:
-            self._submit(waiting, pending, concurrency or len(requests))
-            while pending:
-                stats, ended = self._step(pending, tap)
-                steps += stats is not None
-                counts.add(stats)
-                for index, completion in ended:
-                    completions[index] = completion
-                    if on_finished is not None:
-                        on_finished(index, completion)
-                self._submit(waiting, pending, len(ended))
+            with self._tap(states) as tap:
+                self._submit(waiting, pending, concurrency or len(requests))
+                while pending:
+                    stats, ended = self._step(pending, tap, ends)
+                    steps += stats is not None
+                    counts.add(stats)
+                    for index, completion in ended:
+                        completions[index] = completion
+                        if on_finished is not None:
+                            on_finished(index, completion)
+                    self._submit(waiting, pending, len(ended))
         finally:
-            if tap is not None:
-                tap.close()
             for request_id in pending:
                 self._engine.cancel(request_id)
-        return OfflineRun(
+        return EngineRun(
             completions=tuple(completions[i] for i in range(len(requests))),
             seconds=time.monotonic() - started,
             steps=steps,
             drafts=counts.by_depth(),
         )
 
+    def _check(self, requests: Sequence[Submit], states: bool) -> None:
+        if self._closed:
+            raise RuntimeError("the engine is closed; make another")
+        if len({request.request_id for request in requests}) < len(requests):
+            raise ValueError("request_id: two requests have one; give each its own")
+        if states and any(request.drafting is not None for request in requests):
+            raise ValueError("states are kept only of requests whose drafting is None")
+
+    def _tap(self, states: bool) -> AbstractContextManager[_StateTap | None]:
+        return _StateTap(self._head) if states else nullcontext()
+
     def _submit(
         self,
-        waiting: Iterator[tuple[int, OfflineRequest]],
+        waiting: Iterator[tuple[int, Submit]],
         pending: dict[str, _Pending],
         count: int,
     ) -> None:
@@ -257,19 +267,11 @@ class OfflineEngine:
             index, request = next(waiting, (0, None))
             if request is None:
                 return
-            pending[str(index)] = _Pending(time.monotonic())
-            self._engine.submit(
-                Submit(
-                    str(index),
-                    request.prompt,
-                    request.sampling,
-                    adapters=request.adapters,
-                    drafting=request.drafting,
-                )
-            )
+            pending[request.request_id] = _Pending(index, time.monotonic())
+            self._engine.submit(request)
 
     def _step(
-        self, pending: dict[str, _Pending], tap: _StateTap | None
+        self, pending: dict[str, _Pending], tap: _StateTap | None, ends: Ends | None
     ) -> tuple[StepStats | None, list[tuple[int, Completion]]]:
         """One step; what ended in it."""
         self._awake.clear()
@@ -284,15 +286,38 @@ class OfflineEngine:
                 pending[delta.request_id].states.append(state)
         ended = []
         for delta in report.deltas:
-            request = pending[delta.request_id]
-            request.add(delta)
-            if delta.finish_reason == "error":
-                why = delta.error or failed
-                raise OfflineError(f"request {delta.request_id}: {why}")
-            if delta.finish_reason is not None:
+            request = pending.get(delta.request_id)
+            if request is None:  # it was complete with this step's delta before
+                continue
+            reason = self._take(delta, request, ends, failed)
+            if reason is not None:
                 del pending[delta.request_id]
-                ended.append((int(delta.request_id), request.completion(delta.finish_reason)))
+                ended.append((request.index, request.completion(reason)))
         return report.stats, ended
+
+    def _take(
+        self, delta: Delta, request: _Pending, ends: Ends | None, failed: str
+    ) -> FinishReason | None:
+        """Add a delta to its request; why the request is complete, where it is."""
+        if delta.finish_reason == "error":
+            raise _error_of(delta, failed)
+        request.add(delta)
+        complete = ends is not None and ends(delta)
+        if complete and delta.finish_reason is None:
+            self._engine.cancel(delta.request_id)
+            return "stop"
+        return delta.finish_reason
+
+
+def _error_of(delta: Delta, failed: str) -> QuickchangeError:
+    message = f"request {delta.request_id}: {delta.error or failed}"
+    match delta.error_kind:
+        case "adapter":
+            return AdapterFailedError(message)
+        case "request":
+            return RequestFailedError(message)
+        case _:
+            return EngineFailedError(message)
 
 
 class _DraftTally:
@@ -317,46 +342,3 @@ class _DraftTally:
 def _failures(moves: Iterable[AdapterMoved | AdapterFailed]) -> str:
     """What went wrong with adapters, in one line."""
     return "; ".join(f"{m.digest}: {m.error}" for m in moves if isinstance(m, AdapterFailed))
-
-
-def generate_for(wanted: Wanted) -> Generate:
-    """A maker of greedy outputs for the training of heads: an engine that ends with the run.
-
-    What it makes raises ModelError where the model can't be served or a prompt can't be answered.
-    """
-
-    def generate(prompts: Sequence[Sequence[int]], on_output: OnOutput) -> None:
-        settings = Settings(
-            model=wanted.model,
-            store=Path(os.devnull),  # the only adapter is at hand
-            dtype=wanted.dtype,
-            max_sequences=_TOGETHER,
-            adapters=wanted.adapter is not None,
-        )
-        sampling = SamplingParams(
-            seed=0,
-            max_tokens=wanted.max_new_tokens,
-            temperature=0.0,
-            stop_token_ids=wanted.stop_token_ids,
-        )
-        adapters = () if wanted.adapter is None else (Component(_THE_ADAPTER),)
-        requests = [OfflineRequest(tuple(prompt), sampling, adapters) for prompt in prompts]
-
-        def finished(index: int, completion: Completion) -> None:
-            if completion.states is None:
-                raise OfflineError(f"request {index}: it ended without a token")
-            on_output(index, completion.token_ids, completion.states)
-
-        try:
-            with OfflineEngine(settings, lambda _digest: _known(wanted.adapter)) as engine:
-                engine.run(requests, states=True, on_finished=finished)
-        except (OfflineError, UnsupportedModelError) as error:
-            raise ModelError(f"{wanted.model}: its outputs can't be made: {error}") from error
-
-    return generate
-
-
-def _known(adapter: CanonicalAdapter | None) -> CanonicalAdapter:
-    if adapter is None:
-        raise OfflineError("an adapter was asked for, but the outputs are the base's own")
-    return adapter

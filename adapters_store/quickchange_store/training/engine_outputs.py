@@ -1,0 +1,72 @@
+"""A model's own outputs by the server's engine, for the training of heads.
+
+The one module of training that needs the server.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from quickchange_server.config import Settings
+from quickchange_server.entrypoints.in_process_engine import Completion, InProcessEngine
+from quickchange_server.errors import EngineFailedError, QuickchangeError
+from quickchange_server.model.paged_attention import UnsupportedModelError
+from quickchange_server.protocol import Component, SamplingParams, Submit
+from quickchange_store.canonical.canonical_adapter import CanonicalAdapter
+from quickchange_training.errors import ModelError
+from quickchange_training.turbo.head_maker import Wanted
+from quickchange_training.turbo.turbo_data import Generate, OnOutput
+
+_TOGETHER = 48  # sequences of a step that makes outputs
+_THE_ADAPTER = "adapter"  # stands for the digest of the only one
+
+
+def generate_for(wanted: Wanted) -> Generate:
+    """A maker of greedy outputs: an engine that ends with the run.
+
+    What it makes raises ModelError where the model can't be served or a prompt can't be answered.
+    """
+
+    def generate(prompts: Sequence[Sequence[int]], on_output: OnOutput) -> None:
+        settings = Settings(
+            model=wanted.model,
+            store=Path(os.devnull),  # the only adapter is at hand
+            dtype=wanted.dtype,
+            max_sequences=_TOGETHER,
+            adapters=wanted.adapter is not None,
+        )
+
+        def finished(index: int, completion: Completion) -> None:
+            if completion.states is None:
+                raise EngineFailedError(f"request {index}: it ended without a token")
+            on_output(index, completion.token_ids, completion.states)
+
+        try:
+            with InProcessEngine(settings, lambda _digest: _known(wanted.adapter)) as engine:
+                engine.run(_requests(wanted, prompts), states=True, on_finished=finished)
+        except (QuickchangeError, UnsupportedModelError) as error:
+            raise ModelError(f"{wanted.model}: its outputs can't be made: {error}") from error
+
+    return generate
+
+
+def _requests(wanted: Wanted, prompts: Sequence[Sequence[int]]) -> list[Submit]:
+    sampling = SamplingParams(
+        seed=0,
+        max_tokens=wanted.max_new_tokens,
+        temperature=0.0,
+        stop_token_ids=wanted.stop_token_ids,
+    )
+    adapters = () if wanted.adapter is None else (Component(_THE_ADAPTER),)
+    return [
+        Submit(str(index), tuple(prompt), sampling, adapters)
+        for index, prompt in enumerate(prompts)
+    ]
+
+
+def _known(adapter: CanonicalAdapter | None) -> CanonicalAdapter:
+    if adapter is None:
+        raise EngineFailedError("an adapter was asked for, but the outputs are the base's own")
+    return adapter
