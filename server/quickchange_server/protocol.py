@@ -7,35 +7,127 @@ fake engine, and the engine without an API).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+from annotated_types import Interval
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 Tier = Literal["device", "host", "disk"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How the next token of one sequence is chosen.
+    """What a client may say about the tokens and the text of its answer.
 
-    A sampled token depends on (seed, absolute position) alone, so `seed` is always concrete here:
-    the API draws one where the client gave none.
+    The names and defaults are vLLM's. Each range stands beside its field and is checked here; the
+    bodies of all routes, experiments' overrides and LoRAX's parameters are made from these fields.
     """
 
-    seed: int
-    max_tokens: int  # new tokens in all, those already in `Submit.output` included
-    temperature: float = 1.0  # 0 means greedy
-    top_k: int = 0  # 0 means off
-    top_p: float = 1.0
-    min_p: float = 0.0
-    typical_p: float = 1.0  # 1 means off (Meister et al. 2022, as in transformers)
-    repetition_penalty: float = 1.0  # over prompt and output, as in transformers
-    presence_penalty: float = 0.0  # over output only, as in OpenAI's API
-    frequency_penalty: float = 0.0  # over output only
-    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit)
-    min_tokens: int = 0  # stop tokens are suppressed until this many new tokens
-    stop_token_ids: frozenset[int] = frozenset()  # the end-of-sequence ids are in it unless ignored
-    logprobs: int | None = None  # None: off; 0: the sampled token's only; n: the n best as well
+    n: Annotated[int, Interval(ge=1)] = 1  # choices
+    seed: Annotated[int | None, Interval(ge=-(2**63), lt=2**64)] = None  # None: drawn
+    max_tokens: Annotated[int | None, Interval(ge=0)] = 16  # new ones; None: all that fit
+    min_tokens: Annotated[int, Interval(ge=0)] = 0  # nothing stops before this many new tokens
+    temperature: Annotated[float, Interval(ge=0)] = 1.0  # 0 means greedy
+    top_k: Annotated[int, Interval(ge=-1)] = 0  # 0 and -1 mean off
+    top_p: Annotated[float, Interval(gt=0, le=1)] = 1.0
+    min_p: Annotated[float, Interval(ge=0, le=1)] = 0.0
+    typical_p: Annotated[float, Interval(gt=0, le=1)] = 1.0  # Meister et al. 2022
+    repetition_penalty: Annotated[float, Interval(gt=0)] = 1.0  # over prompt and output
+    presence_penalty: Annotated[float, Interval(ge=-2, le=2)] = 0.0  # over output, as OpenAI's
+    frequency_penalty: Annotated[float, Interval(ge=-2, le=2)] = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)  # by token id
+    stop: Sequence[str] = ()  # strings, kept as a tuple
+    stop_token_ids: Collection[int] = frozenset()  # besides the end-of-sequence ids
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False  # what ended the text, string or token, is part of it
+    skip_special_tokens: bool = True
+    logprobs: Annotated[int | None, Interval(ge=0)] = None  # n: the n best besides the sampled
+    prompt_logprobs: Annotated[int | None, Interval(ge=0)] = None  # the same of the prompt's tokens
+
+    def __post_init__(self) -> None:
+        """Check all fields; keep lists, pairs and the single string as the types declared."""
+        for name, (kind, interval) in _RANGES.items():
+            _check_number(name, getattr(self, name), kind, interval)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(
+                f"min_tokens: {self.min_tokens} exceeds max_tokens, {self.max_tokens}; lower it"
+            )
+        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        if not all(isinstance(stop, str) and stop for stop in stops):
+            raise ValueError("stop: must be strings that are not empty; remove the others")
+        kept = {
+            "top_k": max(0, self.top_k),
+            "stop": stops,
+            "stop_token_ids": frozenset(self.stop_token_ids),
+            "logit_bias": _summed(self.logit_bias),
+        }
+        for name, value in kept.items():
+            object.__setattr__(self, name, value)
+
+    def resolved(self, *, max_tokens: int, eos_ids: Iterable[int]) -> SamplingParams:
+        """The parameters as the engine takes them: with a limit, and with every id that stops."""
+        ends = () if self.ignore_eos else eos_ids
+        stops = frozenset((*self.stop_token_ids, *ends))
+        return replace(self, max_tokens=max_tokens, stop_token_ids=stops)
+
+    @property
+    def token_limit(self) -> int:
+        """`max_tokens` where it is concrete, as in everything that reaches the engine."""
+        if self.max_tokens is None:
+            raise ValueError("max_tokens: is None; the engine needs a number")
+        return self.max_tokens
+
+
+def _summed(bias: Mapping[int, float] | Iterable[tuple[int, float]]) -> dict[int, float]:
+    """A bias as a dict; pairs of one token count together."""
+    totals: dict[int, float] = {}
+    for token, value in bias.items() if isinstance(bias, Mapping) else bias:
+        totals[token] = totals.get(token, 0.0) + value
+    return totals
+
+
+def _ranges() -> Iterator[tuple[str, tuple[Any, Interval]]]:
+    """The type and the range of each field that holds a number."""
+    for name, hint in get_type_hints(SamplingParams, include_extras=True).items():
+        if get_origin(hint) is Annotated:
+            kind, interval = get_args(hint)
+            yield name, (kind, interval)
+
+
+_RANGES = dict(_ranges())
+
+
+def _check_number(name: str, value: Any, kind: Any, interval: Interval) -> None:
+    if value is None and isinstance(None, kind):
+        return
+    whole = kind is not float
+    number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not _inside(value, interval):
+        what = "a whole number" if whole else "a number"
+        bounds = " and ".join(
+            f"{word} {bound}"
+            for word, bound in (
+                ("above", interval.gt),
+                ("at least", interval.ge),
+                ("at most", interval.le),
+                ("below", interval.lt),
+            )
+            if bound is not None
+        )
+        raise ValueError(f"{name}: {value!r} is not {what} {bounds}; give one, or leave it out")
+
+
+def _inside(value: Any, interval: Interval) -> bool:
+    gt, ge, lt, le = interval.gt, interval.ge, interval.lt, interval.le
+    return (
+        (gt is None or value > gt)
+        and (ge is None or value >= ge)
+        and (lt is None or value < lt)
+        and (le is None or value <= le)
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,15 +166,15 @@ class Submit:
 
     request_id: str
     prompt: tuple[int, ...]
-    sampling: SamplingParams
+    sampling: SamplingParams  # resolved
     adapters: tuple[Component, ...] = ()  # empty: the plain base model
     output: tuple[int, ...] = ()
     drafting: Drafting | None = None  # None: no token is drafted
     constraint: Constraint | None = None  # None: any text
     salt: str = ""  # requests share cached prefixes only under equal salts
     background: bool = False  # runs on what other requests leave, and gives way to them
-    prompt_logprobs: int | None = None  # as SamplingParams.logprobs, of the prompt's tokens
     pooling: Pooling | None = None  # an embedding of the prompt instead of new tokens
+    seed: int = field(kw_only=True)  # a drawn token depends on it and its absolute position alone
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,9 @@ def waiting(adapter: str, index: int, prompt: int = 50, new: int = 50) -> Sequen
         Submit(
             f"{adapter}-{index}",
             tuple(range(prompt)),
-            SamplingParams(seed=0, max_tokens=new),
+            SamplingParams(max_tokens=new),
             (Component(adapter),),
+            seed=0,
         ),
         now=float(index),
     )

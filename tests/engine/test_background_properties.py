@@ -199,7 +199,12 @@ def test_adapters_of_a_running_background_sequence_are_given_back_to_who_waits()
 @pytest.mark.parametrize("background", [True, False])
 def test_only_the_foreground_drafts(background: bool) -> None:
     submit = Submit(
-        "r", (1, 2), SamplingParams(0, 4), drafting=Drafting("heads"), background=background
+        "r",
+        (1, 2),
+        SamplingParams(max_tokens=4),
+        drafting=Drafting("heads"),
+        background=background,
+        seed=0,
     )
     of = Sequence.from_submit(submit, now=0.0)
     assert of.digests() == ([] if background else ["heads"])

@@ -164,7 +164,6 @@ def submits(draw: st.DrawFn) -> list[Submit]:
         if schema is not None:
             constraint = Constraint("json_schema", json.dumps(schema))
         params = Params(
-            seed=draw(st.integers(0, 2**63)),
             max_tokens=draw(st.integers(1, MAX_LEN - 12)),
             temperature=draw(st.sampled_from([0.0, 1.0, 1.7])),
             top_k=draw(st.sampled_from([0, 3])),
@@ -184,6 +183,7 @@ def submits(draw: st.DrawFn) -> list[Submit]:
                 adapters,
                 drafting=draw(drafts),
                 constraint=constraint,
+                seed=draw(st.integers(0, 2**63)),
             )
         )
     return made
@@ -251,12 +251,13 @@ def test_a_restart_replays_the_output_and_goes_on_as_before(
 
 
 def constrained(kind: str, source: str, **params: Any) -> Submit:
-    given_params = {"seed": 0, "max_tokens": 40, "stop_token_ids": frozenset({END}), **params}
+    given_params = {"max_tokens": 40, "stop_token_ids": frozenset({END}), **params}
     return Submit(
         "r",
         (8, 9, 10),
         Params(**given_params),
         constraint=Constraint(kind, source),  # type: ignore[arg-type]
+        seed=0,
     )
 
 
@@ -378,15 +379,13 @@ def test_a_demanded_call_is_read_back_and_the_same_with_drafts_for_every_seed(
 ) -> None:
     constraint = Constraint("grammar", call_grammar(tiny_text(), FORM, TOOLS))
     params = Params(
-        seed=0,
         max_tokens=60,
         temperature=3.0,
         stop_token_ids=frozenset({END}),
-        logit_bias=((PIECES.index(" "), -100.0),),  # blanks between the keys would fill the context
+        logit_bias={PIECES.index(" "): -100.0},  # blanks between the keys would fill the context
     )
     wanted = [
-        Submit(str(seed), (1, 8, 9), replace(params, seed=seed), constraint=constraint)
-        for seed in range(50)
+        Submit(str(seed), (1, 8, 9), params, constraint=constraint, seed=seed) for seed in range(50)
     ]
     plain = run(roomy, wanted)
     drafted = run(cramped, [replace(submit, drafting=Drafting("two", True)) for submit in wanted])

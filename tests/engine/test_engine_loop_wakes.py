@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,13 +36,7 @@ class SlowGrammars:
 
 def constrained(request_id: str, adapter: str) -> Submit:
     plain = request(request_id, [1, 2, 3], [(adapter, 1.0)], max_tokens=3)
-    return Submit(
-        plain.request_id,
-        plain.prompt,
-        plain.sampling,
-        plain.adapters,
-        constraint=Constraint("regex", "[ab]{40}"),
-    )
+    return replace(plain, constraint=Constraint("regex", "[ab]{40}"))
 
 
 @pytest.mark.parametrize("adapter", ["lora-a", "five"])

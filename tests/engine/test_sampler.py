@@ -32,7 +32,7 @@ PROPERTY = settings(deadline=None, max_examples=40)
 
 
 def params(**changes: object) -> SamplingParams:
-    base = SamplingParams(seed=11, max_tokens=1000)
+    base = SamplingParams(max_tokens=1000)
     return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
 
 
@@ -41,8 +41,9 @@ def row(
     position: int = 0,
     prompt: Sequence[int] = (1, 2, 3),
     output: Sequence[int] = (),
+    seed: int = 11,
 ) -> SampleRow:
-    return SampleRow(sampling, position, prompt, output)
+    return SampleRow(sampling, seed, position, prompt, output)
 
 
 def random_logits(seed: int, rows: int = 1, size: int = V, spread: float = 3.0) -> torch.Tensor:
@@ -297,7 +298,7 @@ def mixed_rows() -> list[SampleRow]:
         params(logit_bias=((3, 5.0),), min_tokens=4, stop_token_ids=frozenset({7})),
     ]
     return [
-        row(dataclasses.replace(p, seed=i), position=100 + i, prompt=range(40), output=[5, 6, 5])
+        row(p, position=100 + i, prompt=range(40), output=[5, 6, 5], seed=i)
         for i, p in enumerate(kinds * 2)
     ]
 

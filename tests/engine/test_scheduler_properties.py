@@ -55,7 +55,7 @@ class FakeDrafts:
             sequence = item.sequence
             count = 0
             if sequence.drafting is not None and item.count == 1 and item.samples:
-                left = sequence.sampling.max_tokens - sequence.output_length - 1
+                left = sequence.sampling.token_limit - sequence.output_length - 1
                 count = max(min(self.wanted, room, left), 0)
             room -= count
             bought.append((0,) * count)
@@ -100,10 +100,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             Submit(
                 f"r{self.counter}",
                 tuple(prompt),
-                SamplingParams(seed=0, max_tokens=max_tokens, stop_token_ids=frozenset({7})),
+                SamplingParams(max_tokens=max_tokens, stop_token_ids=frozenset({7})),
                 tuple(Component(name) for name in adapters),
                 drafting=drafting,
                 background=background,
+                seed=0,
             ),
             now=float(self.counter),
         )

@@ -45,7 +45,6 @@ def generations(digests: list[str]) -> list[Generation]:
             request_id=f"r{index}",
             prompt=tuple(range(1 + index, 20 + 3 * index)),
             sampling=SamplingParams(
-                seed=index,
                 max_tokens=NEW_TOKENS,
                 temperature=(0.0, 1.0)[index % 2],
                 top_p=0.9,
@@ -55,6 +54,7 @@ def generations(digests: list[str]) -> list[Generation]:
             ),
             adapters=adapters,
             label="a",
+            seed=index,
         )
         for index, adapters in enumerate(compositions)
     ]

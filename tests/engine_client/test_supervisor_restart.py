@@ -54,7 +54,7 @@ def sample(metrics: Metrics, name: str) -> float:
 
 
 def poison(name: str = "poison") -> Generation:
-    return Generation(name, (POISON, 1), SamplingParams(seed=5, max_tokens=50))
+    return Generation(name, (POISON, 1), SamplingParams(max_tokens=50), seed=5)
 
 
 def test_streams_go_on_with_the_same_tokens_when_the_engine_is_killed() -> None:
@@ -73,7 +73,7 @@ def test_streams_go_on_with_the_same_tokens_when_the_engine_is_killed() -> None:
             results = await asyncio.gather(*streams)
             assert client.pid != first
         for w, deltas in zip(wanted, results, strict=True):
-            assert tokens_of(deltas) == expected_tokens(w.sampling, 3, w.adapters)
+            assert tokens_of(deltas) == expected_tokens(w)
             assert deltas[-1].finish_reason == "length"
             assert {delta.request_id for delta in deltas} == {w.request_id}
         assert sample(metrics, "quickchange_engine_restarts_total") == 1
@@ -85,8 +85,9 @@ def test_streams_go_on_with_the_same_tokens_when_the_engine_is_killed() -> None:
 def test_logprobs_and_first_words_come_once_over_a_restart() -> None:
     async def scenario() -> None:
         async with client_of(Behaviour(step_seconds=0.01)) as client:
-            sampling = SamplingParams(seed=3, max_tokens=30, logprobs=1)
-            stream = asyncio.create_task(deltas_of(client, Generation("a", (1, 2), sampling)))
+            sampling = SamplingParams(max_tokens=30, logprobs=1)
+            wanted = Generation("a", (1, 2), sampling, seed=3)
+            stream = asyncio.create_task(deltas_of(client, wanted))
             await asyncio.sleep(0.12)
             kill_engine(client)
             deltas = await stream
@@ -102,14 +103,14 @@ def test_drafting_goes_on_with_the_same_tokens_when_the_engine_is_killed(tmp_pat
 
     async def scenario() -> None:
         async with client_of(Behaviour(step_seconds=0.01, journal=journal)) as client:
-            sampling = SamplingParams(seed=3, max_tokens=100, logprobs=1)
+            sampling = SamplingParams(max_tokens=100, logprobs=1)
             drafting = Drafting("heads", lookup=True)
-            wanted = Generation("a", (1, 2), sampling, drafting=drafting, drafter="turbo")
+            wanted = Generation("a", (1, 2), sampling, drafting=drafting, drafter="turbo", seed=3)
             stream = asyncio.create_task(deltas_of(client, wanted))
             await asyncio.sleep(0.12)
             kill_engine(client)
             deltas = await stream
-        assert tokens_of(deltas) == expected_tokens(sampling, 2)
+        assert tokens_of(deltas) == expected_tokens(wanted)
         assert [p.token_id for d in deltas for p in d.logprobs] == tokens_of(deltas)
         submits = entries(journal, "Submit")
         assert [entry["heads"] for entry in submits] == ["heads", "heads"]
@@ -127,7 +128,7 @@ def test_a_request_admitted_during_a_restart_waits_for_the_new_engine() -> None:
             kill_engine(client)
             await until(lambda: client.state == "restarting")
             wanted = generation("late")
-            assert tokens_of(await deltas_of(client, wanted)) == expected_tokens(wanted.sampling, 3)
+            assert tokens_of(await deltas_of(client, wanted)) == expected_tokens(wanted)
 
     run(scenario())
 
@@ -184,7 +185,7 @@ def test_a_request_that_ends_engines_fails_alone_and_the_others_complete(
                 await culprit
             assert failure.value.status == 424
             for w, deltas in zip(innocents, await asyncio.gather(*streams), strict=True):
-                assert tokens_of(deltas) == expected_tokens(w.sampling, 3)
+                assert tokens_of(deltas) == expected_tokens(w)
             assert client.state == "ready"
         assert len(entries(journal, "Start")) == 4  # one death alone, after two in company
 
@@ -200,7 +201,7 @@ def test_two_poisons_and_many_innocents_all_get_what_they_deserve() -> None:
             for failure in await asyncio.gather(*culprits, return_exceptions=True):
                 assert isinstance(failure, RequestFailedError)
             for w, deltas in zip(innocents, await asyncio.gather(*streams), strict=True):
-                assert tokens_of(deltas) == expected_tokens(w.sampling, 3)
+                assert tokens_of(deltas) == expected_tokens(w)
 
     run(scenario())
 
@@ -235,7 +236,7 @@ def test_a_drain_outlives_the_death_of_the_engine() -> None:
         await asyncio.sleep(0.1)
         closing = asyncio.create_task(client.close(drain_seconds=20))
         kill_engine(client)
-        assert tokens_of(await stream) == expected_tokens(wanted.sampling, 3)
+        assert tokens_of(await stream) == expected_tokens(wanted)
         await closing
 
     run(scenario())
@@ -354,7 +355,7 @@ def test_reports_made_before_a_death_are_not_lost() -> None:
             early: list[Delta] = [await anext(stream), await anext(stream)]
             with pytest.raises(RequestFailedError):
                 await anext(stream)
-        assert tokens_of(early) == expected_tokens(poison().sampling, 2)[:2]
+        assert tokens_of(early) == expected_tokens(poison())[:2]
 
     run(scenario())
 

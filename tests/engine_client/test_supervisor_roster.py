@@ -19,8 +19,8 @@ METRICS = Metrics(Settings(model="fake", store=Path("store")))
 
 
 def make_flight(name: str, max_tokens: int = 100) -> Flight:
-    sampling = SamplingParams(seed=1, max_tokens=max_tokens)
-    return Flight(Generation(name, (1,), sampling), METRICS.request("x", False, 1, 0.0))
+    sampling = SamplingParams(max_tokens=max_tokens)
+    return Flight(Generation(name, (1,), sampling, seed=1), METRICS.request("x", False, 1, 0.0))
 
 
 def depart(roster: Roster) -> list[str]:

@@ -31,7 +31,9 @@ def engine(model: Path, tmp_path: Path) -> InProcessEngine:
 
 
 def asked(key: object, prompt: list[int], length: int) -> Submit:
-    return Submit(str(key), tuple(prompt), SamplingParams(0, length, temperature=0.0))
+    return Submit(
+        str(key), tuple(prompt), SamplingParams(max_tokens=length, temperature=0.0), seed=0
+    )
 
 
 def all_asked() -> list[Submit]:
@@ -93,7 +95,9 @@ def test_states_are_what_enters_the_lm_head_of_transformers_model(engine: InProc
 
 
 def test_states_are_refused_with_drafting(engine: InProcessEngine) -> None:
-    drafting = Submit("0", (1,), SamplingParams(0, 3), drafting=Drafting(lookup=True))
+    drafting = Submit(
+        "0", (1,), SamplingParams(max_tokens=3), drafting=Drafting(lookup=True), seed=0
+    )
     with engine, pytest.raises(ValueError, match="drafting is None"):
         engine.run([drafting], states=True)
 
@@ -111,7 +115,7 @@ def test_one_bad_request_is_named_and_the_engine_goes_on(engine: InProcessEngine
 
 
 def test_an_adapter_that_cannot_be_loaded_is_named(engine: InProcessEngine) -> None:
-    request = Submit("0", (1,), SamplingParams(0, 3), (Component("0" * 64),))
+    request = Submit("0", (1,), SamplingParams(max_tokens=3), (Component("0" * 64),), seed=0)
     with engine, pytest.raises(AdapterFailedError, match="0" * 64):
         engine.run([request])
 

@@ -39,7 +39,8 @@ def test_generation_in_chunks_equals_transformers(family: str, tmp_path: Path) -
     prompts = {"a": list(range(1, 20)), "b": [5, 6], "c": [9] * 7}
     sequences = {}
     for name, prompt in prompts.items():
-        submit = Submit(name, tuple(prompt), SamplingParams(seed=0, max_tokens=12, temperature=0))
+        sampling = SamplingParams(max_tokens=12, temperature=0)
+        submit = Submit(name, tuple(prompt), sampling, seed=0)
         sequences[name] = Sequence.from_submit(submit, 0.0)
         scheduler.add(sequences[name])
     while plan := scheduler.schedule(0.0):

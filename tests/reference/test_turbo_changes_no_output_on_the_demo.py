@@ -55,13 +55,13 @@ def demo_requests(model: Path, store: Store) -> list[Submit]:
                     encode_prompt([{"role": "user", "content": example.prompt}], tokenizer)
                 ),
                 sampling=SamplingParams(
-                    seed=index,
                     max_tokens=NEW_TOKENS,
                     stop_token_ids=eos,
                     **WAYS[index // len(names) % len(WAYS)],
                 ),
                 adapters=components,
                 drafting=Drafting(drafter(store, name or "base"), lookup=True),
+                seed=index,
             )
         )
     return requests

@@ -157,9 +157,15 @@ PROMPTS = st.one_of(
         st.integers(2, 12),
     ),
 )
+
+
+def sampling_params(*, max_tokens: int, min_tokens: int, **rest: Any) -> SamplingParams:
+    least = min(min_tokens, max_tokens)
+    return SamplingParams(max_tokens=max_tokens, min_tokens=least, **rest)
+
+
 SAMPLING = st.builds(
-    SamplingParams,
-    seed=st.integers(0, 2**63 - 1),
+    sampling_params,
     max_tokens=st.integers(1, 30),
     temperature=st.sampled_from([0.0, 0.0, 0.5, 1.0, 3.0]),
     top_k=st.sampled_from([0, 0, 3]),
@@ -169,10 +175,11 @@ SAMPLING = st.builds(
     repetition_penalty=st.sampled_from([1.0, 1.0, 1.3, 0.8]),
     presence_penalty=st.sampled_from([0.0, 0.0, 0.7]),
     frequency_penalty=st.sampled_from([0.0, 0.0, 0.4, -0.3]),
-    logit_bias=st.lists(st.tuples(TOKEN, st.sampled_from([-100.0, 1.5])), max_size=2).map(tuple),
+    logit_bias=st.lists(st.tuples(TOKEN, st.sampled_from([-100.0, 1.5])), max_size=2),
     min_tokens=st.sampled_from([0, 0, 4]),
     stop_token_ids=st.frozensets(TOKEN, max_size=3),
     logprobs=st.sampled_from([None, None, 0, 2]),
+    prompt_logprobs=st.sampled_from([None, None, None, 0, 2]),
 )
 ADAPTERS = st.sampled_from(
     [
@@ -202,7 +209,6 @@ KINDS: st.SearchStrategy[dict[str, Any]] = st.one_of(
     st.just({}),
     st.just({}),
     st.fixed_dictionaries({"constraint": CONSTRAINTS}),
-    st.fixed_dictionaries({"prompt_logprobs": st.sampled_from([0, 2])}),
     st.fixed_dictionaries({"pooling": st.sampled_from(["last", "mean"])}),
 )
 
@@ -220,6 +226,7 @@ def requests(draw: st.DrawFn) -> list[Submit]:
             draw(DRAFTING),
             salt=draw(st.sampled_from(["", "", "one", "other"])),
             background=draw(st.sampled_from([False, False, True])),
+            seed=draw(st.integers(0, 2**63 - 1)),
             **draw(KINDS),
         )
         for k in range(count)
@@ -275,8 +282,9 @@ def beginning(seed: int, length: int = 4) -> tuple[int, ...]:
 
 
 def greedy(name: str, prompt: Sequence[int], drafting: Drafting | None, *loras: str) -> Submit:
-    sampling = SamplingParams(seed=0, max_tokens=40, temperature=0.0)
-    return Submit(name, tuple(prompt), sampling, tuple(map(Component, loras)), (), drafting)
+    sampling = SamplingParams(max_tokens=40, temperature=0.0)
+    components = tuple(map(Component, loras))
+    return Submit(name, tuple(prompt), sampling, components, (), drafting, seed=0)
 
 
 def test_speculators_of_two_three_and_five_heads_beside_loras_and_plain_rows(
@@ -353,8 +361,8 @@ def test_what_is_edited_counts_the_drafts_before_it(
     submits = []
     for k in range(12):
         submit = greedy(str(k), beginning(20 + k, 2) * 6, Drafting("two", lookup=True))
-        sampling = replace(submit.sampling, seed=k, **edits)  # type: ignore[arg-type]
-        submits.append(replace(submit, sampling=sampling))
+        sampling = replace(submit.sampling, **edits)  # type: ignore[arg-type]
+        submits.append(replace(submit, sampling=sampling, seed=k))
     engine = engine_of(models)
     found = run(engine, submits)
     engine.close()
@@ -386,8 +394,9 @@ def test_sampled_pairs_with_drafts_follow_the_models_own_distribution(models: Tu
         Submit(
             str(seed),
             PROMPT,
-            SamplingParams(seed=seed, max_tokens=4, temperature=WARM),
+            SamplingParams(max_tokens=4, temperature=WARM),
             drafting=Drafting("two", lookup=True) if seed % 2 else Drafting(lookup=True),
+            seed=seed,
         )
         for seed in range(DRAWN)
     ]

@@ -49,8 +49,9 @@ def make_client(
 
 
 def generation(name: str, max_tokens: int = 5, **changes: Any) -> Generation:
-    sampling = SamplingParams(seed=len(name) + ord(name[-1]), max_tokens=max_tokens)
-    return Generation(request_id=name, prompt=(1, 2, 3), sampling=sampling, **changes)
+    sampling = SamplingParams(max_tokens=max_tokens)
+    seed = len(name) + ord(name[-1])
+    return Generation(name, (1, 2, 3), sampling, seed=seed, **changes)
 
 
 async def deltas_of(client: EngineClient, wanted: Generation) -> list[Delta]:

@@ -62,12 +62,12 @@ def request(
     *,
     salt: str = "",
     background: bool = False,
-    prompt_logprobs: int | None = None,
     pooling: Pooling | None = None,
+    seed: int = 0,
     **sampling: object,
 ) -> Submit:
     """A greedy request unless told otherwise."""
-    options = {"seed": 0, "max_tokens": 10, "temperature": 0.0, **sampling}
+    options = {"max_tokens": 10, "temperature": 0.0, **sampling}
     return Submit(
         request_id,
         tuple(prompt),
@@ -76,8 +76,8 @@ def request(
         tuple(output),
         salt=salt,
         background=background,
-        prompt_logprobs=prompt_logprobs,
         pooling=pooling,
+        seed=seed,
     )
 
 

@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from quickchange_server.config import Settings
+from quickchange_server.engine_client.in_flight_request import Generation
 from quickchange_server.protocol import (
     LOOKUP,
     AdapterFailed,
@@ -120,7 +121,11 @@ class FakeEngine:
                 )
                 self.connection.send(StepReport((delta,), self.stats()))
                 return
-        asks = submit.sampling.max_tokens or submit.pooling or submit.prompt_logprobs is not None
+        asks = (
+            submit.sampling.max_tokens
+            or submit.pooling
+            or submit.sampling.prompt_logprobs is not None
+        )
         if not asks:
             delta = Delta(submit.request_id, finish_reason="length")
             self.connection.send(StepReport((delta,), self.stats()))
@@ -157,14 +162,14 @@ class FakeEngine:
             return read_only(submit)
         tokens: list[int] = []
         drafted = 0 if submit.drafting is None else behaviour.drafts
-        agreed = accepted_at(submit.sampling.seed, sequence.emitted, drafted)
+        agreed = accepted_at(submit.seed, sequence.emitted, drafted)
         finish = None
         while finish is None and len(tokens) <= agreed:
             position = len(submit.prompt) + sequence.emitted
             if says := behaviour.says:
                 tokens.append(says[sequence.emitted % len(says)])
             else:
-                tokens.append(token_at(submit.sampling.seed, position, submit.adapters))
+                tokens.append(token_at(submit.seed, position, submit.adapters))
             sequence.emitted += 1
             finish = finish_of(submit.sampling, tokens[-1], sequence.emitted)
         first, sequence.begun = not sequence.begun, True
@@ -237,7 +242,7 @@ def logprob_at(position: int, token: int) -> float:
 
 def prompt_logprobs_of(submit: Submit) -> tuple[TokenLogprobs, ...]:
     """Where a request asks for them: each token is the best, and the one after it the next best."""
-    top = submit.prompt_logprobs
+    top = submit.sampling.prompt_logprobs
     if top is None:
         return ()
     pairs = [(t, logprob_at(i, t)) for i, t in enumerate(submit.prompt)][1:]
@@ -281,20 +286,19 @@ def digests_of(submit: Submit) -> list[str]:
     return digests if heads is None else [*digests, heads]
 
 
-def expected_tokens(
-    sampling: SamplingParams, prompt_length: int, adapters: tuple[Component, ...] = ()
-) -> list[int]:
+def expected_tokens(wanted: Generation) -> list[int]:
     """All tokens of an undisturbed request."""
     tokens: list[int] = []
-    while not tokens or finish_of(sampling, tokens[-1], len(tokens)) is None:
-        tokens.append(token_at(sampling.seed, prompt_length + len(tokens), adapters))
+    while not tokens or finish_of(wanted.sampling, tokens[-1], len(tokens)) is None:
+        position = len(wanted.prompt) + len(tokens)
+        tokens.append(token_at(wanted.seed, position, wanted.adapters))
     return tokens
 
 
 def finish_of(sampling: SamplingParams, token: int, emitted: int) -> FinishReason | None:
     if token in sampling.stop_token_ids and emitted >= sampling.min_tokens:
         return "stop"
-    return "length" if emitted >= sampling.max_tokens else None
+    return "length" if emitted >= sampling.token_limit else None
 
 
 def note(behaviour: Behaviour, kind: str, command: Command | None = None) -> None:
@@ -311,7 +315,9 @@ def note(behaviour: Behaviour, kind: str, command: Command | None = None) -> Non
         "heads": getattr(getattr(command, "drafting", None), "heads", None),
         "prompt": getattr(command, "prompt", None),
         "constraint": _constraint(command),
-        "prompt_logprobs": getattr(command, "prompt_logprobs", None),
+        "prompt_logprobs": (
+            command.sampling.prompt_logprobs if isinstance(command, Submit) else None
+        ),
     }
     with behaviour.journal.open("a") as journal:
         journal.write(json.dumps(entry) + "\n")

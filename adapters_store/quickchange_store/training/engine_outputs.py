@@ -54,14 +54,13 @@ def generate_for(wanted: Wanted) -> Generate:
 
 def _requests(wanted: Wanted, prompts: Sequence[Sequence[int]]) -> list[Submit]:
     sampling = SamplingParams(
-        seed=0,
         max_tokens=wanted.max_new_tokens,
         temperature=0.0,
         stop_token_ids=wanted.stop_token_ids,
     )
     adapters = () if wanted.adapter is None else (Component(_THE_ADAPTER),)
     return [
-        Submit(str(index), tuple(prompt), sampling, adapters)
+        Submit(str(index), tuple(prompt), sampling, adapters, seed=0)
         for index, prompt in enumerate(prompts)
     ]
 

@@ -151,8 +151,8 @@ def _submit(engine: Engine, loaded: LoadedModel, rows: int, adapters: int, promp
     for row in range(rows):
         tokens = torch.randint(loaded.vocabulary, (prompt,), generator=generator).tolist()
         component = (Component(f"step-{row % adapters}"),) if adapters else ()
-        sampling = SamplingParams(seed=row, max_tokens=10_000, temperature=0.0)
-        engine.submit(Submit(str(row), tuple(tokens), sampling, component))
+        sampling = SamplingParams(max_tokens=10_000, temperature=0.0)
+        engine.submit(Submit(str(row), tuple(tokens), sampling, component, seed=row))
 
 
 def _timed(engine: Engine) -> float:

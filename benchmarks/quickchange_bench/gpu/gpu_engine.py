@@ -196,8 +196,8 @@ def _decode(
     for row, key in enumerate(keys):
         prompt = torch.randint(model.vocabulary, (PROMPT,), generator=generator).tolist()
         adapters = (Component(f"adapter-{row % load.adapters}"),) if load.adapters else ()
-        sampling = SamplingParams(seed=row, max_tokens=800, temperature=0.0)
-        engine.submit(Submit(key, tuple(prompt), sampling, adapters))
+        sampling = SamplingParams(max_tokens=800, temperature=0.0)
+        engine.submit(Submit(key, tuple(prompt), sampling, adapters, seed=row))
     while not _all_decode(engine, load.rows):
         if time.perf_counter() - started > DEADLINE:
             raise TimeoutError(f"{load}: not all decode after {DEADLINE:.0f} s")

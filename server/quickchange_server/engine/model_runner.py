@@ -272,6 +272,7 @@ def _sample_rows(item: Scheduled) -> list[SampleRow]:
     return [
         SampleRow(
             params=sequence.sampling,
+            seed=sequence.seed,
             position=end,
             prompt=Window(tokens, 0, prompt),
             output=Window(tokens, prompt, end),

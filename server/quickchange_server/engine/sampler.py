@@ -43,6 +43,7 @@ class SampleRow:
     """One row of logits and what its token depends on."""
 
     params: SamplingParams
+    seed: int
     position: int  # absolute, from 0: prompt length + output tokens so far
     prompt: Sequence[int]
     output: Sequence[int]  # tokens generated so far
@@ -128,7 +129,7 @@ def _draws(rows: Sequence[SampleRow], device: torch.device) -> Draws:
         return Draws()
     columns: dict[str, Tensor] = {
         "temperature": _float64(p.temperature for p in params),
-        "uniform": uniforms([p.seed for p in params], [row.position for row in rows]),
+        "uniform": uniforms([row.seed for row in rows], [row.position for row in rows]),
     }
     if any(p.top_k for p in params):
         columns["top_k"] = torch.tensor([p.top_k for p in params])
@@ -216,9 +217,8 @@ class _EditTable:
             self._values.append(np.fromiter(changes.values(), dtype=np.float32, count=len(changes)))
         self._begin.append(self._begin[-1] + len(changes))
 
-    def _bias(self, bias: Sequence[tuple[int, float]]) -> dict[int, float]:
-        totals: dict[int, float] = {}
-        for token, value in bias:
+    def _bias(self, bias: Mapping[int, float]) -> Mapping[int, float]:
+        for token in bias:
             if not 0 <= token < self._vocabulary_size:
                 index = (len(self._begin) - 1) // len(EDITS)
                 self.errors[index] = RowError(
@@ -226,8 +226,7 @@ class _EditTable:
                     f"logit_bias names token {token}; the vocabulary has {self._vocabulary_size}",
                 )
                 return {}
-            totals[token] = totals.get(token, 0.0) + value
-        return totals
+        return bias
 
 
 def _counted(output: Sequence[int], frequency: float, presence: float) -> dict[int, float]:

@@ -53,9 +53,9 @@ class Reading:
         """What a submission still reads: one with output has told its prompt's before."""
         if submit.pooling is not None:
             return cls(len(submit.prompt), None, submit.pooling)
-        if submit.prompt_logprobs is None or submit.output:
+        if submit.sampling.prompt_logprobs is None or submit.output:
             return None
-        return cls(len(submit.prompt), submit.prompt_logprobs, None)
+        return cls(len(submit.prompt), submit.sampling.prompt_logprobs, None)
 
     @property
     def complete(self) -> bool:
@@ -154,6 +154,7 @@ class Sequence:
     tokens: list[int]
     prompt_length: int
     sampling: SamplingParams
+    seed: int
     adapters: tuple[Component, ...]
     key: bytes  # of its composition and salt
     arrival: float  # seconds, monotonic
@@ -179,7 +180,7 @@ class Sequence:
         reading = Reading.of(submit)
         embeds = submit.pooling is not None
         # A request for its prompt's log-probabilities alone has no new token.
-        generates = not embeds and (reading is None or submit.sampling.max_tokens > 0)
+        generates = not embeds and (reading is None or submit.sampling.token_limit > 0)
         # Drafts buy speed with rows: nobody waits for a background request, who could use them.
         drafts = generates and not submit.background
         return cls(
@@ -187,6 +188,7 @@ class Sequence:
             tokens=[*submit.prompt, *submit.output],
             prompt_length=len(submit.prompt),
             sampling=submit.sampling,
+            seed=submit.seed,
             adapters=submit.adapters,
             key=composition_key(submit.adapters, submit.salt),
             arrival=now,
@@ -257,6 +259,6 @@ class Sequence:
             return "stop"
         if self.matcher is not None and self.matcher.complete:
             return "stop"  # before min_tokens, too: nothing else may follow
-        if self.output_length >= self.sampling.max_tokens or len(self.tokens) >= max_model_len:
+        if self.output_length >= self.sampling.token_limit or len(self.tokens) >= max_model_len:
             return "length"
         return None

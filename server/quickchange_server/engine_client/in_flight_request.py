@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Self
 
@@ -44,8 +44,8 @@ class Generation:
     constraint: Constraint | None = None
     salt: str = ""
     background: bool = False
-    prompt_logprobs: int | None = None
     pooling: Pooling | None = None
+    seed: int = field(kw_only=True)  # as `Submit.seed`
 
 
 class Flight:
@@ -93,8 +93,8 @@ class Flight:
             constraint=generation.constraint,
             salt=generation.salt,
             background=generation.background,
-            prompt_logprobs=generation.prompt_logprobs,
             pooling=generation.pooling,
+            seed=generation.seed,
         )
 
     def deliver(self, delta: Delta, now: float) -> None:

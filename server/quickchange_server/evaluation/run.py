@@ -88,13 +88,13 @@ class _Asked:
                 str(index),
                 e.tokens[: e.prompt_length],
                 SamplingParams(
-                    seed=0,
                     max_tokens=task.max_tokens,
                     temperature=0.0,
                     stop_token_ids=text.eos_ids,
                 ),
                 adapters=variant.components,
                 drafting=variant.drafting,
+                seed=0,
             )
             for index, e in enumerate(task.encoded)
         ]

@@ -11,20 +11,9 @@ from typing import Literal
 
 from quickchange_server.frontend.stop_strings import StopScanner
 from quickchange_server.frontend.tokenizer import Text
-from quickchange_server.protocol import Delta, TokenLogprobs
+from quickchange_server.protocol import Delta, SamplingParams, TokenLogprobs
 
 Ending = Literal["stop", "length"]
-
-
-@dataclass(frozen=True, slots=True)
-class TextOptions:
-    """What a request asks of its text. Lengths in tokens."""
-
-    stop: tuple[str, ...] = ()
-    include_stop: bool = False  # the stop string or stop token is part of the text
-    skip_special_tokens: bool = True
-    min_tokens: int = 0  # stop strings count only in the text after these
-    stop_token_ids: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,15 +38,15 @@ class Piece:
 class Transcript:
     """The text of one choice as its tokens arrive.
 
-    The text excludes what ended it, a stop string or a stop token, unless `include_stop`.
-    Log-probabilities come with the text that they belong to; those of tokens behind a stop string
-    are dropped with their text.
+    The text excludes what ended it, a stop string or a stop token, unless
+    `include_stop_str_in_output`. Log-probabilities come with the text that they belong to; those of
+    tokens behind a stop string are dropped with their text.
     """
 
-    def __init__(self, text: Text, options: TextOptions) -> None:
-        self._options = options
-        self._detokenizer = text.detokenizer(skip_special_tokens=options.skip_special_tokens)
-        self._scanner = StopScanner(options.stop, include=options.include_stop)
+    def __init__(self, text: Text, sampling: SamplingParams) -> None:
+        self._sampling = sampling
+        self._detokenizer = text.detokenizer(skip_special_tokens=sampling.skip_special_tokens)
+        self._scanner = StopScanner(sampling.stop, include=sampling.include_stop_str_in_output)
         self._waiting: deque[LoggedToken] = deque()  # their text is not out yet
         self._decoded = 0  # characters
         self._emitted = 0  # characters
@@ -91,9 +80,9 @@ class Transcript:
         """The delta's tokens without the stop token that ended the choice."""
         ids = delta.token_ids
         ended_by_token = (
-            delta.finish_reason == "stop" and ids and ids[-1] in self._options.stop_token_ids
+            delta.finish_reason == "stop" and ids and ids[-1] in self._sampling.stop_token_ids
         )
-        return ids[:-1] if ended_by_token and not self._options.include_stop else ids
+        return ids[:-1] if ended_by_token and not self._sampling.include_stop_str_in_output else ids
 
     def _add(
         self, token_id: int, logprobs: TokenLogprobs | None, position: int, drafted: bool
@@ -103,7 +92,7 @@ class Transcript:
         if logprobs is not None:
             self._waiting.append(LoggedToken(self._decoded, logprobs, text, drafted))
         self._decoded += len(text)
-        if position <= self._options.min_tokens:
+        if position <= self._sampling.min_tokens:
             return text, False
         scanned = self._scanner.push(text)
         return scanned.text, scanned.stop is not None

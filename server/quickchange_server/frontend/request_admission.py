@@ -28,9 +28,9 @@ from quickchange_server.experiments.experiment import Experiment
 from quickchange_server.frontend import assigning
 from quickchange_server.frontend.caller import Caller
 from quickchange_server.frontend.generation import Choices, choice_seed
-from quickchange_server.frontend.output_processor import TextOptions, Transcript
+from quickchange_server.frontend.output_processor import Transcript
 from quickchange_server.frontend.request_observers import Account, Assignment, Opened, Running
-from quickchange_server.protocol import Component, Pooling, SamplingParams
+from quickchange_server.protocol import Component, Pooling
 from quickchange_store.merging import Recipe
 
 B = TypeVar("B", bound=Sampled)
@@ -157,8 +157,9 @@ async def admit(
             new_tokens = _max_tokens(body, room, default_tokens)
         else:
             _check_fits(services, len(prompt), prompt_param)
-        sampling = _sampling(services, body, seed, new_tokens)
-        options = _text_options(body, sampling)
+        sampling = body.sampling_params().resolved(
+            max_tokens=new_tokens, eos_ids=services.text.eos_ids
+        )
         for choice in range(body.candidates):
             # The log-probabilities of one prompt are the same in all its choices; a stream begins
             # each with them.
@@ -166,7 +167,7 @@ async def admit(
             generation = Generation(
                 request_id=f"{request_id}-{len(orders)}",
                 prompt=tuple(prompt),
-                sampling=replace(sampling, seed=choice_seed(seed, choice)),
+                sampling=sampling if scored else replace(sampling, prompt_logprobs=None),
                 adapters=order.selection.adapters,
                 label=order.selection.label,
                 drafting=order.selection.drafting if pooling is None else None,
@@ -174,10 +175,10 @@ async def admit(
                 constraint=constraint,
                 salt=order.caller.salt,
                 background=order.is_shadow,
-                prompt_logprobs=body.wanted_prompt_logprobs if scored else None,
                 pooling=pooling,
+                seed=choice_seed(seed, choice),
             )
-            orders.append((generation, Transcript(services.text, options)))
+            orders.append((generation, Transcript(services.text, sampling)))
     books = (services.exposures,) if order.is_shadow else services.books
     account = Account.open(_opened(order, prompts, orders, request_id), books)
     try:
@@ -226,7 +227,7 @@ def _opened(
         model=order.model,
         label=order.selection.label,
         prompt_tokens=sum(map(len, prompts)),
-        max_tokens=sum(generation.sampling.max_tokens for generation, _ in orders),
+        max_tokens=sum(generation.sampling.token_limit for generation, _ in orders),
         choices=len(orders),
         at=time.time(),
         assignment=order.assignment,
@@ -294,33 +295,3 @@ def _max_tokens(body: Sampled, room: int, default_tokens: int | None) -> int:
             param="min_tokens",
         )
     return most
-
-
-def _sampling(services: Services, body: Sampled, seed: int, max_tokens: int) -> SamplingParams:
-    ends = frozenset() if body.ignore_eos else services.text.eos_ids
-    return SamplingParams(
-        seed=seed,
-        max_tokens=max_tokens,
-        temperature=body.temperature,
-        top_k=max(0, body.top_k),
-        top_p=body.top_p,
-        min_p=body.min_p,
-        typical_p=body.typical_p,
-        repetition_penalty=body.repetition_penalty,
-        presence_penalty=body.presence_penalty,
-        frequency_penalty=body.frequency_penalty,
-        logit_bias=tuple(body.logit_bias.items()),
-        min_tokens=body.min_tokens,
-        stop_token_ids=ends | frozenset(body.stop_token_ids),
-        logprobs=body.wanted_logprobs,
-    )
-
-
-def _text_options(body: Sampled, sampling: SamplingParams) -> TextOptions:
-    return TextOptions(
-        stop=tuple(body.stop),
-        include_stop=body.include_stop_str_in_output,
-        skip_special_tokens=body.skip_special_tokens,
-        min_tokens=body.min_tokens,
-        stop_token_ids=sampling.stop_token_ids,
-    )

@@ -242,7 +242,7 @@ class Speculation:
 
     def _most(self, sequence: Sequence) -> int:
         """Drafts that can still count: the last token of a sequence needs none."""
-        left = sequence.sampling.max_tokens - sequence.output_length
+        left = sequence.sampling.token_limit - sequence.output_length
         return min(left, self._max_model_len - len(sequence.tokens), DEEPEST + 1) - 1
 
     def _chain(self, item: Scheduled) -> list[_Draft]:

@@ -34,6 +34,7 @@ from quickchange_server.api.request_base import (
     Unsupported,
 )
 from quickchange_server.errors import InvalidRequestError
+from quickchange_server.protocol import SamplingParams
 
 MOST_CHOICES = 1_000
 _PLAIN_TEXT = "remove it"
@@ -195,13 +196,38 @@ class Sampled(Constrained, ABC):
 
     @property
     def wanted_prompt_logprobs(self) -> int | None:
-        """As `Submit.prompt_logprobs`."""
+        """As `SamplingParams.prompt_logprobs`."""
         return None
 
     @property
     @abstractmethod
     def wanted_logprobs(self) -> int | None:
         """As `SamplingParams.logprobs`."""
+
+    def sampling_params(self) -> SamplingParams:
+        """What the body says about sampling; `resolved` makes of it what the engine takes."""
+        return SamplingParams(
+            n=self.n,
+            seed=self.seed,
+            max_tokens=self.wanted_tokens,
+            min_tokens=self.min_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            typical_p=self.typical_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=self.logit_bias,
+            stop=self.stop,
+            stop_token_ids=self.stop_token_ids,
+            ignore_eos=self.ignore_eos,
+            include_stop_str_in_output=self.include_stop_str_in_output,
+            skip_special_tokens=self.skip_special_tokens,
+            logprobs=self.wanted_logprobs,
+            prompt_logprobs=self.wanted_prompt_logprobs,
+        )
 
     @property
     def include_usage(self) -> bool:
