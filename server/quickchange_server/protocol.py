@@ -238,6 +238,16 @@ class TokenLogprobs:
     logprob: float
     top: tuple[tuple[int, float], ...] = ()  # best first
 
+    def ranked(self, most: int) -> dict[int, tuple[float, int | None]]:
+        """The `most` best tokens and the position's own, each with its log-probability and rank
+        from 1; None where the position's own is not among the best that are known."""
+        ids = [token_id for token_id, _ in self.top]
+        ranked: dict[int, tuple[float, int | None]]
+        ranked = {token_id: (p, rank) for rank, (token_id, p) in enumerate(self.top[:most], 1)}
+        own = ids.index(self.token_id) + 1 if self.token_id in ids else None
+        ranked.setdefault(self.token_id, (self.logprob, own))
+        return ranked
+
 
 @dataclass(frozen=True, slots=True)
 class Delta:

@@ -11,7 +11,7 @@ from quickchange_server.frontend.detokenizer import byte_level_alphabet
 from quickchange_server.frontend.tokenizer import Text
 
 
-def text_of_pieces(pieces: Sequence[str], end: int) -> Text:
+def tokenizer_of_pieces(pieces: Sequence[str], end: int) -> PreTrainedTokenizerFast:
     """pieces: in order of their ids; the one at `end` is special. Encodes poorly: has no merges."""
     alphabet = {byte: mark for mark, byte in byte_level_alphabet().items()}
     names = [
@@ -22,5 +22,10 @@ def text_of_pieces(pieces: Sequence[str], end: int) -> Text:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(pieces[end], special=True)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=pieces[end])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=pieces[end])
+
+
+def text_of_pieces(pieces: Sequence[str], end: int) -> Text:
+    """What the server knows of a model with that tokenizer."""
+    tokenizer = tokenizer_of_pieces(pieces, end)
     return Text(tokenizer, vocab_size=len(pieces), eos_ids=frozenset({end}))

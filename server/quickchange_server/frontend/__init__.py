@@ -1,1 +1,1 @@
-"""From a client's request to the engine's and back to text. No HTTP, no tensors."""
+"""From an admitted request to the text of its answer, without HTTP."""

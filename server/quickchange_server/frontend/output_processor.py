@@ -50,6 +50,7 @@ class Transcript:
         self._waiting: deque[LoggedToken] = deque()  # their text is not out yet
         self._decoded = 0  # characters
         self._emitted = 0  # characters
+        self.stopped_by: str | None = None  # the stop string that ended it
         self.completion_tokens = 0
         self.drafted_tokens = 0
         self.accepted_tokens = 0  # of completion_tokens, those that came from drafts
@@ -94,14 +95,16 @@ class Transcript:
         self._decoded += len(text)
         if position <= self._sampling.min_tokens:
             return text, False
+        return self._scan(text)
+
+    def _scan(self, text: str) -> tuple[str, bool]:
         scanned = self._scanner.push(text)
+        self.stopped_by = scanned.stop
         return scanned.text, scanned.stop is not None
 
     def _finish(self) -> tuple[str, bool]:
-        scanned = self._scanner.push(self._detokenizer.finish())
-        if scanned.stop is not None:
-            return scanned.text, True
-        return scanned.text + self._scanner.finish(), False
+        text, stopped = self._scan(self._detokenizer.finish())
+        return (text, True) if stopped else (text + self._scanner.finish(), False)
 
     def _piece(self, text: str, delta: Delta, stopped: bool) -> Piece:
         self._emitted += len(text)

@@ -8,8 +8,6 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
-import numpy as np
-import numpy.typing as npt
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
@@ -24,12 +22,11 @@ from quickchange_server.api.sse import unless_gone
 from quickchange_server.entrypoints.app_state import Injected
 from quickchange_server.errors import EngineFailedError
 from quickchange_server.frontend import request_admission
+from quickchange_server.frontend.embedding import Floats, unit, vector
 from quickchange_server.frontend.request_observers import Running
 from quickchange_server.protocol import Pooling
 
 router = APIRouter(tags=["OpenAI"], responses=COMMON_ERRORS)
-
-Floats = npt.NDArray[np.float32]
 
 
 class EmbeddingRequest(Body):
@@ -91,7 +88,7 @@ async def embeddings(
             {
                 "object": "embedding",
                 "index": index,
-                "embedding": _encoded(_unit(v) if body.normalize else v, body.encoding_format),
+                "embedding": _encoded(unit(v) if body.normalize else v, body.encoding_format),
             }
             for index, v in enumerate(vectors)
         ],
@@ -116,14 +113,8 @@ async def _vectors(running: Running) -> Sequence[Floats]:
         embedding = running.choices[index].embedding
         if embedding is None:
             raise EngineFailedError("the engine ended an embedding without a vector; try again")
-        vectors.append(np.frombuffer(embedding, dtype="<f4"))
+        vectors.append(vector(embedding))
     return vectors
-
-
-def _unit(vector: Floats) -> Floats:
-    """Of length 1; a vector of zeros, which has no direction, as it is."""
-    length = float(np.linalg.norm(vector.astype(np.float64)))
-    return vector if length == 0 else (vector / length).astype("<f4")
 
 
 def _encoded(vector: Floats, how: Literal["float", "base64"]) -> list[float] | str:

@@ -245,27 +245,17 @@ class PromptShape(CompletionShape):
 
     def _by_token(self, scores: Sequence[TokenLogprobs], top: int) -> list[Json | None]:
         """vLLM's form: for each token but the first its own entry and the best, by token id."""
-        told: list[Json | None] = [None]
-        for score in scores:
-            ranked: dict[int, tuple[float, int | None]]
-            ranked = {token_id: (p, rank) for rank, (token_id, p) in enumerate(score.top[:top], 1)}
-            ranked.setdefault(score.token_id, (score.logprob, self._rank(score)))
-            told.append(
-                {
-                    str(token_id): {
-                        "logprob": finite(logprob),
-                        "rank": rank,
-                        "decoded_token": self._name(token_id),
-                    }
-                    for token_id, (logprob, rank) in ranked.items()
-                }
-            )
-        return told
+        return [None, *(self._position(score, top) for score in scores)]
 
-    def _rank(self, score: TokenLogprobs) -> int | None:
-        """Of the prompt's own token, where it is among the best that are known."""
-        ids = [token_id for token_id, _ in score.top]
-        return ids.index(score.token_id) + 1 if score.token_id in ids else None
+    def _position(self, score: TokenLogprobs, top: int) -> Json:
+        return {
+            str(token_id): {
+                "logprob": finite(logprob),
+                "rank": rank,
+                "decoded_token": self._name(token_id),
+            }
+            for token_id, (logprob, rank) in score.ranked(top).items()
+        }
 
 
 _ID_LENGTH = 9  # letters and digits: what the strictest chat template takes
