@@ -154,7 +154,7 @@ def turbo(
 
 def engine_outputs() -> GenerateFor:
     """Outputs by the server's engine, imported only when it is to run."""
-    from quickchange_store.training.engine_outputs import generate_for
+    from quickchange_training.engine_outputs import generate_for
 
     return generate_for
 

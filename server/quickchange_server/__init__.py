@@ -6,7 +6,7 @@ that a module of this package brings in no more than it needs; `__init__.pyi` te
 
 from importlib import import_module
 
-_PUBLIC = {"LLM": "entrypoints.llm", "SamplingParams": "messages"}
+_PUBLIC = {"LLM": "entrypoints.llm", "SamplingParams": "protocol"}
 
 __all__ = ["LLM", "SamplingParams"]
 

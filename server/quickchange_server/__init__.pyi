@@ -1,4 +1,4 @@
 from quickchange_server.entrypoints.llm import LLM as LLM
-from quickchange_server.messages import SamplingParams as SamplingParams
+from quickchange_server.protocol import SamplingParams as SamplingParams
 
 __all__ = ["LLM", "SamplingParams"]

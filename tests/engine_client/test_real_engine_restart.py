@@ -8,12 +8,13 @@ import signal
 from pathlib import Path
 
 import torch
+from client_support import next_of
 from tiny_models import save_model
 
 from quickchange_server.config import Settings
-from quickchange_server.engine_client.client import EngineClient, Generation
+from quickchange_server.engine_client.client import EngineClient
 from quickchange_server.observability.metrics import Metrics
-from quickchange_server.protocol import Component, SamplingParams
+from quickchange_server.protocol import Component, SamplingParams, Submit
 from quickchange_store.base_model.base_spec import base_spec
 from quickchange_store.canonical.canonical_adapter import CanonicalAdapter, LowRankUpdate
 from quickchange_store.store import Store
@@ -37,11 +38,11 @@ def random_adapter(model: Path, rank: int, seed: int) -> CanonicalAdapter:
     return CanonicalAdapter(spec.architecture, spec.name, updates)
 
 
-def generations(digests: list[str]) -> list[Generation]:
+def generations(digests: list[str]) -> list[Submit]:
     compositions = [(), *[(Component(digest),) for digest in digests]]
     compositions.append((Component(digests[0], 0.7), Component(digests[1], -0.2)))
     return [
-        Generation(
+        Submit(
             request_id=f"r{index}",
             prompt=tuple(range(1 + index, 20 + 3 * index)),
             sampling=SamplingParams(
@@ -53,22 +54,25 @@ def generations(digests: list[str]) -> list[Generation]:
                 logprobs=2 if index == 1 else None,
             ),
             adapters=adapters,
-            label="a",
             seed=index,
         )
         for index, adapters in enumerate(compositions)
     ]
 
 
-async def tokens_of(client: EngineClient, wanted: Generation, seen: list[int]) -> list[int]:
+async def tokens_of(client: EngineClient, wanted: Submit, seen: list[int]) -> list[int]:
     tokens: list[int] = []
-    async for delta in client.generate(wanted):
+    stream = client.generate([wanted], label="a")
+    ended = False
+    while not ended:
+        delta = await next_of(stream)
         tokens += delta.token_ids
         seen.append(len(delta.token_ids))
+        ended = delta.finish_reason is not None
     return tokens
 
 
-async def collect(settings: Settings, wanted: list[Generation], kills: int) -> list[list[int]]:
+async def collect(settings: Settings, wanted: list[Submit], kills: int) -> list[list[int]]:
     client = EngineClient(settings, Metrics(settings))
     await client.start()
     seen: list[int] = []

@@ -16,6 +16,7 @@ from client_support import (
     generation,
     make_client,
     make_settings,
+    next_of,
     run,
     tokens_of,
     until,
@@ -24,7 +25,7 @@ from fake_engine import Behaviour, entries, expected_tokens
 from prometheus_client.parser import text_string_to_metric_families
 
 from quickchange_server.engine_client import supervisor
-from quickchange_server.engine_client.client import EngineClient, Generation
+from quickchange_server.engine_client.client import EngineClient
 from quickchange_server.engine_client.supervisor import Supervisor
 from quickchange_server.errors import EngineFailedError, RequestFailedError, UnavailableError
 from quickchange_server.observability.metrics import Metrics
@@ -38,6 +39,7 @@ from quickchange_server.protocol import (
     Ready,
     Report,
     SamplingParams,
+    Submit,
 )
 
 POISON = 666
@@ -53,19 +55,19 @@ def sample(metrics: Metrics, name: str) -> float:
     return sum(s.value for family in families for s in family.samples if s.name == name)
 
 
-def poison(name: str = "poison") -> Generation:
-    return Generation(name, (POISON, 1), SamplingParams(max_tokens=50), seed=5)
+def poison(name: str = "poison") -> Submit:
+    return Submit(name, (POISON, 1), SamplingParams(max_tokens=50), seed=5)
 
 
 def test_streams_go_on_with_the_same_tokens_when_the_engine_is_killed() -> None:
     async def scenario() -> None:
         metrics = Metrics(make_settings())
         async with client_of(Behaviour(step_seconds=0.01), metrics) as client:
-            wanted = [
-                generation(f"r{i}", 30 + i, adapters=(Component(f"d{i}"),), label=f"a{i}")
-                for i in range(6)
+            wanted = [generation(f"r{i}", 30 + i, adapters=(Component(f"d{i}"),)) for i in range(6)]
+            streams = [
+                asyncio.create_task(deltas_of(client, w, label=f"a{i}"))
+                for i, w in enumerate(wanted)
             ]
-            streams = [asyncio.create_task(deltas_of(client, w)) for w in wanted]
             await asyncio.sleep(0.12)
             first = client.pid
             kill_engine(client)
@@ -86,7 +88,7 @@ def test_logprobs_and_first_words_come_once_over_a_restart() -> None:
     async def scenario() -> None:
         async with client_of(Behaviour(step_seconds=0.01)) as client:
             sampling = SamplingParams(max_tokens=30, logprobs=1)
-            wanted = Generation("a", (1, 2), sampling, seed=3)
+            wanted = Submit("a", (1, 2), sampling, seed=3)
             stream = asyncio.create_task(deltas_of(client, wanted))
             await asyncio.sleep(0.12)
             kill_engine(client)
@@ -105,8 +107,8 @@ def test_drafting_goes_on_with_the_same_tokens_when_the_engine_is_killed(tmp_pat
         async with client_of(Behaviour(step_seconds=0.01, journal=journal)) as client:
             sampling = SamplingParams(max_tokens=100, logprobs=1)
             drafting = Drafting("heads", lookup=True)
-            wanted = Generation("a", (1, 2), sampling, drafting=drafting, drafter="turbo", seed=3)
-            stream = asyncio.create_task(deltas_of(client, wanted))
+            wanted = Submit("a", (1, 2), sampling, drafting=drafting, seed=3)
+            stream = asyncio.create_task(deltas_of(client, wanted, drafter="turbo"))
             await asyncio.sleep(0.12)
             kill_engine(client)
             deltas = await stream
@@ -138,11 +140,11 @@ def test_a_reader_that_leaves_during_a_restart_is_not_submitted_again(tmp_path: 
 
     async def scenario() -> None:
         async with client_of(Behaviour(step_seconds=0.005, journal=journal)) as client:
-            stream = client.generate(generation("gone", 100_000))
-            await anext(stream)
+            stream = client.generate([generation("gone", 100_000)])
+            await next_of(stream)
             kill_engine(client)
             await until(lambda: client.state == "restarting")
-            await stream.aclose()
+            stream.close()
             await deltas_of(client, generation("next"))
         submitted = [entry["request_id"] for entry in entries(journal, "Submit")]
         assert submitted == ["gone", "next"]
@@ -221,7 +223,7 @@ def test_an_engine_that_can_not_be_had_again_fails_what_waits(
                 await stream
             assert client.state == "failed"
             with pytest.raises(UnavailableError, match="has failed"):
-                client.generate(generation("b"))
+                client.generate([generation("b")])
         assert len(entries(journal, "Start")) == 4
 
     run(scenario())
@@ -351,10 +353,10 @@ def test_an_engine_is_started_once() -> None:
 def test_reports_made_before_a_death_are_not_lost() -> None:
     async def scenario() -> None:
         async with client_of(Behaviour(poison=POISON, poison_at=2)) as client:
-            stream = client.generate(poison())
-            early: list[Delta] = [await anext(stream), await anext(stream)]
+            stream = client.generate([poison()])
+            early: list[Delta] = [await next_of(stream), await next_of(stream)]
             with pytest.raises(RequestFailedError):
-                await anext(stream)
+                await next_of(stream)
         assert tokens_of(early) == expected_tokens(poison())[:2]
 
     run(scenario())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,9 +11,9 @@ from hypothesis import strategies as st
 
 from quickchange_server.config import Settings
 from quickchange_server.engine_client.crash_recovery import CLEARED_AFTER_TOKENS, Roster
-from quickchange_server.engine_client.in_flight_request import Flight, Generation
+from quickchange_server.engine_client.in_flight_request import Flight
 from quickchange_server.observability.metrics import Metrics
-from quickchange_server.protocol import Delta, SamplingParams
+from quickchange_server.protocol import Delta, SamplingParams, Submit
 
 MAX_DEATHS = 3
 METRICS = Metrics(Settings(model="fake", store=Path("store")))
@@ -20,7 +21,8 @@ METRICS = Metrics(Settings(model="fake", store=Path("store")))
 
 def make_flight(name: str, max_tokens: int = 100) -> Flight:
     sampling = SamplingParams(max_tokens=max_tokens)
-    return Flight(Generation(name, (1,), sampling, seed=1), METRICS.request("x", False, 1, 0.0))
+    metrics = METRICS.request("x", False, 1, 0.0)
+    return Flight(Submit(name, (1,), sampling, seed=1), metrics, asyncio.Queue())
 
 
 def depart(roster: Roster) -> list[str]:

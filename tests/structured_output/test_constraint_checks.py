@@ -12,12 +12,11 @@ import pytest
 from prometheus_client import CollectorRegistry
 from text_support import byte_text, metaspace_tokenizer, sentencepiece_tokenizer
 
-from quickchange_server.api.openai.text_constraints import Asked
 from quickchange_server.errors import InvalidRequestError, QueueFullError
 from quickchange_server.frontend.tokenizer import Text
 from quickchange_server.observability.subsystem_metrics import StructuredMetrics
 from quickchange_server.protocol import Constraint
-from quickchange_server.structured_output.validator import ConstraintChecks
+from quickchange_server.structured_output.validator import Asked, ConstraintChecks
 
 T = TypeVar("T")
 BOMB = {

@@ -13,9 +13,10 @@ import fake_engine
 from fake_engine import Behaviour
 
 from quickchange_server.config import Settings
-from quickchange_server.engine_client.client import EngineClient, Generation
+from quickchange_server.engine_client.client import DeltaStream, EngineClient
+from quickchange_server.errors import QuickchangeError
 from quickchange_server.observability.metrics import Metrics
-from quickchange_server.protocol import Delta, SamplingParams
+from quickchange_server.protocol import Delta, SamplingParams, Submit
 
 TIME_LIMIT_SECONDS = 30.0
 
@@ -48,14 +49,29 @@ def make_client(
     return EngineClient(settings, metrics or Metrics(settings), main)
 
 
-def generation(name: str, max_tokens: int = 5, **changes: Any) -> Generation:
+def generation(name: str, max_tokens: int = 5, **changes: Any) -> Submit:
     sampling = SamplingParams(max_tokens=max_tokens)
     seed = len(name) + ord(name[-1])
-    return Generation(name, (1, 2, 3), sampling, seed=seed, **changes)
+    return Submit(name, (1, 2, 3), sampling, seed=seed, **changes)
 
 
-async def deltas_of(client: EngineClient, wanted: Generation) -> list[Delta]:
-    return [delta async for delta in client.generate(wanted)]
+async def deltas_of(client: EngineClient, wanted: Submit, **names: Any) -> list[Delta]:
+    return await rest_of(client.generate([wanted], **names))
+
+
+async def rest_of(stream: DeltaStream) -> list[Delta]:
+    """What still comes of a request with one sequence."""
+    deltas = [await next_of(stream)]
+    while deltas[-1].finish_reason is None:
+        deltas.append(await next_of(stream))
+    return deltas
+
+
+async def next_of(stream: DeltaStream) -> Delta:
+    _, said = await stream.receive()
+    if isinstance(said, QuickchangeError):
+        raise said
+    return said
 
 
 async def until(condition: Callable[[], bool]) -> None:

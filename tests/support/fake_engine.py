@@ -17,7 +17,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from quickchange_server.config import Settings
-from quickchange_server.engine_client.in_flight_request import Generation
 from quickchange_server.protocol import (
     LOOKUP,
     AdapterFailed,
@@ -286,7 +285,7 @@ def digests_of(submit: Submit) -> list[str]:
     return digests if heads is None else [*digests, heads]
 
 
-def expected_tokens(wanted: Generation) -> list[int]:
+def expected_tokens(wanted: Submit) -> list[int]:
     """All tokens of an undisturbed request."""
     tokens: list[int] = []
     while not tokens or finish_of(wanted.sampling, tokens[-1], len(tokens)) is None:

@@ -55,7 +55,10 @@ async def _disconnected(request: Request) -> None:
 
 
 class EventStream(StreamingResponse):
-    """A stream of events whose source is closed as soon as the client is gone."""
+    """A stream of events whose source is closed as soon as the client is gone.
+
+    An error of the source is the stream's last event, as `failure` writes it.
+    """
 
     def __init__(
         self,
@@ -65,11 +68,13 @@ class EventStream(StreamingResponse):
         failure: Failure,
     ) -> None:
         super().__init__(
-            _going_on(first, events, failure),
+            events,
             media_type="text/event-stream",
             headers={**HEADERS, **headers},
         )
+        self._first = first
         self._events = events
+        self._failure = failure
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -77,6 +82,21 @@ class EventStream(StreamingResponse):
         finally:
             with anyio.CancelScope(shield=True):
                 await self._events.aclose()
+
+    async def stream_response(self, send: Send) -> None:
+        start = {"type": "http.response.start", "status": self.status_code}
+        await send({**start, "headers": self.raw_headers})
+        body: bytes | None = self._first
+        while body is not None:
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+            try:
+                body = await anext(self._events, None)
+            except QuickchangeError as error:
+                body = event(self._failure(error))
+            except Exception:
+                logger.exception("a stream failed")
+                body = event(self._failure(internal_error()))
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def event_stream(
@@ -92,17 +112,3 @@ async def event_stream(
 
 async def _first(events: AsyncIterator[bytes]) -> bytes:
     return await anext(events)
-
-
-async def _going_on(
-    first: bytes, events: AsyncIterator[bytes], failure: Failure
-) -> AsyncIterator[bytes]:
-    yield first
-    try:
-        async for body in events:
-            yield body
-    except QuickchangeError as error:
-        yield event(failure(error))
-    except Exception:
-        logger.exception("a stream failed")
-        yield event(failure(internal_error()))

@@ -1,1 +1,1 @@
-"""The API process's side of the pipe: the engine's client, its supervision and restarts."""
+"""The API process's side of the pipe: one engine, supervised, and what is in flight with it."""

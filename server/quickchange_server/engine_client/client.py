@@ -12,13 +12,15 @@ import asyncio
 import logging
 import time
 from collections import deque
+from collections.abc import Sequence
 from typing import Literal
 
 from quickchange_server.config import Settings
 from quickchange_server.engine_client.adapter_status import Residence, Residences
 from quickchange_server.engine_client.channel import EngineMain, engine_main
+from quickchange_server.engine_client.client_observer import ClientObserver, Outcome
 from quickchange_server.engine_client.crash_recovery import Roster
-from quickchange_server.engine_client.in_flight_request import DeltaStream, Flight, Generation
+from quickchange_server.engine_client.in_flight_request import DeltaStream, Flight, Mail
 from quickchange_server.engine_client.supervisor import START_SECONDS, Supervisor
 from quickchange_server.errors import (
     EngineFailedError,
@@ -27,7 +29,6 @@ from quickchange_server.errors import (
     RequestFailedError,
     UnavailableError,
 )
-from quickchange_server.observability.metrics import Metrics, Outcome
 from quickchange_server.protocol import (
     AdapterFailed,
     AdapterMoved,
@@ -40,6 +41,7 @@ from quickchange_server.protocol import (
     Ready,
     Report,
     StepReport,
+    Submit,
 )
 
 WINDOW_SECONDS = 60.0
@@ -70,7 +72,7 @@ class Throughput:
         return min(LONGEST_SECONDS, max(SHORTEST_SECONDS, wanted))
 
 
-__all__ = ["DeltaStream", "EngineClient", "Generation", "Residence", "State"]
+__all__ = ["DeltaStream", "EngineClient", "Residence", "State"]
 
 State = Literal["starting", "ready", "restarting", "draining", "failed"]
 
@@ -89,7 +91,7 @@ class EngineClient:
     def __init__(
         self,
         settings: Settings,
-        metrics: Metrics,
+        metrics: ClientObserver,
         engine_main: EngineMain = engine_main,
         *,
         start_seconds: float = START_SECONDS,
@@ -120,6 +122,16 @@ class EngineClient:
     def info(self) -> Ready | None:
         """What the engine said of itself when it was ready last."""
         return self._supervisor.info
+
+    @property
+    def engine(self) -> Ready:
+        """The same. Raises UnavailableError while no engine has been ready."""
+        if self.info is None:
+            raise UnavailableError(
+                f"the engine is {self.state}; try again shortly",
+                retry_after=STARTING_RETRY_SECONDS,
+            )
+        return self.info
 
     @property
     def pid(self) -> int | None:
@@ -154,34 +166,32 @@ class EngineClient:
             self._fail_all(UnavailableError("the server is shutting down; send the request again"))
         await self._supervisor.stop()
 
-    def generate(self, generation: Generation) -> DeltaStream:
-        """Admit a request, at once, and return its stream.
+    def generate(
+        self, submits: Sequence[Submit], *, label: str = "base", drafter: str | None = None
+    ) -> DeltaStream:
+        """Admit the sequences of a request, at once and all or none, and return their deltas.
 
-        Raises QueueFullError (with `retry_after`) where `max_queue` requests are in flight, and
-        UnavailableError while the server starts, drains or has failed. While the engine is being
-        restarted requests are admitted and wait.
+        `label`: the adapter's name in metrics; `drafter`: that of the adapter whose heads draft.
+        Raises QueueFullError (with `retry_after`) where `max_queue` sequences would be exceeded,
+        and UnavailableError while the server starts, drains or has failed. While the engine is
+        being restarted requests are admitted and wait.
         """
         now = time.monotonic()
-        self._admit(now)
-        adapters = generation.adapters
-        if len(adapters) == 1:
-            self._residences.name(adapters[0].digest, generation.label)
-        drafting = generation.drafting
-        if drafting is not None:
-            self._metrics.drafting(drafting)
-            if drafting.heads is not None and generation.drafter is not None:
-                self._residences.name(drafting.heads, generation.drafter)
-        metrics = self._metrics.request(
-            generation.label, bool(adapters), len(generation.prompt), now
-        )
-        flight = Flight(generation, metrics)
-        self._roster.add(flight)
+        self._admit(now, len(submits))
+        mailbox: asyncio.Queue[Mail] = asyncio.Queue()
+        flights = []
+        for index, submit in enumerate(submits):
+            self._name(submit, label, drafter)
+            adapted = bool(submit.adapters)
+            metrics = self._metrics.request(label, adapted, len(submit.prompt), now)
+            flights.append(Flight(submit, metrics, mailbox, index, drafter))
+        self._roster.add(*flights)
         self._idle.clear()
         self._depart()
-        return DeltaStream(flight, self._leave)
+        return DeltaStream(flights, mailbox, self._leave)
 
     def check_room(self, count: int) -> None:
-        """Raise what `generate` would, were it called so often now."""
+        """Raise what `generate` would, were it given so many sequences now."""
         self._admit(time.monotonic(), count)
 
     def prefetch(self, digest: str, tier: Literal["device", "host"] = "device") -> None:
@@ -251,13 +261,24 @@ class EngineClient:
                 left = max(1.0, (self._draining_until or now) - now)
                 reason = "the server is shutting down; try again shortly"
                 self._refuse(UnavailableError(reason, retry_after=left))
-        if self.in_flight + count > self._settings.max_queue:
+        limit = self._settings.max_queue
+        if self.in_flight + count > limit:
             self._metrics.refused("queue_full")
             raise QueueFullError(
-                f"{self.in_flight} requests are in flight, as many as the setting max_queue "
-                "allows; try again later",
+                f"{self.in_flight} of the {limit} sequences that the setting max_queue allows are "
+                f"in flight, and this request has {count}; try again later",
                 retry_after=self._throughput.retry_after(self.in_flight, now),
             )
+
+    def _name(self, submit: Submit, label: str, drafter: str | None) -> None:
+        """Note the names of what a sequence is served by."""
+        if len(submit.adapters) == 1:
+            self._residences.name(submit.adapters[0].digest, label)
+        drafting = submit.drafting
+        if drafting is not None:
+            self._metrics.drafting(drafting)
+            if drafting.heads is not None and drafter is not None:
+                self._residences.name(drafting.heads, drafter)
 
     def _refuse(self, error: UnavailableError) -> None:
         self._metrics.refused("unavailable")
@@ -308,7 +329,7 @@ class EngineClient:
         if flight.ticket is not None:
             self._tell(Cancel(flight.ticket))
         now = time.monotonic()
-        flight.abandon(outcome, now)
+        flight.end(outcome, now)
         self._landed(flight, now)
 
     def _ended(self, flight: Flight, error: QuickchangeError) -> None:

@@ -50,12 +50,14 @@ class Roster:
         """The flight that the current engine knows by `ticket`."""
         return self._aboard.get(ticket)
 
-    def add(self, flight: Flight) -> None:
-        """Admit a flight. Raises ValueError where its id is in flight already."""
-        if flight.request_id in self._flights:
-            raise ValueError(f"request id {flight.request_id!r} is already in flight")
-        self._flights[flight.request_id] = flight
-        self._waiting[flight.request_id] = flight
+    def add(self, *flights: Flight) -> None:
+        """Admit flights, all or, where the id of one is in flight already (ValueError), none."""
+        arriving = {flight.request_id: flight for flight in flights}
+        for request_id in arriving:
+            if request_id in self._flights:
+                raise ValueError(f"request id {request_id!r} is already in flight")
+        self._flights |= arriving
+        self._waiting |= arriving
 
     def remove(self, flight: Flight) -> None:
         """Take a flight that has ended off the roster."""

@@ -1,4 +1,4 @@
-"""One admitted request on its way: what it has emitted, and the stream its caller reads.
+"""One admitted sequence on its way: what it has emitted, and where its reader gets it from.
 
 Knows nothing of processes, of restarts' timing or of HTTP: tokens are delivered to it, and it says
 how it is to be submitted again with what it has already emitted.
@@ -7,56 +7,41 @@ how it is to be submitted again with what it has already emitted.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from types import TracebackType
-from typing import Self
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
+from typing import Any
 
+from quickchange_server.engine_client.client_observer import Outcome, SequenceObserver
 from quickchange_server.errors import (
     AdapterFailedError,
     EngineFailedError,
     QuickchangeError,
     RequestFailedError,
 )
-from quickchange_server.observability.metrics import Outcome, RequestMetrics
-from quickchange_server.protocol import (
-    Component,
-    Constraint,
-    Delta,
-    Drafting,
-    Pooling,
-    SamplingParams,
-    Submit,
-)
+from quickchange_server.protocol import Delta, Submit
 
-
-@dataclass(frozen=True, slots=True)
-class Generation:
-    """What the engine is asked for: one sequence."""
-
-    request_id: str  # unique among the requests in flight
-    prompt: tuple[int, ...]
-    sampling: SamplingParams
-    adapters: tuple[Component, ...] = ()  # empty: the plain base model
-    label: str = "base"  # the adapter's name in metrics
-    drafting: Drafting | None = None  # None: no token is drafted
-    drafter: str | None = None  # the name, in metrics, of the adapter whose heads draft
-    constraint: Constraint | None = None
-    salt: str = ""
-    background: bool = False
-    pooling: Pooling | None = None
-    seed: int = field(kw_only=True)  # as `Submit.seed`
+# What comes for the sequences of one request, in order: a sequence's index, and its next delta or
+# the error that has ended it.
+Mail = tuple[int, Delta | QuickchangeError]
 
 
 class Flight:
-    """A generation between admission and its last delta.
+    """A sequence between admission and its last delta, the `index`-th of its request.
 
     `ticket` is the id under which the engine knows it now, a new one for each submission, so that
     a late delta of an earlier submission is told apart; None while no engine has it.
     """
 
-    def __init__(self, generation: Generation, metrics: RequestMetrics) -> None:
-        self.generation = generation
+    def __init__(
+        self,
+        submit: Submit,
+        metrics: SequenceObserver,
+        mailbox: asyncio.Queue[Mail],
+        index: int = 0,
+        drafter: str | None = None,
+    ) -> None:
+        """drafter: the name of the adapter whose heads draft."""
+        self.submit = submit
         self.metrics = metrics
         self.emitted: list[int] = []
         self.ticket: str | None = None
@@ -65,11 +50,13 @@ class Flight:
         self.boarded_at = 0  # len(emitted) at the last submission
         self.finished = False
         self.submissions = 0
-        self._mailbox: asyncio.Queue[Delta | QuickchangeError | None] = asyncio.Queue()
+        self._mailbox = mailbox
+        self._index = index
+        self._drafter = drafter
 
     @property
     def request_id(self) -> str:
-        return self.generation.request_id
+        return self.submit.request_id
 
     @property
     def progress(self) -> int:
@@ -82,50 +69,30 @@ class Flight:
         self.boarded_at = len(self.emitted)
         again = f"/{self.submissions}" if self.submissions > 1 else ""
         self.ticket = self.request_id + again
-        generation = self.generation
-        return Submit(
-            request_id=self.ticket,
-            prompt=generation.prompt,
-            sampling=generation.sampling,
-            adapters=generation.adapters,
-            output=tuple(self.emitted),
-            drafting=generation.drafting,
-            constraint=generation.constraint,
-            salt=generation.salt,
-            background=generation.background,
-            pooling=generation.pooling,
-            seed=generation.seed,
-        )
+        return replace(self.submit, request_id=self.ticket, output=tuple(self.emitted))
 
     def deliver(self, delta: Delta, now: float) -> None:
         """Take a delta of the engine. `now`: monotonic seconds, for the metrics."""
         if delta.finish_reason == "error":
-            self.fail(_error_of(delta, self.generation), now)
+            self.fail(_error_of(delta, self.submit, self._drafter), now)
             return
         if self.submissions > 1:
             delta = self._as_first_told(delta)
         self.emitted.extend(delta.token_ids)
         self.metrics.delta(delta, now)
-        self._mailbox.put_nowait(delta)
+        self._mailbox.put_nowait((self._index, delta))
         if delta.finish_reason is not None:
-            self._end(delta.finish_reason, now)
+            self.end(delta.finish_reason, now)
 
     def fail(self, error: QuickchangeError, now: float) -> None:
-        """End the stream with `error`, which its reader gets raised."""
-        self._mailbox.put_nowait(error)
-        self._end(_outcome_of(error), now)
+        """End the sequence with `error`, which its reader raises."""
+        self._mailbox.put_nowait((self._index, error))
+        self.end(_outcome_of(error), now)
 
-    def abandon(self, outcome: Outcome, now: float) -> None:
-        """End the stream because its reader wants no more."""
-        self._mailbox.put_nowait(None)
-        self._end(outcome, now)
-
-    async def receive(self) -> Delta | None:
-        """The next delta, or None after an `abandon`. Raises the error that ended the request."""
-        item = await self._mailbox.get()
-        if isinstance(item, QuickchangeError):
-            raise item
-        return item
+    def end(self, outcome: Outcome, now: float) -> None:
+        """Nothing more is delivered: it is complete, has failed, or its reader wants no more."""
+        self.finished = True
+        self.metrics.end(outcome, now)
 
     def _as_first_told(self, delta: Delta) -> Delta:
         """A resubmission's delta under the request's own id, without what was said before."""
@@ -138,87 +105,63 @@ class Flight:
             prompt_logprobs=() if told else delta.prompt_logprobs,
         )
 
-    def _end(self, outcome: Outcome, now: float) -> None:
-        self.finished = True
-        self.metrics.end(outcome, now)
-
 
 class DeltaStream:
-    """The deltas of one request, as an asynchronous iterator; read by one task.
+    """The deltas of one request's sequences, in order of arrival; read by one task.
 
-    The last delta carries `finish_reason`. A request that fails raises AdapterFailedError,
-    RequestFailedError, EngineFailedError or UnavailableError. A reader that ends early calls
-    `aclose` (or `stop`), which frees what the request holds in the engine; a read that is cancelled
-    does the same by itself.
+    The last delta of a sequence carries `finish_reason`; nothing comes after the last of all. The
+    reader calls `close` when it reads no further, for whatever reason: that frees what the request
+    still holds in the engine.
     """
 
-    def __init__(self, flight: Flight, leave: Callable[[Flight, Outcome], None]) -> None:
-        self._flight = flight
-        self._leave = leave
-        self._exhausted = False
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> Delta:
-        if self._exhausted:
-            raise StopAsyncIteration
-        try:
-            delta = await self._flight.receive()
-        except QuickchangeError:
-            self._exhausted = True
-            raise
-        except BaseException:
-            self._close("cancelled")
-            raise
-        if delta is None:
-            raise StopAsyncIteration
-        self._exhausted = delta.finish_reason is not None
-        return delta
-
-    def stop(self) -> None:
-        """The reader has what it asked for (a stop string): ends the work, counted as "stop"."""
-        self._close("stop")
-
-    async def aclose(self) -> None:
-        """The reader has gone away: ends the work, counted as "cancelled"."""
-        self._close("cancelled")
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
+    def __init__(
         self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+        flights: Sequence[Flight],
+        mailbox: asyncio.Queue[Mail],
+        leave: Callable[[Flight, Outcome], None],
     ) -> None:
-        await self.aclose()
+        self._flights = flights
+        self._mailbox = mailbox
+        self._leave = leave
 
-    def _close(self, outcome: Outcome) -> None:
-        self._exhausted = True
-        if not self._flight.finished:
-            self._leave(self._flight, outcome)
+    def receive(self) -> Coroutine[Any, Any, Mail]:
+        """Wait for the next delta of any sequence, or for the error that has ended one:
+        AdapterFailedError, RequestFailedError, EngineFailedError or UnavailableError."""
+        return self._mailbox.get()
+
+    def stop(self, index: int) -> None:
+        """End a sequence that has what was asked for (a stop string), counted as "stop"."""
+        self._end(self._flights[index], "stop")
+
+    def close(self) -> None:
+        """End all sequences that still run, counted as "cancelled"."""
+        for flight in self._flights:
+            self._end(flight, "cancelled")
+
+    def _end(self, flight: Flight, outcome: Outcome) -> None:
+        if not flight.finished:
+            self._leave(flight, outcome)
 
 
-def _error_of(delta: Delta, generation: Generation) -> QuickchangeError:
+def _error_of(delta: Delta, submit: Submit, drafter: str | None) -> QuickchangeError:
     message = delta.error or "the engine gave up this request and did not say why"
     match delta.error_kind:
         case "adapter":
-            return AdapterFailedError(message + _turbo_remedy(generation))
+            return AdapterFailedError(message + _turbo_remedy(submit, drafter))
         case "request":
             return RequestFailedError(message)
         case _:
             return EngineFailedError(message)
 
 
-def _turbo_remedy(generation: Generation) -> str:
+def _turbo_remedy(submit: Submit, drafter: str | None) -> str:
     """What to do where it is not one of the adapters that failed, but the Turbo beside them."""
-    heads = None if generation.drafting is None else generation.drafting.heads
-    if heads is None or heads in {component.digest for component in generation.adapters}:
+    heads = None if submit.drafting is None else submit.drafting.heads
+    if heads is None or heads in {component.digest for component in submit.adapters}:
         return ""
-    drafter = generation.drafter or heads
-    return f'; the request loads the Turbo {drafter!r} as well, which turbo: "off" leaves out'
+    return (
+        f'; the request loads the Turbo {drafter or heads!r} as well, which turbo: "off" leaves out'
+    )
 
 
 def _outcome_of(error: QuickchangeError) -> Outcome:

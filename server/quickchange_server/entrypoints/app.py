@@ -24,12 +24,13 @@ from quickchange_server.api.openapi import document
 from quickchange_server.config import Settings
 from quickchange_server.engine_client.channel import EngineMain, engine_main
 from quickchange_server.engine_client.client import EngineClient
-from quickchange_server.entrypoints.app_state import VERSION, Seeds, Services
+from quickchange_server.entrypoints.app_state import VERSION, Services
 from quickchange_server.errors import SettingError
 from quickchange_server.experiments.exposures import Exposures
 from quickchange_server.experiments.promotion import Promotions
 from quickchange_server.experiments.registry import Experiments
 from quickchange_server.experiments.shadows import Shadows
+from quickchange_server.frontend.request_admission import RequestAdmission, Seeds
 from quickchange_server.frontend.request_observers import Bookkeeper
 from quickchange_server.frontend.tokenizer import Text
 from quickchange_server.observability.experiment_metrics import ExperimentMetrics, ShareCollector
@@ -156,6 +157,8 @@ def _services(
     client = EngineClient(settings, metrics, engine)
     store = Store(settings.store)
     names = base_names(settings)
+    constraints = ConstraintChecks(text, metrics.structured)
+    seeds = Seeds(settings.seed)
     revisions = Revisions(database)
     experiments = Experiments(database, revisions)
     experiment_metrics = ExperimentMetrics(metrics.registry, settings.metrics_adapters)
@@ -166,7 +169,7 @@ def _services(
         client=client,
         metrics=metrics,
         text=text,
-        constraints=ConstraintChecks(text, metrics.structured),
+        constraints=constraints,
         store=store,
         catalog=Catalog(
             store,
@@ -177,7 +180,8 @@ def _services(
         ),
         imports=Imports(store, base, names, experiments.refuse_name),
         derived=Derived(store, settings.derived_adapters),
-        seeds=Seeds(settings.seed),
+        seeds=seeds,
+        admission=RequestAdmission(client, text, constraints, seeds, settings.max_queue),
         started=asyncio.create_task(client.start(), name="engine-start"),
         database=database,
         revisions=revisions,

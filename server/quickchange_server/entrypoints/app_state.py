@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import random
-import secrets
 import time
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -18,11 +16,11 @@ from quickchange_server.adapter_registry.merged_adapters import Derived
 from quickchange_server.adapter_registry.resolver import Catalog
 from quickchange_server.config import Settings
 from quickchange_server.engine_client.client import EngineClient
-from quickchange_server.errors import UnavailableError
 from quickchange_server.experiments.exposures import Exposures
 from quickchange_server.experiments.promotion import Promotions
 from quickchange_server.experiments.registry import Experiments
 from quickchange_server.experiments.shadows import Shadows
+from quickchange_server.frontend.request_admission import RequestAdmission, Seeds
 from quickchange_server.frontend.request_observers import Bookkeeper
 from quickchange_server.frontend.tokenizer import Text
 from quickchange_server.observability.experiment_metrics import ExperimentMetrics
@@ -34,18 +32,7 @@ from quickchange_server.structured_output.validator import ConstraintChecks
 from quickchange_server.tenants.keyring import Keyring
 from quickchange_store.store import Store
 
-SEED_BITS = 63
 VERSION = version("quickchange")
-
-
-class Seeds:
-    """Seeds for requests that bring none. With a seed of its own the sequence is repeatable."""
-
-    def __init__(self, seed: int | None) -> None:
-        self._random = random.Random(seed) if seed is not None else secrets.SystemRandom()
-
-    def draw(self) -> int:
-        return self._random.getrandbits(SEED_BITS)
 
 
 @dataclass(frozen=True)
@@ -62,6 +49,7 @@ class Services:
     imports: Imports
     derived: Derived
     seeds: Seeds
+    admission: RequestAdmission
     started: asyncio.Future[Ready]
     database: Database
     revisions: Revisions
@@ -77,12 +65,7 @@ class Services:
     @property
     def engine(self) -> Ready:
         """What the engine said of itself. Raises UnavailableError while it has not."""
-        info = self.client.info
-        if info is None:
-            raise UnavailableError(
-                f"the engine is {self.client.state}; try again shortly", retry_after=5.0
-            )
-        return info
+        return self.client.engine
 
     @property
     def fingerprint(self) -> str:

@@ -30,7 +30,6 @@ from quickchange_server.adapter_registry.resolver import (
 )
 from quickchange_server.api.openai.requests import Message
 from quickchange_server.config import Settings
-from quickchange_server.entrypoints.app_state import Seeds
 from quickchange_server.entrypoints.in_process_engine import Completion, InProcessEngine
 from quickchange_server.entrypoints.outputs import (
     CompletionOutput,
@@ -50,8 +49,8 @@ from quickchange_server.errors import (
 )
 from quickchange_server.frontend.context_length import check_fits, room
 from quickchange_server.frontend.embedding import unit, vector
-from quickchange_server.frontend.generation import choice_seed
 from quickchange_server.frontend.output_processor import Ending, Transcript
+from quickchange_server.frontend.request_admission import Seeds, choice_seed
 from quickchange_server.frontend.tokenizer import Text, token_text
 from quickchange_server.protocol import LOOKUP, Delta, Pooling, SamplingParams, Submit
 from quickchange_store.base_model.base_spec import base_spec

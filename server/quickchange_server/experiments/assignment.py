@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from typing import Protocol
 
-from quickchange_server.api.openai.requests import Sampled
 from quickchange_server.experiments.definition import Sticky
 from quickchange_server.experiments.experiment import Experiment
 from quickchange_server.experiments.layout import SIZE, owner
@@ -18,7 +18,16 @@ from quickchange_server.frontend.request_observers import Assignment, How
 UNIT_BYTES = 16
 
 
-def subject_of(sticky: Sticky, body: Sampled, headers: Mapping[str, str]) -> str | None:
+class Sender(Protocol):
+    """What a request's body tells of who sends it."""
+
+    @property
+    def user(self) -> str | None: ...
+    @property
+    def metadata(self) -> Mapping[str, str]: ...
+
+
+def subject_of(sticky: Sticky, body: Sender, headers: Mapping[str, str]) -> str | None:
     """What the request's assignment sticks to; None where it brings nothing."""
     match sticky.by:
         case "user":

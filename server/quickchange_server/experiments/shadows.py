@@ -13,10 +13,11 @@ from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 
 from quickchange_server.errors import QuickchangeError
-from quickchange_server.frontend.request_observers import Assignment, Running
+from quickchange_server.frontend.generation import Generation
+from quickchange_server.frontend.request_observers import Assignment
 from quickchange_server.observability.experiment_metrics import ExperimentMetrics
 
-Admit = Callable[[], Awaitable[Running]]
+Admit = Callable[[], Awaitable[Generation]]
 
 logger = logging.getLogger(__name__)
 
@@ -52,11 +53,11 @@ class Shadows:
 
     async def _run(self, assignment: Assignment, admit: Admit) -> None:
         try:
-            running = await admit()
-            async with aclosing(running.pieces()) as pieces:
+            generation = await admit()
+            async with aclosing(generation.pieces()) as pieces:
                 async for _ in pieces:
                     pass
-            await running.account.settled()
+            await generation.account.settled()
         except QuickchangeError as error:
             logger.info(
                 "a shadow of %s, %s, came to nothing: %s",

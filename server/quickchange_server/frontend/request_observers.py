@@ -9,15 +9,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Sequence
-from contextlib import aclosing
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from quickchange_server.errors import QuickchangeError
 from quickchange_server.frontend.caller import Caller
-from quickchange_server.frontend.generation import Choices
-from quickchange_server.frontend.output_processor import Piece
 
 Ending = Literal["stop", "length", "cancelled", "refused", "failed"]
 How = Literal["hash", "random", "list", "state"]  # of an assignment; state: paused or stopped
@@ -87,6 +84,21 @@ class Bookkeeper(Protocol):
         """It has ended. What is returned is done once the record can't be lost any more."""
 
 
+class Counts(Protocol):
+    """What a request has come to so far; tokens of all its choices."""
+
+    @property
+    def completion_tokens(self) -> int: ...
+    @property
+    def cached_tokens(self) -> int: ...
+    @property
+    def drafted_tokens(self) -> int: ...
+    @property
+    def accepted_tokens(self) -> int: ...
+    @property
+    def queue_seconds(self) -> float: ...
+
+
 class Account:
     """One request's entry in all books, from `open` to exactly one end."""
 
@@ -115,20 +127,20 @@ class Account:
         if self._first is None:
             self._first = time.monotonic() - self._began
 
-    def end(self, ending: Ending, choices: Choices | None = None) -> None:
+    def end(self, ending: Ending, counts: Counts | None = None) -> None:
         """The request has ended. Later calls change nothing."""
         if self._durable is not None:
             return
         completed = Completed(
             self.opened,
             ending,
-            completion_tokens=0 if choices is None else choices.completion_tokens,
-            cached_tokens=0 if choices is None else choices.cached_tokens,
-            drafted_tokens=0 if choices is None else choices.drafted_tokens,
-            accepted_tokens=0 if choices is None else choices.accepted_tokens,
+            completion_tokens=0 if counts is None else counts.completion_tokens,
+            cached_tokens=0 if counts is None else counts.cached_tokens,
+            drafted_tokens=0 if counts is None else counts.drafted_tokens,
+            accepted_tokens=0 if counts is None else counts.accepted_tokens,
             first_token_seconds=self._first,
             seconds=time.monotonic() - self._began,
-            queue_seconds=0.0 if choices is None else choices.queue_seconds,
+            queue_seconds=0.0 if counts is None else counts.queue_seconds,
         )
         kept = [keeper.completed(completed) for keeper in self._keepers]
         self._durable = [asyncio.ensure_future(future) for future in kept if future is not None]
@@ -153,34 +165,3 @@ class Account:
                 "request %s ended before its record was on disk; it is still to be written",
                 self.opened.request_id,
             )
-
-
-class Running:
-    """A request's choices under way, with its account."""
-
-    def __init__(self, choices: Choices, account: Account) -> None:
-        self.choices = choices
-        self.account = account
-
-    async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
-        """As `Choices.pieces`; keeps the account on the way and ends it."""
-        endings: set[str] = set()
-        try:
-            async with aclosing(self.choices.pieces()) as pieces:
-                async for index, piece in pieces:
-                    self.account.token()
-                    if piece.ending is not None:
-                        endings.add(piece.ending)
-                    yield index, piece
-        except QuickchangeError:
-            self.account.end("failed", self.choices)
-            raise
-        except BaseException:
-            self.account.end("cancelled", self.choices)
-            raise
-        self.account.end("length" if "length" in endings else "stop", self.choices)
-
-    async def close(self) -> None:
-        """Cancel what still runs."""
-        await self.choices.close()
-        self.account.end("cancelled", self.choices)

@@ -8,38 +8,20 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import Protocol
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from quickchange_server.engine_client.adapter_status import Residence, Residences
+from quickchange_server.engine_client.adapter_status import Residence
+from quickchange_server.engine_client.client_observer import ServerState
 from quickchange_server.observability.labels import OTHER, AdapterLabels
-from quickchange_server.protocol import Ready, StepStats
+from quickchange_server.protocol import StepStats
 
 _TOTALS = {
     "prefix_query_tokens": "Prompt tokens looked up in the prefix cache",
     "prefix_hit_tokens": "Prompt tokens found in the prefix cache",
     "preemptions": "Sequences that gave up their KV blocks to be computed again",
 }
-
-
-class ServerState(Protocol):
-    """What a scrape reads. All of it is cheap."""
-
-    @property
-    def in_flight(self) -> int:
-        """Requests admitted and not ended."""
-        ...
-
-    @property
-    def info(self) -> Ready | None: ...
-
-    @property
-    def pid(self) -> int | None: ...
-
-    @property
-    def residency(self) -> Residences: ...
 
 
 class EngineTotals:

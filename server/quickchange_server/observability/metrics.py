@@ -8,34 +8,19 @@ run on any thread. Knows nothing of HTTP or of the engine's process.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import generate_latest
 from prometheus_client.process_collector import ProcessCollector
 
 from quickchange_server.config import Settings
-from quickchange_server.observability.engine_collector import (
-    EngineTotals,
-    ServerState,
-    StateCollector,
-)
+from quickchange_server.engine_client.client_observer import Outcome, Refusal, ServerState
+from quickchange_server.observability.engine_collector import EngineTotals, StateCollector
 from quickchange_server.observability.http_metrics import HttpMetrics
 from quickchange_server.observability.labels import BASE, AdapterLabels
 from quickchange_server.observability.speculation_metrics import NameOf, SpeculationMetrics
 from quickchange_server.observability.subsystem_metrics import StructuredMetrics
-from quickchange_server.protocol import (
-    AdapterMoved,
-    Delta,
-    Drafting,
-    FinishReason,
-    Ready,
-    StepStats,
-    Tier,
-)
-
-Outcome = FinishReason | Literal["adapter_failed", "request_failed", "engine_failed", "unavailable"]
-Refusal = Literal["queue_full", "unavailable"]
+from quickchange_server.protocol import AdapterMoved, Delta, Drafting, Ready, StepStats, Tier
 
 # From a small model on a GPU (a step is under a millisecond) to a large one on two CPU cores.
 # fmt: off

@@ -14,12 +14,9 @@ import time
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from quickchange_server.api.openai.text_constraints import Asked
 from quickchange_server.errors import InvalidRequestError, QueueFullError
-from quickchange_server.frontend.tokenizer import Text
-from quickchange_server.observability.subsystem_metrics import StructuredMetrics
 from quickchange_server.protocol import Constraint
 from quickchange_server.structured_output.errors import NO_TOKENIZER
 from quickchange_server.structured_output.schema_keywords import place_of
@@ -31,9 +28,37 @@ _START_SECONDS = 30.0
 
 
 @dataclass(frozen=True, slots=True)
+class Asked:
+    """A constraint, and the field that asks for it."""
+
+    constraint: Constraint
+    place: str
+
+
+@dataclass(frozen=True, slots=True)
 class _Verdict:
     error: str | None = None  # None: it compiles
     path: tuple[str | int, ...] = ()  # in a schema
+
+
+class Vocabulary(Protocol):
+    """The tokenizer that constraints are compiled for."""
+
+    vocab_size: int
+    eos_ids: frozenset[int]
+
+    def tokenizer_json(self) -> str | None:
+        """As the `tokenizers` library writes it; None where it is none of that."""
+
+
+class CheckObserver(Protocol):
+    """Counts what is checked."""
+
+    def request(self, kind: str) -> None:
+        """A request has a constraint of this kind."""
+
+    def compiled(self, seconds: float) -> None:
+        """One has been compiled in so many seconds."""
 
 
 class _CheckerGoneError(Exception):
@@ -44,7 +69,7 @@ class ConstraintChecks:
     """Owner of the checking process, which starts with the first constraint. On one event loop."""
 
     def __init__(
-        self, text: Text, metrics: StructuredMetrics, *, seconds: float = _SECONDS
+        self, text: Vocabulary, metrics: CheckObserver, *, seconds: float = _SECONDS
     ) -> None:
         """seconds: that one constraint may take to compile."""
         self._text = text

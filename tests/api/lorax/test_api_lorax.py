@@ -14,7 +14,7 @@ from text_support import START, byte_text
 
 from quickchange_server.api.lorax.requests import GenerateRequest, Parameters
 from quickchange_server.api.lorax.translation import completion
-from quickchange_server.frontend.generation import choice_seed
+from quickchange_server.frontend.request_admission import choice_seed
 from quickchange_server.protocol import Component
 from quickchange_store.store import Store
 

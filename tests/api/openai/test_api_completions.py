@@ -11,7 +11,7 @@ from fake_engine import Behaviour
 from http_support import BASE, Live, expected_text, live_server, make_adapter
 from text_support import byte_text
 
-from quickchange_server.frontend.generation import choice_seed
+from quickchange_server.frontend.request_admission import choice_seed
 from quickchange_server.protocol import Component
 from quickchange_store.store import Store
 

@@ -11,7 +11,7 @@ import pytest
 from fake_engine import Behaviour, entries, logprob_at
 from http_support import BASE, LIMIT_SECONDS, Live, expected_text, live_server
 
-from quickchange_server.frontend.generation import choice_seed
+from quickchange_server.frontend.request_admission import choice_seed
 
 BODY = {"model": BASE, "prompt": "Hello", "seed": 2, "max_tokens": 4}
 

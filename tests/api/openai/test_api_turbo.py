@@ -23,7 +23,7 @@ from http_support import (
 )
 from prometheus_client.parser import text_string_to_metric_families
 
-from quickchange_server.frontend.generation import choice_seed
+from quickchange_server.frontend.request_admission import choice_seed
 from quickchange_server.protocol import Component
 from quickchange_store.store import Store
 

@@ -20,7 +20,7 @@ from http_support import (
     wait_until,
 )
 
-from quickchange_server.frontend.generation import choice_seed
+from quickchange_server.frontend.request_admission import choice_seed
 from quickchange_server.protocol import Component
 from quickchange_store.store import Store
 

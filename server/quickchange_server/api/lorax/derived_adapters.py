@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 from quickchange_server.api.lorax.requests import MergedAdapters
 from quickchange_server.api.openai.requests import CompletionRequest
+from quickchange_server.api.request_selection import Order
 from quickchange_server.entrypoints.app_state import Services
 from quickchange_server.errors import InvalidRequestError
-from quickchange_server.frontend.request_admission import Order
 from quickchange_server.protocol import Component
 from quickchange_store.merging import Recipe
 
@@ -41,7 +42,7 @@ def merged(
         density=given.density,
         sign_method=given.majority_sign_method,
     )
-    return replace(order, recipe=recipe)
+    return replace(order, derive=partial(services.derived.digest, recipe))
 
 
 def _check_kind(services: Services, component: Component, given: MergedAdapters) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.routing import APIRoute
 
+from quickchange_server.api import request_selection
 from quickchange_server.api.auth import INFER, Calling
 from quickchange_server.api.lorax import translation
 from quickchange_server.api.lorax.derived_adapters import merged
@@ -38,11 +39,10 @@ from quickchange_server.errors import (
     UnknownModelError,
     UnsupportedParameterError,
 )
-from quickchange_server.frontend import request_admission
 from quickchange_server.frontend.caller import Caller
-from quickchange_server.frontend.generation import choice_seed
+from quickchange_server.frontend.generation import Generation
 from quickchange_server.frontend.output_processor import LoggedToken
-from quickchange_server.frontend.request_observers import Running
+from quickchange_server.frontend.request_admission import choice_seed
 
 router = APIRouter(tags=["LoRAX"], responses=lorax_errors(401, 403, 422))
 
@@ -56,7 +56,7 @@ class Work:
 
     request: GenerateRequest
     prompt: Sequence[int]
-    running: Running
+    generation: Generation
     seeds: Sequence[int | None]  # of each candidate
     shapes: Shapes
     clock: Clock
@@ -65,7 +65,7 @@ class Work:
     @property
     def headers(self) -> dict[str, str]:
         """Those known before the first token."""
-        return self.identity | request_admission.headers(self.running.account.opened.assignment)
+        return self.identity | request_selection.headers(self.generation.account.opened.assignment)
 
 
 @router.post("/generate", response_model=LoraxGeneration, responses=_ERRORS)
@@ -167,12 +167,12 @@ async def _begin(
     tokens = streamed or given.details or given.decoder_input_details or given.candidates > 1
     wanted = translation.completion(services, body, tokens=tokens)
     try:
-        order = request_admission.select(services, caller, wanted, request.headers)
+        order = request_selection.select(services, caller, wanted, request.headers)
     except UnknownModelError as error:
         raise UnknownModelError(error.message + _remedy(body), param=error.param) from error
     order = merged(services, order, given.merged_adapters)
     prompt = await translation.prompt(services, body)
-    admitting = request_admission.admit(
+    admitting = request_selection.admit(
         services,
         order,
         [prompt],
@@ -180,14 +180,14 @@ async def _begin(
         prompt_param="inputs",
         default_tokens=None,
     )
-    running = await unless_gone(request, admitting)  # which may wait for a merge
+    generation = await unless_gone(request, admitting)  # which may wait for a merge
     clock.admit()
     first = (order.body.seed or 0) % 2**64
     drawn = order.body.temperature > 0
     seeds = [choice_seed(first, i) if drawn else None for i in range(order.body.n)]
     shapes = Shapes(services.text, given, body.inputs)
     known = identity(services, given, body.inputs, len(prompt))
-    return Work(body, prompt, running, seeds, shapes, clock, known)
+    return Work(body, prompt, generation, seeds, shapes, clock, known)
 
 
 def _remedy(body: GenerateRequest) -> str:
@@ -215,7 +215,7 @@ async def _whole_response(request: Request, work: Work, *, listed: bool) -> Resp
     try:
         answer, headers = await unless_gone(request, _whole(work))
     except BaseException:
-        await work.running.close()
+        work.generation.close()
         raise
     content = json.dumps([answer] if listed else answer, ensure_ascii=False)
     return Response(content, media_type="application/json", headers=headers)
@@ -224,22 +224,22 @@ async def _whole_response(request: Request, work: Work, *, listed: bool) -> Resp
 async def _whole(work: Work) -> tuple[Json, dict[str, str]]:
     """The answer in one piece, and its headers."""
     candidates = [Candidate(seed) for seed in work.seeds]
-    async with aclosing(work.running.pieces()) as pieces:
+    async with aclosing(work.generation.pieces()) as pieces:
         async for index, piece in pieces:
             work.clock.token()
             candidates[index].add(piece)
-    await work.running.account.settled()
+    await work.generation.account.settled()
     best = max(range(len(candidates)), key=lambda index: candidates[index].mean_logprob)
     answer: Json = {"generated_text": work.shapes.generated_text(candidates[best])}
     given = work.request.parameters
     if given.details or given.decoder_input_details:
         answer["details"] = _details(work, candidates, best)
-    told = accounting(work.clock, work.running.choices[best], len(work.prompt))
+    told = accounting(work.clock, work.generation.choices[best], len(work.prompt))
     return answer, work.headers | told
 
 
 def _details(work: Work, candidates: Sequence[Candidate], best: int) -> Json:
-    choices, shapes, parts = work.running.choices, work.shapes, []
+    choices, shapes, parts = work.generation.choices, work.shapes, []
     prefill = shapes.prefill(work.prompt, choices[0].prompt_logprobs)  # the same for all
     for index, candidate in enumerate(candidates):
         tokens = [shapes.token(token) for token in candidate.tokens]
@@ -259,7 +259,7 @@ async def _stream_response(request: Request, work: Work) -> Response:
     try:
         return await event_stream(request, _events(work), work.headers, failure)
     except BaseException:
-        await work.running.close()
+        work.generation.close()
         raise
 
 
@@ -267,17 +267,17 @@ async def _events(work: Work) -> AsyncGenerator[bytes, None]:
     """An event a token; the last has the text and, where asked for, the details."""
     shapes, candidate = work.shapes, Candidate(work.seeds[0])
     tokens: tuple[LoggedToken, ...] = ()
-    async with aclosing(work.running.pieces()) as pieces:
+    async with aclosing(work.generation.pieces()) as pieces:
         async for _, piece in pieces:
             tokens = candidate.add(piece)
             for token in tokens if piece.ending is None else tokens[:-1]:
                 yield event({"token": shapes.token(token), "generated_text": None, "details": None})
-    await work.running.account.settled()
+    await work.generation.account.settled()
     if not tokens:
         raise EngineFailedError("the engine ended the text without a token")
     details = None
     if work.request.parameters.details:
-        ending = shapes.ending(candidate, work.running.choices[0])
+        ending = shapes.ending(candidate, work.generation.choices[0])
         details = {**ending, "prompt_tokens": len(work.prompt)}
     last = {"token": shapes.token(tokens[-1]), "generated_text": shapes.generated_text(candidate)}
     yield event({**last, "details": details})

@@ -11,6 +11,7 @@ from typing import cast
 
 from fastapi import APIRouter, Request, Response
 
+from quickchange_server.api import request_selection
 from quickchange_server.api.auth import Calling
 from quickchange_server.api.openai.requests import (
     DEFAULT_COMPLETION_TOKENS,
@@ -41,9 +42,8 @@ from quickchange_server.api.openapi.response_models import (
 from quickchange_server.api.openapi.route_responses import COMMON_ERRORS, GENERATION_ERRORS, events
 from quickchange_server.api.sse import DONE, event, event_stream, unless_gone
 from quickchange_server.entrypoints.app_state import Injected, Services
-from quickchange_server.frontend import request_admission
+from quickchange_server.frontend.generation import Generation
 from quickchange_server.frontend.output_processor import Ending, LoggedToken
-from quickchange_server.frontend.request_observers import Running
 
 router = APIRouter(tags=["OpenAI"], responses=COMMON_ERRORS)
 
@@ -56,22 +56,22 @@ class Answer:
 
     envelope: Json  # what the whole answer and each event have in common, "object" aside
     shape: Shape
-    running: Running
+    generation: Generation
     drafting: bool  # tokens are drafted ahead
     n: int = 1  # choices told for each prompt...
     candidates: int = 1  # ... where more are generated, the best of so many
 
     @property
     def headers(self) -> dict[str, str]:
-        return request_admission.headers(self.running.account.opened.assignment)
+        return request_selection.headers(self.generation.account.opened.assignment)
 
     @property
     def usage(self) -> Json:
-        choices = self.running.choices
-        prompt_tokens = self.running.account.opened.prompt_tokens
-        told = usage(prompt_tokens, choices.completion_tokens, choices.cached_tokens)
+        made = self.generation
+        prompt_tokens = made.account.opened.prompt_tokens
+        told = usage(prompt_tokens, made.completion_tokens, made.cached_tokens)
         if self.drafting:
-            told |= predictions(choices.drafted_tokens, choices.accepted_tokens)
+            told |= predictions(made.drafted_tokens, made.accepted_tokens)
         return told
 
 
@@ -103,14 +103,14 @@ def _best(collected: list[_Collected], answer: Answer) -> list[_Collected]:
 
 async def whole(answer: Answer) -> Json:
     """The answer in one piece."""
-    collected = [_Collected() for _ in range(len(answer.running.choices))]
-    async with aclosing(answer.running.pieces()) as pieces:
+    collected = [_Collected() for _ in answer.generation.choices]
+    async with aclosing(answer.generation.pieces()) as pieces:
         async for index, piece in pieces:
             choice = collected[index]
             choice.parts.append(piece.text)
             choice.tokens.extend(piece.tokens)
             choice.ending = piece.ending
-    await answer.running.account.settled()
+    await answer.generation.account.settled()
     return {
         **answer.envelope,
         "object": answer.shape.object,
@@ -127,7 +127,7 @@ async def streamed(answer: Answer, include_usage: bool) -> AsyncGenerator[bytes,
     envelope = {**answer.envelope, "object": answer.shape.chunk_object}
     without_usage = {"usage": None} if include_usage else {}
     opened: set[int] = set()
-    async with aclosing(answer.running.pieces()) as pieces:
+    async with aclosing(answer.generation.pieces()) as pieces:
         async for index, piece in pieces:
             said = [answer.shape.chunk(index, piece)]
             if index not in opened:
@@ -138,7 +138,7 @@ async def streamed(answer: Answer, include_usage: bool) -> AsyncGenerator[bytes,
                 yield event({**envelope, "choices": [choice], **without_usage})
     if include_usage:
         yield event({**envelope, "choices": [], "usage": answer.usage})
-    await answer.running.account.settled()
+    await answer.generation.account.settled()
     yield DONE
 
 
@@ -150,13 +150,13 @@ async def respond(request: Request, body: Sampled, answer: Answer) -> Response:
             return await event_stream(request, events, answer.headers)
         content = json.dumps(await unless_gone(request, whole(answer)), ensure_ascii=False)
     except BaseException:
-        await answer.running.close()
+        answer.generation.close()
         raise
     return Response(content, media_type="application/json", headers=answer.headers)
 
 
-def _envelope(services: Services, running: Running) -> Json:
-    opened = running.account.opened
+def _envelope(services: Services, generation: Generation) -> Json:
+    opened = generation.account.opened
     told = {
         "id": opened.request_id,
         "created": int(opened.at),
@@ -164,7 +164,7 @@ def _envelope(services: Services, running: Running) -> Json:
         "system_fingerprint": services.fingerprint,
     }
     if opened.assignment is not None:
-        told["quickchange"] = request_admission.shown(opened.assignment)
+        told["quickchange"] = request_selection.shown(opened.assignment)
     return told
 
 
@@ -198,10 +198,10 @@ async def completions(
     request: Request, body: CompletionRequest, services: Injected, caller: Calling
 ) -> Response:
     """Continue a prompt."""
-    order = request_admission.select(services, caller, body, request.headers)
+    order = request_selection.select(services, caller, body, request.headers)
     body = order.body
     prompts = await token_ids(services, body.prompt, "prompt")
-    running = await request_admission.admit(
+    generation = await request_selection.admit(
         services,
         order,
         prompts,
@@ -211,10 +211,10 @@ async def completions(
     )
     shape = CompletionShape(services.text, body.logprobs is not None)
     if body.echo or body.prompt_logprobs is not None:
-        shape = PromptShape(services.text, body, _told(services, body, prompts), running.choices)
+        shape = PromptShape(services.text, body, _told(services, body, prompts), generation.choices)
     drafting = order.selection.drafting is not None
-    envelope = _envelope(services, running)
-    answer = Answer(envelope, shape, running, drafting, body.n, body.candidates)
+    envelope = _envelope(services, generation)
+    answer = Answer(envelope, shape, generation, drafting, body.n, body.candidates)
     return await respond(request, body, answer)
 
 
@@ -236,14 +236,14 @@ async def chat_completions(
     request: Request, body: ChatRequest, services: Injected, caller: Calling
 ) -> Response:
     """Answer a chat."""
-    order = request_admission.select(services, caller, body, request.headers)
+    order = request_selection.select(services, caller, body, request.headers)
     order, calls = with_tools(services.text, order)
     body = order.body
     prompt = await services.text.encode_chat(
         [message.for_template() for message in body.messages],
         tools=[tool.for_template() for tool in body.offered_tools],
     )
-    running = await request_admission.admit(
+    generation = await request_selection.admit(
         services,
         order,
         [prompt],
@@ -256,5 +256,5 @@ async def chat_completions(
         most = None if body.parallel_tool_calls else 1
         shape = ToolChatShape(services.text, body.logprobs, calls.reader, most=most)
     drafting = order.selection.drafting is not None
-    answer = Answer(_envelope(services, running), shape, running, drafting)
+    answer = Answer(_envelope(services, generation), shape, generation, drafting)
     return await respond(request, body, answer)

@@ -11,6 +11,7 @@ from typing import ClassVar, Literal
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
+from quickchange_server.api import request_selection
 from quickchange_server.api.auth import Calling
 from quickchange_server.api.openai.completions import token_ids
 from quickchange_server.api.openai.requests import CompletionRequest, WeightedAdapter
@@ -21,9 +22,8 @@ from quickchange_server.api.request_base import Body, Prompt, Unsupported
 from quickchange_server.api.sse import unless_gone
 from quickchange_server.entrypoints.app_state import Injected
 from quickchange_server.errors import EngineFailedError
-from quickchange_server.frontend import request_admission
 from quickchange_server.frontend.embedding import Floats, unit, vector
-from quickchange_server.frontend.request_observers import Running
+from quickchange_server.frontend.generation import Generation
 from quickchange_server.protocol import Pooling
 
 router = APIRouter(tags=["OpenAI"], responses=COMMON_ERRORS)
@@ -65,8 +65,8 @@ async def embeddings(
     request: Request, body: EmbeddingRequest, services: Injected, caller: Calling
 ) -> Response:
     """Turn texts into vectors."""
-    order = request_admission.select(services, caller, body.as_completion(), request.headers)
-    running = await request_admission.admit(
+    order = request_selection.select(services, caller, body.as_completion(), request.headers)
+    generation = await request_selection.admit(
         services,
         order,
         await token_ids(services, body.input, "input"),
@@ -76,12 +76,12 @@ async def embeddings(
         pooling=body.pooling,
     )
     try:
-        vectors = await unless_gone(request, _vectors(running))
-        await running.account.settled()
+        vectors = await unless_gone(request, _vectors(generation))
+        await generation.account.settled()
     except BaseException:
-        await running.close()
+        generation.close()
         raise
-    opened = running.account.opened
+    opened = generation.account.opened
     told: Json = {
         "object": "list",
         "data": [
@@ -96,24 +96,23 @@ async def embeddings(
         "usage": {"prompt_tokens": opened.prompt_tokens, "total_tokens": opened.prompt_tokens},
     }
     if opened.assignment is not None:
-        told["quickchange"] = request_admission.shown(opened.assignment)
+        told["quickchange"] = request_selection.shown(opened.assignment)
     return Response(
         json.dumps(told),
         media_type="application/json",
-        headers=request_admission.headers(opened.assignment),
+        headers=request_selection.headers(opened.assignment),
     )
 
 
-async def _vectors(running: Running) -> Sequence[Floats]:
+async def _vectors(generation: Generation) -> Sequence[Floats]:
     """One [H] for each input."""
-    async for _ in running.pieces():
+    async for _ in generation.pieces():
         pass
     vectors = []
-    for index in range(len(running.choices)):
-        embedding = running.choices[index].embedding
-        if embedding is None:
+    for choice in generation.choices:
+        if choice.embedding is None:
             raise EngineFailedError("the engine ended an embedding without a vector; try again")
-        vectors.append(vector(embedding))
+        vectors.append(vector(choice.embedding))
     return vectors
 
 

@@ -16,7 +16,7 @@ from itertools import islice
 from typing import Any
 
 from quickchange_server.api.openai.requests import CompletionRequest
-from quickchange_server.frontend.generation import Choices
+from quickchange_server.frontend.generation import Choice
 from quickchange_server.frontend.output_processor import Ending, LoggedToken, Piece
 from quickchange_server.frontend.tokenizer import Text
 from quickchange_server.frontend.tool_parser import ToolCall, ToolReader
@@ -190,7 +190,7 @@ class PromptShape(CompletionShape):
         text: Text,
         body: CompletionRequest,
         prompts: Sequence[ToldPrompt],
-        choices: Choices,
+        choices: Sequence[Choice],
     ) -> None:
         super().__init__(text, body.logprobs is not None)
         self._body = body

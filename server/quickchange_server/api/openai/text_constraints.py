@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 
 from quickchange_server.api.openai.requests import Constrained, StructuredOutputs
 from quickchange_server.errors import InvalidRequestError
 from quickchange_server.protocol import Constraint
 from quickchange_server.structured_output.schema_keywords import check_keywords
+from quickchange_server.structured_output.validator import Asked
 
 LONGEST = 64 * 1024  # characters of a schema, a regular expression or a grammar
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """A constraint, and the field that asks for it."""
-
-    constraint: Constraint
-    place: str
 
 
 def asked(body: Constrained) -> Asked | None:

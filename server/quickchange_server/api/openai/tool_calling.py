@@ -8,15 +8,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from quickchange_server.api.openai.requests import ChatRequest, Message
-from quickchange_server.api.openai.text_constraints import Asked, asked
+from quickchange_server.api.openai.text_constraints import asked
 from quickchange_server.api.openai.tool_requests import Tool
+from quickchange_server.api.request_selection import Order
 from quickchange_server.errors import InvalidRequestError
-from quickchange_server.frontend.request_admission import Order
 from quickchange_server.frontend.tokenizer import Text
 from quickchange_server.frontend.tool_parser import ToolFormat, ToolReader
 from quickchange_server.protocol import Constraint
 from quickchange_server.structured_output.grammar import JSON_FORM
 from quickchange_server.structured_output.schema_keywords import check_keywords
+from quickchange_server.structured_output.validator import Asked
 
 Json = dict[str, Any]
 

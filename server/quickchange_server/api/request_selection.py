@@ -1,0 +1,250 @@
+"""From a validated body to an admitted request: what its names mean, its experiment's variant.
+
+The part of admission that knows of bodies, names and experiments;
+`frontend/request_admission.py` has the rest.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Generic, TypeVar
+
+from quickchange_server.adapter_registry.resolver import Selection, WeightedName
+from quickchange_server.adapter_registry.visibility import Sees, everything
+from quickchange_server.api.openai.requests import Sampled
+from quickchange_server.api.openai.responses import Json
+from quickchange_server.api.openai.text_constraints import asked
+from quickchange_server.entrypoints.app_state import Services
+from quickchange_server.errors import AdapterFailedError, InvalidRequestError, QuickchangeError
+from quickchange_server.experiments.assignment import assign, subject_of
+from quickchange_server.experiments.definition import Served, Shadow
+from quickchange_server.experiments.experiment import Experiment
+from quickchange_server.experiments.layout import SIZE
+from quickchange_server.frontend.caller import Caller
+from quickchange_server.frontend.generation import Generation
+from quickchange_server.frontend.request_admission import Wanted
+from quickchange_server.frontend.request_observers import Assignment
+from quickchange_server.protocol import Pooling, Submit
+from quickchange_server.structured_output.validator import Asked
+
+logger = logging.getLogger(__name__)
+
+_CHANCE = random.SystemRandom()
+
+B = TypeVar("B", bound=Sampled)
+
+
+@dataclass(frozen=True, slots=True)
+class Order(Generic[B]):
+    """What is to be generated, and for whom, before its prompt is tokens."""
+
+    caller: Caller
+    model: str  # as the client named it
+    body: B  # with what the experiment's variant changes
+    selection: Selection
+    assignment: Assignment | None = None
+    traceparent: str | None = None
+    shadows: tuple[tuple[Assignment, Order[B]], ...] = ()  # computed beside it, never shown
+    demanded: Asked | None = None  # what the text must be for another reason than those fields
+    shadow_limit: int = 0  # of its experiment's shadows at once
+    # Makes the one adapter that serves it of the selection's, and tells its digest.
+    derive: Callable[[], Awaitable[str]] | None = None
+
+    @property
+    def is_shadow(self) -> bool:
+        return self.assignment is not None and self.assignment.shadow
+
+
+def select(services: Services, caller: Caller, body: B, headers: Mapping[str, str]) -> Order[B]:
+    """What the body's `model`, `adapters` and `turbo` name for this caller."""
+    traceparent = headers.get("traceparent")
+    named = services.experiments.find(body.model) if caller.sees(body.model) else None
+    if named is None:
+        selection = _selection(services, body, caller.sees)
+        return Order(caller, body.model, body, selection, traceparent=traceparent)
+    services.catalog.select(services.catalog.base_name, turbo=body.turbo, sees=caller.sees)
+    assignment = _assigned(services, named, caller, body, headers)
+    definition = named.definition
+    order = _served(services, caller, body, assignment, definition.variant(assignment.variant))
+    return replace(
+        order,
+        traceparent=traceparent,
+        shadows=tuple(_shadows(services, caller, body, assignment, named)),
+        shadow_limit=definition.shadow_limit,
+    )
+
+
+def _served(
+    services: Services, caller: Caller, body: B, assignment: Assignment, variant: Served
+) -> Order[B]:
+    """The order that a variant of an experiment makes of a body. Raises AdapterFailedError."""
+    changed = _overridden(services, body, variant)
+    try:
+        selection = _selection(services, changed, everything)  # variants are the operator's
+    except QuickchangeError as error:
+        services.experiment_metrics.unservable(assignment)
+        raise _unservable(assignment, error) from error
+    return Order(caller, body.model, changed, selection, assignment)
+
+
+def _shadows(
+    services: Services, caller: Caller, body: B, assignment: Assignment, experiment: Experiment
+) -> Iterator[tuple[Assignment, Order[B]]]:
+    """The shadows of a request. One that can't be served must not cost the request its answer."""
+    for shadow in _drawn(experiment):
+        beside = replace(assignment, variant=shadow.name, shadow=True)
+        with suppress(AdapterFailedError):  # logged
+            yield beside, _served(services, caller, body, beside, shadow)
+
+
+def _selection(services: Services, body: Sampled, sees: Sees) -> Selection:
+    composition = [WeightedName(entry.id, entry.weight) for entry in body.adapters]
+    return services.catalog.select(body.model, composition, body.turbo, sees=sees)
+
+
+def _assigned(
+    services: Services,
+    experiment: Experiment,
+    caller: Caller,
+    body: Sampled,
+    headers: Mapping[str, str],
+) -> Assignment:
+    """The variant that answers. Raises InvalidRequestError where the body has a composition."""
+    if body.adapters:
+        raise InvalidRequestError(
+            f"adapters: {experiment.name!r} is an experiment, which says itself what answers; "
+            "remove it",
+            param="adapters",
+        )
+    subject = subject_of(experiment.definition.sticky, body, headers)
+    draw = _CHANCE.randrange(SIZE)
+    return assign(experiment, caller.tenant, subject, draw, services.experiments.clock())
+
+
+def _drawn(experiment: Experiment) -> Iterator[Shadow]:
+    """The shadows that this request gets, drawn by their shares; none unless it runs."""
+    if experiment.state == "running":
+        for shadow in experiment.definition.shadows:
+            if _CHANCE.random() < shadow.share:
+                yield shadow
+
+
+def _overridden(services: Services, body: B, variant: Served) -> B:
+    """The body as the variant is asked for it."""
+    changes: dict[str, Any] = {
+        "model": variant.model or services.catalog.base_name,
+        "adapters": variant.adapters,
+        **variant.overrides,
+    }
+    if variant.turbo is not None:
+        changes["turbo"] = variant.turbo
+    wanted = variant.overrides.get("max_tokens")
+    if wanted is not None:
+        changes["min_tokens"] = min(body.min_tokens, wanted)
+        if "max_completion_tokens" in type(body).model_fields:
+            changes["max_completion_tokens"] = wanted
+    return body.model_copy(update=changes)
+
+
+def _unservable(assignment: Assignment, error: QuickchangeError) -> AdapterFailedError:
+    """What a client is told, who knows nothing of variants; the log has the rest."""
+    logger.error(
+        "the experiment %s can't serve its variant %s: %s",
+        assignment.experiment,
+        assignment.variant,
+        error,
+    )
+    return AdapterFailedError(
+        f"model: the experiment {assignment.experiment!r} names something that can't be served "
+        "now; whoever runs it finds why in the server's log",
+        param="model",
+    )
+
+
+def shown(assignment: Assignment) -> Json:
+    """An assignment as the answer's field tells it."""
+    return {"experiment": assignment.experiment, "variant": assignment.variant}
+
+
+def headers(assignment: Assignment | None) -> dict[str, str]:
+    """An assignment as the answer's headers tell it."""
+    if assignment is None:
+        return {}
+    return {
+        "x-quickchange-experiment": assignment.experiment,
+        "x-quickchange-variant": assignment.variant,
+    }
+
+
+async def admit(
+    services: Services,
+    order: Order[B],
+    prompts: Sequence[Sequence[int]],
+    *,
+    request_id: str,
+    prompt_param: str,
+    default_tokens: int | None,
+    pooling: Pooling | None = None,
+) -> Generation:
+    """As `RequestAdmission.admit`, of an order with its prompts; and begin its shadows.
+
+    `default_tokens` are generated at most where the body doesn't say; None: all that fit.
+    """
+    body, selection = order.body, order.selection
+    submit = _submit(services, order, request_id, pooling)
+    wanted = Wanted(
+        submit=submit,
+        caller=order.caller,
+        model=order.model,
+        label=selection.label,
+        drafter=selection.drafter if pooling is None else None,
+        prompts=prompts,
+        prompt_param=prompt_param,
+        candidates=body.candidates,
+        default_tokens=default_tokens,
+        constraint=asked(body) or order.demanded,
+        scored_alike=body.stream,  # each choice of a stream begins with its prompt's
+        derive=order.derive,
+        assignment=order.assignment,
+        user=body.user,
+        traceparent=order.traceparent,
+        observers=(services.exposures,) if order.is_shadow else services.books,
+    )
+    generation = await services.admission.admit(wanted)
+    again = partial(
+        admit,
+        services,
+        prompts=prompts,
+        prompt_param=prompt_param,
+        default_tokens=default_tokens,
+        pooling=pooling,
+    )
+    for number, (assignment, shadow) in enumerate(order.shadows):
+        beside = partial(again, order=shadow, request_id=f"{request_id}.{number}")
+        services.shadows.start(assignment, order.shadow_limit, beside)
+    return generation
+
+
+def _submit(
+    services: Services, order: Order[B], request_id: str, pooling: Pooling | None
+) -> Submit:
+    """What each choice has in common; the admission settles the rest."""
+    body = order.body
+    services.text.check_ids(body.stop_token_ids, "stop_token_ids")
+    services.text.check_ids(list(body.logit_bias), "logit_bias")
+    return Submit(
+        request_id=request_id,
+        prompt=(),
+        sampling=body.sampling_params(),
+        adapters=order.selection.adapters,
+        drafting=order.selection.drafting if pooling is None else None,
+        salt=order.caller.salt,
+        background=order.is_shadow,
+        pooling=pooling,
+        seed=0,
+    )
