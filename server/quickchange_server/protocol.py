@@ -27,23 +27,23 @@ class SamplingParams:
     """
 
     n: Annotated[int, Interval(ge=1)] = 1  # choices
-    seed: Annotated[int | None, Interval(ge=-(2**63), lt=2**64)] = None  # None: drawn
-    max_tokens: Annotated[int | None, Interval(ge=0)] = 16  # new ones; None: all that fit
-    min_tokens: Annotated[int, Interval(ge=0)] = 0  # nothing stops before this many new tokens
     temperature: Annotated[float, Interval(ge=0)] = 1.0  # 0 means greedy
-    top_k: Annotated[int, Interval(ge=-1)] = 0  # 0 and -1 mean off
     top_p: Annotated[float, Interval(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Interval(ge=-1)] = 0  # 0 and -1 mean off
     min_p: Annotated[float, Interval(ge=0, le=1)] = 0.0
     typical_p: Annotated[float, Interval(gt=0, le=1)] = 1.0  # Meister et al. 2022
-    repetition_penalty: Annotated[float, Interval(gt=0)] = 1.0  # over prompt and output
     presence_penalty: Annotated[float, Interval(ge=-2, le=2)] = 0.0  # over output, as OpenAI's
     frequency_penalty: Annotated[float, Interval(ge=-2, le=2)] = 0.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)  # by token id
+    repetition_penalty: Annotated[float, Interval(gt=0)] = 1.0  # over prompt and output
+    max_tokens: Annotated[int | None, Interval(ge=0)] = 16  # new ones; None: all that fit
+    min_tokens: Annotated[int, Interval(ge=0)] = 0  # nothing stops before this many new tokens
     stop: Sequence[str] = ()  # strings, kept as a tuple
     stop_token_ids: Collection[int] = frozenset()  # besides the end-of-sequence ids
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False  # what ended the text, string or token, is part of it
     skip_special_tokens: bool = True
+    seed: Annotated[int | None, Interval(ge=-(2**63), lt=2**64)] = None  # None: drawn
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)  # by token id
     logprobs: Annotated[int | None, Interval(ge=0)] = None  # n: the n best besides the sampled
     prompt_logprobs: Annotated[int | None, Interval(ge=0)] = None  # the same of the prompt's tokens
 

@@ -72,7 +72,7 @@ def draws(sampling: Sequence[SamplingParams], uniforms: Sequence[float]) -> Draw
     return Draws(
         temperature=column("temperature"),
         uniform=torch.tensor(uniforms, dtype=torch.float64),
-        top_k=column("top_k").long(),
+        top_k=column("top_k"),
         top_p=column("top_p"),
         min_p=column("min_p"),
         typical_p=column("typical_p"),

@@ -223,8 +223,8 @@ def test_sample_draws_the_plain_versions_tokens() -> None:
         [[0.0, 1.0, 0.7], [0.5, 0.73, 0.99], [0.5, 1.0, 0.9], [0.1, 0.0, 0.02], [0.5, 0.6, 0.8]],
         dtype=torch.float64,
     )
-    top_k = torch.tensor([3, 0, 50])
-    how = (temperature, uniform, top_k, top_p, min_p, typical_p, None, None, None)
+    top_k = torch.tensor([3, 0, 50], dtype=torch.float64)
+    how = (temperature, uniform, [top_k, top_p, min_p, typical_p], None, None, None)
     with launches_run_as_ptx(seed=13):
         tokens, sound = sample_triton.launch_sample(logits, *how)
     expected_tokens, expected_sound = plain_sample(logits, *how)

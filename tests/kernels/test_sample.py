@@ -43,7 +43,7 @@ def draws(rules: list[Rules]) -> Draws:
     return Draws(
         column("temperature"),
         column("uniform"),
-        column("top_k").long(),
+        column("top_k"),
         column("top_p"),
         column("min_p"),
         column("typical_p"),
@@ -52,8 +52,7 @@ def draws(rules: list[Rules]) -> Draws:
 
 def run_plain(logits: Tensor, how: Draws, edits: Edits | None = None) -> Drawn:
     changes = (None, None, None) if edits is None else (edits.begin, edits.token, edits.value)
-    draw = (how.temperature, how.uniform, how.top_k, how.top_p, how.min_p, how.typical_p)
-    return Drawn(*plain_sample(logits, *draw, *changes))
+    return Drawn(*plain_sample(logits, how.temperature, how.uniform, how.filters, *changes))
 
 
 Run = Callable[..., Drawn]

@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 
 from quickchange_store.canonical.canonical_adapter import CanonicalAdapter
 from quickchange_store.store import Store
-from quickchange_store.training import engine_outputs
+from quickchange_training import engine_outputs
 from quickchange_training.cli import app
 from quickchange_training.turbo.head_maker import Wanted
 from quickchange_training.turbo.turbo_data import Generate, OnOutput

@@ -18,8 +18,7 @@ NEVER = float("-inf")
 
 def plain(logits: Tensor, how: Draws, edits: Edits | None = None) -> tuple[Tensor, Tensor]:
     changes = (None, None, None) if edits is None else (edits.begin, edits.token, edits.value)
-    draw = (how.temperature, how.uniform, how.top_k, how.top_p, how.min_p, how.typical_p)
-    return plain_sample(logits, *draw, *changes)
+    return plain_sample(logits, how.temperature, how.uniform, how.filters, *changes)
 
 
 def check(logits: Tensor, how: Draws, edits: Edits | None = None) -> None:
@@ -39,7 +38,7 @@ def draws(device: torch.device) -> Draws:
     return Draws(
         temperature=column(0.0, 1.0, 0.7, 1.4, 1e-45, device=device),
         uniform=column(0.5, 0.73, 0.31, 0.99, 1 - 2**-53, device=device),
-        top_k=torch.tensor([3, 0, 50, 7, 10**6], device=device),
+        top_k=column(3, 0, 50, 7, 10**6, device=device),
         top_p=column(0.5, 1.0, 0.9, 0.6, 0.0, device=device),
         min_p=column(0.1, 0.0, 0.02, 0.3, 0.0, device=device),
         typical_p=column(0.3, 0.4, 0.85, 1.0, 0.0, device=device),

@@ -262,7 +262,7 @@ def sample_case(bench: DeviceSetup, rows: int, vocabulary: int) -> GpuCase:
     def outputs() -> tuple[Tensor, Tensor]:
         tokens = sample(logits.clone(), there).tokens.cpu()
         expected, _ = plain_sample(
-            logits.cpu(), draws.temperature, draws.uniform, None, draws.top_p, *[None] * 5
+            logits.cpu(), draws.temperature, draws.uniform, draws.filters, *[None] * 3
         )
         return (tokens == expected).double(), torch.ones(rows, dtype=torch.float64)
 

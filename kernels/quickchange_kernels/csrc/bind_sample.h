@@ -35,14 +35,17 @@ Optional packed(const Optional& tensor) {
 }
 
 std::tuple<Tensor, Tensor> sample(
-    Tensor& given, const Optional& temperature, const Optional& uniform, const Optional& top_k,
-    const Optional& top_p, const Optional& min_p, const Optional& typical_p,
-    const Optional& edit_begin, const Optional& edit_token, const Optional& edit_value) {
+    Tensor& given, const Optional& temperature, const Optional& uniform,
+    const c10::List<Optional>& filters, const Optional& edit_begin, const Optional& edit_token,
+    const Optional& edit_value) {
   const Tensor logits = given.scalar_type() == at::kFloat ? given : given.to(at::kFloat);
   const int64_t R = logits.size(0), V = logits.size(1);
   TORCH_CHECK_VALUE(
       V > 0 && logits.stride(1) == 1 && temperature.has_value() == uniform.has_value(),
       "sample: logits must be [R, V] with contiguous rows, and temperature and uniform go together");
+  TORCH_CHECK_VALUE(
+      int64_t(filters.size()) <= MAX_FILTERS, "sample: ", filters.size(), " filters; at most ",
+      MAX_FILTERS);
   if (edit_begin) {
     const Tensor begin = edit_begin->contiguous();
     const Tensor token = edit_token->contiguous(), value = edit_value->contiguous();
@@ -52,12 +55,15 @@ std::tuple<Tensor, Tensor> sample(
   }
   Tensor tokens = at::empty({R}, logits.options().dtype(at::kLong));
   Tensor sound = at::empty({R}, logits.options().dtype(at::kBool));
-  const Optional t = packed(temperature), u = packed(uniform), k = packed(top_k), p = packed(top_p),
-                 m = packed(min_p), typical = packed(typical_p);
-  const SampleArgs args{
+  const Optional t = packed(temperature), u = packed(uniform);
+  SampleArgs args{
       data<float>(logits), logits.stride(0), V, data_or_null<double>(t), data_or_null<double>(u),
-      data_or_null<int64_t>(k), data_or_null<double>(p), data_or_null<double>(m),
-      data_or_null<double>(typical), data<int64_t>(tokens), data<bool>(sound)};
+      {}, data<int64_t>(tokens), data<bool>(sound)};
+  std::vector<Optional> columns;  // keeps them
+  for (size_t i = 0; i < filters.size(); i++) {
+    columns.push_back(packed(filters.get(i)));
+    args.filters[i] = data_or_null<double>(columns.back());
+  }
   const Kernels& version = kernels();
   // Less than some 64 Ki tokens is not worth a second thread.
   const int64_t step = std::max<int64_t>(1, 65536 / V);

@@ -195,16 +195,15 @@ constexpr float SMALLEST_TEMPERATURE = 1e-30f;
 constexpr float EXP2[6] = {0.6931471824645996f,    0.24022650718688965f,  0.055503569543361664f,
                            0.009618056938052177f, 0.0013390866806730628f, 0.00015461447765119374f};
 
+constexpr int64_t MAX_FILTERS = 16;
+
 // Null where no row uses it.
 struct SampleArgs {
   const float* logits;  // [rows, V], edited
   int64_t ld, V;
   const double* temperature;  // [rows], like those below
   const double* uniform;
-  const int64_t* top_k;
-  const double* top_p;
-  const double* min_p;
-  const double* typical_p;
+  const double* filters[MAX_FILTERS];  // as sample.py's FILTERS; sample_impl.h names them
   int64_t* tokens;
   bool* sound;
 };

@@ -2,6 +2,8 @@
 // leave out. `masses` is bit for bit `sample_plain.masses`. No algorithm or container of the standard
 // library here: its code, compiled for one instruction set, would serve all.
 
+enum Filter { TOP_K, TOP_P, MIN_P, TYPICAL_P };  // in the order of sample.py's FILTERS
+
 constexpr int64_t BLOCK = SAMPLE_BLOCK;
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
 constexpr int LIMB = MASS_BITS / 2;
@@ -304,18 +306,19 @@ inline int64_t inverse_cdf(
 inline int64_t draw(
     const SampleArgs& a, int64_t r, const BlockedRow& row, float peak, const SampleScratch& s) {
   Kept kept{peak, std::max(float(a.temperature[r]), SMALLEST_TEMPERATURE)};
-  if (a.top_k && a.top_k[r] > 0 && a.top_k[r] < row.size())
-    kept.least_logit = top_k_edge(row, s, peak, a.top_k[r]);
+  const auto value = [&](Filter filter, double off) {
+    return a.filters[filter] ? a.filters[filter][r] : off;
+  };
+  const double top_k = value(TOP_K, 0), top_p = value(TOP_P, 1);
+  const double min_p = value(MIN_P, 0), typical_p = value(TYPICAL_P, 1);
+  if (top_k > 0 && top_k < double(row.size()))
+    kept.least_logit = top_k_edge(row, s, peak, int64_t(top_k));
   int64_t least = 1;
-  if (a.top_p && a.top_p[r] < 1)
-    least = nucleus_edge(row, kept, s, block_sums(row, kept, s), a.top_p[r]);
-  if (a.min_p) {
-    const int64_t whole = int64_t(1) << MASS_BITS;
-    least = std::max(least, std::min(whole, int64_t(a.min_p[r] * double(whole))));
-  }
+  if (top_p < 1) least = nucleus_edge(row, kept, s, block_sums(row, kept, s), top_p);
+  const double whole = double(int64_t(1) << MASS_BITS);
+  least = std::max(least, int64_t(std::min(whole, min_p * whole)));
   kept.least_mass = least;
-  if (a.typical_p && a.typical_p[r] < 1)
-    keep_typical(row, kept, s, block_sums(row, kept, s), a.typical_p[r]);
+  if (typical_p < 1) keep_typical(row, kept, s, block_sums(row, kept, s), typical_p);
   return inverse_cdf(row, kept, s, block_sums(row, kept, s), a.uniform[r]);
 }
 

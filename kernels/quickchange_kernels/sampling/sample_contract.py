@@ -23,7 +23,7 @@ mass at 2⁻⁴² of the best token's takes at most 2⁻²⁴ of the whole from 
 Contract
     logits      [R, V]  float32, bfloat16 or float16; rows contiguous (any row stride), V <= 2²⁰.
                         Edits are made in place where they are float32, else in a copy
-    temperature, uniform, top_p, min_p, typical_p  float64 [R]   top_k  int64 [R]
+    temperature, uniform and each of FILTERS  float64 [R]
                         uniform in [0, 1); top_k of 0, or of V and more, is off, as are top_p and
                         typical_p >= 1 and min_p <= 0. A filter that no row uses is None, and costs
                         nothing
@@ -34,7 +34,7 @@ Tokens in `Edits` are trusted to lie in the vocabulary. Knows nothing of sequenc
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -65,10 +65,19 @@ class Draws:
 
     temperature: Tensor | None = None  # float64 [R]; None: 0 in all rows
     uniform: Tensor | None = None  # float64 [R]; there exactly where temperature is
-    top_k: Tensor | None = None  # int64 [R]
-    top_p: Tensor | None = None  # float64 [R]
-    min_p: Tensor | None = None  # float64 [R]
-    typical_p: Tensor | None = None  # float64 [R]
+    top_k: Tensor | None = None  # float64 [R], as all filters; whole numbers
+    top_p: Tensor | None = None
+    min_p: Tensor | None = None
+    typical_p: Tensor | None = None
+
+    @property
+    def filters(self) -> list[Tensor | None]:
+        """The filters as every version takes them, in the order of FILTERS."""
+        return [getattr(self, name) for name in FILTERS]
+
+
+_COLUMNS = tuple(field.name for field in fields(Draws))
+FILTERS = _COLUMNS[2:]  # in the order in which they are handed over and work
 
 
 class Drawn(NamedTuple):
@@ -78,16 +87,15 @@ class Drawn(NamedTuple):
     sound: Tensor  # bool [R]
 
 
-def _fake(logits: Tensor, *_: Tensor | None) -> tuple[Tensor, Tensor]:
+def _fake(logits: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     rows = logits.shape[0]
     return logits.new_empty(rows, dtype=torch.int64), logits.new_empty(rows, dtype=torch.bool)
 
 
 _sample = dispatch.declare(
     "sample",
-    "(Tensor(a!) logits, Tensor? temperature, Tensor? uniform, Tensor? top_k, Tensor? top_p, "
-    "Tensor? min_p, Tensor? typical_p, Tensor? edit_begin, Tensor? edit_token, Tensor? edit_value) "
-    "-> (Tensor, Tensor)",
+    "(Tensor(a!) logits, Tensor? temperature, Tensor? uniform, Tensor?[] filters, "
+    "Tensor? edit_begin, Tensor? edit_token, Tensor? edit_value) -> (Tensor, Tensor)",
     plain_sample,
     _fake,
 )
@@ -99,18 +107,7 @@ def sample(logits: Tensor, draws: Draws, edits: Edits | None = None) -> Drawn:
     check(logits, draws, edits)
     native.ensure()
     changes = (None, None, None) if edits is None else (edits.begin, edits.token, edits.value)
-    return Drawn(
-        *_sample(
-            logits,
-            draws.temperature,
-            draws.uniform,
-            draws.top_k,
-            draws.top_p,
-            draws.min_p,
-            draws.typical_p,
-            *changes,
-        )
-    )
+    return Drawn(*_sample(logits, draws.temperature, draws.uniform, draws.filters, *changes))
 
 
 def check(logits: Tensor, draws: Draws, edits: Edits | None) -> None:
@@ -122,11 +119,11 @@ def check(logits: Tensor, draws: Draws, edits: Edits | None) -> None:
         )
     if (draws.temperature is None) != (draws.uniform is None):
         raise ValueError("sample: temperature and uniform must be given together")
-    for name, dtype in _DRAW_DTYPES.items():
+    for name in _COLUMNS:
         value: Tensor | None = getattr(draws, name)
-        if value is not None and (value.dtype != dtype or value.shape != logits.shape[:1]):
+        if value is not None and (value.dtype != torch.float64 or value.shape != logits.shape[:1]):
             raise ValueError(
-                f"sample: {name} is {value.dtype} {tuple(value.shape)}; it must be {dtype} "
+                f"sample: {name} is {value.dtype} {tuple(value.shape)}; it must be torch.float64 "
                 f"[{logits.shape[0]}]"
             )
     if edits is not None and edits.begin.shape != (len(EDITS) * logits.shape[0] + 1,):
@@ -134,13 +131,3 @@ def check(logits: Tensor, draws: Draws, edits: Edits | None) -> None:
             f"sample: edits.begin has shape {tuple(edits.begin.shape)}; {logits.shape[0]} rows "
             f"need [{len(EDITS) * logits.shape[0] + 1}]"
         )
-
-
-_DRAW_DTYPES = {
-    "temperature": torch.float64,
-    "uniform": torch.float64,
-    "top_k": torch.int64,
-    "top_p": torch.float64,
-    "min_p": torch.float64,
-    "typical_p": torch.float64,
-}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -29,10 +31,7 @@ def plain_sample(
     logits: Tensor,
     temperature: Tensor | None,
     uniform: Tensor | None,
-    top_k: Tensor | None,
-    top_p: Tensor | None,
-    min_p: Tensor | None,
-    typical_p: Tensor | None,
+    filters: Sequence[Tensor | None],
     edit_begin: Tensor | None,
     edit_token: Tensor | None,
     edit_value: Tensor | None,
@@ -46,7 +45,7 @@ def plain_sample(
     sound = peak.isfinite().squeeze(1)
     tokens = best
     if temperature is not None and uniform is not None:
-        kept = kept_masses(logits, peak, temperature, top_k, top_p, min_p, typical_p)
+        kept = kept_masses(logits, peak, temperature, *filters)
         tokens = torch.where(temperature > 0, inverse_cdf(kept, uniform), best)
     return torch.where(sound, tokens, 0), sound
 
@@ -132,7 +131,7 @@ def kth_best(logits: Tensor, top_k: Tensor) -> Tensor:
     size = logits.shape[1]
     off = (top_k <= 0) | (top_k >= size)
     ordered = logits.sort(dim=-1, descending=True).values
-    kth = ordered.gather(1, (top_k - 1).clamp(0, size - 1)[:, None])
+    kth = ordered.gather(1, (top_k - 1).clamp(0, size - 1).long()[:, None])
     return kth.masked_fill(off[:, None], float("-inf"))
 
 

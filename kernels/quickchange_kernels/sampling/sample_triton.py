@@ -11,7 +11,7 @@ The kernels are compiled without fusing products with sums: that is what fixes a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -198,7 +198,7 @@ def peak_kernel(
 def top_k_kernel(
     logits,  # [R, V]
     best,  # float32 [R, splits]
-    top_k,  # int64 [R]
+    top_k,  # float64 [R]
     kth,  # int32 [R]: keys >= it are kept
     V,
     splits,
@@ -207,7 +207,8 @@ def top_k_kernel(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    wanted = tl.load(top_k + row)
+    limit = tl.load(top_k + row)
+    wanted = tl.minimum(limit, V).to(tl.int64)
     peak, _ = _row_peak(best, row, splits, SPLITS)
     low = tl.full((), _LOWEST_KEY, tl.int64)
     high = _keys(peak).to(tl.int64) + 1
@@ -450,15 +451,13 @@ def launch_sample(
     logits: Tensor,
     temperature: Tensor | None,
     uniform: Tensor | None,
-    top_k: Tensor | None,
-    top_p: Tensor | None,
-    min_p: Tensor | None,
-    typical_p: Tensor | None,
+    filters: Sequence[Tensor | None],
     edit_begin: Tensor | None,
     edit_token: Tensor | None,
     edit_value: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """sample; see sample_contract.py."""
+    top_k, top_p, min_p, typical_p = filters
     rows, size = logits.shape
     device = logits.device
     tokens = torch.empty(rows, dtype=torch.int64, device=device)
@@ -498,21 +497,21 @@ def launch_sample(
         top_p_kernel[row_grid](
             logits, best, temperature, kth, top_p, sums, least, *sizes, CUT=cut, **whole
         )
-    filters = {"CUT": cut, "FILTERED": nucleus, "FLOORED": floored}
+    kept = {"CUT": cut, "FILTERED": nucleus, "FLOORED": floored}
     floor = min_p if floored else least
     if typical:
         typical_kernel[row_grid](
             logits, best, temperature, kth, least, floor, typical_p, near, *sizes,
-            **filters, **whole,
+            **kept, **whole,
         )  # fmt: skip
-    filters["TYPICAL"] = typical
+    kept["TYPICAL"] = typical
     if drawn:
         sum_kernel[split_grid](
-            logits, best, temperature, kth, least, floor, near, sums, *sizes, **filters, **each,
+            logits, best, temperature, kth, least, floor, near, sums, *sizes, **kept, **each,
         )  # fmt: skip
     token_kernel[row_grid](
         logits, best, place, temperature if drawn else sums, uniform if drawn else sums, kth, least,
-        floor, near, sums, tokens, sound, *sizes, DRAWN=drawn, **filters, **each,
+        floor, near, sums, tokens, sound, *sizes, DRAWN=drawn, **kept, **each,
     )  # fmt: skip
     return tokens, sound
 
@@ -542,7 +541,7 @@ def compilations() -> Iterator[Compilation]:
 
 _TYPES = {
     "best": "*fp32", "place": "*i32", "temperature": "*fp64", "uniform": "*fp64",
-    "top_k": "*i64", "top_p": "*fp64", "min_p": "*fp64", "typical_p": "*fp64", "near": "*i32",
+    "top_k": "*fp64", "top_p": "*fp64", "min_p": "*fp64", "typical_p": "*fp64", "near": "*i32",
     "kth": "*i32", "least": "*i64", "sums": "*i64", "tokens": "*i64",
     "soundness": "*i1", "begin": "*i32", "token": "*i32", "value": "*fp32", "V": "i32",
     "splits": "i32", "stride_row": "i32",

@@ -6,10 +6,11 @@ vLLM's API but does not support is refused with the remedy, unless its value ask
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, ClassVar, get_args, get_type_hints
 
+from annotated_types import Interval
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -24,9 +25,13 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
 
+from quickchange_server.protocol import SamplingParams
+
 UNSUPPORTED = "unsupported"  # the type of the validation error; its context names the field
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 1024  # characters
+
+Number = FiniteFloat
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +44,25 @@ class Unsupported:
     def asks(self, value: Any) -> bool:
         # `1 == True` in Python: the type has to agree as well
         return not any(type(value) is type(known) and value == known for known in self.neutral)
+
+
+def sampling_fields(
+    names: Collection[str], narrowed: Mapping[str, Interval]
+) -> dict[str, tuple[Any, Any]]:
+    """Fields of a body for `create_model`, with the types, ranges and defaults of SamplingParams.
+
+    narrowed: ranges within those, where a route's own API has them.
+    """
+    hints = get_type_hints(SamplingParams, include_extras=True)
+    made = {}
+    for field in fields(SamplingParams):
+        if field.name in names:
+            kind, *ranges = get_args(hints[field.name]) or (hints[field.name],)
+            kind = Number if kind is float else kind
+            for interval in (*ranges, *filter(None, [narrowed.get(field.name)])):
+                kind = Annotated[kind, interval]
+            made[field.name] = (kind, field.default)
+    return made
 
 
 class Body(BaseModel):
@@ -176,4 +200,3 @@ Stops = Annotated[
 LogitBias = Annotated[
     SkipValidation[dict[int, float]], BeforeValidator(check_bias), WithJsonSchema(_BIASES)
 ]
-Number = FiniteFloat

@@ -6,16 +6,16 @@ in any batch, with or without speculation, and after a restart.
 
 The order: tokens that a constraint forbids masked; logit_bias added; stop ids suppressed while
 min_tokens is not reached; repetition penalty over prompt and output (transformers' rule); frequency
-and presence penalties over the output (OpenAI's rule); temperature; top_k, top_p, min_p, typical_p
-(transformers' order, and that of servers with fewer filters); inverse CDF over what is left, in
-vocabulary order. The arithmetic is `quickchange_kernels.sampling.sample_contract`; here parameters
-and tokens become its tables.
+and presence penalties over the output (OpenAI's rule); temperature; the filters in the order of
+FILTERS (transformers' order, and that of servers with fewer filters); inverse CDF over what is
+left, in vocabulary order. The arithmetic is `quickchange_kernels.sampling.sample_contract`; here
+parameters and tokens become its tables.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from quickchange_kernels.sampling.philox import uniforms
-from quickchange_kernels.sampling.sample_contract import EDITS, Draws, Edits, sample
+from quickchange_kernels.sampling.sample_contract import EDITS, FILTERS, Draws, Edits, sample
 from quickchange_kernels.sampling.token_mask import token_mask_
 from quickchange_server.engine.token_masks import TokenMasks
 from quickchange_server.model.input_buffers import upload
@@ -35,6 +35,7 @@ Ints = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
 
 _NEVER = float("-inf")
+_OFF = {name: getattr(SamplingParams(), name) for name in FILTERS}
 _TOP_LOGPROBS_STEP = 32  # torch's order of equal values depends on k: all small k use one
 
 
@@ -128,25 +129,15 @@ def _draws(rows: Sequence[SampleRow], device: torch.device) -> Draws:
     if not any(p.temperature for p in params):
         return Draws()
     columns: dict[str, Tensor] = {
-        "temperature": _float64(p.temperature for p in params),
+        "temperature": torch.tensor([p.temperature for p in params], dtype=torch.float64),
         "uniform": uniforms([row.seed for row in rows], [row.position for row in rows]),
     }
-    if any(p.top_k for p in params):
-        columns["top_k"] = torch.tensor([p.top_k for p in params])
-    if any(p.top_p < 1 for p in params):
-        columns["top_p"] = _float64(p.top_p for p in params)
-    if any(p.min_p for p in params):
-        columns["min_p"] = _float64(p.min_p for p in params)
-    if any(p.typical_p < 1 for p in params):
-        columns["typical_p"] = _float64(p.typical_p for p in params)
-    bits = torch.stack([column.view(torch.int64) for column in columns.values()]).to(device)
-    return Draws(
-        **{name: bits[i].view(column.dtype) for i, (name, column) in enumerate(columns.items())}
-    )
-
-
-def _float64(values: Iterable[float]) -> Tensor:
-    return torch.tensor(list(values), dtype=torch.float64)
+    for name, off in _OFF.items():
+        values = [getattr(p, name) for p in params]
+        if any(value != off for value in values):
+            columns[name] = torch.tensor(values, dtype=torch.float64)
+    table = torch.stack(list(columns.values())).to(device)
+    return Draws(**dict(zip(columns, table, strict=True)))
 
 
 def _result(index: int, row: SampleRow, line: list[float]) -> Sampled | RowError:

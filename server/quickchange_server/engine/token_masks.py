@@ -131,7 +131,7 @@ class Constraints:
             matcher = item.sequence.matcher
             if matcher is not None:
                 wanted.append(Masked(matcher, len(rows), item.drafts))
-                stops.append(item.sequence.sampling.stop_token_ids)
+                stops.append(frozenset(item.sequence.sampling.stop_token_ids))
                 rows += range(first, first + item.sampled_rows)
             first += item.sampled_rows
         if not wanted:

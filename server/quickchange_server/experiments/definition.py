@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from quickchange_server.api.openai.requests import CompletionRequest, WeightedAdapter
+from quickchange_server.api.openai.requests import SAMPLING, CompletionRequest, WeightedAdapter
 from quickchange_server.api.request_base import Body, Number
 from quickchange_server.errors import InvalidRequestError
 from quickchange_store.names import check_name
@@ -30,19 +30,12 @@ AUTOMATIC = ("latency", "first_token", "tokens", "stop", "length", "cancelled", 
 ACTIONS = frozenset(
     {"outcomes", "results", "audit", "pause", "resume", "stop", "promote", "rollback"}
 )
-# What a variant may set of a request's sampling.
-OVERRIDABLE = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "typical_p",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "max_tokens",
-    "stop",
+# Sampling fields that a variant leaves as the request has them.
+REQUESTS_OWN = frozenset(
+    {"n", "seed", "min_tokens", "stop_token_ids", "logit_bias", "logprobs", "prompt_logprobs"}
+    | {"ignore_eos", "include_stop_str_in_output", "skip_special_tokens"}
 )
+OVERRIDABLE = tuple(name for name in SAMPLING if name not in REQUESTS_OWN)
 
 LABELS = "1 to 64 letters, digits, '.', '_' or '-', beginning with a letter or a digit"
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -77,13 +70,12 @@ Unit = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
 
 def _check_overrides(overrides: dict[str, Any]) -> dict[str, Any]:
     """The overrides as a request's body would hold them."""
-    known = [name for name in OVERRIDABLE if name in CompletionRequest.model_fields]
     for name in overrides:
-        if name not in known:
+        if name not in OVERRIDABLE:
             raise PydanticCustomError(
                 "override",
                 "{name}: can't be set by a variant; these can: {known}",
-                {"name": name, "known": ", ".join(known)},
+                {"name": name, "known": ", ".join(OVERRIDABLE)},
             )
     try:
         body = CompletionRequest.model_validate({"model": "x", "prompt": "x", **overrides})

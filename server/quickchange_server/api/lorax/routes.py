@@ -183,7 +183,7 @@ async def _begin(
     generation = await unless_gone(request, admitting)  # which may wait for a merge
     clock.admit()
     first = (order.body.seed or 0) % 2**64
-    drawn = order.body.temperature > 0
+    drawn = order.body.sampling_params().temperature > 0
     seeds = [choice_seed(first, i) if drawn else None for i in range(order.body.n)]
     shapes = Shapes(services.text, given, body.inputs)
     known = identity(services, given, body.inputs, len(prompt))

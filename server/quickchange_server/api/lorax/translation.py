@@ -8,12 +8,19 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 
 from quickchange_server.api.lorax.requests import GenerateRequest, Parameters, ResponseFormat
-from quickchange_server.api.openai.requests import CompletionRequest
+from quickchange_server.api.openai.requests import SAMPLING, CompletionRequest
 from quickchange_server.api.openai.responses import Json
 from quickchange_server.entrypoints.app_state import Services
 from quickchange_server.errors import InvalidRequestError
 
 BASE_ID = "__base_model__"  # LoRAX's adapter id of the plain base
+# Sampling parameters of the same name and meaning. A temperature means something else here, and a
+# seed has another range.
+SHARED = tuple(
+    name
+    for name in SAMPLING
+    if name in Parameters.model_fields and name not in ("temperature", "seed")
+)
 
 
 def completion(services: Services, request: GenerateRequest, *, tokens: bool) -> CompletionRequest:
@@ -24,19 +31,13 @@ def completion(services: Services, request: GenerateRequest, *, tokens: bool) ->
     given = request.parameters
     seed = services.seeds.draw() if given.seed is None else given.seed
     body = {
+        **{name: getattr(given, name) for name in SHARED},
         **_model(services, given),
         "prompt": request.inputs,
         "max_tokens": given.max_new_tokens,
         "n": given.candidates,
-        "stop": given.stop,
         "include_stop_str_in_output": True,  # LoRAX leaves it in the text
         "seed": seed if seed < 2**63 else seed - 2**64,  # the same 64 bits
-        "top_p": given.top_p,
-        "top_k": given.top_k,
-        "typical_p": given.typical_p,
-        "repetition_penalty": given.repetition_penalty,
-        "frequency_penalty": given.frequency_penalty,
-        "presence_penalty": given.presence_penalty,
         "ignore_eos": given.ignore_eos_token,
         "logprobs": (given.return_k_alternatives or 0) if tokens else None,
         "response_format": _format(given.response_format),

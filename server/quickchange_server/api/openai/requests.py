@@ -10,9 +10,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from dataclasses import fields
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from annotated_types import Interval
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    create_model,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from quickchange_server.adapter_registry.resolver import AUTO
@@ -32,6 +41,7 @@ from quickchange_server.api.request_base import (
     Prompt,
     Stops,
     Unsupported,
+    sampling_fields,
 )
 from quickchange_server.errors import InvalidRequestError
 from quickchange_server.protocol import SamplingParams
@@ -154,8 +164,31 @@ _SHARED: dict[str, Unsupported] = {
 }
 
 
-class Sampled(Constrained, ABC):
-    """What completions and chats have in common."""
+# Sampling fields with kinds of their own here: bounded for one server, or written as JSON has them.
+_OWN = frozenset(
+    {"n", "max_tokens", "min_tokens", "stop", "stop_token_ids", "seed", "logit_bias"}
+    | {"logprobs", "prompt_logprobs"}
+)
+SAMPLING = tuple(field.name for field in fields(SamplingParams))
+
+if TYPE_CHECKING:
+
+    class _SamplingFields(Constrained):
+        """Their fields are read through `Sampled.sampling_params`."""
+
+else:
+    _SamplingFields = create_model(
+        "SamplingFields",
+        __base__=Constrained,
+        **sampling_fields(
+            [name for name in SAMPLING if name not in _OWN],
+            narrowed={"temperature": Interval(le=2)},  # OpenAI's
+        ),
+    )
+
+
+class Sampled(_SamplingFields, ABC):
+    """What completions and chats have in common; most sampling fields are SamplingParams' own."""
 
     model: str
     adapters: list[WeightedAdapter] = Field(default=[])
@@ -166,23 +199,11 @@ class Sampled(Constrained, ABC):
     stream_options: StreamOptions | None = None
     stop: Stops = Field(default=[])
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    temperature: Number = Field(1.0, ge=0, le=2)
-    top_p: Number = Field(1.0, gt=0, le=1)
-    presence_penalty: Number = Field(0.0, ge=-2, le=2)
-    frequency_penalty: Number = Field(0.0, ge=-2, le=2)
     logit_bias: LogitBias = Field(default={})
     user: str | None = None  # what experiments stick to, unless they say otherwise
     metadata: Metadata = Field(default={})  # an experiment may stick to one of its fields
-
-    top_k: int = Field(0, ge=-1)  # 0 and vLLM's -1: off
-    min_p: Number = Field(0.0, ge=0, le=1)
-    typical_p: Number = Field(1.0, gt=0, le=1)
-    repetition_penalty: Number = Field(1.0, gt=0)
     min_tokens: int = Field(0, ge=0)
-    ignore_eos: bool = False
     stop_token_ids: list[int] = Field(default=[])
-    skip_special_tokens: bool = True
-    include_stop_str_in_output: bool = False
 
     @property
     def wanted_tokens(self) -> int | None:
@@ -206,28 +227,13 @@ class Sampled(Constrained, ABC):
 
     def sampling_params(self) -> SamplingParams:
         """What the body says about sampling; `resolved` makes of it what the engine takes."""
-        return SamplingParams(
-            n=self.n,
-            seed=self.seed,
-            max_tokens=self.wanted_tokens,
-            min_tokens=self.min_tokens,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-            typical_p=self.typical_p,
-            repetition_penalty=self.repetition_penalty,
-            presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty,
-            logit_bias=self.logit_bias,
-            stop=self.stop,
-            stop_token_ids=self.stop_token_ids,
-            ignore_eos=self.ignore_eos,
-            include_stop_str_in_output=self.include_stop_str_in_output,
-            skip_special_tokens=self.skip_special_tokens,
-            logprobs=self.wanted_logprobs,
-            prompt_logprobs=self.wanted_prompt_logprobs,
-        )
+        said = {name: getattr(self, name) for name in SAMPLING if name in type(self).model_fields}
+        said |= {
+            "max_tokens": self.wanted_tokens,
+            "logprobs": self.wanted_logprobs,
+            "prompt_logprobs": self.wanted_prompt_logprobs,
+        }
+        return SamplingParams(**said)
 
     @property
     def include_usage(self) -> bool:
