@@ -10,7 +10,7 @@ from quickchange_server.protocol import Component, SamplingParams, Submit
 
 
 def waiting(adapter: str, index: int, prompt: int = 50, new: int = 50) -> Sequence:
-    return Sequence.from_submit(
+    return Sequence(
         Submit(
             f"{adapter}-{index}",
             tuple(range(prompt)),
@@ -18,7 +18,7 @@ def waiting(adapter: str, index: int, prompt: int = 50, new: int = 50) -> Sequen
             (Component(adapter),),
             seed=0,
         ),
-        now=float(index),
+        arrival=float(index),
     )
 
 
@@ -26,7 +26,7 @@ def serve(queue: FairQueue, count: int, able: str = "") -> list[Sequence]:
     """The next `count` sequences; `able` names the adapters that are on the device."""
     served = []
     for _ in range(count):
-        sequence = queue.next(lambda s: not able or s.adapters[0].digest in able)
+        sequence = queue.next(lambda s: not able or s.request.adapters[0].digest in able)
         if sequence is None:
             break
         queue.take(sequence)
@@ -40,7 +40,7 @@ def test_a_hot_adapter_does_not_starve_a_quiet_one() -> None:
         queue.add(waiting("hot", index))
     for index in range(10):
         queue.add(waiting("quiet", index))
-    first = Counter(s.adapters[0].digest for s in serve(queue, 24))
+    first = Counter(s.request.adapters[0].digest for s in serve(queue, 24))
     assert first["quiet"] == 10
 
 
@@ -51,7 +51,7 @@ def test_shares_are_counted_in_tokens_not_requests() -> None:
         queue.add(waiting("short", index, prompt=50, new=50))
     tokens = Counter[str]()
     for sequence in serve(queue, 90):
-        tokens[sequence.adapters[0].digest] += cost(sequence)
+        tokens[sequence.request.adapters[0].digest] += cost(sequence)
     assert 0.8 < tokens["long"] / tokens["short"] < 1.25
 
 

@@ -9,10 +9,12 @@ import pytest
 from engine_driver import request
 from hypothesis import given, settings
 
+from quickchange_server.adapters.manager import NoAdapters
 from quickchange_server.engine.kv_cache_manager import KVBlocks
 from quickchange_server.engine.scheduler import Scheduled, Scheduler
 from quickchange_server.engine.sequence import Sequence
 from quickchange_server.protocol import Drafting, SamplingParams, Submit
+from quickchange_server.spec_decode.speculator import NoSpeculation
 
 BLOCK_SIZE, MAX_BATCH_TOKENS, MAX_SEQUENCES, MAX_MODEL_LEN = 4, 16, 4, 32
 
@@ -47,7 +49,8 @@ def scheduler(claims: RoomForTwo | None = None, blocks: int = 8) -> Scheduler:
     return Scheduler(
         # Cached prefixes are what the background may take from the foreground, and give to it.
         KVBlocks(blocks, BLOCK_SIZE, prefix_cache=False),
-        claims,
+        claims or NoAdapters(),
+        NoSpeculation(),
         max_batch_tokens=MAX_BATCH_TOKENS,
         max_sequences=MAX_SEQUENCES,
         max_model_len=MAX_MODEL_LEN,
@@ -59,7 +62,7 @@ def sequence(
 ) -> Sequence:
     adapters = [(adapter, 1.0)] if adapter else []
     submit = request(name, [1] * prompt, adapters, background=background, max_tokens=new)
-    return Sequence.from_submit(submit, now=0.0)
+    return Sequence(submit, arrival=0.0)
 
 
 def step(at: Scheduler) -> list[Scheduled]:
@@ -77,7 +80,7 @@ def foreground_rows(plan: list[Scheduled]) -> list[tuple[str, int, int]]:
     return sorted(
         (item.sequence.request_id, item.sequence.computed, item.count)
         for item in plan
-        if not item.sequence.background
+        if not item.sequence.request.background
     )
 
 
@@ -134,7 +137,7 @@ def test_adapters_in_the_background_delay_the_foreground_by_a_step_at_most(
         if not len(at):
             return
         step(at)
-        if not any(not s.background for s in at.running):
+        if not any(not s.request.background for s in at.running):
             for s in at.foreground:
                 waited[s.request_id] = waited.get(s.request_id, 0) + 1
     assert not len(at), "never ended"
@@ -206,5 +209,5 @@ def test_only_the_foreground_drafts(background: bool) -> None:
         background=background,
         seed=0,
     )
-    of = Sequence.from_submit(submit, now=0.0)
-    assert of.digests() == ([] if background else ["heads"])
+    of = Sequence(submit, arrival=0.0)
+    assert of.digests == ([] if background else ["heads"])

@@ -28,11 +28,10 @@ from turbo_models import KV_BYTES, VOCABULARY, TurboModels, make_turbo_models
 from quickchange_server.api.openai.tool_calling import call_grammar
 from quickchange_server.api.openai.tool_requests import Tool
 from quickchange_server.engine.engine import Engine
-from quickchange_server.engine.sequence import Matcher
-from quickchange_server.engine.token_masks import Masked
 from quickchange_server.frontend.tool_parser import ToolFormat, ToolReader
 from quickchange_server.protocol import Component, Constraint, Delta, Drafting, Submit
 from quickchange_server.protocol import SamplingParams as Params
+from quickchange_server.structured_output.compiler import Masked, Matcher
 from quickchange_server.structured_output.grammar import TokenGrammars
 
 MAX_LEN = 72

@@ -30,8 +30,7 @@ def item(
 ) -> Scheduled:
     """`count` rows of a sequence, after which `more` are still to be computed."""
     tokens = tuple(range(100, 100 + computed + count + more))
-    submit = Submit("r", tokens, SamplingParams(max_tokens=9), seed=0)
-    sequence = Sequence.from_submit(submit, 0.0)
+    sequence = Sequence(Submit("r", tokens, SamplingParams(max_tokens=9), seed=0), 0.0)
     sequence.computed, sequence.blocks = computed, blocks
     return Scheduled(sequence, count, components)
 

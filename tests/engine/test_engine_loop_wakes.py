@@ -14,8 +14,8 @@ from engine_driver import make_engine, request
 from turbo_models import make_turbo_models
 
 from quickchange_server.engine.process import Waker, _serve
-from quickchange_server.engine.sequence import Matcher
 from quickchange_server.protocol import Constraint, Shutdown, StepReport, Submit
+from quickchange_server.structured_output.compiler import Matcher
 from quickchange_server.structured_output.grammar import TokenGrammars
 
 LIMIT_SECONDS = 20.0

@@ -77,7 +77,7 @@ def make_step(family: str, *, adapters: bool) -> tuple[LoadedModel, tuple[Tensor
     extent = DecodeBuckets(ROWS, BLOCKS).extents(adapters=adapters)[0]
     on_host = step_inputs((), extent, BLOCK_SIZE)
     layout, tensors = layout_of(on_host)
-    inputs = rebuilt(on_host, layout, [there(tensor) for tensor in tensors])
+    inputs = rebuilt(layout, [there(tensor) for tensor in tensors])
     tables = None
     if adapters:
         pool = DevicePool(loaded.groups, 1 << 20, torch.float32, META, ImmediateCopies())
@@ -118,7 +118,7 @@ def test_drafting_stays_on_the_device(adapted: bool) -> None:
     planner = Planner(items, pool, drafter.facts, ROWS, META)
     on_host = planner.rounds()
     layout, tensors = layout_of(on_host)
-    rounds = rebuilt(on_host, layout, [there(tensor) for tensor in tensors])
+    rounds = rebuilt(layout, [there(tensor) for tensor in tensors])
     hidden = torch.empty(ROWS, loaded.hidden, device=META)
     certain = torch.empty(ROWS, dtype=torch.int64, device=META)
     with OnDeviceOnly(), torch.inference_mode():

@@ -64,7 +64,7 @@ def test_salted_tenants_share_a_popular_adapter_evenly() -> None:
     for salt, count in (("busy", 50), ("quiet", 3)):
         for index in range(count):
             submit = request(f"{salt}-{index}", PROMPT, [("popular", 1.0)], salt=salt)
-            queue.add(Sequence.from_submit(submit, now=0.0))
+            queue.add(Sequence(submit, arrival=0.0))
     served = []
     for _ in range(53):
         sequence = queue.next(lambda _: True)

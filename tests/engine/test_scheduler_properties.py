@@ -55,7 +55,7 @@ class FakeDrafts:
             sequence = item.sequence
             count = 0
             if sequence.drafting is not None and item.count == 1 and item.samples:
-                left = sequence.sampling.token_limit - sequence.output_length - 1
+                left = sequence.request.sampling.token_limit - sequence.output_length - 1
                 count = max(min(self.wanted, room, left), 0)
             room -= count
             bought.append((0,) * count)
@@ -96,7 +96,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         background: bool,
     ) -> None:
         self.counter += 1
-        sequence = Sequence.from_submit(
+        sequence = Sequence(
             Submit(
                 f"r{self.counter}",
                 tuple(prompt),
@@ -106,7 +106,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 background=background,
                 seed=0,
             ),
-            now=float(self.counter),
+            arrival=float(self.counter),
         )
         self.alive[sequence.request_id] = sequence
         self.scheduler.add(sequence)
@@ -136,15 +136,15 @@ class SchedulerMachine(RuleBasedStateMachine):
             del self.alive[sequence.request_id]
         self.drafts.wanted = drafts
         plan = self.scheduler.schedule(now=0.0)
-        if any(not item.sequence.background for item in plan):
-            behind = sum(item.rows for item in plan if item.sequence.background)
+        if any(not item.sequence.request.background for item in plan):
+            behind = sum(item.rows for item in plan if item.sequence.request.background)
             assert behind <= MAX_BATCH_TOKENS // 8
         assert sum(item.rows for item in plan) <= MAX_BATCH_TOKENS
         assert len({id(item.sequence) for item in plan}) == len(plan)
         for item in plan:
             room = len(item.sequence.blocks) * 4
             assert item.sequence.computed + item.rows <= room, "rows without a block"
-            assert len(item.components) == len(item.sequence.adapters)
+            assert len(item.components) == len(item.sequence.request.adapters)
             assert (item.heads is None) == (item.sequence.heads is None)
         for item in plan:
             before = item.sequence.output_length
@@ -160,8 +160,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     def intact(self) -> None:
         self.scheduler.check_integrity()
         assert len(self.scheduler) == len(self.alive)
-        needing = {r: s for r, s in self.alive.items() if s.digests()}
-        assert {r for r, s in needing.items() if not s.background} <= set(self.claims.claimed)
+        needing = {r: s for r, s in self.alive.items() if s.digests}
+        assert {r for r, s in needing.items() if not s.request.background} <= set(
+            self.claims.claimed
+        )
         assert set(self.claims.claimed) <= set(needing)
         for sequence in self.scheduler.running:
             assert sequence.request_id not in needing or sequence.request_id in self.claims.claimed

@@ -48,7 +48,7 @@ def make_tree(start: int = 0, rows: int = 3, height: int = 16) -> Outer:
 def through_a_buffer(tree: Outer) -> tuple[Outer, Tensor]:
     layout, tensors = layout_of(tree)
     buffer = packed(layout, tensors, CPU)
-    return rebuilt(tree, layout, views(layout, buffer)), buffer
+    return rebuilt(layout, views(layout, buffer)), buffer
 
 
 def test_a_tree_comes_out_of_the_buffer_equal() -> None:
@@ -82,7 +82,7 @@ def test_a_tensor_that_is_met_twice_travels_once() -> None:
 def test_empty_tensors_and_strided_ones_are_kept() -> None:
     tree = Inner(torch.arange(8)[::2], 0, torch.empty(0, 2, dtype=torch.int32))
     layout, tensors = layout_of(tree)
-    copy = rebuilt(tree, layout, views(layout, packed(layout, tensors, CPU)))
+    copy = rebuilt(layout, views(layout, packed(layout, tensors, CPU)))
     assert copy.table.tolist() == [0, 2, 4, 6]
     assert copy.missing is not None
     assert copy.missing.shape == (0, 2)
@@ -96,7 +96,7 @@ def test_a_cpu_gets_the_very_tensors() -> None:
 def test_static_inputs_take_new_values_on_the_same_memory() -> None:
     first, second = make_tree(0), make_tree(100)
     static = StaticInputs(first, CPU)
-    tree = static.tree(first)
+    tree = static.tree()
     before = tree.ids.data_ptr()
     assert torch.equal(tree.ids, first.ids)
     static.refill(second)
@@ -128,7 +128,7 @@ def test_static_inputs_refuse_another_layout(other: Outer) -> None:
 def test_tuples_are_trees_too() -> None:
     tree = (make_tree(0), (torch.arange(3), 7), ())
     layout, tensors = layout_of(tree)
-    copy = rebuilt(tree, layout, views(layout, packed(layout, tensors, CPU)))
+    copy = rebuilt(layout, views(layout, packed(layout, tensors, CPU)))
     assert torch.equal(copy[0].weight, tree[0].weight)
     assert torch.equal(copy[1][0], torch.arange(3))
     assert copy[1][1:] == (7,)

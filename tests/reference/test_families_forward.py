@@ -8,12 +8,15 @@ import pytest
 import torch
 from tiny_models import FAMILIES, VOCABULARY, greedy, make_model, save_model
 
+from quickchange_server.adapters.manager import NoAdapters
 from quickchange_server.engine.kv_cache_manager import KVBlocks
 from quickchange_server.engine.model_runner import Runner
 from quickchange_server.engine.scheduler import Scheduler
 from quickchange_server.engine.sequence import Sequence
+from quickchange_server.engine.token_masks import NoConstraints
 from quickchange_server.model.model_loader import load_model
 from quickchange_server.protocol import SamplingParams, Submit
+from quickchange_server.spec_decode.speculator import NoSpeculation
 
 CPU = torch.device("cpu")
 
@@ -25,7 +28,8 @@ def test_generation_in_chunks_equals_transformers(family: str, tmp_path: Path) -
     assert loaded.vocabulary == VOCABULARY
     runner = Runner(
         loaded,
-        None,
+        NoAdapters(),
+        NoConstraints().masks,
         num_blocks=32,
         block_size=4,
         most_graph_rows=3,
@@ -33,18 +37,23 @@ def test_generation_in_chunks_equals_transformers(family: str, tmp_path: Path) -
         dtype=torch.float32,
         device=CPU,
     )
+    drafts = NoSpeculation()
     scheduler = Scheduler(
-        KVBlocks(32, 4), None, max_batch_tokens=8, max_sequences=3, max_model_len=100
+        KVBlocks(32, 4),
+        NoAdapters(),
+        drafts,
+        max_batch_tokens=8,
+        max_sequences=3,
+        max_model_len=100,
     )
     prompts = {"a": list(range(1, 20)), "b": [5, 6], "c": [9] * 7}
     sequences = {}
     for name, prompt in prompts.items():
         sampling = SamplingParams(max_tokens=12, temperature=0)
-        submit = Submit(name, tuple(prompt), sampling, seed=0)
-        sequences[name] = Sequence.from_submit(submit, 0.0)
+        sequences[name] = Sequence(Submit(name, tuple(prompt), sampling, seed=0), 0.0)
         scheduler.add(sequences[name])
     while plan := scheduler.schedule(0.0):
-        results = iter(runner.run(plan, {}).results)
+        results = iter(runner.run(plan, drafts).results)
         for item in plan:
             tokens = [row.token_id for row in next(results).sampled] if item.samples else []
             scheduler.advance(item, tokens)

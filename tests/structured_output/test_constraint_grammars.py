@@ -17,10 +17,10 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from text_support import END, byte_text, byte_tokenizer
 
-from quickchange_server.engine.token_masks import Masked
 from quickchange_server.errors import InvalidRequestError
 from quickchange_server.frontend.tokenizer import Text
 from quickchange_server.protocol import Constraint
+from quickchange_server.structured_output.compiler import Masked
 from quickchange_server.structured_output.errors import ConstraintError
 from quickchange_server.structured_output.grammar import LibraryMatcher, TokenGrammars
 from quickchange_server.structured_output.schema_keywords import check_keywords

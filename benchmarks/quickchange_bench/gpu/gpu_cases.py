@@ -76,7 +76,7 @@ class DeviceSetup:
     def moved(self, tree: Tree) -> Tree:
         """A dataclass of tensors on the device."""
         layout, tensors = layout_of(tree)
-        return rebuilt(tree, layout, [tensor.to(self.device) for tensor in tensors])
+        return rebuilt(layout, [tensor.to(self.device) for tensor in tensors])
 
 
 def linear_case(bench: DeviceSetup, rows: int, features: int, width: int) -> GpuCase:

@@ -1,7 +1,7 @@
 """The engine on a GPU without server or store: decode steps of a random Llama, with and without
 CUDA graphs, over a number of distinct adapters.
 
-Needs torch, triton, transformers and safetensors alone: settings are a plain dataclass here.
+Needs torch, triton, transformers, safetensors, pydantic-settings and cachetools alone.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, cast
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from quickchange_bench.models.random_base import SHAPES, LlamaShape
 from quickchange_server.adapters.module_groups import ModuleGroup
+from quickchange_server.config import Settings
 from quickchange_server.engine import model_runner
 from quickchange_server.engine.engine import Engine
 from quickchange_server.model import paged_attention
@@ -27,36 +28,11 @@ from quickchange_server.model.model_loader import LoadedModel, prepare
 from quickchange_server.protocol import Component, SamplingParams, Submit
 from quickchange_store.canonical.canonical_adapter import CanonicalAdapter, LowRankUpdate
 
-if TYPE_CHECKING:
-    from quickchange_server.config import Settings
-
 RANK = 16
 PROMPT = 128  # tokens
 WARM_UP, STEPS = 8, 40
 DEADLINE = 60.0  # seconds for all adapters to arrive and all prompts to be computed
 _GIB = 1 << 30
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """What the engine reads of the server's settings."""
-
-    device: str
-    dtype: str
-    max_sequences: int
-    kv_cache_bytes: int
-    adapter_device_bytes: int
-    adapter_host_bytes: int = 8 * _GIB
-    max_model_len: int = 1024
-    block_size: int = 16
-    batch_tokens: int = 2048
-    prefix_cache: bool = False
-    adapters: bool = True
-    turbo: bool = False
-
-    @property
-    def held_adapter_dtype(self) -> str:
-        return self.dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,16 +119,25 @@ def decode_steps(
 def _engine(model: LoadedModel, device: torch.device, dtype: torch.dtype) -> Engine:
     most = max(load.rows for load in LOADS)
     small = device.type != "cuda"
-    options = EngineOptions(
-        device=device.type,
-        dtype=str(dtype).removeprefix("torch."),
-        max_sequences=most,
-        kv_cache_bytes=(_GIB >> 6) if small else 6 * _GIB,
-        adapter_device_bytes=(_GIB >> 5) if small else 4 * _GIB,
+    settings = Settings.model_validate(
+        {
+            "model": "random",
+            "store": Path(),
+            "device": device.type,
+            "dtype": str(dtype).removeprefix("torch."),
+            "max_sequences": most,
+            "max_batch_tokens": 2048,
+            "max_model_len": 1024,
+            "kv_cache_bytes": (_GIB >> 6) if small else 6 * _GIB,
+            "prefix_cache": False,
+            "adapter_device_bytes": (_GIB >> 5) if small else 4 * _GIB,
+            "adapter_host_bytes": 8 * _GIB,
+            "turbo": False,
+        }
     )
     return Engine(
         model,
-        cast("Settings", options),  # all of it that an engine reads, without pydantic
+        settings,
         load_adapter=lambda digest: _random_adapter(model, digest),
         on_wake=lambda: None,
     )

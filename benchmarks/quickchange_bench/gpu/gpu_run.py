@@ -1,8 +1,8 @@
 """Everything that needs a GPU, in one run of minutes: `python -m quickchange_bench.gpu.gpu_run`.
 
 Checks every operation, times it beside torch and its floor, runs the engine with CUDA graphs.
-Needs torch, triton, transformers and safetensors, and no network. `--dry-run` goes the same way on
-a CPU with tiny sizes; its times mean nothing.
+Needs torch, triton, transformers, safetensors, pydantic-settings and cachetools, and no network.
+`--dry-run` goes the same way on a CPU with tiny sizes; its times mean nothing.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from quickchange_server.adapters.module_groups import ModuleGroup
 from quickchange_server.adapters.packing import AdapterImage, build_image, page_shapes
 from quickchange_server.adapters.turbo_packing import TurboShape
 from quickchange_server.adapters.turbo_tables import TurboSlot
-from quickchange_server.protocol import AdapterFailed, AdapterMoved, Tier
+from quickchange_server.protocol import AdapterFailed, AdapterMoved, Submit, Tier
 from quickchange_store.canonical.canonical_adapter import CanonicalAdapter
 
 _LOADS_AT_ONCE = 4  # queued on the loader: few, so that the order can still follow the claims
@@ -37,6 +37,8 @@ _LOADS_AT_ONCE = 4  # queued on the loader: few, so that the order can still fol
 
 class Residency:
     """Owner of both tiers. Every method on the engine's thread."""
+
+    served = True  # whether a step may have adapters
 
     def __init__(
         self,
@@ -77,9 +79,17 @@ class Residency:
         """What the adapter in a slot can draft with; None where it has no heads."""
         return self._pool.turbo(slot)
 
+    def head_count(self, slot: int) -> int:
+        """How many tokens the Turbo heads in a slot draft."""
+        turbo = self._pool.turbo(slot)
+        return 0 if turbo is None else turbo.depth
+
     def updates(self, slot: int, group: int) -> bool:
         """Whether the adapter in a slot has an update in a module group."""
         return self._pool.updates(slot, group)
+
+    def refusal(self, submit: Submit) -> str | None:
+        """Why a request can't be served; any adapter may be asked for."""
 
     @property
     def in_flight(self) -> int:
@@ -460,3 +470,68 @@ class Residency:
     ) -> None:
         size = 0 if tier == "disk" else entry.nbytes
         self._events.append(AdapterMoved(entry.digest, tier, reason, seconds, size, entry.pinned))
+
+
+class NoAdapters:
+    """The tiers of a server without adapters: nothing is on them, nothing may be claimed."""
+
+    served = False
+
+    @property
+    def tables(self) -> LowRankTables:
+        raise _not_served("tables")
+
+    @property
+    def heads(self) -> HeadTables:
+        raise _not_served("heads")
+
+    def turbo(self, slot: int) -> TurboSlot | None:
+        raise _not_served(f"slot {slot}")
+
+    def head_count(self, slot: int) -> int:
+        raise _not_served(f"slot {slot}")
+
+    def updates(self, slot: int, group: int) -> bool:
+        raise _not_served(f"slot {slot}, group {group}")
+
+    def refusal(self, submit: Submit) -> str | None:
+        if submit.adapters or (submit.drafting is not None and submit.drafting.heads is not None):
+            return "adapters: switched off on this server by the setting 'adapters'"
+        return None
+
+    def claim(self, key: str, digests: Sequence[str]) -> None:
+        raise _not_served(f"{key} claims {digests}")
+
+    def ready(self, key: str) -> dict[str, int] | None:
+        raise _not_served(f"claim {key}")
+
+    def failed(self, key: str) -> str | None:
+        raise _not_served(f"claim {key}")
+
+    def release(self, key: str) -> None:
+        raise _not_served(f"claim {key}")
+
+    def prefetch(self, digest: str, tier: Literal["device", "host"]) -> None:
+        """Ignored: it is a hint."""
+
+    def pin(self, digest: str, pinned: bool) -> None:
+        """Ignored: nothing is evicted."""
+
+    def forget(self, digest: str) -> None:
+        """Nothing is kept."""
+
+    def poll(self) -> list[AdapterMoved | AdapterFailed]:
+        return []
+
+    def close(self) -> None:
+        """There is no thread to end."""
+
+    def check_integrity(self) -> None:
+        """Nothing can be broken."""
+
+
+AdapterTiers = Residency | NoAdapters
+
+
+def _not_served(asked: str) -> RuntimeError:
+    return RuntimeError(f"{asked}: asked of an engine without adapters")

@@ -28,8 +28,7 @@ class Claims(Protocol):
 class Holdings:
     """Owner of the sequences' claims."""
 
-    def __init__(self, claims: Claims | None) -> None:
-        """claims: None where no sequence with adapters comes."""
+    def __init__(self, claims: Claims) -> None:
         self._claims = claims
         self._lent: dict[str, Sequence] = {}
         self.changed = False  # whether something was lent or given back; for the owner to clear
@@ -41,36 +40,36 @@ class Holdings:
 
     def claim(self, sequence: Sequence) -> None:
         """What a sequence of the foreground needs."""
-        if digests := sequence.digests():
-            self._holder().claim(sequence.request_id, digests)
+        if sequence.digests:
+            self._claims.claim(sequence.request_id, sequence.digests)
 
     def lend(self, sequences: Seq[Sequence]) -> None:
         """Let these of the background claim what they need."""
         for sequence in sequences:
-            if sequence.request_id not in self._lent and (digests := sequence.digests()):
-                self._holder().claim(sequence.request_id, digests)
+            if sequence.request_id not in self._lent and sequence.digests:
+                self._claims.claim(sequence.request_id, sequence.digests)
                 self._lent[sequence.request_id] = sequence
                 self.changed = True
 
     def take_back(self, sequence: Sequence) -> None:
         """Release what was lent to this one, which can't run on without."""
-        self._holder().release(sequence.request_id)
+        self._claims.release(sequence.request_id)
         del self._lent[sequence.request_id]
         self.changed = True
 
     def release(self, sequence: Sequence) -> None:
         """It has ended."""
-        claimed = not sequence.background or self._lent.pop(sequence.request_id, None) is not None
-        if claimed and sequence.digests():
-            self._holder().release(sequence.request_id)
+        lent = self._lent.pop(sequence.request_id, None)
+        if sequence.digests and (lent is not None or not sequence.request.background):
+            self._claims.release(sequence.request_id)
 
     def is_ready(self, sequence: Sequence) -> bool:
         """Whether all that it needs is on the device."""
-        return not sequence.digests() or self._ready(sequence) is not None
+        return not sequence.digests or self._ready(sequence) is not None
 
     def slots(self, sequence: Sequence) -> Mapping[str, int]:
         """The device slot of each adapter of a sequence that runs."""
-        if not sequence.digests():
+        if not sequence.digests:
             return _NONE
         slots = self._ready(sequence)
         if slots is None:
@@ -79,19 +78,14 @@ class Holdings:
 
     def failure(self, sequence: Sequence) -> str | None:
         """Why what a sequence with a claim waits for can't be loaded; None: it can, as yet."""
-        return self._holder().failed(sequence.request_id) if sequence.digests() else None
+        return self._claims.failed(sequence.request_id) if sequence.digests else None
 
     def check_integrity(self, sequences: Mapping[str, Sequence]) -> None:
         """Raises AssertionError where lent to one who may not borrow. sequences: all there are."""
-        assert all(s.background for s in self._lent.values()), "lent to the foreground"
+        assert all(s.request.background for s in self._lent.values()), "lent to the foreground"
         assert set(self._lent) <= set(sequences), "lent to one that has ended"
 
     def _ready(self, sequence: Sequence) -> Mapping[str, int] | None:
-        if sequence.background and sequence.request_id not in self._lent:
+        if sequence.request.background and sequence.request_id not in self._lent:
             return None
-        return self._holder().ready(sequence.request_id)
-
-    def _holder(self) -> Claims:
-        if self._claims is None:
-            raise RuntimeError("a sequence with adapters in an engine without adapters")
-        return self._claims
+        return self._claims.ready(sequence.request_id)

@@ -1,6 +1,6 @@
 """The engine: requests in, one report a step out. Token ids only; no HTTP, no text, no processes.
 
-`step` is the architecture in a few lines: poll the adapter tiers, schedule, run, advance.
+`step` is the architecture in a few lines: schedule, run, learn, advance, report.
 """
 
 from __future__ import annotations
@@ -8,19 +8,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 
-from quickchange_server.adapters.manager import Residency
+from quickchange_server.adapters.manager import AdapterTiers, NoAdapters, Residency
 from quickchange_server.adapters.memory_pool import DevicePool
 from quickchange_server.adapters.turbo_packing import TurboShape
+from quickchange_server.config import Settings
 from quickchange_server.engine.kv_cache_manager import KVBlocks
-from quickchange_server.engine.model_runner import Result, Runner
+from quickchange_server.engine.model_runner import Ran, Result, Runner
 from quickchange_server.engine.sampler import RowError, Sampled
 from quickchange_server.engine.scheduler import Scheduled, Scheduler
 from quickchange_server.engine.sequence import Sequence
-from quickchange_server.engine.token_masks import ConstraintCompiler, Constraints
+from quickchange_server.engine.token_masks import constraints_of
 from quickchange_server.model.model_loader import LoadedModel
 from quickchange_server.model.paged_attention import bytes_per_block
 from quickchange_server.protocol import (
@@ -35,12 +36,9 @@ from quickchange_server.protocol import (
 )
 from quickchange_server.spec_decode.cost_model import StepCost
 from quickchange_server.spec_decode.phrase_lookup import TokenText
-from quickchange_server.spec_decode.speculator import DraftReport, Speculation
+from quickchange_server.spec_decode.speculator import DraftReport, NoSpeculation, Speculation
+from quickchange_server.structured_output.compiler import ConstraintCompiler
 from quickchange_store.canonical.canonical_adapter import CanonicalAdapter
-
-if TYPE_CHECKING:  # an engine runs where the server's own libraries are missing
-    from quickchange_server.config import Settings
-
 
 _UNSOUND = "prompt: it can't be read: the model's hidden states or logits hold NaN or infinity"
 _ROWS_OF_DRAFTS = 2  # rows a sequence up to which a full batch's verification has a graph
@@ -67,42 +65,17 @@ class Engine:
     ) -> None:
         self._settings = settings
         self._on_wake = on_wake
-        self._constraints = (
-            None if constraints is None else Constraints(constraints, model.vocabulary, on_wake)
-        )
-        dtype, device = torch_dtype(settings.dtype), torch.device(settings.device)
-        block_bytes = bytes_per_block(model.layers, settings.block_size, dtype)
-        num_blocks = settings.kv_cache_bytes // block_bytes
         self._vocabulary = model.vocabulary
-        self._max_model_len = settings.max_model_len or min(
-            model.max_positions, num_blocks * settings.block_size
-        )
-        if self._max_model_len > model.max_positions:
-            raise ValueError(
-                f"max_model_len ({self._max_model_len}) exceeds the model's {model.max_positions}"
-            )
-        self._residency = (
-            _residency(model, settings, load_adapter, on_wake) if settings.adapters else None
-        )
-        self._runner = Runner(
-            model,
-            self._residency,
-            num_blocks=num_blocks,
-            block_size=settings.block_size,
-            most_graph_rows=settings.max_sequences * (_ROWS_OF_DRAFTS if settings.turbo else 1),
-            max_model_len=self._max_model_len,
-            dtype=dtype,
-            device=device,
-            masks=None if self._constraints is None else self._constraints.masks,
-        )
+        blocks = _kv_blocks(model, settings)
+        self._max_model_len = _context_length(model, settings, blocks)
+        self._adapters = _adapters(model, settings, load_adapter, on_wake)
+        self._constraints = constraints_of(constraints, model.vocabulary, on_wake)
+        self._runner = self._made_runner(model, blocks)
         self._runner.warm_up()
-        self._speculation: Speculation | None = None
-        if settings.turbo:
-            cost = StepCost(self._runner.price_rows(settings.batch_tokens))
-            self._speculation = Speculation(cost, self._head_count, self._max_model_len, text)
+        self._speculation = self._made_speculation(text)
         self.scheduler = Scheduler(
-            KVBlocks(num_blocks, settings.block_size, prefix_cache=settings.prefix_cache),
-            self._residency,
+            blocks,
+            self._adapters,
             self._speculation,
             max_batch_tokens=settings.batch_tokens,
             max_sequences=settings.max_sequences,
@@ -124,75 +97,78 @@ class Engine:
 
     def submit(self, submit: Submit) -> None:
         """Queue a request. One that can't run is answered with an error delta by the next step."""
-        error = self._refusal(submit)
-        sequence = Sequence.from_submit(submit, time.monotonic())
-        if error is not None:
+        if (error := self._refusal(submit)) is not None:
             self._refused.append(_error(submit.request_id, error, "request"))
-        elif sequence.generates and (reason := sequence.finish_reason(self._max_model_len)):
+            return
+        sequence = Sequence(submit, time.monotonic())
+        if sequence.generates and (reason := sequence.finish_reason(self._max_model_len)):
             self._refused.append(Delta(submit.request_id, finish_reason=reason))
-        elif self._constraints is not None and submit.constraint is not None:
+        elif submit.constraint is not None:
             self._constraints.hold(sequence, submit.constraint)
         else:
             self.scheduler.add(sequence)
 
     def cancel(self, request_id: str) -> None:
-        if self._constraints is not None:
-            self._constraints.cancel(request_id)
+        self._constraints.cancel(request_id)
         self.scheduler.cancel(request_id)
 
     def prefetch(self, digest: str, tier: Literal["device", "host"]) -> None:
-        if self._residency is not None:
-            self._residency.prefetch(digest, tier)
+        self._adapters.prefetch(digest, tier)
 
     def pin(self, digest: str, pinned: bool) -> None:
-        if self._residency is not None:
-            self._residency.pin(digest, pinned)
+        self._adapters.pin(digest, pinned)
 
     def forget(self, digest: str) -> None:
-        if self._residency is not None:
-            self._residency.forget(digest)
+        self._adapters.forget(digest)
 
     def poll_adapters(self) -> list[AdapterMoved | AdapterFailed]:
         """Apply finished loads and start the next ones; what moved since the last call."""
-        return [] if self._residency is None else self._residency.poll()
+        return self._adapters.poll()
 
     def step(self) -> StepReport | None:
         """Run one step. None if there was nothing to compute and nothing to say."""
         started = time.monotonic()
-        deltas, self._refused = self._refused, []
-        deltas += [_error(s.request_id, e, "adapter") for s, e in self.scheduler.failures()]
-        deltas += self._begin_constrained()
+        deltas = self._ended_before_a_step()
         plan = self.scheduler.schedule(started)
         if self.scheduler.claims_changed:
             self._on_wake()  # the tiers act on claims in `poll_adapters`
         if not plan and not deltas:
             return None
-        prefill_rows = sum(item.count for item in plan if item.sequence.remaining > 1)
-        drafted, mask_seconds = DraftReport(), None
-        if plan:
-            depths = {} if self._speculation is None else self._speculation.depths(plan)
-            guide = None if self._speculation is None else self._speculation.guide
-            ran = self._runner.run(plan, depths, guide)
-            mask_seconds = ran.mask_seconds
-            if self._speculation is not None:
-                drafted = self._speculation.observe(plan, ran)
-            results = iter(ran.results)
-            for item in plan:
-                deltas += self._advance(item, next(results) if item.samples else None)
-        stats = self._stats(plan, prefill_rows, drafted, mask_seconds, started)
+        prefill_rows = sum([item.count for item in plan if item.sequence.remaining > 1])
+        ran = self._runner.run(plan, self._speculation)
+        drafted = self._speculation.observe(plan, ran)
+        deltas += self._advance(plan, ran)
+        stats = self._stats(plan, prefill_rows, drafted, ran.mask_seconds, started)
         return StepReport(tuple(deltas), stats)
 
     def check_integrity(self) -> None:
         """Raises AssertionError if the scheduler's, the cache's or the tiers' state is broken."""
         self.scheduler.check_integrity()
-        if self._residency is not None:
-            self._residency.check_integrity()
+        self._adapters.check_integrity()
 
     def close(self) -> None:
-        if self._constraints is not None:
-            self._constraints.close()
-        if self._residency is not None:
-            self._residency.close()
+        self._constraints.close()
+        self._adapters.close()
+
+    def _made_runner(self, model: LoadedModel, blocks: KVBlocks) -> Runner:
+        settings = self._settings
+        return Runner(
+            model,
+            self._adapters,
+            self._constraints.masks,
+            num_blocks=blocks.num_blocks,
+            block_size=blocks.block_size,
+            most_graph_rows=settings.max_sequences * (_ROWS_OF_DRAFTS if settings.turbo else 1),
+            max_model_len=self._max_model_len,
+            dtype=torch_dtype(settings.dtype),
+            device=torch.device(settings.device),
+        )
+
+    def _made_speculation(self, text: TokenText | None) -> Speculation | NoSpeculation:
+        if not self._settings.turbo:
+            return NoSpeculation()
+        cost = StepCost(self._runner.price_rows(self._settings.batch_tokens))
+        return Speculation(cost, self._adapters.head_count, self._max_model_len, text)
 
     def _refusal(self, submit: Submit) -> str | None:
         tokens = len(submit.prompt) + len(submit.output)
@@ -203,17 +179,19 @@ class Engine:
             return f"prompt: {tokens} tokens leave no room in a context of {self._max_model_len}"
         if not all(0 <= token < self._vocabulary for token in submit.prompt):
             return f"prompt: token ids must be from 0 to {self._vocabulary - 1}"
-        heads = submit.drafting is not None and submit.drafting.heads is not None
-        if (submit.adapters or heads) and self._residency is None:
-            return "adapters: switched off on this server by the setting 'adapters'"
-        if submit.constraint is not None and self._constraints is None:
-            return "constraint: this engine has no tokenizer to constrain text with; remove it"
-        return None
+        return self._adapters.refusal(submit) or self._constraints.refusal(submit)
+
+    def _ended_before_a_step(self) -> list[Delta]:
+        """The ends of requests that were refused, or can't run; those whose grammar is ready are
+        queued."""
+        refused, self._refused = self._refused, []
+        failed = [_error(s.request_id, e, "adapter") for s, e in self.scheduler.failures()]
+        return [*refused, *failed, *self._begin_constrained()]
 
     def _begin_constrained(self) -> list[Delta]:
         """Queue the sequences whose grammar is ready; the ends of those that can't begin."""
         deltas = []
-        for sequence, error in () if self._constraints is None else self._constraints.released():
+        for sequence, error in self._constraints.released():
             if error is not None:
                 deltas.append(_error(sequence.request_id, f"constraint: {error}", "request"))
             elif reason := sequence.finish_reason(self._max_model_len):
@@ -223,7 +201,16 @@ class Engine:
                 self._on_wake()  # `poll_adapters` came before this claim, and the loop would sleep
         return deltas
 
-    def _advance(self, item: Scheduled, result: Result | None) -> list[Delta]:
+    def _advance(self, plan: Seq[Scheduled], ran: Ran) -> list[Delta]:
+        """Record that the plan was computed; what its sequences have to say."""
+        deltas: list[Delta] = []
+        results = iter(ran.results)
+        for item in plan:
+            result = next(results) if item.samples else None
+            deltas += self._advance_one(item, result)
+        return deltas
+
+    def _advance_one(self, item: Scheduled, result: Result | None) -> list[Delta]:
         sequence = item.sequence
         if sequence.reading is not None and not sequence.reading.sound:
             self.scheduler.finish(sequence)
@@ -233,8 +220,6 @@ class Engine:
             return [] if reason is None else [self._delta(item, [], reason, 0)]
         drawn, error = _until_error(result.sampled)
         taken, reason = self.scheduler.advance(item, [row.token_id for row in drawn])
-        if self._speculation is not None:
-            self._speculation.keep(sequence, result)
         deltas = []
         if taken:
             held = len(result.sampled) - 1
@@ -256,8 +241,8 @@ class Engine:
         reading = sequence.reading if first else None
         return Delta(
             sequence.request_id,
-            token_ids=tuple(row.token_id for row in drawn),
-            logprobs=tuple(row.logprobs for row in drawn if row.logprobs is not None),
+            token_ids=tuple([row.token_id for row in drawn]),
+            logprobs=tuple([row.logprobs for row in drawn if row.logprobs is not None]),
             finish_reason=reason,
             cached_tokens=sequence.cached_tokens if first else None,
             queue_seconds=sequence.queue_seconds if first else None,
@@ -266,11 +251,6 @@ class Engine:
             prompt_logprobs=() if reading is None else reading.scores,
             embedding=None if reading is None else reading.embedding,
         )
-
-    def _head_count(self, slot: int) -> int:
-        """How many tokens the Turbo heads in a device slot draft."""
-        turbo = None if self._residency is None else self._residency.turbo(slot)
-        return 0 if turbo is None else turbo.depth
 
     def _stats(
         self,
@@ -281,15 +261,14 @@ class Engine:
         started: float,
     ) -> StepStats:
         scheduler = self.scheduler
-        compiling = 0 if self._constraints is None else len(self._constraints)
         return StepStats(
             seconds=time.monotonic() - started,
-            rows=sum(item.rows for item in plan),
+            rows=sum([item.rows for item in plan]),
             prefill_rows=prefill_rows,
             sequences=len(plan),
-            adapters=len({digest for item in plan for digest in item.sequence.digests()}),
+            adapters=len({digest for item in plan for digest in item.sequence.digests}),
             running=len(scheduler.running),
-            waiting=len(scheduler) - len(scheduler.running) + compiling,
+            waiting=len(scheduler) - len(scheduler.running) + len(self._constraints),
             kv_blocks_used=scheduler.blocks.used,
             kv_blocks_cached=scheduler.blocks.cached,
             prefix_hit_tokens=scheduler.prefix_hit_tokens,
@@ -319,12 +298,30 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def _residency(
+def _kv_blocks(model: LoadedModel, settings: Settings) -> KVBlocks:
+    """As many blocks as the KV cache has room for."""
+    size = bytes_per_block(model.layers, settings.block_size, torch_dtype(settings.dtype))
+    num_blocks = settings.kv_cache_bytes // size
+    return KVBlocks(num_blocks, settings.block_size, prefix_cache=settings.prefix_cache)
+
+
+def _context_length(model: LoadedModel, settings: Settings, blocks: KVBlocks) -> int:
+    """Tokens of one sequence, at most. Raises ValueError where the model has fewer positions."""
+    most = model.max_positions
+    length = settings.max_model_len or min(most, blocks.num_blocks * blocks.block_size)
+    if length > most:
+        raise ValueError(f"max_model_len ({length}) exceeds the model's {most}")
+    return length
+
+
+def _adapters(
     model: LoadedModel,
     settings: Settings,
     load_adapter: Callable[[str], CanonicalAdapter],
     on_wake: Callable[[], None],
-) -> Residency:
+) -> AdapterTiers:
+    if not settings.adapters:
+        return NoAdapters()
     pool = DevicePool(
         model.groups,
         settings.adapter_device_bytes,

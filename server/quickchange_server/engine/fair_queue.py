@@ -28,7 +28,8 @@ class _Queue:
 
 def cost(sequence: Sequence) -> int:
     """Tokens that serving it may take: what is left to compute and to generate."""
-    return len(sequence.tokens) + max(sequence.sampling.token_limit - sequence.output_length, 0)
+    left = sequence.request.sampling.token_limit - sequence.output_length
+    return len(sequence.tokens) + max(left, 0)
 
 
 class FairQueue:

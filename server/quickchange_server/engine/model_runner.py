@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple, overload
+from typing import NamedTuple, Protocol, overload
 
 import torch
 from torch import Tensor
 
 from quickchange_kernels.lowrank.lowrank_contract import LowRankTables
-from quickchange_server.adapters.manager import Residency
+from quickchange_server.adapters.manager import AdapterTiers
 from quickchange_server.engine.model_inputs import (
     DecodeBuckets,
     Extent,
@@ -27,7 +27,7 @@ from quickchange_server.engine.model_inputs import (
     step_inputs,
 )
 from quickchange_server.engine.prompt_outputs import read
-from quickchange_server.engine.sampler import RowError, Sampled, Sampler, SampleRow
+from quickchange_server.engine.sampler import Draw, RowError, Sampled, Sampler, SampleRow
 from quickchange_server.engine.scheduler import Scheduled
 from quickchange_server.engine.token_masks import TokenMasks
 from quickchange_server.model import paged_attention
@@ -36,7 +36,7 @@ from quickchange_server.model.input_buffers import upload
 from quickchange_server.model.model_loader import LoadedModel, Output, forward
 from quickchange_server.model.paged_attention import PagedAttention
 from quickchange_server.spec_decode.cost_model import stopwatch
-from quickchange_server.spec_decode.draft_heads import Drafter, DraftItem, Drafts, Guide
+from quickchange_server.spec_decode.draft_heads import Drafter, DraftItem, Guide
 from quickchange_server.spec_decode.verifier import Verdict, judge
 
 
@@ -62,8 +62,7 @@ class Window(Sequence[int]):
         return islice(self._values, self._begin, self._end)
 
 
-GuideFor = Callable[[Sequence[Scheduled]], Guide | None]
-MasksFor = Callable[[Sequence[Scheduled]], TokenMasks | None]
+MasksFor = Callable[[Sequence[Scheduled]], TokenMasks]
 
 _PRICED_ROWS = (1, 2, 4, 6, 8, 10, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _PRICING_ROUNDS = 3
@@ -82,9 +81,21 @@ class Ran:
     """A step's results, one for each item that samples, in the plan's order; and what it took."""
 
     results: list[Result]
-    seconds: float | None  # forward pass and sampling; None where nobody waits for the end
-    draft_seconds: float | None  # of the heads; None where none ran
+    seconds: float | None = None  # forward pass and sampling; None where nobody waits for the end
+    draft_seconds: float | None = None  # of the heads; None where none ran
     mask_seconds: float | None = None  # of token masks, on the host; None where none were made
+
+
+class HeadPlan(Protocol):
+    """What the runner needs of speculation: what the heads draft after a step."""
+
+    def depths(self, plan: Sequence[Scheduled]) -> Mapping[str, int]:
+        """How many tokens the heads draft for each request; none for most."""
+        ...
+
+    def guide(self, items: Sequence[Scheduled]) -> Guide | None:
+        """What may revise the drafts of these items, which have some."""
+        ...
 
 
 class Runner:
@@ -93,7 +104,8 @@ class Runner:
     def __init__(
         self,
         model: LoadedModel,
-        residency: Residency | None,
+        adapters: AdapterTiers,
+        masks: MasksFor,
         *,
         num_blocks: int,
         block_size: int,
@@ -101,13 +113,12 @@ class Runner:
         max_model_len: int,
         dtype: torch.dtype,
         device: torch.device,
-        masks: MasksFor | None = None,
     ) -> None:
-        """most_graph_rows: of a step that runs from a captured graph, where there are any. masks:
-        makes those of the items that sample; None: no text is ever constrained."""
-        self._masks = masks
+        """masks: makes those of the items that sample. most_graph_rows: of a step that runs from a
+        captured graph, where there are any."""
         self._model = model
-        self._residency = residency  # None: the server has no adapters
+        self._adapters = adapters
+        self._masks = masks
         self._block_size = block_size
         self._device = device
         self._sampler = Sampler(model.vocabulary, device)
@@ -124,11 +135,10 @@ class Runner:
         """Capture every graph, so that no request has to wait for one."""
         if self._graphs is None:
             return
-        tables = self._tables
-        for adapters in (False, True) if tables is not None else (False,):
+        for adapters in (False, True) if self._adapters.served else (False,):
             for extent in self._buckets.extents(adapters=adapters):
                 nothing = step_inputs((), extent, self._block_size)
-                self._graphs.run(extent, nothing, tables if adapters else None)
+                self._graphs.run(extent, nothing, self._adapters.tables if adapters else None)
 
     def price_rows(self, most: int) -> list[tuple[int, float]]:
         """(rows, seconds) of steps of up to `most` rows that all sample, without adapters."""
@@ -136,43 +146,29 @@ class Runner:
         rounds = [[self._priced(rows) for rows in sizes] for _ in range(_PRICING_ROUNDS)]
         return [(rows, min(times)) for rows, *times in zip(sizes, *rounds, strict=True)]
 
-    def run(
-        self, plan: Sequence[Scheduled], depths: Mapping[str, int], guide: GuideFor | None = None
-    ) -> Ran:
-        """Compute `plan`, then drafts of so many tokens for the requests in `depths`.
-
-        guide: makes what may revise the drafts of the items that have any.
-        """
+    def run(self, plan: Sequence[Scheduled], heads: HeadPlan) -> Ran:
+        """Compute `plan`, then the drafts that `heads` asks for."""
+        if not plan:
+            return Ran([])
+        depths = heads.depths(plan)
         watch = stopwatch(self._device)
         watch.mark()
-        adapters = any(item.components for item in plan)
-        output = self._forward(plan, self._tables if adapters else None)
+        output = self._forward(plan)
         sampling = [item for item in plan if item.samples]
         if reads(plan):
             output = self._read(plan, output)
         if not sampling:
-            return Ran([], None, None)
-        masks = None if self._masks is None else self._masks(sampling)  # beside a GPU's forward
-        rows_to_draw = [row for item in sampling for row in _sample_rows(item)]
-        draw = self._sampler.draw(output.logits, rows_to_draw, masks)
+            return Ran([])
+        masks = self._masks(sampling)  # beside a GPU's forward
+        rows = [row for item in sampling for row in _sample_rows(item)]
+        draw = self._sampler.draw(output.logits, rows, masks)
         verdict = judge(sampling, draw.tokens)
         watch.mark()
-        drafts = self._draft(sampling, depths, verdict, output.hidden, guide)
+        drafted = self._draft(sampling, depths, verdict, output.hidden, heads)
         watch.mark()
-        accepted = verdict.counts(len(sampling))
-        rows = iter(draw.results())
-        drafted = _on_host(drafts, len(sampling))
-        results = []
-        for item, held, ahead in zip(sampling, accepted, drafted, strict=True):
-            sampled = tuple(next(rows) for _ in range(item.sampled_rows))
-            results.append(Result(sampled[: held + 1], ahead))
+        results = _results(sampling, verdict, draw, drafted)
         seconds, draft_seconds = watch.seconds()
-        return Ran(
-            results,
-            seconds,
-            None if drafts is None else draft_seconds,
-            None if masks is None else masks.seconds,
-        )
+        return Ran(results, seconds, draft_seconds if drafted.items else None, masks.seconds)
 
     def _read(self, plan: Sequence[Scheduled], output: Output) -> Output:
         """Let sequences read their prompts' rows; what is left is of the rows that sample."""
@@ -181,40 +177,37 @@ class Runner:
         read(plan, output.logits[sampled:scored], output.hidden[scored:])
         return Output(output.logits[:sampled], output.hidden[:sampled])
 
-    @property
-    def _tables(self) -> LowRankTables | None:
-        return None if self._residency is None else self._residency.tables
-
     def _draft(
         self,
         sampling: Sequence[Scheduled],
         depths: Mapping[str, int],
         verdict: Verdict,
         hidden: Tensor,
-        guide: GuideFor | None,
-    ) -> _Drafted | None:
+        heads: HeadPlan,
+    ) -> _Drafted:
         """What heads expect after each item's last token. hidden [R, H]."""
-        if not depths or self._residency is None:
-            return None
+        if not depths:
+            return _NOTHING
         items = [
             DraftItem(row, item.heads, depth, item.components)
             for row, item in enumerate(sampling)
             if (depth := depths.get(item.sequence.request_id, 0)) and item.heads is not None
         ]
         if not items:
-            return None
+            return _NOTHING
         drafts = self._drafter.draft(
             verdict.at_last_rows(hidden),
             verdict.token,
             items,
-            self._residency,
-            guide=guide([sampling[item.row] for item in items]) if guide is not None else None,
+            self._adapters,
+            guide=heads.guide([sampling[item.row] for item in items]),
         )
-        return _Drafted(items, drafts)
+        return _Drafted(items, *drafts)
 
-    def _forward(self, plan: Sequence[Scheduled], tables: LowRankTables | None) -> Output:
-        """Of the rows that sample. tables: None where no row of the plan has an adapter."""
-        adapters = tables is not None
+    def _forward(self, plan: Sequence[Scheduled]) -> Output:
+        """The rows that sample, then those that are read."""
+        adapters = any(item.components for item in plan)
+        tables = self._adapters.tables if adapters else None
         if self._graphs is not None:
             extent = self._buckets.fit(plan, adapters=adapters)
             if extent is not None:
@@ -249,30 +242,47 @@ class Runner:
 
 class _Drafted(NamedTuple):
     items: list[DraftItem]
-    drafts: Drafts
+    tokens: Tensor  # int64 [items, depth]
+    chances: Tensor  # float32 [items, depth]
 
 
-def _on_host(drafted: _Drafted | None, count: int) -> list[tuple[tuple[int, float], ...]]:
-    """(token, chance) in order of depth, of each item that samples."""
-    ahead: list[tuple[tuple[int, float], ...]] = [()] * count
-    if drafted is None:
-        return ahead
-    tokens, chances = (part.tolist() for part in drafted.drafts)
-    for item, own_tokens, own_chances in zip(drafted.items, tokens, chances, strict=True):
-        pairs = zip(own_tokens, own_chances, strict=True)
-        ahead[item.row] = tuple(pairs)[: item.depth]
-    return ahead
+_NOTHING = _Drafted([], torch.empty(0, 0), torch.empty(0, 0))
+
+
+def _results(
+    sampling: Sequence[Scheduled], verdict: Verdict, draw: Draw, drafted: _Drafted
+) -> list[Result]:
+    """What the items that sample gave, on the host."""
+    accepted = verdict.counts(len(sampling))
+    rows = iter(draw.results())
+    ahead = _ahead(drafted)
+    results = []
+    for row, (item, held) in enumerate(zip(sampling, accepted, strict=True)):
+        sampled = tuple([next(rows) for _ in range(item.sampled_rows)])
+        results.append(Result(sampled[: held + 1], ahead.get(row, ())))
+    return results
+
+
+def _ahead(drafted: _Drafted) -> dict[int, tuple[tuple[int, float], ...]]:
+    """(token, chance) in order of depth, by the place among the items that sample."""
+    if not drafted.items:
+        return {}
+    tokens, chances = drafted.tokens.tolist(), drafted.chances.tolist()
+    return {
+        item.row: tuple(zip(own_tokens, own_chances, strict=True))[: item.depth]
+        for item, own_tokens, own_chances in zip(drafted.items, tokens, chances, strict=True)
+    }
 
 
 def _sample_rows(item: Scheduled) -> list[SampleRow]:
-    """Of the sequence's last token and each draft after it, as if the drafts before held."""
+    """The rows of the sequence's last token and each draft after it, as if those before held."""
     sequence = item.sequence
-    known, prompt = len(sequence.tokens), sequence.prompt_length
+    known, prompt = len(sequence.tokens), len(sequence.request.prompt)
     tokens = [*sequence.tokens, *item.drafts] if item.drafts else sequence.tokens
     return [
         SampleRow(
-            params=sequence.sampling,
-            seed=sequence.seed,
+            params=sequence.request.sampling,
+            seed=sequence.request.seed,
             position=end,
             prompt=Window(tokens, 0, prompt),
             output=Window(tokens, prompt, end),

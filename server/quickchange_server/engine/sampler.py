@@ -26,9 +26,7 @@ from torch import Tensor
 
 from quickchange_kernels.sampling.philox import uniforms
 from quickchange_kernels.sampling.sample_contract import EDITS, FILTERS, Draws, Edits, sample
-from quickchange_kernels.sampling.token_mask import token_mask_
-from quickchange_server.engine.token_masks import TokenMasks
-from quickchange_server.model.input_buffers import upload
+from quickchange_server.engine.token_masks import NO_MASKS, TokenMasks
 from quickchange_server.protocol import SamplingParams, TokenLogprobs
 
 Ints = npt.NDArray[np.int32]
@@ -92,11 +90,8 @@ class Sampler:
         self._device = device
 
     @torch.inference_mode()
-    def draw(
-        self, logits: Tensor, rows: Sequence[SampleRow], masks: TokenMasks | None = None
-    ) -> Draw:
-        """A token for each of one row or more. logits [R, V], overwritten. masks: of the rows that
-        are constrained.
+    def draw(self, logits: Tensor, rows: Sequence[SampleRow], masks: TokenMasks = NO_MASKS) -> Draw:
+        """A token for each of one row or more. logits [R, V], overwritten.
 
         Raises ValueError when the logits' shape is not [len(rows), vocabulary size].
         """
@@ -108,8 +103,7 @@ class Sampler:
         if logits.stride(1) != 1:
             logits = logits.contiguous()
         logprobs = _Logprobs.of(logits, rows)  # the model's own: before anything is edited
-        if masks is not None:
-            token_mask_(logits, *upload((masks.rows, masks.bits), self._device))
+        masks.apply_(logits)
         changes = _EditTable(self._vocabulary_size)
         for row in rows:
             changes.add_row(row)
@@ -117,10 +111,8 @@ class Sampler:
         table = torch.stack([tokens.double(), sound.double()], dim=1)
         if logprobs is not None:
             table = torch.cat([table, logprobs.columns(tokens)], dim=1)
-        errors = changes.errors
-        if masks is not None:
-            errors |= {row: RowError(row, text, "request") for row, text in masks.errors.items()}
-        return Draw(tokens, tuple(rows), table, errors)
+        forbidden = {row: RowError(row, text, "request") for row, text in masks.errors.items()}
+        return Draw(tokens, tuple(rows), table, changes.errors | forbidden)
 
 
 def _draws(rows: Sequence[SampleRow], device: torch.device) -> Draws:

@@ -77,7 +77,7 @@ class Drafts(Protocol):
     """What the scheduler needs of speculation: which drafts are worth their rows."""
 
     def buy(self, plan: Seq[Scheduled], room: int) -> Seq[tuple[int, ...]]:
-        """The tokens to verify for each item, empty for most; at most `room` in all."""
+        """The tokens to verify for each item, or nothing for no item; at most `room` in all."""
         ...
 
 
@@ -87,8 +87,8 @@ class Scheduler:
     def __init__(
         self,
         blocks: KVBlocks,
-        claims: Claims | None,
-        drafts: Drafts | None = None,
+        claims: Claims,
+        drafts: Drafts,
         *,
         max_batch_tokens: int,
         max_sequences: int,
@@ -105,8 +105,8 @@ class Scheduler:
                 f"max_model_len ({max_model_len}): raise the one or lower the other"
             )
         self.blocks = blocks
-        self._holdings = Holdings(claims)  # None: no sequence with adapters may be added
-        self._drafts = drafts  # None: nothing is drafted
+        self._holdings = Holdings(claims)
+        self._drafts = drafts
         self.max_batch_tokens = max_batch_tokens
         self.max_sequences = max_sequences
         self.max_model_len = max_model_len
@@ -127,7 +127,7 @@ class Scheduler:
         return self._holdings.changed
 
     def add(self, sequence: Sequence) -> None:
-        if not sequence.background and sequence.digests():
+        if not sequence.request.background and sequence.digests:
             self._take_back([s for s in self._holdings.lent if s not in self.running])
             self._holdings.claim(sequence)
         self._sequences[sequence.request_id] = sequence
@@ -160,12 +160,11 @@ class Scheduler:
         self._holdings.changed = False
         self._scorable = _MOST_SCORED
         preemptions = self.preemptions
-        running = [sequence for sequence in self.running if not sequence.background]
+        running = [sequence for sequence in self.running if not sequence.request.background]
         plan = self._go_on(running, self.max_batch_tokens)
         if self.foreground and len(running) == self._running_foreground():
             plan += self._admit(self.foreground, self.max_batch_tokens - _rows(plan), now)
-        if self._drafts is not None:
-            plan = self._with_drafts(plan, self._drafts)
+        plan = self._with_drafts(plan)
         if self.background or len(self.running) > self._running_foreground():
             plan += self._behind(plan, now, admitting=self.preemptions == preemptions)
         # Rows under the same adapters side by side: one segment, whose weights are read once.
@@ -219,10 +218,10 @@ class Scheduler:
         self._holdings.check_integrity(self._sequences)
 
     def _lane(self, sequence: Sequence) -> Lane:
-        return self.background if sequence.background else self.foreground
+        return self.background if sequence.request.background else self.foreground
 
     def _running_foreground(self) -> int:
-        return sum([not sequence.background for sequence in self.running])
+        return sum([not sequence.request.background for sequence in self.running])
 
     def _go_on(self, sequences: Seq[Sequence], budget: int) -> list[Scheduled]:
         """The next rows, at most `budget`, of sequences that run: decode rows first of all."""
@@ -249,7 +248,7 @@ class Scheduler:
         room = self.max_batch_tokens - _rows(plan)
         if plan or self.foreground:
             room = min(room, max(self.max_batch_tokens // _BESIDE, 1))
-        running = [sequence for sequence in self.running if sequence.background]
+        running = [sequence for sequence in self.running if sequence.request.background]
         behind = self._go_on(running, room)
         if admitting and not self.foreground and all(s in self.running for s in running):
             self._holdings.lend(self.background.candidates()[: self.max_sequences])
@@ -262,9 +261,10 @@ class Scheduler:
                 self._preempt(sequence)
             self._holdings.take_back(sequence)
 
-    def _with_drafts(self, plan: list[Scheduled], drafts: Drafts) -> list[Scheduled]:
-        room = self.max_batch_tokens - _rows(plan)
-        bought = drafts.buy(plan, room)
+    def _with_drafts(self, plan: list[Scheduled]) -> list[Scheduled]:
+        bought = self._drafts.buy(plan, self.max_batch_tokens - _rows(plan))
+        if not bought:
+            return plan
         return [
             replace(item, drafts=tokens[: self._room_for_drafts(item, len(tokens))])
             if tokens
@@ -319,7 +319,7 @@ class Scheduler:
 
     def _last(self) -> Sequence:
         """The running sequence that gives way first."""
-        behind = (sequence for sequence in reversed(self.running) if sequence.background)
+        behind = (sequence for sequence in reversed(self.running) if sequence.request.background)
         return next(behind, self.running[-1])
 
     def _place(self, sequence: Sequence) -> bool:
@@ -331,7 +331,7 @@ class Scheduler:
         most = len(sequence.tokens) + sequence.generates
         needed = -(-most // block_size) - len(found)
         while needed > self.blocks.available:
-            if sequence.background or len(self.running) == self._running_foreground():
+            if sequence.request.background or len(self.running) == self._running_foreground():
                 self.blocks.release(found)
                 return False
             self._preempt(self._last())
@@ -389,7 +389,7 @@ class Scheduler:
         slots = self._holdings.slots(sequence)
         if not slots:
             return Scheduled(sequence, count, ())
-        components = tuple((slots[c.digest], c.weight) for c in sequence.adapters)
+        components = tuple([(slots[c.digest], c.weight) for c in sequence.request.adapters])
         heads = None if sequence.heads is None else slots[sequence.heads]
         return Scheduled(sequence, count, components, heads)
 

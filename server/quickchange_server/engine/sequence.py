@@ -13,7 +13,6 @@ import math
 import struct
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -24,12 +23,12 @@ from quickchange_server.protocol import (
     Drafting,
     FinishReason,
     Pooling,
-    SamplingParams,
     Submit,
     TokenLogprobs,
 )
 from quickchange_server.spec_decode.phrase_lookup import WordLookup
 from quickchange_server.spec_decode.prompt_lookup import PromptLookup
+from quickchange_server.structured_output.compiler import Matcher
 
 Doubles = npt.NDArray[np.float64]
 
@@ -118,50 +117,21 @@ class HeadDrafts:
     matches: tuple[int, ...]
 
 
-class Matcher(Protocol):
-    """How far a constrained text has come in its grammar."""
-
-    @property
-    def error(self) -> str | None:
-        """Why it can't go on: a limit of the library, met on the way."""
-        ...
-
-    @property
-    def complete(self) -> bool:
-        """Whether nothing but the end may follow."""
-        ...
-
-    def copy(self) -> Matcher: ...
-
-    def advance(self, token: int) -> None:
-        """Go on by a token that was allowed."""
-        ...
-
-    def forced(self) -> list[int]:
-        """Text that must follow, as the tokenizer spells it. Other spellings are allowed, too."""
-        ...
-
-    def allowed(self, tokens: Seq[int]) -> int:
-        """Of the tokens, one after the other, those that may follow; the end is the last."""
-        ...
-
-
 @dataclass(eq=False)
 class Sequence:
     """A request in the engine. `tokens` is prompt and output; everything else follows from it."""
 
-    request_id: str
-    tokens: list[int]
-    prompt_length: int
-    sampling: SamplingParams
-    seed: int
-    adapters: tuple[Component, ...]
-    key: bytes  # of its composition and salt
+    request: Submit
     arrival: float  # seconds, monotonic
-    drafting: Drafting | None = None
-    background: bool = False  # runs on what the others leave
-    reading: Reading | None = None  # what is read of its prompt's rows
-    generates: bool = True  # False: it ends when its prompt is computed
+    # What follows from the request.
+    request_id: str = field(init=False)  # read many times a step: a property would be a call each
+    tokens: list[int] = field(init=False)
+    key: bytes = field(init=False)  # of its composition and salt
+    reading: Reading | None = field(init=False)  # what is read of its prompt's rows
+    generates: bool = field(init=False)  # False: it ends when its prompt is computed
+    drafting: Drafting | None = field(init=False)
+    digests: list[str] = field(init=False)  # of all adapter versions that it needs on the device
+    # How far it has come.
     head_drafts: HeadDrafts | None = None  # those made last
     lookup: PromptLookup | None = None  # over `tokens`, where drafting asks for it
     words: WordLookup | None = None  # the same by text, where the engine has a tokenizer
@@ -175,36 +145,27 @@ class Sequence:
     cached_tokens: int | None = None  # found in the prefix cache at first admission
     told: bool = False  # whether a delta of it has left the engine
 
-    @classmethod
-    def from_submit(cls, submit: Submit, now: float) -> Sequence:
-        reading = Reading.of(submit)
-        embeds = submit.pooling is not None
+    def __post_init__(self) -> None:
+        request = self.request
+        self.request_id = request.request_id
+        self.tokens = [*request.prompt, *request.output]
+        self.key = composition_key(request.adapters, request.salt)
+        self.reading = Reading.of(request)
         # A request for its prompt's log-probabilities alone has no new token.
-        generates = not embeds and (reading is None or submit.sampling.token_limit > 0)
+        more = self.reading is None or request.sampling.token_limit > 0
+        self.generates = request.pooling is None and more
         # Drafts buy speed with rows: nobody waits for a background request, who could use them.
-        drafts = generates and not submit.background
-        return cls(
-            request_id=submit.request_id,
-            tokens=[*submit.prompt, *submit.output],
-            prompt_length=len(submit.prompt),
-            sampling=submit.sampling,
-            seed=submit.seed,
-            adapters=submit.adapters,
-            key=composition_key(submit.adapters, submit.salt),
-            arrival=now,
-            drafting=submit.drafting if drafts else None,
-            background=submit.background,
-            reading=reading,
-            generates=generates,
-        )
+        self.drafting = request.drafting if self.generates and not request.background else None
+        heads = () if self.heads is None else (self.heads,)
+        self.digests = list(dict.fromkeys([*(c.digest for c in request.adapters), *heads]))
 
     @property
     def output(self) -> list[int]:
-        return self.tokens[self.prompt_length :]
+        return self.tokens[len(self.request.prompt) :]
 
     @property
     def output_length(self) -> int:
-        return len(self.tokens) - self.prompt_length
+        return len(self.tokens) - len(self.request.prompt)
 
     @property
     def remaining(self) -> int:
@@ -229,11 +190,6 @@ class Sequence:
         """Digest of the adapter version whose Turbo heads draft for it."""
         return None if self.drafting is None else self.drafting.heads
 
-    def digests(self) -> list[str]:
-        """All adapter versions that it needs on the device."""
-        heads = () if self.heads is None else (self.heads,)
-        return list(dict.fromkeys([*(component.digest for component in self.adapters), *heads]))
-
     def keys_of_full_blocks(self, count: int, block_size: int) -> list[bytes]:
         """Content keys of the first `count` full blocks."""
         while len(self.block_keys) < count:
@@ -246,7 +202,7 @@ class Sequence:
     def take(self, token: int) -> None:
         """The next token of the output."""
         self.tokens.append(token)
-        if self.matcher is not None and token not in self.sampling.stop_token_ids:
+        if self.matcher is not None and token not in self.request.sampling.stop_token_ids:
             self.matcher.advance(token)
 
     def finish_reason(self, max_model_len: int) -> FinishReason | None:
@@ -255,10 +211,11 @@ class Sequence:
             if self.remaining:
                 return None
             return "stop" if self.reading is not None and self.reading.top is None else "length"
-        if self.output_length and self.tokens[-1] in self.sampling.stop_token_ids:
+        sampling, new = self.request.sampling, self.output_length
+        if new and self.tokens[-1] in sampling.stop_token_ids:
             return "stop"
         if self.matcher is not None and self.matcher.complete:
             return "stop"  # before min_tokens, too: nothing else may follow
-        if self.output_length >= self.sampling.token_limit or len(self.tokens) >= max_model_len:
+        if new >= sampling.token_limit or len(self.tokens) >= max_model_len:
             return "length"
         return None

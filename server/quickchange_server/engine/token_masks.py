@@ -1,29 +1,30 @@
 """Constrained sequences in the engine: grammars compiled beside decoding, masks for sampled rows.
 
-Which tokens may follow is told by a `ConstraintCompiler`, which knows the tokenizer; here are token
-ids alone. A sequence waits outside the scheduler until its grammar is compiled, so it holds up no
+A `ConstraintCompiler`, which knows the tokenizer, says which tokens may follow; here are token ids
+alone. A sequence waits outside the scheduler until its grammar is compiled, so it holds up no
 other; one that comes with output (after a restart) is taken there by replaying it.
 """
 
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from cachetools import LRUCache
 from torch import Tensor
 
-from quickchange_kernels.sampling.token_mask import WORD, mask_words
+from quickchange_kernels.sampling.token_mask import WORD, mask_words, token_mask_
 from quickchange_server.engine.scheduler import Scheduled
-from quickchange_server.engine.sequence import Matcher, Sequence
-from quickchange_server.protocol import Constraint
+from quickchange_server.engine.sequence import Sequence
+from quickchange_server.model.input_buffers import upload
+from quickchange_server.protocol import Constraint, Submit
+from quickchange_server.structured_output.compiler import ConstraintCompiler, Masked, Matcher
 from quickchange_server.structured_output.errors import ConstraintError
 
 _KEPT = 64  # compiled grammars
@@ -33,42 +34,25 @@ _NO_TOKEN = (
     "ask for other stop tokens"
 )
 
-M = TypeVar("M", bound=Matcher)
-
-
-@dataclass(frozen=True, slots=True)
-class Masked(Generic[M]):
-    """The masks that one sequence needs: of its next token, and behind each of its drafts."""
-
-    matcher: M
-    row: int  # of the first mask; the others follow
-    drafts: tuple[int, ...]
-
-
-class ConstraintCompiler(Protocol):
-    """What the engine needs of a library for grammars."""
-
-    ends: frozenset[int]  # the model's end-of-sequence ids
-
-    def compile(self, constraint: Constraint) -> Matcher:
-        """On the compile thread. Raises ConstraintError."""
-        ...
-
-    def fill(self, wanted: Seq[Masked[Matcher]], bits: npt.NDArray[np.int32]) -> None:
-        """Write the masks [rows, words], as token_mask.py has them. The end ids are allowed where
-        the grammar accepts. Behind a draft that the grammar forbids, or that ends it, rows stay as
-        they are: they are never read. Matchers stay where they are."""
-        ...
-
 
 @dataclass(frozen=True, slots=True)
 class TokenMasks:
-    """Of a step's sampled rows, those that are constrained."""
+    """The masks of a step's sampled rows that are constrained; maybe none."""
 
     rows: Tensor  # int64 [M], among the sampled rows
     bits: Tensor  # int32 [M, words]
     errors: dict[int, str]  # sampled row -> why its grammar can't go on
-    seconds: float  # that making them took
+    seconds: float | None  # that making them took; None: there are none
+
+    def apply_(self, logits: Tensor) -> None:
+        """Suppress the forbidden tokens in logits [R, V], in place."""
+        if self.rows.numel():
+            token_mask_(logits, *upload((self.rows, self.bits), logits.device))
+
+
+NO_MASKS = TokenMasks(
+    torch.empty(0, dtype=torch.int64), torch.empty(0, 0, dtype=torch.int32), {}, None
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +72,11 @@ class Constraints:
         self._vocabulary = vocabulary
         self._on_wake = on_wake
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammars")
-        self._compiled: OrderedDict[Constraint, Matcher] = OrderedDict()  # at their beginnings
+        self._compiled = LRUCache[Constraint, Matcher](_KEPT)  # at their beginnings
         self._waiting: dict[str, _Waiting] = {}
+
+    def refusal(self, submit: Submit) -> str | None:
+        """Why a request can't be served; any constraint may be asked for."""
 
     def hold(self, sequence: Sequence, constraint: Constraint) -> None:
         """Keep a sequence until its grammar is compiled; `released` then has it."""
@@ -119,8 +106,8 @@ class Constraints:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def masks(self, sampling: Seq[Scheduled]) -> TokenMasks | None:
-        """For items that sample, in their order; None where none is constrained."""
+    def masks(self, sampling: Seq[Scheduled]) -> TokenMasks:
+        """The masks of items that sample, in their order."""
         started = time.monotonic()
         wanted: list[Masked[Matcher]] = []
         stops: list[frozenset[int]] = []
@@ -131,11 +118,11 @@ class Constraints:
             matcher = item.sequence.matcher
             if matcher is not None:
                 wanted.append(Masked(matcher, len(rows), item.drafts))
-                stops.append(frozenset(item.sequence.sampling.stop_token_ids))
+                stops.append(frozenset(item.sequence.request.sampling.stop_token_ids))
                 rows += range(first, first + item.sampled_rows)
             first += item.sampled_rows
         if not wanted:
-            return None
+            return NO_MASKS
         bits = np.full((len(rows), mask_words(self._vocabulary)), _ALL, dtype=np.int32)
         self._compiler.fill(wanted, bits)
         for one, stop in zip(wanted, stops, strict=True):
@@ -166,15 +153,47 @@ class Constraints:
         compiled = self._compiled.get(constraint)
         if compiled is None:
             compiled = self._compiled[constraint] = self._compiler.compile(constraint)
-            if len(self._compiled) > _KEPT:
-                self._compiled.popitem(last=False)
-        self._compiled.move_to_end(constraint)
         matcher = compiled.copy()
         for token in output:
             matcher.advance(token)
         if matcher.error is not None:
             raise ConstraintError(matcher.error)
         return matcher
+
+
+class NoConstraints:
+    """An engine that has no tokenizer to constrain text with."""
+
+    def refusal(self, submit: Submit) -> str | None:
+        if submit.constraint is None:
+            return None
+        return "constraint: this engine has no tokenizer to constrain text with; remove it"
+
+    def hold(self, sequence: Sequence, constraint: Constraint) -> None:
+        raise RuntimeError(f"{sequence.request_id} is constrained: {constraint.kind}")
+
+    def cancel(self, request_id: str) -> None:
+        """No sequence waits here."""
+
+    def released(self) -> list[tuple[Sequence, str | None]]:
+        return []
+
+    def __len__(self) -> int:
+        return 0
+
+    def masks(self, sampling: Seq[Scheduled]) -> TokenMasks:
+        del sampling
+        return NO_MASKS
+
+    def close(self) -> None:
+        """There is no thread to end."""
+
+
+def constraints_of(
+    compiler: ConstraintCompiler | None, vocabulary: int, on_wake: Callable[[], None]
+) -> Constraints | NoConstraints:
+    """The constrained sequences of an engine; compiler: None where text can't be constrained."""
+    return NoConstraints() if compiler is None else Constraints(compiler, vocabulary, on_wake)
 
 
 def _bits_of(tokens: frozenset[int] | list[int]) -> npt.NDArray[np.int32]:

@@ -37,8 +37,8 @@ def capture_for(device: torch.device) -> Capture | None:
 
 
 @dataclass(frozen=True)
-class _Graph:
-    inputs: StaticInputs
+class _Graph(Generic[Inputs]):
+    inputs: StaticInputs[Inputs]
     tables: LowRankTables | None
     replay: Callable[[], None]
     outputs: Outputs
@@ -60,7 +60,7 @@ class Graphs(Generic[Inputs]):
         self._compute = compute
         self._capture = capture
         self._device = device
-        self._graphs: dict[Hashable, _Graph] = {}
+        self._graphs: dict[Hashable, _Graph[Inputs]] = {}
 
     def run(self, key: Hashable, inputs: Inputs, tables: LowRankTables | None) -> Outputs:
         """The outputs for host `inputs`, which must have the same shapes for the same key.
@@ -78,9 +78,9 @@ class Graphs(Generic[Inputs]):
         graph.replay()
         return graph.outputs
 
-    def _captured(self, inputs: Inputs, tables: LowRankTables | None) -> _Graph:
+    def _captured(self, inputs: Inputs, tables: LowRankTables | None) -> _Graph[Inputs]:
         static = StaticInputs(inputs, self._device)
-        on_device = static.tree(inputs)
+        on_device = static.tree()
         replay, outputs = self._capture(lambda: self._compute(on_device, tables))
         return _Graph(static, tables, replay, outputs)
 

@@ -1,7 +1,7 @@
 """A step's small host tensors on their way to the device: packed in one buffer, in one copy.
 
-Works on any tree of frozen dataclasses and tuples whose leaves are tensors, numbers or None: what
-they mean is not known here. On a CPU nothing is packed or copied.
+Works on any tree of dataclasses and tuples whose leaves are tensors, numbers or None, as pytree
+walks them: what they mean is not known here. On a CPU nothing is packed or copied.
 
 On a GPU the buffer is pinned, so that the copy does not hold up the host. Pinned memory comes from
 torch's own cache, which hands a buffer out again only once the copies out of it are done.
@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import TreeSpec, register_dataclass, tree_flatten, tree_unflatten
 
 Tree = TypeVar("Tree")
 
@@ -37,40 +37,40 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class Layout(Generic[Tree]):
     """Where each tensor of a tree lies in one buffer, and all else that the tree says.
 
     Two trees with equal layouts differ in their tensors' values alone.
     """
 
     parts: tuple[Part, ...]
-    order: tuple[int, ...]  # of each tensor leaf: its part. A tensor met twice is one part
-    constants: tuple[object, ...]  # the other leaves
+    places: tuple[tuple[int, int], ...]  # (leaf, its part). A tensor met twice is one part
+    constants: tuple[object, ...]  # the leaves, None in place of each tensor
+    spec: TreeSpec
     nbytes: int
 
 
-def layout_of(tree: object) -> tuple[Layout, list[Tensor]]:
+def layout_of(tree: Tree) -> tuple[Layout[Tree], list[Tensor]]:
     """The layout of a tree and the tensors of its parts."""
+    leaves, spec = _flat(tree)
     parts: list[Part] = []
     tensors: list[Tensor] = []
     number: dict[int, int] = {}  # tensor's identity -> part
-    order: list[int] = []
-    constants: list[object] = []
+    places: list[tuple[int, int]] = []
     end = 0
-    for leaf in _leaves(tree):
-        if not isinstance(leaf, Tensor):
-            constants.append(leaf)
-            continue
-        if id(leaf) not in number:
-            number[id(leaf)] = len(parts)
-            parts.append(Part(end, leaf.dtype, tuple(leaf.shape)))
-            tensors.append(leaf)
-            end += -(-leaf.nbytes // _ALIGNMENT) * _ALIGNMENT
-        order.append(number[id(leaf)])
-    return Layout(tuple(parts), tuple(order), tuple(constants), end), tensors
+    for place, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor):
+            if id(leaf) not in number:
+                number[id(leaf)] = len(parts)
+                parts.append(Part(end, leaf.dtype, tuple(leaf.shape)))
+                tensors.append(leaf)
+                end += -(-leaf.nbytes // _ALIGNMENT) * _ALIGNMENT
+            places.append((place, number[id(leaf)]))
+            leaves[place] = None
+    return Layout(tuple(parts), tuple(places), tuple(leaves), spec, end), tensors
 
 
-def views(layout: Layout, buffer: Tensor) -> list[Tensor]:
+def views(layout: Layout[Tree], buffer: Tensor) -> list[Tensor]:
     """The parts' tensors on a buffer: uint8 [layout.nbytes]."""
     return [
         buffer[part.offset : part.offset + part.nbytes].view(part.dtype).view(part.shape)
@@ -78,11 +78,13 @@ def views(layout: Layout, buffer: Tensor) -> list[Tensor]:
     ]
 
 
-def rebuilt(tree: Tree, layout: Layout, tensors: list[Tensor]) -> Tree:
-    """The same tree on other tensors, one for each part."""
-    following = iter(layout.order)
-    result: Tree = _replaced(tree, (tensors[part] for part in following))
-    return result
+def rebuilt(layout: Layout[Tree], tensors: list[Tensor]) -> Tree:
+    """The tree on other tensors, one for each part."""
+    leaves = list(layout.constants)
+    for place, part in layout.places:
+        leaves[place] = tensors[part]
+    tree: Tree = tree_unflatten(leaves, layout.spec)
+    return tree
 
 
 def upload(tree: Tree, device: torch.device) -> Tree:
@@ -91,10 +93,10 @@ def upload(tree: Tree, device: torch.device) -> Tree:
         return tree
     layout, tensors = layout_of(tree)
     host = packed(layout, tensors, device)
-    return rebuilt(tree, layout, views(layout, host.to(device, non_blocking=True)))
+    return rebuilt(layout, views(layout, host.to(device, non_blocking=True)))
 
 
-def packed(layout: Layout, tensors: list[Tensor], device: torch.device) -> Tensor:
+def packed(layout: Layout[Tree], tensors: list[Tensor], device: torch.device) -> Tensor:
     """The tensors in one host buffer uint8 [layout.nbytes], pinned where the device needs it."""
     host = torch.empty(layout.nbytes, dtype=torch.uint8, pin_memory=device.type != "cpu")
     for place, tensor in zip(views(layout, host), tensors, strict=True):
@@ -102,20 +104,20 @@ def packed(layout: Layout, tensors: list[Tensor], device: torch.device) -> Tenso
     return host
 
 
-class StaticInputs:
+class StaticInputs(Generic[Tree]):
     """A tree on a device buffer that stays where it is, as the inputs of a captured graph must."""
 
-    def __init__(self, tree: object, device: torch.device) -> None:
+    def __init__(self, tree: Tree, device: torch.device) -> None:
         self._device = device
         self._layout, tensors = layout_of(tree)
         self._buffer = packed(self._layout, tensors, device).to(device, non_blocking=True)
         self._views = views(self._layout, self._buffer)
 
-    def tree(self, like: Tree) -> Tree:
-        """`like`, a tree of the same layout, on the buffer."""
-        return rebuilt(like, self._layout, self._views)
+    def tree(self) -> Tree:
+        """The tree on the buffer."""
+        return rebuilt(self._layout, self._views)
 
-    def refill(self, tree: object) -> None:
+    def refill(self, tree: Tree) -> None:
         """Other values of the same layout, behind all work given to the device so far.
 
         Raises ValueError where the layout differs: the graph would compute something else.
@@ -126,26 +128,10 @@ class StaticInputs:
         self._buffer.copy_(packed(layout, tensors, self._device), non_blocking=True)
 
 
-def _leaves(tree: object) -> Iterator[object]:
-    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        for field in dataclasses.fields(tree):
-            yield from _leaves(getattr(tree, field.name))
-    elif isinstance(tree, tuple):
-        for item in tree:
-            yield from _leaves(item)
-    else:
-        yield tree
-
-
-def _replaced(tree: Tree, tensors: Iterator[Tensor]) -> Tree:
-    """The tree with its tensor leaves replaced in order."""
-    if isinstance(tree, Tensor):
-        return next(tensors)  # type: ignore[return-value]
-    if isinstance(tree, tuple):
-        return tuple(_replaced(item, tensors) for item in tree)  # type: ignore[return-value]
-    if not dataclasses.is_dataclass(tree) or isinstance(tree, type):
-        return tree
-    fields = dataclasses.fields(tree)
-    return dataclasses.replace(
-        tree, **{field.name: _replaced(getattr(tree, field.name), tensors) for field in fields}
-    )
+def _flat(tree: object) -> tuple[list[object], TreeSpec]:
+    """The leaves; a dataclass met for the first time is made known to pytree."""
+    leaves, spec = tree_flatten(tree)
+    new = [kind for kind in {type(leaf) for leaf in leaves} if dataclasses.is_dataclass(kind)]
+    for kind in new:
+        register_dataclass(kind)
+    return _flat(tree) if new else (leaves, spec)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from quickchange_server.engine.model_runner import Ran, Result
 from quickchange_server.engine.scheduler import Scheduled
-from quickchange_server.engine.sequence import HeadDrafts, Matcher, Sequence
+from quickchange_server.engine.sequence import HeadDrafts, Sequence
 from quickchange_server.protocol import LOOKUP, DraftCount
 from quickchange_server.spec_decode.acceptance_rates import (
     DEEPEST,
@@ -40,6 +40,7 @@ from quickchange_server.spec_decode.phrase_lookup import (
     WordLookup,
 )
 from quickchange_server.spec_decode.prompt_lookup import Found, PromptLookup
+from quickchange_server.structured_output.compiler import Matcher
 
 _REMEMBERED = 16  # chains
 _UNSURE = 0.5  # a head's chance below which lookup may take over in the middle of a chain
@@ -64,6 +65,25 @@ class DraftReport:
     rows: int = 0
     estimate: float = 0.0  # tokens
     gain: int = 0  # tokens
+
+
+class NoSpeculation:
+    """Drafting switched off: no draft is made, bought or learned from."""
+
+    def buy(self, plan: Seq[Scheduled], room: int) -> list[tuple[int, ...]]:
+        del plan, room
+        return []
+
+    def depths(self, plan: Seq[Scheduled]) -> Mapping[str, int]:
+        del plan
+        return {}
+
+    def guide(self, items: Seq[Scheduled]) -> None:
+        """Never asked: no heads draft."""
+
+    def observe(self, plan: Seq[Scheduled], ran: Ran) -> DraftReport:
+        del plan, ran
+        return DraftReport()
 
 
 class Speculation:
@@ -100,7 +120,7 @@ class Speculation:
         self._estimate = 0.0
 
     def buy(self, plan: Seq[Scheduled], room: int) -> list[tuple[int, ...]]:
-        """The drafts to verify for each item; at most `room` in all."""
+        """The drafts to verify for each item, or nothing for no item; at most `room` in all."""
         self._bought, self._lookups, self._estimate = {}, {}, 0.0
         self._step += 1
         decoding = sum([item.samples for item in plan])
@@ -108,10 +128,10 @@ class Speculation:
         wanted = any(item.sequence.drafting is not None for item in plan)
         self._awake = wanted and self._guard.awake(decoding)
         if not self._awake:
-            return [()] * len(plan)
+            return []
         chains = [self._chain(item)[: _TRIED if self._is_trial(item) else None] for item in plan]
         if not any(chains):
-            return [()] * len(plan)
+            return []
         load = Load(decoding, sum([item.count for item in plan]) - decoding, room)
         trial = next((i for i, item in enumerate(plan) if self._is_trial(item)), None)
         chances = [[draft.chance for draft in chain] for chain in chains]
@@ -166,18 +186,12 @@ class Speculation:
         }
         return WordGuide(chains, self._acceptance)
 
-    def keep(self, sequence: Sequence, result: Result) -> None:
-        """Note what the heads have drafted for a sequence that has just taken its tokens."""
-        sequence.head_drafts = None
-        if result.drafts:
-            tokens, chances = zip(*result.drafts, strict=True)
-            guided = self._guided.get(sequence.request_id)
-            matches = (0,) * len(tokens) if guided is None else guided.matches[: len(tokens)]
-            after = len(sequence.tokens)
-            sequence.head_drafts = HeadDrafts(after, tokens, chances, tuple(matches))
-
     def observe(self, plan: Seq[Scheduled], ran: Ran) -> DraftReport:
-        """Learn from a step that was computed as planned."""
+        """Learn from a step that was computed as planned, before its tokens are taken, and note
+        what the heads have drafted for the next one."""
+        sampling = [item for item in plan if item.samples]
+        for item, result in zip(sampling, ran.results, strict=True):
+            self._keep(item.sequence, result)
         news = bool(self._bought) or self._step % _QUIET == 0
         if news and ran.seconds is not None and all(item.count == 1 for item in plan):
             self._cost.observe(sum([item.rows for item in plan]), ran.seconds)
@@ -188,7 +202,6 @@ class Speculation:
             return DraftReport()
         drafted: Counter[tuple[str, int]] = Counter()
         accepted: Counter[tuple[str, int]] = Counter()
-        sampling = [item for item in plan if item.samples]
         for item, result in zip(sampling, ran.results, strict=True):
             self._judge(item, result, drafted, accepted)
         return DraftReport(
@@ -200,6 +213,16 @@ class Speculation:
             estimate=self._estimate,
             gain=accepted.total(),
         )
+
+    def _keep(self, sequence: Sequence, result: Result) -> None:
+        """Note what the heads have drafted behind the tokens that a sequence is about to take."""
+        sequence.head_drafts = None
+        if result.drafts:
+            tokens, chances = zip(*result.drafts, strict=True)
+            guided = self._guided.get(sequence.request_id)
+            matches = (0,) * len(tokens) if guided is None else guided.matches[: len(tokens)]
+            after = len(sequence.tokens) + len(result.sampled)
+            sequence.head_drafts = HeadDrafts(after, tokens, chances, tuple(matches))
 
     def _judge_step(self, plan: Seq[Scheduled], ran: Ran) -> None:
         """Hold what a step of decoding alone gave against what it would have without drafts."""
@@ -242,7 +265,7 @@ class Speculation:
 
     def _most(self, sequence: Sequence) -> int:
         """Drafts that can still count: the last token of a sequence needs none."""
-        left = sequence.sampling.token_limit - sequence.output_length
+        left = sequence.request.sampling.token_limit - sequence.output_length
         return min(left, self._max_model_len - len(sequence.tokens), DEEPEST + 1) - 1
 
     def _chain(self, item: Scheduled) -> list[_Draft]:
@@ -327,7 +350,7 @@ class Speculation:
 
     def _words(self, sequence: Sequence) -> WordLookup | None:
         if sequence.words is None and self._text is not None:
-            sequence.words = WordLookup(sequence.tokens, sequence.prompt_length, self._text)
+            sequence.words = WordLookup(sequence.tokens, len(sequence.request.prompt), self._text)
         return sequence.words
 
     def _guided_chain(self, sequence: Sequence) -> GuidedChain:

@@ -5,7 +5,7 @@ the escapes that JSON needs and no others. Without the first a model may write b
 without the second `"\u0061"` would be another way to write the key `"a"`, past what the schema
 says of that key.
 
-Grammars over the engine's tokenizer: `engine.constraints.ConstraintCompiler` by llguidance.
+Grammars over the engine's tokenizer: `ConstraintCompiler` by llguidance.
 """
 
 from __future__ import annotations
@@ -30,9 +30,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from quickchange_server.engine.sequence import Matcher
-from quickchange_server.engine.token_masks import Masked
 from quickchange_server.frontend.tokenizer import Text
+from quickchange_server.structured_output.compiler import Masked, Matcher
 from quickchange_server.structured_output.errors import NO_TOKENIZER
 
 _BLANKS = r"[\x20\x0A\x0D\x09]{1,24}"
@@ -130,7 +129,7 @@ class TokenGrammars:
         return LibraryMatcher(compiled(self._tokens, constraint), self.ends)
 
     def fill(self, wanted: Sequence[Masked[Matcher]], bits: npt.NDArray[np.int32]) -> None:
-        """See `engine.constraints.ConstraintCompiler`."""
+        """See `ConstraintCompiler`."""
         into = (bits.ctypes.data, bits.strides[0], bits.shape[0])
         single = [(_library(one.matcher).inner, one.row) for one in wanted if not one.drafts]
         chains = [
