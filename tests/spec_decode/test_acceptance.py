@@ -5,22 +5,17 @@ from __future__ import annotations
 import random
 
 import hypothesis.strategies as st
-import numpy as np
 import pytest
 from hypothesis import given, settings
 
 from quickchange_server.protocol import LOOKUP
 from quickchange_server.spec_decode.acceptance_rates import (
     DEEPEST,
-    FIRST_PAUSE,
     HOPE,
     KEPT,
-    LONGEST_PAUSE,
     OFFERS,
-    SPACING,
     Acceptance,
     Drafter,
-    Trials,
 )
 
 HEADS = Drafter("digest of heads", b"lora")
@@ -141,29 +136,3 @@ def test_the_last_offers_are_expected_again_with_the_chances_of_now() -> None:
         acceptance.offered(HEADS, [0.6 if index else 0.01])
     feed(acceptance, HEADS, 1.0, 500)
     assert acceptance.expected(HEADS, 1).ravel() == pytest.approx(acceptance.chance(HEADS, 1, 0.6))
-
-
-def test_a_drafter_whose_drafts_never_hold_is_tried_ever_more_rarely() -> None:
-    trials = Trials()
-    tried = [step for step in range(1, 20_000) if trials.due([HEADS]) is not None]
-    pauses = np.diff([0, *tried])
-    assert list(pauses) == [
-        min(FIRST_PAUSE * 2**index, LONGEST_PAUSE) for index in range(len(tried))
-    ]
-
-
-def test_a_drafter_whose_drafts_hold_is_not_tried_and_starts_anew_when_they_no_longer_do() -> None:
-    trials = Trials()
-    for _ in range(1_000):
-        trials.due([HEADS])
-    for _ in range(1_000):
-        trials.held(HEADS)
-        assert trials.due([HEADS]) is None
-    assert [trials.due([HEADS]) for _ in range(FIRST_PAUSE)].index(HEADS) == FIRST_PAUSE - 2
-
-
-def test_trials_of_many_drafters_are_spread_over_steps() -> None:
-    trials, many = Trials(), [Drafter(f"heads {index}", b"") for index in range(64)]
-    tried = {step: who for step in range(2_000) if (who := trials.due(many)) is not None}
-    assert min(np.diff(list(tried))) >= SPACING
-    assert set(tried.values()) == set(many)

@@ -9,12 +9,7 @@ import pytest
 from hypothesis import given
 
 from quickchange_server.spec_decode.cost_model import StepCost
-from quickchange_server.spec_decode.draft_selection import (
-    CAUTION,
-    Load,
-    buy_chains,
-    expected_tokens,
-)
+from quickchange_server.spec_decode.draft_selection import Load, buy_chains, expected_tokens
 
 CPU = StepCost([(1, 0.021), (8, 0.026), (16, 0.040), (32, 0.062)])
 
@@ -49,10 +44,10 @@ def test_no_other_choice_brings_more_tokens_a_second(
         return sum(expected_tokens(c[:n]) for c, n in zip(chains, lengths, strict=True))
 
     choices = product(*(range(len(chain) + 1) for chain in chains))
-    best = max(rate(CAUTION * gain(c), sum(c), load, cost) for c in choices if sum(c) <= cap)
+    best = max(rate(gain(c), sum(c), load, cost) for c in choices if sum(c) <= cap)
     purchase = buy_chains(chains, load, cost)
     assert purchase.gain == pytest.approx(gain(purchase.lengths))
-    reached = rate(CAUTION * purchase.gain, sum(purchase.lengths), load, cost)
+    reached = rate(purchase.gain, sum(purchase.lengths), load, cost)
     assert reached == pytest.approx(best)
 
 
@@ -83,7 +78,7 @@ def test_drafts_that_never_hold_are_not_bought_even_where_rows_are_free(
 
 @pytest.mark.parametrize(
     ("sequences", "chance", "bought"),
-    [(1, 0.9, 8), (1, 0.1, 1), (8, 0.3, 0), (8, 0.9, 32), (32, 0.5, 0)],
+    [(1, 0.9, 9), (1, 0.1, 1), (8, 0.3, 0), (8, 0.9, 32), (32, 0.5, 0)],
 )
 def test_on_a_cpu_one_sequence_drafts_deep_and_many_only_what_is_likely(
     sequences: int, chance: float, bought: int

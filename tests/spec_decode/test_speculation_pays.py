@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from quickchange_server.spec_decode.acceptance_rates import Acceptance, Drafter, Trials
+from quickchange_server.spec_decode.acceptance_rates import Acceptance, Drafter
+from quickchange_server.spec_decode.backoff import Backoff
 from quickchange_server.spec_decode.cost_model import DraftCost, StepCost
 from quickchange_server.spec_decode.draft_depth import DepthPlan, Prospect
 from quickchange_server.spec_decode.draft_selection import Load, buy_chains
@@ -70,16 +71,20 @@ def rate_of_policy(sequences: int, task: Task, *, warm: int = 0) -> float:
     """Tokens a second over STEPS steps, after `warm` that don't count."""
     machine = Machine(sequences, task)
     cost, drafting = StepCost(POINTS), DraftCost()
-    acceptance, trials = Acceptance(), Trials()
+    acceptance, backoff = Acceptance(), Backoff()
     plan = DepthPlan(acceptance, cost, drafting)
     drafter = Drafter("heads", b"")
     load = Load(decoding=sequences, prefill=0, cap=CAP)
+    trial: int | None = None  # the sequence whose drafts are verified whatever they are worth
     for step in range(warm + STEPS):
         if step == warm:
             machine.tokens, machine.seconds = 0, 0.0
+        if not backoff.awake(sequences):
+            machine.verify([[]] * sequences)
+            continue
+        tokens, seconds = machine.tokens, machine.seconds
         prospects = [Prospect((), drafter, HEADS)] * sequences
         deep = plan.depths(prospects, load)
-        trial = 0 if trials.due([drafter]) else None
         if trial is not None:
             deep = (HEADS, *deep[1:])
         drafts = machine.draft(deep)
@@ -96,7 +101,10 @@ def rate_of_policy(sequences: int, task: Task, *, warm: int = 0) -> float:
             for depth, (sure, holds) in enumerate(chain[: accepted(chain) + 1], 1):
                 acceptance.observe(drafter, depth, sure, holds)
                 if holds:
-                    trials.held(drafter)
+                    backoff.held(drafter)
+        took = machine.seconds - seconds
+        backoff.observe(sequences, machine.tokens - tokens, took, cost.seconds(sequences))
+        trial = 0 if backoff.due([drafter]) else None
     return machine.rate
 
 
@@ -128,7 +136,7 @@ def overconfident(chance: random.Random) -> list[Draft]:
 def test_drafting_never_costs_three_percent_and_comes_near_the_best_fixed_depth(
     sequences: int, p: float
 ) -> None:
-    """Near it where it brings a tenth: less is not worth being wrong about (CAUTION)."""
+    """Near it where it brings a tenth: less is not worth being wrong about."""
     none = rate_of_fixed_depth(sequences, even(p), 0)
     best = max(rate_of_fixed_depth(sequences, even(p), depth) for depth in range(HEADS + 1))
     assert rate_of_policy(sequences, even(p)) >= 0.97 * none

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import pytest
 
 from quickchange_server.spec_decode import speculator
-from quickchange_server.spec_decode.backoff import Guard
+from quickchange_server.spec_decode.backoff import Backoff
 from quickchange_server.spec_decode.draft_depth import DepthPlan, Prospect
 from quickchange_server.spec_decode.draft_selection import Load, Purchase
 
@@ -22,7 +22,7 @@ def every_draft_bought() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(speculator, "buy_chains", _whole_chains)
         patch.setattr(DepthPlan, "depths", _deepest)
-        patch.setattr(Guard, "awake", lambda _guard, _decoding: True)
+        patch.setattr(Backoff, "awake", lambda _backoff, _decoding: True)
         yield
 
 

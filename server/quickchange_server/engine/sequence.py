@@ -136,7 +136,6 @@ class Sequence:
     lookup: PromptLookup | None = None  # over `tokens`, where drafting asks for it
     words: WordLookup | None = None  # the same by text, where the engine has a tokenizer
     matcher: Matcher | None = None  # where its text is constrained
-    unbought: int = 0  # chains offered in a row of which nothing was verified
     blocks: list[int] = field(default_factory=list)
     block_keys: list[bytes] = field(default_factory=list)  # of its full blocks, as far as needed
     computed: int = 0  # leading tokens whose keys and values are in `blocks`

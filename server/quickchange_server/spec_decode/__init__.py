@@ -1,1 +1,1 @@
-"""Speculative decoding: what is drafted, what drafts cost and bring, and their verification."""
+"""Speculative decoding: which tokens are drafted and verified, and what they bring."""

@@ -10,12 +10,12 @@ Knows nothing of models, rows or time.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from math import sqrt
-from typing import Generic, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
+from cachetools import LRUCache
 from numpy.typing import NDArray
 
 from quickchange_server.protocol import LOOKUP
@@ -48,37 +48,12 @@ OFFERS = 16  # chains remembered of what a drafter offered lately
 HOPEFUL = 0.5  # of the posterior's deviation, added while few were seen: bad luck ends no drafter
 HOPE = 0.95  # the chance of what was not offered yet: it is tried
 
-FIRST_PAUSE = 64  # steps in which no draft held until a drafter is tried again
-LONGEST_PAUSE = 1_024  # the pause doubles up to this while nothing that is tried holds
-SPACING = 8  # steps from one trial to the next, whichever drafters they are of
-
 
 class Drafter(NamedTuple):
     """Who drafts, and for which model: the same heads fare differently on another adapter."""
 
     name: str  # digest of the adapter version whose heads draft, LOOKUP, WORDS or FORCED
     composition: bytes  # key of the adapters that verify
-
-
-Value = TypeVar("Value")
-
-
-class _Latest(Generic[Value]):
-    """Values by drafter, made when first asked for; the KEPT used last are remembered."""
-
-    def __init__(self, make: Callable[[], Value]) -> None:
-        self._make = make
-        self._values: OrderedDict[Drafter, Value] = OrderedDict()
-
-    def __getitem__(self, drafter: Drafter) -> Value:
-        value = self._values.get(drafter)
-        if value is None:
-            value = self._values[drafter] = self._make()
-            if len(self._values) > KEPT:
-                self._values.popitem(last=False)
-        else:
-            self._values.move_to_end(drafter)
-        return value
 
 
 class _Means:
@@ -139,12 +114,18 @@ class _History:
         return mean + HOPEFUL * deviation * (1 - mean)
 
 
+class _Histories(LRUCache[Drafter, _History]):
+    def __missing__(self, drafter: Drafter) -> _History:
+        history = self[drafter] = _History()
+        return history
+
+
 class Acceptance:
     """The chances of drafts, learned from what was verified."""
 
     def __init__(self) -> None:
         self._kinds = {kind: _Means(BINS) for kind in _PRIORS}  # over all drafters of it
-        self._drafters = _Latest(_History)
+        self._drafters = _Histories(KEPT)
 
     def chance(self, drafter: Drafter, depth: int, confidence: float) -> float:
         """Above 0 and below 1: that a draft holds, given that all before it held.
@@ -203,44 +184,6 @@ class Acceptance:
         """Of a drafter of which nothing is known."""
         kind = _kind(drafter)
         return self._kinds[kind].mean(column, _PRIORS[kind][column], KIND_STRENGTH)
-
-
-class Trials:
-    """When a drafter whose drafts no longer hold is tried again, so as to notice a change.
-
-    Counted in steps in which the drafter takes part, hence the same for the same steps.
-    """
-
-    def __init__(self) -> None:
-        self._pauses = _Latest(_Pause)
-        self._since_trial = SPACING
-
-    def due(self, drafters: Iterable[Drafter]) -> Drafter | None:
-        """The one to try in this step, if any; to be called once a step with its distinct drafters.
-
-        Whoever is given drafts for one sequence, and what it drafts is verified whatever it costs.
-        """
-        self._since_trial += 1
-        chosen = None
-        for drafter in drafters:
-            pause = self._pauses[drafter]
-            pause.steps += 1
-            if chosen is None and self._since_trial >= SPACING and pause.steps >= pause.length:
-                pause.steps = 0
-                pause.length = min(2 * pause.length, LONGEST_PAUSE)
-                chosen, self._since_trial = drafter, 0
-        return chosen
-
-    def held(self, drafter: Drafter) -> None:
-        """A draft of it held, bought for its worth or as a trial."""
-        pause = self._pauses[drafter]
-        pause.steps, pause.length = 0, FIRST_PAUSE
-
-
-class _Pause:
-    def __init__(self) -> None:
-        self.steps = 0
-        self.length = FIRST_PAUSE
 
 
 def _bin(drafter: Drafter, confidence: float) -> int:

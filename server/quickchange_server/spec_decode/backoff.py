@@ -1,25 +1,33 @@
-"""Whether drafting has paid lately, by what steps truly took and gave, for each size of batch.
+"""The one back-off of drafting: where it has not paid lately, it rests, longer each time.
 
-Prices and chances are estimates, and looking for drafts takes time as well. So what steps with
-drafting gave a second is held against what the same sequences would have got without; where it is
-less, nothing is drafted in batches of that size for a while, which doubles as long as trying again
-shows the same. Counted in steps. Knows nothing of who drafts.
+Prices and acceptance rates are estimates, and looking for drafts takes time as well. So what steps
+with drafting gave a second is held against what the same sequences would have got without; where it
+is less, nothing is drafted in batches of that size for a while, which doubles as long as trying
+again shows the same. A drafter none of whose drafts held lately is tried again at a fixed pace, so
+as to notice a change. Counted in steps. Knows nothing of models, rows or tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-DECAY = 0.97  # of what earlier steps weigh, at each further one
+from cachetools import LRUCache
+
+from quickchange_server.spec_decode.acceptance_rates import KEPT, Drafter
+
+DECAY = 0.97  # what earlier steps weigh, at each further one
 ENOUGH = 32  # steps seen before anything is concluded
 WORTHWHILE = 1.03  # times what there would be without: looking for drafts takes time, too
 FIRST_PAUSE = 64  # steps
 LONGEST_PAUSE = 2_048
+RETRY = 64  # steps in which no draft of a drafter held until it is tried
+SPACING = 8  # steps from one trial to the next, whichever drafters they are of
 
 
 @dataclass(slots=True)
 class _Record:
-    """Of batches of one size: decayed sums since drafting was last taken up."""
+    """What batches of one size gave: decayed sums since drafting was last taken up."""
 
     tokens: float = 0.0
     seconds: float = 0.0
@@ -30,20 +38,26 @@ class _Record:
     sleeping: int = 0  # steps left without drafting
 
 
-class Guard:
-    """One record a power of two of sequences that decode."""
+class Backoff:
+    """Keeps one record a power of two of sequences that decode, and the drafters' next trials."""
 
     def __init__(self) -> None:
         self._records: dict[int, _Record] = {}
+        self._step = 0
+        self._trial_at: LRUCache[Drafter, int] = LRUCache(KEPT)  # steps
+        self._trial: tuple[Drafter, int] | None = (
+            None  # the last one, and the step that verifies it
+        )
 
     def awake(self, decoding: int) -> bool:
-        """Whether a step of so many decoding sequences may draft. To be asked once a step."""
+        """Say if a step of so many decoding sequences may draft. To be asked once a step."""
+        self._step += 1
         record = self._record(decoding)
         record.sleeping = max(record.sleeping - 1, 0)
         return not record.sleeping
 
     def observe(self, decoding: int, tokens: int, seconds: float, plain_seconds: float) -> None:
-        """A step that could draft gave `tokens` in `seconds`, drafting included.
+        """Note a step that could draft: it gave `tokens` in `seconds`, drafting included.
 
         plain_seconds: what it would have taken without drafts, for one token a sequence.
         """
@@ -64,6 +78,23 @@ class Guard:
         self._records[_size(decoding)] = _Record(
             pause=min(2 * pause, LONGEST_PAUSE), sleeping=pause
         )
+
+    def due(self, drafters: Iterable[Drafter]) -> Drafter | None:
+        """The drafter, of a step's, whose drafts the next step verifies whatever they cost."""
+        if self._trial is not None and self._step < self._trial[1] + SPACING - 1:
+            return None
+        waiting = [(self._trial_at.setdefault(d, self._step + RETRY), d) for d in drafters]
+        if not waiting or self._step < min(waiting)[0]:
+            return None
+        _, drafter = min(waiting)
+        self._trial_at[drafter] = self._step + RETRY
+        self._trial = drafter, self._step + 1
+        return drafter
+
+    def held(self, drafter: Drafter) -> None:
+        """Put off a drafter's trial: a draft of it held. One trial says little: another follows."""
+        pause = SPACING if self._trial == (drafter, self._step) else RETRY
+        self._trial_at[drafter] = self._step + pause
 
     def _record(self, decoding: int) -> _Record:
         return self._records.setdefault(_size(decoding), _Record())

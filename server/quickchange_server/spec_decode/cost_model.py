@@ -20,6 +20,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.optimize import isotonic_regression
 
 
 class Stopwatch(Protocol):
@@ -96,7 +97,7 @@ class StepCost:
         if len(medians) < 2:
             raise ValueError("points: measure steps of at least two different row counts")
         self._rows = np.array([rows for rows, _ in medians])
-        self._shape = np.array(_never_falling([seconds for _, seconds in medians]))
+        self._shape: NDArray[np.float64] = isotonic_regression([s for _, s in medians]).x
         self._level = 1.0  # how much slower the machine is than when the points were measured
         self._table: NDArray[np.float64] = np.empty(
             0
@@ -193,15 +194,3 @@ class DraftCost:
 
 def _clipped(deviation: float, most: float) -> float:
     return max(-most, min(deviation, most))
-
-
-def _never_falling(values: Sequence[float]) -> list[float]:
-    """The closest that never falls, by pooling neighbours that do (equal weights)."""
-    pools: list[tuple[float, int]] = []  # mean, how many
-    for value in values:
-        mean, count = value, 1
-        while pools and pools[-1][0] > mean:
-            before, many = pools.pop()
-            mean, count = (mean * count + before * many) / (count + many), count + many
-        pools.append((mean, count))
-    return [mean for mean, count in pools for _ in range(count)]

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from quickchange_server.spec_decode.acceptance_rates import DEEPEST, Acceptance, Drafter
 from quickchange_server.spec_decode.cost_model import DraftCost, StepCost
-from quickchange_server.spec_decode.draft_selection import CAUTION, Load, expected_tokens
+from quickchange_server.spec_decode.draft_selection import Load, expected_tokens
 
 REPLAN = 8  # steps a plan holds: what it rests on, changes over many more
 _ROUNDS = 3  # each squares the distance to the best
@@ -130,7 +130,7 @@ class _Hopes:
     A sequence in a group has either what its heads give down to some depth, or what it has without.
     """
 
-    path: NDArray[np.float64]  # [N] what counts of the chance of each with all before it
+    path: NDArray[np.float64]  # [N] chance of each with all before it
     rows: NDArray[np.float64]  # [N] how many of the kind
     depth: NDArray[np.int64]  # [N] 0: there without heads
     group: NDArray[np.int64]  # [N] its sequence's, of `groups`; len(groups): in none
@@ -148,7 +148,7 @@ class _Hopes:
         depth[: sum(map(len, heads_given))] = np.concatenate(heads_given)
         order = np.argsort(-path, kind="stable")
         return cls(
-            path=CAUTION * path[order],
+            path=path[order],
             rows=np.repeat([*shares, *(1.0 for _ in known)], sizes)[order],
             depth=depth[order],
             group=np.repeat([*range(len(groups)), *owners], sizes)[order],

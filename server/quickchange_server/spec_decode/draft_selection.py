@@ -16,8 +16,6 @@ import numpy as np
 
 from quickchange_server.spec_decode.cost_model import StepCost
 
-CAUTION = 0.9  # of a draft's expected tokens that count: prices and chances are estimates
-
 
 @dataclass(frozen=True, slots=True)
 class Load:
@@ -63,7 +61,7 @@ def buy_chains(
     table = cost.table(base + len(order))
     seconds = table[load.decoding] + table[base:] - table[base]
     least = int(tried[order].sum())
-    counted = load.decoding + CAUTION * gains[least:]
+    counted = load.decoding + gains[least:]
     count = least + int(np.argmax(counted / seconds[least:]))
     lengths = np.bincount(owner[order[:count]], minlength=len(chains))
     return Purchase(tuple(lengths.tolist()), float(gains[count]))
