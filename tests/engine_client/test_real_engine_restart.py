@@ -11,6 +11,7 @@ import torch
 from client_support import next_of
 from tiny_models import save_model
 
+from quickchange_server.entrypoints.engine_start import engine_main
 from quickchange_server.config import Settings
 from quickchange_server.engine_client.client import EngineClient
 from quickchange_server.observability.metrics import Metrics
@@ -73,7 +74,7 @@ async def tokens_of(client: EngineClient, wanted: Submit, seen: list[int]) -> li
 
 
 async def collect(settings: Settings, wanted: list[Submit], kills: int) -> list[list[int]]:
-    client = EngineClient(settings, Metrics(settings))
+    client = EngineClient(settings, Metrics(settings), engine_main)
     await client.start()
     seen: list[int] = []
     try:

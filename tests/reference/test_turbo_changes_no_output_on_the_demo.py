@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from quickchange_server.config import Settings
+from quickchange_server.entrypoints.engine_start import token_text
 from quickchange_server.entrypoints.in_process_engine import InProcessEngine
-from quickchange_server.frontend.tokenizer import Text, token_text
+from quickchange_server.frontend.tokenizer import Text
 from quickchange_server.protocol import Component, Drafting, SamplingParams, Submit
 from quickchange_store.base_model.base_spec import base_spec
 from quickchange_store.store import Store

@@ -7,7 +7,6 @@ the supervisor, which drains and then says `Shutdown`.
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Callable
@@ -17,8 +16,6 @@ import torch
 
 from quickchange_server.config import Settings
 from quickchange_server.engine.engine import Engine, torch_dtype
-from quickchange_server.errors import SettingError
-from quickchange_server.frontend.tokenizer import Text, token_text
 from quickchange_server.model.model_loader import load_model
 from quickchange_server.protocol import (
     Cancel,
@@ -32,11 +29,12 @@ from quickchange_server.protocol import (
     Shutdown,
     Submit,
 )
-from quickchange_server.structured_output.errors import ConstraintError
-from quickchange_server.structured_output.grammar import TokenGrammars
+from quickchange_server.spec_decode.phrase_lookup import TokenText
+from quickchange_server.structured_output.compiler import ConstraintCompiler
 from quickchange_store.store import Store
 
-logger = logging.getLogger(__name__)
+# The tokenizer for phrase lookup, and the compiler of grammars; None: the engine does without.
+ReadTokenizer = Callable[[Settings], tuple[TokenText | None, ConstraintCompiler | None]]
 
 
 class Waker:
@@ -64,13 +62,13 @@ class Waker:
             return
 
 
-def main(connection: Connection, settings: Settings) -> None:
+def main(connection: Connection, settings: Settings, read_tokenizer: ReadTokenizer) -> None:
     """Load the model, say `Ready`, then serve until told to end."""
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     waker = Waker()
     try:
-        engine, ready = _start(settings, waker.wake)
+        engine, ready = _start(settings, read_tokenizer, waker.wake)
     except (ValueError, OSError, RuntimeError) as error:
         connection.send(Fatal(f"the engine could not start: {error}"))
         return
@@ -83,7 +81,9 @@ def main(connection: Connection, settings: Settings) -> None:
         engine.close()
 
 
-def _start(settings: Settings, on_wake: Callable[[], None]) -> tuple[Engine, Ready]:
+def _start(
+    settings: Settings, read_tokenizer: ReadTokenizer, on_wake: Callable[[], None]
+) -> tuple[Engine, Ready]:
     started = time.monotonic()
     model = load_model(
         settings.model,
@@ -93,36 +93,16 @@ def _start(settings: Settings, on_wake: Callable[[], None]) -> tuple[Engine, Rea
         quantization=settings.quantization,
     )
     store = Store(settings.store)
-    text = _tokenizer(settings)
-    lookup = settings.turbo and settings.prompt_lookup
+    text, constraints = read_tokenizer(settings)
     engine = Engine(
         model,
         settings,
         load_adapter=store.load,
         on_wake=on_wake,
-        text=token_text(text) if lookup and text is not None else None,
-        constraints=None if text is None else _grammars(text),
+        text=text,
+        constraints=constraints,
     )
     return engine, engine.ready(time.monotonic() - started)
-
-
-def _tokenizer(settings: Settings) -> Text | None:
-    """None where the model has none and nothing asks for one."""
-    try:
-        return Text.load(settings.model)
-    except SettingError:
-        if settings.turbo and settings.prompt_lookup:
-            raise
-        return None
-
-
-def _grammars(text: Text) -> TokenGrammars | None:
-    """None where text can't be constrained; requests that ask for it are then refused."""
-    try:
-        return TokenGrammars.of(text)
-    except ConstraintError as error:
-        logger.warning("structured output is not served: %s", error)
-        return None
 
 
 def _serve(connection: Connection, engine: Engine, waker: Waker) -> None:

@@ -28,6 +28,7 @@ from quickchange_server.protocol import (
 )
 from quickchange_server.spec_decode.phrase_lookup import WordLookup
 from quickchange_server.spec_decode.prompt_lookup import PromptLookup
+from quickchange_server.spec_decode.step_view import HeadDrafts
 from quickchange_server.structured_output.compiler import Matcher
 
 Doubles = npt.NDArray[np.float64]
@@ -101,20 +102,6 @@ def composition_key(adapters: Seq[Component], salt: str = "") -> bytes:
     for component in sorted(adapters, key=lambda c: (c.digest, c.weight)):
         digest.update(component.digest.encode() + struct.pack("<d", component.weight))
     return digest.digest()
-
-
-@dataclass(frozen=True, slots=True)
-class HeadDrafts:
-    """What Turbo heads expect after a sequence's first `after` tokens.
-
-    chances: the heads' own probability of each, given those before it. matches: of those that a
-    word of the prompt stands for, the characters that matched; 0: the head's own.
-    """
-
-    after: int
-    tokens: tuple[int, ...]
-    chances: tuple[float, ...]
-    matches: tuple[int, ...]
 
 
 @dataclass(eq=False)

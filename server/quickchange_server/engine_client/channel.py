@@ -23,18 +23,11 @@ from typing import TypeVar
 from quickchange_server.config import Settings
 from quickchange_server.protocol import Command, Fatal, Ready, Report
 
-EngineMain = Callable[[Connection, Settings], None]
+EngineMain = Callable[[Connection, Settings], None]  # what the engine process runs
 T = TypeVar("T")
 LINGER_SECONDS = 5.0  # from the end of the pipe to the end of the process, then it is killed
 
 logger = logging.getLogger(__name__)
-
-
-def engine_main(connection: Connection, settings: Settings) -> None:
-    """The engine's entry, imported in its own process so that the API process never loads torch."""
-    from quickchange_server.engine.process import main
-
-    main(connection, settings)
 
 
 class EngineChannel:

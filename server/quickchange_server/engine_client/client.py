@@ -17,7 +17,7 @@ from typing import Literal
 
 from quickchange_server.config import Settings
 from quickchange_server.engine_client.adapter_status import Residence, Residences
-from quickchange_server.engine_client.channel import EngineMain, engine_main
+from quickchange_server.engine_client.channel import EngineMain
 from quickchange_server.engine_client.client_observer import ClientObserver, Outcome
 from quickchange_server.engine_client.crash_recovery import Roster
 from quickchange_server.engine_client.in_flight_request import DeltaStream, Flight, Mail
@@ -92,7 +92,7 @@ class EngineClient:
         self,
         settings: Settings,
         metrics: ClientObserver,
-        engine_main: EngineMain = engine_main,
+        engine_main: EngineMain,
         *,
         start_seconds: float = START_SECONDS,
     ) -> None:

@@ -22,9 +22,10 @@ from quickchange_server.api.middleware import BodyLimitMiddleware, RequestIdMidd
 from quickchange_server.api.openai import completions, embeddings, models
 from quickchange_server.api.openapi import document
 from quickchange_server.config import Settings
-from quickchange_server.engine_client.channel import EngineMain, engine_main
+from quickchange_server.engine_client.channel import EngineMain
 from quickchange_server.engine_client.client import EngineClient
 from quickchange_server.entrypoints.app_state import VERSION, Services
+from quickchange_server.entrypoints.engine_start import engine_main
 from quickchange_server.errors import SettingError
 from quickchange_server.experiments.exposures import Exposures
 from quickchange_server.experiments.promotion import Promotions

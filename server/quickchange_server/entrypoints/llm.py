@@ -30,6 +30,7 @@ from quickchange_server.adapter_registry.resolver import (
 )
 from quickchange_server.api.openai.requests import Message
 from quickchange_server.config import Settings
+from quickchange_server.entrypoints.engine_start import token_text
 from quickchange_server.entrypoints.in_process_engine import Completion, InProcessEngine
 from quickchange_server.entrypoints.outputs import (
     CompletionOutput,
@@ -51,7 +52,7 @@ from quickchange_server.frontend.context_length import check_fits, room
 from quickchange_server.frontend.embedding import unit, vector
 from quickchange_server.frontend.output_processor import Ending, Transcript
 from quickchange_server.frontend.request_admission import Seeds, choice_seed
-from quickchange_server.frontend.tokenizer import Text, token_text
+from quickchange_server.frontend.tokenizer import Text
 from quickchange_server.protocol import LOOKUP, Delta, Pooling, SamplingParams, Submit
 from quickchange_store.base_model.base_spec import base_spec
 from quickchange_store.canonical.canonical_adapter import BaseSpec, digest

@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 from statistics import median
 
 from quickchange_server.config import Settings
+from quickchange_server.entrypoints.engine_start import token_text
 from quickchange_server.entrypoints.in_process_engine import EngineRun, InProcessEngine
 from quickchange_server.evaluation.loss import LossMeter
 from quickchange_server.evaluation.variants import Adapters, Variant
-from quickchange_server.frontend.tokenizer import Text, token_text
+from quickchange_server.frontend.tokenizer import Text
 from quickchange_server.protocol import SamplingParams, Submit
 from quickchange_training.evaluation.evaluation_results import Answer, DepthAcceptance, Row, Speed
 from quickchange_training.evaluation.scores import score

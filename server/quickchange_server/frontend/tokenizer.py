@@ -2,8 +2,6 @@
 
 Wraps transformers' own tokenizer and chat template; no tensor is made. Knows nothing of HTTP or of
 the engine.
-
-A model's tokenizer as the engine's word lookup needs it: pieces of tokens, tokens of phrases.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ import copy
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,6 @@ from quickchange_server.frontend.tool_parser import (
     tool_format,
     with_text_arguments,
 )
-from quickchange_server.spec_decode.phrase_lookup import TokenText
 
 LONG_TEXT = 4_000  # characters: 7 ms of tokenising (SmolLM2), which no other stream should wait for
 
@@ -245,22 +242,3 @@ def _eos_ids(model: str, config: Any, tokenizer: Any) -> frozenset[int]:
         if ids is not None:
             found.update([ids] if isinstance(ids, int) else ids)
     return frozenset(found)
-
-
-_PIECES, _PHRASES = 1 << 16, 1 << 14  # remembered: the same few come again and again
-
-
-def token_text(model: str | Text) -> TokenText:
-    """Of a model folder, a hub id or what was loaded from one. Raises SettingError where there is
-    no tokenizer."""
-    text = Text.load(model) if isinstance(model, str) else model
-
-    @lru_cache(_PIECES)
-    def piece(token: int) -> str:
-        return text.token_bytes(token).decode(errors="replace")
-
-    @lru_cache(_PHRASES)
-    def encode(phrase: str) -> tuple[int, ...]:
-        return tuple(text.encode_now(phrase, add_special_tokens=False))
-
-    return TokenText(piece, encode)

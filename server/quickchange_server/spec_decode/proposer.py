@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from typing import NamedTuple
 
-from quickchange_server.engine.sequence import Sequence
 from quickchange_server.protocol import LOOKUP
 from quickchange_server.spec_decode.acceptance_rates import (
     DEEPEST,
@@ -22,6 +21,7 @@ from quickchange_server.spec_decode.acceptance_rates import (
 from quickchange_server.spec_decode.draft_selection import expected_tokens
 from quickchange_server.spec_decode.phrase_lookup import TokenText, WordLookup
 from quickchange_server.spec_decode.prompt_lookup import Found, PromptLookup
+from quickchange_server.spec_decode.step_view import DraftedSequence
 from quickchange_server.structured_output.compiler import Matcher
 
 _UNSURE = 0.5  # a head's chance below which lookup may take over in the middle of a chain
@@ -48,12 +48,12 @@ class Proposer:
         self._text = text
         self.alone: dict[str, list[float]] = {}  # chances of what prompts promise without heads
 
-    def most(self, sequence: Sequence) -> int:
+    def most(self, sequence: DraftedSequence) -> int:
         """Drafts that can still count: the last token of a sequence needs none."""
         left = sequence.request.sampling.token_limit - sequence.output_length
         return min(left, self._max_model_len - len(sequence.tokens), DEEPEST + 1) - 1
 
-    def chain(self, sequence: Sequence) -> list[Draft]:
+    def chain(self, sequence: DraftedSequence) -> list[Draft]:
         """The drafts offered for a sequence that drafts; empty where it has none."""
         most = self.most(sequence)
         if most < 1 or sequence.drafting is None:
@@ -65,13 +65,13 @@ class Proposer:
         forced = self._of_constraint(sequence, sequence.matcher, most)
         return max(_lawful(sequence.matcher, offered), forced, key=_expected)
 
-    def words(self, sequence: Sequence) -> WordLookup | None:
+    def words(self, sequence: DraftedSequence) -> WordLookup | None:
         """The sequence's lookup by words; None where there is no tokenizer."""
         if sequence.words is None and self._text is not None:
             sequence.words = WordLookup(sequence.tokens, len(sequence.request.prompt), self._text)
         return sequence.words
 
-    def _with_lookup(self, sequence: Sequence, heads: list[Draft], most: int) -> list[Draft]:
+    def _with_lookup(self, sequence: DraftedSequence, heads: list[Draft], most: int) -> list[Draft]:
         """What the prompt promises, alone or behind the heads' drafts."""
         if not heads:
             alone = self._of_prompt(sequence, (), most)
@@ -85,7 +85,7 @@ class Proposer:
         ]
         return max([heads, *joined], key=_expected)
 
-    def _of_heads(self, sequence: Sequence, most: int) -> list[Draft]:
+    def _of_heads(self, sequence: DraftedSequence, most: int) -> list[Draft]:
         made, heads = sequence.head_drafts, heads_of(sequence)
         if made is None or heads is None or made.after != len(sequence.tokens):
             return []
@@ -100,14 +100,14 @@ class Proposer:
         self._acceptance.offered(heads, sure)
         return drafts[:most]
 
-    def _of_constraint(self, sequence: Sequence, matcher: Matcher, most: int) -> list[Draft]:
+    def _of_constraint(self, sequence: DraftedSequence, matcher: Matcher, most: int) -> list[Draft]:
         drafter = Drafter(FORCED, sequence.key)
         return [
             Draft(token, drafter, 1, self._acceptance.chance(drafter, depth, 1))
             for depth, token in enumerate(matcher.forced()[:most], 1)
         ]
 
-    def _of_prompt(self, sequence: Sequence, after: Seq[Draft], most: int) -> list[Draft]:
+    def _of_prompt(self, sequence: DraftedSequence, after: Seq[Draft], most: int) -> list[Draft]:
         """What the prompt promises behind the drafts `after`, by tokens or by text."""
         tokens = [draft.token for draft in after]
         if sequence.lookup is None:
@@ -132,7 +132,7 @@ class Proposer:
         return drafts
 
 
-def heads_of(sequence: Sequence) -> Drafter | None:
+def heads_of(sequence: DraftedSequence) -> Drafter | None:
     """The Turbo heads that draft for a sequence."""
     return None if sequence.heads is None else Drafter(sequence.heads, sequence.key)
 

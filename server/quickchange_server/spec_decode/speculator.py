@@ -14,9 +14,6 @@ from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
-from quickchange_server.engine.model_runner import Ran, Result
-from quickchange_server.engine.scheduler import Scheduled
-from quickchange_server.engine.sequence import HeadDrafts, Sequence
 from quickchange_server.protocol import LOOKUP, DraftCount
 from quickchange_server.spec_decode.acceptance_rates import FORCED, WORDS, Acceptance, Drafter
 from quickchange_server.spec_decode.backoff import Backoff
@@ -25,6 +22,13 @@ from quickchange_server.spec_decode.draft_depth import DepthPlan, Prospect
 from quickchange_server.spec_decode.draft_selection import Load, buy_chains
 from quickchange_server.spec_decode.phrase_lookup import GuidedChain, TokenText, WordGuide
 from quickchange_server.spec_decode.proposer import Draft, Proposer, heads_of
+from quickchange_server.spec_decode.step_view import (
+    DraftedSequence,
+    HeadDrafts,
+    ItemResult,
+    PlannedItem,
+    StepResult,
+)
 
 _TRIED = 3  # drafts verified of a trial, at most
 
@@ -42,18 +46,18 @@ class DraftReport:
 class NoSpeculation:
     """Drafting switched off: no draft is made, bought or learned from."""
 
-    def buy(self, plan: Seq[Scheduled], room: int) -> list[tuple[int, ...]]:
+    def buy(self, plan: Seq[PlannedItem], room: int) -> list[tuple[int, ...]]:
         del plan, room
         return []
 
-    def depths(self, plan: Seq[Scheduled]) -> Mapping[str, int]:
+    def depths(self, plan: Seq[PlannedItem]) -> Mapping[str, int]:
         del plan
         return {}
 
-    def guide(self, items: Seq[Scheduled]) -> None:
+    def guide(self, items: Seq[PlannedItem]) -> None:
         """Never asked: no heads draft."""
 
-    def observe(self, plan: Seq[Scheduled], ran: Ran) -> DraftReport:
+    def observe(self, plan: Seq[PlannedItem], ran: StepResult) -> DraftReport:
         del plan, ran
         return DraftReport()
 
@@ -86,7 +90,7 @@ class Speculation:
         self._guided: dict[str, GuidedChain] = {}
         self._estimate = 0.0
 
-    def buy(self, plan: Seq[Scheduled], room: int) -> list[tuple[int, ...]]:
+    def buy(self, plan: Seq[PlannedItem], room: int) -> list[tuple[int, ...]]:
         """The drafts to verify for each item, or nothing for no item; at most `room` in all."""
         self._bought, self._estimate = {}, 0.0
         self._proposer.alone.clear()
@@ -112,7 +116,7 @@ class Speculation:
                 self._bought[item.sequence.request_id] = own
         return bought
 
-    def depths(self, plan: Seq[Scheduled]) -> Mapping[str, int]:
+    def depths(self, plan: Seq[PlannedItem]) -> Mapping[str, int]:
         """How many tokens the heads are to draft for each request, after this step; none for most.
 
         Also decides whom the next step tries.
@@ -141,7 +145,7 @@ class Speculation:
                 self._depths[key] = depth
         return self._depths
 
-    def guide(self, items: Seq[Scheduled]) -> WordGuide | None:
+    def guide(self, items: Seq[PlannedItem]) -> WordGuide | None:
         """What revises the heads' drafts for these items, where any may be revised."""
         chains = [self._guided_chain(item.sequence) for item in items]
         if all(chain.lookup is None for chain in chains):
@@ -151,7 +155,7 @@ class Speculation:
         }
         return WordGuide(chains, self._acceptance)
 
-    def observe(self, plan: Seq[Scheduled], ran: Ran) -> DraftReport:
+    def observe(self, plan: Seq[PlannedItem], ran: StepResult) -> DraftReport:
         """Learn from a step that was computed as planned, before its tokens are taken, and note
         what the heads have drafted for the next one."""
         sampling = [item for item in plan if item.samples]
@@ -178,7 +182,7 @@ class Speculation:
             gain=accepted.total(),
         )
 
-    def _keep(self, sequence: Sequence, result: Result) -> None:
+    def _keep(self, sequence: DraftedSequence, result: ItemResult) -> None:
         """Note what the heads have drafted behind the tokens that a sequence is about to take."""
         sequence.head_drafts = None
         if result.drafts:
@@ -188,7 +192,7 @@ class Speculation:
             after = len(sequence.tokens) + len(result.sampled)
             sequence.head_drafts = HeadDrafts(after, tokens, chances, tuple(matches))
 
-    def _judge_step(self, plan: Seq[Scheduled], ran: Ran) -> None:
+    def _judge_step(self, plan: Seq[PlannedItem], ran: StepResult) -> None:
         """Hold what a step of decoding alone gave against what it would have without drafts."""
         if not self._awake or ran.seconds is None or any(item.count != 1 for item in plan):
             return
@@ -198,8 +202,8 @@ class Speculation:
 
     def _judge(
         self,
-        item: Scheduled,
-        result: Result,
+        item: PlannedItem,
+        result: ItemResult,
         drafted: Counter[tuple[str, int]],
         accepted: Counter[tuple[str, int]],
     ) -> None:
@@ -216,10 +220,10 @@ class Speculation:
                 if holds:
                     self._backoff.held(draft.drafter)
 
-    def _is_trial(self, item: Scheduled) -> bool:
+    def _is_trial(self, item: PlannedItem) -> bool:
         return item.sequence.request_id == self._trial
 
-    def _prospect(self, item: Scheduled) -> Prospect:
+    def _prospect(self, item: PlannedItem) -> Prospect:
         sequence = item.sequence
         known = self._proposer.alone.get(sequence.request_id, ())
         if item.heads is None:
@@ -227,14 +231,14 @@ class Speculation:
         deepest = min(self._head_count(item.heads), self._proposer.most(sequence))
         return Prospect(known, heads_of(sequence), max(deepest, 0))
 
-    def _chain(self, item: Scheduled) -> list[Draft]:
+    def _chain(self, item: PlannedItem) -> list[Draft]:
         """The most promising chain of drafts for an item; empty where it has none."""
         if item.sequence.drafting is None or not item.samples or item.count != 1:
             return []
         chain = self._proposer.chain(item.sequence)
         return chain[:_TRIED] if self._is_trial(item) else chain
 
-    def _guided_chain(self, sequence: Sequence) -> GuidedChain:
+    def _guided_chain(self, sequence: DraftedSequence) -> GuidedChain:
         heads = heads_of(sequence)
         if heads is None or sequence.drafting is None:
             raise RuntimeError(f"{sequence.request_id} has drafts of heads that it does not have")
@@ -243,7 +247,7 @@ class Speculation:
         return GuidedChain(lookup, heads, Drafter(WORDS, sequence.key), depth)
 
 
-def _drafters(sequence: Sequence) -> list[Drafter]:
+def _drafters(sequence: DraftedSequence) -> list[Drafter]:
     """All that draft for it."""
     heads = heads_of(sequence)
     lookup = sequence.drafting is not None and sequence.drafting.lookup

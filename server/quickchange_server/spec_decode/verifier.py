@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from quickchange_kernels.sampling.verify import verify
-from quickchange_server.engine.scheduler import Scheduled
+from quickchange_server.spec_decode.step_view import PlannedItem
 
 
 class Verdict(NamedTuple):
@@ -34,7 +34,7 @@ class Verdict(NamedTuple):
         return values if self.last_row is None else values[self.last_row]
 
 
-def judge(sampling: Sequence[Scheduled], tokens: Tensor) -> Verdict:
+def judge(sampling: Sequence[PlannedItem], tokens: Tensor) -> Verdict:
     """tokens int64 [R]: sampled from the rows of the items, one item after the other."""
     if len(tokens) == len(sampling):
         return Verdict(None, None, tokens)

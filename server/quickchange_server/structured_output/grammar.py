@@ -30,9 +30,9 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from quickchange_server.frontend.tokenizer import Text
 from quickchange_server.structured_output.compiler import Masked, Matcher
 from quickchange_server.structured_output.errors import NO_TOKENIZER
+from quickchange_server.structured_output.validator import Vocabulary
 
 _BLANKS = r"[\x20\x0A\x0D\x09]{1,24}"
 _ESCAPES = '"\\bfnrt'
@@ -117,7 +117,7 @@ class TokenGrammars:
         self._executor = llguidance.LLExecutor(min(_MOST_THREADS, os.cpu_count() or 1))
 
     @classmethod
-    def of(cls, text: Text) -> TokenGrammars:
+    def of(cls, text: Vocabulary) -> TokenGrammars:
         """Raises ConstraintError where a model's tokenizer is of no kind that the library reads."""
         tokenizer = text.tokenizer_json()
         if tokenizer is None:
