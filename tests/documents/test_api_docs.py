@@ -13,15 +13,11 @@ from text_support import byte_text
 from quickchange_server import errors
 from quickchange_server.api.admin.adapters import AddFromPath, PointAlias, PrefetchTo, Rollback
 from quickchange_server.api.admin.keys import ChangedKey, KeyLimits, NewKey, Rotation
-from quickchange_server.api.openai.requests import (
-    ChatRequest,
-    CompletionRequest,
-    Message,
-    WeightedAdapter,
-)
-from quickchange_server.api.vllm import Detokenize, LoadLora, Tokenize, UnloadLora
+from quickchange_server.api.openai.requests import ChatRequest, CompletionRequest, Message
+from quickchange_server.api.vllm.routes import Detokenize, LoadLora, Tokenize, UnloadLora
 from quickchange_server.config import Settings
 from quickchange_server.entrypoints.app import create_app
+from quickchange_server.frontend.request_base import WeightedAdapter
 
 DOCS = (Path(__file__).parents[2] / "docs" / "http.md").read_text()
 BODIES: list[type[BaseModel]] = [

@@ -11,9 +11,9 @@ import torch
 from client_support import next_of
 from tiny_models import save_model
 
-from quickchange_server.entrypoints.engine_start import engine_main
 from quickchange_server.config import Settings
 from quickchange_server.engine_client.client import EngineClient
+from quickchange_server.entrypoints.engine_start import engine_main
 from quickchange_server.observability.metrics import Metrics
 from quickchange_server.protocol import Component, SamplingParams, Submit
 from quickchange_store.base_model.base_spec import base_spec

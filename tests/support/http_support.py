@@ -22,9 +22,9 @@ from fake_engine import Behaviour, token_at
 from safetensors.torch import save_file
 from text_support import byte_text
 
+from quickchange_server.api.app_state import Services
 from quickchange_server.config import Settings
 from quickchange_server.entrypoints.app import create_app
-from quickchange_server.entrypoints.app_state import Services
 from quickchange_server.entrypoints.http_server import DrainingServer, bind, url_of
 from quickchange_server.frontend.tokenizer import Text
 from quickchange_server.protocol import Component

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Receive, Send
 from starlette.types import Scope as ConnectionScope
 
 from quickchange_server.api import page
-from quickchange_server.entrypoints.app_state import Services
+from quickchange_server.api.app_state import Services
 from quickchange_server.errors import ForbiddenError, QuickchangeError, UnauthenticatedError
 from quickchange_server.frontend.caller import ANYONE, Caller, Scope
 

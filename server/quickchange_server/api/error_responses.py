@@ -16,7 +16,6 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
-from quickchange_server.api.request_base import UNSUPPORTED
 from quickchange_server.errors import (
     ConflictError,
     EngineFailedError,
@@ -25,6 +24,7 @@ from quickchange_server.errors import (
     UnknownModelError,
     UnsupportedParameterError,
 )
+from quickchange_server.frontend.request_base import UNSUPPORTED
 from quickchange_store.errors import (
     AdapterNotFoundError,
     CorruptStoreError,

@@ -5,10 +5,10 @@ from __future__ import annotations
 from fastapi import APIRouter, Depends, Response
 from fastapi.responses import JSONResponse
 
+from quickchange_server.api.app_state import Injected
 from quickchange_server.api.auth import ADMIN, METRICS_PATH
 from quickchange_server.api.openapi.response_models import EngineState
 from quickchange_server.api.openapi.route_responses import COMMON_ERRORS, PLAIN_TEXT, Responses
-from quickchange_server.entrypoints.app_state import Injected
 
 NOT_READY: Responses = {503: {"model": EngineState, "description": "No requests are taken"}}
 

@@ -13,18 +13,18 @@ from fastapi import FastAPI
 from quickchange_server.adapter_registry.importer import Imports
 from quickchange_server.adapter_registry.merged_adapters import Derived
 from quickchange_server.adapter_registry.resolver import Catalog, base_names
-from quickchange_server.api import error_responses, health, page, vllm
+from quickchange_server.api import error_responses, health, openapi_document, page
 from quickchange_server.api.admin import adapters, experiments, keys, usage
+from quickchange_server.api.app_state import VERSION, Services
 from quickchange_server.api.auth import CallerMiddleware
 from quickchange_server.api.lorax import errors
 from quickchange_server.api.lorax import routes as lorax
 from quickchange_server.api.middleware import BodyLimitMiddleware, RequestIdMiddleware
 from quickchange_server.api.openai import completions, embeddings, models
-from quickchange_server.api.openapi import document
+from quickchange_server.api.vllm.routes import routes
 from quickchange_server.config import Settings
 from quickchange_server.engine_client.channel import EngineMain
 from quickchange_server.engine_client.client import EngineClient
-from quickchange_server.entrypoints.app_state import VERSION, Services
 from quickchange_server.entrypoints.engine_start import engine_main
 from quickchange_server.errors import SettingError
 from quickchange_server.experiments.exposures import Exposures
@@ -105,7 +105,7 @@ def create_app(
         lorax,
         embeddings,
         models,
-        vllm,
+        routes,
         adapters,
         experiments,
         keys,
@@ -116,7 +116,7 @@ def create_app(
         app.include_router(module.router)
     error_responses.install(app)
     errors.install(app, lorax.PATHS)
-    document.install(app, settings, keyed=keyed)
+    openapi_document.install(app, settings, keyed=keyed)
     app.add_middleware(
         BodyLimitMiddleware,
         limit=settings.max_request_bytes,
@@ -163,7 +163,7 @@ def _services(
     revisions = Revisions(database)
     experiments = Experiments(database, revisions)
     experiment_metrics = ExperimentMetrics(metrics.registry, settings.metrics_adapters)
-    metrics.registry.register(ShareCollector(experiments, experiment_metrics.label))
+    metrics.registry.register(ShareCollector(experiments.shares, experiment_metrics.label))
     exposures = Exposures(database, experiment_metrics)
     return Services(
         settings=settings,

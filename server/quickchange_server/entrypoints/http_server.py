@@ -6,7 +6,6 @@ What an address says of who can reach it.
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import signal
 import socket
@@ -17,8 +16,8 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
+from quickchange_server.api.app_state import Services
 from quickchange_server.config import Settings
-from quickchange_server.entrypoints.app_state import Services
 from quickchange_server.errors import QuickchangeError, SettingError
 
 BACKLOG = 2048  # connections that wait to be accepted
@@ -151,11 +150,3 @@ async def _announce(
     if isinstance(error, QuickchangeError):
         raise error
     raise SettingError(f"the engine could not start: {error!r}") from error
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches the address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -16,12 +16,12 @@ from typing import Any, NoReturn
 
 from pydantic import ValidationError
 
-from quickchange_server.config import Settings
+from quickchange_server.api.app_state import Services
+from quickchange_server.config import Settings, is_loopback
 from quickchange_server.engine_client.channel import EngineMain
 from quickchange_server.entrypoints.app import create_app
-from quickchange_server.entrypoints.app_state import Services
 from quickchange_server.entrypoints.engine_start import engine_main
-from quickchange_server.entrypoints.http_server import bind, is_loopback, run
+from quickchange_server.entrypoints.http_server import bind, run
 from quickchange_server.errors import QuickchangeError, SettingError
 from quickchange_server.storage import database
 from quickchange_server.storage.database import Database

@@ -14,9 +14,14 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from quickchange_server.api.openai.requests import SAMPLING, CompletionRequest, WeightedAdapter
-from quickchange_server.api.request_base import Body, Number
 from quickchange_server.errors import InvalidRequestError
+from quickchange_server.frontend.request_base import (
+    SAMPLING,
+    Body,
+    Number,
+    SamplingBody,
+    WeightedAdapter,
+)
 from quickchange_store.names import check_name
 
 MAX_VARIANTS = 16
@@ -78,7 +83,7 @@ def _check_overrides(overrides: dict[str, Any]) -> dict[str, Any]:
                 {"name": name, "known": ", ".join(OVERRIDABLE)},
             )
     try:
-        body = CompletionRequest.model_validate({"model": "x", "prompt": "x", **overrides})
+        body = SamplingBody.model_validate(overrides)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from types import MappingProxyType
 
@@ -22,6 +22,7 @@ from quickchange_server.experiments.definition import Definition
 from quickchange_server.experiments.documents import decode
 from quickchange_server.experiments.experiment import Experiment, Pointed
 from quickchange_server.experiments.experiment_records import Act, Action
+from quickchange_server.experiments.layout import SIZE, shares
 from quickchange_server.frontend.caller import Caller
 from quickchange_server.storage.database import Database
 from quickchange_server.storage.revisions import Revisions
@@ -58,6 +59,15 @@ class Experiments:
         if found is None:
             raise experiment_records.unknown(name)
         return found
+
+    def shares(self) -> Iterator[tuple[str, str, float]]:
+        """(experiment, variant, share of the units now) of the running experiments."""
+        now = self.clock()
+        for name, experiment in self.all.items():
+            if experiment.state == "running":
+                layout = experiment.stretches[experiment.stretch(now)].layout
+                for variant, points in shares(layout).items():
+                    yield name, variant, points / SIZE
 
     def refuse_name(self, name: str) -> None:
         """Raises ConflictError where an experiment has this name."""

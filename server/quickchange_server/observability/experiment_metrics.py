@@ -1,20 +1,16 @@
 """What the server counts and times of experiments, by variant. On the event loop.
 
-The shares that running experiments' variants are to have, read at each scrape.
-
-Beside them an alert holds the shares that the variants got.
+An alert holds the shares that variants got against those that they were to have.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from quickchange_server.experiments.layout import SIZE, shares
-from quickchange_server.experiments.registry import Experiments
 from quickchange_server.frontend.request_observers import Assignment, Completed
 from quickchange_server.observability.labels import OTHER, AdapterLabels
 
@@ -113,10 +109,16 @@ def _bounded(kept: dict[str, set[str]], experiment: str, word: str) -> str:
 
 
 class ShareCollector(Collector):
-    """`label` bounds the experiments' names; those beyond the bound are left out."""
+    """The shares that running experiments' variants are to have, read at each scrape.
 
-    def __init__(self, experiments: Experiments, label: Callable[[str], str]) -> None:
-        self._experiments = experiments
+    `shares` gives (experiment, variant, share); `label` bounds the experiments' names, and those
+    beyond the bound are left out.
+    """
+
+    def __init__(
+        self, shares: Callable[[], Iterable[tuple[str, str, float]]], label: Callable[[str], str]
+    ) -> None:
+        self._shares = shares
         self._label = label
 
     def collect(self) -> Iterator[Metric]:
@@ -125,11 +127,8 @@ class ShareCollector(Collector):
             "Share of the units that a running experiment gives to a variant",
             labels=["experiment", "variant"],
         )
-        now = self._experiments.clock()
-        for name, experiment in self._experiments.all.items():
+        for name, variant, share in self._shares():
             label = self._label(name)
-            if experiment.state == "running" and label != OTHER:
-                layout = experiment.stretches[experiment.stretch(now)].layout
-                for variant, points in shares(layout).items():
-                    family.add_metric([label, variant], points / SIZE)
+            if label != OTHER:
+                family.add_metric([label, variant], share)
         yield family

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry
 
-from quickchange_server.config import Settings
-from quickchange_server.entrypoints.http_server import is_loopback
+from quickchange_server.config import Settings, is_loopback
 from quickchange_server.errors import SettingError
 from quickchange_server.observability.tenant_metrics import TenantMetrics
 from quickchange_server.storage.database import Database

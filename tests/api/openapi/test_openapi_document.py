@@ -8,7 +8,7 @@ import pytest
 from fuzz_support import document, schema_of
 
 from quickchange_server.api.auth import OPEN
-from quickchange_server.api.openapi.document import operations_of
+from quickchange_server.api.openapi_document import operations_of
 
 
 def named(part: Any) -> set[str]:

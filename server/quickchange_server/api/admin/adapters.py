@@ -19,8 +19,8 @@ from pydantic import Field, ValidationError
 from starlette.datastructures import FormData, UploadFile
 
 from quickchange_server.adapter_registry.visibility import reachable, seen
+from quickchange_server.api.app_state import Injected, Services
 from quickchange_server.api.auth import MANAGE, Managing, check_own
-from quickchange_server.api.openai.responses import Json
 from quickchange_server.api.openapi.response_models_admin import (
     AdapterDocument,
     AdapterList,
@@ -33,12 +33,10 @@ from quickchange_server.api.openapi.response_models_admin import (
     VersionResidency,
 )
 from quickchange_server.api.openapi.route_responses import COMMON_ERRORS, errors
-from quickchange_server.api.request_base import Body
-from quickchange_server.config import Settings
-from quickchange_server.entrypoints.app_state import Injected, Services
-from quickchange_server.entrypoints.http_server import is_loopback
+from quickchange_server.config import Settings, is_loopback
 from quickchange_server.errors import ConflictError, ForbiddenError, InvalidRequestError
 from quickchange_server.frontend.caller import Caller
+from quickchange_server.frontend.request_base import Body, Json
 from quickchange_store.errors import AdapterNotFoundError, InUseError
 from quickchange_store.importing import Added
 from quickchange_store.index import Alias, Index, Version

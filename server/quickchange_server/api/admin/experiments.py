@@ -19,9 +19,9 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from quickchange_server.adapter_registry.resolver import WeightedName
+from quickchange_server.api.app_state import Injected, Services
 from quickchange_server.api.auth import Calling, Managing, check_own
 from quickchange_server.api.error_responses import from_validation
-from quickchange_server.api.openai.responses import Json
 from quickchange_server.api.openapi.response_models_experiments import (
     AuditTrail,
     DeletedExperiment,
@@ -32,8 +32,6 @@ from quickchange_server.api.openapi.response_models_experiments import (
     RecordedOutcomes,
 )
 from quickchange_server.api.openapi.route_responses import COMMON_ERRORS, errors
-from quickchange_server.api.request_base import Body
-from quickchange_server.entrypoints.app_state import Injected, Services
 from quickchange_server.errors import ConflictError, InvalidRequestError, QuickchangeError
 from quickchange_server.experiments import experiment_records
 from quickchange_server.experiments import outcomes as told
@@ -52,6 +50,7 @@ from quickchange_server.experiments.experiment_results import results_of
 from quickchange_server.experiments.layout import SIZE, shares
 from quickchange_server.experiments.promotion import Moved
 from quickchange_server.frontend.caller import Caller
+from quickchange_server.frontend.request_base import Body, Json
 from quickchange_store.index import Index
 from quickchange_store.names import check_name
 

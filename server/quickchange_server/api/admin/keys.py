@@ -10,17 +10,16 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Path
 from pydantic import BaseModel, ConfigDict, Field
 
+from quickchange_server.api.app_state import Injected
 from quickchange_server.api.auth import ADMIN
-from quickchange_server.api.openai.responses import Json
 from quickchange_server.api.openapi.response_models_admin import (
     ApiKeyDocument,
     ApiKeyList,
     ApiKeyWithSecret,
 )
 from quickchange_server.api.openapi.route_responses import COMMON_ERRORS, errors
-from quickchange_server.api.request_base import Body, Number
-from quickchange_server.entrypoints.app_state import Injected
 from quickchange_server.frontend.caller import Scope
+from quickchange_server.frontend.request_base import Body, Json, Number
 from quickchange_server.tenants import key_records
 from quickchange_server.tenants.key import MAX_LIMIT, Key, Limits, Terms, names_of
 

@@ -10,13 +10,13 @@ from typing import Annotated, cast
 from fastapi import APIRouter, Query
 
 from quickchange_server.adapter_registry.resolver import BASE_LABEL, COMPOSITION_LABEL
+from quickchange_server.api.app_state import Injected
 from quickchange_server.api.auth import Calling
-from quickchange_server.api.openai.responses import Json
 from quickchange_server.api.openapi.response_models_admin import UsageReport
 from quickchange_server.api.openapi.route_responses import COMMON_ERRORS
-from quickchange_server.entrypoints.app_state import Injected
 from quickchange_server.errors import ForbiddenError, InvalidRequestError
 from quickchange_server.frontend.caller import Caller
+from quickchange_server.frontend.request_base import Json
 from quickchange_server.tenants.key import check_tenant
 from quickchange_server.tenants.usage_log import FIGURES, GROUPS, HOUR, Group, UsageQuery, report
 

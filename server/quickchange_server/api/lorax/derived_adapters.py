@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
+from quickchange_server.api.app_state import Services
 from quickchange_server.api.lorax.requests import MergedAdapters
+from quickchange_server.api.openai.request_selection import Order
 from quickchange_server.api.openai.requests import CompletionRequest
-from quickchange_server.api.request_selection import Order
-from quickchange_server.entrypoints.app_state import Services
 from quickchange_server.errors import InvalidRequestError
 from quickchange_server.protocol import Component
 from quickchange_store.merging import Recipe

@@ -13,7 +13,6 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from quickchange_server.api.error_responses import from_store, from_validation
-from quickchange_server.api.openai.responses import Json
 from quickchange_server.errors import (
     AdapterFailedError,
     ConflictError,
@@ -27,6 +26,7 @@ from quickchange_server.errors import (
     UnavailableError,
     UnknownModelError,
 )
+from quickchange_server.frontend.request_base import Json
 from quickchange_store.errors import StoreError
 
 # The fields under the names that LoRAX has for them; longer names first.

@@ -8,9 +8,15 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from quickchange_server.adapter_registry.resolver import AUTO
-from quickchange_server.api.openai.requests import MAX_CHOICES, MAX_LOGPROBS
-from quickchange_server.api.request_base import Body, Number, Unsupported, check_text
+from quickchange_server.api.openai.requests import MAX_LOGPROBS
 from quickchange_server.errors import InvalidRequestError
+from quickchange_server.frontend.request_base import (
+    MAX_CHOICES,
+    Body,
+    Number,
+    Unsupported,
+    check_text,
+)
 from quickchange_store.merging import MergeStrategy, SignMethod
 
 MAX_STOP_SEQUENCES = 4  # LoRAX's default; clients read it from /info

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 from urllib.parse import quote
 
+from quickchange_server.api.app_state import Services
 from quickchange_server.api.lorax.requests import Parameters
-from quickchange_server.api.openai.responses import Json, finite
-from quickchange_server.entrypoints.app_state import Services
+from quickchange_server.api.openai.responses import finite
 from quickchange_server.frontend.generation import Choice
 from quickchange_server.frontend.output_processor import Ending, LoggedToken, Piece
+from quickchange_server.frontend.request_base import Json
 from quickchange_server.frontend.tokenizer import Text
 from quickchange_server.protocol import TokenLogprobs
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.routing import APIRoute
 
-from quickchange_server.api import request_selection
+from quickchange_server.api.app_state import VERSION, Injected, Services
 from quickchange_server.api.auth import INFER, Calling
 from quickchange_server.api.lorax import translation
 from quickchange_server.api.lorax.derived_adapters import merged
@@ -22,8 +22,7 @@ from quickchange_server.api.lorax.requests import (
     GenerateRequest,
 )
 from quickchange_server.api.lorax.responses import Candidate, Clock, Shapes, accounting, identity
-from quickchange_server.api.openai.requests import MAX_CHOICES
-from quickchange_server.api.openai.responses import Json
+from quickchange_server.api.openai import request_selection
 from quickchange_server.api.openapi.response_models import (
     LoraxErrorBody,
     LoraxGeneration,
@@ -32,7 +31,6 @@ from quickchange_server.api.openapi.response_models import (
 )
 from quickchange_server.api.openapi.route_responses import events, lorax_errors
 from quickchange_server.api.sse import event, event_stream, unless_gone
-from quickchange_server.entrypoints.app_state import VERSION, Injected, Services
 from quickchange_server.errors import (
     EngineFailedError,
     InvalidRequestError,
@@ -43,6 +41,7 @@ from quickchange_server.frontend.caller import Caller
 from quickchange_server.frontend.generation import Generation
 from quickchange_server.frontend.output_processor import LoggedToken
 from quickchange_server.frontend.request_admission import choice_seed
+from quickchange_server.frontend.request_base import MAX_CHOICES, Json
 
 router = APIRouter(tags=["LoRAX"], responses=lorax_errors(401, 403, 422))
 

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 
+from quickchange_server.api.app_state import Services
 from quickchange_server.api.lorax.requests import GenerateRequest, Parameters, ResponseFormat
-from quickchange_server.api.openai.requests import SAMPLING, CompletionRequest
-from quickchange_server.api.openai.responses import Json
-from quickchange_server.entrypoints.app_state import Services
+from quickchange_server.api.openai.requests import CompletionRequest
 from quickchange_server.errors import InvalidRequestError
+from quickchange_server.frontend.request_base import SAMPLING, Json
 
 BASE_ID = "__base_model__"  # LoRAX's adapter id of the plain base
 # Sampling parameters of the same name and meaning. A temperature means something else here, and a

@@ -11,8 +11,9 @@ from typing import cast
 
 from fastapi import APIRouter, Request, Response
 
-from quickchange_server.api import request_selection
+from quickchange_server.api.app_state import Injected, Services
 from quickchange_server.api.auth import Calling
+from quickchange_server.api.openai import request_selection
 from quickchange_server.api.openai.requests import (
     DEFAULT_COMPLETION_TOKENS,
     ChatRequest,
@@ -22,7 +23,6 @@ from quickchange_server.api.openai.requests import (
 from quickchange_server.api.openai.responses import (
     ChatShape,
     CompletionShape,
-    Json,
     PromptShape,
     Shape,
     ToldPrompt,
@@ -41,9 +41,9 @@ from quickchange_server.api.openapi.response_models import (
 )
 from quickchange_server.api.openapi.route_responses import COMMON_ERRORS, GENERATION_ERRORS, events
 from quickchange_server.api.sse import DONE, event, event_stream, unless_gone
-from quickchange_server.entrypoints.app_state import Injected, Services
 from quickchange_server.frontend.generation import Generation
 from quickchange_server.frontend.output_processor import Ending, LoggedToken
+from quickchange_server.frontend.request_base import Json
 
 router = APIRouter(tags=["OpenAI"], responses=COMMON_ERRORS)
 

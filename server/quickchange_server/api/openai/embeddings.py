@@ -11,19 +11,24 @@ from typing import ClassVar, Literal
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
-from quickchange_server.api import request_selection
+from quickchange_server.api.app_state import Injected
 from quickchange_server.api.auth import Calling
+from quickchange_server.api.openai import request_selection
 from quickchange_server.api.openai.completions import token_ids
-from quickchange_server.api.openai.requests import CompletionRequest, WeightedAdapter
-from quickchange_server.api.openai.responses import Json
+from quickchange_server.api.openai.requests import CompletionRequest
 from quickchange_server.api.openapi.response_models import EmbeddingList
 from quickchange_server.api.openapi.route_responses import COMMON_ERRORS, GENERATION_ERRORS
-from quickchange_server.api.request_base import Body, Prompt, Unsupported
 from quickchange_server.api.sse import unless_gone
-from quickchange_server.entrypoints.app_state import Injected
 from quickchange_server.errors import EngineFailedError
 from quickchange_server.frontend.embedding import Floats, unit, vector
 from quickchange_server.frontend.generation import Generation
+from quickchange_server.frontend.request_base import (
+    Body,
+    Json,
+    Prompt,
+    Unsupported,
+    WeightedAdapter,
+)
 from quickchange_server.protocol import Pooling
 
 router = APIRouter(tags=["OpenAI"], responses=COMMON_ERRORS)

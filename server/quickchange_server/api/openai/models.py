@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from fastapi import APIRouter
 
 from quickchange_server.adapter_registry.visibility import seen
+from quickchange_server.api.app_state import Injected, Services
 from quickchange_server.api.auth import Calling
-from quickchange_server.api.openai.responses import Json
 from quickchange_server.api.openapi.response_models import ModelCard, ModelList
 from quickchange_server.api.openapi.route_responses import COMMON_ERRORS, errors
-from quickchange_server.entrypoints.app_state import Injected, Services
 from quickchange_server.experiments.experiment import Experiment
+from quickchange_server.frontend.request_base import Json
 from quickchange_store.index import Index
 from quickchange_store.names import Reference, parse_reference
 

@@ -10,16 +10,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import fields
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from annotated_types import Interval
 from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
     WithJsonSchema,
-    create_model,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
@@ -33,17 +30,17 @@ from quickchange_server.api.openai.tool_requests import (
     ToolChoice,
     Tools,
 )
-from quickchange_server.api.request_base import (
-    Body,
-    LogitBias,
-    Metadata,
-    Number,
-    Prompt,
-    Stops,
-    Unsupported,
-    sampling_fields,
-)
 from quickchange_server.errors import InvalidRequestError
+from quickchange_server.frontend.request_base import (
+    MAX_CHOICES,
+    SAMPLING,
+    Body,
+    Metadata,
+    Prompt,
+    SamplingBody,
+    Unsupported,
+    WeightedAdapter,
+)
 from quickchange_server.protocol import SamplingParams
 
 MOST_CHOICES = 1_000
@@ -122,19 +119,11 @@ CONSTRAINED_UNSUPPORTED: Mapping[str, Unsupported] = {
 }
 
 
-MAX_CHOICES = 128
 MAX_LOGPROBS = 20
 DEFAULT_COMPLETION_TOKENS = 16  # as OpenAI's; a chat may use the rest of the context
 
 _PLAIN = "remove it"
 _TEXT_ONLY = "this server reads and writes text alone; remove it"
-
-
-class WeightedAdapter(Body):
-    """One term of a composition Σ weightᵢ · adapterᵢ."""
-
-    id: str
-    weight: Number = 1.0
 
 
 class StreamOptions(Body):
@@ -164,46 +153,16 @@ _SHARED: dict[str, Unsupported] = {
 }
 
 
-# Sampling fields with kinds of their own here: bounded for one server, or written as JSON has them.
-_OWN = frozenset(
-    {"n", "max_tokens", "min_tokens", "stop", "stop_token_ids", "seed", "logit_bias"}
-    | {"logprobs", "prompt_logprobs"}
-)
-SAMPLING = tuple(field.name for field in fields(SamplingParams))
-
-if TYPE_CHECKING:
-
-    class _SamplingFields(Constrained):
-        """Their fields are read through `Sampled.sampling_params`."""
-
-else:
-    _SamplingFields = create_model(
-        "SamplingFields",
-        __base__=Constrained,
-        **sampling_fields(
-            [name for name in SAMPLING if name not in _OWN],
-            narrowed={"temperature": Interval(le=2)},  # OpenAI's
-        ),
-    )
-
-
-class Sampled(_SamplingFields, ABC):
+class Sampled(Constrained, SamplingBody, ABC):
     """What completions and chats have in common; most sampling fields are SamplingParams' own."""
 
     model: str
     adapters: list[WeightedAdapter] = Field(default=[])
     turbo: str = AUTO  # what drafts tokens ahead
-    max_tokens: int | None = Field(None, ge=1)
-    n: int = Field(1, ge=1, le=MAX_CHOICES)
     stream: bool = False
     stream_options: StreamOptions | None = None
-    stop: Stops = Field(default=[])
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    logit_bias: LogitBias = Field(default={})
     user: str | None = None  # what experiments stick to, unless they say otherwise
     metadata: Metadata = Field(default={})  # an experiment may stick to one of its fields
-    min_tokens: int = Field(0, ge=0)
-    stop_token_ids: list[int] = Field(default=[])
 
     @property
     def wanted_tokens(self) -> int | None:

@@ -13,18 +13,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
 
 from quickchange_server.api.openai.requests import CompletionRequest
 from quickchange_server.frontend.generation import Choice
 from quickchange_server.frontend.output_processor import Ending, LoggedToken, Piece
+from quickchange_server.frontend.request_base import Json
 from quickchange_server.frontend.tokenizer import Text
 from quickchange_server.frontend.tool_parser import ToolCall, ToolReader
 from quickchange_server.protocol import TokenLogprobs
 
 LOWEST_LOGPROB = -9999.0  # stands for minus infinity, which JSON lacks; OpenAI's API does the same
-
-Json = dict[str, Any]
 
 
 def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Json:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from quickchange_server.api.openai.request_selection import Order
 from quickchange_server.api.openai.requests import ChatRequest, Message
 from quickchange_server.api.openai.text_constraints import asked
 from quickchange_server.api.openai.tool_requests import Tool
-from quickchange_server.api.request_selection import Order
 from quickchange_server.errors import InvalidRequestError
 from quickchange_server.frontend.tokenizer import Text
 from quickchange_server.frontend.tool_parser import ToolFormat, ToolReader

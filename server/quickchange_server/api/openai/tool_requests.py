@@ -9,11 +9,10 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
-from quickchange_server.api.request_base import Body, Unsupported, check_text
+from quickchange_server.frontend.request_base import Body, FunctionName, Unsupported, check_text
 
 MAX_TOOLS = 128  # as OpenAI's
 
-FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 ValidText = Annotated[str, AfterValidator(check_text)]
 
 

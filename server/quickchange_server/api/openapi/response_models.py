@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from quickchange_server.api.openai.tool_requests import FunctionName
+from quickchange_server.frontend.request_base import FunctionName
 
 ExperimentState = Literal["running", "paused", "stopped"]
 

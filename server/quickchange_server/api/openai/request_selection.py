@@ -16,10 +16,9 @@ from typing import Any, Generic, TypeVar
 
 from quickchange_server.adapter_registry.resolver import Selection, WeightedName
 from quickchange_server.adapter_registry.visibility import Sees, everything
+from quickchange_server.api.app_state import Services
 from quickchange_server.api.openai.requests import Sampled
-from quickchange_server.api.openai.responses import Json
 from quickchange_server.api.openai.text_constraints import asked
-from quickchange_server.entrypoints.app_state import Services
 from quickchange_server.errors import AdapterFailedError, InvalidRequestError, QuickchangeError
 from quickchange_server.experiments.assignment import assign, subject_of
 from quickchange_server.experiments.definition import Served, Shadow
@@ -28,6 +27,7 @@ from quickchange_server.experiments.layout import SIZE
 from quickchange_server.frontend.caller import Caller
 from quickchange_server.frontend.generation import Generation
 from quickchange_server.frontend.request_admission import Wanted
+from quickchange_server.frontend.request_base import Json
 from quickchange_server.frontend.request_observers import Assignment
 from quickchange_server.protocol import Pooling, Submit
 from quickchange_server.structured_output.validator import Asked

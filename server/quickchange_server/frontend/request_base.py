@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, ClassVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args, get_type_hints
 
 from annotated_types import Interval
 from pydantic import (
@@ -20,6 +20,7 @@ from pydantic import (
     GetJsonSchemaHandler,
     SkipValidation,
     WithJsonSchema,
+    create_model,
     model_validator,
 )
 from pydantic.json_schema import JsonSchemaValue
@@ -30,8 +31,11 @@ from quickchange_server.protocol import SamplingParams
 UNSUPPORTED = "unsupported"  # the type of the validation error; its context names the field
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 1024  # characters
+MAX_CHOICES = 128
 
 Number = FiniteFloat
+Json = dict[str, Any]  # an object of an answer
+FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,3 +204,45 @@ Stops = Annotated[
 LogitBias = Annotated[
     SkipValidation[dict[int, float]], BeforeValidator(check_bias), WithJsonSchema(_BIASES)
 ]
+
+
+class WeightedAdapter(Body):
+    """One term of a composition Σ weightᵢ · adapterᵢ."""
+
+    id: str
+    weight: Number = 1.0
+
+
+# Sampling fields with kinds of their own here: bounded for one server, or written as JSON has them.
+_OWN = frozenset(
+    {"n", "max_tokens", "min_tokens", "stop", "stop_token_ids", "seed", "logit_bias"}
+    | {"logprobs", "prompt_logprobs"}
+)
+SAMPLING = tuple(field.name for field in fields(SamplingParams))
+
+if TYPE_CHECKING:
+
+    class _SamplingFields(Body):
+        """Fields that are read through `Sampled.sampling_params`."""
+
+else:
+    _SamplingFields = create_model(
+        "SamplingFields",
+        __base__=Body,
+        **sampling_fields(
+            [name for name in SAMPLING if name not in _OWN],
+            narrowed={"temperature": Interval(le=2)},  # OpenAI's
+        ),
+    )
+
+
+class SamplingBody(_SamplingFields):
+    """What a body says about sampling; most fields are SamplingParams' own."""
+
+    max_tokens: int | None = Field(None, ge=1)
+    n: int = Field(1, ge=1, le=MAX_CHOICES)
+    stop: Stops = Field(default=[])
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    logit_bias: LogitBias = Field(default={})
+    min_tokens: int = Field(0, ge=0)
+    stop_token_ids: list[int] = Field(default=[])

@@ -15,9 +15,9 @@ from quickchange_server.api.admin.adapters import (
     remove_reference,
     uses_hidden,
 )
+from quickchange_server.api.app_state import VERSION, Injected, Services
 from quickchange_server.api.auth import INFER, MANAGE, Calling, Managing, check_own
 from quickchange_server.api.openai.requests import Message
-from quickchange_server.api.openai.responses import Json
 from quickchange_server.api.openai.tool_calling import tools_form
 from quickchange_server.api.openai.tool_requests import Tools
 from quickchange_server.api.openapi.response_models import (
@@ -27,10 +27,9 @@ from quickchange_server.api.openapi.response_models import (
     TokenSpan,
 )
 from quickchange_server.api.openapi.route_responses import COMMON_ERRORS, PLAIN_TEXT, errors
-from quickchange_server.api.request_base import Body, check_text
-from quickchange_server.entrypoints.app_state import VERSION, Injected, Services
 from quickchange_server.errors import InvalidRequestError, UnknownModelError
 from quickchange_server.frontend.caller import Caller
+from quickchange_server.frontend.request_base import Body, Json, check_text
 
 router = APIRouter(tags=["vLLM"], responses=COMMON_ERRORS)
 

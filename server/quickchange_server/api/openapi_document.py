@@ -8,8 +8,8 @@ from collections.abc import Collection, Iterator
 from fastapi import FastAPI
 
 from quickchange_server.api.auth import METRICS_PATH, OPEN
-from quickchange_server.api.openai.responses import Json
 from quickchange_server.config import Settings
+from quickchange_server.frontend.request_base import Json
 
 _VALIDATION = "HTTPValidationError"  # FastAPI's own body of a wrong field, which no route answers
 
