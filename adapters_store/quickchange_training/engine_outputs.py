@@ -10,20 +10,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from quickchange_server.config import Settings
-from quickchange_server.entrypoints.in_process_engine import Completion, InProcessEngine
-from quickchange_server.errors import EngineFailedError, QuickchangeError
-from quickchange_server.model.paged_attention import UnsupportedModelError
+from quickchange_server.entrypoints.in_process_engine import EngineCompletion, InProcessEngine
+from quickchange_server.errors import EngineFailedError, QuickchangeError, UnsupportedModelError
 from quickchange_server.protocol import Component, SamplingParams, Submit
 from quickchange_store.canonical.canonical_adapter import CanonicalAdapter
 from quickchange_training.errors import ModelError
-from quickchange_training.turbo.head_maker import Wanted
+from quickchange_training.turbo.head_maker import WantedOutputs
 from quickchange_training.turbo.turbo_data import Generate, OnOutput
 
 _TOGETHER = 48  # sequences of a step that makes outputs
 _THE_ADAPTER = "adapter"  # stands for the digest of the only one
 
 
-def generate_for(wanted: Wanted) -> Generate:
+def generate_for(wanted: WantedOutputs) -> Generate:
     """A maker of greedy outputs: an engine that ends with the run.
 
     What it makes raises ModelError where the model can't be served or a prompt can't be answered.
@@ -38,7 +37,7 @@ def generate_for(wanted: Wanted) -> Generate:
             adapters=wanted.adapter is not None,
         )
 
-        def finished(index: int, completion: Completion) -> None:
+        def finished(index: int, completion: EngineCompletion) -> None:
             if completion.states is None:
                 raise EngineFailedError(f"request {index}: it ended without a token")
             on_output(index, completion.token_ids, completion.states)
@@ -52,7 +51,7 @@ def generate_for(wanted: Wanted) -> Generate:
     return generate
 
 
-def _requests(wanted: Wanted, prompts: Sequence[Sequence[int]]) -> list[Submit]:
+def _requests(wanted: WantedOutputs, prompts: Sequence[Sequence[int]]) -> list[Submit]:
     sampling = SamplingParams(
         max_tokens=wanted.max_new_tokens,
         temperature=0.0,

@@ -49,7 +49,7 @@ class Encoded:
 
 
 @dataclass(frozen=True)
-class Batch:
+class TrainingBatch:
     """Right-padded; `first` is the first position whose logits carry loss.
 
     tokens, mask [B, T] int64. labels [B, T - first] int64: the token that position `first + i` must
@@ -237,7 +237,7 @@ def batches(encoded: Sequence[Encoded], size: int, rng: random.Random) -> list[l
     return result
 
 
-def collate(group: Sequence[Encoded], pad_id: int) -> Batch:
+def collate(group: Sequence[Encoded], pad_id: int) -> TrainingBatch:
     """One batch of tensors. Positions before `first` need no logits: the LM head is spared."""
     longest = max(len(e.tokens) for e in group)
     first = min(e.prompt_length for e in group) - 1
@@ -249,7 +249,7 @@ def collate(group: Sequence[Encoded], pad_id: int) -> Batch:
         tokens[row, : len(ids)] = ids
         mask[row, : len(ids)] = 1
         labels[row, e.prompt_length - 1 : len(ids) - 1] = ids[e.prompt_length :]
-    return Batch(tokens, mask, labels[:, first:].contiguous(), first)
+    return TrainingBatch(tokens, mask, labels[:, first:].contiguous(), first)
 
 
 FEW_EXAMPLES = 2000

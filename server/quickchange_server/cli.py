@@ -26,7 +26,7 @@ SUB_APPS = {
     "keys": ("quickchange_server.tenants.cli", "Create, list, rotate and revoke API keys."),
     "database": ("quickchange_server.storage.cli", "Move what the server keeps elsewhere."),
     "train": ("quickchange_training.cli", "Train adapters."),
-    "eval": ("quickchange_server.evaluation.cli", "Compare adapters on a task of your own."),
+    "eval": ("quickchange_training.evaluation.cli", "Compare adapters on a task of your own."),
     "bench": ("quickchange_bench.cli", "Measure servers and kernels."),
 }
 

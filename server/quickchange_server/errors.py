@@ -17,6 +17,9 @@
     ├── UnavailableError           503  starting, draining or failed; with Retry-After
     └── SettingError               500  the server can't start so: `param` names the setting
 
+UnsupportedModelError (a ValueError) is no client's: the base model can't be served, and the engine
+does not start.
+
 Knows nothing of HTTP frameworks: `api/` turns these into each surface's own error body.
 """
 
@@ -121,3 +124,7 @@ class SettingError(QuickchangeError):
     """Told on the command line, not to a client: the server does not come up."""
 
     status = 500
+
+
+class UnsupportedModelError(ValueError):
+    """The model needs something that this server does not have; the message names it."""

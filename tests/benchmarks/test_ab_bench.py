@@ -26,7 +26,12 @@ from quickchange_bench.service.ab_test import (
     run_ab,
 )
 from quickchange_server.experiments.definition import Definition
-from quickchange_server.experiments.statistics.analysis import OutcomeSums, Stretch, Sums, analyse
+from quickchange_server.experiments.statistics.analysis import (
+    OutcomeSums,
+    StretchUnits,
+    Sums,
+    analyse,
+)
 from quickchange_server.experiments.statistics.plan import Plan
 from quickchange_store.store import Store
 from quickchange_training.demo.tasks import TaskExample
@@ -58,7 +63,9 @@ def results(valid: tuple[int, int], units: int = 200) -> dict[str, Any]:
     flags = [Sums(units, float(good), float(good)) for good in valid]
     tokens = [Sums(units, 30.0 * units, 1000.0 * units)] * 2
     told = [OutcomeSums("valid", "flag", [flags]), OutcomeSums("tokens", "number", [tokens])]
-    found = analyse(["now", "tuned"], told, [Stretch((1, 1), (units, units))], Plan()).to_json()
+    found = analyse(
+        ["now", "tuned"], told, [StretchUnits((1, 1), (units, units))], Plan()
+    ).to_json()
     every = found.pop("outcomes")
     about = {"id": "trial", "state": "running", "version": 1}
     return {**about, **found, "outcomes": every[:1], "automatic": every[1:]}

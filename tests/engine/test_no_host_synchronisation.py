@@ -27,7 +27,7 @@ from quickchange_server.model.input_buffers import layout_of, rebuilt
 from quickchange_server.model.model_loader import LoadedModel, forward, prepare
 from quickchange_server.model.paged_attention import PagedAttention
 from quickchange_server.spec_decode.draft_head_plan import DraftItem, Planner
-from quickchange_server.spec_decode.draft_heads import DraftCall, Drafter
+from quickchange_server.spec_decode.draft_heads import DraftCall, HeadDrafter
 from quickchange_store.canonical.canonical_adapter import LowRankUpdate
 
 META = torch.device("meta")
@@ -114,7 +114,7 @@ def test_drafting_stays_on_the_device(adapted: bool) -> None:
         assert slot is not None
         pool.publish(slot)
         items.append(DraftItem(0, slot, 3, ((slot, 1.0),) if adapted else ()))
-    drafter = Drafter(loaded, META)
+    drafter = HeadDrafter(loaded, META)
     planner = Planner(items, pool, drafter.facts, ROWS, META)
     on_host = planner.rounds()
     layout, tensors = layout_of(on_host)

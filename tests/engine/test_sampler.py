@@ -23,7 +23,7 @@ from transformers.generation.logits_process import (
 
 from quickchange_kernels.sampling.sample_contract import Draws, sample
 from quickchange_kernels.sampling.sample_plain import kept_masses
-from quickchange_server.engine.sampler import RowError, Sampled, Sampler, SampleRow
+from quickchange_server.engine.sampler import RowError, SampledToken, Sampler, SampleRow
 from quickchange_server.protocol import SamplingParams
 
 V = 97
@@ -51,9 +51,9 @@ def random_logits(seed: int, rows: int = 1, size: int = V, spread: float = 3.0) 
     return torch.randn(rows, size, generator=generator) * spread
 
 
-def sample_one(logits: torch.Tensor, one: SampleRow) -> Sampled:
+def sample_one(logits: torch.Tensor, one: SampleRow) -> SampledToken:
     result = Sampler(logits.shape[1], CPU).draw(logits.clone(), [one]).results()[0]
-    assert isinstance(result, Sampled)
+    assert isinstance(result, SampledToken)
     return result
 
 
@@ -137,7 +137,7 @@ def test_logit_bias_outside_the_vocabulary_fails_that_row_by_name() -> None:
     assert isinstance(first, RowError)
     assert str(V) in first.error
     assert "logit_bias" in first.error
-    assert isinstance(second, Sampled)
+    assert isinstance(second, SampledToken)
 
 
 def test_stop_tokens_are_suppressed_until_min_tokens() -> None:
@@ -277,7 +277,9 @@ def test_samples_follow_the_filtered_softmax(changes: dict[str, float]) -> None:
     sampling = params(temperature=0.9, **changes)
     rows = [row(sampling, position=i) for i in range(count)]
     results = Sampler(24, CPU).draw(logits.repeat(count, 1), rows).results()
-    observed = np.bincount([r.token_id for r in results if isinstance(r, Sampled)], minlength=24)
+    observed = np.bincount(
+        [r.token_id for r in results if isinstance(r, SampledToken)], minlength=24
+    )
     possible = probabilities > 0
     assert observed[~possible].sum() == 0
     expected = probabilities[possible] * count

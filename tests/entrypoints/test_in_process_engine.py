@@ -9,7 +9,11 @@ import torch
 from tiny_models import VOCABULARY, greedy, make_model, save_model
 
 from quickchange_server.config import Settings
-from quickchange_server.entrypoints.in_process_engine import Completion, EngineRun, InProcessEngine
+from quickchange_server.entrypoints.in_process_engine import (
+    EngineCompletion,
+    EngineRun,
+    InProcessEngine,
+)
 from quickchange_server.errors import AdapterFailedError, RequestFailedError
 from quickchange_server.protocol import Component, Delta, Drafting, SamplingParams, Submit
 
@@ -67,9 +71,9 @@ def test_concurrency_bounds_what_shares_a_step(engine: InProcessEngine) -> None:
 
 
 def test_each_request_is_told_of_once_with_times_in_order(engine: InProcessEngine) -> None:
-    told: dict[int, Completion] = {}
+    told: dict[int, EngineCompletion] = {}
 
-    def hear(index: int, completion: Completion) -> None:
+    def hear(index: int, completion: EngineCompletion) -> None:
         assert index not in told
         told[index] = completion
 

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from quickchange_server.evaluation import run
-from quickchange_server.evaluation.cli import app
 from quickchange_store.base_model.base_spec import base_spec
 from quickchange_store.importing import add_adapter
 from quickchange_store.store import Store
+from quickchange_training.evaluation import evaluation_run
+from quickchange_training.evaluation.cli import app
 
 RUNNER = CliRunner()
 
@@ -77,7 +77,7 @@ def test_what_is_done_is_kept_when_it_is_interrupted(
     bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "found.json"
-    row, done = run._Asked.row, []
+    row, done = evaluation_run._Asked.row, []
 
     def interrupted(self: Any, *given: Any) -> Any:
         if done:
@@ -85,7 +85,7 @@ def test_what_is_done_is_kept_when_it_is_interrupted(
         done.append(row(self, *given))
         return done[0]
 
-    monkeypatch.setattr(run._Asked, "row", interrupted)
+    monkeypatch.setattr(evaluation_run._Asked, "row", interrupted)
     code, _, _ = evaluate(
         bench, "--adapter", bench.loras["first"], "--concurrency", 1, "--json", out
     )

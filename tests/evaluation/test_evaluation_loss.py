@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from quickchange_server.config import Settings
 from quickchange_server.errors import AdapterFailedError
-from quickchange_server.evaluation.loss import LossMeter
 from quickchange_store.base_model.base_spec import base_spec
 from quickchange_store.canonical.canonical_adapter import CanonicalAdapter
 from quickchange_store.importing import read_adapter
+from quickchange_training.evaluation.loss import LossMeter
 from quickchange_training.examples import Encoded
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from quickchange_server.evaluation.variants import Adapters, Variant
 from quickchange_server.protocol import Drafting
 from quickchange_store.base_model.base_spec import base_spec
 from quickchange_store.canonical.canonical_adapter import CanonicalAdapter
@@ -16,6 +15,7 @@ from quickchange_store.canonical.turbo_part import DraftBlock, TurboHeads
 from quickchange_store.errors import StoreError
 from quickchange_store.importing import read_adapter
 from quickchange_store.store import Store
+from quickchange_training.evaluation.variants import EvaluatedAdapters, EvaluatedVariant
 
 HIDDEN = 32
 
@@ -44,8 +44,8 @@ def digests(store: Store) -> dict[str, str]:
     return {name: store.resolve(name).digest for name in store.names()}
 
 
-def variant(bench: Any, store: Store, text: str) -> Variant:
-    adapters = Adapters(str(bench.model), store)
+def variant(bench: Any, store: Store, text: str) -> EvaluatedVariant:
+    adapters = EvaluatedAdapters(str(bench.model), store)
     found = adapters.variant(text)
     for digest in (found.adapter, found.drafting and found.drafting.heads):
         if digest is not None:

@@ -25,10 +25,10 @@ from quickchange_server.experiments import experiment_records, outcomes
 from quickchange_server.experiments.assignment import unit_of
 from quickchange_server.experiments.experiment import Experiment
 from quickchange_server.experiments.experiment_records import Act
-from quickchange_server.experiments.experiment_results import results_of
 from quickchange_server.experiments.exposures import Exposures
 from quickchange_server.experiments.outcomes import Kept, Told
 from quickchange_server.experiments.registry import Experiments
+from quickchange_server.experiments.sums import results_of
 from quickchange_server.frontend.caller import ANYONE, Caller
 from quickchange_server.frontend.request_observers import Assignment, Completed, Ending, Opened
 from quickchange_server.observability.experiment_metrics import ExperimentMetrics

@@ -15,8 +15,8 @@ from quickchange_server.experiments.definition import (
     OVERRIDABLE,
     Definition,
     Metric,
+    RampStep,
     Shadow,
-    Step,
     Sticky,
     Variant,
 )
@@ -28,12 +28,12 @@ BODIES: dict[str, type[BaseModel]] = {
     "promote": experiments.Promote,
     "stop": experiments.Stop,
 }
-PARTS: list[type[BaseModel]] = [Variant, Shadow, Sticky, Step, Metric]
+PARTS: list[type[BaseModel]] = [Variant, Shadow, Sticky, RampStep, Metric]
 
 
 @pytest.mark.parametrize(
     "body",
-    [*BODIES.values(), *PARTS, experiments.Change, experiments.Outcome],
+    [*BODIES.values(), *PARTS, experiments.Change, experiments.ToldOutcome],
     ids=lambda body: body.__name__,
 )
 def test_every_field_is_documented(body: type[BaseModel]) -> None:
@@ -61,4 +61,4 @@ def test_the_bodies_of_the_commands_are_accepted() -> None:
 def test_the_ramp_that_is_shown_is_accepted() -> None:
     (ramp,) = re.findall(r'"ramp": (\[.*\])', DOCS)
     for step in json.loads(ramp):
-        Step.model_validate(step)
+        RampStep.model_validate(step)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from random_batches import query_starts
 from torch import Tensor
 
 from quickchange_kernels.attention.paged_attention_contract import paged_attention
@@ -18,12 +19,7 @@ from quickchange_kernels.elementwise.silu_mul import silu_mul
 from quickchange_kernels.linear.linear_float import linear
 from quickchange_kernels.linear.linear_int8 import linear_int8, quantize_int8
 from quickchange_kernels.lowrank.lowrank_contract import lowrank_
-from quickchange_kernels.random_inputs import (
-    make_segments,
-    query_starts,
-    random_keys,
-    random_tables,
-)
+from quickchange_kernels.random_inputs import make_segments, random_keys, random_tables
 
 pytestmark = pytest.mark.usefixtures("native_version")
 ROWS = range(1, 41)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from random_batches import POPULARITIES, draw_slots
 from torch import Tensor
 
 from quickchange_kernels.attention.paged_attention_contract import paged_attention
@@ -15,13 +16,7 @@ from quickchange_kernels.elementwise import (
 from quickchange_kernels.linear.linear_float import linear
 from quickchange_kernels.lowrank.lowrank_contract import RANKS_PER_PAGE
 from quickchange_kernels.lowrank.lowrank_contract import operands as lowrank_operands
-from quickchange_kernels.random_inputs import (
-    POPULARITIES,
-    draw_slots,
-    make_segments,
-    random_keys,
-    random_tables,
-)
+from quickchange_kernels.random_inputs import make_segments, random_keys, random_tables
 
 CHECKS = ["test_schema", "test_faketensor"]
 

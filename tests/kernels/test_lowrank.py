@@ -9,12 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_batches import POPULARITIES, draw_slots
 from torch import Tensor
 
 from quickchange_kernels.lowrank import lowrank_contract
 from quickchange_kernels.lowrank.lowrank_contract import LowRankTables, PageKind, Segments
 from quickchange_kernels.lowrank.lowrank_plain import plain_lowrank_, plain_lowrank_embedding_
-from quickchange_kernels.random_inputs import POPULARITIES, draw_slots, make_segments, random_tables
+from quickchange_kernels.random_inputs import make_segments, random_tables
 
 Run = Callable[[Tensor, Tensor, LowRankTables, Segments, int], None]
 Close = Callable[[Tensor, Tensor], None]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from random_batches import query_starts as starts
 from torch import Tensor
 
 from quickchange_kernels.attention.kv_write import kv_write_, plain_kv_write_, reference_kv_write
@@ -14,7 +15,6 @@ from quickchange_kernels.attention.paged_attention_contract import (
     plain_paged_attention,
     reference_paged_attention,
 )
-from quickchange_kernels.random_inputs import query_starts as starts
 from quickchange_kernels.random_inputs import random_keys
 
 Attention = Callable[..., Tensor]

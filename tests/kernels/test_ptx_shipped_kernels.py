@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 from draft_vocabularies import random_case
 from ptx_launches import launches_run_as_ptx
 from ptx_memory import FaultError
+from random_batches import query_starts
 from turbo_items import MIXED, random_heads, random_rows
 
 from quickchange_kernels import random_inputs
@@ -160,7 +161,7 @@ def test_paged_attention(
     keys = random_inputs.random_keys(lengths, 1, 40, 16, generator, dtype)
     q = randn(sum(counts), 3, 40, dtype=dtype)
     arguments = (q, keys.k_cache, keys.v_cache, keys.block_tables, keys.seq_lens)
-    rest = (random_inputs.query_starts(counts), 40**-0.5, window, 5.0)
+    rest = (query_starts(counts), 40**-0.5, window, 5.0)
     with launches_run_as_ptx(seed=9):
         out = paged_attention_triton.launch_paged_attention(*arguments, *rest)
     assert_close(out, reference_paged_attention(*arguments, *rest))
@@ -171,7 +172,7 @@ def test_attention_over_several_splits() -> None:
     keys = random_inputs.random_keys((530,), 1, 16, 16, generator, torch.bfloat16)
     q = randn(1, 2, 16, dtype=torch.bfloat16)
     arguments = (q, keys.k_cache, keys.v_cache, keys.block_tables, keys.seq_lens)
-    rest = (random_inputs.query_starts((1,)), 0.25)
+    rest = (query_starts((1,)), 0.25)
     with launches_run_as_ptx(seed=10):
         out = paged_attention_triton.launch_paged_attention(*arguments, *rest)
     assert_close(out, reference_paged_attention(*arguments, *rest))

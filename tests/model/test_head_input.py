@@ -9,18 +9,19 @@ import torch
 from tiny_models import FAMILIES, make_model, save_model
 from torch import nn
 
+from quickchange_server.errors import UnsupportedModelError
 from quickchange_server.model import paged_attention
-from quickchange_server.model.forward_context import AttentionBatch, Step
+from quickchange_server.model.forward_context import AttentionBatch, ForwardContext
 from quickchange_server.model.model_loader import HeadInput, forward, load_model, prepare
-from quickchange_server.model.paged_attention import PagedAttention, UnsupportedModelError
+from quickchange_server.model.paged_attention import PagedAttention
 
 CPU = torch.device("cpu")
 ROWS = 6
 
 
-def causal() -> Step:
+def causal() -> ForwardContext:
     """One sequence of ROWS rows in the first blocks of the cache."""
-    return Step(
+    return ForwardContext(
         AttentionBatch(
             slots=torch.arange(ROWS),
             block_tables=torch.tensor([[0, 1]], dtype=torch.int32),

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from quickchange_server.spec_decode.acceptance_rates import DEEPEST, OFFERS, Acceptance, Drafter
 from quickchange_server.spec_decode.cost_model import DraftCost, StepCost
 from quickchange_server.spec_decode.draft_depth import REPLAN, DepthPlan, Prospect
-from quickchange_server.spec_decode.draft_selection import Load
+from quickchange_server.spec_decode.draft_selection import StepLoad
 
 CPU = StepCost([(1, 0.021), (8, 0.026), (16, 0.040), (32, 0.062)])
 GOOD, BAD = Drafter("good", b""), Drafter("bad", b"")
@@ -35,12 +35,16 @@ def drafting(a_pass: float, a_draft: float) -> DraftCost:
     return cost
 
 
-def load(decoding: int) -> Load:
-    return Load(decoding=decoding, prefill=0, cap=160)
+def load(decoding: int) -> StepLoad:
+    return StepLoad(decoding=decoding, prefill=0, cap=160)
 
 
 def depths(
-    prospects: list[Prospect], acceptance: Acceptance, load: Load, cost: StepCost, draft: DraftCost
+    prospects: list[Prospect],
+    acceptance: Acceptance,
+    load: StepLoad,
+    cost: StepCost,
+    draft: DraftCost,
 ) -> tuple[int, ...]:
     return DepthPlan(acceptance, cost, draft).depths(prospects, load)
 
@@ -70,7 +74,7 @@ def test_no_sequence_drafts_deeper_than_it_may(
     found = depths(
         prospects,
         learned(good=0.9, bad=0.1),
-        Load(decoding=len(prospects), prefill=prefill, cap=cap),
+        StepLoad(decoding=len(prospects), prefill=prefill, cap=cap),
         CPU,
         CHEAP,
     )

@@ -18,7 +18,7 @@ from quickchange_server.adapters.memory_pool import DevicePool
 from quickchange_server.adapters.packing import build_image, page_shapes
 from quickchange_server.model.int8_linear import Quantization
 from quickchange_server.model.model_loader import LoadedModel, load_model
-from quickchange_server.spec_decode.draft_heads import Drafter, DraftItem, Drafts
+from quickchange_server.spec_decode.draft_heads import DraftItem, Drafts, HeadDrafter
 from quickchange_store.canonical.canonical_adapter import CanonicalAdapter, LowRankUpdate
 from quickchange_store.canonical.turbo_part import TurboHeads
 
@@ -76,7 +76,7 @@ class Device:
             quantization=quantization,
         )
         self.pool = DevicePool(self.model.groups, 16 << 20, dtype, CPU)
-        self.drafter = Drafter(self.model, CPU)
+        self.drafter = HeadDrafter(self.model, CPU)
         generator = torch.Generator().manual_seed(11)
         self.hidden = torch.randn(4, HIDDEN, generator=generator)
         self.tokens = torch.tensor([7, 90, 13, 55])

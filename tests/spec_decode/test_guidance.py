@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from quickchange_server.spec_decode.acceptance_rates import WORDS, Acceptance, Drafter
-from quickchange_server.spec_decode.phrase_lookup import (
+from quickchange_server.spec_decode.prompt_lookup import (
     GuidedChain,
     TokenText,
     WordGuide,

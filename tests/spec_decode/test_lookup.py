@@ -8,12 +8,12 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from quickchange_server.spec_decode.prompt_lookup import LONGEST, WALKED, Found, PromptLookup
+from quickchange_server.spec_decode.prompt_lookup import LONGEST, WALKED, LookupMatch, PromptLookup
 
 few_tokens = st.lists(st.integers(0, 3), max_size=40)
 
 
-def naive(tokens: Sequence[int], most: int, after: Sequence[int]) -> Found | None:
+def naive(tokens: Sequence[int], most: int, after: Sequence[int]) -> LookupMatch | None:
     """Every earlier place compared with the end of the sequence and its drafts."""
     stream = [*tokens, *after]
     best, longest = 0, 0
@@ -28,7 +28,7 @@ def naive(tokens: Sequence[int], most: int, after: Sequence[int]) -> Found | Non
     found = list(stream)
     for offset in range(most):
         found.append(found[best + 1 + offset])
-    return Found(tuple(found[len(stream) :]), longest)
+    return LookupMatch(tuple(found[len(stream) :]), longest)
 
 
 @given(few_tokens, few_tokens, st.integers(0, 12), st.lists(st.integers(0, 3), max_size=5))
@@ -59,20 +59,20 @@ def test_nothing_comes_of_tokens_never_seen_before(tokens: list[int]) -> None:
 
 def test_the_longer_match_goes_before_the_later() -> None:
     tokens = [1, 2, 3, 40, 9, 2, 3, 50, 1, 2, 3]
-    assert PromptLookup(tokens).find(1) == Found((40,), 3)
+    assert PromptLookup(tokens).find(1) == LookupMatch((40,), 3)
 
 
 def test_a_period_goes_on_as_long_as_wanted() -> None:
-    assert PromptLookup([5, 6, 7, 5, 6, 7, 5]).find(7) == Found((6, 7, 5, 6, 7, 5, 6), 4)
+    assert PromptLookup([5, 6, 7, 5, 6, 7, 5]).find(7) == LookupMatch((6, 7, 5, 6, 7, 5, 6), 4)
 
 
 def test_drafts_of_another_drafter_are_followed_by_what_followed_them() -> None:
     tokens = [1, 2, 3, 4, 5, 6, 9]
-    assert PromptLookup(tokens).find(2, after=(1, 2, 3)) == Found((4, 5), 3)
+    assert PromptLookup(tokens).find(2, after=(1, 2, 3)) == LookupMatch((4, 5), 3)
 
 
 def test_places_beyond_the_walk_are_left_aside() -> None:
     far = [8, 1, 2, 100]
     near = [token for _ in range(WALKED) for token in (9, 1, 2, 50)]
-    assert PromptLookup([*far, *near, 8, 1, 2]).find(1) == Found((50,), 2)
-    assert PromptLookup([*far, *near[4:], 8, 1, 2]).find(1) == Found((100,), 3)
+    assert PromptLookup([*far, *near, 8, 1, 2]).find(1) == LookupMatch((50,), 2)
+    assert PromptLookup([*far, *near[4:], 8, 1, 2]).find(1) == LookupMatch((100,), 3)

@@ -16,7 +16,7 @@ from quickchange_server.spec_decode.acceptance_rates import Acceptance, Drafter
 from quickchange_server.spec_decode.backoff import Backoff
 from quickchange_server.spec_decode.cost_model import DraftCost, StepCost
 from quickchange_server.spec_decode.draft_depth import DepthPlan, Prospect
-from quickchange_server.spec_decode.draft_selection import Load, buy_chains
+from quickchange_server.spec_decode.draft_selection import StepLoad, buy_chains
 
 POINTS = [(1, 0.021), (4, 0.023), (8, 0.026), (16, 0.040), (32, 0.062), (256, 0.370)]
 A_PASS, A_DRAFT = 0.0004, 0.00005  # seconds
@@ -74,7 +74,7 @@ def rate_of_policy(sequences: int, task: Task, *, warm: int = 0) -> float:
     acceptance, backoff = Acceptance(), Backoff()
     plan = DepthPlan(acceptance, cost, drafting)
     drafter = Drafter("heads", b"")
-    load = Load(decoding=sequences, prefill=0, cap=CAP)
+    load = StepLoad(decoding=sequences, prefill=0, cap=CAP)
     trial: int | None = None  # the sequence whose drafts are verified whatever they are worth
     for step in range(warm + STEPS):
         if step == warm:

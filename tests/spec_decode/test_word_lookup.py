@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from quickchange_server.spec_decode.phrase_lookup import TokenText, WordLookup
-from quickchange_server.spec_decode.prompt_lookup import Found
+from quickchange_server.spec_decode.prompt_lookup import LookupMatch, TokenText, WordLookup
 
 PIECES = [
     *(" Kr", "ak", "ow", "K", "rak", '"', ": ", ",", "\n", ".", " in", "Ship", " blue", "blue"),
@@ -39,7 +38,7 @@ def find(
 ) -> tuple[list[str], int] | None:
     """The pieces found and the characters that matched."""
     lookup = WordLookup(ids([*prompt, *output]), len(prompt), TEXT)
-    found: Found | None = lookup.find(most, ids(after))
+    found: LookupMatch | None = lookup.find(most, ids(after))
     return None if found is None else ([PIECES[token] for token in found.tokens], found.match)
 
 

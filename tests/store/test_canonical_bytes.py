@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from canonical_bytes import to_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -91,7 +92,7 @@ def test_what_is_written_is_read_back(
     assert loaded.architecture == adapter.architecture
     assert loaded.updates.keys() == adapter.updates.keys()
     assert all(same(loaded.updates[m], adapter.updates[m]) for m in adapter.updates)
-    assert path.read_bytes() == canonical_adapter.to_bytes(adapter)
+    assert path.read_bytes() == to_bytes(adapter)
     assert digest == canonical_adapter.digest(loaded) == canonical_adapter.file_digest(path)
 
 
@@ -101,7 +102,7 @@ def test_the_order_of_modules_does_not_matter(adapter: CanonicalAdapter, random:
     modules = list(adapter.updates.items())
     random.shuffle(modules)
     shuffled = dataclasses.replace(adapter, updates=dict(modules))
-    assert canonical_adapter.to_bytes(shuffled) == canonical_adapter.to_bytes(adapter)
+    assert to_bytes(shuffled) == to_bytes(adapter)
 
 
 def test_where_an_adapter_came_from_does_not_matter() -> None:
@@ -114,10 +115,7 @@ def test_memory_layout_does_not_matter() -> None:
     plain = update(2, torch.float32, False)
     strided = LowRankUpdate(plain.a.T.contiguous().T, plain.b, plain.scale)
     assert not strided.a.is_contiguous()
-    bytes_of = [
-        canonical_adapter.to_bytes(CanonicalAdapter("L", "base", {"m": u}))
-        for u in (plain, strided)
-    ]
+    bytes_of = [to_bytes(CanonicalAdapter("L", "base", {"m": u})) for u in (plain, strided)]
     assert bytes_of[0] == bytes_of[1]
 
 
@@ -144,7 +142,7 @@ def test_the_bytes_stay_the_same_over_releases() -> None:
         "L", "b", {"m": update(2, torch.bfloat16, True), "n": update(0, torch.float32, True)}
     )
     assert canonical_adapter.digest(adapter) == PINNED
-    assert hashlib.sha256(canonical_adapter.to_bytes(adapter)).hexdigest() == PINNED
+    assert hashlib.sha256(to_bytes(adapter)).hexdigest() == PINNED
 
 
 def test_what_an_update_reads_changes_the_digest() -> None:
@@ -158,7 +156,7 @@ def test_what_an_update_reads_changes_the_digest() -> None:
 
 
 def test_a_file_of_another_format_is_refused(tmp_path: Path) -> None:
-    content = canonical_adapter.to_bytes(CanonicalAdapter("L", "b", {"m": gain(2, torch.float32)}))
+    content = to_bytes(CanonicalAdapter("L", "b", {"m": gain(2, torch.float32)}))
     assert content.count(b'\\"format\\":2') == 1
     path = tmp_path / "adapter.safetensors"
     path.write_bytes(content.replace(b'\\"format\\":2', b'\\"format\\":4'))
@@ -169,7 +167,7 @@ def test_a_file_of_another_format_is_refused(tmp_path: Path) -> None:
 def test_an_unknown_activation_in_a_file_is_refused(tmp_path: Path) -> None:
     adapter = CanonicalAdapter("L", "b", {"m": bottleneck(2, "relu", "output", True)})
     path = tmp_path / "adapter.safetensors"
-    path.write_bytes(canonical_adapter.to_bytes(adapter).replace(b"relu", b"mish"))
+    path.write_bytes(to_bytes(adapter).replace(b"relu", b"mish"))
     with pytest.raises(CorruptVersionError, match="mish"):
         canonical_adapter.load(path)
 
@@ -198,7 +196,7 @@ def test_a_gain_on_what_is_not_the_modules_own_output_is_refused() -> None:
 def test_the_file_is_plain_safetensors(tmp_path: Path) -> None:
     adapter = CanonicalAdapter("L", "base", {"m": update(2, torch.bfloat16, True)})
     path = tmp_path / "adapter.safetensors"
-    path.write_bytes(canonical_adapter.to_bytes(adapter))
+    path.write_bytes(to_bytes(adapter))
     with safe_open(str(path), framework="pt") as file:
         assert set(file.keys()) == {"m.a", "m.b", "m.bias"}
         assert torch.equal(file.get_tensor("m.a"), adapter.updates["m"].a)
@@ -206,9 +204,7 @@ def test_the_file_is_plain_safetensors(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("keep", [0, 4, 30, -1])
 def test_a_cut_file_is_refused(keep: int, tmp_path: Path) -> None:
-    content = canonical_adapter.to_bytes(
-        CanonicalAdapter("L", "b", {"m": update(2, torch.float32, True)})
-    )
+    content = to_bytes(CanonicalAdapter("L", "b", {"m": update(2, torch.float32, True)}))
     path = tmp_path / "adapter.safetensors"
     path.write_bytes(content[:keep])
     with pytest.raises(CorruptVersionError, match=r"adapter\.safetensors"):
@@ -218,7 +214,7 @@ def test_a_cut_file_is_refused(keep: int, tmp_path: Path) -> None:
 def test_a_scale_that_is_not_finite_is_refused() -> None:
     bad = dataclasses.replace(update(2, torch.float32, False), scale=math.inf)
     with pytest.raises(InvalidAdapterError, match="m: scale"):
-        canonical_adapter.to_bytes(CanonicalAdapter("L", "base", {"m": bad}))
+        to_bytes(CanonicalAdapter("L", "base", {"m": bad}))
 
 
 def test_a_dtype_that_can_not_be_stored_is_refused() -> None:

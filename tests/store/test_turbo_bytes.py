@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from canonical_bytes import to_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -98,7 +99,7 @@ def test_what_is_written_is_read_back(
     assert same(loaded.turbo, heads)
     assert loaded.updates.keys() == made.updates.keys()
     assert digest == canonical_adapter.digest(loaded) == canonical_adapter.file_digest(path)
-    assert path.read_bytes() == canonical_adapter.to_bytes(made)
+    assert path.read_bytes() == to_bytes(made)
     assert loaded.parameters == made.parameters
 
 
@@ -116,7 +117,7 @@ def test_how_blocks_are_numbered_and_shared_does_not_matter(
         for i, head in enumerate(heads.heads)
     )
     other = dataclasses.replace(heads, blocks=tuple(blocks), heads=numbers)
-    assert canonical_adapter.to_bytes(adapter(other)) == canonical_adapter.to_bytes(adapter(heads))
+    assert to_bytes(adapter(other)) == to_bytes(adapter(heads))
 
 
 @settings(max_examples=60, deadline=None)
@@ -132,7 +133,7 @@ def test_heads_change_the_digest_of_a_lora(heads: TurboHeads) -> None:
     both = adapter(heads, lora=True)
     alone = dataclasses.replace(both, turbo=None)
     assert canonical_adapter.digest(both) != canonical_adapter.digest(alone)
-    assert b"turbo" not in canonical_adapter.to_bytes(alone)
+    assert b"turbo" not in to_bytes(alone)
 
 
 def test_the_bytes_stay_the_same_over_releases() -> None:
@@ -156,7 +157,7 @@ def test_a_module_named_as_a_tensor_of_the_heads_is_refused() -> None:
     heads = TurboHeads((block(1),), ((0,),))
     clash = CanonicalAdapter("L", "base", {"turbo.block.0": update}, {}, heads)
     with pytest.raises(InvalidAdapterError, match=r"turbo\.block\.0\.bias"):
-        canonical_adapter.to_bytes(clash)
+        to_bytes(clash)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +174,7 @@ def test_a_module_named_as_a_tensor_of_the_heads_is_refused() -> None:
     ],
 )
 def test_a_damaged_header_is_refused(old: bytes, new: bytes, tmp_path: Path) -> None:
-    content = canonical_adapter.to_bytes(adapter(TurboHeads((block(1),), ((0,),))))
+    content = to_bytes(adapter(TurboHeads((block(1),), ((0,),))))
     assert content.count(old) == 1
     assert len(old) == len(new)
     path = tmp_path / "adapter.safetensors"

@@ -13,7 +13,7 @@ import pytest
 from quickchange_server.spec_decode import speculator
 from quickchange_server.spec_decode.backoff import Backoff
 from quickchange_server.spec_decode.draft_depth import DepthPlan, Prospect
-from quickchange_server.spec_decode.draft_selection import Load, Purchase
+from quickchange_server.spec_decode.draft_selection import Purchase, StepLoad
 
 
 @contextmanager
@@ -27,7 +27,7 @@ def every_draft_bought() -> Iterator[None]:
 
 
 def _whole_chains(
-    chances: Sequence[Sequence[float]], load: Load, cost: object, *, trial: int | None = None
+    chances: Sequence[Sequence[float]], load: StepLoad, cost: object, *, trial: int | None = None
 ) -> Purchase:
     """The first ones first, as long as there is room."""
     del cost, trial
@@ -38,7 +38,7 @@ def _whole_chains(
     return Purchase(tuple(lengths), 0.0)
 
 
-def _deepest(plan: DepthPlan, prospects: Sequence[Prospect], load: Load) -> tuple[int, ...]:
+def _deepest(plan: DepthPlan, prospects: Sequence[Prospect], load: StepLoad) -> tuple[int, ...]:
     """All heads that there are."""
     del plan, load
     return tuple(prospect.deepest for prospect in prospects)

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from quickchange_server.experiments.statistics.analysis import OutcomeSums, Stretch, Sums, analyse
+from quickchange_server.experiments.statistics.analysis import (
+    OutcomeSums,
+    StretchUnits,
+    Sums,
+    analyse,
+)
 from quickchange_server.experiments.statistics.plan import Plan
 
 NAMES = ("base", "tuned", "bold")
@@ -45,7 +50,7 @@ def results(
     automatic: tuple[OutcomeSums, ...] = (),
 ) -> dict[str, Any]:
     """As GET /v1/experiments/NAME/results has it. `units`: assigned, with equal weights."""
-    stretches = [Stretch((1, 1, 1), units)]
+    stretches = [StretchUnits((1, 1, 1), units)]
     found = analyse(NAMES, [*told, *automatic], stretches, Plan()).to_json()
     every = found.pop("outcomes")
     return {

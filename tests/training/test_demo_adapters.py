@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from recorded_recipe import recorded_recipe
 from safetensors.torch import load_file
 
 from quickchange_store.canonical.canonical_adapter import BaseSpec, ModuleShape
@@ -25,7 +26,6 @@ from quickchange_training.demo.demo_adapters import DEMO_RECIPES
 from quickchange_training.demo.demo_base import BASE_MODEL_ID
 from quickchange_training.demo.demo_heads import DEMO_HEADS_RECIPES, demo_prompts
 from quickchange_training.demo.tasks import TASKS
-from quickchange_training.lora.lora_recipe import LoraRecipe
 from quickchange_training.turbo.turbo_recipe import TurboRecipe
 
 MOST_BYTES = 16_000_000
@@ -98,7 +98,7 @@ def test_the_recipe_beside_it_is_the_one_that_the_command_follows(shipped: DemoA
     recorded = json.loads((shipped.path / "recipe.json").read_text())
     recipe = DEMO_RECIPES[shipped.name]
     assert recorded["examples"] == recipe.examples
-    assert LoraRecipe.from_dict(recorded["lora"]) == recipe.lora
+    assert recorded_recipe(recorded["lora"]) == recipe.lora
 
 
 def test_heads_are_bfloat16_and_finite_and_trained(

@@ -9,13 +9,13 @@ import torch
 
 from quickchange_training.examples import few_examples
 from quickchange_training.lora.lora_recipe import LoraRecipe, lora_shape
-from quickchange_training.turbo.turbo_data import Output, Prompt, not_its_own, short_outputs
+from quickchange_training.turbo.turbo_data import OwnOutput, Prompt, not_its_own, short_outputs
 
 EOS = 0
 
 
-def pair(given: Sequence[int], said: Sequence[int]) -> tuple[Prompt, Output]:
-    return Prompt((1,), tuple(given), "line"), Output(tuple(said), torch.empty(0))
+def pair(given: Sequence[int], said: Sequence[int]) -> tuple[Prompt, OwnOutput]:
+    return Prompt((1,), tuple(given), "line"), OwnOutput(tuple(said), torch.empty(0))
 
 
 def test_few_examples_are_told_of() -> None:

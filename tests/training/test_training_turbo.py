@@ -14,7 +14,7 @@ from torch.nn import functional
 from quickchange_store.canonical.turbo_part import TurboHeads
 from quickchange_training.checkpoint import Checkpoints
 from quickchange_training.errors import OutputError, RecipeError
-from quickchange_training.turbo.turbo_data import ABSENT, Output, positions
+from quickchange_training.turbo.turbo_data import ABSENT, OwnOutput, positions
 from quickchange_training.turbo.turbo_recipe import TurboRecipe
 from quickchange_training.turbo.turbo_trainer import BaseEnds, TurboTrainer
 
@@ -31,13 +31,13 @@ def ends() -> BaseEnds:
     return BaseEnds(made[0] * 0.1, made[1])
 
 
-def outputs(count: int = 24, length: int = 12) -> list[Output]:
+def outputs(count: int = 24, length: int = 12) -> list[OwnOutput]:
     """Tokens count up by 5, and a state is like the LM head's row of its token."""
     head = ends().head
     made = []
     for start in range(count):
         tokens = tuple((start + 5 * i) % TOKENS for i in range(length))
-        made.append(Output(tokens, head[torch.tensor(tokens)].to(torch.bfloat16)))
+        made.append(OwnOutput(tokens, head[torch.tensor(tokens)].to(torch.bfloat16)))
     return made
 
 
@@ -122,7 +122,7 @@ def test_heads_are_unsure_where_the_token_is_not_in_the_vocabulary() -> None:
 
 
 def test_the_last_tokens_of_an_output_have_nothing_after_them() -> None:
-    rows = positions([Output((7, 8, 9), torch.zeros(3, HIDDEN))], 2)
+    rows = positions([OwnOutput((7, 8, 9), torch.zeros(3, HIDDEN))], 2)
     assert rows.tokens.tolist() == [[7, 8, 9], [8, 9, ABSENT], [9, ABSENT, ABSENT]]
 
 

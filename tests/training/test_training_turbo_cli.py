@@ -16,7 +16,7 @@ from quickchange_store.canonical.canonical_adapter import CanonicalAdapter
 from quickchange_store.store import Store
 from quickchange_training import engine_outputs
 from quickchange_training.cli import app
-from quickchange_training.turbo.head_maker import Wanted
+from quickchange_training.turbo.head_maker import WantedOutputs
 from quickchange_training.turbo.turbo_data import Generate, OnOutput
 
 RUNNER = CliRunner()
@@ -169,7 +169,7 @@ def outputs(model: Path, prompts: Path) -> dict[str, str]:
     def keep(index: int, tokens: Sequence[int], _states: torch.Tensor) -> None:
         found[asked[index]] = "".join(letters[token] for token in tokens)
 
-    wanted = Wanted(str(model), None, "bfloat16", 12, frozenset({0}))
+    wanted = WantedOutputs(str(model), None, "bfloat16", 12, frozenset({0}))
     engine_outputs.generate_for(wanted)([[letters.index(p)] for p in asked], keep)
     return {prompt: text for prompt, text in found.items() if text}
 
@@ -179,7 +179,7 @@ def test_an_interrupted_run_goes_on_with_the_outputs_that_it_has(
 ) -> None:
     made: list[int] = []
 
-    def counted(wanted: Wanted, most: int | None) -> Generate:
+    def counted(wanted: WantedOutputs, most: int | None) -> Generate:
         make = real(wanted)
 
         def generate(asked: Sequence[Sequence[int]], on_output: OnOutput) -> None:

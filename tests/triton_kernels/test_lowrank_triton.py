@@ -9,12 +9,13 @@ from typing import TypeVar
 
 import pytest
 import torch
+from random_batches import draw_slots
 from torch import Tensor
 
 from quickchange_kernels.lowrank import lowrank_contract
 from quickchange_kernels.lowrank.lowrank_contract import LowRankTables, PageKind, RowTiles, Segments
 from quickchange_kernels.lowrank.lowrank_triton import launch_lowrank, launch_lowrank_embedding
-from quickchange_kernels.random_inputs import draw_slots, make_segments, random_tables
+from quickchange_kernels.random_inputs import make_segments, random_tables
 
 Close = Callable[[Tensor, Tensor], None]
 Sanitized = Callable[..., AbstractContextManager[None]]

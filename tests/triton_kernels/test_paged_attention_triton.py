@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 
 import pytest
 import torch
+from random_batches import query_starts
 from torch import Tensor
 
 from quickchange_kernels.attention import paged_attention_tuning
@@ -15,7 +16,7 @@ from quickchange_kernels.attention.paged_attention_contract import (
     reference_paged_attention,
 )
 from quickchange_kernels.attention.paged_attention_tuning import launches_for
-from quickchange_kernels.random_inputs import query_starts, random_keys
+from quickchange_kernels.random_inputs import random_keys
 
 Compare = Callable[..., None]
 

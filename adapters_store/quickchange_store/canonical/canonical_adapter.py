@@ -224,11 +224,6 @@ def write(adapter: CanonicalAdapter, stream: BinaryIO) -> str:
     return digest.hexdigest()
 
 
-def to_bytes(adapter: CanonicalAdapter) -> bytes:
-    """The adapter's bytes; the same for the same content, on any machine. Raises as `write`."""
-    return b"".join(_chunks(adapter))
-
-
 def digest(adapter: CanonicalAdapter) -> str:
     """SHA-256 of the adapter's bytes, in hexadecimal. Raises as `write`."""
     total = hashlib.sha256()

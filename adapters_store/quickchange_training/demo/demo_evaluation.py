@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class DemoComparison:
     """One task's held-out measures without and with the adapter, and what was answered."""
 
     task: str
@@ -44,7 +44,7 @@ class Comparison:
         ]
 
 
-def compare(task: Task, adapter: Path, count: int, seed: int, batch_size: int) -> Comparison:
+def compare(task: Task, adapter: Path, count: int, seed: int, batch_size: int) -> DemoComparison:
     """Answer `count` held-out examples of `task` with the demo base alone and with `adapter`."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -58,7 +58,7 @@ def compare(task: Task, adapter: Path, count: int, seed: int, batch_size: int) -
     with without_peft_noise():
         adapted = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     tuned = greedy_answers(adapted, tokenizer, examples, limit, batch_size, f"{task.name}: adapter")
-    return Comparison(
+    return DemoComparison(
         task=task.name,
         examples=tuple(examples),
         base=task.score(examples, plain),
@@ -93,7 +93,7 @@ def greedy_answers(
     return answers
 
 
-def as_table(comparisons: Sequence[Comparison]) -> str:
+def as_table(comparisons: Sequence[DemoComparison]) -> str:
     """A Markdown table: a line for each task and measure."""
     lines = ["| task | measure | held-out examples | base | adapter |", "|---|---|---|---|---|"]
     for c in comparisons:

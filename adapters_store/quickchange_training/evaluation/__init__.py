@@ -1,1 +1,1 @@
-"""Scores of answers against references, and their report. Runs nothing: no model, no server."""
+"""Evaluation of adapters on a task: answers by the engine, scores, and their report."""

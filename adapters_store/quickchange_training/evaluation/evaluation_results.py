@@ -15,7 +15,7 @@ VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
-class Speed:
+class EvaluationSpeed:
     """One pass over some of the examples, so many at a time."""
 
     concurrency: int
@@ -39,7 +39,7 @@ class DepthAcceptance:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class ScoredAnswer:
     """What was answered to one example."""
 
     origin: str  # FILE line N
@@ -53,9 +53,9 @@ class Row:
     label: str
     scores: Scores
     loss: float  # nats a token of the references, end-of-sequence included, teacher forced
-    speeds: tuple[Speed, ...]
+    speeds: tuple[EvaluationSpeed, ...]
     acceptance: tuple[DepthAcceptance, ...]  # empty: nothing was drafted
-    answers: tuple[Answer, ...]
+    answers: tuple[ScoredAnswer, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,18 +55,12 @@ class LoraRecipe:
             raise RecipeError("--weight-decay must not be negative")
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; `from_dict` reads it back."""
+        """For JSON."""
         own = {"targets": list(self.targets), "peft_options": dict(self.peft_options)}
         return asdict(self) | own
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> LoraRecipe:
-        return cls(**(values | {"targets": tuple(values["targets"])}))
-
 
 _RANKS = (4, 128)
-
-
 _SCALES = (0.25, 8.0)
 
 

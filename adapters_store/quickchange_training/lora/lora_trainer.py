@@ -24,7 +24,7 @@ import torch
 from torch.nn import functional
 
 from quickchange_training.errors import OutputError, RecipeError
-from quickchange_training.examples import IGNORED, Batch, Encoded, batches, collate
+from quickchange_training.examples import IGNORED, Encoded, TrainingBatch, batches, collate
 from quickchange_training.lora.lora_recipe import LoraRecipe
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ def lr_share(step: int, total: int, warmup: float) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
-def answer_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+def answer_loss(model: torch.nn.Module, batch: TrainingBatch) -> torch.Tensor:
     """Mean cross-entropy of the answers' tokens, a float32 scalar."""
     return functional.cross_entropy(_logits(model, batch), batch.labels.flatten())
 
@@ -210,7 +210,7 @@ def held_out_loss(
     return total / count
 
 
-def _logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+def _logits(model: torch.nn.Module, batch: TrainingBatch) -> torch.Tensor:
     kept = batch.tokens.shape[1] - batch.first
     output = model(
         input_ids=batch.tokens, attention_mask=batch.mask, logits_to_keep=kept, use_cache=False

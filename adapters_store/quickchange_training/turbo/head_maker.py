@@ -15,7 +15,7 @@ from quickchange_training.turbo.base_ends import base_ends
 from quickchange_training.turbo.turbo_data import (
     Generate,
     KeptOutputs,
-    Output,
+    OwnOutput,
     Prompt,
     draft_vocabulary,
     not_its_own,
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class WantedOutputs:
     """Whose outputs are wanted: what a maker of outputs needs to know."""
 
     model: str  # a folder or a hub id
@@ -42,7 +42,7 @@ class Wanted:
     stop_token_ids: frozenset[int]
 
 
-GenerateFor = Callable[[Wanted], Generate]
+GenerateFor = Callable[[WantedOutputs], Generate]
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def make_heads(
     """
     from quickchange_store.canonical.canonical_adapter import digest
 
-    wanted = Wanted(
+    wanted = WantedOutputs(
         source.model,
         source.adapter,
         recipe.dtype,
@@ -138,7 +138,7 @@ def make_heads(
     return exported, report
 
 
-def _warnings(source: HeadsSource, outputs: Sequence[Output]) -> list[str]:
+def _warnings(source: HeadsSource, outputs: Sequence[OwnOutput]) -> list[str]:
     return [
         *few_examples(len(outputs)),
         *short_outputs([len(output.tokens) for output in outputs]),

@@ -49,7 +49,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Output:
+class OwnOutput:
     """What the model says to a prompt, the end-of-sequence token included where it was reached."""
 
     tokens: tuple[int, ...]
@@ -96,7 +96,7 @@ class KeptOutputs:
 
     def __init__(self, folder: Path, key: str, hidden: int) -> None:
         self._hidden = hidden
-        self.found: dict[int, Output] = {}
+        self.found: dict[int, OwnOutput] = {}
         folder.mkdir(parents=True, exist_ok=True)
         lines = self._whole_lines(folder, key)
         rows = self._read(folder / _STATES, lines)
@@ -120,7 +120,7 @@ class KeptOutputs:
         self._states.flush()
         self._lines.write(json.dumps({"index": index, "tokens": list(tokens)}) + "\n")
         self._lines.flush()
-        self.found[index] = Output(tuple(tokens), kept)
+        self.found[index] = OwnOutput(tuple(tokens), kept)
 
     def _whole_lines(self, folder: Path, key: str) -> list[dict[str, Any]]:
         file = folder / _OUTPUTS
@@ -140,12 +140,14 @@ class KeptOutputs:
         states = states[: len(states) // self._hidden * self._hidden].view(-1, self._hidden)
         for line in lines:
             tokens = tuple(line["tokens"])
-            self.found[line["index"]] = Output(tokens, states[rows : rows + len(tokens)])
+            self.found[line["index"]] = OwnOutput(tokens, states[rows : rows + len(tokens)])
             rows += len(tokens)
         return rows
 
 
-def own_outputs(prompts: Sequence[Prompt], generate: Generate, kept: KeptOutputs) -> list[Output]:
+def own_outputs(
+    prompts: Sequence[Prompt], generate: Generate, kept: KeptOutputs
+) -> list[OwnOutput]:
     """The model's own greedy outputs, in the prompts' order; those in `kept` are not made again."""
     from tqdm import tqdm
 
@@ -162,7 +164,7 @@ def own_outputs(prompts: Sequence[Prompt], generate: Generate, kept: KeptOutputs
     return [kept.found[i] for i in range(len(prompts))]
 
 
-def positions(outputs: Sequence[Output], depth: int) -> Positions:
+def positions(outputs: Sequence[OwnOutput], depth: int) -> Positions:
     """The rows of all outputs, one after another."""
     return Positions(
         torch.cat([output.states for output in outputs]),
@@ -176,7 +178,7 @@ def _ahead(tokens: Sequence[int], depth: int) -> Tensor:
     return padded.unfold(0, depth + 1, 1)
 
 
-def draft_vocabulary(outputs: Sequence[Output], size: int, stop: frozenset[int]) -> Tensor:
+def draft_vocabulary(outputs: Sequence[OwnOutput], size: int, stop: frozenset[int]) -> Tensor:
     """int64, ascending: the `size` most frequent tokens of the outputs, stop tokens among them.
 
     Fewer where the outputs have fewer. Of equally frequent tokens the smaller ids come first.
@@ -206,7 +208,7 @@ def short_outputs(lengths: Sequence[int]) -> list[str]:
 
 
 def not_its_own(
-    prompts: Sequence[Prompt], outputs: Sequence[Output], stop: frozenset[int]
+    prompts: Sequence[Prompt], outputs: Sequence[OwnOutput], stop: frozenset[int]
 ) -> list[str]:
     """A warning where the data's completions are not what the model itself says."""
     given = [

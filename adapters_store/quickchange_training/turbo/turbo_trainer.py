@@ -22,7 +22,7 @@ from torch.nn import functional
 from quickchange_store.canonical.turbo_part import DraftBlock, TurboHeads
 from quickchange_training.errors import DataError
 from quickchange_training.lora.lora_trainer import lr_share
-from quickchange_training.turbo.turbo_data import ABSENT, Output, Positions, positions
+from quickchange_training.turbo.turbo_data import ABSENT, OwnOutput, Positions, positions
 
 if TYPE_CHECKING:
     from quickchange_training.checkpoint import Checkpoints
@@ -213,7 +213,7 @@ class TurboTrainer:
         return functional.kl_div(shares, own, reduction="none", log_target=True).sum(-1)
 
     @torch.no_grad()
-    def measure(self, heads: TrainableHeads, outputs: Sequence[Output]) -> HeadMeasures:
+    def measure(self, heads: TrainableHeads, outputs: Sequence[OwnOutput]) -> HeadMeasures:
         """Losses and greedy acceptance on outputs that were not learned from."""
         rows = positions(outputs, self.recipe.depth)
         right, losses = [], []

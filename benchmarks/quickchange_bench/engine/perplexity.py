@@ -17,7 +17,7 @@ from torch import Tensor
 
 from quickchange_server.engine.engine import torch_dtype
 from quickchange_server.frontend.tokenizer import Text
-from quickchange_server.model.forward_context import AttentionBatch, Step
+from quickchange_server.model.forward_context import AttentionBatch, ForwardContext
 from quickchange_server.model.int8_linear import Quantization
 from quickchange_server.model.model_loader import LoadedModel, forward, load_model
 from quickchange_server.model.paged_attention import PagedAttention, install
@@ -99,7 +99,7 @@ def _log_probabilities(model: str, variant: BaseVariant, parts: Tensor) -> Itera
 
 def _logits(loaded: LoadedModel, ids: Tensor, blocks: int) -> Tensor:
     length, positions = len(ids), torch.arange(len(ids))
-    loaded.holder.step = Step(
+    loaded.holder.step = ForwardContext(
         AttentionBatch(
             slots=positions,
             block_tables=torch.arange(blocks, dtype=torch.int32)[None],

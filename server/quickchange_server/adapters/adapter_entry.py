@@ -11,7 +11,7 @@ from typing import Literal
 from quickchange_server.adapters.packing import AdapterImage
 
 
-class Job(Enum):
+class LoadJob(Enum):
     """What the loader is doing for an adapter."""
 
     NONE = "none"
@@ -20,13 +20,13 @@ class Job(Enum):
 
 
 @dataclass(slots=True, eq=False)
-class Entry:
+class AdapterEntry:
     """One adapter version that is on a tier, on its way, pinned or claimed."""
 
     digest: str
     image: AdapterImage | None = None
     slot: int | None = None  # device pages; their content is there unless job is WRITE
-    job: Job = Job.NONE
+    job: LoadJob = LoadJob.NONE
     demand: Mapping[int, int] | None = None  # pages by size, once an image was built
     nbytes: int = 0  # of the image and of the pages, with `demand`
     pinned: bool = False
@@ -36,20 +36,20 @@ class Entry:
 
     @property
     def resident(self) -> bool:
-        return self.slot is not None and self.job is not Job.WRITE
+        return self.slot is not None and self.job is not LoadJob.WRITE
 
     @property
     def idle(self) -> bool:
         """Nothing is kept of it and nothing is under way."""
-        return self.image is None and self.slot is None and self.job is Job.NONE
+        return self.image is None and self.slot is None and self.job is LoadJob.NONE
 
 
-def slots_of(entries: Iterable[Entry]) -> list[int]:
+def slots_of(entries: Iterable[AdapterEntry]) -> list[int]:
     """The slots of those that have one."""
     return [entry.slot for entry in entries if entry.slot is not None]
 
 
-def total_demand(entries: Iterable[Entry]) -> Counter[int]:
+def total_demand(entries: Iterable[AdapterEntry]) -> Counter[int]:
     """Pages by size of all entries whose size is known."""
     total: Counter[int] = Counter()
     for entry in entries:

@@ -22,7 +22,7 @@ from typing import Literal
 
 from quickchange_kernels.lowrank.lowrank_contract import LowRankTables
 from quickchange_kernels.turbo_heads.turbo_heads_contract import HeadTables
-from quickchange_server.adapters.adapter_entry import Entry, Job, slots_of, total_demand
+from quickchange_server.adapters.adapter_entry import AdapterEntry, LoadJob, slots_of, total_demand
 from quickchange_server.adapters.adapter_loader import Done, Loader, Pacer
 from quickchange_server.adapters.memory_pool import DevicePool, too_large
 from quickchange_server.adapters.module_groups import ModuleGroup
@@ -57,7 +57,7 @@ class Residency:
         self._host_budget = host_budget_bytes
         self._loader: Loader[AdapterImage | None] = Loader(on_wake)
         self._pause = Pacer(lambda: bool(self._held))  # only beside requests that run
-        self._entries: dict[str, Entry] = {}
+        self._entries: dict[str, AdapterEntry] = {}
         self._waiting: dict[str, tuple[str, ...]] = {}  # claim -> digests, in order of arrival
         self._held: dict[str, dict[str, int]] = {}  # claim -> digest -> slot
         self._failed: dict[str, str] = {}  # claim -> error
@@ -94,7 +94,7 @@ class Residency:
     @property
     def in_flight(self) -> int:
         """Adapters that the loader reads or copies, or will."""
-        return sum(entry.job is not Job.NONE for entry in self._entries.values())
+        return sum(entry.job is not LoadJob.NONE for entry in self._entries.values())
 
     @property
     def known(self) -> int:
@@ -204,13 +204,13 @@ class Residency:
                 assert entry.resident, "a held adapter is not on the device"
                 assert entry.slot == slot, "a held adapter moved"
         for entry in self._entries.values():
-            assert entry.job is not Job.WRITE or entry.slot is not None, "a write to nowhere"
+            assert entry.job is not LoadJob.WRITE or entry.slot is not None, "a write to nowhere"
             assert entry.slot is None or entry.demand is not None, "pages of unknown size"
         needed = {d for digests in self._waiting.values() for d in digests}
         assert needed <= set(self._entries), "a claimed adapter has no entry"
 
-    def _entry(self, digest: str) -> Entry:
-        return self._entries.setdefault(digest, Entry(digest))
+    def _entry(self, digest: str) -> AdapterEntry:
+        return self._entries.setdefault(digest, AdapterEntry(digest))
 
     def _in_use(self) -> set[str]:
         return {digest for slots in self._held.values() for digest in slots}
@@ -256,8 +256,8 @@ class Residency:
         return True
 
     def _victims(
-        self, missing: list[Entry], own: Sequence[str], older: set[str], in_use: set[str]
-    ) -> list[Entry] | None:
+        self, missing: list[AdapterEntry], own: Sequence[str], older: set[str], in_use: set[str]
+    ) -> list[AdapterEntry] | None:
         """Whom to evict for the `missing` adapters of one claim: the fewest in this order.
 
         First what no waiting claim needs, then what younger claims do (the youngest's first), then
@@ -266,7 +266,7 @@ class Residency:
         """
         turn = {d: i for i, ds in enumerate(reversed(self._waiting.values()), 1) for d in ds}
 
-        def order(entry: Entry) -> tuple[bool, bool, int, int]:
+        def order(entry: AdapterEntry) -> tuple[bool, bool, int, int]:
             # What is in use goes by use alone: claims come all the time, and whoever is to give way
             # must stay the same until it does.
             busy = entry.digest in in_use
@@ -285,7 +285,7 @@ class Residency:
         movable.sort(key=order)
         demand = total_demand(missing)
         kept = set(slots_of(self._entries.values()))
-        victims: list[Entry] = []
+        victims: list[AdapterEntry] = []
         for entry in movable:
             if self._pool.fits(demand, kept):
                 break
@@ -295,14 +295,14 @@ class Residency:
                 demand.update(entry.demand or {})
         return victims if self._pool.fits(demand, kept) else None
 
-    def _place(self, entry: Entry) -> None:
+    def _place(self, entry: AdapterEntry) -> None:
         """Start the copy of an image to the device, where there is an image and room."""
         if entry.image is None or entry.slot is not None:
             return
         slot = self._pool.allocate(entry.image)
         if slot is not None:
             image = entry.image
-            entry.slot, entry.job = slot, Job.WRITE
+            entry.slot, entry.job = slot, LoadJob.WRITE
             self._loader.submit(entry.digest, lambda: self._pool.write(slot, image, self._pause))
 
     def _start_loads(self, digests: Iterable[str], *, first: bool) -> bool:
@@ -312,9 +312,9 @@ class Residency:
         """
         for digest in digests:
             entry = self._entries[digest]
-            if entry.image is not None or entry.slot is not None or entry.job is not Job.NONE:
+            if entry.image is not None or entry.slot is not None or entry.job is not LoadJob.NONE:
                 continue
-            loading = [e for e in self._entries.values() if e.job is Job.LOAD]
+            loading = [e for e in self._entries.values() if e.job is LoadJob.LOAD]
             # One that was never loaded is taken to be as large as the largest that is known.
             largest = max((e.nbytes for e in self._entries.values()), default=0)
             ahead = [*self._awaited_images(), *loading, entry]
@@ -322,7 +322,7 @@ class Residency:
             full = promised > self._host_budget and not first
             if full or len(loading) >= _LOADS_AT_ONCE:
                 return False
-            entry.job = Job.LOAD
+            entry.job = LoadJob.LOAD
             self._loader.submit(digest, self._load_job(digest))
         return True
 
@@ -341,22 +341,22 @@ class Residency:
 
     def _finish(self, done: Done[AdapterImage | None]) -> None:
         entry = self._entries[done.tag]
-        job, entry.job = entry.job, Job.NONE
+        job, entry.job = entry.job, LoadJob.NONE
         if done.error is not None:
             self._fail(entry, str(done.error) or repr(done.error))
-        elif job is Job.LOAD and done.result is not None:
+        elif job is LoadJob.LOAD and done.result is not None:
             self._arrived(entry, done.result, done.seconds)
         elif entry.slot is not None:
             self._pool.publish(entry.slot)
             self._moved(entry, "device", "load", done.seconds)
 
-    def _arrived(self, entry: Entry, image: AdapterImage, seconds: float) -> None:
+    def _arrived(self, entry: AdapterEntry, image: AdapterImage, seconds: float) -> None:
         entry.image, entry.demand, entry.nbytes = image, image.demand, image.nbytes
         self._clock += 1
         entry.used = self._clock
         self._moved(entry, "host", "load", seconds)
 
-    def _fail(self, entry: Entry, error: str) -> None:
+    def _fail(self, entry: AdapterEntry, error: str) -> None:
         """The adapter can't be loaded: so can't the claims that wait for it, nor its pin."""
         if entry.slot is not None:
             self._pool.free(entry.slot)
@@ -367,7 +367,7 @@ class Residency:
             self._failed[key] = error
         self._events.append(AdapterFailed(entry.digest, error))
 
-    def _refuse_impossible(self, key: str, pinned: Sequence[Entry]) -> bool:
+    def _refuse_impossible(self, key: str, pinned: Sequence[AdapterEntry]) -> bool:
         """Fail a claim that can't fit beside the pinned adapters with all else gone."""
         resident = [entry for entry in pinned if entry.slot is not None]
         wanted = [e for d in self._waiting[key] if (e := self._entries[d]) not in resident]
@@ -381,10 +381,10 @@ class Residency:
         self._failed[key] = error
         return True
 
-    def _serve_administration(self, entry: Entry, claimed: set[str], blocked: bool) -> None:
+    def _serve_administration(self, entry: AdapterEntry, claimed: set[str], blocked: bool) -> None:
         """Carry out an adapter's pin, prefetch or removal as far as it disturbs no claim."""
         if entry.forgotten:
-            if entry.job is Job.NONE and entry.digest not in claimed:
+            if entry.job is LoadJob.NONE and entry.digest not in claimed:
                 self._drop(entry)
         elif entry.pinned and entry.slot is None:
             self._start_loads([entry.digest], first=not self._waiting)
@@ -397,7 +397,7 @@ class Residency:
             if entry.image is not None or entry.slot is not None:
                 entry.prefetch = None
 
-    def _place_quietly(self, entry: Entry, claimed: set[str]) -> None:
+    def _place_quietly(self, entry: AdapterEntry, claimed: set[str]) -> None:
         """To the device in the place of adapters that no claim needs, or not at all."""
         if entry.slot is None:
             victims = self._victims([entry], (), claimed, set())
@@ -406,7 +406,7 @@ class Residency:
                     self._evict(victim)
                 self._place(entry)
 
-    def _pin_fits(self, entry: Entry) -> bool:
+    def _pin_fits(self, entry: AdapterEntry) -> bool:
         """Whether all pins fit together; if not, this one is refused."""
         pinned = [e for e in self._entries.values() if e.pinned]
         if self._pool.fits(total_demand(pinned), ()):
@@ -417,7 +417,7 @@ class Residency:
         self._events.append(AdapterFailed(entry.digest, error))
         return False
 
-    def _drop(self, entry: Entry) -> None:
+    def _drop(self, entry: AdapterEntry) -> None:
         """From both tiers."""
         if not entry.idle:
             if entry.slot is not None:
@@ -425,7 +425,7 @@ class Residency:
             entry.slot = entry.image = None
             self._moved(entry, "disk", "forget")
 
-    def _evict(self, entry: Entry) -> None:
+    def _evict(self, entry: AdapterEntry) -> None:
         """From the device; the host's copy stays."""
         if entry.slot is not None:
             self._pool.free(entry.slot)
@@ -433,7 +433,7 @@ class Residency:
             self._moved(entry, "disk" if entry.image is None else "host", "evict")
             self._stale = True  # a claim may need it
 
-    def _awaited_images(self) -> Iterator[Entry]:
+    def _awaited_images(self) -> Iterator[AdapterEntry]:
         """Entries whose image some waiting claim needs, those of the oldest claim first."""
         seen: set[str] = set()
         for digests in self._waiting.values():
@@ -455,7 +455,7 @@ class Residency:
         for entry in [*free, *(e for e in reversed(awaited) if e.digest not in oldest)]:
             if total <= self._host_budget:
                 return
-            if entry.job is Job.NONE:
+            if entry.job is LoadJob.NONE:
                 total -= entry.nbytes
                 entry.image = None
                 if entry.slot is None:
@@ -463,7 +463,7 @@ class Residency:
 
     def _moved(
         self,
-        entry: Entry,
+        entry: AdapterEntry,
         tier: Tier,
         reason: Literal["load", "evict", "forget"],
         seconds: float = 0.0,

@@ -135,10 +135,6 @@ class DevicePool:
     def used_bytes(self) -> int:
         return self._space.used * self.dtype.itemsize
 
-    def bytes_for(self, image: AdapterImage) -> int:
-        """Device bytes that the image takes."""
-        return image.nbytes
-
     def fits(self, demand: Mapping[int, int], kept_slots: Iterable[int]) -> bool:
         """Whether `demand` (images' demands, added) has room beside the kept slots alone."""
         return self._space.fits(demand, [self._holdings[slot].grant for slot in kept_slots])

@@ -18,7 +18,7 @@ from quickchange_server.adapters.turbo_packing import TurboShape
 from quickchange_server.config import Settings
 from quickchange_server.engine.kv_cache_manager import KVBlocks
 from quickchange_server.engine.model_runner import Ran, Result, Runner
-from quickchange_server.engine.sampler import RowError, Sampled
+from quickchange_server.engine.sampler import RowError, SampledToken
 from quickchange_server.engine.scheduler import Scheduled, Scheduler
 from quickchange_server.engine.sequence import Sequence
 from quickchange_server.engine.token_masks import constraints_of
@@ -35,7 +35,7 @@ from quickchange_server.protocol import (
     Submit,
 )
 from quickchange_server.spec_decode.cost_model import StepCost
-from quickchange_server.spec_decode.phrase_lookup import TokenText
+from quickchange_server.spec_decode.prompt_lookup import TokenText
 from quickchange_server.spec_decode.speculator import DraftReport, NoSpeculation, Speculation
 from quickchange_server.structured_output.compiler import ConstraintCompiler
 from quickchange_store.canonical.canonical_adapter import CanonicalAdapter
@@ -232,7 +232,7 @@ class Engine:
     def _delta(
         self,
         item: Scheduled,
-        drawn: list[Sampled],
+        drawn: list[SampledToken],
         reason: FinishReason | None,
         accepted: int,
     ) -> Delta:
@@ -282,9 +282,9 @@ class Engine:
         )
 
 
-def _until_error(rows: Seq[Sampled | RowError]) -> tuple[list[Sampled], RowError | None]:
+def _until_error(rows: Seq[SampledToken | RowError]) -> tuple[list[SampledToken], RowError | None]:
     """The tokens before the first row that has none, and what is wrong with that."""
-    drawn: list[Sampled] = []
+    drawn: list[SampledToken] = []
     for row in rows:
         if isinstance(row, RowError):
             return drawn, row

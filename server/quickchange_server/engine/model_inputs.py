@@ -24,7 +24,7 @@ from quickchange_kernels.lowrank.lowrank_contract import LowRankTables
 from quickchange_kernels.lowrank.lowrank_tables import SMALL_TILE
 from quickchange_server.adapters.batch_segments import Room, Run, pack, room_for, unpack
 from quickchange_server.engine.scheduler import Scheduled
-from quickchange_server.model.forward_context import AdapterBatch, AttentionBatch, Step
+from quickchange_server.model.forward_context import AdapterBatch, AttentionBatch, ForwardContext
 
 _NOWHERE = -1  # the slot of a row that is written to no block
 
@@ -59,15 +59,15 @@ class StepInputs:
     tokens: PackedSegments | None
     samples: PackedSegments | None
 
-    def step(self, tables: LowRankTables | None) -> Step:
+    def step(self, tables: LowRankTables | None) -> ForwardContext:
         """What the seams in the model read; all tensors on the model's device."""
         if tables is None or self.tokens is None or self.samples is None:
-            return Step(self.attention, None)
+            return ForwardContext(self.attention, None)
         tokens = unpack(self.tokens.packed, self.tokens.room)
         samples = tokens
         if self.samples is not self.tokens:
             samples = unpack(self.samples.packed, self.samples.room)
-        return Step(self.attention, AdapterBatch(tables, tokens, samples))
+        return ForwardContext(self.attention, AdapterBatch(tables, tokens, samples))
 
 
 def only_decodes(plan: Sequence[Scheduled]) -> bool:

@@ -27,7 +27,7 @@ from quickchange_server.engine.model_inputs import (
     step_inputs,
 )
 from quickchange_server.engine.prompt_outputs import read
-from quickchange_server.engine.sampler import Draw, RowError, Sampled, Sampler, SampleRow
+from quickchange_server.engine.sampler import Draw, RowError, SampledToken, Sampler, SampleRow
 from quickchange_server.engine.scheduler import Scheduled
 from quickchange_server.engine.token_masks import TokenMasks
 from quickchange_server.model import paged_attention
@@ -36,11 +36,11 @@ from quickchange_server.model.input_buffers import upload
 from quickchange_server.model.model_loader import LoadedModel, Output, forward
 from quickchange_server.model.paged_attention import PagedAttention
 from quickchange_server.spec_decode.cost_model import stopwatch
-from quickchange_server.spec_decode.draft_heads import Drafter, DraftItem, Guide
+from quickchange_server.spec_decode.draft_heads import DraftItem, Guide, HeadDrafter
 from quickchange_server.spec_decode.verifier import Verdict, judge
 
 
-class Window(Sequence[int]):
+class TokenWindow(Sequence[int]):
     """values[begin:end] as it was when it was made, as long as `values` only grows at its end."""
 
     __slots__ = ("_begin", "_end", "_values")
@@ -72,7 +72,9 @@ _PRICING_ROUNDS = 3
 class Result:
     """What an item that samples gave."""
 
-    sampled: tuple[Sampled | RowError, ...]  # row after row, down to the first draft not to hold
+    sampled: tuple[
+        SampledToken | RowError, ...
+    ]  # row after row, down to the first draft not to hold
     drafts: tuple[tuple[int, float], ...]  # (token, chance) of what the heads expect after these
 
 
@@ -122,7 +124,7 @@ class Runner:
         self._block_size = block_size
         self._device = device
         self._sampler = Sampler(model.vocabulary, device)
-        self._drafter = Drafter(model, device)
+        self._drafter = HeadDrafter(model, device)
         capture = capture_for(device)
         self._graphs = None if capture is None else Graphs(self._compute, capture, device)
         self._buckets = DecodeBuckets(most_graph_rows, -(-max_model_len // block_size))
@@ -284,8 +286,8 @@ def _sample_rows(item: Scheduled) -> list[SampleRow]:
             params=sequence.request.sampling,
             seed=sequence.request.seed,
             position=end,
-            prompt=Window(tokens, 0, prompt),
-            output=Window(tokens, prompt, end),
+            prompt=TokenWindow(tokens, 0, prompt),
+            output=TokenWindow(tokens, prompt, end),
         )
         for end in range(known, known + item.sampled_rows)
     ]

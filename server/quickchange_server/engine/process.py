@@ -29,7 +29,7 @@ from quickchange_server.protocol import (
     Shutdown,
     Submit,
 )
-from quickchange_server.spec_decode.phrase_lookup import TokenText
+from quickchange_server.spec_decode.prompt_lookup import TokenText
 from quickchange_server.structured_output.compiler import ConstraintCompiler
 from quickchange_store.store import Store
 

@@ -49,7 +49,7 @@ class SampleRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Sampled:
+class SampledToken:
     """The token chosen for a row; logprobs where its parameters ask for them."""
 
     token_id: int
@@ -74,7 +74,7 @@ class Draw:
     _table: Tensor  # float64 [R, 2 and more]: token, soundness, the log-probabilities' columns
     _errors: Mapping[int, RowError]  # known before
 
-    def results(self) -> list[Sampled | RowError]:
+    def results(self) -> list[SampledToken | RowError]:
         """One a row, brought to the host in one transfer."""
         return [
             self._errors.get(index) or _result(index, row, line)
@@ -132,7 +132,7 @@ def _draws(rows: Sequence[SampleRow], device: torch.device) -> Draws:
     return Draws(**dict(zip(columns, table, strict=True)))
 
 
-def _result(index: int, row: SampleRow, line: list[float]) -> Sampled | RowError:
+def _result(index: int, row: SampleRow, line: list[float]) -> SampledToken | RowError:
     """From one line of the host's table: token, soundness, then the log-probabilities' columns."""
     if not line[1]:
         return RowError(
@@ -143,8 +143,8 @@ def _result(index: int, row: SampleRow, line: list[float]) -> Sampled | RowError
     token = int(line[0])
     wanted = row.params.logprobs
     if wanted is None:
-        return Sampled(token)
-    return Sampled(token, TokenLogprobs(token, line[2], best_first(line[3:], wanted)))
+        return SampledToken(token)
+    return SampledToken(token, TokenLogprobs(token, line[2], best_first(line[3:], wanted)))
 
 
 def best_first(columns: Sequence[float], wanted: int) -> tuple[tuple[int, float], ...]:

@@ -73,7 +73,7 @@ class Scheduled:
         return 1 + len(self.drafts) if self.samples else 0
 
 
-class Drafts(Protocol):
+class DraftBuyer(Protocol):
     """What the scheduler needs of speculation: which drafts are worth their rows."""
 
     def buy(self, plan: Seq[Scheduled], room: int) -> Seq[tuple[int, ...]]:
@@ -88,7 +88,7 @@ class Scheduler:
         self,
         blocks: KVBlocks,
         claims: Claims,
-        drafts: Drafts,
+        drafts: DraftBuyer,
         *,
         max_batch_tokens: int,
         max_sequences: int,

@@ -26,8 +26,7 @@ from quickchange_server.protocol import (
     Submit,
     TokenLogprobs,
 )
-from quickchange_server.spec_decode.phrase_lookup import WordLookup
-from quickchange_server.spec_decode.prompt_lookup import PromptLookup
+from quickchange_server.spec_decode.prompt_lookup import PromptLookup, WordLookup
 from quickchange_server.spec_decode.step_view import HeadDrafts
 from quickchange_server.structured_output.compiler import Matcher
 

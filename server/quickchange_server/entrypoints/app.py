@@ -21,7 +21,7 @@ from quickchange_server.api.lorax import errors
 from quickchange_server.api.lorax import routes as lorax
 from quickchange_server.api.middleware import BodyLimitMiddleware, RequestIdMiddleware
 from quickchange_server.api.openai import completions, embeddings, models
-from quickchange_server.api.vllm.routes import routes
+from quickchange_server.api.vllm import routes as vllm
 from quickchange_server.config import Settings
 from quickchange_server.engine_client.channel import EngineMain
 from quickchange_server.engine_client.client import EngineClient
@@ -105,7 +105,7 @@ def create_app(
         lorax,
         embeddings,
         models,
-        routes,
+        vllm,
         adapters,
         experiments,
         keys,

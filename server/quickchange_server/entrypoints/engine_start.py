@@ -17,7 +17,7 @@ from quickchange_server.frontend.tokenizer import Text
 from quickchange_server.structured_output.errors import ConstraintError
 
 if TYPE_CHECKING:
-    from quickchange_server.spec_decode.phrase_lookup import TokenText
+    from quickchange_server.spec_decode.prompt_lookup import TokenText
     from quickchange_server.structured_output.compiler import ConstraintCompiler
 
 _PIECES, _PHRASES = 1 << 16, 1 << 14  # remembered: the same few come again and again
@@ -54,7 +54,7 @@ def token_text(model: str | Text) -> TokenText:
     `model`: its folder or hub id, or what was loaded from there. Raises SettingError where it has
     no tokenizer.
     """
-    from quickchange_server.spec_decode.phrase_lookup import TokenText
+    from quickchange_server.spec_decode.prompt_lookup import TokenText
 
     text = Text.load(model) if isinstance(model, str) else model
 

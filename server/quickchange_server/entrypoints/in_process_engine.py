@@ -36,7 +36,7 @@ from quickchange_server.protocol import (
     Submit,
     TokenLogprobs,
 )
-from quickchange_server.spec_decode.phrase_lookup import TokenText
+from quickchange_server.spec_decode.prompt_lookup import TokenText
 from quickchange_store.canonical.canonical_adapter import CanonicalAdapter
 from quickchange_store.store import Store
 
@@ -45,7 +45,7 @@ Ends = Callable[[Delta], bool]
 
 
 @dataclass(frozen=True, slots=True)
-class Completion:
+class EngineCompletion:
     """What one request came to. Times in seconds since it was submitted."""
 
     token_ids: tuple[int, ...]
@@ -73,7 +73,7 @@ class DepthCount:
 class EngineRun:
     """All completions, in the requests' order, and what the run took."""
 
-    completions: tuple[Completion, ...]
+    completions: tuple[EngineCompletion, ...]
     seconds: float
     steps: int
     drafts: Mapping[tuple[str, int], DepthCount]  # by (drafter, depth from 1), as in DraftCount
@@ -103,9 +103,9 @@ class _Pending:
             self.first = time.monotonic() - self.submitted
         self.deltas.append(delta)
 
-    def completion(self, reason: FinishReason) -> Completion:
+    def completion(self, reason: FinishReason) -> EngineCompletion:
         deltas = self.deltas
-        return Completion(
+        return EngineCompletion(
             token_ids=tuple(token for delta in deltas for token in delta.token_ids),
             finish_reason=reason,
             first_token_seconds=self.first,
@@ -204,7 +204,7 @@ class InProcessEngine:
         concurrency: int | None = None,
         states: bool = False,
         ends: Ends | None = None,
-        on_finished: Callable[[int, Completion], None] | None = None,
+        on_finished: Callable[[int, EngineCompletion], None] | None = None,
     ) -> EngineRun:
         """Answer all requests; `on_finished` hears of each (index, completion) as it ends.
 
@@ -219,7 +219,7 @@ class InProcessEngine:
         """
         self._check(requests, states)
         steps, counts = 0, _DraftTally()
-        completions: dict[int, Completion] = {}
+        completions: dict[int, EngineCompletion] = {}
         waiting = iter(enumerate(requests))
         pending: dict[str, _Pending] = {}
         started = time.monotonic()
@@ -272,7 +272,7 @@ class InProcessEngine:
 
     def _step(
         self, pending: dict[str, _Pending], tap: _StateTap | None, ends: Ends | None
-    ) -> tuple[StepStats | None, list[tuple[int, Completion]]]:
+    ) -> tuple[StepStats | None, list[tuple[int, EngineCompletion]]]:
         """One step; what ended in it."""
         self._awake.clear()
         failed = _failures(self._engine.poll_adapters())

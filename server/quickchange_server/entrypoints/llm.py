@@ -31,7 +31,7 @@ from quickchange_server.adapter_registry.resolver import (
 from quickchange_server.api.openai.requests import Message
 from quickchange_server.config import Settings
 from quickchange_server.entrypoints.engine_start import token_text
-from quickchange_server.entrypoints.in_process_engine import Completion, InProcessEngine
+from quickchange_server.entrypoints.in_process_engine import EngineCompletion, InProcessEngine
 from quickchange_server.entrypoints.outputs import (
     CompletionOutput,
     EmbeddingOutput,
@@ -375,7 +375,7 @@ class LLM:
         submits: Sequence[Submit],
         ends: Callable[[Delta], bool] | None,
         use_tqdm: bool | None,
-    ) -> tuple[Completion, ...]:
+    ) -> tuple[EngineCompletion, ...]:
         shown = len(submits) >= _LONG if use_tqdm is None else use_tqdm
         with tqdm(total=len(submits), disable=not shown, unit="sequence") as bar:
             run = self._engine.run(submits, ends=ends, on_finished=lambda *_: bar.update())
@@ -386,7 +386,7 @@ class LLM:
         request_id: str,
         asked: _Asked,
         params: SamplingParams,
-        answers: Sequence[tuple[_Choice, Completion]],
+        answers: Sequence[tuple[_Choice, EngineCompletion]],
     ) -> RequestOutput:
         _, first = answers[0]
         return RequestOutput(
@@ -404,7 +404,7 @@ class LLM:
         )
 
     def _completion(
-        self, index: int, choice: _Choice, completion: Completion, params: SamplingParams
+        self, index: int, choice: _Choice, completion: EngineCompletion, params: SamplingParams
     ) -> CompletionOutput:
         count = choice.transcript.completion_tokens  # a stop string may end amid accepted drafts
         ids, scores = list(completion.token_ids[:count]), completion.logprobs[:count]
@@ -511,7 +511,7 @@ def _message(place: str, message: Any) -> dict[str, Any]:
 
 
 def _embedded(
-    request_id: str, asked: _Asked, completion: Completion, normalize: bool
+    request_id: str, asked: _Asked, completion: EngineCompletion, normalize: bool
 ) -> EmbeddingRequestOutput:
     if completion.embedding is None:
         raise EngineFailedError(f"{asked.place}: the engine ended it without a vector; try again")

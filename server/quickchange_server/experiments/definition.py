@@ -145,7 +145,7 @@ class Sticky(Body):
         return self
 
 
-class Step(Body):
+class RampStep(Body):
     """From some time on, other weights. A time is Unix seconds, or seconds after the start."""
 
     at: Number | None = Field(None, ge=0)
@@ -192,7 +192,7 @@ class Definition(Body):
     sticky: Sticky = Field(default=Sticky(by="user", name=None))
     allow: dict[Unit, str] = Field(default={}, max_length=MAX_LISTED)  # unit: variant
     deny: list[Unit] = Field(default=[], max_length=MAX_LISTED)  # they get the control
-    ramp: list[Step] = Field(default=[], max_length=MAX_STEPS)
+    ramp: list[RampStep] = Field(default=[], max_length=MAX_STEPS)
     shadows: list[Shadow] = Field(default=[], max_length=MAX_SHADOWS)
     shadow_limit: int = Field(4, ge=1, le=64)  # shadow requests at once, of one server
     metrics: list[Metric] = Field(default=[], max_length=MAX_METRICS)
@@ -245,7 +245,7 @@ class Definition(Body):
         for step in self.ramp:
             yield self.weights_of(step)
 
-    def weights_of(self, step: Step) -> dict[str, float]:
+    def weights_of(self, step: RampStep) -> dict[str, float]:
         """The weights from a step on. A share goes to the others as their weights say, and what
         they leave to the control."""
         if step.weights is not None:

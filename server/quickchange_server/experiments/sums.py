@@ -7,8 +7,10 @@ Only assignments that were left to chance count. Knows nothing of inference.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from sqlalchemy import (
@@ -26,8 +28,15 @@ from sqlalchemy import (
 from quickchange_server.experiments.definition import Metric
 from quickchange_server.experiments.experiment import Experiment
 from quickchange_server.experiments.layout import shares
-from quickchange_server.experiments.statistics.analysis import OutcomeSums, Stretch, Sums
+from quickchange_server.experiments.statistics.analysis import (
+    OutcomeSums,
+    StretchUnits,
+    Sums,
+    analyse,
+)
 from quickchange_server.experiments.statistics.best import Goal
+from quickchange_server.experiments.statistics.plan import Plan
+from quickchange_server.storage.database import Database
 from quickchange_server.storage.tables_experiments import EXPERIMENT_EXPOSURES, EXPERIMENT_OUTCOMES
 
 MAX_LABELS = 20  # of one outcome, the most frequent
@@ -51,7 +60,7 @@ class Tally:
     automatic: tuple[OutcomeSums, ...]  # what the server measured
     shadows: Mapping[str, Mapping[str, Sums]]  # by variant and measure
     requests: Mapping[str, Mapping[str, int]]  # by variant and ending, all that it answered
-    stretches: tuple[Stretch, ...]
+    stretches: tuple[StretchUnits, ...]
 
 
 def tally(connection: Connection, experiment: Experiment) -> Tally:
@@ -266,16 +275,58 @@ def _same_unit(first: Subquery, means: Subquery) -> ColumnElement[bool]:
 
 def _stretches(
     connection: Connection, experiment: Experiment, order: Sequence[str]
-) -> tuple[Stretch, ...]:
+) -> tuple[StretchUnits, ...]:
     """Units of each variant by the stretch in which they were first seen."""
     first = _first_seen(experiment)
     key = first.c.stretch, first.c.variant
     query = select(*key, func.count()).group_by(*key)
     counts = {(row[0], row[1]): int(row[2]) for row in connection.execute(query)}
     return tuple(
-        Stretch(
+        StretchUnits(
             [float(shares(stretch.layout).get(variant, 0)) for variant in order],
             [counts.get((number, variant), 0) for variant in order],
         )
         for number, stretch in enumerate(experiment.stretches)
+    )
+
+
+async def results_of(database: Database, experiment: Experiment) -> dict[str, Any]:
+    """The results now. Neither the sums nor the inference hold up the event loop."""
+    sums = await database.read(partial(tally, experiment=experiment))
+    return await asyncio.to_thread(_results, experiment, sums)
+
+
+def _results(experiment: Experiment, sums: Tally) -> dict[str, Any]:
+    told = len(sums.outcomes)
+    analysed = analyse(
+        sums.order, [*sums.outcomes, *sums.automatic], sums.stretches, plan_of(experiment)
+    ).to_json()
+    every = analysed.pop("outcomes")
+    return {
+        "id": experiment.name,
+        "object": "experiment.results",
+        "version": experiment.version,
+        "state": experiment.state,
+        "control": sums.order[0],
+        "minimum": experiment.definition.minimum,
+        **analysed,
+        "outcomes": every[:told],
+        "automatic": every[told:],
+        "requests": sums.requests,
+        "shadows": {
+            variant: {
+                name: {"count": s.count, "mean": s.total / s.count if s.count else None}
+                for name, s in measures.items()
+            }
+            for variant, measures in sums.shadows.items()
+        },
+    }
+
+
+def plan_of(experiment: Experiment) -> Plan:
+    """What the definition holds fixed from the start."""
+    minimum = experiment.definition.minimum
+    uneven = max(minimum, Plan().minimum_units_uneven)
+    return Plan(
+        alpha=experiment.definition.alpha, minimum_units=minimum, minimum_units_uneven=uneven
     )

@@ -1,8 +1,8 @@
 """What the seams in the model read during one forward pass.
 
-The runner puts a `Step` into the `StepHolder` that it shares with the wrapped modules and takes it
-out afterwards. Row order is the flattened batch's: sequence after sequence, T token rows in all, of
-which R rows (the last of each sequence that samples) go through the LM head.
+The runner puts a `ForwardContext` into the `StepHolder` that it shares with the wrapped modules and
+takes it out afterwards. Row order is the flattened batch's: sequence after sequence, T token rows
+in all, of which R rows (the last of each sequence that samples) go through the LM head.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class AdapterBatch:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class ForwardContext:
     attention: AttentionBatch
     adapters: AdapterBatch | None
 
@@ -43,4 +43,4 @@ class StepHolder:
     """The step under way, or None between steps. One a model; the engine thread's."""
 
     def __init__(self) -> None:
-        self.step: Step | None = None
+        self.step: ForwardContext | None = None

@@ -24,7 +24,7 @@ _ALIGNMENT = 16  # bytes: kernels may read the parts in vectors
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class BufferPart:
     """One tensor's place in the buffer."""
 
     offset: int  # bytes
@@ -37,23 +37,23 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout(Generic[Tree]):
+class BufferLayout(Generic[Tree]):
     """Where each tensor of a tree lies in one buffer, and all else that the tree says.
 
     Two trees with equal layouts differ in their tensors' values alone.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[BufferPart, ...]
     places: tuple[tuple[int, int], ...]  # (leaf, its part). A tensor met twice is one part
     constants: tuple[object, ...]  # the leaves, None in place of each tensor
     spec: TreeSpec
     nbytes: int
 
 
-def layout_of(tree: Tree) -> tuple[Layout[Tree], list[Tensor]]:
+def layout_of(tree: Tree) -> tuple[BufferLayout[Tree], list[Tensor]]:
     """The layout of a tree and the tensors of its parts."""
     leaves, spec = _flat(tree)
-    parts: list[Part] = []
+    parts: list[BufferPart] = []
     tensors: list[Tensor] = []
     number: dict[int, int] = {}  # tensor's identity -> part
     places: list[tuple[int, int]] = []
@@ -62,15 +62,15 @@ def layout_of(tree: Tree) -> tuple[Layout[Tree], list[Tensor]]:
         if isinstance(leaf, Tensor):
             if id(leaf) not in number:
                 number[id(leaf)] = len(parts)
-                parts.append(Part(end, leaf.dtype, tuple(leaf.shape)))
+                parts.append(BufferPart(end, leaf.dtype, tuple(leaf.shape)))
                 tensors.append(leaf)
                 end += -(-leaf.nbytes // _ALIGNMENT) * _ALIGNMENT
             places.append((place, number[id(leaf)]))
             leaves[place] = None
-    return Layout(tuple(parts), tuple(places), tuple(leaves), spec, end), tensors
+    return BufferLayout(tuple(parts), tuple(places), tuple(leaves), spec, end), tensors
 
 
-def views(layout: Layout[Tree], buffer: Tensor) -> list[Tensor]:
+def views(layout: BufferLayout[Tree], buffer: Tensor) -> list[Tensor]:
     """The parts' tensors on a buffer: uint8 [layout.nbytes]."""
     return [
         buffer[part.offset : part.offset + part.nbytes].view(part.dtype).view(part.shape)
@@ -78,7 +78,7 @@ def views(layout: Layout[Tree], buffer: Tensor) -> list[Tensor]:
     ]
 
 
-def rebuilt(layout: Layout[Tree], tensors: list[Tensor]) -> Tree:
+def rebuilt(layout: BufferLayout[Tree], tensors: list[Tensor]) -> Tree:
     """The tree on other tensors, one for each part."""
     leaves = list(layout.constants)
     for place, part in layout.places:
@@ -96,7 +96,7 @@ def upload(tree: Tree, device: torch.device) -> Tree:
     return rebuilt(layout, views(layout, host.to(device, non_blocking=True)))
 
 
-def packed(layout: Layout[Tree], tensors: list[Tensor], device: torch.device) -> Tensor:
+def packed(layout: BufferLayout[Tree], tensors: list[Tensor], device: torch.device) -> Tensor:
     """The tensors in one host buffer uint8 [layout.nbytes], pinned where the device needs it."""
     host = torch.empty(layout.nbytes, dtype=torch.uint8, pin_memory=device.type != "cpu")
     for place, tensor in zip(views(layout, host), tensors, strict=True):

@@ -21,17 +21,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from quickchange_server.adapters.module_groups import ModuleGroup
+from quickchange_server.errors import UnsupportedModelError
 from quickchange_server.model import paged_attention
 from quickchange_server.model.adapter_layers import base_linear
 from quickchange_server.model.forward_context import StepHolder
 from quickchange_server.model.fusion import fuse_layers, fuse_small_modules
 from quickchange_server.model.int8_linear import Quantization, check_quantization, int8_linear
 from quickchange_server.model.output_side import connect
-from quickchange_server.model.paged_attention import (
-    LayerShape,
-    ShapeRecorder,
-    UnsupportedModelError,
-)
+from quickchange_server.model.paged_attention import LayerShape, ShapeRecorder
 from quickchange_server.model.wrapping import Wrapper
 
 

@@ -16,6 +16,7 @@ from transformers import AttentionInterface
 
 from quickchange_kernels.attention.kv_write import kv_write_
 from quickchange_kernels.attention.paged_attention_contract import paged_attention
+from quickchange_server.errors import UnsupportedModelError
 from quickchange_server.model.forward_context import StepHolder
 
 NAME = "quickchange"
@@ -23,10 +24,6 @@ ATTRIBUTE = "quickchange_attend"
 
 # What other attention implementations take that changes the result, and ours lacks.
 _UNSUPPORTED = ("s_aux", "sinks", "cu_seq_lens_q", "block_mask", "head_mask")
-
-
-class UnsupportedModelError(ValueError):
-    """The model needs something that this server does not have; the message names it."""
 
 
 class Attend(Protocol):

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from quickchange_server.spec_decode.acceptance_rates import DEEPEST, Acceptance, Drafter
 from quickchange_server.spec_decode.cost_model import DraftCost, StepCost
-from quickchange_server.spec_decode.draft_selection import Load, expected_tokens
+from quickchange_server.spec_decode.draft_selection import StepLoad, expected_tokens
 
 REPLAN = 8  # steps a plan holds: what it rests on, changes over many more
 _ROUNDS = 3  # each squares the distance to the best
@@ -43,7 +43,7 @@ class DepthPlan:
         self._batch: Counter[Drafter | None] = Counter()
         self._age = 0
 
-    def depths(self, prospects: Sequence[Prospect], load: Load) -> tuple[int, ...]:
+    def depths(self, prospects: Sequence[Prospect], load: StepLoad) -> tuple[int, ...]:
         """For each decoding sequence, how deep its heads should draft; 0: not at all."""
         batch = Counter(prospect.drafter for prospect in prospects)
         self._age += 1
@@ -60,7 +60,7 @@ class DepthPlan:
             return 0
         return min(order.depth, prospect.deepest)
 
-    def _ordered(self, prospects: Sequence[Prospect], load: Load) -> dict[Drafter, _Order]:
+    def _ordered(self, prospects: Sequence[Prospect], load: StepLoad) -> dict[Drafter, _Order]:
         """What each drafter should do, where any should draft.
 
         The best rate (tokens a second, drafting included) is found as Dinkelbach does (1967): take
@@ -155,7 +155,7 @@ class _Hopes:
         )
 
     def best_rate(
-        self, levels: Sequence[int], load: Load, cost: StepCost, drafting: float
+        self, levels: Sequence[int], load: StepLoad, cost: StepCost, drafting: float
     ) -> float:
         """Tokens a second where the groups draft to `levels` in `drafting` seconds."""
         level = np.array([*levels, 0])[self.group]
@@ -167,7 +167,7 @@ class _Hopes:
         self,
         rate: float,
         groups: Sequence[_Group],
-        load: Load,
+        load: StepLoad,
         cost: StepCost,
         drafting: DraftCost,
     ) -> list[int]:
@@ -193,7 +193,7 @@ class _Hopes:
         return best
 
     def _bought(
-        self, among: NDArray[np.bool_], load: Load, cost: StepCost
+        self, among: NDArray[np.bool_], load: StepLoad, cost: StepCost
     ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
         """Tokens gained, rows and seconds with the first 0, 1, … of the drafts `among`."""
         share = self.rows[among]

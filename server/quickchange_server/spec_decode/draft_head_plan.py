@@ -37,7 +37,7 @@ class DraftItem:
     components: Components  # the request's adapters, for what they add to the LM head
 
 
-class Adapters(Protocol):
+class HeadAdapters(Protocol):
     """The adapters on the device."""
 
     @property
@@ -79,7 +79,7 @@ class Level:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class DraftChoice:
     """Whose tokens some rows' logits decide, and what their columns mean."""
 
     places: Tensor  # int64 [m] of the drafts [items · depth]
@@ -100,8 +100,8 @@ class ModuleLogits:
 
     rows: Tensor | None  # int64 [m] of the round; None: all
     segments: Segments | None  # over these rows: what adapters add. None: nothing
-    over_all: Choice | None
-    over_columns: Choice | None
+    over_all: DraftChoice | None
+    over_columns: DraftChoice | None
     columns: Columns | None
 
 
@@ -112,7 +112,7 @@ class SubsetLogits:
     rows: Tensor | None  # int64 [m] of the round; None: all
     segments: Tensor  # int32 [R, 4] (begin, end, first, last), as draft_logits reads them
     width: int
-    choice: Choice
+    choice: DraftChoice
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,7 @@ class OwnLogits:
 
     items: HeadItems
     width: int
-    choice: Choice
+    choice: DraftChoice
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +157,7 @@ class Planner:
     def __init__(
         self,
         items: Sequence[DraftItem],
-        adapters: Adapters,
+        adapters: HeadAdapters,
         head: HeadFacts,
         hidden_rows: int,
         device: torch.device,
@@ -306,10 +306,10 @@ class Planner:
             for (width, _), places in found.items()
         ]
 
-    def _choice(self, rows: Sequence[_Row]) -> Choice:
+    def _choice(self, rows: Sequence[_Row]) -> DraftChoice:
         """rows: all with a vocabulary, or all without."""
         first = [first for first, _ in self._lists_of(rows)]
-        return Choice(
+        return DraftChoice(
             torch.tensor([self._place(row) for row in rows]),
             torch.tensor(first) if first else None,
         )
@@ -318,7 +318,7 @@ class Planner:
         return [self._lists[row.item.slot] for row in rows if row.item.slot in self._lists]
 
 
-def _turbo(item: DraftItem, adapters: Adapters) -> TurboSlot:
+def _turbo(item: DraftItem, adapters: HeadAdapters) -> TurboSlot:
     turbo = adapters.turbo(item.slot)
     if turbo is None or not 1 <= item.depth <= turbo.depth:
         has = "no heads" if turbo is None else f"{turbo.depth} heads"

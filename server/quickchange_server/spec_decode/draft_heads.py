@@ -33,11 +33,11 @@ from quickchange_server.model.adapter_layers import AdaptedEmbedding, AdaptedLin
 from quickchange_server.model.input_buffers import upload
 from quickchange_server.model.model_loader import LoadedModel
 from quickchange_server.spec_decode.draft_head_plan import (
-    Adapters,
     Beginning,
-    Choice,
     Columns,
+    DraftChoice,
     DraftItem,
+    HeadAdapters,
     HeadFacts,
     ModuleLogits,
     OwnLogits,
@@ -46,7 +46,7 @@ from quickchange_server.spec_decode.draft_head_plan import (
     SubsetLogits,
 )
 
-__all__ = ["Adapters", "DraftItem", "Drafter", "Drafts"]
+__all__ = ["DraftItem", "Drafts", "HeadAdapters", "HeadDrafter"]
 
 
 class Drafts(NamedTuple):
@@ -68,7 +68,7 @@ class Guide(Protocol):
         ...
 
 
-class Drafter:
+class HeadDrafter:
     """Reads a model's LM head and embedding. Holds no state between calls."""
 
     def __init__(self, model: LoadedModel, device: torch.device) -> None:
@@ -89,7 +89,7 @@ class Drafter:
         hidden: Tensor,
         tokens: Tensor,
         items: Sequence[DraftItem],
-        adapters: Adapters,
+        adapters: HeadAdapters,
         *,
         guide: Guide | None = None,
     ) -> Drafts:
@@ -172,7 +172,7 @@ class DraftCall:
     def __init__(
         self,
         vocabularies: Sequence[Tensor],
-        adapters: Adapters,
+        adapters: HeadAdapters,
         certain: Tensor,
         shape: tuple[int, int],
     ) -> None:
@@ -202,13 +202,13 @@ class DraftCall:
         """int64 [items · depth]"""
         return self.drafts.tokens.view(-1)
 
-    def columns(self, logits: Tensor, choice: Choice, columns: Columns) -> Tensor:
+    def columns(self, logits: Tensor, choice: DraftChoice, columns: Columns) -> Tensor:
         """[m, width] the rows' vocabularies' columns of [m, V]; -inf behind a shorter one's end."""
         number = torch.arange(columns.width, device=logits.device)
         absent = number >= columns.size[:, None]
         return logits.gather(1, self._named(choice, number)).masked_fill(absent, float("-inf"))
 
-    def choose(self, logits: Tensor, choice: Choice) -> None:
+    def choose(self, logits: Tensor, choice: DraftChoice) -> None:
         """Keep the best of logits [m, columns] as the drafts of the choice's places."""
         logits = logits.float()
         value, index = logits.max(1, keepdim=True)
@@ -217,7 +217,7 @@ class DraftCall:
         self.best.index_copy_(0, choice.places, tokens)
         self.drafts.chances.view(-1).index_copy_(0, choice.places, chances)
 
-    def _named(self, choice: Choice, columns: Tensor) -> Tensor:
+    def _named(self, choice: DraftChoice, columns: Tensor) -> Tensor:
         """int64 [m, k] the tokens of columns [m, k] or [k]."""
         if choice.first is None:
             return columns

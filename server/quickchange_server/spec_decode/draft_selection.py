@@ -18,7 +18,7 @@ from quickchange_server.spec_decode.cost_model import StepCost
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
+class StepLoad:
     """What a step computes beside drafts."""
 
     decoding: int  # sequences that get a certain token from one row each
@@ -35,7 +35,7 @@ class Purchase:
 
 
 def buy_chains(
-    chains: Sequence[Sequence[float]], load: Load, cost: StepCost, *, trial: int | None = None
+    chains: Sequence[Sequence[float]], load: StepLoad, cost: StepCost, *, trial: int | None = None
 ) -> Purchase:
     """The drafts that make the decode work's tokens a second most; of equals, the fewest.
 

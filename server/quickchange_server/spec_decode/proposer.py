@@ -19,8 +19,12 @@ from quickchange_server.spec_decode.acceptance_rates import (
     Drafter,
 )
 from quickchange_server.spec_decode.draft_selection import expected_tokens
-from quickchange_server.spec_decode.phrase_lookup import TokenText, WordLookup
-from quickchange_server.spec_decode.prompt_lookup import Found, PromptLookup
+from quickchange_server.spec_decode.prompt_lookup import (
+    LookupMatch,
+    PromptLookup,
+    TokenText,
+    WordLookup,
+)
 from quickchange_server.spec_decode.step_view import DraftedSequence
 from quickchange_server.structured_output.compiler import Matcher
 
@@ -120,7 +124,7 @@ class Proposer:
             chains.append(self._found(found, Drafter(WORDS, sequence.key), len(after)))
         return max(chains, key=_expected)
 
-    def _found(self, found: Found | None, drafter: Drafter, before: int) -> list[Draft]:
+    def _found(self, found: LookupMatch | None, drafter: Drafter, before: int) -> list[Draft]:
         """Drafts of a lookup, `before` others standing before them."""
         if found is None:
             return []

@@ -1,7 +1,7 @@
 """Which tokens are drafted and verified in each step: what is offered, what it costs, what it gave.
 
 Each sequence has a chain of drafts (`proposer.py`); words of the prompt also take the place of
-single heads' drafts, before the next head reads them (`phrase_lookup.py`). From all chains the step
+single heads' drafts, before the next head reads them (`prompt_lookup.py`). From all chains the step
 buys the drafts that bring most tokens for their time (`draft_selection.py`), and what became of
 them is learned (`acceptance_rates.py`, `cost_model.py`); where drafting does not pay it rests
 (`backoff.py`). None of it changes a token of the output.
@@ -19,8 +19,8 @@ from quickchange_server.spec_decode.acceptance_rates import FORCED, WORDS, Accep
 from quickchange_server.spec_decode.backoff import Backoff
 from quickchange_server.spec_decode.cost_model import DraftCost, StepCost
 from quickchange_server.spec_decode.draft_depth import DepthPlan, Prospect
-from quickchange_server.spec_decode.draft_selection import Load, buy_chains
-from quickchange_server.spec_decode.phrase_lookup import GuidedChain, TokenText, WordGuide
+from quickchange_server.spec_decode.draft_selection import StepLoad, buy_chains
+from quickchange_server.spec_decode.prompt_lookup import GuidedChain, TokenText, WordGuide
 from quickchange_server.spec_decode.proposer import Draft, Proposer, heads_of
 from quickchange_server.spec_decode.step_view import (
     DraftedSequence,
@@ -103,7 +103,7 @@ class Speculation:
         chains = [self._chain(item) for item in plan]
         if not any(chains):
             return []
-        load = Load(decoding, sum([item.count for item in plan]) - decoding, room)
+        load = StepLoad(decoding, sum([item.count for item in plan]) - decoding, room)
         trial = next((i for i, item in enumerate(plan) if self._is_trial(item)), None)
         chances = [[draft.chance for draft in chain] for chain in chains]
         purchase = buy_chains(chances, load, self._cost, trial=trial)
@@ -132,7 +132,7 @@ class Speculation:
         )
         prospects = [self._prospect(item) for item in items]
         decoding = sum([item.samples for item in plan])
-        load = Load(decoding, 0, self._room + sum([len(item.drafts) for item in plan]))
+        load = StepLoad(decoding, 0, self._room + sum([len(item.drafts) for item in plan]))
         chosen = self._depth_plan.depths(prospects, load)
         for item, prospect, planned in zip(items, prospects, chosen, strict=True):
             key = item.sequence.request_id

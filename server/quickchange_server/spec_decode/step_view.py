@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from quickchange_server.protocol import Drafting, Submit
-from quickchange_server.spec_decode.phrase_lookup import WordLookup
-from quickchange_server.spec_decode.prompt_lookup import PromptLookup
+from quickchange_server.spec_decode.prompt_lookup import PromptLookup, WordLookup
 from quickchange_server.structured_output.compiler import Matcher
 
 

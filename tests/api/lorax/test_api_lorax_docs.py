@@ -14,14 +14,19 @@ from quickchange_server import errors
 from quickchange_server.api.lorax.errors import lorax_error
 from quickchange_server.api.lorax.requests import (
     CompatGenerateRequest,
+    LoraxResponseFormat,
     MergedAdapters,
     Parameters,
-    ResponseFormat,
 )
 from quickchange_server.api.lorax.routes import router
 
 DOCS = (Path(__file__).parents[3] / "docs" / "lorax.md").read_text()
-BODIES: list[type[BaseModel]] = [CompatGenerateRequest, Parameters, MergedAdapters, ResponseFormat]
+BODIES: list[type[BaseModel]] = [
+    CompatGenerateRequest,
+    Parameters,
+    MergedAdapters,
+    LoraxResponseFormat,
+]
 
 
 @pytest.mark.parametrize("body", BODIES, ids=lambda body: body.__name__)

@@ -9,7 +9,7 @@ import pytest
 
 from quickchange_server.experiments.statistics.analysis import (
     OutcomeSums,
-    Stretch,
+    StretchUnits,
     Sums,
     analyse,
     decide,
@@ -17,7 +17,7 @@ from quickchange_server.experiments.statistics.analysis import (
 from quickchange_server.experiments.statistics.plan import Plan
 from quickchange_server.experiments.statistics.result_types import ExperimentResult
 
-EVEN = [Stretch((1, 1), (1000, 1000))]
+EVEN = [StretchUnits((1, 1), (1000, 1000))]
 
 
 def flag(*hits: int, count: int = 1000, **more: object) -> OutcomeSums:
@@ -32,7 +32,7 @@ def number(*means: float, count: int = 1000, **more: object) -> OutcomeSums:
 
 def result(*outcomes: OutcomeSums, plan: Plan | None = None) -> ExperimentResult:
     names = ["base", "new", "newer"][: len(outcomes[0].sums[0])]
-    stretch = Stretch([1] * len(names), [1000] * len(names))
+    stretch = StretchUnits([1] * len(names), [1000] * len(names))
     return analyse(names, outcomes, [stretch], plan or Plan())
 
 
@@ -113,7 +113,7 @@ def test_the_labels_of_an_outcome_divide_it_too() -> None:
 
 
 def test_a_wrong_share_of_units_is_warned_of() -> None:
-    off = analyse(["a", "b"], [], [Stretch((1, 1), (5000, 4500))], Plan())
+    off = analyse(["a", "b"], [], [StretchUnits((1, 1), (5000, 4500))], Plan())
     assert off.ratio.mismatch
     assert off.ratio.observed == {"a": 5000, "b": 4500}
     assert off.ratio.expected == {"a": 4750.0, "b": 4750.0}
@@ -162,7 +162,7 @@ def test_fewer_than_two_variants_are_refused(variants: list[str]) -> None:
 
 def test_a_stretch_of_another_number_of_variants_is_refused() -> None:
     with pytest.raises(ValueError, match="give 2 of each"):
-        analyse(["a", "b"], [], [Stretch((1, 1, 1), (1, 1, 1))], Plan())
+        analyse(["a", "b"], [], [StretchUnits((1, 1, 1), (1, 1, 1))], Plan())
 
 
 @pytest.mark.parametrize(

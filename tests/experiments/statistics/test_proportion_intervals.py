@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from quickchange_server.experiments.statistics.proportion import interval
+from quickchange_server.experiments.statistics.sequential import proportion_interval as interval
 
 
 @pytest.mark.parametrize(("hits", "count"), [(1, 10), (50, 100), (3, 1000), (999, 1000)])

@@ -7,7 +7,12 @@ from typing import Any, get_args
 
 import pytest
 
-from quickchange_server.experiments.statistics.analysis import OutcomeSums, Stretch, Sums, analyse
+from quickchange_server.experiments.statistics.analysis import (
+    OutcomeSums,
+    StretchUnits,
+    Sums,
+    analyse,
+)
 from quickchange_server.experiments.statistics.plan import Plan
 from quickchange_server.experiments.statistics.result_types import Decision
 
@@ -27,7 +32,7 @@ def fields(shown: object) -> set[str]:
 def shown() -> dict[str, Any]:
     sums = [[Sums(10, 5, 5), Sums(10, 6, 6)]]
     outcome = OutcomeSums("liked", "flag", sums)
-    return analyse(["base", "new"], [outcome], [Stretch((1, 1), (10, 10))], Plan()).to_json()
+    return analyse(["base", "new"], [outcome], [StretchUnits((1, 1), (10, 10))], Plan()).to_json()
 
 
 @pytest.mark.parametrize("field", sorted(fields(shown())))

@@ -14,7 +14,6 @@ from quickchange_store.canonical.canonical_adapter import BaseSpec, CanonicalAda
 from quickchange_store.errors import BaseMismatchError, InvalidAdapterError, UnsupportedFeatureError
 from quickchange_store.formats.config_file import CONFIG_FILE, read_config
 from quickchange_store.formats.imported import Imported
-from quickchange_store.formats.peft.dora import dora_gain
 from quickchange_store.formats.peft.peft_common import PREFIX, WEIGHTS_FILE, WRITER, check_copies
 from quickchange_store.formats.peft.peft_config import LoraSettings, parse_config
 from quickchange_store.formats.tensors import AdapterTensors, weights_file
@@ -174,3 +173,30 @@ def _refuse_leftovers(tensors: AdapterTensors, settings: LoraSettings, base: Bas
         key=key,
         remedy=f"save the adapter again, so that {CONFIG_FILE} and its tensors agree",
     )
+
+
+if TYPE_CHECKING:
+    import torch
+
+_ROWS_AT_ONCE = 4096  # of the weight: bounds the memory for large vocabularies
+
+
+def dora_gain(
+    magnitude: torch.Tensor,
+    weight: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """magnitude / ‖W + scale · B A‖, the norm of each of W's rows: [out] float32.
+
+    magnitude [out], weight [out, in], a [r, in], b [out, r]; computed in float32.
+    """
+    import torch
+
+    norms = []
+    for begin in range(0, weight.shape[0], _ROWS_AT_ONCE):
+        rows = slice(begin, begin + _ROWS_AT_ONCE)
+        merged = weight[rows].float() + scale * (b[rows].float() @ a.float())
+        norms.append(torch.linalg.vector_norm(merged, dim=1))
+    return magnitude / torch.cat(norms)

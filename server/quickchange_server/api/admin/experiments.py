@@ -38,17 +38,17 @@ from quickchange_server.experiments import outcomes as told
 from quickchange_server.experiments.definition import (
     Definition,
     Metric,
+    RampStep,
     Served,
     Shadow,
-    Step,
     Unit,
     Variant,
     Weight,
 )
 from quickchange_server.experiments.experiment import Experiment, Pointed
-from quickchange_server.experiments.experiment_results import results_of
 from quickchange_server.experiments.layout import SIZE, shares
 from quickchange_server.experiments.promotion import Moved
+from quickchange_server.experiments.sums import results_of
 from quickchange_server.frontend.caller import Caller
 from quickchange_server.frontend.request_base import Body, Json
 from quickchange_store.index import Index
@@ -70,7 +70,7 @@ class Change(Body):
     variants: list[Variant] | None = None
     allow: dict[Unit, str] | None = None
     deny: list[Unit] | None = None
-    ramp: list[Step] | None = None
+    ramp: list[RampStep] | None = None
     shadows: list[Shadow] | None = None
     shadow_limit: int | None = None
     metrics: list[Metric] | None = None
@@ -110,7 +110,7 @@ OutcomeValue = Annotated[
 ]
 
 
-class Outcome(Body):
+class ToldOutcome(Body):
     """What came of an answer, by the answer's id or by what its assignment stuck to."""
 
     name: str
@@ -142,7 +142,7 @@ class Outcomes(Body):
 
     model_config = ConfigDict(json_schema_extra=_one_or_several)
 
-    outcomes: list[Outcome] = Field(min_length=1, max_length=MAX_OUTCOMES)
+    outcomes: list[ToldOutcome] = Field(min_length=1, max_length=MAX_OUTCOMES)
 
     @model_validator(mode="before")
     @classmethod
@@ -327,7 +327,7 @@ async def outcomes(name: str, body: Outcomes, services: Injected, caller: Callin
     return {"object": "list", "data": [asdict(each) for each in kept]}
 
 
-def _told(outcome: Outcome, index: int) -> told.Told:
+def _told(outcome: ToldOutcome, index: int) -> told.Told:
     return told.Told(
         param=f"outcomes[{index}]",
         name=outcome.name,

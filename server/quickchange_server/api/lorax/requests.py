@@ -50,7 +50,7 @@ class MergedAdapters(Body):
         return self
 
 
-class ResponseFormat(Body):
+class LoraxResponseFormat(Body):
     """What the text must be."""
 
     type: Literal["json_object"]
@@ -92,7 +92,7 @@ class Parameters(Body):
     details: bool = False
     decoder_input_details: bool = False
     return_k_alternatives: int | None = Field(None, gt=0, le=MAX_LOGPROBS)
-    response_format: ResponseFormat | None = None
+    response_format: LoraxResponseFormat | None = None
     turbo: str = AUTO
     user: str | None = None
 

@@ -107,7 +107,7 @@ class Shapes:
 
 
 @dataclass
-class Clock:
+class RequestTimes:
     """When a request passed what its headers tell of. Monotonic seconds."""
 
     began: float = field(default_factory=time.monotonic)
@@ -140,7 +140,7 @@ def identity(
     return known
 
 
-def accounting(clock: Clock, choice: Choice, prompt: int) -> dict[str, str]:
+def accounting(clock: RequestTimes, choice: Choice, prompt: int) -> dict[str, str]:
     """The headers that are known at the end: times in whole milliseconds, and tokens."""
     total = time.monotonic() - clock.began
     validation = clock.admitted - clock.began

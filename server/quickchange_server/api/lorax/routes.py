@@ -14,14 +14,20 @@ from fastapi.routing import APIRoute
 from quickchange_server.api.app_state import VERSION, Injected, Services
 from quickchange_server.api.auth import INFER, Calling
 from quickchange_server.api.lorax import translation
-from quickchange_server.api.lorax.derived_adapters import merged
 from quickchange_server.api.lorax.errors import failure
 from quickchange_server.api.lorax.requests import (
     MAX_STOP_SEQUENCES,
     CompatGenerateRequest,
     GenerateRequest,
 )
-from quickchange_server.api.lorax.responses import Candidate, Clock, Shapes, accounting, identity
+from quickchange_server.api.lorax.responses import (
+    Candidate,
+    RequestTimes,
+    Shapes,
+    accounting,
+    identity,
+)
+from quickchange_server.api.lorax.translation import merged
 from quickchange_server.api.openai import request_selection
 from quickchange_server.api.openapi.response_models import (
     LoraxErrorBody,
@@ -50,7 +56,7 @@ _EVENTS = events(LoraxStreamEvent | LoraxErrorBody)
 
 
 @dataclass(frozen=True)
-class Work:
+class LoraxWork:
     """A request under way."""
 
     request: GenerateRequest
@@ -58,7 +64,7 @@ class Work:
     generation: Generation
     seeds: Sequence[int | None]  # of each candidate
     shapes: Shapes
-    clock: Clock
+    clock: RequestTimes
     identity: dict[str, str] = field(default_factory=dict)  # headers
 
     @property
@@ -159,9 +165,9 @@ async def _begin(
     request: Request,
     *,
     streamed: bool = False,
-) -> Work:
+) -> LoraxWork:
     """Translate, select and admit."""
-    clock = Clock()
+    clock = RequestTimes()
     given = body.parameters
     tokens = streamed or given.details or given.decoder_input_details or given.candidates > 1
     wanted = translation.completion(services, body, tokens=tokens)
@@ -186,7 +192,7 @@ async def _begin(
     seeds = [choice_seed(first, i) if drawn else None for i in range(order.body.n)]
     shapes = Shapes(services.text, given, body.inputs)
     known = identity(services, given, body.inputs, len(prompt))
-    return Work(body, prompt, generation, seeds, shapes, clock, known)
+    return LoraxWork(body, prompt, generation, seeds, shapes, clock, known)
 
 
 def _remedy(body: GenerateRequest) -> str:
@@ -210,7 +216,7 @@ def _check_stream(body: GenerateRequest) -> None:
         )
 
 
-async def _whole_response(request: Request, work: Work, *, listed: bool) -> Response:
+async def _whole_response(request: Request, work: LoraxWork, *, listed: bool) -> Response:
     try:
         answer, headers = await unless_gone(request, _whole(work))
     except BaseException:
@@ -220,7 +226,7 @@ async def _whole_response(request: Request, work: Work, *, listed: bool) -> Resp
     return Response(content, media_type="application/json", headers=headers)
 
 
-async def _whole(work: Work) -> tuple[Json, dict[str, str]]:
+async def _whole(work: LoraxWork) -> tuple[Json, dict[str, str]]:
     """The answer in one piece, and its headers."""
     candidates = [Candidate(seed) for seed in work.seeds]
     async with aclosing(work.generation.pieces()) as pieces:
@@ -237,7 +243,7 @@ async def _whole(work: Work) -> tuple[Json, dict[str, str]]:
     return answer, work.headers | told
 
 
-def _details(work: Work, candidates: Sequence[Candidate], best: int) -> Json:
+def _details(work: LoraxWork, candidates: Sequence[Candidate], best: int) -> Json:
     choices, shapes, parts = work.generation.choices, work.shapes, []
     prefill = shapes.prefill(work.prompt, choices[0].prompt_logprobs)  # the same for all
     for index, candidate in enumerate(candidates):
@@ -254,7 +260,7 @@ def _details(work: Work, candidates: Sequence[Candidate], best: int) -> Json:
     return details
 
 
-async def _stream_response(request: Request, work: Work) -> Response:
+async def _stream_response(request: Request, work: LoraxWork) -> Response:
     try:
         return await event_stream(request, _events(work), work.headers, failure)
     except BaseException:
@@ -262,7 +268,7 @@ async def _stream_response(request: Request, work: Work) -> Response:
         raise
 
 
-async def _events(work: Work) -> AsyncGenerator[bytes, None]:
+async def _events(work: LoraxWork) -> AsyncGenerator[bytes, None]:
     """An event a token; the last has the text and, where asked for, the details."""
     shapes, candidate = work.shapes, Candidate(work.seeds[0])
     tokens: tuple[LoggedToken, ...] = ()

@@ -18,7 +18,7 @@ from quickchange_server.api.openai.requests import (
     DEFAULT_COMPLETION_TOKENS,
     ChatRequest,
     CompletionRequest,
-    Sampled,
+    GenerationRequest,
 )
 from quickchange_server.api.openai.responses import (
     ChatShape,
@@ -142,7 +142,7 @@ async def streamed(answer: Answer, include_usage: bool) -> AsyncGenerator[bytes,
     yield DONE
 
 
-async def respond(request: Request, body: Sampled, answer: Answer) -> Response:
+async def respond(request: Request, body: GenerationRequest, answer: Answer) -> Response:
     """The response; a client that goes away before its end cancels what still runs."""
     try:
         if body.stream:

@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 from quickchange_server.adapter_registry.resolver import Selection, WeightedName
 from quickchange_server.adapter_registry.visibility import Sees, everything
 from quickchange_server.api.app_state import Services
-from quickchange_server.api.openai.requests import Sampled
+from quickchange_server.api.openai.requests import GenerationRequest
 from quickchange_server.api.openai.text_constraints import asked
 from quickchange_server.errors import AdapterFailedError, InvalidRequestError, QuickchangeError
 from quickchange_server.experiments.assignment import assign, subject_of
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 _CHANCE = random.SystemRandom()
 
-B = TypeVar("B", bound=Sampled)
+B = TypeVar("B", bound=GenerationRequest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ def _shadows(
             yield beside, _served(services, caller, body, beside, shadow)
 
 
-def _selection(services: Services, body: Sampled, sees: Sees) -> Selection:
+def _selection(services: Services, body: GenerationRequest, sees: Sees) -> Selection:
     composition = [WeightedName(entry.id, entry.weight) for entry in body.adapters]
     return services.catalog.select(body.model, composition, body.turbo, sees=sees)
 
@@ -111,7 +111,7 @@ def _assigned(
     services: Services,
     experiment: Experiment,
     caller: Caller,
-    body: Sampled,
+    body: GenerationRequest,
     headers: Mapping[str, str],
 ) -> Assignment:
     """The variant that answers. Raises InvalidRequestError where the body has a composition."""

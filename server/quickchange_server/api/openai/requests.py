@@ -153,7 +153,7 @@ _SHARED: dict[str, Unsupported] = {
 }
 
 
-class Sampled(Constrained, SamplingBody, ABC):
+class GenerationRequest(Constrained, SamplingBody, ABC):
     """What completions and chats have in common; most sampling fields are SamplingParams' own."""
 
     model: str
@@ -214,7 +214,7 @@ class Sampled(Constrained, SamplingBody, ABC):
         return self
 
 
-class CompletionRequest(Sampled):
+class CompletionRequest(GenerationRequest):
     """POST /v1/completions"""
 
     unsupported: ClassVar[Mapping[str, Unsupported]] = {
@@ -352,7 +352,7 @@ class Message(Body):
         return self
 
 
-class ChatRequest(Sampled):
+class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions"""
 
     unsupported: ClassVar[Mapping[str, Unsupported]] = {

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from quickchange_server.experiments.statistics import proportion, sequential
+from quickchange_server.experiments.statistics import sequential
 from quickchange_server.experiments.statistics.best import Goal, probability_best
 from quickchange_server.experiments.statistics.moments import Floats, Moments, pooled
 from quickchange_server.experiments.statistics.plan import Plan
@@ -70,7 +70,7 @@ class OutcomeSums:
 
 
 @dataclass(frozen=True, slots=True)
-class Stretch:
+class StretchUnits:
     """New units of each variant while the weights stood so."""
 
     weights: Sequence[float]
@@ -80,7 +80,7 @@ class Stretch:
 def analyse(
     variants: Sequence[str],
     outcomes: Sequence[OutcomeSums],
-    stretches: Sequence[Stretch],
+    stretches: Sequence[StretchUnits],
     plan: Plan,
 ) -> ExperimentResult:
     """The result of an experiment at this moment.
@@ -149,7 +149,7 @@ def _variants(
 def _mean_intervals(moments: Moments, plan: Plan) -> list[Interval | None]:
     if moments.kind == "flag":
         pairs = zip(moments.total, moments.count, strict=True)
-        return [proportion.interval(float(s), float(n), plan.alpha) for s, n in pairs]
+        return [sequential.proportion_interval(float(s), float(n), plan.alpha) for s, n in pairs]
     return _around(sequential.means(moments), plan.alpha, plan.rho)
 
 
@@ -191,7 +191,7 @@ def _around(estimate: sequential.Estimate, alpha: float, rho: float) -> list[Int
     return [(float(low), float(high)) if np.isfinite(low + high) else None for low, high in ends]
 
 
-def _ratio(names: Sequence[str], stretches: Sequence[Stretch], plan: Plan) -> RatioResult:
+def _ratio(names: Sequence[str], stretches: Sequence[StretchUnits], plan: Plan) -> RatioResult:
     for stretch in stretches:
         if not len(stretch.weights) == len(stretch.units) == len(names):
             raise ValueError(

@@ -14,12 +14,17 @@ from statistics import median
 from quickchange_server.config import Settings
 from quickchange_server.entrypoints.engine_start import token_text
 from quickchange_server.entrypoints.in_process_engine import EngineRun, InProcessEngine
-from quickchange_server.evaluation.loss import LossMeter
-from quickchange_server.evaluation.variants import Adapters, Variant
 from quickchange_server.frontend.tokenizer import Text
 from quickchange_server.protocol import SamplingParams, Submit
-from quickchange_training.evaluation.evaluation_results import Answer, DepthAcceptance, Row, Speed
+from quickchange_training.evaluation.evaluation_results import (
+    DepthAcceptance,
+    EvaluationSpeed,
+    Row,
+    ScoredAnswer,
+)
+from quickchange_training.evaluation.loss import LossMeter
 from quickchange_training.evaluation.scores import score
+from quickchange_training.evaluation.variants import EvaluatedAdapters, EvaluatedVariant
 from quickchange_training.examples import Encoded, Example
 
 _WARMUP_TOKENS = 4
@@ -28,7 +33,7 @@ _REQUESTS_A_LANE = 2
 
 
 @dataclass(frozen=True)
-class Task:
+class EvaluationTask:
     """The examples, tokenised, and how long an answer may get."""
 
     examples: tuple[Example, ...]
@@ -38,9 +43,9 @@ class Task:
 
 def evaluate(
     settings: Settings,
-    adapters: Adapters,
-    variants: Sequence[Variant],
-    task: Task,
+    adapters: EvaluatedAdapters,
+    variants: Sequence[EvaluatedVariant],
+    task: EvaluationTask,
     concurrency: Sequence[int],
     stage: Callable[[str], None],
 ) -> Iterator[Row]:
@@ -60,9 +65,9 @@ def evaluate(
 
 def _losses(
     settings: Settings,
-    adapters: Adapters,
-    variants: Sequence[Variant],
-    task: Task,
+    adapters: EvaluatedAdapters,
+    variants: Sequence[EvaluatedVariant],
+    task: EvaluationTask,
     stage: Callable[[str], None],
 ) -> dict[str | None, float]:
     """Of each adapter, by digest: heads draft what the same weights would say."""
@@ -80,7 +85,9 @@ def _losses(
 class _Asked:
     """One variant on a running engine."""
 
-    def __init__(self, engine: InProcessEngine, text: Text, task: Task, variant: Variant) -> None:
+    def __init__(
+        self, engine: InProcessEngine, text: Text, task: EvaluationTask, variant: EvaluatedVariant
+    ) -> None:
         self._engine = engine
         self._text = text
         self._task = task
@@ -112,7 +119,9 @@ class _Asked:
             loss=loss,
             speeds=tuple(_speed(lanes, run) for lanes, run in runs.items()),
             acceptance=_acceptance(runs.values()),
-            answers=tuple(Answer(e.origin, a) for e, a in zip(examples, answers, strict=True)),
+            answers=tuple(
+                ScoredAnswer(e.origin, a) for e, a in zip(examples, answers, strict=True)
+            ),
         )
 
     def _warm_up(self) -> None:
@@ -130,9 +139,9 @@ class _Asked:
         return self._text.decode(tokens, skip_special_tokens=True)
 
 
-def _speed(lanes: int, run: EngineRun) -> Speed:
+def _speed(lanes: int, run: EngineRun) -> EvaluationSpeed:
     accepted = sum(completion.accepted for completion in run.completions)
-    return Speed(
+    return EvaluationSpeed(
         concurrency=lanes,
         requests=len(run.completions),
         tokens_per_second=run.tokens_per_second,

@@ -24,7 +24,7 @@ _AUTO, _OFF, _LOOKUP = "auto", "off", "lookup"
 
 
 @dataclass(frozen=True, slots=True)
-class Variant:
+class EvaluatedVariant:
     """One row of the table."""
 
     label: str
@@ -44,7 +44,7 @@ class _Found:
     turbo: str | None  # digest of the heads that `auto` means
 
 
-class Adapters:
+class EvaluatedAdapters:
     """Finds adapters by name in a store, where there is one, and by folder; keeps what it read."""
 
     def __init__(self, model: str, store: Store | None) -> None:
@@ -60,11 +60,11 @@ class Adapters:
         """A version that `variant` has named."""
         return self._read[digest]
 
-    def variant(self, text: str) -> Variant:
+    def variant(self, text: str) -> EvaluatedVariant:
         """What `NAME[+TURBO]` means. Raises StoreError, which says what is wrong with which."""
         name, turbo = _split(text)
         found = self._find(name)
-        return Variant(_label(name, turbo), found.adapter, self._drafting(found, turbo))
+        return EvaluatedVariant(_label(name, turbo), found.adapter, self._drafting(found, turbo))
 
     def _drafting(self, found: _Found, turbo: str) -> Drafting | None:
         if turbo == _OFF:

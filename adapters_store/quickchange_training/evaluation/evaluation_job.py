@@ -8,12 +8,12 @@ from pathlib import Path
 
 from quickchange_server.config import Settings
 from quickchange_server.entrypoints.serve import data_folder
-from quickchange_server.evaluation.run import Task, evaluate
-from quickchange_server.evaluation.variants import BASE, Adapters
 from quickchange_store.base_model.base_spec import base_spec
 from quickchange_store.store import Store
 from quickchange_training.demo import ensure_demo_base, publish_demo_adapters
 from quickchange_training.evaluation.evaluation_results import Evaluation, save
+from quickchange_training.evaluation.evaluation_run import EvaluationTask, evaluate
+from quickchange_training.evaluation.variants import BASE, EvaluatedAdapters
 from quickchange_training.examples import as_chat, encode, read_examples
 from quickchange_training.lora.lora_job import PromptFormat, load_tokenizer, uses_chat
 
@@ -21,7 +21,7 @@ DEMO = "demo"
 
 
 @dataclass(frozen=True)
-class Job:
+class EvaluationJob:
     """What the command line asks for."""
 
     task: Path
@@ -38,7 +38,7 @@ class Job:
     out: Path | None  # for the JSON
 
 
-def run(job: Job, stage: Callable[[str], None]) -> Evaluation:
+def run(job: EvaluationJob, stage: Callable[[str], None]) -> Evaluation:
     """The base's row, then one for each adapter; `stage` is told what begins.
 
     With `job.out`, what is done so far is written there after each row. What can be refused is
@@ -46,7 +46,7 @@ def run(job: Job, stage: Callable[[str], None]) -> Evaluation:
     """
     model = str(ensure_demo_base()) if job.model == DEMO else job.model
     task = _task(job, model)
-    adapters = Adapters(model, _store(job, model))
+    adapters = EvaluatedAdapters(model, _store(job, model))
     variants = [adapters.variant(text) for text in (BASE, *job.adapters)]
     settings = Settings.model_validate(
         {
@@ -72,7 +72,7 @@ def run(job: Job, stage: Callable[[str], None]) -> Evaluation:
     return found
 
 
-def _store(job: Job, model: str) -> Store | None:
+def _store(job: EvaluationJob, model: str) -> Store | None:
     """Where names are looked up; where none is given, the demo's own for the demo's base."""
     if job.store is not None:
         return Store(job.store)
@@ -83,13 +83,13 @@ def _store(job: Job, model: str) -> Store | None:
     return store
 
 
-def _task(job: Job, model: str) -> Task:
+def _task(job: EvaluationJob, model: str) -> EvaluationTask:
     examples = read_examples(job.task)[: job.limit]
     tokenizer = load_tokenizer(model)
     chat = uses_chat(examples, tokenizer, job.prompt_format)
     encoded = encode(as_chat(examples) if chat else examples, tokenizer, job.max_length)
     longest = max(e.answer_length for e in encoded)
-    return Task(
+    return EvaluationTask(
         examples=tuple(examples),
         encoded=tuple(encoded),
         max_tokens=job.max_tokens or longest + -(-longest // 4),

@@ -18,7 +18,7 @@ from quickchange_server.adapters.packing import build_image, page_shapes
 from quickchange_server.config import Settings
 from quickchange_server.engine.engine import torch_dtype
 from quickchange_server.model import paged_attention
-from quickchange_server.model.forward_context import AdapterBatch, AttentionBatch, Step
+from quickchange_server.model.forward_context import AdapterBatch, AttentionBatch, ForwardContext
 from quickchange_server.model.model_loader import LoadedModel, forward, load_model
 from quickchange_server.model.paged_attention import PagedAttention
 from quickchange_store.canonical.canonical_adapter import CanonicalAdapter
@@ -99,7 +99,7 @@ class LossMeter:
             both = [segments([run], self._device) for run in runs]
             adapters = AdapterBatch(self._pool.tables, *both)
         holder = self._model.holder
-        holder.step = Step(_attention_batch(group, self._device), adapters)
+        holder.step = ForwardContext(_attention_batch(group, self._device), adapters)
         try:
             return forward(self._model, ids, positions, rows).logits
         finally:

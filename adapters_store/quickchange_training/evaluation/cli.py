@@ -72,14 +72,14 @@ def evaluate(
     nats a token of the references; tokens/s, tokens a step and time to the first token; the share
     of drafts accepted, depth by depth.
     """
-    from quickchange_server.evaluation.evaluation_job import Job, run
     from quickchange_training.evaluation import evaluation_report
+    from quickchange_training.evaluation.evaluation_job import EvaluationJob, run
 
     with _errors_shown():
         if plot is not None:
             evaluation_report.check_plot(plot)
         found = run(
-            Job(
+            EvaluationJob(
                 task=task,
                 model=model,
                 store=store,

@@ -1,1 +1,0 @@
-"""`quickchange eval`: adapters side by side on a task file, through the engine that serves them."""

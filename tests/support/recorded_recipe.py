@@ -1,0 +1,11 @@
+"""A LoRA recipe read back from the JSON that a training records."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from quickchange_training.lora.lora_recipe import LoraRecipe
+
+
+def recorded_recipe(values: dict[str, Any]) -> LoraRecipe:
+    return LoraRecipe(**(values | {"targets": tuple(values["targets"])}))
