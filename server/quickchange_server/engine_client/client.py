@@ -288,7 +288,7 @@ class EngineClient:
         """Send a command if an engine takes it."""
         if self._supervisor.phase != "ready":
             return False
-        self._supervisor.send(command)
+        self._supervisor.channel.send(command)
         return True
 
     def _depart(self) -> None:
@@ -300,7 +300,7 @@ class EngineClient:
             self._roster.boarded(flight)
             if flight.submissions > 1:
                 self._metrics.resubmitted()
-            self._supervisor.send(submit)
+            self._supervisor.channel.send(submit)
 
     def _stepped(self, report: StepReport) -> None:
         now = time.monotonic()
