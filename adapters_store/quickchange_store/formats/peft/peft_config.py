@@ -1,8 +1,7 @@
 """`adapter_config.json` of a PEFT LoRA: which fields are honoured, harmless or refused.
 
-Every field of PEFT's LoraConfig is in exactly one of the three groups below, and a field that none
-of them knows is refused where it is set: nothing is ignored that could change the output. Knows
-nothing of tensors.
+Every field of PEFT's LoraConfig is in exactly one of the three groups below; an unknown field is
+refused where it is set, as it might change the output. Knows nothing of tensors.
 """
 
 from __future__ import annotations
@@ -97,7 +96,7 @@ _REMEDIES = {
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """What of the configuration decides the output."""
+    """Fields of the configuration that decide the output."""
 
     r: int
     alpha: float
