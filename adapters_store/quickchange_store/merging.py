@@ -6,9 +6,9 @@ weight. At different ranks the products s·B·A are merged and cut to the greate
 value decomposition ("ties_svd", ...), which takes long on a large base. TIES: Yadav and others,
 2023. DARE: Yu and others, 2024.
 
-A recipe decides the result, DARE's randomness included. As a
-program (`python -m quickchange_store.merging`) it reads a job from standard input and publishes the
-result without a name, so that a server needs no tensors of its own for it. Knows nothing of HTTP.
+A recipe decides the result, DARE's randomness included. As a program
+(`python -m quickchange_store.merging`) it reads a job from standard input and publishes the result
+without a name, so that a server needs no tensors of its own for it. Knows nothing of HTTP.
 """
 
 from __future__ import annotations
@@ -199,8 +199,10 @@ def job(root: Path, recipe: Recipe) -> bytes:
 
 
 def result(output: bytes) -> str:
-    """The digest that the program wrote. Raises the StoreError that it wrote instead, and
-    ValueError where it wrote neither."""
+    """The digest that the program printed.
+
+    Raises the StoreError that it printed instead, and ValueError where it printed neither.
+    """
     answer = json.loads(output)
     if "refused" in answer:
         raise UnsupportedFeatureError(**answer["refused"])
@@ -208,7 +210,7 @@ def result(output: bytes) -> str:
 
 
 def run(job: bytes) -> dict[str, Any]:
-    """Do a job and return the program's standard output."""
+    """Do a job; returns the answer that the program prints as JSON."""
     given = json.loads(job)
     parts = given["recipe"]
     components = tuple((digest, weight) for digest, weight in parts.pop("components"))

@@ -318,8 +318,8 @@ class Store:
     def gc(self, min_age: float = GC_MIN_AGE) -> Collected:
         """Remove versions unreferenced for `min_age` seconds, and the files of dead writers.
 
-        Safe beside writers: files of a living writer are never touched. A reader that
-        resolved a name before it was removed has `min_age` to load it.
+        Safe beside writers: files of a living writer are never touched. A reader that resolved a
+        name before it was removed has `min_age` to load it.
         """
         if not self.root.is_dir():
             return Collected((), 0, 0)

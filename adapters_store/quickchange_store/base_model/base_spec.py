@@ -28,8 +28,8 @@ def base_spec(model: str | Path, name: str | None = None) -> BaseSpec:
     """The spec of the model at a path (transformers' layout) or with a hub id.
 
     Its modules are every `nn.Linear`, the LM head included where it is tied to the embedding, and
-    the input embedding. `name` stands for the base in messages; default: `model`. Takes
-    seconds for a large model: keep the result. Raises BaseModelError.
+    the input embedding. `name` stands for the base in messages; default: `model`. Takes seconds
+    for a large model: keep the result. Raises BaseModelError.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -1,4 +1,4 @@
-"""The one form in which every adapter is stored and served: a list of low-rank updates.
+"""Canonical form in which every adapter is stored and served: a list of low-rank updates.
 
 A canonical adapter is, per module of the base model, `A [r, in]`, `B [out, r]` and a scale, with an
 optional shift and activation between them, a bias and a gain:
@@ -13,10 +13,10 @@ store's layout on disk, of devices or of HTTP.
 Its bytes are one safetensors file, written so that they are a pure function of what the adapter
 computes: the architecture, the modules, their tensors (dtype included) and scales. `base_name` and
 `source` only say where an adapter came from. They are not in the bytes, so the same weights
-imported from two paths or by two tools are one version and share every cache. The
-digest of an adapter is the SHA-256 of these bytes. Defaults are not written, so a plain LoRA stays
-format 1; anything more makes it format 2, and Turbo heads (`turbo_bytes`) format 3, which older
-readers refuse instead of dropping a part.
+imported from two paths or by two tools are one version and share every cache. The digest of an
+adapter is the SHA-256 of these bytes. Defaults are not written, so a plain LoRA stays format 1;
+anything more makes it format 2, and Turbo heads (`turbo_bytes`) format 3, which older readers
+refuse instead of dropping a part.
 """
 
 from __future__ import annotations

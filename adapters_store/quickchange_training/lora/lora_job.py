@@ -49,8 +49,8 @@ class LoraJob:
 def run(job: LoraJob) -> tuple[TrainingReport, Added | None]:
     """Train, save and publish. What can be refused is refused before the training.
 
-    Until the end checkpoints are kept in a folder beside `out`, for --resume. Raises
-    TrainingError, and StoreError where the adapter can't be published.
+    Until the end checkpoints are kept in a folder beside `out`, for --resume. Raises TrainingError,
+    and StoreError where the adapter can't be published.
     """
     from quickchange_store.names import check_name
     from quickchange_training.examples import read_examples, split

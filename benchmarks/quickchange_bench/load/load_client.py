@@ -1,7 +1,7 @@
 """Streaming client for any server that answers `/v1/completions` in OpenAI's form.
 
-Servers differ in how a request names its adapter: that is a dialect. Knows nothing of load
-patterns or statistics.
+Servers differ in how a request names its adapter: that is a dialect. Knows nothing of load patterns
+or statistics.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Structured output over HTTP: validity of answers, equality with drafts, speed.
 
-Two parts on one server of the demo. Answers: generations over ten schemas, on the base and
-on an adapter with Turbo by turns, sampled, each with drafts on and off under one seed; each is
-judged by the jsonschema library. Speed: closed loops of the same requests, constrained and not;
-the free ones are as long as the constrained ones were, so both generate as many tokens.
+Two parts on one server of the demo. Answers: generations over ten schemas, on the base and on an
+adapter with Turbo by turns, sampled, each with drafts on and off under one seed; each is judged by
+the jsonschema library. Speed: closed loops of the same requests, constrained and not; the free ones
+are as long as the constrained ones were, so both generate as many tokens.
 """
 
 from __future__ import annotations
