@@ -365,7 +365,7 @@ class Store:
         """Write a whole version directory under `tmp/`, synced; gives the path and the digest."""
         directory = self._tmp / secrets.token_hex(16)
         with ExitStack() as stack:
-            with self._writing():  # so that gc never meets it before it is held
+            with self._writing():  # keeps gc out until the directory is held
                 stack.enter_context(held_directory(directory))
             stack.callback(shutil.rmtree, directory, ignore_errors=True)
             with (directory / ADAPTER_FILE).open("xb") as file:

@@ -116,7 +116,7 @@ class Median:
 
     load: Load
     rounds: int
-    spread: float | None  # of tokens/s: (largest - smallest) / median
+    spread: float | None  # spread of tokens/s: (largest - smallest) / median
     errors: int  # in all rounds together
     values: dict[str, float | None]
 

@@ -31,11 +31,11 @@ class EvaluationJob:
     model: str  # folder, hub id or DEMO
     store: Path | None
     adapters: tuple[str, ...]  # NAME[+TURBO] each
-    limit: int | None  # of examples
-    max_tokens: int | None  # of an answer
+    limit: int | None  # number of examples
+    max_tokens: int | None  # limit of an answer
     concurrency: tuple[int, ...]  # ascending
     prompt_format: PromptFormat
-    max_length: int  # of an example, in tokens
+    max_length: int  # limit of an example, in tokens
     device: str
     dtype: str
     out: Path | None  # for the JSON

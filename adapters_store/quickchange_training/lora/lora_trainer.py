@@ -56,7 +56,7 @@ def train_lora(
     pad_id: int = 0,
     checkpoints: Checkpoints | None = None,
 ) -> tuple[PeftModel, TrainingReport]:
-    """Train an adapter on `model`, whose own weights stay as they are.
+    """Train an adapter on `model`, whose weights stay frozen.
 
     It goes on from the last checkpoint, where there is one. The same model, recipe and data on the
     same machine give the same adapter, interrupted or not.

@@ -62,17 +62,17 @@ class TurboReport:
 
     prompts: int
     held_out_prompts: int
-    tokens: int  # of the outputs learned from
+    tokens: int  # total of the outputs learned from
     mean_output_tokens: float
     generate_seconds: float
     steps: int
-    seconds: float  # of the heads' training
+    seconds: float  # heads' training alone
     train_loss: float  # mean over the last tenth of the steps
     held_out: HeadMeasures | None  # None where nothing was held out
     depth: int
     draft_vocabulary: int
     parameters: int
-    medusa1_parameters: int  # of as many Medusa heads, each with an LM head of its own
+    medusa1_parameters: int  # parameters of as many Medusa heads with an LM head each
     warnings: tuple[str, ...]
 
 

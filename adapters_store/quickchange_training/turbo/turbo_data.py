@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-ABSENT = -1  # in place of a token: behind the output's end
+ABSENT = -1  # token id behind the output's end
 SHORT_OUTPUT = 10  # tokens
 _OUTPUTS, _STATES = "outputs.jsonl", "states.bin"
 _OWN_SHARE = 0.5  # least share of the given completions that the model says itself
@@ -206,7 +206,7 @@ def short_outputs(lengths: Sequence[int]) -> list[str]:
 def not_its_own(
     prompts: Sequence[Prompt], outputs: Sequence[OwnOutput], stop: frozenset[int]
 ) -> list[str]:
-    """A warning where the data's completions are not what the model itself says."""
+    """A warning where the data's completions differ from the model's outputs."""
     given = [
         (prompt.completion, tuple(t for t in output.tokens if t not in stop))
         for prompt, output in zip(prompts, outputs, strict=True)

@@ -39,7 +39,7 @@ class TurboRecipe:
     spread: float = 0.3
     kl: float = 0.0
     held_out: float = 0.05  # share of the prompts, for the report
-    max_new_tokens: int = 160  # of an output
+    max_new_tokens: int = 160  # limit of an output
     max_length: int = 1024  # tokens, prompt and output together
     seed: int = 0
     dtype: TrainingDtype = "bfloat16"

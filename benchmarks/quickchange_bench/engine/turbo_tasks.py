@@ -35,7 +35,7 @@ class Ask:
     """A task for one served model."""
 
     task: str
-    model: str  # as the server names it
+    model: str  # name on the server
     turbo: str  # the request's field with drafts on; "off" is the other side
     prompts: Mapping[str, tuple[int, ...]]  # token ids by the user's message
     max_tokens: int

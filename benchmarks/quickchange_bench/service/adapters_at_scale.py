@@ -86,9 +86,9 @@ class Phase:
     requests: int
     errors: int
     loads: int  # adapters loaded onto the device meanwhile
-    itl_p50: float | None  # of the steady streams, as is
+    itl_p50: float | None  # steady streams
     itl_p99: float | None
-    ttft_p50: float | None  # of the background
+    ttft_p50: float | None  # background requests
     ttft_p99: float | None
     first_error: str | None
 

@@ -110,9 +110,9 @@ class Design:
 class RuleOutcomes:
     """Decisions of a rule in the runs of a trial."""
 
-    share: float  # of runs in which it spoke
-    wrong: float  # of runs in which it first spoke with the wrong sign, or of an equal variant
-    median_units: float  # of the smallest variant; infinite where half the runs stayed silent
+    share: float  # share of runs with a decision
+    wrong: float  # share of runs whose first decision has the wrong sign or is on an equal variant
+    median_units: float  # of the smallest variant; infinite where half the runs had no decision
 
 
 def always_valid(strata: Strata, plan: Plan) -> Bools:

@@ -58,7 +58,7 @@ class Overhead:
     lowest: float
     highest: float
     cpu_ratio: float | None
-    off_spread: float | None  # of tokens/s without the part: what the machine's own noise is
+    off_spread: float | None  # spread of tokens/s without the part: the machine's noise
     errors: int
 
 

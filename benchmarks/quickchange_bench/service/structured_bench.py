@@ -54,7 +54,7 @@ class StructuredRequest:
     seed: int
     turbo: str = "off"
     temperature: float = 0.8
-    free_tokens: int | None = None  # so many without a constraint; None: constrained
+    free_tokens: int | None = None  # length without a constraint; None: constrained
 
     def body(self, max_tokens: int) -> dict[str, Any]:
         wanted: dict[str, Any] = {
@@ -75,7 +75,7 @@ class StructuredRequest:
 class StructuredAnswer:
     text: str
     tokens: int
-    accepted: int  # of them, those that came from drafts
+    accepted: int  # tokens that came from drafts
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ class StructuredResult:
     generations: int
     invalid: tuple[str, ...]  # "schema: why"
     different: int  # pairs whose texts with and without drafts differ
-    accepted_share: float  # of the tokens with drafts on, those that came from drafts
+    accepted_share: float  # share of tokens from drafts, with drafts on
     speeds: tuple[StructuredSpeed, ...]
 
 

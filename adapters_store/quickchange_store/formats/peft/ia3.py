@@ -49,11 +49,11 @@ HONOURED = frozenset(
 )
 HARMLESS = frozenset(
     {
-        "fan_in_fan_out",  # of Conv1D only, whose modules are refused
+        "fan_in_fan_out",  # Conv1D only, whose modules are refused
         "inference_mode",
         "init_ia3_weights",
         "peft_version",
-        "revision",  # of the base model on the hub
+        "revision",  # the base model's on the hub
     }
 )
 REFUSED = frozenset({"modules_to_save"})

@@ -49,9 +49,9 @@ HONOURED = frozenset(
 
 HARMLESS = frozenset(
     {
-        "corda_config",  # how a base-changing kind was initialised; that kind itself is refused
-        "eva_config",  # how A was initialised
-        "fan_in_fan_out",  # of Conv1D only, whose modules are refused; PEFT ignores it elsewhere
+        "corda_config",  # options of a base-changing initialisation, which is refused
+        "eva_config",  # initialisation of A
+        "fan_in_fan_out",  # Conv1D only, whose modules are refused; PEFT ignores it elsewhere
         "inference_mode",
         "loftq_config",
         "lora_dropout",  # training only
@@ -59,7 +59,7 @@ HARMLESS = frozenset(
         "megatron_core",  # a module's name, used with megatron_config only
         "peft_version",
         "qalora_group_size",  # used with use_qalora only
-        "revision",  # of the base model on the hub
+        "revision",  # the base model's on the hub
         "runtime_config",
         "velora_config",  # another backward pass, the same forward pass
     }

@@ -26,7 +26,10 @@ from quickchange_store.formats.turbo.turbo_directory import (
 )
 
 _STEM = Path(HEADS_FILE).stem
-_OF_OTHERS = {peft_common.WEIGHTS_FILE, bottleneck.WEIGHTS_FILE}  # of an adapter beside heads
+_OF_OTHERS = {
+    peft_common.WEIGHTS_FILE,
+    bottleneck.WEIGHTS_FILE,
+}  # weights of an adapter beside the heads
 _INDEX = ".safetensors.index.json"
 
 

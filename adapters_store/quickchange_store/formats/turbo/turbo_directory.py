@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 TURBO_KEY = "quickchange_turbo"
 TURBO_FILE = "turbo_heads.safetensors"
 FORMAT = 1
-_PREFIX = "turbo."  # of canonical names; the file has none
+_PREFIX = "turbo."  # prefix of canonical names; the file omits it
 
 
 def write_turbo_directory(

@@ -18,7 +18,7 @@ class TaskExample:
 
     prompt: str  # the user message
     completion: str
-    fixture: str = ""  # what the scorer needs besides the two texts, e.g. a database script
+    fixture: str = ""  # further input of the scorer, e.g. a database script
 
 
 class Task(Protocol):
