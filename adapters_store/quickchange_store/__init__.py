@@ -1,1 +1,1 @@
-"""Adapter versions on disk: formats, validation, publishing, training. No server, no GPU."""
+"""Adapter versions on disk: formats, validation, publishing, merging. No server, no GPU."""

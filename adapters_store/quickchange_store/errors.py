@@ -1,8 +1,8 @@
-"""Every error of the store and of the format readers.
+"""Errors of the store and of the format readers.
 
     StoreError
     ├── InvalidAdapterError       the directory's content is wrong: missing, extra, damaged, NaN
-    ├── UnsupportedFeatureError   valid, but something that this version does not serve
+    ├── UnsupportedFeatureError   valid, but not served by this version
     ├── BaseMismatchError         made for another base model: architecture or shapes
     ├── BaseModelError            the base model itself can't be read
     ├── InvalidNameError          a name, alias or reference is malformed or reserved
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 
 class StoreError(Exception):
-    """Base of all. The message reads "FILE: KEY: PROBLEM; REMEDY"."""
+    """Base class. The message reads "FILE: KEY: PROBLEM; REMEDY"."""
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class NameConflictError(StoreError):
 
 
 class InUseError(NameConflictError):
-    """What is to be removed is still pointed at; the message says by what."""
+    """An alias or a current pointer still needs the version; the message names it."""
 
 
 class CorruptStoreError(StoreError):

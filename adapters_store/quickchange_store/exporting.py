@@ -1,4 +1,4 @@
-"""From a stored adapter to a folder that other tools read, and that `importing` reads back.
+"""Export of a stored adapter to a folder that other tools, and `importing`, read.
 
     lorax    adapter_config.json and adapter_model.safetensors for the LoRA, config.json and
              medusa_lm_head.safetensors for the heads: a Turbo LoRA has both
@@ -34,7 +34,7 @@ _Step = tuple[str, Callable[[Path], None]]
 
 
 class ExportLayout(StrEnum):
-    """What `export_adapter` writes."""
+    """Layouts that `export_adapter` writes."""
 
     LORAX = "lorax"
     VLLM = "vllm"
@@ -75,7 +75,7 @@ def export_adapter(
 
 
 def _steps(adapter: CanonicalAdapter, layout: ExportLayout, base: BaseSpec) -> list[_Step]:
-    """What is to be written, in order: each part's name and its writer. Raises for the rest."""
+    """Parts to write, in order: name and writer. Raises where the layout can't say one."""
     steps: list[_Step] = []
     if adapter.updates and layout is not ExportLayout.VLLM:
         check_peft(adapter.updates, base)

@@ -38,7 +38,7 @@ def held_directory(path: Path) -> Iterator[None]:
 
 
 def is_held(path: Path) -> bool:
-    """Whether a living process holds a lock on the directory `path`."""
+    """True if a living process holds a lock on the directory `path`."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -79,7 +79,7 @@ def replace_atomically(path: Path, content: bytes, scratch: Path) -> None:
 
 
 def abandoned(path: Path, before: float) -> bool:
-    """Whether `path` was last changed at `before` or earlier and no living process holds it."""
+    """True if `path` was last changed at `before` or earlier and no living process holds it."""
     try:
         return path.stat().st_mtime <= before and not (path.is_dir() and is_held(path))
     except FileNotFoundError:  # its writer has just removed it
@@ -87,7 +87,7 @@ def abandoned(path: Path, before: float) -> bool:
 
 
 def tree_size(path: Path) -> int:
-    """Bytes of a file, or of all files of a directory."""
+    """Size of a file, or of all files of a directory, in bytes."""
     files = path.rglob("*") if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files if file.is_file())
 

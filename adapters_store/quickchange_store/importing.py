@@ -1,4 +1,4 @@
-"""From a directory to a published version: what the command line and the HTTP server share."""
+"""Import of adapter directories: read, check against the base, publish."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from quickchange_store.store import Store
 
 @dataclass(frozen=True, slots=True)
 class Added:
-    """A published version, and what its owner should be told."""
+    """A published version, and warnings for its owner."""
 
     version: Version
     warnings: tuple[str, ...]

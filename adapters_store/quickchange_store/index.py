@@ -26,7 +26,7 @@ from quickchange_store.errors import (
 from quickchange_store.names import Reference, parse_reference
 
 FORMAT = 1
-TURBO_FORMAT = 2  # some version has Turbo heads: a reader that knows 1 alone would lose that
+TURBO_FORMAT = 2  # some version has Turbo heads, which readers of format 1 would drop
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Version:
     number: int  # from 1, in the order of publishing; a number is not used twice
     digest: str  # 64 hexadecimal digits
     created: float  # seconds since 1970
-    turbo: bool = False  # it has Turbo heads
+    turbo: bool = False  # True: it has Turbo heads
 
     def __str__(self) -> str:
         return f"{self.name}@{self.number}"
@@ -54,7 +54,7 @@ class NameEntry:
 
 @dataclass(frozen=True, slots=True)
 class Alias:
-    """A pointer to a name, or to one version of it, and the Turbo that drafts for it."""
+    """A pointer to a name, or to one version of it, and the Turbo heads that draft for it."""
 
     name: str
     number: int | None = None  # None: whatever the name serves
@@ -66,7 +66,7 @@ class Alias:
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """Everything that the store's names point at."""
+    """Names and aliases with the versions that they point at."""
 
     entries: Mapping[str, NameEntry] = field(default_factory=dict)
     aliases: Mapping[str, Alias] = field(default_factory=dict)
@@ -111,7 +111,7 @@ class Index:
         return version if version.turbo else None
 
     def digests(self) -> set[str]:
-        """Every digest that a name refers to."""
+        """Digests that a name refers to."""
         return {v.digest for entry in self.entries.values() for v in entry.versions.values()}
 
 
@@ -164,7 +164,7 @@ def previous(name: str, entry: NameEntry) -> int:
 
 
 def no_version(name: str, entry: NameEntry, number: int) -> AdapterNotFoundError:
-    """The error that says which versions there are instead."""
+    """An error that lists the versions of `name`."""
     numbers = ", ".join(str(known) for known in sorted(entry.versions))
     return AdapterNotFoundError(
         "the adapter has no such version", key=f"{name}@{number}", remedy=f"it has {numbers}"
@@ -203,7 +203,7 @@ def without(index: Index, entry: NameEntry, gone: tuple[Version, ...]) -> Index:
 
 
 def pointed(index: Index, reference: str) -> tuple[Version, int | None]:
-    """What a pointer of an alias means now, and its number where it is to stay with that version.
+    """The version that an alias's pointer means now, and its number where the pointer is pinned.
 
     Raises InvalidNameError, AdapterNotFoundError, NameConflictError (it is an alias itself).
     """
@@ -219,7 +219,7 @@ def pointed(index: Index, reference: str) -> tuple[Version, int | None]:
 
 
 def check_drafters(index: Index) -> None:
-    """Raise InUseError where an alias's Turbo has come to serve a version without heads."""
+    """Raise InUseError where an alias's Turbo serves a version without heads."""
     for alias, target in index.aliases.items():
         if target.turbo is None:
             continue
@@ -236,7 +236,7 @@ def check_drafters(index: Index) -> None:
 
 
 def encode(index: Index) -> bytes:
-    """The index as JSON."""
+    """The index as JSON bytes."""
     names = {
         name: {
             "current": entry.current,

@@ -1,4 +1,4 @@
-"""What the store knows of a version without reading its tensors: the file `info.json`."""
+"""Figures of a version, kept in `info.json` so that no tensor need be read for them."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class TurboInfo:
-    """The Turbo part of a version in figures."""
+    """Figures of a version's Turbo heads."""
 
     depth: int  # tokens that the heads draft at once
     hidden: int
     sequential: bool
-    vocabulary: int | None  # tokens that are drafted; None: all
+    vocabulary: int | None  # tokens that can be drafted; None: all
     own_outputs: bool  # the heads have LM heads of their own
     parameters: int  # trained values
 
     def medusa_parameters(self, vocabulary: int) -> int:
-        """Those of as many Medusa-1 heads, each with an LM head of [vocabulary, hidden]."""
+        """Parameters of as many Medusa-1 heads, each with an LM head of [vocabulary, hidden]."""
         return (self.hidden * self.hidden + vocabulary * self.hidden) * self.depth
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterInfo:
-    """A version in figures. `base_name` and `source` are as given when it was first added."""
+    """Figures of a version. `base_name` and `source` are as given when it was first added."""
 
     digest: str
     architecture: str
@@ -49,7 +49,7 @@ class AdapterInfo:
     source: Mapping[str, Any]
     kind: str = ""  # "LoRA", "bottleneck", …; unknown where an earlier release added it
     turbo: TurboInfo | None = None
-    base_hidden: int | None = None  # of the base that it was checked against, where there was one
+    base_hidden: int | None = None  # hidden size of the base that it was checked against
     base_vocabulary: int | None = None
 
     @property
@@ -57,7 +57,7 @@ class AdapterInfo:
         return max(self.ranks, default=0)
 
     def encode(self) -> bytes:
-        """As JSON. Raises InvalidAdapterError where `source` is not plain data."""
+        """The figures as JSON. Raises InvalidAdapterError where `source` is not plain data."""
         try:
             return json.dumps(asdict(self), sort_keys=True, indent=1, allow_nan=False).encode()
         except (TypeError, ValueError) as error:
@@ -69,7 +69,7 @@ class AdapterInfo:
 
     @classmethod
     def read(cls, path: Path) -> AdapterInfo:
-        """From `info.json`. Raises CorruptVersionError."""
+        """Read `info.json`. Raises CorruptVersionError."""
         try:
             tree = json.loads(path.read_bytes())
             for name in ("ranks", "targets", "dtypes"):
@@ -88,7 +88,7 @@ class AdapterInfo:
 def describe(
     adapter: CanonicalAdapter, digest: str, *, size: int, created: float, base: BaseSpec | None
 ) -> AdapterInfo:
-    """The figures of `adapter`, whose file has `size` bytes. It was checked against `base`."""
+    """Figures of `adapter`, checked against `base` and stored in `size` bytes."""
     updates = adapter.updates
     head = None if base is None else base.head
     weights = [update.a for update in updates.values()]
@@ -124,7 +124,7 @@ def _turbo(turbo: TurboHeads) -> TurboInfo:
 
 
 def _kind(adapter: CanonicalAdapter) -> str:
-    """What people call it, by what it computes."""
+    """The kind's usual name, from what the adapter computes."""
     updates = adapter.updates.values()
     if not updates:
         return "Turbo" if adapter.turbo is not None else "empty"

@@ -1,14 +1,14 @@
-"""Merged adapters: TIES and DARE of several LoRAs as a LoRA of its own, through PEFT's functions.
+"""Merging of LoRAs into one, by TIES or DARE, through PEFT's functions.
 
-The result equals PEFT's `add_weighted_adapter`: where all ranks are equal, the A's and the B's are
-merged each for themselves (PEFT's "ties", "dare_linear", "dare_ties"), a weight's square root going
-to either side; where they differ, the whole updates s·B·A are merged and cut to the greatest rank
-by a singular value decomposition ("ties_svd", ...), which takes long on a large base. TIES: Yadav
-and others, 2023. DARE: Yu and others, 2024.
+The result equals PEFT's `add_weighted_adapter`. At equal ranks the A factors and the B factors are
+merged separately (PEFT's "ties", "dare_linear", "dare_ties"), each with the square root of the
+weight. At different ranks the products s·B·A are merged and cut to the greatest rank by a singular
+value decomposition ("ties_svd", ...), which takes long on a large base. TIES: Yadav and others,
+2023. DARE: Yu and others, 2024.
 
-A recipe says all of it, DARE's randomness included, so the same recipe gives the same adapter. As a
-program (`python -m quickchange_store.merging`) it reads a job from standard input and publishes the
-result without a name, so that a server needs no tensors of its own for it. Knows nothing of HTTP.
+A recipe decides the result, DARE's randomness included. As a program
+(`python -m quickchange_store.merging`) it reads a job from standard input and publishes the result
+without a name, so that a server needs no tensors of its own for it. Knows nothing of HTTP.
 """
 
 from __future__ import annotations
@@ -38,25 +38,25 @@ if TYPE_CHECKING:
 
 MergeStrategy = Literal["ties", "dare_linear", "dare_ties"]
 SignMethod = Literal["total", "frequency"]
-FORM = 1  # of what a recipe comes to: a change in it makes every derived adapter another
-NICENESS = 10  # of the program: merging waits for whoever serves
+FORM = 1  # version of the merge's arithmetic: part of every recipe's key
+NICENESS = 10  # merging yields the processor to serving
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What is merged and how. `components` are (digest, weight), their order without meaning."""
+    """A merge's inputs and method. `components`: (digest, weight), in any order."""
 
     strategy: MergeStrategy
     components: tuple[tuple[str, float], ...]
     density: float  # the share of values kept, above 0 and at most 1
-    sign_method: SignMethod = "total"  # how TIES elects a sign: by the sum, or by the count
+    sign_method: SignMethod = "total"  # TIES elects signs by the sum, or by the count
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "components", tuple(sorted(self.components)))
 
     @property
     def key(self) -> str:
-        """SHA-256 of all of it, in hexadecimal."""
+        """SHA-256 of the recipe, in hexadecimal."""
         content = json.dumps({"form": FORM, **asdict(self)}, sort_keys=True, allow_nan=False)
         return hashlib.sha256(content.encode()).hexdigest()
 
@@ -64,7 +64,7 @@ class Recipe:
 def merge(recipe: Recipe, adapters: Sequence[CanonicalAdapter]) -> CanonicalAdapter:
     """The merged adapter; `adapters` are the recipe's components, in its order.
 
-    A module that some lack is merged of those that have it. Turbo heads are left out. Raises
+    A module that some adapters lack is merged from the others. Turbo heads are left out. Raises
     UnsupportedFeatureError where an adapter is more than a LoRA.
     """
     weights = [weight for _, weight in recipe.components]
@@ -142,7 +142,7 @@ def _peft_merge_utils() -> ModuleType:
 
 
 def module_seed(recipe: Recipe, module: str) -> int:
-    """The seed of DARE's choices in one module: of the recipe's content, on any machine."""
+    """Seed of DARE's choices in one module, from the recipe alone: the same on any machine."""
     content = f"{recipe.key}/{module}".encode()
     return int.from_bytes(hashlib.sha256(content).digest()[:8], "little") >> 1
 
@@ -157,7 +157,7 @@ def _seeded(recipe: Recipe, module: str, work: Callable[[], LowRankUpdate]) -> L
 
 
 def _merged_factors(parts: Sequence[tuple[LowRankUpdate, float]], function: Merge) -> LowRankUpdate:
-    """A's and B's each for themselves. The sign of a weight goes to one side alone."""
+    """A and B, merged separately. The sign of a weight goes to one of them alone."""
     import torch
 
     scaled = [weight * update.scale for update, weight in parts]
@@ -171,7 +171,7 @@ def _merged_factors(parts: Sequence[tuple[LowRankUpdate, float]], function: Merg
 def _merged_whole(
     parts: Sequence[tuple[LowRankUpdate, float]], function: Merge, rank: int
 ) -> LowRankUpdate:
-    """The whole updates, cut to `rank`."""
+    """A and B of the merged products s·B·A, cut to `rank`."""
     import torch
 
     deltas = [update.scale * (update.b.float() @ update.a.float()) for update, _ in parts]
@@ -183,7 +183,7 @@ def _merged_whole(
 def _stored(
     a: torch.Tensor, b: torch.Tensor, parts: Sequence[tuple[LowRankUpdate, float]]
 ) -> LowRankUpdate:
-    """In the widest dtype of what was merged."""
+    """The merged factors in the widest dtype of their components."""
     import torch
 
     dtype = reduce(torch.promote_types, (t.dtype for u, _ in parts for t in (u.a, u.b)))
@@ -194,13 +194,15 @@ def _stored(
 
 
 def job(root: Path, recipe: Recipe) -> bytes:
-    """What the program reads to derive `recipe` in the store at `root`."""
+    """Standard input of the program: derive `recipe` in the store at `root`."""
     return json.dumps({"root": str(root), "recipe": asdict(recipe)}).encode()
 
 
 def result(output: bytes) -> str:
-    """The digest that the program wrote. Raises the StoreError that it wrote instead, and
-    ValueError where it wrote neither."""
+    """The digest that the program printed.
+
+    Raises the StoreError that it printed instead, and ValueError where it printed neither.
+    """
     answer = json.loads(output)
     if "refused" in answer:
         raise UnsupportedFeatureError(**answer["refused"])
@@ -208,7 +210,7 @@ def result(output: bytes) -> str:
 
 
 def run(job: bytes) -> dict[str, Any]:
-    """Do a job; what the program writes."""
+    """Do a job; returns the answer that the program prints as JSON."""
     given = json.loads(job)
     parts = given["recipe"]
     components = tuple((digest, weight) for digest, weight in parts.pop("components"))
@@ -217,8 +219,8 @@ def run(job: bytes) -> dict[str, Any]:
             "digest": derive(Store(Path(given["root"])), Recipe(components=components, **parts))
         }
     except StoreError as error:
-        told = {"problem": error.problem, "file": error.file, "key": error.key}
-        return {"refused": {**told, "remedy": error.remedy}}
+        refusal = {"problem": error.problem, "file": error.file, "key": error.key}
+        return {"refused": {**refusal, "remedy": error.remedy}}
 
 
 def main() -> None:

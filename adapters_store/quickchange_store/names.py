@@ -14,7 +14,7 @@ from quickchange_store.errors import InvalidNameError
 
 MAX_LENGTH = 256
 MIN_DIGEST_PREFIX = 6
-# They mean something else in requests: as a model, or as its Turbo.
+# Words with a meaning of their own in a request's `model` or `turbo`.
 RESERVED = frozenset({"auto", "base", "lookup", "none", "off"})
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}(/[A-Za-z0-9][A-Za-z0-9._-]{0,127})*")

@@ -5,8 +5,8 @@
       lock                             held by whoever changes the index
       versions/ab/abcd…/               one version, by its digest; never changed once there
         adapter.safetensors            the canonical bytes; their SHA-256 is the digest
-        info.json                      what can be known without reading tensors
-      tmp/                             what is being written, or was when its writer died
+        info.json                      figures that need no tensor
+      tmp/                             unfinished writes, abandoned ones included
 
 Publishing writes a version under `tmp/`, syncs it, renames it into `versions/` and then replaces
 `index.json`. A crash at any point leaves the old state or the new one; what it leaves under `tmp/`
@@ -75,7 +75,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """What a reference means now: the adapter's own name, the version's digest and its number."""
+    """A resolved reference: the adapter's own name, the version's digest and its number."""
 
     name: str
     digest: str
@@ -85,7 +85,7 @@ class Resolved:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Something wrong that `Store.verify` found."""
+    """A fault that `Store.verify` found."""
 
     subject: str  # a version, an alias or a file
     what: str
@@ -96,7 +96,7 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """What `Store.gc` removed."""
+    """Versions and temporary entries that `Store.gc` removed."""
 
     versions: tuple[str, ...]  # digests
     temporaries: int
@@ -165,7 +165,7 @@ class Store:
         return canonical_adapter.load(path, base_name=info.base_name, source=dict(info.source))
 
     def info(self, digest: str) -> AdapterInfo:
-        """What is known of a version without reading its tensors.
+        """The figures of a version; reads no tensor.
 
         Raises AdapterNotFoundError and CorruptVersionError.
         """
@@ -245,7 +245,7 @@ class Store:
             self._commit(index, replace(index, aliases=kept))
 
     def remove(self, reference: str) -> tuple[Version, ...]:
-        """Remove a name, or one version of it, and return what went; `gc` frees the space later.
+        """Remove a name or one version of it; `gc` frees the space later. Returns the versions.
 
         Raises InvalidNameError, AdapterNotFoundError, and InUseError where an alias points at it
         or where it is the version that the name serves while there are others.
@@ -269,8 +269,8 @@ class Store:
     def publish(self, adapter: CanonicalAdapter) -> str:
         """Publish `adapter` under no name and return its digest.
 
-        Such a version is listed nowhere, and `gc` takes it like any other that no name refers to:
-        whoever works with it calls `keep` now and then. Raises InvalidAdapterError.
+        Such a version is not listed, and `gc` removes it as unreferenced unless `keep` is called
+        now and then. Raises InvalidAdapterError.
         """
         with self._staged(adapter, None) as (staged, digest), self._writing():
             self._publish(staged, digest)
@@ -278,7 +278,7 @@ class Store:
         return digest
 
     def keep(self, digest: str) -> bool:
-        """Start a version's time until `gc` may take it anew. False where the store lacks it."""
+        """Restart a version's time until `gc` may remove it. False where the store lacks it."""
         with self._writing():
             there = self._directory(digest).exists()
             self._mark_unreferenced(digest)
@@ -316,10 +316,10 @@ class Store:
         return problems
 
     def gc(self, min_age: float = GC_MIN_AGE) -> Collected:
-        """Remove versions unreferenced for `min_age` seconds, and what dead writers left.
+        """Remove versions unreferenced for `min_age` seconds, and the files of dead writers.
 
-        Safe beside writers: what a living writer is preparing is never touched. A reader that
-        resolved a name before it was removed has `min_age` to load it.
+        Safe beside writers: files of a living writer are never touched. A reader that resolved a
+        name before it was removed has `min_age` to load it.
         """
         if not self.root.is_dir():
             return Collected((), 0, 0)
@@ -349,7 +349,7 @@ class Store:
 
     @contextmanager
     def _writing(self) -> Iterator[Index]:
-        """Exclude every other writer, and give the index as it is."""
+        """Hold the writers' lock, with the current index."""
         self._tmp.mkdir(parents=True, exist_ok=True)
         with exclusive_lock(self.root / "lock"):
             yield self._index.read()
@@ -362,10 +362,10 @@ class Store:
     def _staged(
         self, adapter: CanonicalAdapter, base: BaseSpec | None
     ) -> Iterator[tuple[Path, str]]:
-        """A complete version directory under `tmp/`, on the disk, and its digest."""
+        """Write a whole version directory under `tmp/`, synced; gives the path and the digest."""
         directory = self._tmp / secrets.token_hex(16)
         with ExitStack() as stack:
-            with self._writing():  # so that gc never meets it before it is held
+            with self._writing():  # keeps gc out until the directory is held
                 stack.enter_context(held_directory(directory))
             stack.callback(shutil.rmtree, directory, ignore_errors=True)
             with (directory / ADAPTER_FILE).open("xb") as file:
@@ -401,7 +401,7 @@ class Store:
             )
 
     def _mark_unreferenced(self, digest: str) -> None:
-        """Start the version's time until `gc` may take it."""
+        """Start the version's time until `gc` may remove it."""
         directory = self._directory(digest)
         if directory.exists():
             directory.touch()

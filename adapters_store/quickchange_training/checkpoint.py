@@ -1,6 +1,6 @@
-"""Checkpoints of a training: one file, replaced as a whole, read back only by the same run.
+"""Checkpoints of a training run: one file, replaced whole, read only by the same run.
 
-Same means the same recipe on the same data: their fingerprint is in the file.
+The file holds a fingerprint of recipe and data, which decides what the same run is.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ _FILE = "checkpoint.pt"
 
 
 def fingerprint(*parts: object) -> str:
-    """A short name of anything that JSON can say (or str): equal parts, equal name."""
+    """Short hash of parts that are JSON or convert to str; equal parts have equal hashes."""
     encoded = json.dumps(parts, sort_keys=True, default=str).encode()
     return hashlib.sha256(encoded).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """Where a run keeps its state, how often, and which run it is."""
+    """Folder, interval and fingerprint of one run's checkpoints."""
 
     folder: Path
     run: str  # fingerprint
     every: int  # optimizer steps
 
     def due(self, step: int) -> bool:
-        """Whether to save after `step` steps."""
+        """True if a checkpoint is due after `step` steps."""
         return step % self.every == 0
 
     def save(self, state: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""`quickchange train …`: adapters from data, and the demo adapters again."""
+"""`quickchange train …`: trains adapters from data, and the demo adapters again."""
 
 from __future__ import annotations
 
@@ -231,5 +231,5 @@ def eval_demo(
 
 
 def _print_report(report: TrainingReport, out: Path) -> None:
-    told: dict[str, Any] = {"out": str(out), **asdict(report)}
-    typer.echo(json.dumps(told, indent=2))
+    printed: dict[str, Any] = {"out": str(out), **asdict(report)}
+    typer.echo(json.dumps(printed, indent=2))

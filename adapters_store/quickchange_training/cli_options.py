@@ -1,30 +1,23 @@
-"""What the training commands share: the base, the publication, errors and warnings.
-
-Recipes from `key=value` options, checked against the recipe's own fields.
-"""
+"""Options common to the training commands: base, publication, recipe fields, errors, warnings."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
 from quickchange_training.errors import RecipeError, TrainingError
 from quickchange_training.lora.lora_job import Publication
+from quickchange_training.lora.lora_recipe import LoraRecipe
+from quickchange_training.turbo.turbo_recipe import TurboRecipe
 
 if TYPE_CHECKING:
     from quickchange_store.importing import Added
-
-
-import json
-from dataclasses import fields
-from typing import Any, TypeVar
-
-from quickchange_training.lora.lora_recipe import LoraRecipe
-from quickchange_training.turbo.turbo_recipe import TurboRecipe
 
 DEMO = "demo"
 
@@ -40,7 +33,7 @@ def base_of(model: str, base_name: str | None) -> tuple[str, str]:
 
 
 def publication_of(store: Path | None, name: str | None) -> Publication | None:
-    """None where neither is given. Raises RecipeError where one is missing."""
+    """Where to publish; None without store and name. Raises RecipeError where one is missing."""
     if store is None and name is None:
         return None
     if store is None or name is None:
@@ -50,21 +43,21 @@ def publication_of(store: Path | None, name: str | None) -> Publication | None:
 
 
 def say_added(added: Added | None) -> None:
-    """What was published, and what its owner should know."""
+    """Print the published version, and its warnings on stderr."""
     if added is not None:
         say_warnings(added.warnings)
         typer.echo(f"published {added.version}  {added.version.digest}")
 
 
 def say_warnings(warnings: Sequence[str]) -> None:
-    """On stderr, one a line."""
+    """Print warnings on stderr, one a line."""
     for warning in warnings:
         typer.echo(f"warning: {warning}", err=True)
 
 
 @contextmanager
 def errors_shown() -> Iterator[None]:
-    """Errors that name their remedy end the command with their message alone."""
+    """Turn errors that name their remedy into one line on stderr and exit status 1."""
     from quickchange_store.errors import StoreError
     from quickchange_training.demo.demo_base import DemoBaseError
 
@@ -79,7 +72,7 @@ Recipe = TypeVar("Recipe", LoraRecipe, TurboRecipe)
 
 
 def pairs(option: str, given: Sequence[str]) -> dict[str, Any]:
-    """`key=value` texts; a value is JSON where it reads as such, else text.
+    """Parse `key=value` texts; a value is JSON where it reads as such, else text.
 
     Raises RecipeError, naming the option, for a text without "=" and a key given twice.
     """
@@ -98,7 +91,7 @@ def pairs(option: str, given: Sequence[str]) -> dict[str, Any]:
 
 
 def changed(option: str, recipe: Recipe, given: Sequence[str]) -> Recipe:
-    """`recipe` with the fields that are given. Raises RecipeError, naming option and key."""
+    """Copy of `recipe` with the given fields. Raises RecipeError, naming option and key."""
     values = pairs(option, given)
     known = {field.name for field in fields(recipe)}
     kinds = recipe.as_dict()

@@ -1,7 +1,4 @@
-"""A model's own outputs by the server's engine, for the training of heads.
-
-The one module of training that needs the server.
-"""
+"""A model's own greedy outputs by the server's engine, for the training of Turbo heads."""
 
 from __future__ import annotations
 
@@ -18,14 +15,14 @@ from quickchange_training.errors import ModelError
 from quickchange_training.turbo.head_maker import WantedOutputs
 from quickchange_training.turbo.turbo_data import Generate, OnOutput
 
-_TOGETHER = 48  # sequences of a step that makes outputs
-_THE_ADAPTER = "adapter"  # stands for the digest of the only one
+_TOGETHER = 48  # most sequences in one step
+_THE_ADAPTER = "adapter"  # stands for the only adapter's digest
 
 
 def generate_for(wanted: WantedOutputs) -> Generate:
-    """A maker of greedy outputs: an engine that ends with the run.
+    """A function that makes greedy outputs with an engine of its own, closed at its end.
 
-    What it makes raises ModelError where the model can't be served or a prompt can't be answered.
+    The function raises ModelError where the model can't be served or a prompt can't be answered.
     """
 
     def generate(prompts: Sequence[Sequence[int]], on_output: OnOutput) -> None:

@@ -1,4 +1,4 @@
-"""Every error of training; the command line prints their messages, which name the remedy.
+"""Errors of training; the command line prints their messages, which name the remedy.
 
 TrainingError
 ├── DataError     an example that can't be used: file, line, field
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 
 class TrainingError(Exception):
-    """Base of all."""
+    """Base class."""
 
 
 class DataError(TrainingError):
@@ -27,7 +27,7 @@ class ModelError(TrainingError):
 
 
 def model_error(model: str, error: Exception) -> ModelError:
-    """For a `--model` that transformers can't load."""
+    """Error for a `--model` that transformers can't load."""
     return ModelError(
         f"--model {model} can't be loaded ({error}); give a folder in transformers' layout, the "
         "id of a model in the hub's cache, or demo"

@@ -1,6 +1,6 @@
 """Training examples: JSONL to text, text to token ids, token ids to batches.
 
-An example is tokenised as the server will see it: the prompt by itself (through the chat template
+An example is tokenised as the server tokenises it: the prompt by itself (through the chat template
 where there is one, generation prompt included), then the completion's tokens and eos, so that the
 boundary between the two is where sampling begins. Knows nothing of models or of LoRA.
 """
@@ -33,7 +33,7 @@ class Example:
 
     prompt: str | tuple[dict[str, str], ...]  # a bare prompt, or messages with role and content
     completion: str
-    origin: str  # where it came from, for messages about it: "FILE line N"
+    origin: str  # "FILE line N", for messages
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class TrainingBatch:
-    """Right-padded; `first` is the first position whose logits carry loss.
+    """One right-padded batch; `first` is the first position whose logits carry loss.
 
     tokens, mask [B, T] int64. labels [B, T - first] int64: the token that position `first + i` must
     predict, IGNORED in the prompt, in the padding and at the last position.
@@ -93,7 +93,7 @@ def _asked(line: str, origin: str) -> Example:
 
 
 def _read_lines(file: Path, parse: Callable[[str, str], Example]) -> list[Example]:
-    """`parse` gets each line that is not blank, and its origin."""
+    """Parse each line that is not blank, with its origin."""
     try:
         text = file.read_text(encoding="utf-8")
     except OSError as error:
@@ -168,7 +168,7 @@ def _checked_messages(messages: list[Any], origin: str) -> list[dict[str, str]]:
 
 
 def split(items: Sequence[Item], share: float, seed: int) -> tuple[list[Item], list[Item]]:
-    """(to learn from, held out), in order: a random choice that seed and count alone decide."""
+    """Split into (learned, held out), in order, by a random choice of seed and count alone."""
     order = list(range(len(items)))
     random.Random(seed).shuffle(order)
     held_out = set(order[: int(share * len(items))])
@@ -177,7 +177,7 @@ def split(items: Sequence[Item], share: float, seed: int) -> tuple[list[Item], l
 
 
 def as_chat(examples: Iterable[Example]) -> list[Example]:
-    """Bare prompts become user messages; conversations stay as they are."""
+    """Examples with bare prompts turned into user messages; conversations stay."""
     return [
         Example(({"role": "user", "content": e.prompt},), e.completion, e.origin)
         if isinstance(e.prompt, str)
@@ -189,7 +189,7 @@ def as_chat(examples: Iterable[Example]) -> list[Example]:
 def encode_prompt(
     prompt: str | Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerBase
 ) -> list[int]:
-    """Token ids as the server makes them: bare text as it is, messages by the chat template."""
+    """Token ids of a prompt: bare text as it is, messages through the chat template."""
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
     encoded = tokenizer.apply_chat_template(

@@ -153,16 +153,15 @@ def turbo(
 
 
 def engine_outputs() -> GenerateFor:
-    """Outputs by the server's engine, imported only when it is to run."""
+    """Maker of outputs by the server's engine, imported only when it runs."""
     from quickchange_training.engine_outputs import generate_for
 
     return generate_for
 
 
 def print_turbo_report(report: TurboReport, out: Path) -> None:
-    """As JSON on stdout, warnings on stderr."""
-    told = {"out": str(out), **asdict(report)}
-    typer.echo(json.dumps(told, indent=2))
+    """Print the report as JSON on stdout and its warnings on stderr."""
+    typer.echo(json.dumps({"out": str(out), **asdict(report)}, indent=2))
     say_warnings(report.warnings)
 
 
@@ -225,7 +224,7 @@ def turbo_lora(
             checkpoint_every=checkpoint_every,
         )
         of_lora, of_heads, added = run(job, engine_outputs())
-        told = {"out": str(out), "lora": of_lora, "turbo": asdict(of_heads)}
-        typer.echo(json.dumps(told, indent=2))
+        printed = {"out": str(out), "lora": of_lora, "turbo": asdict(of_heads)}
+        typer.echo(json.dumps(printed, indent=2))
         say_warnings(of_heads.warnings)
         say_added(added)

@@ -1,9 +1,10 @@
-"""Ours and its peers in one session: same prompts, same adapters, same client, by turns.
+"""Comparison of Quickchange and its peers in one session, by turns.
 
-Each round starts every server in turn, waits for its first token, runs `bench serving`'s workload
-for the base model and for distinct adapters, and ends the server by its process id; the next round
-goes in the other order. Figures are medians over the rounds. The model and the adapters come from
-BASE_MODEL and ADAPTERS_DIR, the peers from PEERS_DIR (see README.md beside this file).
+Prompts, adapters and client are the same. Each round starts every server in turn, waits for its
+first token, runs `bench serving`'s workload for the base model and for distinct adapters, and ends
+the server by its process id; the next round goes in the other order. Figures are medians over the
+rounds. The model and the adapters come from BASE_MODEL and ADAPTERS_DIR, the peers from PEERS_DIR
+(see README.md beside this file).
 
     python benchmarks/peers/compare.py --out results/peers.json
     python benchmarks/peers/compare.py --check        # are their answers the same? no timing
@@ -84,7 +85,7 @@ def say(name: str, mode: str, point: Point) -> None:
 
 
 def session(setup: Setup, points: dict[tuple[str, str], list[Point]], started: str) -> Session:
-    """What has been measured so far."""
+    """Result file content with all measurements so far."""
     machine, commit, command = provenance.machine(), provenance.commit(), provenance.command()
     results = tuple(
         ServingResult(
@@ -150,13 +151,13 @@ def print_session(found: Session) -> None:
 
 
 def common_start(text: str, reference: str) -> float:
-    """Which share of the reference, from its beginning on, the text has too."""
+    """Share of the reference that the text repeats from its beginning."""
     same = takewhile(lambda pair: pair[0] == pair[1], zip(text, reference, strict=False))
     return sum(1 for _ in same) / max(len(reference), 1)
 
 
 def check(setup: Setup, peers: Sequence[Peer]) -> None:
-    """Each peer's greedy texts beside the first one's."""
+    """Compare each peer's greedy texts with the first one's."""
     reference: list[list[str]] | None = None
     rows = []
     for peer in peers:
@@ -241,7 +242,7 @@ def main(
 def measure_all(
     setup: Setup, peers: Sequence[Peer], modes: Sequence[str], out: Path | None
 ) -> Session:
-    """Every round over every peer; `out` is rewritten after each, so a broken session is kept."""
+    """Measure every round of every peer; `out` is rewritten after each."""
     started = provenance.now()
     points: dict[tuple[str, str], list[Point]] = {
         (peer.name, mode): [] for mode in modes for peer in peers

@@ -1,4 +1,4 @@
-"""A thin loopback HTTP front for the mistralrs wheel, which is a library without a server.
+"""Loopback HTTP server for the mistralrs wheel, which is a library without one.
 
 Answers `/v1/completions`, streamed. It drives the library's chat call with a template that passes
 the prompt through, because the completion call holds the runner until it is done, while the
@@ -42,7 +42,7 @@ def load_runner(base: str, folder: Path, adapters: int, sequences: int) -> Any:
 
 
 def completion(runner: Any, lock: threading.Lock, body: Event) -> Iterator[Event]:
-    """The answer's events, as they come."""
+    """Yield the answer's events as they come."""
     adapters = body.get("adapters")
     request = mistralrs.ChatCompletionRequest(
         messages=[{"role": "user", "content": body["prompt"]}],
@@ -91,7 +91,7 @@ def make_app(runner: Any, threads: int) -> FastAPI:
             try:
                 for event in completion(runner, lock, body):
                     put(event)
-            except BaseException as error:  # the library's panics are no Exceptions
+            except BaseException as error:  # the library's panics are not Exceptions
                 put({"error": f"{type(error).__name__}: {error}"})
             put(None)
 

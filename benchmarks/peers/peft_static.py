@@ -1,4 +1,4 @@
-"""PEFT with transformers: static batches with `adapter_names`, measured as the servers are.
+"""Benchmark of PEFT with transformers: static batches with `adapter_names`.
 
 There is no server here: N concurrent requests are one padded batch of N, which ends together. The
 prompts, the adapters, the statistics and the result file are quickchange_bench's own, so a row
@@ -33,7 +33,7 @@ BASE = "__base__"  # PEFT's name for "no adapter" in adapter_names
 
 
 class StepClock:
-    """A stopping criterion that notes when each step's tokens exist, and stops nothing."""
+    """Stopping criterion that records when each step's tokens exist, and stops nothing."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -44,7 +44,7 @@ class StepClock:
 
 
 class StaticBatches:
-    """One loaded model that answers batches of requests."""
+    """A loaded model that answers batches of requests."""
 
     def __init__(self, base: str, folder: Path, adapters: int) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")
@@ -60,7 +60,7 @@ class StaticBatches:
 
     @torch.inference_mode()
     def complete(self, batch: Sequence[Request]) -> list[ClientCompletion]:
-        """Greedy, all rows as long as the first asks. Outcomes in the batch's order."""
+        """Answer greedily, all rows as long as the first asks. Outcomes in the batch's order."""
         tokens = batch[0].output_tokens
         encoded = self.tokenizer([r.prompt for r in batch], return_tensors="pt", padding=True)
         clock = StepClock()
@@ -96,7 +96,7 @@ class StaticBatches:
 
     @contextmanager
     def _selected(self, batch: Sequence[Request]) -> Iterator[dict[str, Any]]:
-        """What `generate` is told about adapters: nothing, where no row has one."""
+        """Adapter arguments of `generate`: none where no row has an adapter."""
         if any(request.adapter is not None for request in batch):
             rows = [BASE if r.adapter is None else f"lora-{r.adapter}" for r in batch]
             yield {"adapter_names": rows}
@@ -112,7 +112,7 @@ def batches(requests: Sequence[Request], size: int) -> Iterator[Sequence[Request
 
 
 def measure(model: StaticBatches, plan: LoadPlan, load: Load, *, turn: int, place: int) -> Any:
-    """As serving.measure, with a batch where a server has concurrent requests."""
+    """Measure as `load_runner.measure`, with a batch in place of concurrent requests."""
     size = load.workers or 1
     for batch in batches(plan.warmup_requests(turn, place), size):
         model.complete(batch)
@@ -124,7 +124,7 @@ def measure(model: StaticBatches, plan: LoadPlan, load: Load, *, turn: int, plac
 
 
 def check(model: StaticBatches, prompts: Sequence[str], tokens: int) -> list[list[str]]:
-    """The text of the base model and of each adapter, alone, for each prompt."""
+    """Texts of the base model and of each adapter, alone, for each prompt."""
     rows = []
     for prompt in prompts:
         row = []

@@ -1,1 +1,1 @@
-"""Load generators and measurements; they drive any OpenAI-compatible server."""
+"""Load generators and measurements for any OpenAI-compatible server."""

@@ -1,4 +1,4 @@
-"""`python -m quickchange_bench serving …`"""
+"""Entry point: `python -m quickchange_bench serving …`."""
 
 from quickchange_bench.cli import main
 

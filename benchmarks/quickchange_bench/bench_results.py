@@ -1,4 +1,4 @@
-"""What a run measured, as plain frozen data: the JSON that is written is these fields.
+"""Results of a benchmark run as plain frozen data, written as JSON of the same fields.
 
 Times in seconds, memory in bytes. Standard library only.
 """
@@ -43,10 +43,10 @@ class ClientCompletion:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How requests arrive: closed loop (workers) or open loop (rate). One of the two is set."""
+    """Arrival of requests: closed loop (workers) or open loop (rate); one of the two is set."""
 
     workers: int | None = None
-    rate: float | None = None  # requests a second, Poisson
+    rate: float | None = None  # requests per second, Poisson
 
     def __post_init__(self) -> None:
         if (self.workers is None) == (self.rate is None):
@@ -63,19 +63,19 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class ResourceUse:
-    """What one measured stretch cost. `*_cores` are CPU seconds a second."""
+    """Resource use over one measured stretch. `*_cores` are CPU seconds per second."""
 
     server_cpu_seconds: float
     server_cores: float
     client_cores: float
-    other_cores: float  # taken by everything else on the machine: near 0 on a quiet one
+    other_cores: float  # used by the rest of the machine: near 0 on a quiet one
     peak_rss: int | None  # bytes, the processes' own peaks summed: shared pages count repeatedly
     pss: int | None  # bytes now, shared pages counted once
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """One round at one load. None: not measured."""
+    """Figures of one round at one load. None: not measured."""
 
     requests: int
     errors: int
@@ -103,7 +103,7 @@ class Summary:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A summary, and where it belongs."""
+    """A summary with its load and round."""
 
     load: Load
     round: int
@@ -112,18 +112,18 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Median:
-    """Field by field the median over the rounds of one load."""
+    """Medians over the rounds of one load, field by field."""
 
     load: Load
     rounds: int
-    spread: float | None  # of tokens/s: (largest - smallest) / median
+    spread: float | None  # spread of tokens/s: (largest - smallest) / median
     errors: int  # in all rounds together
     values: dict[str, float | None]
 
 
 @dataclass(frozen=True, slots=True)
 class WorkloadSpec:
-    """The options that made the workload, as given."""
+    """Options of the workload, as given."""
 
     adapters: int
     popularity: str | None
@@ -148,7 +148,7 @@ class MachineInfo:
 
 @dataclass(frozen=True, slots=True)
 class ServingResult:
-    """Everything a published figure has to name, and the figures."""
+    """Figures of a run with all that a published figure has to name."""
 
     label: str
     model: str
@@ -207,7 +207,7 @@ def summarise(completions: Sequence[ClientCompletion], use: ResourceUse | None) 
 
 
 def medians(points: Sequence[Point]) -> tuple[Median, ...]:
-    """One entry a load, in the order of first appearance."""
+    """Medians of each load, in the order of first appearance."""
     numeric = [f.name for f in fields(Summary) if f.name != "first_errors"]
     merged = []
     for load in dict.fromkeys(point.load for point in points):

@@ -41,7 +41,7 @@ Command = TypeVar("Command", bound=Callable[..., None])
 
 
 def _refusals(command: Command) -> Command:
-    """What a benchmark refuses ends the command with its message, without a traceback."""
+    """Turn a benchmark's refusals into one message without a traceback, and exit status 1."""
 
     @wraps(command)
     def guarded(*arguments: Any, **options: Any) -> None:
@@ -57,7 +57,7 @@ def _refusals(command: Command) -> Command:
 
 
 def parse_loads(concurrency: str, rate: float | None) -> tuple[Load, ...]:
-    """`1,8,16` to closed loops; a rate, where given, to one open loop instead."""
+    """Parse `1,8,16` to closed loops, or a rate, where given, to one open loop."""
     if rate is not None:
         return (Load(rate=rate),)
     try:
@@ -67,7 +67,7 @@ def parse_loads(concurrency: str, rate: float | None) -> tuple[Load, ...]:
 
 
 def adapter_names(listed: str, prefix: str, count: int) -> tuple[str, ...]:
-    """The adapters by name: those listed, or PREFIX0, PREFIX1, … up to `count`."""
+    """Names of the adapters: those listed, or PREFIX0, PREFIX1, … up to `count`."""
     if listed and prefix:
         raise ValueError("give --adapters or --adapter-prefix, not both")
     if prefix:

@@ -1,4 +1,4 @@
-"""What every published figure has to name besides itself: machine, commit, command."""
+"""Provenance of a published figure: machine, commit, command."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _cpu_name() -> str:
 
 
 def _memory() -> int:
-    """Bytes of physical memory."""
+    """Physical memory in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

@@ -1,4 +1,4 @@
-"""Results to JSON and back, to tables for people, and to a plot."""
+"""Results as JSON files, Markdown tables and a plot."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def number(value: float | None, digits: int = 1, scale: float = 1.0) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, its columns aligned: readable in a terminal and in a document."""
+    """Markdown table with aligned columns."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
@@ -92,7 +92,7 @@ def serving_table(result: ServingResult) -> str:
 
 
 def describe(result: ServingResult) -> str:
-    """The lines that stand above a published table."""
+    """Lines above a published table."""
     load, machine = result.workload, result.machine
     adapters = f"{load.adapters} adapters, {load.popularity}" if load.popularity else "no adapter"
     return "\n".join(

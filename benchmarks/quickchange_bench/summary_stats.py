@@ -1,4 +1,4 @@
-"""The few statistics that every report here uses. Knows nothing of servers or requests."""
+"""Statistics that the reports share. Knows nothing of servers or requests."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def percentile(values: Iterable[float], q: float) -> float | None:
 
 
 def median_of(values: Iterable[float | None]) -> float | None:
-    """The median of what was measured; None where nothing was."""
+    """Median of the measured values; None where there are none."""
     known = [value for value in values if value is not None]
     return median(known) if known else None
 

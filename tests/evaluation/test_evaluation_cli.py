@@ -77,7 +77,7 @@ def test_what_is_done_is_kept_when_it_is_interrupted(
     bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "found.json"
-    row, done = evaluation_run._Asked.row, []
+    row, done = evaluation_run._Answers.row, []
 
     def interrupted(self: Any, *given: Any) -> Any:
         if done:
@@ -85,7 +85,7 @@ def test_what_is_done_is_kept_when_it_is_interrupted(
         done.append(row(self, *given))
         return done[0]
 
-    monkeypatch.setattr(evaluation_run._Asked, "row", interrupted)
+    monkeypatch.setattr(evaluation_run._Answers, "row", interrupted)
     code, _, _ = evaluate(
         bench, "--adapter", bench.loras["first"], "--concurrency", 1, "--json", out
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from quickchange_server.config import Settings
+from quickchange_server.entrypoints.in_process_engine import InProcessEngine
 from quickchange_server.errors import AdapterFailedError
+from quickchange_server.protocol import Component
 from quickchange_store.base_model.base_spec import base_spec
 from quickchange_store.canonical.canonical_adapter import CanonicalAdapter
 from quickchange_store.importing import read_adapter
-from quickchange_training.evaluation.loss import LossMeter
+from quickchange_training.evaluation.evaluation_run import reference_loss
 from quickchange_training.examples import Encoded
 
 
@@ -45,37 +48,45 @@ def by_transformers(model: torch.nn.Module) -> float:
     return nats / count
 
 
-@pytest.fixture(scope="module")
-def meter(bench: Any) -> LossMeter:
-    return LossMeter(
-        Settings.model_validate(
-            {"model": str(bench.model), "store": bench.model, "adapter_device_bytes": 8 << 20}
-        )
+def started(bench: Any, adapter_device_bytes: int) -> InProcessEngine:
+    """An engine that knows the LoRAs by name in place of digests."""
+
+    def load(name: str) -> CanonicalAdapter:
+        return read_adapter(bench.loras[name], base_spec(str(bench.model))).adapter
+
+    settings = Settings(
+        model=str(bench.model),
+        store=Path(bench.model),
+        prefix_cache=False,
+        adapter_device_bytes=adapter_device_bytes,
     )
+    return InProcessEngine(settings, load)
 
 
-def adapter(bench: Any, name: str) -> CanonicalAdapter:
-    return read_adapter(bench.loras[name], base_spec(str(bench.model))).adapter
+@pytest.fixture(scope="module")
+def engine(bench: Any) -> Iterator[InProcessEngine]:
+    with started(bench, 8 << 20) as engine:
+        yield engine
 
 
-def test_the_bases_loss_is_transformers(bench: Any, meter: LossMeter) -> None:
+def test_the_bases_loss_is_transformers(bench: Any, engine: InProcessEngine) -> None:
     model = AutoModelForCausalLM.from_pretrained(bench.model).eval()
-    assert meter.loss(None, EXAMPLES) == pytest.approx(by_transformers(model), rel=1e-5)
+    found = reference_loss(engine, (), EXAMPLES)
+    assert found == pytest.approx(by_transformers(model), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["first", "second"])
-def test_an_adapters_loss_is_pefts(bench: Any, meter: LossMeter, name: str) -> None:
+def test_an_adapters_loss_is_pefts(bench: Any, engine: InProcessEngine, name: str) -> None:
     base = AutoModelForCausalLM.from_pretrained(bench.model)
     expected = by_transformers(PeftModel.from_pretrained(base, bench.loras[name]).eval())
-    assert meter.loss(adapter(bench, name), EXAMPLES) == pytest.approx(expected, rel=1e-5)
-    assert abs(expected - meter.loss(None, EXAMPLES)) > 0.01  # and nothing of it stays behind
+    found = reference_loss(engine, (Component(name),), EXAMPLES)
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert abs(expected - reference_loss(engine, (), EXAMPLES)) > 0.01  # nothing of it stays
 
 
-def test_an_adapter_larger_than_the_budget_is_refused(bench: Any, tmp_path: Path) -> None:
-    small = LossMeter(
-        Settings.model_validate(
-            {"model": str(bench.model), "store": tmp_path, "adapter_device_bytes": 9000}
-        )
-    )
-    with pytest.raises(AdapterFailedError, match="adapter_device_bytes"):
-        small.loss(adapter(bench, "second"), EXAMPLES)
+def test_an_adapter_larger_than_the_budget_is_refused(bench: Any) -> None:
+    with (
+        started(bench, 9000) as small,
+        pytest.raises(AdapterFailedError, match="adapter_device_bytes"),
+    ):
+        reference_loss(small, (Component("second"),), EXAMPLES)

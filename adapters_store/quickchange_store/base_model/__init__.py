@@ -1,1 +1,1 @@
-"""What the store knows of a base model: shapes, weights by name, sub-layers."""
+"""Facts about a base model that adapters are checked against: shapes, weights, sub-layers."""

@@ -1,4 +1,4 @@
-"""What a base model is made of, read from its configuration alone, without its weights.
+"""Module shapes of a base model, read from its configuration without its weights.
 
 The model is instantiated on the meta device, so a model of any size takes a second and no memory.
 Knows nothing of adapters.
@@ -28,8 +28,8 @@ def base_spec(model: str | Path, name: str | None = None) -> BaseSpec:
     """The spec of the model at a path (transformers' layout) or with a hub id.
 
     Its modules are every `nn.Linear`, the LM head included where it is tied to the embedding, and
-    the input embedding. `name` is what the base is called in messages; default: `model`. Takes
-    seconds for a large model: keep the result. Raises BaseModelError.
+    the input embedding. `name` stands for the base in messages; default: `model`. Takes seconds
+    for a large model: keep the result. Raises BaseModelError.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -84,11 +84,11 @@ def spec_of(network: Any, name: str, weights: CheckpointWeights | None = None) -
 
 @dataclass(frozen=True)
 class _Names:
-    """How a checkpoint names the model's parameters, by transformers' own rules for loading."""
+    """Parameter names in a checkpoint, by transformers' own rules for loading."""
 
-    tied: Mapping[str, str]  # parameters that may be left out, and the one that each is equal to
+    tied: Mapping[str, str]  # parameter that may be absent -> the one that it equals
     parameters: Mapping[str, str]  # every parameter's name, twice
-    prefix: str  # of the part without a head, which some checkpoints leave out
+    prefix: str  # path of the part without a head; some checkpoints leave it out
     renamings: Sequence[Any]
     converters: Sequence[Any]
 
@@ -108,7 +108,7 @@ class _Names:
         )
 
     def parameter(self, key: str) -> str | None:
-        """The parameter that a checkpoint's tensor is, None where it is one after a conversion."""
+        """The parameter that a checkpoint's tensor holds; None where loading converts it."""
         from transformers.core_model_loading import rename_source_key
 
         name, converted = rename_source_key(
@@ -139,7 +139,7 @@ class CheckpointWeights:
 
     @cached_property
     def _keys(self) -> dict[str | None, tuple[str, Path]]:
-        """Each parameter's key in the checkpoint and its file. An adapter may ask for hundreds."""
+        """Key and file of each parameter in the checkpoint, looked up once."""
         return {self._names.parameter(key): (key, file) for key, file in self._files().items()}
 
     def _files(self) -> dict[str, Path]:

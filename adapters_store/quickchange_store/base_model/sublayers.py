@@ -1,4 +1,4 @@
-"""What else of a base model's structure an adapter may depend on: sub-layers, gated MLPs.
+"""Sub-layers and gated MLPs of a base model, which bottleneck and IA3 adapters depend on.
 
 Read from a transformers model on any device, the meta device included. Knows nothing of adapters.
 """
@@ -23,7 +23,7 @@ _TOLERANCE = 1e-9
 
 
 def sublayers(network: nn.Module) -> dict[str, SubLayer]:
-    """The modules that end a sub-layer, by path, in models that name their parts as Llama does.
+    """Modules that end a sub-layer, by path, in models that name their parts as Llama does.
 
     In most of them `post_attention_layernorm` is the norm before the MLP. Where there is a
     `pre_feedforward_layernorm` too (Gemma 2), it stands between the attention's output and the
@@ -50,7 +50,7 @@ def sublayers(network: nn.Module) -> dict[str, SubLayer]:
 
 
 def producers(network: nn.Module) -> dict[str, str]:
-    """down_proj's path -> up_proj's, wherever an MLP is down(act(gate(x)) ⊙ up(x)).
+    """Paths of down_proj -> up_proj, wherever an MLP is down(act(gate(x)) ⊙ up(x)).
 
     Found by what the MLP computes: with small weights in place of its own, scaling up_proj's output
     must give what scaling down_proj's input gives.

@@ -1,4 +1,4 @@
-"""The one form in which every adapter is stored and served: a list of low-rank updates.
+"""Canonical form in which every adapter is stored and served: a list of low-rank updates.
 
 A canonical adapter is, per module of the base model, `A [r, in]`, `B [out, r]` and a scale, with an
 optional shift and activation between them, a bias and a gain:
@@ -12,12 +12,11 @@ store's layout on disk, of devices or of HTTP.
 
 Its bytes are one safetensors file, written so that they are a pure function of what the adapter
 computes: the architecture, the modules, their tensors (dtype included) and scales. `base_name` and
-`source` only tell where an adapter came from. They are not in the bytes, so the same weights
-imported twice, from two paths or by two tools, are the same version and share every cache. The
-digest of an adapter is the SHA-256 of these bytes. What is at its default is not written at all,
-so the bytes of a plain LoRA are the ones that they were before the rest existed; a file with
-anything more is of format 2, with Turbo heads (`turbo_bytes`) of format 3: older readers refuse it
-instead of leaving half of it out.
+`source` only say where an adapter came from. They are not in the bytes, so the same weights
+imported from two paths or by two tools are one version and share every cache. The digest of an
+adapter is the SHA-256 of these bytes. Defaults are not written, so a plain LoRA stays format 1;
+anything more makes it format 2, and Turbo heads (`turbo_bytes`) format 3, which older readers
+refuse instead of dropping a part.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ class ModuleShape:
     kind: ModuleKind
     in_features: int  # an embedding's vocabulary
     out_features: int
-    bias: bool = False  # the base module has one
+    bias: bool = False  # True: the base module has one
     output_scale: float = 1.0  # the module multiplies its own output by it (scaled embeddings)
 
 
@@ -76,7 +75,7 @@ class SubLayer:
 
 
 class BaseWeights(Protocol):
-    """The base model's own weights, read only where an import can't do without them."""
+    """The base model's own weights, read only for imports that need them."""
 
     def tensor(self, name: str) -> torch.Tensor:
         """The parameter `name` as the checkpoint holds it, on the CPU.
@@ -88,7 +87,7 @@ class BaseWeights(Protocol):
 
 @dataclass(frozen=True)
 class BaseSpec:
-    """What an adapter must fit: the base model's architecture and the shapes of its modules."""
+    """The base model's architecture and module shapes, which an adapter must fit."""
 
     architecture: str  # transformers' class name, e.g. "LlamaForCausalLM"
     name: str  # informal; a different name alone only warns
@@ -166,7 +165,7 @@ class LowRankUpdate:
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors that there are, by the names under which they are stored."""
+        """The update's tensors by their stored names, without those that are None."""
         parts = {
             "a": self.a,
             "b": self.b,
@@ -178,7 +177,7 @@ class LowRankUpdate:
 
     @property
     def plain(self) -> bool:
-        """Whether A, B, scale and bias say all of it."""
+        """True if A, B, scale and bias say all of the update."""
         return (
             self.activation == "identity"
             and self.source == "input"
@@ -192,14 +191,14 @@ class CanonicalAdapter:
     """An adapter as the engine serves it. `updates` is keyed by the base model's module path."""
 
     architecture: str
-    base_name: str  # as the source named it; informal, not in the digest
+    base_name: str  # from the source; informal, not in the digest
     updates: dict[str, LowRankUpdate]
     source: dict[str, Any] = field(default_factory=dict)  # format, recipe: informal, as base_name
     turbo: TurboHeads | None = None  # the heads that draft for it
 
     @property
     def parameters(self) -> int:
-        """Number of stored values, those of the Turbo heads included."""
+        """Number of stored values, Turbo heads included."""
         updates = sum(t.numel() for u in self.updates.values() for t in u.tensors.values())
         return updates + (0 if self.turbo is None else turbo_bytes.parameters(self.turbo))
 
@@ -278,7 +277,7 @@ def file_digest(path: Path) -> str:
 
 
 def _chunks(adapter: CanonicalAdapter) -> Iterator[bytes]:
-    """The file in pieces: header length, header, then the tensors in the header's order."""
+    """The file in pieces: length and header, then the tensors in the header's order."""
     import torch
 
     layout, heads = (None, {}) if adapter.turbo is None else turbo_bytes.parts(adapter.turbo)
@@ -374,7 +373,7 @@ class _Header:
 
 
 def _parse_metadata(path: Path, metadata: dict[str, str] | None) -> _Header:
-    """The header. What it says of activations and sources is checked by LowRankUpdate."""
+    """The parsed header; LowRankUpdate checks its activations and sources."""
     try:
         header = json.loads((metadata or {})[METADATA_KEY])
         known = (PLAIN_FORMAT, FULL_FORMAT, TURBO_FORMAT)

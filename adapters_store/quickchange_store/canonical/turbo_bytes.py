@@ -1,9 +1,8 @@
-"""The part of an adapter's canonical bytes that holds its Turbo heads.
+"""Turbo heads in an adapter's canonical bytes: their tensors and their entry in the header.
 
 Equal heads give equal bytes, however they were put together: equal blocks are stored once and
 numbered in the order in which the heads first use them, blocks that no head uses are left out, and
-equal LM heads are stored once too. Knows nothing of files: names and tensors here, bytes and
-headers in `canonical`.
+equal LM heads are stored once too. Knows nothing of files: `canonical_adapter` writes the bytes.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ VOCABULARY = "turbo.vocabulary"
 
 @dataclass(frozen=True)
 class TurboLayout:
-    """What a header says of the heads: which blocks and which LM head each of them has."""
+    """The header's entry: the blocks and the LM head of each head."""
 
     heads: tuple[tuple[int, ...], ...]
-    outputs: tuple[int, ...]  # of each head: its own LM head's number; or none
+    outputs: tuple[int, ...]  # number of each head's own LM head; or empty
     sequential: bool
-    vocabulary: bool  # there is a list of the tokens that are drafted
+    vocabulary: bool  # True: only the listed tokens are drafted
 
     def encode(self) -> dict[str, Any]:
         return {
@@ -39,7 +38,7 @@ class TurboLayout:
 
     @classmethod
     def decode(cls, tree: Mapping[str, Any]) -> TurboLayout:
-        """Raises KeyError, TypeError or ValueError where the header is damaged."""
+        """Parse the entry. Raises KeyError, TypeError or ValueError where it is damaged."""
         return cls(
             heads=tuple(tuple(map(_number, head)) for head in tree["heads"]),
             outputs=tuple(map(_number, tree["outputs"])),
@@ -49,7 +48,7 @@ class TurboLayout:
 
 
 def parts(turbo: TurboHeads) -> tuple[TurboLayout, dict[str, torch.Tensor]]:
-    """The heads in their one form: what the header says of them, and their tensors by name."""
+    """The heads in their one form: the header's entry, and their tensors by name."""
     blocks, block_numbers = _shared(
         [(turbo.blocks[i].weight, turbo.blocks[i].bias) for head in turbo.heads for i in head]
     )
@@ -72,7 +71,7 @@ def parts(turbo: TurboHeads) -> tuple[TurboLayout, dict[str, torch.Tensor]]:
 
 
 def assemble(layout: TurboLayout, tensor: Callable[[str], torch.Tensor]) -> TurboHeads:
-    """The heads of a file, whose tensors `tensor` gives by name. Raises InvalidAdapterError."""
+    """Heads from their layout and tensors by name. Raises InvalidAdapterError."""
     used = sorted({index for head in layout.heads for index in head})
     outputs = {i: tensor(_output(i)) for i in set(layout.outputs)}
     return TurboHeads(
@@ -91,14 +90,14 @@ def shared(turbo: TurboHeads) -> TurboHeads:
 
 
 def parameters(turbo: TurboHeads) -> int:
-    """Number of trained values; what heads share counts once."""
+    """Number of trained values; shared blocks and LM heads count once."""
     return sum(t.numel() for name, t in parts(turbo)[1].items() if name != VOCABULARY)
 
 
 def _shared(
     items: Sequence[tuple[torch.Tensor, ...]],
 ) -> tuple[list[tuple[torch.Tensor, ...]], list[int]]:
-    """The distinct items in order of first appearance, and of each item its number among them."""
+    """The distinct items in order of first appearance, and each item's number among them."""
     distinct: list[tuple[torch.Tensor, ...]] = []
     numbers = []
     for item in items:
@@ -111,7 +110,7 @@ def _shared(
 
 
 def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """Whether two tensors are the same bytes: a zero and its negative differ."""
+    """True if two tensors are the same bytes: a zero and its negative differ."""
     import torch
 
     if left is right:

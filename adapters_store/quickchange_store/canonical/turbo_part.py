@@ -1,4 +1,4 @@
-"""The drafting part of an adapter: Medusa-style heads that guess the tokens after the next one.
+"""Turbo heads: Medusa-style heads of an adapter that draft the tokens after the next one.
 
 Head i (from 0) drafts token t + 2 + i where x, the hidden state that enters the LM head, belongs to
 token t. A head is a few residual blocks, one after another:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DraftBlock:
-    """weight [H, K], K = H, or 2 H where the block reads an embedding beside x; bias [H]."""
+    """One residual block: weight [H, K], K = H, or 2 H where it reads an embedding; bias [H]."""
 
     weight: torch.Tensor
     bias: torch.Tensor
@@ -46,7 +46,7 @@ class TurboHeads:
     """All heads of an adapter. Raises InvalidAdapterError where the parts do not fit together."""
 
     blocks: tuple[DraftBlock, ...]
-    heads: tuple[tuple[int, ...], ...]  # of each head: its blocks, in order
+    heads: tuple[tuple[int, ...], ...]  # the blocks of each head, in order
     sequential: bool = False
     vocabulary: torch.Tensor | None = None  # int32 [D] ascending; None: every token
     outputs: tuple[torch.Tensor, ...] = ()  # own LM heads [D or V, H], one a head; or none

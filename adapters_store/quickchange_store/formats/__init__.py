@@ -1,1 +1,1 @@
-"""Readers of adapter directories as other tools write them; each gives the canonical form."""
+"""Readers and writers of other tools' adapter directories."""

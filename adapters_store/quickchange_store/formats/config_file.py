@@ -1,7 +1,7 @@
-"""`adapter_config.json`: reading it, and the checks that every format's reader needs.
+"""`adapter_config.json`: reading it, and the checks that the format readers share.
 
-A field is honoured, harmless or refused, and one that no reader knows is refused where it is set:
-nothing is ignored that could change the output. Knows nothing of tensors.
+A field is honoured, harmless or refused; an unknown one is refused where it is set, as it might
+change the output. Knows nothing of tensors.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def number(name: str, value: Any) -> float:
 
 
 def is_set(value: Any) -> bool:
-    """Whether a field asks for something: null, false, zero and empty values do not."""
+    """True if a field asks for something: null, false, zero and empty values do not."""
     return bool(value)
 
 

@@ -1,4 +1,4 @@
-"""What every reader returns."""
+"""Result of every format reader."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from quickchange_store.canonical.canonical_adapter import CanonicalAdapter
 
 @dataclass(frozen=True)
 class Imported:
-    """An adapter in the canonical form, and what its owner should be told about it."""
+    """An adapter in the canonical form, and warnings for its owner."""
 
     adapter: CanonicalAdapter
     warnings: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""A guard for the regular expressions in an adapter's configuration.
+"""Time limit for the regular expressions in an adapter's configuration.
 
 Python's `re` can take hours over a short expression such as `(a+)+$`, can't be interrupted, and an
 adapter may come from anyone who can upload. So expressions are first run over the base's module
@@ -64,7 +64,7 @@ def check_patterns(config: Mapping[str, Any], paths: Iterable[str], file: str) -
 
 
 def _expressions(config: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Each expression as written, and as PEFT uses it."""
+    """Pairs of each expression as written and as PEFT uses it."""
     fields = ("target_modules", "exclude_modules", "feedforward_modules")
     names = [config.get(field) for field in fields]
     layers = config.get("layers_pattern")

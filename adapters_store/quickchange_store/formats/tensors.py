@@ -1,6 +1,6 @@
-"""The weight files of an adapter's directory: found, opened, and read tensor by tensor.
+"""Weight files of an adapter's directory: found, opened, and read tensor by tensor.
 
-Every tensor is checked when it is taken, and the reader can tell which ones nothing asked for.
+Every tensor is checked when it is taken; `AdapterTensors.left` holds those that were not taken.
 Pickled weights are never opened.
 """
 
@@ -90,9 +90,9 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 class AdapterTensors:
-    """The tensors of one file or several, and which of them nothing has asked for yet.
+    """Tensors of one file or several; `left` holds the names not yet taken.
 
-    `config_file` is the one that says which tensors there must be, for messages.
+    `config_file`: for messages, the file that says which tensors there must be.
     """
 
     def __init__(self, *paths: Path, config_file: str = CONFIG_FILE) -> None:
@@ -119,7 +119,7 @@ class AdapterTensors:
 
     @staticmethod
     def keys(path: Path) -> set[str]:
-        """The names in one file, without reading tensors. Raises InvalidAdapterError."""
+        """Tensor names in one file, whose tensors are not read. Raises InvalidAdapterError."""
         with _opened(path) as file:
             return set(file.keys())
 
@@ -174,7 +174,7 @@ class AdapterTensors:
         return self._content[key]
 
     def take_shaped(self, key: str, module: str, expected: tuple[int, ...]) -> torch.Tensor:
-        """`take`, and the shape must be the one that the base's module asks for."""
+        """`take` with a check of the base module's shape. Raises BaseMismatchError."""
         tensor = self.take(key)
         if tuple(tensor.shape) != expected:
             raise BaseMismatchError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -70,6 +71,13 @@ DEMO_ALIASES: dict[str, DemoAlias] = {
 }
 
 
+def demo_store_folder() -> Path:
+    """`$XDG_DATA_HOME/quickchange/demo`, by default under `~/.local/share`."""
+    xdg = os.environ.get("XDG_DATA_HOME")
+    data = Path(xdg) if xdg else Path.home() / ".local" / "share"
+    return data / "quickchange" / "demo"
+
+
 def publish_demo_adapters(store: Store, base: BaseSpec) -> list[str]:
     """Add the demo's adapters, heads and aliases that `store` lacks; their names.
 
@@ -94,6 +102,7 @@ __all__ = [
     "DemoAdapter",
     "DemoAlias",
     "DemoBaseError",
+    "demo_store_folder",
     "ensure_demo_base",
     "publish_demo_adapters",
 ]

@@ -1,4 +1,4 @@
-"""General chat prompts, made from templates: what people ask a small assistant, in many ways.
+"""General chat prompts, made from templates: common questions to a small assistant.
 
 The demo's heads for the plain base model learn from its own answers to them.
 """

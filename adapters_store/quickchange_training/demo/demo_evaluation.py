@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DemoComparison:
-    """One task's held-out measures without and with the adapter, and what was answered."""
+    """One task's held-out measures and answers, without and with the adapter."""
 
     task: str
     examples: tuple[TaskExample, ...]
@@ -30,7 +30,7 @@ class DemoComparison:
     adapter_answers: tuple[str, ...]
 
     def answers(self) -> list[dict[str, str]]:
-        """One record an example: what was asked, expected and answered."""
+        """One record an example: prompt, expected answer, both answers."""
         rows = zip(self.examples, self.base_answers, self.adapter_answers, strict=True)
         return [
             {

@@ -1,4 +1,4 @@
-"""How the demo's Turbo heads were trained: prompts from the tasks, recipes from here."""
+"""Training of the demo's Turbo heads: prompts from the tasks, recipes from here."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _CHECKPOINT_EVERY = 200  # optimizer steps
 
 @dataclass(frozen=True)
 class DemoHeadsRecipe:
-    """Heads' training: so many prompts of a task (None: general ones), and how."""
+    """Demo heads' training: a task (None: general prompts), its number of prompts, the recipe."""
 
     task: str | None
     prompts: int
@@ -51,7 +51,7 @@ def train_demo_heads(
 ) -> TurboReport:
     """Train the heads `name` by `recipe` into the directory `out`.
 
-    An interrupted run goes on from the folder `out`.training, if it is there.
+    Resumes an interrupted run from the folder `out`.training, if it is there.
     """
     import shutil
 

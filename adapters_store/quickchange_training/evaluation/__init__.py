@@ -1,1 +1,1 @@
-"""Evaluation of adapters on a task: answers by the engine, scores, and their report."""
+"""Evaluation of adapters on a task: answers by the engine, scores, report."""

@@ -1,4 +1,4 @@
-"""`quickchange eval`: adapters side by side on a task of one's own, as a table and a plot."""
+"""`quickchange eval`: compares adapters on a task file, as a table and a plot."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def evaluate(
 
 
 def _concurrency(text: str) -> tuple[int, ...]:
-    """`1,16` to numbers, ascending, each once."""
+    """Parse `1,16` to distinct numbers, ascending."""
     try:
         found = sorted({int(part) for part in text.split(",")})
     except ValueError:

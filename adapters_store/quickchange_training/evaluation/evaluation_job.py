@@ -1,4 +1,4 @@
-"""One evaluation from options to rows: reads the task, finds the adapters, saves as it goes."""
+"""An evaluation from options to rows: reads the task, finds the adapters, saves each row."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from quickchange_server.config import Settings
-from quickchange_server.entrypoints.serve import data_folder
 from quickchange_store.base_model.base_spec import base_spec
 from quickchange_store.store import Store
-from quickchange_training.demo import ensure_demo_base, publish_demo_adapters
+from quickchange_training.demo import (
+    demo_store_folder,
+    ensure_demo_base,
+    publish_demo_adapters,
+)
 from quickchange_training.evaluation.evaluation_results import Evaluation, save
 from quickchange_training.evaluation.evaluation_run import EvaluationTask, evaluate
 from quickchange_training.evaluation.variants import BASE, EvaluatedAdapters
@@ -22,27 +25,27 @@ DEMO = "demo"
 
 @dataclass(frozen=True)
 class EvaluationJob:
-    """What the command line asks for."""
+    """Options of `quickchange eval`."""
 
     task: Path
     model: str  # folder, hub id or DEMO
     store: Path | None
     adapters: tuple[str, ...]  # NAME[+TURBO] each
-    limit: int | None  # of examples
-    max_tokens: int | None  # of an answer
+    limit: int | None  # number of examples
+    max_tokens: int | None  # limit of an answer
     concurrency: tuple[int, ...]  # ascending
     prompt_format: PromptFormat
-    max_length: int  # of an example, in tokens
+    max_length: int  # limit of an example, in tokens
     device: str
     dtype: str
     out: Path | None  # for the JSON
 
 
 def run(job: EvaluationJob, stage: Callable[[str], None]) -> Evaluation:
-    """The base's row, then one for each adapter; `stage` is told what begins.
+    """Evaluate the base, then each adapter; `stage` is called with a text as each part begins.
 
-    With `job.out`, what is done so far is written there after each row. What can be refused is
-    refused first. Raises TrainingError, StoreError, DemoBaseError, QuickchangeError.
+    With `job.out`, the rows so far are written there after each. What can be refused is refused
+    first. Raises TrainingError, StoreError, DemoBaseError, QuickchangeError.
     """
     model = str(ensure_demo_base()) if job.model == DEMO else job.model
     task = _task(job, model)
@@ -73,12 +76,12 @@ def run(job: EvaluationJob, stage: Callable[[str], None]) -> Evaluation:
 
 
 def _store(job: EvaluationJob, model: str) -> Store | None:
-    """Where names are looked up; where none is given, the demo's own for the demo's base."""
+    """Store of adapters by name; by default the demo's for the demo's base, else None."""
     if job.store is not None:
         return Store(job.store)
     if job.model != DEMO:
         return None
-    store = Store(data_folder() / DEMO)
+    store = Store(demo_store_folder())
     publish_demo_adapters(store, base_spec(model))
     return store
 

@@ -22,7 +22,7 @@ _PLOT_FORMATS = (".png", ".svg", ".pdf")
 
 
 def as_table(evaluation: Evaluation) -> str:
-    """A Markdown table, its columns aligned: readable in a terminal and in a document."""
+    """Markdown table with aligned columns."""
     lanes = [speed.concurrency for speed in evaluation.rows[0].speeds]
     header = ["adapter", "exact match", "JSON valid", "token F1", "loss"]
     for lane in lanes:
@@ -61,7 +61,7 @@ def _aligned(rows: list[list[str]]) -> str:
 
 
 def check_plot(path: Path) -> None:
-    """Raises OutputError where `plot` could not write there; before the work."""
+    """Raise OutputError where `plot` could not write to `path`."""
     if path.suffix not in _PLOT_FORMATS:
         raise OutputError(f"--plot {path}: end its name with {', '.join(_PLOT_FORMATS)}")
     try:
@@ -73,7 +73,7 @@ def check_plot(path: Path) -> None:
 
 
 def plot(evaluation: Evaluation, measure: Measure, path: Path) -> None:
-    """`measure` over tokens/s: a panel for each concurrency, a point for each adapter."""
+    """Draw `measure` over tokens/s: a panel for each concurrency, a point for each adapter."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,6 +1,6 @@
-"""What an evaluation found, as plain frozen data: the JSON that is written is these fields.
+"""Results of an evaluation as plain frozen data, written as JSON of the same fields.
 
-Times in seconds, losses in nats a token.
+Times in seconds, losses in nats per token.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class EvaluationSpeed:
-    """One pass over some of the examples, so many at a time."""
+    """Speed of one pass over some of the examples at one concurrency."""
 
     concurrency: int
     requests: int
     tokens_per_second: float  # new tokens of all requests over the wall-clock time
-    tokens_per_step: float  # new tokens a request gets in a step that gives it any: 1 undrafted
+    tokens_per_step: float  # new tokens of a request in a step that gives it any: 1 undrafted
     first_token_seconds: float  # median
 
 
 @dataclass(frozen=True, slots=True)
 class DepthAcceptance:
-    """Drafts at one depth (from 1: tokens after the one that was certain), over all passes."""
+    """Drafts at one depth (from 1: tokens after the certain one), over all passes."""
 
     depth: int
     drafted: int
@@ -40,7 +40,7 @@ class DepthAcceptance:
 
 @dataclass(frozen=True, slots=True)
 class ScoredAnswer:
-    """What was answered to one example."""
+    """The answer to one example."""
 
     origin: str  # FILE line N
     text: str
@@ -52,7 +52,7 @@ class Row:
 
     label: str
     scores: Scores
-    loss: float  # nats a token of the references, end-of-sequence included, teacher forced
+    loss: float  # nats per reference token, end-of-sequence included, teacher forced
     speeds: tuple[EvaluationSpeed, ...]
     acceptance: tuple[DepthAcceptance, ...]  # empty: nothing was drafted
     answers: tuple[ScoredAnswer, ...]
@@ -60,7 +60,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """All rows, and what they were measured on."""
+    """Rows of all variants, with the task and model they were measured on."""
 
     task: str  # the file's name
     model: str
@@ -71,7 +71,7 @@ class Evaluation:
 
 
 def save(evaluation: Evaluation, path: Path) -> None:
-    """Write it as JSON, whole or not at all."""
+    """Write the evaluation as JSON, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(asdict(evaluation), indent=2) + "\n")

@@ -1,7 +1,8 @@
-"""Runs an evaluation: every variant on every example, through the engine that serves them.
+"""Evaluation of variants on examples, through the engine that serves them.
 
-Greedy. Quality comes from one pass over all examples at the highest concurrency; the lower ones
-are passes over the first few, as they only measure speed. Knows nothing of files or tables.
+Answers are greedy. Quality and speed come from one pass over all examples at the highest
+concurrency; passes at lower ones take the first few, as they only measure speed. Knows nothing of
+files or tables.
 """
 
 from __future__ import annotations
@@ -9,32 +10,31 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median
 
 from quickchange_server.config import Settings
-from quickchange_server.entrypoints.engine_start import token_text
+from quickchange_server.entrypoints.engine_start import read_text, token_text
 from quickchange_server.entrypoints.in_process_engine import EngineRun, InProcessEngine
-from quickchange_server.frontend.tokenizer import Text
-from quickchange_server.protocol import SamplingParams, Submit
+from quickchange_server.protocol import Component, SamplingParams, Submit
 from quickchange_training.evaluation.evaluation_results import (
     DepthAcceptance,
     EvaluationSpeed,
     Row,
     ScoredAnswer,
 )
-from quickchange_training.evaluation.loss import LossMeter
 from quickchange_training.evaluation.scores import score
 from quickchange_training.evaluation.variants import EvaluatedAdapters, EvaluatedVariant
 from quickchange_training.examples import Encoded, Example
 
 _WARMUP_TOKENS = 4
-_LEAST_REQUESTS = 8  # of a pass that measures speed alone
+_LEAST_REQUESTS = 8  # in a pass that measures speed alone
 _REQUESTS_A_LANE = 2
 
 
 @dataclass(frozen=True)
 class EvaluationTask:
-    """The examples, tokenised, and how long an answer may get."""
+    """The examples, tokenised, and the limit of an answer in tokens."""
 
     examples: tuple[Example, ...]
     encoded: tuple[Encoded, ...]
@@ -49,48 +49,58 @@ def evaluate(
     concurrency: Sequence[int],
     stage: Callable[[str], None],
 ) -> Iterator[Row]:
-    """A row for each variant, as it is done. `stage` is told what begins.
+    """Yield each variant's row as it is done; `stage` is called as each part begins.
 
-    `concurrency`: requests in the engine at once, of each pass.
-
-    Raises what `load_model` raises, what `InProcessEngine.run` raises.
+    `concurrency`: requests in the engine at once, for each pass. Raises what `InProcessEngine` and
+    its `run` raise.
     """
-    losses = _losses(settings, adapters, variants, task, stage)
-    text = Text.load(settings.model)
-    with InProcessEngine(settings, adapters.load, token_text(settings.model)) as engine:
+    text = read_text(settings.model)
+    decode = partial(text.decode, skip_special_tokens=True)
+    losses: dict[str | None, float] = {}  # by digest: heads change no loss
+    with InProcessEngine(settings, adapters.load, token_text(text)) as engine:
         for variant in variants:
+            if variant.adapter not in losses:
+                stage(f"{variant.label}: loss")
+                losses[variant.adapter] = reference_loss(engine, variant.components, task.encoded)
             stage(f"{variant.label}: answers")
-            yield _Asked(engine, text, task, variant).row(concurrency, losses[variant.adapter])
+            answers = _Answers(engine, task, variant, text.eos_ids, decode)
+            yield answers.row(concurrency, losses[variant.adapter])
 
 
-def _losses(
-    settings: Settings,
-    adapters: EvaluatedAdapters,
-    variants: Sequence[EvaluatedVariant],
-    task: EvaluationTask,
-    stage: Callable[[str], None],
-) -> dict[str | None, float]:
-    """Of each adapter, by digest: heads draft what the same weights would say."""
-    meter = LossMeter(settings)
-    losses: dict[str | None, float] = {}
-    for variant in variants:
-        digest = variant.adapter
-        if digest not in losses:
-            stage(f"{variant.label}: loss")
-            adapter = None if digest is None else adapters.load(digest)
-            losses[digest] = meter.loss(adapter, task.encoded)
-    return losses
+def reference_loss(
+    engine: InProcessEngine, adapters: tuple[Component, ...], examples: Sequence[Encoded]
+) -> float:
+    """Mean loss of the reference answers' tokens in nats, end-of-sequence included.
+
+    Teacher forced, from the log-probabilities of each example as a prompt. Raises what
+    `InProcessEngine.run` raises: an example must be shorter than the engine's context.
+    """
+    sampling = SamplingParams(max_tokens=0, prompt_logprobs=0)
+    run = engine.run(
+        [Submit(str(i), e.tokens, sampling, adapters, seed=0) for i, e in enumerate(examples)]
+    )
+    nats = [
+        -scores.logprob
+        for example, completion in zip(examples, run.completions, strict=True)
+        for scores in completion.prompt_logprobs[example.prompt_length - 1 :]
+    ]
+    return sum(nats) / len(nats)
 
 
-class _Asked:
+class _Answers:
     """One variant on a running engine."""
 
     def __init__(
-        self, engine: InProcessEngine, text: Text, task: EvaluationTask, variant: EvaluatedVariant
+        self,
+        engine: InProcessEngine,
+        task: EvaluationTask,
+        variant: EvaluatedVariant,
+        eos_ids: frozenset[int],
+        decode: Callable[[Sequence[int]], str],
     ) -> None:
         self._engine = engine
-        self._text = text
         self._task = task
+        self._decode = decode
         self._requests = [
             Submit(
                 str(index),
@@ -98,7 +108,7 @@ class _Asked:
                 SamplingParams(
                     max_tokens=task.max_tokens,
                     temperature=0.0,
-                    stop_token_ids=text.eos_ids,
+                    stop_token_ids=eos_ids,
                 ),
                 adapters=variant.components,
                 drafting=variant.drafting,
@@ -111,7 +121,7 @@ class _Asked:
     def row(self, concurrency: Sequence[int], loss: float) -> Row:
         self._warm_up()
         runs = {lanes: self._pass(lanes, most=max(concurrency)) for lanes in concurrency}
-        answers = [self._answer(c.token_ids) for c in runs[max(concurrency)].completions]
+        answers = [self._decode(c.token_ids) for c in runs[max(concurrency)].completions]
         examples = self._task.examples
         return Row(
             label=self._label,
@@ -125,7 +135,7 @@ class _Asked:
         )
 
     def _warm_up(self) -> None:
-        """Bring the adapter to the device: reading it is not the task's time."""
+        """Load the adapter, so that no timed request waits for it."""
         first = self._requests[0]
         short = replace(first, sampling=replace(first.sampling, max_tokens=_WARMUP_TOKENS))
         self._engine.run([short])
@@ -134,9 +144,6 @@ class _Asked:
         few = max(_LEAST_REQUESTS, _REQUESTS_A_LANE * lanes)
         requests = self._requests if lanes == most else self._requests[:few]
         return self._engine.run(requests, concurrency=lanes)
-
-    def _answer(self, tokens: Sequence[int]) -> str:
-        return self._text.decode(tokens, skip_special_tokens=True)
 
 
 def _speed(lanes: int, run: EngineRun) -> EvaluationSpeed:
@@ -151,7 +158,7 @@ def _speed(lanes: int, run: EngineRun) -> EvaluationSpeed:
 
 
 def _acceptance(runs: Iterable[EngineRun]) -> tuple[DepthAcceptance, ...]:
-    """All drafters together: heads and lookup share the rows of a step."""
+    """Drafts by depth, of heads and lookup together, as they share the rows of a step."""
     drafted: Counter[int] = Counter()
     accepted: Counter[int] = Counter()
     for run in runs:

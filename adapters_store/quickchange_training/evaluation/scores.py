@@ -1,4 +1,4 @@
-"""How good answers are beside their references: exact match, JSON validity, token F1.
+"""Scores of answers against their references: exact match, JSON validity, token F1.
 
 Text in, numbers from 0 to 1 out. Knows nothing of models or of speed.
 """
@@ -21,12 +21,12 @@ class Scores:
     """Means over all examples."""
 
     exact_match: float
-    json_valid: float | None  # of the answers whose reference is JSON; None: no reference is
+    json_valid: float | None  # over answers whose reference is JSON; None: no reference is
     token_f1: float
 
 
 def score(answers: Sequence[str], references: Sequence[str]) -> Scores:
-    """Means of the three measures over pairs. Raises ValueError for none, or unequal numbers."""
+    """Means of the three measures. Raises ValueError for no answers or unequal numbers."""
     if not answers or len(answers) != len(references):
         raise ValueError(f"{len(answers)} answers for {len(references)} references")
     pairs = list(zip(answers, references, strict=True))
@@ -43,14 +43,14 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def exact_match(answer: str, reference: str) -> bool:
-    """Whether both are the same text, white space around them aside."""
+    """True if both are the same text, apart from white space around them."""
     return answer.strip() == reference.strip()
 
 
 def is_json(text: str) -> bool:
-    """Whether it is a JSON object or array by RFC 8259 (no NaN) and nothing besides.
+    """True if `text` is one JSON object or array by RFC 8259 (no NaN).
 
-    Bare numbers and words such as `true` are left out: as answers they are rarely meant as JSON.
+    Bare numbers and words such as `true` do not count: as answers they are rarely meant as JSON.
     """
     try:
         value = json.loads(text, parse_constant=_refuse_constant)
@@ -64,16 +64,16 @@ def _refuse_constant(name: str) -> object:
 
 
 def token_f1(answer: str, reference: str) -> float:
-    """F1 of the two bags of words, as SQuAD's scorer has it (Rajpurkar and others, 2016).
+    """F1 of the two bags of words, by SQuAD's scorer (Rajpurkar and others, 2016).
 
-    Words are split at white space after lower case, without punctuation and English articles. Two
+    Words are lower-cased and split at white space, without punctuation and English articles. Two
     texts without a word are equal.
     """
-    said, expected = _words(answer), _words(reference)
-    if not said or not expected:
-        return float(said == expected)
-    shared = sum((Counter(said) & Counter(expected)).values())
-    return 2 * shared / (len(said) + len(expected))
+    given, expected = _words(answer), _words(reference)
+    if not given or not expected:
+        return float(given == expected)
+    shared = sum((Counter(given) & Counter(expected)).values())
+    return 2 * shared / (len(given) + len(expected))
 
 
 def _words(text: str) -> list[str]:

@@ -1,8 +1,7 @@
-"""What an evaluation compares: an adapter, from the store or a folder, and how it drafts.
+"""Variants that an evaluation compares: an adapter, from the store or a folder, and its drafter.
 
-Written `NAME[+TURBO]`. NAME is what a request's `model` may be (a name, a name with a version, an
-alias), a folder, or base; TURBO is what its `turbo` may be (auto, off, lookup, a name), or a
-folder.
+A variant is written `NAME[+TURBO]`. NAME is a request's `model` (a name, a name with a version, an
+alias), a folder, or base; TURBO is a request's `turbo` (auto, off, lookup, a name), or a folder.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ class EvaluatedVariant:
     """One row of the table."""
 
     label: str
-    adapter: str | None  # digest of what the answers come from; None: the base alone
+    adapter: str | None  # digest of the adapter that answers; None: the base alone
     drafting: Drafting | None
 
     @property
@@ -38,14 +37,14 @@ class EvaluatedVariant:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """A name or a folder, looked up."""
+    """Result of looking up a name or a folder."""
 
     adapter: str | None
     turbo: str | None  # digest of the heads that `auto` means
 
 
 class EvaluatedAdapters:
-    """Finds adapters by name in a store, where there is one, and by folder; keeps what it read."""
+    """Adapters by name in a store, where there is one, or by folder; kept once read."""
 
     def __init__(self, model: str, store: Store | None) -> None:
         self._model = model
@@ -57,11 +56,11 @@ class EvaluatedAdapters:
         return base_spec(self._model)
 
     def load(self, digest: str) -> CanonicalAdapter:
-        """A version that `variant` has named."""
+        """The adapter of a digest that `variant` gave."""
         return self._read[digest]
 
     def variant(self, text: str) -> EvaluatedVariant:
-        """What `NAME[+TURBO]` means. Raises StoreError, which says what is wrong with which."""
+        """The variant that `NAME[+TURBO]` means. Raises StoreError, naming NAME or TURBO."""
         name, turbo = _split(text)
         found = self._find(name)
         return EvaluatedVariant(_label(name, turbo), found.adapter, self._drafting(found, turbo))
@@ -107,7 +106,7 @@ class EvaluatedAdapters:
 
 
 def _split(text: str) -> tuple[str, str]:
-    """NAME and TURBO. A folder whose own name has a + in it is meant as a whole."""
+    """Split into NAME and TURBO. A folder whose name contains a + stays whole."""
     name, plus, turbo = text.rpartition("+")
     if not plus or _is_folder(text):
         return text, _AUTO

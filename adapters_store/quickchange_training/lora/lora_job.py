@@ -24,7 +24,7 @@ PromptFormat = Literal["auto", "chat", "plain"]
 
 @dataclass(frozen=True)
 class Publication:
-    """Where the trained adapter is published."""
+    """Store and name under which the trained adapter is published."""
 
     store: Path
     name: str
@@ -32,10 +32,10 @@ class Publication:
 
 @dataclass(frozen=True)
 class LoraJob:
-    """What `quickchange train lora` is asked for."""
+    """Options of `quickchange train lora`."""
 
     model: str  # a folder or a hub id
-    base_name: str  # what the adapter says of its base
+    base_name: str  # the base's name in the adapter
     data: Path
     held_out: Path | None
     out: Path
@@ -49,8 +49,8 @@ class LoraJob:
 def run(job: LoraJob) -> tuple[TrainingReport, Added | None]:
     """Train, save and publish. What can be refused is refused before the training.
 
-    Until the end checkpoints are kept in a folder beside `out`, for --resume. Raises
-    TrainingError, and StoreError where the adapter can't be published.
+    Until the end checkpoints are kept in a folder beside `out`, for --resume. Raises TrainingError,
+    and StoreError where the adapter can't be published.
     """
     from quickchange_store.names import check_name
     from quickchange_training.examples import read_examples, split
@@ -78,12 +78,12 @@ def run(job: LoraJob) -> tuple[TrainingReport, Added | None]:
 
 
 def work_folder(out: Path) -> Path:
-    """What takes long is kept here until `out` appears: beside it."""
+    """Folder of checkpoints beside `out`, kept until `out` is written."""
     return out.parent / f"{out.name}.training"
 
 
 def check_folders(out: Path, *, resume: bool) -> None:
-    """Raises OutputError where `out` is there, or what an interrupted run left and nobody wants."""
+    """Raise OutputError where `out` exists, or an interrupted run's folder without --resume."""
     if out.exists():
         raise OutputError(f"--out {out} is there already; give another folder or remove it")
     if work_folder(out).exists() and not resume:
@@ -108,7 +108,7 @@ def _load(job: LoraJob) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """Raises ModelError."""
+    """The tokenizer of a model folder or hub id. Raises ModelError."""
     from transformers import AutoTokenizer
 
     try:
@@ -123,16 +123,16 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
 def uses_chat(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormat
 ) -> bool:
-    """Whether bare prompts become user messages.
+    """True if bare prompts become user messages.
 
     Raises DataError for a conversation that the tokenizer has no template for.
     """
     has_template = tokenizer.chat_template is not None
     chat = prompt_format == "chat" or (prompt_format == "auto" and has_template)
-    told = next((e for e in examples if chat or not isinstance(e.prompt, str)), None)
-    if told is not None and not has_template:
+    conversation = next((e for e in examples if chat or not isinstance(e.prompt, str)), None)
+    if conversation is not None and not has_template:
         raise DataError(
-            f"{told.origin}: a conversation, but the base's tokenizer has no chat "
+            f"{conversation.origin}: a conversation, but the base's tokenizer has no chat "
             'template; give "prompt" and "completion" with --prompt-format plain'
         )
     return chat
@@ -148,7 +148,7 @@ def _encode(
 
 
 def _notes(job: LoraJob, examples: int, report: TrainingReport) -> dict[str, Any]:
-    """What recipe.json records: no path, so that the folder can be handed on."""
+    """Content of recipe.json, without paths of this machine."""
     return {
         "command": "quickchange train lora",
         "base": job.base_name,

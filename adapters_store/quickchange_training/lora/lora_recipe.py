@@ -1,4 +1,4 @@
-"""The recipe of a LoRA adapter: every choice that its training depends on besides the data."""
+"""Recipe of a LoRA adapter: every choice that its training depends on besides the data."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ ATTENTION = ("k_proj", "o_proj", "q_proj", "v_proj")
 
 @dataclass(frozen=True)
 class LoraRecipe:
-    """Raises RecipeError, naming the option, for a value that can't be trained with.
+    """Hyperparameters of a LoRA training.
 
     targets: module names, or ("all-linear",). steps: optimizer steps in all, None: one pass for
-    each of `epochs`. dtype: of the frozen base; A and B are trained in float32 whatever it is.
-    peft_options: further fields of PEFT's LoraConfig, as they are.
+    each of `epochs`. dtype: that of the frozen base; A and B are trained in float32. peft_options:
+    further fields of PEFT's LoraConfig. Raises RecipeError, naming the option.
     """
 
     rank: int = 16
@@ -55,7 +55,7 @@ class LoraRecipe:
             raise RecipeError("--weight-decay must not be negative")
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The fields as plain data for JSON."""
         own = {"targets": list(self.targets), "peft_options": dict(self.peft_options)}
         return asdict(self) | own
 

@@ -1,4 +1,4 @@
-"""LoRA training with PEFT: a short loop with AdamW, warm-up and cosine decay, and its saving.
+"""LoRA training with PEFT: a loop with AdamW, warm-up and cosine decay, and the saving.
 
 The loss is on the answer's tokens alone, a mean over the tokens of a batch. Knows nothing of files
 of examples, of stores or of command lines.
@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainingReport:
-    """What a run did. Losses are nats a token of the answers; None where nothing was held out."""
+    """Figures of a run. Losses in nats per answer token; None where nothing was held out."""
 
-    examples: int  # to learn from
+    examples: int  # learned from
     steps: int
     tokens: int  # that went through the model, padding not counted
     seconds: float
@@ -56,7 +56,7 @@ def train_lora(
     pad_id: int = 0,
     checkpoints: Checkpoints | None = None,
 ) -> tuple[PeftModel, TrainingReport]:
-    """Train an adapter on `model`, whose own weights stay as they are.
+    """Train an adapter on `model`, whose weights stay frozen.
 
     It goes on from the last checkpoint, where there is one. The same model, recipe and data on the
     same machine give the same adapter, interrupted or not.
@@ -107,7 +107,7 @@ def train_lora(
 
 
 def _state(adapted: PeftModel, optimizer: Optimizer, schedule: LRScheduler) -> dict[str, Any]:
-    """All that the rest of a run depends on, the generator of the dropout included."""
+    """State that the rest of a run depends on, the dropout's generator included."""
     trained = {name: p.detach() for name, p in adapted.named_parameters() if p.requires_grad}
     return {
         "adapter": trained,
@@ -198,7 +198,7 @@ def answer_loss(model: torch.nn.Module, batch: TrainingBatch) -> torch.Tensor:
 def held_out_loss(
     model: torch.nn.Module, held_out: Sequence[Encoded], batch_size: int, pad_id: int
 ) -> float:
-    """Nats a token over the answers of all examples."""
+    """Mean loss over the answers of all examples, in nats per token."""
     model.eval()
     by_length = sorted(held_out, key=lambda e: len(e.tokens))
     total, count = 0.0, 0
@@ -233,7 +233,7 @@ def _tail_mean(losses: Sequence[float]) -> float:
 def save_adapter(adapted: PeftModel, out: Path, base_name: str, notes: dict[str, Any]) -> None:
     """Write a PEFT directory in bfloat16 with `notes` as recipe.json; it appears by one rename.
 
-    `base_name` is what the adapter says of its base: no path of this machine goes into it. Raises
+    `base_name` is the base's name in the adapter, where no path of this machine goes. Raises
     OutputError when `out` is there.
     """
     from peft import get_peft_model_state_dict

@@ -1,1 +1,1 @@
-"""Training of Turbo heads on what the model itself says."""
+"""Training of Turbo heads on the model's own outputs."""

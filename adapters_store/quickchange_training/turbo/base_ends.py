@@ -1,4 +1,4 @@
-"""The two ends of a base model that Turbo heads share, as one adapter sees them."""
+"""Input embeddings and LM head of a base model with an adapter, which Turbo heads share."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def base_ends(model: str, spec: BaseSpec, adapter: CanonicalAdapter | None) -> B
 
 
 def stop_token_ids(model: str, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """What ends an output: the tokenizer's eos and those of the model's generation config."""
+    """Tokens that end an output: the eos of the tokenizer and of the generation config."""
     from transformers import GenerationConfig
 
     try:
-        said = GenerationConfig.from_pretrained(model).eos_token_id
+        eos = GenerationConfig.from_pretrained(model).eos_token_id
     except OSError:
-        said = None  # a model without a generation config
-    more = said if isinstance(said, list) else [said]
+        eos = None  # a model without a generation config
+    more = eos if isinstance(eos, list) else [eos]
     return frozenset(i for i in (tokenizer.eos_token_id, *more) if i is not None)

@@ -1,4 +1,4 @@
-"""From prompts to Turbo heads: the model's own outputs, the training, the report."""
+"""Turbo heads from prompts: makes the model's own outputs, trains on them, reports."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class WantedOutputs:
-    """Whose outputs are wanted: what a maker of outputs needs to know."""
+    """A model, with or without an adapter, and the limits of the outputs wanted from it."""
 
     model: str  # a folder or a hub id
     adapter: CanonicalAdapter | None  # None: the base alone
@@ -47,7 +47,7 @@ GenerateFor = Callable[[WantedOutputs], Generate]
 
 @dataclass(frozen=True)
 class HeadsSource:
-    """What heads are made from."""
+    """Model, adapter and prompts that heads are made from."""
 
     model: str  # a folder or a hub id
     spec: BaseSpec
@@ -58,21 +58,21 @@ class HeadsSource:
 
 @dataclass(frozen=True)
 class TurboReport:
-    """What a run did and what its heads are worth."""
+    """Figures of a run and measures of its heads."""
 
     prompts: int
     held_out_prompts: int
-    tokens: int  # of the outputs that were learned from
+    tokens: int  # total of the outputs learned from
     mean_output_tokens: float
     generate_seconds: float
     steps: int
-    seconds: float  # of the heads' training
+    seconds: float  # heads' training alone
     train_loss: float  # mean over the last tenth of the steps
     held_out: HeadMeasures | None  # None where nothing was held out
     depth: int
     draft_vocabulary: int
     parameters: int
-    medusa1_parameters: int  # of as many Medusa heads, each with an LM head of its own
+    medusa1_parameters: int  # parameters of as many Medusa heads with an LM head each
     warnings: tuple[str, ...]
 
 
@@ -83,7 +83,7 @@ def make_heads(
     work: Path,
     checkpoint_every: int,
 ) -> tuple[TurboHeads, TurboReport]:
-    """Train heads. Outputs and checkpoints are kept in the folder `work`, and taken up from there.
+    """Train heads. Outputs and checkpoints are kept in the folder `work`, for a resumed run.
 
     Raises TrainingError.
     """

@@ -1,8 +1,7 @@
-"""What Turbo heads learn from: prompts, the model's own outputs to them, and its hidden states.
+"""Training data of Turbo heads: prompts, the model's own greedy outputs, its hidden states.
 
-An output is what the model says greedily, made by a function that the caller gives (the server's
-engine, in practice): this module knows nothing of engines. Outputs are kept on disk as they come,
-so that an interrupted run goes on where it was.
+The caller gives the function that makes outputs: this module knows nothing of engines. Outputs are
+kept on disk as they come, so that an interrupted run can resume.
 """
 
 from __future__ import annotations
@@ -23,12 +22,14 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-ABSENT = -1  # in place of a token: behind the output's end
+ABSENT = -1  # token id behind the output's end
+SHORT_OUTPUT = 10  # tokens
 _OUTPUTS, _STATES = "outputs.jsonl", "states.bin"
+_OWN_SHARE = 0.5  # least share of the given completions that the model says itself
 
 
 class OnOutput(Protocol):
-    """Hears of one prompt's output as it ends."""
+    """Callback for one prompt's output as it ends."""
 
     def __call__(self, index: int, tokens: Sequence[int], states: Tensor, /) -> None:
         """states [tokens, H]: what entered the LM head for each of the tokens."""
@@ -50,7 +51,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class OwnOutput:
-    """What the model says to a prompt, the end-of-sequence token included where it was reached."""
+    """The model's output to a prompt, end-of-sequence token included where it was reached."""
 
     tokens: tuple[int, ...]
     states: Tensor  # bfloat16 [tokens, H]: what entered the LM head for each of them
@@ -58,7 +59,7 @@ class OwnOutput:
 
 @dataclass(frozen=True)
 class Positions:
-    """One row a token of an output: what heads see there and what they should say.
+    """Training rows, one per output token: the heads' input and the tokens to draft.
 
     states [N, H]: what entered the LM head for the row's first token. tokens int64 [N, depth + 1]:
     that token and those after it, ABSENT behind the output's end.
@@ -89,9 +90,10 @@ def encode_prompts(
 
 
 class KeptOutputs:
-    """The outputs made so far, in a folder: token ids a line, states in one file beside.
+    """Outputs made so far, in a folder: token ids per line, states in a second file.
 
-    `key` says what they depend on. Raises DataError where the folder holds outputs of another key.
+    `key` identifies the model, recipe and prompts. Raises DataError where the folder holds outputs
+    of another key.
     """
 
     def __init__(self, folder: Path, key: str, hidden: int) -> None:
@@ -100,7 +102,7 @@ class KeptOutputs:
         folder.mkdir(parents=True, exist_ok=True)
         lines = self._whole_lines(folder, key)
         rows = self._read(folder / _STATES, lines)
-        # What a crash left half written goes: lines end in a newline, states lie behind no line.
+        # Drop what a crash left half written: a line without newline, states without a line.
         self._lines = (folder / _OUTPUTS).open("w", encoding="utf-8")
         self._lines.writelines(json.dumps(line) + "\n" for line in [{"key": key}, *lines])
         self._states = (folder / _STATES).open("ab")
@@ -133,7 +135,7 @@ class KeptOutputs:
         return [json.loads(line) for line in lines[1:]]
 
     def _read(self, file: Path, lines: Sequence[dict[str, Any]]) -> int:
-        """Take up the states of `lines`; the rows that these have."""
+        """Read the states of `lines` and return their number of rows."""
         rows = 0
         raw = bytearray(file.read_bytes()) if lines else bytearray()
         states = torch.frombuffer(raw, dtype=torch.bfloat16) if raw else torch.empty(0)
@@ -191,12 +193,6 @@ def draft_vocabulary(outputs: Sequence[OwnOutput], size: int, stop: frozenset[in
     return chosen
 
 
-SHORT_OUTPUT = 10  # tokens
-
-
-_OWN_SHARE = 0.5  # of the completions, given by the data, that the model says itself
-
-
 def short_outputs(lengths: Sequence[int]) -> list[str]:
     """A warning where outputs are so short that drafting can save few steps."""
     if not lengths or mean(lengths) >= SHORT_OUTPUT:
@@ -210,7 +206,7 @@ def short_outputs(lengths: Sequence[int]) -> list[str]:
 def not_its_own(
     prompts: Sequence[Prompt], outputs: Sequence[OwnOutput], stop: frozenset[int]
 ) -> list[str]:
-    """A warning where the data's completions are not what the model itself says."""
+    """A warning where the data's completions differ from the model's outputs."""
     given = [
         (prompt.completion, tuple(t for t in output.tokens if t not in stop))
         for prompt, output in zip(prompts, outputs, strict=True)

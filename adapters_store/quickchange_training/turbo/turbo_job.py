@@ -1,8 +1,7 @@
-"""Turbo heads from prompts to a folder and, where wanted, into a store.
+"""A Turbo heads training from prompts to a folder and, where wanted, into a store.
 
-The folder that is made holds the heads and, where they are for a LoRA, the LoRA beside them: one
-Turbo LoRA. What takes long is kept in a folder beside it until the end, for an interrupted run to
-go on from.
+The folder holds the heads and, where they are for a LoRA, the LoRA beside them: one Turbo LoRA.
+Outputs and checkpoints are kept in a folder beside it until the end, for --resume.
 """
 
 from __future__ import annotations
@@ -35,10 +34,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TurboJob:
-    """What `quickchange train turbo` is asked for."""
+    """Options of `quickchange train turbo`."""
 
     model: str  # a folder or a hub id
-    base_name: str  # what the heads say of their base
+    base_name: str  # the base's name in the heads' folder
     data: Path
     adapter: Path | None  # folder of the LoRA that the heads are for; None: the base alone
     out: Path
@@ -50,12 +49,12 @@ class TurboJob:
 
     @property
     def work(self) -> Path:
-        """Where outputs and checkpoints lie until the end."""
+        """Folder of outputs and checkpoints until the end."""
         return work_folder(self.out)
 
 
 def run(job: TurboJob, generate_for: GenerateFor) -> tuple[TurboReport, Added | None]:
-    """Make outputs, train, save and publish. What can be refused is refused before all that.
+    """Make outputs, train, save and publish. What can be refused is refused first.
 
     Raises TrainingError, and StoreError where the adapter can't be read or published.
     """
@@ -106,8 +105,8 @@ def save_heads(
 ) -> None:
     """Write the heads' folder `out`, with a copy of the PEFT adapter in `beside`; by one rename.
 
-    In LoRAX's layout where that can say what the heads are, with the notes in turbo_recipe.json;
-    else in our own. Raises OutputError when `out` is there.
+    The layout is LoRAX's where it can hold the heads, with the notes in turbo_recipe.json, else
+    Quickchange's own. Raises OutputError where `out` exists.
     """
     from quickchange_store.errors import UnsupportedFeatureError
     from quickchange_store.formats.turbo.medusa_write import check_lorax, write_lorax
@@ -126,8 +125,8 @@ def save_heads(
             write_turbo_directory(heads, scratch, base.name, notes)
         else:
             write_lorax(heads, scratch, base.name)
-            told = json.dumps(notes, indent=2, sort_keys=True)
-            (scratch / "turbo_recipe.json").write_text(told + "\n")
+            recorded = json.dumps(notes, indent=2, sort_keys=True)
+            (scratch / "turbo_recipe.json").write_text(recorded + "\n")
         scratch.rename(out)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -135,7 +134,7 @@ def save_heads(
 
 
 def _notes(job: TurboJob, report: TurboReport) -> dict[str, Any]:
-    """What is recorded with the heads: no path, so that the folder can be handed on."""
+    """Notes recorded with the heads, without paths of this machine."""
     return {
         "command": "quickchange train turbo",
         "data": job.data.name,

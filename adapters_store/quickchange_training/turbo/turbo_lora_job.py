@@ -1,4 +1,4 @@
-"""A Turbo LoRA from examples: the LoRA first, then heads on what it says, in one folder."""
+"""A Turbo LoRA from examples: the LoRA first, then heads on its outputs, in one folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TurboLoraJob:
-    """What `quickchange train turbo-lora` is asked for; the fields are those of the two jobs."""
+    """Options of `quickchange train turbo-lora`, with the fields of the two jobs."""
 
     model: str
     base_name: str
@@ -36,11 +36,11 @@ class TurboLoraJob:
 
     @property
     def lora_out(self) -> Path:
-        """Where the LoRA lies until it is copied beside its heads."""
+        """Folder of the LoRA until it is copied beside its heads."""
         return lora_job.work_folder(self.out) / "lora"
 
     def of_lora(self) -> lora_job.LoraJob:
-        """The first half."""
+        """The job that trains the LoRA."""
         return lora_job.LoraJob(
             model=self.model,
             base_name=self.base_name,
@@ -55,7 +55,7 @@ class TurboLoraJob:
         )
 
     def of_heads(self) -> turbo_job.TurboJob:
-        """The second half, which goes on in the folder of the first."""
+        """The job that trains the heads, in the folder of the first."""
         return turbo_job.TurboJob(
             model=self.model,
             base_name=self.base_name,
@@ -73,7 +73,7 @@ class TurboLoraJob:
 def run(
     job: TurboLoraJob, generate_for: GenerateFor
 ) -> tuple[dict[str, Any], TurboReport, Added | None]:
-    """Train both, save and publish; the LoRA's report comes as its recipe.json has it.
+    """Train both, save and publish; the LoRA's report is read from its recipe.json.
 
     Raises TrainingError, and StoreError where the adapter can't be published.
     """

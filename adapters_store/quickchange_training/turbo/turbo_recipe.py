@@ -1,4 +1,4 @@
-"""The recipe of Turbo heads: every choice that their training depends on besides the prompts."""
+"""Recipe of Turbo heads: every choice that their training depends on besides the prompts."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ Sharing = Literal["all", "rest", "none"]
 
 @dataclass(frozen=True)
 class TurboRecipe:
-    """Raises RecipeError, naming the option, for a value that can't be trained with.
+    """Hyperparameters of a heads training.
 
     share: "all" heads have the same blocks, "none" do, or all but the first ("rest"). vocabulary:
     how many of the most frequent tokens of the outputs are drafted, 0: every token of the base's.
     spread: weight of the loss that makes heads unsure where the next token is not in the
     vocabulary. kl: weight of the divergence from the model's own distribution over the vocabulary.
-    dtype: of the frozen base while its outputs and hidden states are made.
+    dtype: that of the frozen base while it makes outputs. Raises RecipeError, naming the option.
     """
 
     depth: int = 12
     kind: HeadKind = "sequential"
     share: Sharing = "all"
-    blocks: int = 1  # a head
+    blocks: int = 1  # per head
     vocabulary: int = 1024
     epochs: int = 6
     steps: int | None = None  # optimizer steps in all, instead of epochs
@@ -34,12 +34,12 @@ class TurboRecipe:
     warmup: float = 0.05  # share of the steps
     weight_decay: float = 0.0
     clip: float = 1.0  # largest gradient norm
-    batch_size: int = 512  # positions a step
+    batch_size: int = 512  # positions per step
     depth_decay: float = 0.9  # weight of a head's loss against that of the head before it
     spread: float = 0.3
     kl: float = 0.0
     held_out: float = 0.05  # share of the prompts, for the report
-    max_new_tokens: int = 160  # of an output
+    max_new_tokens: int = 160  # limit of an output
     max_length: int = 1024  # tokens, prompt and output together
     seed: int = 0
     dtype: TrainingDtype = "bfloat16"
@@ -65,11 +65,11 @@ class TurboRecipe:
 
     @property
     def heads(self) -> tuple[tuple[int, ...], ...]:
-        """Of each head its blocks, as `TurboHeads` numbers them."""
+        """The blocks of each head, as `TurboHeads` numbers them."""
         sets = {"all": [0] * self.depth, "rest": [0] + [1] * (self.depth - 1)}
         chosen = sets.get(self.share, list(range(self.depth)))
         return tuple(tuple(range(s * self.blocks, (s + 1) * self.blocks)) for s in chosen)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The fields as plain data for JSON."""
         return asdict(self)

@@ -1,10 +1,10 @@
-"""Training of Turbo heads on hidden states and tokens that the model itself made.
+"""Training of Turbo heads on the model's own hidden states and output tokens.
 
-The base stays out of it: heads learn from rows of (state, the tokens that came next), with the
-base's own LM head, cut to the draft vocabulary, behind them. The loss of a head at a row is the
-cross-entropy of the token that came; where that token is not in the vocabulary it is, with a
-weight, the cross-entropy of a uniform distribution: an unsure head is told from a sure one by its
-probability, and drafts of an unsure one are not bought. Knows nothing of files or adapters' names.
+The base model does not run: heads learn from rows of (state, the tokens that came next), with the
+base's LM head, cut to the draft vocabulary, behind them. The loss of a head at a row is the
+cross-entropy of the token that came, or where the vocabulary lacks that token, with a weight, of a
+uniform distribution: a low probability marks an unsure head, whose drafts are then not verified.
+Knows nothing of files or of adapters' names.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from quickchange_training.checkpoint import Checkpoints
     from quickchange_training.turbo.turbo_recipe import TurboRecipe
 
-_BETAS = (0.9, 0.99)  # runs are short: squares are forgotten sooner than by default
+_BETAS = (0.9, 0.99)  # second beta below the default, as runs are short
 _EVALUATED = 4096  # rows measured at once
-_OUTSIDE = -2  # place of a token that the draft vocabulary lacks
+_OUTSIDE = -2  # index of a token that the draft vocabulary lacks
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ class LossCurve:
 
 @dataclass(frozen=True)
 class BaseEnds:
-    """The two ends of the base model that heads share: its embeddings and its LM head."""
+    """The base model's input embeddings and LM head, which heads share."""
 
-    embeddings: Tensor  # [V, H] of the input
+    embeddings: Tensor  # [V, H]
     head: Tensor  # [V, H]
 
     def __post_init__(self) -> None:
@@ -64,16 +64,16 @@ class BaseEnds:
 
 @dataclass(frozen=True)
 class HeadMeasures:
-    """Of held-out outputs, by depth from 1; drafts of the heads alone, greedy."""
+    """Measures on held-out outputs, by depth from 1; greedy drafts of the heads alone."""
 
-    loss: float  # nats a token in the vocabulary, over all depths
+    loss: float  # nats per token in the vocabulary, over all depths
     covered: float  # share of the tokens that are in the vocabulary
-    acceptance: tuple[float, ...]  # of drafts whose predecessors were all accepted
-    tokens_a_step: float  # of one sequence: accepted drafts and the one that is certain
+    acceptance: tuple[float, ...]  # share accepted of drafts after accepted ones
+    tokens_a_step: float  # per sequence: accepted drafts and the certain token
 
 
 class TrainableHeads(nn.Module):
-    """The heads while they are trained, in float32.
+    """Heads in training, in float32.
 
     Embeddings are much smaller than hidden states; `embedding_scale` makes them alike for the
     optimizer, and `export` moves it into the weights.
@@ -89,11 +89,11 @@ class TrainableHeads(nn.Module):
         self.blocks = nn.ModuleList(
             nn.Linear(2 * hidden if i in firsts else hidden, hidden) for i in range(count)
         )
-        for parameter in self.blocks.parameters():  # so that a head begins as the LM head itself
+        for parameter in self.blocks.parameters():  # a head begins as the LM head itself
             nn.init.zeros_(parameter)
 
     def forward(self, states: Tensor, embedded: Tensor) -> Tensor:
-        """[depth, N, H] from states [N, H] and the embeddings [depth, N, H] of the tokens before.
+        """Heads' hidden states [depth, N, H] from states [N, H] and embeddings [depth, N, H].
 
         embedded[i] is that of the token before the one that head i drafts.
         """
@@ -109,7 +109,7 @@ class TrainableHeads(nn.Module):
         return torch.stack(ends)
 
     def export(self, vocabulary: Tensor | None) -> TurboHeads:
-        """As they are stored, in bfloat16."""
+        """The heads as stored, in bfloat16."""
         return TurboHeads(
             blocks=tuple(self._block(block) for block in self.blocks),
             heads=self.heads,
@@ -134,7 +134,7 @@ class TurboTrainer:
     def train(
         self, rows: Positions, checkpoints: Checkpoints | None = None
     ) -> tuple[TrainableHeads, LossCurve]:
-        """Heads trained on `rows`; from the last checkpoint on, where there is one.
+        """Train heads on `rows`, from the last checkpoint where there is one.
 
         The same recipe and rows on the same machine give the same heads, interrupted or not.
         """
@@ -176,14 +176,14 @@ class TurboTrainer:
         return heads, LossCurve(tuple(losses), time.monotonic() - started)
 
     def total_steps(self, rows: int) -> int:
-        """Optimizer steps of a run over so many rows."""
+        """Optimizer steps of a run over the given number of rows."""
         per_epoch = math.ceil(rows / self.recipe.batch_size)
         return (
             self.recipe.steps if self.recipe.steps is not None else self.recipe.epochs * per_epoch
         )
 
     def loss(self, heads: TrainableHeads, rows: Positions, chosen: Tensor) -> Tensor:
-        """Mean over the drafts that there are at the rows `chosen` [N], weighted by depth."""
+        """Mean loss over the drafts at the rows `chosen` [N], weighted by depth."""
         recipe, tokens = self.recipe, rows.tokens[chosen]
         with torch.autocast("cpu", torch.bfloat16):
             logits = (
@@ -201,9 +201,9 @@ class TurboTrainer:
         return (each * counted).sum() / counted.sum()
 
     def _divergence(self, shares: Tensor, states: Tensor, chosen: Tensor) -> Tensor:
-        """[depth, N]: of the heads' distributions from the model's own, over the vocabulary.
+        """Divergence of the heads' distributions from the model's, over the vocabulary: [depth, N].
 
-        The model's own is that of the state from which the drafted token came, a row further on
+        The model's distribution is from the state that gave the drafted token, a row further on
         for each depth; where the output has ended there, the value means nothing.
         """
         ahead = chosen + 1 + torch.arange(self.recipe.depth)[:, None]
@@ -214,7 +214,7 @@ class TurboTrainer:
 
     @torch.no_grad()
     def measure(self, heads: TrainableHeads, outputs: Sequence[OwnOutput]) -> HeadMeasures:
-        """Losses and greedy acceptance on outputs that were not learned from."""
+        """Loss and greedy acceptance on held-out outputs."""
         rows = positions(outputs, self.recipe.depth)
         right, losses = [], []
         for start in range(0, len(rows), _EVALUATED):
@@ -248,7 +248,7 @@ class TurboTrainer:
         return TrainableHeads(self.recipe, rows.states.shape[1], scale)
 
     def _batches(self, rows: int, done: int, total: int) -> Iterator[Tensor]:
-        """Row indices [batch_size] of steps `done` to `total`, of one random order an epoch."""
+        """Row indices [batch_size] of steps `done` to `total`, shuffled anew each epoch."""
         size, seed = self.recipe.batch_size, self.recipe.seed
         per_epoch = math.ceil(rows / size)
         order = torch.empty(0, dtype=torch.int64)
@@ -260,16 +260,16 @@ class TurboTrainer:
             yield order[place * size : (place + 1) * size]
 
     def _embedded(self, tokens: Tensor) -> Tensor:
-        """[depth, N, H]: embeddings of the tokens before those that are drafted."""
+        """Embeddings [depth, N, H] of the tokens before the drafted ones."""
         return functional.embedding(tokens[:, :-1].T.clamp(min=0), self.ends.embeddings)
 
     def _head_rows(self, matrix: Tensor | None = None) -> Tensor:
-        """The LM head's rows (or another matrix's) of the tokens that are drafted: [D, H]."""
+        """Rows [D, H] of the LM head, or of another matrix, for the draft vocabulary."""
         matrix = self.ends.head if matrix is None else matrix
         return matrix if self.vocabulary is None else matrix[self.vocabulary]
 
     def _places(self, tokens: Tensor) -> Tensor:
-        """Where tokens stand in the vocabulary; _OUTSIDE where they don't, ABSENT stays."""
+        """Indices of tokens in the vocabulary; _OUTSIDE where it lacks them, ABSENT stays."""
         if self.vocabulary is None:
             return tokens
         tokens = tokens.contiguous()
@@ -279,7 +279,7 @@ class TurboTrainer:
 
 
 def _tokens_a_step(lengths: Sequence[int], accepted: Sequence[int]) -> float:
-    """Tokens a decode step over outputs of `lengths`; `accepted` drafts at each of their rows.
+    """Tokens per decode step over outputs of `lengths`, from `accepted` drafts at each row.
 
     The first token of an output comes from its prompt's step and is not counted.
     """

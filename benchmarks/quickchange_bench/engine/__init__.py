@@ -1,1 +1,1 @@
-"""Measurements of the engine: steps, drafts, and what a dtype loses."""
+"""Measurements of the engine: step times, drafts, loss by dtype."""

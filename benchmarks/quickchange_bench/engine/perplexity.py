@@ -1,4 +1,4 @@
-"""What a dtype or quantisation of the base loses: perplexity and KL divergence on a fixed text.
+"""Perplexity and KL divergence of dtypes and quantisations of the base on a fixed text.
 
 Runs the server's own model path (fused modules, paged attention) over windows of a text that lies
 beside this file: an early copy of this project's documentation, which no model was trained on.
@@ -28,7 +28,7 @@ _BLOCK = 16  # tokens of one KV block
 
 @dataclass(frozen=True, slots=True)
 class BaseVariant:
-    """How the base is kept."""
+    """Dtype and quantisation of the base."""
 
     dtype: str
     quantization: Quantization
@@ -50,7 +50,7 @@ class Loss:
 def measure_perplexity(
     model: str, variants: Sequence[BaseVariant], *, window: int, windows: int
 ) -> list[Loss]:
-    """Each variant beside float32, over `windows` windows of `window` tokens.
+    """Measure each variant against float32, over `windows` windows of `window` tokens.
 
     Raises ValueError where the text is shorter.
     """
@@ -69,7 +69,7 @@ def measure_perplexity(
 
 
 def loss_table(losses: Sequence[Loss]) -> str:
-    """Markdown."""
+    """Markdown table of the losses."""
     lines = [
         "| base | perplexity | KL to float32, 1e-3 nats | same first choice |",
         "|---|---|---|---|",
@@ -84,7 +84,7 @@ def loss_table(losses: Sequence[Loss]) -> str:
 
 @torch.inference_mode()
 def _log_probabilities(model: str, variant: BaseVariant, parts: Tensor) -> Iterator[Tensor]:
-    """[window - 1, V] of each window: of its tokens but the first, given those before."""
+    """Log-probabilities [window - 1, V] of each window's tokens but the first."""
     dtype, device = torch_dtype(variant.dtype), torch.device("cpu")
     loaded = load_model(
         model, dtype=dtype, device=device, adapters=False, quantization=variant.quantization

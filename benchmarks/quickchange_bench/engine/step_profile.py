@@ -1,4 +1,4 @@
-"""Where one decode step's time goes, against the floor of the bytes it must move.
+"""Profile of a decode step: time by operation, against the floor of the bytes it must move.
 
 Runs the engine itself, without processes or HTTP: `rows` sequences decode, each under an adapter of
 its own or all plain, and torch's profiler says how long each operation took. What no operation
@@ -47,7 +47,7 @@ _PARTS = {
 
 @dataclass(frozen=True, slots=True)
 class StepPart:
-    """One row of the table. Times and floors in seconds a step; bytes moved at least."""
+    """One row of the table: time and floor in seconds per step, least bytes moved."""
 
     name: str
     seconds: float
@@ -65,7 +65,7 @@ class StepProfile:
 
 
 def measure_bandwidth(threads: int) -> float:
-    """Bytes a second that `threads` threads read from memory (best of five)."""
+    """Bytes per second that `threads` threads read from memory (best of five)."""
     torch.set_num_threads(threads)
     data = torch.ones(_BUFFER // 4, dtype=torch.float32)
     best = float("inf")
@@ -107,7 +107,7 @@ def profile_step(
 
 
 def step_table(profiles: Sequence[StepProfile]) -> str:
-    """Markdown: a table a profile, with the floor of bytes over bandwidth beside each part."""
+    """Markdown table for each profile, with each part's floor of bytes over bandwidth."""
     lines: list[str] = []
     for found in profiles:
         lines += [
@@ -162,7 +162,7 @@ def _timed(engine: Engine) -> float:
 
 
 def _bytes_moved(loaded: LoadedModel, rows: int, context: int) -> dict[str, int]:
-    """What must be read at least, by part: weights once, keys and values."""
+    """Least bytes to read, by part: weights once, keys and values."""
     head = loaded.module.get_output_embeddings().weight  # type: ignore[operator]
     weights = sum(p.nbytes for name, p in loaded.module.named_parameters() if p.dim() == 2)
     tied = loaded.module.get_input_embeddings().weight is head  # type: ignore[operator]

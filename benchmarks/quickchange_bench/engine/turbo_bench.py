@@ -1,4 +1,4 @@
-"""What drafts bring: the same requests with Turbo on and off, on one server, by turns.
+"""Speed-up by drafts: the same requests with Turbo on and off, on one server, by turns.
 
 Greedy, so both must answer with the same text; that is checked for every pair. The prefix cache is
 off: the second of a pair would find the first one's prompts in it. Rounds go over all tasks and
@@ -43,7 +43,7 @@ _WARMUP_REQUESTS = 4
 
 @dataclass(frozen=True, slots=True)
 class TurboOptions:
-    """`store` None: a new one with the demo's adapters."""
+    """Options of the run. `store` None: a new one with the demo's adapters."""
 
     model: Path
     tasks: tuple[str, ...]
@@ -60,13 +60,13 @@ class TurboOptions:
             raise ValueError("the Turbo benchmark runs closed loops: give --concurrency")
 
     def count(self, load: Load) -> int:
-        """Requests of one round."""
+        """Number of requests in one round."""
         return max(_LEAST_REQUESTS, self.requests_per_worker * (load.workers or 1))
 
 
 @dataclass(frozen=True, slots=True)
 class Depth:
-    """Drafts at one depth, from 1: tokens after the one that was certain."""
+    """Drafts at one depth, from 1: tokens after the certain one."""
 
     depth: int
     drafted: int
@@ -75,7 +75,7 @@ class Depth:
 
 @dataclass(frozen=True, slots=True)
 class DraftingSide:
-    """One round with drafts on, or off."""
+    """Figures of one round with drafts on, or off."""
 
     summary: Summary
     tokens_per_step: float | None  # new tokens of a request in a step that gives it any
@@ -84,7 +84,7 @@ class DraftingSide:
 
 @dataclass(frozen=True, slots=True)
 class TurboPair:
-    """One round of one task at one load, both ways."""
+    """One round of one task at one load, with drafts on and off."""
 
     task: str
     load: Load
@@ -132,7 +132,7 @@ class TurboResult:
 
 
 class AskClient(Client):
-    """Sends one task's prompts to one model, with drafts as told, to their natural end."""
+    """Client that sends one task's prompts to one model, answered to their natural end."""
 
     def __init__(self, url: str, ask: Ask, turbo: str, connections: int) -> None:
         super().__init__(
@@ -154,7 +154,7 @@ class AskClient(Client):
 
 
 def measure_turbo(options: TurboOptions, say: Callable[[str], None]) -> TurboResult:
-    """Start the server, measure, end it. `say` is told what goes on."""
+    """Start the server, measure, end it. `say` is called with the progress."""
     started = provenance.now()
     with TemporaryDirectory(prefix="quickchange-turbo-") as folder:
         work = Path(folder)
@@ -197,7 +197,7 @@ def _demo_store(folder: Path, model: Path) -> Path:
 
 
 def served_names(url: str) -> list[str]:
-    """The names of all models, aliases included."""
+    """Names of all served models, aliases included."""
     with httpx.Client(base_url=url, timeout=own_server.ADMIN_SECONDS, trust_env=False) as http:
         response = http.get("/v1/models")
     return [model["id"] for model in response.raise_for_status().json()["data"]]
@@ -206,7 +206,7 @@ def served_names(url: str) -> list[str]:
 async def measure_pairs(
     options: TurboOptions, url: str, asks: Sequence[Ask], say: Callable[[str], None]
 ) -> list[TurboPair]:
-    """Every round of every task and load. `say` is told of each pair."""
+    """Measure every round of every task and load. `say` is called after each pair."""
     pairs = []
     connections = max(load.workers or 1 for load in options.loads)
     async with AsyncExitStack() as stack:
@@ -234,7 +234,7 @@ class _Round:
 
 @dataclass(frozen=True)
 class TaskClients:
-    """One task and the two clients that ask it."""
+    """One task and its clients with drafts on and off."""
 
     ask: Ask
     url: str
@@ -242,7 +242,7 @@ class TaskClients:
     off: AskClient
 
     async def warm_up(self) -> None:
-        """The adapters come to the device, and what holds of the drafts becomes known.
+        """Bring the adapters to the device and let the server learn the acceptance of drafts.
 
         Raises:
             RuntimeError: the server refuses what this lane asks.
@@ -287,7 +287,7 @@ def count_drafts(exposition: str) -> Drafts:
 
 
 def side_of(done: Sequence[ClientCompletion], before: Drafts, after: Drafts) -> DraftingSide:
-    """A round's figures: its requests' outcomes, and the drafts counted ahead of it and behind."""
+    """Figures of a round from its requests' outcomes and the draft counts before and after it."""
     summary = summarise(done, None)
     between = after - before
     depths = tuple(
@@ -312,7 +312,7 @@ def _describe(pair: TurboPair) -> str:
 
 
 def summarise_gains(pairs: Sequence[TurboPair]) -> tuple[TurboGain, ...]:
-    """One entry a task and load, in the order of first appearance.
+    """Gains of each task and load, in the order of first appearance.
 
     Raises:
         RuntimeError: a task and load in which no pair of rounds gave tokens.

@@ -1,4 +1,4 @@
-"""What the Turbo benchmark asks: the demo tasks' held-out prompts, and free chat.
+"""Tasks of the Turbo benchmark: the demo tasks' held-out prompts, and free chat.
 
 Prompts are token ids, so that a completion gets exactly what a chat's template makes of them.
 """
@@ -32,16 +32,16 @@ _CHAT_SUBJECTS = (
 
 @dataclass(frozen=True)
 class Ask:
-    """One task for one served model."""
+    """A task for one served model."""
 
     task: str
-    model: str  # as the server names it
+    model: str  # name on the server
     turbo: str  # the request's field with drafts on; "off" is the other side
     prompts: Mapping[str, tuple[int, ...]]  # token ids by the user's message
     max_tokens: int
 
     def requests(self, count: int) -> list[Request]:
-        """The prompts in turn, from the first again where they do not suffice."""
+        """The prompts in turn, repeated from the first where they do not suffice."""
         messages = islice(cycle(self.prompts), count)
         return [Request(k, message, self.max_tokens, None) for k, message in enumerate(messages)]
 
@@ -70,7 +70,7 @@ def demo_asks(
 
 
 def _drafting(task: str, served: Sequence[str], base: str, base_heads: str) -> tuple[str, str]:
-    """The model to ask, and what its `turbo` field is."""
+    """The model to ask and the value of the `turbo` field."""
     alias = f"{task}-turbo"
     if alias in served:
         return alias, "auto"

@@ -1,1 +1,1 @@
-"""Everything that a GPU is needed for, in one run of minutes."""
+"""Checks and measurements that need a GPU, in one run of minutes."""

@@ -1,4 +1,4 @@
-"""Each operation on given shapes: how to run it, what it must give, what torch takes instead.
+"""Kernel cases: each operation on given shapes, with its reference and its rival in torch.
 
 For checks the shapes are small and odd, for timings those of Llama-3.1-8B. Needs nothing but the
 kernels and torch.
@@ -51,12 +51,12 @@ EPS = 1e-5
 
 @dataclass(frozen=True, slots=True)
 class GpuCase:
-    """One operation on one shape. Bytes and operations are the least that it can do with."""
+    """One operation on one shape, with the least bytes and operations that it needs."""
 
     name: str
     run: Callable[[], object]
-    outputs: Callable[[], tuple[Tensor, Tensor]]  # of one run on fresh data, and in float64
-    rival: str  # what `rival_run` is
+    outputs: Callable[[], tuple[Tensor, Tensor]]  # one run on fresh data, and the same in float64
+    rival: str  # name of `rival_run`
     rival_run: Callable[[], object]
     bytes: int
     operations: int
@@ -64,7 +64,7 @@ class GpuCase:
 
 @dataclass(frozen=True, slots=True)
 class DeviceSetup:
-    """Where and in which precision."""
+    """Device, precision and random numbers of the cases."""
 
     device: torch.device
     dtype: torch.dtype
@@ -74,13 +74,13 @@ class DeviceSetup:
         return torch.randn(*shape, generator=self.generator).to(self.device, self.dtype)
 
     def moved(self, tree: Tree) -> Tree:
-        """A dataclass of tensors on the device."""
+        """Move a dataclass of tensors to the device."""
         layout, tensors = layout_of(tree)
         return rebuilt(layout, [tensor.to(self.device) for tensor in tensors])
 
 
 def linear_case(bench: DeviceSetup, rows: int, features: int, width: int) -> GpuCase:
-    """The base's product, whose time every low-rank update is seen beside."""
+    """The base's matrix product, the yardstick of every low-rank update."""
     x, weight = bench.randn(rows, features), bench.randn(width, features) * features**-0.5
     return GpuCase(
         f"linear {features} to {width}, {rows} rows",
@@ -96,7 +96,7 @@ def linear_case(bench: DeviceSetup, rows: int, features: int, width: int) -> Gpu
 def lowrank_case(
     bench: DeviceSetup, rows: int, ranks: Sequence[int], features: int, widths: Sequence[int]
 ) -> GpuCase:
-    """`rows` rows, in equal parts under one adapter each, of the given ranks."""
+    """Low-rank updates of `rows` rows, in equal parts under adapters of the given ranks."""
     tables = bench.moved(random_tables(features, widths, ranks, bench.generator, dtype=bench.dtype))
     count = len(ranks)
     edges = [rows * i // count for i in range(count + 1)]
@@ -104,7 +104,7 @@ def lowrank_case(
     segments = bench.moved(make_segments(spans))
     x, y = bench.randn(rows, features), bench.randn(rows, sum(widths))
     rank, width = max(ranks), sum(widths)
-    # What torch can do without custom kernels: all adapters in one tensor, gathered by row
+    # Best of torch without custom kernels: all adapters in one tensor, gathered by row
     a = bench.randn(count, features, rank * len(widths))
     b = bench.randn(count, rank, width)
     slot = torch.tensor([i for i in range(count) for _ in range(edges[i], edges[i + 1])])
@@ -143,7 +143,7 @@ def attention_case(
     kv_heads: int,
     size: int,
 ) -> GpuCase:
-    """The last `queries` rows of each sequence over its context."""
+    """Attention of the last `queries` rows of each sequence over its context."""
     lengths = [max(keys - 3 * i, queries) for i in range(sequences)]
     cache = bench.moved(
         random_keys(lengths, kv_heads, size, BLOCK_SIZE, bench.generator, bench.dtype)
@@ -176,7 +176,7 @@ def attention_case(
 
 
 def kv_write_case(bench: DeviceSetup, rows: int, kv_heads: int, size: int) -> GpuCase:
-    """One layer's keys and values into shuffled slots."""
+    """Write of one layer's keys and values into shuffled slots."""
     blocks = rows // BLOCK_SIZE + 2
     shape = (blocks, kv_heads, BLOCK_SIZE, size)
     k_cache, v_cache = bench.randn(*shape), bench.randn(*shape)
@@ -203,7 +203,7 @@ def kv_write_case(bench: DeviceSetup, rows: int, kv_heads: int, size: int) -> Gp
 def rows_cases(
     bench: DeviceSetup, rows: int, hidden: int, inner: int, heads: int
 ) -> Iterator[GpuCase]:
-    """What works row by row: norm with the residual sum, gated activation, rotary embedding."""
+    """Row-wise operations: norm with the residual sum, gated activation, rotary embedding."""
     x, residual, weight = bench.randn(rows, hidden), bench.randn(rows, hidden), bench.randn(hidden)
     wide = bench.randn(rows, 2 * inner)
     size = hidden // heads
@@ -249,8 +249,8 @@ def rows_cases(
 
 
 def sample_case(bench: DeviceSetup, rows: int, vocabulary: int) -> GpuCase:
-    """Temperature and top_p. Tokens are the same on every device, so the CPU's plain version is
-    what they must equal: 1 for each row that does."""
+    """Sampling with temperature and top_p. The CPU's plain version is the reference, as tokens
+    are the same on every device: 1 for each row that equals it."""
     logits = bench.randn(rows, vocabulary) * 3
     draws = Draws(
         temperature=torch.full((rows,), 0.8, dtype=torch.float64),
@@ -283,7 +283,7 @@ def sample_case(bench: DeviceSetup, rows: int, vocabulary: int) -> GpuCase:
 
 
 def turbo_case(bench: DeviceSetup, rows: int, heads: int, width: int) -> GpuCase:
-    """Every row through all heads of one adapter."""
+    """Turbo heads: every row through all heads of one adapter."""
     weights = [bench.randn(width, width) * width**-0.5 for _ in range(heads)]
     biases = [bench.randn(width) for _ in range(heads)]
     held = [in_pages(*head) for head in zip(weights, biases, strict=True)]
@@ -313,7 +313,7 @@ def turbo_case(bench: DeviceSetup, rows: int, heads: int, width: int) -> GpuCase
 def draft_case(
     bench: DeviceSetup, rows: int, tokens: int, features: int, vocabulary: int
 ) -> GpuCase:
-    """All rows over the same tokens of an LM head."""
+    """Draft logits of all rows over the same tokens of an LM head."""
     h, weight = bench.randn(rows, features), bench.randn(vocabulary, features)
     order = torch.randperm(vocabulary, generator=bench.generator)[:tokens].sort().values
     ids = order.int().to(bench.device)
@@ -331,7 +331,7 @@ def draft_case(
 
 
 def verify_case(bench: DeviceSetup, sequences: int, drafts: int) -> GpuCase:
-    """Chains of drafts of which about three in four hold. 1 for each sequence that is right."""
+    """Verification of draft chains of which about three in four hold: 1 for each right sequence."""
     longest = drafts + 1
     drafted = torch.randint(9, (sequences * longest,), generator=bench.generator)
     holds = torch.rand(drafted.shape, generator=bench.generator) < 0.75
@@ -359,7 +359,7 @@ def verify_case(bench: DeviceSetup, sequences: int, drafts: int) -> GpuCase:
 
 
 def small_cases(bench: DeviceSetup) -> Iterator[GpuCase]:
-    """Odd shapes, for checks."""
+    """Cases of odd shapes, for checks."""
     yield linear_case(bench, 3, 40, 24)
     for ranks in ([4], [8, 16, 64], [0, 20, 1, 33]):
         yield lowrank_case(bench, 9, ranks, 72, [40, 16, 8])
@@ -375,7 +375,7 @@ def small_cases(bench: DeviceSetup) -> Iterator[GpuCase]:
 
 
 def llama_cases(bench: DeviceSetup) -> Iterator[GpuCase]:
-    """Llama-3.1-8B's, for timings."""
+    """Cases of Llama-3.1-8B's shapes, for timings."""
     qkv, gate_up = (4096, (4096, 1024, 1024)), (4096, (14336, 14336))
     down = (14336, (4096,))
     for rows in (1, 16, 64):

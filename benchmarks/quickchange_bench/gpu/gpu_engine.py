@@ -1,5 +1,6 @@
-"""The engine on a GPU without server or store: decode steps of a random Llama, with and without
-CUDA graphs, over a number of distinct adapters.
+"""Decode steps of the engine on a GPU, without server or store.
+
+A random Llama decodes with and without CUDA graphs, over a number of distinct adapters.
 
 Needs torch, triton, transformers, safetensors, pydantic-settings and cachetools alone.
 """
@@ -37,7 +38,7 @@ _GIB = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class DecodeLoad:
-    """`rows` sequences that decode, in turn over so many adapters (0: the plain base)."""
+    """`rows` decoding sequences, in turn over a number of adapters (0: the plain base)."""
 
     rows: int
     adapters: int
@@ -45,7 +46,7 @@ class DecodeLoad:
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """Seconds, medians of a step."""
+    """Median step times in seconds."""
 
     load: DecodeLoad
     graphs: bool
@@ -65,7 +66,7 @@ LOADS = [
 
 
 def random_llama(shape: LlamaShape, device: torch.device, dtype: torch.dtype) -> LoadedModel:
-    """A Llama of this shape, its random weights made on the device."""
+    """A Llama of this shape with random weights, made on the device."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     paged_attention.register()
@@ -90,7 +91,7 @@ def random_llama(shape: LlamaShape, device: torch.device, dtype: torch.dtype) ->
 
 
 def suitable_shape(device: torch.device) -> str:
-    """The name of the largest shape that the device has room for."""
+    """Name of the largest shape that fits the device."""
     if device.type != "cuda":
         return "tiny"
     free, _ = torch.cuda.mem_get_info(device)
@@ -100,7 +101,7 @@ def suitable_shape(device: torch.device) -> str:
 def decode_steps(
     name: str, device: torch.device, bandwidth: float, left: Callable[[], float]
 ) -> Iterator[Decoded]:
-    """Every load from graphs where the device has them, then as steps come. While time is left."""
+    """Measure every load with CUDA graphs, where there are any, and without, while time is left."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = random_llama(SHAPES[name], device, dtype)
     for graphs in (True, False) if device.type == "cuda" else (False,):
@@ -157,7 +158,7 @@ def _random_adapter(model: LoadedModel, digest: str) -> CanonicalAdapter:
 
 
 def _projections(model: LoadedModel) -> list[ModuleGroup]:
-    """Attention's and the MLP's linears, by what they read."""
+    """Linears of attention and MLP, by their input."""
     return [
         group
         for group in model.groups
@@ -216,7 +217,7 @@ def _step_seconds(engine: Engine) -> float:
 
 
 def _bytes_moved(model: LoadedModel, load: DecodeLoad, context: int) -> int:
-    """Weights once (of the embedding only rows), the adapters' pages, keys and values."""
+    """Bytes of a step: weights once (few rows of the embedding), adapter pages, keys and values."""
     embedding = model.module.get_input_embeddings().weight  # type: ignore[operator]
     weights = sum(p.nbytes for p in model.module.parameters() if p is not embedding)
     head = model.module.get_output_embeddings().weight  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""Checks every operation against its float64 reference, and times it beside torch and its floor."""
+"""Checks of every operation against its float64 reference, and times beside torch and the floor."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _SQUARE = 8192
 
 @dataclass(frozen=True, slots=True)
 class DeviceSpeed:
-    """What the device does at its best, measured."""
+    """Measured peak rates of the device."""
 
     bandwidth: float  # bytes a second, reading and writing
     arithmetic: float  # operations a second, in a large product
 
     def floor(self, case: GpuCase) -> float:
-        """Seconds that the case takes at least."""
+        """Least seconds of the case."""
         return max(case.bytes / self.bandwidth, case.operations / self.arithmetic)
 
 
@@ -40,7 +40,7 @@ class Checked:
 
 @dataclass(frozen=True, slots=True)
 class Timed:
-    """Seconds, medians."""
+    """Median times in seconds."""
 
     name: str
     seconds: float
@@ -71,7 +71,7 @@ def check_all(
     cases: Callable[[DeviceSetup], Iterable[GpuCase]],
     left: Callable[[], float],
 ) -> Iterator[Checked]:
-    """Every case in every precision, as long as there are seconds `left`."""
+    """Check every case in every precision, as long as there are seconds `left`."""
     for dtype in TOLERANCE:
         for case in cases(DeviceSetup(device, dtype, generator())):
             if left() > 0:
@@ -84,8 +84,8 @@ def time_all(
     speed: DeviceSpeed,
     left: Callable[[], float],
 ) -> Iterator[Timed | Checked]:
-    """Every case in bfloat16, as long as there are seconds `left`. One that is wrong is not timed:
-    what its check found comes instead."""
+    """Time every case in bfloat16, as long as there are seconds `left`. A wrong one is not timed:
+    its check is returned instead."""
     for case in cases(DeviceSetup(device, torch.bfloat16, generator())):
         if left() <= 0:
             return
@@ -103,7 +103,7 @@ def time_all(
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Median of a call, the device's caches emptied before each."""
+    """Median seconds of a call, with the device's caches emptied before each."""
     if device.type == "cuda":
         from triton.testing import do_bench
 
@@ -118,7 +118,7 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
 
 
 def measure_speed(device: torch.device) -> DeviceSpeed:
-    """By one large copy and one large product in bfloat16."""
+    """Measure peak rates by one large copy and one large product in bfloat16."""
     small = device.type != "cuda"
     source = torch.ones(_SPARE >> (6 if small else 0), dtype=torch.bfloat16, device=device)
     target = torch.empty_like(source)

@@ -1,8 +1,8 @@
-"""Everything that needs a GPU, in one run of minutes: `python -m quickchange_bench.gpu.gpu_run`.
+"""Checks and measurements on a GPU in one run: `python -m quickchange_bench.gpu.gpu_run`.
 
-Checks every operation, times it beside torch and its floor, runs the engine with CUDA graphs.
-Needs torch, triton, transformers, safetensors, pydantic-settings and cachetools, and no network.
-`--dry-run` goes the same way on a CPU with tiny sizes; its times mean nothing.
+Takes minutes. Checks every operation, times it beside torch and its floor, runs the engine with
+CUDA graphs. Needs torch, triton, transformers, safetensors, pydantic-settings and cachetools, and
+no network. `--dry-run` goes the same way on a CPU with tiny sizes; its times mean nothing.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CHECKS_END, TIMES_END = 0.3, 0.6
 
 @dataclass
 class GpuReport:
-    """What was found so far; written after each part, so that a run cut short leaves something."""
+    """Findings so far; written after each part, so that a run cut short leaves some."""
 
     device: str
     torch: str
@@ -55,7 +55,7 @@ class GpuReport:
 
 
 def run(device: torch.device, folder: Path, minutes: float) -> GpuReport:
-    """All parts, within the time; prints each as it is done."""
+    """Run all parts within the time; prints each as it is done."""
     started = time.monotonic()
 
     def left(share: float) -> Callable[[], float]:

@@ -1,1 +1,1 @@
-"""Load on a running server: clients, workloads, server processes and what they use."""
+"""Load on a running server: clients, workloads, server processes and their resource use."""

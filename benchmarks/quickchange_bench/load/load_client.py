@@ -1,7 +1,7 @@
-"""A streaming client for any server that answers `/v1/completions` in OpenAI's form.
+"""Streaming client for any server that answers `/v1/completions` in OpenAI's form.
 
-Servers differ only in how a request names its adapter: that is a dialect. Knows nothing of load
-patterns or statistics.
+Servers differ in how a request names its adapter: that is a dialect. Knows nothing of load patterns
+or statistics.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ Body = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class ServedNames:
-    """The names by which a server knows its base model and its adapters, and its API key."""
+    """A server's names for its base model and its adapters, and its API key."""
 
     model: str
     adapters: tuple[str, ...] = ()
     key: str | None = field(default=None, repr=False)
-    users: bool = False  # each request says that it is of another user
+    users: bool = False  # True: each request names a user of its own
 
 
 def _openai(target: ServedNames, adapter: int | None) -> Body:
@@ -61,7 +61,7 @@ DIALECTS: dict[DialectName, Callable[[ServedNames, int | None], Body]] = {
 
 
 def request_body(dialect: DialectName, target: ServedNames, request: Request) -> Body:
-    """Greedy, streamed, exactly `request.output_tokens` long, with a usage count at the end."""
+    """Body of a greedy, streamed request of exactly `request.output_tokens`, with a usage count."""
     user = {"user": f"user-{request.index}"} if target.users else {}
     return {
         **DIALECTS[dialect](target, request.adapter),
@@ -76,7 +76,7 @@ def request_body(dialect: DialectName, target: ServedNames, request: Request) ->
 
 
 def bearer(key: str) -> dict[str, str]:
-    """The header that brings an API key."""
+    """Header with an API key."""
     return {"Authorization": f"Bearer {key}"}
 
 
@@ -112,7 +112,7 @@ class ServerRefusedError(Exception):
 
 @dataclass(slots=True)
 class _Stream:
-    """What has been read of one answer so far."""
+    """State of one answer as far as it has been read."""
 
     started: float
     first_token: float | None = None
@@ -193,7 +193,7 @@ class Client:
         await self.http.__aexit__(kind, error, trace)
 
     def body(self, request: Request) -> Body:
-        """What is sent for a request."""
+        """The body sent for a request."""
         return request_body(self.dialect, self.target, request)
 
     async def complete(self, request: Request) -> ClientCompletion:

@@ -1,4 +1,4 @@
-"""Puts load on a running server and measures it: closed loop or open loop, in repeated rounds.
+"""Load on a running server, measured: closed loop or open loop, in repeated rounds.
 
 A closed loop has N workers that each send a request, wait for its end and send the next. An open
 loop sends at Poisson times whatever the server does. Rounds go over all loads before they repeat,
@@ -24,7 +24,7 @@ LOAD_STRIDE = 10_000  # request indices between two loads of a round
 async def closed_loop(
     client: Client, requests: Iterable[Request], workers: int
 ) -> list[ClientCompletion]:
-    """All requests, `workers` at a time; their outcomes worker by worker."""
+    """Send all requests, `workers` at a time; outcomes worker by worker."""
     queue = iter(requests)
 
     async def worker() -> list[ClientCompletion]:
@@ -38,7 +38,7 @@ async def closed_loop(
 async def open_loop(
     client: Client, requests: Iterable[Request], rate: float, seed: int
 ) -> list[ClientCompletion]:
-    """All requests at the times of a Poisson process of `rate` a second, in their own order."""
+    """Send all requests at the times of a Poisson process of `rate` per second, in order."""
     clock = asyncio.get_running_loop()
     rng = random.Random(f"arrivals {seed}")
     due = clock.time()
@@ -79,17 +79,17 @@ class LoadPlan:
                 raise ValueError(f"{self.count(load)} requests at a load: {LOAD_STRIDE} at most")
 
     def count(self, load: Load) -> int:
-        """Requests of one round at this load."""
+        """Number of requests in one round at this load."""
         if self.requests is not None:
             return self.requests
         return max(self.min_requests, self.requests_per_worker * (load.workers or 1))
 
     def start(self, turn: int, place: int) -> int:
-        """The first request's index: no round asks again what another asked."""
+        """Index of the round's first request; no two rounds share one."""
         return (turn + 1) * ROUND_STRIDE + place * LOAD_STRIDE
 
     def warmup_requests(self, turn: int, place: int) -> list[Request]:
-        """Short ones over the same adapters, just below the indices of the measured ones."""
+        """Short requests over the same adapters, at indices just below the measured ones."""
         first = self.start(turn, place)
         short = replace(self.workload, output_tokens=Fixed(WARMUP_TOKENS))
         return list(short.requests(first - self.warmup, self.warmup))
@@ -98,7 +98,7 @@ class LoadPlan:
 async def measure(
     client: Client, plan: LoadPlan, load: Load, *, turn: int, place: int, pid: int | None
 ) -> Summary:
-    """One round at one load: warm-up, which isn't counted, then the requests, which are."""
+    """Measure one round at one load, after a warm-up that is not counted."""
     if warmup := plan.warmup_requests(turn, place):
         await closed_loop(client, warmup, load.workers or 1)
     requests = plan.workload.requests(plan.start(turn, place), plan.count(load))
@@ -118,7 +118,7 @@ async def run_plan(
     turns: Sequence[int] | None = None,
     progress: Callable[[Point], None] = lambda _: None,
 ) -> list[Point]:
-    """Every round of the plan, or only the rounds in `turns`. `progress` sees each as it ends."""
+    """Run every round of the plan, or those in `turns`. `progress` is called as each ends."""
     points = []
     for turn in range(plan.repeat) if turns is None else turns:
         for place, load in enumerate(plan.loads):

@@ -1,4 +1,4 @@
-"""Does a server's memory stay level? Samples of each of its processes over time.
+"""Memory growth of a server: samples of each of its processes over time.
 
 Knows nothing of requests or adapters.
 """

@@ -1,4 +1,4 @@
-"""Our own server for a benchmark: how it is started, and its adapter routes."""
+"""Quickchange's server in a benchmark: its start and its adapter routes."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ ADMIN_SECONDS = 120.0  # longest wait for one administrative call
 
 @dataclass(frozen=True, slots=True)
 class OwnServer:
-    """One way to start it. `environment` holds further QUICKCHANGE_ settings."""
+    """Options of a server's start. `environment` holds further QUICKCHANGE_ settings."""
 
     model: str
     store: Path
     device: str = "cpu"
     dtype: str = "float32"
     environment: Mapping[str, str] = field(default_factory=dict)
-    key: str | None = field(default=None, repr=False)  # an API key, where it asks for one
+    key: str | None = field(default=None, repr=False)  # API key, where the server needs one
 
     @contextmanager
     def running(self, log: Path) -> Iterator[RunningServer]:
-        """On a free port, until the block ends."""
+        """Run the server on a free port until the block ends."""
         port = free_port()
         arguments = {
             "--model": self.model,
@@ -74,7 +74,7 @@ def admin_key(store: Path) -> str:
 
 
 def create(url: str, path: str, body: Mapping[str, Any], key: str | None = None) -> dict[str, Any]:
-    """POST a definition (an experiment, an API key); what the server made of it.
+    """POST a definition (an experiment, an API key) and return the server's answer.
 
     Raises:
         RuntimeError: the server refused it; says why.

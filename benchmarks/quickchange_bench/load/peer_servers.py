@@ -1,4 +1,4 @@
-"""The servers that are compared, each behind the same two calls: measure a round, give texts.
+"""Servers under comparison, each behind the same two calls: measure a round, give texts.
 
 The peers' own start scripts are in benchmarks/peers; this module runs them, ours beside them.
 """
@@ -38,7 +38,7 @@ CHECK_TOKENS = 24
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What every server serves, and how it is loaded."""
+    """Model, adapters and load common to all servers."""
 
     base: Path
     adapters_dir: Path
@@ -61,7 +61,7 @@ class Setup:
         return ServedNames("base", tuple(f"lora-{k}" for k in range(self.adapters)))
 
     def environment(self, port: int) -> dict[str, str]:
-        """For the start scripts, see common.sh."""
+        """Environment of the start scripts, see common.sh."""
         return {
             "BASE_MODEL": str(self.base),
             "ADAPTERS_DIR": str(self.adapters_dir),
@@ -89,12 +89,12 @@ class Setup:
 
 
 class Peer(Protocol):
-    """Something that can be measured, one round at a time."""
+    """A server or program that can be measured, one round at a time."""
 
     name: str
 
     def measure(self, setup: Setup, modes: Sequence[str], turn: int) -> dict[str, list[Point]]:
-        """The points of one round, by mode."""
+        """Measure one round; its points by mode."""
 
     def texts(self, setup: Setup) -> list[list[str]]:
         """Per check prompt: the greedy text of the base model, then of each adapter."""
@@ -102,7 +102,7 @@ class Peer(Protocol):
 
 @dataclass
 class HttpPeer:
-    """A peer behind HTTP. `run` starts it and ends it."""
+    """A peer over HTTP, started and ended by `run`."""
 
     name: str
     dialect: DialectName
@@ -146,7 +146,7 @@ class HttpPeer:
 
 
 def scripted(name: str, dialect: DialectName, **environment: str) -> HttpPeer:
-    """A peer that a start script serves: NAME, or NAME-VARIANT with more of an environment."""
+    """A peer served by a start script: NAME, or NAME-VARIANT with further environment."""
     script = f"start_{name.partition('-')[0]}.sh"
 
     def run(setup: Setup) -> Iterator[RunningServer]:
@@ -165,7 +165,7 @@ def scripted(name: str, dialect: DialectName, **environment: str) -> HttpPeer:
 
 
 def quickchange(name: str = "quickchange", **settings: str) -> HttpPeer:
-    """Ours, with more QUICKCHANGE_ settings; its store is filled at the first start."""
+    """Quickchange with further QUICKCHANGE_ settings; its store is filled at the first start."""
 
     def run(setup: Setup) -> Iterator[RunningServer]:
         store = setup.work / f"store-{name}"
@@ -191,7 +191,7 @@ def quickchange(name: str = "quickchange", **settings: str) -> HttpPeer:
 
 
 class PeftStatic:
-    """PEFT's static batches: a program that measures itself by the same rules, no server."""
+    """PEFT's static batches: no server, but a program that measures itself by the same rules."""
 
     name = "peft"
 

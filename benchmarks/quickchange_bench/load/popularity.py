@@ -1,4 +1,4 @@
-"""Which adapter a request is for: the axis that every multi-adapter test and benchmark shares.
+"""Popularity of adapters: the choice of a request's adapter in tests and benchmarks.
 
     identical  every request on the first adapter
     distinct   request i on adapter i mod n: neighbours never share one while n allows
@@ -21,8 +21,8 @@ from typing import Literal, get_args
 PopularityName = Literal["identical", "distinct", "uniform", "zipf", "skewed"]
 POPULARITIES: tuple[PopularityName, ...] = get_args(PopularityName)
 
-HOT_SHARE = 0.2  # of the adapters, in "skewed" …
-HOT_REQUESTS = 0.8  # … that this share of the requests is for
+HOT_SHARE = 0.2  # share of the adapters, in "skewed" …
+HOT_REQUESTS = 0.8  # … that get this share of the requests
 
 
 def weights(name: PopularityName, count: int) -> list[float]:

@@ -1,4 +1,4 @@
-"""What a server's processes and the rest of the machine use, through psutil and Linux's /proc."""
+"""CPU and memory of a server's processes and of the machine, by psutil and Linux's /proc."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def tree(pid: int) -> list[Process]:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Of one process, in bytes. `peak_rss` and `pss` are Linux's; None elsewhere."""
+    """Memory of one process in bytes. `peak_rss` and `pss` are Linux's; None elsewhere."""
 
     pid: int
     name: str
@@ -51,7 +51,7 @@ class Memory:
 
 
 def memory(pid: int) -> list[Memory]:
-    """Each process of the tree; those that end meanwhile are left out."""
+    """Memory of each process of the tree; those that end meanwhile are left out."""
     psutil = require_psutil()
     found = []
     for process in tree(pid):
@@ -118,7 +118,7 @@ def _machine_busy() -> float:
 
 
 class ResourceProbe:
-    """Counts what a stretch of time costs, from its making to `stop()`."""
+    """Counter of resource use from its making to `stop()`."""
 
     def __init__(self, pid: int) -> None:
         self._pid = pid

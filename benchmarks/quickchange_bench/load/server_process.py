@@ -1,4 +1,4 @@
-"""Starts a server for a benchmark, waits until it answers, and ends it by its own process id."""
+"""Server process of a benchmark: started, awaited, and ended by its own process id."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ POLL_SECONDS = 0.5
 
 @dataclass(frozen=True, slots=True)
 class RunningServer:
-    """A server that answers. `pid` heads its process tree."""
+    """A server that answers. `pid` is the root of its process tree."""
 
     url: str
     pid: int
@@ -50,7 +50,7 @@ def quickchange_command(*arguments: str) -> list[str]:
 
 @contextmanager
 def _unwinding_on_sigterm() -> Iterator[None]:
-    """SIGTERM leaves the block as an exception does, so that its server ends with the benchmark."""
+    """Turn SIGTERM into an exception in the block, so that its server ends with the benchmark."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may set handlers
         return
@@ -115,7 +115,7 @@ def _wait_ready(
 
 
 async def _probe(url: str, target: ServedNames, dialect: DialectName) -> str | None:
-    """None if the base model gave a token, else what went wrong."""
+    """None if the base model gave a token, else the fault."""
     async with Client(url, target, dialect, timeout=120.0) as client:
         request = Request(index=0, prompt="Ready", output_tokens=1, adapter=None)
         return (await client.complete(request)).error
@@ -127,7 +127,7 @@ def tail(log: Path, lines: int = 15) -> str:
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """SIGTERM to the server, SIGKILL to whatever of its own tree is left after STOP_SECONDS."""
+    """Send SIGTERM to the server, and SIGKILL to what is left of its tree after STOP_SECONDS."""
     psutil = require_psutil()
     family = tree(process.pid)
     process.terminate()

@@ -1,4 +1,4 @@
-"""What is asked of a server: prompts, their lengths, the lengths of the answers, the adapters.
+"""Workload of a server: prompts, their lengths, the lengths of the answers, the adapters.
 
 Every request follows from (seed, index) alone. No prompt shares its beginning with another, so a
 prefix cache gains nothing. Knows nothing of HTTP; standard library only, so that a benchmark that
@@ -56,7 +56,7 @@ class Uniform:
 
 @dataclass(frozen=True, slots=True)
 class LogNormal:
-    """Median and sigma of the logarithm; at least 1 token, at most 8 times the median."""
+    """Log-normal lengths by median and sigma, from 1 token to 8 times the median."""
 
     median: int
     sigma: float
@@ -67,7 +67,7 @@ class LogNormal:
 
 
 def parse_length(text: str) -> Length:
-    """`64`, `uniform:32:128` or `lognormal:64:0.5` (median, sigma).
+    """Parse `64`, `uniform:32:128` or `lognormal:64:0.5` (median, sigma).
 
     Raises:
         ValueError: anything else, or lengths under 1 token.
@@ -89,7 +89,7 @@ def parse_length(text: str) -> Length:
 
 
 def make_prompt(seed: int, index: int, tokens: int) -> str:
-    """A prompt of about `tokens` tokens, one a word.
+    """A prompt of about `tokens` tokens, one per word.
 
     The first word counts the requests, so len(WORDS) neighbours differ from their first token on;
     those further apart that share it differ in what follows, drawn from (seed, index).
@@ -101,7 +101,7 @@ def make_prompt(seed: int, index: int, tokens: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One completion to ask for. `adapter`: its index, or None for the plain base model."""
+    """One completion request. `adapter`: its index, or None for the plain base model."""
 
     index: int
     prompt: str
@@ -129,5 +129,5 @@ class Workload:
         )
 
     def requests(self, start: int, count: int) -> Iterator[Request]:
-        """Requests start, start + 1, …: `count` of them."""
+        """The `count` requests from index `start`."""
         return (self.request(index) for index in range(start, start + count))

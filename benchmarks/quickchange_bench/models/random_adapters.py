@@ -1,4 +1,4 @@
-"""PEFT LoRA folders with random weights, for load tests that need many adapters, not good ones."""
+"""PEFT LoRA folders with random weights, for load tests with many adapters."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ B_STD = 0.015  # answers differ from the base model's and are still text
 
 @dataclass(frozen=True, slots=True)
 class AdapterSpec:
-    """What each adapter looks like."""
+    """Shape of each adapter."""
 
     rank: int = 16
     targets: tuple[str, ...] = PROJECTIONS
@@ -46,7 +46,7 @@ def linear_shapes(base: Path, targets: tuple[str, ...]) -> dict[str, tuple[int, 
 
 
 def device_bytes(shapes: dict[str, tuple[int, int]], rank: int, value_bytes: int) -> int:
-    """What one adapter occupies on the device, ranks padded to whole pages."""
+    """Bytes of one adapter on the device, ranks padded to whole pages."""
     padded = math.ceil(rank / RANKS_PER_PAGE) * RANKS_PER_PAGE
     return sum(padded * (width_in + width_out) for width_in, width_out in shapes.values()) * (
         value_bytes
@@ -56,7 +56,7 @@ def device_bytes(shapes: dict[str, tuple[int, int]], rank: int, value_bytes: int
 def write_in_this_process(
     base: Path, folder: Path, names: list[str], spec: AdapterSpec
 ) -> dict[str, tuple[int, int]]:
-    """As write_adapters, at the price of torch in this process."""
+    """Write adapters as `write_adapters` does, but with torch in this process."""
     import torch
     from safetensors.torch import save_file
 

@@ -1,4 +1,4 @@
-"""A base model of a known shape with random weights, where the real one can't be had.
+"""Base model of a known shape with random weights, for when the real one is not available.
 
 Its speed is a real model's of that shape; its answers mean nothing. The tokeniser has one token a
 word, the workload's words among them, so prompts have exactly the length that was asked for.

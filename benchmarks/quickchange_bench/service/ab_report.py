@@ -1,4 +1,4 @@
-"""An experiment's results as a table: what GET /v1/experiments/{name}/results says."""
+"""Table of an experiment's results, from GET /v1/experiments/{name}/results."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 from quickchange_bench.report_tables import number, table
 
-MEASURED = ("latency", "tokens")  # of what the server measures by itself
+MEASURED = ("latency", "tokens")  # outcomes that the server measures by itself
 Result = Mapping[str, Any]
 
 
 def results_text(results: Result) -> str:
-    """Variants and comparisons of each outcome, and whether the shares are as they should be."""
+    """Variants and comparisons of each outcome, and the check of the shares."""
     shown = [o for o in results["automatic"] if o["name"] in MEASURED]
     outcomes = [*results["outcomes"], *shown]
     header = ("outcome", "variant", "units", "mean", "interval", "p(best)")

@@ -34,7 +34,7 @@ ANSWER_SECONDS = 300.0
 
 @dataclass(frozen=True, slots=True)
 class AbOptions:
-    """What to run. `base` is the base model's name on the server."""
+    """Options of the run. `base` is the base model's name on the server."""
 
     url: str
     run: Run
@@ -49,7 +49,7 @@ class AbOptions:
 
 @dataclass(frozen=True, slots=True)
 class AbResult:
-    """The results as the server told them at last, and what was done with the winner."""
+    """Final results from the server, and what was done with the winner."""
 
     machine: MachineInfo
     commit: str | None
@@ -80,7 +80,7 @@ def definition(options: AbOptions) -> Json:
 
 
 def request_of(model: str, user: int, example: TaskExample) -> Json:
-    """A chat whose greedy answer is the task's."""
+    """Chat request with greedy decoding for one example."""
     return {
         "model": model,
         "user": f"user-{user}",
@@ -101,13 +101,13 @@ def outcomes_of(answer: Mapping[str, Any], example: TaskExample) -> list[Json]:
 
 
 def decision_of(results: Mapping[str, Any]) -> str:
-    """Of the outcome that decides."""
+    """Decision on the deciding outcome."""
     (outcome,) = (outcome for outcome in results["outcomes"] if outcome["name"] == DECIDING)
     return str(outcome["comparisons"][0]["decision"])
 
 
 async def run_ab(options: AbOptions, say: Say) -> AbResult:
-    """Create, send, tell, look, and where the tuned variant is better promote and roll back.
+    """Run the experiment; where the tuned variant is better, promote it and roll back.
 
     Raises:
         RuntimeError: the server refused something; says what and why.
@@ -157,21 +157,21 @@ class Server:
 
 
 async def _send(server: Server, options: AbOptions, say: Say) -> list[str]:
-    """Every user's request and its outcomes; the decisions on the way."""
+    """Send every user's request and its outcomes; returns the decision at each look."""
     examples = TASK.examples("held-out", options.users, seed=0)
     queue: Iterator[tuple[int, TaskExample]] = iter(enumerate(examples))
     looks: list[str] = []
-    told = 0
+    scored = 0
 
     async def worker() -> None:
-        nonlocal told
+        nonlocal scored
         for user, example in queue:
             body = request_of(options.name, user, example)
             answer = await server.ask("POST", "/v1/chat/completions", body)
             await server.do("POST", "outcomes", {"outcomes": outcomes_of(answer, example)})
-            told += 1
-            if told % options.look_every == 0:
-                count = told
+            scored += 1
+            if scored % options.look_every == 0:
+                count = scored
                 looks.append(decision_of(await server.do("GET", "results")))
                 say(f"{count} answers told: {DECIDING}: {looks[-1]}")
 

@@ -1,14 +1,14 @@
-"""Many registered adapters, few resident: does anything fail, grow or stall?
+"""Benchmark of many registered adapters with few resident: errors, memory growth, stalls.
 
-Our server starts with a device budget for a few of the adapters. Two kinds of phase take turns,
+The server starts with a device budget for a few of the adapters. Two kinds of phase take turns,
 equal in requests, lengths and number at once:
 
     quiet  the background asks only for adapters that stay resident
     loads  the background asks for all of them, Zipf-popular, so adapters come and go
 
 Meanwhile steady streams run on pinned adapters. The times between their tokens in the two kinds of
-phase tell what loads cost those who need none; samples of every process's memory tell whether it
-stays level.
+phase show what loads cost requests that need none; samples of every process's memory show its
+growth.
 """
 
 from __future__ import annotations
@@ -85,10 +85,10 @@ class Phase:
     seconds: float
     requests: int
     errors: int
-    loads: int  # adapters brought to the device meanwhile
-    itl_p50: float | None  # of the steady streams, as is
+    loads: int  # adapters loaded onto the device meanwhile
+    itl_p50: float | None  # steady streams
     itl_p99: float | None
-    ttft_p50: float | None  # of the background
+    ttft_p50: float | None  # background requests
     ttft_p99: float | None
     first_error: str | None
 
@@ -115,7 +115,7 @@ class ScaleResult:
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """All that one phase asked, and the time it took."""
+    """Requests of one phase and its duration."""
 
     kind: PhaseKind
     seconds: float
@@ -156,7 +156,7 @@ class ScaleBench:
         self._steady_indices = count(STEADY_INDEX)
 
     async def fill(self) -> None:
-        """Ask for as many adapters as both tiers hold and some more: memory is then at its level.
+        """Use more adapters than both tiers hold, so that memory reaches its level.
 
         Raises:
             RuntimeError: one of them failed.
@@ -262,7 +262,7 @@ def _folder(given: Path | None) -> Iterator[Path]:
 def measure_scale(
     options: ScaleOptions, work_dir: Path | None, say: Callable[[str], None]
 ) -> ScaleResult:
-    """Make the adapters, start the server, register, measure, end it. `say` hears of progress."""
+    """Make the adapters, start the server, register, measure, end it. `say` gets the progress."""
     started = provenance.now()
     with _folder(work_dir) as work:
         say(f"writing {options.adapters} adapters of rank {options.rank}")

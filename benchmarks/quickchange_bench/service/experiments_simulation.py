@@ -1,4 +1,4 @@
-"""How often the experiments' rules are wrong and how soon they are right, by simulation.
+"""Simulation of the experiments' rules: rates of wrong decisions and time to right ones.
 
 Whole experiments are drawn, each looked at after every `every` outcomes, and the first look at
 which a rule speaks ends it. An A/A run's variants are the same: whatever is said there is false.
@@ -26,7 +26,7 @@ _BATCH = 50  # runs drawn at once: bounds memory
 
 @dataclass(frozen=True)
 class Population:
-    """What outcomes are drawn from. `effect` moves a variant's mean by as much."""
+    """Distribution of outcomes. `effect` is the shift of a variant's mean."""
 
     name: str
     kind: Kind
@@ -35,12 +35,12 @@ class Population:
 
 
 def normal() -> Population:
-    """Mean 0, standard deviation 1."""
+    """Normal outcomes: mean 0, standard deviation 1."""
     return Population("normal", "number", 1.0, lambda rng, e: rng.standard_normal(e.shape) + e)
 
 
 def lognormal(sigma: float) -> Population:
-    """Heavy upper tail, as latencies and lengths have; median 1."""
+    """Log-normal outcomes: a heavy upper tail, as of latencies and lengths; median 1."""
     deviation = float(stats.lognorm(sigma).std())
     return Population(
         f"lognormal, sigma {sigma:g}",
@@ -51,7 +51,7 @@ def lognormal(sigma: float) -> Population:
 
 
 def flag(rate: float) -> Population:
-    """1 with probability `rate`, else 0."""
+    """Flag outcomes: 1 with probability `rate`, else 0."""
     return Population(
         f"flag, {100 * rate:g} %",
         "flag",
@@ -84,11 +84,11 @@ class Trial:
         return float(np.mean(stages / stages.sum(axis=1, keepdims=True), axis=0).min())
 
     def stage(self, looks: int) -> NDArray[np.intp]:
-        """Which stage is at each look. [looks]"""
+        """Stage at each look: [looks]."""
         return np.asarray(np.arange(looks) * len(self.stages) // looks)
 
     def assign(self, uniform: Floats) -> NDArray[np.intp]:
-        """Which variant each outcome is of. [runs, looks, every], of numbers below 1."""
+        """Variant of each outcome, [runs, looks, every], from uniform numbers in [0, 1)."""
         stage = self.stage(uniform.shape[1])
         ends = np.cumsum(self.stages, axis=1) / np.sum(self.stages, axis=1, keepdims=True)
         return np.asarray(
@@ -98,7 +98,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Design:
-    """How often each trial is run, how long, and how often one looks."""
+    """Number and length of each trial's runs, and the interval between looks."""
 
     runs: int = 1000
     horizon: int = 5000  # units of the smallest variant, on average
@@ -108,15 +108,15 @@ class Design:
 
 @dataclass(frozen=True)
 class RuleOutcomes:
-    """What a rule came to in the runs of a trial."""
+    """Decisions of a rule in the runs of a trial."""
 
-    share: float  # of runs in which it spoke
-    wrong: float  # of runs in which it first spoke with the wrong sign, or of an equal variant
-    median_units: float  # of the smallest variant; infinite where half the runs stayed silent
+    share: float  # share of runs with a decision
+    wrong: float  # share of runs whose first decision has the wrong sign or is on an equal variant
+    median_units: float  # of the smallest variant; infinite where half the runs had no decision
 
 
 def always_valid(strata: Strata, plan: Plan) -> Bools:
-    """The server's rule."""
+    """The server's always-valid rule."""
     moments = pooled(strata)
     compared = moments.count.shape[-1] - 1
     small = p_value(differences(strata), plan.rho) * compared < plan.alpha
@@ -124,7 +124,7 @@ def always_valid(strata: Strata, plan: Plan) -> Bools:
 
 
 def t_test(strata: Strata, plan: Plan) -> Bools:
-    """Welch's t-test at each look with the same minimum sample: what must not be done."""
+    """Welch's t-test at each look with the same minimum sample: invalid under repeated looks."""
     moments = pooled(strata)
     first = (moments.mean[..., :1], np.sqrt(moments.variance[..., :1]), moments.count[..., :1])
     rest = (moments.mean[..., 1:], np.sqrt(moments.variance[..., 1:]), moments.count[..., 1:])
@@ -135,7 +135,7 @@ def t_test(strata: Strata, plan: Plan) -> Bools:
 
 
 def looks(trial: Trial, design: Design) -> Iterator[Strata]:
-    """Runs of the trial, a batch at a time: moments of [runs, looks, V], of each stage."""
+    """Yield the trial's runs in batches: moments [runs, looks, V] of each stage."""
     rng = np.random.default_rng(design.seed)
     shape = (round(design.horizon / trial.smallest) // design.every, design.every)
     effects = np.zeros(trial.variants)
@@ -160,7 +160,7 @@ def looks(trial: Trial, design: Design) -> Iterator[Strata]:
 
 
 def judge(trial: Trial, design: Design, plan: Plan, rules: Sequence[Rule]) -> list[RuleOutcomes]:
-    """What each rule came to, on the same runs."""
+    """Outcomes of each rule on the same runs."""
     heard: list[list[tuple[float, bool]]] = [[] for _ in rules]
     for strata in looks(trial, design):
         units = pooled(strata).count.min(axis=-1)
@@ -173,7 +173,7 @@ def judge(trial: Trial, design: Design, plan: Plan, rules: Sequence[Rule]) -> li
 def _first_words(
     said: Bools, estimates: Floats, units: Floats, effect: float
 ) -> list[tuple[float, bool]]:
-    """Of each run: the smallest variant's units at the first word, and whether it was wrong."""
+    """Per run: the smallest variant's units at the first decision, and True if that was wrong."""
     words = []
     for run in range(len(said)):
         when = np.flatnonzero(said[run].any(axis=-1))

@@ -1,6 +1,6 @@
-"""What a part of the server costs requests that need nothing of it.
+"""Overhead of a part of the server on requests that do not use it.
 
-Two servers of ours run side by side, one with the part (`overhead_sides.py`), one without. Rounds
+Two of our servers run side by side, one with the part (`overhead_sides.py`), one without. Rounds
 take turns, each pair in the other order than the last, so that a drifting machine favours neither;
 the ratio of each pair is what counts.
 """
@@ -58,7 +58,7 @@ class Overhead:
     lowest: float
     highest: float
     cpu_ratio: float | None
-    off_spread: float | None  # of tokens/s without the part: what the machine's own noise is
+    off_spread: float | None  # spread of tokens/s without the part: the machine's noise
     errors: int
 
 
@@ -77,7 +77,7 @@ class OverheadResult:
 
 
 def measure_overhead(options: OverheadOptions, say: Callable[[str], None]) -> OverheadResult:
-    """Start both servers, measure, end them. `say` is told what goes on."""
+    """Start both servers, measure, end them. `say` is called with the progress."""
     started = provenance.now()
     with TemporaryDirectory(prefix="quickchange-overhead-") as folder:
         make = SIDES[options.of]
@@ -135,7 +135,7 @@ def _describe(pair: Pair) -> str:
 
 
 def summarise_pairs(pairs: list[Pair]) -> tuple[Overhead, ...]:
-    """One entry a load."""
+    """Overhead at each load."""
     found = []
     for load in dict.fromkeys(pair.load for pair in pairs):
         own = [pair for pair in pairs if pair.load == load]

@@ -1,4 +1,4 @@
-"""The two servers that `overhead.py` compares: with a part of ours, and without it."""
+"""Pairs of servers that `overhead.py` compares: with a part, and without it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Part = Literal["adapters", "service"]
 PARTS: tuple[Part, ...] = get_args(Part)
 RESIDENT = 8
 EXPERIMENT = "overhead"
-# What a key may use: bounds that no round comes near, so that they are looked at and never reached.
+# Limits of a key, checked but never reached in a round.
 LIMITS = {
     "requests_per_minute": 1_000_000,
     "tokens_per_minute": 1_000_000_000,
@@ -32,7 +32,7 @@ LIMITS = {
 
 @dataclass(frozen=True, slots=True)
 class OverheadSide:
-    """A server, and how requests for its base are to name it."""
+    """A server, and the name of its base in requests."""
 
     server: RunningServer
     target: ServedNames
@@ -65,7 +65,7 @@ def adapters(model: Path, work: Path, *, device: str, dtype: str) -> Iterator[Si
 
 
 async def _use_each(url: str, names: Sequence[str]) -> None:
-    """A token of each adapter, which brings it to the device."""
+    """Ask each adapter for a token, which loads it onto the device."""
     requests = [Request(k, "Load this adapter", 1, k) for k in range(len(names))]
     async with Client(url, ServedNames(own_server.BASE_NAME, tuple(names))) as client:
         failed = [done.error for done in await closed_loop(client, requests, 1) if done.error]

@@ -1,9 +1,9 @@
-"""Structured output over HTTP: is every answer valid, the same with drafts, and what does it cost.
+"""Structured output over HTTP: validity of answers, equality with drafts, speed.
 
-Two parts on one server of the demo. Answers: so many generations over ten schemas, on the base and
-on an adapter with Turbo by turns, sampled, each with drafts on and off under one seed; each is
-judged by the jsonschema library. Speed: closed loops of the same requests, constrained and not;
-the free ones are as long as the constrained ones were, so both generate as many tokens.
+Two parts on one server of the demo. Answers: generations over ten schemas, on the base and on an
+adapter with Turbo by turns, sampled, each with drafts on and off under one seed; each is judged by
+the jsonschema library. Speed: closed loops of the same requests, constrained and not; the free ones
+are as long as the constrained ones were, so both generate as many tokens.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ADAPTER = "order-json-turbo"
 
 @dataclass(frozen=True, slots=True)
 class StructuredOptions:
-    """`store` None: a new one with the demo's adapters."""
+    """Options of the run. `store` None: a new one with the demo's adapters."""
 
     model: Path
     store: Path | None = None
@@ -54,7 +54,7 @@ class StructuredRequest:
     seed: int
     turbo: str = "off"
     temperature: float = 0.8
-    free_tokens: int | None = None  # so many without a constraint; None: constrained
+    free_tokens: int | None = None  # length without a constraint; None: constrained
 
     def body(self, max_tokens: int) -> dict[str, Any]:
         wanted: dict[str, Any] = {
@@ -75,12 +75,12 @@ class StructuredRequest:
 class StructuredAnswer:
     text: str
     tokens: int
-    accepted: int  # of them, those that came from drafts
+    accepted: int  # tokens that came from drafts
 
 
 @dataclass(frozen=True, slots=True)
 class StructuredSpeed:
-    """Tokens a second at one number of workers."""
+    """Tokens per second at one number of workers."""
 
     workers: int
     free: float
@@ -93,14 +93,14 @@ class StructuredResult:
     generations: int
     invalid: tuple[str, ...]  # "schema: why"
     different: int  # pairs whose texts with and without drafts differ
-    accepted_share: float  # of the tokens with drafts on, those that came from drafts
+    accepted_share: float  # share of tokens from drafts, with drafts on
     speeds: tuple[StructuredSpeed, ...]
 
 
 def measure_structured(
     options: StructuredOptions, progress: Callable[[str], None]
 ) -> StructuredResult:
-    """Both parts. `generations` or `concurrency` of none leaves one out."""
+    """Measure both parts; `generations` or `concurrency` of none leaves one out."""
     with TemporaryDirectory(prefix="quickchange-structured-") as folder:
         store = options.store or _demo_store(Path(folder) / "store", options.model)
         # equal prompts come again: each must be computed
@@ -192,11 +192,11 @@ async def _ask(
     response = await http.post("/v1/chat/completions", json=order.body(max_tokens))
     if response.status_code != 200:
         raise RuntimeError(f"{order.case.name}: {response.status_code}: {response.text[:400]}")
-    told = response.json()
-    usage = told["usage"]
+    answer = response.json()
+    usage = answer["usage"]
     details = usage.get("completion_tokens_details", {})
     return StructuredAnswer(
-        text=told["choices"][0]["message"]["content"],
+        text=answer["choices"][0]["message"]["content"],
         tokens=usage["completion_tokens"],
         accepted=details.get("accepted_prediction_tokens", 0),
     )
@@ -210,12 +210,12 @@ def _orders() -> Iterator[StructuredRequest]:
 
 
 def _turbo(order: StructuredRequest) -> str:
-    """Of the adapter its own heads; of the base, words of the prompt."""
+    """Drafter of a request: the adapter's own heads, or for the base words of the prompt."""
     return "auto" if order.model == ADAPTER else "lookup"
 
 
 def _fault(case: SchemaCase, text: str) -> str | None:
-    """Why an answer is not valid; None: it is."""
+    """Fault of an answer; None: it is valid."""
     try:
         jsonschema.Draft202012Validator(case.schema).validate(json.loads(text))
     except (json.JSONDecodeError, jsonschema.ValidationError) as error:
@@ -233,7 +233,7 @@ def _demo_store(folder: Path, model: Path) -> Path:
 
 
 def structured_table(result: StructuredResult) -> str:
-    """For people."""
+    """Markdown table of the result."""
     head = ("workers", "free, tokens/s", "constrained", "of free", "constrained, Turbo", "of free")
     rows = [
         (

@@ -10,7 +10,7 @@ Schema = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class SchemaCase:
-    """A schema by name, and what a user asks."""
+    """A schema by name, and a user's message that asks for it."""
 
     name: str
     prompt: str

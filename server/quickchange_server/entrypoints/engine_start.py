@@ -48,6 +48,11 @@ def read_tokenizer(settings: Settings) -> tuple[TokenText | None, ConstraintComp
     return token_text(text) if phrases else None, _grammars(text)
 
 
+def read_text(model: str) -> Text:
+    """The tokenizer of a model folder or hub id. Raises SettingError where it has none."""
+    return Text.load(model)
+
+
 def token_text(model: str | Text) -> TokenText:
     """Pieces of tokens and tokens of phrases, by a model's tokenizer.
 

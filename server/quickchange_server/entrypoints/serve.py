@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Collection, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any, NoReturn
 
 from pydantic import ValidationError
@@ -113,7 +112,7 @@ def _announce(services: Services, url: str, *, demo: bool) -> None:
 
 def with_demo(given: Mapping[str, Any]) -> dict[str, Any]:
     """The settings with the demo's base model, and its store where none is given."""
-    from quickchange_training.demo import DemoBaseError, ensure_demo_base
+    from quickchange_training.demo import DemoBaseError, demo_store_folder, ensure_demo_base
 
     if "model" in given:
         fail("--demo brings its own model: leave out --model, or --demo")
@@ -122,7 +121,7 @@ def with_demo(given: Mapping[str, Any]) -> dict[str, Any]:
     except DemoBaseError as error:
         fail(str(error))
     if "store" not in given and "QUICKCHANGE_STORE" not in os.environ:
-        settings["store"] = data_folder() / "demo"
+        settings["store"] = demo_store_folder()
     return settings
 
 
@@ -152,9 +151,3 @@ def _suggest(names: Collection[str], url: str) -> None:
         header = "-H 'Content-Type: application/json'"
         print(f"curl {url}/v1/chat/completions {header} -d {shlex.quote(json.dumps(body))}")
     sys.stdout.flush()
-
-
-def data_folder() -> Path:
-    """`$XDG_DATA_HOME/quickchange`, else `~/.local/share/quickchange`."""
-    xdg = os.environ.get("XDG_DATA_HOME")
-    return (Path(xdg) if xdg else Path.home() / ".local" / "share") / "quickchange"

@@ -1,1 +1,1 @@
-"""AdapterHub's bottleneck adapters."""
+"""AdapterHub directories: bottleneck adapters."""

@@ -32,7 +32,7 @@ from quickchange_store.formats.config_file import (
 
 HONOURED = frozenset(
     {
-        "architecture",  # of other methods than bottlenecks: refused
+        "architecture",  # methods other than bottlenecks are refused
         "is_parallel",
         "leave_out",
         "mh_adapter",
@@ -112,11 +112,11 @@ Part = Literal["attention", "mlp"]
 
 @dataclass(frozen=True)
 class BottleneckSettings:
-    """What of the configuration decides the output."""
+    """Fields of the configuration that decide the output."""
 
-    name: str  # of the adapter inside its tensors' names
-    parts: frozenset[Part]  # the sub-layers that have one
-    left_out: frozenset[int]  # layers without
+    name: str  # the adapter's name inside its tensors' names
+    parts: frozenset[Part]  # sub-layers with a bottleneck
+    left_out: frozenset[int]  # layers without bottlenecks
     reduction: Mapping[str, float]  # by layer, and "default"
     activation: Activation
     source: Source
@@ -250,7 +250,7 @@ def _activation(config: Mapping[str, Any], *, versioned: bool) -> Activation:
 
 
 def _source(config: Mapping[str, Any]) -> Source:
-    """What the bottleneck reads; refuses what would leave r out of the sum or count it twice."""
+    """The bottleneck's input. Refuses fields that would drop r from the sum or count it twice."""
     before, after = _flag(config, "original_ln_before"), _flag(config, "original_ln_after", True)
     if _flag(config, "is_parallel"):
         if not after:

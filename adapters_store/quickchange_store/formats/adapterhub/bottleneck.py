@@ -1,8 +1,8 @@
-"""AdapterHub directories: bottleneck adapters as `adapters` 1.3 saves them with safetensors.
+"""Reader of bottleneck adapters that AdapterHub's `adapters` 1.3 saved with safetensors.
 
 Houlsby (double_seq_bn), Pfeiffer (seq_bn) and parallel (par_bn) adapters, for base models whose
-layers are named as Llama's are. The bottleneck of an attention becomes an update of its o_proj,
-that of an MLP one of its down_proj: both add to what the sub-layer gives to the residual stream.
+layers are named as Llama's are. The bottleneck of an attention becomes an update of o_proj, that of
+an MLP one of down_proj: both add to the sub-layer's output to the residual stream.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 WEIGHTS_FILE = "adapter.safetensors"
 WRITER = "save_adapter(…, use_safetensors=True) of the adapters library"
 _PLACES = {"attention": "attention_adapters", "mlp": "output_adapters"}
-_BESIDE = {  # what may lie beside an adapter and change the output
+_BESIDE = {  # files beside an adapter that change the output
     "head_config.json": "a prediction head",
     "model_head.safetensors": "a prediction head",
     "pytorch_model_head.bin": "a prediction head",
@@ -78,7 +78,7 @@ def _refuse_beside(directory: Path) -> None:
 
 
 def _places(settings: BottleneckSettings, base: BaseSpec) -> dict[str, SubLayer]:
-    """The modules that get an update. Raises where the base's structure leaves their input open."""
+    """Modules that get an update. Raises where the base's structure leaves their input open."""
     places = {
         path: place
         for path, place in base.sublayers.items()
@@ -149,7 +149,7 @@ def _scaled(bias: torch.Tensor, scale: float) -> torch.Tensor:
 def _prefix(
     tensors: AdapterTensors, settings: BottleneckSettings, place: SubLayer, path: str
 ) -> str:
-    """How the tensors' names begin: with the model's own prefix, or saved without its head."""
+    """Prefix of the tensors' names: the model's own, or none where saved without its head."""
     layer = path.rpartition(".")[0].rpartition(".")[0]
     part = f"{_PLACES[place.kind]}.adapters.{settings.name}."
     whole, headless = f"{layer}.{part}", f"layers.{place.layer}.{part}"

@@ -1,1 +1,1 @@
-"""PEFT's formats: LoRA, DoRA and IA3 directories."""
+"""PEFT directories: LoRA, DoRA and IA3."""

@@ -1,4 +1,4 @@
-"""PEFT IA3 directories: one factor for each output, or input, of the targeted modules.
+"""Reader of PEFT IA3 directories: one factor for each output, or input, of targeted modules.
 
 A module in `feedforward_modules` has its *input* scaled, which is no change of its output that
 could be added. Where another module produces that input factor for factor (down_proj's input is
@@ -49,11 +49,11 @@ HONOURED = frozenset(
 )
 HARMLESS = frozenset(
     {
-        "fan_in_fan_out",  # of Conv1D only, whose modules are refused
+        "fan_in_fan_out",  # Conv1D only, whose modules are refused
         "inference_mode",
         "init_ia3_weights",
         "peft_version",
-        "revision",  # of the base model on the hub
+        "revision",  # the base model's on the hub
     }
 )
 REFUSED = frozenset({"modules_to_save"})
@@ -100,7 +100,7 @@ def read_ia3(directory: Path, base: BaseSpec) -> Imported:
 def _feedforward(
     config: Mapping[str, Any], base: BaseSpec, targets: frozenset[str]
 ) -> frozenset[str]:
-    """The targets whose input is scaled, by PEFT's own rule."""
+    """Targets whose input is scaled, by PEFT's own rule."""
     from peft.utils import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as DEFAULTS
 
     names = config.get("feedforward_modules")
@@ -135,7 +135,7 @@ def _producer(base: BaseSpec, module: str) -> str:
 def _factors(
     tensors: AdapterTensors, base: BaseSpec, module: str, *, feedforward: bool
 ) -> torch.Tensor:
-    """[out], or [in] of a feed-forward module."""
+    """The module's factors: [out], or [in] of a feed-forward module."""
     shape = base.modules[module]
     if shape.kind != "linear":
         raise UnsupportedFeatureError(

@@ -1,4 +1,4 @@
-"""PEFT LoRA and DoRA directories: `adapter_config.json` and `adapter_model.safetensors`.
+"""Reader of PEFT LoRA and DoRA directories: `adapter_config.json` and `adapter_model.safetensors`.
 
 Every targeted module must have its tensors and every tensor must be understood: an adapter is read
 completely or refused by name.
@@ -20,6 +20,8 @@ from quickchange_store.formats.tensors import AdapterTensors, weights_file
 
 if TYPE_CHECKING:
     import torch
+
+_ROWS_AT_ONCE = 4096  # rows of the weight in memory at once in float32
 
 
 def read_peft(directory: Path, base: BaseSpec) -> Imported:
@@ -72,7 +74,7 @@ def _module_update(
 def _with_magnitude(
     tensors: AdapterTensors, base: BaseSpec, module: str, update: LowRankUpdate, scale: float
 ) -> LowRankUpdate:
-    """DoRA: g ⊙ (W x + scale · B A x) in place of W x, with g = magnitude / ‖W + scale · B A‖.
+    """The update with DoRA: g ⊙ (W x + scale · B A x) in place of W x, g by `dora_gain`.
 
     PEFT leaves the base's bias out of it, so what the gain does to that bias is taken back.
     """
@@ -106,10 +108,31 @@ def _with_magnitude(
     return replace(update, b=gain[:, None] * update.b.float(), gain=gain, bias=bias)
 
 
+def dora_gain(
+    magnitude: torch.Tensor,
+    weight: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Gain magnitude / ‖W + scale · B A‖ of each row, [out] float32.
+
+    magnitude [out], weight [out, in], a [r, in], b [out, r]; computed in float32.
+    """
+    import torch
+
+    norms = []
+    for begin in range(0, weight.shape[0], _ROWS_AT_ONCE):
+        rows = slice(begin, begin + _ROWS_AT_ONCE)
+        merged = weight[rows].float() + scale * (b[rows].float() @ a.float())
+        norms.append(torch.linalg.vector_norm(merged, dim=1))
+    return magnitude / torch.cat(norms)
+
+
 def _factors(
     tensors: AdapterTensors, settings: LoraSettings, base: BaseSpec, module: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A [r, in] and B [out, r] of a targeted module."""
+    """Factors of a targeted module: A [r, in] and B [out, r]."""
     shape = base.modules[module]
     names = ("lora_A.weight", "lora_B.weight")
     if shape.kind == "embedding":
@@ -135,7 +158,7 @@ def _factors(
 def _base_bias_change(
     tensors: AdapterTensors, settings: LoraSettings, base: BaseSpec, module: str
 ) -> torch.Tensor | None:
-    """[out] float32: trained minus original bias of the base's module; None without a change."""
+    """Trained minus original bias of the base's module, [out] float32; None without a change."""
     targeted = module in settings.targets
     if settings.bias == "none" or not (targeted or settings.bias == "all"):
         return None
@@ -173,30 +196,3 @@ def _refuse_leftovers(tensors: AdapterTensors, settings: LoraSettings, base: Bas
         key=key,
         remedy=f"save the adapter again, so that {CONFIG_FILE} and its tensors agree",
     )
-
-
-if TYPE_CHECKING:
-    import torch
-
-_ROWS_AT_ONCE = 4096  # of the weight: bounds the memory for large vocabularies
-
-
-def dora_gain(
-    magnitude: torch.Tensor,
-    weight: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    scale: float,
-) -> torch.Tensor:
-    """magnitude / ‖W + scale · B A‖, the norm of each of W's rows: [out] float32.
-
-    magnitude [out], weight [out, in], a [r, in], b [out, r]; computed in float32.
-    """
-    import torch
-
-    norms = []
-    for begin in range(0, weight.shape[0], _ROWS_AT_ONCE):
-        rows = slice(begin, begin + _ROWS_AT_ONCE)
-        merged = weight[rows].float() + scale * (b[rows].float() @ a.float())
-        norms.append(torch.linalg.vector_norm(merged, dim=1))
-    return magnitude / torch.cat(norms)

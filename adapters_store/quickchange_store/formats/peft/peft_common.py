@@ -1,4 +1,4 @@
-"""What PEFT's formats share: how they name tensors, targets and the base model."""
+"""Names of tensors, targets and the base model, common to PEFT's formats."""
 
 from __future__ import annotations
 

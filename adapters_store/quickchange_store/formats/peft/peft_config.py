@@ -1,8 +1,7 @@
 """`adapter_config.json` of a PEFT LoRA: which fields are honoured, harmless or refused.
 
-Every field of PEFT's LoraConfig is in exactly one of the three groups below, and a field that none
-of them knows is refused where it is set: nothing is ignored that could change the output. Knows
-nothing of tensors.
+Every field of PEFT's LoraConfig is in exactly one of the three groups below; an unknown field is
+refused where it is set, as it might change the output. Knows nothing of tensors.
 """
 
 from __future__ import annotations
@@ -50,9 +49,9 @@ HONOURED = frozenset(
 
 HARMLESS = frozenset(
     {
-        "corda_config",  # how a base-changing kind was initialised; that kind itself is refused
-        "eva_config",  # how A was initialised
-        "fan_in_fan_out",  # of Conv1D only, whose modules are refused; PEFT ignores it elsewhere
+        "corda_config",  # options of a base-changing initialisation, which is refused
+        "eva_config",  # initialisation of A
+        "fan_in_fan_out",  # Conv1D only, whose modules are refused; PEFT ignores it elsewhere
         "inference_mode",
         "loftq_config",
         "lora_dropout",  # training only
@@ -60,7 +59,7 @@ HARMLESS = frozenset(
         "megatron_core",  # a module's name, used with megatron_config only
         "peft_version",
         "qalora_group_size",  # used with use_qalora only
-        "revision",  # of the base model on the hub
+        "revision",  # the base model's on the hub
         "runtime_config",
         "velora_config",  # another backward pass, the same forward pass
     }
@@ -97,7 +96,7 @@ _REMEDIES = {
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """What of the configuration decides the output."""
+    """Fields of the configuration that decide the output."""
 
     r: int
     alpha: float

@@ -1,4 +1,4 @@
-"""A PEFT LoRA directory out of the updates of a canonical adapter.
+"""Writer of a PEFT LoRA directory from the updates of a canonical adapter.
 
 Only what PEFT's LoRA computes is written: A, B and a scale for each module. Ranks and scales that
 differ between modules go into rank_pattern and alpha_pattern, by whole module paths.
@@ -42,7 +42,7 @@ def check_peft(updates: Mapping[str, LowRankUpdate], base: BaseSpec) -> None:
 def write_peft(
     updates: Mapping[str, LowRankUpdate], directory: Path, base: BaseSpec, base_name: str
 ) -> None:
-    """Write the LoRA into `directory`, which exists. `check_peft` says what can be."""
+    """Write the LoRA into `directory`, which exists, after `check_peft`."""
     from safetensors.torch import save_file
 
     tensors = {}
@@ -79,7 +79,7 @@ def _config(updates: Mapping[str, LowRankUpdate], base: BaseSpec, base_name: str
 
 
 def _alpha(scale: float, rank: int) -> float:
-    """The lora_alpha that, divided by the rank, gives the scale to the last bit where one does."""
+    """The lora_alpha whose quotient by the rank is the scale, to the last bit where possible."""
     nearest = scale * rank
     beside = (nearest, math.nextafter(nearest, math.inf), math.nextafter(nearest, -math.inf))
     return next((alpha for alpha in beside if alpha / rank == scale), nearest)

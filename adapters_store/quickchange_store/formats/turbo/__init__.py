@@ -1,1 +1,1 @@
-"""Turbo heads on disk: Medusa's layouts, vLLM's, and this project's own."""
+"""Directories of Turbo heads: Medusa's layouts, vLLM's, and Quickchange's own."""

@@ -1,4 +1,4 @@
-"""Turbo heads of any layout: which one a folder has, and which of its files hold them."""
+"""Reader of Turbo heads in any layout: finds the layout and the files of a folder."""
 
 from __future__ import annotations
 
@@ -26,12 +26,15 @@ from quickchange_store.formats.turbo.turbo_directory import (
 )
 
 _STEM = Path(HEADS_FILE).stem
-_OF_OTHERS = {peft_common.WEIGHTS_FILE, bottleneck.WEIGHTS_FILE}  # beside them: a Turbo LoRA
+_OF_OTHERS = {
+    peft_common.WEIGHTS_FILE,
+    bottleneck.WEIGHTS_FILE,
+}  # weights of an adapter beside the heads
 _INDEX = ".safetensors.index.json"
 
 
 def read_heads(directory: Path, base: BaseSpec) -> ImportedHeads | None:
-    """The Turbo heads in `directory` for the base model `base`; None where nothing says there are.
+    """The Turbo heads in `directory` for the base model `base`; None where it has none.
 
     Raises InvalidAdapterError, UnsupportedFeatureError, BaseMismatchError and BaseModelError; the
     message names file, key and remedy.
@@ -57,13 +60,13 @@ def _config(directory: Path, *, required: bool) -> Mapping[str, Any]:
     except InvalidAdapterError:
         if required:
             raise
-        return {}  # absent, or not ours to judge: nothing speaks of heads
+        return {}  # absent or unreadable: no heads
 
 
 def _speaks_of_heads(directory: Path, config: Mapping[str, Any]) -> bool:
     if TURBO_KEY in config or HEADS_KEYS[0] in config or config.get("model_type") == "medusa":
         return True
-    if HEADS_KEYS[1] not in config:  # vLLM's name, which whole models of some kinds have too
+    if HEADS_KEYS[1] not in config:  # vLLM's key, which some whole models have too
         return False
     files = [path for path in directory.glob("*.safetensors") if path.name not in _OF_OTHERS]
     return is_vllm({key for path in files for key in AdapterTensors.keys(path)})

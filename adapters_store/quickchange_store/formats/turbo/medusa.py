@@ -1,12 +1,12 @@
-"""Medusa heads as LoRAX and Medusa's own code lay them out, and as vLLM does.
+"""Reader of Medusa heads in the layouts of LoRAX, Medusa's own code and vLLM.
 
     LoRAX, v2      {i}.{j}.linear.weight [H, H], .bias [H]; the base model's LM head
     LoRAX, v1      the same, and {i}.{L}.weight [V, H], an LM head of each head's own
     vLLM           blocks.{i}.layers.{j}.weight, .bias; lm_heads.{i}.weight; token_map
 
-for heads i from 0 and their blocks j from 0 to L - 1. Which layout it is follows from the tensors,
-as in LoRAX, and not from `version`. The fields of config.json that are read are the numbers of
-heads and blocks and those named below; as drafts are verified, no other can change the output.
+for heads i from 0 and their blocks j from 0 to L - 1. The tensors decide the layout, as in LoRAX,
+not `version`. Of config.json only the numbers of heads and blocks and the fields named below are
+read; as drafts are verified, no other can change the output.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _VLLM = re.compile(r"(medusa_heads\.)?(blocks|lm_heads?)\.|token_map$")
 
 
 def read_medusa(files: Sequence[Path], config: Mapping[str, Any], base: BaseSpec) -> ImportedHeads:
-    """The heads in safetensors `files`, beside which config.json says `config`.
+    """Read the heads in safetensors `files`, with the config.json `config`.
 
     Raises InvalidAdapterError, UnsupportedFeatureError, BaseMismatchError and BaseModelError; the
     message names file, key and remedy.
@@ -57,7 +57,7 @@ def read_medusa(files: Sequence[Path], config: Mapping[str, Any], base: BaseSpec
 
 
 def is_vllm(keys: Collection[str]) -> bool:
-    """Whether tensors of these names are heads as vLLM lays them out."""
+    """True if tensors of these names are heads in vLLM's layout."""
     return any(_VLLM.match(key) for key in keys)
 
 
@@ -75,7 +75,7 @@ def _read_lorax(tensors: AdapterTensors, lm_head: LmHead, heads: int, layers: in
 
 
 def _check_version(config: Mapping[str, Any]) -> None:
-    """A number, or a string of one. It decides nothing here, but nonsense is no config of heads."""
+    """Refuse a version that is no number, nor a string of one. It decides nothing else."""
     version = config.get("version", 1)
     try:
         if isinstance(version, bool):

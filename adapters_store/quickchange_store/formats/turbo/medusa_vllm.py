@@ -1,4 +1,4 @@
-"""Medusa heads in vLLM's layout, as its Medusa model and MedusaConfig read them.
+"""Reader of Medusa heads in the layout of vLLM's Medusa model and MedusaConfig.
 
 Blocks without a bias have a bias of zero (`medusa_fc_bias` false, or absent). `token_map` with
 `truncated_vocab_size` is the draft vocabulary: an LM head has a row for each of its tokens, in its
@@ -28,7 +28,7 @@ _PREFIX = "medusa_heads."
 def read_vllm(
     tensors: AdapterTensors, config: Mapping[str, Any], base: BaseSpec, heads: int, layers: int
 ) -> TurboHeads:
-    """The heads in `tensors`. Raises as `read_medusa`."""
+    """Read the heads in `tensors`. Raises as `read_medusa`."""
     reader = _Reader(tensors, config, base)
     reader.check_config()
     blocks = [reader.block(f"blocks.{i}.layers.{j}") for i in range(heads) for j in range(layers)]
@@ -44,7 +44,7 @@ def read_vllm(
 
 
 class _Reader:
-    """One folder's tensors, by the names that they have without vLLM's optional prefix."""
+    """One folder's tensors, by name without vLLM's optional prefix."""
 
     def __init__(self, tensors: AdapterTensors, config: Mapping[str, Any], base: BaseSpec) -> None:
         self._tensors = tensors

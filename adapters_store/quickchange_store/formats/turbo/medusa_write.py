@@ -1,8 +1,8 @@
-"""Turbo heads as LoRAX's and vLLM's Medusa folders: the other way of `medusa`.
+"""Writer of Turbo heads as LoRAX's and vLLM's Medusa folders.
 
-Both know parallel heads of equally many blocks. LoRAX's v2 is written for heads that use the base
-model's LM head, its v1 for heads with their own; vLLM's always holds LM heads, so that for shared
-ones the base model's weights are read and copied once (`original_lm_head`), as vLLM takes it.
+Both hold parallel heads of equally many blocks. LoRAX's v2 is for heads on the base model's LM
+head, its v1 for heads with their own. vLLM's always holds LM heads: for shared ones the base
+model's is read and copied once (`original_lm_head`).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def check_vllm(heads: TurboHeads, base: BaseSpec) -> None:
 
 
 def write_lorax(heads: TurboHeads, directory: Path, base_name: str) -> None:
-    """LoRAX's v2, or v1 where heads have LM heads of their own, into `directory`, which exists."""
+    """Write LoRAX's v2, or v1 for heads with LM heads of their own; `directory` exists."""
     layers = len(heads.heads[0])
     tensors = _blocks(heads, "{head}.{layer}.linear")
     for i, output in enumerate(heads.outputs):
@@ -65,7 +65,7 @@ def write_lorax(heads: TurboHeads, directory: Path, base_name: str) -> None:
 
 
 def write_vllm(heads: TurboHeads, directory: Path, base: BaseSpec, base_name: str) -> None:
-    """vLLM's Medusa layout into `directory`, which exists. Raises BaseModelError."""
+    """Write vLLM's Medusa layout; `directory` exists. Raises BaseModelError."""
     lm_head = LmHead.of(base)
     tensors = _blocks(heads, "blocks.{head}.layers.{layer}")
     rows = None if heads.vocabulary is None else heads.vocabulary.long()

@@ -1,4 +1,4 @@
-"""What the readers of Turbo heads share: their configuration, their files, the base's LM head."""
+"""Configuration, files and LM head checks that the readers of Turbo heads share."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HEADS_FILE = "medusa_lm_head.safetensors"
 
 @dataclass(frozen=True)
 class ImportedHeads:
-    """Turbo heads as read, and what is kept and told of them."""
+    """Turbo heads as read, with their source and warnings for their owner."""
 
     heads: TurboHeads
     base_name: str
@@ -34,7 +34,7 @@ class ImportedHeads:
 
 @dataclass(frozen=True)
 class LmHead:
-    """The base model's LM head, which decides what shapes heads must have."""
+    """The base model's LM head, which the shapes of heads are checked against."""
 
     module: str
     hidden: int
@@ -42,7 +42,7 @@ class LmHead:
 
     @classmethod
     def of(cls, base: BaseSpec) -> LmHead:
-        """Raises BaseMismatchError where the base model has none that is a linear module."""
+        """The LM head of `base`. Raises BaseMismatchError where it is no linear module."""
         shape = base.head
         if base.output_head is None or shape is None:
             raise BaseMismatchError(
@@ -55,13 +55,13 @@ class LmHead:
     def take_block(
         self, tensors: AdapterTensors, prefix: str, *, reads_embedding: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`{prefix}.weight` [H, H], or [H, 2 H], and `{prefix}.bias` [H]."""
+        """Take `{prefix}.weight` [H, H], or [H, 2 H], and `{prefix}.bias` [H]."""
         width = 2 * self.hidden if reads_embedding else self.hidden
         weight = tensors.take_shaped(f"{prefix}.weight", self.module, (self.hidden, width))
         return weight, tensors.take_shaped(f"{prefix}.bias", self.module, (self.hidden,))
 
     def take_tokens(self, tensors: AdapterTensors, key: str) -> torch.Tensor:
-        """[D] int64: distinct tokens of the base's vocabulary, in the file's order."""
+        """Take distinct tokens of the base's vocabulary, int64 [D] in the file's order."""
         tokens = tensors.take_integers(key)
         inside = bool(((tokens >= 0) & (tokens < self.vocabulary)).all())
         if (
@@ -117,7 +117,7 @@ def base_name(config: Mapping[str, Any]) -> str:
 
 
 def plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that say something, as plain data."""
+    """Fields other than null, as plain data."""
     kept = {key: value for key, value in config.items() if value is not None}
     return dict(json.loads(json.dumps(kept)))
 

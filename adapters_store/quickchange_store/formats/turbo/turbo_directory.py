@@ -1,12 +1,12 @@
-"""Quickchange's own directory of Turbo heads, for all that Medusa's layouts can't say.
+"""Quickchange's own directory of Turbo heads, which holds all that Medusa's layouts can't.
 
-Sequential heads, blocks that heads share, a draft vocabulary, heads of different lengths:
+That is sequential heads, shared blocks, a draft vocabulary, and heads of different lengths:
 
     config.json                {"base_model_name_or_path", "quickchange_turbo": {…}, "notes"}
     turbo_heads.safetensors    block.{i}.weight, block.{i}.bias, output.{i}, vocabulary
 
-`quickchange_turbo` has `format` (1), `heads` (of each its blocks, from 0), `outputs` (of each its
-LM head; empty: the base model's), `sequential` and `vocabulary` (whether there is one). The same
+`quickchange_turbo` has `format` (1), `heads` (each head's blocks, from 0), `outputs` (each head's
+LM head; empty: the base model's), `sequential` and `vocabulary` (true if there is one). The same
 folder may hold a PEFT adapter: together they are a Turbo LoRA.
 """
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 TURBO_KEY = "quickchange_turbo"
 TURBO_FILE = "turbo_heads.safetensors"
 FORMAT = 1
-_PREFIX = "turbo."  # of the canonical names, which the file leaves out
+_PREFIX = "turbo."  # prefix of canonical names; the file omits it
 
 
 def write_turbo_directory(
@@ -47,9 +47,9 @@ def write_turbo_directory(
 ) -> None:
     """Write `heads` to `directory`, made where it is missing; other files in it stay.
 
-    `base_name` is the base model's, `notes` anything that JSON can say of where the heads come
-    from: both are kept beside the adapter when it is added. Raises OSError, and ValueError or
-    TypeError where the notes are no JSON.
+    `base_name` names the base model; `notes` are JSON about the heads' origin. Both are kept beside
+    the adapter when it is added. Raises OSError, and ValueError or TypeError where the notes are no
+    JSON.
     """
     from safetensors.torch import save_file
 
@@ -69,7 +69,7 @@ def write_turbo_directory(
 def read_turbo_directory(
     directory: Path, config: Mapping[str, Any], base: BaseSpec
 ) -> ImportedHeads:
-    """The heads in `directory`, whose config.json is `config`, for the base model `base`.
+    """Read the heads in `directory`, whose config.json is `config`, for the base model `base`.
 
     Raises InvalidAdapterError, UnsupportedFeatureError and BaseMismatchError; the message names
     file, key and remedy.
@@ -94,7 +94,7 @@ def read_turbo_directory(
 
 
 def _take(tensors: AdapterTensors, layout: TurboLayout, head: LmHead) -> dict[str, torch.Tensor]:
-    """Every tensor that the layout asks for, each checked against the base's LM head."""
+    """Tensors that the layout asks for, checked against the base's LM head."""
     taken: dict[str, torch.Tensor] = {}
     rows = head.vocabulary
     if layout.vocabulary:

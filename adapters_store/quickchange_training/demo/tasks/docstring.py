@@ -21,7 +21,7 @@ _INSTRUCTION = "Write a one-line docstring for this Python function.\n\n"
 _SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "turtledemo", "lib2to3"}
 _SOURCE_CHARACTERS = 300
 _SUMMARY_CHARACTERS = range(15, 90)
-_PER_MODULE = 40  # so that a few modules full of look-alikes don't rule the data
+_PER_MODULE = 40  # bounds the share of modules with many similar functions
 
 
 class Docstring:

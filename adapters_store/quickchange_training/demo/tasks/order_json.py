@@ -90,7 +90,7 @@ class OrderJson:
 
 
 def _made_up_city(faker: Faker, split: Split) -> str:
-    """So that the adapter learns to copy a city rather than a list of them."""
+    """An invented city: the adapter must learn to copy it, not a list of cities."""
     while True:
         city = str(faker.city())
         if split_of(city) == split:

@@ -143,14 +143,14 @@ def _same_rows(example: TaskExample, answer: str) -> bool:
 
 
 def _normal(query: str) -> str:
-    """Without regard to white space, keywords' case and a final semicolon; values stay as given."""
+    """The query without differences of white space, case and final semicolon; values stay."""
     parts = query.strip().rstrip(";").replace('"', "'").split("'")
     parts[::2] = [" ".join(part.lower().split()) for part in parts[::2]]  # outside the quotes
     return "'".join(parts)
 
 
 def _filter(rng: random.Random, table: _Table) -> tuple[str, str]:
-    """A condition as people say it and as SQL says it."""
+    """A condition in words and in SQL."""
     if rng.random() < 0.5:
         column = rng.choice(list(table.texts))
         value = rng.choice(table.texts[column])

@@ -1,4 +1,4 @@
-"""What a demo task is: a generator of examples and a score of answers. Knows nothing of models."""
+"""A demo task: a generator of examples and a score of answers. Knows nothing of models."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class TaskExample:
 
     prompt: str  # the user message
     completion: str
-    fixture: str = ""  # what the scorer needs besides the two texts, e.g. a database script
+    fixture: str = ""  # further input of the scorer, e.g. a database script
 
 
 class Task(Protocol):
@@ -43,15 +43,14 @@ def split_of(subject: str) -> Split:
 
 
 def only(split: Split, subjects: Sequence[str]) -> list[str]:
-    """The subjects of one split, in the order given."""
+    """Subjects of one split, in the given order."""
     return [subject for subject in subjects if split_of(subject) == split]
 
 
 def unfenced(answer: str) -> str:
     """The content of the answer's first Markdown code block, or else the answer itself.
 
-    Chat models wrap code and JSON in fences when nobody taught them not to; that alone is not held
-    against them.
+    Untrained chat models wrap code and JSON in fences, which alone should not count as wrong.
     """
     block = re.search(r"```[a-zA-Z]*\n(.*?)(```|\Z)", answer, re.DOTALL)
     return (block.group(1) if block else answer).strip()
