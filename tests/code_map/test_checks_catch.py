@@ -189,7 +189,7 @@ def modules_of_the_contracts() -> set[str]:
         for key in ("layers", "source_modules", "forbidden_modules", "modules"):
             for entry in contract.get(key, []):
                 names.update(name.strip() for name in entry.split(":"))
-    names |= {"quickchange_server.engine_client.channel", "quickchange_server.engine.process"}
+    names |= {"quickchange_server.entrypoints.serve", "quickchange_training.demo"}
     return {name for name in names if name.startswith("quickchange_")}
 
 
@@ -199,8 +199,8 @@ def broken(root: Path, importer: str, imported: str) -> list[str]:
         folder = root.joinpath(*name.split("."))
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "__init__.py").touch()
-    channel = root / "quickchange_server" / "engine_client" / "channel" / "__init__.py"
-    channel.write_text("def main():\n    import quickchange_server.engine.process\n")
+    serve = root / "quickchange_server" / "entrypoints" / "serve" / "__init__.py"
+    serve.write_text("def demo():\n    import quickchange_training.demo\n")
     with root.joinpath(*importer.split("."), "__init__.py").open("a") as file:
         file.write(f"import {imported}\n")
     program = "from importlinter.cli import lint_imports_command; lint_imports_command()"
