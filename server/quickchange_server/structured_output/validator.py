@@ -144,7 +144,7 @@ class ConstraintChecks:
         tokenizer = self._text.tokenizer_json()
         if tokenizer is None:
             return NO_TOKENIZER
-        module = f"{__package__}.checker"
+        module = f"{__package__}.validator_process"
         self._process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", module, stdin=PIPE, stdout=PIPE, stderr=DEVNULL
         )
