@@ -64,6 +64,7 @@ class Loader(Generic[T]):
         self._thread.start()
 
     def submit(self, tag: str, job: Callable[[], T]) -> None:
+        """Queue a job; `tag` names it in its outcome."""
         self._jobs.put((tag, job))
 
     def finished(self) -> list[Done[T]]:

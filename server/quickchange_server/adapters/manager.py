@@ -42,7 +42,7 @@ _LOADS_AT_ONCE = 4  # queued on the loader: few, so that the order can still fol
 
 
 class Residency:
-    """The device tier and the host tier. Every method runs on the engine's thread."""
+    """Manager of the device tier and the host tier. Every method runs on the engine's thread."""
 
     served = True  # a step may have adapters
 

@@ -86,7 +86,7 @@ class DevicePool:
             )
         self._groups = tuple(groups)
         self._copies = copies_for(device) if copies is None else copies
-        # What few adapters have (gains, pages behind sub-layers) does not count in the slab size.
+        # Rare pages (gains, updates behind sub-layers) do not count in the slab size.
         usual = {shape.elements for (_, source), shape in shapes.items() if source == "input"}
         slab = max(slab_size(usual, span, _SLAB_BYTES // dtype.itemsize), *sizes)
         unit = A_ALIGNMENT // dtype.itemsize  # pages and slabs begin at multiples of it

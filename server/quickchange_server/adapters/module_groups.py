@@ -27,7 +27,7 @@ class ModuleGroup:
 
     index: int  # its row in the kernels' directory
     kind: ModuleKind
-    in_features: int  # of an embedding: the vocabulary
+    in_features: int  # an embedding has its vocabulary
     out_features: int  # sum of the members' widths
     members: tuple[Member, ...]
-    source: Source = "input"  # what its updates read
+    source: Source = "input"  # input of its updates

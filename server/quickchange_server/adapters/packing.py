@@ -48,7 +48,7 @@ class PageShape:
     """Layout of a page of one module's update. Offsets and sizes in elements."""
 
     group: int
-    features: int  # the module's inputs; of an embedding: the vocabulary
+    features: int  # the module's inputs; an embedding has its vocabulary
     column: int
     width: int
     b_offset: int  # B's begin within the page

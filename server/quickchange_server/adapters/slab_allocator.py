@@ -41,7 +41,7 @@ class _Slab:
 
 
 class SlabAllocator:
-    """Pages in a span [0, span). Offsets and sizes are in a unit of the caller's choice."""
+    """Allocator of pages in [0, span). Offsets and sizes are in any one unit."""
 
     def __init__(self, span: int, slab: int) -> None:
         self._slab = slab

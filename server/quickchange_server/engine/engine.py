@@ -109,6 +109,7 @@ class Engine:
             self.scheduler.add(sequence)
 
     def cancel(self, request_id: str) -> None:
+        """Drop a request in any state; an unknown id is ignored."""
         self._constraints.cancel(request_id)
         self.scheduler.cancel(request_id)
 
@@ -147,6 +148,7 @@ class Engine:
         self._adapters.check_integrity()
 
     def close(self) -> None:
+        """End the threads that compile grammars and load adapters."""
         self._constraints.close()
         self._adapters.close()
 

@@ -53,10 +53,12 @@ class FairQueue:
         self._queues.setdefault(sequence.key, _Queue()).waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
+        """Remove a sequence without a charge."""
         self._queues[sequence.key].waiting.remove(sequence)
         self._drop_if_empty(sequence.key)
 
     def heads(self) -> list[Sequence]:
+        """The first sequence of each queue."""
         return [queue.waiting[0] for queue in self._queues.values()]
 
     def next(self, servable: Callable[[Sequence], bool]) -> Sequence | None:

@@ -40,6 +40,8 @@ class Extent:
 
 @dataclass(frozen=True, slots=True)
 class PackedSegments:
+    """Segments packed in one tensor, with their room."""
+
     packed: Tensor  # int32, as made by `batch_segments.pack`
     room: Room
 

@@ -75,7 +75,7 @@ class HeadPlan(Protocol):
 
 
 class Runner:
-    """The model with its KV pages, sampler and head drafter."""
+    """Runs steps on one model; owns its KV pages, sampler and head drafter."""
 
     def __init__(
         self,

@@ -39,7 +39,7 @@ _TOP_LOGPROBS_STEP = 32  # torch's order of equal values depends on k: all small
 
 @dataclass(frozen=True, slots=True)
 class SampleRow:
-    """What a row's token depends on besides its logits: parameters, tokens and seed."""
+    """Parameters, seed and tokens that a row's token depends on, besides its logits."""
 
     params: SamplingParams
     seed: int
@@ -62,7 +62,7 @@ class RowError:
 
     row: int  # index in the batch
     error: str
-    kind: Literal["internal", "request"] = "internal"  # whose fault it is
+    kind: Literal["internal", "request"] = "internal"  # party at fault
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ class DraftBuyer(Protocol):
 
 
 class Scheduler:
-    """All sequences in the engine and their KV blocks."""
+    """Schedules all sequences in the engine and owns their KV blocks."""
 
     def __init__(
         self,
@@ -127,6 +127,7 @@ class Scheduler:
         return self._holdings.changed
 
     def add(self, sequence: Sequence) -> None:
+        """Let a new sequence wait; a foreground one claims its adapters."""
         if not sequence.request.background and sequence.digests:
             self._take_back([s for s in self._holdings.lent if s not in self.running])
             self._holdings.claim(sequence)
@@ -195,6 +196,7 @@ class Scheduler:
         return taken, reason
 
     def finish(self, sequence: Sequence) -> None:
+        """End a running sequence and free its blocks and adapters."""
         self.running.remove(sequence)
         self._end(sequence)
 

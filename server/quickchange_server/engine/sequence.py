@@ -74,7 +74,7 @@ class Reading:
         return (self._sum / self._pooled).astype("<f4").tobytes()
 
     def rows(self, first: int, count: int) -> range:
-        """Those of the rows [first, first + count) that are to be read."""
+        """Rows to be read among [first, first + count)."""
         return range(max(first, self.done), min(first + count, self._end))
 
     def add_scores(self, scores: Seq[TokenLogprobs]) -> None:
@@ -110,7 +110,7 @@ class Sequence:
 
     request: Submit
     arrival: float  # seconds, monotonic
-    # What follows from the request.
+    # Derived from the request.
     request_id: str = field(init=False)  # a field: it is read many times a step
     tokens: list[int] = field(init=False)
     key: bytes = field(init=False)  # key of its composition and salt

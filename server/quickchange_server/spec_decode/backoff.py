@@ -90,7 +90,7 @@ class Backoff:
         return drafter
 
     def held(self, drafter: Drafter) -> None:
-        """Put off a drafter's trial: a draft of it was accepted. One trial says little: more follow."""
+        """Put off a drafter's trial: a draft was accepted. A trial is soon followed by another."""
         pause = SPACING if self._trial == (drafter, self._step) else RETRY
         self._trial_at[drafter] = self._step + pause
 

@@ -167,7 +167,7 @@ class Planner:
         self._adapters = adapters
         self._head = head
         self._hidden_rows = hidden_rows
-        self._device = device  # of the segments' kernels
+        self._device = device  # decides if segments need tiles
         self.depth = max(item.depth for item in items)
         self._items = sorted(
             ((index, item, _turbo(item, adapters)) for index, item in enumerate(items)),

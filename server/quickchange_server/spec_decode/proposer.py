@@ -37,8 +37,8 @@ class Draft(NamedTuple):
 
     token: int
     drafter: Drafter
-    confidence: float  # as `Acceptance.chance` takes it
-    chance: float  # of acceptance, given that all before it are accepted
+    confidence: float  # see `Acceptance.chance`
+    chance: float  # acceptance rate, given that all before it are accepted
 
 
 class Proposer:
