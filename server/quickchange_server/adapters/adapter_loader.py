@@ -1,11 +1,11 @@
-"""One thread that reads adapters and copies them to the device, in the order of its jobs.
+"""Loader thread that does the slow part of moving adapters, job by job in order of arrival.
 
-The loader runs any functions and returns their results; `Pacer` gives its thread pauses beside
-running steps. `Copies` run on that thread and must keep two orders. A copy into freed pages waits
-for the steps that were given to the device before and may still read them. And a copy is reported
-as done only once it has arrived, so that what is published to later steps is there. On a CPU both
-hold by themselves. On a CUDA device copies have a stream of their own: the copying thread waits for
-it, asleep; the steps' stream never does.
+Knows nothing of adapters: it runs functions and returns their outcomes. `Pacer` gives the thread
+pauses beside running steps. `Copies` run on it and must keep two orders. A copy into freed pages
+waits for the steps that were given to the device before and may still read them. And a copy is
+reported as done only once it has arrived, so that what is published to later steps is there. On a
+CPU both hold by themselves. On a CUDA device copies have a stream of their own: the copying thread
+waits for it, asleep; the steps' stream never does.
 """
 
 from __future__ import annotations
