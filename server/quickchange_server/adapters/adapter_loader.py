@@ -1,16 +1,11 @@
-"""One thread that does the slow part of moving adapters, in the order in which it is asked.
+"""Loader thread that does the slow part of moving adapters, job by job in order of arrival.
 
-Knows nothing of adapters: it runs functions and hands back what became of them.
-
-How adapters' pages reach the device beside the steps that run there.
-
-Two orders must hold. Pages that were freed may still be read by steps given to the device before:
-a copy into them waits for these. And what is published to later steps must have arrived: a copy is
-reported as done only then. On a CPU everything happens at once, so both hold by themselves.
-
-Copies to a CUDA device on a stream of their own, so that running steps are not held up.
-
-The steps' stream never waits for a copy: the thread that copies does, and asleep.
+Knows nothing of adapters: it runs functions and returns their outcomes. `Pacer` gives the thread
+pauses beside running steps. `Copies` run on it and must keep two orders. A copy into freed pages
+waits for the steps that were given to the device before and may still read them. And a copy is
+reported as done only once it has arrived, so that what is published to later steps is there. On a
+CPU both hold by themselves. On a CUDA device copies have a stream of their own: the copying thread
+waits for it, asleep; the steps' stream never does.
 """
 
 from __future__ import annotations
@@ -30,7 +25,7 @@ _SLICE = 0.0005  # seconds of work between two pauses, and of each pause
 
 
 class Pacer:
-    """Called between pieces of work, takes a pause every half millisecond while `busy` says so.
+    """Called between pieces of work, pauses after every half millisecond while `busy()` is true.
 
     The engine's threads wait for each other many times a step, so a thread that keeps one of their
     cores holds them all up; on half a core, in short slices, it does so for as long as a slice.
@@ -50,7 +45,7 @@ class Pacer:
 
 @dataclass(frozen=True, slots=True)
 class Done(Generic[T]):
-    """What became of a job: its result, or the error that it raised."""
+    """A job's outcome: its result, or the error that it raised."""
 
     tag: str
     result: T | None
@@ -59,7 +54,7 @@ class Done(Generic[T]):
 
 
 class Loader(Generic[T]):
-    """Jobs in, results out. `on_done` is called on the loader's thread after each job."""
+    """Runs jobs on one thread of its own, which calls `on_done` after each."""
 
     def __init__(self, on_done: Callable[[], None]) -> None:
         self._on_done = on_done
@@ -69,6 +64,7 @@ class Loader(Generic[T]):
         self._thread.start()
 
     def submit(self, tag: str, job: Callable[[], T]) -> None:
+        """Queue a job; `tag` names it in its outcome."""
         self._jobs.put((tag, job))
 
     def finished(self) -> list[Done[T]]:
@@ -81,7 +77,7 @@ class Loader(Generic[T]):
                 return done
 
     def close(self) -> None:
-        """Wait for the job that runs, drop those behind it, and end the thread."""
+        """Wait for the running job, drop those behind it, and end the thread."""
         try:
             while True:
                 self._jobs.get_nowait()
@@ -92,54 +88,45 @@ class Loader(Generic[T]):
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
             self._done.put(self._one(*job))
-            del job  # with it goes what the job holds: an adapter's tensors
+            del job  # frees what the job holds: an adapter's tensors
             self._on_done()
 
     def _one(self, tag: str, job: Callable[[], T]) -> Done[T]:
         started = time.monotonic()
         try:
             result = job()
-        except Exception as error:  # whatever an adapter's files provoke is that adapter's failure
+        except Exception as error:  # any error is this adapter's failure, not the loader's
             return Done(tag, None, error, time.monotonic() - started)
         return Done(tag, result, None, time.monotonic() - started)
 
 
 class Mark(Protocol):
-    """A point in the device's work: all that it was given before."""
+    """A point in the device's work: behind all that it was given before."""
 
 
 class Copies(Protocol):
     """Runs copies to one device. `mark` on the engine's thread, `run` on any other."""
 
     def mark(self) -> Mark:
-        """Now."""
+        """The present point."""
 
     def run(self, after: Mark, copy: Callable[[], None]) -> None:
-        """Run `copy` behind `after` and return when what it copied is on the device."""
+        """Run `copy` behind `after`; return once its data is on the device."""
 
 
 class ImmediateCopies:
-    """Where the host's memory is the device's."""
+    """`Copies` for a device that shares the host's memory."""
 
     def mark(self) -> Mark:
         return self
 
     def run(self, after: Mark, copy: Callable[[], None]) -> None:
-        del after  # has happened
+        del after  # has been reached already
         copy()
 
 
-def copies_for(device: torch.device) -> Copies:
-    """The way that suits the device."""
-    if device.type != "cuda":
-        return ImmediateCopies()
-    from quickchange_server.adapters.adapter_loader import StreamCopies
-
-    return StreamCopies(device)
-
-
 class StreamCopies:
-    """`Copies` for one CUDA device. `cuda` is `torch.cuda`, or what stands in for it in a test."""
+    """`Copies` for one CUDA device. cuda: `torch.cuda`, or its stand-in in a test."""
 
     def __init__(self, device: torch.device, cuda: Any = torch.cuda) -> None:
         self._device = device
@@ -158,3 +145,8 @@ class StreamCopies:
             arrived = self._cuda.Event(blocking=True)  # asleep: the engine needs the core
             arrived.record(self._stream)
         arrived.synchronize()
+
+
+def copies_for(device: torch.device) -> Copies:
+    """The `Copies` that suit the device."""
+    return StreamCopies(device) if device.type == "cuda" else ImmediateCopies()

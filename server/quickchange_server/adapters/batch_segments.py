@@ -1,4 +1,4 @@
-"""From a step's sequences to segments: which rows take which adapter slot at which weight.
+"""Segments of a step: the rows that take each adapter slot, and its weight.
 
 Neighbouring sequences under the same composition become one segment. Rows without an adapter are in
 no segment and cost nothing; a composition is several segments over the same rows.
@@ -33,16 +33,16 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """How many of each there is room for; what a batch does not use is empty and does nothing."""
+    """Capacity of a batch's segments; what a batch leaves unused is empty and does nothing."""
 
     segments: int
     pieces: int = 0
     tiles: int = 0
-    height: int | None = None  # of the tiles; None: no tiles, for the versions that need none
+    height: int | None = None  # rows per tile; None: no tiles, for kernels that need none
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Of the packed fields, in int32: rows, slot, weight, pieces, tiles."""
+        """Lengths of the packed fields, in int32: rows, slot, weight, pieces, tiles."""
         return (
             2 * self.segments,
             self.segments,
@@ -54,7 +54,7 @@ class Room:
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    """The same, on the host. Numbers lie one after the other, as they are packed."""
+    """Segments on the host, with `rows` as flat (begin, end) pairs."""
 
     rows: list[int]
     slots: list[int]
@@ -63,28 +63,28 @@ class _Batch:
     tiles: list[tuple[int, int, int, int]]
 
     def room(self, height: int | None) -> Room:
-        """Just enough for it."""
+        """The smallest room for the batch. height: rows per tile; None: no tiles."""
         return Room(len(self.slots), len(self.pieces), len(self.tiles), height)
 
 
 def segments(runs: Sequence[Run], device: torch.device, room: Room | None = None) -> Segments:
     """Segments over the rows of `runs`, laid one after the other from row 0.
 
-    Raises ValueError for runs that don't fit in `room`; without one it fits the runs.
+    room: None: the smallest. Raises ValueError for runs that don't fit in it.
     """
     room = room_for(runs, device) if room is None else room
     return unpack(pack(runs, room).to(device), room)
 
 
 def room_for(runs: Sequence[Run], device: torch.device) -> Room:
-    """Just enough for the runs, with tiles where the versions that serve the device need them."""
+    """The smallest room for the runs, with tiles if the device's kernels need them."""
     spans = list(_spans(runs))
     height = _height(spans) if _needs_tiles(device) else None
     return _batch(spans, height).room(height)
 
 
 def pack(runs: Sequence[Run], room: Room) -> torch.Tensor:
-    """What `segments` would send to the device: int32 [sum(room.sizes)] on the host.
+    """Segments over `runs` as one host tensor: int32 [sum(room.sizes)].
 
     Raises ValueError for runs that don't fit in `room`.
     """
@@ -92,7 +92,7 @@ def pack(runs: Sequence[Run], room: Room) -> torch.Tensor:
 
 
 def unpack(packed: torch.Tensor, room: Room) -> Segments:
-    """Segments that read `packed`, a tensor of `pack` on any device, without a copy."""
+    """Segments as views of `packed`, which `pack` made, on any device."""
     rows, slot, weight, pieces, tiles = torch.split(packed, list(room.sizes))
     return Segments(
         rows=rows.view(-1, 2),
@@ -109,7 +109,7 @@ def _needs_tiles(device: torch.device) -> bool:
 
 
 def _spans(runs: Sequence[Run]) -> Iterator[tuple[int, int, Components]]:
-    """(begin, end, components) of neighbouring rows under one composition."""
+    """(begin, end, components) of each stretch of rows under one composition."""
     begin = 0
     for components, group in groupby(runs, key=lambda run: run.components):
         end = begin + sum([run.rows for run in group])

@@ -1,4 +1,4 @@
-"""Which adapters are on the device, which wait on the host, and who may take whose place.
+"""Adapter residency: which adapters are on the device, which on the host, and which give way.
 
 Requests claim the adapters that they need. Claims are served in order of arrival: what an older
 claim needs is never taken for a younger one, and what a held claim uses is never taken at all.
@@ -17,28 +17,34 @@ names, tokens or batches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 from quickchange_kernels.lowrank.lowrank_contract import LowRankTables
 from quickchange_kernels.turbo_heads.turbo_heads_contract import HeadTables
-from quickchange_server.adapters.adapter_entry import AdapterEntry, LoadJob, slots_of, total_demand
+from quickchange_server.adapters.adapter_entry import (
+    AdapterEntry,
+    ClaimBook,
+    LoadJob,
+    slots_of,
+    total_demand,
+)
 from quickchange_server.adapters.adapter_loader import Done, Loader, Pacer
 from quickchange_server.adapters.memory_pool import DevicePool, too_large
 from quickchange_server.adapters.module_groups import ModuleGroup
 from quickchange_server.adapters.packing import AdapterImage, build_image, page_shapes
 from quickchange_server.adapters.turbo_packing import TurboShape
 from quickchange_server.adapters.turbo_tables import TurboSlot
-from quickchange_server.protocol import AdapterFailed, AdapterMoved, Submit, Tier
+from quickchange_server.protocol import AdapterFailed, AdapterMoved, Submit
 from quickchange_store.canonical.canonical_adapter import CanonicalAdapter
 
 _LOADS_AT_ONCE = 4  # queued on the loader: few, so that the order can still follow the claims
 
 
 class Residency:
-    """Owner of both tiers. Every method on the engine's thread."""
+    """Manager of the device tier and the host tier. Every method runs on the engine's thread."""
 
-    served = True  # whether a step may have adapters
+    served = True  # a step may have adapters
 
     def __init__(
         self,
@@ -56,15 +62,13 @@ class Residency:
         self._turbo = turbo
         self._host_budget = host_budget_bytes
         self._loader: Loader[AdapterImage | None] = Loader(on_wake)
-        self._pause = Pacer(lambda: bool(self._held))  # only beside requests that run
+        self._claims = ClaimBook()
+        self._pause = Pacer(lambda: bool(self._claims.held))  # only beside running requests
         self._entries: dict[str, AdapterEntry] = {}
-        self._waiting: dict[str, tuple[str, ...]] = {}  # claim -> digests, in order of arrival
-        self._held: dict[str, dict[str, int]] = {}  # claim -> digest -> slot
-        self._failed: dict[str, str] = {}  # claim -> error
         self._draining: frozenset[str] = frozenset()
         self._events: list[AdapterMoved | AdapterFailed] = []
         self._clock = 0
-        self._stale = False  # something changed since the last plan
+        self._stale = False  # True if something changed since the last plan
 
     @property
     def tables(self) -> LowRankTables:
@@ -72,57 +76,58 @@ class Residency:
 
     @property
     def heads(self) -> HeadTables:
-        """Of the Turbo heads of all adapters on the device."""
+        """Tables of the Turbo heads of all adapters on the device."""
         return self._pool.heads
 
     def turbo(self, slot: int) -> TurboSlot | None:
-        """What the adapter in a slot can draft with; None where it has no heads."""
+        """The Turbo heads of the adapter in a slot; None if it has none."""
         return self._pool.turbo(slot)
 
     def head_count(self, slot: int) -> int:
-        """How many tokens the Turbo heads in a slot draft."""
+        """Number of tokens that the Turbo heads in a slot draft."""
         turbo = self._pool.turbo(slot)
         return 0 if turbo is None else turbo.depth
 
     def updates(self, slot: int, group: int) -> bool:
-        """Whether the adapter in a slot has an update in a module group."""
+        """True if the adapter in a slot has an update in a module group."""
         return self._pool.updates(slot, group)
 
     def refusal(self, submit: Submit) -> str | None:
-        """Why a request can't be served; any adapter may be asked for."""
+        """None: every adapter may be asked for."""
 
     @property
     def in_flight(self) -> int:
-        """Adapters that the loader reads or copies, or will."""
+        """Number of adapters that the loader reads or copies, or will."""
         return sum(entry.job is not LoadJob.NONE for entry in self._entries.values())
 
     @property
     def known(self) -> int:
-        """Adapters of which anything is kept: on a tier, on their way, pinned or claimed."""
+        """Number of adapters on a tier, on their way, pinned or claimed."""
         return len(self._entries)
 
     @property
     def host_images(self) -> dict[str, int]:
-        """Bytes of each adapter on the host tier, copies of what is on the device included."""
+        """Bytes of each adapter on the host tier, by digest."""
         return {e.digest: e.nbytes for e in self._entries.values() if e.image is not None}
 
     # --- claims ---------------------------------------------------------------------------------
 
     def claim(self, key: str, digests: Sequence[str]) -> None:
-        """Ask for adapters on behalf of request `key`, all or nothing."""
-        if key in self._waiting or key in self._held or key in self._failed:
-            raise ValueError(f"claim {key!r} exists already: release it first")
-        self._waiting[key] = tuple(dict.fromkeys(digests))
+        """Ask for adapters on behalf of request `key`, all or nothing.
+
+        Raises ValueError if the key has a claim already.
+        """
+        self._claims.add(key, digests)
         for digest in digests:
             self._entry(digest).forgotten = False
         self._stale = True
 
     def ready(self, key: str) -> dict[str, int] | None:
         """Slots by digest once all are on the device; from then on they are held for `key`."""
-        held = self._held.get(key)
+        held = self._claims.held.get(key)
         if held is not None:
             return held
-        digests = self._waiting.get(key)
+        digests = self._claims.waiting.get(key)
         if digests is None or not self._draining.isdisjoint(digests):
             return None
         slots: dict[str, int] = {}
@@ -134,26 +139,24 @@ class Residency:
         self._clock += 1
         for digest in digests:
             self._entries[digest].used = self._clock
-        del self._waiting[key]
-        self._held[key] = slots
-        self._stale = self._stale or bool(self._waiting)  # another claim may be the oldest now
+        self._claims.hold(key, slots)
+        # Another claim may be the oldest now.
+        self._stale = self._stale or bool(self._claims.waiting)
         return slots
 
     def failed(self, key: str) -> str | None:
-        """Why the claim can't be met, or None. A later claim for the same adapters tries again."""
-        return self._failed.get(key)
+        """Error of a claim that can't be met, or None. A later claim on its adapters retries."""
+        return self._claims.failed.get(key)
 
     def release(self, key: str) -> None:
-        """The request is over, or no longer needs its adapters. Unknown keys are ignored."""
-        self._waiting.pop(key, None)
-        self._held.pop(key, None)
-        self._failed.pop(key, None)
+        """Drop a claim: its request has ended or no longer needs it. Unknown keys are ignored."""
+        self._claims.release(key)
         self._stale = True
 
     # --- administration -------------------------------------------------------------------------
 
     def prefetch(self, digest: str, tier: Literal["device", "host"]) -> None:
-        """Bring an adapter to `tier`, where it fits without disturbing any claim."""
+        """Bring an adapter to `tier`, if it fits without disturbing any claim."""
         self._entry(digest).prefetch = tier
         self._stale = True
 
@@ -162,21 +165,18 @@ class Residency:
 
         More pins than the device's budget holds are refused with an AdapterFailed event.
         """
-        entry = self._entry(digest)
-        entry.pinned = pinned
-        entry.forgotten = entry.forgotten and not pinned
+        self._entry(digest).pin(pinned)
         self._stale = True
 
     def forget(self, digest: str) -> None:
         """Drop an adapter and its pin as soon as no claim needs it."""
-        entry = self._entry(digest)
-        entry.forgotten, entry.pinned, entry.prefetch = True, False, None
+        self._entry(digest).forget()
         self._stale = True
 
     # --- work -----------------------------------------------------------------------------------
 
     def poll(self) -> list[AdapterMoved | AdapterFailed]:
-        """Apply finished loads, evict, start the next loads; what happened since the last call."""
+        """Apply finished loads, evict, start the next loads; events since the last call."""
         for done in self._loader.finished():
             self._finish(done)
             self._stale = True
@@ -187,49 +187,38 @@ class Residency:
         return events
 
     def close(self) -> None:
-        """End the loader's thread, after the job that it runs."""
+        """End the loader's thread, after its running job."""
         self._loader.close()
 
     def check_integrity(self) -> None:
         """Raises AssertionError if claims, entries and the pool disagree."""
         self._pool.check_integrity()
-        keys = [*self._waiting, *self._held, *self._failed]
-        assert len(keys) == len(set(keys)), "a claim in two states"
+        self._claims.check_integrity(self._entries)
         slots = slots_of(self._entries.values())
         assert len(slots) == len(set(slots)), "a slot belongs to two adapters"
         assert sorted(slots) == self._pool.slots, "a slot belongs to no adapter"
-        for claim in self._held.values():
-            for digest, slot in claim.items():
-                entry = self._entries[digest]
-                assert entry.resident, "a held adapter is not on the device"
-                assert entry.slot == slot, "a held adapter moved"
         for entry in self._entries.values():
             assert entry.job is not LoadJob.WRITE or entry.slot is not None, "a write to nowhere"
             assert entry.slot is None or entry.demand is not None, "pages of unknown size"
-        needed = {d for digests in self._waiting.values() for d in digests}
-        assert needed <= set(self._entries), "a claimed adapter has no entry"
 
     def _entry(self, digest: str) -> AdapterEntry:
         return self._entries.setdefault(digest, AdapterEntry(digest))
 
-    def _in_use(self) -> set[str]:
-        return {digest for slots in self._held.values() for digest in slots}
-
     def _plan(self) -> None:
-        """One pass over everything that is wanted: oldest claims first, then pins, prefetches."""
+        """Serve all wants in one pass: claims, the oldest first, then pins and prefetches."""
         self._draining = frozenset()
         pinned = [e for e in self._entries.values() if e.pinned]
         older: set[str] = set()  # needed by the claims seen so far
         blocked = False  # the rest of the claims may take no room
         loading = True  # the rest of the claims may start loads
-        for key, digests in list(self._waiting.items()):
+        for key, digests in list(self._claims.waiting.items()):
             if any(self._entries[digest].slot is None for digest in digests):
                 loading = loading and self._start_loads(digests, first=not older)
                 if self._refuse_impossible(key, pinned):
                     continue
                 blocked = blocked or not self._make_resident(digests, older)
             older.update(digests)
-        claimed = older | self._in_use()
+        claimed = older | self._claims.in_use
         for entry in list(self._entries.values()):
             self._serve_administration(entry, claimed, blocked)
             if entry.idle and not (entry.pinned or entry.prefetch or entry.digest in claimed):
@@ -237,17 +226,16 @@ class Residency:
         self._trim_host()
 
     def _make_resident(self, digests: Sequence[str], older: set[str]) -> bool:
-        """Give pages to the claim's adapters that have images. False if there is no room yet."""
+        """Give pages to a claim's adapters that have images. False if there is no room yet."""
         missing = [e for d in digests if (e := self._entries[d]).slot is None]
         if not any(entry.image for entry in missing):
             return True
-        in_use = self._in_use()
-        victims = self._victims(missing, digests, older, in_use)
+        victims = self._victims(missing, digests, older)
         if victims is None:
             return False
-        busy = frozenset(v.digest for v in victims if v.digest in in_use)
+        busy = self._claims.in_use.intersection(v.digest for v in victims)
         if busy:
-            self._draining = busy
+            self._draining = frozenset(busy)
             return False
         for victim in victims:
             self._evict(victim)
@@ -256,37 +244,22 @@ class Residency:
         return True
 
     def _victims(
-        self, missing: list[AdapterEntry], own: Sequence[str], older: set[str], in_use: set[str]
+        self, missing: list[AdapterEntry], own: Sequence[str], older: set[str]
     ) -> list[AdapterEntry] | None:
-        """Whom to evict for the `missing` adapters of one claim: the fewest in this order.
+        """Entries to evict for the `missing` adapters of one claim: the fewest, in eviction order.
 
-        First what no waiting claim needs, then what younger claims do (the youngest's first), then
-        what is in use, and last the claim's own others, which are then needed anew: their pages
-        may be what keeps slabs from becoming empty. None where only older claims stand in the way.
+        own: all digests of the claim. older: digests of older claims. None if only older claims
+        stand in the way.
         """
-        turn = {d: i for i, ds in enumerate(reversed(self._waiting.values()), 1) for d in ds}
-
-        def order(entry: AdapterEntry) -> tuple[bool, bool, int, int]:
-            # What is in use goes by use alone: claims come all the time, and whoever is to give way
-            # must stay the same until it does.
-            busy = entry.digest in in_use
-            return (
-                entry.digest in own,
-                busy,
-                0 if busy else turn.get(entry.digest, 0),
-                entry.used,
-            )
-
         movable = [
             entry
             for entry in self._entries.values()
             if entry.resident and not entry.pinned and entry.digest not in older
         ]
-        movable.sort(key=order)
         demand = total_demand(missing)
         kept = set(slots_of(self._entries.values()))
         victims: list[AdapterEntry] = []
-        for entry in movable:
+        for entry in self._claims.eviction_order(movable, own):
             if self._pool.fits(demand, kept):
                 break
             victims.append(entry)
@@ -296,7 +269,7 @@ class Residency:
         return victims if self._pool.fits(demand, kept) else None
 
     def _place(self, entry: AdapterEntry) -> None:
-        """Start the copy of an image to the device, where there is an image and room."""
+        """Start the copy of an image to the device, if there is an image and room."""
         if entry.image is None or entry.slot is not None:
             return
         slot = self._pool.allocate(entry.image)
@@ -306,16 +279,16 @@ class Residency:
             self._loader.submit(entry.digest, lambda: self._pool.write(slot, image, self._pause))
 
     def _start_loads(self, digests: Iterable[str], *, first: bool) -> bool:
-        """Read the images that are missing. False if no more may be started for now.
+        """Start to read the missing images. False if no more may be started for now.
 
-        The oldest claim (`first`) must always get on, so the host's budget does not hold it up.
+        The oldest claim (`first`) must always get on: the host's budget does not hold it up.
         """
         for digest in digests:
             entry = self._entries[digest]
             if entry.image is not None or entry.slot is not None or entry.job is not LoadJob.NONE:
                 continue
             loading = [e for e in self._entries.values() if e.job is LoadJob.LOAD]
-            # One that was never loaded is taken to be as large as the largest that is known.
+            # An adapter that was never loaded is taken to be as large as the largest known one.
             largest = max((e.nbytes for e in self._entries.values()), default=0)
             ahead = [*self._awaited_images(), *loading, entry]
             promised = sum(e.nbytes or largest for e in ahead)
@@ -345,40 +318,33 @@ class Residency:
         if done.error is not None:
             self._fail(entry, str(done.error) or repr(done.error))
         elif job is LoadJob.LOAD and done.result is not None:
-            self._arrived(entry, done.result, done.seconds)
+            self._clock += 1
+            entry.keep_image(done.result, self._clock)
+            self._moved(entry, "load", done.seconds)
         elif entry.slot is not None:
             self._pool.publish(entry.slot)
-            self._moved(entry, "device", "load", done.seconds)
-
-    def _arrived(self, entry: AdapterEntry, image: AdapterImage, seconds: float) -> None:
-        entry.image, entry.demand, entry.nbytes = image, image.demand, image.nbytes
-        self._clock += 1
-        entry.used = self._clock
-        self._moved(entry, "host", "load", seconds)
+            self._moved(entry, "load", done.seconds)
 
     def _fail(self, entry: AdapterEntry, error: str) -> None:
-        """The adapter can't be loaded: so can't the claims that wait for it, nor its pin."""
+        """Give up an adapter that can't be loaded, with its pin and the claims that wait for it."""
         if entry.slot is not None:
             self._pool.free(entry.slot)
             entry.slot = None
         entry.pinned, entry.prefetch = False, None
-        for key in [k for k, digests in self._waiting.items() if entry.digest in digests]:
-            del self._waiting[key]
-            self._failed[key] = error
+        self._claims.fail_all(entry.digest, error)
         self._events.append(AdapterFailed(entry.digest, error))
 
     def _refuse_impossible(self, key: str, pinned: Sequence[AdapterEntry]) -> bool:
         """Fail a claim that can't fit beside the pinned adapters with all else gone."""
         resident = [entry for entry in pinned if entry.slot is not None]
-        wanted = [e for d in self._waiting[key] if (e := self._entries[d]) not in resident]
+        wanted = [e for d in self._claims.waiting[key] if (e := self._entries[d]) not in resident]
         if self._pool.fits(total_demand(wanted), slots_of(resident)):
             return False
         needed = sum(entry.nbytes for entry in wanted)
         error = f"the request's adapters: {too_large(needed, self._pool.budget_bytes)}"
         if resident:
             error += f", or unpin some ({sum(e.nbytes for e in resident)} bytes are pinned)"
-        del self._waiting[key]
-        self._failed[key] = error
+        self._claims.fail(key, error)
         return True
 
     def _serve_administration(self, entry: AdapterEntry, claimed: set[str], blocked: bool) -> None:
@@ -387,27 +353,27 @@ class Residency:
             if entry.job is LoadJob.NONE and entry.digest not in claimed:
                 self._drop(entry)
         elif entry.pinned and entry.slot is None:
-            self._start_loads([entry.digest], first=not self._waiting)
+            self._start_loads([entry.digest], first=not self._claims.waiting)
             if entry.image is not None and self._pin_fits(entry) and not blocked:
                 self._place_quietly(entry, claimed)
         elif entry.prefetch is not None:
-            self._start_loads([entry.digest], first=not self._waiting)
+            self._start_loads([entry.digest], first=not self._claims.waiting)
             if entry.prefetch == "device" and entry.image is not None and not blocked:
                 self._place_quietly(entry, claimed)
             if entry.image is not None or entry.slot is not None:
                 entry.prefetch = None
 
     def _place_quietly(self, entry: AdapterEntry, claimed: set[str]) -> None:
-        """To the device in the place of adapters that no claim needs, or not at all."""
+        """Bring an entry to the device, in the place of adapters that no claim needs at most."""
         if entry.slot is None:
-            victims = self._victims([entry], (), claimed, set())
+            victims = self._victims([entry], (), claimed)
             if victims is not None:
                 for victim in victims:
                     self._evict(victim)
                 self._place(entry)
 
     def _pin_fits(self, entry: AdapterEntry) -> bool:
-        """Whether all pins fit together; if not, this one is refused."""
+        """True if all pins fit together; else this one is refused."""
         pinned = [e for e in self._entries.values() if e.pinned]
         if self._pool.fits(total_demand(pinned), ()):
             return True
@@ -418,38 +384,32 @@ class Residency:
         return False
 
     def _drop(self, entry: AdapterEntry) -> None:
-        """From both tiers."""
+        """Drop an entry from both tiers."""
         if not entry.idle:
             if entry.slot is not None:
                 self._pool.free(entry.slot)
             entry.slot = entry.image = None
-            self._moved(entry, "disk", "forget")
+            self._moved(entry, "forget")
 
     def _evict(self, entry: AdapterEntry) -> None:
-        """From the device; the host's copy stays."""
+        """Evict an entry from the device; the host's copy stays."""
         if entry.slot is not None:
             self._pool.free(entry.slot)
             entry.slot = None
-            self._moved(entry, "disk" if entry.image is None else "host", "evict")
+            self._moved(entry, "evict")
             self._stale = True  # a claim may need it
 
-    def _awaited_images(self) -> Iterator[AdapterEntry]:
+    def _awaited_images(self) -> list[AdapterEntry]:
         """Entries whose image some waiting claim needs, those of the oldest claim first."""
-        seen: set[str] = set()
-        for digests in self._waiting.values():
-            for digest in digests:
-                entry = self._entries[digest]
-                if digest not in seen and entry.image is not None and not entry.resident:
-                    seen.add(digest)
-                    yield entry
+        awaited = [self._entries[digest] for digest in self._claims.awaited]
+        return [entry for entry in awaited if entry.image is not None and not entry.resident]
 
     def _trim_host(self) -> None:
         """Bring the host tier to its budget."""
         total = sum(self.host_images.values())
         if total <= self._host_budget:
             return
-        awaited = list(self._awaited_images())
-        oldest = next(iter(self._waiting.values()), ())
+        awaited, oldest = self._awaited_images(), self._claims.oldest
         free = [e for e in self._entries.values() if e.image is not None and e not in awaited]
         free.sort(key=lambda entry: entry.used)
         for entry in [*free, *(e for e in reversed(awaited) if e.digest not in oldest)]:
@@ -459,21 +419,19 @@ class Residency:
                 total -= entry.nbytes
                 entry.image = None
                 if entry.slot is None:
-                    self._moved(entry, "disk", "evict")
+                    self._moved(entry, "evict")
 
     def _moved(
-        self,
-        entry: AdapterEntry,
-        tier: Tier,
-        reason: Literal["load", "evict", "forget"],
-        seconds: float = 0.0,
+        self, entry: AdapterEntry, reason: Literal["load", "evict", "forget"], seconds: float = 0.0
     ) -> None:
+        """Note that an entry has come to its present tier."""
+        tier = entry.tier
         size = 0 if tier == "disk" else entry.nbytes
         self._events.append(AdapterMoved(entry.digest, tier, reason, seconds, size, entry.pinned))
 
 
 class NoAdapters:
-    """The tiers of a server without adapters: nothing is on them, nothing may be claimed."""
+    """Null object for a server without adapters: the tiers are empty, nothing may be claimed."""
 
     served = False
 
@@ -512,22 +470,22 @@ class NoAdapters:
         raise _not_served(f"claim {key}")
 
     def prefetch(self, digest: str, tier: Literal["device", "host"]) -> None:
-        """Ignored: it is a hint."""
+        """Do nothing: it is a hint."""
 
     def pin(self, digest: str, pinned: bool) -> None:
-        """Ignored: nothing is evicted."""
+        """Do nothing: nothing is evicted."""
 
     def forget(self, digest: str) -> None:
-        """Nothing is kept."""
+        """Do nothing: nothing is kept."""
 
     def poll(self) -> list[AdapterMoved | AdapterFailed]:
         return []
 
     def close(self) -> None:
-        """There is no thread to end."""
+        """Do nothing: there is no thread to end."""
 
     def check_integrity(self) -> None:
-        """Nothing can be broken."""
+        """Do nothing: nothing can be broken."""
 
 
 AdapterTiers = Residency | NoAdapters

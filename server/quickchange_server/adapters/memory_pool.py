@@ -1,14 +1,14 @@
 """Device memory of the adapters, counted in ranks: one arena of pages and the tables over it.
 
 A page is 8 ranks of one module's update (packing.py), so rank 8 pays for 8 and rank 64 for 64 (a
-gain for its own row alone), and a byte budget, not a number of slots, says how many adapters are
+gain for its own row alone), and a byte budget, not a number of slots, bounds how many adapters are
 resident. A slot is an adapter's row in the tables' directory. An adapter's Turbo heads lie in pages
 of the same arena, come and go with its slot, and have tables of their own (turbo_tables.py).
 
 Everything but `write` runs on the engine's thread, between steps. A table that has to grow is
-replaced, so that a running step that holds the old tables keeps valid data; otherwise rows change
-in place, which no running step reads: those of slots that no batch refers to. `write` fills arena
-pages only. Knows nothing of names, requests or eviction.
+replaced, so that a running step that holds the old tables keeps valid data. Other changes are made
+in place, in rows that no running step reads: those of slots that no batch refers to. `write` fills
+arena pages only. Knows nothing of names, requests or eviction.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from quickchange_server.errors import AdapterFailedError
 
 SETTING = "adapter_device_bytes"
 _SLAB_BYTES = 1 << 20
-# What the tables have room for at first. A table that grows lies elsewhere, and then the captured
-# graphs that read it are void: so there is room for all pages of the smallest size, within reason.
+# First sizes of the tables. A table that grows lies elsewhere, which voids the captured graphs that
+# read it: so there is room for all pages of the smallest size, within reason.
 _FIRST_SLOTS = 64
 _MOST_FIRST_ROWS = 1 << 17
 _USUAL_RANK = 16  # adapters of higher rank widen the kernels' grids when they first come
@@ -48,17 +48,17 @@ _USUAL_RANK = 16  # adapters of higher rank widen the kernels' grids when they f
 
 @dataclass(frozen=True)
 class _Holding:
-    """What one slot holds."""
+    """Pages and table rows of one slot."""
 
-    grant: Grant  # its pages of the arena, in elements
-    offsets: npt.NDArray[np.int64]  # [P] the same, in the image's order
-    rows: tuple[int, int]  # of the page table: [begin, end)
-    ranges: npt.NDArray[np.int32]  # [groups, 2] its row of the directory, once published
-    after: Mark  # no step given to the device later reads what was in these pages before
+    grant: Grant  # its pages in the arena, in elements
+    offsets: npt.NDArray[np.int64]  # [P] the same pages, in the image's order
+    rows: tuple[int, int]  # [begin, end) in the page table
+    ranges: npt.NDArray[np.int32]  # [groups, 2] its directory row, once published
+    after: Mark  # steps given to the device later read none of the pages' old content
 
 
 class DevicePool:
-    """Owner of the arena and its tables."""
+    """The arena of adapter pages and its tables."""
 
     def __init__(
         self,
@@ -70,8 +70,8 @@ class DevicePool:
     ) -> None:
         """Take `budget_bytes` of device memory at once.
 
-        `copies`: how images get there; by default as suits the device.
-        Raises ValueError, naming the setting, if not even one page of each module fits in it.
+        copies: runs the copies to the device; None: those that suit it.
+        Raises ValueError, naming the setting, if the largest page does not fit.
         """
         shapes = page_shapes(groups, dtype)
         sizes = {shape.elements for shape in shapes.values()}
@@ -86,10 +86,10 @@ class DevicePool:
             )
         self._groups = tuple(groups)
         self._copies = copies_for(device) if copies is None else copies
-        # What few adapters have (gains, pages behind sub-layers) gets no share of the slabs ahead.
+        # Rare pages (gains, updates behind sub-layers) do not count in the slab size.
         usual = {shape.elements for (_, source), shape in shapes.items() if source == "input"}
         slab = max(slab_size(usual, span, _SLAB_BYTES // dtype.itemsize), *sizes)
-        unit = A_ALIGNMENT // dtype.itemsize  # pages begin at multiples of it, and so must slabs
+        unit = A_ALIGNMENT // dtype.itemsize  # pages and slabs begin at multiples of it
         self._space = SlabAllocator(span, slab // unit * unit)
         self._slots = RunAllocator(_FIRST_SLOTS)
         rows = min(span // min(usual), _MOST_FIRST_ROWS)
@@ -109,20 +109,20 @@ class DevicePool:
 
     @property
     def tables(self) -> LowRankTables:
-        """For the coming step. A slot's row is empty until `publish`."""
+        """Tables for the coming step. A slot's row is empty until `publish`."""
         return self._tables
 
     @property
     def heads(self) -> HeadTables:
-        """For the coming step: of all slots' Turbo heads."""
+        """Tables of all slots' Turbo heads, for the coming step."""
         return self._heads.tables
 
     def turbo(self, slot: int) -> TurboSlot | None:
-        """What a slot can draft with; None without heads, or until `publish`."""
+        """The Turbo heads in a slot; None without heads, or until `publish`."""
         return self._heads.turbo(slot)
 
     def updates(self, slot: int, group: int) -> bool:
-        """Whether the adapter in a slot has an update in a module group."""
+        """True if the adapter in a slot has an update in a module group."""
         begin, end = self._holdings[slot].ranges[group]
         return bool(begin < end)
 
@@ -136,11 +136,11 @@ class DevicePool:
         return self._space.used * self.dtype.itemsize
 
     def fits(self, demand: Mapping[int, int], kept_slots: Iterable[int]) -> bool:
-        """Whether `demand` (images' demands, added) has room beside the kept slots alone."""
+        """True if `demand` (pages by size) has room beside the pages of the kept slots alone."""
         return self._space.fits(demand, [self._holdings[slot].grant for slot in kept_slots])
 
     def allocate(self, image: AdapterImage) -> int | None:
-        """A slot with room for the image, nothing of it visible yet; None if there is no room now.
+        """Take a slot for the image, not visible yet; None if there is no room now.
 
         Raises AdapterFailedError, with both figures, for an image larger than the whole budget.
         """
@@ -162,7 +162,7 @@ class DevicePool:
         return slot
 
     def write(self, slot: int, image: AdapterImage, pause: Pause = no_pause) -> None:
-        """Copy the image to the slot's pages and wait until it is there. On any thread."""
+        """Copy the image to the slot's pages and wait for its arrival. On any thread."""
         holding = self._holdings[slot]
         self._copies.run(holding.after, lambda: self._copy_pages(image, holding.offsets, pause))
 
@@ -184,7 +184,7 @@ class DevicePool:
         self._space.free(holding.grant)
 
     def check_integrity(self) -> None:
-        """Raises AssertionError if pages or rows are shared or lost, or the directory is wrong."""
+        """Raises AssertionError if pages or rows are shared or lost, or a row is wrong."""
         self._space.check_integrity(holding.grant for holding in self._holdings.values())
         self._slots.check_integrity((slot, slot + 1) for slot in self._holdings)
         self._rows.check_integrity(holding.rows for holding in self._holdings.values())
@@ -221,7 +221,7 @@ class DevicePool:
     def _widen(self, ranges: npt.NDArray[np.int32]) -> None:
         """Let the kernels' grids cover a slot's pages in each group.
 
-        They stay so when it is gone: it costs programs without work, narrowing costs new graphs.
+        They stay wide once it is gone: that costs programs without work, narrowing new graphs.
         """
         counts = (ranges[:, 1] - ranges[:, 0]).tolist()
         shapes = list(self._tables.shapes)
@@ -232,7 +232,7 @@ class DevicePool:
             self._tables = replace(self._tables, shapes=tuple(shapes))
 
     def _ranges(self, image: AdapterImage, begin: int) -> npt.NDArray[np.int32]:
-        """The slot's row of the directory: [groups, 2], (0, 0) where there is no update."""
+        """The slot's directory row: int32 [groups, 2], (0, 0) where there is no update."""
         groups = np.arange(len(self._groups))
         first = np.searchsorted(image.group, groups, side="left")
         last = np.searchsorted(image.group, groups, side="right")
@@ -254,7 +254,7 @@ class DevicePool:
     ) -> None:
         arena = self._tables.arena
         for target, source, length in _runs(offsets, image):
-            # pieces that no parallel region is entered for: the engine needs its threads
+            # On a CPU in pieces too small for a parallel region: the engine needs its threads.
             step = length if self.device.type == "cuda" else PIECE
             for begin in range(0, length, step):
                 count = min(step, length - begin)
@@ -265,7 +265,7 @@ class DevicePool:
 
 
 def too_large(needed: int, budget: int) -> str:
-    """Why adapters of `needed` bytes can never be on the device together, and what to do."""
+    """End of an error text: adapters of `needed` bytes can never be on the device together."""
     return (
         f"needs {needed} bytes of device memory, more than a budget of {budget} bytes has room for "
         f"(setting {SETTING}): raise it, or use adapters of lower rank, on fewer modules or with "
@@ -274,14 +274,16 @@ def too_large(needed: int, budget: int) -> str:
 
 
 def _usual_shape(group: ModuleGroup) -> GroupShape:
-    """For adapters of usual rank. Behind sub-layers few have any page: 0 pages say that nothing
-    calls for the group."""
+    """Shape of a group for adapters of usual rank.
+
+    Few adapters have pages behind sub-layers: 0 pages there, so that the group is not called.
+    """
     pages = -(-_USUAL_RANK // RANKS_PER_PAGE) * len(group.members)
     return GroupShape(rounded_to_power(pages) if group.source == "input" else 0, _aligned(group))
 
 
 def _aligned(group: ModuleGroup) -> bool:
-    """As GroupShape means it. Pages begin at multiples of 64 bytes, so B does at one of 16."""
+    """GroupShape.aligned. Pages begin at multiples of 64 bytes, so B begins at one of 16."""
     sizes = [size for member in group.members for size in (member.column, member.width)]
     if group.kind != "embedding":  # its A is looked up
         sizes.append(group.in_features)
@@ -289,7 +291,7 @@ def _aligned(group: ModuleGroup) -> bool:
 
 
 def _in_image_order(image: AdapterImage, grant: Grant) -> npt.NDArray[np.int64]:
-    """The arena offset of each page of the image."""
+    """Arena offset [P] of each page of the image."""
     offsets = np.empty(image.elements.size, dtype=np.int64)
     for size, places in grant.pages.items():
         offsets[image.elements == size] = places
@@ -297,7 +299,7 @@ def _in_image_order(image: AdapterImage, grant: Grant) -> npt.NDArray[np.int64]:
 
 
 def _runs(offsets: npt.NDArray[np.int64], image: AdapterImage) -> list[tuple[int, int, int]]:
-    """(offset in the arena, offset in the image, length): neighbours in both are one copy."""
+    """Copies (arena offset, image offset, length): pages adjacent in both are one copy."""
     runs: list[tuple[int, int, int]] = []
     order = np.argsort(image.start)
     for target, source, length in zip(

@@ -1,4 +1,4 @@
-"""How the base model's modules are grouped for the batched low-rank product.
+"""Groups of the base model's modules for the batched low-rank product.
 
 One group is one wrapped module call in the model: a lone linear, or a fused one (q/k/v, gate/up)
 whose members write side by side into one output. A module at the end of a sub-layer has further
@@ -23,11 +23,11 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class ModuleGroup:
-    """What one call of the low-rank operation covers. All members share the input."""
+    """The modules that one call of the low-rank operation covers. All share the input."""
 
     index: int  # its row in the kernels' directory
     kind: ModuleKind
-    in_features: int  # an embedding's vocabulary
+    in_features: int  # an embedding has its vocabulary
     out_features: int  # sum of the members' widths
     members: tuple[Member, ...]
-    source: Source = "input"  # what the updates in it read
+    source: Source = "input"  # input of its updates

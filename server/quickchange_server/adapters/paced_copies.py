@@ -18,11 +18,11 @@ Pause = Callable[[], None]
 
 
 def no_pause() -> None:
-    """Between two pieces, when nothing else needs the processor."""
+    """Do not pause: nothing else needs the processor."""
 
 
 def aligned(elements: int, dtype: torch.dtype) -> int:
-    """`elements` rounded up to what 64 bytes hold a whole number of times."""
+    """`elements` of `dtype`, rounded up to a multiple of 64 bytes."""
     unit = A_ALIGNMENT // dtype.itemsize
     return -(-elements // unit) * unit
 

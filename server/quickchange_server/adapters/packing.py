@@ -1,19 +1,18 @@
-"""An adapter as the host tier keeps it: pages ready to be copied to the device.
+"""Host image of an adapter: its pages, ready to be copied to the device.
 
 A page is 8 ranks of one module's update: A [8, in], then B [8, width] transposed so that row j is
 rank j's output vector, each part rounded up to 64 bytes. The last page of an update is padded with
 zeros. A bias is a page of its own with scale 1 and no activation: A is zero, shift 1 in its first
 rank, B's first row is the bias, exactly as it was trained (folding it into a free rank would divide
 it by the scale). A gain is a page of its own too, and only as long as its one row: gain − 1, which
-a short dtype holds better than the gain.
+a short dtype holds better than the gain. Behind them come the pages of the adapter's Turbo heads
+(turbo_packing.py).
 
-Behind them come the pages of the adapter's Turbo heads (turbo_packing.py).
-
-Built beside decoding, so the work is cut in pieces that stay below torch's threshold for entering a
-parallel region: they would fight the engine's threads for its cores, and a second thread that ever
-enters one gets a thread team of its own, after which OpenMP, seeing more threads than cores, lets
-the engine's team sleep between regions (a step of SmolLM2 took 30 ms instead of 24 from then on).
-Knows nothing of slots, of budgets or of threads.
+Images are built beside decoding, so the work is cut in pieces below torch's threshold for entering
+a parallel region: those would fight the engine's threads for its cores, and a second thread that
+ever enters one gets a thread team of its own, after which OpenMP, seeing more threads than cores,
+lets the engine's team sleep between regions (a step of SmolLM2 took 30 ms instead of 24 from then
+on). Knows nothing of slots, budgets or threads.
 """
 
 from __future__ import annotations
@@ -46,22 +45,22 @@ _KINDS: dict[Activation, PageKind] = {name: PageKind[name.upper()] for name in A
 
 @dataclass(frozen=True, slots=True)
 class PageShape:
-    """What a page of one module's update looks like. Offsets and sizes in elements."""
+    """Layout of a page of one module's update. Offsets and sizes in elements."""
 
     group: int
-    features: int  # the module's inputs, an embedding's vocabulary
+    features: int  # the module's inputs; an embedding has its vocabulary
     column: int
     width: int
-    b_offset: int  # of B within the page
-    elements: int  # of the page, 64-byte aligned
-    gain_elements: int  # of a page that holds a gain
+    b_offset: int  # B's begin within the page
+    elements: int  # size of the page, 64-byte aligned
+    gain_elements: int  # size of a page that holds a gain
 
 
-Place = tuple[str, Source]  # a module's path, and what an update of it reads
+Place = tuple[str, Source]  # (a module's path, what an update of it reads)
 
 
 def page_shapes(groups: Sequence[ModuleGroup], dtype: torch.dtype) -> dict[Place, PageShape]:
-    """The page shape of every module that an adapter may update, for all that updates may read."""
+    """Page shapes of every module that an adapter may update, for each source of its updates."""
     return {
         (member.path, group.source): _page_shape(group, member, dtype)
         for group in groups
@@ -84,27 +83,27 @@ def _page_shape(group: ModuleGroup, member: Member, dtype: torch.dtype) -> PageS
 
 @dataclass(frozen=True)
 class AdapterImage:
-    """All pages of one adapter in one host tensor, and the tables that describe them.
+    """All pages of one adapter in one host tensor, with the tables that describe them.
 
     The first L pages are the updates', by module group; the heads' follow. In `data`, pages of one
     size lie side by side, so that a run of free pages on the device takes one copy.
     """
 
-    data: Tensor  # [E] the arena's dtype; pinned where the device is CUDA
-    start: npt.NDArray[np.int64]  # [P] of the page in `data`
-    elements: npt.NDArray[np.int64]  # [P] of the page
+    data: Tensor  # [E] in the arena's dtype; pinned if the device is CUDA
+    start: npt.NDArray[np.int64]  # [P] begin of each page in `data`
+    elements: npt.NDArray[np.int64]  # [P] size of each page
     group: npt.NDArray[np.int64]  # [L] ascending
-    b_offset: npt.NDArray[np.int64]  # [L] of B within the page
+    b_offset: npt.NDArray[np.int64]  # [L] begin of B within the page
     column: npt.NDArray[np.int64]  # [L]
     width: npt.NDArray[np.int64]  # [L]
     scale: npt.NDArray[np.float32]  # [L]
     shift: npt.NDArray[np.float32]  # [L, 8]
     kind: npt.NDArray[np.int32]  # [L] PageKind
-    heads: HeadLayout | None  # what the other pages are; None: there are none
+    heads: HeadLayout | None  # describes the heads' pages; None: there are none
 
     @property
     def pages(self) -> int:
-        """L, the updates' pages."""
+        """L: the updates' pages."""
         return int(self.group.size)
 
     @property
@@ -119,7 +118,7 @@ class AdapterImage:
 
 
 class _Content(Protocol):
-    """A page of any sort."""
+    """A page of any kind."""
 
     @property
     def elements(self) -> int: ...
@@ -130,7 +129,7 @@ class _Content(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Page:
-    """Ranks [first, first + 8) of an update, or its bias or gain."""
+    """Ranks [first, first + 8) of an update, or its bias, or its gain."""
 
     shape: PageShape
     update: LowRankUpdate
@@ -155,7 +154,7 @@ class _Page:
         return self.update.scale if self.row is None else 1.0
 
     def write_shift(self, target: npt.NDArray[np.float32]) -> None:
-        """Fill target [8], which is zero."""
+        """Write the page's shifts to `target` [8], which is zero."""
         if self.row is not None:
             target[0] = self.kind is not PageKind.GAIN
         elif self.update.shift is not None:
@@ -187,7 +186,7 @@ def build_image(
     """Lay out and convert an adapter's updates and heads. `pause` is called between pieces of work.
 
     Raises AdapterFailedError for a module that the model does not have, or of other shapes. Heads
-    are taken as they are: TurboShape.check says whether they fit.
+    are not checked: TurboShape.check does that.
     """
     updates = _list_pages(adapter, shapes)
     pages: list[_Content] = [*updates]
@@ -221,7 +220,7 @@ def build_image(
 
 
 def _zeros(count: int, dtype: torch.dtype, *, pin_memory: bool) -> Tensor:
-    """A zero tensor [count], without a parallel region: numpy asks the system for zeroed pages."""
+    """Zero tensor [count], without a parallel region: numpy asks the system for zeroed pages."""
     if pin_memory or not count:
         return torch.zeros(count, dtype=dtype, pin_memory=pin_memory)
     return torch.from_numpy(np.zeros(count * dtype.itemsize, dtype=np.uint8)).view(dtype)

@@ -1,9 +1,9 @@
-"""Divides a span of memory among pages of several sizes. Numbers only: no tensors, no adapters.
+"""Allocator of pages of several sizes in one span. Numbers only: no tensors, no adapters.
 
-The span is cut in equal slabs. A slab is given to one page size when a page of it is needed, and is
-free for any size again when its last page is. One pool for each size would have to divide the
-budget ahead of time by a guess: adapters on the attention projections of SmolLM2 alone could use
-just 38 % of an evenly divided one.
+The span is cut in equal slabs. A slab is given to one page size when a page of that size is needed,
+and is free for any size again when its last page is freed. One pool for each size would have to
+divide the budget ahead of time by a guess: adapters on the attention projections of SmolLM2 alone
+could use just 38 % of an evenly divided one.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-_PAGES_PER_SLAB = 8  # at least: so at most an eighth of a slab is lost at its end
-_SLABS_PER_SIZE = 8  # at least: so at most an eighth of the span lies in slabs not yet full
+_PAGES_PER_SLAB = 8  # at least, so that at most an eighth of a slab is lost at its end
+_SLABS_PER_SIZE = 8  # at least, so that at most an eighth of the span lies in slabs not yet full
 
 
 def slab_size(page_sizes: Iterable[int], span: int, preferred: int) -> int:
-    """Size of a slab for these page sizes in a span: `preferred`, or what the sizes need."""
+    """Slab size for these page sizes in a span: `preferred`, or what the sizes need."""
     sizes = set(page_sizes)
     largest = max(sizes)
     roomy = max(preferred, _PAGES_PER_SLAB * largest)
@@ -26,29 +26,29 @@ def slab_size(page_sizes: Iterable[int], span: int, preferred: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """Pages in use by one owner."""
+    """Pages given to one owner."""
 
     pages: Mapping[int, Sequence[int]]  # page size -> offsets, ascending
-    slabs: Mapping[int, int]  # slab's number -> how many of these pages lie in it
+    slabs: Mapping[int, int]  # slab number -> pages of the grant in it
 
 
 @dataclass(slots=True)
 class _Slab:
-    """A slab in use: its page size and its free pages, by offset, the lowest last."""
+    """A slab in use: its page size and the offsets of its free pages, the lowest last."""
 
     page_size: int
     free: list[int]
 
 
 class SlabAllocator:
-    """Owner of a span [0, span). Offsets and sizes are in one unit, of the caller's choice."""
+    """Allocator of pages in [0, span). Offsets and sizes are in any one unit."""
 
     def __init__(self, span: int, slab: int) -> None:
         self._slab = slab
         self._count = span // slab
         self._empty = list(range(self._count - 1, -1, -1))
         self._slabs: dict[int, _Slab] = {}  # in use, by number
-        self.used = 0  # the sum of the sizes of the pages in use
+        self.used = 0  # total size of the pages in use
 
     def allocate(self, demand: Mapping[int, int]) -> Grant | None:
         """Pages for `demand` (page size -> number); None if there is no room."""
@@ -63,7 +63,7 @@ class SlabAllocator:
         return Grant(pages, numbers)
 
     def free(self, grant: Grant) -> None:
-        """Give back what `allocate` gave."""
+        """Give the pages of a grant back."""
         for size, offsets in grant.pages.items():
             self.used -= size * len(offsets)
             for offset in offsets:
@@ -76,8 +76,8 @@ class SlabAllocator:
                 self._empty.append(number)
 
     def fits(self, demand: Mapping[int, int], kept: Iterable[Grant]) -> bool:
-        """Whether `demand` has room beside the pages of `kept`, all others being free."""
-        taken: Counter[int] = Counter()  # slab's number -> pages
+        """True if `demand` (page size -> number) has room beside the pages of `kept` alone."""
+        taken: Counter[int] = Counter()  # slab number -> pages
         for grant in kept:
             taken.update(grant.slabs)
         spare: Counter[int] = Counter()  # page size -> free pages in slabs that stay in use
@@ -87,7 +87,7 @@ class SlabAllocator:
         return self._slabs_needed(demand, spare) <= self._count - len(taken)
 
     def check_integrity(self, grants: Iterable[Grant]) -> None:
-        """Raises AssertionError if pages overlap, leave their slab, or belong to none of grants."""
+        """Raises AssertionError if pages overlap, leave their slab or are in none of `grants`."""
         assert sorted([*self._slabs, *self._empty]) == list(range(self._count)), "a slab is lost"
         by_slab: dict[int, list[int]] = {number: [] for number in self._slabs}
         used = 0
@@ -108,7 +108,7 @@ class SlabAllocator:
     def _slabs_needed(self, demand: Mapping[int, int], spare: Mapping[int, int]) -> int:
         """Empty slabs that `demand` takes beside the spare pages (page size -> number).
 
-        More than there are, for a page that is larger than a slab.
+        Returns more slabs than exist if a page is larger than a slab.
         """
         if any(size > self._slab for size in demand):
             return self._count + 1
@@ -118,7 +118,7 @@ class SlabAllocator:
         return needed
 
     def _take(self, size: int, count: int) -> list[int]:
-        """Fullest slabs first, so that the others have a chance to become empty."""
+        """Take pages from the fullest slabs, so that the others have a chance to become empty."""
         partial = [slab for slab in self._slabs.values() if slab.page_size == size and slab.free]
         partial.sort(key=lambda slab: len(slab.free), reverse=True)  # taken from the end
         taken: list[int] = []
@@ -139,14 +139,14 @@ class SlabAllocator:
 
 
 class RunAllocator:
-    """Runs of neighbouring numbers from [0, capacity), which grows as needed. First fit."""
+    """First-fit allocator of runs of numbers in [0, capacity), which doubles as needed."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self._free: list[tuple[int, int]] = [(0, capacity)] if capacity else []  # (begin, end)
 
     def allocate(self, count: int) -> int:
-        """First number of a free run of `count`; doubles the capacity until there is one."""
+        """Take a run of `count` numbers and return its first."""
         while True:
             for index, (begin, end) in enumerate(self._free):
                 if end - begin >= count:
@@ -157,7 +157,7 @@ class RunAllocator:
             self.capacity *= 2
 
     def free(self, begin: int, count: int) -> None:
-        """Give back [begin, begin + count), joined with its free neighbours."""
+        """Give [begin, begin + count) back, joined with its free neighbours."""
         if not count:
             return
         runs = sorted([*self._free, (begin, begin + count)])
@@ -170,7 +170,7 @@ class RunAllocator:
                 self._free.append(run)
 
     def check_integrity(self, used: Iterable[tuple[int, int]]) -> None:
-        """Raises AssertionError unless `used` runs (begin, end) and the free ones tile it all."""
+        """Raises AssertionError unless the `used` runs (begin, end) and the free ones tile all."""
         runs = sorted([*self._free, *(run for run in used if run[0] < run[1])])
         ends = [0, *(end for _, end in runs)]
         assert [begin for begin, _ in runs] == ends[:-1], "runs overlap or leave a gap"

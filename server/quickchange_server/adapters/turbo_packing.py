@@ -1,11 +1,10 @@
-"""An adapter's Turbo heads as pages beside those of its updates.
+"""Turbo heads of an adapter as pages beside those of its updates.
 
 Every matrix (a block's, an own LM head's) is cut in pages of 16 outputs, as `turbo_heads` reads
 them: 16 rows of the weight, then their 16 biases, zeros behind the last output. The draft
-vocabulary is a page too, as int32 numbers in the arena's bytes, as large as a page of the matrices
-where it fits in one: a size of its own would claim a whole slab of the arena for one short list.
-
-Knows nothing of slots or budgets.
+vocabulary is a page too, as int32 token ids in the arena's bytes, as large as a page of the
+matrices if it fits in one: a size of its own would claim a whole slab of the arena for one short
+list. Knows nothing of slots or budgets.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ from quickchange_store.canonical.turbo_part import TurboHeads
 
 @dataclass(frozen=True, slots=True)
 class TurboShape:
-    """What heads must fit to serve a base model."""
+    """Sizes of a base model that its Turbo heads must fit."""
 
     hidden: int  # features that enter its LM head
     vocabulary: int  # columns of its logits
 
     def check(self, turbo: TurboHeads) -> None:
-        """Raises AdapterFailedError where the heads were made for another base model."""
+        """Raises AdapterFailedError if the heads were made for another base model."""
         if turbo.hidden != self.hidden:
             raise AdapterFailedError(
                 f"the heads draft from {turbo.hidden} features, the served model's LM head takes "
@@ -47,7 +46,7 @@ class TurboShape:
             )
 
     def _check_tokens(self, vocabulary: Tensor) -> None:
-        last = int(vocabulary[-1])  # they ascend
+        last = int(vocabulary[-1])  # token ids ascend
         if last >= self.vocabulary:
             raise AdapterFailedError(
                 f"the heads' vocabulary holds token {last}, the served model has tokens 0 to "
@@ -57,14 +56,14 @@ class TurboShape:
 
 @dataclass(frozen=True)
 class HeadLayout:
-    """What an image's head pages are. Matrices and pages are numbered from the image's first."""
+    """Layout of an image's head pages, numbered from the first of them."""
 
-    matrices: npt.NDArray[np.int32]  # [M, 2] page range (first, end) of each: blocks, then outputs
-    heads: tuple[tuple[int, ...], ...]  # of each head: its blocks' matrices, in order
+    matrices: npt.NDArray[np.int32]  # [M, 2] pages [first, end) of each: blocks, then outputs
+    heads: tuple[tuple[int, ...], ...]  # matrices of each head's blocks, in order
     sequential: bool
-    outputs: tuple[int, ...]  # own LM heads' matrices, one a head; or none
-    columns: int | None  # tokens that they choose from; None: the base's LM head decides
-    vocabulary: int | None  # tokens in the page behind all matrices; None: there is none
+    outputs: tuple[int, ...]  # matrices of own LM heads, one per head, or none
+    columns: int | None  # tokens that the heads choose from; None: those of the base's LM head
+    vocabulary: int | None  # tokens in the page behind all matrices; None: no such page
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +88,7 @@ class MatrixPage:
 
 @dataclass(frozen=True, slots=True)
 class VocabularyPage:
-    """The tokens that are drafted, int32 in the page's first bytes."""
+    """Draft vocabulary: int32 token ids in the page's first bytes."""
 
     tokens: Tensor  # int32 [D]
     elements: int
@@ -103,7 +102,7 @@ class VocabularyPage:
 def head_pages(
     turbo: TurboHeads, dtype: torch.dtype
 ) -> tuple[list[MatrixPage | VocabularyPage], HeadLayout]:
-    """The pages of all matrices, then the vocabulary's, and what they are."""
+    """Pages of all matrices, then the vocabulary's, with their layout."""
     blocks = [(block.weight, block.bias) for block in turbo.blocks]
     pages: list[MatrixPage | VocabularyPage] = []
     matrices: list[tuple[int, int]] = []

@@ -1,7 +1,8 @@
-"""The tables over the heads' pages in the arena, and what each slot can draft with.
+"""Tables over the Turbo heads' pages in the arena, and the heads that each slot can draft with.
 
-The pages themselves lie in the arena beside those of the updates, and DevicePool gives, fills and
-frees them. Everything on the engine's thread, between steps; a table that has to grow is replaced.
+The pages themselves lie in the arena beside those of the updates; DevicePool allocates, fills and
+frees them. Everything runs on the engine's thread, between steps; a table that has to grow is
+replaced.
 """
 
 from __future__ import annotations
@@ -23,31 +24,31 @@ _FIRST_MATRICES = 64
 
 @dataclass(frozen=True, slots=True)
 class TurboSlot:
-    """The heads of the adapter in one slot. Numbers are those of HeadTables' matrices."""
+    """Turbo heads of the adapter in one slot. Matrices are numbered as in HeadTables."""
 
-    heads: tuple[tuple[int, ...], ...]  # of each head: its blocks' matrices, in order
+    heads: tuple[tuple[int, ...], ...]  # matrices of each head's blocks, in order
     sequential: bool
-    outputs: tuple[int, ...]  # own LM heads' matrices, one a head; or none
-    columns: int | None  # tokens that are chosen from; None: as many as the base's LM head has
+    outputs: tuple[int, ...]  # matrices of own LM heads, one per head, or none
+    columns: int | None  # tokens to choose from; None: those of the base's LM head
     vocabulary: Tensor | None  # int32 [columns] on the device; None: token i is column i
 
     @property
     def depth(self) -> int:
-        """Tokens that the heads draft at once."""
+        """Number of heads: tokens that they draft at once."""
         return len(self.heads)
 
 
 @dataclass(frozen=True)
 class _Holding:
-    """What one slot holds of the tables."""
+    """Table rows of one slot."""
 
     pages: tuple[int, int]  # [begin, end)
-    matrices: tuple[int, int]
+    matrices: tuple[int, int]  # [begin, end)
     turbo: TurboSlot
 
 
 class HeadPool:
-    """Owner of the heads' tables over one arena."""
+    """Tables of Turbo heads over one arena."""
 
     def __init__(self, arena: Tensor) -> None:
         self._pages = RunAllocator(_FIRST_PAGES)
@@ -62,16 +63,16 @@ class HeadPool:
 
     @property
     def tables(self) -> HeadTables:
-        """For the coming step."""
+        """Tables for the coming step."""
         return self._tables
 
     def turbo(self, slot: int) -> TurboSlot | None:
-        """What the slot can draft with; None without heads, or until they are published."""
+        """The Turbo heads in a slot; None without heads, or until `publish`."""
         return self._holdings[slot].turbo if slot in self._published else None
 
     def add(self, slot: int, layout: HeadLayout, offsets: npt.NDArray[np.int64]) -> None:
-        """Describe a slot's heads, whose pages lie at `offsets` [P] elements in the arena."""
-        count = int(layout.matrices[-1, 1])  # a vocabulary's page stands in no table
+        """Add a slot's heads. offsets [P]: places of their pages in the arena, in elements."""
+        count = int(layout.matrices[-1, 1])  # the vocabulary's page is in no table
         page, matrix = self._pages.allocate(count), self._matrices.allocate(len(layout.matrices))
         self._grow()
         turbo = TurboSlot(
@@ -87,12 +88,12 @@ class HeadPool:
         self._holdings[slot] = held
 
     def publish(self, slot: int) -> None:
-        """The pages have arrived. A slot without heads is ignored."""
+        """Make a slot's heads visible: their pages have arrived. Ignored without heads."""
         if slot in self._holdings:
             self._published.add(slot)
 
     def remove(self, slot: int) -> None:
-        """Give a slot's rows back. One without heads is ignored."""
+        """Give a slot's table rows back. Ignored without heads."""
         held = self._holdings.pop(slot, None)
         if held is not None:
             self._published.discard(slot)
@@ -123,7 +124,7 @@ class HeadPool:
 
 
 def enlarged(table: Tensor, rows: int) -> Tensor:
-    """A table with room for `rows`, zero beyond those of `table`."""
+    """Copy of `table` with `rows` rows, the new ones zero."""
     larger = torch.zeros((rows, *table.shape[1:]), dtype=table.dtype, device=table.device)
     larger[: table.shape[0]] = table
     return larger

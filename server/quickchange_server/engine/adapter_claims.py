@@ -1,8 +1,8 @@
-"""Which sequences hold their adapters on the device, and which have them lent only.
+"""Claims of the engine's sequences on adapters that must be on the device.
 
-A sequence of the foreground claims its adapters when it comes and holds them until it ends. Those
-of the background are lent theirs, and give them back where somebody in the foreground waits. One
-without adapters is always ready. Knows nothing of rows or blocks.
+A foreground sequence claims its adapters on arrival and holds them until it ends. A background
+sequence is lent its adapters and gives them back when a foreground sequence waits. A sequence
+without adapters is always ready. Knows nothing of rows or KV blocks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _NONE: Mapping[str, int] = {}
 
 
 class Claims(Protocol):
-    """What is needed of adapter residency: hold a request's adapters on the device."""
+    """The part of adapter residency that holds a request's adapters on the device."""
 
     def claim(self, key: str, digests: list[str]) -> None: ...
     def ready(self, key: str) -> Mapping[str, int] | None: ...
@@ -26,25 +26,25 @@ class Claims(Protocol):
 
 
 class Holdings:
-    """Owner of the sequences' claims."""
+    """The claims of all sequences, held or lent."""
 
     def __init__(self, claims: Claims) -> None:
         self._claims = claims
         self._lent: dict[str, Sequence] = {}
-        self.changed = False  # whether something was lent or given back; for the owner to clear
+        self.changed = False  # True if something was lent or given back; the owner clears it
 
     @property
     def lent(self) -> list[Sequence]:
-        """The background sequences with a claim."""
+        """Background sequences with a claim."""
         return list(self._lent.values())
 
     def claim(self, sequence: Sequence) -> None:
-        """What a sequence of the foreground needs."""
+        """Claim the adapters of a foreground sequence."""
         if sequence.digests:
             self._claims.claim(sequence.request_id, sequence.digests)
 
     def lend(self, sequences: Seq[Sequence]) -> None:
-        """Let these of the background claim what they need."""
+        """Claim the adapters of background sequences, as a loan."""
         for sequence in sequences:
             if sequence.request_id not in self._lent and sequence.digests:
                 self._claims.claim(sequence.request_id, sequence.digests)
@@ -52,23 +52,26 @@ class Holdings:
                 self.changed = True
 
     def take_back(self, sequence: Sequence) -> None:
-        """Release what was lent to this one, which can't run on without."""
+        """Release the adapters lent to a sequence, which can't run without them."""
         self._claims.release(sequence.request_id)
         del self._lent[sequence.request_id]
         self.changed = True
 
     def release(self, sequence: Sequence) -> None:
-        """It has ended."""
+        """Release the adapters of a sequence that has ended."""
         lent = self._lent.pop(sequence.request_id, None)
         if sequence.digests and (lent is not None or not sequence.request.background):
             self._claims.release(sequence.request_id)
 
     def is_ready(self, sequence: Sequence) -> bool:
-        """Whether all that it needs is on the device."""
+        """True if all of the sequence's adapters are on the device."""
         return not sequence.digests or self._ready(sequence) is not None
 
     def slots(self, sequence: Sequence) -> Mapping[str, int]:
-        """The device slot of each adapter of a sequence that runs."""
+        """Device slots of a running sequence's adapters, by digest.
+
+        Raises RuntimeError if one is not on the device.
+        """
         if not sequence.digests:
             return _NONE
         slots = self._ready(sequence)
@@ -77,11 +80,14 @@ class Holdings:
         return slots
 
     def failure(self, sequence: Sequence) -> str | None:
-        """Why what a sequence with a claim waits for can't be loaded; None: it can, as yet."""
+        """The error that keeps a claimed adapter from loading; None if there is none so far."""
         return self._claims.failed(sequence.request_id) if sequence.digests else None
 
     def check_integrity(self, sequences: Mapping[str, Sequence]) -> None:
-        """Raises AssertionError where lent to one who may not borrow. sequences: all there are."""
+        """Raises AssertionError if a foreground or ended sequence has a loan.
+
+        sequences: all in the engine, by request id.
+        """
         assert all(s.request.background for s in self._lent.values()), "lent to the foreground"
         assert set(self._lent) <= set(sequences), "lent to one that has ended"
 

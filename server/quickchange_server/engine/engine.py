@@ -41,16 +41,16 @@ from quickchange_server.structured_output.compiler import ConstraintCompiler
 from quickchange_store.canonical.canonical_adapter import CanonicalAdapter
 
 _UNSOUND = "prompt: it can't be read: the model's hidden states or logits hold NaN or infinity"
-_ROWS_OF_DRAFTS = 2  # rows a sequence up to which a full batch's verification has a graph
+_ROWS_OF_DRAFTS = 2  # rows per sequence for which a full batch has a captured graph
 
 
 class Engine:
-    """One model, its KV cache and its adapters. Everything but the loader on one thread.
+    """One model, its KV cache and its adapters. Everything but the loader runs on one thread.
 
-    `load_adapter` reads an adapter version by digest; it is called on the loader thread. `on_wake`
-    tells the owner to call `poll_adapters` and `step` again; it is called on any thread. `text`:
-    the tokenizer, where words of the prompt may be drafted by their text. `constraints`: what makes
-    grammars; None: requests with a constraint are refused.
+    `load_adapter` reads an adapter version by digest, on the loader thread. `on_wake` asks the
+    owner to call `poll_adapters` and `step` again; it is called on any thread. `text`: the
+    tokenizer for drafting the prompt's words by their text; None: no such drafts. `constraints`:
+    the grammar compiler; None: requests with a constraint are refused.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Engine:
         self._refused: list[Delta] = []
 
     def ready(self, load_seconds: float) -> Ready:
-        """What the API process needs to know; `load_seconds` is what the start took."""
+        """Limits and sizes for the API process. load_seconds: the duration of the start."""
         settings = self._settings
         return Ready(
             max_model_len=self._max_model_len,
@@ -109,6 +109,7 @@ class Engine:
             self.scheduler.add(sequence)
 
     def cancel(self, request_id: str) -> None:
+        """Drop a request in any state; an unknown id is ignored."""
         self._constraints.cancel(request_id)
         self.scheduler.cancel(request_id)
 
@@ -122,11 +123,11 @@ class Engine:
         self._adapters.forget(digest)
 
     def poll_adapters(self) -> list[AdapterMoved | AdapterFailed]:
-        """Apply finished loads and start the next ones; what moved since the last call."""
+        """Apply finished loads, start the next ones and return the moves since the last call."""
         return self._adapters.poll()
 
     def step(self) -> StepReport | None:
-        """Run one step. None if there was nothing to compute and nothing to say."""
+        """Run one step. None if there was nothing to compute and nothing to report."""
         started = time.monotonic()
         deltas = self._ended_before_a_step()
         plan = self.scheduler.schedule(started)
@@ -147,6 +148,7 @@ class Engine:
         self._adapters.check_integrity()
 
     def close(self) -> None:
+        """End the threads that compile grammars and load adapters."""
         self._constraints.close()
         self._adapters.close()
 
@@ -182,14 +184,16 @@ class Engine:
         return self._adapters.refusal(submit) or self._constraints.refusal(submit)
 
     def _ended_before_a_step(self) -> list[Delta]:
-        """The ends of requests that were refused, or can't run; those whose grammar is ready are
-        queued."""
+        """Final deltas of requests that are refused or can't run.
+
+        Queues the sequences whose grammar is ready.
+        """
         refused, self._refused = self._refused, []
         failed = [_error(s.request_id, e, "adapter") for s, e in self.scheduler.failures()]
         return [*refused, *failed, *self._begin_constrained()]
 
     def _begin_constrained(self) -> list[Delta]:
-        """Queue the sequences whose grammar is ready; the ends of those that can't begin."""
+        """Queue the sequences whose grammar is ready; final deltas of those that can't begin."""
         deltas = []
         for sequence, error in self._constraints.released():
             if error is not None:
@@ -202,7 +206,7 @@ class Engine:
         return deltas
 
     def _advance(self, plan: Seq[Scheduled], ran: Ran) -> list[Delta]:
-        """Record that the plan was computed; what its sequences have to say."""
+        """Record that the plan was computed and return its sequences' deltas."""
         deltas: list[Delta] = []
         results = iter(ran.results)
         for item in plan:
@@ -237,7 +241,7 @@ class Engine:
         accepted: int,
     ) -> Delta:
         sequence = item.sequence
-        first, sequence.told = not sequence.told, True
+        first, sequence.reported = not sequence.reported, True
         reading = sequence.reading if first else None
         return Delta(
             sequence.request_id,
@@ -283,7 +287,7 @@ class Engine:
 
 
 def _until_error(rows: Seq[SampledToken | RowError]) -> tuple[list[SampledToken], RowError | None]:
-    """The tokens before the first row that has none, and what is wrong with that."""
+    """The tokens before the first row in error, and that error."""
     drawn: list[SampledToken] = []
     for row in rows:
         if isinstance(row, RowError):
@@ -293,20 +297,20 @@ def _until_error(rows: Seq[SampledToken | RowError]) -> tuple[list[SampledToken]
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """PyTorch's dtype of a setting's name."""
+    """The torch dtype that a setting names."""
     dtype: torch.dtype = getattr(torch, name)
     return dtype
 
 
 def _kv_blocks(model: LoadedModel, settings: Settings) -> KVBlocks:
-    """As many blocks as the KV cache has room for."""
+    """All the blocks that `kv_cache_bytes` has room for."""
     size = bytes_per_block(model.layers, settings.block_size, torch_dtype(settings.dtype))
     num_blocks = settings.kv_cache_bytes // size
     return KVBlocks(num_blocks, settings.block_size, prefix_cache=settings.prefix_cache)
 
 
 def _context_length(model: LoadedModel, settings: Settings, blocks: KVBlocks) -> int:
-    """Tokens of one sequence, at most. Raises ValueError where the model has fewer positions."""
+    """Most tokens of one sequence. Raises ValueError if the model has fewer positions."""
     most = model.max_positions
     length = settings.max_model_len or min(most, blocks.num_blocks * blocks.block_size)
     if length > most:

@@ -1,11 +1,12 @@
-"""Who is next to run: those who had to give way, then the waiting in fair order.
+"""Fair order of the sequences that wait to run: preempted ones first, then the new ones.
 
-The order is deficit round robin over compositions, counted in tokens. Each composition has its own
-queue. In turn, each queue's credit grows by a quantum and its head is served while the credit
-covers its cost, so that a hot adapter with a thousand requests gets no more tokens than a quiet one
-with ten (Shreedhar and Varghese, 1996). Requests under different salts are different compositions
-here, so that salted tenants share a popular adapter evenly. A queue whose head can't be served yet
-(its adapter is still loading) is passed over at no cost to anyone. Knows nothing of KV blocks.
+New sequences are served by deficit round robin over compositions (Shreedhar and Varghese, 1996),
+counted in tokens. Each composition has its own queue. In turn, each queue's credit grows by a
+quantum and its head is served while the credit covers its cost, so that a hot adapter with a
+thousand requests gets no more tokens than a quiet one with ten. Requests under different salts are
+different compositions here, so that salted tenants share a popular adapter evenly. A queue whose
+head can't be served yet (its adapter is still loading) is passed over at no cost to anyone. Knows
+nothing of KV blocks.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field
 
 from quickchange_server.engine.sequence import Sequence
 
-QUANTUM = 256  # tokens of credit a turn
+QUANTUM = 256  # tokens of credit per turn
 
 
 @dataclass
@@ -27,13 +28,13 @@ class _Queue:
 
 
 def cost(sequence: Sequence) -> int:
-    """Tokens that serving it may take: what is left to compute and to generate."""
+    """Tokens that serving a sequence may take: left to compute and to generate."""
     left = sequence.request.sampling.token_limit - sequence.output_length
     return len(sequence.tokens) + max(left, 0)
 
 
 class FairQueue:
-    """The waiting sequences. The queue at the front of `_queues` has the turn."""
+    """New sequences in fair order. The queue at the front of `_queues` has the turn."""
 
     def __init__(self) -> None:
         self._queues: OrderedDict[bytes, _Queue] = OrderedDict()
@@ -52,19 +53,23 @@ class FairQueue:
         self._queues.setdefault(sequence.key, _Queue()).waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
+        """Remove a sequence without a charge."""
         self._queues[sequence.key].waiting.remove(sequence)
         self._drop_if_empty(sequence.key)
 
     def heads(self) -> list[Sequence]:
+        """The first sequence of each queue."""
         return [queue.waiting[0] for queue in self._queues.values()]
 
     def next(self, servable: Callable[[Sequence], bool]) -> Sequence | None:
-        """The next sequence in fair order among those whose queue's head is servable; it stays
-        queued until `take`. None if no head is servable."""
+        """The next sequence in fair order whose `servable` is true; None if no queue's head is.
+
+        It stays queued until `take`.
+        """
         able = [key for key, queue in self._queues.items() if servable(queue.waiting[0])]
         if not able:
             return None
-        # Whole rounds in which nobody could be served are granted at once.
+        # Rounds in which nobody could be served are granted at once.
         rounds = min(self._rounds_short(key) for key in able)
         for key in able:
             self._queues[key].credit += max(rounds - 1, 0) * QUANTUM
@@ -79,7 +84,7 @@ class FairQueue:
         raise RuntimeError("after the granted rounds, one head's credit covers its cost")
 
     def take(self, sequence: Sequence) -> None:
-        """Charge for a sequence that `next` gave and remove it."""
+        """Remove a sequence that `next` returned and charge its queue."""
         queue = self._queues[sequence.key]
         queue.credit -= cost(sequence)
         queue.waiting.popleft()
@@ -97,8 +102,10 @@ class FairQueue:
 
 
 class Lane:
-    """The sequences of one priority that are not running: the preempted, in order of arrival, then
-    the waiting in fair order."""
+    """The sequences of one priority that are not running.
+
+    The preempted come first, in order of arrival, then the waiting in fair order.
+    """
 
     def __init__(self) -> None:
         self.preempted: list[Sequence] = []
@@ -115,27 +122,27 @@ class Lane:
         yield from self.waiting
 
     def candidates(self) -> list[Sequence]:
-        """Those that may be next, once they can be served."""
+        """Sequences that may be next, once they can be served."""
         return [*self.preempted, *self.waiting.heads()]
 
     def next(self, servable: Callable[[Sequence], bool]) -> Sequence | None:
-        """The next that is servable; it stays here until `take`. None if there is none."""
+        """The next servable sequence, which stays here until `take`; None if there is none."""
         again = next((sequence for sequence in self.preempted if servable(sequence)), None)
         return self.waiting.next(servable) if again is None else again
 
     def take(self, sequence: Sequence) -> None:
-        """Remove a sequence that `next` gave."""
+        """Remove a sequence that `next` returned."""
         if sequence in self.preempted:
             self.preempted.remove(sequence)
         else:
             self.waiting.take(sequence)
 
     def put_back(self, sequence: Sequence) -> None:
-        """A running sequence that had to give way."""
+        """Add a running sequence that was preempted."""
         insort(self.preempted, sequence, key=lambda s: s.arrival)
 
     def remove(self, sequence: Sequence) -> None:
-        """Drop a sequence, wherever it is."""
+        """Remove a sequence, preempted or waiting."""
         if sequence in self.preempted:
             self.preempted.remove(sequence)
         else:

@@ -1,10 +1,10 @@
-"""Which KV blocks hold what: reference counts, the prefix cache and its eviction. No tensors.
+"""KV block bookkeeping: reference counts, the prefix cache and its eviction. No tensors.
 
-A block holds the keys and values of `block_size` consecutive tokens. A full block can be found
-again by its content key: a hash over (composition, parent block, its tokens), so equal prefixes
-under the same adapters share blocks and a reloaded adapter name never sees stale ones.
-A block is in exactly one of three states: free (no content worth keeping), cached (no user,
-findable, evicted least recently used first) or used (referenced by one sequence or more).
+A block holds the keys and values of `block_size` consecutive tokens. A full block is found again by
+its content key: a hash over (composition, parent block, its tokens), so equal prefixes under the
+same adapters share blocks and a reloaded adapter name never sees stale ones. A block is in exactly
+one of three states: free (no content worth keeping), cached (no user, findable, evicted least
+recently used first) or used (referenced by one sequence or more).
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from collections.abc import Iterable, Sequence
 
 
 def block_key(parent: bytes, tokens: Sequence[int]) -> bytes:
-    """Content key of a full block after `parent` (the composition's key for the first block)."""
+    """Content key, 16 bytes, of a full block after `parent` (first block: the composition key)."""
     return hashlib.blake2b(array("q", tokens).tobytes(), key=parent, digest_size=16).digest()
 
 
 class KVBlocks:
-    """Owner of all block numbers. Single-threaded: the engine thread's."""
+    """Allocator of KV blocks with a prefix cache. For the engine thread alone."""
 
     def __init__(self, num_blocks: int, block_size: int, *, prefix_cache: bool = True) -> None:
         self.num_blocks = num_blocks
@@ -35,7 +35,7 @@ class KVBlocks:
 
     @property
     def available(self) -> int:
-        """Blocks that `allocate` can hand out, by eviction of cached ones where needed."""
+        """Blocks that `allocate` can give, cached ones evicted if need be."""
         return len(self._free) + len(self._cached)
 
     @property
@@ -74,7 +74,7 @@ class KVBlocks:
             self._block_of[key] = block
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Drop one reference of each, last block first, so that a prefix outlives its tail."""
+        """Drop one reference to each block, last one first, so that a prefix outlives its tail."""
         for block in reversed(blocks):
             self._references[block] -= 1
             if self._references[block]:
@@ -92,7 +92,7 @@ class KVBlocks:
         return block
 
     def check_integrity(self) -> None:
-        """Raises AssertionError if a block is lost, shared by mistake or findable when it isn't."""
+        """Raises AssertionError if a block is lost, in two states or under a wrong key."""
         used = {b for b, count in enumerate(self._references) if count}
         free, cached = set(self._free), set(self._cached)
         assert min(self._references, default=0) >= 0, "negative reference count"

@@ -1,12 +1,9 @@
-"""From a step's plan to the host tensors that the model reads, padded where a fixed shape is asked.
+"""Host tensors of a step: the plan as the model reads it, in exact size or padded to a fixed shape.
 
 Padding is harmless by the operations' contracts: rows of slot -1 are not written to the cache,
-sequences of length 0 have no queries, segments without rows do nothing.
-
-Which fixed shape a decode step is padded to, so that one captured graph serves many steps.
-
-A shape of n rows has room for n sequences, so it serves n sequences that decode one row each, and
-fewer that verify drafts too.
+sequences of length 0 have no queries, segments without rows do nothing. Decode steps are padded to
+a few shapes, so that one captured graph serves many steps. A shape of n rows has room for n
+sequences: n that decode one row each, or fewer that verify drafts too.
 """
 
 from __future__ import annotations
@@ -31,36 +28,38 @@ _NOWHERE = -1  # the slot of a row that is written to no block
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """How many of each the tensors of a step have room for."""
+    """Capacity of a step's tensors."""
 
     rows: int
     sequences: int
-    samples: int  # rows whose hidden states are asked for; the LM head sees all but the pooled
-    blocks: int  # of a sequence
-    tokens_room: Room | None  # of the segments over all rows; None: no row has an adapter
-    samples_room: Room | None  # of those over the rows that the LM head sees
+    samples: int  # rows whose hidden states are returned; the LM head reads all but the pooled
+    blocks: int  # per sequence
+    tokens_room: Room | None  # segments over all rows; None: no row has an adapter
+    samples_room: Room | None  # segments over the rows that the LM head reads
 
 
 @dataclass(frozen=True, slots=True)
 class PackedSegments:
-    packed: Tensor  # int32, as `batch.pack` makes it
+    """Segments packed in one tensor, with their room."""
+
+    packed: Tensor  # int32, as made by `batch_segments.pack`
     room: Room
 
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
-    """All that a step's forward pass reads beside weights, caches and the adapters' tables."""
+    """Inputs of a step's forward pass, besides weights, caches and the adapters' tables."""
 
     ids: Tensor  # int64 [T]
     positions: Tensor  # int64 [T]
-    sample_rows: Tensor  # int64 [R]: those that sample, then the scored, then the pooled
-    head_rows: int | None  # of them, the first ones, those that the LM head sees; None: all
+    sample_rows: Tensor  # int64 [R]: sampled rows, then scored, then pooled
+    head_rows: int | None  # the LM head reads the first so many of them; None: all
     attention: AttentionBatch
     tokens: PackedSegments | None
     samples: PackedSegments | None
 
     def step(self, tables: LowRankTables | None) -> ForwardContext:
-        """What the seams in the model read; all tensors on the model's device."""
+        """The forward context that the model's seams read; all tensors on the model's device."""
         if tables is None or self.tokens is None or self.samples is None:
             return ForwardContext(self.attention, None)
         tokens = unpack(self.tokens.packed, self.tokens.room)
@@ -71,17 +70,17 @@ class StepInputs:
 
 
 def only_decodes(plan: Sequence[Scheduled]) -> bool:
-    """Whether each sequence has its last token's row and drafts alone: then every row samples."""
+    """True if the plan has last tokens and drafts only, so that every row is sampled."""
     return all(item.count == 1 and item.samples for item in plan)
 
 
 def reads(plan: Sequence[Scheduled]) -> bool:
-    """Whether some sequence may read its prompt's rows."""
+    """True if some sequence may read its prompt's rows."""
     return bool([item for item in plan if item.sequence.reading is not None])
 
 
 def exact_extent(plan: Sequence[Scheduled], device: torch.device, *, adapters: bool) -> Extent:
-    """Just enough for a plan. `adapters`: whether some row has one."""
+    """The smallest extent that holds a plan. adapters: True if some row has one."""
     tokens_room = samples_room = None
     if adapters:
         tokens_room = room_for(_token_runs(plan), device)
@@ -104,7 +103,7 @@ def exact_extent(plan: Sequence[Scheduled], device: torch.device, *, adapters: b
 def step_inputs(plan: Sequence[Scheduled], extent: Extent, block_size: int) -> StepInputs:
     """The plan's tensors on the host, padded to `extent`.
 
-    Raises ValueError where the plan is larger.
+    Raises ValueError if the plan is larger.
     """
     ids: list[int] = []
     places: list[int] = []
@@ -152,7 +151,7 @@ def step_inputs(plan: Sequence[Scheduled], extent: Extent, block_size: int) -> S
 def _rows_at(
     plan: Sequence[Scheduled], ends: Sequence[int], positions: Sequence[range]
 ) -> list[int]:
-    """The step's rows of some of each sequence's positions."""
+    """Rows of the step at the given positions of each sequence."""
     rows: list[int] = []
     for item, end, wanted in zip(plan, ends, positions, strict=True):
         shift = end - item.rows - item.sequence.computed
@@ -166,7 +165,7 @@ def _slots(
     tables: npt.NDArray[np.int32],
     block_size: int,
 ) -> npt.NDArray[np.int64]:
-    """Of each row: block · block size + offset."""
+    """KV slot of each row [T]: block · block size + offset."""
     sequence = np.repeat(np.arange(len(plan)), [item.rows for item in plan])
     block, offset = np.divmod(positions, block_size)
     slots: npt.NDArray[np.int64] = tables[sequence, block].astype(np.int64) * block_size + offset
@@ -176,7 +175,7 @@ def _slots(
 def _segments(
     plan: Sequence[Scheduled], extent: Extent
 ) -> tuple[PackedSegments | None, PackedSegments | None]:
-    """Over all rows and over those that sample: one and the same where these are the same rows."""
+    """Segments over all rows and over the LM head's: one object if these are the same rows."""
     if extent.tokens_room is None or extent.samples_room is None:
         return None, None
     tokens = PackedSegments(pack(_token_runs(plan), extent.tokens_room), extent.tokens_room)
@@ -205,12 +204,12 @@ def _padded(
     return array
 
 
-# (up to this many rows, in steps of): a step is padded by an eighth at most, few graphs are needed
+# (below this many rows, bucket step): a step is padded by an eighth at most, with few graphs
 _STEPS = ((64, 8), (128, 16), (1 << 30, 32))
 
 
 def bucket_sizes(most: int) -> tuple[int, ...]:
-    """Numbers of rows, ascending: 1, 2, 4, 8, 16, 24, 32, ... and `most` as the last."""
+    """Row counts, ascending: 1, 2, 4, 8, 16, 24, 32, ... and `most` as the last."""
     sizes = [1, 2, 4]
     while sizes[-1] < most:
         following = 8 if sizes[-1] == 4 else sizes[-1] + _step(sizes[-1])
@@ -223,7 +222,7 @@ def _step(size: int) -> int:
 
 
 class DecodeBuckets:
-    """The shapes of decode steps of up to `most` rows, of sequences of up to `blocks` blocks."""
+    """Fixed shapes of decode steps: up to `most` rows, sequences of up to `blocks` blocks."""
 
     def __init__(self, most: int, blocks: int) -> None:
         self._sizes = bucket_sizes(most)
@@ -234,7 +233,7 @@ class DecodeBuckets:
         return [self._extent(size, adapters=adapters) for size in reversed(self._sizes)]
 
     def fit(self, plan: Sequence[Scheduled], *, adapters: bool) -> Extent | None:
-        """The smallest shape that has room for the plan; None for one that no graph serves."""
+        """The smallest shape that holds the plan; None if no graph serves it."""
         if not only_decodes(plan):
             return None
         rows = sum([item.rows for item in plan])
@@ -249,14 +248,14 @@ class DecodeBuckets:
         return None
 
     def _extent(self, size: int, *, adapters: bool) -> Extent:
-        # One adapter a row, and as much again for compositions whose rows are cut in several tiles.
+        # Pieces: one adapter per row, doubled for compositions whose rows are cut in several tiles.
         # Small tiles whatever the batch: most have a row or two under one adapter.
         room = Room(size, pieces=2 * size, tiles=size, height=SMALL_TILE) if adapters else None
         return Extent(size, size, size, self._blocks, room, room)
 
 
 def _needed(plan: Sequence[Scheduled]) -> tuple[int, int]:
-    """Segments and pieces of a plan."""
+    """Segments and pieces that a plan needs."""
     segments = pieces = 0
     for components, group in groupby(plan, key=lambda item: item.components):
         rows = sum([item.rows for item in group])

@@ -1,9 +1,7 @@
 """Runs one scheduled step on the model: flattened rows in, sampled tokens and new drafts out.
 
-Steps whose rows all sample run from captured graphs where the device has them; all else is one
-path. Between the forward pass and the results nothing waits for the device.
-
-A part of a list, read in place: a long prompt is not copied for each of its tokens.
+Decode steps run from captured graphs where the device has them; all others take one common path.
+Nothing waits for the device between the forward pass and the results.
 """
 
 from __future__ import annotations
@@ -39,29 +37,6 @@ from quickchange_server.spec_decode.cost_model import stopwatch
 from quickchange_server.spec_decode.draft_heads import DraftItem, Guide, HeadDrafter
 from quickchange_server.spec_decode.verifier import Verdict, judge
 
-
-class TokenWindow(Sequence[int]):
-    """values[begin:end] as it was when it was made, as long as `values` only grows at its end."""
-
-    __slots__ = ("_begin", "_end", "_values")
-
-    def __init__(self, values: list[int], begin: int, end: int) -> None:
-        self._values, self._begin, self._end = values, begin, end
-
-    def __len__(self) -> int:
-        return self._end - self._begin
-
-    @overload
-    def __getitem__(self, index: int) -> int: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[int]: ...
-    def __getitem__(self, index: int | slice) -> int | list[int]:
-        return self._values[self._begin : self._end][index]
-
-    def __iter__(self) -> Iterator[int]:
-        return islice(self._values, self._begin, self._end)
-
-
 MasksFor = Callable[[Sequence[Scheduled]], TokenMasks]
 
 _PRICED_ROWS = (1, 2, 4, 6, 8, 10, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -70,38 +45,37 @@ _PRICING_ROUNDS = 3
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What an item that samples gave."""
+    """Tokens and new drafts of one sampling item."""
 
-    sampled: tuple[
-        SampledToken | RowError, ...
-    ]  # row after row, down to the first draft not to hold
-    drafts: tuple[tuple[int, float], ...]  # (token, chance) of what the heads expect after these
+    # By row, down to the first rejected draft's.
+    sampled: tuple[SampledToken | RowError, ...]
+    drafts: tuple[tuple[int, float], ...]  # (token, probability) from the heads, for after these
 
 
 @dataclass(frozen=True, slots=True)
 class Ran:
-    """A step's results, one for each item that samples, in the plan's order; and what it took."""
+    """A step's results, one for each sampling item in the plan's order, and its durations."""
 
     results: list[Result]
-    seconds: float | None = None  # forward pass and sampling; None where nobody waits for the end
-    draft_seconds: float | None = None  # of the heads; None where none ran
-    mask_seconds: float | None = None  # of token masks, on the host; None where none were made
+    seconds: float | None = None  # forward pass and sampling; None if nobody waits for their end
+    draft_seconds: float | None = None  # heads; None if none ran
+    mask_seconds: float | None = None  # token masks, on the host; None if there were none
 
 
 class HeadPlan(Protocol):
-    """What the runner needs of speculation: what the heads draft after a step."""
+    """The part of speculation that decides what the heads draft after a step."""
 
     def depths(self, plan: Sequence[Scheduled]) -> Mapping[str, int]:
-        """How many tokens the heads draft for each request; none for most."""
+        """Draft depth of the heads by request id; requests without drafts are left out."""
         ...
 
     def guide(self, items: Sequence[Scheduled]) -> Guide | None:
-        """What may revise the drafts of these items, which have some."""
+        """The guide that may revise the drafts of these items; None: they stay."""
         ...
 
 
 class Runner:
-    """Owner of the model, the KV pages, the sampler and the drafter."""
+    """Runs steps on one model; owns its KV pages, sampler and head drafter."""
 
     def __init__(
         self,
@@ -116,8 +90,8 @@ class Runner:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """masks: makes those of the items that sample. most_graph_rows: of a step that runs from a
-        captured graph, where there are any."""
+        """masks: makes the token masks of sampling items. most_graph_rows: rows of the largest
+        captured graph, if there are graphs."""
         self._model = model
         self._adapters = adapters
         self._masks = masks
@@ -134,7 +108,7 @@ class Runner:
         )
 
     def warm_up(self) -> None:
-        """Capture every graph, so that no request has to wait for one."""
+        """Capture every graph now, so that no request waits for one."""
         if self._graphs is None:
             return
         for adapters in (False, True) if self._adapters.served else (False,):
@@ -143,7 +117,7 @@ class Runner:
                 self._graphs.run(extent, nothing, self._adapters.tables if adapters else None)
 
     def price_rows(self, most: int) -> list[tuple[int, float]]:
-        """(rows, seconds) of steps of up to `most` rows that all sample, without adapters."""
+        """(rows, seconds) of decode steps of up to `most` rows, without adapters."""
         sizes = [rows for rows in _PRICED_ROWS if rows <= most]
         rounds = [[self._priced(rows) for rows in sizes] for _ in range(_PRICING_ROUNDS)]
         return [(rows, min(times)) for rows, *times in zip(sizes, *rounds, strict=True)]
@@ -161,7 +135,7 @@ class Runner:
             output = self._read(plan, output)
         if not sampling:
             return Ran([])
-        masks = self._masks(sampling)  # beside a GPU's forward
+        masks = self._masks(sampling)  # on the host, while a GPU runs the forward pass
         rows = [row for item in sampling for row in _sample_rows(item)]
         draw = self._sampler.draw(output.logits, rows, masks)
         verdict = judge(sampling, draw.tokens)
@@ -173,7 +147,7 @@ class Runner:
         return Ran(results, seconds, draft_seconds if drafted.items else None, masks.seconds)
 
     def _read(self, plan: Sequence[Scheduled], output: Output) -> Output:
-        """Let sequences read their prompts' rows; what is left is of the rows that sample."""
+        """Let sequences read their prompts' rows; returns the output of the sampled rows."""
         sampled = sum([item.sampled_rows for item in plan])
         scored = sampled + sum([len(item.scored) for item in plan])
         read(plan, output.logits[sampled:scored], output.hidden[scored:])
@@ -187,7 +161,7 @@ class Runner:
         hidden: Tensor,
         heads: HeadPlan,
     ) -> _Drafted:
-        """What heads expect after each item's last token. hidden [R, H]."""
+        """The heads' drafts after each item's last token. hidden [R, H]."""
         if not depths:
             return _NOTHING
         items = [
@@ -207,7 +181,7 @@ class Runner:
         return _Drafted(items, *drafts)
 
     def _forward(self, plan: Sequence[Scheduled]) -> Output:
-        """The rows that sample, then those that are read."""
+        """Output of the sampled rows, then of those that are read."""
         adapters = any(item.components for item in plan)
         tables = self._adapters.tables if adapters else None
         if self._graphs is not None:
@@ -238,7 +212,7 @@ class Runner:
         watch.mark()
         logits = self._compute(inputs, None).logits
         watch.mark()
-        logits[-1, -1].item()  # the device has got there
+        logits[-1, -1].item()  # waits for the device
         return watch.seconds()[0]
 
 
@@ -254,7 +228,7 @@ _NOTHING = _Drafted([], torch.empty(0, 0), torch.empty(0, 0))
 def _results(
     sampling: Sequence[Scheduled], verdict: Verdict, draw: Draw, drafted: _Drafted
 ) -> list[Result]:
-    """What the items that sample gave, on the host."""
+    """Results of the sampling items, on the host."""
     accepted = verdict.counts(len(sampling))
     rows = iter(draw.results())
     ahead = _ahead(drafted)
@@ -266,7 +240,7 @@ def _results(
 
 
 def _ahead(drafted: _Drafted) -> dict[int, tuple[tuple[int, float], ...]]:
-    """(token, chance) in order of depth, by the place among the items that sample."""
+    """(token, probability) by depth, keyed by the index among the sampling items."""
     if not drafted.items:
         return {}
     tokens, chances = drafted.tokens.tolist(), drafted.chances.tolist()
@@ -277,7 +251,7 @@ def _ahead(drafted: _Drafted) -> dict[int, tuple[tuple[int, float], ...]]:
 
 
 def _sample_rows(item: Scheduled) -> list[SampleRow]:
-    """The rows of the sequence's last token and each draft after it, as if those before held."""
+    """Rows of the last token and of each draft, as if all drafts before it were accepted."""
     sequence = item.sequence
     known, prompt = len(sequence.tokens), len(sequence.request.prompt)
     tokens = [*sequence.tokens, *item.drafts] if item.drafts else sequence.tokens
@@ -291,3 +265,25 @@ def _sample_rows(item: Scheduled) -> list[SampleRow]:
         )
         for end in range(known, known + item.sampled_rows)
     ]
+
+
+class TokenWindow(Sequence[int]):
+    """values[begin:end] without a copy of a long prompt; `values` may only grow at its end."""
+
+    __slots__ = ("_begin", "_end", "_values")
+
+    def __init__(self, values: list[int], begin: int, end: int) -> None:
+        self._values, self._begin, self._end = values, begin, end
+
+    def __len__(self) -> int:
+        return self._end - self._begin
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[int]: ...
+    def __getitem__(self, index: int | slice) -> int | list[int]:
+        return self._values[self._begin : self._end][index]
+
+    def __iter__(self) -> Iterator[int]:
+        return islice(self._values, self._begin, self._end)

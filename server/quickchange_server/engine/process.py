@@ -2,7 +2,7 @@
 
 Spawned and supervised by the API process. It ends on `Shutdown`, when the channel closes (the API
 process is gone), or by a crash, after which the supervisor starts a new one. Signals are left to
-the supervisor, which drains and then says `Shutdown`.
+the supervisor, which drains and then sends `Shutdown`.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from quickchange_server.spec_decode.prompt_lookup import TokenText
 from quickchange_server.structured_output.compiler import ConstraintCompiler
 from quickchange_store.store import Store
 
-# The tokenizer for phrase lookup, and the compiler of grammars; None: the engine does without.
+# Reads the tokenizer for prompt lookup and the grammar compiler; None: the engine has none.
 ReadTokenizer = Callable[[Settings], tuple[TokenText | None, ConstraintCompiler | None]]
 
 
 class Waker:
-    """Wakes the loop from another thread; coalesces."""
+    """Wakes the engine loop from any thread; wake-ups coalesce."""
 
     def __init__(self) -> None:
         self._read, self._write = os.pipe()
@@ -63,7 +63,7 @@ class Waker:
 
 
 def main(connection: Connection, settings: Settings, read_tokenizer: ReadTokenizer) -> None:
-    """Load the model, say `Ready`, then serve until told to end."""
+    """Load the model, send `Ready`, then serve until `Shutdown` or a closed channel."""
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     waker = Waker()

@@ -1,8 +1,8 @@
-"""Reads a step's prompt rows for those who asked for them: log-probabilities and embeddings.
+"""Prompt log-probabilities and embeddings, read from a step's rows for the requests that want them.
 
-An embedding is made of the hidden states that enter the LM head: behind the model's final norm and
-what else it does there, with what the request's adapters have added on the way. They are added up
-in float64; a log-probability is float32's log_softmax of the model's own logits.
+An embedding is made of the hidden states that enter the LM head: after the model's final norm, with
+what the request's adapters have added. They are summed in float64. A log-probability is float32
+log_softmax of the model's own logits.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from quickchange_server.protocol import TokenLogprobs
 
 @torch.inference_mode()
 def read(plan: Sequence[Scheduled], logits: Tensor, hidden: Tensor) -> None:
-    """Hand what the plan's rows say to the sequences that read them.
+    """Pass prompt rows to the sequences that read them.
 
     logits [C, V] of the scored rows, hidden [P, H] of the pooled rows, both in the plan's order.
     """

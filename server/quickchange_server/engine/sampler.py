@@ -8,8 +8,8 @@ The order: tokens that a constraint forbids masked; logit_bias added; stop ids s
 min_tokens is not reached; repetition penalty over prompt and output (transformers' rule); frequency
 and presence penalties over the output (OpenAI's rule); temperature; the filters in the order of
 FILTERS (transformers' order, and that of servers with fewer filters); inverse CDF over what is
-left, in vocabulary order. The arithmetic is `quickchange_kernels.sampling.sample_contract`; here
-parameters and tokens become its tables.
+left, in vocabulary order. The arithmetic is `quickchange_kernels.sampling.sample_contract`; this
+module makes its tables from parameters and tokens.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _TOP_LOGPROBS_STEP = 32  # torch's order of equal values depends on k: all small
 
 @dataclass(frozen=True, slots=True)
 class SampleRow:
-    """One row of logits and what its token depends on."""
+    """Parameters, seed and tokens that a row's token depends on, besides its logits."""
 
     params: SamplingParams
     seed: int
@@ -50,7 +50,7 @@ class SampleRow:
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
-    """The token chosen for a row; logprobs where its parameters ask for them."""
+    """The token chosen for a row, with logprobs if its parameters ask for them."""
 
     token_id: int
     logprobs: TokenLogprobs | None = None
@@ -58,24 +58,24 @@ class SampledToken:
 
 @dataclass(frozen=True, slots=True)
 class RowError:
-    """No token can be chosen for this row. The other rows of the batch are not touched by it."""
+    """A row for which no token can be chosen. Other rows of the batch are not affected."""
 
     row: int  # index in the batch
     error: str
-    kind: Literal["internal", "request"] = "internal"  # whose fault it is
+    kind: Literal["internal", "request"] = "internal"  # party at fault
 
 
 @dataclass(frozen=True)
 class Draw:
-    """What was drawn, still on the device."""
+    """Sampled tokens of a batch, still on the device."""
 
-    tokens: Tensor  # int64 [R]; 0 where no token can be chosen
+    tokens: Tensor  # int64 [R]; 0 if no token can be chosen
     _rows: tuple[SampleRow, ...]
-    _table: Tensor  # float64 [R, 2 and more]: token, soundness, the log-probabilities' columns
-    _errors: Mapping[int, RowError]  # known before
+    _table: Tensor  # float64 [R, 2 or more]: token, soundness, log-probability columns
+    _errors: Mapping[int, RowError]  # known before the draw
 
     def results(self) -> list[SampledToken | RowError]:
-        """One a row, brought to the host in one transfer."""
+        """One result per row, brought to the host in one transfer."""
         return [
             self._errors.get(index) or _result(index, row, line)
             for index, (row, line) in enumerate(zip(self._rows, self._table.tolist(), strict=True))
@@ -91,9 +91,9 @@ class Sampler:
 
     @torch.inference_mode()
     def draw(self, logits: Tensor, rows: Sequence[SampleRow], masks: TokenMasks = NO_MASKS) -> Draw:
-        """A token for each of one row or more. logits [R, V], overwritten.
+        """Choose a token for each row (at least one). logits [R, V], overwritten.
 
-        Raises ValueError when the logits' shape is not [len(rows), vocabulary size].
+        Raises ValueError if the logits' shape is not [len(rows), vocabulary size].
         """
         if logits.shape != (len(rows), self._vocabulary_size):
             raise ValueError(
@@ -116,7 +116,7 @@ class Sampler:
 
 
 def _draws(rows: Sequence[SampleRow], device: torch.device) -> Draws:
-    """The rows' parameters, in one transfer; a filter that no row uses is left out."""
+    """Parameters of the rows, sent in one transfer; a filter that no row uses is left out."""
     params = [row.params for row in rows]
     if not any(p.temperature for p in params):
         return Draws()
@@ -133,7 +133,7 @@ def _draws(rows: Sequence[SampleRow], device: torch.device) -> Draws:
 
 
 def _result(index: int, row: SampleRow, line: list[float]) -> SampledToken | RowError:
-    """From one line of the host's table: token, soundness, then the log-probabilities' columns."""
+    """Result of a row. line: token, soundness, then the log-probability columns."""
     if not line[1]:
         return RowError(
             index,
@@ -148,7 +148,7 @@ def _result(index: int, row: SampleRow, line: list[float]) -> SampledToken | Row
 
 
 def best_first(columns: Sequence[float], wanted: int) -> tuple[tuple[int, float], ...]:
-    """(token, log-probability) of the `wanted` best, from columns of ids and columns of values."""
+    """The `wanted` best (token, log-probability) pairs, from columns of ids, then of values."""
     half = len(columns) // 2
     ranked = sorted(
         ((int(i), value) for i, value in zip(columns[:half], columns[half:], strict=True)),
@@ -158,12 +158,12 @@ def best_first(columns: Sequence[float], wanted: int) -> tuple[tuple[int, float]
 
 
 def top_count(wanted: int, vocabulary: int) -> int:
-    """How many of the best to ask torch for, where `wanted` are."""
+    """The k of torch.topk for the `wanted` best tokens: `wanted` rounded up, at most V."""
     return min(-(-wanted // _TOP_LOGPROBS_STEP) * _TOP_LOGPROBS_STEP, vocabulary)
 
 
 class _EditTable:
-    """The rows' edits, in the operation's order: row by row, kind by kind."""
+    """Logit edits of the rows, in the operation's order: row by row, kind by kind."""
 
     def __init__(self, vocabulary_size: int) -> None:
         self._vocabulary_size = vocabulary_size
@@ -173,7 +173,7 @@ class _EditTable:
         self._values: list[Floats] = []
 
     def add_row(self, row: SampleRow) -> None:
-        """The next row's."""
+        """Append the edits of the next row."""
         params, output = row.params, row.output
         self._add(self._bias(params.logit_bias))
         suppressed = params.stop_token_ids if len(output) < params.min_tokens else ()
@@ -183,7 +183,7 @@ class _EditTable:
         self._add(_counted(output, params.frequency_penalty, params.presence_penalty))
 
     def edits(self, device: torch.device) -> Edits | None:
-        """None where no logit changes."""
+        """The table on the device; None if no logit changes."""
         if not self._tokens:
             return None
         parts = (
@@ -194,7 +194,7 @@ class _EditTable:
         return Edits(*(torch.from_numpy(part).to(device) for part in parts))
 
     def _add(self, changes: Mapping[int, float]) -> None:
-        """The next kind of edit: the value of each token."""
+        """Append one kind of edit: a value for each token."""
         if changes:
             self._tokens.append(np.fromiter(changes, dtype=np.int32, count=len(changes)))
             self._values.append(np.fromiter(changes.values(), dtype=np.float32, count=len(changes)))
@@ -213,14 +213,14 @@ class _EditTable:
 
 
 def _counted(output: Sequence[int], frequency: float, presence: float) -> dict[int, float]:
-    """What frequency and presence penalties take off each token of the output."""
+    """Frequency and presence penalty of each token in the output."""
     if frequency == 0.0 and presence == 0.0:
         return {}
     return {token: frequency * n + presence for token, n in Counter(output).items()}
 
 
 class _Logprobs:
-    """The model's log-probabilities of the rows that ask for them."""
+    """The model's own log-probabilities of the rows that ask for them."""
 
     def __init__(self, rows: Tensor, table: Tensor, count: int, batch: int) -> None:
         self._rows = rows  # int64 [L]
@@ -230,7 +230,7 @@ class _Logprobs:
 
     @classmethod
     def of(cls, logits: Tensor, rows: Sequence[SampleRow]) -> _Logprobs | None:
-        """None where no row asks for them."""
+        """Log-probabilities of `logits` [R, V]; None if no row asks for them."""
         asking = [(i, n) for i, row in enumerate(rows) if (n := row.params.logprobs) is not None]
         if not asking:
             return None

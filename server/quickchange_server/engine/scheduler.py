@@ -1,18 +1,18 @@
-"""What the next step computes: which sequences, how many tokens of each.
+"""The scheduler: chooses the sequences of each step and the number of tokens each of them computes.
 
 Continuous batching with chunked prefill: every running sequence gets its next rows, decode rows
-first of all (they are one each), the rest of the row budget goes to prefill chunks in order of
-admission. When KV blocks run out, the sequence admitted last gives its blocks back and is computed
-anew later (preemption by recompute; what the prefix cache still holds is found again). What is left
-of rows and free blocks may go to drafts of sequences that decode. Knows nothing of tensors or text.
+first (one each); the rest of the row budget goes to prefill chunks in order of admission. When KV
+blocks run out, the sequence admitted last gives its blocks back and is computed anew later
+(preemption by recompute; what the prefix cache still holds is found again). Rows and free blocks
+that are left may go to drafts of decoding sequences. Knows nothing of tensors or text.
 
 Background sequences run on what the others, the foreground, leave. They are admitted while no
-foreground sequence waits, give up their places and blocks before any of these does, and get what
-rows are left: all of them in a step of their own, an eighth of the budget at most beside others,
-which bounds how much longer they make a step that somebody waits for. They claim adapters while
-nobody in the foreground waits, and give them back when somebody does: at the end of a step that
-could not admit it. What they do to the foreground besides: they may evict adapters and cached
-prefixes that no request is using, and a load that has begun is not broken off.
+foreground sequence waits, are preempted before any of these, and get the rows that are left: all of
+them in a step of their own, an eighth of the budget at most beside others, which bounds how much
+longer they make a step that somebody waits for. They claim adapters while nobody in the foreground
+waits, and give them back when somebody does: at the end of a step that could not admit it. Their
+other effects on the foreground: they may evict adapters and cached prefixes that no request is
+using, and a load that has begun is not broken off.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from quickchange_server.engine.sequence import Sequence
 from quickchange_server.protocol import FinishReason
 
 _NO_ROWS = range(0)
-_MOST_SCORED = 256  # rows of a step whose logits are read for prompts: [256, V] is held at once
-_BESIDE = 8  # background rows beside others: one of so many that a step may have
+_MOST_SCORED = 256  # prompt rows of a step whose logits are read: [256, V] is held at once
+_BESIDE = 8  # beside foreground rows, the background gets one of so many rows of the budget
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +40,11 @@ class Scheduled:
     count: int
     components: tuple[tuple[int, float], ...]  # (device slot, weight) of each adapter
     heads: int | None = None  # device slot of its Turbo heads
-    drafts: tuple[int, ...] = ()  # tokens to verify, each one after the one before
+    drafts: tuple[int, ...] = ()  # tokens to verify, in order
 
     @property
     def samples(self) -> bool:
-        """Whether the last of the sequence's tokens is among these rows: it yields a new one."""
+        """True if the sequence's last token is among these rows, so that a new one is sampled."""
         return self.count == self.sequence.remaining and self.sequence.generates
 
     @property
@@ -69,20 +69,20 @@ class Scheduled:
 
     @property
     def sampled_rows(self) -> int:
-        """How many of the rows, the last ones, yield a token."""
+        """Number of rows, the last ones, that are sampled."""
         return 1 + len(self.drafts) if self.samples else 0
 
 
 class DraftBuyer(Protocol):
-    """What the scheduler needs of speculation: which drafts are worth their rows."""
+    """The part of speculation that decides which drafts are worth their rows."""
 
     def buy(self, plan: Seq[Scheduled], room: int) -> Seq[tuple[int, ...]]:
-        """The tokens to verify for each item, or nothing for no item; at most `room` in all."""
+        """Drafts to verify for each item, at most `room` in all; an empty list: none at all."""
         ...
 
 
 class Scheduler:
-    """Owner of all sequences in the engine and of their KV blocks."""
+    """Schedules all sequences in the engine and owns their KV blocks."""
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class Scheduler:
         self.foreground, self.background = Lane(), Lane()
         self.running: list[Sequence] = []  # in order of admission
         self._sequences: dict[str, Sequence] = {}
-        self._scorable = 0  # rows that the coming step may still read logits of, for prompts
+        self._scorable = 0  # prompt rows whose logits the coming step may still read
         self.preemptions = 0
         self.prefix_hit_tokens = 0
         self.prefix_query_tokens = 0
@@ -123,10 +123,11 @@ class Scheduler:
 
     @property
     def claims_changed(self) -> bool:
-        """Whether the last `schedule` lent adapters or took some back: tell the tiers."""
+        """True if the last `schedule` lent adapters or took some back: the tiers must be polled."""
         return self._holdings.changed
 
     def add(self, sequence: Sequence) -> None:
+        """Let a new sequence wait; a foreground one claims its adapters."""
         if not sequence.request.background and sequence.digests:
             self._take_back([s for s in self._holdings.lent if s not in self.running])
             self._holdings.claim(sequence)
@@ -134,7 +135,7 @@ class Scheduler:
         self._lane(sequence).waiting.add(sequence)
 
     def cancel(self, request_id: str) -> None:
-        """Drop a sequence wherever it is; an unknown id is one that has already ended."""
+        """Drop a sequence in any state; an unknown id is one that has already ended."""
         sequence = self._sequences.get(request_id)
         if sequence is None:
             return
@@ -145,7 +146,7 @@ class Scheduler:
         self._end(sequence)
 
     def failures(self) -> list[tuple[Sequence, str]]:
-        """Remove and return the waiting whose adapters can't be loaded, each with the error."""
+        """Remove and return waiting sequences whose adapters failed to load, with the errors."""
         failed = [
             (sequence, error)
             for sequence in (*self.foreground.waiting, *self._holdings.lent)
@@ -156,7 +157,7 @@ class Scheduler:
         return failed
 
     def schedule(self, now: float) -> list[Scheduled]:
-        """The coming step. `now` in seconds, on the clock of the sequences' arrival."""
+        """Plan the coming step. now: seconds on the clock of the sequences' arrival."""
         self._holdings.changed = False
         self._scorable = _MOST_SCORED
         preemptions = self.preemptions
@@ -172,11 +173,11 @@ class Scheduler:
         return plan
 
     def advance(self, item: Scheduled, tokens: Seq[int]) -> tuple[int, FinishReason | None]:
-        """Record that `item` was computed and which tokens it gave: none where it does not sample,
-        else one more than drafts that held. What it reads of its prompt has been read.
+        """Record that `item` was computed and its prompt rows were read.
 
-        Returns how many of them count (the first that ends the sequence is the last of it), and
-        whether the sequence ended.
+        tokens: the sampled ones, one more than accepted drafts; none if the item does not sample.
+        Returns how many of them count (none after the first that ends the sequence), and the
+        reason if the sequence ended.
         """
         sequence = item.sequence
         sequence.computed += item.count
@@ -188,13 +189,14 @@ class Scheduler:
             reason = sequence.finish_reason(self.max_model_len)
             if reason is not None:
                 break
-        sequence.computed += max(taken - 1, 0)  # the rows of drafts that held
+        sequence.computed += max(taken - 1, 0)  # the rows of accepted drafts
         self._commit_full_blocks(sequence)
         if reason is not None:
             self.finish(sequence)
         return taken, reason
 
     def finish(self, sequence: Sequence) -> None:
+        """End a running sequence and free its blocks and adapters."""
         self.running.remove(sequence)
         self._end(sequence)
 
@@ -224,7 +226,7 @@ class Scheduler:
         return sum([not sequence.request.background for sequence in self.running])
 
     def _go_on(self, sequences: Seq[Sequence], budget: int) -> list[Scheduled]:
-        """The next rows, at most `budget`, of sequences that run: decode rows first of all."""
+        """Next rows of running sequences, at most `budget`; decode rows come first."""
         plan: list[Scheduled] = []
         decode_budget = budget
         prefill_budget = budget - sum([sequence.remaining == 1 for sequence in sequences])
@@ -242,7 +244,7 @@ class Scheduler:
         return plan
 
     def _behind(self, plan: Seq[Scheduled], now: float, *, admitting: bool) -> list[Scheduled]:
-        """The background's rows beside the foreground's `plan`. admitting: any new ones."""
+        """Background rows beside the foreground's `plan`. admitting: new sequences may start."""
         if self.foreground:
             self._take_back(self._holdings.lent)
         room = self.max_batch_tokens - _rows(plan)
@@ -273,7 +275,7 @@ class Scheduler:
         ]
 
     def _room_for_drafts(self, item: Scheduled, count: int) -> int:
-        """How many drafts find a place: nobody gives way for them."""
+        """Number of drafts that have room in KV blocks; nobody is preempted for them."""
         sequence, block_size = item.sequence, self.blocks.block_size
         end = sequence.computed + item.count
         missing = -(-(end + count) // block_size) - len(sequence.blocks)
@@ -303,7 +305,7 @@ class Scheduler:
         return admitted
 
     def _count(self, sequence: Sequence, budget: int) -> int:
-        """How many of a sequence's rows come next, within `budget`."""
+        """Number of rows that a sequence computes next, within `budget`."""
         count = min(sequence.remaining, budget)
         reading = sequence.reading
         if reading is None or reading.top is None or reading.complete:
@@ -313,18 +315,20 @@ class Scheduler:
         return count
 
     def _has_place(self, lane: Lane) -> bool:
-        """Whether one more may run, in place of one in the background where need be."""
+        """True if one more of the lane may run, in place of a background sequence if need be."""
         others = len(self.running) if lane is self.background else self._running_foreground()
         return others < self.max_sequences
 
     def _last(self) -> Sequence:
-        """The running sequence that gives way first."""
+        """The running sequence that is preempted first."""
         behind = (sequence for sequence in reversed(self.running) if sequence.request.background)
         return next(behind, self.running[-1])
 
     def _place(self, sequence: Sequence) -> bool:
-        """Take the prefix that is cached, if what is left of the sequence has room; the background
-        makes room for the foreground."""
+        """Take the cached prefix, if the rest of the sequence has room; False if it has none.
+
+        The background is preempted for the foreground.
+        """
         block_size = self.blocks.block_size
         full = sequence.reusable // block_size
         found = self.blocks.match(sequence.keys_of_full_blocks(full, block_size))
@@ -345,8 +349,10 @@ class Scheduler:
         return True
 
     def _grow(self, sequence: Sequence, count: int) -> bool:
-        """Blocks for `count` more tokens, taken from the last admitted where none are left, the
-        background's first. False if it was this sequence itself that had to give way."""
+        """Allocate blocks for `count` more tokens; False if this sequence itself was preempted.
+
+        Where none are left, the last admitted are preempted, those of the background first.
+        """
         have = len(sequence.blocks)
         needed = -(-(sequence.computed + count) // self.blocks.block_size) - have
         while needed > 0:

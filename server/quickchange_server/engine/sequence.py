@@ -1,9 +1,7 @@
-"""One sequence being generated: its tokens, its KV blocks and how far they are computed.
+"""One sequence in the engine: its tokens, its KV blocks and what it reads of its own prompt.
 
-What some requests read of their own prompt: its tokens' log-probabilities, or an embedding.
-
-Rows are read in order and each once, also where the prompt is computed in chunks, or anew after a
-preemption. Knows nothing of devices.
+Prompt rows are read in order and each once, also where the prompt is computed in chunks, or anew
+after a preemption. Knows nothing of devices.
 """
 
 from __future__ import annotations
@@ -34,22 +32,25 @@ Doubles = npt.NDArray[np.float64]
 
 
 class Reading:
-    """One request's. Row i is that of the prompt's token i, whose logits judge token i + 1."""
+    """Log-probabilities or an embedding that one request reads of its prompt.
+
+    Row i is that of prompt token i, whose logits score token i + 1.
+    """
 
     def __init__(self, length: int, top: int | None, pooling: Pooling | None) -> None:
-        """length: of the prompt, in tokens. top: log-probabilities are read, with so many of the
-        best tokens; None: an embedding is, by `pooling`."""
+        """length: tokens of the prompt. top: best tokens reported with each log-probability; None:
+        an embedding is read, by `pooling`."""
         self.top = top
-        self.done = length - 1 if pooling == "last" else 0  # rows before it need no reading
+        self.done = length - 1 if pooling == "last" else 0  # rows before this one need no reading
         self._end = length if top is None else length - 1
         self._pooled = self._end - self.done
-        self.sound = True  # whether all that was read is finite
+        self.sound = True  # False once NaN or infinity was read
         self._scores: list[TokenLogprobs] = []
         self._sum: Doubles | None = None
 
     @classmethod
     def of(cls, submit: Submit) -> Reading | None:
-        """What a submission still reads: one with output has told its prompt's before."""
+        """The reading that a submission needs; None if it needs none, or had it sent before."""
         if submit.pooling is not None:
             return cls(len(submit.prompt), None, submit.pooling)
         if submit.sampling.prompt_logprobs is None or submit.output:
@@ -62,39 +63,39 @@ class Reading:
 
     @property
     def scores(self) -> tuple[TokenLogprobs, ...]:
-        """Of the prompt's tokens but the first, as far as read."""
+        """Log-probabilities of the prompt's tokens from the second on, as far as read."""
         return tuple(self._scores)
 
     @property
     def embedding(self) -> bytes | None:
-        """float32 little-endian [H], once complete; None where log-probabilities are read."""
+        """float32 little-endian [H] once complete; None before, and for log-probabilities."""
         if self._sum is None or not self.complete:
             return None
         return (self._sum / self._pooled).astype("<f4").tobytes()
 
     def rows(self, first: int, count: int) -> range:
-        """Which of the rows [first, first + count) are to be read now."""
+        """Rows to be read among [first, first + count)."""
         return range(max(first, self.done), min(first + count, self._end))
 
     def add_scores(self, scores: Seq[TokenLogprobs]) -> None:
-        """Those of the next rows."""
+        """Append the log-probabilities of the next rows."""
         self.sound &= all(math.isfinite(score.logprob) for score in scores)
         self._scores += scores
         self.done += len(scores)
 
     def add_states(self, total: Doubles, rows: int) -> None:
-        """The sum [H] of the next rows' hidden states."""
+        """Add the sum [H] of the next rows' hidden states."""
         self.sound &= bool(np.isfinite(total).all())
         self._sum = total if self._sum is None else self._sum + total
         self.done += rows
 
 
 def composition_key(adapters: Seq[Component], salt: str = "") -> bytes:
-    """Content key of Σ weightᵢ · adapterᵢ: equal for equal compositions, whatever their names.
+    """Content key [16 bytes] of Σ weightᵢ · adapterᵢ: equal for equal compositions.
 
-    Under different salts equal compositions have different keys. So cached blocks are not shared
-    between salts, admission is fair over them, and what is learned of drafts is not told by one to
-    another: whoever has a salt of its own can't be slowed, sped up or watched through these.
+    Under different salts equal compositions have different keys. So neither cached blocks nor what
+    is learned of drafts is shared between salts, and admission is fair over them: whoever has a
+    salt of its own can't be slowed, sped up or watched through these.
     """
     secret = hashlib.blake2b(salt.encode(), digest_size=32).digest() if salt else b""
     digest = hashlib.blake2b(digest_size=16, key=secret)
@@ -109,26 +110,28 @@ class Sequence:
 
     request: Submit
     arrival: float  # seconds, monotonic
-    # What follows from the request.
-    request_id: str = field(init=False)  # read many times a step: a property would be a call each
+    # Derived from the request.
+    request_id: str = field(init=False)  # a field: it is read many times a step
     tokens: list[int] = field(init=False)
-    key: bytes = field(init=False)  # of its composition and salt
-    reading: Reading | None = field(init=False)  # what is read of its prompt's rows
-    generates: bool = field(init=False)  # False: it ends when its prompt is computed
+    key: bytes = field(init=False)  # key of its composition and salt
+    reading: Reading | None = field(init=False)  # None: it reads nothing of its prompt
+    generates: bool = field(init=False)  # False: it ends once its prompt is computed
     drafting: Drafting | None = field(init=False)
-    digests: list[str] = field(init=False)  # of all adapter versions that it needs on the device
-    # How far it has come.
-    head_drafts: HeadDrafts | None = None  # those made last
-    lookup: PromptLookup | None = None  # over `tokens`, where drafting asks for it
-    words: WordLookup | None = None  # the same by text, where the engine has a tokenizer
-    matcher: Matcher | None = None  # where its text is constrained
+    digests: list[str] = field(init=False)  # adapter versions that it needs on the device
+    # Progress.
+    head_drafts: HeadDrafts | None = None  # the latest
+    lookup: PromptLookup | None = None  # over `tokens`, if drafting asks for it
+    words: WordLookup | None = None  # the same by text, if the engine has a tokenizer
+    matcher: Matcher | None = None  # if its text is constrained
     blocks: list[int] = field(default_factory=list)
-    block_keys: list[bytes] = field(default_factory=list)  # of its full blocks, as far as needed
+    block_keys: list[bytes] = field(
+        default_factory=list
+    )  # content keys of its full blocks, as far as needed
     computed: int = 0  # leading tokens whose keys and values are in `blocks`
     committed: int = 0  # leading blocks offered to the prefix cache
     first_scheduled: float | None = None
-    cached_tokens: int | None = None  # found in the prefix cache at first admission
-    told: bool = False  # whether a delta of it has left the engine
+    cached_tokens: int | None = None  # tokens found in the prefix cache at first admission
+    reported: bool = False  # True once a delta of it has left the engine
 
     def __post_init__(self) -> None:
         request = self.request
@@ -139,7 +142,7 @@ class Sequence:
         # A request for its prompt's log-probabilities alone has no new token.
         more = self.reading is None or request.sampling.token_limit > 0
         self.generates = request.pooling is None and more
-        # Drafts buy speed with rows: nobody waits for a background request, who could use them.
+        # Drafts buy speed with rows: nobody waits for a background request, others need the rows.
         self.drafting = request.drafting if self.generates and not request.background else None
         heads = () if self.heads is None else (self.heads,)
         self.digests = list(dict.fromkeys([*(c.digest for c in request.adapters), *heads]))
@@ -159,7 +162,7 @@ class Sequence:
 
     @property
     def reusable(self) -> int:
-        """Leading tokens whose rows need not be computed if their keys and values are known."""
+        """Leading tokens that need not be computed if their keys and values are cached."""
         known = len(self.tokens) - 1  # the last one's hidden state gives the next token
         if self.reading is None or self.reading.complete:
             return known
@@ -167,12 +170,12 @@ class Sequence:
 
     @property
     def queue_seconds(self) -> float | None:
-        """From arrival to its first step."""
+        """Seconds from arrival to the first step; None before that."""
         return None if self.first_scheduled is None else self.first_scheduled - self.arrival
 
     @property
     def heads(self) -> str | None:
-        """Digest of the adapter version whose Turbo heads draft for it."""
+        """Digest of the adapter version whose Turbo heads draft for the sequence."""
         return None if self.drafting is None else self.drafting.heads
 
     def keys_of_full_blocks(self, count: int, block_size: int) -> list[bytes]:
@@ -185,13 +188,13 @@ class Sequence:
         return self.block_keys[:count]
 
     def take(self, token: int) -> None:
-        """The next token of the output."""
+        """Append the next token of the output."""
         self.tokens.append(token)
         if self.matcher is not None and token not in self.request.sampling.stop_token_ids:
             self.matcher.advance(token)
 
     def finish_reason(self, max_model_len: int) -> FinishReason | None:
-        """Whether it has ended: by its last token, or without any where none is to come."""
+        """Reason why the sequence has ended; None if it goes on."""
         if not self.generates:
             if self.remaining:
                 return None

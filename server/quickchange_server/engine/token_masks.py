@@ -1,8 +1,8 @@
-"""Constrained sequences in the engine: grammars compiled beside decoding, masks for sampled rows.
+"""Constrained sequences: grammars compiled beside decoding, token masks for sampled rows.
 
-A `ConstraintCompiler`, which knows the tokenizer, says which tokens may follow; here are token ids
-alone. A sequence waits outside the scheduler until its grammar is compiled, so it holds up no
-other; one that comes with output (after a restart) is taken there by replaying it.
+A `ConstraintCompiler`, which knows the tokenizer, says which tokens may follow; only token ids
+appear here. A sequence waits outside the scheduler until its grammar is compiled, so that it delays
+no other. One that arrives with output (after a restart) has the output replayed on its grammar.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ _NO_TOKEN = (
 
 @dataclass(frozen=True, slots=True)
 class TokenMasks:
-    """The masks of a step's sampled rows that are constrained; maybe none."""
+    """Masks of a step's constrained sampled rows; there may be none."""
 
-    rows: Tensor  # int64 [M], among the sampled rows
+    rows: Tensor  # int64 [M] indices among the sampled rows
     bits: Tensor  # int32 [M, words]
-    errors: dict[int, str]  # sampled row -> why its grammar can't go on
-    seconds: float | None  # that making them took; None: there are none
+    errors: dict[int, str]  # sampled row -> the reason why its grammar can't go on
+    seconds: float | None  # spent on making them; None: there are none
 
     def apply_(self, logits: Tensor) -> None:
         """Suppress the forbidden tokens in logits [R, V], in place."""
@@ -62,35 +62,35 @@ class _Waiting:
 
 
 class Constraints:
-    """Owner of the compile thread and of the compiled grammars."""
+    """The compile thread, the compiled grammars and the sequences that wait for one."""
 
     def __init__(
         self, compiler: ConstraintCompiler, vocabulary: int, on_wake: Callable[[], None]
     ) -> None:
-        """on_wake: called on the compile thread when a grammar is ready, or can't be."""
+        """on_wake: called on the compile thread when a grammar is ready or has failed."""
         self._compiler = compiler
         self._vocabulary = vocabulary
         self._on_wake = on_wake
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammars")
-        self._compiled = LRUCache[Constraint, Matcher](_KEPT)  # at their beginnings
+        self._compiled = LRUCache[Constraint, Matcher](_KEPT)  # in their initial states
         self._waiting: dict[str, _Waiting] = {}
 
     def refusal(self, submit: Submit) -> str | None:
-        """Why a request can't be served; any constraint may be asked for."""
+        """None: every constraint may be asked for."""
 
     def hold(self, sequence: Sequence, constraint: Constraint) -> None:
-        """Keep a sequence until its grammar is compiled; `released` then has it."""
+        """Keep a sequence until its grammar is compiled; `released` then returns it."""
         made = self._thread.submit(self._make, constraint, tuple(sequence.output))
         self._waiting[sequence.request_id] = _Waiting(sequence, made)
         made.add_done_callback(lambda _: self._on_wake())
 
     def cancel(self, request_id: str) -> None:
-        """Forget a sequence; its grammar is not compiled where that has not begun."""
+        """Forget a sequence; compiling that has not begun is cancelled."""
         if (waiting := self._waiting.pop(request_id, None)) is not None:
             waiting.matcher.cancel()
 
     def released(self) -> list[tuple[Sequence, str | None]]:
-        """Remove and return those whose grammar is ready, or can't be: with the error."""
+        """Remove and return sequences whose grammar is ready (None) or has failed (the error)."""
         done = [one for one in self._waiting.values() if one.matcher.done()]
         released: list[tuple[Sequence, str | None]] = []
         for one in done:
@@ -107,7 +107,7 @@ class Constraints:
         return len(self._waiting)
 
     def masks(self, sampling: Seq[Scheduled]) -> TokenMasks:
-        """The masks of items that sample, in their order."""
+        """Masks of the sampling items' rows, in their order."""
         started = time.monotonic()
         wanted: list[Masked[Matcher]] = []
         stops: list[frozenset[int]] = []
@@ -140,7 +140,7 @@ class Constraints:
         self._thread.shutdown(cancel_futures=True)
 
     def _allow_stops(self, bits: npt.NDArray[np.int32], stops: frozenset[int]) -> None:
-        """What ends a sequence may follow exactly where its text is one that the grammar allows."""
+        """Allow ending tokens exactly in rows whose text the grammar accepts as complete."""
         ends = self._compiler.ends
         accepts = (bits[:, [end // WORD for end in ends]] & _bits_of(ends)).any(axis=1)
         for token in ends | stops:
@@ -149,7 +149,10 @@ class Constraints:
             bits[:, word] = np.where(lawful, bits[:, word] | bit, bits[:, word] & ~bit)
 
     def _make(self, constraint: Constraint, output: tuple[int, ...]) -> Matcher:
-        """On the compile thread, which alone touches what is compiled."""
+        """A matcher that has taken `output`. Runs on the compile thread, the cache's only user.
+
+        Raises ConstraintError if the grammar does not allow `output`.
+        """
         compiled = self._compiled.get(constraint)
         if compiled is None:
             compiled = self._compiled[constraint] = self._compiler.compile(constraint)
@@ -162,7 +165,7 @@ class Constraints:
 
 
 class NoConstraints:
-    """An engine that has no tokenizer to constrain text with."""
+    """Null object of an engine without a tokenizer: constraints are refused."""
 
     def refusal(self, submit: Submit) -> str | None:
         if submit.constraint is None:
@@ -173,7 +176,7 @@ class NoConstraints:
         raise RuntimeError(f"{sequence.request_id} is constrained: {constraint.kind}")
 
     def cancel(self, request_id: str) -> None:
-        """No sequence waits here."""
+        """Do nothing: no sequence waits here."""
 
     def released(self) -> list[tuple[Sequence, str | None]]:
         return []
@@ -186,16 +189,16 @@ class NoConstraints:
         return NO_MASKS
 
     def close(self) -> None:
-        """There is no thread to end."""
+        """Do nothing: there is no thread to end."""
 
 
 def constraints_of(
     compiler: ConstraintCompiler | None, vocabulary: int, on_wake: Callable[[], None]
 ) -> Constraints | NoConstraints:
-    """The constrained sequences of an engine; compiler: None where text can't be constrained."""
+    """The engine's constraints. compiler: None if text can't be constrained."""
     return NoConstraints() if compiler is None else Constraints(compiler, vocabulary, on_wake)
 
 
 def _bits_of(tokens: frozenset[int] | list[int]) -> npt.NDArray[np.int32]:
-    """Each token's bit in its word."""
+    """int32 [tokens]: each token's bit in its word."""
     return (np.uint32(1) << np.array([t % WORD for t in tokens], dtype=np.uint32)).view(np.int32)

@@ -1,8 +1,8 @@
 """Seam two: wrapped linears and embeddings that add the batch's adapter segments.
 
-A wrapper calls the base module and, only when some row of the step has an adapter, adds the
-low-rank products in place. A lone linear is one group of the low-rank operation; a fused one
-(q/k/v, gate/up) is one group with several members.
+A wrapper calls the base module and, only if some row of the step has an adapter, adds the low-rank
+products in place. A lone linear is one group of the low-rank operation; a fused one (q/k/v,
+gate/up) is one group with several members.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from quickchange_kernels.lowrank.lowrank_contract import lowrank_, lowrank_embed
 from quickchange_server.adapters.module_groups import ModuleGroup
 from quickchange_server.model.forward_context import AdapterBatch, StepHolder
 
-if TYPE_CHECKING:  # it is built on this module
+if TYPE_CHECKING:  # output_side imports fusion, which imports this module
     from quickchange_server.model.output_side import OutputSide
 
-Rows = Literal["tokens", "samples"]  # which rows of the step a module sees
+Rows = Literal["tokens", "samples"]  # rows of the step that a module reads
 
 
 class BaseLinear(nn.Module):
-    """A plain `nn.Linear` through the few-row kernel; the weight stays where it is."""
+    """A plain `nn.Linear` through the few-row kernel, on the same weight."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class BaseLinear(nn.Module):
 
 
 def base_linear(module: nn.Linear) -> nn.Module:
-    """The fastest module that computes exactly what `module` does (quantised kin stay as is)."""
+    """The fastest module that computes exactly what `module` does (quantised linears stay)."""
     return BaseLinear(module) if type(module) is nn.Linear else module
 
 
@@ -52,11 +52,11 @@ class AdaptedLinear(nn.Module):
         self._index = group.index
         self._rows = rows
         self._holder = holder
-        self.output_side: OutputSide | None = None  # where the module ends a sub-layer
+        self.output_side: OutputSide | None = None  # if the module ends a sub-layer
 
     @property
     def weight(self) -> torch.Tensor:
-        """The base's weight: some models read its dtype or device."""
+        """The base's weight, whose dtype or device some models read."""
         weight: torch.Tensor = self.base.weight  # type: ignore[assignment]
         return weight
 
@@ -75,7 +75,7 @@ class AdaptedLinear(nn.Module):
 class AdaptedEmbedding(nn.Module):
     """y = base(ids) + Σ over segments of weight · scale · A[:, ids] B.   ids [..., T].
 
-    An embedding that scales its output (Gemma's) has its factor in the update's scale already.
+    The update's scale includes the factor of an embedding that scales its output (Gemma's).
     """
 
     def __init__(self, base: nn.Embedding, group: ModuleGroup, holder: StepHolder) -> None:
@@ -106,8 +106,8 @@ class AdaptedEmbedding(nn.Module):
 class SharedProjection(nn.Module):
     """One linear computed once for several modules that read the same input.
 
-    Each part asks with its own input; the product is computed when the input is a new one and kept
-    until the last part has taken its columns, so a model that calls the parts apart stays right.
+    Each part passes its own input; the product is computed if the input is a new one and kept until
+    the last part has taken its columns, so that a model that calls the parts apart stays right.
     """
 
     def __init__(self, projection: nn.Module, widths: list[int]) -> None:
@@ -129,7 +129,7 @@ class SharedProjection(nn.Module):
 
 
 class ProjectionPart(nn.Module):
-    """Stands in the model where one of the fused linears stood."""
+    """The module in the place of one of the fused linears."""
 
     def __init__(self, shared: SharedProjection, index: int) -> None:
         super().__init__()

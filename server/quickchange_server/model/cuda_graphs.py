@@ -1,9 +1,7 @@
-"""Captures computations as CUDA graphs. Imported on CUDA devices alone.
+"""Captured graphs of forward passes of fixed shape: replayed without Python or launches in between.
 
-Forward passes of fixed shape, captured once and replayed: no Python and no launches in between.
-
-Knows the bookkeeping alone: which graph serves which shape, its inputs on memory that stays, when
-one is out of date. What capturing means is given from outside: on CUDA it is a CUDA graph.
+`Graphs` does the bookkeeping: the graph of each shape, its inputs in memory that stays, and when a
+graph is out of date. Its `Capture` is given from outside: on CUDA devices `CudaCapture`.
 """
 
 from __future__ import annotations
@@ -23,17 +21,8 @@ Inputs = TypeVar("Inputs")
 
 Outputs = tuple[Tensor, ...]
 
-# Runs a computation, and returns what runs the same again on the same memory, and its outputs
+# Runs a computation; returns a function that runs it again on the same memory, and its outputs.
 Capture = Callable[[Callable[[], Outputs]], tuple[Callable[[], None], Outputs]]
-
-
-def capture_for(device: torch.device) -> Capture | None:
-    """How computations are captured on a device; None where each step runs as it comes."""
-    if device.type != "cuda":
-        return None
-    from quickchange_server.model.cuda_graphs import CudaCapture
-
-    return CudaCapture(device)
 
 
 @dataclass(frozen=True)
@@ -45,10 +34,10 @@ class _Graph(Generic[Inputs]):
 
 
 class Graphs(Generic[Inputs]):
-    """One graph a key, captured when it is first needed.
+    """One graph per key, captured when it is first needed.
 
-    compute: from inputs on the device, and the adapters' tables, to the outputs. It must not look
-    at the tensors' values on the host.
+    compute: makes the outputs from inputs on the device and the adapters' tables. It must not read
+    the tensors' values on the host.
     """
 
     def __init__(
@@ -71,7 +60,7 @@ class Graphs(Generic[Inputs]):
         if graph is None or not _same_memory(graph.tables, tables):
             graph = self._captured(inputs, tables)
         else:
-            # Equal tables, another object: remembered, so that the next comparison is cheap.
+            # Equal tables may be another object: kept, so that the next comparison is cheap.
             graph = dataclasses.replace(graph, tables=tables)
             graph.inputs.refill(inputs)
         self._graphs[key] = graph
@@ -86,7 +75,7 @@ class Graphs(Generic[Inputs]):
 
 
 def _same_memory(captured: LowRankTables | None, now: LowRankTables | None) -> bool:
-    """Whether a graph that reads the one reads the other: the same tensors, all else equal."""
+    """True if both tables have the same tensors and are equal in all else."""
     if captured is now:
         return True
     if captured is None or now is None:
@@ -100,7 +89,7 @@ def _same_memory(captured: LowRankTables | None, now: LowRankTables | None) -> b
     )
 
 
-_RUNS_BEFORE = 2  # the first compiles kernels and makes cuBLAS's workspaces, which no capture may
+_RUNS_BEFORE = 2  # they compile kernels and make cuBLAS's workspaces, which no capture may
 
 
 class CudaCapture:
@@ -119,7 +108,12 @@ class CudaCapture:
                     compute()
             current.wait_stream(aside)
             graph = torch.cuda.CUDAGraph()
-            # Of this thread alone: the loader's thread may take pinned memory meanwhile.
+            # Capture this thread alone: the loader's may take pinned memory meanwhile.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 outputs = compute()
         return graph.replay, outputs
+
+
+def capture_for(device: torch.device) -> Capture | None:
+    """The capture that suits a device; None if every step runs eagerly."""
+    return CudaCapture(device) if device.type == "cuda" else None

@@ -1,8 +1,8 @@
-"""What the seams in the model read during one forward pass.
+"""Context of one forward pass: the batch that the seams in the model read.
 
 The runner puts a `ForwardContext` into the `StepHolder` that it shares with the wrapped modules and
 takes it out afterwards. Row order is the flattened batch's: sequence after sequence, T token rows
-in all, of which R rows (the last of each sequence that samples) go through the LM head.
+in all, of which R rows (the last of each sampling sequence) go through the LM head.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from quickchange_kernels.lowrank.lowrank_contract import LowRankTables, Segments
 
 @dataclass(frozen=True, slots=True)
 class AttentionBatch:
-    """Where each row's keys and values go and what each query sees."""
+    """KV slots of the rows, and the keys that each query sees."""
 
     slots: torch.Tensor  # int64 [T]: block * block_size + offset; -1: padding, written nowhere
     block_tables: torch.Tensor  # int32 [B, M]
@@ -26,21 +26,23 @@ class AttentionBatch:
 
 @dataclass(frozen=True, slots=True)
 class AdapterBatch:
-    """Which rows take which adapter slots. Absent from a step in which no row has an adapter."""
+    """Segments of rows under adapter slots. Absent from a step without adapters."""
 
     tables: LowRankTables
     tokens: Segments  # over the T token rows
-    samples: Segments  # over the R rows that the LM head sees
+    samples: Segments  # over the R rows that the LM head reads
 
 
 @dataclass(frozen=True, slots=True)
 class ForwardContext:
+    """The batch of one forward pass; adapters: None if no row has one."""
+
     attention: AttentionBatch
     adapters: AdapterBatch | None
 
 
 class StepHolder:
-    """The step under way, or None between steps. One a model; the engine thread's."""
+    """Holds the context of the running step. One per model; for the engine thread alone."""
 
     def __init__(self) -> None:
         self.step: ForwardContext | None = None

@@ -1,17 +1,13 @@
-"""Small modules of the base model computed in one pass: RMSNorm, gated MLPs.
+"""Fusion of the base model's modules: RMSNorm and gated MLPs in one pass, attention with few calls.
 
-A module is recognised by its parts and then by what it computes: on a random input the fused
-version must give what the original gives, else the original stays. So no list of model names is
-kept, and a model that only looks alike is left alone.
-
-Attention modules and whole decoder layers with few calls: rotary embedding in place on the fused
-q/k/v product, the residual sum joined with the norm that follows it.
-
-A module is recognised by its parts and then by what it computes: a short pass through the model
-notes what each candidate is called with, and on that input the fused version must give what the
-original gives, attention standing in for a product that all of queries, keys and values enter. So
-no list of model names is kept. At 16 rows of SmolLM2 what is neither product nor attention takes
-5.9 ms a step instead of 14.3 with transformers' own modules.
+First small modules are replaced, then attention modules (rotary embedding in place on the fused
+q/k/v product) and whole decoder layers (the residual sum joined with the norm that follows it). A
+module is recognised by its parts and then by what it computes: the fused version must give what the
+original gives, on a random input or, for attention and layers, on the call that a short pass
+through the model made. There attention is replaced by a product that queries, keys and values all
+enter. So no list of model names is kept, and a model that only looks alike is left alone. At 16
+rows of SmolLM2 what is neither product nor attention takes 5.9 ms a step instead of 14.3 with
+transformers' own modules.
 """
 
 from __future__ import annotations
@@ -31,9 +27,12 @@ from quickchange_kernels.elementwise.silu_mul import silu_mul
 from quickchange_server.model import paged_attention
 from quickchange_server.model.adapter_layers import ProjectionPart, SharedProjection
 
-# largest difference between original and fused, of the largest value in a row
+logger = logging.getLogger(__name__)
+
+# largest difference of fused from original, relative to a row's largest value
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
-_OFFSETS = (0.0, 1.0)  # Gemma stores its norms' weights less one
+_OFFSETS = (0.0, 1.0)  # Gemma stores its norms' weights minus one
+_POSITIONS = (0, 3, 11)  # token positions of the short pass
 
 
 class FusedRMSNorm(nn.Module):
@@ -44,7 +43,7 @@ class FusedRMSNorm(nn.Module):
         self.weight = weight
         self.eps = eps
         self.offset = offset
-        self.operands = (weight, eps, offset)  # rms_norm's and add_rms_norm's
+        self.operands = (weight, eps, offset)  # arguments of rms_norm and add_rms_norm
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, *self.operands)
@@ -66,7 +65,7 @@ class FusedGatedMLP(nn.Module):
 
 
 def fuse_small_modules(model: nn.Module) -> None:
-    """Replace what is recognised, in place. Linears must be wrapped already."""
+    """Replace recognised norms and MLPs in place. Linears must be wrapped already."""
     for path, module in list(model.named_modules()):
         fused = _fused_norm(module) or _fused_mlp(module)
         if fused is not None:
@@ -107,7 +106,7 @@ def _fused_mlp(module: nn.Module) -> nn.Module | None:
 
 
 def _sample(like: torch.Tensor, width: int) -> torch.Tensor:
-    """Three rows [1, 3, width] of different size, the same each time."""
+    """Three random rows [1, 3, width] of different size, the same in each call."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(1, 3, width, generator=generator) * torch.tensor([0.1, 1.0, 10.0])[:, None]
     return rows.to(like)
@@ -118,20 +117,15 @@ def _agree(original: nn.Module, fused: nn.Module, sample: torch.Tensor) -> bool:
     try:
         expected = original(sample)
     except TypeError:
-        return False  # it takes more than its input: not what it looks like
+        return False  # it takes more than one input
     tolerance = TOLERANCE[sample.dtype]
     scale = expected.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(sample.dtype).tiny)
     return bool(((fused(sample) - expected).abs() / scale).max() < tolerance)
 
 
-logger = logging.getLogger(__name__)
-
-_POSITIONS = (0, 3, 11)  # of the short pass
-
-
 @dataclass(frozen=True, slots=True)
 class AttentionCall:
-    """What an attention module passes to the attention interface."""
+    """Arguments that an attention module passes to the attention interface."""
 
     layer: int
     heads: int
@@ -158,7 +152,7 @@ class FusedAttention(nn.Module):
         self.o_proj = o_proj
         self.q_norm = q_norm
         self.k_norm = k_norm
-        self.layer_idx = call.layer  # by which `attention.install` knows attention modules
+        self.layer_idx = call.layer  # `paged_attention.install` knows attention modules by it
         self._qkv = qkv.compute
         self._output = o_proj.forward
         self._norms = (q_norm, k_norm)
@@ -170,7 +164,7 @@ class FusedAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,  # [1, T, H]
         position_embeddings: tuple[torch.Tensor, torch.Tensor],  # cos, sin [1, T, R]
-        **_: Any,  # masks and caches of transformers' own, which paged attention has no use for
+        **_: Any,  # masks and caches of transformers, which paged attention does not need
     ) -> tuple[torch.Tensor, None]:
         rows = hidden_states.shape[1]
         qkv = self._qkv(hidden_states).view(rows, -1, self._head_size)
@@ -202,7 +196,7 @@ class FusedDecoderLayer(nn.Module):
         self._attend = self_attn.forward
         self._after = after.operands
         self._mlp = mlp.forward
-        # who wants to see the residual stream as it enters each norm, by the norm's name
+        # called with the residual stream as it enters a norm, by the norm's name
         self.entrances: dict[str, Callable[[torch.Tensor], None]] = {}
 
     def forward(
@@ -222,9 +216,9 @@ class FusedDecoderLayer(nn.Module):
 
 
 def fuse_layers(model: nn.Module, run: Callable[[torch.Tensor, torch.Tensor], object]) -> None:
-    """Replace what is recognised, in place. Small modules must be fused already.
+    """Replace recognised attention and layers in place. Small modules must be fused already.
 
-    run: a forward pass over `model` of ids [T] at positions [T].
+    run: runs `model` on ids [T] at positions [T].
     """
     for fuse in (_fused_attention, _fused_layer):
         with _noting_calls(model) as (calls, probe):
@@ -341,7 +335,7 @@ def _agrees(fused: nn.Module, call: _Call, probe: _Probe, expected: torch.Tensor
     try:
         result = _result(fused, call)
     except (TypeError, ValueError, RuntimeError) as error:
-        # The call has what the fused version does not take: not what it looks like.
+        # The call has arguments that the fused version does not take.
         logger.info("layer %s stays as it is: %s", probe.last and probe.last.layer, error)
         return False
     if result is None or result.shape != expected.shape:
@@ -353,7 +347,7 @@ def _agrees(fused: nn.Module, call: _Call, probe: _Probe, expected: torch.Tensor
 
 @torch.inference_mode()
 def _result(module: nn.Module, call: _Call) -> torch.Tensor | None:
-    """The hidden states that a module returns, alone or first; None where it returns no such."""
+    """Hidden states that a module returns, alone or first; None if it returns no such."""
     out = call.on(module)
     hidden = out[0] if isinstance(out, tuple) else out
     return hidden if isinstance(hidden, torch.Tensor) and hidden.dtype in TOLERANCE else None

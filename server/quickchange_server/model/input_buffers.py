@@ -1,7 +1,7 @@
-"""A step's small host tensors on their way to the device: packed in one buffer, in one copy.
+"""Upload of a step's small host tensors: packed in one buffer, sent in one copy.
 
 Works on any tree of dataclasses and tuples whose leaves are tensors, numbers or None, as pytree
-walks them: what they mean is not known here. On a CPU nothing is packed or copied.
+walks them; does not know their meaning. On a CPU nothing is packed or copied.
 
 On a GPU the buffer is pinned, so that the copy does not hold up the host. Pinned memory comes from
 torch's own cache, which hands a buffer out again only once the copies out of it are done.
@@ -20,7 +20,7 @@ from torch.utils._pytree import TreeSpec, register_dataclass, tree_flatten, tree
 
 Tree = TypeVar("Tree")
 
-_ALIGNMENT = 16  # bytes: kernels may read the parts in vectors
+_ALIGNMENT = 16  # bytes; kernels may read the parts in vectors
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +38,13 @@ class BufferPart:
 
 @dataclass(frozen=True, slots=True)
 class BufferLayout(Generic[Tree]):
-    """Where each tensor of a tree lies in one buffer, and all else that the tree says.
+    """Places of a tree's tensors in one buffer, and the rest of the tree.
 
-    Two trees with equal layouts differ in their tensors' values alone.
+    Two trees of equal layout differ in their tensors' values alone.
     """
 
     parts: tuple[BufferPart, ...]
-    places: tuple[tuple[int, int], ...]  # (leaf, its part). A tensor met twice is one part
+    places: tuple[tuple[int, int], ...]  # (leaf, part); a tensor met twice is one part
     constants: tuple[object, ...]  # the leaves, None in place of each tensor
     spec: TreeSpec
     nbytes: int
@@ -71,7 +71,7 @@ def layout_of(tree: Tree) -> tuple[BufferLayout[Tree], list[Tensor]]:
 
 
 def views(layout: BufferLayout[Tree], buffer: Tensor) -> list[Tensor]:
-    """The parts' tensors on a buffer: uint8 [layout.nbytes]."""
+    """Tensors of the parts as views of a buffer, uint8 [layout.nbytes]."""
     return [
         buffer[part.offset : part.offset + part.nbytes].view(part.dtype).view(part.shape)
         for part in layout.parts
@@ -79,7 +79,7 @@ def views(layout: BufferLayout[Tree], buffer: Tensor) -> list[Tensor]:
 
 
 def rebuilt(layout: BufferLayout[Tree], tensors: list[Tensor]) -> Tree:
-    """The tree on other tensors, one for each part."""
+    """The tree with other tensors, one per part."""
     leaves = list(layout.constants)
     for place, part in layout.places:
         leaves[place] = tensors[part]
@@ -88,7 +88,7 @@ def rebuilt(layout: BufferLayout[Tree], tensors: list[Tensor]) -> Tree:
 
 
 def upload(tree: Tree, device: torch.device) -> Tree:
-    """The tree on the device. On a CPU the tree itself."""
+    """The tree with its tensors on the device; on a CPU the tree itself."""
     if device.type == "cpu":
         return tree
     layout, tensors = layout_of(tree)
@@ -97,7 +97,7 @@ def upload(tree: Tree, device: torch.device) -> Tree:
 
 
 def packed(layout: BufferLayout[Tree], tensors: list[Tensor], device: torch.device) -> Tensor:
-    """The tensors in one host buffer uint8 [layout.nbytes], pinned where the device needs it."""
+    """The tensors in one host buffer, uint8 [layout.nbytes], pinned for any device but a CPU."""
     host = torch.empty(layout.nbytes, dtype=torch.uint8, pin_memory=device.type != "cpu")
     for place, tensor in zip(views(layout, host), tensors, strict=True):
         place.copy_(tensor)
@@ -114,13 +114,13 @@ class StaticInputs(Generic[Tree]):
         self._views = views(self._layout, self._buffer)
 
     def tree(self) -> Tree:
-        """The tree on the buffer."""
+        """The tree with its tensors in the buffer."""
         return rebuilt(self._layout, self._views)
 
     def refill(self, tree: Tree) -> None:
-        """Other values of the same layout, behind all work given to the device so far.
+        """Copy other values of the same layout, behind all work given to the device so far.
 
-        Raises ValueError where the layout differs: the graph would compute something else.
+        Raises ValueError if the layout differs: the graph would compute something else.
         """
         layout, tensors = layout_of(tree)
         if layout != self._layout:
@@ -129,7 +129,7 @@ class StaticInputs(Generic[Tree]):
 
 
 def _flat(tree: object) -> tuple[list[object], TreeSpec]:
-    """The leaves; a dataclass met for the first time is made known to pytree."""
+    """Leaves of a tree; a dataclass met for the first time is registered with pytree."""
     leaves, spec = tree_flatten(tree)
     new = [kind for kind in {type(leaf) for leaf in leaves} if dataclasses.is_dataclass(kind)]
     for kind in new:

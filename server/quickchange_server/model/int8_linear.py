@@ -1,4 +1,4 @@
-"""Linears of the base model kept as int8, made at load from float weights.
+"""Int8 linears of the base model, quantised at load from float weights.
 
 Knows nothing of adapters: a wrapped linear calls this in place of the float one. Where the LM head
 shares its weights with the embedding, the head gets int8 rows of its own and the embedding keeps
@@ -18,7 +18,7 @@ Quantization = Literal["none", "int8"]
 
 
 class Int8Linear(nn.Module):
-    """y = x Wᵀ + b, W int8 with a scale per row and group of 32.   x [..., K], y [..., N]."""
+    """y = x Wᵀ + b, W int8 with one scale per row and group of 32.   x [..., K], y [..., N]."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
@@ -34,12 +34,12 @@ class Int8Linear(nn.Module):
 
 
 def int8_linear(module: nn.Linear) -> nn.Module:
-    """A plain linear as int8; kin of `nn.Linear` that compute something else stay as they are."""
+    """A plain linear as int8; subclasses that compute something else stay as they are."""
     return Int8Linear(module) if type(module) is nn.Linear else module
 
 
 def check_quantization(quantization: Quantization, device: torch.device) -> None:
-    """Raise ValueError where the device can't serve a base so kept."""
+    """Raises ValueError if the device can't serve a base with this quantization."""
     if quantization == "int8" and device.type != "cpu":
         raise ValueError(
             "--quantization int8 (or QUICKCHANGE_QUANTIZATION) serves on --device cpu only; on "

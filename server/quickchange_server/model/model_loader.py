@@ -1,13 +1,12 @@
-"""The hidden states that enter the LM head, from which drafting heads start.
-
-Models scale or norm them in their own ways before the head, and scale or cap the logits behind it:
-only the head's own input is the same thing everywhere. It is a tensor of the forward pass, so in a
-captured graph it is an output like the logits; nothing here runs when the graph is replayed.
-
-Loads the base model and puts both seams in; finds out what its KV cache must hold.
+"""Loads the base model, puts both seams in, and finds the shapes that its KV cache must hold.
 
 Any transformers architecture whose attention goes through the attention interface will do. One that
 keeps other state between steps (state-space layers, linear attention) is refused by name.
+
+`forward` also returns the hidden states that enter the LM head, from which drafting heads start.
+Models scale or norm them in their own ways before the head, and scale or cap the logits behind it:
+only the head's own input is the same thing everywhere. It is a tensor of the forward pass, so in a
+captured graph it is an output like the logits.
 """
 
 from __future__ import annotations
@@ -36,15 +35,17 @@ class HeadInput:
     """Keeps the input of an LM head until it is taken."""
 
     def __init__(self, head: nn.Module) -> None:
-        """Watches `head` from now on."""
+        """Watch `head` from now on."""
         self._seen: torch.Tensor | None = None  # [..., H]
-        self.rows: int | None = None  # of the coming pass: the head sees so many; None: all
+        self.rows: int | None = (
+            None  # rows that the head reads in the coming pass, from the first; None: all
+        )
         head.register_forward_pre_hook(self._keep)
 
     def take(self) -> torch.Tensor:
-        """[R, H] of the pass that has just run.
+        """The head's input [R, H] in the pass that has just run.
 
-        Raises RuntimeError if none has since the last call.
+        Raises RuntimeError if there was no pass since the last call.
         """
         seen, self._seen = self._seen, None
         if seen is None:
@@ -71,14 +72,14 @@ class LoadedModel:
     max_positions: int  # tokens
     head: nn.Module  # the LM head, wrapped
     head_input: HeadInput
-    embedding: nn.Module  # of the input tokens, wrapped
+    embedding: nn.Module  # input embedding, wrapped
 
 
 class Output(NamedTuple):
-    """What a forward pass gives for the rows that were asked for."""
+    """Output of a forward pass for the requested rows."""
 
-    logits: torch.Tensor  # [R, V], or of the first of them
-    hidden: torch.Tensor  # [R, H] what entered the LM head
+    logits: torch.Tensor  # [R, V], or fewer: the first `head_rows` rows
+    hidden: torch.Tensor  # [R, H]: the LM head's input
 
 
 def load_model(
@@ -89,15 +90,15 @@ def load_model(
     adapters: bool,
     quantization: Quantization = "none",
 ) -> LoadedModel:
-    """Load from a folder in transformers' layout (or a hub id) and wrap.
+    """Load and wrap a model from a folder in transformers' layout, or a hub id.
 
     Raises UnsupportedModelError for an architecture that can't be served, OSError or ValueError
-    (transformers') where nothing can be loaded from `path`.
+    (transformers') if nothing can be loaded from `path`.
     """
     check_quantization(quantization, device)
     paged_attention.register()
     transformers_logging.disable_progress_bar()  # a server's log is no terminal
-    # Said each time: left out, transformers asks on a terminal whether to run a model's code.
+    # trust_remote_code is always given: without it, transformers asks on a terminal.
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     _refuse_other_state(config)
     model = AutoModelForCausalLM.from_pretrained(
@@ -109,7 +110,10 @@ def load_model(
 def prepare(
     model: nn.Module, *, adapters: bool, quantization: Quantization = "none"
 ) -> LoadedModel:
-    """Wrap a model that was loaded with `attn_implementation="quickchange"`."""
+    """Wrap a model that was loaded with `attn_implementation="quickchange"`.
+
+    Raises UnsupportedModelError for a model that can't be served.
+    """
     config: PretrainedConfig = model.config
     _refuse_headless(model)
     model.requires_grad_(False)
@@ -155,7 +159,7 @@ def forward(
 ) -> Output:
     """Logits and hidden states of `sample_rows` [R] (default: the last) of the rows `ids` [T].
 
-    head_rows: the LM head sees only so many of them, the first; None: all.
+    head_rows: the LM head reads only so many of them, from the first; None: all.
     """
     model.head_input.rows = head_rows
     try:
@@ -172,7 +176,7 @@ def _logits(
     positions: torch.Tensor,
     sample_rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """[R, V]"""
+    """Logits [R, V] of `sample_rows` (default: the last row)."""
     device = next(model.parameters()).device
     output: Any = model(
         input_ids=ids.unsqueeze(0).to(device),

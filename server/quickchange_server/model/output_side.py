@@ -1,9 +1,9 @@
-"""What adapters add behind a sub-layer: bottlenecks that read its output or the residual stream.
+"""Adapter updates behind a sub-layer, which read its output or the residual stream.
 
 A sub-layer (attention, MLP) ends in one module, o_proj or down_proj, whose output y joins the
 residual stream r that entered the sub-layer. Updates of that module may read y, r or y + r; each of
 the three is a module group of its own, and all three see y as the updates of the module's input
-left it. Where no adapter on the device has such updates, nothing is called and nothing kept.
+left it. If no adapter on the device has such updates, nothing is called or kept.
 """
 
 from __future__ import annotations
@@ -21,15 +21,17 @@ from quickchange_store.canonical.canonical_adapter import Source
 
 
 class OutputSide:
-    """The groups behind one sub-layer, and the residual stream that they may need."""
+    """Module groups behind one sub-layer, and the residual stream that they may need."""
 
     def __init__(self, groups: dict[Source, ModuleGroup], holder: StepHolder) -> None:
-        """`groups` always has "output"; the others only where `enter` will be called."""
+        """groups: always has "output"; the others only if `enter` will be called."""
         order: tuple[Source, ...] = ("output", "residual", "stream")
         self._groups = tuple(groups[source].index if source in groups else None for source in order)
         self._holder = holder
-        self._tables: LowRankTables | None = None  # those that the next is about
-        self._used: tuple[int | None, ...] | None = None  # of _groups; None: not one
+        self._tables: LowRankTables | None = None  # tables that `_used` was found in
+        self._used: tuple[int | None, ...] | None = (
+            None  # `_groups` with pages, else None; None: no group has any
+        )
         self._entered: torch.Tensor | None = None  # [..., H], from the norm to the sub-layer's end
 
     def enter(self, stream: torch.Tensor) -> None:
@@ -42,7 +44,7 @@ class OutputSide:
             self._entered = stream
 
     def add_(self, y: torch.Tensor, adapters: AdapterBatch) -> None:
-        """Add to the sub-layer's output y [T, H] what adapters make of it and of the stream."""
+        """Add to the sub-layer's output y [T, H] the updates that read it or the stream."""
         tables, tokens = adapters.tables, adapters.tokens
         used = self._groups_in_use(tables)
         if used is None:
@@ -56,7 +58,7 @@ class OutputSide:
         if entered is None:
             raise RuntimeError("an adapter reads a residual stream that the model did not show")
         entered = entered.reshape(-1, y.shape[-1])
-        # Before the first of them writes: an adapter must not read another's addition.
+        # Before the first update writes: none may read another's addition.
         behind = None if stream is None else y + entered
         if output is not None:
             lowrank_(y, y, tables, tokens, output)
@@ -66,7 +68,7 @@ class OutputSide:
             lowrank_(y, behind, tables, tokens, stream)
 
     def _groups_in_use(self, tables: LowRankTables) -> tuple[int | None, ...] | None:
-        """The groups in which some adapter on the device has pages; found out once a change."""
+        """Groups in which some adapter on the device has pages; kept until the tables change."""
         if tables is not self._tables:
             used = tuple(
                 group if group is not None and tables.shapes[group].most_pages else None
@@ -77,9 +79,9 @@ class OutputSide:
 
 
 def connect(model: nn.Module, entrances: Iterable[tuple[str, OutputSide]]) -> None:
-    """Let each OutputSide see the input of its norm, given by path. After all fusing.
+    """Pass the input of each norm, given by path, to its OutputSide. Call it after all fusing.
 
-    A fused layer calls its norms' operations itself, and so has to tell.
+    A fused layer calls its norms' operations itself, so it passes their inputs itself.
     """
     for path, side in entrances:
         parent, _, name = path.rpartition(".")

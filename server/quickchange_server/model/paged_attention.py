@@ -1,8 +1,8 @@
 """Seam one: transformers' attention interface on a paged KV cache over the flattened batch.
 
-Models call whatever is registered under their `_attn_implementation`; ours finds the layer's pages
-by the calling module's `layer_idx`. No mask is built: what a row sees follows from its sequence's
-length. Knows nothing of scheduling.
+Models call the function that is registered under their `_attn_implementation`; this one finds the
+layer's pages by the calling module's `layer_idx`. No mask is built: the keys that a row sees follow
+from its sequence's length. Knows nothing of scheduling.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from quickchange_server.model.forward_context import StepHolder
 NAME = "quickchange"
 ATTRIBUTE = "quickchange_attend"
 
-# What other attention implementations take that changes the result, and ours lacks.
+# Arguments of other attention implementations that change the result and are not supported.
 _UNSUPPORTED = ("s_aux", "sinks", "cu_seq_lens_q", "block_mask", "head_mask")
 
 
@@ -44,7 +44,7 @@ class Attend(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
-    """What the KV cache must hold for one layer."""
+    """Shape of one layer's keys and values in the KV cache."""
 
     kv_heads: int
     head_size: int
@@ -78,7 +78,7 @@ class ShapeRecorder:
 
 
 class PagedAttention:
-    """An `Attend` on pages. Caches are [num_blocks, Hkv, block_size, D], one pair a layer."""
+    """An `Attend` on pages. Caches are [num_blocks, Hkv, block_size, D], one pair per layer."""
 
     def __init__(
         self,
@@ -92,8 +92,8 @@ class PagedAttention:
         self._holder = holder
         self._caches = {
             layer: tuple(
-                # Not zeroed, so that on a CPU only pages in use take memory: no kernel lets a slot
-                # that no token has written count, whatever it holds.
+                # Not zeroed, so that on a CPU only pages in use take memory: no kernel's result
+                # depends on a slot that no token has written.
                 torch.empty(
                     (num_blocks, shape.kv_heads, block_size, shape.head_size),
                     dtype=dtype,
@@ -135,7 +135,7 @@ class PagedAttention:
 
 
 def bytes_per_block(shapes: dict[int, LayerShape], block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one KV block over all layers, keys and values."""
+    """Bytes of one KV block: keys and values of all layers."""
     values = sum(2 * shape.kv_heads * shape.head_size for shape in shapes.values())
     return values * block_size * dtype.itemsize
 
@@ -159,7 +159,7 @@ def _interface(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' calling convention: query [1, Hq, T, D] in, [1, T, Hq, D] out."""
+    """Attend in transformers' calling convention: query [1, Hq, T, D] in, [1, T, Hq, D] out."""
     for name in _UNSUPPORTED:
         if kwargs.get(name) is not None:
             raise UnsupportedModelError(f"the model's attention uses {name!r}, not supported yet")
@@ -179,5 +179,5 @@ def _interface(
 
 
 def register() -> None:
-    """Make the implementation known to transformers. Idempotent."""
+    """Register the implementation with transformers. Idempotent."""
     AttentionInterface.register(NAME, _interface)

@@ -1,6 +1,6 @@
-"""Puts the adapted modules into a loaded model: fuses what reads the same input, wraps the rest.
+"""Wraps a loaded model's modules for adapters: linears of one input are fused, others stand alone.
 
-Recognises the two patterns by the names that nearly all decoder models use; anything else is
+Recognises the two fused patterns by the names that nearly all decoder models use; anything else is
 wrapped one by one. Module paths, as adapters name them, are those before fusion.
 """
 
@@ -29,7 +29,7 @@ FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 class Wrapper:
-    """Wraps one model's modules; `groups` then tells which they are, by their group index.
+    """Wraps one model's modules; `groups` then lists their groups, by group index.
 
     With `adapters=False` the linears are fused and go through the few-row kernel all the same, but
     no group exists and no step ever looks for segments.
@@ -46,9 +46,11 @@ class Wrapper:
         self._model = model
         self._holder = holder
         self._adapters = adapters
-        self._base = base  # makes what computes a linear
+        self._base = base  # makes the module that computes a linear
         self.groups: list[ModuleGroup] = []
-        self.entrances: list[tuple[str, OutputSide]] = []  # norms that the stream enters through
+        self.entrances: list[
+            tuple[str, OutputSide]
+        ] = []  # (path of the norm that the stream enters, its OutputSide)
 
     def wrap(self) -> list[ModuleGroup]:
         """Replace the modules in place and return the groups."""
@@ -85,7 +87,7 @@ class Wrapper:
         return adapted
 
     def _output_side(self, path: str, width: int) -> OutputSide:
-        """The groups of updates that read what is behind a sub-layer, or what enters it."""
+        """Output side of a sub-layer's last module, with groups for its output and the stream."""
         place = self._sublayers[path]
         sources: list[Source] = ["output"]
         if place.norm is not None:

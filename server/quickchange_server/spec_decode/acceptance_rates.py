@@ -1,6 +1,6 @@
-"""How likely a draft holds: running means by drafter, depth and confidence, with decay.
+"""Acceptance rates of drafts: running means by drafter, depth and confidence, with decay.
 
-A draft's chance is always that it holds *given that all before it held*. What is known of one
+A draft's chance is always that it is accepted *given that all before it were*. What is known of one
 drafter at one depth and confidence is drawn towards what is known of it at other depths, and this
 towards all drafters of its kind, so that new adapters start sensibly. Counts decay with each
 observation of the drafter, wherever it falls: what is no longer observed gives way to what is.
@@ -20,19 +20,28 @@ from numpy.typing import NDArray
 
 from quickchange_server.protocol import LOOKUP
 
-DEEPEST = 16  # depths told apart; deeper drafts count as this deep
+DEEPEST = 16  # depths kept apart; deeper drafts count as this deep
 WORDS = "words"  # Drafter.name of drafts found in the prompt by their text
-FORCED = "forced"  # Drafter.name of drafts that a constraint leaves no choice but of spelling
+FORCED = "forced"  # Drafter.name of drafts whose text a constraint forces
 KEPT = 1_024  # drafters remembered, the latest used
 
 HALF_LIFE = 512  # observations of a drafter after which one weighs half
-STRENGTH = 8.0  # observations that the coarser level is worth
-KIND_STRENGTH = 32.0  # observations of all drafters of a kind that the first guess is worth
+STRENGTH = 8.0  # weight of the coarser level's mean, in observations
+KIND_STRENGTH = 32.0  # weight of a kind's first guess, in observations
 
-_HEADS_EDGES = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85, 0.95)  # of the heads' own probability
-_HEADS_PRIOR = (0.05, 0.18, 0.33, 0.48, 0.63, 0.78, 0.9, 0.97)  # taken at their word
-_LOOKUP_PRIOR = (0.1, 0.25, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7)  # of matches of 1, 2, … tokens
-_WORDS_PRIOR = (0.6, 0.3, 0.8, 0.8, 0.8, 0.8, 0.5, 0.5)  # of 1, 2, … characters; long words may end
+_HEADS_EDGES = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85, 0.95)  # bounds of the heads' own probability
+_HEADS_PRIOR = (0.05, 0.18, 0.33, 0.48, 0.63, 0.78, 0.9, 0.97)  # near the probability itself
+_LOOKUP_PRIOR = (0.1, 0.25, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7)  # matches of 1, 2, … tokens
+_WORDS_PRIOR = (
+    0.6,
+    0.3,
+    0.8,
+    0.8,
+    0.8,
+    0.8,
+    0.5,
+    0.5,
+)  # matches of 1, 2, … characters; long words may end
 BINS = len(_HEADS_PRIOR)
 _FORCED_PRIOR = (0.9,) * BINS  # text is mostly spelled as the tokenizer spells it
 
@@ -44,22 +53,22 @@ _PRIORS = {  # by kind
     FORCED: _FORCED_PRIOR,
 }
 
-OFFERS = 16  # chains remembered of what a drafter offered lately
-HOPEFUL = 0.5  # of the posterior's deviation, added while few were seen: bad luck ends no drafter
-HOPE = 0.95  # the chance of what was not offered yet: it is tried
+OFFERS = 16  # latest chains of a drafter that are remembered
+HOPEFUL = 0.5  # part of the posterior's deviation that is added: early bad luck ends no drafter
+HOPE = 0.95  # chance of what was not offered yet, so that it is tried
 
 
 class Drafter(NamedTuple):
-    """Who drafts, and for which model: the same heads fare differently on another adapter."""
+    """A source of drafts for one composition: heads fare differently on another adapter."""
 
     name: str  # digest of the adapter version whose heads draft, LOOKUP, WORDS or FORCED
     composition: bytes  # key of the adapters that verify
 
 
 class _Means:
-    """Decayed means of yes and no in some cells, under one clock that each observation turns.
+    """Decayed acceptance rates in some cells, under one clock that each observation turns.
 
-    Decay is a growing weight of what is new, so that only the observed cell is touched.
+    Decay is a growing weight of new observations, so that only the observed cell is touched.
     """
 
     _GROWTH = 2 ** (1 / HALF_LIFE)
@@ -68,7 +77,7 @@ class _Means:
     def __init__(self, cells: int) -> None:
         self._held = [0.0] * cells
         self._seen = [0.0] * cells
-        self._weight = 1.0  # of an observation now
+        self._weight = 1.0  # weight of the next observation
 
     def turn(self) -> None:
         self._weight *= self._GROWTH
@@ -83,27 +92,27 @@ class _Means:
             self._held[cell] += self._weight
 
     def seen(self, cell: int) -> float:
-        """Observations in a cell, by what they still weigh."""
+        """Observations in a cell, decayed."""
         return self._seen[cell] / self._weight
 
     def mean(self, cell: int, prior: float, strength: float) -> float:
-        """The posterior mean, `prior` being worth `strength` observations."""
+        """Posterior mean of a cell, with `prior` worth `strength` observations."""
         worth = strength * self._weight
         return (self._held[cell] + worth * prior) / (self._seen[cell] + worth)
 
     def mean_without(self, cells: int, cell: int, prior: float, strength: float) -> float:
-        """`mean` of the cell `cells`, less what it shares with `cell`."""
+        """`mean` of the cell `cells` without the observations that it shares with `cell`."""
         worth = strength * self._weight
         held = self._held[cells] - self._held[cell]
         return (held + worth * prior) / (self._seen[cells] - self._seen[cell] + worth)
 
 
 class _History:
-    """What is known of one drafter. Its cells: BINS over all depths, then BINS for each depth."""
+    """Observations of one drafter. Cells: BINS over all depths, then BINS for each depth."""
 
     def __init__(self) -> None:
         self.means = _Means(BINS * (1 + DEEPEST))
-        self.offers = np.full((OFFERS, DEEPEST), BINS)  # bins; BINS: not offered yet
+        self.offers = np.full((OFFERS, DEEPEST), BINS)  # [offer, depth] bin; BINS: not offered yet
         self.next_offer = 0
 
     def chance(self, depth: int, column: int, prior: float) -> float:
@@ -121,23 +130,23 @@ class _Histories(LRUCache[Drafter, _History]):
 
 
 class Acceptance:
-    """The chances of drafts, learned from what was verified."""
+    """Chances of drafts, learned from verified ones."""
 
     def __init__(self) -> None:
-        self._kinds = {kind: _Means(BINS) for kind in _PRIORS}  # over all drafters of it
+        self._kinds = {kind: _Means(BINS) for kind in _PRIORS}  # over all drafters of the kind
         self._drafters = _Histories(KEPT)
 
     def chance(self, drafter: Drafter, depth: int, confidence: float) -> float:
-        """Above 0 and below 1: that a draft holds, given that all before it held.
+        """Chance in (0, 1) that a draft is accepted, given that all before it were.
 
-        depth: from 1. confidence: of heads, the draft's own probability; of lookup, the tokens, or
-        the characters, that matched; of what is forced, 1.
+        depth: from 1. confidence: of heads, the draft's own probability; of lookup, the number of
+        tokens, or characters, that matched; of forced drafts, 1.
         """
         column = _bin(drafter, confidence)
         return self._drafters[drafter].chance(depth, column, self._prior(drafter, column))
 
     def chances(self, drafter: Drafter, confidences: Iterable[float]) -> list[float]:
-        """Of drafts that follow one another from depth 1."""
+        """Chances of drafts that follow one another from depth 1."""
         history = self._drafters[drafter]
         columns = [_bin(drafter, confidence) for confidence in confidences]
         return [
@@ -146,7 +155,7 @@ class Acceptance:
         ]
 
     def observe(self, drafter: Drafter, depth: int, confidence: float, held: bool) -> None:
-        """A draft was verified, all before it having held."""
+        """Learn from a verified draft before which all were accepted. held: it was accepted."""
         column = _bin(drafter, confidence)
         kind, own = self._kinds[_kind(drafter)], self._drafters[drafter].means
         kind.turn()
@@ -156,18 +165,18 @@ class Acceptance:
         own.add(BINS * min(depth, DEEPEST) + column, held)
 
     def offered(self, drafter: Drafter, confidences: Sequence[float]) -> None:
-        """A chain was drafted from depth 1, whether any of it is bought or not."""
+        """Note a chain drafted from depth 1, bought or not."""
         history = self._drafters[drafter]
         columns = [_bin(drafter, confidence) for confidence in confidences[:DEEPEST]]
         history.offers[history.next_offer, : len(columns)] = columns
         history.next_offer = (history.next_offer + 1) % OFFERS
 
     def expected(self, drafter: Drafter, deepest: int) -> NDArray[np.float64]:
-        """Chances of the last chains offered, each given those before. [OFFERS, deepest]
+        """Chances [OFFERS, deepest] of the last chains offered, each given those before it.
 
         Whole chains and not means by depth: a drafter that is sure half of the time is worth its
         rows where one that is half sure all of the time is not. Where fewer chains were offered, or
-        not so deep, HOPE stands for what is missing. deepest: 1 to DEEPEST.
+        not so deep, HOPE stands for what is missing. deepest: from 1 to DEEPEST.
         """
         history = self._drafters[drafter]
         priors = [self._prior(drafter, column) for column in range(BINS)]
@@ -181,7 +190,7 @@ class Acceptance:
         return chances
 
     def _prior(self, drafter: Drafter, column: int) -> float:
-        """Of a drafter of which nothing is known."""
+        """Chance of a drafter of which nothing is known."""
         kind = _kind(drafter)
         return self._kinds[kind].mean(column, _PRIORS[kind][column], KIND_STRENGTH)
 

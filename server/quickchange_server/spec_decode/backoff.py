@@ -1,10 +1,10 @@
-"""The one back-off of drafting: where it has not paid lately, it rests, longer each time.
+"""Back-off of drafting: where it has not paid lately, it rests, longer each time.
 
-Prices and acceptance rates are estimates, and looking for drafts takes time as well. So what steps
-with drafting gave a second is held against what the same sequences would have got without; where it
-is less, nothing is drafted in batches of that size for a while, which doubles as long as trying
-again shows the same. A drafter none of whose drafts held lately is tried again at a fixed pace, so
-as to notice a change. Counted in steps. Knows nothing of models, rows or tokens.
+Costs and acceptance rates are estimates, and looking for drafts takes time as well. So the tokens a
+second of steps with drafting are compared with what the same sequences would have got without. If
+they are fewer, batches of that size draft nothing for a while, which doubles as long as trying
+again shows the same. A drafter none of whose drafts was accepted lately is tried again at a fixed
+pace, so as to notice a change. Counted in steps. Knows nothing of models, rows or tokens.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from cachetools import LRUCache
 
 from quickchange_server.spec_decode.acceptance_rates import KEPT, Drafter
 
-DECAY = 0.97  # what earlier steps weigh, at each further one
+DECAY = 0.97  # factor on the weight of earlier steps, per step
 ENOUGH = 32  # steps seen before anything is concluded
-WORTHWHILE = 1.03  # times what there would be without: looking for drafts takes time, too
+WORTHWHILE = 1.03  # least gain over no drafting: looking for drafts takes time, too
 FIRST_PAUSE = 64  # steps
 LONGEST_PAUSE = 2_048
-RETRY = 64  # steps in which no draft of a drafter held until it is tried
-SPACING = 8  # steps from one trial to the next, whichever drafters they are of
+RETRY = 64  # steps without an accepted draft of a drafter until it is tried
+SPACING = 8  # steps from one trial to the next, over all drafters
 
 
 @dataclass(slots=True)
 class _Record:
-    """What batches of one size gave: decayed sums since drafting was last taken up."""
+    """Results of batches of one size: decayed sums since drafting was last resumed."""
 
     tokens: float = 0.0
     seconds: float = 0.0
@@ -39,27 +39,25 @@ class _Record:
 
 
 class Backoff:
-    """Keeps one record a power of two of sequences that decode, and the drafters' next trials."""
+    """One record for each power of two of decoding sequences, and the drafters' next trials."""
 
     def __init__(self) -> None:
         self._records: dict[int, _Record] = {}
         self._step = 0
         self._trial_at: LRUCache[Drafter, int] = LRUCache(KEPT)  # steps
-        self._trial: tuple[Drafter, int] | None = (
-            None  # the last one, and the step that verifies it
-        )
+        self._trial: tuple[Drafter, int] | None = None  # the last, and the step that verifies it
 
     def awake(self, decoding: int) -> bool:
-        """Say if a step of so many decoding sequences may draft. To be asked once a step."""
+        """True if a step of so many decoding sequences may draft. Call it once a step."""
         self._step += 1
         record = self._record(decoding)
         record.sleeping = max(record.sleeping - 1, 0)
         return not record.sleeping
 
     def observe(self, decoding: int, tokens: int, seconds: float, plain_seconds: float) -> None:
-        """Note a step that could draft: it gave `tokens` in `seconds`, drafting included.
+        """Note a step that could draft: `tokens` in `seconds`, drafting included.
 
-        plain_seconds: what it would have taken without drafts, for one token a sequence.
+        plain_seconds: duration of the same step without drafts, for one token a sequence.
         """
         record = self._record(decoding)
         record.tokens = DECAY * record.tokens + tokens
@@ -80,7 +78,7 @@ class Backoff:
         )
 
     def due(self, drafters: Iterable[Drafter]) -> Drafter | None:
-        """The drafter, of a step's, whose drafts the next step verifies whatever they cost."""
+        """The one of a step's drafters that the next step tries at any cost, if any is due."""
         if self._trial is not None and self._step < self._trial[1] + SPACING - 1:
             return None
         waiting = [(self._trial_at.setdefault(d, self._step + RETRY), d) for d in drafters]
@@ -92,7 +90,7 @@ class Backoff:
         return drafter
 
     def held(self, drafter: Drafter) -> None:
-        """Put off a drafter's trial: a draft of it held. One trial says little: another follows."""
+        """Put off a drafter's trial: a draft was accepted. A trial is soon followed by another."""
         pause = SPACING if self._trial == (drafter, self._step) else RETRY
         self._trial_at[drafter] = self._step + pause
 

@@ -1,6 +1,4 @@
-"""Seconds between points of a step as the device passes them, read once all has been done.
-
-What a step and what drafting cost in time, as measured and kept current.
+"""Cost model of steps and of drafting, in seconds, measured and kept current; and its stopwatches.
 
 Machines are noisy in two ways: a single step may take five times as long, and everything may be
 slower for a minute. Neither says anything about the price of a row. So a step's cost is a shape
@@ -24,17 +22,19 @@ from scipy.optimize import isotonic_regression
 
 
 class Stopwatch(Protocol):
+    """Measures the time between points of a step as the device passes them."""
+
     def mark(self) -> None:
-        """Note when the device gets here."""
+        """Note the time at which the device gets here."""
         ...
 
     def seconds(self) -> list[float]:
-        """Between each mark and the next. The device must have got to the last."""
+        """Seconds from each mark to the next. The device must have passed the last one."""
         ...
 
 
 class HostStopwatch:
-    """Where work is done when the call returns."""
+    """Stopwatch for a device whose work is done when the call returns."""
 
     def __init__(self) -> None:
         self._marks: list[float] = []
@@ -47,7 +47,7 @@ class HostStopwatch:
 
 
 class CudaStopwatch:
-    """Where the host runs ahead: events among the work."""
+    """Stopwatch for a device that the host runs ahead of: events among the work."""
 
     def __init__(self) -> None:
         self._marks: list[torch.cuda.Event] = []
@@ -65,18 +65,18 @@ class CudaStopwatch:
 
 
 def stopwatch(device: torch.device) -> Stopwatch:
-    """One that suits the device."""
+    """A stopwatch that suits the device."""
     return CudaStopwatch() if device.type == "cuda" else HostStopwatch()
 
 
-LEVEL_RATE = 0.1  # of a step's deviation that the level follows
-LEVEL_CLIP = log(1.5)  # the largest deviation believed of one step
-SHAPE_RATE = 0.005  # of a step's deviation from the level that its points of the shape follow
+LEVEL_RATE = 0.1  # part of a step's deviation that the level follows
+LEVEL_CLIP = log(1.5)  # largest deviation believed of one step
+SHAPE_RATE = 0.005  # part of a step's deviation from the level that its points follow
 SHAPE_CLIP = log(1.2)
 
-DRAFT_DECAY = 0.98  # of what earlier calls weigh, at each further one
-DRAFT_RIDGE = 1.001  # what decides between pass and draft where the calls don't
-DRAFT_CLIP = 2.0  # times what a call was thought to take: the most believed of one call
+DRAFT_DECAY = 0.98  # factor on the weight of earlier calls, per call
+DRAFT_RIDGE = 1.001  # decides between pass and draft where the calls don't
+DRAFT_CLIP = 2.0  # most that is believed of one call, in estimates of it
 
 
 class StepCost:
@@ -98,17 +98,16 @@ class StepCost:
             raise ValueError("points: measure steps of at least two different row counts")
         self._rows = np.array([rows for rows, _ in medians])
         self._shape: NDArray[np.float64] = isotonic_regression([s for _, s in medians]).x
-        self._level = 1.0  # how much slower the machine is than when the points were measured
-        self._table: NDArray[np.float64] = np.empty(
-            0
-        )  # seconds of 0, 1, … rows at level 1; empty: to be made
+        self._level = 1.0  # slowness of the machine, relative to when the points were measured
+        # Seconds of 0, 1, … rows at level 1; empty: to be made.
+        self._table: NDArray[np.float64] = np.empty(0)
 
     def seconds(self, rows: int) -> float:
-        """Of a step of `rows` rows, as things are now."""
+        """Present cost of a step of `rows` rows."""
         return float(self.table(rows)[rows])
 
     def table(self, rows: int) -> NDArray[np.float64]:
-        """Seconds of steps of 0, 1, …, `rows` rows. [rows + 1]
+        """Seconds [rows + 1] of steps of 0, 1, …, `rows` rows.
 
         Below the lowest measured count a step costs as much as there; beyond the highest, the last
         two counts' slope goes on.
@@ -118,13 +117,13 @@ class StepCost:
         return self._table[: rows + 1] * self._level
 
     def observe(self, rows: int, seconds: float) -> None:
-        """A step of `rows` rows took `seconds`."""
+        """Learn from a step of `rows` rows that took `seconds`."""
         deviation = log(seconds / self.seconds(rows))
         self._level *= exp(LEVEL_RATE * _clipped(deviation, LEVEL_CLIP))
         self._correct(rows, SHAPE_RATE * _clipped(deviation, SHAPE_CLIP))
 
     def _correct(self, rows: int, by: float) -> None:
-        """Move the shape around `rows` by the factor exp(by); the rest only to stay in order."""
+        """Scale the shape around `rows` by exp(by), and the rest only to keep it in order."""
         after = int(np.searchsorted(self._rows, rows))
         before = max(after - 1, 0)
         after = min(after, len(self._rows) - 1)
@@ -146,10 +145,10 @@ class StepCost:
 
 
 class DraftCost:
-    """Seconds of a drafting call: so much a pass, and so much a draft.
+    """Seconds of a drafting call: a price per pass and a price per draft.
 
     A call that drafts to depth d makes d passes; sequences that want fewer leave the later ones.
-    Costs nothing until a call was observed: the first one is for finding out.
+    The cost is 0 until a call was observed, so that a first one is made.
     """
 
     def __init__(self) -> None:
@@ -158,12 +157,12 @@ class DraftCost:
         self._price = (0.0, 0.0)  # seconds of a pass, of a draft
 
     def seconds(self, depths: Sequence[int]) -> float:
-        """Of a call that drafts `depths` tokens for each sequence."""
+        """Cost of a call that drafts `depths` tokens for each sequence."""
         a_pass, a_draft = self._price
         return a_pass * max(depths, default=0) + a_draft * sum(depths)
 
     def observe(self, depths: Sequence[int], seconds: float) -> None:
-        """A call that drafted `depths` tokens for each sequence, any above 0, took `seconds`."""
+        """Learn from a call that drafted `depths` tokens for each sequence, some above 0."""
         passes, drafts = max(depths), sum(depths)
         thought = self.seconds(depths)
         if thought:

@@ -1,8 +1,8 @@
-"""How deep the heads of each sequence should draft for the next step, before they have.
+"""Draft depths: how deep each sequence's heads should draft for the next step, decided beforehand.
 
-Drafting takes time whether its drafts are then bought or not; under load, with drafts that seldom
-hold, it must not be done at all. What will be offered is not known yet: each drafter is taken to
-offer what it did lately. Knows nothing of tokens: chances in, depths out.
+Drafting takes time even if its drafts are not bought; under load, with drafts that are seldom
+accepted, it must not be done at all. What will be offered is not known yet: each drafter is taken
+to offer what it did lately. Knows nothing of tokens: chances in, depths out.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from quickchange_server.spec_decode.acceptance_rates import DEEPEST, Acceptance,
 from quickchange_server.spec_decode.cost_model import DraftCost, StepCost
 from quickchange_server.spec_decode.draft_selection import StepLoad, expected_tokens
 
-REPLAN = 8  # steps a plan holds: what it rests on, changes over many more
-_ROUNDS = 3  # each squares the distance to the best
+REPLAN = 8  # steps for which a plan holds: its inputs change over many more
+_ROUNDS = 3  # each squares the distance to the best rate
 
 
 @dataclass(frozen=True, slots=True)
 class Prospect:
-    """What one decoding sequence may draft in the next step."""
+    """Drafts that one decoding sequence may have in the next step."""
 
-    known: Sequence[float]  # chances of the drafts it has without heads, each given those before
+    known: Sequence[float]  # chances of its drafts without heads, each given those before
     drafter: Drafter | None = None  # its heads
-    deepest: int = 0  # drafts that its heads may give at most
+    deepest: int = 0  # most drafts that its heads may give
 
 
 class DepthPlan:
-    """How deep to draft, thought through anew every few steps and whenever the batch changes."""
+    """Draft depths of a batch, planned anew every few steps and whenever the batch changes."""
 
     def __init__(self, acceptance: Acceptance, cost: StepCost, drafting: DraftCost) -> None:
         self._acceptance = acceptance
@@ -44,7 +44,7 @@ class DepthPlan:
         self._age = 0
 
     def depths(self, prospects: Sequence[Prospect], load: StepLoad) -> tuple[int, ...]:
-        """For each decoding sequence, how deep its heads should draft; 0: not at all."""
+        """Depth to which each decoding sequence's heads should draft; 0: not at all."""
         batch = Counter(prospect.drafter for prospect in prospects)
         self._age += 1
         if batch != self._batch or self._age >= REPLAN:
@@ -61,7 +61,7 @@ class DepthPlan:
         return min(order.depth, prospect.deepest)
 
     def _ordered(self, prospects: Sequence[Prospect], load: StepLoad) -> dict[Drafter, _Order]:
-        """What each drafter should do, where any should draft.
+        """Orders to the drafters; empty if no sequence gains by heads.
 
         The best rate (tokens a second, drafting included) is found as Dinkelbach does (1967): take
         a second to be worth the rate reached so far, choose what then gains most, and again from
@@ -91,20 +91,20 @@ class DepthPlan:
 
 
 class _Order(NamedTuple):
-    """What a drafter should do."""
+    """Depth that a drafter should draft to."""
 
     depth: int
-    promise: float  # tokens to be expected of a chain; who has more without heads needs none
+    promise: float  # expected tokens of a chain; a sequence with more without heads needs none
 
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """The sequences of one drafter for which its heads promise more than what they have."""
+    """The sequences of one drafter to which its heads promise more than they have without."""
 
     drafter: Drafter
     members: list[int]
-    promise: float  # tokens to be expected of a chain
-    paths: NDArray[np.float64]  # [offers, depths] chances, those before included
+    promise: float  # expected tokens of a chain
+    paths: NDArray[np.float64]  # [offers, depths] chance of each draft with all before it
 
 
 def _groups(prospects: Sequence[Prospect], acceptance: Acceptance) -> list[_Group]:
@@ -125,15 +125,15 @@ def _groups(prospects: Sequence[Prospect], acceptance: Acceptance) -> list[_Grou
 
 @dataclass(frozen=True, slots=True)
 class _Hopes:
-    """The drafts that may be expected, the likeliest first; each counts for a part of a row.
+    """Expected drafts, the likeliest first; each counts for a part of a row.
 
     A sequence in a group has either what its heads give down to some depth, or what it has without.
     """
 
     path: NDArray[np.float64]  # [N] chance of each with all before it
-    rows: NDArray[np.float64]  # [N] how many of the kind
-    depth: NDArray[np.int64]  # [N] 0: there without heads
-    group: NDArray[np.int64]  # [N] its sequence's, of `groups`; len(groups): in none
+    rows: NDArray[np.float64]  # [N] rows of the kind
+    depth: NDArray[np.int64]  # [N] depth from 1; 0: drafts without heads
+    group: NDArray[np.int64]  # [N] index of the sequence's group; len(groups): in none
 
     @classmethod
     def of(cls, prospects: Sequence[Prospect], groups: Sequence[_Group]) -> _Hopes:
@@ -157,7 +157,7 @@ class _Hopes:
     def best_rate(
         self, levels: Sequence[int], load: StepLoad, cost: StepCost, drafting: float
     ) -> float:
-        """Tokens a second where the groups draft to `levels` in `drafting` seconds."""
+        """Best tokens a second if the groups draft to `levels` in `drafting` seconds."""
         level = np.array([*levels, 0])[self.group]
         among = (self.depth <= level) & ((self.depth > 0) | (level == 0))
         gains, _, seconds = self._bought(among, load, cost)
@@ -171,7 +171,7 @@ class _Hopes:
         cost: StepCost,
         drafting: DraftCost,
     ) -> list[int]:
-        """The depth for each group that gains most where a second is worth `rate` tokens.
+        """The depth for each group that gains most if a second is worth `rate` tokens.
 
         Rows are taken at the mean price of all that are then worth theirs.
         """
@@ -195,7 +195,7 @@ class _Hopes:
     def _bought(
         self, among: NDArray[np.bool_], load: StepLoad, cost: StepCost
     ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-        """Tokens gained, rows and seconds with the first 0, 1, … of the drafts `among`."""
+        """Tokens gained, rows and seconds with the first 0, 1, … of the drafts in `among`."""
         share = self.rows[among]
         rows = np.concatenate(((0.0,), share.cumsum()))
         within = rows <= load.cap

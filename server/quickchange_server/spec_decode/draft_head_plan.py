@@ -1,15 +1,15 @@
-"""What drafting computes in which round, worked out on the host from what is asked for.
+"""Plan of a drafting call: the rows and numbers of each round, worked out on the host.
 
-A round ends in tokens. Parallel heads need one round for all depths, sequential heads one a depth,
-each beginning with the tokens of the round before. A row of a round is one head of one item. Its
-logits come in one of three ways:
+A round ends in tokens. Parallel heads need one round for all depths, sequential heads one per
+depth, each beginning with the tokens of the round before. A row of a round is one head of one item.
+Its logits come in one of three ways:
 
-    module   through the model's LM head: without a vocabulary; or with one where the LM head is no
+    module   through the model's LM head: without a vocabulary; or with one if the LM head is no
              plain float matrix or the item's adapters update it: then its columns are picked
     subset   over the vocabulary's rows of the LM head alone
     own      from the head's own LM head
 
-Knows which rows and numbers, not what is done with them: draft_heads.py does it.
+Knows rows and numbers, not what is computed with them (draft_heads.py).
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from quickchange_server.adapters.turbo_tables import TurboSlot
 class DraftItem:
     """One sequence's drafts."""
 
-    row: int  # of the hidden states: its sequence
-    slot: int  # whose heads
+    row: int  # its sequence's row of the hidden states
+    slot: int  # device slot of the heads
     depth: int  # tokens wanted, from 1 to the number of heads
-    components: Components  # the request's adapters, for what they add to the LM head
+    components: Components  # the request's adapters, which may update the LM head
 
 
 class HeadAdapters(Protocol):
-    """The adapters on the device."""
+    """Tables of the adapters on the device."""
 
     @property
     def tables(self) -> LowRankTables: ...
@@ -47,32 +47,32 @@ class HeadAdapters(Protocol):
     def heads(self) -> HeadTables: ...
 
     def turbo(self, slot: int) -> TurboSlot | None:
-        """What a slot can draft with."""
+        """The Turbo heads in a slot; None if it has none."""
 
     def updates(self, slot: int, group: int) -> bool:
-        """Whether a slot's adapter has an update in a module group."""
+        """True if a slot's adapter has an update in a module group."""
 
 
 @dataclass(frozen=True, slots=True)
 class HeadFacts:
-    """What the plan must know of the model's LM head."""
+    """Properties of the model's LM head that the plan depends on."""
 
-    plain: bool  # a float matrix, of which single rows can be read
-    group: int | None  # adapters' updates of it; None: there are no adapters
+    plain: bool  # it is a float matrix, whose single rows can be read
+    group: int | None  # group of adapters' updates of it; None: no adapters
 
 
 @dataclass(frozen=True, slots=True)
 class Beginning:
     """The first blocks of sequential heads, which read a token's embedding beside the state."""
 
-    states: Tensor | None  # int64 [S] rows of the last round's states (first round: hidden states)
-    tokens: Tensor  # int64 [S] places of the last round's tokens (first round: rows of tokens)
+    states: Tensor | None  # int64 [S] rows in the last round's states (first round: hidden states)
+    tokens: Tensor  # int64 [S] places of the last round's drafts (first round: rows of `tokens`)
     items: HeadItems  # over the S rows so chosen
 
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """A further block, of those rows of a round that have it."""
+    """A further block, for the rows of a round that have it."""
 
     rows: Tensor | None  # int64 [I]; None: all rows
     items: HeadItems
@@ -80,26 +80,26 @@ class Level:
 
 @dataclass(frozen=True, slots=True)
 class DraftChoice:
-    """Whose tokens some rows' logits decide, and what their columns mean."""
+    """The drafts that some rows' logits decide, and the tokens of their columns."""
 
-    places: Tensor  # int64 [m] of the drafts [items · depth]
-    first: Tensor | None  # int64 [m] of each row's vocabulary; None: column i is token i
+    places: Tensor  # int64 [m] into the drafts [items · depth]
+    first: Tensor | None  # int64 [m] begin of each row's vocabulary; None: column i is token i
 
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """A vocabulary's columns out of a row of all logits."""
+    """Choice of the vocabularies' columns from rows of all logits."""
 
-    size: Tensor  # int64 [m] of the row's vocabulary
+    size: Tensor  # int64 [m] of each row's vocabulary
     width: int  # the largest of them
 
 
 @dataclass(frozen=True, slots=True)
 class ModuleLogits:
-    """Rows that go through the model's LM head: first those over all tokens, then the others."""
+    """Rows through the model's LM head: first those over all tokens, then the others."""
 
-    rows: Tensor | None  # int64 [m] of the round; None: all
-    segments: Segments | None  # over these rows: what adapters add. None: nothing
+    rows: Tensor | None  # int64 [m] in the round; None: all
+    segments: Segments | None  # adapters over these rows; None: none updates the LM head
     over_all: DraftChoice | None
     over_columns: DraftChoice | None
     columns: Columns | None
@@ -107,9 +107,9 @@ class ModuleLogits:
 
 @dataclass(frozen=True, slots=True)
 class SubsetLogits:
-    """Rows over their vocabularies' rows of the LM head."""
+    """Rows through their vocabularies' rows of the LM head."""
 
-    rows: Tensor | None  # int64 [m] of the round; None: all
+    rows: Tensor | None  # int64 [m] in the round; None: all
     segments: Tensor  # int32 [R, 4] (begin, end, first, last), as draft_logits reads them
     width: int
     choice: DraftChoice
@@ -126,8 +126,10 @@ class OwnLogits:
 
 @dataclass(frozen=True, slots=True)
 class Round:
+    """All that ends in one round of tokens."""
+
     parallel: HeadItems | None  # first blocks, over the hidden states
-    sequential: Beginning | None  # the rows behind those
+    sequential: Beginning | None  # first blocks of the rows behind those
     levels: tuple[Level, ...]
     module: ModuleLogits | None
     subset: SubsetLogits | None
@@ -138,10 +140,10 @@ class Round:
 class _Row:
     """One head of one item."""
 
-    index: int  # of the item
+    index: int  # the item's
     item: DraftItem
     turbo: TurboSlot
-    depth: int  # which head
+    depth: int  # the head's, from 0
 
     @property
     def blocks(self) -> tuple[int, ...]:
@@ -149,7 +151,7 @@ class _Row:
 
 
 class Planner:
-    """Makes the plan of one call, on the host.
+    """Plan of one drafting call, made on the host.
 
     Raises ValueError for a slot without heads or a depth that its heads don't have.
     """
@@ -165,19 +167,21 @@ class Planner:
         self._adapters = adapters
         self._head = head
         self._hidden_rows = hidden_rows
-        self._device = device  # that the segments are for
+        self._device = device  # decides if segments need tiles
         self.depth = max(item.depth for item in items)
         self._items = sorted(
             ((index, item, _turbo(item, adapters)) for index, item in enumerate(items)),
             key=lambda entry: (entry[2].sequential, entry[1].slot, entry[0]),
         )
         self._lists: dict[int, tuple[int, int]] = {}  # slot -> (first, last) of its vocabulary
-        self.vocabularies: list[Tensor] = []  # int32 on the device: joined, what plans number
+        self.vocabularies: list[
+            Tensor
+        ] = []  # int32 on the device; plans number their tokens joined
         for _, item, turbo in self._items:
             self._join_vocabulary(item.slot, turbo)
 
     def rounds(self) -> tuple[Round, ...]:
-        """Their tensors are on the host."""
+        """The rounds of the call, with tensors on the host."""
         sequential = [item.depth for _, item, turbo in self._items if turbo.sequential]
         rounds: list[Round] = []
         before: list[_Row] = []
@@ -194,7 +198,7 @@ class Planner:
             self.vocabularies.append(turbo.vocabulary)
 
     def _rows(self, depth: int) -> list[_Row]:
-        """Of a round: those of parallel heads, then those of sequential ones, slot by slot."""
+        """Rows of a round: those of parallel heads, then those of sequential ones, by slot."""
         rows: list[_Row] = []
         for index, item, turbo in self._items:
             if turbo.sequential:
@@ -233,7 +237,7 @@ class Planner:
         return row.index * self.depth + row.depth
 
     def _by_logits(self, rows: Sequence[_Row]) -> tuple[list[int], list[int], list[int]]:
-        """The numbers of rows by how their logits are made. Of module: those over all first."""
+        """Row numbers by the source of their logits: module (those over all first), subset, own."""
         over_all: list[int] = []
         over_columns: list[int] = []
         subset: list[int] = []
@@ -292,7 +296,7 @@ class Planner:
         )
 
     def _own(self, rows: Sequence[_Row], which: Sequence[int]) -> list[OwnLogits]:
-        """One for each width, and for each meaning of the columns."""
+        """One part for each width and meaning of the columns."""
         found: dict[tuple[int, bool], list[int]] = {}
         for at in which:
             turbo = rows[at].turbo
@@ -307,7 +311,7 @@ class Planner:
         ]
 
     def _choice(self, rows: Sequence[_Row]) -> DraftChoice:
-        """rows: all with a vocabulary, or all without."""
+        """The choice of some rows, all with a vocabulary or all without."""
         first = [first for first, _ in self._lists_of(rows)]
         return DraftChoice(
             torch.tensor([self._place(row) for row in rows]),

@@ -8,14 +8,12 @@ For an item whose sequence's hidden state is x and whose certain next token is t
 
 and its logits are the LM head's of h, with what the request's adapters add there, over the heads'
 vocabulary where they have one; or those of the head's own LM head. The embedding is that of the
-base model's input embedding module (with its scale, where the module has one) and has no part of
-any adapter's update: heads are trained on it as it is. What models do to logits behind the LM head
-(a scale, a cap) keeps their order, so the tokens are the same without; the chances are those of
-the head's logits as they are. Temperature plays no role: drafts are guesses, and whoever samples
-decides.
+base model's input embedding module (with its scale, if the module has one), without any adapter's
+update: heads are trained on it as it is. A scale or cap behind the LM head keeps the order of the
+logits, so it is left out: the tokens are the same, and the chances are those of the bare logits.
+Temperature plays no role: drafts are guesses, and the sampler decides.
 
-Everything happens on the device, given what was asked for: no value comes back meanwhile, unless a
-guide is asked.
+All is computed on the device; no value comes to the host meanwhile, unless there is a guide.
 """
 
 from __future__ import annotations
@@ -57,19 +55,19 @@ class Drafts(NamedTuple):
 
 
 class Guide(Protocol):
-    """Who may know better than a head what comes next."""
+    """Revises the heads' drafts, depth by depth."""
 
     def begin(self, tokens: Sequence[int]) -> None:
-        """The certain next token of each item."""
+        """Take the certain next token of each item."""
         ...
 
     def revise(self, tokens: Sequence[int], chances: Sequence[float]) -> list[int]:
-        """What is drafted for each item at the next depth, from the heads' best and its chance."""
+        """Drafts of each item at the next depth, given the heads' best tokens and chances."""
         ...
 
 
 class HeadDrafter:
-    """Reads a model's LM head and embedding. Holds no state between calls."""
+    """Drafts with heads over one model's LM head and embedding. No state between calls."""
 
     def __init__(self, model: LoadedModel, device: torch.device) -> None:
         head, embedding = model.head, model.embedding
@@ -96,8 +94,8 @@ class HeadDrafter:
         """Drafts of `items` (one at least).
 
         hidden [n, H]: what entered the LM head. tokens int64 [n]: each row's certain next token.
-        Sequential heads follow their best tokens, or what `guide` puts in their place; asking
-        it takes tokens to the host at every depth. An item's drafts do not depend on the others.
+        Sequential heads follow their best tokens, or what `guide` puts in their place, which
+        brings tokens to the host at every depth. An item's drafts do not depend on the others.
         Raises ValueError for a slot without heads, and for a depth that its heads don't have.
         """
         planner = Planner(items, adapters, self.facts, hidden.shape[0], self._device)
@@ -111,7 +109,7 @@ class HeadDrafter:
     def compute(
         self, rounds: Sequence[Round], hidden: Tensor, call: DraftCall, guide: Guide | None = None
     ) -> Drafts:
-        """What `draft` does on the device. All tensors are there."""
+        """The device's part of `draft`. All tensors are on the device."""
         states = hidden
         for number, part in enumerate(rounds):
             states = self._states(part, hidden, states, call, first=number == 0)
@@ -131,7 +129,7 @@ class HeadDrafter:
     def _states(
         self, part: Round, hidden: Tensor, before: Tensor, call: DraftCall, *, first: bool
     ) -> Tensor:
-        """[rows of the round, H] what the heads end with."""
+        """States [rows of the round, H] behind the heads' last blocks."""
         heads = call.adapters.heads
         states: list[Tensor] = []
         if part.parallel is not None:
@@ -146,7 +144,7 @@ class HeadDrafter:
         return found
 
     def _begin(self, begin: Beginning, before: Tensor, tokens: Tensor, call: DraftCall) -> Tensor:
-        """[S, H] behind the first blocks of sequential heads."""
+        """States [S, H] behind the first blocks of sequential heads."""
         x = _chosen(before, begin.states)
         embedded: Tensor = self._embedding(tokens.index_select(0, begin.tokens))
         z = torch.cat([x, embedded.to(x.dtype)], dim=1)
@@ -167,7 +165,7 @@ class HeadDrafter:
 
 
 class DraftCall:
-    """What one call of `draft` reads throughout, and its drafts as they come."""
+    """Inputs of one call of `draft`, and its drafts as they come."""
 
     def __init__(
         self,
@@ -190,7 +188,7 @@ class DraftCall:
         return self.drafts.tokens.shape[1]
 
     def revise(self, number: int, guide: Guide) -> None:
-        """Let `guide` decide what is drafted at depth `number` (from 0)."""
+        """Let `guide` revise the drafts at depth `number` (from 0)."""
         tokens, chances = (part[:, number] for part in self.drafts)
         before = tokens.tolist()
         after = guide.revise(before, chances.tolist())
@@ -199,17 +197,17 @@ class DraftCall:
 
     @property
     def best(self) -> Tensor:
-        """int64 [items · depth]"""
+        """Drafts so far: int64 [items · depth]."""
         return self.drafts.tokens.view(-1)
 
     def columns(self, logits: Tensor, choice: DraftChoice, columns: Columns) -> Tensor:
-        """[m, width] the rows' vocabularies' columns of [m, V]; -inf behind a shorter one's end."""
+        """Columns [m, width] of the rows' vocabularies in [m, V]; -inf behind the shorter ones."""
         number = torch.arange(columns.width, device=logits.device)
         absent = number >= columns.size[:, None]
         return logits.gather(1, self._named(choice, number)).masked_fill(absent, float("-inf"))
 
     def choose(self, logits: Tensor, choice: DraftChoice) -> None:
-        """Keep the best of logits [m, columns] as the drafts of the choice's places."""
+        """Keep the best tokens of logits [m, columns] as drafts at the choice's places."""
         logits = logits.float()
         value, index = logits.max(1, keepdim=True)
         chances = (value - logits.logsumexp(1, keepdim=True)).exp().squeeze(1)
@@ -218,10 +216,10 @@ class DraftCall:
         self.drafts.chances.view(-1).index_copy_(0, choice.places, chances)
 
     def _named(self, choice: DraftChoice, columns: Tensor) -> Tensor:
-        """int64 [m, k] the tokens of columns [m, k] or [k]."""
+        """Token ids int64 [m, k] of columns [m, k] or [k]."""
         if choice.first is None:
             return columns
-        # The columns behind a list's end are another list's, or nobody's: no draft comes of them.
+        # Columns behind a vocabulary's end are never chosen: any token may stand there.
         at = (choice.first[:, None] + columns).clamp(max=self.vocabulary.shape[0] - 1)
         return self.vocabulary[at].long()
 

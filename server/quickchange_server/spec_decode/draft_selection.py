@@ -1,10 +1,10 @@
-"""Which drafts are worth a row, over the whole batch: those that bring most tokens a second.
+"""Selection of the drafts to verify over the whole batch: those that bring most tokens a second.
 
 A draft costs what its row adds to the step and brings a token with the chance that it and all
-before it hold. For any number of rows the best drafts are those of the highest such chances, and as
-no draft has a higher one than the draft it follows, they are whole beginnings of chains. What is
-left is how many: rows are nearly free up to a point and dear beyond, so every number is looked at.
-Knows nothing of tokens: chances in, counts out.
+before it are accepted. For any number of rows the best drafts are those of the highest such
+chances, and as no draft has a higher one than the draft it follows, they are whole beginnings of
+chains. What is left is how many: rows are nearly free up to a point and dear beyond, so every
+number is looked at. Knows nothing of tokens: chances in, counts out.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from quickchange_server.spec_decode.cost_model import StepCost
 
 @dataclass(frozen=True, slots=True)
 class StepLoad:
-    """What a step computes beside drafts."""
+    """Rows of a step beside drafts."""
 
     decoding: int  # sequences that get a certain token from one row each
     prefill: int  # rows of prefill
-    cap: int  # draft rows there is room for
+    cap: int  # room for draft rows
 
 
 @dataclass(frozen=True, slots=True)
 class Purchase:
     """The drafts to verify in a step."""
 
-    lengths: tuple[int, ...]  # how many of each chain, from its beginning
-    gain: float  # tokens they are expected to bring
+    lengths: tuple[int, ...]  # drafts of each chain, from its beginning
+    gain: float  # expected tokens
 
 
 def buy_chains(
     chains: Sequence[Sequence[float]], load: StepLoad, cost: StepCost, *, trial: int | None = None
 ) -> Purchase:
-    """The drafts that make the decode work's tokens a second most; of equals, the fewest.
+    """Buy the drafts that maximise decoding's tokens a second; of equals, the fewest.
 
-    chains: of each sequence its drafts' chances, each given those before. trial: the sequence whose
-    drafts are bought whatever they are worth, as far as the cap goes.
+    chains: chances of each sequence's drafts, each given those before. trial: the sequence whose
+    drafts are bought at any cost, up to the cap.
     """
     paths: list[float] = []  # chance of each with all before it
     owners: list[int] = []
@@ -68,7 +68,7 @@ def buy_chains(
 
 
 def expected_tokens(chain: Iterable[float]) -> float:
-    """That drafts of these chances bring, each given those before, if all are verified."""
+    """Expected tokens of a verified chain. chain: chances, each given those before."""
     path, tokens = 1.0, 0.0
     for chance in chain:
         path *= chance

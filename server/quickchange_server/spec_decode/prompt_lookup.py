@@ -1,39 +1,44 @@
-"""Drafts from what followed the same tokens earlier in a sequence: prompt lookup.
+"""Prompt lookup: drafts that repeat what stands earlier in the sequence.
 
-After "Prompt Lookup Decoding" (Saxena, 2023). The index grows with the sequence, O(1) a token, and
-what it finds is a function of the tokens alone: preemption and restarts change nothing but speed.
-Knows nothing of models: token ids in, token ids out.
+`PromptLookup` continues the longest match of the last tokens ("Prompt Lookup Decoding", Saxena,
+2023). `WordLookup` finishes a phrase of the prompt by its text, also where the output spells it in
+other tokens than the prompt; `WordGuide` puts such words in the place of single heads' drafts. What
+is found is a function of the tokens alone: preemption and restarts change nothing but speed. Knows
+nothing of models.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Sequence
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from quickchange_server.spec_decode.acceptance_rates import Acceptance, Drafter
 
-LONGEST = 8  # tokens compared at most: a longer match says little more
+LONGEST = 8  # most tokens compared: a longer match says little more
 WALKED = 64  # earlier places of the last two tokens looked at, latest first: bounds a step's time
 
 _NOWHERE = -1  # ends a chain of places in the array that links them
 
+_TAIL = 12  # last tokens of the output whose words are looked up
+_AHEAD = 48  # most characters taken from the prompt
+_JOINTS = " -"  # within a phrase: one of them between two words
+
 
 class LookupMatch(NamedTuple):
-    """What followed the same tokens before."""
+    """Tokens that followed the same tokens, or words, before."""
 
     tokens: tuple[int, ...]  # drafts, at least one
-    match: int  # tokens that agree before them, 1 to LONGEST
+    match: int  # tokens that agree before them, 1 to LONGEST; by words: characters
 
 
 class PromptLookup:
-    """The index of one sequence.
+    """Lookup by tokens in one sequence, with an index that grows in O(1) a token.
 
-    `tokens` is the sequence's own list, which may only grow; what is new in it is taken up by each
-    `find`. A place is the index of a token; it is known once a token follows it. Places of the same
-    pair of tokens are linked, latest first: 4 bytes a token and an entry a distinct pair.
+    `tokens` is the sequence's own list, which may only grow; each `find` indexes what is new in it.
+    A place is the index of a token; it is known once a token follows it. Places of the same pair of
+    tokens are linked, latest first: 4 bytes per token and an entry per distinct pair.
     """
 
     def __init__(self, tokens: list[int]) -> None:
@@ -45,9 +50,10 @@ class PromptLookup:
     def find(self, most: int, after: Sequence[int] = ()) -> LookupMatch | None:
         """Up to `most` tokens to follow the sequence and, behind it, the drafts `after`.
 
-        They follow the longest match of the last tokens in the sequence before (the latest of
-        equals; of the WALKED latest places of the last two tokens). A continuation that reaches the
-        end goes on into `after` and into itself, so that a period goes on as long as wanted.
+        They follow the longest earlier match of the last tokens (the latest of equals, among the
+        WALKED latest places of the last two tokens). A continuation that reaches the end goes on
+        into `after` and into itself, so that a period is repeated as long as wanted. None if the
+        last token does not occur before.
         """
         self._take_up()
         if most < 1:
@@ -75,7 +81,7 @@ class PromptLookup:
                 earlier.append(_NOWHERE)
 
     def _best_place(self, suffix: list[int]) -> tuple[int, int]:
-        """The place of the longest match and its length in tokens; length 0 where there is none."""
+        """Place of the longest match and its length in tokens; length 0 if there is none."""
         if not suffix:
             return _NOWHERE, 0
         place = _NOWHERE
@@ -97,7 +103,7 @@ class PromptLookup:
         return best, longest
 
     def _agreeing(self, place: int, suffix: list[int]) -> int:
-        """How many tokens up to `place` agree with the end of `suffix`, whose last two do."""
+        """Number of tokens up to `place` that agree with the end of `suffix`, whose last two do."""
         tokens = self._tokens
         most = min(place + 1, len(suffix))
         match = 2
@@ -111,21 +117,16 @@ def _pair(first: int, second: int) -> int:
     return first << 32 | second
 
 
-_TAIL = 12  # tokens of the output looked back at
-_AHEAD = 48  # characters taken from the prompt at most
-_JOINTS = " -"  # within a phrase: one of them between two words
-
-
 @dataclass(frozen=True)
 class TokenText:
-    """A tokenizer's two directions."""
+    """A tokenizer: token to text, text to tokens."""
 
     piece: Callable[[int], str]  # one token's own text, its leading space included
     encode: Callable[[str], Sequence[int]]  # text to tokens, without special ones
 
 
 class WordLookup:
-    """Of one sequence. `tokens` is the sequence's own list, prompt first, which may only grow."""
+    """Lookup by words in one prompt. tokens: the sequence's own list, which may only grow."""
 
     def __init__(self, tokens: list[int], prompt_length: int, text: TokenText) -> None:
         self._tokens = tokens
@@ -136,9 +137,8 @@ class WordLookup:
     def find(self, most: int, after: Sequence[int] = ()) -> LookupMatch | None:
         """Up to `most` tokens to follow the output and, behind it, the drafts `after`.
 
-        They finish the phrase of the prompt, the latest one, that the longest run of last words
-        begins; None where there is no such phrase, or where it ends there. `LookupMatch.match` is
-        in characters.
+        They finish the latest phrase of the prompt that begins with the longest run of last words;
+        None if there is no such phrase, or if it ends there. `LookupMatch.match` counts characters.
         """
         tail = self._words(after)
         if most < 1 or not tail:
@@ -147,19 +147,19 @@ class WordLookup:
         for start, piece in enumerate(pieces):
             if start and not piece.startswith(" "):
                 continue  # a phrase begins with a word
-            said = "".join(pieces[start:])
-            place = self._latest(said.lstrip(" "))
+            written = "".join(pieces[start:])
+            place = self._latest(written.lstrip(" "))
             if place is None:
                 continue
-            tokens = self._text.encode(said + self._rest(place))
+            tokens = self._text.encode(written + self._rest(place))
             known = len(tail) - start
             if list(tokens[:known]) != tail[start:] or len(tokens) == known:
-                return None  # it ends here, or goes on in tokens that do not begin like these
-            return LookupMatch(tuple(tokens[known : known + most]), len(said.lstrip(" ")))
+                return None  # it ends here, or its tokens do not begin like these
+            return LookupMatch(tuple(tokens[known : known + most]), len(written.lstrip(" ")))
         return None
 
     def _words(self, after: Sequence[int]) -> list[int]:
-        """The last tokens of output and `after` that are words or parts of words."""
+        """Last tokens of the output and `after` that are words or parts of words."""
         tokens = [*self._tokens[max(self._prompt_length, len(self._tokens) - _TAIL) :], *after]
         begin = len(tokens)
         while begin and _is_word(self._text.piece(tokens[begin - 1])):
@@ -167,14 +167,14 @@ class WordLookup:
         return tokens[max(begin, len(tokens) - _TAIL) :]
 
     def _latest(self, words: str) -> int | None:
-        """Where, in the prompt, the latest phrase that begins with `words` goes on behind them."""
+        """Index in the prompt behind the latest phrase begin `words`; None if there is none."""
         place = self._prompt.rfind(words)
         while place > 0 and self._prompt[place - 1].isalnum():
             place = self._prompt.rfind(words, 0, place + len(words) - 1)
         return None if place < 0 else place + len(words)
 
     def _rest(self, place: int) -> str:
-        """The phrase's end: letters, digits and single joints, whole words where it is long."""
+        """Rest of a phrase: letters, digits and single joints; whole words if it is long."""
         text = self._prompt[place : place + _AHEAD + 1]
         end = 0
         while end < len(text) and (text[end].isalnum() or self._joins(text, end)):
@@ -189,23 +189,25 @@ class WordLookup:
 
 
 def _is_word(piece: str) -> bool:
-    """Letters and digits, behind one joint at most."""
+    """True for letters and digits, behind spaces or one other joint."""
     return piece.lstrip(_JOINTS[0]).isalnum() or (piece[:1] in _JOINTS and piece[1:].isalnum())
 
 
 @dataclass(slots=True)
 class GuidedChain:
-    """One sequence's drafts as they come."""
+    """Drafts of one sequence, made depth by depth from its heads and its prompt's words."""
 
-    lookup: WordLookup | None  # None: the heads are left alone
+    lookup: WordLookup | None  # None: the heads' drafts stay
     heads: Drafter
     words: Drafter
-    depth: int  # tokens wanted
+    depth: int  # drafts wanted
     path: list[int] = field(default_factory=list)  # the certain token, then the drafts
-    matches: list[int] = field(default_factory=list)  # of each draft: characters; 0: the head's own
+    matches: list[int] = field(
+        default_factory=list
+    )  # characters that matched for each draft; 0: the head's own
 
     def draft(self, token: int, chance: float, acceptance: Acceptance) -> int:
-        """The next draft, where the head's is `token`, of probability `chance`."""
+        """Choose the next draft; the head's is `token`, of probability `chance`."""
         depth = len(self.path)
         match = 0
         found = None
@@ -221,19 +223,19 @@ class GuidedChain:
 
 
 class WordGuide:
-    """Says after each round of heads what is drafted. One call of the drafter long."""
+    """Revises heads' drafts by the prompt's words, during one drafting call."""
 
-    def __init__(self, chains: Seq[GuidedChain], acceptance: Acceptance) -> None:
+    def __init__(self, chains: Sequence[GuidedChain], acceptance: Acceptance) -> None:
         self._chains = chains
         self._acceptance = acceptance
 
-    def begin(self, tokens: Seq[int]) -> None:
-        """The certain next token of each chain."""
+    def begin(self, tokens: Sequence[int]) -> None:
+        """Take the certain next token of each chain."""
         for chain, token in zip(self._chains, tokens, strict=True):
             chain.path.append(token)
 
-    def revise(self, tokens: Seq[int], chances: Seq[float]) -> list[int]:
-        """The drafts of the next depth, from the heads' own."""
+    def revise(self, tokens: Sequence[int], chances: Sequence[float]) -> list[int]:
+        """Drafts of the next depth, given the heads' own."""
         return [
             chain.draft(token, chance, self._acceptance)
             for chain, token, chance in zip(self._chains, tokens, chances, strict=True)

@@ -1,8 +1,9 @@
-"""The most promising chain of drafts for one sequence, from all that may draft for it.
+"""Proposer of drafts: the most promising chain for one sequence, from all that may draft for it.
 
-An adapter's Turbo heads offer drafts, which the step before has run; prompt lookup, by tokens and
-by words; and a constraint, where it leaves one text to go on with. A chain is what promises most of
-one of them, or of one after the other. Knows nothing of what drafts cost, nor of other sequences.
+Drafts come from an adapter's Turbo heads, which the step before has run; from prompt lookup, by
+tokens and by words; and from a constraint, if it leaves only one text to go on with. A chain is the
+best of one of them, or of one after the other. Knows nothing of the cost of drafts, nor of other
+sequences.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from quickchange_server.spec_decode.prompt_lookup import (
 from quickchange_server.spec_decode.step_view import DraftedSequence
 from quickchange_server.structured_output.compiler import Matcher
 
-_UNSURE = 0.5  # a head's chance below which lookup may take over in the middle of a chain
+_UNSURE = 0.5  # chance of a head's draft below which lookup may take over in mid-chain
 
 
 class Draft(NamedTuple):
@@ -36,29 +37,29 @@ class Draft(NamedTuple):
 
     token: int
     drafter: Drafter
-    confidence: float  # as Acceptance.chance has it
-    chance: float  # that it holds, given that all before it do
+    confidence: float  # see `Acceptance.chance`
+    chance: float  # acceptance rate, given that all before it are accepted
 
 
 class Proposer:
-    """Offers a step's chains. `text` None: prompts are looked up by tokens alone.
+    """Offers the chains of a step. text: None: prompts are looked up by tokens alone.
 
-    What prompts promise by themselves is left in `alone`, by request, for the planning of heads.
+    `alone` keeps the chances of the prompts' own drafts, for the planning of heads.
     """
 
     def __init__(self, acceptance: Acceptance, max_model_len: int, text: TokenText | None) -> None:
         self._acceptance = acceptance
         self._max_model_len = max_model_len
         self._text = text
-        self.alone: dict[str, list[float]] = {}  # chances of what prompts promise without heads
+        self.alone: dict[str, list[float]] = {}  # by request: chances of drafts without heads
 
     def most(self, sequence: DraftedSequence) -> int:
-        """Drafts that can still count: the last token of a sequence needs none."""
+        """Number of drafts that can still count: the last token of a sequence needs none."""
         left = sequence.request.sampling.token_limit - sequence.output_length
         return min(left, self._max_model_len - len(sequence.tokens), DEEPEST + 1) - 1
 
     def chain(self, sequence: DraftedSequence) -> list[Draft]:
-        """The drafts offered for a sequence that drafts; empty where it has none."""
+        """The drafts offered for a sequence; empty if it has none."""
         most = self.most(sequence)
         if most < 1 or sequence.drafting is None:
             return []
@@ -70,13 +71,13 @@ class Proposer:
         return max(_lawful(sequence.matcher, offered), forced, key=_expected)
 
     def words(self, sequence: DraftedSequence) -> WordLookup | None:
-        """The sequence's lookup by words; None where there is no tokenizer."""
+        """The sequence's lookup by words; None if there is no tokenizer."""
         if sequence.words is None and self._text is not None:
             sequence.words = WordLookup(sequence.tokens, len(sequence.request.prompt), self._text)
         return sequence.words
 
     def _with_lookup(self, sequence: DraftedSequence, heads: list[Draft], most: int) -> list[Draft]:
-        """What the prompt promises, alone or behind the heads' drafts."""
+        """The best chain of the prompt's drafts, alone or behind some of the heads'."""
         if not heads:
             alone = self._of_prompt(sequence, (), most)
             self.alone[sequence.request_id] = [draft.chance for draft in alone]
@@ -112,7 +113,7 @@ class Proposer:
         ]
 
     def _of_prompt(self, sequence: DraftedSequence, after: Seq[Draft], most: int) -> list[Draft]:
-        """What the prompt promises behind the drafts `after`, by tokens or by text."""
+        """The prompt's best drafts behind the drafts `after`, by tokens or by words."""
         tokens = [draft.token for draft in after]
         if sequence.lookup is None:
             sequence.lookup = PromptLookup(sequence.tokens)
@@ -125,7 +126,7 @@ class Proposer:
         return max(chains, key=_expected)
 
     def _found(self, found: LookupMatch | None, drafter: Drafter, before: int) -> list[Draft]:
-        """Drafts of a lookup, `before` others standing before them."""
+        """Drafts of a lookup, behind `before` other drafts."""
         if found is None:
             return []
         drafts = []
@@ -147,5 +148,5 @@ def _lawful(matcher: Matcher, chain: list[Draft]) -> list[Draft]:
 
 
 def _expected(chain: Seq[Draft]) -> float:
-    """Tokens that a chain brings, if all of it is verified."""
+    """Expected tokens of a chain, if all of it is verified."""
     return expected_tokens([draft.chance for draft in chain])

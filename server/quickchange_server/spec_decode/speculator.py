@@ -1,9 +1,9 @@
-"""Which tokens are drafted and verified in each step: what is offered, what it costs, what it gave.
+"""Speculation: the tokens drafted and verified in each step, their cost and their acceptance.
 
 Each sequence has a chain of drafts (`proposer.py`); words of the prompt also take the place of
 single heads' drafts, before the next head reads them (`prompt_lookup.py`). From all chains the step
-buys the drafts that bring most tokens for their time (`draft_selection.py`), and what became of
-them is learned (`acceptance_rates.py`, `cost_model.py`); where drafting does not pay it rests
+buys the drafts that bring most tokens for their time (`draft_selection.py`) and learns from their
+verification (`acceptance_rates.py`, `cost_model.py`); where drafting does not pay it rests
 (`backoff.py`). None of it changes a token of the output.
 """
 
@@ -30,21 +30,21 @@ from quickchange_server.spec_decode.step_view import (
     StepResult,
 )
 
-_TRIED = 3  # drafts verified of a trial, at most
+_TRIED = 3  # most drafts verified in a trial
 
 
 @dataclass(frozen=True, slots=True)
 class DraftReport:
-    """What a step's drafts came to."""
+    """Drafts of a step: counts, expected gain and gain."""
 
     counts: tuple[DraftCount, ...] = ()
     rows: int = 0
-    estimate: float = 0.0  # tokens
-    gain: int = 0  # tokens
+    estimate: float = 0.0  # tokens expected
+    gain: int = 0  # tokens accepted
 
 
 class NoSpeculation:
-    """Drafting switched off: no draft is made, bought or learned from."""
+    """Null object of an engine that does not draft."""
 
     def buy(self, plan: Seq[PlannedItem], room: int) -> list[tuple[int, ...]]:
         del plan, room
@@ -63,7 +63,7 @@ class NoSpeculation:
 
 
 class Speculation:
-    """Owner of what is known about drafters and prices. Everything on the engine's thread."""
+    """Drafting of one engine, with all that it learns. Everything runs on the engine's thread."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class Speculation:
         max_model_len: int,
         text: TokenText | None,
     ) -> None:
-        """head_count: how many tokens the Turbo heads in a device slot draft. text: None where
+        """head_count: number of tokens that the Turbo heads in a device slot draft. text: None:
         prompts are looked up by tokens alone."""
         self._cost = cost
         self._head_count = head_count
@@ -81,17 +81,17 @@ class Speculation:
         self._proposer = Proposer(self._acceptance, max_model_len, text)
         self._depth_plan = DepthPlan(self._acceptance, cost, self._draft_cost)
         self._backoff = Backoff()
-        self._awake = False  # whether the step under way may draft
-        self._trial: str | None = None  # request whose drafts are verified whatever they are worth
+        self._awake = False  # True if the step under way may draft
+        self._trial: str | None = None  # request whose drafts are verified at any cost
         self._room = 0
-        # What the step under way has:
+        # State of the step under way.
         self._bought: dict[str, list[Draft]] = {}
         self._depths: dict[str, int] = {}
         self._guided: dict[str, GuidedChain] = {}
         self._estimate = 0.0
 
     def buy(self, plan: Seq[PlannedItem], room: int) -> list[tuple[int, ...]]:
-        """The drafts to verify for each item, or nothing for no item; at most `room` in all."""
+        """Drafts to verify for each item, at most `room` in all; an empty list: none at all."""
         self._bought, self._estimate = {}, 0.0
         self._proposer.alone.clear()
         decoding = sum([item.samples for item in plan])
@@ -117,9 +117,9 @@ class Speculation:
         return bought
 
     def depths(self, plan: Seq[PlannedItem]) -> Mapping[str, int]:
-        """How many tokens the heads are to draft for each request, after this step; none for most.
+        """Draft depth of the heads after this step by request id; without drafts: left out.
 
-        Also decides whom the next step tries.
+        Also chooses the drafter that the next step tries.
         """
         self._trial, self._depths, self._guided = None, {}, {}
         if not self._awake:
@@ -146,7 +146,7 @@ class Speculation:
         return self._depths
 
     def guide(self, items: Seq[PlannedItem]) -> WordGuide | None:
-        """What revises the heads' drafts for these items, where any may be revised."""
+        """The guide that revises the heads' drafts for these items; None: they stay."""
         chains = [self._guided_chain(item.sequence) for item in items]
         if all(chain.lookup is None for chain in chains):
             return None
@@ -156,8 +156,7 @@ class Speculation:
         return WordGuide(chains, self._acceptance)
 
     def observe(self, plan: Seq[PlannedItem], ran: StepResult) -> DraftReport:
-        """Learn from a step that was computed as planned, before its tokens are taken, and note
-        what the heads have drafted for the next one."""
+        """Learn from a computed step, before its tokens are taken; keep the heads' new drafts."""
         sampling = [item for item in plan if item.samples]
         for item, result in zip(sampling, ran.results, strict=True):
             self._keep(item.sequence, result)
@@ -183,7 +182,7 @@ class Speculation:
         )
 
     def _keep(self, sequence: DraftedSequence, result: ItemResult) -> None:
-        """Note what the heads have drafted behind the tokens that a sequence is about to take."""
+        """Keep the heads' drafts behind the tokens that a sequence is about to take."""
         sequence.head_drafts = None
         if result.drafts:
             tokens, chances = zip(*result.drafts, strict=True)
@@ -193,7 +192,7 @@ class Speculation:
             sequence.head_drafts = HeadDrafts(after, tokens, chances, tuple(matches))
 
     def _judge_step(self, plan: Seq[PlannedItem], ran: StepResult) -> None:
-        """Hold what a step of decoding alone gave against what it would have without drafts."""
+        """Compare a decode step's tokens a second with those of no drafts, for the back-off."""
         if not self._awake or ran.seconds is None or any(item.count != 1 for item in plan):
             return
         tokens = sum([len(result.sampled) for result in ran.results])
@@ -207,7 +206,7 @@ class Speculation:
         drafted: Counter[tuple[str, int]],
         accepted: Counter[tuple[str, int]],
     ) -> None:
-        """Count one item's drafts, and learn from those whose turn came."""
+        """Count one item's drafts, and learn from those up to the first rejected."""
         held = len(result.sampled) - 1
         chain = self._bought.get(item.sequence.request_id, [])
         for depth, draft in enumerate(chain[: len(item.drafts)], 1):
@@ -232,7 +231,7 @@ class Speculation:
         return Prospect(known, heads_of(sequence), max(deepest, 0))
 
     def _chain(self, item: PlannedItem) -> list[Draft]:
-        """The most promising chain of drafts for an item; empty where it has none."""
+        """The most promising chain of drafts for an item; empty if it has none."""
         if item.sequence.drafting is None or not item.samples or item.count != 1:
             return []
         chain = self._proposer.chain(item.sequence)
@@ -248,7 +247,7 @@ class Speculation:
 
 
 def _drafters(sequence: DraftedSequence) -> list[Drafter]:
-    """All that draft for it."""
+    """All drafters of a sequence."""
     heads = heads_of(sequence)
     lookup = sequence.drafting is not None and sequence.drafting.lookup
     return [

@@ -1,6 +1,6 @@
-"""What speculation sees of the engine: its sequences, a step's plan, and what the step gave.
+"""Speculation's view of the engine: its sequences, a step's plan and its results.
 
-Protocols, so that speculation knows no scheduler and no runner; the engine's own classes fit them.
+Protocols, which the engine's classes fit, so that speculation knows no scheduler and no runner.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from quickchange_server.structured_output.compiler import Matcher
 
 @dataclass(frozen=True, slots=True)
 class HeadDrafts:
-    """What Turbo heads expect after a sequence's first `after` tokens.
+    """Drafts of Turbo heads after a sequence's first `after` tokens.
 
-    chances: the heads' own probability of each, given those before it. matches: of those that a
-    word of the prompt stands for, the characters that matched; 0: the head's own.
+    chances: the heads' own probability of each, given those before it. matches: characters that
+    matched, for drafts that a word of the prompt replaced; 0: the head's own.
     """
 
     after: int
@@ -34,16 +34,16 @@ class DraftedSequence(Protocol):
     request: Submit
     request_id: str
     tokens: list[int]  # prompt and output
-    key: bytes  # of its composition and salt
+    key: bytes  # key of its composition and salt
     drafting: Drafting | None
-    matcher: Matcher | None  # where its text is constrained
-    head_drafts: HeadDrafts | None  # made behind its last token, or behind an earlier one
+    matcher: Matcher | None  # if its text is constrained
+    head_drafts: HeadDrafts | None  # behind its last token or an earlier one
     lookup: PromptLookup | None
     words: WordLookup | None
 
     @property
     def heads(self) -> str | None:
-        """Digest of the adapter version whose Turbo heads draft for it."""
+        """Digest of the adapter version whose Turbo heads draft for the sequence."""
         ...
 
     @property
@@ -58,7 +58,7 @@ class PlannedItem(Protocol):
 
     @property
     def count(self) -> int:
-        """Rows of known tokens."""
+        """Number of rows of known tokens."""
         ...
 
     @property
@@ -66,12 +66,12 @@ class PlannedItem(Protocol):
 
     @property
     def heads(self) -> int | None:
-        """Device slot of its Turbo heads."""
+        """Device slot of the sequence's Turbo heads."""
         ...
 
     @property
     def samples(self) -> bool:
-        """Whether it yields a new token."""
+        """True if the item yields a new token."""
         ...
 
     @property
@@ -82,31 +82,31 @@ class PlannedItem(Protocol):
 
 
 class ItemResult(Protocol):
-    """What an item that samples gave."""
+    """Results of one sampling item."""
 
     @property
     def sampled(self) -> Sequence[object]:
-        """Row after row, down to the first draft that does not hold."""
+        """Sampled tokens by row, down to the first rejected draft's."""
         ...
 
     @property
     def drafts(self) -> tuple[tuple[int, float], ...]:
-        """(token, chance) of what the heads expect after these."""
+        """(token, probability) of the heads' drafts after these."""
         ...
 
 
 class StepResult(Protocol):
-    """What a step gave, an item that samples after the other, and what it took in seconds."""
+    """Results of a step's sampling items in order, and its durations in seconds."""
 
     @property
     def results(self) -> Sequence[ItemResult]: ...
 
     @property
     def seconds(self) -> float | None:
-        """Of the forward pass and sampling; None where nobody waited for their end."""
+        """Duration of the forward pass and sampling; None if nobody waited for their end."""
         ...
 
     @property
     def draft_seconds(self) -> float | None:
-        """Of the heads; None where none ran."""
+        """Duration of the heads; None if none ran."""
         ...

@@ -1,8 +1,8 @@
-"""Which drafts of a step hold, and after which row each sequence goes on. On the device.
+"""Verification of drafts on the device: the accepted ones, and the last token of each sequence.
 
-Every row of a sequence that samples fed one token: its last known one, then drafts. What is sampled
-depends on (seed, position) alone, so the tokens of the rows down to the first draft that does not
-hold are those that would have been sampled one by one.
+Every row of a sampling sequence was fed one token: its last known one, then drafts. A sampled token
+depends on (seed, position) alone, so the tokens of the rows down to the first rejected draft are
+those that would have been sampled one by one.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from quickchange_server.spec_decode.step_view import PlannedItem
 
 
 class Verdict(NamedTuple):
-    """Of S items that sample, over R rows."""
+    """Accepted drafts and last tokens of S sampling items over R rows."""
 
-    accepted: Tensor | None  # int32 [S] drafts that hold; None: nothing was drafted
+    accepted: Tensor | None  # int32 [S] accepted drafts; None: nothing was drafted
     last_row: Tensor | None  # int64 [S] the row that gave the last token; None: row i of item i
     token: Tensor  # int64 [S] that token
 
     def counts(self, items: int) -> list[int]:
-        """Drafts that hold, on the host."""
+        """Number of accepted drafts of each item, on the host."""
         return [0] * items if self.accepted is None else self.accepted.tolist()
 
     def at_last_rows(self, values: Tensor) -> Tensor:
-        """values [R, ...] at the rows that gave the last tokens: [S, ...]."""
+        """Values [S, ...] of `values` [R, ...] at the rows that gave the last tokens."""
         return values if self.last_row is None else values[self.last_row]
 
 
 def judge(sampling: Sequence[PlannedItem], tokens: Tensor) -> Verdict:
-    """tokens int64 [R]: sampled from the rows of the items, one item after the other."""
+    """Judge the drafts of the items. tokens int64 [R]: sampled from their rows, in order."""
     if len(tokens) == len(sampling):
         return Verdict(None, None, tokens)
     fed: list[int] = []
     for item in sampling:
-        fed += (0, *item.drafts)  # the first is certain: it is not read
+        fed += (0, *item.drafts)  # the first is certain: it is not compared
     ends = list(accumulate([item.sampled_rows for item in sampling]))
     rows = list(zip([0, *ends], ends, strict=False))
     device = tokens.device
