@@ -244,10 +244,12 @@ def test_a_server_that_ends_at_once_is_reported_with_its_log(tmp_path: Path) -> 
 LAUNCHER = """
 import sys, time
 from pathlib import Path
-from quickchange_bench import launch
-launch._wait_ready = lambda process, *_: print(process.pid, flush=True) or 0.0
+from quickchange_bench.load import server_process
+from quickchange_bench.load.load_client import ServedNames
+server_process._wait_ready = lambda process, *_: print(process.pid, flush=True) or 0.0
 sleeper = [sys.executable, "-c", "import time; time.sleep(60)"]
-with launch.running(sleeper, url="", target=launch.Target("base"), log=Path(sys.argv[1])):
+names = ServedNames("base")
+with server_process.running(sleeper, url="", target=names, log=Path(sys.argv[1])):
     time.sleep(60)
 """
 
