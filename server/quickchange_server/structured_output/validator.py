@@ -12,9 +12,10 @@ import json
 import sys
 import time
 from asyncio.subprocess import DEVNULL, PIPE, Process
-from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+from cachetools import LRUCache
 
 from quickchange_server.errors import InvalidRequestError, QueueFullError
 from quickchange_server.protocol import Constraint
@@ -75,7 +76,7 @@ class ConstraintChecks:
         self._text = text
         self._metrics = metrics
         self._seconds = seconds
-        self._kept: OrderedDict[Constraint, _Verdict] = OrderedDict()
+        self._kept: LRUCache[Constraint, _Verdict] = LRUCache(_KEPT)
         self._running: dict[Constraint, asyncio.Task[_Verdict]] = {}
         self._turn = asyncio.Lock()
         self._process: Process | None = None
@@ -99,7 +100,6 @@ class ConstraintChecks:
     async def _verdict(self, constraint: Constraint) -> _Verdict:
         known = self._kept.get(constraint)
         if known is not None:
-            self._kept.move_to_end(constraint)
             return known
         task = self._running.get(constraint)
         if task is None:
@@ -125,8 +125,6 @@ class ConstraintChecks:
                 )
             self._metrics.compiled(time.monotonic() - started)
         self._kept[constraint] = verdict
-        if len(self._kept) > _KEPT:
-            self._kept.popitem(last=False)
         return verdict
 
     async def _compile(self, constraint: Constraint) -> _Verdict:
@@ -144,7 +142,7 @@ class ConstraintChecks:
         tokenizer = self._text.tokenizer_json()
         if tokenizer is None:
             return NO_TOKENIZER
-        module = f"{__package__}.checker"
+        module = f"{__package__}.validator_process"
         self._process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", module, stdin=PIPE, stdout=PIPE, stderr=DEVNULL
         )
