@@ -46,7 +46,7 @@ def measures(code: CodeMap, path: RequestPath) -> Iterator[Measure]:
         f"of {len(code.folder_imports.edges)}",
     )
     yield Measure("files from route to kernel", len(path.files), 11)
-    yield Measure("asynchronous layers a streamed token passes", path.iterators, 3)
+    yield Measure("asynchronous layers a streamed token passes", path.layers, 3)
     yield Measure("public class names defined more than once", len(repeated_classes(source)), 0)
     yield Measure("basenames used more than once", len(repeated_basenames(source)), 0)
     yield Measure("files to touch for a new sampling filter", len(filter_files), 6)

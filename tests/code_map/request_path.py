@@ -32,7 +32,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 SUBMITS = "EngineChannel.send"
 KERNEL = "quickchange::lowrank"
 ROUTE = "run_endpoint_function"  # FastAPI's, which calls the route
-SENDS = "stream_response"  # starlette's, which reads the stream
+SENDS = "stream_response"  # the response's, which reads the stream and sends it
+ENGINE = "engine_main"  # the engine process's entry, which a request does not pass
 LIMIT_SECONDS = 300.0  # the engine starts in a few, on a machine with nothing else to do
 REQUEST = {
     "model": "adapter",
@@ -54,9 +55,13 @@ class RequestPath:
 
     @property
     def files(self) -> list[str]:
-        """What a reader opens: the request's way to the kernel, and the token's way back."""
-        back = [entry.partition(":")[0] for entry in self.asynchronous]
-        return list(dict.fromkeys([*self.api, *self.engine, *back]))
+        """The files that a request passes, from its route to the kernel."""
+        return list(dict.fromkeys([*self.api, *self.engine]))
+
+    @property
+    def layers(self) -> int:
+        """Asynchronous functions between the engine's messages and the socket."""
+        return len(self.asynchronous)
 
 
 def trace() -> RequestPath:
@@ -144,7 +149,7 @@ def _watched(path: RequestPath) -> Iterator[None]:
         if code.co_qualname == SUBMITS and _carries(frame, "Submit"):
             path.api = _files(_stack(frame, ROUTE))
         elif code.co_flags & _ASYNCHRONOUS:
-            _record(path, _stack(frame, SENDS))
+            _record(path, _stack(frame, SENDS, inclusive=True))
 
     sys.setprofile(call)
     try:
@@ -157,11 +162,12 @@ _ASYNCHRONOUS = inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 
 def _record(path: RequestPath, stack: Sequence[FrameType]) -> None:
-    """Keep the deepest stack: that of a token which has just come."""
+    """Keep the stack with most iterators: that of a token which has just come."""
     passed = [frame for frame in stack if frame.f_code.co_flags & _ASYNCHRONOUS]
-    if len(passed) > len(path.asynchronous):
+    iterators = sum(map(_is_iterator, passed))
+    if (iterators, len(passed)) > (path.iterators, len(path.asynchronous)):
         path.asynchronous = [f"{_file(f)}:{f.f_code.co_qualname}" for f in passed]
-        path.iterators = sum(map(_is_iterator, passed))
+        path.iterators = iterators
 
 
 def _is_iterator(frame: FrameType) -> bool:
@@ -188,7 +194,7 @@ class _KernelCalls(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         if func.name().startswith(KERNEL):
-            self.files = _files(_stack(sys._getframe(1)))
+            self.files = _files(_stack(sys._getframe(1), ENGINE))
         return func(*args, **(kwargs or {}))
 
 
@@ -207,17 +213,21 @@ def _watched_engine(
 # --- frames -------------------------------------------------------------------------------------
 
 
-def _stack(frame: FrameType, within: str | None = None) -> list[FrameType]:
-    """Our frames, outermost first; those inside the call named `within`, and none without it."""
+def _stack(frame: FrameType, within: str, *, inclusive: bool = False) -> list[FrameType]:
+    """Our frames inside the call named `within`, outermost first; none where there is no such call.
+
+    inclusive: that call's own frame as well, where it is ours.
+    """
     frames: list[FrameType] = []
     current: FrameType | None = frame
     while current is not None:
-        if current.f_code.co_name == within:
-            return frames[::-1]
-        if _is_ours(current):
+        ends = current.f_code.co_name == within
+        if _is_ours(current) and (inclusive or not ends):
             frames.append(current)
+        if ends:
+            return frames[::-1]
         current = current.f_back
-    return frames[::-1] if within is None else []
+    return []
 
 
 _OURS = tuple(str(REPOSITORY / root) for root in SOURCE_ROOTS)
@@ -238,4 +248,4 @@ def _files(frames: Sequence[FrameType]) -> list[str]:
 if __name__ == "__main__":
     seen = trace()
     print(f"{len(seen.files)} files from the route to the kernel:", *seen.files, sep="\n  ")
-    print(f"a token passes {seen.iterators} iterators:", *seen.asynchronous, sep="\n  ")
+    print(f"a token passes {seen.layers} asynchronous layers:", *seen.asynchronous, sep="\n  ")

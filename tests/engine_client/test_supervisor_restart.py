@@ -367,8 +367,8 @@ def test_moves_of_an_adapter_reach_the_listener_in_order() -> None:
         listener = Listener()
         supervisor = Supervisor(make_settings(), fake_engine.main, listener)
         await supervisor.start()
-        supervisor.send(Prefetch("d"))
-        supervisor.send(Forget("d"))
+        supervisor.channel.send(Prefetch("d"))
+        supervisor.channel.send(Forget("d"))
         await until(lambda: len(listener.reports) == 2)
         await supervisor.stop()
         moves = [r for r in listener.reports if isinstance(r, AdapterMoved)]

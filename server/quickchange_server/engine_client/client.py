@@ -286,7 +286,7 @@ class EngineClient:
         """Send a command. Returns False if no engine is ready to take it."""
         if self._supervisor.phase != "ready":
             return False
-        self._supervisor.send(command)
+        self._supervisor.channel.send(command)
         return True
 
     def _submit_waiting(self) -> None:
@@ -298,7 +298,7 @@ class EngineClient:
             self._recovery.submitted(request)
             if request.submissions > 1:
                 self._metrics.resubmitted()
-            self._supervisor.send(submit)
+            self._supervisor.channel.send(submit)
 
     def _stepped(self, report: StepReport) -> None:
         now = time.monotonic()

@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 from quickchange_server.config import Settings
 from quickchange_server.engine_client.channel import EngineChannel, EngineMain
 from quickchange_server.errors import EngineFailedError
-from quickchange_server.protocol import Command, Ready, Report, Shutdown
+from quickchange_server.protocol import Ready, Report, Shutdown
 
 Phase = Literal["starting", "ready", "restarting", "failed", "stopped"]
 
@@ -99,11 +99,12 @@ class Supervisor:
         self._watch.add_done_callback(self._supervision_ended)
         return ready
 
-    def send(self, command: Command) -> None:
-        """Send a command to the engine. Raises RuntimeError unless `phase` is "ready"."""
+    @property
+    def channel(self) -> EngineChannel:
+        """The running engine's channel. Raises RuntimeError unless `phase` is "ready"."""
         if self._channel is None:
             raise RuntimeError("no engine to send to")
-        self._channel.send(command)
+        return self._channel
 
     async def stop(self) -> None:
         """Shut the engine down, or kill it if it does not end in time. May be called again."""
