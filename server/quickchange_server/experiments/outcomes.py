@@ -1,4 +1,4 @@
-"""Outcomes that clients tell of answers, kept with the variant that gave them."""
+"""Outcomes that clients report, recorded with the variant that produced them."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ Value = float | bool | str
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """One outcome as a client tells it, of a completion or of a unit."""
+    """An outcome as reported by a client, for a completion or for a unit."""
 
-    param: str  # its place in the request, for messages
+    param: str  # its place in the request, for error messages
     name: str
     value: Value
     completion: str | None
-    unit: str | None  # the sticky subject as requests send it
-    key: str | None  # idempotency
+    unit: str | None  # the subject as requests send it, not hashed
+    key: str | None  # idempotency key
 
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """Where it went."""
+    """A recorded outcome."""
 
     name: str
     variant: str
-    counted: bool  # the assignment was left to chance
-    new: bool  # no outcome had its idempotency key
+    counted: bool  # the assignment was random
+    new: bool  # its idempotency key was unused
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +54,11 @@ def keep(
     outcomes: Sequence[Told],
     now: float,
 ) -> list[Kept]:
-    """Write all outcomes, or none.
+    """Record outcomes, each with the variant of its exposure. `now`: Unix seconds.
 
-    Raises UnknownModelError where a completion or a unit is not the experiment's or not of this
-    caller, and InvalidRequestError for a value that is not of its metric's kind.
+    Raises UnknownModelError if a completion or a unit is not the experiment's or the caller's, and
+    InvalidRequestError for a value that is not of its metric's kind; the caller's transaction then
+    records none.
     """
     return [_keep(connection, experiment, caller, told, now) for told in outcomes]
 
@@ -99,7 +100,7 @@ def _metric(experiment: Experiment, told: Told) -> Metric:
 
 
 def _checked(metric: Metric, told: Told) -> tuple[float | None, str | None]:
-    """The value, or the label."""
+    """(value, None), or (None, label) for a label metric."""
     match metric.kind, told.value:
         case "label", str(label) if is_label(label):
             return None, label
@@ -119,7 +120,7 @@ def _checked(metric: Metric, told: Told) -> tuple[float | None, str | None]:
 def _exposure(
     connection: Connection, experiment: Experiment, caller: Caller, told: Told
 ) -> _Exposure:
-    """What the outcome belongs to: the completion, or the last that the unit was not refused."""
+    """The exposure of the completion, or the unit's last one that was not refused."""
     table = EXPERIMENT_EXPOSURES
     query = select(table.c.variant, table.c.unit, table.c.counted).where(
         table.c.experiment == experiment.id,

@@ -1,4 +1,4 @@
-"""Keeps tenants' books: limits at the door, usage at the end, and metrics."""
+"""Accounting of requests by tenant: limits at admission, usage and metrics at the end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from quickchange_server.tenants.usage_log import UsageLog
 
 @dataclass
 class KeyBooks:
-    """What the server keeps where it asks for keys."""
+    """The parts that exist only if the server requires API keys."""
 
     keyring: Keyring
     limiter: Limiter
@@ -24,9 +24,9 @@ class KeyBooks:
 
 @dataclass
 class TenantBooks:
-    """A Bookkeeper. `keys` is None where no key is asked for: then metrics alone are kept.
+    """Request observer for tenants. Without `keys` (no key is required) it only updates metrics.
 
-    A shadow is the server's own doing: it counts for no tenant.
+    Shadow requests are the server's own and count for no tenant.
     """
 
     metrics: TenantMetrics
@@ -35,7 +35,10 @@ class TenantBooks:
     _admitted: dict[str, Admitted] = field(default_factory=dict)  # by request id
 
     def opened(self, opened: Opened) -> None:
-        """Raises TooLargeError, LimitedError or UnauthenticatedError."""
+        """Charge a request to its key's limits.
+
+        Raises TooLargeError, LimitedError or UnauthenticatedError.
+        """
         key = opened.caller.key
         if self.keys is None or key is None or _is_shadow(opened):
             return

@@ -1,7 +1,4 @@
-"""Puts the tenants' parts together, by the settings.
-
-Whether requests need an API key, by the settings.
-"""
+"""Construction of the tenants' parts by the settings, and whether requests need an API key."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ from quickchange_server.tenants.usage_log import UsageLog
 
 @dataclass(frozen=True, slots=True)
 class Tenants:
-    """`keyring` is None where no request needs a key."""
+    """The keyring and the accounting; `keyring` is None if requests need no API key."""
 
     keyring: Keyring | None
     books: TenantBooks
@@ -30,7 +27,7 @@ class Tenants:
     def make(
         cls, settings: Settings, database: Database, registry: CollectorRegistry, *, keyed: bool
     ) -> Tenants:
-        """`keyed`: requests need an API key."""
+        """Build the parts. `keyed`: requests need an API key, see `asks_for_keys`."""
         metrics = TenantMetrics(registry, settings.metrics_adapters)
         if not keyed:
             return cls(None, TenantBooks(metrics, None))
@@ -39,8 +36,11 @@ class Tenants:
 
 
 def asks_for_keys(settings: Settings) -> bool:
-    """Raises SettingError where the settings contradict each other, or leave the server open to
-    others without saying so."""
+    """True if requests need an API key.
+
+    Raises SettingError if the settings contradict each other, or open the server to other machines
+    without `allow_unauthenticated`.
+    """
     reachable = not is_loopback(settings.host)
     if settings.api_keys and settings.allow_unauthenticated:
         raise SettingError(
