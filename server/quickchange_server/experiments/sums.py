@@ -43,7 +43,7 @@ Found = dict[tuple[str, int], list[Sums]]  # sums of each value, by variant and 
 
 
 @dataclass(frozen=True, slots=True)
-class Tally:
+class ExperimentSums:
     """All data for the analysis. Sequences over variants are in `order`."""
 
     order: tuple[str, ...]  # the variants, control first
@@ -60,7 +60,7 @@ async def results_of(database: Database, experiment: Experiment) -> dict[str, An
     return await asyncio.to_thread(_results, experiment, sums)
 
 
-def _results(experiment: Experiment, sums: Tally) -> dict[str, Any]:
+def _results(experiment: Experiment, sums: ExperimentSums) -> dict[str, Any]:
     reported = len(sums.outcomes)
     analysed = analyse(
         sums.order, [*sums.outcomes, *sums.automatic], sums.stretches, plan_of(experiment)
@@ -96,12 +96,12 @@ def plan_of(experiment: Experiment) -> Plan:
     )
 
 
-def tally(connection: Connection, experiment: Experiment) -> Tally:
+def tally(connection: Connection, experiment: Experiment) -> ExperimentSums:
     """Query the current sums."""
     definition = experiment.definition
     control = definition.default.name
     order = (control, *(v.name for v in definition.variants if v.name != control))
-    return Tally(
+    return ExperimentSums(
         order=order,
         outcomes=tuple(
             each

@@ -14,7 +14,7 @@ from quickchange_server.tenants.usage_log import UsageLog
 
 
 @dataclass
-class KeyBooks:
+class KeyAccounting:
     """The parts that exist only if the server requires API keys."""
 
     keyring: Keyring
@@ -23,14 +23,14 @@ class KeyBooks:
 
 
 @dataclass
-class TenantBooks:
+class TenantAccounting:
     """Request observer for tenants. Without `keys` (no key is required) it only updates metrics.
 
     Shadow requests are the server's own and count for no tenant.
     """
 
     metrics: TenantMetrics
-    keys: KeyBooks | None
+    keys: KeyAccounting | None
     clock: Callable[[], float] = time.time  # Unix seconds
     _admitted: dict[str, Admitted] = field(default_factory=dict)  # by request id
 

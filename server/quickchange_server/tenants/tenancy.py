@@ -10,7 +10,7 @@ from quickchange_server.config import Settings, is_loopback
 from quickchange_server.errors import SettingError
 from quickchange_server.observability.tenant_metrics import TenantMetrics
 from quickchange_server.storage.database import Database
-from quickchange_server.tenants.accounting import KeyBooks, TenantBooks
+from quickchange_server.tenants.accounting import KeyAccounting, TenantAccounting
 from quickchange_server.tenants.keyring import Keyring
 from quickchange_server.tenants.limits import Limiter
 from quickchange_server.tenants.usage_log import UsageLog
@@ -21,7 +21,7 @@ class Tenants:
     """The keyring and the accounting; `keyring` is None if requests need no API key."""
 
     keyring: Keyring | None
-    books: TenantBooks
+    books: TenantAccounting
 
     @classmethod
     def make(
@@ -30,9 +30,12 @@ class Tenants:
         """Build the parts. `keyed`: requests need an API key, see `asks_for_keys`."""
         metrics = TenantMetrics(registry, settings.metrics_adapters)
         if not keyed:
-            return cls(None, TenantBooks(metrics, None))
+            return cls(None, TenantAccounting(metrics, None))
         keyring = Keyring(database, salted=settings.tenant_cache)
-        return cls(keyring, TenantBooks(metrics, KeyBooks(keyring, Limiter(), UsageLog(database))))
+        return cls(
+            keyring,
+            TenantAccounting(metrics, KeyAccounting(keyring, Limiter(), UsageLog(database))),
+        )
 
 
 def asks_for_keys(settings: Settings) -> bool:
