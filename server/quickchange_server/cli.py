@@ -1,6 +1,6 @@
 """The command `quickchange`: serve, adapters, keys, database, train, eval, bench.
 
-Imports what a command needs only when it runs, so that `quickchange --help` is quick.
+A command's modules are imported only when it runs, so that `quickchange --help` is quick.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SUB_APPS = {
 
 
 def serve_command() -> Callable[..., None]:
-    """`serve` with an option for every setting, made from the settings themselves."""
+    """The function `serve`, with an option for every field of `Settings`."""
     from quickchange_server.config import Settings
 
     def serve(**given: Any) -> None:
@@ -70,7 +70,7 @@ def serve_command() -> Callable[..., None]:
 
 
 def _option_type(annotation: Any) -> Any:
-    """The type that typer parses: pydantic checks the value again, with the setting's bounds."""
+    """The type that typer parses; pydantic checks the value again, with the setting's bounds."""
     for known in (bool, int, float):
         if annotation is known or annotation == known | None:
             return known | None
@@ -95,7 +95,7 @@ def _help(field: Any) -> str:
 
 
 def forward(name: str, module: str, summary: str) -> None:
-    """Make `quickchange NAME …` run the typer application of `module`."""
+    """Register `quickchange NAME …`, which runs the typer application of `module`."""
 
     @app.command(
         name,
@@ -125,5 +125,5 @@ def root(
 
 
 def main() -> None:
-    """The entry of the console script."""
+    """Entry point of the console script."""
     app(args=sys.argv[1:], prog_name="quickchange")

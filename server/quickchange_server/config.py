@@ -1,4 +1,4 @@
-"""Every setting of the server in one frozen, validated object; environment prefix QUICKCHANGE_.
+"""Settings of the server, frozen and validated; environment variables start with QUICKCHANGE_.
 
 A bad value raises with the setting's name. The engine process gets the same object, pickled.
 """
@@ -16,7 +16,7 @@ GIB = 1024**3
 
 
 def default_database(store: Path) -> str:
-    """The URL of the database where the setting names none: SQLite in the store's folder."""
+    """The database URL used by default: SQLite in the store's folder."""
     return f"sqlite:///{store / 'quickchange.sqlite3'}"
 
 
@@ -114,7 +114,7 @@ class Settings(BaseSettings):
 
     @property
     def held_adapter_dtype(self) -> str:
-        """`adapter_dtype`, "model" resolved."""
+        """`adapter_dtype`, with "model" resolved to `dtype`."""
         return self.dtype if self.adapter_dtype == "model" else self.adapter_dtype
 
     @property
@@ -131,7 +131,7 @@ class Settings(BaseSettings):
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches the address."""
+    """True if only this machine can reach the address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -1,4 +1,4 @@
-"""Every error that a client can be told, with its HTTP status beside it.
+"""Every error that a client can receive, with its HTTP status.
 
     QuickchangeError
     ├── InvalidRequestError        400  a field is wrong: `param` names it
@@ -17,10 +17,10 @@
     ├── UnavailableError           503  starting, draining or failed; with Retry-After
     └── SettingError               500  the server can't start so: `param` names the setting
 
-UnsupportedModelError (a ValueError) is no client's: the base model can't be served, and the engine
-does not start.
+UnsupportedModelError (a ValueError) never reaches a client: the base model can't be served, so the
+engine does not start.
 
-Knows nothing of HTTP frameworks: `api/` turns these into each surface's own error body.
+HTTP frameworks are not known here: `api/` turns these into each surface's error body.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import ClassVar
 
 
 class QuickchangeError(Exception):
-    """Base of all. `message` says what is wrong and what to do; `param` names the field."""
+    """Base class. `message` says what is wrong and what to do; `param` names the field."""
 
     status: ClassVar[int] = 500
     kind: ClassVar[str] = "server_error"  # OpenAI's error "type"
@@ -121,10 +121,10 @@ class UnavailableError(QuickchangeError):
 
 
 class SettingError(QuickchangeError):
-    """Told on the command line, not to a client: the server does not come up."""
+    """A setting is wrong, so the server does not start; printed on the command line."""
 
     status = 500
 
 
 class UnsupportedModelError(ValueError):
-    """The model needs something that this server does not have; the message names it."""
+    """The model needs a feature that this server lacks; the message names it."""

@@ -1,8 +1,8 @@
-"""What the API process and the engine process say to each other.
+"""Messages between the API process and the engine process, and the sampling parameters.
 
-Plain frozen data, pickled over one duplex channel. Token ids in, token ids out: this module knows
-nothing of HTTP, of text or of tensors, so either side can be replaced (tests run the API against a
-fake engine, and the engine without an API).
+Plain frozen data, pickled over one duplex pipe. Token ids in, token ids out: HTTP, text and
+tensors are not known here, so either side can be replaced (tests run the API against a fake
+engine, and the engine without an API).
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ Tier = Literal["device", "host", "disk"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """What a client may say about the tokens and the text of its answer.
+    """Sampling parameters of a request, with vLLM's names and defaults.
 
-    The names and defaults are vLLM's. Each range stands beside its field and is checked here; the
-    bodies of all routes, experiments' overrides and LoRAX's parameters are made from these fields.
+    Each range stands beside its field and is checked here; the request bodies of all routes,
+    experiments' overrides and LoRAX's parameters are derived from these fields.
     """
 
     n: Annotated[int, Interval(ge=1)] = 1  # choices
@@ -32,23 +32,26 @@ class SamplingParams:
     top_k: Annotated[int, Interval(ge=-1)] = 0  # 0 and -1 mean off
     min_p: Annotated[float, Interval(ge=0, le=1)] = 0.0
     typical_p: Annotated[float, Interval(gt=0, le=1)] = 1.0  # Meister et al. 2022
-    presence_penalty: Annotated[float, Interval(ge=-2, le=2)] = 0.0  # over output, as OpenAI's
+    presence_penalty: Annotated[float, Interval(ge=-2, le=2)] = 0.0  # over the output, as OpenAI's
     frequency_penalty: Annotated[float, Interval(ge=-2, le=2)] = 0.0
     repetition_penalty: Annotated[float, Interval(gt=0)] = 1.0  # over prompt and output
-    max_tokens: Annotated[int | None, Interval(ge=0)] = 16  # new ones; None: all that fit
-    min_tokens: Annotated[int, Interval(ge=0)] = 0  # nothing stops before this many new tokens
-    stop: Sequence[str] = ()  # strings, kept as a tuple
+    max_tokens: Annotated[int | None, Interval(ge=0)] = 16  # new tokens; None: all that fit
+    min_tokens: Annotated[int, Interval(ge=0)] = 0  # new tokens before which nothing stops
+    stop: Sequence[str] = ()  # kept as a tuple
     stop_token_ids: Collection[int] = frozenset()  # besides the end-of-sequence ids
     ignore_eos: bool = False
-    include_stop_str_in_output: bool = False  # what ended the text, string or token, is part of it
+    include_stop_str_in_output: bool = False  # keep the stop string or token in the text
     skip_special_tokens: bool = True
-    seed: Annotated[int | None, Interval(ge=-(2**63), lt=2**64)] = None  # None: drawn
+    seed: Annotated[int | None, Interval(ge=-(2**63), lt=2**64)] = None  # None: drawn at random
     logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)  # by token id
-    logprobs: Annotated[int | None, Interval(ge=0)] = None  # n: the n best besides the sampled
-    prompt_logprobs: Annotated[int | None, Interval(ge=0)] = None  # the same of the prompt's tokens
+    logprobs: Annotated[int | None, Interval(ge=0)] = None  # n best besides the sampled token
+    prompt_logprobs: Annotated[int | None, Interval(ge=0)] = None  # n best at each prompt token
 
     def __post_init__(self) -> None:
-        """Check all fields; keep lists, pairs and the single string as the types declared."""
+        """Check all fields and normalise them: tuple, frozenset and dict, top_k -1 as 0.
+
+        Raises ValueError that names the field.
+        """
         for name, (kind, interval) in _RANGES.items():
             _check_number(name, getattr(self, name), kind, interval)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
@@ -68,21 +71,21 @@ class SamplingParams:
             object.__setattr__(self, name, value)
 
     def resolved(self, *, max_tokens: int, eos_ids: Iterable[int]) -> SamplingParams:
-        """The parameters as the engine takes them: with a limit, and with every id that stops."""
+        """The parameters as the engine takes them: a concrete limit and every stop token id."""
         ends = () if self.ignore_eos else eos_ids
         stops = frozenset((*self.stop_token_ids, *ends))
         return replace(self, max_tokens=max_tokens, stop_token_ids=stops)
 
     @property
     def token_limit(self) -> int:
-        """`max_tokens` where it is concrete, as in everything that reaches the engine."""
+        """`max_tokens` of resolved parameters. Raises ValueError if it is None."""
         if self.max_tokens is None:
             raise ValueError("max_tokens: is None; the engine needs a number")
         return self.max_tokens
 
 
 def _summed(bias: Mapping[int, float] | Iterable[tuple[int, float]]) -> dict[int, float]:
-    """A bias as a dict; pairs of one token count together."""
+    """A bias as a dict; values for the same token are added up."""
     totals: dict[int, float] = {}
     for token, value in bias.items() if isinstance(bias, Mapping) else bias:
         totals[token] = totals.get(token, 0.0) + value
@@ -90,7 +93,7 @@ def _summed(bias: Mapping[int, float] | Iterable[tuple[int, float]]) -> dict[int
 
 
 def _ranges() -> Iterator[tuple[str, tuple[Any, Interval]]]:
-    """The type and the range of each field that holds a number."""
+    """Name, type and range of each numeric field."""
     for name, hint in get_type_hints(SamplingParams, include_extras=True).items():
         if get_origin(hint) is Annotated:
             kind, interval = get_args(hint)
@@ -132,7 +135,7 @@ def _inside(value: Any, interval: Interval) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Component:
-    """One adapter version of a composition: Σ weightᵢ · adapterᵢ."""
+    """One term of a composition Σ weightᵢ · adapterᵢ: an adapter version and its weight."""
 
     digest: str
     weight: float = 1.0
@@ -140,21 +143,21 @@ class Component:
 
 @dataclass(frozen=True, slots=True)
 class Drafting:
-    """How tokens of a request are drafted ahead of the base model, which verifies them."""
+    """Sources of a request's draft tokens, which the base model verifies."""
 
     heads: str | None = None  # digest of the adapter version whose Turbo heads draft
-    lookup: bool = False  # also from what followed the same tokens earlier in prompt and output
+    lookup: bool = False  # also draft by prompt lookup, over prompt and output
 
 
 @dataclass(frozen=True, slots=True)
 class Constraint:
-    """What the generated text must be: every token that could not lead there is suppressed."""
+    """Grammar that the generated text must match; tokens that could not lead to it are masked."""
 
     kind: Literal["json_object", "json_schema", "regex", "grammar"]
     source: str = ""  # the schema as JSON, the regular expression, the grammar; "" for json_object
 
 
-Pooling = Literal["mean", "last"]  # of the hidden states that enter the LM head
+Pooling = Literal["mean", "last"]  # over the hidden states that enter the LM head
 
 
 # --- API process to engine ---------------------------------------------------------------------
@@ -162,31 +165,31 @@ Pooling = Literal["mean", "last"]  # of the hidden states that enter the LM head
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """Generate for one sequence. `output`: tokens already emitted (after an engine restart)."""
+    """Generate one sequence. `output`: tokens already emitted, before an engine restart."""
 
     request_id: str
     prompt: tuple[int, ...]
     sampling: SamplingParams  # resolved
     adapters: tuple[Component, ...] = ()  # empty: the plain base model
     output: tuple[int, ...] = ()
-    drafting: Drafting | None = None  # None: no token is drafted
+    drafting: Drafting | None = None  # None: no speculative decoding
     constraint: Constraint | None = None  # None: any text
     salt: str = ""  # requests share cached prefixes only under equal salts
-    background: bool = False  # runs on what other requests leave, and gives way to them
-    pooling: Pooling | None = None  # an embedding of the prompt instead of new tokens
-    seed: int = field(kw_only=True)  # a drawn token depends on it and its absolute position alone
+    background: bool = False  # uses only capacity that other requests leave
+    pooling: Pooling | None = None  # embed the prompt instead of generating
+    seed: int = field(kw_only=True)  # a sampled token depends on it and its position alone
 
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """Stop a request and free what it holds. No delta follows it. Unknown ids are ignored."""
+    """Stop a request and free its resources. No delta follows; unknown ids are ignored."""
 
     request_id: str
 
 
 @dataclass(frozen=True, slots=True)
 class Prefetch:
-    """Bring an adapter version to `tier` if its budget allows."""
+    """Load an adapter version to `tier` if its budget allows."""
 
     digest: str
     tier: Literal["device", "host"] = "device"
@@ -194,7 +197,7 @@ class Prefetch:
 
 @dataclass(frozen=True, slots=True)
 class Pin:
-    """Keep an adapter version on the device (pinned=True), or let it be evicted again."""
+    """Pin an adapter version to the device, or unpin it (pinned=False)."""
 
     digest: str
     pinned: bool
@@ -209,7 +212,7 @@ class Forget:
 
 @dataclass(frozen=True, slots=True)
 class Shutdown:
-    """End the engine process now; what is in flight is dropped."""
+    """End the engine process now; requests in flight are dropped."""
 
 
 Command = Submit | Cancel | Prefetch | Pin | Forget | Shutdown
@@ -220,7 +223,7 @@ Command = Submit | Cancel | Prefetch | Pin | Forget | Shutdown
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """The engine has loaded the model and takes requests."""
+    """The engine has loaded the model and accepts requests."""
 
     max_model_len: int  # tokens, prompt and output together
     kv_blocks: int
@@ -232,15 +235,15 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """The model's own log-probabilities at one position: before penalties, bias and temperature."""
+    """The model's log-probabilities at one position, before penalties, bias and temperature."""
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()  # best first
 
     def ranked(self, most: int) -> dict[int, tuple[float, int | None]]:
-        """The `most` best tokens and the position's own, each with its log-probability and rank
-        from 1; None where the position's own is not among the best that are known."""
+        """The `most` best tokens and this position's token, each with its log-probability and its
+        rank from 1, which is None if the position's token is not in `top`."""
         ids = [token_id for token_id, _ in self.top]
         ranked: dict[int, tuple[float, int | None]]
         ranked = {token_id: (p, rank) for rank, (token_id, p) in enumerate(self.top[:most], 1)}
@@ -255,37 +258,36 @@ class Delta:
 
     request_id: str
     token_ids: tuple[int, ...] = ()
-    logprobs: tuple[TokenLogprobs, ...] = ()  # one a token where asked for
+    logprobs: tuple[TokenLogprobs, ...] = ()  # one for each token, if requested
     finish_reason: FinishReason | None = None
     error: str | None = None  # with finish_reason "error": what went wrong and the remedy
     error_kind: Literal["adapter", "request", "internal"] | None = None
-    cached_tokens: int | None = (
-        None  # with the first delta: prompt tokens found in the prefix cache
-    )
-    queue_seconds: float | None = None  # with the first delta: arrival in the engine to first step
+    # The first delta only: prompt tokens found in the prefix cache.
+    cached_tokens: int | None = None
+    queue_seconds: float | None = None  # the first delta only: arrival in the engine to first step
     drafted: int = 0  # draft tokens verified in the step that made this delta
-    accepted: int = 0  # of token_ids, those that came from accepted drafts
-    # With the first delta, where asked for: one for each token of the prompt but the first.
+    accepted: int = 0  # accepted draft tokens among token_ids
+    # The first delta only, if requested: one for each token of the prompt but the first.
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
-    embedding: bytes | None = None  # float32 little-endian [H]; the only delta of its request
+    embedding: bytes | None = None  # float32 little-endian [H], in its request's only delta
 
 
 @dataclass(frozen=True, slots=True)
 class DraftCount:
-    """What one drafter's drafts at one depth came to in one step."""
+    """Drafted and accepted tokens of one drafter at one depth in one step."""
 
     drafter: str  # digest of the adapter version whose heads drafted, or LOOKUP
-    depth: int  # from 1: tokens after the one that was certain
+    depth: int  # position after the last verified token, from 1
     drafted: int
     accepted: int
 
 
-LOOKUP = "lookup"  # DraftCount.drafter of drafts found earlier in prompt and output
+LOOKUP = "lookup"  # DraftCount.drafter of drafts made by prompt lookup
 
 
 @dataclass(frozen=True, slots=True)
 class StepStats:
-    """One engine step and the totals since the engine started."""
+    """Figures of one engine step, and totals since the engine started."""
 
     seconds: float
     rows: int  # token rows in the batch
@@ -300,14 +302,16 @@ class StepStats:
     prefix_query_tokens: int  # total
     preemptions: int  # total
     drafts: tuple[DraftCount, ...] = ()
-    draft_rows: int = 0  # rows bought for drafts in this step
-    draft_estimate: float = 0.0  # tokens that they were expected to bring
-    draft_gain: int = 0  # tokens that they brought
-    mask_seconds: float | None = None  # of all constrained sequences; None: there were none
+    draft_rows: int = 0  # rows spent on drafts in this step
+    draft_estimate: float = 0.0  # tokens that the drafts were expected to gain
+    draft_gain: int = 0  # tokens that they gained
+    mask_seconds: float | None = None  # for all token masks; None: no sequence was constrained
 
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
+    """The outcome of one engine step."""
+
     deltas: tuple[Delta, ...]
     stats: StepStats
 
@@ -319,16 +323,16 @@ class AdapterMoved:
     digest: str
     tier: Tier
     reason: Literal["load", "evict", "forget"]
-    seconds: float = 0.0  # for a load: from the tier below
-    bytes: int = 0  # what it occupies on `tier`
+    seconds: float = 0.0  # duration of a load from the tier below
+    bytes: int = 0  # bytes occupied on `tier`
     pinned: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterFailed:
-    """An adapter version could not be loaded, or not be pinned; it is unpinned by that.
+    """An adapter version could not be loaded or pinned, and has been unpinned.
 
-    The requests that wait for one that could not be loaded get an error delta.
+    Requests that wait for a version that could not be loaded get an error delta.
     """
 
     digest: str
@@ -337,7 +341,7 @@ class AdapterFailed:
 
 @dataclass(frozen=True, slots=True)
 class Fatal:
-    """The engine can't go on or could not start (a setting, the model): said before it ends."""
+    """The reason why the engine ends or could not start; its last report."""
 
     error: str
     setting: str | None = field(default=None)

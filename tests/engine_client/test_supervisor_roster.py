@@ -1,4 +1,4 @@
-"""The roster against a simulated engine: who is submitted, who is blamed."""
+"""The recovery against a simulated engine: who is submitted, who is blamed."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quickchange_server.config import Settings
-from quickchange_server.engine_client.crash_recovery import CLEARED_AFTER_TOKENS, Roster
-from quickchange_server.engine_client.in_flight_request import Flight
+from quickchange_server.engine_client.crash_recovery import CLEARED_AFTER_TOKENS, CrashRecovery
+from quickchange_server.engine_client.in_flight_request import InFlightRequest
 from quickchange_server.observability.metrics import Metrics
 from quickchange_server.protocol import Delta, SamplingParams, Submit
 
@@ -19,133 +19,133 @@ MAX_DEATHS = 3
 METRICS = Metrics(Settings(model="fake", store=Path("store")))
 
 
-def make_flight(name: str, max_tokens: int = 100) -> Flight:
+def make_request(name: str, max_tokens: int = 100) -> InFlightRequest:
     sampling = SamplingParams(max_tokens=max_tokens)
     metrics = METRICS.request("x", False, 1, 0.0)
-    return Flight(Submit(name, (1,), sampling, seed=1), metrics, asyncio.Queue())
+    return InFlightRequest(Submit(name, (1,), sampling, seed=1), metrics, asyncio.Queue())
 
 
-def depart(roster: Roster) -> list[str]:
+def depart(recovery: CrashRecovery) -> list[str]:
     names = []
-    for flight in roster.departures():
-        flight.board()
-        roster.boarded(flight)
-        names.append(flight.request_id)
-    roster.check_integrity()
+    for request in recovery.to_submit():
+        request.next_submission()
+        recovery.submitted(request)
+        names.append(request.request_id)
+    recovery.check_integrity()
     return names
 
 
-def emit(roster: Roster, flight: Flight, count: int) -> None:
-    assert flight.ticket is not None
+def emit(recovery: CrashRecovery, request: InFlightRequest, count: int) -> None:
+    assert request.submission_id is not None
     for _ in range(count):
-        flight.deliver(Delta(flight.ticket, (7,)), 0.0)
-    roster.check_integrity()
+        request.deliver(Delta(request.submission_id, (7,)), 0.0)
+    recovery.check_integrity()
 
 
-def roster_of(*flights: Flight, max_deaths: int = MAX_DEATHS) -> Roster:
-    roster = Roster(max_deaths)
-    for flight in flights:
-        roster.add(flight)
-    return roster
+def recovery_of(*requests: InFlightRequest, max_deaths: int = MAX_DEATHS) -> CrashRecovery:
+    recovery = CrashRecovery(max_deaths)
+    for request in requests:
+        recovery.add(request)
+    return recovery
 
 
 def test_after_one_death_all_go_together_again() -> None:
-    roster = roster_of(make_flight("a"), make_flight("b"))
-    depart(roster)
-    assert roster.engine_died() is None
-    assert depart(roster) == ["a", "b"]
+    recovery = recovery_of(make_request("a"), make_request("b"))
+    depart(recovery)
+    assert recovery.engine_died() is None
+    assert depart(recovery) == ["a", "b"]
 
 
 def test_suspects_are_tried_alone_the_one_that_got_nowhere_first() -> None:
-    a, b = make_flight("a"), make_flight("b")
-    roster = roster_of(a, b)
+    a, b = make_request("a"), make_request("b")
+    recovery = recovery_of(a, b)
     for _ in range(2):
-        depart(roster)
-        emit(roster, a, 3)
-        roster.engine_died()
-    assert depart(roster) == ["b"]
-    roster.add(make_flight("new"))
-    assert depart(roster) == []
+        depart(recovery)
+        emit(recovery, a, 3)
+        recovery.engine_died()
+    assert depart(recovery) == ["b"]
+    recovery.add(make_request("new"))
+    assert depart(recovery) == []
 
 
 def test_a_cleared_suspect_makes_room_for_the_next_and_then_all_go_on() -> None:
-    a, b = make_flight("a"), make_flight("b")
-    roster = roster_of(a, b)
+    a, b = make_request("a"), make_request("b")
+    recovery = recovery_of(a, b)
     for _ in range(2):
-        depart(roster)
-        roster.engine_died()
-    assert depart(roster) == ["a"]
-    emit(roster, a, CLEARED_AFTER_TOKENS - 1)
-    assert roster.acquit() is None
-    assert depart(roster) == []
-    emit(roster, a, 1)
-    assert roster.acquit() == "a/3"
-    assert depart(roster) == ["b"]
-    emit(roster, b, CLEARED_AFTER_TOKENS)
-    assert roster.acquit() is None  # nothing else to try: it goes on
-    assert depart(roster) == ["a"]
+        depart(recovery)
+        recovery.engine_died()
+    assert depart(recovery) == ["a"]
+    emit(recovery, a, CLEARED_AFTER_TOKENS - 1)
+    assert recovery.acquit() is None
+    assert depart(recovery) == []
+    emit(recovery, a, 1)
+    assert recovery.acquit() == "a/3"
+    assert depart(recovery) == ["b"]
+    emit(recovery, b, CLEARED_AFTER_TOKENS)
+    assert recovery.acquit() is None  # nothing else to try: it goes on
+    assert depart(recovery) == ["a"]
 
 
 def test_a_late_delta_of_an_earlier_submission_finds_no_flight() -> None:
-    a = make_flight("a")
-    roster = roster_of(a)
-    depart(roster)
-    roster.engine_died()
-    depart(roster)
-    assert roster.find("a") is None
-    assert roster.find("a/2") is a
+    a = make_request("a")
+    recovery = recovery_of(a)
+    depart(recovery)
+    recovery.engine_died()
+    depart(recovery)
+    assert recovery.find("a") is None
+    assert recovery.find("a/2") is a
 
 
 def test_the_one_that_dies_alone_is_the_culprit_and_explains_the_others_deaths() -> None:
-    a, b = make_flight("a"), make_flight("b")
-    roster = roster_of(a, b)
+    a, b = make_request("a"), make_request("b")
+    recovery = recovery_of(a, b)
     for _ in range(2):
-        depart(roster)
-        emit(roster, b, 1)
-        roster.engine_died()
-    assert depart(roster) == ["a"]
-    assert roster.engine_died() is a
+        depart(recovery)
+        emit(recovery, b, 1)
+        recovery.engine_died()
+    assert depart(recovery) == ["a"]
+    assert recovery.engine_died() is a
     assert b.deaths == 0
-    assert depart(roster) == ["b"]
+    assert depart(recovery) == ["b"]
 
 
 @dataclass
 class Simulation:
-    """An engine that dies whenever a flight stands at its poisonous position."""
+    """An engine that dies whenever a request stands at its poisonous position."""
 
     max_deaths: int
     lengths: dict[str, int]
     poisons: dict[str, int]
-    roster: Roster = field(init=False)
+    recovery: CrashRecovery = field(init=False)
     convicted: set[str] = field(default_factory=set)
     completed: set[str] = field(default_factory=set)
     deaths: int = 0
 
     def __post_init__(self) -> None:
-        self.flights = {name: make_flight(name, n) for name, n in self.lengths.items()}
-        self.roster = roster_of(*self.flights.values(), max_deaths=self.max_deaths)
+        self.requests = {name: make_request(name, n) for name, n in self.lengths.items()}
+        self.recovery = recovery_of(*self.requests.values(), max_deaths=self.max_deaths)
 
-    def aboard(self) -> list[Flight]:
-        return [f for f in self.flights.values() if f.ticket is not None]
+    def aboard(self) -> list[InFlightRequest]:
+        return [f for f in self.requests.values() if f.submission_id is not None]
 
     def advance(self) -> None:
-        depart(self.roster)
-        for flight in self.aboard():
-            name = flight.request_id
-            if len(flight.emitted) == self.poisons.get(name, -1):
+        depart(self.recovery)
+        for request in self.aboard():
+            name = request.request_id
+            if len(request.emitted) == self.poisons.get(name, -1):
                 self.die()
                 return
-            emit(self.roster, flight, 1)
-            if len(flight.emitted) == self.lengths[name]:
+            emit(self.recovery, request, 1)
+            if len(request.emitted) == self.lengths[name]:
                 self.completed.add(name)
-                self.roster.remove(flight)
-        self.roster.acquit()
-        self.roster.check_integrity()
+                self.recovery.remove(request)
+        self.recovery.acquit()
+        self.recovery.check_integrity()
 
     def die(self) -> None:
         self.deaths += 1
-        culprit = self.roster.engine_died()
-        self.roster.check_integrity()
+        culprit = self.recovery.engine_died()
+        self.recovery.check_integrity()
         if culprit is not None:
             self.convicted.add(culprit.request_id)
 
@@ -166,7 +166,7 @@ def test_every_poison_is_convicted_and_every_innocent_completes(
     }
     simulation = Simulation(max_deaths, named, at)
     for _ in range(20_000):
-        if not len(simulation.roster):
+        if not len(simulation.recovery):
             break
         simulation.advance()
     assert simulation.convicted == set(at)
@@ -187,14 +187,14 @@ def test_the_roster_stays_whole_under_arrivals_departures_and_kills(
         elif event == "arrive":
             name = f"n{number}"
             simulation.lengths[name] = 20
-            simulation.flights[name] = make_flight(name, 20)
-            simulation.roster.add(simulation.flights[name])
-        elif len(simulation.roster):
-            flight = data.draw(st.sampled_from(list(simulation.roster.flights)))
-            simulation.roster.remove(flight)
-        simulation.roster.check_integrity()
+            simulation.requests[name] = make_request(name, 20)
+            simulation.recovery.add(simulation.requests[name])
+        elif len(simulation.recovery):
+            request = data.draw(st.sampled_from(list(simulation.recovery.requests)))
+            simulation.recovery.remove(request)
+        simulation.recovery.check_integrity()
     for _ in range(5_000):
-        if not len(simulation.roster):
+        if not len(simulation.recovery):
             break
         simulation.advance()
-    assert not len(simulation.roster)
+    assert not len(simulation.recovery)

@@ -26,7 +26,7 @@ from quickchange_server.experiments.assignment import unit_of
 from quickchange_server.experiments.experiment import Experiment
 from quickchange_server.experiments.experiment_records import Act
 from quickchange_server.experiments.exposures import Exposures
-from quickchange_server.experiments.outcomes import Kept, Told
+from quickchange_server.experiments.outcomes import StoredOutcome, Told
 from quickchange_server.experiments.registry import Experiments
 from quickchange_server.experiments.sums import results_of
 from quickchange_server.frontend.caller import ANYONE, Caller
@@ -68,7 +68,7 @@ class World:
         assert kept is not None
         await kept
 
-    async def told(self, *given: Told, caller: Caller = ACME) -> list[Kept]:
+    async def told(self, *given: Told, caller: Caller = ACME) -> list[StoredOutcome]:
         keep = partial(
             outcomes.keep, experiment=self.experiment, caller=caller, outcomes=given, now=START
         )

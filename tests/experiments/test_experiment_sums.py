@@ -18,7 +18,7 @@ from quickchange_server.experiments import experiment as changes
 from quickchange_server.experiments.experiment import Experiment
 from quickchange_server.experiments.experiment_records import Act, create
 from quickchange_server.experiments.statistics.analysis import Sums
-from quickchange_server.experiments.sums import Tally, tally
+from quickchange_server.experiments.sums import ExperimentSums, tally
 from quickchange_server.frontend.caller import ANYONE
 from quickchange_server.storage.database import Database
 from quickchange_server.storage.tables_experiments import EXPERIMENT_EXPOSURES, EXPERIMENT_OUTCOMES
@@ -78,8 +78,8 @@ def made_up(experiment: Experiment, seed: int) -> tuple[Rows, Rows]:
     return exposures, outcomes
 
 
-def tallied(url: str, experiment: Experiment, exposures: Rows, outcomes: Rows) -> Tally:
-    async def run() -> Tally:
+def tallied(url: str, experiment: Experiment, exposures: Rows, outcomes: Rows) -> ExperimentSums:
+    async def run() -> ExperimentSums:
         database = await asyncio.to_thread(Database.open, url)
         act = Act(ANYONE, "create", START)
         try:

@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
 from quickchange_server.config import Settings
-from quickchange_server.engine_client.adapter_status import Residences
+from quickchange_server.engine_client.adapter_status import AdapterStatus
 from quickchange_server.observability.labels import AdapterLabels
 from quickchange_server.observability.metrics import Metrics
 from quickchange_server.protocol import (
@@ -53,7 +53,7 @@ class State:
     info: Ready | None = READY
 
     def __init__(self) -> None:
-        self.residency = Residences()
+        self.residency = AdapterStatus()
 
 
 def make_metrics(adapters: int = 100) -> Metrics:
@@ -289,14 +289,14 @@ def test_two_servers_in_one_process_do_not_share_counts() -> None:
 
 
 def test_residences_keep_pins_of_versions_that_are_on_disk() -> None:
-    residences = Residences()
-    residences.pin("d", True)
+    status = AdapterStatus()
+    status.pin("d", True)
     moves: list[Any] = [
-        residences.moved(AdapterMoved("d", "device", "load", 0.1, 5)),
-        residences.moved(AdapterMoved("d", "host", "evict", 0.0, 4)),
+        status.moved(AdapterMoved("d", "device", "load", 0.1, 5)),
+        status.moved(AdapterMoved("d", "host", "evict", 0.0, 4)),
     ]
     assert moves == [None, "device"]
-    assert residences["d"].pinned
-    residences.clear()
-    assert residences.pins == ("d",)
-    assert dict(residences) == {}
+    assert status["d"].pinned
+    status.clear()
+    assert status.pins == ("d",)
+    assert dict(status) == {}

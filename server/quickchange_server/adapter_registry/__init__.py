@@ -1,1 +1,1 @@
-"""From names to digests: what `model` and `adapters` mean, and how adapters are added."""
+"""Adapter names resolved to digests, and the addition of adapters to the store."""

@@ -1,6 +1,6 @@
-"""Adds adapters to the store beside running requests: one at a time, on a thread of its own.
+"""Import of adapters into the store while requests run: one at a time, on a thread.
 
-Validation reads every tensor, so it must not hold up the event loop. Knows nothing of HTTP.
+Validation reads every tensor, so it must not block the event loop. HTTP is not known here.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from quickchange_store.store import Store
 
 
 class Imports:
-    """The way into the store. `base` makes the spec that adapters are checked against, once.
+    """Imports adapters. `base` makes, once, the spec of the base that adapters must fit.
 
-    `refuse_name` raises where a name is taken by something that is not in the store.
+    `refuse_name` raises if a name is taken by something that is not in the store.
     """
 
     def __init__(
@@ -38,8 +38,8 @@ class Imports:
     async def add(self, name: str, directory: Path) -> Added:
         """Check the adapter in `directory` and publish it as `name`.
 
-        Raises StoreError, ConflictError where the base has this name, and InvalidRequestError
-        where the folder can't be read.
+        Raises StoreError, ConflictError if the name is taken, and InvalidRequestError if the
+        folder can't be read.
         """
         self.refuse_taken(name)
         async with self._turn:
@@ -52,7 +52,7 @@ class Imports:
                 ) from error
 
     def refuse_taken(self, name: str) -> None:
-        """Raises ConflictError where `name` is the base model's, or an experiment's."""
+        """Raise ConflictError if `name` is the base model's or an experiment's."""
         self._refuse_name(name)
         if name in self._base_names:
             raise ConflictError(

@@ -1,12 +1,12 @@
-"""Adapters that requests bring about by merging others: made once beside decoding, and kept.
+"""Adapters merged from others on a client's request: made once, while requests run, and kept.
 
-A derived adapter is a version of the store that no name refers to, made by a process of its own
-(one thread, low priority) that takes turns with others like it. Which recipe came to which digest
-is kept in files of the store's folder, so that it outlives a restart and serves every replica on
-that folder. At most `limit` are kept: the one that was used least recently goes first, and one
-whose components no name refers to any more goes with the next that is made.
+A merged adapter is a store version without a name. A separate process (one thread, low priority)
+makes it, one at a time. Files in the store's folder map each recipe to its digest, so that the
+mapping outlives a restart and serves every replica on that folder. At most `limit` are kept: the
+least recently used goes first, and one whose components have lost their names goes when the next
+one is made.
 
-Knows nothing of HTTP or of how adapters are merged.
+HTTP and the merging methods are not known here.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ from quickchange_store.files import exclusive_lock, replace_atomically
 from quickchange_store.merging import Recipe, job, result
 from quickchange_store.store import Store
 
-FOLDER = "derived"  # of the store: a file RECIPE'S KEY.digests for each
-MAX_WAITING = 16  # recipes that are being made or wait for it
-MAKING_SECONDS = 600.0  # that one may take; others wait for it
-KEPT_ANEW_SECONDS = 60.0  # a version's time in the store is started anew at most so often
-IN_USE_SECONDS = 600.0  # a version used within it may still have to be loaded for some request
+FOLDER = "derived"  # in the store's folder; one file per recipe, KEY.digests
+MAX_WAITING = 16  # recipes being merged or waiting
+MAKING_SECONDS = 600.0  # for one merge; others wait meanwhile
+KEPT_ANEW_SECONDS = 60.0  # a version's use is noted on disk at most so often
+IN_USE_SECONDS = 600.0  # a version used this recently may still be needed by a request
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class _Making:
-    """A recipe on its way."""
+    """A merge that waits or runs."""
 
     task: asyncio.Task[str]
-    waiting: int = 0  # requests
+    waiting: int = 0  # requests that wait for it
 
 
 class Derived:
-    """The derived adapters of one store. Used on one event loop."""
+    """The merged adapters of one store. Used on one event loop."""
 
     def __init__(self, store: Store, limit: int, *, making_seconds: float = MAKING_SECONDS) -> None:
         self._store = store
@@ -56,15 +56,15 @@ class Derived:
         self._turn = asyncio.Semaphore(1)
         self._making_seconds = making_seconds
         self._making: dict[str, _Making] = {}
-        self._under_way: str | None = None  # the recipe's key whose turn it is
-        self._kept: dict[str, tuple[str, float]] = {}  # recipe's key: digest, when it was kept
+        self._under_way: str | None = None  # key of the recipe being merged
+        self._kept: dict[str, tuple[str, float]] = {}  # recipe's key: digest, time of last note
 
     async def digest(self, recipe: Recipe) -> str:
-        """The digest of what the recipe comes to, made where the store lacks it.
+        """The digest of the merged adapter, made first if the store lacks it.
 
-        Requests for one recipe share one making. Raises QueueFullError, EngineFailedError,
-        RequestFailedError where it takes too long, UnavailableError at the server's end, and
-        StoreError where these adapters can't be merged so.
+        Requests for one recipe share one merge. Raises QueueFullError, EngineFailedError,
+        RequestFailedError if the merge takes too long, UnavailableError if the server shuts down,
+        and StoreError if these adapters can't be merged in this way.
         """
         key = recipe.key
         digest, kept = self._kept.get(key, ("", 0.0))
@@ -100,7 +100,7 @@ class Derived:
         return making
 
     async def close(self) -> None:
-        """End what is being made."""
+        """Cancel all merges."""
         tasks = [making.task for making in self._making.values()]
         for task in tasks:
             task.cancel()
@@ -110,7 +110,7 @@ class Derived:
         if self._making.get(key) is making:
             del self._making[key]
         if making.task.done() and not making.task.cancelled():
-            making.task.exception()  # seen, even where everyone who waited has gone
+            making.task.exception()  # retrieved, even if every waiting request has gone
 
     async def _find_or_make(self, recipe: Recipe) -> str:
         digest = await asyncio.to_thread(self._find, recipe)
@@ -160,13 +160,13 @@ class Derived:
         logger.info("derived %s in %.1f s: %s", digest[:12], time.monotonic() - began, recipe)
         return digest
 
-    # --- what is known, on disk; on threads -----------------------------------------------------
+    # --- the files in the store's folder; called on threads -------------------------------------
 
     def _path(self, key: str) -> Path:
         return self._folder / f"{key}.digests"
 
     def _find(self, recipe: Recipe) -> str | None:
-        """The digest that the recipe came to before, where the store still has it."""
+        """The recipe's digest, if it was merged before and the store still has it."""
         path = self._path(recipe.key)
         try:
             digest = path.read_text().split()[0]
@@ -185,7 +185,7 @@ class Derived:
         self._trim()
 
     def _trim(self) -> None:
-        """Drop what is over the limit, and what was merged of adapters that are gone."""
+        """Drop merged adapters over the limit, and those whose components are gone."""
         named = self._store.snapshot().digests()
         with exclusive_lock(self._folder / "lock"):  # other replicas trim as well
             used = {path: path.stat().st_mtime for path in self._folder.glob("*.digests")}

@@ -1,7 +1,7 @@
-"""Names to content: which base and adapter versions a request's `model` means, and what drafts.
+"""Resolution of a request's `model`, `adapters` and `turbo` to adapter versions and drafting.
 
-A name is resolved once, when its request arrives: the request keeps the digests that it began
-with, whatever happens to the name meanwhile. Knows nothing of HTTP or of the engine.
+A name is resolved once, when its request arrives: the request keeps its digests, whatever happens
+to the name meanwhile. HTTP and the engine are not known here.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from quickchange_store.info import AdapterInfo
 from quickchange_store.names import parse_reference
 from quickchange_store.store import Store
 
-MAX_COMPONENTS = 32  # of one composition
-BASE_LABEL = "base"  # both are reserved or impossible as adapter names
+MAX_COMPONENTS = 32  # in one composition
+BASE_LABEL = "base"  # neither label can be an adapter's name
 COMPOSITION_LABEL = "+"
-AUTO, OFF = "auto", "off"  # of `turbo`, beside LOOKUP and names; reserved as names
-KNOWN_VERSIONS = 4096  # whose info is remembered
+AUTO, OFF = "auto", "off"  # values of `turbo` besides LOOKUP and names; reserved as names
+KNOWN_VERSIONS = 4096  # versions whose info is cached
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,25 +39,25 @@ class WeightedName:
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """What one name means now."""
+    """The versions that a name stands for now."""
 
     version: Version
-    drafter: Version | None  # whose heads draft for it: its alias's Turbo, else its own
+    drafter: Version | None  # has the draft heads: the alias's Turbo, else the version itself
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """What a request is served by."""
+    """The adapter versions and the drafting that serve a request."""
 
     model: str  # as the client named it
     adapters: tuple[Component, ...]  # sorted by digest; empty: the plain base
-    label: str  # for metrics: the adapter's name without version, or one of the two above
-    drafting: Drafting | None = None  # None: no token is drafted
-    drafter: str | None = None  # for metrics: the name of the adapter whose heads draft
+    label: str  # for metrics: the adapter's name without version, or one of the labels above
+    drafting: Drafting | None = None  # None: no speculative decoding
+    drafter: str | None = None  # for metrics: name of the adapter whose heads draft
 
 
 def base_names(settings: Settings) -> tuple[str, ...]:
-    """The names that mean the base model; the first is the one that it is listed under."""
+    """The names of the base model; it is listed under the first."""
     if settings.served_model_name is not None:
         return (settings.served_model_name,)
     folder = Path(settings.model)
@@ -65,7 +65,7 @@ def base_names(settings: Settings) -> tuple[str, ...]:
 
 
 class Catalog:
-    """Resolves what requests name."""
+    """The resolver of names over one store."""
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class Catalog:
         self._turbo = turbo
         self._lookup = prompt_lookup
         self.base_names = names
-        # `Store.info`, remembered: a digest's content never changes.
+        # `Store.info`, cached: a digest's content never changes.
         self.info: Callable[[str], AdapterInfo] = lru_cache(KNOWN_VERSIONS)(store.info)
 
     @property
@@ -99,11 +99,11 @@ class Catalog:
         *,
         sees: Sees = everything,
     ) -> Selection:
-        """What `model` (or the base with a composition Σ weightᵢ · adapterᵢ) stands for, and what
-        `turbo` (AUTO, OFF, LOOKUP or the name of an adapter with heads) has draft for it.
+        """Resolve `model`, or the base with a composition Σ weightᵢ · adapterᵢ, and the drafting
+        by `turbo`: AUTO, OFF, LOOKUP or the name of an adapter with draft heads.
 
-        A name that isn't seen is one that does not exist; the base always does. Raises
-        UnknownModelError, InvalidRequestError, or ForbiddenError where a setting is off.
+        A name that the caller may not see does not exist for it; the base is always seen. Raises
+        UnknownModelError, InvalidRequestError, or ForbiddenError if a setting switches it off.
         """
         if composition:
             return self._drafted(self._composed(model, composition, sees), None, turbo, sees)
@@ -118,7 +118,7 @@ class Catalog:
         return Selection(model, (Component(version.digest),), version.name)
 
     def _only_drafts(self, version: Version) -> bool:
-        """Whether the version holds Turbo heads and nothing that changes the model."""
+        """True if the version holds Turbo heads and nothing that changes the model."""
         return version.turbo and self.info(version.digest).modules == 0
 
     def _composed(self, model: str, composition: Sequence[WeightedName], sees: Sees) -> Selection:
@@ -145,7 +145,7 @@ class Catalog:
         return Selection(model, components, label if components else BASE_LABEL)
 
     def _term(self, reference: str, sees: Sees, *, param: str) -> Version:
-        """What one entry of a composition names."""
+        """The version named by one entry of a composition."""
         version = self._find(reference, sees, param=param).version
         if self._only_drafts(version):
             raise InvalidRequestError(
@@ -173,12 +173,12 @@ class Catalog:
                 param=param,
             ) from error
 
-    # --- what drafts ----------------------------------------------------------------------------
+    # --- drafting -------------------------------------------------------------------------------
 
     def _drafted(
         self, selection: Selection, bound: Version | None, turbo: str, sees: Sees
     ) -> Selection:
-        """The selection with its drafting. `bound`: whose heads AUTO means."""
+        """The selection with its drafting. `bound`: the version whose heads AUTO uses."""
         if turbo == OFF:
             return selection
         if turbo == AUTO:
@@ -210,7 +210,10 @@ class Catalog:
 
 
 def _components(weights: dict[str, float]) -> tuple[Component, ...]:
-    """In one order whatever the request's, so that equal compositions share cached prefixes."""
+    """The components sorted by digest, so that equal compositions share cached prefixes.
+
+    Raises InvalidRequestError if a weight is not finite.
+    """
     for weight in weights.values():
         if not math.isfinite(weight):
             raise InvalidRequestError(

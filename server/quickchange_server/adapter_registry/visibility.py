@@ -1,7 +1,7 @@
-"""What of the store's names exists for a caller: a name that isn't seen is as one that isn't there.
+"""Visibility of the store's names to a caller: a hidden name looks like one that does not exist.
 
-An alias is seen where its own name and every name that it points at are, since what it means tells
-of these. Knows nothing of keys or HTTP.
+An alias is visible if its own name and the names that it reveals are. Keys and HTTP are not known
+here.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import replace
 from quickchange_store.index import Alias, Index
 from quickchange_store.names import Reference, parse_reference
 
-Sees = Callable[[str], bool]  # whether a name without version exists for the caller
+Sees = Callable[[str], bool]  # True if a name without version exists for the caller
 
 
 def everything(_name: str) -> bool:
@@ -20,10 +20,9 @@ def everything(_name: str) -> bool:
 
 
 def reachable(index: Index, reference: Reference, sees: Sees) -> Index:
-    """An index in which `reference` is found as in `index` where it is seen; else an empty one.
+    """`index` if `reference` is visible, otherwise an empty index.
 
-    Whether it is seen is asked before anything is looked up, so that what is hidden and what is
-    absent go the same way.
+    Visibility is checked before any lookup, so that hidden and absent names take the same path.
     """
     if not sees(reference.name):
         return Index()
@@ -32,7 +31,7 @@ def reachable(index: Index, reference: Reference, sees: Sees) -> Index:
 
 
 def seen(index: Index, sees: Sees) -> Index:
-    """The part of an index that is seen."""
+    """The visible part of an index."""
     return replace(
         index,
         entries={name: entry for name, entry in index.entries.items() if sees(name)},

@@ -1,1 +1,1 @@
-"""The API process's side of the pipe: one engine, supervised, and what is in flight with it."""
+"""The API process's side of the pipe: one supervised engine and the requests in flight with it."""

@@ -1,6 +1,6 @@
-"""Where the engine holds each adapter version, as the API process has been told.
+"""The tier of each adapter version, as the engine's events reported it.
 
-Knows nothing of names on disk or of budgets: digests, tiers and bytes only.
+Digests, tiers and bytes only: names on disk and budgets are not known here.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from quickchange_server.protocol import AdapterMoved, Tier
 
 @dataclass(frozen=True, slots=True)
 class Residence:
-    """Where an adapter version is, and what it occupies there."""
+    """The tier that holds an adapter version, and the bytes it occupies there."""
 
     tier: Tier
     bytes: int
     pinned: bool
 
 
-class Residences(Mapping[str, Residence]):
-    """By digest, the adapter versions on the device or host tier; what is missing is on disk.
+class AdapterStatus(Mapping[str, Residence]):
+    """The adapter versions on the device or host tier, by digest; any other version is on disk.
 
-    Pins belong to the API process, which sends them again to each new engine, so they are kept
-    here too, of versions on disk included.
+    Pins are kept here too, also those of versions on disk, because each new engine needs them
+    sent again.
     """
 
     def __init__(self) -> None:
         self._residences: dict[str, Residence] = {}
-        self._pins: dict[str, None] = {}  # in the order in which they were asked for
+        self._pins: dict[str, None] = {}  # an ordered set: oldest pin first
         self._labels: dict[str, str] = {}
 
     def __getitem__(self, digest: str) -> Residence:
@@ -50,11 +50,11 @@ class Residences(Mapping[str, Residence]):
         return dict(self._residences)
 
     def label(self, digest: str) -> str | None:
-        """The name under which the version was last asked for."""
+        """The adapter name under which the version was last requested."""
         return self._labels.get(digest)
 
     def name(self, digest: str, label: str) -> None:
-        """Remember the name under which a version is asked for."""
+        """Remember the adapter name under which a version was requested."""
         self._labels[digest] = label
 
     def pin(self, digest: str, pinned: bool) -> None:
@@ -66,12 +66,12 @@ class Residences(Mapping[str, Residence]):
             self._residences[digest] = replace(self._residences[digest], pinned=pinned)
 
     def forget(self, digest: str) -> None:
-        """A version is no longer served: no pin and no name of it is kept."""
+        """Drop the pin and the name of a version that is no longer served."""
         self.pin(digest, False)
         self._labels.pop(digest, None)
 
     def moved(self, event: AdapterMoved) -> Tier | None:
-        """Take an event of the engine. Returns the tier where the version was, None if unknown."""
+        """Apply an engine event. Returns the version's tier before it, or None if unknown."""
         before = self._residences.pop(event.digest, None)
         if event.tier != "disk":
             pinned = event.digest in self._pins
@@ -79,5 +79,5 @@ class Residences(Mapping[str, Residence]):
         return None if before is None else before.tier
 
     def clear(self) -> None:
-        """The engine is gone, and with it both tiers. Pins stay."""
+        """Empty both tiers, since the engine is gone. Pins stay."""
         self._residences.clear()

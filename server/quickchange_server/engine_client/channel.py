@@ -1,8 +1,8 @@
-"""One engine process, and the two threads that carry messages to and from it.
+"""One engine process and the two threads that carry messages to and from it.
 
-The event loop neither waits for the pipe nor for the process: a reader thread hands each report to
-the loop, a writer thread sends what is queued. Knows nothing of what the messages say, except
-`Ready` and `Fatal`; a channel serves one life of an engine and is not used again.
+The event loop waits for neither the pipe nor the process: a reader thread hands each report to
+the loop, a writer thread sends queued commands. Only `Ready` and `Fatal` are interpreted here. A
+channel serves one engine process and is not reused.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from typing import TypeVar
 from quickchange_server.config import Settings
 from quickchange_server.protocol import Command, Fatal, Ready, Report
 
-EngineMain = Callable[[Connection, Settings], None]  # what the engine process runs
+EngineMain = Callable[[Connection, Settings], None]  # the engine process's entry point
 T = TypeVar("T")
-LINGER_SECONDS = 5.0  # from the end of the pipe to the end of the process, then it is killed
+LINGER_SECONDS = 5.0  # a process that outlives its pipe for longer is killed
 
 logger = logging.getLogger(__name__)
 
 
 class EngineChannel:
-    """A running engine. Made on the event loop, whose thread then gets every callback.
+    """A running engine. Construct it on the event loop, whose thread then gets every callback.
 
-    `ready` gets the engine's Ready; `ended` gets the reason once the process is gone, after its
-    last report, and exactly once. Other reports go to `on_report`.
+    `ready` resolves to the engine's Ready; `ended` resolves once, after the last report, to the
+    reason why the process ended. Other reports go to `on_report`.
     """
 
     def __init__(
@@ -51,9 +51,9 @@ class EngineChannel:
         self._process = context.Process(
             target=_run_engine, args=(main, theirs, settings), name="quickchange-engine"
         )
-        # A few milliseconds on the loop; on a thread of its own it could outlive a cancellation.
+        # Blocks the loop for a few milliseconds; on a thread it could outlive a cancellation.
         self._process.start()
-        theirs.close()  # else the pipe would not end with the engine
+        theirs.close()  # otherwise the pipe would stay open after the engine's end
         self.pid = self._process.pid
         atexit.register(self.kill)
         self._writer = threading.Thread(target=self._write, name="engine-writer", daemon=True)
@@ -74,21 +74,21 @@ class EngineChannel:
             try:
                 self._connection.send(command)
             except OSError:
-                return  # the engine is gone, which the reader finds out and reports
+                return  # the engine is gone; the reader reports it
 
     def _read(self) -> None:
         try:
             while True:
                 self._hand_over(self._deliver, self._connection.recv())
         except (EOFError, OSError):
-            pass  # the engine is gone; a message cut short says the same
+            pass  # the engine is gone, perhaps in the middle of a message
         except (pickle.UnpicklingError, AttributeError, ImportError, TypeError):
             logger.exception("the engine sent a message that can't be read; ending it")
             self.kill()
         self._hand_over(self._end, self._reap())
 
     def _reap(self) -> str:
-        """Wait until the process is gone, and say how it ended."""
+        """Wait for the process to end. Returns how it ended, in words."""
         self._process.join(LINGER_SECONDS)
         if self._process.exitcode is None:
             self._process.kill()
@@ -103,7 +103,7 @@ class EngineChannel:
         try:
             self._loop.call_soon_threadsafe(callback, argument)
         except RuntimeError:
-            self.kill()  # the loop is closed: nobody is left to serve
+            self.kill()  # the loop is closed, so no client is left
 
     def _deliver(self, report: Report) -> None:
         match report:
@@ -125,7 +125,7 @@ class EngineChannel:
 
 
 def describe_exit(code: int | None) -> str:
-    """What an exit code of multiprocessing says, in words."""
+    """A multiprocessing exit code in words; negative codes are signals."""
     if code is None or code >= 0:
         return f"the engine process ended with exit code {code}"
     try:
@@ -141,9 +141,9 @@ def _words(fatal: Fatal) -> str:
 
 
 def _run_engine(main: EngineMain, connection: Connection, settings: Settings) -> None:
-    """In the engine process: `main`, ended by the API process alone, and never outliving it."""
-    # Ctrl-C and service managers signal every process of the service; during the drain that
-    # follows, the engine is still needed.
+    """Run `main` in the engine process, which only the API process ends and never outlives it."""
+    # Ctrl-C and service managers signal every process of the service, but the engine is still
+    # needed during the drain that follows.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
@@ -154,4 +154,4 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
-        os._exit(1)  # the main thread may be deep in a step, or stuck
+        os._exit(1)  # the main thread may be in the middle of a step, or stuck

@@ -1,9 +1,8 @@
-"""The API process's handle on the engine: admission, streams, adapters, drain.
+"""The API process's client of the engine: admission, streams, adapters, drain.
 
-Token ids in, token ids out: knows nothing of HTTP, of text or of tensors. Used from one event loop.
-An engine that dies is replaced, and what was in flight goes on where it stood.
-
-How soon a refused client should come back, from how fast requests have ended lately.
+Token ids in, token ids out: HTTP, text and tensors are not known here. Used from one event loop.
+An engine that dies is replaced, and requests in flight continue where they stood. A refused client
+gets a Retry-After computed from the recent throughput.
 """
 
 from __future__ import annotations
@@ -16,11 +15,11 @@ from collections.abc import Sequence
 from typing import Literal
 
 from quickchange_server.config import Settings
-from quickchange_server.engine_client.adapter_status import Residence, Residences
+from quickchange_server.engine_client.adapter_status import AdapterStatus, Residence
 from quickchange_server.engine_client.channel import EngineMain
 from quickchange_server.engine_client.client_observer import ClientObserver, Outcome
-from quickchange_server.engine_client.crash_recovery import Roster
-from quickchange_server.engine_client.in_flight_request import DeltaStream, Flight, Mail
+from quickchange_server.engine_client.crash_recovery import CrashRecovery
+from quickchange_server.engine_client.in_flight_request import DeltaStream, InFlightRequest, Mail
 from quickchange_server.engine_client.supervisor import START_SECONDS, Supervisor
 from quickchange_server.errors import (
     EngineFailedError,
@@ -44,26 +43,35 @@ from quickchange_server.protocol import (
     Submit,
 )
 
-WINDOW_SECONDS = 60.0
-WINDOW_REQUESTS = 256
+__all__ = ["DeltaStream", "EngineClient", "Residence", "State"]
+
+State = Literal["starting", "ready", "restarting", "draining", "failed"]
+
+STARTING_RETRY_SECONDS = 5.0
+FAILED_RETRY_SECONDS = 60.0  # until an operator has restarted the server
+
+THROUGHPUT_SECONDS = 60.0  # requests that ended within it are counted
+THROUGHPUT_REQUESTS = 256  # at most so many
 SHORTEST_SECONDS = 1.0
 LONGEST_SECONDS = 60.0
-UNKNOWN_SECONDS = 5.0  # nothing has ended lately: a guess
-FREED_SHARE = 0.1  # of the queue, before it makes sense to come back: many others come too
+UNKNOWN_SECONDS = 5.0  # a guess, if no request has ended lately
+FREED_SHARE = 0.1  # share of the queue to be freed, since many refused clients come back
+
+logger = logging.getLogger(__name__)
 
 
 class Throughput:
-    """Times at which the last requests ended, in monotonic seconds."""
+    """End times of the latest requests, in monotonic seconds."""
 
     def __init__(self) -> None:
-        self._ends: deque[float] = deque(maxlen=WINDOW_REQUESTS)
+        self._ends: deque[float] = deque(maxlen=THROUGHPUT_REQUESTS)
 
     def ended(self, now: float) -> None:
         self._ends.append(now)
 
     def retry_after(self, queue_length: int, now: float) -> float:
-        """Seconds until a share of a queue of `queue_length` is free, at the recent rate."""
-        while self._ends and now - self._ends[0] > WINDOW_SECONDS:
+        """Seconds until FREED_SHARE of a queue of `queue_length` is free, at the recent rate."""
+        while self._ends and now - self._ends[0] > THROUGHPUT_SECONDS:
             self._ends.popleft()
         if not self._ends:
             return UNKNOWN_SECONDS
@@ -72,20 +80,10 @@ class Throughput:
         return min(LONGEST_SECONDS, max(SHORTEST_SECONDS, wanted))
 
 
-__all__ = ["DeltaStream", "EngineClient", "Residence", "State"]
-
-State = Literal["starting", "ready", "restarting", "draining", "failed"]
-
-STARTING_RETRY_SECONDS = 5.0
-FAILED_RETRY_SECONDS = 60.0  # until someone has restarted the server
-
-logger = logging.getLogger(__name__)
-
-
 class EngineClient:
-    """One engine, supervised, and every request that is with it.
+    """A supervised engine and every request in flight with it.
 
-    `start` it on the event loop that uses it, and `close` it there.
+    `start` and `close` it on the event loop that uses it.
     """
 
     def __init__(
@@ -99,9 +97,9 @@ class EngineClient:
         self._settings = settings
         self._metrics = metrics
         self._supervisor = Supervisor(settings, engine_main, self, start_seconds=start_seconds)
-        self._roster = Roster(settings.max_request_deaths)
-        self._residences = Residences()
-        self._prefetches: dict[str, Prefetch] = {}  # asked for while no engine was ready
+        self._recovery = CrashRecovery(settings.max_request_deaths)
+        self._adapter_status = AdapterStatus()
+        self._prefetches: dict[str, Prefetch] = {}  # requested while no engine was ready
         self._throughput = Throughput()
         self._draining_until: float | None = None
         self._failure: str | None = None
@@ -120,12 +118,12 @@ class EngineClient:
 
     @property
     def info(self) -> Ready | None:
-        """What the engine said of itself when it was ready last."""
+        """The Ready report of the last engine that started."""
         return self._supervisor.info
 
     @property
     def engine(self) -> Ready:
-        """The same. Raises UnavailableError while no engine has been ready."""
+        """The same as `info`. Raises UnavailableError while no engine has been ready."""
         if self.info is None:
             raise UnavailableError(
                 f"the engine is {self.state}; try again shortly",
@@ -140,22 +138,22 @@ class EngineClient:
 
     @property
     def in_flight(self) -> int:
-        """Requests admitted and not ended."""
-        return len(self._roster)
+        """Number of requests admitted and not ended."""
+        return len(self._recovery)
 
     @property
-    def residency(self) -> Residences:
+    def residency(self) -> AdapterStatus:
         """Adapter versions on the device or host tier, by digest."""
-        return self._residences
+        return self._adapter_status
 
     async def start(self) -> Ready:
         """Start the engine. Raises EngineFailedError with the engine's own reason if it can't."""
         return await self._supervisor.start()
 
     async def close(self, drain_seconds: float) -> None:
-        """Admit no more, let running requests end for `drain_seconds`, then end the engine.
+        """Refuse new requests, give running ones `drain_seconds` to end, then end the engine.
 
-        Requests that are still running then fail with UnavailableError.
+        Requests still running then fail with UnavailableError.
         """
         self._draining_until = time.monotonic() + drain_seconds
         try:
@@ -169,78 +167,78 @@ class EngineClient:
     def generate(
         self, submits: Sequence[Submit], *, label: str = "base", drafter: str | None = None
     ) -> DeltaStream:
-        """Admit the sequences of a request, at once and all or none, and return their deltas.
+        """Admit all sequences of a request or none, and return their deltas.
 
-        `label`: the adapter's name in metrics; `drafter`: that of the adapter whose heads draft.
-        Raises QueueFullError (with `retry_after`) where `max_queue` sequences would be exceeded,
-        and UnavailableError while the server starts, drains or has failed. While the engine is
-        being restarted requests are admitted and wait.
+        `label`: the adapter's name in metrics; `drafter`: the name of the adapter whose draft
+        heads are used. Raises QueueFullError (with `retry_after`) if `max_queue` sequences would
+        be exceeded, and UnavailableError while the server starts, drains or has failed. During an
+        engine's restart requests are admitted and wait.
         """
         now = time.monotonic()
         self._admit(now, len(submits))
         mailbox: asyncio.Queue[Mail] = asyncio.Queue()
-        flights = []
+        requests = []
         for index, submit in enumerate(submits):
             self._name(submit, label, drafter)
             adapted = bool(submit.adapters)
             metrics = self._metrics.request(label, adapted, len(submit.prompt), now)
-            flights.append(Flight(submit, metrics, mailbox, index, drafter))
-        self._roster.add(*flights)
+            requests.append(InFlightRequest(submit, metrics, mailbox, index, drafter))
+        self._recovery.add(*requests)
         self._idle.clear()
-        self._depart()
-        return DeltaStream(flights, mailbox, self._leave)
+        self._submit_waiting()
+        return DeltaStream(requests, mailbox, self._leave)
 
     def check_room(self, count: int) -> None:
-        """Raise what `generate` would, were it given so many sequences now."""
+        """Raise what `generate` would raise for `count` sequences now."""
         self._admit(time.monotonic(), count)
 
     def prefetch(self, digest: str, tier: Literal["device", "host"] = "device") -> None:
-        """Have an adapter version brought to `tier`, if its budget allows."""
+        """Load an adapter version to `tier`, if its budget allows."""
         command = Prefetch(digest, tier)
-        if not self._tell(command):
+        if not self._send(command):
             self._prefetches[digest] = command
 
     def pin(self, digest: str, pinned: bool) -> None:
-        """Keep an adapter version on the device, over restarts too, or no more."""
-        self._residences.pin(digest, pinned)
-        self._tell(Pin(digest, pinned))  # else sent when an engine is ready
+        """Pin an adapter version to the device, also across restarts, or unpin it."""
+        self._adapter_status.pin(digest, pinned)
+        self._send(Pin(digest, pinned))  # if no engine is ready, `engine_ready` sends it
 
     def forget(self, digest: str) -> None:
-        """Have an adapter version dropped from both tiers once no request uses it."""
-        self._residences.forget(digest)
+        """Drop an adapter version from both tiers once no request uses it."""
+        self._adapter_status.forget(digest)
         self._prefetches.pop(digest, None)
-        self._tell(Forget(digest))  # a new engine knows nothing of it anyway
+        self._send(Forget(digest))  # a new engine would not hold it anyway
 
-    # --- what the supervisor tells --------------------------------------------------------------
+    # --- events from the supervisor -------------------------------------------------------------
 
     def engine_ready(self, ready: Ready) -> None:
         self._metrics.engine_started(ready)
-        for digest in self._residences.pins:
-            self._tell(Pin(digest, True))
+        for digest in self._adapter_status.pins:
+            self._send(Pin(digest, True))
         for command in self._prefetches.values():
-            self._tell(command)
+            self._send(command)
         self._prefetches.clear()
-        self._depart()
+        self._submit_waiting()
 
     def engine_reported(self, report: Report) -> None:
         match report:
             case StepReport():
                 self._stepped(report)
             case AdapterMoved():
-                self._metrics.adapter_moved(report, self._residences.moved(report))
+                self._metrics.adapter_moved(report, self._adapter_status.moved(report))
             case AdapterFailed():
                 logger.error("adapter %s could not be loaded: %s", report.digest, report.error)
-                self._residences.pin(report.digest, False)  # as the engine has done
+                self._adapter_status.pin(report.digest, False)  # as the engine has done
                 self._metrics.adapter_failed()
 
     def engine_died(self, reason: str) -> bool:
         self._metrics.engine_died()
-        self._residences.clear()
-        had_requests = self._roster.anything_aboard
-        culprit = self._roster.engine_died()
+        self._adapter_status.clear()
+        had_requests = self._recovery.any_submitted
+        culprit = self._recovery.engine_died()
         if culprit is not None:
             logger.error("request %s ended the engine alone; given up", culprit.request_id)
-            self._ended(culprit, RequestFailedError(_culprit_message(culprit, reason)))
+            self._fail(culprit, RequestFailedError(_culprit_message(culprit, reason)))
         return had_requests
 
     def engine_failed(self, reason: str) -> None:
@@ -271,89 +269,89 @@ class EngineClient:
             )
 
     def _name(self, submit: Submit, label: str, drafter: str | None) -> None:
-        """Note the names of what a sequence is served by."""
+        """Remember the adapter names behind a sequence's digests."""
         if len(submit.adapters) == 1:
-            self._residences.name(submit.adapters[0].digest, label)
+            self._adapter_status.name(submit.adapters[0].digest, label)
         drafting = submit.drafting
         if drafting is not None:
             self._metrics.drafting(drafting)
             if drafting.heads is not None and drafter is not None:
-                self._residences.name(drafting.heads, drafter)
+                self._adapter_status.name(drafting.heads, drafter)
 
     def _refuse(self, error: UnavailableError) -> None:
         self._metrics.refused("unavailable")
         raise error
 
-    def _tell(self, command: Command) -> bool:
-        """Send a command if an engine takes it."""
+    def _send(self, command: Command) -> bool:
+        """Send a command. Returns False if no engine is ready to take it."""
         if self._supervisor.phase != "ready":
             return False
         self._supervisor.channel.send(command)
         return True
 
-    def _depart(self) -> None:
-        """Submit what may go to the engine now."""
+    def _submit_waiting(self) -> None:
+        """Submit the waiting requests that may run now."""
         if self._supervisor.phase != "ready":
             return
-        for flight in self._roster.departures():
-            submit = flight.board()
-            self._roster.boarded(flight)
-            if flight.submissions > 1:
+        for request in self._recovery.to_submit():
+            submit = request.next_submission()
+            self._recovery.submitted(request)
+            if request.submissions > 1:
                 self._metrics.resubmitted()
             self._supervisor.channel.send(submit)
 
     def _stepped(self, report: StepReport) -> None:
         now = time.monotonic()
-        self._metrics.step(report.stats, self._residences.label)
+        self._metrics.step(report.stats, self._adapter_status.label)
         for delta in report.deltas:
             self._deliver(delta, now)
-        if self._roster.on_trial is not None:
+        if self._recovery.on_trial is not None:
             self._consider_trial()
 
     def _deliver(self, delta: Delta, now: float) -> None:
-        flight = self._roster.find(delta.request_id)
-        if flight is None:
-            return  # its reader has gone, or it was submitted again since
-        flight.deliver(delta, now)
-        if flight.finished:
-            self._landed(flight, now)
+        request = self._recovery.find(delta.request_id)
+        if request is None:
+            return  # the reader has gone, or the request has been resubmitted since
+        request.deliver(delta, now)
+        if request.finished:
+            self._remove(request, now)
 
     def _consider_trial(self) -> None:
-        cancelled = self._roster.acquit()
+        cancelled = self._recovery.acquit()
         if cancelled is not None:
-            self._tell(Cancel(cancelled))
-        self._depart()
+            self._send(Cancel(cancelled))
+        self._submit_waiting()
 
-    def _leave(self, flight: Flight, outcome: Outcome) -> None:
-        """The flight's reader wants no more."""
-        if flight.ticket is not None:
-            self._tell(Cancel(flight.ticket))
+    def _leave(self, request: InFlightRequest, outcome: Outcome) -> None:
+        """Cancel a request whose reader has stopped reading."""
+        if request.submission_id is not None:
+            self._send(Cancel(request.submission_id))
         now = time.monotonic()
-        flight.end(outcome, now)
-        self._landed(flight, now)
+        request.end(outcome, now)
+        self._remove(request, now)
 
-    def _ended(self, flight: Flight, error: QuickchangeError) -> None:
+    def _fail(self, request: InFlightRequest, error: QuickchangeError) -> None:
         now = time.monotonic()
-        flight.fail(error, now)
-        self._landed(flight, now)
+        request.fail(error, now)
+        self._remove(request, now)
 
     def _fail_all(self, error: QuickchangeError) -> None:
-        for flight in list(self._roster.flights):
-            self._ended(flight, type(error)(error.message, retry_after=error.retry_after))
+        for request in list(self._recovery.requests):
+            self._fail(request, type(error)(error.message, retry_after=error.retry_after))
 
-    def _landed(self, flight: Flight, now: float) -> None:
-        """Take an ended flight off the books."""
-        was_on_trial = self._roster.on_trial is flight
-        self._roster.remove(flight)
+    def _remove(self, request: InFlightRequest, now: float) -> None:
+        """Remove a request that has ended, and submit others if that ended a trial."""
+        was_on_trial = self._recovery.on_trial is request
+        self._recovery.remove(request)
         self._throughput.ended(now)
-        if len(self._roster) == 0:
+        if len(self._recovery) == 0:
             self._idle.set()
         elif was_on_trial:
-            self._depart()
+            self._submit_waiting()
 
 
-def _culprit_message(flight: Flight, reason: str) -> str:
+def _culprit_message(request: InFlightRequest, reason: str) -> str:
     return (
-        f"the engine ended {flight.deaths} times while it ran this request, the last time with "
+        f"the engine ended {request.deaths} times while it ran this request, the last time with "
         f"nothing beside it ({reason}); it is not tried again"
     )

@@ -1,6 +1,6 @@
-"""What the engine's client tells whoever counts: of requests, of the engine, of adapters.
+"""Protocols for observers of the engine client: events of requests, engine and adapters.
 
-Protocols alone, so that the client knows no metrics.
+The client depends on these and not on the metrics that implement them.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal, Protocol
 
-from quickchange_server.engine_client.adapter_status import Residences
+from quickchange_server.engine_client.adapter_status import AdapterStatus
 from quickchange_server.protocol import (
     AdapterMoved,
     Delta,
@@ -24,11 +24,11 @@ Refusal = Literal["queue_full", "unavailable"]
 
 
 class ServerState(Protocol):
-    """What can be read of the client at any time. All of it is cheap."""
+    """Client state that can be read cheaply at any time."""
 
     @property
     def in_flight(self) -> int:
-        """Requests admitted and not ended."""
+        """Number of requests admitted and not ended."""
         ...
 
     @property
@@ -38,15 +38,15 @@ class ServerState(Protocol):
     def pid(self) -> int | None: ...
 
     @property
-    def residency(self) -> Residences: ...
+    def residency(self) -> AdapterStatus: ...
 
 
 class SequenceObserver(Protocol):
-    """Is told of one admitted sequence. Times are monotonic seconds."""
+    """Receiver of one admitted sequence's events. Times are monotonic seconds."""
 
     @property
     def started(self) -> bool:
-        """A delta has come."""
+        """True once a delta has arrived."""
         ...
 
     def delta(self, delta: Delta, now: float) -> None: ...
@@ -55,18 +55,19 @@ class SequenceObserver(Protocol):
 
 
 class ClientObserver(Protocol):
-    """Is told of everything else."""
+    """Receiver of all other events."""
 
-    def watch(self, state: ServerState) -> None: ...
+    def watch(self, state: ServerState) -> None:
+        """Called once, with the client itself."""
 
     def request(
         self, label: str, adapted: bool, prompt_tokens: int, now: float
     ) -> SequenceObserver:
-        """A sequence is admitted. `label` is its adapter's name, unused where not `adapted`."""
+        """A sequence is admitted. `label` is its adapter's name, unused unless `adapted`."""
         ...
 
     def drafting(self, drafting: Drafting) -> None:
-        """It is one whose tokens are drafted ahead."""
+        """The sequence about to be admitted uses speculative decoding."""
 
     def refused(self, reason: Refusal) -> None: ...
 

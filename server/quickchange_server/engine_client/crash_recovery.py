@@ -1,148 +1,152 @@
-"""Which admitted requests an engine gets, and which one is to blame when engines die.
+"""Recovery from engine crashes: which requests go to the next engine, and which one is to blame.
 
-After a death everything that was with the engine is handed to the next one at once. A request that
-was there at too many deaths is a suspect: suspects are tried one at a time with nothing beside
-them, so that the culprit is the one with which an engine dies alone. It is given up, and the
-others, whose deaths it explains, are together again. Knows nothing of processes or clocks.
+After a crash, all requests that the engine had are submitted to the next one at once. A request
+that was present at too many crashes becomes a suspect. Suspects are tried one at a time, alone: if
+the engine dies during such a trial, the suspect is the culprit and is given up, and the other
+requests, whose crashes it explains, run together again. Processes and clocks are not known here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
 
-from quickchange_server.engine_client.in_flight_request import Flight
+from quickchange_server.engine_client.in_flight_request import InFlightRequest
 
-# A suspect is cleared once it has emitted this many tokens past the point at which the engine
-# died: a sampled token depends on (seed, position) alone, so a request that ends an engine does it
-# at the same place again. An engine is at most a few steps ahead of what was received, each of
-# them one token and the accepted drafts, whose number may differ from the last time.
+# A suspect is cleared once it has emitted this many tokens past the point of the last crash: a
+# sampled token depends on (seed, position) alone, so a request that ends an engine does so at the
+# same position again. An engine is at most a few steps ahead of the tokens received, and a step
+# emits one token and the accepted drafts, whose number may differ from run to run.
 CLEARED_AFTER_TOKENS = 20
 
 
-class Roster:
-    """All requests in flight: those with the engine, and those that wait for it or for a trial.
+class CrashRecovery:
+    """All requests in flight: those the engine has, and those that wait for it or for a trial.
 
-    A flight with `max_deaths - 1` deaths is tried alone until it is cleared, one with more until
-    it ends; so the number of deaths of any request is bounded, and so is that of all of them.
+    A request with `max_deaths - 1` deaths is tried alone until it is cleared, one with more until
+    it ends. This bounds the crashes that any one request, and so all of them, can cause.
     """
 
     def __init__(self, max_deaths: int) -> None:
         self._max_deaths = max_deaths
         self._suspect_at = max(1, max_deaths - 1)
-        self._flights: dict[str, Flight] = {}  # by request id, in order of arrival
-        self._waiting: dict[str, Flight] = {}  # by request id
-        self._aboard: dict[str, Flight] = {}  # by ticket
-        self._on_trial: Flight | None = None
+        self._requests: dict[str, InFlightRequest] = {}  # by request id, in order of arrival
+        self._waiting: dict[str, InFlightRequest] = {}  # by request id
+        self._submitted: dict[str, InFlightRequest] = {}  # by submission id
+        self._on_trial: InFlightRequest | None = None
 
     def __len__(self) -> int:
-        return len(self._flights)
+        return len(self._requests)
 
     @property
-    def flights(self) -> Collection[Flight]:
-        return self._flights.values()
+    def requests(self) -> Collection[InFlightRequest]:
+        return self._requests.values()
 
     @property
-    def on_trial(self) -> Flight | None:
-        """The suspect that has the engine to itself."""
+    def on_trial(self) -> InFlightRequest | None:
+        """The suspect that runs alone, if any."""
         return self._on_trial
 
-    def find(self, ticket: str) -> Flight | None:
-        """The flight that the current engine knows by `ticket`."""
-        return self._aboard.get(ticket)
+    def find(self, submission_id: str) -> InFlightRequest | None:
+        """The request that the current engine has under `submission_id`."""
+        return self._submitted.get(submission_id)
 
-    def add(self, *flights: Flight) -> None:
-        """Admit flights, all or, where the id of one is in flight already (ValueError), none."""
-        arriving = {flight.request_id: flight for flight in flights}
+    def add(self, *requests: InFlightRequest) -> None:
+        """Admit all requests or none. Raises ValueError if the id of one is already in flight."""
+        arriving = {request.request_id: request for request in requests}
         for request_id in arriving:
-            if request_id in self._flights:
+            if request_id in self._requests:
                 raise ValueError(f"request id {request_id!r} is already in flight")
-        self._flights |= arriving
+        self._requests |= arriving
         self._waiting |= arriving
 
-    def remove(self, flight: Flight) -> None:
-        """Take a flight that has ended off the roster."""
-        self._flights.pop(flight.request_id, None)
-        self._waiting.pop(flight.request_id, None)
-        self._disembark(flight)
+    def remove(self, request: InFlightRequest) -> None:
+        """Remove a request that has ended."""
+        self._requests.pop(request.request_id, None)
+        self._waiting.pop(request.request_id, None)
+        self._withdraw(request)
 
-    def departures(self) -> list[Flight]:
-        """The flights to submit now; call `boarded` for each once it has its ticket."""
+    def to_submit(self) -> list[InFlightRequest]:
+        """The requests to submit now; call `submitted` for each once it has its submission id."""
         if self._on_trial is not None:
             return []
         suspects = self._waiting_suspects()
         if not suspects:
             return list(self._waiting.values())
-        # One that got nowhere with the last engine is likelier to be what ended it.
-        self._on_trial = min(suspects, key=lambda flight: flight.progress)
+        # The suspect that made the least progress is the likeliest culprit.
+        self._on_trial = min(suspects, key=lambda request: request.progress)
         return [self._on_trial]
 
-    def boarded(self, flight: Flight) -> None:
-        """The engine has `flight`, under `flight.ticket`."""
-        assert flight.ticket is not None
-        del self._waiting[flight.request_id]
-        self._aboard[flight.ticket] = flight
+    def submitted(self, request: InFlightRequest) -> None:
+        """Note that the engine has `request`, under `request.submission_id`."""
+        assert request.submission_id is not None
+        del self._waiting[request.request_id]
+        self._submitted[request.submission_id] = request
 
     def acquit(self) -> str | None:
-        """End the trial if its flight is cleared.
+        """End the trial if its request has run past the point of the last crash.
 
-        Returns the ticket to cancel where further suspects wait: the cleared flight waits with the
-        others then, so that the next is alone too. Otherwise it simply goes on.
+        If further suspects wait, returns the submission id to cancel: the cleared request then
+        waits, so that the next suspect runs alone too. Otherwise it runs on.
         """
-        flight = self._on_trial
-        if flight is None or flight.deaths >= self._max_deaths:
+        request = self._on_trial
+        if request is None or request.deaths >= self._max_deaths:
             return None
-        if flight.progress < CLEARED_AFTER_TOKENS:
+        if request.progress < CLEARED_AFTER_TOKENS:
             return None
-        flight.cleared = True
+        request.cleared = True
         if not self._waiting_suspects():
             self._on_trial = None
             return None
-        ticket = flight.ticket
-        self._disembark(flight)
-        self._waiting[flight.request_id] = flight
-        return ticket
+        submission_id = request.submission_id
+        self._withdraw(request)
+        self._waiting[request.request_id] = request
+        return submission_id
 
-    def engine_died(self) -> Flight | None:
-        """Count the death for those aboard, who wait again. Returns the culprit if it is found."""
+    def engine_died(self) -> InFlightRequest | None:
+        """Count a death for every submitted request and queue it again. Returns the culprit, if
+        this death has identified it."""
         culprit = self._on_trial
-        for flight in self._aboard.values():
-            flight.deaths += 1
-            flight.ticket = None
-        self._aboard.clear()
+        for request in self._submitted.values():
+            request.deaths += 1
+            request.submission_id = None
+        self._submitted.clear()
         self._on_trial = None
         if culprit is not None:
-            del self._flights[culprit.request_id]
-            for flight in self._flights.values():
-                flight.deaths = 0
-                flight.cleared = False
-        self._waiting = dict(self._flights)
+            del self._requests[culprit.request_id]
+            for request in self._requests.values():
+                request.deaths = 0
+                request.cleared = False
+        self._waiting = dict(self._requests)
         return culprit
 
     @property
-    def anything_aboard(self) -> bool:
-        return bool(self._aboard)
+    def any_submitted(self) -> bool:
+        return bool(self._submitted)
 
     def check_integrity(self) -> None:
-        """Raise AssertionError where the roster contradicts itself."""
-        aboard = {flight.request_id for flight in self._aboard.values()}
-        assert aboard | set(self._waiting) == set(self._flights)
-        assert not aboard & set(self._waiting)
-        assert all(flight.ticket == ticket for ticket, flight in self._aboard.items())
-        assert all(flight.ticket is None for flight in self._waiting.values())
+        """Raise AssertionError if the bookkeeping is inconsistent."""
+        submitted = {request.request_id for request in self._submitted.values()}
+        assert submitted | set(self._waiting) == set(self._requests)
+        assert not submitted & set(self._waiting)
+        assert all(
+            request.submission_id == submission_id
+            for submission_id, request in self._submitted.items()
+        )
+        assert all(request.submission_id is None for request in self._waiting.values())
         if self._on_trial is not None:
-            assert aboard == {self._on_trial.request_id}
+            assert submitted == {self._on_trial.request_id}
 
-    def _disembark(self, flight: Flight) -> None:
-        if flight.ticket is not None:
-            self._aboard.pop(flight.ticket, None)
-            flight.ticket = None
-        if self._on_trial is flight:
+    def _withdraw(self, request: InFlightRequest) -> None:
+        if request.submission_id is not None:
+            self._submitted.pop(request.submission_id, None)
+            request.submission_id = None
+        if self._on_trial is request:
             self._on_trial = None
 
-    def _waiting_suspects(self) -> list[Flight]:
-        return [flight for flight in self._waiting.values() if self._is_suspect(flight)]
+    def _waiting_suspects(self) -> list[InFlightRequest]:
+        return [request for request in self._waiting.values() if self._is_suspect(request)]
 
-    def _is_suspect(self, flight: Flight) -> bool:
-        if flight.deaths >= self._max_deaths:
+    def _is_suspect(self, request: InFlightRequest) -> bool:
+        if request.deaths >= self._max_deaths:
             return True
-        return flight.deaths >= self._suspect_at and not flight.cleared
+        return request.deaths >= self._suspect_at and not request.cleared

@@ -1,7 +1,7 @@
-"""One admitted sequence on its way: what it has emitted, and where its reader gets it from.
+"""An admitted sequence, the tokens it has emitted, and the stream from which they are read.
 
-Knows nothing of processes, of restarts' timing or of HTTP: tokens are delivered to it, and it says
-how it is to be submitted again with what it has already emitted.
+After an engine's restart it is submitted again with the tokens emitted so far. Processes, the
+timing of restarts and HTTP are not known here.
 """
 
 from __future__ import annotations
@@ -20,16 +20,15 @@ from quickchange_server.errors import (
 )
 from quickchange_server.protocol import Delta, Submit
 
-# What comes for the sequences of one request, in order: a sequence's index, and its next delta or
-# the error that has ended it.
+# A sequence's index in its request, and its next delta or the error that ended it.
 Mail = tuple[int, Delta | QuickchangeError]
 
 
-class Flight:
+class InFlightRequest:
     """A sequence between admission and its last delta, the `index`-th of its request.
 
-    `ticket` is the id under which the engine knows it now, a new one for each submission, so that
-    a late delta of an earlier submission is told apart; None while no engine has it.
+    `submission_id` is the engine's id for it, None while no engine has it. Each submission gets a
+    new one, so that late deltas of an earlier submission are recognised.
     """
 
     def __init__(
@@ -40,14 +39,14 @@ class Flight:
         index: int = 0,
         drafter: str | None = None,
     ) -> None:
-        """drafter: the name of the adapter whose heads draft."""
+        """`drafter`: the name of the adapter whose draft heads are used."""
         self.submit = submit
         self.metrics = metrics
         self.emitted: list[int] = []
-        self.ticket: str | None = None
-        self.deaths = 0  # engines that died while they had it
-        self.cleared = False  # has shown alone that it gets past the point of the last death
-        self.boarded_at = 0  # len(emitted) at the last submission
+        self.submission_id: str | None = None
+        self.deaths = 0  # engines that died while they ran it
+        self.cleared = False  # has run, alone, past the point of the last death
+        self.resumed_at = 0  # len(emitted) at the last submission
         self.finished = False
         self.submissions = 0
         self._mailbox = mailbox
@@ -61,23 +60,23 @@ class Flight:
     @property
     def progress(self) -> int:
         """Tokens emitted since the last submission."""
-        return len(self.emitted) - self.boarded_at
+        return len(self.emitted) - self.resumed_at
 
-    def board(self) -> Submit:
-        """The submission that goes on exactly where the stream stands, under a new ticket."""
+    def next_submission(self) -> Submit:
+        """A submission that continues exactly where the stream stands, with a new id."""
         self.submissions += 1
-        self.boarded_at = len(self.emitted)
+        self.resumed_at = len(self.emitted)
         again = f"/{self.submissions}" if self.submissions > 1 else ""
-        self.ticket = self.request_id + again
-        return replace(self.submit, request_id=self.ticket, output=tuple(self.emitted))
+        self.submission_id = self.request_id + again
+        return replace(self.submit, request_id=self.submission_id, output=tuple(self.emitted))
 
     def deliver(self, delta: Delta, now: float) -> None:
-        """Take a delta of the engine. `now`: monotonic seconds, for the metrics."""
+        """Take a delta from the engine. `now`: monotonic seconds, for the metrics."""
         if delta.finish_reason == "error":
             self.fail(_error_of(delta, self.submit, self._drafter), now)
             return
         if self.submissions > 1:
-            delta = self._as_first_told(delta)
+            delta = self._without_repeats(delta)
         self.emitted.extend(delta.token_ids)
         self.metrics.delta(delta, now)
         self._mailbox.put_nowait((self._index, delta))
@@ -85,62 +84,63 @@ class Flight:
             self.end(delta.finish_reason, now)
 
     def fail(self, error: QuickchangeError, now: float) -> None:
-        """End the sequence with `error`, which its reader raises."""
+        """End the sequence with `error`, which its reader receives."""
         self._mailbox.put_nowait((self._index, error))
         self.end(_outcome_of(error), now)
 
     def end(self, outcome: Outcome, now: float) -> None:
-        """Nothing more is delivered: it is complete, has failed, or its reader wants no more."""
+        """Mark the sequence as complete, failed or abandoned; no delta follows."""
         self.finished = True
         self.metrics.end(outcome, now)
 
-    def _as_first_told(self, delta: Delta) -> Delta:
-        """A resubmission's delta under the request's own id, without what was said before."""
-        told = self.metrics.started
+    def _without_repeats(self, delta: Delta) -> Delta:
+        """A resubmission's delta under the request's own id, without first-delta fields that an
+        earlier submission has delivered."""
+        delivered = self.metrics.started
         return replace(
             delta,
             request_id=self.request_id,
-            cached_tokens=None if told else delta.cached_tokens,
-            queue_seconds=None if told else delta.queue_seconds,
-            prompt_logprobs=() if told else delta.prompt_logprobs,
+            cached_tokens=None if delivered else delta.cached_tokens,
+            queue_seconds=None if delivered else delta.queue_seconds,
+            prompt_logprobs=() if delivered else delta.prompt_logprobs,
         )
 
 
 class DeltaStream:
     """The deltas of one request's sequences, in order of arrival; read by one task.
 
-    The last delta of a sequence carries `finish_reason`; nothing comes after the last of all. The
-    reader calls `close` when it reads no further, for whatever reason: that frees what the request
-    still holds in the engine.
+    The last delta of a sequence carries `finish_reason`; nothing follows the last of all. The
+    reader calls `close` when it stops reading, for whatever reason, which frees the engine's
+    resources.
     """
 
     def __init__(
         self,
-        flights: Sequence[Flight],
+        requests: Sequence[InFlightRequest],
         mailbox: asyncio.Queue[Mail],
-        leave: Callable[[Flight, Outcome], None],
+        leave: Callable[[InFlightRequest, Outcome], None],
     ) -> None:
-        self._flights = flights
+        self._requests = requests
         self._mailbox = mailbox
         self._leave = leave
 
     def receive(self) -> Coroutine[Any, Any, Mail]:
-        """Wait for the next delta of any sequence, or for the error that has ended one:
+        """Wait for the next delta of any sequence, or for the error that ended one:
         AdapterFailedError, RequestFailedError, EngineFailedError or UnavailableError."""
         return self._mailbox.get()
 
     def stop(self, index: int) -> None:
-        """End a sequence that has what was asked for (a stop string), counted as "stop"."""
-        self._end(self._flights[index], "stop")
+        """End a sequence whose text has met a stop string, counted as "stop"."""
+        self._end(self._requests[index], "stop")
 
     def close(self) -> None:
         """End all sequences that still run, counted as "cancelled"."""
-        for flight in self._flights:
-            self._end(flight, "cancelled")
+        for request in self._requests:
+            self._end(request, "cancelled")
 
-    def _end(self, flight: Flight, outcome: Outcome) -> None:
-        if not flight.finished:
-            self._leave(flight, outcome)
+    def _end(self, request: InFlightRequest, outcome: Outcome) -> None:
+        if not request.finished:
+            self._leave(request, outcome)
 
 
 def _error_of(delta: Delta, submit: Submit, drafter: str | None) -> QuickchangeError:
@@ -155,7 +155,7 @@ def _error_of(delta: Delta, submit: Submit, drafter: str | None) -> QuickchangeE
 
 
 def _turbo_remedy(submit: Submit, drafter: str | None) -> str:
-    """What to do where it is not one of the adapters that failed, but the Turbo beside them."""
+    """Advice for the client if the draft heads, and not one of its adapters, may have failed."""
     heads = None if submit.drafting is None else submit.drafting.heads
     if heads is None or heads in {component.digest for component in submit.adapters}:
         return ""

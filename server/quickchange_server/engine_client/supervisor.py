@@ -1,7 +1,7 @@
-"""Keeps one engine process alive: starts it, starts another when it dies, gives up in the end.
+"""Supervisor of the engine process: starts it, restarts it when it dies, and at last gives up.
 
-Knows nothing of requests: what was with an engine, and what is to be sent to the next, is its
-listener's business.
+Requests are not known here: the listener keeps those that an engine had and submits them to the
+next.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from quickchange_server.protocol import Ready, Report, Shutdown
 
 Phase = Literal["starting", "ready", "restarting", "failed", "stopped"]
 
-START_SECONDS = 1800.0  # a large model from a slow disk takes minutes; a hung start is longer
-STOP_SECONDS = 5.0  # for an orderly end, then the process is killed
-MAX_FAILURES = 5  # failed starts in a row
-LONG_LIFE_SECONDS = 30.0  # an idle engine that lived this long did start
+START_SECONDS = 1800.0  # a start that takes longer hangs; a large model on a slow disk: minutes
+STOP_SECONDS = 5.0  # for an orderly shutdown; then the process is killed
+MAX_FAILURES = 5  # consecutive failed starts
+LONG_LIFE_SECONDS = 30.0  # an idle engine that lived this long counts as started
 FIRST_BACKOFF_SECONDS = 0.5
 LAST_BACKOFF_SECONDS = 30.0
 
@@ -28,20 +28,20 @@ logger = logging.getLogger(__name__)
 
 
 class EngineListener(Protocol):
-    """Who is told about the engine, on the event loop's thread."""
+    """Receiver of the engine's events, on the event loop's thread."""
 
     def engine_ready(self, ready: Ready) -> None:
-        """A new engine takes commands."""
+        """A new engine accepts commands."""
 
     def engine_reported(self, report: Report) -> None:
-        """The engine said something (neither Ready nor Fatal)."""
+        """The engine sent a report other than Ready and Fatal."""
 
     def engine_died(self, reason: str) -> bool:
-        """The engine is gone. True: it had requests, so the start itself was good."""
+        """The engine is gone. Returns True if it had requests, so its start had succeeded."""
         ...
 
     def engine_failed(self, reason: str) -> None:
-        """No engine can be had, and none will be."""
+        """No engine runs, and none will be started any more."""
 
 
 class Supervisor:
@@ -74,7 +74,7 @@ class Supervisor:
 
     @property
     def info(self) -> Ready | None:
-        """What the last engine that was ready said of itself."""
+        """The Ready report of the last engine that started."""
         return self._info
 
     @property
@@ -85,8 +85,8 @@ class Supervisor:
     async def start(self) -> Ready:
         """Start the first engine. Raises EngineFailedError with the engine's own reason.
 
-        A first start is not tried again: it fails for a setting or the model, which stay as they
-        are.
+        A first start is not retried: it fails because of a setting or the model, which don't
+        change.
         """
         if self._phase != "starting" or self._channel is not None:
             raise RuntimeError("an engine is started once")
@@ -101,13 +101,13 @@ class Supervisor:
 
     @property
     def channel(self) -> EngineChannel:
-        """The way to the engine. Only where `phase` is "ready"."""
+        """The running engine's channel. Raises RuntimeError unless `phase` is "ready"."""
         if self._channel is None:
             raise RuntimeError("no engine to send to")
         return self._channel
 
     async def stop(self) -> None:
-        """End the engine, in order where it can be, by force where not. May be called again."""
+        """Shut the engine down, or kill it if it does not end in time. May be called again."""
         self._phase = "stopped"
         if self._watch is not None:
             self._watch.cancel()
@@ -117,7 +117,7 @@ class Supervisor:
             self._channel = None
 
     async def _end(self, channel: EngineChannel) -> None:
-        if channel.ready.done():  # one that still loads reads no commands
+        if channel.ready.done():  # while it loads, an engine reads no commands
             channel.send(Shutdown())
             await asyncio.wait([channel.ended], timeout=STOP_SECONDS)
         if not channel.ended.done():
@@ -126,7 +126,8 @@ class Supervisor:
             await channel.ended
 
     async def _launch(self) -> Ready:
-        """A new engine, ready. Raises EngineFailedError if it ends or hangs before that."""
+        """Start an engine and wait until it is ready. Raises EngineFailedError if it ends or
+        hangs before that."""
         channel = EngineChannel(self._main, self._settings, self._listener.engine_reported)
         self._channel = channel
         first: set[asyncio.Future[Any]] = {channel.ready, channel.ended}
@@ -150,9 +151,9 @@ class Supervisor:
         return ready
 
     async def _supervise(self) -> None:
-        """Until no engine can be had: wait for the engine's end, tell of it, start the next."""
+        """Wait for the engine's end, report it and start the next one, until a restart fails."""
         while self._channel is not None:
-            # Shielded: a cancelled wait would cancel the future, which `stop` still waits for.
+            # Shielded: cancelling the wait would cancel the future, which `stop` awaits too.
             reason = await asyncio.shield(self._channel.ended)
             self._died(reason)
             await self._restart(reason)
@@ -191,7 +192,7 @@ class Supervisor:
         self._listener.engine_failed(reason)
 
     def _supervision_ended(self, watch: asyncio.Task[None]) -> None:
-        """A defect in supervision itself must not leave requests waiting for ever."""
+        """Fail all requests if supervision itself has crashed, so that none waits for ever."""
         if not watch.cancelled() and (error := watch.exception()) is not None:
             logger.error("supervision of the engine ended", exc_info=error)
             self._fail(f"supervision of the engine ended: {error!r}")

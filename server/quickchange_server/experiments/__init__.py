@@ -1,1 +1,1 @@
-"""A/B testing: which variant a request gets, and what the variants came to."""
+"""A/B testing: assignment of requests to variants, and comparison of the variants' outcomes."""

@@ -1,7 +1,7 @@
-"""Which variant a request gets. Pure: the time and the draw are handed in.
+"""Assignment of a request to a variant, by a pure function of the time and a random draw.
 
-A subject that is missing (no `user`, header or field) has the request drawn at random, as if the
-experiment were not sticky; it counts as a unit of its own.
+A request without a subject (no `user`, header or field) is assigned at random, as if the
+experiment were not sticky, and counts as a unit of its own.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ UNIT_BYTES = 16
 
 
 class Sender(Protocol):
-    """What a request's body tells of who sends it."""
+    """The fields of a request's body that may hold the subject."""
 
     @property
     def user(self) -> str | None: ...
@@ -28,7 +28,7 @@ class Sender(Protocol):
 
 
 def subject_of(sticky: Sticky, body: Sender, headers: Mapping[str, str]) -> str | None:
-    """What the request's assignment sticks to; None where it brings nothing."""
+    """The subject that the request's assignment sticks to; None if the request has none."""
     match sticky.by:
         case "user":
             return body.user or None
@@ -41,20 +41,20 @@ def subject_of(sticky: Sticky, body: Sender, headers: Mapping[str, str]) -> str 
 
 
 def unit_of(experiment: str, tenant: str, subject: str) -> str:
-    """The subject's hash, 32 hexadecimal digits: another one in each experiment and tenant."""
-    said = "\0".join((experiment, tenant, subject)).encode()
-    return hashlib.sha256(said).hexdigest()[: 2 * UNIT_BYTES]
+    """The subject's hash, 32 hexadecimal digits; it differs by experiment and tenant."""
+    text = "\0".join((experiment, tenant, subject)).encode()
+    return hashlib.sha256(text).hexdigest()[: 2 * UNIT_BYTES]
 
 
 def point_of(unit: str) -> int:
-    """The unit's place on the line."""
+    """The unit's point in 0 .. SIZE - 1."""
     return int(unit[:8], 16) % SIZE
 
 
 def assign(
     experiment: Experiment, tenant: str, subject: str | None, draw: int, now: float
 ) -> Assignment:
-    """The variant for a request. `draw`: a random number below SIZE, used where nothing sticks."""
+    """Assign a request. `draw`: a random integer below SIZE, used if there is no subject."""
     definition = experiment.definition
     unit = None if subject is None else unit_of(experiment.id, tenant, subject)
     stretch = experiment.stretch(now)

@@ -1,7 +1,7 @@
-"""What an experiment is, as its owner writes it: variants, who sticks to what, ramp, metrics.
+"""Definition of an experiment, as its owner writes it: variants, stickiness, ramp, metrics.
 
-Frozen and validated once; a bad value raises with the field's name. Knows nothing of what has
-happened to the experiment since (`experiment.py`) nor of who gets which variant (`assignment.py`).
+Frozen and validated once; a bad value raises with the field's name. The experiment's later state
+(`experiment.py`) and the assignment (`assignment.py`) are not known here.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ MAX_SHADOWS = 4
 MAX_STEPS = 64
 MAX_METRICS = 32
 MAX_LISTED = 10_000
-MAX_NUMBER = 1e15  # an outcome's absolute value: sums of squares stay far from overflow
-MAX_TEXT = 512  # characters of a description, of a listed unit
+MAX_NUMBER = 1e15  # largest absolute value of an outcome, so that sums of squares don't overflow
+MAX_TEXT = 512  # characters of a description or of a listed unit
 AUTOMATIC = ("latency", "first_token", "tokens", "stop", "length", "cancelled", "failed")
 ACTIONS = frozenset(
     {"outcomes", "results", "audit", "pause", "resume", "stop", "promote", "rollback"}
 )
-# Sampling fields that a variant leaves as the request has them.
+# Sampling fields that a variant can't override.
 REQUESTS_OWN = frozenset(
     {"n", "seed", "min_tokens", "stop_token_ids", "logit_bias", "logprobs", "prompt_logprobs"}
     | {"ignore_eos", "include_stop_str_in_output", "skip_special_tokens"}
@@ -47,7 +47,7 @@ _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 def is_label(value: str) -> bool:
-    """Whether it may stand in headers and in metrics: a variant's or a metric's name."""
+    """True if `value` can name a variant or a metric, which appear in headers and metrics."""
     return _LABEL.fullmatch(value) is not None
 
 
@@ -58,7 +58,7 @@ def _check_label(value: str) -> str:
 
 
 def check_experiment_name(name: str) -> str:
-    """A name as adapters have them, but not one that a route's last word hides."""
+    """Check an experiment's name: an adapter's syntax, and no route's action as last segment."""
     check_name(name)
     if name.rpartition("/")[2] in ACTIONS:
         raise PydanticCustomError(
@@ -74,7 +74,7 @@ Unit = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
 
 
 def _check_overrides(overrides: dict[str, Any]) -> dict[str, Any]:
-    """The overrides as a request's body would hold them."""
+    """The overrides as validated by the request's body."""
     for name in overrides:
         if name not in OVERRIDABLE:
             raise PydanticCustomError(
@@ -94,12 +94,12 @@ def _check_overrides(overrides: dict[str, Any]) -> dict[str, Any]:
 
 
 class Served(Body):
-    """What a variant is answered by: a name, or a composition over the base."""
+    """The model of a variant: a name, or a composition over the base."""
 
     name: Label
     model: str | None = Field(None, min_length=1)  # base, adapter, version or alias
     adapters: list[WeightedAdapter] = Field(default=[])
-    turbo: str | None = Field(None, min_length=1)  # default: what the request asks for
+    turbo: str | None = Field(None, min_length=1)  # default: the request's
     overrides: Annotated[dict[str, Any], AfterValidator(_check_overrides)] = Field(default={})
 
     @model_validator(mode="after")
@@ -113,28 +113,28 @@ class Served(Body):
         return self
 
     def serves_as(self, other: Served) -> bool:
-        """Whether both answer alike, whatever their shares."""
+        """True if both serve the same, whatever their shares."""
         mine, its = ((v.model, v.adapters, v.turbo, v.overrides) for v in (self, other))
         return mine == its
 
 
 class Variant(Served):
-    """One of the answers that a request may get."""
+    """A variant that requests are assigned to."""
 
-    weight: Weight = 1.0  # its share is its weight over the sum of all
+    weight: Weight = 1.0  # the share is the weight over the sum of all weights
 
 
 class Shadow(Served):
-    """Computed beside a share of the answered requests, never shown."""
+    """A variant that also runs for a share of the requests; clients never see its answers."""
 
     share: float = Field(1.0, ge=0, le=1, allow_inf_nan=False)
 
 
 class Sticky(Body):
-    """What the assignment sticks to."""
+    """The subject that the assignment sticks to."""
 
     by: Literal["user", "header", "field", "random"]
-    name: str | None = Field(None, min_length=1, max_length=64)  # of the header or the field
+    name: str | None = Field(None, min_length=1, max_length=64)  # the header's or field's name
 
     @model_validator(mode="after")
     def _named_where_needed(self) -> Self:
@@ -146,7 +146,7 @@ class Sticky(Body):
 
 
 class RampStep(Body):
-    """From some time on, other weights. A time is Unix seconds, or seconds after the start."""
+    """Change of the weights at a time: `at`, Unix seconds, or `after`, seconds from the start."""
 
     at: Number | None = Field(None, ge=0)
     after: Number | None = Field(None, ge=0)
@@ -164,12 +164,12 @@ class RampStep(Body):
 
 
 class Metric(Body):
-    """An outcome that counts."""
+    """An outcome that clients report and that is compared between variants."""
 
     name: Label
     kind: Literal["number", "flag", "label"] = "number"
     goal: Literal["increase", "decrease"] = "increase"
-    # Counts for a unit without an outcome; default: such a unit is left out.
+    # The value of a unit without an outcome; default: such a unit is left out.
     missing: Number | None = Field(None, ge=-MAX_NUMBER, le=MAX_NUMBER)
     margin: Number | None = Field(None, gt=0)  # differences smaller than this don't matter
 
@@ -183,7 +183,7 @@ class Metric(Body):
 
 
 class Definition(Body):
-    """An experiment as it was asked for."""
+    """An experiment as its owner defined it."""
 
     name: ExperimentName
     description: str = Field("", max_length=MAX_TEXT)
@@ -191,14 +191,14 @@ class Definition(Body):
     control: str | None = None  # default: the first variant
     sticky: Sticky = Field(default=Sticky(by="user", name=None))
     allow: dict[Unit, str] = Field(default={}, max_length=MAX_LISTED)  # unit: variant
-    deny: list[Unit] = Field(default=[], max_length=MAX_LISTED)  # they get the control
+    deny: list[Unit] = Field(default=[], max_length=MAX_LISTED)  # units that get the control
     ramp: list[RampStep] = Field(default=[], max_length=MAX_STEPS)
     shadows: list[Shadow] = Field(default=[], max_length=MAX_SHADOWS)
-    shadow_limit: int = Field(4, ge=1, le=64)  # shadow requests at once, of one server
+    shadow_limit: int = Field(4, ge=1, le=64)  # concurrent shadow requests on one server
     metrics: list[Metric] = Field(default=[], max_length=MAX_METRICS)
     minimum: int = Field(100, ge=2)  # units of each variant before a decision is offered
     alpha: float = Field(0.05, ge=1e-6, le=0.4, allow_inf_nan=False)  # rate of false findings
-    alias: str | None = Field(None, min_length=1)  # what promote and rollback move
+    alias: str | None = Field(None, min_length=1)  # moved by promote and rollback
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
@@ -228,11 +228,11 @@ class Definition(Body):
 
     @property
     def default(self) -> Variant:
-        """The control."""
+        """The control variant."""
         return self.variants[0] if self.control is None else self.variant(self.control)
 
     def variant(self, name: str) -> Variant:
-        """Raises KeyError where there is none."""
+        """The variant with this name. Raises KeyError."""
         return {variant.name: variant for variant in self.variants}[name]
 
     @property
@@ -246,8 +246,8 @@ class Definition(Body):
             yield self.weights_of(step)
 
     def weights_of(self, step: RampStep) -> dict[str, float]:
-        """The weights from a step on. A share goes to the others as their weights say, and what
-        they leave to the control."""
+        """The weights from a step on. A `share` is divided by weight, and the control gets the
+        rest."""
         if step.weights is not None:
             return {name: step.weights.get(name, 0.0) for name in self.weights}
         share, weights = step.share or 0.0, self.weights

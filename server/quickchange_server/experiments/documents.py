@@ -1,4 +1,4 @@
-"""An experiment as the JSON document that the database keeps."""
+"""Conversion of an experiment to and from the JSON document in the database."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from quickchange_server.experiments.experiment import Experiment, Pointed, Promo
 
 
 def encode(experiment: Experiment) -> str:
-    """The document; the version is a column of its own and in it too."""
+    """The JSON document; the version in it is also a column of its own."""
     return json.dumps(as_json(experiment), separators=(",", ":"))
 
 

@@ -1,7 +1,7 @@
-"""An experiment as it stands: its definition, its state, and how the line was divided over time.
+"""An experiment: its definition, its state, and its layouts over time.
 
-Values, and what each change makes of them. Knows nothing of storage or of HTTP; times are Unix
-seconds and handed in.
+Immutable values, and functions that return the changed value. Storage and HTTP are not known here;
+times are arguments, in Unix seconds.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ State = Literal["running", "paused", "stopped"]
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """A time of constant weights; its number is its place in the list, and never changes."""
+    """A period of constant weights; its number is its place in the list and never changes."""
 
     begins: float
     layout: Layout
@@ -29,7 +29,7 @@ class Stretch:
 
 @dataclass(frozen=True, slots=True)
 class Pointed:
-    """What an alias pointed at."""
+    """The target of an alias."""
 
     target: str
     turbo: str | None = None
@@ -37,7 +37,7 @@ class Pointed:
 
 @dataclass(frozen=True, slots=True)
 class Promotion:
-    """A variant that the alias was given to, and what the alias was before; None: nothing."""
+    """A move of the alias to a variant. `before`: the alias's earlier target, None if unset."""
 
     variant: str
     alias: str
@@ -46,18 +46,18 @@ class Promotion:
 
 @dataclass(frozen=True, slots=True)
 class Experiment:
-    """One experiment. `version` counts its changes from 1."""
+    """An experiment. `version` counts its changes from 1."""
 
-    id: str  # unlike the name never used twice; also the salt of the units' hashes
+    id: str  # never reused, unlike the name; also the salt of the units' hashes
     definition: Definition
     version: int
     state: State
     created: float
-    started: float  # what a ramp's `after` counts from; later by every pause
-    changed: float  # when the state last changed
+    started: float  # origin of a ramp's `after`; every pause moves it
+    changed: float  # time of the last change of state
     stretches: tuple[Stretch, ...]
-    winner: str | None = None  # who answers once stopped; None: the control
-    promotions: tuple[Promotion, ...] = ()  # the last one is what rollback undoes
+    winner: str | None = None  # variant served once stopped; None: the control
+    promotions: tuple[Promotion, ...] = ()  # rollback undoes the last one
 
     @property
     def name(self) -> str:
@@ -65,11 +65,11 @@ class Experiment:
 
     @property
     def served(self) -> str:
-        """The variant that all get while the experiment does not run."""
+        """The variant that all requests get while the experiment does not run."""
         return self.winner or self.definition.default.name
 
     def stretch(self, now: float) -> int:
-        """The number of the stretch that holds at `now`."""
+        """The number of the stretch in effect at `now`."""
         begun = bisect_right(self.stretches, now, key=lambda stretch: stretch.begins)
         return max(0, begun - 1)
 
@@ -85,7 +85,7 @@ def created(identity: str, definition: Definition, now: float) -> Experiment:
 
 
 def updated(old: Experiment, definition: Definition, now: float) -> Experiment:
-    """With another definition. Raises InvalidRequestError, or ConflictError once stopped."""
+    """Change the definition. Raises InvalidRequestError, or ConflictError once stopped."""
     if old.state == "stopped":
         raise ConflictError(
             f"name: the experiment {old.name!r} is stopped and can't change; create another",
@@ -100,24 +100,24 @@ def updated(old: Experiment, definition: Definition, now: float) -> Experiment:
 
 
 def paused(old: Experiment, now: float) -> Experiment:
-    """Everybody gets the control. Raises ConflictError unless running."""
+    """Pause: all requests get the control. Raises ConflictError unless running."""
     _must_be(old, "running", "pause")
     return replace(_next(old), state="paused", changed=now)
 
 
 def resumed(old: Experiment, now: float) -> Experiment:
-    """Goes on; a ramp stands where it stood. Raises ConflictError unless paused."""
+    """Resume, with a ramp where it was when paused. Raises ConflictError unless paused."""
     _must_be(old, "paused", "resume")
     started = old.started + now - old.changed
-    # the weights that held when it was paused hold on
+    # stretches planned after the pause are dropped, and planned again
     held = old.stretches[: old.stretch(old.changed) + 1]
     again = replace(_next(old), state="running", changed=now, started=started, stretches=held)
     return replace(again, stretches=_replanned(again, old.definition, started, now))
 
 
 def stopped(old: Experiment, winner: str | None, now: float) -> Experiment:
-    """For good: everybody gets the winner, or the control. Raises ConflictError if it is already,
-    InvalidRequestError for an unknown winner."""
+    """Stop for good: all requests get the winner, or the control. Raises ConflictError if already
+    stopped, InvalidRequestError for an unknown winner."""
     if old.state == "stopped":
         raise ConflictError(f"name: the experiment {old.name!r} is already stopped", param="name")
     if winner is not None:
@@ -126,8 +126,8 @@ def stopped(old: Experiment, winner: str | None, now: float) -> Experiment:
 
 
 def promoted(old: Experiment, variant: str, before: Pointed | None) -> Experiment:
-    """The definition's alias is given to `variant`. Raises InvalidRequestError where there is no
-    alias."""
+    """Record that the definition's alias moves to `variant`. Raises InvalidRequestError if the
+    definition has no alias or no such variant."""
     alias = old.definition.alias
     if alias is None:
         raise InvalidRequestError(
@@ -140,7 +140,7 @@ def promoted(old: Experiment, variant: str, before: Pointed | None) -> Experimen
 
 
 def rolled_back(old: Experiment) -> Experiment:
-    """Without its last promotion. Raises ConflictError where there is none."""
+    """Remove the last promotion. Raises ConflictError if there is none."""
     if not old.promotions:
         raise ConflictError(
             f"name: nothing was promoted by the experiment {old.name!r}", param="name"
@@ -149,7 +149,7 @@ def rolled_back(old: Experiment) -> Experiment:
 
 
 def variant_of(definition: Definition, name: str, *, param: str) -> None:
-    """Raises InvalidRequestError where the definition has no such variant."""
+    """Raise InvalidRequestError if the definition has no such variant."""
     known = definition.weights
     if name not in known:
         raise InvalidRequestError(
@@ -182,7 +182,7 @@ def _must_be(old: Experiment, state: State, action: str) -> None:
 
 
 def _refuse_rewriting(old: Definition, new: Definition) -> None:
-    """What is measured under a name must stay the same thing."""
+    """Raise InvalidRequestError if the new definition would mix results of different things."""
     for field in ("name", "sticky", "alpha", "minimum"):
         if getattr(new, field) != getattr(old, field):
             raise _fixed(field)
@@ -226,8 +226,8 @@ def _fixed(field: str) -> InvalidRequestError:
 def _plan(
     definition: Definition, started: float, now: float
 ) -> list[tuple[float, Mapping[str, float]]]:
-    """(from when, weights): what holds now, then what is to come. Before a ramp's first step the
-    control has all."""
+    """(start, weights) of the current stretch, then of later ones. Before a ramp's first step the
+    control gets all requests."""
     if not definition.ramp:
         return [(now, definition.weights)]
     control = {name: float(name == definition.default.name) for name in definition.weights}
@@ -243,7 +243,7 @@ def _plan(
 def _replanned(
     old: Experiment, definition: Definition, started: float, now: float
 ) -> tuple[Stretch, ...]:
-    """The stretches until now, and from now on those that the definition plans."""
+    """The stretches until now, followed by those that the definition plans."""
     made = list(old.stretches[: old.stretch(now) + 1])
     for begins, weights in _plan(definition, started, now):
         division = layout.moved([stretch.layout for stretch in made], weights)

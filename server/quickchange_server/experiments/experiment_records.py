@@ -1,4 +1,4 @@
-"""Experiments and their audit trail in the database, within a transaction that is handed in."""
+"""Experiments and their audit trail in the database, within the caller's transaction."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from quickchange_server.storage.tables_experiments import (
     EXPERIMENTS,
 )
 
-TOPIC = "experiments"  # of the revisions
+TOPIC = "experiments"  # topic of the revisions
 
 Action = Literal["create", "update", "pause", "resume", "stop", "delete", "promote", "rollback"]
 
 
 @dataclass(frozen=True, slots=True)
 class Act:
-    """Who does what, when (Unix seconds)."""
+    """An entry of the audit trail: the caller, the action, and its time in Unix seconds."""
 
     caller: Caller
     action: Action
@@ -37,13 +37,13 @@ class Act:
 
 
 def documents(connection: Connection) -> dict[str, str]:
-    """All experiments as they are kept, by name."""
+    """The documents of all experiments, by name."""
     rows = connection.execute(select(EXPERIMENTS.c.name, EXPERIMENTS.c.document))
     return {row.name: row.document for row in rows}
 
 
 def create(connection: Connection, experiment: Experiment, act: Act) -> Experiment:
-    """Raises ConflictError where the name is taken."""
+    """Insert an experiment. Raises ConflictError if the name is taken."""
     document = encode(experiment)
     statement = tables.insert(connection, EXPERIMENTS).values(
         id=experiment.id,
@@ -51,7 +51,7 @@ def create(connection: Connection, experiment: Experiment, act: Act) -> Experime
         version=experiment.version,
         document=document,
     )
-    # One statement: another replica may be taking the name at this moment.
+    # A single statement, since another replica may take the name concurrently.
     made = statement.on_conflict_do_nothing().returning(EXPERIMENTS.c.id)
     if connection.execute(made).first() is None:
         raise ConflictError(
@@ -70,9 +70,9 @@ def change(
     make: Callable[[Experiment], Experiment],
     version: int | None = None,
 ) -> Experiment:
-    """Replace an experiment by what `make` makes of it, alone with it.
+    """Replace an experiment by `make(experiment)`, with its row locked.
 
-    Raises UnknownModelError, ConflictError where it is not at `version` any more, and what `make`
+    Raises UnknownModelError, ConflictError if it is not at `version` any more, and what `make`
     raises.
     """
     before = _locked(connection, name)
@@ -95,7 +95,7 @@ def change(
 
 
 def remove(connection: Connection, name: str, act: Act) -> Experiment:
-    """Delete an experiment with all that it recorded, its audit trail aside.
+    """Delete an experiment with its exposures and outcomes, but not its audit trail.
 
     Raises UnknownModelError.
     """
@@ -109,7 +109,7 @@ def remove(connection: Connection, name: str, act: Act) -> Experiment:
 
 
 def audit(connection: Connection, name: str, limit: int) -> list[dict[str, Any]]:
-    """The latest entries of a name, of deleted experiments too, newest first."""
+    """The latest entries for a name, newest first, also those of deleted experiments."""
     table = EXPERIMENT_AUDIT
     rows = connection.execute(
         select(table).where(table.c.name == name).order_by(table.c.id.desc()).limit(limit)
@@ -130,7 +130,7 @@ def unknown(name: str) -> UnknownModelError:
 
 
 def _locked(connection: Connection, name: str) -> str:
-    """The experiment's document, which no other transaction changes meanwhile."""
+    """The experiment's document, with its row locked. Raises UnknownModelError."""
     query = select(EXPERIMENTS.c.document).where(EXPERIMENTS.c.name == name).with_for_update()
     document: str | None = connection.execute(query).scalar()
     if document is None:

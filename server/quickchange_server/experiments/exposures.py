@@ -1,4 +1,4 @@
-"""The bookkeeper of experiments: each assigned request, and what it came to."""
+"""Recording of exposures: each assigned request and the server's measurements of it."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from quickchange_server.storage.tables_experiments import EXPERIMENT_EXPOSURES, 
 
 
 class Exposures:
-    """Records every request that was assigned, when it has ended."""
+    """Request observer that records every assigned request when it has ended."""
 
     def __init__(self, database: Database, metrics: ExperimentMetrics) -> None:
         self._database = database
         self._metrics = metrics
 
     def opened(self, opened: Opened) -> None:
-        """Nothing is refused here, and nothing recorded before the end."""
+        """Do nothing: requests are recorded when they have ended."""
 
     def completed(self, completed: Completed) -> Awaitable[None] | None:
-        """Record it. Done after the commit: who has the whole answer can tell its outcome."""
+        """Record a request. The result is done after the commit, so that a client that has the
+        whole answer can report its outcome."""
         assignment = completed.opened.assignment
         if assignment is None:
             return None
@@ -37,7 +38,7 @@ class Exposures:
 
 
 def _insert(connection: Connection, experiment: str, values: Mapping[str, object]) -> None:
-    """Once, and only while the experiment exists."""
+    """Insert an exposure once, and only while the experiment exists."""
     there = select(
         *(literal(value, EXPERIMENT_EXPOSURES.c[name].type) for name, value in values.items()),
         EXPERIMENTS.c.id,

@@ -1,11 +1,11 @@
-"""Who gets what as a division of a line, changed with the least movement.
+"""Layout of variants over the hash range 0 .. SIZE - 1, changed with the least movement.
 
-A unit is a point of 0 .. SIZE - 1, which never moves; a variant owns pieces of the line as long as
-its share. When weights change, what must shrink gives up the far end of its pieces, and what must
-grow takes exactly that, so the part of the line that changes hands is the total variation distance
-of the shares: no method moves less. (Weighted rendezvous hashing moves more where several weights
-change at once.) Weights that are taken back give everybody back what they had. The division
-depends on its past, so it is kept, not computed anew.
+A unit is a fixed point of the range; a variant owns pieces of it in proportion to its share. When
+weights change, shrinking variants give up the far ends of their pieces and growing ones take
+exactly those, so the part that changes owner is the total variation distance of the shares, the
+least possible. (Weighted rendezvous hashing moves more if several weights change at once.)
+Restoring earlier weights restores the earlier layout. A layout depends on its history, so it is
+stored, not recomputed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Piece = tuple[int, int, str]  # first point, end, variant
 
 
 def shares(layout: Layout) -> dict[str, int]:
-    """Points of each variant; variants without any are not in it."""
+    """Number of points of each variant that has any."""
     sizes: dict[str, int] = {}
     start = 0
     for end, variant in layout:
@@ -31,12 +31,12 @@ def shares(layout: Layout) -> dict[str, int]:
 
 
 def owner(layout: Layout, point: int) -> str:
-    """The variant that a point belongs to."""
+    """The variant that owns a point."""
     return layout[bisect_right(layout, point, key=lambda piece: piece[0])][1]
 
 
 def divided(weights: Mapping[str, float]) -> Layout:
-    """A first division, in the order of the variants."""
+    """A first layout, in the order of the variants."""
     end, made = 0, []
     for variant, size in _sizes(weights).items():
         if size:
@@ -46,8 +46,8 @@ def divided(weights: Mapping[str, float]) -> Layout:
 
 
 def moved(history: Sequence[Layout], weights: Mapping[str, float]) -> Layout:
-    """The division that `weights` ask for, with the least change of the last one in `history`: an
-    earlier one where that changes no more."""
+    """The layout for `weights` that changes the last one of `history` least; an earlier one is
+    reused if it changes no more."""
     layout, wanted = history[-1], _sizes(weights)
     kept, freed = _shrunk(layout, wanted)
     fewest = sum(end - start for start, end, _ in freed)
@@ -70,7 +70,7 @@ def _positive(sizes: Mapping[str, int]) -> dict[str, int]:
 
 
 def _apart(one: Layout, other: Layout) -> int:
-    """Points that have another owner."""
+    """Number of points whose owner differs."""
     cuts = sorted({0, *(end for end, _ in one), *(end for end, _ in other)})
     return sum(
         end - start for start, end in pairwise(cuts) if owner(one, start) != owner(other, start)
@@ -78,7 +78,7 @@ def _apart(one: Layout, other: Layout) -> int:
 
 
 def _sizes(weights: Mapping[str, float]) -> dict[str, int]:
-    """Whole points that sum to SIZE: the largest remainders are rounded up."""
+    """Points of each variant, SIZE in total, by the largest remainder method."""
     total = sum(weights.values())
     exact = {variant: weight / total * SIZE for variant, weight in weights.items()}
     sizes = {variant: int(size) for variant, size in exact.items()}
@@ -89,7 +89,7 @@ def _sizes(weights: Mapping[str, float]) -> dict[str, int]:
 
 
 def _shrunk(layout: Layout, wanted: Mapping[str, int]) -> tuple[list[Piece], list[Piece]]:
-    """What stays where it is, and what its owner gives up."""
+    """The pieces that keep their owner, and those that are given up."""
     room = dict(wanted)
     kept, freed = [], []
     for start, end, variant in pieces(layout):

@@ -1,4 +1,4 @@
-"""Outcomes that clients tell of answers, kept with the variant that gave them."""
+"""Outcomes that clients report, recorded with the variant that produced them."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ Value = float | bool | str
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """One outcome as a client tells it, of a completion or of a unit."""
+    """An outcome as reported by a client, for a completion or for a unit."""
 
-    param: str  # its place in the request, for messages
+    param: str  # its place in the request, for error messages
     name: str
     value: Value
     completion: str | None
-    unit: str | None  # the sticky subject as requests send it
-    key: str | None  # idempotency
+    unit: str | None  # the subject as requests send it, not hashed
+    key: str | None  # idempotency key
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
-    """Where it went."""
+class StoredOutcome:
+    """An outcome as stored."""
 
     name: str
     variant: str
-    counted: bool  # the assignment was left to chance
-    new: bool  # no outcome had its idempotency key
+    counted: bool  # the assignment was random
+    new: bool  # its idempotency key was unused
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,54 +53,55 @@ def keep(
     caller: Caller,
     outcomes: Sequence[Told],
     now: float,
-) -> list[Kept]:
-    """Write all outcomes, or none.
+) -> list[StoredOutcome]:
+    """Record outcomes, each with the variant of its exposure. `now`: Unix seconds.
 
-    Raises UnknownModelError where a completion or a unit is not the experiment's or not of this
-    caller, and InvalidRequestError for a value that is not of its metric's kind.
+    Raises UnknownModelError if a completion or a unit is not the experiment's or the caller's, and
+    InvalidRequestError for a value that is not of its metric's kind; the caller's transaction then
+    records none.
     """
-    return [_keep(connection, experiment, caller, told, now) for told in outcomes]
+    return [_keep(connection, experiment, caller, outcome, now) for outcome in outcomes]
 
 
 def _keep(
-    connection: Connection, experiment: Experiment, caller: Caller, told: Told, now: float
-) -> Kept:
-    metric = _metric(experiment, told)
-    value, label = _checked(metric, told)
-    exposure = _exposure(connection, experiment, caller, told)
+    connection: Connection, experiment: Experiment, caller: Caller, outcome: Told, now: float
+) -> StoredOutcome:
+    metric = _metric(experiment, outcome)
+    value, label = _checked(metric, outcome)
+    exposure = _exposure(connection, experiment, caller, outcome)
     statement = insert(connection, EXPERIMENT_OUTCOMES).values(
         experiment=experiment.id,
-        name=told.name,
+        name=outcome.name,
         variant=exposure.variant,
         unit=exposure.unit,
-        completion=told.completion,
+        completion=outcome.completion,
         counted=exposure.counted,
         value=value,
         label=label,
         at=now,
         tenant=caller.tenant,
-        idempotency_key=told.key,
+        idempotency_key=outcome.key,
     )
     made = statement.on_conflict_do_nothing().returning(EXPERIMENT_OUTCOMES.c.id)
     new = connection.execute(made).first() is not None
-    return Kept(told.name, exposure.variant, exposure.counted, new)
+    return StoredOutcome(outcome.name, exposure.variant, exposure.counted, new)
 
 
-def _metric(experiment: Experiment, told: Told) -> Metric:
+def _metric(experiment: Experiment, outcome: Told) -> Metric:
     for metric in experiment.definition.metrics:
-        if metric.name == told.name:
+        if metric.name == outcome.name:
             return metric
     known = ", ".join(metric.name for metric in experiment.definition.metrics) or "none"
     raise InvalidRequestError(
-        f"{told.param}.name: the experiment {experiment.name!r} has no metric {told.name!r}, it "
-        f"has {known}; PATCH its metrics first",
-        param=f"{told.param}.name",
+        f"{outcome.param}.name: the experiment {experiment.name!r} has no metric "
+        f"{outcome.name!r}, it has {known}; PATCH its metrics first",
+        param=f"{outcome.param}.name",
     )
 
 
-def _checked(metric: Metric, told: Told) -> tuple[float | None, str | None]:
-    """The value, or the label."""
-    match metric.kind, told.value:
+def _checked(metric: Metric, outcome: Told) -> tuple[float | None, str | None]:
+    """(value, None), or (None, label) for a label metric."""
+    match metric.kind, outcome.value:
         case "label", str(label) if is_label(label):
             return None, label
         case "flag", bool(flag):
@@ -111,33 +112,36 @@ def _checked(metric: Metric, told: Told) -> tuple[float | None, str | None]:
     number_wanted = f"a number of at most {MAX_NUMBER:g} either way"
     wanted = {"label": LABELS, "flag": "true or false", "number": number_wanted}
     raise InvalidRequestError(
-        f"{told.param}.value: {metric.name!r} is a {metric.kind}; send {wanted[metric.kind]}",
-        param=f"{told.param}.value",
+        f"{outcome.param}.value: {metric.name!r} is a {metric.kind}; send {wanted[metric.kind]}",
+        param=f"{outcome.param}.value",
     )
 
 
 def _exposure(
-    connection: Connection, experiment: Experiment, caller: Caller, told: Told
+    connection: Connection, experiment: Experiment, caller: Caller, outcome: Told
 ) -> _Exposure:
-    """What the outcome belongs to: the completion, or the last that the unit was not refused."""
+    """The exposure of the completion, or the unit's last one that was not refused."""
     table = EXPERIMENT_EXPOSURES
     query = select(table.c.variant, table.c.unit, table.c.counted).where(
         table.c.experiment == experiment.id,
         table.c.shadow.is_(False),
         table.c.ending != "refused",
     )
-    if told.completion is not None:
-        query = query.where(table.c.completion == told.completion)
+    if outcome.completion is not None:
+        query = query.where(table.c.completion == outcome.completion)
         if not caller.may("admin"):
             query = query.where(table.c.tenant == caller.tenant)
     else:
-        unit = unit_of(experiment.id, caller.tenant, told.unit or "")
+        unit = unit_of(experiment.id, caller.tenant, outcome.unit or "")
         query = query.where(table.c.unit == unit).order_by(table.c.at.desc()).limit(1)
     found = connection.execute(query).first()
     if found is None:
-        what, given = ("completion", told.completion) if told.unit is None else ("unit", told.unit)
+        what, given = (
+            ("completion", outcome.completion) if outcome.unit is None else ("unit", outcome.unit)
+        )
         raise UnknownModelError(
-            f"{told.param}.{what}: the experiment {experiment.name!r} answered no {what} {given!r}",
-            param=f"{told.param}.{what}",
+            f"{outcome.param}.{what}: the experiment {experiment.name!r} answered no {what} "
+            f"{given!r}",
+            param=f"{outcome.param}.{what}",
         )
     return _Exposure(found.variant, found.unit, found.counted)

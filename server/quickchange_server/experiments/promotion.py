@@ -1,8 +1,9 @@
-"""Gives an experiment's alias to a variant, and takes it back. Knows nothing of HTTP.
+"""Promotion of a variant, which moves the experiment's alias to it, and its rollback.
 
-What the alias was is on the disk before it moves, so a crash between the two loses nothing that
-rollback needs. Both may be sent again, after a crash or where no answer came: promoting what is
-promoted already finishes the move and notes nothing twice, so that one rollback undoes it.
+The alias's earlier target is on the disk before the alias moves, so a crash in between loses
+nothing that rollback needs. Both can be repeated, after a crash or a lost answer: a repeated
+promotion completes the move and records nothing twice, so that one rollback undoes it. HTTP is
+not known here.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from quickchange_store.errors import StoreError
 from quickchange_store.index import Alias, Index
 from quickchange_store.store import Store
 
-NOT_NAMES = ("auto", "off", "lookup")  # of `turbo`
+NOT_NAMES = ("auto", "off", "lookup")  # values of `turbo` that name no adapter
 
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """An alias, what it was, what it is, and what of the variant an alias can't carry."""
+    """A moved alias. `not_carried`: fields of the variant that an alias can't express."""
 
     alias: str
     before: Pointed | None
@@ -33,7 +34,7 @@ class Moved:
 
 
 class Promotions:
-    """One move at a time."""
+    """Promotes and rolls back, one at a time."""
 
     def __init__(self, store: Store, experiments: Experiments) -> None:
         self._store = store
@@ -41,10 +42,10 @@ class Promotions:
         self._turn = asyncio.Lock()
 
     async def promote(self, name: str, caller: Caller, variant: str) -> Moved:
-        """Point the experiment's alias at what `variant` serves.
+        """Point the experiment's alias at the adapter of `variant`.
 
-        Raises UnknownModelError, InvalidRequestError where there is no alias or the variant is
-        not one adapter, StoreError and OSError; then nothing has changed.
+        Raises UnknownModelError, InvalidRequestError if there is no alias or the variant is not
+        a single adapter, StoreError and OSError; then nothing has changed.
         """
         async with self._turn:
             experiment = self._experiments.get(name)
@@ -65,11 +66,11 @@ class Promotions:
             return Moved(alias, before, target, _not_carried(served))
 
     async def roll_back(self, name: str, caller: Caller) -> Moved:
-        """Restore what the alias was before the last promotion. Raises UnknownModelError,
-        ConflictError where there was none, StoreError."""
+        """Restore the alias's target before the last promotion. Raises UnknownModelError,
+        ConflictError if there was none, StoreError."""
         async with self._turn:
             experiment = self._experiments.get(name)
-            rolled_back(experiment)  # refuses where there is nothing to undo
+            rolled_back(experiment)  # raises if there is nothing to undo
             last = experiment.promotions[-1]
             now = _pointed(self._store.snapshot().aliases.get(last.alias))
             await self._move(last.alias, last.before)
@@ -95,7 +96,7 @@ def _alias_of(experiment: Experiment) -> str:
 
 
 def _target(variant: Variant, index: Index) -> Pointed:
-    """What an alias has to point at to serve as the variant does. Raises InvalidRequestError."""
+    """The alias target that serves the same as the variant. Raises InvalidRequestError."""
     model = variant.model
     alias = None if model is None else index.aliases.get(model)
     turbo = None if variant.turbo in NOT_NAMES else variant.turbo
@@ -112,7 +113,7 @@ def _target(variant: Variant, index: Index) -> Pointed:
 def _is_again(
     experiment: Experiment, variant: str, alias: str, now: Pointed | None, target: Pointed
 ) -> bool:
-    """Whether the last promotion is this one, made or begun."""
+    """True if the last promotion is this one, completed or not."""
     if not experiment.promotions:
         return False
     last = experiment.promotions[-1]

@@ -1,7 +1,6 @@
-"""The experiments of this server: one snapshot that is swapped whole, and the way to change it.
+"""The experiments of this server: a snapshot that is replaced as a whole, and its changes.
 
-Every change is a transaction of its own; other replicas take it up by its revision. Knows nothing
-of HTTP.
+Every change is one transaction; other replicas notice it by the revision. HTTP is not known here.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 class Experiments:
-    """All experiments by name. On the event loop; reading never waits."""
+    """All experiments, by name. Used on the event loop; reading never waits."""
 
     def __init__(self, database: Database, revisions: Revisions, clock: Clock = time.time) -> None:
         self._database = database
@@ -47,21 +46,21 @@ class Experiments:
 
     @property
     def all(self) -> Mapping[str, Experiment]:
-        """As they stand now; a later change makes another mapping."""
+        """The current snapshot; a change replaces it."""
         return self._all
 
     def find(self, name: str) -> Experiment | None:
         return self._all.get(name)
 
     def get(self, name: str) -> Experiment:
-        """Raises UnknownModelError."""
+        """The experiment with this name. Raises UnknownModelError."""
         found = self._all.get(name)
         if found is None:
             raise experiment_records.unknown(name)
         return found
 
     def shares(self) -> Iterator[tuple[str, str, float]]:
-        """(experiment, variant, share of the units now) of the running experiments."""
+        """(experiment, variant, current share of the units) for the running experiments."""
         now = self.clock()
         for name, experiment in self.all.items():
             if experiment.state == "running":
@@ -70,7 +69,7 @@ class Experiments:
                     yield name, variant, points / SIZE
 
     def refuse_name(self, name: str) -> None:
-        """Raises ConflictError where an experiment has this name."""
+        """Raise ConflictError if an experiment has this name."""
         if name in self._all:
             raise ConflictError(
                 f"name: {name!r} is an experiment; choose another name, or delete it first",
@@ -78,7 +77,7 @@ class Experiments:
             )
 
     async def create(self, definition: Definition, caller: Caller) -> Experiment:
-        """A new experiment, running at once. Raises ConflictError where the name is taken."""
+        """Create an experiment, which runs at once. Raises ConflictError if the name is taken."""
         act = self._act(caller, "create")
         made = changes.created(secrets.token_hex(ID_BYTES), definition, act.at)
         await self._database.write(partial(experiment_records.create, experiment=made, act=act))
@@ -91,8 +90,8 @@ class Experiments:
         edit: Callable[[Definition], Definition],
         version: int | None,
     ) -> Experiment:
-        """Change the definition as it stands in the database. Raises UnknownModelError,
-        ConflictError, InvalidRequestError."""
+        """Edit the definition in the database. Raises UnknownModelError, ConflictError (also if
+        the experiment is not at `version`) and InvalidRequestError."""
         act = self._act(caller, "update")
 
         def make(old: Experiment) -> Experiment:
@@ -115,16 +114,16 @@ class Experiments:
     async def promote(
         self, name: str, caller: Caller, variant: str, before: Pointed | None
     ) -> Experiment:
-        """Note that the alias is given to `variant`; `before` is what it points at until then."""
+        """Record that the alias moves to `variant`; `before` is its earlier target."""
         act = self._act(caller, "promote")
         return await self._change(name, act, lambda old: changes.promoted(old, variant, before))
 
     async def roll_back(self, name: str, caller: Caller) -> Experiment:
-        """Note that the last promotion is undone."""
+        """Record that the last promotion is undone."""
         return await self._change(name, self._act(caller, "rollback"), changes.rolled_back)
 
     async def delete(self, name: str, caller: Caller) -> Experiment:
-        """Forget an experiment with its records; the audit trail stays."""
+        """Delete an experiment with its records; the audit trail stays."""
         act = self._act(caller, "delete")
         gone = await self._database.write(partial(experiment_records.remove, name=name, act=act))
         await self._revisions.take_up()
@@ -140,7 +139,7 @@ class Experiments:
         return await self._taken_up(await self._database.write(change))
 
     async def _taken_up(self, changed: Experiment) -> Experiment:
-        """Serve by what the database has now, before the change is acknowledged."""
+        """Reload the snapshot before the change is acknowledged."""
         await self._revisions.take_up()
         return changed
 
@@ -153,8 +152,10 @@ class Experiments:
         return {name: one for name, one in found.items() if one is not None}
 
     def _read(self, name: str, document: str) -> Experiment | None:
-        """The experiment; as it was before where this version can't read it, as a newer replica
-        may have written: one such experiment must not keep the others from changing."""
+        """The experiment, or its earlier value if this version can't read the document.
+
+        A newer replica may have written it; it must not keep other experiments from changing.
+        """
         try:
             return decode(document)
         except Exception:

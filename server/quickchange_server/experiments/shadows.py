@@ -1,7 +1,7 @@
-"""Shadow requests: computed beside those that are answered, on what these leave, seen by nobody.
+"""Shadow requests, which run in the background and whose answers no client sees.
 
-A shadow is dropped rather than queued: never more than its experiment's limit at once, and none
-while the server's queue fills. Knows nothing of HTTP.
+A shadow is dropped rather than queued: at most its experiment's limit run at once, and none start
+while the server's queue fills. HTTP is not known here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class Shadows:
-    """All shadows under way. `has_room`: whether the server can take more than it must."""
+    """The running shadows. `has_room`: returns True if the server has capacity to spare."""
 
     def __init__(self, metrics: ExperimentMetrics, has_room: Callable[[], bool]) -> None:
         self._metrics = metrics
@@ -33,7 +33,7 @@ class Shadows:
         self._closed = False
 
     def start(self, assignment: Assignment, limit: int, admit: Admit) -> None:
-        """Begin one on a task of its own, or drop it; returns at once."""
+        """Start a shadow on a task of its own, or drop it; returns at once."""
         experiment = assignment.experiment_id
         if self._closed or self._running[experiment] >= limit or not self._has_room():
             self._metrics.shadow_dropped(assignment)
@@ -44,7 +44,7 @@ class Shadows:
         task.add_done_callback(self._tasks.discard)
 
     async def close(self) -> None:
-        """End all of them, and begin none any more."""
+        """Cancel all shadows and start no more."""
         self._closed = True
         for task in self._tasks:
             task.cancel()

@@ -1,8 +1,8 @@
-"""Sufficient statistics of an experiment, by SQL: each unit counts once, with its mean.
+"""Results of an experiment: sufficient statistics by SQL, given to the statistical analysis.
 
-A unit is what the assignment sticks to, or one request where nothing sticks. It belongs to the
-variant that it got first; what it does after a change of weights moved it to another is left out.
-Only assignments that were left to chance count. Knows nothing of inference.
+Each unit counts once, with the mean of its outcomes. A unit is the subject that the assignment
+sticks to, or one request if it has none. It belongs to the variant that it got first; what it does
+after a change of weights moved it to another is left out. Only random assignments count.
 """
 
 from __future__ import annotations
@@ -13,17 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from sqlalchemy import (
-    ColumnElement,
-    Connection,
-    Float,
-    Subquery,
-    and_,
-    case,
-    func,
-    null,
-    select,
-)
+from sqlalchemy import ColumnElement, Connection, Float, Subquery, and_, case, func, null, select
 
 from quickchange_server.experiments.definition import Metric
 from quickchange_server.experiments.experiment import Experiment
@@ -39,7 +29,7 @@ from quickchange_server.experiments.statistics.plan import Plan
 from quickchange_server.storage.database import Database
 from quickchange_server.storage.tables_experiments import EXPERIMENT_EXPOSURES, EXPERIMENT_OUTCOMES
 
-MAX_LABELS = 20  # of one outcome, the most frequent
+MAX_LABELS = 20  # the most frequent labels of an outcome
 ENDINGS: Mapping[str, Goal] = {
     "stop": "increase",
     "length": "decrease",
@@ -49,31 +39,74 @@ ENDINGS: Mapping[str, Goal] = {
 NOTHING = Sums(0, 0.0, 0.0)
 
 _E, _O = EXPERIMENT_EXPOSURES.c, EXPERIMENT_OUTCOMES.c
+Found = dict[tuple[str, int], list[Sums]]  # sums of each value, by variant and stretch
 
 
 @dataclass(frozen=True, slots=True)
-class Tally:
-    """All that the inference needs. Variants stand as in `order`."""
+class ExperimentSums:
+    """All data for the analysis. Sequences over variants are in `order`."""
 
-    order: tuple[str, ...]  # of the variants, the control first
-    outcomes: tuple[OutcomeSums, ...]
-    automatic: tuple[OutcomeSums, ...]  # what the server measured
+    order: tuple[str, ...]  # the variants, control first
+    outcomes: tuple[OutcomeSums, ...]  # reported by clients
+    automatic: tuple[OutcomeSums, ...]  # measured by the server
     shadows: Mapping[str, Mapping[str, Sums]]  # by variant and measure
-    requests: Mapping[str, Mapping[str, int]]  # by variant and ending, all that it answered
+    requests: Mapping[str, Mapping[str, int]]  # number of requests by variant and ending
     stretches: tuple[StretchUnits, ...]
 
 
-def tally(connection: Connection, experiment: Experiment) -> Tally:
-    """The sums as they are now."""
+async def results_of(database: Database, experiment: Experiment) -> dict[str, Any]:
+    """The results now, as JSON. The SQL and the analysis run on threads."""
+    sums = await database.read(partial(tally, experiment=experiment))
+    return await asyncio.to_thread(_results, experiment, sums)
+
+
+def _results(experiment: Experiment, sums: ExperimentSums) -> dict[str, Any]:
+    reported = len(sums.outcomes)
+    analysed = analyse(
+        sums.order, [*sums.outcomes, *sums.automatic], sums.stretches, plan_of(experiment)
+    ).to_json()
+    every = analysed.pop("outcomes")
+    return {
+        "id": experiment.name,
+        "object": "experiment.results",
+        "version": experiment.version,
+        "state": experiment.state,
+        "control": sums.order[0],
+        "minimum": experiment.definition.minimum,
+        **analysed,
+        "outcomes": every[:reported],
+        "automatic": every[reported:],
+        "requests": sums.requests,
+        "shadows": {
+            variant: {
+                name: {"count": s.count, "mean": s.total / s.count if s.count else None}
+                for name, s in measures.items()
+            }
+            for variant, measures in sums.shadows.items()
+        },
+    }
+
+
+def plan_of(experiment: Experiment) -> Plan:
+    """The analysis plan, which an experiment's definition fixes from the start."""
+    minimum = experiment.definition.minimum
+    uneven = max(minimum, Plan().minimum_units_uneven)
+    return Plan(
+        alpha=experiment.definition.alpha, minimum_units=minimum, minimum_units_uneven=uneven
+    )
+
+
+def tally(connection: Connection, experiment: Experiment) -> ExperimentSums:
+    """Query the current sums."""
     definition = experiment.definition
     control = definition.default.name
     order = (control, *(v.name for v in definition.variants if v.name != control))
-    return Tally(
+    return ExperimentSums(
         order=order,
         outcomes=tuple(
             each
             for metric in definition.metrics
-            for each in _told(connection, experiment, metric, order)
+            for each in _reported(connection, experiment, metric, order)
         ),
         automatic=_automatic(connection, experiment, order),
         shadows=_shadowed(connection, experiment),
@@ -82,10 +115,10 @@ def tally(connection: Connection, experiment: Experiment) -> Tally:
     )
 
 
-# --- what clients told --------------------------------------------------------------------------
+# --- outcomes reported by clients ---------------------------------------------------------------
 
 
-def _told(
+def _reported(
     connection: Connection, experiment: Experiment, metric: Metric, order: Sequence[str]
 ) -> Iterable[OutcomeSums]:
     def summed(value: ColumnElement[Any]) -> list[list[Sums]]:
@@ -115,7 +148,8 @@ def _labels(connection: Connection, experiment: Experiment, metric: Metric) -> l
 
 
 def _outcomes_of(experiment: Experiment, metric: Metric) -> list[ColumnElement[bool]]:
-    kinds = {  # outcomes of a metric of this name that was taken away and came back as another
+    # A metric's name may have been reused with another kind; outcomes of that kind are left out.
+    kinds = {
         "number": _O.value.is_not(None),
         "flag": _O.value.in_((0.0, 1.0)),
         "label": _O.label.is_not(None),
@@ -125,7 +159,7 @@ def _outcomes_of(experiment: Experiment, metric: Metric) -> list[ColumnElement[b
 
 
 def _unit_means(experiment: Experiment, metric: Metric, value: ColumnElement[Any]) -> Subquery:
-    """(variant, stretch, mean) a unit."""
+    """One row for each unit: variant, stretch, mean."""
     means = (
         select(_O.variant, _O.unit, func.avg(value).label("mean"))
         .where(*_outcomes_of(experiment, metric))
@@ -143,7 +177,7 @@ def _unit_means(experiment: Experiment, metric: Metric, value: ColumnElement[Any
     return select(first.c.variant, first.c.stretch, mean).select_from(joined).subquery()
 
 
-# --- what the server measured -------------------------------------------------------------------
+# --- measurements by the server -----------------------------------------------------------------
 
 
 def _counted(experiment: Experiment, *, shadow: bool = False) -> list[ColumnElement[bool]]:
@@ -176,7 +210,7 @@ def _automatic(
 
 
 def _measured(connection: Connection, experiment: Experiment) -> Found:
-    """The sums of all measures, in their order."""
+    """The sums of all measures, in the order of `_measures`."""
     measures = [value.label(name) for name, value in _measures().items()]
     averages = [func.avg(value).label(value.name) for value in measures]
     means = (
@@ -193,7 +227,7 @@ def _measured(connection: Connection, experiment: Experiment) -> Found:
 
 
 def _shadowed(connection: Connection, experiment: Experiment) -> dict[str, dict[str, Sums]]:
-    """Of requests, not of units: nothing is inferred from them."""
+    """Sums over requests, not units: nothing is inferred from them."""
     measures = _measures()
     query = (
         select(_E.variant, *_three(measures.values()))
@@ -207,8 +241,6 @@ def _shadowed(connection: Connection, experiment: Experiment) -> dict[str, dict[
 
 
 # --- sums ---------------------------------------------------------------------------------------
-
-Found = dict[tuple[str, int], list[Sums]]  # by variant and stretch, a value each
 
 
 def _summed(connection: Connection, units: Subquery, values: Sequence[ColumnElement[Any]]) -> Found:
@@ -258,7 +290,7 @@ def _requests(connection: Connection, experiment: Experiment) -> dict[str, dict[
 
 
 def _first_seen(experiment: Experiment) -> Subquery:
-    """(unit, variant, stretch) of a unit's first exposure: it belongs to that variant for good."""
+    """Unit, variant and stretch of each unit's first exposure, which decides its variant."""
     nth = func.row_number().over(partition_by=_E.unit, order_by=(_E.stretch, _E.at, _E.completion))
     seen = (
         select(_E.unit, _E.variant, _E.stretch, nth.label("nth"))
@@ -269,14 +301,14 @@ def _first_seen(experiment: Experiment) -> Subquery:
 
 
 def _same_unit(first: Subquery, means: Subquery) -> ColumnElement[bool]:
-    """Joins what a unit did under the variant that it got first."""
+    """Join condition for a unit's outcomes under its first variant."""
     return and_(first.c.unit == means.c.unit, first.c.variant == means.c.variant)
 
 
 def _stretches(
     connection: Connection, experiment: Experiment, order: Sequence[str]
 ) -> tuple[StretchUnits, ...]:
-    """Units of each variant by the stretch in which they were first seen."""
+    """Units of each variant, by the stretch of their first exposure."""
     first = _first_seen(experiment)
     key = first.c.stretch, first.c.variant
     query = select(*key, func.count()).group_by(*key)
@@ -287,46 +319,4 @@ def _stretches(
             [counts.get((number, variant), 0) for variant in order],
         )
         for number, stretch in enumerate(experiment.stretches)
-    )
-
-
-async def results_of(database: Database, experiment: Experiment) -> dict[str, Any]:
-    """The results now. Neither the sums nor the inference hold up the event loop."""
-    sums = await database.read(partial(tally, experiment=experiment))
-    return await asyncio.to_thread(_results, experiment, sums)
-
-
-def _results(experiment: Experiment, sums: Tally) -> dict[str, Any]:
-    told = len(sums.outcomes)
-    analysed = analyse(
-        sums.order, [*sums.outcomes, *sums.automatic], sums.stretches, plan_of(experiment)
-    ).to_json()
-    every = analysed.pop("outcomes")
-    return {
-        "id": experiment.name,
-        "object": "experiment.results",
-        "version": experiment.version,
-        "state": experiment.state,
-        "control": sums.order[0],
-        "minimum": experiment.definition.minimum,
-        **analysed,
-        "outcomes": every[:told],
-        "automatic": every[told:],
-        "requests": sums.requests,
-        "shadows": {
-            variant: {
-                name: {"count": s.count, "mean": s.total / s.count if s.count else None}
-                for name, s in measures.items()
-            }
-            for variant, measures in sums.shadows.items()
-        },
-    }
-
-
-def plan_of(experiment: Experiment) -> Plan:
-    """What the definition holds fixed from the start."""
-    minimum = experiment.definition.minimum
-    uneven = max(minimum, Plan().minimum_units_uneven)
-    return Plan(
-        alpha=experiment.definition.alpha, minimum_units=minimum, minimum_units_uneven=uneven
     )

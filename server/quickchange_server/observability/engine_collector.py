@@ -1,7 +1,7 @@
-"""Metrics that are read at the scrape instead of being kept: the engine's state and totals.
+"""Metrics of the engine's state and totals, collected at each scrape.
 
-The engine's totals start at zero with each engine; what earlier engines counted is added, so that
-the counters never go back.
+Each engine's totals start at zero; those of earlier engines are added, so that the counters never
+decrease.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _TOTALS = {
 
 
 class EngineTotals:
-    """The last step's figures, and what engines that are gone had counted."""
+    """The last step's figures, and the totals of earlier engines."""
 
     def __init__(self) -> None:
         self.last: StepStats | None = None
@@ -46,7 +46,7 @@ class EngineTotals:
 
 
 class StateCollector(Collector):
-    """Turns the state into metric families at each scrape."""
+    """Prometheus collector of the client's state and the engine's totals."""
 
     def __init__(self, state: ServerState, totals: EngineTotals, labels: AdapterLabels) -> None:
         self._state = state
@@ -61,7 +61,7 @@ class StateCollector(Collector):
         yield self._adapters()
 
     def _requests(self) -> Iterator[Metric]:
-        """Running as of the last step; all else waits, also what waits for an engine."""
+        """Running as of the last step; all others wait, also those that wait for an engine."""
         in_flight = self._state.in_flight
         last = self._totals.last
         running = 0 if last is None else min(last.running, in_flight)
@@ -97,7 +97,7 @@ class StateCollector(Collector):
         yield _by_tier("tier_capacity_bytes", "Budget of a tier in bytes", capacity)
 
     def _adapters(self) -> Metric:
-        """Bytes by adapter; versions without a known name are counted as "other"."""
+        """Bytes by adapter and tier; versions without a known name are counted as "other"."""
         size: defaultdict[tuple[str, str], int] = defaultdict(int)
         for digest, residence in self._residences().items():
             name = self._state.residency.label(digest)

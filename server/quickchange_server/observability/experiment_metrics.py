@@ -1,6 +1,6 @@
-"""What the server counts and times of experiments, by variant. On the event loop.
+"""Metrics of experiments, by variant; updated on the event loop.
 
-An alert holds the shares that variants got against those that they were to have.
+An alert compares the shares of requests that variants got with their intended shares.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from quickchange_server.frontend.request_observers import Assignment, Completed
 from quickchange_server.observability.labels import OTHER, AdapterLabels
 
 SECONDS_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
-MAX_WORDS = 64  # variants, and as many outcomes, that an experiment's name ever shows
+MAX_WORDS = 64  # label values for variants, and as many for outcomes, of one experiment
 FIRST_TOKEN_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 
 class ExperimentMetrics:
-    """Metrics of the first `limit` experiments under their names, of all others under "other".
+    """Metrics of the first `limit` experiments by name; all others are counted as "other".
 
-    Definitions change, so what stands beside a name is bounded as well: its first MAX_WORDS
-    variants and outcomes; of "other" all are "other".
+    Definitions change, so variants and outcomes are bounded too: the first MAX_WORDS of an
+    experiment keep their names. Those of "other" are all "other".
     """
 
     def __init__(self, registry: CollectorRegistry, limit: int) -> None:
         self.label = AdapterLabels(limit)
         self._variants: dict[str, set[str]] = {}  # by experiment
-        self._names: dict[str, set[str]] = {}  # of outcomes, by experiment
+        self._names: dict[str, set[str]] = {}  # outcomes, by experiment
         variant = ["experiment", "variant"]
         self._requests = Counter(
             "quickchange_experiment_requests_total",
@@ -81,7 +81,7 @@ class ExperimentMetrics:
             self._seconds.labels(*labels).observe(completed.seconds)
 
     def unservable(self, assignment: Assignment) -> None:
-        """Count a request whose variant names what can't be served: it is in no book."""
+        """Count a request whose variant can't be served, so that `completed` never sees it."""
         labels = self.label(assignment.experiment), assignment.variant
         counter = self._shadows if assignment.shadow else self._requests
         counter.labels(*labels, "refused").inc()
@@ -109,10 +109,10 @@ def _bounded(kept: dict[str, set[str]], experiment: str, word: str) -> str:
 
 
 class ShareCollector(Collector):
-    """The shares that running experiments' variants are to have, read at each scrape.
+    """The intended shares of running experiments' variants, read at each scrape.
 
-    `shares` gives (experiment, variant, share); `label` bounds the experiments' names, and those
-    beyond the bound are left out.
+    `shares` yields (experiment, variant, share). `label` bounds the set of experiments' names;
+    those beyond the bound are left out.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""Counts answers by route, method and status: what clients see, refusals included.
+"""HTTP responses counted by route, method and status, refusals included.
 
 A route is counted under its template (`/v1/adapters/{ref}`), so that clients can't grow the set of
-label values; what no route takes is counted under "none".
+label values; requests that match no route are counted under "none".
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class HttpMetrics:
             ["route", "method", "status"],
             registry=registry,
         )
-        self._series: dict[tuple[str, str, int], Counter] = {}  # looked up once each
+        self._series: dict[tuple[str, str, int], Counter] = {}  # cache of labelled counters
 
     def response(self, route: str, method: str, status: int) -> None:
         key = (route, method if method in METHODS else "other", status)
@@ -34,7 +34,7 @@ class HttpMetrics:
 
 
 class HttpMetricsMiddleware:
-    """Tells `app.state.services.metrics.http` of every response when it begins."""
+    """ASGI middleware that counts every response in `app.state.services.metrics.http`."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

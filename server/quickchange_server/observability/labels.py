@@ -14,10 +14,9 @@ _UNUSUAL = re.compile(r"[^A-Za-z0-9._@:/+-]")
 
 
 class AdapterLabels:
-    """The first `limit` adapter names keep their own value; all others share "other".
+    """Label values for names: the first `limit` names keep their own, all others get "other".
 
-    An adapter that is itself called "base", "other" or "lookup" (`reserved`) is counted with the
-    others, so that the values' meanings hold.
+    An adapter named like a `reserved` value ("base", "other", "lookup") gets "other" too.
     """
 
     def __init__(self, limit: int, reserved: frozenset[str] = RESERVED) -> None:

@@ -1,8 +1,8 @@
-"""What the server counts and times, for Prometheus: names, buckets, and the places that add to it.
+"""Prometheus metrics of the server: names, buckets, and the observer that updates them.
 
-Everything is in base units and starts with `quickchange_`. Each `Metrics` has a registry of its
-own, so that several servers fit into one process. Adding happens on the event loop; `render` may
-run on any thread. Knows nothing of HTTP or of the engine's process.
+Names start with `quickchange_`; values are in base units. Each `Metrics` has its own registry, so
+that several servers fit into one process. Updates happen on the event loop; `render` may run on
+any thread. Neither HTTP nor the engine's process is known here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from quickchange_server.observability.speculation_metrics import NameOf, Specula
 from quickchange_server.observability.subsystem_metrics import StructuredMetrics
 from quickchange_server.protocol import AdapterMoved, Delta, Drafting, Ready, StepStats, Tier
 
-# From a small model on a GPU (a step is under a millisecond) to a large one on two CPU cores.
+# Buckets range from a small model on a GPU (steps under 1 ms) to a large one on two CPU cores.
 # fmt: off
 STEP_BUCKETS = (
     0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5,
@@ -109,7 +109,7 @@ class Metrics:
         ProcessCollector(namespace="quickchange_api", registry=self.registry)
 
     def watch(self, state: ServerState) -> None:
-        """Read gauges from `state` at each scrape. Once."""
+        """Read gauges from `state` at each scrape. Called once."""
         self.registry.register(StateCollector(state, self._totals, self._labels))
         ProcessCollector(
             namespace="quickchange_engine",
@@ -118,7 +118,7 @@ class Metrics:
         )
 
     def request(self, label: str, adapted: bool, prompt_tokens: int, now: float) -> RequestMetrics:
-        """Start counting a request. `label` is its adapter's name, unused where not `adapted`."""
+        """Start counting a request. `label` is its adapter's name, unused unless `adapted`."""
         value = self._labels(label) if adapted else BASE
         series = self._series.get(value)
         if series is None:
@@ -126,7 +126,7 @@ class Metrics:
         return RequestMetrics(series, prompt_tokens, now)
 
     def drafting(self, drafting: Drafting) -> None:
-        """Count an admitted request whose tokens are drafted ahead."""
+        """Count an admitted request that uses speculative decoding."""
         self._speculation.request(drafting)
 
     def refused(self, reason: Refusal) -> None:
@@ -136,7 +136,7 @@ class Metrics:
         self._resubmitted.inc()
 
     def step(self, stats: StepStats, name_of: NameOf) -> None:
-        """Take the figures of one engine step. `name_of` names the adapters that drafted."""
+        """Record one engine step. `name_of` maps the digests of drafters to adapter names."""
         self._step_seconds.observe(stats.seconds)
         self._rows.observe(stats.rows)
         self._sequences.observe(stats.sequences)
@@ -157,7 +157,7 @@ class Metrics:
         self._totals.engine_died()
 
     def adapter_moved(self, event: AdapterMoved, before: Tier | None) -> None:
-        """Count a load or an eviction. `before`: the tier where the version was, if known."""
+        """Count a load or an eviction. `before`: the version's tier before it, if known."""
         if event.reason == "load":
             self._loads.labels(event.tier).inc()
             self._load_bytes.labels(event.tier).inc(event.bytes)
@@ -183,8 +183,8 @@ class Metrics:
 class _RequestFamilies:
     """The metrics of requests; by adapter, except for two histograms.
 
-    A histogram by adapter adds some 18 lines for each label to a scrape: time in the queue and
-    whole durations are kept for the server alone (100 labels: 365 KB a scrape instead of 621).
+    A histogram by adapter adds some 18 lines for each label to a scrape, so the time in the queue
+    and the whole duration have no adapter label (100 labels: 365 KB a scrape instead of 621).
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:
@@ -223,7 +223,7 @@ class _RequestFamilies:
 
 
 class AdapterSeries:
-    """The series of one adapter label, looked up once."""
+    """The series of one adapter label, cached."""
 
     def __init__(self, families: _RequestFamilies, label: str) -> None:
         self.prompt_tokens = families.prompt_tokens.labels(label)
@@ -248,7 +248,7 @@ class RequestMetrics:
         self._prompt_tokens = prompt_tokens
         self._admitted = now
         self._last_token: float | None = None
-        self.started = False  # a delta has come
+        self.started = False  # True once a delta has arrived
 
     def delta(self, delta: Delta, now: float) -> None:
         if not self.started:

@@ -1,7 +1,7 @@
-"""What drafts cost and bring, by adapter and depth.
+"""Metrics of speculative decoding: drafted and accepted tokens by adapter and depth.
 
-The ratio of accepted to drafted tokens is the acceptance; gained against estimated tokens tells
-whether drafts were bought at the right price.
+The ratio of accepted to drafted tokens is the acceptance rate; gained against estimated tokens
+shows the quality of the estimate by which drafts are selected.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ class SpeculationMetrics:
         self._gained = counter("gained_tokens_total", "Tokens that drafts brought")
 
     def request(self, drafting: Drafting) -> None:
-        """Count an admitted request by what drafts for it."""
+        """Count an admitted request by its sources of drafts."""
         kinds = {"heads": drafting.heads is not None, "lookup": drafting.lookup}
         self._requests.labels("+".join(kind for kind, drafts in kinds.items() if drafts)).inc()
 
     def step(self, stats: StepStats, name_of: NameOf) -> None:
-        """Take the drafts of one engine step."""
+        """Record the drafts of one engine step."""
         if not (stats.drafts or stats.draft_rows):
             return
         for count in stats.drafts:

@@ -1,6 +1,6 @@
-"""What the database's writer counts and times. Added to on the writer's thread.
+"""Metrics of two subsystems: the database's writer, and structured output.
 
-Metrics of structured output: what is asked for, and what compiling and masks take.
+The writer updates its metrics on its own thread.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 COMMIT_BUCKETS = (
     0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
 )  # fmt: skip
+_COMPILE_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0)
+_MASK_BUCKETS = (0.00002, 0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05)
 
 
 class StorageMetrics:
-    """The writer's metrics; on no registry they are kept for nobody to read."""
+    """The database writer's metrics; without a registry they are not exported."""
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         self.commit_seconds = Histogram(
@@ -40,12 +42,8 @@ class StorageMetrics:
         self._queue.set_function(length)
 
 
-_COMPILE_BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0)
-_MASK_BUCKETS = (0.00002, 0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05)
-
-
 class StructuredMetrics:
-    """Labels are the kinds of `messages.Constraint`: bounded."""
+    """Metrics of structured output. Labels are the kinds of `protocol.Constraint`."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._compile = Histogram(
@@ -74,5 +72,5 @@ class StructuredMetrics:
         self._compile.observe(seconds)
 
     def masked(self, seconds: float) -> None:
-        """Of one step."""
+        """Record the time of one step's token masks."""
         self._mask.observe(seconds)

@@ -1,4 +1,4 @@
-"""What each tenant asks for, for Prometheus. Names of tenants are bounded as adapters' are."""
+"""Metrics of requests and tokens by tenant; tenants' names are bounded as adapters' are."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from quickchange_server.observability.labels import OTHER, AdapterLabels
 
 
 class TenantMetrics:
-    """The metrics of tenants. `limit`: so many keep a label value of their own."""
+    """The metrics of tenants; the first `limit` tenants keep a label value of their own."""
 
     def __init__(self, registry: CollectorRegistry, limit: int) -> None:
         def counter(name: str, text: str, label: str) -> Counter:
@@ -34,7 +34,7 @@ class TenantMetrics:
             self._tokens.labels(tenant, "completion").inc(completed.completion_tokens)
 
     def limited(self, tenant: str, limit: str) -> None:
-        """Count a request that found no room under a limit."""
+        """Count a request that a limit refused."""
         label = self._labels(tenant)
         self._requests.labels(label, "refused").inc()
         self._limited.labels(label, limit).inc()

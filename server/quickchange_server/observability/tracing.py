@@ -1,10 +1,9 @@
-"""OpenTelemetry traces: one span a request, sent by OTLP over HTTP.
+"""OpenTelemetry traces: one span for each request, sent by OTLP over HTTP.
 
-Attributes carry the GenAI semantic conventions' names where those have one, and `quickchange.` ones
-elsewhere; a span is a child of the client's own where its `traceparent` says so, and is left out
-where that says that nobody samples it. Spans are made when a request has ended and sent in batches
-by a thread of their own. Imported only where the setting `otlp_endpoint` is given: it needs the
-extra `traces`.
+Attributes have the names of the GenAI semantic conventions, or else start with `quickchange.`. A
+client's `traceparent` makes the span a child of the client's, and suppresses it if unsampled.
+Spans are made when a request has ended, and sent in batches by a separate thread. This module
+needs the extra `traces` and is imported only if the setting `otlp_endpoint` is given.
 """
 
 from __future__ import annotations
@@ -27,15 +26,15 @@ from quickchange_server.frontend.request_observers import Completed, Opened
 PATH = "/v1/traces"
 SEND_SECONDS = 5.0  # for one batch, retries included
 BATCH_SECONDS = 1.0  # until a span is sent at the latest
-OPERATIONS = {"chatcmpl": "chat", "embd": "embeddings"}  # by the ids that the routes give
-MICROSECOND = 1000  # nanoseconds; finer than that, Unix time as a float only makes up digits
+OPERATIONS = {"chatcmpl": "chat", "embd": "embeddings"}  # by the prefix of the request's id
+MICROSECOND = 1000  # nanoseconds; Unix time as a float has no finer resolution
 
 
 class Traces:
-    """A bookkeeper that makes spans."""
+    """Request observer that makes spans."""
 
     def __init__(self, address: str, version: str) -> None:
-        """`address`: where spans are posted to."""
+        """`address`: the URL that spans are posted to."""
         exporter = OTLPSpanExporter(endpoint=address, timeout=SEND_SECONDS)
         resource = Resource.create({SERVICE_NAME: "quickchange", SERVICE_VERSION: version})
         self._provider = TracerProvider(
@@ -48,10 +47,10 @@ class Traces:
         self._propagator = TraceContextTextMapPropagator()
 
     def opened(self, opened: Opened) -> None:
-        """Nothing yet: the span is made at the end, when all of it is known."""
+        """Do nothing: the span is made when the request has ended."""
 
     def completed(self, completed: Completed) -> None:
-        """Make the request's span. Whether it reaches a collector is not waited for."""
+        """Make the request's span; it is sent later, on another thread."""
         opened = completed.opened
         carrier = {} if opened.traceparent is None else {"traceparent": opened.traceparent}
         began = _nanoseconds(opened.at)
@@ -73,14 +72,14 @@ class Traces:
         span.end(began + _nanoseconds(completed.seconds))
 
     async def close(self) -> None:
-        """Send what is left, and end the thread."""
+        """Send the remaining spans and end the thread."""
         await asyncio.to_thread(self._provider.shutdown)
 
 
 def address(endpoint: str) -> str:
-    """Where spans are posted to: the collector's `endpoint`, with OTLP's path where it has none.
+    """The URL that spans are posted to: `endpoint`, with OTLP's path if it has none.
 
-    Raises SettingError where that is not an address.
+    Raises SettingError if it is not an HTTP URL.
     """
     parts = urlsplit(endpoint)
     if parts.scheme not in ("http", "https") or not parts.netloc:
@@ -101,7 +100,7 @@ def _operation(opened: Opened) -> str:
 
 
 def attributes_of(completed: Completed) -> dict[str, AttributeValue]:
-    """What a span tells of its request."""
+    """The attributes of a request's span."""
     opened = completed.opened
     attributes: dict[str, AttributeValue] = {
         "gen_ai.operation.name": _operation(opened),
@@ -122,7 +121,7 @@ def attributes_of(completed: Completed) -> dict[str, AttributeValue]:
     if completed.ending in ("stop", "length"):
         attributes["gen_ai.response.finish_reasons"] = (completed.ending,)
     if completed.ending == "failed":
-        attributes["error.type"] = "_OTHER"  # the conventions' word where no kind is told
+        attributes["error.type"] = "_OTHER"  # the conventions' value for an unspecified error
     if completed.first_token_seconds is not None:
         attributes["gen_ai.response.time_to_first_chunk"] = completed.first_token_seconds
     if opened.assignment is not None:

@@ -1,1 +1,1 @@
-"""What must outlive the process: one SQL database, SQLite by default, PostgreSQL for replicas."""
+"""The server's SQL database: SQLite by default, PostgreSQL for several replicas."""

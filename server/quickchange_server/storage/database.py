@@ -1,12 +1,12 @@
-"""The server's database, for the event loop: reads on threads, changes on one writer thread.
+"""The server's database, used from the event loop: reads on threads, changes on a writer thread.
 
     rows = await database.read(lambda connection: connection.execute(select(...)).all())
-    number = await database.write(change)     # one transaction; after its commit
-    database.record(change)                   # queued; shares a commit with what else is queued
+    number = await database.write(change)     # a transaction of its own; returns after the commit
+    database.record(change)                   # queued; shares a commit with other records
 
-A change gets a connection within a transaction. It may be run more than once (its transaction is
-tried again where the database went away, or a neighbour failed), so all that it does is to use the
-connection. It neither commits nor keeps the connection.
+A change gets a connection within a transaction. It may run more than once (its transaction is
+retried if the database went away or another change in it failed), so it has no effect other than
+through the connection, and neither commits nor keeps it.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ T = TypeVar("T")
 
 
 def check(url: str) -> None:
-    """Raises what `Database.open` would; brings the tables to this version's as it does."""
+    """Migrate the database's tables. Raises what `Database.open` would."""
     _migrated(url).dispose()
 
 
 class Database:
-    """One database with its threads. Its methods are called on an event loop."""
+    """One database and its threads. Methods are called on an event loop."""
 
     def __init__(self, engine: Engine, metrics: StorageMetrics) -> None:
         self._engine = engine
@@ -44,38 +44,39 @@ class Database:
 
     @classmethod
     def open(cls, url: str, metrics: StorageMetrics | None = None) -> Database:
-        """Connect, and bring the tables to this version's. Blocks.
+        """Connect and migrate the tables to this version. Blocks.
 
-        Raises SettingError ("database") where the URL is wrong, its driver is missing, it can't
-        be reached or written, or its tables are newer than this version.
+        Raises SettingError ("database") if the URL is wrong, its driver is missing, the database
+        can't be reached or written, or its tables are newer than this version.
         """
         return cls(_migrated(url), metrics or StorageMetrics())
 
     async def read(self, query: Callable[[Connection], T]) -> T:
-        """Run `query` on a reader's connection: one transaction, which sees the database at one
-        moment and is rolled back.
+        """Run `query` on a reader's connection, in a transaction that sees one snapshot and is
+        rolled back.
 
-        Raises what `query` raises, and UnavailableError where the database is away.
+        Raises what `query` raises, and UnavailableError if the database can't be reached.
         """
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._readers, self._read, query)
 
     async def write(self, change: Callable[[Connection], T]) -> T:
-        """Run `change` in a transaction of its own, after all that was asked for before.
+        """Run `change` in a transaction of its own, after all changes submitted before.
 
-        Returns after the commit. Raises what `change` raises, and nothing is changed;
-        UnavailableError where the database stays away.
+        Returns after the commit. Raises what `change` raises, then nothing is changed, and
+        UnavailableError if the database stays unreachable.
         """
         value: T = await self._writer.submit(change, alone=True)
         return value
 
     def record(self, change: Callable[[Connection], None]) -> asyncio.Future[None]:
-        """Queue `change` at once; the future is done after its commit, or fails with what
-        `change` raised, alone. While the database is away records wait, up to a bound."""
+        """Queue `change`. The future is done after its commit, or fails with what `change` raised,
+        which affects no other change. While the database is unreachable, records wait, up to a
+        bound."""
         return self._writer.submit(change, alone=False)
 
     async def close(self) -> None:
-        """Commit all that was asked for, and end the threads."""
+        """Commit all submitted changes and end the threads."""
         await asyncio.to_thread(self._close)
 
     def _close(self) -> None:
@@ -89,7 +90,7 @@ class Database:
         except DBAPIError as error:
             if not passes(error):
                 raise
-        try:  # the pool's connections were of a server that has restarted: now they are new
+        try:  # the pooled connections were to a server that has restarted; these are new
             return self._read_once(query)
         except DBAPIError as error:
             if not passes(error):

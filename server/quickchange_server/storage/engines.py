@@ -1,8 +1,8 @@
-"""Makes the SQLAlchemy engine of a URL: which databases, with what guarantees, and what is wrong.
+"""SQLAlchemy engines by URL: the supported databases, their guarantees, and errors in a URL.
 
-SQLite: write-ahead log, each commit on the disk before it returns, a file that its owner alone may
-read. PostgreSQL: psycopg, a commit acknowledged only when it is on the disk, and a server that has
-vanished is noticed within seconds.
+SQLite: write-ahead log, each commit on the disk before it returns, a file that only its owner may
+read. PostgreSQL: psycopg, a commit acknowledged only when it is on the disk, and a lost server
+noticed within seconds.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from sqlalchemy.exc import ArgumentError, DBAPIError
 
 from quickchange_server.errors import SettingError
 
-READERS = 4  # threads that read, each with a connection
-BEGIN = "quickchange_begin"  # execution option: how a SQLite transaction begins
-BUSY_SECONDS = 10.0  # what SQLite waits for another process' transaction
-# A lost server is noticed after some 15 seconds and not after TCP's quarter of an hour.
+READERS = 4  # reader threads, each with a connection
+BEGIN = "quickchange_begin"  # execution option: the statement that begins a SQLite transaction
+BUSY_SECONDS = 10.0  # SQLite's wait for another process's transaction
+# A lost server is noticed after some 15 seconds instead of TCP's quarter of an hour.
 _POSTGRES = {
     "connect_timeout": 5,
     "keepalives_idle": 10,
@@ -29,13 +29,13 @@ _POSTGRES = {
     "keepalives_count": 3,
     "tcp_user_timeout": 15_000,
 }
-# A connection for each thread; no values in errors, which are logged.
+# A connection for each thread; no values in errors, since those are logged.
 _COMMON: dict[str, Any] = {"pool_size": READERS + 1, "max_overflow": 0, "hide_parameters": True}
 _KINDS = "sqlite:///FILE or postgresql+psycopg://USER:PASSWORD@HOST/DATABASE"
 
 
 def make_engine(url: str) -> Engine:
-    """The engine, not connected yet. Raises SettingError that says what is wrong with the URL."""
+    """The engine for a URL, not connected yet. Raises SettingError if the URL is wrong."""
     parsed = _parsed(url)
     if parsed.get_backend_name() == "sqlite":
         return _sqlite(parsed)
@@ -43,19 +43,19 @@ def make_engine(url: str) -> Engine:
 
 
 def writing(engine: Engine) -> Engine:
-    """The same engine and pool for transactions that write.
+    """The same engine and pool, for transactions that write.
 
-    SQLite's take the write lock as they begin: one that reads first and then writes could not
-    wait for another process' transaction, but would fail.
+    SQLite's take the write lock when they begin: one that reads first and then writes would fail
+    instead of waiting for another process's transaction.
     """
     return engine.execution_options(**{BEGIN: "BEGIN IMMEDIATE"})
 
 
 def reading(engine: Engine) -> Engine:
-    """The same engine and pool for transactions that read: all that one reads is of one moment.
+    """The same engine and pool, for transactions that read one snapshot.
 
-    SQLite's are so anyway; by PostgreSQL's default each statement would see what has been
-    committed since the one before, and an experiment's sums would not go with its counts.
+    SQLite's always do. By PostgreSQL's default each statement would see commits made since the
+    one before, and an experiment's sums would not agree with its counts.
     """
     if engine.dialect.name == "sqlite":
         return engine
@@ -63,7 +63,7 @@ def reading(engine: Engine) -> Engine:
 
 
 def unusable(engine: Engine, error: DBAPIError) -> SettingError:
-    """What to tell where the database can't be opened."""
+    """The error for a database that can't be opened; it hides the URL's password."""
     shown = engine.url.render_as_string(hide_password=True)
     reason = str(error.orig).strip().splitlines()[0] if str(error.orig) else repr(error.orig)
     return SettingError(
@@ -76,7 +76,7 @@ def unusable(engine: Engine, error: DBAPIError) -> SettingError:
 def _parsed(url: str) -> URL:
     try:
         parsed = make_url(url)
-    except (ArgumentError, ValueError):  # the latter of a port that is no number
+    except (ArgumentError, ValueError):  # ValueError: the port is not a number
         raise SettingError(
             f"database: not a database's URL; it looks like {_KINDS}", param="database"
         ) from None  # SQLAlchemy's message repeats the URL, password and all
@@ -108,7 +108,7 @@ def _sqlite(url: URL) -> Engine:
 
 
 def _make_private(path: Path) -> None:
-    """Create the file for its owner alone; SQLite gives its log files the same mode."""
+    """Create the file with mode 600; SQLite gives its log files the same mode."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
@@ -127,8 +127,11 @@ def _prepare_sqlite(connection: sqlite3.Connection, _record: object) -> None:
 
 
 def _use_log(connection: sqlite3.Connection) -> None:
-    """Switch to the write-ahead log. For this alone SQLite does not wait, but fails where another
-    process uses the file: with replicas that start together, one in a hundred."""
+    """Switch to the write-ahead log, retrying while another process uses the file.
+
+    SQLite does not wait for this statement; of replicas that start together, one in a hundred
+    would fail.
+    """
     end = time.monotonic() + BUSY_SECONDS
     while True:
         try:
@@ -159,7 +162,7 @@ def _postgres(url: URL) -> Engine:
 
 
 def _prepare_postgres(connection: Any, _record: object) -> None:
-    """Make commits durable where the server's or the user's default is that they are not."""
+    """Make commits durable even if the server's or the user's default is otherwise."""
     connection.execute(
         "SELECT set_config('synchronous_commit', 'on', false) "
         "WHERE current_setting('synchronous_commit') = 'off'"

@@ -1,8 +1,7 @@
-"""Copies all that one database keeps to another: from SQLite to PostgreSQL, or back.
+"""Maintenance of the database: copying it to another one, and deleting old usage.
 
-In one transaction on each side, so that the target holds all or nothing.
-
-Deletes what nobody needs any more, beside running servers.
+A copy from SQLite to PostgreSQL, or back, is one transaction on each side, so that the target gets
+all rows or none. Usage can be deleted while servers run.
 """
 
 from __future__ import annotations
@@ -20,17 +19,17 @@ from quickchange_server.storage.tables_tenants import USAGE
 
 BATCH = 1000  # rows of one insert
 
-Progress = Callable[[str, int], None]  # a table's name and its rows
+Progress = Callable[[str, int], None]  # gets a table's name and its number of rows
 
 
 def move(source: str, target: str, progress: Progress) -> None:
-    """Copy every table's rows. Both are URLs, and no server may be using either.
+    """Copy all rows from one database URL to another; no server may be using either.
 
-    Raises SettingError where one can't be used, ConflictError where the target holds rows.
+    Raises SettingError if one can't be used, ConflictError if the target holds rows.
     """
     for url in (source, target):
         check(url)
-    tables = all_tables().sorted_tables  # those that others refer to first
+    tables = all_tables().sorted_tables  # referenced tables first
     with (
         _engine(source) as old,
         _engine(target) as new,
@@ -41,6 +40,17 @@ def move(source: str, target: str, progress: Progress) -> None:
         for table in tables:
             progress(table.name, _copy(reader, writer, table))
             _continue_numbers(writer, table)
+
+
+def prune_usage(url: str, before: int) -> int:
+    """Delete the usage of hours that begin before `before`, Unix seconds. Returns the row count.
+
+    `before` must not be after the start of the current hour, whose rows servers would write again.
+    Raises SettingError if the database can't be used.
+    """
+    check(url)
+    with _engine(url) as engine, writing(engine).begin() as connection:
+        return connection.execute(delete(USAGE).where(USAGE.c.hour < before)).rowcount
 
 
 @contextmanager
@@ -70,7 +80,7 @@ def _copy(reader: Connection, writer: Connection, table: Table) -> int:
 
 
 def _continue_numbers(connection: Connection, table: Table) -> None:
-    """Let PostgreSQL number new rows after those that came with their numbers."""
+    """Set PostgreSQL's sequence past the highest number copied."""
     column = table.autoincrement_column
     if column is None or connection.dialect.name != "postgresql":
         return
@@ -78,18 +88,3 @@ def _continue_numbers(connection: Connection, table: Table) -> None:
     if highest is not None:
         sequence = func.pg_get_serial_sequence(table.name, column.name)
         connection.execute(select(func.setval(sequence, highest)))
-
-
-def prune_usage(url: str, before: int) -> int:
-    """Delete the usage of the hours that begin before `before`, Unix seconds; how many rows.
-
-    An hour that has not ended must stay: servers write its rows whole, and would make them again.
-    Raises SettingError where the database can't be used.
-    """
-    check(url)
-    engine = make_engine(url)
-    try:
-        with writing(engine).begin() as connection:
-            return connection.execute(delete(USAGE).where(USAGE.c.hour < before)).rowcount
-    finally:
-        engine.dispose()

@@ -1,4 +1,4 @@
-"""Tells an error of the database's absence, which passes, from an error of what was asked of it."""
+"""Distinction between transient database errors and errors of the statements sent to it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import sqlite3
 
 from sqlalchemy.exc import DBAPIError
 
-# SQLSTATE classes and codes of PostgreSQL (its manual, appendix A): connections, rolled back by
-# the server for others' sake, out of memory, disk or connections, locks, shutting down or
-# starting, its disk fails; a standby that does not write yet.
+# SQLSTATE classes and codes of PostgreSQL (its manual, appendix A): 08 connection, 25006 a standby
+# that does not write yet, 40 rolled back in favour of others, 53 out of memory, disk or
+# connections, 55P03 lock, 57P shutting down or starting, 58 disk failure.
 _PASSING_STATES = ("08", "25006", "40", "53", "55P03", "57P", "58")
 _PASSING_SQLITE = {
     sqlite3.SQLITE_BUSY,
@@ -20,11 +20,11 @@ _PASSING_SQLITE = {
 
 
 class StillRunningError(Exception):
-    """A commit whose answer was lost is still being made."""
+    """A commit whose answer was lost is still in progress."""
 
 
 def passes(error: BaseException) -> bool:
-    """Whether the same transaction may succeed later."""
+    """True if the same transaction may succeed later."""
     if isinstance(error, StillRunningError):
         return True
     if not isinstance(error, DBAPIError):
@@ -32,9 +32,9 @@ def passes(error: BaseException) -> bool:
     if error.connection_invalidated:
         return True
     if isinstance(error.orig, sqlite3.Error):
-        code = getattr(error.orig, "sqlite_errorcode", 0)  # none where the driver itself refused
+        code = getattr(error.orig, "sqlite_errorcode", 0)  # absent if the driver itself refused
         return code & 0xFF in _PASSING_SQLITE  # the low byte is the primary code
     state = getattr(error.orig, "sqlstate", None)
-    if state is None:  # from the client's side: no connection came about
+    if state is None:  # the client could not connect
         return type(error.orig).__name__ in ("OperationalError", "ConnectionTimeout")
     return str(state).startswith(_PASSING_STATES)

@@ -1,7 +1,7 @@
-"""Tells replicas that definitions have changed: a number by topic, polled.
+"""Revision numbers by topic, polled by replicas to notice changed definitions.
 
-Whoever changes definitions bumps their topic in the same transaction, so that a replica that sees
-the number sees the change too.
+A transaction that changes definitions bumps their topic, so that a replica which sees the new
+number sees the change too.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def bump(connection: Connection, topic: str) -> None:
-    """Count one more change of `topic`, within the transaction that makes it."""
+    """Increment the topic's revision within the transaction that changes it."""
     statement = insert(connection, REVISIONS).values(topic=topic, number=1)
     connection.execute(
         statement.on_conflict_do_update(
@@ -34,7 +34,7 @@ def bump(connection: Connection, topic: str) -> None:
 
 
 class Revisions:
-    """Calls back where a topic's number is another than the last one seen."""
+    """Calls back when a topic's revision differs from the last one seen."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -44,23 +44,20 @@ class Revisions:
         self._polling: asyncio.Task[None] | None = None
 
     def watch(self, topic: str, callback: Callback) -> None:
-        """Await `callback` at the next look, and then after each change of `topic`.
+        """Await `callback` at the next poll, and then after each change of `topic`.
 
-        What it raises is logged, and it is called again at the next look.
+        An exception is logged, and the callback is called again at the next poll.
         """
         self._callbacks.setdefault(topic, []).append(callback)
         self._seen.pop(topic, None)
 
     def start(self) -> None:
-        """Begin to look every POLL_SECONDS, on the running event loop."""
+        """Start polling every POLL_SECONDS on the running event loop."""
         self._polling = asyncio.create_task(self._poll(), name="revisions")
 
     async def look(self) -> None:
-        """Look now: to load before the first request.
-
-        Raises what `Database.read` raises.
-        """
-        async with self._turn:  # one at a time: callbacks of a topic never overlap
+        """Poll now, such as before the first request. Raises what `Database.read` raises."""
+        async with self._turn:  # callbacks of a topic never overlap
             numbers = await self._database.read(_numbers)
             for topic, callbacks in self._callbacks.items():
                 number = numbers.get(topic, 0)
@@ -68,15 +65,17 @@ class Revisions:
                     self._seen[topic] = number
 
     async def take_up(self) -> None:
-        """Look now, after a change of one's own that is committed: its answer must not fail any
-        more. Where the database has gone away since, the change acts at a later look."""
+        """Poll now, after this replica has committed a change, whose response must not fail.
+
+        If the database has gone away since, the change takes effect here at a later poll.
+        """
         try:
             await self.look()
         except UnavailableError as error:
             logger.warning("a change that is made acts a little later here: %s", error)
 
     async def close(self) -> None:
-        """Look no more."""
+        """Stop polling."""
         if self._polling is not None:
             self._polling.cancel()
             await asyncio.wait([self._polling])

@@ -1,4 +1,4 @@
-"""Brings a database's tables to what this version knows. Safe while other replicas do the same."""
+"""Migration of a database to this version's tables. Safe while other replicas do the same."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from sqlalchemy import Connection, Engine, text
 
 from quickchange_server.errors import SettingError
 
-OLDEST_POSTGRES = (13,)  # pg_xact_status
-_LOCK = 0x717569636B  # any number that no other user of the database locks: "quick"
+OLDEST_POSTGRES = (13,)  # has pg_xact_status with xid8
+_LOCK = 0x717569636B  # advisory lock's key: "quick" in ASCII
 
 
 def upgrade(engine: Engine) -> None:
-    """Apply the migrations that are missing, all in one transaction, one replica at a time.
+    """Apply missing migrations in one transaction, one replica at a time.
 
-    `engine` begins transactions that write (SQLite's immediate ones). Raises SettingError where
-    the database has migrations that this version does not know.
+    `engine`: from `engines.writing`. Raises SettingError if the database has migrations that this
+    version does not know, or PostgreSQL is too old.
     """
     config = Config()
     config.set_main_option("script_location", "quickchange_server.storage:migrations")

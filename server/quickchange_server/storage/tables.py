@@ -1,11 +1,9 @@
-"""The one MetaData that all tables hang on, and the table that storage itself needs.
+"""The MetaData of all tables, the table of revisions, and INSERT … ON CONFLICT.
 
-A domain adds its tables in a file `tables_<domain>.py` beside this one, and its migrations as an
-Alembic branch of its own in `migrations/versions` (`<domain>_0001.py`, no down revision, the
-domain as branch label), so that domains grow without knowing of each other. Constraints get their
-names from the convention below: a migration can name what it drops.
-
-INSERT ... ON CONFLICT, which SQLite and PostgreSQL spell alike and SQLAlchemy has for each.
+A domain adds its tables in a file `tables_<domain>.py` beside this one, and its migrations as a
+separate Alembic branch in `migrations/versions` (`<domain>_0001.py`, no down revision, the domain
+as branch label), so that domains evolve independently. The naming convention gives each constraint
+a name, by which a migration can drop it.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ METADATA = MetaData(
     }
 )
 
-# How often the definitions of a topic have changed; replicas poll it.
+# Number of changes to a topic's definitions; replicas poll it.
 REVISIONS = Table(
     "revisions",
     METADATA,
@@ -36,7 +34,7 @@ REVISIONS = Table(
 
 
 def all_tables() -> MetaData:
-    """METADATA with every domain's tables on it, whoever has imported them."""
+    """METADATA after importing the tables of every domain."""
     package = __name__.rpartition(".")[0]
     for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
         if module.name.startswith("tables_"):
@@ -45,7 +43,7 @@ def all_tables() -> MetaData:
 
 
 def insert(connection: Connection, table: Table) -> sqlite.Insert | postgresql.Insert:
-    """An INSERT that has `on_conflict_do_update` and `on_conflict_do_nothing`."""
+    """The dialect's INSERT, which has `on_conflict_do_update` and `on_conflict_do_nothing`."""
     if connection.dialect.name == "postgresql":
         return postgresql.insert(table)
     return sqlite.insert(table)

@@ -1,4 +1,4 @@
-"""Tables of the experiments: what they are, who changed them, who got what, and what came of it."""
+"""Tables of experiments: definitions, audit trail, exposures and outcomes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sqlalchemy import (
 
 from quickchange_server.storage.tables import METADATA
 
-ID = BigInteger().with_variant(Integer, "sqlite")  # SQLite counts up INTEGER keys alone
+ID = BigInteger().with_variant(Integer, "sqlite")  # SQLite autoincrements only INTEGER keys
 
 EXPERIMENTS = Table(
     "experiments",
@@ -28,7 +28,7 @@ EXPERIMENTS = Table(
     Column("document", Text, nullable=False),  # the experiment as JSON
 )
 
-# Outlives the experiment.
+# Entries outlive their experiment.
 EXPERIMENT_AUDIT = Table(
     "experiment_audit",
     METADATA,
@@ -49,7 +49,7 @@ EXPERIMENT_EXPOSURES = Table(
     Column("completion", String(64), primary_key=True),
     Column("variant", String(64), primary_key=True),
     Column("experiment", String(32), nullable=False),
-    Column("unit", String(64), nullable=False),  # hashed subject; the completion where drawn
+    Column("unit", String(64), nullable=False),  # hashed subject, or the completion if random
     Column("by", String(8), nullable=False),
     Column("counted", Boolean, nullable=False),
     Column("shadow", Boolean, nullable=False),
@@ -74,7 +74,7 @@ EXPERIMENT_OUTCOMES = Table(
     Column("name", String(64), nullable=False),
     Column("variant", String(64), nullable=False),
     Column("unit", String(64), nullable=False),
-    Column("completion", String(64)),  # null: told of the unit
+    Column("completion", String(64)),  # null: the outcome is the unit's
     Column("counted", Boolean, nullable=False),
     Column("value", Float(53)),  # a flag: 0 or 1
     Column("label", String(64)),

@@ -1,4 +1,4 @@
-"""API keys, and what was used with them."""
+"""Tables of API keys and of their usage."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ KEYS = Table(
     Column("max_prompt_tokens", BigInteger),
     Column("max_new_tokens", BigInteger),
     Column("digest", String(64), nullable=False),  # SHA-256 of the secret, hexadecimal
-    Column("retiring_digest", String(64)),  # of the secret before the last rotation
+    Column("retiring_digest", String(64)),  # digest of the secret before the last rotation
     Column("retiring_until", Double),  # times are Unix seconds
     Column("created", Double, nullable=False),
     Column("expires", Double),
     Column("revoked", Double),
 )
 
-# A row is written by one process alone, with totals and not with additions: replicas never wait for
-# each other's rows, and a change that is applied twice changes nothing.
+# Only one process writes a row, and it writes totals, not increments: replicas never wait for each
+# other's rows, and a change that is applied twice has no further effect.
 USAGE = Table(
     "usage",
     METADATA,
@@ -36,7 +36,7 @@ USAGE = Table(
     Column("tenant", String(64), primary_key=True),
     Column("key", String(16), primary_key=True),
     Column("adapter", String(256), primary_key=True),
-    Column("process", String(16), primary_key=True),  # drawn when it started
+    Column("process", String(16), primary_key=True),  # random id of the server's process
     Column("requests", BigInteger, nullable=False),
     Column("prompt_tokens", BigInteger, nullable=False),
     Column("cached_tokens", BigInteger, nullable=False),

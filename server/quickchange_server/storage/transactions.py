@@ -1,7 +1,7 @@
-"""Commits several changes in one transaction, each as if it had one of its own.
+"""Group commit: several changes in one transaction, each as if it had its own.
 
-Where a commit is sent and no answer comes, PostgreSQL is asked later whether it was made (by the
-transaction's id, which outlives a crash of the server), so that a change is never made twice.
+If a commit is sent and its answer lost, PostgreSQL is asked later for the status of the
+transaction's id, which outlives a crash of the server, so that no change is made twice.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Change = Callable[[Connection], Any]
 
 @dataclass(frozen=True, slots=True)
 class ChangeOutcome:
-    """What a change came to: its value, or why it failed."""
+    """The value that a change returned, or its error."""
 
     value: Any = None
     error: BaseException | None = None
@@ -28,25 +28,25 @@ class ChangeOutcome:
 
 @dataclass(frozen=True, slots=True)
 class _Sent:
-    """A commit that was sent and not answered."""
+    """A commit that was sent but not answered."""
 
     transaction: str
     outcomes: list[ChangeOutcome]
 
 
 class Transactions:
-    """Makes one after the other; not for several threads."""
+    """Makes transactions one after the other, on one thread."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._sent: _Sent | None = None
 
     def commit(self, changes: list[Change]) -> list[ChangeOutcome]:
-        """Make the changes in one transaction; where one fails, once more with each apart.
+        """Make the changes in one transaction; if one fails, again with a savepoint for each.
 
-        At first without savepoints, since almost no change fails: to PostgreSQL they are two
-        more round trips a change. Raises where none was made; if `passes` says so of the error,
-        the same changes are to be tried again before any others.
+        The first try has no savepoints, since almost no change fails and PostgreSQL needs two more
+        round trips for each. Raises if no change was made; if `passes(error)`, the same changes
+        must be retried before any others.
         """
         if self._sent is not None and (outcomes := self._answer(self._sent)) is not None:
             return outcomes
@@ -62,21 +62,21 @@ class Transactions:
     ) -> list[ChangeOutcome]:
         with self._engine.connect() as connection, connection.begin() as transaction:
             outcomes = [make(connection, change) for change in changes]
-            # Also fails where a change has hidden an error of its own, which has ended the
-            # transaction: a commit would roll back without a word.
+            # Also fails if a change swallowed an error that has aborted the transaction: a commit
+            # would silently roll back.
             number = _transaction_id(connection)
             self._sent = None if number is None else _Sent(number, outcomes)
             try:
                 transaction.commit()
             except BaseException as error:
-                if not passes(error):  # the server's answer: it was not made
+                if not passes(error):  # the server answered that the commit failed
                     self._sent = None
                 raise
             self._sent = None
         return outcomes
 
     def _answer(self, sent: _Sent) -> list[ChangeOutcome] | None:
-        """The outcomes, where that commit was made after all."""
+        """The outcomes, if that commit was made after all."""
         query = text("SELECT pg_xact_status(CAST(CAST(:id AS text) AS xid8))")
         with self._engine.connect() as connection:
             try:
@@ -84,7 +84,7 @@ class Transactions:
             except DBAPIError as error:
                 if passes(error):
                     raise
-                status = None  # another server has taken over, which never saw it
+                status = None  # another server has taken over, which never saw the transaction
         if status == "in progress":
             raise StillRunningError(f"transaction {sent.transaction} has not ended")
         self._sent = None
@@ -99,8 +99,8 @@ def _make_apart(connection: Connection, change: Change) -> ChangeOutcome:
     try:
         with connection.begin_nested():
             outcome = ChangeOutcome(change(connection))
-            # Fails where the change has hidden an error that ended the transaction: here going
-            # back to the savepoint mends it, while after a failed RELEASE nothing would.
+            # Fails if the change swallowed an error that aborted the transaction: rolling back to
+            # the savepoint repairs it, while nothing would after a failed RELEASE.
             connection.execute(select(1))
             return outcome
     except Exception as error:
@@ -110,8 +110,8 @@ def _make_apart(connection: Connection, change: Change) -> ChangeOutcome:
 
 
 def _transaction_id(connection: Connection) -> str | None:
-    """PostgreSQL's id of the running transaction. None where it wrote nothing, or on SQLite, whose
-    commit has failed wherever it does not return."""
+    """PostgreSQL's id of the running transaction; None if it wrote nothing, and on SQLite, whose
+    commit has failed if it does not return."""
     if connection.dialect.name != "postgresql":
         return None
     query = text("SELECT CAST(pg_current_xact_id_if_assigned() AS text)")

@@ -1,10 +1,10 @@
-"""One thread that makes every change, in the order they were asked for; many share one commit.
+"""The writer thread, which makes all changes in order of submission; many share one commit.
 
-While one commit waits for the disk, what comes in queues up and shares the next: the more there
-is to write, the more a commit carries. A change that fails is rolled back alone. While the
-database is away, everything waits and is tried again in order.
+While a commit waits for the disk, new changes queue up and share the next one: the higher the
+load, the more a commit carries. A change that fails is rolled back alone. While the database is
+unreachable, changes wait and are retried in order.
 
-Knows nothing of tables.
+Tables are not known here.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from quickchange_server.observability.subsystem_metrics import StorageMetrics
 from quickchange_server.storage.outages import passes
 from quickchange_server.storage.transactions import Change, ChangeOutcome, Transactions
 
-QUEUE_LIMIT = 50_000  # changes that wait; some 1 KiB each
-GROUP_LIMIT = 500  # changes of one transaction, which bounds how long it holds the write lock
-WRITE_SECONDS = 10.0  # how long a change that somebody waits for outlasts the database's absence
-CLOSE_SECONDS = 10.0  # how long closing does
+QUEUE_LIMIT = 50_000  # waiting changes, some 1 KiB each
+GROUP_LIMIT = 500  # changes of one transaction, which bounds the time it holds the write lock
+WRITE_SECONDS = 10.0  # during an outage, until a change that a caller awaits is given up
+CLOSE_SECONDS = 10.0  # during an outage, until closing gives up
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0  # seconds between tries
 
 logger = logging.getLogger(__name__)
@@ -36,22 +36,22 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True, eq=False)
 class QueuedChange:
-    """A change and who waits for it."""
+    """A change and the future of its caller."""
 
     change: Change
     loop: asyncio.AbstractEventLoop
     future: asyncio.Future[Any]
-    gives_up: float | None = None  # monotonic; None: a record, which shares commits and waits on
+    gives_up: float | None = None  # monotonic; None: a record, which shares commits, no deadline
 
 
 class Writer:
-    """The thread and its queue. `engine` is for transactions that write."""
+    """The thread and its queue. `engine`: from `engines.writing`."""
 
     def __init__(self, engine: Engine, metrics: StorageMetrics) -> None:
         self._transactions = Transactions(engine)
         self._metrics = metrics
         self._waiting: deque[QueuedChange] = deque()
-        self._group: list[QueuedChange] = []  # what the running transaction makes
+        self._group: list[QueuedChange] = []  # changes of the running transaction
         self._changed = threading.Condition()
         self._closed_at: float | None = None  # monotonic
         metrics.watch(self._length)
@@ -62,7 +62,7 @@ class Writer:
         """Queue a change, on the event loop; the future is done after its commit.
 
         `alone`: in a transaction of its own, given up after WRITE_SECONDS without a database.
-        Where QUEUE_LIMIT changes wait, or after `close`, the future fails with UnavailableError.
+        If QUEUE_LIMIT changes wait, or after `close`, the future fails with UnavailableError.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Any] = loop.create_future()
@@ -78,8 +78,8 @@ class Writer:
         return future
 
     def close(self) -> None:
-        """Commit what is queued and end the thread. Blocks; gives up what the database's absence
-        keeps from being committed within CLOSE_SECONDS."""
+        """Commit the queue and end the thread. Blocks; during an outage it gives up after
+        CLOSE_SECONDS."""
         with self._changed:
             if self._closed_at is None:
                 self._closed_at = time.monotonic()
@@ -94,10 +94,10 @@ class Writer:
             outcomes = self._outlast([job.change for job in group])
             with self._changed:
                 self._group = []
-            _tell(zip(group, outcomes, strict=True))
+            _resolve_all(zip(group, outcomes, strict=True))
 
     def _next(self) -> list[QueuedChange]:
-        """What shares the next transaction; empty when all is done."""
+        """The changes of the next transaction; empty when the writer is closed and done."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closed_at is not None)
             while self._waiting and len(self._group) < GROUP_LIMIT:
@@ -110,7 +110,7 @@ class Writer:
             return list(self._group)
 
     def _outlast(self, changes: list[Change]) -> list[ChangeOutcome]:
-        """Commit the group's changes, waiting for a database that is away."""
+        """Commit the group's changes, retrying while the database is unreachable."""
         pause = _FIRST_PAUSE
         while True:
             began = time.monotonic()
@@ -147,44 +147,44 @@ class Writer:
         return [ChangeOutcome(error=absent("it does not answer"))] * count
 
     def _expire(self) -> None:
-        """Fail those behind the group that have waited long enough for the database."""
+        """Fail the waiting changes whose deadline has passed."""
         now = time.monotonic()
         with self._changed:
             late = [job for job in self._waiting if job.gives_up is not None and now > job.gives_up]
             if late:
                 gone = set(late)
                 self._waiting = deque(job for job in self._waiting if job not in gone)
-        _tell((job, ChangeOutcome(error=absent("it does not answer"))) for job in late)
+        _resolve_all((job, ChangeOutcome(error=absent("it does not answer"))) for job in late)
 
 
 def absent(reason: str) -> UnavailableError:
-    """What those are told who wait for a database that is away."""
+    """The error for callers while the database can't be reached."""
     return UnavailableError(
         f"the database can't be reached: {reason}; try again shortly", retry_after=5.0
     )
 
 
-def _tell(told: Iterable[tuple[QueuedChange, ChangeOutcome]]) -> None:
-    """Resolve futures on their loops: one wake-up a loop, however many they are."""
+def _resolve_all(resolved: Iterable[tuple[QueuedChange, ChangeOutcome]]) -> None:
+    """Resolve futures on their event loops, with one wake-up for each loop."""
     by_loop: defaultdict[asyncio.AbstractEventLoop, list[tuple[QueuedChange, ChangeOutcome]]] = (
         defaultdict(list)
     )
-    for job, outcome in told:
+    for job, outcome in resolved:
         by_loop[job.loop].append((job, outcome))
     for loop, pairs in by_loop.items():
         try:
             loop.call_soon_threadsafe(_resolve, pairs)
-        except RuntimeError:  # the loop is closed: nobody waits any more
+        except RuntimeError:  # the loop is closed, so nothing awaits the futures
             logger.debug("%d changes were committed after their event loop closed", len(pairs))
 
 
 def _resolve(pairs: list[tuple[QueuedChange, ChangeOutcome]]) -> None:
     for job, outcome in pairs:
-        if job.future.done():  # cancelled: whoever waited has gone
+        if job.future.done():  # cancelled by its caller
             continue
         if outcome.error is None:
             job.future.set_result(outcome.value)
-        elif isinstance(outcome.error, StopIteration):  # asyncio takes none
+        elif isinstance(outcome.error, StopIteration):  # futures refuse StopIteration
             job.future.set_exception(RuntimeError(f"the change raised {outcome.error!r}"))
         else:
             job.future.set_exception(outcome.error)

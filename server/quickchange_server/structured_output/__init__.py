@@ -1,9 +1,9 @@
-"""Structured output: which texts a request allows, checked before admission.
+"""Structured output: grammars that constrain the generated text, validated before admission.
 
-asked       what a request's fields ask for
-keywords    which JSON-schema keywords are enforced; the others are refused by name
-grammars    the library that knows which tokens may follow (llguidance)
-checker     compiles what clients send in a process of its own, which can be ended
-places      where in a schema the fault lies that keeps it from compiling
-checks      all of it for the event loop: cached, at most one compilation of the same content
+schema_keywords    JSON-schema keywords that are enforced; others are refused by name
+grammar            compilation and token masks by llguidance
+compiler           the protocols that the engine uses
+validator          cached validation for the event loop
+validator_process  compilation in a separate process, which can be killed
+fault_location     the part of a schema that keeps it from compiling
 """

@@ -1,6 +1,6 @@
-"""What the engine asks of a grammar library: compiled constraints, and masks over token ids.
+"""Protocols for a grammar library: compiled constraints, and masks over token ids.
 
-Knows neither the engine nor a library; `constraints.grammars` is the one that serves.
+Neither the engine nor a library is known here; `grammar` implements these by llguidance.
 """
 
 from __future__ import annotations
@@ -16,30 +16,30 @@ from quickchange_server.protocol import Constraint
 
 
 class Matcher(Protocol):
-    """How far a constrained text has come in its grammar."""
+    """The state of a constrained text in its grammar."""
 
     @property
     def error(self) -> str | None:
-        """Why it can't go on: a limit of the library, met on the way."""
+        """The library's limit that stops the text from continuing, or None."""
         ...
 
     @property
     def complete(self) -> bool:
-        """Whether nothing but the end may follow."""
+        """True if only the end may follow."""
         ...
 
     def copy(self) -> Matcher: ...
 
     def advance(self, token: int) -> None:
-        """Go on by a token that was allowed."""
+        """Advance by an allowed token."""
         ...
 
     def forced(self) -> list[int]:
-        """Text that must follow, as the tokenizer spells it. Other spellings are allowed, too."""
+        """Tokens of the text that must follow. Other tokenizations of it are allowed too."""
         ...
 
     def allowed(self, tokens: Sequence[int]) -> int:
-        """How many of the tokens, one after the other, may follow; the end is the last."""
+        """Length of the longest allowed prefix of `tokens`; nothing is allowed after the end."""
         ...
 
 
@@ -48,24 +48,27 @@ M = TypeVar("M", bound=Matcher)
 
 @dataclass(frozen=True, slots=True)
 class Masked(Generic[M]):
-    """The masks that one sequence needs: of its next token, and behind each of its drafts."""
+    """A sequence's rows in the mask: one for its next token, and one after each of its drafts."""
 
     matcher: M
-    row: int  # of the first mask; the others follow
+    row: int  # row of the first mask; the others follow
     drafts: tuple[int, ...]
 
 
 class ConstraintCompiler(Protocol):
-    """What the engine needs of a library for grammars."""
+    """A grammar library, as the engine uses it."""
 
     ends: frozenset[int]  # the model's end-of-sequence ids
 
     def compile(self, constraint: Constraint) -> Matcher:
-        """On the compile thread. Raises ConstraintError."""
+        """Compile a constraint, on the compile thread. Raises ConstraintError."""
         ...
 
     def fill(self, wanted: Sequence[Masked[Matcher]], bits: npt.NDArray[np.int32]) -> None:
-        """Write the masks [rows, words], as token_mask.py has them. The end ids are allowed where
-        the grammar accepts. Behind a draft that the grammar forbids, or that ends it, rows stay as
-        they are: they are never read. Matchers stay where they are."""
+        """Write the masks, int32 [rows, words], one bit for each token id (see token_mask.py).
+
+        The end ids are allowed where the grammar accepts. Rows after a draft that the grammar
+        forbids, or that ends the text, are left as they are, since they are never read. Matchers
+        do not advance.
+        """
         ...

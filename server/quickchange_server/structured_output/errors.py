@@ -1,4 +1,4 @@
-"""What both sides of the channel raise for a constraint that can't be."""
+"""Errors of constraints that can't be compiled, for the API and the engine process."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ NO_TOKENIZER = "the model's tokenizer is none of the `tokenizers` library"
 
 
 class ConstraintError(ValueError):
-    """A schema, a regular expression or a grammar that can't be compiled; the message says why."""
+    """A schema, regular expression or grammar can't be compiled; the message says why."""

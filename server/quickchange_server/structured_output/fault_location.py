@@ -1,4 +1,4 @@
-"""Where in a schema the fault lies that keeps it from compiling, found by compiling its parts."""
+"""Location of the fault that keeps a schema from compiling, found by compiling its parts."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 Path = list[str | int]
-Fails = Callable[[object], str | None]  # why a schema can't be compiled; None: it can
+Fails = Callable[[object], str | None]  # the error of compiling a schema; None: it compiles
 
-_TRIES = 200  # parts compiled at most
+_TRIES = 200  # compilations at most
 _DEFINITIONS = ("$defs", "definitions")
 _MAPS = ("properties", "patternProperties", *_DEFINITIONS)  # names to schemas
 _LISTS = ("prefixItems", "anyOf", "oneOf", "allOf")
@@ -16,7 +16,7 @@ _SINGLE = ("items", "additionalProperties")
 
 
 def parts(schema: Mapping[str, Any]) -> Iterator[tuple[Path, Any]]:
-    """The schemas directly inside one, each with its place."""
+    """The direct subschemas of a schema, each with its path."""
     for key in _MAPS:
         inside = schema.get(key)
         if isinstance(inside, dict):
@@ -33,8 +33,11 @@ def parts(schema: Mapping[str, Any]) -> Iterator[tuple[Path, Any]]:
 
 
 def find_fault(schema: Any, error: str, fails: Fails) -> tuple[Path, str]:
-    """The place of the innermost part that fails alone, down to the keyword without which it would
-    not; and why that part fails. `error`: why the whole fails."""
+    """The path to the innermost subschema that fails by itself, and its error.
+
+    The path ends with a keyword if the subschema compiles without it. `error`: the error of the
+    whole schema.
+    """
     if not isinstance(schema, dict):
         return [], error
     shared = {key: schema[key] for key in _DEFINITIONS if key in schema}
@@ -51,7 +54,7 @@ def find_fault(schema: Any, error: str, fails: Fails) -> tuple[Path, str]:
         else:
             break
     if isinstance(node, dict):
-        for key in sorted(node, key=lambda key: key == "type"):  # of last resort
+        for key in sorted(node, key=lambda key: key == "type"):  # "type" is tried last
             without = {**shared, **{k: v for k, v in node.items() if k != key}}
             if next(tries, None) is not None and fails(without) is None:
                 return [*path, key], error

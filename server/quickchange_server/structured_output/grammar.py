@@ -1,54 +1,48 @@
-"""llguidance, as both processes call it: tokenizers, grammars, and their compilation.
+"""Grammars by llguidance, in both processes: compilation, and masks over the model's token ids.
 
-JSON is written in one way where it could be in many: up to 24 blanks between tokens, and in strings
-the escapes that JSON needs and no others. Without the first a model may write blanks without end;
-without the second `"\u0061"` would be another way to write the key `"a"`, past what the schema
-says of that key.
-
-Grammars over the engine's tokenizer: `ConstraintCompiler` by llguidance.
+JSON is constrained beyond its grammar: at most 24 blanks between tokens, and in strings only the
+escapes that JSON requires. Otherwise a model could write blanks without end, and `"\u0061"` would
+spell the key `"a"` in a way that escapes the schema's rules for that key.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import llguidance
-
-from quickchange_server.protocol import Constraint
-from quickchange_server.structured_output.errors import ConstraintError
-
-if TYPE_CHECKING:
-    from llguidance._lib import JsonCompileOptions
-
-
-import os
-from collections.abc import Sequence
-
 import numpy as np
 import numpy.typing as npt
 
+from quickchange_server.protocol import Constraint
 from quickchange_server.structured_output.compiler import Masked, Matcher
-from quickchange_server.structured_output.errors import NO_TOKENIZER
+from quickchange_server.structured_output.errors import NO_TOKENIZER, ConstraintError
 from quickchange_server.structured_output.validator import Vocabulary
+
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
 
 _BLANKS = r"[\x20\x0A\x0D\x09]{1,24}"
 _ESCAPES = '"\\bfnrt'
 JSON_FORM: JsonCompileOptions = {"whitespace_pattern": _BLANKS, "json_allowed_escapes": _ESCAPES}
 
-_TERSE = "<non-verbose/>"  # ends the library's messages where its state is left out
-_EMPTY = "NoExtension"
+_TERSE = "<non-verbose/>"  # suffix of the library's messages that leave out its state
+_EMPTY = "NoExtension"  # prefix of the message for a grammar that no text matches
+_MOST_THREADS = 4  # for the masks of a step
 
 Tokens = llguidance.LLTokenizer
 
 
 def read_tokenizer(tokenizer: str, vocabulary: int, ends: Iterable[int]) -> Tokens:
-    """tokenizer: as the `tokenizers` library writes it in JSON. vocabulary: the model's, at least
-    the tokenizer's: ids past that are never allowed. ends: the model's end-of-sequence ids.
+    """Read a tokenizer for the library.
 
-    Raises ConstraintError where the library can't read it.
+    tokenizer: JSON of the `tokenizers` library. vocabulary: the model's size, at least the
+    tokenizer's; ids past the tokenizer's are never allowed. ends: the model's end-of-sequence ids.
+
+    Raises ConstraintError if the library can't read it or there is no end-of-sequence id.
     """
     if not (known := sorted(ends)):
         raise ConstraintError("the model has no end-of-sequence token")
@@ -57,9 +51,10 @@ def read_tokenizer(tokenizer: str, vocabulary: int, ends: Iterable[int]) -> Toke
 
 
 def compiled(tokens: Tokens, constraint: Constraint) -> llguidance.LLMatcher:
-    """The grammar at its beginning, with its first mask made, which builds what is built lazily.
+    """A matcher at the start of the constraint's grammar.
 
-    Raises ConstraintError: what is wrong with it, in the library's words.
+    Its first mask is computed, which builds the library's lazy parts. Raises ConstraintError with
+    the library's message.
     """
     with _panics_raised("can't be compiled"):
         limits = llguidance.LLParserLimits(verbose_errors=False)
@@ -74,7 +69,7 @@ def compiled(tokens: Tokens, constraint: Constraint) -> llguidance.LLMatcher:
 
 @contextmanager
 def _panics_raised(what: str) -> Iterator[None]:
-    """The library's errors, and its panics, which are no Exception, as ConstraintError."""
+    """Raise the library's errors, and its panics, which are no Exception, as ConstraintError."""
     try:
         yield
     except Exception as error:
@@ -92,40 +87,34 @@ def _grammar(constraint: Constraint) -> str:
         case "grammar":
             return llguidance.LLMatcher.grammar_from_lark(constraint.source)
         case "json_object":
-            return _of_schema('{"type": "object"}')
+            return _schema_grammar('{"type": "object"}')
         case "json_schema":
-            return _of_schema(constraint.source)
+            return _schema_grammar(constraint.source)
 
 
-def _of_schema(schema: str) -> str:
-    return llguidance.LLMatcher.grammar_from_json_schema(
-        json.loads(schema),
-        overrides=JSON_FORM,
-    )
-
-
-_MOST_THREADS = 4  # for a step's masks
+def _schema_grammar(schema: str) -> str:
+    return llguidance.LLMatcher.grammar_from_json_schema(json.loads(schema), overrides=JSON_FORM)
 
 
 class TokenGrammars:
-    """What a tokenizer's tokens may be under constraints. `compile` may run beside `fill`."""
+    """`ConstraintCompiler` for one tokenizer. `compile` and `fill` may run at the same time."""
 
     def __init__(self, tokenizer: str, vocabulary: int, ends: frozenset[int]) -> None:
-        """As `read_tokenizer`, and raises as that does."""
+        """Arguments and errors are those of `read_tokenizer`."""
         self.ends = ends
         self._tokens = read_tokenizer(tokenizer, vocabulary, ends)
         self._executor = llguidance.LLExecutor(min(_MOST_THREADS, os.cpu_count() or 1))
 
     @classmethod
     def of(cls, text: Vocabulary) -> TokenGrammars:
-        """Raises ConstraintError where a model's tokenizer is of no kind that the library reads."""
+        """Make it for a model's tokenizer. Raises ConstraintError if the library can't read it."""
         tokenizer = text.tokenizer_json()
         if tokenizer is None:
             raise ConstraintError(NO_TOKENIZER)
         return cls(tokenizer, text.vocab_size, text.eos_ids)
 
     def compile(self, constraint: Constraint) -> LibraryMatcher:
-        """Raises ConstraintError."""
+        """Compile a constraint. Raises ConstraintError."""
         return LibraryMatcher(compiled(self._tokens, constraint), self.ends)
 
     def fill(self, wanted: Sequence[Masked[Matcher]], bits: npt.NDArray[np.int32]) -> None:
@@ -142,7 +131,7 @@ class TokenGrammars:
 
 
 class LibraryMatcher:
-    """A grammar, and how far a text has come in it."""
+    """`Matcher` by llguidance."""
 
     def __init__(self, inner: llguidance.LLMatcher, ends: frozenset[int]) -> None:
         self.inner = inner

@@ -1,6 +1,6 @@
-"""Which JSON-schema keywords are enforced. A schema with any other is refused by its place.
+"""JSON-schema keywords that are enforced; a schema with any other is refused, with its place.
 
-The dialect is 2020-12's. Annotations say nothing of what is valid, so they may stand anywhere.
+The dialect is 2020-12. Annotations don't affect validity, so they are allowed anywhere.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 from quickchange_server.errors import InvalidRequestError
 from quickchange_server.structured_output.fault_location import Path, parts
 
-MOST_PARTS = 1_000  # schemas inside one
-DEEPEST = 48
-_LARGEST_MULTIPLE = 10_000  # of the smallest decimal place: an automaton has a state for each rest
+MOST_PARTS = 1_000  # subschemas
+DEEPEST = 48  # levels
+_LARGEST_MULTIPLE = 10_000  # in units of the last decimal; the automaton has one state a remainder
 
 ENFORCED = frozenset(
     {"type", "enum", "const", "anyOf", "oneOf", "allOf", "$ref", "$defs", "definitions"}
@@ -46,18 +46,18 @@ _NUMBERS = frozenset({"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximu
 _COUNTS = frozenset(
     {"minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"}
 )
-_WRITTEN = frozenset("\b\f\n\r\t")  # control characters that have an escape of their own
+_WRITTEN = frozenset("\b\f\n\r\t")  # control characters with a short escape
 _TYPES = frozenset({"object", "array", "string", "number", "integer", "boolean", "null"})
 
 
 def place_of(root: str, path: Path) -> str:
-    """As a client reads it: `schema.properties.age.minimum`, `schema.anyOf[0]`."""
+    """A path as clients read it: `schema.properties.age.minimum`, `schema.anyOf[0]`."""
     return root + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
 
 
 def check_keywords(schema: Any, root: str) -> None:
-    """Raises InvalidRequestError, with the place under `root` as its param, at the first keyword
-    that is not enforced, and at a schema that is too large."""
+    """Raise InvalidRequestError, with the place under `root` as its param, at the first keyword
+    that is not enforced, or if the schema is too large."""
     waiting: list[tuple[Path, Any]] = [([], schema)]
     seen = 0
     while waiting:
@@ -94,7 +94,7 @@ def _check_keyword(place: str, key: str, value: Any) -> None:
 
 
 def _shape(key: str) -> Callable[[Any], str | None]:
-    """What says how a keyword's value is wrong."""
+    """The check of a keyword's value, which returns an error or None."""
     if key in _NUMBERS:
         return _wrong_multiple if key == "multipleOf" else _wrong_number
     if key in _COUNTS:
@@ -127,7 +127,7 @@ def _wrong_count(value: Any) -> str | None:
 
 
 def _wrong_least(value: Any) -> str | None:
-    # A key may come twice in the text, and counts once in what is read from it.
+    # A text may repeat a key, which then counts once when it is parsed.
     if _wrong_count(value) is None and value > 1:
         return "is enforced up to 1; list the keys under properties and required"
     return _wrong_count(value)
@@ -167,7 +167,7 @@ def _wrong_enum(value: Any) -> str | None:
 
 
 def _wrong_value(value: Any) -> str | None:
-    r"""JSON needs an escape of the kind \u001f for these characters, and that is never written."""
+    r"""Refuse control characters that need an escape such as \u001f, which is never generated."""
     waiting = [value]
     while waiting:
         one = waiting.pop()

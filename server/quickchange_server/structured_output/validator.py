@@ -1,7 +1,7 @@
-"""Constraints judged for the event loop, before admission: each content once, in bounded time.
+"""Validation of constraints before admission: each content is compiled once, in bounded time.
 
-What clients send is compiled in a process of its own (`validator_process.py`), which is ended where
-it takes too long: patterns that intersect can keep a compiler busy for hours. Verdicts are kept by
+Constraints are compiled in a separate process (`validator_process.py`), which is killed if it
+takes too long: intersecting patterns can keep the compiler busy for hours. Verdicts are cached by
 content.
 """
 
@@ -12,24 +12,25 @@ import json
 import sys
 import time
 from asyncio.subprocess import DEVNULL, PIPE, Process
-from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+from cachetools import LRUCache
 
 from quickchange_server.errors import InvalidRequestError, QueueFullError
 from quickchange_server.protocol import Constraint
 from quickchange_server.structured_output.errors import NO_TOKENIZER
 from quickchange_server.structured_output.schema_keywords import place_of
 
-_KEPT = 256  # verdicts
-_MOST_WAITING = 32  # distinct contents
-_SECONDS = 5.0  # to compile one
+_KEPT = 256  # verdicts in the cache
+_MOST_WAITING = 32  # distinct constraints
+_SECONDS = 5.0  # to compile one constraint
 _START_SECONDS = 30.0
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A constraint, and the field that asks for it."""
+    """A constraint and the request's field that holds it."""
 
     constraint: Constraint
     place: str
@@ -38,7 +39,7 @@ class Asked:
 @dataclass(frozen=True, slots=True)
 class _Verdict:
     error: str | None = None  # None: it compiles
-    path: tuple[str | int, ...] = ()  # in a schema
+    path: tuple[str | int, ...] = ()  # of the fault in a schema
 
 
 class Vocabulary(Protocol):
@@ -48,41 +49,41 @@ class Vocabulary(Protocol):
     eos_ids: frozenset[int]
 
     def tokenizer_json(self) -> str | None:
-        """As the `tokenizers` library writes it; None where it is none of that."""
+        """JSON of the `tokenizers` library; None for a tokenizer of another kind."""
 
 
 class CheckObserver(Protocol):
-    """Counts what is checked."""
+    """Receiver of events for metrics."""
 
     def request(self, kind: str) -> None:
-        """A request has a constraint of this kind."""
+        """A request with a constraint of this kind was accepted."""
 
     def compiled(self, seconds: float) -> None:
-        """One has been compiled in so many seconds."""
+        """A constraint was compiled in `seconds`."""
 
 
 class _CheckerGoneError(Exception):
-    """The process ended, or had to be ended."""
+    """The process ended or did not answer in time."""
 
 
 class ConstraintChecks:
-    """Owner of the checking process, which starts with the first constraint. On one event loop."""
+    """Validates constraints in a process started with the first one. Used on one event loop."""
 
     def __init__(
         self, text: Vocabulary, metrics: CheckObserver, *, seconds: float = _SECONDS
     ) -> None:
-        """seconds: that one constraint may take to compile."""
+        """`seconds`: time limit for compiling one constraint."""
         self._text = text
         self._metrics = metrics
         self._seconds = seconds
-        self._kept: OrderedDict[Constraint, _Verdict] = OrderedDict()
+        self._kept: LRUCache[Constraint, _Verdict] = LRUCache(_KEPT)
         self._running: dict[Constraint, asyncio.Task[_Verdict]] = {}
         self._turn = asyncio.Lock()
         self._process: Process | None = None
 
     async def accept(self, asked: Asked) -> Constraint:
-        """The constraint, if it compiles. Raises InvalidRequestError, which names the place, and
-        QueueFullError where many others are waiting to be compiled."""
+        """Return the constraint if it compiles. Raises InvalidRequestError, which names the place,
+        and QueueFullError if too many others wait to be compiled."""
         verdict = await self._verdict(asked.constraint)
         if verdict.error is not None:
             place = place_of(asked.place, list(verdict.path))
@@ -99,7 +100,6 @@ class ConstraintChecks:
     async def _verdict(self, constraint: Constraint) -> _Verdict:
         known = self._kept.get(constraint)
         if known is not None:
-            self._kept.move_to_end(constraint)
             return known
         task = self._running.get(constraint)
         if task is None:
@@ -110,7 +110,7 @@ class ConstraintChecks:
                 )
             task = self._running[constraint] = asyncio.create_task(self._judge(constraint))
             task.add_done_callback(lambda _: self._running.pop(constraint))
-        return await asyncio.shield(task)  # others may wait for it too
+        return await asyncio.shield(task)  # other requests may wait for it too
 
     async def _judge(self, constraint: Constraint) -> _Verdict:
         async with self._turn:
@@ -125,8 +125,6 @@ class ConstraintChecks:
                 )
             self._metrics.compiled(time.monotonic() - started)
         self._kept[constraint] = verdict
-        if len(self._kept) > _KEPT:
-            self._kept.popitem(last=False)
         return verdict
 
     async def _compile(self, constraint: Constraint) -> _Verdict:
@@ -140,7 +138,7 @@ class ConstraintChecks:
         return _Verdict(answer["error"], tuple(answer.get("path", ())))
 
     async def _start(self) -> str | None:
-        """Why the tokenizer can't be read; None: the process is ready."""
+        """Start the process. Returns the error if it can't read the tokenizer, else None."""
         tokenizer = self._text.tokenizer_json()
         if tokenizer is None:
             return NO_TOKENIZER
@@ -170,8 +168,8 @@ class ConstraintChecks:
             raise _CheckerGoneError from error
         if not answer:
             raise _CheckerGoneError
-        told: dict[str, Any] = json.loads(answer)
-        return told
+        decoded: dict[str, Any] = json.loads(answer)
+        return decoded
 
     async def _end(self) -> None:
         process, self._process = self._process, None

@@ -1,6 +1,7 @@
-"""Compiles what clients send, in a process of its own: one that takes too long can be ended.
+"""Process that compiles clients' constraints, so that one which takes too long can be killed.
 
-A line of JSON in, a line out. The first line holds the tokenizer; then a line for each constraint.
+Each line of JSON on standard input gets one on standard output. The first line holds the
+tokenizer, every other line a constraint.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from quickchange_server.structured_output.fault_location import find_fault
 from quickchange_server.structured_output.grammar import Tokens, compiled, read_tokenizer
 
 _MEMORY = 4 << 30  # bytes of address space
-_LONGEST = 2_000  # characters of a message
+_LONGEST = 2_000  # characters of an error
 
 
 def main() -> None:
-    """Serve until the other side closes."""
+    """Answer lines until standard input ends."""
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     begin = json.loads(sys.stdin.readline())
     try:

@@ -1,1 +1,1 @@
-"""Who may use the server and how much: API keys, their limits, and usage for billing."""
+"""API keys, their limits, and usage for billing."""

@@ -1,4 +1,4 @@
-"""Keeps tenants' books: limits at the door, usage at the end, and metrics."""
+"""Accounting of requests by tenant: limits at admission, usage and metrics at the end."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from quickchange_server.tenants.usage_log import UsageLog
 
 
 @dataclass
-class KeyBooks:
-    """What the server keeps where it asks for keys."""
+class KeyAccounting:
+    """The parts that exist only if the server requires API keys."""
 
     keyring: Keyring
     limiter: Limiter
@@ -23,19 +23,22 @@ class KeyBooks:
 
 
 @dataclass
-class TenantBooks:
-    """A Bookkeeper. `keys` is None where no key is asked for: then metrics alone are kept.
+class TenantAccounting:
+    """Request observer for tenants. Without `keys` (no key is required) it only updates metrics.
 
-    A shadow is the server's own doing: it counts for no tenant.
+    Shadow requests are the server's own and count for no tenant.
     """
 
     metrics: TenantMetrics
-    keys: KeyBooks | None
+    keys: KeyAccounting | None
     clock: Callable[[], float] = time.time  # Unix seconds
     _admitted: dict[str, Admitted] = field(default_factory=dict)  # by request id
 
     def opened(self, opened: Opened) -> None:
-        """Raises TooLargeError, LimitedError or UnauthenticatedError."""
+        """Charge a request to its key's limits.
+
+        Raises TooLargeError, LimitedError or UnauthenticatedError.
+        """
         key = opened.caller.key
         if self.keys is None or key is None or _is_shadow(opened):
             return

@@ -1,7 +1,7 @@
-"""`quickchange keys …`: API keys on the command line, straight in the database.
+"""The command `quickchange keys`, which manages API keys directly in the database.
 
-So the first key can be made before any server is reachable; servers that run take a change up
-within a second or two. Errors go to standard error with exit status 1.
+The first key can thus be made before any server runs; running servers notice a change within a
+second or two. Errors go to standard error, with exit status 1.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""An API key: whose it is, what it may do, and until when. Knows nothing of HTTP or storage."""
+"""An API key with its tenant, scope, limits and expiry. HTTP and storage are not known here."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from quickchange_server.frontend.caller import Scope
 from quickchange_server.tenants.key_secret import matches
 
 MAX_GLOBS = 64
-MAX_GLOB_LENGTH = 256  # characters, as a name's
+MAX_GLOB_LENGTH = 256  # characters, as for names
 MAX_LIMIT = 10**12
 State = Literal["valid", "expired", "revoked"]
 _TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -21,29 +21,32 @@ _GLOB = re.compile(r"[A-Za-z0-9._/*?\[\]!-]+")
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one key may use on one replica; None: as much as it likes."""
+    """The limits of one key on one replica; None: no limit."""
 
     requests_per_minute: int | None = None
-    tokens_per_minute: int | None = None  # of prompts and answers together
+    tokens_per_minute: int | None = None  # prompt and new tokens together
     concurrent_requests: int | None = None
-    max_prompt_tokens: int | None = None  # of one request, all its prompts together
-    max_new_tokens: int | None = None  # of one request, all its choices together
+    max_prompt_tokens: int | None = None  # all prompts of one request together
+    max_new_tokens: int | None = None  # all choices of one request together
 
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What the maker of a key decides. Raises InvalidRequestError that names the field."""
+    """The properties of a key that its creator chooses.
+
+    Raises InvalidRequestError that names the field.
+    """
 
     tenant: str
     scope: Scope
-    names: tuple[str, ...]  # globs of the names that exist for it
+    names: tuple[str, ...]  # globs of the names that the key can see
     label: str = ""
     limits: Limits = field(default_factory=Limits)
     expires: float | None = None  # Unix seconds
 
     def __post_init__(self) -> None:
         check_tenant(self.tenant)
-        if "\0" in self.label:  # PostgreSQL keeps none
+        if "\0" in self.label:  # PostgreSQL can't store it
             raise InvalidRequestError("label: holds the character NUL; remove it", param="label")
         _check_names(self.names)
         if self.scope == "admin" and self.names != ("*",):
@@ -55,7 +58,7 @@ class Terms:
 
 
 def check_tenant(tenant: str) -> None:
-    """Raises InvalidRequestError where it is not a tenant's name."""
+    """Raise InvalidRequestError if `tenant` is not a valid tenant's name."""
     if _TENANT.fullmatch(tenant) is None:
         raise InvalidRequestError(
             f"tenant: {tenant[:80]!r} is not a valid tenant; use letters, digits, '.', '_' and "
@@ -65,7 +68,7 @@ def check_tenant(tenant: str) -> None:
 
 
 def names_of(scope: Scope, names: Sequence[str] | None) -> tuple[str, ...]:
-    """The globs of a new key. Raises InvalidRequestError where they must be given and are not."""
+    """The globs of a new key. Raises InvalidRequestError if they are missing and required."""
     if names is not None:
         return tuple(names)
     if scope == "admin":
@@ -96,23 +99,23 @@ class Retiring:
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """A key as it is kept."""
+    """A key as stored in the database."""
 
     id: str  # public
     terms: Terms
-    digest: str  # of the secret
+    digest: str  # SHA-256 of the secret, hexadecimal
     created: float  # Unix seconds
     revoked: float | None = None  # Unix seconds
     retiring: Retiring | None = None
 
     def accepts(self, secret: str, now: float) -> bool:
-        """Whether the secret is this key's, whatever has become of the key."""
+        """True if the secret is this key's, whatever the key's state."""
         current = matches(secret, self.digest)
         old = self.retiring is not None and matches(secret, self.retiring.digest)
         return current or (old and self.retiring is not None and now < self.retiring.until)
 
     def state(self, now: float) -> State:
-        """What has become of it."""
+        """The key's state at `now`, Unix seconds."""
         if self.revoked is not None:
             return "revoked"
         expires = self.terms.expires

@@ -1,6 +1,6 @@
-"""API keys in the database. Functions for `Database.read` and `Database.write`.
+"""API keys in the database: functions for `Database.read` and `Database.write`.
 
-Every change counts the topic's revision up in its own transaction, so that all replicas see it.
+Every change bumps the topic's revision in its transaction, so that all replicas notice it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TOPIC = "api_keys"
 
 
 def create(connection: Connection, terms: Terms, now: float) -> tuple[Key, str]:
-    """A new key, and its secret, which is kept nowhere."""
+    """Create a key. Returns it and its secret, which is stored nowhere."""
     key_id = new_id()
     secret = new_secret(key_id)
     key = Key(key_id, terms, digest_of(secret), created=now)
@@ -38,8 +38,8 @@ def every(connection: Connection) -> list[Key]:
 
 
 def one(connection: Connection, key_id: str) -> Key:
-    """Raises NotFoundError."""
-    # Locked, where the database can: what is read here is written back by the same transaction.
+    """One key, its row locked if the database can. Raises NotFoundError."""
+    # Locked, since the same transaction may write back what it has read here.
     query = select(KEYS).where(KEYS.c.id == key_id).with_for_update()
     row = connection.execute(query).first() if is_id(key_id) else None
     if row is None:
@@ -48,14 +48,14 @@ def one(connection: Connection, key_id: str) -> Key:
 
 
 def change(connection: Connection, key_id: str, changed: Callable[[Terms], Terms]) -> Key:
-    """Give a key other terms. Raises NotFoundError, ConflictError where the key is revoked, and
-    what `changed` raises."""
+    """Change a key's terms. Raises NotFoundError, ConflictError if the key is revoked, and what
+    `changed` raises."""
     key = _living(connection, key_id)
     return _save(connection, replace(key, terms=changed(key.terms)))
 
 
 def revoke(connection: Connection, key_id: str, now: float) -> Key:
-    """End a key and both its secrets; a second time changes nothing. Raises NotFoundError."""
+    """Revoke a key and both its secrets. Idempotent. Raises NotFoundError."""
     key = one(connection, key_id)
     if key.revoked is not None:
         return key
@@ -63,8 +63,8 @@ def revoke(connection: Connection, key_id: str, now: float) -> Key:
 
 
 def rotate(connection: Connection, key_id: str, overlap: float, now: float) -> tuple[Key, str]:
-    """A new secret for a key; the one before works for `overlap` seconds more, those before that
-    end now. Raises NotFoundError, and ConflictError where the key is revoked."""
+    """Give a key a new secret. The current one works for another `overlap` seconds, earlier ones
+    no longer. Raises NotFoundError, and ConflictError if the key is revoked."""
     key = _living(connection, key_id)
     secret = new_secret(key_id)
     retiring = Retiring(key.digest, now + overlap) if overlap > 0 else None

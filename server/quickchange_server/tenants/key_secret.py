@@ -1,9 +1,9 @@
-"""The secret of an API key: its form, and how it is held at rest.
+"""Secrets of API keys: their format, and the digest that is stored.
 
-`qc-ID-RANDOM`: ID, 16 hexadecimal digits, finds the key without a search; RANDOM, 64 hexadecimal
-digits, are 256 bits from the system's generator. What is kept is the SHA-256 of the whole secret. A
-slow hash (bcrypt, Argon2) makes guessing expensive where people chose the secret; 256 random bits
-can't be guessed at any speed, and a slow hash would only cost every request its time.
+Format: `qc-ID-RANDOM`. ID, 16 hexadecimal digits, is the key's public id; RANDOM, 64 hexadecimal
+digits, holds 256 bits from the system's generator. Only the SHA-256 of the whole secret is stored.
+A slow hash (bcrypt, Argon2) protects secrets that people choose; 256 random bits can't be guessed
+at any speed, and a slow hash would only delay every request.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def new_id() -> str:
 
 
 def is_id(text: str) -> bool:
-    """Whether a key could have it as its public id."""
+    """True if `text` has the form of a public id."""
     return _ID.fullmatch(text) is not None
 
 
@@ -33,16 +33,16 @@ def new_secret(key_id: str) -> str:
 
 
 def id_of(secret: str) -> str | None:
-    """The public id in a secret; None where it is not one of this server's secrets."""
+    """The public id in a secret; None if it does not have a secret's form."""
     found = _SECRET.fullmatch(secret)
     return None if found is None else found[1]
 
 
 def digest_of(secret: str) -> str:
-    """What is kept of a secret: 64 hexadecimal digits."""
+    """The SHA-256 of a secret, 64 hexadecimal digits."""
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
 def matches(secret: str, digest: str) -> bool:
-    """Whether the secret has this digest, in a time that tells nothing of either."""
+    """True if the secret has this digest, compared in constant time."""
     return hmac.compare_digest(digest_of(secret), digest)

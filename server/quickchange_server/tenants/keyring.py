@@ -1,7 +1,7 @@
-"""The keys as requests are checked against them: in memory, so that no request asks the database.
+"""Authentication of API keys, in memory, so that no request queries the database.
 
-Replicas read the keys again when their revision changes. While the database can't be reached, the
-keys that were read last go on: expiry still acts, revocations elsewhere act when it is back.
+Replicas reload the keys when their revision changes. While the database can't be reached, the keys
+loaded last stay valid: expiry still takes effect, a revocation by another replica only later.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class _Entry:
 
 
 class Keyring:
-    """All keys by public id. On the event loop alone."""
+    """All keys, by public id. Used on the event loop only."""
 
     def __init__(
         self, database: Database, *, salted: bool, clock: Callable[[], float] = time.time
@@ -41,13 +41,13 @@ class Keyring:
         self._turn = asyncio.Lock()
 
     async def refresh(self) -> None:
-        """Take what the database holds. Raises what reading raises; the keys stay as they were."""
-        async with self._turn:  # a snapshot never takes the place of a later one
+        """Load the keys. Raises what `Database.read` raises, and then keeps the old keys."""
+        async with self._turn:  # an older snapshot never replaces a later one
             keys = await self._database.read(every)
             self._entries = {key.id: _Entry(key, self._caller(key)) for key in keys}
 
     def caller(self, secret: str | None) -> Caller:
-        """Whose secret this is. Raises UnauthenticatedError."""
+        """The caller that a secret authenticates. Raises UnauthenticatedError."""
         if secret is None:
             raise UnauthenticatedError(f"this server asks for an API key; {_HOW}")
         entry = self._entries.get(id_of(secret) or "")
@@ -60,7 +60,7 @@ class Keyring:
         return entry.caller
 
     def key(self, key_id: str) -> Key:
-        """The valid key with this public id. Raises UnauthenticatedError where it has ended."""
+        """The key with this public id. Raises UnauthenticatedError if it is not valid."""
         entry = self._entries.get(key_id)
         if entry is None or entry.key.state(self._clock()) != "valid":
             raise UnauthenticatedError(f"the API key has ended; {_HOW}")

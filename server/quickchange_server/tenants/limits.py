@@ -1,8 +1,8 @@
-"""Limits of keys on this replica: requests and tokens of any minute, and requests at once.
+"""Rate limits of API keys on this replica: requests and tokens a minute, and concurrent requests.
 
-A sliding window and not a token bucket: a bucket that holds a minute's worth lets nearly twice the
-limit through within a minute, the burst and what flows in beside it. Times are whole nanoseconds,
-so that the end of a window is exact. Knows nothing of requests' content, HTTP or storage.
+Rates use a sliding window and not a token bucket, which would admit nearly twice the limit within
+a minute: a full bucket and its refill. Times are integer nanoseconds, so that the end of a window
+is exact. Requests' content, HTTP and storage are not known here.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from quickchange_server.tenants.key import Limits
 
 SECOND = 10**9  # nanoseconds
 MINUTE = 60 * SECOND
-CONCURRENCY_RETRY_SECONDS = 1.0  # when a running request ends isn't known
+CONCURRENCY_RETRY_SECONDS = 1.0  # a guess: the end of a running request can't be predicted
 
 Clock = Callable[[], int]  # monotonic nanoseconds
 
 
 @dataclass(slots=True)
 class Taken:
-    """An amount taken from a window at a time."""
+    """An amount taken from a window at the time `at`."""
 
     at: int
     amount: int
 
 
 class MinuteWindow:
-    """What was taken in the last minute: [now - 60 s, now], its older end not included."""
+    """Sliding window over the amounts taken in (now - 60 s, now]."""
 
     def __init__(self) -> None:
         self._taken: deque[Taken] = deque()  # oldest first
         self._total = 0
 
     def wait(self, now: int, amount: int, limit: int) -> int:
-        """Nanoseconds until `amount` fits under `limit`, if nobody else takes any; 0: now.
+        """Nanoseconds until `amount` fits under `limit` if nothing else is taken; 0: now.
 
-        `amount` must not exceed `limit`.
+        Raises ValueError if `amount` exceeds `limit`.
         """
         self._forget(now)
         over = self._total + amount - limit
@@ -53,14 +53,14 @@ class MinuteWindow:
         raise ValueError(f"{amount} never fits under {limit}")
 
     def take(self, now: int, amount: int) -> Taken:
-        self._forget(now)  # where nothing is limited nobody asks to `wait`
+        self._forget(now)  # without a limit, `wait` is never called
         taken = Taken(now, amount)
         self._taken.append(taken)
         self._total += amount
         return taken
 
     def settle(self, taken: Taken, used: int, now: int) -> None:
-        """Keep `used` of what was taken; of what the window has forgotten nothing comes back."""
+        """Return all but `used` of an amount taken, if it is still in the window."""
         self._forget(now)
         if taken.at + MINUTE > now:
             back = max(0, taken.amount - used)
@@ -74,7 +74,7 @@ class MinuteWindow:
 
 @dataclass(slots=True)
 class _State:
-    """Of one key."""
+    """The windows and the running requests of one key."""
 
     requests: MinuteWindow = field(default_factory=MinuteWindow)
     tokens: MinuteWindow = field(default_factory=MinuteWindow)
@@ -83,7 +83,7 @@ class _State:
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """A request that counts against its key's limits until `Limiter.end`."""
+    """An admitted request, which counts against its key's limits until `Limiter.end`."""
 
     key: str
     request: Taken
@@ -91,7 +91,7 @@ class Admitted:
 
 
 class LimitedError(RateLimitedError):
-    """`limit` is the field of Limits that there is no room under now."""
+    """A limit has no room for the request now; `limit` is its field of Limits."""
 
     def __init__(self, limit: str, message: str, retry_after: float) -> None:
         super().__init__(message, retry_after=retry_after)
@@ -99,7 +99,7 @@ class LimitedError(RateLimitedError):
 
 
 class TooLargeError(InvalidRequestError):
-    """`limit` is the field of Limits that this request exceeds at any time."""
+    """The request exceeds a limit at any time; `limit` is its field of Limits."""
 
     def __init__(self, limit: str, message: str, param: str | None = None) -> None:
         super().__init__(message, param=param)
@@ -107,17 +107,17 @@ class TooLargeError(InvalidRequestError):
 
 
 class Limiter:
-    """All keys' state. On the event loop alone."""
+    """Limiter for all keys. Used on the event loop only."""
 
     def __init__(self, clock: Clock = time.monotonic_ns) -> None:
         self._clock = clock
         self._states: dict[str, _State] = {}
 
     def admit(self, key: str, limits: Limits, prompt_tokens: int, new_tokens: int) -> Admitted:
-        """Charge a request with all the tokens that it may take.
+        """Charge a request with the most tokens that it may use.
 
-        Raises TooLargeError where it can never be admitted and LimitedError where it can't be now;
-        nothing is charged then.
+        Raises TooLargeError if it can never be admitted and LimitedError if it can't be now; then
+        nothing is charged.
         """
         _check_size(limits, prompt_tokens, new_tokens)
         state, now = self._states.setdefault(key, _State()), self._clock()
@@ -127,13 +127,13 @@ class Limiter:
         return Admitted(key, state.requests.take(now, 1), state.tokens.take(now, tokens))
 
     def end(self, admitted: Admitted, tokens: int) -> None:
-        """The request has ended and took so many tokens."""
+        """Settle a request that has ended and used `tokens` tokens."""
         state = self._states[admitted.key]
         state.running -= 1
         state.tokens.settle(admitted.tokens, tokens, self._clock())
 
     def undo(self, admitted: Admitted) -> None:
-        """The request did not run after all."""
+        """Return the whole charge of a request that did not run."""
         self.end(admitted, 0)
         self._states[admitted.key].requests.settle(admitted.request, 0, self._clock())
 
@@ -166,7 +166,7 @@ def _check_size(limits: Limits, prompt_tokens: int, new_tokens: int) -> None:
 
 
 def _check_room(state: _State, limits: Limits, now: int, tokens: int) -> None:
-    """Raise LimitedError that names the limit which has no room for the longest."""
+    """Raise LimitedError if a limit has no room, naming the one with the longest wait."""
     waits: dict[str, float] = {}
     if limits.concurrent_requests is not None and state.running >= limits.concurrent_requests:
         waits["concurrent_requests"] = CONCURRENCY_RETRY_SECONDS

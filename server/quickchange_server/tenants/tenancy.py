@@ -1,7 +1,4 @@
-"""Puts the tenants' parts together, by the settings.
-
-Whether requests need an API key, by the settings.
-"""
+"""Construction of the tenants' parts by the settings, and whether requests need an API key."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from quickchange_server.config import Settings, is_loopback
 from quickchange_server.errors import SettingError
 from quickchange_server.observability.tenant_metrics import TenantMetrics
 from quickchange_server.storage.database import Database
-from quickchange_server.tenants.accounting import KeyBooks, TenantBooks
+from quickchange_server.tenants.accounting import KeyAccounting, TenantAccounting
 from quickchange_server.tenants.keyring import Keyring
 from quickchange_server.tenants.limits import Limiter
 from quickchange_server.tenants.usage_log import UsageLog
@@ -21,26 +18,32 @@ from quickchange_server.tenants.usage_log import UsageLog
 
 @dataclass(frozen=True, slots=True)
 class Tenants:
-    """`keyring` is None where no request needs a key."""
+    """The keyring and the accounting; `keyring` is None if requests need no API key."""
 
     keyring: Keyring | None
-    books: TenantBooks
+    books: TenantAccounting
 
     @classmethod
     def make(
         cls, settings: Settings, database: Database, registry: CollectorRegistry, *, keyed: bool
     ) -> Tenants:
-        """`keyed`: requests need an API key."""
+        """Build the parts. `keyed`: requests need an API key, see `asks_for_keys`."""
         metrics = TenantMetrics(registry, settings.metrics_adapters)
         if not keyed:
-            return cls(None, TenantBooks(metrics, None))
+            return cls(None, TenantAccounting(metrics, None))
         keyring = Keyring(database, salted=settings.tenant_cache)
-        return cls(keyring, TenantBooks(metrics, KeyBooks(keyring, Limiter(), UsageLog(database))))
+        return cls(
+            keyring,
+            TenantAccounting(metrics, KeyAccounting(keyring, Limiter(), UsageLog(database))),
+        )
 
 
 def asks_for_keys(settings: Settings) -> bool:
-    """Raises SettingError where the settings contradict each other, or leave the server open to
-    others without saying so."""
+    """True if requests need an API key.
+
+    Raises SettingError if the settings contradict each other, or open the server to other machines
+    without `allow_unauthenticated`.
+    """
     reachable = not is_loopback(settings.host)
     if settings.api_keys and settings.allow_unauthenticated:
         raise SettingError(

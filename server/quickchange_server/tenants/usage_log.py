@@ -1,8 +1,8 @@
 """Usage for billing: requests and tokens by hour, tenant, key and adapter. Durable and exact.
 
-Each process keeps the totals of its own rows and writes them whole, so that a write that is
-repeated, or lost and followed by the next, leaves the right figure. Tokens are those that the
-responses say; a request that failed is counted as failed, and its tokens are not billed.
+Each process writes totals to rows of its own, so that a repeated write, or a lost one followed by
+the next, leaves the right figure. Tokens are those that the responses report; a failed request is
+counted as failed, and its tokens are not billed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from quickchange_server.storage.tables import insert
 from quickchange_server.storage.tables_tenants import USAGE
 
 HOUR = 3600  # seconds
-MAX_ROWS = 10_000  # of one report
+MAX_ROWS = 10_000  # in one report
 
 Group = Literal["hour", "tenant", "key", "adapter"]
 GROUPS: tuple[Group, ...] = get_args(Group)
@@ -31,7 +31,7 @@ FIGURES = ("requests", "prompt_tokens", "cached_tokens", "completion_tokens", "f
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """What a row is about."""
+    """The identity of a row within its process."""
 
     hour: int
     tenant: str
@@ -59,7 +59,7 @@ class _Totals:
 
 @dataclass
 class UsageLog:
-    """This process' rows of the current hour. On the event loop alone."""
+    """This process's rows of the current hour. Used on the event loop only."""
 
     database: Database
     process: str = field(default_factory=lambda: secrets.token_hex(8))
@@ -67,9 +67,10 @@ class UsageLog:
     _totals: dict[_Place, _Totals] = field(default_factory=dict)
 
     def add(self, completed: Completed, key: str, now: float) -> Future[None]:
-        """Count a request that ended at `now`, Unix seconds; done when it can't be lost."""
+        """Count a request that ended at `now`, Unix seconds. The future is done when the row is
+        committed."""
         hour = int(now) // HOUR * HOUR
-        if hour > self._hour:  # a clock that is set back must not begin an hour's totals anew
+        if hour > self._hour:  # a clock set back must not restart an hour's totals
             self._hour = hour
             self._totals.clear()
         opened = completed.opened
@@ -89,17 +90,17 @@ def _write(connection: Connection, row: dict[str, Any]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class UsageQuery:
-    """What a report is asked for."""
+    """The range, filter and grouping of a usage report."""
 
-    begin: int  # hours' first seconds: from `begin` to before `end`
-    end: int
+    begin: int  # Unix seconds of an hour's start, included
+    end: int  # Unix seconds of an hour's start, excluded
     tenant: str | None  # None: all
     group: Sequence[Group]
 
 
 def report(connection: Connection, wanted: UsageQuery) -> list[dict[str, Any]]:
-    """Rows with the group's columns and FIGURES. Raises InvalidRequestError where they are too
-    many."""
+    """Rows with the group's columns and FIGURES. Raises InvalidRequestError if there are more than
+    MAX_ROWS."""
     columns = [USAGE.c[name] for name in wanted.group]
     sums = [func.coalesce(func.sum(USAGE.c[name]), 0).label(name) for name in FIGURES]
     statement = (
@@ -118,5 +119,5 @@ def report(connection: Connection, wanted: UsageQuery) -> list[dict[str, Any]]:
             "coarser group",
             param="from",
         )
-    # PostgreSQL sums big integers as Decimal
+    # PostgreSQL returns sums of big integers as Decimal.
     return [{**row, **{name: int(row[name]) for name in FIGURES}} for row in rows]

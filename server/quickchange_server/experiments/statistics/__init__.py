@@ -1,1 +1,1 @@
-"""What an experiment's variants came to: intervals, differences, decisions. Numbers in and out."""
+"""Statistical analysis of experiments: intervals, differences and decisions, from sums alone."""

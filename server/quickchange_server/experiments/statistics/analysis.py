@@ -1,8 +1,8 @@
-"""From sums to a result: means, differences, decisions, and whether the shares are right.
+"""Analysis of an experiment's sums: means, differences, decisions, and a test of the shares.
 
-Variants go by their place, the control first; `variants` names them. Several variants are each
-compared with the control, and the error rate is divided by the number of comparisons (Bonferroni):
-Holm's procedure would reject a little more, but has no intervals that agree with it.
+Variants are identified by position, the control first. Each is compared with the control, and the
+error rate is divided by the number of comparisons (Bonferroni): Holm's procedure would reject a
+little more, but has no intervals that agree with it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ METHOD = Method(
 
 @dataclass(frozen=True, slots=True)
 class Sums:
-    """One variant's units: how many have the outcome, sum and sum of squares of their values."""
+    """One variant's units with an outcome: count, sum and sum of squares of their values."""
 
     count: int
     total: float
@@ -53,11 +53,10 @@ class Sums:
 
 @dataclass(frozen=True, slots=True)
 class OutcomeSums:
-    """A number or a flag (0 to 1 a unit), or one label of several (1 where the unit has it).
+    """The sums of a number, of a flag (0 to 1 for a unit), or of one label (1 if the unit has it).
 
-    `sums` has a row for each stretch of constant weights in which units came, in any order: units
-    by when they were first seen. `labels` is how many labels the outcome has, all of which are
-    tested; 1 for numbers and flags.
+    `sums` has a row for each stretch of constant weights, in any order, with the units first seen
+    in it. `labels` is the number of labels that are tested; 1 for numbers and flags.
     """
 
     name: str
@@ -71,7 +70,7 @@ class OutcomeSums:
 
 @dataclass(frozen=True, slots=True)
 class StretchUnits:
-    """New units of each variant while the weights stood so."""
+    """Weights of a stretch, and the units of each variant first seen in it."""
 
     weights: Sequence[float]
     units: Sequence[int]
@@ -83,9 +82,9 @@ def analyse(
     stretches: Sequence[StretchUnits],
     plan: Plan,
 ) -> ExperimentResult:
-    """The result of an experiment at this moment.
+    """The result of an experiment now.
 
-    Raises ValueError for sums that don't go with the variants or with the kind.
+    Raises ValueError for sums that don't match the variants or the kind.
     """
     if len(variants) < 2 or len(set(variants)) < len(variants):
         raise ValueError(f"variants {list(variants)}: give two or more, each once, control first")
@@ -101,7 +100,7 @@ def analyse(
 def decide(
     interval: Interval, *, enough: bool, goal: Goal = "increase", margin: float | None = None
 ) -> Decision:
-    """What a difference's interval allows to say."""
+    """The decision that a difference's interval allows."""
     low, high = interval
     if not enough or math.isnan(low) or math.isnan(high):
         return "keep collecting"
@@ -211,7 +210,7 @@ def _ratio(names: Sequence[str], stretches: Sequence[StretchUnits], plan: Plan) 
 
 
 def _strata(names: Sequence[str], outcome: OutcomeSums) -> list[Moments]:
-    """Raises ValueError where the sums can't be of such units."""
+    """The moments of each stretch. Raises ValueError for impossible sums."""
     if not outcome.sums:
         raise ValueError(f"outcome {outcome.name!r} has no sums: give a row, of zeros if need be")
     return [_moments(names, outcome, row) for row in outcome.sums]
@@ -239,7 +238,7 @@ def _moments(names: Sequence[str], outcome: OutcomeSums, row: Sequence[Sums]) ->
 def _possible(kind: OutcomeKind, sums: Sums) -> bool:
     if sums.count < 0 or sums.squares < 0 or not math.isfinite(sums.total + sums.squares):
         return False
-    # sums of many floats: equal up to rounding
+    # Sums of many floats are compared up to rounding.
     slack = 1e-9 * (1 + sums.count)
     return kind == "number" or (
         -slack <= sums.total <= sums.count + slack and sums.squares <= sums.total + slack

@@ -1,7 +1,7 @@
-"""The probability that each variant is the best: a description, never the decision rule.
+"""Probability that each variant is the best: a description, never the decision rule.
 
-Posterior with a flat prior: Beta(1 + total, 1 + count - total) for flags, the normal approximation
-for numbers. By numerical integration, so the same data give the same digits.
+The posterior has a flat prior: Beta(1 + total, 1 + count - total) for flags, the normal
+approximation for numbers. It is integrated numerically, so the same data give the same digits.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from scipy import stats
 from quickchange_server.experiments.statistics.moments import Floats, Moments
 
 Goal = Literal["increase", "decrease"]
-_NODES = stats.norm.cdf(np.linspace(-7.5, 7.5, 601))  # quantiles at which each posterior is seen
+_NODES = stats.norm.cdf(np.linspace(-7.5, 7.5, 601))  # quantiles of each posterior
 
 
 def probability_best(moments: Moments, goal: Goal) -> Floats:
-    """Of each variant, [V]; NaN for all where one has too few units to have a posterior."""
+    """The probability for each variant, [V]; all NaN if one has too few units for a posterior."""
     variance = moments.working_variance
     if np.any(moments.count < 2) or not np.all(variance > 0):
         return np.full(moments.count.shape, np.nan)
     posterior = _posterior(moments, variance)
-    # every posterior's own quantiles: a narrow one beside a wide one is resolved too
+    # The quantiles of every posterior, so that a narrow one beside a wide one is resolved too.
     points = np.unique(posterior.ppf(_NODES[:, None]))
     below = posterior.cdf(points[:, None])  # [points, V]
     beats = below if goal == "increase" else 1 - below

@@ -1,8 +1,7 @@
-"""Count, sum and sum of squares of the units of each variant: all that the inference needs.
+"""Count, sum and sum of squares of each variant's units: the sufficient statistics.
 
-A *unit* is what an experiment assigns: a user where assignment is sticky, a request where it is
-random. Outcomes of one unit are correlated, so each unit counts once, with the mean of its
-outcomes. Knows nothing of where the sums come from.
+A *unit* is what an experiment assigns: a user if the assignment is sticky, otherwise a request.
+Outcomes of one unit are correlated, so each unit counts once, with the mean of its outcomes.
 """
 
 from __future__ import annotations
@@ -15,12 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
-Kind = Literal["number", "flag"]  # a flag's units lie between 0 and 1; a label is a flag each
+Kind = Literal["number", "flag"]  # a flag's units lie between 0 and 1; each label is a flag
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Of V variants, the control first. Leading dimensions (of simulations) are free."""
+    """Moments of V variants, the control first. Leading dimensions (of simulations) are free."""
 
     kind: Kind
     count: Floats  # [..., V] units that have an outcome
@@ -29,21 +28,21 @@ class Moments:
 
     @property
     def mean(self) -> Floats:
-        """[..., V]; NaN where there is no unit."""
+        """Sample mean, [..., V]; NaN without units."""
         return ratio(self.total, self.count)
 
     @property
     def variance(self) -> Floats:
-        """[..., V] unbiased sample variance; NaN below two units."""
+        """Unbiased sample variance, [..., V]; NaN below two units."""
         spread = np.maximum(self.squares - self.total * np.nan_to_num(self.mean), 0.0)
         return ratio(spread, self.count - 1)
 
     @property
     def working_variance(self) -> Floats:
-        """[..., V] what standard errors use.
+        """Variance for standard errors, [..., V].
 
-        For flags, the variance with one unit of 0 and one of 1 added: a rare flag that one variant
-        has not seen yet must not claim to be known exactly.
+        Flags get one more unit of 0 and one of 1, so that a rare flag not yet seen in a variant
+        does not have a standard error of zero.
         """
         if self.kind == "number":
             return self.variance
@@ -53,7 +52,7 @@ class Moments:
 
 
 def pooled(strata: Sequence[Moments]) -> Moments:
-    """All strata's units together. Raises ValueError without strata."""
+    """The moments of all strata together. Raises ValueError without strata."""
     if not strata:
         raise ValueError("no strata to pool: give one or more")
     return Moments(
@@ -65,6 +64,6 @@ def pooled(strata: Sequence[Moments]) -> Moments:
 
 
 def ratio(above: Floats, below: Floats) -> Floats:
-    """`above / below`, NaN where `below` isn't positive."""
+    """`above / below`; NaN unless `below` is positive."""
     filled = np.full(np.broadcast_shapes(above.shape, below.shape), np.nan)
     return np.asarray(np.divide(above, below, out=filled, where=below > 0))

@@ -1,4 +1,4 @@
-"""What an analysis holds fixed from the start: error rate, minimum sample, where it is sharpest."""
+"""Parameters of an analysis that are fixed from the start: error rate, minimum sample, mixing."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from quickchange_server.experiments.statistics.sequential import best_mixing
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Set before the first outcome and left alone: the guarantee is for a plan, not for a choice
-    made after a look. The minimums' defaults come from `quickchange bench experiments`."""
+    """Parameters set before the first outcome: the error guarantee holds for a plan, not for a
+    choice made after a look. The minimums' defaults come from `quickchange bench experiments`."""
 
     alpha: float = 0.05
-    minimum_units: int = 100  # of each of two variants of equal size …
-    minimum_units_uneven: int = 1500  # … rising to this, of the smaller, as the other outgrows it
+    minimum_units: int = 100  # in each of two variants of equal size …
+    minimum_units_uneven: int = 1500  # … rising to this for the smaller as the other outgrows it
     minimum_events: int = 20  # flags: units of each value, in two variants together
-    sharpest_at: float = 1000.0  # units a variant at which the interval is narrowest
+    sharpest_at: float = 1000.0  # units of a variant at which the interval is narrowest
     ratio_threshold: float = 0.01
 
     def __post_init__(self) -> None:
@@ -41,15 +41,16 @@ class Plan:
 
     @property
     def rho(self) -> float:
-        """The mixing of every confidence sequence. Of `alpha` before correction, so that it stays
-        when a variant is added."""
+        """The mixing parameter of all confidence sequences. It depends on the uncorrected `alpha`,
+        so that adding a variant does not change it."""
         return best_mixing(self.sharpest_at, self.alpha)
 
     def needed(self, moments: Moments) -> Floats:
-        """How many units the smaller of each variant and the control needs. [..., V - 1]
+        """Units that the smaller of each variant and the control needs. [..., V - 1]
 
-        Skewed outcomes are why: the skew of two means cancels in the difference of equal variants,
-        but not where one is small, whose mean is then far from normal for longer.
+        Uneven sizes need more because of skewed outcomes: the skew of two means cancels in the
+        difference of equal variants, but not if one is small, and its mean is far from normal for
+        longer.
         """
         smaller, larger = _smaller(moments.count), _larger(moments.count)
         uneven = 1 - smaller / np.maximum(larger, 1)
@@ -57,7 +58,7 @@ class Plan:
         return np.asarray(np.ceil(self.minimum_units + more * uneven))
 
     def enough(self, moments: Moments) -> NDArray[np.bool_]:
-        """Whether each variant and the control may be compared. [..., V - 1]"""
+        """True if a variant and the control may be compared. [..., V - 1]"""
         units = _smaller(moments.count) >= self.needed(moments)
         if moments.kind == "number":
             return np.asarray(units)
@@ -67,7 +68,7 @@ class Plan:
 
 
 def _smaller(count: Floats) -> Floats:
-    """Of each variant and the control. [..., V - 1]"""
+    """The smaller count of each variant and the control. [..., V - 1]"""
     return np.asarray(np.minimum(count[..., :1], count[..., 1:]))
 
 

@@ -1,13 +1,13 @@
-"""Sample ratio mismatch: do the variants get the shares of units that their weights promise?
+"""Test for sample ratio mismatch: the variants' shares of units against their weights.
 
 The sequential multinomial test of Lindon and Malek, "Anytime-valid inference for multinomial count
 data" (NeurIPS 2022; arXiv 2011.03567): the evidence of a Dirichlet mixture against the weights,
 valid however often one looks.
 
-Weights may have changed. Each stretch of constant weights is a `Segment` with its own null. Its
-Dirichlet prior is centred on the weights tilted by what came before (observed over expected),
-which only looks back, so the product stays a martingale; if the weights didn't change, it is the
-posterior, and the result that of one segment.
+Weights may change. Each stretch of constant weights is a `Segment` with its own null hypothesis.
+Its Dirichlet prior is centred on the weights, tilted by the ratio of observed to expected counts
+of earlier segments; it depends only on the past, so the product stays a martingale. If the weights
+did not change, it is the posterior, and the result is that of a single segment.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from scipy.special import gammaln, xlogy
 
 from quickchange_server.experiments.statistics.moments import Floats
 
-CONCENTRATION = 100.0  # prior units: how near to the weights a mismatch is looked for
+CONCENTRATION = 100.0  # prior units; larger values look for mismatches nearer to the weights
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Units first seen while the weights stood so. [V] each; weights need not sum to 1."""
+    """Weights, and the units first seen under them. [V] each; weights need not sum to 1."""
 
     weights: Floats
     counts: Floats
@@ -34,7 +34,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Ratio:
-    """`p_value` is always-valid. [V] each."""
+    """Observed and expected units, [V] each, and the always-valid p-value of their mismatch."""
 
     observed: Floats
     expected: Floats
@@ -44,7 +44,7 @@ class Ratio:
 def sample_ratio(
     segments: Iterable[Segment], variants: int, concentration: float = CONCENTRATION
 ) -> Ratio:
-    """Test the counts of all segments, in the order of time.
+    """Test the counts of all segments, given in order of time.
 
     Raises ValueError for a weight or a count below zero, or weights that are all zero.
     """
@@ -64,9 +64,9 @@ def sample_ratio(
 
 
 def dirichlet_evidence(counts: Floats, shares: Floats, prior: Floats) -> Floats:
-    """log of the Bayes factor of Dirichlet(`prior`) against `shares`. [..., V] to [...]
+    """Log Bayes factor of Dirichlet(`prior`) against `shares`. [..., V] to [...]
 
-    Infinite where a variant without a share has units.
+    Infinite if a variant without a share has units.
     """
     whole = np.sum(prior, axis=-1)
     units = np.sum(counts, axis=-1)

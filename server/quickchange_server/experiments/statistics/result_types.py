@@ -1,7 +1,4 @@
-"""What an experiment came to, in the shape that HTTP shows and the page draws.
-
-Every number is finite or null.
-"""
+"""Results of an experiment, in the form of the HTTP response. Every number is finite or null."""
 
 from __future__ import annotations
 
@@ -17,47 +14,47 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True, slots=True)
 class VariantResult:
-    """One variant's units that have the outcome."""
+    """Statistics of one variant's units that have the outcome."""
 
     variant: str
     count: int
-    mean: float | None  # of a flag: the proportion; of a label: its share
-    variance: float | None  # of units, unbiased; None below two
-    interval: Interval | None  # of the mean, at all times, at the experiment's alpha
-    probability_best: float | None  # a description, not the rule
+    mean: float | None  # a flag's proportion, a label's share
+    variance: float | None  # unbiased, over units; None below two
+    interval: Interval | None  # for the mean, valid at all times, at the experiment's alpha
+    probability_best: float | None  # a description, not the decision rule
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A variant less the control."""
+    """The difference of a variant and the control."""
 
     variant: str
     control: str
     difference: float | None
-    interval: Interval | None  # holds for all comparisons of the outcome together
+    interval: Interval | None  # simultaneous over all comparisons of the outcome
     p_value: float | None  # always-valid, times the number of comparisons
-    needed_units: int  # of the smaller of the two, before a decision
-    enough: bool  # they are there, and of a flag enough of both values
+    needed_units: int  # for the smaller of the two, before a decision
+    enough: bool  # both have enough units, and for flags enough of both values
     decision: Decision
 
 
 @dataclass(frozen=True, slots=True)
 class OutcomeResult:
-    """One outcome; of a label outcome, one of its labels."""
+    """The result for one outcome, or for one label of a label outcome."""
 
     name: str
     kind: OutcomeKind
     label: str | None
     goal: Goal
     margin: float | None  # differences smaller than this don't matter
-    comparisons_corrected: int  # by how many the error rate was divided
+    comparisons_corrected: int  # divisor of the error rate
     variants: tuple[VariantResult, ...]  # the control first
     comparisons: tuple[Comparison, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class RatioResult:
-    """Whether the variants got the shares that their weights promise."""
+    """The test of the variants' shares of units against their weights."""
 
     observed: dict[str, int]
     expected: dict[str, float]
@@ -68,7 +65,7 @@ class RatioResult:
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """How it was computed, with its source."""
+    """The statistical methods, with their sources."""
 
     intervals: str
     proportions: str
@@ -79,7 +76,7 @@ class Method:
 
 @dataclass(frozen=True, slots=True)
 class ExperimentResult:
-    """All outcomes of an experiment at one moment."""
+    """The results for all outcomes of an experiment at one moment."""
 
     alpha: float
     minimum_events: int  # flags and labels: units of each value before a decision
@@ -93,7 +90,7 @@ class ExperimentResult:
 
 
 def _plain(value: object) -> object:
-    """Tuples as lists: what JSON would give back."""
+    """The value with tuples as lists, as JSON has them."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, tuple):

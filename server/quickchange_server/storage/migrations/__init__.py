@@ -1,1 +1,1 @@
-"""Alembic's folder: `env.py` runs the migrations in `versions`, one branch a domain."""
+"""Alembic migrations: `env.py` runs those in `versions`, which has one branch for each domain."""

@@ -1,4 +1,4 @@
-"""Run by Alembic: applies migrations on the connection that it is handed, in its transaction."""
+"""Alembic's environment: runs migrations on the given connection, in its transaction."""
 
 from __future__ import annotations
 

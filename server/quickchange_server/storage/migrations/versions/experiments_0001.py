@@ -1,4 +1,4 @@
-"""Experiments, their audit trail, exposures and outcomes."""
+"""The tables of experiments, their audit trail, exposures and outcomes."""
 
 from __future__ import annotations
 

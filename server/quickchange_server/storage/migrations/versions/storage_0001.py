@@ -1,4 +1,4 @@
-"""The numbers by which replicas see that definitions have changed."""
+"""The table of revisions."""
 
 from __future__ import annotations
 

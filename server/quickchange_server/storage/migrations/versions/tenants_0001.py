@@ -1,4 +1,4 @@
-"""API keys and usage."""
+"""The tables of API keys and usage."""
 
 from __future__ import annotations
 
