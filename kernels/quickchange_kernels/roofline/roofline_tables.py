@@ -20,7 +20,7 @@ TURBO_HEADS = 4
 
 
 def batches() -> Iterator[StepBatch]:
-    """What the tables are computed for."""
+    """Batches that the tables are computed for."""
     for rank in RANKS:
         for rows in ROWS:
             for adapters in ADAPTERS:
@@ -35,13 +35,13 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def microseconds(seconds: float) -> str:
-    """As the tables write times."""
+    """A time as the tables write it, in µs."""
     value = seconds * 1e6
     return f"{value:.2f}" if value < 10 else f"{value:.0f}"
 
 
 def megabytes(count: float) -> str:
-    """As the tables write sizes."""
+    """A size as the tables write it, in MB."""
     value = count / 1e6
     return f"{value:.2f}" if value < 10 else f"{value:.0f}"
 
