@@ -25,7 +25,7 @@ class Resources:
     spilled: int  # a thread: its stack, in device memory
     shared: int  # a block
     products: int  # tensor-core instructions written
-    instructions: int  # of machine code, padding included
+    instructions: int  # machine instructions, padding included
     occupancy: float  # share of a processor's warps, 0 to 1
 
 

@@ -67,7 +67,7 @@ def shrink_kernel(
     pieces,
     # strides
     x_row,
-    ranks,  # of a row of the buffer
+    ranks,  # row length of the buffer
     # meta
     HEIGHT: tl.constexpr,
     PAGES: tl.constexpr,  # pages of one program

@@ -135,7 +135,7 @@ def _step_row(model: Model, batch: StepBatch, machine: GpuRates) -> list[str]:
 
 
 def compiled_table(machine: GpuRates = H100) -> str:
-    """What the compiled kernels that stream or multiply do in their innermost loop, sm_90."""
+    """Innermost loops of the compiled kernels that stream or multiply, sm_90."""
     from quickchange_kernels.roofline import compiled
 
     header = ["kernel", "registers", "programs on an SM", "programs a wave", "loop, instructions"]

@@ -61,7 +61,7 @@ class Edits:
 
 @dataclass(frozen=True)
 class Draws:
-    """How rows draw their tokens; `Draws()` takes the best logit of every row."""
+    """Temperature, random number and filters of each row; `Draws()` takes all rows' best logits."""
 
     temperature: Tensor | None = None  # float64 [R]; None: 0 in all rows
     uniform: Tensor | None = None  # float64 [R]; there exactly where temperature is
