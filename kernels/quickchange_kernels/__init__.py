@@ -1,1 +1,1 @@
-"""Hot operations behind one contract each: a plain reference and one version a device."""
+"""Operations of inference: each has one contract, a reference and a version for each device."""

@@ -1,4 +1,4 @@
-"""What a Triton kernel says about itself so that it can be compiled and checked without a GPU.
+"""Configurations of Triton kernels, from which they are compiled and checked without a GPU.
 
 Each `*_triton.py` has `compilations()`, which yields one `Compilation` for every configuration that
 ships; `python -m quickchange_kernels.aot` compiles them all for the targets named here.
@@ -23,11 +23,13 @@ class Compilation:
 
     name: str  # unique over all kernels: "lowrank shrink, decode, rank 16, bf16"
     kernel: Any  # triton.JITFunction
-    signature: Mapping[str, str]  # of each argument that is no constexpr: "*bf16", "i32", "fp32"
+    signature: Mapping[
+        str, str
+    ]  # type of each argument that is no constexpr: "*bf16", "i32", "fp32"
     constants: Mapping[str, Any]  # constexpr arguments
     num_warps: int
     num_stages: int
-    divisible_by_16: tuple[str, ...] = ()  # integers known to be; pointers always are
+    divisible_by_16: tuple[str, ...] = ()  # integers that are known to be; pointers always are
     products: bool = False  # has matrix products in 16 bits, so tensor cores must do them
-    options: Mapping[str, Any] = field(default_factory=dict)  # others of Triton's compiler
+    options: Mapping[str, Any] = field(default_factory=dict)  # further options of Triton's compiler
     targets: tuple[str, ...] = TARGETS  # where this configuration ships

@@ -30,7 +30,7 @@ from quickchange_kernels.random_inputs import make_segments, random_keys, random
 LAYERS = 30
 HIDDEN, INNER, VOCABULARY = 576, 1536, 49152
 HEADS, KV_HEADS, HEAD_DIM = 9, 3, 64
-# (in, widths of the members that share the input)
+# (input features, widths of the members that share the input)
 FUSED = [(HIDDEN, (576, 192, 192)), (HIDDEN, (576,)), (HIDDEN, (1536, 1536)), (INNER, (576,))]
 
 
@@ -46,7 +46,7 @@ class CpuCase:
 
 @dataclass(frozen=True)
 class CallTimer:
-    """How a call is timed."""
+    """A clock, and how often a call is repeated."""
 
     clock: Callable[[], float]  # seconds
     repeat: int
@@ -70,7 +70,7 @@ def memory_speed(stopwatch: CallTimer) -> float:
 
 
 def _discard(_: Tensor) -> None:
-    """Results are for timing alone."""
+    """Drop a result that is computed for its time alone."""
 
 
 def linear_shapes(*, head: bool) -> list[tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""How a call finds the version of an operation for its device: PyTorch's own dispatcher.
+"""Dispatch of an operation to the version for its device, by PyTorch's own dispatcher.
 
 Every operation is declared once under `torch.ops.quickchange` with its plain torch version, which
 runs on any device, and a fake version for tracing. A faster version takes over for one device by
@@ -31,8 +31,8 @@ def declare(
     """Register an operation and return the callable that dispatches it.
 
     signature: as PyTorch writes a schema, without the name: "(Tensor x, ...) -> Tensor".
-    plain: the version for every device that has no faster one. fake: makes the output's shape and
-    dtype, computes nothing.
+    plain: the version for every device that has no faster one. fake: makes an output of the
+    right shape and dtype, computes nothing.
     """
     for overload in (name, f"{name}.plain"):
         LIBRARY.define(f"{overload}{signature}")

@@ -2,8 +2,8 @@
 
 The library takes over the operations on the CPU by registering itself for PyTorch's CPU dispatch
 key. It holds each kernel for AVX-512 (with and without bfloat16 products), AVX2 and the baseline,
-and picks when it runs. Where there is
-no compiler, or the build fails, the plain torch versions stay in place, with one warning.
+and picks when it runs. Where there is no compiler, or the build fails, the plain torch versions
+stay in place, with one warning.
 
 QUICKCHANGE_NATIVE=0 keeps the plain versions. QUICKCHANGE_CACHE is the cache folder (default:
 $XDG_CACHE_HOME/quickchange, else ~/.cache/quickchange). QUICKCHANGE_PREBUILT is one that was filled
@@ -42,7 +42,7 @@ COMPILER_FLAGS = ["-O3", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-
 def ensure() -> bool:
     """Load the native kernels once a process, building them where they aren't in the cache.
 
-    Returns whether they serve the CPU. Takes about a minute the first time on a machine; call it at
+    Returns True if they serve the CPU. Takes about a minute the first time on a machine; call it at
     start-up, so that no request waits for it.
     """
     if os.environ.get("QUICKCHANGE_NATIVE") == "0" or dispatch.triton_interpreted():
@@ -62,7 +62,7 @@ def ensure() -> bool:
 
 
 def cache_folder() -> Path:
-    """Where built kernels are kept for this user."""
+    """The folder of this user's built kernels."""
     if own := os.environ.get("QUICKCHANGE_CACHE"):
         return Path(own)
     if shared := os.environ.get("XDG_CACHE_HOME"):
@@ -98,7 +98,7 @@ def _library(cache: Path) -> Path:
 
 
 def fingerprint() -> str:
-    """What a built library depends on: the sources, the flags, PyTorch, Python and the machine."""
+    """Hash of what a library is built from: sources, flags, PyTorch, Python and the machine."""
     digest = hashlib.sha256()
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())

@@ -31,7 +31,7 @@ def make_segments(
 ) -> Segments:
     """Segments of (begin, end, slot, weight), which may overlap in any way.
 
-    height: of the tiles, instead of the one that suits the spans.
+    height: the tiles' height, instead of the one that suits the spans.
     """
     slots = [span[2] for span in spans]
     edges = sorted({edge for span in spans for edge in span[:2]})
@@ -67,8 +67,8 @@ def random_tables(
 ) -> LowRankTables:
     """Adapters of the given ranks in slots 0, 1, ...; each updates every member of every group.
 
-    widths: of a group's members, side by side in its output. bias: one more rank, constant 1 in.
-    kinds: of the pages, in turn.
+    widths: those of a group's members, side by side in its output. bias: one more rank, whose
+    input is the constant 1. kinds: the pages' kinds, in turn.
     Pages lie in the arena in random order, with gaps of NaN between them.
     """
     align = A_ALIGNMENT // dtype.itemsize

@@ -13,6 +13,7 @@ import pytest
 
 pytest.importorskip("triton")
 
+import quickchange_kernels
 from quickchange_kernels.aot import compiling, gate, gate_report, streams, targets
 from quickchange_kernels.aot.gate import CompileJob, CompileOutcome
 from quickchange_kernels.compilation import TARGETS, Compilation
@@ -144,6 +145,15 @@ def test_the_command_prints_the_table_and_fails_with_reasons(tmp_path: Path) -> 
 
 def test_every_kernel_module_of_the_package_says_what_it_ships() -> None:
     modules = compiling.kernel_modules()
+    files = Path(quickchange_kernels.__path__[0]).rglob("*_triton.py")
+    assert {module.rpartition(".")[2] for module in modules} == {file.stem for file in files}
     work = list(gate.jobs(modules, targets.named(",".join(TARGETS))))
     assert {job.module for job in work} == set(modules)
     assert len({(job.name, job.target) for job in work}) == len(work)
+
+
+def test_a_command_that_finds_nothing_fails() -> None:
+    command = [sys.executable, "-m", "quickchange_kernels.aot", "--only", "no such kernel"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert done.stdout.splitlines()[1] == "UNFIT  no configuration was found"

@@ -1,4 +1,4 @@
-"""The command: compile every Triton kernel that ships, and fail where one is unfit."""
+"""Command that compiles every Triton kernel that ships, and fails where one is unfit."""
 
 from __future__ import annotations
 
@@ -32,6 +32,8 @@ def main(
     if json is not None:
         json.write_text(gate_report.as_json(outcomes))
     reasons = gate_report.failures(outcomes) + ([] if only else gate.stale_marks(outcomes))
+    if not outcomes:
+        reasons.append("no configuration was found")
     for reason in reasons:
         typer.echo(f"UNFIT  {reason}")
     unfit = sum(1 for outcome in outcomes if outcome.reasons)

@@ -14,14 +14,14 @@ from quickchange_kernels.compilation import Compilation
 
 
 def kernel_modules() -> list[str]:
-    """The package's modules of Triton kernels: those named `*_triton`."""
+    """Modules of Triton kernels in the package and its folders: those named `*_triton`."""
     package = quickchange_kernels
-    names = [found.name for found in pkgutil.iter_modules(package.__path__)]
-    return [f"{package.__name__}.{name}" for name in names if name.endswith("_triton")]
+    found = pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+    return [module.name for module in found if module.name.endswith("_triton")]
 
 
 def compilations_of(module: str) -> Iterator[Compilation]:
-    """What a module ships. Raises ValueError where it doesn't say, RuntimeError if interpreted."""
+    """Configurations of a module. Raises ValueError for none, RuntimeError if interpreted."""
     if dispatch.triton_interpreted():
         raise RuntimeError("TRITON_INTERPRET=1 replaces the compiler: unset it to compile kernels")
     imported = importlib.import_module(module)
@@ -51,9 +51,9 @@ def compiled(one: Compilation, target: Target) -> Any:
 
 
 def _check_arguments(one: Compilation, names: list[str]) -> None:
-    told = {*one.signature, *one.constants}
-    if set(one.signature) & set(one.constants) or told != set(names):
+    given = {*one.signature, *one.constants}
+    if set(one.signature) & set(one.constants) or given != set(names):
         raise ValueError(
             f"{one.name}: signature and constants must name each argument of the kernel once; "
-            f"wrong: {', '.join(sorted(told ^ set(names)) or sorted(one.constants))}"
+            f"wrong: {', '.join(sorted(given ^ set(names)) or sorted(one.constants))}"
         )

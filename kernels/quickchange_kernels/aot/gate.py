@@ -28,7 +28,7 @@ class CompileJob:
 
 @dataclass(frozen=True)
 class CompileOutcome:
-    """What came of a job."""
+    """Result of a job."""
 
     job: CompileJob
     seconds: float
@@ -108,7 +108,7 @@ def _narrow(by_statement: dict[streams.Statement, list[int]]) -> Iterator[str]:
 
 
 def run(work: Sequence[CompileJob], processes: int) -> Iterator[CompileOutcome]:
-    """Run the jobs in processes of their own, in the order given. One process: in this one."""
+    """Outcomes in the order of the jobs. With one process, the jobs run in this one."""
     if processes == 1:
         yield from map(run_job, work)
         return

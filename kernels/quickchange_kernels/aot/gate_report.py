@@ -1,4 +1,4 @@
-"""The table of what was compiled."""
+"""Table of the compiled configurations."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def line(cells: Sequence[str]) -> str:
 
 
 def cells(outcome: CompileOutcome) -> list[str]:
-    """What the table says of one outcome, as HEADER names it."""
+    """Cells of one outcome, in the order of HEADER."""
     name, taken = [outcome.job.name, outcome.job.target], outcome.resources
     if taken is None:
         return [*name, *["-"] * 7, f"{outcome.seconds:.1f}"]
@@ -48,7 +48,7 @@ def cells(outcome: CompileOutcome) -> list[str]:
 
 
 def failures(outcomes: Sequence[CompileOutcome]) -> list[str]:
-    """Why kernels are unfit, one reason a line."""
+    """Reasons why kernels are unfit, one a line."""
     return [
         f"{outcome.job.name} on {outcome.job.target}: {reason}"
         for outcome in outcomes
@@ -57,5 +57,5 @@ def failures(outcomes: Sequence[CompileOutcome]) -> list[str]:
 
 
 def as_json(outcomes: Sequence[CompileOutcome]) -> str:
-    """Everything known of the outcomes."""
+    """The outcomes as JSON."""
     return json.dumps([dataclasses.asdict(outcome) for outcome in outcomes], indent=1)

@@ -14,19 +14,19 @@ from quickchange_kernels.aot.targets import Target
 
 NVIDIA_PRODUCTS = r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b"
 AMD_PRODUCTS = r"\bv_(mfma|smfmac)_\w+"
-SASS_BYTES = 16  # of one instruction, since Volta
+SASS_BYTES = 16  # one instruction, since Volta
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What one compiled kernel takes. Bytes, except where named otherwise."""
+    """Resources that one compiled kernel takes, in bytes except where named otherwise."""
 
     registers: int  # a thread
     spilled: int  # a thread: its stack, in device memory
     shared: int  # a block
     products: int  # tensor-core instructions written
-    instructions: int  # of machine code, padding included
-    occupancy: float  # share of a processor's warps
+    instructions: int  # machine instructions, padding included
+    occupancy: float  # share of a processor's warps, 0 to 1
 
 
 def assembly(kernel: Any, target: Target) -> str:
@@ -36,7 +36,7 @@ def assembly(kernel: Any, target: Target) -> str:
 
 
 def resources(kernel: Any, target: Target) -> Resources:
-    """What the compiled kernel takes on its target."""
+    """Resources that the compiled kernel takes on its target."""
     read = _nvidia if target.backend == "cuda" else _amd
     registers, spilled, shared, products, instructions = read(kernel)
     occupancy = target.occupancy(registers, shared, kernel.metadata.num_warps)

@@ -1,4 +1,4 @@
-"""How wide the loads on lines marked `# stream` became.
+"""Widths of the loads on lines marked `# stream`.
 
 A statement is marked where one of its lines ends in the comment. Triton's own IR says which marked
 statements load anything in a configuration (others stand in branches that it leaves out); the
@@ -63,8 +63,8 @@ def _marked_lines(source: str) -> Iterator[int]:
 def loading_statements(ttir: str, folder: Path) -> list[Statement]:
     """The marked statements that load something in Triton's IR of one configuration.
 
-    folder: of the kernel's source. Only names of files are compared: Triton's cache may return what
-    was compiled from the same source in another place.
+    folder: that of the kernel's source. Only file names are compared: Triton's cache may return
+    what was compiled from the same source in another place.
     """
     lines = {(Path(path).name, line) for path, line in _load_lines(ttir)}
     return [
@@ -94,7 +94,7 @@ def _innermost(where: str, named: dict[str, str]) -> tuple[str, int] | None:
 
 
 def load_widths(assembly: str, target: Target) -> dict[tuple[str, int], list[int]]:
-    """Bytes a thread of each global load, by file name and line."""
+    """Bytes that a thread loads by each global load, by file name and line."""
     read = _nvidia_width if target.backend == "cuda" else _amd_width
     files: dict[str, str] = {}
     at: tuple[str, int] = ("", 0)
@@ -135,7 +135,7 @@ def _amd_width(line: str) -> int:
 
 
 def widths_of(statement: Statement, widths: dict[tuple[str, int], list[int]]) -> list[int]:
-    """The loads that a marked statement became."""
+    """Widths of the loads that a marked statement became."""
     name = Path(statement.path).name
     lines = range(statement.first, statement.last + 1)
     return [width for line in lines for width in widths.get((name, line), [])]

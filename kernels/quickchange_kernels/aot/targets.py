@@ -1,4 +1,4 @@
-"""What each target offers to a kernel: the numbers behind shared-memory limits and occupancy."""
+"""Limits of each target: the numbers behind shared memory and occupancy."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class Target:
     shared_per_processor: int
     warps_per_processor: int
     blocks_per_processor: int
-    registers_per_processor: int  # of 4 bytes for one thread
+    registers_per_processor: int  # 4 bytes each, for one thread
     register_granule: int  # registers are given to a warp in multiples of this, over all its lanes
     reserved_shared: int  # taken from a block by the system
 
     def triton_target(self) -> Any:
-        """As Triton names it."""
+        """The target as Triton names it."""
         from triton.backends.compiler import GPUTarget
 
         return GPUTarget(self.backend, self.arch, self.lanes)
@@ -46,7 +46,7 @@ class Target:
 
 
 def _nvidia(arch: int, block_kib: int, processor_kib: int) -> Target:
-    """CUDA C++ Programming Guide, "Compute Capabilities", technical specifications."""
+    """Limits from the CUDA C++ Programming Guide, "Compute Capabilities"."""
     return Target(
         name=f"sm_{arch}",
         backend="cuda",

@@ -55,6 +55,6 @@ dispatch.triton_version(
 
 
 def kv_write_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
-    """The operation on k's device. Contract above."""
+    """Write k and v into their slots, on k's device. Contract above."""
     native.ensure()
     _kv_write_(k, v, k_cache, v_cache, slots)

@@ -15,6 +15,7 @@ from quickchange_kernels.compilation import Compilation
 
 @triton.jit
 def kv_write_kernel(
+    # pointers
     k,
     v,
     k_cache,
@@ -34,7 +35,7 @@ def kv_write_kernel(
     BLOCK_HEADS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Program (row,)."""
+    """Program (row,) writes one row's keys and values."""
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + row)
     if (slot < 0) | (slot >= total_slots):  # -1: padding
@@ -50,7 +51,7 @@ def kv_write_kernel(
 
 
 def launch_kv_write_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
-    """kv_write_; see there. Raises TypeError or ValueError on what does not fit together."""
+    """kv_write_; see kv_write.py. Raises TypeError or ValueError on what does not fit together."""
     _check(k, v, k_cache, v_cache, slots)
     k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (k, v))
     blocks, heads, page, dim = k_cache.shape
@@ -109,7 +110,7 @@ def _check(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor
 
 
 def compilations() -> Iterator[Compilation]:
-    """For the key heads of Llama 8B and 70B, and of SmolLM2."""
+    """Configurations for the key heads of Llama 8B and 70B, and of SmolLM2."""
     signature = dict.fromkeys(("k", "v", "k_cache", "v_cache"), "*bf16") | {"slots": "*i64"}
     integers = ("total_slots", "k_row", "k_head", "v_row", "v_head")
     for model, heads, dim in (("Llama", 8, 128), ("SmolLM2", 3, 64)):

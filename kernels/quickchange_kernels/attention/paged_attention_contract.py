@@ -92,7 +92,7 @@ def paged_attention(
     window: int = 0,
     softcap: float = 0.0,
 ) -> Tensor:
-    """The operation on q's device. Contract above."""
+    """Attention of q over the cache, on q's device: [T, Hq, D]. Contract above."""
     native.ensure()
     out: Tensor = _paged_attention(
         q, k_cache, v_cache, block_tables, seq_lens, query_start, scale, window, softcap

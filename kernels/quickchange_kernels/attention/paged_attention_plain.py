@@ -101,7 +101,7 @@ def _decode(
 
 
 def _visible(count: int, length: int, window: int, device: torch.device) -> Tensor:
-    """Which keys each of a sequence's last `count` positions sees: bool [count, length]."""
+    """Mask of the keys that each of the last `count` positions sees: bool [count, length]."""
     key = torch.arange(length, device=device)
     position = key[length - count :, None]
     visible = key <= position

@@ -53,6 +53,7 @@ def _sequence_of(query_start, tile, sequences, TOKENS: tl.constexpr, GAP: tl.con
 
 @triton.jit
 def paged_attention_kernel(
+    # pointers
     q,
     k_cache,
     v_cache,
@@ -87,7 +88,7 @@ def paged_attention_kernel(
     SOFTCAP: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    """Program (tile, key head, split)."""
+    """Program (tile, key head, split): attention of a tile of query rows over its keys."""
     LOG2_E: tl.constexpr = 1.4426950408889634
     TOKENS: tl.constexpr = BLOCK_ROWS // GROUP
     tile = tl.program_id(0)
@@ -103,7 +104,7 @@ def paged_attention_kernel(
     if (first_token >= count) | (count < least) | (count > most):
         return
 
-    # Which keys: from the oldest that the window shows to the newest that a row of the tile sees.
+    # The keys, from the oldest that the window shows to the newest that a row of the tile sees.
     # Blocks of keys lie at multiples of their size, wherever the queries are.
     past = length - count
     stop = past + tl.minimum(first_token + TOKENS, count)
@@ -173,6 +174,7 @@ def paged_attention_kernel(
 
 @triton.jit
 def merge_splits_kernel(
+    # pointers
     parts,  # float32 [splits, T, Hq, D]
     stats,  # float32 [2, splits, T, Hq]
     seq_lens,
@@ -236,8 +238,11 @@ def launch_paged_attention(
     window: int = 0,
     softcap: float = 0.0,
 ) -> Tensor:
-    """paged_attention; see there. Dtypes other than float32, bfloat16 and float16 go to the plain
-    version. Raises TypeError or ValueError on what does not fit together."""
+    """paged_attention; see paged_attention_contract.py.
+
+    Dtypes other than float32, bfloat16 and float16 go to the plain version. Raises TypeError or
+    ValueError on what does not fit together.
+    """
     _check(q, k_cache, v_cache, block_tables, seq_lens, query_start)
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return plain_paged_attention(
@@ -439,7 +444,7 @@ _FEW_REGISTERS = ("sm_80",)
 
 
 def compilations() -> Iterator[Compilation]:
-    """Decoding, verification (of up to 64 tokens), prefill, merging."""
+    """Configurations for decode, verification (up to 64 tokens), prefill and merging."""
     for model, shape in _MODELS.items():
         for few_registers in (False, True):
             yield from _attend_compilations(model, shape, few_registers)

@@ -11,26 +11,26 @@ from typing import Any
 
 import torch
 
-MAX_SPLIT_QUERIES = 64  # of one sequence; a longer chunk goes over its whole context
+MAX_SPLIT_QUERIES = 64  # a longer chunk of a sequence goes over its whole context in one
 KEYS_PER_SPLIT = 512
-MAX_SPLITS = 32  # of a wider table's context the splits grow instead, by powers of two
-ANY_COUNT = 2**30
+MAX_SPLITS = 32  # for a wider block table the splits grow instead, by powers of two
+ANY_COUNT = 2**30  # no bound on the number of queries or keys
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """How one launch cuts its work."""
+    """Tile size and pipeline of one launch."""
 
-    rows: int
-    keys: int
+    rows: int  # query rows of a tile
+    keys: int  # keys of one step
     num_warps: int
     num_stages: int
-    options: dict[str, Any]  # of NVIDIA's compiler
+    options: dict[str, Any]  # for NVIDIA's compiler
 
 
 @dataclass(frozen=True)
 class AttentionLaunch:
-    """The sequences with `least` to `most` queries."""
+    """One launch, for the sequences with `least` to `most` queries."""
 
     least: int
     most: int
@@ -76,19 +76,19 @@ def launches_for(
 
 
 def has_few_registers(device: torch.device) -> bool:
-    """See `tiling_for`."""
+    """True for NVIDIA GPUs before sm_90; see `tiling_for`."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(device)[0] < 9
 
 
 def power_of_two(count: int) -> int:
-    """The smallest that is at least `count`, 1 for 0."""
+    """The smallest power of two that is at least `count`; 1 for 0."""
     return 1 << max(count - 1, 0).bit_length()
 
 
 def padded(dim: int) -> int:
-    """A head size as tiles have it: a power of two that matrix products take."""
+    """Head size padded for a tile: a power of two, 16 at least, as matrix products need."""
     return max(16, power_of_two(dim))
 
 

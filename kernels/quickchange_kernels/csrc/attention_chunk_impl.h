@@ -1,7 +1,7 @@
 // Attention of a long chunk of queries: scores and outputs as blocked matrix products over tiles of
 // keys, whose keys are transposed and whose values are spread to float32 once for all rows.
 
-// What one item works in. Heads are padded to whole vectors.
+// Scratch of one item. Heads are padded to whole vectors.
 struct ChunkRoom {
   alignas(64) float q[MAX_ATTENTION_ROWS][MAX_PRODUCT_DIM];
   alignas(64) float keys[MAX_PRODUCT_DIM][TILE];  // transposed

@@ -1,10 +1,10 @@
 // Attention straight over the pages, by tiles of keys with a running softmax. See
-// paged_attention.py. Tiles and splits lie at multiples of their size in the context, wherever the
-// queries are: a query's result depends on its position and its sequence alone.
+// paged_attention_contract.py. Tiles and splits lie at multiples of their size in the context,
+// wherever the queries are: a query's result depends on its position and its sequence alone.
 
 constexpr int64_t TILE = KEYS_PER_TILE;
 
-// Where a tile's keys and values lie.
+// Keys and values of a tile, where they lie in the cache.
 template <class T>
 struct Tile {
   int64_t begin, count;  // positions
@@ -115,7 +115,7 @@ inline uint64_t bits_between(int64_t first, int64_t last) {
   return last < first ? 0 : (~uint64_t{0} >> (63 - (last - first))) << first;
 }
 
-// Which keys of the tile at `begin` the item's i-th query sees.
+// Keys of the tile at `begin` that the item's i-th query sees, as bits.
 inline uint64_t visible(const AttentionItem& item, int64_t i, int64_t window, int64_t begin) {
   const int64_t last = item.past + item.first_index + i - begin;
   return bits_between(window > 0 ? last - window + 1 : 0, last);
@@ -124,12 +124,12 @@ inline uint64_t visible(const AttentionItem& item, int64_t i, int64_t window, in
 // One head's part of a tile of keys for its query rows.
 template <class T>
 struct HeadTile {
-  const T* const* keys;  // of the item's first head
+  const T* const* keys;  // rows of the item's first head
   const T* const* values;
   int64_t count;
-  int64_t offset;  // from the first head's
+  int64_t offset;  // this head's, from the first head
   int64_t D;
-  int64_t lines;  // of the caches, of one key
+  int64_t lines;  // cache lines of one key
 };
 
 // acc[m * stride + n] = lanes of q row m times key n.

@@ -1,4 +1,4 @@
-// paged_attention: see paged_attention.py.
+// paged_attention: see paged_attention_contract.py.
 #pragma once
 
 #include "binding.h"
@@ -20,7 +20,7 @@ struct AttentionPlan {
   std::vector<int64_t> unit_of_item;
 };
 
-// Where the operands' indices lie.
+// Block tables and lengths of the sequences.
 struct AttentionTables {
   const int32_t* blocks;  // [B, width]
   int64_t width;
@@ -45,7 +45,7 @@ void plan_sequence(
     item.first_index = first;
     item.queries = std::min(step, count - first);
     item.past = past;
-    const int64_t position = past + first;  // of the item's first query
+    const int64_t position = past + first;  // the first query's
     item.oldest = args.window > 0 ? std::max<int64_t>(0, position - args.window + 1) : 0;
     const int64_t start = item.oldest / KEYS_PER_TILE * KEYS_PER_TILE;
     const int64_t end = position + item.queries;
@@ -70,7 +70,7 @@ void plan_sequence(
   }
 }
 
-// Key heads of one item: all, whose keys lie side by side, unless that leaves threads without work.
+// Key heads of one item: all, since their keys lie side by side, unless threads would lack work.
 // No result depends on it.
 template <class T>
 int64_t heads_together(const AttentionArgs<T>& args, const AttentionTables& tables) {

@@ -6,7 +6,7 @@
 namespace quickchange {
 namespace {
 
-constexpr int64_t PADDING_SLOT = -1;  // of a row that is written nowhere
+constexpr int64_t PADDING_SLOT = -1;  // slot of a row that is written nowhere
 
 void kv_write_(
     const Tensor& k, const Tensor& v, Tensor& k_cache, Tensor& v_cache, const Tensor& slots) {

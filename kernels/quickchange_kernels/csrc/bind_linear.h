@@ -1,4 +1,4 @@
-// linear, linear_int8: see linear.py, linear_int8.py.
+// linear, linear_int8: see linear_float.py, linear_int8.py.
 #pragma once
 
 #include "binding.h"

@@ -1,4 +1,4 @@
-// lowrank_ and lowrank_embedding_: see lowrank.py.
+// lowrank_ and lowrank_embedding_: see lowrank_contract.py.
 #pragma once
 
 #include "binding.h"
@@ -70,7 +70,7 @@ std::vector<LowRankItem<T>> list_items(const Segments& s) {
 // Where items can be parted so that no row is on both sides: 0, ..., items.size().
 template <class T>
 std::vector<int64_t> row_cuts(const std::vector<LowRankItem<T>>& items) {
-  std::vector<int64_t> first_row(items.size());  // of the items from i on
+  std::vector<int64_t> first_row(items.size());  // least row of the items from i on
   int64_t least = std::numeric_limits<int64_t>::max();
   for (int64_t i = items.size() - 1; i >= 0; i--)
     first_row[i] = least = std::min(least, items[i].row);

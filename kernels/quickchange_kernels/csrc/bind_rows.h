@@ -1,4 +1,4 @@
-// rms_norm, add_rms_norm, silu_mul and rotary_: see the Python files of these names.
+// rms_norm, add_rms_norm, silu_mul and rotary_: see rms_norm.py, silu_mul.py and rotary.py.
 #pragma once
 
 #include "binding.h"

@@ -1,4 +1,4 @@
-// sample and philox_uniform: see sample.py and philox.py.
+// sample and philox_uniform: see sample_contract.py and philox.py.
 #pragma once
 
 #include "binding.h"
@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor> sample(
   SampleArgs args{
       data<float>(logits), logits.stride(0), V, data_or_null<double>(t), data_or_null<double>(u),
       {}, data<int64_t>(tokens), data<bool>(sound)};
-  std::vector<Optional> columns;  // keeps them
+  std::vector<Optional> columns;  // own the filters' packed copies
   for (size_t i = 0; i < filters.size(); i++) {
     columns.push_back(packed(filters.get(i)));
     args.filters[i] = data_or_null<double>(columns.back());
@@ -80,7 +80,7 @@ std::tuple<Tensor, Tensor> sample(
 }
 
 #ifdef __SIZEOF_INT128__
-// Salmon and others' Philox4x64-10: its first word.
+// First word of Philox4x64-10 (Salmon et al., 2011).
 uint64_t philox_word(uint64_t key0, uint64_t counter) {
   uint64_t x0 = counter, x1 = 0, x2 = 0, x3 = 0, key1 = 0;
   for (int round = 0; round < 10; round++) {

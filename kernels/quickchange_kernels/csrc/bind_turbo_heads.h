@@ -1,4 +1,4 @@
-// turbo_heads, head_logits, draft_logits: see turbo_heads.py, draft_logits.py.
+// turbo_heads, head_logits, draft_logits: see turbo_heads_contract.py, draft_logits.py.
 #pragma once
 
 #include "binding.h"
@@ -6,7 +6,7 @@
 namespace quickchange {
 namespace {
 
-constexpr int64_t HEAD_COLUMNS = 4 * PAGE_ROWS;  // of one unit of work
+constexpr int64_t HEAD_COLUMNS = 4 * PAGE_ROWS;  // columns of one unit of work
 
 struct HeadIndices {
   const Tensor pages, matrices, items, segments;

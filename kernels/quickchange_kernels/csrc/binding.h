@@ -1,4 +1,4 @@
-// What the operations' bindings share: the instruction set, the threads, the plain versions.
+// Parts that the operations' bindings share: the instruction set, the threads, the plain versions.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -17,7 +17,7 @@ namespace {
 
 using at::Tensor;
 
-// Those that this machine has, the best first.
+// Instruction sets that this machine has, the best first.
 std::vector<const Kernels*> available_kernels() {
   std::vector<const Kernels*> found;
 #if defined(__x86_64__)

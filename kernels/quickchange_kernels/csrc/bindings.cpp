@@ -20,7 +20,7 @@ namespace {
 
 std::string instruction_set() { return kernels().name(); }
 
-// For tests: one of those that this machine has, or "best".
+// For tests: the name of an instruction set that this machine has, or "best".
 void use_instruction_set(const std::string& name) {
   const auto available = available_kernels();
   const Kernels* found = name == "best" ? available.front() : nullptr;

@@ -1,6 +1,6 @@
 // The dot products that linear, lowrank and attention share.
 
-// How a product of T and X is summed: what is loaded for STEP elements, and how it is added.
+// Product of T and X: the loads for STEP elements, and their sum.
 template <class T, class X>
 struct Product {
   static constexpr int64_t STEP = W;
@@ -89,7 +89,7 @@ inline void multiply(const T* const* w, const X* const* x, int64_t K, vec* acc, 
   multiply<N, M, N>(w, x, w + N, K, acc, stride);
 }
 
-// How many weight rows go with M rows of x, so that W sums share one reduction.
+// Weight rows that go with M rows of x, so that W sums share one reduction.
 template <int M>
 constexpr int rows_with() {
   return W / M;

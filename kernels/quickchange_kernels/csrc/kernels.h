@@ -1,4 +1,4 @@
-// What the kernels take, and the table of them that each instruction set fills. No torch here.
+// Arguments of the kernels, and the table of them that each instruction set fills. No torch here.
 // Every kernel does one part of an operation on the calling thread; bindings.cpp shares the parts
 // out. Pointers and strides are in elements.
 #pragma once
@@ -62,10 +62,10 @@ struct Int8Args {
   int64_t N, K;
   const Y* bias;  // [N] or null
   Y* y;           // [rows, N]
-  void* room;     // the calling thread's: 16 K floats, 64-byte aligned
+  void* room;     // the calling thread's scratch: 16 K floats, 64-byte aligned
 };
 
-constexpr int64_t RANKS = 8;  // of a page
+constexpr int64_t RANKS = 8;  // ranks of a page
 
 // As in lowrank_tables.py.
 enum class PageKind : int32_t { IDENTITY, RELU, GELU, GELU_TANH, SILU, TANH, GAIN };
@@ -97,11 +97,11 @@ struct LowRankArgs {
   int64_t count;
 };
 
-constexpr int64_t KEYS_PER_TILE = 64;        // of one step of the running softmax
-constexpr int64_t KEYS_PER_SPLIT = 256;      // a context is cut here, whatever the batch
-constexpr int64_t MAX_ATTENTION_ROWS = 64;   // queries · group of one item
-constexpr int64_t MAX_ATTENTION_HEADS = 8;   // of keys, of one item
-constexpr int64_t MAX_PRODUCT_DIM = 256;     // of a head in `attend_chunk`
+constexpr int64_t KEYS_PER_TILE = 64;        // one step of the running softmax
+constexpr int64_t KEYS_PER_SPLIT = 256;      // contexts are cut at its multiples, whatever the batch
+constexpr int64_t MAX_ATTENTION_ROWS = 64;   // queries · group, of one item
+constexpr int64_t MAX_ATTENTION_HEADS = 8;   // key heads of one item
+constexpr int64_t MAX_PRODUCT_DIM = 256;     // head size in `attend_chunk`
 
 template <class T>
 struct AttentionArgs {
@@ -122,7 +122,7 @@ struct AttentionItem {
   int64_t first_index;  // and among the sequence's queries
   int64_t queries;
   int64_t past;  // keys of the sequence before this step
-  int64_t head, heads;  // of keys
+  int64_t head, heads;  // first key head, and their number
   int64_t oldest, begin, end;  // the first key that any query sees; keys, from a tile's edge
   float* maximum;  // [heads, queries * group]
   float* sum;      // [heads, queries * group]
@@ -157,7 +157,7 @@ struct RotaryArgs {
   int64_t ldc, lds, width;
 };
 
-constexpr int64_t PAGE_ROWS = 16;  // outputs of a page of a drafting head's matrix
+constexpr int64_t PAGE_ROWS = 16;  // outputs in a page of a draft head's matrix
 
 // The items of one matrix.
 template <class T, class X, class Y>
@@ -197,20 +197,20 @@ constexpr float EXP2[6] = {0.6931471824645996f,    0.24022650718688965f,  0.0555
 
 constexpr int64_t MAX_FILTERS = 16;
 
-// Null where no row uses it.
+// A filter that no row uses is null.
 struct SampleArgs {
   const float* logits;  // [rows, V], edited
   int64_t ld, V;
   const double* temperature;  // [rows], like those below
   const double* uniform;
-  const double* filters[MAX_FILTERS];  // as sample.py's FILTERS; sample_impl.h names them
+  const double* filters[MAX_FILTERS];  // in the order of Filter in sample_impl.h
   int64_t* tokens;
   bool* sound;
 };
 
 constexpr int64_t SAMPLE_BLOCK = 256;  // tokens
 
-// One thread's, for a vocabulary in blocks of SAMPLE_BLOCK.
+// Scratch of one thread, for a vocabulary in blocks of SAMPLE_BLOCK.
 struct SampleScratch {
   float* best;     // [blocks]
   int64_t* sums;   // [blocks]

@@ -1,6 +1,6 @@
-// linear: y = x Wᵀ + b over row-major weights. See linear.py, linear_int8.py.
+// linear: y = x Wᵀ + b over row-major weights. See linear_float.py, linear_int8.py.
 
-constexpr int64_t TILE_ROWS = 64;  // of x that pass over the same weight rows: they stay in L2
+constexpr int64_t TILE_ROWS = 64;  // rows of x that pass over the same weight rows: they stay in L2
 
 // y[0 .. rows, 0 .. columns) = sums + bias, where columns ≤ W. Whole vectors a row: written four
 // columns at a time, the rows of a wide y would push one another out of the cache (their distance is

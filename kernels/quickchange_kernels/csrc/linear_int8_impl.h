@@ -3,8 +3,8 @@
 // rows at a time become numbers in the cache, and linear's loops follow. Either way an element is
 // the same products added in the same order.
 
-// What int8 weights become to be multiplied with X.
-// Up to FEW rows of x it is done in registers: measured, see linear_int8.py.
+// Type that int8 weights take to be multiplied with X. Up to FEW rows of x the conversion is done
+// in registers: measured, see linear_int8.py.
 template <class X>
 struct Unpacked {
   using T = float;
@@ -100,7 +100,7 @@ template <int N, int M, class T, class X>
 }
 
 // `multiply` over weights that are unpacked on the way: the same sums. A single row is a stream that
-// the machine fetches ahead by itself, and better than it is told to; several aren't.
+// the machine fetches ahead by itself, better than by prefetch instructions; several aren't.
 template <int N, int M, class T, class X>
 inline void multiply_int8(const Int8Row* rows, const X* const* x, int64_t K, vec* acc, int stride) {
   using P = Product<T, X>;

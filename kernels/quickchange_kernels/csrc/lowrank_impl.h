@@ -1,8 +1,8 @@
 // lowrank_ in two halves. Down: h = act(A x + shift) · scale, shared out by items. Up: y += h B,
 // shared out by columns, so that segments over the same rows never meet. All that is read of x, and
-// of y as it was, is read in the first half. See lowrank.py.
+// of y as it was, is read in the first half. See lowrank_contract.py.
 
-constexpr int64_t LINE = 64;  // bytes, of the caches
+constexpr int64_t LINE = 64;  // bytes of a cache line
 
 inline float activated(PageKind kind, float v) {
   switch (kind) {
@@ -74,7 +74,7 @@ inline int64_t same_rows(const LowRankItem<T>* items, int64_t count) {
   return n;
 }
 
-// Of items[0 .. count), those before the first gain.
+// Number of items[0 .. count) before the first gain.
 template <class T>
 inline int64_t before_gain(const LowRankItem<T>* items, int64_t count) {
   int64_t n = 0;

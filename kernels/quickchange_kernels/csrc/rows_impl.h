@@ -1,4 +1,5 @@
-// rms_norm, add_rms_norm, silu_mul and rotary_: one pass over each row. See the Python files of these names.
+// rms_norm, add_rms_norm, silu_mul and rotary_: one pass over each row. See rms_norm.py, silu_mul.py
+// and rotary.py.
 
 template <class T>
 inline vec load_up_to(const T* p, int64_t n) {

@@ -1,8 +1,8 @@
-// sample: see sample.py. A row is read in blocks, whose best logits say which blocks a filter can
-// leave out. `masses` is bit for bit `sample_plain.masses`. No algorithm or container of the standard
-// library here: its code, compiled for one instruction set, would serve all.
+// sample: see sample_contract.py. A row is read in blocks, whose best logits say which blocks a
+// filter can leave out. `masses` is bit for bit `sample_plain.masses`. No algorithm or container of
+// the standard library here: its code, compiled for one instruction set, would serve all.
 
-enum Filter { TOP_K, TOP_P, MIN_P, TYPICAL_P };  // in the order of sample.py's FILTERS
+enum Filter { TOP_K, TOP_P, MIN_P, TYPICAL_P };  // in the order of sample_contract.py's FILTERS
 
 constexpr int64_t BLOCK = SAMPLE_BLOCK;
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
@@ -34,7 +34,7 @@ struct BlockMasses {
   }
 };
 
-// What one row keeps of its tokens.
+// Tokens that one row keeps.
 struct Kept {
   float peak, scale;
   float least_logit = NEVER;
@@ -51,7 +51,7 @@ inline vec powers(vec logit, const Kept& kept) {
   return choose(inside, power, splat(-64.0f));
 }
 
-// Depths of one block; see sample.py.
+// Depths of one block; see sample_contract.py.
 inline void depths(const float* logits, const Kept& kept, int32_t* out) {
   for (int64_t i = 0; i < BLOCK; i += W) {
     const ints depth = __builtin_convertvector(powers(load(logits + i), kept) * -65536.0f, ints);
@@ -182,8 +182,9 @@ inline float logit_of(int64_t key) {
   return logit;
 }
 
-// A logit that the k best reach and no other, k < V. Where there are k blocks, k of them have a best of at least the k-th
-// best of the blocks' bests: the k best logits are not below it, and few others.
+// A logit that the k best reach and no other, k < V. Where there are k blocks, k of them have a
+// best of at least the k-th best of the blocks' bests: the k best logits are not below it, and few
+// others.
 inline float top_k_edge(const BlockedRow& row, const SampleScratch& s, float peak, int64_t k) {
   const int64_t lowest = key_of(NEVER), above = key_of(peak) + 1;
   int64_t bound = lowest;
@@ -248,7 +249,7 @@ inline int64_t mass_of(int64_t value) {
   return (value & ((int64_t(1) << MASS_BITS) - 1)) + 1;
 }
 
-// Sets which depths are typical; s.sums as `block_sums` left them.
+// Sets the depths that are typical; s.sums as `block_sums` left them.
 inline void keep_typical(
     const BlockedRow& row, Kept& kept, const SampleScratch& s, int64_t total, double typical_p) {
   BlockMasses block;

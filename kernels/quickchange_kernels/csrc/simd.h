@@ -1,5 +1,5 @@
-// Vectors of QC_WIDTH floats in the compilers' portable vector extension, and what the kernels need
-// of them. Included once per instruction set, inside that set's namespace and target pragma.
+// Vectors of QC_WIDTH floats in the compilers' portable vector extension, with the operations that
+// the kernels need. Included once per instruction set, inside that set's namespace and target pragma.
 // Whatever the width, an element's sum over k runs lane by lane in steps of QC_WIDTH and ends in
 // one tree, so that a result depends on the instruction set and the length alone.
 

@@ -1,4 +1,4 @@
-// turbo_heads, head_logits: the items of one matrix that lies in pages. See turbo_heads.py.
+// turbo_heads, head_logits: items of one matrix, which lies in pages. See turbo_heads_contract.py.
 
 inline vec silu(vec z) {
   const vec e = exp_negative(-highest_of(z, -z));

@@ -1,1 +1,1 @@
-"""Operations done row by row: RMSNorm, rotary embedding, gated SiLU."""
+"""Row-wise operations: RMSNorm, rotary embedding, gated SiLU."""

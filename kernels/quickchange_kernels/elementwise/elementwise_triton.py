@@ -1,6 +1,6 @@
-"""Triton versions of what is done row by row: rms_norm, add_rms_norm, silu_mul, rotary_.
+"""Triton versions of the row-wise operations: rms_norm, add_rms_norm, silu_mul, rotary_.
 
-All are bound by memory: one program reads a row (or a part of one), works in float32 and rounds
+All are bound by memory. One program reads a row (or a part of one), works in float32 and rounds
 once. Sums within a row run in an order that its width alone decides.
 """
 
@@ -21,19 +21,25 @@ ROTARY_HEADS = 8  # heads of one program of rotary_
 
 @triton.jit
 def rms_norm_kernel(
+    # pointers
     x,  # [T, K]
     delta,  # [T, K], not read unless ADD
     weight,  # [K]
     total,  # [T, K], not written unless ADD
     y,  # [T, K]
+    # sizes
     K,
+    # scalars
     eps,
     offset,
+    # strides
     stride_x,
     stride_delta,
+    # meta
     BLOCK: tl.constexpr,
     ADD: tl.constexpr,
 ):
+    """Program (row,)."""
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK)
     live = k < K
@@ -50,12 +56,17 @@ def rms_norm_kernel(
 
 @triton.jit
 def silu_mul_kernel(
+    # pointers
     x,  # [T, 2 I]
     y,  # [T, I]
+    # sizes
     I,  # noqa: E741  the width, as in the contract
+    # strides
     stride_x,
+    # meta
     BLOCK: tl.constexpr,
 ):
+    """Program (row, block of columns)."""
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = i < I
@@ -68,7 +79,7 @@ def silu_mul_kernel(
 @triton.jit
 def _rotate(x, cos, sin, first_head, heads, stride_head, HALF: tl.constexpr, BLOCK: tl.constexpr,
             HEADS: tl.constexpr):  # fmt: skip
-    """x: a row's first head. cos and sin: the row's."""
+    """Rotate some heads of one row, in place. x: its first head; cos, sin: its row of them."""
     head = first_head + tl.arange(0, HEADS)
     i = tl.arange(0, BLOCK)
     live = (head < heads)[:, None] & (i < HALF)[None, :]
@@ -86,22 +97,27 @@ def _rotate(x, cos, sin, first_head, heads, stride_head, HALF: tl.constexpr, BLO
 
 @triton.jit
 def rotary_kernel(
+    # pointers
     q,  # [T, q_heads, D]
     k,  # [T, k_heads, D]
     cos,  # [T, 2 HALF]
     sin,
+    # sizes
     q_heads,
     k_heads,
+    # strides
     stride_q_row,
     stride_q_head,
     stride_k_row,
     stride_k_head,
     stride_cos,
     stride_sin,
+    # meta
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
     HEADS: tl.constexpr,
 ):
+    """Program (row, HEADS heads of q, then of k)."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     q_parts = tl.cdiv(q_heads, HEADS)
@@ -191,12 +207,12 @@ def launch_rotary_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 
 def _norm_warps(width: int) -> int:
-    """Eight elements or more a lane, also where a warp has 64 lanes: loads of 16 bytes."""
+    """Warps that leave each lane 8 elements or more, also of 64 lanes: loads of 16 bytes."""
     return min(16, max(1, triton.next_power_of_2(width) // 512))
 
 
 def compilations() -> Iterator[Compilation]:
-    """bf16, Llama-3.1-8B's and 70B's widths."""
+    """Configurations in bfloat16 for the widths of Llama-3.1-8B and 70B."""
     bf16 = "*bf16"
     for hidden in (4096, 8192):
         for add in (False, True):

@@ -76,7 +76,7 @@ dispatch.triton_version(
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
-    """The operation on x's device. Contract above."""
+    """RMSNorm of x's rows, on x's device: [..., K]. Contract above."""
     native.ensure()
     y: Tensor = _rms_norm(x, weight, eps, offset)
     return y
@@ -85,7 +85,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
 def add_rms_norm(
     x: Tensor, delta: Tensor, weight: Tensor, eps: float, offset: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """(x + delta, rms_norm of it) on x's device. Contract above."""
+    """(x + delta, rms_norm of it), on x's device. Contract above."""
     native.ensure()
     total, normed = _add_rms_norm(x, delta, weight, eps, offset)
     return total, normed

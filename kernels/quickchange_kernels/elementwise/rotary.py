@@ -50,6 +50,6 @@ dispatch.triton_version(
 
 
 def rotary_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """The operation on q's device. Contract above."""
+    """Rotate q and k in place, on q's device. Contract above."""
     native.ensure()
     _rotary_(q, k, cos, sin)

@@ -36,7 +36,7 @@ dispatch.triton_version(
 
 
 def silu_mul(x: Tensor) -> Tensor:
-    """The operation on x's device. Contract above."""
+    """silu(gate) · up, on x's device: [..., I]. Contract above."""
     native.ensure()
     y: Tensor = _silu_mul(x)
     return y

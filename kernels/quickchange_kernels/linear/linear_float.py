@@ -42,7 +42,7 @@ _linear = dispatch.declare(
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The operation on x's device. Contract above."""
+    """x Wᵀ + b, on x's device: [..., N]. Contract above."""
     native.ensure()
     y: Tensor = _linear(x, weight, bias)
     return y

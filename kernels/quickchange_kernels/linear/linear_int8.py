@@ -46,7 +46,7 @@ _LARGEST = 127
 
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(weight int8 [N, K], scale bfloat16 [N, ⌈K / 32⌉]) nearest to `weight` [N, K].
+    """Quantised `weight` [N, K]: (int8 [N, K], scale bfloat16 [N, ⌈K / 32⌉]).
 
     Raises ValueError where a weight is not finite.
     """
@@ -97,7 +97,7 @@ _linear_int8 = dispatch.declare(
 
 
 def linear_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The operation on x's device. Contract above."""
+    """x Wᵀ + b over int8 weights, on x's device: [..., N]. Contract above."""
     native.ensure()
     y: Tensor = _linear_int8(x, weight, scale, bias)
     return y

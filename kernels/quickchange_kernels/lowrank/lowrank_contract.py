@@ -95,7 +95,7 @@ def _reference(
     segments: Segments,
     group: int,
 ) -> Tensor:
-    """down: A x [rows, 8] of the rows [begin, end) and a page."""
+    """y after the operation. down(begin, end, page): A x of these rows, [rows, 8]."""
     before, out = y.double(), y.double().clone()
     for begin, end, weight, page in _updates(tables, segments, group):
         _, _, column, width = tables.pages[page].tolist()
@@ -156,7 +156,7 @@ dispatch.triton_version(
 
 
 def operands(tables: LowRankTables, segments: Segments, group: int) -> tuple[Any, ...]:
-    """What the operations take after y and x, as the dispatcher wants it."""
+    """Arguments of the operations after y and x, as the dispatcher takes them."""
     tiles, shape = segments.tiles, tables.shapes[group]
     return (
         tables.arena,

@@ -30,7 +30,7 @@ _ACTIVATIONS: Mapping[PageKind, Callable[[Tensor], Tensor]] = {
 
 
 class _Down(Protocol):
-    """A x, for the two kinds of module."""
+    """A x of a linear or of an embedding."""
 
     def pairs(self, rows: Tensor, a_offsets: Tensor) -> Tensor:
         """Row i through page i: [n, 8] float32."""
@@ -154,7 +154,7 @@ class _Span:
     end: int
     weight: float
     updates: list[int]  # pages with an A
-    gains: list[int]  # and without
+    gains: list[int]  # pages without one
 
     @property
     def short(self) -> bool:
@@ -182,11 +182,11 @@ def _spans(tables: _Pages, ranges: Tensor, rows: Tensor, weight: Tensor) -> list
 def _add_updates(
     y: Tensor, down: _Down, tables: _Pages, ranges: Tensor, rows: Tensor, weight: Tensor
 ) -> None:
-    """ranges [S, 2]: each segment's pages."""
+    """Add all updates to y, in place. ranges [S, 2]: each segment's pages."""
     spans = _spans(tables, ranges, rows, weight)
     if not spans:
         return
-    # Apart from y, which may be x and which gains multiply; and in float32, because a lower
+    # Summed apart from y, which may be x and which gains multiply; in float32, because a lower
     # precision would round once a page.
     total = torch.zeros_like(y, dtype=torch.float32)
     if short := [span for span in spans if span.short and span.updates]:

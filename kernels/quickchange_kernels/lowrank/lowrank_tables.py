@@ -1,4 +1,4 @@
-"""What lowrank_ reads besides its rows: the adapters' pages, and which rows take which of them.
+"""Tables that lowrank_ reads: the adapters' pages, and which rows take which adapter.
 
 Knows the layout only; lowrank_contract.py says what is computed.
 """
@@ -20,7 +20,7 @@ SMALL_TILE, LARGE_TILE = 16, 64
 
 
 class PageKind(IntEnum):
-    """What a page does with its rows."""
+    """Operation of a page on its rows."""
 
     IDENTITY = 0
     # an activation between A and B
@@ -35,7 +35,7 @@ class PageKind(IntEnum):
 
 @dataclass(frozen=True)
 class GroupShape:
-    """What a GPU's grid for one module group depends on: known on the host, stable over steps."""
+    """Sizes that decide a GPU's grid for one module group: on the host, stable over steps."""
 
     most_pages: int  # no adapter has more pages in the group; a power of two keeps graphs valid
     aligned: bool  # input features, columns, widths are multiples of 8, B offsets of 16 bytes
@@ -43,7 +43,7 @@ class GroupShape:
 
 @dataclass(frozen=True)
 class LowRankTables:
-    """All resident adapters' weights and where they lie. Changes when adapters come and go.
+    """Weights of all resident adapters, and where they lie. Changes when adapters come and go.
 
     Offsets are in elements of `arena`; the offset of an A page is a multiple of 64 bytes.
     """
@@ -72,7 +72,7 @@ class RowTiles:
 
 @dataclass(frozen=True)
 class Segments:
-    """Which token rows take which adapter, at which weight. Made once a step, for all layers.
+    """Token rows, with the adapter and weight that they take. Made once a step, for all layers.
 
     A segment with no rows is padding.
     """
@@ -101,7 +101,7 @@ def cut_tiles(
 ) -> tuple[list[Quad], list[Quad]]:
     """(pieces, tiles) of spans (row begin, row end, segments over exactly these rows).
 
-    slots: of each segment.
+    slots: each segment's slot.
     """
     pieces: list[Quad] = []
     tiles: list[Quad] = []

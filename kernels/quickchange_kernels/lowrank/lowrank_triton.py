@@ -67,15 +67,16 @@ def shrink_kernel(
     pieces,
     # strides
     x_row,
-    ranks,  # of the buffer
+    ranks,  # row length of the buffer
     # meta
     HEIGHT: tl.constexpr,
-    PAGES: tl.constexpr,  # of one program
+    PAGES: tl.constexpr,  # pages of one program
     BLOCK_K: tl.constexpr,
-    PART: tl.constexpr,  # features, a multiple of BLOCK_K
+    PART: tl.constexpr,  # features of one part, a multiple of BLOCK_K
     EVEN_K: tl.constexpr,  # BLOCK_K divides K
     ALIGNED: tl.constexpr,
 ):
+    """Program (piece, chunk of pages, part of the features): partial sums of A x."""
     piece = tl.program_id(0)
     begin = tl.load(pieces_ptr + piece * 4)
     end = tl.load(pieces_ptr + piece * 4 + 1)
@@ -165,11 +166,12 @@ def expand_kernel(
     ranks,
     # meta
     HEIGHT: tl.constexpr,
-    PAGES: tl.constexpr,  # at a time
+    PAGES: tl.constexpr,  # pages of one step
     PARTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
+    """Program (tile, block of columns): adds the updates of all pieces and pages to y."""
     tile = tl.program_id(0)
     begin = tl.load(tiles_ptr + tile * 4)
     end = tl.load(tiles_ptr + tile * 4 + 1)
@@ -251,7 +253,7 @@ def expand_kernel(
 
 
 class _Operands(NamedTuple):
-    """What follows y and x in the operations' schemas."""
+    """Arguments after y and x in the operations' schemas."""
 
     arena: Tensor
     directory: Tensor
@@ -271,7 +273,7 @@ class _Operands(NamedTuple):
 
 
 def launch_lowrank(y: Tensor, x: Tensor, *operands: Any) -> None:
-    """lowrank_ with the arguments that its schema names."""
+    """lowrank_; operands as its schema names them. Raises TypeError or ValueError for others."""
     o = _Operands(*operands)
     pieces, _ = _tiles(o)
     _check_rows(y, "y")
@@ -307,7 +309,7 @@ def launch_lowrank(y: Tensor, x: Tensor, *operands: Any) -> None:
 
 
 def launch_lowrank_embedding(y: Tensor, ids: Tensor, *operands: Any) -> None:
-    """lowrank_embedding_ with the arguments that its schema names."""
+    """lowrank_embedding_; operands as its schema names them. Raises as launch_lowrank."""
     *rest, vocabulary = operands
     _check_rows(y, "y")
     if ids.dtype != torch.int64 or not ids.is_contiguous():
@@ -318,7 +320,7 @@ def launch_lowrank_embedding(y: Tensor, ids: Tensor, *operands: Any) -> None:
 def _expand(
     y: Tensor, partial: Tensor | None, ids: Tensor | None, o: _Operands, features: int
 ) -> None:
-    """features: of the module's input, an embedding's vocabulary."""
+    """Launch expand. features: those of the module's input, or an embedding's vocabulary."""
     pieces, tiles = _tiles(o)
     summed = features if ids is None else None
     launch = expand_launch(summed, o.tile_height, o.aligned)
@@ -370,7 +372,7 @@ _TABLES = {
 
 
 def compilations() -> Iterator[Compilation]:
-    """Decoding and prefill on the inputs of Llama-8B (4096 features) and 70B (8192)."""
+    """Configurations for decode and prefill, inputs of Llama 8B (4096 features) and 70B (8192)."""
     for height, phase in ((SMALL_TILE, "decode"), (LARGE_TILE, "prefill")):
         yield _shrink_compilation(f"4096 features, {phase}", 4096, 8, height, "bf16")
         yield _shrink_compilation(f"4096 features, {phase}", 4096, 8, height, "fp32")

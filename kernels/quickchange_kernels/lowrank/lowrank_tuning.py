@@ -13,7 +13,7 @@ from quickchange_kernels.lowrank.lowrank_tables import SMALL_TILE
 
 MAX_PARTS = 8
 MIN_PART = 1024  # features
-COLUMNS = 128  # of y that one program of expand owns
+COLUMNS = 128  # columns of y that one program of expand owns
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,14 @@ class LowRankLaunch:
 
 
 def parts(features: int) -> int:
-    """In how many parts the features are summed apart, to keep a GPU busy with few rows."""
+    """Number of parts in which the features are summed, to keep a GPU busy with few rows."""
     return min(MAX_PARTS, -(-features // MIN_PART))
 
 
 def shrink_launch(
     features: int, itemsize: int, height: int, most_pages: int, aligned: bool, hip: bool = False
 ) -> LowRankLaunch:
-    """Of shrink, for rows of `features` elements of `itemsize` bytes."""
+    """The launch of shrink for rows of `features` elements of `itemsize` bytes."""
     small = height == SMALL_TILE
     block = (512 if small else 128) // itemsize
     constants = {
@@ -48,7 +48,7 @@ def shrink_launch(
 
 
 def expand_launch(features: int | None, height: int, aligned: bool) -> LowRankLaunch:
-    """Of expand. features: what shrink had; None for an embedding."""
+    """The launch of expand. features: those of shrink's input; None for an embedding."""
     constants = {
         "HEIGHT": height,
         "PAGES": 4,

@@ -1,4 +1,4 @@
-"""The command: print the tables, or put them into a document."""
+"""Command that prints the tables, or puts them into a document."""
 
 from __future__ import annotations
 

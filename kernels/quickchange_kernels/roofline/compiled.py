@@ -1,4 +1,4 @@
-"""What the compiled kernels add to their floors, read from the machine code for sm_90."""
+"""Costs that the compiled kernels add to their floors, read from the machine code for sm_90."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def _branch_target(instruction: str) -> str:
 
 
 def _bytes_loaded(instruction: str) -> int:
-    """By one lane, from device memory."""
+    """Bytes that one lane loads from device memory."""
     found = re.search(r"\b(?:LDG|LDGSTS)\.E((?:\.\w+)*)", instruction)
     if found is None:
         return 0
@@ -103,7 +103,7 @@ def _bytes_loaded(instruction: str) -> int:
 
 @dataclass(frozen=True)
 class MeasuredLaunch:
-    """One launch of a kernel, and what it must do."""
+    """One launch of a kernel, and its floor."""
 
     name: str
     kernel: Measured
@@ -112,7 +112,7 @@ class MeasuredLaunch:
     floor: KernelWork
 
     def waves(self, machine: GpuRates) -> float:
-        """How often the GPU is filled."""
+        """Number of times that the programs fill the GPU."""
         return self.programs / (machine.processors * self.kernel.resident)
 
     def in_flight(self, machine: GpuRates) -> int:
@@ -121,8 +121,8 @@ class MeasuredLaunch:
         return min(self.programs, wave) * self.program_in_flight
 
     def seconds(self, machine: GpuRates) -> float:
-        """An estimate: the floor, stretched where too few bytes are on their way at once and by a
-        last wave that is not full; and the launch itself."""
+        """Estimate of the time: the floor, stretched where too few bytes are on their way at once
+        and by a last wave that is not full; and the launch itself."""
         starved = max(1.0, machine.bytes_in_flight / self.in_flight(machine))
         waves = self.waves(machine)
         tail = math.ceil(waves) / waves if waves > 1 else 1.0
@@ -140,7 +140,7 @@ def shipped() -> list[Compilation]:
 
 
 def shown() -> list[Compilation]:
-    """Those with products in 16 bits."""
+    """Shipped configurations with products in 16 bits."""
     return [one for one in shipped() if one.products]
 
 

@@ -1,4 +1,4 @@
-"""Bytes and operations of each kernel: what no implementation can go below.
+"""Least bytes and operations of each kernel, which no implementation can go below.
 
 Weights count once a call for each distinct adapter, as if every row of the batch could share one
 read; inputs and outputs once a kernel. All in 16 bits, except the low-rank partial sums (float32).
@@ -16,7 +16,7 @@ PARTIAL = 4  # bytes of a partial sum
 
 @dataclass(frozen=True)
 class KernelWork:
-    """What one kernel must do."""
+    """Bytes and operations of one kernel."""
 
     bytes: float
     operations: float
@@ -25,7 +25,7 @@ class KernelWork:
         return KernelWork(self.bytes + other.bytes, self.operations + other.operations)
 
     def seconds(self, machine: GpuRates) -> float:
-        """Its floor."""
+        """The least time that the work takes."""
         return machine.floor(self.bytes, self.operations)
 
 
@@ -46,7 +46,7 @@ def linear(group: Linear, rows: int) -> KernelWork:
 
 
 def shrink(group: Linear, batch: StepBatch, parts: int = 1) -> KernelWork:
-    """h = A x for every update of the group. parts: in which the features are summed apart."""
+    """h = A x for every update of the group. parts: those in which features are summed."""
     ranks = batch.rank * len(group.outputs)
     weights = VALUE * batch.adapters * ranks * group.inputs
     rows = batch.rows * (VALUE * group.inputs + PARTIAL * parts * ranks)

@@ -23,7 +23,7 @@ class GpuRates:
 
     @property
     def bytes_in_flight(self) -> float:
-        """What must be on its way at any time to use the whole bandwidth (Little's law)."""
+        """Bytes that must be on their way at any time to use the whole bandwidth (Little's law)."""
         return self.bandwidth * self.latency
 
 
@@ -45,7 +45,7 @@ class Linear:
 
     name: str
     inputs: int
-    outputs: tuple[int, ...]  # of each
+    outputs: tuple[int, ...]  # output features of each
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Model:
 
     @property
     def linears(self) -> tuple[Linear, ...]:
-        """The groups of one layer."""
+        """Linears of one layer, by their input."""
         queries, keys = self.heads * self.head_size, self.kv_heads * self.head_size
         return (
             Linear("q/k/v", self.hidden, (queries, keys, keys)),

@@ -20,7 +20,7 @@ TURBO_HEADS = 4
 
 
 def batches() -> Iterator[StepBatch]:
-    """What the tables are computed for."""
+    """Batches that the tables are computed for."""
     for rank in RANKS:
         for rows in ROWS:
             for adapters in ADAPTERS:
@@ -35,13 +35,13 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def microseconds(seconds: float) -> str:
-    """As the tables write times."""
+    """A time as the tables write it, in µs."""
     value = seconds * 1e6
     return f"{value:.2f}" if value < 10 else f"{value:.0f}"
 
 
 def megabytes(count: float) -> str:
-    """As the tables write sizes."""
+    """A size as the tables write it, in MB."""
     value = count / 1e6
     return f"{value:.2f}" if value < 10 else f"{value:.0f}"
 
@@ -135,7 +135,7 @@ def _step_row(model: Model, batch: StepBatch, machine: GpuRates) -> list[str]:
 
 
 def compiled_table(machine: GpuRates = H100) -> str:
-    """What the compiled kernels that stream or multiply do in their innermost loop, sm_90."""
+    """Innermost loops of the compiled kernels that stream or multiply, sm_90."""
     from quickchange_kernels.roofline import compiled
 
     header = ["kernel", "registers", "programs on an SM", "programs a wave", "loop, instructions"]

@@ -11,7 +11,7 @@ Edits come first, then the draw. With mass(i) = ⌊2⁴² · exp((lᵢ − max l
     typical_p     keeps |depth − D| <= the least r for which these hold typical_p of all (of those
                   that the filters before left), where depth(i) = ⌊−2¹⁶ · log₂ exp((lᵢ − max l) /
                   temperature)⌋ and D, a whole number, is the mean depth under the masses (Meister
-                  et al. 2022: depth − D is how much more than the entropy a token would tell)
+                  et al. 2022: depth − D is a token's surprisal less the entropy, in 2⁻¹⁶ bits)
     the token     the first i whose running sum of kept masses exceeds ⌊uniform · their sum⌋
 
 Integers add up to the same sum in any order, and a mass is made of float32 steps that IEEE 754
@@ -48,7 +48,7 @@ EDITS = ("add", "set", "scale", "subtract")  # in the order in which they are ma
 
 @dataclass(frozen=True)
 class Edits:
-    """Changes to single logits: row r's of kind k are [begin[4 r + k], begin[4 r + k + 1]).
+    """Changes to single logits: entries begin[4 r + k] : begin[4 r + k + 1] are row r's of kind k.
 
     The kinds are EDITS; a token stands at most once in a row's kind. Entries past begin[-1] are
     padding.
@@ -61,7 +61,7 @@ class Edits:
 
 @dataclass(frozen=True)
 class Draws:
-    """How rows draw their tokens; `Draws()` takes the best logit of every row."""
+    """Temperature, random number and filters of each row; `Draws()` takes all rows' best logits."""
 
     temperature: Tensor | None = None  # float64 [R]; None: 0 in all rows
     uniform: Tensor | None = None  # float64 [R]; there exactly where temperature is
@@ -72,16 +72,16 @@ class Draws:
 
     @property
     def filters(self) -> list[Tensor | None]:
-        """The filters as every version takes them, in the order of FILTERS."""
+        """The filters in the order of FILTERS, as every version takes them."""
         return [getattr(self, name) for name in FILTERS]
 
 
 _COLUMNS = tuple(field.name for field in fields(Draws))
-FILTERS = _COLUMNS[2:]  # in the order in which they are handed over and work
+FILTERS = _COLUMNS[2:]  # in the order in which they are passed and applied
 
 
 class Drawn(NamedTuple):
-    """What `sample` returns."""
+    """Tokens that `sample` drew, and which rows were sound."""
 
     tokens: Tensor  # int64 [R]
     sound: Tensor  # bool [R]
@@ -103,7 +103,7 @@ dispatch.triton_version("sample", "quickchange_kernels.sampling.sample_triton:la
 
 
 def sample(logits: Tensor, draws: Draws, edits: Edits | None = None) -> Drawn:
-    """The operation on the logits' device. Contract above; raises ValueError where it is broken."""
+    """One token a row, on the logits' device. Contract above; ValueError where it is broken."""
     check(logits, draws, edits)
     native.ensure()
     changes = (None, None, None) if edits is None else (edits.begin, edits.token, edits.value)
@@ -111,7 +111,7 @@ def sample(logits: Tensor, draws: Draws, edits: Edits | None = None) -> Drawn:
 
 
 def check(logits: Tensor, draws: Draws, edits: Edits | None) -> None:
-    """Raises ValueError for shapes and dtypes that the contract does not have."""
+    """Raise ValueError for shapes and dtypes that the contract does not have."""
     if logits.dim() != 2 or not 0 < logits.shape[1] <= MAX_VOCABULARY or logits.stride(1) != 1:
         raise ValueError(
             f"sample: logits of shape {tuple(logits.shape)} and strides {logits.stride()}; they "

@@ -1,4 +1,4 @@
-"""sample in plain torch, for any device; see sample_contract.py. Sorts where a filter needs it."""
+"""Plain torch version of sample, for any device; see sample_contract.py. Filters sort the row."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ EXP2 = (
     0.0013390866806730628,
     0.00015461447765119374,
 )
-DEPTH_UNIT = 65536.0  # of one bit
+DEPTH_UNIT = 65536.0  # depths in one bit
 _LIMB = 21  # bits of half a mass: products with depths, of either half, add up within 63
 _LOWEST = -64.0  # log2 of a weight whose mass is 0
-_KINDS = 4
+_KINDS = 4  # kinds of edits
 
 
 def plain_sample(
@@ -36,7 +36,7 @@ def plain_sample(
     edit_token: Tensor | None,
     edit_value: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The operation; its arguments are those of the schema in sample_contract.py."""
+    """sample in plain torch, for any device; arguments as in its schema."""
     logits = logits.float()
     if edit_begin is not None and edit_token is not None and edit_value is not None:
         edit_(logits, edit_begin, edit_token, edit_value)
@@ -72,8 +72,10 @@ def _edited(kind: int, now: Tensor, value: Tensor) -> Tensor:
 
 
 def powers(logits: Tensor, peak: Tensor, temperature: Tensor) -> Tensor:
-    """float32 [R, V]: log2 of each token's weight beside the best's, at least -64. Rounded as
-    `masses` says."""
+    """float32 [R, V]: log2 of each token's weight beside the best's, at least -64.
+
+    Rounded as `masses` says.
+    """
     scale = temperature.float().clamp(min=SMALLEST_TEMPERATURE)[:, None]
     power = (logits - peak) / scale
     power = power * LOG2_E
@@ -146,8 +148,10 @@ def nucleus_edge(mass: Tensor, top_p: Tensor) -> Tensor:
 
 
 def typical(mass: Tensor, depth: Tensor, typical_p: Tensor) -> Tensor:
-    """bool [R, V]: whether a depth is among those nearest to the mean depth under the masses, of
-    which typical_p of all mass is made; all where it is off. mass, depth int64 [R, V]."""
+    """bool [R, V]: True for the depths nearest to the mean depth that hold typical_p of all mass.
+
+    True everywhere in rows where the filter is off. mass, depth int64 [R, V].
+    """
     total = mass.sum(dim=-1)
     high = ((mass >> _LIMB) * depth).sum(dim=-1).double() * 2**_LIMB
     low = ((mass & (2**_LIMB - 1)) * depth).sum(dim=-1).double()

@@ -1,4 +1,4 @@
-"""Triton version of sample. sample_contract.py has the rules, and why all versions agree.
+"""Triton version of sample; sample_contract.py has the rules, and why all versions agree.
 
 A vocabulary is read in splits of SPLIT tokens, a program a split and row, so that few rows keep
 all of a GPU busy: once for the best logits, once for the masses' sums, and then one split for the
@@ -32,7 +32,7 @@ _ROUNDER = tl.constexpr(sample_plain.ROUNDER)
 _C0, _C1, _C2, _C3, _C4, _C5 = (tl.constexpr(value) for value in sample_plain.EXP2)
 _NEVER = tl.constexpr(float("-inf"))
 _NAN = tl.constexpr(float("nan"))
-_LOWEST_KEY = tl.constexpr(-0x7F800001)  # of -inf
+_LOWEST_KEY = tl.constexpr(-0x7F800001)  # key of -inf
 _FAR = tl.constexpr(2**31 - 1)
 _DEPTH_UNIT = tl.constexpr(-sample_plain.DEPTH_UNIT)
 _MOST_DEPTH = tl.constexpr(1 << 22)
@@ -144,13 +144,17 @@ def _kept(
 
 @triton.jit
 def edit_kernel(
+    # pointers
     logits,  # float32 [R, V]
     begin,  # [4 R + 1]
     token,  # [E]
     value,  # [E]
+    # strides
     stride_row,
+    # meta
     BLOCK: tl.constexpr,
 ):
+    """Program (row,): makes the row's edits, kind after kind."""
     row = tl.program_id(0).to(tl.int64)
     for kind in tl.static_range(4):
         first = tl.load(begin + 4 * row + kind)
@@ -175,14 +179,19 @@ def edit_kernel(
 
 @triton.jit
 def peak_kernel(
+    # pointers
     logits,  # [R, V]
     best,  # float32 [R, splits], NaN where a split holds one
     place,  # int32 [R, splits] the first token with the best logit
+    # sizes
     V,
     splits,
+    # strides
     stride_row,
+    # meta
     BLOCK: tl.constexpr,
 ):
+    """Program (row, split): the split's best logit and its place."""
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     i = split * BLOCK + tl.arange(0, BLOCK)
@@ -196,16 +205,21 @@ def peak_kernel(
 
 @triton.jit
 def top_k_kernel(
+    # pointers
     logits,  # [R, V]
     best,  # float32 [R, splits]
     top_k,  # float64 [R]
     kth,  # int32 [R]: keys >= it are kept
+    # sizes
     V,
     splits,
+    # strides
     stride_row,
+    # meta
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Program (row,): the key of the k-th best logit."""
     row = tl.program_id(0).to(tl.int64)
     limit = tl.load(top_k + row)
     wanted = tl.minimum(limit, V).to(tl.int64)
@@ -237,6 +251,7 @@ def top_k_kernel(
 
 @triton.jit
 def sum_kernel(
+    # pointers
     logits,  # [R, V]
     best,  # float32 [R, splits]
     temperature,  # float64 [R]
@@ -245,9 +260,12 @@ def sum_kernel(
     min_p,  # float64 [R], not read unless FLOORED
     near,  # int32 [R, 2], not read unless TYPICAL
     sums,  # int64 [R, splits] of the kept masses
+    # sizes
     V,
     splits,
+    # strides
     stride_row,
+    # meta
     CUT: tl.constexpr,
     FILTERED: tl.constexpr,
     FLOORED: tl.constexpr,
@@ -255,6 +273,7 @@ def sum_kernel(
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Program (row, split): the sum of the split's kept masses."""
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     if tl.load(temperature + row) > 0:
@@ -269,6 +288,7 @@ def sum_kernel(
 
 @triton.jit
 def top_p_kernel(
+    # pointers
     logits,  # [R, V]
     best,  # float32 [R, splits]
     temperature,  # float64 [R]
@@ -276,13 +296,17 @@ def top_p_kernel(
     top_p,  # float64 [R]
     sums,  # int64 [R, splits] of what top_k left
     least,  # int64 [R]: masses >= it are kept
+    # sizes
     V,
     splits,
+    # strides
     stride_row,
+    # meta
     CUT: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Program (row,): the least mass in the nucleus."""
     row = tl.program_id(0).to(tl.int64)
     low = tl.full((), 1, tl.int64)
     limit = tl.load(top_p + row)
@@ -323,6 +347,7 @@ def top_p_kernel(
 
 @triton.jit
 def typical_kernel(
+    # pointers
     logits,  # [R, V]
     best,  # float32 [R, splits]
     temperature,  # float64 [R]
@@ -331,15 +356,19 @@ def typical_kernel(
     min_p,  # float64 [R], not read unless FLOORED
     typical_p,  # float64 [R]
     near,  # int32 [R, 2]: the mean depth, and how far from it depths are kept
+    # sizes
     V,
     splits,
+    # strides
     stride_row,
+    # meta
     CUT: tl.constexpr,
     FILTERED: tl.constexpr,
     FLOORED: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Program (row,): the depths that typical_p keeps."""
     row = tl.program_id(0).to(tl.int64)
     mean = tl.full((), 0, tl.int32)
     low = tl.full((), -_FAR, tl.int64)  # depths at least so close, counted from _MOST_DEPTH
@@ -363,7 +392,7 @@ def typical_kernel(
             lower += mass % _LIMB * depth
         whole = tl.sum(total, 0).to(tl.float64)
         weighted = tl.sum(upper, 0).to(tl.float64) * _LIMB + tl.sum(lower, 0).to(tl.float64)
-        # an unsound row has no mass; what it draws is not told
+        # an unsound row has no mass; token_kernel gives it token 0
         mean = (weighted / tl.maximum(whole, 1.0)).to(tl.int32)
         wanted = tl.maximum((whole * limit).to(tl.int64), 1)
         low = tl.full((), 0, tl.int64)
@@ -397,6 +426,7 @@ def typical_kernel(
 
 @triton.jit
 def token_kernel(
+    # pointers
     logits,  # [R, V]
     best,  # float32 [R, splits]
     place,  # int32 [R, splits]
@@ -409,9 +439,12 @@ def token_kernel(
     sums,  # int64 [R, splits]
     tokens,  # int64 [R]
     soundness,  # bool [R]
+    # sizes
     V,
     splits,
+    # strides
     stride_row,
+    # meta
     DRAWN: tl.constexpr,
     CUT: tl.constexpr,
     FILTERED: tl.constexpr,
@@ -420,6 +453,7 @@ def token_kernel(
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Program (row,): the row's token, drawn or the best."""
     row = tl.program_id(0).to(tl.int64)
     s = tl.arange(0, SPLITS)
     live = s < splits
@@ -517,7 +551,7 @@ def launch_sample(
 
 
 def compilations() -> Iterator[Compilation]:
-    """Llama-3's vocabulary, with all filters and with none."""
+    """Configurations for Llama-3's vocabulary, with all filters and with none."""
     yield _compilation("sample edits", edit_kernel, 4, "fp32", BLOCK=EDIT_BLOCK)
     splits = triton.next_power_of_2(triton.cdiv(128_256, SPLIT))
     for dtype in ("fp32", "bf16"):

@@ -1,4 +1,4 @@
-"""token_mask_: the tokens that may not follow get a logit of -inf, in the rows that have a mask.
+"""token_mask_: set the logits of tokens that may not follow to -inf, in the rows with a mask.
 
 Contract
     logits  [R, V]  float32, bfloat16 or float16; rows contiguous (any row stride); written in place
@@ -25,7 +25,7 @@ def mask_words(vocabulary: int) -> int:
 
 
 def reference_token_mask(logits: Tensor, rows: Tensor, bits: Tensor) -> Tensor:
-    """What the logits become: a new tensor, bit by bit on the host."""
+    """Logits after the operation, as a new tensor, bit by bit on the host."""
     masked = logits.clone()
     for row, words in zip(rows.tolist(), bits.tolist(), strict=True):
         for token in range(logits.shape[1]):
@@ -37,7 +37,9 @@ def reference_token_mask(logits: Tensor, rows: Tensor, bits: Tensor) -> Tensor:
 def plain_token_mask_(logits: Tensor, rows: Tensor, bits: Tensor) -> None:
     """The operation in plain torch, for any device."""
     value = torch.arange(256, device=bits.device)[:, None]
-    clear = (value >> torch.arange(8, device=bits.device) & 1) == 0  # [256, 8]: of each octet
+    clear = (
+        value >> torch.arange(8, device=bits.device) & 1
+    ) == 0  # [256, 8]: each octet's clear bits
     octets = bits.contiguous().view(torch.uint8)  # [M, 4 words]: words are little-endian
     banned = clear[octets.int()].flatten(1)[:, : logits.shape[1]]
     logits[rows] = logits[rows].masked_fill_(banned, float("-inf"))
@@ -55,7 +57,7 @@ dispatch.triton_version(
 
 
 def token_mask_(logits: Tensor, rows: Tensor, bits: Tensor) -> None:
-    """The operation on the logits' device. Contract above; raises ValueError where it is broken."""
+    """Mask the logits in place, on their device. Contract above; ValueError where it is broken."""
     fits = (
         logits.dim() == 2
         and logits.stride(1) == 1

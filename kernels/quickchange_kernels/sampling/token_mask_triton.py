@@ -10,20 +10,25 @@ from torch import Tensor
 
 from quickchange_kernels.compilation import Compilation
 
-_WORDS = 64  # of a program: 2,048 tokens
+_WORDS = 64  # words of one program: 2,048 tokens
 _WARPS = 4
 
 
 @triton.jit
 def token_mask_kernel(
+    # pointers
     logits,  # [R, V]
     rows,  # int64 [M]
     bits,  # int32 [M, words]
+    # sizes
     vocabulary,
     words,
+    # strides
     stride,
+    # meta
     WORDS: tl.constexpr,
 ):
+    """Program (mask, block of words)."""
     m = tl.program_id(0)
     first = tl.program_id(1) * WORDS
     word = first + tl.arange(0, WORDS)
@@ -54,7 +59,7 @@ def launch_token_mask_(logits: Tensor, rows: Tensor, bits: Tensor) -> None:
 
 
 def compilations() -> Iterator[Compilation]:
-    """For each dtype that logits come in."""
+    """Configurations for each dtype of logits."""
     for dtype in ("fp32", "bf16", "fp16"):
         yield Compilation(
             name=f"token_mask, {dtype}",

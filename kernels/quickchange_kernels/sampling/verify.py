@@ -1,4 +1,4 @@
-"""verify: how many of each sequence's drafts hold, and the token after them.
+"""verify: accept each sequence's drafts as long as they hold, and give the token after them.
 
 Every row of a sequence fed one token: the first its last known token, the others drafts. A draft
 holds where it is the token sampled at the row before, and the drafts before it hold. Sampled tokens
@@ -29,7 +29,7 @@ MAX_ROWS = 128
 
 
 class Verified(NamedTuple):
-    """What `verify` returns."""
+    """Drafts accepted in each sequence, and the token after them."""
 
     accepted: Tensor  # int32 [B]
     token: Tensor  # int64 [B]
@@ -93,7 +93,7 @@ dispatch.triton_version("verify", "quickchange_kernels.sampling.verify_triton:la
 
 
 def verify(sampled: Tensor, drafted: Tensor, rows: Tensor, longest: int) -> Verified:
-    """The operation on the tokens' device. Contract above; raises ValueError where it is broken."""
+    """Verify drafts on the tokens' device. Contract above; ValueError where it is broken."""
     if not 1 <= longest <= MAX_ROWS:
         raise ValueError(f"verify: longest is {longest}; it must be 1 to {MAX_ROWS} rows")
     if sampled.shape != drafted.shape:

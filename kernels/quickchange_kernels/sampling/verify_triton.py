@@ -1,4 +1,4 @@
-"""Triton version of verify; see verify.py. A program a sequence; all of its rows at once."""
+"""Triton version of verify; see verify.py. One program takes all rows of a sequence at once."""
 
 from __future__ import annotations
 
@@ -14,15 +14,19 @@ from quickchange_kernels.compilation import Compilation
 
 @triton.jit
 def verify_kernel(
+    # pointers
     sampled,  # int64 [T]
     drafted,  # int64 [T]
     rows,  # int32 [B, 2]
     accepted,  # int32 [B]
     token,  # int64 [B]
     path,  # int32 [B, longest]
+    # sizes
     longest,
+    # meta
     ROWS: tl.constexpr,
 ):
+    """Program (sequence,)."""
     b = tl.program_id(0)
     begin = tl.load(rows + 2 * b)
     end = tl.load(rows + 2 * b + 1)
@@ -67,14 +71,14 @@ def _warps(longest: int) -> int:
 
 
 def compilations() -> Iterator[Compilation]:
-    """Chains of a few rows, and of the most."""
+    """Configurations for sequences of a few rows, and of the most."""
     signature = {
         "sampled": "*i64", "drafted": "*i64", "rows": "*i32", "accepted": "*i32", "token": "*i64",
         "path": "*i32", "longest": "i32",
     }  # fmt: skip
     for rows in (8, 128):
         yield Compilation(
-            name=f"verify chain of {rows}",
+            name=f"verify, {rows} rows",
             kernel=verify_kernel,
             signature=signature,
             constants={"ROWS": rows},

@@ -1,1 +1,1 @@
-"""Turbo heads and the logits over their draft vocabularies."""
+"""Draft heads of Turbo adapters, and the logits over their draft vocabularies."""

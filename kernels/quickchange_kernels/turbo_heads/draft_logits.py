@@ -1,9 +1,9 @@
-"""draft_logits: an LM head over a few of its tokens, other ones for each run of rows.
+"""draft_logits: an LM head over some of its tokens, a list of them for each segment of rows.
 
-    out[i, j] = weight[vocabulary[begin + j]] · h[i] (+ bias of that token),   j < the run's size
+    out[i, j] = weight[vocabulary[begin + j]] · h[i] (+ bias of that token),   j < its list's size
     out[i, j] = -inf                                                           from there on
 
-For drafting heads whose adapter names the tokens that its task uses: the rest of the LM head is not
+For draft heads whose adapter lists the tokens that its task uses: the rest of the LM head is not
 read, and the tokens' rows stay where they are.
 
 Contract
@@ -98,8 +98,10 @@ def draft_logits(
     width: int,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """The operation on h's device. Contract above; raises ValueError where h and weight are not
-    [I, H] and [V, H] with contiguous rows."""
+    """Logits of h over each segment's tokens, on h's device: float32 [I, width]. Contract above.
+
+    Raises ValueError where h and weight are not [I, H] and [V, H] with contiguous rows.
+    """
     if h.dim() != 2 or weight.dim() != 2 or h.shape[1] != weight.shape[1]:
         raise ValueError(
             f"draft_logits: h {list(h.shape)} and weight {list(weight.shape)} must be [I, H] and "

@@ -22,16 +22,20 @@ _COLUMNS, _WARPS, _STAGES = 32, 4, 2
 
 @triton.jit
 def draft_logits_kernel(
+    # pointers
     h,  # [I, H]
     weight,  # [V, H]
     bias,  # [V]; not read without BIAS
     vocabulary,  # int32 [S]
     segments,  # int32 [R, 4]
     out,  # [I, width]
+    # sizes
     H,
+    # strides
     stride_h,
     stride_w,
     width,
+    # meta
     BIAS: tl.constexpr,
     EVEN: tl.constexpr,  # H is a multiple of DEPTH
     NARROW: tl.constexpr,  # products in the operands' own 16 bits
@@ -39,6 +43,7 @@ def draft_logits_kernel(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
+    """Program (block of columns, segment)."""
     segment = tl.program_id(1)
     begin = tl.load(segments + 4 * segment)
     end = tl.load(segments + 4 * segment + 1)
@@ -108,7 +113,7 @@ def _constants(features: int, *, narrow: bool, bias: bool) -> dict[str, int | bo
 
 
 def compilations() -> Iterator[Compilation]:
-    """LM heads of Llama-3.1-8B in bfloat16, and of SmolLM2-135M in bfloat16 and float32."""
+    """Configurations for LM heads: Llama-3.1-8B's in bfloat16, SmolLM2-135M's in float32 too."""
     for model, features, dtype in (
         ("Llama 8B", 4096, "*bf16"),
         ("SmolLM2", 576, "*bf16"),

@@ -1,19 +1,18 @@
-"""turbo_heads and head_logits: the drafting heads of Turbo adapters, for rows with any number of
-heads or none.
+"""turbo_heads and head_logits: draft heads of Turbo adapters, any number of them for a row.
 
     turbo_heads   out[item] = x[row] + SiLU(W z[row] + b),   W and b of the item's matrix
     head_logits   out[item] = W z[row] + b                   (a head's own LM head)
 
 The first is the residual block of a Medusa head (Cai and others, "Medusa: Simple LLM Inference
 Acceleration Framework with Multiple Decoding Heads", 2024), where z is x; and, with z = [x; e],
-that of a head that reads the embedding e of the token before (Ankner and others, "Hydra:
+that of a head that also reads the embedding e of the token before (Ankner and others, "Hydra:
 Sequentially-Dependent Draft Heads for Medusa Decoding", 2024). The LM head comes after it.
 
 Contract
     x        [T, N]  float32, bfloat16 or float16; rows contiguous (any row stride)
     z        [T, K]  of x's dtype, likewise; may be x itself
-    heads    of all resident adapters; the arena may have another dtype than x
-    items    which row goes through which matrix; every item stands in exactly one segment
+    heads    the matrices of all resident adapters; the arena may have another dtype than x
+    items    rows and the matrices that they go through; every item stands in exactly one segment
     returns  turbo_heads: [I, N]  new, contiguous, x's dtype; computed in float32 at least and
              rounded once. head_logits: [I, N] float32
 A matrix W [N, K] with its bias [N] lies in pages of 16 outputs: 16 rows of W, then their 16 biases,
@@ -35,12 +34,12 @@ from torch.nn import functional as F
 
 from quickchange_kernels import dispatch, native
 
-PAGE_ROWS = 16  # outputs of a page
+PAGE_ROWS = 16  # outputs in a page
 
 
 @dataclass(frozen=True)
 class HeadTables:
-    """Where the heads' weights lie. Changes when adapters come and go."""
+    """Weights of the resident adapters' draft heads. Changes when adapters come and go."""
 
     arena: Tensor  # [E]
     pages: Tensor  # int64 [P] elements, at multiples of 64 bytes: each page's offset in the arena
@@ -49,14 +48,14 @@ class HeadTables:
 
 @dataclass(frozen=True)
 class HeadItems:
-    """Which rows go through which matrices. Made once a step."""
+    """Rows and the matrices that they go through. Made once a step."""
 
     items: Tensor  # int32 [I, 2] (row of x and z, row of the output), ordered by matrix
     segments: Tensor  # int32 [S, 3] (begin, end, matrix): items [begin, end) go through one matrix
 
     @classmethod
     def of(cls, wanted: Sequence[tuple[int, int]]) -> HeadItems:
-        """On the CPU, from the (row, matrix) of each row of the output, in any order."""
+        """Items on the CPU, from the (row, matrix) of each row of the output, in any order."""
         order = sorted(range(len(wanted)), key=lambda place: wanted[place][1])
         segments: list[list[int]] = []
         for i, place in enumerate(order):
@@ -72,12 +71,12 @@ class HeadItems:
         )
 
     def to(self, device: torch.device) -> HeadItems:
-        """The same on another device."""
+        """The items on another device."""
         return HeadItems(self.items.to(device), self.segments.to(device))
 
 
 def page_elements(features: int) -> int:
-    """Elements of a page of a matrix that takes `features`."""
+    """Elements in a page of a matrix with `features` inputs."""
     return PAGE_ROWS * (features + 1)
 
 
@@ -210,8 +209,10 @@ dispatch.triton_version(
 
 
 def turbo_heads(x: Tensor, z: Tensor, heads: HeadTables, items: HeadItems) -> Tensor:
-    """The operation on x's device. Contract above; raises ValueError where x and z are not
-    [T, N] and [T, K] of one dtype."""
+    """x + SiLU(W z + b) of each item, on x's device: [I, N]. Contract above.
+
+    Raises ValueError where x and z are not [T, N] and [T, K] of one dtype.
+    """
     _check_rows("turbo_heads", "x", x)
     _check_rows("turbo_heads", "z", z)
     if x.shape[0] != z.shape[0] or x.dtype != z.dtype:
@@ -226,8 +227,10 @@ def turbo_heads(x: Tensor, z: Tensor, heads: HeadTables, items: HeadItems) -> Te
 
 
 def head_logits(z: Tensor, heads: HeadTables, items: HeadItems, width: int) -> Tensor:
-    """The operation on z's device; width: N. Contract above; raises ValueError where z is not
-    [T, K] with contiguous rows."""
+    """W z + b of each item, on z's device: float32 [I, N], with N = width. Contract above.
+
+    Raises ValueError where z is not [T, K] with contiguous rows.
+    """
     _check_rows("head_logits", "z", z)
     native.ensure()
     tables = (heads.arena, heads.pages, heads.matrices)

@@ -1,4 +1,4 @@
-"""Triton version of turbo_heads and head_logits; see turbo_heads.py.
+"""Triton version of turbo_heads and head_logits; see turbo_heads_contract.py.
 
 A program computes some columns of one segment's items, ROWS at a time. Its slice of the matrix
 comes from memory once; with more items than ROWS, again from the second-level cache. ROWS is the
@@ -23,16 +23,17 @@ ROWS = 16  # the least that a tensor core's product takes
 
 @dataclass(frozen=True)
 class Blocks:
-    """How the work is cut."""
+    """Block sizes and launch options."""
 
     columns: int
-    depth: int  # of one step of the sums
+    depth: int  # features of one step of the sums
     warps: int
     stages: int
 
 
 @triton.jit
 def turbo_heads_kernel(
+    # pointers
     x,  # [T, N]; not read without RESIDUAL
     z,  # [T, K]
     arena,  # [E]
@@ -41,19 +42,23 @@ def turbo_heads_kernel(
     items,  # int32 [I, 2]
     segments,  # int32 [S, 3]
     out,  # [I, N]
+    # sizes
     N,
     K,
+    # strides
     stride_x,
     stride_z,
+    # meta
     RESIDUAL: tl.constexpr,  # out = x + SiLU(sums) rather than the sums
     ALIGNED: tl.constexpr,  # K is a multiple of 16: weight rows begin at multiples of 32 bytes
     EVEN: tl.constexpr,  # N is a multiple of COLUMNS and K of DEPTH
     NARROW: tl.constexpr,  # products in the operands' own 16 bits
-    PAGE: tl.constexpr,  # outputs of a page
+    PAGE: tl.constexpr,  # outputs in a page
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
+    """Program (block of columns, segment)."""
     segment = tl.program_id(1)
     begin = tl.load(segments + 3 * segment)
     end = tl.load(segments + 3 * segment + 1)
@@ -104,7 +109,7 @@ def launch_turbo_heads(
     items: Tensor,
     segments: Tensor,
 ) -> Tensor:
-    """turbo_heads; see turbo_heads.py."""
+    """turbo_heads; see turbo_heads_contract.py."""
     out = torch.empty((items.shape[0], x.shape[1]), dtype=x.dtype, device=x.device)
     _launch(x, z, (arena, pages, matrices, items, segments), out)
     return out
@@ -119,7 +124,7 @@ def launch_head_logits(
     segments: Tensor,
     width: int,
 ) -> Tensor:
-    """head_logits; see turbo_heads.py."""
+    """head_logits; see turbo_heads_contract.py."""
     out = torch.empty((items.shape[0], width), dtype=torch.float32, device=z.device)
     _launch(None, z, (arena, pages, matrices, items, segments), out)
     return out
@@ -141,7 +146,7 @@ def _launch(x: Tensor | None, z: Tensor, tables: tuple[Tensor, ...], out: Tensor
 
 
 def blocks_for(features: int, *, narrow: bool) -> Blocks:
-    """The blocks for matrices that take `features`; narrow: 16-bit operands."""
+    """Blocks for matrices with `features` inputs; narrow: 16-bit operands."""
     depth = min(256 if narrow else 64, max(16, triton.next_power_of_2(features)))
     # 32 columns: a single segment at H = 4096 is 128 programs, about one for each multiprocessor
     return Blocks(columns=32, depth=depth, warps=4, stages=2)
@@ -163,8 +168,11 @@ def _constants(
 
 
 def compilations() -> Iterator[Compilation]:
-    """Llama-3.1-8B's, 70B's and SmolLM2-135M's widths: bf16, float32, and bf16 under float32; heads
-    that read an embedding too, and own LM heads."""
+    """Configurations for the widths of Llama-3.1-8B, 70B and SmolLM2-135M.
+
+    In bf16, float32, and a bf16 arena under float32; also a head that reads an embedding, and an
+    LM head of its own.
+    """
     for width in (4096, 8192, 576):
         for x, arena in (("*bf16", "*bf16"), ("*fp32", "*bf16"), ("*fp32", "*fp32")):
             name = f"turbo_heads {width}, x {x[1:]}, arena {arena[1:]}"
