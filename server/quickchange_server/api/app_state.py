@@ -63,9 +63,7 @@ class Services:
     promotions: Promotions
     keyring: Keyring | None = None  # None: no request needs an API key
     books: tuple[Bookkeeper, ...] = ()
-    created: int = field(
-        default_factory=lambda: int(time.time())
-    )  # the base model's, in /v1/models
+    created: int = field(default_factory=lambda: int(time.time()))  # base model's, in /v1/models
 
     @property
     def engine(self) -> Ready:

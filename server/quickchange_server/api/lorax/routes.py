@@ -155,7 +155,7 @@ async def classify() -> Response:
 PATHS = frozenset(route.path for route in router.routes if isinstance(route, APIRoute))
 
 
-# --- the work -----------------------------------------------------------------------------------
+# --- admission and answers ----------------------------------------------------------------------
 
 
 async def _begin(

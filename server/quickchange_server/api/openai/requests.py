@@ -36,7 +36,7 @@ from quickchange_server.frontend.request_base import (
 from quickchange_server.protocol import SamplingParams
 
 MAX_LOGPROBS = 20
-MOST_CHOICES = 1_000  # of guided_choice
+MOST_CHOICES = 1_000  # in guided_choice
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's; a chat may use the rest of the context
 
 # Remedies for unsupported fields
@@ -45,7 +45,7 @@ _TEXT_ONLY = "this server reads and writes text alone; remove it"
 _RENDER = "render the chat yourself and use /v1/completions"
 _PREFIXES = "equal prefixes are cached by content; remove it"
 
-# --- fields that constrain the text ---------------------------------------------------------------
+# --- fields that constrain the text -------------------------------------------------------------
 
 Source = Annotated[str, Field(min_length=1)]
 Choices = Annotated[list[Source], Field(min_length=1, max_length=MOST_CHOICES)]
@@ -118,7 +118,7 @@ class Constrained(Body):
     structured_outputs: StructuredOutputs | None = None
 
 
-# --- what completions and chats share -------------------------------------------------------------
+# --- what completions and chats share -----------------------------------------------------------
 
 
 def _wrong(field: str, problem: str) -> InvalidRequestError:
@@ -208,7 +208,7 @@ class GenerationRequest(Constrained, SamplingBody, ABC):
         return self
 
 
-# --- completions ----------------------------------------------------------------------------------
+# --- completions --------------------------------------------------------------------------------
 
 
 class CompletionRequest(GenerationRequest):
@@ -262,7 +262,7 @@ class CompletionRequest(GenerationRequest):
         return self
 
 
-# --- chats ----------------------------------------------------------------------------------------
+# --- chats --------------------------------------------------------------------------------------
 
 
 def join_parts(value: Any) -> str:

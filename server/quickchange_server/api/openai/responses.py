@@ -273,18 +273,18 @@ class ToolChatShape(ChatShape):
     def choice(
         self, index: int, text: str, tokens: Sequence[LoggedToken], ending: Ending | None
     ) -> Json:
-        said, calls = self._stream(index).push(text, final=True)
-        shown = super().choice(index, said, tokens, ending)
+        content, calls = self._stream(index).push(text, final=True)
+        shown = super().choice(index, content, tokens, ending)
         if calls:
-            shown["message"]["content"] = said.strip() or None
+            shown["message"]["content"] = content.strip() or None
             shown["message"]["tool_calls"] = [_call(call) for _, call in calls]
             shown["finish_reason"] = _reason(ending)
         return shown
 
     def chunk(self, index: int, piece: Piece) -> Json:
         stream = self._stream(index)
-        said, calls = stream.push(piece.text, final=piece.ending is not None)
-        shown = super().chunk(index, Piece(said, piece.tokens, piece.ending))
+        content, calls = stream.push(piece.text, final=piece.ending is not None)
+        shown = super().chunk(index, Piece(content, piece.tokens, piece.ending))
         if calls:
             shown["delta"]["tool_calls"] = [{"index": n, **_call(call)} for n, call in calls]
         if stream.sent:
@@ -304,11 +304,11 @@ class _Stream:
         self.sent = 0
 
     def push(self, text: str, *, final: bool) -> tuple[str, list[tuple[int, ToolCall]]]:
-        said, calls = self._reader.push(text, final=final)
+        content, calls = self._reader.push(text, final=final)
         left = None if self._most is None else self._most - self.sent
         numbered = list(enumerate(islice(calls, left), start=self.sent))
         self.sent += len(numbered)
-        return said, numbered
+        return content, numbered
 
 
 def _call(call: ToolCall) -> Json:
