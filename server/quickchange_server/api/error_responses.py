@@ -44,6 +44,7 @@ class ClientGoneError(Exception):
 
 
 def error_body(error: QuickchangeError) -> dict[str, Any]:
+    """OpenAI's error object for an error."""
     return {
         "error": {
             "message": error.message,
@@ -55,6 +56,7 @@ def error_body(error: QuickchangeError) -> dict[str, Any]:
 
 
 def error_response(error: QuickchangeError, status: int | None = None) -> Response:
+    """The response for an error; `status` overrides its own."""
     headers = {}
     if error.retry_after is not None:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))

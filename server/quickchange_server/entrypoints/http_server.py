@@ -44,6 +44,7 @@ def bind(settings: Settings) -> socket.socket:
 
 
 def url_of(settings: Settings, listener: socket.socket) -> str:
+    """The server's URL, with the port that the listener got."""
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     return f"http://{host}:{listener.getsockname()[1]}"
 

@@ -52,6 +52,7 @@ def serve(given: Mapping[str, Any], *, demo: bool, engine: EngineMain = engine_m
 
 
 def fail(message: str) -> NoReturn:
+    """Exit with status 1 and the message on one line."""
     sys.exit(f"quickchange: {' '.join(message.split())}")
 
 

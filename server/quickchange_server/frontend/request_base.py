@@ -134,6 +134,7 @@ def check_prompt(value: Any) -> str | list[str] | list[int] | list[list[int]]:
 
 
 def check_text(value: str) -> str:
+    """Check that a text has no lone surrogates."""
     if not value.isascii():
         try:
             value.encode()

@@ -97,7 +97,7 @@ async def generate_stream(
 async def compat_generate(
     request: Request, body: CompatGenerateRequest, services: Injected, caller: Calling
 ) -> Response:
-    """Generate text, streamed or, as a list of one answer, whole, depending on `stream`."""
+    """Generate text, streamed if `stream` is set; otherwise the answer is a list of one."""
     if body.stream:
         return await generate_stream(request, body, services, caller)
     work = await _begin(services, caller, body, request)
@@ -135,7 +135,7 @@ async def info(services: Injected) -> Json:
     "/embed", dependencies=[Depends(INFER)], status_code=422, response_model=LoraxErrorBody
 )
 async def embed() -> Response:
-    """Refused: LoRAX answers it for embedding models alone, too."""
+    """Refuse the request, as LoRAX does unless the model is an embedding model."""
     raise UnsupportedParameterError("/embed: this server generates text; use POST /v1/embeddings")
 
 
@@ -146,7 +146,7 @@ async def embed() -> Response:
     "/classify_batch", dependencies=[Depends(INFER)], status_code=422, response_model=LoraxErrorBody
 )
 async def classify() -> Response:
-    """Refused: LoRAX answers it for classification models alone, too."""
+    """Refuse the request, as LoRAX does unless the model is a classification model."""
     raise UnsupportedParameterError(
         "/classify: this server generates text; ask for the class in the prompt of /generate"
     )

@@ -28,6 +28,7 @@ _ID_CHARACTERS = string.ascii_letters + string.digits
 
 
 def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Json:
+    """OpenAI's usage object, from counts of tokens."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
@@ -46,6 +47,7 @@ def predictions(drafted: int, accepted: int) -> Json:
 
 
 def finite(logprob: float) -> float:
+    """The log-probability, raised to `LOWEST_LOGPROB` if below."""
     return max(logprob, LOWEST_LOGPROB)
 
 
@@ -75,6 +77,8 @@ class Shape(ABC):
 
 
 class ChatShape(Shape):
+    """Choices of chats, as messages and deltas."""
+
     object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
@@ -119,6 +123,8 @@ class ChatShape(Shape):
 
 
 class CompletionShape(Shape):
+    """Choices of completions, as text."""
+
     object = "text_completion"
     chunk_object = "text_completion"
 
@@ -296,7 +302,7 @@ class ToolChatShape(ChatShape):
 
 
 class _Stream:
-    """The tool calls of one choice, numbered in the order they come."""
+    """One choice's stream of tool calls, numbered in the order they come."""
 
     def __init__(self, reader: ToolReader, most: int | None) -> None:
         self._reader = reader
