@@ -1,7 +1,7 @@
-"""Quickchange's server: HTTP surfaces, the engine process and what joins the two.
+"""Quickchange's server: HTTP surfaces, the engine process, and the public Python API.
 
-`LLM` and `SamplingParams` are the public Python API. They are imported when they are first used, so
-that a module of this package brings in no more than it needs; `__init__.pyi` tells type checkers.
+`LLM` and `SamplingParams`, the Python API, are imported at their first use, so that importing a
+module of this package loads no more than it needs. `__init__.pyi` declares them to type checkers.
 """
 
 from importlib import import_module

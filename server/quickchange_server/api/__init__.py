@@ -1,1 +1,1 @@
-"""HTTP surfaces: one router each."""
+"""HTTP surfaces, one router each, and what they share: callers, errors, streams."""

@@ -1,4 +1,7 @@
-"""What the routes work with, in one typed object that `app.state.services` holds."""
+"""The application's state: one typed object at `app.state.services`, which routes get injected.
+
+`entrypoints/app.py` makes it. Knows nothing of routes.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ VERSION = version("quickchange")
 
 @dataclass(frozen=True)
 class Services:
-    """One server's parts. `started` is done when the engine is ready, or holds why it is not."""
+    """The parts of one server. `started` resolves when the engine is ready, or to its failure."""
 
     settings: Settings
     client: EngineClient
@@ -54,22 +57,22 @@ class Services:
     database: Database
     revisions: Revisions
     experiments: Experiments
-    exposures: Exposures  # the one book that shadow requests are in; one of `books`
+    exposures: Exposures  # the only observer of shadow requests; also in `books`
     experiment_metrics: ExperimentMetrics
     shadows: Shadows
     promotions: Promotions
     keyring: Keyring | None = None  # None: no request needs an API key
     books: tuple[Bookkeeper, ...] = ()
-    created: int = field(default_factory=lambda: int(time.time()))  # of the base, in /v1/models
+    created: int = field(default_factory=lambda: int(time.time()))  # base model's, in /v1/models
 
     @property
     def engine(self) -> Ready:
-        """What the engine said of itself. Raises UnavailableError while it has not."""
+        """The engine's report of itself. Raises UnavailableError until the engine is ready."""
         return self.client.engine
 
     @property
     def fingerprint(self) -> str:
-        """Changes where the same request and seed may give another result."""
+        """OpenAI's `system_fingerprint`: it changes if the same request and seed may differ."""
         settings = self.settings
         parts = (
             VERSION,
@@ -83,6 +86,7 @@ class Services:
 
 
 async def services_of(request: Request) -> Services:
+    """FastAPI dependency: the application's services."""
     services = request.app.state.services
     assert isinstance(services, Services)
     return services

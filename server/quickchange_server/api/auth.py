@@ -1,8 +1,8 @@
-"""Who calls: the API key of every request is checked here, before anything reads its body.
+"""Authentication: the API key of every request, checked before anything reads its body.
 
-`CallerMiddleware` finds the caller or answers 401; what is `OPEN` needs none. Each route then
-declares the scope that it needs by one of `Calling`, `Managing`, `Administering`, or, where it has
-no use for the caller, by `dependencies=[Depends(INFER)]` and so on.
+`CallerMiddleware` finds the caller or answers 401; `OPEN` routes need no key. A route declares its
+scope by the parameter types `Calling`, `Managing` and `Administering`, or, if it doesn't use the
+caller, by `dependencies=[Depends(INFER)]` and so on.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from quickchange_server.api.app_state import Services
 from quickchange_server.errors import ForbiddenError, QuickchangeError, UnauthenticatedError
 from quickchange_server.frontend.caller import ANYONE, Caller, Scope
 
-# What load balancers and orchestrators ask, which tells nothing but the engine's state, and the
-# page's files, which hold no data.
+# Routes without a key: health checks, which reveal only the engine's state, and the page's files.
 OPEN = frozenset(("GET", path) for path in page.PATHS) | frozenset(
     {
         ("GET", "/health"),
@@ -34,13 +33,13 @@ METRICS_PATH = "/metrics"  # open by the setting `open_metrics`
 
 
 class Needs:
-    """A dependency: the caller, who must have the scope."""
+    """FastAPI dependency: the caller, who must have the scope."""
 
     def __init__(self, scope: Scope) -> None:
         self.scope = scope
 
     async def __call__(self, request: Request) -> Caller:
-        """Raises ForbiddenError."""
+        """The request's caller. Raises ForbiddenError without the scope."""
         caller = request.state.caller
         assert isinstance(caller, Caller)
         if not caller.may(self.scope):
@@ -58,9 +57,9 @@ Administering = Annotated[Caller, Depends(ADMIN)]
 
 
 def check_own(caller: Caller, name: str, param: str) -> None:
-    """Raise ForbiddenError where a caller would make a name that it could not see.
+    """Raise ForbiddenError if the caller could not see the name that it is about to create.
 
-    To be asked before anything is looked up, so that it tells nothing of what there is.
+    Call it before any look-up, so that the error reveals nothing about existing names.
     """
     if not caller.sees(name):
         raise ForbiddenError(
@@ -70,7 +69,7 @@ def check_own(caller: Caller, name: str, param: str) -> None:
 
 
 class CallerMiddleware:
-    """Sets `request.state.caller`."""
+    """ASGI middleware that sets `request.state.caller`, or answers 401."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -89,7 +88,7 @@ class CallerMiddleware:
 async def _refused(
     scope: ConnectionScope, receive: Receive, error: UnauthenticatedError
 ) -> Response:
-    """The app's own answer to this error, in the path's style."""
+    """The application's answer to this error, in the form of the path's API."""
     handler = scope["app"].exception_handlers[QuickchangeError]
     response = await handler(Request(scope, receive), error)
     assert isinstance(response, Response)
@@ -111,7 +110,7 @@ def _open(services: Services, method: str, path: str) -> bool:
 
 
 def _secret(headers: Headers) -> str | None:
-    """The key that a request brings, in OpenAI's or in Anthropic's header."""
+    """The request's API key, from OpenAI's header or Anthropic's."""
     kind, _, value = headers.get("authorization", "").partition(" ")
     if kind.lower() == "bearer":
         return value.strip()

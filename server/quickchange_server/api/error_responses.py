@@ -1,6 +1,7 @@
-"""Errors as OpenAI's error body, `{"error": {"message", "type", "param", "code"}}`.
+"""Error responses in OpenAI's form, `{"error": {"message", "type", "param", "code"}}`.
 
-Every route answers so, validation included; nothing of the server's inside is in a message.
+All routes use them, validation included, except where `lorax/errors.py` has LoRAX's form. Messages
+reveal nothing of the server's internals.
 """
 
 from __future__ import annotations
@@ -35,14 +36,15 @@ from quickchange_store.errors import (
 logger = logging.getLogger(__name__)
 
 _METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
-CLIENT_CLOSED_REQUEST = 499  # as nginx counts it
+CLIENT_CLOSED_REQUEST = 499  # nginx's status for it
 
 
 class ClientGoneError(Exception):
-    """The client closed the connection: nobody reads the answer."""
+    """The client closed the connection before the answer."""
 
 
 def error_body(error: QuickchangeError) -> dict[str, Any]:
+    """OpenAI's error object for an error."""
     return {
         "error": {
             "message": error.message,
@@ -54,6 +56,7 @@ def error_body(error: QuickchangeError) -> dict[str, Any]:
 
 
 def error_response(error: QuickchangeError, status: int | None = None) -> Response:
+    """The response for an error; `status` overrides its own."""
     headers = {}
     if error.retry_after is not None:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
@@ -61,12 +64,12 @@ def error_response(error: QuickchangeError, status: int | None = None) -> Respon
 
 
 def _response(body: Mapping[str, Any], status: int, headers: Mapping[str, str]) -> Response:
-    # ASCII only: a message may quote what a client sent, halves of surrogate pairs included.
+    # ASCII only: a message may quote lone surrogates from the client's body.
     return Response(json.dumps(body), status, headers=dict(headers), media_type="application/json")
 
 
 def from_store(error: StoreError) -> QuickchangeError:
-    """What a store's error is to a client."""
+    """The client's error for an error of the store."""
     match error:
         case AdapterNotFoundError():
             return UnknownModelError(str(error))
@@ -80,7 +83,7 @@ def from_store(error: StoreError) -> QuickchangeError:
 
 
 def from_validation(errors: list[Any]) -> InvalidRequestError:
-    """The first of pydantic's findings, by the field's name."""
+    """The client's error for the first of pydantic's errors, by the field's name."""
     first: Mapping[str, Any] = errors[0]
     kind = str(first["type"])
     if kind == "json_invalid":
@@ -104,7 +107,7 @@ def from_validation(errors: list[Any]) -> InvalidRequestError:
 
 
 def _param(finding: Mapping[str, Any]) -> str | None:
-    """A finding's place, such as `messages[0].content`; None where it is the body itself."""
+    """The wrong field's path, such as `messages[0].content`; None for the body itself."""
     path = [part for part in finding["loc"] if part not in ("body", "query", "path")]
     field = finding.get("ctx", {}).get("field")
     if field is not None:
@@ -122,7 +125,7 @@ def _sentence(kind: str, message: str) -> str:
 
 
 def install(app: FastAPI) -> None:
-    """Answer every error of the app with OpenAI's error body."""
+    """Register handlers that answer every error of the application in OpenAI's form."""
 
     @app.exception_handler(QuickchangeError)
     async def quickchange(_request: Request, error: QuickchangeError) -> Response:
@@ -148,11 +151,11 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(ClientGoneError)
     async def gone(_request: Request, _error: ClientGoneError) -> Response:
-        return Response(status_code=CLIENT_CLOSED_REQUEST)  # nobody reads it; the log may
+        return Response(status_code=CLIENT_CLOSED_REQUEST)  # for the access log alone
 
 
 def _methods(app: FastAPI, request: Request) -> list[str]:
-    """What the path may be asked with. Starlette tells of the first route that fits, alone."""
+    """Methods of a path; Starlette's own list has those of the first matching route alone."""
     asked = ({**request.scope, "method": method} for method in _METHODS)
     return [
         scope["method"]
@@ -162,5 +165,5 @@ def _methods(app: FastAPI, request: Request) -> list[str]:
 
 
 def internal_error() -> QuickchangeError:
-    """For an error that nobody foresaw: the log has it, the client learns no more than that."""
+    """The client's error for an unforeseen exception, which the log describes."""
     return QuickchangeError("internal error; the server's log has the details")

@@ -1,4 +1,4 @@
-"""Is the process alive, is the server ready for requests, and its metrics."""
+"""Routes for operators: liveness, readiness and Prometheus metrics."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ router = APIRouter(tags=["health"], responses=NOT_READY)
 @router.get("/ping", response_model=EngineState, tags=["vLLM"])
 @router.post("/ping", response_model=EngineState, tags=["vLLM"])
 async def ready(services: Injected) -> Response:
-    """200 while requests are taken, 503 otherwise; the body says the engine's state."""
+    """Readiness: 200 while requests are taken, else 503; the body has the engine's state."""
     state = services.client.state
     return JSONResponse({"state": state}, 200 if state in ("ready", "restarting") else 503)
 
 
 @router.get("/health/live", response_model=EngineState)
 async def live() -> Response:
-    """200 as long as the API process answers at all."""
+    """Liveness: 200 as long as the API process answers at all."""
     return JSONResponse({"state": "live"})
 
 

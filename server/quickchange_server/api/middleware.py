@@ -1,4 +1,4 @@
-"""What every request passes: a request id, and a bound on the body's size."""
+"""ASGI middleware for every request: a request id, and a limit on the body's size."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 class RequestIdMiddleware:
-    """Answers with the `x-request-id` that the client sent, or a new one.
+    """Gives each response the client's `x-request-id`, or a new one.
 
-    An error that no handler foresaw is logged under that id, and answered with 500.
+    An unhandled exception is logged under that id and answered with 500.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -52,7 +52,7 @@ class RequestIdMiddleware:
 
 
 class BodyLimitMiddleware:
-    """Refuses bodies over `limit` bytes with 413; `uploads` is the path with a limit of its own."""
+    """Refuses bodies over `limit` bytes with 413; the path `uploads` has a limit of its own."""
 
     def __init__(self, app: ASGIApp, limit: int, uploads: str, upload_limit: int) -> None:
         self._app = app

@@ -1,5 +1,7 @@
-"""Changes in FastAPI's document what routes can't say: shared schemas of events, API keys, and that
-a wrong field is no 422."""
+"""The OpenAPI document: FastAPI's own, completed with what a route can't declare.
+
+Schemas that streamed events share, API keys, and no 422 for a wrong field.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +13,11 @@ from quickchange_server.api.auth import METRICS_PATH, OPEN
 from quickchange_server.config import Settings
 from quickchange_server.frontend.request_base import Json
 
-_VALIDATION = "HTTPValidationError"  # FastAPI's own body of a wrong field, which no route answers
+_VALIDATION = "HTTPValidationError"  # FastAPI's body for a wrong field, which no route uses
 
 
 def install(app: FastAPI, settings: Settings, *, keyed: bool) -> None:
-    """Have /openapi.json and /docs show the whole document. keyed: API keys are asked for."""
+    """Complete the document of /openapi.json and /docs. `keyed`: requests need an API key."""
     unkeyed = OPEN | {("GET", METRICS_PATH)} if settings.open_metrics else OPEN
     made = app.openapi
 
@@ -27,11 +29,11 @@ def install(app: FastAPI, settings: Settings, *, keyed: bool) -> None:
                 _secure(document, unkeyed)
         return made()
 
-    app.openapi = whole  # type: ignore[method-assign]  # as FastAPI's documentation has it
+    app.openapi = whole  # type: ignore[method-assign]  # FastAPI's documented way
 
 
 def operations_of(document: Json) -> Iterator[tuple[tuple[str, str], Json]]:
-    """Every operation, by method in lower case and path."""
+    """All operations of a document, keyed by (method in lower case, path)."""
     for path, methods in document["paths"].items():
         for method, operation in methods.items():
             yield (method, path), operation

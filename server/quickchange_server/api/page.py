@@ -1,7 +1,7 @@
-"""The page at /: static files that hold no data, for anyone, with or without an API key.
+"""The page at /: static files without data, served to anyone, with or without an API key.
 
-The browser may load nothing from elsewhere and run no script but these files; Trusted Types make
-it refuse text as markup, so what a model writes can't become a part of the page.
+The content security policy lets the browser load nothing from elsewhere and run only these
+scripts; Trusted Types refuse text as markup, so a model's output can't become part of the page.
 """
 
 from __future__ import annotations
@@ -51,20 +51,20 @@ _HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Opener-Policy": "same-origin",
-    "Cache-Control": "no-cache",  # kept, and asked for again by its ETag: no stale mix of files
+    "Cache-Control": "no-cache",  # revalidated by ETag: no stale mix of files
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Asset:
-    """One file as it is sent."""
+    """One file of the page with its headers."""
 
     content: bytes
     media_type: str
     etag: str
 
     def answer(self, request: Request) -> Response:
-        """The file, or 304 where the client has it."""
+        """The file, or 304 if the client has it."""
         headers = {**_HEADERS, "ETag": self.etag}
         known = request.headers.get("if-none-match", "")
         if self.etag in [tag.strip().removeprefix("W/") for tag in known.split(",")]:
@@ -74,7 +74,7 @@ class Asset:
 
 @cache
 def assets() -> Mapping[str, Asset]:
-    """Every file of the page, read once."""
+    """All files of the page, read once."""
     folder = files("quickchange_server") / "page"
     return {name: _asset(name, (folder / name).read_bytes()) for name in FILES}
 
@@ -91,6 +91,6 @@ def _sender(name: str) -> Callable[[Request], Awaitable[Response]]:
     return send
 
 
-# A route each, so that what needs no API key is exactly these.
+# One route per file, so that exactly these need no API key.
 for _path, _name in PATHS.items():
     router.add_api_route(_path, _sender(_name), methods=["GET"])

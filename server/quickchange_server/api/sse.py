@@ -1,4 +1,4 @@
-"""Server-sent events, and work that ends when its client goes away."""
+"""Server-sent events, and work that is cancelled when its client disconnects."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from quickchange_server.errors import QuickchangeError
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Failure = Callable[[QuickchangeError], Mapping[str, Any]]  # an error as an event's body
+Failure = Callable[[QuickchangeError], Mapping[str, Any]]  # writes an error as an event's body
 
-# json.dumps would make a new encoder for every event
+# json.dumps would make an encoder per event.
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 DONE = b"data: [DONE]\n\n"
-HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies must not collect it
+HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # no buffering by proxies
 
 
 def event(body: Any) -> bytes:
@@ -34,7 +34,7 @@ def event(body: Any) -> bytes:
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Run `work`, cancelled when the client disconnects. Raises ClientGoneError then."""
+    """Await `work`; if the client disconnects, cancel it and raise ClientGoneError."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnected(request))
     try:
@@ -55,9 +55,9 @@ async def _disconnected(request: Request) -> None:
 
 
 class EventStream(StreamingResponse):
-    """A stream of events whose source is closed as soon as the client is gone.
+    """A response of events whose source is closed as soon as the client is gone.
 
-    An error of the source is the stream's last event, as `failure` writes it.
+    An error of the source becomes the last event, as `failure` writes it.
     """
 
     def __init__(
@@ -105,8 +105,11 @@ async def event_stream(
     headers: Mapping[str, str],
     failure: Failure = error_body,
 ) -> EventStream:
-    """A response with `events`. What fails before the first event is raised here, so that it still
-    has its own status; what fails later is the stream's last event, as `failure` writes it."""
+    """A response that streams `events`.
+
+    An error before the first event is raised here, so that it keeps its HTTP status; a later one
+    becomes the last event, as `failure` writes it.
+    """
     return EventStream(await unless_gone(request, _first(events)), events, headers, failure)
 
 

@@ -1,1 +1,1 @@
-"""Where a process begins: an engine in this process, and the public Python API on it."""
+"""Entry points of processes: the HTTP server, the engine process, and the Python API."""

@@ -1,4 +1,4 @@
-"""Puts the server together: its parts, its routes, and its life from start to drain."""
+"""Assembly of the HTTP server: its parts, its routes, and its lifespan from start to drain."""
 
 from __future__ import annotations
 
@@ -63,13 +63,13 @@ def create_app(
 ) -> FastAPI:
     """The application; its parts are at `app.state.services` once it has started.
 
-    `text`, `engine` and `base` replace the tokenizer of the model, the engine's entry and what
-    adapters are checked against. Raises SettingError where the model's tokenizer can't be read, or
-    where traces are asked for and can't be sent, or where the settings would leave the server open
-    to others without saying so.
+    `text`, `engine` and `base` replace the model's tokenizer, the engine process's entry and the
+    base model that adapters are checked against. Raises SettingError if the tokenizer can't be
+    read, if traces can't be sent as the settings ask, or if the settings would leave the server
+    open to others without saying so.
 
-    Requests are answered while the engine still starts, with 503. `services.started` tells when it
-    is ready, or why it can't be.
+    While the engine starts, requests get 503. `services.started` resolves when it is ready, or to
+    its failure.
     """
     text = Text.load(settings.model) if text is None else text
     base = partial(base_spec, settings.model) if base is None else base
@@ -130,7 +130,7 @@ def create_app(
 
 
 def _traces_maker(settings: Settings) -> TracesMaker | None:
-    """What starts sending traces, where the settings ask for them. Raises SettingError."""
+    """The constructor of the trace exporter; None without one. Raises SettingError."""
     if settings.otlp_endpoint is None:
         return None
     try:
@@ -154,7 +154,7 @@ def _services(
     tenants: Tenants,
     books: tuple[Bookkeeper, ...],
 ) -> Services:
-    """The server's parts, with the engine starting. On the event loop."""
+    """The server's parts, with the engine starting. Called on the event loop."""
     client = EngineClient(settings, metrics, engine)
     store = Store(settings.store)
     names = base_names(settings)
@@ -197,16 +197,16 @@ def _services(
 
 
 async def _start(services: Services) -> None:
-    """Read what the database defines, and go on seeing what changes."""
+    """Load keys and experiments from the database, and watch it for changes."""
     if services.keyring is not None:
         await services.keyring.refresh()
         services.revisions.watch(TOPIC, services.keyring.refresh)
-    await services.revisions.look()  # experiments must be known before the first request
+    await services.revisions.look()  # loads experiments before the first request
     services.revisions.start()
 
 
 async def _end(services: Services) -> None:
-    """Drain what still runs, end the engine, and commit what was recorded."""
+    """Drain running requests, end the engine, and commit all records."""
     if not services.started.done():
         services.started.cancel()
     await asyncio.wait([services.started])

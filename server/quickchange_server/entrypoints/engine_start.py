@@ -1,7 +1,7 @@
-"""The engine process's entry: gives the engine, which knows no text, the tokenizer that it needs.
+"""Entry of the engine process, which gives the engine its tokenizer.
 
-Imported by the API process as well, so nothing here loads torch before the engine's own process
-calls `engine_main`.
+The API process imports this module too, so torch is loaded only when the engine process calls
+`engine_main`.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ if TYPE_CHECKING:
     from quickchange_server.spec_decode.prompt_lookup import TokenText
     from quickchange_server.structured_output.compiler import ConstraintCompiler
 
-_PIECES, _PHRASES = 1 << 16, 1 << 14  # remembered: the same few come again and again
+_PIECES, _PHRASES = 1 << 16, 1 << 14  # entries of the caches
 
 logger = logging.getLogger(__name__)
 
 
 def engine_main(connection: Connection, settings: Settings) -> None:
-    """What a spawned engine process runs until it is told to end."""
+    """Main function of a spawned engine process; returns at its shutdown."""
     from quickchange_server.engine.process import main
 
     main(connection, settings, read_tokenizer)
 
 
 def read_tokenizer(settings: Settings) -> tuple[TokenText | None, ConstraintCompiler | None]:
-    """What phrase lookup and structured output need of the model's tokenizer.
+    """The token texts for phrase lookup, and the compiler for structured output.
 
-    None where the settings or the tokenizer do without. Raises SettingError where phrase lookup is
-    asked for and the model has no tokenizer.
+    Either is None if the settings switch it off or the tokenizer can't serve it. Raises
+    SettingError if phrase lookup is on and the model has no tokenizer.
     """
     phrases = settings.turbo and settings.prompt_lookup
     try:
@@ -54,10 +54,9 @@ def read_text(model: str) -> Text:
 
 
 def token_text(model: str | Text) -> TokenText:
-    """Pieces of tokens and tokens of phrases, by a model's tokenizer.
+    """Cached conversions of a model's tokenizer: token to text, and phrase to tokens.
 
-    `model`: its folder or hub id, or what was loaded from there. Raises SettingError where it has
-    no tokenizer.
+    `model`: its folder or hub id, or its tokenizer. Raises SettingError if it has none.
     """
     from quickchange_server.spec_decode.prompt_lookup import TokenText
 
@@ -75,7 +74,7 @@ def token_text(model: str | Text) -> TokenText:
 
 
 def _grammars(text: Text) -> ConstraintCompiler | None:
-    """None where text can't be constrained; requests that ask for it are then refused."""
+    """The grammar compiler; None if the tokenizer doesn't allow one (such requests are refused)."""
     from quickchange_server.structured_output.grammar import TokenGrammars
 
     try:

@@ -1,7 +1,4 @@
-"""Runs the application under uvicorn: a bound port, a line when ready, a drain on SIGTERM.
-
-What an address says of who can reach it.
-"""
+"""The application under uvicorn: a bound port, an announcement when ready, a drain on SIGTERM."""
 
 from __future__ import annotations
 
@@ -20,8 +17,8 @@ from quickchange_server.api.app_state import Services
 from quickchange_server.config import Settings
 from quickchange_server.errors import QuickchangeError, SettingError
 
-BACKLOG = 2048  # connections that wait to be accepted
-LAST_BYTES_SECONDS = 5.0  # for answers that are complete but not yet read, after the drain
+BACKLOG = 2048  # connections not yet accepted
+LAST_BYTES_SECONDS = 5.0  # after the drain, for complete answers that are not yet read
 
 logger = logging.getLogger(__name__)
 
@@ -29,13 +26,13 @@ Announce = Callable[[Services, str], None]
 
 
 def bind(settings: Settings) -> socket.socket:
-    """Listen on the settings' address. Raises SettingError where it can't be had."""
+    """Listen on the settings' address. Raises SettingError if that fails."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((settings.host, settings.port))
-        listener.listen(BACKLOG)  # now: a bound port can still be lost to another process
+        listener.listen(BACKLOG)  # now: another process could still take a port that is only bound
     except OSError as error:
         listener.close()
         raise SettingError(
@@ -47,14 +44,15 @@ def bind(settings: Settings) -> socket.socket:
 
 
 def url_of(settings: Settings, listener: socket.socket) -> str:
+    """The server's URL, with the port that the listener got."""
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     return f"http://{host}:{listener.getsockname()[1]}"
 
 
 class DrainingServer(uvicorn.Server):
-    """uvicorn that, at the first SIGTERM or SIGINT, drains before it stops listening.
+    """A uvicorn server that drains at the first SIGTERM or SIGINT before it stops listening.
 
-    During the drain /health says so and new requests get 503, while running streams go on for
+    During the drain /health reports it and new requests get 503, while running streams go on for
     `drain_seconds`. A second signal stops at once.
     """
 
@@ -70,7 +68,7 @@ class DrainingServer(uvicorn.Server):
         await super().serve(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        # Runs between two bytecodes of the main thread; the loop does the work when it can.
+        # A signal handler runs between two bytecodes, so the event loop does the work.
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._end, signal.Signals(sig))
 
@@ -105,14 +103,14 @@ class DrainingServer(uvicorn.Server):
 def run(app: FastAPI, settings: Settings, listener: socket.socket, announce: Announce) -> None:
     """Serve until a signal ends it. `announce` is called once, when the engine is ready.
 
-    Raises QuickchangeError with the engine's reason where the engine can't start.
+    Raises QuickchangeError with the engine's reason if the engine can't start.
     """
     config = uvicorn.Config(
         app,
         log_level="warning",
-        access_log=False,  # a line a request costs the engine's cores; /metrics counts them
+        access_log=False,  # a line per request takes CPU from the engine; /metrics counts
         timeout_graceful_shutdown=int(LAST_BYTES_SECONDS),
-        timeout_keep_alive=75,  # longer than proxies' 60 seconds, so that they close first
+        timeout_keep_alive=75,  # above the usual 60 s of proxies, so that they close first
         backlog=BACKLOG,
     )
     server = DrainingServer(config, app, settings)
@@ -127,7 +125,7 @@ async def _run(server: DrainingServer, listener: socket.socket, announce: Announ
         await serving
     finally:
         await asyncio.wait([watching])
-    await watching  # raises why the engine could not start
+    await watching  # raises the engine's failure to start
 
 
 async def _announce(

@@ -1,7 +1,7 @@
-"""An engine in this process, for many requests at once and no server: token ids in and out.
+"""An engine in this process, for batches of requests: token ids in, token ids out.
 
-`LLM` puts text around it; training makes a model's own outputs with it and evaluation its answers
-and timings. Knows nothing of text, of names or of HTTP.
+`LLM` adds text to it; training generates a model's own outputs with it, evaluation its answers and
+timings. Knows nothing of text, adapter names or HTTP.
 """
 
 from __future__ import annotations
@@ -46,24 +46,24 @@ Ends = Callable[[Delta], bool]
 
 @dataclass(frozen=True, slots=True)
 class EngineCompletion:
-    """What one request came to. Times in seconds since it was submitted."""
+    """The result of one request. Times in seconds since its submission."""
 
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     first_token_seconds: float
     seconds: float  # to its last token
-    drafted: int  # draft tokens verified for it
-    accepted: int  # of its tokens, those that came from accepted drafts
+    drafted: int  # draft tokens verified
+    accepted: int  # tokens that came from accepted drafts
     cached_tokens: int  # prompt tokens found in the prefix cache
-    logprobs: tuple[TokenLogprobs, ...] = ()  # one a token, where asked for
-    prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # one for each prompt token but the first
-    embedding: bytes | None = None  # float32 little-endian [H], where asked for
-    states: Tensor | None = None  # [tokens, H], where asked for: see `InProcessEngine.run`
+    logprobs: tuple[TokenLogprobs, ...] = ()  # one per token, if requested
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # one per prompt token after the first
+    embedding: bytes | None = None  # float32 little-endian [H], if requested
+    states: Tensor | None = None  # [tokens, H], if requested: see `InProcessEngine.run`
 
 
 @dataclass(frozen=True, slots=True)
 class DepthCount:
-    """Drafts at one depth of one drafter, over a whole run."""
+    """Draft counts of one drafter at one depth, over a whole run."""
 
     drafted: int
     accepted: int
@@ -71,7 +71,7 @@ class DepthCount:
 
 @dataclass(frozen=True, slots=True)
 class EngineRun:
-    """All completions, in the requests' order, and what the run took."""
+    """All completions in the requests' order, with the run's time and draft counts."""
 
     completions: tuple[EngineCompletion, ...]
     seconds: float
@@ -90,9 +90,9 @@ class EngineRun:
 
 @dataclass
 class _Pending:
-    """A request on its way."""
+    """A submitted request that has not ended."""
 
-    index: int  # in the list of requests
+    index: int  # position in the list of requests
     submitted: float  # seconds, monotonic
     deltas: list[Delta] = field(default_factory=list)
     first: float = 0.0
@@ -121,7 +121,7 @@ class _Pending:
 
 
 class _StateTap:
-    """Sees what enters the LM head: one row for each token that a step samples, in its order."""
+    """Hook on the LM head that keeps its input: one row per token that a step samples, in order."""
 
     def __init__(self, head: torch.nn.Module) -> None:
         self._rows: Tensor | None = None
@@ -145,7 +145,7 @@ class _StateTap:
 
 
 class InProcessEngine:
-    """Answers lists of requests. A context manager: closing ends its loader thread.
+    """Engine that answers lists of requests. A context manager: closing ends its loader thread.
 
     `load_adapter` reads an adapter version by its digest; by default from `settings.store`.
     `text`: the tokenizer, where drafts may be words of the prompt, as a server's are.
@@ -206,12 +206,12 @@ class InProcessEngine:
         ends: Ends | None = None,
         on_finished: Callable[[int, EngineCompletion], None] | None = None,
     ) -> EngineRun:
-        """Answer all requests; `on_finished` hears of each (index, completion) as it ends.
+        """Answer all requests; `on_finished` is called with each (index, completion) as it ends.
 
         `concurrency`: requests in the engine at once, None: all (the settings' `max_sequences`
         still bounds a step). `states`: keep the hidden state that entered the LM head for each
-        token, in the model's dtype; for requests without drafting only. `ends` sees every delta and
-        says whether its request is complete there, as at a stop string.
+        token, in the model's dtype; for requests without drafting only. `ends` is called with every
+        delta and returns true if its request is complete there, as at a stop string.
 
         Raises AdapterFailedError, RequestFailedError or EngineFailedError, naming the request, at
         the first that can't be answered, and the rest is cancelled; ValueError for ids that are not
@@ -262,7 +262,7 @@ class InProcessEngine:
         pending: dict[str, _Pending],
         count: int,
     ) -> None:
-        """Hand the next `count` requests to the engine."""
+        """Submit the next `count` requests to the engine."""
         for _ in range(count):
             index, request = next(waiting, (0, None))
             if request is None:
@@ -273,12 +273,12 @@ class InProcessEngine:
     def _step(
         self, pending: dict[str, _Pending], tap: _StateTap | None, ends: Ends | None
     ) -> tuple[StepStats | None, list[tuple[int, EngineCompletion]]]:
-        """One step; what ended in it."""
+        """Run one step; returns what ended in it."""
         self._awake.clear()
         failed = _failures(self._engine.poll_adapters())
         report = self._engine.step()
         if report is None:
-            self._awake.wait()  # nothing can run until an adapter has been read
+            self._awake.wait()  # nothing can run before an adapter is loaded
             return None, []
         sampled = [delta for delta in report.deltas if delta.token_ids]
         if tap is not None and sampled:
@@ -287,7 +287,7 @@ class InProcessEngine:
         ended = []
         for delta in report.deltas:
             request = pending.get(delta.request_id)
-            if request is None:  # it was complete with this step's delta before
+            if request is None:  # already completed by an earlier delta of this step
                 continue
             reason = self._take(delta, request, ends, failed)
             if reason is not None:
@@ -298,7 +298,7 @@ class InProcessEngine:
     def _take(
         self, delta: Delta, request: _Pending, ends: Ends | None, failed: str
     ) -> FinishReason | None:
-        """Add a delta to its request; why the request is complete, where it is."""
+        """Add a delta to its request; returns the finish reason, if it is complete."""
         if delta.finish_reason == "error":
             raise _error_of(delta, failed)
         request.add(delta)
@@ -321,7 +321,7 @@ def _error_of(delta: Delta, failed: str) -> QuickchangeError:
 
 
 class _DraftTally:
-    """Sums draft counts over steps."""
+    """Sum of draft counts over steps."""
 
     def __init__(self) -> None:
         self._drafted: Counter[tuple[str, int]] = Counter()
@@ -340,5 +340,5 @@ class _DraftTally:
 
 
 def _failures(moves: Iterable[AdapterMoved | AdapterFailed]) -> str:
-    """What went wrong with adapters, in one line."""
+    """Errors of adapters that failed to load, in one line."""
     return "; ".join(f"{m.digest}: {m.error}" for m in moves if isinstance(m, AdapterFailed))

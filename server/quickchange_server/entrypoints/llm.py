@@ -1,7 +1,7 @@
-"""The engine as a Python object in vLLM's manner: texts in, texts out, no server.
+"""The public Python API, modelled on vLLM's `LLM`: texts in, texts out, no server.
 
-Each call answers a list of prompts in one batch, every prompt with an adapter of its own. All of a
-call is checked before any of it runs. Knows nothing of HTTP.
+Each call answers a list of prompts in one batch, each with its own adapter. The whole call is
+checked before any of it runs. Knows nothing of HTTP.
 """
 
 from __future__ import annotations
@@ -66,14 +66,14 @@ Adapter = str | Mapping[str, float] | None
 Conversation = Sequence[Mapping[str, Any]]
 Folder = str | Path
 
-_LONG = 16  # prompts of a list from which on a bar shows the progress
+_LONG = 16  # number of prompts from which a progress bar is shown
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """A prompt, tokenised; `place` names it in errors."""
+    """A tokenized prompt; `place` names it in errors."""
 
     place: str
     text: str | None  # None: token ids were given
@@ -82,7 +82,7 @@ class _Asked:
 
 @dataclass(slots=True)
 class _Choice:
-    """One sequence of a call and its text so far."""
+    """One sequence of a call, with its text so far."""
 
     submit: Submit
     transcript: Transcript
@@ -90,7 +90,7 @@ class _Choice:
     ending: Ending | None = None
 
     def push(self, delta: Delta) -> bool:
-        """Add a delta; true where the choice is complete, be it at a stop string."""
+        """Add a delta; true if the choice is complete, at a stop string or otherwise."""
         piece = self.transcript.push(delta)
         self.parts.append(piece.text)
         self.ending = piece.ending
@@ -98,16 +98,16 @@ class _Choice:
 
 
 class LLM:
-    """One base model in this process, and its adapters. A context manager.
+    """One base model in this process, with its adapters. A context manager.
 
     `model`: a folder in transformers' layout, or a hub id. `adapters`: folders by the names that
-    calls use; they are imported into `store`, or where none is given into a temporary one that
-    `close` removes. `settings`: any other setting of the server (docs/settings.md), such as
-    max_model_len, threads, turbo or seed.
+    calls use, imported into `store`, or without one into a temporary store that `close` removes.
+    `settings`: any other setting of the server (docs/settings.md), such as max_model_len, threads,
+    turbo or seed.
 
-    A setting that is not given comes from the environment, as the server's does (QUICKCHANGE_...).
-    Raises SettingError, StoreError where an adapter can't be imported, ConflictError where its name
-    is taken, and what `load_model` raises.
+    Settings that are not given come from the environment, as the server's do (QUICKCHANGE_...).
+    Raises SettingError, StoreError if an adapter can't be imported, ConflictError if its name is
+    taken, and what `load_model` raises.
     """
 
     def __init__(
@@ -170,14 +170,14 @@ class LLM:
         turbo: str | Sequence[str] = AUTO,
         use_tqdm: bool | None = None,
     ) -> list[RequestOutput]:
-        """Continue prompts, each a text or token ids; the outputs come in the prompts' order.
+        """Continue prompts, each a text or token ids; the outputs are in the prompts' order.
 
-        `params`, `adapter` and `turbo` are one for all prompts, or a list with one for each.
-        `turbo` says what drafts tokens ahead, which changes no output: "auto", "off", "lookup" or
-        the name of an adapter with heads. `use_tqdm`: a progress bar; None: on long lists.
+        `params`, `adapter` and `turbo` are one for all prompts, or a list with one per prompt.
+        `turbo` is the source of drafts, which changes no output: "auto", "off", "lookup" or the
+        name of an adapter with heads. `use_tqdm`: show a progress bar; None: on long lists.
 
         Raises InvalidRequestError, ContextLengthError or UnknownModelError before anything runs;
-        AdapterFailedError or EngineFailedError where the engine fails.
+        AdapterFailedError or EngineFailedError if the engine fails.
         """
         asked = self._asked(prompts)
         return self._generate(asked, params or SamplingParams(), adapter, turbo, use_tqdm)
@@ -193,7 +193,7 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answer one conversation or several, through the model's chat template.
 
-        Everything else as in `generate`, whose prompts are the rendered conversations.
+        Otherwise the same as `generate`, with the rendered conversations as prompts.
         """
         one = bool(messages) and isinstance(messages[0], Mapping)
         conversations = cast(Sequence[Conversation], [messages] if one else messages)
@@ -211,7 +211,7 @@ class LLM:
     ) -> list[EmbeddingRequestOutput]:
         """Turn prompts into vectors: the hidden states that enter the LM head, "mean" or "last".
 
-        Raises as `generate` does.
+        Raises what `generate` raises.
         """
         if pooling not in ("mean", "last"):
             raise InvalidRequestError(
@@ -233,7 +233,7 @@ class LLM:
             for i, (one, completion) in enumerate(zip(asked, completions, strict=True))
         ]
 
-    # --- what is asked, checked -----------------------------------------------------------------
+    # --- checks before a call -------------------------------------------------------------------
 
     def _asked(self, prompts: Prompt | Sequence[Prompt]) -> list[_Asked]:
         several = [prompts] if _is_one(prompts) else prompts
@@ -271,7 +271,7 @@ class LLM:
     def _selections(
         self, adapter: Adapter | Sequence[Adapter], turbo: str | Sequence[str], count: int
     ) -> list[Selection]:
-        """What serves each prompt. Raises with the place of a name that is wrong."""
+        """The adapters and drafter of each prompt. Raises with the place of a wrong name."""
         adapters: list[Adapter] = _each(adapter, count, "adapter", (str, Mapping, type(None)))
         turbos: list[str] = _each(turbo, count, "turbo", (str,))
         return [
@@ -306,7 +306,7 @@ class LLM:
     def _choices(
         self, index: int, asked: _Asked, params: SamplingParams, selection: Selection
     ) -> list[_Choice]:
-        """The sequences of one prompt."""
+        """The sequences of one prompt, one per choice."""
         self._text.check_ids(sorted(params.stop_token_ids), "stop_token_ids")
         self._text.check_ids(list(params.logit_bias), "logit_bias")
         fits = room(self._engine.info.max_model_len, len(asked.ids), params.max_tokens, asked.place)
@@ -327,7 +327,7 @@ class LLM:
             drafting=selection.drafting,
             seed=seed,
         )
-        others = replace(sampling, prompt_logprobs=None)  # the same in all choices
+        others = replace(sampling, prompt_logprobs=None)  # the first choice's serve all
         submits = [first] + [
             replace(
                 first,
@@ -339,7 +339,7 @@ class LLM:
         ]
         return [_Choice(submit, Transcript(self._text, sampling)) for submit in submits]
 
-    # --- the run, and what came of it -----------------------------------------------------------
+    # --- running and results --------------------------------------------------------------------
 
     def _generate(
         self,
@@ -406,7 +406,8 @@ class LLM:
     def _completion(
         self, index: int, choice: _Choice, completion: EngineCompletion, params: SamplingParams
     ) -> CompletionOutput:
-        count = choice.transcript.completion_tokens  # a stop string may end amid accepted drafts
+        # Fewer than the engine's tokens if a stop string ended amid accepted drafts.
+        count = choice.transcript.completion_tokens
         ids, scores = list(completion.token_ids[:count]), completion.logprobs[:count]
         if choice.ending is None:
             raise EngineFailedError(
@@ -444,7 +445,7 @@ def _settings(**given: Any) -> Settings:
 def _import(
     store: Store, adapters: Mapping[str, Folder], base: BaseSpec, taken: Sequence[str]
 ) -> None:
-    """Publish folders under their names. A name that the store has keeps what it serves."""
+    """Publish adapter folders under their names. A name already in the store keeps its version."""
     for name in set(taken) & set(adapters):
         raise ConflictError(
             f"adapters: {name!r} is the base model; choose another name", param="adapters"
@@ -467,14 +468,14 @@ def _check_same(store: Store, name: str, folder: Path, base: BaseSpec) -> None:
 
 
 def _is_one(prompts: Any) -> bool:
-    """Whether this is one prompt and not a list of them."""
+    """True for one prompt, false for a list of them."""
     if isinstance(prompts, str):
         return True
     return isinstance(prompts, Sequence) and bool(prompts) and isinstance(prompts[0], Integral)
 
 
 def _each(value: Any, count: int, name: str, kinds: tuple[type, ...]) -> list[Any]:
-    """A value for each prompt, from one for all or a list; each is of these `kinds`."""
+    """One value of these `kinds` per prompt, from one for all or a list."""
     if isinstance(value, kinds):
         return [value] * count
     if not isinstance(value, Sequence) or not all(isinstance(one, kinds) for one in value):
@@ -501,7 +502,7 @@ def _term(name: str, weight: Any, place: str) -> WeightedName:
 
 
 def _message(place: str, message: Any) -> dict[str, Any]:
-    """A message as the chat template takes it."""
+    """A message in the form that chat templates take."""
     try:
         return Message.model_validate(message).for_template()
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""What `LLM` returns, in vLLM's names."""
+"""Results of `LLM`, with vLLM's names."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from quickchange_server.protocol import TokenLogprobs
 
 @dataclass(frozen=True, slots=True)
 class Logprob:
-    """The model's own log-probability of a token at one position: before penalties and filters."""
+    """A token's log-probability at one position, the model's own, before penalties and filters."""
 
     logprob: float
-    rank: int | None  # from 1; None: the token is not among the best that were asked for
+    rank: int | None  # from 1; None: not among the requested best
     decoded_token: str
 
 
@@ -24,27 +24,27 @@ Position = dict[int, Logprob]  # by token id
 
 @dataclass(frozen=True, slots=True)
 class CompletionOutput:
-    """One choice. `token_ids` holds the token that ended it, which `text` leaves out."""
+    """One choice of a prompt. `token_ids` includes the token that ended it, `text` does not."""
 
-    index: int  # among the prompt's choices
+    index: int  # from 0, within the prompt's choices
     text: str
     token_ids: list[int]
     cumulative_logprob: float | None  # with `logprobs`
-    logprobs: list[Position] | None  # one a token
+    logprobs: list[Position] | None  # one per token
     finish_reason: Ending
     stop_reason: int | str | None  # the stop string or stop token; None: end of sequence, length
-    drafted_tokens: int  # draft tokens that the base model has judged
-    accepted_tokens: int  # of token_ids, those that came from drafts
+    drafted_tokens: int  # draft tokens verified by the base model
+    accepted_tokens: int  # tokens of token_ids that came from accepted drafts
 
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:
-    """A prompt and its choices."""
+    """A prompt with its choices."""
 
     request_id: str  # the prompt's place in the call
-    prompt: str | None  # None where token ids were given
+    prompt: str | None  # None if token ids were given
     prompt_token_ids: list[int]
-    prompt_logprobs: list[Position | None] | None  # one a token; the first has none
+    prompt_logprobs: list[Position | None] | None  # one per token; None for the first
     outputs: list[CompletionOutput]
     num_cached_tokens: int  # prompt tokens found in the prefix cache
     finished: bool = True
@@ -59,7 +59,7 @@ class EmbeddingOutput:
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingRequestOutput:
-    """A prompt and its embedding."""
+    """A prompt with its embedding."""
 
     request_id: str  # the prompt's place in the call
     prompt_token_ids: list[int]
@@ -68,7 +68,7 @@ class EmbeddingRequestOutput:
 
 
 def position(text: Text, scores: TokenLogprobs, most: int) -> Position:
-    """The `most` best tokens of a position and its own."""
+    """A position's own token and its `most` best ones."""
     return {
         token_id: Logprob(logprob, rank, text.token_bytes(token_id).decode(errors="replace"))
         for token_id, (logprob, rank) in scores.ranked(most).items()
@@ -78,5 +78,5 @@ def position(text: Text, scores: TokenLogprobs, most: int) -> Position:
 def prompt_positions(
     text: Text, scores: Sequence[TokenLogprobs], most: int | None
 ) -> list[Position | None] | None:
-    """One for each token of a prompt, where they were asked for."""
+    """One position per token of a prompt; None unless requested."""
     return None if most is None else [None, *(position(text, one, most) for one in scores)]

@@ -1,4 +1,4 @@
-"""What `quickchange serve` does: settings, demo, warnings, and the lines it prints."""
+"""The command `quickchange serve`: its settings, demo, warnings, and the lines it prints."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from quickchange_store.errors import StoreError
 
 
 def serve(given: Mapping[str, Any], *, demo: bool, engine: EngineMain = engine_main) -> None:
-    """Serve until a signal ends it; `given` are the settings from the command line.
+    """Serve until a signal ends it, with the settings `given` on the command line.
 
-    Exits with status 1 and one line where it can't.
+    Exits with status 1 and one line of error if it can't.
     """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    logging.getLogger("alembic").setLevel(logging.WARNING)  # of each migration that it looks at
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # it logs every migration
     try:
         settings = _settings(with_demo(given) if demo else given)
         with bind(settings) as listener:
@@ -51,6 +51,7 @@ def serve(given: Mapping[str, Any], *, demo: bool, engine: EngineMain = engine_m
 
 
 def fail(message: str) -> NoReturn:
+    """Exit with status 1 and the message on one line."""
     sys.exit(f"quickchange: {' '.join(message.split())}")
 
 
@@ -71,8 +72,11 @@ def _finding(finding: Any) -> str:
 
 
 def check_access(settings: Settings) -> None:
-    """Warn where anyone who reaches the server can use it. Raises SettingError where requests need
-    an API key and there is none, or where the settings contradict each other."""
+    """Warn if anyone who reaches the server can use it.
+
+    Raises SettingError if requests need an API key and there is none, or if settings contradict
+    each other.
+    """
     if asks_for_keys(settings):
         if not asyncio.run(_has_key(settings)):
             raise SettingError(
@@ -111,7 +115,7 @@ def _announce(services: Services, url: str, *, demo: bool) -> None:
 
 
 def with_demo(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings with the demo's base model, and its store where none is given."""
+    """The given settings with the demo's base model, and its store if none is given."""
     from quickchange_training.demo import DemoBaseError, demo_store_folder, ensure_demo_base
 
     if "model" in given:
@@ -134,7 +138,7 @@ def _publish_demo(settings: Settings) -> None:
 
 
 def _suggest(names: Collection[str], url: str) -> None:
-    """Name the adapters, those with Turbo last, and a request for one of these."""
+    """Print the adapters' names, those with Turbo last, and a request to try."""
     from quickchange_training.demo import DEMO_ADAPTERS, DEMO_ALIASES, DemoAdapter, DemoAlias
 
     entries: list[DemoAlias | DemoAdapter] = [*DEMO_ALIASES.values(), *DEMO_ADAPTERS.values()]

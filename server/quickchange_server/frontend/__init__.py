@@ -1,1 +1,1 @@
-"""From an admitted request to the text of its answer, without HTTP."""
+"""Requests and their text, without HTTP: admission, tokenizer, generation, detokenizer."""

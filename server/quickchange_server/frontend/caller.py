@@ -1,4 +1,4 @@
-"""Who sends a request and what they may do. Knows nothing of HTTP, of secrets or of storage."""
+"""The caller of a request and its permissions. Knows nothing of HTTP, secrets or storage."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ SCOPES: tuple[Scope, ...] = ("infer", "manage", "admin")  # each includes those 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """The owner of a request."""
+    """The owner of a request, from its API key."""
 
-    tenant: str  # in metrics, in usage, and where asked for as salt of the prefix cache
+    tenant: str  # named in metrics and usage; with tenant_cache also the prefix cache's salt
     key: str | None  # the API key's public id; None: the server asks for no key
     scope: Scope
-    names: tuple[str, ...] = ("*",)  # globs of the adapters, aliases and experiments that exist
-    salt: str = ""  # of the prefix cache
-    max_new_tokens: int | None = None  # of one request, all choices; None: what the model allows
+    names: tuple[str, ...] = ("*",)  # globs of the adapters, aliases and experiments it may see
+    salt: str = ""  # salt of the prefix cache
+    max_new_tokens: int | None = None  # limit per request, all choices; None: the model's
 
     def sees(self, name: str) -> bool:
-        """Whether a name (without version) exists for this caller."""
+        """True if a name (without version) exists for this caller."""
         return any(fnmatchcase(name, pattern) for pattern in self.names)
 
     def may(self, scope: Scope) -> bool:

@@ -1,6 +1,6 @@
-"""Prompts against the model's context: what fits, and the refusal of what does not.
+"""Checks of prompt lengths against the model's context length, in tokens.
 
-Lengths in tokens. Knows nothing of requests: `param` is what the caller calls the prompt.
+Knows nothing of requests: `param` is the prompt's name in error messages.
 """
 
 from __future__ import annotations
@@ -9,7 +9,10 @@ from quickchange_server.errors import ContextLengthError, InvalidRequestError
 
 
 def check_fits(limit: int, tokens: int, param: str) -> None:
-    """Raises where a prompt that is only read is empty or exceeds the context, `limit`."""
+    """Check a prompt that nothing is generated for.
+
+    Raises InvalidRequestError if it is empty, ContextLengthError if it exceeds `limit`.
+    """
     if tokens == 0:
         raise InvalidRequestError(f"{param}: has no tokens; give a text", param=param)
     if tokens > limit:
@@ -21,7 +24,11 @@ def check_fits(limit: int, tokens: int, param: str) -> None:
 
 
 def room(limit: int, tokens: int, wanted: int | None, param: str) -> int:
-    """Tokens that fit behind a prompt. Raises where it, or it with `wanted` more, is too long."""
+    """Number of tokens that fit behind a prompt.
+
+    Raises InvalidRequestError if it is empty, ContextLengthError if it, or it and `wanted` new
+    tokens, exceed `limit`.
+    """
     if tokens == 0:
         raise InvalidRequestError(f"{param}: has no tokens; give a prompt", param=param)
     if tokens >= limit:

@@ -1,14 +1,15 @@
-"""Token ids to text, a token at a time: what is emitted never ends in half a character.
+"""Incremental detokenizing: token ids to text, one token at a time, never half a character.
 
-The pieces of a stream, joined, equal the tokenizer's own decoding of all its tokens, however the
-tokens were grouped. Three strategies, chosen once from the tokenizer's decoder:
+The pieces of a stream, joined, equal the tokenizer's own decoding of all its tokens. (That of
+`tokenizers.decoders.DecodeStream` does not, for SentencePiece with byte fallback.) Three
+strategies, chosen once from the tokenizer's decoder:
 
-- byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM): every token is a byte string, decoded as UTF-8;
+- byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM): each token is a byte string, decoded as UTF-8;
 - SentencePiece (Llama 2, Mistral, Gemma): "▁" is a space, `<0xE2>` a byte, and the text's first
   space may be stripped;
-- any other: the tokenizer decodes a short window of tokens, and what the window gained is new.
+- others: the tokenizer decodes a short window of tokens, and the text that it gained is emitted.
 
-Knows nothing of requests, of stop strings or of HTTP.
+Knows nothing of requests, stop strings or HTTP.
 """
 
 from __future__ import annotations
@@ -22,23 +23,23 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 class Detokenizer(Protocol):
-    """Text of one growing sequence of tokens."""
+    """Incremental decoder of one sequence of tokens."""
 
     def push(self, token_id: int) -> str:
         """Add a token; returns the text that is now certain, possibly empty."""
 
     def finish(self) -> str:
-        """The text still held back: half characters become U+FFFD."""
+        """The text held back so far; half characters become U+FFFD."""
 
 
 class TokenBytes(Protocol):
-    """A token's own bytes, where they don't depend on its neighbours."""
+    """Function from a token's id to its own bytes, whatever its neighbours."""
 
     def __call__(self, token_id: int) -> bytes: ...
 
 
 def byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-in for each byte, inverted: character to byte."""
+    """GPT-2's byte alphabet, inverted: from printable character to byte."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     table = {chr(byte): byte for byte in printable}
     others = (byte for byte in range(256) if byte not in table.values())
@@ -63,12 +64,12 @@ class ByteLevelPieces:
     def _bytes(self, piece: str) -> bytes:
         try:
             return bytes([self._alphabet[character] for character in piece])
-        except KeyError:  # an added token: written as it is
+        except KeyError:  # an added token stands for itself
             return piece.encode()
 
 
 class ByteLevelDetokenizer:
-    """Byte-level BPE: one incremental UTF-8 decoder over the tokens' bytes."""
+    """Detokenizer of byte-level BPE: an incremental UTF-8 decoder over the tokens' bytes."""
 
     def __init__(self, pieces: TokenBytes, skipped: frozenset[int]) -> None:
         self._pieces = pieces
@@ -95,10 +96,10 @@ def byte_of(piece: str) -> int | None:
 
 
 class SentencePieceDetokenizer:
-    """SentencePiece with byte fallback.
+    """Detokenizer of SentencePiece with byte fallback.
 
-    A run of byte tokens is text only if the whole run is valid UTF-8, else one U+FFFD a byte: so a
-    run is held back until a token that is not a byte ends it.
+    A run of byte tokens is text if the whole run is valid UTF-8, else one U+FFFD per byte, so a run
+    is held back until another token ends it.
     """
 
     def __init__(
@@ -153,16 +154,16 @@ class SentencePiecePieces:
 
 
 class WindowDetokenizer:
-    """Any decoder: decode a window that starts a few tokens back, and emit what it gained.
+    """Detokenizer for any decoder: decodes a window of the last tokens and emits what it gained.
 
-    The window starts where a complete text last ended, so that a decoder that looks at neighbours
-    (or drops the first token's space) sees them.
+    The window keeps the tokens emitted last, so that a decoder that depends on neighbours (or drops
+    the first token's space) sees them.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
         self._decode = decode
         self._window: list[int] = []
-        self._emitted = 0  # tokens of the window whose text is out
+        self._emitted = 0  # tokens of the window whose text is emitted
 
     def push(self, token_id: int) -> str:
         self._window.append(token_id)
@@ -183,7 +184,7 @@ class WindowDetokenizer:
 
 
 class WindowPieces:
-    """Bytes of a token decoded alone: the best that a decoder with context allows."""
+    """Bytes of a token decoded alone, the best approximation for a decoder with context."""
 
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
         self._decode = decode
@@ -193,7 +194,7 @@ class WindowPieces:
 
 
 class Decoding:
-    """A tokenizer's way back from ids to text."""
+    """The decoding side of a tokenizer: its detokenizers and each token's bytes."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -211,7 +212,7 @@ class Decoding:
         return self._special
 
     def detokenizer(self, *, skip_special_tokens: bool) -> Detokenizer:
-        """A fresh detokenizer for one sequence."""
+        """A new detokenizer for one sequence."""
         skipped = self._special if skip_special_tokens else frozenset()
         if self._kind == "byte_level":
             return ByteLevelDetokenizer(self.token_bytes, skipped)
@@ -257,7 +258,7 @@ _STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
 
 
 def _recognise(rules: dict[str, Any]) -> tuple[str, bool]:
-    """The strategy for a decoder, and whether it strips the text's first space."""
+    """The strategy for a decoder, and true if it strips the text's first space."""
     if rules.get("type") == "ByteLevel":
         return "byte_level", False
     steps = rules.get("decoders", [])

@@ -1,7 +1,6 @@
-"""A request's choices under way: from the engine's deltas to pieces of text.
+"""Generation of a request's choices: the engine's deltas become pieces of text.
 
-A choice is one sequence in the engine with its transcript. Knows nothing of HTTP, and nothing of
-how a request was admitted.
+A choice is one sequence in the engine with its transcript. Knows nothing of HTTP or of admission.
 """
 
 from __future__ import annotations
@@ -16,16 +15,14 @@ from quickchange_server.protocol import Delta, TokenLogprobs
 
 
 class Choice:
-    """One sequence's text, and what the engine has told beside it."""
+    """One sequence of a request: its transcript, and the engine's figures for it."""
 
     def __init__(self, transcript: Transcript) -> None:
         self._transcript = transcript
-        self.queue_seconds = 0.0  # from arrival in the engine to its first step
+        self.queue_seconds = 0.0  # arrival in the engine to its first step
         self.cached_tokens = 0  # prompt tokens found in the prefix cache
-        self.prompt_logprobs: tuple[
-            TokenLogprobs, ...
-        ] = ()  # where asked for; with the first piece
-        self.embedding: bytes | None = None  # where asked for; with the last piece
+        self.prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # if requested; with the first piece
+        self.embedding: bytes | None = None  # if requested; with the last piece
 
     @property
     def completion_tokens(self) -> int:
@@ -40,7 +37,7 @@ class Choice:
         return self._transcript.accepted_tokens
 
     def push(self, delta: Delta) -> Piece:
-        """Add a delta. Raises UnavailableError where it ends the sequence before the text."""
+        """Add a delta. Raises UnavailableError if it cuts the sequence off."""
         if delta.queue_seconds is not None:
             self.queue_seconds = delta.queue_seconds
         if delta.cached_tokens is not None:
@@ -54,7 +51,7 @@ class Choice:
 
 
 class Generation:
-    """An admitted request: its choices, `per_prompt` for each of its prompts, and its account."""
+    """An admitted request: its choices, `per_prompt` for each prompt, and its account."""
 
     def __init__(
         self,
@@ -70,12 +67,12 @@ class Generation:
 
     @property
     def cached_tokens(self) -> int:
-        """Of the prompts' tokens, each prompt counted once, those found in the prefix cache."""
+        """Prompt tokens found in the prefix cache, each prompt counted once."""
         return sum(choice.cached_tokens for choice in self.choices[:: self._per_prompt])
 
     @property
     def queue_seconds(self) -> float:
-        """From arrival in the engine to the first step of any choice; 0 before that."""
+        """Seconds from arrival in the engine to the first step of any choice; 0 before that."""
         begun = (choice.queue_seconds for choice in self.choices if choice.queue_seconds)
         return min(begun, default=0.0)
 
@@ -85,33 +82,32 @@ class Generation:
 
     @property
     def drafted_tokens(self) -> int:
-        """Draft tokens that the base model has judged."""
+        """Draft tokens verified by the base model."""
         return sum(choice.drafted_tokens for choice in self.choices)
 
     @property
     def accepted_tokens(self) -> int:
-        """Of the completion's tokens, those that came from drafts."""
+        """Completion tokens that came from accepted drafts."""
         return sum(choice.accepted_tokens for choice in self.choices)
 
     async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
-        """The pieces of all choices as they come, each with its choice's index.
+        """Pieces of all choices in the order they come, each with its choice's index.
 
-        The last piece of a choice has an ending; pieces that bring nothing are left out. The first
-        error of one choice ends all. Closing the iterator cancels what still runs. Keeps the
-        account on the way and ends it.
+        The last piece of a choice has an ending; empty pieces are left out. An error of one choice
+        ends all. Closing the iterator cancels what still runs. The account is kept and ended here.
         """
         running = set(range(len(self.choices)))
         endings: set[str] = set()
         try:
             while running:
-                index, said = await self._stream.receive()
-                if index not in running:  # came before its stop string was found
+                index, delta = await self._stream.receive()
+                if index not in running:  # sent before its stop string was found
                     continue
-                if isinstance(said, QuickchangeError):
-                    raise said
-                piece = self.choices[index].push(said)
+                if isinstance(delta, QuickchangeError):
+                    raise delta
+                piece = self.choices[index].push(delta)
                 if piece.ending is not None:
-                    self._stream.stop(index)  # for a stop string; otherwise it has ended by itself
+                    self._stream.stop(index)  # only a stop string leaves the sequence running
                     endings.add(piece.ending)
                     running.remove(index)
                 elif not (piece.text or piece.tokens):

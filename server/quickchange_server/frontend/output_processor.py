@@ -1,6 +1,6 @@
-"""From the engine's tokens to a client's text: detokenising, stop strings, log-probabilities.
+"""Processing of the engine's tokens into text: detokenizing, stop strings, log-probabilities.
 
-One transcript per generated choice. Knows nothing of HTTP; `api/` gives its pieces their shape.
+One transcript per choice. Knows nothing of HTTP; `api/` turns its pieces into JSON.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ Ending = Literal["stop", "length"]
 
 @dataclass(frozen=True, slots=True)
 class LoggedToken:
-    """A token with its log-probabilities, and where its text begins."""
+    """A token with its log-probabilities and its place in the text."""
 
     offset: int  # characters of the choice's text before it
     logprobs: TokenLogprobs
-    text: str  # that it makes certain; "" in the middle of a character
-    drafted: bool  # it came from an accepted draft
+    text: str  # the text that it completes; "" in the middle of a character
+    drafted: bool  # True if it came from an accepted draft
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one delta adds to a choice. The last piece carries `ending`."""
+    """The text and tokens that one delta adds to a choice. The last piece has an `ending`."""
 
     text: str
     tokens: tuple[LoggedToken, ...] = ()
@@ -36,27 +36,27 @@ class Piece:
 
 
 class Transcript:
-    """The text of one choice as its tokens arrive.
+    """The growing text of one choice.
 
-    The text excludes what ended it, a stop string or a stop token, unless
-    `include_stop_str_in_output`. Log-probabilities come with the text that they belong to; those of
-    tokens behind a stop string are dropped with their text.
+    The text excludes the stop string or stop token that ended it, unless
+    `include_stop_str_in_output`. Log-probabilities come with their text; tokens behind a stop
+    string are dropped with theirs.
     """
 
     def __init__(self, text: Text, sampling: SamplingParams) -> None:
         self._sampling = sampling
         self._detokenizer = text.detokenizer(skip_special_tokens=sampling.skip_special_tokens)
         self._scanner = StopScanner(sampling.stop, include=sampling.include_stop_str_in_output)
-        self._waiting: deque[LoggedToken] = deque()  # their text is not out yet
+        self._waiting: deque[LoggedToken] = deque()  # tokens whose text is not emitted yet
         self._decoded = 0  # characters
         self._emitted = 0  # characters
-        self.stopped_by: str | None = None  # the stop string that ended it
+        self.stopped_by: str | None = None  # the stop string that ended the text
         self.completion_tokens = 0
         self.drafted_tokens = 0
-        self.accepted_tokens = 0  # of completion_tokens, those that came from drafts
+        self.accepted_tokens = 0  # completion tokens that came from accepted drafts
 
     def push(self, delta: Delta) -> Piece:
-        """Add a delta's tokens. Where the piece has an ending, the choice is complete."""
+        """Add a delta's tokens. A piece with an ending completes the choice."""
         parts: list[str] = []
         stopped = False
         self.completion_tokens += len(delta.token_ids)
@@ -88,7 +88,7 @@ class Transcript:
     def _add(
         self, token_id: int, logprobs: TokenLogprobs | None, position: int, drafted: bool
     ) -> tuple[str, bool]:
-        """Certain text after the `position`-th token, and whether a stop string completed."""
+        """Add the `position`-th token (from 1). Returns certain text, true if a stop completed."""
         text = self._detokenizer.push(token_id)
         if logprobs is not None:
             self._waiting.append(LoggedToken(self._decoded, logprobs, text, drafted))

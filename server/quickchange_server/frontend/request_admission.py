@@ -1,7 +1,7 @@
-"""From a request whose names are digests to its generation: limits, seeds, observers, the engine.
+"""Admission of requests to the engine: limits, seeds, constraints, observers.
 
-The one way in, whatever the surface that a request came by. Knows nothing of HTTP or bodies, of
-how names are looked up, or of experiments.
+All HTTP surfaces admit requests here, with adapters by digest. Knows nothing of HTTP, bodies, the
+look-up of names or the choice of a variant.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SEED_BYTES = 8
 
 
 class Seeds:
-    """Seeds for requests that bring none. With a seed of its own the sequence is repeatable."""
+    """Seeds for requests without one. With a `seed` their sequence is repeatable."""
 
     def __init__(self, seed: int | None) -> None:
         self._random = random.Random(seed) if seed is not None else secrets.SystemRandom()
@@ -40,7 +40,7 @@ class Seeds:
 
 
 def choice_seed(seed: int, choice: int) -> int:
-    """The seed of the `choice`-th choice: the request's own for the first, else derived from it."""
+    """The seed of a choice (from 0): the request's for the first, else derived from it."""
     if choice == 0:
         return seed
     digest = hashlib.sha256(f"{seed}/{choice}".encode()).digest()
@@ -49,32 +49,32 @@ def choice_seed(seed: int, choice: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What is to be generated, for whom, and who is told of it.
+    """A request to admit: what to generate, for whom, and who observes it.
 
-    `submit` is what the engine gets for each choice, with the request's id and the sampling that
-    the client asked for; its prompt, seed and constraint are settled by the admission.
+    `submit` is the template of each choice's submit, with the request's id and the client's
+    sampling parameters; the admission sets prompt, seed and constraint.
     """
 
     submit: Submit
     caller: Caller
-    model: str  # as the client named it
-    label: str  # of the adapters, in metrics
+    model: str  # the client's own name for it
+    label: str  # the adapters' label in metrics
     prompts: Sequence[Sequence[int]]
     prompt_param: str  # the body's field that holds the prompts
     candidates: int = 1  # choices generated for each prompt
-    default_tokens: int | None = None  # where the sampling has no max_tokens; None: all that fit
+    default_tokens: int | None = None  # if the sampling has no max_tokens; None: all that fit
     constraint: Asked | None = None
-    scored_alike: bool = False  # every choice tells its prompt's log-probabilities, not one alone
-    drafter: str | None = None  # the name of the adapter whose heads draft
-    derive: Callable[[], Awaitable[str]] | None = None  # makes the one adapter that serves it
+    scored_alike: bool = False  # prompt log-probabilities for all choices, not the first alone
+    drafter: str | None = None  # name of the adapter whose heads draft
+    derive: Callable[[], Awaitable[str]] | None = None  # merges the adapters into one; its digest
     assignment: Assignment | None = None
-    user: str | None = None  # the request's field
+    user: str | None = None  # the body's field
     traceparent: str | None = None
     observers: Sequence[Bookkeeper] = ()
 
 
 class RequestAdmission:
-    """Admits requests to one engine. `max_queue`: sequences of one request at most."""
+    """Admits requests to one engine. `max_queue` limits the sequences of one request."""
 
     def __init__(
         self,
@@ -91,11 +91,11 @@ class RequestAdmission:
         self._max_queue = max_queue
 
     async def admit(self, wanted: Wanted) -> Generation:
-        """All choices of a request, in the order of its prompts.
+        """Start the generation of a request's choices, in the order of its prompts.
 
-        Where `submit` has a pooling, embeddings are made instead, of prompts that may fill the
-        context. Raises InvalidRequestError, ContextLengthError, RateLimitedError, QueueFullError
-        or UnavailableError, and what `derive` raises; then nothing runs.
+        If `submit` has a pooling, the engine makes embeddings instead, of prompts that may fill the
+        context. Raises InvalidRequestError, ContextLengthError, RateLimitedError, QueueFullError or
+        UnavailableError, and what `derive` raises; then nothing runs.
         """
         self._check_count(wanted)
         submits = self._submits(await self._constrained(wanted))
@@ -130,7 +130,7 @@ class RequestAdmission:
         return replace(wanted, submit=replace(wanted.submit, constraint=constraint))
 
     def _submits(self, wanted: Wanted) -> list[Submit]:
-        """What the engine is asked for each choice."""
+        """One submit per choice."""
         asked = wanted.submit.sampling
         seed = self._seeds.draw() if asked.seed is None else asked.seed % 2**64
         submits: list[Submit] = []
@@ -150,7 +150,7 @@ class RequestAdmission:
         return submits
 
     def _new_tokens(self, wanted: Wanted, prompt_tokens: int) -> int:
-        """Tokens that may follow a prompt. Raises where it, or what is wanted, is too long."""
+        """Limit of new tokens for a prompt. Raises if it, or the wanted tokens, don't fit."""
         limit = self._client.engine.max_model_len
         if wanted.submit.pooling is not None:
             check_fits(limit, prompt_tokens, wanted.prompt_param)
@@ -172,7 +172,7 @@ class RequestAdmission:
     async def _derived(
         self, derive: Callable[[], Awaitable[str]], submits: Sequence[Submit]
     ) -> list[Submit]:
-        """The submits with the derived adapter, made for nobody whom the engine refuses."""
+        """The submits with the merged adapter, which is not made if the queue is full."""
         self._client.check_room(len(submits))
         adapters = (Component(await derive()),)
         return [replace(submit, adapters=adapters) for submit in submits]
@@ -195,7 +195,7 @@ def _opened(wanted: Wanted, submits: Sequence[Submit]) -> Opened:
 
 
 def _share(wanted: Wanted) -> int | None:
-    """What the caller's limit, shared by all choices, leaves each."""
+    """The caller's limit of new tokens, divided among all choices; None: no limit."""
     limit = wanted.caller.max_new_tokens
     if limit is None:
         return None

@@ -1,7 +1,7 @@
-"""The kinds of field that request bodies share, and the refusal of fields that aren't supported.
+"""Base of request bodies: the field types that they share, and refusal of unsupported fields.
 
-A field that this server does not know is refused by name. One that it knows from OpenAI's or
-vLLM's API but does not support is refused with the remedy, unless its value asks for nothing.
+An unknown field is refused by name. A field of OpenAI's or vLLM's API that this server does not
+support is refused with a remedy, unless its value is neutral.
 """
 
 from __future__ import annotations
@@ -28,34 +28,34 @@ from pydantic_core import CoreSchema, PydanticCustomError
 
 from quickchange_server.protocol import SamplingParams
 
-UNSUPPORTED = "unsupported"  # the type of the validation error; its context names the field
+UNSUPPORTED = "unsupported"  # type of the validation error, whose context names the field
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 1024  # characters
 MAX_CHOICES = 128
 
 Number = FiniteFloat
-Json = dict[str, Any]  # an object of an answer
+Json = dict[str, Any]  # a JSON object of an answer
 FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 
 
 @dataclass(frozen=True, slots=True)
 class Unsupported:
-    """A field known from elsewhere: the values that ask for nothing, and what to do instead."""
+    """An unsupported field of another API: what to do instead, and its neutral values."""
 
     remedy: str
     neutral: tuple[Any, ...] = ()
 
     def asks(self, value: Any) -> bool:
-        # `1 == True` in Python: the type has to agree as well
+        # `1 == True` in Python, so compare types as well.
         return not any(type(value) is type(known) and value == known for known in self.neutral)
 
 
 def sampling_fields(
     names: Collection[str], narrowed: Mapping[str, Interval]
 ) -> dict[str, tuple[Any, Any]]:
-    """Fields of a body for `create_model`, with the types, ranges and defaults of SamplingParams.
+    """Fields for `create_model` with the types, ranges and defaults of SamplingParams.
 
-    narrowed: ranges within those, where a route's own API has them.
+    `narrowed`: smaller ranges, where a route's own API has them.
     """
     hints = get_type_hints(SamplingParams, include_extras=True)
     made = {}
@@ -70,7 +70,7 @@ def sampling_fields(
 
 
 class Body(BaseModel):
-    """A request's body. `null` means the default, as in OpenAI's API; nothing is converted."""
+    """Base of bodies. `null` means the default, as in OpenAI's API; types are not converted."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -98,7 +98,7 @@ class Body(BaseModel):
     def __get_pydantic_json_schema__(
         cls, core: CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
-        """Says that fields with a default take `null` as well."""
+        """The JSON schema, with `null` allowed for fields that have a default."""
         schema = handler(core)
         own = handler.resolve_ref_schema(schema)
         for name, field in own.get("properties", {}).items():
@@ -118,7 +118,7 @@ def _is_ids(value: Any) -> bool:
 
 
 def check_prompt(value: Any) -> str | list[str] | list[int] | list[list[int]]:
-    """Accept the four forms of a prompt; by hand, since a union tries all forms on long lists."""
+    """Check the four forms of a prompt. A union would try all of them on long lists."""
     if isinstance(value, str):
         return check_text(value)
     if isinstance(value, list) and value:
@@ -134,6 +134,7 @@ def check_prompt(value: Any) -> str | list[str] | list[int] | list[list[int]]:
 
 
 def check_text(value: str) -> str:
+    """Check that a text has no lone surrogates."""
     if not value.isascii():
         try:
             value.encode()
@@ -145,7 +146,7 @@ def check_text(value: str) -> str:
 
 
 def check_stops(value: Any) -> list[str]:
-    """A stop string or a list of them, as a list."""
+    """Stop strings as a list, from one or several."""
     stops = [value] if isinstance(value, str) else value
     wrong = not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops)
     if wrong or len(stops) > MAX_STOPS or not all(0 < len(s) <= MAX_STOP_LENGTH for s in stops):
@@ -159,7 +160,7 @@ def check_stops(value: Any) -> list[str]:
 
 
 def check_bias(value: Any) -> dict[int, float]:
-    """OpenAI's logit_bias: a token id as a string to -100..100."""
+    """OpenAI's logit_bias, from token ids as strings to -100..100, with ids as integers."""
     if not isinstance(value, dict):
         raise PydanticCustomError("logit_bias", "must be an object of token ids to numbers")
     biases: dict[int, float] = {}
@@ -175,7 +176,7 @@ def check_bias(value: Any) -> dict[int, float]:
 
 MetadataKey = Annotated[str, Field(min_length=1, max_length=64)]
 MetadataValue = Annotated[str, Field(max_length=512)]
-Metadata = Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)]  # as in OpenAI's API
+Metadata = Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)]  # OpenAI's limits
 _STOP: JsonSchemaValue = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_LENGTH}
 _STOPS: JsonSchemaValue = {"type": "array", "items": _STOP, "maxItems": MAX_STOPS}
 _BIASES: JsonSchemaValue = {
@@ -213,7 +214,7 @@ class WeightedAdapter(Body):
     weight: Number = 1.0
 
 
-# Sampling fields with kinds of their own here: bounded for one server, or written as JSON has them.
+# Sampling fields with types of their own in bodies: bounded by the server, or in JSON's form.
 _OWN = frozenset(
     {"n", "max_tokens", "min_tokens", "stop", "stop_token_ids", "seed", "logit_bias"}
     | {"logprobs", "prompt_logprobs"}
@@ -223,7 +224,7 @@ SAMPLING = tuple(field.name for field in fields(SamplingParams))
 if TYPE_CHECKING:
 
     class _SamplingFields(Body):
-        """Fields that are read through `Sampled.sampling_params`."""
+        """Fields that `GenerationRequest.sampling_params` reads."""
 
 else:
     _SamplingFields = create_model(
@@ -231,13 +232,13 @@ else:
         __base__=Body,
         **sampling_fields(
             [name for name in SAMPLING if name not in _OWN],
-            narrowed={"temperature": Interval(le=2)},  # OpenAI's
+            narrowed={"temperature": Interval(le=2)},  # OpenAI's range
         ),
     )
 
 
 class SamplingBody(_SamplingFields):
-    """What a body says about sampling; most fields are SamplingParams' own."""
+    """Sampling fields of a body, most of them made from SamplingParams."""
 
     max_tokens: int | None = Field(None, ge=1)
     n: int = Field(1, ge=1, le=MAX_CHOICES)

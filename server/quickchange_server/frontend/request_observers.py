@@ -1,7 +1,7 @@
-"""What each request came to, for those who keep books: usage, experiments, traces.
+"""Observers of requests: usage, experiments and traces keep books on what each request came to.
 
-A bookkeeper is told when a request begins, and may refuse it there; and once when it has ended,
-however it ended. Knows nothing of HTTP or storage.
+A bookkeeper is called when a request begins, where it may refuse it, and exactly once when the
+request has ended, however it ended. Knows nothing of HTTP or storage.
 """
 
 from __future__ import annotations
@@ -17,28 +17,29 @@ from quickchange_server.errors import QuickchangeError
 from quickchange_server.frontend.caller import Caller
 
 Ending = Literal["stop", "length", "cancelled", "refused", "failed"]
-How = Literal["hash", "random", "list", "state"]  # of an assignment; state: paused or stopped
+# Reason of an assignment; "state": the experiment is paused or stopped.
+How = Literal["hash", "random", "list", "state"]
 
-SETTLE_SECONDS = 10.0  # that the end of an answer waits for its record
+SETTLE_SECONDS = 10.0  # longest wait of an answer's end for its record
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """Which variant of an experiment a request got, and why."""
+    """The variant of an experiment that a request got, and why."""
 
     experiment: str
     variant: str
-    unit: str | None  # what the assignment sticks to, hashed; None: drawn for this request alone
+    unit: str | None  # hash of what the assignment sticks to; None: drawn for this request alone
     by: How
-    shadow: bool = False  # computed beside the request that was answered
-    experiment_id: str = ""  # unlike its name never used twice
-    stretch: int = 0  # which of the experiment's times of constant weights
+    shadow: bool = False  # generated beside the answered request
+    experiment_id: str = ""  # unlike the name, never reused
+    stretch: int = 0  # index of the experiment's period of constant weights
 
     @property
     def counted(self) -> bool:
-        """Whether it was left to chance, so that results may count it."""
+        """True if it was left to chance, so that results may count it."""
         return self.by in ("hash", "random")
 
 
@@ -46,22 +47,22 @@ class Assignment:
 class Opened:
     """A request that is about to be admitted."""
 
-    request_id: str  # the completion's id, as the client sees it
+    request_id: str  # id of the client's answer
     caller: Caller
-    model: str  # as the client named it
+    model: str  # the client's own name for it
     label: str  # the adapter's name, or the catalog's labels for base and compositions
-    prompt_tokens: int  # of all prompts
-    max_tokens: int  # new tokens at most, of all choices
+    prompt_tokens: int  # sum over prompts
+    max_tokens: int  # limit of new tokens, sum over choices
     choices: int
     at: float  # Unix seconds
     assignment: Assignment | None = None
-    user: str | None = None  # the request's field
+    user: str | None = None  # the body's field
     traceparent: str | None = None  # W3C trace context of the client
 
 
 @dataclass(frozen=True, slots=True)
 class Completed:
-    """How it ended."""
+    """A request that has ended."""
 
     opened: Opened
     ending: Ending
@@ -69,23 +70,23 @@ class Completed:
     cached_tokens: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
-    first_token_seconds: float | None = None  # from `opened.at`
+    first_token_seconds: float | None = None  # since `opened.at`
     seconds: float = 0.0
-    queue_seconds: float = 0.0  # from arrival in the engine to the first step; 0: it had none
+    queue_seconds: float = 0.0  # arrival in the engine to the first step; 0: none ran
 
 
 class Bookkeeper(Protocol):
-    """Called on the event loop; nothing here waits."""
+    """An observer of requests, called on the event loop; it must not block."""
 
     def opened(self, opened: Opened) -> None:
-        """A request begins. Raises a QuickchangeError to refuse it."""
+        """Note that a request begins. Raises a QuickchangeError to refuse it."""
 
     def completed(self, completed: Completed) -> Awaitable[None] | None:
-        """It has ended. What is returned is done once the record can't be lost any more."""
+        """Record an ended request. The awaitable is done once the record is durable."""
 
 
 class Counts(Protocol):
-    """What a request has come to so far; tokens of all its choices."""
+    """Counts of a request so far, summed over its choices."""
 
     @property
     def completion_tokens(self) -> int: ...
@@ -111,24 +112,24 @@ class Account:
 
     @classmethod
     def open(cls, opened: Opened, keepers: Sequence[Bookkeeper]) -> Account:
-        """Tell every bookkeeper. Raises what one refuses with; those told before get the end."""
-        told: list[Bookkeeper] = []
+        """Open the request in all books. If a bookkeeper raises, those before it get its end."""
+        opened_in: list[Bookkeeper] = []
         for keeper in keepers:
             try:
                 keeper.opened(opened)
             except QuickchangeError:
-                cls(opened, told).end("refused")
+                cls(opened, opened_in).end("refused")
                 raise
-            told.append(keeper)
-        return cls(opened, told)
+            opened_in.append(keeper)
+        return cls(opened, opened_in)
 
     def token(self) -> None:
-        """Text or tokens have come."""
+        """Note that text or tokens have come."""
         if self._first is None:
             self._first = time.monotonic() - self._began
 
     def end(self, ending: Ending, counts: Counts | None = None) -> None:
-        """The request has ended. Later calls change nothing."""
+        """Record the request's end. Later calls have no effect."""
         if self._durable is not None:
             return
         completed = Completed(
@@ -146,10 +147,10 @@ class Account:
         self._durable = [asyncio.ensure_future(future) for future in kept if future is not None]
 
     async def settled(self) -> None:
-        """Wait until the books hold what `end` told, at most for a while.
+        """Wait until the records of `end` are durable, for `SETTLE_SECONDS` at most.
 
-        A record that is lost, or still waits for a database that is away, is logged: the answer is
-        complete, and its client is to have it.
+        A record that is lost, or still waits for an unavailable database, is logged and raises
+        nothing, since the answer is complete.
         """
         if not self._durable:
             return

@@ -1,7 +1,7 @@
-"""Stop strings over a stream of text: ends the text before (or after) the first that completes.
+"""Stop strings in a stream of text, which ends before (or after) the first that completes.
 
-Text that may be the beginning of a stop string is held back until it is certain. The result does
-not depend on how the text was cut into pieces. Knows nothing of tokens.
+Text that may begin a stop string is held back until it is certain. The result does not depend on
+how the text was cut into pieces. Knows nothing of tokens.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Scanned:
-    """What one piece brought: text to emit, and the stop string that completed, if one did."""
+    """Result of scanning a piece: text to emit, and the stop string that completed, if any."""
 
     text: str
     stop: str | None = None
@@ -25,11 +25,11 @@ class _Pattern:
 
     def __init__(self, text: str) -> None:
         self.text = text
-        self.matched = 0  # characters of the stop string that end the text so far
+        self.matched = 0  # length of its longest prefix that ends the text so far
         self._fallback = _fallbacks(text)
 
     def advance(self, character: str) -> bool:
-        """Take one character; true where the stop string is now complete."""
+        """Take one character; true if it completes the stop string."""
         matched = self.matched
         while matched and self.text[matched] != character:
             matched = self._fallback[matched - 1]
@@ -38,7 +38,7 @@ class _Pattern:
 
 
 def _fallbacks(text: str) -> list[int]:
-    """Per prefix, the length of its longest proper suffix that is a prefix as well."""
+    """For each prefix, the length of its longest proper suffix that is also a prefix."""
     table = [0] * len(text)
     length = 0
     for index in range(1, len(text)):
@@ -69,7 +69,7 @@ class StopScanner:
         return self._certain(self._held + piece)
 
     def finish(self) -> str:
-        """The text held back, where the stream ended with no stop string complete."""
+        """The text held back, for a stream that ended without a stop string."""
         held, self._held = self._held, ""
         return held
 

@@ -1,7 +1,6 @@
 """The base model's tokenizer: prompts and chats to token ids, and token ids to text.
 
-Wraps transformers' own tokenizer and chat template; no tensor is made. Knows nothing of HTTP or of
-the engine.
+Wraps transformers' tokenizer and chat template, without torch. Knows nothing of HTTP or the engine.
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ from quickchange_server.frontend.tool_parser import (
     with_text_arguments,
 )
 
-LONG_TEXT = 4_000  # characters: 7 ms of tokenising (SmolLM2), which no other stream should wait for
+LONG_TEXT = 4_000  # characters: 7 ms of tokenizing (SmolLM2), too long on the event loop
 
 
 class Text:
-    """A tokenizer with what the server needs to know of its model.
+    """A tokenizer with its model's vocabulary size and end-of-sequence ids.
 
     `vocab_size` is the number of token ids that the model takes; `eos_ids` end a generation.
     """
@@ -46,9 +45,9 @@ class Text:
     def load(cls, model: str) -> Text:
         """Read the tokenizer of a model folder or hub id.
 
-        Raises SettingError (setting `model`) where there is none.
+        Raises SettingError (setting `model`) if there is none.
         """
-        _check_folder(model)  # first: the imports take seconds
+        _check_folder(model)  # before the imports, which take seconds
         from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig, AutoTokenizer
 
@@ -65,7 +64,7 @@ class Text:
 
     @property
     def special_ids(self) -> frozenset[int]:
-        """Tokens that are marks and not text, such as the end of a sequence."""
+        """Ids of special tokens, such as the end of a sequence."""
         return self._decoding.special_ids
 
     @property
@@ -74,26 +73,25 @@ class Text:
 
     @cached_property
     def tool_format(self) -> ToolFormat | None:
-        """How the model writes tool calls; None where its chat template has no tools."""
+        """The model's form of tool calls; None if its chat template takes no tools."""
         form = tool_format(self._apply_template) if self.has_chat_template else None
         return None if form is None else replace(form, end=self._before_end(form.end))
 
     def _before_end(self, text: str) -> str:
-        """A text up to the token that ends the answer, which is no part of what is read."""
+        """The text before an end-of-sequence token, which no answer's text contains."""
         ends = {self.token_name(token_id) for token_id in self.eos_ids & self.special_ids}
         cut = min((text.find(end) for end in ends if end in text), default=len(text))
         return text[:cut].rstrip()
 
     def special_parts(self, text: str) -> list[str | int]:
-        """A text as its special tokens, by id, which an answer's text leaves out, and what is
-        between them."""
+        """The text split at special tokens: these by id, the text between them as strings."""
         known = {self.token_name(token_id): token_id for token_id in self.special_ids}
         longest_first = sorted(known, key=len, reverse=True)
         parts = re.split(f"({'|'.join(map(re.escape, longest_first))})", text) if known else [text]
         return [known.get(part, part) for part in parts if part]
 
     def tokenizer_json(self) -> str | None:
-        """The tokenizer as the `tokenizers` library writes it; None where it is none of that."""
+        """The tokenizer in the `tokenizers` library's JSON; None for one of another kind."""
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         if backend is None:
             return None
@@ -103,28 +101,28 @@ class Text:
         return str(plain.to_str())
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text. A long one is tokenised on a thread, beside running streams."""
+        """Token ids of a text. A long text is tokenized on a thread, off the event loop."""
         if len(text) < LONG_TEXT:
             return self.encode_now(text, add_special_tokens=add_special_tokens)
         return await asyncio.to_thread(self.encode_now, text, add_special_tokens=add_special_tokens)
 
     def encode_now(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """As `encode`, on this thread."""
+        """Token ids of a text, tokenized on the calling thread."""
         encoded = self._tokenizer(
             text,
             add_special_tokens=add_special_tokens,
             return_attention_mask=False,
             return_token_type_ids=False,
-            verbose=False,  # no warning where a prompt exceeds the model's length: we refuse it
+            verbose=False,  # no warning about long prompts, which admission refuses
         )
         return list(encoded["input_ids"])
 
     async def spans(
         self, text: str, *, add_special_tokens: bool = True
     ) -> list[tuple[int, int, int]]:
-        """Token ids of a text, each with the characters that it stands for: (id, start, stop).
+        """Token ids of a text with their character spans: (id, start, stop).
 
-        Raises InvalidRequestError where the model's tokenizer keeps no account of that.
+        Raises InvalidRequestError if the model's tokenizer does not provide spans.
         """
         if not self._tokenizer.is_fast:
             raise InvalidRequestError(
@@ -146,10 +144,10 @@ class Text:
     def render_chat(
         self, messages: Messages, *, tools: Messages = (), add_generation_prompt: bool = True
     ) -> str:
-        """The prompt text of a chat, its special tokens included.
+        """The prompt text of a chat, special tokens included.
 
-        Raises InvalidRequestError where the model has no chat template, or the template refuses
-        the messages (roles that must alternate, for example).
+        Raises InvalidRequestError if the model has no chat template, or the template refuses the
+        messages (roles that must alternate, for example).
         """
         if not self.has_chat_template:
             raise InvalidRequestError(
@@ -170,7 +168,7 @@ class Text:
     def _apply_template(
         self, messages: Messages, tools: Messages, add_generation_prompt: bool
     ) -> str:
-        """Raises jinja2.TemplateError, whatever the template's own code raises."""
+        """The rendered chat template. Raises jinja2.TemplateError for any error in its code."""
         try:
             rendered = self._tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
@@ -192,7 +190,7 @@ class Text:
         return await self.encode(rendered, add_special_tokens=False)
 
     def detokenizer(self, *, skip_special_tokens: bool = True) -> Detokenizer:
-        """A fresh incremental detokenizer for one sequence."""
+        """A new incremental detokenizer for one sequence."""
         return self._decoding.detokenizer(skip_special_tokens=skip_special_tokens)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
@@ -201,15 +199,15 @@ class Text:
         return "".join([*map(detokenizer.push, ids), detokenizer.finish()])
 
     def token_bytes(self, token_id: int) -> bytes:
-        """One token's own bytes; they may be part of a character."""
+        """A token's own bytes, possibly part of a character."""
         return self._decoding.token_bytes(token_id)
 
     def token_name(self, token_id: int) -> str:
-        """The token's entry in the vocabulary, as tokenizers print it."""
+        """The token's entry in the vocabulary, such as "Ġthe"."""
         return str(self._tokenizer.convert_ids_to_tokens(token_id))
 
     def check_ids(self, ids: Sequence[int], param: str) -> None:
-        """Raises InvalidRequestError where an id is not one of the model's."""
+        """Raise InvalidRequestError for an id outside the model's vocabulary."""
         if ids and (min(ids) < 0 or max(ids) >= self.vocab_size):
             wrong = next(i for i in ids if not 0 <= i < self.vocab_size)
             raise InvalidRequestError(
@@ -230,7 +228,7 @@ def _check_folder(model: str) -> None:
 
 
 def _eos_ids(model: str, config: Any, tokenizer: Any) -> frozenset[int]:
-    """End-of-sequence ids of the generation settings, the model and the tokenizer together."""
+    """End-of-sequence ids from the generation settings, the model and the tokenizer."""
     from transformers import GenerationConfig
 
     found: set[int] = set()

@@ -1,7 +1,7 @@
-"""Tool calls in a model's own words: how its chat template writes them, and how to read them back.
+"""Tool calls in a model's text: the form that its chat template gives them, and their parser.
 
-No model is known by name. The template is asked to write a call, and calls are recognised by the
-text that it puts around the JSON. Knows nothing of HTTP.
+No model is known by name: the template renders a sample call, and the text around its JSON marks
+calls from then on. Knows nothing of HTTP.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _NAME, _KEY, _VALUE, _SAID = "probe_tool", "probe_key", "probe_value", "probe_co
 _ARGUMENTS = {_KEY: _VALUE}
 _ASKED = {"role": "user", "content": "probe_question"}
 _ANSWERED = {"role": "assistant", "content": _SAID}
-_ID = "call00000"  # nine letters and digits: the strictest template asks for that
+_ID = "call00000"  # nine letters and digits, as the strictest template demands
 _CALLED = {
     "role": "assistant",
     "content": "",
@@ -56,7 +56,7 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class ToolFormat:
-    """How a model writes calls: `begin`, a JSON object or a list of them, `end`."""
+    """The form of a model's calls: `begin`, a JSON object or a list of them, `end`."""
 
     begin: str  # "": the JSON is the whole answer
     end: str
@@ -66,8 +66,7 @@ class ToolFormat:
     from_text: bool = False  # the template takes a call's arguments as text, not as an object
 
     def calls(self, value: Any, names: Collection[str]) -> list[ToolCall] | None:
-        """The calls that a JSON value stands for; None where it is anything else, or names a
-        function that is not one of `names`."""
+        """The calls in a JSON value; None if it is not calls of functions among `names`."""
         items = value if isinstance(value, list) else [value]
         calls = [self._call(item) for item in items]
         known = [call for call in calls if call is not None and call.name in names]
@@ -81,12 +80,12 @@ class ToolFormat:
 
 
 def tool_format(render: Render) -> ToolFormat | None:
-    """How a chat template writes calls; None where it takes no tools, or does not write JSON."""
+    """The form of calls in a chat template; None if it takes no tools or writes no JSON."""
     return _learned(render, from_text=False) or _learned(render, from_text=True)
 
 
 def with_text_arguments(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message for a template that takes the arguments of its calls as text."""
+    """The message with its calls' arguments as text, for templates that expect them so."""
     calls = [
         {
             **call,
@@ -110,8 +109,7 @@ def _learned(render: Render, *, from_text: bool) -> ToolFormat | None:
         return None
     if _NAME not in opening or _SAID not in answered:
         return None
-    # What stands before and behind every message of the assistant's, such as an empty thought, is
-    # no part of a call.
+    # Text around every message of the assistant, such as an empty thought, is not part of a call.
     before, _, after = answered.rpartition(_SAID)
     begun = max(_shared(opening, called), _shared(before, called))
     tail = called[begun:].removesuffix(after)
@@ -121,20 +119,20 @@ def _learned(render: Render, *, from_text: bool) -> ToolFormat | None:
         if name_path and arguments_path:
             begin, finish = tail[:start].strip(), tail[end:].strip()
             if any(own in begin + finish for own in (_ID, _NAME)):
-                return None  # not the same for every call
+                return None  # marks that differ between calls
             listed = isinstance(value, list)
             return ToolFormat(begin, finish, listed, name_path, arguments_path, from_text)
     return None
 
 
 def _shared(left: str, right: str) -> int:
-    """Characters that both begin with."""
+    """Length of the common prefix."""
     pairs = enumerate(zip(left, right, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(left), len(right)))
 
 
 def _values(text: str) -> Iterator[tuple[int, int, Any]]:
-    """Every JSON object or list in a text, the outer ones first: (start, end, value)."""
+    """JSON objects and lists in a text, outer ones first: (start, end, value)."""
     for start, character in enumerate(text):
         if character in "{[":
             try:
@@ -145,7 +143,7 @@ def _values(text: str) -> Iterator[tuple[int, int, Any]]:
 
 
 def _path(value: Any, wanted: Any) -> tuple[str, ...] | None:
-    """The keys down to `wanted` in nested objects; None where it is not there."""
+    """The path of keys to `wanted` in nested objects; None if it is not there."""
     if not isinstance(value, dict):
         return None
     for key, inner in value.items():
@@ -164,78 +162,78 @@ def _at(value: Any, path: Sequence[str]) -> Any:
 
 
 class ToolReader:
-    """Tells calls from text in what one choice writes, as it comes.
+    """Incremental parser that separates the calls of one choice from its text.
 
-    Text that may be part of a call is held back; what turns out to be none is text after all, so
-    nothing is lost.
+    Text that may be part of a call is held back, and returned as text if it turns out to be none.
     """
 
     def __init__(self, form: ToolFormat, names: Collection[str]) -> None:
         self._form = form
         self._names = names
         self._scanner = StopScanner([form.begin] if form.begin else ())
-        self._call: str | None = None if form.begin else ""  # what has come since `begin`
+        # Text since `begin`; None outside a call.
+        self._call: str | None = None if form.begin else ""
 
     def push(self, text: str, *, final: bool) -> tuple[str, list[ToolCall]]:
-        """Add text; `final`: there is no more. Returns text that is certain, and whole calls."""
-        said: list[str] = []
+        """Add text, the last if `final`. Returns text that is certain, and complete calls."""
+        plain: list[str] = []
         calls: list[ToolCall] = []
         while True:
             if self._call is None:
-                text = self._outside(text, said, final=final)
+                text = self._outside(text, plain, final=final)
             if self._call is None:
-                return "".join(said), calls
+                return "".join(plain), calls
             self._call += text
-            rest = self._inside(said, calls, final=final)
+            rest = self._inside(plain, calls, final=final)
             if rest is None:
-                return "".join(said), calls
+                return "".join(plain), calls
             text = rest
 
-    def _outside(self, text: str, said: list[str], *, final: bool) -> str:
-        """Take text up to the beginning of a call; what is behind it."""
+    def _outside(self, text: str, plain: list[str], *, final: bool) -> str:
+        """Consume text up to the beginning of a call; returns the rest."""
         for index, character in enumerate(text):
             scanned = self._scanner.push(character)
-            said.append(scanned.text)
+            plain.append(scanned.text)
             if scanned.stop is not None:
                 self._call = ""
                 return text[index + 1 :]
         if final:
-            said.append(self._scanner.finish())
+            plain.append(self._scanner.finish())
         return ""
 
-    def _inside(self, said: list[str], calls: list[ToolCall], *, final: bool) -> str | None:
-        """Take a call that is complete; what is behind it. None where more is needed."""
+    def _inside(self, plain: list[str], calls: list[ToolCall], *, final: bool) -> str | None:
+        """Consume a complete call; returns the rest, None if the call needs more text."""
         held = self._call or ""
         start = len(held) - len(held.lstrip())
         if not self._form.begin and held[start : start + 1] not in ("", "{", "["):
-            return self._no_call(held, len(held), said)
+            return self._no_call(held, len(held), plain)
         try:
             value, end = _DECODER.raw_decode(held, start)
         except json.JSONDecodeError as error:
             wrong = self._wrong_until(held, error)
             if wrong is None and not final:
                 return None
-            return self._no_call(held, wrong or len(held), said)
+            return self._no_call(held, wrong or len(held), plain)
         rest = held[end:].lstrip()
         if not final and len(rest) < len(self._form.end) and self._form.end.startswith(rest):
             return None
         found = self._form.calls(value, self._names)
         if found is None:
-            return self._no_call(held, end, said)
+            return self._no_call(held, end, plain)
         calls += found
         self._leave()
         return rest.removeprefix(self._form.end)
 
     def _wrong_until(self, held: str, error: json.JSONDecodeError) -> int | None:
-        """Where a call that is not JSON ends; None while it may still become JSON."""
+        """Index where a call that is not JSON ends; None while it may still become JSON."""
         if not self._form.end or error.msg.startswith("Unterminated string"):
-            return None  # an end within a string is none
+            return None  # an `end` within a string doesn't count
         end = held.find(self._form.end, error.pos)
         return None if end < 0 else end + len(self._form.end)
 
-    def _no_call(self, held: str, length: int, said: list[str]) -> str:
-        """The first characters held are text after all; the rest."""
-        said.append(self._form.begin + held[:length])
+    def _no_call(self, held: str, length: int, plain: list[str]) -> str:
+        """Return the first `length` held characters to the text; returns the rest."""
+        plain.append(self._form.begin + held[:length])
         self._leave()
         return held[length:]
 

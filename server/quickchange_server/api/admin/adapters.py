@@ -1,4 +1,4 @@
-"""Administration of adapters: /v1/adapters and /v1/aliases."""
+"""Administration of adapters, their versions and aliases: /v1/adapters and /v1/aliases."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ UPLOAD_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}\.(json|safetensors)"
 
 
 async def adapters_on(services: Injected) -> None:
-    """Refuses the route where the server serves no adapters."""
+    """Raise ForbiddenError if the server serves no adapters."""
     if not services.settings.adapters:
         raise ForbiddenError(
             "adapters are switched off by the setting adapters (QUICKCHANGE_ADAPTERS)"
@@ -84,7 +84,7 @@ _UPLOAD_FORM = {
     "properties": {"name": {"type": "string"}, **dict.fromkeys(_UPLOADED, _FILE)},
     "required": ["name"],
 }
-_ADD_BODY = {  # in the document; the route reads it itself
+_ADD_BODY = {  # for the OpenAPI document; the route parses the body itself
     "required": True,
     "content": {
         "application/json": {"schema": AddFromPath.model_json_schema()},
@@ -94,7 +94,7 @@ _ADD_BODY = {  # in the document; the route reads it itself
 
 
 class Rollback(Body):
-    version: int | None = Field(None, ge=1)  # default: the one before the current
+    version: int | None = Field(None, ge=1)  # default: the version before the current one
 
 
 class PrefetchTo(Body):
@@ -103,11 +103,11 @@ class PrefetchTo(Body):
 
 class PointAlias(Body):
     target: str  # NAME, or NAME@VERSION
-    turbo: str | None = None  # the same, of the heads that draft; default: the target's own
+    turbo: str | None = None  # the same form, for the drafting heads; default: the target's
 
 
 def check_paths_allowed(settings: Settings) -> None:
-    """Raises ForbiddenError where clients may not name folders of the server's machine."""
+    """Raise ForbiddenError if clients may not name folders of the server's machine."""
     allowed = settings.adapter_paths
     if allowed is None:
         allowed = is_loopback(settings.host)
@@ -119,18 +119,18 @@ def check_paths_allowed(settings: Settings) -> None:
         )
 
 
-# --- what a caller sees -------------------------------------------------------------------------
+# --- visibility ---------------------------------------------------------------------------------
 
 
 def check_seen(services: Services, caller: Caller, reference: str) -> None:
-    """Raise the same AdapterNotFoundError for what isn't there and for what isn't seen."""
+    """Raise AdapterNotFoundError, the same for a missing name and for one the caller can't see."""
     parsed = parse_reference(reference)
     reachable(services.store.snapshot(), parsed, caller.sees).find(parsed)
 
 
 @contextmanager
 def uses_hidden(caller: Caller) -> Iterator[None]:
-    """Keep the names of aliases that hold an adapter from a caller who may not see them."""
+    """Replace InUseError by one without alias names for callers who may not see all of them."""
     try:
         yield
     except InUseError as error:
@@ -164,7 +164,7 @@ def _version(services: Services, version: Version) -> Json:
 
 
 def _turbo(info: AdapterInfo) -> Json | None:
-    """The figures of a version's Turbo heads."""
+    """Statistics of a version's Turbo heads; None without heads."""
     heads, vocabulary = info.turbo, info.base_vocabulary
     if heads is None:
         return None
@@ -180,7 +180,7 @@ def _turbo(info: AdapterInfo) -> Json | None:
 
 
 def _summary(services: Services, index: Index, name: str) -> Json:
-    """A name, with what it serves now."""
+    """An adapter's name with the version that it serves."""
     entry = index.entry(name)
     aliases = sorted(alias for alias, target in index.aliases.items() if target.name == name)
     return {
@@ -218,7 +218,7 @@ def _added(added: Added) -> Json:
 
 @router.get("/v1/adapters", response_model=AdapterList)
 async def list_adapters(services: Injected, caller: Managing) -> Json:
-    """Every adapter, with where the version that it serves is held."""
+    """List all adapters, each with the version that it serves and that version's residency."""
     index = seen(services.store.snapshot(), caller.sees)
     return {
         "object": "list",
@@ -228,7 +228,7 @@ async def list_adapters(services: Injected, caller: Managing) -> Json:
 
 @router.get("/v1/adapters/{reference:path}", response_model=AdapterDocument, responses=errors(404))
 async def one_adapter(reference: str, services: Injected, caller: Managing) -> Json:
-    """An adapter by name, version or alias: its versions, and what the referred one holds."""
+    """One adapter by name, version or alias: its versions, and details of the one referred to."""
     check_seen(services, caller, reference)
     resolved = services.store.resolve(reference)
     index = seen(services.store.snapshot(), caller.sees)
@@ -293,7 +293,7 @@ async def _add_upload(services: Services, caller: Caller, form: FormData) -> Add
         for file, upload in form.multi_items():
             if file == "name":
                 continue
-            # The field's name, whatever name the client's file had: checked to be no path.
+            # The field's name, not the client's file name: UPLOAD_FILE admits no path.
             path = Path(folder) / file
             fits = UPLOAD_FILE.fullmatch(file) is not None and not path.exists()
             if not fits or not isinstance(upload, UploadFile):
@@ -314,7 +314,7 @@ def _write(upload: UploadFile, path: Path) -> None:
 async def remove_reference(
     services: Services, caller: Caller, reference: str
 ) -> tuple[Version, ...]:
-    """Remove a name or one version, from the store and, where nothing else uses it, the engine."""
+    """Remove a name or one version from the store, and from the engine if nothing else uses it."""
     check_seen(services, caller, reference)
     with uses_hidden(caller):
         gone = await asyncio.to_thread(services.store.remove, reference)
@@ -327,7 +327,7 @@ async def remove_reference(
     "/v1/adapters/{reference:path}", response_model=RemovedAdapter, responses=errors(404, 409)
 )
 async def remove_adapter(reference: str, services: Injected, caller: Managing) -> Json:
-    """Remove a name with all its versions, or one version. Running requests finish on theirs."""
+    """Remove a name with all its versions, or one version. Running requests keep theirs."""
     gone = await remove_reference(services, caller, reference)
     return {
         "id": reference,
@@ -348,7 +348,7 @@ async def remove_adapter(reference: str, services: Injected, caller: Managing) -
 async def rollback(
     name: str, services: Injected, caller: Managing, body: Rollback | None = None
 ) -> Json:
-    """Serve an earlier version (or a given one) under the name from now on."""
+    """Serve the version before the current one, or a given one, under the name."""
     check_seen(services, caller, name)
     version = None if body is None else body.version
     with uses_hidden(caller):
@@ -364,7 +364,7 @@ async def rollback(
     responses=errors(404),
 )
 async def pin(reference: str, services: Injected, caller: Managing) -> Json:
-    """Load the version to the device and keep it there."""
+    """Load a version to the device and keep it there."""
     return _pinned(services, caller, reference, True)
 
 
@@ -376,7 +376,7 @@ async def pin(reference: str, services: Injected, caller: Managing) -> Json:
     responses=errors(404),
 )
 async def unpin(reference: str, services: Injected, caller: Managing) -> Json:
-    """Let the version be evicted again."""
+    """Allow a version to be evicted again."""
     return _pinned(services, caller, reference, False)
 
 
@@ -397,7 +397,7 @@ def _pinned(services: Services, caller: Caller, reference: str, pinned: bool) ->
 async def prefetch(
     reference: str, services: Injected, caller: Managing, body: PrefetchTo | None = None
 ) -> Json:
-    """Bring the version to a tier if its budget allows; the answer does not wait for it."""
+    """Load a version to a tier if the tier's budget allows; the answer does not wait for it."""
     check_seen(services, caller, reference)
     resolved = services.store.resolve(reference)
     services.client.prefetch(resolved.digest, "device" if body is None else body.tier)
@@ -409,7 +409,7 @@ async def prefetch(
 
 @router.get("/v1/aliases", response_model=AliasList)
 async def list_aliases(services: Injected, caller: Managing) -> Json:
-    """Every alias and what it points at."""
+    """List all aliases and what they point at."""
     aliases = seen(services.store.snapshot(), caller.sees).aliases
     return {
         "object": "list",
@@ -421,9 +421,9 @@ async def list_aliases(services: Injected, caller: Managing) -> Json:
     "/v1/aliases/{alias:path}", response_model=AliasDocument, responses=errors(404, 409, 413)
 )
 async def point_alias(alias: str, body: PointAlias, services: Injected, caller: Managing) -> Json:
-    """Point an alias at a name (whatever it serves) or at one version, in one step.
+    """Point an alias at a name (whichever version it serves) or at one version, atomically.
 
-    With `turbo`, that adapter's heads draft for it, in place of the target's own.
+    `turbo` names the adapter whose heads draft for the alias; default: the target's own.
     """
     check_own(caller, alias, "alias")
     services.imports.refuse_taken(alias)

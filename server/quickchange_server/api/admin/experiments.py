@@ -1,4 +1,4 @@
-"""Experiments over HTTP: /v1/experiments and what is done with them."""
+"""Administration of experiments: /v1/experiments, their state, results and outcomes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from quickchange_server.api.openapi.response_models_experiments import (
 from quickchange_server.api.openapi.route_responses import COMMON_ERRORS, errors
 from quickchange_server.errors import ConflictError, InvalidRequestError, QuickchangeError
 from quickchange_server.experiments import experiment_records
-from quickchange_server.experiments import outcomes as told
+from quickchange_server.experiments import outcomes as outcome_records
 from quickchange_server.experiments.definition import (
     Definition,
     Metric,
@@ -56,17 +56,17 @@ from quickchange_store.names import check_name
 
 router = APIRouter(tags=["experiments"], responses=COMMON_ERRORS)
 
-MAX_OUTCOMES = 1000  # of one request
+MAX_OUTCOMES = 1000  # in one request
 PRINTABLE = "^[!-~]+$"
-AUDITED = 100  # entries shown unless asked for more
+AUDITED = 100  # default number of audit entries
 
 
 class Change(Body):
-    """Fields of a definition that are to be others; those that aren't given stay."""
+    """Changes of a definition; fields that aren't given keep their value."""
 
-    version: int | None = Field(None, ge=1)  # refuse unless the experiment is at this version
+    version: int | None = Field(None, ge=1)  # refused if the experiment is at another version
     description: str | None = None
-    weights: dict[str, Weight] | None = None  # of those variants alone
+    weights: dict[str, Weight] | None = None  # new weights of the named variants
     variants: list[Variant] | None = None
     allow: dict[Unit, str] | None = None
     deny: list[Unit] | None = None
@@ -89,7 +89,7 @@ class Change(Body):
 
 
 class Stop(Body):
-    winner: str | None = None  # the variant that answers from now on; default: the control
+    winner: str | None = None  # the variant that serves everybody; default: the control
 
 
 class Promote(Body):
@@ -102,7 +102,7 @@ def _check_value(value: Any) -> Any:
     return value
 
 
-# A union would tell of each kind that it is not.
+# A union would report one error per type.
 OutcomeValue = Annotated[
     SkipValidation[bool | float | str],
     BeforeValidator(_check_value),
@@ -111,7 +111,7 @@ OutcomeValue = Annotated[
 
 
 class ToldOutcome(Body):
-    """What came of an answer, by the answer's id or by what its assignment stuck to."""
+    """An outcome reported by the client, for an answer's id or for the assignment's unit."""
 
     name: str
     value: OutcomeValue
@@ -131,14 +131,14 @@ class ToldOutcome(Body):
 
 
 def _one_or_several(schema: Json) -> None:
-    """The schema of `Outcomes`, with that of one outcome beside it."""
+    """Change the schema of `Outcomes` to admit a single outcome as well."""
     several = {key: schema.pop(key) for key in ("type", "properties", "required")}
     several["additionalProperties"] = schema.pop("additionalProperties")
     schema["anyOf"] = [several, several["properties"]["outcomes"]["items"]]
 
 
 class Outcomes(Body):
-    """Several outcomes; one may also be sent as it is."""
+    """A list of outcomes; a single one may also be the body itself."""
 
     model_config = ConfigDict(json_schema_extra=_one_or_several)
 
@@ -173,7 +173,7 @@ async def create(body: Definition, services: Injected, caller: Managing) -> Json
 
 @router.get("/v1/experiments", response_model=ExperimentList, response_model_exclude_unset=True)
 async def list_experiments(services: Injected, caller: Managing) -> Json:
-    """Every experiment that the caller may see."""
+    """List the experiments that the caller may see."""
     there = services.experiments.all
     return {
         "object": "list",
@@ -185,7 +185,7 @@ async def list_experiments(services: Injected, caller: Managing) -> Json:
     "/v1/experiments/{name:path}/results", response_model=ExperimentResults, responses=errors(404)
 )
 async def results(name: str, services: Injected, caller: Managing) -> Json:
-    """What the variants came to so far."""
+    """Statistics of the variants so far."""
     experiment = _seen(services, caller, name)
     return await results_of(services.database, experiment)
 
@@ -197,7 +197,7 @@ async def audit(
     caller: Managing,
     limit: Annotated[int, Query(ge=1, le=1000)] = AUDITED,
 ) -> Json:
-    """Who changed what and when, newest first; of a deleted experiment too."""
+    """Audit trail, newest entry first; a deleted experiment keeps its own."""
     if not caller.sees(check_name(name)):
         raise experiment_records.unknown(name)
     entries = await services.database.read(
@@ -215,7 +215,7 @@ async def audit(
     responses=errors(404),
 )
 async def one_experiment(name: str, services: Injected, caller: Managing) -> Json:
-    """One experiment: its definition, its state, and the shares that hold now."""
+    """One experiment: its definition, its state and its current shares."""
     return _shown(_seen(services, caller, name), services)
 
 
@@ -226,7 +226,7 @@ async def one_experiment(name: str, services: Injected, caller: Managing) -> Jso
     responses=errors(404, 409, 413),
 )
 async def update(name: str, body: Change, services: Injected, caller: Managing) -> Json:
-    """Change an experiment; only the units whose share moved get another variant."""
+    """Change an experiment; only units whose share moved get another variant."""
     before = _seen(services, caller, name).definition
     _check_served(services, caller, body.apply(before), before)
     changed = await services.experiments.update(name, caller, body.apply, body.version)
@@ -237,7 +237,7 @@ async def update(name: str, body: Change, services: Injected, caller: Managing) 
     "/v1/experiments/{name:path}", response_model=DeletedExperiment, responses=errors(404)
 )
 async def delete(name: str, services: Injected, caller: Managing) -> Json:
-    """Forget an experiment and what it recorded; the audit trail stays."""
+    """Delete an experiment and its records; the audit trail stays."""
     _seen(services, caller, name)
     await services.experiments.delete(name, caller)
     return {"id": name, "object": "experiment.deleted", "deleted": True}
@@ -253,7 +253,7 @@ async def delete(name: str, services: Injected, caller: Managing) -> Json:
     responses=errors(404, 409),
 )
 async def pause(name: str, services: Injected, caller: Managing) -> Json:
-    """Everybody gets the control for now, which is not counted."""
+    """Serve the control to everybody for now, without counting it."""
     _seen(services, caller, name)
     return _shown(await services.experiments.pause(name, caller), services)
 
@@ -265,7 +265,7 @@ async def pause(name: str, services: Injected, caller: Managing) -> Json:
     responses=errors(404, 409),
 )
 async def resume(name: str, services: Injected, caller: Managing) -> Json:
-    """Go on where it was paused; everybody gets their variant again."""
+    """Resume a paused experiment; everybody gets their variant again."""
     _seen(services, caller, name)
     return _shown(await services.experiments.resume(name, caller), services)
 
@@ -277,7 +277,7 @@ async def resume(name: str, services: Injected, caller: Managing) -> Json:
     responses=errors(404, 409, 413),
 )
 async def stop(name: str, services: Injected, caller: Managing, body: Stop | None = None) -> Json:
-    """End it: from now on everybody gets the winner, or the control."""
+    """End an experiment: everybody gets the winner, or the control."""
     _seen(services, caller, name)
     winner = None if body is None else body.winner
     return _shown(await services.experiments.stop(name, caller, winner), services)
@@ -289,7 +289,7 @@ async def stop(name: str, services: Injected, caller: Managing, body: Stop | Non
     responses=errors(404, 409, 413),
 )
 async def promote(name: str, body: Promote, services: Injected, caller: Managing) -> Json:
-    """Point the experiment's alias at what a variant serves, in one step."""
+    """Point the experiment's alias at what a variant serves, atomically."""
     _check_alias(services, caller, _seen(services, caller, name).definition.alias)
     return _moved(name, await services.promotions.promote(name, caller, body.variant))
 
@@ -298,7 +298,7 @@ async def promote(name: str, body: Promote, services: Injected, caller: Managing
     "/v1/experiments/{name:path}/rollback", response_model=MovedAlias, responses=errors(404, 409)
 )
 async def roll_back(name: str, services: Injected, caller: Managing) -> Json:
-    """Undo the last promotion: the alias is what it was before."""
+    """Undo the last promotion: the alias points where it did before."""
     promotions = _seen(services, caller, name).promotions
     _check_alias(services, caller, promotions[-1].alias if promotions else None)
     return _moved(name, await services.promotions.roll_back(name, caller))
@@ -314,12 +314,12 @@ async def roll_back(name: str, services: Injected, caller: Managing) -> Json:
     responses=errors(404, 409, 413),
 )
 async def outcomes(name: str, body: Outcomes, services: Injected, caller: Calling) -> Json:
-    """Tell what came of answers. All are kept or none; the answer comes after they are durable."""
+    """Record outcomes of answers, all or none. The response comes after they are durable."""
     experiment = _seen(services, caller, name)
-    given = [_told(outcome, index) for index, outcome in enumerate(body.outcomes)]
+    given = [_reported(outcome, index) for index, outcome in enumerate(body.outcomes)]
     now = services.experiments.clock()
     kept = await services.database.write(
-        partial(told.keep, experiment=experiment, caller=caller, outcomes=given, now=now)
+        partial(outcome_records.keep, experiment=experiment, caller=caller, outcomes=given, now=now)
     )
     for each in kept:
         if each.new:
@@ -327,8 +327,8 @@ async def outcomes(name: str, body: Outcomes, services: Injected, caller: Callin
     return {"object": "list", "data": [asdict(each) for each in kept]}
 
 
-def _told(outcome: ToldOutcome, index: int) -> told.Told:
-    return told.Told(
+def _reported(outcome: ToldOutcome, index: int) -> outcome_records.Told:
+    return outcome_records.Told(
         param=f"outcomes[{index}]",
         name=outcome.name,
         value=outcome.value,
@@ -375,7 +375,7 @@ def _pointed(pointed: Pointed | None) -> Json | None:
 
 
 def _seen(services: Services, caller: Caller, name: str) -> Experiment:
-    """Raises UnknownModelError, also where the caller may not see it."""
+    """The experiment. Raises UnknownModelError if there is none or the caller can't see it."""
     if not caller.sees(name):
         raise experiment_records.unknown(name)
     return services.experiments.get(name)
@@ -398,10 +398,10 @@ def _check_alias(services: Services, caller: Caller, alias: str | None) -> None:
 def _check_served(
     services: Services, caller: Caller, definition: Definition, before: Definition | None = None
 ) -> None:
-    """Raises where a variant or a shadow names what can't be served, by its place.
+    """Raise for a variant or shadow that can't be served, with its place in the body.
 
-    Not of those that were there `before`: one whose adapter is gone must not keep its weight from
-    being taken away, nor one that the caller doesn't see.
+    Variants unchanged since `before` are not checked: the weight of one whose adapter is gone, or
+    that the caller can't see, can still be taken away.
     """
     old = () if before is None else (*before.variants, *before.shadows)
     there = {each.name: each for each in old}

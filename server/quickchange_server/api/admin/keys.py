@@ -1,4 +1,4 @@
-"""API keys: /v1/keys. For callers with the scope admin."""
+"""Administration of API keys, /v1/keys, for callers with the scope admin."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Time = Annotated[Number, Field(ge=0, le=1e11)]  # Unix seconds
 
 
 class KeyLimits(Body):
-    """`null`: no limit."""
+    """Limits of a key; `null` is no limit."""
 
     requests_per_minute: Count | None = None
     tokens_per_minute: Count | None = None
@@ -52,13 +52,13 @@ class NewKey(Body):
     tenant: str
     scope: Scope = "infer"
     label: Label = ""
-    names: list[str] | None = None  # globs; required but for the scope admin
+    names: list[str] | None = None  # globs; required except for the scope admin
     limits: KeyLimits = KeyLimits()
     expires: Time | None = None  # Unix seconds; default: never
 
 
 class ChangedKey(BaseModel):
-    """What is given replaces what was. `null` takes an expiry, or all limits, away."""
+    """Changes of a key; given fields replace the old, `null` removes an expiry or all limits."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -69,7 +69,7 @@ class ChangedKey(BaseModel):
     expires: Time | None = None
 
     def terms(self, old: Terms) -> Terms:
-        """The key's terms with these changes."""
+        """The key's old terms with these changes applied."""
         given = {name: getattr(self, name) for name in self.model_fields_set}
         if "names" in given:
             given["names"] = tuple(self.names)
@@ -103,7 +103,7 @@ def _key(key: Key) -> Json:
 
 @router.post("/v1/keys", status_code=201, response_model=ApiKeyWithSecret, responses=errors(413))
 async def create_key(body: NewKey, services: Injected) -> Json:
-    """Make an API key. Its secret is in this answer and nowhere else."""
+    """Create an API key. Its secret is in this answer and nowhere else."""
     terms = Terms(
         tenant=body.tenant,
         scope=body.scope,
@@ -121,7 +121,7 @@ async def create_key(body: NewKey, services: Injected) -> Json:
 
 @router.get("/v1/keys", response_model=ApiKeyList)
 async def list_keys(services: Injected, tenant: str | None = None) -> Json:
-    """All keys, or a tenant's, oldest first; revoked and expired ones too."""
+    """List all keys, or a tenant's, oldest first, including revoked and expired ones."""
     keys = await services.database.read(key_records.every)
     shown = [_key(key) for key in keys if tenant is None or key.terms.tenant == tenant]
     return {"object": "list", "data": shown}
@@ -135,7 +135,7 @@ async def one_key(key_id: KeyId, services: Injected) -> Json:
 
 @router.patch("/v1/keys/{id}", response_model=ApiKeyDocument, responses=errors(404, 409, 413))
 async def change_key(key_id: KeyId, body: ChangedKey, services: Injected) -> Json:
-    """Change what a key may do. Its tenant stays."""
+    """Change a key's terms; its tenant stays."""
     key = await services.database.write(
         partial(key_records.change, key_id=key_id, changed=body.terms)
     )
@@ -145,7 +145,7 @@ async def change_key(key_id: KeyId, body: ChangedKey, services: Injected) -> Jso
 
 @router.delete("/v1/keys/{id}", response_model=ApiKeyDocument, responses=errors(404))
 async def revoke_key(key_id: KeyId, services: Injected) -> Json:
-    """End a key for good; its past usage stays."""
+    """Revoke a key for good; its past usage stays."""
     key = await services.database.write(partial(key_records.revoke, key_id=key_id, now=time.time()))
     await services.revisions.take_up()
     return _key(key)

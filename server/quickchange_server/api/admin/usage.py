@@ -20,9 +20,9 @@ from quickchange_server.frontend.request_base import Json
 from quickchange_server.tenants.key import check_tenant
 from quickchange_server.tenants.usage_log import FIGURES, GROUPS, HOUR, Group, UsageQuery, report
 
-DEFAULT_SECONDS = 30 * 86_400  # before the end
+DEFAULT_SECONDS = 30 * 86_400  # default period before `to`
 NO_NAMES = {BASE_LABEL, COMPOSITION_LABEL}
-UNSEEN = "-"  # no adapter's name begins so
+UNSEEN = "-"  # stands for hidden adapters; no adapter's name begins so
 DEFAULT_GROUP = "tenant,key,adapter"
 
 router = APIRouter(tags=["API keys"], responses=COMMON_ERRORS)
@@ -37,7 +37,7 @@ async def usage(
     tenant: str | None = None,
     group: str = DEFAULT_GROUP,
 ) -> Json:
-    """Requests and tokens of whole hours: the caller's own tenant's, or, with the scope admin, all.
+    """Requests and tokens by whole hours, for the caller's tenant or, with the scope admin, all.
 
     `from` and `to` are Unix seconds or ISO 8601 times; hours that they cut are counted whole.
     """
@@ -55,8 +55,10 @@ async def usage(
 
 
 def _veiled(rows: list[Json], caller: Caller) -> list[Json]:
-    """The rows with all adapters that the caller doesn't see, which other keys of its tenant or an
-    experiment's variants have used, counted as one."""
+    """The rows with all adapters that the caller can't see summed into one, `UNSEEN`.
+
+    Other keys of its tenant, or an experiment's variants, may have used those.
+    """
     kept: dict[tuple[object, ...], Json] = {}
     for row in rows:
         name = row.get("adapter")
@@ -69,7 +71,7 @@ def _veiled(rows: list[Json], caller: Caller) -> list[Json]:
 
 
 def _tenant(caller: Caller, asked: str | None) -> str | None:
-    """Whose usage is told; None: everyone's."""
+    """The tenant whose usage is reported; None: all tenants."""
     if asked is not None:
         check_tenant(asked)
     if caller.may("admin"):

@@ -1,1 +1,1 @@
-"""LoRAX's routes (and so those of text-generation-inference), as its clients use them."""
+"""LoRAX's routes, which are also those of text-generation-inference."""

@@ -1,4 +1,4 @@
-"""LoRAX's errors: `{"error", "error_type"}` with its statuses, on its routes alone."""
+"""Errors in LoRAX's form, `{"error", "error_type"}` with its statuses, on its routes alone."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from quickchange_server.errors import (
 from quickchange_server.frontend.request_base import Json
 from quickchange_store.errors import StoreError
 
-# The fields under the names that LoRAX has for them; longer names first.
+# LoRAX's names of the fields that messages mention; longer names first.
 _NAMES = (
     (re.compile(r"\badapters\[(\d+)\]\.id\b"), r"merged_adapters.ids[\1]"),
     (re.compile(r"^adapters: "), "merged_adapters: "),
@@ -40,45 +40,45 @@ _NAMES = (
 
 
 def lorax_error(error: QuickchangeError) -> tuple[int, str, str]:
-    """An error's status, LoRAX's `error_type` and its message."""
-    said = error.message
+    """The error's HTTP status, LoRAX's `error_type`, and the message."""
+    message = error.message
     for pattern, name in _NAMES:
-        said = pattern.sub(name, said)
+        message = pattern.sub(name, message)
     match error:
         case InvalidRequestError() | ConflictError():
-            return 422, "validation", f"Input validation error: {said}"
+            return 422, "validation", f"Input validation error: {message}"
         case UnknownModelError() | AdapterFailedError() | RequestFailedError():
-            return 424, "generation", f"Request failed during generation: {said}"
+            return 424, "generation", f"Request failed during generation: {message}"
         case QueueFullError() | RateLimitedError():
-            return 429, "overloaded", f"Model is overloaded: {said}"
+            return 429, "overloaded", f"Model is overloaded: {message}"
         case UnavailableError():
-            return 503, "healthcheck", f"unhealthy: {said}"
+            return 503, "healthcheck", f"unhealthy: {message}"
         case UnauthenticatedError():
-            return error.status, "authentication", said
+            return error.status, "authentication", message
         case ForbiddenError():
-            return error.status, "permission", said
+            return error.status, "permission", message
         case _:
-            return 500, "incomplete_generation", f"Incomplete generation: {said}"
+            return 500, "incomplete_generation", f"Incomplete generation: {message}"
 
 
 def failure(error: QuickchangeError) -> Json:
-    """An error's body, the same in an answer and as a stream's event."""
-    _, kind, said = lorax_error(error)
-    return {"error": said, "error_type": kind}
+    """The error's body, the same in a response and in a stream's event."""
+    _, kind, message = lorax_error(error)
+    return {"error": message, "error_type": kind}
 
 
 def refusal(error: QuickchangeError, status: int | None = None) -> Response:
-    """The answer to a request that failed; `status` where HTTP itself has one for it."""
+    """The response to a failed request. `status` overrides LoRAX's."""
     headers = {}
     if error.retry_after is not None:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
-    content = json.dumps(failure(error))  # ASCII: it may quote half a surrogate pair
+    content = json.dumps(failure(error))  # ASCII: messages may quote lone surrogates
     status = lorax_error(error)[0] if status is None else status
     return Response(content, status, headers=headers, media_type="application/json")
 
 
 def install(app: FastAPI, paths: Collection[str]) -> None:
-    """Answer errors on these paths in LoRAX's form; to be called behind `refusals.install`."""
+    """Register handlers with LoRAX's form for these paths, after `error_responses.install`."""
 
     def answer(kind: type[Exception], answered: Callable[[Any], Response]) -> None:
         otherwise = app.exception_handlers[kind]
@@ -101,7 +101,7 @@ def install(app: FastAPI, paths: Collection[str]) -> None:
 
 
 def _http(error: HTTPException) -> Response:
-    status = 422 if error.status_code == 400 else error.status_code  # a body that is no JSON
+    status = 422 if error.status_code == 400 else error.status_code  # a body that is not JSON
     response = refusal(InvalidRequestError(str(error.detail)), status)
     response.headers.update(error.headers or {})
     return response

@@ -1,4 +1,4 @@
-"""Bodies of LoRAX's routes. What each field does and where it differs is in docs/lorax.md."""
+"""Bodies of LoRAX's routes. docs/lorax.md says what each field does and where it differs."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from quickchange_server.frontend.request_base import (
 )
 from quickchange_store.merging import MergeStrategy, SignMethod
 
-MAX_STOP_SEQUENCES = 4  # LoRAX's default; clients read it from /info
+MAX_STOP_SEQUENCES = 4  # LoRAX's default, reported by /info
 AdapterSource = Literal["hub", "local", "s3", "pbase"]
 ValidText = Annotated[str, AfterValidator(check_text)]
 
 
 class MergedAdapters(Body):
-    """Several adapters as one."""
+    """Adapters to serve as one, and how to merge them."""
 
     ids: list[str] = Field(min_length=1)
     weights: list[Number] = Field(min_length=1)
@@ -51,29 +51,29 @@ class MergedAdapters(Body):
 
 
 class LoraxResponseFormat(Body):
-    """What the text must be."""
+    """A constraint on the text: JSON, with or without a schema."""
 
     type: Literal["json_object"]
     json_schema: dict[str, Any] | None = Field(None, alias="schema")
 
 
 class Parameters(Body):
-    """How to generate. `turbo` and `user` are this server's own, as in the OpenAI routes."""
+    """Parameters of generation; `turbo` and `user` are this server's own, as in OpenAI's routes."""
 
     unsupported: ClassVar[Mapping[str, Unsupported]] = {
         "watermark": Unsupported("remove it: no watermark is put into texts here", (False,)),
-        "grammar": Unsupported(  # TGI's
+        "grammar": Unsupported(  # from TGI
             'use response_format, {"type": "json_object", "schema": ...}; /v1/completions takes a '
             "regular expression as guided_regex"
         ),
-        "top_n_tokens": Unsupported("use return_k_alternatives"),  # TGI's
+        "top_n_tokens": Unsupported("use return_k_alternatives"),  # from TGI
         "apply_chat_template": Unsupported("send the chat to /v1/chat/completions", (False,)),
     }
 
     adapter_id: str | None = None
     adapter_source: AdapterSource | None = None
     merged_adapters: MergedAdapters | None = None
-    api_token: str | None = Field(None, repr=False)  # for hubs, which this server never asks
+    api_token: str | None = Field(None, repr=False)  # for hubs, which this server never contacts
     best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
     temperature: Number | None = Field(None, ge=0)
     repetition_penalty: Number | None = Field(None, gt=0)
@@ -98,7 +98,7 @@ class Parameters(Body):
 
     @property
     def sampling(self) -> bool:
-        """Whether tokens are drawn: as in LoRAX, a temperature of exactly 1 alone draws none."""
+        """True if tokens are sampled; LoRAX treats a temperature of exactly 1 alone as greedy."""
         if self.temperature == 0:
             return False
         filtered = (self.top_k, self.top_p, self.typical_p) != (None, None, None)
@@ -136,7 +136,7 @@ class Parameters(Body):
 
 
 class GenerateRequest(Body):
-    """POST /generate and /generate_stream"""
+    """Body of POST /generate and /generate_stream."""
 
     inputs: ValidText
     parameters: Parameters = Field(default_factory=Parameters)
@@ -149,6 +149,6 @@ class GenerateRequest(Body):
 
 
 class CompatGenerateRequest(GenerateRequest):
-    """POST /, which is both"""
+    """Body of POST /, which `stream` makes one or the other."""
 
     stream: bool = False

@@ -1,4 +1,4 @@
-"""The JSON and the headers of LoRAX's answers."""
+"""JSON bodies and headers of LoRAX's answers."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from quickchange_server.frontend.tokenizer import Text
 from quickchange_server.protocol import TokenLogprobs
 
 FinishReason = Literal["length", "eos_token", "stop_sequence"]
-DEFAULT_SOURCE = "local"  # adapters are this server's own
+DEFAULT_SOURCE = "local"  # adapters come from this server's store
 
 
 @dataclass
 class Candidate:
     """One generated sequence as it grows."""
 
-    seed: int | None  # None: nothing was drawn
+    seed: int | None  # None: greedy
     text: str = ""
     tokens: list[LoggedToken] = field(default_factory=list)
     ending: Ending | None = None
 
     def add(self, piece: Piece) -> tuple[LoggedToken, ...]:
-        """Take a piece; the tokens that it brings."""
+        """Append a piece; returns its tokens."""
         self.text += piece.text
         self.ending = piece.ending
         tokens = piece.tokens
         if piece.ending is not None and tokens:
-            # A stop string may end inside the last token, and the text inside a character.
+            # A stop string may end inside the last token, or the text inside a character.
             last = replace(tokens[-1], text=self.text[tokens[-1].offset :])
             tokens = (*tokens[:-1], last)
         self.tokens.extend(tokens)
@@ -50,13 +50,13 @@ class Candidate:
 
     @property
     def mean_logprob(self) -> float:
-        """By which LoRAX ranks the candidates of `best_of`."""
+        """Mean log-probability, by which LoRAX ranks the candidates of `best_of`."""
         logprobs = [token.logprobs.logprob for token in self.tokens]
         return sum(logprobs) / max(1, len(logprobs))
 
 
 class Shapes:
-    """How one request's answer is written."""
+    """The way one request's answer is written."""
 
     def __init__(self, text: Text, parameters: Parameters, inputs: str) -> None:
         self._text = text
@@ -64,27 +64,27 @@ class Shapes:
         self._before = inputs if parameters.return_full_text else ""
 
     def token(self, token: LoggedToken) -> Json:
-        """A generated token. A special one has its own text, which is not part of the whole's."""
-        said, special = token.logprobs, token.logprobs.token_id in self._text.special_ids
+        """A generated token. A special one has its own text here, but none in the whole text."""
+        scores, special = token.logprobs, token.logprobs.token_id in self._text.special_ids
         shown: Json = {
-            "id": said.token_id,
-            "text": self._alone(said.token_id) if special else token.text,
-            "logprob": finite(said.logprob),
+            "id": scores.token_id,
+            "text": self._alone(scores.token_id) if special else token.text,
+            "logprob": finite(scores.logprob),
             "special": special,
             "skipped": token.drafted,
         }
         if self._parameters.return_k_alternatives is not None:
             shown["alternative_tokens"] = [
                 {"id": id_, "text": self._alone(id_), "logprob": finite(logprob)}
-                for id_, logprob in said.top
+                for id_, logprob in scores.top
             ]
         return shown
 
     def prefill(self, prompt: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> list[Json]:
-        """The prompt's tokens; the first has no log-probability. Empty where not asked for."""
+        """The prompt's tokens, the first without log-probability; empty unless requested."""
         if not self._parameters.decoder_input_details:
             return []
-        known = [None, *(finite(said.logprob) for said in logprobs)]
+        known = [None, *(finite(scores.logprob) for scores in logprobs)]
         return [
             {"id": token_id, "text": self._alone(token_id), "logprob": logprob}
             for token_id, logprob in zip(prompt, known, strict=True)
@@ -94,7 +94,7 @@ class Shapes:
         return self._before + candidate.text
 
     def ending(self, candidate: Candidate, choice: Choice) -> Json:
-        """What every kind of details has. `choice` is where the candidate came from."""
+        """Fields that all kinds of details share. `choice` generated the candidate."""
         return {
             "finish_reason": candidate.finish_reason(self._text),
             "generated_tokens": choice.completion_tokens,
@@ -108,7 +108,7 @@ class Shapes:
 
 @dataclass
 class RequestTimes:
-    """When a request passed what its headers tell of. Monotonic seconds."""
+    """Times of a request's milestones, for its headers. Monotonic seconds."""
 
     began: float = field(default_factory=time.monotonic)
     admitted: float = 0.0
@@ -125,7 +125,7 @@ class RequestTimes:
 def identity(
     services: Services, parameters: Parameters, inputs: str, prompt: int
 ) -> dict[str, str]:
-    """The headers that are known before the first token."""
+    """Headers that are known before the first token."""
     known = {
         "x-model-id": _header(services.catalog.base_name),
         "x-prompt-tokens": str(prompt),
@@ -141,7 +141,7 @@ def identity(
 
 
 def accounting(clock: RequestTimes, choice: Choice, prompt: int) -> dict[str, str]:
-    """The headers that are known at the end: times in whole milliseconds, and tokens."""
+    """Headers that are known at the end: times in whole milliseconds, and token counts."""
     total = time.monotonic() - clock.began
     validation = clock.admitted - clock.began
     queue = choice.queue_seconds
@@ -167,5 +167,5 @@ def _milliseconds(seconds: float) -> str:
 
 
 def _header(value: str) -> str:
-    """As a header can carry it: what is not printable ASCII as in a URL."""
+    """The value as a header can carry it: percent-encoded unless printable ASCII."""
     return value if value.isascii() and value.isprintable() else quote(value, safe="/:@,")

@@ -1,4 +1,4 @@
-"""LoRAX's routes: /generate, /generate_stream, /, and /info."""
+"""Routes of LoRAX: /generate, /generate_stream, / and /info."""
 
 from __future__ import annotations
 
@@ -62,14 +62,14 @@ class LoraxWork:
     request: GenerateRequest
     prompt: Sequence[int]
     generation: Generation
-    seeds: Sequence[int | None]  # of each candidate
+    seeds: Sequence[int | None]  # one per candidate; None: greedy
     shapes: Shapes
     clock: RequestTimes
-    identity: dict[str, str] = field(default_factory=dict)  # headers
+    identity: dict[str, str] = field(default_factory=dict)  # headers known at admission
 
     @property
     def headers(self) -> dict[str, str]:
-        """Those known before the first token."""
+        """Headers that are known before the first token."""
         return self.identity | request_selection.headers(self.generation.account.opened.assignment)
 
 
@@ -86,7 +86,7 @@ async def generate(
 async def generate_stream(
     request: Request, body: GenerateRequest, services: Injected, caller: Calling
 ) -> Response:
-    """Generate text, a server-sent event for each token."""
+    """Generate text, with one server-sent event per token."""
     _check_stream(body)
     work = await _begin(services, caller, body, request, streamed=True)
     return await _stream_response(request, work)
@@ -97,7 +97,7 @@ async def generate_stream(
 async def compat_generate(
     request: Request, body: CompatGenerateRequest, services: Injected, caller: Calling
 ) -> Response:
-    """Either of the two, by `stream`; the whole answer is a list of one."""
+    """Generate text, streamed if `stream` is set; otherwise the answer is a list of one."""
     if body.stream:
         return await generate_stream(request, body, services, caller)
     work = await _begin(services, caller, body, request)
@@ -106,7 +106,7 @@ async def compat_generate(
 
 @router.get("/info", dependencies=[Depends(INFER)], response_model=LoraxInfo, responses=_ERRORS)
 async def info(services: Injected) -> Json:
-    """What the server is and what it takes, in LoRAX's terms."""
+    """The server's model and limits, in LoRAX's terms."""
     settings, engine = services.settings, services.engine
     return {
         "model_id": services.catalog.base_name,
@@ -119,7 +119,7 @@ async def info(services: Injected) -> Json:
         "max_stop_sequences": MAX_STOP_SEQUENCES,
         "max_input_length": engine.max_model_len - 1,
         "max_total_tokens": engine.max_model_len,
-        "waiting_served_ratio": 0.0,  # a request joins at the next step, whatever runs
+        "waiting_served_ratio": 0.0,  # new requests join at the next step
         "max_batch_total_tokens": engine.kv_blocks * engine.block_size,
         "max_waiting_tokens": 0,  # the same
         "validation_workers": 1,
@@ -135,7 +135,7 @@ async def info(services: Injected) -> Json:
     "/embed", dependencies=[Depends(INFER)], status_code=422, response_model=LoraxErrorBody
 )
 async def embed() -> Response:
-    """Refused: LoRAX answers it for embedding models alone, too."""
+    """Refuse the request, as LoRAX does unless the model is an embedding model."""
     raise UnsupportedParameterError("/embed: this server generates text; use POST /v1/embeddings")
 
 
@@ -146,7 +146,7 @@ async def embed() -> Response:
     "/classify_batch", dependencies=[Depends(INFER)], status_code=422, response_model=LoraxErrorBody
 )
 async def classify() -> Response:
-    """Refused: LoRAX answers it for classification models alone, too."""
+    """Refuse the request, as LoRAX does unless the model is a classification model."""
     raise UnsupportedParameterError(
         "/classify: this server generates text; ask for the class in the prompt of /generate"
     )
@@ -155,7 +155,7 @@ async def classify() -> Response:
 PATHS = frozenset(route.path for route in router.routes if isinstance(route, APIRoute))
 
 
-# --- the work -----------------------------------------------------------------------------------
+# --- admission and answers ----------------------------------------------------------------------
 
 
 async def _begin(
@@ -166,7 +166,7 @@ async def _begin(
     *,
     streamed: bool = False,
 ) -> LoraxWork:
-    """Translate, select and admit."""
+    """Translate the body, select its adapters, and admit the request."""
     clock = RequestTimes()
     given = body.parameters
     tokens = streamed or given.details or given.decoder_input_details or given.candidates > 1
@@ -185,7 +185,7 @@ async def _begin(
         prompt_param="inputs",
         default_tokens=None,
     )
-    generation = await unless_gone(request, admitting)  # which may wait for a merge
+    generation = await unless_gone(request, admitting)  # may wait for a merge
     clock.admit()
     first = (order.body.seed or 0) % 2**64
     drawn = order.body.sampling_params().temperature > 0
@@ -196,7 +196,7 @@ async def _begin(
 
 
 def _remedy(body: GenerateRequest) -> str:
-    """What helps where an adapter is not there."""
+    """Advice for a missing adapter."""
     source = body.parameters.adapter_source or "hub"
     return (
         f". Adapters are served from this server's store, and nothing is fetched from {source!r} "
@@ -227,7 +227,7 @@ async def _whole_response(request: Request, work: LoraxWork, *, listed: bool) ->
 
 
 async def _whole(work: LoraxWork) -> tuple[Json, dict[str, str]]:
-    """The answer in one piece, and its headers."""
+    """The whole answer as one JSON object, and its headers."""
     candidates = [Candidate(seed) for seed in work.seeds]
     async with aclosing(work.generation.pieces()) as pieces:
         async for index, piece in pieces:
@@ -239,8 +239,8 @@ async def _whole(work: LoraxWork) -> tuple[Json, dict[str, str]]:
     given = work.request.parameters
     if given.details or given.decoder_input_details:
         answer["details"] = _details(work, candidates, best)
-    told = accounting(work.clock, work.generation.choices[best], len(work.prompt))
-    return answer, work.headers | told
+    counted = accounting(work.clock, work.generation.choices[best], len(work.prompt))
+    return answer, work.headers | counted
 
 
 def _details(work: LoraxWork, candidates: Sequence[Candidate], best: int) -> Json:
@@ -269,7 +269,7 @@ async def _stream_response(request: Request, work: LoraxWork) -> Response:
 
 
 async def _events(work: LoraxWork) -> AsyncGenerator[bytes, None]:
-    """An event a token; the last has the text and, where asked for, the details."""
+    """One event per token; the last has the text and, if requested, the details."""
     shapes, candidate = work.shapes, Candidate(work.seeds[0])
     tokens: tuple[LoggedToken, ...] = ()
     async with aclosing(work.generation.pieces()) as pieces:

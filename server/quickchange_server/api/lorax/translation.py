@@ -1,4 +1,4 @@
-"""LoRAX's parameters as the request that OpenAI's route for completions would get."""
+"""Translation of LoRAX's bodies into bodies of OpenAI's route for completions."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from quickchange_server.frontend.request_base import SAMPLING, Json
 from quickchange_server.protocol import Component
 from quickchange_store.merging import Recipe
 
-BASE_ID = "__base_model__"  # LoRAX's adapter id of the plain base
-# Sampling parameters of the same name and meaning. A temperature means something else here, and a
-# seed has another range.
+BASE_ID = "__base_model__"  # LoRAX's adapter id of the plain base model
+# Sampling parameters with the same name and meaning. LoRAX's temperature has another meaning, and
+# its seed another range.
 SHARED = tuple(
     name
     for name in SAMPLING
@@ -34,9 +34,10 @@ SHARED = tuple(
 
 
 def completion(services: Services, request: GenerateRequest, *, tokens: bool) -> CompletionRequest:
-    """The request in OpenAI's terms, its seed drawn; `tokens`: each is to be told.
+    """The request as a completion, with a seed drawn if it has none.
 
-    Raises RequestValidationError and InvalidRequestError where it has no such form.
+    `tokens`: the answer lists its tokens. Raises RequestValidationError and InvalidRequestError for
+    what a completion can't express.
     """
     given = request.parameters
     seed = services.seeds.draw() if given.seed is None else given.seed
@@ -58,7 +59,7 @@ def completion(services: Services, request: GenerateRequest, *, tokens: bool) ->
         translated = CompletionRequest.model_validate(body)
     except ValidationError as error:
         raise RequestValidationError(error.errors()) from error
-    # Set behind the validation: LoRAX's temperatures have no upper bound, OpenAI's end at 2.
+    # Set after validation: LoRAX's temperatures have no upper bound, OpenAI's end at 2.
     changes: dict[str, float] = {"temperature": _temperature(given)}
     if given.decoder_input_details:
         changes["prompt_logprobs"] = 0
@@ -90,8 +91,10 @@ def _format(given: LoraxResponseFormat | None) -> Json | None:
 
 
 async def prompt(services: Services, request: GenerateRequest) -> list[int]:
-    """The prompt's token ids, cut to the last `truncate`. Raises InvalidRequestError where they
-    and what is to follow don't fit."""
+    """The prompt's token ids, cut to the last `truncate`.
+
+    Raises InvalidRequestError if they and `max_new_tokens` exceed the context.
+    """
     given = request.parameters
     ids = await services.text.encode(request.inputs)
     limit = services.engine.max_model_len
@@ -118,7 +121,7 @@ async def prompt(services: Services, request: GenerateRequest) -> list[int]:
 
 
 async def _truncated(services: Services, text: str, ids: list[int], length: int) -> list[int]:
-    """The last tokens of the text, between the special tokens that the tokenizer put around it."""
+    """The text's last tokens, `length` with the special tokens that the tokenizer put around it."""
     bare = await services.text.encode(text, add_special_tokens=False)
     around = len(ids) - len(bare)
     starts = range(around + 1) if 0 < around < length else ()
@@ -128,17 +131,16 @@ async def _truncated(services: Services, text: str, ids: list[int], length: int)
     return ids[-length:]
 
 
-MERGEABLE = ("LoRA", "Turbo LoRA")  # kinds, as `AdapterInfo.kind` tells them
+MERGEABLE = ("LoRA", "Turbo LoRA")  # values of `AdapterInfo.kind`
 
 
 def merged(
     services: Services, order: Order[CompletionRequest], given: MergedAdapters | None
 ) -> Order[CompletionRequest]:
-    """The order with what `given` asks for.
+    """The order with the merge that `given` asks for, which is computed at admission.
 
-    The order's selection is the linear composition already, whose names have been looked up for
-    this caller. Like PEFT, one adapter alone is merged with nothing: it is served at its weight.
-    Nothing is made yet. Raises InvalidRequestError.
+    The order's selection is already the linear composition, its names looked up for this caller. A
+    single adapter is not merged but served at its weight, as in PEFT. Raises InvalidRequestError.
     """
     if given is None or given.merge_strategy == "linear" or len(given.ids) == 1:
         return order
@@ -162,7 +164,7 @@ def merged(
 
 def _check_kind(services: Services, component: Component, given: MergedAdapters) -> None:
     kind = services.catalog.info(component.digest).kind
-    if kind and kind not in MERGEABLE:  # unknown where an earlier release added it: found later
+    if kind and kind not in MERGEABLE:  # "": added by an earlier release, checked at the merge
         raise InvalidRequestError(
             f"merged_adapters: the version {component.digest[:12]} among {', '.join(given.ids)} is "
             f"of kind {kind}, and {given.merge_strategy} merges LoRAs; take it out, or use the "

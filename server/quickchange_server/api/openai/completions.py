@@ -52,14 +52,14 @@ AnyPrompt = str | list[str] | list[int] | list[list[int]]
 
 @dataclass(frozen=True)
 class Answer:
-    """A request under way, and how its route writes the answer."""
+    """A request under way, and the shape of its answer."""
 
-    envelope: Json  # what the whole answer and each event have in common, "object" aside
+    envelope: Json  # fields that the whole answer and each event share, without "object"
     shape: Shape
     generation: Generation
-    drafting: bool  # tokens are drafted ahead
-    n: int = 1  # choices told for each prompt...
-    candidates: int = 1  # ... where more are generated, the best of so many
+    drafting: bool  # the usage counts draft tokens
+    n: int = 1  # choices returned for each prompt
+    candidates: int = 1  # choices generated for each prompt; the best `n` are returned
 
     @property
     def headers(self) -> dict[str, str]:
@@ -69,10 +69,10 @@ class Answer:
     def usage(self) -> Json:
         made = self.generation
         prompt_tokens = made.account.opened.prompt_tokens
-        told = usage(prompt_tokens, made.completion_tokens, made.cached_tokens)
+        counts = usage(prompt_tokens, made.completion_tokens, made.cached_tokens)
         if self.drafting:
-            told |= predictions(made.drafted_tokens, made.accepted_tokens)
-        return told
+            counts |= predictions(made.drafted_tokens, made.accepted_tokens)
+        return counts
 
 
 @dataclass
@@ -85,24 +85,24 @@ class _Collected:
 
     @property
     def likelihood(self) -> float:
-        """Its mean log-probability a token; what has none is least likely."""
+        """Mean log-probability per token; minus infinity without tokens."""
         logprobs = [token.logprobs.logprob for token in self.tokens]
         return sum(logprobs) / len(logprobs) if logprobs else float("-inf")
 
 
 def _best(collected: list[_Collected], answer: Answer) -> list[_Collected]:
-    """The likeliest `n` of each prompt's candidates, the best first; where all are told, all."""
+    """The likeliest `n` candidates of each prompt, the best first; without extra ones, all."""
     if answer.candidates <= answer.n:
         return collected
-    told = []
+    best = []
     for first in range(0, len(collected), answer.candidates):
         candidates = collected[first : first + answer.candidates]
-        told += sorted(candidates, key=lambda c: c.likelihood, reverse=True)[: answer.n]
-    return told
+        best += sorted(candidates, key=lambda c: c.likelihood, reverse=True)[: answer.n]
+    return best
 
 
 async def whole(answer: Answer) -> Json:
-    """The answer in one piece."""
+    """The whole answer as one JSON object."""
     collected = [_Collected() for _ in answer.generation.choices]
     async with aclosing(answer.generation.pieces()) as pieces:
         async for index, piece in pieces:
@@ -129,12 +129,12 @@ async def streamed(answer: Answer, include_usage: bool) -> AsyncGenerator[bytes,
     opened: set[int] = set()
     async with aclosing(answer.generation.pieces()) as pieces:
         async for index, piece in pieces:
-            said = [answer.shape.chunk(index, piece)]
+            choices = [answer.shape.chunk(index, piece)]
             if index not in opened:
                 opened.add(index)
                 opening = answer.shape.opening(index)
-                said = said if opening is None else [opening, *said]
-            for choice in said:
+                choices = choices if opening is None else [opening, *choices]
+            for choice in choices:
                 yield event({**envelope, "choices": [choice], **without_usage})
     if include_usage:
         yield event({**envelope, "choices": [], "usage": answer.usage})
@@ -143,7 +143,7 @@ async def streamed(answer: Answer, include_usage: bool) -> AsyncGenerator[bytes,
 
 
 async def respond(request: Request, body: GenerationRequest, answer: Answer) -> Response:
-    """The response; a client that goes away before its end cancels what still runs."""
+    """The response, whole or streamed; a client that disconnects cancels what still runs."""
     try:
         if body.stream:
             events = streamed(answer, body.include_usage)
@@ -157,19 +157,19 @@ async def respond(request: Request, body: GenerationRequest, answer: Answer) -> 
 
 def _envelope(services: Services, generation: Generation) -> Json:
     opened = generation.account.opened
-    told = {
+    envelope = {
         "id": opened.request_id,
         "created": int(opened.at),
         "model": opened.model,
         "system_fingerprint": services.fingerprint,
     }
     if opened.assignment is not None:
-        told["quickchange"] = request_selection.shown(opened.assignment)
-    return told
+        envelope["quickchange"] = request_selection.shown(opened.assignment)
+    return envelope
 
 
 def _several(prompt: AnyPrompt) -> Sequence[str | list[int]]:
-    """The prompts one by one, each text or token ids."""
+    """The list of prompts, each text or token ids."""
     if isinstance(prompt, str):
         return [prompt]
     if isinstance(prompt[0], int):
@@ -178,7 +178,7 @@ def _several(prompt: AnyPrompt) -> Sequence[str | list[int]]:
 
 
 async def token_ids(services: Services, prompt: AnyPrompt, param: str) -> list[list[int]]:
-    """The prompts' token ids; text as the tokenizer encodes it, with its own special tokens."""
+    """The prompts' token ids; text is encoded with the tokenizer's own special tokens."""
     encoded = []
     for one in _several(prompt):
         if isinstance(one, str):
@@ -211,14 +211,15 @@ async def completions(
     )
     shape = CompletionShape(services.text, body.logprobs is not None)
     if body.echo or body.prompt_logprobs is not None:
-        shape = PromptShape(services.text, body, _told(services, body, prompts), generation.choices)
+        repeated = _repeated(services, body, prompts)
+        shape = PromptShape(services.text, body, repeated, generation.choices)
     drafting = order.selection.drafting is not None
     envelope = _envelope(services, generation)
     answer = Answer(envelope, shape, generation, drafting, body.n, body.candidates)
     return await respond(request, body, answer)
 
 
-def _told(
+def _repeated(
     services: Services, body: CompletionRequest, prompts: Sequence[Sequence[int]]
 ) -> list[ToldPrompt]:
     return [

@@ -1,4 +1,4 @@
-"""POST /v1/embeddings: OpenAI's embeddings, from the hidden states of any adapter."""
+"""OpenAI's route for embeddings, /v1/embeddings: pooled hidden states, with any adapter."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ router = APIRouter(tags=["OpenAI"], responses=COMMON_ERRORS)
 
 
 class EmbeddingRequest(Body):
-    """POST /v1/embeddings"""
+    """Body of POST /v1/embeddings."""
 
     unsupported: ClassVar[Mapping[str, Unsupported]] = {
         "dimensions": Unsupported(
@@ -55,7 +55,7 @@ class EmbeddingRequest(Body):
     user: str | None = None
 
     def as_completion(self) -> CompletionRequest:
-        """What is the same in a completion: names, and whom the request is for."""
+        """A completion body with the same model, adapters and user, to select what serves it."""
         return CompletionRequest(
             model=self.model,
             prompt=self.input,
@@ -87,7 +87,7 @@ async def embeddings(
         generation.close()
         raise
     opened = generation.account.opened
-    told: Json = {
+    answer: Json = {
         "object": "list",
         "data": [
             {
@@ -101,16 +101,16 @@ async def embeddings(
         "usage": {"prompt_tokens": opened.prompt_tokens, "total_tokens": opened.prompt_tokens},
     }
     if opened.assignment is not None:
-        told["quickchange"] = request_selection.shown(opened.assignment)
+        answer["quickchange"] = request_selection.shown(opened.assignment)
     return Response(
-        json.dumps(told),
+        json.dumps(answer),
         media_type="application/json",
         headers=request_selection.headers(opened.assignment),
     )
 
 
 async def _vectors(generation: Generation) -> Sequence[Floats]:
-    """One [H] for each input."""
+    """One hidden state [H] per input."""
     async for _ in generation.pieces():
         pass
     vectors = []

@@ -1,4 +1,4 @@
-"""GET /v1/models: every name that a request's `model` may hold."""
+"""OpenAI's route for models, /v1/models: every name that a request's `model` may hold."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _experiment_card(services: Services, experiment: Experiment) -> Json:
 
 @router.get("/v1/models", response_model=ModelList, response_model_exclude_unset=True)
 async def models(services: Injected, caller: Calling) -> Json:
-    """The base, adapters, their versions, aliases, and experiments."""
+    """List the base model, adapters, their versions, aliases and experiments."""
     cards = [_base_card(services)]
     if services.settings.adapters:
         cards.extend(_adapter_cards(services, seen(services.store.snapshot(), caller.sees)))
@@ -85,13 +85,13 @@ async def models(services: Injected, caller: Calling) -> Json:
     responses=errors(404),
 )
 async def one_model(model: str, services: Injected, caller: Calling) -> Json:
-    """One of them; a digest prefix works too, as in requests."""
+    """One entry of the list; a digest prefix works too, as in requests."""
     if services.catalog.is_base(model):
         return _base_card(services)
     experiment = services.experiments.find(model) if caller.sees(model) else None
     if experiment is not None:
         return _experiment_card(services, experiment)
-    services.catalog.select(model, sees=caller.sees)  # refuses what no request could name
+    services.catalog.select(model, sees=caller.sees)  # raises for what no request could name
     index = services.store.snapshot()
     return _version_card(services, index, parse_reference(model), _kind(index, model))
 

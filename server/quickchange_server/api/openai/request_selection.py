@@ -1,7 +1,7 @@
-"""From a validated body to an admitted request: what its names mean, its experiment's variant.
+"""Selection of what serves a validated body: its adapters, its drafter, its experiment's variant.
 
-The part of admission that knows of bodies, names and experiments;
-`frontend/request_admission.py` has the rest.
+The part of admission that knows of bodies, names and experiments; `frontend/request_admission.py`
+is the rest.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ B = TypeVar("B", bound=GenerationRequest)
 
 @dataclass(frozen=True, slots=True)
 class Order(Generic[B]):
-    """What is to be generated, and for whom, before its prompt is tokens."""
+    """A request with its adapters selected, before its prompt is tokenized."""
 
     caller: Caller
-    model: str  # as the client named it
-    body: B  # with what the experiment's variant changes
+    model: str  # the client's own name for it
+    body: B  # with the changes of the experiment's variant
     selection: Selection
     assignment: Assignment | None = None
     traceparent: str | None = None
-    shadows: tuple[tuple[Assignment, Order[B]], ...] = ()  # computed beside it, never shown
-    demanded: Asked | None = None  # what the text must be for another reason than those fields
-    shadow_limit: int = 0  # of its experiment's shadows at once
-    # Makes the one adapter that serves it of the selection's, and tells its digest.
+    shadows: tuple[tuple[Assignment, Order[B]], ...] = ()  # generated beside it, never returned
+    demanded: Asked | None = None  # a constraint that the body's own fields don't give (tools)
+    shadow_limit: int = 0  # shadow requests of its experiment at once
+    # Merges the selection's adapters into one that serves the request; returns its digest.
     derive: Callable[[], Awaitable[str]] | None = None
 
     @property
@@ -61,7 +61,7 @@ class Order(Generic[B]):
 
 
 def select(services: Services, caller: Caller, body: B, headers: Mapping[str, str]) -> Order[B]:
-    """What the body's `model`, `adapters` and `turbo` name for this caller."""
+    """The order for a body: what its `model`, `adapters` and `turbo` name for this caller."""
     traceparent = headers.get("traceparent")
     named = services.experiments.find(body.model) if caller.sees(body.model) else None
     if named is None:
@@ -82,10 +82,10 @@ def select(services: Services, caller: Caller, body: B, headers: Mapping[str, st
 def _served(
     services: Services, caller: Caller, body: B, assignment: Assignment, variant: Served
 ) -> Order[B]:
-    """The order that a variant of an experiment makes of a body. Raises AdapterFailedError."""
+    """The order for a body under an experiment's variant. Raises AdapterFailedError."""
     changed = _overridden(services, body, variant)
     try:
-        selection = _selection(services, changed, everything)  # variants are the operator's
+        selection = _selection(services, changed, everything)  # the operator chose the variants
     except QuickchangeError as error:
         services.experiment_metrics.unservable(assignment)
         raise _unservable(assignment, error) from error
@@ -95,10 +95,10 @@ def _served(
 def _shadows(
     services: Services, caller: Caller, body: B, assignment: Assignment, experiment: Experiment
 ) -> Iterator[tuple[Assignment, Order[B]]]:
-    """The shadows of a request. One that can't be served must not cost the request its answer."""
+    """A request's shadow orders. One that can't be served is logged and left out."""
     for shadow in _drawn(experiment):
         beside = replace(assignment, variant=shadow.name, shadow=True)
-        with suppress(AdapterFailedError):  # logged
+        with suppress(AdapterFailedError):
             yield beside, _served(services, caller, body, beside, shadow)
 
 
@@ -114,7 +114,7 @@ def _assigned(
     body: GenerationRequest,
     headers: Mapping[str, str],
 ) -> Assignment:
-    """The variant that answers. Raises InvalidRequestError where the body has a composition."""
+    """The assignment to a variant. Raises InvalidRequestError where the body has a composition."""
     if body.adapters:
         raise InvalidRequestError(
             f"adapters: {experiment.name!r} is an experiment, which says itself what answers; "
@@ -127,7 +127,7 @@ def _assigned(
 
 
 def _drawn(experiment: Experiment) -> Iterator[Shadow]:
-    """The shadows that this request gets, drawn by their shares; none unless it runs."""
+    """Shadows drawn for this request by their shares; none unless the experiment runs."""
     if experiment.state == "running":
         for shadow in experiment.definition.shadows:
             if _CHANCE.random() < shadow.share:
@@ -135,7 +135,7 @@ def _drawn(experiment: Experiment) -> Iterator[Shadow]:
 
 
 def _overridden(services: Services, body: B, variant: Served) -> B:
-    """The body as the variant is asked for it."""
+    """The body with the variant's model, adapters and overrides."""
     changes: dict[str, Any] = {
         "model": variant.model or services.catalog.base_name,
         "adapters": variant.adapters,
@@ -152,7 +152,7 @@ def _overridden(services: Services, body: B, variant: Served) -> B:
 
 
 def _unservable(assignment: Assignment, error: QuickchangeError) -> AdapterFailedError:
-    """What a client is told, who knows nothing of variants; the log has the rest."""
+    """The client's error, which names no variant; the log has the cause."""
     logger.error(
         "the experiment %s can't serve its variant %s: %s",
         assignment.experiment,
@@ -167,12 +167,12 @@ def _unservable(assignment: Assignment, error: QuickchangeError) -> AdapterFaile
 
 
 def shown(assignment: Assignment) -> Json:
-    """An assignment as the answer's field tells it."""
+    """The answer's field `quickchange`: the assignment."""
     return {"experiment": assignment.experiment, "variant": assignment.variant}
 
 
 def headers(assignment: Assignment | None) -> dict[str, str]:
-    """An assignment as the answer's headers tell it."""
+    """The answer's headers for the assignment; none without one."""
     if assignment is None:
         return {}
     return {
@@ -191,9 +191,10 @@ async def admit(
     default_tokens: int | None,
     pooling: Pooling | None = None,
 ) -> Generation:
-    """As `RequestAdmission.admit`, of an order with its prompts; and begin its shadows.
+    """Admit an order with its tokenized prompts, and start its shadows.
 
-    `default_tokens` are generated at most where the body doesn't say; None: all that fit.
+    `default_tokens` is the limit of new tokens if the body has none; None: all that fit. Raises
+    what `RequestAdmission.admit` raises.
     """
     body, selection = order.body, order.selection
     submit = _submit(services, order, request_id, pooling)
@@ -208,7 +209,7 @@ async def admit(
         candidates=body.candidates,
         default_tokens=default_tokens,
         constraint=asked(body) or order.demanded,
-        scored_alike=body.stream,  # each choice of a stream begins with its prompt's
+        scored_alike=body.stream,  # each streamed choice begins with its prompt's log-probabilities
         derive=order.derive,
         assignment=order.assignment,
         user=body.user,
@@ -233,7 +234,7 @@ async def admit(
 def _submit(
     services: Services, order: Order[B], request_id: str, pooling: Pooling | None
 ) -> Submit:
-    """What each choice has in common; the admission settles the rest."""
+    """The part of `Submit` that all choices share; the admission fills in the rest."""
     body = order.body
     services.text.check_ids(body.stop_token_ids, "stop_token_ids")
     services.text.check_ids(list(body.logit_bias), "logit_bias")

@@ -1,9 +1,7 @@
-"""Bodies of the OpenAI routes, with vLLM's extra sampling fields, our `adapters` and `turbo`.
+"""Bodies of OpenAI's generation routes, with vLLM's extra fields and this server's own.
 
-What each field does, its default and its range is in docs/http.md.
-
-The fields of a body that constrain the text: OpenAI's `response_format`, vLLM's `guided_*` and
-`structured_outputs`.
+docs/http.md says what each field does, its default and its range. `text_constraints.py` turns the
+fields that constrain the text into one constraint. Knows nothing of routes or of the engine.
 """
 
 from __future__ import annotations
@@ -12,13 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import (
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    WithJsonSchema,
-    model_validator,
-)
+from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
 from quickchange_server.adapter_registry.resolver import AUTO
@@ -43,11 +35,20 @@ from quickchange_server.frontend.request_base import (
 )
 from quickchange_server.protocol import SamplingParams
 
-MOST_CHOICES = 1_000
-_PLAIN_TEXT = "remove it"
+MAX_LOGPROBS = 20
+MOST_CHOICES = 1_000  # in guided_choice
+DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's; a chat may use the rest of the context
 
-Choice = Annotated[str, Field(min_length=1)]
-Choices = Annotated[list[Choice], Field(min_length=1, max_length=MOST_CHOICES)]
+# Remedies for unsupported fields
+_REMOVE = "remove it"
+_TEXT_ONLY = "this server reads and writes text alone; remove it"
+_RENDER = "render the chat yourself and use /v1/completions"
+_PREFIXES = "equal prefixes are cached by content; remove it"
+
+# --- fields that constrain the text -------------------------------------------------------------
+
+Source = Annotated[str, Field(min_length=1)]
+Choices = Annotated[list[Source], Field(min_length=1, max_length=MOST_CHOICES)]
 
 
 def _check_schema(value: Any) -> Any:
@@ -63,15 +64,17 @@ def _check_written(value: Any) -> Any:
 Schema = Annotated[
     Any, BeforeValidator(_check_schema), WithJsonSchema({"type": ["object", "boolean"]})
 ]
-Written = Annotated[  # or a string of JSON, as vLLM takes it
+Written = Annotated[  # a schema, or its JSON in a string, as vLLM takes it
     Any, BeforeValidator(_check_written), WithJsonSchema({"type": ["object", "boolean", "string"]})
 ]
-Source = Annotated[str, Field(min_length=1)]
 
 
 class JsonSchema(Body):
-    """OpenAI's form. The schema is always enforced, so `strict` changes nothing; `name` and
-    `description` are informational. Without a schema any JSON object will do."""
+    """OpenAI's form of a JSON schema.
+
+    The schema is always enforced, so `strict` changes nothing; `name` and `description` are
+    informational. Without a schema any JSON object will do.
+    """
 
     name: str | None = None
     description: str | None = None
@@ -85,13 +88,13 @@ class ResponseFormat(Body):
 
 
 class StructuredOutputs(Body):
-    """vLLM's: one of these."""
+    """vLLM's form of a constraint: one of these fields."""
 
     model_config = ConfigDict(populate_by_name=True)
 
     unsupported: ClassVar[Mapping[str, Unsupported]] = {
         "structural_tag": Unsupported("use grammar"),
-        "disable_fallback": Unsupported(_PLAIN_TEXT, (True, False)),
+        "disable_fallback": Unsupported(_REMOVE, (True, False)),
         "disable_any_whitespace": Unsupported("use regex or grammar", (False,)),
         "disable_additional_properties": Unsupported("set additionalProperties", (False,)),
         "whitespace_pattern": Unsupported("use regex or grammar"),
@@ -105,6 +108,8 @@ class StructuredOutputs(Body):
 
 
 class Constrained(Body):
+    """The fields of OpenAI and vLLM that constrain the text; at most one may be given."""
+
     response_format: ResponseFormat | None = None
     guided_json: Written | None = None
     guided_regex: Source | None = None
@@ -113,22 +118,16 @@ class Constrained(Body):
     structured_outputs: StructuredOutputs | None = None
 
 
-CONSTRAINED_UNSUPPORTED: Mapping[str, Unsupported] = {
-    "guided_decoding_backend": Unsupported("there is one; remove it"),
-    "guided_whitespace_pattern": Unsupported("use guided_regex or guided_grammar"),
-}
+# --- what completions and chats share -----------------------------------------------------------
 
 
-MAX_LOGPROBS = 20
-DEFAULT_COMPLETION_TOKENS = 16  # as OpenAI's; a chat may use the rest of the context
-
-_PLAIN = "remove it"
-_TEXT_ONLY = "this server reads and writes text alone; remove it"
+def _wrong(field: str, problem: str) -> InvalidRequestError:
+    return InvalidRequestError(f"{field}: {problem}", param=field)
 
 
 class StreamOptions(Body):
     unsupported: ClassVar[Mapping[str, Unsupported]] = {
-        "include_obfuscation": Unsupported(_PLAIN, (False,)),
+        "include_obfuscation": Unsupported(_REMOVE, (False,)),
         "continuous_usage_stats": Unsupported("use include_usage", (False,)),
     }
 
@@ -137,62 +136,63 @@ class StreamOptions(Body):
 
 _SHARED: dict[str, Unsupported] = {
     "store": Unsupported("nothing is stored here; remove it", (False,)),
-    "service_tier": Unsupported(_PLAIN, ("auto", "default")),
+    "service_tier": Unsupported(_REMOVE, ("auto", "default")),
     "safety_identifier": Unsupported("use user, which is informational"),
-    "prompt_cache_key": Unsupported("equal prefixes are cached by content; remove it"),
-    "prompt_cache_retention": Unsupported("equal prefixes are cached by content; remove it"),
+    "prompt_cache_key": Unsupported(_PREFIXES),
+    "prompt_cache_retention": Unsupported(_PREFIXES),
     "use_beam_search": Unsupported("use n with a temperature above 0", (False,)),
-    "length_penalty": Unsupported(_PLAIN, (1, 1.0)),
+    "length_penalty": Unsupported(_REMOVE, (1, 1.0)),
     "truncate_prompt_tokens": Unsupported("shorten the prompt; /tokenize counts its tokens"),
     "bad_words": Unsupported("use logit_bias", ([],)),
     "allowed_token_ids": Unsupported("use logit_bias"),
-    **CONSTRAINED_UNSUPPORTED,
-    "spaces_between_special_tokens": Unsupported(_PLAIN, (True,)),
+    "guided_decoding_backend": Unsupported("there is one; remove it"),
+    "guided_whitespace_pattern": Unsupported("use guided_regex or guided_grammar"),
+    "spaces_between_special_tokens": Unsupported(_REMOVE, (True,)),
     "detokenize": Unsupported("text is always made; remove it", (True,)),
     "priority": Unsupported("requests are served fairly over adapters; remove it", (0,)),
 }
 
 
 class GenerationRequest(Constrained, SamplingBody, ABC):
-    """What completions and chats have in common; most sampling fields are SamplingParams' own."""
+    """Base of completions and chats; most sampling fields are SamplingParams' own."""
 
     model: str
     adapters: list[WeightedAdapter] = Field(default=[])
-    turbo: str = AUTO  # what drafts tokens ahead
+    turbo: str = AUTO  # the source of drafts
     stream: bool = False
     stream_options: StreamOptions | None = None
-    user: str | None = None  # what experiments stick to, unless they say otherwise
-    metadata: Metadata = Field(default={})  # an experiment may stick to one of its fields
+    user: str | None = None  # the unit of experiments, unless they define another
+    metadata: Metadata = Field(default={})  # a field of it may be an experiment's unit
 
     @property
     def wanted_tokens(self) -> int | None:
-        """New tokens at most, where the client said so."""
+        """Limit of new tokens, if the client gave one."""
         return self.max_tokens
 
     @property
     def candidates(self) -> int:
-        """Choices generated for each prompt, of which `n` are told."""
+        """Choices generated for each prompt, of which `n` are returned."""
         return self.n
 
     @property
     def wanted_prompt_logprobs(self) -> int | None:
-        """As `SamplingParams.prompt_logprobs`."""
+        """Value of `SamplingParams.prompt_logprobs`."""
         return None
 
     @property
     @abstractmethod
     def wanted_logprobs(self) -> int | None:
-        """As `SamplingParams.logprobs`."""
+        """Value of `SamplingParams.logprobs`."""
 
     def sampling_params(self) -> SamplingParams:
-        """What the body says about sampling; `resolved` makes of it what the engine takes."""
-        said = {name: getattr(self, name) for name in SAMPLING if name in type(self).model_fields}
-        said |= {
+        """The body's sampling fields, before `resolved` fills in what the engine needs."""
+        given = {name: getattr(self, name) for name in SAMPLING if name in type(self).model_fields}
+        given |= {
             "max_tokens": self.wanted_tokens,
             "logprobs": self.wanted_logprobs,
             "prompt_logprobs": self.wanted_prompt_logprobs,
         }
-        return SamplingParams(**said)
+        return SamplingParams(**given)
 
     @property
     def include_usage(self) -> bool:
@@ -201,28 +201,25 @@ class GenerationRequest(Constrained, SamplingBody, ABC):
     @model_validator(mode="after")
     def _check_together(self) -> Self:
         if self.stream_options is not None and not self.stream:
-            raise InvalidRequestError(
-                "stream_options: only with stream set to true; remove it, or set stream",
-                param="stream_options",
-            )
+            raise _wrong("stream_options", "only with stream set to true; remove it, or set stream")
         wanted = self.wanted_tokens
         if wanted is not None and self.min_tokens > wanted:
-            raise InvalidRequestError(
-                f"min_tokens: {self.min_tokens} exceeds max_tokens, {wanted}; lower it",
-                param="min_tokens",
-            )
+            raise _wrong("min_tokens", f"{self.min_tokens} exceeds max_tokens, {wanted}; lower it")
         return self
 
 
+# --- completions --------------------------------------------------------------------------------
+
+
 class CompletionRequest(GenerationRequest):
-    """POST /v1/completions"""
+    """Body of POST /v1/completions."""
 
     unsupported: ClassVar[Mapping[str, Unsupported]] = {
         **_SHARED,
         "suffix": Unsupported("write the fill-in format of the model into the prompt", ("",)),
         "add_special_tokens": Unsupported("give the prompt as token ids (/tokenize)", (True,)),
         "prompt_embeds": Unsupported("give the prompt as text or token ids"),
-        "return_tokens_as_token_ids": Unsupported(_PLAIN, (False,)),
+        "return_tokens_as_token_ids": Unsupported(_REMOVE, (False,)),
     }
 
     prompt: Prompt
@@ -244,32 +241,28 @@ class CompletionRequest(GenerationRequest):
 
     @property
     def wanted_logprobs(self) -> int | None:
-        ranked = self.candidates > self.n  # by them
+        ranked = self.candidates > self.n  # by log-probability
         return 0 if self.logprobs is None and ranked else self.logprobs
 
     @model_validator(mode="after")
     def _check_completion(self) -> Self:
         if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
-            raise InvalidRequestError(
-                "max_tokens: 0 needs echo or prompt_logprobs; raise it, or ask for one of them",
-                param="max_tokens",
+            raise _wrong(
+                "max_tokens", "0 needs echo or prompt_logprobs; raise it, or ask for one of them"
             )
         if self.best_of is not None and self.best_of < self.n:
-            raise InvalidRequestError(
-                f"best_of: {self.best_of} is less than n, {self.n}; raise it", param="best_of"
-            )
+            raise _wrong("best_of", f"{self.best_of} is less than n, {self.n}; raise it")
         if self.stream and self.candidates > self.n:
-            raise InvalidRequestError(
-                "best_of: the best are known at the end alone; remove it, or stream",
-                param="best_of",
-            )
+            raise _wrong("best_of", "the best are known at the end alone; remove it, or stream")
         if self.stream and self.prompt_logprobs is not None:
-            raise InvalidRequestError(
-                "prompt_logprobs: only in an answer that is not streamed; remove stream, or use "
-                "echo with logprobs",
-                param="prompt_logprobs",
+            raise _wrong(
+                "prompt_logprobs",
+                "only in an answer that is not streamed; remove stream, or use echo with logprobs",
             )
         return self
+
+
+# --- chats --------------------------------------------------------------------------------------
 
 
 def join_parts(value: Any) -> str:
@@ -303,18 +296,18 @@ Content = Annotated[
 
 
 class Message(Body):
-    """One message of a chat. `developer` is served as `system`."""
+    """One message of a chat. The role `developer` is served as `system`."""
 
     unsupported: ClassVar[Mapping[str, Unsupported]] = {
         "function_call": Unsupported("use tool_calls"),
         "refusal": Unsupported("put the refusal into content", ("",)),
         "audio": Unsupported(_TEXT_ONLY),
-        "annotations": Unsupported(_PLAIN, ([],)),
+        "annotations": Unsupported(_REMOVE, ([],)),
     }
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = None
-    name: str | None = None  # handed to the chat template, which decides what it does with it
+    name: str | None = None  # passed to the chat template
     tool_calls: Annotated[list[MadeCall], Field(max_length=MAX_TOOLS)] = Field(default=[])
     tool_call_id: str | None = None
 
@@ -353,7 +346,7 @@ class Message(Body):
 
 
 class ChatRequest(GenerationRequest):
-    """POST /v1/chat/completions"""
+    """Body of POST /v1/chat/completions."""
 
     unsupported: ClassVar[Mapping[str, Unsupported]] = {
         **_SHARED,
@@ -361,26 +354,20 @@ class ChatRequest(GenerationRequest):
         "function_call": Unsupported("use tool_choice", ("none", "auto")),
         "audio": Unsupported(_TEXT_ONLY),
         "modalities": Unsupported(_TEXT_ONLY, (["text"],)),
-        "prediction": Unsupported(_PLAIN),
+        "prediction": Unsupported(_REMOVE),
         "reasoning_effort": Unsupported("remove it, or ask for brevity in the prompt"),
         "verbosity": Unsupported("remove it, or ask for brevity in the prompt"),
         "web_search_options": Unsupported("this server searches nothing; remove it"),
-        "moderation": Unsupported(_PLAIN),
-        "chat_template": Unsupported("render the chat yourself and use /v1/completions"),
-        "chat_template_kwargs": Unsupported(
-            "render the chat yourself and use /v1/completions", ({},)
-        ),
-        "add_generation_prompt": Unsupported(
-            "render the chat yourself and use /v1/completions", (True,)
-        ),
-        "continue_final_message": Unsupported(
-            "render the chat yourself and use /v1/completions", (False,)
-        ),
+        "moderation": Unsupported(_REMOVE),
+        "chat_template": Unsupported(_RENDER),
+        "chat_template_kwargs": Unsupported(_RENDER, ({},)),
+        "add_generation_prompt": Unsupported(_RENDER, (True,)),
+        "continue_final_message": Unsupported(_RENDER, (False,)),
         "add_special_tokens": Unsupported("the chat template writes them; remove it", (False,)),
         "documents": Unsupported("put them into the messages", ([],)),
-        "echo": Unsupported(_PLAIN, (False,)),
+        "echo": Unsupported(_REMOVE, (False,)),
         "best_of": Unsupported("use n, and choose among the choices yourself", (1,)),
-        "prompt_logprobs": Unsupported("render the chat yourself and use /v1/completions"),
+        "prompt_logprobs": Unsupported(_RENDER),
     }
 
     messages: list[Message] = Field(min_length=1)
@@ -401,12 +388,12 @@ class ChatRequest(GenerationRequest):
 
     @property
     def offered_tools(self) -> list[Tool]:
-        """What the model may call."""
+        """Tools that the model may call."""
         return [] if self.tool_choice == "none" else self.tools
 
     @property
     def demanded_tools(self) -> list[Tool]:
-        """Of which the answer has to call one; empty where it need not."""
+        """Tools of which the answer must call one; empty if it need not."""
         choice = self.tool_choice
         if isinstance(choice, ChosenTool):
             return [tool for tool in self.tools if tool.function.name == choice.function.name]
@@ -416,23 +403,18 @@ class ChatRequest(GenerationRequest):
     def _check_tools(self) -> Self:
         names = [tool.function.name for tool in self.tools]
         if len(set(names)) < len(names):
-            raise InvalidRequestError("tools: two functions have one name", param="tools")
+            raise _wrong("tools", "two functions have one name")
         choice = self.tool_choice
         if isinstance(choice, ChosenTool) and choice.function.name not in names:
-            raise InvalidRequestError(
-                f"tool_choice: {choice.function.name!r} is not among the tools",
-                param="tool_choice",
-            )
+            raise _wrong("tool_choice", f"{choice.function.name!r} is not among the tools")
         if choice == "required" and not self.tools:
-            raise InvalidRequestError(
-                "tool_choice: required, and there are no tools; give some", param="tool_choice"
-            )
+            raise _wrong("tool_choice", "required, and there are no tools; give some")
         strict = any(tool.function.strict for tool in self.tools)
         if strict and not self.demanded_tools:
-            raise InvalidRequestError(
-                "tools: strict is kept only where tool_choice makes the model call; set "
+            raise _wrong(
+                "tools",
+                "strict is kept only where tool_choice makes the model call; set "
                 "tool_choice, or leave strict out",
-                param="tools",
             )
         return self
 
@@ -440,12 +422,7 @@ class ChatRequest(GenerationRequest):
     def _check_chat(self) -> Self:
         both = (self.max_tokens, self.max_completion_tokens)
         if None not in both and both[0] != both[1]:
-            raise InvalidRequestError(
-                "max_completion_tokens: differs from max_tokens; give one of the two",
-                param="max_completion_tokens",
-            )
+            raise _wrong("max_completion_tokens", "differs from max_tokens; give one of the two")
         if self.top_logprobs and not self.logprobs:
-            raise InvalidRequestError(
-                "top_logprobs: only with logprobs set to true", param="top_logprobs"
-            )
+            raise _wrong("top_logprobs", "only with logprobs set to true")
         return self

@@ -1,8 +1,8 @@
-"""The JSON of OpenAI's two generation routes: choices, chunks, log-probabilities, usage.
+"""JSON of the answers of OpenAI's two generation routes: choices, chunks, log-probabilities, usage.
 
-Completions that tell of their prompt: OpenAI's `echo` and vLLM's `prompt_logprobs`.
-
-The JSON of a chat whose answer may call tools.
+One `Shape` writes the choices of one answer: `ChatShape`, `ToolChatShape` (which takes tool calls
+out of the text), `CompletionShape`, and `PromptShape` (OpenAI's `echo`, vLLM's `prompt_logprobs`).
+Knows nothing of HTTP or of the engine.
 """
 
 from __future__ import annotations
@@ -22,10 +22,13 @@ from quickchange_server.frontend.tokenizer import Text
 from quickchange_server.frontend.tool_parser import ToolCall, ToolReader
 from quickchange_server.protocol import TokenLogprobs
 
-LOWEST_LOGPROB = -9999.0  # stands for minus infinity, which JSON lacks; OpenAI's API does the same
+LOWEST_LOGPROB = -9999.0  # for minus infinity, which JSON lacks; OpenAI's API does the same
+_ID_LENGTH = 9  # letters and digits: what the strictest chat template takes
+_ID_CHARACTERS = string.ascii_letters + string.digits
 
 
 def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Json:
+    """OpenAI's usage object, from counts of tokens."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
@@ -35,7 +38,7 @@ def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Jso
 
 
 def predictions(drafted: int, accepted: int) -> Json:
-    """The part of the usage that tells of drafts, in OpenAI's own fields for predicted output."""
+    """The usage's counts of draft tokens, in OpenAI's fields for predicted output."""
     details = {
         "accepted_prediction_tokens": accepted,
         "rejected_prediction_tokens": drafted - accepted,
@@ -44,14 +47,15 @@ def predictions(drafted: int, accepted: int) -> Json:
 
 
 def finite(logprob: float) -> float:
+    """The log-probability, raised to `LOWEST_LOGPROB` if below."""
     return max(logprob, LOWEST_LOGPROB)
 
 
 class Shape(ABC):
-    """How one route writes what is generated."""
+    """The way one route writes the choices of an answer."""
 
-    object: str  # of the whole answer
-    chunk_object: str  # of one streamed event
+    object: str  # the field "object" of a whole answer
+    chunk_object: str  # the same field of a streamed event
 
     def __init__(self, text: Text, logprobs: bool) -> None:
         self._text = text
@@ -65,14 +69,16 @@ class Shape(ABC):
 
     @abstractmethod
     def chunk(self, index: int, piece: Piece) -> Json:
-        """What one piece adds to a choice."""
+        """A streamed event's choice: what one piece adds."""
 
     def opening(self, _index: int) -> Json | None:
-        """What a stream says of a choice before its first piece."""
+        """The first event of a choice, before its first piece; None: there is none."""
         return None
 
 
 class ChatShape(Shape):
+    """Choices of chats, as messages and deltas."""
+
     object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
@@ -117,6 +123,8 @@ class ChatShape(Shape):
 
 
 class CompletionShape(Shape):
+    """Choices of completions, as text."""
+
     object = "text_completion"
     chunk_object = "text_completion"
 
@@ -144,7 +152,7 @@ class CompletionShape(Shape):
         }
 
     def _top(self, logprobs: TokenLogprobs) -> dict[str, float]:
-        """The best tokens and the sampled one, by text."""
+        """Log-probabilities of the best tokens and the sampled one, by text."""
         entries = [(logprobs.token_id, logprobs.logprob), *logprobs.top]
         return {self._name(token_id): finite(logprob) for token_id, logprob in entries}
 
@@ -161,13 +169,13 @@ class CompletionShape(Shape):
 class ToldPrompt:
     """A prompt as an answer repeats it."""
 
-    text: str  # as the client sent it; that of its tokens where it sent those
+    text: str  # the client's text, or the decoded text of the token ids it sent
     ids: tuple[int, ...]
-    offsets: tuple[int, ...]  # of each token, in characters
+    offsets: tuple[int, ...]  # where each token begins, in characters
 
 
 def told_prompt(text: Text, sent: str | None, ids: Sequence[int]) -> ToldPrompt:
-    """sent: the client's text, where it sent text. Special tokens have none."""
+    """The prompt to repeat, as `sent` if that was text. Special tokens have no text."""
     detokenizer = text.detokenizer(skip_special_tokens=True)
     parts: list[str] = []
     offsets: list[int] = []
@@ -181,7 +189,7 @@ def told_prompt(text: Text, sent: str | None, ids: Sequence[int]) -> ToldPrompt:
 
 
 class PromptShape(CompletionShape):
-    """Choices that begin with their prompt, or carry its log-probabilities, or both."""
+    """Completion choices that repeat their prompt, or carry its log-probabilities, or both."""
 
     def __init__(
         self,
@@ -201,15 +209,15 @@ class PromptShape(CompletionShape):
         number = index // self._body.n
         prompt = self._prompts[number]
         scores = self._choices[number * self._body.candidates].prompt_logprobs
-        told = super().choice(index, text, self._behind(prompt, tokens), ending)
+        written = super().choice(index, text, self._behind(prompt, tokens), ending)
         if self._body.echo:
-            told["text"] = prompt.text + text
-            if told["logprobs"] is not None:
+            written["text"] = prompt.text + text
+            if written["logprobs"] is not None:
                 before = self._prompt_lists(prompt, scores)
-                told["logprobs"] = {k: before[k] + v for k, v in told["logprobs"].items()}
+                written["logprobs"] = {k: before[k] + v for k, v in written["logprobs"].items()}
         if self._body.prompt_logprobs is not None:
-            told["prompt_logprobs"] = self._by_token(scores, self._body.prompt_logprobs)
-        return told
+            written["prompt_logprobs"] = self._by_token(scores, self._body.prompt_logprobs)
+        return written
 
     def chunk(self, index: int, piece: Piece) -> Json:
         tokens = self._behind(self._prompts[index // self._body.n], piece.tokens)
@@ -219,19 +227,19 @@ class PromptShape(CompletionShape):
         if not self._body.echo:
             return None
         prompt = self._prompts[index // self._body.n]
-        told = super().choice(index, prompt.text, (), None)
-        if told["logprobs"] is not None:
-            told["logprobs"] = self._prompt_lists(prompt, self._choices[index].prompt_logprobs)
-        return told
+        written = super().choice(index, prompt.text, (), None)
+        if written["logprobs"] is not None:
+            written["logprobs"] = self._prompt_lists(prompt, self._choices[index].prompt_logprobs)
+        return written
 
     def _behind(self, prompt: ToldPrompt, tokens: Sequence[LoggedToken]) -> Sequence[LoggedToken]:
-        """The tokens of a choice, their offsets counted from where its text begins."""
+        """The tokens of a choice, with offsets that count the echoed prompt."""
         if not self._body.echo:
             return tokens
         return [replace(token, offset=len(prompt.text) + token.offset) for token in tokens]
 
     def _prompt_lists(self, prompt: ToldPrompt, scores: Sequence[TokenLogprobs]) -> Json:
-        """The prompt's part of a choice's `logprobs`. Nothing stands before the first token."""
+        """The prompt's part of a choice's `logprobs`; the first token has no log-probability."""
         top = self._body.logprobs or 0
         cut = [replace(score, top=score.top[:top]) for score in scores]
         return {
@@ -242,7 +250,7 @@ class PromptShape(CompletionShape):
         }
 
     def _by_token(self, scores: Sequence[TokenLogprobs], top: int) -> list[Json | None]:
-        """vLLM's form: for each token but the first its own entry and the best, by token id."""
+        """vLLM's form: per token, except the first, its entry and the `top` best, by token id."""
         return [None, *(self._position(score, top) for score in scores)]
 
     def _position(self, score: TokenLogprobs, top: int) -> Json:
@@ -256,17 +264,13 @@ class PromptShape(CompletionShape):
         }
 
 
-_ID_LENGTH = 9  # letters and digits: what the strictest chat template takes
-_ID_CHARACTERS = string.ascii_letters + string.digits
-
-
 class ToolChatShape(ChatShape):
-    """As a chat's, with the calls taken out of the text. A call is told whole, when it is."""
+    """Chat choices with the tool calls taken out of the text. A call is sent once it is whole."""
 
     def __init__(
         self, text: Text, logprobs: bool, reader: Callable[[], ToolReader], *, most: int | None
     ) -> None:
-        """reader: makes one for each choice. most: calls of one choice that are told."""
+        """`reader` makes one parser per choice; `most` limits the calls sent per choice."""
         super().__init__(text, logprobs)
         self._reader = reader
         self._most = most
@@ -275,21 +279,21 @@ class ToolChatShape(ChatShape):
     def choice(
         self, index: int, text: str, tokens: Sequence[LoggedToken], ending: Ending | None
     ) -> Json:
-        said, calls = self._stream(index).push(text, final=True)
-        shown = super().choice(index, said, tokens, ending)
+        content, calls = self._stream(index).push(text, final=True)
+        shown = super().choice(index, content, tokens, ending)
         if calls:
-            shown["message"]["content"] = said.strip() or None
+            shown["message"]["content"] = content.strip() or None
             shown["message"]["tool_calls"] = [_call(call) for _, call in calls]
             shown["finish_reason"] = _reason(ending)
         return shown
 
     def chunk(self, index: int, piece: Piece) -> Json:
         stream = self._stream(index)
-        said, calls = stream.push(piece.text, final=piece.ending is not None)
-        shown = super().chunk(index, Piece(said, piece.tokens, piece.ending))
+        content, calls = stream.push(piece.text, final=piece.ending is not None)
+        shown = super().chunk(index, Piece(content, piece.tokens, piece.ending))
         if calls:
             shown["delta"]["tool_calls"] = [{"index": n, **_call(call)} for n, call in calls]
-        if stream.told:
+        if stream.sent:
             shown["finish_reason"] = _reason(piece.ending)
         return shown
 
@@ -298,19 +302,19 @@ class ToolChatShape(ChatShape):
 
 
 class _Stream:
-    """One choice's calls, numbered."""
+    """One choice's stream of tool calls, numbered in the order they come."""
 
     def __init__(self, reader: ToolReader, most: int | None) -> None:
         self._reader = reader
         self._most = most
-        self.told = 0
+        self.sent = 0
 
     def push(self, text: str, *, final: bool) -> tuple[str, list[tuple[int, ToolCall]]]:
-        said, calls = self._reader.push(text, final=final)
-        left = None if self._most is None else self._most - self.told
-        numbered = list(enumerate(islice(calls, left), start=self.told))
-        self.told += len(numbered)
-        return said, numbered
+        content, calls = self._reader.push(text, final=final)
+        left = None if self._most is None else self._most - self.sent
+        numbered = list(enumerate(islice(calls, left), start=self.sent))
+        self.sent += len(numbered)
+        return content, numbered
 
 
 def _call(call: ToolCall) -> Json:
@@ -320,5 +324,5 @@ def _call(call: ToolCall) -> Json:
 
 
 def _reason(ending: Ending | None) -> str | None:
-    """A choice that was cut off says so, whatever it called."""
+    """The finish reason of a choice with calls; one that was cut off still says so."""
     return "tool_calls" if ending == "stop" else ending

@@ -1,4 +1,4 @@
-"""What a request's fields ask of its text, as the one constraint that the engine knows."""
+"""The constraint on a request's text, from OpenAI's or vLLM's fields, as the engine takes it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ LONGEST = 64 * 1024  # characters of a schema, a regular expression or a grammar
 
 
 def asked(body: Constrained) -> Asked | None:
-    """None where any text will do.
+    """The body's constraint, with the field that it came from; None if any text will do.
 
-    Raises InvalidRequestError where several fields ask, for what is too long, and for a schema with
-    keywords that are not enforced, naming the place.
+    Raises InvalidRequestError, naming the field, for more than one constraint, for one that is too
+    long, and for a schema with keywords that are not enforced.
     """
     found = [one for one in (_of_format(body), *_of_guided(body), *_of_outputs(body)) if one]
     if len(found) > 1:
@@ -40,7 +40,7 @@ def asked(body: Constrained) -> Asked | None:
 
 
 def choice_grammar(choices: list[str]) -> str:
-    """One of these texts and nothing else, as a Lark grammar."""
+    """A Lark grammar of exactly one of these texts."""
     return "start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
 
 
@@ -88,7 +88,7 @@ def _outputs(wanted: StructuredOutputs, before: str) -> list[Asked]:
 
 
 def _schema(schema: object, place: str) -> Asked:
-    """Of a schema as a value, or as JSON in a string, as vLLM takes it too."""
+    """The constraint of a schema, given as a value or, as vLLM allows, as JSON in a string."""
     if isinstance(schema, str):
         try:
             schema = json.loads(schema)

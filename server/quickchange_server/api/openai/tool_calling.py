@@ -1,4 +1,4 @@
-"""What tools make of a chat: whether the model can call them, and how its calls are read."""
+"""Tools of a chat: whether the model can call them, the grammar of a call, the parser of calls."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Calls:
-    """How the calls of a chat are read."""
+    """The form of a chat's tool calls and the functions they may name."""
 
     form: ToolFormat
     names: frozenset[str]
@@ -34,9 +34,9 @@ class Calls:
 
 
 def with_tools(text: Text, order: Order[ChatRequest]) -> tuple[Order[ChatRequest], Calls | None]:
-    """The order with what its tools ask of the text, and how calls are read; None: no tools.
+    """The order with its tools' constraint on the text, and the form of calls; None: no tools.
 
-    Raises InvalidRequestError where the model takes none, or the answer can't be a call.
+    Raises InvalidRequestError if the model takes no tools, or the answer can't be a call.
     """
     body = order.body
     form = tools_form(text, body.messages, body.offered_tools)
@@ -44,15 +44,15 @@ def with_tools(text: Text, order: Order[ChatRequest]) -> tuple[Order[ChatRequest
         return order, None
     calls = Calls(form, frozenset(tool.function.name for tool in body.offered_tools))
     marks = text.special_parts(form.begin) + text.special_parts(form.end)
-    if any(isinstance(part, int) for part in marks):  # calls are recognised by them
+    if any(isinstance(part, int) for part in marks):  # calls are recognised by special tokens
         order = replace(order, body=body.model_copy(update={"skip_special_tokens": False}))
     return replace(order, demanded=_demanded(text, form, body)), calls
 
 
 def tools_form(text: Text, messages: Sequence[Message], tools: Sequence[Tool]) -> ToolFormat | None:
-    """How the model would call one of `tools`; None: there are none.
+    """The form in which the model calls one of `tools`; None: there are none.
 
-    Raises InvalidRequestError where its template has no room for them, or for messages about tools.
+    Raises InvalidRequestError if its chat template takes no tools, or no messages about them.
     """
     if any(message.about_tools for message in messages):
         _form(text, "messages")
@@ -72,7 +72,7 @@ def _form(text: Text, param: str) -> ToolFormat:
 
 
 def _demanded(text: Text, form: ToolFormat, body: ChatRequest) -> Asked | None:
-    """The constraint of an answer that has to be a call; None where it need not be one."""
+    """The constraint of an answer that must be a call; None if it need not be."""
     if not body.demanded_tools:
         return None
     other = asked(body)
@@ -89,7 +89,7 @@ def _demanded(text: Text, form: ToolFormat, body: ChatRequest) -> Asked | None:
 
 
 def call_grammar(text: Text, form: ToolFormat, tools: Sequence[Tool]) -> str:
-    """A Lark grammar of exactly one call, whose arguments fit its function's schema."""
+    """A Lark grammar of exactly one call with arguments that fit its function's schema."""
     calls: Json = {"anyOf": [_call_schema(form, tool) for tool in tools]}
     if form.listed:
         calls = {"type": "array", "items": calls, "minItems": 1, "maxItems": 1}
@@ -105,7 +105,7 @@ def _parameters(tool: Tool) -> Json:
 
 
 def _call_schema(form: ToolFormat, tool: Tool) -> Json:
-    """The JSON that a call of this function is."""
+    """The JSON schema of a call of this function."""
     leaves = [
         (form.name_path, {"const": tool.function.name}),
         (form.arguments_path, _parameters(tool)),
@@ -114,7 +114,7 @@ def _call_schema(form: ToolFormat, tool: Tool) -> Json:
 
 
 def _nested(leaves: Sequence[tuple[Sequence[str], Json]]) -> Json:
-    """Objects with exactly the keys of these paths, and the schemas at their ends."""
+    """The schema of nested objects with exactly these paths, each ending in its schema."""
     properties: Json = {}
     for key in dict.fromkeys(path[0] for path, _ in leaves):
         inner = [(path[1:], schema) for path, schema in leaves if path[0] == key]
@@ -129,7 +129,7 @@ def _nested(leaves: Sequence[tuple[Sequence[str], Json]]) -> Json:
 
 
 def _mark(text: Text, mark: str) -> str:
-    """A mark, as Lark writes it."""
+    """A mark in Lark's syntax."""
     return " ".join(
         f"<[{part}]>" if isinstance(part, int) else json.dumps(part, ensure_ascii=False)
         for part in text.special_parts(mark)

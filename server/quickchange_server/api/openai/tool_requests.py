@@ -1,4 +1,4 @@
-"""The fields of a chat's body that are about tools."""
+"""Fields of a chat's body for tools: functions, the choice among them, calls made before."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pydantic_core import PydanticCustomError
 
 from quickchange_server.frontend.request_base import Body, FunctionName, Unsupported, check_text
 
-MAX_TOOLS = 128  # as OpenAI's
+MAX_TOOLS = 128  # OpenAI's limit
 
 ValidText = Annotated[str, AfterValidator(check_text)]
 
 
 def check_arguments(value: str) -> str:
-    """A call's arguments: a JSON object, as text."""
+    """Check that a call's arguments are a JSON object as text."""
     try:
         arguments = json.loads(value)
     except json.JSONDecodeError as error:
@@ -43,7 +43,7 @@ class Tool(Body):
     function: Function
 
     def for_template(self) -> dict[str, Any]:
-        """As chat templates expect it."""
+        """The function in the form that chat templates expect."""
         function: dict[str, Any] = {
             "name": self.function.name,
             "description": self.function.description or "",
@@ -57,7 +57,7 @@ class ChosenFunction(Body):
 
 
 class ChosenTool(Body):
-    """The one function that the model is to call."""
+    """The one function that the model must call."""
 
     type: Literal["function"]
     function: ChosenFunction
@@ -69,7 +69,7 @@ class CalledFunction(Body):
 
 
 class MadeCall(Body):
-    """A call that an earlier message of the assistant made."""
+    """A call in an earlier message of the assistant."""
 
     unsupported: ClassVar[Mapping[str, Unsupported]] = {
         "index": Unsupported("it belongs to streamed events; remove it", tuple(range(MAX_TOOLS)))
@@ -80,7 +80,7 @@ class MadeCall(Body):
     function: CalledFunction
 
     def for_template(self) -> dict[str, Any]:
-        """As chat templates expect it: the arguments as an object."""
+        """The call in the form that chat templates expect: the arguments as an object."""
         arguments = json.loads(self.function.arguments)
         function = {"name": self.function.name, "arguments": arguments}
         return {"id": self.id, "type": "function", "function": function}

@@ -1,1 +1,1 @@
-"""The OpenAPI document: what FastAPI reads off the routes, made whole."""
+"""Models and declarations of answers, from which FastAPI makes the OpenAPI document."""

@@ -1,8 +1,7 @@
-"""What the routes of generation, models and tokens answer; docs/http.md says what the fields mean.
+"""Response models of the routes for generation, models and tokens. docs/http.md has the meanings.
 
-Routes that return a `Response` write it themselves: of those, the models are documentation, which
-tests hold the answers against. Any other route's answer is validated: no field may come that is not
-here.
+For routes that return a `Response` of their own the models are documentation, checked by tests. For
+the others FastAPI validates answers against them and refuses extra fields.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ ExperimentState = Literal["running", "paused", "stopped"]
 
 
 class ResponseModel(BaseModel):
-    """Base of all answers."""
+    """Base of all response models; extra fields are refused."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -49,7 +48,7 @@ class LoraxErrorBody(ResponseModel):
 
 
 class ChosenVariant(ResponseModel):
-    """The experiment that `model` named, and the variant that it chose."""
+    """The experiment that `model` names and the variant assigned to the request."""
 
     experiment: str
     variant: str
@@ -73,7 +72,7 @@ class CompletionUsage(ResponseModel):
 
 
 class GenerationEnvelope(ResponseModel):
-    """Fields of every answer and every streamed event."""
+    """Fields that whole answers and streamed events share."""
 
     id: str
     created: int
@@ -320,7 +319,7 @@ class TokenizedPrompt(ResponseModel):
 
 
 class TokenSpan(ResponseModel):
-    """One token in LoRAX's form of /tokenize."""
+    """A token in LoRAX's answer of /tokenize."""
 
     id: int
     text: str

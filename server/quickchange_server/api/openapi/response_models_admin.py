@@ -1,4 +1,4 @@
-"""What the routes of adapters, aliases, API keys and usage answer.
+"""Response models of the routes for adapters, aliases, API keys and usage.
 
 docs/http.md says what the fields mean."""
 

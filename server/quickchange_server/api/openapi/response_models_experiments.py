@@ -1,4 +1,4 @@
-"""What the experiments' routes answer; docs/http.md says what the fields mean."""
+"""Response models of the routes for experiments; docs/http.md says what the fields mean."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ExperimentDocument(ResponseModel):
     state: ExperimentState
     created: int
     winner: str | None
-    shares: dict[str, float]  # the current ones
+    shares: dict[str, float]  # current
     promoted: str | None
     definition: Definition
 

@@ -1,5 +1,4 @@
-"""Declares in route decorators, as `responses=`, what `response_model=` can't say: errors, event
-streams and plain text."""
+"""Declarations for a route's `responses=`: errors, event streams and plain text."""
 
 from __future__ import annotations
 
@@ -29,31 +28,31 @@ _MEANINGS: Mapping[int, str] = {
 
 
 def errors(*statuses: int) -> Responses:
-    """Errors in OpenAI's form."""
+    """Error responses in OpenAI's form, by status."""
     return {s: {"model": ErrorBody, "description": _MEANINGS[s]} for s in statuses}
 
 
 def lorax_errors(*statuses: int) -> Responses:
-    """Errors in LoRAX's form."""
+    """Error responses in LoRAX's form, by status."""
     return {s: {"model": LoraxErrorBody, "description": _MEANINGS[s]} for s in statuses}
 
 
-# A wrong field, no API key, its scope; the server's own state.
+# A wrong field, no API key, a missing scope, an internal error, an engine that is not ready.
 COMMON_ERRORS = errors(400, 401, 403, 500, 503)
 GENERATION_ERRORS = errors(404, 413, 424, 429)
 
-# A route with a body other than JSON takes response_class=Response, lest FastAPI puts its errors
-# under that body's content type.
+# A route that does not answer JSON needs response_class=Response, or FastAPI documents its errors
+# under the answer's content type.
 PLAIN_TEXT: Responses = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 
 
 def events(data: Any, *, last: str | None = None) -> Responses:
-    """A stream of server-sent events whose data is JSON of this type; `last` ends it, as it is.
+    """A stream of server-sent events with JSON data of this type, ended by the literal `last`.
 
     OpenAPI 3.1 can't describe a stream, so the schema is that of one event.
     """
     content = TypeAdapter(data).json_schema(ref_template=_REFERENCE)
-    shared = content.pop("$defs")  # document.py moves them to where the references point
+    shared = content.pop("$defs")  # openapi_document.py moves them to where references point
     shown: dict[str, Any] = {
         "type": "string",
         "contentMediaType": "application/json",

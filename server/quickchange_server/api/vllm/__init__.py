@@ -1,1 +1,1 @@
-"""vLLM's routes beyond OpenAI's."""
+"""Routes that vLLM has beyond OpenAI's."""

@@ -1,4 +1,4 @@
-"""vLLM's routes that clients use: loading and unloading adapters, tokens, version, ping."""
+"""Routes of vLLM that clients use: loading and unloading adapters, tokens, version, ping."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ ValidText = Annotated[str, AfterValidator(check_text)]
 class LoadLora(Body):
     lora_name: str = Field(min_length=1)
     lora_path: str = Field(min_length=1)
-    load_inplace: bool = False  # true: publish a new version under a name that is there already
+    load_inplace: bool = False  # true: publish a new version if the name exists
 
 
 class UnloadLora(Body):
@@ -50,7 +50,7 @@ _FORMS = {"prompt": "string", "messages": "array", "inputs": "string"}
 
 
 class Tokenize(Body):
-    """One of `prompt`, `messages` and LoRAX's `inputs`."""
+    """Body of /tokenize: one of `prompt`, `messages` and LoRAX's `inputs`."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -98,7 +98,7 @@ class Detokenize(Body):
     responses=PLAIN_TEXT | errors(404, 409, 413),
 )
 async def load_lora_adapter(body: LoadLora, services: Injected, caller: Managing) -> Response:
-    """Import an adapter from a folder and have it brought to the device."""
+    """Import an adapter from a folder and load it to the device."""
     check_own(caller, body.lora_name, "lora_name")
     check_paths_allowed(services.settings)
     name, folder = body.lora_name, Path(body.lora_path)
@@ -141,9 +141,9 @@ async def unload_lora_adapter(body: UnloadLora, services: Injected, caller: Mana
     "/tokenize", response_model=TokenizedPrompt | list[TokenSpan], responses=errors(404, 413)
 )
 async def tokenize(body: Tokenize, services: Injected, caller: Calling) -> Json | list[Json]:
-    """Token ids of a prompt or of a chat, as the generation routes would make them.
+    """Token ids of a prompt or a chat, the same as in the generation routes.
 
-    For `inputs` the answer is LoRAX's: a list of the tokens, each with its place in the text.
+    For `inputs` the answer is LoRAX's: a list of tokens, each with its span in the text.
     """
     _check_model(services, caller, body.model)
     if body.inputs is not None:
@@ -181,14 +181,14 @@ async def _tokens(services: Services, body: Tokenize) -> list[int]:
 
 @router.post("/detokenize", response_model=DetokenizedText, responses=errors(404, 413))
 async def detokenize(body: Detokenize, services: Injected, caller: Calling) -> Json:
-    """The text of token ids, special tokens included."""
+    """Text of token ids, special tokens included."""
     _check_model(services, caller, body.model)
     services.text.check_ids(body.tokens, "tokens")
     return {"prompt": services.text.decode(body.tokens)}
 
 
 def _check_model(services: Services, caller: Caller, model: str | None) -> None:
-    """All models share the base's tokenizer, so `model` is optional; a wrong one is an error."""
+    """Raise for an unknown `model`. It is optional: all models share the base's tokenizer."""
     if model is not None:
         services.catalog.select(model, sees=caller.sees)
 
