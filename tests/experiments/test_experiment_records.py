@@ -26,7 +26,7 @@ from quickchange_server.experiments.assignment import unit_of
 from quickchange_server.experiments.experiment import Experiment
 from quickchange_server.experiments.experiment_records import Act
 from quickchange_server.experiments.exposures import Exposures
-from quickchange_server.experiments.outcomes import StoredOutcome, Told
+from quickchange_server.experiments.outcomes import ReportedOutcome, StoredOutcome
 from quickchange_server.experiments.registry import Experiments
 from quickchange_server.experiments.sums import results_of
 from quickchange_server.frontend.caller import ANYONE, Caller
@@ -68,7 +68,7 @@ class World:
         assert kept is not None
         await kept
 
-    async def told(self, *given: Told, caller: Caller = ACME) -> list[StoredOutcome]:
+    async def told(self, *given: ReportedOutcome, caller: Caller = ACME) -> list[StoredOutcome]:
         keep = partial(
             outcomes.keep, experiment=self.experiment, caller=caller, outcomes=given, now=START
         )
@@ -104,9 +104,9 @@ def act(action: experiment_records.Action) -> Act:
     return Act(ANYONE, action, START)
 
 
-def told(value: Any = 1.0, name: str = "stars", **where: str) -> Told:
+def told(value: Any = 1.0, name: str = "stars", **where: str) -> ReportedOutcome:
     given = {"completion": None, "unit": None, "key": None, **where}
-    return Told(param="outcomes[0]", name=name, value=value, **given)
+    return ReportedOutcome(param="outcomes[0]", name=name, value=value, **given)
 
 
 # --- outcomes -----------------------------------------------------------------------------------

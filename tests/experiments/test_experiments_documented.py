@@ -33,7 +33,7 @@ PARTS: list[type[BaseModel]] = [Variant, Shadow, Sticky, RampStep, Metric]
 
 @pytest.mark.parametrize(
     "body",
-    [*BODIES.values(), *PARTS, experiments.Change, experiments.ToldOutcome],
+    [*BODIES.values(), *PARTS, experiments.Change, experiments.OutcomeBody],
     ids=lambda body: body.__name__,
 )
 def test_every_field_is_documented(body: type[BaseModel]) -> None:

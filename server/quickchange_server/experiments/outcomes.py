@@ -19,7 +19,7 @@ Value = float | bool | str
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class ReportedOutcome:
     """An outcome as reported by a client, for a completion or for a unit."""
 
     param: str  # its place in the request, for error messages
@@ -51,7 +51,7 @@ def keep(
     connection: Connection,
     experiment: Experiment,
     caller: Caller,
-    outcomes: Sequence[Told],
+    outcomes: Sequence[ReportedOutcome],
     now: float,
 ) -> list[StoredOutcome]:
     """Record outcomes, each with the variant of its exposure. `now`: Unix seconds.
@@ -64,7 +64,11 @@ def keep(
 
 
 def _keep(
-    connection: Connection, experiment: Experiment, caller: Caller, outcome: Told, now: float
+    connection: Connection,
+    experiment: Experiment,
+    caller: Caller,
+    outcome: ReportedOutcome,
+    now: float,
 ) -> StoredOutcome:
     metric = _metric(experiment, outcome)
     value, label = _checked(metric, outcome)
@@ -87,7 +91,7 @@ def _keep(
     return StoredOutcome(outcome.name, exposure.variant, exposure.counted, new)
 
 
-def _metric(experiment: Experiment, outcome: Told) -> Metric:
+def _metric(experiment: Experiment, outcome: ReportedOutcome) -> Metric:
     for metric in experiment.definition.metrics:
         if metric.name == outcome.name:
             return metric
@@ -99,7 +103,7 @@ def _metric(experiment: Experiment, outcome: Told) -> Metric:
     )
 
 
-def _checked(metric: Metric, outcome: Told) -> tuple[float | None, str | None]:
+def _checked(metric: Metric, outcome: ReportedOutcome) -> tuple[float | None, str | None]:
     """(value, None), or (None, label) for a label metric."""
     match metric.kind, outcome.value:
         case "label", str(label) if is_label(label):
@@ -118,7 +122,7 @@ def _checked(metric: Metric, outcome: Told) -> tuple[float | None, str | None]:
 
 
 def _exposure(
-    connection: Connection, experiment: Experiment, caller: Caller, outcome: Told
+    connection: Connection, experiment: Experiment, caller: Caller, outcome: ReportedOutcome
 ) -> _Exposure:
     """The exposure of the completion, or the unit's last one that was not refused."""
     table = EXPERIMENT_EXPOSURES

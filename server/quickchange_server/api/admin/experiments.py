@@ -110,7 +110,7 @@ OutcomeValue = Annotated[
 ]
 
 
-class ToldOutcome(Body):
+class OutcomeBody(Body):
     """An outcome reported by the client, for an answer's id or for the assignment's unit."""
 
     name: str
@@ -142,7 +142,7 @@ class Outcomes(Body):
 
     model_config = ConfigDict(json_schema_extra=_one_or_several)
 
-    outcomes: list[ToldOutcome] = Field(min_length=1, max_length=MAX_OUTCOMES)
+    outcomes: list[OutcomeBody] = Field(min_length=1, max_length=MAX_OUTCOMES)
 
     @model_validator(mode="before")
     @classmethod
@@ -327,8 +327,8 @@ async def outcomes(name: str, body: Outcomes, services: Injected, caller: Callin
     return {"object": "list", "data": [asdict(each) for each in kept]}
 
 
-def _reported(outcome: ToldOutcome, index: int) -> outcome_records.Told:
-    return outcome_records.Told(
+def _reported(outcome: OutcomeBody, index: int) -> outcome_records.ReportedOutcome:
+    return outcome_records.ReportedOutcome(
         param=f"outcomes[{index}]",
         name=outcome.name,
         value=outcome.value,

@@ -23,12 +23,12 @@ from quickchange_server.api.openai.requests import (
 from quickchange_server.api.openai.responses import (
     ChatShape,
     CompletionShape,
+    PromptReport,
     PromptShape,
     Shape,
-    ToldPrompt,
     ToolChatShape,
     predictions,
-    told_prompt,
+    prompt_report,
     usage,
 )
 from quickchange_server.api.openai.tool_calling import with_tools
@@ -221,9 +221,9 @@ async def completions(
 
 def _repeated(
     services: Services, body: CompletionRequest, prompts: Sequence[Sequence[int]]
-) -> list[ToldPrompt]:
+) -> list[PromptReport]:
     return [
-        told_prompt(services.text, sent if isinstance(sent, str) else None, ids)
+        prompt_report(services.text, sent if isinstance(sent, str) else None, ids)
         for sent, ids in zip(_several(body.prompt), prompts, strict=True)
     ]
 

@@ -166,7 +166,7 @@ class CompletionShape(Shape):
 
 
 @dataclass(frozen=True, slots=True)
-class ToldPrompt:
+class PromptReport:
     """A prompt as an answer repeats it."""
 
     text: str  # the client's text, or the decoded text of the token ids it sent
@@ -174,7 +174,7 @@ class ToldPrompt:
     offsets: tuple[int, ...]  # where each token begins, in characters
 
 
-def told_prompt(text: Text, sent: str | None, ids: Sequence[int]) -> ToldPrompt:
+def prompt_report(text: Text, sent: str | None, ids: Sequence[int]) -> PromptReport:
     """The prompt to repeat, as `sent` if that was text. Special tokens have no text."""
     detokenizer = text.detokenizer(skip_special_tokens=True)
     parts: list[str] = []
@@ -185,7 +185,7 @@ def told_prompt(text: Text, sent: str | None, ids: Sequence[int]) -> ToldPrompt:
         parts.append(detokenizer.push(token_id))
         length += len(parts[-1])
     own = "".join([*parts, detokenizer.finish()])
-    return ToldPrompt(own if sent is None else sent, tuple(ids), tuple(offsets))
+    return PromptReport(own if sent is None else sent, tuple(ids), tuple(offsets))
 
 
 class PromptShape(CompletionShape):
@@ -195,7 +195,7 @@ class PromptShape(CompletionShape):
         self,
         text: Text,
         body: CompletionRequest,
-        prompts: Sequence[ToldPrompt],
+        prompts: Sequence[PromptReport],
         choices: Sequence[Choice],
     ) -> None:
         super().__init__(text, body.logprobs is not None)
@@ -232,13 +232,13 @@ class PromptShape(CompletionShape):
             written["logprobs"] = self._prompt_lists(prompt, self._choices[index].prompt_logprobs)
         return written
 
-    def _behind(self, prompt: ToldPrompt, tokens: Sequence[LoggedToken]) -> Sequence[LoggedToken]:
+    def _behind(self, prompt: PromptReport, tokens: Sequence[LoggedToken]) -> Sequence[LoggedToken]:
         """The tokens of a choice, with offsets that count the echoed prompt."""
         if not self._body.echo:
             return tokens
         return [replace(token, offset=len(prompt.text) + token.offset) for token in tokens]
 
-    def _prompt_lists(self, prompt: ToldPrompt, scores: Sequence[TokenLogprobs]) -> Json:
+    def _prompt_lists(self, prompt: PromptReport, scores: Sequence[TokenLogprobs]) -> Json:
         """The prompt's part of a choice's `logprobs`; the first token has no log-probability."""
         top = self._body.logprobs or 0
         cut = [replace(score, top=score.top[:top]) for score in scores]
