@@ -8,7 +8,7 @@ from pathlib import Path
 
 from quickchange_server.config import Settings
 from quickchange_server.entrypoints.in_process_engine import EngineCompletion, InProcessEngine
-from quickchange_server.errors import EngineFailedError, QuickchangeError, UnsupportedModelError
+from quickchange_server.errors import EngineFailedError, QuickchangeError
 from quickchange_server.protocol import Component, SamplingParams, Submit
 from quickchange_store.canonical.canonical_adapter import CanonicalAdapter
 from quickchange_training.errors import ModelError
@@ -42,7 +42,7 @@ def generate_for(wanted: WantedOutputs) -> Generate:
         try:
             with InProcessEngine(settings, lambda _digest: _known(wanted.adapter)) as engine:
                 engine.run(_requests(wanted, prompts), states=True, on_finished=finished)
-        except (QuickchangeError, UnsupportedModelError) as error:
+        except QuickchangeError as error:
             raise ModelError(f"{wanted.model}: its outputs can't be made: {error}") from error
 
     return generate

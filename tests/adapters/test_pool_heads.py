@@ -116,14 +116,13 @@ def test_shared_blocks_lie_in_the_arena_once() -> None:
 
 
 def test_heads_cost_their_pages_and_a_vocabulary_takes_one_of_the_same_size() -> None:
-    pool = make_pool()
     without, with_list = (
         image_of(turbo_adapter(make_turbo(HIDDEN, 2, vocabulary=vocabulary)))
         for vocabulary in (None, range(50))
     )
     page = -(-page_elements(HIDDEN) // 16) * 16 * 4
-    assert pool.bytes_for(without) == 4 * page
-    assert pool.bytes_for(with_list) == 5 * page
+    assert without.nbytes == 4 * page
+    assert with_list.nbytes == 5 * page
 
 
 def test_columns_say_how_many_tokens_are_chosen_from() -> None:

@@ -152,8 +152,7 @@ def test_pages_larger_than_one_piece_are_copied_whole() -> None:
 
 
 def test_a_page_is_eight_ranks_and_nothing_pads_further() -> None:
-    pool = make_pool()
-    eight, nine, sixteen = (pool.bytes_for(image_of(adapter(q=update("q", r)))) for r in (8, 9, 16))
+    eight, nine, sixteen = (image_of(adapter(q=update("q", r))).nbytes for r in (8, 9, 16))
     assert nine == sixteen == 2 * eight
     assert eight == 4 * (112 + 8 * 18)  # A is 8 · 13 = 104 values, rounded up to 64 bytes
 

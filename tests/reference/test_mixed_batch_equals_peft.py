@@ -161,7 +161,7 @@ def test_other_kinds_of_request_beside_change_nothing(reference: Reference) -> N
         {"background": True},
         {"salt": "one"},
         {"constraint": Constraint("regex", "[A-Z]{3,9}")},
-        {"prompt_logprobs": 2},
+        {"sampling": {"prompt_logprobs": 2}},
         {"pooling": "mean", "background": True},
         {"pooling": "last"},
     ]
@@ -171,7 +171,9 @@ def test_other_kinds_of_request_beside_change_nothing(reference: Reference) -> N
     for index, prompt in enumerate(prompts(8 * len(kinds), 7)):
         key, name, kind = str(index), names[index % len(names)], kinds[index % len(kinds)]
         asked[key] = (name, prompt, kind)
-        engine.submit(replace(request(key, prompt, [(name, 1.0)] if name else []), **kind))
+        asking = request(key, prompt, [(name, 1.0)] if name else [])
+        sampling = replace(asking.sampling, **kind.get("sampling", {}))
+        engine.submit(replace(asking, **(kind | {"sampling": sampling})))
         if index % 3 == 0:
             drive.step()
     drive.finish(*asked)

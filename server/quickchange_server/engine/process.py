@@ -16,6 +16,7 @@ import torch
 
 from quickchange_server.config import Settings
 from quickchange_server.engine.engine import Engine, torch_dtype
+from quickchange_server.errors import SettingError
 from quickchange_server.model.model_loader import load_model
 from quickchange_server.protocol import (
     Cancel,
@@ -69,7 +70,7 @@ def main(connection: Connection, settings: Settings, read_tokenizer: ReadTokeniz
     waker = Waker()
     try:
         engine, ready = _start(settings, read_tokenizer, waker.wake)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (SettingError, ValueError, OSError, RuntimeError) as error:
         connection.send(Fatal(f"the engine could not start: {error}"))
         return
     connection.send(ready)
