@@ -16,9 +16,7 @@
     ├── EngineFailedError          500  the engine failed inside a request
     ├── UnavailableError           503  starting, draining or failed; with Retry-After
     └── SettingError               500  the server can't start so: `param` names the setting
-
-UnsupportedModelError (a ValueError) never reaches a client: the base model can't be served, so the
-engine does not start.
+        └── UnsupportedModelError  500  nor with this base model; the message says why
 
 HTTP frameworks are not known here: `api/` turns these into each surface's error body.
 """
@@ -126,5 +124,5 @@ class SettingError(QuickchangeError):
     status = 500
 
 
-class UnsupportedModelError(ValueError):
+class UnsupportedModelError(SettingError):
     """The model needs a feature that this server lacks; the message names it."""
