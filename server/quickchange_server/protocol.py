@@ -14,6 +14,9 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from annotated_types import Interval
 
+MOST_TOKENS = 2**31 - 1  # no vocabulary has more
+MOST_BIAS = 100  # of a logit, as OpenAI's
+
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 Tier = Literal["device", "host", "disk"]
 
@@ -26,15 +29,15 @@ class SamplingParams:
     experiments' overrides and LoRAX's parameters are derived from these fields.
     """
 
-    n: Annotated[int, Interval(ge=1)] = 1  # choices
+    n: Annotated[int, Interval(ge=1, le=1024)] = 1  # choices
     temperature: Annotated[float, Interval(ge=0)] = 1.0  # 0 means greedy
     top_p: Annotated[float, Interval(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Interval(ge=-1)] = 0  # 0 and -1 mean off
+    top_k: Annotated[int, Interval(ge=-1, lt=2**63)] = 0  # 0, -1 and a vocabulary's size: off
     min_p: Annotated[float, Interval(ge=0, le=1)] = 0.0
     typical_p: Annotated[float, Interval(gt=0, le=1)] = 1.0  # Meister et al. 2022
     presence_penalty: Annotated[float, Interval(ge=-2, le=2)] = 0.0  # over the output, as OpenAI's
     frequency_penalty: Annotated[float, Interval(ge=-2, le=2)] = 0.0
-    repetition_penalty: Annotated[float, Interval(gt=0)] = 1.0  # over prompt and output
+    repetition_penalty: Annotated[float, Interval(ge=0.01, le=100)] = 1.0  # over prompt and output
     max_tokens: Annotated[int | None, Interval(ge=0)] = 16  # new tokens; None: all that fit
     min_tokens: Annotated[int, Interval(ge=0)] = 0  # new tokens before which nothing stops
     stop: Sequence[str] = ()  # kept as a tuple
@@ -62,7 +65,7 @@ class SamplingParams:
         if not all(isinstance(stop, str) and stop for stop in stops):
             raise ValueError("stop: must be strings that are not empty; remove the others")
         kept = {
-            "top_k": max(0, self.top_k),
+            "top_k": max(0, min(self.top_k, MOST_TOKENS)),
             "stop": stops,
             "stop_token_ids": frozenset(self.stop_token_ids),
             "logit_bias": _summed(self.logit_bias),
@@ -85,9 +88,14 @@ class SamplingParams:
 
 
 def _summed(bias: Mapping[int, float] | Iterable[tuple[int, float]]) -> dict[int, float]:
-    """A bias as a dict; values for the same token are added up."""
+    """A bias as a dict; values for the same token are added up. Raises ValueError."""
     totals: dict[int, float] = {}
     for token, value in bias.items() if isinstance(bias, Mapping) else bias:
+        if not 0 <= token < MOST_TOKENS or not -MOST_BIAS <= value <= MOST_BIAS:
+            raise ValueError(
+                f"logit_bias: {token!r}: {value!r} is not a token id with a number from "
+                f"-{MOST_BIAS} to {MOST_BIAS}; correct it, or leave it out"
+            )
         totals[token] = totals.get(token, 0.0) + value
     return totals
 
@@ -108,7 +116,8 @@ def _check_number(name: str, value: Any, kind: Any, interval: Interval) -> None:
         return
     whole = kind is not float
     number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not _inside(value, interval):
+    finite = number and (isinstance(value, int) or math.isfinite(value))
+    if not finite or not _inside(value, interval):
         what = "a whole number" if whole else "a number"
         bounds = " and ".join(
             f"{word} {bound}"

@@ -129,6 +129,7 @@ def live_server(
     behaviour: Behaviour | None = None,
     text: Text | None = None,
     engine: Callable[..., None] = fake_engine.main,
+    base: Callable[[], BaseSpec] = lambda: BASE_SPEC,
     **changes: Any,
 ) -> Iterator[Live]:
     """A server in a thread of this process, its engine in a process of its own."""
@@ -138,7 +139,7 @@ def live_server(
         settings,
         text=text or byte_text(eos=frozenset()),
         engine=partial(engine, behaviour=behaviour or Behaviour()),
-        base=lambda: BASE_SPEC,
+        base=base,
     )
     listener = bind(settings)
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1)
