@@ -13,6 +13,7 @@ import typer
 
 from quickchange_bench import provenance, report_tables
 from quickchange_bench.bench_results import Load, Point, ServingResult, WorkloadSpec, medians
+from quickchange_bench.load import own_server
 from quickchange_bench.load.load_client import (
     DIALECT_NAMES,
     Client,
@@ -21,7 +22,6 @@ from quickchange_bench.load.load_client import (
     check_url,
 )
 from quickchange_bench.load.load_runner import LoadPlan, run_plan
-from quickchange_bench.load.own_server import VALUE_BYTES
 from quickchange_bench.load.popularity import POPULARITIES, Popularity, PopularityName
 from quickchange_bench.load.workload import Workload, parse_length
 from quickchange_bench.models.random_adapters import PROJECTIONS, AdapterSpec, write_adapters
@@ -403,6 +403,47 @@ def adapters_at_scale(
         report_tables.save(result, out)
 
 
+@app.command("soak")
+@_refusals
+def soak_command(
+    model: Annotated[
+        str, typer.Option(help="Base model's folder, or demo for the demo's base.")
+    ] = "demo",
+    minutes: Annotated[float, typer.Option(min=0.1, help="Of load.")] = 30.0,
+    adapters: Annotated[int, typer.Option(min=5, help="That come and go.")] = 500,
+    workers: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 8,
+    pool: Annotated[int, typer.Option(min=9, help="Different requests.")] = 180,
+    stall_seconds: Annotated[
+        float, typer.Option(min=1, help="After which a silent engine is taken for hung.")
+    ] = 20.0,
+    seed: Annotated[int, typer.Option(help="Of adapters, requests and their order.")] = 0,
+    work_dir: Annotated[
+        Path | None, typer.Option(help="For adapters, store and log (default: temporary).")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the result here, as JSON.")] = None,
+) -> None:
+    """Everything at once for long, the engine killed and stopped: what is lost, what is left."""
+    from quickchange_bench.service.soak import SoakOptions, measure_soak, soak_table
+    from quickchange_training.demo import ensure_demo_base
+
+    options = SoakOptions(
+        model=ensure_demo_base() if model == "demo" else Path(model),
+        adapters=adapters,
+        pool=pool,
+        workers=workers,
+        minutes=minutes,
+        stall_seconds=stall_seconds,
+        seed=seed,
+    )
+    with own_server.working_folder(work_dir, "soak") as work:
+        result = measure_soak(options, work, lambda text: typer.echo(text, err=True))
+    typer.echo(soak_table(result))
+    if out is not None:
+        report_tables.save(result, out)
+    if not result.holds:
+        raise typer.Exit(1)
+
+
 @app.command()
 @_refusals
 def step(
@@ -452,7 +493,7 @@ def perplexity(
     kept = ("none", "int8")
     variants = [
         BaseVariant(
-            _choice("--dtype", name, tuple(VALUE_BYTES)),
+            _choice("--dtype", name, tuple(own_server.VALUE_BYTES)),
             "int8" if _choice("--quantization", how, kept) == "int8" else "none",
         )
         for how in quantization.split(",")
@@ -503,7 +544,9 @@ def make_base(
 ) -> None:
     """Write a base model with random weights, where the real one can't be had."""
     chosen = SHAPES[_choice("--shape", shape, tuple(SHAPES))]
-    write_base(out, chosen, dtype=_choice("--dtype", dtype, tuple(VALUE_BYTES)), seed=seed)
+    write_base(
+        out, chosen, dtype=_choice("--dtype", dtype, tuple(own_server.VALUE_BYTES)), seed=seed
+    )
 
 
 def main() -> None:

@@ -130,6 +130,7 @@ def live_server(
     text: Text | None = None,
     engine: Callable[..., None] = fake_engine.main,
     base: Callable[[], BaseSpec] = lambda: BASE_SPEC,
+    start_limit: float = LIMIT_SECONDS,
     **changes: Any,
 ) -> Iterator[Live]:
     """A server in a thread of this process, its engine in a process of its own."""
@@ -151,7 +152,7 @@ def live_server(
         wait_until(lambda: server.started)
         with httpx.Client(base_url=url, timeout=LIMIT_SECONDS) as http:
             if settings.drain_seconds == 0 and (behaviour is None or behaviour.start_seconds == 0):
-                wait_until(lambda: http.get("/health").status_code == 200)
+                wait_until(lambda: http.get("/health").status_code == 200, start_limit)
             end = partial(server.handle_exit, signal.SIGTERM, None)
             yield Live(url, server.services, http, Store(store), thread, end)
     finally:

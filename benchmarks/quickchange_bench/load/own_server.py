@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx
@@ -56,6 +57,17 @@ class OwnServer:
             environment={"QUICKCHANGE_SERVED_MODEL_NAME": BASE_NAME, **self.environment},
         ) as server:
             yield server
+
+
+@contextmanager
+def working_folder(given: Path | None, purpose: str) -> Iterator[Path]:
+    """The folder given, or a temporary one until the block ends."""
+    if given is not None:
+        given.mkdir(parents=True, exist_ok=True)
+        yield given
+    else:
+        with TemporaryDirectory(prefix=f"quickchange-{purpose}-") as made:
+            yield Path(made)
 
 
 def admin_key(store: Path) -> str:

@@ -16,11 +16,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Literal, get_args
 
 from quickchange_bench import provenance
@@ -249,22 +248,12 @@ def describe(traffic: Traffic) -> str:
     )
 
 
-@contextmanager
-def _folder(given: Path | None) -> Iterator[Path]:
-    if given is not None:
-        given.mkdir(parents=True, exist_ok=True)
-        yield given
-    else:
-        with TemporaryDirectory(prefix="quickchange-scale-") as made:
-            yield Path(made)
-
-
 def measure_scale(
     options: ScaleOptions, work_dir: Path | None, say: Callable[[str], None]
 ) -> ScaleResult:
     """Make the adapters, start the server, register, measure, end it. `say` gets the progress."""
     started = provenance.now()
-    with _folder(work_dir) as work:
+    with own_server.working_folder(work_dir, "scale") as work:
         say(f"writing {options.adapters} adapters of rank {options.rank}")
         spec = AdapterSpec(rank=options.rank, seed=options.seed)
         shapes = write_adapters(options.model, work / "adapters", options.names, spec)

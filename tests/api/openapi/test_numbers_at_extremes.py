@@ -20,7 +20,7 @@ from fuzz_support import document
 from http_support import Live
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from keys_support import keyed_server
+from keys_support import created, keyed_server
 from llm_models import make_llm_models
 
 from quickchange_server.config import Settings
@@ -40,7 +40,8 @@ EXTREMES = (
 )
 HELLO = {"model": "base", "prompt": "Hello", "max_tokens": 2, "temperature": 0}
 VARIANTS = [{"name": "now", "model": "base"}, {"name": "tuned", "model": "sql"}]
-RAMP = [{"at": "2030-01-01T00:00:00Z", "share": 0.5}]
+OUTCOME = {"name": "liked", "unit": "someone"}
+RAMP = {"at": 2e9, "share": 0.5}
 WHOLE: dict[str, dict[str, Any]] = {  # a sound body of each operation whose numbers are sent
     "POST /v1/completions": HELLO,
     "POST /v1/chat/completions": {
@@ -51,9 +52,9 @@ WHOLE: dict[str, dict[str, Any]] = {  # a sound body of each operation whose num
     "POST /detokenize": {"model": "base", "tokens": [1, 2]},
     "POST /v1/experiments": {"name": "made", "variants": VARIANTS, "metrics": [{"name": "liked"}]},
     "PATCH /v1/experiments/{name}": {},
-    "POST /v1/experiments/{name}/outcomes": {"metric": "liked", "request_id": "x", "value": 1},
+    "POST /v1/experiments/{name}/outcomes": OUTCOME | {"value": 1},
     "POST /v1/adapters/{name}/rollback": {"version": 1},
-    "POST /v1/keys": {"tenant": "t"},
+    "POST /v1/keys": {"tenant": "t", "names": ["*"]},
     "PATCH /v1/keys/{id}": {},
     "POST /v1/keys/{id}/rotate": {},
     **{
@@ -67,8 +68,8 @@ ITEMS: dict[str, Any] = {
     "variants": VARIANTS[1],
     "shadows": {**VARIANTS[1], "name": "shadow"},
     "metrics": {"name": "liked"},
-    "ramp": RAMP[0],
-    "outcomes": {"metric": "liked", "request_id": "x"},
+    "ramp": RAMP,
+    "outcomes": OUTCOME,
     "merged_adapters": {"ids": ["sql", "orders"], "merge_strategy": "linear", "weights": [1, 1]},
 }
 
@@ -130,6 +131,8 @@ def _types(schema: dict[str, Any]) -> list[str]:
 
 
 NUMBERS = list(numbers(document()))
+START_SECONDS = 300.0  # a real engine's, which may build its kernels first
+KEYS: list[str] = []  # public ids of those that the fixture makes
 EXPERIMENTS = next(number for number in NUMBERS if number.operation == "POST /v1/experiments")
 SAMPLING = [number for number in NUMBERS if number.path == "/v1/completions"]
 
@@ -171,6 +174,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
         folder / "store",
         text=read_text(model),
         engine=real_engine,
+        start_limit=START_SECONDS,
         base=partial(base_spec, model),
         model=model,
         served_model_name="base",
@@ -183,14 +187,24 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
             assert added.status_code == 201, added.text
         made = server.post("/v1/experiments", {**WHOLE["POST /v1/experiments"], "name": "trial"})
         assert made.status_code == 201, made.text
+        answered = server.post("/v1/completions", {**HELLO, "model": "trial", "user": "someone"})
+        assert answered.status_code == 200, answered.text
+        KEYS.append(created(server)[0])
         yield server
 
 
 def send(live: Live, number: Number, body: bytes) -> httpx.Response:
-    names = {"name": "trial" if "experiments" in number.path else "sql", "id": "none"}
-    path = number.path.format(**names)
+    named = "trial" if "experiments" in number.path else "sql"
+    path = number.path.format(name=named, id=KEYS[-1])
     headers = {"Content-Type": "application/json"}
     return live.http.request(number.method, path, content=body, headers=headers)
+
+
+@pytest.mark.parametrize("operation", sorted({number.operation for number in NUMBERS}))
+def test_the_sound_body_of_an_operation_is_accepted(operation: str, live: Live) -> None:
+    number = next(number for number in NUMBERS if number.operation == operation)
+    response = send(live, number, json.dumps(WHOLE[operation]).encode())
+    assert response.status_code < 300, spoken(response)
 
 
 def restarts(live: Live) -> float:
