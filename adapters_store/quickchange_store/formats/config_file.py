@@ -35,10 +35,10 @@ def read_config(directory: Path, file: str = CONFIG_FILE) -> dict[str, Any]:
         return read_object(read_file(path, MAX_CONFIG_BYTES))
     except UnreadableFileError as error:
         raise InvalidAdapterError(
-            f"not a JSON configuration ({error.problem})",
+            error.problem if error.key else f"not a JSON configuration ({error.problem})",
             file=file,
             key=error.key,
-            remedy="save the adapter again",
+            remedy="correct it, or save the adapter again",
         ) from error
 
 
