@@ -19,6 +19,11 @@ Each message names the file, the key inside it and the remedy, which are attribu
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
+from pathlib import Path
+
 MAX_PROBLEM, MAX_KEY = 2000, 300  # characters: what a folder holds may be of any length
 
 
@@ -104,3 +109,30 @@ class CorruptStoreError(StoreError):
 
 class CorruptVersionError(CorruptStoreError):
     """A stored version is missing or damaged."""
+
+
+def os_error_line(error: OSError) -> str:
+    """What failed, on one line, with the remedy where it is known."""
+    where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+    problem = error.strerror or str(error) or type(error).__name__
+    return _one_line(where + problem + _os_remedy(error), MAX_PROBLEM)
+
+
+def _os_remedy(error: OSError) -> str:
+    match error.errno:
+        case errno.ENOSPC | errno.EDQUOT:
+            return f" ({_space(error.filename)}); free some there, or choose another place"
+        case errno.EACCES | errno.EPERM | errno.EROFS:
+            return "; see that this user may write there, or choose another place"
+        case errno.ENOENT | errno.ENOTDIR | errno.EISDIR:
+            return "; see the path"
+    return ""
+
+
+def _space(path: str | bytes | int | None) -> str:
+    """Free space where a write failed, by the nearest folder that there is."""
+    place = Path.cwd() if path is None or isinstance(path, int) else Path(os.fsdecode(path))
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    return f"{free / 2**20:,.1f} MiB are free in {place}"
