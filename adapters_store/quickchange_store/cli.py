@@ -17,6 +17,7 @@ import typer
 
 from quickchange_store.errors import StoreError, os_error_line
 from quickchange_store.exporting import ExportLayout, export_adapter
+from quickchange_store.hub_access import look_for_hub
 from quickchange_store.index import Version
 from quickchange_store.info import AdapterInfo
 from quickchange_store.store import GC_MIN_AGE, Store
@@ -61,6 +62,7 @@ def add(
     from quickchange_store.importing import add_adapter
 
     with _errors_shown():
+        look_for_hub(model)
         added = add_adapter(Store(store), name, directory, base_spec(model))
         for warning in added.warnings:
             typer.echo(f"warning: {warning}", err=True)
@@ -144,6 +146,7 @@ def export(
 
     with _errors_shown():
         opened = Store.at(store)
+        look_for_hub(model)
         adapter = opened.load(opened.resolve(name).digest)
         written = export_adapter(adapter, directory, layout, base_spec(model))
         if as_json:
