@@ -20,6 +20,7 @@ import numpy.typing as npt
 from quickchange_server.protocol import Constraint
 from quickchange_server.structured_output.compiler import Masked, Matcher
 from quickchange_server.structured_output.errors import NO_TOKENIZER, ConstraintError
+from quickchange_server.structured_output.schema_keywords import enforceable
 from quickchange_server.structured_output.validator import Vocabulary
 
 if TYPE_CHECKING:
@@ -72,6 +73,8 @@ def _panics_raised(what: str) -> Iterator[None]:
     """Raise the library's errors, and its panics, which are no Exception, as ConstraintError."""
     try:
         yield
+    except ConstraintError:
+        raise
     except Exception as error:
         raise ConstraintError(f"{what}: {error}") from error
     except BaseException as error:
@@ -92,8 +95,10 @@ def _grammar(constraint: Constraint) -> str:
             return _schema_grammar(constraint.source)
 
 
-def _schema_grammar(schema: str) -> str:
-    return llguidance.LLMatcher.grammar_from_json_schema(json.loads(schema), overrides=JSON_FORM)
+def _schema_grammar(source: str) -> str:
+    schema = enforceable(json.loads(source))
+    whole = {} if schema is True else schema  # the library takes objects alone
+    return llguidance.LLMatcher.grammar_from_json_schema(whole, overrides=JSON_FORM)
 
 
 class TokenGrammars:
