@@ -27,7 +27,16 @@ def find_fault(schema: Any, error: str, fails: Fails) -> tuple[Path, str]:
     path: Path = []
     node: Any = schema
     while isinstance(node, dict):
-        inner = next((place for place, _ in _objects(node) if mends([*path, *place], {})), None)
+        # A branch of anyOf that allows anything would hide the faults of the others.
+        several = len(node.get("anyOf", ())) > 1
+        inner = next(
+            (
+                place
+                for place, _ in _objects(node)
+                if mends([*path, *place], False if several and place[0] == "anyOf" else {})
+            ),
+            None,
+        )
         if inner is None:
             break
         path += inner

@@ -32,6 +32,9 @@ JSON_FORM: JsonCompileOptions = {"whitespace_pattern": _BLANKS, "json_allowed_es
 
 _TERSE = "<non-verbose/>"  # suffix of the library's messages that leave out its state
 _EMPTY = "NoExtension"  # prefix of the message for a grammar that no text matches
+# Items of the parser at one place in the text. An optional property takes four, so that the largest
+# schema that is accepted (schema_keywords.py) stays below, wherever its text has come to.
+_MOST_ITEMS = 20_000
 _MOST_THREADS = 4  # for the masks of a step
 
 Tokens = llguidance.LLTokenizer
@@ -58,7 +61,9 @@ def compiled(tokens: Tokens, constraint: Constraint) -> llguidance.LLMatcher:
     the library's message.
     """
     with _panics_raised("can't be compiled"):
-        limits = llguidance.LLParserLimits(verbose_errors=False)
+        limits = llguidance.LLParserLimits(
+            max_items_in_row=_MOST_ITEMS, step_max_items=20 * _MOST_ITEMS, verbose_errors=False
+        )
         matcher = llguidance.LLMatcher(tokens, _grammar(constraint), log_level=0, limits=limits)
         if not matcher.is_error() and not matcher.is_stopped():
             matcher.compute_bitmask()

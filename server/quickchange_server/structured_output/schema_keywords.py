@@ -12,6 +12,7 @@ from typing import Any
 
 from quickchange_server.errors import InvalidRequestError
 from quickchange_server.structured_output.errors import ImpossibleSchemaError
+from quickchange_server.structured_output.pattern_size import LARGEST, TOO_LARGE, written_out
 from quickchange_server.structured_output.satisfiability import pruned
 from quickchange_server.structured_output.subschemas import (
     Path,
@@ -265,8 +266,15 @@ def _wrong_value(value: Any) -> str | None:
     return None
 
 
-def _wrong_text(value: Any) -> str | None:
-    return None if isinstance(value, str) else "must be a string"
+def _wrong_pattern(value: Any) -> str | None:
+    if not isinstance(value, str):
+        return "must be a string"
+    return TOO_LARGE if written_out(value) > LARGEST else None
+
+
+def _wrong_patterns(value: Any) -> str | None:
+    wrong = _wrong_map(value)
+    return wrong or next(filter(None, map(_wrong_pattern, value)), None)
 
 
 def _wrong_reference(value: Any) -> str | None:
@@ -292,10 +300,10 @@ _SHAPES: dict[str, Callable[[Any], str | None]] = {
     "$defs": _wrong_map,
     "definitions": _wrong_map,
     "properties": _wrong_map,
-    "patternProperties": _wrong_map,
+    "patternProperties": _wrong_patterns,
     "additionalProperties": _wrong_schema,
     "items": _wrong_schema,
     "required": _wrong_names,
-    "pattern": _wrong_text,
+    "pattern": _wrong_pattern,
     "format": _wrong_format,
 }

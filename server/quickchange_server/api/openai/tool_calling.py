@@ -126,9 +126,9 @@ def free_grammar(text: Text, form: ToolFormat, tools: Sequence[Tool], *, paralle
         head = f"head[lazy]: ANY {_marks(parts)}\n"
     else:  # no text can be mistaken for it
         head = f"head: ANY {_marks(parts[special:])}\n"
-    calls = "call*" if parallel else "call?"
+    start = "call* rest" if parallel else "call | rest"
     return (
-        f"start: {calls} rest\ncall: head BLANKS? {written}\nrest: ANY\n{head}"
+        f"start: {start}\ncall: head BLANKS? {written}\nrest: ANY\n{head}"
         f"ANY: /(?s:.*)/\n{_BLANKS}"
     )
 

@@ -80,17 +80,13 @@ class ToolChoice(Body):
     def __get_pydantic_json_schema__(
         cls, core: CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
-        del core
-        chosen = {
-            "type": "object",
-            "properties": {
-                "type": {"const": "function", "type": "string"},
-                "function": handler(ChosenFunction.__pydantic_core_schema__),
-            },
-            "required": ["type", "function"],
-            "additionalProperties": False,
-        }
-        return {"anyOf": [{"type": "string", "enum": list(_MODES)}, chosen]}
+        """The JSON schema: a string, or OpenAI's object."""
+        schema = handler(core)
+        own = handler.resolve_ref_schema(schema)
+        chosen = {**own, "required": ["type", "function"]}
+        own.clear()
+        own |= {"anyOf": [{"type": "string", "enum": list(_MODES)}, chosen]}
+        return schema
 
 
 _CHOICES = 'must be "none", "auto", "required" or {"type": "function", "function": {"name": ...}}'
