@@ -1,7 +1,8 @@
 """Base of request bodies: the field types that they share, and refusal of unsupported fields.
 
-An unknown field is refused by name. A field of OpenAI's or vLLM's API that this server does not
-support is refused with a remedy, unless its value is neutral.
+An unknown field is refused by name, unless its value asks for nothing. A field of OpenAI's or
+vLLM's API that this server does not support is refused with a remedy, unless its value is neutral.
+Hints, which change no answer, are dropped whatever they say.
 """
 
 from __future__ import annotations
@@ -50,6 +51,11 @@ class Unsupported:
         return not any(type(value) is type(known) and value == known for known in self.neutral)
 
 
+def asks_nothing(value: Any) -> bool:
+    """True for null, false, an empty list and an empty object: what clients send for "not this"."""
+    return value is None or value is False or value == [] or value == {}
+
+
 def sampling_fields(
     names: Collection[str], narrowed: Mapping[str, Interval]
 ) -> dict[str, tuple[Any, Any]]:
@@ -69,12 +75,23 @@ def sampling_fields(
     return made
 
 
+_NOTHING: JsonSchemaValue = {  # the schema of `asks_nothing`
+    "anyOf": [
+        {"type": "null"},
+        {"type": "boolean", "const": False},
+        {"type": "array", "maxItems": 0},
+        {"type": "object", "maxProperties": 0},
+    ]
+}
+
+
 class Body(BaseModel):
     """Base of bodies. `null` means the default, as in OpenAI's API; types are not converted."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     unsupported: ClassVar[Mapping[str, Unsupported]] = {}
+    hints: ClassVar[frozenset[str]] = frozenset()  # of other APIs; no answer depends on them
 
     @model_validator(mode="before")
     @classmethod
@@ -90,9 +107,19 @@ class Body(BaseModel):
                     "not supported by this server; {remedy}",
                     {"remedy": known.remedy, "field": name},
                 )
-            if known is None and (value is not None or name not in cls.model_fields):
+            if known is None and not cls._dropped(name, value):
                 kept[name] = value
         return kept
+
+    @classmethod
+    def _dropped(cls, name: str, value: Any) -> bool:
+        if name in cls.model_fields or name in cls._aliases():
+            return value is None
+        return name in cls.hints or asks_nothing(value)
+
+    @classmethod
+    def _aliases(cls) -> frozenset[str]:
+        return frozenset(field.alias for field in cls.model_fields.values() if field.alias)
 
     @classmethod
     def __get_pydantic_json_schema__(
@@ -101,6 +128,7 @@ class Body(BaseModel):
         """The JSON schema, with `null` allowed for fields that have a default."""
         schema = handler(core)
         own = handler.resolve_ref_schema(schema)
+        own["additionalProperties"] = _NOTHING
         for name, field in own.get("properties", {}).items():
             if name not in own.get("required", ()) and not _takes_null(field):
                 shown = {key: field.pop(key) for key in ("title", "default") if key in field}
