@@ -28,6 +28,7 @@ from quickchange_server.model.fusion import fuse_layers, fuse_small_modules
 from quickchange_server.model.int8_linear import Quantization, check_quantization, int8_linear
 from quickchange_server.model.output_side import connect
 from quickchange_server.model.paged_attention import LayerShape, ShapeRecorder
+from quickchange_server.model.rows_read import rows_read
 from quickchange_server.model.wrapping import Wrapper
 
 
@@ -119,7 +120,9 @@ def prepare(
     model.requires_grad_(False)
     holder = StepHolder()
     base = int8_linear if quantization == "int8" else base_linear
-    wrapper = Wrapper(model, holder, adapters=adapters, base=base)
+    paged_attention.install(model, ShapeRecorder())
+    rows = rows_read(model, lambda ids, asked: _logits(model, ids, torch.arange(len(ids)), asked))
+    wrapper = Wrapper(model, holder, rows=rows if adapters else None, base=base)
     groups = wrapper.wrap()
     fuse_small_modules(model)
     fuse_layers(model, lambda ids, positions: _logits(model, ids, positions))
