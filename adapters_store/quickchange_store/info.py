@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -14,6 +15,8 @@ from quickchange_store.errors import BaseMismatchError, CorruptVersionError, Inv
 if TYPE_CHECKING:
     from quickchange_store.canonical.canonical_adapter import BaseSpec, CanonicalAdapter
     from quickchange_store.canonical.turbo_part import TurboHeads
+
+CHECKSUM = "checksum"  # of the other figures: a flipped bit is noticed
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +62,9 @@ class AdapterInfo:
     def encode(self) -> bytes:
         """The figures as JSON. Raises InvalidAdapterError where `source` is not plain data."""
         try:
-            return json.dumps(asdict(self), sort_keys=True, indent=1, allow_nan=False).encode()
+            tree = asdict(self)
+            tree[CHECKSUM] = _checksum(tree)
+            return json.dumps(tree, sort_keys=True, indent=1, allow_nan=False).encode()
         except (TypeError, ValueError) as error:
             raise InvalidAdapterError(
                 f"it can't be written as JSON ({error})",
@@ -72,17 +77,26 @@ class AdapterInfo:
         """Read `info.json`. Raises CorruptVersionError."""
         try:
             tree = json.loads(path.read_bytes())
+            checksum = tree.pop(CHECKSUM, None)  # earlier releases wrote none
+            if checksum is not None and checksum != _checksum(tree):
+                raise ValueError(f"the checksum of its content is {_checksum(tree)}")
             for name in ("ranks", "targets", "dtypes"):
                 tree[name] = tuple(tree[name])
             if tree.get("turbo") is not None:
                 tree["turbo"] = TurboInfo(**tree["turbo"])
             return cls(**tree)
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise CorruptVersionError(
                 f"it can't be read ({error!r})",
                 file=str(path),
                 remedy="add the adapter again: the same content repairs the version",
             ) from error
+
+
+def _checksum(tree: Mapping[str, Any]) -> str:
+    """SHA-256 of the figures, whatever the white space between them."""
+    content = json.dumps(tree, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def describe(
