@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -20,6 +21,8 @@ MAX_INFO_BYTES = 16 * 1024**2  # four times an adapter's configuration, which is
 if TYPE_CHECKING:
     from quickchange_store.canonical.canonical_adapter import BaseSpec, CanonicalAdapter
     from quickchange_store.canonical.turbo_part import TurboHeads
+
+CHECKSUM = "checksum"  # of the other figures: a flipped bit is noticed
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +68,9 @@ class AdapterInfo:
     def encode(self) -> bytes:
         """The figures as JSON. Raises InvalidAdapterError where `source` is not plain data."""
         try:
-            return json.dumps(asdict(self), sort_keys=True, indent=1, allow_nan=False).encode()
+            tree = asdict(self)
+            tree[CHECKSUM] = _checksum(tree)
+            return json.dumps(tree, sort_keys=True, indent=1, allow_nan=False).encode()
         except (TypeError, ValueError) as error:
             raise InvalidAdapterError(
                 f"it can't be written as JSON ({error})",
@@ -77,7 +82,11 @@ class AdapterInfo:
     def read(cls, path: Path) -> AdapterInfo:
         """Read `info.json`. Raises CorruptVersionError."""
         try:
-            return _READER.validate_python(read_object(read_file(path, MAX_INFO_BYTES)))
+            tree = read_object(read_file(path, MAX_INFO_BYTES))
+            checksum = tree.pop(CHECKSUM, None)  # earlier releases wrote none
+            if checksum is not None and checksum != _checksum(tree):
+                raise UnreadableFileError(f"the checksum of its content is {_checksum(tree)}")
+            return _READER.validate_python(tree)
         except UnreadableFileError as error:
             raise _unreadable(path, error.problem, error.key) from error
         except ValidationError as error:
@@ -95,6 +104,12 @@ def _unreadable(path: Path, problem: str, key: str | None) -> CorruptVersionErro
         key=key,
         remedy="add the adapter again: the same content repairs the version",
     )
+
+
+def _checksum(tree: Mapping[str, Any]) -> str:
+    """SHA-256 of the figures, whatever the white space between them."""
+    content = json.dumps(tree, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def describe(

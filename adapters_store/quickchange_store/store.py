@@ -23,7 +23,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -184,15 +184,14 @@ class Store:
             )
         return path
 
-    def load(self, digest: str, *, verify: bool = False) -> CanonicalAdapter:
-        """The adapter with this digest, memory-mapped.
+    def load(self, digest: str, pause: Callable[[], None] | None = None) -> CanonicalAdapter:
+        """The adapter with this digest, memory-mapped, after all its bytes were compared with it.
 
-        `verify` reads it all and compares the digest first. Raises AdapterNotFoundError and
+        pause: called between pieces of that work. Raises AdapterNotFoundError and
         CorruptVersionError.
         """
         path = self.path(digest)
-        if verify:
-            _check_digest(path, digest)
+        _check_digest(path, digest, pause)
         info = self.info(digest)
         return canonical_adapter.load(path, base_name=info.base_name, source=dict(info.source))
 
@@ -351,7 +350,7 @@ class Store:
                 if version.digest == digest
             )
             try:
-                self.load(digest, verify=True)
+                self.load(digest)
             except StoreError as error:
                 problems.append(Problem(names, str(error)))
         return problems
@@ -480,14 +479,15 @@ class Store:
         return list(self._tmp.iterdir())
 
 
-def _check_digest(path: Path, digest: str) -> None:
-    found = canonical_adapter.file_digest(path)
+def _check_digest(path: Path, digest: str, pause: Callable[[], None] | None = None) -> None:
+    found = canonical_adapter.file_digest(path, pause)
     if found != digest:
         raise CorruptVersionError(
-            f"its content has the digest {found}",
+            f"the version is damaged: its content has the digest {found}",
             file=str(path),
             key=digest,
-            remedy="add the adapter again: the same content repairs the version",
+            remedy="add the adapter again: the same content repairs the version; "
+            "`quickchange adapters verify` names every damaged one",
         )
 
 

@@ -336,7 +336,10 @@ def test_the_lm_head_sees_no_row_of_an_embedding(reference: Reference) -> None:
     model.head.register_forward_hook(lambda _, __, out: seen.append(out.shape[-2]))
     settings = Settings(model=str(reference.path), store=reference.path, kv_cache_bytes=1 << 20)
     engine = Engine(
-        model, settings, load_adapter=reference.adapters.__getitem__, on_wake=lambda: None
+        model,
+        settings,
+        load_adapter=lambda digest, _: reference.adapters[digest],
+        on_wake=lambda: None,
     )
     drive = Driver(engine)
     del seen[:]

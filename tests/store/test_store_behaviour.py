@@ -244,7 +244,7 @@ def test_an_unknown_name_says_how_to_find_one(store: Store) -> None:
 
 def test_what_is_loaded_is_what_was_added(store: Store, small_adapter: Any) -> None:
     version = store.add("a", small_adapter(7))
-    loaded = store.load(version.digest, verify=True)
+    loaded = store.load(version.digest)
     assert loaded.base_name == "tiny"
     (path,) = loaded.updates
     assert torch.equal(loaded.updates[path].a, small_adapter(7).updates[path].a)
@@ -311,7 +311,7 @@ def test_verified_loading_refuses_a_damaged_version(store: Store, small_adapter:
     version = store.add("a", small_adapter(1))
     spoil(store.path(version.digest))
     with pytest.raises(CorruptVersionError, match="repairs"):
-        store.load(version.digest, verify=True)
+        store.load(version.digest)
 
 
 def test_adding_the_content_again_repairs_a_damaged_version(
@@ -366,7 +366,7 @@ def test_gc_keeps_what_is_young_and_what_is_named(store: Store, small_adapter: A
     store.remove("b")
     assert store.gc(min_age=60).versions == ()
     assert store.gc(min_age=0).versions == (gone.digest,)
-    assert store.load(kept.digest, verify=True)
+    assert store.load(kept.digest)
 
 
 def test_gc_removes_what_a_dead_writer_left(store: Store, small_adapter: Any) -> None:

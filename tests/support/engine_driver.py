@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from quickchange_server.adapters.paced_copies import Pause
 from quickchange_server.config import Settings
 from quickchange_server.engine.engine import Engine
 from quickchange_server.model.model_loader import load_model
@@ -42,13 +43,15 @@ def make_engine(
         quantization=settings.quantization,
     )
 
-    def missing(digest: str) -> CanonicalAdapter:
-        raise FileNotFoundError(f"no adapter {digest}")
+    def read(digest: str, _: Pause) -> CanonicalAdapter:
+        if load is None:
+            raise FileNotFoundError(f"no adapter {digest}")
+        return load(digest)
 
     return Engine(
         loaded,
         settings,
-        load_adapter=load or missing,
+        load_adapter=read,
         on_wake=on_wake,
         constraints=constraints,
     )

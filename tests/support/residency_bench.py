@@ -12,6 +12,7 @@ from turbo_adapters import make_turbo, turbo_adapter
 from quickchange_server.adapters.manager import Residency
 from quickchange_server.adapters.memory_pool import DevicePool
 from quickchange_server.adapters.module_groups import Member, ModuleGroup
+from quickchange_server.adapters.paced_copies import Pause
 from quickchange_server.adapters.turbo_packing import TurboShape
 from quickchange_server.protocol import AdapterFailed, AdapterMoved
 from quickchange_store.canonical.canonical_adapter import CanonicalAdapter, LowRankUpdate
@@ -54,7 +55,7 @@ class Store:
         self.broken: set[str] = set()
         self.loads: list[str] = []
 
-    def load(self, digest: str) -> CanonicalAdapter:
+    def load(self, digest: str, _pause: Pause) -> CanonicalAdapter:
         assert self.gate.acquire(timeout=WAIT)
         self.loads.append(digest)
         if digest in self.broken:

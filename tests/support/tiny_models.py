@@ -47,6 +47,17 @@ FAMILIES: dict[str, dict[str, object]] = {
     "phi": {"model_type": "phi", "partial_rotary_factor": 0.5},
     "stablelm": {"model_type": "stablelm", **_GROUPED, "partial_rotary_factor": 0.5},
     "gpt_neox": {"model_type": "gpt_neox", "rotary_pct": 0.5},
+    # Cuts to the rows that are asked for in front of a linear, not in front of its LM head.
+    "modernbert-decoder": {
+        "model_type": "modernbert-decoder",
+        "local_attention": 18,
+        "pad_token_id": 0,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "cls_token_id": 0,
+        "sep_token_id": 0,
+    },
+    "roc_bert": {"model_type": "roc_bert", "is_decoder": True, "concat_input": False},
 }
 
 
@@ -57,7 +68,7 @@ def make_model(family: str, seed: int = 0) -> PreTrainedModel:
     config = AutoConfig.for_model(str(options.pop("model_type")), **options)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     for name, parameter in model.named_parameters():
-        if "norm" not in name:  # biases start at zero: make them count
+        if "norm" not in name.lower():  # biases start at zero: make them count
             torch.nn.init.normal_(parameter, std=0.3 if parameter.dim() > 1 else 0.1)
     return model
 

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from quickchange_store.base_model.base_weights import load_base
+from quickchange_store.errors import BaseModelError
 from quickchange_training.checkpoint import Checkpoints, fingerprint
 from quickchange_training.errors import DataError, OutputError, model_error
 from quickchange_training.lora.lora_recipe import LoraRecipe
@@ -95,14 +97,11 @@ def check_folders(out: Path, *, resume: bool) -> None:
 
 def _load(job: LoraJob) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     import torch
-    from transformers import AutoModelForCausalLM
 
     tokenizer = load_tokenizer(job.model)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            job.model, dtype=getattr(torch, job.recipe.dtype), trust_remote_code=False
-        )
-    except (OSError, ValueError) as error:
+        model = load_base(job.model, dtype=getattr(torch, job.recipe.dtype))
+    except (OSError, ValueError, BaseModelError) as error:
         raise model_error(job.model, error) from error
     return model, tokenizer
 

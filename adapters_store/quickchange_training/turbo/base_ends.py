@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from quickchange_store.base_model.base_weights import load_base
+from quickchange_store.errors import BaseModelError
 from quickchange_training.errors import RecipeError, model_error
 from quickchange_training.turbo.turbo_trainer import BaseEnds
 
@@ -20,13 +22,10 @@ def base_ends(model: str, spec: BaseSpec, adapter: CanonicalAdapter | None) -> B
     LM head by more than low-rank matrices.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            model, dtype=torch.float32, trust_remote_code=False
-        )
-    except (OSError, ValueError) as error:
+        loaded = load_base(model, dtype=torch.float32)
+    except (OSError, ValueError, BaseModelError) as error:
         raise model_error(model, error) from error
     embeddings = loaded.get_input_embeddings().weight.detach()
     head = loaded.get_output_embeddings().weight.detach()

@@ -141,7 +141,7 @@ def _engine(
     return Engine(
         loaded,
         settings.model_copy(update={"adapters": adapters > 0}),
-        load_adapter=lambda digest: read_peft(folder / digest, spec).adapter,
+        load_adapter=lambda digest, _: read_peft(folder / digest, spec).adapter,
         on_wake=lambda: None,
     )
 

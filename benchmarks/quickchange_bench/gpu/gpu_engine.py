@@ -139,7 +139,7 @@ def _engine(model: LoadedModel, device: torch.device, dtype: torch.dtype) -> Eng
     return Engine(
         model,
         settings,
-        load_adapter=lambda digest: _random_adapter(model, digest),
+        load_adapter=lambda digest, _: _random_adapter(model, digest),
         on_wake=lambda: None,
     )
 

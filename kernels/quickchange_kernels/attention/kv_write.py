@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from quickchange_kernels import dispatch, native
+from quickchange_kernels.index_checks import check_indices
 
 PADDING = -1  # the slot of a row that is written nowhere
 
@@ -37,6 +38,7 @@ def plain_kv_write_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot
     kept = (slots != PADDING).nonzero().squeeze(1)
     k, v, slots = k[kept], v[kept], slots[kept]
     block_size = k_cache.shape[2]
+    check_indices("kv_write: slots", slots, k_cache.shape[0] * block_size)
     blocks = torch.div(slots, block_size, rounding_mode="floor")
     offsets = slots - blocks * block_size
     k_cache[blocks, :, offsets] = k

@@ -16,8 +16,10 @@ The step's own keys are in the cache already (`kv_write_`).
 Padding: rows of q from query_start[B] on belong to no sequence, and a sequence of length 0 has
 none whatever query_start says; their output is unspecified. A sequence may have no queries. Cache
 slots beyond a sequence's keys, and entries of block_tables beyond its blocks, have no influence,
-whatever they hold; with a window neither have those before every query's window. Where the native
-or the Triton version serves, a sequence's result does not depend on the others of its batch.
+whatever they hold; with a window neither have those before every query's window. Rows, lengths and
+blocks out of range raise IndexError or ValueError on a CPU; on a GPU they must not occur. Where
+the native or the Triton version serves, a sequence's result does not depend on the others of its
+batch.
 """
 
 from __future__ import annotations

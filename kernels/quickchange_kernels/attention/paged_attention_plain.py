@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from quickchange_kernels.index_checks import check_indices, check_ranges
+
 
 @dataclass(frozen=True)
 class _Scoring:
@@ -61,6 +63,7 @@ def plain_paged_attention(
     scoring = _Scoring(scale, window, softcap)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lengths, starts = seq_lens.tolist(), query_start.tolist()
+    _check(q, cache, lengths, starts, window)
     spans = zip(lengths, pairwise(starts), strict=True)
     counts = [end - begin if length > 0 else 0 for length, (begin, end) in spans]
     single = [b for b, count in enumerate(counts) if count == 1]
@@ -79,6 +82,24 @@ def plain_paged_attention(
             k, v = cache.gather(sequence, oldest, seq_lens[sequence], lengths[b])
             out[chunk] = _prefill(q[chunk], k, v, visible, scoring)
     return out
+
+
+def _check(q: Tensor, cache: _Cache, lengths: list[int], starts: list[int], window: int) -> None:
+    """Raise ValueError or IndexError for queries, keys or blocks that are not there."""
+    size, room = cache.k.shape[2], cache.block_tables.shape[1] * cache.k.shape[2]
+    for b, (length, (begin, end)) in enumerate(zip(lengths, pairwise(starts), strict=True)):
+        if length == 0:
+            continue  # padding
+        check_ranges("paged_attention: query_start", torch.tensor([[begin, end]]), q.shape[0])
+        if not end - begin <= length <= room:
+            raise ValueError(
+                f"paged_attention: sequence {b} has {end - begin} queries and {length} keys; its "
+                f"block table has room for {room}"
+            )
+        oldest = max(0, length - (end - begin) - window + 1) if window > 0 else 0
+        seen = cache.block_tables[b, oldest // size : -(-length // size)]
+        if begin < end:
+            check_indices("paged_attention: block_tables", seen, cache.k.shape[0])
 
 
 def _decode(

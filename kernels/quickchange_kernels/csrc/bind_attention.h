@@ -27,6 +27,8 @@ struct AttentionTables {
   const int32_t* lengths;  // [B]
   const int32_t* starts;   // [B + 1]
   int64_t sequences;
+  int64_t rows;    // of q
+  int64_t blocks_held;  // by the cache
 };
 
 // One sequence's items: tiles of queries, and for few queries splits of the keys.
@@ -82,17 +84,32 @@ int64_t heads_together(const AttentionArgs<T>& args, const AttentionTables& tabl
   return std::clamp<int64_t>(args.Hkv / pieces, 1, MAX_ATTENTION_HEADS);
 }
 
+// Throws unless sequence b's queries are rows of q, its keys fit in its blocks, and every block that
+// a query sees is in the cache.
+template <class T>
+void check_sequence(const AttentionArgs<T>& args, const AttentionTables& tables, int64_t b) {
+  const int64_t length = tables.lengths[b], start = tables.starts[b], end = tables.starts[b + 1];
+  check_range("paged_attention: query_start", b, start, end, tables.rows);
+  const int64_t count = end - start;
+  TORCH_CHECK_VALUE(
+      count <= length && length <= tables.width * args.block_size, "paged_attention: sequence ", b,
+      " has ", count, " queries and ", length, " keys; its block table has room for ",
+      tables.width * args.block_size);
+  if (count == 0) return;
+  const int64_t oldest =
+      args.window > 0 ? std::max<int64_t>(0, length - count - args.window + 1) : 0;
+  check_indices(
+      "paged_attention: block_tables", tables.blocks, b * tables.width + oldest / args.block_size,
+      b * tables.width + (length + args.block_size - 1) / args.block_size, tables.blocks_held);
+}
+
 template <class T>
 AttentionPlan plan_attention(const AttentionArgs<T>& args, const AttentionTables& tables) {
   AttentionPlan plan;
   const int64_t heads = heads_together(args, tables);
   for (int64_t b = 0; b < tables.sequences; b++) {
-    const int64_t length = tables.lengths[b], count = tables.starts[b + 1] - tables.starts[b];
-    if (length == 0) continue;  // padding
-    TORCH_CHECK_VALUE(
-        count <= length && length <= tables.width * args.block_size,
-        "paged_attention: sequence ", b, " has ", count, " queries and ", length,
-        " keys; its block table has room for ", tables.width * args.block_size);
+    if (tables.lengths[b] == 0) continue;  // padding
+    check_sequence(args, tables, b);
     plan_sequence(plan, args, tables, heads, b);
   }
   return plan;
@@ -167,10 +184,13 @@ Tensor paged_attention(
         t->scalar_type() == at::kInt && t->is_contiguous(),
         "paged_attention: block_tables, seq_lens and query_start must be contiguous int32");
   TORCH_CHECK_VALUE(
-      starts.numel() == lengths.numel() + 1 && q.dim() == 3 && k.dim() == 4 &&
-          q.size(2) == k.size(3) && q.size(1) % k.size(1) == 0 && k.sizes() == v.sizes(),
+      starts.numel() == lengths.numel() + 1 && tables.dim() == 2 &&
+          tables.size(0) == lengths.numel() && q.dim() == 3 && k.dim() == 4 && k.size(1) > 0 &&
+          k.size(2) > 0 && k.size(3) > 0 && q.size(2) == k.size(3) && q.size(1) % k.size(1) == 0 &&
+          k.sizes() == v.sizes(),
       "paged_attention: q ", q.sizes(), ", k_cache ", k.sizes(), ", v_cache ", v.sizes(),
-      ", seq_lens ", lengths.sizes(), " and query_start ", starts.sizes(), " do not fit together");
+      ", block_tables ", tables.sizes(), ", seq_lens ", lengths.sizes(), " and query_start ",
+      starts.sizes(), " do not fit together");
   const bool native = is_native(q.scalar_type()) && k.scalar_type() == q.scalar_type() &&
                       v.scalar_type() == q.scalar_type() && q.stride(2) == 1 &&
                       k.is_contiguous() && v.is_contiguous() &&
@@ -179,7 +199,7 @@ Tensor paged_attention(
   Tensor out = at::empty(q.sizes(), q.options());
   const AttentionTables indices{
       data<int32_t>(tables), tables.size(1), data<int32_t>(lengths), data<int32_t>(starts),
-      lengths.numel()};
+      lengths.numel(), q.size(0), k.size(0)};
   if (q.scalar_type() == at::kFloat)
     run_attention(attention_args<float>(q, k, v, scale, window, softcap, out), indices);
   else run_attention(attention_args<bf16>(q, k, v, scale, window, softcap, out), indices);

@@ -10,6 +10,9 @@ constexpr int64_t PADDING_SLOT = -1;  // slot of a row that is written nowhere
 
 void kv_write_(
     const Tensor& k, const Tensor& v, Tensor& k_cache, Tensor& v_cache, const Tensor& slots) {
+  TORCH_CHECK_VALUE(
+      k.dim() == 3 && v.dim() == 3 && k_cache.dim() == 4 && v_cache.dim() == 4,
+      "kv_write: k and v must be [T, Hkv, D], the caches [num_blocks, Hkv, block_size, D]");
   const auto type = k_cache.scalar_type();
   const bool native = k.scalar_type() == type && v.scalar_type() == type &&
                       v_cache.scalar_type() == type && k.stride(2) == 1 && v.stride(2) == 1 &&
@@ -21,16 +24,16 @@ void kv_write_(
   }
   const int64_t heads = k_cache.size(1), block = k_cache.size(2), D = k_cache.size(3);
   TORCH_CHECK_VALUE(
-      k.size(0) == slots.numel() && k.size(1) == heads && k.size(2) == D && k.sizes() == v.sizes(),
-      "kv_write: k ", k.sizes(), ", v ", v.sizes(), ", k_cache ", k_cache.sizes(), " and slots ",
-      slots.sizes(), " do not fit together");
+      k.size(0) == slots.numel() && k.size(1) == heads && k.size(2) == D && k.sizes() == v.sizes() &&
+          k_cache.sizes() == v_cache.sizes(),
+      "kv_write: k ", k.sizes(), ", v ", v.sizes(), ", k_cache ", k_cache.sizes(), ", v_cache ",
+      v_cache.sizes(), " and slots ", slots.sizes(), " do not fit together");
   const int64_t bytes = k_cache.element_size();
   const int64_t* slot = data<int64_t>(slots);
+  for (int64_t t = 0; t < slots.numel(); t++)  // before anything is written
+    if (slot[t] != PADDING_SLOT) check_index("kv_write: slots", t, slot[t], k_cache.size(0) * block);
   for (int64_t t = 0; t < slots.numel(); t++) {
     if (slot[t] == PADDING_SLOT) continue;
-    TORCH_CHECK_INDEX(
-        slot[t] >= 0 && slot[t] < k_cache.size(0) * block, "kv_write: slot ", slot[t],
-        " is not among the cache's ", k_cache.size(0) * block);
     for (int64_t h = 0; h < heads; h++) {
       const int64_t at = ((slot[t] / block * heads + h) * block + slot[t] % block) * D * bytes;
       const auto copy = [&](const Tensor& from, Tensor& to) {

@@ -55,13 +55,14 @@ Tensor output_for(const Tensor& x, int64_t columns) {
   return at::empty(shape, x.options());
 }
 
-bool fits(const std::optional<Tensor>& bias, at::ScalarType type) {
-  return !bias || (bias->scalar_type() == type && bias->is_contiguous());
+bool fits(const std::optional<Tensor>& bias, const Tensor& weight, at::ScalarType type) {
+  return !bias || (bias->scalar_type() == type && bias->is_contiguous() && bias->dim() == 1 &&
+                   weight.dim() == 2 && bias->numel() == weight.size(0));
 }
 
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   const bool native = is_native(weight.scalar_type()) && x.scalar_type() == weight.scalar_type() &&
-                      fits(bias, weight.scalar_type()) && weight.dim() == 2 &&
+                      fits(bias, weight, weight.scalar_type()) && weight.dim() == 2 &&
                       weight.numel() > 0 && weight.stride(1) == 1 && x.dim() > 0 &&
                       x.size(-1) == weight.size(1) && x.numel() > 0;
   if (!native) return at::linear(x, weight, bias);
@@ -77,7 +78,7 @@ Tensor linear_int8(
     const std::optional<Tensor>& bias) {
   const int64_t groups = weight.dim() == 2 ? (weight.size(1) + INT8_GROUP - 1) / INT8_GROUP : 0;
   const bool native = is_native(x.scalar_type()) && weight.scalar_type() == at::kChar &&
-                      scale.scalar_type() == at::kBFloat16 && fits(bias, x.scalar_type()) &&
+                      scale.scalar_type() == at::kBFloat16 && fits(bias, weight, x.scalar_type()) &&
                       weight.is_contiguous() && scale.is_contiguous() && scale.dim() == 2 &&
                       weight.numel() > 0 && scale.size(0) == weight.size(0) &&
                       scale.size(1) == groups && x.dim() > 0 && x.size(-1) == weight.size(1) &&

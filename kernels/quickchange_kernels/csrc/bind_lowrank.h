@@ -30,7 +30,7 @@ void check_type(const Tensor& tensor, at::ScalarType type, const char* name) {
       type, ", got ", tensor.scalar_type(), " with strides ", tensor.strides());
 }
 
-void check(const Segments& s) {
+void check_tables(const Segments& s) {
   check_type(s.directory, at::kInt, "directory");
   check_type(s.pages, at::kLong, "pages");
   check_type(s.scale, at::kFloat, "page_scale");
@@ -39,19 +39,58 @@ void check(const Segments& s) {
   check_type(s.rows, at::kInt, "segments.rows");
   check_type(s.slot, at::kInt, "segments.slot");
   check_type(s.weight, at::kFloat, "segments.weight");
+  const int64_t pages = s.pages.size(0), count = s.slot.numel();
+  TORCH_CHECK_VALUE(
+      s.directory.dim() == 3 && s.directory.size(2) == 2 && s.pages.dim() == 2 &&
+          s.pages.size(1) == 4 && s.scale.numel() == pages && s.shift.numel() == RANKS * pages &&
+          s.kind.numel() == pages && s.rows.numel() == 2 * count && s.weight.numel() == count &&
+          s.arena.is_contiguous(),
+      "lowrank: directory ", s.directory.sizes(), ", pages ", s.pages.sizes(), ", page_scale ",
+      s.scale.sizes(), ", page_shift ", s.shift.sizes(), ", page_kind ", s.kind.sizes(),
+      ", segments.rows ", s.rows.sizes(), ", slot ", s.slot.sizes(), " and weight ",
+      s.weight.sizes(), " do not fit together");
   TORCH_CHECK_INDEX(
       s.group >= 0 && s.group < s.directory.size(1), "lowrank: group ", s.group,
       " is not in the directory's ", s.directory.size(1));
 }
 
-// Every page of every segment, its rows cut in short runs; pages innermost.
+// Throws unless `page` lies in the arena and its columns among N.
+void check_page(const Segments& s, int64_t p, int64_t K, int64_t N) {
+  const int64_t* page = data<int64_t>(s.pages) + p * 4;
+  const auto kind = PageKind(data<int32_t>(s.kind)[p]);
+  check_index("lowrank: page_kind", p, int64_t(kind), int64_t(PageKind::GAIN) + 1);
+  check_index("lowrank: pages' column", p, page[2], N + 1);
+  check_index("lowrank: pages' width", p, page[3], N - page[2] + 1);
+  const int64_t room = s.arena.numel();
+  const bool gain = kind == PageKind::GAIN;
+  if (!gain) check_block("lowrank: pages' A", p, page[0], RANKS, K, room);
+  check_block("lowrank: pages' B", p, page[1], gain ? 1 : RANKS, page[3], room);
+}
+
+// Throws unless segment i names rows of y, a slot, pages and, where there are ids, tokens.
+void check_segment(const Segments& s, int64_t i, const int64_t* ids, int64_t K, const Tensor& y) {
+  const int32_t* rows = data<int32_t>(s.rows) + 2 * i;
+  check_range("lowrank: segments.rows", i, rows[0], rows[1], y.size(0));
+  check_index("lowrank: segments.slot", i, data<int32_t>(s.slot)[i], s.directory.size(0));
+  const int64_t entry = data<int32_t>(s.slot)[i] * s.directory.size(1) + s.group;
+  const int32_t* range = data<int32_t>(s.directory) + entry * 2;
+  if (range[0] == range[1]) return;  // no update here
+  check_range("lowrank: directory", entry, range[0], range[1], s.pages.size(0));
+  for (int64_t p = range[0]; p < range[1]; p++) check_page(s, p, K, y.size(1));
+  if (ids) check_indices("lowrank: ids", ids, rows[0], rows[1], K);
+}
+
+// Every page of every segment, checked, its rows cut in short runs; pages innermost.
 template <class T>
-std::vector<LowRankItem<T>> list_items(const Segments& s) {
+std::vector<LowRankItem<T>> list_items(
+    const Segments& s, const Tensor& y, const int64_t* ids, int64_t K) {
   std::vector<LowRankItem<T>> items;
   items.reserve(8 * s.slot.numel());  // rank 16 in a group of up to four members
   const T* arena = data<T>(s.arena);
   const int32_t* rows = data<int32_t>(s.rows);
   for (int64_t i = 0; i < s.slot.numel(); i++) {
+    if (rows[2 * i] == rows[2 * i + 1]) continue;  // padding
+    check_segment(s, i, ids, K, y);
     const int64_t entry = data<int32_t>(s.slot)[i] * s.directory.size(1) + s.group;
     const int32_t* range = data<int32_t>(s.directory) + entry * 2;
     for (int64_t row = rows[2 * i]; row < rows[2 * i + 1]; row += ROWS_PER_ITEM)
@@ -125,8 +164,9 @@ void share_by_columns(const LowRankArgs<T, X>& args, int64_t columns) {
 }
 
 template <class T, class X>
-void run_lowrank(const Segments& s, LowRankArgs<T, X> args, int64_t columns) {
-  std::vector<LowRankItem<T>> items = list_items<T>(s);
+void run_lowrank(const Segments& s, LowRankArgs<T, X> args, const Tensor& y) {
+  const int64_t columns = y.size(1);
+  std::vector<LowRankItem<T>> items = list_items<T>(s, y, args.ids, args.K);
   if (items.empty()) return;
   int64_t room = 0, work = 0;
   for (const auto& item : items) {
@@ -163,15 +203,18 @@ void run_lowrank(
   args.K = K;
   args.y = data<X>(y);
   args.ldy = y.stride(0);
-  run_lowrank<T, X>(s, args, y.size(1));
+  run_lowrank<T, X>(s, args, y);
 }
 
 // False where there is no native version for these dtypes.
 bool try_lowrank(
     const Segments& s, const Tensor& y, const Tensor* x, const Tensor* ids, int64_t K) {
-  check(s);
+  check_tables(s);
   TORCH_CHECK_VALUE(
       y.dim() == 2 && y.stride(1) == 1, "lowrank: y must be [T, N] with contiguous rows");
+  TORCH_CHECK_VALUE(
+      (x ? x->size(0) : ids->numel()) == y.size(0) && K >= 0, "lowrank: y has ", y.size(0),
+      " rows, ", x ? "x " : "ids ", x ? x->size(0) : ids->numel(), "; they must be as many");
   const auto type = y.scalar_type(), stored = s.arena.scalar_type();
   if (stored == at::kFloat && type == at::kFloat) run_lowrank<float, float>(s, y, x, ids, K);
   else if (stored == at::kBFloat16 && type == at::kFloat) run_lowrank<bf16, float>(s, y, x, ids, K);

@@ -8,15 +8,13 @@ namespace {
 
 using Optional = std::optional<Tensor>;
 
+constexpr int64_t EDIT_KINDS = 4;
+
 // Edits of row r, in place.
 void edit_row(
-    float* logits, int64_t V, int64_t r, const int32_t* begin, const int32_t* token,
-    const float* value) {
-  for (int kind = 0; kind < 4; kind++)
+    float* logits, int64_t r, const int32_t* begin, const int32_t* token, const float* value) {
+  for (int kind = 0; kind < EDIT_KINDS; kind++)
     for (int64_t i = begin[4 * r + kind]; i < begin[4 * r + kind + 1]; i++) {
-      TORCH_CHECK_INDEX(
-          token[i] >= 0 && token[i] < V, "sample: an edit names token ", token[i],
-          "; the vocabulary has ", V);
       float& now = logits[token[i]];
       if (kind == 0) now += value[i];
       else if (kind == 1) now = value[i];
@@ -25,9 +23,36 @@ void edit_row(
     }
 }
 
+// All edits, in place, checked before the first is made.
+void edit(
+    const Tensor& logits, const Optional& edit_begin, const Optional& edit_token,
+    const Optional& edit_value) {
+  const int64_t R = logits.size(0), V = logits.size(1);
+  TORCH_CHECK_VALUE(
+      edit_token && edit_value && edit_begin->scalar_type() == at::kInt &&
+          edit_token->scalar_type() == at::kInt && edit_value->scalar_type() == at::kFloat &&
+          edit_begin->numel() == EDIT_KINDS * R + 1 && edit_token->numel() == edit_value->numel(),
+      "sample: edits must be begin int32 [", EDIT_KINDS * R + 1, "], token int32 [E] and value "
+      "float32 [E]");
+  const Tensor begin = edit_begin->contiguous();
+  const Tensor token = edit_token->contiguous(), value = edit_value->contiguous();
+  const int32_t *first = data<int32_t>(begin), *tokens = data<int32_t>(token);
+  for (int64_t i = 0; i < EDIT_KINDS * R; i++)
+    check_range("sample: edits.begin", i, first[i], first[i + 1], token.numel());
+  check_indices("sample: edits.token", tokens, first[0], first[EDIT_KINDS * R], V);
+  for (int64_t r = 0; r < R; r++)
+    edit_row(data<float>(logits) + r * logits.stride(0), r, first, tokens, data<float>(value));
+}
+
 template <class T>
 const T* data_or_null(const Optional& tensor) {
   return tensor ? data<const T>(*tensor) : nullptr;
+}
+
+void check_column(const Optional& column, int64_t rows) {
+  TORCH_CHECK_VALUE(
+      !column || (column->scalar_type() == at::kDouble && column->numel() == rows),
+      "sample: temperature, uniform and filters must be float64 [", rows, "]");
 }
 
 Optional packed(const Optional& tensor) {
@@ -46,13 +71,9 @@ std::tuple<Tensor, Tensor> sample(
   TORCH_CHECK_VALUE(
       int64_t(filters.size()) <= MAX_FILTERS, "sample: ", filters.size(), " filters; at most ",
       MAX_FILTERS);
-  if (edit_begin) {
-    const Tensor begin = edit_begin->contiguous();
-    const Tensor token = edit_token->contiguous(), value = edit_value->contiguous();
-    for (int64_t r = 0; r < R; r++)
-      edit_row(data<float>(logits) + r * logits.stride(0), V, r, data<int32_t>(begin),
-               data<int32_t>(token), data<float>(value));
-  }
+  for (const Optional& column : {temperature, uniform}) check_column(column, R);
+  for (size_t i = 0; i < filters.size(); i++) check_column(filters.get(i), R);
+  if (edit_begin) edit(logits, edit_begin, edit_token, edit_value);
   Tensor tokens = at::empty({R}, logits.options().dtype(at::kLong));
   Tensor sound = at::empty({R}, logits.options().dtype(at::kBool));
   const Optional t = packed(temperature), u = packed(uniform);

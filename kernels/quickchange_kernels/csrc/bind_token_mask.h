@@ -26,11 +26,15 @@ void token_mask_(Tensor& logits, const Tensor& rows, const Tensor& bits) {
     plain_version<decltype(token_mask_)>("quickchange::token_mask_").call(logits, rows, bits);
     return;
   }
+  TORCH_CHECK_VALUE(
+      logits.dim() == 2 && logits.stride(1) == 1 && rows.scalar_type() == at::kLong &&
+          bits.scalar_type() == at::kInt && bits.dim() == 2 && bits.size(0) == rows.numel() &&
+          bits.size(1) == (logits.size(1) + WORD_BITS - 1) / WORD_BITS,
+      "token_mask_: logits ", logits.sizes(), ", rows ", rows.sizes(), " and bits ", bits.sizes(),
+      " must be [R, V] with contiguous rows, int64 [M] and int32 [M, ceil(V / 32)]");
   const int64_t* row = data<int64_t>(rows);
+  check_indices("token_mask_: rows", row, 0, rows.numel(), logits.size(0));
   for (int64_t m = 0; m < rows.numel(); m++) {
-    TORCH_CHECK_INDEX(
-        row[m] >= 0 && row[m] < logits.size(0), "token_mask_: row ", row[m], " is not among the ",
-        logits.size(0));
     mask_row(
         data<float>(logits) + row[m] * logits.stride(0), data<int32_t>(bits) + m * bits.size(1),
         logits.size(1));

@@ -8,6 +8,7 @@
 #include <atomic>
 #include <memory>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 #include "kernels.h"
@@ -60,6 +61,37 @@ bool is_native(at::ScalarType type) { return type == at::kFloat || type == at::k
 template <class T>
 T* data(const Tensor& tensor) {
   return static_cast<T*>(tensor.data_ptr());
+}
+
+// Index tables say where kernels read and write, so every binding checks what it is about to follow,
+// always: IndexError with the table's name. Messages are made only where a check fails.
+void check_index(const char* table, int64_t place, int64_t value, int64_t size) {
+  TORCH_CHECK_INDEX(
+      value >= 0 && value < size, table, "[", place, "] is ", value, ", outside 0 to ", size - 1);
+}
+
+void check_range(const char* table, int64_t place, int64_t begin, int64_t end, int64_t size) {
+  TORCH_CHECK_INDEX(
+      begin >= 0 && begin <= end && end <= size, table, "[", place, "] is ", begin, " to ", end,
+      ", outside 0 to ", size);
+}
+
+// Values [begin, end) of a table; one vectorised pass where all is well.
+template <class T>
+void check_indices(const char* table, const T* values, int64_t begin, int64_t end, int64_t size) {
+  using Unsigned = std::make_unsigned_t<T>;
+  Unsigned largest = 0;  // a negative index is a very large one
+  for (int64_t i = begin; i < end; i++) largest = std::max(largest, Unsigned(values[i]));
+  if (begin >= end || uint64_t(largest) < uint64_t(size)) return;
+  for (int64_t i = begin; i < end; i++) check_index(table, i, values[i], size);
+}
+
+// `count` blocks of `size` elements from `offset` on lie in an arena of `room` elements.
+void check_block(
+    const char* table, int64_t place, int64_t offset, int64_t count, int64_t size, int64_t room) {
+  TORCH_CHECK_INDEX(
+      offset >= 0 && offset <= room && size >= 0 && size <= (room - offset) / count, table, "[",
+      place, "]: ", count, " times ", size, " elements from ", offset, " on are outside 0 to ", room);
 }
 
 template <class Signature>

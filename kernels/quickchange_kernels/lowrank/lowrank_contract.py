@@ -21,8 +21,9 @@ The native version adds to a row in the order of segments, then pages, whatever 
 so that a row's result does not depend on the batch it is in, within the shapes it takes. The Triton
 version sums a row's features, pieces and pages in an order of its own that the batch does not
 change either; it needs `segments.tiles`.
-Rows, slots and pages are trusted to be in range: the tables' owner checks them when they change,
-not each layer. Knows nothing of adapters' names.
+Rows, slots, pages and tokens out of range raise IndexError on a CPU, before anything is written; on
+a GPU, where no launcher looks at device data, they must not occur. Knows nothing of adapters'
+names.
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from quickchange_kernels.lowrank.lowrank_tables import PageKind
+from quickchange_kernels.index_checks import check_indices, check_ranges
+from quickchange_kernels.lowrank.lowrank_tables import RANKS_PER_PAGE, PageKind
 
 MAX_SHORT_ROWS = 4  # a segment of more rows is worth a matrix product of its own
 
@@ -115,7 +116,9 @@ def plain_lowrank_(
     """lowrank_ with its tables and segments spread out, as the dispatcher wants them."""
     del pieces, tiles, tile_height, most_pages, aligned  # a GPU's grid alone needs them
     tables = _Pages(arena, pages, page_scale, page_shift, page_kind)
-    ranges = directory[slot.long(), group]
+    live = rows[:, 0] != rows[:, 1]
+    rows, weight = rows[live], weight[live]
+    ranges = _checked_ranges(y, directory, slot[live], group, rows, tables, x.shape[1])
     _add_updates(y, _LinearDown(x, arena), tables, ranges, rows, weight)
 
 
@@ -142,8 +145,52 @@ def plain_lowrank_embedding_(
     """lowrank_embedding_ with its tables and segments spread out."""
     del pieces, tiles, tile_height, most_pages, aligned
     tables = _Pages(arena, pages, page_scale, page_shift, page_kind)
-    ranges = directory[slot.long(), group]
+    live = rows[:, 0] != rows[:, 1]
+    rows, weight = rows[live], weight[live]
+    ranges = _checked_ranges(y, directory, slot[live], group, rows, tables, vocabulary)
+    for (begin, end), (first, last) in zip(rows.tolist(), ranges.tolist(), strict=True):
+        if first < last:
+            check_indices("lowrank: ids", ids[begin:end], vocabulary)
     _add_updates(y, _EmbeddingDown(ids, arena, vocabulary), tables, ranges, rows, weight)
+
+
+def _checked_ranges(
+    y: Tensor,
+    directory: Tensor,
+    slot: Tensor,
+    group: int,
+    rows: Tensor,
+    tables: _Pages,
+    features: int,
+) -> Tensor:
+    """Each segment's pages [S, 2]. Raises IndexError for what lies outside y, tables or arena."""
+    check_ranges("lowrank: segments.rows", rows, y.shape[0])
+    check_indices("lowrank: segments.slot", slot, directory.shape[0])
+    check_indices("lowrank: group", torch.tensor([group]), directory.shape[1])
+    ranges = directory[slot.long(), group]
+    used = ranges[ranges[:, 0] != ranges[:, 1]]
+    check_ranges("lowrank: directory", used, tables.pages.shape[0])
+    for first, last in used.tolist():
+        _check_pages(tables, slice(first, last), features, y.shape[1])
+    return ranges
+
+
+def _check_pages(tables: _Pages, used: slice, features: int, columns: int) -> None:
+    a, b, column, width = tables.pages[used].unbind(1)
+    kind, room = tables.kind[used], tables.arena.numel()
+    check_indices("lowrank: page_kind", kind, len(PageKind))
+    check_indices("lowrank: pages' column", column, columns + 1)
+    check_indices("lowrank: pages' width", width, columns + 1)
+    check_ranges("lowrank: pages' columns", torch.stack([column, column + width], 1), columns)
+    gain = kind == PageKind.GAIN
+    length = torch.where(gain, 1, RANKS_PER_PAGE) * width
+    check_indices("lowrank: pages' B", b, room + 1)
+    check_ranges("lowrank: pages' B", torch.stack([b, b + length], 1), room)
+    check_indices("lowrank: pages' A", a[~gain], room + 1)
+    from_a = a[~gain]
+    check_ranges(
+        "lowrank: pages' A", torch.stack([from_a, from_a + RANKS_PER_PAGE * features], 1), room
+    )
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,8 @@ Contract
                         nothing
     returns     tokens int64 [R], sound bool [R]. A row with NaN or +inf, or whose logits are all
                 -inf after the edits, is not sound, and its token is 0; other rows don't notice
-Tokens in `Edits` are trusted to lie in the vocabulary. Knows nothing of sequences or penalties.
+Edits out of range raise IndexError on a CPU, before any is made; on a GPU they must not occur.
+Knows nothing of sequences or penalties.
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from quickchange_kernels.index_checks import check_indices, check_ranges
+
 MASS_BITS = 42
 MAX_VOCABULARY = 2**20  # so that the sum of all masses fits in 63 bits
 SMALLEST_TEMPERATURE = 1e-30  # below it, dividing a logit by it could overflow
@@ -52,9 +54,11 @@ def plain_sample(
 
 def edit_(logits: Tensor, begin: Tensor, token: Tensor, value: Tensor) -> None:
     """Make the edits in place on float32 logits [R, V]."""
+    check_ranges("sample: edits.begin", torch.stack([begin[:-1], begin[1:]], 1), len(token))
+    check_indices("sample: edits.token", token[int(begin[0]) : int(begin[-1])], logits.shape[1])
     lengths = (begin[1:] - begin[:-1]).long()
     owner = torch.repeat_interleave(torch.arange(len(lengths), device=logits.device), lengths)
-    token, value = token[: len(owner)].long(), value[: len(owner)]
+    token, value = token[begin[0] :][: len(owner)].long(), value[begin[0] :][: len(owner)]
     for kind in range(_KINDS):
         chosen = (owner % _KINDS == kind).nonzero().squeeze(1)
         at = (owner[chosen] // _KINDS, token[chosen])

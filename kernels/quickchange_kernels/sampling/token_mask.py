@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from quickchange_kernels import dispatch, native
+from quickchange_kernels.index_checks import check_indices
 
 WORD = 32  # bits
 
@@ -36,6 +37,7 @@ def reference_token_mask(logits: Tensor, rows: Tensor, bits: Tensor) -> Tensor:
 
 def plain_token_mask_(logits: Tensor, rows: Tensor, bits: Tensor) -> None:
     """The operation in plain torch, for any device."""
+    check_indices("token_mask_: rows", rows, logits.shape[0])
     value = torch.arange(256, device=bits.device)[:, None]
     clear = (
         value >> torch.arange(8, device=bits.device) & 1

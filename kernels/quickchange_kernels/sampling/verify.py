@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from quickchange_kernels import dispatch, native
+from quickchange_kernels.index_checks import check_ranges, live_ranges
 
 MAX_ROWS = 128
 
@@ -57,6 +58,8 @@ def plain_verify(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operation in plain torch, for any device."""
     begin, end = rows.long().unbind(1)
+    ends = torch.minimum(end, begin + longest)
+    check_ranges("verify: rows", live_ranges(torch.stack([begin, ends], 1)), len(sampled))
     row = begin[:, None] + torch.arange(longest, device=rows.device)  # [B, longest]
     live = row < end[:, None]
     row = torch.where(live, row, 0)

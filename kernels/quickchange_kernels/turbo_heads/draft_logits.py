@@ -17,7 +17,8 @@ Contract
     bias        [V]  of weight's dtype, or None
     returns     [I, width] float32, new, contiguous
 A segment's tokens are read once for all of its rows. The sum of an element runs in an order that H
-alone decides. Tokens and segments are trusted to be in range. Knows nothing of adapters.
+alone decides. Tokens and segments out of range raise IndexError on a CPU; on a GPU they must not
+occur. Knows nothing of adapters.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from quickchange_kernels import dispatch, native
+from quickchange_kernels.index_checks import check_indices, check_ranges, live_ranges
 
 
 def reference_draft_logits(
@@ -58,9 +60,14 @@ def plain_draft_logits(
 ) -> Tensor:
     """The operation in plain torch, for any device."""
     out = h.new_full((h.shape[0], width), float("-inf"), dtype=torch.float32)
+    live = live_ranges(segments)
+    check_ranges("draft_logits: segments' rows", live[:, :2], h.shape[0])
+    check_ranges("draft_logits: segments' tokens", live[:, 2:], vocabulary.shape[0])
+    check_indices("draft_logits: segments' sizes", live[:, 3] - live[:, 2], width + 1)
     for begin, end, first, last in segments.tolist():
         if begin < end:
             tokens = vocabulary[first:last]
+            check_indices("draft_logits: vocabulary", tokens, weight.shape[0])
             added = None if bias is None else bias[tokens].float()
             product = F.linear(h[begin:end].float(), weight[tokens].float(), added)
             out[begin:end, : last - first] = product

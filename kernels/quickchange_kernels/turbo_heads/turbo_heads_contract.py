@@ -19,8 +19,9 @@ A matrix W [N, K] with its bias [N] lies in pages of 16 outputs: 16 rows of W, t
 zeros where N ends first (`in_pages`). Items of one matrix lie side by side, in a segment, so that
 its weights are read once for all rows that share it (`HeadItems.of` sorts). The sum of an output
 element runs in an order that K alone decides, whatever the other items are. A segment with
-begin == end is padding. Rows, places, matrices and offsets are trusted to be in range, and a matrix
-to have ceil(N / 16) pages. Knows nothing of adapters' names.
+begin == end is padding. Rows, places, matrices and offsets out of range, and a matrix of fewer than
+ceil(N / 16) pages, raise IndexError on a CPU; on a GPU they must not occur. Knows nothing of
+adapters' names.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from quickchange_kernels import dispatch, native
+from quickchange_kernels.index_checks import check_indices, check_ranges, live_ranges
 
 PAGE_ROWS = 16  # outputs in a page
 
@@ -128,6 +130,23 @@ def _matrix(
     return weight.reshape(-1, features)[:width], bias.reshape(-1)[:width]
 
 
+def _check_matrix(
+    arena: Tensor, pages: Tensor, matrices: Tensor, matrix: int, features: int, width: int
+) -> None:
+    """Raise IndexError for a matrix that is not there, or whose pages are not."""
+    check_indices("turbo_heads: segments' matrix", torch.tensor([matrix]), matrices.shape[0])
+    used = matrices[matrix]
+    check_ranges("turbo_heads: matrices", used[None], pages.shape[0])
+    first, end = used.tolist()
+    wanted = -(-width // PAGE_ROWS)
+    if end - first < wanted:
+        raise IndexError(
+            f"turbo_heads: matrices[{matrix}] has {end - first} pages; the outputs need {wanted}"
+        )
+    room = arena.numel() - page_elements(features) + 1
+    check_indices("turbo_heads: pages", pages[first:end], max(0, room))
+
+
 def plain_turbo_heads(
     x: Tensor,
     z: Tensor,
@@ -156,7 +175,11 @@ def plain_head_logits(
 ) -> Tensor:
     """head_logits in plain torch, for any device."""
     out = z.new_empty((items.shape[0], width), dtype=torch.float32)
+    check_ranges("turbo_heads: segments", live_ranges(segments)[:, :2], items.shape[0])
     for begin, end, matrix in _live(segments):
+        _check_matrix(arena, pages, matrices, matrix, z.shape[1], width)
+        check_indices("turbo_heads: items' row", items[begin:end, 0], z.shape[0])
+        check_indices("turbo_heads: items' place", items[begin:end, 1], items.shape[0])
         weight, bias = _matrix(arena, pages, matrices, matrix, z.shape[1], width)
         rows, places = items[begin:end].long().unbind(1)
         out[places] = F.linear(z[rows].float(), weight.float(), bias.float())

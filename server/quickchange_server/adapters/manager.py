@@ -32,11 +32,15 @@ from quickchange_server.adapters.adapter_entry import (
 from quickchange_server.adapters.adapter_loader import Done, Loader, Pacer
 from quickchange_server.adapters.memory_pool import DevicePool, too_large
 from quickchange_server.adapters.module_groups import ModuleGroup
+from quickchange_server.adapters.paced_copies import Pause
 from quickchange_server.adapters.packing import AdapterImage, build_image, page_shapes
 from quickchange_server.adapters.turbo_packing import TurboShape
 from quickchange_server.adapters.turbo_tables import TurboSlot
 from quickchange_server.protocol import AdapterFailed, AdapterMoved, Submit
 from quickchange_store.canonical.canonical_adapter import CanonicalAdapter
+
+# Reads an adapter by digest, calling the pause between pieces of the work.
+PacedLoad = Callable[[str, Pause], CanonicalAdapter]
 
 _LOADS_AT_ONCE = 4  # queued on the loader: few, so that the order can still follow the claims
 
@@ -49,13 +53,13 @@ class Residency:
     def __init__(
         self,
         pool: DevicePool,
-        load: Callable[[str], CanonicalAdapter],
+        load: PacedLoad,
         groups: Sequence[ModuleGroup],
         turbo: TurboShape,
         host_budget_bytes: int,
         on_wake: Callable[[], None],
     ) -> None:
-        """`load` reads an adapter by digest; it and `on_wake` are called on the loader's thread."""
+        """`load` and `on_wake` are called on the loader's thread."""
         self._pool = pool
         self._load = load
         self._shapes = page_shapes(groups, pool.dtype)
@@ -303,7 +307,7 @@ class Residency:
         pin_memory = self._pool.device.type == "cuda"
 
         def job() -> AdapterImage:
-            adapter = self._load(digest)
+            adapter = self._load(digest, self._pause)
             if adapter.turbo is not None:
                 self._turbo.check(adapter.turbo)
             return build_image(

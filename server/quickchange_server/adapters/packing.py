@@ -233,8 +233,9 @@ def _list_pages(adapter: CanonicalAdapter, shapes: Mapping[Place, PageShape]) ->
         if shape is None:
             reads = "" if update.source == "input" else f" whose {update.source} could be read"
             raise AdapterFailedError(
-                f"{path}: the served model has no such module{reads}; add the adapter again with "
-                "the base model that it was trained on"
+                f"{path}: the served model has no such module{reads}, or one that adapters can't "
+                "update (experts); add the adapter again with the base model that it was trained "
+                "on, or train one without this module"
             )
         _check_shapes(path, update, shape)
         pages += _pages_of(update, shape)

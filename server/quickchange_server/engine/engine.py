@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from quickchange_server.adapters.manager import AdapterTiers, NoAdapters, Residency
+from quickchange_server.adapters.manager import AdapterTiers, NoAdapters, PacedLoad, Residency
 from quickchange_server.adapters.memory_pool import DevicePool
 from quickchange_server.adapters.turbo_packing import TurboShape
 from quickchange_server.config import Settings
@@ -40,7 +40,6 @@ from quickchange_server.spec_decode.cost_model import StepCost
 from quickchange_server.spec_decode.prompt_lookup import TokenText
 from quickchange_server.spec_decode.speculator import DraftReport, NoSpeculation, Speculation
 from quickchange_server.structured_output.compiler import ConstraintCompiler
-from quickchange_store.canonical.canonical_adapter import CanonicalAdapter
 
 _UNSOUND = "prompt: it can't be read: the model's hidden states or logits hold NaN or infinity"
 _ROWS_OF_DRAFTS = 2  # rows per sequence for which a full batch has a captured graph
@@ -66,7 +65,7 @@ class Engine:
         model: LoadedModel,
         settings: Settings,
         *,
-        load_adapter: Callable[[str], CanonicalAdapter],
+        load_adapter: PacedLoad,
         on_wake: Callable[[], None],
         text: TokenText | None = None,
         constraints: ConstraintCompiler | None = None,
@@ -374,7 +373,7 @@ def _context_length(model: LoadedModel, settings: Settings, blocks: KVBlocks) ->
 def _adapters(
     model: LoadedModel,
     settings: Settings,
-    load_adapter: Callable[[str], CanonicalAdapter],
+    load_adapter: PacedLoad,
     on_wake: Callable[[], None],
 ) -> AdapterTiers:
     if not settings.adapters:

@@ -35,7 +35,8 @@ class Extent:
     samples: int  # rows whose hidden states are returned; the LM head reads all but the pooled
     blocks: int  # per sequence
     tokens_room: Room | None  # segments over all rows; None: no row has an adapter
-    samples_room: Room | None  # segments over the rows that the LM head reads
+    samples_room: Room | None  # segments over the rows that are asked for
+    head_room: Room | None  # segments over those of them that the LM head reads
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,16 +58,19 @@ class StepInputs:
     attention: AttentionBatch
     tokens: PackedSegments | None
     samples: PackedSegments | None
+    head: PackedSegments | None
 
     def step(self, tables: LowRankTables | None) -> ForwardContext:
         """The forward context that the model's seams read; all tensors on the model's device."""
-        if tables is None or self.tokens is None or self.samples is None:
+        if tables is None or self.tokens is None or self.samples is None or self.head is None:
             return ForwardContext(self.attention, None)
         tokens = unpack(self.tokens.packed, self.tokens.room)
-        samples = tokens
+        samples = head = tokens
         if self.samples is not self.tokens:
-            samples = unpack(self.samples.packed, self.samples.room)
-        return ForwardContext(self.attention, AdapterBatch(tables, tokens, samples))
+            samples = head = unpack(self.samples.packed, self.samples.room)
+        if self.head is not self.samples:
+            head = unpack(self.head.packed, self.head.room)
+        return ForwardContext(self.attention, AdapterBatch(tables, tokens, samples, head))
 
 
 def only_decodes(plan: Sequence[Scheduled]) -> bool:
@@ -81,11 +85,12 @@ def reads(plan: Sequence[Scheduled]) -> bool:
 
 def exact_extent(plan: Sequence[Scheduled], device: torch.device, *, adapters: bool) -> Extent:
     """The smallest extent that holds a plan. adapters: True if some row has one."""
-    tokens_room = samples_room = None
+    tokens_room = samples_room = head_room = None
     if adapters:
         tokens_room = room_for(_token_runs(plan), device)
         same = only_decodes(plan)
         samples_room = tokens_room if same else room_for(_sample_runs(plan), device)
+        head_room = room_for(_head_runs(plan), device) if _pools(plan) else samples_room
     return Extent(
         rows=sum([item.rows for item in plan]),
         sequences=len(plan),
@@ -97,6 +102,7 @@ def exact_extent(plan: Sequence[Scheduled], device: torch.device, *, adapters: b
         blocks=max(len(item.sequence.blocks) for item in plan),
         tokens_room=tokens_room,
         samples_room=samples_room,
+        head_room=head_room,
     )
 
 
@@ -129,7 +135,7 @@ def step_inputs(plan: Sequence[Scheduled], extent: Extent, block_size: int) -> S
         tables[row, : len(blocks)] = blocks
     slots = np.full(extent.rows, _NOWHERE, dtype=np.int64)
     slots[: len(places)] = _slots(plan, positions[: len(places)], tables, block_size)
-    tokens, samples = _segments(plan, extent)
+    tokens, samples, head = _segments(plan, extent)
     return StepInputs(
         ids=torch.from_numpy(_padded(ids, extent.rows, np.int64)),
         positions=torch.from_numpy(positions),
@@ -145,6 +151,7 @@ def step_inputs(plan: Sequence[Scheduled], extent: Extent, block_size: int) -> S
         ),
         tokens=tokens,
         samples=samples,
+        head=head,
     )
 
 
@@ -174,22 +181,35 @@ def _slots(
 
 def _segments(
     plan: Sequence[Scheduled], extent: Extent
-) -> tuple[PackedSegments | None, PackedSegments | None]:
-    """Segments over all rows and over the LM head's: one object if these are the same rows."""
-    if extent.tokens_room is None or extent.samples_room is None:
-        return None, None
+) -> tuple[PackedSegments | None, PackedSegments | None, PackedSegments | None]:
+    """Segments over all rows, those asked for and the LM head's: one object for the same rows."""
+    if extent.tokens_room is None or extent.samples_room is None or extent.head_room is None:
+        return None, None, None
     tokens = PackedSegments(pack(_token_runs(plan), extent.tokens_room), extent.tokens_room)
     if extent.tokens_room == extent.samples_room and only_decodes(plan):
-        return tokens, tokens
+        return tokens, tokens, tokens
     samples = PackedSegments(pack(_sample_runs(plan), extent.samples_room), extent.samples_room)
-    return tokens, samples
+    if not _pools(plan):
+        return tokens, samples, samples
+    head = PackedSegments(pack(_head_runs(plan), extent.head_room), extent.head_room)
+    return tokens, samples, head
 
 
 def _token_runs(plan: Sequence[Scheduled]) -> list[Run]:
     return [Run(item.rows, item.components) for item in plan]
 
 
+def _pools(plan: Sequence[Scheduled]) -> bool:
+    """True if some rows that are asked for don't pass the LM head."""
+    return reads(plan) and bool([item for item in plan if item.pooled])
+
+
 def _sample_runs(plan: Sequence[Scheduled]) -> list[Run]:
+    pooled = [Run(len(item.pooled), item.components) for item in plan if item.pooled]
+    return _head_runs(plan) + pooled if reads(plan) else _head_runs(plan)
+
+
+def _head_runs(plan: Sequence[Scheduled]) -> list[Run]:
     runs = [Run(item.sampled_rows, item.components) for item in plan if item.samples]
     if reads(plan):
         runs += [Run(len(item.scored), item.components) for item in plan if item.scored]
@@ -251,7 +271,7 @@ class DecodeBuckets:
         # Pieces: one adapter per row, doubled for compositions whose rows are cut in several tiles.
         # Small tiles whatever the batch: most have a row or two under one adapter.
         room = Room(size, pieces=2 * size, tiles=size, height=SMALL_TILE) if adapters else None
-        return Extent(size, size, size, self._blocks, room, room)
+        return Extent(size, size, size, self._blocks, room, room, room)
 
 
 def _needed(plan: Sequence[Scheduled]) -> tuple[int, int]:

@@ -239,7 +239,7 @@ class Runner:
             holder.step = None
 
     def _priced(self, rows: int) -> float:
-        extent = Extent(rows, rows, rows, 1, None, None)
+        extent = Extent(rows, rows, rows, 1, None, None, None)
         inputs = upload(step_inputs((), extent, self._block_size), self._device)
         watch = stopwatch(self._device)
         watch.mark()

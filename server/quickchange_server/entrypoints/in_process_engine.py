@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quickchange_server.adapters.manager import PacedLoad
 from quickchange_server.config import Settings
 from quickchange_server.engine.engine import Engine, torch_dtype
 from quickchange_server.errors import (
@@ -144,6 +145,10 @@ class _StateTap:
         self._handle.remove()
 
 
+def _paced(load: LoadAdapter) -> PacedLoad:
+    return lambda digest, _pause: load(digest)
+
+
 class InProcessEngine:
     """Engine that answers lists of requests. A context manager: closing ends its loader thread.
 
@@ -175,7 +180,7 @@ class InProcessEngine:
         self._engine = Engine(
             model,
             settings,
-            load_adapter=load_adapter or Store(settings.store).load,
+            load_adapter=_paced(load_adapter) if load_adapter else Store(settings.store).load,
             on_wake=self._awake.set,
             text=text,
         )

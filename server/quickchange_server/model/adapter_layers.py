@@ -7,20 +7,19 @@ gate/up) is one group with several members.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from quickchange_kernels.linear.linear_float import linear
-from quickchange_kernels.lowrank.lowrank_contract import lowrank_, lowrank_embedding_
+from quickchange_kernels.lowrank.lowrank_contract import Segments, lowrank_, lowrank_embedding_
 from quickchange_server.adapters.module_groups import ModuleGroup
 from quickchange_server.model.forward_context import AdapterBatch, StepHolder
+from quickchange_server.model.rows_read import Rows
 
 if TYPE_CHECKING:  # output_side imports fusion, which imports this module
     from quickchange_server.model.output_side import OutputSide
-
-Rows = Literal["tokens", "samples"]  # rows of the step that a module reads
 
 
 class BaseLinear(nn.Module):
@@ -64,7 +63,7 @@ class AdaptedLinear(nn.Module):
         y: torch.Tensor = self._compute_base(x)
         adapters = _adapters(self._holder)
         if adapters is not None:
-            segments = adapters.tokens if self._rows == "tokens" else adapters.samples
+            segments: Segments = getattr(adapters, self._rows)
             rows = y.view(-1, y.shape[-1])
             lowrank_(rows, x.reshape(-1, x.shape[-1]), adapters.tables, segments, self._index)
             if self.output_side is not None:

@@ -2,7 +2,8 @@
 
 The runner puts a `ForwardContext` into the `StepHolder` that it shares with the wrapped modules and
 takes it out afterwards. Row order is the flattened batch's: sequence after sequence, T token rows
-in all, of which R rows (the last of each sampling sequence) go through the LM head.
+in all, of which R rows are asked for: those that are sampled or scored, which the LM head reads,
+then those that are pooled.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class AdapterBatch:
 
     tables: LowRankTables
     tokens: Segments  # over the T token rows
-    samples: Segments  # over the R rows that the LM head reads
+    samples: Segments  # over the R rows that are asked for
+    head: Segments  # over those of them that the LM head reads, from the first
 
 
 @dataclass(frozen=True, slots=True)

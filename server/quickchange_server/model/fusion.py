@@ -241,7 +241,7 @@ class _Call:
         return module(*self.args, **self.kwargs)
 
 
-class _Probe:
+class MixingProbe:
     """An `Attend` that mixes queries, keys and values row by row, and notes its last call."""
 
     def __init__(self) -> None:
@@ -258,6 +258,7 @@ class _Probe:
         window: int,
         softcap: float,
     ) -> torch.Tensor:
+        paged_attention.check_shapes(layer, key, value)
         heads, kv_heads = query.shape[1], key.shape[1]
         self.last = AttentionCall(layer, heads, kv_heads, key.shape[2], scale, window, softcap)
         group = heads // kv_heads
@@ -266,10 +267,10 @@ class _Probe:
 
 
 @contextmanager
-def _noting_calls(model: nn.Module) -> Iterator[tuple[dict[str, _Call], _Probe]]:
+def _noting_calls(model: nn.Module) -> Iterator[tuple[dict[str, _Call], MixingProbe]]:
     """The last call of each attention module and decoder layer, by path, during the block."""
     calls: dict[str, _Call] = {}
-    probe = _Probe()
+    probe = MixingProbe()
     paged_attention.install(model, probe)
 
     def note(path: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
@@ -298,7 +299,7 @@ def _has_projections(module: nn.Module) -> bool:
     )
 
 
-def _fused_attention(module: nn.Module, call: _Call, probe: _Probe) -> nn.Module | None:
+def _fused_attention(module: nn.Module, call: _Call, probe: MixingProbe) -> nn.Module | None:
     output = getattr(module, "o_proj", None)
     if not (_has_projections(module) and isinstance(output, nn.Module)):
         return None
@@ -311,7 +312,7 @@ def _fused_attention(module: nn.Module, call: _Call, probe: _Probe) -> nn.Module
     return fused if _agrees(fused, call, probe, expected) else None
 
 
-def _fused_layer(module: nn.Module, call: _Call, probe: _Probe) -> nn.Module | None:
+def _fused_layer(module: nn.Module, call: _Call, probe: MixingProbe) -> nn.Module | None:
     before, attend, after, mlp = (
         getattr(module, name, None)
         for name in ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
@@ -330,7 +331,7 @@ def _fused_layer(module: nn.Module, call: _Call, probe: _Probe) -> nn.Module | N
     return fused if _agrees(fused, call, probe, expected) else None
 
 
-def _agrees(fused: nn.Module, call: _Call, probe: _Probe, expected: torch.Tensor) -> bool:
+def _agrees(fused: nn.Module, call: _Call, probe: MixingProbe, expected: torch.Tensor) -> bool:
     paged_attention.install(fused, probe)
     try:
         result = _result(fused, call)

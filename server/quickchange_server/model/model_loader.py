@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from quickchange_server.adapters.module_groups import ModuleGroup
@@ -24,11 +24,14 @@ from quickchange_server.errors import UnsupportedModelError
 from quickchange_server.model import paged_attention
 from quickchange_server.model.adapter_layers import base_linear
 from quickchange_server.model.forward_context import StepHolder
-from quickchange_server.model.fusion import fuse_layers, fuse_small_modules
+from quickchange_server.model.fusion import MixingProbe, fuse_layers, fuse_small_modules
 from quickchange_server.model.int8_linear import Quantization, check_quantization, int8_linear
 from quickchange_server.model.output_side import connect
 from quickchange_server.model.paged_attention import LayerShape, ShapeRecorder
+from quickchange_server.model.rows_read import Rows, rows_read
 from quickchange_server.model.wrapping import Wrapper
+from quickchange_store.base_model.base_weights import load_base
+from quickchange_store.errors import BaseModelError
 
 
 class HeadInput:
@@ -92,8 +95,9 @@ def load_model(
 ) -> LoadedModel:
     """Load and wrap a model from a folder in transformers' layout, or a hub id.
 
-    Raises UnsupportedModelError for an architecture that can't be served, OSError or ValueError
-    (transformers') if nothing can be loaded from `path`.
+    Raises UnsupportedModelError for an architecture that can't be served and for weights that are
+    missing or not finite, OSError or ValueError (transformers') if nothing can be loaded from
+    `path`.
     """
     check_quantization(quantization, device)
     paged_attention.register()
@@ -101,10 +105,12 @@ def load_model(
     # trust_remote_code is always given: without it, transformers asks on a terminal.
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     _refuse_other_state(config)
-    model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, attn_implementation=paged_attention.NAME, trust_remote_code=False
-    )
-    return prepare(model.to(device).eval(), adapters=adapters, quantization=quantization)
+    try:
+        model = load_base(path, dtype=dtype, attn_implementation=paged_attention.NAME)
+    except BaseModelError as error:
+        raise UnsupportedModelError(f"model: {error}", param="model") from error
+    on_device: nn.Module = model.to(device)  # type: ignore[arg-type]
+    return prepare(on_device.eval(), adapters=adapters, quantization=quantization)
 
 
 def prepare(
@@ -119,7 +125,8 @@ def prepare(
     model.requires_grad_(False)
     holder = StepHolder()
     base = int8_linear if quantization == "int8" else base_linear
-    wrapper = Wrapper(model, holder, adapters=adapters, base=base)
+    rows = _rows_of_short_pass(model)
+    wrapper = Wrapper(model, holder, rows=rows if adapters else None, base=base)
     groups = wrapper.wrap()
     fuse_small_modules(model)
     fuse_layers(model, lambda ids, positions: _logits(model, ids, positions))
@@ -186,6 +193,37 @@ def _logits(
     )
     logits: torch.Tensor = output.logits[0]
     return logits
+
+
+def _rows_of_short_pass(model: nn.Module) -> dict[str, Rows | None]:
+    """The rows that each linear reads. Raises UnsupportedModelError for weights with NaN or inf."""
+    found: list[torch.Tensor] = []
+
+    def run(ids: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
+        found.append(_logits(model, ids, torch.arange(len(ids)), asked))
+        return found[0]
+
+    paged_attention.install(model, MixingProbe())
+    rows = rows_read(model, run)
+    if not bool(found[0].isfinite().all()):
+        _refuse_broken_weights(model)
+    return rows
+
+
+def _refuse_broken_weights(model: nn.Module) -> None:
+    """Name the weights that hold NaN or infinity, if that is why the logits are not finite."""
+    broken = {
+        name: parameter.dtype
+        for name, parameter in model.named_parameters()
+        if parameter.is_floating_point() and not bool(parameter.isfinite().all())
+    }
+    if broken:
+        name, dtype = next(iter(broken.items()))
+        raise UnsupportedModelError(
+            f"model: {len(broken)} of its weights hold NaN or infinity as {dtype}, {name} first; "
+            "give a --dtype that has room for them, or fetch the model again",
+            param="model",
+        )
 
 
 def _refuse_headless(model: nn.Module) -> None:

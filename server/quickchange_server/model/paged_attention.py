@@ -50,6 +50,15 @@ class LayerShape:
     head_size: int
 
 
+def check_shapes(layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+    """Raise UnsupportedModelError for keys and values that one cache can't hold."""
+    if key.shape != value.shape:
+        raise UnsupportedModelError(
+            f"layer {layer} has keys of shape {tuple(key.shape[1:])} but values of shape "
+            f"{tuple(value.shape[1:])}; they must be equal"
+        )
+
+
 class ShapeRecorder:
     """An `Attend` that computes nothing and notes each layer's shape (a probe at load)."""
 
@@ -68,11 +77,7 @@ class ShapeRecorder:
         softcap: float,
     ) -> torch.Tensor:
         del scale, window, softcap
-        if key.shape != value.shape:
-            raise UnsupportedModelError(
-                f"layer {layer} has keys of shape {tuple(key.shape[1:])} but values of shape "
-                f"{tuple(value.shape[1:])}; they must be equal"
-            )
+        check_shapes(layer, key, value)
         self.layers[layer] = LayerShape(key.shape[1], key.shape[2])
         return torch.zeros_like(query)
 

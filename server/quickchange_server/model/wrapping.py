@@ -6,7 +6,7 @@ wrapped one by one. Module paths, as adapters name them, are those before fusion
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -16,12 +16,12 @@ from quickchange_server.model.adapter_layers import (
     AdaptedEmbedding,
     AdaptedLinear,
     ProjectionPart,
-    Rows,
     SharedProjection,
     base_linear,
 )
 from quickchange_server.model.forward_context import StepHolder
 from quickchange_server.model.output_side import OutputSide
+from quickchange_server.model.rows_read import Rows
 from quickchange_store.base_model.sublayers import sublayers
 from quickchange_store.canonical.canonical_adapter import Source
 
@@ -31,8 +31,9 @@ FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 class Wrapper:
     """Wraps one model's modules; `groups` then lists their groups, by group index.
 
-    With `adapters=False` the linears are fused and go through the few-row kernel all the same, but
-    no group exists and no step ever looks for segments.
+    rows: the rows that each linear reads, by path. One whose rows are None has no group: no adapter
+    may update it. With rows=None no group exists and no step ever looks for segments; the linears
+    are fused and go through the few-row kernel all the same.
     """
 
     def __init__(
@@ -40,12 +41,13 @@ class Wrapper:
         model: nn.Module,
         holder: StepHolder,
         *,
-        adapters: bool,
+        rows: Mapping[str, Rows | None] | None,
         base: Callable[[nn.Linear], nn.Module] = base_linear,
     ) -> None:
         self._model = model
         self._holder = holder
-        self._adapters = adapters
+        self._adapters = rows is not None
+        self._rows = rows or {}
         self._base = base  # makes the module that computes a linear
         self.groups: list[ModuleGroup] = []
         self.entrances: list[
@@ -54,7 +56,6 @@ class Wrapper:
 
     def wrap(self) -> list[ModuleGroup]:
         """Replace the modules in place and return the groups."""
-        self._head: nn.Module | None = self._model.get_output_embeddings()  # type: ignore[operator]
         embedding = self._model.get_input_embeddings()  # type: ignore[operator]
         self._sublayers = sublayers(self._model)
         for path, parent in list(self._model.named_modules()):
@@ -70,18 +71,18 @@ class Wrapper:
     def _fuse(self, path: str, parent: nn.Module, names: tuple[str, ...]) -> None:
         parts = [getattr(parent, name, None) for name in names]
         linears = [part for part in parts if type(part) is nn.Linear]
-        if len(linears) < len(names) or not _alike(linears):
+        paths = [f"{path}.{name}" if path else name for name in names]
+        rows = {self._rows.get(each) for each in paths}
+        if len(linears) < len(names) or not _alike(linears) or len(rows) > 1:
             return
         fused = _concatenate(linears)
         widths = [linear.out_features for linear in linears]
-        paths = [f"{path}.{name}" if path else name for name in names]
-        shared = SharedProjection(self._adapted(fused, paths, widths, "tokens"), widths)
+        shared = SharedProjection(self._adapted(fused, paths, widths, rows.pop()), widths)
         for index, name in enumerate(names):
             setattr(parent, name, ProjectionPart(shared, index))
 
     def _linear(self, path: str, module: nn.Linear) -> nn.Module:
-        rows: Rows = "samples" if module is self._head else "tokens"
-        adapted = self._adapted(module, [path], [module.out_features], rows)
+        adapted = self._adapted(module, [path], [module.out_features], self._rows.get(path))
         if isinstance(adapted, AdaptedLinear) and path in self._sublayers:
             adapted.output_side = self._output_side(path, module.out_features)
         return adapted
@@ -104,10 +105,10 @@ class Wrapper:
         return side
 
     def _adapted(
-        self, linear: nn.Linear, paths: list[str], widths: list[int], rows: Rows
+        self, linear: nn.Linear, paths: list[str], widths: list[int], rows: Rows | None
     ) -> nn.Module:
         base = self._base(linear)
-        if not self._adapters:
+        if rows is None:
             return base
         columns = [sum(widths[:index]) for index in range(len(widths))]
         members = tuple(Member(*item) for item in zip(paths, columns, widths, strict=True))

@@ -1,0 +1,78 @@
+"""Which rows of a step each linear reads: found by a short pass, since models differ.
+
+transformers cuts the hidden states to the rows that are asked for (`logits_to_keep`) in front of
+the LM head, and some models have more than the head behind that cut: ModernBERT's decoder and
+BERT's descendants send them through a linear of their own first. Experts read what a router gives
+them, in an order of its own. Segments of adapters lie over rows of the step, so a module's adapter
+updates need the rows that the module reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from quickchange_server.errors import UnsupportedModelError
+
+Rows = Literal["tokens", "samples", "head"]  # all; those asked for; those that the LM head reads
+
+_TOKENS, _ASKED = 5, (3, 1)  # rows of the short pass, and those that are asked for
+_EXPERTS = "experts"  # name of the part of a model whose modules read what a router gives them
+
+
+def rows_read(
+    model: nn.Module, run: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+) -> dict[str, Rows | None]:
+    """The rows that each linear reads, by path; None: others than these. For an unwrapped model.
+
+    run: the logits of asked rows in a pass over all tokens: (ids [T], asked rows [R]) to [R, V].
+    Raises UnsupportedModelError for a model that makes other logits than those asked for.
+    """
+    with _noting_rows(model) as counts:
+        logits = run(torch.arange(_TOKENS), torch.tensor(_ASKED))
+    if logits.shape[0] != len(_ASKED):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} makes logits of {logits.shape[0]} rows where {len(_ASKED)} "
+            "are asked for (logits_to_keep); such models can't be served"
+        )
+    head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+    return {
+        path: "head" if module is head else _rows_of(path, counts)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+
+
+def _rows_of(path: str, counts: Mapping[str, set[int]]) -> Rows | None:
+    if _EXPERTS in path.split("."):
+        return None
+    seen = counts.get(path, {_TOKENS})  # a module that no text reaches stands as any other
+    known: dict[int, Rows] = {_TOKENS: "tokens", len(_ASKED): "samples"}
+    return known.get(next(iter(seen))) if len(seen) == 1 else None
+
+
+@contextmanager
+def _noting_rows(model: nn.Module) -> Iterator[dict[str, set[int]]]:
+    """Row counts of the inputs that each linear reads during the block, by path."""
+    counts: dict[str, set[int]] = {}
+
+    def note(path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            counts.setdefault(path, set()).add(args[0].shape[:-1].numel())
+
+        return hook
+
+    hooks = [
+        module.register_forward_pre_hook(note(path))
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    try:
+        yield counts
+    finally:
+        for hook in hooks:
+            hook.remove()
