@@ -13,6 +13,7 @@ from fastapi import APIRouter, Request, Response
 
 from quickchange_server.api.app_state import Injected, Services
 from quickchange_server.api.auth import Calling
+from quickchange_server.api.json_bodies import JsonRoute
 from quickchange_server.api.openai import request_selection
 from quickchange_server.api.openai.requests import (
     DEFAULT_COMPLETION_TOKENS,
@@ -45,7 +46,7 @@ from quickchange_server.frontend.generation import Generation
 from quickchange_server.frontend.output_processor import Ending, LoggedToken
 from quickchange_server.frontend.request_base import Json
 
-router = APIRouter(tags=["OpenAI"], responses=COMMON_ERRORS)
+router = APIRouter(route_class=JsonRoute, tags=["OpenAI"], responses=COMMON_ERRORS)
 
 AnyPrompt = str | list[str] | list[int] | list[list[int]]
 

@@ -26,16 +26,19 @@ from quickchange_server.errors import InvalidRequestError
 from quickchange_server.frontend.request_base import (
     MAX_CHOICES,
     SAMPLING,
+    Adapters,
     Body,
     Metadata,
+    Name,
     Prompt,
     SamplingBody,
     Unsupported,
-    WeightedAdapter,
 )
 from quickchange_server.protocol import SamplingParams
 
 MAX_LOGPROBS = 20
+MAX_MESSAGES = 2_048  # OpenAI's limit
+MAX_PARTS = 2_048  # of one message's content
 MOST_CHOICES = 1_000  # in guided_choice
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's; a chat may use the rest of the context
 
@@ -48,7 +51,7 @@ _PREFIXES = "equal prefixes are cached by content; remove it"
 # --- fields that constrain the text -------------------------------------------------------------
 
 Source = Annotated[str, Field(min_length=1)]
-Choices = Annotated[list[Source], Field(min_length=1, max_length=MOST_CHOICES)]
+Choices = Annotated[list[Source], Field(min_length=1, max_length=MOST_CHOICES, fail_fast=True)]
 
 
 def _check_schema(value: Any) -> Any:
@@ -156,9 +159,9 @@ _SHARED: dict[str, Unsupported] = {
 class GenerationRequest(Constrained, SamplingBody, ABC):
     """Base of completions and chats; most sampling fields are SamplingParams' own."""
 
-    model: str
-    adapters: list[WeightedAdapter] = Field(default=[])
-    turbo: str = AUTO  # the source of drafts
+    model: Name
+    adapters: Adapters = Field(default=[])
+    turbo: Name = AUTO  # the source of drafts
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None  # the unit of experiments, unless they define another
@@ -270,6 +273,8 @@ def join_parts(value: Any) -> str:
     if isinstance(value, str):
         value.encode()  # UnicodeEncodeError is a ValueError, which pydantic reports
         return value
+    if isinstance(value, list) and len(value) > MAX_PARTS:
+        raise PydanticCustomError("content", f"has more than {MAX_PARTS} parts; join them")
     if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
         raise PydanticCustomError("content", "must be a string or a list of text parts")
     for part in value:
@@ -308,7 +313,7 @@ class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = None
     name: str | None = None  # passed to the chat template
-    tool_calls: Annotated[list[MadeCall], Field(max_length=MAX_TOOLS)] = Field(default=[])
+    tool_calls: list[MadeCall] = Field(default=[], max_length=MAX_TOOLS, fail_fast=True)
     tool_call_id: str | None = None
 
     @property
@@ -345,6 +350,9 @@ class Message(Body):
         return self
 
 
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+
+
 class ChatRequest(GenerationRequest):
     """Body of POST /v1/chat/completions."""
 
@@ -370,7 +378,7 @@ class ChatRequest(GenerationRequest):
         "prompt_logprobs": Unsupported(_RENDER),
     }
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Messages
     tools: Tools = Field(default=[])
     tool_choice: ToolChoice = "auto"
     parallel_tool_calls: bool = True

@@ -87,4 +87,4 @@ class MadeCall(Body):
 
 
 ToolChoice = Literal["none", "auto", "required"] | ChosenTool
-Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS)]
+Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)]

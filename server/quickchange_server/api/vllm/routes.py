@@ -17,7 +17,8 @@ from quickchange_server.api.admin.adapters import (
 )
 from quickchange_server.api.app_state import VERSION, Injected, Services
 from quickchange_server.api.auth import INFER, MANAGE, Calling, Managing, check_own
-from quickchange_server.api.openai.requests import Message
+from quickchange_server.api.json_bodies import JsonRoute
+from quickchange_server.api.openai.requests import Messages
 from quickchange_server.api.openai.tool_calling import tools_form
 from quickchange_server.api.openai.tool_requests import Tools
 from quickchange_server.api.openapi.response_models import (
@@ -29,21 +30,21 @@ from quickchange_server.api.openapi.response_models import (
 from quickchange_server.api.openapi.route_responses import COMMON_ERRORS, PLAIN_TEXT, errors
 from quickchange_server.errors import InvalidRequestError, UnknownModelError
 from quickchange_server.frontend.caller import Caller
-from quickchange_server.frontend.request_base import Body, Json, check_text
+from quickchange_server.frontend.request_base import MAX_PATH, Body, Json, Name, check_text
 
-router = APIRouter(tags=["vLLM"], responses=COMMON_ERRORS)
+router = APIRouter(route_class=JsonRoute, tags=["vLLM"], responses=COMMON_ERRORS)
 
 ValidText = Annotated[str, AfterValidator(check_text)]
 
 
 class LoadLora(Body):
-    lora_name: str = Field(min_length=1)
-    lora_path: str = Field(min_length=1)
+    lora_name: Name = Field(min_length=1)
+    lora_path: str = Field(min_length=1, max_length=MAX_PATH)
     load_inplace: bool = False  # true: publish a new version if the name exists
 
 
 class UnloadLora(Body):
-    lora_name: str = Field(min_length=1)
+    lora_name: Name = Field(min_length=1)
 
 
 _FORMS = {"prompt": "string", "messages": "array", "inputs": "string"}
@@ -61,10 +62,10 @@ class Tokenize(Body):
         }
     )
 
-    model: str | None = None
+    model: Name | None = None
     prompt: ValidText | None = None
     inputs: ValidText | None = None
-    messages: list[Message] | None = Field(None, min_length=1)
+    messages: Messages | None = None
     tools: Tools = Field(default=[])
     add_special_tokens: bool | None = None  # default: true for a prompt, false for a chat
     add_generation_prompt: bool = True
@@ -87,8 +88,8 @@ class Tokenize(Body):
 
 
 class Detokenize(Body):
-    model: str | None = None
-    tokens: list[int]
+    model: Name | None = None
+    tokens: list[int]  # no longer than the context
 
 
 @router.post(
