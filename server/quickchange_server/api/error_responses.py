@@ -170,7 +170,8 @@ def _sentence(finding: Mapping[str, Any]) -> str:
         case "too_long" if "max_length" in finding.get("ctx", {}):
             return f"has more than {finding['ctx']['max_length']} items; send fewer"
     message = str(finding["msg"])
-    return message.removeprefix("Value error, ").replace("Input should be", "must be")
+    plain = message.removeprefix("Value error, ").replace("Input should be", "must be")
+    return plain.replace("String should ", "must ")
 
 
 def install(app: FastAPI) -> None:

@@ -129,10 +129,12 @@ class BodyLimitMiddleware:
             await refusal(scope, receive, send)
             return
         received, structure = 0, None if upload else Structure()
+        more = "expect" not in headers  # else the client waits before it sends the body
 
         async def receive_bounded() -> Message:
-            nonlocal received
+            nonlocal received, more
             message = await receive()
+            more = more and message.get("more_body", False)
             received += len(message.get("body", b""))
             if received > limit:
                 raise HTTPException(413, _too_large(limit, setting))
@@ -140,7 +142,16 @@ class BodyLimitMiddleware:
                 structure.add(message.get("body", b""))
             return message
 
-        await self._app(scope, receive_bounded, send)
+        async def send_after_body(message: Message) -> None:
+            """Send, once the client has: one that still sends sees no answer, but a reset."""
+            nonlocal received, more
+            while more and received <= self._limit:
+                rest = await receive()
+                more = rest.get("more_body", False)
+                received += len(rest.get("body", b""))
+            await send(message)
+
+        await self._app(scope, receive_bounded, send_after_body)
 
     def _is_upload(self, scope: Scope, headers: Headers) -> bool:
         kind = headers.get("content-type", "")

@@ -20,6 +20,7 @@ from quickchange_server.api.openai.requests import (
     ChatRequest,
     CompletionRequest,
     GenerationRequest,
+    chat_length,
 )
 from quickchange_server.api.openai.responses import (
     ChatShape,
@@ -180,14 +181,13 @@ def _several(prompt: AnyPrompt) -> Sequence[str | list[int]]:
 
 async def token_ids(services: Services, prompt: AnyPrompt, param: str) -> list[list[int]]:
     """The prompts' token ids; text is encoded with the tokenizer's own special tokens."""
-    encoded = []
-    for one in _several(prompt):
-        if isinstance(one, str):
-            encoded.append(await services.text.encode(one))
-        else:
-            services.text.check_ids(one, param)
-            encoded.append(one)
-    return encoded
+    several, most = _several(prompt), services.engine.max_model_len
+    if isinstance(several[0], str):
+        return await services.text.encode_each(cast("Sequence[str]", several), most, param)
+    given = cast("list[list[int]]", several)
+    for ids in given:
+        services.text.check_ids(ids, param)
+    return given
 
 
 @router.post(
@@ -242,8 +242,11 @@ async def chat_completions(
     order, calls = with_tools(services.text, order)
     body = order.body
     prompt = await services.text.encode_chat(
-        [message.for_template() for message in body.messages],
-        tools=[tool.for_template() for tool in body.offered_tools],
+        lambda: [message.for_template() for message in body.messages],
+        chat_length(body.messages, body.offered_tools),
+        most=services.engine.max_model_len,
+        param="messages",
+        tools=lambda: [tool.for_template() for tool in body.offered_tools],
     )
     generation = await request_selection.admit(
         services,

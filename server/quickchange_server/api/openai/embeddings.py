@@ -60,7 +60,7 @@ class EmbeddingRequest(Body):
         """A completion body with the same model, adapters and user, to select what serves it."""
         return CompletionRequest(
             model=self.model,
-            prompt=self.input,
+            prompt="",  # the input is checked already, and selects nothing
             adapters=self.adapters,
             turbo="off",  # nothing is drafted
             user=self.user,

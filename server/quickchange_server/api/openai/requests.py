@@ -7,7 +7,7 @@ fields that constrain the text into one constraint. Knows nothing of routes or o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
@@ -34,10 +34,14 @@ from quickchange_server.frontend.request_base import (
     SamplingBody,
     Unsupported,
 )
+from quickchange_server.frontend.tokenizer import LONG_TEXT
 from quickchange_server.protocol import SamplingParams
 
 MAX_LOGPROBS = 20
 MAX_MESSAGES = 2_048  # OpenAI's limit
+MESSAGE_LENGTH = 40  # characters that count for a message besides its content
+MAX_SCHEMA = 64 * 1024  # characters of a schema as JSON
+MAX_WRITTEN = 256 * 1024  # characters of a schema as text
 MAX_PARTS = 2_048  # of one message's content
 MOST_CHOICES = 1_000  # in guided_choice
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's; a chat may use the rest of the context
@@ -57,10 +61,30 @@ Choices = Annotated[list[Source], Field(min_length=1, max_length=MOST_CHOICES, f
 def _check_schema(value: Any) -> Any:
     if not isinstance(value, dict | bool):
         raise PydanticCustomError("schema", "must be a JSON schema: an object, true or false")
+    _check_size(value)
     return value
 
 
+def _check_size(schema: Any) -> None:
+    """Refuse a schema whose JSON would be too long, without making it."""
+    size, parts = 0, [schema]
+    while parts:
+        part = parts.pop()
+        size += len(part) if isinstance(part, str) else 1
+        if size > MAX_SCHEMA:
+            raise PydanticCustomError(
+                "schema", f"has more than {MAX_SCHEMA} characters; simplify it"
+            )
+        if isinstance(part, dict):
+            parts.extend(part)
+            parts.extend(part.values())
+        elif isinstance(part, list):
+            parts.extend(part[:MAX_SCHEMA])
+
+
 def _check_written(value: Any) -> Any:
+    if isinstance(value, str) and len(value) > MAX_WRITTEN:
+        raise PydanticCustomError("schema", f"has more than {MAX_WRITTEN} characters; simplify it")
     return value if isinstance(value, str) else _check_schema(value)
 
 
@@ -348,6 +372,13 @@ class Message(Body):
                 {"field": "tool_call_id"},
             )
         return self
+
+
+def chat_length(messages: Sequence[Message], tools: Sequence[Tool]) -> int:
+    """Characters of a chat, about; tools count as a long text whatever their size."""
+    said = sum(len(message.content or "") + MESSAGE_LENGTH for message in messages)
+    called = sum(len(c.function.arguments) for message in messages for c in message.tool_calls)
+    return said + called + (LONG_TEXT if tools else 0)
 
 
 Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]

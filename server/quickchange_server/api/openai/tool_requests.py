@@ -12,6 +12,7 @@ from pydantic_core import PydanticCustomError
 from quickchange_server.frontend.request_base import Body, FunctionName, Unsupported, check_text
 
 MAX_TOOLS = 128  # OpenAI's limit
+MAX_ARGUMENTS = 256 * 1024  # characters of one call's
 
 ValidText = Annotated[str, AfterValidator(check_text)]
 
@@ -65,7 +66,7 @@ class ChosenTool(Body):
 
 class CalledFunction(Body):
     name: FunctionName
-    arguments: Annotated[str, AfterValidator(check_arguments)]
+    arguments: Annotated[str, Field(max_length=MAX_ARGUMENTS), AfterValidator(check_arguments)]
 
 
 class MadeCall(Body):
