@@ -100,7 +100,7 @@ class Settings(BaseSettings):
     )
     max_upload_bytes: int = Field(2 * GIB, ge=1024, description="largest adapter upload")
 
-    max_queue: int = Field(256, ge=1, description="requests in flight before 429")
+    max_queue: int = Field(256, ge=1, description="sequences in flight before 429")
     drain_seconds: float = Field(30.0, ge=0, description="on SIGTERM, time for running requests")
     max_request_deaths: int = Field(3, ge=1, description="engine deaths before a request fails")
     metrics_adapters: int = Field(100, ge=0, description="adapter names kept as label values")

@@ -211,7 +211,7 @@ def _services(
         imports=Imports(store, base, names, experiments.refuse_name),
         derived=Derived(store, settings.derived_adapters),
         seeds=seeds,
-        admission=RequestAdmission(client, text, constraints, seeds, settings.max_queue),
+        admission=RequestAdmission(client, text, constraints, seeds),
         started=asyncio.create_task(client.start(), name="engine-start"),
         database=database,
         revisions=revisions,

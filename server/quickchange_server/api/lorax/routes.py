@@ -116,7 +116,7 @@ async def info(services: Injected) -> Json:
         "model_device_type": settings.device,
         "model_pipeline_tag": "text-generation",
         "max_concurrent_requests": settings.max_queue,
-        "max_best_of": min(MAX_CHOICES, settings.max_queue),
+        "max_best_of": MAX_CHOICES,
         "max_stop_sequences": MAX_STOP_SEQUENCES,
         "max_input_length": engine.max_model_len - 1,
         "max_total_tokens": engine.max_model_len,
