@@ -8,14 +8,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from quickchange_store.errors import StoreError
+from quickchange_store.errors import StoreError, os_error_line
 from quickchange_store.exporting import ExportLayout, export_adapter
+from quickchange_store.hub_access import look_for_hub
 from quickchange_store.index import Version
 from quickchange_store.info import AdapterInfo
 from quickchange_store.store import GC_MIN_AGE, Store
@@ -60,6 +62,7 @@ def add(
     from quickchange_store.importing import add_adapter
 
     with _errors_shown():
+        look_for_hub(model)
         added = add_adapter(Store(store), name, directory, base_spec(model))
         for warning in added.warnings:
             typer.echo(f"warning: {warning}", err=True)
@@ -73,7 +76,7 @@ def add(
 def list_adapters(store: StoreOption, as_json: JsonOption = False) -> None:
     """List the adapters with the version that each serves, and the aliases."""
     with _errors_shown():
-        opened = Store(store)
+        opened = Store.at(store)
         index = opened.snapshot()
         serving = [e.versions[e.current] for _, e in sorted(index.entries.items())]
         aliases = {alias: str(target) for alias, target in sorted(index.aliases.items())}
@@ -100,7 +103,7 @@ def show(
 ) -> None:
     """Show one adapter: what NAME serves, and every version of it."""
     with _errors_shown():
-        opened = Store(store)
+        opened = Store.at(store)
         resolved = opened.resolve(name)
         versions = opened.versions(resolved.name)
         found = next(version for version in versions if version.number == resolved.version)
@@ -142,7 +145,8 @@ def export(
     from quickchange_store.base_model.base_spec import base_spec  # imports torch: seconds
 
     with _errors_shown():
-        opened = Store(store)
+        opened = Store.at(store)
+        look_for_hub(model)
         adapter = opened.load(opened.resolve(name).digest)
         written = export_adapter(adapter, directory, layout, base_spec(model))
         if as_json:
@@ -159,7 +163,7 @@ def rm(
 ) -> None:
     """Remove an adapter, or one version of it; `gc` frees the space."""
     with _errors_shown():
-        removed = Store(store).remove(name)
+        removed = Store.at(store).remove(name)
         _report([_version(version) for version in removed], as_json, "removed")
 
 
@@ -176,7 +180,7 @@ def alias(
 ) -> None:
     """Point an alias at an adapter and at the Turbo that drafts for it, in one step."""
     with _errors_shown():
-        pointer = Store(store).alias(alias, target, turbo)
+        pointer = Store.at(store).alias(alias, target, turbo)
         if as_json:
             _print_json({"alias": alias, "target": str(pointer), "turbo": pointer.turbo})
         else:
@@ -192,7 +196,7 @@ def unalias(
 ) -> None:
     """Remove an alias."""
     with _errors_shown():
-        Store(store).unalias(alias)
+        Store.at(store).unalias(alias)
         if as_json:
             _print_json({"alias": alias, "target": None})
         else:
@@ -210,7 +214,7 @@ def rollback(
 ) -> None:
     """Let NAME serve an earlier version, or any of its versions."""
     with _errors_shown():
-        served = Store(store).rollback(name, version)
+        served = Store.at(store).rollback(name, version)
         _report([_version(served)], as_json, "serving")
 
 
@@ -218,7 +222,7 @@ def rollback(
 def verify(store: StoreOption, as_json: JsonOption = False) -> None:
     """Recompute every digest; exit status 1 where something is wrong."""
     with _errors_shown():
-        problems = Store(store).verify()
+        problems = Store.at(store).verify()
         if as_json:
             _print_json([{"subject": p.subject, "what": p.what} for p in problems])
         else:
@@ -239,19 +243,27 @@ def gc(
 ) -> None:
     """Free the space of removed versions and of interrupted writes."""
     with _errors_shown():
-        done = Store(store).gc(min_age)
+        done = Store.at(store).gc(min_age)
         if as_json:
             _print_json(
                 {
                     "versions": list(done.versions),
                     "temporaries": done.temporaries,
                     "bytes": done.bytes,
+                    "waiting": asdict(done.waiting),
                 }
             )
-        else:
+            return
+        typer.echo(
+            f"removed {len(done.versions)} versions and {done.temporaries} temporary entries, "
+            f"{_size(done.bytes)}"
+        )
+        waiting = done.waiting
+        if waiting.until is not None:
             typer.echo(
-                f"removed {len(done.versions)} versions and {done.temporaries} temporary entries, "
-                f"{_size(done.bytes)}"
+                f"kept {waiting.versions} removed versions, {_size(waiting.bytes)}: requests that "
+                f"found them before may load them; `gc` frees them from {_time(waiting.until)} on, "
+                "or now with --min-age 0 where no server runs"
             )
 
 
@@ -260,8 +272,11 @@ def _errors_shown() -> Iterator[None]:
     """Turn an expected error into one line on standard error and exit status 1."""
     try:
         yield
-    except (StoreError, OSError) as error:
+    except StoreError as error:
         typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+    except OSError as error:
+        typer.echo(f"error: {os_error_line(error)}", err=True)
         raise typer.Exit(1) from None
 
 

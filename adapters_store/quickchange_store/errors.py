@@ -10,6 +10,7 @@
     │   └── AmbiguousVersionError a digest prefix fits several versions
     ├── NameConflictError         the name is taken by the other kind (name, alias)
     │   └── InUseError            an alias or the current pointer holds what is to be removed
+    ├── NoStoreError              there is no store at this path
     └── CorruptStoreError         the store's own files are damaged
         └── CorruptVersionError   one stored version is damaged
 
@@ -17,6 +18,13 @@ Each message names the file, the key inside it and the remedy, which are attribu
 """
 
 from __future__ import annotations
+
+import errno
+import os
+import shutil
+from pathlib import Path
+
+MAX_PROBLEM, MAX_KEY = 2000, 300  # characters: what a folder holds may be of any length
 
 
 class StoreError(Exception):
@@ -30,9 +38,10 @@ class StoreError(Exception):
         key: str | None = None,
         remedy: str | None = None,
     ) -> None:
-        self.problem = problem
+        self.problem = problem = _one_line(problem, MAX_PROBLEM)
         self.file = file  # a file's name inside the adapter's directory, or a path in the store
-        self.key = key  # a field, a tensor, a module, a name or a digest
+        # a field, a tensor, a module, a name or a digest
+        self.key = key = None if key is None else _one_line(key, MAX_KEY)
         self.remedy = remedy
         where = "".join(f"{part}: " for part in (file, key) if part is not None)
         super().__init__(where + problem + ("" if remedy is None else f"; {remedy}"))
@@ -40,6 +49,12 @@ class StoreError(Exception):
     def __reduce__(self) -> tuple[object, ...]:
         # The default would call the class with the message alone when an error crosses processes.
         return (_rebuild, (type(self), self.problem, self.file, self.key, self.remedy))
+
+
+def _one_line(text: str, limit: int) -> str:
+    """The text as one printable line of at most `limit` characters."""
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: limit + 1])
+    return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
 def _rebuild(
@@ -84,9 +99,40 @@ class InUseError(NameConflictError):
     """An alias or a current pointer still needs the version; the message names it."""
 
 
+class NoStoreError(StoreError):
+    """A command that reads or changes a store found none at its path."""
+
+
 class CorruptStoreError(StoreError):
     """The store's own files are damaged or of an unknown format."""
 
 
 class CorruptVersionError(CorruptStoreError):
     """A stored version is missing or damaged."""
+
+
+def os_error_line(error: OSError) -> str:
+    """What failed, on one line, with the remedy where it is known."""
+    where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+    problem = error.strerror or str(error) or type(error).__name__
+    return _one_line(where + problem + _os_remedy(error), MAX_PROBLEM)
+
+
+def _os_remedy(error: OSError) -> str:
+    match error.errno:
+        case errno.ENOSPC | errno.EDQUOT:
+            return f" ({_space(error.filename)}); free some there, or choose another place"
+        case errno.EACCES | errno.EPERM | errno.EROFS:
+            return "; see that this user may write there, or choose another place"
+        case errno.ENOENT | errno.ENOTDIR | errno.EISDIR:
+            return "; see the path"
+    return ""
+
+
+def _space(path: str | bytes | int | None) -> str:
+    """Free space where a write failed, by the nearest folder that there is."""
+    place = Path.cwd() if path is None or isinstance(path, int) else Path(os.fsdecode(path))
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    return f"{free / 2**20:,.1f} MiB are free in {place}"

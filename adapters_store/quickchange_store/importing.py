@@ -10,6 +10,7 @@ from quickchange_store.errors import InvalidAdapterError, UnsupportedFeatureErro
 from quickchange_store.formats.adapterhub.bottleneck import read_adapterhub
 from quickchange_store.formats.config_file import CONFIG_FILE, read_config
 from quickchange_store.formats.imported import Imported
+from quickchange_store.formats.mlx import is_mlx, read_mlx
 from quickchange_store.formats.peft.ia3 import read_ia3
 from quickchange_store.formats.peft.lora import read_peft
 from quickchange_store.formats.peft.peft_common import WEIGHTS_FILE
@@ -69,6 +70,8 @@ def _read_updates(directory: Path, base: BaseSpec) -> Imported:
     config = read_config(directory)
     if config.get("peft_type") == "IA3":
         return read_ia3(directory, base)
+    if is_mlx(config):
+        return read_mlx(directory, base)
     if "peft_type" not in config and ("config" in config or "model_type" in config):
         return read_adapterhub(directory, base)
     return read_peft(directory, base)

@@ -13,7 +13,9 @@ import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from quickchange_store.errors import (
     AdapterNotFoundError,
@@ -23,10 +25,18 @@ from quickchange_store.errors import (
     InvalidNameError,
     NameConflictError,
 )
-from quickchange_store.names import Reference, parse_reference
+from quickchange_store.json_files import (
+    UnreadableFileError,
+    open_to_read,
+    read_object,
+    read_opened,
+)
+from quickchange_store.names import Reference, check_name, parse_reference
 
 FORMAT = 1
 TURBO_FORMAT = 2  # some version has Turbo heads, which readers of format 1 would drop
+MAX_INDEX_BYTES = 1 << 30
+LAST_SECOND = 253_402_300_799.0  # of the year 9999, behind which dates can't be shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,37 +278,79 @@ def encode(index: Index) -> bytes:
 def decode(content: bytes, path: Path) -> Index:
     """The index from its JSON; `path` is for messages. Raises CorruptStoreError."""
     try:
-        tree = json.loads(content)
-        if tree["format"] not in (FORMAT, TURBO_FORMAT):
+        tree = read_object(content)
+        if tree.get("format") not in (FORMAT, TURBO_FORMAT):
             raise CorruptStoreError(
-                f"format {tree['format']} is not known to this version, which reads up to "
+                f"format {tree.get('format')!r} is not known to this version, which reads up to "
                 f"{TURBO_FORMAT}",
                 file=str(path),
+                key="format",
                 remedy="use the version of quickchange that wrote it",
             )
-        entries = {name: _decode_entry(name, entry) for name, entry in tree["names"].items()}
+        stored = _StoredIndex.model_validate(tree)
+        entries = {name: _entry(name, entry) for name, entry in stored.names.items()}
         aliases = {
-            alias: Alias(target["name"], target["version"], target.get("turbo"))
-            for alias, target in tree["aliases"].items()
+            check_name(alias, what="alias"): Alias(check_name(to.name), to.version, to.turbo)
+            for alias, to in stored.aliases.items()
         }
         _check_pointers(entries, aliases)
-    except (KeyError, TypeError, ValueError, AttributeError, InvalidNameError) as error:
-        raise CorruptStoreError(
-            f"the index is damaged ({error!r})",
-            file=str(path),
-            remedy="restore it from a backup; the versions beside it are untouched",
-        ) from error
+    except UnreadableFileError as error:
+        raise _damaged(path, error.problem, error.key) from error
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        raise _damaged(path, first["msg"], ".".join(map(str, first["loc"]))) from error
+    except (ValueError, InvalidNameError) as error:
+        raise _damaged(path, str(error)) from error
     return Index(entries, aliases)
 
 
-def _decode_entry(name: str, tree: Mapping[str, Any]) -> NameEntry:
-    versions = {
-        int(number): Version(
-            name, int(number), str(v["digest"]), float(v["created"]), v.get("turbo", False)
-        )
-        for number, v in tree["versions"].items()
-    }
-    return NameEntry(versions, int(tree["current"]), int(tree["next"]))
+def _damaged(path: Path, problem: str, key: str | None = None) -> CorruptStoreError:
+    return CorruptStoreError(
+        f"the index is damaged ({problem})",
+        file=str(path),
+        key=key,
+        remedy="restore it from a backup; the versions beside it are untouched",
+    )
+
+
+class _Stored(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class _StoredVersion(_Stored):
+    digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    created: Annotated[float, Field(ge=0, le=LAST_SECOND)]
+    turbo: bool = False
+
+
+class _StoredName(_Stored):
+    current: int
+    next: int
+    versions: Annotated[dict[str, _StoredVersion], Field(min_length=1)]
+
+
+class _StoredAlias(_Stored):
+    name: str
+    version: int | None
+    turbo: str | None = None
+
+
+class _StoredIndex(_Stored):
+    names: dict[str, _StoredName]
+    aliases: dict[str, _StoredAlias]
+
+
+def _entry(name: str, stored: _StoredName) -> NameEntry:
+    check_name(name)
+    versions = {}
+    for text, version in stored.versions.items():
+        number = Reference(name, text).number
+        if number is None:
+            raise ValueError(f"{name} has a version {text!r}, which is no number from 1")
+        versions[number] = Version(name, number, version.digest, version.created, version.turbo)
+    if stored.next <= max(versions):
+        raise ValueError(f"{name} has the version {max(versions)}, and the next is {stored.next}")
+    return NameEntry(versions, stored.current, stored.next)
 
 
 def _check_pointers(entries: Mapping[str, NameEntry], aliases: Mapping[str, Alias]) -> None:
@@ -306,6 +358,8 @@ def _check_pointers(entries: Mapping[str, NameEntry], aliases: Mapping[str, Alia
         if entry.current not in entry.versions:
             raise ValueError(f"{name} serves version {entry.current}, which it lacks")
     for alias, target in aliases.items():
+        if alias in entries:
+            raise ValueError(f"{alias} is a name and an alias")
         if target.name not in entries:
             raise ValueError(f"alias {alias} points at {target.name}, which is missing")
         if target.number is not None and target.number not in entries[target.name].versions:
@@ -340,20 +394,26 @@ class IndexFile:
         """The index as it is now; empty where there is none yet. Raises CorruptStoreError."""
         with self._mutex:
             try:
-                status = self.path.stat()
+                if _identity(self.path.stat()) != self._seen:
+                    self._reload()
             except FileNotFoundError:
                 self._forget()
-                return self._index
-            if _identity(status) != self._seen:
-                self._reload()
+            except OSError as error:
+                raise CorruptStoreError(
+                    f"the index can't be read: {error.strerror}",
+                    file=str(self.path),
+                    remedy="see that it may be read, and that its folder is a store's",
+                ) from error
             return self._index
 
     def _reload(self) -> None:
-        descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = open_to_read(self.path)
         try:
             status = os.fstat(descriptor)
-            with os.fdopen(os.dup(descriptor), "rb") as file:
-                index = decode(file.read(), self.path)
+            index = decode(read_opened(descriptor, MAX_INDEX_BYTES), self.path)
+        except UnreadableFileError as error:
+            os.close(descriptor)
+            raise _damaged(self.path, error.problem) from error
         except BaseException:
             os.close(descriptor)
             raise

@@ -6,10 +6,16 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from quickchange_store.canonical import turbo_bytes
 from quickchange_store.errors import BaseMismatchError, CorruptVersionError, InvalidAdapterError
+from quickchange_store.index import LAST_SECOND
+from quickchange_store.json_files import UnreadableFileError, read_file, read_object
+
+MAX_INFO_BYTES = 16 * 1024**2  # four times an adapter's configuration, which is kept in it
 
 if TYPE_CHECKING:
     from quickchange_store.canonical.canonical_adapter import BaseSpec, CanonicalAdapter
@@ -45,7 +51,7 @@ class AdapterInfo:
     parameters: int  # stored values
     dtypes: tuple[str, ...]  # e.g. "bfloat16"
     size: int  # bytes of the version's file
-    created: float  # seconds since 1970
+    created: Annotated[float, Field(ge=0, le=LAST_SECOND)]  # seconds since 1970
     source: Mapping[str, Any]
     kind: str = ""  # "LoRA", "bottleneck", …; unknown where an earlier release added it
     turbo: TurboInfo | None = None
@@ -71,18 +77,24 @@ class AdapterInfo:
     def read(cls, path: Path) -> AdapterInfo:
         """Read `info.json`. Raises CorruptVersionError."""
         try:
-            tree = json.loads(path.read_bytes())
-            for name in ("ranks", "targets", "dtypes"):
-                tree[name] = tuple(tree[name])
-            if tree.get("turbo") is not None:
-                tree["turbo"] = TurboInfo(**tree["turbo"])
-            return cls(**tree)
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise CorruptVersionError(
-                f"it can't be read ({error!r})",
-                file=str(path),
-                remedy="add the adapter again: the same content repairs the version",
-            ) from error
+            return _READER.validate_python(read_object(read_file(path, MAX_INFO_BYTES)))
+        except UnreadableFileError as error:
+            raise _unreadable(path, error.problem, error.key) from error
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            raise _unreadable(path, first["msg"], ".".join(map(str, first["loc"]))) from error
+
+
+_READER = TypeAdapter(AdapterInfo)
+
+
+def _unreadable(path: Path, problem: str, key: str | None) -> CorruptVersionError:
+    return CorruptVersionError(
+        problem,
+        file=str(path),
+        key=key,
+        remedy="add the adapter again: the same content repairs the version",
+    )
 
 
 def describe(

@@ -35,6 +35,7 @@ from quickchange_store.errors import (
     CorruptStoreError,
     CorruptVersionError,
     NameConflictError,
+    NoStoreError,
     StoreError,
 )
 from quickchange_store.files import (
@@ -42,6 +43,7 @@ from quickchange_store.files import (
     delete,
     exclusive_lock,
     held_directory,
+    placed,
     replace_atomically,
     sync_directory,
     tree_size,
@@ -66,6 +68,7 @@ from quickchange_store.names import check_name, parse_reference
 if TYPE_CHECKING:
     from quickchange_store.canonical.canonical_adapter import BaseSpec, CanonicalAdapter
 
+INDEX_FILE, LOCK_FILE = "index.json", "lock"
 ADAPTER_FILE = "adapter.safetensors"
 INFO_FILE = "info.json"
 GC_MIN_AGE = 3600.0  # seconds; longer than a reader takes between resolving and loading
@@ -95,12 +98,22 @@ class Problem:
 
 
 @dataclass(frozen=True, slots=True)
+class Waiting:
+    """Removed versions that `Store.gc` still keeps, for readers that have just resolved them."""
+
+    versions: int = 0
+    bytes: int = 0
+    until: float | None = None  # seconds since 1970, when the last of them may go; None: none waits
+
+
+@dataclass(frozen=True, slots=True)
 class Collected:
-    """Versions and temporary entries that `Store.gc` removed."""
+    """Versions and temporary entries that `Store.gc` removed, and what it keeps for a time."""
 
     versions: tuple[str, ...]  # digests
     temporaries: int
     bytes: int
+    waiting: Waiting = Waiting()
 
 
 class Store:
@@ -112,7 +125,26 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._index = IndexFile(root / "index.json")
+        self._index = IndexFile(root / INDEX_FILE)
+
+    @classmethod
+    def at(cls, root: Path) -> Store:
+        """The store that is at `root`. Raises NoStoreError where there is none."""
+        store = cls(root)
+        if not store.exists:
+            found = "" if root.is_dir() else ": no such folder"
+            found = ": this is a file" if root.is_file() else found
+            raise NoStoreError(
+                f"no store here{found}",
+                file=str(root),
+                remedy="see the path; `quickchange adapters add` makes a store",
+            )
+        return store
+
+    @property
+    def exists(self) -> bool:
+        """True if something was written to the store at some time."""
+        return any(os.path.lexists(self.root / name) for name in (INDEX_FILE, LOCK_FILE))
 
     # --- reading --------------------------------------------------------------------------------
 
@@ -174,6 +206,12 @@ class Store:
 
     # --- changing -------------------------------------------------------------------------------
 
+    def make(self) -> None:
+        """Make the store where there is none yet. Raises OSError."""
+        if not self.exists:
+            self._tmp.mkdir(parents=True, exist_ok=True)
+            (self.root / LOCK_FILE).touch()
+
     def add(self, name: str, adapter: CanonicalAdapter, base: BaseSpec | None = None) -> Version:
         """Publish `adapter` as the version that `name` serves from now on.
 
@@ -190,8 +228,8 @@ class Store:
             entry = with_digest(index.entries.get(name), name, digest, turbo=heads)
             new = replace(index, entries={**index.entries, name: entry})
             check_drafters(new)
-            self._publish(staged, digest)
-            self._commit(index, new)
+            with self._published(staged, digest):
+                self._commit(index, new)
         return entry.versions[entry.current]
 
     def rollback(self, name: str, version: int | None = None) -> Version:
@@ -272,8 +310,11 @@ class Store:
         Such a version is not listed, and `gc` removes it as unreferenced unless `keep` is called
         now and then. Raises InvalidAdapterError.
         """
-        with self._staged(adapter, None) as (staged, digest), self._writing():
-            self._publish(staged, digest)
+        with (
+            self._staged(adapter, None) as (staged, digest),
+            self._writing(),
+            self._published(staged, digest),
+        ):
             self._mark_unreferenced(digest)
         return digest
 
@@ -321,18 +362,22 @@ class Store:
         Safe beside writers: files of a living writer are never touched. A reader that resolved a
         name before it was removed has `min_age` to load it.
         """
-        if not self.root.is_dir():
+        if not self.exists:
             return Collected((), 0, 0)
         before = time.time() - min_age
         with self._writing() as index:
             dead = [path for path in self._temporaries() if abandoned(path, before)]
-            old = [p for p in self._unreferenced(index) if p.stat().st_mtime <= before]
+            unreferenced = self._unreferenced(index)
+            old = [p for p in unreferenced if p.stat().st_mtime <= before]
+            kept = [p for p in unreferenced if p not in old]
+            until = max((p.stat().st_mtime + min_age for p in kept), default=None)
+            waiting = Waiting(len(kept), sum(map(tree_size, kept)), until)
             # Moved in one step first: a crash while deleting never leaves half a version.
             trash = [p.rename(self._tmp / f"{p.name}.{secrets.token_hex(8)}") for p in old]
             freed = sum(tree_size(path) for path in [*dead, *trash])
             for path in [*dead, *trash]:
                 delete(path)
-        return Collected(tuple(path.name for path in old), len(dead), freed)
+        return Collected(tuple(path.name for path in old), len(dead), freed, waiting)
 
     # --- internal -------------------------------------------------------------------------------
 
@@ -349,10 +394,17 @@ class Store:
 
     @contextmanager
     def _writing(self) -> Iterator[Index]:
-        """Hold the writers' lock, with the current index."""
-        self._tmp.mkdir(parents=True, exist_ok=True)
-        with exclusive_lock(self.root / "lock"):
+        """Hold the writers' lock, with the current index; of no store, an empty one and no lock.
+
+        Only an adapter's first bytes make a store: what changes or removes finds nothing in it.
+        """
+        if not self.exists:
             yield self._index.read()
+            return
+        with placed(self.root):
+            self._tmp.mkdir(exist_ok=True)
+            with exclusive_lock(self.root / LOCK_FILE):
+                yield self._index.read()
 
     def _commit(self, old: Index, new: Index) -> None:
         if new != old:
@@ -365,6 +417,8 @@ class Store:
         """Write a whole version directory under `tmp/`, synced; gives the path and the digest."""
         directory = self._tmp / secrets.token_hex(16)
         with ExitStack() as stack:
+            stack.enter_context(placed(self.root))
+            self.make()
             with self._writing():  # keeps gc out until the directory is held
                 stack.enter_context(held_directory(directory))
             stack.callback(shutil.rmtree, directory, ignore_errors=True)
@@ -378,9 +432,21 @@ class Store:
             sync_directory(directory)
             yield directory, digest
 
-    def _publish(self, staged: Path, digest: str) -> None:
-        """Move a staged version into place; a damaged one that is there is replaced."""
+    @contextmanager
+    def _published(self, staged: Path, digest: str) -> Iterator[None]:
+        """Move a staged version into place; a new one is taken away again if the body fails."""
         target = self._directory(digest)
+        new = not target.exists()
+        try:
+            self._publish(staged, target, digest)
+            yield
+        except OSError:  # a full disk: the version would lie there until gc
+            if new and digest not in self._index.read().digests():
+                shutil.rmtree(target, ignore_errors=True)
+            raise
+
+    def _publish(self, staged: Path, target: Path, digest: str) -> None:
+        """Move a staged version into place; a damaged one that is there is replaced."""
         if target.exists():
             if _intact(target, digest):
                 return

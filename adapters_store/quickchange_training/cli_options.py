@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
+from quickchange_store.hub_access import look_for_hub
 from quickchange_training.errors import RecipeError, TrainingError
 from quickchange_training.lora.lora_job import Publication
 from quickchange_training.lora.lora_recipe import LoraRecipe
@@ -28,6 +29,7 @@ def base_of(model: str, base_name: str | None) -> tuple[str, str]:
 
     if model == DEMO:
         return str(ensure_demo_base()), base_name or BASE_MODEL_ID
+    look_for_hub(model)
     folder = Path(model)
     return model, base_name or (folder.resolve().name if folder.is_dir() else model)
 

@@ -53,12 +53,18 @@ def ensure() -> bool:
     except (ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
         logger.warning(
             "the native CPU kernels can't be built (%s); the plain PyTorch versions serve instead, "
-            "several times slower. Install a C++ compiler (g++ 12 or newer) and start "
-            "again; QUICKCHANGE_NATIVE=0 silences this",
+            "several times slower. %s and start again; QUICKCHANGE_NATIVE=0 silences this",
             error,
+            _remedy(error),
         )
         return False
     return True
+
+
+def _remedy(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+        return "Give a cache folder that this user may write (QUICKCHANGE_CACHE)"
+    return "Install a C++ compiler (g++ 12 or newer)"
 
 
 def cache_folder() -> Path:
@@ -85,6 +91,8 @@ def build(cache: Path) -> Path:
     Raises RuntimeError or OSError where it can't be built.
     """
     library = _library(cache)
+    if library.exists():  # and need not be writable
+        return library
     folder = library.parent
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder / "lock"):

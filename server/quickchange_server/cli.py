@@ -7,11 +7,18 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
+
+from quickchange_store.errors import os_error_line
+
+DEMO = "demo"
 
 app = typer.Typer(
     name="quickchange",
@@ -108,6 +115,40 @@ def forward(name: str, module: str, summary: str) -> None:
         sub_app(args=context.args, prog_name=f"quickchange {name}")
 
 
+def with_demo_paths(command: str, arguments: Sequence[str]) -> list[str]:
+    """The arguments with `--model demo` and `--store demo` as the demo's own folders.
+
+    The environment's QUICKCHANGE_MODEL and QUICKCHANGE_STORE are replaced likewise. Training and
+    evaluation know the demo's base themselves, by its own name. `./demo` is a folder of that name.
+    """
+    places = {"--store": _demo_store}
+    if command not in ("train", "eval"):
+        places["--model"] = _demo_model
+    given = list(arguments)
+    for option, place in places.items():
+        for number, argument in enumerate(given):
+            if argument == f"{option}={DEMO}":
+                given[number] = f"{option}={place()}"
+            elif argument == DEMO and number and given[number - 1] == option:
+                given[number] = place()
+        variable = f"QUICKCHANGE_{option.removeprefix('--').upper()}"
+        if os.environ.get(variable) == DEMO:
+            os.environ[variable] = place()
+    return given
+
+
+def _demo_store() -> str:
+    from quickchange_training.demo import demo_store_folder
+
+    return str(demo_store_folder())
+
+
+def _demo_model() -> str:
+    from quickchange_training.demo import ensure_demo_base
+
+    return str(ensure_demo_base())
+
+
 app.command("serve")(serve_command())
 for _name, (_module, _summary) in SUB_APPS.items():
     forward(_name, _module, _summary)
@@ -124,6 +165,98 @@ def root(
         raise typer.Exit
 
 
+class Interrupted(SystemExit):
+    """SIGINT or SIGTERM: ends the process with the shell's status for it, through all clean-up."""
+
+    def __init__(self, received: signal.Signals) -> None:
+        super().__init__(128 + received)
+        self.signal = received
+
+
 def main() -> None:
-    """Entry point of the console script."""
-    app(args=sys.argv[1:], prog_name="quickchange")
+    """Entry point of the console script: what is expected to go wrong is one line of error."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup's and the like stay
+            signal.signal(number, _interrupt)
+    try:
+        app(args=with_demo_paths(*_command_of(sys.argv[1:])), prog_name="quickchange")
+    except Interrupted as interrupted:
+        print(f"quickchange: ended by {interrupted.signal.name}", file=sys.stderr)
+        raise
+    except BrokenPipeError:  # `quickchange … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    except Exception as error:
+        line = expected_error(error)
+        if line is None:
+            raise
+        print(f"error: {' '.join(line.split())}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+    raise Interrupted(signal.Signals(number))
+
+
+def _command_of(arguments: list[str]) -> tuple[str, list[str]]:
+    return next((a for a in arguments if not a.startswith("-")), ""), arguments
+
+
+def expected_error(error: BaseException) -> str | None:
+    """What to print of an error that is no fault of the program; None for any other.
+
+    Libraries' errors are known by name, so that no library is imported for them.
+    """
+    if isinstance(error, BaseExceptionGroup):
+        lines = [expected_error(each) for each in error.exceptions]
+        return None if None in lines else lines[0]
+    if isinstance(error, ModuleNotFoundError):
+        return _missing_module(error)
+    kinds = {f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(error).mro()}
+    if "httpx.RequestError" in kinds:
+        return _unanswered(error)
+    if isinstance(error, OSError):
+        return os_error_line(error)
+    if kinds & _SAYING_ALL:
+        return str(error)
+    return None
+
+
+# Errors whose message names the fault and the remedy.
+_SAYING_ALL = {
+    "httpx.InvalidURL",
+    "pydantic_core.ValidationError",
+    "quickchange_server.QuickchangeError",
+    "quickchange_store.StoreError",
+    "quickchange_training.DemoBaseError",
+    "quickchange_training.TrainingError",
+    "sqlalchemy.DBAPIError",
+}
+_EXTRAS = {
+    "faker": "train",
+    "jsonschema": "bench",
+    "matplotlib": "eval",
+    "opentelemetry": "traces",
+    "psutil": "bench",
+    "psycopg": "postgres",
+}
+
+
+def _missing_module(error: ModuleNotFoundError) -> str | None:
+    module = (error.name or "").partition(".")[0]
+    extra = _EXTRAS.get(module)
+    if extra is None:
+        return None
+    return f"this needs {module}, which is not installed: pip install 'quickchange[{extra}]'"
+
+
+def _unanswered(error: BaseException) -> str:
+    """What to say of an httpx.RequestError."""
+    try:
+        url = str(error.request.url)  # type: ignore[attr-defined]
+    except RuntimeError:  # no request was made
+        return f"{error}; give an address as http://HOST:PORT with --url"
+    return (
+        f"no answer from {url} ({error or type(error).__name__}); start a server with "
+        "`quickchange serve`, or say with --url where it is"
+    )

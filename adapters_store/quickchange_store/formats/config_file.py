@@ -6,18 +6,19 @@ change the output. Knows nothing of tensors.
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from quickchange_store.canonical.canonical_adapter import BaseSpec
 from quickchange_store.errors import InvalidAdapterError, UnsupportedFeatureError
+from quickchange_store.json_files import UnreadableFileError, read_file, read_object
 
 CONFIG_FILE = "adapter_config.json"
 BASE_NAME = "base_model_name_or_path"
 MAX_CONFIG_BYTES = 4 * 1024**2
+MAX_FACTOR = 1e9
+MAX_NAMES = 10_000  # modules or patterns in one field
 
 
 def read_config(directory: Path, file: str = CONFIG_FILE) -> dict[str, Any]:
@@ -31,16 +32,14 @@ def read_config(directory: Path, file: str = CONFIG_FILE) -> dict[str, Any]:
             "the training of Turbo heads wrote it",
         )
     try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise ValueError(f"more than {MAX_CONFIG_BYTES} bytes")
-        config = json.loads(path.read_bytes())
-        if not isinstance(config, dict):
-            raise ValueError("not an object")
-    except (OSError, ValueError, RecursionError) as error:
+        return read_object(read_file(path, MAX_CONFIG_BYTES))
+    except UnreadableFileError as error:
         raise InvalidAdapterError(
-            f"not a JSON configuration ({error})", file=file, remedy="save the adapter again"
+            error.problem if error.key else f"not a JSON configuration ({error.problem})",
+            file=file,
+            key=error.key,
+            remedy="correct it, or save the adapter again",
         ) from error
-    return config
 
 
 def refuse_fields(
@@ -70,10 +69,12 @@ def refuse_fields(
 
 def other_base(field: str, name: Any, base: BaseSpec, file: str = CONFIG_FILE) -> list[str]:
     """A warning where the adapter was made for a base model of another name."""
-    if not name or _last_part(str(name)) == _last_part(base.name):
+    if name is not None and not isinstance(name, str):
+        raise invalid(field, name, "give the base model's name as text, or leave it out", file)
+    if not name or _last_part(name) == _last_part(base.name):
         return []
     return [
-        f"{file}: {field}: made for {name!r}, while the base model is {base.name!r}; "
+        f"{file}: {field}: made for {name[:200]!r}, while the base model is {base.name!r}; "
         "architecture and shapes fit"
     ]
 
@@ -86,9 +87,20 @@ def flag(config: Mapping[str, Any], name: str, file: str = CONFIG_FILE) -> bool:
 
 
 def number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise invalid(name, value, "use a finite number")
+    """A factor that an output is scaled by: more than MAX_FACTOR leaves no output finite."""
+    known = isinstance(value, int | float) and not isinstance(value, bool)
+    if not known or not abs(value) <= MAX_FACTOR:
+        raise invalid(name, value, f"use a number from -{MAX_FACTOR:g} to {MAX_FACTOR:g}")
     return float(value)
+
+
+def texts(name: str, value: Any) -> None:
+    """Raise InvalidAdapterError unless `value` is null, a text or a list of texts."""
+    listed = value if isinstance(value, list) else [value]
+    if value is not None and not all(isinstance(entry, str) for entry in listed):
+        raise invalid(name, value, "use a name, or a list of names")
+    if len(listed) > MAX_NAMES:
+        raise invalid(name, f"{len(listed)} names", f"give at most {MAX_NAMES}")
 
 
 def is_set(value: Any) -> bool:

@@ -7,8 +7,9 @@ Pickled weights are never opened.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from quickchange_store.formats.config_file import CONFIG_FILE
 if TYPE_CHECKING:
     import torch
 
+_COMPARED = 100  # names at most, for a message
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -92,30 +94,49 @@ def _opened(path: Path) -> Iterator[Any]:
 class AdapterTensors:
     """Tensors of one file or several; `left` holds the names not yet taken.
 
-    `config_file`: for messages, the file that says which tensors there must be.
+    `config_file`: for messages, the file that says which tensors there must be. `plain`: the name
+    by which a tensor is asked for; None leaves its own. `transposed`: matrices are stored so.
     """
 
-    def __init__(self, *paths: Path, config_file: str = CONFIG_FILE) -> None:
+    def __init__(
+        self,
+        *paths: Path,
+        config_file: str = CONFIG_FILE,
+        plain: Callable[[str], str | None] = lambda _: None,
+        transposed: bool = False,
+    ) -> None:
         self._config_file = config_file
         self._main = paths[0].name
+        self._plain = plain
+        self._transposed = transposed
         self._content: dict[str, torch.Tensor] = {}
         self._files: dict[str, str] = {}
+        self._own: dict[str, str] = {}  # names in the file, by those that they are asked for by
+        self._strange: list[str] = []  # names that `plain` does not know
         for path in paths:
             self._open(path)
         self.left = set(self._content)
 
     def _open(self, path: Path) -> None:
         with _opened(path) as file:
-            for key in map(str, file.keys()):
+            for own in map(str, file.keys()):
+                known = self._plain(own)
+                key = own if known is None else known
                 if key in self._content:
                     raise InvalidAdapterError(
-                        f"the tensor is in {self._files[key]} too",
+                        f"the tensor is in {self._files[key]} too"
+                        + ("" if self._own[key] == own else f", as {self._own[key]}"),
                         file=path.name,
-                        key=key,
-                        remedy="keep one of the two files",
+                        key=own,
+                        remedy="keep one of the two",
                     )
-                self._content[key] = file.get_tensor(key)
+                if known is None:
+                    self._strange.append(own)
+                tensor = file.get_tensor(own)
+                turned = self._transposed and tensor.ndim == 2
+                self._content[key] = tensor.T if turned else tensor
                 self._files[key] = path.name
+                self._own[key] = own
 
     @staticmethod
     def keys(path: Path) -> set[str]:
@@ -127,6 +148,10 @@ class AdapterTensors:
         """The name of the file that holds the tensor, or that should."""
         return self._files.get(key, self._main)
 
+    def name(self, key: str) -> str:
+        """What the file calls the tensor `key`."""
+        return self._own.get(key, key)
+
     def __contains__(self, key: str) -> bool:
         return key in self._content
 
@@ -137,14 +162,14 @@ class AdapterTensors:
             raise UnsupportedFeatureError(
                 f"dtype {tensor.dtype} is not supported",
                 file=self.file_of(key),
-                key=key,
+                key=self.name(key),
                 remedy="save it as float32, bfloat16 or float16",
             )
         if not bool(tensor.isfinite().all()):
             raise InvalidAdapterError(
                 "it holds NaN or infinite values",
                 file=self.file_of(key),
-                key=key,
+                key=self.name(key),
                 remedy="train again, or take an earlier checkpoint",
             )
         self.left.discard(key)
@@ -157,7 +182,7 @@ class AdapterTensors:
             raise InvalidAdapterError(
                 f"dtype {tensor.dtype}, where whole numbers are needed",
                 file=self.file_of(key),
-                key=key,
+                key=self.name(key),
                 remedy="save it as int32 or int64",
             )
         self.left.discard(key)
@@ -166,12 +191,19 @@ class AdapterTensors:
     def _find(self, key: str) -> torch.Tensor:
         if key not in self._content:
             raise InvalidAdapterError(
-                f"the tensor is missing, while {self._config_file} asks for it",
+                f"the tensor is missing, while {self._config_file} asks for it"
+                + self._instead(key),
                 file=self.file_of(key),
                 key=key,
-                remedy="save the adapter again, with all its tensors",
+                remedy="save the adapter again, with all its tensors and their own names",
             )
         return self._content[key]
+
+    def _instead(self, key: str) -> str:
+        """The tensor, of those that nothing asks for, whose name is nearest to a missing one."""
+        strange = [name for name in self._strange if name in self.left][:_COMPARED]
+        nearest = get_close_matches(key, strange, n=1, cutoff=0.0)
+        return f"; there is {nearest[0]} instead" if nearest else ""
 
     def take_shaped(self, key: str, module: str, expected: tuple[int, ...]) -> torch.Tensor:
         """`take` with a check of the base module's shape. Raises BaseMismatchError."""
@@ -181,7 +213,7 @@ class AdapterTensors:
                 f"shape {list(tensor.shape)}, while {module} of the base model asks for "
                 f"{list(expected)}",
                 file=self.file_of(key),
-                key=key,
+                key=self.name(key),
                 remedy="use an adapter of this base model",
             )
         return tensor
@@ -196,7 +228,7 @@ class AdapterTensors:
                 f"the tensor must be compared with the base model's {name}, whose weights aren't "
                 "at hand",
                 file=self.file_of(key),
-                key=key,
+                key=self.name(key),
                 remedy="add the adapter where the base model's safetensors weights are",
             )
         return base.weights.tensor(name)

@@ -78,7 +78,7 @@ def run(job: EvaluationJob, stage: Callable[[str], None]) -> Evaluation:
 def _store(job: EvaluationJob, model: str) -> Store | None:
     """Store of adapters by name; by default the demo's for the demo's base, else None."""
     if job.store is not None:
-        return Store(job.store)
+        return Store.at(job.store)
     if job.model != DEMO:
         return None
     store = Store(demo_store_folder())

@@ -63,6 +63,7 @@ class DrainingServer(uvicorn.Server):
         self.settings = settings
         self._loop: asyncio.AbstractEventLoop | None = None
         self._drain: asyncio.Task[None] | None = None
+        self.interrupted: signal.Signals | None = None  # what ended it before it was ready
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
@@ -83,8 +84,10 @@ class DrainingServer(uvicorn.Server):
         return services
 
     def _end(self, received: signal.Signals) -> None:
-        if not self.started:
-            self.should_exit = True
+        if not self.started or not self.services.started.done():
+            self.force_exit = self.interrupted is not None  # the second one
+            self.interrupted = received
+            self.should_exit = self.started  # else once the lifespan has begun, so that it ends
             return
         if self._drain is not None:
             logger.warning("%s again: stopping now", received.name)
@@ -104,7 +107,8 @@ class DrainingServer(uvicorn.Server):
 def run(app: FastAPI, settings: Settings, listener: socket.socket, announce: Announce) -> None:
     """Serve until a signal ends it. `announce` is called once, when the engine is ready.
 
-    Raises QuickchangeError with the engine's reason if the engine can't start.
+    Raises QuickchangeError with the engine's reason if the engine can't start, and SystemExit with
+    the shell's status for a signal that comes before.
     """
     config = uvicorn.Config(
         app,
@@ -127,6 +131,8 @@ async def _run(server: DrainingServer, listener: socket.socket, announce: Announ
     finally:
         await asyncio.wait([watching])
     await watching  # raises the engine's failure to start
+    if server.interrupted is not None:
+        raise SystemExit(128 + server.interrupted)
 
 
 async def _announce(
@@ -136,10 +142,13 @@ async def _announce(
         await asyncio.sleep(0.01)
     if serving.done():
         return
+    if server.interrupted is not None:
+        server.should_exit = True
+        return
     services = server.services
     either: list[asyncio.Future[Any]] = [services.started, serving]
     await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-    if server.draining or not services.started.done():
+    if server.interrupted is not None or server.draining or not services.started.done():
         return
     error = services.started.exception()
     if error is None:

@@ -10,7 +10,6 @@ import shlex
 import sys
 import time
 from collections.abc import Collection, Mapping
-from functools import partial
 from typing import Any, NoReturn
 
 from pydantic import ValidationError
@@ -24,9 +23,11 @@ from quickchange_server.entrypoints.http_server import bind, run
 from quickchange_server.errors import QuickchangeError, SettingError
 from quickchange_server.storage import database
 from quickchange_server.storage.database import Database
+from quickchange_server.storage.engines import provisional
 from quickchange_server.tenants.key_records import every
 from quickchange_server.tenants.tenancy import asks_for_keys
 from quickchange_store.errors import StoreError
+from quickchange_store.hub_access import look_for_hub
 
 
 def serve(given: Mapping[str, Any], *, demo: bool, engine: EngineMain = engine_main) -> None:
@@ -36,18 +37,38 @@ def serve(given: Mapping[str, Any], *, demo: bool, engine: EngineMain = engine_m
     """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.getLogger("huggingface_hub").propagate = False  # it prints its lines itself
     logging.getLogger("alembic").setLevel(logging.WARNING)  # it logs every migration
     try:
         settings = _settings(with_demo(given) if demo else given)
-        with bind(settings) as listener:
+        look_for_hub(settings.model)
+        with bind(settings) as listener, provisional(settings.database_url) as keep_database:
+            say(f"reading {settings.model}")
             database.check(settings.database_url)
             check_access(settings)
             if demo and settings.adapters:
+                say(f"adding the demo's adapters to {settings.store}, where they are missing")
                 _publish_demo(settings)
             app = create_app(settings, engine=engine)
-            run(app, settings, listener, partial(_announce, demo=demo))
+
+            def ready(services: Services, url: str) -> None:
+                keep_database()
+                if settings.adapters:
+                    services.store.make()
+                _announce(services, url, demo=demo)
+
+            say(
+                "starting the engine: it loads the model and measures its steps; the first time on "
+                "a machine, it builds kernels for a minute"
+            )
+            run(app, settings, listener, ready)
     except (QuickchangeError, StoreError) as error:
         fail(str(error))
+
+
+def say(line: str) -> None:
+    """Print what the start is at."""
+    print(f"quickchange: {line} …", file=sys.stderr, flush=True)
 
 
 def fail(message: str) -> NoReturn:

@@ -28,9 +28,9 @@ from quickchange_server.storage.writer import Writer, absent
 T = TypeVar("T")
 
 
-def check(url: str) -> None:
+def check(url: str, *, create: bool = True) -> None:
     """Migrate the database's tables. Raises what `Database.open` would."""
-    _migrated(url).dispose()
+    _migrated(url, create=create).dispose()
 
 
 class Database:
@@ -43,13 +43,16 @@ class Database:
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="database-reader")
 
     @classmethod
-    def open(cls, url: str, metrics: StorageMetrics | None = None) -> Database:
+    def open(
+        cls, url: str, metrics: StorageMetrics | None = None, *, create: bool = True
+    ) -> Database:
         """Connect and migrate the tables to this version. Blocks.
 
         Raises SettingError ("database") if the URL is wrong, its driver is missing, the database
-        can't be reached or written, or its tables are newer than this version.
+        can't be reached or written, its tables are newer than this version, or, without `create`,
+        there are none.
         """
-        return cls(_migrated(url), metrics or StorageMetrics())
+        return cls(_migrated(url, create=create), metrics or StorageMetrics())
 
     async def read(self, query: Callable[[Connection], T]) -> T:
         """Run `query` on a reader's connection, in a transaction that sees one snapshot and is
@@ -102,10 +105,10 @@ class Database:
             return query(connection)
 
 
-def _migrated(url: str) -> Engine:
-    engine = make_engine(url)
+def _migrated(url: str, *, create: bool) -> Engine:
+    engine = make_engine(url, create=create)
     try:
-        upgrade(writing(engine))
+        upgrade(writing(engine), create=create)
     except DBAPIError as error:
         engine.dispose()
         raise unusable(engine, error) from error

@@ -7,9 +7,12 @@ noticed within seconds.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sqlite3
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +37,61 @@ _COMMON: dict[str, Any] = {"pool_size": READERS + 1, "max_overflow": 0, "hide_pa
 _KINDS = "sqlite:///FILE or postgresql+psycopg://USER:PASSWORD@HOST/DATABASE"
 
 
-def make_engine(url: str) -> Engine:
-    """The engine for a URL, not connected yet. Raises SettingError if the URL is wrong."""
+def make_engine(url: str, *, create: bool = True) -> Engine:
+    """The engine for a URL, not connected yet; a SQLite file is made where `create` allows it.
+
+    Raises SettingError if the URL is wrong, or the file is missing and not to be made.
+    """
     parsed = _parsed(url)
     if parsed.get_backend_name() == "sqlite":
-        return _sqlite(parsed)
+        return _sqlite(parsed, create=create)
     return _postgres(parsed)
+
+
+@contextmanager
+def provisional(url: str) -> Iterator[Callable[[], None]]:
+    """A time in which a new SQLite file is on trial: it stays if the given function is called.
+
+    Otherwise it goes at the end, with the folders made for it, unless another process uses it.
+    """
+    file = _file_of(_parsed(url))
+    missing = [p for p in (file, *file.parents) if not p.exists()] if file is not None else []
+    kept = False
+
+    def keep() -> None:
+        nonlocal kept
+        kept = True
+
+    try:
+        yield keep
+    finally:
+        if not kept and file is not None and file in missing and _unused(file):
+            file.unlink()
+            for folder in missing[1:]:
+                with contextlib.suppress(OSError):  # something else has been put there
+                    folder.rmdir()
+
+
+def _unused(file: Path) -> bool:
+    """True if the SQLite file is there and no connection is open to it."""
+    if not file.exists():
+        return False
+    connection = sqlite3.connect(file, timeout=0, isolation_level=None)
+    try:  # leaving the write-ahead log needs the file for itself
+        connection.execute("PRAGMA journal_mode=DELETE").close()
+    except sqlite3.Error:
+        return False
+    finally:
+        connection.close()
+    return True
+
+
+def _file_of(url: URL) -> Path | None:
+    """The file of a SQLite database; None for another kind, or no plain file."""
+    name = url.database
+    if url.get_backend_name() != "sqlite" or not name or name.startswith((":memory:", "file:")):
+        return None
+    return Path(name)
 
 
 def writing(engine: Engine) -> Engine:
@@ -89,14 +141,21 @@ def _parsed(url: str) -> URL:
     return parsed
 
 
-def _sqlite(url: URL) -> Engine:
-    if not url.database or url.database == ":memory:" or url.database.startswith("file:"):
+def _sqlite(url: URL, *, create: bool) -> Engine:
+    file = _file_of(url)
+    if file is None:
         raise SettingError(
             "database: SQLite needs a plain file, sqlite:///FILE (an absolute path has four "
             "slashes)",
             param="database",
         )
-    _make_private(Path(url.database))
+    if not create and not file.exists():
+        raise SettingError(
+            f"database: no database here: {file}; see the path (--database, or --store); "
+            "`quickchange serve` or `quickchange keys create` makes one",
+            param="database",
+        )
+    _make_private(file)
     engine = create_engine(
         url,
         connect_args={"timeout": BUSY_SECONDS, "check_same_thread": False},

@@ -27,8 +27,8 @@ def move(source: str, target: str, progress: Progress) -> None:
 
     Raises SettingError if one can't be used, ConflictError if the target holds rows.
     """
-    for url in (source, target):
-        check(url)
+    check(source, create=False)
+    check(target)
     tables = all_tables().sorted_tables  # referenced tables first
     with (
         _engine(source) as old,
@@ -48,7 +48,7 @@ def prune_usage(url: str, before: int) -> int:
     `before` must not be after the start of the current hour, whose rows servers would write again.
     Raises SettingError if the database can't be used.
     """
-    check(url)
+    check(url, create=False)
     with _engine(url) as engine, writing(engine).begin() as connection:
         return connection.execute(delete(USAGE).where(USAGE.c.hour < before)).rowcount
 

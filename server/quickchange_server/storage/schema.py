@@ -14,11 +14,11 @@ OLDEST_POSTGRES = (13,)  # has pg_xact_status with xid8
 _LOCK = 0x717569636B  # advisory lock's key: "quick" in ASCII
 
 
-def upgrade(engine: Engine) -> None:
+def upgrade(engine: Engine, *, create: bool = True) -> None:
     """Apply missing migrations in one transaction, one replica at a time.
 
     `engine`: from `engines.writing`. Raises SettingError if the database has migrations that this
-    version does not know, or PostgreSQL is too old.
+    version does not know, none though they are not to be made (`create`), or PostgreSQL is too old.
     """
     config = Config()
     config.set_main_option("script_location", "quickchange_server.storage:migrations")
@@ -27,7 +27,14 @@ def upgrade(engine: Engine) -> None:
         if connection.dialect.name == "postgresql":
             _refuse_older_server(connection)
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
-        _refuse_newer(connection, scripts)
+        applied = set(MigrationContext.configure(connection).get_current_heads())
+        if not applied and not create:
+            raise SettingError(
+                f"database: {engine.url.render_as_string(hide_password=True)} holds nothing of "
+                "Quickchange's; see that it is the right one",
+                param="database",
+            )
+        _refuse_newer(applied, scripts)
         config.attributes["connection"] = connection
         command.upgrade(config, "heads")
 
@@ -42,9 +49,8 @@ def _refuse_older_server(connection: Connection) -> None:
         )
 
 
-def _refuse_newer(connection: Connection, scripts: ScriptDirectory) -> None:
+def _refuse_newer(applied: set[str], scripts: ScriptDirectory) -> None:
     known = {script.revision for script in scripts.walk_revisions()}
-    applied = set(MigrationContext.configure(connection).get_current_heads())
     if unknown := sorted(applied - known):
         raise SettingError(
             f"database: its tables are newer than this version of Quickchange (migration "

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
@@ -100,12 +101,10 @@ def create(
     )
     expires = None if days is None else now + days * DAY
 
-    def change(connection: Connection) -> tuple[Key, str]:
-        named = names_of(with_scope, names)
-        terms = Terms(tenant, with_scope, named, label, limits, expires)
-        return key_records.create(connection, terms, now)
-
-    _print_secret(*_in_database(database, store, change), as_json)
+    with _errors_shown():  # before a database is made
+        terms = Terms(tenant, with_scope, names_of(with_scope, names), label, limits, expires)
+    change = partial(key_records.create, terms=terms, now=now)
+    _print_secret(*_in_database(database, store, change, create=True), as_json)
 
 
 @app.command("list")
@@ -159,7 +158,9 @@ def _scope(text: str) -> Scope:
     raise typer.BadParameter(f"must be one of {', '.join(SCOPES)}", param_hint="--scope")
 
 
-def _in_database(url: str | None, store: Path | None, change: Callable[[Connection], T]) -> T:
+def _in_database(
+    url: str | None, store: Path | None, change: Callable[[Connection], T], *, create: bool = False
+) -> T:
     if url is None:
         if store is None:
             raise typer.BadParameter("give --database or --store", param_hint="--database")
@@ -167,14 +168,20 @@ def _in_database(url: str | None, store: Path | None, change: Callable[[Connecti
     opened = url
 
     async def work() -> T:
-        database = await asyncio.to_thread(Database.open, opened)
+        database = await asyncio.to_thread(partial(Database.open, opened, create=create))
         try:
             return await database.write(change)
         finally:
             await database.close()
 
-    try:
+    with _errors_shown():
         return asyncio.run(work())
+
+
+@contextmanager
+def _errors_shown() -> Iterator[None]:
+    try:
+        yield
     except QuickchangeError as error:
         typer.echo(f"quickchange: {error}", err=True)
         raise typer.Exit(1) from error

@@ -30,6 +30,8 @@ from quickchange_store.formats.config_file import (
     refuse_fields,
 )
 
+LEAST_REDUCTION = 1e-3  # a bottleneck a thousand times as wide as the model
+
 HONOURED = frozenset(
     {
         "architecture",  # methods other than bottlenecks are refused
@@ -229,8 +231,9 @@ def _reduction(config: Mapping[str, Any]) -> dict[str, float]:
     given = value if isinstance(value, dict) else {"default": value}
     factors = {str(layer): number(key, factor) for layer, factor in given.items()}
     for layer, factor in factors.items():
-        if factor <= 0:
-            raise invalid(f"{key}.{layer}", factor, "a reduction factor is more than 0")
+        if factor < LEAST_REDUCTION:
+            remedy = f"a reduction factor is at least {LEAST_REDUCTION:g}"
+            raise invalid(f"{key}.{layer}", factor, remedy)
     return factors
 
 

@@ -24,14 +24,14 @@ from quickchange_store.formats.config_file import (
 from quickchange_store.formats.imported import Imported
 from quickchange_store.formats.patterns import check_patterns
 from quickchange_store.formats.peft.peft_common import (
-    PREFIX,
     WEIGHTS_FILE,
-    WRITER,
     check_base,
     check_copies,
     find_targets,
+    open_tensors,
 )
-from quickchange_store.formats.tensors import AdapterTensors, weights_file
+from quickchange_store.formats.peft.tensor_names import PREFIX
+from quickchange_store.formats.tensors import AdapterTensors
 
 if TYPE_CHECKING:
     import torch
@@ -69,12 +69,12 @@ def read_ia3(directory: Path, base: BaseSpec) -> Imported:
     from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as DEFAULTS
 
     config = read_config(directory)
+    tensors, names = open_tensors(directory, base)
     refuse_fields(config, known=HONOURED | HARMLESS, refused=REFUSED, remedies=_REMEDIES)
     warnings = check_base(config, base)
     check_patterns(config, base.modules, CONFIG_FILE)
-    targets = find_targets(config, base, DEFAULTS)
+    targets = find_targets(config, base, DEFAULTS, names)
     feedforward = _feedforward(config, base, targets)
-    tensors = AdapterTensors(weights_file(directory, WEIGHTS_FILE, WRITER))
     gains: dict[str, torch.Tensor] = {}
     for module in (path for path in base.modules if path in targets):
         place = _producer(base, module) if module in feedforward else module
@@ -85,7 +85,7 @@ def read_ia3(directory: Path, base: BaseSpec) -> Imported:
         raise InvalidAdapterError(
             "the tensor is not expected: target_modules does not cover it",
             file=WEIGHTS_FILE,
-            key=min(tensors.left),
+            key=tensors.name(min(tensors.left)),
             remedy=f"save the adapter again, so that {CONFIG_FILE} and its tensors agree",
         )
     updates = {path: _update(base, path, gains[path]) for path in base.modules if path in gains}

@@ -6,17 +6,19 @@ completely or refused by name.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from quickchange_store.canonical.canonical_adapter import BaseSpec, CanonicalAdapter, LowRankUpdate
 from quickchange_store.errors import BaseMismatchError, InvalidAdapterError, UnsupportedFeatureError
 from quickchange_store.formats.config_file import CONFIG_FILE, read_config
 from quickchange_store.formats.imported import Imported
-from quickchange_store.formats.peft.peft_common import PREFIX, WEIGHTS_FILE, WRITER, check_copies
-from quickchange_store.formats.peft.peft_config import LoraSettings, parse_config
-from quickchange_store.formats.tensors import AdapterTensors, weights_file
+from quickchange_store.formats.peft.peft_common import check_copies, open_tensors
+from quickchange_store.formats.peft.peft_config import LoraSettings, check_kind, parse_config
+from quickchange_store.formats.peft.tensor_names import PREFIX, TensorNames
+from quickchange_store.formats.tensors import AdapterTensors
 
 if TYPE_CHECKING:
     import torch
@@ -33,8 +35,16 @@ def read_peft(directory: Path, base: BaseSpec) -> Imported:
     names file, key and remedy.
     """
     config = read_config(directory)
-    settings, warnings = parse_config(config, base)
-    tensors = AdapterTensors(weights_file(directory, WEIGHTS_FILE, WRITER))
+    check_kind(config)
+    tensors, names = open_tensors(directory, base)
+    return read_lora(config, base, tensors, names)
+
+
+def read_lora(
+    config: Mapping[str, Any], base: BaseSpec, tensors: AdapterTensors, names: TensorNames
+) -> Imported:
+    """Read a LoRA from its configuration and its tensors by PEFT's names. Raises as `read_peft`."""
+    settings, warnings = parse_config(config, base, names)
     updates = {}
     for module in base.modules:  # the base's order, not the file's
         update = _module_update(tensors, settings, base, module)
@@ -89,7 +99,7 @@ def _with_magnitude(
         raise UnsupportedFeatureError(
             f"DoRA needs the base's {module}.weight as plain numbers {list(expected)}, and the "
             f"checkpoint has {weight.dtype} {list(weight.shape)}",
-            file=WEIGHTS_FILE,
+            file=tensors.file_of(key),
             key=key,
             remedy="add the adapter with the base as it was before quantisation (--model)",
         )
@@ -97,7 +107,7 @@ def _with_magnitude(
     if not bool(gain.isfinite().all()):
         raise InvalidAdapterError(
             f"a row of {module}'s weight and its update are zero, so DoRA has no direction for it",
-            file=WEIGHTS_FILE,
+            file=tensors.file_of(key),
             key=key,
             remedy="train again, or leave the module out",
         )
@@ -145,8 +155,8 @@ def _factors(
         raise InvalidAdapterError(
             f"A {list(a.shape)} and B {list(b.shape)} are not of rank {rank}, which {CONFIG_FILE} "
             "gives to this module",
-            file=WEIGHTS_FILE,
-            key=keys[0],
+            file=tensors.file_of(keys[0]),
+            key=tensors.name(keys[0]),
             remedy="correct r or rank_pattern, or save the adapter again",
         )
     return (
@@ -176,14 +186,15 @@ def _refuse_leftovers(tensors: AdapterTensors, settings: LoraSettings, base: Bas
     if not tensors.left:
         return
     key = min(tensors.left)
+    own = tensors.name(key)
     more = f" ({len(tensors.left) - 1} more like it)" if len(tensors.left) > 1 else ""
     module, _, part = key.removeprefix(PREFIX).partition(".lora_")
-    if key.startswith(PREFIX) and part and module not in base.modules:
+    if part and module not in base.modules:
         raise BaseMismatchError(
             f"the base model {base.architecture} has no linear or input embedding module "
             f"{module!r}{more}",
-            file=WEIGHTS_FILE,
-            key=key,
+            file=tensors.file_of(key),
+            key=own,
             remedy="use an adapter of this base model; linear and input embedding modules are "
             "served",
         )
@@ -192,7 +203,7 @@ def _refuse_leftovers(tensors: AdapterTensors, settings: LoraSettings, base: Bas
         reason = f"target_modules does not cover {module}"
     raise InvalidAdapterError(
         f"the tensor is not expected: {reason}{more}",
-        file=WEIGHTS_FILE,
-        key=key,
+        file=tensors.file_of(key),
+        key=own,
         remedy=f"save the adapter again, so that {CONFIG_FILE} and its tensors agree",
     )

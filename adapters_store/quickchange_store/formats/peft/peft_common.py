@@ -4,17 +4,36 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from quickchange_store.canonical.canonical_adapter import BaseSpec
 from quickchange_store.errors import BaseMismatchError, InvalidAdapterError, UnsupportedFeatureError
-from quickchange_store.formats.config_file import CONFIG_FILE, other_base
-from quickchange_store.formats.tensors import AdapterTensors
+from quickchange_store.formats.config_file import CONFIG_FILE, invalid, other_base, texts
+from quickchange_store.formats.peft.tensor_names import PREFIX, TensorNames
+from quickchange_store.formats.tensors import AdapterTensors, weights_file
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 WRITER = "PEFT's save_pretrained"
-PREFIX = "base_model.model."
 ALL_LINEAR = "all-linear"
+_FOREIGN = (
+    (
+        re.compile(r"(^|\.)layers\.\d+\.(attn|mlp)\.\w+\.(lora_[ab]\.weight|magnitude)$"),
+        "torchtune",
+        "save it in PEFT's format (a checkpointer for Hugging Face writes it beside), in which the "
+        "rows of q_proj and k_proj are in another order too",
+    ),
+    (
+        re.compile(r"(^|[._])lora_(down|up)\.weight$"),
+        "kohya",
+        "convert it to PEFT's format",
+    ),
+    (
+        re.compile(r"(^|\.)transformer\.h\.\d+\.(attn|mlp)\.\w+\.lora_[AB]$"),
+        "LitGPT",
+        "convert it with `litgpt convert_from_litgpt`, then to PEFT's format",
+    ),
+)
 
 
 def check_base(config: Mapping[str, Any], base: BaseSpec) -> list[str]:
@@ -37,10 +56,34 @@ def check_base(config: Mapping[str, Any], base: BaseSpec) -> list[str]:
     return warnings
 
 
+def open_tensors(directory: Path, base: BaseSpec) -> tuple[AdapterTensors, TensorNames]:
+    """The folder's tensors by PEFT's names for them, and the names. Raises StoreError."""
+    names = TensorNames(base)
+    path = weights_file(directory, WEIGHTS_FILE, WRITER)
+    tensors = AdapterTensors(path, plain=names.plain)
+    names.refuse_several(path.name)
+    _refuse_foreign(tensors)
+    return tensors, names
+
+
+def _refuse_foreign(tensors: AdapterTensors) -> None:
+    """Refuse names of tools that order a weight's rows in another way, or fuse modules."""
+    for key in sorted(tensors.left):
+        for pattern, tool, how in _FOREIGN:
+            if pattern.search(key):
+                raise UnsupportedFeatureError(
+                    f"this is {tool}'s own name for a tensor, where PEFT's "
+                    f"{PREFIX}PATH.lora_A.weight is read",
+                    file=WEIGHTS_FILE,
+                    key=key,
+                    remedy=how,
+                )
+
+
 def find_targets(
-    config: Mapping[str, Any], base: BaseSpec, defaults: Mapping[str, Any]
+    config: Mapping[str, Any], base: BaseSpec, defaults: Mapping[str, Any], names: TensorNames
 ) -> frozenset[str]:
-    """The base's modules that PEFT would wrap, by PEFT's own rule.
+    """The base's modules that PEFT would wrap, by PEFT's own rule over path or name in the file.
 
     `defaults` are PEFT's target_modules by model type. Raises InvalidAdapterError and
     BaseMismatchError.
@@ -48,6 +91,9 @@ def find_targets(
     from peft import LoraConfig
     from peft.tuners.tuners_utils import check_target_module_exists
 
+    for field in ("exclude_modules", "layers_pattern"):
+        texts(field, config.get(field))
+    _check_layers(config.get("layers_to_transform"))
     try:
         rule = LoraConfig(
             target_modules=_target_modules(config, base, defaults),
@@ -55,7 +101,11 @@ def find_targets(
             layers_to_transform=config.get("layers_to_transform"),
             layers_pattern=config.get("layers_pattern"),
         )
-        found = {path for path in base.modules if check_target_module_exists(rule, path)}
+        found = {
+            path
+            for path in base.modules
+            if any(check_target_module_exists(rule, name) for name in names.of_module(path))
+        }
     except (re.error, ValueError, TypeError) as error:
         raise InvalidAdapterError(
             f"PEFT's rule for these fields fails ({error})",
@@ -75,6 +125,12 @@ def find_targets(
     return frozenset(found)
 
 
+def _check_layers(layers: Any) -> None:
+    listed = layers if isinstance(layers, list) else [layers]
+    if layers is not None and not all(type(layer) is int and layer >= 0 for layer in listed):
+        raise invalid("layers_to_transform", layers, "list layers by number, from 0")
+
+
 def _target_modules(
     config: Mapping[str, Any], base: BaseSpec, defaults: Mapping[str, Any]
 ) -> list[str] | str:
@@ -89,7 +145,7 @@ def _target_modules(
         ]
     if isinstance(targets, str):
         return targets
-    if not isinstance(targets, list | set | tuple) or not all(isinstance(t, str) for t in targets):
+    if not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):
         raise InvalidAdapterError(
             f"{targets!r} is neither a list of names nor a regular expression",
             file=CONFIG_FILE,
@@ -116,7 +172,7 @@ def check_copies(tensors: AdapterTensors, base: BaseSpec) -> None:
                 f"it replaces the base model's own {name}, shape {list(original.shape)}, by other "
                 f"values, shape {list(saved.shape)}",
                 file=WEIGHTS_FILE,
-                key=key,
+                key=tensors.name(key),
                 remedy="train the module with LoRA; a resized vocabulary, fully trained modules "
                 "and biases outside of linear modules are not supported",
             )

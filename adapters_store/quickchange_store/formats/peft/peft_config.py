@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import lru_cache
+from typing import Any, Literal, TypeVar
 
 from quickchange_store.canonical.canonical_adapter import BaseSpec
 from quickchange_store.errors import InvalidAdapterError, UnsupportedFeatureError
 from quickchange_store.formats.config_file import (
     CONFIG_FILE,
+    MAX_NAMES,
     flag,
     invalid,
     is_set,
@@ -24,6 +26,9 @@ from quickchange_store.formats.config_file import (
 )
 from quickchange_store.formats.patterns import check_patterns
 from quickchange_store.formats.peft.peft_common import check_base, find_targets
+from quickchange_store.formats.peft.tensor_names import TensorNames
+
+T = TypeVar("T")
 
 HONOURED = frozenset(
     {
@@ -65,6 +70,21 @@ HARMLESS = frozenset(
     }
 )
 
+# Fields that trainers add to PEFT's; each tells how the training went.
+TRAINING_ONLY = frozenset(
+    {
+        "gradient_checkpointing",
+        "lora_dtype",  # ms-swift: A's and B's while training; the tensors have theirs
+        "lorap_emb_lr",  # ms-swift's LoRA+
+        "lorap_lr_ratio",
+        "loraplus_lr_embedding",
+        "loraplus_lr_ratio",
+        "loraplus_weight_decay",
+        "merge_weights",  # earlier PEFT: merged while evaluating, the same function
+        "use_gradient_checkpointing",
+    }
+)
+
 REFUSED = frozenset(
     {
         "alora_invocation_tokens",
@@ -81,6 +101,8 @@ REFUSED = frozenset(
         "use_qalora",
     }
 )
+
+MAX_RANK = 1 << 20  # above any module's width
 
 # These subtract from the base's weights what they put into the adapter; without that changed base
 # the adapter is another function.
@@ -107,42 +129,47 @@ class LoraSettings:
     lora_bias: bool
     dora: bool
     targets: frozenset[str]  # module paths of the base
+    names: TensorNames  # what the patterns may call them
     base_name: str
     source: Mapping[str, Any]
 
     def rank(self, module: str) -> int:
         """The rank of a module, after rank_pattern."""
-        return self.rank_pattern.get(_pattern_key(self.rank_pattern, module), self.r)
+        return _matching(self.rank_pattern, self.names.of_module(module), self.r)
 
     def scale(self, module: str) -> float:
         """The factor before B A: alpha / r, or alpha / sqrt(r) with rank-stabilised LoRA."""
-        alpha = self.alpha_pattern.get(_pattern_key(self.alpha_pattern, module), self.alpha)
+        alpha = _matching(self.alpha_pattern, self.names.of_module(module), self.alpha)
         rank = self.rank(module)
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
 
-def parse_config(config: Mapping[str, Any], base: BaseSpec) -> tuple[LoraSettings, list[str]]:
+def parse_config(
+    config: Mapping[str, Any], base: BaseSpec, names: TensorNames
+) -> tuple[LoraSettings, list[str]]:
     """The settings, and warnings for the adapter's owner.
 
     Raises InvalidAdapterError, UnsupportedFeatureError and BaseMismatchError, naming the field.
     """
-    _check_kind(config)
-    refuse_fields(config, known=HONOURED | HARMLESS, refused=REFUSED, remedies=_REMEDIES)
+    refuse_fields(
+        config, known=HONOURED | HARMLESS | TRAINING_ONLY, refused=REFUSED, remedies=_REMEDIES
+    )
     _check_initialisation(config)
     warnings = check_base(config, base)
     check_patterns(config, base.modules, CONFIG_FILE)
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
 
     settings = LoraSettings(
-        r=_rank("r", config.get("r", 8)),
+        r=rank_of("r", config.get("r", 8)),
         alpha=number("lora_alpha", config.get("lora_alpha", 8)),
         rslora=flag(config, "use_rslora"),
-        rank_pattern=_pattern(config, "rank_pattern", _rank),
+        rank_pattern=_pattern(config, "rank_pattern", rank_of),
         alpha_pattern=_pattern(config, "alpha_pattern", number),
         bias=_bias(config),
         lora_bias=flag(config, "lora_bias"),
         dora=flag(config, "use_dora"),
-        targets=find_targets(config, base, DEFAULTS),
+        targets=find_targets(config, base, DEFAULTS, names),
+        names=names,
         base_name=str(config.get("base_model_name_or_path") or ""),
         source={
             "format": "peft",
@@ -154,7 +181,7 @@ def parse_config(config: Mapping[str, Any], base: BaseSpec) -> tuple[LoraSetting
     return settings, warnings + _overlaps(settings)
 
 
-def _check_kind(config: Mapping[str, Any]) -> None:
+def check_kind(config: Mapping[str, Any]) -> None:
     kind = config.get("peft_type")
     if kind is None:
         raise InvalidAdapterError(
@@ -192,9 +219,9 @@ def _bias(config: Mapping[str, Any]) -> Literal["none", "all", "lora_only"]:
     return kind
 
 
-def _rank(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise invalid(name, value, "a rank is a whole number from 1")
+def rank_of(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_RANK:
+        raise invalid(name, value, f"a rank is a whole number from 1 to {MAX_RANK}")
     return value
 
 
@@ -202,20 +229,29 @@ def _pattern(config: Mapping[str, Any], name: str, check: Any) -> dict[str, Any]
     value = config.get(name) or {}
     if not isinstance(value, dict):
         raise invalid(name, value, "use an object of module patterns and values")
+    if len(value) > MAX_NAMES:
+        raise invalid(name, f"{len(value)} patterns", f"give at most {MAX_NAMES}")
     for pattern in value:
         try:
-            re.compile(pattern)
+            _compiled(pattern)
         except re.error as error:
             remedy = f"use a regular expression: {error}"
             raise invalid(f"{name}.{pattern}", pattern, remedy) from error
     return {pattern: check(f"{name}.{pattern}", entry) for pattern, entry in value.items()}
 
 
-def _pattern_key(pattern: Mapping[str, Any], module: str) -> str:
-    from peft.utils.other import get_pattern_key
+def _matching(pattern: Mapping[str, T], names: Sequence[str], default: T) -> T:
+    """The value of the first key that matches a module's name, as PEFT's get_pattern_key does."""
+    for name in names:
+        for key, value in pattern.items():
+            if _compiled(key).match(name):
+                return value
+    return default
 
-    key: str = get_pattern_key(list(pattern), module)
-    return key
+
+@lru_cache(2 * MAX_NAMES)
+def _compiled(key: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({key})$")
 
 
 def _overlaps(settings: LoraSettings) -> list[str]:
@@ -226,7 +262,7 @@ def _overlaps(settings: LoraSettings) -> list[str]:
     """
     pattern = settings.alpha_pattern
     for module in sorted(settings.targets):
-        fitting = [key for key in pattern if _pattern_key({key: 0}, module) == key]
+        fitting = [key for key in pattern if _compiled(key).match(module)]
         if len({pattern[key] for key in fitting}) > 1:
             return [
                 f"{CONFIG_FILE}: alpha_pattern: {', '.join(map(repr, fitting))} all match "

@@ -16,7 +16,8 @@ from typing import Any
 from quickchange_store.canonical.canonical_adapter import BaseSpec, LowRankUpdate
 from quickchange_store.errors import BaseMismatchError, UnsupportedFeatureError
 from quickchange_store.formats.config_file import BASE_NAME, CONFIG_FILE
-from quickchange_store.formats.peft.peft_common import PREFIX, WEIGHTS_FILE
+from quickchange_store.formats.peft.peft_common import WEIGHTS_FILE
+from quickchange_store.formats.peft.tensor_names import PREFIX
 from quickchange_store.formats.tensors import copied
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from quickchange_store.canonical.canonical_adapter import BaseSpec
 from quickchange_store.errors import BaseMismatchError, InvalidAdapterError
-from quickchange_store.formats.config_file import BASE_NAME
+from quickchange_store.formats.config_file import BASE_NAME, read_config
 from quickchange_store.formats.tensors import AdapterTensors
 
 if TYPE_CHECKING:
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
 
 HEADS_CONFIG_FILE = "config.json"
 HEADS_FILE = "medusa_lm_head.safetensors"
+MAX_HEADS = 64  # heads, and blocks of one; more than five seldom pay
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,9 @@ def count(config: Mapping[str, Any], names: tuple[str, ...], default: int | None
     name = next((name for name in names if config.get(name) is not None), names[0])
     value = config.get(name)
     value = default if value is None else value
-    if not is_index(value) or not value:
+    if not is_index(value) or not 1 <= value <= MAX_HEADS:
         raise InvalidAdapterError(
-            f"{value!r} is not a whole number from 1",
+            f"{value!r} is not a whole number from 1 to {MAX_HEADS}",
             file=HEADS_CONFIG_FILE,
             key=name,
             remedy="set it to what the heads were trained with",
@@ -118,23 +118,20 @@ def base_name(config: Mapping[str, Any]) -> str:
 
 def plain(config: Mapping[str, Any]) -> dict[str, Any]:
     """Fields other than null, as plain data."""
-    kept = {key: value for key, value in config.items() if value is not None}
-    return dict(json.loads(json.dumps(kept)))
+    return {key: value for key, value in config.items() if value is not None}
 
 
 def shards(directory: Path, index: Path) -> list[Path]:
     """The files of an index of shards. Raises InvalidAdapterError where one is missing."""
-    try:
-        names = sorted(
-            {str(name) for name in json.loads(index.read_bytes())["weight_map"].values()}
-        )
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    mapping = read_config(index.parent, index.name).get("weight_map")
+    if not isinstance(mapping, dict) or not all(isinstance(n, str) for n in mapping.values()):
         raise InvalidAdapterError(
-            f"not an index of safetensors files ({error!r})",
+            "not an index of safetensors files",
             file=index.name,
             key="weight_map",
             remedy="copy or save it again",
-        ) from error
+        )
+    names = sorted(set(mapping.values()))
     for name in names:
         if Path(name).name != name or not (directory / name).is_file():
             raise InvalidAdapterError(

@@ -25,6 +25,7 @@ from quickchange_store.formats.config_file import BASE_NAME
 from quickchange_store.formats.tensors import AdapterTensors, copied
 from quickchange_store.formats.turbo.turbo_common import (
     HEADS_CONFIG_FILE,
+    MAX_HEADS,
     ImportedHeads,
     LmHead,
     base_name,
@@ -123,6 +124,8 @@ def _layout(tree: Any) -> TurboLayout:
         layout = TurboLayout.decode(tree)
         if not layout.heads or not all(layout.heads):
             raise ValueError("there must be a head, and each must list a block")
+        if max(len(layout.heads), *map(len, layout.heads)) > MAX_HEADS:
+            raise ValueError(f"more than {MAX_HEADS} heads, or blocks of one head")
         if layout.outputs and len(layout.outputs) != len(layout.heads):
             raise ValueError("outputs must list one for each head, or none")
     except (KeyError, TypeError, ValueError) as error:

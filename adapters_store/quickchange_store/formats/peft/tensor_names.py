@@ -1,0 +1,110 @@
+"""Names of a LoRA's tensors as trainers and wrappers save them, and PEFT's own for the same.
+
+PEFT saves `base_model.model.PATH.lora_A.weight`. The state dict of a wrapped model has the name of
+the adapter after `lora_A`, parts such as `_orig_mod` or `module` anywhere, other prefixes, or none.
+A name is read as PEFT's where what remains is the path of one module of the base.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+from quickchange_store.canonical.canonical_adapter import BaseSpec
+from quickchange_store.errors import InvalidAdapterError
+
+PREFIX = "base_model.model."
+
+WRAPPERS = frozenset(
+    {
+        "_checkpoint_wrapped_module",  # activation checkpoints
+        "_forward_module",  # Lightning's Fabric
+        "_fpw_module",  # earlier FSDP
+        "_fsdp_wrapped_module",
+        "_orig_mod",  # torch.compile
+        "module",  # DDP, DeepSpeed
+    }
+)
+# What may stand before a path: PEFT's own, the model within a trainer's, and the language model
+# within a multimodal one.
+_LEADING = frozenset({"base_model", "model", "language_model", "text_model"})
+_PART = re.compile(
+    r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B"
+    r"|lora_magnitude_vector|ia3_l)"
+    r"(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?:\.(?P<kind>weight|bias))?"
+)
+_PARAMETER = re.compile(r"(?P<module>.+?)\.(?P<part>(?:base_layer\.)?(?:weight|bias))")
+
+
+class TensorNames:
+    """PEFT's names for the tensors of one file, and what its modules were called in training."""
+
+    def __init__(self, base: BaseSpec) -> None:
+        self._paths = base.modules.keys()
+        tails = Counter(path.partition(".")[2] for path in self._paths)
+        self._whole = {
+            tail: path for path in self._paths if tails[tail := path.partition(".")[2]] == 1
+        }
+        self._adapters: dict[str, str] = {}  # an adapter's name -> a tensor that has it
+        self._trained: dict[str, str] = {}
+
+    def plain(self, key: str) -> str | None:
+        """PEFT's name for the tensor `key`; None where it belongs to no module of the base."""
+        parts = [part for part in key.split(".") if part not in WRAPPERS]
+        for kept in (key.split("."), parts):  # a base may have a module of a wrapper's name
+            named = self._plain(key, ".".join(kept))
+            if named is not None:
+                return named
+        return None
+
+    def _plain(self, key: str, text: str) -> str | None:
+        found = _PART.fullmatch(text)
+        if found is not None:
+            path = self.path(found["module"])
+            if path is None:
+                return None
+            if found["adapter"] is not None:
+                self._adapters.setdefault(found["adapter"], key)
+            part = found["part"]
+            ending = f".{found['kind'] or 'weight'}" if part in ("lora_A", "lora_B") else ""
+            return f"{PREFIX}{path}.{part}{ending}"
+        found = _PARAMETER.fullmatch(text)
+        path = None if found is None else self.path(found["module"])
+        return None if found is None or path is None else f"{PREFIX}{path}.{found['part']}"
+
+    def path(self, text: str) -> str | None:
+        """The base's path of the module that a file calls `text`; None where there is not one."""
+        cuts = _cuts(text.split("."))
+        path = next((cut for cut in cuts if cut in self._paths), None)
+        path = path or next((self._whole[cut] for cut in cuts if cut in self._whole), None)
+        if path is not None:
+            self._trained[path] = text.rpartition(PREFIX)[2]
+        return path
+
+    def of_module(self, path: str) -> tuple[str, ...]:
+        """What the configuration may call a module: its path, and its name in the file."""
+        trained = self._trained.get(path, path)
+        return (path,) if trained == path else (path, trained)
+
+    def refuse_several(self, file: str) -> None:
+        """Raise InvalidAdapterError where the tensors are of adapters with different names."""
+        if len(self._adapters) > 1:
+            first, second, *_ = sorted(self._adapters)
+            raise InvalidAdapterError(
+                f"the file holds several adapters: this tensor is of {second!r}, "
+                f"{self._adapters[first]} of {first!r}",
+                file=file,
+                key=self._adapters[second],
+                remedy="save one of them alone (save_pretrained's selected_adapters)",
+            )
+
+
+def _cuts(parts: Sequence[str]) -> list[str]:
+    """The path, and what is left of it without its first parts that may stand before one."""
+    cuts = [".".join(parts)]
+    for number, part in enumerate(parts[:-1], 1):
+        if part not in _LEADING:
+            break
+        cuts.append(".".join(parts[number:]))
+    return cuts
