@@ -103,6 +103,20 @@ class Settings(BaseSettings):
     max_queue: int = Field(256, ge=1, description="sequences in flight before 429")
     drain_seconds: float = Field(30.0, ge=0, description="on SIGTERM, time for running requests")
     max_request_deaths: int = Field(3, ge=1, description="engine deaths before a request fails")
+    engine_stall_seconds: float = Field(
+        60.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="an engine that says nothing for so long is replaced, at least ten times its "
+        "longest step as measured at its start; 0: never",
+    )
+    engine_start_seconds: float = Field(
+        1800.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="an engine that is not ready after so long is ended; a restart has ten times "
+        "what the last start took, where that is less",
+    )
     metrics_adapters: int = Field(100, ge=0, description="adapter names kept as label values")
     database: str | None = Field(
         None,

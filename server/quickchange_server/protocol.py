@@ -163,6 +163,22 @@ Pooling = Literal["mean", "last"]  # over the hidden states that enter the LM he
 # --- API process to engine ---------------------------------------------------------------------
 
 
+Prices = tuple[tuple[int, float], ...]  # (rows, seconds) of an engine step, ascending
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """Load the model: the first command. `prices`: as an earlier engine measured them; empty: the
+    engine measures them itself, which takes longer than the rest of its start."""
+
+    prices: Prices = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Ping:
+    """Say that the step loop still turns: a Pulse answers, after the step under way."""
+
+
 @dataclass(frozen=True, slots=True)
 class Submit:
     """Generate one sequence. `output`: tokens already emitted, before an engine restart."""
@@ -215,7 +231,7 @@ class Shutdown:
     """End the engine process now; requests in flight are dropped."""
 
 
-Command = Submit | Cancel | Prefetch | Pin | Forget | Shutdown
+Command = Begin | Ping | Submit | Cancel | Prefetch | Pin | Forget | Shutdown
 
 
 # --- engine to API process ---------------------------------------------------------------------
@@ -231,6 +247,8 @@ class Ready:
     load_seconds: float
     adapter_device_bytes: int  # budget of the device tier
     adapter_host_bytes: int
+    prices: Prices = ()  # of steps without adapters; empty: nothing is drafted, so none are needed
+    own_bytes: int = 0  # memory that it shares with no other process; 0: not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,6 +335,21 @@ class StepReport:
 
 
 @dataclass(frozen=True, slots=True)
+class Began:
+    """These requests are about to be worked on for the first time; sent before the work."""
+
+    request_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Pulse:
+    """The engine's state between steps: the answer to a Ping, and sent when the state changed
+    without a step. The figures of a step are 0."""
+
+    stats: StepStats
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterMoved:
     """An adapter version reached `tier`, from a faster or a slower one."""
 
@@ -347,4 +380,4 @@ class Fatal:
     setting: str | None = field(default=None)
 
 
-Report = Ready | StepReport | AdapterMoved | AdapterFailed | Fatal
+Report = Ready | Began | StepReport | Pulse | AdapterMoved | AdapterFailed | Fatal

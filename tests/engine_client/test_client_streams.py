@@ -214,9 +214,9 @@ def test_an_engine_that_dies_at_the_start_says_how() -> None:
 
 def test_an_engine_that_hangs_at_the_start_is_given_up() -> None:
     async def scenario() -> None:
-        settings = make_settings()
+        settings = make_settings(engine_start_seconds=0.5)
         main = partial(fake_engine.main, behaviour=Behaviour(start_seconds=600))
-        client = EngineClient(settings, Metrics(settings), main, start_seconds=0.5)
+        client = EngineClient(settings, Metrics(settings), main)
         with pytest.raises(EngineFailedError, match=r"not ready after 0\.5 seconds"):
             await client.start()
         assert client.pid is None

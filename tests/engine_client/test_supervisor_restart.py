@@ -25,6 +25,7 @@ from fake_engine import Behaviour, entries, expected_tokens
 from prometheus_client.parser import text_string_to_metric_families
 
 from quickchange_server.engine_client import supervisor
+from quickchange_server.engine_client.channel import Death
 from quickchange_server.engine_client.client import EngineClient
 from quickchange_server.engine_client.supervisor import Supervisor
 from quickchange_server.errors import EngineFailedError, RequestFailedError, UnavailableError
@@ -309,8 +310,8 @@ class Listener:
     def engine_reported(self, report: Report) -> None:
         self.reports.append(report)
 
-    def engine_died(self, reason: str) -> bool:
-        self.deaths.append(reason)
+    def engine_died(self, death: Death) -> bool:
+        self.deaths.append(death.reason)
         return False
 
     def engine_failed(self, reason: str) -> None:

@@ -21,6 +21,7 @@ from quickchange_server.protocol import (
     LOOKUP,
     AdapterFailed,
     AdapterMoved,
+    Began,
     Cancel,
     Command,
     Component,
@@ -30,7 +31,9 @@ from quickchange_server.protocol import (
     FinishReason,
     Forget,
     Pin,
+    Ping,
     Prefetch,
+    Pulse,
     Ready,
     SamplingParams,
     Shutdown,
@@ -55,6 +58,7 @@ class Behaviour:
     starts: int | None = None  # only so many starts succeed (counted in `journal`)
     poison: int | None = None  # a prompt beginning with this token ends the process...
     poison_at: int = 0  # ... once so many tokens of it have been emitted
+    sleeper: int | None = None  # a prompt beginning with this token hangs the process there
     sure: bool = True  # each token's log-probability is -1; else that of `logprob_at`
     missing: frozenset[str] = frozenset()  # digests that can't be loaded
     deaf: bool = False  # reads no commands after Ready
@@ -100,6 +104,10 @@ class FakeEngine:
                     self.submit(command)
                 case Cancel():
                     self.sequences.pop(command.request_id, None)
+                    if not self.sequences:
+                        self.connection.send(Pulse(self.stats()))
+                case Ping():
+                    self.connection.send(Pulse(self.stats()))
                 case Prefetch():
                     self.load(command.digest)
                 case Pin():
@@ -129,6 +137,7 @@ class FakeEngine:
             delta = Delta(submit.request_id, finish_reason="length")
             self.connection.send(StepReport((delta,), self.stats()))
             return
+        self.connection.send(Began((submit.request_id,)))
         self.sequences[submit.request_id] = Sequence(submit, len(submit.output))
 
     def load(self, digest: str) -> bool:
@@ -156,6 +165,8 @@ class FakeEngine:
         submit, behaviour = sequence.submit, self.behaviour
         if submit.prompt[:1] == (behaviour.poison,) and sequence.emitted >= behaviour.poison_at:
             os._exit(3)
+        if submit.prompt[:1] == (behaviour.sleeper,) and sequence.emitted >= behaviour.poison_at:
+            time.sleep(3600)
         if submit.pooling is not None or not submit.sampling.max_tokens:
             del self.sequences[key]
             return read_only(submit)

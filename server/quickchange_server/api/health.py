@@ -11,24 +11,29 @@ from quickchange_server.api.openapi.response_models import EngineState
 from quickchange_server.api.openapi.route_responses import COMMON_ERRORS, PLAIN_TEXT, Responses
 
 NOT_READY: Responses = {503: {"model": EngineState, "description": "No requests are taken"}}
+FAILED: Responses = {503: {"model": EngineState, "description": "Engines fail one after another"}}
 
-router = APIRouter(tags=["health"], responses=NOT_READY)
+router = APIRouter(tags=["health"])
 
 
-@router.get("/health", response_model=EngineState)
-@router.get("/health/ready", response_model=EngineState)
-@router.get("/ping", response_model=EngineState, tags=["vLLM"])
-@router.post("/ping", response_model=EngineState, tags=["vLLM"])
+@router.get("/health", response_model=EngineState, responses=NOT_READY)
+@router.get("/health/ready", response_model=EngineState, responses=NOT_READY)
+@router.get("/ping", response_model=EngineState, responses=NOT_READY, tags=["vLLM"])
+@router.post("/ping", response_model=EngineState, responses=NOT_READY, tags=["vLLM"])
 async def ready(services: Injected) -> Response:
     """Readiness: 200 while requests are taken, else 503; the body has the engine's state."""
     state = services.client.state
     return JSONResponse({"state": state}, 200 if state in ("ready", "restarting") else 503)
 
 
-@router.get("/health/live", response_model=EngineState)
-async def live() -> Response:
-    """Liveness: 200 as long as the API process answers at all."""
-    return JSONResponse({"state": "live"})
+@router.get("/health/live", response_model=EngineState, responses=FAILED)
+async def live(services: Injected) -> Response:
+    """Liveness: 503 while engines fail one after another, else 200 as long as the server answers.
+
+    The server goes on starting engines, with growing pauses; a restart of it may help sooner.
+    """
+    failed = services.client.state == "failed"
+    return JSONResponse({"state": "failed" if failed else "live"}, 503 if failed else 200)
 
 
 @router.get(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -20,7 +21,7 @@ from quickchange_server.engine.kv_cache_manager import KVBlocks
 from quickchange_server.engine.model_runner import Ran, Result, Runner
 from quickchange_server.engine.sampler import RowError, SampledToken
 from quickchange_server.engine.scheduler import Scheduled, Scheduler
-from quickchange_server.engine.sequence import Sequence
+from quickchange_server.engine.sequence import Sequence, fault_of
 from quickchange_server.engine.token_masks import constraints_of
 from quickchange_server.model.model_loader import LoadedModel
 from quickchange_server.model.paged_attention import bytes_per_block
@@ -29,6 +30,7 @@ from quickchange_server.protocol import (
     AdapterMoved,
     Delta,
     FinishReason,
+    Prices,
     Ready,
     StepReport,
     StepStats,
@@ -50,7 +52,13 @@ class Engine:
     `load_adapter` reads an adapter version by digest, on the loader thread. `on_wake` asks the
     owner to call `poll_adapters` and `step` again; it is called on any thread. `text`: the
     tokenizer for drafting the prompt's words by their text; None: no such drafts. `constraints`:
-    the grammar compiler; None: requests with a constraint are refused.
+    the grammar compiler; None: requests with a constraint are refused. `prices`: of steps, as an
+    engine like this one measured them; empty: they are measured. `on_begun` is told the ids of
+    requests before the engine works on them for the first time.
+
+    An error that belongs to one sequence (its parameters, its grammar, its prompt's reading, its
+    drafts) ends that sequence alone, with an error delta. An error in work that sequences share is
+    raised, after which the engine's state is not to be trusted.
     """
 
     def __init__(
@@ -62,9 +70,13 @@ class Engine:
         on_wake: Callable[[], None],
         text: TokenText | None = None,
         constraints: ConstraintCompiler | None = None,
+        prices: Prices = (),
+        on_begun: Callable[[tuple[str, ...]], None] = lambda _: None,
     ) -> None:
         self._settings = settings
         self._on_wake = on_wake
+        self._on_begun = on_begun
+        self._prices = prices
         self._vocabulary = model.vocabulary
         blocks = _kv_blocks(model, settings)
         self._max_model_len = _context_length(model, settings, blocks)
@@ -93,10 +105,19 @@ class Engine:
             load_seconds=load_seconds,
             adapter_device_bytes=settings.adapter_device_bytes,
             adapter_host_bytes=settings.adapter_host_bytes,
+            prices=self._prices,
+            own_bytes=_own_bytes(),
         )
 
     def submit(self, submit: Submit) -> None:
         """Queue a request. One that can't run is answered with an error delta by the next step."""
+        try:
+            self._queue(submit)
+        except BaseException as error:
+            self._refused.append(_error(submit.request_id, fault_of(error), "request"))
+            self.cancel(submit.request_id)
+
+    def _queue(self, submit: Submit) -> None:
         if (error := self._refusal(submit)) is not None:
             self._refused.append(_error(submit.request_id, error, "request"))
             return
@@ -104,6 +125,7 @@ class Engine:
         if sequence.generates and (reason := sequence.finish_reason(self._max_model_len)):
             self._refused.append(Delta(submit.request_id, finish_reason=reason))
         elif submit.constraint is not None:
+            self._begin([sequence])
             self._constraints.hold(sequence, submit.constraint)
         else:
             self.scheduler.add(sequence)
@@ -131,16 +153,24 @@ class Engine:
         started = time.monotonic()
         deltas = self._ended_before_a_step()
         plan = self.scheduler.schedule(started)
+        for request_id, fault in self.scheduler.faults.items():
+            self.scheduler.cancel(request_id)
+            deltas.append(_error(request_id, fault, "request"))
         if self.scheduler.claims_changed:
             self._on_wake()  # the tiers act on claims in `poll_adapters`
         if not plan and not deltas:
             return None
+        self._begin([item.sequence for item in plan])
         prefill_rows = sum([item.count for item in plan if item.sequence.remaining > 1])
         ran = self._runner.run(plan, self._speculation)
         drafted = self._speculation.observe(plan, ran)
         deltas += self._advance(plan, ran)
         stats = self._stats(plan, prefill_rows, drafted, ran.mask_seconds, started)
         return StepReport(tuple(deltas), stats)
+
+    def stats(self) -> StepStats:
+        """The state between steps; the figures of a step are 0."""
+        return self._stats([], 0, DraftReport(), None, None)
 
     def check_integrity(self) -> None:
         """Raises AssertionError if the scheduler's, the cache's or the tiers' state is broken."""
@@ -169,7 +199,9 @@ class Engine:
     def _made_speculation(self, text: TokenText | None) -> Speculation | NoSpeculation:
         if not self._settings.turbo:
             return NoSpeculation()
-        cost = StepCost(self._runner.price_rows(self._settings.batch_tokens))
+        if not self._prices:
+            self._prices = tuple(self._runner.price_rows(self._settings.batch_tokens))
+        cost = StepCost(self._prices)
         return Speculation(cost, self._adapters.head_count, self._max_model_len, text)
 
     def _refusal(self, submit: Submit) -> str | None:
@@ -179,7 +211,7 @@ class Engine:
             return "prompt: it has no token; give at least one"
         if tokens > self._max_model_len or len(submit.prompt) > most:
             return f"prompt: {tokens} tokens leave no room in a context of {self._max_model_len}"
-        if not all(0 <= token < self._vocabulary for token in submit.prompt):
+        if not all(0 <= token < self._vocabulary for token in (*submit.prompt, *submit.output)):
             return f"prompt: token ids must be from 0 to {self._vocabulary - 1}"
         return self._adapters.refusal(submit) or self._constraints.refusal(submit)
 
@@ -198,12 +230,24 @@ class Engine:
         for sequence, error in self._constraints.released():
             if error is not None:
                 deltas.append(_error(sequence.request_id, f"constraint: {error}", "request"))
-            elif reason := sequence.finish_reason(self._max_model_len):
-                deltas.append(Delta(sequence.request_id, finish_reason=reason))
-            else:
-                self.scheduler.add(sequence)
-                self._on_wake()  # `poll_adapters` came before this claim, and the loop would sleep
+                continue
+            try:
+                if reason := sequence.finish_reason(self._max_model_len):
+                    deltas.append(Delta(sequence.request_id, finish_reason=reason))
+                    continue
+            except BaseException as fault:
+                deltas.append(_error(sequence.request_id, fault_of(fault), "request"))
+                continue
+            self.scheduler.add(sequence)
+            self._on_wake()  # `poll_adapters` came before this claim, and the loop would sleep
         return deltas
+
+    def _begin(self, sequences: Seq[Sequence]) -> None:
+        new = [sequence for sequence in sequences if not sequence.begun]
+        for sequence in new:
+            sequence.begun = True
+        if new:
+            self._on_begun(tuple([sequence.request_id for sequence in new]))
 
     def _advance(self, plan: Seq[Scheduled], ran: Ran) -> list[Delta]:
         """Record that the plan was computed and return its sequences' deltas."""
@@ -211,7 +255,16 @@ class Engine:
         results = iter(ran.results)
         for item in plan:
             result = next(results) if item.samples else None
-            deltas += self._advance_one(item, result)
+            request_id = item.sequence.request_id
+            fault = ran.faults.get(request_id)
+            if fault is None:
+                try:
+                    deltas += self._advance_one(item, result)
+                except BaseException as error:
+                    fault = fault_of(error)
+            if fault is not None:
+                self.scheduler.cancel(request_id)
+                deltas.append(_error(request_id, fault, "request"))
         return deltas
 
     def _advance_one(self, item: Scheduled, result: Result | None) -> list[Delta]:
@@ -262,11 +315,11 @@ class Engine:
         prefill_rows: int,
         drafted: DraftReport,
         mask_seconds: float | None,
-        started: float,
+        started: float | None,
     ) -> StepStats:
         scheduler = self.scheduler
         return StepStats(
-            seconds=time.monotonic() - started,
+            seconds=0.0 if started is None else time.monotonic() - started,
             rows=sum([item.rows for item in plan]),
             prefill_rows=prefill_rows,
             sequences=len(plan),
@@ -334,6 +387,17 @@ def _adapters(
     )
     turbo = TurboShape(model.hidden, model.vocabulary)
     return Residency(pool, load_adapter, model.groups, turbo, settings.adapter_host_bytes, on_wake)
+
+
+def _own_bytes() -> int:
+    """Memory of this process that no other shares; 0 where the system does not tell."""
+    try:
+        rollup = Path("/proc/self/smaps_rollup").read_text()
+    except OSError:
+        return 0
+    return 1024 * sum(
+        int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Private_")
+    )
 
 
 def _error(request_id: str, error: str, kind: Literal["adapter", "request", "internal"]) -> Delta:

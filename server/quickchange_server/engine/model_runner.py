@@ -7,7 +7,7 @@ Nothing waits for the device between the forward pass and the results.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import NamedTuple, Protocol, overload
 
@@ -25,8 +25,16 @@ from quickchange_server.engine.model_inputs import (
     step_inputs,
 )
 from quickchange_server.engine.prompt_outputs import read
-from quickchange_server.engine.sampler import Draw, RowError, SampledToken, Sampler, SampleRow
+from quickchange_server.engine.sampler import (
+    Draw,
+    RowError,
+    RowTables,
+    SampledToken,
+    Sampler,
+    SampleRow,
+)
 from quickchange_server.engine.scheduler import Scheduled
+from quickchange_server.engine.sequence import isolated
 from quickchange_server.engine.token_masks import TokenMasks
 from quickchange_server.model import paged_attention
 from quickchange_server.model.cuda_graphs import Graphs, capture_for
@@ -54,12 +62,17 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Ran:
-    """A step's results, one for each sampling item in the plan's order, and its durations."""
+    """A step's results, one for each sampling item in the plan's order, and its durations.
+
+    `faults`: by request id, errors that belong to one item, which was left out; its result, if it
+    samples, is an error too.
+    """
 
     results: list[Result]
     seconds: float | None = None  # forward pass and sampling; None if nobody waits for their end
     draft_seconds: float | None = None  # heads; None if none ran
     mask_seconds: float | None = None  # token masks, on the host; None if there were none
+    faults: Mapping[str, str] = field(default_factory=dict)
 
 
 class HeadPlan(Protocol):
@@ -123,34 +136,49 @@ class Runner:
         return [(rows, min(times)) for rows, *times in zip(sizes, *rounds, strict=True)]
 
     def run(self, plan: Sequence[Scheduled], heads: HeadPlan) -> Ran:
-        """Compute `plan`, then the drafts that `heads` asks for."""
+        """Compute `plan`, then the drafts that `heads` asks for.
+
+        Raises what goes wrong in work that the items share.
+        """
         if not plan:
             return Ran([])
         depths = heads.depths(plan)
         watch = stopwatch(self._device)
         watch.mark()
-        output = self._forward(plan)
-        sampling = [item for item in plan if item.samples]
-        if reads(plan):
-            output = self._read(plan, output)
-        if not sampling:
-            return Ran([])
-        masks = self._masks(sampling)  # on the host, while a GPU runs the forward pass
-        rows = [row for item in sampling for row in _sample_rows(item)]
-        draw = self._sampler.draw(output.logits, rows, masks)
-        verdict = judge(sampling, draw.tokens)
+        faults: dict[str, str] = {}
+        sound, inputs = isolated(plan, self._inputs, faults)
+        if inputs is None:
+            return Ran(_results(plan, {}, faults), faults=faults)
+        output = self._forward(inputs)
+        if reads(sound):
+            output = self._read(sound, output, faults)
+        sampling = [item for item in sound if item.samples]
+        # On the host, while a GPU runs the forward pass.
+        drawable = [item for item in sampling if item.sequence.request_id not in faults]
+        drawable, made = isolated(drawable, self._row_tables, faults) if drawable else ([], None)
+        if made is None:
+            return Ran(_results(plan, {}, faults), faults=faults)
+        output = _rows_of(drawable, sampling, output)
+        masks, tables = made
+        draw = self._sampler.draw(output.logits, tables, masks)
+        verdict = judge(drawable, draw.tokens)
         watch.mark()
-        drafted = self._draft(sampling, depths, verdict, output.hidden, heads)
+        drafted = self._draft(drawable, depths, verdict, output.hidden, heads, faults)
         watch.mark()
-        results = _results(sampling, verdict, draw, drafted)
+        results = _results(plan, _item_results(drawable, verdict, draw, drafted), faults)
         seconds, draft_seconds = watch.seconds()
-        return Ran(results, seconds, draft_seconds if drafted.items else None, masks.seconds)
+        drafts_took = draft_seconds if drafted.items else None
+        return Ran(results, seconds, drafts_took, masks.seconds, faults)
 
-    def _read(self, plan: Sequence[Scheduled], output: Output) -> Output:
+    def _row_tables(self, sampling: Sequence[Scheduled]) -> tuple[TokenMasks, RowTables]:
+        rows = [row for item in sampling for row in _sample_rows(item)]
+        return self._masks(sampling), self._sampler.tables(rows)
+
+    def _read(self, plan: Sequence[Scheduled], output: Output, faults: dict[str, str]) -> Output:
         """Let sequences read their prompts' rows; returns the output of the sampled rows."""
         sampled = sum([item.sampled_rows for item in plan])
         scored = sampled + sum([len(item.scored) for item in plan])
-        read(plan, output.logits[sampled:scored], output.hidden[scored:])
+        read(plan, output.logits[sampled:scored], output.hidden[scored:], faults)
         return Output(output.logits[:sampled], output.hidden[:sampled])
 
     def _draft(
@@ -160,6 +188,7 @@ class Runner:
         verdict: Verdict,
         hidden: Tensor,
         heads: HeadPlan,
+        faults: dict[str, str],
     ) -> _Drafted:
         """The heads' drafts after each item's last token. hidden [R, H]."""
         if not depths:
@@ -169,31 +198,35 @@ class Runner:
             for row, item in enumerate(sampling)
             if (depth := depths.get(item.sequence.request_id, 0)) and item.heads is not None
         ]
-        if not items:
+        drafting, guide = isolated([sampling[item.row] for item in items], heads.guide, faults)
+        if not drafting:
             return _NOTHING
+        items = [item for item in items if sampling[item.row].sequence.request_id not in faults]
         drafts = self._drafter.draft(
             verdict.at_last_rows(hidden),
             verdict.token,
             items,
             self._adapters,
-            guide=heads.guide([sampling[item.row] for item in items]),
+            guide=guide,
         )
         return _Drafted(items, *drafts)
 
-    def _forward(self, plan: Sequence[Scheduled]) -> Output:
-        """Output of the sampled rows, then of those that are read."""
+    def _inputs(self, plan: Sequence[Scheduled]) -> _Inputs:
         adapters = any(item.components for item in plan)
-        tables = self._adapters.tables if adapters else None
-        if self._graphs is not None:
-            extent = self._buckets.fit(plan, adapters=adapters)
-            if extent is not None:
-                inputs = step_inputs(plan, extent, self._block_size)
-                rows = sum([item.rows for item in plan])
-                logits, hidden = self._graphs.run(extent, inputs, tables)
-                return Output(logits[:rows], hidden[:rows])
-        extent = exact_extent(plan, self._device, adapters=adapters)
-        inputs = step_inputs(plan, extent, self._block_size)
-        return self._compute(upload(inputs, self._device), tables)
+        rows = sum([item.rows for item in plan])
+        extent = None if self._graphs is None else self._buckets.fit(plan, adapters=adapters)
+        if extent is not None:
+            return _Inputs(step_inputs(plan, extent, self._block_size), adapters, rows, extent)
+        exact = exact_extent(plan, self._device, adapters=adapters)
+        return _Inputs(step_inputs(plan, exact, self._block_size), adapters, rows)
+
+    def _forward(self, inputs: _Inputs) -> Output:
+        """Output of the sampled rows, then of those that are read."""
+        tables = self._adapters.tables if inputs.adapters else None
+        if self._graphs is not None and inputs.bucket is not None:
+            logits, hidden = self._graphs.run(inputs.bucket, inputs.step, tables)
+            return Output(logits[: inputs.rows], hidden[: inputs.rows])
+        return self._compute(upload(inputs.step, self._device), tables)
 
     def _compute(self, inputs: StepInputs, tables: LowRankTables | None) -> Output:
         """Logits [R, V] and hidden states [R, H] of inputs on the device."""
@@ -216,6 +249,15 @@ class Runner:
         return watch.seconds()[0]
 
 
+class _Inputs(NamedTuple):
+    """Host tensors of a step."""
+
+    step: StepInputs
+    adapters: bool  # some row has one
+    rows: int
+    bucket: Extent | None = None  # of the captured graph that the step runs from; None: none
+
+
 class _Drafted(NamedTuple):
     items: list[DraftItem]
     tokens: Tensor  # int64 [items, depth]
@@ -225,17 +267,35 @@ class _Drafted(NamedTuple):
 _NOTHING = _Drafted([], torch.empty(0, 0), torch.empty(0, 0))
 
 
+def _rows_of(kept: Sequence[Scheduled], items: Sequence[Scheduled], output: Output) -> Output:
+    """The rows of those items that are kept, from the sampled rows of `items`."""
+    if len(kept) == len(items):
+        return output
+    ids = {item.sequence.request_id for item in kept}
+    whose = [item.sequence.request_id in ids for item in items for _ in range(item.sampled_rows)]
+    where = torch.tensor(whose, device=output.logits.device)
+    return Output(output.logits[where], output.hidden[where])
+
+
 def _results(
-    sampling: Sequence[Scheduled], verdict: Verdict, draw: Draw, drafted: _Drafted
+    plan: Sequence[Scheduled], drawn: Mapping[str, Result], faults: Mapping[str, str]
 ) -> list[Result]:
-    """Results of the sampling items, on the host."""
+    """Results of all sampling items: of those drawn, by request id, and the others' errors."""
+    ids = [item.sequence.request_id for item in plan if item.samples]
+    return [drawn.get(i) or Result((RowError(0, faults[i], "request"),), ()) for i in ids]
+
+
+def _item_results(
+    sampling: Sequence[Scheduled], verdict: Verdict, draw: Draw, drafted: _Drafted
+) -> dict[str, Result]:
+    """Results of the drawn items by request id, on the host."""
     accepted = verdict.counts(len(sampling))
     rows = iter(draw.results())
     ahead = _ahead(drafted)
-    results = []
+    results = {}
     for row, (item, held) in enumerate(zip(sampling, accepted, strict=True)):
         sampled = tuple([next(rows) for _ in range(item.sampled_rows)])
-        results.append(Result(sampled[: held + 1], ahead.get(row, ())))
+        results[item.sequence.request_id] = Result(sampled[: held + 1], ahead.get(row, ()))
     return results
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection, wait
 
 import torch
@@ -19,14 +20,18 @@ from quickchange_server.engine.engine import Engine, torch_dtype
 from quickchange_server.errors import SettingError
 from quickchange_server.model.model_loader import load_model
 from quickchange_server.protocol import (
+    Began,
+    Begin,
     Cancel,
     Command,
     Fatal,
     Forget,
     Pin,
+    Ping,
     Prefetch,
+    Prices,
+    Pulse,
     Ready,
-    Report,
     Shutdown,
     Submit,
 )
@@ -64,12 +69,16 @@ class Waker:
 
 
 def main(connection: Connection, settings: Settings, read_tokenizer: ReadTokenizer) -> None:
-    """Load the model, send `Ready`, then serve until `Shutdown` or a closed channel."""
+    """Load the model at `Begin`, send `Ready`, then serve until `Shutdown` or a closed channel."""
+    try:
+        begin: Begin = connection.recv()
+    except EOFError:
+        return  # the API process is gone
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     waker = Waker()
     try:
-        engine, ready = _start(settings, read_tokenizer, waker.wake)
+        engine, ready = _start(settings, read_tokenizer, begin.prices, connection, waker)
     except (SettingError, ValueError, OSError, RuntimeError) as error:
         connection.send(Fatal(f"the engine could not start: {error}"))
         return
@@ -83,47 +92,63 @@ def main(connection: Connection, settings: Settings, read_tokenizer: ReadTokeniz
 
 
 def _start(
-    settings: Settings, read_tokenizer: ReadTokenizer, on_wake: Callable[[], None]
+    settings: Settings,
+    read_tokenizer: ReadTokenizer,
+    prices: Prices,
+    connection: Connection,
+    waker: Waker,
 ) -> tuple[Engine, Ready]:
     started = time.monotonic()
-    model = load_model(
-        settings.model,
-        dtype=torch_dtype(settings.dtype),
-        device=torch.device(settings.device),
-        adapters=settings.adapters,
-        quantization=settings.quantization,
-    )
-    store = Store(settings.store)
-    text, constraints = read_tokenizer(settings)
+    with ThreadPoolExecutor(1) as beside:
+        tokenizer = beside.submit(read_tokenizer, settings)
+        model = load_model(
+            settings.model,
+            dtype=torch_dtype(settings.dtype),
+            device=torch.device(settings.device),
+            adapters=settings.adapters,
+            quantization=settings.quantization,
+        )
+        store = Store(settings.store)
+        text, constraints = tokenizer.result()
     engine = Engine(
         model,
         settings,
         load_adapter=store.load,
-        on_wake=on_wake,
+        on_wake=waker.wake,
         text=text,
         constraints=constraints,
+        prices=prices,
+        on_begun=lambda request_ids: connection.send(Began(request_ids)),
     )
     return engine, engine.ready(time.monotonic() - started)
 
 
 def _serve(connection: Connection, engine: Engine, waker: Waker) -> None:
+    told: Pulse | None = None  # the last state that was sent, if nothing has changed since
     while True:
         while connection.poll():
-            if not _obey(engine, connection.recv()):
+            command: Command = connection.recv()
+            if isinstance(command, Shutdown):
                 return
-        reports: list[Report] = [*engine.poll_adapters()]
+            if isinstance(command, Ping):
+                told = None
+            else:
+                _obey(engine, command)
+        for move in engine.poll_adapters():
+            connection.send(move)
         step = engine.step()
         if step is not None:
-            reports.append(step)
-        for report in reports:
-            connection.send(report)
+            connection.send(step)
+            told = Pulse(engine.stats())
+        elif told != (pulse := Pulse(engine.stats())):
+            connection.send(pulse)
+            told = pulse
         if step is None:
             wait([connection, waker.fileno()])
             waker.clear()
 
 
-def _obey(engine: Engine, command: Command) -> bool:
-    """Carry out one command; False ends the loop."""
+def _obey(engine: Engine, command: Command) -> None:
     match command:
         case Submit():
             engine.submit(command)
@@ -135,6 +160,3 @@ def _obey(engine: Engine, command: Command) -> bool:
             engine.pin(digest, pinned)
         case Forget(digest):
             engine.forget(digest)
-        case Shutdown():
-            return False
-    return True

@@ -7,7 +7,8 @@ log_softmax of the model's own logits.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,22 +16,57 @@ from torch import Tensor
 
 from quickchange_server.engine.sampler import best_first, top_count
 from quickchange_server.engine.scheduler import Scheduled
+from quickchange_server.engine.sequence import Reading, fault_of, isolated
 from quickchange_server.protocol import TokenLogprobs
 
 
 @torch.inference_mode()
-def read(plan: Sequence[Scheduled], logits: Tensor, hidden: Tensor) -> None:
-    """Pass prompt rows to the sequences that read them.
+def read(plan: Sequence[Scheduled], logits: Tensor, hidden: Tensor, faults: dict[str, str]) -> None:
+    """Pass prompt rows to the sequences that read them; errors of one sequence go to `faults`, by
+    request id.
 
     logits [C, V] of the scored rows, hidden [P, H] of the pooled rows, both in the plan's order.
     """
-    if scored := [item for item in plan if item.scored]:
-        _read_scores(scored, logits)
-    if pooled := [item for item in plan if item.pooled]:
-        _read_states(pooled, hidden)
+    _pass_on([item for item in plan if item.scored], logits, _scored_rows, _scores, faults)
+    _pass_on([item for item in plan if item.pooled], hidden, _pooled_rows, _states, faults)
 
 
-def _read_scores(items: Sequence[Scheduled], logits: Tensor) -> None:
+Add = Callable[[Reading], None]
+
+
+def _pass_on(
+    items: Sequence[Scheduled],
+    rows: Tensor,
+    count: Callable[[Scheduled], int],
+    read_rows: Callable[[Sequence[Scheduled], Tensor], list[Add]],
+    faults: dict[str, str],
+) -> None:
+    parts = rows.split([count(item) for item in items])
+    own = {item.sequence.request_id: part for item, part in zip(items, parts, strict=True)}
+
+    def read_own(some: Sequence[Scheduled]) -> list[Add]:
+        if len(some) == len(items):
+            return read_rows(some, rows)
+        return read_rows(some, torch.cat([own[item.sequence.request_id] for item in some]))
+
+    sound, adds = isolated(items, read_own, faults) if items else (items, [])
+    for item, add in zip(sound, adds or (), strict=True):
+        if (reading := item.sequence.reading) is not None:
+            try:
+                add(reading)
+            except BaseException as error:
+                faults[item.sequence.request_id] = fault_of(error)
+
+
+def _scored_rows(item: Scheduled) -> int:
+    return len(item.scored)
+
+
+def _pooled_rows(item: Scheduled) -> int:
+    return len(item.pooled)
+
+
+def _scores(items: Sequence[Scheduled], logits: Tensor) -> list[Add]:
     targets: list[int] = []
     for item in items:
         targets += item.sequence.tokens[item.scored.start + 1 : item.scored.stop + 1]
@@ -41,22 +77,27 @@ def _read_scores(items: Sequence[Scheduled], logits: Tensor) -> None:
         best = table.topk(top_count(most, table.shape[1]), dim=-1)
         parts += [best.indices.double(), best.values.double()]
     lines = iter(zip(targets, torch.cat(parts, dim=1).tolist(), strict=True))
-    for item in items:
-        if (reading := item.sequence.reading) is not None:
-            own = [next(lines) for _ in item.scored]
-            reading.add_scores(
-                [
-                    TokenLogprobs(target, line[0], best_first(line[1:], reading.top or 0))
-                    for target, line in own
-                ]
-            )
+    return [_add_scores([next(lines) for _ in item.scored]) for item in items]
 
 
-def _read_states(items: Sequence[Scheduled], hidden: Tensor) -> None:
+def _add_scores(lines: Sequence[tuple[int, list[float]]]) -> Add:
+    def add(reading: Reading) -> None:
+        reading.add_scores(
+            [
+                TokenLogprobs(target, line[0], best_first(line[1:], reading.top or 0))
+                for target, line in lines
+            ]
+        )
+
+    return add
+
+
+def _states(items: Sequence[Scheduled], hidden: Tensor) -> list[Add]:
     counts = [len(item.pooled) for item in items]
     owner = torch.from_numpy(np.repeat(np.arange(len(items)), counts)).to(hidden.device)
     sums = hidden.new_zeros((len(items), hidden.shape[1]), dtype=torch.float64)
     sums.index_add_(0, owner, hidden.double())
-    for item, total, count in zip(items, sums.cpu().numpy(), counts, strict=True):
-        if (reading := item.sequence.reading) is not None:
-            reading.add_states(total, count)
+    return [
+        partial(Reading.add_states, total=total, rows=count)
+        for total, count in zip(sums.cpu().numpy(), counts, strict=True)
+    ]

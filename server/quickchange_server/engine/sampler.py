@@ -70,7 +70,7 @@ class Draw:
     """Sampled tokens of a batch, still on the device."""
 
     tokens: Tensor  # int64 [R]; 0 if no token can be chosen
-    _rows: tuple[SampleRow, ...]
+    _rows: Sequence[SampleRow]
     _table: Tensor  # float64 [R, 2 or more]: token, soundness, log-probability columns
     _errors: Mapping[int, RowError]  # known before the draw
 
@@ -89,12 +89,23 @@ class Sampler:
         self._vocabulary_size = vocabulary_size
         self._device = device
 
+    def tables(self, rows: Sequence[SampleRow]) -> RowTables:
+        """Tables of the rows' parameters and tokens, on the host. Raises if a row's don't fit."""
+        changes = _EditTable(self._vocabulary_size)
+        for row in rows:
+            changes.add_row(row)
+        return RowTables(rows, _columns(rows, self._vocabulary_size), changes)
+
     @torch.inference_mode()
-    def draw(self, logits: Tensor, rows: Sequence[SampleRow], masks: TokenMasks = NO_MASKS) -> Draw:
+    def draw(
+        self, logits: Tensor, rows: Sequence[SampleRow] | RowTables, masks: TokenMasks = NO_MASKS
+    ) -> Draw:
         """Choose a token for each row (at least one). logits [R, V], overwritten.
 
-        Raises ValueError if the logits' shape is not [len(rows), vocabulary size].
+        Raises ValueError if the logits' shape is not [rows, vocabulary size].
         """
+        tables = rows if isinstance(rows, RowTables) else self.tables(rows)
+        rows = tables.rows
         if logits.shape != (len(rows), self._vocabulary_size):
             raise ValueError(
                 f"logits of shape {tuple(logits.shape)} for {len(rows)} rows over a vocabulary "
@@ -104,32 +115,46 @@ class Sampler:
             logits = logits.contiguous()
         logprobs = _Logprobs.of(logits, rows)  # the model's own: before anything is edited
         masks.apply_(logits)
-        changes = _EditTable(self._vocabulary_size)
-        for row in rows:
-            changes.add_row(row)
-        tokens, sound = sample(logits, _draws(rows, self._device), changes.edits(self._device))
+        edits = tables.edits.on(self._device)
+        tokens, sound = sample(logits, tables.draws(self._device), edits)
         table = torch.stack([tokens.double(), sound.double()], dim=1)
         if logprobs is not None:
             table = torch.cat([table, logprobs.columns(tokens)], dim=1)
         forbidden = {row: RowError(row, text, "request") for row, text in masks.errors.items()}
-        return Draw(tokens, tuple(rows), table, changes.errors | forbidden)
+        return Draw(tokens, rows, table, tables.edits.errors | forbidden)
 
 
-def _draws(rows: Sequence[SampleRow], device: torch.device) -> Draws:
-    """Parameters of the rows, sent in one transfer; a filter that no row uses is left out."""
+@dataclass(frozen=True, slots=True)
+class RowTables:
+    """Rows, and what the operation reads of their parameters and tokens, on the host."""
+
+    rows: Sequence[SampleRow]
+    columns: Mapping[str, Tensor]  # float64 [R] each; empty: all rows are greedy
+    edits: _EditTable
+
+    def draws(self, device: torch.device) -> Draws:
+        """The columns on the device, sent in one transfer."""
+        if not self.columns:
+            return Draws()
+        table = torch.stack(list(self.columns.values())).to(device)
+        return Draws(**dict(zip(self.columns, table, strict=True)))
+
+
+def _columns(rows: Sequence[SampleRow], vocabulary: int) -> dict[str, Tensor]:
+    """Parameters of the rows by name; a filter that no row uses is left out."""
     params = [row.params for row in rows]
     if not any(p.temperature for p in params):
-        return Draws()
+        return {}
     columns: dict[str, Tensor] = {
         "temperature": torch.tensor([p.temperature for p in params], dtype=torch.float64),
         "uniform": uniforms([row.seed for row in rows], [row.position for row in rows]),
     }
     for name, off in _OFF.items():
-        values = [getattr(p, name) for p in params]
+        # A whole number of any size may come here, and one past the vocabulary is off.
+        values = [min(getattr(p, name), vocabulary) for p in params]
         if any(value != off for value in values):
             columns[name] = torch.tensor(values, dtype=torch.float64)
-    table = torch.stack(list(columns.values())).to(device)
-    return Draws(**dict(zip(columns, table, strict=True)))
+    return columns
 
 
 def _result(index: int, row: SampleRow, line: list[float]) -> SampledToken | RowError:
@@ -182,7 +207,7 @@ class _EditTable:
         self._add(dict.fromkeys({*row.prompt, *output}, penalty) if penalty != 1.0 else {})
         self._add(_counted(output, params.frequency_penalty, params.presence_penalty))
 
-    def edits(self, device: torch.device) -> Edits | None:
+    def on(self, device: torch.device) -> Edits | None:
         """The table on the device; None if no logit changes."""
         if not self._tokens:
             return None

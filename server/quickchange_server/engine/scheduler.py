@@ -24,7 +24,7 @@ from typing import Protocol
 from quickchange_server.engine.adapter_claims import Claims, Holdings
 from quickchange_server.engine.fair_queue import Lane
 from quickchange_server.engine.kv_cache_manager import KVBlocks
-from quickchange_server.engine.sequence import Sequence
+from quickchange_server.engine.sequence import Sequence, isolated
 from quickchange_server.protocol import FinishReason
 
 _NO_ROWS = range(0)
@@ -114,6 +114,7 @@ class Scheduler:
         self.running: list[Sequence] = []  # in order of admission
         self._sequences: dict[str, Sequence] = {}
         self._scorable = 0  # prompt rows whose logits the coming step may still read
+        self.faults: dict[str, str] = {}  # request ids that the last `schedule` left out, and why
         self.preemptions = 0
         self.prefix_hit_tokens = 0
         self.prefix_query_tokens = 0
@@ -157,7 +158,12 @@ class Scheduler:
         return failed
 
     def schedule(self, now: float) -> list[Scheduled]:
-        """Plan the coming step. now: seconds on the clock of the sequences' arrival."""
+        """Plan the coming step. now: seconds on the clock of the sequences' arrival.
+
+        Sequences for which no drafts can be made, because of an error of their own, are in `faults`
+        and not in the plan: the owner cancels them.
+        """
+        self.faults = {}
         self._holdings.changed = False
         self._scorable = _MOST_SCORED
         preemptions = self.preemptions
@@ -264,14 +270,15 @@ class Scheduler:
             self._holdings.take_back(sequence)
 
     def _with_drafts(self, plan: list[Scheduled]) -> list[Scheduled]:
-        bought = self._drafts.buy(plan, self.max_batch_tokens - _rows(plan))
+        room = self.max_batch_tokens - _rows(plan)
+        sound, bought = isolated(plan, lambda items: self._drafts.buy(items, room), self.faults)
         if not bought:
-            return plan
+            return [*sound]
         return [
             replace(item, drafts=tokens[: self._room_for_drafts(item, len(tokens))])
             if tokens
             else item
-            for item, tokens in zip(plan, bought, strict=True)
+            for item, tokens in zip(sound, bought, strict=True)
         ]
 
     def _room_for_drafts(self, item: Scheduled, count: int) -> int:

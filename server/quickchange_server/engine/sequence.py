@@ -7,10 +7,13 @@ after a preemption. Knows nothing of devices.
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import struct
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +31,56 @@ from quickchange_server.spec_decode.prompt_lookup import PromptLookup, WordLooku
 from quickchange_server.spec_decode.step_view import HeadDrafts
 from quickchange_server.structured_output.compiler import Matcher
 
+logger = logging.getLogger(__name__)
+
 Doubles = npt.NDArray[np.float64]
+
+
+class Planned(Protocol):
+    """What belongs to one sequence in a step."""
+
+    @property
+    def sequence(self) -> Sequence: ...
+
+
+Item = TypeVar("Item", bound=Planned)
+Made = TypeVar("Made")
+
+
+def fault_of(error: BaseException) -> str:
+    """What is told of an error that belongs to one sequence. Raises the error again if it belongs
+    to none: if it ends the process. The panics of native libraries are no Exception."""
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise error
+    logger.error("an error of one sequence, which ends alone", exc_info=error)
+    return (
+        f"the engine can't go on with this request ({type(error).__name__}: {error}); others are "
+        "not affected, and sent again as it is it would end like this again"
+    )
+
+
+def isolated(
+    items: Seq[Item], make: Callable[[Seq[Item]], Made], faults: dict[str, str]
+) -> tuple[Seq[Item], Made | None]:
+    """What `make` makes of the items, and the items that it is made of: without those for which,
+    alone, `make` raises, whose request ids and errors are added to `faults`. None if none is left.
+
+    `make` may be called several times. An error that no single item causes is raised.
+    """
+    try:
+        return items, make(items)
+    except BaseException as error:
+        found: dict[str, str] = {}
+        for item in items:
+            try:
+                make([item])
+            except BaseException as own:
+                found[item.sequence.request_id] = fault_of(own)
+        if not found:
+            raise error from None
+        faults |= found
+    sound = [item for item in items if item.sequence.request_id not in found]
+    return sound, make(sound) if sound else None
 
 
 class Reading:
@@ -131,6 +183,7 @@ class Sequence:
     committed: int = 0  # leading blocks offered to the prefix cache
     first_scheduled: float | None = None
     cached_tokens: int | None = None  # tokens found in the prefix cache at first admission
+    begun: bool = False  # True once it was part of a step
     reported: bool = False  # True once a delta of it has left the engine
 
     def __post_init__(self) -> None:

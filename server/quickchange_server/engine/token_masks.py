@@ -21,7 +21,7 @@ from torch import Tensor
 
 from quickchange_kernels.sampling.token_mask import WORD, mask_words, token_mask_
 from quickchange_server.engine.scheduler import Scheduled
-from quickchange_server.engine.sequence import Sequence
+from quickchange_server.engine.sequence import Sequence, fault_of
 from quickchange_server.model.input_buffers import upload
 from quickchange_server.protocol import Constraint, Submit
 from quickchange_server.structured_output.compiler import ConstraintCompiler, Masked, Matcher
@@ -99,7 +99,7 @@ class Constraints:
             if error is None:
                 one.sequence.matcher = one.matcher.result()
             elif not isinstance(error, ConstraintError):
-                raise error
+                error = ConstraintError(fault_of(error))
             released.append((one.sequence, None if error is None else str(error)))
         return released
 

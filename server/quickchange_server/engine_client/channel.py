@@ -1,5 +1,9 @@
 """One engine process and the two threads that carry messages to and from it.
 
+On a CPU the process is forked from a helper process that may have loaded the engine's modules
+before (`entrypoints/engine_start.py`), which is most of a start's time. CUDA has a process of its
+own from the beginning, since a driver does not survive a fork.
+
 The event loop waits for neither the pipe nor the process: a reader thread hands each report to
 the loop, a writer thread sends queued commands. Only `Ready` and `Fatal` are interpreted here. A
 channel serves one engine process and is not reused.
@@ -15,40 +19,62 @@ import os
 import pickle
 import queue
 import signal
+import sys
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from typing import TypeVar
 
 from quickchange_server.config import Settings
-from quickchange_server.protocol import Command, Fatal, Ready, Report
+from quickchange_server.protocol import Begin, Command, Fatal, Ready, Report
 
 EngineMain = Callable[[Connection, Settings], None]  # the engine process's entry point
 T = TypeVar("T")
 LINGER_SECONDS = 5.0  # a process that outlives its pipe for longer is killed
 
+_FROM_OUTSIDE = {-signal.SIGKILL, -signal.SIGTERM}  # exit codes that no code of ours causes
+
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Death:
+    """How an engine ended. `outside`: by a signal that its own work did not raise, such as a
+    kill -9, which says nothing of the requests that it had."""
+
+    reason: str
+    outside: bool
 
 
 class EngineChannel:
     """A running engine. Construct it on the event loop, whose thread then gets every callback.
 
-    `ready` resolves to the engine's Ready; `ended` resolves once, after the last report, to the
-    reason why the process ended. Other reports go to `on_report`.
+    `ready` resolves to the engine's Ready; `ended` resolves once, after the last report, to how
+    the process ended. Other reports go to `on_report`.
     """
 
     def __init__(
-        self, main: EngineMain, settings: Settings, on_report: Callable[[Report], None]
+        self,
+        main: EngineMain,
+        settings: Settings,
+        on_report: Callable[[Report], None],
+        begin: Begin,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self.ready: asyncio.Future[Ready] = self._loop.create_future()
-        self.ended: asyncio.Future[str] = self._loop.create_future()
+        self.ended: asyncio.Future[Death] = self._loop.create_future()
+        self.reports = 0  # that have come, of any kind
         self._on_report = on_report
         self._fatal: Fatal | None = None
+        self._given_up: str | None = None  # why it was killed, if by `give_up`
         self._outbox: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
-        context = multiprocessing.get_context("spawn")
+        self._outbox.put(begin)
+        context = _context(settings)
         self._connection, theirs = context.Pipe(duplex=True)
-        self._process = context.Process(
+        self._process: BaseProcess = context.Process(
             target=_run_engine, args=(main, theirs, settings), name="quickchange-engine"
         )
         # Blocks the loop for a few milliseconds; on a thread it could outlive a cancellation.
@@ -69,6 +95,11 @@ class EngineChannel:
         """End the process at once. `ended` follows."""
         self._process.kill()
 
+    def give_up(self, reason: str) -> None:
+        """Kill an engine that hangs, for `reason`."""
+        self._given_up = reason
+        self.kill()
+
     def _write(self) -> None:
         while (command := self._outbox.get()) is not None:
             try:
@@ -87,8 +118,8 @@ class EngineChannel:
             self.kill()
         self._hand_over(self._end, self._reap())
 
-    def _reap(self) -> str:
-        """Wait for the process to end. Returns how it ended, in words."""
+    def _reap(self) -> int | None:
+        """Wait for the process to end. Returns its exit code."""
         self._process.join(LINGER_SECONDS)
         if self._process.exitcode is None:
             self._process.kill()
@@ -97,7 +128,7 @@ class EngineChannel:
         self._outbox.put(None)
         self._writer.join()
         self._connection.close()
-        return describe_exit(self._process.exitcode)
+        return self._process.exitcode
 
     def _hand_over(self, callback: Callable[[T], None], argument: T) -> None:
         try:
@@ -106,6 +137,7 @@ class EngineChannel:
             self.kill()  # the loop is closed, so no client is left
 
     def _deliver(self, report: Report) -> None:
+        self.reports += 1
         match report:
             case Ready():
                 if not self.ready.done():
@@ -115,13 +147,22 @@ class EngineChannel:
             case _:
                 self._on_report(report)
 
-    def _end(self, exit_description: str) -> None:
+    def _end(self, code: int | None) -> None:
+        outside = self._given_up is None and code in _FROM_OUTSIDE
+        self.ended.set_result(Death(self._reason(code), outside))
+
+    def _reason(self, code: int | None) -> str:
         if self._fatal is not None:
-            self.ended.set_result(_words(self._fatal))
-        elif self.ready.done():
-            self.ended.set_result(exit_description)
-        else:
-            self.ended.set_result(f"{exit_description} before it was ready; its log says more")
+            return _words(self._fatal)
+        if self._given_up is not None:
+            return self._given_up
+        early = "" if self.ready.done() else " before it was ready; its log says more"
+        return describe_exit(code) + early
+
+
+def _context(settings: Settings) -> BaseContext:
+    forks = settings.device == "cpu" and sys.platform == "linux"
+    return multiprocessing.get_context("forkserver" if forks else "spawn")
 
 
 def describe_exit(code: int | None) -> str:

@@ -16,11 +16,11 @@ from typing import Literal
 
 from quickchange_server.config import Settings
 from quickchange_server.engine_client.adapter_status import AdapterStatus, Residence
-from quickchange_server.engine_client.channel import EngineMain
+from quickchange_server.engine_client.channel import Death, EngineMain
 from quickchange_server.engine_client.client_observer import ClientObserver, Outcome
 from quickchange_server.engine_client.crash_recovery import CrashRecovery
 from quickchange_server.engine_client.in_flight_request import DeltaStream, InFlightRequest, Mail
-from quickchange_server.engine_client.supervisor import START_SECONDS, Supervisor
+from quickchange_server.engine_client.supervisor import Supervisor
 from quickchange_server.errors import (
     EngineFailedError,
     QueueFullError,
@@ -31,12 +31,14 @@ from quickchange_server.errors import (
 from quickchange_server.protocol import (
     AdapterFailed,
     AdapterMoved,
+    Began,
     Cancel,
     Command,
     Delta,
     Forget,
     Pin,
     Prefetch,
+    Pulse,
     Ready,
     Report,
     StepReport,
@@ -48,8 +50,6 @@ __all__ = ["DeltaStream", "EngineClient", "Residence", "State"]
 State = Literal["starting", "ready", "restarting", "draining", "failed"]
 
 STARTING_RETRY_SECONDS = 5.0
-FAILED_RETRY_SECONDS = 60.0  # until an operator has restarted the server
-
 THROUGHPUT_SECONDS = 60.0  # requests that ended within it are counted
 THROUGHPUT_REQUESTS = 256  # at most so many
 SHORTEST_SECONDS = 1.0
@@ -91,12 +91,10 @@ class EngineClient:
         settings: Settings,
         metrics: ClientObserver,
         engine_main: EngineMain,
-        *,
-        start_seconds: float = START_SECONDS,
     ) -> None:
         self._settings = settings
         self._metrics = metrics
-        self._supervisor = Supervisor(settings, engine_main, self, start_seconds=start_seconds)
+        self._supervisor = Supervisor(settings, engine_main, self)
         self._recovery = CrashRecovery(settings.max_request_deaths)
         self._adapter_status = AdapterStatus()
         self._prefetches: dict[str, Prefetch] = {}  # requested while no engine was ready
@@ -232,6 +230,8 @@ class EngineClient:
         match report:
             case StepReport():
                 self._stepped(report)
+            case Pulse(stats):
+                self._metrics.state(stats)
             case AdapterMoved():
                 self._metrics.adapter_moved(report, self._adapter_status.moved(report))
             case AdapterFailed():
@@ -239,14 +239,14 @@ class EngineClient:
                 self._adapter_status.pin(report.digest, False)  # as the engine has done
                 self._metrics.adapter_failed()
 
-    def engine_died(self, reason: str) -> bool:
+    def engine_died(self, death: Death) -> bool:
         self._metrics.engine_died()
         self._adapter_status.clear()
         had_requests = self._recovery.any_submitted
         culprit = self._recovery.engine_died()
         if culprit is not None:
             logger.error("request %s ended the engine alone; given up", culprit.request_id)
-            self._fail(culprit, RequestFailedError(_culprit_message(culprit, reason)))
+            self._fail(culprit, RequestFailedError(_culprit_message(culprit, death.reason)))
         return had_requests
 
     def engine_failed(self, reason: str) -> None:
@@ -259,7 +259,8 @@ class EngineClient:
         match self.state:
             case "failed":
                 reason = f"the engine has failed: {self._failure}"
-                self._refuse(UnavailableError(reason, retry_after=FAILED_RETRY_SECONDS))
+                ready = max(1.0, self._supervisor.seconds_to_ready)
+                self._refuse(UnavailableError(reason, retry_after=ready))
             case "starting":
                 reason = "the engine is starting; try again shortly"
                 self._refuse(UnavailableError(reason, retry_after=STARTING_RETRY_SECONDS))

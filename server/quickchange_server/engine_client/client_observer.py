@@ -32,9 +32,6 @@ class ServerState(Protocol):
         ...
 
     @property
-    def info(self) -> Ready | None: ...
-
-    @property
     def pid(self) -> int | None: ...
 
     @property
@@ -74,6 +71,9 @@ class ClientObserver(Protocol):
     def resubmitted(self) -> None: ...
 
     def step(self, stats: StepStats, name_of: Callable[[str], str | None]) -> None: ...
+
+    def state(self, stats: StepStats) -> None:
+        """The engine's state between steps; the figures of a step are 0."""
 
     def engine_started(self, ready: Ready) -> None: ...
 

@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 from quickchange_server.engine_client.adapter_status import Residence
 from quickchange_server.engine_client.client_observer import ServerState
 from quickchange_server.observability.labels import OTHER, AdapterLabels
-from quickchange_server.protocol import StepStats
+from quickchange_server.protocol import Ready, StepStats
 
 _TOTALS = {
     "prefix_query_tokens": "Prompt tokens looked up in the prefix cache",
@@ -25,18 +25,22 @@ _TOTALS = {
 
 
 class EngineTotals:
-    """The last step's figures, and the totals of earlier engines."""
+    """The running engine's limits and latest state, and the totals of earlier engines."""
 
     def __init__(self) -> None:
+        self.ready: Ready | None = None  # None: no engine runs
         self.last: StepStats | None = None
         self._earlier = dict.fromkeys(_TOTALS, 0)
 
-    def step(self, stats: StepStats) -> None:
+    def engine_started(self, ready: Ready) -> None:
+        self.ready = ready
+
+    def state(self, stats: StepStats) -> None:
         self.last = stats
 
     def engine_died(self) -> None:
         self._earlier = self.totals()
-        self.last = None
+        self.ready = self.last = None
 
     def totals(self) -> dict[str, int]:
         last = self.last
@@ -61,7 +65,7 @@ class StateCollector(Collector):
         yield self._adapters()
 
     def _requests(self) -> Iterator[Metric]:
-        """Running as of the last step; all others wait, also those that wait for an engine."""
+        """Running as the engine last said; all others wait, also those that wait for an engine."""
         in_flight = self._state.in_flight
         last = self._totals.last
         running = 0 if last is None else min(last.running, in_flight)
@@ -69,7 +73,7 @@ class StateCollector(Collector):
         yield _gauge("requests_waiting", "Requests admitted and not running", in_flight - running)
 
     def _kv_cache(self) -> Iterator[Metric]:
-        info, last = self._state.info, self._totals.last
+        info, last = self._totals.ready, self._totals.last
         capacity = 0 if info is None else info.kv_blocks
         used = 0 if last is None else last.kv_blocks_used
         cached = 0 if last is None else last.kv_blocks_cached
@@ -87,7 +91,7 @@ class StateCollector(Collector):
         for residence in self._residences().values():
             count[residence.tier] += 1
             size[residence.tier] += residence.bytes
-        info = self._state.info
+        info = self._totals.ready
         capacity = {
             "device": info.adapter_device_bytes if info else 0,
             "host": info.adapter_host_bytes if info else 0,

@@ -142,13 +142,18 @@ class Metrics:
         self._sequences.observe(stats.sequences)
         self._distinct.observe(stats.adapters)
         self._prefill_rows.inc(stats.prefill_rows)
-        self._totals.step(stats)
+        self._totals.state(stats)
         if stats.mask_seconds is not None:
             self.structured.masked(stats.mask_seconds)
         self._speculation.step(stats, name_of)
 
+    def state(self, stats: StepStats) -> None:
+        """Record the engine's state between steps."""
+        self._totals.state(stats)
+
     def engine_started(self, ready: Ready) -> None:
         self._up.set(1)
+        self._totals.engine_started(ready)
         self._start_seconds.set(ready.load_seconds)
 
     def engine_died(self) -> None:
