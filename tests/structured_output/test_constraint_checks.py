@@ -70,6 +70,32 @@ async def fault(checks: ConstraintChecks, asked: Asked) -> tuple[str | None, str
             "schema.$defs.b.pattern",
         ),
         ({"items": {"oneOf": [{"type": "integer"}, {"type": "number"}]}}, "schema.items.oneOf"),
+        (
+            {
+                "type": "object",
+                "properties": {"a": {"pattern": "("}, "b": False},
+                "additionalProperties": False,
+            },
+            "schema.properties.a.pattern",
+        ),
+        (
+            {
+                "type": "object",
+                "properties": {"a": {"type": "string", "pattern": "^aaa$", "maxLength": 2}},
+                "required": ["a"],
+                "additionalProperties": False,
+            },
+            "schema.properties.a.pattern",
+        ),
+        (
+            {"anyOf": [{"type": "object", "additionalProperties": False}, {"pattern": "("}]},
+            "schema.anyOf[1].pattern",
+        ),
+        (
+            {"items": {"pattern": "("}, "anyOf": [{"pattern": "["}, False]},
+            "schema.anyOf[0].pattern",
+        ),
+        (False, "schema"),
     ],
 )
 def test_what_keeps_a_schema_from_compiling_is_found(schema: Any, place: str) -> None:
@@ -89,6 +115,13 @@ def test_a_bad_expression_or_grammar_says_why(constraint: Constraint, says: str)
     param, message = checked(lambda checks: fault(checks, Asked(constraint, "guided_regex")))
     assert param == "guided_regex"
     assert says in message
+
+
+def test_the_place_of_a_fault_may_be_longer_than_a_line_of_a_stream() -> None:
+    name = "\N{GRINNING FACE}" * 60_000
+    param, _ = checked(lambda checks: fault(checks, of_schema({"properties": {name: False, "a": {
+        "properties": {name: {"pattern": "("}}}}})))  # fmt: skip
+    assert param == f"schema.properties.a.properties.{name}.pattern"
 
 
 def test_a_schema_bomb_is_refused_in_time_and_the_next_one_is_served() -> None:

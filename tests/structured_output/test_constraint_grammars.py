@@ -7,61 +7,20 @@ from __future__ import annotations
 
 import json
 import math
-import random
 from typing import Any
 
 import hypothesis.strategies as st
 import jsonschema
 import numpy as np
 import pytest
+from drawn_texts import GRAMMARS, PADDED, compiled, drawn
 from hypothesis import HealthCheck, assume, given, settings
-from text_support import END, byte_text, byte_tokenizer
+from text_support import END, byte_text
 
-from quickchange_server.errors import InvalidRequestError
-from quickchange_server.frontend.tokenizer import Text
 from quickchange_server.protocol import Constraint
 from quickchange_server.structured_output.compiler import Masked
 from quickchange_server.structured_output.errors import ConstraintError
-from quickchange_server.structured_output.grammar import LibraryMatcher, TokenGrammars
-from quickchange_server.structured_output.schema_keywords import check_keywords
-
-LONGEST = 400  # tokens of a drawn text
-PADDED = 300  # the model's vocabulary: the tokenizer has 258
-
-
-def text() -> Text:
-    return Text(byte_tokenizer(), vocab_size=PADDED, eos_ids=frozenset({END}))
-
-
-GRAMMARS = TokenGrammars.of(text())
-CLOSERS = [byte for byte in b'"}],:0' for _ in range(3)]
-
-
-def allowed(matcher: LibraryMatcher) -> list[int]:
-    bits = np.zeros((1, -(-PADDED // 32)), dtype=np.int32)
-    GRAMMARS.fill([Masked(matcher, 0, ())], bits)
-    return np.flatnonzero(np.unpackbits(bits.view(np.uint8), bitorder="little")).tolist()
-
-
-def drawn(matcher: LibraryMatcher, seed: int) -> bytes | None:
-    """A random text that the grammar accepts; None where it does not end in time."""
-    dice = random.Random(seed)
-    written = bytearray()
-    while len(written) < LONGEST:
-        if matcher.complete:
-            return bytes(written)
-        can = allowed(matcher)
-        assert can, "nothing may follow"
-        assert max(can) <= END, "a token that the tokenizer lacks"
-        closing = [token for token in CLOSERS if token in can]
-        token = dice.choice(closing if closing and dice.random() < 0.5 else can)
-        if token == END:
-            return bytes(written)
-        written.append(token)
-        matcher.advance(token)
-        assert matcher.error is None
-    return None
-
+from quickchange_server.structured_output.grammar import TokenGrammars
 
 numbers = st.integers(-40, 40) | st.sampled_from([-2.5, 0.1, 0.75, 3.25, 1e3])
 counts = st.integers(0, 3)
@@ -146,11 +105,8 @@ schemas = nested | nested.map(lambda schema: {"$defs": {"d": schema}, "$ref": "#
 )
 @given(schema=schemas, seed=st.integers(0, 10**6))
 def test_every_text_that_a_schema_lets_through_is_valid(schema: Any, seed: int) -> None:
-    try:
-        check_keywords(schema, "schema")
-        matcher = GRAMMARS.compile(Constraint("json_schema", json.dumps(schema)))
-    except (InvalidRequestError, ConstraintError):
-        assume(False)
+    matcher = compiled(schema)
+    assume(matcher is not None)
     written = drawn(matcher, seed)
     if written is not None:
         jsonschema.Draft202012Validator(schema).validate(

@@ -27,6 +27,8 @@ BASE_LABEL = "base"  # neither label can be an adapter's name
 COMPOSITION_LABEL = "+"
 AUTO, OFF = "auto", "off"  # values of `turbo` besides LOOKUP and names; reserved as names
 KNOWN_VERSIONS = 4096  # versions whose info is cached
+# What clients made for servers of one model send for it; the base, unless an adapter is named so.
+PLACEHOLDERS = frozenset({"", "dummy", "tgi"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,12 +107,23 @@ class Catalog:
         A name that the caller may not see does not exist for it; the base is always seen. Raises
         UnknownModelError, InvalidRequestError, or ForbiddenError if a setting switches it off.
         """
+        if self._is_placeholder(model, sees):
+            model = self.base_name
         if composition:
             return self._drafted(self._composed(model, composition, sees), None, turbo, sees)
         if self.is_base(model):
             return self._drafted(Selection(model, (), BASE_LABEL), None, turbo, sees)
         named = self._find(model, sees, param="model")
         return self._drafted(self._alone(model, named.version), named.drafter, turbo, sees)
+
+    def _is_placeholder(self, model: str, sees: Sees) -> bool:
+        if model not in PLACEHOLDERS or self.is_base(model):
+            return False
+        try:
+            self._find(model, sees, param="model")
+        except (UnknownModelError, ForbiddenError):
+            return True
+        return False
 
     def _alone(self, model: str, version: Version) -> Selection:
         if self._only_drafts(version):  # the base itself, with its prefix cache

@@ -31,7 +31,6 @@ from quickchange_server.errors import (
 from quickchange_server.protocol import (
     AdapterFailed,
     AdapterMoved,
-    Began,
     Cancel,
     Command,
     Delta,

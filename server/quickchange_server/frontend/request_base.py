@@ -1,7 +1,8 @@
 """Base of request bodies: the field types that they share, and refusal of unsupported fields.
 
-An unknown field is refused by name. A field of OpenAI's or vLLM's API that this server does not
-support is refused with a remedy, unless its value is neutral.
+An unknown field is refused by name, unless its value asks for nothing. A field of OpenAI's or
+vLLM's API that this server does not support is refused with a remedy, unless its value is neutral.
+Hints, which change no answer, are dropped whatever they say.
 """
 
 from __future__ import annotations
@@ -65,6 +66,11 @@ class Unsupported:
         return not any(type(value) is type(known) and value == known for known in self.neutral)
 
 
+def asks_nothing(value: Any) -> bool:
+    """True for null, false, an empty list and an empty object: what clients send for "not this"."""
+    return value is None or value is False or value == [] or value == {}
+
+
 def sampling_fields(
     names: Collection[str], narrowed: Mapping[str, Interval]
 ) -> dict[str, tuple[Any, Any]]:
@@ -92,6 +98,16 @@ class Refused:
     error: QuickchangeError
 
 
+_NOTHING: JsonSchemaValue = {  # the schema of `asks_nothing`
+    "anyOf": [
+        {"type": "null"},
+        {"type": "boolean", "const": False},
+        {"type": "array", "maxItems": 0},
+        {"type": "object", "maxProperties": 0},
+    ]
+}
+
+
 class Body(BaseModel):
     """Base of bodies. `null` means the default, as in OpenAI's API; types are not converted."""
 
@@ -99,6 +115,7 @@ class Body(BaseModel):
 
     unsupported: ClassVar[Mapping[str, Unsupported]] = {}
     null_is_default: ClassVar[bool] = True
+    hints: ClassVar[frozenset[str]] = frozenset()  # of other APIs; no answer depends on them
 
     @model_validator(mode="before")
     @classmethod
@@ -110,18 +127,20 @@ class Body(BaseModel):
         kept = {}
         for name, value in body.items():
             known = cls.unsupported.get(name)
-            if known is None and name not in cls._names():
+            if known is not None:
+                if value is not None and known.asks(value):
+                    raise PydanticCustomError(
+                        UNSUPPORTED,
+                        "not supported by this server; {remedy}",
+                        {"remedy": known.remedy, "field": name},
+                    )
+            elif name in cls._names():
+                if not (value is None and cls.null_is_default):
+                    kept[name] = value
+            elif name not in cls.hints and not asks_nothing(value):
                 near = close_matches(name, cls._names())
                 context = {"field": name, "near": near[0] if near else ""}
                 raise PydanticCustomError(UNKNOWN, "unknown field", context)
-            if known is not None and value is not None and known.asks(value):
-                raise PydanticCustomError(
-                    UNSUPPORTED,
-                    "not supported by this server; {remedy}",
-                    {"remedy": known.remedy, "field": name},
-                )
-            if known is None and not (value is None and cls.null_is_default):
-                kept[name] = value
         return kept
 
     @classmethod
@@ -139,6 +158,7 @@ class Body(BaseModel):
         """The JSON schema, with `null` allowed for fields that have a default."""
         schema = handler(core)
         own = handler.resolve_ref_schema(schema)
+        own["additionalProperties"] = _NOTHING
         for name, field in own.get("properties", {}).items():
             if name not in own.get("required", ()) and not _takes_null(field):
                 shown = {key: field.pop(key) for key in ("title", "default") if key in field}

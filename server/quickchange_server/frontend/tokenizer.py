@@ -24,7 +24,7 @@ from quickchange_server.frontend.tool_parser import (
     Messages,
     ToolFormat,
     tool_format,
-    with_text_arguments,
+    with_arguments,
 )
 
 LONG_TEXT = 4_000  # characters: 7 ms of tokenizing (SmolLM2), too long on the event loop
@@ -222,8 +222,8 @@ class Text:
             )
         if any(message.get("tool_calls") for message in messages):
             form = self.tool_format
-            if form is not None and form.from_text:
-                messages = [with_text_arguments(message) for message in messages]
+            as_text = form is not None and form.from_text
+            messages = [with_arguments(message, as_text=as_text) for message in messages]
         try:
             return self._apply_template(messages, tools, add_generation_prompt)
         except TemplateError as error:

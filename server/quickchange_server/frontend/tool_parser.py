@@ -84,23 +84,32 @@ def tool_format(render: Render) -> ToolFormat | None:
     return _learned(render, from_text=False) or _learned(render, from_text=True)
 
 
-def with_text_arguments(message: Mapping[str, Any]) -> dict[str, Any]:
-    """The message with its calls' arguments as text, for templates that expect them so."""
+def with_arguments(message: Mapping[str, Any], *, as_text: bool) -> dict[str, Any]:
+    """The message with its calls' arguments in the form that a template expects.
+
+    A model may have written arguments that are no object (cut off, empty): a template that takes
+    text gets them as they are, one that takes an object gets an empty one.
+    """
+    formed = _text if as_text else _object
     calls = [
-        {
-            **call,
-            "function": {
-                **call["function"],
-                "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False),
-            },
-        }
+        {**call, "function": {**call["function"], "arguments": formed(call["function"])}}
         for call in message.get("tool_calls", ())
     ]
     return {**message, "tool_calls": calls} if calls else dict(message)
 
 
+def _text(function: Mapping[str, Any]) -> str:
+    given = function["arguments"]
+    return given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
+
+
+def _object(function: Mapping[str, Any]) -> dict[str, Any]:
+    given = function["arguments"]
+    return given if isinstance(given, dict) else {}
+
+
 def _learned(render: Render, *, from_text: bool) -> ToolFormat | None:
-    call = with_text_arguments(_CALLED) if from_text else _CALLED
+    call = with_arguments(_CALLED, as_text=from_text)
     try:
         opening = render([_ASKED], [_TOOL], True)
         answered = render([_ASKED, _ANSWERED], [_TOOL], False)

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from quickchange_server.protocol import Constraint
 from quickchange_server.structured_output.compiler import Masked, Matcher
 from quickchange_server.structured_output.errors import NO_TOKENIZER, ConstraintError
+from quickchange_server.structured_output.schema_keywords import enforceable
 from quickchange_server.structured_output.validator import Vocabulary
 
 if TYPE_CHECKING:
@@ -31,6 +32,9 @@ JSON_FORM: JsonCompileOptions = {"whitespace_pattern": _BLANKS, "json_allowed_es
 
 _TERSE = "<non-verbose/>"  # suffix of the library's messages that leave out its state
 _EMPTY = "NoExtension"  # prefix of the message for a grammar that no text matches
+# Items of the parser at one place in the text. An optional property takes four, so that the largest
+# schema that is accepted (schema_keywords.py) stays below, wherever its text has come to.
+_MOST_ITEMS = 20_000
 _MOST_THREADS = 4  # for the masks of a step
 
 Tokens = llguidance.LLTokenizer
@@ -57,7 +61,9 @@ def compiled(tokens: Tokens, constraint: Constraint) -> llguidance.LLMatcher:
     the library's message.
     """
     with _panics_raised("can't be compiled"):
-        limits = llguidance.LLParserLimits(verbose_errors=False)
+        limits = llguidance.LLParserLimits(
+            max_items_in_row=_MOST_ITEMS, step_max_items=20 * _MOST_ITEMS, verbose_errors=False
+        )
         matcher = llguidance.LLMatcher(tokens, _grammar(constraint), log_level=0, limits=limits)
         if not matcher.is_error() and not matcher.is_stopped():
             matcher.compute_bitmask()
@@ -72,6 +78,8 @@ def _panics_raised(what: str) -> Iterator[None]:
     """Raise the library's errors, and its panics, which are no Exception, as ConstraintError."""
     try:
         yield
+    except ConstraintError:
+        raise
     except Exception as error:
         raise ConstraintError(f"{what}: {error}") from error
     except BaseException as error:
@@ -92,8 +100,10 @@ def _grammar(constraint: Constraint) -> str:
             return _schema_grammar(constraint.source)
 
 
-def _schema_grammar(schema: str) -> str:
-    return llguidance.LLMatcher.grammar_from_json_schema(json.loads(schema), overrides=JSON_FORM)
+def _schema_grammar(source: str) -> str:
+    schema = enforceable(json.loads(source))
+    whole = {} if schema is True else schema  # the library takes objects alone
+    return llguidance.LLMatcher.grammar_from_json_schema(whole, overrides=JSON_FORM)
 
 
 class TokenGrammars:

@@ -20,12 +20,13 @@ from cachetools import LRUCache
 from quickchange_server.errors import InvalidRequestError, QueueFullError
 from quickchange_server.protocol import Constraint
 from quickchange_server.structured_output.errors import NO_TOKENIZER
-from quickchange_server.structured_output.schema_keywords import place_of
+from quickchange_server.structured_output.subschemas import place_of
 
 _KEPT = 256  # verdicts in the cache
 _MOST_WAITING = 32  # distinct constraints
 _SECONDS = 5.0  # to compile one constraint
 _START_SECONDS = 30.0
+_LONGEST_ANSWER = 4 << 20  # bytes: a path may hold a name as long as the schema, all escapes
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +145,13 @@ class ConstraintChecks:
             return NO_TOKENIZER
         module = f"{__package__}.validator_process"
         self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", module, stdin=PIPE, stdout=PIPE, stderr=DEVNULL
+            sys.executable,
+            "-m",
+            module,
+            stdin=PIPE,
+            stdout=PIPE,
+            stderr=DEVNULL,
+            limit=_LONGEST_ANSWER,
         )
         begin = {
             "tokenizer": tokenizer,

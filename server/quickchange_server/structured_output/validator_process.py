@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 from quickchange_server.protocol import Constraint
-from quickchange_server.structured_output.errors import ConstraintError
+from quickchange_server.structured_output.errors import ConstraintError, ImpossibleSchemaError
 from quickchange_server.structured_output.fault_location import find_fault
 from quickchange_server.structured_output.grammar import Tokens, compiled, read_tokenizer
 
@@ -35,10 +35,15 @@ def main() -> None:
 
 
 def _judged(tokens: Tokens, constraint: Constraint) -> dict[str, Any]:
-    error = _error(tokens, constraint)
-    if error is None:
-        return {"error": None}
     path: list[str | int] = []
+    try:
+        compiled(tokens, constraint)
+    except ImpossibleSchemaError as impossible:
+        return {"error": str(impossible)[:_LONGEST], "path": impossible.path}
+    except ConstraintError as found:
+        error = str(found)
+    else:
+        return {"error": None}
     if constraint.kind == "json_schema":
 
         def fails(schema: object) -> str | None:

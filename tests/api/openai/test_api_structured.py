@@ -91,7 +91,7 @@ IN_SCHEMA = "response_format.json_schema.schema"
         (of_schema({"uniqueItems": True}), f"{IN_SCHEMA}.uniqueItems"),
         (of_schema({"type": "string", "pattern": "("}), f"{IN_SCHEMA}.pattern"),
         (of_schema(5), IN_SCHEMA),
-        ({"response_format": {"type": "json_schema", "json_schema": {"scheme": {}}}},
+        ({"response_format": {"type": "json_schema", "json_schema": {"scheme": {"a": 1}}}},
          "response_format.json_schema.scheme"),
         ({"response_format": {}}, "response_format.type"),
         ({"guided_json": "{"}, "guided_json"),

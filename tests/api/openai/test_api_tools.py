@@ -12,9 +12,9 @@ import pytest
 from fake_engine import Behaviour, entries
 from http_support import BASE, Live, live_server
 from text_support import END, START, byte_text
-from tool_templates import BROKEN, LISTED, MARKED, SPECIAL, TEXTUAL
+from tool_templates import BARE, BROKEN, LISTED, MARKED, SPECIAL, TEXTUAL
 
-from quickchange_server.api.openai.tool_calling import call_grammar
+from quickchange_server.api.openai.tool_calling import call_grammar, free_grammar
 from quickchange_server.api.openai.tool_requests import Tool
 from quickchange_server.protocol import Constraint
 from quickchange_server.structured_output.grammar import TokenGrammars
@@ -152,10 +152,17 @@ def test_a_demanded_call_is_a_constraint(
     assert [name for name in ("weather", "time") if f'"const": "{name}"' in source] == names
 
 
-def accepts(template: str, tools: list[Any], written: str) -> bool:
+def accepts(
+    template: str, tools: list[Any], written: str, *, free: bool = False, parallel: bool = True
+) -> bool:
+    """True if the grammar of a demanded call, or of free text with calls, accepts a text."""
     text = byte_text(template)
     assert text.tool_format is not None
-    source = call_grammar(text, text.tool_format, [Tool.model_validate(tool) for tool in tools])
+    offered = [Tool.model_validate(tool) for tool in tools]
+    if free:
+        source = free_grammar(text, text.tool_format, offered, parallel=parallel)
+    else:
+        source = call_grammar(text, text.tool_format, offered)
     matcher = TokenGrammars.of(text).compile(Constraint("grammar", source))
     tokens = [*written.encode(), END]
     return matcher.allowed(tokens) == len(tokens)
@@ -175,6 +182,122 @@ def test_a_listed_call_is_a_list_of_one() -> None:
     assert accepts(LISTED, [WEATHER], f"[CALLS][{call}]")
     assert not accepts(LISTED, [WEATHER], f"[CALLS]{call}")
     assert not accepts(LISTED, [WEATHER], f"[CALLS][{call}, {call}]")
+
+
+def referring(parameters: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "f", "parameters": parameters, **more}}
+
+
+UNIT = {"enum": ["c", "f"]}
+NESTED = {
+    "type": "object",
+    "properties": {"u": {"$ref": "#/$defs/U"}},
+    "required": ["u"],
+    "additionalProperties": False,
+    "$defs": {"U": UNIT},
+}
+ESCAPED = {**NESTED, "properties": {"u": {"$ref": "#/definitions/a~1b%20c"}}}
+ESCAPED = {**ESCAPED, "definitions": {"a/b c": UNIT}, "$defs": {}}
+RECURSIVE = {
+    "type": "object",
+    "properties": {"u": {"enum": ["c"]}, "next": {"$ref": "#"}},
+    "required": ["u"],
+    "additionalProperties": False,
+}
+NAMED_SO = {
+    "type": "object",
+    "properties": {"$ref": {"type": "string"}, "u": {"const": {"$ref": "#/nowhere"}}},
+    "required": ["$ref"],
+    "additionalProperties": False,
+    "default": {"$ref": "#/nowhere"},
+}
+
+
+@pytest.mark.parametrize("template", [MARKED, BARE, LISTED])
+@pytest.mark.parametrize(
+    ("parameters", "right", "wrong"),
+    [
+        (NESTED, {"u": "f"}, {"u": "x"}),
+        (ESCAPED, {"u": "c"}, {"u": "x"}),
+        (RECURSIVE, {"u": "c", "next": {"u": "c"}}, {"u": "c", "next": {"u": "x"}}),
+        (NAMED_SO, {"$ref": "#", "u": {"$ref": "#/nowhere"}}, {"$ref": 5}),
+        ({"$ref": "#/$defs/P", "$defs": {"P": NESTED | {"properties": {"u": UNIT}}}},
+         {"u": "c"}, {"u": 1}),
+    ],
+    ids=["defs", "escaped", "recursive", "named $ref", "root"],
+)  # fmt: skip
+def test_references_of_parameters_hold_in_a_demanded_call(
+    template: str, parameters: dict[str, Any], right: Any, wrong: Any
+) -> None:
+    other = referring(NESTED)
+    other["function"]["name"] = "g"
+    tools = [other, referring(parameters)]
+    for arguments, lawful in ((right, True), (wrong, False)):
+        if template == MARKED:
+            call = json.dumps({"name": "f", "arguments": arguments})
+            written = f"<tool_call>\n{call}\n</tool_call>"
+        elif template == BARE:
+            written = json.dumps({"name": "f", "parameters": arguments})
+        else:
+            call = json.dumps({"function": {"name": "f", "arguments": arguments}})
+            written = f"[CALLS][{call}]"
+        assert accepts(template, tools, written) is lawful
+        strict = [other, referring(parameters, strict=True)]
+        assert accepts(template, strict, written, free=True) is lawful
+
+
+def strict(tool: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "function", "function": {**tool["function"], "strict": True}}
+
+
+def test_a_strict_function_is_kept_to_its_schema_from_where_a_call_opens() -> None:
+    tools = [strict(WEATHER), TIME]
+    wrong = CALL.replace('"Porto"', "7")
+    for text in ("", "It rains.", "It is <tool_ and", CALL, f"So: {CALL}\n{CALL} done",
+                 '<tool_call>{"name": "time", "arguments": {"any": 1}}</tool_call>'):  # fmt: skip
+        assert accepts(MARKED, tools, text, free=True)
+    for text in (wrong, f"So: {wrong}", f"{CALL} {wrong}", "<tool_call>", "<tool_call>\nno"):
+        assert not accepts(MARKED, tools, text, free=True)
+    assert not accepts(MARKED, tools, CALL + CALL, free=True, parallel=False)
+
+
+def test_a_strict_function_without_marks_is_what_a_text_of_json_calls() -> None:
+    call = '{"name": "weather", "parameters": {"city": "Porto"}}'
+    for text in ("It rains.", " \n It {rains}", call, ""):
+        assert accepts(BARE, [strict(WEATHER)], text, free=True)
+    assert not accepts(BARE, [strict(WEATHER)], call.replace("city", "town"), free=True)
+
+
+def test_a_strict_list_of_calls_may_have_several() -> None:
+    call = '{"function": {"name": "weather", "arguments": {"city": "Porto"}}}'
+    assert accepts(LISTED, [strict(WEATHER)], f"Ok [CALLS][{call}, {call}]", free=True)
+    assert not accepts(
+        LISTED, [strict(WEATHER)], f"Ok [CALLS][{call}, {call}]", free=True, parallel=False
+    )
+
+
+def test_strict_behind_a_special_token_begins_at_its_id() -> None:
+    text = byte_text(SPECIAL)
+    assert text.tool_format is not None
+    tool = Tool.model_validate(strict(WEATHER))
+    source = free_grammar(text, text.tool_format, [tool], parallel=True)
+    matcher = TokenGrammars.of(text).compile(Constraint("grammar", source))
+    for city, lawful in ((b'"Porto"', True), (b"7", False)):
+        call = b'call\n{"name": "weather", "arguments": {"city": ' + city + b"}}</call>"
+        tokens = [*b"Well, call ", START, *call, END]
+        assert (matcher.allowed(tokens) == len(tokens)) is lawful
+
+
+def test_strict_is_a_constraint_and_a_function_without_it_none(live: Live, journal: Path) -> None:
+    choice(live)
+    assert entries(journal, "Submit")[-1]["constraint"] is None
+    choice(live, tools=[strict(WEATHER), TIME])
+    assert entries(journal, "Submit")[-1]["constraint"][0] == "grammar"
+    choice(live, tools=[strict(WEATHER)], tool_choice="none")
+    assert entries(journal, "Submit")[-1]["constraint"] is None
+    broken = referring({"properties": {"a": {"uniqueItems": True}}}, strict=True)
+    error = chat(live, tools=[broken]).json()["error"]
+    assert error["param"] == "tools[0].function.parameters.properties.a.uniqueItems"
 
 
 def test_a_mark_with_a_special_token_is_demanded_by_its_id() -> None:
@@ -219,6 +342,37 @@ def test_a_template_that_fails_in_its_own_code_refuses_the_messages(tmp_path: Pa
     assert response.json()["error"]["param"] == "messages"
 
 
+@pytest.mark.parametrize("template", [MARKED, TEXTUAL, BARE, LISTED])
+def test_a_history_with_any_arguments_is_rendered(tmp_path: Path, template: str) -> None:
+    with live_server(tmp_path, Behaviour(says=(ord("."), END)), byte_text(template)) as live:
+        for arguments in ("", "{}", '{"city": "Po', "null", "[1]", '"x"', "no", "[" * 1500, None,
+                          {"city": "Porto"}):  # fmt: skip
+            call = {"id": "a", "type": "function",
+                    "function": {"name": "weather", "arguments": arguments}}  # fmt: skip
+            turn = {"role": "assistant", "content": None, "tool_calls": [call]}
+            answered = chat(live, messages=[*ASK, turn, ANSWERED, *ASK])
+            assert answered.status_code == 200, (arguments, answered.text)
+
+
+def test_arguments_that_are_cut_off_stand_in_the_prompt_as_text_where_text_is_taken() -> None:
+    text = byte_text(TEXTUAL)
+    call = {"id": "a", "function": {"name": "weather", "arguments": '{"city": "Po'}}
+    turn = {"role": "assistant", "content": "", "tool_calls": [call]}
+    assert '"arguments": {"city": "Po}' in text.render_chat([*ASK, turn])
+
+
+def test_a_stream_has_no_event_that_tells_nothing(live: Live) -> None:
+    body = {"model": BASE, "messages": ASK, "tools": [WEATHER], "tool_choice": "required"}
+    opening, *events, _ = live.events("/v1/chat/completions", body)
+    assert opening["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    told = [event["choices"][0] for event in events]
+    assert all(one["delta"] or one["finish_reason"] for one in told)
+    assert len(told) < len(ANSWER) / 2
+    told = live.events("/v1/chat/completions", body | {"logprobs": True})[1:-1]
+    tokens = [token for event in told for token in event["choices"][0]["logprobs"]["content"]]
+    assert len(tokens) == len(ANSWER)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_several_choices_each_have_their_calls(live: Live, stream: bool) -> None:
     if not stream:
@@ -251,7 +405,6 @@ def test_a_stop_string_inside_a_call_leaves_text(live: Live) -> None:
     assert answered["message"]["content"] == ANSWER[: ANSWER.index("Porto")]
 
 
-STRICT = {"type": "function", "function": {"name": "time", "strict": True}}
 NAMED = {"type": "function", "function": {"name": "other"}}
 UNENFORCED = {"type": "function", "function": {"name": "t", "parameters": {"unheardOf": 1}}}
 
@@ -262,7 +415,6 @@ UNENFORCED = {"type": "function", "function": {"name": "t", "parameters": {"unhe
         ({"tools": [TIME, TIME]}, "tools"),
         ({"tool_choice": NAMED}, "tool_choice"),
         ({"tools": [], "tool_choice": "required"}, "tool_choice"),
-        ({"tools": [STRICT]}, "tools"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
         ({"tools": [{"type": "browser"}]}, "tools[0].type"),
         (
@@ -272,18 +424,12 @@ UNENFORCED = {"type": "function", "function": {"name": "t", "parameters": {"unhe
         ({"tool_choice": "required", "response_format": {"type": "json_object"}}, "tool_choice"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
         ({"messages": [{"role": "user", "content": "x", "tool_calls": []}, *ASK]}, None),
-        ({"messages": [{"role": "assistant"}]}, "messages[0].content"),
-        (
-            {
-                "messages": [
-                    {
-                        "role": "assistant",
-                        "tool_calls": [{"id": "a", "function": {"name": "t", "arguments": "no"}}],
-                    }
-                ]
-            },
-            "messages[0].tool_calls[0].function.arguments",
-        ),
+        ({"messages": [{"role": "assistant"}, *ASK]}, None),
+        ({"tool_choice": "always"}, "tool_choice"),
+        ({"tool_choice": 5}, "tool_choice"),
+        ({"tool_choice": {"type": "function"}}, "tool_choice.function"),
+        ({"tool_choice": {"type": "function", "function": {}}}, "tool_choice.function.name"),
+        ({"tool_choice": {"type": "custom"}}, "tool_choice.type"),
     ],
 )
 def test_a_wrong_field_is_refused_by_its_place(

@@ -33,7 +33,7 @@ class MergedAdapters(Body):
 
     ids: list[Name] = Field(min_length=1, max_length=MAX_COMPONENTS, fail_fast=True)
     weights: list[MergeWeight] = Field(min_length=1, max_length=MAX_COMPONENTS, fail_fast=True)
-    merge_strategy: Literal["linear"] | MergeStrategy = "linear"
+    merge_strategy: Literal["linear", MergeStrategy] = "linear"
     density: Number = Field(0.0, ge=0, le=1)
     majority_sign_method: SignMethod = "total"
 
@@ -70,7 +70,7 @@ class Parameters(Body):
             'use response_format, {"type": "json_object", "schema": ...}; /v1/completions takes a '
             "regular expression as guided_regex"
         ),
-        "top_n_tokens": Unsupported("use return_k_alternatives"),  # from TGI
+        "top_n_tokens": Unsupported("use return_k_alternatives", (0,)),  # from TGI
         "apply_chat_template": Unsupported("send the chat to /v1/chat/completions", (False,)),
     }
 

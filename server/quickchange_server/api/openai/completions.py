@@ -124,20 +124,22 @@ async def whole(answer: Answer) -> Json:
     }
 
 
-async def streamed(answer: Answer, include_usage: bool) -> AsyncGenerator[bytes, None]:
-    """The answer as server-sent events."""
+async def streamed(
+    answer: Answer, include_usage: bool, continuous_usage: bool = False
+) -> AsyncGenerator[bytes, None]:
+    """The answer as server-sent events; pieces that tell nothing are left out."""
     envelope = {**answer.envelope, "object": answer.shape.chunk_object}
-    without_usage = {"usage": None} if include_usage else {}
     opened: set[int] = set()
     async with aclosing(answer.generation.pieces()) as pieces:
         async for index, piece in pieces:
             choices = [answer.shape.chunk(index, piece)]
             if index not in opened:
                 opened.add(index)
-                opening = answer.shape.opening(index)
-                choices = choices if opening is None else [opening, *choices]
+                choices.insert(0, answer.shape.opening(index))
+            usage = {"usage": answer.usage if continuous_usage else None} if include_usage else {}
             for choice in choices:
-                yield event({**envelope, "choices": [choice], **without_usage})
+                if choice is not None:
+                    yield event({**envelope, "choices": [choice], **usage})
     if include_usage:
         yield event({**envelope, "choices": [], "usage": answer.usage})
     await answer.generation.account.settled()
@@ -148,7 +150,7 @@ async def respond(request: Request, body: GenerationRequest, answer: Answer) -> 
     """The response, whole or streamed; a client that disconnects cancels what still runs."""
     try:
         if body.stream:
-            events = streamed(answer, body.include_usage)
+            events = streamed(answer, body.include_usage, body.continuous_usage)
             return await event_stream(request, events, answer.headers)
         content = json.dumps(await unless_gone(request, whole(answer)), ensure_ascii=False)
     except BaseException:

@@ -208,7 +208,7 @@ async def admit(
         prompt_param=prompt_param,
         candidates=body.candidates,
         default_tokens=default_tokens,
-        constraint=asked(body) or order.demanded,
+        constraint=order.demanded or asked(body),
         scored_alike=body.stream,  # each streamed choice begins with its prompt's log-probabilities
         derive=order.derive,
         assignment=order.assignment,

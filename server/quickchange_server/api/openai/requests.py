@@ -15,8 +15,8 @@ from pydantic_core import PydanticCustomError
 
 from quickchange_server.adapter_registry.resolver import AUTO
 from quickchange_server.api.openai.tool_requests import (
+    ECHOED,
     MAX_TOOLS,
-    ChosenTool,
     MadeCall,
     Tool,
     ToolChoice,
@@ -33,6 +33,7 @@ from quickchange_server.frontend.request_base import (
     Prompt,
     SamplingBody,
     Unsupported,
+    asks_nothing,
 )
 from quickchange_server.frontend.tokenizer import LONG_TEXT
 from quickchange_server.protocol import SamplingParams
@@ -50,7 +51,6 @@ DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's; a chat may use the rest of the conte
 _REMOVE = "remove it"
 _TEXT_ONLY = "this server reads and writes text alone; remove it"
 _RENDER = "render the chat yourself and use /v1/completions"
-_PREFIXES = "equal prefixes are cached by content; remove it"
 
 # --- fields that constrain the text -------------------------------------------------------------
 
@@ -110,8 +110,28 @@ class JsonSchema(Body):
 
 
 class ResponseFormat(Body):
+    """OpenAI's form of a constraint; `schema` beside json_object is LoRAX's, `value` TGI's."""
+
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
+    schema_: Schema | None = Field(None, alias="schema")
+    value: Schema | None = None
+
+    @model_validator(mode="after")
+    def _schema_of_objects(self) -> Self:
+        if self.type != "json_object":
+            for name, given in (("schema", self.schema_), ("value", self.value)):
+                if given is not None:
+                    raise PydanticCustomError(
+                        "response_format",
+                        "belongs to the type json_object; use json_schema",
+                        {"field": name},
+                    )
+        elif self.schema_ is not None and self.value is not None:
+            raise PydanticCustomError(
+                "response_format", "is another name of schema; give one", {"field": "value"}
+            )
+        return self
 
 
 class StructuredOutputs(Body):
@@ -155,18 +175,20 @@ def _wrong(field: str, problem: str) -> InvalidRequestError:
 class StreamOptions(Body):
     unsupported: ClassVar[Mapping[str, Unsupported]] = {
         "include_obfuscation": Unsupported(_REMOVE, (False,)),
-        "continuous_usage_stats": Unsupported("use include_usage", (False,)),
     }
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False  # vLLM's: the usage so far in every event
+
+
+# Other APIs' wishes about storing, caching, routing and style. None changes what is answered here.
+_HINTS = frozenset(
+    {"store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
+    | {"request_id", "include_reasoning", "reasoning_effort", "verbosity", "prediction"}
+)
 
 
 _SHARED: dict[str, Unsupported] = {
-    "store": Unsupported("nothing is stored here; remove it", (False,)),
-    "service_tier": Unsupported(_REMOVE, ("auto", "default")),
-    "safety_identifier": Unsupported("use user, which is informational"),
-    "prompt_cache_key": Unsupported(_PREFIXES),
-    "prompt_cache_retention": Unsupported(_PREFIXES),
     "use_beam_search": Unsupported("use n with a temperature above 0", (False,)),
     "length_penalty": Unsupported(_REMOVE, (1, 1.0)),
     "truncate_prompt_tokens": Unsupported("shorten the prompt; /tokenize counts its tokens"),
@@ -182,6 +204,8 @@ _SHARED: dict[str, Unsupported] = {
 
 class GenerationRequest(Constrained, SamplingBody, ABC):
     """Base of completions and chats; most sampling fields are SamplingParams' own."""
+
+    hints = _HINTS
 
     model: Name
     adapters: Adapters = Field(default=[])
@@ -225,9 +249,16 @@ class GenerationRequest(Constrained, SamplingBody, ABC):
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
+    @property
+    def continuous_usage(self) -> bool:
+        """True if every event of the stream has the usage so far; only with `include_usage`."""
+        options = self.stream_options
+        return options is not None and options.include_usage and options.continuous_usage_stats
+
     @model_validator(mode="after")
     def _check_together(self) -> Self:
-        if self.stream_options is not None and not self.stream:
+        options = self.stream_options
+        if options not in (None, StreamOptions()) and not self.stream:
             raise _wrong("stream_options", "only with stream set to true; remove it, or set stream")
         wanted = self.wanted_tokens
         if wanted is not None and self.min_tokens > wanted:
@@ -236,6 +267,11 @@ class GenerationRequest(Constrained, SamplingBody, ABC):
 
 
 # --- completions --------------------------------------------------------------------------------
+
+
+def _not_false(value: Any) -> Any:
+    """A chat's way to ask for no log-probabilities, which clients send to completions too."""
+    return None if value is False else value
 
 
 class CompletionRequest(GenerationRequest):
@@ -251,7 +287,9 @@ class CompletionRequest(GenerationRequest):
 
     prompt: Prompt
     max_tokens: int | None = Field(None, ge=0)
-    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    logprobs: Annotated[int | None, BeforeValidator(_not_false)] = Field(
+        None, ge=0, le=MAX_LOGPROBS
+    )
     echo: bool = False
     best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
@@ -292,6 +330,10 @@ class CompletionRequest(GenerationRequest):
 # --- chats --------------------------------------------------------------------------------------
 
 
+_TEXTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+_PART_HINTS = ECHOED | {"type", "annotations", "id"}
+
+
 def join_parts(value: Any) -> str:
     """A message's content as one string: itself, or its text parts joined by newlines."""
     if isinstance(value, str):
@@ -301,19 +343,34 @@ def join_parts(value: Any) -> str:
         raise PydanticCustomError("content", f"has more than {MAX_PARTS} parts; join them")
     if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
         raise PydanticCustomError("content", "must be a string or a list of text parts")
-    for part in value:
-        if part.get("type") != "text" or not isinstance(part.get("text"), str) or len(part) != 2:
+    return join_parts("\n".join(map(_part_text, value)))
+
+
+def _part_text(part: dict[str, Any]) -> str:
+    kind = part.get("type")
+    field = _TEXTS.get(kind) if isinstance(kind, str) else None
+    text = None if field is None else part.get(field)
+    if not isinstance(text, str):
+        raise PydanticCustomError(
+            "content",
+            'supports parts of the form {"type": "text", "text": ...} only: '
+            "this server reads no images, audio or files",
+        )
+    for name, value in part.items():
+        if name not in (field, *_PART_HINTS) and not asks_nothing(value):
             raise PydanticCustomError(
-                "content",
-                'supports parts of the form {"type": "text", "text": ...} only: '
-                "this server reads no images, audio or files",
+                "content", "has a part with a field that is not known, {name}", {"name": name}
             )
-    return join_parts("\n".join(part["text"] for part in value))
+    return text
 
 
 _PART: dict[str, Any] = {
     "type": "object",
-    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "properties": {
+        "type": {"const": "text"},
+        "text": {"type": "string"},
+        "cache_control": {"description": "ignored: equal prefixes are cached by content"},
+    },
     "required": ["type", "text"],
     "additionalProperties": False,
 }
@@ -324,6 +381,9 @@ Content = Annotated[
 ]
 
 
+_REASONING = frozenset({"reasoning", "reasoning_content", "reasoning_details"})
+
+
 class Message(Body):
     """One message of a chat. The role `developer` is served as `system`."""
 
@@ -331,8 +391,9 @@ class Message(Body):
         "function_call": Unsupported("use tool_calls"),
         "refusal": Unsupported("put the refusal into content", ("",)),
         "audio": Unsupported(_TEXT_ONLY),
-        "annotations": Unsupported(_REMOVE, ([],)),
     }
+    # What servers put beside a message, and clients send back with it.
+    hints = ECHOED | {"annotations", "parsed"} | _REASONING
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = None
@@ -359,7 +420,7 @@ class Message(Body):
 
     @model_validator(mode="after")
     def _check_role(self) -> Self:
-        if self.content is None and not self.tool_calls:
+        if self.content is None and self.role not in ("assistant", "tool"):
             raise PydanticCustomError("missing", "is required", {"field": "content"})
         if self.tool_calls and self.role != "assistant":
             raise PydanticCustomError(
@@ -393,9 +454,6 @@ class ChatRequest(GenerationRequest):
         "function_call": Unsupported("use tool_choice", ("none", "auto")),
         "audio": Unsupported(_TEXT_ONLY),
         "modalities": Unsupported(_TEXT_ONLY, (["text"],)),
-        "prediction": Unsupported(_REMOVE),
-        "reasoning_effort": Unsupported("remove it, or ask for brevity in the prompt"),
-        "verbosity": Unsupported("remove it, or ask for brevity in the prompt"),
         "web_search_options": Unsupported("this server searches nothing; remove it"),
         "moderation": Unsupported(_REMOVE),
         "chat_template": Unsupported(_RENDER),
@@ -411,7 +469,7 @@ class ChatRequest(GenerationRequest):
 
     messages: Messages
     tools: Tools = Field(default=[])
-    tool_choice: ToolChoice = "auto"
+    tool_choice: ToolChoice = ToolChoice(type="auto")
     parallel_tool_calls: bool = True
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
@@ -428,33 +486,26 @@ class ChatRequest(GenerationRequest):
     @property
     def offered_tools(self) -> list[Tool]:
         """Tools that the model may call."""
-        return [] if self.tool_choice == "none" else self.tools
+        return [] if self.tool_choice.type == "none" else self.tools
 
     @property
     def demanded_tools(self) -> list[Tool]:
         """Tools of which the answer must call one; empty if it need not."""
-        choice = self.tool_choice
-        if isinstance(choice, ChosenTool):
-            return [tool for tool in self.tools if tool.function.name == choice.function.name]
-        return self.tools if choice == "required" else []
+        chosen = self.tool_choice.function
+        if chosen is not None:
+            return [tool for tool in self.tools if tool.function.name == chosen.name]
+        return self.tools if self.tool_choice.type == "required" else []
 
     @model_validator(mode="after")
     def _check_tools(self) -> Self:
         names = [tool.function.name for tool in self.tools]
         if len(set(names)) < len(names):
             raise _wrong("tools", "two functions have one name")
-        choice = self.tool_choice
-        if isinstance(choice, ChosenTool) and choice.function.name not in names:
-            raise _wrong("tool_choice", f"{choice.function.name!r} is not among the tools")
-        if choice == "required" and not self.tools:
+        chosen = self.tool_choice.function
+        if chosen is not None and chosen.name not in names:
+            raise _wrong("tool_choice", f"{chosen.name!r} is not among the tools")
+        if self.tool_choice.type == "required" and not self.tools:
             raise _wrong("tool_choice", "required, and there are no tools; give some")
-        strict = any(tool.function.strict for tool in self.tools)
-        if strict and not self.demanded_tools:
-            raise _wrong(
-                "tools",
-                "strict is kept only where tool_choice makes the model call; set "
-                "tool_choice, or leave strict out",
-            )
         return self
 
     @model_validator(mode="after")

@@ -68,8 +68,8 @@ class Shape(ABC):
         """A complete choice."""
 
     @abstractmethod
-    def chunk(self, index: int, piece: Piece) -> Json:
-        """A streamed event's choice: what one piece adds."""
+    def chunk(self, index: int, piece: Piece) -> Json | None:
+        """A streamed event's choice: what one piece adds; None: nothing that could be told."""
 
     def opening(self, _index: int) -> Json | None:
         """The first event of a choice, before its first piece; None: there is none."""
@@ -96,10 +96,15 @@ class ChatShape(Shape):
         delta = {"role": "assistant", "content": ""}
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
-    def chunk(self, index: int, piece: Piece) -> Json:
+    def chunk(self, index: int, piece: Piece) -> Json | None:
+        return self._delta(index, piece, {"content": piece.text} if piece.text else {})
+
+    def _delta(self, index: int, piece: Piece, delta: Json) -> Json | None:
+        if not delta and not piece.tokens and piece.ending is None:
+            return None
         return {
             "index": index,
-            "delta": {"content": piece.text} if piece.text else {},
+            "delta": delta,
             "logprobs": self._content(piece.tokens),
             "finish_reason": piece.ending,
         }
@@ -287,13 +292,14 @@ class ToolChatShape(ChatShape):
             shown["finish_reason"] = _reason(ending)
         return shown
 
-    def chunk(self, index: int, piece: Piece) -> Json:
+    def chunk(self, index: int, piece: Piece) -> Json | None:
         stream = self._stream(index)
         content, calls = stream.push(piece.text, final=piece.ending is not None)
-        shown = super().chunk(index, Piece(content, piece.tokens, piece.ending))
+        delta: Json = {"content": content} if content else {}
         if calls:
-            shown["delta"]["tool_calls"] = [{"index": n, **_call(call)} for n, call in calls]
-        if stream.sent:
+            delta["tool_calls"] = [{"index": n, **_call(call)} for n, call in calls]
+        shown = self._delta(index, piece, delta)
+        if shown is not None and stream.sent:
             shown["finish_reason"] = _reason(piece.ending)
         return shown
 

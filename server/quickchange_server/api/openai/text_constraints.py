@@ -7,7 +7,8 @@ import json
 from quickchange_server.api.openai.requests import Constrained, StructuredOutputs
 from quickchange_server.errors import InvalidRequestError
 from quickchange_server.protocol import Constraint
-from quickchange_server.structured_output.schema_keywords import check_keywords
+from quickchange_server.structured_output.pattern_size import LARGEST, TOO_LARGE, written_out
+from quickchange_server.structured_output.schema_keywords import check_schema
 from quickchange_server.structured_output.validator import Asked
 
 LONGEST = 64 * 1024  # characters of a schema, a regular expression or a grammar
@@ -34,8 +35,10 @@ def asked(body: Constrained) -> Asked | None:
             "simplify it",
             param=only.place,
         )
+    if only.constraint.kind == "regex" and written_out(only.constraint.source) > LARGEST:
+        raise InvalidRequestError(f"{only.place}: {TOO_LARGE}", param=only.place)
     if only.constraint.kind == "json_schema":
-        check_keywords(json.loads(only.constraint.source), only.place)
+        check_schema(json.loads(only.constraint.source), only.place)
     return only
 
 
@@ -49,6 +52,10 @@ def _of_format(body: Constrained) -> Asked | None:
     if wanted is None or wanted.type == "text":
         return None
     if wanted.type == "json_object":
+        if wanted.schema_ is not None:
+            return _schema(wanted.schema_, "response_format.schema")
+        if wanted.value is not None:
+            return _schema(wanted.value, "response_format.value")
         return Asked(Constraint("json_object"), "response_format")
     place = "response_format.json_schema.schema"
     if wanted.json_schema is None or wanted.json_schema.schema_ is None:
@@ -92,8 +99,14 @@ def _schema(schema: object, place: str) -> Asked:
     if isinstance(schema, str):
         try:
             schema = json.loads(schema)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InvalidRequestError(
                 f"{place}: is not JSON: {error}; send the schema as an object", param=place
             ) from error
-    return Asked(Constraint("json_schema", json.dumps(schema, separators=(",", ":"))), place)
+    try:
+        source = json.dumps(schema, separators=(",", ":"))
+    except RecursionError as error:
+        raise InvalidRequestError(
+            f"{place}: has too many levels; simplify it", param=place
+        ) from error
+    return Asked(Constraint("json_schema", source), place)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,8 @@ from quickchange_server.frontend.tokenizer import Text
 from quickchange_server.frontend.tool_parser import ToolFormat, ToolReader
 from quickchange_server.protocol import Constraint
 from quickchange_server.structured_output.grammar import JSON_FORM
-from quickchange_server.structured_output.schema_keywords import check_keywords
+from quickchange_server.structured_output.schema_keywords import check_schema, enforceable
+from quickchange_server.structured_output.subschemas import rebased
 from quickchange_server.structured_output.validator import Asked
 
 Json = dict[str, Any]
@@ -72,45 +73,97 @@ def _form(text: Text, param: str) -> ToolFormat:
 
 
 def _demanded(text: Text, form: ToolFormat, body: ChatRequest) -> Asked | None:
-    """The constraint of an answer that must be a call; None if it need not be."""
-    if not body.demanded_tools:
-        return None
+    """The constraint of an answer that must be a call, or whose calls must fit their schemas where
+    it makes any; None if nothing is demanded of it."""
     other = asked(body)
-    if other is not None:
+    tools = body.demanded_tools or [tool for tool in body.offered_tools if tool.function.strict]
+    if body.demanded_tools and other is not None:
         raise InvalidRequestError(
             f"tool_choice: makes the answer a call, and {other.place} makes it something else; "
             "give one",
             param="tool_choice",
         )
+    if not tools or other is not None:
+        return None
     for index, tool in enumerate(body.tools):
-        if tool in body.demanded_tools:
-            check_keywords(_parameters(tool), f"tools[{index}].function.parameters")
-    return Asked(Constraint("grammar", call_grammar(text, form, body.demanded_tools)), "tools")
+        if tool in tools:
+            check_schema(_parameters(tool), f"tools[{index}].function.parameters")
+    if body.demanded_tools:
+        grammar = call_grammar(text, form, tools)
+    else:
+        grammar = free_grammar(text, form, body.offered_tools, parallel=body.parallel_tool_calls)
+    return Asked(Constraint("grammar", grammar), "tools")
+
+
+_BLANKS = "BLANKS: /[ \\n]{1,2}/\n"
 
 
 def call_grammar(text: Text, form: ToolFormat, tools: Sequence[Tool]) -> str:
     """A Lark grammar of exactly one call with arguments that fit its function's schema."""
-    calls: Json = {"anyOf": [_call_schema(form, tool) for tool in tools]}
-    if form.listed:
-        calls = {"type": "array", "items": calls, "minItems": 1, "maxItems": 1}
-    schema = json.dumps({**calls, "x-guidance": JSON_FORM})
-    begin, end = _mark(text, form.begin), _mark(text, form.end)
-    begin = f"{begin} BLANKS? " if begin else ""
-    end = f" BLANKS? {end}" if end else ""
-    return f"start: {begin}%json {schema}{end}\nBLANKS: /[ \\n]{{1,2}}/\n"
+    schema = _calls_schema(form, {tool.function.name: _parameters(tool) for tool in tools}, most=1)
+    begin = f"{_mark(text, form.begin)} BLANKS? " if form.begin else ""
+    return f"start: {begin}{_written(text, form, schema)}\n{_BLANKS}"
+
+
+def free_grammar(text: Text, form: ToolFormat, tools: Sequence[Tool], *, parallel: bool) -> str:
+    """A Lark grammar of any text with calls in it, in which what follows the mark of a call is one:
+    of these functions, and with arguments that fit the schemas of those that are strict.
+
+    Where calls have no mark, a text that begins as JSON is one.
+    """
+    schemas = {
+        tool.function.name: _parameters(tool) if tool.function.strict else {"type": "object"}
+        for tool in tools
+    }
+    schema = _calls_schema(form, schemas, most=None if parallel else 1)
+    written = _written(text, form, schema)
+    if not form.begin:
+        plain = "PLAIN: /([ \\n\\r\\t]*[^ \\n\\r\\t{\\[](?s:.*))?/\n"
+        return f"start: PLAIN | BLANKS? {written} BLANKS?\n{plain}{_BLANKS}"
+    parts = text.special_parts(form.begin)
+    special = next((at for at, part in enumerate(parts) if isinstance(part, int)), None)
+    if special is None:
+        head = f"head[lazy]: ANY {_marks(parts)}\n"
+    else:  # no text can be mistaken for it
+        head = f"head: ANY {_marks(parts[special:])}\n"
+    start = "call* rest" if parallel else "call | rest"
+    return (
+        f"start: {start}\ncall: head BLANKS? {written}\nrest: ANY\n{head}ANY: /(?s:.*)/\n{_BLANKS}"
+    )
+
+
+def _written(text: Text, form: ToolFormat, schema: Json) -> str:
+    """A call behind its mark, in Lark's syntax."""
+    json_form = json.dumps({**schema, "x-guidance": JSON_FORM})
+    return f"%json {json_form}" + (f" BLANKS? {_mark(text, form.end)}" if form.end else "")
 
 
 def _parameters(tool: Tool) -> Json:
     return {"type": "object", **(tool.function.parameters or {})}
 
 
-def _call_schema(form: ToolFormat, tool: Tool) -> Json:
-    """The JSON schema of a call of this function."""
-    leaves = [
-        (form.name_path, {"const": tool.function.name}),
-        (form.arguments_path, _parameters(tool)),
-    ]
-    return _nested(leaves)
+def _calls_schema(form: ToolFormat, parameters: Mapping[str, Json], most: int | None) -> Json:
+    """The JSON schema of calls of functions with these parameters, each a definition of it."""
+    definitions = {
+        str(number): rebased(enforceable(schema), f"#/$defs/{number}")
+        for number, schema in enumerate(parameters.values())
+    }
+    calls: Json = {
+        "anyOf": [
+            _nested(
+                [
+                    (form.name_path, {"const": name}),
+                    (form.arguments_path, {"$ref": f"#/$defs/{number}"}),
+                ]
+            )
+            for number, name in enumerate(parameters)
+        ]
+    }
+    if form.listed:
+        calls = {"type": "array", "items": calls, "minItems": 1}
+        if most is not None:
+            calls["maxItems"] = most
+    return {**calls, "$defs": definitions}
 
 
 def _nested(leaves: Sequence[tuple[Sequence[str], Json]]) -> Json:
@@ -130,7 +183,11 @@ def _nested(leaves: Sequence[tuple[Sequence[str], Json]]) -> Json:
 
 def _mark(text: Text, mark: str) -> str:
     """A mark in Lark's syntax."""
+    return _marks(text.special_parts(mark))
+
+
+def _marks(parts: Sequence[str | int]) -> str:
     return " ".join(
         f"<[{part}]>" if isinstance(part, int) else json.dumps(part, ensure_ascii=False)
-        for part in text.special_parts(mark)
+        for part in parts
     )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, BeforeValidator, Field, GetJsonSchemaHandler, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError
 
-from quickchange_server.frontend.request_base import Body, FunctionName, Unsupported, check_text
+from quickchange_server.frontend.request_base import Body, FunctionName, check_text
 
 MAX_TOOLS = 128  # OpenAI's limit
 MAX_ARGUMENTS = 256 * 1024  # characters of one call's
@@ -17,29 +17,29 @@ MAX_ARGUMENTS = 256 * 1024  # characters of one call's
 ValidText = Annotated[str, AfterValidator(check_text)]
 
 
-def check_arguments(value: str) -> str:
-    """Check that a call's arguments are a JSON object as text."""
-    try:
-        arguments = json.loads(value)
-    except json.JSONDecodeError as error:
-        raise PydanticCustomError(
-            "arguments", "must be a JSON object as text: {reason}", {"reason": str(error)}
-        ) from error
-    if not isinstance(arguments, dict):
-        raise PydanticCustomError("arguments", "must be a JSON object as text")
-    return check_text(value)
+def _written(value: Any) -> Any:
+    """A call's arguments as text; some clients send the object itself."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value
+
+
+# Another server's own fields, which clients send back with a model's message.
+ECHOED = frozenset({"provider_specific_fields", "cache_control"})
 
 
 class Function(Body):
     """A function that the model may call; `parameters` is a JSON schema."""
 
+    hints = ECHOED | {"return", "returns"}
+
     name: FunctionName
     description: ValidText | None = None
     parameters: dict[str, Any] | None = None
-    strict: bool | None = None  # only where tool_choice makes the model call: docs/tools.md
+    strict: bool | None = None  # calls of it fit its schema, whoever chose to call: docs/tools.md
 
 
 class Tool(Body):
+    hints = ECHOED
+
     type: Literal["function"]
     function: Function
 
@@ -57,35 +57,73 @@ class ChosenFunction(Body):
     name: FunctionName
 
 
-class ChosenTool(Body):
-    """The one function that the model must call."""
+_MODES = ("none", "auto", "required")
 
-    type: Literal["function"]
-    function: ChosenFunction
+
+class ToolChoice(Body):
+    """Who chooses to call: a string in the body, or an object that names a function."""
+
+    type: Literal["none", "auto", "required", "function"]
+    function: ChosenFunction | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        if isinstance(value, str) and value in _MODES:
+            return {"type": value}
+        if not isinstance(value, dict):
+            raise PydanticCustomError("tool_choice", _CHOICES)
+        if value.get("type") == "function" and value.get("function") is None:
+            raise PydanticCustomError("missing", "is required", {"field": "function"})
+        return value
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """The JSON schema: a string, or OpenAI's object."""
+        schema = handler(core)
+        own = handler.resolve_ref_schema(schema)
+        chosen = {**own, "required": ["type", "function"]}
+        own.clear()
+        own |= {"anyOf": [{"type": "string", "enum": list(_MODES)}, chosen]}
+        return schema
+
+
+_CHOICES = 'must be "none", "auto", "required" or {"type": "function", "function": {"name": ...}}'
 
 
 class CalledFunction(Body):
-    name: FunctionName
-    arguments: Annotated[str, Field(max_length=MAX_ARGUMENTS), AfterValidator(check_arguments)]
+    """The function of an earlier call. Its arguments may be no JSON: a model wrote them."""
+
+    hints = ECHOED | {"parsed_arguments"}
+
+    name: ValidText
+    arguments: Annotated[ValidText, Field(max_length=MAX_ARGUMENTS), BeforeValidator(_written)] = ""
 
 
 class MadeCall(Body):
     """A call in an earlier message of the assistant."""
 
-    unsupported: ClassVar[Mapping[str, Unsupported]] = {
-        "index": Unsupported("it belongs to streamed events; remove it", tuple(range(MAX_TOOLS)))
-    }
+    hints = ECHOED | {"index"}
 
-    id: ValidText
+    id: ValidText = ""
     type: Literal["function"] = "function"
     function: CalledFunction
 
     def for_template(self) -> dict[str, Any]:
-        """The call in the form that chat templates expect: the arguments as an object."""
-        arguments = json.loads(self.function.arguments)
-        function = {"name": self.function.name, "arguments": arguments}
+        """The call in the form that chat templates expect: the arguments as an object, or as the
+        text that they are where that is none."""
+        function = {"name": self.function.name, "arguments": _object(self.function.arguments)}
         return {"id": self.id, "type": "function", "function": function}
 
 
-ToolChoice = Literal["none", "auto", "required"] | ChosenTool
+def _object(arguments: str) -> dict[str, Any] | str:
+    try:
+        value = json.loads(arguments)
+    except (ValueError, RecursionError):
+        return arguments
+    return value if isinstance(value, dict) else arguments
+
+
 Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)]
