@@ -6,18 +6,36 @@ A bad value raises with the setting's name. The engine process gets the same obj
 from __future__ import annotations
 
 import ipaddress
+import re
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 GIB = 1024**3
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@]+")
 
 
 def default_database(store: Path) -> str:
     """The database URL used by default: SQLite in the store's folder."""
     return f"sqlite:///{store / 'quickchange.sqlite3'}"
+
+
+def _listed(names: str) -> frozenset[str]:
+    return frozenset(name.strip().lower() for name in names.split(",") if name.strip())
+
+
+def _check_origins(value: str) -> str:
+    for origin in _listed(value):
+        if origin != "*" and _ORIGIN.fullmatch(origin) is None:
+            raise ValueError(
+                f"{origin!r} is no origin; write it as browsers do, https://app.example"
+            )
+    return value
+
+
+Origins = Annotated[str, AfterValidator(_check_origins)]
 
 
 class Settings(BaseSettings):
@@ -82,7 +100,7 @@ class Settings(BaseSettings):
     )
     max_upload_bytes: int = Field(2 * GIB, ge=1024, description="largest adapter upload")
 
-    max_queue: int = Field(256, ge=1, description="requests in flight before 429")
+    max_queue: int = Field(256, ge=1, description="sequences in flight before 429")
     drain_seconds: float = Field(30.0, ge=0, description="on SIGTERM, time for running requests")
     max_request_deaths: int = Field(3, ge=1, description="engine deaths before a request fails")
     engine_stall_seconds: float = Field(
@@ -113,6 +131,16 @@ class Settings(BaseSettings):
     allow_unauthenticated: bool = Field(
         False, description="listen on an address that is not loopback without asking for keys"
     )
+    allowed_host: str = Field(
+        "",
+        description="names, joined by commas, by which the server is reached besides its address "
+        "and localhost; where no API key protects, requests under other names are refused",
+    )
+    allowed_origin: Origins = Field(
+        "",
+        description="origins, joined by commas, whose web pages may use the server "
+        "(https://app.example); * for all, only where the server asks for keys",
+    )
     open_metrics: bool = Field(
         False,
         description="answer /metrics without an API key where the server asks for keys; its labels "
@@ -125,6 +153,14 @@ class Settings(BaseSettings):
         None, description="where OpenTelemetry traces are sent (OTLP over HTTP); default: nowhere"
     )
     seed: int | None = Field(None, description="seed of the drawn seeds; default: from the system")
+
+    @property
+    def allowed_hosts(self) -> frozenset[str]:
+        return _listed(self.allowed_host)
+
+    @property
+    def allowed_origins(self) -> frozenset[str]:
+        return _listed(self.allowed_origin)
 
     @property
     def held_adapter_dtype(self) -> str:

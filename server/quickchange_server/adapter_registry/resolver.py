@@ -15,6 +15,7 @@ from pathlib import Path
 from quickchange_server.adapter_registry.visibility import Sees, everything, reachable
 from quickchange_server.config import Settings
 from quickchange_server.errors import ForbiddenError, InvalidRequestError, UnknownModelError
+from quickchange_server.frontend.request_base import MAX_COMPONENTS
 from quickchange_server.protocol import LOOKUP, Component, Drafting
 from quickchange_store.errors import StoreError
 from quickchange_store.index import Version
@@ -22,7 +23,6 @@ from quickchange_store.info import AdapterInfo
 from quickchange_store.names import parse_reference
 from quickchange_store.store import Store
 
-MAX_COMPONENTS = 32  # in one composition
 BASE_LABEL = "base"  # neither label can be an adapter's name
 COMPOSITION_LABEL = "+"
 AUTO, OFF = "auto", "off"  # values of `turbo` besides LOOKUP and names; reserved as names

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import Depends, Request, Response
+from fastapi import Depends, Request
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Send
 from starlette.types import Scope as ConnectionScope
 
 from quickchange_server.api import page
 from quickchange_server.api.app_state import Services
-from quickchange_server.errors import ForbiddenError, QuickchangeError, UnauthenticatedError
+from quickchange_server.api.error_responses import refused
+from quickchange_server.errors import ForbiddenError, UnauthenticatedError
 from quickchange_server.frontend.caller import ANYONE, Caller, Scope
 
 # Routes without a key: health checks, which reveal only the engine's state, and the page's files.
@@ -79,21 +80,11 @@ class CallerMiddleware:
             try:
                 scope.setdefault("state", {})["caller"] = _caller(scope)
             except UnauthenticatedError as error:
-                response = await _refused(scope, receive, error)
+                response = await refused(scope, receive, error)
+                response.headers["WWW-Authenticate"] = "Bearer"
                 await response(scope, receive, send)
                 return
         await self._app(scope, receive, send)
-
-
-async def _refused(
-    scope: ConnectionScope, receive: Receive, error: UnauthenticatedError
-) -> Response:
-    """The application's answer to this error, in the form of the path's API."""
-    handler = scope["app"].exception_handlers[QuickchangeError]
-    response = await handler(Request(scope, receive), error)
-    assert isinstance(response, Response)
-    response.headers["WWW-Authenticate"] = "Bearer"
-    return response
 
 
 def _caller(scope: ConnectionScope) -> Caller:

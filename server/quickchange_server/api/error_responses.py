@@ -15,7 +15,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.routing import Match
+from starlette.types import Receive, Scope
 
 from quickchange_server.errors import (
     ConflictError,
@@ -25,7 +25,7 @@ from quickchange_server.errors import (
     UnknownModelError,
     UnsupportedParameterError,
 )
-from quickchange_server.frontend.request_base import UNSUPPORTED
+from quickchange_server.frontend.request_base import UNKNOWN, UNSUPPORTED
 from quickchange_store.errors import (
     AdapterNotFoundError,
     CorruptStoreError,
@@ -35,7 +35,8 @@ from quickchange_store.errors import (
 
 logger = logging.getLogger(__name__)
 
-_METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
+_SOURCES = ("body", "query", "path")  # where pydantic's names of places begin
+MOST_SAID = 2_000  # characters of a message, which may quote what the client sent
 CLIENT_CLOSED_REQUEST = 499  # nginx's status for it
 
 
@@ -47,12 +48,19 @@ def error_body(error: QuickchangeError) -> dict[str, Any]:
     """OpenAI's error object for an error."""
     return {
         "error": {
-            "message": error.message,
+            "message": shortened(error.message),
             "type": error.kind,
-            "param": error.param,
+            "param": None if error.param is None else shortened(error.param),
             "code": error.code,
         }
     }
+
+
+def shortened(text: str) -> str:
+    """The text with its middle left out if it is very long."""
+    if len(text) <= MOST_SAID:
+        return text
+    return f"{text[: MOST_SAID // 2]} ... {text[-MOST_SAID // 2 :]}"
 
 
 def error_response(error: QuickchangeError, status: int | None = None) -> Response:
@@ -66,6 +74,14 @@ def error_response(error: QuickchangeError, status: int | None = None) -> Respon
 def _response(body: Mapping[str, Any], status: int, headers: Mapping[str, str]) -> Response:
     # ASCII only: a message may quote lone surrogates from the client's body.
     return Response(json.dumps(body), status, headers=dict(headers), media_type="application/json")
+
+
+async def refused(scope: Scope, receive: Receive, error: QuickchangeError) -> Response:
+    """The application's answer to an error of a middleware, in the form of the path's API."""
+    handler = scope["app"].exception_handlers[QuickchangeError]
+    response = await handler(Request(scope, receive), error)
+    assert isinstance(response, Response)
+    return response
 
 
 def from_store(error: StoreError) -> QuickchangeError:
@@ -82,46 +98,80 @@ def from_store(error: StoreError) -> QuickchangeError:
             return InvalidRequestError(str(error))
 
 
-def from_validation(errors: list[Any]) -> InvalidRequestError:
-    """The client's error for the first of pydantic's errors, by the field's name."""
-    first: Mapping[str, Any] = errors[0]
+def from_validation(errors: list[Any], body: Any = None) -> InvalidRequestError:
+    """The client's error for the first of pydantic's errors, by the field's name.
+
+    `body`: what was validated, if it is known; without it a union's branches are in the name.
+    """
+    first = _informative(errors, body)
     kind = str(first["type"])
     if kind == "json_invalid":
         where = first["loc"][-1]
         return InvalidRequestError(
             f"the body is not valid JSON: {first['ctx']['error']} at character {where}"
         )
-    param = _param(first)
+    param = _param(first, body)
     if param is None:
         return InvalidRequestError(
             "the body must be a JSON object, sent with Content-Type: application/json"
         )
     if kind == UNSUPPORTED:
         return UnsupportedParameterError(f"{param}: {first['msg']}", param=param)
-    if kind == "extra_forbidden":
+    if kind == UNKNOWN:
+        near = first["ctx"]["near"]
+        remedy = f"did you mean {near!r}?" if near else "remove it;"
         return UnsupportedParameterError(
-            f"{param}: unknown field; remove it (docs/http.md lists what each route takes)",
+            f"{param}: unknown field; {remedy} docs/http.md lists what each route takes",
             param=param,
         )
-    return InvalidRequestError(f"{param}: {_sentence(kind, str(first['msg']))}", param=param)
+    return InvalidRequestError(f"{param}: {_sentence(first)}", param=param)
 
 
-def _param(finding: Mapping[str, Any]) -> str | None:
-    """The wrong field's path, such as `messages[0].content`; None for the body itself."""
-    path = [part for part in finding["loc"] if part not in ("body", "query", "path")]
+def _informative(errors: list[Any], body: Any) -> Mapping[str, Any]:
+    """The first error, or the deepest at the same place: that of the union's branch that was
+    meant."""
+    if body is None:
+        return errors[0]  # type: ignore[no-any-return]
+    place = _path(errors[0], body)
+    same = [each for each in errors if _path(each, body)[: len(place)] == place]
+    return max(same, key=lambda each: len(_path(each, body)))  # type: ignore[no-any-return]
+
+
+def _path(finding: Mapping[str, Any], body: Any) -> list[str | int]:
+    """The wrong field's place in the body, without pydantic's own names of a union's branches."""
+    path: list[str | int] = []
+    value, parts = body, [part for part in finding["loc"] if part not in _SOURCES]
+    if body is None:
+        path = parts
+    else:
+        for part in parts:
+            inside = isinstance(value, dict) and part in value
+            if inside or (isinstance(value, list) and isinstance(part, int)):
+                value = value[part]
+                path.append(part)
+            elif finding["type"] == "missing" and part is parts[-1]:
+                path.append(part)
     field = finding.get("ctx", {}).get("field")
-    if field is not None:
-        path.append(field)
+    return path if field is None else [*path, field]
+
+
+def _param(finding: Mapping[str, Any], body: Any) -> str | None:
+    """The wrong field's path, such as `messages[0].content`; None for the body itself."""
     shown = ""
-    for part in path:
+    for part in _path(finding, body):
         shown += f"[{part}]" if isinstance(part, int) else f".{part}"
     return shown.removeprefix(".") or None
 
 
-def _sentence(kind: str, message: str) -> str:
-    if kind == "missing":
-        return "is required"
-    return message.removeprefix("Value error, ").replace("Input should be", "must be")
+def _sentence(finding: Mapping[str, Any]) -> str:
+    match finding["type"]:
+        case "missing":
+            return "is required"
+        case "too_long" if "max_length" in finding.get("ctx", {}):
+            return f"has more than {finding['ctx']['max_length']} items; send fewer"
+    message = str(finding["msg"])
+    plain = message.removeprefix("Value error, ").replace("Input should be", "must be")
+    return plain.replace("String should ", "must ")
 
 
 def install(app: FastAPI) -> None:
@@ -145,23 +195,11 @@ def install(app: FastAPI) -> None:
         refused = InvalidRequestError(message)
         response = error_response(refused, error.status_code)
         response.headers.update(error.headers or {})
-        if error.status_code == 405:
-            response.headers["Allow"] = ", ".join(_methods(app, request))
         return response
 
     @app.exception_handler(ClientGoneError)
     async def gone(_request: Request, _error: ClientGoneError) -> Response:
         return Response(status_code=CLIENT_CLOSED_REQUEST)  # for the access log alone
-
-
-def _methods(app: FastAPI, request: Request) -> list[str]:
-    """Methods of a path; Starlette's own list has those of the first matching route alone."""
-    asked = ({**request.scope, "method": method} for method in _METHODS)
-    return [
-        scope["method"]
-        for scope in asked
-        if any(route.matches(scope)[0] is Match.FULL for route in app.router.routes)
-    ]
 
 
 def internal_error() -> QuickchangeError:

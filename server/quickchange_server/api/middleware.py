@@ -1,4 +1,4 @@
-"""ASGI middleware for every request: a request id, and a limit on the body's size."""
+"""ASGI middleware for every request: its path and method, an id, and limits on the body."""
 
 from __future__ import annotations
 
@@ -8,14 +8,66 @@ import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quickchange_server.api.error_responses import error_response, internal_error
+from quickchange_server.api.json_bodies import Structure
 from quickchange_server.errors import InvalidRequestError
 
 logger = logging.getLogger(__name__)
 
+_METHODS = ("DELETE", "GET", "PATCH", "POST", "PUT")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+
+class PathMiddleware:
+    """Treats all routes alike: a trailing slash counts for nothing, HEAD is GET without its body,
+    OPTIONS is answered, and `Allow` has every method of the path."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        method = scope["method"]
+        asked = {
+            **scope,  # a copy: the server itself goes by the method that came
+            "path": scope["path"].rstrip("/") or "/",
+            "raw_path": scope["raw_path"].rstrip(b"/") or b"/",
+            "method": "GET" if method == "HEAD" else method,
+        }
+        bodyless = method == "HEAD"
+
+        async def send_alike(message: Message) -> None:
+            nonlocal bodyless
+            if message["type"] == "http.response.start" and message["status"] == 405:
+                message = {**message, "headers": [*message["headers"]]}
+                headers = MutableHeaders(scope=message)
+                headers["Allow"] = ", ".join(_allowed(asked))
+                if method == "OPTIONS":
+                    bodyless, message["status"] = True, 204
+                    del headers["content-type"], headers["content-length"]
+            elif message["type"] == "http.response.body" and bodyless:
+                message = {**message, "body": b""}
+            await send(message)
+
+        await self._app(asked, receive, send_alike)
+
+
+def _allowed(scope: Scope) -> list[str]:
+    """Methods of a path; Starlette's own list has those of the first matching route alone."""
+    found = [
+        method
+        for method in _METHODS
+        if any(
+            route.matches({**scope, "method": method})[0] is Match.FULL
+            for route in scope["app"].router.routes
+        )
+    ]
+    return [*found, *(["HEAD"] if "GET" in found else []), "OPTIONS"]
 
 
 class RequestIdMiddleware:
@@ -52,7 +104,10 @@ class RequestIdMiddleware:
 
 
 class BodyLimitMiddleware:
-    """Refuses bodies over `limit` bytes with 413; the path `uploads` has a limit of its own."""
+    """Refuses bodies over `limit` bytes with 413, and JSON with too many parts with 400.
+
+    An upload to the path `uploads` has a limit of its own.
+    """
 
     def __init__(self, app: ASGIApp, limit: int, uploads: str, upload_limit: int) -> None:
         self._app = app
@@ -65,29 +120,42 @@ class BodyLimitMiddleware:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        limit, setting = self._bound(scope, headers)
+        upload = self._is_upload(scope, headers)
+        limit = self._upload_limit if upload else self._limit
+        setting = "max_upload_bytes" if upload else "max_request_bytes"
         announced = headers.get("content-length", "0")
         if announced.isdecimal() and int(announced) > limit:
             refusal = error_response(InvalidRequestError(_too_large(limit, setting)), 413)
             await refusal(scope, receive, send)
             return
-        received = 0
+        received, structure = 0, None if upload else Structure()
+        more = "expect" not in headers  # else the client waits before it sends the body
 
         async def receive_bounded() -> Message:
-            nonlocal received
+            nonlocal received, more
             message = await receive()
+            more = more and message.get("more_body", False)
             received += len(message.get("body", b""))
             if received > limit:
                 raise HTTPException(413, _too_large(limit, setting))
+            if structure is not None:
+                structure.add(message.get("body", b""))
             return message
 
-        await self._app(scope, receive_bounded, send)
+        async def send_after_body(message: Message) -> None:
+            """Send, once the client has: one that still sends sees no answer, but a reset."""
+            nonlocal received, more
+            while more and received <= self._limit:
+                rest = await receive()
+                more = rest.get("more_body", False)
+                received += len(rest.get("body", b""))
+            await send(message)
 
-    def _bound(self, scope: Scope, headers: Headers) -> tuple[int, str]:
-        upload = headers.get("content-type", "").startswith("multipart/form-data")
-        if upload and scope["path"] == self._uploads:
-            return self._upload_limit, "max_upload_bytes"
-        return self._limit, "max_request_bytes"
+        await self._app(scope, receive_bounded, send_after_body)
+
+    def _is_upload(self, scope: Scope, headers: Headers) -> bool:
+        kind = headers.get("content-type", "")
+        return kind.startswith("multipart/form-data") and scope["path"] == self._uploads
 
 
 def _too_large(limit: int, setting: str) -> str:

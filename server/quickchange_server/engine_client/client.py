@@ -31,7 +31,6 @@ from quickchange_server.errors import (
 from quickchange_server.protocol import (
     AdapterFailed,
     AdapterMoved,
-    Began,
     Cancel,
     Command,
     Delta,
@@ -167,28 +166,36 @@ class EngineClient:
     ) -> DeltaStream:
         """Admit all sequences of a request or none, and return their deltas.
 
+        At most half the queue is taken; each further sequence follows one of them that has ended.
         `label`: the adapter's name in metrics; `drafter`: the name of the adapter whose draft
         heads are used. Raises QueueFullError (with `retry_after`) if `max_queue` sequences would
         be exceeded, and UnavailableError while the server starts, drains or has failed. During an
         engine's restart requests are admitted and wait.
         """
         now = time.monotonic()
-        self._admit(now, len(submits))
+        first = self._at_once(len(submits))
+        self._admit(now, first)
+        later: deque[InFlightRequest] = deque()
         mailbox: asyncio.Queue[Mail] = asyncio.Queue()
         requests = []
         for index, submit in enumerate(submits):
             self._name(submit, label, drafter)
             adapted = bool(submit.adapters)
             metrics = self._metrics.request(label, adapted, len(submit.prompt), now)
-            requests.append(InFlightRequest(submit, metrics, mailbox, index, drafter))
-        self._recovery.add(*requests)
+            requests.append(InFlightRequest(submit, metrics, mailbox, index, drafter, later))
+        self._recovery.add(*requests[:first])
+        later.extend(requests[first:])
         self._idle.clear()
         self._submit_waiting()
         return DeltaStream(requests, mailbox, self._leave)
 
     def check_room(self, count: int) -> None:
         """Raise what `generate` would raise for `count` sequences now."""
-        self._admit(time.monotonic(), count)
+        self._admit(time.monotonic(), self._at_once(count))
+
+    def _at_once(self, count: int) -> int:
+        """Sequences that a request of `count` has in the queue."""
+        return min(count, max(1, self._settings.max_queue // 2))
 
     def prefetch(self, digest: str, tier: Literal["device", "host"] = "device") -> None:
         """Load an adapter version to `tier`, if its budget allows."""
@@ -265,7 +272,7 @@ class EngineClient:
             self._metrics.refused("queue_full")
             raise QueueFullError(
                 f"{self.in_flight} of the {limit} sequences that the setting max_queue allows are "
-                f"in flight, and this request has {count}; try again later",
+                f"in flight, and this request needs room for {count}; try again later",
                 retry_after=self._throughput.retry_after(self.in_flight, now),
             )
 
@@ -337,17 +344,21 @@ class EngineClient:
         self._remove(request, now)
 
     def _fail_all(self, error: QuickchangeError) -> None:
-        for request in list(self._recovery.requests):
+        while self._recovery.requests:  # one that fails makes room for its request's next
+            request = next(iter(self._recovery.requests))
             self._fail(request, type(error)(error.message, retry_after=error.retry_after))
 
     def _remove(self, request: InFlightRequest, now: float) -> None:
-        """Remove a request that has ended, and submit others if that ended a trial."""
+        """Remove a sequence that has ended, and submit those that this makes room for."""
         was_on_trial = self._recovery.on_trial is request
         self._recovery.remove(request)
         self._throughput.ended(now)
+        follows = bool(request.later)
+        if follows:
+            self._recovery.add(request.later.popleft())
         if len(self._recovery) == 0:
             self._idle.set()
-        elif was_on_trial:
+        elif was_on_trial or follows:
             self._submit_waiting()
 
 

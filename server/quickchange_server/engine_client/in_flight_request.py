@@ -7,6 +7,7 @@ timing of restarts and HTTP are not known here.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from typing import Any
@@ -38,8 +39,10 @@ class InFlightRequest:
         mailbox: asyncio.Queue[Mail],
         index: int = 0,
         drafter: str | None = None,
+        later: deque[InFlightRequest] | None = None,
     ) -> None:
-        """`drafter`: the name of the adapter whose draft heads are used."""
+        """`drafter`: the name of the adapter whose draft heads are used; `later`: sequences of the
+        same request that are not in the queue yet."""
         self.submit = submit
         self.metrics = metrics
         self.emitted: list[int] = []
@@ -52,6 +55,7 @@ class InFlightRequest:
         self._mailbox = mailbox
         self._index = index
         self._drafter = drafter
+        self.later: deque[InFlightRequest] = deque() if later is None else later
 
     @property
     def request_id(self) -> str:
@@ -134,7 +138,9 @@ class DeltaStream:
         self._end(self._requests[index], "stop")
 
     def close(self) -> None:
-        """End all sequences that still run, counted as "cancelled"."""
+        """End all sequences that still run or wait, counted as "cancelled"."""
+        for request in self._requests:
+            request.later.clear()
         for request in self._requests:
             self._end(request, "cancelled")
 

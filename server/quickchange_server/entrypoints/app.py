@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from quickchange_server.adapter_registry.importer import Imports
 from quickchange_server.adapter_registry.merged_adapters import Derived
@@ -17,9 +18,14 @@ from quickchange_server.api import error_responses, health, openapi_document, pa
 from quickchange_server.api.admin import adapters, experiments, keys, usage
 from quickchange_server.api.app_state import VERSION, Services
 from quickchange_server.api.auth import CallerMiddleware
+from quickchange_server.api.browser import EXPOSED, BrowserMiddleware
 from quickchange_server.api.lorax import errors
 from quickchange_server.api.lorax import routes as lorax
-from quickchange_server.api.middleware import BodyLimitMiddleware, RequestIdMiddleware
+from quickchange_server.api.middleware import (
+    BodyLimitMiddleware,
+    PathMiddleware,
+    RequestIdMiddleware,
+)
 from quickchange_server.api.openai import completions, embeddings, models
 from quickchange_server.api.vllm import routes as vllm
 from quickchange_server.config import Settings
@@ -66,7 +72,7 @@ def create_app(
     `text`, `engine` and `base` replace the model's tokenizer, the engine process's entry and the
     base model that adapters are checked against. Raises SettingError if the tokenizer can't be
     read, if traces can't be sent as the settings ask, or if the settings would leave the server
-    open to others without saying so.
+    open to others, or to every web page, without saying so.
 
     While the engine starts, requests get 503. `services.started` resolves when it is ready, or to
     its failure.
@@ -99,6 +105,7 @@ def create_app(
         version=VERSION,
         lifespan=lifespan,
         separate_input_output_schemas=False,
+        redirect_slashes=False,
     )
     for module in (
         completions,
@@ -124,9 +131,31 @@ def create_app(
         upload_limit=settings.max_upload_bytes,
     )
     app.add_middleware(CallerMiddleware)
+    app.add_middleware(BrowserMiddleware, settings=settings)
+    if settings.allowed_origins:
+        _allow_origins(app, settings, keyed=keyed)
     app.add_middleware(RequestIdMiddleware)
     app.add_middleware(HttpMetricsMiddleware)
+    app.add_middleware(PathMiddleware)
     return app
+
+
+def _allow_origins(app: FastAPI, settings: Settings, *, keyed: bool) -> None:
+    """Let pages of the allowed origins use the server. Raises SettingError."""
+    if "*" in settings.allowed_origins and not keyed:
+        raise SettingError(
+            "allowed_origin: * lets every page that a browser shows use a server that asks for no "
+            "keys; name the origins, or ask for keys with --api-keys",
+            param="allowed_origin",
+        )
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=sorted(settings.allowed_origins),
+        allow_methods=["*"],
+        allow_headers=["*"],
+        expose_headers=EXPOSED,
+        allow_private_network=True,
+    )
 
 
 def _traces_maker(settings: Settings) -> TracesMaker | None:
@@ -182,7 +211,7 @@ def _services(
         imports=Imports(store, base, names, experiments.refuse_name),
         derived=Derived(store, settings.derived_adapters),
         seeds=seeds,
-        admission=RequestAdmission(client, text, constraints, seeds, settings.max_queue),
+        admission=RequestAdmission(client, text, constraints, seeds),
         started=asyncio.create_task(client.start(), name="engine-start"),
         database=database,
         revisions=revisions,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -151,6 +152,8 @@ async def _announce(
         return
     error = services.started.exception()
     if error is None:
+        gc.collect()
+        gc.freeze()  # libraries and vocabulary: a collection takes 0.3 s less without them
         announce(services, url)
         return
     server.should_exit = True

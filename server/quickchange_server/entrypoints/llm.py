@@ -259,14 +259,17 @@ class LLM:
             raise InvalidRequestError(
                 f"{place}: holds half of a surrogate pair; give valid Unicode", param=place
             ) from error
-        return self._text.encode_now(text)
+        return self._text.encode_within(text, most=self._engine.info.max_model_len, param=place)
 
     def _asked_chat(self, place: str, messages: Conversation) -> _Asked:
         checked = [_message(f"{place}[{i}]", message) for i, message in enumerate(messages)]
         if not checked:
             raise InvalidRequestError(f"{place}: is empty; give at least one message", param=place)
         prompt = self._text.render_chat(checked)
-        return _Asked(place, prompt, tuple(self._text.encode_now(prompt, add_special_tokens=False)))
+        ids = self._text.encode_within(
+            prompt, most=self._engine.info.max_model_len, param=place, add_special_tokens=False
+        )
+        return _Asked(place, prompt, tuple(ids))
 
     def _selections(
         self, adapter: Adapter | Sequence[Adapter], turbo: str | Sequence[str], count: int

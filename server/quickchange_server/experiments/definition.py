@@ -17,10 +17,12 @@ from pydantic_core import PydanticCustomError
 from quickchange_server.errors import InvalidRequestError
 from quickchange_server.frontend.request_base import (
     SAMPLING,
+    Adapters,
     Body,
+    Name,
     Number,
     SamplingBody,
-    WeightedAdapter,
+    check_length,
 )
 from quickchange_store.names import check_name
 
@@ -30,6 +32,7 @@ MAX_STEPS = 64
 MAX_METRICS = 32
 MAX_LISTED = 10_000
 MAX_NUMBER = 1e15  # largest absolute value of an outcome, so that sums of squares don't overflow
+MAX_SECONDS = 1e11  # of a time, as for keys
 MAX_TEXT = 512  # characters of a description or of a listed unit
 AUTOMATIC = ("latency", "first_token", "tokens", "stop", "length", "cancelled", "failed")
 ACTIONS = frozenset(
@@ -70,7 +73,11 @@ def check_experiment_name(name: str) -> str:
 Label = Annotated[str, AfterValidator(_check_label)]
 ExperimentName = Annotated[str, AfterValidator(check_experiment_name)]
 Weight = Annotated[Number, Field(ge=0, le=1e6)]
+Weights = Annotated[  # by variant
+    dict[str, Weight], Field(max_length=MAX_VARIANTS), check_length(MAX_VARIANTS)
+]
 Unit = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
+Allowed = Annotated[dict[Unit, str], Field(max_length=MAX_LISTED), check_length(MAX_LISTED)]
 
 
 def _check_overrides(overrides: dict[str, Any]) -> dict[str, Any]:
@@ -97,9 +104,9 @@ class Served(Body):
     """The model of a variant: a name, or a composition over the base."""
 
     name: Label
-    model: str | None = Field(None, min_length=1)  # base, adapter, version or alias
-    adapters: list[WeightedAdapter] = Field(default=[])
-    turbo: str | None = Field(None, min_length=1)  # default: the request's
+    model: Name | None = Field(None, min_length=1)  # base, adapter, version or alias
+    adapters: Adapters = Field(default=[])
+    turbo: Name | None = Field(None, min_length=1)  # default: the request's
     overrides: Annotated[dict[str, Any], AfterValidator(_check_overrides)] = Field(default={})
 
     @model_validator(mode="after")
@@ -148,10 +155,10 @@ class Sticky(Body):
 class RampStep(Body):
     """Change of the weights at a time: `at`, Unix seconds, or `after`, seconds from the start."""
 
-    at: Number | None = Field(None, ge=0)
-    after: Number | None = Field(None, ge=0)
+    at: Number | None = Field(None, ge=0, le=MAX_SECONDS)
+    after: Number | None = Field(None, ge=0, le=MAX_SECONDS)
     share: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
-    weights: dict[str, Weight] | None = None
+    weights: Weights | None = None
 
     @model_validator(mode="after")
     def _one_each(self) -> Self:
@@ -171,7 +178,7 @@ class Metric(Body):
     goal: Literal["increase", "decrease"] = "increase"
     # The value of a unit without an outcome; default: such a unit is left out.
     missing: Number | None = Field(None, ge=-MAX_NUMBER, le=MAX_NUMBER)
-    margin: Number | None = Field(None, gt=0)  # differences smaller than this don't matter
+    margin: Number | None = Field(None, gt=0, le=MAX_NUMBER)  # smaller differences don't matter
 
     @model_validator(mode="after")
     def _flag_or_not(self) -> Self:
@@ -187,18 +194,19 @@ class Definition(Body):
 
     name: ExperimentName
     description: str = Field("", max_length=MAX_TEXT)
-    variants: list[Variant] = Field(min_length=2, max_length=MAX_VARIANTS)
-    control: str | None = None  # default: the first variant
+    variants: list[Variant] = Field(min_length=2, max_length=MAX_VARIANTS, fail_fast=True)
+    control: Name | None = None  # default: the first variant
     sticky: Sticky = Field(default=Sticky(by="user", name=None))
-    allow: dict[Unit, str] = Field(default={}, max_length=MAX_LISTED)  # unit: variant
-    deny: list[Unit] = Field(default=[], max_length=MAX_LISTED)  # units that get the control
-    ramp: list[RampStep] = Field(default=[], max_length=MAX_STEPS)
-    shadows: list[Shadow] = Field(default=[], max_length=MAX_SHADOWS)
+    allow: Allowed = Field(default={})  # unit: variant
+    # Units that get the control
+    deny: list[Unit] = Field(default=[], max_length=MAX_LISTED, fail_fast=True)
+    ramp: list[RampStep] = Field(default=[], max_length=MAX_STEPS, fail_fast=True)
+    shadows: list[Shadow] = Field(default=[], max_length=MAX_SHADOWS, fail_fast=True)
     shadow_limit: int = Field(4, ge=1, le=64)  # concurrent shadow requests on one server
-    metrics: list[Metric] = Field(default=[], max_length=MAX_METRICS)
-    minimum: int = Field(100, ge=2)  # units of each variant before a decision is offered
+    metrics: list[Metric] = Field(default=[], max_length=MAX_METRICS, fail_fast=True)
+    minimum: int = Field(100, ge=2, le=10**12)  # units of each variant before a decision is offered
     alpha: float = Field(0.05, ge=1e-6, le=0.4, allow_inf_nan=False)  # rate of false findings
-    alias: str | None = Field(None, min_length=1)  # moved by promote and rollback
+    alias: Name | None = Field(None, min_length=1)  # moved by promote and rollback
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:

@@ -211,6 +211,11 @@ class Decoding:
     def special_ids(self) -> frozenset[int]:
         return self._special
 
+    @property
+    def byte_level(self) -> bool:
+        """True if each character of a vocabulary's entry stands for a byte."""
+        return self._kind == "byte_level"
+
     def detokenizer(self, *, skip_special_tokens: bool) -> Detokenizer:
         """A new detokenizer for one sequence."""
         skipped = self._special if skip_special_tokens else frozenset()

@@ -25,6 +25,7 @@ from quickchange_server.frontend.tokenizer import Text
 from quickchange_server.protocol import Component, Submit
 from quickchange_server.structured_output.validator import Asked, ConstraintChecks
 
+MAX_SEQUENCES = 2_048  # of one request
 SEED_BITS = 63
 SEED_BYTES = 8
 
@@ -74,7 +75,7 @@ class Wanted:
 
 
 class RequestAdmission:
-    """Admits requests to one engine. `max_queue` limits the sequences of one request."""
+    """Admits requests to one engine."""
 
     def __init__(
         self,
@@ -82,13 +83,11 @@ class RequestAdmission:
         text: Text,
         constraints: ConstraintChecks,
         seeds: Seeds,
-        max_queue: int,
     ) -> None:
         self._client = client
         self._text = text
         self._constraints = constraints
         self._seeds = seeds
-        self._max_queue = max_queue
 
     async def admit(self, wanted: Wanted) -> Generation:
         """Start the generation of a request's choices, in the order of its prompts.
@@ -115,11 +114,11 @@ class RequestAdmission:
 
     def _check_count(self, wanted: Wanted) -> None:
         count = len(wanted.prompts) * wanted.candidates
-        if count > self._max_queue:
-            param = "n" if wanted.submit.pooling is None else wanted.prompt_param
+        if count > MAX_SEQUENCES:
+            param = wanted.prompt_param if wanted.candidates == 1 else "n"
             raise InvalidRequestError(
-                f"{param}: {count} sequences in one request exceed the setting max_queue, "
-                f"{self._max_queue}; send fewer prompts or a smaller n",
+                f"{param}: {count} sequences in one request, of {MAX_SEQUENCES} at most; send "
+                "fewer prompts or a smaller n",
                 param=param,
             )
 
@@ -137,12 +136,13 @@ class RequestAdmission:
         for prompt in wanted.prompts:
             new_tokens = self._new_tokens(wanted, len(prompt))
             sampling = asked.resolved(max_tokens=new_tokens, eos_ids=self._text.eos_ids)
+            ids = tuple(prompt)
             for choice in range(wanted.candidates):
                 scored = choice == 0 or wanted.scored_alike
                 submit = replace(
                     wanted.submit,
                     request_id=f"{wanted.submit.request_id}-{len(submits)}",
-                    prompt=tuple(prompt),
+                    prompt=ids,
                     sampling=sampling if scored else replace(sampling, prompt_logprobs=None),
                     seed=choice_seed(seed, choice),
                 )

@@ -7,9 +7,11 @@ Hints, which change no answer, are dropped whatever they say.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args, get_type_hints
+from difflib import get_close_matches
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar, get_args, get_type_hints
 
 from annotated_types import Interval
 from pydantic import (
@@ -25,16 +27,29 @@ from pydantic import (
     model_validator,
 )
 from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema, PydanticCustomError
+from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError
 
+from quickchange_server.errors import QuickchangeError
 from quickchange_server.protocol import SamplingParams
 
-UNSUPPORTED = "unsupported"  # type of the validation error, whose context names the field
+# Types of validation errors whose context names the field
+UNSUPPORTED = "unsupported"
+UNKNOWN = "unknown_field"
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 1024  # characters
 MAX_CHOICES = 128
+LONGEST_NAME = 256  # characters of a name that is compared with others
 
+MAX_PROMPTS = 2_048  # OpenAI's limit of a list of inputs
+MAX_COMPONENTS = 32  # adapters in one composition
+MOST_WEIGHT = 1_000.0
+MAX_PATH = 4_096  # characters of a folder's path, as in Linux
+MAX_BIASES = 10_000
+MAX_LISTED_IDS = 10_000  # in stop_token_ids
+
+T = TypeVar("T")
 Number = FiniteFloat
+Name = Annotated[str, Field(max_length=512)]  # of a model, an adapter, a drafter
 Json = dict[str, Any]  # a JSON object of an answer
 FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 
@@ -75,6 +90,14 @@ def sampling_fields(
     return made
 
 
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """What stands for a body that has been validated and found wrong: its error is raised in place
+    of a validation."""
+
+    error: QuickchangeError
+
+
 _NOTHING: JsonSchemaValue = {  # the schema of `asks_nothing`
     "anyOf": [
         {"type": "null"},
@@ -91,35 +114,42 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     unsupported: ClassVar[Mapping[str, Unsupported]] = {}
+    null_is_default: ClassVar[bool] = True
     hints: ClassVar[frozenset[str]] = frozenset()  # of other APIs; no answer depends on them
 
     @model_validator(mode="before")
     @classmethod
     def _refuse_unsupported(cls, body: Any) -> Any:
+        if isinstance(body, Refused):
+            raise body.error
         if not isinstance(body, dict):
             return body
         kept = {}
         for name, value in body.items():
             known = cls.unsupported.get(name)
-            if known is not None and value is not None and known.asks(value):
-                raise PydanticCustomError(
-                    UNSUPPORTED,
-                    "not supported by this server; {remedy}",
-                    {"remedy": known.remedy, "field": name},
-                )
-            if known is None and not cls._dropped(name, value):
-                kept[name] = value
+            if known is not None:
+                if value is not None and known.asks(value):
+                    raise PydanticCustomError(
+                        UNSUPPORTED,
+                        "not supported by this server; {remedy}",
+                        {"remedy": known.remedy, "field": name},
+                    )
+            elif name in cls._names():
+                if not (value is None and cls.null_is_default):
+                    kept[name] = value
+            elif name not in cls.hints and not asks_nothing(value):
+                near = close_matches(name, cls._names())
+                context = {"field": name, "near": near[0] if near else ""}
+                raise PydanticCustomError(UNKNOWN, "unknown field", context)
         return kept
 
     @classmethod
-    def _dropped(cls, name: str, value: Any) -> bool:
-        if name in cls.model_fields or name in cls._aliases():
-            return value is None
-        return name in cls.hints or asks_nothing(value)
-
-    @classmethod
-    def _aliases(cls) -> frozenset[str]:
-        return frozenset(field.alias for field in cls.model_fields.values() if field.alias)
+    @cache
+    def _names(cls) -> frozenset[str]:
+        """The fields' names, as they may be given."""
+        names = {field.alias or name for name, field in cls.model_fields.items()}
+        by_name = cls.model_config.get("populate_by_name", False)
+        return frozenset(names | set(cls.model_fields) if by_name else names)
 
     @classmethod
     def __get_pydantic_json_schema__(
@@ -136,9 +166,29 @@ class Body(BaseModel):
         return schema
 
 
+def close_matches(name: str, known: Iterable[str]) -> list[str]:
+    """Known names that are spelled much like this one, the likeliest first."""
+    folded = {each.casefold(): each for each in known}
+    if len(name) > LONGEST_NAME:
+        return []
+    return [folded[each] for each in get_close_matches(name.casefold(), folded, cutoff=0.75)]
+
+
 def _takes_null(field: Mapping[str, Any]) -> bool:
     untyped = not {"type", "anyOf", "$ref", "enum", "const"} & field.keys()
     return untyped or {"type": "null"} in field.get("anyOf", ())
+
+
+def check_length(most: int) -> BeforeValidator:
+    """A check that a list or an object has at most `most` entries, before any is looked at."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, list | dict) and len(value) > most:
+            context = {"field_type": "Value", "max_length": most, "actual_length": len(value)}
+            raise PydanticKnownError("too_long", context)
+        return value
+
+    return BeforeValidator(check)
 
 
 def _is_ids(value: Any) -> bool:
@@ -150,9 +200,15 @@ def check_prompt(value: Any) -> str | list[str] | list[int] | list[list[int]]:
     if isinstance(value, str):
         return check_text(value)
     if isinstance(value, list) and value:
+        if _is_ids(value):
+            return value
+        if len(value) > MAX_PROMPTS and isinstance(value[0], str | list):
+            raise PydanticCustomError(
+                "prompt", "has more than {most} prompts; send fewer", {"most": MAX_PROMPTS}
+            )
         if all(isinstance(item, str) for item in value):
             return [check_text(item) for item in value]
-        if _is_ids(value) or all(_is_ids(item) for item in value):
+        if all(_is_ids(item) for item in value):
             return value
     raise PydanticCustomError(
         "prompt",
@@ -191,6 +247,10 @@ def check_bias(value: Any) -> dict[int, float]:
     """OpenAI's logit_bias, from token ids as strings to -100..100, with ids as integers."""
     if not isinstance(value, dict):
         raise PydanticCustomError("logit_bias", "must be an object of token ids to numbers")
+    if len(value) > MAX_BIASES:
+        raise PydanticCustomError(
+            "logit_bias", "has more than {most} tokens; bias fewer", {"most": MAX_BIASES}
+        )
     biases: dict[int, float] = {}
     for token_id, bias in value.items():
         number = isinstance(bias, (int, float)) and not isinstance(bias, bool)
@@ -204,20 +264,23 @@ def check_bias(value: Any) -> dict[int, float]:
 
 MetadataKey = Annotated[str, Field(min_length=1, max_length=64)]
 MetadataValue = Annotated[str, Field(max_length=512)]
-Metadata = Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)]  # OpenAI's limits
+Metadata = Annotated[  # with OpenAI's limits
+    dict[MetadataKey, MetadataValue], Field(max_length=16), check_length(16)
+]
 _STOP: JsonSchemaValue = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_LENGTH}
 _STOPS: JsonSchemaValue = {"type": "array", "items": _STOP, "maxItems": MAX_STOPS}
 _BIASES: JsonSchemaValue = {
     "type": "object",
     "propertyNames": {"pattern": "^[0-9]{1,9}$"},
     "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+    "maxProperties": MAX_BIASES,
 }
 _IDS: JsonSchemaValue = {"type": "array", "items": {"type": "integer"}}
 _PROMPTS: list[JsonSchemaValue] = [
     {"type": "string"},
-    {"type": "array", "items": {"type": "string"}, "minItems": 1},
+    {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MAX_PROMPTS},
     {**_IDS, "minItems": 1},
-    {"type": "array", "items": _IDS, "minItems": 1},
+    {"type": "array", "items": _IDS, "minItems": 1, "maxItems": MAX_PROMPTS},
 ]
 
 Prompt = Annotated[
@@ -235,12 +298,17 @@ LogitBias = Annotated[
 ]
 
 
+MergeWeight = Annotated[Number, Field(ge=-MOST_WEIGHT, le=MOST_WEIGHT)]
+
+
 class WeightedAdapter(Body):
     """One term of a composition Σ weightᵢ · adapterᵢ."""
 
-    id: str
-    weight: Number = 1.0
+    id: Name
+    weight: MergeWeight = 1.0
 
+
+Adapters = Annotated[list[WeightedAdapter], Field(max_length=MAX_COMPONENTS, fail_fast=True)]
 
 # Sampling fields with types of their own in bodies: bounded by the server, or in JSON's form.
 _OWN = frozenset(
@@ -274,4 +342,4 @@ class SamplingBody(_SamplingFields):
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     logit_bias: LogitBias = Field(default={})
     min_tokens: int = Field(0, ge=0)
-    stop_token_ids: list[int] = Field(default=[])
+    stop_token_ids: list[int] = Field(default=[], max_length=MAX_LISTED_IDS, fail_fast=True)

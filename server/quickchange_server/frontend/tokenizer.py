@@ -9,15 +9,16 @@ import asyncio
 import contextlib
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jinja2 import TemplateError
 
-from quickchange_server.errors import InvalidRequestError, SettingError
+from quickchange_server.errors import ContextLengthError, InvalidRequestError, SettingError
 from quickchange_server.frontend.detokenizer import Decoding, Detokenizer
 from quickchange_server.frontend.tool_parser import (
     Messages,
@@ -27,6 +28,10 @@ from quickchange_server.frontend.tool_parser import (
 )
 
 LONG_TEXT = 4_000  # characters: 7 ms of tokenizing (SmolLM2), too long on the event loop
+USUAL_LENGTH = 8  # characters of a token that few texts exceed on average
+AT_ONCE = 2  # long texts tokenized at once: each takes 300 bytes a token
+
+T = TypeVar("T")
 
 
 class Text:
@@ -38,6 +43,7 @@ class Text:
     def __init__(self, tokenizer: Any, *, vocab_size: int, eos_ids: frozenset[int]) -> None:
         self._tokenizer = tokenizer
         self._decoding = Decoding(tokenizer)
+        self._threads = ThreadPoolExecutor(AT_ONCE, "tokenizer")
         self.vocab_size = vocab_size
         self.eos_ids = eos_ids
 
@@ -60,7 +66,9 @@ class Text:
                 param="model",
             ) from error
         vocab_size = int(config.get_text_config().vocab_size)
-        return cls(tokenizer, vocab_size=vocab_size, eos_ids=_eos_ids(model, config, tokenizer))
+        text = cls(tokenizer, vocab_size=vocab_size, eos_ids=_eos_ids(model, config, tokenizer))
+        _ = text.longest_token  # read now: it takes some milliseconds
+        return text
 
     @property
     def special_ids(self) -> frozenset[int]:
@@ -100,11 +108,64 @@ class Text:
         plain.no_truncation()
         return str(plain.to_str())
 
-    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text. A long text is tokenized on a thread, off the event loop."""
-        if len(text) < LONG_TEXT:
-            return self.encode_now(text, add_special_tokens=add_special_tokens)
-        return await asyncio.to_thread(self.encode_now, text, add_special_tokens=add_special_tokens)
+    async def encode(
+        self, text: str, *, most: int, param: str, add_special_tokens: bool = True
+    ) -> list[int]:
+        """Token ids of a text. A long text is tokenized on a thread, off the event loop.
+
+        Raises ContextLengthError, without tokenizing all of it, if they are more than `most`; a
+        few more may be returned.
+        """
+        return (await self.encode_each([text], most, param, special=add_special_tokens))[0]
+
+    async def encode_each(
+        self, texts: Sequence[str], most: int, param: str, *, special: bool = True
+    ) -> list[list[int]]:
+        """Token ids of each text, as `encode` has them."""
+        for text in texts:
+            self.check_length(text, most, param)
+        if sum(map(len, texts)) < LONG_TEXT:
+            return [self.encode_now(text, add_special_tokens=special) for text in texts]
+        work = partial(self.encode_within, most=most, param=param, add_special_tokens=special)
+        return [await self._on_thread(partial(work, text)) for text in texts]
+
+    async def _on_thread(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    @cached_property
+    def longest_token(self) -> int:
+        """The most bytes of text that one token stands for."""
+        added = [len(name.encode()) for name in self._tokenizer.get_added_vocab()]
+        # In a byte-level vocabulary each character of an entry stands for a byte.
+        length = len if self._decoding.byte_level else _utf8_length
+        return max(*map(length, self._tokenizer.get_vocab()), *added, 1)
+
+    def check_length(self, text: str, most: int, param: str) -> None:
+        """Raise ContextLengthError if the text has more bytes than `most` tokens can have."""
+        bound = most * self.longest_token
+        if len(text) * 4 > bound and _utf8_length(text) > bound:
+            raise ContextLengthError(
+                f"{param}: exceeds this model's maximum context length: {_utf8_length(text)} bytes "
+                f"of text are more than {most} tokens; shorten it",
+                param=param,
+            )
+
+    def encode_within(
+        self, text: str, *, most: int, param: str, add_special_tokens: bool = True
+    ) -> list[int]:
+        """As `encode`, on the calling thread."""
+        self.check_length(text, most, param)
+        head = text[: most * USUAL_LENGTH]
+        if len(head) < len(text):
+            # A token that the cut has split may count as many.
+            found = len(self.encode_now(head, add_special_tokens=False)) - self.longest_token
+            if found > most:
+                raise ContextLengthError(
+                    f"{param}: exceeds this model's maximum context length: the text has more than "
+                    f"{most} tokens; shorten it",
+                    param=param,
+                )
+        return self.encode_now(text, add_special_tokens=add_special_tokens)
 
     def encode_now(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, tokenized on the calling thread."""
@@ -118,28 +179,33 @@ class Text:
         return list(encoded["input_ids"])
 
     async def spans(
-        self, text: str, *, add_special_tokens: bool = True
+        self, text: str, *, most: int, param: str, add_special_tokens: bool = True
     ) -> list[tuple[int, int, int]]:
         """Token ids of a text with their character spans: (id, start, stop).
 
-        Raises InvalidRequestError if the model's tokenizer does not provide spans.
+        Raises InvalidRequestError if the model's tokenizer does not provide spans, and
+        ContextLengthError as `encode` does.
         """
         if not self._tokenizer.is_fast:
             raise InvalidRequestError(
-                "inputs: this model has no fast tokenizer, which alone tells where tokens begin; "
+                f"{param}: this model has no fast tokenizer, which alone tells where tokens begin; "
                 "send prompt instead of inputs for the ids alone",
-                param="inputs",
+                param=param,
             )
-        encoded = await asyncio.to_thread(
-            self._tokenizer,
-            text,
-            add_special_tokens=add_special_tokens,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            verbose=False,
-        )
-        pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-        return [(token_id, start, stop) for token_id, (start, stop) in pairs]
+
+        def encoded() -> list[tuple[int, int, int]]:
+            self.encode_within(text, most=most, param=param)
+            found = self._tokenizer(
+                text,
+                add_special_tokens=add_special_tokens,
+                return_offsets_mapping=True,
+                return_attention_mask=False,
+                verbose=False,
+            )
+            pairs = zip(found["input_ids"], found["offset_mapping"], strict=True)
+            return [(token_id, start, stop) for token_id, (start, stop) in pairs]
+
+        return await self._on_thread(encoded)
 
     def render_chat(
         self, messages: Messages, *, tools: Messages = (), add_generation_prompt: bool = True
@@ -181,13 +247,36 @@ class Text:
         return str(rendered)
 
     async def encode_chat(
-        self, messages: Messages, *, tools: Messages = (), add_generation_prompt: bool = True
+        self,
+        messages: Callable[[], Messages],
+        length: int,
+        *,
+        most: int,
+        param: str,
+        tools: Callable[[], Messages] = tuple,
+        add_generation_prompt: bool = True,
+        add_special_tokens: bool = False,  # the template writes them
     ) -> list[int]:
-        """Token ids of a chat. The template writes the special tokens, so none are added."""
-        rendered = self.render_chat(
-            messages, tools=tools, add_generation_prompt=add_generation_prompt
-        )
-        return await self.encode(rendered, add_special_tokens=False)
+        """Token ids of a chat of about `length` characters. A long one is made on a thread.
+
+        Raises as `encode` does, and as `render_chat`.
+        """
+        if length > most * self.longest_token:
+            raise ContextLengthError(
+                f"{param}: exceed this model's maximum context length: {length} characters are "
+                f"more than {most} tokens; shorten the chat",
+                param=param,
+            )
+
+        def encoded() -> list[int]:
+            rendered = self.render_chat(
+                messages(), tools=tools(), add_generation_prompt=add_generation_prompt
+            )
+            return self.encode_within(
+                rendered, most=most, param=param, add_special_tokens=add_special_tokens
+            )
+
+        return encoded() if length < LONG_TEXT else await self._on_thread(encoded)
 
     def detokenizer(self, *, skip_special_tokens: bool = True) -> Detokenizer:
         """A new incremental detokenizer for one sequence."""
@@ -215,6 +304,10 @@ class Text:
                 f"use ids from 0 to {self.vocab_size - 1}",
                 param=param,
             )
+
+
+def _utf8_length(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))
 
 
 def _check_folder(model: str) -> None:

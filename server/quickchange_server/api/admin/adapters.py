@@ -21,6 +21,7 @@ from starlette.datastructures import FormData, UploadFile
 from quickchange_server.adapter_registry.visibility import reachable, seen
 from quickchange_server.api.app_state import Injected, Services
 from quickchange_server.api.auth import MANAGE, Managing, check_own
+from quickchange_server.api.json_bodies import JsonRoute
 from quickchange_server.api.openapi.response_models_admin import (
     AdapterDocument,
     AdapterList,
@@ -36,7 +37,7 @@ from quickchange_server.api.openapi.route_responses import COMMON_ERRORS, errors
 from quickchange_server.config import Settings, is_loopback
 from quickchange_server.errors import ConflictError, ForbiddenError, InvalidRequestError
 from quickchange_server.frontend.caller import Caller
-from quickchange_server.frontend.request_base import Body, Json
+from quickchange_server.frontend.request_base import MAX_PATH, Body, Json, Name
 from quickchange_store.errors import AdapterNotFoundError, InUseError
 from quickchange_store.importing import Added
 from quickchange_store.index import Alias, Index, Version
@@ -59,6 +60,7 @@ async def adapters_on(services: Injected) -> None:
 
 
 router = APIRouter(
+    route_class=JsonRoute,
     tags=["adapters"],
     dependencies=[Depends(MANAGE), Depends(adapters_on)],
     responses=COMMON_ERRORS,
@@ -66,8 +68,8 @@ router = APIRouter(
 
 
 class AddFromPath(Body):
-    name: str
-    path: str
+    name: Name
+    path: str = Field(max_length=MAX_PATH)
 
 
 _FILE = {"type": "string", "format": "binary"}
@@ -94,7 +96,7 @@ _ADD_BODY = {  # for the OpenAPI document; the route parses the body itself
 
 
 class Rollback(Body):
-    version: int | None = Field(None, ge=1)  # default: the version before the current one
+    version: int | None = Field(None, ge=1, lt=2**63)  # default: the version before the current one
 
 
 class PrefetchTo(Body):
@@ -102,8 +104,8 @@ class PrefetchTo(Body):
 
 
 class PointAlias(Body):
-    target: str  # NAME, or NAME@VERSION
-    turbo: str | None = None  # the same form, for the drafting heads; default: the target's
+    target: Name  # NAME, or NAME@VERSION
+    turbo: Name | None = None  # the same form, for the drafting heads; default: the target's
 
 
 def check_paths_allowed(settings: Settings) -> None:

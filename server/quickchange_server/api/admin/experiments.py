@@ -22,6 +22,7 @@ from quickchange_server.adapter_registry.resolver import WeightedName
 from quickchange_server.api.app_state import Injected, Services
 from quickchange_server.api.auth import Calling, Managing, check_own
 from quickchange_server.api.error_responses import from_validation
+from quickchange_server.api.json_bodies import JsonRoute
 from quickchange_server.api.openapi.response_models_experiments import (
     AuditTrail,
     DeletedExperiment,
@@ -36,6 +37,13 @@ from quickchange_server.errors import ConflictError, InvalidRequestError, Quickc
 from quickchange_server.experiments import experiment_records
 from quickchange_server.experiments import outcomes as outcome_records
 from quickchange_server.experiments.definition import (
+    MAX_LISTED,
+    MAX_METRICS,
+    MAX_SHADOWS,
+    MAX_STEPS,
+    MAX_TEXT,
+    MAX_VARIANTS,
+    Allowed,
     Definition,
     Metric,
     RampStep,
@@ -43,18 +51,18 @@ from quickchange_server.experiments.definition import (
     Shadow,
     Unit,
     Variant,
-    Weight,
+    Weights,
 )
 from quickchange_server.experiments.experiment import Experiment, Pointed
 from quickchange_server.experiments.layout import SIZE, shares
 from quickchange_server.experiments.promotion import Moved
 from quickchange_server.experiments.sums import results_of
 from quickchange_server.frontend.caller import Caller
-from quickchange_server.frontend.request_base import Body, Json
+from quickchange_server.frontend.request_base import Body, Json, Name
 from quickchange_store.index import Index
 from quickchange_store.names import check_name
 
-router = APIRouter(tags=["experiments"], responses=COMMON_ERRORS)
+router = APIRouter(route_class=JsonRoute, tags=["experiments"], responses=COMMON_ERRORS)
 
 MAX_OUTCOMES = 1000  # in one request
 PRINTABLE = "^[!-~]+$"
@@ -64,17 +72,17 @@ AUDITED = 100  # default number of audit entries
 class Change(Body):
     """Changes of a definition; fields that aren't given keep their value."""
 
-    version: int | None = Field(None, ge=1)  # refused if the experiment is at another version
-    description: str | None = None
-    weights: dict[str, Weight] | None = None  # new weights of the named variants
-    variants: list[Variant] | None = None
-    allow: dict[Unit, str] | None = None
-    deny: list[Unit] | None = None
-    ramp: list[RampStep] | None = None
-    shadows: list[Shadow] | None = None
-    shadow_limit: int | None = None
-    metrics: list[Metric] | None = None
-    alias: str | None = None
+    version: int | None = Field(None, ge=1, lt=2**63)  # of the experiment that is meant
+    description: str | None = Field(None, max_length=MAX_TEXT)
+    weights: Weights | None = None  # new weights of the named variants
+    variants: list[Variant] | None = Field(None, max_length=MAX_VARIANTS, fail_fast=True)
+    allow: Allowed | None = None
+    deny: list[Unit] | None = Field(None, max_length=MAX_LISTED, fail_fast=True)
+    ramp: list[RampStep] | None = Field(None, max_length=MAX_STEPS, fail_fast=True)
+    shadows: list[Shadow] | None = Field(None, max_length=MAX_SHADOWS, fail_fast=True)
+    shadow_limit: int | None = Field(None, ge=1, le=64)
+    metrics: list[Metric] | None = Field(None, max_length=MAX_METRICS, fail_fast=True)
+    alias: Name | None = None
 
     def apply(self, definition: Definition) -> Definition:
         """The changed definition, validated as a whole."""
@@ -89,11 +97,11 @@ class Change(Body):
 
 
 class Stop(Body):
-    winner: str | None = None  # the variant that serves everybody; default: the control
+    winner: Name | None = None  # the variant that serves everybody; default: the control
 
 
 class Promote(Body):
-    variant: str
+    variant: Name
 
 
 def _check_value(value: Any) -> Any:
@@ -113,7 +121,7 @@ OutcomeValue = Annotated[
 class OutcomeBody(Body):
     """An outcome reported by the client, for an answer's id or for the assignment's unit."""
 
-    name: str
+    name: Name
     value: OutcomeValue
     completion: str | None = Field(None, max_length=64, pattern=PRINTABLE)
     unit: str | None = Field(None, min_length=1, max_length=512)
@@ -142,7 +150,7 @@ class Outcomes(Body):
 
     model_config = ConfigDict(json_schema_extra=_one_or_several)
 
-    outcomes: list[OutcomeBody] = Field(min_length=1, max_length=MAX_OUTCOMES)
+    outcomes: list[OutcomeBody] = Field(min_length=1, max_length=MAX_OUTCOMES, fail_fast=True)
 
     @model_validator(mode="before")
     @classmethod

@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from fastapi import APIRouter, Depends, Path
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from quickchange_server.api.app_state import Injected
 from quickchange_server.api.auth import ADMIN
+from quickchange_server.api.json_bodies import JsonRoute
 from quickchange_server.api.openapi.response_models_admin import (
     ApiKeyDocument,
     ApiKeyList,
@@ -21,15 +22,18 @@ from quickchange_server.api.openapi.route_responses import COMMON_ERRORS, errors
 from quickchange_server.frontend.caller import Scope
 from quickchange_server.frontend.request_base import Body, Json, Number
 from quickchange_server.tenants import key_records
-from quickchange_server.tenants.key import MAX_LIMIT, Key, Limits, Terms, names_of
+from quickchange_server.tenants.key import MAX_GLOBS, MAX_LIMIT, Key, Limits, Terms, names_of
 
 MAX_LABEL = 200  # characters
 MAX_OVERLAP = 30 * 86_400.0  # seconds
 DEFAULT_OVERLAP = 86_400.0
 
-router = APIRouter(tags=["API keys"], dependencies=[Depends(ADMIN)], responses=COMMON_ERRORS)
+router = APIRouter(
+    route_class=JsonRoute, tags=["API keys"], dependencies=[Depends(ADMIN)], responses=COMMON_ERRORS
+)
 
 Count = Annotated[int, Field(ge=1, le=MAX_LIMIT)]
+Globs = Annotated[list[str], Field(max_length=MAX_GLOBS, fail_fast=True)]
 Label = Annotated[str, Field(max_length=MAX_LABEL)]
 KeyId = Annotated[str, Path(alias="id")]
 Time = Annotated[Number, Field(ge=0, le=1e11)]  # Unix seconds
@@ -52,19 +56,19 @@ class NewKey(Body):
     tenant: str
     scope: Scope = "infer"
     label: Label = ""
-    names: list[str] | None = None  # globs; required except for the scope admin
+    names: Globs | None = None  # globs; required except for the scope admin
     limits: KeyLimits = KeyLimits()
     expires: Time | None = None  # Unix seconds; default: never
 
 
-class ChangedKey(BaseModel):
+class ChangedKey(Body):
     """Changes of a key; given fields replace the old, `null` removes an expiry or all limits."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    null_is_default: ClassVar[bool] = False
 
     scope: Scope = "infer"
     label: Label = ""
-    names: list[str] = []
+    names: Globs = Field(default=[])
     limits: KeyLimits | None = None
     expires: Time | None = None
 

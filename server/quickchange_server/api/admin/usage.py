@@ -12,6 +12,7 @@ from fastapi import APIRouter, Query
 from quickchange_server.adapter_registry.resolver import BASE_LABEL, COMPOSITION_LABEL
 from quickchange_server.api.app_state import Injected
 from quickchange_server.api.auth import Calling
+from quickchange_server.api.json_bodies import JsonRoute
 from quickchange_server.api.openapi.response_models_admin import UsageReport
 from quickchange_server.api.openapi.route_responses import COMMON_ERRORS
 from quickchange_server.errors import ForbiddenError, InvalidRequestError
@@ -25,7 +26,7 @@ NO_NAMES = {BASE_LABEL, COMPOSITION_LABEL}
 UNSEEN = "-"  # stands for hidden adapters; no adapter's name begins so
 DEFAULT_GROUP = "tenant,key,adapter"
 
-router = APIRouter(tags=["API keys"], responses=COMMON_ERRORS)
+router = APIRouter(route_class=JsonRoute, tags=["API keys"], responses=COMMON_ERRORS)
 
 
 @router.get("/v1/usage", response_model=UsageReport, response_model_exclude_unset=True)

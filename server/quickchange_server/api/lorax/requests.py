@@ -12,7 +12,11 @@ from quickchange_server.api.openai.requests import MAX_LOGPROBS
 from quickchange_server.errors import InvalidRequestError
 from quickchange_server.frontend.request_base import (
     MAX_CHOICES,
+    MAX_COMPONENTS,
+    MAX_STOPS,
     Body,
+    MergeWeight,
+    Name,
     Number,
     Unsupported,
     check_text,
@@ -27,8 +31,8 @@ ValidText = Annotated[str, AfterValidator(check_text)]
 class MergedAdapters(Body):
     """Adapters to serve as one, and how to merge them."""
 
-    ids: list[str] = Field(min_length=1)
-    weights: list[Number] = Field(min_length=1)
+    ids: list[Name] = Field(min_length=1, max_length=MAX_COMPONENTS, fail_fast=True)
+    weights: list[MergeWeight] = Field(min_length=1, max_length=MAX_COMPONENTS, fail_fast=True)
     merge_strategy: Literal["linear", MergeStrategy] = "linear"
     density: Number = Field(0.0, ge=0, le=1)
     majority_sign_method: SignMethod = "total"
@@ -70,7 +74,7 @@ class Parameters(Body):
         "apply_chat_template": Unsupported("send the chat to /v1/chat/completions", (False,)),
     }
 
-    adapter_id: str | None = None
+    adapter_id: Name | None = None
     adapter_source: AdapterSource | None = None
     merged_adapters: MergedAdapters | None = None
     api_token: str | None = Field(None, repr=False)  # for hubs, which this server never contacts
@@ -87,13 +91,15 @@ class Parameters(Body):
     max_new_tokens: int | None = Field(None, gt=0)
     ignore_eos_token: bool = False
     return_full_text: bool = False
-    stop: list[Annotated[ValidText, Field(min_length=1)]] = Field(default=[])
+    stop: list[Annotated[ValidText, Field(min_length=1)]] = Field(
+        default=[], max_length=MAX_STOPS, fail_fast=True
+    )
     truncate: int | None = Field(None, gt=0)
     details: bool = False
     decoder_input_details: bool = False
     return_k_alternatives: int | None = Field(None, gt=0, le=MAX_LOGPROBS)
     response_format: LoraxResponseFormat | None = None
-    turbo: str = AUTO
+    turbo: Name = AUTO
     user: str | None = None
 
     @property

@@ -13,6 +13,7 @@ from fastapi.routing import APIRoute
 
 from quickchange_server.api.app_state import VERSION, Injected, Services
 from quickchange_server.api.auth import INFER, Calling
+from quickchange_server.api.json_bodies import JsonRoute
 from quickchange_server.api.lorax import translation
 from quickchange_server.api.lorax.errors import failure
 from quickchange_server.api.lorax.requests import (
@@ -49,7 +50,7 @@ from quickchange_server.frontend.output_processor import LoggedToken
 from quickchange_server.frontend.request_admission import choice_seed
 from quickchange_server.frontend.request_base import MAX_CHOICES, Json
 
-router = APIRouter(tags=["LoRAX"], responses=lorax_errors(401, 403, 422))
+router = APIRouter(route_class=JsonRoute, tags=["LoRAX"], responses=lorax_errors(401, 403, 422))
 
 _ERRORS = lorax_errors(413, 424, 429, 500, 503)
 _EVENTS = events(LoraxStreamEvent | LoraxErrorBody)
@@ -115,7 +116,7 @@ async def info(services: Injected) -> Json:
         "model_device_type": settings.device,
         "model_pipeline_tag": "text-generation",
         "max_concurrent_requests": settings.max_queue,
-        "max_best_of": min(MAX_CHOICES, settings.max_queue),
+        "max_best_of": MAX_CHOICES,
         "max_stop_sequences": MAX_STOP_SEQUENCES,
         "max_input_length": engine.max_model_len - 1,
         "max_total_tokens": engine.max_model_len,

@@ -96,8 +96,12 @@ async def prompt(services: Services, request: GenerateRequest) -> list[int]:
     Raises InvalidRequestError if they and `max_new_tokens` exceed the context.
     """
     given = request.parameters
-    ids = await services.text.encode(request.inputs)
     limit = services.engine.max_model_len
+    inputs = request.inputs
+    if given.truncate is not None:  # what is cut off needs no tokens
+        inputs = inputs[-limit * services.text.longest_token :]
+    most = limit if given.truncate is None else len(inputs)
+    ids = await services.text.encode(inputs, most=most, param="inputs")
     if given.truncate is not None:
         if given.truncate >= limit:
             raise InvalidRequestError(
@@ -106,7 +110,7 @@ async def prompt(services: Services, request: GenerateRequest) -> list[int]:
                 param="truncate",
             )
         if len(ids) > given.truncate:
-            ids = await _truncated(services, request.inputs, ids, given.truncate)
+            ids = await _truncated(services, inputs, ids, given.truncate)
     if len(ids) >= limit:
         raise InvalidRequestError(
             f"`inputs` must have less than {limit} tokens. Given: {len(ids)}", param="inputs"
@@ -122,7 +126,9 @@ async def prompt(services: Services, request: GenerateRequest) -> list[int]:
 
 async def _truncated(services: Services, text: str, ids: list[int], length: int) -> list[int]:
     """The text's last tokens, `length` with the special tokens that the tokenizer put around it."""
-    bare = await services.text.encode(text, add_special_tokens=False)
+    bare = await services.text.encode(
+        text, most=len(text), param="inputs", add_special_tokens=False
+    )
     around = len(ids) - len(bare)
     starts = range(around + 1) if 0 < around < length else ()
     for start in starts:

@@ -13,12 +13,14 @@ from fastapi import APIRouter, Request, Response
 
 from quickchange_server.api.app_state import Injected, Services
 from quickchange_server.api.auth import Calling
+from quickchange_server.api.json_bodies import JsonRoute
 from quickchange_server.api.openai import request_selection
 from quickchange_server.api.openai.requests import (
     DEFAULT_COMPLETION_TOKENS,
     ChatRequest,
     CompletionRequest,
     GenerationRequest,
+    chat_length,
 )
 from quickchange_server.api.openai.responses import (
     ChatShape,
@@ -45,7 +47,7 @@ from quickchange_server.frontend.generation import Generation
 from quickchange_server.frontend.output_processor import Ending, LoggedToken
 from quickchange_server.frontend.request_base import Json
 
-router = APIRouter(tags=["OpenAI"], responses=COMMON_ERRORS)
+router = APIRouter(route_class=JsonRoute, tags=["OpenAI"], responses=COMMON_ERRORS)
 
 AnyPrompt = str | list[str] | list[int] | list[list[int]]
 
@@ -181,14 +183,13 @@ def _several(prompt: AnyPrompt) -> Sequence[str | list[int]]:
 
 async def token_ids(services: Services, prompt: AnyPrompt, param: str) -> list[list[int]]:
     """The prompts' token ids; text is encoded with the tokenizer's own special tokens."""
-    encoded = []
-    for one in _several(prompt):
-        if isinstance(one, str):
-            encoded.append(await services.text.encode(one))
-        else:
-            services.text.check_ids(one, param)
-            encoded.append(one)
-    return encoded
+    several, most = _several(prompt), services.engine.max_model_len
+    if isinstance(several[0], str):
+        return await services.text.encode_each(cast("Sequence[str]", several), most, param)
+    given = cast("list[list[int]]", several)
+    for ids in given:
+        services.text.check_ids(ids, param)
+    return given
 
 
 @router.post(
@@ -243,8 +244,11 @@ async def chat_completions(
     order, calls = with_tools(services.text, order)
     body = order.body
     prompt = await services.text.encode_chat(
-        [message.for_template() for message in body.messages],
-        tools=[tool.for_template() for tool in body.offered_tools],
+        lambda: [message.for_template() for message in body.messages],
+        chat_length(body.messages, body.offered_tools),
+        most=services.engine.max_model_len,
+        param="messages",
+        tools=lambda: [tool.for_template() for tool in body.offered_tools],
     )
     generation = await request_selection.admit(
         services,

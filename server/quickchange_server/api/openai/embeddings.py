@@ -13,6 +13,7 @@ from pydantic import Field
 
 from quickchange_server.api.app_state import Injected
 from quickchange_server.api.auth import Calling
+from quickchange_server.api.json_bodies import JsonRoute
 from quickchange_server.api.openai import request_selection
 from quickchange_server.api.openai.completions import token_ids
 from quickchange_server.api.openai.requests import CompletionRequest
@@ -23,15 +24,16 @@ from quickchange_server.errors import EngineFailedError
 from quickchange_server.frontend.embedding import Floats, unit, vector
 from quickchange_server.frontend.generation import Generation
 from quickchange_server.frontend.request_base import (
+    Adapters,
     Body,
     Json,
+    Name,
     Prompt,
     Unsupported,
-    WeightedAdapter,
 )
 from quickchange_server.protocol import Pooling
 
-router = APIRouter(tags=["OpenAI"], responses=COMMON_ERRORS)
+router = APIRouter(route_class=JsonRoute, tags=["OpenAI"], responses=COMMON_ERRORS)
 
 
 class EmbeddingRequest(Body):
@@ -46,9 +48,9 @@ class EmbeddingRequest(Body):
         "add_special_tokens": Unsupported("give the input as token ids (/tokenize)", (True,)),
     }
 
-    model: str
+    model: Name
     input: Prompt
-    adapters: list[WeightedAdapter] = Field(default=[])
+    adapters: Adapters = Field(default=[])
     encoding_format: Literal["float", "base64"] = "float"
     pooling: Pooling = "last"
     normalize: bool = True
@@ -58,7 +60,7 @@ class EmbeddingRequest(Body):
         """A completion body with the same model, adapters and user, to select what serves it."""
         return CompletionRequest(
             model=self.model,
-            prompt=self.input,
+            prompt="",  # the input is checked already, and selects nothing
             adapters=self.adapters,
             turbo="off",  # nothing is drafted
             user=self.user,

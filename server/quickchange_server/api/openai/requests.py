@@ -7,7 +7,7 @@ fields that constrain the text into one constraint. Knows nothing of routes or o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
@@ -26,17 +26,24 @@ from quickchange_server.errors import InvalidRequestError
 from quickchange_server.frontend.request_base import (
     MAX_CHOICES,
     SAMPLING,
+    Adapters,
     Body,
     Metadata,
+    Name,
     Prompt,
     SamplingBody,
     Unsupported,
-    WeightedAdapter,
     asks_nothing,
 )
+from quickchange_server.frontend.tokenizer import LONG_TEXT
 from quickchange_server.protocol import SamplingParams
 
 MAX_LOGPROBS = 20
+MAX_MESSAGES = 2_048  # OpenAI's limit
+MESSAGE_LENGTH = 40  # characters that count for a message besides its content
+MAX_SCHEMA = 64 * 1024  # characters of a schema as JSON
+MAX_WRITTEN = 256 * 1024  # characters of a schema as text
+MAX_PARTS = 2_048  # of one message's content
 MOST_CHOICES = 1_000  # in guided_choice
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's; a chat may use the rest of the context
 
@@ -48,16 +55,36 @@ _RENDER = "render the chat yourself and use /v1/completions"
 # --- fields that constrain the text -------------------------------------------------------------
 
 Source = Annotated[str, Field(min_length=1)]
-Choices = Annotated[list[Source], Field(min_length=1, max_length=MOST_CHOICES)]
+Choices = Annotated[list[Source], Field(min_length=1, max_length=MOST_CHOICES, fail_fast=True)]
 
 
 def _check_schema(value: Any) -> Any:
     if not isinstance(value, dict | bool):
         raise PydanticCustomError("schema", "must be a JSON schema: an object, true or false")
+    _check_size(value)
     return value
 
 
+def _check_size(schema: Any) -> None:
+    """Refuse a schema whose JSON would be too long, without making it."""
+    size, parts = 0, [schema]
+    while parts:
+        part = parts.pop()
+        size += len(part) if isinstance(part, str) else 1
+        if size > MAX_SCHEMA:
+            raise PydanticCustomError(
+                "schema", f"has more than {MAX_SCHEMA} characters; simplify it"
+            )
+        if isinstance(part, dict):
+            parts.extend(part)
+            parts.extend(part.values())
+        elif isinstance(part, list):
+            parts.extend(part[:MAX_SCHEMA])
+
+
 def _check_written(value: Any) -> Any:
+    if isinstance(value, str) and len(value) > MAX_WRITTEN:
+        raise PydanticCustomError("schema", f"has more than {MAX_WRITTEN} characters; simplify it")
     return value if isinstance(value, str) else _check_schema(value)
 
 
@@ -180,9 +207,9 @@ class GenerationRequest(Constrained, SamplingBody, ABC):
 
     hints = _HINTS
 
-    model: str
-    adapters: list[WeightedAdapter] = Field(default=[])
-    turbo: str = AUTO  # the source of drafts
+    model: Name
+    adapters: Adapters = Field(default=[])
+    turbo: Name = AUTO  # the source of drafts
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None  # the unit of experiments, unless they define another
@@ -312,6 +339,8 @@ def join_parts(value: Any) -> str:
     if isinstance(value, str):
         value.encode()  # UnicodeEncodeError is a ValueError, which pydantic reports
         return value
+    if isinstance(value, list) and len(value) > MAX_PARTS:
+        raise PydanticCustomError("content", f"has more than {MAX_PARTS} parts; join them")
     if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
         raise PydanticCustomError("content", "must be a string or a list of text parts")
     return join_parts("\n".join(map(_part_text, value)))
@@ -369,7 +398,7 @@ class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = None
     name: str | None = None  # passed to the chat template
-    tool_calls: Annotated[list[MadeCall], Field(max_length=MAX_TOOLS)] = Field(default=[])
+    tool_calls: list[MadeCall] = Field(default=[], max_length=MAX_TOOLS, fail_fast=True)
     tool_call_id: str | None = None
 
     @property
@@ -406,6 +435,16 @@ class Message(Body):
         return self
 
 
+def chat_length(messages: Sequence[Message], tools: Sequence[Tool]) -> int:
+    """Characters of a chat, about; tools count as a long text whatever their size."""
+    said = sum(len(message.content or "") + MESSAGE_LENGTH for message in messages)
+    called = sum(len(c.function.arguments) for message in messages for c in message.tool_calls)
+    return said + called + (LONG_TEXT if tools else 0)
+
+
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+
+
 class ChatRequest(GenerationRequest):
     """Body of POST /v1/chat/completions."""
 
@@ -428,7 +467,7 @@ class ChatRequest(GenerationRequest):
         "prompt_logprobs": Unsupported(_RENDER),
     }
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Messages
     tools: Tools = Field(default=[])
     tool_choice: ToolChoice = ToolChoice(type="auto")
     parallel_tool_calls: bool = True

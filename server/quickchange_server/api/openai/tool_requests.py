@@ -12,6 +12,7 @@ from pydantic_core import CoreSchema, PydanticCustomError
 from quickchange_server.frontend.request_base import Body, FunctionName, check_text
 
 MAX_TOOLS = 128  # OpenAI's limit
+MAX_ARGUMENTS = 256 * 1024  # characters of one call's
 
 ValidText = Annotated[str, AfterValidator(check_text)]
 
@@ -98,7 +99,7 @@ class CalledFunction(Body):
     hints = ECHOED | {"parsed_arguments"}
 
     name: ValidText
-    arguments: Annotated[ValidText, BeforeValidator(_written)] = ""
+    arguments: Annotated[ValidText, Field(max_length=MAX_ARGUMENTS), BeforeValidator(_written)] = ""
 
 
 class MadeCall(Body):
@@ -125,4 +126,4 @@ def _object(arguments: str) -> dict[str, Any] | str:
     return value if isinstance(value, dict) else arguments
 
 
-Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS)]
+Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -17,7 +18,8 @@ from quickchange_server.api.admin.adapters import (
 )
 from quickchange_server.api.app_state import VERSION, Injected, Services
 from quickchange_server.api.auth import INFER, MANAGE, Calling, Managing, check_own
-from quickchange_server.api.openai.requests import Message
+from quickchange_server.api.json_bodies import JsonRoute
+from quickchange_server.api.openai.requests import Messages, chat_length
 from quickchange_server.api.openai.tool_calling import tools_form
 from quickchange_server.api.openai.tool_requests import Tools
 from quickchange_server.api.openapi.response_models import (
@@ -27,23 +29,25 @@ from quickchange_server.api.openapi.response_models import (
     TokenSpan,
 )
 from quickchange_server.api.openapi.route_responses import COMMON_ERRORS, PLAIN_TEXT, errors
-from quickchange_server.errors import InvalidRequestError, UnknownModelError
+from quickchange_server.errors import ContextLengthError, InvalidRequestError, UnknownModelError
 from quickchange_server.frontend.caller import Caller
-from quickchange_server.frontend.request_base import Body, Json, check_text
+from quickchange_server.frontend.request_base import MAX_PATH, Body, Json, Name, check_text
 
-router = APIRouter(tags=["vLLM"], responses=COMMON_ERRORS)
+router = APIRouter(route_class=JsonRoute, tags=["vLLM"], responses=COMMON_ERRORS)
+
+CONTEXTS = 4  # so many context lengths are tokenized and detokenized
 
 ValidText = Annotated[str, AfterValidator(check_text)]
 
 
 class LoadLora(Body):
-    lora_name: str = Field(min_length=1)
-    lora_path: str = Field(min_length=1)
+    lora_name: Name = Field(min_length=1)
+    lora_path: str = Field(min_length=1, max_length=MAX_PATH)
     load_inplace: bool = False  # true: publish a new version if the name exists
 
 
 class UnloadLora(Body):
-    lora_name: str = Field(min_length=1)
+    lora_name: Name = Field(min_length=1)
 
 
 _FORMS = {"prompt": "string", "messages": "array", "inputs": "string"}
@@ -61,10 +65,10 @@ class Tokenize(Body):
         }
     )
 
-    model: str | None = None
+    model: Name | None = None
     prompt: ValidText | None = None
     inputs: ValidText | None = None
-    messages: list[Message] | None = Field(None, min_length=1)
+    messages: Messages | None = None
     tools: Tools = Field(default=[])
     add_special_tokens: bool | None = None  # default: true for a prompt, false for a chat
     add_generation_prompt: bool = True
@@ -87,8 +91,8 @@ class Tokenize(Body):
 
 
 class Detokenize(Body):
-    model: str | None = None
-    tokens: list[int]
+    model: Name | None = None
+    tokens: list[int]  # no longer than the context
 
 
 @router.post(
@@ -161,30 +165,47 @@ async def tokenize(body: Tokenize, services: Injected, caller: Calling) -> Json 
 async def _spans(services: Services, text: str, special: bool) -> list[Json]:
     return [
         {"id": token_id, "text": services.text.token_name(token_id), "start": start, "stop": stop}
-        for token_id, start, stop in await services.text.spans(text, add_special_tokens=special)
+        for token_id, start, stop in await services.text.spans(
+            text, most=_most(services), param="inputs", add_special_tokens=special
+        )
     ]
 
 
 async def _tokens(services: Services, body: Tokenize) -> list[int]:
     if body.prompt is not None:
         special = body.add_special_tokens is not False
-        return await services.text.encode(body.prompt, add_special_tokens=special)
+        return await services.text.encode(
+            body.prompt, most=_most(services), param="prompt", add_special_tokens=special
+        )
     messages = body.messages or []
     tools_form(services.text, messages, body.tools)
-    rendered = services.text.render_chat(
-        [message.for_template() for message in messages],
-        tools=[tool.for_template() for tool in body.tools],
+    return await services.text.encode_chat(
+        lambda: [message.for_template() for message in messages],
+        chat_length(messages, body.tools),
+        most=_most(services),
+        param="messages",
+        tools=lambda: [tool.for_template() for tool in body.tools],
         add_generation_prompt=body.add_generation_prompt,
+        add_special_tokens=bool(body.add_special_tokens),
     )
-    return await services.text.encode(rendered, add_special_tokens=bool(body.add_special_tokens))
+
+
+def _most(services: Services) -> int:
+    """The most tokens that are counted or decoded, so that one can see how much is too much."""
+    return CONTEXTS * services.engine.max_model_len
 
 
 @router.post("/detokenize", response_model=DetokenizedText, responses=errors(404, 413))
 async def detokenize(body: Detokenize, services: Injected, caller: Calling) -> Json:
     """Text of token ids, special tokens included."""
     _check_model(services, caller, body.model)
+    if len(body.tokens) > _most(services):
+        raise ContextLengthError(
+            f"tokens: has {len(body.tokens)} tokens, of {_most(services)} at most; send fewer",
+            param="tokens",
+        )
     services.text.check_ids(body.tokens, "tokens")
-    return {"prompt": services.text.decode(body.tokens)}
+    return {"prompt": await asyncio.to_thread(services.text.decode, body.tokens)}
 
 
 def _check_model(services: Services, caller: Caller, model: str | None) -> None:
