@@ -9,9 +9,9 @@ import pytest
 from llm_models import make_llm_models
 
 from quickchange_bench.service.soak import SoakOptions, measure_soak
-from quickchange_bench.service.soak_requests import KINDS, Answer, make_pool
+from quickchange_bench.service.soak_requests import KINDS, SoakAnswer, make_pool
 
-WHOLE = Answer(200, ("abcdef", "gh"), ("length", "stop"), tokens=8)
+WHOLE = SoakAnswer(200, ("abcdef", "gh"), ("length", "stop"), tokens=8)
 
 
 def test_a_pool_is_the_same_for_the_same_seed_and_holds_every_kind() -> None:
@@ -35,10 +35,12 @@ def test_a_pool_is_the_same_for_the_same_seed_and_holds_every_kind() -> None:
         (replace(WHOLE, texts=("abc", ""), tokens=None), None),
         (replace(WHOLE, texts=("acc",), tokens=None), "other text"),
         (replace(WHOLE, error="the stream ended"), "status 200: the stream ended"),
-        (Answer(503, error="starting"), "status 503: starting"),
+        (SoakAnswer(503, error="starting"), "status 503: starting"),
     ],
 )
-def test_an_answer_is_held_against_the_undisturbed_one(answer: Answer, wrong: str | None) -> None:
+def test_an_answer_is_held_against_the_undisturbed_one(
+    answer: SoakAnswer, wrong: str | None
+) -> None:
     fault = answer.fault(WHOLE)
     assert fault is None if wrong is None else (fault or "").startswith(wrong)
 

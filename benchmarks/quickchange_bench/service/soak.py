@@ -35,8 +35,8 @@ from quickchange_bench.service.soak_requests import (
     EXPERIMENT,
     KINDS,
     USERS,
-    Answer,
-    Ask,
+    SoakAnswer,
+    SoakAsk,
     ask,
     make_pool,
 )
@@ -192,10 +192,10 @@ class Soak:
         for tenant in (*TENANTS, LEAVING):
             self._keys[tenant] = (await self._make_key(tenant))["secret"]
 
-    async def _reference(self) -> dict[int, Answer]:
+    async def _reference(self) -> dict[int, SoakAnswer]:
         """The undisturbed answer of each request. Raises RuntimeError if one has none."""
         waiting = list(reversed(self._pool))
-        answers: dict[int, Answer] = {}
+        answers: dict[int, SoakAnswer] = {}
 
         async def work() -> None:
             while waiting:
@@ -210,7 +210,7 @@ class Soak:
 
     # --- meanwhile ------------------------------------------------------------------------------
 
-    async def _disturbed(self, reference: Mapping[int, Answer]) -> list[float]:
+    async def _disturbed(self, reference: Mapping[int, SoakAnswer]) -> list[float]:
         """Everything at once, until the time is over. Returns when the engine was disturbed."""
         started = time.monotonic()
         end = started + 60 * self._options.minutes
@@ -223,7 +223,7 @@ class Soak:
             disturbing = group.create_task(self._disturb(started, end))
         return disturbing.result()
 
-    async def _work(self, worker: int, reference: Mapping[int, Answer], end: float) -> None:
+    async def _work(self, worker: int, reference: Mapping[int, SoakAnswer], end: float) -> None:
         rng = random.Random(f"worker {self._options.seed} {worker}")
         while time.monotonic() < end:
             wanted = rng.choice(self._pool)
@@ -242,9 +242,9 @@ class Soak:
 
     def _count(
         self,
-        wanted: Ask,
-        answer: Answer,
-        reference: Mapping[int, Answer],
+        wanted: SoakAsk,
+        answer: SoakAnswer,
+        reference: Mapping[int, SoakAnswer],
         tenant: str,
         *,
         there: bool,

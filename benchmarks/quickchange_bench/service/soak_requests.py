@@ -30,7 +30,7 @@ SCHEMA = {
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class SoakAsk:
     """One request of the pool. `names`: the adapters that it needs."""
 
     index: int
@@ -40,7 +40,7 @@ class Ask:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class SoakAnswer:
     """An answer as far as it was read. `texts` and `reasons` by choice; times on the client's
     clock."""
 
@@ -53,7 +53,7 @@ class Answer:
     started: float = 0.0
     ended: float = 0.0
 
-    def fault(self, reference: Answer) -> str | None:
+    def fault(self, reference: SoakAnswer) -> str | None:
         """What is wrong with it beside the undisturbed answer, in words; None if nothing."""
         if self.status != 200 or self.error is not None:
             return f"status {self.status}: {self.error}"
@@ -68,7 +68,7 @@ class Answer:
         return None
 
 
-def make_pool(base: str, adapters: Sequence[str], count: int, seed: int) -> list[Ask]:
+def make_pool(base: str, adapters: Sequence[str], count: int, seed: int) -> list[SoakAsk]:
     """`count` requests of all kinds in turn, their adapters Zipf-popular."""
     popularity = Popularity("zipf", len(adapters), seed)
     workload = Workload(Uniform(8, 64), Uniform(4, 48), popularity, seed)
@@ -86,7 +86,7 @@ def make_pool(base: str, adapters: Sequence[str], count: int, seed: int) -> list
             **rng.choice(({"temperature": 0}, {"temperature": 0.8, "seed": index, "top_k": 40})),
         }
         path, changed, names = KINDS[kinds[index % len(kinds)]](base, name, other, body)
-        pool.append(Ask(index, path, changed, names))
+        pool.append(SoakAsk(index, path, changed, names))
     return pool
 
 
@@ -141,8 +141,8 @@ KINDS: Mapping[str, Callable[[str, str, str, Body], Made]] = {
 
 
 async def ask(
-    http: httpx.AsyncClient, wanted: Ask, key: str, leave_after: int | None = None
-) -> Answer:
+    http: httpx.AsyncClient, wanted: SoakAsk, key: str, leave_after: int | None = None
+) -> SoakAnswer:
     """Send a request and read its answer, or its first `leave_after` events."""
     started = time.monotonic()
     reader = _Reader(started)
@@ -162,14 +162,14 @@ async def ask(
     return reader.answer(left=leave_after is not None)
 
 
-def _whole(status: int, content: bytes, started: float) -> Answer:
+def _whole(status: int, content: bytes, started: float) -> SoakAnswer:
     text = content.decode(errors="replace")
     if status != 200:
-        return Answer(status, error=text[:300], started=started, ended=time.monotonic())
+        return SoakAnswer(status, error=text[:300], started=started, ended=time.monotonic())
     body = json.loads(text)
     vectors = json.dumps([item["embedding"] for item in body["data"]])
     tokens = body["usage"]["prompt_tokens"]
-    return Answer(status, (vectors,), tokens=tokens, started=started, ended=time.monotonic())
+    return SoakAnswer(status, (vectors,), tokens=tokens, started=started, ended=time.monotonic())
 
 
 class _Reader:
@@ -209,13 +209,13 @@ class _Reader:
         if choice.get("finish_reason"):
             self._reasons[index] = choice["finish_reason"]
 
-    def answer(self, *, left: bool) -> Answer:
+    def answer(self, *, left: bool) -> SoakAnswer:
         """What was read. `left`: the reader meant to leave before the end."""
         if not self._done and not left and self.error is None:
             self.error = "the stream ended without [DONE]"
         order = sorted(self._texts)
         usage = self._usage if self._done else None
-        return Answer(
+        return SoakAnswer(
             status=200,
             texts=tuple(self._texts[index] for index in order),
             reasons=tuple(self._reasons.get(index) for index in order),
