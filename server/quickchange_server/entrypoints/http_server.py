@@ -6,6 +6,7 @@ import asyncio
 import logging
 import signal
 import socket
+import sys
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -131,6 +132,9 @@ async def _run(server: DrainingServer, listener: socket.socket, announce: Announ
         await asyncio.wait([watching])
     await watching  # raises the engine's failure to start
     if server.interrupted is not None:
+        print(
+            f"quickchange: ended by {server.interrupted.name} before it was ready", file=sys.stderr
+        )
         raise SystemExit(128 + server.interrupted)
 
 
