@@ -9,6 +9,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast
 
+import httpx
 import typer
 
 from quickchange_bench import provenance, report_tables
@@ -155,6 +156,7 @@ def serving(
     )
     checked = check_url(url, allow_remote=allow_remote)
     tongue = cast(DialectName, _choice("--dialect", dialect, DIALECT_NAMES))
+    httpx.get(checked, timeout=30)  # any answer: else every request of every round would fail
     started = provenance.now()
     points = asyncio.run(_serve_plan(checked, target, tongue, plan, pid))
     result = ServingResult(

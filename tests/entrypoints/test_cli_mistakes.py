@@ -135,7 +135,7 @@ def test_a_benchmark_without_a_server_says_how_to_start_one(
 def test_a_missing_extra_is_named() -> None:
     code = (
         "import sys; sys.modules['faker'] = None; from quickchange_server.cli import main; "
-        "sys.argv = ['quickchange', 'train', 'demo-data', 'sql', '--out', 'out.jsonl']; main()"
+        "sys.argv[1:] = ['train', 'demo-data', 'order-json', '--out', 'out.jsonl']; main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
