@@ -16,7 +16,7 @@ SECONDS = 60
 # A worker that starts a server in a session of its own, as a browser's, which ignores SIGTERM.
 WORKER = """
 import subprocess, sys, time
-code = "import signal, time; signal.signal(15, signal.SIG_IGN); print(1, flush=True); time.sleep(900)"
+code = "import signal, time; signal.signal(15, signal.SIG_IGN); print(flush=True); time.sleep(900)"
 server = subprocess.Popen([sys.executable, "-c", code], stdout=-1, start_new_session=True)
 server.stdout.readline()
 print(server.pid, flush=True)
@@ -35,7 +35,8 @@ def started(seconds: float) -> tuple[subprocess.Popen[str], int]:
         start_new_session=True,
     )
     assert process.stdout is not None
-    return process, int(process.stdout.readline())
+    with process.stdout as said:
+        return process, int(said.readline())
 
 
 def test_a_run_that_ends_by_itself_keeps_its_status_and_leaves_no_process() -> None:
