@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
+from quickchange_store.formats.tensors import save_tensors
 from quickchange_training.checkpoint import unsaved
 from quickchange_training.errors import OutputError, RecipeError
 from quickchange_training.examples import IGNORED, Encoded, TrainingBatch, batches, collate
@@ -244,7 +245,6 @@ def save_adapter(adapted: PeftModel, out: Path, base_name: str, notes: dict[str,
     OutputError when `out` is there.
     """
     from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
 
     if out.exists():
         raise OutputError(f"{out} is there already; give another folder or remove it")
@@ -255,7 +255,7 @@ def save_adapter(adapted: PeftModel, out: Path, base_name: str, notes: dict[str,
             name: tensor.detach().to(torch.bfloat16).contiguous()
             for name, tensor in get_peft_model_state_dict(adapted).items()
         }
-        save_file(state, scratch / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_tensors(state, scratch / "adapter_model.safetensors")
         _write_json(scratch / "adapter_config.json", _portable_config(adapted, base_name))
         _write_json(scratch / "recipe.json", notes)
         scratch.rename(out)
