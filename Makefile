@@ -4,33 +4,37 @@ PORT ?= 8000
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# ends whatever a run of tests has started, however the run ends
+WHOLE := $(BIN)/python tests/support/whole_tree.py
 
 .PHONY: serve test test-main test-interpreted test-compiled slow check lint map format clean
 
 $(STAMP): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -c constraints.txt torch==2.13.0
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
-	touch $(STAMP)
+	@echo "quickchange: installing into $(VENV), once: PyTorch (minutes on a slow network) …"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install -c constraints.txt torch==2.13.0
+	@echo "quickchange: installing the other packages …"
+	@$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $(STAMP)
 
 serve: $(STAMP)
-	$(BIN)/quickchange serve --demo --port $(PORT)
+	@$(BIN)/quickchange serve --demo --port $(PORT)
 
 test: test-main test-interpreted test-compiled
 
 # a process a core; a file's tests stay together, so that they share its servers
 test-main: $(STAMP)
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(WHOLE) $(BIN)/python -m pytest -n auto --dist loadfile
 
 # Triton's interpreter replaces its compiler for a whole process
 test-interpreted: $(STAMP)
-	TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest tests/triton_kernels
+	TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 $(WHOLE) $(BIN)/python -m pytest tests/triton_kernels
 
 test-compiled: $(STAMP)
-	$(BIN)/python -m quickchange_kernels.aot
+	$(WHOLE) $(BIN)/python -m quickchange_kernels.aot
 
 slow: $(STAMP)
-	$(BIN)/python -m pytest -m slow
+	$(WHOLE) $(BIN)/python -m pytest -m slow
 
 check: lint test
 

@@ -53,7 +53,8 @@ class StoreError(Exception):
 
 def _one_line(text: str, limit: int) -> str:
     """The text as one printable line of at most `limit` characters."""
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: limit + 1])
+    shown = " ".join(text[: 4 * limit].split())[: limit + 1]
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 

@@ -15,6 +15,7 @@ from quickchange_training.cli_options import (
     errors_shown,
     pairs,
     publication_of,
+    resumable,
     say_added,
     say_warnings,
 )
@@ -103,7 +104,7 @@ def lora(
     """Train a LoRA adapter with PEFT; the loss is on the answers alone."""
     from quickchange_training.lora.lora_job import run
 
-    with errors_shown():
+    with errors_shown(), resumable(out):
         recipe = LoraRecipe(
             rank=rank,
             alpha=alpha,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -13,7 +15,7 @@ import typer
 
 from quickchange_store.hub_access import look_for_hub
 from quickchange_training.errors import RecipeError, TrainingError
-from quickchange_training.lora.lora_job import Publication
+from quickchange_training.lora.lora_job import Publication, work_folder
 from quickchange_training.lora.lora_recipe import LoraRecipe
 from quickchange_training.turbo.turbo_recipe import TurboRecipe
 
@@ -68,6 +70,20 @@ def errors_shown() -> Iterator[None]:
     except (TrainingError, StoreError, DemoBaseError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
+
+
+@contextmanager
+def resumable(out: Path) -> Iterator[None]:
+    """Where the run for `out` is interrupted, say what goes on with it, or that nothing is kept."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        given = sys.argv[1:] if "--resume" in sys.argv else [*sys.argv[1:], "--resume"]
+        command = shlex.join(["quickchange", *given])
+        kept = f"{work_folder(out)} keeps what is done; go on with: {command}"
+        said = kept if work_folder(out).exists() else "nothing was done yet"
+        typer.echo(f"interrupted: {said}", err=True)
+        raise
 
 
 Recipe = TypeVar("Recipe", LoraRecipe, TurboRecipe)

@@ -28,9 +28,10 @@ class ModelError(TrainingError):
 
 def model_error(model: str, error: Exception) -> ModelError:
     """Error for a `--model` that transformers can't load."""
+    said = " ".join(str(error).split())
     return ModelError(
-        f"--model {model} can't be loaded ({error}); give a folder in transformers' layout, the "
-        "id of a model in the hub's cache, or demo"
+        f"--model {model} can't be loaded ({said}); give a folder in transformers' layout, the id "
+        "of a model in the hub's cache, or demo"
     )
 
 

@@ -15,6 +15,7 @@ from quickchange_training.cli_options import (
     changed,
     errors_shown,
     publication_of,
+    resumable,
     say_added,
     say_warnings,
 )
@@ -110,7 +111,7 @@ def turbo(
     """Train Turbo heads for the base or a LoRA, on the model's own outputs to the prompts."""
     from quickchange_training.turbo.turbo_job import TurboJob, run
 
-    with errors_shown():
+    with errors_shown(), resumable(out):
         recipe = TurboRecipe(
             depth=depth,
             kind=kind,
@@ -207,7 +208,7 @@ def turbo_lora(
     """Train a LoRA, then Turbo heads on what it says: one Turbo LoRA."""
     from quickchange_training.turbo.turbo_lora_job import TurboLoraJob, run
 
-    with errors_shown():
+    with errors_shown(), resumable(out):
         publication = publication_of(store, name)
         folder, called = base_of(model, base_name)
         job = TurboLoraJob(

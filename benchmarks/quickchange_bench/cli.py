@@ -9,6 +9,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast
 
+import httpx
 import typer
 
 from quickchange_bench import provenance, report_tables
@@ -31,6 +32,8 @@ from quickchange_bench.service import experiments_simulation as simulation
 from quickchange_bench.service.adapters_at_scale import ScaleOptions, measure_scale, scale_table
 from quickchange_bench.service.overhead import OverheadOptions, measure_overhead, overhead_table
 from quickchange_bench.service.overhead_sides import PARTS, Part
+from quickchange_store.errors import StoreError, os_error_line
+from quickchange_store.store import Store
 
 app = typer.Typer(
     help="Measure a server: ours, or any that speaks OpenAI's completions.",
@@ -49,8 +52,9 @@ def _refusals(command: Command) -> Command:
             command(*arguments, **options)
         except typer.Exit:  # a RuntimeError too
             raise
-        except (ValueError, RuntimeError, OSError) as error:
-            typer.echo(f"error: {error}", err=True)
+        except (ValueError, RuntimeError, OSError, StoreError) as error:
+            said = os_error_line(error) if isinstance(error, OSError) else str(error)
+            typer.echo(f"error: {' '.join(said.split())}", err=True)
             raise typer.Exit(2) from error
 
     return cast(Command, guarded)
@@ -79,6 +83,14 @@ def _choice(option: str, value: str, known: tuple[str, ...]) -> str:
     if value not in known:
         raise ValueError(f"{option} {value!r} is none of {', '.join(known)}")
     return value
+
+
+def _folder(model: Path) -> Path:
+    if not model.is_dir():
+        raise ValueError(
+            f"--model {model}: no such folder; give one in transformers' layout, or demo"
+        )
+    return model
 
 
 def _print_point(point: Point) -> None:
@@ -144,6 +156,7 @@ def serving(
     )
     checked = check_url(url, allow_remote=allow_remote)
     tongue = cast(DialectName, _choice("--dialect", dialect, DIALECT_NAMES))
+    httpx.get(checked, timeout=30)  # any answer: else every request of every round would fail
     started = provenance.now()
     points = asyncio.run(_serve_plan(checked, target, tongue, plan, pid))
     result = ServingResult(
@@ -221,7 +234,7 @@ def overhead_command(
     """What a part costs requests that need nothing of it: with it against without, by turns."""
     options = OverheadOptions(
         of=cast(Part, _choice("--of", of, PARTS)),
-        model=model,
+        model=_folder(model),
         loads=parse_loads(concurrency, None),
         repeat=repeat,
         prompt_tokens=prompt_tokens,
@@ -301,8 +314,8 @@ def turbo_command(
     from quickchange_training.demo import ensure_demo_base
 
     options = TurboOptions(
-        model=ensure_demo_base() if model == "demo" else Path(model),
-        store=store,
+        model=ensure_demo_base() if model == "demo" else _folder(Path(model)),
+        store=None if store is None else Store.at(store).root,
         tasks=tuple(tasks.split(",")),
         base_heads=base_heads,
         loads=parse_loads(concurrency, None),
@@ -346,8 +359,8 @@ def structured_command(
     from quickchange_training.demo import ensure_demo_base
 
     options = StructuredOptions(
-        model=ensure_demo_base() if model == "demo" else Path(model),
-        store=store,
+        model=ensure_demo_base() if model == "demo" else _folder(Path(model)),
+        store=None if store is None else Store.at(store).root,
         generations=generations,
         first=first,
         concurrency=tuple(int(part) for part in concurrency.split(",") if part),
@@ -384,7 +397,7 @@ def adapters_at_scale(
 ) -> None:
     """Many registered adapters, few resident: errors, memory over time, stalls by loads."""
     options = ScaleOptions(
-        model=model,
+        model=_folder(model),
         adapters=adapters,
         resident=resident,
         host_resident=host_resident,
@@ -465,7 +478,7 @@ def step(
     for count in map(int, rows.split(",")):
         with TemporaryDirectory() as folder:
             found = profile_step(
-                str(model),
+                str(_folder(model)),
                 Path(folder),
                 rows=count,
                 adapters=count if adapters else 0,
@@ -499,7 +512,7 @@ def perplexity(
         for how in quantization.split(",")
         for name in dtype.split(",")
     ]
-    losses = measure_perplexity(str(model), variants, window=window, windows=windows)
+    losses = measure_perplexity(str(_folder(model)), variants, window=window, windows=windows)
     typer.echo(f"{losses[0].tokens} tokens scored\n\n{loss_table(losses)}")
 
 
@@ -531,7 +544,7 @@ def make_adapters(
 ) -> None:
     """Write random LoRA adapters in PEFT's layout, for load tests."""
     spec = AdapterSpec(rank=rank, targets=tuple(targets.split(",")), seed=seed)
-    write_adapters(model, out, [f"lora-{k}" for k in range(count)], spec)
+    write_adapters(_folder(model), out, [f"lora-{k}" for k in range(count)], spec)
 
 
 @app.command()

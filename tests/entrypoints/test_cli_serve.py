@@ -26,7 +26,7 @@ from quickchange_server.frontend.tokenizer import Text
 from quickchange_store.store import Store
 
 SCRIPT = Path(__file__).parents[1] / "support" / "serve_fake.py"
-LIMIT_SECONDS = 60.0
+LIMIT_SECONDS = 180.0
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +108,44 @@ def test_an_engine_that_can_not_start_is_one_line_and_status_1(model: Path, tmp_
     assert errors.splitlines()[-1].startswith("quickchange: ")
     assert "the weights are missing" in errors.splitlines()[-1]
     assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("received", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_engine_starts_is_one_line_and_the_shells_status(
+    model: Path, tmp_path: Path, received: signal.Signals
+) -> None:
+    options = [f"model={model}", f"store={tmp_path}/new/store", "port=0", "start_seconds=60"]
+    with serving("0", "", *options) as process:
+        assert process.stderr is not None
+        while "starting the engine" not in process.stderr.readline():
+            pass
+        wait_until(lambda: (tmp_path / "new").exists())
+        process.send_signal(received)
+        _, errors = process.communicate(timeout=LIMIT_SECONDS)
+    assert process.returncode == 128 + received
+    assert errors.splitlines()[-1] == f"quickchange: ended by {received.name} before it was ready"
+    assert "Traceback" not in errors
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_server_that_fails_to_start_leaves_no_store(model: Path, tmp_path: Path) -> None:
+    options = [f"model={model}", f"store={tmp_path}/new/store", "port=0"]
+    with serving("0", "model: the weights are missing", *options) as process:
+        process.communicate(timeout=LIMIT_SECONDS)
+    assert process.returncode == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_server_that_is_ready_has_made_its_store(model: Path, tmp_path: Path) -> None:
+    options = [f"model={model}", f"store={tmp_path}/new", "port=0"]
+    with serving("0", "", *options) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().endswith("0 adapters)\n")
+        process.terminate()
+        process.communicate(timeout=LIMIT_SECONDS)
+    assert process.returncode == 0
+    assert Store.at(tmp_path / "new").names() == ()
+    assert (tmp_path / "new" / "quickchange.sqlite3").exists()
 
 
 def test_a_missing_model_is_one_line_and_status_1(tmp_path: Path) -> None:

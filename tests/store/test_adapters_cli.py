@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from typer.testing import CliRunner
 
 from quickchange_store.canonical.turbo_part import DraftBlock, TurboHeads
@@ -184,3 +187,32 @@ def test_what_is_exported_is_added_again_as_the_same_version(
         added = json.loads(run("add", name, tmp_path / layout, "--json").stdout)
         assert added["version"] == 1
     assert run("export", "mine", tmp_path / "v", "--format", "vllm").exit_code == 1
+
+
+def test_gc_after_rm_says_what_it_keeps_and_until_when(run: Any, adapter: Path) -> None:
+    run("add", "mine", adapter)
+    run("rm", "mine")
+    said = run("gc").stdout
+    assert "removed 0 versions" in said
+    assert "kept 1 removed versions" in said
+    until = json.loads(run("gc", "--json").stdout)["waiting"]["until"]
+    assert 3500 < until - time.time() <= 3600
+    assert datetime.fromtimestamp(until, UTC).strftime("%Y-%m-%dT%H:%M:%SZ") in said
+    assert "kept" not in run("gc", "--min-age", "0").stdout
+
+
+def test_an_export_to_a_full_disk_is_one_line_and_leaves_nothing(
+    run: Any, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("add", "mine", adapter)
+
+    def full(*_: object, **_options: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    result = run("export", "mine", tmp_path / "out", "--format", "peft")
+    [line] = result.stderr.splitlines()
+    assert (result.exit_code, "No space left on device" in line, "MiB are free" in line) == (
+        *(1, True, True),
+    )
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("out")]

@@ -24,6 +24,7 @@ from quickchange_store.errors import (
     InvalidAdapterError,
     InvalidNameError,
     NameConflictError,
+    NoStoreError,
 )
 from quickchange_store.files import held_directory
 from quickchange_store.index import Index, IndexFile, decode, encode
@@ -445,3 +446,31 @@ def test_threads_of_one_store_lose_no_version(store: Store, small_adapter: Any) 
         thread.join(60)
     assert [version.number for version in store.versions("a")] == list(range(1, 13))
     assert store.verify() == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda store: store.remove("a"),
+        lambda store: store.rollback("a"),
+        lambda store: store.alias("a", "b"),
+        lambda store: store.unalias("a"),
+    ],
+)
+def test_a_change_of_a_store_that_is_not_there_makes_nothing(
+    store: Store, tmp_path: Path, change: Any
+) -> None:
+    with pytest.raises(AdapterNotFoundError):
+        change(store)
+    assert not store.keep("0" * 64)
+    store.discard("0" * 64)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_store_is_there_from_its_first_adapter_on(store: Store, small_adapter: Any) -> None:
+    with pytest.raises(NoStoreError, match="no store here: no such folder"):
+        Store.at(store.root)
+    store.add("a", small_adapter(1))
+    assert Store.at(store.root).names() == ("a",)
+    store.remove("a")
+    assert Store.at(store.root).names() == ()

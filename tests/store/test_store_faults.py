@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import shutil
@@ -14,8 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from quickchange_store import store as store_module
+from quickchange_store.canonical.canonical_adapter import CanonicalAdapter, LowRankUpdate
+from quickchange_store.errors import os_error_line
 from quickchange_store.store import Store
 
 STEPS = 10  # fsyncs and renames that publishing a second version of a name makes
@@ -221,3 +225,42 @@ def test_a_staged_version_that_its_writer_removes_during_collection_harms_nobody
 
     monkeypatch.setattr(store_module, "abandoned", listed_then_removed)
     assert store.gc(0).versions == ()
+
+
+class FullDisk:
+    """`os.fsync` and writes of a disk that is full from the n-th on."""
+
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    def __call__(self, descriptor: int) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("after", range(12))
+def test_a_full_disk_leaves_the_store_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    store = Store(tmp_path)
+    store.add("a", small(1.0))
+    before = {path for path in tmp_path.rglob("*") if path.is_file()}
+    with monkeypatch.context() as full:
+        full.setattr(os, "fsync", FullDisk(after))
+        try:
+            store.add("b", small(2.0))
+        except OSError as error:
+            assert error.errno == errno.ENOSPC  # noqa: PT017
+            assert "free in" in os_error_line(error)  # noqa: PT017
+            assert str(tmp_path) in os_error_line(error)  # noqa: PT017
+    assert store.verify() == []
+    if "b" not in store.names():
+        assert {path for path in tmp_path.rglob("*") if path.is_file()} == before
+    store.add("b", small(2.0))
+    assert store.names() == ("a", "b")
+
+
+def small(value: float) -> CanonicalAdapter:
+    update = LowRankUpdate(torch.full((2, 8), value), torch.ones(8, 2), 1.0)
+    return CanonicalAdapter("L", "tiny", {"m": update}, {})

@@ -1,4 +1,7 @@
-"""`quickchange serve` over the fake engine: python serve_fake.py STEP_SECONDS REFUSAL OPTION…"""
+"""`quickchange serve` over the fake engine: python serve_fake.py STEP_SECONDS REFUSAL OPTION…
+
+The option start_seconds=N is the engine's time until it is ready; the others are settings.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,10 @@ if __name__ == "__main__":
     )
 
     step_seconds, refusal, *options = sys.argv[1:]
-    behaviour = Behaviour(step_seconds=float(step_seconds), refusal=refusal or None)
     given = dict(option.split("=", 1) for option in options)
+    behaviour = Behaviour(
+        step_seconds=float(step_seconds),
+        start_seconds=float(given.pop("start_seconds", "0")),
+        refusal=refusal or None,
+    )
     serve.serve(given, demo=False, engine=partial(fake_engine.main, behaviour=behaviour))

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -209,6 +213,50 @@ def test_an_interrupted_run_goes_on_with_the_outputs_that_it_has(
     assert len(made) == 20
     heads = "turbo_heads.safetensors"
     assert (out / heads).read_bytes() == (whole / heads).read_bytes()
+
+
+@pytest.mark.parametrize("received", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("where", ["lora.lora_trainer.collate", "turbo.turbo_trainer.lr_share"])
+def test_a_signal_in_a_step_saves_it_and_the_printed_command_ends_as_the_whole_run(
+    model: Path,
+    examples: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+    received: signal.Signals,
+) -> None:
+    recipe = ("--lora", "steps=10", "--lora", "dropout=0.2", "--lora", "batch_size=4")
+    recipe += ("--turbo", "steps=10", "--turbo", "max_new_tokens=12", "--turbo", "max_length=48")
+    given = ("--data", examples, *recipe)
+    whole, out = tmp_path / "whole", tmp_path / "both"
+    assert train("turbo-lora", model, *given, "--out", whole).exit_code == 0
+    place = f"quickchange_training.{where}"
+    module, _, name = place.rpartition(".")
+    real, calls = getattr(importlib.import_module(module), name), []
+
+    def interrupting(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 6:
+            signal.raise_signal(received)
+        return real(*arguments)
+
+    before = signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+    monkeypatch.setattr(sys, "argv", ["quickchange", "train", "turbo-lora", "--out", "a b"])
+    monkeypatch.setattr(place, interrupting)
+    try:
+        stopped = train("turbo-lora", model, *given, "--out", out)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert stopped.exit_code != 0
+    command = "quickchange train turbo-lora --out 'a b' --resume"
+    assert f"go on with: {command}" in stopped.stderr
+    assert not out.exists()
+    assert len(calls) == 6  # the step that was interrupted is the last
+    monkeypatch.setattr(place, real)
+    resumed = train("turbo-lora", model, *given, "--out", out, "--resume")
+    assert resumed.exit_code == 0, resumed.stderr
+    for file in ("adapter_model.safetensors", "turbo_heads.safetensors"):
+        assert (out / file).read_bytes() == (whole / file).read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,10 @@ Pickled weights are never opened.
 
 from __future__ import annotations
 
+import os
+import re
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -237,3 +239,17 @@ class AdapterTensors:
 def copied(tensor: torch.Tensor) -> torch.Tensor:
     """A copy on the CPU that shares memory with nothing, as safetensors wants it."""
     return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write a safetensors file. Raises OSError, a full disk's by its number."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(dict(tensors), path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error

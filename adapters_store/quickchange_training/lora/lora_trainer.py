@@ -14,7 +14,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
+from quickchange_store.formats.tensors import save_tensors
+from quickchange_training.checkpoint import unsaved
 from quickchange_training.errors import OutputError, RecipeError
 from quickchange_training.examples import IGNORED, Encoded, TrainingBatch, batches, collate
 from quickchange_training.lora.lora_recipe import LoraRecipe
@@ -78,7 +80,15 @@ def train_lora(
     if saved is not None:
         losses, tokens = saved["losses"], saved["tokens"]
         _restore(saved, adapted, optimizer, schedule)
-    with tqdm(total=total, initial=len(losses), desc="train lora", unit="step") as bar:
+
+    def state() -> dict[str, Any]:
+        return {**_state(adapted, optimizer, schedule), "losses": losses, "tokens": tokens}
+
+    saving = nullcontext(unsaved) if checkpoints is None else checkpoints.saving()
+    with (
+        saving as stepped,
+        tqdm(total=total, initial=len(losses), desc="train lora", unit="step") as bar,
+    ):
         for group in islice(_endless(train, recipe), len(losses), total):
             loss = answer_loss(adapted, collate(group, pad_id))
             loss.backward()  # type: ignore[no-untyped-call]
@@ -90,9 +100,7 @@ def train_lora(
             tokens += sum(len(e.tokens) for e in group)
             bar.update()
             bar.set_postfix(loss=f"{_tail_mean(losses):.3f}", refresh=False)
-            if checkpoints is not None and checkpoints.due(len(losses)):
-                state = _state(adapted, optimizer, schedule)
-                checkpoints.save({**state, "losses": losses, "tokens": tokens})
+            stepped(len(losses), state)
     report = TrainingReport(
         examples=len(train),
         steps=total,
@@ -237,7 +245,6 @@ def save_adapter(adapted: PeftModel, out: Path, base_name: str, notes: dict[str,
     OutputError when `out` is there.
     """
     from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
 
     if out.exists():
         raise OutputError(f"{out} is there already; give another folder or remove it")
@@ -248,7 +255,7 @@ def save_adapter(adapted: PeftModel, out: Path, base_name: str, notes: dict[str,
             name: tensor.detach().to(torch.bfloat16).contiguous()
             for name, tensor in get_peft_model_state_dict(adapted).items()
         }
-        save_file(state, scratch / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_tensors(state, scratch / "adapter_model.safetensors")
         _write_json(scratch / "adapter_config.json", _portable_config(adapted, base_name))
         _write_json(scratch / "recipe.json", notes)
         scratch.rename(out)

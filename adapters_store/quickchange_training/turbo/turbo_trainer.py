@@ -12,14 +12,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from quickchange_store.canonical.turbo_part import DraftBlock, TurboHeads
+from quickchange_training.checkpoint import unsaved
 from quickchange_training.errors import DataError
 from quickchange_training.lora.lora_trainer import lr_share
 from quickchange_training.turbo.turbo_data import ABSENT, OwnOutput, Positions, positions
@@ -153,7 +155,16 @@ class TurboTrainer:
             optimizer.load_state_dict(saved["optimizer"])
             losses = saved["losses"]
         started = time.monotonic()
-        with tqdm(total=total, initial=len(losses), desc="train turbo", unit="step") as bar:
+
+        def state() -> dict[str, Any]:
+            saved_heads, saved_optimizer = heads.state_dict(), optimizer.state_dict()
+            return {"heads": saved_heads, "optimizer": saved_optimizer, "losses": losses}
+
+        saving = nullcontext(unsaved) if checkpoints is None else checkpoints.saving()
+        with (
+            saving as stepped,
+            tqdm(total=total, initial=len(losses), desc="train turbo", unit="step") as bar,
+        ):
             for chosen in self._batches(len(rows), len(losses), total):
                 for group in optimizer.param_groups:
                     group["lr"] = recipe.lr * lr_share(len(losses), total, recipe.warmup)
@@ -165,14 +176,7 @@ class TurboTrainer:
                 losses.append(loss.item())
                 bar.update()
                 bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
-                if checkpoints is not None and checkpoints.due(len(losses)):
-                    checkpoints.save(
-                        {
-                            "heads": heads.state_dict(),
-                            "optimizer": optimizer.state_dict(),
-                            "losses": losses,
-                        }
-                    )
+                stepped(len(losses), state)
         return heads, LossCurve(tuple(losses), time.monotonic() - started)
 
     def total_steps(self, rows: int) -> int:

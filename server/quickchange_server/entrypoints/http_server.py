@@ -7,6 +7,7 @@ import gc
 import logging
 import signal
 import socket
+import sys
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -132,6 +133,9 @@ async def _run(server: DrainingServer, listener: socket.socket, announce: Announ
         await asyncio.wait([watching])
     await watching  # raises the engine's failure to start
     if server.interrupted is not None:
+        print(
+            f"quickchange: ended by {server.interrupted.name} before it was ready", file=sys.stderr
+        )
         raise SystemExit(128 + server.interrupted)
 
 

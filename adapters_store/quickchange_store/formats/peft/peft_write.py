@@ -18,7 +18,7 @@ from quickchange_store.errors import BaseMismatchError, UnsupportedFeatureError
 from quickchange_store.formats.config_file import BASE_NAME, CONFIG_FILE
 from quickchange_store.formats.peft.peft_common import WEIGHTS_FILE
 from quickchange_store.formats.peft.tensor_names import PREFIX
-from quickchange_store.formats.tensors import copied
+from quickchange_store.formats.tensors import copied, save_tensors
 
 
 def check_peft(updates: Mapping[str, LowRankUpdate], base: BaseSpec) -> None:
@@ -44,15 +44,13 @@ def write_peft(
     updates: Mapping[str, LowRankUpdate], directory: Path, base: BaseSpec, base_name: str
 ) -> None:
     """Write the LoRA into `directory`, which exists, after `check_peft`."""
-    from safetensors.torch import save_file
-
     tensors = {}
     for module, update in updates.items():
         embedding = base.modules[module].kind == "embedding"
         names = ("embedding_A", "embedding_B") if embedding else ("A.weight", "B.weight")
         for name, factor in zip(names, (update.a, update.b), strict=True):
             tensors[f"{PREFIX}{module}.lora_{name}"] = copied(factor)
-    save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
+    save_tensors(tensors, directory / WEIGHTS_FILE)
     config = json.dumps(_config(updates, base, base_name), indent=2, sort_keys=True)
     (directory / CONFIG_FILE).write_text(config + "\n")
 

@@ -16,7 +16,7 @@ from quickchange_store.canonical.canonical_adapter import BaseSpec
 from quickchange_store.canonical.turbo_part import TurboHeads
 from quickchange_store.errors import BaseMismatchError, BaseModelError, UnsupportedFeatureError
 from quickchange_store.formats.config_file import BASE_NAME
-from quickchange_store.formats.tensors import copied
+from quickchange_store.formats.tensors import copied, save_tensors
 from quickchange_store.formats.turbo.turbo_common import HEADS_CONFIG_FILE, HEADS_FILE, LmHead
 
 if TYPE_CHECKING:
@@ -130,8 +130,6 @@ def _blocks(heads: TurboHeads, pattern: str) -> dict[str, torch.Tensor]:
 def _save(
     directory: Path, file: str, tensors: dict[str, torch.Tensor], config: Mapping[str, Any]
 ) -> None:
-    from safetensors.torch import save_file
-
-    save_file(tensors, directory / file, metadata={"format": "pt"})
+    save_tensors(tensors, directory / file)
     encoded = json.dumps(config, indent=2, sort_keys=True)
     (directory / HEADS_CONFIG_FILE).write_text(encoded + "\n")

@@ -22,7 +22,7 @@ from quickchange_store.canonical.canonical_adapter import BaseSpec
 from quickchange_store.canonical.turbo_bytes import TurboLayout
 from quickchange_store.errors import InvalidAdapterError, UnsupportedFeatureError
 from quickchange_store.formats.config_file import BASE_NAME
-from quickchange_store.formats.tensors import AdapterTensors, copied
+from quickchange_store.formats.tensors import AdapterTensors, copied, save_tensors
 from quickchange_store.formats.turbo.turbo_common import (
     HEADS_CONFIG_FILE,
     MAX_HEADS,
@@ -52,8 +52,6 @@ def write_turbo_directory(
     the adapter when it is added. Raises OSError, and ValueError or TypeError where the notes are no
     JSON.
     """
-    from safetensors.torch import save_file
-
     layout, tensors = turbo_bytes.parts(heads)
     config = {
         BASE_NAME: base_name,
@@ -63,7 +61,7 @@ def write_turbo_directory(
     encoded = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
     directory.mkdir(parents=True, exist_ok=True)
     content = {name.removeprefix(_PREFIX): copied(tensor) for name, tensor in tensors.items()}
-    save_file(content, directory / TURBO_FILE)
+    save_tensors(content, directory / TURBO_FILE)
     (directory / HEADS_CONFIG_FILE).write_text(encoded + "\n")
 
 
