@@ -128,8 +128,7 @@ def free_grammar(text: Text, form: ToolFormat, tools: Sequence[Tool], *, paralle
         head = f"head: ANY {_marks(parts[special:])}\n"
     start = "call* rest" if parallel else "call | rest"
     return (
-        f"start: {start}\ncall: head BLANKS? {written}\nrest: ANY\n{head}"
-        f"ANY: /(?s:.*)/\n{_BLANKS}"
+        f"start: {start}\ncall: head BLANKS? {written}\nrest: ANY\n{head}ANY: /(?s:.*)/\n{_BLANKS}"
     )
 
 
