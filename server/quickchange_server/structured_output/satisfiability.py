@@ -289,7 +289,9 @@ def _kind(value: Any) -> str:
         return "boolean"
     if isinstance(value, int | float):
         return "integer" if _exact(value).denominator == 1 else "number"
-    return {str: "string", list: "array"}.get(type(value), "object")
+    if isinstance(value, str):
+        return "string"
+    return "array" if isinstance(value, list) else "object"
 
 
 def _canonical(value: Any) -> str:
@@ -302,48 +304,6 @@ def _canonical(value: Any) -> str:
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     return json.dumps(value)
-
-
-def _fits(self, value: Any) -> bool:
-    written = _canonical(value)
-    listed = all(written in texts for texts in self._listed)
-    return listed and all(_fits(value, inside) for _, inside in self._holding)
-
-
-def _all_nodes(schema: Any) -> Iterator[tuple[Node, Any]]:
-    waiting: list[tuple[Node, Any]] = [((), schema)]
-    while waiting:
-        node, inside = waiting.pop()
-        yield node, inside
-        if isinstance(inside, dict):
-            waiting += [((*node, *path), part) for path, part in parts(inside)]
-
-
-def _takes(inside: dict[str, Any], kind: str) -> bool:
-    named = inside.get("type", kind)
-    kinds = [named] if isinstance(named, str) else named
-    return kind in kinds or (kind == "integer" and "number" in kinds)
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "boolean"
-    if isinstance(value, int | float):
-        return "integer" if _exact(value).denominator == 1 else "number"
-    return {str: "string", list: "array"}.get(type(value), "object")
-
-
-def same(left: Any, right: Any) -> bool:
-    """Equality of JSON values: 1 is 1.0, and true is not 1."""
-    if isinstance(left, bool) or isinstance(right, bool):
-        return left is right
-    if isinstance(left, dict) and isinstance(right, dict):
-        return left.keys() == right.keys() and all(same(left[k], right[k]) for k in left)
-    if isinstance(left, list) and isinstance(right, list):
-        return len(left) == len(right) and all(map(same, left, right))
-    return bool(left == right)
 
 
 def _fits(value: Any, inside: dict[str, Any]) -> bool:
