@@ -6,8 +6,9 @@ here is impossible; what is not found may still be, and is left to the library.
 
 from __future__ import annotations
 
+import json
 import math
-import re
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
@@ -20,7 +21,13 @@ from quickchange_server.structured_output.subschemas import Path, parts, pointed
 Node = tuple[str | int, ...]  # a subschema's path
 Holding = list[tuple[Node, dict[str, Any]]]  # subschemas that hold together
 
-_SWEEPS = 32  # over all subschemas; each finds more that are possible
+_MOST_STEPS = 100_000  # looks at a keyword; a tenth of a second
+# Keywords that leave a text of their own accord, each alone or with the others here.
+_HARMLESS = frozenset(
+    {"type", "properties", "patternProperties", "additionalProperties", "items", "prefixItems"}
+    | {"pattern", "format", "minLength", "maxItems", "multipleOf", "$defs", "definitions"}
+    | {"minimum", "exclusiveMinimum"}
+)
 _TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 
 
@@ -51,22 +58,36 @@ class _Possible:
     """The subschemas of a schema that some text satisfies: the least fixed point."""
 
     def __init__(self, schema: Any) -> None:
+        self._steps = 0
         self._schemas: dict[Node, Any] = dict(_all_nodes(schema))
+        self._targets: dict[str, Node | None] = {}  # of references
         self._together = {node: self._holding(schema, node) for node in self._schemas}
         self.nodes: set[Node] = set()
-        waiting = list(reversed(self._schemas))  # inner ones first
-        for _ in range(_SWEEPS):
-            left = [node for node in waiting if not self._settled(node)]
-            if len(left) == len(waiting):
-                return
-            waiting = left[::-1]
-        raise ImpossibleSchemaError([], "its references are nested too deeply; simplify it")
+        self._lacking: set[Node] = set()  # what the last judgement found impossible so far
+        blocked: dict[Node, set[Node]] = defaultdict(set)  # to be judged again once it is possible
+        waiting = deque(reversed(self._schemas))  # inner ones first
+        while waiting:
+            node = waiting.popleft()
+            if node in self.nodes:
+                continue
+            self._lacking = set()
+            if self._fault(node) is None:
+                self.nodes.add(node)
+                waiting.extend(blocked.pop(node, ()))
+            for lacking in self._lacking:
+                blocked[lacking].add(node)
 
-    def _settled(self, node: Node) -> bool:
-        if self._fault(node) is None:
-            self.nodes.add(node)
-            return True
-        return False
+    def _has(self, node: Node) -> bool:
+        if node not in self.nodes:
+            self._lacking.add(node)
+        return node in self.nodes
+
+    def _step(self, steps: int = 1) -> None:
+        self._steps += steps
+        if self._steps > _MOST_STEPS:
+            raise ImpossibleSchemaError(
+                [], "has too much that must hold together to be checked; use fewer references"
+            )
 
     def outermost_impossible(self) -> Iterator[Node]:
         for node, schema in self._schemas.items():
@@ -102,12 +123,22 @@ class _Possible:
             if one in together or one not in self._schemas:
                 continue
             together[one] = None
+            self._step()
             inside = self._schemas[one]
             if isinstance(inside, dict):
                 waiting += [(*one, "allOf", i) for i in range(len(inside.get("allOf", ())))]
-                target = pointed(schema, inside["$ref"]) if "$ref" in inside else None
-                waiting += [] if target is None else [tuple(target)]
+                if (
+                    "$ref" in inside
+                    and (target := self._target(schema, inside["$ref"])) is not None
+                ):
+                    waiting.append(target)
         return list(together)
+
+    def _target(self, schema: Any, reference: str) -> Node | None:
+        if reference not in self._targets:
+            path = pointed(schema, reference)
+            self._targets[reference] = None if path is None else tuple(path)
+        return self._targets[reference]
 
     def _fault(self, node: Node) -> _Fault | None:
         """The reason why a node is impossible as far as is known; None if it is possible."""
@@ -118,10 +149,13 @@ class _Possible:
                 return _Fault(list(one), "false allows no text")
             if isinstance(inside, dict):
                 holding.append((one, inside))
+        self._step(len(holding))
+        if len(holding) <= 1 and all(inside.keys() <= _HARMLESS for _, inside in holding):
+            return None
         for one, inside in holding:
             for key in ("anyOf", "oneOf"):
                 if key in inside and not any(
-                    (*one, key, index) in self.nodes for index in range(len(inside[key]))
+                    self._has((*one, key, index)) for index in range(len(inside[key]))
                 ):
                     only = (*one, key, 0) if len(inside[key]) == 1 else None
                     return _Fault([*one, key], "no text satisfies any of its branches", only)
@@ -153,7 +187,7 @@ class _Possible:
             if least > tuples and "items" in inside:
                 needed.append((*one, "items"))
             for item in needed:
-                if item not in self.nodes:
+                if not self._has(item):
                     return self._needing(item, f"minItems asks for {least} items, and")
         return None
 
@@ -172,7 +206,8 @@ class _Possible:
                 )
             for name, asking in names.items():
                 for value in _schemas_of(one, inside, name):
-                    if value in self.nodes:
+                    self._step()
+                    if self._has(value):
                         continue
                     if value[-1] == "additionalProperties" and self._schemas[value] is False:
                         return _Fault(
@@ -193,7 +228,7 @@ class _Possible:
         listed = ((*one, key, name) for key in ("properties", "patternProperties")
                   for name in inside.get(key, ()))  # fmt: skip
         known = (*listed, (*one, "additionalProperties"))
-        return open_end or any(node in self.nodes for node in known)
+        return open_end or any(self._has(node) for node in known)
 
     def _needing(self, node: Node, why: str) -> _Fault:
         if self._schemas[node] is False:
@@ -214,6 +249,12 @@ class _Values:
                 if key in inside and self.given is None:
                     self.given = [inside[key]] if key == "const" else inside[key]
                     self._place = [*one, key]
+        self._listed = [  # texts of the values that each const and enum allows
+            set(map(_canonical, [inside[key]] if key == "const" else inside[key]))
+            for _, inside in holding
+            for key in ("const", "enum")
+            if key in inside
+        ]
 
     def fault(self) -> _Fault | None:
         if any(self._fits(value) for value in self.given or ()):
@@ -221,7 +262,9 @@ class _Values:
         return _Fault(self._place, "the keywords beside it allow none of its values")
 
     def _fits(self, value: Any) -> bool:
-        return all(_fits(value, inside) for _, inside in self._holding)
+        written = _canonical(value)
+        listed = all(written in texts for texts in self._listed)
+        return listed and all(_fits(value, inside) for _, inside in self._holding)
 
 
 def _all_nodes(schema: Any) -> Iterator[tuple[Node, Any]]:
@@ -246,28 +289,27 @@ def _kind(value: Any) -> str:
         return "boolean"
     if isinstance(value, int | float):
         return "integer" if _exact(value).denominator == 1 else "number"
-    return {str: "string", list: "array"}.get(type(value), "object")
+    if isinstance(value, str):
+        return "string"
+    return "array" if isinstance(value, list) else "object"
 
 
-def same(left: Any, right: Any) -> bool:
-    """Equality of JSON values: 1 is 1.0, and true is not 1."""
-    if isinstance(left, bool) or isinstance(right, bool):
-        return left is right
-    if isinstance(left, dict) and isinstance(right, dict):
-        return left.keys() == right.keys() and all(same(left[k], right[k]) for k in left)
-    if isinstance(left, list) and isinstance(right, list):
-        return len(left) == len(right) and all(map(same, left, right))
-    return bool(left == right)
+def _canonical(value: Any) -> str:
+    """A text that JSON values have in common exactly if they are equal: 1 is 1.0, not true."""
+    if isinstance(value, dict):
+        inside = (f"{json.dumps(key)}:{_canonical(value[key])}" for key in sorted(value))
+        return "{" + ",".join(inside) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(_canonical, value)) + "]"
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return json.dumps(value)
 
 
 def _fits(value: Any, inside: dict[str, Any]) -> bool:
     """False if a value breaks a keyword of the schema itself, whatever its parts say."""
     kind = _kind(value)
     if not _takes(inside, kind):
-        return False
-    if "const" in inside and not same(inside["const"], value):
-        return False
-    if "enum" in inside and not any(same(one, value) for one in inside["enum"]):
         return False
     match kind:
         case "integer" | "number":
@@ -333,16 +375,9 @@ def _fault_of_number(holding: Holding, *, whole: bool) -> _Fault | None:
 
 def _schemas_of(one: Node, inside: dict[str, Any], name: str) -> list[Node]:
     """The subschemas that a property's value must satisfy, as far as is known."""
-    found: list[Node] = []
     if name in inside.get("properties", {}):
-        found.append((*one, "properties", name))
-    for pattern in inside.get("patternProperties", {}):
-        try:
-            matches = re.search(pattern, name) is not None
-        except re.error:  # another dialect's: nothing is known
-            return found
-        if matches:
-            found.append((*one, "patternProperties", pattern))
-    if not found and "additionalProperties" in inside:
-        found.append((*one, "additionalProperties"))
-    return found
+        return [(*one, "properties", name)]
+    # A pattern may take long to match, and its dialect is the library's.
+    if "additionalProperties" in inside and not inside.get("patternProperties"):
+        return [(*one, "additionalProperties")]
+    return []

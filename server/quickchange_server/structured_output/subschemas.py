@@ -44,10 +44,11 @@ def replaced(schema: Any, path: Path, part: Any) -> Any:
     """A copy of the schema with another value at a path of objects and lists."""
     if not path:
         return part
-    inner = replaced(schema[path[0]], path[1:], part)
-    if isinstance(schema, dict):
-        return {**schema, path[0]: inner}
-    return [*schema[: path[0]], inner, *schema[path[0] + 1 :]]
+    head, *rest = path
+    inner = replaced(schema[head], rest, part)
+    if isinstance(head, int):
+        return [*schema[:head], inner, *schema[head + 1 :]]
+    return {**schema, head: inner}
 
 
 def mapped(schema: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:

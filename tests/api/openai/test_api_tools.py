@@ -153,14 +153,20 @@ def test_a_demanded_call_is_a_constraint(
 
 
 def accepts(
-    template: str, tools: list[Any], written: str, *, free: bool = False, parallel: bool = True
+    template: str,
+    tools: list[Any],
+    written: str,
+    *,
+    free: bool = False,
+    parallel: bool = True,
+    answer: dict[str, Any] | None = None,
 ) -> bool:
     """True if the grammar of a demanded call, or of free text with calls, accepts a text."""
     text = byte_text(template)
     assert text.tool_format is not None
     offered = [Tool.model_validate(tool) for tool in tools]
     if free:
-        source = free_grammar(text, text.tool_format, offered, parallel=parallel)
+        source = free_grammar(text, text.tool_format, offered, parallel=parallel, answer=answer)
     else:
         source = call_grammar(text, text.tool_format, offered)
     matcher = TokenGrammars.of(text).compile(Constraint("grammar", source))
@@ -286,6 +292,43 @@ def test_strict_behind_a_special_token_begins_at_its_id() -> None:
         call = b'call\n{"name": "weather", "arguments": {"city": ' + city + b"}}</call>"
         tokens = [*b"Well, call ", START, *call, END]
         assert (matcher.allowed(tokens) == len(tokens)) is lawful
+
+
+SAID = {"type": "object", "properties": {"a": {"$ref": "#/$defs/A"}}, "required": ["a"],
+        "additionalProperties": False, "$defs": {"A": {"type": "integer"}}}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("template", "call"),
+    [
+        (MARKED, CALL),
+        (BARE, '{"name": "weather", "parameters": {"city": "Porto"}}'),
+        (LISTED, '[CALLS][{"function": {"name": "weather", "arguments": {"city": "Porto"}}}]'),
+    ],
+)
+def test_beside_a_format_the_text_is_that_or_calls(template: str, call: str) -> None:
+    for text in ('{"a": 1}', call):
+        assert accepts(template, [strict(WEATHER)], text, free=True, answer=SAID)
+    for text in ('{"a": "x"}', call.replace('"Porto"', "7"), "It rains.", "", call + '{"a": 1}'):
+        assert not accepts(template, [strict(WEATHER)], text, free=True, answer=SAID)
+
+
+def test_a_format_leaves_room_for_calls_and_is_refused_at_its_own_place(
+    live: Live, journal: Path
+) -> None:
+    wanted = {"type": "json_schema", "json_schema": {"name": "a", "schema": SAID}}
+    choice(live, response_format=wanted)
+    kind, source = entries(journal, "Submit")[-1]["constraint"]
+    assert kind == "grammar"
+    assert "answer" in source
+    choice(live, response_format=wanted, tool_choice="none")
+    assert entries(journal, "Submit")[-1]["constraint"][0] == "json_schema"
+    choice(live, guided_regex="a+")
+    assert entries(journal, "Submit")[-1]["constraint"] == ["regex", "a+"]
+    place = "response_format.json_schema.schema"
+    for bad, where in (({"not": {}}, ".not"), ({"type": "string", "pattern": "("}, "")):
+        wrong = {"type": "json_schema", "json_schema": {"name": "a", "schema": bad}}
+        assert chat(live, response_format=wrong).json()["error"]["param"] == place + where
 
 
 def test_strict_is_a_constraint_and_a_function_without_it_none(live: Live, journal: Path) -> None:

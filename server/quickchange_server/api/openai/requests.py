@@ -184,7 +184,8 @@ class StreamOptions(Body):
 # Other APIs' wishes about storing, caching, routing and style. None changes what is answered here.
 _HINTS = frozenset(
     {"store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
-    | {"request_id", "include_reasoning", "reasoning_effort", "verbosity", "prediction"}
+    | {"request_id", "session_id", "include_reasoning", "reasoning_effort", "verbosity"}
+    | {"prediction", "stream_interval", "truncation_side", "return_mm_kwargs"}
 )
 
 
@@ -198,6 +199,8 @@ _SHARED: dict[str, Unsupported] = {
     "guided_whitespace_pattern": Unsupported("use guided_regex or guided_grammar"),
     "spaces_between_special_tokens": Unsupported(_REMOVE, (True,)),
     "detokenize": Unsupported("text is always made; remove it", (True,)),
+    "thinking_token_budget": Unsupported("set max_tokens", (-1,)),
+    "routed_experts_prompt_start": Unsupported(_REMOVE, (0,)),
     "priority": Unsupported("requests are served fairly over adapters; remove it", (0,)),
 }
 

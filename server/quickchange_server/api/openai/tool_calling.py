@@ -73,8 +73,8 @@ def _form(text: Text, param: str) -> ToolFormat:
 
 
 def _demanded(text: Text, form: ToolFormat, body: ChatRequest) -> Asked | None:
-    """The constraint of an answer that must be a call, or whose calls must fit their schemas where
-    it makes any; None if nothing is demanded of it."""
+    """The constraint of an answer that must be a call, or may be one: then its calls must fit
+    their schemas, and the rest what else the body asks for. None if the tools demand nothing."""
     other = asked(body)
     tools = body.demanded_tools or [tool for tool in body.offered_tools if tool.function.strict]
     if body.demanded_tools and other is not None:
@@ -83,7 +83,10 @@ def _demanded(text: Text, form: ToolFormat, body: ChatRequest) -> Asked | None:
             "give one",
             param="tool_choice",
         )
-    if not tools or other is not None:
+    answer = None if other is None else _json_of(other.constraint)
+    if not tools and answer is None:
+        return None
+    if other is not None and answer is None:  # its text can't hold a call
         return None
     for index, tool in enumerate(body.tools):
         if tool in tools:
@@ -91,8 +94,20 @@ def _demanded(text: Text, form: ToolFormat, body: ChatRequest) -> Asked | None:
     if body.demanded_tools:
         grammar = call_grammar(text, form, tools)
     else:
-        grammar = free_grammar(text, form, body.offered_tools, parallel=body.parallel_tool_calls)
-    return Asked(Constraint("grammar", grammar), "tools")
+        grammar = free_grammar(
+            text, form, body.offered_tools, parallel=body.parallel_tool_calls, answer=answer
+        )
+    return Asked(Constraint("grammar", grammar), "tools" if other is None else other.place)
+
+
+def _json_of(constraint: Constraint) -> Json | None:
+    """The JSON schema of a constraint's text; None if it is another text."""
+    if constraint.kind == "json_object":
+        return {"type": "object"}
+    if constraint.kind != "json_schema":
+        return None
+    schema = enforceable(json.loads(constraint.source))
+    return {} if schema is True else schema
 
 
 _BLANKS = "BLANKS: /[ \\n]{1,2}/\n"
@@ -105,11 +120,19 @@ def call_grammar(text: Text, form: ToolFormat, tools: Sequence[Tool]) -> str:
     return f"start: {begin}{_written(text, form, schema)}\n{_BLANKS}"
 
 
-def free_grammar(text: Text, form: ToolFormat, tools: Sequence[Tool], *, parallel: bool) -> str:
+def free_grammar(
+    text: Text,
+    form: ToolFormat,
+    tools: Sequence[Tool],
+    *,
+    parallel: bool,
+    answer: Json | None = None,
+) -> str:
     """A Lark grammar of any text with calls in it, in which what follows the mark of a call is one:
     of these functions, and with arguments that fit the schemas of those that are strict.
 
-    Where calls have no mark, a text that begins as JSON is one.
+    Where calls have no mark, a text that begins as JSON is one. `answer`: the text is JSON of this
+    schema, or calls.
     """
     schemas = {
         tool.function.name: _parameters(tool) if tool.function.strict else {"type": "object"}
@@ -117,6 +140,13 @@ def free_grammar(text: Text, form: ToolFormat, tools: Sequence[Tool], *, paralle
     }
     schema = _calls_schema(form, schemas, most=None if parallel else 1)
     written = _written(text, form, schema)
+    if answer is not None:
+        mark = f"{_mark(text, form.begin)} BLANKS? " if form.begin else ""
+        several = "+" if parallel and form.begin and not form.listed else ""
+        return (
+            f"start: answer | call{several}\nanswer: {_json(answer)}\n"
+            f"call: BLANKS? {mark}{written}\n{_BLANKS}"
+        )
     if not form.begin:
         plain = "PLAIN: /([ \\n\\r\\t]*[^ \\n\\r\\t{\\[](?s:.*))?/\n"
         return f"start: PLAIN | BLANKS? {written} BLANKS?\n{plain}{_BLANKS}"
@@ -134,8 +164,12 @@ def free_grammar(text: Text, form: ToolFormat, tools: Sequence[Tool], *, paralle
 
 def _written(text: Text, form: ToolFormat, schema: Json) -> str:
     """A call behind its mark, in Lark's syntax."""
-    json_form = json.dumps({**schema, "x-guidance": JSON_FORM})
-    return f"%json {json_form}" + (f" BLANKS? {_mark(text, form.end)}" if form.end else "")
+    return _json(schema) + (f" BLANKS? {_mark(text, form.end)}" if form.end else "")
+
+
+def _json(schema: Json) -> str:
+    """JSON of a schema, in Lark's syntax."""
+    return f"%json {json.dumps({**schema, 'x-guidance': JSON_FORM})}"
 
 
 def _parameters(tool: Tool) -> Json:
