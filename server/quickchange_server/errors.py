@@ -15,6 +15,7 @@
     ├── RateLimitedError           429  a limit of the API key; with Retry-After
     ├── EngineFailedError          500  the engine failed inside a request
     ├── UnavailableError           503  starting, draining or failed; with Retry-After
+    ├── StorageFullError           507  a disk of the server is full
     └── SettingError               500  the server can't start so: `param` names the setting
         └── UnsupportedModelError  500  nor with this base model; the message says why
 
@@ -116,6 +117,11 @@ class UnavailableError(QuickchangeError):
     status = 503
     kind = "service_unavailable"
     code = "unavailable"
+
+
+class StorageFullError(QuickchangeError):
+    status = 507
+    code = "insufficient_storage"
 
 
 class SettingError(QuickchangeError):

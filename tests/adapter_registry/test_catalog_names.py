@@ -57,11 +57,30 @@ def test_a_new_version_changes_later_selections_only(catalog: Catalog, store: St
     assert catalog.select("sql@1").adapters == before.adapters
 
 
-@pytest.mark.parametrize("name", ["nobody", "sql@9", "../sql", "/etc/passwd", "", "a" * 5000])
+@pytest.mark.parametrize("name", ["nobody", "sql@9", "../sql", "/etc/passwd", "a" * 5000])
 def test_what_does_not_exist_is_an_unknown_model(catalog: Catalog, name: str) -> None:
     with pytest.raises(UnknownModelError) as caught:
         catalog.select(name)
     assert caught.value.param == "model"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "near"), [("sqll", "sql"), ("SQL", "sql"), ("team/jsn", "team/json"), ("xyz", None)]
+)
+def test_an_unknown_model_is_told_with_what_is_spelled_alike(
+    catalog: Catalog, wrong: str, near: str | None
+) -> None:
+    with pytest.raises(UnknownModelError) as caught:
+        catalog.select(wrong)
+    advice = "." if near is None else f"; did you mean {near!r}?"
+    lists = "GET /v1/models lists what there is"
+    assert caught.value.message == f"model: there is no model {wrong!r}{advice} {lists}"
+
+
+def test_names_that_the_caller_does_not_see_are_not_suggested(catalog: Catalog) -> None:
+    with pytest.raises(UnknownModelError) as caught:
+        catalog.select("sqll", sees=lambda name: name != "sql")
+    assert "sql'" not in caught.value.message
 
 
 def test_a_composition_has_each_adapter_once_with_its_summed_weight(

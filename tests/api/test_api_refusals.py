@@ -176,9 +176,47 @@ def test_the_default_length_gives_way_to_the_context(live: Live) -> None:
     assert body["usage"]["completion_tokens"] == 4
 
 
-def test_more_choices_than_the_queue_takes_are_refused(live: Live) -> None:
-    error = error_of(live.post("/v1/completions", {**COMPLETION, "n": 9}))
-    assert "max_queue" in error["message"]
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_larger_than_the_queue_is_answered_whole(live: Live, stream: bool) -> None:
+    wanted = {**COMPLETION, "prompt": ["a", "b", "c"], "n": 7, "max_tokens": 3, "seed": 1}
+    if stream:
+        ended = [e for e in live.events("/v1/completions", wanted) if e != "[DONE]"]
+        choices = [c["index"] for e in ended for c in e["choices"] if c["finish_reason"]]
+    else:
+        choices = [c["index"] for c in live.post("/v1/completions", wanted).json()["choices"]]
+    assert sorted(choices) == list(range(21))
+    assert live.services.client.in_flight == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [({"prompt": ["a"] * 700, "n": 3}, "n"), ({"prompt": ["a"] * 17, "n": 128}, "n")],
+)
+def test_a_request_has_bounds_of_its_own(live: Live, change: Any, param: str) -> None:
+    content = {"model": BASE, "max_tokens": 1, **change}
+    assert error_of(live.post("/v1/completions", content))["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("field", "near"),
+    [
+        ("max_token", "max_tokens"),
+        ("Temperature", "temperature"),
+        ("stream_option", "stream_options"),
+    ],
+)
+def test_an_unknown_field_is_told_with_the_one_spelled_alike(
+    live: Live, field: str, near: str
+) -> None:
+    error = error_of(live.post("/v1/completions", {**COMPLETION, field: 1}))
+    assert (error["param"], error["code"]) == (field, "unsupported_parameter")
+    assert f"did you mean {near!r}?" in error["message"]
+
+
+def test_a_refusal_does_not_repeat_what_is_very_long(live: Live) -> None:
+    error = error_of(live.post("/v1/completions", {**COMPLETION, "x" * 3900: 1}))
+    assert len(error["param"]) < 2100
+    assert len(error["message"]) < 2100
 
 
 def test_an_unknown_model_is_404(live: Live) -> None:
@@ -236,15 +274,19 @@ def test_an_unforeseen_error_is_500_with_the_request_id_that_the_log_has(
 
 def test_a_full_queue_is_429_with_retry_after_and_leaves_nothing_running(tmp_path: Path) -> None:
     behaviour = Behaviour(step_seconds=0.05)
-    with live_server(tmp_path, behaviour, max_queue=3) as live:
-        long = {**COMPLETION, "max_tokens": 500, "stream": True}
-        with live.http.stream("POST", "/v1/completions", json={**long, "n": 2}) as response:
-            lines = response.iter_lines()
-            next(lines)
-            refused = live.post("/v1/completions", {**COMPLETION, "n": 2})
+    with live_server(tmp_path, behaviour, max_queue=5) as live:
+        long = {**COMPLETION, "max_tokens": 500, "stream": True, "n": 2}
+        with (
+            live.http.stream("POST", "/v1/completions", json=long) as one,
+            live.http.stream("POST", "/v1/completions", json=long) as other,
+        ):
+            begun = [one.iter_lines(), other.iter_lines()]  # kept: an iterator that ends, closes
+            for lines in begun:
+                next(lines)
+            refused = live.post("/v1/completions", {**COMPLETION, "n": 3})
             assert error_of(refused, 429)["code"] == "queue_full"
             assert int(refused.headers["retry-after"]) >= 1
-            assert live.services.client.in_flight == 2  # all or none: the first was taken back
+            assert live.services.client.in_flight == 4  # room for one is no room for half of it
             assert live.post("/v1/completions", {**COMPLETION, "max_tokens": 1}).status_code == 200
 
 

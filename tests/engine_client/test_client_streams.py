@@ -33,7 +33,7 @@ from quickchange_server.errors import (
     UnavailableError,
 )
 from quickchange_server.observability.metrics import Metrics
-from quickchange_server.protocol import Component, Drafting, SamplingParams, Submit
+from quickchange_server.protocol import Component, Delta, Drafting, SamplingParams, Submit
 
 
 def test_a_stream_has_every_token_once_and_ends_with_a_finish_reason() -> None:
@@ -269,3 +269,47 @@ def test_residency_follows_the_engine_and_pins() -> None:
 def test_the_servers_own_modules_load_no_torch(module: str) -> None:
     code = f"import sys, quickchange_server.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+
+
+def submits(count: int, max_tokens: int = 3) -> list[Submit]:
+    return [generation(f"r-{index}", max_tokens) for index in range(count)]
+
+
+def test_each_sequence_that_ends_makes_way_for_the_next_of_its_request() -> None:
+    async def scenario() -> None:
+        async with client_of(Behaviour(step_seconds=0.001), max_queue=4) as client:
+            stream, ended = client.generate(submits(23)), 0
+            while ended < 23:
+                assert client.in_flight <= 2
+                _, delta = await stream.receive()
+                assert isinstance(delta, Delta)
+                ended += delta.finish_reason is not None
+            assert client.in_flight == 0
+
+    run(scenario())
+
+
+def test_what_waits_for_its_turn_ends_with_its_stream() -> None:
+    async def scenario() -> None:
+        async with client_of(Behaviour(step_seconds=0.01), max_queue=4) as client:
+            stream = client.generate(submits(9, max_tokens=500))
+            await stream.receive()
+            stream.close()
+            assert client.in_flight == 0
+
+    run(scenario())
+
+
+def test_what_waits_for_its_turn_fails_with_the_server() -> None:
+    async def scenario() -> None:
+        client = make_client(Behaviour(step_seconds=0.01), max_queue=4)
+        await client.start()
+        stream = client.generate(submits(9, max_tokens=500))
+        await client.close(drain_seconds=0)
+        failed = set()
+        while len(failed) < 9:
+            index, said = await stream.receive()
+            if isinstance(said, UnavailableError):
+                failed.add(index)
+
+    run(scenario())

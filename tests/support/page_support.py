@@ -17,6 +17,7 @@ from selenium.webdriver.support.ui import Select, WebDriverWait
 
 CHROMIUM = Path("/usr/bin/chromium")
 CHROMEDRIVER = Path("/usr/bin/chromedriver")
+POINTED_HERE = "pointed.example"  # a name that the browser takes for this machine
 FLAGS = (
     "--headless=new",
     "--no-sandbox",
@@ -28,6 +29,7 @@ FLAGS = (
     "--disable-background-networking",
     "--no-default-browser-check",
     "--no-first-run",
+    f"--host-resolver-rules=MAP {POINTED_HERE} 127.0.0.1",
 )
 WAIT_SECONDS = 15.0
 WIDE, NARROW = (1280, 900), (360, 740)

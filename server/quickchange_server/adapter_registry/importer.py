@@ -6,6 +6,8 @@ Validation reads every tensor, so it must not block the event loop. HTTP is not 
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,16 +40,18 @@ class Imports:
     async def add(self, name: str, directory: Path) -> Added:
         """Check the adapter in `directory` and publish it as `name`.
 
-        Raises StoreError, ConflictError if the name is taken, and InvalidRequestError if the
-        folder can't be read.
+        Raises StoreError, ConflictError if the name is taken, InvalidRequestError if the folder
+        can't be read, and OSError if the store can't be written.
         """
         self.refuse_taken(name)
         async with self._turn:
             try:
                 return await asyncio.to_thread(self._add, name, directory)
             except OSError as error:
+                if not _is_of(error, directory):
+                    raise
                 raise InvalidRequestError(
-                    f"path: {error.filename or directory} can't be read: {error.strerror}",
+                    f"path: {error.filename} can't be read: {error.strerror}",
                     param="path",
                 ) from error
 
@@ -63,3 +67,10 @@ class Imports:
         if self._base is None:
             self._base = self._make_base()
         return add_adapter(self._store, name, directory, self._base)
+
+
+def _is_of(error: OSError, directory: Path) -> bool:
+    """True if the error is of a file in the client's folder, not of one of the server."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS) or error.filename is None:
+        return False
+    return Path(os.fsdecode(error.filename)).is_relative_to(directory)

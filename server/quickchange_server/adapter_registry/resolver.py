@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
-from quickchange_server.adapter_registry.visibility import Sees, everything, reachable
+from quickchange_server.adapter_registry.visibility import Sees, everything, reachable, seen
 from quickchange_server.config import Settings
 from quickchange_server.errors import ForbiddenError, InvalidRequestError, UnknownModelError
-from quickchange_server.frontend.request_base import MAX_COMPONENTS
+from quickchange_server.frontend.request_base import MAX_COMPONENTS, close_matches
 from quickchange_server.protocol import LOOKUP, Component, Drafting
 from quickchange_store.errors import StoreError
 from quickchange_store.index import Version
@@ -180,11 +180,24 @@ class Catalog:
             index = reachable(self._store.snapshot(), parsed, sees)
             return Named(index.find(parsed), index.drafting(parsed))
         except StoreError as error:
-            raise UnknownModelError(
-                f"{param}: the model {reference!r} does not exist: {error} "
-                "GET /v1/models lists what there is",
-                param=param,
-            ) from error
+            raise self._unknown(reference, sees, error, param) from error
+
+    def _unknown(
+        self, reference: str, sees: Sees, error: StoreError, param: str
+    ) -> UnknownModelError:
+        """The error for a name, with those that are spelled much like it and the caller sees."""
+        there = seen(self._store.snapshot(), sees)
+        known = (*self.base_names, *there.entries, *there.aliases)
+        name = reference.partition("@")[0]
+        if name in known:  # it has no such version; the store says which it has
+            why = f": {error}"
+        else:
+            near = close_matches(reference, known)
+            why = f"; did you mean {near[0]!r}?" if near else "."
+        return UnknownModelError(
+            f"{param}: there is no model {reference!r}{why} GET /v1/models lists what there is",
+            param=param,
+        )
 
     # --- drafting -------------------------------------------------------------------------------
 

@@ -6,10 +6,14 @@ reveal nothing of the server's internals.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
+import os
 from collections.abc import Mapping
+from pathlib import Path
+from shutil import disk_usage
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -22,6 +26,7 @@ from quickchange_server.errors import (
     EngineFailedError,
     InvalidRequestError,
     QuickchangeError,
+    StorageFullError,
     UnknownModelError,
     UnsupportedParameterError,
 )
@@ -87,6 +92,9 @@ async def refused(scope: Scope, receive: Receive, error: QuickchangeError) -> Re
 def from_store(error: StoreError) -> QuickchangeError:
     """The client's error for an error of the store."""
     match error:
+        case AdapterNotFoundError(remedy=str(remedy)) if "`quickchange" in remedy:
+            there = "GET /v1/adapters lists what there is"  # a command is the operator's
+            return UnknownModelError(f"{error.key}: {error.problem}; {there}")
         case AdapterNotFoundError():
             return UnknownModelError(str(error))
         case NameConflictError():
@@ -96,6 +104,26 @@ def from_store(error: StoreError) -> QuickchangeError:
             return EngineFailedError(str(error))
         case _:
             return InvalidRequestError(str(error))
+
+
+def from_system(error: OSError, store: Path) -> QuickchangeError | None:
+    """The client's error where the server can't write its files; None for other errors."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        logger.error("a disk is full: %s", error)
+        place = Path(os.fsdecode(error.filename)) if error.filename else store
+        there = next(folder for folder in (place, *place.parents, store) if folder.exists())
+        return StorageFullError(
+            "the server's disk is full: nothing was changed, and "
+            f"{disk_usage(there).free / 2**20:,.1f} MiB are free. Remove adapters that nobody "
+            "needs, and have the server's operator run `quickchange adapters gc` or add space"
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        logger.error("the server can't write its files: %s", error)
+        return QuickchangeError(
+            f"the server can't write its files: {os.strerror(error.errno)}; its operator finds the "
+            "file in the log"
+        )
+    return None
 
 
 def from_validation(errors: list[Any], body: Any = None) -> InvalidRequestError:
@@ -184,6 +212,13 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(StoreError)
     async def store(_request: Request, error: StoreError) -> Response:
         return error_response(from_store(error))
+
+    @app.exception_handler(OSError)
+    async def system(request: Request, error: OSError) -> Response:
+        answered = from_system(error, request.app.state.services.settings.store)
+        if answered is None:
+            raise error
+        return await refused(request.scope, request.receive, answered)
 
     @app.exception_handler(RequestValidationError)
     async def validation(_request: Request, error: RequestValidationError) -> Response:

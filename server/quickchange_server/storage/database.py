@@ -23,7 +23,7 @@ from quickchange_server.observability.subsystem_metrics import StorageMetrics
 from quickchange_server.storage.engines import READERS, make_engine, reading, unusable, writing
 from quickchange_server.storage.outages import passes
 from quickchange_server.storage.schema import upgrade
-from quickchange_server.storage.writer import Writer, absent
+from quickchange_server.storage.writer import Writer, unanswered
 
 T = TypeVar("T")
 
@@ -98,7 +98,7 @@ class Database:
         except DBAPIError as error:
             if not passes(error):
                 raise
-            raise absent("it does not answer") from error
+            raise unanswered(error) from error
 
     def _read_once(self, query: Callable[[Connection], T]) -> T:
         with self._reading.connect() as connection:

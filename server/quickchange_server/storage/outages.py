@@ -10,6 +10,7 @@ from sqlalchemy.exc import DBAPIError
 # that does not write yet, 40 rolled back in favour of others, 53 out of memory, disk or
 # connections, 55P03 lock, 57P shutting down or starting, 58 disk failure.
 _PASSING_STATES = ("08", "25006", "40", "53", "55P03", "57P", "58")
+_DISK_FULL = "53100"
 _PASSING_SQLITE = {
     sqlite3.SQLITE_BUSY,
     sqlite3.SQLITE_LOCKED,
@@ -21,6 +22,14 @@ _PASSING_SQLITE = {
 
 class StillRunningError(Exception):
     """A commit whose answer was lost is still in progress."""
+
+
+def is_full(error: BaseException | None) -> bool:
+    """True if the database's disk is full."""
+    original = error.orig if isinstance(error, DBAPIError) else None
+    if isinstance(original, sqlite3.Error):
+        return getattr(original, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL
+    return getattr(original, "sqlstate", None) == _DISK_FULL
 
 
 def passes(error: BaseException) -> bool:

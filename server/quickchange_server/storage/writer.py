@@ -20,9 +20,9 @@ from typing import Any
 
 from sqlalchemy import Engine
 
-from quickchange_server.errors import UnavailableError
+from quickchange_server.errors import QuickchangeError, StorageFullError, UnavailableError
 from quickchange_server.observability.subsystem_metrics import StorageMetrics
-from quickchange_server.storage.outages import passes
+from quickchange_server.storage.outages import is_full, passes
 from quickchange_server.storage.transactions import Change, ChangeOutcome, Transactions
 
 QUEUE_LIMIT = 50_000  # waiting changes, some 1 KiB each
@@ -54,6 +54,7 @@ class Writer:
         self._group: list[QueuedChange] = []  # changes of the running transaction
         self._changed = threading.Condition()
         self._closed_at: float | None = None  # monotonic
+        self._obstacle: Exception | None = None  # to the latest transaction that must be retried
         metrics.watch(self._length)
         self._thread = threading.Thread(target=self._run, name="database-writer", daemon=True)
         self._thread.start()
@@ -119,6 +120,7 @@ class Writer:
             except Exception as error:
                 if not passes(error):
                     return [ChangeOutcome(error=error)] * len(changes)
+                self._obstacle = error
                 if pause == _FIRST_PAUSE:
                     logger.warning("the database is away, changes wait for it: %s", error)
                 if self._too_late():
@@ -144,7 +146,7 @@ class Writer:
         if self._group[0].gives_up is None:
             logger.error("%d records are lost: the database stays away", count)
             self._metrics.lost.inc(count)
-        return [ChangeOutcome(error=absent("it does not answer"))] * count
+        return [ChangeOutcome(error=unanswered(self._obstacle))] * count
 
     def _expire(self) -> None:
         """Fail the waiting changes whose deadline has passed."""
@@ -154,7 +156,7 @@ class Writer:
             if late:
                 gone = set(late)
                 self._waiting = deque(job for job in self._waiting if job not in gone)
-        _resolve_all((job, ChangeOutcome(error=absent("it does not answer"))) for job in late)
+        _resolve_all((job, ChangeOutcome(error=unanswered(self._obstacle))) for job in late)
 
 
 def absent(reason: str) -> UnavailableError:
@@ -162,6 +164,16 @@ def absent(reason: str) -> UnavailableError:
     return UnavailableError(
         f"the database can't be reached: {reason}; try again shortly", retry_after=5.0
     )
+
+
+def unanswered(obstacle: Exception | None) -> QuickchangeError:
+    """The error for callers whose change has waited too long for the database."""
+    if is_full(obstacle):
+        return StorageFullError(
+            "the disk of the server's database is full, and nothing was changed; have its operator "
+            "add space, or take old records away with `quickchange database prune`"
+        )
+    return absent("it does not answer")
 
 
 def _resolve_all(resolved: Iterable[tuple[QueuedChange, ChangeOutcome]]) -> None:

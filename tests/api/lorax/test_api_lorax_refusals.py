@@ -196,7 +196,7 @@ def test_other_errors_of_the_routes_have_the_same_form(live: Live) -> None:
 def test_a_wrong_method_has_the_same_form_and_says_which_is_right(live: Live) -> None:
     response = live.http.get("/generate")
     assert response.status_code == 405
-    assert response.headers["allow"] == "POST"
+    assert response.headers["allow"] == "POST, OPTIONS"
     assert set(response.json()) == {"error", "error_type"}
 
 

@@ -107,7 +107,8 @@ def test_an_input_may_fill_the_context_and_not_exceed_it(live: Live) -> None:
         ({"normalize": 1}, "normalize"),
         ({"temperature": 0.5}, "temperature"),
         ({"model": "nobody"}, "model"),
-        ({"input": ["x"] * 1000}, "input"),
+        ({"input": ["x"] * 2049}, "input"),
+        ({"input": [[1]] * 2049}, "input"),
     ],
 )
 def test_what_is_wrong_is_refused_by_its_name(live: Live, change: Any, param: str) -> None:
@@ -142,3 +143,14 @@ def test_a_variant_that_drafts_answers_with_a_vector_and_drafts_nothing(live: Li
     told = response.json()["data"][0]["embedding"]
     assert told == of_text("Hello", "last", adapters).tolist()
     assert 'requests_total{drafter="lookup"} 1' not in live.http.get("/metrics").text
+
+
+@pytest.mark.parametrize("count", [257, 2048])
+def test_more_inputs_than_the_queue_takes_have_their_vectors(live: Live, count: int) -> None:
+    texts = [f"text {i % 7}" for i in range(count)]
+    body = live.post("/v1/embeddings", {**BODY, "input": texts}).json()
+    assert [entry["index"] for entry in body["data"]] == list(range(count))
+    alike: dict[str, Any] = {}
+    for text, entry in zip(texts, body["data"], strict=True):
+        assert alike.setdefault(text, entry["embedding"]) == entry["embedding"]
+    assert live.services.client.in_flight == 0

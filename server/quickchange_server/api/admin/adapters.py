@@ -48,7 +48,8 @@ from quickchange_store.store import Resolved
 UPLOADS = "/v1/adapters"
 MAX_UPLOAD_FILES = 64  # Turbo heads may come in several
 ACCEPTED = "Asked of the engine; the answer does not wait for it"
-UPLOAD_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}\.(json|safetensors)")
+UPLOAD_FILE = re.compile(r"(?!\.+$)[\w. ()+-]{1,100}")
+KEPT = (".json", ".safetensors")
 
 
 async def adapters_on(services: Injected) -> None:
@@ -300,8 +301,8 @@ async def _add_upload(services: Services, caller: Caller, form: FormData) -> Add
             fits = UPLOAD_FILE.fullmatch(file) is not None and not path.exists()
             if not fits or not isinstance(upload, UploadFile):
                 raise InvalidRequestError(
-                    f"{file}: can't be taken; send the adapter's .json and .safetensors files, "
-                    "each once, as a file field that has its name",
+                    f"{file}: can't be taken; send the adapter's files, each once, as a file field "
+                    "that has its name",
                     param=file,
                 )
             await asyncio.to_thread(_write, upload, path)
@@ -309,8 +310,11 @@ async def _add_upload(services: Services, caller: Caller, form: FormData) -> Add
 
 
 def _write(upload: UploadFile, path: Path) -> None:
+    """Write a file of the adapter. Of any other, such as README.md, only its name is of use: a
+    pickle's, to say how to convert it."""
     with path.open("xb") as target:
-        shutil.copyfileobj(upload.file, target)
+        if path.suffix in KEPT:
+            shutil.copyfileobj(upload.file, target)
 
 
 async def remove_reference(

@@ -175,7 +175,7 @@ async def _begin(
     try:
         order = request_selection.select(services, caller, wanted, request.headers)
     except UnknownModelError as error:
-        raise UnknownModelError(error.message + _remedy(body), param=error.param) from error
+        raise UnknownModelError(error.message + _remedy(body, caller), param=error.param) from error
     order = merged(services, order, given.merged_adapters)
     prompt = await translation.prompt(services, body)
     admitting = request_selection.admit(
@@ -196,12 +196,17 @@ async def _begin(
     return LoraxWork(body, prompt, generation, seeds, shapes, clock, known)
 
 
-def _remedy(body: GenerateRequest) -> str:
+def _remedy(body: GenerateRequest, caller: Caller) -> str:
     """Advice for a missing adapter."""
     source = body.parameters.adapter_source or "hub"
+    adding = "have whoever runs it add it"
+    if caller.may("admin"):
+        adding = "add it once (POST /v1/adapters, or `quickchange adapters add`)"
+    elif caller.may("manage"):
+        adding = "add it once (POST /v1/adapters)"
     return (
         f". Adapters are served from this server's store, and nothing is fetched from {source!r} "
-        "when a request comes: add it once (POST /v1/adapters, or `quickchange adapters add`)"
+        f"when a request comes: {adding}"
     )
 
 
