@@ -241,7 +241,9 @@ class LLM:
 
     def _asked_one(self, place: str, prompt: Any) -> _Asked:
         if isinstance(prompt, str):
-            return _Asked(place, prompt, tuple(self._encode(place, prompt)))
+            ids = self._encode(place, prompt)
+            self._text.check_ids(ids, place)
+            return _Asked(place, prompt, tuple(ids))
         if isinstance(prompt, Iterable):
             ids = list(prompt)
             if all(isinstance(i, Integral) and not isinstance(i, bool) for i in ids):
@@ -266,7 +268,9 @@ class LLM:
         if not checked:
             raise InvalidRequestError(f"{place}: is empty; give at least one message", param=place)
         prompt = self._text.render_chat(checked)
-        return _Asked(place, prompt, tuple(self._text.encode_now(prompt, add_special_tokens=False)))
+        ids = self._text.encode_now(prompt, add_special_tokens=False)
+        self._text.check_ids(ids, place)
+        return _Asked(place, prompt, tuple(ids))
 
     def _selections(
         self, adapter: Adapter | Sequence[Adapter], turbo: str | Sequence[str], count: int
