@@ -102,7 +102,7 @@ class AdapterWeightsError(RequestFailedError):
 
     status = 400
     kind = "invalid_request_error"
-    code = None
+    code = "adapter_weights"
 
 
 class QueueFullError(QuickchangeError):
