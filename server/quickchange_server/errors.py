@@ -11,6 +11,7 @@
     ├── ConflictError              409  the name is taken or in use
     ├── AdapterFailedError         424  the adapter could not be loaded
     ├── RequestFailedError         424  this request ended the engine repeatedly
+    │   └── AdapterWeightsError    400  its adapters' weights give numbers that are not finite
     ├── QueueFullError             429  with Retry-After
     ├── RateLimitedError           429  a limit of the API key; with Retry-After
     ├── EngineFailedError          500  the engine failed inside a request
@@ -95,6 +96,14 @@ class RequestFailedError(QuickchangeError):
     status = 424
     kind = "request_error"
     code = "request_failed"
+
+
+class AdapterWeightsError(RequestFailedError):
+    """With its adapters at their weights the model's numbers are not finite."""
+
+    status = 400
+    kind = "invalid_request_error"
+    code = "adapter_weights"
 
 
 class QueueFullError(QuickchangeError):

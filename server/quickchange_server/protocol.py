@@ -166,6 +166,8 @@ class Constraint:
     source: str = ""  # the schema as JSON, the regular expression, the grammar; "" for json_object
 
 
+# Who is at fault: an adapter that can't be loaded, the request, its adapters' weights, the server.
+ErrorKind = Literal["adapter", "request", "weights", "internal"]
 Pooling = Literal["mean", "last"]  # over the hidden states that enter the LM head
 
 
@@ -288,7 +290,7 @@ class Delta:
     logprobs: tuple[TokenLogprobs, ...] = ()  # one for each token, if requested
     finish_reason: FinishReason | None = None
     error: str | None = None  # with finish_reason "error": what went wrong and the remedy
-    error_kind: Literal["adapter", "request", "internal"] | None = None
+    error_kind: ErrorKind | None = None
     # The first delta only: prompt tokens found in the prefix cache.
     cached_tokens: int | None = None
     queue_seconds: float | None = None  # the first delta only: arrival in the engine to first step

@@ -288,8 +288,8 @@ def test_what_is_not_finite_fails_its_request_alone(reference: Reference, kind: 
     sound.submit(engine, "sound")
     drive.finish("huge", "sound")
     engine.close()
-    assert drive.last["huge"].error_kind == "internal"
-    assert "NaN or infinity" in (drive.last["huge"].error or "")
+    assert drive.last["huge"].error_kind == "weights"
+    assert "not finite with huge" in (drive.last["huge"].error or "")
     sound.check(reference, drive, "sound")
 
 

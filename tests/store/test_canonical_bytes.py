@@ -213,7 +213,7 @@ def test_a_cut_file_is_refused(keep: int, tmp_path: Path) -> None:
 
 def test_a_scale_that_is_not_finite_is_refused() -> None:
     bad = dataclasses.replace(update(2, torch.float32, False), scale=math.inf)
-    with pytest.raises(InvalidAdapterError, match="m: scale"):
+    with pytest.raises(InvalidAdapterError, match="m: the scale"):
         to_bytes(CanonicalAdapter("L", "base", {"m": bad}))
 
 

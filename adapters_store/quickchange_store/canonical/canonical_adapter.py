@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -50,6 +49,11 @@ FULL_FORMAT = 2
 TURBO_FORMAT = 3
 METADATA_KEY = "quickchange"  # one key only: a header's keys have no guaranteed order
 DTYPES = {"torch.float32": "F32", "torch.bfloat16": "BF16", "torch.float16": "F16"}
+# The most that a number of an adapter may be, and by which an update may multiply its input. With
+# inputs and a request's weights of 1,000 each the result is below 1e19, whose square (RMSNorm's)
+# float32 holds.
+LARGEST = 1e12
+_OVERFLOW_REMEDY = "train again with a smaller learning rate, or take an earlier checkpoint"
 _PIECE = 1 << 18  # bytes hashed at once
 _STORED = {**DTYPES, "torch.int32": "I32"}
 
@@ -215,7 +219,7 @@ def write(adapter: CanonicalAdapter, stream: BinaryIO) -> str:
     """Write the adapter's bytes to `stream` and return their SHA-256, in hexadecimal.
 
     One tensor at a time, so that memory use stays at one tensor's. Raises InvalidAdapterError for
-    a tensor of an unsupported dtype and for a scale that is not finite.
+    a tensor of an unsupported dtype and for numbers that are not finite or beyond LARGEST.
     """
     digest = hashlib.sha256()
     for chunk in _chunks(adapter):
@@ -291,10 +295,48 @@ def _chunks(adapter: CanonicalAdapter) -> Iterator[bytes]:
 
     layout, heads = (None, {}) if adapter.turbo is None else turbo_bytes.parts(adapter.turbo)
     tensors = _ordered(adapter, heads)
+    _check_numbers(adapter, tensors)
     yield _header(adapter, layout, tensors)
     for _, tensor in tensors:
         flat = tensor.detach().to("cpu").contiguous().reshape(-1)
         yield flat.view(torch.uint8).numpy().tobytes()
+
+
+def _check_numbers(adapter: CanonicalAdapter, tensors: list[tuple[str, torch.Tensor]]) -> None:
+    """Raise InvalidAdapterError for numbers that no request could be served with."""
+    for name, tensor in tensors:
+        if tensor.is_floating_point() and not (largest := _largest(tensor)) <= LARGEST:
+            raise InvalidAdapterError(
+                f"its largest number is {largest:g}, where {LARGEST:g} is the most that can be "
+                "served",
+                key=name,
+                remedy=_OVERFLOW_REMEDY,
+            )
+    for module, update in adapter.updates.items():
+        if not abs(update.scale) <= LARGEST:
+            raise InvalidAdapterError(
+                f"the scale of its update (lora_alpha / r in a LoRA) is {update.scale:g}, where "
+                f"{LARGEST:g} is the most that can be served",
+                key=module,
+                remedy="give a smaller lora_alpha",
+            )
+        gain = abs(update.scale) * _row_sum(update.a) * _row_sum(update.b)
+        if not gain <= LARGEST:
+            raise InvalidAdapterError(
+                f"scale · B · A may multiply its input by {gain:g}, where {LARGEST:g} is the most "
+                "that can be served",
+                key=module,
+                remedy=_OVERFLOW_REMEDY,
+            )
+
+
+def _largest(tensor: torch.Tensor) -> float:
+    return float(tensor.abs().max()) if tensor.numel() else 0.0
+
+
+def _row_sum(matrix: torch.Tensor) -> float:
+    """The largest sum of a row's absolute values, by which a product with it grows at most."""
+    return float(matrix.float().abs().sum(1).max()) if matrix.numel() else 0.0
 
 
 def _ordered(
@@ -331,11 +373,6 @@ def _header(
     tensors: list[tuple[str, torch.Tensor]],
 ) -> bytes:
     """The safetensors header. Written here because the library promises no stable bytes."""
-    for module, update in adapter.updates.items():
-        if not math.isfinite(update.scale):
-            raise InvalidAdapterError(
-                f"scale {update.scale} is not finite", key=module, remedy="give a finite scale"
-            )
     updates = adapter.updates
     plain = all(update.plain for update in updates.values())
     content: dict[str, Any] = {

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from quickchange_kernels.lowrank.lowrank_contract import A_ALIGNMENT
+from quickchange_server.errors import AdapterFailedError
 
 PIECE = 32_768  # elements of one copy: torch uses several threads above this
 
@@ -28,8 +29,18 @@ def aligned(elements: int, dtype: torch.dtype) -> int:
 
 
 def copy_in_pieces(target: Tensor, source: Tensor, pause: Pause) -> None:
-    """target [n, m] = source [n, m], n at least 1 and far below PIECE."""
+    """target [n, m] = source [n, m], n at least 1 and far below PIECE.
+
+    Raises AdapterFailedError where float16, alone narrower in range than what the store takes, has
+    no room for a number.
+    """
     step = PIECE // target.shape[0]
     for begin in range(0, target.shape[1], step):
-        target[:, begin : begin + step].copy_(source[:, begin : begin + step])
+        piece = target[:, begin : begin + step]
+        piece.copy_(source[:, begin : begin + step])
+        if piece.dtype is torch.float16 and not bool(piece.isfinite().all()):
+            raise AdapterFailedError(
+                "it has numbers beyond float16, in which adapters are held: set --adapter-dtype "
+                "bfloat16 or float32"
+            )
         pause()

@@ -82,8 +82,8 @@ class MatrixPage:
         place = target[: PAGE_ROWS * features].view(PAGE_ROWS, features)
         copy_in_pieces(place[: rows.shape[0]], rows, pause)
         if self.bias is not None:
-            biases = target[PAGE_ROWS * features :][: rows.shape[0]]
-            biases.copy_(self.bias[self.first : self.first + PAGE_ROWS])
+            biases = target[PAGE_ROWS * features :][None, : rows.shape[0]]
+            copy_in_pieces(biases, self.bias[None, self.first : self.first + PAGE_ROWS], pause)
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ from quickchange_server.protocol import (
     AdapterFailed,
     AdapterMoved,
     Delta,
+    ErrorKind,
     FinishReason,
     Prices,
     Ready,
@@ -270,7 +271,7 @@ class Engine:
         sequence = item.sequence
         if sequence.reading is not None and not sequence.reading.sound:
             self.scheduler.finish(sequence)
-            return [_error(sequence.request_id, _UNSOUND, "internal")]
+            return [_unsound(sequence, _UNSOUND, "internal")]
         if result is None:
             _, reason = self.scheduler.advance(item, ())
             return [] if reason is None else [self._delta(item, [], reason, 0)]
@@ -282,7 +283,7 @@ class Engine:
             deltas.append(self._delta(item, drawn[:taken], reason, min(taken, held)))
         if reason is None and error is not None:
             self.scheduler.finish(sequence)
-            deltas.append(_error(sequence.request_id, error.error, error.kind))
+            deltas.append(_unsound(sequence, error.error, error.kind))
         return deltas
 
     def _delta(
@@ -399,5 +400,21 @@ def _own_bytes() -> int:
     )
 
 
-def _error(request_id: str, error: str, kind: Literal["adapter", "request", "internal"]) -> Delta:
+def _unsound(sequence: Sequence, error: str, kind: ErrorKind) -> Delta:
+    """The end of a sequence for which no token can be chosen, or whose prompt can't be read.
+
+    The base's own numbers are finite, so under adapters these are what is wrong.
+    """
+    adapters = sequence.request.adapters
+    if kind == "internal" and adapters:
+        named = ", ".join(f"{one.digest[:12]} at weight {one.weight:g}" for one in adapters)
+        error = (
+            f"adapters: the model's numbers are not finite with {named}; lower the weight, or mend "
+            "the adapter"
+        )
+        kind = "weights"
+    return _error(sequence.request_id, error, kind)
+
+
+def _error(request_id: str, error: str, kind: ErrorKind) -> Delta:
     return Delta(request_id, finish_reason="error", error=error, error_kind=kind)

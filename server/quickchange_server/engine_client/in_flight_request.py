@@ -15,6 +15,7 @@ from typing import Any
 from quickchange_server.engine_client.client_observer import Outcome, SequenceObserver
 from quickchange_server.errors import (
     AdapterFailedError,
+    AdapterWeightsError,
     EngineFailedError,
     QuickchangeError,
     RequestFailedError,
@@ -156,6 +157,8 @@ def _error_of(delta: Delta, submit: Submit, drafter: str | None) -> QuickchangeE
             return AdapterFailedError(message + _turbo_remedy(submit, drafter))
         case "request":
             return RequestFailedError(message)
+        case "weights":
+            return AdapterWeightsError(message, param="adapters")
         case _:
             return EngineFailedError(message)
 

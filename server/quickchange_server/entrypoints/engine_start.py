@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from functools import lru_cache
+from itertools import takewhile
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
@@ -68,7 +69,8 @@ def token_text(model: str | Text) -> TokenText:
 
     @lru_cache(_PHRASES)
     def encode(phrase: str) -> tuple[int, ...]:
-        return tuple(text.encode_now(phrase, add_special_tokens=False))
+        ids = text.encode_now(phrase, add_special_tokens=False)
+        return tuple(takewhile(lambda id_: id_ < text.vocab_size, ids))  # those with a row
 
     return TokenText(piece, encode)
 

@@ -23,6 +23,7 @@ from quickchange_server.config import Settings
 from quickchange_server.engine.engine import Engine, torch_dtype
 from quickchange_server.errors import (
     AdapterFailedError,
+    AdapterWeightsError,
     EngineFailedError,
     QuickchangeError,
     RequestFailedError,
@@ -321,6 +322,8 @@ def _error_of(delta: Delta, failed: str) -> QuickchangeError:
             return AdapterFailedError(message)
         case "request":
             return RequestFailedError(message)
+        case "weights":
+            return AdapterWeightsError(message, param="adapters")
         case _:
             return EngineFailedError(message)
 

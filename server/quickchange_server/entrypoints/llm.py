@@ -241,7 +241,9 @@ class LLM:
 
     def _asked_one(self, place: str, prompt: Any) -> _Asked:
         if isinstance(prompt, str):
-            return _Asked(place, prompt, tuple(self._encode(place, prompt)))
+            ids = self._encode(place, prompt)
+            self._text.check_ids(ids, place)
+            return _Asked(place, prompt, tuple(ids))
         if isinstance(prompt, Iterable):
             ids = list(prompt)
             if all(isinstance(i, Integral) and not isinstance(i, bool) for i in ids):
@@ -269,6 +271,7 @@ class LLM:
         ids = self._text.encode_within(
             prompt, most=self._engine.info.max_model_len, param=place, add_special_tokens=False
         )
+        self._text.check_ids(ids, place)
         return _Asked(place, prompt, tuple(ids))
 
     def _selections(

@@ -134,6 +134,7 @@ class RequestAdmission:
         seed = self._seeds.draw() if asked.seed is None else asked.seed % 2**64
         submits: list[Submit] = []
         for prompt in wanted.prompts:
+            self._text.check_ids(prompt, wanted.prompt_param)  # whatever form it came in
             new_tokens = self._new_tokens(wanted, len(prompt))
             sampling = asked.resolved(max_tokens=new_tokens, eos_ids=self._text.eos_ids)
             ids = tuple(prompt)

@@ -45,7 +45,7 @@ class Text:
         self._decoding = Decoding(tokenizer)
         self._threads = ThreadPoolExecutor(AT_ONCE, "tokenizer")
         self.vocab_size = vocab_size
-        self.eos_ids = eos_ids
+        self.eos_ids = frozenset(id_ for id_ in eos_ids if 0 <= id_ < vocab_size)
 
     @classmethod
     def load(cls, model: str) -> Text:
@@ -296,12 +296,18 @@ class Text:
         return str(self._tokenizer.convert_ids_to_tokens(token_id))
 
     def check_ids(self, ids: Sequence[int], param: str) -> None:
-        """Raise InvalidRequestError for an id outside the model's vocabulary."""
+        """Raise InvalidRequestError for an id that the model has no row for.
+
+        A tokenizer may have such tokens: their text in a prompt gives their ids.
+        """
         if ids and (min(ids) < 0 or max(ids) >= self.vocab_size):
             wrong = next(i for i in ids if not 0 <= i < self.vocab_size)
+            known = self.token_name(wrong) if 0 <= wrong < len(self._tokenizer) else None
+            name = "" if known is None else f" ({known!r})"
+            remedy = "" if known is None else f", and leave out the text {known!r}"
             raise InvalidRequestError(
-                f"{param}: token id {wrong} is not in the model's vocabulary; "
-                f"use ids from 0 to {self.vocab_size - 1}",
+                f"{param}: token id {wrong}{name} is not in the model's vocabulary; "
+                f"use ids from 0 to {self.vocab_size - 1}{remedy}",
                 param=param,
             )
 

@@ -33,7 +33,7 @@ def rows_read(
     Raises UnsupportedModelError for a model that makes other logits than those asked for.
     """
     with _noting_rows(model) as counts:
-        logits = run(torch.arange(_TOKENS), torch.tensor(_ASKED))
+        logits = run(torch.arange(_TOKENS) % 3, torch.tensor(_ASKED))
     if logits.shape[0] != len(_ASKED):
         raise UnsupportedModelError(
             f"{type(model).__name__} makes logits of {logits.shape[0]} rows where {len(_ASKED)} "
@@ -60,14 +60,15 @@ def _noting_rows(model: nn.Module) -> Iterator[dict[str, set[int]]]:
     """Row counts of the inputs that each linear reads during the block, by path."""
     counts: dict[str, set[int]] = {}
 
-    def note(path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            counts.setdefault(path, set()).add(args[0].shape[:-1].numel())
+    def note(path: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+            x = next(iter((*args, *named.values())))
+            counts.setdefault(path, set()).add(x.shape[:-1].numel())
 
         return hook
 
     hooks = [
-        module.register_forward_pre_hook(note(path))
+        module.register_forward_pre_hook(note(path), with_kwargs=True)
         for path, module in model.named_modules()
         if isinstance(module, nn.Linear)
     ]

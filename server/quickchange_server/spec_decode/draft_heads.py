@@ -211,6 +211,7 @@ class DraftCall:
         logits = logits.float()
         value, index = logits.max(1, keepdim=True)
         chances = (value - logits.logsumexp(1, keepdim=True)).exp().squeeze(1)
+        chances = chances.nan_to_num(0.0)  # heads whose numbers overflow draft nothing worth a row
         tokens = self._named(choice, index).squeeze(1)
         self.best.index_copy_(0, choice.places, tokens)
         self.drafts.chances.view(-1).index_copy_(0, choice.places, chances)

@@ -43,15 +43,41 @@ Tokens = llguidance.LLTokenizer
 def read_tokenizer(tokenizer: str, vocabulary: int, ends: Iterable[int]) -> Tokens:
     """Read a tokenizer for the library.
 
-    tokenizer: JSON of the `tokenizers` library. vocabulary: the model's size, at least the
-    tokenizer's; ids past the tokenizer's are never allowed. ends: the model's end-of-sequence ids.
+    tokenizer: JSON of the `tokenizers` library. vocabulary: the model's rows; tokens past them are
+    left out, and ids past the tokenizer's are never allowed. ends: the model's end-of-sequence ids.
 
     Raises ConstraintError if the library can't read it or there is no end-of-sequence id.
     """
     if not (known := sorted(ends)):
         raise ConstraintError("the model has no end-of-sequence token")
     with _panics_raised("the model's tokenizer can't be read"):
-        return llguidance.LLTokenizer(tokenizer, n_vocab=vocabulary, eos_token=known)
+        within = _within(tokenizer, vocabulary)
+        return llguidance.LLTokenizer(within, n_vocab=vocabulary, eos_token=known)
+
+
+def _within(tokenizer: str, vocabulary: int) -> str:
+    """The tokenizer's JSON without tokens that the model has no row for (Gemma 3's image token)."""
+    tree = json.loads(tokenizer)
+    model, added = tree["model"], tree["added_tokens"]
+    pieces = model["vocab"]
+    ids = pieces.values() if isinstance(pieces, dict) else range(len(pieces))
+    if max([*ids, *(token["id"] for token in added)], default=0) < vocabulary:
+        return tokenizer
+    tree["added_tokens"] = [token for token in added if token["id"] < vocabulary]
+    if isinstance(pieces, dict):
+        kept = {piece: id_ for piece, id_ in pieces.items() if id_ < vocabulary}
+        model["vocab"] = kept
+        if "merges" in model:
+            model["merges"] = [merge for merge in model["merges"] if _merges(merge) <= kept.keys()]
+    else:
+        model["vocab"] = pieces[:vocabulary]
+    return json.dumps(tree)
+
+
+def _merges(merge: str | list[str]) -> set[str]:
+    """Pieces of a BPE merge: both sides and what they make."""
+    left, right = merge.split(" ") if isinstance(merge, str) else merge
+    return {left, right, left + right}
 
 
 def compiled(tokens: Tokens, constraint: Constraint) -> llguidance.LLMatcher:
