@@ -19,7 +19,7 @@ from quickchange_server.api.app_state import Services
 from quickchange_server.config import Settings, is_loopback
 from quickchange_server.engine_client.channel import EngineMain
 from quickchange_server.entrypoints.app import create_app
-from quickchange_server.entrypoints.engine_start import engine_main
+from quickchange_server.entrypoints.engine_start import engine_main, preload
 from quickchange_server.entrypoints.http_server import bind, run
 from quickchange_server.errors import QuickchangeError, SettingError
 from quickchange_server.storage import database
@@ -39,6 +39,8 @@ def serve(given: Mapping[str, Any], *, demo: bool, engine: EngineMain = engine_m
     logging.getLogger("alembic").setLevel(logging.WARNING)  # it logs every migration
     try:
         settings = _settings(with_demo(given) if demo else given)
+        if engine is engine_main and settings.device == "cpu":
+            preload()
         with bind(settings) as listener:
             database.check(settings.database_url)
             check_access(settings)
