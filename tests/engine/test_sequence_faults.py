@@ -1,4 +1,4 @@
-"""An error that belongs to one sequence ends that one, in the step; the others' tokens don't change.
+"""An error that belongs to one sequence ends that one, in the step; the others' tokens stay.
 
 Faults are put in at each place where the engine handles the data of one sequence, and parameters
 that no door would let in are given to the engine as they are.
@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from turbo_models import TurboModels, make_turbo_models
 
-from quickchange_server.engine import model_runner, prompt_outputs
+from quickchange_server.engine import model_inputs, model_runner, prompt_outputs
 from quickchange_server.engine.engine import Engine
 from quickchange_server.engine.sampler import Sampler
 from quickchange_server.engine.sequence import Reading
@@ -154,7 +154,7 @@ def in_drafts(engine: Engine, patch: pytest.MonkeyPatch, error: type[BaseExcepti
 
 def in_inputs(engine: Engine, patch: pytest.MonkeyPatch, error: type[BaseException]) -> None:
     del engine
-    faulty = raising(model_runner.step_inputs, lambda plan, *_: is_bad(plan), error)
+    faulty = raising(model_inputs.step_inputs, lambda plan, *_: is_bad(plan), error)
     patch.setattr(model_runner, "step_inputs", faulty)
 
 

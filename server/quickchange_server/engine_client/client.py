@@ -106,7 +106,7 @@ class EngineClient:
         self._recovery = CrashRecovery(settings.max_request_deaths)
         self._trials: TrialEngine | None = None
         self._closing: set[asyncio.Task[None]] = set()  # of trial engines
-        self._given_up = TTLCache[Submit, str](GIVEN_UP_MOST, GIVEN_UP_SECONDS)
+        self._given_up: TTLCache[Submit, str] = TTLCache(GIVEN_UP_MOST, GIVEN_UP_SECONDS)
         self._adapter_status = AdapterStatus()
         self._prefetches: dict[str, Prefetch] = {}  # requested while no engine was ready
         self._throughput = Throughput()
