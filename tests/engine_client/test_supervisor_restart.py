@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -190,42 +192,266 @@ def test_a_request_that_ends_engines_fails_alone_and_the_others_complete(
             for w, deltas in zip(innocents, await asyncio.gather(*streams), strict=True):
                 assert tokens_of(deltas) == expected_tokens(w)
             assert client.state == "ready"
-        assert len(entries(journal, "Start")) == 4  # one death alone, after two in company
+        # The first, the next, and the one for trials, twice: the second trial is the third death.
+        assert len(entries(journal, "Start")) == 4
 
     run(scenario())
 
 
-def test_two_poisons_and_many_innocents_all_get_what_they_deserve() -> None:
-    async def scenario() -> None:
-        async with client_of(Behaviour(step_seconds=0.001, poison=POISON, poison_at=3)) as client:
-            innocents = [generation(f"r{i}", 60) for i in range(8)]
-            streams = [asyncio.create_task(deltas_of(client, w)) for w in innocents]
-            culprits = [asyncio.create_task(deltas_of(client, poison(f"p{i}"))) for i in range(2)]
-            for failure in await asyncio.gather(*culprits, return_exceptions=True):
-                assert isinstance(failure, RequestFailedError)
-            for w, deltas in zip(innocents, await asyncio.gather(*streams), strict=True):
-                assert tokens_of(deltas) == expected_tokens(w)
+class Paced:
+    """One stream, and the longest pause in it that its reader sees, in seconds."""
 
-    run(scenario())
+    def __init__(self) -> None:
+        self.longest = 0.0
+        self.tokens: list[int] = []
+
+    async def read(self, client: EngineClient, wanted: Submit) -> None:
+        stream = client.generate([wanted])
+        ended, last = False, time.monotonic()
+        while not ended:
+            delta = await next_of(stream)
+            now = time.monotonic()
+            self.longest = max(self.longest, now - last)
+            last = now
+            self.tokens += delta.token_ids
+            ended = delta.finish_reason is not None
 
 
-def test_an_engine_that_can_not_be_had_again_fails_what_waits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_twenty_streams_stall_once_for_about_a_start_while_two_requests_end_engines(
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr("quickchange_server.engine_client.supervisor.MAX_FAILURES", 3)
+    start, journal = 1.0, tmp_path / "journal"
+    behaviour = Behaviour(step_seconds=0.02, start_seconds=start, poison=POISON, journal=journal)
+
+    async def scenario() -> None:
+        async with client_of(behaviour) as client:
+            innocents = [generation(f"r{i:02}", 300) for i in range(20)]
+            streams = [Paced() for _ in innocents]
+            reading = [
+                asyncio.create_task(one.read(client, w))
+                for one, w in zip(streams, innocents, strict=True)
+            ]
+            await until(lambda: all(len(one.tokens) > 10 for one in streams))
+            culprits = [
+                asyncio.create_task(deltas_of(client, replace(poison(f"p{i}"), prompt=(POISON, i))))
+                for i in range(2)
+            ]
+            failures = await asyncio.gather(*culprits, return_exceptions=True)
+            assert all(isinstance(failure, RequestFailedError) for failure in failures)
+            await asyncio.gather(*reading)
+        for w, one in zip(innocents, streams, strict=True):
+            assert one.tokens == expected_tokens(w)
+            assert one.longest < 4 * start  # on a quiet machine 1.2 s
+        again = [e["pid"] for e in entries(journal, "Submit") if str(e["request_id"])[0] == "r"][
+            20:
+        ]
+        assert len(again) == 20, "each was submitted twice, before and after its one stall"
+        assert len(set(again)) == 1
+        # Two that served, and those for trials: either request dies in two.
+        assert len(entries(journal, "Start")) == 2 + 4
+
+    run(scenario())
+
+
+def test_what_ended_engines_is_refused_at_once_when_it_is_sent_again(tmp_path: Path) -> None:
     journal = tmp_path / "journal"
 
     async def scenario() -> None:
-        async with client_of(Behaviour(step_seconds=0.01, starts=1, journal=journal)) as client:
+        metrics = Metrics(make_settings())
+        async with client_of(Behaviour(poison=POISON, journal=journal), metrics) as client:
+            with pytest.raises(RequestFailedError):
+                await deltas_of(client, poison())
+            starts = len(entries(journal, "Start"))
+            again = replace(poison("again"), seed=77)
+            with pytest.raises(RequestFailedError, match="10 minutes"):
+                client.generate([again])
+            assert len(entries(journal, "Start")) == starts
+            other = generation("other")
+            assert tokens_of(await deltas_of(client, other)) == expected_tokens(other)
+        assert 'requests_rejected_total{reason="given_up"} 1' in metrics.render()[0].decode()
+
+    run(scenario())
+
+
+def test_the_choices_of_a_request_that_ends_engines_fail_together(tmp_path: Path) -> None:
+    journal = tmp_path / "journal"
+
+    async def scenario() -> None:
+        async with client_of(Behaviour(poison=POISON, journal=journal)) as client:
+            choices = [replace(poison(f"p/{i}"), seed=i) for i in range(8)]
+            stream = client.generate(choices)
+            for _ in choices:
+                _, said = await stream.receive()
+                assert isinstance(said, RequestFailedError)
+        assert len(entries(journal, "Start")) == 4
+
+    run(scenario())
+
+
+def test_where_no_engine_for_trials_can_be_had_suspects_are_tried_between_the_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(
+        "quickchange_server.engine_client.client.has_room", lambda *_: False, raising=True
+    )
+    journal = tmp_path / "journal"
+    behaviour = Behaviour(step_seconds=0.002, poison=POISON, journal=journal)
+
+    async def scenario() -> None:
+        async with client_of(behaviour) as client:
+            innocents = [generation(f"r{i}", 40) for i in range(5)]
+            streams = [asyncio.create_task(deltas_of(client, w)) for w in innocents]
+            await asyncio.sleep(0.05)
+            with pytest.raises(RequestFailedError):
+                await deltas_of(client, poison())
+            for w, deltas in zip(innocents, await asyncio.gather(*streams), strict=True):
+                assert tokens_of(deltas) == expected_tokens(w)
+        assert len(entries(journal, "Start")) == 4
+
+    run(scenario())
+
+
+def test_an_engine_that_hangs_is_replaced_and_its_streams_go_on() -> None:
+    async def scenario() -> None:
+        behaviour = Behaviour(step_seconds=0.01)
+        async with client_of(behaviour, engine_stall_seconds=0.4) as client:
+            wanted = [generation(f"r{i}", 60) for i in range(4)]
+            streams = [asyncio.create_task(deltas_of(client, w)) for w in wanted]
+            await asyncio.sleep(0.15)
+            hung = client.pid
+            assert hung is not None
+            os.kill(hung, signal.SIGSTOP)
+            for w, deltas in zip(wanted, await asyncio.gather(*streams), strict=True):
+                assert tokens_of(deltas) == expected_tokens(w)
+            assert client.pid != hung
+
+    run(scenario())
+
+
+def test_an_idle_engine_that_hangs_is_replaced() -> None:
+    async def scenario() -> None:
+        async with client_of(engine_stall_seconds=0.4) as client:
+            hung = client.pid
+            assert hung is not None
+            os.kill(hung, signal.SIGSTOP)
+            await until(lambda: client.pid not in (None, hung) and client.state == "ready")
+
+    run(scenario())
+
+
+def test_a_request_that_hangs_engines_fails_alone() -> None:
+    async def scenario() -> None:
+        behaviour = Behaviour(step_seconds=0.005, sleeper=POISON)
+        async with client_of(behaviour, engine_stall_seconds=0.3) as client:
+            innocent = generation("good", 40)
+            stream = asyncio.create_task(deltas_of(client, innocent))
+            with pytest.raises(RequestFailedError, match=r"did not answer for 0\.3 seconds"):
+                await deltas_of(client, poison())
+            assert tokens_of(await stream) == expected_tokens(innocent)
+
+    run(scenario())
+
+
+def test_an_engine_at_a_long_step_or_idle_is_left_alone() -> None:
+    async def scenario() -> None:
+        async with client_of(Behaviour(step_seconds=0.5), engine_stall_seconds=1.0) as client:
+            first = client.pid
+            await deltas_of(client, generation("a", 3))
+            await asyncio.sleep(1.5)
+            assert client.pid == first
+
+    run(scenario())
+
+
+def test_an_engine_is_left_alone_for_ten_of_its_longest_steps() -> None:
+    async def scenario() -> None:
+        behaviour = Behaviour(step_seconds=1.0, prices=((1, 0.1), (64, 0.3)))
+        async with client_of(behaviour, engine_stall_seconds=0.3) as client:
+            first = client.pid
+            await deltas_of(client, generation("a", 2))
+            assert client.pid == first
+
+    run(scenario())
+
+
+def test_a_stall_limit_of_0_watches_nothing() -> None:
+    async def scenario() -> None:
+        async with client_of(engine_stall_seconds=0) as client:
+            stopped = client.pid
+            assert stopped is not None
+            os.kill(stopped, signal.SIGSTOP)
+            await asyncio.sleep(0.5)
+            assert client.pid == stopped
+            os.kill(stopped, signal.SIGCONT)
+
+    run(scenario())
+
+
+def test_time_in_which_the_server_itself_was_stopped_is_not_held_against_the_engine() -> None:
+    async def scenario() -> None:
+        async with client_of(engine_stall_seconds=0.4) as client:
+            first = client.pid
+            await asyncio.sleep(0.2)
+            time.sleep(2.0)  # the event loop, as if the whole machine had slept
+            await asyncio.sleep(0.2)
+            assert client.pid == first
+
+    run(scenario())
+
+
+def test_the_next_engine_gets_the_prices_that_the_last_one_measured(tmp_path: Path) -> None:
+    journal = tmp_path / "journal"
+
+    async def scenario() -> None:
+        behaviour = Behaviour(prices=((1, 0.1), (64, 0.3)), journal=journal)
+        async with client_of(behaviour) as client:
+            await deltas_of(client, generation("a"))
+            kill_engine(client)
+            await until(lambda: client.state == "restarting")
+            await deltas_of(client, generation("b"))
+        begins = [entry["prices"] for entry in entries(journal, "Begin")]
+        assert begins == [[], [[1, 0.1], [64, 0.3]]]
+
+    run(scenario())
+
+
+def test_a_server_whose_engines_fail_refuses_with_a_true_time_and_heals_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "MAX_FAILURES", 3)
+    monkeypatch.setattr(supervisor, "FIRST_BACKOFF_SECONDS", 0.2)
+    journal, broken = tmp_path / "journal", tmp_path / "broken"
+
+    async def scenario() -> None:
+        behaviour = Behaviour(step_seconds=0.01, broken=broken, journal=journal)
+        async with client_of(behaviour) as client:
             stream = asyncio.create_task(deltas_of(client, generation("a", 100_000)))
             await asyncio.sleep(0.05)
+            broken.touch()
             kill_engine(client)
             with pytest.raises(EngineFailedError, match=r"failed 3 times in a row.*exit code 4"):
                 await stream
             assert client.state == "failed"
-            with pytest.raises(UnavailableError, match="has failed"):
+            with pytest.raises(UnavailableError, match="has failed") as refusal:
                 client.generate([generation("b")])
-        assert len(entries(journal, "Start")) == 4
+            assert refusal.value.retry_after is not None
+            assert 1 <= refusal.value.retry_after < 5
+            broken.unlink()
+            await until(lambda: client.state == "ready")
+            wanted = generation("c")
+            assert tokens_of(await deltas_of(client, wanted)) == expected_tokens(wanted)
+
+    run(scenario())
+
+
+def test_pauses_between_starts_grow_to_a_bound_and_no_further() -> None:
+    async def scenario() -> None:
+        watch = Supervisor(make_settings(), fake_engine.main, Listener())
+        pauses = []
+        for failures in (0, 1, 2, 5, 8, 20, 5000):
+            watch._failures = failures
+            pauses.append(watch._backoff_seconds())
+        assert pauses == [0, 0.5, 1, 8, 60, 60, 60]
 
     run(scenario())
 

@@ -1,4 +1,4 @@
-"""The recovery against a simulated engine: who is submitted, who is blamed."""
+"""The recovery against simulated engines: who is submitted, who is tried, who is blamed."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import asyncio
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from quickchange_server.config import Settings
-from quickchange_server.engine_client.crash_recovery import CLEARED_AFTER_TOKENS, CrashRecovery
-from quickchange_server.engine_client.in_flight_request import InFlightRequest
+from quickchange_server.engine_client.crash_recovery import CrashRecovery
+from quickchange_server.engine_client.in_flight_request import TELLING_TOKENS, InFlightRequest
 from quickchange_server.observability.metrics import Metrics
 from quickchange_server.protocol import Delta, SamplingParams, Submit
 
@@ -26,13 +27,31 @@ def make_request(name: str, max_tokens: int = 100) -> InFlightRequest:
 
 
 def depart(recovery: CrashRecovery) -> list[str]:
+    """Submit what may be submitted to the serving engine, which begins at once."""
     names = []
     for request in recovery.to_submit():
         request.next_submission()
         recovery.submitted(request)
+        begin(recovery, request)
         names.append(request.request_id)
     recovery.check_integrity()
     return names
+
+
+def try_one(recovery: CrashRecovery) -> str | None:
+    request = recovery.to_try()
+    if request is None:
+        return None
+    request.next_submission()
+    recovery.tried(request)
+    begin(recovery, request)
+    recovery.check_integrity()
+    return request.request_id
+
+
+def begin(recovery: CrashRecovery, request: InFlightRequest) -> None:
+    assert request.submission_id is not None
+    recovery.began(request.submission_id)
 
 
 def emit(recovery: CrashRecovery, request: InFlightRequest, count: int) -> None:
@@ -49,92 +68,148 @@ def recovery_of(*requests: InFlightRequest, max_deaths: int = MAX_DEATHS) -> Cra
     return recovery
 
 
-def test_after_one_death_all_go_together_again() -> None:
-    recovery = recovery_of(make_request("a"), make_request("b"))
+def test_streams_that_got_on_go_to_the_next_engine_and_the_new_one_is_tried() -> None:
+    old, new, waiting = make_request("old"), make_request("new"), make_request("waiting")
+    recovery = recovery_of(old)
     depart(recovery)
-    assert recovery.engine_died() is None
-    assert depart(recovery) == ["a", "b"]
+    emit(recovery, old, TELLING_TOKENS)
+    recovery.add(new)
+    depart(recovery)
+    recovery.add(waiting)
+    for request in recovery.to_submit():  # has it, and has not begun to work on it
+        request.next_submission()
+        recovery.submitted(request)
+    assert recovery.engine_died(outside=False) is None
+    assert depart(recovery) == ["old", "waiting"]
+    assert try_one(recovery) == "new"
 
 
-def test_suspects_are_tried_alone_the_one_that_got_nowhere_first() -> None:
+def test_a_kill_from_outside_makes_no_suspect_of_streams_that_got_on() -> None:
     a, b = make_request("a"), make_request("b")
     recovery = recovery_of(a, b)
-    for _ in range(2):
-        depart(recovery)
-        emit(recovery, a, 3)
-        recovery.engine_died()
-    assert depart(recovery) == ["b"]
-    recovery.add(make_request("new"))
-    assert depart(recovery) == []
+    for _ in range(5):
+        assert depart(recovery) == ["a", "b"]
+        emit(recovery, a, TELLING_TOKENS)
+        emit(recovery, b, TELLING_TOKENS)
+        recovery.engine_died(outside=True)
+    assert not recovery.suspects_wait
 
 
-def test_a_cleared_suspect_makes_room_for_the_next_and_then_all_go_on() -> None:
-    a, b = make_request("a"), make_request("b")
-    recovery = recovery_of(a, b)
-    for _ in range(2):
-        depart(recovery)
-        recovery.engine_died()
-    assert depart(recovery) == ["a"]
-    emit(recovery, a, CLEARED_AFTER_TOKENS - 1)
-    assert recovery.acquit() is None
-    assert depart(recovery) == []
-    emit(recovery, a, 1)
-    assert recovery.acquit() == "a/3"
-    assert depart(recovery) == ["b"]
-    emit(recovery, b, CLEARED_AFTER_TOKENS)
-    assert recovery.acquit() is None  # nothing else to try: it goes on
-    assert depart(recovery) == ["a"]
-
-
-def test_a_late_delta_of_an_earlier_submission_finds_no_flight() -> None:
+def test_two_deaths_from_outside_without_progress_make_a_suspect() -> None:
     a = make_request("a")
     recovery = recovery_of(a)
     depart(recovery)
-    recovery.engine_died()
+    emit(recovery, a, TELLING_TOKENS)
+    for suspect in (False, True):
+        recovery.engine_died(outside=True)
+        assert recovery.suspects_wait == suspect
+        depart(recovery)
+
+
+def test_where_all_got_on_a_death_from_inside_suspects_all_that_were_worked_on() -> None:
+    a, b, idle = make_request("a"), make_request("b"), make_request("idle")
+    recovery = recovery_of(a, b)
+    depart(recovery)
+    emit(recovery, a, TELLING_TOKENS + 1)
+    emit(recovery, b, TELLING_TOKENS)
+    recovery.add(idle)
+    idle.next_submission()
+    recovery.submitted(idle)
+    recovery.engine_died(outside=False)
+    assert depart(recovery) == ["idle"]
+    assert try_one(recovery) == "b"  # which made least progress
+    assert try_one(recovery) is None, "one at a time"
+    emit(recovery, b, TELLING_TOKENS)
+    assert recovery.acquit() == "b/2"
+    assert depart(recovery) == ["b"]
+    assert try_one(recovery) == "a"
+
+
+def test_a_suspect_is_given_up_after_its_deaths_and_not_before() -> None:
+    a, b = make_request("a"), make_request("b")
+    recovery = recovery_of(a, b)
+    depart(recovery)
+    emit(recovery, b, TELLING_TOKENS)
+    recovery.engine_died(outside=False)
+    assert depart(recovery) == ["b"]
+    assert try_one(recovery) == "a"
+    assert recovery.trial_died() is None
+    assert try_one(recovery) == "a"
+    assert recovery.trial_died() is a
+    assert try_one(recovery) is None
+    assert len(recovery) == 1
+
+
+def test_without_an_engine_of_their_own_suspects_are_tried_while_the_others_wait() -> None:
+    a, b = make_request("a"), make_request("b")
+    recovery = recovery_of(a, b)
+    recovery.apart = False
+    depart(recovery)
+    emit(recovery, b, TELLING_TOKENS)
+    recovery.engine_died(outside=False)
+    assert depart(recovery) == []
+    assert try_one(recovery) == "a"
+    assert depart(recovery) == []
+    emit(recovery, a, TELLING_TOKENS)
+    assert recovery.acquit() is None, "it runs on, since none is to be tried after it"
+    assert depart(recovery) == ["b"]
+
+
+def test_where_the_engine_for_trials_fails_the_others_are_called_back() -> None:
+    a, b = make_request("a"), make_request("b")
+    recovery = recovery_of(a, b)
+    depart(recovery)
+    emit(recovery, b, TELLING_TOKENS)
+    recovery.engine_died(outside=False)
+    assert depart(recovery) == ["b"]
+    recovery.apart = False
+    assert recovery.recall() == ["b/2"]
+    assert depart(recovery) == []
+    assert try_one(recovery) == "a"
+
+
+def test_a_late_delta_of_an_earlier_submission_finds_no_request() -> None:
+    a = make_request("a")
+    recovery = recovery_of(a)
+    depart(recovery)
+    emit(recovery, a, TELLING_TOKENS)
+    recovery.engine_died(outside=True)
     depart(recovery)
     assert recovery.find("a") is None
     assert recovery.find("a/2") is a
 
 
-def test_the_one_that_dies_alone_is_the_culprit_and_explains_the_others_deaths() -> None:
-    a, b = make_request("a"), make_request("b")
-    recovery = recovery_of(a, b)
-    for _ in range(2):
-        depart(recovery)
-        emit(recovery, b, 1)
-        recovery.engine_died()
-    assert depart(recovery) == ["a"]
-    assert recovery.engine_died() is a
-    assert b.deaths == 0
-    assert depart(recovery) == ["b"]
-
-
 @dataclass
 class Simulation:
-    """An engine that dies whenever a request stands at its poisonous position."""
+    """Engines that die whenever a request stands at its poisonous position."""
 
     max_deaths: int
     lengths: dict[str, int]
     poisons: dict[str, int]
+    apart: bool = True
     recovery: CrashRecovery = field(init=False)
     convicted: set[str] = field(default_factory=set)
     completed: set[str] = field(default_factory=set)
-    deaths: int = 0
+    deaths: int = 0  # of the serving engine, or of any if there is but one
+    trials: int = 0  # that ended in a death
 
     def __post_init__(self) -> None:
         self.requests = {name: make_request(name, n) for name, n in self.lengths.items()}
         self.recovery = recovery_of(*self.requests.values(), max_deaths=self.max_deaths)
-
-    def aboard(self) -> list[InFlightRequest]:
-        return [f for f in self.requests.values() if f.submission_id is not None]
+        self.recovery.apart = self.apart
 
     def advance(self) -> None:
         depart(self.recovery)
-        for request in self.aboard():
+        try_one(self.recovery)
+        aboard = [r for r in self.requests.values() if r.submission_id is not None]
+        for request in aboard:
+            on_trial = self.recovery.on_trial is request
+            if request.submission_id is None:
+                continue  # its engine has died in this step
             name = request.request_id
             if len(request.emitted) == self.poisons.get(name, -1):
-                self.die()
-                return
+                self.die(trial=on_trial)
+                continue
             emit(self.recovery, request, 1)
             if len(request.emitted) == self.lengths[name]:
                 self.completed.add(name)
@@ -142,21 +217,33 @@ class Simulation:
         self.recovery.acquit()
         self.recovery.check_integrity()
 
-    def die(self) -> None:
-        self.deaths += 1
-        culprit = self.recovery.engine_died()
+    def die(self, *, trial: bool, outside: bool = False) -> None:
+        if trial and self.apart:
+            self.trials += 1
+            culprit = self.recovery.trial_died()
+        else:
+            self.deaths += 1
+            culprit = self.recovery.engine_died(outside=outside)
         self.recovery.check_integrity()
         if culprit is not None:
             self.convicted.add(culprit.request_id)
 
+    def run(self) -> None:
+        for _ in range(20_000):
+            if not len(self.recovery):
+                return
+            self.advance()
+        raise AssertionError("it never ends")
 
+
+@pytest.mark.parametrize("apart", [True, False])
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=8),
     poisons=st.lists(st.integers(0, 39) | st.none(), min_size=8, max_size=8),
     max_deaths=st.integers(1, 5),
 )
 def test_every_poison_is_convicted_and_every_innocent_completes(
-    lengths: list[int], poisons: list[int | None], max_deaths: int
+    apart: bool, lengths: list[int], poisons: list[int | None], max_deaths: int
 ) -> None:
     named = {f"r{i}": length for i, length in enumerate(lengths)}
     at = {
@@ -164,26 +251,53 @@ def test_every_poison_is_convicted_and_every_innocent_completes(
         for (name, length), position in zip(named.items(), poisons, strict=False)
         if position is not None and position < length
     }
-    simulation = Simulation(max_deaths, named, at)
-    for _ in range(20_000):
-        if not len(simulation.recovery):
-            break
-        simulation.advance()
+    simulation = Simulation(max_deaths, named, at, apart)
+    simulation.run()
     assert simulation.convicted == set(at)
     assert simulation.completed == set(named) - set(at)
-    assert simulation.deaths <= max(2, max_deaths) * len(at)
+    if apart:
+        assert simulation.deaths <= 2 * len(at)
+        assert simulation.trials <= max(1, max_deaths - 1) * len(at)
 
 
-@given(st.lists(st.sampled_from(["step", "kill", "leave", "arrive"]), max_size=80), st.data())
-def test_the_roster_stays_whole_under_arrivals_departures_and_kills(
-    events: list[str], data: st.DataObject
+@given(
+    old=st.integers(0, 20),
+    poisons=st.lists(st.integers(0, TELLING_TOKENS - 1), min_size=1, max_size=4),
+)
+def test_streams_that_got_on_stall_once_whatever_new_requests_do(
+    old: int, poisons: list[int]
 ) -> None:
-    simulation = Simulation(MAX_DEATHS, {"r0": 30, "r1": 30}, {"r1": 5})
+    lengths = {f"old{i}": 60 for i in range(old)}
+    simulation = Simulation(MAX_DEATHS, dict(lengths), {})
+    for _ in range(TELLING_TOKENS):
+        simulation.advance()
+    for index, position in enumerate(poisons):
+        name = f"new{index}"
+        simulation.poisons[name], simulation.lengths[name] = position, 50
+        simulation.requests[name] = make_request(name)
+        simulation.recovery.add(simulation.requests[name])
+    simulation.run()
+    assert simulation.convicted == {f"new{i}" for i in range(len(poisons))}
+    assert simulation.completed == set(lengths)
+    assert simulation.deaths == 1
+
+
+@given(
+    st.lists(st.sampled_from(["step", "kill", "leave", "arrive", "end trial"]), max_size=80),
+    st.booleans(),
+    st.data(),
+)
+def test_the_roster_stays_whole_under_arrivals_departures_and_kills(
+    events: list[str], apart: bool, data: st.DataObject
+) -> None:
+    simulation = Simulation(MAX_DEATHS, {"r0": 30, "r1": 30}, {"r1": 5}, apart)
     for number, event in enumerate(events):
         if event == "step":
             simulation.advance()
         elif event == "kill":
-            simulation.die()
+            simulation.die(trial=False, outside=True)
+        elif event == "end trial":
+            simulation.die(trial=True, outside=True)
         elif event == "arrive":
             name = f"n{number}"
             simulation.lengths[name] = 20
@@ -193,8 +307,4 @@ def test_the_roster_stays_whole_under_arrivals_departures_and_kills(
             request = data.draw(st.sampled_from(list(simulation.recovery.requests)))
             simulation.recovery.remove(request)
         simulation.recovery.check_integrity()
-    for _ in range(5_000):
-        if not len(simulation.recovery):
-            break
-        simulation.advance()
-    assert not len(simulation.recovery)
+    simulation.run()

@@ -23,6 +23,7 @@ def make_engine(
     load: Callable[[str], CanonicalAdapter] | None = None,
     constraints: ConstraintCompiler | None = None,
     on_wake: Callable[[], None] = lambda: None,
+    on_begun: Callable[[tuple[str, ...]], None] = lambda _: None,
     **options: object,
 ) -> Engine:
     """An engine on a small model. `load` finds adapters by digest."""
@@ -54,6 +55,7 @@ def make_engine(
         load_adapter=read,
         on_wake=on_wake,
         constraints=constraints,
+        on_begun=on_begun,
     )
 
 

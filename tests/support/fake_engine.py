@@ -33,6 +33,7 @@ from quickchange_server.protocol import (
     Pin,
     Ping,
     Prefetch,
+    Prices,
     Pulse,
     Ready,
     SamplingParams,
@@ -55,7 +56,8 @@ class Behaviour:
     start_seconds: float = 0.0
     refusal: str | None = None  # a Fatal instead of Ready
     exit_at_start: int | None = None  # the exit code, before Ready
-    starts: int | None = None  # only so many starts succeed (counted in `journal`)
+    broken: Path | None = None  # no start succeeds while this file is there
+    prices: Prices = ()  # that it measured
     poison: int | None = None  # a prompt beginning with this token ends the process...
     poison_at: int = 0  # ... once so many tokens of it have been emitted
     sleeper: int | None = None  # a prompt beginning with this token hangs the process there
@@ -324,6 +326,7 @@ def note(behaviour: Behaviour, kind: str, command: Command | None = None) -> Non
         "salt": getattr(command, "salt", None),
         "heads": getattr(getattr(command, "drafting", None), "heads", None),
         "prompt": getattr(command, "prompt", None),
+        "prices": getattr(command, "prices", None),
         "constraint": _constraint(command),
         "prompt_logprobs": (
             command.sampling.prompt_logprobs if isinstance(command, Submit) else None
@@ -358,10 +361,8 @@ def main(
         return
     if behaviour.exit_at_start is not None:
         os._exit(behaviour.exit_at_start)
-    if behaviour.starts is not None and behaviour.journal is not None:
-        begun = len(entries(behaviour.journal, "Start"))
-        if begun > behaviour.starts:
-            os._exit(4)
+    if behaviour.broken is not None and behaviour.broken.exists():
+        os._exit(4)
     connection.send(
         Ready(
             max_model_len=settings.max_model_len or 2048,
@@ -370,6 +371,7 @@ def main(
             load_seconds=behaviour.start_seconds,
             adapter_device_bytes=settings.adapter_device_bytes,
             adapter_host_bytes=settings.adapter_host_bytes,
+            prices=behaviour.prices,
         )
     )
     if behaviour.deaf:

@@ -209,6 +209,8 @@ class Engine:
         most = self._max_model_len - (submit.pooling is None)
         if not submit.prompt:
             return "prompt: it has no token; give at least one"
+        if not isinstance(submit.sampling.token_limit, int):
+            return f"max_tokens: {submit.sampling.token_limit} is not a whole number"
         if tokens > self._max_model_len or len(submit.prompt) > most:
             return f"prompt: {tokens} tokens leave no room in a context of {self._max_model_len}"
         if not all(0 <= token < self._vocabulary for token in (*submit.prompt, *submit.output)):

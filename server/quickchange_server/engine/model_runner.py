@@ -154,8 +154,8 @@ class Runner:
             output = self._read(sound, output, faults)
         sampling = [item for item in sound if item.samples]
         # On the host, while a GPU runs the forward pass.
-        drawable = [item for item in sampling if item.sequence.request_id not in faults]
-        drawable, made = isolated(drawable, self._row_tables, faults) if drawable else ([], None)
+        readable = [item for item in sampling if item.sequence.request_id not in faults]
+        drawable, made = isolated(readable, self._row_tables, faults) if readable else ([], None)
         if made is None:
             return Ran(_results(plan, {}, faults), faults=faults)
         output = _rows_of(drawable, sampling, output)

@@ -41,7 +41,7 @@ def _pass_on(
     read_rows: Callable[[Sequence[Scheduled], Tensor], list[Add]],
     faults: dict[str, str],
 ) -> None:
-    parts = rows.split([count(item) for item in items])
+    parts = torch.split(rows, [count(item) for item in items])
     own = {item.sequence.request_id: part for item, part in zip(items, parts, strict=True)}
 
     def read_own(some: Sequence[Scheduled]) -> list[Add]:

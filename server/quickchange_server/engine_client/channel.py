@@ -24,7 +24,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from multiprocessing.context import BaseContext
+from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from typing import TypeVar
 
@@ -160,9 +160,10 @@ class EngineChannel:
         return describe_exit(code) + early
 
 
-def _context(settings: Settings) -> BaseContext:
-    forks = settings.device == "cpu" and sys.platform == "linux"
-    return multiprocessing.get_context("forkserver" if forks else "spawn")
+def _context(settings: Settings) -> ForkServerContext | SpawnContext:
+    if settings.device == "cpu" and sys.platform == "linux":
+        return multiprocessing.get_context("forkserver")
+    return multiprocessing.get_context("spawn")
 
 
 def describe_exit(code: int | None) -> str:

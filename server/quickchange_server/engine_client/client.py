@@ -12,15 +12,19 @@ import logging
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
+
+from cachetools import TTLCache
 
 from quickchange_server.config import Settings
 from quickchange_server.engine_client.adapter_status import AdapterStatus, Residence
-from quickchange_server.engine_client.channel import Death, EngineMain
+from quickchange_server.engine_client.channel import Death, EngineChannel, EngineMain
 from quickchange_server.engine_client.client_observer import ClientObserver, Outcome
 from quickchange_server.engine_client.crash_recovery import CrashRecovery
 from quickchange_server.engine_client.in_flight_request import DeltaStream, InFlightRequest, Mail
 from quickchange_server.engine_client.supervisor import Supervisor
+from quickchange_server.engine_client.trial_engine import TrialEngine, has_room
 from quickchange_server.errors import (
     EngineFailedError,
     QueueFullError,
@@ -31,6 +35,7 @@ from quickchange_server.errors import (
 from quickchange_server.protocol import (
     AdapterFailed,
     AdapterMoved,
+    Began,
     Cancel,
     Command,
     Delta,
@@ -55,6 +60,9 @@ SHORTEST_SECONDS = 1.0
 LONGEST_SECONDS = 60.0
 UNKNOWN_SECONDS = 5.0  # a guess, if no request has ended lately
 FREED_SHARE = 0.1  # share of the queue to be freed, since many refused clients come back
+
+GIVEN_UP_SECONDS = 600.0  # for which a request is refused that asks for what ended engines
+GIVEN_UP_MOST = 256  # requests that are remembered
 
 logger = logging.getLogger(__name__)
 
@@ -93,8 +101,12 @@ class EngineClient:
     ) -> None:
         self._settings = settings
         self._metrics = metrics
+        self._engine_main = engine_main
         self._supervisor = Supervisor(settings, engine_main, self)
         self._recovery = CrashRecovery(settings.max_request_deaths)
+        self._trials: TrialEngine | None = None
+        self._closing: set[asyncio.Task[None]] = set()  # of trial engines
+        self._given_up: TTLCache[Submit, str] = TTLCache(GIVEN_UP_MOST, GIVEN_UP_SECONDS)
         self._adapter_status = AdapterStatus()
         self._prefetches: dict[str, Prefetch] = {}  # requested while no engine was ready
         self._throughput = Throughput()
@@ -159,6 +171,9 @@ class EngineClient:
         except TimeoutError:
             logger.warning("%d requests cut off by the end of the server", self.in_flight)
             self._fail_all(UnavailableError("the server is shutting down; send the request again"))
+        self._close_trials()
+        if self._closing:
+            await asyncio.wait(self._closing)
         await self._supervisor.stop()
 
     def generate(
@@ -169,10 +184,12 @@ class EngineClient:
         At most half the queue is taken; each further sequence follows one of them that has ended.
         `label`: the adapter's name in metrics; `drafter`: the name of the adapter whose draft
         heads are used. Raises QueueFullError (with `retry_after`) if `max_queue` sequences would
-        be exceeded, and UnavailableError while the server starts, drains or has failed. During an
+        be exceeded, UnavailableError while the server starts, drains or has failed, and
+        RequestFailedError if the same was lately given up because it ended engines. During an
         engine's restart requests are admitted and wait.
         """
         now = time.monotonic()
+        self._refuse_given_up(submits)
         first = self._at_once(len(submits))
         self._admit(now, first)
         later: deque[InFlightRequest] = deque()
@@ -231,6 +248,8 @@ class EngineClient:
                 self._stepped(report)
             case Pulse(stats):
                 self._metrics.state(stats)
+            case Began(submission_ids):
+                self._began(submission_ids)
             case AdapterMoved():
                 self._metrics.adapter_moved(report, self._adapter_status.moved(report))
             case AdapterFailed():
@@ -242,15 +261,45 @@ class EngineClient:
         self._metrics.engine_died()
         self._adapter_status.clear()
         had_requests = self._recovery.any_submitted
-        culprit = self._recovery.engine_died()
+        culprit = self._recovery.engine_died(outside=death.outside)
+        if self._trials is None:
+            self._recovery.apart = has_room(self._settings, self.info)
         if culprit is not None:
-            logger.error("request %s ended the engine alone; given up", culprit.request_id)
-            self._fail(culprit, RequestFailedError(_culprit_message(culprit, death.reason)))
+            self._convict(culprit, death)
+        self._submit_waiting()
         return had_requests
 
     def engine_failed(self, reason: str) -> None:
         self._failure = reason
         self._fail_all(EngineFailedError(reason))
+        self._close_trials()
+
+    # --- events from the trial engine -----------------------------------------------------------
+
+    def trial_ready(self) -> None:
+        self._submit_waiting()
+
+    def trial_reported(self, report: Report) -> None:
+        match report:
+            case StepReport(deltas):
+                self._deliver_all(deltas)
+            case Began(submission_ids):
+                self._began(submission_ids)
+
+    def trial_died(self, death: Death) -> None:
+        self._metrics.trial_died()
+        culprit = self._recovery.trial_died()
+        if culprit is not None:
+            self._convict(culprit, death)
+        self._submit_waiting()
+
+    def trial_failed(self) -> None:
+        """Try the suspects in the engine that serves; the others wait meanwhile."""
+        self._close_trials()
+        self._recovery.apart = False
+        for submission_id in self._recovery.recall():
+            self._send(Cancel(submission_id))
+        self._submit_waiting()
 
     # --- requests -------------------------------------------------------------------------------
 
@@ -298,20 +347,64 @@ class EngineClient:
         return True
 
     def _submit_waiting(self) -> None:
-        """Submit the waiting requests that may run now."""
-        if self._supervisor.phase != "ready":
+        """Submit the waiting requests that may run now, and see to the trials of suspects."""
+        if self._supervisor.phase == "ready":
+            for request in self._recovery.to_submit():
+                submit = self._next_submission(request)
+                self._recovery.submitted(request)
+                self._supervisor.channel.send(submit)
+        channel = self._trial_channel()
+        if channel is not None and (suspect := self._recovery.to_try()) is not None:
+            submit = self._next_submission(suspect)
+            self._recovery.tried(suspect)
+            channel.send(submit)
+
+    def _next_submission(self, request: InFlightRequest) -> Submit:
+        submit = request.next_submission()
+        if request.submissions > 1:
+            self._metrics.resubmitted()
+        return submit
+
+    def _trial_channel(self) -> EngineChannel | None:
+        """The channel of the engine that a suspect may have now; starts and ends trial engines."""
+        if not self._recovery.apart:
+            ready = self._supervisor.phase == "ready"
+            return self._supervisor.channel if ready else None
+        if self._recovery.on_trial is None and not self._recovery.suspects_wait:
+            self._close_trials()
+            return None
+        if self._trials is None:
+            prices = () if self.info is None else self.info.prices
+            self._trials = TrialEngine(self._settings, self._engine_main, self, prices)
+        return self._trials.channel
+
+    def _close_trials(self) -> None:
+        if self._trials is None:
             return
-        for request in self._recovery.to_submit():
-            submit = request.next_submission()
-            self._recovery.submitted(request)
-            if request.submissions > 1:
-                self._metrics.resubmitted()
-            self._supervisor.channel.send(submit)
+        closing = asyncio.create_task(self._trials.close(), name="trial-engine-close")
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
+        self._trials = None
+
+    def _send_to_holder(self, request: InFlightRequest, command: Command) -> None:
+        """Send a command to the engine that has the request."""
+        if self._recovery.apart and self._recovery.on_trial is request:
+            if self._trials is not None and self._trials.channel is not None:
+                self._trials.channel.send(command)
+        else:
+            self._send(command)
+
+    def _began(self, submission_ids: Sequence[str]) -> None:
+        for submission_id in submission_ids:
+            self._recovery.began(submission_id)
 
     def _stepped(self, report: StepReport) -> None:
-        now = time.monotonic()
         self._metrics.step(report.stats, self._adapter_status.label)
-        for delta in report.deltas:
+        self._deliver_all(report.deltas)
+
+    def _deliver_all(self, deltas: Sequence[Delta]) -> None:
+        now = time.monotonic()
+        for delta in deltas:
             self._deliver(delta, now)
         if self._recovery.on_trial is not None:
             self._consider_trial()
@@ -325,18 +418,44 @@ class EngineClient:
             self._remove(request, now)
 
     def _consider_trial(self) -> None:
+        """End the trial if it has shown enough."""
+        holder = self._trial_channel()
         cancelled = self._recovery.acquit()
-        if cancelled is not None:
-            self._send(Cancel(cancelled))
-        self._submit_waiting()
+        if cancelled is not None and holder is not None:
+            holder.send(Cancel(cancelled))
+        if self._recovery.on_trial is None:
+            self._submit_waiting()
 
     def _leave(self, request: InFlightRequest, outcome: Outcome) -> None:
         """Cancel a request whose reader has stopped reading."""
         if request.submission_id is not None:
-            self._send(Cancel(request.submission_id))
+            self._send_to_holder(request, Cancel(request.submission_id))
         now = time.monotonic()
         request.end(outcome, now)
         self._remove(request, now)
+
+    def _refuse_given_up(self, submits: Sequence[Submit]) -> None:
+        if not self._given_up:
+            return
+        for submit in submits:
+            if (message := self._given_up.get(_content_of(submit))) is not None:
+                self._metrics.refused("given_up")
+                raise RequestFailedError(message)
+
+    def _convict(self, culprit: InFlightRequest, death: Death) -> None:
+        """Give up a request that ends engines, and all that ask for the same."""
+        content = _content_of(culprit.submit)
+        message = _culprit_message(culprit, death.reason)
+        self._given_up[content] = message
+        logger.error("request %s ended an engine alone; given up", culprit.request_id)
+        same = [r for r in self._recovery.requests if _content_of(r.submit) == content]
+        for request in same:
+            if request.submission_id is not None:
+                self._send_to_holder(request, Cancel(request.submission_id))
+            self._recovery.remove(request)
+        for request in (culprit, *same):
+            request.later.clear()  # its request ends with it
+            self._fail(request, RequestFailedError(message))
 
     def _fail(self, request: InFlightRequest, error: QuickchangeError) -> None:
         now = time.monotonic()
@@ -349,8 +468,8 @@ class EngineClient:
             self._fail(request, type(error)(error.message, retry_after=error.retry_after))
 
     def _remove(self, request: InFlightRequest, now: float) -> None:
-        """Remove a sequence that has ended, and submit those that this makes room for."""
-        was_on_trial = self._recovery.on_trial is request
+        """Remove a sequence that has ended, submit those that this makes room for, and go on if
+        it ended a trial."""
         self._recovery.remove(request)
         self._throughput.ended(now)
         follows = bool(request.later)
@@ -358,12 +477,18 @@ class EngineClient:
             self._recovery.add(request.later.popleft())
         if len(self._recovery) == 0:
             self._idle.set()
-        elif was_on_trial or follows:
+        if request.suspect or follows:
             self._submit_waiting()
+
+
+def _content_of(submit: Submit) -> Submit:
+    """What a submission asks for, without what differs from one that asks for the same."""
+    return replace(submit, request_id="", output=(), seed=0, background=False)
 
 
 def _culprit_message(request: InFlightRequest, reason: str) -> str:
     return (
         f"the engine ended {request.deaths} times while it ran this request, the last time with "
-        f"nothing beside it ({reason}); it is not tried again"
+        f"nothing beside it ({reason}); it is not tried again, nor is the same for "
+        f"{GIVEN_UP_SECONDS / 60:g} minutes; ask for something else"
     )

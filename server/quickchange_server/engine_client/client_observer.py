@@ -20,7 +20,7 @@ from quickchange_server.protocol import (
 )
 
 Outcome = FinishReason | Literal["adapter_failed", "request_failed", "engine_failed", "unavailable"]
-Refusal = Literal["queue_full", "unavailable"]
+Refusal = Literal["queue_full", "unavailable", "given_up"]
 
 
 class ServerState(Protocol):
@@ -78,6 +78,9 @@ class ClientObserver(Protocol):
     def engine_started(self, ready: Ready) -> None: ...
 
     def engine_died(self) -> None: ...
+
+    def trial_died(self) -> None:
+        """An engine that ran a suspect alone has died."""
 
     def adapter_moved(self, event: AdapterMoved, before: Tier | None) -> None: ...
 

@@ -1,9 +1,11 @@
 """Recovery from engine crashes: which requests go to the next engine, and which one is to blame.
 
-After a crash, all requests that the engine had are submitted to the next one at once. A request
-that was present at too many crashes becomes a suspect. Suspects are tried one at a time, alone: if
-the engine dies during such a trial, the suspect is the culprit and is given up, and the other
-requests, whose crashes it explains, run together again. Processes and clocks are not known here.
+After a crash some of the engine's requests are suspects, the others go to the next engine at once.
+A suspect is tried alone: in an engine of its own if there is one, beside the engine that serves the
+others, else in that engine, for which the others wait. So whoever is innocent stalls once. A trial
+ends the suspicion when the suspect has got past the point of the crash. A suspect that has been
+present at too many deaths, the last one alone, is given up. Processes and clocks are not known
+here.
 """
 
 from __future__ import annotations
@@ -12,26 +14,22 @@ from collections.abc import Collection
 
 from quickchange_server.engine_client.in_flight_request import InFlightRequest
 
-# A suspect is cleared once it has emitted this many tokens past the point of the last crash: a
-# sampled token depends on (seed, position) alone, so a request that ends an engine does so at the
-# same position again. An engine is at most a few steps ahead of the tokens received, and a step
-# emits one token and the accepted drafts, whose number may differ from run to run.
-CLEARED_AFTER_TOKENS = 20
-
 
 class CrashRecovery:
-    """All requests in flight: those the engine has, and those that wait for it or for a trial.
+    """All requests in flight: those that an engine has, and those that wait for it or for a trial.
 
-    A request with `max_deaths - 1` deaths is tried alone until it is cleared, one with more until
-    it ends. This bounds the crashes that any one request, and so all of them, can cause.
+    A sampled token depends on (seed, position) alone, so a request that ends an engine does so at
+    the same position again. Suspects are therefore those that were not yet past their first
+    tokens; where an engine's own work ended it and all were, all that it had worked on; and any
+    that has been present at two deaths since it last got on.
     """
 
     def __init__(self, max_deaths: int) -> None:
         self._max_deaths = max_deaths
-        self._suspect_at = max(1, max_deaths - 1)
+        self.apart = True  # trials have an engine of their own
         self._requests: dict[str, InFlightRequest] = {}  # by request id, in order of arrival
         self._waiting: dict[str, InFlightRequest] = {}  # by request id
-        self._submitted: dict[str, InFlightRequest] = {}  # by submission id
+        self._submitted: dict[str, InFlightRequest] = {}  # by submission id, that on trial too
         self._on_trial: InFlightRequest | None = None
 
     def __len__(self) -> int:
@@ -46,8 +44,17 @@ class CrashRecovery:
         """The suspect that runs alone, if any."""
         return self._on_trial
 
+    @property
+    def suspects_wait(self) -> bool:
+        return any(request.suspect for request in self._waiting.values())
+
+    @property
+    def any_submitted(self) -> bool:
+        """True if the engine that serves has a request."""
+        return bool(self._aboard())
+
     def find(self, submission_id: str) -> InFlightRequest | None:
-        """The request that the current engine has under `submission_id`."""
+        """The request that an engine has under `submission_id`."""
         return self._submitted.get(submission_id)
 
     def add(self, *requests: InFlightRequest) -> None:
@@ -66,62 +73,90 @@ class CrashRecovery:
         self._withdraw(request)
 
     def to_submit(self) -> list[InFlightRequest]:
-        """The requests to submit now; call `submitted` for each once it has its submission id."""
-        if self._on_trial is not None:
+        """The requests that the serving engine gets now; call `submitted` for each, once it has its
+        submission id."""
+        if not self.apart and (self._on_trial is not None or self.suspects_wait):
             return []
-        suspects = self._waiting_suspects()
-        if not suspects:
-            return list(self._waiting.values())
-        # The suspect that made the least progress is the likeliest culprit.
-        self._on_trial = min(suspects, key=lambda request: request.progress)
-        return [self._on_trial]
+        return [request for request in self._waiting.values() if not request.suspect]
+
+    def to_try(self) -> InFlightRequest | None:
+        """The suspect to try now, if any; call `tried`, once it has its submission id."""
+        if self._on_trial is not None or (not self.apart and self._submitted):
+            return None
+        suspects = [request for request in self._waiting.values() if request.suspect]
+        # Likeliest to be the culprit: the one that has died alone, then that with least progress.
+        return min(suspects, key=lambda one: (-one.deaths, one.progress), default=None)
 
     def submitted(self, request: InFlightRequest) -> None:
-        """Note that the engine has `request`, under `request.submission_id`."""
+        """Note that an engine has `request`, under `request.submission_id`."""
         assert request.submission_id is not None
         del self._waiting[request.request_id]
         self._submitted[request.submission_id] = request
 
-    def acquit(self) -> str | None:
-        """End the trial if its request has run past the point of the last crash.
+    def tried(self, request: InFlightRequest) -> None:
+        """Note that `request` runs alone, under `request.submission_id`."""
+        self.submitted(request)
+        self._on_trial = request
 
-        If further suspects wait, returns the submission id to cancel: the cleared request then
-        waits, so that the next suspect runs alone too. Otherwise it runs on.
+    def began(self, submission_id: str) -> None:
+        """Note that an engine has begun to work on a request."""
+        if (request := self._submitted.get(submission_id)) is not None:
+            request.begun = True
+
+    def acquit(self) -> str | None:
+        """End the trial if its request has got past the point of the crash.
+
+        Returns its submission id where that is to be cancelled, since the request then waits for
+        the serving engine, or for the trials of the others.
         """
         request = self._on_trial
-        if request is None or request.deaths >= self._max_deaths:
+        if request is None or request.progress < request.telling:
             return None
-        if request.progress < CLEARED_AFTER_TOKENS:
-            return None
-        request.cleared = True
-        if not self._waiting_suspects():
-            self._on_trial = None
+        request.suspect = False
+        request.deaths = 0
+        self._on_trial = None
+        if not self.apart and not self.suspects_wait:
             return None
         submission_id = request.submission_id
         self._withdraw(request)
         self._waiting[request.request_id] = request
         return submission_id
 
-    def engine_died(self) -> InFlightRequest | None:
-        """Count a death for every submitted request and queue it again. Returns the culprit, if
-        this death has identified it."""
-        culprit = self._on_trial
-        for request in self._submitted.values():
-            request.deaths += 1
-            request.submission_id = None
-        self._submitted.clear()
-        self._on_trial = None
-        if culprit is not None:
-            del self._requests[culprit.request_id]
-            for request in self._requests.values():
-                request.deaths = 0
-                request.cleared = False
-        self._waiting = dict(self._requests)
-        return culprit
+    def recall(self) -> list[str]:
+        """Make all requests wait that the serving engine has. Returns their submission ids, to be
+        cancelled."""
+        ids = [r.submission_id for r in self._aboard() if r.submission_id is not None]
+        self._all_wait()
+        return ids
 
-    @property
-    def any_submitted(self) -> bool:
-        return bool(self._submitted)
+    def engine_died(self, *, outside: bool) -> InFlightRequest | None:
+        """Queue the serving engine's requests again, and decide whom to suspect. Returns the
+        culprit, if this death has identified it. outside: the engine's own work did not end it."""
+        if not self.apart and self._on_trial is not None:
+            return self.trial_died()
+        aboard = self._aboard()
+        new = [request for request in aboard if request.begun and request.is_new]
+        begun = [request for request in aboard if request.begun]
+        blamed = new or ([] if outside else begun or aboard)
+        for request in aboard:
+            request.deaths = 1 if request.progress >= request.telling else request.deaths + 1
+            request.suspect = request in blamed or request.deaths > 1
+        self._all_wait()
+        return None
+
+    def trial_died(self) -> InFlightRequest | None:
+        """Count the death of an engine that ran a suspect alone. Returns the suspect, no longer in
+        flight, if it is given up."""
+        request = self._on_trial
+        if request is None:
+            return None
+        request.deaths += 1
+        self._withdraw(request)
+        if request.deaths >= self._max_deaths:
+            del self._requests[request.request_id]
+            return request
+        self._waiting[request.request_id] = request
+        return None
 
     def check_integrity(self) -> None:
         """Raise AssertionError if the bookkeeping is inconsistent."""
@@ -134,7 +169,21 @@ class CrashRecovery:
         )
         assert all(request.submission_id is None for request in self._waiting.values())
         if self._on_trial is not None:
-            assert submitted == {self._on_trial.request_id}
+            assert self._on_trial.request_id in submitted
+            assert self.apart or len(submitted) == 1
+        assert not any(request.suspect for request in self._aboard()) or not self.apart
+
+    def _aboard(self) -> list[InFlightRequest]:
+        """The serving engine's requests."""
+        every = self._submitted.values()
+        return [request for request in every if not self.apart or request is not self._on_trial]
+
+    def _all_wait(self) -> None:
+        for request in self._aboard():
+            self._withdraw(request)
+        submitted = {request.request_id for request in self._submitted.values()}
+        # In order of arrival.
+        self._waiting = {key: r for key, r in self._requests.items() if key not in submitted}
 
     def _withdraw(self, request: InFlightRequest) -> None:
         if request.submission_id is not None:
@@ -142,11 +191,3 @@ class CrashRecovery:
             request.submission_id = None
         if self._on_trial is request:
             self._on_trial = None
-
-    def _waiting_suspects(self) -> list[InFlightRequest]:
-        return [request for request in self._waiting.values() if self._is_suspect(request)]
-
-    def _is_suspect(self, request: InFlightRequest) -> bool:
-        if request.deaths >= self._max_deaths:
-            return True
-        return request.deaths >= self._suspect_at and not request.cleared

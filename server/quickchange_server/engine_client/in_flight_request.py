@@ -22,6 +22,9 @@ from quickchange_server.errors import (
 )
 from quickchange_server.protocol import Delta, Submit
 
+TELLING_TOKENS = 4
+TELLING_DRAFTED_TOKENS = 20
+
 # A sequence's index in its request, and its next delta or the error that ended it.
 Mail = tuple[int, Delta | QuickchangeError]
 
@@ -48,8 +51,9 @@ class InFlightRequest:
         self.metrics = metrics
         self.emitted: list[int] = []
         self.submission_id: str | None = None
-        self.deaths = 0  # engines that died while they ran it
-        self.cleared = False  # has run, alone, past the point of the last death
+        self.begun = False  # the engine that has it has begun to work on it
+        self.deaths = 0  # engines that died while they had it, since it last got on
+        self.suspect = False  # runs alone, until it has got on or has ended
         self.resumed_at = 0  # len(emitted) at the last submission
         self.finished = False
         self.submissions = 0
@@ -67,9 +71,24 @@ class InFlightRequest:
         """Tokens emitted since the last submission."""
         return len(self.emitted) - self.resumed_at
 
+    @property
+    def telling(self) -> int:
+        """Tokens whose emission tells that it is past a certain point.
+
+        An engine is at most one step ahead of the tokens received, and a step emits one token and
+        the accepted drafts, whose number differs from run to run.
+        """
+        return TELLING_TOKENS if self.submit.drafting is None else TELLING_DRAFTED_TOKENS
+
+    @property
+    def is_new(self) -> bool:
+        """True while it may be at its first steps."""
+        return len(self.emitted) < self.telling
+
     def next_submission(self) -> Submit:
         """A submission that continues exactly where the stream stands, with a new id."""
         self.submissions += 1
+        self.begun = False
         self.resumed_at = len(self.emitted)
         again = f"/{self.submissions}" if self.submissions > 1 else ""
         self.submission_id = self.request_id + again

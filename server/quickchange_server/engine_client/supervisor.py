@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 from quickchange_server.config import Settings
 from quickchange_server.engine_client.channel import Death, EngineChannel, EngineMain
 from quickchange_server.errors import EngineFailedError
-from quickchange_server.protocol import Begin, Ping, Ready, Report, Shutdown
+from quickchange_server.protocol import Begin, Ping, Prices, Ready, Report, Shutdown
 
 Phase = Literal["starting", "ready", "restarting", "failed", "stopped"]
 
@@ -57,12 +57,15 @@ class Supervisor:
         main: EngineMain,
         listener: EngineListener,
         *,
-        first_backoff_seconds: float = FIRST_BACKOFF_SECONDS,
+        prices: Prices = (),
+        first_backoff_seconds: float | None = None,
     ) -> None:
+        """prices: for the first engine, if they are known."""
         self._settings = settings
         self._main = main
         self._listener = listener
-        self._first_backoff_seconds = first_backoff_seconds
+        self._prices = prices
+        self._first_backoff_seconds = first_backoff_seconds or FIRST_BACKOFF_SECONDS
         self._phase: Phase = "starting"
         self._channel: EngineChannel | None = None
         self._info: Ready | None = None
@@ -138,8 +141,7 @@ class Supervisor:
         """Start an engine and wait until it is ready. Raises EngineFailedError if it ends or
         hangs before that."""
         self._begun_at = asyncio.get_running_loop().time()
-        prices = () if self._info is None else self._info.prices
-        begin = Begin(prices)
+        begin = Begin(self._prices)
         channel = EngineChannel(self._main, self._settings, self._listener.engine_reported, begin)
         self._channel = channel
         first: set[asyncio.Future[Any]] = {channel.ready, channel.ended}
@@ -162,6 +164,7 @@ class Supervisor:
 
     def _started(self, ready: Ready) -> Ready:
         self._info = ready
+        self._prices = ready.prices
         self._ready_at = asyncio.get_running_loop().time()
         self._took = self._ready_at - self._begun_at
         self._phase = "ready"
@@ -200,8 +203,7 @@ class Supervisor:
         """Seconds of silence after which the engine hangs; None: never."""
         if not self._settings.engine_stall_seconds:
             return None
-        prices = () if self._info is None else self._info.prices
-        longest = max((seconds for _, seconds in prices), default=0.0)
+        longest = max((seconds for _, seconds in self._prices), default=0.0)
         return max(self._settings.engine_stall_seconds, STEP_PATIENCE * longest)
 
     def _died(self, death: Death) -> None:

@@ -7,8 +7,11 @@ The API process imports this module too, so torch is loaded only when the engine
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import sys
 from functools import lru_cache
 from itertools import takewhile
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
@@ -31,6 +34,17 @@ def engine_main(connection: Connection, settings: Settings) -> None:
     from quickchange_server.engine.process import main
 
     main(connection, settings, read_tokenizer)
+
+
+def preload() -> None:
+    """Begin to load the engine's modules, in the process from which CPU engines are forked.
+
+    Called before the first engine is started, from a thread or not; without it, each engine loads
+    them itself.
+    """
+    if sys.platform == "linux":
+        multiprocessing.set_forkserver_preload(["quickchange_server.entrypoints.engine_modules"])
+        forkserver.ensure_running()
 
 
 def read_tokenizer(settings: Settings) -> tuple[TokenText | None, ConstraintCompiler | None]:

@@ -18,7 +18,7 @@ from quickchange_server.api.app_state import Services
 from quickchange_server.config import Settings, is_loopback
 from quickchange_server.engine_client.channel import EngineMain
 from quickchange_server.entrypoints.app import create_app
-from quickchange_server.entrypoints.engine_start import engine_main
+from quickchange_server.entrypoints.engine_start import engine_main, preload
 from quickchange_server.entrypoints.http_server import bind, run
 from quickchange_server.errors import QuickchangeError, SettingError
 from quickchange_server.storage import database
@@ -42,6 +42,8 @@ def serve(given: Mapping[str, Any], *, demo: bool, engine: EngineMain = engine_m
     try:
         settings = _settings(with_demo(given) if demo else given)
         look_for_hub(settings.model)
+        if engine is engine_main and settings.device == "cpu":
+            preload()
         with bind(settings) as listener, provisional(settings.database_url) as keep_database:
             say(f"reading {settings.model}")
             database.check(settings.database_url)

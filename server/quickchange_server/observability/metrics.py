@@ -161,6 +161,9 @@ class Metrics:
         self._restarts.inc()
         self._totals.engine_died()
 
+    def trial_died(self) -> None:
+        self._restarts.inc()
+
     def adapter_moved(self, event: AdapterMoved, before: Tier | None) -> None:
         """Count a load or an eviction. `before`: the version's tier before it, if known."""
         if event.reason == "load":
