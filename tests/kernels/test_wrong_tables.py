@@ -77,8 +77,9 @@ def _lowrank(*, embedding: bool) -> Operation:
     }
 
     def call(now: Tables) -> None:
-        used = {name: now[name] for name in ("directory", "pages", "page_kind")}
-        wrong = dataclasses.replace(made, **used)
+        wrong = dataclasses.replace(
+            made, directory=now["directory"], pages=now["pages"], page_kind=now["page_kind"]
+        )
         over = dataclasses.replace(segments, rows=now["rows"], slot=now["slot"])
         y = torch.zeros(ROWS, COLUMNS)
         if embedding:

@@ -11,6 +11,7 @@ from engine_driver import Driver, make_engine, request
 from mixed_peft import TOKENS, served, train
 from peft import LoraConfig, PeftModel
 from tiny_models import make_model
+from transformers import PreTrainedModel
 
 BEHIND = {"modernbert-decoder": "lm_head.dense", "roc_bert": "cls.predictions.transform.dense"}
 IN_LAYERS = {"modernbert-decoder": "q_proj", "roc_bert": "query"}
@@ -39,7 +40,7 @@ def test_a_batch_that_mixes_them_with_other_adapters_equals_peft(
 
 
 @torch.inference_mode()
-def hidden_states(model: torch.nn.Module, prompt: list[int]) -> torch.Tensor:
+def hidden_states(model: PreTrainedModel, prompt: list[int]) -> torch.Tensor:
     """What enters the LM head, row by row."""
     seen: list[torch.Tensor] = []
     hook = model.get_output_embeddings().register_forward_pre_hook(

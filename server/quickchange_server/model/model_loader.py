@@ -109,7 +109,7 @@ def load_model(
         model = load_base(path, dtype=dtype, attn_implementation=paged_attention.NAME)
     except BaseModelError as error:
         raise UnsupportedModelError(f"model: {error}", param="model") from error
-    on_device: nn.Module = model.to(device)  # type: ignore[arg-type]
+    on_device: nn.Module = model.to(device)
     return prepare(on_device.eval(), adapters=adapters, quantization=quantization)
 
 
