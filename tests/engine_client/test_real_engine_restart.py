@@ -7,6 +7,8 @@ import os
 import signal
 from pathlib import Path
 
+import poisoned_engine
+import pytest
 import torch
 from client_support import next_of
 from tiny_models import save_model
@@ -14,6 +16,7 @@ from tiny_models import save_model
 from quickchange_server.config import Settings
 from quickchange_server.engine_client.client import EngineClient
 from quickchange_server.entrypoints.engine_start import engine_main
+from quickchange_server.errors import RequestFailedError
 from quickchange_server.observability.metrics import Metrics
 from quickchange_server.protocol import Component, SamplingParams, Submit
 from quickchange_store.base_model.base_spec import base_spec
@@ -90,21 +93,28 @@ async def collect(settings: Settings, wanted: list[Submit], kills: int) -> list[
         await client.close(drain_seconds=0)
 
 
-def test_streams_survive_kill_9_of_the_engine(tmp_path: Path) -> None:
-    model = save_model("llama", tmp_path / "model")
-    store = Store(tmp_path / "store")
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> tuple[Settings, list[Submit]]:
+    """Settings of an engine on a small model with three adapters, and requests to it."""
+    folder = tmp_path_factory.mktemp("served")
+    model = save_model("llama", folder / "model")
+    store = Store(folder / "store")
     digests = [
         store.add(f"adapter-{rank}", random_adapter(model, rank, seed=rank)).digest
         for rank in (4, 8, 24)
     ]
     settings = Settings(
         model=str(model),
-        store=tmp_path / "store",
+        store=folder / "store",
         kv_cache_bytes=4 << 20,
         threads=1,
         prompt_lookup=False,  # the model has no tokenizer
     )
-    wanted = generations(digests)
+    return settings, generations(digests)
+
+
+def test_streams_survive_kill_9_of_the_engine(served: tuple[Settings, list[Submit]]) -> None:
+    settings, wanted = served
 
     async def scenario() -> None:
         undisturbed = await collect(settings, wanted, kills=0)
@@ -114,3 +124,32 @@ def test_streams_survive_kill_9_of_the_engine(tmp_path: Path) -> None:
         assert len({tuple(tokens) for tokens in undisturbed}) == len(wanted)
 
     asyncio.run(asyncio.wait_for(scenario(), 120))
+
+
+def test_streams_survive_a_request_that_ends_the_real_engine(
+    served: tuple[Settings, list[Submit]],
+) -> None:
+    settings, wanted = served
+
+    async def scenario() -> None:
+        undisturbed = await collect(settings, wanted, kills=0)
+        metrics = Metrics(settings)
+        client = EngineClient(settings, metrics, poisoned_engine.main)
+        await client.start()
+        seen: list[int] = []
+        try:
+            streams = [asyncio.create_task(tokens_of(client, w, seen)) for w in wanted]
+            while len(seen) < len(wanted) * NEW_TOKENS // 4:
+                await asyncio.sleep(0.002)
+            poison = (poisoned_engine.POISON, 1, 2)
+            culprit = Submit("poison", poison, SamplingParams(max_tokens=9), seed=1)
+            with pytest.raises(RequestFailedError, match="SIGSEGV"):
+                await tokens_of(client, culprit, [])
+            assert await asyncio.gather(*streams) == undisturbed
+        finally:
+            await client.close(drain_seconds=0)
+        text = metrics.render()[0].decode()
+        # Each stream once, and the culprit twice.
+        assert f"requests_resubmitted_total {len(wanted) + 2}.0" in text
+
+    asyncio.run(asyncio.wait_for(scenario(), 240))
