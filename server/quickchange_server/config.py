@@ -22,8 +22,8 @@ def default_database(store: Path) -> str:
     return f"sqlite:///{store / 'quickchange.sqlite3'}"
 
 
-def _listed(names: str) -> frozenset[str]:
-    return frozenset(name.strip().lower() for name in names.split(",") if name.strip())
+def _listed(names: str | None) -> frozenset[str]:
+    return frozenset(name.strip().lower() for name in (names or "").split(",") if name.strip())
 
 
 def _check_origins(value: str) -> str:
@@ -131,13 +131,13 @@ class Settings(BaseSettings):
     allow_unauthenticated: bool = Field(
         False, description="listen on an address that is not loopback without asking for keys"
     )
-    allowed_host: str = Field(
-        "",
+    allowed_host: str | None = Field(
+        None,
         description="names, joined by commas, by which the server is reached besides its address "
         "and localhost; where no API key protects, requests under other names are refused",
     )
-    allowed_origin: Origins = Field(
-        "",
+    allowed_origin: Origins | None = Field(
+        None,
         description="origins, joined by commas, whose web pages may use the server "
         "(https://app.example); * for all, only where the server asks for keys",
     )

@@ -46,7 +46,7 @@ def _finish(document: Json) -> None:
     for _, operation in operations_of(document):
         responses = operation["responses"]
         for status, response in list(responses.items()):
-            for content in response["content"].values():
+            for content in response.get("content", {}).values():
                 schema = content["schema"]
                 if schema.get("$ref", "").endswith(f"/{_VALIDATION}"):
                     del responses[status]

@@ -14,7 +14,9 @@ from importlib.resources import files
 
 from fastapi import APIRouter, Request, Response
 
-router = APIRouter(include_in_schema=False)
+from quickchange_server.api.openapi.route_responses import Responses, lorax_errors
+
+router = APIRouter(tags=["page"])
 
 INDEX = "index.html"
 FILES = (
@@ -86,11 +88,26 @@ def _asset(name: str, content: bytes) -> Asset:
 
 def _sender(name: str) -> Callable[[Request], Awaitable[Response]]:
     async def send(request: Request) -> Response:
+        """A file of the page."""
         return assets()[name].answer(request)
 
     return send
 
 
+_ANSWERS: Responses = {
+    200: {"content": {"text/html": {"schema": {"type": "string"}}}},
+    304: {"description": "The client has it"},
+    **lorax_errors(403),  # the path's other method is LoRAX's
+}
+
 # One route per file, so that exactly these need no API key.
 for _path, _name in PATHS.items():
-    router.add_api_route(_path, _sender(_name), methods=["GET"])
+    router.add_api_route(
+        _path,
+        _sender(_name),
+        methods=["GET"],
+        name="page",
+        include_in_schema=_path == "/",  # the path has another method, which is in the document
+        response_class=Response,
+        responses=_ANSWERS,
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -145,7 +146,69 @@ def test_an_upload_without_a_file_or_with_another_one_is_refused(
     (folder / "adapter_model.safetensors").unlink()
     assert "adapter_model.safetensors" in error_of(upload(live, "sql", folder), 400)
     folder = write_peft(tmp_path / "more")
-    error_of(upload(live, "sql", folder, evil=b"x"), 400)
+    for wrong in ("../evil.json", "a/b.json", "..", "x" * 101):
+        refused = upload(live, "sql", folder, **{wrong: b"x"})
+        assert error_of(refused, 400).startswith(f"{wrong}: can't be taken")
+
+
+def test_an_upload_may_have_all_that_lies_beside_an_adapter(live: Live, tmp_path: Path) -> None:
+    folder = write_peft(tmp_path / "sql")
+    beside = ("README.md", ".gitattributes", "LICENSE", "training_args.bin", "optimizer.pt")
+    beside += ("chat_template.jinja", "tokenizer.model", "merges.txt", "events.out.tfevents.1")
+    files = dict.fromkeys(beside, b"x") | {"tokenizer_config.json": b"{}"}
+    assert upload(live, "sql", folder, **files).status_code == 201
+
+
+def test_an_uploaded_pickle_in_place_of_the_weights_is_refused(live: Live, tmp_path: Path) -> None:
+    folder = write_peft(tmp_path / "sql")
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    assert "pickle" in error_of(upload(live, "sql", folder), 400)
+
+
+@pytest.mark.parametrize("failure", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("way", ["upload", "path"])
+def test_a_full_disk_is_the_servers_fault(
+    live: Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: int, way: str
+) -> None:
+    def fail(*_args: Any) -> None:
+        raise OSError(failure, "no space", str(tmp_path / "gone" / "version"))
+
+    monkeypatch.setattr("quickchange_server.adapter_registry.importer.add_adapter", fail)
+    folder = write_peft(tmp_path / "sql")
+    if way == "upload":
+        response = upload(live, "sql", folder)
+    else:
+        response = live.post("/v1/adapters", {"name": "sql", "path": str(folder)})
+    said, error = error_of(response, 507), response.json()["error"]
+    assert (error["param"], error["code"]) == (None, "insufficient_storage")
+    assert "MiB are free" in said
+    assert str(tmp_path) not in said
+
+
+def test_a_store_that_cant_be_written_is_the_servers_fault(
+    live: Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_args: Any) -> None:
+        raise OSError(errno.EROFS, "read-only", str(tmp_path / "store"))
+
+    monkeypatch.setattr("quickchange_server.adapter_registry.importer.add_adapter", fail)
+    body = {"name": "sql", "path": str(write_peft(tmp_path / "sql"))}
+    response = live.post("/v1/adapters", body)
+    assert "can't write its files" in error_of(response, 500)
+    assert response.json()["error"]["param"] is None
+
+
+def test_a_folder_that_cant_be_read_is_the_clients_fault(
+    live: Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_peft(tmp_path / "sql")
+
+    def fail(*_args: Any) -> None:
+        raise PermissionError(errno.EACCES, "no", str(folder / "adapter_config.json"))
+
+    monkeypatch.setattr("quickchange_server.adapter_registry.importer.add_adapter", fail)
+    response = live.post("/v1/adapters", {"name": "sql", "path": str(folder)})
+    assert error_of(response, 400).startswith("path: ")
 
 
 def test_the_base_models_name_is_taken(live: Live, tmp_path: Path) -> None:

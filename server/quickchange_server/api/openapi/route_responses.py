@@ -15,7 +15,7 @@ _REFERENCE = "#/components/schemas/{model}"
 _MEANINGS: Mapping[int, str] = {
     400: "A field is wrong: `param` is its place",
     401: "The server asks for API keys, and there is none or it is not valid",
-    403: "Switched off by a setting, or outside the API key's scope or names",
+    403: "Switched off by a setting, beyond the API key's scope or names, or from a page elsewhere",
     404: "There is no such name, or the API key does not see it",
     409: "The name is taken, or what is to be changed is in use or in another state",
     413: "The body is too large",
@@ -23,6 +23,7 @@ _MEANINGS: Mapping[int, str] = {
     424: "The adapter could not be loaded, or the request ended the engine repeatedly",
     429: "No room, in the queue or in a limit of the API key; see `Retry-After`",
     500: "The engine failed inside the request, or an error that nobody foresaw",
+    507: "A disk of the server is full",
     503: "The server starts, drains or has failed, or its database is away; see `Retry-After`",
 }
 
@@ -37,8 +38,9 @@ def lorax_errors(*statuses: int) -> Responses:
     return {s: {"model": LoraxErrorBody, "description": _MEANINGS[s]} for s in statuses}
 
 
-# A wrong field, no API key, a missing scope, an internal error, an engine that is not ready.
-COMMON_ERRORS = errors(400, 401, 403, 500, 503)
+# A wrong field, no API key, a missing scope or a page of another origin, an internal error, an
+# engine that is not ready, a full disk.
+COMMON_ERRORS = errors(400, 401, 403, 500, 503, 507)
 GENERATION_ERRORS = errors(404, 413, 424, 429)
 
 # A route that does not answer JSON needs response_class=Response, or FastAPI documents its errors
