@@ -233,7 +233,7 @@ class FullDisk:
     def __init__(self, after: int) -> None:
         self.left = after
 
-    def __call__(self, descriptor: int) -> None:
+    def __call__(self, _descriptor: int) -> None:
         self.left -= 1
         if self.left < 0:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
