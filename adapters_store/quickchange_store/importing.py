@@ -10,9 +10,9 @@ from quickchange_store.errors import InvalidAdapterError, UnsupportedFeatureErro
 from quickchange_store.formats.adapterhub.bottleneck import read_adapterhub
 from quickchange_store.formats.config_file import CONFIG_FILE, read_config
 from quickchange_store.formats.imported import Imported
-from quickchange_store.formats.mlx.mlx_lora import is_mlx, read_mlx
 from quickchange_store.formats.peft.ia3 import read_ia3
 from quickchange_store.formats.peft.lora import read_peft
+from quickchange_store.formats.peft.mlx import is_mlx, read_mlx
 from quickchange_store.formats.peft.peft_common import WEIGHTS_FILE
 from quickchange_store.formats.turbo.heads_reader import read_heads
 from quickchange_store.index import Version

@@ -10,8 +10,8 @@ from quickchange_store.canonical.canonical_adapter import BaseSpec
 from quickchange_store.errors import InvalidAdapterError
 from quickchange_store.formats.adapterhub import bottleneck
 from quickchange_store.formats.config_file import BASE_NAME, other_base, read_config
-from quickchange_store.formats.mlx.mlx_lora import MLX_FILE
 from quickchange_store.formats.peft import peft_common
+from quickchange_store.formats.peft.mlx import MLX_FILE
 from quickchange_store.formats.tensors import PICKLES, AdapterTensors, refuse_pickle
 from quickchange_store.formats.turbo.medusa import HEADS_KEYS, is_vllm, read_medusa
 from quickchange_store.formats.turbo.turbo_common import (

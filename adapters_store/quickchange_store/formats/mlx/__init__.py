@@ -1,1 +1,0 @@
-"""MLX-LM's adapters."""
