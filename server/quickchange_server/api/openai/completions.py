@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import uuid
 from collections.abc import AsyncGenerator, Sequence
@@ -241,7 +242,10 @@ async def chat_completions(
 ) -> Response:
     """Answer a chat."""
     order = request_selection.select(services, caller, body, request.headers)
-    order, calls = with_tools(services.text, order)
+    if body.tools:  # the checks of their schemas may take long
+        order, calls = await asyncio.to_thread(with_tools, services.text, order)
+    else:
+        order, calls = with_tools(services.text, order)
     body = order.body
     prompt = await services.text.encode_chat(
         lambda: [message.for_template() for message in body.messages],

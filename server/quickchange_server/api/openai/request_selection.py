@@ -6,6 +6,7 @@ is the rest.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import random
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from typing import Any, Generic, TypeVar
 from quickchange_server.adapter_registry.resolver import Selection, WeightedName
 from quickchange_server.adapter_registry.visibility import Sees, everything
 from quickchange_server.api.app_state import Services
-from quickchange_server.api.openai.requests import GenerationRequest
+from quickchange_server.api.openai.requests import Constrained, GenerationRequest
 from quickchange_server.api.openai.text_constraints import asked
 from quickchange_server.errors import AdapterFailedError, InvalidRequestError, QuickchangeError
 from quickchange_server.experiments.assignment import assign, subject_of
@@ -208,7 +209,7 @@ async def admit(
         prompt_param=prompt_param,
         candidates=body.candidates,
         default_tokens=default_tokens,
-        constraint=order.demanded or asked(body),
+        constraint=order.demanded or await _asked(body),
         scored_alike=body.stream,  # each streamed choice begins with its prompt's log-probabilities
         derive=order.derive,
         assignment=order.assignment,
@@ -229,6 +230,12 @@ async def admit(
         beside = partial(again, order=shadow, request_id=f"{request_id}.{number}")
         services.shadows.start(assignment, order.shadow_limit, beside)
     return generation
+
+
+async def _asked(body: Constrained) -> Asked | None:
+    """The body's constraint, looked for on a thread: the checks of a large schema take long."""
+    constrained = any(getattr(body, name) is not None for name in Constrained.model_fields)
+    return await asyncio.to_thread(asked, body) if constrained else None
 
 
 def _submit(
