@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 from http_support import expected_text, make_adapter, wait_until
 from text_support import CHAT_TEMPLATE, byte_tokenizer
@@ -119,7 +120,8 @@ def test_a_signal_while_the_engine_starts_is_one_line_and_the_shells_status(
         assert process.stderr is not None
         while "starting the engine" not in process.stderr.readline():
             pass
-        wait_until(lambda: (tmp_path / "new").exists())
+        wait_until(lambda: bool(psutil.Process(process.pid).children()))  # the engine's
+        assert (tmp_path / "new").exists()
         process.send_signal(received)
         _, errors = process.communicate(timeout=LIMIT_SECONDS)
     assert process.returncode == 128 + received

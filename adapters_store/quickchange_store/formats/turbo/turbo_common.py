@@ -89,7 +89,7 @@ def count(config: Mapping[str, Any], names: tuple[str, ...], default: int | None
     name = next((name for name in names if config.get(name) is not None), names[0])
     value = config.get(name)
     value = default if value is None else value
-    if not is_index(value) or not 1 <= value <= MAX_HEADS:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MAX_HEADS:
         raise InvalidAdapterError(
             f"{value!r} is not a whole number from 1 to {MAX_HEADS}",
             file=HEADS_CONFIG_FILE,
