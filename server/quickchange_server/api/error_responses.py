@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from shutil import disk_usage
 from typing import Any
@@ -155,14 +155,14 @@ def from_validation(errors: list[Any], body: Any = None) -> InvalidRequestError:
     return InvalidRequestError(f"{param}: {_sentence(first)}", param=param)
 
 
-def _informative(errors: list[Any], body: Any) -> Mapping[str, Any]:
+def _informative(errors: Sequence[Mapping[str, Any]], body: Any) -> Mapping[str, Any]:
     """The first error, or the deepest at the same place: that of the union's branch that was
     meant."""
     if body is None:
-        return errors[0]  # type: ignore[no-any-return]
+        return errors[0]
     place = _path(errors[0], body)
     same = [each for each in errors if _path(each, body)[: len(place)] == place]
-    return max(same, key=lambda each: len(_path(each, body)))  # type: ignore[no-any-return]
+    return max(same, key=lambda each: len(_path(each, body)))
 
 
 def _path(finding: Mapping[str, Any], body: Any) -> list[str | int]:

@@ -113,7 +113,8 @@ class JsonRoute(APIRoute):
         handle = super().get_route_handler()
         if self.body_field is None:
             return handle
-        kind: TypeAdapter[Any] = TypeAdapter(self.body_field.field_info.annotation)
+        annotation: Any = self.body_field.field_info.annotation
+        kind: TypeAdapter[Any] = TypeAdapter(annotation)
 
         async def handle_checked(request: Request) -> Response:
             return await handle(_JsonRequest(request.scope, request.receive, kind))
