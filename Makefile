@@ -3,11 +3,12 @@ PYTHON ?= python3
 PORT ?= 8000
 VENV := .venv
 BIN := $(VENV)/bin
+MINUTES ?= 30
 STAMP := $(VENV)/.installed
 # ends whatever a run of tests has started, however the run ends
 WHOLE := $(BIN)/python tests/support/whole_tree.py
 
-.PHONY: serve test test-main test-interpreted test-compiled slow check lint map format clean
+.PHONY: serve test test-main test-interpreted test-compiled slow soak check lint map format clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@echo "quickchange: installing into $(VENV), once: PyTorch (minutes on a slow network) …"
@@ -35,6 +36,10 @@ test-compiled: $(STAMP)
 
 slow: $(STAMP)
 	$(WHOLE) $(BIN)/python -m pytest -m slow
+
+# everything at once for MINUTES, the engine killed and stopped: what is lost, what is left
+soak: $(STAMP)
+	$(WHOLE) $(BIN)/quickchange bench soak --minutes $(MINUTES)
 
 check: lint test
 
