@@ -7,13 +7,14 @@ import os
 from huggingface_hub import InferenceClient
 
 URL, MODEL, ADAPTER = (os.environ[name] for name in ("URL", "MODEL", "ADAPTER"))
-client = InferenceClient(base_url=URL, timeout=120)  # it names "dummy" as the model
+client = InferenceClient(base_url=URL, timeout=300)  # it names "dummy" as the model
 ASK = [{"role": "user", "content": "Order a small hose."}]
 SCHEMA = {
     "$defs": {"size": {"enum": ["small", "large"]}},
     "type": "object",
     "properties": {"size": {"$ref": "#/$defs/size"}},
     "required": ["size"],
+    "additionalProperties": False,
 }
 TOOL = {"type": "function", "function": {"name": "order", "parameters": SCHEMA}}
 

@@ -6,23 +6,28 @@ from typing import Literal
 
 import instructor
 import openai
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 URL, MODEL, ADAPTER = (os.environ[name] for name in ("URL", "MODEL", "ADAPTER"))
 
 
+CLOSED = ConfigDict(extra="forbid")  # a small model goes on where properties are left open
+
+
 class Line(BaseModel):
+    model_config = CLOSED
     product: Literal["hose", "lock"]
     size: Literal["small", "large"]
 
 
 class Order(BaseModel):
+    model_config = CLOSED
     first: Line
     second: Line | None = None
 
 
 ASK = {"messages": [{"role": "user", "content": "Order a small hose."}], "max_tokens": 200}
-server = openai.OpenAI(base_url=f"{URL}/v1", api_key="none", max_retries=0, timeout=120)
+server = openai.OpenAI(base_url=f"{URL}/v1", api_key="none", max_retries=0, timeout=300)
 client = instructor.from_openai(server)
 for model in (MODEL, ADAPTER):
     order = client.chat.completions.create(model=model, response_model=Order, max_retries=0, **ASK)

@@ -7,13 +7,17 @@ from typing import Literal
 import openai
 from langchain_core.messages import HumanMessage, ToolMessage
 from langchain_openai import ChatOpenAI, OpenAI, OpenAIEmbeddings
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 URL, MODEL, ADAPTER = (os.environ[name] for name in ("URL", "MODEL", "ADAPTER"))
 SERVER = {"base_url": f"{URL}/v1", "api_key": "none", "max_retries": 0}
 
 
+CLOSED = ConfigDict(extra="forbid")  # a small model goes on where properties are left open
+
+
 class Line(BaseModel):
+    model_config = CLOSED
     product: Literal["hose", "lock"]
     size: Literal["small", "large"]
 
@@ -21,6 +25,7 @@ class Line(BaseModel):
 class Order(BaseModel):
     """Place an order."""
 
+    model_config = CLOSED
     first: Line = Field(description="what is needed most")
     second: Line | None = None
 

@@ -9,12 +9,16 @@ from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.prompts import PromptTemplate
 from llama_index.core.tools import FunctionTool
 from llama_index.llms.openai_like import OpenAILike
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 URL, MODEL, ADAPTER = (os.environ[name] for name in ("URL", "MODEL", "ADAPTER"))
 
 
+CLOSED = ConfigDict(extra="forbid")  # a small model goes on where properties are left open
+
+
 class Line(BaseModel):
+    model_config = CLOSED
     product: Literal["hose", "lock"]
     size: Literal["small", "large"]
 
@@ -22,6 +26,7 @@ class Line(BaseModel):
 class Order(BaseModel):
     """An order."""
 
+    model_config = CLOSED
     first: Line
     second: Line | None = None
 

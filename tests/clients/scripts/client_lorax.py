@@ -9,12 +9,13 @@ from lorax import AsyncClient, Client
 from lorax.types import MergedAdapters
 
 URL, MODEL, ADAPTER = (os.environ[name] for name in ("URL", "MODEL", "ADAPTER"))
-client = Client(URL, timeout=120)
+client = Client(URL, timeout=300)
 SCHEMA = {
     "$defs": {"size": {"enum": ["small", "large"]}},
     "type": "object",
     "properties": {"size": {"$ref": "#/$defs/size"}},
     "required": ["size"],
+    "additionalProperties": False,
 }
 
 for adapter in (None, ADAPTER):
@@ -23,12 +24,12 @@ for adapter in (None, ADAPTER):
     events = list(client.generate_stream("Once upon a time", adapter_id=adapter, max_new_tokens=8))
     assert "".join(event.token.text for event in events) == answer.generated_text, events
     assert events[-1].generated_text == answer.generated_text, events[-1]
-mixed = MergedAdapters(ids=[ADAPTER], weights=[1.0], merge_strategy="linear")
+mixed = MergedAdapters(ids=[ADAPTER], weights=[1.0], merge_strategy="linear", density=1.0)
 assert (
     client.generate("Once upon a time", merged_adapters=mixed, max_new_tokens=8).generated_text
     == answer.generated_text
 )
-asked = AsyncClient(URL, timeout=120).generate("Once", adapter_id=ADAPTER, max_new_tokens=4)
+asked = AsyncClient(URL, timeout=300).generate("Once", adapter_id=ADAPTER, max_new_tokens=4)
 assert asyncio.run(asked).generated_text
 
 text = client.generate(

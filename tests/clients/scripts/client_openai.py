@@ -8,7 +8,7 @@ import openai
 from pydantic import BaseModel
 
 URL, MODEL, ADAPTER = (os.environ[name] for name in ("URL", "MODEL", "ADAPTER"))
-client = openai.OpenAI(base_url=f"{URL}/v1", api_key="none", max_retries=0, timeout=120)
+client = openai.OpenAI(base_url=f"{URL}/v1", api_key="none", max_retries=0, timeout=300)
 
 
 class Line(BaseModel):
@@ -68,9 +68,7 @@ with client.chat.completions.stream(
     tool_choice="required",
     max_tokens=200,
 ) as stream:
-    names = [event.type for event in stream]
-    answer = stream.get_final_completion()
-assert "tool_calls.function.arguments.done" in names, names
+    answer = stream.until_done().get_final_completion()
 (call,) = answer.choices[0].message.tool_calls
 assert isinstance(call.function.parsed_arguments, Order), call
 

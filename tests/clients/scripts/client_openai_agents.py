@@ -15,19 +15,24 @@ from agents import (
     set_tracing_disabled,
 )
 from agents.exceptions import MaxTurnsExceeded
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 URL, MODEL, ADAPTER = (os.environ[name] for name in ("URL", "MODEL", "ADAPTER"))
 set_tracing_disabled(True)
-client = openai.AsyncOpenAI(base_url=f"{URL}/v1", api_key="none", max_retries=0, timeout=120)
+client = openai.AsyncOpenAI(base_url=f"{URL}/v1", api_key="none", max_retries=0, timeout=300)
+
+
+CLOSED = ConfigDict(extra="forbid")  # a small model goes on where properties are left open
 
 
 class Line(BaseModel):
+    model_config = CLOSED
     product: Literal["hose", "lock"]
     size: Literal["small", "large"]
 
 
 class Order(BaseModel):
+    model_config = CLOSED
     first: Line
     second: Line | None
 

@@ -6,7 +6,7 @@ import { zodFunction, zodResponseFormat } from "openai/helpers/zod";
 import { z } from "zod";
 
 const { URL: url, MODEL, ADAPTER } = process.env;
-const client = new OpenAI({ baseURL: `${url}/v1`, apiKey: "none", maxRetries: 0, timeout: 120_000 });
+const client = new OpenAI({ baseURL: `${url}/v1`, apiKey: "none", maxRetries: 0, timeout: 300_000 });
 const Line = z
   .object({ product: z.enum(["hose", "lock"]), size: z.enum(["small", "large"]) })
   .meta({ id: "Line" });
@@ -33,9 +33,9 @@ for (const tool_choice of ["required", { type: "function", function: { name: "or
   const [call] = answer.choices[0].message.tool_calls;
   Order.parse(call.function.parsed_arguments);
 }
-const auto = await client.chat.completions.parse({ ...ask, tools: [tool] });
+const auto = await client.chat.completions.create({ ...ask, tools: [tool], max_tokens: 40 });
 for (const call of auto.choices[0].message.tool_calls ?? [])
-  Order.parse(call.function.parsed_arguments);
+  Order.parse(JSON.parse(call.function.arguments));
 
 const orders = [];
 const runner = client.chat.completions.runTools(

@@ -5,7 +5,7 @@ import asyncio
 import os
 from typing import Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 from pydantic_ai import Agent, NativeOutput
 from pydantic_ai.exceptions import ModelHTTPError, UsageLimitExceeded
 from pydantic_ai.models.openai import OpenAIChatModel
@@ -16,12 +16,17 @@ URL, MODEL, ADAPTER = (os.environ[name] for name in ("URL", "MODEL", "ADAPTER"))
 provider = OpenAIProvider(base_url=f"{URL}/v1", api_key="none")
 
 
+CLOSED = ConfigDict(extra="forbid")  # a small model goes on where properties are left open
+
+
 class Line(BaseModel):
+    model_config = CLOSED
     product: Literal["hose", "lock"]
     size: Literal["small", "large"]
 
 
 class Order(BaseModel):
+    model_config = CLOSED
     first: Line
     second: Line | None = None
 
@@ -38,9 +43,10 @@ async def main():
         async with agent(model, 12).run_stream("Name a colour.") as stream:
             pieces = [piece async for piece in stream.stream_text(delta=True)]
         assert "".join(pieces) == answer, (pieces, answer)
-        for kind in (Order, NativeOutput(Order)):
-            order = (await agent(model, output_type=kind).run("Order a small hose.")).output
-            assert isinstance(order, Order), order
+
+    for kind in (Order, NativeOutput(Order)):
+        order = (await agent(ADAPTER, output_type=kind).run("Order a small hose.")).output
+        assert isinstance(order, Order), order
 
     async with agent(ADAPTER, output_type=Order).run_stream("Order a small hose.") as stream:
         assert isinstance(await stream.get_output(), Order)
