@@ -29,7 +29,7 @@ SCRIPTS = sorted((Path(__file__).parent / "scripts").glob("client_*"))
 MARK = "requires: "
 ADAPTER = "tuned"
 INSTALL_SECONDS = 300
-SCRIPT_SECONDS = 300
+SCRIPT_SECONDS = 600
 
 
 @pytest.fixture(scope="module")

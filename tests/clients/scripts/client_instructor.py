@@ -38,7 +38,6 @@ Order.model_validate(parts[-1].model_dump())
 for mode in (
     instructor.Mode.TOOLS_STRICT,
     instructor.Mode.JSON_SCHEMA,
-    instructor.Mode.JSON,
 ):
     client = instructor.from_openai(server, mode=mode)
     order = client.chat.completions.create(
