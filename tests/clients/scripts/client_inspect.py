@@ -1,4 +1,4 @@
-# requires: inspect-ai==0.3.285 openai==2.54.0
+# requires: inspect-ai==0.3.285 openai==3.57.0
 """inspect-ai: evaluations by openai-api/, with its tools, a tool's choice and typed answers."""
 
 import asyncio
