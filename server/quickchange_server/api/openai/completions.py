@@ -133,14 +133,13 @@ async def streamed(
     opened: set[int] = set()
     async with aclosing(answer.generation.pieces()) as pieces:
         async for index, piece in pieces:
-            choices = [answer.shape.chunk(index, piece)]
+            choices = answer.shape.chunks(index, piece)
             if index not in opened:
                 opened.add(index)
-                choices.insert(0, answer.shape.opening(index))
+                choices = [*answer.shape.opening(index), *choices]
             usage = {"usage": answer.usage if continuous_usage else None} if include_usage else {}
             for choice in choices:
-                if choice is not None:
-                    yield event({**envelope, "choices": [choice], **usage})
+                yield event({**envelope, "choices": [choice], **usage})
     if include_usage:
         yield event({**envelope, "choices": [], "usage": answer.usage})
     await answer.generation.account.settled()

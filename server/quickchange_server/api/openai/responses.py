@@ -68,12 +68,12 @@ class Shape(ABC):
         """A complete choice."""
 
     @abstractmethod
-    def chunk(self, index: int, piece: Piece) -> Json | None:
-        """A streamed event's choice: what one piece adds; None: nothing that could be told."""
+    def chunks(self, index: int, piece: Piece) -> list[Json]:
+        """The choices of the events that tell what one piece adds; none if it adds nothing."""
 
-    def opening(self, _index: int) -> Json | None:
-        """The first event of a choice, before its first piece; None: there is none."""
-        return None
+    def opening(self, _index: int) -> list[Json]:
+        """The choices of the events before a choice's first piece."""
+        return []
 
 
 class ChatShape(Shape):
@@ -92,22 +92,23 @@ class ChatShape(Shape):
             "finish_reason": ending,
         }
 
-    def opening(self, index: int) -> Json:
+    def opening(self, index: int) -> list[Json]:
         delta = {"role": "assistant", "content": ""}
-        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+        return [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}]
 
-    def chunk(self, index: int, piece: Piece) -> Json | None:
-        return self._delta(index, piece, {"content": piece.text} if piece.text else {})
+    def chunks(self, index: int, piece: Piece) -> list[Json]:
+        return self._deltas(index, piece, {"content": piece.text} if piece.text else {})
 
-    def _delta(self, index: int, piece: Piece, delta: Json) -> Json | None:
+    def _deltas(self, index: int, piece: Piece, delta: Json) -> list[Json]:
         if not delta and not piece.tokens and piece.ending is None:
-            return None
-        return {
+            return []
+        shown = {
             "index": index,
             "delta": delta,
             "logprobs": self._content(piece.tokens),
             "finish_reason": piece.ending,
         }
+        return [shown]
 
     def _content(self, tokens: Sequence[LoggedToken]) -> Json | None:
         if not self._logprobs:
@@ -143,8 +144,8 @@ class CompletionShape(Shape):
             "finish_reason": ending,
         }
 
-    def chunk(self, index: int, piece: Piece) -> Json:
-        return self.choice(index, piece.text, piece.tokens, piece.ending)
+    def chunks(self, index: int, piece: Piece) -> list[Json]:
+        return [self.choice(index, piece.text, piece.tokens, piece.ending)]
 
     def _lists(self, tokens: Sequence[LoggedToken]) -> Json | None:
         if not self._logprobs:
@@ -224,18 +225,18 @@ class PromptShape(CompletionShape):
             written["prompt_logprobs"] = self._by_token(scores, self._body.prompt_logprobs)
         return written
 
-    def chunk(self, index: int, piece: Piece) -> Json:
+    def chunks(self, index: int, piece: Piece) -> list[Json]:
         tokens = self._behind(self._prompts[index // self._body.n], piece.tokens)
-        return super().choice(index, piece.text, tokens, piece.ending)
+        return [super().choice(index, piece.text, tokens, piece.ending)]
 
-    def opening(self, index: int) -> Json | None:
+    def opening(self, index: int) -> list[Json]:
         if not self._body.echo:
-            return None
+            return []
         prompt = self._prompts[index // self._body.n]
         written = super().choice(index, prompt.text, (), None)
         if written["logprobs"] is not None:
             written["logprobs"] = self._prompt_lists(prompt, self._choices[index].prompt_logprobs)
-        return written
+        return [written]
 
     def _behind(self, prompt: PromptReport, tokens: Sequence[LoggedToken]) -> Sequence[LoggedToken]:
         """The tokens of a choice, with offsets that count the echoed prompt."""
@@ -292,16 +293,21 @@ class ToolChatShape(ChatShape):
             shown["finish_reason"] = _reason(ending)
         return shown
 
-    def chunk(self, index: int, piece: Piece) -> Json | None:
+    def chunks(self, index: int, piece: Piece) -> list[Json]:
         stream = self._stream(index)
         content, calls = stream.push(piece.text, final=piece.ending is not None)
         delta: Json = {"content": content} if content else {}
         if calls:
             delta["tool_calls"] = [{"index": n, **_call(call)} for n, call in calls]
-        shown = self._delta(index, piece, delta)
-        if shown is not None and stream.sent:
-            shown["finish_reason"] = _reason(piece.ending)
-        return shown
+        shown = self._deltas(index, piece, delta)
+        if piece.ending is None or not stream.sent:
+            return shown
+        if not calls:
+            return [{**shown[0], "finish_reason": _reason(piece.ending)}]
+        # OpenAI's client counts a call as finished only if an event follows it.
+        last: Json = {"index": index, "delta": {}, "logprobs": None}
+        last["finish_reason"] = _reason(piece.ending)
+        return [{**shown[0], "finish_reason": None}, last]
 
     def _stream(self, index: int) -> _Stream:
         return self._streams.setdefault(index, _Stream(self._reader(), self._most))

@@ -73,6 +73,8 @@ class ToolChoice(Body):
             return {"type": value}
         if not isinstance(value, dict):
             raise PydanticCustomError("tool_choice", _CHOICES)
+        if "type" not in value and value.get("function") is not None:
+            value = {"type": "function", **value}  # huggingface_hub's own class has no type
         if value.get("type") == "function" and value.get("function") is None:
             raise PydanticCustomError("missing", "is required", {"field": "function"})
         return value
@@ -84,7 +86,7 @@ class ToolChoice(Body):
         """The JSON schema: a string, or OpenAI's object."""
         schema = handler(core)
         own = handler.resolve_ref_schema(schema)
-        chosen = {**own, "required": ["type", "function"]}
+        chosen = {**own, "required": ["function"]}
         own.clear()
         own |= {"anyOf": [{"type": "string", "enum": list(_MODES)}, chosen]}
         return schema
