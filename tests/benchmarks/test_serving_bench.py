@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+from http_support import live_server
 from typer.testing import CliRunner
 
 from quickchange_bench import report_tables
@@ -222,10 +223,11 @@ def test_a_bad_option_is_refused_by_name(option: str, value: str) -> None:
 
 
 def test_a_run_in_which_all_fails_ends_with_an_error(tmp_path: Path) -> None:
-    answer = bench(
-        "serving", "--url", f"http://127.0.0.1:{free_port()}", "--concurrency", "1",
-        "--repeat", "1", "--out", str(tmp_path / "failed.json"),
-    )  # fmt: skip
+    with live_server(tmp_path / "store") as live:
+        answer = bench(
+            "serving", "--url", live.url, "--model", "not-there", "--concurrency", "1",
+            "--repeat", "1", "--out", str(tmp_path / "failed.json"),
+        )  # fmt: skip
     assert answer.exit_code == 1
     assert "every request failed" in answer.output
 

@@ -142,7 +142,7 @@ def test_stop_tokens_are_told_and_left_out_of_the_text(llm: LLM, models: LlmMode
 
 
 def test_the_end_of_the_sequence_ends_it_unless_ignored(llm: LLM) -> None:
-    bias = {END: 1000.0}
+    bias = {END: 100.0}
     (ended,) = llm.generate("Hello", SamplingParams(temperature=0.0, logit_bias=bias))[0].outputs
     assert (ended.text, ended.token_ids, ended.stop_reason) == ("", [END], None)
     assert ended.finish_reason == "stop"
@@ -366,9 +366,9 @@ def test_the_temporary_store_goes_with_the_engine(
         ),
         (
             ["a"],
-            {"params": SamplingParams(logit_bias={-1: 1.0})},
+            {"params": SamplingParams(logit_bias={97: 1.0})},
             InvalidRequestError,
-            "logit_bias: token id -1",
+            "logit_bias: token id 97",
         ),
         (
             ["a"],

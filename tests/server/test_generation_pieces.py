@@ -145,16 +145,21 @@ def test_a_request_is_admitted_whole_or_not_at_all(tmp_path: Path) -> None:
     journal = tmp_path / "journal"
 
     async def scenario() -> None:
-        async with client_of(Behaviour(journal=journal), max_queue=3) as client:
+        async with client_of(Behaviour(journal=journal), max_queue=4) as client:
+            others = [client.generate([generation(f"o-{i}", LONG)]) for i in range(3)]
             with pytest.raises(QueueFullError):
-                client.generate([generation(f"r-{i}") for i in range(4)])
-            assert client.in_flight == 0
+                client.generate([generation(f"r-{i}") for i in range(2)])
+            assert client.in_flight == 3
+            for other in others:
+                other.close()
+            await until(lambda: len(entries(journal, "Cancel")) == 3)
             taken = client.generate([generation("a", LONG)])
             with pytest.raises(ValueError, match="already in flight"):
                 client.generate([generation("b"), generation("a")])
             assert client.in_flight == 1
             taken.close()
-            await until(lambda: len(entries(journal, "Cancel")) == 1)
-        assert [entry["request_id"] for entry in entries(journal, "Submit")] == ["a"]
+            await until(lambda: len(entries(journal, "Cancel")) == 4)
+        submitted = [entry["request_id"] for entry in entries(journal, "Submit")]
+        assert submitted == ["o-0", "o-1", "o-2", "a"]
 
     run(scenario())

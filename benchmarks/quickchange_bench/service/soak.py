@@ -174,7 +174,7 @@ class Soak:
     async def _prepare(self) -> None:
         """Adapters, an alias, an experiment and keys."""
         for name in self._folders:
-            await self._add(name)
+            await self._call("POST", "/v1/adapters", self._added(name))
         first, second = self._options.names[:2]
         await self._call("PUT", f"/v1/aliases/{ALIAS}", {"target": first})
         variants = [
@@ -235,9 +235,9 @@ class Soak:
             stayed = moves == [self._moves[name] for name in wanted.names]
             self._count(wanted, answer, reference, tenant, there=stayed and not _odd(moves))
             if wanted.body["model"] == EXPERIMENT and answer.tokens is not None:
-                told = {"name": "liked", "unit": wanted.body["user"], "value": rng.random() < 0.5}
+                told = {"name": "liked", "unit": wanted.body["user"], "value": rng.randrange(2)}
                 path = f"/v1/experiments/{EXPERIMENT}/outcomes"
-                await self._call("POST", path, told, self._keys[tenant])
+                await self._try("POST", path, told, self._keys[tenant])
                 self.tally.counts["outcomes told"] += 1
 
     def _count(
@@ -271,9 +271,9 @@ class Soak:
         while time.monotonic() < end:
             name = self._rng.choice(names)
             self._moves[name] += 1
-            await self._call("DELETE", f"/v1/adapters/{name}")
+            await self._try("DELETE", f"/v1/adapters/{name}")
             await asyncio.sleep(CHURN_SECONDS * self._rng.random())
-            await self._add(name)
+            await self._try("POST", "/v1/adapters", self._added(name))
             self._moves[name] += 1
             self.tally.counts["adapters taken away and brought back"] += 1
             await asyncio.sleep(CHURN_SECONDS)
@@ -286,7 +286,7 @@ class Soak:
             answer = await ask(self._http, wanted, made["secret"])
             if answer.status != 200:
                 self.tally.fault(f"a new key got {answer}")
-            await self._call("DELETE", f"/v1/keys/{made['id']}")
+            await self._try("DELETE", f"/v1/keys/{made['id']}")
             answer = await ask(self._http, wanted, made["secret"])
             if answer.status != 401:
                 self.tally.fault(f"a revoked key got {answer.status}")
@@ -387,8 +387,8 @@ class Soak:
 
     # --- calls ----------------------------------------------------------------------------------
 
-    async def _add(self, name: str) -> None:
-        await self._call("POST", "/v1/adapters", {"name": name, "path": str(self._folders[name])})
+    def _added(self, name: str) -> dict[str, str]:
+        return {"name": name, "path": str(self._folders[name])}
 
     async def _make_key(self, tenant: str) -> dict[str, Any]:
         return await self._call("POST", "/v1/keys", {"tenant": tenant, "names": ["*"]})
@@ -399,6 +399,13 @@ class Soak:
             if line.startswith(f"quickchange_{name} "):
                 return float(line.rsplit(" ", 1)[1])
         raise RuntimeError(f"/metrics has no quickchange_{name}")
+
+    async def _try(self, method: str, path: str, body: Any = None, key: str | None = None) -> None:
+        """As `_call`; a refusal is a fault, and the soak goes on."""
+        try:
+            await self._call(method, path, body, key)
+        except (RuntimeError, httpx.HTTPError) as error:
+            self.tally.fault(str(error))
 
     async def _call(
         self, method: str, path: str, body: Any = None, key: str | None = None

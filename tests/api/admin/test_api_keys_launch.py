@@ -128,6 +128,7 @@ def test_list_rotate_and_revoke(tmp_path: Path) -> None:
 def test_a_mistake_is_one_line_and_status_1(
     tmp_path: Path, arguments: tuple[str, ...], said: str
 ) -> None:
+    keys(tmp_path, "create", "--tenant", "acme", "--names", "*")
     result = keys(tmp_path, *arguments, code=1)
     assert said in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1

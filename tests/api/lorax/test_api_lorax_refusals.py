@@ -138,7 +138,8 @@ def test_an_adapter_that_is_not_there_gets_424_and_how_to_add_it(live: Live, sou
         assert response.status_code == 424
         assert response.json()["error_type"] == "generation"
         said = response.json()["error"]
-        assert said.startswith(f"Request failed during generation: adapter_id: the model '{name}'")
+        assert said.startswith("Request failed during generation: adapter_id: there is no")
+        assert f"'{name}'" in said
         assert f"nothing is fetched from '{source}'" in said
         assert "quickchange adapters add" in said
 
