@@ -8,6 +8,7 @@ import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isclose
 from typing import Any
 
 import httpx
@@ -18,6 +19,7 @@ from quickchange_bench.load.workload import Uniform, Workload
 
 EXPERIMENT, ALIAS = "soak-trial", "soak-alias"
 USERS = tuple(f"user {k}" for k in range(8))  # of the experiment, its variants by turns
+ROUNDING = 1e-6  # by which an embedding of unit length may differ
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -52,6 +54,7 @@ class SoakAnswer:
     gap: float = 0.0  # the longest silence within the answer, in seconds
     started: float = 0.0
     ended: float = 0.0
+    vector: tuple[float, ...] = ()  # of an embedding
 
     def fault(self, reference: SoakAnswer) -> str | None:
         """What is wrong with it beside the undisturbed answer, in words; None if nothing."""
@@ -60,6 +63,9 @@ class SoakAnswer:
         if self.tokens is None:
             pairs = zip(self.texts, reference.texts, strict=False)
             return None if all(whole.startswith(part) for part, whole in pairs) else "other text"
+        pairs = zip(self.vector, reference.vector, strict=True)
+        if not all(isclose(mine, whole, abs_tol=ROUNDING) for mine, whole in pairs):
+            return "another embedding"
         if self.texts != reference.texts:
             return f"other text: {self.texts!r}, not {reference.texts!r}"
         mine, whole = (self.tokens, self.reasons), (reference.tokens, reference.reasons)
@@ -167,9 +173,13 @@ def _whole(status: int, content: bytes, started: float) -> SoakAnswer:
     if status != 200:
         return SoakAnswer(status, error=text[:300], started=started, ended=time.monotonic())
     body = json.loads(text)
-    vectors = json.dumps([item["embedding"] for item in body["data"]])
-    tokens = body["usage"]["prompt_tokens"]
-    return SoakAnswer(status, (vectors,), tokens=tokens, started=started, ended=time.monotonic())
+    return SoakAnswer(
+        status,
+        tokens=body["usage"]["prompt_tokens"],
+        started=started,
+        ended=time.monotonic(),
+        vector=tuple(body["data"][0]["embedding"]),
+    )
 
 
 class _Reader:
