@@ -63,8 +63,8 @@ class SoakAnswer:
         if self.tokens is None:
             pairs = zip(self.texts, reference.texts, strict=False)
             return None if all(whole.startswith(part) for part, whole in pairs) else "other text"
-        pairs = zip(self.vector, reference.vector, strict=True)
-        if not all(isclose(mine, whole, abs_tol=ROUNDING) for mine, whole in pairs):
+        numbers = zip(self.vector, reference.vector, strict=True)
+        if not all(isclose(one, other, abs_tol=ROUNDING) for one, other in numbers):
             return "another embedding"
         if self.texts != reference.texts:
             return f"other text: {self.texts!r}, not {reference.texts!r}"
