@@ -49,6 +49,7 @@ LEAVERS = 0.1  # share of the requests whose reader leaves
 DISTURBANCES = ((0.2, signal.SIGKILL), (0.4, signal.SIGKILL), (0.6, signal.SIGSTOP))
 SETTLE_SECONDS = 120.0  # for the server to come to rest
 CHURN_SECONDS = 1.0  # between two changes of adapters, or of keys
+KV_BYTES = 128 * 1024**2  # so few that an engine soon has touched them all, and its memory is level
 SLACK = 2  # descriptors or threads that may differ: a pool's
 MANY = 5  # faults of a kind that are told
 
@@ -462,6 +463,7 @@ def measure_soak(options: SoakOptions, work: Path, say: Callable[[str], None]) -
     admin = own_server.admin_key(store)
     environment = {
         "QUICKCHANGE_API_KEYS": "true",
+        "QUICKCHANGE_KV_CACHE_BYTES": str(KV_BYTES),
         "QUICKCHANGE_ADAPTER_DEVICE_BYTES": str(options.resident * size),
         "QUICKCHANGE_ADAPTER_HOST_BYTES": str(options.host_resident * size),
         "QUICKCHANGE_ENGINE_STALL_SECONDS": str(options.stall_seconds),

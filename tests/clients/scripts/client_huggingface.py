@@ -27,7 +27,8 @@ for model in (None, MODEL, ADAPTER):
 answer = client.chat.completions.create(messages=ASK, model=ADAPTER, max_tokens=5)
 assert answer.usage.completion_tokens == 5 or answer.choices[0].finish_reason == "stop", answer
 
-for choice in ("required", {"type": "function", "function": {"name": "order"}}):
+named = {"function": {"name": "order"}}  # as the client's own class writes it, without a type
+for choice in ("required", named, {"type": "function", **named}):
     answer = client.chat_completion(ASK, tools=[TOOL], tool_choice=choice, max_tokens=100)
     (call,) = answer.choices[0].message.tool_calls
     assert json.loads(call.function.arguments)["size"] in ("small", "large"), call

@@ -68,7 +68,9 @@ with client.chat.completions.stream(
     tool_choice="required",
     max_tokens=200,
 ) as stream:
-    answer = stream.until_done().get_final_completion()
+    kinds = [event.type for event in stream]
+    answer = stream.get_final_completion()
+assert kinds[-1] == "tool_calls.function.arguments.done", kinds
 (call,) = answer.choices[0].message.tool_calls
 assert isinstance(call.function.parsed_arguments, Order), call
 
