@@ -37,11 +37,21 @@ def assert_close() -> Callable[[torch.Tensor, torch.Tensor], None]:
     return check
 
 
+def require_native() -> None:
+    """Skip where there is no compiler: the native kernels can't be built."""
+    if not native.ensure():
+        pytest.skip("the native kernels can't be built here")
+
+
+@pytest.fixture
+def native_kernels() -> None:
+    require_native()
+
+
 @contextmanager
 def using(instruction_set: str) -> Iterator[str]:
     """Dispatched calls use this instruction set's native kernels; skips where there are none."""
-    if not native.ensure():
-        pytest.skip("the native kernels can't be built here")
+    require_native()
     try:
         torch.ops.quickchange_native.use_instruction_set(instruction_set)
     except ValueError as error:

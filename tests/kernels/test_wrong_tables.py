@@ -16,7 +16,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from quickchange_kernels import native
 from quickchange_kernels.attention.kv_write import kv_write_
 from quickchange_kernels.attention.paged_attention_contract import paged_attention
 from quickchange_kernels.lowrank.lowrank_contract import PageKind, lowrank_, lowrank_embedding_
@@ -240,8 +239,7 @@ OPERATIONS: dict[str, Callable[[], Operation]] = {
 def served_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The operations go to their plain versions, or to the machine's native ones."""
     if request.param == "best":
-        if not native.ensure():
-            pytest.skip("the native kernels can't be built here")
+        request.getfixturevalue("native_kernels")
         return
     for module, name, operation in _DISPATCHED:
         plain = getattr(torch.ops.quickchange, operation).plain

@@ -402,7 +402,7 @@ class Soak:
         raise RuntimeError(f"/metrics has no quickchange_{name}")
 
     async def _try(self, method: str, path: str, body: Any = None, key: str | None = None) -> None:
-        """As `_call`; a refusal is a fault, and the soak goes on."""
+        """Make a call whose refusal is a fault, with which the soak goes on."""
         try:
             await self._call(method, path, body, key)
         except (RuntimeError, httpx.HTTPError) as error:

@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Death:
-    """How an engine ended. `outside`: by a signal that its own work did not raise, such as a
+    """End of an engine, in words. `outside`: by a signal that its own work did not raise, such as a
     kill -9, which says nothing of the requests that it had."""
 
     reason: str

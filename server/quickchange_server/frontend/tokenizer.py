@@ -153,7 +153,7 @@ class Text:
     def encode_within(
         self, text: str, *, most: int, param: str, add_special_tokens: bool = True
     ) -> list[int]:
-        """As `encode`, on the calling thread."""
+        """Token ids of a text that fits, else the errors of `encode`; on the calling thread."""
         self.check_length(text, most, param)
         head = text[: most * USUAL_LENGTH]
         if len(head) < len(text):
