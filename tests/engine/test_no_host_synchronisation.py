@@ -24,7 +24,7 @@ from quickchange_server.adapters.packing import build_image, page_shapes
 from quickchange_server.engine.model_inputs import DecodeBuckets, step_inputs
 from quickchange_server.model import paged_attention
 from quickchange_server.model.input_buffers import layout_of, rebuilt
-from quickchange_server.model.model_loader import LoadedModel, forward, prepare
+from quickchange_server.model.loading.model_loader import LoadedModel, forward, prepare
 from quickchange_server.model.paged_attention import PagedAttention
 from quickchange_server.spec_decode.draft_head_plan import DraftItem, Planner
 from quickchange_server.spec_decode.draft_heads import DraftCall, HeadDrafter

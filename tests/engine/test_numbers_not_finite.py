@@ -13,7 +13,7 @@ from turbo_adapters import make_turbo, turbo_adapter
 
 from quickchange_server.adapters.packing import build_image, page_shapes
 from quickchange_server.errors import AdapterFailedError
-from quickchange_server.model.model_loader import load_model
+from quickchange_server.model.loading.model_loader import load_model
 from quickchange_store.canonical.canonical_adapter import CanonicalAdapter, LowRankUpdate
 
 LAYER = "model.layers.0.mlp.down_proj"

@@ -22,7 +22,7 @@ from tiny_models import VOCABULARY, make_model, save_model
 from quickchange_server.config import Settings
 from quickchange_server.engine.engine import Engine
 from quickchange_server.engine.scheduler import Scheduled
-from quickchange_server.model.model_loader import load_model
+from quickchange_server.model.loading.model_loader import load_model
 from quickchange_server.protocol import Delta
 from quickchange_store.base_model.base_spec import base_spec
 from quickchange_store.canonical.canonical_adapter import CanonicalAdapter

@@ -12,7 +12,7 @@ import torch
 
 from quickchange_server.errors import SettingError
 from quickchange_server.frontend.tokenizer import Text
-from quickchange_server.model.model_loader import load_model
+from quickchange_server.model.loading.model_loader import load_model
 from quickchange_store.base_model.base_spec import BaseModelError, base_spec
 
 CODE = """

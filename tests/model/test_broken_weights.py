@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import save_model
 
 from quickchange_server.errors import UnsupportedModelError
-from quickchange_server.model.model_loader import load_model
+from quickchange_server.model.loading.model_loader import load_model
 
 FILE = "model.safetensors"
 

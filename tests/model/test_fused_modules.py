@@ -16,7 +16,7 @@ from quickchange_server.model.fusion import (
     FusedGatedMLP,
     FusedRMSNorm,
 )
-from quickchange_server.model.model_loader import load_model
+from quickchange_server.model.loading.model_loader import load_model
 
 LAYERS = 3
 

@@ -12,7 +12,7 @@ from torch import nn
 from quickchange_server.errors import UnsupportedModelError
 from quickchange_server.model import paged_attention
 from quickchange_server.model.forward_context import AttentionBatch, ForwardContext
-from quickchange_server.model.model_loader import HeadInput, forward, load_model, prepare
+from quickchange_server.model.loading.model_loader import HeadInput, forward, load_model, prepare
 from quickchange_server.model.paged_attention import PagedAttention
 
 CPU = torch.device("cpu")

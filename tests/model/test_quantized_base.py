@@ -14,7 +14,7 @@ from quickchange_kernels.linear.linear_int8 import dequantize_int8, quantize_int
 from quickchange_server.model.adapter_layers import BaseLinear
 from quickchange_server.model.fusion import FusedDecoderLayer
 from quickchange_server.model.int8_linear import Int8Linear
-from quickchange_server.model.model_loader import LoadedModel, load_model
+from quickchange_server.model.loading.model_loader import LoadedModel, load_model
 
 CPU = torch.device("cpu")
 

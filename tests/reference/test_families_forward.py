@@ -14,7 +14,7 @@ from quickchange_server.engine.model_runner import Runner
 from quickchange_server.engine.scheduler import Scheduler
 from quickchange_server.engine.sequence import Sequence
 from quickchange_server.engine.token_masks import NoConstraints
-from quickchange_server.model.model_loader import load_model
+from quickchange_server.model.loading.model_loader import load_model
 from quickchange_server.protocol import SamplingParams, Submit
 from quickchange_server.spec_decode.speculator import NoSpeculation
 

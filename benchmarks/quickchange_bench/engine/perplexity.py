@@ -19,7 +19,7 @@ from quickchange_server.engine.engine import torch_dtype
 from quickchange_server.frontend.tokenizer import Text
 from quickchange_server.model.forward_context import AttentionBatch, ForwardContext
 from quickchange_server.model.int8_linear import Quantization
-from quickchange_server.model.model_loader import LoadedModel, forward, load_model
+from quickchange_server.model.loading.model_loader import LoadedModel, forward, load_model
 from quickchange_server.model.paged_attention import PagedAttention, install
 
 TEXT = Path(__file__).parent / "texts" / "prose.txt"

@@ -25,7 +25,7 @@ from quickchange_bench.models.random_adapters import (
 )
 from quickchange_server.config import Settings
 from quickchange_server.engine.engine import Engine
-from quickchange_server.model.model_loader import LoadedModel, load_model
+from quickchange_server.model.loading.model_loader import LoadedModel, load_model
 from quickchange_server.protocol import Component, SamplingParams, Submit
 from quickchange_store.base_model.base_spec import base_spec
 from quickchange_store.formats.peft.lora import read_peft

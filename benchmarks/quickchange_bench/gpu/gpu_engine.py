@@ -25,7 +25,7 @@ from quickchange_server.engine import model_runner
 from quickchange_server.engine.engine import Engine
 from quickchange_server.model import paged_attention
 from quickchange_server.model.cuda_graphs import capture_for
-from quickchange_server.model.model_loader import LoadedModel, prepare
+from quickchange_server.model.loading.model_loader import LoadedModel, prepare
 from quickchange_server.protocol import Component, SamplingParams, Submit
 from quickchange_store.canonical.canonical_adapter import CanonicalAdapter, LowRankUpdate
 

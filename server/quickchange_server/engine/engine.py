@@ -23,7 +23,7 @@ from quickchange_server.engine.sampler import RowError, SampledToken
 from quickchange_server.engine.scheduler import Scheduled, Scheduler
 from quickchange_server.engine.sequence import Sequence, fault_of
 from quickchange_server.engine.token_masks import constraints_of
-from quickchange_server.model.model_loader import LoadedModel
+from quickchange_server.model.loading.model_loader import LoadedModel
 from quickchange_server.model.paged_attention import bytes_per_block
 from quickchange_server.protocol import (
     AdapterFailed,

@@ -39,7 +39,7 @@ from quickchange_server.engine.token_masks import TokenMasks
 from quickchange_server.model import paged_attention
 from quickchange_server.model.cuda_graphs import Graphs, capture_for
 from quickchange_server.model.input_buffers import upload
-from quickchange_server.model.model_loader import LoadedModel, Output, forward
+from quickchange_server.model.loading.model_loader import LoadedModel, Output, forward
 from quickchange_server.model.paged_attention import PagedAttention
 from quickchange_server.spec_decode.cost_model import stopwatch
 from quickchange_server.spec_decode.draft_heads import DraftItem, Guide, HeadDrafter

@@ -18,7 +18,7 @@ import torch
 from quickchange_server.config import Settings
 from quickchange_server.engine.engine import Engine, torch_dtype
 from quickchange_server.errors import SettingError
-from quickchange_server.model.model_loader import load_model
+from quickchange_server.model.loading.model_loader import load_model
 from quickchange_server.protocol import (
     Began,
     Begin,

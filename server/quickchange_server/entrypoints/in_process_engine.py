@@ -28,7 +28,7 @@ from quickchange_server.errors import (
     QuickchangeError,
     RequestFailedError,
 )
-from quickchange_server.model.model_loader import load_model
+from quickchange_server.model.loading.model_loader import load_model
 from quickchange_server.protocol import (
     AdapterFailed,
     AdapterMoved,

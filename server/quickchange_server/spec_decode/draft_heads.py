@@ -29,7 +29,7 @@ from quickchange_kernels.turbo_heads.draft_logits import draft_logits
 from quickchange_kernels.turbo_heads.turbo_heads_contract import head_logits, turbo_heads
 from quickchange_server.model.adapter_layers import AdaptedEmbedding, AdaptedLinear, BaseLinear
 from quickchange_server.model.input_buffers import upload
-from quickchange_server.model.model_loader import LoadedModel
+from quickchange_server.model.loading.model_loader import LoadedModel
 from quickchange_server.spec_decode.draft_head_plan import (
     Beginning,
     Columns,

@@ -1,0 +1,1 @@
+"""Loads a base model and makes it ready to be served."""
