@@ -23,6 +23,13 @@ from quickchange_server.adapters.module_groups import ModuleGroup
 from quickchange_server.errors import UnsupportedModelError
 from quickchange_server.model import paged_attention
 from quickchange_server.model.adapter_layers import base_linear
+from quickchange_server.model.architectures.attention_shims import (
+    admit_attention_classes,
+    replace_own_attention,
+)
+from quickchange_server.model.architectures.conv1d import linears_of_conv1d
+from quickchange_server.model.architectures.head_rows import HeadRows
+from quickchange_server.model.architectures.position_shims import most_positions, take_positions
 from quickchange_server.model.forward_context import StepHolder
 from quickchange_server.model.fusion import MixingProbe, fuse_layers, fuse_small_modules
 from quickchange_server.model.int8_linear import Quantization, check_quantization, int8_linear
@@ -105,6 +112,7 @@ def load_model(
     # trust_remote_code is always given: without it, transformers asks on a terminal.
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     _refuse_other_state(config)
+    admit_attention_classes(config)
     try:
         model = load_base(path, dtype=dtype, attn_implementation=paged_attention.NAME)
     except BaseModelError as error:
@@ -123,11 +131,17 @@ def prepare(
     config: PretrainedConfig = model.config
     _refuse_headless(model)
     model.requires_grad_(False)
+    linears_of_conv1d(model)
+    replace_own_attention(model)
+    take_positions(model)
+    head_rows = HeadRows(model)
+    head_rows.attach(model.get_output_embeddings())  # type: ignore[operator]
     holder = StepHolder()
     base = int8_linear if quantization == "int8" else base_linear
     rows = _rows_of_short_pass(model)
     wrapper = Wrapper(model, holder, rows=rows if adapters else None, base=base)
     groups = wrapper.wrap()
+    head_rows.attach(model.get_output_embeddings())  # type: ignore[operator]
     fuse_small_modules(model)
     fuse_layers(model, lambda ids, positions: _logits(model, ids, positions))
     connect(model, wrapper.entrances)
@@ -136,11 +150,11 @@ def prepare(
     head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
     head_input = HeadInput(head)
     logits = _logits(model, torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long))
-    if len(recorder.layers) != config.get_text_config().num_hidden_layers:
+    layers = _layer_count(config)
+    if len(recorder.layers) != layers:
         raise UnsupportedModelError(
-            f"{type(model).__name__}: {len(recorder.layers)} of "
-            f"{config.get_text_config().num_hidden_layers} layers use the attention interface; "
-            "models with other kinds of layers are not supported yet"
+            f"{type(model).__name__}: {len(recorder.layers)} of {layers} layers use the attention "
+            "interface; models with other kinds of layers are not supported yet"
         )
     return LoadedModel(
         module=model,
@@ -149,7 +163,7 @@ def prepare(
         layers=dict(sorted(recorder.layers.items())),
         vocabulary=logits.shape[-1],
         hidden=head_input.take().shape[-1],
-        max_positions=int(config.get_text_config().max_position_embeddings),
+        max_positions=most_positions(model, config),
         head=head,
         head_input=head_input,
         embedding=model.get_input_embeddings(),  # type: ignore[operator]
@@ -224,6 +238,12 @@ def _refuse_broken_weights(model: nn.Module) -> None:
             "give a --dtype that has room for them, or fetch the model again",
             param="model",
         )
+
+
+def _layer_count(config: PretrainedConfig) -> int:
+    """Layers that generate: a decoder's, where an encoder's are what `num_hidden_layers` counts."""
+    text = config.get_text_config()
+    return int(getattr(text, "decoder_layers", None) or text.num_hidden_layers)
 
 
 def _refuse_headless(model: nn.Module) -> None:
