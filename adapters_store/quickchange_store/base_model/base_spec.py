@@ -13,8 +13,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quickchange_store.base_model.base_source import BaseSource, language_model
+from quickchange_store.base_model.gguf_file import GGUFTensors
 from quickchange_store.base_model.sublayers import producers, sublayers
-from quickchange_store.canonical.canonical_adapter import BaseSpec, ModuleShape
+from quickchange_store.canonical.canonical_adapter import BaseSpec, BaseWeights, ModuleShape
 from quickchange_store.errors import BaseModelError
 
 if TYPE_CHECKING:
@@ -32,23 +34,28 @@ def base_spec(model: str | Path, name: str | None = None) -> BaseSpec:
     for a large model: keep the result. Raises BaseModelError.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
+    source = BaseSource.of(model)
     try:
-        config = AutoConfig.from_pretrained(str(model), trust_remote_code=False)
+        made, config = language_model(source.config())
         with torch.device("meta"):
-            network = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            network = made(config)
     except (OSError, ValueError, KeyError) as error:
         raise BaseModelError(
             f"{str(model)!r} is not a causal language model that transformers can read ({error})",
             file="config.json",
-            remedy="give a folder in transformers' layout, or the id of a model in the hub's cache",
+            remedy="give a folder in transformers' layout, a GGUF file, or the id of a model in "
+            "the hub's cache",
         ) from error
-    weights = CheckpointWeights(str(model), _Names.of(network))
+    weights: BaseWeights
+    if source.gguf_path is None:
+        weights = CheckpointWeights(source.where, _Names.of(network))
+    else:
+        weights = GGUFTensors(source.gguf_path, network)
     return spec_of(network, str(name or model), weights)
 
 
-def spec_of(network: Any, name: str, weights: CheckpointWeights | None = None) -> BaseSpec:
+def spec_of(network: Any, name: str, weights: BaseWeights | None = None) -> BaseSpec:
     """The spec of a transformers model that exists already, on any device."""
     import torch
 

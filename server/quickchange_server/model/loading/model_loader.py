@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from quickchange_server.adapters.module_groups import ModuleGroup
@@ -30,6 +30,7 @@ from quickchange_server.model.output_side import connect
 from quickchange_server.model.paged_attention import LayerShape, ShapeRecorder
 from quickchange_server.model.rows_read import Rows, rows_read
 from quickchange_server.model.wrapping import Wrapper
+from quickchange_store.base_model.base_source import BaseSource
 from quickchange_store.base_model.base_weights import load_base
 from quickchange_store.errors import BaseModelError
 
@@ -93,7 +94,7 @@ def load_model(
     adapters: bool,
     quantization: Quantization = "none",
 ) -> LoadedModel:
-    """Load and wrap a model from a folder in transformers' layout, or a hub id.
+    """Load and wrap the model that `--model` names.
 
     Raises UnsupportedModelError for an architecture that can't be served and for weights that are
     missing or not finite, OSError or ValueError (transformers') if nothing can be loaded from
@@ -102,10 +103,8 @@ def load_model(
     check_quantization(quantization, device)
     paged_attention.register()
     transformers_logging.disable_progress_bar()  # a server's log is no terminal
-    # trust_remote_code is always given: without it, transformers asks on a terminal.
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    _refuse_other_state(config)
     try:
+        _refuse_other_state(BaseSource.of(path).config())
         model = load_base(path, dtype=dtype, attn_implementation=paged_attention.NAME)
     except BaseModelError as error:
         raise UnsupportedModelError(f"model: {error}", param="model") from error
