@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quickchange_store.base_model.base_source import BaseSource, language_model
+from quickchange_store.base_model.base_weights import quantization_method
 from quickchange_store.base_model.gguf_file import GGUFTensors
 from quickchange_store.base_model.sublayers import producers, sublayers
 from quickchange_store.canonical.canonical_adapter import BaseSpec, BaseWeights, ModuleShape
@@ -49,7 +50,7 @@ def base_spec(model: str | Path, name: str | None = None) -> BaseSpec:
         ) from error
     weights: BaseWeights
     if source.gguf_path is None:
-        weights = CheckpointWeights(source.where, _Names.of(network))
+        weights = CheckpointWeights(source.where, _Names.of(network), quantization_method(config))
     else:
         weights = GGUFTensors(source.gguf_path, network)
     return spec_of(network, str(name or model), weights)
@@ -127,13 +128,15 @@ class _Names:
 class CheckpointWeights:
     """Parameters from a safetensors checkpoint, each read when asked for."""
 
-    def __init__(self, model: str, names: _Names) -> None:
+    def __init__(self, model: str, names: _Names, quantized_by: str | None = None) -> None:
         self._model = model
         self._names = names
+        self._method = quantized_by
 
     def tensor(self, name: str) -> torch.Tensor:
         """The parameter `name`, or the one it is tied to. Raises BaseModelError."""
         for candidate in (name, self._names.tied.get(name)):
+            self._refuse_codes(candidate)
             if candidate in self._keys:
                 key, file = self._keys[candidate]
                 return _read(file, key)
@@ -143,6 +146,22 @@ class CheckpointWeights:
             key=name,
             remedy="give the base as safetensors that transformers loads without conversion",
         )
+
+    def _refuse_codes(self, name: str | None) -> None:
+        """Refuse a parameter that the checkpoint holds as codes, whatever they are stored as."""
+        if self._method is None or name is None:
+            return
+        module = name.rpartition(".")[0]
+        plain = {f"{module}.weight", f"{module}.bias"}
+        beside = {key for key in map(str, self._keys) if key.startswith(f"{module}.")} - plain
+        if beside:
+            raise BaseModelError(
+                f"the base model's {name!r}, which this adapter's import needs, is stored "
+                f"quantised by {self._method!r}",
+                file=WEIGHTS,
+                key=min(beside),
+                remedy="add the adapter with the base as it was before quantisation (--model)",
+            )
 
     @cached_property
     def _keys(self) -> dict[str | None, tuple[str, Path]]:

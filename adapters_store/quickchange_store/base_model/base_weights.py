@@ -46,13 +46,15 @@ def load_base(model: str, **options: Any) -> PreTrainedModel:
     made, config = language_model(source.config())
     method = quantization_method(config)
     if method is not None:
-        options |= _loading(config, method)
+        _make_floats(config, method)
     path = source.gguf_path
     if path is not None:
         import torch
 
         with torch.device("meta"):
             GGUFTensors(path, made(copy.deepcopy(config))).check_all_placed()
+    # It warns of its rounding at every call.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     try:
         loaded, info = made.from_pretrained(
             source.where,
@@ -92,28 +94,18 @@ def quantization_method(config: PretrainedConfig) -> str | None:
     return None if method == "gguf" else method
 
 
-def _loading(config: PretrainedConfig, method: str) -> dict[str, Any]:
-    """Options of `from_pretrained` for a quantised checkpoint.
+def _make_floats(config: PretrainedConfig, method: str) -> None:
+    """Have compressed-tensors' weights made floats as they are read, where that changes nothing.
 
-    transformers makes floats of compressed-tensors' weights in the first pass. Where it leaves
-    the activations alone, they may as well be floats from the start.
+    transformers does so in the first pass anyway. A model that rounds its activations does that in
+    its linears' own `forward`, which floats would leave out.
     """
-    groups = (config.quantization_config.get("config_groups") or {}) if _is_dict(config) else {}
+    stored = config.quantization_config
+    if method != "compressed-tensors" or not isinstance(stored, dict):
+        return
     rounds = ("input_activations", "output_activations")
-    if method != "compressed-tensors" or any(
-        group.get(each) is not None for group in groups.values() for each in rounds
-    ):
-        return {}
-    from transformers import CompressedTensorsConfig
-
-    try:
-        return {"quantization_config": CompressedTensorsConfig(dequantize=True)}
-    except ImportError:
-        return {}  # loading says what is missing
-
-
-def _is_dict(config: PretrainedConfig) -> bool:
-    return isinstance(config.quantization_config, dict)
+    groups = (stored.get("config_groups") or {}).values()
+    stored["dequantize"] = not any(group.get(each) for group in groups for each in rounds)
 
 
 def _not_quantised_here(model: str, method: str, error: Exception) -> BaseModelError:

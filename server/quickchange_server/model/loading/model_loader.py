@@ -25,13 +25,18 @@ from quickchange_server.model import paged_attention
 from quickchange_server.model.adapter_layers import base_linear
 from quickchange_server.model.forward_context import StepHolder
 from quickchange_server.model.fusion import MixingProbe, fuse_layers, fuse_small_modules
-from quickchange_server.model.int8_linear import Quantization, check_quantization, int8_linear
+from quickchange_server.model.int8_linear import (
+    FLOATS,
+    Quantization,
+    check_quantization,
+    int8_linear,
+)
 from quickchange_server.model.output_side import connect
 from quickchange_server.model.paged_attention import LayerShape, ShapeRecorder
 from quickchange_server.model.rows_read import Rows, rows_read
 from quickchange_server.model.wrapping import Wrapper
 from quickchange_store.base_model.base_source import BaseSource
-from quickchange_store.base_model.base_weights import load_base
+from quickchange_store.base_model.base_weights import load_base, quantization_method
 from quickchange_store.errors import BaseModelError
 
 
@@ -104,12 +109,15 @@ def load_model(
     paged_attention.register()
     transformers_logging.disable_progress_bar()  # a server's log is no terminal
     try:
-        _refuse_other_state(BaseSource.of(path).config())
-        model = load_base(path, dtype=dtype, attn_implementation=paged_attention.NAME)
+        config = BaseSource.of(path).config()
+        _refuse_other_state(config)
+        _refuse_twice_quantised(config, quantization)
+        model: nn.Module = load_base(
+            path, dtype=dtype, attn_implementation=paged_attention.NAME, device_map={"": device}
+        )
     except BaseModelError as error:
         raise UnsupportedModelError(f"model: {error}", param="model") from error
-    on_device: nn.Module = model.to(device)
-    return prepare(on_device.eval(), adapters=adapters, quantization=quantization)
+    return prepare(model.eval(), adapters=adapters, quantization=quantization)
 
 
 def prepare(
@@ -214,7 +222,7 @@ def _refuse_broken_weights(model: nn.Module) -> None:
     broken = {
         name: parameter.dtype
         for name, parameter in model.named_parameters()
-        if parameter.is_floating_point() and not bool(parameter.isfinite().all())
+        if parameter.dtype in FLOATS and not bool(parameter.isfinite().all())
     }
     if broken:
         name, dtype = next(iter(broken.items()))
@@ -230,6 +238,16 @@ def _refuse_headless(model: nn.Module) -> None:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no module that makes its logits (get_output_embeddings); "
             "models without an LM head can't be served"
+        )
+
+
+def _refuse_twice_quantised(config: PretrainedConfig, quantization: Quantization) -> None:
+    method = quantization_method(config)
+    if method is not None and quantization != "none":
+        raise UnsupportedModelError(
+            f"--quantization {quantization} (or QUICKCHANGE_QUANTIZATION): the model is stored "
+            f"quantised already, by {method}; use --quantization none",
+            param="quantization",
         )
 
 
