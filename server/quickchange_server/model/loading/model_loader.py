@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from quickchange_server.adapters.module_groups import ModuleGroup
@@ -32,12 +32,18 @@ from quickchange_server.model.architectures.head_rows import HeadRows
 from quickchange_server.model.architectures.position_shims import most_positions, take_positions
 from quickchange_server.model.forward_context import StepHolder
 from quickchange_server.model.fusion import MixingProbe, fuse_layers, fuse_small_modules
-from quickchange_server.model.int8_linear import Quantization, check_quantization, int8_linear
+from quickchange_server.model.int8_linear import (
+    FLOATS,
+    Quantization,
+    check_quantization,
+    int8_linear,
+)
 from quickchange_server.model.output_side import connect
 from quickchange_server.model.paged_attention import LayerShape, ShapeRecorder
 from quickchange_server.model.rows_read import Rows, rows_read
 from quickchange_server.model.wrapping import Wrapper
-from quickchange_store.base_model.base_weights import load_base
+from quickchange_store.base_model.base_source import BaseSource
+from quickchange_store.base_model.base_weights import load_base, quantization_method
 from quickchange_store.errors import BaseModelError
 
 
@@ -100,7 +106,7 @@ def load_model(
     adapters: bool,
     quantization: Quantization = "none",
 ) -> LoadedModel:
-    """Load and wrap a model from a folder in transformers' layout, or a hub id.
+    """Load and wrap the model that `--model` names.
 
     Raises UnsupportedModelError for an architecture that can't be served and for weights that are
     missing or not finite, OSError or ValueError (transformers') if nothing can be loaded from
@@ -109,16 +115,17 @@ def load_model(
     check_quantization(quantization, device)
     paged_attention.register()
     transformers_logging.disable_progress_bar()  # a server's log is no terminal
-    # trust_remote_code is always given: without it, transformers asks on a terminal.
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    _refuse_other_state(config)
-    admit_attention_classes(config)
     try:
-        model = load_base(path, dtype=dtype, attn_implementation=paged_attention.NAME)
+        config = BaseSource.of(path).config()
+        _refuse_other_state(config)
+        admit_attention_classes(config)
+        _refuse_twice_quantised(config, quantization)
+        model: nn.Module = load_base(
+            path, dtype=dtype, attn_implementation=paged_attention.NAME, device_map={"": device}
+        )
     except BaseModelError as error:
         raise UnsupportedModelError(f"model: {error}", param="model") from error
-    on_device: nn.Module = model.to(device)
-    return prepare(on_device.eval(), adapters=adapters, quantization=quantization)
+    return prepare(model.eval(), adapters=adapters, quantization=quantization)
 
 
 def prepare(
@@ -229,7 +236,7 @@ def _refuse_broken_weights(model: nn.Module) -> None:
     broken = {
         name: parameter.dtype
         for name, parameter in model.named_parameters()
-        if parameter.is_floating_point() and not bool(parameter.isfinite().all())
+        if parameter.dtype in FLOATS and not bool(parameter.isfinite().all())
     }
     if broken:
         name, dtype = next(iter(broken.items()))
@@ -251,6 +258,16 @@ def _refuse_headless(model: nn.Module) -> None:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no module that makes its logits (get_output_embeddings); "
             "models without an LM head can't be served"
+        )
+
+
+def _refuse_twice_quantised(config: PretrainedConfig, quantization: Quantization) -> None:
+    method = quantization_method(config)
+    if method is not None and quantization != "none":
+        raise UnsupportedModelError(
+            f"--quantization {quantization} (or QUICKCHANGE_QUANTIZATION): the model is stored "
+            f"quantised already, by {method}; use --quantization none",
+            param="quantization",
         )
 
 
