@@ -59,6 +59,12 @@ class AdaptedLinear(nn.Module):
         weight: torch.Tensor = self.base.weight  # type: ignore[assignment]
         return weight
 
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The base's bias, which some models add themselves."""
+        bias: torch.Tensor | None = self.base.bias  # type: ignore[assignment]
+        return bias
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self._compute_base(x)
         adapters = _adapters(self._holder)
