@@ -24,9 +24,20 @@ import torch
 from torch import nn
 
 from quickchange_server.errors import UnsupportedModelError
-from quickchange_server.model.forward_context import ZERO_STATE, StatePart, StepHolder
+from quickchange_server.model.architectures.recurrent_scan import scan_from_state
+from quickchange_server.model.forward_context import (
+    FIRST_STATE,
+    ZERO_STATE,
+    AttentionBatch,
+    ForwardContext,
+    StatePart,
+    StepHolder,
+)
 
 _CACHE_ARGUMENTS = ("cache_params", "past_key_values")
+_PROVEN_ROWS = 5
+# largest difference in the proof that a layer goes on from a state, relative to a row's largest
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 1e-1, torch.float16: 2e-2}
 
 # One of a layer's states: a convolution's window, a recurrence's state, or lightning attention's.
 Place = tuple[Literal["conv", "recurrent", "linear"], int]
@@ -50,7 +61,8 @@ class RecurrentLayer:
     def __init__(self, module: nn.Module, shapes: Mapping[Place, StateShape]) -> None:
         self.layer = int(module.layer_idx)  # type: ignore[arg-type]
         self.shapes = dict(shapes)
-        self._compute = module.forward
+        own = scan_from_state(module)
+        self._scan, self._compute = (None, module.forward) if own is None else own
         self._input, self._cache_name, self._cache_at = _arguments(module)
         self._holder = StepHolder()
         self._states: dict[Place, torch.Tensor] = {}
@@ -70,8 +82,7 @@ class RecurrentLayer:
         step = self._holder.step
         if step is None:  # a pass at load, over one sequence from its start
             return self._compute(*args, **kwargs)
-        hidden: torch.Tensor = args[0] if args else kwargs[self._input]
-        rows = hidden[0]
+        rows = self.input_of(args, kwargs)[0]
         result: torch.Tensor | None = None
         try:
             for part in step.states:
@@ -79,6 +90,8 @@ class RecurrentLayer:
                 # The linears inside add the segments over this part's rows.
                 self._holder.step = replace(step, adapters=part.adapters)
                 cache = _PartStates(self._states, part)
+                if self._scan is not None:
+                    self._scan.begin(cache.before_rows())
                 out = self._call(own.view(-1, part.length, own.shape[-1]), cache, args, kwargs)
                 cache.write()
                 first: torch.Tensor = out[0] if isinstance(out, tuple) else out
@@ -95,6 +108,18 @@ class RecurrentLayer:
             raise RuntimeError("a step without states for a model that has recurrent layers")
         whole = result.unsqueeze(0)
         return (whole, *out[1:]) if isinstance(out, tuple) else whole
+
+    def input_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        """The hidden states among a call's arguments."""
+        hidden: torch.Tensor = args[0] if args else kwargs[self._input]
+        return hidden
+
+    def on(
+        self, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        """The output for `hidden` in the place of a call's hidden states."""
+        out = self(hidden, *args[1:], **kwargs) if args else self(**{**kwargs, self._input: hidden})
+        return out[0] if isinstance(out, tuple) else out
 
     def _call(
         self, rows: torch.Tensor, cache: _StateCache, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -167,6 +192,10 @@ class _PartStates(_StateCache):
         self._part = part
         self._now: dict[Place, torch.Tensor] = {}
 
+    def before_rows(self) -> torch.Tensor | None:
+        """The recurrence's states before several rows of each sequence; None if there are none."""
+        return self._read(("recurrent", 0)) if self._part.length > 1 else None
+
     def write(self) -> None:
         """Keep the states as the layer left them: replaced, or changed in place."""
         for place, states in self._pool.items():
@@ -186,8 +215,10 @@ class _PartStates(_StateCache):
 class _Recording(_StateCache):
     """Notes the states that a module leaves in a cache that was empty before."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, call: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
+        """call: the arguments that `module` is called with."""
         self.shapes: dict[Place, StateShape] = {}
+        self.call = call
         self._module = module
 
     def update(
@@ -222,7 +253,7 @@ def noting_states(model: nn.Module) -> Iterator[Callable[[], tuple[RecurrentLaye
         _, name, at = _arguments(module)
 
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            recordings[module] = _Recording(module)
+            recordings[module] = _Recording(module, (args, kwargs))
             return _with_cache(recordings[module], name, at, args, kwargs)
 
         return hook
@@ -234,10 +265,14 @@ def noting_states(model: nn.Module) -> Iterator[Callable[[], tuple[RecurrentLaye
     ]
 
     def put_in() -> tuple[RecurrentLayer, ...]:
-        found = []
+        found: list[RecurrentLayer] = []
+        proven: set[type[nn.Module]] = set()
         for module, recording in recordings.items():
             if recording.shapes:
                 found.append(RecurrentLayer(module, recording.shapes))
+                if type(module) not in proven:
+                    _refuse_forgetful(module, found[-1], *recording.call)
+                    proven.add(type(module))
                 module.forward = found[-1]
         return tuple(found)
 
@@ -246,6 +281,45 @@ def noting_states(model: nn.Module) -> Iterator[Callable[[], tuple[RecurrentLaye
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@torch.inference_mode()
+def _refuse_forgetful(
+    module: nn.Module, layer: RecurrentLayer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Refuse a layer that gives something else for rows in chunks, or one by one, than at once."""
+    like = layer.input_of(args, kwargs)
+    rows = torch.randn(1, _PROVEN_ROWS, like.shape[-1], generator=torch.Generator().manual_seed(0))
+    rows = rows.to(like)
+    holder = StepHolder()
+    layer.install(FIRST_STATE + 1, like.device, holder)
+
+    def computed(*chunks: int) -> torch.Tensor:
+        found, first = [], 0
+        for count in chunks:
+            holder.step = _alone(first, count, like.device)
+            found.append(layer.on(rows[:, first : first + count], args, kwargs))
+            first += count
+        return torch.cat(found, 1)
+
+    expected = computed(_PROVEN_ROWS)
+    scale = expected.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(expected.dtype).tiny)
+    for chunks in ((2, 3), (1, 2, 1, 1)):
+        difference = ((computed(*chunks) - expected).abs() / scale).max()
+        if not bool(difference < _TOLERANCE[expected.dtype]):
+            raise UnsupportedModelError(
+                f"{type(module).__name__} forgets what came before a chunk of tokens (its output "
+                f"differs by {float(difference):.1g}); such layers are not supported yet"
+            )
+
+
+def _alone(first: int, count: int, device: torch.device) -> ForwardContext:
+    """The step in which one sequence computes `count` rows behind `first` others."""
+    row = torch.tensor([FIRST_STATE], device=device)
+    before = None if count > 1 else torch.tensor([ZERO_STATE], device=device)
+    part = StatePart(None, count, row if first else before, row, None)
+    none = torch.empty(0, device=device)
+    return ForwardContext(AttentionBatch(none, none, none, none), None, (part,))
 
 
 def bytes_per_state(layers: Sequence[RecurrentLayer]) -> int:

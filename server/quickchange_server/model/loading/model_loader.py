@@ -303,7 +303,7 @@ def _refuse_other_layers(
     lost = {i for i, kind in enumerate(kinds) if _is_recurrent(kind)} - with_states
     if served != layers or lost:
         raise UnsupportedModelError(
-            f"{type(model).__name__}: {served - len(lost)} of {layers} layers use the attention "
+            f"{type(model).__name__}: {served} of {layers} layers use the attention "
             "interface or keep their states in transformers' cache; models with other kinds of "
             "layers are not supported yet"
         )
