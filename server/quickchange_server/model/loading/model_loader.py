@@ -28,6 +28,7 @@ from quickchange_server.errors import UnsupportedModelError
 from quickchange_server.model import paged_attention
 from quickchange_server.model.adapter_layers import base_linear
 from quickchange_server.model.architectures.recurrent_layers import RecurrentLayer, noting_states
+from quickchange_server.model.architectures.shared_attention import follow_calls
 from quickchange_server.model.forward_context import StepHolder
 from quickchange_server.model.fusion import MixingProbe, fuse_layers, fuse_small_modules
 from quickchange_server.model.int8_linear import Quantization, check_quantization, int8_linear
@@ -151,6 +152,7 @@ def prepare(
     config: PretrainedConfig = model.config
     _refuse_headless(model)
     model.requires_grad_(False)
+    follow_calls(model)
     holder = StepHolder()
     base = int8_linear if quantization == "int8" else base_linear
     rows = _rows_of_short_pass(model)
