@@ -71,7 +71,9 @@ class AdaptedLinear(nn.Module):
         if adapters is not None:
             segments: Segments = getattr(adapters, self._rows)
             rows = y.view(-1, y.shape[-1])
-            lowrank_(rows, x.reshape(-1, x.shape[-1]), adapters.tables, segments, self._index)
+            # State-space layers give columns transposed.
+            inputs = x.reshape(-1, x.shape[-1]).contiguous()
+            lowrank_(rows, inputs, adapters.tables, segments, self._index)
             if self.output_side is not None:
                 self.output_side.add_(rows, adapters)
         return y
