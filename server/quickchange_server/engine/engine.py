@@ -78,6 +78,7 @@ class Engine:
         self._on_begun = on_begun
         self._prices = prices
         self._vocabulary = model.vocabulary
+        self._scaling = model.scaling
         blocks = _kv_blocks(model, settings)
         self._max_model_len = _context_length(model, settings, blocks)
         self._adapters = _adapters(model, settings, load_adapter, on_wake)
@@ -121,7 +122,7 @@ class Engine:
         if (error := self._refusal(submit)) is not None:
             self._refused.append(_error(submit.request_id, error, "request"))
             return
-        sequence = Sequence(submit, time.monotonic())
+        sequence = Sequence(submit, time.monotonic(), self._scaling)
         if sequence.generates and (reason := sequence.finish_reason(self._max_model_len)):
             self._refused.append(Delta(submit.request_id, finish_reason=reason))
         elif submit.constraint is not None:

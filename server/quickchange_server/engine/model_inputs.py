@@ -59,18 +59,20 @@ class StepInputs:
     tokens: PackedSegments | None
     samples: PackedSegments | None
     head: PackedSegments | None
+    reach: Tensor | None = None  # int64 [T], if the model scales positions by the text
 
     def step(self, tables: LowRankTables | None) -> ForwardContext:
         """The forward context that the model's seams read; all tensors on the model's device."""
         if tables is None or self.tokens is None or self.samples is None or self.head is None:
-            return ForwardContext(self.attention, None)
+            return ForwardContext(self.attention, None, self.reach)
         tokens = unpack(self.tokens.packed, self.tokens.room)
         samples = head = tokens
         if self.samples is not self.tokens:
             samples = head = unpack(self.samples.packed, self.samples.room)
         if self.head is not self.samples:
             head = unpack(self.head.packed, self.head.room)
-        return ForwardContext(self.attention, AdapterBatch(tables, tokens, samples, head))
+        adapters = AdapterBatch(tables, tokens, samples, head)
+        return ForwardContext(self.attention, adapters, self.reach)
 
 
 def only_decodes(plan: Sequence[Scheduled]) -> bool:
@@ -153,6 +155,15 @@ def step_inputs(plan: Sequence[Scheduled], extent: Extent, block_size: int) -> S
         samples=samples,
         head=head,
     )
+
+
+def row_reach(plan: Sequence[Scheduled], rows: int) -> Tensor:
+    """Reach of each row, int64 [rows]: its sequence's, or its position + 1 if that is more."""
+    reach: list[int] = []
+    for item in plan:
+        first = item.sequence.computed + 1
+        reach += [max(item.sequence.reach, end) for end in range(first, first + item.rows)]
+    return torch.from_numpy(_padded(reach, rows, np.int64))
 
 
 def _rows_at(

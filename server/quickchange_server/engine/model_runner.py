@@ -7,7 +7,7 @@ Nothing waits for the device between the forward pass and the results.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import NamedTuple, Protocol, overload
 
@@ -22,6 +22,7 @@ from quickchange_server.engine.model_inputs import (
     StepInputs,
     exact_extent,
     reads,
+    row_reach,
     step_inputs,
 )
 from quickchange_server.engine.prompt_outputs import read
@@ -126,7 +127,7 @@ class Runner:
             return
         for adapters in (False, True) if self._adapters.served else (False,):
             for extent in self._buckets.extents(adapters=adapters):
-                nothing = step_inputs((), extent, self._block_size)
+                nothing = self._host_inputs((), extent)
                 self._graphs.run(extent, nothing, self._adapters.tables if adapters else None)
 
     def price_rows(self, most: int) -> list[tuple[int, float]]:
@@ -211,14 +212,20 @@ class Runner:
         )
         return _Drafted(items, *drafts)
 
+    def _host_inputs(self, plan: Sequence[Scheduled], extent: Extent) -> StepInputs:
+        inputs = step_inputs(plan, extent, self._block_size)
+        if self._model.scaling is None:
+            return inputs
+        return replace(inputs, reach=row_reach(plan, extent.rows))
+
     def _inputs(self, plan: Sequence[Scheduled]) -> _Inputs:
         adapters = any(item.components for item in plan)
         rows = sum([item.rows for item in plan])
         extent = None if self._graphs is None else self._buckets.fit(plan, adapters=adapters)
         if extent is not None:
-            return _Inputs(step_inputs(plan, extent, self._block_size), adapters, rows, extent)
+            return _Inputs(self._host_inputs(plan, extent), adapters, rows, extent)
         exact = exact_extent(plan, self._device, adapters=adapters)
-        return _Inputs(step_inputs(plan, exact, self._block_size), adapters, rows)
+        return _Inputs(self._host_inputs(plan, exact), adapters, rows)
 
     def _forward(self, inputs: _Inputs) -> Output:
         """Output of the sampled rows, then of those that are read."""
@@ -240,7 +247,7 @@ class Runner:
 
     def _priced(self, rows: int) -> float:
         extent = Extent(rows, rows, rows, 1, None, None, None)
-        inputs = upload(step_inputs((), extent, self._block_size), self._device)
+        inputs = upload(self._host_inputs((), extent), self._device)
         watch = stopwatch(self._device)
         watch.mark()
         logits = self._compute(inputs, None).logits

@@ -41,6 +41,8 @@ class ForwardContext:
 
     attention: AttentionBatch
     adapters: AdapterBatch | None
+    # int64 [T]: tokens of the text that each row's position is scaled for; None: no model needs it
+    reach: torch.Tensor | None = None
 
 
 class StepHolder:

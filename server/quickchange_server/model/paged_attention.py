@@ -78,6 +78,11 @@ class ShapeRecorder:
     ) -> torch.Tensor:
         del scale, window, softcap
         check_shapes(layer, key, value)
+        if layer in self.layers:
+            raise UnsupportedModelError(
+                f"layer {layer} calls the attention interface more than once a pass with keys and "
+                "values of its own; its cache holds one set of them"
+            )
         self.layers[layer] = LayerShape(key.shape[1], key.shape[2])
         return torch.zeros_like(query)
 

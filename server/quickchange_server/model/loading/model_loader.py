@@ -11,6 +11,7 @@ captured graph it is an output like the logits.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,15 +24,23 @@ from quickchange_server.adapters.module_groups import ModuleGroup
 from quickchange_server.errors import UnsupportedModelError
 from quickchange_server.model import paged_attention
 from quickchange_server.model.adapter_layers import base_linear
+from quickchange_server.model.architectures.position_scaling import (
+    PositionScaling,
+    most_positions,
+    scale_by_text,
+)
 from quickchange_server.model.forward_context import StepHolder
-from quickchange_server.model.fusion import MixingProbe, fuse_layers, fuse_small_modules
+from quickchange_server.model.fusion import Fusion, MixingProbe
 from quickchange_server.model.int8_linear import Quantization, check_quantization, int8_linear
+from quickchange_server.model.loading.model_proof import ModelProof, explained
 from quickchange_server.model.output_side import connect
 from quickchange_server.model.paged_attention import LayerShape, ShapeRecorder
 from quickchange_server.model.rows_read import Rows, rows_read
 from quickchange_server.model.wrapping import Wrapper
 from quickchange_store.base_model.base_weights import load_base
 from quickchange_store.errors import BaseModelError
+
+logger = logging.getLogger(__name__)
 
 
 class HeadInput:
@@ -76,6 +85,7 @@ class LoadedModel:
     head: nn.Module  # the LM head, wrapped
     head_input: HeadInput
     embedding: nn.Module  # input embedding, wrapped
+    scaling: PositionScaling | None = None  # if positions are scaled by the text's length
 
 
 class Output(NamedTuple):
@@ -92,6 +102,7 @@ def load_model(
     device: torch.device,
     adapters: bool,
     quantization: Quantization = "none",
+    model_check: bool = True,
 ) -> LoadedModel:
     """Load and wrap a model from a folder in transformers' layout, or a hub id.
 
@@ -110,50 +121,102 @@ def load_model(
     except BaseModelError as error:
         raise UnsupportedModelError(f"model: {error}", param="model") from error
     on_device: nn.Module = model.to(device)
-    return prepare(on_device.eval(), adapters=adapters, quantization=quantization)
+    return prepare(
+        on_device.eval(), adapters=adapters, quantization=quantization, model_check=model_check
+    )
 
 
 def prepare(
-    model: nn.Module, *, adapters: bool, quantization: Quantization = "none"
+    model: nn.Module,
+    *,
+    adapters: bool,
+    quantization: Quantization = "none",
+    model_check: bool = True,
 ) -> LoadedModel:
     """Wrap a model that was loaded with `attn_implementation="quickchange"`.
 
+    model_check: prove that it then gives what transformers' own model gives (`model_proof.py`).
     Raises UnsupportedModelError for a model that can't be served.
     """
+    try:
+        return _prepared(model, adapters, quantization, model_check)
+    except Exception as error:
+        raise explained(model, error) from error
+
+
+def _prepared(
+    model: nn.Module, adapters: bool, quantization: Quantization, model_check: bool
+) -> LoadedModel:
     config: PretrainedConfig = model.config
     _refuse_headless(model)
     model.requires_grad_(False)
     holder = StepHolder()
     base = int8_linear if quantization == "int8" else base_linear
     rows = _rows_of_short_pass(model)
+    proof = ModelProof(model, _logits) if model_check and quantization == "none" else None
     wrapper = Wrapper(model, holder, rows=rows if adapters else None, base=base)
     groups = wrapper.wrap()
-    fuse_small_modules(model)
-    fuse_layers(model, lambda ids, positions: _logits(model, ids, positions))
+    if model_check and proof is None:  # rounded weights: held against themselves
+        proof = ModelProof(model, _logits)
+    scaling = scale_by_text(model, holder)
+    fusion = Fusion(model, lambda ids, positions: _logits(model, ids, positions))
+    layers = _layer_shapes(model)
+    if proof is not None:
+        _prove(model, proof, fusion, layers, holder)
     connect(model, wrapper.entrances)
-    recorder = ShapeRecorder()
-    paged_attention.install(model, recorder)
+    paged_attention.install(model, ShapeRecorder())
     head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
     head_input = HeadInput(head)
     logits = _logits(model, torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long))
-    if len(recorder.layers) != config.get_text_config().num_hidden_layers:
-        raise UnsupportedModelError(
-            f"{type(model).__name__}: {len(recorder.layers)} of "
-            f"{config.get_text_config().num_hidden_layers} layers use the attention interface; "
-            "models with other kinds of layers are not supported yet"
-        )
     return LoadedModel(
         module=model,
         holder=holder,
         groups=tuple(groups),
-        layers=dict(sorted(recorder.layers.items())),
+        layers=layers,
         vocabulary=logits.shape[-1],
         hidden=head_input.take().shape[-1],
-        max_positions=int(config.get_text_config().max_position_embeddings),
+        max_positions=most_positions(config.get_text_config()),
         head=head,
         head_input=head_input,
         embedding=model.get_input_embeddings(),  # type: ignore[operator]
+        scaling=scaling,
     )
+
+
+def _layer_shapes(model: nn.Module) -> dict[int, LayerShape]:
+    recorder = ShapeRecorder()
+    paged_attention.install(model, recorder)
+    _logits(model, torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long))
+    count = model.config.get_text_config().num_hidden_layers  # type: ignore[union-attr, operator]
+    if len(recorder.layers) != count:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: {len(recorder.layers)} of {count} layers use the attention "
+            "interface; models with other kinds of layers are not supported yet"
+        )
+    return dict(sorted(recorder.layers.items()))
+
+
+def _prove(
+    model: nn.Module,
+    proof: ModelProof,
+    fusion: Fusion,
+    layers: dict[int, LayerShape],
+    holder: StepHolder,
+) -> None:
+    """Undo fusions until the model proves right. Raises UnsupportedModelError if it never does."""
+    dtype: torch.dtype = model.dtype  # type: ignore[assignment]
+    name = type(model).__name__
+    undone: list[tuple[str, str]] = []
+    while (difference := proof.difference(layers, holder, dtype)) is not None:
+        kind = fusion.undo_last()
+        if kind is None:
+            raise UnsupportedModelError(
+                f"{name} can't be served: {difference}. --no-model-check serves it unproved",
+                param="model",
+            )
+        undone.append((kind, difference))
+    for kind, difference in undone:
+        logger.warning("%s: its %s are not fused, which is slower: %s", name, kind, difference)
 
 
 @torch.inference_mode()
