@@ -63,5 +63,42 @@ def test_norms_behind_the_sublayers_are_noticed(bases: Any) -> None:
     assert not any(place.plain_stream for place in found.values())
 
 
+class Layer(nn.Module):
+    """A layer of Llama's names with some of its norms, whose MLP ends in one module or doesn't."""
+
+    def __init__(self, norms: list[str], *, experts: bool = False) -> None:
+        super().__init__()
+        self.self_attn = nn.ModuleDict({"o_proj": nn.Linear(4, 4)})
+        self.mlp = nn.ModuleDict({"gate" if experts else "down_proj": nn.Linear(4, 4)})
+        for norm in norms:
+            setattr(self, norm, nn.LayerNorm(4))
+
+
+PLAIN = ["input_layernorm", "post_attention_layernorm"]
+
+
+@pytest.mark.parametrize(
+    "norms",
+    [
+        [],
+        ["input_layernorm"],
+        ["post_attention_layernorm", "post_feedforward_layernorm"],
+        [*PLAIN, "pre_mlp_layernorm", "post_mlp_layernorm"],
+        [*PLAIN, "post_self_attn_layernorm"],
+    ],
+)
+def test_a_layer_with_other_norms_shows_no_stream(norms: list[str]) -> None:
+    found = sublayers(nn.ModuleDict({"layers": nn.ModuleList([Layer(norms)])}))
+    assert {place.norm for place in found.values()} == {None}
+    assert not any(place.plain_stream for place in found.values())
+
+
+def test_experts_end_no_sublayer() -> None:
+    layer = Layer(PLAIN, experts=True)
+    found = sublayers(nn.ModuleDict({"layers": nn.ModuleList([layer])}))
+    assert list(found) == ["layers.0.self_attn.o_proj"]
+    assert found["layers.0.self_attn.o_proj"].norm == "layers.0.input_layernorm"
+
+
 def test_other_names_are_no_sublayers(bases: Any) -> None:
     assert bases("gpt_neox").spec.sublayers == {}

@@ -58,6 +58,25 @@ FAMILIES: dict[str, dict[str, object]] = {
         "sep_token_id": 0,
     },
     "roc_bert": {"model_type": "roc_bert", "is_decoder": True, "concat_input": False},
+    # Experts: a layer's MLP has no one module that ends it.
+    "mixtral": {
+        "model_type": "mixtral",
+        **_GROUPED,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 2,
+    },
+    # A dense layer first; a shared expert beside those that are chosen.
+    "dots1": {
+        "model_type": "dots1",
+        **_GROUPED,
+        "moe_intermediate_size": 24,
+        "n_routed_experts": 6,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "topk_group": 1,
+    },
 }
 
 

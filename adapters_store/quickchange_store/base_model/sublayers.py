@@ -17,34 +17,35 @@ if TYPE_CHECKING:
 _ENDS = re.compile(
     r"(?P<layer>(?:.*\.)?layers\.(?P<index>\d+))\.(?P<end>self_attn\.o_proj|mlp\.down_proj)"
 )
-_BEHIND_ATTENTION = "post_attention_layernorm"
-_BEFORE_MLP = "pre_feedforward_layernorm"
+# The norms of a layer whose stream is known: the name of the one before the MLP, by all of them.
+_PLAIN = frozenset({"input_layernorm", "post_attention_layernorm"})
+_SANDWICHED = _PLAIN | {"pre_feedforward_layernorm", "post_feedforward_layernorm"}
+_BEFORE_MLP = {_PLAIN: "post_attention_layernorm", _SANDWICHED: "pre_feedforward_layernorm"}
 _TOLERANCE = 1e-9
 
 
 def sublayers(network: nn.Module) -> dict[str, SubLayer]:
     """Modules that end a sub-layer, by path, in models that name their parts as Llama does.
 
-    In most of them `post_attention_layernorm` is the norm before the MLP. Where there is a
-    `pre_feedforward_layernorm` too (Gemma 2), it stands between the attention's output and the
-    residual stream.
+    In most of them `post_attention_layernorm` is the norm before the MLP. Where there are norms
+    around the MLP too (Gemma 2), it stands between the attention's output and the residual stream.
+    A layer with any other set of norms has none that is known to be where the stream enters.
     """
     found = {}
     for path, _ in network.named_modules():
         match = _ENDS.fullmatch(path)
         if match is None:
             continue
+        layer = network.get_submodule(match["layer"])
+        norms = frozenset(name for name, _ in layer.named_children() if "norm" in name)
         attention = match["end"].startswith("self_attn")
-        norms = {name for name, _ in network.get_submodule(match["layer"]).named_children()}
-        sandwiched = _BEFORE_MLP in norms
-        before_mlp = _BEFORE_MLP if sandwiched else _BEHIND_ATTENTION
-        name = "input_layernorm" if attention else before_mlp
-        known = {"input_layernorm", before_mlp} <= norms
+        name = "input_layernorm" if attention else _BEFORE_MLP.get(norms)
+        known = norms in _BEFORE_MLP
         found[path] = SubLayer(
             layer=int(match["index"]),
             kind="attention" if attention else "mlp",
             norm=f"{match['layer']}.{name}" if known else None,
-            plain_stream=known and not sandwiched,
+            plain_stream=norms == _PLAIN,
         )
     return found
 

@@ -244,13 +244,18 @@ class FusedDecoderLayer(nn.Module):
         **_: Any,
     ) -> torch.Tensor:
         if self.entrances:
-            self.entrances["input_layernorm"](hidden_states)
+            self._enter("input_layernorm", hidden_states)
         attended, _none = self._attend(self._before(hidden_states), position_embeddings)
         hidden_states, normed = add_rms_norm(hidden_states, attended, *self._after)
         if self.entrances:
-            self.entrances["post_attention_layernorm"](hidden_states)
+            self._enter("post_attention_layernorm", hidden_states)
         out: torch.Tensor = hidden_states + self._mlp(normed)
         return out
+
+    def _enter(self, norm: str, stream: torch.Tensor) -> None:
+        enter = self.entrances.get(norm)
+        if enter is not None:  # a sub-layer that ends in experts has no entrance
+            enter(stream)
 
 
 @dataclass(frozen=True, slots=True)
