@@ -42,19 +42,27 @@ def compare(
         softcap: float = 0.0,
         dtype: torch.dtype = torch.float32,
         padding: int = 0,
+        value_dim: int | None = None,
+        sinks: bool = False,
+        slopes: bool = False,
     ) -> None:
-        keys = random_keys(lengths, heads[1], dim, block_size, generator, dtype)
+        keys = random_keys(lengths, heads[1], dim, block_size, generator, dtype, value_dim)
         live = sum(counts)
         q = torch.randn(live + padding, heads[0], dim, generator=generator).to(dtype)
         q[live:] = float("nan")
         cache = (keys.k_cache, keys.v_cache, keys.block_tables, keys.seq_lens)
         args = (q, *cache, query_starts(counts))
         there = [x.to(device) for x in args]
+        by_head = [
+            torch.randn(heads[0], generator=generator) * 2 if sinks else None,
+            torch.rand(heads[0], generator=generator) if slopes else None,
+        ]
+        by_head_there = [None if x is None else x.to(device) for x in by_head]
         with sanitized():
-            out = paged_attention(*there, dim**-0.5, window, softcap)
-        assert out.shape == q.shape
+            out = paged_attention(*there, dim**-0.5, window, softcap, *by_head_there)
+        assert out.shape == (*q.shape[:2], keys.v_cache.shape[3])
         assert out.dtype == dtype
-        reference = reference_paged_attention(*args, dim**-0.5, window, softcap)
+        reference = reference_paged_attention(*args, dim**-0.5, window, softcap, *by_head)
         assert_close(out[:live], reference[:live])
 
     return check
@@ -74,6 +82,31 @@ def test_every_dtype(compare: Compare, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dim", [8, 72, 80, 96, 128, 256])
 def test_every_head_size(compare: Compare, dim: int) -> None:
     compare([5, 70], [1, 20], heads=(2, 1), dim=dim)
+
+
+@pytest.mark.parametrize(
+    "dims", [(24, 16), (20, 33), (192, 128), (576, 512), (7, 5), (64, 128), (512, 512)]
+)
+def test_values_of_another_width_than_keys(compare: Compare, dims: tuple[int, int]) -> None:
+    dim, value_dim = dims
+    compare([5, 90, 70], [1, 80, 20], heads=(2, 1), dim=dim, value_dim=value_dim)
+
+
+@pytest.mark.parametrize(("sinks", "slopes"), [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (20, 5.0)])
+def test_sinks_and_slopes(
+    compare: Compare,
+    sinks: bool,
+    slopes: bool,
+    window: int,
+    softcap: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In one split, in several, and in a chunk over its whole context."""
+    switches = {"window": window, "softcap": softcap, "sinks": sinks, "slopes": slopes}
+    compare([33, 70], [1, 9], heads=(4, 2), dim=32, **switches)
+    monkeypatch.setattr(paged_attention_tuning, "KEYS_PER_SPLIT", 32)
+    compare([130, 1, 90], [1, 1, 70], heads=(6, 2), dim=32, **switches)
 
 
 @pytest.mark.parametrize("block_size", [5, 16, 64, 128])
@@ -214,7 +247,7 @@ def test_a_sequences_result_does_not_depend_on_its_batch(
 
 def test_launches_cover_every_number_of_queries_once() -> None:
     for T, B, group in [(1, 1, 4), (16, 16, 3), (100, 100, 8), (65, 2, 1), (300, 8, 32)]:
-        launches = launches_for(T, B, group, 128, 2, few_registers=False)
+        launches = launches_for(T, B, group, 128, 128, 2, few_registers=False)
         reach = [launch.most for launch in launches]
         assert [launch.least for launch in launches] == [1, *(most + 1 for most in reach[:-1])]
         assert reach[-1] >= T

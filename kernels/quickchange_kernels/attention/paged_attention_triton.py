@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -60,7 +61,9 @@ def paged_attention_kernel(
     block_tables,
     seq_lens,
     query_start,
-    out,  # [T, Hq, D]; with SPLIT float32 [splits, T, Hq, D], not yet divided by the sums
+    sinks,  # float32 [Hq], or None; with SPLIT None, since they are counted where splits are merged
+    slopes,  # float32 [Hq], or None
+    out,  # [T, Hq, DV]; with SPLIT float32 [splits, T, Hq, DV], not yet divided by the sums
     stats,  # with SPLIT float32 [2, splits, T, Hq]: maxima in base 2, sums; else None
     # sizes
     T,
@@ -80,10 +83,13 @@ def paged_attention_kernel(
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
+    DV: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_D: tl.constexpr,  # of D; BLOCK_REST, if not 0, of the columns behind it
+    BLOCK_REST: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -121,15 +127,24 @@ def paged_attention_kernel(
     query_head = head * GROUP + rows % GROUP
     live = (rows < TOKENS * GROUP) & (token < count)
     d = tl.arange(0, BLOCK_D)
-    in_head = d < D
+    in_key = d < D
+    dv = tl.arange(0, BLOCK_DV)
+    in_value = dv < DV
     row = (start + token).to(tl.int64)
-    q_at = row[:, None] * q_row + query_head[:, None] * q_head + d[None, :]
-    queries = tl.load(q + q_at, mask=live[:, None] & in_head[None, :], other=0.0)
+    q_at = row[:, None] * q_row + query_head[:, None] * q_head
+    queries = tl.load(q + (q_at + d[None, :]), mask=live[:, None] & in_key[None, :], other=0.0)
+    if BLOCK_REST:
+        rest = BLOCK_D + tl.arange(0, BLOCK_REST)
+        in_rest = rest < D
+        rest_mask = live[:, None] & in_rest[None, :]
+        queries_rest = tl.load(q + (q_at + rest[None, :]), mask=rest_mask, other=0.0)
     position = past + token
+    if slopes is not None:
+        slope = tl.load(slopes + query_head, mask=live, other=0.0)
 
     top = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_ROWS,), tl.float32)
-    acc = tl.zeros((BLOCK_ROWS, BLOCK_D), tl.float32)
+    acc = tl.zeros((BLOCK_ROWS, BLOCK_DV), tl.float32)
     lanes = tl.arange(0, BLOCK_KEYS)
     table = block_tables + b.to(tl.int64) * table_row
     for first in range(begin, stop, BLOCK_KEYS):
@@ -140,12 +155,20 @@ def paged_attention_kernel(
         page = tl.load(table + key // PAGE, mask=inside, other=0).to(tl.int64)
         slot = (page * KV_HEADS + head) * PAGE + key % PAGE
         at = slot[:, None] * D + d[None, :]
-        loaded = inside[:, None] & in_head[None, :]
-        k = tl.load(k_cache + at, mask=loaded, other=0.0)  # stream
-        scores = tl.dot(queries, tl.trans(k), input_precision="ieee") * scale
+        k = tl.load(k_cache + at, mask=inside[:, None] & in_key[None, :], other=0.0)  # stream
+        scores = tl.dot(queries, tl.trans(k), input_precision="ieee")
+        if BLOCK_REST:
+            at = slot[:, None] * D + rest[None, :]
+            mask = inside[:, None] & in_rest[None, :]
+            # No stream: on CDNA's wide warps a tile of few columns is less than 16 bytes a thread.
+            k_rest = tl.load(k_cache + at, mask=mask, other=0.0)
+            scores = tl.dot(queries_rest, tl.trans(k_rest), scores, input_precision="ieee")
+        scores = scores * scale
         if SOFTCAP:  # c · tanh(s / c), and tanh(z) = 1 - 2 / (e^(2z) + 1)
             power = tl.exp2(tl.minimum(scores * (2 * LOG2_E / softcap), 64.0))
             scores = softcap * (1 - 2 / (power + 1))
+        if slopes is not None:
+            scores += slope[:, None] * (key[None, :] - position[:, None]).to(tl.float32)
         seen = key[None, :] <= position[:, None]
         if WINDOW:
             seen &= key[None, :] > position[:, None] - window
@@ -155,7 +178,8 @@ def paged_attention_kernel(
         weights = tl.exp2(scores - finite[:, None])
         shrink = tl.exp2(top - finite)
         total = total * shrink + tl.sum(weights, 1)
-        v = tl.load(v_cache + at, mask=loaded, other=0.0)  # stream
+        at = slot[:, None] * DV + dv[None, :]
+        v = tl.load(v_cache + at, mask=inside[:, None] & in_value[None, :], other=0.0)  # stream
         acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
         top = new_top
 
@@ -167,19 +191,26 @@ def paged_attention_kernel(
         tl.store(stats + places + place, total, mask=live)
     else:
         place = row * heads + query_head
+        if sinks is not None:
+            sink = tl.load(sinks + query_head, mask=live, other=0.0) * LOG2_E
+            new_top = tl.maximum(top, sink)
+            shrink = tl.exp2(top - new_top)
+            total = total * shrink + tl.exp2(sink - new_top)
+            acc *= shrink[:, None]
         acc = acc / tl.where(live, total, 1.0)[:, None]
-    out_at = out + place[:, None] * D + d[None, :]
-    tl.store(out_at, acc.to(out.dtype.element_ty), mask=live[:, None] & in_head[None, :])
+    out_at = out + place[:, None] * DV + dv[None, :]
+    tl.store(out_at, acc.to(out.dtype.element_ty), mask=live[:, None] & in_value[None, :])
 
 
 @triton.jit
 def merge_splits_kernel(
     # pointers
-    parts,  # float32 [splits, T, Hq, D]
+    parts,  # float32 [splits, T, Hq, DV]
     stats,  # float32 [2, splits, T, Hq]
     seq_lens,
     query_start,
-    out,  # [T, Hq, D]
+    sinks,  # float32 [Hq], or None
+    out,  # [T, Hq, DV]
     # sizes
     T,
     sequences,
@@ -190,8 +221,8 @@ def merge_splits_kernel(
     window,
     # meta
     HEADS: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
@@ -218,13 +249,20 @@ def merge_splits_kernel(
     place = (split.to(tl.int64) * T + row) * HEADS + head
     top = tl.load(stats + place, mask=written, other=float("-inf"))
     total = tl.load(stats + splits.to(tl.int64) * T * HEADS + place, mask=written, other=0.0)
-    factor = tl.exp2(top - tl.max(top, 0))
-    d = tl.arange(0, BLOCK_D)
-    at = parts + place[:, None] * D + d[None, :]
-    part = tl.load(at, mask=written[:, None] & (d < D)[None, :], other=0.0)
-    merged = tl.sum(part * factor[:, None], 0) / tl.sum(total * factor, 0)
-    out_at = out + (row.to(tl.int64) * HEADS + head) * D + d
-    tl.store(out_at, merged.to(out.dtype.element_ty), mask=d < D)
+    highest = tl.max(top, 0)
+    if sinks is not None:
+        sink = tl.load(sinks + head) * 1.4426950408889634  # in base 2, as the maxima are
+        highest = tl.maximum(highest, sink)
+    factor = tl.exp2(top - highest)
+    whole = tl.sum(total * factor, 0)
+    if sinks is not None:
+        whole += tl.exp2(sink - highest)
+    d = tl.arange(0, BLOCK_DV)
+    at = parts + place[:, None] * DV + d[None, :]
+    part = tl.load(at, mask=written[:, None] & (d < DV)[None, :], other=0.0)
+    merged = tl.sum(part * factor[:, None], 0) / whole
+    out_at = out + (row.to(tl.int64) * HEADS + head) * DV + d
+    tl.store(out_at, merged.to(out.dtype.element_ty), mask=d < DV)
 
 
 def launch_paged_attention(
@@ -246,8 +284,9 @@ def launch_paged_attention(
     ValueError on what does not fit together.
     """
     _check(q, k_cache, v_cache, block_tables, seq_lens, query_start)
-    special = sinks is not None or slopes is not None or k_cache.shape != v_cache.shape
-    if special or q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    for name, by_head in (("sinks", sinks), ("slopes", slopes)):
+        _check_by_head(name, by_head, q.shape[1])
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return plain_paged_attention(
             q,
             k_cache,
@@ -272,14 +311,17 @@ def launch_paged_attention(
         scale,
         max(window, 0),
         max(softcap, 0.0),
+        sinks,
+        slopes,
         keys_per_split_for(keys),
     )
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    value_dim = v_cache.shape[3]
+    out = torch.empty((*q.shape[:2], value_dim), dtype=q.dtype, device=q.device)
     group = q.shape[1] // k_cache.shape[1]
     if out.numel() > 0:
         few_registers = has_few_registers(q.device)
         for launch in launches_for(
-            len(q), len(seq_lens), group, q.shape[2], q.itemsize, few_registers
+            len(q), len(seq_lens), group, q.shape[2], value_dim, q.itemsize, few_registers
         ):
             call.run(launch, out)
     return out
@@ -320,6 +362,18 @@ def _check(
         raise ValueError("paged_attention: k_cache and v_cache must be contiguous")
 
 
+def _check_by_head(name: str, values: Tensor | None, heads: int) -> None:
+    if values is None:
+        return
+    if values.dtype != torch.float32 or not values.is_contiguous():
+        raise TypeError(f"paged_attention: {name} must be contiguous float32")
+    if values.shape != (heads,):
+        raise ValueError(
+            f"paged_attention: {name} {list(values.shape)} must be one for each of {heads} query "
+            "heads"
+        )
+
+
 @dataclass(frozen=True)
 class Call:
     """The operands of one call, as the kernels take them."""
@@ -333,6 +387,8 @@ class Call:
     scale: float
     window: int
     softcap: float
+    sinks: Tensor | None
+    slopes: Tensor | None
     keys_per_split: int
 
     def run(self, launch: AttentionLaunch, out: Tensor) -> None:
@@ -364,6 +420,8 @@ class Call:
             self.block_tables,
             self.seq_lens,
             self.query_start,
+            self.sinks if stats is None else None,
+            self.slopes,
             out,
             stats,
             T,
@@ -381,6 +439,7 @@ class Call:
                 heads,
                 kv_heads,
                 dim,
+                self.v_cache.shape[3],
                 page,
                 tiling,
                 WINDOW=self.window > 0,
@@ -399,6 +458,7 @@ class Call:
             stats,
             self.seq_lens,
             self.query_start,
+            self.sinks,
             out,
             T,
             len(self.seq_lens),
@@ -419,7 +479,10 @@ _ATTEND_SIGNATURE = {
     "block_tables": "*i32",
     "seq_lens": "*i32",
     "query_start": "*i32",
+    "sinks": "*fp32",
+    "slopes": "*fp32",
     "out": "*bf16",
+    "stats": "*fp32",
     "T": "i32",
     "sequences": "i32",
     "least": "i32",
@@ -437,6 +500,7 @@ _MERGE_SIGNATURE = {
     "stats": "*fp32",
     "seq_lens": "*i32",
     "query_start": "*i32",
+    "sinks": "*fp32",
     "out": "*bf16",
     "T": "i32",
     "sequences": "i32",
@@ -446,12 +510,47 @@ _MERGE_SIGNATURE = {
     "keys_per_split": "i32",
     "window": "i32",
 }
-# name: query heads, key heads, head size
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What a model's attention is compiled for."""
+
+    heads: int
+    kv_heads: int
+    dim: int
+    value_dim: int
+    softcap: bool = False
+    sinks: bool = False
+    slopes: bool = False
+    windows: tuple[bool, ...] = (False, True)
+
+    def absent(self, *, split: bool) -> tuple[str, ...]:
+        """The pointers that a launch does without."""
+        present = {"sinks": self.sinks and not split, "slopes": self.slopes, "stats": split}
+        return tuple(name for name, given in present.items() if not given)
+
+
+def _without(
+    absent: tuple[str, ...], signature: dict[str, str], constants: dict[str, Any]
+) -> dict[str, Any]:
+    """Signature and constants of a `Compilation` with None for these pointers."""
+    return {
+        "signature": {name: kind for name, kind in signature.items() if name not in absent},
+        "constants": constants | dict.fromkeys(absent),
+    }
+
+
 _MODELS = {
-    "Llama 8B": (32, 8, 128),
-    "Llama 70B": (64, 8, 128),
-    "SmolLM2": (9, 3, 64),
-    "Gemma 2 9B": (16, 8, 256),
+    "Llama 8B": _Shape(32, 8, 128, 128),
+    "Llama 70B": _Shape(64, 8, 128, 128),
+    "SmolLM2": _Shape(9, 3, 64, 64),
+    "Gemma 2 9B": _Shape(16, 8, 256, 256, softcap=True),
+    "gpt-oss 20B": _Shape(64, 8, 64, 64, sinks=True, windows=(True,)),
+    "DeepSeek V3": _Shape(128, 128, 192, 128, windows=(False,)),
+    "DeepSeek V3, latent": _Shape(16, 1, 576, 512, windows=(False,)),
+    "Gemma 4 31B": _Shape(32, 4, 512, 512, windows=(False,)),
+    "MPT 7B": _Shape(32, 32, 128, 128, slopes=True, windows=(False,)),
 }
 _FEW_REGISTERS = ("sm_80",)
 
@@ -461,27 +560,27 @@ def compilations() -> Iterator[Compilation]:
     for model, shape in _MODELS.items():
         for few_registers in (False, True):
             yield from _attend_compilations(model, shape, few_registers)
-        heads, _, dim = shape
         yield Compilation(
             name=f"attention merge, {model}",
             kernel=merge_splits_kernel,
-            signature=_MERGE_SIGNATURE,
-            constants=merge_constants(heads, dim, 16, window=False),
+            **_without(
+                () if shape.sinks else ("sinks",),
+                _MERGE_SIGNATURE,
+                merge_constants(shape.heads, shape.value_dim, 16, window=False),
+            ),
             num_warps=4,
             num_stages=2,
         )
 
 
-def _attend_compilations(
-    model: str, shape: tuple[int, int, int], few_registers: bool
-) -> Iterator[Compilation]:
-    heads, kv_heads, dim = shape
+def _attend_compilations(model: str, shape: _Shape, few_registers: bool) -> Iterator[Compilation]:
     targets = (
         _FEW_REGISTERS if few_registers else tuple(t for t in TARGETS if t not in _FEW_REGISTERS)
     )
-    launches = launches_for(4096, 16, heads // kv_heads, dim, 2, few_registers)
+    group = shape.heads // shape.kv_heads
+    launches = launches_for(4096, 16, group, shape.dim, shape.value_dim, 2, few_registers)
     for kind, launch in zip(("decode", "verify", "prefill"), launches, strict=True):
-        for window in (False, True):
+        for window in shape.windows:
             name = f"attention {kind}, {model}{', window' if window else ''}"
             suffix = ", few registers" if few_registers else ""
             yield _attend_compilation(name + suffix, shape, launch, window, targets)
@@ -489,24 +588,27 @@ def _attend_compilations(
 
 def _attend_compilation(
     name: str,
-    shape: tuple[int, int, int],
+    shape: _Shape,
     launch: AttentionLaunch,
     window: bool,
     targets: tuple[str, ...],
 ) -> Compilation:
-    # Models with heads of 256 cap their scores.
-    switches = {"WINDOW": window, "SOFTCAP": shape[2] == 256, "SPLIT": launch.split}
-    constants = kernel_constants(*shape, 16, launch.tiling, **switches)
-    signature = dict(_ATTEND_SIGNATURE)
-    if launch.split:
-        signature |= {"out": "*fp32", "stats": "*fp32"}
-    else:
-        constants["stats"] = None
+    constants = kernel_constants(
+        shape.heads,
+        shape.kv_heads,
+        shape.dim,
+        shape.value_dim,
+        16,
+        launch.tiling,
+        WINDOW=window,
+        SOFTCAP=shape.softcap,
+        SPLIT=launch.split,
+    )
+    signature = _ATTEND_SIGNATURE | ({"out": "*fp32"} if launch.split else {})
     return Compilation(
         name=name,
         kernel=paged_attention_kernel,
-        signature=signature,
-        constants=constants,
+        **_without(shape.absent(split=launch.split), signature, constants),
         num_warps=launch.tiling.num_warps,
         num_stages=launch.tiling.num_stages,
         divisible_by_16=("q_row", "q_head"),

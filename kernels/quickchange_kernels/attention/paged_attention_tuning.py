@@ -38,24 +38,33 @@ class AttentionLaunch:
     tiling: Tiling
 
 
-def tiling_for(rows: int, dim: int, itemsize: int, few_registers: bool) -> Tiling:
-    """Tile and pipeline for `rows` query rows of a head size.
+def tiling_for(rows: int, dim: int, value_dim: int, itemsize: int, few_registers: bool) -> Tiling:
+    """Tile and pipeline for `rows` query rows of heads with keys and values of these sizes.
 
-    Two stages of keys and values take at most 64 KiB of shared memory, which is all that CDNA has.
+    Two stages of keys and values take at most 64 KiB of shared memory, which is all that CDNA has;
+    where 16 keys need more there is one stage.
     few_registers: the products' results lie in registers beside their operands (sm_80 to sm_89),
     where a tile of 128 rows by 64 keys spills. Elsewhere tiles of 8 warps state how many registers
     a thread may have: for sm_100 the compiler hopes for two programs on an SM otherwise, takes 128
     and spills.
     """
-    bytes_per_key = 2 * padded(dim) * itemsize
-    keys = max(16, min(32 if few_registers and rows > 64 else 64, 2**15 // bytes_per_key))
+    bytes_per_key = (sum(blocks_of(dim)) + padded(value_dim)) * itemsize
+    room = power_of_two(2**15 // bytes_per_key + 1) // 2  # a power of two
+    keys = max(16, min(32 if few_registers and rows > 64 else 64, room))
     warps = 4 if rows < 64 else 8
     options = {"maxnreg": 255} if warps == 8 and not few_registers else {}
-    return Tiling(rows, keys, warps, num_stages=2, options=options)
+    num_stages = 2 if 2 * keys * bytes_per_key <= 2**16 else 1
+    return Tiling(rows, keys, warps, num_stages, options)
 
 
 def launches_for(
-    T: int, B: int, group: int, dim: int, itemsize: int, few_registers: bool
+    T: int,
+    B: int,
+    group: int,
+    dim: int,
+    value_dim: int,
+    itemsize: int,
+    few_registers: bool,
 ) -> list[AttentionLaunch]:
     """The launches that cover every way in which T rows may be shared by B sequences.
 
@@ -64,13 +73,18 @@ def launches_for(
 
     def tiling(rows: int) -> Tiling:
         rows = max(rows, power_of_two(group))
-        return tiling_for(rows, dim, itemsize, few_registers)
+        return tiling_for(rows, dim, value_dim, itemsize, few_registers)
+
+    widest = max(dim, value_dim)
+    some = 64 if widest <= 256 else 16  # wider results of more rows don't fit the registers
 
     few = MAX_SPLIT_QUERIES if T <= B else max(1, 16 // group)
     launches = [
         AttentionLaunch(1, few, True, tiling(16)),
-        AttentionLaunch(few + 1, MAX_SPLIT_QUERIES, True, tiling(64)),
-        AttentionLaunch(MAX_SPLIT_QUERIES + 1, ANY_COUNT, False, tiling(128 if dim <= 128 else 64)),
+        AttentionLaunch(few + 1, MAX_SPLIT_QUERIES, True, tiling(some)),
+        AttentionLaunch(
+            MAX_SPLIT_QUERIES + 1, ANY_COUNT, False, tiling(128 if widest <= 128 else some)
+        ),
     ]
     return [launch for launch in launches if launch.least <= min(T, launch.most)]
 
@@ -92,33 +106,54 @@ def padded(dim: int) -> int:
     return max(16, power_of_two(dim))
 
 
+def blocks_of(dim: int) -> tuple[int, int]:
+    """A head size as the widths of two tiles, the second 0 where one is enough: 192 is 128 and 64.
+
+    Few columns behind a power of two would fill a tile of twice its width by less than a half.
+    """
+    if dim <= 16 or dim == power_of_two(dim):
+        return padded(dim), 0
+    first = power_of_two(dim) // 2
+    return first, padded(dim - first)
+
+
 def keys_per_split_for(keys: int) -> int:
     """Keys of one split where block tables have room for `keys`: a constant up to 16,384."""
     return KEYS_PER_SPLIT * power_of_two(-(-keys // (KEYS_PER_SPLIT * MAX_SPLITS)))
 
 
 def kernel_constants(
-    heads: int, kv_heads: int, dim: int, page: int, tiling: Tiling, **switches: bool
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    value_dim: int,
+    page: int,
+    tiling: Tiling,
+    **switches: bool,
 ) -> dict[str, Any]:
     """The constexpr arguments of `paged_attention_kernel`. switches: WINDOW, SOFTCAP, SPLIT."""
+    block, rest = blocks_of(dim)
     return {
         "KV_HEADS": kv_heads,
         "GROUP": heads // kv_heads,
         "D": dim,
+        "DV": value_dim,
         "PAGE": page,
         "BLOCK_ROWS": tiling.rows,
         "BLOCK_KEYS": tiling.keys,
-        "BLOCK_D": padded(dim),
+        "BLOCK_D": block,
+        "BLOCK_REST": rest,
+        "BLOCK_DV": padded(value_dim),
         **switches,
     }
 
 
-def merge_constants(heads: int, dim: int, splits: int, window: bool) -> dict[str, Any]:
+def merge_constants(heads: int, value_dim: int, splits: int, window: bool) -> dict[str, Any]:
     """The constexpr arguments of `merge_splits_kernel`."""
     return {
         "HEADS": heads,
-        "D": dim,
-        "BLOCK_D": padded(dim),
+        "DV": value_dim,
+        "BLOCK_DV": padded(value_dim),
         "BLOCK_SPLITS": power_of_two(splits),
         "WINDOW": window,
     }
