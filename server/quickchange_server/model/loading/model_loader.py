@@ -197,7 +197,8 @@ def _prepared(
     config: PretrainedConfig = model.config
     _refuse_headless(model)
     model.requires_grad_(False)
-    proof = ModelProof(model, rounded=quantization != "none") if model_check else None
+    rounded = quantization != "none" or quantization_method(config) is not None
+    proof = ModelProof(model, rounded=rounded) if model_check else None
     linears_of_conv1d(model)
     replace_own_attention(model)
     take_positions(model)
