@@ -298,11 +298,14 @@ def _logits(
 ) -> torch.Tensor:
     """Logits [R, V] of `sample_rows` (default: the last row)."""
     device = next(model.parameters()).device
+    if sample_rows is None:
+        # As a tensor: for a number, Gemma 4 drops the other rows in front of its last layers.
+        sample_rows = torch.tensor([len(ids) - 1])
     output: Any = model(
         input_ids=ids.unsqueeze(0).to(device),
         position_ids=positions.unsqueeze(0).to(device),
         use_cache=False,
-        logits_to_keep=1 if sample_rows is None else sample_rows.to(device),
+        logits_to_keep=sample_rows.to(device),
     )
     logits: torch.Tensor = output.logits[0]
     return logits
