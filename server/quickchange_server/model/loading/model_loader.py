@@ -23,6 +23,7 @@ from quickchange_server.adapters.module_groups import ModuleGroup
 from quickchange_server.errors import UnsupportedModelError
 from quickchange_server.model import paged_attention
 from quickchange_server.model.adapter_layers import base_linear
+from quickchange_server.model.architectures.experts import wrap_experts
 from quickchange_server.model.forward_context import StepHolder
 from quickchange_server.model.fusion import MixingProbe, fuse_layers, fuse_small_modules
 from quickchange_server.model.int8_linear import Quantization, check_quantization, int8_linear
@@ -128,6 +129,7 @@ def prepare(
     rows = _rows_of_short_pass(model)
     wrapper = Wrapper(model, holder, rows=rows if adapters else None, base=base)
     groups = wrapper.wrap()
+    wrap_experts(model, holder, groups, adapters=adapters)
     fuse_small_modules(model)
     fuse_layers(model, lambda ids, positions: _logits(model, ids, positions))
     connect(model, wrapper.entrances)
