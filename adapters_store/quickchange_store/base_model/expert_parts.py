@@ -50,7 +50,7 @@ def expert_parts(network: nn.Module) -> dict[str, ExpertPart]:
 def routed(path: str, linear: nn.Linear) -> bool:
     """True for a linear that no adapter can update: a router, or a module of a single expert.
 
-    A router makes more than a product of its input (its class has a forward of its own); an expert's
+    A router makes more than a product of its input: its class has a forward of its own. An expert's
     module reads rows in an order that a router makes.
     """
     from torch import nn

@@ -68,6 +68,7 @@ __all__ = [
     "lowrank_embedding_",
     "lowrank_experts_",
     "operands",
+    "operands_experts",
     "reference_lowrank",
     "reference_lowrank_embedding",
     "reference_lowrank_experts",
@@ -225,6 +226,13 @@ def operands(tables: LowRankTables, segments: Segments, group: int) -> tuple[Any
     )
 
 
+def operands_experts(tables: LowRankTables, segments: Segments, groups: range) -> tuple[Any, ...]:
+    """As `operands`, of neighbouring groups, one for each expert."""
+    *rest, _, aligned = operands(tables, segments, groups.start)
+    most_pages = max([tables.shapes[group].most_pages for group in groups])
+    return (*rest, most_pages, aligned)
+
+
 def lowrank_(y: Tensor, x: Tensor, tables: LowRankTables, segments: Segments, group: int) -> None:
     """Add the updates of module group `group` to y [T, N], given its input x [T, K]."""
     if segments.slot.shape[0] == 0:
@@ -261,7 +269,5 @@ def lowrank_experts_(
     if segments.slot.shape[0] == 0:
         return
     native.ensure()
-    most = max([tables.shapes[group].most_pages for group in groups])
-    given = list(operands(tables, segments, groups.start))
-    given[-2] = most
+    given = operands_experts(tables, segments, groups)
     _lowrank_experts_(y, x, expert, choices, len(groups), *given)

@@ -81,7 +81,10 @@ def _refuse_foreign(tensors: AdapterTensors) -> None:
 
 
 def find_parameters(config: Mapping[str, Any], base: BaseSpec) -> frozenset[str]:
-    """Paths of the experts' parameters that PEFT would wrap (target_parameters). Raises StoreError."""
+    """Paths of the experts' parameters that PEFT would wrap: target_parameters.
+
+    Raises InvalidAdapterError and UnsupportedFeatureError.
+    """
     field = "target_parameters"
     wanted = config.get(field)
     if not wanted:
@@ -120,8 +123,8 @@ def find_targets(
     """The base's modules that PEFT would wrap, by PEFT's own rule over path or name in the file.
 
     Those of single experts count too, if the file has them. `defaults` are PEFT's target_modules by
-    model type. alone: nothing else is targeted, so there must be some. Raises InvalidAdapterError and
-    BaseMismatchError.
+    model type. alone: nothing else is targeted, so there must be some. Raises InvalidAdapterError
+    and BaseMismatchError.
     """
     from peft import LoraConfig
     from peft.tuners.tuners_utils import check_target_module_exists

@@ -2,8 +2,8 @@
 
 PEFT saves `base_model.model.PATH.lora_A.weight`. The state dict of a wrapped model has the name of
 the adapter after `lora_A`, parts such as `_orig_mod` or `module` anywhere, other prefixes, or none.
-A name is read as PEFT's where what remains is the path of one module of the base, of its experts, or
-of a single expert as checkpoints of older versions have it.
+A name is read as PEFT's where what remains is the path of one module of the base, of its experts,
+or of a single expert as checkpoints of older versions have it.
 """
 
 from __future__ import annotations
