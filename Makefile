@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 # ends whatever a run of tests has started, however the run ends
 WHOLE := $(BIN)/python tests/support/whole_tree.py
 
-.PHONY: serve test test-main test-interpreted test-compiled slow soak check lint map format clean
+.PHONY: serve test test-main test-interpreted test-compiled slow soak sweep check lint map format clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@echo "quickchange: installing into $(VENV), once: PyTorch (minutes on a slow network) …"
@@ -40,6 +40,10 @@ slow: $(STAMP)
 # everything at once for MINUTES, the engine killed and stopped: what is lost, what is left
 soak: $(STAMP)
 	$(WHOLE) $(BIN)/quickchange bench soak --minutes $(MINUTES)
+
+# a tiny random model of every causal-LM type of transformers: right, or refused
+sweep: $(STAMP)
+	$(WHOLE) $(BIN)/python -m quickchange_bench.architectures
 
 check: lint test
 

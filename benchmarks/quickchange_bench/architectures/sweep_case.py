@@ -1,0 +1,198 @@
+"""One type of the sweep: a tiny random model of it served, and held against transformers and PEFT.
+
+Two prompts of different length run as the base and under a LoRA on every linear, all in one batch,
+in chunks smaller than a prompt. Transformers' eager attention, without a cache, says what is right,
+token for token.
+"""
+
+from __future__ import annotations
+
+import random
+import warnings
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from quickchange_bench.architectures.tiny_configs import CACHED, VOCABULARY, tiny_model
+from quickchange_server.config import Settings
+from quickchange_server.entrypoints.in_process_engine import InProcessEngine
+from quickchange_server.errors import QuickchangeError
+from quickchange_server.protocol import Component, SamplingParams, Submit
+from quickchange_store.base_model.base_spec import base_spec
+from quickchange_store.canonical.canonical_adapter import CanonicalAdapter
+from quickchange_store.errors import StoreError
+from quickchange_store.importing import read_adapter
+
+Outcome = Literal["equal", "refused", "wrong", "crash", "not built", "-"]
+
+NEW_TOKENS = 12
+PROMPT_LENGTHS = (37, 6)  # the first one is read in three chunks
+_SEEDS = 6
+_CLEAR = 1e-3  # least distance of the best logit from the second, of their largest: no near tie
+_ADAPTER = "lora"
+
+
+@dataclass(frozen=True, slots=True)
+class SweepResult:
+    """What became of one type: the base's outcome, a LoRA's, and what was said."""
+
+    base: Outcome
+    lora: Outcome = "-"
+    says: str = ""  # a refusal, an error, or what differs
+
+
+class NoClearCaseError(Exception):
+    """No seed gives answers without near ties."""
+
+
+def run_case(name: str) -> SweepResult:
+    """Make, serve and judge one type or variant."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    with TemporaryDirectory() as folder:
+        try:
+            case = _made(name, Path(folder))
+        except Exception as error:
+            return SweepResult("not built", says=_line(error))
+        return case.judged()
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A saved model and its right answers, one for each prompt."""
+
+    folder: Path
+    cached: bool  # the reference keeps keys and values
+    prompts: list[list[int]]
+    answers: list[list[int]]
+
+    def judged(self) -> SweepResult:
+        try:
+            adapter, lora_answers = self._adapter()
+            refused = ""
+        except Exception as error:
+            adapter, lora_answers, refused = None, [], _line(error)
+        served = self._served(adapter)
+        if isinstance(served, SweepResult):
+            return served
+        base = _judged(served[: len(self.prompts)], self.answers)
+        if adapter is None:
+            return SweepResult(base, "refused", refused)
+        lora = _judged(served[len(self.prompts) :], lora_answers)
+        differing = "" if base == lora == "equal" else f"{served} for {self.answers, lora_answers}"
+        return SweepResult(base, lora, differing)
+
+    def _adapter(self) -> tuple[CanonicalAdapter, list[list[int]]]:
+        """A LoRA as the store reads it, and PEFT's answers with it."""
+        for seed in range(_SEEDS):
+            torch.manual_seed(seed)
+            config = LoraConfig(r=4, lora_alpha=6, target_modules="all-linear")
+            tuned = get_peft_model(_reference(self.folder / "base"), config).eval()
+            for parameter in tuned.parameters():
+                if parameter.requires_grad:
+                    nn.init.normal_(parameter, std=0.25)
+            answers = [_greedy(tuned, prompt, cached=self.cached) for prompt in self.prompts]
+            if all(clear for _, clear in answers):
+                break
+        else:
+            raise NoClearCaseError
+        tuned.save_pretrained(self.folder / "adapter")
+        spec = base_spec(str(self.folder / "base"))
+        read = read_adapter(self.folder / "adapter", spec).adapter
+        return read, [tokens for tokens, _ in answers]
+
+    def _served(self, adapter: CanonicalAdapter | None) -> list[list[int]] | SweepResult:
+        settings = Settings.model_validate(
+            {
+                "model": str(self.folder / "base"),
+                "store": self.folder / "store",
+                "dtype": "float32",
+                "block_size": 4,
+                "kv_cache_bytes": 4 << 20,
+                "max_batch_tokens": 16,
+                "max_sequences": 6,
+                "adapter_device_bytes": 16 << 20,
+                "adapter_host_bytes": 16 << 20,
+                "turbo": False,
+            }
+        )
+        under: list[tuple[Component, ...]] = [()]
+        if adapter is not None:
+            under.append((Component(_ADAPTER, 1.0),))
+        params = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0)
+        requests = [
+            Submit(f"{i}-{j}", tuple(prompt), params, components, seed=0)
+            for i, components in enumerate(under)
+            for j, prompt in enumerate(self.prompts)
+        ]
+        try:
+            with InProcessEngine(settings, lambda _: adapter) as engine:  # type: ignore[arg-type, return-value]
+                ran = engine.run(requests)
+        except (QuickchangeError, StoreError) as error:
+            return SweepResult("refused", says=_line(error))
+        except Exception as error:
+            return SweepResult("crash", says=_line(error))
+        return [list(completion.token_ids) for completion in ran.completions]
+
+
+def _made(name: str, folder: Path) -> _Case:
+    generator = random.Random(0)
+    prompts = [[generator.randrange(3, VOCABULARY) for _ in range(n)] for n in PROMPT_LENGTHS]
+    for seed in range(_SEEDS):
+        tiny_model(name, seed).save_pretrained(folder / "base")
+        model = _reference(folder / "base")
+        answers = [_greedy(model, prompt, cached=name in CACHED) for prompt in prompts]
+        if all(clear for _, clear in answers):
+            return _Case(folder, name in CACHED, prompts, [tokens for tokens, _ in answers])
+    raise NoClearCaseError
+
+
+def _reference(folder: Path) -> nn.Module:
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    return model.eval()
+
+
+@torch.inference_mode()
+def _greedy(model: nn.Module, prompt: list[int], *, cached: bool) -> tuple[list[int], bool]:
+    """The next tokens, and True if none was a near tie.
+
+    Each by a pass over all before it; cached: by passes over the new one alone, which is another
+    thing only where positions are scaled by the length so far.
+    """
+    fresh: Any = deepcopy(model)  # some keep what an earlier prompt left
+    tokens, clear, cache = list(prompt), True, None
+    for _ in range(NEW_TOKENS):
+        seen = tokens[-1:] if cache is not None else tokens
+        output = fresh(
+            input_ids=torch.tensor([seen]),
+            use_cache=cached,
+            **({"past_key_values": cache} if cached else {}),
+        )
+        cache = output.past_key_values if cached else None
+        logits = output.logits[0, -1]
+        best, second = logits.topk(2).values.tolist()
+        clear &= best - second > _CLEAR * float(logits.abs().max())
+        tokens.append(int(logits.argmax()))
+    return tokens[len(prompt) :], clear
+
+
+def _judged(found: list[list[int]], right: list[list[int]]) -> Outcome:
+    return "equal" if found == right else "wrong"
+
+
+def _line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    known = isinstance(error, QuickchangeError | StoreError)
+    return text if known and text else f"{type(error).__name__}: {text}"
