@@ -126,6 +126,15 @@ FAMILIES: dict[str, dict[str, object]] = {
         "num_local_experts": 6,
         "num_experts_per_tok": 2,
     },
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        **_GROUPED,
+        "head_dim": 16,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+    },
+    "olmoe": {"model_type": "olmoe", **_GROUPED, "num_experts": 6, "num_experts_per_tok": 2},
     # A dense layer first; a shared expert beside those that are chosen.
     "dots1": {
         "model_type": "dots1",

@@ -33,6 +33,7 @@ from quickchange_server.model.architectures.attention_shims import (
     replace_own_attention,
 )
 from quickchange_server.model.architectures.conv1d import linears_of_conv1d
+from quickchange_server.model.architectures.experts import wrap_experts
 from quickchange_server.model.architectures.head_rows import HeadRows
 from quickchange_server.model.architectures.position_scaling import (
     PositionScaling,
@@ -210,6 +211,7 @@ def _prepared(
     rows = _rows_of_short_pass(model)
     wrapper = Wrapper(model, holder, rows=rows if adapters else None, base=base)
     groups = wrapper.wrap()
+    wrap_experts(model, holder, groups, adapters=adapters)
     head_rows.attach(model.get_output_embeddings())  # type: ignore[operator]
     scaling = scale_by_text(model, holder)
     fusion = Fusion(model, lambda ids, positions: _logits(model, ids, positions))
