@@ -42,9 +42,10 @@ class TensorNames:
 
     def __init__(self, base: BaseSpec) -> None:
         self._paths = base.modules.keys()
-        tails = Counter(path.partition(".")[2] for path in self._paths)
+        tails = {path: _tails(path) for path in self._paths}
+        counts = Counter(tail for each in tails.values() for tail in each)
         self._whole = {
-            tail: path for path in self._paths if tails[tail := path.partition(".")[2]] == 1
+            tail: path for path, each in tails.items() for tail in each if counts[tail] == 1
         }
         self._adapters: dict[str, str] = {}  # an adapter's name -> a tensor that has it
         self._trained: dict[str, str] = {}
@@ -98,6 +99,11 @@ class TensorNames:
                 key=self._adapters[second],
                 remedy="save one of them alone (save_pretrained's selected_adapters)",
             )
+
+
+def _tails(path: str) -> set[str]:
+    """What names a module without the parts that stand before a model, or a language model."""
+    return {path.partition(".")[2], *_cuts(path.split("."))[1:]} - {""}
 
 
 def _cuts(parts: Sequence[str]) -> list[str]:
