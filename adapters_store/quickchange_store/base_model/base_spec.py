@@ -30,9 +30,10 @@ WEIGHTS_INDEX = "model.safetensors.index.json"
 def base_spec(model: str | Path, name: str | None = None) -> BaseSpec:
     """The spec of the model at a path (transformers' layout) or with a hub id.
 
-    Its modules are every `nn.Linear`, the LM head included where it is tied to the embedding, and
-    the input embedding. `name` stands for the base in messages; default: `model`. Takes seconds
-    for a large model: keep the result. Raises BaseModelError.
+    Its modules are every `nn.Linear` and `Conv1D` (GPT-2's, a linear of a transposed weight), the
+    LM head included where it is tied to the embedding, and the input embedding. `name` stands for
+    the base in messages; default: `model`. Takes seconds for a large model: keep the result. Raises
+    BaseModelError.
     """
     import torch
 
@@ -59,6 +60,7 @@ def base_spec(model: str | Path, name: str | None = None) -> BaseSpec:
 def spec_of(network: Any, name: str, weights: BaseWeights | None = None) -> BaseSpec:
     """The spec of a transformers model that exists already, on any device."""
     import torch
+    from transformers.pytorch_utils import Conv1D
 
     embedding = network.get_input_embeddings()
     head = network.get_output_embeddings()
@@ -73,6 +75,8 @@ def spec_of(network: Any, name: str, weights: BaseWeights | None = None) -> Base
                 "linear", module.in_features, module.out_features, bias=module.bias is not None
             )
             output_head = path if module is head else output_head
+        elif isinstance(module, Conv1D):
+            modules[path] = ModuleShape("linear", module.nx, module.nf, bias=True)
         elif module is embedding and isinstance(module, torch.nn.Embedding):
             modules[path] = ModuleShape(
                 "embedding",
@@ -98,6 +102,7 @@ class _Names:
     """Parameter names in a checkpoint, by transformers' own rules for loading."""
 
     tied: Mapping[str, str]  # parameter that may be absent -> the one that it equals
+    transposed: frozenset[str]  # weights of Conv1D, [in, out]
     parameters: Mapping[str, str]  # every parameter's name, twice
     prefix: str  # path of the part without a head; some checkpoints leave it out
     renamings: Sequence[Any]
@@ -107,11 +112,15 @@ class _Names:
     def of(cls, network: Any) -> _Names:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightRenaming
+        from transformers.pytorch_utils import Conv1D
 
         tied = getattr(network, "all_tied_weights_keys", None) or {}
         transforms = get_model_conversion_mapping(network)
         return cls(
             tied={str(target): str(source) for target, source in dict(tied).items()},
+            transposed=frozenset(
+                f"{path}.weight" for path, m in network.named_modules() if isinstance(m, Conv1D)
+            ),
             parameters={name: name for name in network.state_dict()},
             prefix=network.base_model_prefix,
             renamings=[t for t in transforms if isinstance(t, WeightRenaming)],
@@ -137,12 +146,16 @@ class CheckpointWeights:
         self._method = quantized_by
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The parameter `name`, or the one it is tied to. Raises BaseModelError."""
+        """The parameter `name`, or the one it is tied to; a linear's weight is [out, in].
+
+        Raises BaseModelError.
+        """
         for candidate in (name, self._names.tied.get(name)):
             self._refuse_codes(candidate)
             if candidate in self._keys:
                 key, file = self._keys[candidate]
-                return _read(file, key)
+                tensor = _read(file, key)
+                return tensor.t().contiguous() if name in self._names.transposed else tensor
         raise BaseModelError(
             f"the base model's weights lack {name!r}, which this adapter's import needs",
             file=WEIGHTS,

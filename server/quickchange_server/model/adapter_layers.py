@@ -60,13 +60,21 @@ class AdaptedLinear(nn.Module):
         weight: torch.Tensor = self.base.weight  # type: ignore[assignment]
         return weight
 
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The base's bias, which some models add themselves."""
+        bias: torch.Tensor | None = self.base.bias  # type: ignore[assignment]
+        return bias
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self._compute_base(x)
         adapters = _adapters(self._holder)
         if adapters is not None:
             segments: Segments = getattr(adapters, self._rows)
             rows = y.view(-1, y.shape[-1])
-            lowrank_(rows, x.reshape(-1, x.shape[-1]), adapters.tables, segments, self._index)
+            # State-space layers give columns transposed.
+            inputs = x.reshape(-1, x.shape[-1]).contiguous()
+            lowrank_(rows, inputs, adapters.tables, segments, self._index)
             if self.output_side is not None:
                 self.output_side.add_(rows, adapters)
         return y
