@@ -22,7 +22,6 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, LinearAttentionCacheLayerMixin
-from transformers.utils import logging as transformers_logging
 
 from quickchange_server.adapters.module_groups import ModuleGroup
 from quickchange_server.errors import UnsupportedModelError
@@ -158,7 +157,6 @@ def load_model(
     """
     check_quantization(quantization, device)
     paged_attention.register()
-    transformers_logging.disable_progress_bar()  # a server's log is no terminal
     try:
         config = BaseSource.of(path).config()
         _refuse_other_state(config)
