@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -224,7 +223,8 @@ def _state_parts(
     return tuple([_part(group, None if len(groups) == 1 else device) for group in groups])
 
 
-class _Rows(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class _Rows:
     """Rows of one sequence in a part; state rows of what is before them and what is after."""
 
     item: Scheduled
