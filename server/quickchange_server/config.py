@@ -43,7 +43,9 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="QUICKCHANGE_", frozen=True, extra="forbid")
 
-    model: str = Field(description="base model: a folder in transformers' layout, or a hub id")
+    model: str = Field(
+        description="base model: a folder in transformers' layout, a GGUF file, or a hub id"
+    )
     served_model_name: str | None = Field(None, description="the base's name in requests")
     store: Path = Field(description="folder of the adapter store")
 
@@ -55,6 +57,10 @@ class Settings(BaseSettings):
     quantization: Literal["none", "int8"] = Field(
         "none",
         description="how the base's linears are kept: int8 takes 8.5 bits a weight, on a CPU",
+    )
+    model_check: bool = Field(
+        True,
+        description="hold the base, once loaded, against transformers' own; off: serve it unproved",
     )
     threads: int | None = Field(None, ge=1, description="engine threads on a CPU; default: all")
 

@@ -82,6 +82,7 @@ class Engine:
         self._prices = prices
         self._vocabulary = model.vocabulary
         states, blocks = _caches(model, settings)
+        self._scaling = model.scaling
         self._max_model_len = _context_length(model, settings, blocks)
         self._adapters = _adapters(model, settings, load_adapter, on_wake)
         self._constraints = constraints_of(constraints, model.vocabulary, on_wake)
@@ -125,7 +126,7 @@ class Engine:
         if (error := self._refusal(submit)) is not None:
             self._refused.append(_error(submit.request_id, error, "request"))
             return
-        sequence = Sequence(submit, time.monotonic())
+        sequence = Sequence(submit, time.monotonic(), self._scaling)
         if sequence.generates and (reason := sequence.finish_reason(self._max_model_len)):
             self._refused.append(Delta(submit.request_id, finish_reason=reason))
         elif submit.constraint is not None:

@@ -86,12 +86,13 @@ class StepInputs:
     samples: PackedSegments | None
     head: PackedSegments | None
     states: tuple[PartInputs, ...] = ()  # for models with recurrent layers alone
+    reach: Tensor | None = None  # int64 [T], if the model scales positions by the text
 
     def step(self, tables: LowRankTables | None) -> ForwardContext:
         """The forward context that the model's seams read; all tensors on the model's device."""
         adapters = self._adapters(tables)
         states = tuple([part.part(tables, adapters) for part in self.states])
-        return ForwardContext(self.attention, adapters, states)
+        return ForwardContext(self.attention, adapters, states, self.reach)
 
     def _adapters(self, tables: LowRankTables | None) -> AdapterBatch | None:
         if tables is None or self.tokens is None or self.samples is None or self.head is None:
@@ -277,6 +278,15 @@ def _part(group: Sequence[_Rows], device: torch.device | None, padded_to: int = 
         room = room_for(runs, device)
         tokens = PackedSegments(pack(runs, room), room)
     return replace(inputs, rows=torch.from_numpy(places), tokens=tokens)
+
+
+def row_reach(plan: Sequence[Scheduled], rows: int) -> Tensor:
+    """Reach of each row, int64 [rows]: its sequence's, or its position + 1 if that is more."""
+    reach: list[int] = []
+    for item in plan:
+        first = item.sequence.computed + 1
+        reach += [max(item.sequence.reach, end) for end in range(first, first + item.rows)]
+    return torch.from_numpy(_padded(reach, rows, np.int64))
 
 
 def _rows_at(

@@ -116,6 +116,7 @@ class Scheduler:
         self.foreground, self.background = Lane(), Lane()
         self.running: list[Sequence] = []  # in order of admission
         self._sequences: dict[str, Sequence] = {}
+        self._outgrown: list[Sequence] = []  # to be computed anew
         self._scorable = 0  # prompt rows whose logits the coming step may still read
         self.faults: dict[str, str] = {}  # request ids that the last `schedule` left out, and why
         self.preemptions = 0
@@ -169,6 +170,8 @@ class Scheduler:
         self.faults = {}
         self._holdings.changed = False
         self._scorable = _MOST_SCORED
+        if self._outgrown:
+            self._begin_anew()
         preemptions = self.preemptions
         running = [sequence for sequence in self.running if not sequence.request.background]
         plan = self._go_on(running, self.max_batch_tokens)
@@ -205,6 +208,8 @@ class Scheduler:
         self._commit_full_blocks(sequence)
         if reason is not None:
             self.finish(sequence)
+        elif sequence.scaling is not None and sequence.outgrown:
+            self._outgrown.append(sequence)
         return taken, reason
 
     def finish(self, sequence: Sequence) -> None:
@@ -300,6 +305,7 @@ class Scheduler:
     def _room_for_drafts(self, item: Scheduled, count: int) -> int:
         """Number of drafts that have room in the caches; nobody is preempted for them."""
         sequence, block_size = item.sequence, self.blocks.block_size
+        count = max(min(count, sequence.room_in_reach), 0)
         end = sequence.computed + item.count
         missing = -(-(end + count) // block_size) - len(sequence.blocks)
         free = min(missing, self.blocks.available)
@@ -414,6 +420,14 @@ class Scheduler:
         self._free_caches(sequence)
         self._holdings.release(sequence)
         del self._sequences[sequence.request_id]
+
+    def _begin_anew(self) -> None:
+        """Let sequences that have outgrown their reach be computed from their beginning."""
+        for sequence in self._outgrown:
+            if sequence in self.running:
+                self._preempt(sequence)
+            sequence.begin_anew()
+        self._outgrown.clear()
 
     def _free_caches(self, sequence: Sequence) -> None:
         self.blocks.release(sequence.blocks)

@@ -10,6 +10,7 @@ import hashlib
 import logging
 import math
 import struct
+import sys
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quickchange_server.engine.kv_cache_manager import block_key
+from quickchange_server.model.architectures.position_scaling import PositionScaling
 from quickchange_server.model.forward_context import ZERO_STATE
 from quickchange_server.protocol import (
     Component,
@@ -170,10 +172,12 @@ class Sequence:
 
     request: Submit
     arrival: float  # seconds, monotonic
+    scaling: PositionScaling | None = None  # if the model scales positions by the text's length
     # Derived from the request.
     request_id: str = field(init=False)  # a field: it is read many times a step
     tokens: list[int] = field(init=False)
     key: bytes = field(init=False)  # key of its composition and salt
+    reach: int = field(init=False)  # tokens of the text that its positions are scaled for, at least
     reading: Reading | None = field(init=False)  # None: it reads nothing of its prompt
     generates: bool = field(init=False)  # False: it ends once its prompt is computed
     drafting: Drafting | None = field(init=False)
@@ -204,6 +208,9 @@ class Sequence:
         self.request_id = request.request_id
         self.tokens = [*request.prompt, *request.output]
         self.key = composition_key(request.adapters, request.salt)
+        self.reach = len(request.prompt)
+        if self.outgrown:
+            self.reach = len(self.tokens)
         self.reading = Reading.of(request)
         # A request for its prompt's log-probabilities alone has no new token.
         more = self.reading is None or request.sampling.token_limit > 0
@@ -251,14 +258,39 @@ class Sequence:
         """Digest of the adapter version whose Turbo heads draft for the sequence."""
         return None if self.drafting is None else self.drafting.heads
 
+    @property
+    def outgrown(self) -> bool:
+        """True if all is to be computed anew, as its tokens are too many for their reach."""
+        scaling = self.scaling
+        if scaling is None or not scaling.anew:
+            return False
+        return scaling.kind(self.reach) != scaling.kind(len(self.tokens))
+
+    @property
+    def room_in_reach(self) -> int:
+        """Most tokens that may follow before all is computed anew."""
+        scaling = self.scaling
+        if scaling is None or not scaling.anew or scaling.kind(self.reach):
+            return sys.maxsize
+        return scaling.limit - len(self.tokens)
+
+    def begin_anew(self) -> None:
+        """Scale positions for the text as it is now. No token may count as computed."""
+        self.reach = len(self.tokens)
+        self.block_keys.clear()
+
     def keys_of_full_blocks(self, count: int, block_size: int) -> list[bytes]:
         """Content keys of the first `count` full blocks."""
         while len(self.block_keys) < count:
             index = len(self.block_keys)
-            parent = self.block_keys[-1] if index else self.key
+            parent = self.block_keys[-1] if index else self._first_parent()
             tokens = self.tokens[index * block_size : (index + 1) * block_size]
             self.block_keys.append(block_key(parent, tokens))
         return self.block_keys[:count]
+
+    def _first_parent(self) -> bytes:
+        kind = 0 if self.scaling is None else self.scaling.kind(self.reach)
+        return block_key(self.key, [kind]) if kind else self.key
 
     def take(self, token: int) -> None:
         """Append the next token of the output."""

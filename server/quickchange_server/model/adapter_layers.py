@@ -16,6 +16,7 @@ from quickchange_kernels.linear.linear_float import linear
 from quickchange_kernels.lowrank.lowrank_contract import Segments, lowrank_, lowrank_embedding_
 from quickchange_server.adapters.module_groups import ModuleGroup
 from quickchange_server.model.forward_context import AdapterBatch, StepHolder
+from quickchange_server.model.int8_linear import has_hooks, is_plain
 from quickchange_server.model.rows_read import Rows
 
 if TYPE_CHECKING:  # output_side imports fusion, which imports this module
@@ -35,9 +36,9 @@ class BaseLinear(nn.Module):
         return linear(x, *self._operands)
 
 
-def base_linear(module: nn.Linear) -> nn.Module:
+def base_linear(module: nn.Module) -> nn.Module:
     """The fastest module that computes exactly what `module` does (quantised linears stay)."""
-    return BaseLinear(module) if type(module) is nn.Linear else module
+    return BaseLinear(module) if is_plain(module) else module  # type: ignore[arg-type]
 
 
 class AdaptedLinear(nn.Module):
@@ -47,7 +48,7 @@ class AdaptedLinear(nn.Module):
         super().__init__()
         self.base = base
         self.group = group
-        self._compute_base = base.forward
+        self._compute_base = base if has_hooks(base) else base.forward
         self._index = group.index
         self._rows = rows
         self._holder = holder

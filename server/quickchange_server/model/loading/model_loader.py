@@ -12,6 +12,7 @@ captured graph it is an output like the logits.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, LinearAttentionCacheLayerMixin
 from transformers.utils import logging as transformers_logging
 
@@ -27,21 +28,41 @@ from quickchange_server.adapters.module_groups import ModuleGroup
 from quickchange_server.errors import UnsupportedModelError
 from quickchange_server.model import paged_attention
 from quickchange_server.model.adapter_layers import base_linear
+from quickchange_server.model.architectures.attention_shims import (
+    admit_attention_classes,
+    replace_own_attention,
+)
+from quickchange_server.model.architectures.conv1d import linears_of_conv1d
+from quickchange_server.model.architectures.head_rows import HeadRows
+from quickchange_server.model.architectures.position_scaling import (
+    PositionScaling,
+    scale_by_text,
+    scaled_limit,
+)
+from quickchange_server.model.architectures.position_shims import most_positions, take_positions
 from quickchange_server.model.architectures.recurrent_layers import RecurrentLayer, noting_states
 from quickchange_server.model.architectures.shared_attention import follow_calls
 from quickchange_server.model.forward_context import StepHolder
-from quickchange_server.model.fusion import MixingProbe, fuse_layers, fuse_small_modules
-from quickchange_server.model.int8_linear import Quantization, check_quantization, int8_linear
+from quickchange_server.model.fusion import Fusion, MixingProbe
+from quickchange_server.model.int8_linear import (
+    FLOATS,
+    Quantization,
+    check_quantization,
+    int8_linear,
+)
+from quickchange_server.model.loading.model_proof import ModelProof, explained
 from quickchange_server.model.output_side import connect
 from quickchange_server.model.paged_attention import LayerShape, PagedAttention, ShapeRecorder
 from quickchange_server.model.rows_read import Rows, rows_read
 from quickchange_server.model.wrapping import Wrapper
-from quickchange_store.base_model.base_weights import load_base
+from quickchange_store.base_model.base_source import BaseSource
+from quickchange_store.base_model.base_weights import load_base, quantization_method
 from quickchange_store.errors import BaseModelError
 
 _ATTENTION = ("full_attention", "sliding_attention")
 _STATELESS = ("moe", "mlp")  # layers without a token mixer
-_UNLIMITED = 1 << 20  # tokens of a sequence where neither attention nor configuration names a limit
+
+logger = logging.getLogger(__name__)
 
 
 class HeadInput:
@@ -86,6 +107,7 @@ class LoadedModel:
     head: nn.Module  # the LM head, wrapped
     head_input: HeadInput
     embedding: nn.Module  # input embedding, wrapped
+    scaling: PositionScaling | None = None  # if positions are scaled by the text's length
     recurrent: tuple[RecurrentLayer, ...] = ()  # layers that keep states between tokens
 
     def install_caches(
@@ -106,6 +128,10 @@ class LoadedModel:
         for layer in self.recurrent:
             layer.install(state_rows, device, self.holder)
 
+    def run(self, ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Logits [R, V] of asked rows [R], for ids [T] at positions [T]."""
+        return _logits(self.module, ids, positions, rows)
+
 
 class Output(NamedTuple):
     """Output of a forward pass for the requested rows."""
@@ -121,8 +147,9 @@ def load_model(
     device: torch.device,
     adapters: bool,
     quantization: Quantization = "none",
+    model_check: bool = True,
 ) -> LoadedModel:
-    """Load and wrap a model from a folder in transformers' layout, or a hub id.
+    """Load and wrap the model that `--model` names.
 
     Raises UnsupportedModelError for an architecture that can't be served and for weights that are
     missing or not finite, OSError or ValueError (transformers') if nothing can be loaded from
@@ -131,58 +158,114 @@ def load_model(
     check_quantization(quantization, device)
     paged_attention.register()
     transformers_logging.disable_progress_bar()  # a server's log is no terminal
-    # trust_remote_code is always given: without it, transformers asks on a terminal.
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    _refuse_other_state(config)
     try:
-        model = load_base(path, dtype=dtype, attn_implementation=paged_attention.NAME)
+        config = BaseSource.of(path).config()
+        _refuse_other_state(config)
+        admit_attention_classes(config)
+        _refuse_twice_quantised(config, quantization)
+        model: nn.Module = load_base(
+            path, dtype=dtype, attn_implementation=paged_attention.NAME, device_map={"": device}
+        )
     except BaseModelError as error:
         raise UnsupportedModelError(f"model: {error}", param="model") from error
-    on_device: nn.Module = model.to(device)
-    return prepare(on_device.eval(), adapters=adapters, quantization=quantization)
+    return prepare(
+        model.eval(), adapters=adapters, quantization=quantization, model_check=model_check
+    )
 
 
 def prepare(
-    model: nn.Module, *, adapters: bool, quantization: Quantization = "none"
+    model: nn.Module,
+    *,
+    adapters: bool,
+    quantization: Quantization = "none",
+    model_check: bool = True,
 ) -> LoadedModel:
     """Wrap a model that was loaded with `attn_implementation="quickchange"`.
 
+    model_check: prove that it then gives what transformers' own model gives (`model_proof.py`).
     Raises UnsupportedModelError for a model that can't be served.
     """
+    try:
+        return _prepared(model, adapters, quantization, model_check)
+    except Exception as error:
+        raise explained(model, error) from error
+
+
+def _prepared(
+    model: nn.Module, adapters: bool, quantization: Quantization, model_check: bool
+) -> LoadedModel:
     config: PretrainedConfig = model.config
     _refuse_headless(model)
     model.requires_grad_(False)
+    proof = ModelProof(model, rounded=quantization != "none") if model_check else None
+    linears_of_conv1d(model)
+    replace_own_attention(model)
+    take_positions(model)
     follow_calls(model)
+    head_rows = HeadRows(model)
+    head_rows.attach(model.get_output_embeddings())  # type: ignore[operator]
     holder = StepHolder()
     base = int8_linear if quantization == "int8" else base_linear
     rows = _rows_of_short_pass(model)
     wrapper = Wrapper(model, holder, rows=rows if adapters else None, base=base)
     groups = wrapper.wrap()
-    fuse_small_modules(model)
-    fuse_layers(model, lambda ids, positions: _logits(model, ids, positions))
-    connect(model, wrapper.entrances)
-    recorder = ShapeRecorder()
-    paged_attention.install(model, recorder)
+    head_rows.attach(model.get_output_embeddings())  # type: ignore[operator]
+    scaling = scale_by_text(model, holder)
+    fusion = Fusion(model, lambda ids, positions: _logits(model, ids, positions))
     head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
     head_input = HeadInput(head)
+    recorder = ShapeRecorder()
+    paged_attention.install(model, recorder)
     states = noting_states(model) if _keeps_states(config) else nullcontext(lambda: ())
     with states as recurrent_layers:
         logits = _logits(model, torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long))
     recurrent = recurrent_layers()
     _refuse_other_layers(model, recorder.layers, recurrent)
-    return LoadedModel(
+    loaded = LoadedModel(
         module=model,
         holder=holder,
         groups=tuple(groups),
         layers=dict(sorted(recorder.layers.items())),
         vocabulary=logits.shape[-1],
         hidden=head_input.take().shape[-1],
-        max_positions=_max_positions(config),
+        max_positions=scaled_limit(config.get_text_config(), most_positions(model, config)),
         head=head,
         head_input=head_input,
         embedding=model.get_input_embeddings(),  # type: ignore[operator]
+        scaling=scaling,
         recurrent=recurrent,
     )
+    if proof is not None:
+        _prove(loaded, proof, fusion)
+    connect(model, wrapper.entrances)
+    return loaded
+
+
+def _prove(model: LoadedModel, proof: ModelProof, fusion: Fusion) -> None:
+    """Undo fusions until the model proves right. Raises UnsupportedModelError if it never does."""
+    name = type(model.module).__name__
+    embedded: torch.Tensor = model.embedding.weight  # type: ignore[assignment]
+    dtype, device = embedded.dtype, embedded.device
+    undone: list[tuple[str, str]] = []
+    while True:
+        model.install_caches(
+            num_blocks=proof.caches.blocks,
+            block_size=proof.caches.block_size,
+            state_rows=proof.caches.state_rows,
+            dtype=dtype,
+            device=device,
+        )
+        if (difference := proof.difference(model)) is None:
+            break
+        kind = fusion.undo_last()
+        if kind is None:
+            raise UnsupportedModelError(
+                f"{name} can't be served: {difference}. --no-model-check serves it unproved",
+                param="model",
+            )
+        undone.append((kind, difference))
+    for kind, difference in undone:
+        logger.warning("%s: its %s are not fused, which is slower: %s", name, kind, difference)
 
 
 @torch.inference_mode()
@@ -244,7 +327,7 @@ def _refuse_broken_weights(model: nn.Module) -> None:
     broken = {
         name: parameter.dtype
         for name, parameter in model.named_parameters()
-        if parameter.is_floating_point() and not bool(parameter.isfinite().all())
+        if parameter.dtype in FLOATS and not bool(parameter.isfinite().all())
     }
     if broken:
         name, dtype = next(iter(broken.items()))
@@ -255,6 +338,12 @@ def _refuse_broken_weights(model: nn.Module) -> None:
         )
 
 
+def _layer_count(config: PretrainedConfig) -> int:
+    """Layers that generate: a decoder's, where an encoder's are what `num_hidden_layers` counts."""
+    text = config.get_text_config()
+    return int(getattr(text, "decoder_layers", None) or text.num_hidden_layers)
+
+
 def _refuse_headless(model: nn.Module) -> None:
     if model.get_output_embeddings() is None:  # type: ignore[operator]
         raise UnsupportedModelError(
@@ -263,10 +352,14 @@ def _refuse_headless(model: nn.Module) -> None:
         )
 
 
-def _max_positions(config: PretrainedConfig) -> int:
-    """Most tokens of a sequence; a model of recurrent layers alone names no limit."""
-    most = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return _UNLIMITED if most is None else int(most)
+def _refuse_twice_quantised(config: PretrainedConfig, quantization: Quantization) -> None:
+    method = quantization_method(config)
+    if method is not None and quantization != "none":
+        raise UnsupportedModelError(
+            f"--quantization {quantization} (or QUICKCHANGE_QUANTIZATION): the model is stored "
+            f"quantised already, by {method}; use --quantization none",
+            param="quantization",
+        )
 
 
 def _layer_kinds(config: PretrainedConfig) -> list[str]:
@@ -300,7 +393,7 @@ def _refuse_other_layers(
     text: PretrainedConfig = model.config.get_text_config()  # type: ignore[union-attr, operator]
     kinds = _layer_kinds(text)
     with_states = {layer.layer for layer in recurrent}
-    layers = text.num_hidden_layers - sum(kind in _STATELESS for kind in kinds)
+    layers = _layer_count(text) - sum(kind in _STATELESS for kind in kinds)
     served = len({*attention, *with_states})
     lost = {i for i, kind in enumerate(kinds) if _is_recurrent(kind)} - with_states
     if served != layers or lost:
