@@ -13,8 +13,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quickchange_store.base_model.base_source import BaseSource, language_model
+from quickchange_store.base_model.base_weights import quantization_method
+from quickchange_store.base_model.gguf_file import GGUFTensors
 from quickchange_store.base_model.sublayers import producers, sublayers
-from quickchange_store.canonical.canonical_adapter import BaseSpec, ModuleShape
+from quickchange_store.canonical.canonical_adapter import BaseSpec, BaseWeights, ModuleShape
 from quickchange_store.errors import BaseModelError
 
 if TYPE_CHECKING:
@@ -33,23 +36,28 @@ def base_spec(model: str | Path, name: str | None = None) -> BaseSpec:
     BaseModelError.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
+    source = BaseSource.of(model)
     try:
-        config = AutoConfig.from_pretrained(str(model), trust_remote_code=False)
+        made, config = language_model(source.config())
         with torch.device("meta"):
-            network = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            network = made(config)
     except (OSError, ValueError, KeyError) as error:
         raise BaseModelError(
             f"{str(model)!r} is not a causal language model that transformers can read ({error})",
             file="config.json",
-            remedy="give a folder in transformers' layout, or the id of a model in the hub's cache",
+            remedy="give a folder in transformers' layout, a GGUF file, or the id of a model in "
+            "the hub's cache",
         ) from error
-    weights = CheckpointWeights(str(model), _Names.of(network))
+    weights: BaseWeights
+    if source.gguf_path is None:
+        weights = CheckpointWeights(source.where, _Names.of(network), quantization_method(config))
+    else:
+        weights = GGUFTensors(source.gguf_path, network)
     return spec_of(network, str(name or model), weights)
 
 
-def spec_of(network: Any, name: str, weights: CheckpointWeights | None = None) -> BaseSpec:
+def spec_of(network: Any, name: str, weights: BaseWeights | None = None) -> BaseSpec:
     """The spec of a transformers model that exists already, on any device."""
     import torch
     from transformers.pytorch_utils import Conv1D
@@ -129,9 +137,10 @@ class _Names:
 class CheckpointWeights:
     """Parameters from a safetensors checkpoint, each read when asked for."""
 
-    def __init__(self, model: str, names: _Names) -> None:
+    def __init__(self, model: str, names: _Names, quantized_by: str | None = None) -> None:
         self._model = model
         self._names = names
+        self._method = quantized_by
 
     def tensor(self, name: str) -> torch.Tensor:
         """The parameter `name`, or the one it is tied to; a linear's weight is [out, in].
@@ -139,6 +148,7 @@ class CheckpointWeights:
         Raises BaseModelError.
         """
         for candidate in (name, self._names.tied.get(name)):
+            self._refuse_codes(candidate)
             if candidate in self._keys:
                 key, file = self._keys[candidate]
                 tensor = _read(file, key)
@@ -149,6 +159,22 @@ class CheckpointWeights:
             key=name,
             remedy="give the base as safetensors that transformers loads without conversion",
         )
+
+    def _refuse_codes(self, name: str | None) -> None:
+        """Refuse a parameter that the checkpoint holds as codes, whatever they are stored as."""
+        if self._method is None or name is None:
+            return
+        module = name.rpartition(".")[0]
+        plain = {f"{module}.weight", f"{module}.bias"}
+        beside = {key for key in map(str, self._keys) if key.startswith(f"{module}.")} - plain
+        if beside:
+            raise BaseModelError(
+                f"the base model's {name!r}, which this adapter's import needs, is stored "
+                f"quantised by {self._method!r}",
+                file=WEIGHTS,
+                key=min(beside),
+                remedy="add the adapter with the base as it was before quantisation (--model)",
+            )
 
     @cached_property
     def _keys(self) -> dict[str | None, tuple[str, Path]]:

@@ -319,6 +319,8 @@ def _fused_attention(module: nn.Module, call: _Call, probe: MixingProbe) -> nn.M
     output = getattr(module, "o_proj", None)
     if not (_has_projections(module) and isinstance(output, nn.Module)):
         return None
+    if call.kwargs.get("layer_idx") is not None:
+        return None  # several layers share it
     expected = _result(module, call)
     if expected is None or probe.last is None:
         return None

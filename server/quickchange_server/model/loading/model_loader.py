@@ -1,7 +1,8 @@
 """Loads the base model, puts both seams in, and finds the shapes that its KV cache must hold.
 
-Any transformers architecture whose attention goes through the attention interface will do. One that
-keeps other state between steps (state-space layers, linear attention) is refused by name.
+Any transformers architecture whose attention goes through the attention interface, and whose
+recurrent layers keep their states through the cache interface, will do. One that keeps other state
+between steps is refused by name.
 
 `forward` also returns the hidden states that enter the LM head, from which drafting heads start.
 Models scale or norm them in their own ways before the head, and scale or cap the logits behind it:
@@ -11,12 +12,15 @@ captured graph it is an output like the logits.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, LinearAttentionCacheLayerMixin
 from transformers.utils import logging as transformers_logging
 
 from quickchange_server.adapters.module_groups import ModuleGroup
@@ -30,15 +34,26 @@ from quickchange_server.model.architectures.attention_shims import (
 from quickchange_server.model.architectures.conv1d import linears_of_conv1d
 from quickchange_server.model.architectures.head_rows import HeadRows
 from quickchange_server.model.architectures.position_shims import most_positions, take_positions
+from quickchange_server.model.architectures.recurrent_layers import RecurrentLayer, noting_states
+from quickchange_server.model.architectures.shared_attention import follow_calls
 from quickchange_server.model.forward_context import StepHolder
 from quickchange_server.model.fusion import MixingProbe, fuse_layers, fuse_small_modules
-from quickchange_server.model.int8_linear import Quantization, check_quantization, int8_linear
+from quickchange_server.model.int8_linear import (
+    FLOATS,
+    Quantization,
+    check_quantization,
+    int8_linear,
+)
 from quickchange_server.model.output_side import connect
-from quickchange_server.model.paged_attention import LayerShape, ShapeRecorder
+from quickchange_server.model.paged_attention import LayerShape, PagedAttention, ShapeRecorder
 from quickchange_server.model.rows_read import Rows, rows_read
 from quickchange_server.model.wrapping import Wrapper
-from quickchange_store.base_model.base_weights import load_base
+from quickchange_store.base_model.base_source import BaseSource
+from quickchange_store.base_model.base_weights import load_base, quantization_method
 from quickchange_store.errors import BaseModelError
+
+_ATTENTION = ("full_attention", "sliding_attention")
+_STATELESS = ("moe", "mlp")  # layers without a token mixer
 
 
 class HeadInput:
@@ -83,6 +98,25 @@ class LoadedModel:
     head: nn.Module  # the LM head, wrapped
     head_input: HeadInput
     embedding: nn.Module  # input embedding, wrapped
+    recurrent: tuple[RecurrentLayer, ...] = ()  # layers that keep states between tokens
+
+    def install_caches(
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        state_rows: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """Give attention its KV pages and recurrent layers room for `state_rows` states.
+
+        From then on the model runs what `holder` holds.
+        """
+        attend = PagedAttention(self.layers, num_blocks, block_size, dtype, device, self.holder)
+        paged_attention.install(self.module, attend)
+        for layer in self.recurrent:
+            layer.install(state_rows, device, self.holder)
 
 
 class Output(NamedTuple):
@@ -100,7 +134,7 @@ def load_model(
     adapters: bool,
     quantization: Quantization = "none",
 ) -> LoadedModel:
-    """Load and wrap a model from a folder in transformers' layout, or a hub id.
+    """Load and wrap the model that `--model` names.
 
     Raises UnsupportedModelError for an architecture that can't be served and for weights that are
     missing or not finite, OSError or ValueError (transformers') if nothing can be loaded from
@@ -109,16 +143,17 @@ def load_model(
     check_quantization(quantization, device)
     paged_attention.register()
     transformers_logging.disable_progress_bar()  # a server's log is no terminal
-    # trust_remote_code is always given: without it, transformers asks on a terminal.
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    _refuse_other_state(config)
-    admit_attention_classes(config)
     try:
-        model = load_base(path, dtype=dtype, attn_implementation=paged_attention.NAME)
+        config = BaseSource.of(path).config()
+        _refuse_other_state(config)
+        admit_attention_classes(config)
+        _refuse_twice_quantised(config, quantization)
+        model: nn.Module = load_base(
+            path, dtype=dtype, attn_implementation=paged_attention.NAME, device_map={"": device}
+        )
     except BaseModelError as error:
         raise UnsupportedModelError(f"model: {error}", param="model") from error
-    on_device: nn.Module = model.to(device)
-    return prepare(on_device.eval(), adapters=adapters, quantization=quantization)
+    return prepare(model.eval(), adapters=adapters, quantization=quantization)
 
 
 def prepare(
@@ -134,6 +169,7 @@ def prepare(
     linears_of_conv1d(model)
     replace_own_attention(model)
     take_positions(model)
+    follow_calls(model)
     head_rows = HeadRows(model)
     head_rows.attach(model.get_output_embeddings())  # type: ignore[operator]
     holder = StepHolder()
@@ -149,13 +185,11 @@ def prepare(
     paged_attention.install(model, recorder)
     head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
     head_input = HeadInput(head)
-    logits = _logits(model, torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long))
-    layers = _layer_count(config)
-    if len(recorder.layers) != layers:
-        raise UnsupportedModelError(
-            f"{type(model).__name__}: {len(recorder.layers)} of {layers} layers use the attention "
-            "interface; models with other kinds of layers are not supported yet"
-        )
+    states = noting_states(model) if _keeps_states(config) else nullcontext(lambda: ())
+    with states as recurrent_layers:
+        logits = _logits(model, torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long))
+    recurrent = recurrent_layers()
+    _refuse_other_layers(model, recorder.layers, recurrent)
     return LoadedModel(
         module=model,
         holder=holder,
@@ -167,6 +201,7 @@ def prepare(
         head=head,
         head_input=head_input,
         embedding=model.get_input_embeddings(),  # type: ignore[operator]
+        recurrent=recurrent,
     )
 
 
@@ -229,7 +264,7 @@ def _refuse_broken_weights(model: nn.Module) -> None:
     broken = {
         name: parameter.dtype
         for name, parameter in model.named_parameters()
-        if parameter.is_floating_point() and not bool(parameter.isfinite().all())
+        if parameter.dtype in FLOATS and not bool(parameter.isfinite().all())
     }
     if broken:
         name, dtype = next(iter(broken.items()))
@@ -254,11 +289,53 @@ def _refuse_headless(model: nn.Module) -> None:
         )
 
 
+def _refuse_twice_quantised(config: PretrainedConfig, quantization: Quantization) -> None:
+    method = quantization_method(config)
+    if method is not None and quantization != "none":
+        raise UnsupportedModelError(
+            f"--quantization {quantization} (or QUICKCHANGE_QUANTIZATION): the model is stored "
+            f"quantised already, by {method}; use --quantization none",
+            param="quantization",
+        )
+
+
+def _layer_kinds(config: PretrainedConfig) -> list[str]:
+    """Kind of each layer, in transformers' words; empty if the configuration doesn't say."""
+    return list(getattr(config.get_text_config(), "layer_types", None) or ())
+
+
+def _is_recurrent(kind: str) -> bool:
+    """True if transformers' cache keeps a state for layers of this kind."""
+    cache = DYNAMIC_LAYER_TYPE_MAPPING.get(kind)
+    return isinstance(cache, type) and issubclass(cache, LinearAttentionCacheLayerMixin)
+
+
+def _keeps_states(config: PretrainedConfig) -> bool:
+    return any(_is_recurrent(kind) for kind in _layer_kinds(config))
+
+
 def _refuse_other_state(config: PretrainedConfig) -> None:
-    text = config.get_text_config()
-    kinds = set(getattr(text, "layer_types", None) or ())
-    other = kinds - {"full_attention", "sliding_attention"}
+    known = {*_ATTENTION, *_STATELESS}
+    other = {kind for kind in _layer_kinds(config) if kind not in known and not _is_recurrent(kind)}
     if other:
         raise UnsupportedModelError(
             f"{config.model_type}: layers of type {', '.join(sorted(other))} are not supported yet"
+        )
+
+
+def _refuse_other_layers(
+    model: nn.Module, attention: Mapping[int, LayerShape], recurrent: Sequence[RecurrentLayer]
+) -> None:
+    """Refuse a model with layers that neither attend nor keep states as those known do."""
+    text: PretrainedConfig = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    kinds = _layer_kinds(text)
+    with_states = {layer.layer for layer in recurrent}
+    layers = _layer_count(text) - sum(kind in _STATELESS for kind in kinds)
+    served = len({*attention, *with_states})
+    lost = {i for i, kind in enumerate(kinds) if _is_recurrent(kind)} - with_states
+    if served != layers or lost:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: {served} of {layers} layers use the attention "
+            "interface or keep their states in transformers' cache; models with other kinds of "
+            "layers are not supported yet"
         )
