@@ -40,7 +40,7 @@ def replace_own_attention(model: nn.Module) -> None:
     """Make every attention module of a known kind call the `Attend` that is installed in it."""
     for module in model.modules():
         if type(module).__name__ == "BigBirdModel":
-            # What transformers does itself when it meets the first text of `most_positions` or less.
+            # As transformers does when it meets a first text of `most_positions` or less.
             module.set_attention_type("original_full")  # type: ignore[operator]
     layers = 0
     for module in list(model.modules()):
