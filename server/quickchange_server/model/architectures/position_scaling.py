@@ -79,9 +79,9 @@ def most_positions(config: PretrainedConfig) -> int:
     """Most tokens of a text: more than its rotary's limit where the model is scaled beyond."""
     most = int(config.max_position_embeddings)
     rope = getattr(config, "rope_parameters", None) or {}
-    if str(rope.get("rope_type")) == "dynamic":
-        return int(most * max(1.0, float(rope["factor"])))
-    return most
+    ropes = [rope, *(part for part in rope.values() if isinstance(part, Mapping))]
+    factors = [float(part["factor"]) for part in ropes if part.get("rope_type") == "dynamic"]
+    return int(most * max([1.0, *factors]))
 
 
 class TextRotary(nn.Module):
