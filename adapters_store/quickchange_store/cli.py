@@ -34,9 +34,7 @@ StoreOption = Annotated[
 ]
 ModelOption = Annotated[
     str,
-    typer.Option(
-        "--model", envvar="QUICKCHANGE_MODEL", help="Base model to check against: folder or hub id."
-    ),
+    typer.Option("--model", envvar="QUICKCHANGE_MODEL", help="Base model to check against."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

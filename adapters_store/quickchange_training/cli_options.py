@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
+from quickchange_store.base_model.base_source import base_name
 from quickchange_store.hub_access import look_for_hub
 from quickchange_training.errors import RecipeError, TrainingError
 from quickchange_training.lora.lora_job import Publication, work_folder
@@ -25,15 +26,14 @@ if TYPE_CHECKING:
 DEMO = "demo"
 
 
-def base_of(model: str, base_name: str | None) -> tuple[str, str]:
+def base_of(model: str, name: str | None) -> tuple[str, str]:
     """The model's folder or hub id, and the name that the adapter gives it."""
     from quickchange_training.demo.demo_base import BASE_MODEL_ID, ensure_demo_base
 
     if model == DEMO:
-        return str(ensure_demo_base()), base_name or BASE_MODEL_ID
+        return str(ensure_demo_base()), name or BASE_MODEL_ID
     look_for_hub(model)
-    folder = Path(model)
-    return model, base_name or (folder.resolve().name if folder.is_dir() else model)
+    return model, name or base_name(model)
 
 
 def publication_of(store: Path | None, name: str | None) -> Publication | None:

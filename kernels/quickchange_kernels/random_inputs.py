@@ -163,18 +163,23 @@ def random_keys(
     block_size: int,
     generator: torch.Generator,
     dtype: torch.dtype = torch.float32,
+    value_dim: int | None = None,
 ) -> PagedKeys:
-    """Random keys and values of sequences of the given lengths."""
+    """Random keys and values of sequences of the given lengths. value_dim: default as keys."""
     used = [-(-length // block_size) for length in lengths]
     blocks = torch.randperm(sum(used) + 2, generator=generator).to(torch.int32)
     tables = torch.full((len(lengths), max(used) + 1), 2**30, dtype=torch.int32)
-    shape = (len(blocks), heads, block_size, dim)
-    k, v = (torch.full(shape, float("nan"), dtype=dtype) for _ in range(2))
+    k, v = (
+        torch.full((len(blocks), heads, block_size, width), float("nan"), dtype=dtype)
+        for width in (dim, dim if value_dim is None else value_dim)
+    )
     for b, (length, count) in enumerate(zip(lengths, used, strict=True)):
         own = blocks[sum(used[:b]) : sum(used[:b]) + count]
         tables[b, :count] = own
         for i, block in enumerate(own.tolist()):
             live = min(block_size, length - i * block_size)
             for cache in (k, v):
-                cache[block, :, :live] = torch.randn(heads, live, dim, generator=generator)
+                cache[block, :, :live] = torch.randn(
+                    heads, live, cache.shape[3], generator=generator
+                )
     return PagedKeys(k, v, tables, torch.tensor(lengths, dtype=torch.int32))

@@ -43,7 +43,9 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="QUICKCHANGE_", frozen=True, extra="forbid")
 
-    model: str = Field(description="base model: a folder in transformers' layout, or a hub id")
+    model: str = Field(
+        description="base model: a folder in transformers' layout, a GGUF file, or a hub id"
+    )
     served_model_name: str | None = Field(None, description="the base's name in requests")
     store: Path = Field(description="folder of the adapter store")
 

@@ -39,14 +39,22 @@ def compare(
     window: int = 0,
     softcap: float = 0.0,
     dtype: torch.dtype = torch.float32,
+    value_dim: int | None = None,
+    sinks: bool = False,
+    slopes: bool = False,
 ) -> None:
-    keys = random_keys(lengths, heads[1], dim, block_size, generator, dtype)
+    keys = random_keys(lengths, heads[1], dim, block_size, generator, dtype, value_dim)
     q = torch.randn(sum(counts), heads[0], dim, generator=generator).to(dtype)
     args = (q, keys.k_cache, keys.v_cache, keys.block_tables, keys.seq_lens, starts(counts))
-    out = run(*args, dim**-0.5, window, softcap)
-    assert out.shape == q.shape
+    by_head = (
+        torch.randn(heads[0], generator=generator) * 2 if sinks else None,
+        torch.rand(heads[0], generator=generator) if slopes else None,
+    )
+    scoring = (dim**-0.5, window, softcap, *by_head)
+    out = run(*args, *scoring)
+    assert out.shape == (*q.shape[:2], keys.v_cache.shape[3])
     assert out.dtype == dtype
-    assert_close(out, reference_paged_attention(*args, dim**-0.5, window, softcap))
+    assert_close(out, reference_paged_attention(*args, *scoring))
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (9, 3), (8, 1), (32, 2)])
@@ -148,6 +156,71 @@ def test_a_head_wider_than_the_blocked_products_take(
     run: Attention, generator: torch.Generator, assert_close: Close
 ) -> None:
     compare(run, assert_close, generator, lengths=[90], counts=[80], dim=320)
+
+
+@pytest.mark.parametrize("dims", [(24, 16), (20, 33), (192, 128), (576, 512), (7, 5), (1, 3)])
+@pytest.mark.parametrize("heads", [(4, 4), (16, 2), (5, 1)])
+def test_values_of_another_width_than_keys(
+    dims: tuple[int, int],
+    heads: tuple[int, int],
+    run: Attention,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    assert_close: Close,
+) -> None:
+    compare(
+        run,
+        assert_close,
+        generator,
+        lengths=[300, 70, 90],
+        counts=[1, 12, 80],
+        heads=heads,
+        dim=dims[0],
+        value_dim=dims[1],
+        dtype=dtype,
+    )
+
+
+@pytest.mark.parametrize(("sinks", "slopes"), [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("window", [0, 1, 30, 1000])
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_sinks_and_slopes(
+    sinks: bool,
+    slopes: bool,
+    window: int,
+    softcap: float,
+    run: Attention,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    assert_close: Close,
+) -> None:
+    compare(
+        run,
+        assert_close,
+        generator,
+        lengths=[1, 600, 33, 90],
+        counts=[1, 1, 4, 80],
+        heads=(6, 2),
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        slopes=slopes,
+        dtype=dtype,
+    )
+
+
+@pytest.mark.parametrize("counts", [[1], [5], [90]])
+@pytest.mark.parametrize("sink", [-1e4, 1e4])
+def test_a_sink_far_from_every_score(
+    counts: list[int], sink: float, run: Attention, generator: torch.Generator
+) -> None:
+    """It takes all of the weight, or none, and nothing overflows."""
+    keys = random_keys([300], 1, 32, 16, generator)
+    q = torch.randn(sum(counts), 2, 32, generator=generator)
+    args = (q, keys.k_cache, keys.v_cache, keys.block_tables, keys.seq_lens, starts(counts), 0.3)
+    out = run(*args, 0, 0.0, torch.full((2,), sink))
+    expected = torch.zeros_like(q) if sink > 0 else run(*args)
+    assert torch.equal(out, expected) if sink > 0 else torch.allclose(out, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (9, 3), (32, 2)])
@@ -282,13 +355,20 @@ def test_a_dtype_without_a_native_version_goes_to_plain_torch(generator: torch.G
 
 @pytest.mark.parametrize("write", [plain_kv_write_, kv_write_], ids=["plain", "dispatched"])
 @pytest.mark.parametrize("count", [0, 1, 9])
+@pytest.mark.parametrize("value_dim", [24, 17])
 def test_keys_and_values_land_in_their_slots(
-    write: Callable[..., None], count: int, dtype: torch.dtype, generator: torch.Generator
+    write: Callable[..., None],
+    count: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    generator: torch.Generator,
 ) -> None:
-    caches = [torch.randn(6, 2, 4, 24, generator=generator).to(dtype) for _ in range(2)]
+    caches = [
+        torch.randn(6, 2, 4, width, generator=generator).to(dtype) for width in (24, value_dim)
+    ]
     fused = torch.randn(count, 200, generator=generator).to(dtype)
     k = fused[:, 20:68].view(count, 2, 24)
-    v = fused[:, 100:148].view(count, 2, 24)
+    v = fused[:, 100 : 100 + 2 * value_dim].view(count, 2, value_dim)
     slots = torch.randperm(24, generator=generator)[:count]
     slots[2:4] = -1  # padding
     expected = reference_kv_write(k, v, caches[0], caches[1], slots)

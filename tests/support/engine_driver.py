@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ import torch
 from quickchange_server.adapters.paced_copies import Pause
 from quickchange_server.config import Settings
 from quickchange_server.engine.engine import Engine
-from quickchange_server.model.loading.model_loader import load_model
+from quickchange_server.model.loading.model_loader import LoadedModel, load_model
 from quickchange_server.protocol import Component, Delta, Pooling, SamplingParams, Submit
 from quickchange_server.structured_output.compiler import ConstraintCompiler
 from quickchange_store.canonical.canonical_adapter import CanonicalAdapter
@@ -27,6 +27,18 @@ def make_engine(
     **options: object,
 ) -> Engine:
     """An engine on a small model. `load` finds adapters by digest."""
+    settings = _small_settings(model, options)
+    loaded = load_model(
+        str(model),
+        dtype=torch.float32,
+        device=torch.device(settings.device),
+        adapters=settings.adapters,
+        quantization=settings.quantization,
+    )
+    return engine_of(loaded, settings, load, constraints, on_wake, on_begun)
+
+
+def _small_settings(model: Path, options: Mapping[str, object]) -> Settings:
     small = {
         "block_size": 4,
         "kv_cache_bytes": 1 << 20,
@@ -35,14 +47,20 @@ def make_engine(
         "adapter_device_bytes": 16 << 20,
         "adapter_host_bytes": 16 << 20,
     }
-    settings = Settings.model_validate({"model": str(model), "store": model, **small, **options})
-    loaded = load_model(
-        str(model),
-        dtype=torch.float32,
-        device=torch.device(settings.device),
-        adapters=settings.adapters,
-        quantization=settings.quantization,
-    )
+    return Settings.model_validate({"model": str(model), "store": model, **small, **options})
+
+
+def engine_of(
+    loaded: LoadedModel,
+    settings: Settings | Path,
+    load: Callable[[str], CanonicalAdapter] | None = None,
+    constraints: ConstraintCompiler | None = None,
+    on_wake: Callable[[], None] = lambda: None,
+    on_begun: Callable[[tuple[str, ...]], None] = lambda _: None,
+) -> Engine:
+    """An engine on a model that is loaded already. settings: or a folder, and small ones."""
+    if isinstance(settings, Path):
+        settings = _small_settings(settings, {})
 
     def read(digest: str, _: Pause) -> CanonicalAdapter:
         if load is None:

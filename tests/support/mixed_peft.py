@@ -67,7 +67,7 @@ def served(trained: Trained) -> dict[str, list[int]]:
         trained.path,
         trained.adapters.__getitem__,
         max_sequences=2 * len(trained.adapters),
-        max_batch_tokens=4 * len(trained.adapters),
+        max_batch_tokens=max(16, 4 * len(trained.adapters)),
     )
     drive = Driver(engine)
     for name, prompt in trained.prompts.items():

@@ -23,6 +23,15 @@ _COMMON = {
     "pad_token_id": None,
 }
 _GROUPED = {"num_key_value_heads": 2}
+_DECODER = {
+    "decoder_layers": 3,
+    "encoder_layers": 2,
+    "decoder_attention_heads": 4,
+    "decoder_ffn_dim": 80,
+    "is_decoder": True,
+    "pad_token_id": 1,
+    "decoder_start_token_id": 2,
+}
 
 FAMILIES: dict[str, dict[str, object]] = {
     "llama": {"model_type": "llama", **_GROUPED, "attention_bias": True},
@@ -57,6 +66,31 @@ FAMILIES: dict[str, dict[str, object]] = {
         "cls_token_id": 0,
         "sep_token_id": 0,
     },
+    # Attention that doesn't go through the interface, each kind of its own.
+    "codegen": {"model_type": "codegen", "rotary_dim": 8},
+    "falcon": {"model_type": "falcon", "num_kv_heads": 2, "new_decoder_architecture": True},
+    "falcon-7b": {"model_type": "falcon", "new_decoder_architecture": False},
+    "gpt_neo": {
+        "model_type": "gpt_neo",
+        "num_hidden_layers": 4,
+        "attention_types": [[["global", "local"], 2]],
+        "window_size": 7,
+    },
+    "gpt_neox_japanese": {"model_type": "gpt_neox_japanese"},
+    "gptj": {"model_type": "gptj", "rotary_dim": 8},
+    "openai-gpt": {"model_type": "openai-gpt"},
+    "xglm": {"model_type": "xglm", "ffn_dim": 80},
+    # Linears that store their weights transposed.
+    "gpt2": {"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True},
+    # Decoders of translators, which count positions from the start of what they are given.
+    "bart": {"model_type": "bart", **_DECODER},
+    "mvp": {"model_type": "mvp", **_DECODER},
+    "pegasus": {"model_type": "pegasus", **_DECODER},
+    # Makes logits of every row.
+    "whisper": {"model_type": "whisper", **_DECODER, "max_target_positions": 512},
+    # Begins to count positions behind the padding token's index.
+    "roberta": {"model_type": "roberta", "is_decoder": True, "pad_token_id": 96},
+    "roformer": {"model_type": "roformer", "is_decoder": True, "rotary_value": True},
     "roc_bert": {"model_type": "roc_bert", "is_decoder": True, "concat_input": False},
     # Experts: a layer's MLP has no one module that ends it.
     "mixtral": {
@@ -87,7 +121,9 @@ def make_model(family: str, seed: int = 0) -> PreTrainedModel:
     config = AutoConfig.for_model(str(options.pop("model_type")), **options)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     for name, parameter in model.named_parameters():
-        if "norm" not in name.lower():  # biases start at zero: make them count
+        if not any(
+            part in name.lower() for part in ("norm", "ln_")
+        ):  # biases start at zero: make them count
             torch.nn.init.normal_(parameter, std=0.3 if parameter.dim() > 1 else 0.1)
     return model
 

@@ -12,23 +12,34 @@ from quickchange_kernels.attention.kv_write import kv_write_, reference_kv_write
 
 
 @pytest.mark.parametrize("count", [0, 1, 9])
-@pytest.mark.parametrize(("heads", "dim"), [(1, 16), (3, 20)])
+@pytest.mark.parametrize(
+    ("heads", "dim", "value_dim"),
+    [(1, 16, 16), (3, 20, 20), (3, 24, 17), (2, 3, 40), (10, 600, 512)],
+)
 def test_keys_and_values_land_in_their_slots_and_nowhere_else(
     count: int,
     heads: int,
     dim: int,
+    value_dim: int,
     dtype: torch.dtype,
     device: torch.device,
     generator: torch.Generator,
     sanitized: Callable[..., AbstractContextManager[None]],
 ) -> None:
-    caches = [torch.randn(6, heads, 4, dim, generator=generator).to(dtype) for _ in range(2)]
-    fused = torch.randn(count, 200, generator=generator).to(dtype)
+    caches = [
+        torch.randn(6, heads, 4, width, generator=generator).to(dtype) for width in (dim, value_dim)
+    ]
+    values_from = 28 + heads * dim
+    columns = values_from + heads * value_dim + 7
+    fused = torch.randn(count, columns, generator=generator).to(dtype)
     slots = torch.randperm(24, generator=generator)[:count]
     slots[2:4] = -1  # padding
 
     def parts(rows: torch.Tensor) -> list[torch.Tensor]:
-        return [rows[:, a : a + heads * dim].view(count, heads, dim) for a in (20, 100)]
+        return [
+            rows[:, first : first + heads * width].view(count, heads, width)
+            for first, width in ((20, dim), (values_from, value_dim))
+        ]
 
     expected = reference_kv_write(*parts(fused), *caches, slots)
     there = [cache.to(device) for cache in caches]

@@ -13,8 +13,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quickchange_store.base_model.base_source import BaseSource, language_model
+from quickchange_store.base_model.base_weights import quantization_method
+from quickchange_store.base_model.gguf_file import GGUFTensors
 from quickchange_store.base_model.sublayers import producers, sublayers
-from quickchange_store.canonical.canonical_adapter import BaseSpec, ModuleShape
+from quickchange_store.canonical.canonical_adapter import BaseSpec, BaseWeights, ModuleShape
 from quickchange_store.errors import BaseModelError
 
 if TYPE_CHECKING:
@@ -27,30 +30,37 @@ WEIGHTS_INDEX = "model.safetensors.index.json"
 def base_spec(model: str | Path, name: str | None = None) -> BaseSpec:
     """The spec of the model at a path (transformers' layout) or with a hub id.
 
-    Its modules are every `nn.Linear`, the LM head included where it is tied to the embedding, and
-    the input embedding. `name` stands for the base in messages; default: `model`. Takes seconds
-    for a large model: keep the result. Raises BaseModelError.
+    Its modules are every `nn.Linear` and `Conv1D` (GPT-2's, a linear of a transposed weight), the
+    LM head included where it is tied to the embedding, and the input embedding. `name` stands for
+    the base in messages; default: `model`. Takes seconds for a large model: keep the result. Raises
+    BaseModelError.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
+    source = BaseSource.of(model)
     try:
-        config = AutoConfig.from_pretrained(str(model), trust_remote_code=False)
+        made, config = language_model(source.config())
         with torch.device("meta"):
-            network = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            network = made(config)
     except (OSError, ValueError, KeyError) as error:
         raise BaseModelError(
             f"{str(model)!r} is not a causal language model that transformers can read ({error})",
             file="config.json",
-            remedy="give a folder in transformers' layout, or the id of a model in the hub's cache",
+            remedy="give a folder in transformers' layout, a GGUF file, or the id of a model in "
+            "the hub's cache",
         ) from error
-    weights = CheckpointWeights(str(model), _Names.of(network))
+    weights: BaseWeights
+    if source.gguf_path is None:
+        weights = CheckpointWeights(source.where, _Names.of(network), quantization_method(config))
+    else:
+        weights = GGUFTensors(source.gguf_path, network)
     return spec_of(network, str(name or model), weights)
 
 
-def spec_of(network: Any, name: str, weights: CheckpointWeights | None = None) -> BaseSpec:
+def spec_of(network: Any, name: str, weights: BaseWeights | None = None) -> BaseSpec:
     """The spec of a transformers model that exists already, on any device."""
     import torch
+    from transformers.pytorch_utils import Conv1D
 
     embedding = network.get_input_embeddings()
     head = network.get_output_embeddings()
@@ -62,6 +72,8 @@ def spec_of(network: Any, name: str, weights: CheckpointWeights | None = None) -
                 "linear", module.in_features, module.out_features, bias=module.bias is not None
             )
             output_head = path if module is head else output_head
+        elif isinstance(module, Conv1D):
+            modules[path] = ModuleShape("linear", module.nx, module.nf, bias=True)
         elif module is embedding and isinstance(module, torch.nn.Embedding):
             modules[path] = ModuleShape(
                 "embedding",
@@ -87,6 +99,7 @@ class _Names:
     """Parameter names in a checkpoint, by transformers' own rules for loading."""
 
     tied: Mapping[str, str]  # parameter that may be absent -> the one that it equals
+    transposed: frozenset[str]  # weights of Conv1D, [in, out]
     parameters: Mapping[str, str]  # every parameter's name, twice
     prefix: str  # path of the part without a head; some checkpoints leave it out
     renamings: Sequence[Any]
@@ -96,11 +109,15 @@ class _Names:
     def of(cls, network: Any) -> _Names:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightRenaming
+        from transformers.pytorch_utils import Conv1D
 
         tied = getattr(network, "all_tied_weights_keys", None) or {}
         transforms = get_model_conversion_mapping(network)
         return cls(
             tied={str(target): str(source) for target, source in dict(tied).items()},
+            transposed=frozenset(
+                f"{path}.weight" for path, m in network.named_modules() if isinstance(m, Conv1D)
+            ),
             parameters={name: name for name in network.state_dict()},
             prefix=network.base_model_prefix,
             renamings=[t for t in transforms if isinstance(t, WeightRenaming)],
@@ -120,22 +137,44 @@ class _Names:
 class CheckpointWeights:
     """Parameters from a safetensors checkpoint, each read when asked for."""
 
-    def __init__(self, model: str, names: _Names) -> None:
+    def __init__(self, model: str, names: _Names, quantized_by: str | None = None) -> None:
         self._model = model
         self._names = names
+        self._method = quantized_by
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The parameter `name`, or the one it is tied to. Raises BaseModelError."""
+        """The parameter `name`, or the one it is tied to; a linear's weight is [out, in].
+
+        Raises BaseModelError.
+        """
         for candidate in (name, self._names.tied.get(name)):
+            self._refuse_codes(candidate)
             if candidate in self._keys:
                 key, file = self._keys[candidate]
-                return _read(file, key)
+                tensor = _read(file, key)
+                return tensor.t().contiguous() if name in self._names.transposed else tensor
         raise BaseModelError(
             f"the base model's weights lack {name!r}, which this adapter's import needs",
             file=WEIGHTS,
             key=name,
             remedy="give the base as safetensors that transformers loads without conversion",
         )
+
+    def _refuse_codes(self, name: str | None) -> None:
+        """Refuse a parameter that the checkpoint holds as codes, whatever they are stored as."""
+        if self._method is None or name is None:
+            return
+        module = name.rpartition(".")[0]
+        plain = {f"{module}.weight", f"{module}.bias"}
+        beside = {key for key in map(str, self._keys) if key.startswith(f"{module}.")} - plain
+        if beside:
+            raise BaseModelError(
+                f"the base model's {name!r}, which this adapter's import needs, is stored "
+                f"quantised by {self._method!r}",
+                file=WEIGHTS,
+                key=min(beside),
+                remedy="add the adapter with the base as it was before quantisation (--model)",
+            )
 
     @cached_property
     def _keys(self) -> dict[str | None, tuple[str, Path]]:

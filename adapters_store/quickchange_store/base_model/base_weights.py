@@ -15,15 +15,18 @@ Knows nothing of adapters or of serving.
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
+from quickchange_store.base_model.base_source import BaseSource, language_model
+from quickchange_store.base_model.gguf_file import GGUFTensors, put_in_rope_factors
 from quickchange_store.errors import BaseModelError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -33,21 +36,40 @@ _REMEDY = "give the folder that the model was saved to, whole and with its own c
 
 
 def load_base(model: str, **options: Any) -> PreTrainedModel:
-    """The causal language model at a path (transformers' layout) or with a hub id.
+    """The language model of a folder in transformers' layout, a hub id or a GGUF file.
 
     options: those of transformers' `from_pretrained`. Raises BaseModelError where a weight is
-    missing, left over or of another shape, OSError or ValueError (transformers') where nothing can
-    be loaded.
+    missing, left over or of another shape, or a library that the checkpoint needs; OSError or
+    ValueError (transformers') where nothing can be loaded.
     """
-    from transformers import AutoModelForCausalLM
+    source = BaseSource.of(model)
+    made, config = language_model(source.config())
+    method = quantization_method(config)
+    if method is not None:
+        _make_floats(config, method)
+    path = source.gguf_path
+    if path is not None:
+        import torch
 
-    loaded, info = AutoModelForCausalLM.from_pretrained(
-        model,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # told here, all at once and by name
-        trust_remote_code=False,
-        **options,
-    )
+        with torch.device("meta"):
+            GGUFTensors(path, made(copy.deepcopy(config))).check_all_placed()
+    # It warns of its rounding at every call.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    try:
+        loaded, info = made.from_pretrained(
+            source.where,
+            config=config,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told here, all at once and by name
+            **source.options,
+            **options,
+        )
+    except (ImportError, RuntimeError) as error:
+        if method is None:
+            raise
+        raise _not_quantised_here(model, method, error) from error
+    if path is not None:
+        put_in_rope_factors(path, loaded)
     missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
     mismatched = {str(key[0]) for key in info["mismatched_keys"]}
     if mismatched:
@@ -60,6 +82,41 @@ def load_base(model: str, **options: Any) -> PreTrainedModel:
         logger.warning("%s: weights that the model doesn't use: %s", model, _named(unexpected))
     base: PreTrainedModel = loaded
     return base
+
+
+def quantization_method(config: PretrainedConfig) -> str | None:
+    """How a checkpoint's weights are stored, by the name in its config.json; None: as floats."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return None
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
+    method = str(stored.get("quant_method", "bitsandbytes"))
+    return None if method == "gguf" else method
+
+
+def _make_floats(config: PretrainedConfig, method: str) -> None:
+    """Have compressed-tensors' weights made floats as they are read, where that changes nothing.
+
+    transformers does so in the first pass anyway. A model that rounds its activations does that in
+    its linears' own `forward`, which floats would leave out.
+    """
+    stored = config.quantization_config
+    if method != "compressed-tensors" or not isinstance(stored, dict):
+        return
+    rounds = ("input_activations", "output_activations")
+    groups = (stored.get("config_groups") or {}).values()
+    stored["dequantize"] = not any(group.get(each) for group in groups for each in rounds)
+
+
+def _not_quantised_here(model: str, method: str, error: Exception) -> BaseModelError:
+    return BaseModelError(
+        f"{model!r} is stored quantised by {method!r}, which can't be loaded here: {error}",
+        file="config.json",
+        key="quantization_config",
+        remedy="install its library (pip install 'quickchange[quantized]' brings "
+        "compressed-tensors, torchao and bitsandbytes), serve on a device that it supports, or "
+        "give the model as it was before quantisation",
+    )
 
 
 def left_out(unexpected: Iterable[str], parameters: Collection[str]) -> list[str]:

@@ -19,6 +19,7 @@ from textwrap import shorten
 
 from quickchange_bench import report_tables
 from quickchange_bench.architectures.sweep_case import SweepResult, run_case
+from quickchange_bench.architectures.tiny_configs import VARIANTS
 
 EXPECTED = Path(__file__).with_name("expected_sweep.json")
 
@@ -33,8 +34,10 @@ _PRELOADED = [
 ]
 
 
-def run_sweep(names: Sequence[str], jobs: int) -> Iterator[tuple[str, SweepResult]]:
-    """Each name's result, in order, as it is known."""
+def run_sweep(
+    names: Sequence[str], jobs: int, seconds: float = _SECONDS
+) -> Iterator[tuple[str, SweepResult]]:
+    """Each name's result, in order, as it is known. seconds: a type that takes longer hangs."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
 
@@ -44,8 +47,8 @@ def run_sweep(names: Sequence[str], jobs: int) -> Iterator[tuple[str, SweepResul
         process.start()
         theirs.close()
         try:
-            if not mine.poll(_SECONDS):
-                return SweepResult("crash", says=f"no result after {_SECONDS:.0f} s")
+            if not mine.poll(seconds):
+                return SweepResult("crash", says=f"no result after {seconds:.0f} s")
             result: SweepResult = mine.recv()
             return result
         except EOFError:
@@ -88,11 +91,12 @@ def changes(table: Table, known: Table) -> list[str]:
 
 
 def counts(table: Table) -> str:
-    """How many came out how, in one line."""
-    base = Counter(result.base for result in table.values())
-    both = sum(result.base == result.lora == "equal" for result in table.values())
+    """How many types came out how, in one line; variants are not counted."""
+    kinds = {name: result for name, result in table.items() if name not in VARIANTS}
+    base = Counter(result.base for result in kinds.values())
+    both = sum(result.base == result.lora == "equal" for result in kinds.values())
     parts = [f"{count} {outcome}" for outcome, count in base.most_common()]
-    return f"{len(table)} in all: {', '.join(parts)}; {both} equal with a LoRA too"
+    return f"{len(kinds)} types: {', '.join(parts)}; {both} equal with a LoRA too"
 
 
 def as_markdown(table: Table) -> str:

@@ -273,7 +273,7 @@ VARIANTS: dict[str, tuple[str, Options]] = {
 }
 
 # Those whose positions are scaled by the length so far, as each token's keys were made.
-CACHED = frozenset({"llama (dynamic)"})
+CACHED = frozenset({"llama (dynamic)", "zamba2"})
 
 
 def types() -> list[str]:

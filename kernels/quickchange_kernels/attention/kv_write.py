@@ -1,9 +1,11 @@
 """kv_write_: put this step's keys and values into their slots of the paged cache.
 
 Contract
-    k, v               [T, Hkv, D]                    any strides
-    k_cache, v_cache   [num_blocks, Hkv, block_size, D]  contiguous, k's dtype; written in place
-    slots              int64 [T]  block * block_size + offset; no slot twice; -1: padding, skipped
+    k        [T, Hkv, D]   any strides
+    v        [T, Hkv, Dv]  any strides
+    k_cache  [num_blocks, Hkv, block_size, D]   contiguous, k's dtype; written in place
+    v_cache  [num_blocks, Hkv, block_size, Dv]  contiguous, k's dtype; written in place
+    slots    int64 [T]  block * block_size + offset; no slot twice; -1: padding, skipped
 Slots not named are not touched. Any other slot out of range raises IndexError on a CPU; on a GPU it
 must not occur, and is skipped.
 """

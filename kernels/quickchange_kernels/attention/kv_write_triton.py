@@ -1,4 +1,4 @@
-"""kv_write_ on the GPU: one program writes one row's keys and values into its slot."""
+"""kv_write_ on the GPU: one program writes a row's keys and values of some heads into its slot."""
 
 from __future__ import annotations
 
@@ -31,23 +31,27 @@ def kv_write_kernel(
     # meta
     KV_HEADS: tl.constexpr,
     D: tl.constexpr,
+    DV: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
 ):
-    """Program (row,) writes one row's keys and values."""
+    """Program (row, block of heads) writes one row's keys and values."""
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + row)
     if (slot < 0) | (slot >= total_slots):  # -1: padding
         return
-    head = tl.arange(0, BLOCK_HEADS)[:, None]
+    head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)[:, None]
+    place = (slot // PAGE * KV_HEADS + head) * PAGE + slot % PAGE
     d = tl.arange(0, BLOCK_D)[None, :]
     live = (head < KV_HEADS) & (d < D)
-    to = ((slot // PAGE * KV_HEADS + head) * PAGE + slot % PAGE) * D + d
     keys = tl.load(k + row * k_row + head * k_head + d, mask=live)
+    tl.store(k_cache + place * D + d, keys, mask=live)
+    d = tl.arange(0, BLOCK_DV)[None, :]
+    live = (head < KV_HEADS) & (d < DV)
     values = tl.load(v + row * v_row + head * v_head + d, mask=live)
-    tl.store(k_cache + to, keys, mask=live)
-    tl.store(v_cache + to, values, mask=live)
+    tl.store(v_cache + place * DV + d, values, mask=live)
 
 
 def launch_kv_write_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
@@ -55,9 +59,10 @@ def launch_kv_write_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slo
     _check(k, v, k_cache, v_cache, slots)
     k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (k, v))
     blocks, heads, page, dim = k_cache.shape
-    if k.numel() == 0:
+    if len(slots) == 0:
         return
-    kv_write_kernel[(len(slots),)](
+    constants = _constants(heads, dim, v_cache.shape[3], page)
+    kv_write_kernel[(len(slots), triton.cdiv(heads, constants["BLOCK_HEADS"]))](
         k,
         v,
         k_cache,
@@ -68,21 +73,26 @@ def launch_kv_write_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slo
         k.stride(1),
         v.stride(0),
         v.stride(1),
-        **_constants(heads, dim, page),
+        **constants,
         num_warps=_WARPS,
     )
 
 
 _WARPS = 4
+_BLOCK = 4096  # elements that a program holds
 
 
-def _constants(heads: int, dim: int, page: int) -> dict[str, Any]:
+def _constants(heads: int, dim: int, value_dim: int, page: int) -> dict[str, Any]:
+    block_d, block_dv = triton.next_power_of_2(dim), triton.next_power_of_2(value_dim)
+    most_heads = max(1, _BLOCK // max(block_d, block_dv))
     return {
         "KV_HEADS": heads,
         "D": dim,
+        "DV": value_dim,
         "PAGE": page,
-        "BLOCK_HEADS": triton.next_power_of_2(heads),
-        "BLOCK_D": triton.next_power_of_2(dim),
+        "BLOCK_HEADS": min(triton.next_power_of_2(heads), most_heads),
+        "BLOCK_D": block_d,
+        "BLOCK_DV": block_dv,
     }
 
 
@@ -95,9 +105,10 @@ def _check(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor
             f"{v_cache.dtype}; all must be equal"
         )
     fits = (
-        k_cache.dim() == 4
-        and k_cache.shape == v_cache.shape
-        and k.shape == v.shape == (slots.numel(), k_cache.shape[1], k_cache.shape[3])
+        (k_cache.dim(), v_cache.dim()) == (4, 4)
+        and k_cache.shape[:3] == v_cache.shape[:3]
+        and k.shape == (slots.numel(), k_cache.shape[1], k_cache.shape[3])
+        and v.shape == (slots.numel(), k_cache.shape[1], v_cache.shape[3])
         and k_cache.is_contiguous()
         and v_cache.is_contiguous()
     )
@@ -110,15 +121,16 @@ def _check(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor
 
 
 def compilations() -> Iterator[Compilation]:
-    """Configurations for the key heads of Llama 8B and 70B, and of SmolLM2."""
+    """Configurations for the key heads of Llama 8B and 70B, SmolLM2 and DeepSeek V3."""
     signature = dict.fromkeys(("k", "v", "k_cache", "v_cache"), "*bf16") | {"slots": "*i64"}
     integers = ("total_slots", "k_row", "k_head", "v_row", "v_head")
-    for model, heads, dim in (("Llama", 8, 128), ("SmolLM2", 3, 64)):
+    shapes = {"Llama": (8, 128, 128), "SmolLM2": (3, 64, 64), "DeepSeek V3": (128, 192, 128)}
+    for model, shape in shapes.items():
         yield Compilation(
             name=f"kv_write, {model}",
             kernel=kv_write_kernel,
             signature=signature | dict.fromkeys(integers, "i32"),
-            constants=_constants(heads, dim, 16),
+            constants=_constants(*shape, 16),
             num_warps=_WARPS,
             num_stages=1,
             divisible_by_16=integers,

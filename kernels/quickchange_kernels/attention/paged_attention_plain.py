@@ -23,18 +23,38 @@ class _Scoring:
     scale: float
     window: int
     softcap: float
+    sinks: Tensor | None  # float32 [Hq]
+    slopes: Tensor | None  # float32 [Hq]
+
+    def weights(self, products: Tensor, hidden: Tensor, distance: Tensor) -> Tensor:
+        """Weights of keys for queries, in float32.
+
+        products: q·k [b, Hkv, group, queries, keys]. hidden, distance: whether a query sees a key,
+        and the key's position minus the query's; both [b, queries, keys].
+        """
+        scores = products.float() * self.scale
+        heads = scores.shape[1:3]
+        if self.softcap > 0:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
+        if self.slopes is not None:
+            scores = scores + self.slopes.view(*heads, 1, 1) * distance[:, None, None]
+        scores = scores.masked_fill(hidden[:, None, None], float("-inf"))
+        if self.sinks is None:
+            return scores.softmax(-1)
+        sinks = self.sinks.view(*heads, 1, 1).expand(*scores.shape[:-1], 1)
+        return torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
 
 
 @dataclass(frozen=True)
 class _Cache:
     k: Tensor  # [num_blocks, Hkv, block_size, D]
-    v: Tensor
+    v: Tensor  # [num_blocks, Hkv, block_size, Dv]
     block_tables: Tensor  # int32 [B, M]
 
     def gather(
         self, sequences: Tensor, first: Tensor, lengths: Tensor, longest: int
     ) -> tuple[Tensor, Tensor]:
-        """Keys and values of some sequences, padded to whole blocks: two [b, Hkv, keys, D].
+        """Keys and values of some sequences, padded to whole blocks: [b, Hkv, keys, D or Dv].
 
         What lies before key `first` and from `lengths` on is arbitrary.
         """
@@ -57,11 +77,13 @@ def plain_paged_attention(
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
 ) -> Tensor:
     """paged_attention for any device; reads lengths on the host."""
     cache = _Cache(k_cache, v_cache, block_tables)
-    scoring = _Scoring(scale, window, softcap)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    scoring = _Scoring(scale, window, softcap, sinks, slopes)
+    out = torch.empty((*q.shape[:2], v_cache.shape[3]), dtype=q.dtype, device=q.device)
     lengths, starts = seq_lens.tolist(), query_start.tolist()
     _check(q, cache, lengths, starts, window)
     spans = zip(lengths, pairwise(starts), strict=True)
@@ -105,7 +127,7 @@ def _check(q: Tensor, cache: _Cache, lengths: list[int], starts: list[int], wind
 def _decode(
     q: Tensor, cache: _Cache, sequences: Tensor, lengths: Tensor, longest: int, scoring: _Scoring
 ) -> Tensor:
-    """One query [Hq, D] for each of the sequences: [b, Hq, D]."""
+    """One query [Hq, D] for each of the sequences: [b, Hq, Dv]."""
     heads = cache.k.shape[1]
     first = lengths - scoring.window if scoring.window > 0 else torch.zeros_like(lengths)
     k, v = cache.gather(sequences, first, lengths, longest)
@@ -113,11 +135,10 @@ def _decode(
     hidden = (key >= lengths.unsqueeze(1)) | (key < first.unsqueeze(1))  # [b, keys]
     v = v.masked_fill(hidden[:, None, :, None], 0)  # 0 · NaN would be NaN
     grouped = q.reshape(q.shape[0], heads, -1, q.shape[2])  # [b, Hkv, group, D]
-    scores = (grouped @ k.transpose(2, 3)).float() * scoring.scale
-    if scoring.softcap > 0:
-        scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
-    scores = scores.masked_fill(hidden[:, None, None], float("-inf"))
-    out: Tensor = scores.softmax(-1).to(v.dtype) @ v
+    distance = key - (lengths.unsqueeze(1) - 1)
+    products = (grouped @ k.transpose(2, 3)).unsqueeze(3)  # [b, Hkv, group, 1, keys]
+    weights = scoring.weights(products, hidden[:, None], distance[:, None]).squeeze(3)
+    out: Tensor = weights.to(v.dtype) @ v
     return out.flatten(1, 2)
 
 
@@ -130,25 +151,26 @@ def _visible(count: int, length: int, window: int, device: torch.device) -> Tens
 
 
 def _prefill(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scoring: _Scoring) -> Tensor:
-    """Several queries [n, Hq, D] of one sequence, over [1, Hkv, at least keys, D]: [n, Hq, D].
+    """Several queries [n, Hq, D] of one sequence, over [1, Hkv, at least keys, D]: [n, Hq, Dv].
 
     visible: bool [n, keys].
     """
     count, length = visible.shape
     heads = k.shape[1]
     group = q.shape[1] // heads
-    mask = visible.repeat(group, 1)  # [group * n, keys]
     k, v = k[:, :, :length], v[:, :, :length]
     if scoring.window > 0:
         # 0 · NaN would be NaN; so would a score with PyTorch's own attention, which adds its mask.
         used = visible.any(0)[:, None]
         k, v = k.where(used, 0), v.where(used, 0)
     grouped = q.reshape(count, heads, group, -1).permute(1, 2, 0, 3).flatten(1, 2).unsqueeze(0)
-    if scoring.softcap > 0:
-        scores = (grouped @ k.transpose(2, 3)).float() * scoring.scale
-        scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
-        weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
+    if scoring.softcap > 0 or scoring.sinks is not None or scoring.slopes is not None:
+        products = (grouped @ k.transpose(2, 3)).unflatten(2, (group, count))
+        key = torch.arange(length, device=q.device)
+        distance = key - key[length - count :, None]
+        weights = scoring.weights(products, ~visible[None], distance[None]).flatten(2, 3)
         out = weights.to(v.dtype) @ v
     else:
+        mask = visible.repeat(group, 1)  # [group * n, keys]
         out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scoring.scale)
     return out.view(heads, group, count, -1).permute(2, 0, 1, 3).flatten(1, 2)

@@ -237,6 +237,8 @@ def launch_paged_attention(
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
 ) -> Tensor:
     """paged_attention; see paged_attention_contract.py.
 
@@ -244,9 +246,20 @@ def launch_paged_attention(
     ValueError on what does not fit together.
     """
     _check(q, k_cache, v_cache, block_tables, seq_lens, query_start)
-    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    special = sinks is not None or slopes is not None or k_cache.shape != v_cache.shape
+    if special or q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return plain_paged_attention(
-            q, k_cache, v_cache, block_tables, seq_lens, query_start, scale, window, softcap
+            q,
+            k_cache,
+            v_cache,
+            block_tables,
+            seq_lens,
+            query_start,
+            scale,
+            window,
+            softcap,
+            sinks,
+            slopes,
         )
     keys = block_tables.shape[1] * k_cache.shape[2]
     call = Call(
@@ -286,8 +299,8 @@ def _check(
                 "paged_attention: block_tables, seq_lens and query_start must be contiguous int32"
             )
     fits = (
-        (q.dim(), k_cache.dim(), block_tables.dim()) == (3, 4, 2)
-        and k_cache.shape == v_cache.shape
+        (q.dim(), k_cache.dim(), v_cache.dim(), block_tables.dim()) == (3, 4, 4, 2)
+        and k_cache.shape[:3] == v_cache.shape[:3]
         and q.shape[2] == k_cache.shape[3]
         and q.shape[1] % k_cache.shape[1] == 0
         and query_start.numel() == seq_lens.numel() + 1 == block_tables.shape[0] + 1

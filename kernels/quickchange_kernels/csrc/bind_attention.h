@@ -177,7 +177,8 @@ AttentionArgs<T> attention_args(
 
 Tensor paged_attention(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& tables, const Tensor& lengths,
-    const Tensor& starts, double scale, int64_t window, double softcap) {
+    const Tensor& starts, double scale, int64_t window, double softcap,
+    const std::optional<Tensor>& sinks, const std::optional<Tensor>& slopes) {
   const auto plain = plain_version<decltype(paged_attention)>("quickchange::paged_attention");
   for (const Tensor* t : {&tables, &lengths, &starts})
     TORCH_CHECK_TYPE(
@@ -185,17 +186,19 @@ Tensor paged_attention(
         "paged_attention: block_tables, seq_lens and query_start must be contiguous int32");
   TORCH_CHECK_VALUE(
       starts.numel() == lengths.numel() + 1 && tables.dim() == 2 &&
-          tables.size(0) == lengths.numel() && q.dim() == 3 && k.dim() == 4 && k.size(1) > 0 &&
+          tables.size(0) == lengths.numel() && q.dim() == 3 && k.dim() == 4 && v.dim() == 4 && k.size(1) > 0 &&
           k.size(2) > 0 && k.size(3) > 0 && q.size(2) == k.size(3) && q.size(1) % k.size(1) == 0 &&
-          k.sizes() == v.sizes(),
+          k.sizes().slice(0, 3) == v.sizes().slice(0, 3) && v.size(3) > 0,
       "paged_attention: q ", q.sizes(), ", k_cache ", k.sizes(), ", v_cache ", v.sizes(),
       ", block_tables ", tables.sizes(), ", seq_lens ", lengths.sizes(), " and query_start ",
       starts.sizes(), " do not fit together");
   const bool native = is_native(q.scalar_type()) && k.scalar_type() == q.scalar_type() &&
                       v.scalar_type() == q.scalar_type() && q.stride(2) == 1 &&
                       k.is_contiguous() && v.is_contiguous() &&
-                      q.size(1) / k.size(1) <= MAX_ATTENTION_ROWS;
-  if (!native) return plain.call(q, k, v, tables, lengths, starts, scale, window, softcap);
+                      q.size(1) / k.size(1) <= MAX_ATTENTION_ROWS && k.sizes() == v.sizes() && !sinks &&
+                      !slopes;
+  if (!native)
+    return plain.call(q, k, v, tables, lengths, starts, scale, window, softcap, sinks, slopes);
   Tensor out = at::empty(q.sizes(), q.options());
   const AttentionTables indices{
       data<int32_t>(tables), tables.size(1), data<int32_t>(lengths), data<int32_t>(starts),

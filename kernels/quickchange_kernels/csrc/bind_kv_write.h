@@ -22,10 +22,12 @@ void kv_write_(
     plain_version<decltype(kv_write_)>("quickchange::kv_write_").call(k, v, k_cache, v_cache, slots);
     return;
   }
-  const int64_t heads = k_cache.size(1), block = k_cache.size(2), D = k_cache.size(3);
+  const int64_t heads = k_cache.size(1), block = k_cache.size(2);
+  const auto fits = [&](const Tensor& from, const Tensor& to) {
+    return from.size(0) == slots.numel() && from.size(1) == heads && from.size(2) == to.size(3);
+  };
   TORCH_CHECK_VALUE(
-      k.size(0) == slots.numel() && k.size(1) == heads && k.size(2) == D && k.sizes() == v.sizes() &&
-          k_cache.sizes() == v_cache.sizes(),
+      fits(k, k_cache) && fits(v, v_cache) && k_cache.sizes().slice(0, 3) == v_cache.sizes().slice(0, 3),
       "kv_write: k ", k.sizes(), ", v ", v.sizes(), ", k_cache ", k_cache.sizes(), ", v_cache ",
       v_cache.sizes(), " and slots ", slots.sizes(), " do not fit together");
   const int64_t bytes = k_cache.element_size();
@@ -34,15 +36,15 @@ void kv_write_(
     if (slot[t] != PADDING_SLOT) check_index("kv_write: slots", t, slot[t], k_cache.size(0) * block);
   for (int64_t t = 0; t < slots.numel(); t++) {
     if (slot[t] == PADDING_SLOT) continue;
+    const auto copy = [&](const Tensor& from, Tensor& to, int64_t h) {
+      const int64_t width = to.size(3) * bytes;
+      const int64_t at = ((slot[t] / block * heads + h) * block + slot[t] % block) * width;
+      const int64_t row = (t * from.stride(0) + h * from.stride(1)) * bytes;
+      std::memcpy(data<char>(to) + at, data<char>(from) + row, width);
+    };
     for (int64_t h = 0; h < heads; h++) {
-      const int64_t at = ((slot[t] / block * heads + h) * block + slot[t] % block) * D * bytes;
-      const auto copy = [&](const Tensor& from, Tensor& to) {
-        std::memcpy(
-            data<char>(to) + at, data<char>(from) + (t * from.stride(0) + h * from.stride(1)) * bytes,
-            D * bytes);
-      };
-      copy(k, k_cache);
-      copy(v, v_cache);
+      copy(k, k_cache, h);
+      copy(v, v_cache, h);
     }
   }
 }

@@ -10,13 +10,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 
 from quickchange_server.adapter_registry.visibility import Sees, everything, reachable, seen
 from quickchange_server.config import Settings
 from quickchange_server.errors import ForbiddenError, InvalidRequestError, UnknownModelError
 from quickchange_server.frontend.request_base import MAX_COMPONENTS, close_matches
 from quickchange_server.protocol import LOOKUP, Component, Drafting
+from quickchange_store.base_model.base_source import base_name
 from quickchange_store.errors import StoreError
 from quickchange_store.index import Version
 from quickchange_store.info import AdapterInfo
@@ -62,8 +62,7 @@ def base_names(settings: Settings) -> tuple[str, ...]:
     """The names of the base model; it is listed under the first."""
     if settings.served_model_name is not None:
         return (settings.served_model_name,)
-    folder = Path(settings.model)
-    return (folder.resolve().name,) if folder.is_dir() else (settings.model,)
+    return (base_name(settings.model),)
 
 
 class Catalog:

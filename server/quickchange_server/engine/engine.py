@@ -17,12 +17,14 @@ from quickchange_server.adapters.manager import AdapterTiers, NoAdapters, PacedL
 from quickchange_server.adapters.memory_pool import DevicePool
 from quickchange_server.adapters.turbo_packing import TurboShape
 from quickchange_server.config import Settings
-from quickchange_server.engine.kv_cache_manager import KVBlocks
+from quickchange_server.engine.kv_cache_manager import KVBlocks, StateRows
 from quickchange_server.engine.model_runner import Ran, Result, Runner
 from quickchange_server.engine.sampler import RowError, SampledToken
 from quickchange_server.engine.scheduler import Scheduled, Scheduler
 from quickchange_server.engine.sequence import Sequence, fault_of
 from quickchange_server.engine.token_masks import constraints_of
+from quickchange_server.model.architectures.recurrent_layers import bytes_per_state
+from quickchange_server.model.forward_context import FIRST_STATE
 from quickchange_server.model.loading.model_loader import LoadedModel
 from quickchange_server.model.paged_attention import bytes_per_block
 from quickchange_server.protocol import (
@@ -43,7 +45,8 @@ from quickchange_server.spec_decode.speculator import DraftReport, NoSpeculation
 from quickchange_server.structured_output.compiler import ConstraintCompiler
 
 _UNSOUND = "prompt: it can't be read: the model's hidden states or logits hold NaN or infinity"
-_ROWS_OF_DRAFTS = 2  # rows per sequence for which a full batch has a captured graph
+_ROWS_OF_DRAFTS = 2  # rows per sequence for which a full batch has a captured graph, and states
+_TOKENS_OF_STATES_ALONE = 32768  # default context of a model that keeps no keys and values
 
 
 class Engine:
@@ -79,11 +82,11 @@ class Engine:
         self._prices = prices
         self._vocabulary = model.vocabulary
         self._scaling = model.scaling
-        blocks = _kv_blocks(model, settings)
+        states, blocks = _caches(model, settings)
         self._max_model_len = _context_length(model, settings, blocks)
         self._adapters = _adapters(model, settings, load_adapter, on_wake)
         self._constraints = constraints_of(constraints, model.vocabulary, on_wake)
-        self._runner = self._made_runner(model, blocks)
+        self._runner = self._made_runner(model, blocks, states)
         self._runner.warm_up()
         self._speculation = self._made_speculation(text)
         self.scheduler = Scheduler(
@@ -93,6 +96,7 @@ class Engine:
             max_batch_tokens=settings.batch_tokens,
             max_sequences=settings.max_sequences,
             max_model_len=self._max_model_len,
+            states=states,
         )
         self._refused: list[Delta] = []
 
@@ -183,7 +187,9 @@ class Engine:
         self._constraints.close()
         self._adapters.close()
 
-    def _made_runner(self, model: LoadedModel, blocks: KVBlocks) -> Runner:
+    def _made_runner(
+        self, model: LoadedModel, blocks: KVBlocks, states: StateRows | None
+    ) -> Runner:
         settings = self._settings
         return Runner(
             model,
@@ -195,6 +201,7 @@ class Engine:
             max_model_len=self._max_model_len,
             dtype=torch_dtype(settings.dtype),
             device=torch.device(settings.device),
+            state_rows=0 if states is None else FIRST_STATE + states.num_rows,
         )
 
     def _made_speculation(self, text: TokenText | None) -> Speculation | NoSpeculation:
@@ -358,17 +365,43 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def _kv_blocks(model: LoadedModel, settings: Settings) -> KVBlocks:
-    """All the blocks that `kv_cache_bytes` has room for."""
-    size = bytes_per_block(model.layers, settings.block_size, torch_dtype(settings.dtype))
-    num_blocks = settings.kv_cache_bytes // size
-    return KVBlocks(num_blocks, settings.block_size, prefix_cache=settings.prefix_cache)
+def _caches(model: LoadedModel, settings: Settings) -> tuple[StateRows | None, KVBlocks]:
+    """State rows, None for a model without recurrent layers, and the KV blocks, by what
+    `kv_cache_bytes` has room for.
+
+    Every sequence needs one state row, and one more for each draft that is verified. So states get
+    rows for all `max_sequences`, twice as many where drafts are made, but no more than half of the
+    budget while there are keys and values to keep. These get the rest. Raises ValueError if there
+    is no room for the states of one sequence.
+    """
+    budget = settings.kv_cache_bytes
+    block = bytes_per_block(model.layers, settings.block_size, torch_dtype(settings.dtype))
+    if not model.recurrent:
+        blocks = KVBlocks(budget // block, settings.block_size, prefix_cache=settings.prefix_cache)
+        return None, blocks
+    state = bytes_per_state(model.recurrent)
+    share = budget // 2 if block else budget
+    wanted = settings.max_sequences * (_ROWS_OF_DRAFTS if settings.turbo else 1)
+    rows = min(wanted, share // state - FIRST_STATE)
+    if rows < 1:
+        raise ValueError(
+            f"kv_cache_bytes ({budget}) has no room for the states of one sequence, {state} bytes: "
+            f"give at least {state * (FIRST_STATE + 1) * (2 if block else 1)}"
+        )
+    if block:
+        num_blocks = (budget - (FIRST_STATE + rows) * state) // block
+    else:  # blocks hold nothing: as many as all the sequences can ask for
+        length = settings.max_model_len or min(model.max_positions, _TOKENS_OF_STATES_ALONE)
+        num_blocks = -(-length // settings.block_size) * settings.max_sequences
+    # No cached block tells the state behind it, so no prefix is found again.
+    return StateRows(rows), KVBlocks(num_blocks, settings.block_size, prefix_cache=False)
 
 
 def _context_length(model: LoadedModel, settings: Settings, blocks: KVBlocks) -> int:
     """Most tokens of one sequence. Raises ValueError if the model has fewer positions."""
     most = model.max_positions
-    length = settings.max_model_len or min(most, blocks.num_blocks * blocks.block_size)
+    room = blocks.num_blocks * blocks.block_size if model.layers else _TOKENS_OF_STATES_ALONE
+    length = settings.max_model_len or min(most, room)
     if length > most:
         raise ValueError(f"max_model_len ({length}) exceeds the model's {most}")
     return length

@@ -1,4 +1,4 @@
-"""KV block bookkeeping: reference counts, the prefix cache and its eviction. No tensors.
+"""Bookkeeping of what sequences keep between steps: KV blocks and states. No tensors.
 
 A block holds the keys and values of `block_size` consecutive tokens. A full block is found again by
 its content key: a hash over (composition, parent block, its tokens), so equal prefixes under the
@@ -13,6 +13,8 @@ import hashlib
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+
+from quickchange_server.model.forward_context import FIRST_STATE
 
 
 def block_key(parent: bytes, tokens: Sequence[int]) -> bytes:
@@ -103,3 +105,33 @@ class KVBlocks:
         assert cached <= set(self._key_of), "a cached block without a key"
         assert not free & set(self._key_of), "a free block with a key"
         assert {k: b for b, k in self._key_of.items()} == self._block_of, "keys disagree"
+
+
+class StateRows:
+    """Allocator of state rows. For the engine thread alone."""
+
+    def __init__(self, num_rows: int) -> None:
+        """num_rows: rows that sequences can hold."""
+        self.num_rows = num_rows
+        self._free = list(range(FIRST_STATE + num_rows - 1, FIRST_STATE - 1, -1))
+
+    @property
+    def available(self) -> int:
+        return len(self._free)
+
+    @property
+    def used(self) -> int:
+        return self.num_rows - len(self._free)
+
+    def allocate(self, count: int) -> list[int]:
+        """`count` rows, or as many as are left."""
+        return [self._free.pop() for _ in range(min(count, len(self._free)))]
+
+    def release(self, rows: Sequence[int]) -> None:
+        self._free += rows
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError if a row is free twice or unknown."""
+        assert len(set(self._free)) == len(self._free), "a state row is free twice"
+        known = range(FIRST_STATE, FIRST_STATE + self.num_rows)
+        assert set(self._free) <= set(known), "an unknown state row"

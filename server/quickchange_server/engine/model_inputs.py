@@ -9,8 +9,9 @@ sequences: n that decode one row each, or fewer that verify drafts too.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +22,14 @@ from quickchange_kernels.lowrank.lowrank_contract import LowRankTables
 from quickchange_kernels.lowrank.lowrank_tables import SMALL_TILE
 from quickchange_server.adapters.batch_segments import Room, Run, pack, room_for, unpack
 from quickchange_server.engine.scheduler import Scheduled
-from quickchange_server.model.forward_context import AdapterBatch, AttentionBatch, ForwardContext
+from quickchange_server.model.forward_context import (
+    SPARE_STATE,
+    ZERO_STATE,
+    AdapterBatch,
+    AttentionBatch,
+    ForwardContext,
+    StatePart,
+)
 
 _NOWHERE = -1  # the slot of a row that is written to no block
 
@@ -48,6 +56,25 @@ class PackedSegments:
 
 
 @dataclass(frozen=True, slots=True)
+class PartInputs:
+    """A `StatePart` before its segments are unpacked; those of all rows are the step's own."""
+
+    rows: Tensor | None
+    length: int
+    read: Tensor | None
+    write: Tensor
+    tokens: PackedSegments | None
+
+    def part(self, tables: LowRankTables | None, whole: AdapterBatch | None) -> StatePart:
+        """whole: the step's adapters."""
+        adapters = whole if self.rows is None else None
+        if tables is not None and self.tokens is not None:
+            own = unpack(self.tokens.packed, self.tokens.room)
+            adapters = AdapterBatch(tables, own, own, own)
+        return StatePart(self.rows, self.length, self.read, self.write, adapters)
+
+
+@dataclass(frozen=True, slots=True)
 class StepInputs:
     """Inputs of a step's forward pass, besides weights, caches and the adapters' tables."""
 
@@ -59,20 +86,25 @@ class StepInputs:
     tokens: PackedSegments | None
     samples: PackedSegments | None
     head: PackedSegments | None
+    states: tuple[PartInputs, ...] = ()  # for models with recurrent layers alone
     reach: Tensor | None = None  # int64 [T], if the model scales positions by the text
 
     def step(self, tables: LowRankTables | None) -> ForwardContext:
         """The forward context that the model's seams read; all tensors on the model's device."""
+        adapters = self._adapters(tables)
+        states = tuple([part.part(tables, adapters) for part in self.states])
+        return ForwardContext(self.attention, adapters, states, self.reach)
+
+    def _adapters(self, tables: LowRankTables | None) -> AdapterBatch | None:
         if tables is None or self.tokens is None or self.samples is None or self.head is None:
-            return ForwardContext(self.attention, None, self.reach)
+            return None
         tokens = unpack(self.tokens.packed, self.tokens.room)
         samples = head = tokens
         if self.samples is not self.tokens:
             samples = head = unpack(self.samples.packed, self.samples.room)
         if self.head is not self.samples:
             head = unpack(self.head.packed, self.head.room)
-        adapters = AdapterBatch(tables, tokens, samples, head)
-        return ForwardContext(self.attention, adapters, self.reach)
+        return AdapterBatch(tables, tokens, samples, head)
 
 
 def only_decodes(plan: Sequence[Scheduled]) -> bool:
@@ -108,10 +140,16 @@ def exact_extent(plan: Sequence[Scheduled], device: torch.device, *, adapters: b
     )
 
 
-def step_inputs(plan: Sequence[Scheduled], extent: Extent, block_size: int) -> StepInputs:
+def step_inputs(
+    plan: Sequence[Scheduled],
+    extent: Extent,
+    block_size: int,
+    states_on: torch.device | None = None,
+) -> StepInputs:
     """The plan's tensors on the host, padded to `extent`.
 
-    Raises ValueError if the plan is larger.
+    states_on: the device of a model with recurrent layers; None: it has none. Raises ValueError if
+    the plan is larger.
     """
     ids: list[int] = []
     places: list[int] = []
@@ -154,6 +192,7 @@ def step_inputs(plan: Sequence[Scheduled], extent: Extent, block_size: int) -> S
         tokens=tokens,
         samples=samples,
         head=head,
+        states=() if states_on is None else _state_parts(plan, extent, states_on),
     )
 
 
@@ -164,6 +203,79 @@ def row_reach(plan: Sequence[Scheduled], rows: int) -> Tensor:
         first = item.sequence.computed + 1
         reach += [max(item.sequence.reach, end) for end in range(first, first + item.rows)]
     return torch.from_numpy(_padded(reach, rows, np.int64))
+
+
+def one_row_each(plan: Sequence[Scheduled]) -> bool:
+    """True if recurrent layers compute all of the plan in one call, in a shape that is fixed."""
+    return all(item.rows == 1 for item in plan)
+
+
+def _state_parts(
+    plan: Sequence[Scheduled], extent: Extent, device: torch.device
+) -> tuple[PartInputs, ...]:
+    """Rows that recurrent layers compute together, in order: one row of each sequence, if no one
+    has more; else each chunk alone, then all lone rows, then all first drafts, and so on."""
+    starts = [0, *accumulate([item.rows for item in plan])]
+    if one_row_each(plan):
+        singles = [_Rows(item, start, 1, 0) for item, start in zip(plan, starts, strict=False)]
+        return (_part(singles, None, extent.rows),)
+    groups: list[list[_Rows]] = []
+    depths: list[list[_Rows]] = [[] for _ in range(1 + max(len(item.drafts) for item in plan))]
+    for item, start in zip(plan, starts, strict=False):
+        if item.count > 1:
+            groups.append([_Rows(item, start, item.count, 0)])
+        else:
+            depths[0].append(_Rows(item, start, 1, 0))
+        for depth in range(1, 1 + len(item.drafts)):
+            depths[depth].append(_Rows(item, start + item.count + depth - 1, 1, depth))
+    groups += [rows for rows in depths if rows]
+    return tuple([_part(group, None if len(groups) == 1 else device) for group in groups])
+
+
+class _Rows(NamedTuple):
+    """Rows of one sequence in a part: those scheduled, or the draft at a depth."""
+
+    item: Scheduled
+    first: int
+    count: int
+    depth: int
+
+    @property
+    def begins(self) -> bool:
+        """True if there is no state before these rows."""
+        return not self.depth and not self.item.sequence.computed
+
+
+def _part(group: Sequence[_Rows], device: torch.device | None, padded_to: int = 0) -> PartInputs:
+    """One call's inputs. device: None if the call has all the step's rows in their order."""
+    length = group[0].count if group else 1
+    size = max(padded_to, len(group))
+    states = [rows.item.sequence.states for rows in group]
+    depths = [rows.depth for rows in group]
+    read = [
+        ZERO_STATE if rows.begins else own[max(rows.depth - 1, 0)]
+        for rows, own in zip(group, states, strict=True)
+    ]
+    write = [own[depth] for own, depth in zip(states, depths, strict=True)]
+    inputs = PartInputs(
+        rows=None,
+        length=length,
+        # In the form for several rows a layer that begins does without a state.
+        read=None
+        if length > 1 and group[0].begins
+        else torch.from_numpy(_padded(read, size, np.int64, fill=ZERO_STATE)),
+        write=torch.from_numpy(_padded(write, size, np.int64, fill=SPARE_STATE)),
+        tokens=None,
+    )
+    if device is None:
+        return inputs
+    places = np.concatenate([np.arange(r.first, r.first + r.count) for r in group])
+    runs = [Run(rows.count, rows.item.components) for rows in group]
+    tokens = None
+    if any(run.components for run in runs):
+        room = room_for(runs, device)
+        tokens = PackedSegments(pack(runs, room), room)
+    return replace(inputs, rows=torch.from_numpy(places), tokens=tokens)
 
 
 def _rows_at(

@@ -21,6 +21,7 @@ from quickchange_server.engine.model_inputs import (
     Extent,
     StepInputs,
     exact_extent,
+    one_row_each,
     reads,
     row_reach,
     step_inputs,
@@ -37,11 +38,9 @@ from quickchange_server.engine.sampler import (
 from quickchange_server.engine.scheduler import Scheduled
 from quickchange_server.engine.sequence import isolated
 from quickchange_server.engine.token_masks import TokenMasks
-from quickchange_server.model import paged_attention
 from quickchange_server.model.cuda_graphs import Graphs, capture_for
 from quickchange_server.model.input_buffers import upload
 from quickchange_server.model.loading.model_loader import LoadedModel, Output, forward
-from quickchange_server.model.paged_attention import PagedAttention
 from quickchange_server.spec_decode.cost_model import stopwatch
 from quickchange_server.spec_decode.draft_heads import DraftItem, Guide, HeadDrafter
 from quickchange_server.spec_decode.verifier import Verdict, judge
@@ -89,7 +88,7 @@ class HeadPlan(Protocol):
 
 
 class Runner:
-    """Runs steps on one model; owns its KV pages, sampler and head drafter."""
+    """Runs steps on one model; owns its caches, sampler and head drafter."""
 
     def __init__(
         self,
@@ -103,9 +102,10 @@ class Runner:
         max_model_len: int,
         dtype: torch.dtype,
         device: torch.device,
+        state_rows: int = 0,
     ) -> None:
         """masks: makes the token masks of sampling items. most_graph_rows: rows of the largest
-        captured graph, if there are graphs."""
+        captured graph, if there are graphs. state_rows: room for the states of recurrent layers."""
         self._model = model
         self._adapters = adapters
         self._masks = masks
@@ -116,9 +116,13 @@ class Runner:
         capture = capture_for(device)
         self._graphs = None if capture is None else Graphs(self._compute, capture, device)
         self._buckets = DecodeBuckets(most_graph_rows, -(-max_model_len // block_size))
-        paged_attention.install(
-            model.module,
-            PagedAttention(model.layers, num_blocks, block_size, dtype, device, model.holder),
+        self._states_on = device if model.recurrent else None
+        model.install_caches(
+            num_blocks=num_blocks,
+            block_size=block_size,
+            state_rows=state_rows,
+            dtype=dtype,
+            device=device,
         )
 
     def warm_up(self) -> None:
@@ -127,7 +131,7 @@ class Runner:
             return
         for adapters in (False, True) if self._adapters.served else (False,):
             for extent in self._buckets.extents(adapters=adapters):
-                nothing = self._host_inputs((), extent)
+                nothing = self._padded_inputs((), extent)
                 self._graphs.run(extent, nothing, self._adapters.tables if adapters else None)
 
     def price_rows(self, most: int) -> list[tuple[int, float]]:
@@ -212,20 +216,22 @@ class Runner:
         )
         return _Drafted(items, *drafts)
 
-    def _host_inputs(self, plan: Sequence[Scheduled], extent: Extent) -> StepInputs:
-        inputs = step_inputs(plan, extent, self._block_size)
-        if self._model.scaling is None:
-            return inputs
-        return replace(inputs, reach=row_reach(plan, extent.rows))
-
     def _inputs(self, plan: Sequence[Scheduled]) -> _Inputs:
         adapters = any(item.components for item in plan)
         rows = sum([item.rows for item in plan])
-        extent = None if self._graphs is None else self._buckets.fit(plan, adapters=adapters)
+        extent = None
+        if self._graphs is not None and (self._states_on is None or one_row_each(plan)):
+            extent = self._buckets.fit(plan, adapters=adapters)
         if extent is not None:
-            return _Inputs(self._host_inputs(plan, extent), adapters, rows, extent)
+            return _Inputs(self._padded_inputs(plan, extent), adapters, rows, extent)
         exact = exact_extent(plan, self._device, adapters=adapters)
-        return _Inputs(self._host_inputs(plan, exact), adapters, rows)
+        return _Inputs(self._padded_inputs(plan, exact), adapters, rows)
+
+    def _padded_inputs(self, plan: Sequence[Scheduled], extent: Extent) -> StepInputs:
+        inputs = step_inputs(plan, extent, self._block_size, self._states_on)
+        if self._model.scaling is None:
+            return inputs
+        return replace(inputs, reach=row_reach(plan, extent.rows))
 
     def _forward(self, inputs: _Inputs) -> Output:
         """Output of the sampled rows, then of those that are read."""
@@ -247,7 +253,7 @@ class Runner:
 
     def _priced(self, rows: int) -> float:
         extent = Extent(rows, rows, rows, 1, None, None, None)
-        inputs = upload(self._host_inputs((), extent), self._device)
+        inputs = upload(self._padded_inputs((), extent), self._device)
         watch = stopwatch(self._device)
         watch.mark()
         logits = self._compute(inputs, None).logits

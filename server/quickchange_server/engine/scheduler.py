@@ -23,7 +23,7 @@ from typing import Protocol
 
 from quickchange_server.engine.adapter_claims import Claims, Holdings
 from quickchange_server.engine.fair_queue import Lane
-from quickchange_server.engine.kv_cache_manager import KVBlocks
+from quickchange_server.engine.kv_cache_manager import KVBlocks, StateRows
 from quickchange_server.engine.sequence import Sequence, isolated
 from quickchange_server.protocol import FinishReason
 
@@ -82,7 +82,7 @@ class DraftBuyer(Protocol):
 
 
 class Scheduler:
-    """Schedules all sequences in the engine and owns their KV blocks."""
+    """Schedules all sequences in the engine and owns their KV blocks and state rows."""
 
     def __init__(
         self,
@@ -93,7 +93,9 @@ class Scheduler:
         max_batch_tokens: int,
         max_sequences: int,
         max_model_len: int,
+        states: StateRows | None = None,
     ) -> None:
+        """states: rows for the states of recurrent layers; None: the model has no such."""
         if max_batch_tokens <= max_sequences:
             raise ValueError(
                 f"max_batch_tokens ({max_batch_tokens}) must exceed max_sequences "
@@ -105,6 +107,7 @@ class Scheduler:
                 f"max_model_len ({max_model_len}): raise the one or lower the other"
             )
         self.blocks = blocks
+        self.states = states
         self._holdings = Holdings(claims)
         self._drafts = drafts
         self.max_batch_tokens = max_batch_tokens
@@ -198,7 +201,10 @@ class Scheduler:
             reason = sequence.finish_reason(self.max_model_len)
             if reason is not None:
                 break
-        sequence.computed += max(taken - 1, 0)  # the rows of accepted drafts
+        accepted = max(taken - 1, 0)
+        sequence.computed += accepted  # the rows of accepted drafts
+        if self.states is not None:
+            self._keep_state(self.states, sequence, accepted)
         self._commit_full_blocks(sequence)
         if reason is not None:
             self.finish(sequence)
@@ -207,7 +213,7 @@ class Scheduler:
         return taken, reason
 
     def finish(self, sequence: Sequence) -> None:
-        """End a running sequence and free its blocks and adapters."""
+        """End a running sequence and free its caches and adapters."""
         self.running.remove(sequence)
         self._end(sequence)
 
@@ -221,12 +227,19 @@ class Scheduler:
         assert len(self.running) <= self.max_sequences, "too many running"
         held = {block for s in self.running for block in s.blocks}
         assert len(held) == self.blocks.used, "a used block belongs to no running sequence"
+        if self.states is not None:
+            self.states.check_integrity()
+            rows = [row for s in self.running for row in s.states]
+            assert len(set(rows)) == len(rows), "a state row belongs to two sequences"
+            assert len(rows) == self.states.used, "a used state row belongs to no running sequence"
+            assert all(s.states for s in self.running), "a running sequence without a state row"
         for sequence in self.running:
             room = len(sequence.blocks) * self.blocks.block_size
             assert sequence.computed <= room, "more tokens computed than blocks hold"
             assert sequence.remaining >= 1, "nothing left to compute in a running sequence"
         for sequence in apart:
             assert not sequence.blocks, "a sequence that isn't running holds blocks"
+            assert not sequence.states, "a sequence that isn't running holds state rows"
             assert not sequence.computed, "a sequence that isn't running counts as computed"
         self._holdings.check_integrity(self._sequences)
 
@@ -287,7 +300,7 @@ class Scheduler:
         ]
 
     def _room_for_drafts(self, item: Scheduled, count: int) -> int:
-        """Number of drafts that have room in KV blocks; nobody is preempted for them."""
+        """Number of drafts that have room in the caches; nobody is preempted for them."""
         sequence, block_size = item.sequence, self.blocks.block_size
         count = max(min(count, sequence.room_in_reach), 0)
         end = sequence.computed + item.count
@@ -295,7 +308,12 @@ class Scheduler:
         free = min(missing, self.blocks.available)
         if free > 0:
             sequence.blocks += self.blocks.allocate(free) or ()
-        return min(count, len(sequence.blocks) * block_size - end)
+        count = min(count, len(sequence.blocks) * block_size - end)
+        if self.states is None:
+            return count
+        rows = self.states.allocate(count)
+        sequence.states += rows
+        return len(rows)
 
     def _admit(self, lane: Lane, budget: int, now: float) -> list[Scheduled]:
         admitted = []
@@ -347,11 +365,13 @@ class Scheduler:
         found = self.blocks.match(sequence.keys_of_full_blocks(full, block_size))
         most = len(sequence.tokens) + sequence.generates
         needed = -(-most // block_size) - len(found)
-        while needed > self.blocks.available:
+        while needed > self.blocks.available or (self.states and not self.states.available):
             if sequence.request.background or len(self.running) == self._running_foreground():
                 self.blocks.release(found)
                 return False
             self._preempt(self._last())
+        if self.states is not None:
+            sequence.states = self.states.allocate(1)
         sequence.blocks = found
         sequence.computed = len(found) * block_size
         sequence.committed = len(found)
@@ -381,12 +401,12 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
-        self._free_blocks(sequence)
+        self._free_caches(sequence)
         self._lane(sequence).put_back(sequence)
         self.preemptions += 1
 
     def _end(self, sequence: Sequence) -> None:
-        self._free_blocks(sequence)
+        self._free_caches(sequence)
         self._holdings.release(sequence)
         del self._sequences[sequence.request_id]
 
@@ -398,11 +418,21 @@ class Scheduler:
             sequence.begin_anew()
         self._outgrown.clear()
 
-    def _free_blocks(self, sequence: Sequence) -> None:
+    def _free_caches(self, sequence: Sequence) -> None:
         self.blocks.release(sequence.blocks)
         sequence.blocks = []
+        if self.states is not None:
+            self.states.release(sequence.states)
+            sequence.states = []
         sequence.computed = 0
         sequence.committed = 0
+
+    @staticmethod
+    def _keep_state(states: StateRows, sequence: Sequence, accepted: int) -> None:
+        """Keep the state after the last accepted draft and free the others' rows."""
+        kept = sequence.states.pop(accepted)
+        states.release(sequence.states)
+        sequence.states = [kept]
 
     def _commit_full_blocks(self, sequence: Sequence) -> None:
         block_size = self.blocks.block_size

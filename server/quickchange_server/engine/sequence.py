@@ -185,6 +185,9 @@ class Sequence:
     )  # content keys of its full blocks, as far as needed
     computed: int = 0  # leading tokens whose keys and values are in `blocks`
     committed: int = 0  # leading blocks offered to the prefix cache
+    # State rows, if the model has recurrent layers: the first holds the state after `computed`
+    # tokens (nothing yet if none is), the others take those after the coming step's drafts.
+    states: list[int] = field(default_factory=list)
     first_scheduled: float | None = None
     cached_tokens: int | None = None  # tokens found in the prefix cache at first admission
     begun: bool = False  # True once it was part of a step

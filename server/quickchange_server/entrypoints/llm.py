@@ -100,8 +100,9 @@ class _Choice:
 class LLM:
     """One base model in this process, with its adapters. A context manager.
 
-    `model`: a folder in transformers' layout, or a hub id. `adapters`: folders by the names that
-    calls use, imported into `store`, or without one into a temporary store that `close` removes.
+    `model`: a folder in transformers' layout, a GGUF file, or a hub id. `adapters`: folders by the
+    names that calls use, imported into `store`, or without one into a temporary store that `close`
+    removes.
     `settings`: any other setting of the server (docs/settings.md), such as max_model_len, threads,
     turbo or seed.
 

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from jinja2 import TemplateError
 
@@ -26,6 +26,9 @@ from quickchange_server.frontend.tool_parser import (
     tool_format,
     with_arguments,
 )
+
+if TYPE_CHECKING:
+    from quickchange_store.base_model.base_source import BaseSource
 
 LONG_TEXT = 4_000  # characters: 7 ms of tokenizing (SmolLM2), too long on the event loop
 USUAL_LENGTH = 8  # characters of a token that few texts exceed on average
@@ -55,18 +58,20 @@ class Text:
         """
         _check_folder(model)  # before the imports, which take seconds
         from huggingface_hub.errors import StrictDataclassError
-        from transformers import AutoConfig, AutoTokenizer
+
+        from quickchange_store.base_model.base_source import BaseSource
+        from quickchange_store.errors import BaseModelError
 
         try:
-            config = AutoConfig.from_pretrained(model, trust_remote_code=False)
-            tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-        except (OSError, ValueError, StrictDataclassError) as error:
+            source = BaseSource.of(model)
+            read = _read_folder if source.gguf_path is None else _read_gguf
+            tokenizer, vocab_size, eos_ids = read(source)
+        except (OSError, ValueError, StrictDataclassError, BaseModelError) as error:
             raise SettingError(
                 f"model: can't read a tokenizer and configuration from {model!r}: {error}",
                 param="model",
             ) from error
-        vocab_size = int(config.get_text_config().vocab_size)
-        text = cls(tokenizer, vocab_size=vocab_size, eos_ids=_eos_ids(model, config, tokenizer))
+        text = cls(tokenizer, vocab_size=vocab_size, eos_ids=eos_ids)
         _ = text.longest_token  # read now: it takes some milliseconds
         return text
 
@@ -318,12 +323,31 @@ def _utf8_length(text: str) -> int:
 
 def _check_folder(model: str) -> None:
     looks_like_path = model.startswith((".", "/", "~")) or model.count("/") > 1
-    if looks_like_path and not Path(model).is_dir():
+    gguf = model.lower().endswith(".gguf")  # BaseSource says what is wrong with one
+    if looks_like_path and not gguf and not Path(model).is_dir():
         raise SettingError(
-            f"model: there is no folder {model!r}; give a folder in transformers' layout "
-            "or a hub id such as owner/name",
+            f"model: there is no folder {model!r}; give a folder in transformers' layout, a GGUF "
+            "file or a hub id such as owner/name",
             param="model",
         )
+
+
+def _read_folder(source: BaseSource) -> tuple[Any, int, frozenset[int]]:
+    """The tokenizer of a folder or hub id, its model's vocabulary size and end ids."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(source.where, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(source.where, trust_remote_code=False)
+    vocab_size = int(config.get_text_config().vocab_size)
+    return tokenizer, vocab_size, _eos_ids(source.where, config, tokenizer)
+
+
+def _read_gguf(source: BaseSource) -> tuple[Any, int, frozenset[int]]:
+    """The same of a GGUF file, without its configuration, which takes seconds to read."""
+    from quickchange_store.base_model.gguf_tokenizer import gguf_tokenizer
+
+    assert source.gguf_path is not None
+    return gguf_tokenizer(source.gguf_path)
 
 
 def _eos_ids(model: str, config: Any, tokenizer: Any) -> frozenset[int]:

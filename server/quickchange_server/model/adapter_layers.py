@@ -16,6 +16,7 @@ from quickchange_kernels.linear.linear_float import linear
 from quickchange_kernels.lowrank.lowrank_contract import Segments, lowrank_, lowrank_embedding_
 from quickchange_server.adapters.module_groups import ModuleGroup
 from quickchange_server.model.forward_context import AdapterBatch, StepHolder
+from quickchange_server.model.int8_linear import has_hooks, is_plain
 from quickchange_server.model.rows_read import Rows
 
 if TYPE_CHECKING:  # output_side imports fusion, which imports this module
@@ -35,9 +36,9 @@ class BaseLinear(nn.Module):
         return linear(x, *self._operands)
 
 
-def base_linear(module: nn.Linear) -> nn.Module:
+def base_linear(module: nn.Module) -> nn.Module:
     """The fastest module that computes exactly what `module` does (quantised linears stay)."""
-    return BaseLinear(module) if type(module) is nn.Linear else module
+    return BaseLinear(module) if is_plain(module) else module  # type: ignore[arg-type]
 
 
 class AdaptedLinear(nn.Module):
@@ -47,7 +48,7 @@ class AdaptedLinear(nn.Module):
         super().__init__()
         self.base = base
         self.group = group
-        self._compute_base = base.forward
+        self._compute_base = base if has_hooks(base) else base.forward
         self._index = group.index
         self._rows = rows
         self._holder = holder
@@ -59,13 +60,21 @@ class AdaptedLinear(nn.Module):
         weight: torch.Tensor = self.base.weight  # type: ignore[assignment]
         return weight
 
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The base's bias, which some models add themselves."""
+        bias: torch.Tensor | None = self.base.bias  # type: ignore[assignment]
+        return bias
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self._compute_base(x)
         adapters = _adapters(self._holder)
         if adapters is not None:
             segments: Segments = getattr(adapters, self._rows)
             rows = y.view(-1, y.shape[-1])
-            lowrank_(rows, x.reshape(-1, x.shape[-1]), adapters.tables, segments, self._index)
+            # State-space layers give columns transposed.
+            inputs = x.reshape(-1, x.shape[-1]).contiguous()
+            lowrank_(rows, inputs, adapters.tables, segments, self._index)
             if self.output_side is not None:
                 self.output_side.add_(rows, adapters)
         return y

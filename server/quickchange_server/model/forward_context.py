@@ -14,6 +14,10 @@ import torch
 
 from quickchange_kernels.lowrank.lowrank_contract import LowRankTables, Segments
 
+ZERO_STATE = 0  # state row that is zero and stays so
+SPARE_STATE = 1  # state row that takes what nobody reads: padding's states
+FIRST_STATE = 2  # first of the state rows that sequences hold
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionBatch:
@@ -36,11 +40,24 @@ class AdapterBatch:
 
 
 @dataclass(frozen=True, slots=True)
+class StatePart:
+    """Rows that a recurrent layer computes in one call: equally many of each of its sequences."""
+
+    rows: torch.Tensor | None  # int64 [sequences · length]: rows of the step; None: all, in order
+    length: int  # rows of each sequence
+    # int64 [sequences]: the state that each begins with; None: all begin with none
+    read: torch.Tensor | None
+    write: torch.Tensor  # int64 [sequences]: where the state after its last row is kept
+    adapters: AdapterBatch | None  # over these rows; None if none has an adapter
+
+
+@dataclass(frozen=True, slots=True)
 class ForwardContext:
     """The batch of one forward pass; adapters: None if no row has one."""
 
     attention: AttentionBatch
     adapters: AdapterBatch | None
+    states: tuple[StatePart, ...] = ()  # in order of computation; for models with states alone
     # int64 [T]: tokens of the text that each row's position is scaled for; None: no model needs it
     reach: torch.Tensor | None = None
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from quickchange_kernels.elementwise.rms_norm import add_rms_norm, rms_norm
 from quickchange_kernels.elementwise.rotary import rotary_
@@ -171,6 +172,8 @@ class AttentionCall:
     scale: float
     window: int
     softcap: float
+    sinks: torch.Tensor | None
+    slopes: torch.Tensor | None
 
 
 class FusedAttention(nn.Module):
@@ -197,6 +200,8 @@ class FusedAttention(nn.Module):
         self._head_size = call.head_size
         self.window = call.window
         self._scoring = {"scale": call.scale, "softcap": call.softcap}
+        heads = {"sinks": call.sinks, "slopes": call.slopes}
+        self._scoring |= {name: given for name, given in heads.items() if given is not None}
 
     def forward(
         self,
@@ -283,14 +288,20 @@ class MixingProbe:
         value: torch.Tensor,
         *,
         scale: float,
-        window: int,
-        softcap: float,
+        window: int = 0,
+        softcap: float = 0.0,
+        sinks: torch.Tensor | None = None,
+        slopes: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        paged_attention.check_shapes(layer, key, value)
-        heads, kv_heads = query.shape[1], key.shape[1]
-        self.last = AttentionCall(layer, heads, kv_heads, key.shape[2], scale, window, softcap)
+        paged_attention.check_shapes(layer, query, key, value)
+        heads, kv_heads, size = query.shape[1], key.shape[1], key.shape[2]
+        self.last = AttentionCall(
+            layer, heads, kv_heads, size, scale, window, softcap, sinks, slopes
+        )
         group = heads // kv_heads
-        mixed = query * key.repeat_interleave(group, 1) + value.repeat_interleave(group, 1)
+        # cut or filled up to the values' width
+        mixed = F.pad(query * key.repeat_interleave(group, 1), (0, value.shape[2] - size))
+        mixed += value.repeat_interleave(group, 1)
         return mixed.contiguous()
 
 
@@ -345,6 +356,8 @@ def _fused_attention(module: nn.Module, call: _Call, probe: MixingProbe) -> nn.M
     output = getattr(module, "o_proj", None)
     if not (_has_projections(module) and isinstance(output, nn.Module)):
         return None
+    if call.kwargs.get("layer_idx") is not None:
+        return None  # several layers share it
     expected = _result(module, call)
     if expected is None or probe.last is None or _goes_by_positions(module, call, expected):
         return None

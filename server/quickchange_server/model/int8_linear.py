@@ -1,8 +1,9 @@
-"""Int8 linears of the base model, quantised at load from float weights.
+"""Linears of the base model: which are plain floats, and int8 ones that are made of these at load.
 
-Knows nothing of adapters: a wrapped linear calls this in place of the float one. Where the LM head
-shares its weights with the embedding, the head gets int8 rows of its own and the embedding keeps
-its numbers.
+A checkpoint that is stored quantised brings linears of its library's own: packed weights, weights
+of a subclass of tensors, another `forward`, hooks. They are called as they are. Knows nothing of
+adapters: a wrapped linear calls an int8 one in place of the float one. Where the LM head shares its
+weights with the embedding, the head gets int8 rows of its own and the embedding keeps its numbers.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import nn
 from quickchange_kernels.linear.linear_int8 import linear_int8, quantize_int8
 
 Quantization = Literal["none", "int8"]
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # of plain weights
 
 
 class Int8Linear(nn.Module):
@@ -33,9 +35,31 @@ class Int8Linear(nn.Module):
         return linear_int8(x, *self._operands)
 
 
-def int8_linear(module: nn.Linear) -> nn.Module:
-    """A plain linear as int8; subclasses that compute something else stay as they are."""
-    return Int8Linear(module) if type(module) is nn.Linear else module
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """Features in and out of a linear of any library; None for another module."""
+    features = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    return features if all(type(count) is int for count in features) else None  # type: ignore[return-value]
+
+
+def is_plain(module: nn.Module | None) -> bool:
+    """True for a linear that computes x Wᵀ + b from a float `weight`, and nothing else."""
+    return (
+        type(module) is nn.Linear
+        and type(module.weight) is nn.Parameter
+        and module.weight.dtype in FLOATS
+        and "forward" not in vars(module)
+        and not has_hooks(module)
+    )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """True if calling the module does more than its `forward`."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def int8_linear(module: nn.Module) -> nn.Module:
+    """A plain linear as int8; those that compute something else stay as they are."""
+    return Int8Linear(module) if is_plain(module) else module  # type: ignore[arg-type]
 
 
 def check_quantization(quantization: Quantization, device: torch.device) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from quickchange_server.errors import UnsupportedModelError
+from quickchange_server.model.int8_linear import linear_shape
 
 Rows = Literal["tokens", "samples", "head"]  # all; those asked for; those that the LM head reads
 
@@ -43,7 +44,7 @@ def rows_read(
     return {
         path: "head" if module is head else _rows_of(path, counts)
         for path, module in model.named_modules()
-        if isinstance(module, nn.Linear)
+        if linear_shape(module) is not None
     }
 
 
@@ -70,7 +71,7 @@ def _noting_rows(model: nn.Module) -> Iterator[dict[str, set[int]]]:
     hooks = [
         module.register_forward_pre_hook(note(path), with_kwargs=True)
         for path, module in model.named_modules()
-        if isinstance(module, nn.Linear)
+        if linear_shape(module) is not None
     ]
     try:
         yield counts

@@ -20,6 +20,7 @@ from quickchange_server.model.adapter_layers import (
     base_linear,
 )
 from quickchange_server.model.forward_context import StepHolder
+from quickchange_server.model.int8_linear import is_plain, linear_shape
 from quickchange_server.model.output_side import OutputSide
 from quickchange_server.model.rows_read import Rows
 from quickchange_store.base_model.sublayers import sublayers
@@ -42,7 +43,7 @@ class Wrapper:
         holder: StepHolder,
         *,
         rows: Mapping[str, Rows | None] | None,
-        base: Callable[[nn.Linear], nn.Module] = base_linear,
+        base: Callable[[nn.Module], nn.Module] = base_linear,
     ) -> None:
         self._model = model
         self._holder = holder
@@ -62,7 +63,7 @@ class Wrapper:
             for names in FUSED:
                 self._fuse(path, parent, names)
         for path, module in list(self._model.named_modules()):
-            if isinstance(module, nn.Linear):
+            if linear_shape(module) is not None:
                 self._replace(path, self._linear(path, module))
             elif module is embedding and isinstance(module, nn.Embedding) and self._adapters:
                 self._replace(path, self._embedding(path, module))
@@ -70,7 +71,7 @@ class Wrapper:
 
     def _fuse(self, path: str, parent: nn.Module, names: tuple[str, ...]) -> None:
         parts = [getattr(parent, name, None) for name in names]
-        linears = [part for part in parts if type(part) is nn.Linear]
+        linears = [part for part in parts if isinstance(part, nn.Linear) and is_plain(part)]
         paths = [f"{path}.{name}" if path else name for name in names]
         rows = {self._rows.get(each) for each in paths}
         if len(linears) < len(names) or not _alike(linears) or len(rows) > 1:
@@ -81,10 +82,11 @@ class Wrapper:
         for index, name in enumerate(names):
             setattr(parent, name, ProjectionPart(shared, index))
 
-    def _linear(self, path: str, module: nn.Linear) -> nn.Module:
-        adapted = self._adapted(module, [path], [module.out_features], self._rows.get(path))
+    def _linear(self, path: str, module: nn.Module) -> nn.Module:
+        _, width = _shape_of(module)
+        adapted = self._adapted(module, [path], [width], self._rows.get(path))
         if isinstance(adapted, AdaptedLinear) and path in self._sublayers:
-            adapted.output_side = self._output_side(path, module.out_features)
+            adapted.output_side = self._output_side(path, width)
         return adapted
 
     def _output_side(self, path: str, width: int) -> OutputSide:
@@ -105,16 +107,14 @@ class Wrapper:
         return side
 
     def _adapted(
-        self, linear: nn.Linear, paths: list[str], widths: list[int], rows: Rows | None
+        self, linear: nn.Module, paths: list[str], widths: list[int], rows: Rows | None
     ) -> nn.Module:
         base = self._base(linear)
         if rows is None:
             return base
         columns = [sum(widths[:index]) for index in range(len(widths))]
         members = tuple(Member(*item) for item in zip(paths, columns, widths, strict=True))
-        group = ModuleGroup(
-            len(self.groups), "linear", linear.in_features, linear.out_features, members
-        )
+        group = ModuleGroup(len(self.groups), "linear", *_shape_of(linear), members)
         self.groups.append(group)
         return AdaptedLinear(base, group, rows, self._holder)
 
@@ -128,6 +128,12 @@ class Wrapper:
     def _replace(self, path: str, module: nn.Module) -> None:
         parent, _, name = path.rpartition(".")
         setattr(self._model.get_submodule(parent), name, module)
+
+
+def _shape_of(linear: nn.Module) -> tuple[int, int]:
+    shape = linear_shape(linear)
+    assert shape is not None
+    return shape
 
 
 def _alike(linears: list[nn.Linear]) -> bool:

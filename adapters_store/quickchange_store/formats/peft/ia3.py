@@ -49,7 +49,7 @@ HONOURED = frozenset(
 )
 HARMLESS = frozenset(
     {
-        "fan_in_fan_out",  # Conv1D only, whose modules are refused
+        "fan_in_fan_out",  # how the base stores a weight, which the base itself tells
         "inference_mode",
         "init_ia3_weights",
         "peft_version",

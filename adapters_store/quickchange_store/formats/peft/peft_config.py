@@ -56,7 +56,7 @@ HARMLESS = frozenset(
     {
         "corda_config",  # options of a base-changing initialisation, which is refused
         "eva_config",  # initialisation of A
-        "fan_in_fan_out",  # Conv1D only, whose modules are refused; PEFT ignores it elsewhere
+        "fan_in_fan_out",  # how the base stores a weight, which the base itself tells
         "inference_mode",
         "loftq_config",
         "lora_dropout",  # training only

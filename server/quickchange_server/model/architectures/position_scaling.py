@@ -75,9 +75,8 @@ def scale_by_text(model: nn.Module, holder: StepHolder) -> PositionScaling | Non
     return PositionScaling(limit, graded or len(limits) > 1, anew)
 
 
-def most_positions(config: PretrainedConfig) -> int:
-    """Most tokens of a text: more than its rotary's limit where the model is scaled beyond."""
-    most = int(config.max_position_embeddings)
+def stretched(config: PretrainedConfig, most: int) -> int:
+    """Most tokens of a text, from those that are not scaled yet where frequencies grow with it."""
     rope = getattr(config, "rope_parameters", None) or {}
     ropes = [rope, *(part for part in rope.values() if isinstance(part, Mapping))]
     factors = [float(part["factor"]) for part in ropes if part.get("rope_type") == "dynamic"]

@@ -1,7 +1,8 @@
 """Loads the base model, puts both seams in, and finds the shapes that its KV cache must hold.
 
-Any transformers architecture whose attention goes through the attention interface will do. One that
-keeps other state between steps (state-space layers, linear attention) is refused by name.
+Any transformers architecture whose attention goes through the attention interface, and whose
+recurrent layers keep their states through the cache interface, will do. One that keeps other state
+between steps is refused by name.
 
 `forward` also returns the hidden states that enter the LM head, from which drafting heads start.
 Models scale or norm them in their own ways before the head, and scale or cap the logits behind it:
@@ -12,35 +13,61 @@ captured graph it is an output like the logits.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, LinearAttentionCacheLayerMixin
 from transformers.utils import logging as transformers_logging
 
 from quickchange_server.adapters.module_groups import ModuleGroup
 from quickchange_server.errors import UnsupportedModelError
 from quickchange_server.model import paged_attention
 from quickchange_server.model.adapter_layers import base_linear
+from quickchange_server.model.architectures.attention_shims import (
+    admit_attention_classes,
+    replace_own_attention,
+)
+from quickchange_server.model.architectures.conv1d import linears_of_conv1d
+from quickchange_server.model.architectures.head_rows import HeadRows
 from quickchange_server.model.architectures.position_scaling import (
     PositionScaling,
-    most_positions,
     scale_by_text,
+    stretched,
 )
+from quickchange_server.model.architectures.position_shims import most_positions, take_positions
+from quickchange_server.model.architectures.recurrent_layers import RecurrentLayer, noting_states
+from quickchange_server.model.architectures.shared_attention import follow_calls
 from quickchange_server.model.forward_context import StepHolder
 from quickchange_server.model.fusion import Fusion, MixingProbe
-from quickchange_server.model.int8_linear import Quantization, check_quantization, int8_linear
-from quickchange_server.model.loading.model_proof import ModelProof, explained
+from quickchange_server.model.int8_linear import (
+    FLOATS,
+    Quantization,
+    check_quantization,
+    int8_linear,
+)
+from quickchange_server.model.loading.model_proof import (
+    LOOSE,
+    TOLERANCE,
+    ModelProof,
+    explained,
+)
 from quickchange_server.model.output_side import connect
-from quickchange_server.model.paged_attention import LayerShape, ShapeRecorder
+from quickchange_server.model.paged_attention import LayerShape, PagedAttention, ShapeRecorder
 from quickchange_server.model.rows_read import Rows, rows_read
 from quickchange_server.model.wrapping import Wrapper
-from quickchange_store.base_model.base_weights import load_base
+from quickchange_store.base_model.base_source import BaseSource
+from quickchange_store.base_model.base_weights import load_base, quantization_method
 from quickchange_store.errors import BaseModelError
 
 logger = logging.getLogger(__name__)
+
+_ATTENTION = ("full_attention", "sliding_attention")
+_STATELESS = ("moe", "mlp")  # layers without a token mixer
 
 
 class HeadInput:
@@ -86,6 +113,25 @@ class LoadedModel:
     head_input: HeadInput
     embedding: nn.Module  # input embedding, wrapped
     scaling: PositionScaling | None = None  # if positions are scaled by the text's length
+    recurrent: tuple[RecurrentLayer, ...] = ()  # layers that keep states between tokens
+
+    def install_caches(
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        state_rows: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """Give attention its KV pages and recurrent layers room for `state_rows` states.
+
+        From then on the model runs what `holder` holds.
+        """
+        attend = PagedAttention(self.layers, num_blocks, block_size, dtype, device, self.holder)
+        paged_attention.install(self.module, attend)
+        for layer in self.recurrent:
+            layer.install(state_rows, device, self.holder)
 
 
 class Output(NamedTuple):
@@ -104,7 +150,7 @@ def load_model(
     quantization: Quantization = "none",
     model_check: bool = True,
 ) -> LoadedModel:
-    """Load and wrap a model from a folder in transformers' layout, or a hub id.
+    """Load and wrap the model that `--model` names.
 
     Raises UnsupportedModelError for an architecture that can't be served and for weights that are
     missing or not finite, OSError or ValueError (transformers') if nothing can be loaded from
@@ -113,16 +159,18 @@ def load_model(
     check_quantization(quantization, device)
     paged_attention.register()
     transformers_logging.disable_progress_bar()  # a server's log is no terminal
-    # trust_remote_code is always given: without it, transformers asks on a terminal.
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    _refuse_other_state(config)
     try:
-        model = load_base(path, dtype=dtype, attn_implementation=paged_attention.NAME)
+        config = BaseSource.of(path).config()
+        _refuse_other_state(config)
+        admit_attention_classes(config)
+        _refuse_twice_quantised(config, quantization)
+        model: nn.Module = load_base(
+            path, dtype=dtype, attn_implementation=paged_attention.NAME, device_map={"": device}
+        )
     except BaseModelError as error:
         raise UnsupportedModelError(f"model: {error}", param="model") from error
-    on_device: nn.Module = model.to(device)
     return prepare(
-        on_device.eval(), adapters=adapters, quantization=quantization, model_check=model_check
+        model.eval(), adapters=adapters, quantization=quantization, model_check=model_check
     )
 
 
@@ -150,64 +198,60 @@ def _prepared(
     config: PretrainedConfig = model.config
     _refuse_headless(model)
     model.requires_grad_(False)
+    proof = ModelProof(model) if model_check else None
+    linears_of_conv1d(model)
+    replace_own_attention(model)
+    take_positions(model)
+    follow_calls(model)
+    head_rows = HeadRows(model)
+    head_rows.attach(model.get_output_embeddings())  # type: ignore[operator]
     holder = StepHolder()
     base = int8_linear if quantization == "int8" else base_linear
     rows = _rows_of_short_pass(model)
-    proof = ModelProof(model, _logits) if model_check and quantization == "none" else None
     wrapper = Wrapper(model, holder, rows=rows if adapters else None, base=base)
     groups = wrapper.wrap()
-    if model_check and proof is None:  # rounded weights: held against themselves
-        proof = ModelProof(model, _logits)
+    head_rows.attach(model.get_output_embeddings())  # type: ignore[operator]
     scaling = scale_by_text(model, holder)
     fusion = Fusion(model, lambda ids, positions: _logits(model, ids, positions))
-    layers = _layer_shapes(model)
-    if proof is not None:
-        _prove(model, proof, fusion, layers, holder)
-    connect(model, wrapper.entrances)
-    paged_attention.install(model, ShapeRecorder())
+    recorder = ShapeRecorder()
+    paged_attention.install(model, recorder)
     head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
     head_input = HeadInput(head)
-    logits = _logits(model, torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long))
-    return LoadedModel(
+    states = noting_states(model) if _keeps_states(config) else nullcontext(lambda: ())
+    with states as recurrent_layers:
+        logits = _logits(model, torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long))
+    recurrent = recurrent_layers()
+    _refuse_other_layers(model, recorder.layers, recurrent)
+    loaded = LoadedModel(
         module=model,
         holder=holder,
         groups=tuple(groups),
-        layers=layers,
+        layers=dict(sorted(recorder.layers.items())),
         vocabulary=logits.shape[-1],
         hidden=head_input.take().shape[-1],
-        max_positions=most_positions(config.get_text_config()),
+        max_positions=stretched(config.get_text_config(), most_positions(model, config)),
         head=head,
         head_input=head_input,
         embedding=model.get_input_embeddings(),  # type: ignore[operator]
         scaling=scaling,
+        recurrent=recurrent,
     )
+    if proof is not None:
+        _prove(loaded, proof, fusion, exact=quantization == "none")
+    connect(model, wrapper.entrances)
+    return loaded
 
 
-def _layer_shapes(model: nn.Module) -> dict[int, LayerShape]:
-    recorder = ShapeRecorder()
-    paged_attention.install(model, recorder)
-    _logits(model, torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long))
-    count = model.config.get_text_config().num_hidden_layers  # type: ignore[union-attr, operator]
-    if len(recorder.layers) != count:
-        raise UnsupportedModelError(
-            f"{type(model).__name__}: {len(recorder.layers)} of {count} layers use the attention "
-            "interface; models with other kinds of layers are not supported yet"
-        )
-    return dict(sorted(recorder.layers.items()))
+def _prove(loaded: LoadedModel, proof: ModelProof, fusion: Fusion, *, exact: bool) -> None:
+    """Undo fusions until the model proves right. Raises UnsupportedModelError if it never does.
 
-
-def _prove(
-    model: nn.Module,
-    proof: ModelProof,
-    fusion: Fusion,
-    layers: dict[int, LayerShape],
-    holder: StepHolder,
-) -> None:
-    """Undo fusions until the model proves right. Raises UnsupportedModelError if it never does."""
-    dtype: torch.dtype = model.dtype  # type: ignore[assignment]
-    name = type(model).__name__
+    exact: its weights are those that the proof was begun with.
+    """
+    dtype: torch.dtype = loaded.module.dtype  # type: ignore[assignment]
+    tolerance = TOLERANCE.get(dtype, LOOSE) if exact else LOOSE
+    name = type(loaded.module).__name__
     undone: list[tuple[str, str]] = []
-    while (difference := proof.difference(layers, holder, dtype)) is not None:
+    while difference := proof.difference(loaded.install_caches, loaded.holder, _logits, tolerance):
         kind = fusion.undo_last()
         if kind is None:
             raise UnsupportedModelError(
@@ -278,7 +322,7 @@ def _refuse_broken_weights(model: nn.Module) -> None:
     broken = {
         name: parameter.dtype
         for name, parameter in model.named_parameters()
-        if parameter.is_floating_point() and not bool(parameter.isfinite().all())
+        if parameter.dtype in FLOATS and not bool(parameter.isfinite().all())
     }
     if broken:
         name, dtype = next(iter(broken.items()))
@@ -289,6 +333,12 @@ def _refuse_broken_weights(model: nn.Module) -> None:
         )
 
 
+def _layer_count(config: PretrainedConfig) -> int:
+    """Layers that generate: a decoder's, where an encoder's are what `num_hidden_layers` counts."""
+    text = config.get_text_config()
+    return int(getattr(text, "decoder_layers", None) or text.num_hidden_layers)
+
+
 def _refuse_headless(model: nn.Module) -> None:
     if model.get_output_embeddings() is None:  # type: ignore[operator]
         raise UnsupportedModelError(
@@ -297,11 +347,53 @@ def _refuse_headless(model: nn.Module) -> None:
         )
 
 
+def _refuse_twice_quantised(config: PretrainedConfig, quantization: Quantization) -> None:
+    method = quantization_method(config)
+    if method is not None and quantization != "none":
+        raise UnsupportedModelError(
+            f"--quantization {quantization} (or QUICKCHANGE_QUANTIZATION): the model is stored "
+            f"quantised already, by {method}; use --quantization none",
+            param="quantization",
+        )
+
+
+def _layer_kinds(config: PretrainedConfig) -> list[str]:
+    """Kind of each layer, in transformers' words; empty if the configuration doesn't say."""
+    return list(getattr(config.get_text_config(), "layer_types", None) or ())
+
+
+def _is_recurrent(kind: str) -> bool:
+    """True if transformers' cache keeps a state for layers of this kind."""
+    cache = DYNAMIC_LAYER_TYPE_MAPPING.get(kind)
+    return isinstance(cache, type) and issubclass(cache, LinearAttentionCacheLayerMixin)
+
+
+def _keeps_states(config: PretrainedConfig) -> bool:
+    return any(_is_recurrent(kind) for kind in _layer_kinds(config))
+
+
 def _refuse_other_state(config: PretrainedConfig) -> None:
-    text = config.get_text_config()
-    kinds = set(getattr(text, "layer_types", None) or ())
-    other = kinds - {"full_attention", "sliding_attention"}
+    known = {*_ATTENTION, *_STATELESS}
+    other = {kind for kind in _layer_kinds(config) if kind not in known and not _is_recurrent(kind)}
     if other:
         raise UnsupportedModelError(
             f"{config.model_type}: layers of type {', '.join(sorted(other))} are not supported yet"
+        )
+
+
+def _refuse_other_layers(
+    model: nn.Module, attention: Mapping[int, LayerShape], recurrent: Sequence[RecurrentLayer]
+) -> None:
+    """Refuse a model with layers that neither attend nor keep states as those known do."""
+    text: PretrainedConfig = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    kinds = _layer_kinds(text)
+    with_states = {layer.layer for layer in recurrent}
+    layers = _layer_count(text) - sum(kind in _STATELESS for kind in kinds)
+    served = len({*attention, *with_states})
+    lost = {i for i, kind in enumerate(kinds) if _is_recurrent(kind)} - with_states
+    if served != layers or lost:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: {served} of {layers} layers use the attention "
+            "interface or keep their states in transformers' cache; models with other kinds of "
+            "layers are not supported yet"
         )
