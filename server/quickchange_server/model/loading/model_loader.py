@@ -395,7 +395,7 @@ def _refuse_other_layers(
     layers = _layer_count(text) - sum(kind in _STATELESS for kind in kinds)
     served = len({*attention, *with_states})
     lost = {i for i, kind in enumerate(kinds) if _is_recurrent(kind)} - with_states
-    if served != layers or lost:
+    if served != layers or lost or not served:
         raise UnsupportedModelError(
             f"{type(model).__name__}: {served} of {layers} layers use the attention "
             "interface or keep their states in transformers' cache; models with other kinds of "
