@@ -105,6 +105,25 @@ FAMILIES: dict[str, dict[str, object]] = {
     },
     "gpt_neox_japanese": {"model_type": "gpt_neox_japanese"},
     "gptj": {"model_type": "gptj", "rotary_dim": 8},
+    # ALiBi: each adds its bias in a way of its own. (Falcon's eager attention adds it twice.)
+    "bloom": {"model_type": "bloom"},
+    "falcon-alibi": {
+        "model_type": "falcon",
+        "alibi": True,
+        "multi_query": False,
+        "new_decoder_architecture": False,
+        "parallel_attn": False,
+        "bias": True,
+        "attn_implementation": "sdpa",
+    },
+    "mpt": {
+        "model_type": "mpt",
+        "d_model": 48,
+        "n_heads": 4,
+        "n_layers": 3,
+        "max_seq_len": 512,
+        "attn_config": {"clip_qkv": 3.0},
+    },
     "openai-gpt": {"model_type": "openai-gpt"},
     "xglm": {"model_type": "xglm", "ffn_dim": 80},
     # Linears that store their weights transposed.
@@ -126,6 +145,15 @@ FAMILIES: dict[str, dict[str, object]] = {
         "num_local_experts": 6,
         "num_experts_per_tok": 2,
     },
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        **_GROUPED,
+        "head_dim": 16,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+    },
+    "olmoe": {"model_type": "olmoe", **_GROUPED, "num_experts": 6, "num_experts_per_tok": 2},
     # A dense layer first; a shared expert beside those that are chosen.
     "dots1": {
         "model_type": "dots1",
@@ -177,19 +205,16 @@ FAMILIES: dict[str, dict[str, object]] = {
         "activation_sparsity_pattern": [0.0] * 4,
     },
     "gemma4": {"model_type": "gemma4_text", **_GROUPED, **_SHARING, "global_head_dim": 24},
-    # Scores fall with the distance.
-    "bloom": {"model_type": "bloom"},
-    "mpt": {"model_type": "mpt", "d_model": 48, "n_layers": 3, "n_heads": 4},
-    "falcon-alibi": {"model_type": "falcon", "alibi": True, "new_decoder_architecture": False},
 }
 
 
 def make_model(family: str, seed: int = 0) -> PreTrainedModel:
-    """A random float32 model with transformers' own (eager) attention."""
+    """A random float32 model with transformers' own attention."""
     torch.manual_seed(seed)
     options = {**_COMMON, **FAMILIES[family]}
+    attention = options.pop("attn_implementation", "eager")
     config = AutoConfig.for_model(str(options.pop("model_type")), **options)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).float().eval()
     for name, parameter in model.named_parameters():
         if not any(
             part in name.lower() for part in ("norm", "ln_")

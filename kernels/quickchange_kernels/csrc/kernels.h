@@ -91,6 +91,7 @@ struct LowRankArgs {
   const X* x;          // [T, K], or null
   const int64_t* ids;  // [T] where x is null
   int64_t ldx, K;
+  int64_t y_per_x;  // neighbouring rows of y that read one row of x; items of one row where it is not 1
   X* y;  // [T, N]
   int64_t ldy;
   const LowRankItem<T>* items;
