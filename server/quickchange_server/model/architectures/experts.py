@@ -30,20 +30,24 @@ def wrap_experts(
 ) -> None:
     """Let all experts of the interface compute by this one; their groups are added to `groups`."""
     ExpertsInterface.register(NAME, _interface)
-    parts = expert_parts(model)
-    products: dict[str, dict[str, _Product]] = {}
+    parts = {path: part for path, part in expert_parts(model).items() if _is_plain(model, path)}
+    products: dict[str, list[_Product]] = {}
     for parameter, part in parts.items():
-        module, _, name = parameter.rpartition(".")
+        path, _, name = parameter.rpartition(".")
         own = _groups_of(parameter, part, len(groups)) if adapters else []
         groups += own
         indices = range(own[0].index, own[0].index + len(own)) if own else None
-        product = _Product(model.get_submodule(module), name, holder, indices)
-        products.setdefault(module, {})[name] = product
-    for path, own_products in products.items():
-        module_: Any = model.get_submodule(path)
-        if len(own_products) == 2:  # else it is of a kind that is not known
-            setattr(module_, _ATTRIBUTE, tuple(own_products.values()))
-            module_.config._experts_implementation = NAME
+        product = _Product(model.get_submodule(path), name, holder, indices)
+        products.setdefault(path, []).append(product)
+    for path, both in products.items():
+        experts: Any = model.get_submodule(path)
+        setattr(experts, _ATTRIBUTE, tuple(both))
+        experts.config._experts_implementation = NAME
+
+
+def _is_plain(model: nn.Module, path: str) -> bool:
+    """True for a parameter of floats; experts that are stored quantised compute by themselves."""
+    return model.get_parameter(path).dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _groups_of(parameter: str, part: ExpertPart, first: int) -> list[ModuleGroup]:
