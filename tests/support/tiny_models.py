@@ -107,6 +107,23 @@ FAMILIES: dict[str, dict[str, object]] = {
         "num_experts_per_tok": 3,
         "moe_intermediate_size": 24,
     },
+    # Attention sinks; experts with biases, [in, out], whose gate and up take turns.
+    "gpt_oss": {
+        "model_type": "gpt_oss",
+        **_GROUPED,
+        "head_dim": 16,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 2,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "sliding_window": 9,
+    },
+    # A router that is a linear.
+    "phimoe": {
+        "model_type": "phimoe",
+        **_GROUPED,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 2,
+    },
     "olmoe": {"model_type": "olmoe", **_GROUPED, "num_experts": 6, "num_experts_per_tok": 2},
     # A dense layer first; a shared expert beside those that are chosen.
     "dots1": {

@@ -50,8 +50,8 @@ def expert_parts(network: nn.Module) -> dict[str, ExpertPart]:
 def routed(path: str, linear: nn.Module) -> bool:
     """True for a linear that no adapter can update: a router, or one of a single expert.
 
-    A router makes more than a product of its input, by a forward of its own. An expert's module reads
-    rows in an order that a router makes.
+    A router makes more than a product of its input, by a forward of its own. An expert's module
+    reads rows in an order that a router makes.
     """
     from torch import nn
 
