@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quickchange_store.base_model.base_source import BaseSource, language_model
+from quickchange_store.base_model.base_source import BaseSource, language_model, text_modules
 from quickchange_store.base_model.base_weights import quantization_method
 from quickchange_store.base_model.expert_parts import ConvertedExperts, expert_parts, routed
 from quickchange_store.base_model.gguf_file import GGUFTensors
@@ -68,7 +68,10 @@ def spec_of(network: Any, name: str, weights: BaseWeights | None = None) -> Base
     head = network.get_output_embeddings()
     modules = {}
     output_head = None
+    text = text_modules(network)
     for path, module in network.named_modules():
+        if module not in text:
+            continue  # what an image passes through
         if isinstance(module, torch.nn.Linear):
             if routed(path, module):
                 continue

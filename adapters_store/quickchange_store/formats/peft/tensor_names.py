@@ -47,9 +47,10 @@ class TensorNames:
         self._experts = {path.rpartition(".")[0] for path in base.experts}
         self._expert_modules = base.expert_modules
         self.expert_modules: dict[str, ExpertPiece] = {}  # in the file: of single experts
-        tails = Counter(path.partition(".")[2] for path in self._paths)
+        tails = {path: _tails(path) for path in self._paths}
+        counts = Counter(tail for each in tails.values() for tail in each)
         self._whole = {
-            tail: path for path in self._paths if tails[tail := path.partition(".")[2]] == 1
+            tail: path for path, each in tails.items() for tail in each if counts[tail] == 1
         }
         self._adapters: dict[str, str] = {}  # an adapter's name -> a tensor that has it
         self._trained: dict[str, str] = {}
@@ -131,6 +132,11 @@ class TensorNames:
                 key=self._adapters[second],
                 remedy="save one of them alone (save_pretrained's selected_adapters)",
             )
+
+
+def _tails(path: str) -> set[str]:
+    """What names a module without the parts that stand before a model, or a language model."""
+    return {path.partition(".")[2], *_cuts(path.split("."))[1:]} - {""}
 
 
 def _cuts(parts: Sequence[str]) -> list[str]:
