@@ -127,7 +127,7 @@ def test_experts_survive_the_store_and_an_export(
     family: str, bases: Any, train: Any, canonical_logits: Any, tmp_path: Path
 ) -> None:
     spec = bases(family).spec
-    options = {"target_modules": ["q_proj"], "target_parameters": BOTH}
+    options: dict[str, Any] = {"target_modules": ["q_proj"], "target_parameters": BOTH}
     options["rank_pattern"] = {"gate_up_proj": 5}
     trained = train(family, tmp_path / "peft", r=3, lora_alpha=7, **options)
     adapter = read_adapter(tmp_path / "peft", spec).adapter

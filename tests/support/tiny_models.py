@@ -153,16 +153,6 @@ FAMILIES: dict[str, dict[str, object]] = {
         "num_experts_per_tok": 3,
         "moe_intermediate_size": 24,
     },
-    # Attention sinks; experts with biases, [in, out], whose gate and up take turns.
-    "gpt_oss": {
-        "model_type": "gpt_oss",
-        **_GROUPED,
-        "head_dim": 16,
-        "num_local_experts": 6,
-        "num_experts_per_tok": 2,
-        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
-        "sliding_window": 9,
-    },
     # A router that is a linear.
     "phimoe": {
         "model_type": "phimoe",
@@ -184,6 +174,7 @@ FAMILIES: dict[str, dict[str, object]] = {
         "topk_group": 1,
     },
     # A score for each head that takes weight and gives nothing; every other layer has a window.
+    # Experts have biases, are [in, out], and their gate and up take turns.
     "gpt_oss": {
         "model_type": "gpt_oss",
         **_GROUPED,

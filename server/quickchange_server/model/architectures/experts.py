@@ -73,7 +73,8 @@ class _Product:
         if module.is_transposed and weight.device.type == "cpu":
             # The same matrices, laid out so that a row of outputs' weights is contiguous.
             weight.data = weight.data.transpose(1, 2).contiguous().transpose(1, 2)
-        self._weight = weight.transpose(1, 2) if module.is_transposed else weight
+        self._weight = weight
+        self._transposed = bool(module.is_transposed)
         self._bias = getattr(module, f"{name}_bias") if module.has_bias else None
         self._holder = holder
         self._groups = groups
@@ -82,7 +83,8 @@ class _Product:
 
     def __call__(self, x: torch.Tensor, expert: torch.Tensor, choices: int) -> torch.Tensor:
         """x [T, K] or [T · choices, K], expert [T · choices] to [T · choices, N]."""
-        y = linear_experts(x, self._weight, self._bias, expert)
+        weight = self._weight.transpose(1, 2) if self._transposed else self._weight
+        y = linear_experts(x, weight, self._bias, expert)
         step = self._holder.step
         if step is not None and step.adapters is not None and self._groups is not None:
             tables = step.adapters.tables
@@ -110,5 +112,5 @@ def _interface(
     out = leave(inner, expert, choices)
     if module.has_post_expert_norm:
         out = module.post_expert_norm(out)
-    weighted = (out * top_k_weights.reshape(-1, 1)).view(tokens, choices, -1)
+    weighted: torch.Tensor = (out * top_k_weights.reshape(-1, 1)).view(tokens, choices, -1)
     return weighted.sum(1).to(hidden_states.dtype)
