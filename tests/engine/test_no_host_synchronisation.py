@@ -102,7 +102,7 @@ def make_step(family: str, *, adapters: bool) -> tuple[LoadedModel, tuple[Tensor
 @pytest.mark.parametrize("adapters", [True, False])
 @pytest.mark.parametrize(
     "family",
-    ["llama", "qwen3", "gemma2", "phi", *RECURRENT_ON_DEVICE],
+    ["llama", "qwen3", "gemma2", "phi", "mixtral", "gpt_oss", *RECURRENT_ON_DEVICE],
 )
 def test_a_decode_step_stays_on_the_device(family: str, adapters: bool) -> None:
     loaded, inputs = make_step(family, adapters=adapters)

@@ -26,7 +26,7 @@ CONFIGS = {
 }
 
 
-@pytest.fixture(scope="module", params=["mixtral", "qwen3_moe", "olmoe"])
+@pytest.fixture(scope="module", params=["mixtral", "qwen3_moe", "olmoe", "gpt_oss", "phimoe"])
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     return train(request.param, tmp_path_factory.mktemp(request.param), CONFIGS)
 
@@ -49,7 +49,8 @@ def test_a_composition_is_the_weighted_sum_of_updates_of_experts(trained: Traine
                 delta = weight * update.scale * (update.b @ update.a)
                 parameter, _, expert = path.rpartition(".")
                 if expert.isdecimal():
-                    merged.get_parameter(parameter)[int(expert)] += delta
+                    matrix = merged.get_parameter(parameter)[int(expert)]
+                    matrix += delta if matrix.shape == delta.shape else delta.T
                 else:
                     merged.get_submodule(path).weight += delta
     engine = make_engine(trained.path, trained.adapters.__getitem__)

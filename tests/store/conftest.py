@@ -33,6 +33,23 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_neox": {"model_type": "gpt_neox"},
     "gemma3": {"model_type": "gemma3_text", "num_key_value_heads": 2, "head_dim": 8},
     "gpt2": {"model_type": "gpt2", "n_inner": 48},
+    "mixtral": {"model_type": "mixtral", "num_key_value_heads": 2, "num_local_experts": 3},
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "num_key_value_heads": 2,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "head_dim": 8,
+    },
+    # Gate and up take turns; matrices are [in, out].
+    "gpt_oss": {
+        "model_type": "gpt_oss",
+        "num_key_value_heads": 2,
+        "num_local_experts": 3,
+        "num_experts_per_tok": 2,
+        "head_dim": 8,
+    },
 }
 TOKENS = torch.arange(12).reshape(2, 6) * 4 % SIZES["vocab_size"]
 
@@ -122,13 +139,23 @@ def _canonical_logits(model: torch.nn.Module, adapter: CanonicalAdapter) -> torc
 
         return add
 
-    handles = [
-        model.get_submodule(path).register_forward_hook(hook(update))
-        for path, update in adapter.updates.items()
-    ]
+    changed: dict[str, torch.Tensor] = {}
+    handles = []
+    for path, update in adapter.updates.items():
+        parameter, _, expert = path.rpartition(".")
+        if not expert.isdecimal():
+            handles.append(model.get_submodule(path).register_forward_hook(hook(update)))
+            continue
+        weight = model.get_parameter(parameter)
+        changed.setdefault(parameter, weight.data.clone())
+        delta = update.scale * (update.b.float() @ update.a.float())
+        transposed = model.get_submodule(parameter.rpartition(".")[0]).is_transposed
+        weight.data[int(expert)] += delta.T if transposed else delta
     try:
         return model(input_ids=TOKENS).logits
     finally:
+        for parameter, before in changed.items():
+            model.get_parameter(parameter).data.copy_(before)
         for handle in handles:
             handle.remove()
 

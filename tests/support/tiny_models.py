@@ -153,6 +153,13 @@ FAMILIES: dict[str, dict[str, object]] = {
         "num_experts_per_tok": 3,
         "moe_intermediate_size": 24,
     },
+    # A router that is a linear.
+    "phimoe": {
+        "model_type": "phimoe",
+        **_GROUPED,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 2,
+    },
     "olmoe": {"model_type": "olmoe", **_GROUPED, "num_experts": 6, "num_experts_per_tok": 2},
     # A dense layer first; a shared expert beside those that are chosen.
     "dots1": {
@@ -167,6 +174,7 @@ FAMILIES: dict[str, dict[str, object]] = {
         "topk_group": 1,
     },
     # A score for each head that takes weight and gives nothing; every other layer has a window.
+    # Experts have biases, are [in, out], and their gate and up take turns.
     "gpt_oss": {
         "model_type": "gpt_oss",
         **_GROUPED,

@@ -47,18 +47,16 @@ def expert_parts(network: nn.Module) -> dict[str, ExpertPart]:
     return parts
 
 
-def routed(path: str, linear: nn.Linear) -> bool:
-    """True for a linear that no adapter can update: a router, or a module of a single expert.
+def routed(path: str, linear: nn.Module) -> bool:
+    """True for a linear that no adapter can update: a router, or one of a single expert.
 
-    A router makes more than a product of its input: its class has a forward of its own. An expert's
-    module reads rows in an order that a router makes.
+    A router makes more than a product of its input, by a forward of its own. An expert's module
+    reads rows in an order that a router makes.
     """
     from torch import nn
 
-    own = type(linear).forward is not nn.Linear.forward
-    return "experts" in path.split(".") or (
-        own and type(linear).__module__.startswith("transformers.models.")
-    )
+    router = type(linear).forward is not nn.Linear.forward and "Router" in type(linear).__name__
+    return router or "experts" in path.split(".")
 
 
 @dataclass(frozen=True)

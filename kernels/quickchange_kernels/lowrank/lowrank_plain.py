@@ -188,14 +188,15 @@ def plain_lowrank_experts_(
     place, segment = _places(rows[:, 0] * choices, (rows[:, 1] - rows[:, 0]) * choices)
     check_indices("lowrank: expert", expert[place], experts)
     ranges = directory[slot[segment].long(), group + expert[place]]
-    used = ranges[ranges[:, 0] != ranges[:, 1]].unique(dim=0)
+    used = torch.unique(ranges[ranges[:, 0] != ranges[:, 1]], dim=0)
     check_ranges("lowrank: directory", used, tables.pages.shape[0])
     for first, last in used.tolist():
         _check_pages(tables, slice(first, last), x.shape[1], y.shape[1])
     page, which = _places(ranges[:, 0], ranges[:, 1] - ranges[:, 0])
     total = torch.zeros_like(y, dtype=torch.float32)
     down = _LinearDown(x, arena, y.shape[0] // x.shape[0])
-    for few in torch.arange(page.shape[0], device=y.device).split(_PAIRS_AT_ONCE):
+    for begin in range(0, page.shape[0], _PAIRS_AT_ONCE):
+        few = slice(begin, begin + _PAIRS_AT_ONCE)
         row = place[which[few]]
         _add_pairs(total, down, tables, row, page[few], weight[segment[which[few]]])
     y[place] = (y[place].float() + total[place]).to(y.dtype)

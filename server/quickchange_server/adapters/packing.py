@@ -234,7 +234,7 @@ def _list_pages(adapter: CanonicalAdapter, shapes: Mapping[Place, PageShape]) ->
             reads = "" if update.source == "input" else f" whose {update.source} could be read"
             raise AdapterFailedError(
                 f"{path}: the served model has no such module{reads}, or one that adapters can't "
-                "update (experts); add the adapter again with the base model that it was trained "
+                "update (routers, experts that are stored quantised); add the adapter again with the base model that it was trained "
                 "on, or train one without this module"
             )
         _check_shapes(path, update, shape)

@@ -18,11 +18,11 @@ from torch import nn
 
 from quickchange_server.errors import UnsupportedModelError
 from quickchange_server.model.int8_linear import linear_shape
+from quickchange_store.base_model.expert_parts import routed
 
 Rows = Literal["tokens", "samples", "head"]  # all; those asked for; those that the LM head reads
 
 _TOKENS, _ASKED = 5, (3, 1)  # rows of the short pass, and those that are asked for
-_EXPERTS = "experts"  # name of the part of a model whose modules read what a router gives them
 
 
 def rows_read(
@@ -42,14 +42,14 @@ def rows_read(
         )
     head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
     return {
-        path: "head" if module is head else _rows_of(path, counts)
+        path: "head" if module is head else _rows_of(path, module, counts)
         for path, module in model.named_modules()
         if linear_shape(module) is not None
     }
 
 
-def _rows_of(path: str, counts: Mapping[str, set[int]]) -> Rows | None:
-    if _EXPERTS in path.split("."):
+def _rows_of(path: str, module: nn.Module, counts: Mapping[str, set[int]]) -> Rows | None:
+    if routed(path, module):
         return None
     seen = counts.get(path, {_TOKENS})  # a module that no text reaches stands as any other
     known: dict[int, Rows] = {_TOKENS: "tokens", len(_ASKED): "samples"}

@@ -46,6 +46,7 @@ class TensorNames:
         self._paths = base.modules.keys()
         self._experts = {path.rpartition(".")[0] for path in base.experts}
         self._expert_modules = base.expert_modules
+        self._of_expert: dict[str, str | None] = {}  # results of `_expert_path`
         self.expert_modules: dict[str, ExpertPiece] = {}  # in the file: of single experts
         tails = {path: _tails(path) for path in self._paths}
         counts = Counter(tail for each in tails.values() for tail in each)
@@ -69,7 +70,9 @@ class TensorNames:
         if found is not None:
             path = self.path(found["module"])
             if path is None and found["part"] in ("lora_A", "lora_B"):
-                path = self._expert_path(found["module"])
+                path = self._of_expert.get(found["module"])
+                if found["module"] not in self._of_expert:
+                    path = self._of_expert[found["module"]] = self._expert_path(found["module"])
             if path is None:
                 return None
             if found["adapter"] is not None:
@@ -102,7 +105,9 @@ class TensorNames:
         for cut in cuts:
             if cut in self._experts:
                 return f"{cut}{nested['depth']}"
-        for cut in cuts if self._expert_modules is not None and not nested["depth"] else ():
+        if nested["depth"] or self._expert_modules is None:
+            return None
+        for cut in cuts:
             piece = self._expert_modules.find(cut)
             if piece is not None:
                 name = f"{piece.path}.{piece.index}"

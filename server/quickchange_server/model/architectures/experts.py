@@ -30,20 +30,24 @@ def wrap_experts(
 ) -> None:
     """Let all experts of the interface compute by this one; their groups are added to `groups`."""
     ExpertsInterface.register(NAME, _interface)
-    parts = expert_parts(model)
-    products: dict[str, dict[str, _Product]] = {}
+    parts = {path: part for path, part in expert_parts(model).items() if _is_plain(model, path)}
+    products: dict[str, list[_Product]] = {}
     for parameter, part in parts.items():
-        module, _, name = parameter.rpartition(".")
+        path, _, name = parameter.rpartition(".")
         own = _groups_of(parameter, part, len(groups)) if adapters else []
         groups += own
         indices = range(own[0].index, own[0].index + len(own)) if own else None
-        product = _Product(model.get_submodule(module), name, holder, indices)
-        products.setdefault(module, {})[name] = product
-    for path, own_products in products.items():
-        module_: Any = model.get_submodule(path)
-        if len(own_products) == 2:  # else it is of a kind that is not known
-            setattr(module_, _ATTRIBUTE, tuple(own_products.values()))
-            module_.config._experts_implementation = NAME
+        product = _Product(model.get_submodule(path), name, holder, indices)
+        products.setdefault(path, []).append(product)
+    for path, both in products.items():
+        experts: Any = model.get_submodule(path)
+        setattr(experts, _ATTRIBUTE, tuple(both))
+        experts.config._experts_implementation = NAME
+
+
+def _is_plain(model: nn.Module, path: str) -> bool:
+    """True for a parameter of floats; experts that are stored quantised compute by themselves."""
+    return model.get_parameter(path).dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _groups_of(parameter: str, part: ExpertPart, first: int) -> list[ModuleGroup]:
@@ -69,7 +73,8 @@ class _Product:
         if module.is_transposed and weight.device.type == "cpu":
             # The same matrices, laid out so that a row of outputs' weights is contiguous.
             weight.data = weight.data.transpose(1, 2).contiguous().transpose(1, 2)
-        self._weight = weight.transpose(1, 2) if module.is_transposed else weight
+        self._weight = weight
+        self._transposed = bool(module.is_transposed)
         self._bias = getattr(module, f"{name}_bias") if module.has_bias else None
         self._holder = holder
         self._groups = groups
@@ -78,7 +83,8 @@ class _Product:
 
     def __call__(self, x: torch.Tensor, expert: torch.Tensor, choices: int) -> torch.Tensor:
         """x [T, K] or [T · choices, K], expert [T · choices] to [T · choices, N]."""
-        y = linear_experts(x, self._weight, self._bias, expert)
+        weight = self._weight.transpose(1, 2) if self._transposed else self._weight
+        y = linear_experts(x, weight, self._bias, expert)
         step = self._holder.step
         if step is not None and step.adapters is not None and self._groups is not None:
             tables = step.adapters.tables
@@ -106,5 +112,5 @@ def _interface(
     out = leave(inner, expert, choices)
     if module.has_post_expert_norm:
         out = module.post_expert_norm(out)
-    weighted = (out * top_k_weights.reshape(-1, 1)).view(tokens, choices, -1)
+    weighted: torch.Tensor = (out * top_k_weights.reshape(-1, 1)).view(tokens, choices, -1)
     return weighted.sum(1).to(hidden_states.dtype)
