@@ -75,3 +75,10 @@ def test_missing_weights_are_named_when_they_are_needed(bases: Any, tmp_path: Pa
     assert weights is not None
     with pytest.raises(BaseModelError, match=r"model\.safetensors"):
         weights.tensor("lm_head.weight")
+
+
+@pytest.mark.parametrize("kind", ["pix2struct", "t5"])
+def test_models_that_need_more_than_text_are_refused_by_type(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(BaseModelError, match=f"{kind}|not a causal language model"):
+        base_spec(tmp_path)

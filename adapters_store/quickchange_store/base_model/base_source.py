@@ -103,14 +103,15 @@ def language_model(config: PretrainedConfig) -> tuple[type[PreTrainedModel], Pre
         modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING,
     )
     found = next((mapping[type(config)] for mapping in mappings if type(config) in mapping), None)
-    if found is None:
+    text = config.sub_configs.get("text_config")
+    aside = type(config) not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
+    if found is None or (aside and (text is None or config.is_encoder_decoder)):
         raise ValueError(
             f"transformers has no class that makes text for model type {config.model_type!r}"
         )
     if isinstance(found, tuple):
         named = [each for each in found if each.__name__ in (config.architectures or ())]
         found = (named or found)[0]
-    text = config.sub_configs.get("text_config")
     if text is None or config.get_text_config() is config:
         return found, config
     if found.config_class is text:
@@ -130,31 +131,29 @@ def _without_towers(whole: type[PreTrainedModel]) -> type[PreTrainedModel]:
         dropped = _drop_towers(self)
         known = getattr(self, "_keys_to_ignore_on_load_unexpected", None) or ()
         patterns = {rf"(^|\.){re.escape(name)}\." for name in dropped}
-        self._keys_to_ignore_on_load_unexpected = [*known, *patterns]
+        self._keys_to_ignore_on_load_unexpected = {*known, *patterns}
 
     body = {"__init__": init, "__module__": whole.__module__, "__qualname__": whole.__qualname__}
     return type(whole.__name__, (whole,), body)
+
+
+def text_modules(model: PreTrainedModel) -> set[nn.Module]:
+    """The modules that text passes through: all, or a multimodal model's decoder and ends."""
+    if model.config.get_text_config() is model.config:
+        return set(model.modules())
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    return {*model.get_decoder().modules(), *(end for end in ends if end is not None)}
 
 
 def _drop_towers(model: PreTrainedModel) -> list[str]:
     """Remove whole models beside the language model; returns their names in their parents."""
     from transformers import PreTrainedModel
 
-    text = set(model.get_decoder().modules())
-    kept = {*text, *_ends(model)}
+    text = text_modules(model)
     dropped = []
-    for parent in list(model.modules()):
-        if parent in text:
-            continue
+    for parent in [module for module in model.modules() if module not in text]:
         for name, child in list(parent.named_children()):
-            tower = isinstance(child, PreTrainedModel) and kept.isdisjoint(child.modules())
-            if tower:
+            if isinstance(child, PreTrainedModel) and text.isdisjoint(child.modules()):
                 setattr(parent, name, None)
                 dropped.append(name)
     return dropped
-
-
-def _ends(model: PreTrainedModel) -> list[nn.Module]:
-    """Input embedding and LM head."""
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    return [end for end in ends if end is not None]

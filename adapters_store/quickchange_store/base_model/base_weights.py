@@ -18,11 +18,12 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from quickchange_store.base_model.base_source import BaseSource, language_model
+from quickchange_store.base_model.base_source import BaseSource, base_name, language_model
 from quickchange_store.base_model.gguf_file import GGUFTensors, put_in_rope_factors
+from quickchange_store.base_model.weight_reading import reading
 from quickchange_store.errors import BaseModelError
 
 if TYPE_CHECKING:
@@ -56,14 +57,15 @@ def load_base(model: str, **options: Any) -> PreTrainedModel:
     # It warns of its rounding at every call.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     try:
-        loaded, info = made.from_pretrained(
-            source.where,
-            config=config,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # told here, all at once and by name
-            **source.options,
-            **options,
-        )
+        with reading(f"loading {base_name(model)}", cast=_casts(config, method, options)):
+            loaded, info = made.from_pretrained(
+                source.where,
+                config=config,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # told here, all at once and by name
+                **source.options,
+                **options,
+            )
     except (ImportError, RuntimeError) as error:
         if method is None:
             raise
@@ -92,6 +94,11 @@ def quantization_method(config: PretrainedConfig) -> str | None:
     stored = stored if isinstance(stored, dict) else stored.to_dict()
     method = str(stored.get("quant_method", "bitsandbytes"))
     return None if method == "gguf" else method
+
+
+def _casts(config: PretrainedConfig, method: str | None, options: Mapping[str, Any]) -> bool:
+    """True where every weight gets another type, and so memory of its own, as it is read."""
+    return method is None and options.get("dtype", config.dtype) != config.dtype
 
 
 def _make_floats(config: PretrainedConfig, method: str) -> None:
