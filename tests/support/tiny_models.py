@@ -205,10 +205,6 @@ FAMILIES: dict[str, dict[str, object]] = {
         "activation_sparsity_pattern": [0.0] * 4,
     },
     "gemma4": {"model_type": "gemma4_text", **_GROUPED, **_SHARING, "global_head_dim": 24},
-    # Scores fall with the distance.
-    "bloom": {"model_type": "bloom"},
-    "mpt": {"model_type": "mpt", "d_model": 48, "n_layers": 3, "n_heads": 4},
-    "falcon-alibi": {"model_type": "falcon", "alibi": True, "new_decoder_architecture": False},
 }
 
 

@@ -68,11 +68,15 @@ class BaseSource:
         return Path(str(cached_file(self.where, self.gguf_file)))
 
     def config(self) -> PretrainedConfig:
-        """The model's configuration.
+        """The model's configuration. Raises BaseModelError where there is none to be served."""
+        try:
+            return self._config()
+        except BaseModelError:
+            raise
+        except Exception as error:  # validation's, the hub's and JSON's errors are of many classes
+            raise self._unreadable(error) from error
 
-        Raises OSError or ValueError (transformers') where there is none that it knows, and
-        BaseModelError for a GGUF file that can't be served.
-        """
+    def _config(self) -> PretrainedConfig:
         from transformers import AutoConfig
 
         if self.gguf_path is not None:
@@ -80,7 +84,32 @@ class BaseSource:
 
             changed = self.gguf_path.stat().st_mtime_ns
             return copy.deepcopy(gguf_config(self.gguf_path, changed))
+        # Always given: without it, transformers asks on a terminal whether to run a model's code.
         return AutoConfig.from_pretrained(self.where, trust_remote_code=False)
+
+    def _unreadable(self, error: Exception) -> BaseModelError:
+        """What is wrong with a base whose configuration transformers can't read."""
+        folder = Path(self.where)
+        if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+            return BaseModelError(
+                f"{self.where!r} is an adapter, not a base model",
+                file="adapter_config.json",
+                remedy="serve the base that it was trained on, and add it with `quickchange add`",
+            )
+        said = " ".join(str(error).split())
+        if "trust_remote_code" in said:
+            return BaseModelError(
+                f"{self.where!r} needs Python code of its own, which is not run",
+                file="config.json",
+                key="auto_map",
+                remedy="use a model of a type that transformers has itself",
+            )
+        return BaseModelError(
+            f"{self.where!r} has no configuration that transformers can read ({said[:400]})",
+            file="config.json",
+            remedy="give a folder in transformers' layout, a GGUF file, or the id of a model in "
+            "the hub's cache",
+        )
 
 
 def base_name(model: str | Path) -> str:

@@ -40,8 +40,8 @@ def load_base(model: str, **options: Any) -> PreTrainedModel:
     """The language model of a folder in transformers' layout, a hub id or a GGUF file.
 
     options: those of transformers' `from_pretrained`. Raises BaseModelError where a weight is
-    missing, left over or of another shape, or a library that the checkpoint needs; OSError or
-    ValueError (transformers') where nothing can be loaded.
+    missing, left over or of another shape, a file is damaged, or a library is missing that the
+    checkpoint needs; ValueError where transformers has no language model of its type.
     """
     source = BaseSource.of(model)
     made, config = language_model(source.config())
@@ -66,10 +66,15 @@ def load_base(model: str, **options: Any) -> PreTrainedModel:
                 **source.options,
                 **options,
             )
-    except (ImportError, RuntimeError) as error:
-        if method is None:
-            raise
-        raise _not_quantised_here(model, method, error) from error
+    except BaseModelError:
+        raise
+    except Exception as error:  # damaged files raise errors of many classes
+        if method is not None and isinstance(error, ImportError | RuntimeError):
+            raise _not_quantised_here(model, method, error) from error
+        said = " ".join(str(error).split())
+        raise BaseModelError(
+            f"{model!r} can't be loaded ({type(error).__name__}: {said[:400]})", remedy=_REMEDY
+        ) from error
     if path is not None:
         put_in_rope_factors(path, loaded)
     missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])

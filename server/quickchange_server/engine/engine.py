@@ -410,12 +410,12 @@ def _caches(model: LoadedModel, settings: Settings) -> tuple[StateRows | None, K
 
 
 def _context_length(model: LoadedModel, settings: Settings, blocks: KVBlocks) -> int:
-    """Most tokens of one sequence. Raises ValueError if the model has fewer positions."""
+    """Most tokens of one sequence. Raises ValueError if the model has fewer positions, or none."""
     most = model.max_positions
     room = blocks.num_blocks * blocks.block_size if model.layers else _TOKENS_OF_STATES_ALONE
     length = settings.max_model_len or min(most, room)
-    if length > most:
-        raise ValueError(f"max_model_len ({length}) exceeds the model's {most}")
+    if not 1 <= length <= most:
+        raise ValueError(f"max_model_len ({length}) must be from 1 to the model's {most}")
     return length
 
 

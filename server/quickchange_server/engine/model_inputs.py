@@ -195,6 +195,15 @@ def step_inputs(
     )
 
 
+def row_reach(plan: Sequence[Scheduled], rows: int) -> Tensor:
+    """Reach of each row, int64 [rows]: its sequence's, or its position + 1 if that is more."""
+    reach: list[int] = []
+    for item in plan:
+        first = item.sequence.computed + 1
+        reach += [max(item.sequence.reach, end) for end in range(first, first + item.rows)]
+    return torch.from_numpy(_padded(reach, rows, np.int64))
+
+
 def one_row_each(plan: Sequence[Scheduled]) -> bool:
     """True if recurrent layers compute all of the plan in one call, in a shape that is fixed."""
     return all(item.rows == 1 for item in plan)
@@ -278,15 +287,6 @@ def _part(group: Sequence[_Rows], device: torch.device | None, padded_to: int = 
         room = room_for(runs, device)
         tokens = PackedSegments(pack(runs, room), room)
     return replace(inputs, rows=torch.from_numpy(places), tokens=tokens)
-
-
-def row_reach(plan: Sequence[Scheduled], rows: int) -> Tensor:
-    """Reach of each row, int64 [rows]: its sequence's, or its position + 1 if that is more."""
-    reach: list[int] = []
-    for item in plan:
-        first = item.sequence.computed + 1
-        reach += [max(item.sequence.reach, end) for end in range(first, first + item.rows)]
-    return torch.from_numpy(_padded(reach, rows, np.int64))
 
 
 def _rows_at(

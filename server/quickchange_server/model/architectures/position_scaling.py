@@ -75,12 +75,12 @@ def scale_by_text(model: nn.Module, holder: StepHolder) -> PositionScaling | Non
     return PositionScaling(limit, graded or len(limits) > 1, anew)
 
 
-def scaled_limit(config: PretrainedConfig, most: int) -> int:
-    """Most tokens of a text: more than `most`, its rotary's limit, where it is scaled beyond."""
+def stretched(config: PretrainedConfig, most: int) -> int:
+    """Most tokens of a text, from those that are not scaled yet where frequencies grow with it."""
     rope = getattr(config, "rope_parameters", None) or {}
-    if str(rope.get("rope_type")) == "dynamic":
-        return int(most * max(1.0, float(rope["factor"])))
-    return most
+    ropes = [rope, *(part for part in rope.values() if isinstance(part, Mapping))]
+    factors = [float(part["factor"]) for part in ropes if part.get("rope_type") == "dynamic"]
+    return int(most * max([1.0, *factors]))
 
 
 class TextRotary(nn.Module):

@@ -37,7 +37,7 @@ from quickchange_server.model.architectures.head_rows import HeadRows
 from quickchange_server.model.architectures.position_scaling import (
     PositionScaling,
     scale_by_text,
-    scaled_limit,
+    stretched,
 )
 from quickchange_server.model.architectures.position_shims import most_positions, take_positions
 from quickchange_server.model.architectures.recurrent_layers import RecurrentLayer, noting_states
@@ -50,7 +50,12 @@ from quickchange_server.model.int8_linear import (
     check_quantization,
     int8_linear,
 )
-from quickchange_server.model.loading.model_proof import ModelProof, explained
+from quickchange_server.model.loading.model_proof import (
+    LOOSE,
+    TOLERANCE,
+    ModelProof,
+    explained,
+)
 from quickchange_server.model.output_side import connect
 from quickchange_server.model.paged_attention import LayerShape, PagedAttention, ShapeRecorder
 from quickchange_server.model.rows_read import Rows, rows_read
@@ -59,10 +64,10 @@ from quickchange_store.base_model.base_source import BaseSource
 from quickchange_store.base_model.base_weights import load_base, quantization_method
 from quickchange_store.errors import BaseModelError
 
+logger = logging.getLogger(__name__)
+
 _ATTENTION = ("full_attention", "sliding_attention")
 _STATELESS = ("moe", "mlp")  # layers without a token mixer
-
-logger = logging.getLogger(__name__)
 
 
 class HeadInput:
@@ -127,10 +132,6 @@ class LoadedModel:
         paged_attention.install(self.module, attend)
         for layer in self.recurrent:
             layer.install(state_rows, device, self.holder)
-
-    def run(self, ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Logits [R, V] of asked rows [R], for ids [T] at positions [T]."""
-        return _logits(self.module, ids, positions, rows)
 
 
 class Output(NamedTuple):
@@ -213,10 +214,10 @@ def _prepared(
     head_rows.attach(model.get_output_embeddings())  # type: ignore[operator]
     scaling = scale_by_text(model, holder)
     fusion = Fusion(model, lambda ids, positions: _logits(model, ids, positions))
-    head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
-    head_input = HeadInput(head)
     recorder = ShapeRecorder()
     paged_attention.install(model, recorder)
+    head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+    head_input = HeadInput(head)
     states = noting_states(model) if _keeps_states(config) else nullcontext(lambda: ())
     with states as recurrent_layers:
         logits = _logits(model, torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long))
@@ -229,7 +230,7 @@ def _prepared(
         layers=dict(sorted(recorder.layers.items())),
         vocabulary=logits.shape[-1],
         hidden=head_input.take().shape[-1],
-        max_positions=scaled_limit(config.get_text_config(), most_positions(model, config)),
+        max_positions=stretched(config.get_text_config(), most_positions(model, config)),
         head=head,
         head_input=head_input,
         embedding=model.get_input_embeddings(),  # type: ignore[operator]
@@ -237,27 +238,21 @@ def _prepared(
         recurrent=recurrent,
     )
     if proof is not None:
-        _prove(loaded, proof, fusion)
+        _prove(loaded, proof, fusion, exact=not rounded)
     connect(model, wrapper.entrances)
     return loaded
 
 
-def _prove(model: LoadedModel, proof: ModelProof, fusion: Fusion) -> None:
-    """Undo fusions until the model proves right. Raises UnsupportedModelError if it never does."""
-    name = type(model.module).__name__
-    embedded: torch.Tensor = model.embedding.weight  # type: ignore[assignment]
-    dtype, device = embedded.dtype, embedded.device
+def _prove(loaded: LoadedModel, proof: ModelProof, fusion: Fusion, *, exact: bool) -> None:
+    """Undo fusions until the model proves right. Raises UnsupportedModelError if it never does.
+
+    exact: its weights are those that the proof was begun with.
+    """
+    dtype: torch.dtype = loaded.module.dtype  # type: ignore[assignment]
+    tolerance = TOLERANCE.get(dtype, LOOSE) if exact else LOOSE
+    name = type(loaded.module).__name__
     undone: list[tuple[str, str]] = []
-    while True:
-        model.install_caches(
-            num_blocks=proof.caches.blocks,
-            block_size=proof.caches.block_size,
-            state_rows=proof.caches.state_rows,
-            dtype=dtype,
-            device=device,
-        )
-        if (difference := proof.difference(model)) is None:
-            break
+    while difference := proof.difference(loaded.install_caches, loaded.holder, _logits, tolerance):
         kind = fusion.undo_last()
         if kind is None:
             raise UnsupportedModelError(
@@ -400,7 +395,7 @@ def _refuse_other_layers(
     layers = _layer_count(text) - sum(kind in _STATELESS for kind in kinds)
     served = len({*attention, *with_states})
     lost = {i for i, kind in enumerate(kinds) if _is_recurrent(kind)} - with_states
-    if served != layers or lost:
+    if served != layers or lost or not served:
         raise UnsupportedModelError(
             f"{type(model).__name__}: {served} of {layers} layers use the attention "
             "interface or keep their states in transformers' cache; models with other kinds of "

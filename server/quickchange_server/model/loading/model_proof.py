@@ -1,14 +1,14 @@
 """Proof at load: the wrapped model on paged attention gives what transformers' own model gives.
 
-A few short texts of random tokens are read by the model as transformers made it, one by one, with
-eager attention and no cache; then by the wrapped one as the engine would: in one flattened batch,
-in parts that are cut at different places, down to single rows. All rows' logits must agree. Two
-texts stand at position 0, others cross each limit that the configuration names for its positions
+A few short texts of random tokens are read by the unwrapped model, one by one, with eager attention
+and no cache; then by the wrapped one as the engine would: in one flattened batch, in parts that are
+cut at different places, down to single rows. All rows' logits must agree. The first text stands at
+position 0, the others cross each limit that the configuration names for its positions
 (original_max_position_embeddings, for dynamic NTK max_position_embeddings); windows and chunks of
 attention, and the scale by which Llama 4 tempers it, are made so short for the proof that the texts
 are longer.
 
-Bounded: nine rows a text, two to four texts, each computed twice. Of a stack of layers only the
+Bounded: nine rows a text, two or three texts, each computed twice. Of a stack of layers only the
 first of each kind runs (by modules' classes, their parameters' shapes, what they hold and the
 layer's type), if the model runs with those alone; and half the layers at most are kept in this way,
 or all run. The model is left as it was, whatever happens, and so is torch's generator.
@@ -16,10 +16,11 @@ or all run. The model is left as it was, whatever happens, and so is torch's gen
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,41 +30,24 @@ from quickchange_server.errors import UnsupportedModelError
 from quickchange_server.model.architectures.position_scaling import rope_kinds
 from quickchange_server.model.forward_context import (
     FIRST_STATE,
+    ZERO_STATE,
     AttentionBatch,
     ForwardContext,
     StatePart,
     StepHolder,
 )
 
-
-class Proved(Protocol):
-    """A model that runs steps."""
-
-    @property
-    def module(self) -> nn.Module: ...
-    @property
-    def holder(self) -> StepHolder: ...
-    def run(self, ids: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
-        """Logits [R, V] of asked rows [R], for ids [T] at positions [T]."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class ProofCaches:
-    """Sizes of the caches that a proof needs."""
-
-    blocks: int
-    block_size: int
-    state_rows: int
-
+# Logits of asked rows: (model, ids [T], positions [T], rows [R]) to [R, V].
+Run = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 
 # largest distance of a row's logits from the reference, relative to the row's size
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
-_ROUNDED = 3e-1  # the same where weights are rounded after the reference, or inputs each time
+LOOSE = 0.15  # the same where weights are rounded
 
 _LENGTH = 9  # rows of a text
 _CUTS = ((0, 4, 7, 8, 9), (0, 3, 7, 8, 9))  # of even and odd texts: the rows of each step
 _BEFORE = 3  # rows of a text before the limit that it crosses
+_ELSEWHERE = 37  # position of the second text where there is no limit
 _WINDOW = 3  # rows of the shortest window
 _BLOCK_SIZE = 16
 # Names of what limits or tempers attention, in configurations and modules.
@@ -72,14 +56,15 @@ _SHORTENED = ("window", "attention_chunk_size", "floor_scale", "local_attention"
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """Tokens [_LENGTH] that stand at positions from `start` on."""
+    """Tokens, and the logits [_LENGTH, V] that transformers' own model gives for them."""
 
-    ids: Tensor
+    ids: Tensor  # [_LENGTH], at positions from `start` on
     start: int
+    logits: Tensor
 
     @property
     def positions(self) -> Tensor:
-        return torch.arange(self.start, self.start + len(self.ids))
+        return torch.arange(self.start, self.start + _LENGTH)
 
 
 # One step: for each text the rows [begin, end) that it computes.
@@ -90,137 +75,147 @@ class ModelProof:
     """What transformers' own model gives for some texts, against which another form is held."""
 
     def __init__(self, model: nn.Module, *, rounded: bool) -> None:
-        """Compute the reference with `model` as it is now.
+        """Read the texts with `model`, in which nothing may have been replaced so far.
 
-        rounded: weights are rounded afterwards, or inputs are as they come, in quantised models.
+        rounded: it is quantised, or will be.
         """
-        dtype: torch.dtype = model.get_input_embeddings().weight.dtype  # type: ignore[operator]
-        self._most = _ROUNDED if rounded else TOLERANCE.get(dtype, max(TOLERANCE.values()))
-        self._texts = _texts(model)
-        if (
-            rounded
-        ):  # quantised modules may set themselves up in the model's first pass, all at once
-            with torch.inference_mode(), _eager(model):
-                _logits_of(model, self._texts[0])
-        stacks = _kinds_of_layers(model)
+        self._model = model
+        if rounded:  # quantised modules may set themselves up in the first pass, all at once
+            with _eager(model):
+                _text(model, torch.zeros(1, dtype=torch.long), 0)
+        self._stacks = _kinds_of_layers(model)
+        self._texts: list[Text] = []
+        self._failed: Exception | None = None
         try:
-            self._stacks = stacks
-            self._expected = self._reference(model)
-        except Exception:
-            if not stacks:
-                raise
+            self._texts = self._read()
+        except Exception as error:
+            if not self._stacks:
+                self._failed = error
+                return
             self._stacks = []  # it does not run without all its layers
-            self._expected = self._reference(model)
+            self._texts = self._read()
 
-    @property
-    def caches(self) -> ProofCaches:
-        """The caches that the model must have for `difference`."""
-        return ProofCaches(len(self._texts), _BLOCK_SIZE, FIRST_STATE + len(self._texts))
+    def difference(
+        self, install: Callable[..., None], holder: StepHolder, run: Run, tolerance: float
+    ) -> str | None:
+        """In what the model, wrapped and with other modules by now, differs; None if in nothing.
 
-    def difference(self, model: Proved) -> str | None:
-        """In what the model, wrapped and with other modules by now, differs; None if in nothing."""
+        install: gives the model its caches (`LoadedModel.install_caches`).
+        """
+        if self._failed is not None:
+            raise self._failed
+        paged = _Paged(self._model, install, holder, run)
         parts = [_CUTS[number % len(_CUTS)] for number in range(len(self._texts))]
         steps = [
             [(cut[index], cut[index + 1]) for cut in parts] for index in range(len(_CUTS[0]) - 1)
         ]
-        found = self._differs(steps, model)
-        return None if found is None else self._explained(found, model)
+        found = self._differs(steps, paged, tolerance)
+        return None if found is None else self._explained(found, paged, tolerance)
 
-    def _explained(self, found: str, model: Proved) -> str:
+    def _explained(self, found: str, paged: _Paged, tolerance: float) -> str:
         """The difference with what calls it forth: already one text, several, or its parts."""
         whole, none = (0, _LENGTH), (0, 0)
         for number in range(len(self._texts)):
             alone = [whole if each == number else none for each in range(len(self._texts))]
-            if error := self._differs([alone], model):
-                return f"{error}, already for one text by itself{_hint(model.module)}"
-        if error := self._differs([[whole] * len(self._texts)], model):
+            if error := self._differs([alone], paged, tolerance):
+                return f"{error}, already for one text by itself{_hint(self._model)}"
+        if error := self._differs([[whole] * len(self._texts)], paged, tolerance):
             return (
                 f"{error}, where several texts share a step: rows are not kept apart by their "
                 "position_ids"
             )
         return f"{found}, where a text is computed in parts"
 
-    @torch.inference_mode()
-    def _reference(self, model: nn.Module) -> list[Tensor]:
-        with self._as_proved(model), _eager(model), _kept_state(model):
-            return [_logits_of(model, text) for text in self._texts]
+    def _read(self) -> list[Text]:
+        with self._as_proved(), _eager(self._model), _kept_state(self._model):
+            drawn = _drawn(self._model)
+            return [_text(self._model, ids, start) for ids, start in drawn]
 
-    def _differs(self, steps: Sequence[Step], model: Proved) -> str | None:
+    def _differs(self, steps: Sequence[Step], paged: _Paged, tolerance: float) -> str | None:
         worst, where = 0.0, 0
-        with self._as_proved(model.module):
+        with self._as_proved():
+            paged.begin(len(self._texts))
             for step in steps:
-                logits = self._step(step, model).split([end - at for at, end in step])
-                for text, expected, (begin, end), got in zip(
-                    self._texts, self._expected, step, logits, strict=True
-                ):
-                    for row, error in enumerate(_errors(got, expected[begin:end]), begin):
+                logits = paged.run(self._texts, step).split([end - at for at, end in step])
+                for text, (begin, end), got in zip(self._texts, step, logits, strict=True):
+                    for row, error in enumerate(_errors(got, text.logits[begin:end]), begin):
                         if error > worst:
                             worst, where = error, text.start + row
-        if worst <= self._most:
+        if worst <= tolerance:
             return None
         return f"logits differ from eager attention's by {worst:.1%} at position {where}"
 
-    def _step(self, step: Step, model: Proved) -> Tensor:
-        device = next(model.module.parameters()).device
-        ids = torch.cat([t.ids[at:end] for t, (at, end) in zip(self._texts, step, strict=True)])
-        positions = torch.cat(
-            [t.positions[at:end] for t, (at, end) in zip(self._texts, step, strict=True)]
-        )
-        slots = torch.cat(
-            [torch.arange(at, end) + _BLOCK_SIZE * n for n, (at, end) in enumerate(step)]
-        )
-        reach = torch.cat(
-            [
-                torch.full((end - at,), t.start + _LENGTH)
-                for t, (at, end) in zip(self._texts, step, strict=True)
-            ]
-        )
-        counts = torch.tensor([0] + [end - at for at, end in step])
-        batch = AttentionBatch(
-            slots=slots.to(device),
-            block_tables=torch.arange(len(step), dtype=torch.int32)[:, None].to(device),
-            seq_lens=torch.tensor([end for _, end in step], dtype=torch.int32).to(device),
-            query_start=counts.cumsum(0).to(torch.int32).to(device),
-        )
-        states = _state_parts(step, counts.cumsum(0), device)
-        model.holder.step = ForwardContext(batch, None, states, reach.to(device))
-        try:
-            return model.run(ids, positions, torch.arange(len(ids)))
-        finally:
-            model.holder.step = None
-
     @contextmanager
-    def _as_proved(self, model: nn.Module) -> Iterator[None]:
+    def _as_proved(self) -> Iterator[None]:
         """The model with few layers and short windows, as eager attention and paged one meet it."""
-        device = next(model.parameters()).device
+        device = next(self._model.parameters()).device
         devices = [device] if device.type == "cuda" else []
         with ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng(devices))
-            stack.enter_context(_short_windows(model))
+            stack.enter_context(_short_windows(self._model))
             for layers, kept in self._stacks:
-                stack.enter_context(_only(model, layers, kept))
+                stack.enter_context(_only(self._model, layers, kept))
             yield
 
 
-def _logits_of(model: nn.Module, text: Text) -> Tensor:
-    """Logits [_LENGTH, V] by the model alone, which counts positions itself where it can."""
-    device = next(model.parameters()).device
-    named = {} if text.start == 0 else {"position_ids": text.positions[None].to(device)}
-    output: Any = model(input_ids=text.ids[None].to(device), use_cache=False, **named)
-    logits: Tensor = output.logits[0]
-    return logits
+class _Paged:
+    """The model on paged attention, step by step as the engine runs it, one block a text."""
 
+    def __init__(
+        self, model: nn.Module, install: Callable[..., None], holder: StepHolder, run: Run
+    ) -> None:
+        self._model, self._install, self._holder, self._run = model, install, holder, run
+        self._device = next(model.parameters()).device
 
-def _state_parts(step: Step, starts: Tensor, device: torch.device) -> tuple[StatePart, ...]:
-    """Each text's rows as a call of recurrent layers, on a state of its own."""
-    parts = []
-    for number, (at, end) in enumerate(step):
-        if end > at:
-            first = int(starts[number])
-            state = torch.tensor([FIRST_STATE + number], device=device)
-            rows = torch.arange(first, first + end - at, device=device)
-            parts.append(StatePart(rows, end - at, state if at else None, state, None))
-    return tuple(parts)
+    def begin(self, texts: int) -> None:
+        """Forget what was computed."""
+        dtype: torch.dtype = self._model.dtype  # type: ignore[assignment]
+        self._install(
+            num_blocks=texts,
+            block_size=_BLOCK_SIZE,
+            state_rows=FIRST_STATE + texts,
+            dtype=dtype,
+            device=self._device,
+        )
+
+    def run(self, texts: Sequence[Text], step: Step) -> Tensor:
+        """Logits of the step's rows."""
+        device = self._device
+        spans = list(zip(texts, step, strict=True))
+        ids = torch.cat([text.ids[at:end] for text, (at, end) in spans])
+        positions = torch.cat([text.positions[at:end] for text, (at, end) in spans])
+        slots = [torch.arange(at, end) + _BLOCK_SIZE * n for n, (at, end) in enumerate(step)]
+        reach = [torch.full((end - at,), text.start + _LENGTH) for text, (at, end) in spans]
+        starts = torch.tensor([0, *(end - at for at, end in step)]).cumsum(0)
+        batch = AttentionBatch(
+            slots=torch.cat(slots).to(device),
+            block_tables=torch.arange(len(step), dtype=torch.int32)[:, None].to(device),
+            seq_lens=torch.tensor([end for _, end in step], dtype=torch.int32).to(device),
+            query_start=starts.to(torch.int32).to(device),
+        )
+        states = tuple(
+            self._states(number, int(start), at, end)
+            for number, (start, (at, end)) in enumerate(zip(starts, step, strict=False))
+            if end > at
+        )
+        self._holder.step = ForwardContext(batch, None, states, torch.cat(reach).to(device))
+        try:
+            return self._run(self._model, ids, positions, torch.arange(len(ids)))
+        finally:
+            self._holder.step = None
+
+    def _states(self, number: int, first: int, at: int, end: int) -> StatePart:
+        """One text's rows for layers that keep states."""
+        own = torch.tensor([FIRST_STATE + number], device=self._device)
+        count = end - at
+        before = own if at else torch.full_like(own, ZERO_STATE)
+        return StatePart(
+            rows=torch.arange(first, first + count, device=self._device),
+            length=count,
+            read=None if count > 1 and not at else before,
+            write=own,
+            adapters=None,
+        )
 
 
 def _errors(got: Tensor, expected: Tensor) -> list[float]:
@@ -266,10 +261,14 @@ def _text_config(model: nn.Module) -> PretrainedConfig:
     return config.get_text_config(decoder=True)
 
 
-def _texts(model: nn.Module) -> list[Text]:
+def _drawn(model: nn.Module) -> list[tuple[Tensor, int]]:
+    """Tokens of each text and the position at which it begins."""
     config = _text_config(model)
     limits = _limits(model)
-    starts = [0, 0] + [limit - _BEFORE for limit in limits if limit > _BEFORE]
+    most = getattr(config, "max_position_embeddings", None) or _ELSEWHERE + _LENGTH
+    starts = [0, *(max(limit - _BEFORE, 0) for limit in limits)]
+    if not limits:
+        starts.append(max(min(_ELSEWHERE, most - _LENGTH), 0))
     vocabulary = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
     special: set[int] = set()
     for name in ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "cls_token_id"):
@@ -278,8 +277,28 @@ def _texts(model: nn.Module) -> list[Text]:
     plain = [token for token in range(min(vocabulary, 1 << 12)) if token not in special]
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(len(plain), (len(starts), _LENGTH), generator=generator)
-    ids = torch.tensor(plain)[drawn]
-    return [Text(ids[number], start) for number, start in enumerate(starts)]
+    return list(zip(torch.tensor(plain)[drawn], starts, strict=True))
+
+
+@torch.inference_mode()
+def _text(model: nn.Module, ids: Tensor, start: int) -> Text:
+    """A text read by the model as it is, at `start` if position_ids can put it there."""
+    device = next(model.parameters()).device
+
+    def read(first: int | None) -> Tensor:
+        given = {} if first is None else {"position_ids": torch.arange(first, first + _LENGTH)}
+        named = {name: value[None].to(device) for name, value in given.items()}
+        output = model(input_ids=ids[None].to(device), use_cache=False, **named)
+        logits: Tensor = output.logits[0]
+        return logits
+
+    plain = read(None)
+    if not start or "position_ids" not in inspect.signature(model.forward).parameters:
+        return Text(ids, 0, plain)
+    if max(_errors(read(0), plain)) > TOLERANCE[torch.float32]:
+        return Text(ids, 0, plain)  # its position_ids don't count from 0, as RoBERTa's
+    there = read(start)
+    return Text(ids, 0, plain) if torch.equal(there, plain) else Text(ids, start, there)
 
 
 def _limits(model: nn.Module) -> list[int]:
@@ -380,7 +399,7 @@ def _kinds_of_layers(model: nn.Module) -> list[Stack]:
     types = getattr(_text_config(model), "layer_types", None)
     stacks = []
     for module in model.modules():
-        if not isinstance(module, nn.ModuleList) or not all(map(_attends, module)):
+        if not isinstance(module, nn.ModuleList) or not any(map(_attends, module)):
             continue
         kinds: dict[object, int] = {}
         for index, layer in enumerate(module):
