@@ -73,7 +73,9 @@ class Settings(BaseSettings):
     )
     max_sequences: int = Field(64, ge=1, description="sequences of one engine step")
     block_size: int = Field(16, ge=1, le=256, description="tokens of one KV block")
-    kv_cache_bytes: int = Field(1 * GIB, ge=1024, description="size of the paged KV cache")
+    kv_cache_bytes: int = Field(
+        1 * GIB, ge=1024, description="size of the KV cache and of recurrent layers' states"
+    )
     prefix_cache: bool = Field(True, description="reuse KV blocks of equal prompt prefixes")
 
     adapters: bool = Field(True, description="off: no adapter can be served, no seam is put in")

@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
@@ -96,8 +96,7 @@ class _Case:
         """A LoRA as the store reads it, and PEFT's answers with it."""
         for seed in range(_SEEDS):
             torch.manual_seed(seed)
-            config = LoraConfig(r=4, lora_alpha=6, target_modules="all-linear")
-            tuned = get_peft_model(_reference(self.folder / "base"), config).eval()
+            tuned = self._tuned().eval()
             for parameter in tuned.parameters():
                 if parameter.requires_grad:
                     nn.init.normal_(parameter, std=0.25)
@@ -110,6 +109,19 @@ class _Case:
         spec = base_spec(str(self.folder / "base"))
         read = read_adapter(self.folder / "adapter", spec).adapter
         return read, [tokens for tokens, _ in answers]
+
+    def _tuned(self) -> PeftModel:
+        """With a LoRA on every linear that PEFT allows: of some types it leaves out `out_proj`."""
+        try:
+            return self._with_lora(exclude_modules=None)
+        except ValueError as error:
+            if "incompatible" not in str(error):
+                raise
+            return self._with_lora(exclude_modules=["out_proj"])
+
+    def _with_lora(self, **options: Any) -> PeftModel:
+        config = LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", **options)
+        return get_peft_model(_reference(self.folder / "base"), config)
 
     def _served(self, adapter: CanonicalAdapter | None) -> list[list[int]] | SweepResult:
         settings = Settings.model_validate(

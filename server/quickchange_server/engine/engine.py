@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
@@ -43,6 +44,8 @@ from quickchange_server.spec_decode.cost_model import StepCost
 from quickchange_server.spec_decode.prompt_lookup import TokenText
 from quickchange_server.spec_decode.speculator import DraftReport, NoSpeculation, Speculation
 from quickchange_server.structured_output.compiler import ConstraintCompiler
+
+logger = logging.getLogger(__name__)
 
 _UNSOUND = "prompt: it can't be read: the model's hidden states or logits hold NaN or infinity"
 _ROWS_OF_DRAFTS = 2  # rows per sequence for which a full batch has a captured graph, and states
@@ -394,6 +397,15 @@ def _caches(model: LoadedModel, settings: Settings) -> tuple[StateRows | None, K
     else:  # blocks hold nothing: as many as all the sequences can ask for
         length = settings.max_model_len or min(model.max_positions, _TOKENS_OF_STATES_ALONE)
         num_blocks = -(-length // settings.block_size) * most
+    logger.info(
+        "kv_cache_bytes: %d states of %d bytes for sequences, %d to keep; %d blocks of keys and "
+        "values of %d bytes",
+        rows,
+        state,
+        states.model_rows - FIRST_STATE - rows,
+        num_blocks,
+        block,
+    )
     return states, KVBlocks(num_blocks, settings.block_size, prefix_cache=settings.prefix_cache)
 
 
