@@ -58,6 +58,10 @@ class Settings(BaseSettings):
         "none",
         description="how the base's linears are kept: int8 takes 8.5 bits a weight, on a CPU",
     )
+    model_check: bool = Field(
+        True,
+        description="hold the base, once loaded, against transformers' own; off: serve it unproved",
+    )
     threads: int | None = Field(None, ge=1, description="engine threads on a CPU; default: all")
 
     max_model_len: int | None = Field(None, ge=16, description="default: what the model allows")

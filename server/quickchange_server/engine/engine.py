@@ -82,6 +82,7 @@ class Engine:
         self._prices = prices
         self._vocabulary = model.vocabulary
         states, blocks = _caches(model, settings)
+        self._scaling = model.scaling
         self._max_model_len = _context_length(model, settings, blocks)
         self._adapters = _adapters(model, settings, load_adapter, on_wake)
         self._constraints = constraints_of(constraints, model.vocabulary, on_wake)
@@ -125,7 +126,7 @@ class Engine:
         if (error := self._refusal(submit)) is not None:
             self._refused.append(_error(submit.request_id, error, "request"))
             return
-        sequence = Sequence(submit, time.monotonic())
+        sequence = Sequence(submit, time.monotonic(), self._scaling)
         if sequence.generates and (reason := sequence.finish_reason(self._max_model_len)):
             self._refused.append(Delta(submit.request_id, finish_reason=reason))
         elif submit.constraint is not None:
@@ -200,7 +201,7 @@ class Engine:
             max_model_len=self._max_model_len,
             dtype=torch_dtype(settings.dtype),
             device=torch.device(settings.device),
-            state_rows=0 if states is None else FIRST_STATE + states.num_rows,
+            state_rows=0 if states is None else states.model_rows,
         )
 
     def _made_speculation(self, text: TokenText | None) -> Speculation | NoSpeculation:
@@ -368,32 +369,32 @@ def _caches(model: LoadedModel, settings: Settings) -> tuple[StateRows | None, K
     """State rows, None for a model without recurrent layers, and the KV blocks, by what
     `kv_cache_bytes` has room for.
 
-    Every sequence needs one state row, and one more for each draft that is verified. So states get
-    rows for all `max_sequences`, twice as many where drafts are made, but no more than half of the
-    budget while there are keys and values to keep. These get the rest. Raises ValueError if there
-    is no room for the states of one sequence.
+    Every sequence needs one state row, and one more for each draft that is verified; a prefix is
+    found again where a state was kept behind it. So states get rows for all `max_sequences`, as
+    many again where drafts are made, and as many again to keep, but no more than half of the budget
+    while there are keys and values to hold, in this order of importance. Blocks get the rest.
+    Raises ValueError if there is no room for the states of one sequence.
     """
-    budget = settings.kv_cache_bytes
+    budget, most = settings.kv_cache_bytes, settings.max_sequences
     block = bytes_per_block(model.layers, settings.block_size, torch_dtype(settings.dtype))
     if not model.recurrent:
         blocks = KVBlocks(budget // block, settings.block_size, prefix_cache=settings.prefix_cache)
         return None, blocks
     state = bytes_per_state(model.recurrent)
-    share = budget // 2 if block else budget
-    wanted = settings.max_sequences * (_ROWS_OF_DRAFTS if settings.turbo else 1)
-    rows = min(wanted, share // state - FIRST_STATE)
+    room = (budget // 2 if block else budget) // state - FIRST_STATE
+    rows = min(most * (_ROWS_OF_DRAFTS if settings.turbo else 1), room)
     if rows < 1:
         raise ValueError(
             f"kv_cache_bytes ({budget}) has no room for the states of one sequence, {state} bytes: "
             f"give at least {state * (FIRST_STATE + 1) * (2 if block else 1)}"
         )
+    states = StateRows(rows, min(most, room - rows) if settings.prefix_cache else 0)
     if block:
-        num_blocks = (budget - (FIRST_STATE + rows) * state) // block
+        num_blocks = (budget - states.model_rows * state) // block
     else:  # blocks hold nothing: as many as all the sequences can ask for
         length = settings.max_model_len or min(model.max_positions, _TOKENS_OF_STATES_ALONE)
-        num_blocks = -(-length // settings.block_size) * settings.max_sequences
-    # No cached block tells the state behind it, so no prefix is found again.
-    return StateRows(rows), KVBlocks(num_blocks, settings.block_size, prefix_cache=False)
+        num_blocks = -(-length // settings.block_size) * most
+    return states, KVBlocks(num_blocks, settings.block_size, prefix_cache=settings.prefix_cache)
 
 
 def _context_length(model: LoadedModel, settings: Settings, blocks: KVBlocks) -> int:

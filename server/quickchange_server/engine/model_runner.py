@@ -7,7 +7,7 @@ Nothing waits for the device between the forward pass and the results.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import NamedTuple, Protocol, overload
 
@@ -23,6 +23,7 @@ from quickchange_server.engine.model_inputs import (
     exact_extent,
     one_row_each,
     reads,
+    row_reach,
     step_inputs,
 )
 from quickchange_server.engine.prompt_outputs import read
@@ -130,7 +131,7 @@ class Runner:
             return
         for adapters in (False, True) if self._adapters.served else (False,):
             for extent in self._buckets.extents(adapters=adapters):
-                nothing = self._padded_inputs((), extent)
+                nothing = self._host_inputs((), extent)
                 self._graphs.run(extent, nothing, self._adapters.tables if adapters else None)
 
     def price_rows(self, most: int) -> list[tuple[int, float]]:
@@ -215,6 +216,12 @@ class Runner:
         )
         return _Drafted(items, *drafts)
 
+    def _host_inputs(self, plan: Sequence[Scheduled], extent: Extent) -> StepInputs:
+        inputs = step_inputs(plan, extent, self._block_size, self._states_on)
+        if self._model.scaling is None:
+            return inputs
+        return replace(inputs, reach=row_reach(plan, extent.rows))
+
     def _inputs(self, plan: Sequence[Scheduled]) -> _Inputs:
         adapters = any(item.components for item in plan)
         rows = sum([item.rows for item in plan])
@@ -222,12 +229,9 @@ class Runner:
         if self._graphs is not None and (self._states_on is None or one_row_each(plan)):
             extent = self._buckets.fit(plan, adapters=adapters)
         if extent is not None:
-            return _Inputs(self._padded_inputs(plan, extent), adapters, rows, extent)
+            return _Inputs(self._host_inputs(plan, extent), adapters, rows, extent)
         exact = exact_extent(plan, self._device, adapters=adapters)
-        return _Inputs(self._padded_inputs(plan, exact), adapters, rows)
-
-    def _padded_inputs(self, plan: Sequence[Scheduled], extent: Extent) -> StepInputs:
-        return step_inputs(plan, extent, self._block_size, self._states_on)
+        return _Inputs(self._host_inputs(plan, exact), adapters, rows)
 
     def _forward(self, inputs: _Inputs) -> Output:
         """Output of the sampled rows, then of those that are read."""
@@ -249,7 +253,7 @@ class Runner:
 
     def _priced(self, rows: int) -> float:
         extent = Extent(rows, rows, rows, 1, None, None, None)
-        inputs = upload(self._padded_inputs((), extent), self._device)
+        inputs = upload(self._host_inputs((), extent), self._device)
         watch = stopwatch(self._device)
         watch.mark()
         logits = self._compute(inputs, None).logits

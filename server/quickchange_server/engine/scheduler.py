@@ -24,7 +24,7 @@ from typing import Protocol
 from quickchange_server.engine.adapter_claims import Claims, Holdings
 from quickchange_server.engine.fair_queue import Lane
 from quickchange_server.engine.kv_cache_manager import KVBlocks, StateRows
-from quickchange_server.engine.sequence import Sequence, isolated
+from quickchange_server.engine.sequence import Border, Sequence, isolated
 from quickchange_server.protocol import FinishReason
 
 _NO_ROWS = range(0)
@@ -116,6 +116,7 @@ class Scheduler:
         self.foreground, self.background = Lane(), Lane()
         self.running: list[Sequence] = []  # in order of admission
         self._sequences: dict[str, Sequence] = {}
+        self._outgrown: list[Sequence] = []  # to be computed anew
         self._scorable = 0  # prompt rows whose logits the coming step may still read
         self.faults: dict[str, str] = {}  # request ids that the last `schedule` left out, and why
         self.preemptions = 0
@@ -169,6 +170,8 @@ class Scheduler:
         self.faults = {}
         self._holdings.changed = False
         self._scorable = _MOST_SCORED
+        if self._outgrown:
+            self._begin_anew()
         preemptions = self.preemptions
         running = [sequence for sequence in self.running if not sequence.request.background]
         plan = self._go_on(running, self.max_batch_tokens)
@@ -199,12 +202,14 @@ class Scheduler:
             if reason is not None:
                 break
         accepted = max(taken - 1, 0)
-        sequence.computed += accepted  # the rows of accepted drafts
         if self.states is not None:
-            self._keep_state(self.states, sequence, accepted)
+            self._advance_state(self.states, sequence, accepted)
+        sequence.computed += accepted  # the rows of accepted drafts
         self._commit_full_blocks(sequence)
         if reason is not None:
             self.finish(sequence)
+        elif sequence.scaling is not None and sequence.outgrown:
+            self._outgrown.append(sequence)
         return taken, reason
 
     def finish(self, sequence: Sequence) -> None:
@@ -228,13 +233,16 @@ class Scheduler:
             assert len(set(rows)) == len(rows), "a state row belongs to two sequences"
             assert len(rows) == self.states.used, "a used state row belongs to no running sequence"
             assert all(s.states for s in self.running), "a running sequence without a state row"
+            kept = {s.kept_state for s in self.running} - {None}
+            assert len(kept) == self.states.held, "a held state belongs to no running sequence"
         for sequence in self.running:
             room = len(sequence.blocks) * self.blocks.block_size
             assert sequence.computed <= room, "more tokens computed than blocks hold"
             assert sequence.remaining >= 1, "nothing left to compute in a running sequence"
         for sequence in apart:
             assert not sequence.blocks, "a sequence that isn't running holds blocks"
-            assert not sequence.states, "a sequence that isn't running holds state rows"
+            rows = [*sequence.states, sequence.kept_state, sequence.border]
+            assert not any(rows), "a sequence that isn't running holds state rows"
             assert not sequence.computed, "a sequence that isn't running counts as computed"
         self._holdings.check_integrity(self._sequences)
 
@@ -297,6 +305,7 @@ class Scheduler:
     def _room_for_drafts(self, item: Scheduled, count: int) -> int:
         """Number of drafts that have room in the caches; nobody is preempted for them."""
         sequence, block_size = item.sequence, self.blocks.block_size
+        count = max(min(count, sequence.room_in_reach), 0)
         end = sequence.computed + item.count
         missing = -(-(end + count) // block_size) - len(sequence.blocks)
         free = min(missing, self.blocks.available)
@@ -356,16 +365,24 @@ class Scheduler:
         """
         block_size = self.blocks.block_size
         full = sequence.reusable // block_size
-        found = self.blocks.match(sequence.keys_of_full_blocks(full, block_size))
+        keys = sequence.keys_of_full_blocks(full, block_size)
+        found = self.blocks.match(keys)
+        state = None
+        if self.states is not None and found:
+            with_state, state = self.states.find(keys[: len(found)])
+            self.blocks.release(found[with_state:])
+            found = found[:with_state]
         most = len(sequence.tokens) + sequence.generates
         needed = -(-most // block_size) - len(found)
         while needed > self.blocks.available or (self.states and not self.states.available):
             if sequence.request.background or len(self.running) == self._running_foreground():
                 self.blocks.release(found)
+                if self.states is not None:
+                    self.states.let_go(state)
                 return False
             self._preempt(self._last())
         if self.states is not None:
-            sequence.states = self.states.allocate(1)
+            sequence.states, sequence.kept_state = self.states.allocate(1), state
         sequence.blocks = found
         sequence.computed = len(found) * block_size
         sequence.committed = len(found)
@@ -404,21 +421,50 @@ class Scheduler:
         self._holdings.release(sequence)
         del self._sequences[sequence.request_id]
 
+    def _begin_anew(self) -> None:
+        """Let sequences that have outgrown their reach be computed from their beginning."""
+        for sequence in self._outgrown:
+            if sequence in self.running:
+                self._preempt(sequence)
+            sequence.begin_anew()
+        self._outgrown.clear()
+
     def _free_caches(self, sequence: Sequence) -> None:
         self.blocks.release(sequence.blocks)
         sequence.blocks = []
         if self.states is not None:
             self.states.release(sequence.states)
-            sequence.states = []
+            self.states.let_go(sequence.kept_state)
+            self.states.let_go(None if sequence.border is None else sequence.border.row)
+            sequence.states, sequence.kept_state, sequence.border = [], None, None
         sequence.computed = 0
         sequence.committed = 0
 
-    @staticmethod
-    def _keep_state(states: StateRows, sequence: Sequence, accepted: int) -> None:
-        """Keep the state after the last accepted draft and free the others' rows."""
-        kept = sequence.states.pop(accepted)
+    def _plan_border(self, states: StateRows, sequence: Sequence, count: int) -> None:
+        """Let the coming `count` rows leave the state behind their last full block to be kept."""
+        block_size = self.blocks.block_size
+        full = (sequence.computed + count) // block_size
+        if full * block_size > sequence.computed and (row := states.room_to_keep()) is not None:
+            sequence.border = Border(full * block_size, row)
+
+    def _advance_state(self, states: StateRows, sequence: Sequence, accepted: int) -> None:
+        """Hold the state after the last accepted draft, and no row that has another.
+
+        `computed` counts the rows before the drafts.
+        """
+        states.let_go(sequence.kept_state)
+        sequence.kept_state = None
+        if (border := sequence.border) is not None:
+            full = border.tokens // self.blocks.block_size
+            states.keep(border.row, sequence.keys_of_full_blocks(full, self.blocks.block_size)[-1])
+            sequence.border = None
+            if border.tokens == sequence.computed and not accepted:
+                sequence.kept_state = border.row
+            else:
+                states.let_go(border.row)
+        own = sequence.states.pop(accepted)
         states.release(sequence.states)
-        sequence.states = [kept]
+        sequence.states = [own]
 
     def _commit_full_blocks(self, sequence: Sequence) -> None:
         block_size = self.blocks.block_size
@@ -429,6 +475,8 @@ class Scheduler:
         sequence.committed = full
 
     def _scheduled(self, sequence: Sequence, count: int) -> Scheduled:
+        if self.states is not None and count > 1:
+            self._plan_border(self.states, sequence, count)
         slots = self._holdings.slots(sequence)
         if not slots:
             return Scheduled(sequence, count, ())

@@ -10,15 +10,18 @@ import hashlib
 import logging
 import math
 import struct
+import sys
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from quickchange_server.engine.kv_cache_manager import block_key
+from quickchange_server.model.architectures.position_scaling import PositionScaling
+from quickchange_server.model.forward_context import ZERO_STATE
 from quickchange_server.protocol import (
     Component,
     Drafting,
@@ -156,16 +159,25 @@ def composition_key(adapters: Seq[Component], salt: str = "") -> bytes:
     return digest.digest()
 
 
+class Border(NamedTuple):
+    """A state that is to be kept: that after so many tokens, and the held row for it."""
+
+    tokens: int
+    row: int
+
+
 @dataclass(eq=False)
 class Sequence:
     """A request in the engine. `tokens` is prompt and output; everything else follows from it."""
 
     request: Submit
     arrival: float  # seconds, monotonic
+    scaling: PositionScaling | None = None  # if the model scales positions by the text's length
     # Derived from the request.
     request_id: str = field(init=False)  # a field: it is read many times a step
     tokens: list[int] = field(init=False)
     key: bytes = field(init=False)  # key of its composition and salt
+    reach: int = field(init=False)  # tokens of the text that its positions are scaled for, at least
     reading: Reading | None = field(init=False)  # None: it reads nothing of its prompt
     generates: bool = field(init=False)  # False: it ends once its prompt is computed
     drafting: Drafting | None = field(init=False)
@@ -181,9 +193,11 @@ class Sequence:
     )  # content keys of its full blocks, as far as needed
     computed: int = 0  # leading tokens whose keys and values are in `blocks`
     committed: int = 0  # leading blocks offered to the prefix cache
-    # State rows, if the model has recurrent layers: the first holds the state after `computed`
-    # tokens (nothing yet if none is), the others take those after the coming step's drafts.
+    # State rows of its own, if the model has recurrent layers: the coming step leaves its states in
+    # them, after the last row in the first, after each draft in those behind.
     states: list[int] = field(default_factory=list)
+    kept_state: int | None = None  # held row of a kept state that is the one after `computed`
+    border: Border | None = None  # state that the coming step leaves to be kept
     first_scheduled: float | None = None
     cached_tokens: int | None = None  # tokens found in the prefix cache at first admission
     begun: bool = False  # True once it was part of a step
@@ -194,6 +208,9 @@ class Sequence:
         self.request_id = request.request_id
         self.tokens = [*request.prompt, *request.output]
         self.key = composition_key(request.adapters, request.salt)
+        self.reach = len(request.prompt)
+        if self.outgrown:
+            self.reach = len(self.tokens)
         self.reading = Reading.of(request)
         # A request for its prompt's log-probabilities alone has no new token.
         more = self.reading is None or request.sampling.token_limit > 0
@@ -217,6 +234,13 @@ class Sequence:
         return len(self.tokens) - self.computed
 
     @property
+    def state(self) -> int:
+        """Row of the state after `computed` tokens."""
+        if self.kept_state is not None:
+            return self.kept_state
+        return self.states[0] if self.computed else ZERO_STATE
+
+    @property
     def reusable(self) -> int:
         """Leading tokens that need not be computed if their keys and values are cached."""
         known = len(self.tokens) - 1  # the last one's hidden state gives the next token
@@ -234,14 +258,39 @@ class Sequence:
         """Digest of the adapter version whose Turbo heads draft for the sequence."""
         return None if self.drafting is None else self.drafting.heads
 
+    @property
+    def outgrown(self) -> bool:
+        """True if all is to be computed anew, as its tokens are too many for their reach."""
+        scaling = self.scaling
+        if scaling is None or not scaling.anew:
+            return False
+        return scaling.kind(self.reach) != scaling.kind(len(self.tokens))
+
+    @property
+    def room_in_reach(self) -> int:
+        """Most tokens that may follow before all is computed anew."""
+        scaling = self.scaling
+        if scaling is None or not scaling.anew or scaling.kind(self.reach):
+            return sys.maxsize
+        return scaling.limit - len(self.tokens)
+
+    def begin_anew(self) -> None:
+        """Scale positions for the text as it is now. No token may count as computed."""
+        self.reach = len(self.tokens)
+        self.block_keys.clear()
+
     def keys_of_full_blocks(self, count: int, block_size: int) -> list[bytes]:
         """Content keys of the first `count` full blocks."""
         while len(self.block_keys) < count:
             index = len(self.block_keys)
-            parent = self.block_keys[-1] if index else self.key
+            parent = self.block_keys[-1] if index else self._first_parent()
             tokens = self.tokens[index * block_size : (index + 1) * block_size]
             self.block_keys.append(block_key(parent, tokens))
         return self.block_keys[:count]
+
+    def _first_parent(self) -> bytes:
+        kind = 0 if self.scaling is None else self.scaling.kind(self.reach)
+        return block_key(self.key, [kind]) if kind else self.key
 
     def take(self, token: int) -> None:
         """Append the next token of the output."""

@@ -58,6 +58,8 @@ class ForwardContext:
     attention: AttentionBatch
     adapters: AdapterBatch | None
     states: tuple[StatePart, ...] = ()  # in order of computation; for models with states alone
+    # int64 [T]: tokens of the text that each row's position is scaled for; None: no model needs it
+    reach: torch.Tensor | None = None
 
 
 class StepHolder:

@@ -13,7 +13,7 @@ transformers' own modules.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 _OFFSETS = (0.0, 1.0)  # Gemma stores its norms' weights minus one
 _POSITIONS = (0, 3, 11)  # token positions of the short pass
+_FAR = 1 << 20  # positions away, where whatever depends on them differs
 
 
 class FusedRMSNorm(nn.Module):
@@ -65,13 +66,49 @@ class FusedGatedMLP(nn.Module):
         return out
 
 
-def fuse_small_modules(model: nn.Module) -> None:
-    """Replace recognised norms and MLPs in place. Linears must be wrapped already."""
-    for path, module in list(model.named_modules()):
-        fused = _fused_norm(module) or _fused_mlp(module)
-        if fused is not None:
-            parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, fused)
+class Fusion:
+    """The modules of one model that were replaced by fused ones, by kind, in order."""
+
+    def __init__(
+        self, model: nn.Module, run: Callable[[torch.Tensor, torch.Tensor], object]
+    ) -> None:
+        """Replace recognised modules in place. Linears must be wrapped already.
+
+        run: runs `model` on ids [T] at positions [T].
+        """
+        self._model = model
+        self._undo: list[tuple[str, list[tuple[nn.Module, str, nn.Module]]]] = []
+        small = ((path, _fused_small(module)) for path, module in [*model.named_modules()])
+        self._replace("norms and MLPs", small)
+        for kind, fuse in (("attention", _fused_attention), ("layers", _fused_layer)):
+            with _noting_calls(model) as (calls, probe):
+                run(torch.arange(len(_POSITIONS)), torch.tensor(_POSITIONS))
+            fused = ((path, fuse(model.get_submodule(path), calls[path], probe)) for path in calls)
+            self._replace(kind, fused)
+
+    def undo_last(self) -> str | None:
+        """Put the originals of the kind fused last back; returns its name, None: none is left."""
+        if not self._undo:
+            return None
+        kind, replaced = self._undo.pop()
+        for parent, name, original in replaced:
+            setattr(parent, name, original)
+        return kind
+
+    def _replace(self, kind: str, fused: Iterable[tuple[str, nn.Module | None]]) -> None:
+        replaced = []
+        for path, module in fused:
+            if module is not None:
+                at, _, name = path.rpartition(".")
+                parent = self._model.get_submodule(at)
+                replaced.append((parent, name, getattr(parent, name)))
+                setattr(parent, name, module)
+        if replaced:
+            self._undo.append((kind, replaced))
+
+
+def _fused_small(module: nn.Module) -> nn.Module | None:
+    return _fused_norm(module) or _fused_mlp(module)
 
 
 def _fused_norm(module: nn.Module) -> nn.Module | None:
@@ -161,7 +198,8 @@ class FusedAttention(nn.Module):
         self._norms = (q_norm, k_norm)
         self._split = (call.heads, call.kv_heads, call.kv_heads)
         self._head_size = call.head_size
-        self._scoring = {"scale": call.scale, "window": call.window, "softcap": call.softcap}
+        self.window = call.window
+        self._scoring = {"scale": call.scale, "softcap": call.softcap}
         heads = {"sinks": call.sinks, "slopes": call.slopes}
         self._scoring |= {name: given for name, given in heads.items() if given is not None}
 
@@ -182,7 +220,7 @@ class FusedAttention(nn.Module):
         cos, sin = position_embeddings
         rotary_(q, k, cos[0], sin[0])
         attend: paged_attention.Attend = getattr(self, paged_attention.ATTRIBUTE)
-        out = attend(self.layer_idx, q, k, v, **self._scoring)  # type: ignore[arg-type]
+        out = attend(self.layer_idx, q, k, v, window=self.window, **self._scoring)
         return self._output(out.view(1, rows, -1)), None
 
 
@@ -223,21 +261,6 @@ class FusedDecoderLayer(nn.Module):
         enter = self.entrances.get(norm)
         if enter is not None:  # a sub-layer that ends in experts has no entrance
             enter(stream)
-
-
-def fuse_layers(model: nn.Module, run: Callable[[torch.Tensor, torch.Tensor], object]) -> None:
-    """Replace recognised attention and layers in place. Small modules must be fused already.
-
-    run: runs `model` on ids [T] at positions [T].
-    """
-    for fuse in (_fused_attention, _fused_layer):
-        with _noting_calls(model) as (calls, probe):
-            run(torch.arange(len(_POSITIONS)), torch.tensor(_POSITIONS))
-        for path, call in calls.items():
-            fused = fuse(model.get_submodule(path), call, probe)
-            if fused is not None:
-                parent, _, name = path.rpartition(".")
-                setattr(model.get_submodule(parent), name, fused)
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,6 +338,20 @@ def _has_projections(module: nn.Module) -> bool:
     )
 
 
+def _goes_by_positions(module: nn.Module, call: _Call, expected: torch.Tensor) -> bool:
+    """True if attention's result depends on position_ids themselves, as where Ministral 3 scales
+    queries by them; the fused version takes none."""
+    positions = call.kwargs.get("position_ids")
+    if not isinstance(positions, torch.Tensor):
+        return False
+    elsewhere = _Call(call.args, {**call.kwargs, "position_ids": positions + _FAR})
+    try:
+        result = _result(module, elsewhere)
+    except (IndexError, RuntimeError):
+        return True
+    return result is None or not torch.equal(result, expected)
+
+
 def _fused_attention(module: nn.Module, call: _Call, probe: MixingProbe) -> nn.Module | None:
     output = getattr(module, "o_proj", None)
     if not (_has_projections(module) and isinstance(output, nn.Module)):
@@ -322,7 +359,7 @@ def _fused_attention(module: nn.Module, call: _Call, probe: MixingProbe) -> nn.M
     if call.kwargs.get("layer_idx") is not None:
         return None  # several layers share it
     expected = _result(module, call)
-    if expected is None or probe.last is None:
+    if expected is None or probe.last is None or _goes_by_positions(module, call, expected):
         return None
     q_proj: ProjectionPart = module.q_proj  # type: ignore[assignment]
     q_norm, k_norm = (getattr(module, name, None) for name in ("q_norm", "k_norm"))

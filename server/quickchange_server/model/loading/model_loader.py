@@ -12,6 +12,7 @@ captured graph it is an output like the logits.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -31,18 +32,25 @@ from quickchange_server.model.architectures.attention_shims import (
     replace_own_attention,
 )
 from quickchange_server.model.architectures.conv1d import linears_of_conv1d
+from quickchange_server.model.architectures.experts import wrap_experts
 from quickchange_server.model.architectures.head_rows import HeadRows
+from quickchange_server.model.architectures.position_scaling import (
+    PositionScaling,
+    scale_by_text,
+    scaled_limit,
+)
 from quickchange_server.model.architectures.position_shims import most_positions, take_positions
 from quickchange_server.model.architectures.recurrent_layers import RecurrentLayer, noting_states
 from quickchange_server.model.architectures.shared_attention import follow_calls
 from quickchange_server.model.forward_context import StepHolder
-from quickchange_server.model.fusion import MixingProbe, fuse_layers, fuse_small_modules
+from quickchange_server.model.fusion import Fusion, MixingProbe
 from quickchange_server.model.int8_linear import (
     FLOATS,
     Quantization,
     check_quantization,
     int8_linear,
 )
+from quickchange_server.model.loading.model_proof import ModelProof, explained
 from quickchange_server.model.output_side import connect
 from quickchange_server.model.paged_attention import LayerShape, PagedAttention, ShapeRecorder
 from quickchange_server.model.rows_read import Rows, rows_read
@@ -53,6 +61,8 @@ from quickchange_store.errors import BaseModelError
 
 _ATTENTION = ("full_attention", "sliding_attention")
 _STATELESS = ("moe", "mlp")  # layers without a token mixer
+
+logger = logging.getLogger(__name__)
 
 
 class HeadInput:
@@ -97,6 +107,7 @@ class LoadedModel:
     head: nn.Module  # the LM head, wrapped
     head_input: HeadInput
     embedding: nn.Module  # input embedding, wrapped
+    scaling: PositionScaling | None = None  # if positions are scaled by the text's length
     recurrent: tuple[RecurrentLayer, ...] = ()  # layers that keep states between tokens
 
     def install_caches(
@@ -117,6 +128,10 @@ class LoadedModel:
         for layer in self.recurrent:
             layer.install(state_rows, device, self.holder)
 
+    def run(self, ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Logits [R, V] of asked rows [R], for ids [T] at positions [T]."""
+        return _logits(self.module, ids, positions, rows)
+
 
 class Output(NamedTuple):
     """Output of a forward pass for the requested rows."""
@@ -132,6 +147,7 @@ def load_model(
     device: torch.device,
     adapters: bool,
     quantization: Quantization = "none",
+    model_check: bool = True,
 ) -> LoadedModel:
     """Load and wrap the model that `--model` names.
 
@@ -151,19 +167,37 @@ def load_model(
         )
     except BaseModelError as error:
         raise UnsupportedModelError(f"model: {error}", param="model") from error
-    return prepare(model.eval(), adapters=adapters, quantization=quantization)
+    return prepare(
+        model.eval(), adapters=adapters, quantization=quantization, model_check=model_check
+    )
 
 
 def prepare(
-    model: nn.Module, *, adapters: bool, quantization: Quantization = "none"
+    model: nn.Module,
+    *,
+    adapters: bool,
+    quantization: Quantization = "none",
+    model_check: bool = True,
 ) -> LoadedModel:
     """Wrap a model that was loaded with `attn_implementation="quickchange"`.
 
+    model_check: prove that it then gives what transformers' own model gives (`model_proof.py`).
     Raises UnsupportedModelError for a model that can't be served.
     """
+    try:
+        return _prepared(model, adapters, quantization, model_check)
+    except Exception as error:
+        raise explained(model, error) from error
+
+
+def _prepared(
+    model: nn.Module, adapters: bool, quantization: Quantization, model_check: bool
+) -> LoadedModel:
     config: PretrainedConfig = model.config
     _refuse_headless(model)
     model.requires_grad_(False)
+    rounded = quantization != "none" or quantization_method(config) is not None
+    proof = ModelProof(model, rounded=rounded) if model_check else None
     linears_of_conv1d(model)
     replace_own_attention(model)
     take_positions(model)
@@ -175,32 +209,64 @@ def prepare(
     rows = _rows_of_short_pass(model)
     wrapper = Wrapper(model, holder, rows=rows if adapters else None, base=base)
     groups = wrapper.wrap()
+    wrap_experts(model, holder, groups, adapters=adapters)
     head_rows.attach(model.get_output_embeddings())  # type: ignore[operator]
-    fuse_small_modules(model)
-    fuse_layers(model, lambda ids, positions: _logits(model, ids, positions))
-    connect(model, wrapper.entrances)
-    recorder = ShapeRecorder()
-    paged_attention.install(model, recorder)
+    scaling = scale_by_text(model, holder)
+    fusion = Fusion(model, lambda ids, positions: _logits(model, ids, positions))
     head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
     head_input = HeadInput(head)
+    recorder = ShapeRecorder()
+    paged_attention.install(model, recorder)
     states = noting_states(model) if _keeps_states(config) else nullcontext(lambda: ())
     with states as recurrent_layers:
         logits = _logits(model, torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long))
     recurrent = recurrent_layers()
     _refuse_other_layers(model, recorder.layers, recurrent)
-    return LoadedModel(
+    loaded = LoadedModel(
         module=model,
         holder=holder,
         groups=tuple(groups),
         layers=dict(sorted(recorder.layers.items())),
         vocabulary=logits.shape[-1],
         hidden=head_input.take().shape[-1],
-        max_positions=most_positions(model, config),
+        max_positions=scaled_limit(config.get_text_config(), most_positions(model, config)),
         head=head,
         head_input=head_input,
         embedding=model.get_input_embeddings(),  # type: ignore[operator]
+        scaling=scaling,
         recurrent=recurrent,
     )
+    if proof is not None:
+        _prove(loaded, proof, fusion)
+    connect(model, wrapper.entrances)
+    return loaded
+
+
+def _prove(model: LoadedModel, proof: ModelProof, fusion: Fusion) -> None:
+    """Undo fusions until the model proves right. Raises UnsupportedModelError if it never does."""
+    name = type(model.module).__name__
+    embedded: torch.Tensor = model.embedding.weight  # type: ignore[assignment]
+    dtype, device = embedded.dtype, embedded.device
+    undone: list[tuple[str, str]] = []
+    while True:
+        model.install_caches(
+            num_blocks=proof.caches.blocks,
+            block_size=proof.caches.block_size,
+            state_rows=proof.caches.state_rows,
+            dtype=dtype,
+            device=device,
+        )
+        if (difference := proof.difference(model)) is None:
+            break
+        kind = fusion.undo_last()
+        if kind is None:
+            raise UnsupportedModelError(
+                f"{name} can't be served: {difference}. --no-model-check serves it unproved",
+                param="model",
+            )
+        undone.append((kind, difference))
+    for kind, difference in undone:
+        logger.warning("%s: its %s are not fused, which is slower: %s", name, kind, difference)
 
 
 @torch.inference_mode()
@@ -232,11 +298,14 @@ def _logits(
 ) -> torch.Tensor:
     """Logits [R, V] of `sample_rows` (default: the last row)."""
     device = next(model.parameters()).device
+    if sample_rows is None:
+        # As a tensor: for a number, Gemma 4 drops the other rows in front of its last layers.
+        sample_rows = torch.tensor([len(ids) - 1])
     output: Any = model(
         input_ids=ids.unsqueeze(0).to(device),
         position_ids=positions.unsqueeze(0).to(device),
         use_cache=False,
-        logits_to_keep=1 if sample_rows is None else sample_rows.to(device),
+        logits_to_keep=sample_rows.to(device),
     )
     logits: torch.Tensor = output.logits[0]
     return logits
