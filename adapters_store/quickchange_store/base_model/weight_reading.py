@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 _FILES = (".safetensors", ".gguf")
 _MAPS = Path("/proc/self/maps")
 _SAID_EVERY = 5.0  # seconds between lines of a log
-_RELEASED_EVERY = 0.1  # seconds between two looks at the mapped files
+_RELEASED_EVERY = 0.02  # seconds between two looks at the mapped files
 _MADV_DONTNEED = 4  # Linux
 
 
