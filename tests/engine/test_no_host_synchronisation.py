@@ -7,10 +7,12 @@ The device is torch's "meta": tensors with shapes and dtypes, without values.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from scaled_models import SCALED, make_scaled
 from tiny_models import make_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,7 +23,7 @@ from quickchange_kernels.sampling.token_mask import mask_words, plain_token_mask
 from quickchange_server.adapters.adapter_loader import ImmediateCopies
 from quickchange_server.adapters.memory_pool import DevicePool
 from quickchange_server.adapters.packing import build_image, page_shapes
-from quickchange_server.engine.model_inputs import DecodeBuckets, step_inputs
+from quickchange_server.engine.model_inputs import DecodeBuckets, row_reach, step_inputs
 from quickchange_server.model import paged_attention
 from quickchange_server.model.input_buffers import layout_of, rebuilt
 from quickchange_server.model.loading.model_loader import LoadedModel, forward, prepare
@@ -68,7 +70,7 @@ def move(module: nn.Module) -> None:
 def make_step(family: str, *, adapters: bool) -> tuple[LoadedModel, tuple[Tensor, Tensor, Tensor]]:
     """A model on the device with a padded decode step set, and ids, positions, rows to sample."""
     paged_attention.register()
-    model = make_model(family)
+    model = make_scaled(family) if family in SCALED else make_model(family)
     model.set_attn_implementation(paged_attention.NAME)
     loaded = prepare(model, adapters=adapters)
     move(loaded.module)
@@ -76,6 +78,8 @@ def make_step(family: str, *, adapters: bool) -> tuple[LoadedModel, tuple[Tensor
     paged_attention.install(loaded.module, pages)
     extent = DecodeBuckets(ROWS, BLOCKS).extents(adapters=adapters)[0]
     on_host = step_inputs((), extent, BLOCK_SIZE)
+    if loaded.scaling is not None:
+        on_host = replace(on_host, reach=row_reach((), extent.rows))
     layout, tensors = layout_of(on_host)
     inputs = rebuilt(layout, [there(tensor) for tensor in tensors])
     tables = None
@@ -87,7 +91,19 @@ def make_step(family: str, *, adapters: bool) -> tuple[LoadedModel, tuple[Tensor
 
 
 @pytest.mark.parametrize("adapters", [True, False])
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "phi"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "llama",
+        "qwen3",
+        "gemma2",
+        "phi",
+        "phi3",
+        "llama-longrope",
+        "llama-dynamic",
+        "gemma3-dynamic",
+    ],
+)
 def test_a_decode_step_stays_on_the_device(family: str, adapters: bool) -> None:
     loaded, inputs = make_step(family, adapters=adapters)
     with OnDeviceOnly():
