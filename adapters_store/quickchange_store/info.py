@@ -125,7 +125,7 @@ def describe(
         architecture=adapter.architecture,
         base_name=adapter.base_name,
         ranks=tuple(sorted({update.rank for update in updates.values()})),
-        targets=tuple(sorted({path.rpartition(".")[2] for path in updates})),
+        targets=tuple(sorted({_target(path) for path in updates})),
         modules=len(updates),
         parameters=adapter.parameters,
         dtypes=tuple(sorted({str(weight.dtype).removeprefix("torch.") for weight in weights})),
@@ -137,6 +137,11 @@ def describe(
         base_hidden=None if head is None else head.in_features,
         base_vocabulary=None if head is None else head.out_features,
     )
+
+
+def _target(path: str) -> str:
+    """The name of the module or, where the last part is an expert's number, of the matrix."""
+    return next(part for part in reversed(path.split(".")) if not part.isdecimal())
 
 
 def _turbo(turbo: TurboHeads) -> TurboInfo:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from quickchange_bench.architectures import sweep
 from quickchange_bench.architectures.sweep_case import SweepResult
 from quickchange_bench.architectures.tiny_configs import types

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from recurrent_models import RECURRENT, make_recurrent
 from scaled_models import SCALED, make_scaled
 from tiny_models import make_model
 from torch import Tensor, nn
@@ -27,13 +28,25 @@ from quickchange_server.engine.model_inputs import DecodeBuckets, row_reach, ste
 from quickchange_server.model import paged_attention
 from quickchange_server.model.input_buffers import layout_of, rebuilt
 from quickchange_server.model.loading.model_loader import LoadedModel, forward, prepare
-from quickchange_server.model.paged_attention import PagedAttention
 from quickchange_server.spec_decode.draft_head_plan import DraftItem, Planner
 from quickchange_server.spec_decode.draft_heads import DraftCall, HeadDrafter
 from quickchange_store.canonical.canonical_adapter import LowRankUpdate
 
 META = torch.device("meta")
 ROWS, BLOCKS, BLOCK_SIZE = 4, 8, 4
+
+
+SCALED_ON_DEVICE = ("phi3", "llama-longrope", "llama-dynamic", "gemma3-dynamic")
+# One of each kind of recurrent layer; experts need host values of their own.
+RECURRENT_ON_DEVICE = (
+    "qwen3_5_text",
+    "olmo_hybrid",
+    "lfm2",
+    "bamba",
+    "falcon_h1",
+    "mamba",
+    "zamba",
+)
 
 
 class OnDeviceOnly(TorchDispatchMode):
@@ -70,14 +83,18 @@ def move(module: nn.Module) -> None:
 def make_step(family: str, *, adapters: bool) -> tuple[LoadedModel, tuple[Tensor, Tensor, Tensor]]:
     """A model on the device with a padded decode step set, and ids, positions, rows to sample."""
     paged_attention.register()
-    model = make_scaled(family) if family in SCALED else make_model(family)
+    made = (
+        make_recurrent if family in RECURRENT else make_scaled if family in SCALED else make_model
+    )
+    model = made(family)
     model.set_attn_implementation(paged_attention.NAME)
     loaded = prepare(model, adapters=adapters)
     move(loaded.module)
-    pages = PagedAttention(loaded.layers, BLOCKS, BLOCK_SIZE, torch.float32, META, loaded.holder)
-    paged_attention.install(loaded.module, pages)
+    loaded.install_caches(
+        num_blocks=BLOCKS, block_size=BLOCK_SIZE, state_rows=ROWS, dtype=torch.float32, device=META
+    )
     extent = DecodeBuckets(ROWS, BLOCKS).extents(adapters=adapters)[0]
-    on_host = step_inputs((), extent, BLOCK_SIZE)
+    on_host = step_inputs((), extent, BLOCK_SIZE, META if loaded.recurrent else None)
     if loaded.scaling is not None:
         on_host = replace(on_host, reach=row_reach((), extent.rows))
     layout, tensors = layout_of(on_host)
@@ -93,16 +110,7 @@ def make_step(family: str, *, adapters: bool) -> tuple[LoadedModel, tuple[Tensor
 @pytest.mark.parametrize("adapters", [True, False])
 @pytest.mark.parametrize(
     "family",
-    [
-        "llama",
-        "qwen3",
-        "gemma2",
-        "phi",
-        "phi3",
-        "llama-longrope",
-        "llama-dynamic",
-        "gemma3-dynamic",
-    ],
+    ["llama", "qwen3", "gemma2", "phi", *SCALED_ON_DEVICE, *RECURRENT_ON_DEVICE],
 )
 def test_a_decode_step_stays_on_the_device(family: str, adapters: bool) -> None:
     loaded, inputs = make_step(family, adapters=adapters)

@@ -1,4 +1,7 @@
-"""The scheduler loses nothing, oversteps no budget, and ends every sequence, whatever comes."""
+"""The scheduler loses nothing, oversteps no budget, and ends every sequence, whatever comes.
+
+With recurrent layers, each of its rows reads the state behind the tokens before it, and no other.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,21 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 
 import hypothesis.strategies as st
+import torch
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from quickchange_server.engine.kv_cache_manager import KVBlocks
+from quickchange_server.engine.kv_cache_manager import KVBlocks, StateRows
+from quickchange_server.engine.model_inputs import exact_extent, step_inputs
 from quickchange_server.engine.scheduler import Scheduled, Scheduler
 from quickchange_server.engine.sequence import Sequence
+from quickchange_server.model.forward_context import FIRST_STATE, ZERO_STATE
 from quickchange_server.protocol import Component, Drafting, SamplingParams, Submit
 
 MAX_MODEL_LEN = 24
 MAX_BATCH_TOKENS = 8
 MAX_SEQUENCES = 4
+CPU = torch.device("cpu")
 
 
 class FakeClaims:
@@ -65,6 +72,8 @@ class FakeDrafts:
 class SchedulerMachine(RuleBasedStateMachine):
     """Requests come and go; each step gives every sampling sequence a token."""
 
+    states: StateRows | None = None
+
     def __init__(self) -> None:
         super().__init__()
         self.claims = FakeClaims()
@@ -76,6 +85,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_batch_tokens=MAX_BATCH_TOKENS,
             max_sequences=MAX_SEQUENCES,
             max_model_len=MAX_MODEL_LEN,
+            states=self.states,
         )
         self.alive: dict[str, Sequence] = {}
         self.counter = 0
@@ -146,15 +156,19 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert item.sequence.computed + item.rows <= room, "rows without a block"
             assert len(item.components) == len(item.sequence.request.adapters)
             assert (item.heads is None) == (item.sequence.heads is None)
+        self.compute(plan)
         for item in plan:
             before = item.sequence.output_length
-            tokens = [token] * (min(held, len(item.drafts)) + 1) if item.samples else []
+            tokens = [*item.drafts[:held], token] if item.samples else []
             taken, reason = self.scheduler.advance(item, tokens)
             assert item.sequence.output_length == before + taken
             if reason:
                 del self.alive[item.sequence.request_id]
             else:
                 assert taken == len(tokens), "a token of a sequence that goes on is lost"
+
+    def compute(self, plan: Seq[Scheduled]) -> None:
+        """What the model does with a plan."""
 
     @invariant()
     def intact(self) -> None:
@@ -178,5 +192,36 @@ class SchedulerMachine(RuleBasedStateMachine):
         raise AssertionError(f"never ended: {sorted(self.alive)}")
 
 
+class RecurrentMachine(SchedulerMachine):
+    """The same with a model whose state is the list of all tokens so far."""
+
+    def __init__(self) -> None:
+        self.states = StateRows(MAX_SEQUENCES + 1, 3)
+        self.pool: dict[int, tuple[int, ...]] = {ZERO_STATE: ()}
+        super().__init__()
+
+    def compute(self, plan: Seq[Scheduled]) -> None:
+        if not plan:
+            return
+        extent = exact_extent(plan, CPU, adapters=False)
+        inputs = step_inputs(plan, extent, 4, CPU)
+        ids, owners = inputs.ids.tolist(), [item for item in plan for _ in range(item.rows)]
+        for part in inputs.states:
+            rows = range(len(ids)) if part.rows is None else part.rows.tolist()
+            read = [ZERO_STATE] if part.read is None else part.read.tolist()
+            states = [self.pool[row] for row in read]
+            for index, write in enumerate(part.write.tolist()):
+                state = states[index]
+                for row in rows[index * part.length :][: part.length]:
+                    item, position = owners[row], int(inputs.positions[row])
+                    known = (*item.sequence.tokens, *item.drafts)
+                    assert state == known[:position], "another state than that before the row"
+                    state = (*state, ids[row])
+                assert write >= FIRST_STATE
+                self.pool[write] = state
+
+
+TestRecurrentScheduler = RecurrentMachine.TestCase
+TestRecurrentScheduler.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
 TestScheduler = SchedulerMachine.TestCase
 TestScheduler.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)

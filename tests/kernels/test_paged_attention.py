@@ -307,14 +307,18 @@ def test_scores_far_apart_do_not_overflow(
 
 @pytest.mark.usefixtures("native_version")
 @pytest.mark.parametrize("window", [0, 100])
+@pytest.mark.parametrize("by_head", [False, True], ids=["", "sinks and slopes"])
 def test_a_sequences_result_depends_on_nothing_but_itself(
-    window: int, dtype: torch.dtype, generator: torch.Generator
+    window: int, by_head: bool, dtype: torch.dtype, generator: torch.Generator
 ) -> None:
-    keys = random_keys([600, 33, 301], 2, 40, 16, generator, dtype)
+    keys = random_keys([600, 33, 301], 2, 40, 16, generator, dtype, 28)
     q = torch.randn(12, 6, 40, generator=generator).to(dtype)
     cache = (keys.k_cache, keys.v_cache)
     tables, lengths = keys.block_tables, keys.seq_lens
-    together = paged_attention(q, *cache, tables, lengths, starts([1, 3, 8]), 0.1, window)
+    scoring = [0.1, window, 0.0]
+    if by_head:
+        scoring += [torch.randn(6, generator=generator), torch.rand(6, generator=generator)]
+    together = paged_attention(q, *cache, tables, lengths, starts([1, 3, 8]), *scoring)
     for b, first, count in [(0, 0, 1), (1, 1, 3), (2, 4, 8)]:
         for i in range(count):  # the queries of a chunk one by one, as decoding meets them
             alone = paged_attention(
@@ -323,8 +327,7 @@ def test_a_sequences_result_depends_on_nothing_but_itself(
                 tables[b : b + 1].contiguous(),
                 lengths[b : b + 1] - count + 1 + i,
                 starts([1]),
-                0.1,
-                window,
+                *scoring,
             )
             assert torch.equal(alone[0], together[first + i])
 
@@ -341,6 +344,11 @@ def test_bad_inputs_are_named(generator: torch.Generator) -> None:
         paged_attention(
             torch.zeros(9, 4, 32), *cache, keys.block_tables, keys.seq_lens, starts([9]), 1.0
         )
+    rest = (keys.block_tables, keys.seq_lens, starts([1]), 1.0, 0, 0.0)
+    with pytest.raises(ValueError, match=r"sinks \[3\] must be one for each of 4 query heads"):
+        paged_attention(q, *cache, *rest, torch.zeros(3))
+    with pytest.raises(TypeError, match="slopes must be contiguous float32"):
+        paged_attention(q, *cache, *rest, None, torch.zeros(4).bfloat16())
     with pytest.raises(IndexError, match=r"slots\[0\] is 99"):
         kv_write_(torch.zeros(1, 2, 32), torch.zeros(1, 2, 32), *cache, torch.tensor([99]))
 

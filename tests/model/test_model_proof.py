@@ -288,7 +288,7 @@ def test_only_the_first_layer_of_each_kind_runs() -> None:
     model = made(Plain, num_hidden_layers=9)
     for index, layer in enumerate(model.model.layers):
         layer.register_forward_pre_hook(lambda *_, index=index: ran.add(index))
-    model_proof.ModelProof(model)
+    model_proof.ModelProof(model, rounded=False)
     assert ran == {0}
 
 
@@ -316,7 +316,7 @@ def test_the_proof_leaves_the_model_and_the_generator_as_they_were(
     before = snapshot(model)
     torch.manual_seed(3)
     generator = torch.get_rng_state()
-    proof = model_proof.ModelProof(model)
+    proof = model_proof.ModelProof(model, rounded=False)
     assert (proof._failed is not None) == fails
     assert snapshot(model) == before
     assert torch.equal(torch.get_rng_state(), generator)
@@ -326,7 +326,7 @@ def test_the_proof_leaves_the_model_and_the_generator_as_they_were(
 def test_frequencies_stay_as_they_were(kind: str) -> None:
     model = make_scaled(kind, paged_attention.NAME)
     before = snapshot(model)
-    model_proof.ModelProof(model)
+    model_proof.ModelProof(model, rounded=False)
     assert snapshot(model) == before
 
 

@@ -9,7 +9,17 @@ from mixed_peft import served, train
 from peft import LoraConfig
 
 # One of each kind of linear: Conv1D, Falcon's subclass, one module for q, k and v, three modules.
-FAMILIES = ["codegen", "falcon", "falcon-7b", "gpt2", "gpt_neo", "openai-gpt", "xglm"]
+FAMILIES = [
+    "bart",
+    "bloom",
+    "codegen",
+    "falcon",
+    "falcon-7b",
+    "gpt2",
+    "gpt_neo",
+    "openai-gpt",
+    "xglm",
+]
 ALL = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 

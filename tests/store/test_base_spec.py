@@ -75,3 +75,38 @@ def test_missing_weights_are_named_when_they_are_needed(bases: Any, tmp_path: Pa
     assert weights is not None
     with pytest.raises(BaseModelError, match=r"model\.safetensors"):
         weights.tensor("lm_head.weight")
+
+
+@pytest.mark.parametrize("kind", ["pix2struct", "t5"])
+def test_models_that_need_more_than_text_are_refused_by_type(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(BaseModelError, match=f"{kind}|not a causal language model"):
+        base_spec(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        ({}, "no configuration"),
+        ({"config.json": "{"}, "no configuration"),
+        ({"config.json": "[]"}, "no configuration"),
+        ({"config.json": '{"model_type": null}'}, "no configuration"),
+        ({"config.json": '{"model_type": "not-known-yet"}'}, "not-known-yet"),
+        ({"config.json": '{"model_type": "llama", "num_attention_heads": 5}'}, "attention heads"),
+        ({"config.json": '{"model_type": "llama", "hidden_size": "wide"}'}, "hidden_size"),
+        ({"config.json": '{"model_type": "t5"}'}, "t5"),
+        ({"adapter_config.json": "{}"}, "is an adapter, not a base model"),
+        (
+            {"config.json": '{"model_type": "x", "auto_map": {"AutoConfig": "configuration_x.X"}}'},
+            "code of its own",
+        ),
+    ],
+)
+def test_a_folder_that_is_no_base_is_refused_with_the_reason(
+    files: dict[str, str], says: str, tmp_path: Path
+) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(BaseModelError, match=says) as refused:
+        base_spec(tmp_path)
+    assert refused.value.remedy

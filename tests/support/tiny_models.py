@@ -23,6 +23,33 @@ _COMMON = {
     "pad_token_id": None,
 }
 _GROUPED = {"num_key_value_heads": 2}
+_LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+}
+_ROUTED = {
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "topk_method": "greedy",
+}
+_SHARING = {
+    "num_hidden_layers": 4,
+    "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "head_dim": 16,
+    "sliding_window": 9,
+    "vocab_size_per_layer_input": VOCABULARY,
+    "hidden_size_per_layer_input": 16,
+}
 _DECODER = {
     "decoder_layers": 3,
     "encoder_layers": 2,
@@ -78,6 +105,25 @@ FAMILIES: dict[str, dict[str, object]] = {
     },
     "gpt_neox_japanese": {"model_type": "gpt_neox_japanese"},
     "gptj": {"model_type": "gptj", "rotary_dim": 8},
+    # ALiBi: each adds its bias in a way of its own. (Falcon's eager attention adds it twice.)
+    "bloom": {"model_type": "bloom"},
+    "falcon-alibi": {
+        "model_type": "falcon",
+        "alibi": True,
+        "multi_query": False,
+        "new_decoder_architecture": False,
+        "parallel_attn": False,
+        "bias": True,
+        "attn_implementation": "sdpa",
+    },
+    "mpt": {
+        "model_type": "mpt",
+        "d_model": 48,
+        "n_heads": 4,
+        "n_layers": 3,
+        "max_seq_len": 512,
+        "attn_config": {"clip_qkv": 3.0},
+    },
     "openai-gpt": {"model_type": "openai-gpt"},
     "xglm": {"model_type": "xglm", "ffn_dim": 80},
     # Linears that store their weights transposed.
@@ -99,6 +145,15 @@ FAMILIES: dict[str, dict[str, object]] = {
         "num_local_experts": 6,
         "num_experts_per_tok": 2,
     },
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        **_GROUPED,
+        "head_dim": 16,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+    },
+    "olmoe": {"model_type": "olmoe", **_GROUPED, "num_experts": 6, "num_experts_per_tok": 2},
     # A dense layer first; a shared expert beside those that are chosen.
     "dots1": {
         "model_type": "dots1",
@@ -111,15 +166,55 @@ FAMILIES: dict[str, dict[str, object]] = {
         "n_group": 1,
         "topk_group": 1,
     },
+    # A score for each head that takes weight and gives nothing; every other layer has a window.
+    "gpt_oss": {
+        "model_type": "gpt_oss",
+        **_GROUPED,
+        "head_dim": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 9,
+    },
+    # Sinks and other heads in the layers with a window; values narrower than keys.
+    "mimo_v2_flash": {
+        "model_type": "mimo_v2_flash",
+        **_GROUPED,
+        "head_dim": 24,
+        "v_head_dim": 16,
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 1,
+        "swa_head_dim": 24,
+        "swa_v_head_dim": 16,
+        "sliding_window": 9,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "n_group": 1,
+        "topk_group": 1,
+    },
+    # Keys and values of different widths, made from a latent of all heads.
+    "deepseek_v2": {"model_type": "deepseek_v2", **_LATENT, **_ROUTED},
+    "deepseek_v3": {"model_type": "deepseek_v3", **_LATENT, **_ROUTED},
+    "minicpm3": {"model_type": "minicpm3", **_LATENT},
+    # The last two layers attend over the keys and values of earlier ones.
+    "gemma3n": {
+        "model_type": "gemma3n_text",
+        **_GROUPED,
+        **_SHARING,
+        "laurel_rank": 8,
+        "activation_sparsity_pattern": [0.0] * 4,
+    },
+    "gemma4": {"model_type": "gemma4_text", **_GROUPED, **_SHARING, "global_head_dim": 24},
 }
 
 
 def make_model(family: str, seed: int = 0) -> PreTrainedModel:
-    """A random float32 model with transformers' own (eager) attention."""
+    """A random float32 model with transformers' own attention."""
     torch.manual_seed(seed)
     options = {**_COMMON, **FAMILIES[family]}
+    attention = options.pop("attn_implementation", "eager")
     config = AutoConfig.for_model(str(options.pop("model_type")), **options)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).float().eval()
     for name, parameter in model.named_parameters():
         if not any(
             part in name.lower() for part in ("norm", "ln_")

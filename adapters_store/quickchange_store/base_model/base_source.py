@@ -68,11 +68,15 @@ class BaseSource:
         return Path(str(cached_file(self.where, self.gguf_file)))
 
     def config(self) -> PretrainedConfig:
-        """The model's configuration.
+        """The model's configuration. Raises BaseModelError where there is none to be served."""
+        try:
+            return self._config()
+        except BaseModelError:
+            raise
+        except Exception as error:  # validation's, the hub's and JSON's errors are of many classes
+            raise self._unreadable(error) from error
 
-        Raises OSError or ValueError (transformers') where there is none that it knows, and
-        BaseModelError for a GGUF file that can't be served.
-        """
+    def _config(self) -> PretrainedConfig:
         from transformers import AutoConfig
 
         if self.gguf_path is not None:
@@ -80,7 +84,32 @@ class BaseSource:
 
             changed = self.gguf_path.stat().st_mtime_ns
             return copy.deepcopy(gguf_config(self.gguf_path, changed))
+        # Always given: without it, transformers asks on a terminal whether to run a model's code.
         return AutoConfig.from_pretrained(self.where, trust_remote_code=False)
+
+    def _unreadable(self, error: Exception) -> BaseModelError:
+        """What is wrong with a base whose configuration transformers can't read."""
+        folder = Path(self.where)
+        if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+            return BaseModelError(
+                f"{self.where!r} is an adapter, not a base model",
+                file="adapter_config.json",
+                remedy="serve the base that it was trained on, and add it with `quickchange add`",
+            )
+        said = " ".join(str(error).split())
+        if "trust_remote_code" in said:
+            return BaseModelError(
+                f"{self.where!r} needs Python code of its own, which is not run",
+                file="config.json",
+                key="auto_map",
+                remedy="use a model of a type that transformers has itself",
+            )
+        return BaseModelError(
+            f"{self.where!r} has no configuration that transformers can read ({said[:400]})",
+            file="config.json",
+            remedy="give a folder in transformers' layout, a GGUF file, or the id of a model in "
+            "the hub's cache",
+        )
 
 
 def base_name(model: str | Path) -> str:
@@ -103,14 +132,15 @@ def language_model(config: PretrainedConfig) -> tuple[type[PreTrainedModel], Pre
         modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING,
     )
     found = next((mapping[type(config)] for mapping in mappings if type(config) in mapping), None)
-    if found is None:
+    text = config.sub_configs.get("text_config")
+    aside = type(config) not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
+    if found is None or (aside and (text is None or config.is_encoder_decoder)):
         raise ValueError(
             f"transformers has no class that makes text for model type {config.model_type!r}"
         )
     if isinstance(found, tuple):
         named = [each for each in found if each.__name__ in (config.architectures or ())]
         found = (named or found)[0]
-    text = config.sub_configs.get("text_config")
     if text is None or config.get_text_config() is config:
         return found, config
     if found.config_class is text:
@@ -130,31 +160,29 @@ def _without_towers(whole: type[PreTrainedModel]) -> type[PreTrainedModel]:
         dropped = _drop_towers(self)
         known = getattr(self, "_keys_to_ignore_on_load_unexpected", None) or ()
         patterns = {rf"(^|\.){re.escape(name)}\." for name in dropped}
-        self._keys_to_ignore_on_load_unexpected = [*known, *patterns]
+        self._keys_to_ignore_on_load_unexpected = {*known, *patterns}
 
     body = {"__init__": init, "__module__": whole.__module__, "__qualname__": whole.__qualname__}
     return type(whole.__name__, (whole,), body)
+
+
+def text_modules(model: PreTrainedModel) -> set[nn.Module]:
+    """The modules that text passes through: all, or a multimodal model's decoder and ends."""
+    if model.config.get_text_config() is model.config:
+        return set(model.modules())
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    return {*model.get_decoder().modules(), *(end for end in ends if end is not None)}
 
 
 def _drop_towers(model: PreTrainedModel) -> list[str]:
     """Remove whole models beside the language model; returns their names in their parents."""
     from transformers import PreTrainedModel
 
-    text = set(model.get_decoder().modules())
-    kept = {*text, *_ends(model)}
+    text = text_modules(model)
     dropped = []
-    for parent in list(model.modules()):
-        if parent in text:
-            continue
+    for parent in [module for module in model.modules() if module not in text]:
         for name, child in list(parent.named_children()):
-            tower = isinstance(child, PreTrainedModel) and kept.isdisjoint(child.modules())
-            if tower:
+            if isinstance(child, PreTrainedModel) and text.isdisjoint(child.modules()):
                 setattr(parent, name, None)
                 dropped.append(name)
     return dropped
-
-
-def _ends(model: PreTrainedModel) -> list[nn.Module]:
-    """Input embedding and LM head."""
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    return [end for end in ends if end is not None]

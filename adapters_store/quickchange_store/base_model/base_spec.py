@@ -13,8 +13,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quickchange_store.base_model.base_source import BaseSource, language_model
+from quickchange_store.base_model.base_source import BaseSource, language_model, text_modules
 from quickchange_store.base_model.base_weights import quantization_method
+from quickchange_store.base_model.expert_parts import ConvertedExperts, expert_parts, routed
 from quickchange_store.base_model.gguf_file import GGUFTensors
 from quickchange_store.base_model.sublayers import producers, sublayers
 from quickchange_store.canonical.canonical_adapter import BaseSpec, BaseWeights, ModuleShape
@@ -31,8 +32,9 @@ def base_spec(model: str | Path, name: str | None = None) -> BaseSpec:
     """The spec of the model at a path (transformers' layout) or with a hub id.
 
     Its modules are every `nn.Linear` and `Conv1D` (GPT-2's, a linear of a transposed weight), the
-    LM head included where it is tied to the embedding, and the input embedding. `name` stands for
-    the base in messages; default: `model`. Takes seconds for a large model: keep the result. Raises
+    LM head included where it is tied to the embedding, and the input embedding; routers and linears
+    of single experts, which no adapter can update, are left out. `name` stands for the base in
+    messages; default: `model`. Takes seconds for a large model: keep the result. Raises
     BaseModelError.
     """
     import torch
@@ -66,8 +68,13 @@ def spec_of(network: Any, name: str, weights: BaseWeights | None = None) -> Base
     head = network.get_output_embeddings()
     modules = {}
     output_head = None
+    text = text_modules(network)
     for path, module in network.named_modules():
+        if module not in text:
+            continue  # what an image passes through
         if isinstance(module, torch.nn.Linear):
+            if routed(path, module):
+                continue
             modules[path] = ModuleShape(
                 "linear", module.in_features, module.out_features, bias=module.bias is not None
             )
@@ -82,6 +89,7 @@ def spec_of(network: Any, name: str, weights: BaseWeights | None = None) -> Base
                 # Gemma 3 and others: the module multiplies its output, and so does PEFT its update.
                 output_scale=float(getattr(module, "scalar_embed_scale", 1.0)),
             )
+    experts = expert_parts(network)
     return BaseSpec(
         architecture=type(network).__name__,
         name=name,
@@ -91,6 +99,8 @@ def spec_of(network: Any, name: str, weights: BaseWeights | None = None) -> Base
         producers=producers(network),
         sublayers=sublayers(network),
         weights=weights,
+        experts=experts,
+        expert_modules=ConvertedExperts.of(network, experts),
     )
 
 

@@ -18,11 +18,12 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from quickchange_store.base_model.base_source import BaseSource, language_model
+from quickchange_store.base_model.base_source import BaseSource, base_name, language_model
 from quickchange_store.base_model.gguf_file import GGUFTensors, put_in_rope_factors
+from quickchange_store.base_model.weight_reading import reading
 from quickchange_store.errors import BaseModelError
 
 if TYPE_CHECKING:
@@ -39,8 +40,8 @@ def load_base(model: str, **options: Any) -> PreTrainedModel:
     """The language model of a folder in transformers' layout, a hub id or a GGUF file.
 
     options: those of transformers' `from_pretrained`. Raises BaseModelError where a weight is
-    missing, left over or of another shape, or a library that the checkpoint needs; OSError or
-    ValueError (transformers') where nothing can be loaded.
+    missing, left over or of another shape, a file is damaged, or a library is missing that the
+    checkpoint needs; ValueError where transformers has no language model of its type.
     """
     source = BaseSource.of(model)
     made, config = language_model(source.config())
@@ -56,18 +57,24 @@ def load_base(model: str, **options: Any) -> PreTrainedModel:
     # It warns of its rounding at every call.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     try:
-        loaded, info = made.from_pretrained(
-            source.where,
-            config=config,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # told here, all at once and by name
-            **source.options,
-            **options,
-        )
-    except (ImportError, RuntimeError) as error:
-        if method is None:
-            raise
-        raise _not_quantised_here(model, method, error) from error
+        with reading(f"loading {base_name(model)}", cast=_casts(config, method, options)):
+            loaded, info = made.from_pretrained(
+                source.where,
+                config=config,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # told here, all at once and by name
+                **source.options,
+                **options,
+            )
+    except BaseModelError:
+        raise
+    except Exception as error:  # damaged files raise errors of many classes
+        if method is not None and isinstance(error, ImportError | RuntimeError):
+            raise _not_quantised_here(model, method, error) from error
+        said = " ".join(str(error).split())
+        raise BaseModelError(
+            f"{model!r} can't be loaded ({type(error).__name__}: {said[:400]})", remedy=_REMEDY
+        ) from error
     if path is not None:
         put_in_rope_factors(path, loaded)
     missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
@@ -92,6 +99,11 @@ def quantization_method(config: PretrainedConfig) -> str | None:
     stored = stored if isinstance(stored, dict) else stored.to_dict()
     method = str(stored.get("quant_method", "bitsandbytes"))
     return None if method == "gguf" else method
+
+
+def _casts(config: PretrainedConfig, method: str | None, options: Mapping[str, Any]) -> bool:
+    """True where every weight gets another type, and so memory of its own, as it is read."""
+    return method is None and options.get("dtype", config.dtype) != config.dtype
 
 
 def _make_floats(config: PretrainedConfig, method: str) -> None:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:  # imported where it is needed: names and digests are useful w
 
     from quickchange_store.canonical.turbo_part import TurboHeads
 
-ModuleKind = Literal["linear", "embedding"]
+ModuleKind = Literal["linear", "embedding", "expert"]
 Activation = Literal["identity", "relu", "gelu", "gelu_tanh", "silu", "tanh"]
 Source = Literal["input", "output", "residual", "stream"]
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
@@ -67,6 +67,47 @@ class ModuleShape:
     out_features: int
     bias: bool = False  # True: the base module has one
     output_scale: float = 1.0  # the module multiplies its own output by it (scaled embeddings)
+
+
+@dataclass(frozen=True)
+class ExpertPart:
+    """One of the matrices that every expert of a layer has, all experts' in one parameter.
+
+    A module of the base for each expert, as far as adapters go: its path is `expert_path`.
+    """
+
+    experts: int
+    in_features: int
+    out_features: int
+    interleaved: bool = False  # outputs of gate and up take turns; False: all of gate, then of up
+
+
+@dataclass(frozen=True)
+class ExpertPiece:
+    """The outputs of one expert's matrix that were a module of their own (gate, or up)."""
+
+    parameter: str
+    expert: int
+    index: int  # of the piece among the matrix's pieces
+    pieces: int
+
+    @property
+    def path(self) -> str:
+        """The path of the expert's matrix."""
+        return expert_path(self.parameter, self.expert)
+
+
+def expert_path(parameter: str, expert: int) -> str:
+    """Path by which an update names one expert's matrix in the parameter at `parameter`."""
+    return f"{parameter}.{expert}"
+
+
+class ExpertModules(Protocol):
+    """Modules of single experts, as checkpoints of older versions have them."""
+
+    def find(self, path: str) -> ExpertPiece | None:
+        """What the module `path` became; None for other paths."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -104,6 +145,16 @@ class BaseSpec:
     sublayers: Mapping[str, SubLayer] = field(default_factory=dict, compare=False)
     """The modules that end a sub-layer, whose output joins the residual stream."""
     weights: BaseWeights | None = field(default=None, compare=False, repr=False)
+    experts: Mapping[str, ExpertPart] = field(default_factory=dict)
+    """Parameters that hold a matrix for each expert, by path."""
+    expert_modules: ExpertModules | None = field(default=None, compare=False, repr=False)
+
+    def expert(self, path: str) -> ExpertPart | None:
+        """The part that one expert's matrix is of; None for any other path."""
+        parameter, _, number = path.rpartition(".")
+        part = self.experts.get(parameter)
+        known = part is not None and number.isdecimal() and int(number) < part.experts
+        return part if known and str(int(number)) == number else None
 
     @property
     def head(self) -> ModuleShape | None:
@@ -193,7 +244,10 @@ class LowRankUpdate:
 
 @dataclass(frozen=True)
 class CanonicalAdapter:
-    """An adapter as the engine serves it. `updates` is keyed by the base model's module path."""
+    """An adapter as the engine serves it.
+
+    `updates` is keyed by the base model's module path; an expert's, by its `expert_path`.
+    """
 
     architecture: str
     base_name: str  # from the source; informal, not in the digest

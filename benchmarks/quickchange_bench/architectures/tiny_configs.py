@@ -176,6 +176,7 @@ _OWN: dict[str, Options] = {
         "attn_layer_offset": 1,
         "mamba_dt_rank": 4,
     },
+    "kimi_linear": {"linear_num_heads": 4, "linear_head_dim": 8},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2, "num_hidden_layers": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_hidden_layers": 4},
     "mamba2": {"head_dim": 16, "num_heads": 8},

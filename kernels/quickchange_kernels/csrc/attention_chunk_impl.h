@@ -82,17 +82,19 @@ inline void transpose_rows(const T* const* rows, int64_t D, float* keys) {
 template <class T>
 inline void chunk_tile(
     const AttentionArgs<T>& a, const AttentionItem& item, const Tile<T>& tile, ChunkRoom& room) {
-  const int64_t rows = item.queries * a.group, padded = (a.D + W - 1) / W * W;
+  const int64_t rows = item.queries * a.group, padded = (a.Dv + W - 1) / W * W;
   const int64_t lanes = (tile.count + W - 1) / W * W;
   for (int64_t n = 0; n < lanes; n += W) transpose_rows(tile.keys + n, a.D, &room.keys[0][n]);
-  for (int64_t n = 0; n < tile.count; n++) spread(tile.values[n], room.values[n], a.D, padded);
+  for (int64_t n = 0; n < tile.count; n++) spread(tile.values[n], room.values[n], a.Dv, padded);
   std::fill_n(room.shrink, rows, 0.0f);
   for (int64_t r = 0; r < rows; r++) std::fill_n(room.scores[r], lanes, 0.0f);
   product(room.q[0], MAX_PRODUCT_DIM, room.keys[0], TILE, a.D, room.shrink, room.scores[0], TILE,
           rows, lanes);
   for (int64_t r = 0; r < rows; r++) {
     const uint64_t seen = visible(item, r / a.group, a.window, tile.begin);
-    room.shrink[r] = weigh(a, room.scores[r], lanes, seen, room.maximum + r, room.sum + r);
+    room.shrink[r] = weigh(
+        a, room.scores[r], lanes, seen, bias(a, item, 0, r, tile.begin), room.maximum + r,
+        room.sum + r);
   }
   product(room.scores[0], TILE, room.values[0], MAX_PRODUCT_DIM, tile.count, room.shrink,
           room.out[0], MAX_PRODUCT_DIM, rows, padded);
@@ -102,10 +104,10 @@ inline void chunk_tile(
 template <class T>
 void attend_chunk(const AttentionArgs<T>& a, const AttentionItem& item) {
   static thread_local ChunkRoom room;
-  const int64_t rows = item.queries * a.group, padded = (a.D + W - 1) / W * W;
+  const int64_t rows = item.queries * a.group;
   for (int64_t r = 0; r < rows; r++) {
-    spread(query(a, item, 0, r), room.q[r], a.D, padded);
-    std::fill_n(room.out[r], padded, 0.0f);
+    spread(query(a, item, 0, r), room.q[r], a.D, (a.D + W - 1) / W * W);
+    std::fill_n(room.out[r], (a.Dv + W - 1) / W * W, 0.0f);
     room.maximum[r] = -std::numeric_limits<float>::infinity();
     room.sum[r] = 0;
   }
@@ -116,10 +118,16 @@ void attend_chunk(const AttentionArgs<T>& a, const AttentionItem& item) {
   }
   for (int64_t r = 0; r < rows; r++) {
     const int64_t head = item.head * a.group + r % a.group;
-    T* out = a.out + ((item.first_query + r / a.group) * a.Hkv * a.group + head) * a.D;
-    const vec factor = splat(1.0f / room.sum[r]);
+    T* out = a.out + ((item.first_query + r / a.group) * a.Hkv * a.group + head) * a.Dv;
+    float shrink = 1.0f, sum = room.sum[r];
+    if (a.sinks) {
+      const float highest = std::max(room.maximum[r], a.sinks[head]);
+      shrink = std::exp(room.maximum[r] - highest);
+      sum = sum * shrink + std::exp(a.sinks[head] - highest);
+    }
+    const vec factor = splat(shrink / sum);
     int64_t d = 0;
-    for (; d + W <= a.D; d += W) store(out + d, load(room.out[r] + d) * factor);
-    if (d < a.D) store_first(out + d, load(room.out[r] + d) * factor, a.D - d);
+    for (; d + W <= a.Dv; d += W) store(out + d, load(room.out[r] + d) * factor);
+    if (d < a.Dv) store_first(out + d, load(room.out[r] + d) * factor, a.Dv - d);
   }
 }

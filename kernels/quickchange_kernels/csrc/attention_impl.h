@@ -22,11 +22,11 @@ inline void find_tile(
   const int64_t dead = std::max<int64_t>(0, item.oldest - begin);
   int64_t block = (begin + dead) / a.block_size, offset = (begin + dead) % a.block_size, i = dead;
   while (i < tile.count) {
-    const int64_t start = ((item.blocks[block] * a.Hkv + item.head) * a.block_size + offset) * a.D;
+    const int64_t slot = (item.blocks[block] * a.Hkv + item.head) * a.block_size + offset;
     const int64_t run = std::min(a.block_size - offset, tile.count - i);
     for (int64_t n = 0; n < run; n++) {
-      tile.keys[i + n] = a.k + start + n * a.D;
-      tile.values[i + n] = a.v + start + n * a.D;
+      tile.keys[i + n] = a.k + (slot + n) * a.D;
+      tile.values[i + n] = a.v + (slot + n) * a.Dv;
     }
     i += run;
     block++;
@@ -88,9 +88,10 @@ class Fetcher {
 
   void set_run() {
     const int64_t block = item_.blocks[key_ / a_.block_size] * a_.Hkv + item_.head + head_;
-    const T* run = (values_ ? a_.v : a_.k) + (block * a_.block_size + key_ % a_.block_size) * a_.D;
+    const int64_t width = values_ ? a_.Dv : a_.D;
+    const T* run = (values_ ? a_.v : a_.k) + (block * a_.block_size + key_ % a_.block_size) * width;
     at_ = reinterpret_cast<const char*>(run);
-    stop_ = reinterpret_cast<const char*>(run + (stop_key_ - key_) * a_.D);
+    stop_ = reinterpret_cast<const char*>(run + (stop_key_ - key_) * width);
   }
 
   const AttentionArgs<T>& a_;
@@ -121,14 +122,28 @@ inline uint64_t visible(const AttentionItem& item, int64_t i, int64_t window, in
   return bits_between(window > 0 ? last - window + 1 : 0, last);
 }
 
+// The number that is added to a query row's score for the key at `begin`, and to each further key's
+// once more: the head's slope.
+struct Bias {
+  float first, slope;
+};
+
+template <class T>
+inline Bias bias(
+    const AttentionArgs<T>& a, const AttentionItem& item, int64_t head, int64_t row, int64_t begin) {
+  if (!a.slopes) return {0.0f, 0.0f};
+  const float slope = a.slopes[(item.head + head) * a.group + row % a.group];
+  return {slope * float(begin - item.past - item.first_index - row / a.group), slope};
+}
+
 // One head's part of a tile of keys for its query rows.
 template <class T>
 struct HeadTile {
   const T* const* keys;  // rows of the item's first head
   const T* const* values;
   int64_t count;
-  int64_t offset;  // this head's, from the first head
-  int64_t D;
+  int64_t offset, value_offset;  // this head's, from the first head
+  int64_t D, Dv;
   int64_t lines;  // cache lines of one key
 };
 
@@ -194,19 +209,21 @@ inline vec cap(vec score, float softcap) {
   return choose(reinterpret_cast<bits32>(z > 0.0f), size, -size);
 }
 
-// Scores of one row become weights e^(score - maximum), zero for keys that are not seen. The maximum
+// Products of one row become weights e^(score - maximum), zero for keys that are not seen. The maximum
 // and the sum run over the tiles; returns the factor by which what was summed before shrinks.
 template <class T>
 inline float weigh(
-    const AttentionArgs<T>& a, float* scores, int64_t lanes, uint64_t seen, float* maximum,
-    float* sum) {
+    const AttentionArgs<T>& a, float* scores, int64_t lanes, uint64_t seen, Bias bias,
+    float* maximum, float* sum) {
   constexpr float NONE = -std::numeric_limits<float>::infinity();
   bits32 lane;
   for (int i = 0; i < W; i++) lane[i] = i;
+  const vec steps = bias.first + bias.slope * __builtin_convertvector(lane, vec);
   vec top = splat(*maximum);
   for (int64_t i = 0; i < lanes; i += W) {
     vec score = load(scores + i) * a.scale;
     if (a.softcap > 0) score = cap(score, a.softcap);
+    if (a.slopes) score += steps + bias.slope * float(i);
     const bits32 shown = ((uint32_t(seen >> i) + bits32{}) >> lane & 1) != 0;
     score = choose(shown, score, splat(NONE));
     store(scores + i, score);
@@ -254,14 +271,14 @@ inline void gather_block(
   vec acc[R][V];
   for (int i = 0; i < R; i++)
     for (int v = 0; v < V; v++) {
-      const float* p = part + i * tile.D + d + v * W;
+      const float* p = part + i * tile.Dv + d + v * W;
       acc[i][v] = (whole ? load(p) : load_first(p, live)) * shrink[i];
     }
   for (int64_t n = 0; n < tile.count; n++) {
     if (n % 4 == 0) fetcher.fetch(lines);
     vec value[V];
     for (int v = 0; v < V; v++) {
-      const T* p = tile.values[n] + tile.offset + d + v * W;
+      const T* p = tile.values[n] + tile.value_offset + d + v * W;
       value[v] = whole ? load(p) : load_first(p, live);
     }
     for (int i = 0; i < R; i++)
@@ -269,7 +286,7 @@ inline void gather_block(
   }
   for (int i = 0; i < R; i++)
     for (int v = 0; v < V; v++) {
-      float* p = part + i * tile.D + d + v * W;
+      float* p = part + i * tile.Dv + d + v * W;
       if (whole) store(p, acc[i][v]);
       else store_first(p, acc[i][v], live);
     }
@@ -282,10 +299,10 @@ inline void gather_by(
   constexpr int V = 4;
   constexpr int64_t LINES = std::max<int64_t>(1, V * W * int64_t(sizeof(T)) / 64);
   int64_t d = 0;
-  for (; d + V * W <= tile.D; d += V * W)
+  for (; d + V * W <= tile.Dv; d += V * W)
     gather_block<R, V>(tile, weights, shrink, part, d, V * W, fetcher, LINES);
-  for (; d < tile.D; d += W)
-    gather_block<R, 1>(tile, weights, shrink, part, d, std::min(W, tile.D - d), fetcher, 1);
+  for (; d < tile.Dv; d += W)
+    gather_block<R, 1>(tile, weights, shrink, part, d, std::min(W, tile.Dv - d), fetcher, 1);
 }
 
 // Scores and weights of one head's tile for every row, and its share of the output.
@@ -302,11 +319,13 @@ inline void attend_tile(
   else score<0>(tile, queries, rows, fetcher, scores);
   for (int64_t i = 0; i < rows; i++) {
     const uint64_t seen = visible(item, i / a.group, a.window, begin);
-    shrink[i] = weigh(a, scores[i], lanes, seen, item.maximum + first + i, item.sum + first + i);
+    shrink[i] = weigh(
+        a, scores[i], lanes, seen, bias(a, item, head, i, begin), item.maximum + first + i,
+        item.sum + first + i);
   }
   for (int64_t i = 0; i < rows; i += 4) {
     const auto weights = scores + i;
-    float* part = item.part + (first + i) * a.D;
+    float* part = item.part + (first + i) * a.Dv;
     switch (std::min<int64_t>(rows - i, 4)) {
       case 1: gather_by<1>(tile, weights, shrink + i, part, fetcher); break;
       case 2: gather_by<2>(tile, weights, shrink + i, part, fetcher); break;
@@ -322,20 +341,23 @@ void attend(const AttentionArgs<T>& a, const AttentionItem& item) {
   const int64_t rows = item.queries * a.group;
   std::fill_n(item.maximum, item.heads * rows, -std::numeric_limits<float>::infinity());
   std::fill_n(item.sum, item.heads * rows, 0.0f);
-  std::fill_n(item.part, item.heads * rows * a.D, 0.0f);
+  std::fill_n(item.part, item.heads * rows * a.Dv, 0.0f);
   const T* queries[MAX_ATTENTION_HEADS][MAX_ATTENTION_ROWS + 3];  // the last stands in past the end
   for (int64_t head = 0; head < item.heads; head++)
     for (int64_t i = 0; i < rows + 3; i++)
       queries[head][i] = query(a, item, head, std::min(i, rows - 1));
   const int64_t lines = (a.D * int64_t(sizeof(T)) + 63) / 64;
+  const int64_t value_lines = (a.Dv * int64_t(sizeof(T)) + 63) / 64;
   Fetcher<T> fetcher(a, item);
-  fetcher.fetch(std::min(TILE, item.end - item.begin) * item.heads * lines / 2 + 1);
+  fetcher.fetch(
+      std::min(TILE, item.end - item.begin) * item.heads * (lines + value_lines) / 4 + 1);
   Tile<T> tile;
   for (int64_t begin = item.begin; begin < item.end; begin += TILE) {
     find_tile(tile, a, item, begin);
     for (int64_t head = 0; head < item.heads; head++) {
+      const int64_t slot = head * a.block_size;
       const HeadTile<T> own{
-          tile.keys, tile.values, tile.count, head * a.block_size * a.D, a.D, lines};
+          tile.keys, tile.values, tile.count, slot * a.D, slot * a.Dv, a.D, a.Dv, lines};
       attend_tile(a, item, begin, own, queries[head], head, fetcher);
     }
   }

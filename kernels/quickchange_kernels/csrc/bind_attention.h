@@ -39,7 +39,7 @@ void plan_sequence(
   const int64_t row = tables.starts[b], count = tables.starts[b + 1] - row;
   const int64_t past = tables.lengths[b] - count;
   const int64_t step = MAX_ATTENTION_ROWS / args.group;
-  const bool chunk = count > MAX_SPLIT_QUERIES && args.D <= MAX_PRODUCT_DIM;
+  const bool chunk = count > MAX_SPLIT_QUERIES && std::max(args.D, args.Dv) <= MAX_PRODUCT_DIM;
   for (int64_t first = 0; first < count; first += step) {
     AttentionItem item{};
     item.blocks = tables.blocks + b * tables.width;
@@ -115,16 +115,18 @@ AttentionPlan plan_attention(const AttentionArgs<T>& args, const AttentionTables
   return plan;
 }
 
-// Σ over splits of e^(maximum - highest) · part, over the same of sum.
+// Σ over splits of e^(maximum - highest) · part, over the same of sum and the head's sink.
 template <class T>
 void merge(const AttentionArgs<T>& args, const AttentionItem* items, int64_t splits) {
-  const int64_t D = args.D;
+  const int64_t D = args.Dv;
   const int64_t rows = items->queries * args.group;
   for (int64_t row = 0; row < items->heads * rows; row++) {
+    const int64_t head = (items->head + row / rows) * args.group + row % args.group;
     float highest = items->maximum[row];
     for (int64_t s = 1; s < splits; s++) highest = std::max(highest, items[s].maximum[row]);
+    if (args.sinks) highest = std::max(highest, args.sinks[head]);
     float* total = items->part + row * D;
-    float sum = 0;
+    float sum = args.sinks ? std::exp(args.sinks[head] - highest) : 0;
     for (int64_t s = 0; s < splits; s++) {
       const float factor = std::exp(items[s].maximum[row] - highest);
       const float* part = items[s].part + row * D;
@@ -132,7 +134,6 @@ void merge(const AttentionArgs<T>& args, const AttentionItem* items, int64_t spl
       for (int64_t d = 0; d < D; d++)
         total[d] = s == 0 ? factor * part[d] : total[d] + factor * part[d];
     }
-    const int64_t head = (items->head + row / rows) * args.group + row % args.group;
     const int64_t query = items->first_query + row % rows / args.group;
     T* target = args.out + (query * args.Hkv * args.group + head) * D;
     for (int64_t d = 0; d < D; d++) target[d] = from_float<T>(total[d] / sum);
@@ -144,14 +145,14 @@ void run_attention(const AttentionArgs<T>& args, const AttentionTables& tables) 
   AttentionPlan plan = plan_attention(args, tables);
   int64_t rows = 0;
   for (const auto& item : plan.items) rows += item.heads * item.queries * args.group;
-  const std::unique_ptr<float[]> room(new float[rows * (args.D + 2)]);
+  const std::unique_ptr<float[]> room(new float[rows * (args.Dv + 2)]);
   float* next = room.get();
   for (auto& item : plan.items) {
     const int64_t own = item.heads * item.queries * args.group;
     item.part = next;
-    item.maximum = next + own * args.D;
+    item.maximum = next + own * args.Dv;
     item.sum = item.maximum + own;
-    next += own * (args.D + 2);
+    next += own * (args.Dv + 2);
   }
   const std::unique_ptr<std::atomic<int64_t>[]> open(new std::atomic<int64_t>[plan.units.size()]);
   for (size_t u = 0; u < plan.units.size(); u++) open[u] = plan.units[u].splits;
@@ -170,9 +171,22 @@ void run_attention(const AttentionArgs<T>& args, const AttentionTables& tables) 
 template <class T>
 AttentionArgs<T> attention_args(
     const Tensor& q, const Tensor& k, const Tensor& v, double scale, int64_t window, double softcap,
-    const Tensor& out) {
+    const float* sinks, const float* slopes, const Tensor& out) {
   return {data<T>(q), q.stride(0), q.stride(1), data<T>(k), data<T>(v), k.size(2), k.size(1),
-          q.size(1) / k.size(1), k.size(3), float(scale), float(softcap), window, data<T>(out)};
+          q.size(1) / k.size(1), k.size(3), v.size(3), float(scale), float(softcap), window, sinks,
+          slopes, data<T>(out)};
+}
+
+// A float for each query head, or null. Throws for anything else.
+const float* by_head(const char* name, const std::optional<Tensor>& values, int64_t heads) {
+  if (!values) return nullptr;
+  TORCH_CHECK_TYPE(
+      values->scalar_type() == at::kFloat && values->is_contiguous(), "paged_attention: ", name,
+      " must be contiguous float32");
+  TORCH_CHECK_VALUE(
+      values->dim() == 1 && values->numel() == heads, "paged_attention: ", name, " ", values->sizes(),
+      " must be one for each of ", heads, " query heads");
+  return data<float>(*values);
 }
 
 Tensor paged_attention(
@@ -186,26 +200,29 @@ Tensor paged_attention(
         "paged_attention: block_tables, seq_lens and query_start must be contiguous int32");
   TORCH_CHECK_VALUE(
       starts.numel() == lengths.numel() + 1 && tables.dim() == 2 &&
-          tables.size(0) == lengths.numel() && q.dim() == 3 && k.dim() == 4 && v.dim() == 4 && k.size(1) > 0 &&
-          k.size(2) > 0 && k.size(3) > 0 && q.size(2) == k.size(3) && q.size(1) % k.size(1) == 0 &&
-          k.sizes().slice(0, 3) == v.sizes().slice(0, 3) && v.size(3) > 0,
+          tables.size(0) == lengths.numel() && q.dim() == 3 && k.dim() == 4 && v.dim() == 4 &&
+          k.size(1) > 0 && k.size(2) > 0 && k.size(3) > 0 && v.size(3) > 0 &&
+          q.size(2) == k.size(3) && q.size(1) % k.size(1) == 0 &&
+          k.sizes().slice(0, 3) == v.sizes().slice(0, 3),
       "paged_attention: q ", q.sizes(), ", k_cache ", k.sizes(), ", v_cache ", v.sizes(),
       ", block_tables ", tables.sizes(), ", seq_lens ", lengths.sizes(), " and query_start ",
       starts.sizes(), " do not fit together");
+  const float* const sink = by_head("sinks", sinks, q.size(1));
+  const float* const slope = by_head("slopes", slopes, q.size(1));
   const bool native = is_native(q.scalar_type()) && k.scalar_type() == q.scalar_type() &&
                       v.scalar_type() == q.scalar_type() && q.stride(2) == 1 &&
                       k.is_contiguous() && v.is_contiguous() &&
-                      q.size(1) / k.size(1) <= MAX_ATTENTION_ROWS && k.sizes() == v.sizes() && !sinks &&
-                      !slopes;
+                      q.size(1) / k.size(1) <= MAX_ATTENTION_ROWS;
   if (!native)
     return plain.call(q, k, v, tables, lengths, starts, scale, window, softcap, sinks, slopes);
-  Tensor out = at::empty(q.sizes(), q.options());
+  const Tensor out = at::empty({q.size(0), q.size(1), v.size(3)}, q.options());
   const AttentionTables indices{
       data<int32_t>(tables), tables.size(1), data<int32_t>(lengths), data<int32_t>(starts),
       lengths.numel(), q.size(0), k.size(0)};
   if (q.scalar_type() == at::kFloat)
-    run_attention(attention_args<float>(q, k, v, scale, window, softcap, out), indices);
-  else run_attention(attention_args<bf16>(q, k, v, scale, window, softcap, out), indices);
+    run_attention(attention_args<float>(q, k, v, scale, window, softcap, sink, slope, out), indices);
+  else
+    run_attention(attention_args<bf16>(q, k, v, scale, window, softcap, sink, slope, out), indices);
   return out;
 }
 

@@ -1,4 +1,4 @@
-// linear, linear_int8: see linear_float.py, linear_int8.py.
+// linear, linear_int8, linear_experts: see the files of these names.
 #pragma once
 
 #include "binding.h"
@@ -95,6 +95,67 @@ Tensor linear_int8(
   if (rows.scalar_type() == at::kFloat) run_linear_int8<float, float>(rows, weight, scale, bias, y);
   else if (wide) run_linear_int8<bf16, float>(rows, weight, scale, bias, y);
   else run_linear_int8<bf16, bf16>(rows, weight, scale, bias, y);
+  return y;
+}
+
+// The rows of y in the order of their experts, and where each expert's begin: [experts + 1].
+struct RowsByExpert {
+  std::vector<int64_t> row, begin;
+
+  RowsByExpert(const int64_t* expert, int64_t rows, int64_t experts)
+      : row(rows), begin(experts + 1, 0) {
+    for (int64_t i = 0; i < rows; i++) begin[expert[i] + 1]++;
+    for (int64_t e = 0; e < experts; e++) begin[e + 1] += begin[e];
+    std::vector<int64_t> next(begin.begin(), begin.end() - 1);
+    for (int64_t i = 0; i < rows; i++) row[next[expert[i]]++] = i;
+  }
+};
+
+// Rows are gathered by expert, so that an expert's weights pass once for all of them.
+template <class T>
+void run_linear_experts(
+    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& expert,
+    const Tensor& y) {
+  const int64_t rows = y.size(0), N = weight.size(1), K = weight.size(2), share_of = rows / x.size(0);
+  const RowsByExpert order(data<int64_t>(expert), rows, weight.size(0));
+  const std::unique_ptr<T[]> inputs(new T[rows * K]), outputs(new T[rows * N]);
+  for (int64_t i = 0; i < rows; i++)
+    std::memcpy(&inputs[i * K], data<T>(x) + order.row[i] / share_of * x.stride(0), K * sizeof(T));
+  std::vector<int64_t> used;
+  for (int64_t e = 0; e < weight.size(0); e++)
+    if (order.begin[e] < order.begin[e + 1]) used.push_back(e);
+  const int64_t pieces = std::max<int64_t>(1, 8 / int64_t(used.size()));
+  const int64_t step = piece(N, pieces), cuts = (N + step - 1) / step;
+  const Kernels& version = kernels();
+  share(used.size() * cuts, [&](int64_t unit) {
+    const int64_t e = used[unit / cuts], first = order.begin[e], from = unit % cuts * step;
+    const LinearArgs<T> args{
+        &inputs[first * K], K, order.begin[e + 1] - first, data<T>(weight) + e * weight.stride(0),
+        weight.stride(1), N, K, bias ? data<T>(*bias) + e * N : nullptr, &outputs[first * N]};
+    version.linear(args, from, std::min(from + step, N));
+  });
+  for (int64_t i = 0; i < rows; i++)
+    std::memcpy(data<T>(y) + order.row[i] * N, &outputs[i * N], N * sizeof(T));
+}
+
+Tensor linear_experts(
+    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& expert) {
+  const bool native = is_native(weight.scalar_type()) && x.scalar_type() == weight.scalar_type() &&
+                      weight.dim() == 3 && weight.numel() > 0 && weight.stride(2) == 1 &&
+                      x.dim() == 2 && x.size(1) == weight.size(2) && x.size(0) > 0 &&
+                      expert.scalar_type() == at::kLong && expert.is_contiguous() &&
+                      expert.numel() > 0 && expert.numel() % x.size(0) == 0 &&
+                      (!bias || (bias->scalar_type() == weight.scalar_type() &&
+                                 bias->is_contiguous() && bias->dim() == 2 &&
+                                 bias->size(0) == weight.size(0) && bias->size(1) == weight.size(1)));
+  if (!native)
+    return plain_version<decltype(linear_experts)>("quickchange::linear_experts")
+        .call(x, weight, bias, expert);
+  check_indices("linear: expert", data<int64_t>(expert), 0, expert.numel(), weight.size(0));
+  const Tensor rows = x.stride(1) == 1 ? x : x.contiguous();
+  Tensor y = at::empty({expert.numel(), weight.size(1)}, x.options());
+  if (weight.scalar_type() == at::kFloat) run_linear_experts<float>(rows, weight, bias, expert, y);
+  else run_linear_experts<bf16>(rows, weight, bias, expert, y);
   return y;
 }
 

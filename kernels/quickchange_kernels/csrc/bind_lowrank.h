@@ -1,4 +1,4 @@
-// lowrank_ and lowrank_embedding_: see lowrank_contract.py.
+// lowrank_, lowrank_embedding_, lowrank_experts_: see lowrank_contract.py.
 #pragma once
 
 #include "binding.h"
@@ -67,17 +67,33 @@ void check_page(const Segments& s, int64_t p, int64_t K, int64_t N) {
   check_block("lowrank: pages' B", p, page[1], gain ? 1 : RANKS, page[3], room);
 }
 
+// The pages of a slot in one group, checked.
+const int32_t* checked_pages(const Segments& s, int64_t slot, int64_t group, int64_t K, int64_t N) {
+  const int64_t entry = slot * s.directory.size(1) + group;
+  const int32_t* range = data<int32_t>(s.directory) + entry * 2;
+  if (range[0] == range[1]) return range;  // no update here
+  check_range("lowrank: directory", entry, range[0], range[1], s.pages.size(0));
+  for (int64_t p = range[0]; p < range[1]; p++) check_page(s, p, K, N);
+  return range;
+}
+
 // Throws unless segment i names rows of y, a slot, pages and, where there are ids, tokens.
 void check_segment(const Segments& s, int64_t i, const int64_t* ids, int64_t K, const Tensor& y) {
   const int32_t* rows = data<int32_t>(s.rows) + 2 * i;
   check_range("lowrank: segments.rows", i, rows[0], rows[1], y.size(0));
   check_index("lowrank: segments.slot", i, data<int32_t>(s.slot)[i], s.directory.size(0));
-  const int64_t entry = data<int32_t>(s.slot)[i] * s.directory.size(1) + s.group;
-  const int32_t* range = data<int32_t>(s.directory) + entry * 2;
-  if (range[0] == range[1]) return;  // no update here
-  check_range("lowrank: directory", entry, range[0], range[1], s.pages.size(0));
-  for (int64_t p = range[0]; p < range[1]; p++) check_page(s, p, K, y.size(1));
-  if (ids) check_indices("lowrank: ids", ids, rows[0], rows[1], K);
+  const int32_t* range = checked_pages(s, data<int32_t>(s.slot)[i], s.group, K, y.size(1));
+  if (ids && range[0] != range[1]) check_indices("lowrank: ids", ids, rows[0], rows[1], K);
+}
+
+// Page p of segment i over some rows.
+template <class T>
+LowRankItem<T> item_of(const Segments& s, int64_t i, int64_t p, int64_t row, int64_t rows) {
+  const T* arena = data<T>(s.arena);
+  const int64_t* page = data<int64_t>(s.pages) + p * 4;
+  return {PageKind(data<int32_t>(s.kind)[p]), arena + page[0], arena + page[1], row, rows, page[2],
+          page[3], data<float>(s.shift) + p * RANKS, data<float>(s.weight)[i] * data<float>(s.scale)[p],
+          nullptr};
 }
 
 // Every page of every segment, checked, its rows cut in short runs; pages innermost.
@@ -86,7 +102,6 @@ std::vector<LowRankItem<T>> list_items(
     const Segments& s, const Tensor& y, const int64_t* ids, int64_t K) {
   std::vector<LowRankItem<T>> items;
   items.reserve(8 * s.slot.numel());  // rank 16 in a group of up to four members
-  const T* arena = data<T>(s.arena);
   const int32_t* rows = data<int32_t>(s.rows);
   for (int64_t i = 0; i < s.slot.numel(); i++) {
     if (rows[2 * i] == rows[2 * i + 1]) continue;  // padding
@@ -94,14 +109,36 @@ std::vector<LowRankItem<T>> list_items(
     const int64_t entry = data<int32_t>(s.slot)[i] * s.directory.size(1) + s.group;
     const int32_t* range = data<int32_t>(s.directory) + entry * 2;
     for (int64_t row = rows[2 * i]; row < rows[2 * i + 1]; row += ROWS_PER_ITEM)
-      for (int64_t p = range[0]; p < range[1]; p++) {
-        const int64_t* page = data<int64_t>(s.pages) + p * 4;
+      for (int64_t p = range[0]; p < range[1]; p++)
         items.push_back(
-            {PageKind(data<int32_t>(s.kind)[p]), arena + page[0], arena + page[1], row,
-             std::min<int64_t>(ROWS_PER_ITEM, rows[2 * i + 1] - row), page[2], page[3],
-             data<float>(s.shift) + p * RANKS, data<float>(s.weight)[i] * data<float>(s.scale)[p],
-             nullptr});
-      }
+            item_of<T>(s, i, p, row, std::min<int64_t>(ROWS_PER_ITEM, rows[2 * i + 1] - row)));
+  }
+  return items;
+}
+
+// The experts that rows of y are for.
+struct Routing {
+  const int64_t* expert;  // [rows of y]
+  int64_t experts;
+  int64_t choices;  // neighbouring rows of y that belong to one token
+};
+
+// As list_items, one row each: neighbouring rows go through different experts.
+template <class T>
+std::vector<LowRankItem<T>> list_expert_items(
+    const Segments& s, const Tensor& y, const Routing& routing, int64_t K) {
+  std::vector<LowRankItem<T>> items;
+  const int32_t* rows = data<int32_t>(s.rows);
+  for (int64_t i = 0; i < s.slot.numel(); i++) {
+    if (rows[2 * i] == rows[2 * i + 1]) continue;  // padding
+    check_range("lowrank: segments.rows", i, rows[2 * i], rows[2 * i + 1], y.size(0) / routing.choices);
+    const int64_t slot = data<int32_t>(s.slot)[i];
+    check_index("lowrank: segments.slot", i, slot, s.directory.size(0));
+    for (int64_t r = rows[2 * i] * routing.choices; r < rows[2 * i + 1] * routing.choices; r++) {
+      check_index("lowrank: expert", r, routing.expert[r], routing.experts);
+      const int32_t* range = checked_pages(s, slot, s.group + routing.expert[r], K, y.size(1));
+      for (int64_t p = range[0]; p < range[1]; p++) items.push_back(item_of<T>(s, i, p, r, 1));
+    }
   }
   return items;
 }
@@ -164,9 +201,11 @@ void share_by_columns(const LowRankArgs<T, X>& args, int64_t columns) {
 }
 
 template <class T, class X>
-void run_lowrank(const Segments& s, LowRankArgs<T, X> args, const Tensor& y) {
+void run_lowrank(
+    const Segments& s, LowRankArgs<T, X> args, const Tensor& y, const Routing* routing) {
   const int64_t columns = y.size(1);
-  std::vector<LowRankItem<T>> items = list_items<T>(s, y, args.ids, args.K);
+  std::vector<LowRankItem<T>> items = routing ? list_expert_items<T>(s, y, *routing, args.K)
+                                              : list_items<T>(s, y, args.ids, args.K);
   if (items.empty()) return;
   int64_t room = 0, work = 0;
   for (const auto& item : items) {
@@ -192,8 +231,10 @@ void run_lowrank(const Segments& s, LowRankArgs<T, X> args, const Tensor& y) {
 
 template <class T, class X>
 void run_lowrank(
-    const Segments& s, const Tensor& y, const Tensor* x, const Tensor* ids, int64_t K) {
+    const Segments& s, const Tensor& y, const Tensor* x, const Tensor* ids, int64_t K,
+    const Routing* routing) {
   LowRankArgs<T, X> args{};
+  args.y_per_x = x && x->size(0) ? y.size(0) / x->size(0) : 1;
   if (x) {
     args.x = data<X>(*x);
     args.ldx = x->stride(0);
@@ -203,22 +244,27 @@ void run_lowrank(
   args.K = K;
   args.y = data<X>(y);
   args.ldy = y.stride(0);
-  run_lowrank<T, X>(s, args, y);
+  run_lowrank<T, X>(s, args, y, routing);
 }
 
 // False where there is no native version for these dtypes.
 bool try_lowrank(
-    const Segments& s, const Tensor& y, const Tensor* x, const Tensor* ids, int64_t K) {
+    const Segments& s, const Tensor& y, const Tensor* x, const Tensor* ids, int64_t K,
+    const Routing* routing = nullptr) {
   check_tables(s);
   TORCH_CHECK_VALUE(
       y.dim() == 2 && y.stride(1) == 1, "lowrank: y must be [T, N] with contiguous rows");
+  const int64_t given = x ? x->size(0) : ids->numel();
   TORCH_CHECK_VALUE(
-      (x ? x->size(0) : ids->numel()) == y.size(0) && K >= 0, "lowrank: y has ", y.size(0),
-      " rows, ", x ? "x " : "ids ", x ? x->size(0) : ids->numel(), "; they must be as many");
+      (given == y.size(0) || (routing && given * routing->choices == y.size(0))) && K >= 0,
+      "lowrank: y has ", y.size(0), " rows, ", x ? "x " : "ids ", given, "; they must be as many",
+      routing ? ", or x one for each token" : "");
   const auto type = y.scalar_type(), stored = s.arena.scalar_type();
-  if (stored == at::kFloat && type == at::kFloat) run_lowrank<float, float>(s, y, x, ids, K);
-  else if (stored == at::kBFloat16 && type == at::kFloat) run_lowrank<bf16, float>(s, y, x, ids, K);
-  else if (stored == at::kBFloat16 && type == at::kBFloat16) run_lowrank<bf16, bf16>(s, y, x, ids, K);
+  if (stored == at::kFloat && type == at::kFloat) run_lowrank<float, float>(s, y, x, ids, K, routing);
+  else if (stored == at::kBFloat16 && type == at::kFloat)
+    run_lowrank<bf16, float>(s, y, x, ids, K, routing);
+  else if (stored == at::kBFloat16 && type == at::kBFloat16)
+    run_lowrank<bf16, bf16>(s, y, x, ids, K, routing);
   else return false;
   return true;
 }
@@ -255,6 +301,33 @@ void lowrank_embedding_(
       .call(
           y, ids, arena, directory, pages, scale, shift, kind, rows, slot, weight, pieces, tiles,
           tile_height, group, most_pages, aligned, vocabulary);
+}
+
+void lowrank_experts_(
+    Tensor& y, const Tensor& x, const Tensor& expert, int64_t choices, int64_t experts,
+    const Tensor& arena, const Tensor& directory, const Tensor& pages, const Tensor& scale,
+    const Tensor& shift, const Tensor& kind, const Tensor& rows, const Tensor& slot,
+    const Tensor& weight, const std::optional<Tensor>& pieces, const std::optional<Tensor>& tiles,
+    int64_t tile_height, int64_t group, int64_t most_pages, bool aligned) {
+  TORCH_CHECK_VALUE(
+      x.dim() == 2 && x.stride(1) == 1, "lowrank: x must be [T, K] with contiguous rows");
+  TORCH_CHECK_TYPE(
+      x.scalar_type() == y.scalar_type(), "lowrank: x is ", x.scalar_type(), ", y is ",
+      y.scalar_type(), "; they must be the same");
+  check_type(expert, at::kLong, "expert");
+  TORCH_CHECK_VALUE(
+      choices > 0 && expert.numel() == y.size(0) && y.size(0) % choices == 0, "lowrank: y has ",
+      y.size(0), " rows, expert ", expert.numel(), " for ", choices, " choices a token");
+  const Segments s{arena, directory, pages, scale, shift, kind, rows, slot, weight, group};
+  TORCH_CHECK_INDEX(
+      experts > 0 && group + experts <= directory.size(1), "lowrank: group ", group, " and ",
+      experts, " experts are not in the directory's ", directory.size(1));
+  const Routing routing{data<int64_t>(expert), experts, choices};
+  if (try_lowrank(s, y, &x, nullptr, x.size(1), &routing)) return;
+  plain_version<decltype(lowrank_experts_)>("quickchange::lowrank_experts_")
+      .call(
+          y, x, expert, choices, experts, arena, directory, pages, scale, shift, kind, rows, slot,
+          weight, pieces, tiles, tile_height, group, most_pages, aligned);
 }
 
 }  // namespace

@@ -35,8 +35,10 @@ void use_instruction_set(const std::string& name) {
 TORCH_LIBRARY_IMPL(quickchange, CPU, m) {
   m.impl("linear", linear);
   m.impl("linear_int8", linear_int8);
+  m.impl("linear_experts", linear_experts);
   m.impl("lowrank_", lowrank_);
   m.impl("lowrank_embedding_", lowrank_embedding_);
+  m.impl("lowrank_experts_", lowrank_experts_);
   m.impl("paged_attention", paged_attention);
   m.impl("kv_write_", kv_write_);
   m.impl("rms_norm", rms_norm);

@@ -91,6 +91,7 @@ struct LowRankArgs {
   const X* x;          // [T, K], or null
   const int64_t* ids;  // [T] where x is null
   int64_t ldx, K;
+  int64_t y_per_x;  // neighbouring rows of y that read one row of x; items of one row where it is not 1
   X* y;  // [T, N]
   int64_t ldy;
   const LowRankItem<T>* items;
@@ -101,18 +102,20 @@ constexpr int64_t KEYS_PER_TILE = 64;        // one step of the running softmax
 constexpr int64_t KEYS_PER_SPLIT = 256;      // contexts are cut at its multiples, whatever the batch
 constexpr int64_t MAX_ATTENTION_ROWS = 64;   // queries · group, of one item
 constexpr int64_t MAX_ATTENTION_HEADS = 8;   // key heads of one item
-constexpr int64_t MAX_PRODUCT_DIM = 256;     // head size in `attend_chunk`
+constexpr int64_t MAX_PRODUCT_DIM = 256;     // head sizes in `attend_chunk`
 
 template <class T>
 struct AttentionArgs {
   const T* q;  // [T, Hq, D]
   int64_t q_row, q_head;
   const T* k;  // [num_blocks, Hkv, block_size, D]
-  const T* v;
-  int64_t block_size, Hkv, group, D;
+  const T* v;  // [num_blocks, Hkv, block_size, Dv]
+  int64_t block_size, Hkv, group, D, Dv;
   float scale, softcap;
   int64_t window;
-  T* out;  // [T, Hq, D]
+  const float* sinks;   // [Hq] or null
+  const float* slopes;  // [Hq] or null
+  T* out;               // [T, Hq, Dv]
 };
 
 // Some queries of one sequence and some key heads over some of the keys.
@@ -126,7 +129,7 @@ struct AttentionItem {
   int64_t oldest, begin, end;  // the first key that any query sees; keys, from a tile's edge
   float* maximum;  // [heads, queries * group]
   float* sum;      // [heads, queries * group]
-  float* part;     // [heads, queries * group, D], not yet divided by sum
+  float* part;     // [heads, queries * group, Dv], not yet divided by sum
 };
 
 template <class T>

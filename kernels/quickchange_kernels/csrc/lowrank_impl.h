@@ -28,12 +28,13 @@ inline void down_by(
     const LowRankArgs<T, X>& a, const LowRankItem<T>* items, int64_t pages, int64_t count) {
   constexpr int N = rows_with<M>();
   const LowRankItem<T>& first = items[0];
+  const X* rows = a.x + first.row / a.y_per_x * a.ldx;
   for (int64_t r = 0; r < pages * RANKS; r += N) {
     const T* w[N + MAX_AHEAD];
     for (int i = 0; i < N + MAX_AHEAD; i++) w[i] = stacked_row(items, count, r + i, a.K);
     for (int64_t m = 0; m < first.rows; m += M) {
       const X* x[M];
-      clamp_rows(x, M, a.x + (first.row + m) * a.ldx, a.ldx, first.rows - m);
+      clamp_rows(x, M, rows + m * a.ldx, a.ldx, first.rows - m);
       float sums[W];
       store(sums, dot_block<M>(w, x, a.K));
       for (int64_t i = 0; i < std::min<int64_t>(M, first.rows - m); i++)

@@ -21,9 +21,19 @@ The native version adds to a row in the order of segments, then pages, whatever 
 so that a row's result does not depend on the batch it is in, within the shapes it takes. The Triton
 version sums a row's features, pieces and pages in an order of its own that the batch does not
 change either; it needs `segments.tiles`.
-Rows, slots, pages and tokens out of range raise IndexError on a CPU, before anything is written; on
-a GPU, where no launcher looks at device data, they must not occur. Knows nothing of adapters'
-names.
+
+lowrank_experts_ does the same for the rows that a router makes of tokens. Each token has `choices`
+neighbouring rows of y, and row p is for expert `expert[p]`: it takes the pages of (slot,
+group + expert[p]), so that neighbouring groups are the experts of one product. No page of an expert
+is a GAIN.
+    y       [T · choices, N]
+    x       [T · choices, K], or [T, K]: one row for all of a token's choices
+    expert  int64 [T · choices]
+Segments lie over tokens, as everywhere else.
+
+Rows, slots, pages, experts and tokens out of range raise IndexError on a CPU, before anything is
+written; on a GPU, where no launcher looks at device data, they must not occur. Knows nothing of
+adapters' names.
 """
 
 from __future__ import annotations
@@ -56,9 +66,12 @@ __all__ = [
     "Segments",
     "lowrank_",
     "lowrank_embedding_",
+    "lowrank_experts_",
     "operands",
+    "operands_experts",
     "reference_lowrank",
     "reference_lowrank_embedding",
+    "reference_lowrank_experts",
 ]
 
 
@@ -87,6 +100,31 @@ def reference_lowrank_embedding(
         return _matrix(tables, page, 0, RANKS_PER_PAGE, vocabulary)[:, ids[begin:end]].T
 
     return _reference(y, down, tables, segments, group)
+
+
+def reference_lowrank_experts(
+    y: Tensor,
+    x: Tensor,
+    expert: Tensor,
+    choices: int,
+    tables: LowRankTables,
+    segments: Segments,
+    group: int,
+) -> Tensor:
+    """y after the operation, in float64: [T · choices, N]."""
+    out, y_per_x = y.double().clone(), y.shape[0] // x.shape[0]
+    for row, e in enumerate(expert.tolist()):
+        for begin, end, weight, page in _updates(tables, segments, group + e):
+            if begin <= row // choices < end:
+                _, _, column, width = tables.pages[page].tolist()
+                a = _matrix(tables, page, 0, RANKS_PER_PAGE, x.shape[1])
+                h = a @ x[row // y_per_x].double() + tables.page_shift[page].double()
+                h = lowrank_plain.activated(h, tables.page_kind[page])
+                update = h @ _matrix(tables, page, 1, RANKS_PER_PAGE, width)
+                out[row, column : column + width] += (
+                    weight * tables.page_scale[page].double() * update
+                )
+    return out
 
 
 def _reference(
@@ -150,9 +188,19 @@ _lowrank_embedding_ = dispatch.declare(
     lowrank_plain.plain_lowrank_embedding_,
     dispatch.writes_in_place,
 )
+_lowrank_experts_ = dispatch.declare(
+    "lowrank_experts_",
+    f"(Tensor(a!) y, Tensor x, Tensor expert, int choices, int experts, {_TABLES}) -> ()",
+    lowrank_plain.plain_lowrank_experts_,
+    dispatch.writes_in_place,
+)
 dispatch.triton_version("lowrank_", "quickchange_kernels.lowrank.lowrank_triton:launch_lowrank")
 dispatch.triton_version(
     "lowrank_embedding_", "quickchange_kernels.lowrank.lowrank_triton:launch_lowrank_embedding"
+)
+
+dispatch.triton_version(
+    "lowrank_experts_", "quickchange_kernels.lowrank.lowrank_experts_triton:launch_lowrank_experts"
 )
 
 
@@ -178,6 +226,13 @@ def operands(tables: LowRankTables, segments: Segments, group: int) -> tuple[Any
     )
 
 
+def operands_experts(tables: LowRankTables, segments: Segments, groups: range) -> tuple[Any, ...]:
+    """As `operands`, of neighbouring groups, one for each expert."""
+    *rest, _, aligned = operands(tables, segments, groups.start)
+    most_pages = max([tables.shapes[group].most_pages for group in groups])
+    return (*rest, most_pages, aligned)
+
+
 def lowrank_(y: Tensor, x: Tensor, tables: LowRankTables, segments: Segments, group: int) -> None:
     """Add the updates of module group `group` to y [T, N], given its input x [T, K]."""
     if segments.slot.shape[0] == 0:
@@ -199,3 +254,20 @@ def lowrank_embedding_(
         return
     native.ensure()
     _lowrank_embedding_(y, ids, *operands(tables, segments, group), vocabulary)
+
+
+def lowrank_experts_(
+    y: Tensor,
+    x: Tensor,
+    expert: Tensor,
+    choices: int,
+    tables: LowRankTables,
+    segments: Segments,
+    groups: range,
+) -> None:
+    """Add the updates of experts, whose module groups are `groups`, to y [T · choices, N]."""
+    if segments.slot.shape[0] == 0:
+        return
+    native.ensure()
+    given = operands_experts(tables, segments, groups)
+    _lowrank_experts_(y, x, expert, choices, len(groups), *given)

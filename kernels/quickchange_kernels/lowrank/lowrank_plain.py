@@ -1,4 +1,4 @@
-"""The plain torch versions of lowrank_ and lowrank_embedding_, for any device.
+"""The plain torch versions of lowrank_, lowrank_embedding_ and lowrank_experts_, for any device.
 
 Short segments go together: their pages are gathered and multiplied as one batch. A long segment is
 worth matrix products of its own. Row ranges and page tables are read on the host, so on an
@@ -19,6 +19,7 @@ from torch.nn import functional
 from quickchange_kernels.index_checks import check_indices, check_ranges
 from quickchange_kernels.lowrank.lowrank_tables import RANKS_PER_PAGE, PageKind
 
+_PAIRS_AT_ONCE = 256  # (row, page) pairs whose pages are gathered together
 MAX_SHORT_ROWS = 4  # a segment of more rows is worth a matrix product of its own
 
 _ACTIVATIONS: Mapping[PageKind, Callable[[Tensor], Tensor]] = {
@@ -44,11 +45,12 @@ class _Down(Protocol):
 class _LinearDown:
     x: Tensor  # [T, K]
     arena: Tensor
+    y_per_x: int = 1  # neighbouring rows of y that read one of x
 
     def pairs(self, rows: Tensor, a_offsets: Tensor) -> Tensor:
         features = self.x.shape[1]
         a = _gather(self.arena, a_offsets, 8 * features).view(-1, 8, features)
-        return torch.bmm(a, self.x[rows].float().unsqueeze(2)).squeeze(2)
+        return torch.bmm(a, self.x[rows // self.y_per_x].float().unsqueeze(2)).squeeze(2)
 
     def block(self, begin: int, end: int, a_offsets: Tensor) -> Tensor:
         features = self.x.shape[1]
@@ -152,6 +154,73 @@ def plain_lowrank_embedding_(
         if first < last:
             check_indices("lowrank: ids", ids[begin:end], vocabulary)
     _add_updates(y, _EmbeddingDown(ids, arena, vocabulary), tables, ranges, rows, weight)
+
+
+def plain_lowrank_experts_(
+    y: Tensor,
+    x: Tensor,
+    expert: Tensor,
+    choices: int,
+    experts: int,
+    arena: Tensor,
+    directory: Tensor,
+    pages: Tensor,
+    page_scale: Tensor,
+    page_shift: Tensor,
+    page_kind: Tensor,
+    rows: Tensor,
+    slot: Tensor,
+    weight: Tensor,
+    pieces: Tensor | None,
+    tiles: Tensor | None,
+    tile_height: int,
+    group: int,
+    most_pages: int,
+    aligned: bool,
+) -> None:
+    """lowrank_experts_ with its tables and segments spread out."""
+    del pieces, tiles, tile_height, most_pages, aligned
+    tables = _Pages(arena, pages, page_scale, page_shift, page_kind)
+    _check_routing(y, x, expert, choices)
+    check_ranges("lowrank: segments.rows", rows, y.shape[0] // choices)
+    check_indices("lowrank: segments.slot", slot, directory.shape[0])
+    check_indices("lowrank: group", torch.tensor([group, group + experts - 1]), directory.shape[1])
+    place, segment = _places(rows[:, 0] * choices, (rows[:, 1] - rows[:, 0]) * choices)
+    check_indices("lowrank: expert", expert[place], experts)
+    ranges = directory[slot[segment].long(), group + expert[place]]
+    used = ranges[ranges[:, 0] != ranges[:, 1]].unique(dim=0)
+    check_ranges("lowrank: directory", used, tables.pages.shape[0])
+    for first, last in used.tolist():
+        _check_pages(tables, slice(first, last), x.shape[1], y.shape[1])
+    page, which = _places(ranges[:, 0], ranges[:, 1] - ranges[:, 0])
+    total = torch.zeros_like(y, dtype=torch.float32)
+    down = _LinearDown(x, arena, y.shape[0] // x.shape[0])
+    for few in torch.arange(page.shape[0], device=y.device).split(_PAIRS_AT_ONCE):
+        row = place[which[few]]
+        _add_pairs(total, down, tables, row, page[few], weight[segment[which[few]]])
+    y[place] = (y[place].float() + total[place]).to(y.dtype)
+
+
+def _check_routing(y: Tensor, x: Tensor, expert: Tensor, choices: int) -> None:
+    if not (
+        choices > 0
+        and expert.shape == y.shape[:1]
+        and y.shape[0] % choices == 0
+        and y.shape[0] in (x.shape[0], x.shape[0] * choices)
+    ):
+        raise ValueError(
+            f"lowrank: y has {y.shape[0]} rows, x {x.shape[0]} and expert {expert.shape[0]} for "
+            f"{choices} choices a token"
+        )
+
+
+def _places(begins: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Every place in the ranges from `begins` on, range after range; and each one's range."""
+    lengths = lengths.long()
+    which = torch.repeat_interleave(lengths)
+    before = lengths.cumsum(0) - lengths
+    offset = torch.arange(which.shape[0], device=which.device) - before[which]
+    return begins[which].long() + offset, which
 
 
 def _checked_ranges(
@@ -267,6 +336,14 @@ def _add_short(total: Tensor, down: _Down, tables: _Pages, spans: list[_Span]) -
     row = torch.tensor([pair[0] for pair in pairs], device=device)
     page = torch.tensor([pair[1] for pair in pairs], device=device)
     weight = torch.tensor([pair[2] for pair in pairs], device=device)
+    _add_pairs(total, down, tables, row, page, weight)
+
+
+def _add_pairs(
+    total: Tensor, down: _Down, tables: _Pages, row: Tensor, page: Tensor, weight: Tensor
+) -> None:
+    """Row i through page i at weight i, for all of them [n]."""
+    device = total.device
     table = tables.pages[page]  # [n, 4]
     h = down.pairs(row, table[:, 0]) + tables.shift[page]  # [n, 8]
     h = activated(h, tables.kind[page].unsqueeze(1)) * (weight * tables.scale[page]).unsqueeze(1)

@@ -45,7 +45,8 @@ _GAIN = tl.constexpr(int(PageKind.GAIN))
 
 
 @triton.jit
-def _page_range(directory_ptr, slot, group, groups):
+def page_range(directory_ptr, slot, group, groups):
+    """The pages (begin, end) of a slot in a group."""
     entry = directory_ptr + (slot * groups + group) * 2
     return tl.load(entry), tl.load(entry + 1)
 
@@ -83,7 +84,7 @@ def shrink_kernel(
     if begin >= end:
         return
     slot = tl.load(pieces_ptr + piece * 4 + 2)
-    first, last = _page_range(directory_ptr, slot, group, groups)
+    first, last = page_range(directory_ptr, slot, group, groups)
     first_rank = tl.program_id(1) * (PAGES * _RANKS)
     if first + first_rank // _RANKS >= last:
         return
@@ -117,8 +118,8 @@ def shrink_kernel(
 
 
 @triton.jit
-def _activated(h, kind):
-    """h [M, R] through the activation of each rank's page, kind [1, R]."""
+def activated(h, kind):
+    """h [..., R] through the activation of each rank's page, kind [R] or [1, R]."""
     h = tl.where(kind == _RELU, tl.maximum(h, 0.0), h)
     gelu = 0.5 * h * (1 + tl.erf(h * 0.7071067811865476))
     gelu_tanh = h * tl.sigmoid(1.5957691216057308 * (h + 0.044715 * h * h * h))
@@ -192,7 +193,7 @@ def expand_kernel(
     for piece in range(first_piece, last_piece):
         slot = tl.load(pieces_ptr + piece * 4 + 2)
         weight = tl.load(weight_ptr + tl.load(pieces_ptr + piece * 4 + 3))
-        first, last = _page_range(directory_ptr, slot, group, groups)
+        first, last = page_range(directory_ptr, slot, group, groups)
         for page0 in range(first, last, PAGES):
             page = page0 + rank // _RANKS
             live = page < last
@@ -224,7 +225,7 @@ def expand_kernel(
                 shift = tl.load(shift_ptr + page * _RANKS + rank % _RANKS, mask=low_rank, other=0.0)
                 h += shift[None, :]
                 if tl.max(tl.where(low_rank, kind, 0), axis=0) > 0:
-                    h = _activated(h, kind[None, :])
+                    h = activated(h, kind[None, :])
                 h = tl.where(low_rank[None, :], h * scale[None, :], 0.0)
 
                 b_row = tl.load(entry + 1, mask=hit, other=0)
@@ -252,7 +253,7 @@ def expand_kernel(
         tl.store(out, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-class _Operands(NamedTuple):
+class Operands(NamedTuple):
     """Arguments after y and x in the operations' schemas."""
 
     arena: Tensor
@@ -274,10 +275,10 @@ class _Operands(NamedTuple):
 
 def launch_lowrank(y: Tensor, x: Tensor, *operands: Any) -> None:
     """lowrank_; operands as its schema names them. Raises TypeError or ValueError for others."""
-    o = _Operands(*operands)
-    pieces, _ = _tiles(o)
-    _check_rows(y, "y")
-    _check_rows(x, "x")
+    o = Operands(*operands)
+    pieces, _ = tiles_of(o)
+    check_rows(y, "y")
+    check_rows(x, "x")
     if x.dtype != y.dtype:
         raise TypeError(f"lowrank: x is {x.dtype}, y is {y.dtype}; they must be the same")
     K = x.shape[1]
@@ -311,17 +312,17 @@ def launch_lowrank(y: Tensor, x: Tensor, *operands: Any) -> None:
 def launch_lowrank_embedding(y: Tensor, ids: Tensor, *operands: Any) -> None:
     """lowrank_embedding_; operands as its schema names them. Raises as launch_lowrank."""
     *rest, vocabulary = operands
-    _check_rows(y, "y")
+    check_rows(y, "y")
     if ids.dtype != torch.int64 or not ids.is_contiguous():
         raise TypeError(f"lowrank: ids must be contiguous int64, got {ids.dtype}")
-    _expand(y, None, ids, _Operands(*rest), vocabulary)
+    _expand(y, None, ids, Operands(*rest), vocabulary)
 
 
 def _expand(
-    y: Tensor, partial: Tensor | None, ids: Tensor | None, o: _Operands, features: int
+    y: Tensor, partial: Tensor | None, ids: Tensor | None, o: Operands, features: int
 ) -> None:
     """Launch expand. features: those of the module's input, or an embedding's vocabulary."""
-    pieces, tiles = _tiles(o)
+    pieces, tiles = tiles_of(o)
     summed = features if ids is None else None
     launch = expand_launch(summed, o.tile_height, o.aligned)
     expand_kernel[(len(tiles), triton.cdiv(y.shape[1], COLUMNS))](
@@ -350,13 +351,15 @@ def _expand(
     )
 
 
-def _tiles(o: _Operands) -> tuple[Tensor, Tensor]:
+def tiles_of(o: Operands) -> tuple[Tensor, Tensor]:
+    """The segments' pieces and tiles. Raises ValueError where there are none."""
     if o.pieces is None or o.tiles is None:
         raise ValueError("lowrank: the segments have no tiles, which the GPU's version needs")
     return o.pieces, o.tiles
 
 
-def _check_rows(tensor: Tensor, name: str) -> None:
+def check_rows(tensor: Tensor, name: str) -> None:
+    """Raise ValueError unless the tensor is rows whose elements are contiguous."""
     if tensor.dim() != 2 or tensor.stride(1) != 1:
         raise ValueError(
             f"lowrank: {name} must have two dimensions and contiguous rows, got "

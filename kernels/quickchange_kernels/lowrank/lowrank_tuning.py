@@ -14,6 +14,7 @@ from quickchange_kernels.lowrank.lowrank_tables import SMALL_TILE
 MAX_PARTS = 8
 MIN_PART = 1024  # features
 COLUMNS = 128  # columns of y that one program of expand owns
+EXPERT_COLUMNS = 256  # the same, of one row of experts
 
 
 @dataclass(frozen=True)
@@ -57,3 +58,24 @@ def expand_launch(features: int | None, height: int, aligned: bool) -> LowRankLa
         "ALIGNED": aligned,
     }
     return LowRankLaunch(constants, num_warps=4 if height == SMALL_TILE else 8, num_stages=1)
+
+
+@dataclass(frozen=True)
+class ExpertsLaunch:
+    """The constants and launch options of both kernels for experts."""
+
+    shrink: dict[str, Any]
+    expand: dict[str, Any]
+    pages: int  # of one program of shrink
+    num_warps: int
+
+
+def experts_launch(itemsize: int, aligned: bool) -> ExpertsLaunch:
+    """The launches of the kernels for experts, for elements of `itemsize` bytes."""
+    pages = 2
+    return ExpertsLaunch(
+        shrink={"PAGES": pages, "BLOCK_K": 512 // itemsize, "ALIGNED": aligned},
+        expand={"PAGES": pages, "BLOCK_N": EXPERT_COLUMNS, "ALIGNED": aligned},
+        pages=pages,
+        num_warps=4,
+    )

@@ -2,7 +2,8 @@
 
 One group is one wrapped module call in the model: a lone linear, or a fused one (q/k/v, gate/up)
 whose members write side by side into one output. A module at the end of a sub-layer has further
-groups for updates that read its output or the residual stream. Knows shapes and names only.
+groups for updates that read its output or the residual stream. Each expert of a layer is a group,
+for each of its matrices; those of one parameter are neighbours. Knows shapes and names only.
 """
 
 from __future__ import annotations

@@ -81,8 +81,8 @@ class Engine:
         self._on_begun = on_begun
         self._prices = prices
         self._vocabulary = model.vocabulary
-        self._scaling = model.scaling
         states, blocks = _caches(model, settings)
+        self._scaling = model.scaling
         self._max_model_len = _context_length(model, settings, blocks)
         self._adapters = _adapters(model, settings, load_adapter, on_wake)
         self._constraints = constraints_of(constraints, model.vocabulary, on_wake)
@@ -201,7 +201,7 @@ class Engine:
             max_model_len=self._max_model_len,
             dtype=torch_dtype(settings.dtype),
             device=torch.device(settings.device),
-            state_rows=0 if states is None else FIRST_STATE + states.num_rows,
+            state_rows=0 if states is None else states.model_rows,
         )
 
     def _made_speculation(self, text: TokenText | None) -> Speculation | NoSpeculation:
@@ -369,41 +369,41 @@ def _caches(model: LoadedModel, settings: Settings) -> tuple[StateRows | None, K
     """State rows, None for a model without recurrent layers, and the KV blocks, by what
     `kv_cache_bytes` has room for.
 
-    Every sequence needs one state row, and one more for each draft that is verified. So states get
-    rows for all `max_sequences`, twice as many where drafts are made, but no more than half of the
-    budget while there are keys and values to keep. These get the rest. Raises ValueError if there
-    is no room for the states of one sequence.
+    Every sequence needs one state row, and one more for each draft that is verified; a prefix is
+    found again where a state was kept behind it. So states get rows for all `max_sequences`, as
+    many again where drafts are made, and as many again to keep, but no more than half of the budget
+    while there are keys and values to hold, in this order of importance. Blocks get the rest.
+    Raises ValueError if there is no room for the states of one sequence.
     """
-    budget = settings.kv_cache_bytes
+    budget, most = settings.kv_cache_bytes, settings.max_sequences
     block = bytes_per_block(model.layers, settings.block_size, torch_dtype(settings.dtype))
     if not model.recurrent:
         blocks = KVBlocks(budget // block, settings.block_size, prefix_cache=settings.prefix_cache)
         return None, blocks
     state = bytes_per_state(model.recurrent)
-    share = budget // 2 if block else budget
-    wanted = settings.max_sequences * (_ROWS_OF_DRAFTS if settings.turbo else 1)
-    rows = min(wanted, share // state - FIRST_STATE)
+    room = (budget // 2 if block else budget) // state - FIRST_STATE
+    rows = min(most * (_ROWS_OF_DRAFTS if settings.turbo else 1), room)
     if rows < 1:
         raise ValueError(
             f"kv_cache_bytes ({budget}) has no room for the states of one sequence, {state} bytes: "
             f"give at least {state * (FIRST_STATE + 1) * (2 if block else 1)}"
         )
+    states = StateRows(rows, min(most, room - rows) if settings.prefix_cache else 0)
     if block:
-        num_blocks = (budget - (FIRST_STATE + rows) * state) // block
+        num_blocks = (budget - states.model_rows * state) // block
     else:  # blocks hold nothing: as many as all the sequences can ask for
         length = settings.max_model_len or min(model.max_positions, _TOKENS_OF_STATES_ALONE)
-        num_blocks = -(-length // settings.block_size) * settings.max_sequences
-    # No cached block tells the state behind it, so no prefix is found again.
-    return StateRows(rows), KVBlocks(num_blocks, settings.block_size, prefix_cache=False)
+        num_blocks = -(-length // settings.block_size) * most
+    return states, KVBlocks(num_blocks, settings.block_size, prefix_cache=settings.prefix_cache)
 
 
 def _context_length(model: LoadedModel, settings: Settings, blocks: KVBlocks) -> int:
-    """Most tokens of one sequence. Raises ValueError if the model has fewer positions."""
+    """Most tokens of one sequence. Raises ValueError if the model has fewer positions, or none."""
     most = model.max_positions
     room = blocks.num_blocks * blocks.block_size if model.layers else _TOKENS_OF_STATES_ALONE
     length = settings.max_model_len or min(most, room)
-    if length > most:
-        raise ValueError(f"max_model_len ({length}) exceeds the model's {most}")
+    if not 1 <= length <= most:
+        raise ValueError(f"max_model_len ({length}) must be from 1 to the model's {most}")
     return length
 
 

@@ -108,12 +108,25 @@ class KVBlocks:
 
 
 class StateRows:
-    """Allocator of state rows. For the engine thread alone."""
+    """Allocator of state rows, and the states that are kept for prompts to come.
 
-    def __init__(self, num_rows: int) -> None:
-        """num_rows: rows that sequences can hold."""
+    Rows for sequences are given and taken back; others hold states behind full blocks, found again
+    by the block's content key and forgotten as cached blocks are. The two take nothing from each
+    other: no sequence waits for a kept state, and drafts don't wash them out. For the engine thread
+    alone.
+    """
+
+    def __init__(self, num_rows: int, num_kept: int = 0) -> None:
+        """num_rows: rows that sequences can hold. num_kept: rows behind them for kept states."""
         self.num_rows = num_rows
         self._free = list(range(FIRST_STATE + num_rows - 1, FIRST_STATE - 1, -1))
+        self._kept = KVBlocks(num_kept, 1)
+        self._first_kept = FIRST_STATE + num_rows
+
+    @property
+    def model_rows(self) -> int:
+        """Rows that the model's pool must have."""
+        return self._first_kept + self._kept.num_blocks
 
     @property
     def available(self) -> int:
@@ -123,6 +136,11 @@ class StateRows:
     def used(self) -> int:
         return self.num_rows - len(self._free)
 
+    @property
+    def held(self) -> int:
+        """Rows of kept states that sequences hold."""
+        return self._kept.used
+
     def allocate(self, count: int) -> list[int]:
         """`count` rows, or as many as are left."""
         return [self._free.pop() for _ in range(min(count, len(self._free)))]
@@ -130,8 +148,31 @@ class StateRows:
     def release(self, rows: Sequence[int]) -> None:
         self._free += rows
 
+    def room_to_keep(self) -> int | None:
+        """A row, held by the caller, for a state that is to be kept; None if all are held."""
+        rows = self._kept.allocate(1)
+        return None if rows is None else self._first_kept + rows[0]
+
+    def keep(self, row: int, key: bytes) -> None:
+        """Let the state in a held row be found by `key`."""
+        self._kept.commit(row - self._first_kept, key)
+
+    def find(self, keys: Sequence[bytes]) -> tuple[int, int | None]:
+        """Length of the longest run of keys whose last has a kept state, and its row, then held."""
+        for count in range(len(keys), 0, -1):
+            rows = self._kept.match([keys[count - 1]])
+            if rows:
+                return count, self._first_kept + rows[0]
+        return 0, None
+
+    def let_go(self, row: int | None) -> None:
+        """Hold a kept state's row no longer; None: nothing was held."""
+        if row is not None:
+            self._kept.release([row - self._first_kept])
+
     def check_integrity(self) -> None:
-        """Raises AssertionError if a row is free twice or unknown."""
+        """Raises AssertionError if a row is free twice or unknown, or a kept state is lost."""
         assert len(set(self._free)) == len(self._free), "a state row is free twice"
         known = range(FIRST_STATE, FIRST_STATE + self.num_rows)
         assert set(self._free) <= set(known), "an unknown state row"
+        self._kept.check_integrity()

@@ -8,10 +8,9 @@ sequences: n that decode one row each, or fewer that verify drafts too.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -215,61 +214,73 @@ def _state_parts(
 ) -> tuple[PartInputs, ...]:
     """Rows that recurrent layers compute together, in order: one row of each sequence, if no one
     has more; else each chunk alone, then all lone rows, then all first drafts, and so on."""
-    starts = [0, *accumulate([item.rows for item in plan])]
+    starts = list(accumulate([item.rows for item in plan], initial=0))[:-1]
     if one_row_each(plan):
-        singles = [_Rows(item, start, 1, 0) for item, start in zip(plan, starts, strict=False)]
-        return (_part(singles, None, extent.rows),)
+        lone = [_lone_row(item, start) for item, start in zip(plan, starts, strict=True)]
+        return (_part(lone, None, extent.rows),)
     groups: list[list[_Rows]] = []
     depths: list[list[_Rows]] = [[] for _ in range(1 + max(len(item.drafts) for item in plan))]
-    for item, start in zip(plan, starts, strict=False):
+    for item, start in zip(plan, starts, strict=True):
         if item.count > 1:
-            groups.append([_Rows(item, start, item.count, 0)])
+            groups += [[rows] for rows in _chunk(item, start)]
         else:
-            depths[0].append(_Rows(item, start, 1, 0))
+            depths[0].append(_lone_row(item, start))
+        states = _states_before_drafts(item)
         for depth in range(1, 1 + len(item.drafts)):
-            depths[depth].append(_Rows(item, start + item.count + depth - 1, 1, depth))
+            row = start + item.count + depth - 1
+            depths[depth].append(_Rows(item, row, 1, states[depth - 1], states[depth]))
     groups += [rows for rows in depths if rows]
     return tuple([_part(group, None if len(groups) == 1 else device) for group in groups])
 
 
-class _Rows(NamedTuple):
-    """Rows of one sequence in a part: those scheduled, or the draft at a depth."""
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Rows of one sequence in a part; state rows of what is before them and what is after."""
 
     item: Scheduled
     first: int
     count: int
-    depth: int
+    read: int
+    write: int
 
-    @property
-    def begins(self) -> bool:
-        """True if there is no state before these rows."""
-        return not self.depth and not self.item.sequence.computed
+
+def _lone_row(item: Scheduled, row: int) -> _Rows:
+    return _Rows(item, row, 1, item.sequence.state, item.sequence.states[0])
+
+
+def _chunk(item: Scheduled, start: int) -> Iterator[_Rows]:
+    """Scheduled rows of a sequence, up to a state that is to be kept and behind it."""
+    sequence = item.sequence
+    read, left = sequence.state, item.count
+    if sequence.border is not None:
+        before = sequence.border.tokens - sequence.computed
+        yield _Rows(item, start, before, read, sequence.border.row)
+        start, left, read = start + before, left - before, sequence.border.row
+    if left:
+        yield _Rows(item, start, left, read, sequence.states[0])
+
+
+def _states_before_drafts(item: Scheduled) -> list[int]:
+    """State rows after the last scheduled row and after each draft."""
+    sequence = item.sequence
+    border = sequence.border
+    if border is not None and border.tokens == sequence.computed + item.count:
+        return [border.row, *sequence.states[1:]]
+    return sequence.states
 
 
 def _part(group: Sequence[_Rows], device: torch.device | None, padded_to: int = 0) -> PartInputs:
     """One call's inputs. device: None if the call has all the step's rows in their order."""
     length = group[0].count if group else 1
     size = max(padded_to, len(group))
-    states = [rows.item.sequence.states for rows in group]
-    depths = [rows.depth for rows in group]
-    read = [
-        ZERO_STATE if rows.begins else own[max(rows.depth - 1, 0)]
-        for rows, own in zip(group, states, strict=True)
-    ]
-    write = [own[depth] for own, depth in zip(states, depths, strict=True)]
-    inputs = PartInputs(
-        rows=None,
-        length=length,
-        # In the form for several rows a layer that begins does without a state.
-        read=None
-        if length > 1 and group[0].begins
-        else torch.from_numpy(_padded(read, size, np.int64, fill=ZERO_STATE)),
-        write=torch.from_numpy(_padded(write, size, np.int64, fill=SPARE_STATE)),
-        tokens=None,
-    )
+    read = torch.from_numpy(_padded([rows.read for rows in group], size, np.int64, ZERO_STATE))
+    write = torch.from_numpy(_padded([rows.write for rows in group], size, np.int64, SPARE_STATE))
+    # In their form for several rows, layers begin without a state as transformers has them begin.
+    begins = length > 1 and group[0].read == ZERO_STATE
+    inputs = PartInputs(None, length, None if begins else read, write, None)
     if device is None:
         return inputs
-    places = np.concatenate([np.arange(r.first, r.first + r.count) for r in group])
+    places = np.concatenate([np.arange(rows.first, rows.first + rows.count) for rows in group])
     runs = [Run(rows.count, rows.item.components) for rows in group]
     tokens = None
     if any(run.components for run in runs):

@@ -24,7 +24,7 @@ from typing import Protocol
 from quickchange_server.engine.adapter_claims import Claims, Holdings
 from quickchange_server.engine.fair_queue import Lane
 from quickchange_server.engine.kv_cache_manager import KVBlocks, StateRows
-from quickchange_server.engine.sequence import Sequence, isolated
+from quickchange_server.engine.sequence import Border, Sequence, isolated
 from quickchange_server.protocol import FinishReason
 
 _NO_ROWS = range(0)
@@ -202,9 +202,9 @@ class Scheduler:
             if reason is not None:
                 break
         accepted = max(taken - 1, 0)
-        sequence.computed += accepted  # the rows of accepted drafts
         if self.states is not None:
-            self._keep_state(self.states, sequence, accepted)
+            self._advance_state(self.states, sequence, accepted)
+        sequence.computed += accepted  # the rows of accepted drafts
         self._commit_full_blocks(sequence)
         if reason is not None:
             self.finish(sequence)
@@ -233,13 +233,16 @@ class Scheduler:
             assert len(set(rows)) == len(rows), "a state row belongs to two sequences"
             assert len(rows) == self.states.used, "a used state row belongs to no running sequence"
             assert all(s.states for s in self.running), "a running sequence without a state row"
+            kept = {s.kept_state for s in self.running} - {None}
+            assert len(kept) == self.states.held, "a held state belongs to no running sequence"
         for sequence in self.running:
             room = len(sequence.blocks) * self.blocks.block_size
             assert sequence.computed <= room, "more tokens computed than blocks hold"
             assert sequence.remaining >= 1, "nothing left to compute in a running sequence"
         for sequence in apart:
             assert not sequence.blocks, "a sequence that isn't running holds blocks"
-            assert not sequence.states, "a sequence that isn't running holds state rows"
+            rows = [*sequence.states, sequence.kept_state, sequence.border]
+            assert not any(rows), "a sequence that isn't running holds state rows"
             assert not sequence.computed, "a sequence that isn't running counts as computed"
         self._holdings.check_integrity(self._sequences)
 
@@ -362,16 +365,24 @@ class Scheduler:
         """
         block_size = self.blocks.block_size
         full = sequence.reusable // block_size
-        found = self.blocks.match(sequence.keys_of_full_blocks(full, block_size))
+        keys = sequence.keys_of_full_blocks(full, block_size)
+        found = self.blocks.match(keys)
+        state = None
+        if self.states is not None and found:
+            with_state, state = self.states.find(keys[: len(found)])
+            self.blocks.release(found[with_state:])
+            found = found[:with_state]
         most = len(sequence.tokens) + sequence.generates
         needed = -(-most // block_size) - len(found)
         while needed > self.blocks.available or (self.states and not self.states.available):
             if sequence.request.background or len(self.running) == self._running_foreground():
                 self.blocks.release(found)
+                if self.states is not None:
+                    self.states.let_go(state)
                 return False
             self._preempt(self._last())
         if self.states is not None:
-            sequence.states = self.states.allocate(1)
+            sequence.states, sequence.kept_state = self.states.allocate(1), state
         sequence.blocks = found
         sequence.computed = len(found) * block_size
         sequence.committed = len(found)
@@ -423,16 +434,37 @@ class Scheduler:
         sequence.blocks = []
         if self.states is not None:
             self.states.release(sequence.states)
-            sequence.states = []
+            self.states.let_go(sequence.kept_state)
+            self.states.let_go(None if sequence.border is None else sequence.border.row)
+            sequence.states, sequence.kept_state, sequence.border = [], None, None
         sequence.computed = 0
         sequence.committed = 0
 
-    @staticmethod
-    def _keep_state(states: StateRows, sequence: Sequence, accepted: int) -> None:
-        """Keep the state after the last accepted draft and free the others' rows."""
-        kept = sequence.states.pop(accepted)
+    def _plan_border(self, states: StateRows, sequence: Sequence, count: int) -> None:
+        """Let the coming `count` rows leave the state behind their last full block to be kept."""
+        block_size = self.blocks.block_size
+        full = (sequence.computed + count) // block_size
+        if full * block_size > sequence.computed and (row := states.room_to_keep()) is not None:
+            sequence.border = Border(full * block_size, row)
+
+    def _advance_state(self, states: StateRows, sequence: Sequence, accepted: int) -> None:
+        """Hold the state after the last accepted draft, and no row that has another.
+
+        `computed` counts the rows before the drafts.
+        """
+        states.let_go(sequence.kept_state)
+        sequence.kept_state = None
+        if (border := sequence.border) is not None:
+            full = border.tokens // self.blocks.block_size
+            states.keep(border.row, sequence.keys_of_full_blocks(full, self.blocks.block_size)[-1])
+            sequence.border = None
+            if border.tokens == sequence.computed and not accepted:
+                sequence.kept_state = border.row
+            else:
+                states.let_go(border.row)
+        own = sequence.states.pop(accepted)
         states.release(sequence.states)
-        sequence.states = [kept]
+        sequence.states = [own]
 
     def _commit_full_blocks(self, sequence: Sequence) -> None:
         block_size = self.blocks.block_size
@@ -443,6 +475,8 @@ class Scheduler:
         sequence.committed = full
 
     def _scheduled(self, sequence: Sequence, count: int) -> Scheduled:
+        if self.states is not None and count > 1:
+            self._plan_border(self.states, sequence, count)
         slots = self._holdings.slots(sequence)
         if not slots:
             return Scheduled(sequence, count, ())

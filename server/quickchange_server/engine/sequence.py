@@ -14,13 +14,14 @@ import sys
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from quickchange_server.engine.kv_cache_manager import block_key
 from quickchange_server.model.architectures.position_scaling import PositionScaling
+from quickchange_server.model.forward_context import ZERO_STATE
 from quickchange_server.protocol import (
     Component,
     Drafting,
@@ -158,6 +159,13 @@ def composition_key(adapters: Seq[Component], salt: str = "") -> bytes:
     return digest.digest()
 
 
+class Border(NamedTuple):
+    """A state that is to be kept: that after so many tokens, and the held row for it."""
+
+    tokens: int
+    row: int
+
+
 @dataclass(eq=False)
 class Sequence:
     """A request in the engine. `tokens` is prompt and output; everything else follows from it."""
@@ -185,9 +193,11 @@ class Sequence:
     )  # content keys of its full blocks, as far as needed
     computed: int = 0  # leading tokens whose keys and values are in `blocks`
     committed: int = 0  # leading blocks offered to the prefix cache
-    # State rows, if the model has recurrent layers: the first holds the state after `computed`
-    # tokens (nothing yet if none is), the others take those after the coming step's drafts.
+    # State rows of its own, if the model has recurrent layers: the coming step leaves its states in
+    # them, after the last row in the first, after each draft in those behind.
     states: list[int] = field(default_factory=list)
+    kept_state: int | None = None  # held row of a kept state that is the one after `computed`
+    border: Border | None = None  # state that the coming step leaves to be kept
     first_scheduled: float | None = None
     cached_tokens: int | None = None  # tokens found in the prefix cache at first admission
     begun: bool = False  # True once it was part of a step
@@ -222,6 +232,13 @@ class Sequence:
     def remaining(self) -> int:
         """Tokens still to be computed before the next one can be sampled."""
         return len(self.tokens) - self.computed
+
+    @property
+    def state(self) -> int:
+        """Row of the state after `computed` tokens."""
+        if self.kept_state is not None:
+            return self.kept_state
+        return self.states[0] if self.computed else ZERO_STATE
 
     @property
     def reusable(self) -> int:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from quickchange_kernels.linear.linear_int8 import linear_int8, quantize_int8
+from quickchange_store.base_model.weight_reading import release
 
 Quantization = Literal["none", "int8"]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # of plain weights
@@ -30,6 +31,7 @@ class Int8Linear(nn.Module):
         self.bias = base.bias
         self.weight = _shape_only(base.weight)
         self._operands = (quantized, scale, base.bias)
+        release(base.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return linear_int8(x, *self._operands)

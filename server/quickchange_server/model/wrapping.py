@@ -24,6 +24,7 @@ from quickchange_server.model.int8_linear import is_plain, linear_shape
 from quickchange_server.model.output_side import OutputSide
 from quickchange_server.model.rows_read import Rows
 from quickchange_store.base_model.sublayers import sublayers
+from quickchange_store.base_model.weight_reading import release
 from quickchange_store.canonical.canonical_adapter import Source
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -59,15 +60,23 @@ class Wrapper:
         """Replace the modules in place and return the groups."""
         embedding = self._model.get_input_embeddings()  # type: ignore[operator]
         self._sublayers = sublayers(self._model)
-        for path, parent in list(self._model.named_modules()):
+        for path in self._paths():
             for names in FUSED:
-                self._fuse(path, parent, names)
-        for path, module in list(self._model.named_modules()):
+                self._fuse(path, self._model.get_submodule(path), names)
+        for path in self._paths():
+            try:
+                module = self._model.get_submodule(path)
+            except AttributeError:
+                continue  # a part of a linear that was replaced whole
             if linear_shape(module) is not None:
                 self._replace(path, self._linear(path, module))
             elif module is embedding and isinstance(module, nn.Embedding) and self._adapters:
                 self._replace(path, self._embedding(path, module))
         return self.groups
+
+    def _paths(self) -> list[str]:
+        """Paths alone: modules in a list would keep the weights of those that are replaced."""
+        return [path for path, _ in self._model.named_modules()]
 
     def _fuse(self, path: str, parent: nn.Module, names: tuple[str, ...]) -> None:
         parts = [getattr(parent, name, None) for name in names]
@@ -157,6 +166,8 @@ def _concatenate(linears: list[nn.Linear]) -> nn.Linear:
     fused.weight = nn.Parameter(
         torch.cat([linear.weight.detach() for linear in linears]), requires_grad=False
     )
+    for linear in linears:
+        release(linear.weight)
     if first.bias is not None:
         biases = [linear.bias.detach() for linear in linears]
         fused.bias = nn.Parameter(torch.cat(biases), requires_grad=False)

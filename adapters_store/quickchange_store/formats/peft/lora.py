@@ -15,6 +15,7 @@ from quickchange_store.canonical.canonical_adapter import BaseSpec, CanonicalAda
 from quickchange_store.errors import BaseMismatchError, InvalidAdapterError, UnsupportedFeatureError
 from quickchange_store.formats.config_file import CONFIG_FILE, read_config
 from quickchange_store.formats.imported import Imported
+from quickchange_store.formats.peft.expert_lora import expert_updates
 from quickchange_store.formats.peft.peft_common import check_copies, open_tensors
 from quickchange_store.formats.peft.peft_config import LoraSettings, check_kind, parse_config
 from quickchange_store.formats.peft.tensor_names import PREFIX, TensorNames
@@ -50,6 +51,7 @@ def read_lora(
         update = _module_update(tensors, settings, base, module)
         if update is not None:
             updates[module] = update
+    updates |= expert_updates(tensors, settings, base)
     check_copies(tensors, base)
     _refuse_leftovers(tensors, settings, base)
     adapter = CanonicalAdapter(
@@ -189,18 +191,23 @@ def _refuse_leftovers(tensors: AdapterTensors, settings: LoraSettings, base: Bas
     own = tensors.name(key)
     more = f" ({len(tensors.left) - 1} more like it)" if len(tensors.left) > 1 else ""
     module, _, part = key.removeprefix(PREFIX).partition(".lora_")
-    if part and module not in base.modules:
+    experts = {path.rpartition(".")[0] for path in base.experts}
+    of_experts = module.removesuffix(".base_layer") in experts
+    known = module in base.modules or module in settings.names.expert_modules or of_experts
+    if part and not known:
         raise BaseMismatchError(
             f"the base model {base.architecture} has no linear or input embedding module "
             f"{module!r}{more}",
             file=tensors.file_of(key),
             key=own,
             remedy="use an adapter of this base model; linear and input embedding modules are "
-            "served",
+            "served, and experts, but no routers",
         )
     reason = "nothing in adapter_config.json asks for it"
-    if part and module not in settings.targets:
-        reason = f"target_modules does not cover {module}"
+    if part and of_experts:
+        reason = "target_parameters asks for fewer of the experts' parameters"
+    elif part and module not in settings.targets:
+        reason = f"target_modules does not cover {own.partition('.lora_')[0]}"
     raise InvalidAdapterError(
         f"the tensor is not expected: {reason}{more}",
         file=tensors.file_of(key),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,13 +80,51 @@ def _refuse_foreign(tensors: AdapterTensors) -> None:
                 )
 
 
+def find_parameters(config: Mapping[str, Any], base: BaseSpec) -> frozenset[str]:
+    """Paths of the experts' parameters that PEFT would wrap: target_parameters.
+
+    Raises InvalidAdapterError and UnsupportedFeatureError.
+    """
+    field = "target_parameters"
+    wanted = config.get(field)
+    if not wanted:
+        return frozenset()
+    if not isinstance(wanted, list) or not all(isinstance(each, str) and each for each in wanted):
+        raise invalid(field, wanted, "list names of parameters")
+    texts(field, wanted)
+    found: set[str] = set()
+    for each in wanted:
+        fitting = {path for path in base.experts if path == each or path.endswith(f".{each}")}
+        if not fitting:
+            raise UnsupportedFeatureError(
+                f"{each!r} is no matrix of the experts of the base model {base.architecture}"
+                + (f" ({', '.join(_endings(base.experts))})" if base.experts else ""),
+                file=CONFIG_FILE,
+                key=field,
+                remedy="target the experts' matrices, or nn.Linear modules (target_modules): "
+                "routers and the experts' biases stay the base's",
+            )
+        found |= fitting
+    return frozenset(found)
+
+
+def _endings(paths: Iterable[str]) -> list[str]:
+    return sorted({".".join(path.split(".")[-2:]) for path in paths})
+
+
 def find_targets(
-    config: Mapping[str, Any], base: BaseSpec, defaults: Mapping[str, Any], names: TensorNames
+    config: Mapping[str, Any],
+    base: BaseSpec,
+    defaults: Mapping[str, Any],
+    names: TensorNames,
+    *,
+    alone: bool = True,
 ) -> frozenset[str]:
     """The base's modules that PEFT would wrap, by PEFT's own rule over path or name in the file.
 
-    `defaults` are PEFT's target_modules by model type. Raises InvalidAdapterError and
-    BaseMismatchError.
+    Those of single experts count too, if the file has them. `defaults` are PEFT's target_modules by
+    model type. alone: nothing else is targeted, so there must be some. Raises InvalidAdapterError
+    and BaseMismatchError.
     """
     from peft import LoraConfig
     from peft.tuners.tuners_utils import check_target_module_exists
@@ -94,16 +132,18 @@ def find_targets(
     for field in ("exclude_modules", "layers_pattern"):
         texts(field, config.get(field))
     _check_layers(config.get("layers_to_transform"))
+    if not alone and not config.get("target_modules"):
+        return frozenset()
     try:
         rule = LoraConfig(
-            target_modules=_target_modules(config, base, defaults),
+            target_modules=_target_modules(config, base, defaults, names),
             exclude_modules=config.get("exclude_modules"),
             layers_to_transform=config.get("layers_to_transform"),
             layers_pattern=config.get("layers_pattern"),
         )
         found = {
             path
-            for path in base.modules
+            for path in (*base.modules, *names.expert_modules)
             if any(check_target_module_exists(rule, name) for name in names.of_module(path))
         }
     except (re.error, ValueError, TypeError) as error:
@@ -113,7 +153,7 @@ def find_targets(
             key="target_modules, exclude_modules, layers_to_transform, layers_pattern",
             remedy="give module names or one regular expression, as PEFT's LoraConfig takes them",
         ) from error
-    if not found:
+    if not found and alone:
         raise BaseMismatchError(
             f"{config.get('target_modules')!r} is no linear or embedding module of the base model "
             f"{base.architecture}",
@@ -132,7 +172,7 @@ def _check_layers(layers: Any) -> None:
 
 
 def _target_modules(
-    config: Mapping[str, Any], base: BaseSpec, defaults: Mapping[str, Any]
+    config: Mapping[str, Any], base: BaseSpec, defaults: Mapping[str, Any], names: TensorNames
 ) -> list[str] | str:
     targets = config.get("target_modules")
     if targets is None:
@@ -142,7 +182,7 @@ def _target_modules(
             path
             for path, shape in base.modules.items()
             if shape.kind == "linear" and path != base.output_head
-        ]
+        ] + list(names.expert_modules)
     if isinstance(targets, str):
         return targets
     if not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):

@@ -25,7 +25,7 @@ from quickchange_store.formats.config_file import (
     refuse_fields,
 )
 from quickchange_store.formats.patterns import check_patterns
-from quickchange_store.formats.peft.peft_common import check_base, find_targets
+from quickchange_store.formats.peft.peft_common import check_base, find_parameters, find_targets
 from quickchange_store.formats.peft.tensor_names import TensorNames
 
 T = TypeVar("T")
@@ -46,6 +46,7 @@ HONOURED = frozenset(
         "r",
         "rank_pattern",
         "target_modules",
+        "target_parameters",
         "task_type",  # other than a causal language model warns
         "use_dora",
         "use_rslora",
@@ -95,7 +96,6 @@ REFUSED = frozenset(
         "megatron_config",
         "modules_to_save",
         "monteclora_config",
-        "target_parameters",
         "trainable_token_indices",
         "use_bdlora",
         "use_qalora",
@@ -111,7 +111,6 @@ _BASE_CHANGING = ("pissa", "olora", "corda", "lora_ga", "loftq")
 _REMEDIES = {
     "modules_to_save": "train these modules with LoRA (target_modules) instead",
     "trainable_token_indices": "train the embedding with LoRA (target_modules) instead",
-    "target_parameters": "target nn.Linear modules (target_modules) instead",
     "ensure_weight_tying": "target the embedding and the LM head separately",
 }
 
@@ -128,19 +127,28 @@ class LoraSettings:
     bias: Literal["none", "all", "lora_only"]
     lora_bias: bool
     dora: bool
-    targets: frozenset[str]  # module paths of the base
+    targets: frozenset[str]  # module paths of the base, and names of single experts' modules
+    parameters: frozenset[str]  # paths of experts' parameters
     names: TensorNames  # what the patterns may call them
     base_name: str
     source: Mapping[str, Any]
 
     def rank(self, module: str) -> int:
         """The rank of a module, after rank_pattern."""
-        return _matching(self.rank_pattern, self.names.of_module(module), self.r)
+        return self.rank_of(self.names.of_module(module))
 
     def scale(self, module: str) -> float:
         """The factor before B A: alpha / r, or alpha / sqrt(r) with rank-stabilised LoRA."""
-        alpha = _matching(self.alpha_pattern, self.names.of_module(module), self.alpha)
-        rank = self.rank(module)
+        return self.scale_of(self.names.of_module(module))
+
+    def rank_of(self, names: Sequence[str]) -> int:
+        """As `rank`, of what the configuration may call by one of `names`."""
+        return _matching(self.rank_pattern, names, self.r)
+
+    def scale_of(self, names: Sequence[str]) -> float:
+        """As `scale`, of what the configuration may call by one of `names`."""
+        alpha = _matching(self.alpha_pattern, names, self.alpha)
+        rank = self.rank_of(names)
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
 
@@ -156,9 +164,10 @@ def parse_config(
     )
     _check_initialisation(config)
     warnings = check_base(config, base)
-    check_patterns(config, base.modules, CONFIG_FILE)
+    check_patterns(config, [*base.modules, *base.experts, *names.of_experts], CONFIG_FILE)
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
 
+    parameters = find_parameters(config, base)
     settings = LoraSettings(
         r=rank_of("r", config.get("r", 8)),
         alpha=number("lora_alpha", config.get("lora_alpha", 8)),
@@ -168,7 +177,8 @@ def parse_config(
         bias=_bias(config),
         lora_bias=flag(config, "lora_bias"),
         dora=flag(config, "use_dora"),
-        targets=find_targets(config, base, DEFAULTS, names),
+        targets=find_targets(config, base, DEFAULTS, names, alone=not parameters),
+        parameters=parameters,
         names=names,
         base_name=str(config.get("base_model_name_or_path") or ""),
         source={
@@ -176,6 +186,13 @@ def parse_config(
             "config": {key: value for key, value in config.items() if is_set(value)},
         },
     )
+    if (parameters or names.expert_modules) and (settings.dora or settings.lora_bias):
+        raise UnsupportedFeatureError(
+            "experts are served with plain LoRA alone",
+            file=CONFIG_FILE,
+            key="use_dora" if settings.dora else "lora_bias",
+            remedy="train without it, or leave the experts out",
+        )
     if settings.dora and settings.lora_bias:
         raise invalid("lora_bias", True, "PEFT has no DoRA with a bias of its own: train without")
     return settings, warnings + _overlaps(settings)

@@ -13,9 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from quickchange_store.canonical.canonical_adapter import BaseSpec, LowRankUpdate
+from quickchange_store.canonical.canonical_adapter import BaseSpec, LowRankUpdate, expert_path
 from quickchange_store.errors import BaseMismatchError, UnsupportedFeatureError
 from quickchange_store.formats.config_file import BASE_NAME, CONFIG_FILE
+from quickchange_store.formats.peft.expert_lora import stacked, wrapper_name
 from quickchange_store.formats.peft.peft_common import WEIGHTS_FILE
 from quickchange_store.formats.peft.tensor_names import PREFIX
 from quickchange_store.formats.tensors import copied, save_tensors
@@ -24,7 +25,7 @@ from quickchange_store.formats.tensors import copied, save_tensors
 def check_peft(updates: Mapping[str, LowRankUpdate], base: BaseSpec) -> None:
     """Raise where PEFT's LoRA can't say an update, or the base lacks its module."""
     for module, update in updates.items():
-        if module not in base.modules:
+        if module not in base.modules and base.expert(module) is None:
             raise BaseMismatchError(
                 f"the base model {base.architecture} has no such module",
                 key=module,
@@ -44,26 +45,57 @@ def write_peft(
     updates: Mapping[str, LowRankUpdate], directory: Path, base: BaseSpec, base_name: str
 ) -> None:
     """Write the LoRA into `directory`, which exists, after `check_peft`."""
+    plain = {path: update for path, update in updates.items() if path in base.modules}
+    experts = _of_parameters(updates, base)
     tensors = {}
-    for module, update in updates.items():
+    for name, update in experts.values():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = copied(update.a)
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = copied(update.b)
+    for module, update in plain.items():
         embedding = base.modules[module].kind == "embedding"
         names = ("embedding_A", "embedding_B") if embedding else ("A.weight", "B.weight")
         for name, factor in zip(names, (update.a, update.b), strict=True):
             tensors[f"{PREFIX}{module}.lora_{name}"] = copied(factor)
     save_tensors(tensors, directory / WEIGHTS_FILE)
-    config = json.dumps(_config(updates, base, base_name), indent=2, sort_keys=True)
+    config = json.dumps(_config(plain, experts, base, base_name), indent=2, sort_keys=True)
     (directory / CONFIG_FILE).write_text(config + "\n")
 
 
-def _config(updates: Mapping[str, LowRankUpdate], base: BaseSpec, base_name: str) -> dict[str, Any]:
+def _of_parameters(
+    updates: Mapping[str, LowRankUpdate], base: BaseSpec
+) -> dict[str, tuple[str, LowRankUpdate]]:
+    """Experts' updates by parameter: the name that PEFT's wrapper of it has, and all of them."""
+    found: dict[str, dict[int, LowRankUpdate]] = {}
+    for parameter in base.experts:
+        for expert in range(base.experts[parameter].experts):
+            if (path := expert_path(parameter, expert)) in updates:
+                found.setdefault(parameter, {})[expert] = updates[path]
+    return {
+        parameter: (wrapper_name(parameter, found), stacked(own, base.experts[parameter]))
+        for parameter, own in found.items()
+    }
+
+
+def _config(
+    updates: Mapping[str, LowRankUpdate],
+    experts: Mapping[str, tuple[str, LowRankUpdate]],
+    base: BaseSpec,
+    base_name: str,
+) -> dict[str, Any]:
     ranks = {module: update.rank for module, update in updates.items()}
-    alphas = {
-        module: _alpha(update.scale / base.modules[module].output_scale, update.rank)
+    ranks |= {
+        parameter: update.rank // base.experts[parameter].experts
+        for parameter, (_, update) in experts.items()
+    }
+    scales = {
+        module: update.scale / base.modules[module].output_scale
         for module, update in updates.items()
     }
+    scales |= {parameter: update.scale for parameter, (_, update) in experts.items()}
+    alphas = {module: _alpha(scale, ranks[module]) for module, scale in scales.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     alpha = Counter(alphas.values()).most_common(1)[0][0]
-    return {
+    config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         BASE_NAME: base_name,
@@ -75,6 +107,7 @@ def _config(updates: Mapping[str, LowRankUpdate], base: BaseSpec, base_name: str
         "rank_pattern": {m: r for m, r in ranks.items() if r != rank},
         "alpha_pattern": {m: _number(a) for m, a in alphas.items() if a != alpha},
     }
+    return {**config, "target_parameters": sorted(experts)} if experts else config
 
 
 def _alpha(scale: float, rank: int) -> float:

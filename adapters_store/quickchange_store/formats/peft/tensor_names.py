@@ -2,7 +2,8 @@
 
 PEFT saves `base_model.model.PATH.lora_A.weight`. The state dict of a wrapped model has the name of
 the adapter after `lora_A`, parts such as `_orig_mod` or `module` anywhere, other prefixes, or none.
-A name is read as PEFT's where what remains is the path of one module of the base.
+A name is read as PEFT's where what remains is the path of one module of the base, of its experts,
+or of a single expert as checkpoints of older versions have it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from quickchange_store.canonical.canonical_adapter import BaseSpec
+from quickchange_store.canonical.canonical_adapter import BaseSpec, ExpertPiece
 from quickchange_store.errors import InvalidAdapterError
 
 PREFIX = "base_model.model."
@@ -34,6 +35,7 @@ _PART = re.compile(
     r"|lora_magnitude_vector|ia3_l)"
     r"(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?:\.(?P<kind>weight|bias))?"
 )
+_NESTED = re.compile(r"(?P<module>.+?)(?P<depth>(?:\.base_layer)*)")
 _PARAMETER = re.compile(r"(?P<module>.+?)\.(?P<part>(?:base_layer\.)?(?:weight|bias))")
 
 
@@ -42,9 +44,13 @@ class TensorNames:
 
     def __init__(self, base: BaseSpec) -> None:
         self._paths = base.modules.keys()
-        tails = Counter(path.partition(".")[2] for path in self._paths)
+        self._experts = {path.rpartition(".")[0] for path in base.experts}
+        self._expert_modules = base.expert_modules
+        self.expert_modules: dict[str, ExpertPiece] = {}  # in the file: of single experts
+        tails = {path: _tails(path) for path in self._paths}
+        counts = Counter(tail for each in tails.values() for tail in each)
         self._whole = {
-            tail: path for path in self._paths if tails[tail := path.partition(".")[2]] == 1
+            tail: path for path, each in tails.items() for tail in each if counts[tail] == 1
         }
         self._adapters: dict[str, str] = {}  # an adapter's name -> a tensor that has it
         self._trained: dict[str, str] = {}
@@ -62,6 +68,8 @@ class TensorNames:
         found = _PART.fullmatch(text)
         if found is not None:
             path = self.path(found["module"])
+            if path is None and found["part"] in ("lora_A", "lora_B"):
+                path = self._expert_path(found["module"])
             if path is None:
                 return None
             if found["adapter"] is not None:
@@ -82,6 +90,32 @@ class TensorNames:
             self._trained[path] = text.rpartition(PREFIX)[2]
         return path
 
+    def _expert_path(self, text: str) -> str | None:
+        """Name of what a file calls `text`: the module of all experts, nested or not, or of one.
+
+        One expert's is the path of its matrix and the number of the piece within it.
+        """
+        nested = _NESTED.fullmatch(text)
+        if not self._experts or nested is None:
+            return None
+        cuts = _cuts(nested["module"].split("."))
+        for cut in cuts:
+            if cut in self._experts:
+                return f"{cut}{nested['depth']}"
+        for cut in cuts if self._expert_modules is not None and not nested["depth"] else ():
+            piece = self._expert_modules.find(cut)
+            if piece is not None:
+                name = f"{piece.path}.{piece.index}"
+                self.expert_modules[name] = piece
+                self._trained[name] = text.rpartition(PREFIX)[2]
+                return name
+        return None
+
+    @property
+    def of_experts(self) -> list[str]:
+        """What the file calls single experts' modules."""
+        return [self._trained[name] for name in self.expert_modules]
+
     def of_module(self, path: str) -> tuple[str, ...]:
         """What the configuration may call a module: its path, and its name in the file."""
         trained = self._trained.get(path, path)
@@ -98,6 +132,11 @@ class TensorNames:
                 key=self._adapters[second],
                 remedy="save one of them alone (save_pretrained's selected_adapters)",
             )
+
+
+def _tails(path: str) -> set[str]:
+    """What names a module without the parts that stand before a model, or a language model."""
+    return {path.partition(".")[2], *_cuts(path.split("."))[1:]} - {""}
 
 
 def _cuts(parts: Sequence[str]) -> list[str]:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
@@ -37,6 +38,10 @@ def admit_attention_classes(config: PretrainedConfig) -> None:
 
 def replace_own_attention(model: nn.Module) -> None:
     """Make every attention module of a known kind call the `Attend` that is installed in it."""
+    for module in model.modules():
+        if type(module).__name__ == "BigBirdModel":
+            # As transformers does when it meets a first text of `most_positions` or less.
+            module.set_attention_type("original_full")  # type: ignore[operator]
     layers = 0
     for module in list(model.modules()):
         kind = _KINDS.get(type(module).__name__)
@@ -128,6 +133,7 @@ def _openai_gpt(module: Any) -> bool:
 
 
 def _falcon(module: Any) -> bool:
+    """With ALiBi, what transformers computes with SDPA: its eager attention adds the bias twice."""
     slopes = None
     if module.config.alibi:
         bias = _function(module, "build_alibi_tensor")
@@ -238,20 +244,85 @@ def _bart(module: Any) -> bool:
     return True
 
 
+def _xlm(module: Any) -> bool:
+    def forward(
+        hidden_states: torch.Tensor, *_: Any, kv: object = None, **__: Any
+    ) -> tuple[torch.Tensor]:
+        query, key, value = (
+            projection(hidden_states).unflatten(2, (-1, module.head_dim)).transpose(1, 2)
+            for projection in (module.q_lin, module.k_lin, module.v_lin)
+        )
+        out = _attended(module, query, key, value, scale=module.head_dim**-0.5)
+        return (module.out_lin(out.flatten(1).unsqueeze(0)),)
+
+    module.forward = forward
+    return True
+
+
+def _doge(module: Any) -> bool:
+    """Each key has a bias, made from its value: one more column of the key, which queries weigh 1.
+
+    Past `keep_window_size` tokens the keys with the least bias are left out: see `most_positions`.
+    """
+    rotate = _function(module, "apply_rotary_pos_emb")
+    scale = module.scaling
+
+    def forward(
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        *_: Any,
+        **__: Any,
+    ) -> tuple[torch.Tensor, None]:
+        query, key, value = (
+            projection(hidden_states).unflatten(2, (-1, module.head_dim))
+            for projection in (module.q_proj, module.k_proj, module.v_proj)
+        )
+        bias = torch.exp(module.A * functional.softplus(module.dt_proj(value.flatten(2))))
+        query, key = (x.transpose(1, 2) for x in (module.q_norm(query), module.k_norm(key)))
+        query, key = rotate(query, key, *position_embeddings)
+        column = bias.transpose(1, 2).unsqueeze(3)  # [1, Hkv, T, 1]
+        key = functional.pad(torch.cat([key, column], 3), (0, _COLUMNS - 1))
+        ones = torch.full_like(query[..., :1], 1 / scale)
+        query = functional.pad(torch.cat([query, ones], 3), (0, _COLUMNS - 1))
+        out = _attended(module, query, key, value.transpose(1, 2), scale=scale)
+        return module.o_proj(out.flatten(1).unsqueeze(0)), None
+
+    module.forward = forward
+    return True
+
+
+def _hrm(module: Any) -> bool:
+    """A layer that is passed several times in a step has keys and values of each pass."""
+    first = module.layer_idx
+
+    def number(_module: nn.Module, _args: object, kwargs: dict[str, Any]) -> None:
+        module.layer_idx = first + kwargs["cycle_offset"]
+
+    module.register_forward_pre_hook(number, with_kwargs=True)
+    return True
+
+
+_COLUMNS = 8  # what a key is widened by: whole vectors of any dtype
+
 _KINDS: dict[str, Callable[[Any], bool]] = {
     "BigBirdSelfAttention": _bert,
     "Attention": lambda module: hasattr(module, "merge_heads") and _openai_gpt(module),
     "BloomAttention": _bloom,
     "CodeGenAttention": _gptj,
+    "DogeAttention": _doge,
     "FalconAttention": _falcon,
     "GPTJAttention": _gptj,
     "GPTNeoSelfAttention": _gpt_neo,
     "GPTNeoXJapaneseAttention": _gpt_neox_japanese,
+    "GitSelfAttention": _bert,
+    "HrmTextAttention": _hrm,
     "MegatronBertSelfAttention": _bert,
     "MptAttention": _mpt,
+    "MultiHeadAttention": lambda module: hasattr(module, "q_lin") and _xlm(module),
     "MvpAttention": _bart,
     "RemBertSelfAttention": _bert,
     "RoFormerSelfAttention": _bert,
+    "TrOCRAttention": _bart,
     "XGLMAttention": _bart,
 }
 
@@ -268,6 +339,16 @@ def _bloom_backbone(
     return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=self.ln_f(hidden))
 
 
+def _big_bird_backbone(
+    self: Any, input_ids: torch.Tensor, position_ids: torch.Tensor, **_: Any
+) -> BaseModelOutputWithPastAndCrossAttentions:
+    """Without the pooler, which reads the first row alone and has no part in the logits."""
+    kinds = torch.zeros_like(input_ids)
+    hidden = self.embeddings(input_ids, position_ids=position_ids, token_type_ids=kinds)
+    encoded: BaseModelOutputWithPastAndCrossAttentions = self.encoder(hidden, use_cache=False)
+    return encoded
+
+
 def _mpt_backbone(
     self: Any, input_ids: torch.Tensor, **_: Any
 ) -> BaseModelOutputWithPastAndCrossAttentions:
@@ -277,7 +358,26 @@ def _mpt_backbone(
     return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=self.norm_f(hidden))
 
 
+def _xlm_backbone(
+    self: Any, input_ids: torch.Tensor, position_ids: torch.Tensor, **_: Any
+) -> BaseModelOutputWithPastAndCrossAttentions:
+    """Transformers' own takes rows behind the first padding tokens for padding."""
+    if not self.causal:
+        raise UnsupportedModelError("the model's attention is not causal (causal: false)")
+    hidden = self.layer_norm_emb(
+        self.embeddings(input_ids) + self.position_embeddings(position_ids)
+    )
+    for attend, norm1, feed, norm2 in zip(
+        self.attentions, self.layer_norm1, self.ffns, self.layer_norm2, strict=True
+    ):
+        hidden = norm1(hidden + attend(hidden)[0])
+        hidden = norm2(hidden + feed(hidden))
+    return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
+
+
 _BACKBONES: dict[str, Callable[..., BaseModelOutputWithPastAndCrossAttentions]] = {
+    "BigBirdModel": _big_bird_backbone,
     "BloomModel": _bloom_backbone,
     "MptModel": _mpt_backbone,
+    "XLMModel": _xlm_backbone,
 }

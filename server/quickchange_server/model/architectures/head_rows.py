@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from quickchange_server.errors import UnsupportedModelError
+
 
 class HeadRows:
     """Makes `logits_to_keep` cut the input [1, T, H] of a model's head, if the model does not.
@@ -42,4 +44,9 @@ class HeadRows:
 
     def _cut(self, _head: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         asked = self._asked
+        if args[0].dim() != 3:
+            raise UnsupportedModelError(
+                f"its LM head reads {tuple(args[0].shape)}, not a row a token; models that predict "
+                "several tokens at once are not supported"
+            )
         return (args[0][:, slice(-asked, None) if isinstance(asked, int) else asked], *args[1:])

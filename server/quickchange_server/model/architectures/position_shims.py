@@ -37,7 +37,11 @@ def most_positions(model: nn.Module, config: PretrainedConfig) -> int:
     """Tokens for which the model has positions."""
     text = config.get_text_config()
     limits = (getattr(text, name, None) for name in _LIMITS)
-    limit = next((int(limit) for limit in limits if limit), _NO_LIMIT)
+    limit = next((int(limit) for limit in limits if limit is not None), _NO_LIMIT)
+    if getattr(text, "keep_window_size", None):  # Doge attends to all keys up to there
+        limit = min(limit, int(text.keep_window_size))
+    if getattr(text, "attention_type", None) == "block_sparse":  # BigBird, likewise
+        limit = min(limit, (5 + 2 * text.num_random_blocks) * text.block_size)
     return limit - max((_first_position(module) or 0 for module in model.modules()), default=0)
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from quickchange_server.errors import UnsupportedModelError
-from quickchange_server.model.architectures.recurrent_scan import scan_from_state
+from quickchange_server.model.architectures.recurrent_scan import ScanFromState, scan_from_state
 from quickchange_server.model.forward_context import (
     FIRST_STATE,
     ZERO_STATE,
@@ -62,7 +62,10 @@ class RecurrentLayer:
         self.layer = int(module.layer_idx)  # type: ignore[arg-type]
         self.shapes = dict(shapes)
         own = scan_from_state(module)
-        self._scan, self._compute = (None, module.forward) if own is None else own
+        self._scan: ScanFromState | None = None
+        self._compute: Callable[..., Any] = module.forward
+        if own is not None:
+            self._scan, self._compute = own
         self._input, self._cache_name, self._cache_at = _arguments(module)
         self._holder = StepHolder()
         self._states: dict[Place, torch.Tensor] = {}
@@ -119,7 +122,8 @@ class RecurrentLayer:
     ) -> torch.Tensor:
         """The output for `hidden` in the place of a call's hidden states."""
         out = self(hidden, *args[1:], **kwargs) if args else self(**{**kwargs, self._input: hidden})
-        return out[0] if isinstance(out, tuple) else out
+        first: torch.Tensor = out[0] if isinstance(out, tuple) else out
+        return first
 
     def _call(
         self, rows: torch.Tensor, cache: _StateCache, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -235,6 +239,7 @@ class _Recording(_StateCache):
 
     def _read(self, place: Place) -> torch.Tensor | None:
         del place
+        return None
 
     def _keep(self, place: Place, states: torch.Tensor) -> None:
         self.shapes[place] = StateShape(tuple(states.shape[1:]), states.dtype)

@@ -22,7 +22,6 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, LinearAttentionCacheLayerMixin
-from transformers.utils import logging as transformers_logging
 
 from quickchange_server.adapters.module_groups import ModuleGroup
 from quickchange_server.errors import UnsupportedModelError
@@ -33,6 +32,7 @@ from quickchange_server.model.architectures.attention_shims import (
     replace_own_attention,
 )
 from quickchange_server.model.architectures.conv1d import linears_of_conv1d
+from quickchange_server.model.architectures.experts import wrap_experts
 from quickchange_server.model.architectures.head_rows import HeadRows
 from quickchange_server.model.architectures.position_scaling import (
     PositionScaling,
@@ -158,7 +158,6 @@ def load_model(
     """
     check_quantization(quantization, device)
     paged_attention.register()
-    transformers_logging.disable_progress_bar()  # a server's log is no terminal
     try:
         config = BaseSource.of(path).config()
         _refuse_other_state(config)
@@ -198,7 +197,8 @@ def _prepared(
     config: PretrainedConfig = model.config
     _refuse_headless(model)
     model.requires_grad_(False)
-    proof = ModelProof(model) if model_check else None
+    rounded = quantization != "none" or quantization_method(config) is not None
+    proof = ModelProof(model, rounded=rounded) if model_check else None
     linears_of_conv1d(model)
     replace_own_attention(model)
     take_positions(model)
@@ -210,6 +210,7 @@ def _prepared(
     rows = _rows_of_short_pass(model)
     wrapper = Wrapper(model, holder, rows=rows if adapters else None, base=base)
     groups = wrapper.wrap()
+    wrap_experts(model, holder, groups, adapters=adapters)
     head_rows.attach(model.get_output_embeddings())  # type: ignore[operator]
     scaling = scale_by_text(model, holder)
     fusion = Fusion(model, lambda ids, positions: _logits(model, ids, positions))
@@ -237,7 +238,7 @@ def _prepared(
         recurrent=recurrent,
     )
     if proof is not None:
-        _prove(loaded, proof, fusion, exact=quantization == "none")
+        _prove(loaded, proof, fusion, exact=not rounded)
     connect(model, wrapper.entrances)
     return loaded
 
@@ -292,11 +293,14 @@ def _logits(
 ) -> torch.Tensor:
     """Logits [R, V] of `sample_rows` (default: the last row)."""
     device = next(model.parameters()).device
+    if sample_rows is None:
+        # As a tensor: for a number, Gemma 4 drops the other rows in front of its last layers.
+        sample_rows = torch.tensor([len(ids) - 1])
     output: Any = model(
         input_ids=ids.unsqueeze(0).to(device),
         position_ids=positions.unsqueeze(0).to(device),
         use_cache=False,
-        logits_to_keep=1 if sample_rows is None else sample_rows.to(device),
+        logits_to_keep=sample_rows.to(device),
     )
     logits: torch.Tensor = output.logits[0]
     return logits
@@ -391,7 +395,7 @@ def _refuse_other_layers(
     layers = _layer_count(text) - sum(kind in _STATELESS for kind in kinds)
     served = len({*attention, *with_states})
     lost = {i for i, kind in enumerate(kinds) if _is_recurrent(kind)} - with_states
-    if served != layers or lost:
+    if served != layers or lost or not served:
         raise UnsupportedModelError(
             f"{type(model).__name__}: {served} of {layers} layers use the attention "
             "interface or keep their states in transformers' cache; models with other kinds of "

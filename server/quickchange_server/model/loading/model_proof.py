@@ -20,6 +20,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -74,9 +75,15 @@ Step = Sequence[tuple[int, int]]
 class ModelProof:
     """What transformers' own model gives for some texts, against which another form is held."""
 
-    def __init__(self, model: nn.Module) -> None:
-        """Read the texts with `model`, in which nothing may have been replaced so far."""
+    def __init__(self, model: nn.Module, *, rounded: bool) -> None:
+        """Read the texts with `model`, in which nothing may have been replaced so far.
+
+        rounded: it is quantised, or will be.
+        """
         self._model = model
+        if rounded:  # quantised modules may set themselves up in the first pass, all at once
+            with _eager(model):
+                _text(model, torch.zeros(1, dtype=torch.long), 0)
         self._stacks = _kinds_of_layers(model)
         self._short = shortened({size for _, _, size in _windows(model)})
         self._texts: list[Text] = []
@@ -133,8 +140,10 @@ class ModelProof:
         with self._as_proved():
             paged.begin(len(self._texts))
             for step in steps:
-                logits = paged.run(self._texts, step).split([end - at for at, end in step])
-                for text, (begin, end), got in zip(self._texts, step, logits, strict=True):
+                logits = paged.run(self._texts, step)
+                ends = accumulate(end - at for at, end in step)
+                for text, (begin, end), stop in zip(self._texts, step, ends, strict=True):
+                    got = logits[stop - (end - begin) : stop]
                     for row, error in enumerate(_errors(got, text.logits[begin:end]), begin):
                         if error > worst:
                             worst, where = error, text.start + row
@@ -227,7 +236,7 @@ def _errors(got: Tensor, expected: Tensor) -> list[float]:
 
 
 def _hint(model: nn.Module) -> str:
-    config: PretrainedConfig = model.config  # type: ignore[assignment]
+    config: PretrainedConfig = model.config
     if getattr(config, "is_decoder", True) is False:
         return "; its configuration has is_decoder off, so that each token sees those behind it"
     return ""
@@ -254,7 +263,7 @@ def _configs(model: nn.Module) -> list[PretrainedConfig]:
 
 
 def _text_config(model: nn.Module) -> PretrainedConfig:
-    config: PretrainedConfig = model.config  # type: ignore[assignment]
+    config: PretrainedConfig = model.config
     return config.get_text_config(decoder=True)
 
 
@@ -270,7 +279,8 @@ def _drawn(model: nn.Module) -> list[tuple[Tensor, int]]:
     special: set[int] = set()
     for name in ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "cls_token_id"):
         value = getattr(config, name, None)
-        special |= set(value if isinstance(value, list) else [value])
+        if value is not None:
+            special |= set(value if isinstance(value, list) else [value])
     plain = [token for token in range(min(vocabulary, 1 << 12)) if token not in special]
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(len(plain), (len(starts), _LENGTH), generator=generator)
