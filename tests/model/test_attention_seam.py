@@ -26,13 +26,18 @@ from quickchange_server.model.paged_attention import (
 CPU = torch.device("cpu")
 
 
+def module(**attributes: bool) -> SimpleNamespace:
+    """What attention needs of a module: layer 0, and these attributes."""
+    return SimpleNamespace(
+        layer_idx=0, **{paged_attention.ATTRIBUTE: ShapeRecorder()}, **attributes
+    )
+
+
 def call(**options: Any) -> torch.Tensor:
     """Calls the interface as a model does, on three tokens of two heads."""
     paged_attention.register()
     interface = AttentionInterface()[paged_attention.NAME]
-    module = options.pop("module", None) or SimpleNamespace(
-        layer_idx=0, **{paged_attention.ATTRIBUTE: ShapeRecorder()}
-    )
+    caller = options.pop("module", None) or module()
     given: dict[str, Any] = {
         "query": torch.zeros(1, 2, 3, 8),
         "key": torch.zeros(1, 1, 3, 8),
@@ -41,7 +46,7 @@ def call(**options: Any) -> torch.Tensor:
         **options,
     }
     names = ("query", "key", "value", "attention_mask")
-    out, none = interface(module, *(given.pop(name) for name in names), **given)
+    out, none = interface(caller, *(given.pop(name) for name in names), **given)
     assert none is None
     return out
 
@@ -59,6 +64,7 @@ def test_values_give_the_output_its_width() -> None:
         ({"something_new": 0.5}, "gives the argument 'something_new'"),
         ({"attention_mask": torch.zeros(1, 1, 3, 3)}, "makes an attention mask"),
         ({"is_causal": False}, r"see those that follow them \(is_causal\)"),
+        ({"module": module(is_causal=False)}, r"see those that follow them \(is_causal\)"),
         ({"query": torch.zeros(2, 2, 3, 8)}, "cuts the batch in 2"),
         ({"key": torch.zeros(1, 1, 7, 8)}, r"layer 0 .* for 3 tokens"),
         ({"value": torch.zeros(1, 2, 3, 5)}, "must have the same heads"),
@@ -78,6 +84,7 @@ def test_what_would_change_the_result_is_refused_by_its_name(
         {"position_ids": torch.zeros(1, 3), "use_cache": True},
         {"position_bias": None, "output_attentions": False},
         {"is_causal": True, "dropout": 0.0},
+        {"module": module(is_causal=False, is_decoder=True)},
     ],
 )
 def test_what_changes_nothing_is_passed_by(options: dict[str, Any]) -> None:

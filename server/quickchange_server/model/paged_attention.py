@@ -28,8 +28,7 @@ ATTRIBUTE = "quickchange_attend"
 _HARMLESS = frozenset(
     (
         "cache_position",
-        "deterministic",
-        "has_relative_attention_bias",
+        "logits_to_keep",
         "num_items_in_batch",
         "output_attentions",
         "output_hidden_states",
@@ -226,8 +225,9 @@ def _interface(
     attend: Attend | None = getattr(module, ATTRIBUTE, None)
     if attend is None:
         raise _unsupported(module, "has no layer_idx, so its keys and values have no place")
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if not causal:
+    if is_causal is None:  # BigBird-Pegasus's decoder says only that it is one
+        is_causal = getattr(module, "is_causal", True) or getattr(module, "is_decoder", False)
+    if not is_causal:
         raise _unsupported(module, "lets tokens see those that follow them (is_causal)")
     if attention_mask is not None or dropout:
         raise _unsupported(module, "makes an attention mask or dropout of its own")
