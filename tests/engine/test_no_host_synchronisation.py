@@ -7,11 +7,13 @@ The device is torch's "meta": tensors with shapes and dtypes, without values.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from recurrent_models import RECURRENT, make_recurrent
+from scaled_models import SCALED, make_scaled
 from tiny_models import make_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,7 +24,7 @@ from quickchange_kernels.sampling.token_mask import mask_words, plain_token_mask
 from quickchange_server.adapters.adapter_loader import ImmediateCopies
 from quickchange_server.adapters.memory_pool import DevicePool
 from quickchange_server.adapters.packing import build_image, page_shapes
-from quickchange_server.engine.model_inputs import DecodeBuckets, step_inputs
+from quickchange_server.engine.model_inputs import DecodeBuckets, row_reach, step_inputs
 from quickchange_server.model import paged_attention
 from quickchange_server.model.input_buffers import layout_of, rebuilt
 from quickchange_server.model.loading.model_loader import LoadedModel, forward, prepare
@@ -34,6 +36,7 @@ META = torch.device("meta")
 ROWS, BLOCKS, BLOCK_SIZE = 4, 8, 4
 
 
+SCALED_ON_DEVICE = ("phi3", "llama-longrope", "llama-dynamic", "gemma3-dynamic")
 # One of each kind of recurrent layer; experts need host values of their own.
 RECURRENT_ON_DEVICE = (
     "qwen3_5_text",
@@ -80,7 +83,10 @@ def move(module: nn.Module) -> None:
 def make_step(family: str, *, adapters: bool) -> tuple[LoadedModel, tuple[Tensor, Tensor, Tensor]]:
     """A model on the device with a padded decode step set, and ids, positions, rows to sample."""
     paged_attention.register()
-    model = make_recurrent(family) if family in RECURRENT else make_model(family)
+    made = (
+        make_recurrent if family in RECURRENT else make_scaled if family in SCALED else make_model
+    )
+    model = made(family)
     model.set_attn_implementation(paged_attention.NAME)
     loaded = prepare(model, adapters=adapters)
     move(loaded.module)
@@ -89,6 +95,8 @@ def make_step(family: str, *, adapters: bool) -> tuple[LoadedModel, tuple[Tensor
     )
     extent = DecodeBuckets(ROWS, BLOCKS).extents(adapters=adapters)[0]
     on_host = step_inputs((), extent, BLOCK_SIZE, META if loaded.recurrent else None)
+    if loaded.scaling is not None:
+        on_host = replace(on_host, reach=row_reach((), extent.rows))
     layout, tensors = layout_of(on_host)
     inputs = rebuilt(layout, [there(tensor) for tensor in tensors])
     tables = None
@@ -102,7 +110,16 @@ def make_step(family: str, *, adapters: bool) -> tuple[LoadedModel, tuple[Tensor
 @pytest.mark.parametrize("adapters", [True, False])
 @pytest.mark.parametrize(
     "family",
-    ["llama", "qwen3", "gemma2", "phi", "mixtral", "gpt_oss", *RECURRENT_ON_DEVICE],
+    [
+        "llama",
+        "qwen3",
+        "gemma2",
+        "phi",
+        "mixtral",
+        "gpt_oss",
+        *SCALED_ON_DEVICE,
+        *RECURRENT_ON_DEVICE,
+    ],
 )
 def test_a_decode_step_stays_on_the_device(family: str, adapters: bool) -> None:
     loaded, inputs = make_step(family, adapters=adapters)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 LIMIT = 32  # tokens, up to which positions are not scaled
 
@@ -121,16 +121,21 @@ UNSCALED: dict[str, dict[str, object]] = {
 }
 
 
-def save_scaled(kind: str, folder: Path) -> Path:
-    """A random float32 model on disk, in transformers' layout."""
+def make_scaled(kind: str, attention: str = "eager") -> PreTrainedModel:
+    """A random float32 model."""
     torch.manual_seed(0)
     options = {**_COMMON, **(SCALED | UNSCALED)[kind]}
     config = AutoConfig.for_model(str(options.pop("model_type")), **options)
-    model = AutoModelForCausalLM.from_config(config).float()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).float().eval()
     for name, parameter in model.named_parameters():
         if "norm" not in name.lower():
             torch.nn.init.normal_(parameter, std=0.3 if parameter.dim() > 1 else 0.1)
-    model.save_pretrained(folder)
+    return model
+
+
+def save_scaled(kind: str, folder: Path) -> Path:
+    """The same model on disk, in transformers' layout."""
+    make_scaled(kind).save_pretrained(folder)
     return folder
 
 

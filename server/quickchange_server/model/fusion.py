@@ -199,7 +199,7 @@ class FusedAttention(nn.Module):
         self._split = (call.heads, call.kv_heads, call.kv_heads)
         self._head_size = call.head_size
         self.window = call.window
-        self._scoring = {"scale": call.scale, "softcap": call.softcap}
+        self._scoring: dict[str, Any] = {"scale": call.scale, "softcap": call.softcap}
         heads = {"sinks": call.sinks, "slopes": call.slopes}
         self._scoring |= {name: given for name, given in heads.items() if given is not None}
 

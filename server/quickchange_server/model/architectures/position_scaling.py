@@ -112,7 +112,7 @@ class TextRotary(nn.Module):
 
     def _seen(self, kind: str, layer_type: str | None) -> _Seen:
         """What the original's forward must see in place of its own attributes, from the reach."""
-        config: PretrainedConfig = self.original.config  # type: ignore[assignment]
+        config: PretrainedConfig = self.original.config
         rope = config.rope_parameters if layer_type is None else config.rope_parameters[layer_type]
         prefix = "" if layer_type is None else f"{layer_type}_"
         name = f"{prefix}inv_freq"

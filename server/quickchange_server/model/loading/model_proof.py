@@ -17,9 +17,10 @@ or all run. The model is left as it was, whatever happens, and so is torch's gen
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -84,16 +85,16 @@ class ModelProof:
             with _eager(model):
                 _text(model, torch.zeros(1, dtype=torch.long), 0)
         self._stacks = _kinds_of_layers(model)
+        self._short = shortened({size for _, _, size in _windows(model)})
         self._texts: list[Text] = []
-        self._failed: Exception | None = None
-        try:
-            self._texts = self._read()
-        except Exception as error:
-            if not self._stacks:
+        self._failed: Exception | None = None  # told by `difference`: other refusals say more
+        for stacks in (self._stacks, []):  # some models don't run without all their layers
+            self._stacks = stacks
+            try:
+                self._texts, self._failed = self._read(), None
+                break
+            except Exception as error:
                 self._failed = error
-                return
-            self._stacks = []  # it does not run without all its layers
-            self._texts = self._read()
 
     def difference(
         self, install: Callable[..., None], holder: StepHolder, run: Run, tolerance: float
@@ -124,7 +125,10 @@ class ModelProof:
                 f"{error}, where several texts share a step: rows are not kept apart by their "
                 "position_ids"
             )
-        return f"{found}, where a text is computed in parts"
+        return (
+            f"{found}, where a text is computed in parts: it does not go by position_ids, or keeps "
+            "more between steps than keys and values"
+        )
 
     def _read(self) -> list[Text]:
         with self._as_proved(), _eager(self._model), _kept_state(self._model):
@@ -136,8 +140,10 @@ class ModelProof:
         with self._as_proved():
             paged.begin(len(self._texts))
             for step in steps:
-                logits = paged.run(self._texts, step).split([end - at for at, end in step])
-                for text, (begin, end), got in zip(self._texts, step, logits, strict=True):
+                logits = paged.run(self._texts, step)
+                ends = accumulate(end - at for at, end in step)
+                for text, (begin, end), stop in zip(self._texts, step, ends, strict=True):
+                    got = logits[stop - (end - begin) : stop]
                     for row, error in enumerate(_errors(got, text.logits[begin:end]), begin):
                         if error > worst:
                             worst, where = error, text.start + row
@@ -152,7 +158,7 @@ class ModelProof:
         devices = [device] if device.type == "cuda" else []
         with ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng(devices))
-            stack.enter_context(_short_windows(self._model))
+            stack.enter_context(_short_windows(self._model, self._short))
             for layers, kept in self._stacks:
                 stack.enter_context(_only(self._model, layers, kept))
             yield
@@ -230,7 +236,7 @@ def _errors(got: Tensor, expected: Tensor) -> list[float]:
 
 
 def _hint(model: nn.Module) -> str:
-    config: PretrainedConfig = model.config  # type: ignore[assignment]
+    config: PretrainedConfig = model.config
     if getattr(config, "is_decoder", True) is False:
         return "; its configuration has is_decoder off, so that each token sees those behind it"
     return ""
@@ -257,7 +263,7 @@ def _configs(model: nn.Module) -> list[PretrainedConfig]:
 
 
 def _text_config(model: nn.Module) -> PretrainedConfig:
-    config: PretrainedConfig = model.config  # type: ignore[assignment]
+    config: PretrainedConfig = model.config
     return config.get_text_config(decoder=True)
 
 
@@ -273,7 +279,8 @@ def _drawn(model: nn.Module) -> list[tuple[Tensor, int]]:
     special: set[int] = set()
     for name in ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "cls_token_id"):
         value = getattr(config, name, None)
-        special |= set(value if isinstance(value, list) else [value])
+        if value is not None:
+            special |= set(value if isinstance(value, list) else [value])
     plain = [token for token in range(min(vocabulary, 1 << 12)) if token not in special]
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(len(plain), (len(starts), _LENGTH), generator=generator)
@@ -327,25 +334,36 @@ def _values(owner: Any, values: dict[str, Any]) -> Iterator[None]:
         attributes.update(saved)
 
 
-@contextmanager
-def _short_windows(model: nn.Module) -> Iterator[None]:
-    """Every window of attention short; windows that differ by one go on doing so."""
+def shortened(sizes: Set[int]) -> dict[int, int]:
+    """A short size for each, in the same order; those that differ by one go on doing so."""
+    short: dict[int, int] = {}
+    for size in sorted(sizes):
+        last = max(short, default=0)
+        step = 1 if size == last + 1 else 2
+        short[size] = min(size, short[last] + step) if short else min(size, _WINDOW)
+    return short
+
+
+def _windows(model: nn.Module) -> list[tuple[Any, str, int]]:
+    """Configurations and modules that hold a size of attention's windows or chunks: (holder, name,
+    size)."""
     owners: list[Any] = [*_configs(model), *model.modules()]
-    found = [
+    return [
         (owner, name, value)
         for owner in owners
         for name, value in vars(owner).items()
         if type(value) is int and value > _WINDOW and any(part in name for part in _SHORTENED)
     ]
-    short: dict[int, int] = {}
-    least = target = 0
-    for value in sorted({value for _, _, value in found}):
-        if value - 1 not in short:  # no neighbour of the one before: the next size
-            least, target = value, min(value, target + 2 if target else _WINDOW)
-        short[value] = target + value - least
+
+
+@contextmanager
+def _short_windows(model: nn.Module, short: Mapping[int, int]) -> Iterator[None]:
+    """Windows of other sizes, by those that they had when the proof began."""
     with ExitStack() as stack:
-        for owner, name, value in found:
-            stack.enter_context(_values(owner, {name: short[value]}))
+        for owner, name, size in _windows(model) if short else ():
+            nearest = min(short, key=lambda known: abs(known - size))
+            value = max(short[nearest] + size - nearest, 1)
+            stack.enter_context(_values(owner, {name: value}))
         yield
 
 
@@ -402,9 +420,9 @@ def _kinds_of_layers(model: nn.Module) -> list[Stack]:
         if not isinstance(module, nn.ModuleList) or not any(map(_attends, module)):
             continue
         kinds: dict[object, int] = {}
-        for index, layer in enumerate(module):
+        for index, kind in enumerate(_kinds(module)):
             named = types[index] if types and len(types) == len(module) else None
-            kinds.setdefault((named, _kind(layer, index)), index)
+            kinds.setdefault((named, kind), index)
         if 2 * len(kinds) <= len(module):
             stacks.append((module, sorted(kinds.values())))
     return stacks
@@ -414,21 +432,32 @@ def _attends(layer: nn.Module) -> bool:
     return any(hasattr(module, "layer_idx") for module in layer.modules())
 
 
-def _kind(layer: nn.Module, index: int) -> object:
-    """Equal for layers that compute the same but for their parameters' values."""
-    return tuple(
-        (
-            path,
-            type(module),
-            tuple((name, p.shape, p.dtype) for name, p in module.named_parameters(recurse=False)),
-            tuple(
-                (name, value)
-                for name, value in sorted(vars(module).items())
-                if isinstance(value, (bool, int, str)) and (type(value) is bool or value != index)
-            ),
-        )
-        for path, module in layer.named_modules()
-    )
+def _kinds(layers: nn.ModuleList) -> list[object]:
+    """One for each layer, equal for those that compute the same but for their parameters' values.
+
+    Attributes that count the layers tell them apart no more than their places do.
+    """
+    every = [_facts(layer) for layer in layers]
+    counting = {
+        key
+        for key, first in every[0].items()
+        if type(first) is int
+        and all(facts.get(key) == first + index for index, facts in enumerate(every))
+    }
+    return [frozenset((k, v) for k, v in facts.items() if k not in counting) for facts in every]
+
+
+def _facts(layer: nn.Module) -> dict[tuple[str, str], object]:
+    """Classes, parameters' shapes and plain attributes of a layer's modules."""
+    facts: dict[tuple[str, str], object] = {}
+    for path, module in layer.named_modules():
+        facts[path, "class"] = type(module)
+        for name, parameter in module.named_parameters(recurse=False):
+            facts[path, name] = (parameter.shape, parameter.dtype)
+        for name, value in vars(module).items():
+            if isinstance(value, (bool, int, str)):
+                facts[path, name] = value
+    return facts
 
 
 @contextmanager
