@@ -128,6 +128,16 @@ FAMILIES: dict[str, dict[str, object]] = {
     "xglm": {"model_type": "xglm", "ffn_dim": 80},
     # Linears that store their weights transposed.
     "gpt2": {"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True},
+    "diffllama": {"model_type": "diffllama", **_GROUPED},
+    "doge": {"model_type": "doge", **_GROUPED},
+    "xlm": {
+        "model_type": "xlm",
+        "emb_dim": 48,
+        "n_layers": 3,
+        "n_heads": 4,
+        "causal": True,
+        "pad_token_id": 96,
+    },
     # Decoders of translators, which count positions from the start of what they are given.
     "bart": {"model_type": "bart", **_DECODER},
     "mvp": {"model_type": "mvp", **_DECODER},

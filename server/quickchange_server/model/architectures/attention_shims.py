@@ -245,9 +245,7 @@ def _bart(module: Any) -> bool:
 
 
 def _xlm(module: Any) -> bool:
-    def forward(
-        hidden_states: torch.Tensor, *_: Any, kv: object = None, **__: Any
-    ) -> tuple[torch.Tensor]:
+    def forward(hidden_states: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor]:
         query, key, value = (
             projection(hidden_states).unflatten(2, (-1, module.head_dim)).transpose(1, 2)
             for projection in (module.q_lin, module.k_lin, module.v_lin)
@@ -291,6 +289,44 @@ def _doge(module: Any) -> bool:
     return True
 
 
+def _diff_llama(module: Any) -> bool:
+    """The same queries and keys over two halves of the values: one value of twice the width."""
+    rotate = _function(module, "apply_rotary_pos_emb")
+
+    def forward(
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        *_: Any,
+        **__: Any,
+    ) -> tuple[torch.Tensor, None]:
+        query, key, value = (
+            projection(hidden_states).unflatten(2, (-1, module.head_dim)).transpose(1, 2)
+            for projection in (module.q_proj, module.k_proj, module.v_proj)
+        )
+        query, key = rotate(query, key, *position_embeddings)
+        both = torch.cat(value.chunk(2, 1), 3).repeat(1, 2, 1, 1)  # [1, Hkv, T, 2 D]
+        first, second = _attended(module, query, key, both, scale=module.scaling).chunk(2, 1)
+        weights = [
+            torch.exp(torch.sum(q * k, dim=-1, dtype=torch.float32)).to(query.dtype)
+            for q, k in (
+                (module.lambda_q1, module.lambda_k1),
+                (module.lambda_q2, module.lambda_k2),
+            )
+        ]
+        mixed = first - (weights[0] - weights[1] + module.lambda_init) * second
+        out = (1 - module.lambda_init) * module.groupnorm(mixed)
+        return module.o_proj(out.flatten(1).unsqueeze(0)), None
+
+    module.forward = forward
+    return True
+
+
+def _causal(module: Any) -> bool:
+    """A decoder's attention that leaves it to its mask that tokens see none behind them."""
+    module.is_causal = module.is_decoder
+    return True
+
+
 def _hrm(module: Any) -> bool:
     """A layer that is passed several times in a step has keys and values of each pass."""
     first = module.layer_idx
@@ -307,8 +343,10 @@ _COLUMNS = 8  # what a key is widened by: whole vectors of any dtype
 _KINDS: dict[str, Callable[[Any], bool]] = {
     "BigBirdSelfAttention": _bert,
     "Attention": lambda module: hasattr(module, "merge_heads") and _openai_gpt(module),
+    "BigBirdPegasusDecoderAttention": _causal,
     "BloomAttention": _bloom,
     "CodeGenAttention": _gptj,
+    "DiffLlamaAttention": _diff_llama,
     "DogeAttention": _doge,
     "FalconAttention": _falcon,
     "GPTJAttention": _gptj,

@@ -53,6 +53,7 @@ _WINDOW = 3  # rows of the shortest window
 _BLOCK_SIZE = 16
 # Names of what limits or tempers attention, in configurations and modules.
 _SHORTENED = ("window", "attention_chunk_size", "floor_scale", "local_attention")
+_SERVED_WITHIN = "keep_window_size"  # Doge's, past which no text is served
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,6 +354,7 @@ def _windows(model: nn.Module) -> list[tuple[Any, str, int]]:
         for owner in owners
         for name, value in vars(owner).items()
         if type(value) is int and value > _WINDOW and any(part in name for part in _SHORTENED)
+        if name != _SERVED_WITHIN
     ]
 
 
@@ -369,12 +371,16 @@ def _short_windows(model: nn.Module, short: Mapping[int, int]) -> Iterator[None]
 
 @contextmanager
 def _eager(model: nn.Module) -> Iterator[None]:
-    """transformers' eager attention in place of the paged one."""
+    """transformers' eager attention in place of the paged one.
+
+    For Falcon with ALiBi its SDPA: eager attention adds the bias twice there.
+    """
     configs = _configs(model)
     before = [config._attn_implementation for config in configs]
     try:
         for config in configs:
-            config._attn_implementation = "eager"
+            twice = config.model_type == "falcon" and config.alibi
+            config._attn_implementation = "sdpa" if twice else "eager"
         yield
     finally:
         for config, name in zip(configs, before, strict=True):
