@@ -12,6 +12,7 @@ from repeating_capture import RepeatingCapture
 
 from quickchange_server.engine import model_runner
 from quickchange_server.engine.engine import Engine
+from quickchange_server.engine.kv_cache_manager import KVBlocks
 
 KINDS = ("qwen3_5_text", "lfm2", "mamba", "mamba2", "falcon_h1")
 PROMPT = [7 * i % 89 + 3 for i in range(41)]
@@ -71,6 +72,22 @@ def test_decode_steps_from_graphs_give_the_same_tokens(
         drive.engine.submit(request(key, prompt, max_tokens=TOKENS))
     drive.finish(*prompts)
     assert capture.replayed > warmed, "no step was replayed"
+    reference = make_recurrent(kind)
+    assert drive.tokens == {k: generated(reference, p, TOKENS) for k, p in prompts.items()}
+
+
+@pytest.mark.parametrize("prefix_cache", [True, False])
+def test_sequences_put_back_begin_anew_with_the_same_tokens(
+    prefix_cache: bool, kind: str, model: Path
+) -> None:
+    engine = engine_on(model)
+    engine.scheduler.blocks = KVBlocks(13, 4, prefix_cache=prefix_cache)  # of the more that fit
+    drive = Driver(engine)
+    prompts = {str(i): PROMPT[i : 4 * i + 3] for i in range(6)}
+    for key, prompt in prompts.items():
+        engine.submit(request(key, prompt, max_tokens=TOKENS))
+    drive.finish(*prompts)
+    assert engine.scheduler.preemptions
     reference = make_recurrent(kind)
     assert drive.tokens == {k: generated(reference, p, TOKENS) for k, p in prompts.items()}
 
