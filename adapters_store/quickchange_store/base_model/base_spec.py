@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from quickchange_store.base_model.base_source import BaseSource, language_model, text_modules
 from quickchange_store.base_model.base_weights import quantization_method
-from quickchange_store.base_model.gguf_file import GGUFTensors
 from quickchange_store.base_model.expert_parts import ConvertedExperts, expert_parts, routed
+from quickchange_store.base_model.gguf_file import GGUFTensors
 from quickchange_store.base_model.sublayers import producers, sublayers
 from quickchange_store.canonical.canonical_adapter import BaseSpec, BaseWeights, ModuleShape
 from quickchange_store.errors import BaseModelError

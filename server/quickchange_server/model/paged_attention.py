@@ -30,6 +30,7 @@ _HARMLESS = frozenset(
         "cache_position",
         "deterministic",
         "has_relative_attention_bias",
+        "logits_to_keep",
         "num_items_in_batch",
         "output_attentions",
         "output_hidden_states",
