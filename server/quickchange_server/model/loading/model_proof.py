@@ -379,12 +379,17 @@ def _eager(model: nn.Module) -> Iterator[None]:
     before = [config._attn_implementation for config in configs]
     try:
         for config in configs:
-            twice = config.model_type == "falcon" and config.alibi
-            config._attn_implementation = "sdpa" if twice else "eager"
+            config._attn_implementation = _reference_attention(config)
         yield
     finally:
         for config, name in zip(configs, before, strict=True):
             config._attn_implementation = name
+
+
+def _reference_attention(config: PretrainedConfig) -> str:
+    """The implementation that computes what is meant: Falcon's eager one adds ALiBi twice."""
+    adds_twice = config.model_type == "falcon" and getattr(config, "alibi", False)
+    return "sdpa" if adds_twice else "eager"
 
 
 _SMALL = 1 << 14  # values of a buffer that a forward pass may write to, such as frequencies
