@@ -1,4 +1,4 @@
-"""What a shim can't serve is refused with its reason; how far positions go is known by the model."""
+"""What a shim can't serve is refused with its reason; positions end where the model has none."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def take_positions(model: nn.Module) -> None:
     step = _StepPositions()
     counting = [module for module in model.modules() if _counts_rows(module)]
     for module in counting:
-        module.forward = step.embedding(module)  # type: ignore[assignment]
+        module.forward = step.embedding(module)
     if counting:
         model.register_forward_pre_hook(step.note, with_kwargs=True)
     for module in model.modules():
