@@ -94,7 +94,8 @@ def find_parameters(config: Mapping[str, Any], base: BaseSpec) -> frozenset[str]
     texts(field, wanted)
     found: set[str] = set()
     for each in wanted:
-        fitting = {path for path in base.experts if path == each or path.endswith(f".{each}")}
+        known = [*base.experts, *_router_weights(base)]
+        fitting = {path for path in known if path == each or path.endswith(f".{each}")}
         if not fitting:
             raise UnsupportedFeatureError(
                 f"{each!r} is no matrix of the experts of the base model {base.architecture}"
@@ -102,10 +103,14 @@ def find_parameters(config: Mapping[str, Any], base: BaseSpec) -> frozenset[str]
                 file=CONFIG_FILE,
                 key=field,
                 remedy="target the experts' matrices, or nn.Linear modules (target_modules): "
-                "routers and the experts' biases stay the base's",
+                "the experts' biases stay the base's",
             )
         found |= fitting
     return frozenset(found)
+
+
+def _router_weights(base: BaseSpec) -> list[str]:
+    return [f"{path}.weight" for path, shape in base.modules.items() if shape.kind == "router"]
 
 
 def _endings(paths: Iterable[str]) -> list[str]:
@@ -132,8 +137,13 @@ def find_targets(
     for field in ("exclude_modules", "layers_pattern"):
         texts(field, config.get(field))
     _check_layers(config.get("layers_to_transform"))
+    routers = frozenset(
+        path.removesuffix(".weight")
+        for path in find_parameters(config, base)
+        if path not in base.experts
+    )
     if not alone and not config.get("target_modules"):
-        return frozenset()
+        return routers
     try:
         rule = LoraConfig(
             target_modules=_target_modules(config, base, defaults, names),
@@ -162,7 +172,7 @@ def find_targets(
             remedy="use an adapter of this base model; linear modules and the input embedding are "
             "served",
         )
-    return frozenset(found)
+    return routers | found
 
 
 def _check_layers(layers: Any) -> None:
