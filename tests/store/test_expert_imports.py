@@ -167,11 +167,6 @@ def narrow(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
     config["target_parameters"] = BOTH[1:]
 
 
-def biases(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-    del tensors
-    config["target_parameters"] = [*BOTH, "experts.down_proj_bias"]
-
-
 def norm(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
     del tensors
     config["target_parameters"] = ["input_layernorm.weight"]
@@ -193,7 +188,6 @@ def dora(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         (drop, InvalidAdapterError, f"{WRAPPER}.lora_B.weight"),
         (fewer, BaseMismatchError, f"{WRAPPER}.lora_A.weight"),
         (narrow, InvalidAdapterError, "base_layer.lora_A"),
-        (biases, UnsupportedFeatureError, "target_parameters"),
         (norm, UnsupportedFeatureError, "target_parameters"),
         (no_list, InvalidAdapterError, "target_parameters"),
         (dora, UnsupportedFeatureError, "use_dora"),
