@@ -92,7 +92,7 @@ def find_parameters(config: Mapping[str, Any], base: BaseSpec) -> frozenset[str]
     if not isinstance(wanted, list) or not all(isinstance(each, str) and each for each in wanted):
         raise invalid(field, wanted, "list names of parameters")
     texts(field, wanted)
-    # PEFT itself lists names that not every model has; a tensor that no entry fits is refused later.
+    # PEFT lists names that not every model has; a tensor that no entry fits is refused later.
     known = [*base.experts, *_router_weights(base)]
     found = {path for path in known for each in wanted if f".{path}".endswith(f".{each}")}
     if not found:
