@@ -15,7 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from quickchange_store.base_model.base_source import BaseSource, language_model, text_modules
 from quickchange_store.base_model.base_weights import quantization_method
-from quickchange_store.base_model.expert_parts import ConvertedExperts, expert_parts, routed
+from quickchange_store.base_model.expert_parts import (
+    ConvertedExperts,
+    expert_parts,
+    routed,
+    routers,
+)
 from quickchange_store.base_model.gguf_file import GGUFTensors
 from quickchange_store.base_model.sublayers import producers, sublayers
 from quickchange_store.canonical.canonical_adapter import BaseSpec, BaseWeights, ModuleShape
@@ -89,6 +94,8 @@ def spec_of(network: Any, name: str, weights: BaseWeights | None = None) -> Base
                 # Gemma 3 and others: the module multiplies its output, and so does PEFT its update.
                 output_scale=float(getattr(module, "scalar_embed_scale", 1.0)),
             )
+    for path, size in routers(network).items():
+        modules[path] = ModuleShape("router", *size)
     experts = expert_parts(network)
     return BaseSpec(
         architecture=type(network).__name__,

@@ -47,6 +47,21 @@ def expert_parts(network: nn.Module) -> dict[str, ExpertPart]:
     return parts
 
 
+def routers(network: nn.Module) -> dict[str, tuple[int, int]]:
+    """Routers that stand beside experts and are no linears: (inputs, experts), by path."""
+    from torch import nn
+
+    found = {}
+    for path, module in network.named_modules():
+        if not any(is_experts(child) for child in module.children()):
+            continue
+        for name, child in module.named_children():
+            weight = child._parameters.get("weight")
+            if weight is not None and weight.ndim == 2 and not isinstance(child, nn.Linear):
+                found[f"{path}.{name}"] = (weight.shape[1], weight.shape[0])
+    return found
+
+
 def routed(path: str, linear: nn.Module) -> bool:
     """True for a linear that no adapter can update: a router, or one of a single expert.
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:  # imported where it is needed: names and digests are useful w
 
     from quickchange_store.canonical.turbo_part import TurboHeads
 
-ModuleKind = Literal["linear", "embedding", "expert"]
+ModuleKind = Literal["linear", "embedding", "expert", "router"]
 Activation = Literal["identity", "relu", "gelu", "gelu_tanh", "silu", "tanh"]
 Source = Literal["input", "output", "residual", "stream"]
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)

@@ -201,7 +201,7 @@ def _refuse_leftovers(tensors: AdapterTensors, settings: LoraSettings, base: Bas
             file=tensors.file_of(key),
             key=own,
             remedy="use an adapter of this base model; linear and input embedding modules are "
-            "served, and experts, but no routers",
+            "served, experts and their routers",
         )
     reason = "nothing in adapter_config.json asks for it"
     if part and of_experts:

@@ -92,20 +92,23 @@ def find_parameters(config: Mapping[str, Any], base: BaseSpec) -> frozenset[str]
     if not isinstance(wanted, list) or not all(isinstance(each, str) and each for each in wanted):
         raise invalid(field, wanted, "list names of parameters")
     texts(field, wanted)
-    found: set[str] = set()
-    for each in wanted:
-        fitting = {path for path in base.experts if path == each or path.endswith(f".{each}")}
-        if not fitting:
-            raise UnsupportedFeatureError(
-                f"{each!r} is no matrix of the experts of the base model {base.architecture}"
-                + (f" ({', '.join(_endings(base.experts))})" if base.experts else ""),
-                file=CONFIG_FILE,
-                key=field,
-                remedy="target the experts' matrices, or nn.Linear modules (target_modules): "
-                "routers and the experts' biases stay the base's",
-            )
-        found |= fitting
+    # PEFT lists names that not every model has; a tensor that no entry fits is refused later.
+    known = [*base.experts, *_router_weights(base)]
+    found = {path for path in known for each in wanted if f".{path}".endswith(f".{each}")}
+    if not found:
+        raise UnsupportedFeatureError(
+            f"{wanted!r} is no matrix of the experts of the base model {base.architecture}"
+            + (f" ({', '.join(_endings(known))})" if known else ""),
+            file=CONFIG_FILE,
+            key=field,
+            remedy="target the experts' matrices, their routers, or nn.Linear modules "
+            "(target_modules)",
+        )
     return frozenset(found)
+
+
+def _router_weights(base: BaseSpec) -> list[str]:
+    return [f"{path}.weight" for path, shape in base.modules.items() if shape.kind == "router"]
 
 
 def _endings(paths: Iterable[str]) -> list[str]:
@@ -132,8 +135,13 @@ def find_targets(
     for field in ("exclude_modules", "layers_pattern"):
         texts(field, config.get(field))
     _check_layers(config.get("layers_to_transform"))
+    routers = frozenset(
+        path.removesuffix(".weight")
+        for path in find_parameters(config, base)
+        if path not in base.experts
+    )
     if not alone and not config.get("target_modules"):
-        return frozenset()
+        return routers
     try:
         rule = LoraConfig(
             target_modules=_target_modules(config, base, defaults, names),
@@ -162,7 +170,7 @@ def find_targets(
             remedy="use an adapter of this base model; linear modules and the input embedding are "
             "served",
         )
-    return frozenset(found)
+    return routers | found
 
 
 def _check_layers(layers: Any) -> None:

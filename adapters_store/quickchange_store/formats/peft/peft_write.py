@@ -93,6 +93,10 @@ def _config(
     }
     scales |= {parameter: update.scale for parameter, (_, update) in experts.items()}
     alphas = {module: _alpha(scale, ranks[module]) for module, scale in scales.items()}
+    routers = {path: f"{path}.weight" for path in updates if base.modules[path].kind == "router"}
+    ranks = {routers.get(path, path): value for path, value in ranks.items()}
+    alphas = {routers.get(path, path): value for path, value in alphas.items()}
+    parameters = sorted([*experts, *routers.values()])
     rank = Counter(ranks.values()).most_common(1)[0][0]
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     config = {
@@ -103,11 +107,11 @@ def _config(
         "bias": "none",
         "r": rank,
         "lora_alpha": _number(alpha),
-        "target_modules": sorted(updates),
+        "target_modules": sorted(updates.keys() - routers.keys()),
         "rank_pattern": {m: r for m, r in ranks.items() if r != rank},
         "alpha_pattern": {m: _number(a) for m, a in alphas.items() if a != alpha},
     }
-    return {**config, "target_parameters": sorted(experts)} if experts else config
+    return {**config, "target_parameters": parameters} if parameters else config
 
 
 def _alpha(scale: float, rank: int) -> float:

@@ -45,6 +45,7 @@ class TensorNames:
     def __init__(self, base: BaseSpec) -> None:
         self._paths = base.modules.keys()
         self._experts = {path.rpartition(".")[0] for path in base.experts}
+        self._routers = {path for path, shape in base.modules.items() if shape.kind == "router"}
         self._expert_modules = base.expert_modules
         self._of_expert: dict[str, str | None] = {}  # results of `_expert_path`
         self.expert_modules: dict[str, ExpertPiece] = {}  # in the file: of single experts
@@ -124,7 +125,8 @@ class TensorNames:
     def of_module(self, path: str) -> tuple[str, ...]:
         """What the configuration may call a module: its path, and its name in the file."""
         trained = self._trained.get(path, path)
-        return (path,) if trained == path else (path, trained)
+        names = (path,) if trained == path else (path, trained)
+        return (*names, f"{path}.weight") if path in self._routers else names
 
     def refuse_several(self, file: str) -> None:
         """Raise InvalidAdapterError where the tensors are of adapters with different names."""

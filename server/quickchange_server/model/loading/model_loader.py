@@ -31,17 +31,14 @@ from quickchange_server.model.architectures.attention_shims import (
     admit_attention_classes,
     replace_own_attention,
 )
-from quickchange_server.model.architectures.conv1d import linears_of_conv1d
+from quickchange_server.model.architectures.batch_shims import fit_to_batch, most_positions
 from quickchange_server.model.architectures.experts import wrap_experts
-from quickchange_server.model.architectures.head_rows import HeadRows
 from quickchange_server.model.architectures.position_scaling import (
     PositionScaling,
     scale_by_text,
     stretched,
 )
-from quickchange_server.model.architectures.position_shims import most_positions, take_positions
 from quickchange_server.model.architectures.recurrent_layers import RecurrentLayer, noting_states
-from quickchange_server.model.architectures.shared_attention import follow_calls
 from quickchange_server.model.forward_context import StepHolder
 from quickchange_server.model.fusion import Fusion, MixingProbe
 from quickchange_server.model.int8_linear import (
@@ -199,12 +196,8 @@ def _prepared(
     model.requires_grad_(False)
     rounded = quantization != "none" or quantization_method(config) is not None
     proof = ModelProof(model, rounded=rounded) if model_check else None
-    linears_of_conv1d(model)
     replace_own_attention(model)
-    take_positions(model)
-    follow_calls(model)
-    head_rows = HeadRows(model)
-    head_rows.attach(model.get_output_embeddings())  # type: ignore[operator]
+    head_rows = fit_to_batch(model)
     holder = StepHolder()
     base = int8_linear if quantization == "int8" else base_linear
     rows = _rows_of_short_pass(model)
