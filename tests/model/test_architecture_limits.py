@@ -9,9 +9,11 @@ from transformers import AutoConfig
 
 from quickchange_server.errors import UnsupportedModelError
 from quickchange_server.model.architectures.attention_shims import replace_own_attention
-from quickchange_server.model.architectures.conv1d import linears_of_conv1d
-from quickchange_server.model.architectures.head_rows import HeadRows
-from quickchange_server.model.architectures.position_shims import most_positions
+from quickchange_server.model.architectures.batch_shims import (
+    HeadRows,
+    linears_of_conv1d,
+    most_positions,
+)
 
 
 @pytest.mark.parametrize(
