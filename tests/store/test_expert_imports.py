@@ -175,11 +175,33 @@ def biases(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
 
 def router(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
     del tensors
-    config["target_parameters"] = ["mlp.gate.weight"]
+    config["target_parameters"] = [*BOTH, "mlp.gate.weight"]
 
 
-def router_tensors(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-    config["target_modules"] = ["gate"]
+def no_such_weight(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    del tensors
+    config["target_parameters"] = [*BOTH, "mlp.router.weight"]
+
+
+def embedding(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    del tensors
+    config["target_parameters"] = [*BOTH, "embed_tokens.weight"]
+
+
+def wide_router(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    config["target_parameters"] = [*BOTH, "layers.0.mlp.gate.weight"]
+    tensors["base_model.model.model.layers.0.mlp.gate.lora_A.weight"] = torch.ones(4, 32)
+    tensors["base_model.model.model.layers.0.mlp.gate.lora_B.weight"] = torch.ones(9, 4)
+
+
+def router_with_dora(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    config.update(target_modules=["gate"], target_parameters=None, use_dora=True)
+    tensors.clear()
+    tensors["base_model.model.model.layers.0.mlp.gate.lora_A.weight"] = torch.ones(4, 32)
+
+
+def uncovered_router(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    del config
     tensors["base_model.model.model.layers.0.mlp.gate.lora_A.weight"] = torch.ones(4, 32)
     tensors["base_model.model.model.layers.0.mlp.gate.lora_B.weight"] = torch.ones(3, 4)
 
@@ -201,8 +223,12 @@ def dora(config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         (fewer, BaseMismatchError, f"{WRAPPER}.lora_A.weight"),
         (narrow, InvalidAdapterError, "base_layer.lora_A"),
         (biases, UnsupportedFeatureError, "target_parameters"),
-        (router, UnsupportedFeatureError, "target_parameters"),
-        (router_tensors, BaseMismatchError, "mlp.gate.lora_A.weight"),
+        (router, InvalidAdapterError, "mlp.gate.lora_A.weight"),
+        (uncovered_router, InvalidAdapterError, "mlp.gate.lora_A.weight"),
+        (no_such_weight, UnsupportedFeatureError, "target_parameters"),
+        (embedding, UnsupportedFeatureError, "target_parameters"),
+        (wide_router, BaseMismatchError, "mlp.gate.lora_B.weight"),
+        (router_with_dora, UnsupportedFeatureError, "use_dora"),
         (no_list, InvalidAdapterError, "target_parameters"),
         (dora, UnsupportedFeatureError, "use_dora"),
     ],

@@ -15,7 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from quickchange_store.base_model.base_source import BaseSource, language_model, text_modules
 from quickchange_store.base_model.base_weights import quantization_method
-from quickchange_store.base_model.expert_parts import ConvertedExperts, expert_parts, routed
+from quickchange_store.base_model.expert_parts import (
+    ConvertedExperts,
+    expert_parts,
+    routed,
+    routers,
+)
 from quickchange_store.base_model.gguf_file import GGUFTensors
 from quickchange_store.base_model.sublayers import producers, sublayers
 from quickchange_store.canonical.canonical_adapter import BaseSpec, BaseWeights, ModuleShape
@@ -32,9 +37,9 @@ def base_spec(model: str | Path, name: str | None = None) -> BaseSpec:
     """The spec of the model at a path (transformers' layout) or with a hub id.
 
     Its modules are every `nn.Linear` and `Conv1D` (GPT-2's, a linear of a transposed weight), the
-    LM head included where it is tied to the embedding, and the input embedding; routers and linears
-    of single experts, which no adapter can update, are left out. `name` stands for the base in
-    messages; default: `model`. Takes seconds for a large model: keep the result. Raises
+    LM head included where it is tied to the embedding, the routers of experts, and the input
+    embedding; linears of single experts, which no adapter can update, are left out. `name` stands
+    for the base in messages; default: `model`. Takes seconds for a large model: keep the result. Raises
     BaseModelError.
     """
     import torch
@@ -69,10 +74,17 @@ def spec_of(network: Any, name: str, weights: BaseWeights | None = None) -> Base
     modules = {}
     output_head = None
     text = text_modules(network)
+    choosing = routers(network)
     for path, module in network.named_modules():
         if module not in text:
             continue  # what an image passes through
-        if isinstance(module, torch.nn.Linear):
+        if path in choosing:
+            out_features, in_features = choosing[path].shape
+            biased = getattr(module, "bias", None) is not None
+            modules[path] = ModuleShape(
+                "linear", in_features, out_features, bias=biased, router=True
+            )
+        elif isinstance(module, torch.nn.Linear):
             if routed(path, module):
                 continue
             modules[path] = ModuleShape(

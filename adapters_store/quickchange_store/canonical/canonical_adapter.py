@@ -67,6 +67,7 @@ class ModuleShape:
     out_features: int
     bias: bool = False  # True: the base module has one
     output_scale: float = 1.0  # the module multiplies its own output by it (scaled embeddings)
+    router: bool = False  # a linear within the forward of a module that chooses experts by it
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,10 @@ class ExpertModules(Protocol):
 
     def find(self, path: str) -> ExpertPiece | None:
         """What the module `path` became; None for other paths."""
+        ...
+
+    def module(self, path: str) -> str | None:
+        """What the module `path` of an earlier version is called now, if it is whole."""
         ...
 
 

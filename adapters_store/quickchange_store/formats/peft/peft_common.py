@@ -81,7 +81,9 @@ def _refuse_foreign(tensors: AdapterTensors) -> None:
 
 
 def find_parameters(config: Mapping[str, Any], base: BaseSpec) -> frozenset[str]:
-    """Paths of the experts' parameters that PEFT would wrap: target_parameters.
+    """Paths of the parameters that PEFT would wrap: target_parameters.
+
+    They are matrices of the experts and weights of linears, routers among them.
 
     Raises InvalidAdapterError and UnsupportedFeatureError.
     """
@@ -93,16 +95,20 @@ def find_parameters(config: Mapping[str, Any], base: BaseSpec) -> frozenset[str]
         raise invalid(field, wanted, "list names of parameters")
     texts(field, wanted)
     found: set[str] = set()
+    linears = [f"{path}.weight" for path, shape in base.modules.items() if shape.kind == "linear"]
     for each in wanted:
-        fitting = {path for path in base.experts if path == each or path.endswith(f".{each}")}
+        fitting = {
+            path for path in (*base.experts, *linears) if path == each or path.endswith(f".{each}")
+        }
         if not fitting:
             raise UnsupportedFeatureError(
-                f"{each!r} is no matrix of the experts of the base model {base.architecture}"
-                + (f" ({', '.join(_endings(base.experts))})" if base.experts else ""),
+                f"{each!r} is no matrix of the experts and no weight of a linear or router of the "
+                f"base model {base.architecture}"
+                + (f" (experts have {', '.join(_endings(base.experts))})" if base.experts else ""),
                 file=CONFIG_FILE,
                 key=field,
-                remedy="target the experts' matrices, or nn.Linear modules (target_modules): "
-                "routers and the experts' biases stay the base's",
+                remedy="target the experts' matrices, routers, or nn.Linear modules "
+                "(target_modules): embeddings and the experts' biases stay the base's",
             )
         found |= fitting
     return frozenset(found)
@@ -122,7 +128,8 @@ def find_targets(
 ) -> frozenset[str]:
     """The base's modules that PEFT would wrap, by PEFT's own rule over path or name in the file.
 
-    Those of single experts count too, if the file has them. `defaults` are PEFT's target_modules by
+    Those of single experts count too, and routers, which were linears in earlier versions, if the
+    file has them. `defaults` are PEFT's target_modules by
     model type. alone: nothing else is targeted, so there must be some. Raises InvalidAdapterError
     and BaseMismatchError.
     """
@@ -144,7 +151,8 @@ def find_targets(
         found = {
             path
             for path in (*base.modules, *names.expert_modules)
-            if any(check_target_module_exists(rule, name) for name in names.of_module(path))
+            if (path in names.updated or not _is_router(base, path))
+            and any(check_target_module_exists(rule, name) for name in names.of_module(path))
         }
     except (re.error, ValueError, TypeError) as error:
         raise InvalidAdapterError(
@@ -163,6 +171,10 @@ def find_targets(
             "served",
         )
     return frozenset(found)
+
+
+def _is_router(base: BaseSpec, path: str) -> bool:
+    return path in base.modules and base.modules[path].router
 
 
 def _check_layers(layers: Any) -> None:

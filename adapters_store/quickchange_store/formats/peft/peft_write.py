@@ -82,13 +82,16 @@ def _config(
     base: BaseSpec,
     base_name: str,
 ) -> dict[str, Any]:
-    ranks = {module: update.rank for module, update in updates.items()}
+    names = {
+        module: f"{module}.weight" if base.modules[module].router else module for module in updates
+    }
+    ranks = {names[module]: update.rank for module, update in updates.items()}
     ranks |= {
         parameter: update.rank // base.experts[parameter].experts
         for parameter, (_, update) in experts.items()
     }
     scales = {
-        module: update.scale / base.modules[module].output_scale
+        names[module]: update.scale / base.modules[module].output_scale
         for module, update in updates.items()
     }
     scales |= {parameter: update.scale for parameter, (_, update) in experts.items()}
@@ -103,11 +106,12 @@ def _config(
         "bias": "none",
         "r": rank,
         "lora_alpha": _number(alpha),
-        "target_modules": sorted(updates),
+        "target_modules": sorted(module for module, name in names.items() if name == module),
         "rank_pattern": {m: r for m, r in ranks.items() if r != rank},
         "alpha_pattern": {m: _number(a) for m, a in alphas.items() if a != alpha},
     }
-    return {**config, "target_parameters": sorted(experts)} if experts else config
+    parameters = sorted({*experts, *names.values()} - updates.keys())
+    return {**config, "target_parameters": parameters} if parameters else config
 
 
 def _alpha(scale: float, rank: int) -> float:

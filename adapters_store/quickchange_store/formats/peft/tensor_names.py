@@ -48,6 +48,7 @@ class TensorNames:
         self._expert_modules = base.expert_modules
         self._of_expert: dict[str, str | None] = {}  # results of `_expert_path`
         self.expert_modules: dict[str, ExpertPiece] = {}  # in the file: of single experts
+        self.updated: set[str] = set()  # paths of modules that the file has updates of
         tails = {path: _tails(path) for path in self._paths}
         counts = Counter(tail for each in tails.values() for tail in each)
         self._whole = {
@@ -75,6 +76,7 @@ class TensorNames:
                     path = self._of_expert[found["module"]] = self._expert_path(found["module"])
             if path is None:
                 return None
+            self.updated.add(path)
             if found["adapter"] is not None:
                 self._adapters.setdefault(found["adapter"], key)
             part = found["part"]
@@ -96,7 +98,8 @@ class TensorNames:
     def _expert_path(self, text: str) -> str | None:
         """Name of what a file calls `text`: the module of all experts, nested or not, or of one.
 
-        One expert's is the path of its matrix and the number of the piece within it.
+        One expert's is the path of its matrix and the number of the piece within it. A router of an
+        earlier version has the path that it has now.
         """
         nested = _NESTED.fullmatch(text)
         if not self._experts or nested is None:
@@ -114,6 +117,10 @@ class TensorNames:
                 self.expert_modules[name] = piece
                 self._trained[name] = text.rpartition(PREFIX)[2]
                 return name
+            path = self._expert_modules.module(cut)
+            if path in self._paths:
+                self._trained[path] = text.rpartition(PREFIX)[2]
+                return path
         return None
 
     @property

@@ -41,6 +41,7 @@ from quickchange_server.model.architectures.position_scaling import (
 )
 from quickchange_server.model.architectures.position_shims import most_positions, take_positions
 from quickchange_server.model.architectures.recurrent_layers import RecurrentLayer, noting_states
+from quickchange_server.model.architectures.routers import wrap_routers
 from quickchange_server.model.architectures.shared_attention import follow_calls
 from quickchange_server.model.forward_context import StepHolder
 from quickchange_server.model.fusion import Fusion, MixingProbe
@@ -62,6 +63,7 @@ from quickchange_server.model.rows_read import Rows, rows_read
 from quickchange_server.model.wrapping import Wrapper
 from quickchange_store.base_model.base_source import BaseSource
 from quickchange_store.base_model.base_weights import load_base, quantization_method
+from quickchange_store.base_model.expert_parts import routers
 from quickchange_store.errors import BaseModelError
 
 logger = logging.getLogger(__name__)
@@ -209,8 +211,11 @@ def _prepared(
     base = int8_linear if quantization == "int8" else base_linear
     rows = _rows_of_short_pass(model)
     wrapper = Wrapper(model, holder, rows=rows if adapters else None, base=base)
+    choosing = routers(model)
     groups = wrapper.wrap()
     wrap_experts(model, holder, groups, adapters=adapters)
+    if adapters:
+        wrap_routers(model, choosing, holder, groups, lambda: _short_pass(model))
     head_rows.attach(model.get_output_embeddings())  # type: ignore[operator]
     scaling = scale_by_text(model, holder)
     fusion = Fusion(model, lambda ids, positions: _logits(model, ids, positions))
@@ -304,6 +309,10 @@ def _logits(
     )
     logits: torch.Tensor = output.logits[0]
     return logits
+
+
+def _short_pass(model: nn.Module) -> None:
+    _logits(model, torch.arange(2), torch.arange(2))
 
 
 def _rows_of_short_pass(model: nn.Module) -> dict[str, Rows | None]:
