@@ -1,4 +1,4 @@
-"""What a shim can't serve is refused with its reason; how far positions go is known by the model."""
+"""What a shim can't serve is refused with its reason; positions end where the model has none."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from transformers import AutoConfig
 
 from quickchange_server.errors import UnsupportedModelError
 from quickchange_server.model.architectures.attention_shims import replace_own_attention
-from quickchange_server.model.architectures.conv1d import linears_of_conv1d
-from quickchange_server.model.architectures.head_rows import HeadRows
-from quickchange_server.model.architectures.position_shims import most_positions
+from quickchange_server.model.architectures.batch_shims import (
+    HeadRows,
+    linears_of_conv1d,
+    most_positions,
+)
 
 
 @pytest.mark.parametrize(

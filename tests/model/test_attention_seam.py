@@ -48,6 +48,7 @@ def call(**options: Any) -> torch.Tensor:
     names = ("query", "key", "value", "attention_mask")
     out, none = interface(caller, *(given.pop(name) for name in names), **given)
     assert none is None
+    assert isinstance(out, torch.Tensor)
     return out
 
 

@@ -13,6 +13,7 @@ MATRICES = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 CONFIGS = {
     "both": LoraConfig(r=4, lora_alpha=6, target_modules=[], target_parameters=MATRICES),
     "down": LoraConfig(r=11, lora_alpha=3, target_modules=[], target_parameters=MATRICES[1:]),
+    "linear": LoraConfig(r=6, lora_alpha=9, target_modules="all-linear"),  # routers, too
     "attention": LoraConfig(r=8, lora_alpha=12, target_modules=["q_proj", "v_proj", "o_proj"]),
     "patterns": LoraConfig(
         r=3,

@@ -93,11 +93,6 @@ KINDS: dict[str, dict[str, Any]] = {
         "text_config": {**_TEXT, "model_type": "llama"},
         "vision_config": _TOWER,
     },
-    "paligemma": {
-        "text_config": {**_TEXT, "model_type": "gemma"},
-        "vision_config": {**_TOWER, "model_type": "siglip_vision_model", "projection_dim": 64},
-        "projection_dim": 64,
-    },
     "aya_vision": {
         "text_config": {**_TEXT, "model_type": "cohere2", "sliding_window": 8},
         "vision_config": {**_TOWER, "model_type": "siglip_vision_model"},

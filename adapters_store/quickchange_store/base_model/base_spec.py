@@ -37,9 +37,9 @@ def base_spec(model: str | Path, name: str | None = None) -> BaseSpec:
     """The spec of the model at a path (transformers' layout) or with a hub id.
 
     Its modules are every `nn.Linear` and `Conv1D` (GPT-2's, a linear of a transposed weight), the
-    LM head included where it is tied to the embedding, the routers of experts, and the input
-    embedding; linears of single experts, which no adapter can update, are left out. `name` stands
-    for the base in messages; default: `model`. Takes seconds for a large model: keep the result. Raises
+    LM head included where it is tied to the embedding, and the input embedding; routers and linears
+    of single experts, which no adapter can update, are left out. `name` stands for the base in
+    messages; default: `model`. Takes seconds for a large model: keep the result. Raises
     BaseModelError.
     """
     import torch
@@ -74,17 +74,10 @@ def spec_of(network: Any, name: str, weights: BaseWeights | None = None) -> Base
     modules = {}
     output_head = None
     text = text_modules(network)
-    choosing = routers(network)
     for path, module in network.named_modules():
         if module not in text:
             continue  # what an image passes through
-        if path in choosing:
-            out_features, in_features = choosing[path].shape
-            biased = getattr(module, "bias", None) is not None
-            modules[path] = ModuleShape(
-                "linear", in_features, out_features, bias=biased, router=True
-            )
-        elif isinstance(module, torch.nn.Linear):
+        if isinstance(module, torch.nn.Linear):
             if routed(path, module):
                 continue
             modules[path] = ModuleShape(
@@ -101,6 +94,8 @@ def spec_of(network: Any, name: str, weights: BaseWeights | None = None) -> Base
                 # Gemma 3 and others: the module multiplies its output, and so does PEFT its update.
                 output_scale=float(getattr(module, "scalar_embed_scale", 1.0)),
             )
+    for path, size in routers(network).items():
+        modules[path] = ModuleShape("router", *size)
     experts = expert_parts(network)
     return BaseSpec(
         architecture=type(network).__name__,

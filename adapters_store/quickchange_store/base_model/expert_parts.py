@@ -1,4 +1,4 @@
-"""Experts of a base model, parameters that hold one matrix for each of a layer, and their routers.
+"""Experts of a base model: parameters that hold one matrix for each expert of a layer.
 
 Found by what transformers' seam for experts says of a module (`use_experts_implementation`), on any
 device, the meta device included. Checkpoints and adapters of older versions have one module for
@@ -47,31 +47,23 @@ def expert_parts(network: nn.Module) -> dict[str, ExpertPart]:
     return parts
 
 
-def routers(network: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights [experts, in] of routers that are no plain linear, by the path of the module.
-
-    A router's module is beside the module of the experts, or within one that is. For an unwrapped
-    model.
-    """
+def routers(network: nn.Module) -> dict[str, tuple[int, int]]:
+    """Routers that stand beside experts and are no linears: (inputs, experts), by path."""
     from torch import nn
 
     found = {}
     for path, module in network.named_modules():
-        if not is_experts(module):
+        if not any(is_experts(child) for child in module.children()):
             continue
-        block = path.rpartition(".")[0]
-        for name, part in network.get_submodule(block).named_modules(prefix=block):
-            weight = part._parameters.get("weight")
-            if weight is None or weight.ndim != 2 or not weight.is_floating_point():
-                continue
-            plain = isinstance(part, nn.Linear) and not routed(name, part)
-            if not (plain or isinstance(part, nn.Embedding) or name.startswith(f"{path}.")):
-                found[name] = weight
+        for name, child in module.named_children():
+            weight = child._parameters.get("weight")
+            if weight is not None and weight.ndim == 2 and not isinstance(child, nn.Linear):
+                found[f"{path}.{name}"] = (weight.shape[1], weight.shape[0])
     return found
 
 
 def routed(path: str, linear: nn.Module) -> bool:
-    """True for a linear that can't be wrapped: a router, or one of a single expert.
+    """True for a linear that no adapter can update: a router, or one of a single expert.
 
     A router makes more than a product of its input, by a forward of its own. An expert's module
     reads rows in an order that a router makes.
@@ -102,15 +94,6 @@ class ConvertedExperts:
             renamings=[t for t in transforms if isinstance(t, WeightRenaming)],
             converters=[t for t in transforms if not isinstance(t, WeightRenaming)],
         )
-
-    def module(self, path: str) -> str | None:
-        """What the module `path` of an earlier version is called now, if it is whole."""
-        from transformers.core_model_loading import rename_source_key
-
-        parameter, pattern = rename_source_key(
-            f"{path}.weight", list(self.renamings), list(self.converters)
-        )
-        return str(parameter).removesuffix(".weight") if pattern is None else None
 
     def find(self, path: str) -> ExpertPiece | None:
         """The piece that the module `path` of a single expert became; None for other paths."""

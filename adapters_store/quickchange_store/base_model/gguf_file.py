@@ -22,7 +22,7 @@ from quickchange_store.errors import BaseModelError
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 ROPE_FACTORS = "rope_freqs.weight"
 _NAMED = 5
@@ -100,7 +100,7 @@ def _check_scaling(path: Path, fields: Mapping[str, Any], config: PretrainedConf
 class GGUFTensors:
     """A model's parameters in a GGUF file, each dequantised when asked for."""
 
-    def __init__(self, path: Path, network: nn.Module) -> None:
+    def __init__(self, path: Path, network: PreTrainedModel) -> None:
         self._path = path
         self._network = network
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:  # imported where it is needed: names and digests are useful w
 
     from quickchange_store.canonical.turbo_part import TurboHeads
 
-ModuleKind = Literal["linear", "embedding", "expert"]
+ModuleKind = Literal["linear", "embedding", "expert", "router"]
 Activation = Literal["identity", "relu", "gelu", "gelu_tanh", "silu", "tanh"]
 Source = Literal["input", "output", "residual", "stream"]
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
@@ -67,7 +67,6 @@ class ModuleShape:
     out_features: int
     bias: bool = False  # True: the base module has one
     output_scale: float = 1.0  # the module multiplies its own output by it (scaled embeddings)
-    router: bool = False  # a linear within the forward of a module that chooses experts by it
 
 
 @dataclass(frozen=True)
@@ -108,10 +107,6 @@ class ExpertModules(Protocol):
 
     def find(self, path: str) -> ExpertPiece | None:
         """What the module `path` became; None for other paths."""
-        ...
-
-    def module(self, path: str) -> str | None:
-        """What the module `path` of an earlier version is called now, if it is whole."""
         ...
 
 

@@ -23,7 +23,7 @@ def main(
         typer.echo(f"{name:28} {result.base:9} {result.lora:9} {result.says[:200]}")
     typer.echo(sweep.counts(table))
     if write:
-        sweep.write_expected({**(sweep.expected() if names else {}), **table})
+        sweep.write({**(sweep.expected() if names else {}), **table})
         return
     changed = sweep.changes(table, sweep.expected())
     for line in changed:

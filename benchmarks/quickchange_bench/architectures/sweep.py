@@ -19,12 +19,14 @@ from textwrap import shorten
 
 from quickchange_bench import report_tables
 from quickchange_bench.architectures.sweep_case import SweepResult, run_case
-from quickchange_bench.architectures.tiny_configs import VARIANTS
+from quickchange_bench.architectures.tiny_configs import VARIANTS, types
 
 EXPECTED = Path(__file__).with_name("expected_sweep.json")
+DOCUMENT = Path(__file__).parents[3] / "docs" / "model-types.md"
 
 Table = Mapping[str, SweepResult]
 
+_MARK = "<!-- made by `make sweep`; what stands below is written anew -->"
 _WIDEST = 160  # characters
 _SECONDS = 180.0
 _BYTES = 12 << 30  # address space of one type's process
@@ -73,10 +75,13 @@ def expected() -> dict[str, SweepResult]:
     return {name: SweepResult(**row) for name, row in rows.items()}
 
 
-def write_expected(table: Table) -> None:
-    """Let `table` be what is expected."""
-    rows = {name: asdict(result) for name, result in table.items()}
+def write(table: Table) -> None:
+    """Let `table` be what is expected, and what the document shows."""
+    ordered = {name: table[name] for name in types() if name in table}
+    rows = {name: asdict(result) for name, result in ordered.items()}
     EXPECTED.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+    head = DOCUMENT.read_text().partition(_MARK)[0]
+    DOCUMENT.write_text(f"{head}{_MARK}\n{counts(ordered)}.\n\n{as_markdown(ordered)}\n")
 
 
 def changes(table: Table, known: Table) -> list[str]:

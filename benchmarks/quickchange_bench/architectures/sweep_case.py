@@ -1,8 +1,8 @@
 """One type of the sweep: a tiny random model of it served, and held against transformers and PEFT.
 
-Two prompts of different length run as the base and under a LoRA on every linear, all in one batch,
-in chunks smaller than a prompt. Transformers' eager attention, without a cache, says what is right,
-token for token.
+Two prompts of different length run as the base and under a LoRA on every linear, all in one batch
+that has more rows than the model has positions; the last prompt is read in two chunks.
+Transformers' eager attention, without a cache, says what is right, token for token.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from quickchange_store.importing import read_adapter
 Outcome = Literal["equal", "refused", "wrong", "crash", "not built", "-"]
 
 NEW_TOKENS = 12
-PROMPT_LENGTHS = (37, 6)  # the first one is read in three chunks
+PROMPT_LENGTHS = (6, 37)
+_BATCH_ROWS = 80  # of 86 in all: the last prompt's end is left for the next step
 _SEEDS = 6
 _CLEAR = 1e-3  # least distance of the best logit from the second, of their largest: no near tie
 _ADAPTER = "lora"
@@ -111,17 +112,26 @@ class _Case:
         return read, [tokens for tokens, _ in answers]
 
     def _tuned(self) -> PeftModel:
-        """With a LoRA on every linear that PEFT allows: of some types it leaves out `out_proj`."""
+        """With a LoRA on every linear that PEFT allows: of some types it leaves out `out_proj`.
+
+        Of a model that also sees or hears, on those of its language model.
+        """
         try:
-            return self._with_lora(exclude_modules=None)
+            return self._with_lora([])
         except ValueError as error:
             if "incompatible" not in str(error):
                 raise
-            return self._with_lora(exclude_modules=["out_proj"])
+            return self._with_lora(["out_proj"])
 
-    def _with_lora(self, **options: Any) -> PeftModel:
-        config = LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", **options)
-        return get_peft_model(_reference(self.folder / "base"), config)
+    def _with_lora(self, excluded: list[str]) -> PeftModel:
+        model = _reference(self.folder / "base")
+        config = LoraConfig(
+            r=4,
+            lora_alpha=6,
+            target_modules="all-linear",
+            exclude_modules=[*excluded, *_outside_text(model)] or None,
+        )
+        return get_peft_model(model, config)
 
     def _served(self, adapter: CanonicalAdapter | None) -> list[list[int]] | SweepResult:
         settings = Settings.model_validate(
@@ -131,16 +141,14 @@ class _Case:
                 "dtype": "float32",
                 "block_size": 4,
                 "kv_cache_bytes": 4 << 20,
-                "max_batch_tokens": 16,
+                "max_batch_tokens": _BATCH_ROWS,
                 "max_sequences": 6,
                 "adapter_device_bytes": 16 << 20,
                 "adapter_host_bytes": 16 << 20,
                 "turbo": False,
             }
         )
-        under: list[tuple[Component, ...]] = [()]
-        if adapter is not None:
-            under.append((Component(_ADAPTER, 1.0),))
+        under = [(), () if adapter is None else (Component(_ADAPTER, 1.0),)]
         params = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0)
         requests = [
             Submit(f"{i}-{j}", tuple(prompt), params, components, seed=0)
@@ -155,6 +163,14 @@ class _Case:
         except Exception as error:
             return SweepResult("crash", says=_line(error))
         return [list(completion.token_ids) for completion in ran.completions]
+
+
+def _outside_text(model: Any) -> list[str]:
+    """Paths of the linears that text does not pass through."""
+    if model.config.get_text_config() is model.config:
+        return []
+    text = {*model.get_decoder().modules(), model.get_output_embeddings()}
+    return [p for p, m in model.named_modules() if isinstance(m, nn.Linear) and m not in text]
 
 
 def _made(name: str, folder: Path) -> _Case:

@@ -165,7 +165,7 @@ def _prefill(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scoring: _Scoring
         k, v = k.where(used, 0), v.where(used, 0)
     grouped = q.reshape(count, heads, group, -1).permute(1, 2, 0, 3).flatten(1, 2).unsqueeze(0)
     if scoring.softcap > 0 or scoring.sinks is not None or scoring.slopes is not None:
-        products = (grouped @ k.transpose(2, 3)).unflatten(2, (group, count))
+        products = (grouped @ k.transpose(2, 3)).view(1, heads, group, count, length)
         key = torch.arange(length, device=q.device)
         distance = key - key[length - count :, None]
         weights = scoring.weights(products, ~visible[None], distance[None]).flatten(2, 3)

@@ -28,6 +28,8 @@ ATTRIBUTE = "quickchange_attend"
 _HARMLESS = frozenset(
     (
         "cache_position",
+        "deterministic",
+        "has_relative_attention_bias",
         "logits_to_keep",
         "num_items_in_batch",
         "output_attentions",

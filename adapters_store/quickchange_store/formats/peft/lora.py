@@ -200,8 +200,8 @@ def _refuse_leftovers(tensors: AdapterTensors, settings: LoraSettings, base: Bas
             f"{module!r}{more}",
             file=tensors.file_of(key),
             key=own,
-            remedy="use an adapter of this base model; linear and input embedding modules, experts "
-            "and routers are served",
+            remedy="use an adapter of this base model; linear and input embedding modules are "
+            "served, experts and their routers",
         )
     reason = "nothing in adapter_config.json asks for it"
     if part and of_experts:

@@ -73,7 +73,6 @@ def read_mlx(directory: Path, base: BaseSpec) -> Imported:
             key=min(tensors.left, default=None),
             remedy="use an adapter of this base model, whose tensors are PATH.lora_a and .lora_b",
         )
-    names.updated.update(targets)
     peft = {
         "peft_type": "LORA",
         "r": rank,

@@ -81,9 +81,7 @@ def _refuse_foreign(tensors: AdapterTensors) -> None:
 
 
 def find_parameters(config: Mapping[str, Any], base: BaseSpec) -> frozenset[str]:
-    """Paths of the parameters that PEFT would wrap: target_parameters.
-
-    They are matrices of the experts and weights of linears, routers among them.
+    """Paths of the experts' parameters that PEFT would wrap: target_parameters.
 
     Raises InvalidAdapterError and UnsupportedFeatureError.
     """
@@ -94,24 +92,23 @@ def find_parameters(config: Mapping[str, Any], base: BaseSpec) -> frozenset[str]
     if not isinstance(wanted, list) or not all(isinstance(each, str) and each for each in wanted):
         raise invalid(field, wanted, "list names of parameters")
     texts(field, wanted)
-    found: set[str] = set()
-    linears = [f"{path}.weight" for path, shape in base.modules.items() if shape.kind == "linear"]
-    for each in wanted:
-        fitting = {
-            path for path in (*base.experts, *linears) if path == each or path.endswith(f".{each}")
-        }
-        if not fitting:
-            raise UnsupportedFeatureError(
-                f"{each!r} is no matrix of the experts and no weight of a linear or router of the "
-                f"base model {base.architecture}"
-                + (f" (experts have {', '.join(_endings(base.experts))})" if base.experts else ""),
-                file=CONFIG_FILE,
-                key=field,
-                remedy="target the experts' matrices, routers, or nn.Linear modules "
-                "(target_modules): embeddings and the experts' biases stay the base's",
-            )
-        found |= fitting
+    # PEFT lists names that not every model has; a tensor that no entry fits is refused later.
+    known = [*base.experts, *_router_weights(base)]
+    found = {path for path in known for each in wanted if f".{path}".endswith(f".{each}")}
+    if not found:
+        raise UnsupportedFeatureError(
+            f"{wanted!r} is no matrix of the experts of the base model {base.architecture}"
+            + (f" ({', '.join(_endings(known))})" if known else ""),
+            file=CONFIG_FILE,
+            key=field,
+            remedy="target the experts' matrices, their routers, or nn.Linear modules "
+            "(target_modules)",
+        )
     return frozenset(found)
+
+
+def _router_weights(base: BaseSpec) -> list[str]:
+    return [f"{path}.weight" for path, shape in base.modules.items() if shape.kind == "router"]
 
 
 def _endings(paths: Iterable[str]) -> list[str]:
@@ -128,8 +125,7 @@ def find_targets(
 ) -> frozenset[str]:
     """The base's modules that PEFT would wrap, by PEFT's own rule over path or name in the file.
 
-    Those of single experts count too, and routers, which were linears in earlier versions, if the
-    file has them. `defaults` are PEFT's target_modules by
+    Those of single experts count too, if the file has them. `defaults` are PEFT's target_modules by
     model type. alone: nothing else is targeted, so there must be some. Raises InvalidAdapterError
     and BaseMismatchError.
     """
@@ -139,8 +135,13 @@ def find_targets(
     for field in ("exclude_modules", "layers_pattern"):
         texts(field, config.get(field))
     _check_layers(config.get("layers_to_transform"))
+    routers = frozenset(
+        path.removesuffix(".weight")
+        for path in find_parameters(config, base)
+        if path not in base.experts
+    )
     if not alone and not config.get("target_modules"):
-        return frozenset()
+        return routers
     try:
         rule = LoraConfig(
             target_modules=_target_modules(config, base, defaults, names),
@@ -151,8 +152,7 @@ def find_targets(
         found = {
             path
             for path in (*base.modules, *names.expert_modules)
-            if (path in names.updated or not _is_router(base, path))
-            and any(check_target_module_exists(rule, name) for name in names.of_module(path))
+            if any(check_target_module_exists(rule, name) for name in names.of_module(path))
         }
     except (re.error, ValueError, TypeError) as error:
         raise InvalidAdapterError(
@@ -170,11 +170,7 @@ def find_targets(
             remedy="use an adapter of this base model; linear modules and the input embedding are "
             "served",
         )
-    return frozenset(found)
-
-
-def _is_router(base: BaseSpec, path: str) -> bool:
-    return path in base.modules and base.modules[path].router
+    return routers | found
 
 
 def _check_layers(layers: Any) -> None:

@@ -128,23 +128,18 @@ class LoraSettings:
     lora_bias: bool
     dora: bool
     targets: frozenset[str]  # module paths of the base, and names of single experts' modules
-    parameters: frozenset[str]  # paths that target_parameters names: experts' and linears' weights
+    parameters: frozenset[str]  # paths of experts' parameters
     names: TensorNames  # what the patterns may call them
     base_name: str
     source: Mapping[str, Any]
 
     def rank(self, module: str) -> int:
         """The rank of a module, after rank_pattern."""
-        return self.rank_of(self._names_of(module))
+        return self.rank_of(self.names.of_module(module))
 
     def scale(self, module: str) -> float:
         """The factor before B A: alpha / r, or alpha / sqrt(r) with rank-stabilised LoRA."""
-        return self.scale_of(self._names_of(module))
-
-    def _names_of(self, module: str) -> tuple[str, ...]:
-        names = self.names.of_module(module)
-        by_weight = f"{module}.weight" in self.parameters
-        return tuple(f"{name}.weight" for name in names) if by_weight else names
+        return self.scale_of(self.names.of_module(module))
 
     def rank_of(self, names: Sequence[str]) -> int:
         """As `rank`, of what the configuration may call by one of `names`."""
@@ -173,8 +168,6 @@ def parse_config(
     from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
 
     parameters = find_parameters(config, base)
-    by_weight = {path for path in base.modules if f"{path}.weight" in parameters}
-    targets = by_weight | find_targets(config, base, DEFAULTS, names, alone=not parameters)
     settings = LoraSettings(
         r=rank_of("r", config.get("r", 8)),
         alpha=number("lora_alpha", config.get("lora_alpha", 8)),
@@ -184,7 +177,7 @@ def parse_config(
         bias=_bias(config),
         lora_bias=flag(config, "lora_bias"),
         dora=flag(config, "use_dora"),
-        targets=targets,
+        targets=find_targets(config, base, DEFAULTS, names, alone=not parameters),
         parameters=parameters,
         names=names,
         base_name=str(config.get("base_model_name_or_path") or ""),
@@ -193,13 +186,12 @@ def parse_config(
             "config": {key: value for key, value in config.items() if is_set(value)},
         },
     )
-    routers = any(path in base.modules and base.modules[path].router for path in targets)
-    if (parameters or names.expert_modules or routers) and (settings.dora or settings.lora_bias):
+    if (parameters or names.expert_modules) and (settings.dora or settings.lora_bias):
         raise UnsupportedFeatureError(
-            "experts, routers and target_parameters are served with plain LoRA alone",
+            "experts are served with plain LoRA alone",
             file=CONFIG_FILE,
             key="use_dora" if settings.dora else "lora_bias",
-            remedy="train without it, or leave them out",
+            remedy="train without it, or leave the experts out",
         )
     if settings.dora and settings.lora_bias:
         raise invalid("lora_bias", True, "PEFT has no DoRA with a bias of its own: train without")

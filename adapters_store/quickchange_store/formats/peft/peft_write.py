@@ -82,20 +82,21 @@ def _config(
     base: BaseSpec,
     base_name: str,
 ) -> dict[str, Any]:
-    names = {
-        module: f"{module}.weight" if base.modules[module].router else module for module in updates
-    }
-    ranks = {names[module]: update.rank for module, update in updates.items()}
+    ranks = {module: update.rank for module, update in updates.items()}
     ranks |= {
         parameter: update.rank // base.experts[parameter].experts
         for parameter, (_, update) in experts.items()
     }
     scales = {
-        names[module]: update.scale / base.modules[module].output_scale
+        module: update.scale / base.modules[module].output_scale
         for module, update in updates.items()
     }
     scales |= {parameter: update.scale for parameter, (_, update) in experts.items()}
     alphas = {module: _alpha(scale, ranks[module]) for module, scale in scales.items()}
+    routers = {path: f"{path}.weight" for path in updates if base.modules[path].kind == "router"}
+    ranks = {routers.get(path, path): value for path, value in ranks.items()}
+    alphas = {routers.get(path, path): value for path, value in alphas.items()}
+    parameters = sorted([*experts, *routers.values()])
     rank = Counter(ranks.values()).most_common(1)[0][0]
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     config = {
@@ -106,11 +107,10 @@ def _config(
         "bias": "none",
         "r": rank,
         "lora_alpha": _number(alpha),
-        "target_modules": sorted(module for module, name in names.items() if name == module),
+        "target_modules": sorted(updates.keys() - routers.keys()),
         "rank_pattern": {m: r for m, r in ranks.items() if r != rank},
         "alpha_pattern": {m: _number(a) for m, a in alphas.items() if a != alpha},
     }
-    parameters = sorted({*experts, *names.values()} - updates.keys())
     return {**config, "target_parameters": parameters} if parameters else config
 
 

@@ -45,10 +45,10 @@ class TensorNames:
     def __init__(self, base: BaseSpec) -> None:
         self._paths = base.modules.keys()
         self._experts = {path.rpartition(".")[0] for path in base.experts}
+        self._routers = {path for path, shape in base.modules.items() if shape.kind == "router"}
         self._expert_modules = base.expert_modules
         self._of_expert: dict[str, str | None] = {}  # results of `_expert_path`
         self.expert_modules: dict[str, ExpertPiece] = {}  # in the file: of single experts
-        self.updated: set[str] = set()  # paths of modules that the file has updates of
         tails = {path: _tails(path) for path in self._paths}
         counts = Counter(tail for each in tails.values() for tail in each)
         self._whole = {
@@ -76,7 +76,6 @@ class TensorNames:
                     path = self._of_expert[found["module"]] = self._expert_path(found["module"])
             if path is None:
                 return None
-            self.updated.add(path)
             if found["adapter"] is not None:
                 self._adapters.setdefault(found["adapter"], key)
             part = found["part"]
@@ -98,8 +97,7 @@ class TensorNames:
     def _expert_path(self, text: str) -> str | None:
         """Name of what a file calls `text`: the module of all experts, nested or not, or of one.
 
-        One expert's is the path of its matrix and the number of the piece within it. A router of an
-        earlier version has the path that it has now.
+        One expert's is the path of its matrix and the number of the piece within it.
         """
         nested = _NESTED.fullmatch(text)
         if not self._experts or nested is None:
@@ -117,10 +115,6 @@ class TensorNames:
                 self.expert_modules[name] = piece
                 self._trained[name] = text.rpartition(PREFIX)[2]
                 return name
-            path = self._expert_modules.module(cut)
-            if path in self._paths:
-                self._trained[path] = text.rpartition(PREFIX)[2]
-                return path
         return None
 
     @property
@@ -131,7 +125,8 @@ class TensorNames:
     def of_module(self, path: str) -> tuple[str, ...]:
         """What the configuration may call a module: its path, and its name in the file."""
         trained = self._trained.get(path, path)
-        return (path,) if trained == path else (path, trained)
+        names = (path,) if trained == path else (path, trained)
+        return (*names, f"{path}.weight") if path in self._routers else names
 
     def refuse_several(self, file: str) -> None:
         """Raise InvalidAdapterError where the tensors are of adapters with different names."""

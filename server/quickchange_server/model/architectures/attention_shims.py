@@ -153,7 +153,7 @@ def _falcon(module: Any) -> bool:
         heads = module._split_heads(module.query_key_value(hidden_states))
         query, key, value = (x.transpose(1, 2) for x in heads)
         key, value = key[:, ::group], value[:, ::group]
-        if slopes is None:
+        if slopes is None and position_embeddings is not None:
             query, key = rotate(query, key, *position_embeddings)
         out = _attended(module, query, key, value, scale=scale, slopes=slopes)
         return module.dense(out.flatten(1).unsqueeze(0)), None

@@ -13,7 +13,6 @@ captured graph it is an output like the logits.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -21,7 +20,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from transformers import PretrainedConfig
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, LinearAttentionCacheLayerMixin
 
 from quickchange_server.adapters.module_groups import ModuleGroup
 from quickchange_server.errors import UnsupportedModelError
@@ -31,18 +29,14 @@ from quickchange_server.model.architectures.attention_shims import (
     admit_attention_classes,
     replace_own_attention,
 )
-from quickchange_server.model.architectures.conv1d import linears_of_conv1d
+from quickchange_server.model.architectures.batch_shims import fit_to_batch, most_positions
 from quickchange_server.model.architectures.experts import wrap_experts
-from quickchange_server.model.architectures.head_rows import HeadRows
 from quickchange_server.model.architectures.position_scaling import (
     PositionScaling,
     scale_by_text,
     stretched,
 )
-from quickchange_server.model.architectures.position_shims import most_positions, take_positions
 from quickchange_server.model.architectures.recurrent_layers import RecurrentLayer, noting_states
-from quickchange_server.model.architectures.routers import wrap_routers
-from quickchange_server.model.architectures.shared_attention import follow_calls
 from quickchange_server.model.forward_context import StepHolder
 from quickchange_server.model.fusion import Fusion, MixingProbe
 from quickchange_server.model.int8_linear import (
@@ -50,6 +44,12 @@ from quickchange_server.model.int8_linear import (
     Quantization,
     check_quantization,
     int8_linear,
+)
+from quickchange_server.model.loading.layer_kinds import (
+    keeps_states,
+    refuse_headless,
+    refuse_other_layers,
+    refuse_other_state,
 )
 from quickchange_server.model.loading.model_proof import (
     LOOSE,
@@ -63,13 +63,9 @@ from quickchange_server.model.rows_read import Rows, rows_read
 from quickchange_server.model.wrapping import Wrapper
 from quickchange_store.base_model.base_source import BaseSource
 from quickchange_store.base_model.base_weights import load_base, quantization_method
-from quickchange_store.base_model.expert_parts import routers
 from quickchange_store.errors import BaseModelError
 
 logger = logging.getLogger(__name__)
-
-_ATTENTION = ("full_attention", "sliding_attention")
-_STATELESS = ("moe", "mlp")  # layers without a token mixer
 
 
 class HeadInput:
@@ -162,7 +158,7 @@ def load_model(
     paged_attention.register()
     try:
         config = BaseSource.of(path).config()
-        _refuse_other_state(config)
+        refuse_other_state(config)
         admit_attention_classes(config)
         _refuse_twice_quantised(config, quantization)
         model: nn.Module = load_base(
@@ -197,25 +193,18 @@ def _prepared(
     model: nn.Module, adapters: bool, quantization: Quantization, model_check: bool
 ) -> LoadedModel:
     config: PretrainedConfig = model.config
-    _refuse_headless(model)
+    refuse_headless(model)
     model.requires_grad_(False)
     rounded = quantization != "none" or quantization_method(config) is not None
     proof = ModelProof(model, rounded=rounded) if model_check else None
-    linears_of_conv1d(model)
+    head_rows = fit_to_batch(model)
     replace_own_attention(model)
-    take_positions(model)
-    follow_calls(model)
-    head_rows = HeadRows(model)
-    head_rows.attach(model.get_output_embeddings())  # type: ignore[operator]
     holder = StepHolder()
     base = int8_linear if quantization == "int8" else base_linear
     rows = _rows_of_short_pass(model)
     wrapper = Wrapper(model, holder, rows=rows if adapters else None, base=base)
-    choosing = routers(model)
     groups = wrapper.wrap()
     wrap_experts(model, holder, groups, adapters=adapters)
-    if adapters:
-        wrap_routers(model, choosing, holder, groups, lambda: _short_pass(model))
     head_rows.attach(model.get_output_embeddings())  # type: ignore[operator]
     scaling = scale_by_text(model, holder)
     fusion = Fusion(model, lambda ids, positions: _logits(model, ids, positions))
@@ -223,11 +212,11 @@ def _prepared(
     paged_attention.install(model, recorder)
     head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
     head_input = HeadInput(head)
-    states = noting_states(model) if _keeps_states(config) else nullcontext(lambda: ())
+    states = noting_states(model) if keeps_states(config) else nullcontext(lambda: ())
     with states as recurrent_layers:
         logits = _logits(model, torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long))
     recurrent = recurrent_layers()
-    _refuse_other_layers(model, recorder.layers, recurrent)
+    refuse_other_layers(model, recorder.layers, recurrent)
     loaded = LoadedModel(
         module=model,
         holder=holder,
@@ -311,10 +300,6 @@ def _logits(
     return logits
 
 
-def _short_pass(model: nn.Module) -> None:
-    _logits(model, torch.arange(2), torch.arange(2))
-
-
 def _rows_of_short_pass(model: nn.Module) -> dict[str, Rows | None]:
     """The rows that each linear reads. Raises UnsupportedModelError for weights with NaN or inf."""
     found: list[torch.Tensor] = []
@@ -346,20 +331,6 @@ def _refuse_broken_weights(model: nn.Module) -> None:
         )
 
 
-def _layer_count(config: PretrainedConfig) -> int:
-    """Layers that generate: a decoder's, where an encoder's are what `num_hidden_layers` counts."""
-    text = config.get_text_config()
-    return int(getattr(text, "decoder_layers", None) or text.num_hidden_layers)
-
-
-def _refuse_headless(model: nn.Module) -> None:
-    if model.get_output_embeddings() is None:  # type: ignore[operator]
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has no module that makes its logits (get_output_embeddings); "
-            "models without an LM head can't be served"
-        )
-
-
 def _refuse_twice_quantised(config: PretrainedConfig, quantization: Quantization) -> None:
     method = quantization_method(config)
     if method is not None and quantization != "none":
@@ -367,46 +338,4 @@ def _refuse_twice_quantised(config: PretrainedConfig, quantization: Quantization
             f"--quantization {quantization} (or QUICKCHANGE_QUANTIZATION): the model is stored "
             f"quantised already, by {method}; use --quantization none",
             param="quantization",
-        )
-
-
-def _layer_kinds(config: PretrainedConfig) -> list[str]:
-    """Kind of each layer, in transformers' words; empty if the configuration doesn't say."""
-    return list(getattr(config.get_text_config(), "layer_types", None) or ())
-
-
-def _is_recurrent(kind: str) -> bool:
-    """True if transformers' cache keeps a state for layers of this kind."""
-    cache = DYNAMIC_LAYER_TYPE_MAPPING.get(kind)
-    return isinstance(cache, type) and issubclass(cache, LinearAttentionCacheLayerMixin)
-
-
-def _keeps_states(config: PretrainedConfig) -> bool:
-    return any(_is_recurrent(kind) for kind in _layer_kinds(config))
-
-
-def _refuse_other_state(config: PretrainedConfig) -> None:
-    known = {*_ATTENTION, *_STATELESS}
-    other = {kind for kind in _layer_kinds(config) if kind not in known and not _is_recurrent(kind)}
-    if other:
-        raise UnsupportedModelError(
-            f"{config.model_type}: layers of type {', '.join(sorted(other))} are not supported yet"
-        )
-
-
-def _refuse_other_layers(
-    model: nn.Module, attention: Mapping[int, LayerShape], recurrent: Sequence[RecurrentLayer]
-) -> None:
-    """Refuse a model with layers that neither attend nor keep states as those known do."""
-    text: PretrainedConfig = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    kinds = _layer_kinds(text)
-    with_states = {layer.layer for layer in recurrent}
-    layers = _layer_count(text) - sum(kind in _STATELESS for kind in kinds)
-    served = len({*attention, *with_states})
-    lost = {i for i, kind in enumerate(kinds) if _is_recurrent(kind)} - with_states
-    if served != layers or lost or not served:
-        raise UnsupportedModelError(
-            f"{type(model).__name__}: {served} of {layers} layers use the attention "
-            "interface or keep their states in transformers' cache; models with other kinds of "
-            "layers are not supported yet"
         )

@@ -17,11 +17,10 @@ or all run. The model is left as it was, whatever happens, and so is torch's gen
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +36,16 @@ from quickchange_server.model.forward_context import (
     StatePart,
     StepHolder,
 )
+from quickchange_server.model.loading.proof_conditions import (
+    kept_state,
+    kinds_of_layers,
+    only_layers,
+    reference_attention,
+    short_windows,
+    shortened,
+    text_config,
+    windows_of,
+)
 
 # Logits of asked rows: (model, ids [T], positions [T], rows [R]) to [R, V].
 Run = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
@@ -49,15 +58,11 @@ _LENGTH = 9  # rows of a text
 _CUTS = ((0, 4, 7, 8, 9), (0, 3, 7, 8, 9))  # of even and odd texts: the rows of each step
 _BEFORE = 3  # rows of a text before the limit that it crosses
 _ELSEWHERE = 37  # position of the second text where there is no limit
-_WINDOW = 3  # rows of the shortest window
 _BLOCK_SIZE = 16
-# Names of what limits or tempers attention, in configurations and modules.
-_SHORTENED = ("window", "attention_chunk_size", "floor_scale", "local_attention")
-_SERVED_WITHIN = "keep_window_size"  # Doge's, past which no text is served
 
 
 @dataclass(frozen=True, slots=True)
-class Text:
+class ProofText:
     """Tokens, and the logits [_LENGTH, V] that transformers' own model gives for them."""
 
     ids: Tensor  # [_LENGTH], at positions from `start` on
@@ -83,11 +88,11 @@ class ModelProof:
         """
         self._model = model
         if rounded:  # quantised modules may set themselves up in the first pass, all at once
-            with _eager(model):
+            with reference_attention(model):
                 _text(model, torch.zeros(1, dtype=torch.long), 0)
-        self._stacks = _kinds_of_layers(model)
-        self._short = shortened({size for _, _, size in _windows(model)})
-        self._texts: list[Text] = []
+        self._stacks = kinds_of_layers(model)
+        self._short = shortened({size for _, _, size in windows_of(model)})
+        self._texts: list[ProofText] = []
         self._failed: Exception | None = None  # told by `difference`: other refusals say more
         for stacks in (self._stacks, []):  # some models don't run without all their layers
             self._stacks = stacks
@@ -131,8 +136,8 @@ class ModelProof:
             "more between steps than keys and values"
         )
 
-    def _read(self) -> list[Text]:
-        with self._as_proved(), _eager(self._model), _kept_state(self._model):
+    def _read(self) -> list[ProofText]:
+        with self._as_proved(), reference_attention(self._model), kept_state(self._model):
             drawn = _drawn(self._model)
             return [_text(self._model, ids, start) for ids, start in drawn]
 
@@ -159,9 +164,9 @@ class ModelProof:
         devices = [device] if device.type == "cuda" else []
         with ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng(devices))
-            stack.enter_context(_short_windows(self._model, self._short))
+            stack.enter_context(short_windows(self._model, self._short))
             for layers, kept in self._stacks:
-                stack.enter_context(_only(self._model, layers, kept))
+                stack.enter_context(only_layers(self._model, layers, kept))
             yield
 
 
@@ -185,7 +190,7 @@ class _Paged:
             device=self._device,
         )
 
-    def run(self, texts: Sequence[Text], step: Step) -> Tensor:
+    def run(self, texts: Sequence[ProofText], step: Step) -> Tensor:
         """Logits of the step's rows."""
         device = self._device
         spans = list(zip(texts, step, strict=True))
@@ -243,34 +248,9 @@ def _hint(model: nn.Module) -> str:
     return ""
 
 
-def _configs(model: nn.Module) -> list[PretrainedConfig]:
-    """All configurations that the model's modules read, each once, outer ones first."""
-    found: dict[int, PretrainedConfig] = {}
-
-    def add(config: PretrainedConfig) -> None:
-        if id(config) in found:
-            return
-        found[id(config)] = config
-        for name in config.sub_configs:
-            inner = getattr(config, name, None)
-            if isinstance(inner, PretrainedConfig):
-                add(inner)
-
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if isinstance(config, PretrainedConfig):
-            add(config)
-    return list(found.values())
-
-
-def _text_config(model: nn.Module) -> PretrainedConfig:
-    config: PretrainedConfig = model.config
-    return config.get_text_config(decoder=True)
-
-
 def _drawn(model: nn.Module) -> list[tuple[Tensor, int]]:
     """Tokens of each text and the position at which it begins."""
-    config = _text_config(model)
+    config = text_config(model)
     limits = _limits(model)
     most = getattr(config, "max_position_embeddings", None) or _ELSEWHERE + _LENGTH
     starts = [0, *(max(limit - _BEFORE, 0) for limit in limits)]
@@ -289,7 +269,7 @@ def _drawn(model: nn.Module) -> list[tuple[Tensor, int]]:
 
 
 @torch.inference_mode()
-def _text(model: nn.Module, ids: Tensor, start: int) -> Text:
+def _text(model: nn.Module, ids: Tensor, start: int) -> ProofText:
     """A text read by the model as it is, at `start` if position_ids can put it there."""
     device = next(model.parameters()).device
 
@@ -302,16 +282,16 @@ def _text(model: nn.Module, ids: Tensor, start: int) -> Text:
 
     plain = read(None)
     if not start or "position_ids" not in inspect.signature(model.forward).parameters:
-        return Text(ids, 0, plain)
+        return ProofText(ids, 0, plain)
     if max(_errors(read(0), plain)) > TOLERANCE[torch.float32]:
-        return Text(ids, 0, plain)  # its position_ids don't count from 0, as RoBERTa's
+        return ProofText(ids, 0, plain)  # its position_ids don't count from 0, as RoBERTa's
     there = read(start)
-    return Text(ids, 0, plain) if torch.equal(there, plain) else Text(ids, start, there)
+    return ProofText(ids, 0, plain) if torch.equal(there, plain) else ProofText(ids, start, there)
 
 
 def _limits(model: nn.Module) -> list[int]:
     """Positions from which on the configuration says that something changes."""
-    config = _text_config(model)
+    config = text_config(model)
     rope = getattr(config, "rope_parameters", None) or {}
     ropes = [rope, *(part for part in rope.values() if isinstance(part, dict))]
     limits = {part.get("original_max_position_embeddings") for part in ropes}
@@ -321,172 +301,6 @@ def _limits(model: nn.Module) -> list[int]:
     if any("dynamic" in kind for kind in kinds):
         limits.add(config.max_position_embeddings)
     return sorted(int(limit) for limit in limits if limit)
-
-
-@contextmanager
-def _values(owner: Any, values: dict[str, Any]) -> Iterator[None]:
-    """Instance attributes with other values, past all setters, for a while."""
-    attributes = vars(owner)
-    saved = {name: attributes[name] for name in values}
-    attributes.update(values)
-    try:
-        yield
-    finally:
-        attributes.update(saved)
-
-
-def shortened(sizes: Set[int]) -> dict[int, int]:
-    """A short size for each, in the same order; those that differ by one go on doing so."""
-    short: dict[int, int] = {}
-    for size in sorted(sizes):
-        last = max(short, default=0)
-        step = 1 if size == last + 1 else 2
-        short[size] = min(size, short[last] + step) if short else min(size, _WINDOW)
-    return short
-
-
-def _windows(model: nn.Module) -> list[tuple[Any, str, int]]:
-    """Configurations and modules that hold a size of attention's windows or chunks: (holder, name,
-    size)."""
-    owners: list[Any] = [*_configs(model), *model.modules()]
-    return [
-        (owner, name, value)
-        for owner in owners
-        for name, value in vars(owner).items()
-        if type(value) is int and value > _WINDOW and any(part in name for part in _SHORTENED)
-        if name != _SERVED_WITHIN
-    ]
-
-
-@contextmanager
-def _short_windows(model: nn.Module, short: Mapping[int, int]) -> Iterator[None]:
-    """Windows of other sizes, by those that they had when the proof began."""
-    with ExitStack() as stack:
-        for owner, name, size in _windows(model) if short else ():
-            nearest = min(short, key=lambda known: abs(known - size))
-            value = max(short[nearest] + size - nearest, 1)
-            stack.enter_context(_values(owner, {name: value}))
-        yield
-
-
-@contextmanager
-def _eager(model: nn.Module) -> Iterator[None]:
-    """transformers' eager attention in place of the paged one.
-
-    For Falcon with ALiBi its SDPA: eager attention adds the bias twice there.
-    """
-    configs = _configs(model)
-    before = [config._attn_implementation for config in configs]
-    try:
-        for config in configs:
-            twice = config.model_type == "falcon" and config.alibi
-            config._attn_implementation = "sdpa" if twice else "eager"
-        yield
-    finally:
-        for config, name in zip(configs, before, strict=True):
-            config._attn_implementation = name
-
-
-_SMALL = 1 << 14  # values of a buffer that a forward pass may write to, such as frequencies
-
-
-@contextmanager
-def _kept_state(model: nn.Module) -> Iterator[None]:
-    """Attributes and small buffers of all modules as they were, after a pass that may set them."""
-    saved = [
-        (module, dict(vars(module)), dict(module._buffers), _copies(module))
-        for module in model.modules()
-    ]
-    try:
-        yield
-    finally:
-        for module, attributes, buffers, copies in saved:
-            vars(module).clear()
-            vars(module).update(attributes)
-            module._buffers.clear()
-            module._buffers.update(buffers)
-            for tensor, copy in copies:
-                tensor.copy_(copy)
-
-
-def _copies(module: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    small = [b for b in module._buffers.values() if b is not None and b.numel() <= _SMALL]
-    return [(buffer, buffer.clone()) for buffer in small]
-
-
-# A stack of layers and the indices of those that run.
-Stack = tuple[nn.ModuleList, list[int]]
-
-
-def _kinds_of_layers(model: nn.Module) -> list[Stack]:
-    """Stacks of attention layers with the first layer of each kind."""
-    types = getattr(_text_config(model), "layer_types", None)
-    stacks = []
-    for module in model.modules():
-        if not isinstance(module, nn.ModuleList) or not any(map(_attends, module)):
-            continue
-        kinds: dict[object, int] = {}
-        for index, kind in enumerate(_kinds(module)):
-            named = types[index] if types and len(types) == len(module) else None
-            kinds.setdefault((named, kind), index)
-        if 2 * len(kinds) <= len(module):
-            stacks.append((module, sorted(kinds.values())))
-    return stacks
-
-
-def _attends(layer: nn.Module) -> bool:
-    return any(hasattr(module, "layer_idx") for module in layer.modules())
-
-
-def _kinds(layers: nn.ModuleList) -> list[object]:
-    """One for each layer, equal for those that compute the same but for their parameters' values.
-
-    Attributes that count the layers tell them apart no more than their places do.
-    """
-    every = [_facts(layer) for layer in layers]
-    counting = {
-        key
-        for key, first in every[0].items()
-        if type(first) is int
-        and all(facts.get(key) == first + index for index, facts in enumerate(every))
-    }
-    return [frozenset((k, v) for k, v in facts.items() if k not in counting) for facts in every]
-
-
-def _facts(layer: nn.Module) -> dict[tuple[str, str], object]:
-    """Classes, parameters' shapes and plain attributes of a layer's modules."""
-    facts: dict[tuple[str, str], object] = {}
-    for path, module in layer.named_modules():
-        facts[path, "class"] = type(module)
-        for name, parameter in module.named_parameters(recurse=False):
-            facts[path, name] = (parameter.shape, parameter.dtype)
-        for name, value in vars(module).items():
-            if isinstance(value, (bool, int, str)):
-                facts[path, name] = value
-    return facts
-
-
-@contextmanager
-def _only(model: nn.Module, layers: nn.ModuleList, kept: list[int]) -> Iterator[None]:
-    """A stack with some of its layers, whose types the configurations then list."""
-    count = len(layers)
-    modules = dict(layers._modules)
-    with ExitStack() as stack:
-        for config in _configs(model):
-            own: dict[str, Any] = {}
-            types = vars(config).get("layer_types")
-            if isinstance(types, list) and len(types) == count:
-                own["layer_types"] = [types[index] for index in kept]
-            if vars(config).get("num_hidden_layers") == count:
-                own["num_hidden_layers"] = len(kept)
-            stack.enter_context(_values(config, own))
-        layers._modules.clear()
-        layers._modules.update({str(n): modules[str(index)] for n, index in enumerate(kept)})
-        try:
-            yield
-        finally:
-            layers._modules.clear()
-            layers._modules.update(modules)
 
 
 def explained(model: nn.Module, error: Exception) -> UnsupportedModelError:
