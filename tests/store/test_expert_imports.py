@@ -247,3 +247,14 @@ def test_an_adapters_description_names_the_matrices(bases: Any, train: Any, tmp_
     adapter = read_adapter(tmp_path, bases("mixtral").spec).adapter
     info = describe(adapter, "0" * 64, size=1, created=0.0, base=bases("mixtral").spec)
     assert info.targets == ("down_proj", "gate_up_proj", "q_proj")
+
+
+def test_a_linears_weight_may_be_targeted_as_a_parameter(
+    bases: Any, train: Any, canonical_logits: Any, tmp_path: Path
+) -> None:
+    parameters = ["q_proj.weight", "down_proj.weight"]
+    trained = train("llama", tmp_path, r=4, target_modules=[], target_parameters=parameters)
+    adapter = read_adapter(tmp_path, bases("llama").spec).adapter
+    assert len(adapter.updates) == 2 * bases("llama").model.config.num_hidden_layers
+    logits = canonical_logits(bases("llama").model, adapter)
+    torch.testing.assert_close(logits, trained.logits, rtol=1e-3, atol=1e-3)

@@ -176,9 +176,14 @@ def test_an_adapter_of_another_family_is_refused(folder: Path, bases: Any) -> No
     refused(BaseMismatchError, folder, bases("gpt_neox").spec, CONFIG, "target_modules")
 
 
-def test_modules_of_conv1d_are_refused(bases: Any, train: Any, tmp_path: Path) -> None:
-    train("gpt2", tmp_path, target_modules=["c_attn"], fan_in_fan_out=True)
-    error = refused(BaseMismatchError, tmp_path, bases("gpt2").spec, CONFIG, "target_modules")
+def test_weights_of_conv1d_are_refused_as_parameters(
+    bases: Any, train: Any, tmp_path: Path
+) -> None:
+    """Square ones too: their A and B belong to the other sides."""
+    train("gpt2", tmp_path, target_modules=[], target_parameters=["attn.c_proj.weight"])
+    error = refused(
+        UnsupportedFeatureError, tmp_path, bases("gpt2").spec, CONFIG, "target_parameters"
+    )
     assert "linear" in str(error)
 
 

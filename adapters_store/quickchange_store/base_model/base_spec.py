@@ -85,7 +85,7 @@ def spec_of(network: Any, name: str, weights: BaseWeights | None = None) -> Base
             )
             output_head = path if module is head else output_head
         elif isinstance(module, Conv1D):
-            modules[path] = ModuleShape("linear", module.nx, module.nf, bias=True)
+            modules[path] = ModuleShape("linear", module.nx, module.nf, bias=True, transposed=True)
         elif module is embedding and isinstance(module, torch.nn.Embedding):
             modules[path] = ModuleShape(
                 "embedding",

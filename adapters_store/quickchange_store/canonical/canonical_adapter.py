@@ -66,6 +66,7 @@ class ModuleShape:
     in_features: int  # an embedding's vocabulary
     out_features: int
     bias: bool = False  # True: the base module has one
+    transposed: bool = False  # True: the module's weight is [in, out], as Conv1D's
     output_scale: float = 1.0  # the module multiplies its own output by it (scaled embeddings)
 
 

@@ -16,7 +16,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig,
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 VOCABULARY = 97
-MOST_PARAMETERS = 12_000_000
+MOST_PARAMETERS = 80_000_000
 UNSET = object()  # for a size that a type must not be given
 
 Options = Mapping[str, Any]
@@ -148,7 +148,7 @@ _OWN: dict[str, Options] = {
     },
     "cwm": _TOKENS,
     "dbrx": {
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0},
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0, "clip_qkv": 8.0},
         "ffn_config": {"hidden_size": 64, "moe_top_k": 2},
     },
     "data2vec-text": _PADDED,

@@ -81,7 +81,7 @@ def _refuse_foreign(tensors: AdapterTensors) -> None:
 
 
 def find_parameters(config: Mapping[str, Any], base: BaseSpec) -> frozenset[str]:
-    """Paths of the experts' parameters that PEFT would wrap: target_parameters.
+    """Paths of the parameters that PEFT would wrap: target_parameters.
 
     Raises InvalidAdapterError and UnsupportedFeatureError.
     """
@@ -93,22 +93,26 @@ def find_parameters(config: Mapping[str, Any], base: BaseSpec) -> frozenset[str]
         raise invalid(field, wanted, "list names of parameters")
     texts(field, wanted)
     # PEFT lists names that not every model has; a tensor that no entry fits is refused later.
-    known = [*base.experts, *_router_weights(base)]
+    known = [*base.experts, *_weights(base)]
     found = {path for path in known for each in wanted if f".{path}".endswith(f".{each}")}
     if not found:
         raise UnsupportedFeatureError(
-            f"{wanted!r} is no matrix of the experts of the base model {base.architecture}"
-            + (f" ({', '.join(_endings(known))})" if known else ""),
+            f"{wanted!r} is no weight of a linear, of experts or of a router of the base model "
+            f"{base.architecture} ({', '.join(_endings(known))})",
             file=CONFIG_FILE,
             key=field,
-            remedy="target the experts' matrices, their routers, or nn.Linear modules "
-            "(target_modules)",
+            remedy="target the experts' matrices, their routers, or linear modules",
         )
     return frozenset(found)
 
 
-def _router_weights(base: BaseSpec) -> list[str]:
-    return [f"{path}.weight" for path, shape in base.modules.items() if shape.kind == "router"]
+def _weights(base: BaseSpec) -> list[str]:
+    """Weights [out, in], whose LoRA is the one of their module."""
+    return [
+        f"{path}.weight"
+        for path, shape in base.modules.items()
+        if shape.kind in ("linear", "router") and not shape.transposed
+    ]
 
 
 def _endings(paths: Iterable[str]) -> list[str]:
@@ -135,13 +139,13 @@ def find_targets(
     for field in ("exclude_modules", "layers_pattern"):
         texts(field, config.get(field))
     _check_layers(config.get("layers_to_transform"))
-    routers = frozenset(
+    by_weight = frozenset(
         path.removesuffix(".weight")
         for path in find_parameters(config, base)
         if path not in base.experts
     )
     if not alone and not config.get("target_modules"):
-        return routers
+        return by_weight
     try:
         rule = LoraConfig(
             target_modules=_target_modules(config, base, defaults, names),
@@ -170,7 +174,7 @@ def find_targets(
             remedy="use an adapter of this base model; linear modules and the input embedding are "
             "served",
         )
-    return routers | found
+    return by_weight | found
 
 
 def _check_layers(layers: Any) -> None:

@@ -45,7 +45,6 @@ class TensorNames:
     def __init__(self, base: BaseSpec) -> None:
         self._paths = base.modules.keys()
         self._experts = {path.rpartition(".")[0] for path in base.experts}
-        self._routers = {path for path, shape in base.modules.items() if shape.kind == "router"}
         self._expert_modules = base.expert_modules
         self._of_expert: dict[str, str | None] = {}  # results of `_expert_path`
         self.expert_modules: dict[str, ExpertPiece] = {}  # in the file: of single experts
@@ -123,10 +122,10 @@ class TensorNames:
         return [self._trained[name] for name in self.expert_modules]
 
     def of_module(self, path: str) -> tuple[str, ...]:
-        """What the configuration may call a module: its path, and its name in the file."""
+        """What the configuration may call a module: its path, its name in the file, its weight."""
         trained = self._trained.get(path, path)
         names = (path,) if trained == path else (path, trained)
-        return (*names, f"{path}.weight") if path in self._routers else names
+        return (*names, f"{path}.weight")
 
     def refuse_several(self, file: str) -> None:
         """Raise InvalidAdapterError where the tensors are of adapters with different names."""

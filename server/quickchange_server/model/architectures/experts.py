@@ -62,7 +62,7 @@ class _RouterWeight(nn.Parameter):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = super().__torch_function__(func, types, args, kwargs or {})
+        out = super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
         weight = next((a for a in args if isinstance(a, _RouterWeight)), None)
         if weight is None or not isinstance(out, torch.Tensor):
             return out
