@@ -163,6 +163,20 @@ FAMILIES: dict[str, dict[str, object]] = {
         "num_experts_per_tok": 3,
         "moe_intermediate_size": 24,
     },
+    "granitemoe": {
+        "model_type": "granitemoe",
+        **_GROUPED,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 2,
+    },
+    # A router with a linear within it.
+    "hunyuan_v1_moe": {
+        "model_type": "hunyuan_v1_moe",
+        **_GROUPED,
+        "num_experts": 6,
+        "moe_topk": 2,
+        "head_dim": 16,
+    },
     # A router that is a linear.
     "phimoe": {
         "model_type": "phimoe",
