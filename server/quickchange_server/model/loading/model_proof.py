@@ -50,12 +50,26 @@ from quickchange_server.model.loading.proof_conditions import (
 # Logits of asked rows: (model, ids [T], positions [T], rows [R]) to [R, V].
 Run = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 
-# largest distance of a row's logits from the reference, relative to the row's size
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
-LOOSE = 0.15  # the same where weights are rounded
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """How far a model may differ from the reference."""
+
+    error: float  # distance of a row's logits, relative to the row's size
+    # Rows of a text that may lie further away: in a short dtype, rounding sends a token that is
+    # nearly as near to two experts now to the one, now to the other.
+    strays: int = 0
+
+
+TOLERANCE = {
+    torch.float32: Tolerance(1e-3),
+    torch.float16: Tolerance(3e-2, strays=2),
+    torch.bfloat16: Tolerance(1e-1, strays=2),
+}
+LOOSE = Tolerance(0.15, strays=2)  # where weights are rounded
 
 _LENGTH = 9  # rows of a text
-_CUTS = ((0, 4, 7, 8, 9), (0, 3, 7, 8, 9))  # of even and odd texts: the rows of each step
+_CUTS = ((0, 4, 6, 7, 8, 9), (0, 3, 6, 7, 8, 9))  # of even and odd texts: the rows of each step
 _BEFORE = 3  # rows of a text before the limit that it crosses
 _ELSEWHERE = 37  # position of the second text where there is no limit
 _BLOCK_SIZE = 16
@@ -103,7 +117,7 @@ class ModelProof:
                 self._failed = error
 
     def difference(
-        self, install: Callable[..., None], holder: StepHolder, run: Run, tolerance: float
+        self, install: Callable[..., None], holder: StepHolder, run: Run, tolerance: Tolerance
     ) -> str | None:
         """In what the model, wrapped and with other modules by now, differs; None if in nothing.
 
@@ -119,7 +133,7 @@ class ModelProof:
         found = self._differs(steps, paged, tolerance)
         return None if found is None else self._explained(found, paged, tolerance)
 
-    def _explained(self, found: str, paged: _Paged, tolerance: float) -> str:
+    def _explained(self, found: str, paged: _Paged, tolerance: Tolerance) -> str:
         """The difference with what calls it forth: already one text, several, or its parts."""
         whole, none = (0, _LENGTH), (0, 0)
         for number in range(len(self._texts)):
@@ -141,19 +155,22 @@ class ModelProof:
             drawn = _drawn(self._model)
             return [_text(self._model, ids, start) for ids, start in drawn]
 
-    def _differs(self, steps: Sequence[Step], paged: _Paged, tolerance: float) -> str | None:
-        worst, where = 0.0, 0
+    def _differs(self, steps: Sequence[Step], paged: _Paged, tolerance: Tolerance) -> str | None:
+        found: list[list[tuple[float, int]]] = [[] for _ in self._texts]  # (error, position)
         with self._as_proved():
             paged.begin(len(self._texts))
             for step in steps:
                 logits = paged.run(self._texts, step)
                 ends = accumulate(end - at for at, end in step)
-                for text, (begin, end), stop in zip(self._texts, step, ends, strict=True):
+                for text, (begin, end), stop, errors in zip(
+                    self._texts, step, ends, found, strict=True
+                ):
                     got = logits[stop - (end - begin) : stop]
-                    for row, error in enumerate(_errors(got, text.logits[begin:end]), begin):
-                        if error > worst:
-                            worst, where = error, text.start + row
-        if worst <= tolerance:
+                    rows = enumerate(_errors(got, text.logits[begin:end]), text.start + begin)
+                    errors += [(error, position) for position, error in rows]
+        counted = [sorted(errors)[: -tolerance.strays or None] for errors in found]
+        worst, where = max(pair for errors in counted for pair in [*errors, (0.0, 0)])
+        if worst <= tolerance.error:
             return None
         return f"logits differ from eager attention's by {worst:.1%} at position {where}"
 
@@ -283,7 +300,7 @@ def _text(model: nn.Module, ids: Tensor, start: int) -> ProofText:
     plain = read(None)
     if not start or "position_ids" not in inspect.signature(model.forward).parameters:
         return ProofText(ids, 0, plain)
-    if max(_errors(read(0), plain)) > TOLERANCE[torch.float32]:
+    if max(_errors(read(0), plain)) > TOLERANCE[torch.float32].error:
         return ProofText(ids, 0, plain)  # its position_ids don't count from 0, as RoBERTa's
     there = read(start)
     return ProofText(ids, 0, plain) if torch.equal(there, plain) else ProofText(ids, start, there)
