@@ -72,16 +72,16 @@ class _Router:
         self._group = 0
         self._tables: LowRankTables | None = None  # tables that `_used` was found in
         self._used = False  # some adapter on the device updates the router
-        module.forward = self._count  # type: ignore[method-assign]
+        module.forward = self._count
 
     def serve(self, group: int) -> None:
         """Add the updates of this group from now on."""
         self._group = group
-        self._module.forward = self._adapted  # type: ignore[method-assign]
+        self._module.forward = self._adapted
 
     def remove(self) -> None:
         """Leave the module as it was."""
-        self._module.forward = self._own  # type: ignore[method-assign]
+        self._module.forward = self._own
 
     def _count(self, *args: Any, **named: Any) -> Any:
         seen: list[torch.Tensor] = []
