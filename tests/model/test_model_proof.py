@@ -101,6 +101,23 @@ class Fails(Plain):
         return super().forward(input_ids, *args, **more)
 
 
+class AttendsTwice(Plain):
+    """Adds up what two passes through each attention module give."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        for layer in self.model.layers:
+            layer.self_attn.forward = self._twice(layer.self_attn.forward)
+
+    @staticmethod
+    def _twice(attend: Any) -> Any:
+        def forward(hidden_states: Tensor, **more: Any) -> Any:
+            first, second = (attend(h, **more)[0] for h in (hidden_states, hidden_states.flip(-1)))
+            return first + second, None
+
+        return forward
+
+
 class NeedsAllLayers(Plain):
     """Can't run with fewer layers than it was made with."""
 
@@ -246,12 +263,8 @@ def test_a_limit_that_is_off_by_one_is_refused(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_attention_that_is_called_twice_in_a_layer_is_refused_by_name() -> None:
-    config = AutoConfig.for_model("diffllama", **SIZES, num_key_value_heads=2)
-    config._attn_implementation = paged_attention.NAME
-    from transformers import DiffLlamaForCausalLM
-
-    said = refusal(DiffLlamaForCausalLM(config).eval())
-    assert "DiffLlama" in said
+    said = refusal(made(AttendsTwice))
+    assert "AttendsTwice" in said
     assert "more than once" in said
 
 

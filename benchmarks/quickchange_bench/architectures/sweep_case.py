@@ -21,7 +21,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from quickchange_bench.architectures.tiny_configs import CACHED, VOCABULARY, tiny_model
+from quickchange_bench.architectures.tiny_configs import (
+    CACHED,
+    REFERENCE_ATTENTION,
+    VOCABULARY,
+    tiny_model,
+)
 from quickchange_server.config import Settings
 from quickchange_server.entrypoints.in_process_engine import InProcessEngine
 from quickchange_server.errors import QuickchangeError
@@ -73,6 +78,7 @@ class _Case:
     """A saved model and its right answers, one for each prompt."""
 
     folder: Path
+    attention: str  # the reference's
     cached: bool  # the reference keeps keys and values
     prompts: list[list[int]]
     answers: list[list[int]]
@@ -124,7 +130,7 @@ class _Case:
             return self._with_lora(["out_proj"])
 
     def _with_lora(self, excluded: list[str]) -> PeftModel:
-        model = _reference(self.folder / "base")
+        model = _reference(self.folder / "base", self.attention)
         config = LoraConfig(
             r=4,
             lora_alpha=6,
@@ -174,20 +180,23 @@ def _outside_text(model: Any) -> list[str]:
 
 
 def _made(name: str, folder: Path) -> _Case:
+    attention = REFERENCE_ATTENTION.get(name, "eager")
     generator = random.Random(0)
     prompts = [[generator.randrange(3, VOCABULARY) for _ in range(n)] for n in PROMPT_LENGTHS]
     for seed in range(_SEEDS):
         tiny_model(name, seed).save_pretrained(folder / "base")
-        model = _reference(folder / "base")
+        model = _reference(folder / "base", attention)
         answers = [_greedy(model, prompt, cached=name in CACHED) for prompt in prompts]
         if all(clear for _, clear in answers):
-            return _Case(folder, name in CACHED, prompts, [tokens for tokens, _ in answers])
+            return _Case(
+                folder, attention, name in CACHED, prompts, [tokens for tokens, _ in answers]
+            )
     raise NoClearCaseError
 
 
-def _reference(folder: Path) -> nn.Module:
+def _reference(folder: Path, attention: str) -> nn.Module:
     model: nn.Module = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
+        folder, dtype=torch.float32, attn_implementation=attention
     )
     return model.eval()
 

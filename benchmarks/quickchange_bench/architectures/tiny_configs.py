@@ -278,8 +278,12 @@ VARIANTS: dict[str, tuple[str, Options]] = {
     ),
 }
 
-# Those whose positions are scaled by the length so far, as each token's keys were made.
-CACHED = frozenset({"llama (dynamic)", "zamba2"})
+# Those that give something else token by token than all at once: positions scaled by the length so
+# far, or a time step that transformers clamps only where it reads several tokens.
+CACHED = frozenset({"llama (dynamic)", "llama (longrope)", "zamba2"})
+
+# Falcon's eager attention adds ALiBi twice.
+REFERENCE_ATTENTION = {"falcon (alibi)": "sdpa"}
 
 
 def types() -> list[str]:
