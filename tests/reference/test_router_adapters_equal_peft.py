@@ -31,6 +31,10 @@ def configs(family: str) -> dict[str, LoraConfig]:
     }
     if family != "phimoe":  # PEFT adds to what its router gives, which is no tensor
         found["all"] = LoraConfig(r=4, lora_alpha=6, target_modules="all-linear")
+    if family == "gpt_oss":
+        found["bias"] = LoraConfig(
+            r=4, bias="lora_only", target_modules=[], target_parameters=[router]
+        )
     return found
 
 

@@ -149,6 +149,25 @@ def test_experts_survive_the_store_and_an_export(
     torch.testing.assert_close(theirs, trained.logits, rtol=1e-3, atol=1e-3)
 
 
+def test_a_router_of_an_earlier_version_is_found_by_its_name_there(
+    bases: Any, train: Any, tmp_path: Path
+) -> None:
+    """It was a linear, which target_modules names."""
+    weight = ["gate.weight"]
+    train("mixtral", tmp_path, r=4, target_modules=["q_proj"], target_parameters=weight)
+    expected = read_adapter(tmp_path, bases("mixtral").spec).adapter
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config.update(target_modules=["q_proj", "gate"], target_parameters=None)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    named = {key.replace("mlp.gate", "block_sparse_moe.gate"): tensors[key] for key in tensors}
+    assert named.keys() != tensors.keys()
+    save_file(named, tmp_path / "adapter_model.safetensors")
+    adapter = read_adapter(tmp_path, bases("mixtral").spec).adapter
+    assert "model.layers.0.mlp.gate" in adapter.updates
+    assert digest(adapter) == digest(expected)
+
+
 Change = Callable[[dict[str, Any], dict[str, torch.Tensor]], None]
 WRAPPER = "base_model.model.model.layers.0.mlp.experts"
 

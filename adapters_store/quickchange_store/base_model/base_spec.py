@@ -37,7 +37,7 @@ def base_spec(model: str | Path, name: str | None = None) -> BaseSpec:
     """The spec of the model at a path (transformers' layout) or with a hub id.
 
     Its modules are every `nn.Linear` and `Conv1D` (GPT-2's, a linear of a transposed weight), the
-    LM head included where it is tied to the embedding, and the input embedding; routers and linears
+    LM head included where it is tied to the embedding, the input embedding, and routers; linears
     of single experts, which no adapter can update, are left out. `name` stands for the base in
     messages; default: `model`. Takes seconds for a large model: keep the result. Raises
     BaseModelError.
@@ -94,8 +94,9 @@ def spec_of(network: Any, name: str, weights: BaseWeights | None = None) -> Base
                 # Gemma 3 and others: the module multiplies its output, and so does PEFT its update.
                 output_scale=float(getattr(module, "scalar_embed_scale", 1.0)),
             )
-    for path, size in routers(network).items():
-        modules[path] = ModuleShape("router", *size)
+    for path, weight in routers(network).items():
+        biased = getattr(network.get_submodule(path), "bias", None) is not None
+        modules[path] = ModuleShape("router", weight.shape[1], weight.shape[0], bias=biased)
     experts = expert_parts(network)
     return BaseSpec(
         architecture=type(network).__name__,

@@ -47,23 +47,36 @@ def expert_parts(network: nn.Module) -> dict[str, ExpertPart]:
     return parts
 
 
-def routers(network: nn.Module) -> dict[str, tuple[int, int]]:
-    """Routers that stand beside experts and are no linears: (inputs, experts), by path."""
+def routers(network: nn.Module) -> dict[str, nn.Parameter]:
+    """Weights [experts, in] of routers that are no plain linears, by the path of their module.
+
+    They stand beside experts, or within a module that does. For an unwrapped model.
+    """
     from torch import nn
 
     found = {}
     for path, module in network.named_modules():
-        if not any(is_experts(child) for child in module.children()):
+        if not is_experts(module):
             continue
-        for name, child in module.named_children():
-            weight = child._parameters.get("weight")
-            if weight is not None and weight.ndim == 2 and not isinstance(child, nn.Linear):
-                found[f"{path}.{name}"] = (weight.shape[1], weight.shape[0])
+        block = path.rpartition(".")[0]
+        for name, part in network.get_submodule(block).named_modules(prefix=block):
+            weight = part._parameters.get("weight")
+            if weight is None or weight.ndim != 2 or weight.dtype not in _float_types():
+                continue
+            plain = isinstance(part, nn.Linear) and not routed(name, part)
+            if not (plain or isinstance(part, nn.Embedding) or name.startswith(f"{path}.")):
+                found[name] = weight
     return found
 
 
+def _float_types() -> tuple[Any, ...]:
+    import torch
+
+    return torch.float32, torch.bfloat16, torch.float16
+
+
 def routed(path: str, linear: nn.Module) -> bool:
-    """True for a linear that no adapter can update: a router, or one of a single expert.
+    """True for a linear that can't be wrapped: a router, or one of a single expert.
 
     A router makes more than a product of its input, by a forward of its own. An expert's module
     reads rows in an order that a router makes.
@@ -94,6 +107,15 @@ class ConvertedExperts:
             renamings=[t for t in transforms if isinstance(t, WeightRenaming)],
             converters=[t for t in transforms if not isinstance(t, WeightRenaming)],
         )
+
+    def module(self, path: str) -> str | None:
+        """What the module `path` of an earlier version is called now, if it is whole."""
+        from transformers.core_model_loading import rename_source_key
+
+        parameter, pattern = rename_source_key(
+            f"{path}.weight", list(self.renamings), list(self.converters)
+        )
+        return str(parameter).removesuffix(".weight") if pattern is None else None
 
     def find(self, path: str) -> ExpertPiece | None:
         """The piece that the module `path` of a single expert became; None for other paths."""

@@ -110,6 +110,10 @@ class ExpertModules(Protocol):
         """What the module `path` became; None for other paths."""
         ...
 
+    def module(self, path: str) -> str | None:
+        """What the module `path` of an earlier version is called now, if it is whole."""
+        ...
+
 
 @dataclass(frozen=True)
 class SubLayer:

@@ -234,8 +234,8 @@ def _list_pages(adapter: CanonicalAdapter, shapes: Mapping[Place, PageShape]) ->
             reads = "" if update.source == "input" else f" whose {update.source} could be read"
             raise AdapterFailedError(
                 f"{path}: the served model has no such module{reads}, or one that adapters can't "
-                "update (quantised experts); add the adapter again with the base model that it was "
-                "trained on, or train one without this module"
+                "update (quantised experts, a router with no one product); add the adapter again "
+                "with the base model that it was trained on, or train one without this module"
             )
         _check_shapes(path, update, shape)
         pages += _pages_of(update, shape)

@@ -114,6 +114,10 @@ class TensorNames:
                 self.expert_modules[name] = piece
                 self._trained[name] = text.rpartition(PREFIX)[2]
                 return name
+            path = self._expert_modules.module(cut)
+            if path in self._paths:
+                self._trained[path] = text.rpartition(PREFIX)[2]
+                return path
         return None
 
     @property

@@ -15,14 +15,10 @@ from torch import nn
 from transformers.integrations.moe import ExpertsInterface
 
 from quickchange_kernels.linear.linear_experts import linear_experts
-from quickchange_kernels.lowrank.lowrank_contract import (
-    LowRankTables,
-    lowrank_,
-    lowrank_experts_,
-)
+from quickchange_kernels.lowrank.lowrank_contract import LowRankTables, lowrank_experts_
 from quickchange_server.adapters.module_groups import Member, ModuleGroup
 from quickchange_server.model.forward_context import StepHolder
-from quickchange_store.base_model.expert_parts import expert_parts, routers
+from quickchange_store.base_model.expert_parts import expert_parts
 from quickchange_store.canonical.canonical_adapter import ExpertPart, expert_path
 
 NAME = "quickchange"
@@ -34,8 +30,6 @@ def wrap_experts(
 ) -> None:
     """Let all experts of the interface compute by this one; their groups are added to `groups`."""
     ExpertsInterface.register(NAME, _interface)
-    if adapters:
-        _wrap_routers(model, holder, groups)
     parts = {path: part for path, part in expert_parts(model).items() if _is_plain(model, path)}
     products: dict[str, list[_Product]] = {}
     for parameter, part in parts.items():
@@ -49,48 +43,6 @@ def wrap_experts(
         experts: Any = model.get_submodule(path)
         setattr(experts, _ATTRIBUTE, tuple(both))
         experts.config._experts_implementation = NAME
-
-
-class _RouterWeight(nn.Parameter):
-    """A router's weight: a product with it has the adapters' updates of the router in it.
-
-    Routers compute in ways of their own around one call of `F.linear`, maybe in another dtype.
-    """
-
-    group: int
-    holder: StepHolder
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
-        weight = next((a for a in args if isinstance(a, _RouterWeight)), None)
-        if weight is None or not isinstance(out, torch.Tensor):
-            return out
-        out = out.as_subclass(torch.Tensor)
-        if func is nn.functional.linear:
-            step = weight.holder.step
-            if step is not None and step.adapters is not None:
-                x = args[0].reshape(-1, args[0].shape[-1])
-                rows = out.view(-1, out.shape[-1])
-                lowrank_(rows, x, step.adapters.tables, step.adapters.tokens, weight.group)
-        elif out.shape == weight.shape:  # the same in another dtype
-            return _router_weight(out, weight.group, weight.holder)
-        return out
-
-
-def _router_weight(weight: torch.Tensor, group: int, holder: StepHolder) -> _RouterWeight:
-    made = torch.Tensor._make_subclass(_RouterWeight, weight.detach(), False)
-    made.group, made.holder = group, holder
-    return made
-
-
-def _wrap_routers(model: nn.Module, holder: StepHolder, groups: list[ModuleGroup]) -> None:
-    for path, (features, experts) in routers(model).items():
-        router: Any = model.get_submodule(path)
-        member = Member(path, 0, experts)
-        group = ModuleGroup(len(groups), "router", features, experts, (member,))
-        groups.append(group)
-        router._parameters["weight"] = _router_weight(router.weight, group.index, holder)
 
 
 def _is_plain(model: nn.Module, path: str) -> bool:

@@ -37,6 +37,7 @@ from quickchange_server.model.architectures.position_scaling import (
     stretched,
 )
 from quickchange_server.model.architectures.recurrent_layers import RecurrentLayer, noting_states
+from quickchange_server.model.architectures.routers import wrap_routers
 from quickchange_server.model.forward_context import StepHolder
 from quickchange_server.model.fusion import Fusion, MixingProbe
 from quickchange_server.model.int8_linear import (
@@ -63,6 +64,7 @@ from quickchange_server.model.rows_read import Rows, rows_read
 from quickchange_server.model.wrapping import Wrapper
 from quickchange_store.base_model.base_source import BaseSource
 from quickchange_store.base_model.base_weights import load_base, quantization_method
+from quickchange_store.base_model.expert_parts import routers
 from quickchange_store.errors import BaseModelError
 
 logger = logging.getLogger(__name__)
@@ -203,8 +205,10 @@ def _prepared(
     base = int8_linear if quantization == "int8" else base_linear
     rows = _rows_of_short_pass(model)
     wrapper = Wrapper(model, holder, rows=rows if adapters else None, base=base)
+    choosing = routers(model) if adapters else {}
     groups = wrapper.wrap()
     wrap_experts(model, holder, groups, adapters=adapters)
+    wrap_routers(model, choosing, holder, groups, lambda: _short_pass(model))
     head_rows.attach(model.get_output_embeddings())  # type: ignore[operator]
     scaling = scale_by_text(model, holder)
     fusion = Fusion(model, lambda ids, positions: _logits(model, ids, positions))
@@ -298,6 +302,10 @@ def _logits(
     )
     logits: torch.Tensor = output.logits[0]
     return logits
+
+
+def _short_pass(model: nn.Module) -> None:
+    _logits(model, torch.arange(2), torch.arange(2))
 
 
 def _rows_of_short_pass(model: nn.Module) -> dict[str, Rows | None]:
