@@ -276,11 +276,11 @@ def too_large(needed: int, budget: int) -> str:
 def _usual_shape(group: ModuleGroup) -> GroupShape:
     """Shape of a group for adapters of usual rank.
 
-    Few adapters have pages behind sub-layers or for experts: 0 pages there, so that the group is
-    not called.
+    Few adapters have pages behind sub-layers, for experts or routers: 0 pages there, so that the
+    group is not called.
     """
     pages = -(-_USUAL_RANK // RANKS_PER_PAGE) * len(group.members)
-    usual = group.source == "input" and group.kind != "expert"
+    usual = group.source == "input" and group.kind not in ("expert", "router")
     return GroupShape(rounded_to_power(pages) if usual else 0, _aligned(group))
 
 

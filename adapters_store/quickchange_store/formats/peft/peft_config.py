@@ -135,11 +135,11 @@ class LoraSettings:
 
     def rank(self, module: str) -> int:
         """The rank of a module, after rank_pattern."""
-        return self.rank_of(self.names.of_module(module))
+        return self.rank_of(self.names.of_target(module))
 
     def scale(self, module: str) -> float:
         """The factor before B A: alpha / r, or alpha / sqrt(r) with rank-stabilised LoRA."""
-        return self.scale_of(self.names.of_module(module))
+        return self.scale_of(self.names.of_target(module))
 
     def rank_of(self, names: Sequence[str]) -> int:
         """As `rank`, of what the configuration may call by one of `names`."""

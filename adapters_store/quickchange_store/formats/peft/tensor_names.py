@@ -126,10 +126,13 @@ class TensorNames:
         return [self._trained[name] for name in self.expert_modules]
 
     def of_module(self, path: str) -> tuple[str, ...]:
-        """What the configuration may call a module: its path, its name in the file, its weight."""
+        """What the configuration may call a module: its path, and its name in the file."""
         trained = self._trained.get(path, path)
-        names = (path,) if trained == path else (path, trained)
-        return (*names, f"{path}.weight")
+        return (path,) if trained == path else (path, trained)
+
+    def of_target(self, path: str) -> tuple[str, ...]:
+        """The same, or the parameter that is targeted: its weight."""
+        return (*self.of_module(path), f"{path}.weight")
 
     def refuse_several(self, file: str) -> None:
         """Raise InvalidAdapterError where the tensors are of adapters with different names."""

@@ -1,4 +1,4 @@
-"""Seam four: transformers' recurrent layers on a pool of states, over the flattened batch.
+"""Seam five: transformers' recurrent layers on a pool of states, over the flattened batch.
 
 Layers that keep a state between tokens (gated delta nets, state-space models, short convolutions)
 read and write it through transformers' cache interface, whatever they compute. So such a layer
