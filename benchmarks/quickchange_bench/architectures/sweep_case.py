@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import warnings
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -84,17 +84,21 @@ class _Case:
     answers: list[list[int]]
 
     def judged(self) -> SweepResult:
+        adapter: CanonicalAdapter | None = None
+        lora_answers: list[list[int]] = []
+        without = SweepResult("-")
         try:
             adapter, lora_answers = self._adapter()
-            refused = ""
-        except Exception as error:
-            adapter, lora_answers, refused = None, [], _line(error)
+        except StoreError as error:
+            without = SweepResult("-", "refused", _line(error))
+        except Exception as error:  # PEFT's
+            without = SweepResult("-", "not built", _line(error))
         served = self._served(adapter)
         if isinstance(served, SweepResult):
             return served
         base = _judged(served[: len(self.prompts)], self.answers)
         if adapter is None:
-            return SweepResult(base, "refused", refused)
+            return replace(without, base=base)
         lora = _judged(served[len(self.prompts) :], lora_answers)
         differing = "" if base == lora == "equal" else f"{served} for {self.answers, lora_answers}"
         return SweepResult(base, lora, differing)
