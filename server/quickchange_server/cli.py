@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
 import os
 import signal
 import sys
@@ -178,6 +179,8 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup's and the like stay
             signal.signal(number, _interrupt)
+    for library in ("torchao", "torch.utils._pytree"):  # they warn of GPU parts while imported
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         app(args=with_demo_paths(*_command_of(sys.argv[1:])), prog_name="quickchange")
     except Interrupted as interrupted:

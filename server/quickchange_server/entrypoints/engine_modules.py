@@ -7,11 +7,15 @@ model: no thread is started, and no device is touched, so that a fork is safe.
 from __future__ import annotations
 
 import importlib
+import logging
 import signal
 
 # A signal to the whole service must not end it: it waits for the engines, which end later.
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+for _name in ("torchao", "torch.utils._pytree"):  # they warn of GPU parts while imported
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 for _name in (
     "quickchange_server.engine.process",
