@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from quickchange_server.errors import SettingError
+from quickchange_server.errors import SettingError, UnsupportedModelError
 from quickchange_server.frontend.tokenizer import Text
 from quickchange_server.model.loading.model_loader import load_model
 from quickchange_store.base_model.base_spec import BaseModelError, base_spec
@@ -27,7 +27,7 @@ def load_weights(folder: str) -> None:
 
 @pytest.mark.parametrize(
     ("load", "refusal"),
-    [(Text.load, SettingError), (load_weights, ValueError), (base_spec, BaseModelError)],
+    [(Text.load, SettingError), (load_weights, UnsupportedModelError), (base_spec, BaseModelError)],
 )
 def test_a_model_that_brings_code_is_refused(
     load: Callable[[str], object],

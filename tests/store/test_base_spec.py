@@ -98,7 +98,7 @@ def test_models_that_need_more_than_text_are_refused_by_type(kind: str, tmp_path
         ({"adapter_config.json": "{}"}, "is an adapter, not a base model"),
         (
             {"config.json": '{"model_type": "x", "auto_map": {"AutoConfig": "configuration_x.X"}}'},
-            "code of its own",
+            "custom code",
         ),
     ],
 )

@@ -99,7 +99,7 @@ class BaseSource:
         said = " ".join(str(error).split())
         if "trust_remote_code" in said:
             return BaseModelError(
-                f"{self.where!r} needs Python code of its own, which is not run",
+                f"{self.where!r} needs custom code, which is not run",
                 file="config.json",
                 key="auto_map",
                 remedy="use a model of a type that transformers has itself",
