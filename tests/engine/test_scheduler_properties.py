@@ -193,7 +193,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 class RecurrentMachine(SchedulerMachine):
-    """The same with a model whose state is the list of all tokens so far."""
+    """A machine with a model whose state is the list of all tokens so far."""
 
     def __init__(self) -> None:
         self.states = StateRows(MAX_SEQUENCES + 1, 3)

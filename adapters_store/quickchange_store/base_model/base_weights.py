@@ -92,7 +92,7 @@ def load_base(model: str, **options: Any) -> PreTrainedModel:
 
 
 def quantization_method(config: PretrainedConfig) -> str | None:
-    """How a checkpoint's weights are stored, by the name in its config.json; None: as floats."""
+    """Name in config.json of the way in which weights are stored; None: as floats."""
     stored = getattr(config, "quantization_config", None)
     if stored is None:
         return None

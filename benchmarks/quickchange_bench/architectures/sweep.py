@@ -96,7 +96,7 @@ def changes(table: Table, known: Table) -> list[str]:
 
 
 def counts(table: Table) -> str:
-    """How many types came out how, in one line; variants are not counted."""
+    """Numbers of types by outcome, in one line; variants are not counted."""
     kinds = {name: result for name, result in table.items() if name not in VARIANTS}
     base = Counter(result.base for result in kinds.values())
     both = sum(result.base == result.lora == "equal" for result in kinds.values())

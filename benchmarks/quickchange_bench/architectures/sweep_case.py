@@ -122,7 +122,7 @@ class _Case:
         return read, [tokens for tokens, _ in answers]
 
     def _tuned(self) -> PeftModel:
-        """With a LoRA on every linear that PEFT allows: of some types it leaves out `out_proj`.
+        """The model with a LoRA on every linear that PEFT allows: not always on `out_proj`.
 
         Of a model that also sees or hears, on those of its language model.
         """

@@ -227,7 +227,7 @@ def operands(tables: LowRankTables, segments: Segments, group: int) -> tuple[Any
 
 
 def operands_experts(tables: LowRankTables, segments: Segments, groups: range) -> tuple[Any, ...]:
-    """As `operands`, of neighbouring groups, one for each expert."""
+    """Operands of neighbouring groups, one for each expert."""
     *rest, _, aligned = operands(tables, segments, groups.start)
     most_pages = max([tables.shapes[group].most_pages for group in groups])
     return (*rest, most_pages, aligned)

@@ -343,7 +343,7 @@ def _read_folder(source: BaseSource) -> tuple[Any, int, frozenset[int]]:
 
 
 def _read_gguf(source: BaseSource) -> tuple[Any, int, frozenset[int]]:
-    """The same of a GGUF file, without its configuration, which takes seconds to read."""
+    """Tokenizer and ends of a GGUF file, without its configuration, which takes seconds to read."""
     from quickchange_store.base_model.gguf_tokenizer import gguf_tokenizer
 
     assert source.gguf_path is not None

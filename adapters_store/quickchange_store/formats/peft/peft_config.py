@@ -142,11 +142,11 @@ class LoraSettings:
         return self.scale_of(self.names.of_target(module))
 
     def rank_of(self, names: Sequence[str]) -> int:
-        """As `rank`, of what the configuration may call by one of `names`."""
+        """The rank of what the configuration may call by one of `names`."""
         return _matching(self.rank_pattern, names, self.r)
 
     def scale_of(self, names: Sequence[str]) -> float:
-        """As `scale`, of what the configuration may call by one of `names`."""
+        """The scale of what the configuration may call by one of `names`."""
         alpha = _matching(self.alpha_pattern, names, self.alpha)
         rank = self.rank_of(names)
         return alpha / (math.sqrt(rank) if self.rslora else rank)

@@ -131,7 +131,7 @@ class TensorNames:
         return (path,) if trained == path else (path, trained)
 
     def of_target(self, path: str) -> tuple[str, ...]:
-        """The same, or the parameter that is targeted: its weight."""
+        """Names of a module, and of its weight, either of which may be targeted."""
         return (*self.of_module(path), f"{path}.weight")
 
     def refuse_several(self, file: str) -> None:

@@ -133,7 +133,7 @@ def _openai_gpt(module: Any) -> bool:
 
 
 def _falcon(module: Any) -> bool:
-    """With ALiBi, what transformers computes with SDPA: its eager attention adds the bias twice."""
+    """Attention with ALiBi as SDPA has it: transformers' eager one adds the bias twice."""
     slopes = None
     if module.config.alibi:
         bias = _function(module, "build_alibi_tensor")
@@ -290,7 +290,7 @@ def _doge(module: Any) -> bool:
 
 
 def _diff_llama(module: Any) -> bool:
-    """The same queries and keys over two halves of the values: one value of twice the width."""
+    """Attention over two halves of the values: one value of twice the width."""
     rotate = _function(module, "apply_rotary_pos_emb")
 
     def forward(

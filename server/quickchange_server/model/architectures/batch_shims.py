@@ -105,7 +105,7 @@ class _StepPositions:
 
 
 def _counts_rows(module: nn.Module) -> bool:
-    """Whether a module embeds positions that it counts from a cache's length."""
+    """True if a module embeds positions that it counts from a cache's length."""
     return (
         isinstance(module, nn.Embedding)
         and "past_key_values_length" in inspect.signature(module.forward).parameters

@@ -53,7 +53,7 @@ Run = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Tolerance:
-    """How far a model may differ from the reference."""
+    """Largest difference of a model from the reference."""
 
     error: float  # distance of a row's logits, relative to the row's size
     # Rows of a text that may lie further away: in a short dtype, rounding sends a token that is
@@ -119,7 +119,7 @@ class ModelProof:
     def difference(
         self, install: Callable[..., None], holder: StepHolder, run: Run, tolerance: Tolerance
     ) -> str | None:
-        """In what the model, wrapped and with other modules by now, differs; None if in nothing.
+        """The difference of the model, wrapped and with other modules by now; None: none.
 
         install: gives the model its caches (`LoadedModel.install_caches`).
         """
