@@ -9,6 +9,7 @@ import torch
 from engine_driver import Driver, make_engine, request
 from tiny_models import make_model, save_model
 from torch import nn
+from transformers import MambaConfig, MambaForCausalLM
 
 from quickchange_kernels.linear.linear_int8 import dequantize_int8, quantize_int8
 from quickchange_server.model.adapter_layers import BaseLinear
@@ -17,6 +18,7 @@ from quickchange_server.model.int8_linear import Int8Linear
 from quickchange_server.model.loading.model_loader import LoadedModel, load_model
 
 CPU = torch.device("cpu")
+MAMBA = {"vocab_size": 97, "hidden_size": 32, "state_size": 8, "num_hidden_layers": 2}
 
 
 def int8_model(family: str, folder: Path, *, adapters: bool = True) -> LoadedModel:
@@ -32,6 +34,16 @@ def test_no_linear_keeps_float_weights(family: str, adapters: bool, tmp_path: Pa
     matrices = {name for name, parameter in model.named_parameters() if parameter.dim() == 2}
     assert len(matrices) == 1  # the embedding
     assert any(isinstance(module, Int8Linear) for module in model.modules())
+
+
+def test_a_linear_whose_weight_the_model_reads_itself_stays_as_it_is(tmp_path: Path) -> None:
+    """Mamba multiplies by dt_proj's weight. The proof at load would tell if that were nothing."""
+    MambaForCausalLM(MambaConfig(**MAMBA)).save_pretrained(tmp_path)
+    model = load_model(
+        str(tmp_path), dtype=torch.float32, device=CPU, adapters=False, quantization="int8"
+    ).module
+    kept = {name for name, module in model.named_modules() if isinstance(module, BaseLinear)}
+    assert kept == {f"backbone.layers.{layer}.mixer.dt_proj" for layer in range(2)}
 
 
 def test_layers_are_fused_as_with_float_weights(tmp_path: Path) -> None:

@@ -27,10 +27,11 @@ _TOKENS, _ASKED = 5, (3, 1)  # rows of the short pass, and those that are asked 
 
 def rows_read(
     model: nn.Module, run: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-) -> dict[str, Rows | None]:
-    """The rows that each linear reads, by path; None: others than these. For an unwrapped model.
+) -> tuple[dict[str, Rows | None], frozenset[str]]:
+    """The rows that each linear reads, by path, and the paths of those that are called at all.
 
-    run: the logits of asked rows in a pass over all tokens: (ids [T], asked rows [R]) to [R, V].
+    None: other rows than these. A model may read the weight of a linear that it does not call.
+    run: the logits of asked rows in a pass of the unwrapped model: (ids [T], rows [R]) to [R, V].
     Raises UnsupportedModelError for a model that makes other logits than those asked for.
     """
     with _noting_rows(model) as counts:
@@ -41,11 +42,12 @@ def rows_read(
             "are asked for (logits_to_keep); such models can't be served"
         )
     head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
-    return {
+    rows: dict[str, Rows | None] = {
         path: "head" if module is head else _rows_of(path, module, counts)
         for path, module in model.named_modules()
         if linear_shape(module) is not None
     }
+    return rows, frozenset(counts)
 
 
 def _rows_of(path: str, module: nn.Module, counts: Mapping[str, set[int]]) -> Rows | None:

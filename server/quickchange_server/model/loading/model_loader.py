@@ -54,8 +54,10 @@ from quickchange_server.model.loading.layer_kinds import (
 )
 from quickchange_server.model.loading.model_proof import (
     LOOSE,
+    ROUNDED,
     TOLERANCE,
     ModelProof,
+    Tolerance,
     explained,
 )
 from quickchange_server.model.output_side import connect
@@ -202,8 +204,17 @@ def _prepared(
     head_rows = fit_to_batch(model)
     replace_own_attention(model)
     holder = StepHolder()
-    base = int8_linear if quantization == "int8" else base_linear
-    rows = _rows_of_short_pass(model)
+    rows, called = _rows_of_short_pass(model)
+    # Mamba multiplies by some linear's weight itself: it stays as it is.
+    read = {module for path, module in model.named_modules() if path not in called}
+
+    def base(module: nn.Module) -> nn.Module:
+        return (
+            int8_linear(module)
+            if quantization == "int8" and module not in read
+            else base_linear(module)
+        )
+
     wrapper = Wrapper(model, holder, rows=rows if adapters else None, base=base)
     choosing = routers(model) if adapters else {}
     groups = wrapper.wrap()
@@ -236,18 +247,15 @@ def _prepared(
         recurrent=recurrent,
     )
     if proof is not None:
-        _prove(loaded, proof, fusion, exact=not rounded)
+        exact = TOLERANCE.get(model.dtype, LOOSE)  # type: ignore[call-overload]
+        tolerance = ROUNDED if quantization != "none" else LOOSE if rounded else exact
+        _prove(loaded, proof, fusion, tolerance)
     connect(model, wrapper.entrances)
     return loaded
 
 
-def _prove(loaded: LoadedModel, proof: ModelProof, fusion: Fusion, *, exact: bool) -> None:
-    """Undo fusions until the model proves right. Raises UnsupportedModelError if it never does.
-
-    exact: its weights are those that the proof was begun with.
-    """
-    dtype: torch.dtype = loaded.module.dtype  # type: ignore[assignment]
-    tolerance = TOLERANCE.get(dtype, LOOSE) if exact else LOOSE
+def _prove(loaded: LoadedModel, proof: ModelProof, fusion: Fusion, tolerance: Tolerance) -> None:
+    """Undo fusions until the model proves right. Raises UnsupportedModelError if it never does."""
     name = type(loaded.module).__name__
     undone: list[tuple[str, str]] = []
     while difference := proof.difference(loaded.install_caches, loaded.holder, _logits, tolerance):
@@ -308,8 +316,8 @@ def _short_pass(model: nn.Module) -> None:
     _logits(model, torch.arange(2), torch.arange(2))
 
 
-def _rows_of_short_pass(model: nn.Module) -> dict[str, Rows | None]:
-    """The rows that each linear reads. Raises UnsupportedModelError for weights with NaN or inf."""
+def _rows_of_short_pass(model: nn.Module) -> tuple[dict[str, Rows | None], frozenset[str]]:
+    """What `rows_read` says. Raises UnsupportedModelError for weights with NaN or infinity."""
     found: list[torch.Tensor] = []
 
     def run(ids: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
@@ -317,10 +325,10 @@ def _rows_of_short_pass(model: nn.Module) -> dict[str, Rows | None]:
         return found[0]
 
     paged_attention.install(model, MixingProbe())
-    rows = rows_read(model, run)
+    read = rows_read(model, run)
     if not bool(found[0].isfinite().all()):
         _refuse_broken_weights(model)
-    return rows
+    return read
 
 
 def _refuse_broken_weights(model: nn.Module) -> None:
