@@ -57,8 +57,6 @@ class Text:
         Raises SettingError (setting `model`) if there is none.
         """
         _check_folder(model)  # before the imports, which take seconds
-        from huggingface_hub.errors import StrictDataclassError
-
         from quickchange_store.base_model.base_source import BaseSource
         from quickchange_store.errors import BaseModelError
 
@@ -66,7 +64,7 @@ class Text:
             source = BaseSource.of(model)
             read = _read_folder if source.gguf_path is None else _read_gguf
             tokenizer, vocab_size, eos_ids = read(source)
-        except (OSError, ValueError, StrictDataclassError, BaseModelError) as error:
+        except (OSError, ValueError, BaseModelError) as error:
             raise SettingError(
                 f"model: can't read a tokenizer and configuration from {model!r}: {error}",
                 param="model",
@@ -334,9 +332,9 @@ def _check_folder(model: str) -> None:
 
 def _read_folder(source: BaseSource) -> tuple[Any, int, frozenset[int]]:
     """The tokenizer of a folder or hub id, its model's vocabulary size and end ids."""
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    config = AutoConfig.from_pretrained(source.where, trust_remote_code=False)
+    config = source.config()
     tokenizer = AutoTokenizer.from_pretrained(source.where, trust_remote_code=False)
     vocab_size = int(config.get_text_config().vocab_size)
     return tokenizer, vocab_size, _eos_ids(source.where, config, tokenizer)
