@@ -94,7 +94,8 @@ class BaseSource:
             return BaseModelError(
                 f"{self.where!r} is an adapter, not a base model",
                 file="adapter_config.json",
-                remedy="serve the base that it was trained on, and add it with `quickchange adapters add`",
+                remedy="serve the base that it was trained on, and add this to the store with "
+                "`quickchange adapters add`",
             )
         said = " ".join(str(error).split())
         if "trust_remote_code" in said:
