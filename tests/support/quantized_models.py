@@ -87,7 +87,7 @@ def _compressed_tensors(folder: Path, family: str, **scheme: dict[str, Any]) -> 
 
 
 def _fp8_blocks(folder: Path, family: str) -> None:
-    """As DeepSeek V3 stores: float8 weights with a scale for each block of 64 · 64."""
+    """Weights as DeepSeek V3 stores them: float8, with a scale for each block of 64 · 64."""
     model = float_model(family)
     state = model.state_dict()
     stored = {}

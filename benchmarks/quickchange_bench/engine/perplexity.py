@@ -17,10 +17,14 @@ from torch import Tensor
 
 from quickchange_server.engine.engine import torch_dtype
 from quickchange_server.frontend.tokenizer import Text
-from quickchange_server.model.forward_context import AttentionBatch, ForwardContext
+from quickchange_server.model.forward_context import (
+    FIRST_STATE,
+    AttentionBatch,
+    ForwardContext,
+    StatePart,
+)
 from quickchange_server.model.int8_linear import Quantization
 from quickchange_server.model.loading.model_loader import LoadedModel, forward, load_model
-from quickchange_server.model.paged_attention import PagedAttention, install
 
 TEXT = Path(__file__).parent / "texts" / "prose.txt"
 _BLOCK = 16  # tokens of one KV block
@@ -90,8 +94,12 @@ def _log_probabilities(model: str, variant: BaseVariant, parts: Tensor) -> Itera
         model, dtype=dtype, device=device, adapters=False, quantization=variant.quantization
     )
     blocks = -(-parts.shape[1] // _BLOCK)
-    install(
-        loaded.module, PagedAttention(loaded.layers, blocks, _BLOCK, dtype, device, loaded.holder)
+    loaded.install_caches(
+        num_blocks=blocks,
+        block_size=_BLOCK,
+        state_rows=FIRST_STATE + 1,
+        dtype=dtype,
+        device=device,
     )
     for ids in parts:
         yield torch.log_softmax(_logits(loaded, ids, blocks)[:-1].float(), dim=-1)
@@ -107,6 +115,9 @@ def _logits(loaded: LoadedModel, ids: Tensor, blocks: int) -> Tensor:
             query_start=torch.tensor([0, length], dtype=torch.int32),
         ),
         adapters=None,
+        # read where layers keep states, or positions are scaled by the text's length
+        states=(StatePart(None, length, None, torch.tensor([FIRST_STATE]), None),),
+        reach=torch.full((length,), length),
     )
     try:
         return forward(loaded, ids, positions, positions).logits

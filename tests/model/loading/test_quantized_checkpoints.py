@@ -55,7 +55,7 @@ def run(engine: Engine) -> dict[str, list[int]]:
 
 @torch.inference_mode()
 def worst_choice(model: torch.nn.Module, prompt: list[int], tokens: list[int]) -> float:
-    """How far below the best a chosen token's logit is, relative to the logits' deviation."""
+    """Distance of a chosen token's logit from the best, relative to the logits' deviation."""
     logits = model(input_ids=torch.tensor([prompt + tokens]), use_cache=False).logits[0]
     rows = logits[len(prompt) - 1 : -1]
     chosen = rows.gather(1, torch.tensor(tokens)[:, None])[:, 0]

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -134,7 +135,7 @@ class RecurrentLayer:
         return self._compute(**{**kwargs, self._input: rows})
 
 
-class _StateCache:
+class _StateCache(ABC):
     """The part of transformers' cache interface that recurrent layers use."""
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
@@ -181,11 +182,13 @@ class _StateCache:
         del layer_idx
         return False
 
+    @abstractmethod
     def _read(self, place: Place) -> torch.Tensor | None:
-        raise NotImplementedError
+        """A state before the call's rows; None: they begin without one."""
 
+    @abstractmethod
     def _keep(self, place: Place, states: torch.Tensor) -> None:
-        raise NotImplementedError
+        """Take a state as the layer left it."""
 
 
 class _PartStates(_StateCache):
