@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-from quickchange_server.engine.fair_queue import FairQueue, cost
-from quickchange_server.engine.sequence import Sequence
+from quickchange_server.engine.scheduling.fair_queue import FairQueue, cost
+from quickchange_server.engine.scheduling.sequence import Sequence
 from quickchange_server.protocol import Component, SamplingParams, Submit
 
 

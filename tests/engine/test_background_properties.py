@@ -10,9 +10,9 @@ from engine_driver import request
 from hypothesis import given, settings
 
 from quickchange_server.adapters.manager import NoAdapters
-from quickchange_server.engine.kv_cache_manager import KVBlocks
-from quickchange_server.engine.scheduler import Scheduled, Scheduler
-from quickchange_server.engine.sequence import Sequence
+from quickchange_server.engine.scheduling.kv_cache_manager import KVBlocks
+from quickchange_server.engine.scheduling.scheduler import Scheduled, Scheduler
+from quickchange_server.engine.scheduling.sequence import Sequence
 from quickchange_server.protocol import Drafting, SamplingParams, Submit
 from quickchange_server.spec_decode.speculator import NoSpeculation
 

@@ -16,8 +16,8 @@ from quickchange_server.engine.model_inputs import (
     exact_extent,
     step_inputs,
 )
-from quickchange_server.engine.scheduler import Scheduled
-from quickchange_server.engine.sequence import Sequence
+from quickchange_server.engine.scheduling.scheduler import Scheduled
+from quickchange_server.engine.scheduling.sequence import Sequence
 from quickchange_server.protocol import SamplingParams, Submit
 
 BLOCK = 4

@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from quickchange_server.engine.kv_cache_manager import KVBlocks, block_key
+from quickchange_server.engine.scheduling.kv_cache_manager import KVBlocks, block_key
 
 BLOCK_SIZE = 2
 

@@ -21,7 +21,7 @@ from tiny_models import VOCABULARY, make_model, save_model
 
 from quickchange_server.config import Settings
 from quickchange_server.engine.engine import Engine
-from quickchange_server.engine.scheduler import Scheduled
+from quickchange_server.engine.scheduling.scheduler import Scheduled
 from quickchange_server.model.loading.model_loader import load_model
 from quickchange_server.protocol import Delta
 from quickchange_store.base_model.base_spec import base_spec
@@ -307,7 +307,7 @@ def test_an_embedding_may_fill_the_context(reference: Reference) -> None:
 def test_a_step_holds_a_bounded_number_of_rows_logits(
     reference: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("quickchange_server.engine.scheduler._MOST_SCORED", 5)
+    monkeypatch.setattr("quickchange_server.engine.scheduling.scheduler._MOST_SCORED", 5)
     engine = make_engine(reference.path)
     drive = Driver(engine)
     asked = {str(i): Asked(None, prompt, "scores") for i, prompt in enumerate(prompts(3, 7))}

@@ -12,7 +12,7 @@ from repeating_capture import RepeatingCapture
 
 from quickchange_server.engine import model_runner
 from quickchange_server.engine.engine import Engine
-from quickchange_server.engine.kv_cache_manager import KVBlocks
+from quickchange_server.engine.scheduling.kv_cache_manager import KVBlocks
 
 KINDS = ("qwen3_5_text", "lfm2", "mamba", "mamba2", "falcon_h1")
 PROMPT = [7 * i % 89 + 3 for i in range(41)]

@@ -9,8 +9,8 @@ from engine_driver import Driver, make_engine, request
 from tiny_models import save_model
 
 from quickchange_server.engine.engine import Engine
-from quickchange_server.engine.fair_queue import FairQueue
-from quickchange_server.engine.sequence import Sequence, composition_key
+from quickchange_server.engine.scheduling.fair_queue import FairQueue
+from quickchange_server.engine.scheduling.sequence import Sequence, composition_key
 from quickchange_server.protocol import Component
 
 PROMPT = list(range(1, 22))

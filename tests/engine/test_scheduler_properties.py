@@ -13,10 +13,10 @@ import torch
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from quickchange_server.engine.kv_cache_manager import KVBlocks, StateRows
 from quickchange_server.engine.model_inputs import exact_extent, step_inputs
-from quickchange_server.engine.scheduler import Scheduled, Scheduler
-from quickchange_server.engine.sequence import Sequence
+from quickchange_server.engine.scheduling.kv_cache_manager import KVBlocks, StateRows
+from quickchange_server.engine.scheduling.scheduler import Scheduled, Scheduler
+from quickchange_server.engine.scheduling.sequence import Sequence
 from quickchange_server.model.forward_context import FIRST_STATE, ZERO_STATE
 from quickchange_server.protocol import Component, Drafting, SamplingParams, Submit
 

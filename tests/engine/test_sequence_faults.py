@@ -23,8 +23,8 @@ from turbo_models import TurboModels, make_turbo_models
 from quickchange_server.engine import model_inputs, model_runner, prompt_outputs
 from quickchange_server.engine.engine import Engine
 from quickchange_server.engine.sampler import Sampler
-from quickchange_server.engine.sequence import Reading
-from quickchange_server.engine.sequence import Sequence as EngineSequence
+from quickchange_server.engine.scheduling.sequence import Reading
+from quickchange_server.engine.scheduling.sequence import Sequence as EngineSequence
 from quickchange_server.protocol import Constraint, Drafting, SamplingParams, Submit
 from quickchange_server.structured_output.compiler import Masked, Matcher
 

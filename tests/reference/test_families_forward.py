@@ -9,10 +9,10 @@ import torch
 from tiny_models import FAMILIES, VOCABULARY, greedy, make_model, save_model
 
 from quickchange_server.adapters.manager import NoAdapters
-from quickchange_server.engine.kv_cache_manager import KVBlocks
 from quickchange_server.engine.model_runner import Runner
-from quickchange_server.engine.scheduler import Scheduler
-from quickchange_server.engine.sequence import Sequence
+from quickchange_server.engine.scheduling.kv_cache_manager import KVBlocks
+from quickchange_server.engine.scheduling.scheduler import Scheduler
+from quickchange_server.engine.scheduling.sequence import Sequence
 from quickchange_server.engine.token_masks import NoConstraints
 from quickchange_server.model.loading.model_loader import load_model
 from quickchange_server.protocol import SamplingParams, Submit

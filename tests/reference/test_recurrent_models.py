@@ -19,7 +19,7 @@ from recurrent_models import RECURRENT, generated, make_recurrent, save_recurren
 from torch import nn
 
 from quickchange_server.engine.engine import Engine
-from quickchange_server.engine.kv_cache_manager import StateRows
+from quickchange_server.engine.scheduling.kv_cache_manager import StateRows
 from quickchange_server.protocol import Drafting
 from quickchange_store.base_model.base_spec import base_spec
 from quickchange_store.canonical.canonical_adapter import CanonicalAdapter

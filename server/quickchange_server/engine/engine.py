@@ -18,11 +18,11 @@ from quickchange_server.adapters.manager import AdapterTiers, NoAdapters, PacedL
 from quickchange_server.adapters.memory_pool import DevicePool
 from quickchange_server.adapters.turbo_packing import TurboShape
 from quickchange_server.config import Settings
-from quickchange_server.engine.kv_cache_manager import KVBlocks, StateRows
 from quickchange_server.engine.model_runner import Ran, Result, Runner
 from quickchange_server.engine.sampler import RowError, SampledToken
-from quickchange_server.engine.scheduler import Scheduled, Scheduler
-from quickchange_server.engine.sequence import Sequence, fault_of
+from quickchange_server.engine.scheduling.kv_cache_manager import KVBlocks, StateRows
+from quickchange_server.engine.scheduling.scheduler import Scheduled, Scheduler
+from quickchange_server.engine.scheduling.sequence import Sequence, fault_of
 from quickchange_server.engine.token_masks import constraints_of
 from quickchange_server.model.architectures.recurrent_layers import bytes_per_state
 from quickchange_server.model.forward_context import FIRST_STATE

@@ -20,7 +20,7 @@ from torch import Tensor
 from quickchange_kernels.lowrank.lowrank_contract import LowRankTables
 from quickchange_kernels.lowrank.lowrank_tables import SMALL_TILE
 from quickchange_server.adapters.batch_segments import Room, Run, pack, room_for, unpack
-from quickchange_server.engine.scheduler import Scheduled
+from quickchange_server.engine.scheduling.scheduler import Scheduled
 from quickchange_server.model.forward_context import (
     SPARE_STATE,
     ZERO_STATE,

@@ -35,8 +35,8 @@ from quickchange_server.engine.sampler import (
     Sampler,
     SampleRow,
 )
-from quickchange_server.engine.scheduler import Scheduled
-from quickchange_server.engine.sequence import isolated
+from quickchange_server.engine.scheduling.scheduler import Scheduled
+from quickchange_server.engine.scheduling.sequence import isolated
 from quickchange_server.engine.token_masks import TokenMasks
 from quickchange_server.model.cuda_graphs import Graphs, capture_for
 from quickchange_server.model.input_buffers import upload

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from quickchange_server.engine.sampler import best_first, top_count
-from quickchange_server.engine.scheduler import Scheduled
-from quickchange_server.engine.sequence import Reading, fault_of, isolated
+from quickchange_server.engine.scheduling.scheduler import Scheduled
+from quickchange_server.engine.scheduling.sequence import Reading, fault_of, isolated
 from quickchange_server.protocol import TokenLogprobs
 
 

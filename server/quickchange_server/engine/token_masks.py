@@ -20,8 +20,8 @@ from cachetools import LRUCache
 from torch import Tensor
 
 from quickchange_kernels.sampling.token_mask import WORD, mask_words, token_mask_
-from quickchange_server.engine.scheduler import Scheduled
-from quickchange_server.engine.sequence import Sequence, fault_of
+from quickchange_server.engine.scheduling.scheduler import Scheduled
+from quickchange_server.engine.scheduling.sequence import Sequence, fault_of
 from quickchange_server.model.input_buffers import upload
 from quickchange_server.protocol import Constraint, Submit
 from quickchange_server.structured_output.compiler import ConstraintCompiler, Masked, Matcher

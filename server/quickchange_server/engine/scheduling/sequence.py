@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from quickchange_server.engine.kv_cache_manager import block_key
+from quickchange_server.engine.scheduling.kv_cache_manager import block_key
 from quickchange_server.model.architectures.position_scaling import PositionScaling
 from quickchange_server.model.forward_context import ZERO_STATE
 from quickchange_server.protocol import (

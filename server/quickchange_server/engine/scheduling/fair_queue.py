@@ -16,7 +16,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from quickchange_server.engine.sequence import Sequence
+from quickchange_server.engine.scheduling.sequence import Sequence
 
 QUANTUM = 256  # tokens of credit per turn
 

@@ -21,10 +21,10 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from quickchange_server.engine.adapter_claims import Claims, Holdings
-from quickchange_server.engine.fair_queue import Lane
-from quickchange_server.engine.kv_cache_manager import KVBlocks, StateRows
-from quickchange_server.engine.sequence import Border, Sequence, isolated
+from quickchange_server.engine.scheduling.adapter_claims import Claims, Holdings
+from quickchange_server.engine.scheduling.fair_queue import Lane
+from quickchange_server.engine.scheduling.kv_cache_manager import KVBlocks, StateRows
+from quickchange_server.engine.scheduling.sequence import Border, Sequence, isolated
 from quickchange_server.protocol import FinishReason
 
 _NO_ROWS = range(0)

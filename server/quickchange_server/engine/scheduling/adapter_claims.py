@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from typing import Protocol
 
-from quickchange_server.engine.sequence import Sequence
+from quickchange_server.engine.scheduling.sequence import Sequence
 
 _NONE: Mapping[str, int] = {}
 
