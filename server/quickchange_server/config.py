@@ -54,6 +54,9 @@ class Settings(BaseSettings):
 
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    tensor_parallel: int = Field(
+        1, ge=1, description="processes that hold the base together, each with a GPU of its own"
+    )
     quantization: Literal["none", "int8"] = Field(
         "none",
         description="how the base's linears are kept: int8 takes 8.5 bits a weight, on a CPU",

@@ -19,6 +19,7 @@ from quickchange_server.adapters.memory_pool import DevicePool
 from quickchange_server.adapters.turbo_packing import TurboShape
 from quickchange_server.config import Settings
 from quickchange_server.engine.model_runner import Ran, Result, Runner
+from quickchange_server.engine.parallel.followers import Followers
 from quickchange_server.engine.sampler import RowError, SampledToken
 from quickchange_server.engine.scheduling.kv_cache_manager import KVBlocks, StateRows
 from quickchange_server.engine.scheduling.scheduler import Scheduled, Scheduler
@@ -60,7 +61,8 @@ class Engine:
     tokenizer for drafting the prompt's words by their text; None: no such drafts. `constraints`:
     the grammar compiler; None: requests with a constraint are refused. `prices`: of steps, as an
     engine like this one measured them; empty: they are measured. `on_begun` is told the ids of
-    requests before the engine works on them for the first time.
+    requests before the engine works on them for the first time. `followers`: those that hold the
+    other parts of the model; None: it is whole.
 
     An error that belongs to one sequence (its parameters, its grammar, its prompt's reading, its
     drafts) ends that sequence alone, with an error delta. An error in work that sequences share is
@@ -78,6 +80,7 @@ class Engine:
         constraints: ConstraintCompiler | None = None,
         prices: Prices = (),
         on_begun: Callable[[tuple[str, ...]], None] = lambda _: None,
+        followers: Followers | None = None,
     ) -> None:
         self._settings = settings
         self._on_wake = on_wake
@@ -87,7 +90,8 @@ class Engine:
         states, blocks = _caches(model, settings)
         self._scaling = model.scaling
         self._max_model_len = _context_length(model, settings, blocks)
-        self._adapters = _adapters(model, settings, load_adapter, on_wake)
+        self._followers = followers
+        self._adapters = _adapters(model, settings, load_adapter, on_wake, followers)
         self._constraints = constraints_of(constraints, model.vocabulary, on_wake)
         self._runner = self._made_runner(model, blocks, states)
         self._runner.warm_up()
@@ -205,6 +209,7 @@ class Engine:
             dtype=torch_dtype(settings.dtype),
             device=torch.device(settings.device),
             state_rows=0 if states is None else states.model_rows,
+            followers=self._followers,
         )
 
     def _made_speculation(self, text: TokenText | None) -> Speculation | NoSpeculation:
@@ -424,14 +429,16 @@ def _adapters(
     settings: Settings,
     load_adapter: PacedLoad,
     on_wake: Callable[[], None],
+    followers: Followers | None,
 ) -> AdapterTiers:
     if not settings.adapters:
         return NoAdapters()
-    pool = DevicePool(
+    made = DevicePool if followers is None else followers.pool
+    pool = made(
         model.groups,
         settings.adapter_device_bytes,
         torch_dtype(settings.held_adapter_dtype),
-        torch.device(settings.device),
+        device=torch.device(settings.device),
     )
     turbo = TurboShape(model.hidden, model.vocabulary)
     return Residency(pool, load_adapter, model.groups, turbo, settings.adapter_host_bytes, on_wake)

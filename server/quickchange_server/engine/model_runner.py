@@ -26,6 +26,7 @@ from quickchange_server.engine.model_inputs import (
     row_reach,
     step_inputs,
 )
+from quickchange_server.engine.parallel.followers import Followers
 from quickchange_server.engine.prompt_outputs import read
 from quickchange_server.engine.sampler import (
     Draw,
@@ -103,10 +104,13 @@ class Runner:
         dtype: torch.dtype,
         device: torch.device,
         state_rows: int = 0,
+        followers: Followers | None = None,
     ) -> None:
         """masks: makes the token masks of sampling items. most_graph_rows: rows of the largest
-        captured graph, if there are graphs. state_rows: room for the states of recurrent layers."""
+        captured graph, if there are graphs. state_rows: room for the states of recurrent layers.
+        followers: run every pass too; None: there are none."""
         self._model = model
+        self._followers = followers
         self._adapters = adapters
         self._masks = masks
         self._block_size = block_size
@@ -117,6 +121,10 @@ class Runner:
         self._graphs = None if capture is None else Graphs(self._compute, capture, device)
         self._buckets = DecodeBuckets(most_graph_rows, -(-max_model_len // block_size))
         self._states_on = device if model.recurrent else None
+        if followers is not None:
+            followers.install_caches(
+                num_blocks=num_blocks, block_size=block_size, state_rows=state_rows, dtype=dtype
+            )
         model.install_caches(
             num_blocks=num_blocks,
             block_size=block_size,
@@ -132,6 +140,7 @@ class Runner:
         for adapters in (False, True) if self._adapters.served else (False,):
             for extent in self._buckets.extents(adapters=adapters):
                 nothing = self._padded_inputs((), extent)
+                self._announce(nothing, extent, adapters=adapters)
                 self._graphs.run(extent, nothing, self._adapters.tables if adapters else None)
 
     def price_rows(self, most: int) -> list[tuple[int, float]]:
@@ -236,10 +245,16 @@ class Runner:
     def _forward(self, inputs: _Inputs) -> Output:
         """Output of the sampled rows, then of those that are read."""
         tables = self._adapters.tables if inputs.adapters else None
+        self._announce(inputs.step, inputs.bucket, adapters=inputs.adapters)
         if self._graphs is not None and inputs.bucket is not None:
             logits, hidden = self._graphs.run(inputs.bucket, inputs.step, tables)
             return Output(logits[: inputs.rows], hidden[: inputs.rows])
         return self._compute(upload(inputs.step, self._device), tables)
+
+    def _announce(self, inputs: StepInputs, graph: Extent | None, *, adapters: bool) -> None:
+        """Let the followers run the pass that this rank is about to run."""
+        if self._followers is not None:
+            self._followers.forward(inputs, adapters=adapters, graph=graph)
 
     def _compute(self, inputs: StepInputs, tables: LowRankTables | None) -> Output:
         """Logits [R, V] and hidden states [R, H] of inputs on the device."""
@@ -253,9 +268,11 @@ class Runner:
 
     def _priced(self, rows: int) -> float:
         extent = Extent(rows, rows, rows, 1, None, None, None)
-        inputs = upload(self._padded_inputs((), extent), self._device)
+        nothing = self._padded_inputs((), extent)
+        inputs = upload(nothing, self._device)
         watch = stopwatch(self._device)
         watch.mark()
+        self._announce(nothing, None, adapters=False)
         logits = self._compute(inputs, None).logits
         watch.mark()
         logits[-1, -1].item()  # waits for the device

@@ -62,6 +62,9 @@ from quickchange_server.model.loading.model_proof import (
 )
 from quickchange_server.model.output_side import connect
 from quickchange_server.model.paged_attention import LayerShape, PagedAttention, ShapeRecorder
+from quickchange_server.model.parallel.ranks import Ranks
+from quickchange_server.model.parallel.sharding import UNCUT, localised, made_whole
+from quickchange_server.model.parallel.sharding_plan import whole_ends
 from quickchange_server.model.rows_read import Rows, rows_read
 from quickchange_server.model.wrapping import Wrapper
 from quickchange_store.base_model.base_source import BaseSource
@@ -151,8 +154,9 @@ def load_model(
     adapters: bool,
     quantization: Quantization = "none",
     model_check: bool = True,
+    ranks: Ranks | None = None,
 ) -> LoadedModel:
-    """Load and wrap the model that `--model` names.
+    """Load and wrap the model that `--model` names; of several ranks, this one's part of it.
 
     Raises UnsupportedModelError for an architecture that can't be served and for weights that are
     missing or not finite, OSError or ValueError (transformers') if nothing can be loaded from
@@ -165,14 +169,27 @@ def load_model(
         refuse_other_state(config)
         admit_attention_classes(config)
         _refuse_twice_quantised(config, quantization)
+        placed = {"device_map": {"": device}} if ranks is None else _cut(path, ranks)
         model: nn.Module = load_base(
-            path, dtype=dtype, attn_implementation=paged_attention.NAME, device_map={"": device}
+            path, dtype=dtype, attn_implementation=paged_attention.NAME, **placed
         )
     except BaseModelError as error:
         raise UnsupportedModelError(f"model: {error}", param="model") from error
     return prepare(
-        model.eval(), adapters=adapters, quantization=quantization, model_check=model_check
+        model.eval(),
+        adapters=adapters,
+        quantization=quantization,
+        model_check=model_check,
+        ranks=ranks,
     )
+
+
+def _cut(path: str, ranks: Ranks) -> dict[str, Any]:
+    """Options by which transformers reads this rank's part of a model, to its own device."""
+    from transformers.distributed.configuration_utils import DistributedConfig
+
+    whole = whole_ends(path, ranks.size)
+    return {"distributed_config": DistributedConfig(tp_size=ranks.size, tp_plan=whole)}
 
 
 def prepare(
@@ -181,6 +198,7 @@ def prepare(
     adapters: bool,
     quantization: Quantization = "none",
     model_check: bool = True,
+    ranks: Ranks | None = None,
 ) -> LoadedModel:
     """Wrap a model that was loaded with `attn_implementation="quickchange"`.
 
@@ -188,19 +206,24 @@ def prepare(
     Raises UnsupportedModelError for a model that can't be served.
     """
     try:
-        return _prepared(model, adapters, quantization, model_check)
+        return _prepared(model, adapters, quantization, model_check, ranks)
     except Exception as error:
         raise explained(model, error) from error
 
 
 def _prepared(
-    model: nn.Module, adapters: bool, quantization: Quantization, model_check: bool
+    model: nn.Module,
+    adapters: bool,
+    quantization: Quantization,
+    model_check: bool,
+    ranks: Ranks | None,
 ) -> LoadedModel:
     config: PretrainedConfig = model.config
     refuse_headless(model)
     model.requires_grad_(False)
     rounded = quantization != "none" or quantization_method(config) is not None
-    proof = ModelProof(model, rounded=rounded) if model_check else None
+    with nullcontext() if ranks is None else made_whole(model):
+        proof = ModelProof(model, rounded=rounded) if model_check else None
     head_rows = fit_to_batch(model)
     replace_own_attention(model)
     holder = StepHolder()
@@ -215,10 +238,11 @@ def _prepared(
             else base_linear(module)
         )
 
-    wrapper = Wrapper(model, holder, rows=rows if adapters else None, base=base)
+    sharding = UNCUT if ranks is None else localised(model, ranks)
+    wrapper = Wrapper(model, holder, rows=rows if adapters else None, base=base, sharding=sharding)
     choosing = routers(model) if adapters else {}
     groups = wrapper.wrap()
-    wrap_experts(model, holder, groups, adapters=adapters)
+    wrap_experts(model, holder, groups, adapters=adapters, sharding=sharding)
     wrap_routers(model, choosing, holder, groups, lambda: _short_pass(model))
     head_rows.attach(model.get_output_embeddings())  # type: ignore[operator]
     scaling = scale_by_text(model, holder)

@@ -1,0 +1,240 @@
+"""The first rank's side of its followers: it starts them, orders, and ends as they end.
+
+All ranks are one engine: if a follower ends, so does this process, in the same way, and the
+supervisor starts another group. If this process ends, its followers do.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Hashable, Sequence
+from concurrent import futures
+from concurrent.futures import Future
+from dataclasses import replace
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from quickchange_server.adapters.memory_pool import DevicePool
+from quickchange_server.adapters.module_groups import ModuleGroup
+from quickchange_server.adapters.paced_copies import Pause, no_pause
+from quickchange_server.adapters.packing import AdapterImage
+from quickchange_server.config import Settings
+from quickchange_server.engine.parallel.follower import follow
+from quickchange_server.engine.parallel.orders import (
+    Allocate,
+    Answer,
+    Close,
+    Failed,
+    Free,
+    InstallCaches,
+    MakePool,
+    Order,
+    Pass,
+    Publish,
+    Write,
+    Written,
+    packed,
+    receive,
+)
+from quickchange_server.errors import AdapterFailedError
+from quickchange_server.model.parallel.ranks import Ranks, join
+
+_NOTICE_SECONDS = 1.0  # within which the end of one rank shows in another
+_CLOSE_SECONDS = 5.0
+
+logger = logging.getLogger(__name__)
+
+
+class Followers:
+    """Ranks 1 to N - 1, as processes that live no longer than this context."""
+
+    def __init__(self, settings: Settings, tell: Callable[[str], None]) -> None:
+        """Start them. They load their part of the model while this process loads its own.
+
+        tell: takes the words in which a follower failed, before this process ends for it.
+        """
+        self._settings = settings
+        self._tell = tell
+        self._folder = Path(tempfile.mkdtemp(prefix="quickchange-ranks-"))
+        self._lock = threading.Lock()
+        self._writes: dict[int, list[Future[None]]] = {}  # by slot, one for each follower
+        self._closing = False
+        self._failed: str | None = None  # a follower's last words
+        self._processes: dict[Connection, BaseProcess] = {}
+        context = multiprocessing.get_context("spawn")
+        for rank in range(1, settings.tensor_parallel):
+            connection, theirs = context.Pipe(duplex=True)
+            process = context.Process(
+                target=follow,
+                args=(theirs, settings, rank, self._folder),
+                name=f"quickchange-rank-{rank}",
+                daemon=True,
+            )
+            process.start()
+            theirs.close()
+            self._processes[connection] = process
+        self._watch = threading.Thread(target=self._listen, name="ranks-watch", daemon=True)
+        self._watch.start()
+
+    def join(self) -> Ranks:
+        """Meet them, as rank 0."""
+        return join(0, self._settings, self._folder)
+
+    # --- orders ---------------------------------------------------------------------------------
+
+    def install_caches(
+        self, *, num_blocks: int, block_size: int, state_rows: int, dtype: torch.dtype
+    ) -> None:
+        self._order(InstallCaches(num_blocks, block_size, state_rows, dtype))
+
+    def forward(self, inputs: object, *, adapters: bool, graph: Hashable | None) -> None:
+        """Let them run the pass that this rank is about to run on host `inputs`."""
+        self._order(Pass(inputs, adapters, graph))
+
+    def pool(self, groups: Sequence[ModuleGroup], *args: Any, device: torch.device) -> DevicePool:
+        """This rank's pool, which theirs follow. args: of `DevicePool`, after its groups."""
+        return _LeadingPool(self, groups, *args, device=device)
+
+    def make_pool(self, args: tuple[Any, ...]) -> None:
+        self._order(MakePool(args))
+
+    def allocate(self, slot: int, image: AdapterImage) -> None:
+        self._order(Allocate(slot, replace(image, data=image.data[:0].cpu())))
+
+    def write(self, slot: int, digest: str) -> list[Future[None]]:
+        """Let them write an adapter's pages; done when the futures are. On any thread."""
+        self._writes[slot] = [Future() for _ in self._processes]
+        self._order(Write(slot, digest))
+        return self._writes[slot]
+
+    def publish(self, slot: int) -> None:
+        self._order(Publish(slot))
+
+    def free(self, slot: int) -> None:
+        self._order(Free(slot))
+
+    def _order(self, order: Order) -> None:
+        message = packed(order)
+        with self._lock:
+            for connection in self._processes:
+                connection.send_bytes(message)
+
+    # --- ends -----------------------------------------------------------------------------------
+
+    def __enter__(self) -> Followers:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """End them; where one of them caused the error, this process ends as it did."""
+        if error is not None:
+            self.blame(error)
+        self._closing = True
+        if error is None:
+            self._order(Close())
+        until = time.monotonic() + _CLOSE_SECONDS
+        for process in self._processes.values():
+            if error is None:
+                process.join(max(0.0, until - time.monotonic()))
+            process.kill()
+            process.join()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def blame(self, error: BaseException) -> None:
+        """End this process as a follower did if that is what the error came of."""
+        if isinstance(error, RuntimeError | OSError):  # perhaps a joint step that a rank has left
+            ends = [process.sentinel for process in self._processes.values()]
+            if wait(ends, timeout=_NOTICE_SECONDS):
+                self._watch.join()
+        self._closing = True  # what happens to them from now on comes of the error
+
+    def _listen(self) -> None:
+        """Take answers until a follower ends, which ends this process."""
+        order = list(self._processes)
+        while True:
+            for connection in wait(order):
+                assert isinstance(connection, Connection)
+                try:
+                    answer: Answer = receive(connection)
+                except (EOFError, OSError):
+                    return self._ended(self._processes[connection])
+                self._take(answer, order.index(connection))
+
+    def _take(self, answer: Answer, number: int) -> None:
+        match answer:
+            case Written(slot, None):
+                self._writes[slot][number].set_result(None)
+            case Written(slot, str(error)):
+                self._writes[slot][number].set_exception(AdapterFailedError(error))
+            case Failed(error):
+                self._failed = f"rank {number + 1}: {error}"
+
+    def _ended(self, process: BaseProcess) -> None:
+        if self._failed is not None:
+            time.sleep(_NOTICE_SECONDS)  # this rank may be about to fail for the same reason
+        if self._closing:
+            return
+        process.join(_CLOSE_SECONDS)
+        logger.error("%s ended with code %s: the engine ends", process.name, process.exitcode)
+        shutil.rmtree(self._folder, ignore_errors=True)
+        if self._failed is not None:
+            self._tell(self._failed)
+        code = process.exitcode or 1
+        if code < 0:  # by a signal, whose meaning for requests the supervisor judges
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [-code])
+            os.kill(os.getpid(), -code)
+        os._exit(1)
+
+
+class _LeadingPool(DevicePool):
+    """Rank 0's pool: what it does, the followers' pools do too."""
+
+    def __init__(
+        self,
+        followers: Followers,
+        groups: Sequence[ModuleGroup],
+        *args: Any,
+        device: torch.device,
+    ) -> None:
+        super().__init__(groups, *args, device=device)
+        self._followers = followers
+        followers.make_pool(args)
+
+    def allocate(self, image: AdapterImage) -> int | None:
+        slot = super().allocate(image)
+        if slot is not None:
+            self._followers.allocate(slot, image)
+        return slot
+
+    def write(self, slot: int, image: AdapterImage, pause: Pause = no_pause) -> None:
+        theirs = self._followers.write(slot, image.digest)
+        try:
+            super().write(slot, image, pause)
+        finally:
+            futures.wait(theirs)  # their pages must not be given away meanwhile
+        for each in theirs:
+            each.result()
+
+    def publish(self, slot: int) -> None:
+        super().publish(slot)
+        self._followers.publish(slot)
+
+    def free(self, slot: int) -> None:
+        super().free(slot)
+        self._followers.free(slot)

@@ -1,0 +1,80 @@
+"""This process's place among those that hold a model together, and what they do jointly.
+
+Every rank makes the same calls in the same order. The ranks meet in a file of a folder of their
+own, so that no port is opened for it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Hashable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from quickchange_server.config import Settings
+
+_LOOPBACK = "lo"
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Rank of this process, from 0, and the number of all."""
+
+    rank: int
+    size: int
+
+    def sum_(self, x: Tensor) -> None:
+        """Replace x, contiguous and of one shape on all ranks, by the sum over them."""
+        dist.all_reduce(x)
+
+    def gather(self, x: Tensor) -> list[Tensor]:
+        """x of every rank, in order; x is of one shape on all of them."""
+        x = x.contiguous()
+        every = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(every, x)
+        return every
+
+    def agree(self, told: Hashable) -> bool:
+        """True if all ranks tell the same."""
+        every: list[Hashable] = [None] * self.size
+        dist.all_gather_object(every, told)
+        return all(other == told for other in every)
+
+    def leave(self) -> None:
+        """Give the connections to the others up."""
+        dist.destroy_process_group()
+
+
+def device_of(rank: int, settings: Settings) -> torch.device:
+    """A rank's own device."""
+    return torch.device("cpu") if settings.device == "cpu" else torch.device("cuda", rank)
+
+
+def join(rank: int, settings: Settings, folder: Path) -> Ranks:
+    """Meet the other ranks in `folder`.
+
+    No joint step may take longer than a start may. On a CPU the ranks share its threads.
+    """
+    device, size = device_of(rank, settings), settings.tensor_parallel
+    os.environ["LOCAL_RANK"] = str(rank)  # where transformers looks for the rank's device
+    if device.type == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # transformers takes a GPU where it sees one
+        torch.set_num_threads(settings.threads or max(1, torch.get_num_threads() // size))
+    else:
+        torch.cuda.set_device(device)
+    for library in ("GLOO", "NCCL"):  # all ranks are on this machine
+        os.environ.setdefault(f"{library}_SOCKET_IFNAME", _LOOPBACK)
+    dist.init_process_group(
+        "gloo" if device.type == "cpu" else "nccl",
+        store=dist.FileStore(str(folder / "ranks"), size),
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=settings.engine_start_seconds),
+        device_id=None if device.type == "cpu" else device,
+    )
+    return Ranks(rank, size)
