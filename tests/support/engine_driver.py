@@ -13,7 +13,15 @@ from quickchange_server.adapters.paced_copies import Pause
 from quickchange_server.config import Settings
 from quickchange_server.engine.engine import Engine
 from quickchange_server.model.loading.model_loader import LoadedModel, load_model
-from quickchange_server.protocol import Component, Delta, Pooling, SamplingParams, Submit
+from quickchange_server.protocol import (
+    AdapterFailed,
+    AdapterMoved,
+    Component,
+    Delta,
+    Pooling,
+    SamplingParams,
+    Submit,
+)
 from quickchange_server.structured_output.compiler import ConstraintCompiler
 from quickchange_store.canonical.canonical_adapter import CanonicalAdapter
 
@@ -114,10 +122,11 @@ class Driver:
         self.first: dict[str, Delta] = {}
         self.drafted: Counter[str] = Counter()
         self.accepted: Counter[str] = Counter()
+        self.moves: list[AdapterMoved | AdapterFailed] = []
 
     def step(self) -> bool:
         """One step; False if there was nothing to do just now."""
-        self.engine.poll_adapters()
+        self.moves += self.engine.poll_adapters()
         report = self.engine.step()
         self.engine.check_integrity()
         for delta in () if report is None else report.deltas:

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -19,6 +20,7 @@ from concurrent import futures
 from concurrent.futures import Future
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import TracebackType
@@ -73,7 +75,7 @@ class Followers:
         self._closing = False
         self._failed: str | None = None  # a follower's last words
         self._processes: dict[Connection, BaseProcess] = {}
-        context = multiprocessing.get_context("spawn")
+        context = _context(settings)
         for rank in range(1, settings.tensor_parallel):
             connection, theirs = context.Pipe(duplex=True)
             process = context.Process(
@@ -200,6 +202,14 @@ class Followers:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [-code])
             os.kill(os.getpid(), -code)
         os._exit(1)
+
+
+def _context(settings: Settings) -> ForkContext | SpawnContext:
+    """How followers start. On a CPU they are forked before this process has threads that compute,
+    which spares them to load the engine's modules; a GPU's driver does not survive that."""
+    if settings.device == "cpu" and sys.platform == "linux":
+        return multiprocessing.get_context("fork")
+    return multiprocessing.get_context("spawn")
 
 
 class _LeadingPool(DevicePool):
