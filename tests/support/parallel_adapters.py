@@ -39,7 +39,7 @@ def adapters_of_every_kind(model: Path) -> dict[str, CanonicalAdapter]:
     """By kind, random adapters of every module that a kind may update."""
     spec = base_spec(str(model))
     linears = {
-        path: shape
+        path: (shape.in_features, shape.out_features)
         for path, shape in spec.modules.items()
         if shape.kind == "linear" and "layers" in path
     }
@@ -54,7 +54,10 @@ def adapters_of_every_kind(model: Path) -> dict[str, CanonicalAdapter]:
             f"rank-{rank}",
             {
                 path: drawn.update(
-                    shape.in_features, shape.out_features, rank, bias=drawn.normal(shape.out_features)
+                    shape.in_features,
+                    shape.out_features,
+                    rank,
+                    bias=drawn.normal(shape.out_features),
                 )
                 for path, shape in linears.items()
             },
@@ -63,13 +66,12 @@ def adapters_of_every_kind(model: Path) -> dict[str, CanonicalAdapter]:
         "gains",
         {
             path: drawn.update(
-                shape.in_features,
-                shape.out_features,
+                *sizes,
                 number % 3 * 4,
-                gain=1 + drawn.normal(shape.out_features),
-                bias=drawn.normal(shape.out_features),
+                gain=1 + drawn.normal(sizes[1]),
+                bias=drawn.normal(sizes[1]),
             )
-            for number, (path, shape) in enumerate(linears.items())
+            for number, (path, sizes) in enumerate(linears.items())
         },
     )
     keep("ends-and-experts", _ends_and_experts(spec, drawn))

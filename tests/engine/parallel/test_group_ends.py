@@ -5,19 +5,16 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from client_support import next_of, until
-from parallel_adapters import mixed_requests, stored
+from parallel_adapters import stored
 from rank_groups import SECONDS, answered, engine_group, lives, ranks_behind, settings_of
 from tiny_models import save_model
 
 from quickchange_server.config import Settings
 from quickchange_server.engine_client.client import EngineClient
-from quickchange_server.errors import EngineFailedError
 from quickchange_server.protocol import Component, SamplingParams, Submit
 
 LONG = 60
@@ -67,7 +64,8 @@ def _disturbed(
             disturb(first, rank)
             tokens = await asyncio.gather(*streams)
             second = client.pid
-            assert second is not None and second != first
+            assert second is not None
+            assert second != first
             ranks = [first, rank, second, *ranks_behind(second)]
         await until(lambda: not any(lives(pid) for pid in ranks))
         return tokens, ranks
@@ -76,10 +74,8 @@ def _disturbed(
 
 
 def test_streams_go_on_whichever_rank_is_killed_or_hangs(
-    served: tuple[Settings, list[Submit]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    served: tuple[Settings, list[Submit]],
 ) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))  # where ranks meet
-    tempfile.tempdir = None
     settings, wanted = served
     undisturbed = [
         [token for delta in deltas for token in delta.token_ids]

@@ -37,7 +37,8 @@ def test_two_ranks_equal_one_with_adapters_of_every_kind(family: str, tmp_path: 
         assert deltas[-1].finish_reason == alone.last[each.request_id].finish_reason, deltas[-1]
         assert tokens_of(deltas) == alone.tokens[each.request_id], each
     embedded, expected = together[-1][-1].embedding, alone.last[wanted[-1].request_id].embedding
-    assert embedded is not None and expected is not None
+    assert embedded is not None
+    assert expected is not None
     np.testing.assert_allclose(
         np.frombuffer(embedded, "<f4"), np.frombuffer(expected, "<f4"), rtol=1e-3, atol=1e-3
     )

@@ -1,11 +1,10 @@
-"""What can't be cut in equal parts is refused before a weight is read, by name and with a remedy."""
+"""What can't be cut in equal parts is refused before a weight is read, with a remedy."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from gguf_models import save_gguf
 from tiny_models import save_model
 
 from quickchange_server.errors import UnsupportedModelError

@@ -14,7 +14,6 @@ import sys
 import threading
 import time
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -53,7 +52,7 @@ _KILL_WITH_PARENT = 1  # Linux: PR_SET_PDEATHSIG
 logger = logging.getLogger(__name__)
 
 
-def follow(connection: Connection, settings: Settings, rank: int, folder: Path) -> None:
+def follow(connection: Connection, settings: Settings, rank: int, port: int) -> None:
     """Main function of a follower's process."""
     for number in (signal.SIGINT, signal.SIGTERM):  # the first rank ends when it is to
         signal.signal(number, signal.SIG_IGN)
@@ -65,7 +64,7 @@ def follow(connection: Connection, settings: Settings, rank: int, folder: Path) 
             connection.send_bytes(packed(answer))
 
     try:
-        ranks = join(rank, settings, folder)
+        ranks = join(rank, settings, port)
         device = device_of(rank, settings)
         model = load_model(
             settings.model,

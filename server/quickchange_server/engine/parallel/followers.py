@@ -9,10 +9,9 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
-import shutil
 import signal
+import socket
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
@@ -22,7 +21,6 @@ from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkContext, SpawnContext
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -51,7 +49,7 @@ from quickchange_server.engine.parallel.orders import (
     receive,
 )
 from quickchange_server.errors import AdapterFailedError
-from quickchange_server.model.parallel.ranks import Ranks, join
+from quickchange_server.model.parallel.ranks import LOOPBACK, Ranks, join
 
 _NOTICE_SECONDS = 1.0  # within which the end of one rank shows in another
 _CLOSE_SECONDS = 5.0
@@ -69,7 +67,8 @@ class Followers:
         """
         self._settings = settings
         self._tell = tell
-        self._folder = Path(tempfile.mkdtemp(prefix="quickchange-ranks-"))
+        self._door = socket.create_server((LOOPBACK, 0))
+        self._port = self._door.getsockname()[1]
         self._lock = threading.Lock()
         self._writes: dict[int, list[Future[None]]] = {}  # by slot, one for each follower
         self._closing = False
@@ -80,7 +79,7 @@ class Followers:
             connection, theirs = context.Pipe(duplex=True)
             process = context.Process(
                 target=follow,
-                args=(theirs, settings, rank, self._folder),
+                args=(theirs, settings, rank, self._port),
                 name=f"quickchange-rank-{rank}",
                 daemon=True,
             )
@@ -92,7 +91,7 @@ class Followers:
 
     def join(self) -> Ranks:
         """Meet them, as rank 0."""
-        return join(0, self._settings, self._folder)
+        return join(0, self._settings, self._port, self._door.detach())
 
     # --- orders ---------------------------------------------------------------------------------
 
@@ -156,7 +155,7 @@ class Followers:
                 process.join(max(0.0, until - time.monotonic()))
             process.kill()
             process.join()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._door.close()
 
     def blame(self, error: BaseException) -> None:
         """End this process as a follower did if that is what the error came of."""
@@ -194,7 +193,6 @@ class Followers:
             return
         process.join(_CLOSE_SECONDS)
         logger.error("%s ended with code %s: the engine ends", process.name, process.exitcode)
-        shutil.rmtree(self._folder, ignore_errors=True)
         if self._failed is not None:
             self._tell(self._failed)
         code = process.exitcode or 1

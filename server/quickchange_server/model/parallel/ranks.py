@@ -1,16 +1,16 @@
 """This process's place among those that hold a model together, and what they do jointly.
 
-Every rank makes the same calls in the same order. The ranks meet in a file of a folder of their
-own, so that no port is opened for it.
+Every rank makes the same calls in the same order. All are on one machine and meet on a port of its
+loopback address, which the first rank has opened.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Hashable
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,7 +18,8 @@ from torch import distributed as dist
 
 from quickchange_server.config import Settings
 
-_LOOPBACK = "lo"
+LOOPBACK = "127.0.0.1"
+_INTERFACE = "lo" if sys.platform == "linux" else "lo0"
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,8 @@ def device_of(rank: int, settings: Settings) -> torch.device:
     return torch.device("cpu") if settings.device == "cpu" else torch.device("cuda", rank)
 
 
-def join(rank: int, settings: Settings, folder: Path) -> Ranks:
-    """Meet the other ranks in `folder`.
+def join(rank: int, settings: Settings, port: int, listening: int | None = None) -> Ranks:
+    """Meet the other ranks. listening: the file descriptor of the port's socket, on the first rank.
 
     No joint step may take longer than a start may. On a CPU the ranks share its threads.
     """
@@ -67,14 +68,23 @@ def join(rank: int, settings: Settings, folder: Path) -> Ranks:
         torch.set_num_threads(settings.threads or max(1, torch.get_num_threads() // size))
     else:
         torch.cuda.set_device(device)
-    for library in ("GLOO", "NCCL"):  # all ranks are on this machine
-        os.environ.setdefault(f"{library}_SOCKET_IFNAME", _LOOPBACK)
+    for library in ("GLOO", "NCCL"):
+        os.environ.setdefault(f"{library}_SOCKET_IFNAME", _INTERFACE)
+    patience = timedelta(seconds=settings.engine_start_seconds)
+    store = dist.TCPStore(
+        LOOPBACK,
+        port,
+        is_master=listening is not None,
+        timeout=patience,
+        wait_for_workers=False,
+        master_listen_fd=listening,
+    )
     dist.init_process_group(
         "gloo" if device.type == "cpu" else "nccl",
-        store=dist.FileStore(str(folder / "ranks"), size),
+        store=store,
         rank=rank,
         world_size=size,
-        timeout=timedelta(seconds=settings.engine_start_seconds),
+        timeout=patience,
         device_id=None if device.type == "cpu" else device,
     )
     return Ranks(rank, size)
