@@ -46,7 +46,7 @@ def test_a_given_dtype_is_taken_whatever_the_checkpoint_has(name: str) -> None:
 def test_a_gpu_without_bfloat16_refuses_it_by_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
-    with pytest.raises(SettingError, match="--dtype bfloat16.*Tesla T4.*float16") as caught:
+    with pytest.raises(SettingError, match=r"--dtype bfloat16.*Tesla T4.*float16") as caught:
         chosen.model_dtype("bfloat16", LlamaConfig(), CUDA)
     assert caught.value.param == "dtype"
     assert chosen.model_dtype("auto", LlamaConfig(dtype="bfloat16"), CUDA) == torch.float16
