@@ -14,6 +14,8 @@ from typing import Literal
 
 import torch
 
+from quickchange_kernels import dispatch
+from quickchange_kernels.compile_watch import CompileWatch
 from quickchange_server.adapters.manager import AdapterTiers, NoAdapters, PacedLoad, Residency
 from quickchange_server.adapters.memory_pool import DevicePool
 from quickchange_server.adapters.turbo_packing import TurboShape
@@ -24,6 +26,7 @@ from quickchange_server.engine.scheduling.kv_cache_manager import KVBlocks, Stat
 from quickchange_server.engine.scheduling.scheduler import Scheduled, Scheduler
 from quickchange_server.engine.scheduling.sequence import Sequence, fault_of
 from quickchange_server.engine.token_masks import constraints_of
+from quickchange_server.engine.warm_up import LateWork, StepLimits
 from quickchange_server.model.architectures.recurrent_layers import bytes_per_state
 from quickchange_server.model.forward_context import FIRST_STATE
 from quickchange_server.model.loading.model_loader import LoadedModel
@@ -90,7 +93,8 @@ class Engine:
         self._adapters = _adapters(model, settings, load_adapter, on_wake)
         self._constraints = constraints_of(constraints, model.vocabulary, on_wake)
         self._runner = self._made_runner(model, blocks, states)
-        self._runner.warm_up()
+        self._compiles = dispatch.triton_compiles(torch.device(settings.device))
+        self._warm_up(model, blocks, states)
         self._speculation = self._made_speculation(text)
         self.scheduler = Scheduler(
             blocks,
@@ -102,6 +106,7 @@ class Engine:
             states=states,
         )
         self._refused: list[Delta] = []
+        self._late = LateWork(self._runner, CompileWatch() if self._compiles else None)
 
     def ready(self, load_seconds: float) -> Ready:
         """Limits and sizes for the API process. load_seconds: the duration of the start."""
@@ -173,6 +178,7 @@ class Engine:
         ran = self._runner.run(plan, self._speculation)
         drafted = self._speculation.observe(plan, ran)
         deltas += self._advance(plan, ran)
+        self._late.note(plan)
         stats = self._stats(plan, prefill_rows, drafted, ran.mask_seconds, started)
         return StepReport(tuple(deltas), stats)
 
@@ -189,6 +195,7 @@ class Engine:
         """End the threads that compile grammars and load adapters."""
         self._constraints.close()
         self._adapters.close()
+        self._late.close()
 
     def _made_runner(
         self, model: LoadedModel, blocks: KVBlocks, states: StateRows | None
@@ -206,6 +213,23 @@ class Engine:
             device=torch.device(settings.device),
             state_rows=0 if states is None else states.model_rows,
         )
+
+    def _warm_up(self, model: LoadedModel, blocks: KVBlocks, states: StateRows | None) -> None:
+        """Capture every graph and launch every kernel now, so that no request waits for them."""
+        self._runner.warm_up()
+        if not self._compiles:
+            return
+        settings = self._settings
+        limits = StepLimits(
+            rows=settings.batch_tokens,
+            context=self._max_model_len,
+            block_size=blocks.block_size,
+            state_rows=0 if states is None else states.num_rows,
+            adapters=self._adapters.served,
+            drafts=settings.turbo,
+            scaling=model.scaling,
+        )
+        self._runner.launch_all(limits)
 
     def _made_speculation(self, text: TokenText | None) -> Speculation | NoSpeculation:
         if not self._settings.turbo:
@@ -349,6 +373,8 @@ class Engine:
             draft_estimate=drafted.estimate,
             draft_gain=drafted.gain,
             mask_seconds=mask_seconds,
+            late_compilations=self._late.compiled,
+            late_captures=self._late.captured,
         )
 
 
