@@ -163,6 +163,26 @@ def test_masks_of_one_step_leave_nothing_in_the_next_ones_logits(
     assert drive.tokens["beside"] == drive.tokens["after"] == drive.tokens["alone"]
 
 
+def test_steps_with_a_wider_adapter_run_without_graphs_and_cost_no_capture(
+    model: Path, capture: RepeatingCapture
+) -> None:
+    tokens: list[list[int]] = []
+    for rank in (8, 16):
+        engine = make_engine(model, load, max_adapter_rank=rank, turbo=False)
+        captured = list(capture.rows)
+        drive = Driver(engine)
+        for key in ("rank-8", "rank-16", "rank-8 again"):
+            warmed = capture.replayed
+            asked = [(key.removesuffix(" again"), 1.0)]
+            engine.submit(request(key, [5, 6, 7], asked, max_tokens=TOKENS))
+            drive.finish(key)
+            assert (capture.replayed > warmed) == (rank == 16 or key != "rank-16")
+        engine.close()
+        assert capture.rows == captured
+        tokens.append([*drive.tokens["rank-8"], *drive.tokens["rank-16"]])
+    assert tokens[0] == tokens[1]
+
+
 def test_prefill_chunks_are_not_replayed(model: Path, capture: RepeatingCapture) -> None:
     engine = make_engine(model, load)
     engine.submit(request("0", list(range(19)), max_tokens=1))
