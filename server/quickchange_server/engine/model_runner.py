@@ -1,7 +1,8 @@
-"""Runs one scheduled step on the model: flattened rows in, sampled tokens and new drafts out.
+"""Runs scheduled steps on the model: flattened rows in, sampled tokens and new drafts out.
 
-Decode steps run from captured graphs where the device has them; all others take one common path.
-Nothing waits for the device between the forward pass and the results.
+A step is launched, which gives all its work to the device, and its results are read later: what the
+next step needs of them, the sampled tokens, stays on the device. Decode steps run from captured
+graphs where the device has them; all others take one common path.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from quickchange_server.engine.model_inputs import (
     exact_extent,
     one_row_each,
     reads,
+    row_feed,
     row_reach,
     step_inputs,
 )
@@ -41,7 +43,7 @@ from quickchange_server.engine.token_masks import TokenMasks
 from quickchange_server.model.cuda_graphs import Graphs, capture_for
 from quickchange_server.model.input_buffers import upload
 from quickchange_server.model.loading.model_loader import LoadedModel, Output, forward
-from quickchange_server.spec_decode.cost_model import stopwatch
+from quickchange_server.spec_decode.cost_model import Stopwatch, stopwatch
 from quickchange_server.spec_decode.draft_heads import DraftItem, Guide, HeadDrafter
 from quickchange_server.spec_decode.verifier import Verdict, judge
 
@@ -117,6 +119,7 @@ class Runner:
         self._graphs = None if capture is None else Graphs(self._compute, capture, device)
         self._buckets = DecodeBuckets(most_graph_rows, -(-max_model_len // block_size))
         self._states_on = device if model.recurrent else None
+        self._tokens = torch.zeros(most_graph_rows, dtype=torch.int64, device=device)
         model.install_caches(
             num_blocks=num_blocks,
             block_size=block_size,
@@ -140,51 +143,50 @@ class Runner:
         rounds = [[self._priced(rows) for rows in sizes] for _ in range(_PRICING_ROUNDS)]
         return [(rows, min(times)) for rows, *times in zip(sizes, *rounds, strict=True)]
 
-    def run(self, plan: Sequence[Scheduled], heads: HeadPlan) -> Ran:
-        """Compute `plan`, then the drafts that `heads` asks for.
+    def launch(self, plan: Sequence[Scheduled], heads: HeadPlan) -> Flight:
+        """Give the device all the work of `plan` and of the drafts that `heads` asks for.
 
-        Raises what goes wrong in work that the items share.
+        Pending tokens are those of the step that was launched last. Raises what goes wrong in work
+        that the items share.
         """
+        faults: dict[str, str] = {}
         if not plan:
-            return Ran([])
+            return Flight(plan, faults)
         depths = heads.depths(plan)
         watch = stopwatch(self._device)
         watch.mark()
-        faults: dict[str, str] = {}
         sound, inputs = isolated(plan, self._inputs, faults)
         if inputs is None:
-            return Ran(_results(plan, {}, faults), faults=faults)
-        output = self._forward(inputs)
+            return Flight(plan, faults)
+        output, prompts = self._forward(inputs), None
         if reads(sound):
-            output = self._read(sound, output, faults)
-        sampling = [item for item in sound if item.samples]
+            output, prompts = _apart(sound, output)
         # On the host, while a GPU runs the forward pass.
-        readable = [item for item in sampling if item.sequence.request_id not in faults]
-        drawable, made = isolated(readable, self._row_tables, faults) if readable else ([], None)
+        sampling = [item for item in sound if item.samples]
+        drawable, made = isolated(sampling, self._row_tables, faults) if sampling else ([], None)
         if made is None:
-            return Ran(_results(plan, {}, faults), faults=faults)
+            return Flight(plan, faults, prompts)
         output = _rows_of(drawable, sampling, output)
         masks, tables = made
         draw = self._sampler.draw(output.logits, tables, masks)
         verdict = judge(drawable, draw.tokens)
+        self._keep_tokens(drawable, verdict.token)
         watch.mark()
         drafted = self._draft(drawable, depths, verdict, output.hidden, heads, faults)
         watch.mark()
-        results = _results(plan, _item_results(drawable, verdict, draw, drafted), faults)
-        seconds, draft_seconds = watch.seconds()
-        drafts_took = draft_seconds if drafted.items else None
-        return Ran(results, seconds, drafts_took, masks.seconds, faults)
+        on_device = (draw.table, verdict.accepted, drafted.tokens, drafted.chances)
+        drawn = _Drawn(drawable, draw, verdict, drafted.items, Download(on_device, self._device))
+        return Flight(plan, faults, prompts, drawn, watch, masks.seconds)
+
+    def _keep_tokens(self, sampling: Sequence[Scheduled], tokens: Tensor) -> None:
+        """Leave the items' last tokens [S] where the next step finds them."""
+        self._tokens[: len(sampling)] = tokens
+        for row, item in enumerate(sampling):
+            item.sequence.token_row = row
 
     def _row_tables(self, sampling: Sequence[Scheduled]) -> tuple[TokenMasks, RowTables]:
         rows = [row for item in sampling for row in _sample_rows(item)]
         return self._masks(sampling), self._sampler.tables(rows)
-
-    def _read(self, plan: Sequence[Scheduled], output: Output, faults: dict[str, str]) -> Output:
-        """Let sequences read their prompts' rows; returns the output of the sampled rows."""
-        sampled = sum([item.sampled_rows for item in plan])
-        scored = sampled + sum([len(item.scored) for item in plan])
-        read(plan, output.logits[sampled:scored], output.hidden[scored:], faults)
-        return Output(output.logits[:sampled], output.hidden[:sampled])
 
     def _draft(
         self,
@@ -232,9 +234,11 @@ class Runner:
 
     def _padded_inputs(self, plan: Sequence[Scheduled], extent: Extent) -> StepInputs:
         inputs = step_inputs(plan, extent, self._block_size, self._states_on)
-        if self._model.scaling is None:
-            return inputs
-        return replace(inputs, reach=row_reach(plan, extent.rows))
+        if self._graphs is not None or any(item.sequence.pending for item in plan):
+            inputs = replace(inputs, feed=row_feed(plan, extent.rows))
+        if self._model.scaling is not None:
+            inputs = replace(inputs, reach=row_reach(plan, extent.rows))
+        return inputs
 
     def _forward(self, inputs: _Inputs) -> Output:
         """Output of the sampled rows, then of those that are read."""
@@ -249,8 +253,11 @@ class Runner:
         holder = self._model.holder
         holder.step = inputs.step(tables)
         try:
-            rows = inputs.sample_rows
-            return forward(self._model, inputs.ids, inputs.positions, rows, inputs.head_rows)
+            ids, rows = inputs.ids, inputs.sample_rows
+            if inputs.feed is not None:
+                fed = self._tokens[inputs.feed.clamp(min=0)]
+                ids = torch.where(inputs.feed < 0, ids, fed)
+            return forward(self._model, ids, inputs.positions, rows, inputs.head_rows)
         finally:
             holder.step = None
 
@@ -265,6 +272,78 @@ class Runner:
         return watch.seconds()[0]
 
 
+class Download:
+    """Tensors on their way to the host, behind all that the device was given before.
+
+    On a CPU they are there. Elsewhere they are copied to pinned memory, and `wait` waits for these
+    copies alone.
+    """
+
+    def __init__(self, tensors: tuple[Tensor | None, ...], device: torch.device) -> None:
+        self._tensors = tensors
+        self._arrived: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self._tensors = tuple(t if t is None else _to_pinned(t) for t in tensors)
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrived.record()
+
+    def wait(self) -> tuple[Tensor | None, ...]:
+        """The tensors on the host, once they are there."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._tensors
+
+
+def _to_pinned(tensor: Tensor) -> Tensor:
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
+
+
+class _PromptRows(NamedTuple):
+    """Rows that sequences read of their prompts."""
+
+    items: Sequence[Scheduled]
+    logits: Tensor  # [C, V] of the scored rows
+    hidden: Tensor  # [P, H] of the pooled rows
+
+
+class _Drawn(NamedTuple):
+    """What a step sampled, for the items that could be."""
+
+    items: Sequence[Scheduled]
+    draw: Draw
+    verdict: Verdict
+    drafting: Sequence[DraftItem]
+    download: Download
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A launched step.
+
+    `faults`: by request id, errors of single items that the launch has met; the items may not have
+    been computed.
+    """
+
+    plan: Sequence[Scheduled]
+    faults: dict[str, str]
+    _prompts: _PromptRows | None = None
+    _drawn: _Drawn | None = None
+    _watch: Stopwatch | None = None
+    _mask_seconds: float | None = None
+
+    def ran(self) -> Ran:
+        """The results, once the device has got so far. To be called once."""
+        if self._prompts is not None:
+            read(*self._prompts, self.faults)
+        if self._drawn is None or self._watch is None:
+            return Ran(_results(self.plan, {}, self.faults), faults=self.faults)
+        results = _results(self.plan, _item_results(self._drawn), self.faults)
+        seconds, draft_seconds = self._watch.seconds()
+        drafts_took = draft_seconds if self._drawn.drafting else None
+        return Ran(results, seconds, drafts_took, self._mask_seconds, self.faults)
+
+
 class _Inputs(NamedTuple):
     """Host tensors of a step."""
 
@@ -276,11 +355,19 @@ class _Inputs(NamedTuple):
 
 class _Drafted(NamedTuple):
     items: list[DraftItem]
-    tokens: Tensor  # int64 [items, depth]
-    chances: Tensor  # float32 [items, depth]
+    tokens: Tensor | None  # int64 [items, depth]
+    chances: Tensor | None  # float32 [items, depth]
 
 
-_NOTHING = _Drafted([], torch.empty(0, 0), torch.empty(0, 0))
+_NOTHING = _Drafted([], None, None)
+
+
+def _apart(plan: Sequence[Scheduled], output: Output) -> tuple[Output, _PromptRows]:
+    """Output of the sampled rows, and those that sequences read of their prompts."""
+    sampled = sum([item.sampled_rows for item in plan])
+    scored = sampled + sum([len(item.scored) for item in plan])
+    prompts = _PromptRows(plan, output.logits[sampled:scored], output.hidden[scored:])
+    return Output(output.logits[:sampled], output.hidden[:sampled]), prompts
 
 
 def _rows_of(kept: Sequence[Scheduled], items: Sequence[Scheduled], output: Output) -> Output:
@@ -298,38 +385,43 @@ def _results(
 ) -> list[Result]:
     """Results of all sampling items: of those drawn, by request id, and the others' errors."""
     ids = [item.sequence.request_id for item in plan if item.samples]
-    return [drawn.get(i) or Result((RowError(0, faults[i], "request"),), ()) for i in ids]
+    if not faults:
+        return [drawn[i] for i in ids]
+    errors = {i: Result((RowError(0, fault, "request"),), ()) for i, fault in faults.items()}
+    return [errors.get(i) or drawn[i] for i in ids]
 
 
-def _item_results(
-    sampling: Sequence[Scheduled], verdict: Verdict, draw: Draw, drafted: _Drafted
-) -> dict[str, Result]:
+def _item_results(drawn: _Drawn) -> dict[str, Result]:
     """Results of the drawn items by request id, on the host."""
-    accepted = verdict.counts(len(sampling))
-    rows = iter(draw.results())
-    ahead = _ahead(drafted)
+    table, accepted, tokens, chances = drawn.download.wait()
+    counts = drawn.verdict._replace(accepted=accepted).counts(len(drawn.items))
+    rows = iter(drawn.draw.results(table))
+    ahead = _ahead(drawn.drafting, tokens, chances)
     results = {}
-    for row, (item, held) in enumerate(zip(sampling, accepted, strict=True)):
+    for row, (item, held) in enumerate(zip(drawn.items, counts, strict=True)):
         sampled = tuple([next(rows) for _ in range(item.sampled_rows)])
         results[item.sequence.request_id] = Result(sampled[: held + 1], ahead.get(row, ()))
     return results
 
 
-def _ahead(drafted: _Drafted) -> dict[int, tuple[tuple[int, float], ...]]:
+def _ahead(
+    items: Sequence[DraftItem], tokens: Tensor | None, chances: Tensor | None
+) -> dict[int, tuple[tuple[int, float], ...]]:
     """(token, probability) by depth, keyed by the index among the sampling items."""
-    if not drafted.items:
+    if tokens is None or chances is None:
         return {}
-    tokens, chances = drafted.tokens.tolist(), drafted.chances.tolist()
     return {
         item.row: tuple(zip(own_tokens, own_chances, strict=True))[: item.depth]
-        for item, own_tokens, own_chances in zip(drafted.items, tokens, chances, strict=True)
+        for item, own_tokens, own_chances in zip(
+            items, tokens.tolist(), chances.tolist(), strict=True
+        )
     }
 
 
 def _sample_rows(item: Scheduled) -> list[SampleRow]:
     """Rows of the last token and of each draft, as if all drafts before it were accepted."""
     sequence = item.sequence
-    known, prompt = len(sequence.tokens), len(sequence.request.prompt)
+    known, prompt = item.first + item.count, len(sequence.request.prompt)
     tokens = [*sequence.tokens, *item.drafts] if item.drafts else sequence.tokens
     return [
         SampleRow(
