@@ -246,15 +246,18 @@ class Runner:
         return _Drafted(items, *drafts)
 
     def _inputs(self, plan: Sequence[Scheduled]) -> _Inputs:
-        adapters = any(item.components for item in plan)
+        slots = {slot for item in plan for slot, _ in item.components}
+        adapters = bool(slots)
+        tables = self._adapters.tables_of(slots) if slots else None
+        fixed = tables is None or tables is self._adapters.tables
         rows = sum([item.rows for item in plan])
         extent = None
-        if self._graphs is not None and (self._states_on is None or one_row_each(plan)):
+        if self._graphs is not None and fixed and (self._states_on is None or one_row_each(plan)):
             extent = self._buckets.fit(plan, adapters=adapters)
         if extent is not None:
-            return _Inputs(self._padded_inputs(plan, extent), adapters, rows, extent)
+            return _Inputs(self._padded_inputs(plan, extent), tables, rows, extent)
         exact = exact_extent(plan, self._device, adapters=adapters)
-        return _Inputs(self._padded_inputs(plan, exact), adapters, rows)
+        return _Inputs(self._padded_inputs(plan, exact), tables, rows)
 
     def _padded_inputs(self, plan: Sequence[Scheduled], extent: Extent) -> StepInputs:
         inputs = step_inputs(plan, extent, self._block_size, self._states_on)
@@ -266,7 +269,7 @@ class Runner:
 
     def _forward(self, inputs: _Inputs) -> Output:
         """Output of the sampled rows, then of those that are read."""
-        tables = self._adapters.tables if inputs.adapters else None
+        tables = inputs.tables
         if self._graphs is not None and inputs.bucket is not None:
             logits, hidden = self._graphs.run(inputs.bucket, inputs.step, tables)
             return Output(logits[: inputs.rows], hidden[: inputs.rows])
@@ -372,7 +375,7 @@ class _Inputs(NamedTuple):
     """Host tensors of a step."""
 
     step: StepInputs
-    adapters: bool  # some row has one
+    tables: LowRankTables | None  # None: no row has an adapter
     rows: int
     bucket: Extent | None = None  # of the captured graph that the step runs from; None: none
 
