@@ -53,7 +53,11 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="0 picks a free port")
 
     device: Literal["cpu", "cuda"] = "cpu"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="the base's floats; auto: the checkpoint's own on a GPU (bfloat16 for float32) "
+        "and on CPUs that multiply bfloat16, float32 elsewhere",
+    )
     tensor_parallel: int = Field(
         1, ge=1, description="processes that hold the base together, each with a GPU of its own"
     )
@@ -83,6 +87,13 @@ class Settings(BaseSettings):
 
     adapters: bool = Field(True, description="off: no adapter can be served, no seam is put in")
     adapter_device_bytes: int = Field(1 * GIB, ge=1024, description="budget of the device tier")
+    max_adapter_rank: int = Field(
+        64,
+        ge=1,
+        le=1024,
+        description="on CUDA, captured graphs serve adapters up to this rank; steps with a wider "
+        "one run without, which is slower",
+    )
     adapter_dtype: Literal["model", "float32", "bfloat16", "float16"] = Field(
         "model",
         description="how adapters' weights are held: as the base's, or narrower, which halves "
@@ -172,11 +183,6 @@ class Settings(BaseSettings):
     @property
     def allowed_origins(self) -> frozenset[str]:
         return _listed(self.allowed_origin)
-
-    @property
-    def held_adapter_dtype(self) -> str:
-        """`adapter_dtype`, with "model" resolved to `dtype`."""
-        return self.dtype if self.adapter_dtype == "model" else self.adapter_dtype
 
     @property
     def database_url(self) -> str:

@@ -260,6 +260,8 @@ class Ready:
     adapter_host_bytes: int
     prices: Prices = ()  # of steps without adapters; empty: nothing is drafted, so none are needed
     own_bytes: int = 0  # memory that it shares with no other process; 0: not known
+    dtype: str = "float32"  # what the base computes in
+    adapter_dtype: str = "float32"  # what adapters are held in
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,6 +337,8 @@ class StepStats:
     draft_estimate: float = 0.0  # tokens that the drafts were expected to gain
     draft_gain: int = 0  # tokens that they gained
     mask_seconds: float | None = None  # for all token masks; None: no sequence was constrained
+    late_compilations: int = 0  # kernels compiled since the engine was ready; total
+    late_captures: int = 0  # graphs captured since the engine was ready; total
 
 
 @dataclass(frozen=True, slots=True)

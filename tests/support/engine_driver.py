@@ -32,10 +32,11 @@ def make_engine(
     constraints: ConstraintCompiler | None = None,
     on_wake: Callable[[], None] = lambda: None,
     on_begun: Callable[[tuple[str, ...]], None] = lambda _: None,
+    depth: int | None = None,
     **options: object,
 ) -> Engine:
     """An engine on a small model. `load` finds adapters by digest."""
-    settings = _small_settings(model, options)
+    settings = make_settings(model, options)
     loaded = load_model(
         str(model),
         dtype=torch.float32,
@@ -43,10 +44,10 @@ def make_engine(
         adapters=settings.adapters,
         quantization=settings.quantization,
     )
-    return engine_of(loaded, settings, load, constraints, on_wake, on_begun)
+    return engine_of(loaded, settings, load, constraints, on_wake, on_begun, depth)
 
 
-def _small_settings(model: Path, options: Mapping[str, object]) -> Settings:
+def make_settings(model: Path, options: Mapping[str, object]) -> Settings:
     small = {
         "block_size": 4,
         "kv_cache_bytes": 1 << 20,
@@ -65,10 +66,11 @@ def engine_of(
     constraints: ConstraintCompiler | None = None,
     on_wake: Callable[[], None] = lambda: None,
     on_begun: Callable[[tuple[str, ...]], None] = lambda _: None,
+    depth: int | None = None,
 ) -> Engine:
     """An engine on a model that is loaded already. settings: or a folder, and small ones."""
     if isinstance(settings, Path):
-        settings = _small_settings(settings, {})
+        settings = make_settings(settings, {})
 
     def read(digest: str, _: Pause) -> CanonicalAdapter:
         if load is None:
@@ -82,6 +84,7 @@ def engine_of(
         on_wake=on_wake,
         constraints=constraints,
         on_begun=on_begun,
+        depth=depth,
     )
 
 

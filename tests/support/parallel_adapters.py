@@ -53,13 +53,8 @@ def adapters_of_every_kind(model: Path) -> dict[str, CanonicalAdapter]:
         keep(
             f"rank-{rank}",
             {
-                path: drawn.update(
-                    shape.in_features,
-                    shape.out_features,
-                    rank,
-                    bias=drawn.normal(shape.out_features),
-                )
-                for path, shape in linears.items()
+                path: drawn.update(*sizes, rank, bias=drawn.normal(sizes[1]))
+                for path, sizes in linears.items()
             },
         )
     keep(

@@ -86,6 +86,8 @@ class StepInputs:
     samples: PackedSegments | None
     head: PackedSegments | None
     states: tuple[PartInputs, ...] = ()  # for models with recurrent layers alone
+    # int64 [T]: which of the latest step's sampled tokens is the row's, -1: that in `ids`.
+    feed: Tensor | None = None
     reach: Tensor | None = None  # int64 [T], if the model scales positions by the text
 
     def step(self, tables: LowRankTables | None) -> ForwardContext:
@@ -153,8 +155,10 @@ def step_inputs(
     ids: list[int] = []
     places: list[int] = []
     for item in plan:
-        sequence, first = item.sequence, item.sequence.computed
-        ids += sequence.tokens[first : first + item.count]
+        sequence, first = item.sequence, item.first
+        known = sequence.tokens[first : first + item.count]
+        ids += known
+        ids += (0,) * (item.count - len(known))  # not on the host yet: see `row_feed`
         ids += item.drafts
         places += range(first, first + item.rows)
     ends = list(accumulate([item.rows for item in plan]))
@@ -193,6 +197,17 @@ def step_inputs(
         head=head,
         states=() if states_on is None else _state_parts(plan, extent, states_on),
     )
+
+
+def row_feed(plan: Sequence[Scheduled], rows: int) -> Tensor:
+    """Places of the rows' tokens among the latest step's sampled ones, int64 [rows]; -1 for rows
+    whose tokens the host knows."""
+    feed: list[int] = []
+    for item in plan:
+        pending = item.sequence.pending
+        feed += (_NOWHERE,) * (item.rows - pending)
+        feed += (item.sequence.token_row,) * pending
+    return torch.from_numpy(_padded(feed, rows, np.int64, fill=_NOWHERE))
 
 
 def row_reach(plan: Sequence[Scheduled], rows: int) -> Tensor:

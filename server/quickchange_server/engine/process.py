@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection, wait
 import torch
 
 from quickchange_server.config import Settings
-from quickchange_server.engine.engine import Engine, torch_dtype
+from quickchange_server.engine.engine import Engine
 from quickchange_server.engine.parallel.followers import Followers
 from quickchange_server.errors import SettingError
 from quickchange_server.model.loading.model_loader import load_model
@@ -81,7 +81,7 @@ def main(connection: Connection, settings: Settings, read_tokenizer: ReadTokeniz
     waker = Waker()
 
     def fail(reason: object) -> None:
-        connection.send(Fatal(f"the engine failed: {reason}"))
+        connection.send(Fatal(f"the engine could not start: {reason}"))
 
     with nullcontext() if settings.tensor_parallel == 1 else Followers(settings, fail) as others:
         try:
@@ -91,7 +91,7 @@ def main(connection: Connection, settings: Settings, read_tokenizer: ReadTokeniz
         except (SettingError, ValueError, OSError, RuntimeError) as error:
             if others is not None:
                 others.blame(error)
-            connection.send(Fatal(f"the engine could not start: {error}"))
+            fail(error)
             return
         connection.send(ready)
         try:
@@ -115,7 +115,7 @@ def _start(
         tokenizer = beside.submit(read_tokenizer, settings)
         model = load_model(
             settings.model,
-            dtype=torch_dtype(settings.dtype),
+            dtype=settings.dtype,
             device=torch.device(settings.device),
             adapters=settings.adapters,
             quantization=settings.quantization,

@@ -70,15 +70,16 @@ class Draw:
     """Sampled tokens of a batch, still on the device."""
 
     tokens: Tensor  # int64 [R]; 0 if no token can be chosen
+    table: Tensor  # float64 [R, 2 or more]: token, soundness, log-probability columns
     _rows: Sequence[SampleRow]
-    _table: Tensor  # float64 [R, 2 or more]: token, soundness, log-probability columns
     _errors: Mapping[int, RowError]  # known before the draw
 
-    def results(self) -> list[SampledToken | RowError]:
-        """One result per row, brought to the host in one transfer."""
+    def results(self, table: Tensor | None = None) -> list[SampledToken | RowError]:
+        """One result per row. table: the draw's own, if it has come to the host."""
+        lines = (self.table if table is None else table).tolist()
         return [
             self._errors.get(index) or _result(index, row, line)
-            for index, (row, line) in enumerate(zip(self._rows, self._table.tolist(), strict=True))
+            for index, (row, line) in enumerate(zip(self._rows, lines, strict=True))
         ]
 
 
@@ -121,7 +122,7 @@ class Sampler:
         if logprobs is not None:
             table = torch.cat([table, logprobs.columns(tokens)], dim=1)
         forbidden = {row: RowError(row, text, "request") for row, text in masks.errors.items()}
-        return Draw(tokens, rows, table, tables.edits.errors | forbidden)
+        return Draw(tokens, table, rows, tables.edits.errors | forbidden)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,11 +13,10 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from quickchange_kernels.lowrank.lowrank_contract import LowRankTables
 from quickchange_server.adapters.adapter_loader import Loader, Pacer
@@ -34,16 +33,13 @@ from quickchange_server.engine.parallel.orders import (
     Order,
     Pass,
     Publish,
+    Replay,
     Write,
     Written,
-    packed,
-    receive,
 )
-from quickchange_server.model.cuda_graphs import Graphs, capture_for
-from quickchange_server.model.forward_context import ForwardContext
-from quickchange_server.model.input_buffers import upload
-from quickchange_server.model.loading.model_loader import LoadedModel, Output, forward, load_model
-from quickchange_server.model.parallel.ranks import device_of, join
+from quickchange_server.engine.parallel.pass_inputs import PassLayout, built
+from quickchange_server.model.loading.model_loader import LoadedModel, forward, load_model
+from quickchange_server.model.parallel.ranks import Ranks, device_of, join
 from quickchange_store.store import Store
 
 _BUSY_SECONDS = 0.1  # for so long after a pass, adapters are read in slices
@@ -61,22 +57,22 @@ def follow(connection: Connection, settings: Settings, rank: int, port: int) -> 
 
     def say(answer: Written | Failed) -> None:
         with said:
-            connection.send_bytes(packed(answer))
+            connection.send(answer)
 
     try:
         ranks = join(rank, settings, port)
         device = device_of(rank, settings)
         model = load_model(
             settings.model,
-            dtype=getattr(torch, settings.dtype),
+            dtype=settings.dtype,
             device=device,
             adapters=settings.adapters,
             quantization=settings.quantization,
             model_check=settings.model_check,
             ranks=ranks,
         )
-        follower = _Follower(model, device, Store(settings.store), say)
-        while not isinstance(order := receive(connection), Close):
+        follower = _Follower(model, ranks, device, Store(settings.store), say)
+        while not isinstance(order := connection.recv(), Close):
             follower.obey(order)
     except EOFError:
         return  # the first rank is gone
@@ -98,27 +94,24 @@ def _wait_for_parent() -> None:
         os._exit(1)  # the main thread may wait for a rank that is gone
 
 
-class _StepInputs(Protocol):
-    """A pass's inputs: the engine's `StepInputs`."""
-
-    ids: Tensor
-    positions: Tensor
-    sample_rows: Tensor
-    head_rows: int | None
-
-    def step(self, tables: LowRankTables | None) -> ForwardContext: ...
-
-
 class _Follower:
     """One rank's model, caches and pool of adapters."""
 
-    def __init__(self, model: LoadedModel, device: torch.device, store: Store, say: Any) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        ranks: Ranks,
+        device: torch.device,
+        store: Store,
+        say: Callable[[Written], None],
+    ) -> None:
         self._model = model
+        self._ranks = ranks
         self._device = device
         self._store = store
         self._say = say
-        capture = capture_for(device)
-        self._graphs = None if capture is None else Graphs(self._compute, capture, device)
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._memory = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self._pool: DevicePool | None = None
         self._layouts: dict[int, AdapterImage] = {}  # of the slots in use, without data
         self._loader: Loader[None] = Loader(self._answer)
@@ -134,9 +127,18 @@ class _Follower:
 
     def obey(self, order: Order) -> None:
         match order:
-            case Pass(inputs, adapters, graph):
+            case Replay(graph):
                 self._last_pass = time.monotonic()
-                self._run(inputs, self.pool.tables if adapters else None, graph)
+                self._graphs[graph].replay()
+            case Pass(layout, None):
+                self._last_pass = time.monotonic()
+                self._run(layout)
+            case Pass(layout, int(graph)):
+                self._graphs[graph] = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(
+                    self._graphs[graph], pool=self._memory, capture_error_mode="thread_local"
+                ):
+                    self._run(layout)
             case Allocate(slot, image):
                 if self.pool.allocate(image) != slot:
                     raise RuntimeError(f"slot {slot} of the first rank is another one here")
@@ -148,8 +150,8 @@ class _Follower:
             case Free(slot):
                 self.pool.free(slot)
                 del self._layouts[slot]
-            case MakePool(args):
-                self._pool = DevicePool(self._model.groups, *args, device=self._device)
+            case MakePool(args, named):
+                self._pool = DevicePool(self._model.groups, *args, device=self._device, **named)
             case InstallCaches(num_blocks, block_size, state_rows, dtype):
                 self._model.install_caches(
                     num_blocks=num_blocks,
@@ -159,20 +161,19 @@ class _Follower:
                     device=self._device,
                 )
 
-    def _run(self, inputs: _StepInputs, tables: LowRankTables | None, graph: Any) -> None:
-        if self._graphs is not None and graph is not None:
-            self._graphs.run(graph, inputs, tables)
-        else:
-            self._compute(upload(inputs, self._device), tables)
-
-    def _compute(self, inputs: _StepInputs, tables: LowRankTables | None) -> Output:
-        holder = self._model.holder
-        holder.step = inputs.step(tables)
+    def _run(self, layout: PassLayout) -> None:
+        """Take a pass's inputs from the first rank and run it."""
+        buffer = torch.empty(layout.nbytes, dtype=torch.uint8, device=self._device)
+        self._ranks.share(buffer)
+        context, given = built(layout, buffer, self._tables)
+        self._model.holder.step = context
         try:
-            rows = inputs.sample_rows
-            return forward(self._model, inputs.ids, inputs.positions, rows, inputs.head_rows)
+            forward(self._model, *given)
         finally:
-            holder.step = None
+            self._model.holder.step = None
+
+    def _tables(self, usual: bool) -> LowRankTables:
+        return self.pool.tables if usual else self.pool.wide_tables
 
     def _write(self, slot: int, digest: str) -> None:
         adapter, layout = self._store.load(digest, self._pause), self._layouts[slot]

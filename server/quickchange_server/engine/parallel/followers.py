@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent import futures
 from concurrent.futures import Future
 from dataclasses import replace
@@ -43,12 +43,14 @@ from quickchange_server.engine.parallel.orders import (
     Order,
     Pass,
     Publish,
+    Replay,
     Write,
     Written,
-    packed,
-    receive,
 )
+from quickchange_server.engine.parallel.pass_inputs import flattened
 from quickchange_server.errors import AdapterFailedError
+from quickchange_server.model.cuda_graphs import Capture, Outputs
+from quickchange_server.model.forward_context import ForwardContext
 from quickchange_server.model.parallel.ranks import LOOPBACK, Ranks, join
 
 _NOTICE_SECONDS = 1.0  # within which the end of one rank shows in another
@@ -71,6 +73,8 @@ class Followers:
         self._port = self._door.getsockname()[1]
         self._lock = threading.Lock()
         self._writes: dict[int, list[Future[None]]] = {}  # by slot, one for each follower
+        self._pool: _LeadingPool | None = None
+        self._graphs = 0  # captured so far
         self._closing = False
         self._failed: str | None = None  # a follower's last words
         self._processes: dict[Connection, BaseProcess] = {}
@@ -91,7 +95,8 @@ class Followers:
 
     def join(self) -> Ranks:
         """Meet them, as rank 0."""
-        return join(0, self._settings, self._port, self._door.detach())
+        self._ranks = join(0, self._settings, self._port, self._door.detach())
+        return self._ranks
 
     # --- orders ---------------------------------------------------------------------------------
 
@@ -100,19 +105,41 @@ class Followers:
     ) -> None:
         self._order(InstallCaches(num_blocks, block_size, state_rows, dtype))
 
-    def forward(self, inputs: object, *, adapters: bool, graph: Hashable | None) -> None:
-        """Let them run the pass that this rank is about to run on host `inputs`."""
-        self._order(Pass(inputs, adapters, graph))
+    def forward(self, context: ForwardContext | None, given: tuple[Any, ...]) -> None:
+        """Let them run the pass that this rank is about to run; `given` are its other inputs."""
+        usual = None if self._pool is None else self._pool.tables
+        layout, buffer = flattened((context, given), usual)
+        capturing = buffer.is_cuda and torch.cuda.is_current_stream_capturing()
+        self._order(Pass(layout, self._graphs if capturing else None))
+        self._ranks.share(buffer)
 
-    def pool(self, groups: Sequence[ModuleGroup], *args: Any, device: torch.device) -> DevicePool:
-        """This rank's pool, which theirs follow. args: of `DevicePool`, after its groups."""
-        return _LeadingPool(self, groups, *args, device=device)
+    def capture(self, capture: Capture) -> Capture:
+        """A `Capture` whose graphs are captured and replayed by them too."""
 
-    def make_pool(self, args: tuple[Any, ...]) -> None:
-        self._order(MakePool(args))
+        def both(compute: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
+            replay, outputs = capture(compute)
+            number = self._graphs
+            self._graphs += 1
+
+            def replay_all() -> None:
+                self._order(Replay(number))
+                replay()
+
+            return replay_all, outputs
+
+        return both
+
+    def pool(
+        self, groups: Sequence[ModuleGroup], *args: Any, device: torch.device, **named: Any
+    ) -> DevicePool:
+        """This rank's pool, which theirs follow. args, named: of `DevicePool`."""
+        self._order(MakePool(args, named))
+        self._pool = _LeadingPool(groups, *args, device=device, **named)
+        self._pool.followers = self
+        return self._pool
 
     def allocate(self, slot: int, image: AdapterImage) -> None:
-        self._order(Allocate(slot, replace(image, data=image.data[:0].cpu())))
+        self._order(Allocate(slot, replace(image, data=None)))  # type: ignore[arg-type]
 
     def write(self, slot: int, digest: str) -> list[Future[None]]:
         """Let them write an adapter's pages; done when the futures are. On any thread."""
@@ -127,10 +154,9 @@ class Followers:
         self._order(Free(slot))
 
     def _order(self, order: Order) -> None:
-        message = packed(order)
         with self._lock:
             for connection in self._processes:
-                connection.send_bytes(message)
+                connection.send(order)
 
     # --- ends -----------------------------------------------------------------------------------
 
@@ -172,7 +198,7 @@ class Followers:
             for connection in wait(order):
                 assert isinstance(connection, Connection)
                 try:
-                    answer: Answer = receive(connection)
+                    answer: Answer = connection.recv()
                 except (EOFError, OSError):
                     return self._ended(self._processes[connection])
                 self._take(answer, order.index(connection))
@@ -213,25 +239,16 @@ def _context(settings: Settings) -> ForkContext | SpawnContext:
 class _LeadingPool(DevicePool):
     """Rank 0's pool: what it does, the followers' pools do too."""
 
-    def __init__(
-        self,
-        followers: Followers,
-        groups: Sequence[ModuleGroup],
-        *args: Any,
-        device: torch.device,
-    ) -> None:
-        super().__init__(groups, *args, device=device)
-        self._followers = followers
-        followers.make_pool(args)
+    followers: Followers
 
     def allocate(self, image: AdapterImage) -> int | None:
         slot = super().allocate(image)
         if slot is not None:
-            self._followers.allocate(slot, image)
+            self.followers.allocate(slot, image)
         return slot
 
     def write(self, slot: int, image: AdapterImage, pause: Pause = no_pause) -> None:
-        theirs = self._followers.write(slot, image.digest)
+        theirs = self.followers.write(slot, image.digest)
         try:
             super().write(slot, image, pause)
         finally:
@@ -241,8 +258,8 @@ class _LeadingPool(DevicePool):
 
     def publish(self, slot: int) -> None:
         super().publish(slot)
-        self._followers.publish(slot)
+        self.followers.publish(slot)
 
     def free(self, slot: int) -> None:
         super().free(slot)
-        self._followers.free(slot)
+        self.followers.free(slot)

@@ -1,4 +1,4 @@
-"""Orders from the first rank to its followers, and how they travel.
+"""Orders from the first rank to its followers, and their answers.
 
 A follower holds its part of the model, of the caches and of every adapter on the device. It does
 what the first rank does with its own parts, in the same order; it decides nothing.
@@ -6,17 +6,13 @@ what the first rank does with its own parts, in the same order; it decides nothi
 
 from __future__ import annotations
 
-import io
-import pickle
-from collections.abc import Hashable
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from quickchange_server.adapters.packing import AdapterImage
+from quickchange_server.engine.parallel.pass_inputs import PassLayout
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,14 +27,16 @@ class InstallCaches:
 
 @dataclass(frozen=True, slots=True)
 class MakePool:
-    """Take memory for adapters; `args` are those of `DevicePool` between groups and device."""
+    """Take memory for adapters; `args` and `named` are those of `DevicePool`, but for the groups
+    and the device."""
 
     args: tuple[Any, ...]
+    named: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Allocate:
-    """Take a slot and pages for an adapter. `image` has the layout, the same everywhere, alone."""
+    """Take a slot and pages for an adapter. `image` has its layout alone, the same everywhere."""
 
     slot: int
     image: AdapterImage
@@ -68,11 +66,20 @@ class Free:
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """Run a forward pass; graph: the key of the captured graph that it runs from."""
+    """Take the inputs of a forward pass, which follow from device to device, and run it.
 
-    inputs: Any
-    adapters: bool
-    graph: Hashable | None
+    graph: keep it as the captured graph of this number instead; None: run it once.
+    """
+
+    layout: PassLayout
+    graph: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """Run the pass of a captured graph again, on new inputs."""
+
+    graph: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +87,7 @@ class Close:
     """End."""
 
 
-Order = InstallCaches | MakePool | Allocate | Write | Publish | Free | Pass | Close
+Order = InstallCaches | MakePool | Allocate | Write | Publish | Free | Pass | Replay | Close
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,28 +106,3 @@ class Failed:
 
 
 Answer = Written | Failed
-
-
-class _Pickler(pickle.Pickler):
-    """Host tensors as arrays: torch's own way puts each in a file of shared memory."""
-
-    def reducer_override(self, obj: object) -> Any:
-        if isinstance(obj, Tensor):
-            return _tensor, (obj.numpy(),)
-        return NotImplemented
-
-
-def _tensor(array: Any) -> Tensor:
-    return torch.from_numpy(array)
-
-
-def packed(message: Order | Answer) -> bytes:
-    """The message as bytes."""
-    buffer = io.BytesIO()
-    _Pickler(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(message)
-    return buffer.getvalue()
-
-
-def receive(connection: Connection) -> Any:
-    """The next message. Raises EOFError at the end of the channel."""
-    return pickle.loads(connection.recv_bytes())

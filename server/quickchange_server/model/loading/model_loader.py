@@ -52,6 +52,7 @@ from quickchange_server.model.loading.layer_kinds import (
     refuse_other_layers,
     refuse_other_state,
 )
+from quickchange_server.model.loading.model_dtype import model_dtype
 from quickchange_server.model.loading.model_proof import (
     LOOSE,
     ROUNDED,
@@ -117,6 +118,7 @@ class LoadedModel:
     head: nn.Module  # the LM head, wrapped
     head_input: HeadInput
     embedding: nn.Module  # input embedding, wrapped
+    dtype: torch.dtype  # of what it computes, and of its keys and values
     scaling: PositionScaling | None = None  # if positions are scaled by the text's length
     recurrent: tuple[RecurrentLayer, ...] = ()  # layers that keep states between tokens
 
@@ -149,7 +151,7 @@ class Output(NamedTuple):
 def load_model(
     path: str,
     *,
-    dtype: torch.dtype,
+    dtype: str | torch.dtype,
     device: torch.device,
     adapters: bool,
     quantization: Quantization = "none",
@@ -157,6 +159,8 @@ def load_model(
     ranks: Ranks | None = None,
 ) -> LoadedModel:
     """Load and wrap the model that `--model` names; of several ranks, this one's part of it.
+
+    dtype: the setting, or a dtype.
 
     Raises UnsupportedModelError for an architecture that can't be served and for weights that are
     missing or not finite, OSError or ValueError (transformers') if nothing can be loaded from
@@ -169,9 +173,10 @@ def load_model(
         refuse_other_state(config)
         admit_attention_classes(config)
         _refuse_twice_quantised(config, quantization)
+        chosen = model_dtype(dtype, config, device)
         placed = {"device_map": {"": device}} if ranks is None else _cut(path, ranks)
         model: nn.Module = load_base(
-            path, dtype=dtype, attn_implementation=paged_attention.NAME, **placed
+            path, dtype=chosen, attn_implementation=paged_attention.NAME, **placed
         )
     except BaseModelError as error:
         raise UnsupportedModelError(f"model: {error}", param="model") from error
@@ -180,6 +185,7 @@ def load_model(
         adapters=adapters,
         quantization=quantization,
         model_check=model_check,
+        dtype=chosen,
         ranks=ranks,
     )
 
@@ -198,15 +204,17 @@ def prepare(
     adapters: bool,
     quantization: Quantization = "none",
     model_check: bool = True,
+    dtype: torch.dtype | None = None,
     ranks: Ranks | None = None,
 ) -> LoadedModel:
     """Wrap a model that was loaded with `attn_implementation="quickchange"`.
 
     model_check: prove that it then gives what transformers' own model gives (`model_proof.py`).
+    dtype: what it was loaded in; None: what its parameters say.
     Raises UnsupportedModelError for a model that can't be served.
     """
     try:
-        return _prepared(model, adapters, quantization, model_check, ranks)
+        return _prepared(model, adapters, quantization, model_check, dtype or model.dtype, ranks)  # type: ignore[arg-type]
     except Exception as error:
         raise explained(model, error) from error
 
@@ -216,6 +224,7 @@ def _prepared(
     adapters: bool,
     quantization: Quantization,
     model_check: bool,
+    dtype: torch.dtype,
     ranks: Ranks | None,
 ) -> LoadedModel:
     config: PretrainedConfig = model.config
@@ -267,6 +276,7 @@ def _prepared(
         head=head,
         head_input=head_input,
         embedding=model.get_input_embeddings(),  # type: ignore[operator]
+        dtype=dtype,
         scaling=scaling,
         recurrent=recurrent,
     )

@@ -40,6 +40,10 @@ class Ranks:
         dist.all_gather(every, x)
         return every
 
+    def share(self, x: Tensor) -> None:
+        """Replace x, of one shape on all ranks, by the first rank's."""
+        dist.broadcast(x, 0)
+
     def agree(self, told: Hashable) -> bool:
         """True if all ranks tell the same."""
         every: list[Hashable] = [None] * self.size
