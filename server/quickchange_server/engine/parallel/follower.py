@@ -150,8 +150,8 @@ class _Follower:
             case Free(slot):
                 self.pool.free(slot)
                 del self._layouts[slot]
-            case MakePool(args, named):
-                self._pool = DevicePool(self._model.groups, *args, device=self._device, **named)
+            case MakePool(budget, dtype, named):
+                self._pool = DevicePool(self._model.groups, budget, dtype, self._device, **named)
             case InstallCaches(num_blocks, block_size, state_rows, dtype):
                 self._model.install_caches(
                     num_blocks=num_blocks,

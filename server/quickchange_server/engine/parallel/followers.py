@@ -130,11 +130,16 @@ class Followers:
         return both
 
     def pool(
-        self, groups: Sequence[ModuleGroup], *args: Any, device: torch.device, **named: Any
+        self,
+        groups: Sequence[ModuleGroup],
+        budget_bytes: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        **named: Any,
     ) -> DevicePool:
-        """This rank's pool, which theirs follow. args, named: of `DevicePool`."""
-        self._order(MakePool(args, named))
-        self._pool = _LeadingPool(groups, *args, device=device, **named)
+        """This rank's `DevicePool`, which theirs follow."""
+        self._order(MakePool(budget_bytes, dtype, named))
+        self._pool = _LeadingPool(groups, budget_bytes, dtype, device, **named)
         self._pool.followers = self
         return self._pool
 

@@ -27,10 +27,10 @@ class InstallCaches:
 
 @dataclass(frozen=True, slots=True)
 class MakePool:
-    """Take memory for adapters; `args` and `named` are those of `DevicePool`, but for the groups
-    and the device."""
+    """Take memory for adapters. named: other arguments of `DevicePool`."""
 
-    args: tuple[Any, ...]
+    budget_bytes: int
+    dtype: torch.dtype
     named: dict[str, Any]
 
 

@@ -75,7 +75,7 @@ def join(rank: int, settings: Settings, port: int, listening: int | None = None)
     for library in ("GLOO", "NCCL"):
         os.environ.setdefault(f"{library}_SOCKET_IFNAME", _INTERFACE)
     patience = timedelta(seconds=settings.engine_start_seconds)
-    store = dist.TCPStore(
+    store = dist.TCPStore(  # type: ignore[attr-defined]
         LOOPBACK,
         port,
         is_master=listening is not None,

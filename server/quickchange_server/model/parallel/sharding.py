@@ -52,7 +52,7 @@ class Joint:
         if self.shard.inputs is not None:
             self.ranks.sum_(y)
         elif self.gathered:
-            every = [part.split(list(widths), dim=-1) for part in self.ranks.gather(y)]
+            every = [torch.split(part, list(widths), dim=-1) for part in self.ranks.gather(y)]
             return torch.cat([each for of_all in zip(*every, strict=True) for each in of_all], -1)
         return y
 
@@ -125,7 +125,7 @@ def localised(model: nn.Module, ranks: Ranks) -> Sharding:
             shard = shards["weight"]
             module.out_features, module.in_features = module.weight.shape
             if shard.leaves_sums:
-                module.bias = None
+                module.register_parameter("bias", None)
             joints[path] = Joint(shard, ranks, style in SPLIT, style in GATHERED)
         elif style in SUMMED:
             for name, shard in shards.items():
@@ -133,7 +133,7 @@ def localised(model: nn.Module, ranks: Ranks) -> Sharding:
                 bias = module._parameters.get(f"{name}_bias")
                 if bias is not None and shard.leaves_sums:
                     bias.data = torch.zeros_like(bias)
-            module.forward = partial(_summed, type(module).forward, module, ranks)  # type: ignore[method-assign]
+            module.forward = partial(_summed, type(module).forward, module, ranks)
     return Sharding(joints, experts)
 
 
@@ -152,9 +152,10 @@ def _make_local(module: nn.Module, name: str) -> None:
 def _shard_of(parameter: DTensor, ranks: Ranks, transposed: bool) -> Shard:
     """The part of a weight [..., out, in], or [..., in, out], or of a bias, that is this rank's."""
     sizes = (1, *parameter.shape)[-2:]
-    (placement,) = [p for p in parameter.placements if not p.is_replicate()] or [None]
     spans: list[Spans | None] = [None, None]
-    if placement is not None:
+    for placement in parameter.placements:
+        if placement.is_replicate():
+            continue
         dim: int = placement.dim  # type: ignore[attr-defined]
         pieces = getattr(placement, "split_factor", 1)
         spans[dim % parameter.ndim - parameter.ndim] = _own_spans(
@@ -180,7 +181,7 @@ def made_whole(model: nn.Module) -> Iterator[None]:
     own = [module for module in model.modules() if _is_cut(module)]
     hooked = [(module, vars(module).pop("forward", None)) for module in own]
     for module in own:
-        module.forward = partial(_gathered, type(module).forward, module)  # type: ignore[method-assign]
+        module.forward = partial(_gathered, type(module).forward, module)
     try:
         yield
     finally:
