@@ -11,6 +11,7 @@ from typing import Any
 from client_support import rest_of
 
 from quickchange_server.config import Settings
+from quickchange_server.engine_client.channel import EngineMain
 from quickchange_server.engine_client.client import EngineClient
 from quickchange_server.entrypoints.engine_start import engine_main, preload
 from quickchange_server.observability.metrics import Metrics
@@ -34,10 +35,12 @@ def settings_of(model: Path, store: Path, ranks: int, **changes: Any) -> Setting
 
 
 @asynccontextmanager
-async def engine_group(settings: Settings) -> AsyncIterator[EngineClient]:
+async def engine_group(
+    settings: Settings, main: EngineMain = engine_main
+) -> AsyncIterator[EngineClient]:
     """A client whose engine is ready."""
     preload()
-    client = EngineClient(settings, Metrics(settings), engine_main)
+    client = EngineClient(settings, Metrics(settings), main)
     await client.start()
     try:
         yield client
@@ -51,11 +54,13 @@ async def answers(client: EngineClient, wanted: Sequence[Submit]) -> list[list[D
     return await asyncio.gather(*[rest_of(stream) for stream in streams])
 
 
-def answered(settings: Settings, wanted: Sequence[Submit]) -> list[list[Delta]]:
+def answered(
+    settings: Settings, wanted: Sequence[Submit], main: EngineMain = engine_main
+) -> list[list[Delta]]:
     """The answers of an engine that lives for them alone."""
 
     async def scenario() -> list[list[Delta]]:
-        async with engine_group(settings) as client:
+        async with engine_group(settings, main) as client:
             return await answers(client, wanted)
 
     return asyncio.run(asyncio.wait_for(scenario(), SECONDS))

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import ExitStack
 from multiprocessing.connection import Connection, wait
 
 import torch
@@ -83,14 +83,17 @@ def main(connection: Connection, settings: Settings, read_tokenizer: ReadTokeniz
     def fail(reason: object) -> None:
         connection.send(Fatal(f"the engine could not start: {reason}"))
 
-    with nullcontext() if settings.tensor_parallel == 1 else Followers(settings, fail) as others:
+    with ExitStack() as stack:
+        followers = None
         try:
+            if settings.tensor_parallel > 1:
+                followers = stack.enter_context(Followers(settings, fail))
             engine, ready = _start(
-                settings, read_tokenizer, begin.prices, connection, waker, others
+                settings, read_tokenizer, begin.prices, connection, waker, followers
             )
         except (SettingError, ValueError, OSError, RuntimeError) as error:
-            if others is not None:
-                others.blame(error)
+            if followers is not None:
+                followers.blame(error)
             fail(error)
             return
         connection.send(ready)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
+import deep_engine
 import numpy as np
 import pytest
 from client_support import tokens_of
@@ -13,13 +14,21 @@ from parallel_adapters import adapters_of_every_kind, mixed_requests, stored
 from rank_groups import answered, settings_of
 from tiny_models import save_model
 
+from quickchange_server.engine_client.channel import EngineMain
+from quickchange_server.entrypoints.engine_start import engine_main
 from quickchange_server.protocol import AdapterMoved
 
 SMALL = {"kv_cache_bytes": 1 << 16, "adapter_device_bytes": 400_000}
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_moe"])
-def test_two_ranks_equal_one_with_adapters_of_every_kind(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "main"),
+    [("llama", engine_main), ("qwen3", deep_engine.main), ("qwen3_moe", engine_main)],
+    ids=["llama", "qwen3-overlapped", "qwen3_moe"],
+)
+def test_two_ranks_equal_one_with_adapters_of_every_kind(
+    family: str, main: EngineMain, tmp_path: Path
+) -> None:
     model = save_model(family, tmp_path / "model")
     digests = stored(model, tmp_path / "store")
     adapters = {digests[name]: each for name, each in adapters_of_every_kind(model).items()}
@@ -31,7 +40,7 @@ def test_two_ranks_equal_one_with_adapters_of_every_kind(family: str, tmp_path: 
     alone.finish(*[each.request_id for each in wanted])
     alone.engine.close()
 
-    together = answered(settings_of(model, tmp_path / "store", 2, **SMALL), wanted)
+    together = answered(settings_of(model, tmp_path / "store", 2, **SMALL), wanted, main)
 
     for each, deltas in zip(wanted, together, strict=True):
         assert deltas[-1].finish_reason == alone.last[each.request_id].finish_reason, deltas[-1]

@@ -106,6 +106,7 @@ class _Follower:
         say: Callable[[Written], None],
     ) -> None:
         self._model = model
+        _silence(model)
         self._ranks = ranks
         self._device = device
         self._store = store
@@ -188,3 +189,12 @@ class _Follower:
         for done in self._loader.finished():
             error = None if done.error is None else str(done.error) or repr(done.error)
             self._say(Written(int(done.tag), error))
+
+
+def _silence(model: LoadedModel) -> None:
+    """Let the model make no logits: those of the first rank alone are read."""
+    head, embedded = model.head, {each.data_ptr() for each in model.embedding.parameters()}
+    for tensor in (*head.parameters(), *head.buffers()):
+        if tensor.data_ptr() not in embedded:
+            tensor.data = tensor.data.new_empty(0)
+    head.forward = lambda x: x.new_zeros((*x.shape[:-1], 1))  # its hooks see the input

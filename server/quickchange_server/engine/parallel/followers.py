@@ -48,7 +48,7 @@ from quickchange_server.engine.parallel.orders import (
     Written,
 )
 from quickchange_server.engine.parallel.pass_inputs import flattened
-from quickchange_server.errors import AdapterFailedError
+from quickchange_server.errors import AdapterFailedError, SettingError
 from quickchange_server.model.cuda_graphs import Capture, Outputs
 from quickchange_server.model.forward_context import ForwardContext
 from quickchange_server.model.parallel.ranks import LOOPBACK, Ranks, join
@@ -66,7 +66,15 @@ class Followers:
         """Start them. They load their part of the model while this process loads its own.
 
         tell: takes the words in which a follower failed, before this process ends for it.
+        Raises SettingError if there are too few GPUs.
         """
+        ranks = settings.tensor_parallel
+        if settings.device == "cuda" and (gpus := torch.cuda.device_count()) < ranks:
+            raise SettingError(
+                f"--tensor-parallel {ranks} (or QUICKCHANGE_TENSOR_PARALLEL): this machine shows "
+                f"{gpus} GPUs; give so many at most, or a CUDA_VISIBLE_DEVICES that shows more",
+                param="tensor_parallel",
+            )
         self._settings = settings
         self._tell = tell
         self._door = socket.create_server((LOOPBACK, 0))
@@ -79,7 +87,7 @@ class Followers:
         self._failed: str | None = None  # a follower's last words
         self._processes: dict[Connection, BaseProcess] = {}
         context = _context(settings)
-        for rank in range(1, settings.tensor_parallel):
+        for rank in range(1, ranks):
             connection, theirs = context.Pipe(duplex=True)
             process = context.Process(
                 target=follow,

@@ -216,7 +216,11 @@ def prepare(
     try:
         return _prepared(model, adapters, quantization, model_check, dtype or model.dtype, ranks)  # type: ignore[arg-type]
     except Exception as error:
-        raise explained(model, error) from error
+        refusal = explained(model, error)
+        if ranks is not None:
+            remedy = "it was cut by transformers' plan: try --tensor-parallel 1"
+            refusal = UnsupportedModelError(f"{refusal.message}; {remedy}", param=refusal.param)
+        raise refusal from error
 
 
 def _prepared(
@@ -285,7 +289,17 @@ def _prepared(
         tolerance = ROUNDED if quantization != "none" else LOOSE if rounded else exact
         _prove(loaded, proof, fusion, tolerance)
     connect(model, wrapper.entrances)
+    if ranks is not None:
+        _check_alike(loaded, ranks)
     return loaded
+
+
+def _check_alike(loaded: LoadedModel, ranks: Ranks) -> None:
+    """Raise UnsupportedModelError unless all ranks call the same modules, on parts of one size."""
+    groups = [(g.kind, g.source, g.in_features, g.out_features) for g in loaded.groups]
+    modules = [type(module).__name__ for module in loaded.module.modules()]
+    if not ranks.agree(repr((groups, modules, loaded.layers))):
+        raise UnsupportedModelError("the ranks' parts of the model differ in form", param="model")
 
 
 def _prove(loaded: LoadedModel, proof: ModelProof, fusion: Fusion, tolerance: Tolerance) -> None:
