@@ -66,14 +66,13 @@ def answered(
     return asyncio.run(asyncio.wait_for(scenario(), SECONDS))
 
 
-def ranks_behind(pid: int) -> list[int]:
-    """Process ids of the followers of the engine `pid`."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-    return [int(child) for child in children.split() if "python" in _command(int(child))]
-
-
-def _command(pid: int) -> str:
-    return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+def children_of(pid: int) -> list[int]:
+    """Process ids of a process's children; an engine's are its followers."""
+    try:
+        tasks = list(Path(f"/proc/{pid}/task").iterdir())
+        return [int(c) for task in tasks for c in (task / "children").read_text().split()]
+    except FileNotFoundError:
+        return []
 
 
 def lives(pid: int) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from gguf_models import write_llama
+from quantized_models import KINDS
 from tiny_models import save_model
 
 from quickchange_server.errors import UnsupportedModelError
@@ -38,3 +40,15 @@ def test_embedding_and_head_stay_whole(tmp_path: Path) -> None:
         "lm_head",
         "model.embed_tokens",
     }
+
+
+def test_a_gguf_file_is_refused(tmp_path: Path) -> None:
+    write_llama(tmp_path / "base.gguf", "F32")
+    with pytest.raises(UnsupportedModelError, match="GGUF file is read whole"):
+        whole_ends(str(tmp_path / "base.gguf"), 2)
+
+
+def test_weights_stored_quantised_are_refused(tmp_path: Path) -> None:
+    KINDS["fp8-blocks"](tmp_path, "llama")
+    with pytest.raises(UnsupportedModelError, match="stored quantised"):
+        whole_ends(str(tmp_path), 2)
