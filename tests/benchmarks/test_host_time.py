@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from quickchange_bench.engine.host_time import HostLoad, OwnClock, SimulatedDevice, host_times
 
 T = 0.005
@@ -24,9 +25,9 @@ class HandClock:
 
 def test_the_device_computes_in_order_and_rests_when_it_has_nothing() -> None:
     device = SimulatedDevice(T, clock := HandClock())
-    assert [device.launch(), device.launch()] == [T, 2 * T]
+    assert [device.launch(), device.launch()] == pytest.approx([T, 2 * T])
     clock.wait_until(5 * T)
-    assert device.launch() == 6 * T
+    assert device.launch() == pytest.approx(6 * T)
 
 
 def test_steps_in_flight_follow_each_other_without_a_gap() -> None:

@@ -39,7 +39,7 @@ PROMPT = 100  # tokens
 _SHAPE = LlamaShape(32, 64, 1, 2, 1, 64)  # of a model that is captured and never run
 _RANK = 8
 _DEADLINE = 60.0  # seconds until all sequences decode
-_PARTS = ("schedule", "launch", "results", "settle", "send")
+_PARTS = ("schedule", "launch", "results", "settle", "send", "all")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +53,11 @@ class HostLoad:
 
 @dataclass(frozen=True, slots=True)
 class HostTime:
-    """Figures of a steady decode step, in seconds."""
+    """Medians over steady decode steps, in seconds."""
 
     load: HostLoad
     device: float  # T
-    period: float  # median time from one report to the next
+    period: float  # from one report to the next
     host: float  # the engine thread's own time
     parts: dict[str, float]  # of it, by what it was spent on
 
@@ -175,7 +175,7 @@ def host_table(found: Sequence[HostTime]) -> str:
                 *(f"{1e3 * s:.2f}" for s in (one.period - one.device, one.host, *own)),
             ]
         )
-    header = ("sequences", "in flight", "period - T", "host", *_PARTS, "rest")
+    header = ("sequences", "in flight", "period - T", "host", *_PARTS[:-1], "rest")
     return table(header, rows)
 
 
@@ -189,18 +189,17 @@ def _measured(model: LoadedModel, load: HostLoad, device: SimulatedDevice, steps
             send = watch.timed("send", pipe.send)
             for _ in range(WARM_UP):
                 _step(engine, send)
-            watch.spent.update(dict.fromkeys(_PARTS, 0.0))
-            reports = [now()]
-            before = time.thread_time()
+            reports, spent = [now()], []
             for _ in range(steps):
-                _step(engine, send)
+                watch.spent.update(dict.fromkeys(_PARTS, 0.0))
+                watch.timed("all", _step)(engine, send)
                 reports.append(now())
-            host = time.thread_time() - before
+                spent.append(dict(watch.spent))
     finally:
         engine.close()
     periods = [after - before for before, after in pairwise(reports)]
-    parts = {part: spent / steps for part, spent in watch.spent.items()}
-    return HostTime(load, device.seconds, statistics.median(periods), host / steps, parts)
+    parts = {part: statistics.median(one[part] for one in spent) for part in _PARTS}
+    return HostTime(load, device.seconds, statistics.median(periods), parts.pop("all"), parts)
 
 
 def _captured(compute: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
@@ -216,7 +215,6 @@ def _step(engine: Engine, send: Callable[[Any], Any]) -> None:
     if report is None or any(delta.error for delta in report.deltas):
         raise RuntimeError(f"a steady decode step reported {report}")
     send(report)
-    engine.stats()
 
 
 @contextmanager
