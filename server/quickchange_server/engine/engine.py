@@ -223,10 +223,11 @@ class Engine:
         flight = self._runner.launch(plan, self._speculation)
         self._late.note(plan)
         drafts = self._speculation.under_way()
-        for item in plan:
-            if item.sequence.request_id not in flight.faults:
-                self.scheduler.launched(item)
-        must_settle = bool(flight.faults) or any(
+        faults = flight.faults
+        self.scheduler.launched(
+            [item for item in plan if item.sequence.request_id not in faults] if faults else plan
+        )
+        must_settle = bool(faults) or any(
             item.samples and item.sequence.needs_its_tokens for item in plan
         )
         self._flights.append(_InFlight(flight, drafts, started, must_settle))
@@ -395,17 +396,20 @@ class Engine:
         accepted: int,
     ) -> Delta:
         sequence = item.sequence
-        first, sequence.reported = not sequence.reported, True
-        reading = sequence.reading if first else None
-        return Delta(
+        delta = Delta(
             sequence.request_id,
-            token_ids=tuple([row.token_id for row in drawn]),
-            logprobs=tuple([row.logprobs for row in drawn if row.logprobs is not None]),
-            finish_reason=reason,
-            cached_tokens=sequence.cached_tokens if first else None,
-            queue_seconds=sequence.queue_seconds if first else None,
+            tuple([row.token_id for row in drawn]),
+            tuple([row.logprobs for row in drawn if row.logprobs is not None]),
+            reason,
             drafted=len(item.drafts),
             accepted=accepted,
+        )
+        if sequence.reported:
+            return delta
+        sequence.reported, reading = True, sequence.reading
+        return delta._replace(
+            cached_tokens=sequence.cached_tokens,
+            queue_seconds=sequence.queue_seconds,
             prompt_logprobs=() if reading is None else reading.scores,
             embedding=None if reading is None else reading.embedding,
         )

@@ -56,8 +56,7 @@ _PRICED_ROWS = (1, 2, 4, 6, 8, 10, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _PRICING_ROUNDS = 3
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
+class Result(NamedTuple):
     """Tokens and new drafts of one sampling item."""
 
     # By row, down to the first rejected draft's.
