@@ -18,6 +18,7 @@ import torch
 
 from quickchange_kernels import dispatch
 from quickchange_kernels.compile_watch import CompileWatch
+from quickchange_kernels.kernel_cache import link_prebuilt
 from quickchange_server.adapters.manager import PacedLoad
 from quickchange_server.config import Settings
 from quickchange_server.engine.memory.cache_sizes import (
@@ -282,10 +283,12 @@ class Engine:
         self._runner.warm_up()
         if not self._compiles:
             return
+        link_prebuilt()
         settings = self._settings
         limits = StepLimits(
             rows=settings.batch_tokens,
-            context=self._max_model_len,
+            sequences=settings.max_sequences,
+            context=min(self._max_model_len, blocks.num_blocks * blocks.block_size),
             block_size=blocks.block_size,
             state_rows=0 if states is None else states.num_rows,
             adapters=self._adapters.served,
