@@ -24,6 +24,7 @@ def make_engine(
     constraints: ConstraintCompiler | None = None,
     on_wake: Callable[[], None] = lambda: None,
     on_begun: Callable[[tuple[str, ...]], None] = lambda _: None,
+    depth: int | None = None,
     **options: object,
 ) -> Engine:
     """An engine on a small model. `load` finds adapters by digest."""
@@ -35,7 +36,7 @@ def make_engine(
         adapters=settings.adapters,
         quantization=settings.quantization,
     )
-    return engine_of(loaded, settings, load, constraints, on_wake, on_begun)
+    return engine_of(loaded, settings, load, constraints, on_wake, on_begun, depth)
 
 
 def _small_settings(model: Path, options: Mapping[str, object]) -> Settings:
@@ -57,6 +58,7 @@ def engine_of(
     constraints: ConstraintCompiler | None = None,
     on_wake: Callable[[], None] = lambda: None,
     on_begun: Callable[[tuple[str, ...]], None] = lambda _: None,
+    depth: int | None = None,
 ) -> Engine:
     """An engine on a model that is loaded already. settings: or a folder, and small ones."""
     if isinstance(settings, Path):
@@ -74,6 +76,7 @@ def engine_of(
         on_wake=on_wake,
         constraints=constraints,
         on_begun=on_begun,
+        depth=depth,
     )
 
 

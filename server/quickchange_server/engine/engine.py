@@ -1,16 +1,18 @@
 """The engine: requests in, one report a step out. Token ids only; no HTTP, no text, no processes.
 
-`step` is the architecture in a few lines: schedule, run, learn, advance, report.
+`step` is the architecture in a few lines: schedule and launch, then learn from an earlier step,
+advance and report.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -18,11 +20,13 @@ from quickchange_server.adapters.manager import AdapterTiers, NoAdapters, PacedL
 from quickchange_server.adapters.memory_pool import DevicePool
 from quickchange_server.adapters.turbo_packing import TurboShape
 from quickchange_server.config import Settings
-from quickchange_server.engine.model_runner import Ran, Result, Runner
-from quickchange_server.engine.sampler import RowError, SampledToken
+from quickchange_server.engine.inputs.sample_tables import RowError
+from quickchange_server.engine.model_runner import Runner
+from quickchange_server.engine.sampler import SampledToken
 from quickchange_server.engine.scheduling.kv_cache_manager import KVBlocks, StateRows
 from quickchange_server.engine.scheduling.scheduler import Scheduled, Scheduler
 from quickchange_server.engine.scheduling.sequence import Sequence, fault_of
+from quickchange_server.engine.step_results import Flight, Ran, Result
 from quickchange_server.engine.token_masks import constraints_of
 from quickchange_server.model.architectures.recurrent_layers import bytes_per_state
 from quickchange_server.model.forward_context import FIRST_STATE
@@ -42,14 +46,29 @@ from quickchange_server.protocol import (
 )
 from quickchange_server.spec_decode.cost_model import StepCost
 from quickchange_server.spec_decode.prompt_lookup import TokenText
-from quickchange_server.spec_decode.speculator import DraftReport, NoSpeculation, Speculation
+from quickchange_server.spec_decode.speculator import (
+    DraftReport,
+    NoSpeculation,
+    Speculation,
+    StepDrafts,
+)
 from quickchange_server.structured_output.compiler import ConstraintCompiler
 
 logger = logging.getLogger(__name__)
 
 _UNSOUND = "prompt: it can't be read: the model's hidden states or logits hold NaN or infinity"
+_DEPTH = 2  # steps in flight on a device that works beside the host
 _ROWS_OF_DRAFTS = 2  # rows per sequence for which a full batch has a captured graph, and states
 _TOKENS_OF_STATES_ALONE = 32768  # default context of a model that keeps no keys and values
+
+
+class _InFlight(NamedTuple):
+    """A launched step and what its results will be judged by."""
+
+    flight: Flight
+    drafts: StepDrafts
+    started: float  # when its scheduling began; seconds, monotonic
+    must_settle: bool  # before the next step is scheduled
 
 
 class Engine:
@@ -60,7 +79,12 @@ class Engine:
     tokenizer for drafting the prompt's words by their text; None: no such drafts. `constraints`:
     the grammar compiler; None: requests with a constraint are refused. `prices`: of steps, as an
     engine like this one measured them; empty: they are measured. `on_begun` is told the ids of
-    requests before the engine works on them for the first time.
+    requests before the engine works on them for the first time. `depth`: steps that may be launched
+    and not settled; None: what suits the device.
+
+    While a step is in flight the next one is scheduled, launched behind it, and fed its tokens on
+    the device. A sequence that a token turns out to end has one row in the next step, whose result
+    is dropped. Where the tokens decide what the next step computes, they are waited for first.
 
     An error that belongs to one sequence (its parameters, its grammar, its prompt's reading, its
     drafts) ends that sequence alone, with an error delta. An error in work that sequences share is
@@ -78,6 +102,7 @@ class Engine:
         constraints: ConstraintCompiler | None = None,
         prices: Prices = (),
         on_begun: Callable[[tuple[str, ...]], None] = lambda _: None,
+        depth: int | None = None,
     ) -> None:
         self._settings = settings
         self._on_wake = on_wake
@@ -102,6 +127,10 @@ class Engine:
             states=states,
         )
         self._refused: list[Delta] = []
+        self._depth = depth or (1 if settings.device == "cpu" else _DEPTH)
+        self._flights: deque[_InFlight] = deque()  # oldest first
+        self._deltas: list[Delta] = []  # of sequences that ended outside of a step
+        self._settled = 0.0  # when the last step was; seconds, monotonic
 
     def ready(self, load_seconds: float) -> Ready:
         """Limits and sizes for the API process. load_seconds: the duration of the start."""
@@ -157,32 +186,63 @@ class Engine:
         return self._adapters.poll()
 
     def step(self) -> StepReport | None:
-        """Run one step. None if there was nothing to compute and nothing to report."""
+        """Launch what can be, then settle one step, the oldest, and return its report. None if
+        there was nothing to compute and nothing to report."""
+        self._deltas += self._ended_before_a_step()
+        while len(self._flights) < self._depth and not self._must_settle():
+            if not self._launch():
+                break
+        if not self._flights:
+            deltas, self._deltas = self._deltas, []
+            return StepReport(tuple(deltas), self.stats()) if deltas else None
+        return self._settle(self._flights.popleft())
+
+    def _must_settle(self) -> bool:
+        """True if no step can be prepared before the one in flight has told its tokens."""
+        return bool(self._flights) and self._flights[-1].must_settle
+
+    def _launch(self) -> bool:
+        """Schedule a step and give it to the device; False if there is nothing to compute."""
         started = time.monotonic()
-        deltas = self._ended_before_a_step()
         plan = self.scheduler.schedule(started)
         for request_id, fault in self.scheduler.faults.items():
             self.scheduler.cancel(request_id)
-            deltas.append(_error(request_id, fault, "request"))
+            self._deltas.append(_error(request_id, fault, "request"))
         if self.scheduler.claims_changed:
             self._on_wake()  # the tiers act on claims in `poll_adapters`
-        if not plan and not deltas:
-            return None
+        if not plan:
+            return False
         self._begin([item.sequence for item in plan])
-        prefill_rows = sum([item.count for item in plan if item.sequence.remaining > 1])
-        ran = self._runner.run(plan, self._speculation)
-        drafted = self._speculation.observe(plan, ran)
+        flight = self._runner.launch(plan, self._speculation)
+        drafts = self._speculation.under_way()
+        for item in plan:
+            if item.sequence.request_id not in flight.faults:
+                self.scheduler.launched(item)
+        must_settle = bool(flight.faults) or any(
+            item.samples and item.sequence.needs_its_tokens for item in plan
+        )
+        self._flights.append(_InFlight(flight, drafts, started, must_settle))
+        return True
+
+    def _settle(self, launched: _InFlight) -> StepReport:
+        """Wait for a launched step, and let its sequences take their tokens."""
+        plan = launched.flight.plan
+        ran = launched.flight.ran()
+        drafted = self._speculation.observe(plan, ran, launched.drafts)
+        deltas, self._deltas = self._deltas, []
         deltas += self._advance(plan, ran)
-        stats = self._stats(plan, prefill_rows, drafted, ran.mask_seconds, started)
+        began, self._settled = max(launched.started, self._settled), time.monotonic()
+        stats = self._stats(plan, drafted, ran.mask_seconds, self._settled - began)
         return StepReport(tuple(deltas), stats)
 
     def stats(self) -> StepStats:
         """The state between steps; the figures of a step are 0."""
-        return self._stats([], 0, DraftReport(), None, None)
+        return self._stats((), DraftReport(), None, 0.0)
 
     def check_integrity(self) -> None:
         """Raises AssertionError if the scheduler's, the cache's or the tiers' state is broken."""
-        self.scheduler.check_integrity()
+        in_flight = [item.sequence for f in self._flights for item in f.flight.plan]
+        self.scheduler.check_integrity(in_flight)
         self._adapters.check_integrity()
 
     def close(self) -> None:
@@ -205,6 +265,8 @@ class Engine:
             dtype=torch_dtype(settings.dtype),
             device=torch.device(settings.device),
             state_rows=0 if states is None else states.model_rows,
+            max_sequences=settings.max_sequences,
+            max_batch_tokens=settings.batch_tokens,
         )
 
     def _made_speculation(self, text: TokenText | None) -> Speculation | NoSpeculation:
@@ -269,6 +331,8 @@ class Engine:
         for item in plan:
             result = next(results) if item.samples else None
             request_id = item.sequence.request_id
+            if not self.scheduler.holds(item.sequence):
+                continue  # it has ended since the launch
             fault = ran.faults.get(request_id)
             if fault is None:
                 try:
@@ -283,19 +347,19 @@ class Engine:
     def _advance_one(self, item: Scheduled, result: Result | None) -> list[Delta]:
         sequence = item.sequence
         if sequence.reading is not None and not sequence.reading.sound:
-            self.scheduler.finish(sequence)
+            self.scheduler.cancel(sequence.request_id)
             return [_unsound(sequence, _UNSOUND, "internal")]
         if result is None:
-            _, reason = self.scheduler.advance(item, ())
+            _, reason = self.scheduler.settled(item, ())
             return [] if reason is None else [self._delta(item, [], reason, 0)]
         drawn, error = _until_error(result.sampled)
-        taken, reason = self.scheduler.advance(item, [row.token_id for row in drawn])
+        taken, reason = self.scheduler.settled(item, [row.token_id for row in drawn])
         deltas = []
         if taken:
             held = len(result.sampled) - 1
             deltas.append(self._delta(item, drawn[:taken], reason, min(taken, held)))
         if reason is None and error is not None:
-            self.scheduler.finish(sequence)
+            self.scheduler.cancel(sequence.request_id)
             deltas.append(_unsound(sequence, error.error, error.kind))
         return deltas
 
@@ -324,17 +388,16 @@ class Engine:
 
     def _stats(
         self,
-        plan: list[Scheduled],
-        prefill_rows: int,
+        plan: Seq[Scheduled],
         drafted: DraftReport,
         mask_seconds: float | None,
-        started: float | None,
+        seconds: float,
     ) -> StepStats:
         scheduler = self.scheduler
         return StepStats(
-            seconds=0.0 if started is None else time.monotonic() - started,
+            seconds=seconds,
             rows=sum([item.rows for item in plan]),
-            prefill_rows=prefill_rows,
+            prefill_rows=sum([item.count for item in plan if item.prefills]),
             sequences=len(plan),
             adapters=len({digest for item in plan for digest in item.sequence.digests}),
             running=len(scheduler.running),

@@ -18,19 +18,20 @@ from torch import Tensor
 
 from quickchange_kernels.lowrank.lowrank_contract import LowRankTables
 from quickchange_server.adapters.batch_segments import Room, Run, pack, unpack
-from quickchange_server.engine.block_tables import TableChanges, TableRows, put
-from quickchange_server.engine.scheduling.scheduler import Scheduled
-from quickchange_server.engine.state_inputs import PackedSegments, PartInputs, state_parts
-from quickchange_server.engine.step_shapes import (
+from quickchange_server.engine.inputs.block_tables import TableChanges, TableRows, put
+from quickchange_server.engine.inputs.state_inputs import PackedSegments, PartInputs, state_parts
+from quickchange_server.engine.inputs.step_shapes import (
     Extent,
     PlanShape,
     head_runs,
     sample_runs,
     token_runs,
 )
+from quickchange_server.engine.scheduling.scheduler import Scheduled
 from quickchange_server.model.forward_context import AdapterBatch, AttentionBatch, ForwardContext
 
 _NOWHERE = -1  # the slot of a row that is written to no block
+_KNOWN = (-1,)  # the feed of a row whose token the host knows
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,8 @@ class StepInputs:
     samples: PackedSegments | None
     head: PackedSegments | None
     states: tuple[PartInputs, ...] = ()  # for models with recurrent layers alone
+    # int64 [T]: which of the latest step's sampled tokens is the row's; -1: that in `ids`.
+    feed: Tensor | None = None
     reach: Tensor | None = None  # int64 [T], if the model scales positions by the text
 
     def step(self, tables: LowRankTables | None, kept: Tensor | None = None) -> ForwardContext:
@@ -84,13 +87,15 @@ def empty_inputs(
     *,
     kept: TableRows | None = None,
     one_kind: bool = True,
+    fed: bool = False,
     scaled: bool = False,
     states: tuple[PartInputs, ...] = (),
 ) -> StepInputs:
     """Inputs of an extent in which nothing is written yet.
 
     kept: where the block tables are kept on the device; None: the inputs have them. one_kind: every
-    row is sampled, so that all segments are the same. scaled: the model needs each row's reach.
+    row is sampled, so that all segments are the same. fed: rows may have a token that only the
+    device knows. scaled: the model needs each row's reach.
     """
     tokens = _room_of(extent.tokens_room)
     samples = tokens if one_kind else _room_of(extent.samples_room)
@@ -114,12 +119,14 @@ def empty_inputs(
         samples=samples,
         head=head,
         states=states,
+        feed=ints(extent.rows) if fed else None,
         reach=ints(extent.rows) if scaled else None,
     )
 
 
 def step_inputs(
     plan: Sequence[Scheduled],
+    shape: PlanShape,
     extent: Extent,
     block_size: int,
     states_on: torch.device | None = None,
@@ -131,10 +138,10 @@ def step_inputs(
     states_on: the device of a model with recurrent layers; None: it has none. scaled: the model
     needs each row's reach. Raises ValueError if the plan is larger.
     """
-    shape = PlanShape.of(plan)
     one_kind = extent.tokens_room == extent.samples_room and shape.all_sampled
     states = () if states_on is None else state_parts(plan, extent.rows, states_on)
-    inputs = empty_inputs(extent, one_kind=one_kind, scaled=scaled, states=states)
+    fed = any(item.sequence.pending for item in plan)
+    inputs = empty_inputs(extent, one_kind=one_kind, fed=fed, scaled=scaled, states=states)
     head_rows = InputWriter(inputs, block_size).write(plan, shape)
     return replace(inputs, head_rows=None if head_rows == extent.samples else head_rows)
 
@@ -152,6 +159,7 @@ class InputWriter:
         self._seq_lens = inputs.seq_lens.numpy()
         self._query_start = inputs.query_start.numpy()
         self._tables = inputs.tables.numpy() if isinstance(inputs.tables, Tensor) else None
+        self._feed = None if inputs.feed is None else inputs.feed.numpy()
         self._reach = None if inputs.reach is None else inputs.reach.numpy()
         self._segments = [_KeptSegments(inputs.tokens, token_runs)]
         if inputs.samples is not inputs.tokens:
@@ -169,19 +177,24 @@ class InputWriter:
         positions: list[int] = []
         slots: list[int] = []
         lengths: list[int] = []
+        feed: list[int] = []
         for item, count in zip(plan, shape.rows, strict=True):
-            sequence = item.sequence
-            first = sequence.computed
+            sequence, first = item.sequence, item.first
+            length = first + count
             if count == 1:
-                ids.append(sequence.tokens[first])
                 positions.append(first)
                 slots.append(sequence.blocks[first // size] * size + first % size)
             else:
-                ids += sequence.tokens[first : first + item.count]
-                ids += item.drafts
-                positions += range(first, first + count)
+                positions += range(first, length)
                 slots += _slots(sequence.blocks, first, count, size)
-            lengths.append(first + count)
+            known = sequence.tokens[first : first + item.count]
+            ids += known
+            feed += _KNOWN if count == 1 else _KNOWN * count
+            if len(known) < item.count:  # the last is not on the host yet
+                ids.append(0)
+                feed[-1] = sequence.token_row
+            ids += item.drafts
+            lengths.append(length)
         rows = len(positions)
         ends = list(accumulate(shape.rows))
         put(self._ids, ids)
@@ -189,6 +202,8 @@ class InputWriter:
         put(self._slots, slots, _NOWHERE)
         put(self._seq_lens, lengths)
         put(self._query_start[1:], ends, rows)
+        if self._feed is not None:
+            put(self._feed, feed, _KNOWN[0])
         if self._reach is not None:
             least = np.repeat([item.sequence.reach for item in plan], shape.rows)
             put(self._reach, np.maximum(np.array(positions) + 1, least))
@@ -249,10 +264,12 @@ def _room_of(room: Room | None) -> PackedSegments | None:
     return None if room is None else PackedSegments(pack((), room), room)
 
 
-def _rows_at(plan: Sequence[Scheduled], ends: Sequence[int], positions: Sequence[range]) -> list[int]:
+def _rows_at(
+    plan: Sequence[Scheduled], ends: Sequence[int], positions: Sequence[range]
+) -> list[int]:
     """Rows of the step at the given positions of each sequence."""
     rows: list[int] = []
     for item, end, wanted in zip(plan, ends, positions, strict=True):
-        shift = end - item.rows - item.sequence.computed
+        shift = end - item.rows - item.first
         rows += range(wanted.start + shift, wanted.stop + shift) if wanted else ()
     return rows

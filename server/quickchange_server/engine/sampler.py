@@ -9,7 +9,7 @@ min_tokens is not reached; repetition penalty over prompt and output (transforme
 and presence penalties over the output (OpenAI's rule); temperature; the filters in the order of
 FILTERS (transformers' order, and that of servers with fewer filters); inverse CDF over what is
 left, in vocabulary order. The arithmetic is `quickchange_kernels.sampling.sample_contract`; the
-tables are made in `sample_tables.py`.
+tables are made in `inputs/sample_tables.py`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from quickchange_kernels.sampling.sample_contract import Edits, sample
-from quickchange_server.engine.sample_tables import (
+from quickchange_server.engine.inputs.sample_tables import (
     RowError,
     RowTables,
     SampleColumns,

@@ -60,6 +60,10 @@ class Graphs(Generic[Inputs]):
             self._inputs[key] = StaticInputs(make(), self._device)
         return self._inputs[key].host
 
+    def device_inputs(self, key: Hashable) -> Inputs:
+        """The key's inputs on the device."""
+        return self._inputs[key].device
+
     def run(
         self, key: Hashable, tables: LowRankTables | None, others: Other
     ) -> tuple[Outputs, Other]:

@@ -110,7 +110,9 @@ class TableRows:
         self.tables.view(-1).index_copy_(0, *upload(changes, self.tables.device))
 
 
-def put(column: npt.NDArray[Any], values: Sequence[float] | npt.NDArray[Any], fill: float = 0) -> None:
+def put(
+    column: npt.NDArray[Any], values: Sequence[float] | npt.NDArray[Any], fill: float = 0
+) -> None:
     """Write values at a column's beginning, and `fill` behind them. Raises ValueError for too
     many."""
     count = len(values)

@@ -37,6 +37,11 @@ class Extent:
     samples_room: Room | None  # segments over the rows that are asked for
     head_room: Room | None  # segments over those of them that the LM head reads
 
+    @property
+    def all_sampled(self) -> bool:
+        """True if every row may be sampled, so that segments over them are the same."""
+        return self.rows == self.samples and self.tokens_room == self.samples_room
+
 
 @dataclass(frozen=True, slots=True)
 class PlanShape:
@@ -49,18 +54,23 @@ class PlanShape:
     all_sampled: bool  # the plan has last tokens and drafts only
     reads: bool  # some sequence may read its prompt's rows
 
+    @property
+    def adapters(self) -> bool:
+        """True if some row has one."""
+        return any(self.components)
+
     @classmethod
     def of(cls, plan: Sequence[Scheduled]) -> PlanShape:
         rows = [item.rows for item in plan]
         sampled = [item.sampled_rows for item in plan]
         components = [item.components for item in plan]
-        reads = any([item.sequence.reading is not None for item in plan])
+        reads = any(item.sequence.reading is not None for item in plan)
         return cls(rows, sampled, components, sum(sampled), rows == sampled, reads)
 
 
 def pools(plan: Iterable[Scheduled]) -> bool:
     """True if some rows that are asked for don't pass the LM head."""
-    return any([item.sequence.reading is not None and bool(item.pooled) for item in plan])
+    return any(item.sequence.reading is not None and bool(item.pooled) for item in plan)
 
 
 def token_runs(plan: Iterable[Scheduled]) -> list[Run]:
@@ -77,11 +87,10 @@ def sample_runs(plan: Iterable[Scheduled]) -> list[Run]:
     return head_runs(plan) + pooled
 
 
-def exact_extent(plan: Sequence[Scheduled], device: torch.device, *, adapters: bool) -> Extent:
-    """The smallest extent that holds a plan. adapters: True if some row has one."""
-    shape = PlanShape.of(plan)
+def exact_extent(plan: Sequence[Scheduled], shape: PlanShape, device: torch.device) -> Extent:
+    """The smallest extent that holds a plan."""
     tokens_room = samples_room = head_room = None
-    if adapters:
+    if shape.adapters:
         tokens_room = room_for(token_runs(plan), device)
         samples_room = tokens_room if shape.all_sampled else room_for(sample_runs(plan), device)
         head_room = room_for(head_runs(plan), device) if pools(plan) else samples_room
@@ -135,13 +144,14 @@ class StepBuckets:
         decode, mixed = self._extents[adapters]
         return [*reversed(decode), *reversed(mixed)]
 
-    def fit(self, shape: PlanShape, *, adapters: bool) -> Extent | None:
+    def fit(self, shape: PlanShape) -> Extent | None:
         """The smallest shape that holds the plan; None if no graph serves it."""
         if shape != self._last[0]:
-            self._last = shape, self._fitting(shape, adapters=adapters)
+            self._last = shape, self._fitting(shape)
         return self._last[1]
 
-    def _fitting(self, shape: PlanShape, *, adapters: bool) -> Extent | None:
+    def _fitting(self, shape: PlanShape) -> Extent | None:
+        adapters = shape.adapters
         decode, mixed = self._extents[adapters]
         rows = sum(shape.rows)
         needed = _needed(shape.components, shape.rows) if adapters else _Need()

@@ -102,7 +102,7 @@ def _chunk(item: Scheduled, start: int) -> Iterator[_Rows]:
     sequence = item.sequence
     read, left = sequence.state, item.count
     if sequence.border is not None:
-        before = sequence.border.tokens - sequence.computed
+        before = sequence.border.tokens - item.first
         yield _Rows(item, start, before, read, sequence.border.row)
         start, left, read = start + before, left - before, sequence.border.row
     if left:
@@ -113,7 +113,7 @@ def _states_before_drafts(item: Scheduled) -> list[int]:
     """State rows after the last scheduled row and after each draft."""
     sequence = item.sequence
     border = sequence.border
-    if border is not None and border.tokens == sequence.computed + item.count:
+    if border is not None and border.tokens == item.first + item.count:
         return [border.row, *sequence.states[1:]]
     return sequence.states
 

@@ -7,7 +7,7 @@ are made anew. Edits of single logits are made for the rows whose parameters hav
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Literal, NamedTuple, Protocol, overload
@@ -104,7 +104,6 @@ class SampledSequence(Protocol):
 
     request: Submit
     tokens: list[int]  # prompt and output
-    computed: int
 
 
 class SampledItem(Protocol):
@@ -112,6 +111,9 @@ class SampledItem(Protocol):
 
     @property
     def sequence(self) -> SampledSequence: ...
+
+    @property
+    def first(self) -> int: ...
 
     @property
     def count(self) -> int: ...
@@ -138,7 +140,7 @@ class BatchTables:
         if not self._batch.is_of(items):
             self._batch = _Batch.of(items, self._vocabulary)
         batch = self._batch
-        known = [item.sequence.computed + item.count for item in items]
+        known = [item.first + item.count for item in items]
         positions = np.array(known, dtype=np.int64)
         if batch.owners is not None:
             positions = positions[batch.owners] + batch.depths
