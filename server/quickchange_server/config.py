@@ -53,7 +53,11 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="0 picks a free port")
 
     device: Literal["cpu", "cuda"] = "cpu"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="the base's floats; auto: the checkpoint's own on a GPU (bfloat16 for float32) "
+        "and on CPUs that multiply bfloat16, float32 elsewhere",
+    )
     quantization: Literal["none", "int8"] = Field(
         "none",
         description="how the base's linears are kept: int8 takes 8.5 bits a weight, on a CPU",
@@ -169,11 +173,6 @@ class Settings(BaseSettings):
     @property
     def allowed_origins(self) -> frozenset[str]:
         return _listed(self.allowed_origin)
-
-    @property
-    def held_adapter_dtype(self) -> str:
-        """`adapter_dtype`, with "model" resolved to `dtype`."""
-        return self.dtype if self.adapter_dtype == "model" else self.adapter_dtype
 
     @property
     def database_url(self) -> str:

@@ -260,6 +260,8 @@ class Ready:
     adapter_host_bytes: int
     prices: Prices = ()  # of steps without adapters; empty: nothing is drafted, so none are needed
     own_bytes: int = 0  # memory that it shares with no other process; 0: not known
+    dtype: str = "float32"  # what the base computes in
+    adapter_dtype: str = "float32"  # what adapters are held in
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,11 +16,16 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from quickchange_server.adapters.manager import AdapterTiers, NoAdapters, PacedLoad, Residency
-from quickchange_server.adapters.memory_pool import DevicePool
-from quickchange_server.adapters.turbo_packing import TurboShape
+from quickchange_server.adapters.manager import PacedLoad
 from quickchange_server.config import Settings
 from quickchange_server.engine.inputs.sample_tables import RowError
+from quickchange_server.engine.memory.cache_sizes import (
+    ROWS_OF_DRAFTS,
+    adapter_tiers,
+    cache_sizes,
+    context_length,
+    held_dtype,
+)
 from quickchange_server.engine.model_runner import Runner
 from quickchange_server.engine.sampler import SampledToken
 from quickchange_server.engine.scheduling.kv_cache_manager import KVBlocks, StateRows
@@ -28,10 +33,8 @@ from quickchange_server.engine.scheduling.scheduler import Scheduled, Scheduler
 from quickchange_server.engine.scheduling.sequence import Sequence, fault_of
 from quickchange_server.engine.step_results import Flight, Ran, Result
 from quickchange_server.engine.token_masks import constraints_of
-from quickchange_server.model.architectures.recurrent_layers import bytes_per_state
-from quickchange_server.model.forward_context import FIRST_STATE
+from quickchange_server.model.loading.model_dtype import dtype_name
 from quickchange_server.model.loading.model_loader import LoadedModel
-from quickchange_server.model.paged_attention import bytes_per_block
 from quickchange_server.protocol import (
     AdapterFailed,
     AdapterMoved,
@@ -58,8 +61,6 @@ logger = logging.getLogger(__name__)
 
 _UNSOUND = "prompt: it can't be read: the model's hidden states or logits hold NaN or infinity"
 _DEPTH = 2  # steps in flight on a device that works beside the host
-_ROWS_OF_DRAFTS = 2  # rows per sequence for which a full batch has a captured graph, and states
-_TOKENS_OF_STATES_ALONE = 32768  # default context of a model that keeps no keys and values
 
 
 class _InFlight(NamedTuple):
@@ -109,10 +110,11 @@ class Engine:
         self._on_begun = on_begun
         self._prices = prices
         self._vocabulary = model.vocabulary
-        states, blocks = _caches(model, settings)
+        self._dtypes = dtype_name(model.dtype), dtype_name(held_dtype(model, settings))
+        states, blocks = cache_sizes(model, settings)
         self._scaling = model.scaling
-        self._max_model_len = _context_length(model, settings, blocks)
-        self._adapters = _adapters(model, settings, load_adapter, on_wake)
+        self._max_model_len = context_length(model, settings, blocks)
+        self._adapters = adapter_tiers(model, settings, load_adapter, on_wake)
         self._constraints = constraints_of(constraints, model.vocabulary, on_wake)
         self._runner = self._made_runner(model, blocks, states)
         self._runner.warm_up()
@@ -144,6 +146,8 @@ class Engine:
             adapter_host_bytes=settings.adapter_host_bytes,
             prices=self._prices,
             own_bytes=_own_bytes(),
+            dtype=self._dtypes[0],
+            adapter_dtype=self._dtypes[1],
         )
 
     def submit(self, submit: Submit) -> None:
@@ -260,9 +264,9 @@ class Engine:
             self._constraints.masks,
             num_blocks=blocks.num_blocks,
             block_size=blocks.block_size,
-            most_graph_rows=settings.max_sequences * (_ROWS_OF_DRAFTS if settings.turbo else 1),
+            most_graph_rows=settings.max_sequences * (ROWS_OF_DRAFTS if settings.turbo else 1),
             max_model_len=self._max_model_len,
-            dtype=torch_dtype(settings.dtype),
+            dtype=model.dtype,
             device=torch.device(settings.device),
             state_rows=0 if states is None else states.model_rows,
             max_sequences=settings.max_sequences,
@@ -423,81 +427,6 @@ def _until_error(rows: Seq[SampledToken | RowError]) -> tuple[list[SampledToken]
             return drawn, row
         drawn.append(row)
     return drawn, None
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """The torch dtype that a setting names."""
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
-
-
-def _caches(model: LoadedModel, settings: Settings) -> tuple[StateRows | None, KVBlocks]:
-    """State rows, None for a model without recurrent layers, and the KV blocks, by what
-    `kv_cache_bytes` has room for.
-
-    Every sequence needs one state row, and one more for each draft that is verified; a prefix is
-    found again where a state was kept behind it. So states get rows for all `max_sequences`, as
-    many again where drafts are made, and as many again to keep, but no more than half of the budget
-    while there are keys and values to hold, in this order of importance. Blocks get the rest.
-    Raises ValueError if there is no room for the states of one sequence.
-    """
-    budget, most = settings.kv_cache_bytes, settings.max_sequences
-    block = bytes_per_block(model.layers, settings.block_size, torch_dtype(settings.dtype))
-    if not model.recurrent:
-        blocks = KVBlocks(budget // block, settings.block_size, prefix_cache=settings.prefix_cache)
-        return None, blocks
-    state = bytes_per_state(model.recurrent)
-    room = (budget // 2 if block else budget) // state - FIRST_STATE
-    rows = min(most * (_ROWS_OF_DRAFTS if settings.turbo else 1), room)
-    if rows < 1:
-        raise ValueError(
-            f"kv_cache_bytes ({budget}) has no room for the states of one sequence, {state} bytes: "
-            f"give at least {state * (FIRST_STATE + 1) * (2 if block else 1)}"
-        )
-    states = StateRows(rows, min(most, room - rows) if settings.prefix_cache else 0)
-    if block:
-        num_blocks = (budget - states.model_rows * state) // block
-    else:  # blocks hold nothing: as many as all the sequences can ask for
-        length = settings.max_model_len or min(model.max_positions, _TOKENS_OF_STATES_ALONE)
-        num_blocks = -(-length // settings.block_size) * most
-    logger.info(
-        "kv_cache_bytes: %d states of %d bytes for sequences, %d to keep; %d blocks of keys and "
-        "values of %d bytes",
-        rows,
-        state,
-        states.model_rows - FIRST_STATE - rows,
-        num_blocks,
-        block,
-    )
-    return states, KVBlocks(num_blocks, settings.block_size, prefix_cache=settings.prefix_cache)
-
-
-def _context_length(model: LoadedModel, settings: Settings, blocks: KVBlocks) -> int:
-    """Most tokens of one sequence. Raises ValueError if the model has fewer positions, or none."""
-    most = model.max_positions
-    room = blocks.num_blocks * blocks.block_size if model.layers else _TOKENS_OF_STATES_ALONE
-    length = settings.max_model_len or min(most, room)
-    if not 1 <= length <= most:
-        raise ValueError(f"max_model_len ({length}) must be from 1 to the model's {most}")
-    return length
-
-
-def _adapters(
-    model: LoadedModel,
-    settings: Settings,
-    load_adapter: PacedLoad,
-    on_wake: Callable[[], None],
-) -> AdapterTiers:
-    if not settings.adapters:
-        return NoAdapters()
-    pool = DevicePool(
-        model.groups,
-        settings.adapter_device_bytes,
-        torch_dtype(settings.held_adapter_dtype),
-        torch.device(settings.device),
-    )
-    turbo = TurboShape(model.hidden, model.vocabulary)
-    return Residency(pool, load_adapter, model.groups, turbo, settings.adapter_host_bytes, on_wake)
 
 
 def _own_bytes() -> int:

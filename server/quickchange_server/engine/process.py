@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection, wait
 import torch
 
 from quickchange_server.config import Settings
-from quickchange_server.engine.engine import Engine, torch_dtype
+from quickchange_server.engine.engine import Engine
 from quickchange_server.errors import SettingError
 from quickchange_server.model.loading.model_loader import load_model
 from quickchange_server.protocol import (
@@ -103,7 +103,7 @@ def _start(
         tokenizer = beside.submit(read_tokenizer, settings)
         model = load_model(
             settings.model,
-            dtype=torch_dtype(settings.dtype),
+            dtype=settings.dtype,
             device=torch.device(settings.device),
             adapters=settings.adapters,
             quantization=settings.quantization,

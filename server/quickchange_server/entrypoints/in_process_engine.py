@@ -20,7 +20,7 @@ from torch import Tensor
 
 from quickchange_server.adapters.manager import PacedLoad
 from quickchange_server.config import Settings
-from quickchange_server.engine.engine import Engine, torch_dtype
+from quickchange_server.engine.engine import Engine
 from quickchange_server.errors import (
     AdapterFailedError,
     AdapterWeightsError,
@@ -172,7 +172,7 @@ class InProcessEngine:
         started = time.monotonic()
         model = load_model(
             settings.model,
-            dtype=torch_dtype(settings.dtype),
+            dtype=settings.dtype,
             device=torch.device(settings.device),
             adapters=settings.adapters,
             quantization=settings.quantization,

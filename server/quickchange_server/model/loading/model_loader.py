@@ -52,6 +52,7 @@ from quickchange_server.model.loading.layer_kinds import (
     refuse_other_layers,
     refuse_other_state,
 )
+from quickchange_server.model.loading.model_dtype import model_dtype
 from quickchange_server.model.loading.model_proof import (
     LOOSE,
     ROUNDED,
@@ -114,6 +115,7 @@ class LoadedModel:
     head: nn.Module  # the LM head, wrapped
     head_input: HeadInput
     embedding: nn.Module  # input embedding, wrapped
+    dtype: torch.dtype  # of what it computes, and of its keys and values
     scaling: PositionScaling | None = None  # if positions are scaled by the text's length
     recurrent: tuple[RecurrentLayer, ...] = ()  # layers that keep states between tokens
 
@@ -146,13 +148,13 @@ class Output(NamedTuple):
 def load_model(
     path: str,
     *,
-    dtype: torch.dtype,
+    dtype: str | torch.dtype,
     device: torch.device,
     adapters: bool,
     quantization: Quantization = "none",
     model_check: bool = True,
 ) -> LoadedModel:
-    """Load and wrap the model that `--model` names.
+    """Load and wrap the model that `--model` names. dtype: the setting, or a dtype.
 
     Raises UnsupportedModelError for an architecture that can't be served and for weights that are
     missing or not finite, OSError or ValueError (transformers') if nothing can be loaded from
@@ -165,13 +167,18 @@ def load_model(
         refuse_other_state(config)
         admit_attention_classes(config)
         _refuse_twice_quantised(config, quantization)
+        chosen = model_dtype(dtype, config, device)
         model: nn.Module = load_base(
-            path, dtype=dtype, attn_implementation=paged_attention.NAME, device_map={"": device}
+            path, dtype=chosen, attn_implementation=paged_attention.NAME, device_map={"": device}
         )
     except BaseModelError as error:
         raise UnsupportedModelError(f"model: {error}", param="model") from error
     return prepare(
-        model.eval(), adapters=adapters, quantization=quantization, model_check=model_check
+        model.eval(),
+        adapters=adapters,
+        quantization=quantization,
+        model_check=model_check,
+        dtype=chosen,
     )
 
 
@@ -181,20 +188,26 @@ def prepare(
     adapters: bool,
     quantization: Quantization = "none",
     model_check: bool = True,
+    dtype: torch.dtype | None = None,
 ) -> LoadedModel:
     """Wrap a model that was loaded with `attn_implementation="quickchange"`.
 
     model_check: prove that it then gives what transformers' own model gives (`model_proof.py`).
+    dtype: what it was loaded in; None: what its parameters say.
     Raises UnsupportedModelError for a model that can't be served.
     """
     try:
-        return _prepared(model, adapters, quantization, model_check)
+        return _prepared(model, adapters, quantization, model_check, dtype or model.dtype)  # type: ignore[arg-type]
     except Exception as error:
         raise explained(model, error) from error
 
 
 def _prepared(
-    model: nn.Module, adapters: bool, quantization: Quantization, model_check: bool
+    model: nn.Module,
+    adapters: bool,
+    quantization: Quantization,
+    model_check: bool,
+    dtype: torch.dtype,
 ) -> LoadedModel:
     config: PretrainedConfig = model.config
     refuse_headless(model)
@@ -243,6 +256,7 @@ def _prepared(
         head=head,
         head_input=head_input,
         embedding=model.get_input_embeddings(),  # type: ignore[operator]
+        dtype=dtype,
         scaling=scaling,
         recurrent=recurrent,
     )
