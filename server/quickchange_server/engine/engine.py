@@ -16,6 +16,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from quickchange_kernels import dispatch
+from quickchange_kernels.compile_watch import CompileWatch
 from quickchange_server.adapters.manager import PacedLoad
 from quickchange_server.config import Settings
 from quickchange_server.engine.inputs.sample_tables import RowError
@@ -33,6 +35,7 @@ from quickchange_server.engine.scheduling.scheduler import Scheduled, Scheduler
 from quickchange_server.engine.scheduling.sequence import Sequence, fault_of
 from quickchange_server.engine.step_results import Flight, Ran, Result
 from quickchange_server.engine.token_masks import constraints_of
+from quickchange_server.engine.warm_up import LateWork, StepLimits
 from quickchange_server.model.loading.model_dtype import dtype_name
 from quickchange_server.model.loading.model_loader import LoadedModel
 from quickchange_server.protocol import (
@@ -117,7 +120,8 @@ class Engine:
         self._adapters = adapter_tiers(model, settings, load_adapter, on_wake)
         self._constraints = constraints_of(constraints, model.vocabulary, on_wake)
         self._runner = self._made_runner(model, blocks, states)
-        self._runner.warm_up()
+        self._compiles = dispatch.triton_compiles(torch.device(settings.device))
+        self._warm_up(model, blocks, states)
         self._speculation = self._made_speculation(text)
         self.scheduler = Scheduler(
             blocks,
@@ -129,6 +133,7 @@ class Engine:
             states=states,
         )
         self._refused: list[Delta] = []
+        self._late = LateWork(self._runner, CompileWatch() if self._compiles else None)
         self._depth = depth or (1 if settings.device == "cpu" else _DEPTH)
         self._flights: deque[_InFlight] = deque()  # oldest first
         self._deltas: list[Delta] = []  # of sequences that ended outside of a step
@@ -218,6 +223,7 @@ class Engine:
             return False
         self._begin([item.sequence for item in plan])
         flight = self._runner.launch(plan, self._speculation)
+        self._late.note(plan)
         drafts = self._speculation.under_way()
         for item in plan:
             if item.sequence.request_id not in flight.faults:
@@ -253,6 +259,7 @@ class Engine:
         """End the threads that compile grammars and load adapters."""
         self._constraints.close()
         self._adapters.close()
+        self._late.close()
 
     def _made_runner(
         self, model: LoadedModel, blocks: KVBlocks, states: StateRows | None
@@ -272,6 +279,23 @@ class Engine:
             max_sequences=settings.max_sequences,
             max_batch_tokens=settings.batch_tokens,
         )
+
+    def _warm_up(self, model: LoadedModel, blocks: KVBlocks, states: StateRows | None) -> None:
+        """Capture every graph and launch every kernel now, so that no request waits for them."""
+        self._runner.warm_up()
+        if not self._compiles:
+            return
+        settings = self._settings
+        limits = StepLimits(
+            rows=settings.batch_tokens,
+            context=self._max_model_len,
+            block_size=blocks.block_size,
+            state_rows=0 if states is None else states.num_rows,
+            adapters=self._adapters.served,
+            drafts=settings.turbo,
+            scaling=model.scaling,
+        )
+        self._runner.launch_all(limits)
 
     def _made_speculation(self, text: TokenText | None) -> Speculation | NoSpeculation:
         if not self._settings.turbo:
@@ -416,6 +440,8 @@ class Engine:
             draft_estimate=drafted.estimate,
             draft_gain=drafted.gain,
             mask_seconds=mask_seconds,
+            late_compilations=self._late.compiled,
+            late_captures=self._late.captured,
         )
 
 

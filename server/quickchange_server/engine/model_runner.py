@@ -15,8 +15,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from quickchange_kernels import dispatch
 from quickchange_kernels.lowrank.lowrank_contract import LowRankTables
 from quickchange_kernels.sampling.sample_contract import Edits
+from quickchange_kernels.sampling.token_mask import mask_words
 from quickchange_server.adapters.manager import AdapterTiers
 from quickchange_server.engine.inputs.sample_tables import BatchTables, RowTables, SampleColumns
 from quickchange_server.engine.inputs.step_shapes import (
@@ -33,12 +35,14 @@ from quickchange_server.engine.scheduling.sequence import isolated
 from quickchange_server.engine.step_graphs import StepGraphs, StepOutput, StepTree
 from quickchange_server.engine.step_results import Flight, Landing
 from quickchange_server.engine.token_masks import NO_MASKS, TokenMasks
+from quickchange_server.engine.warm_up import BlankHeads, StepLimits, steps
 from quickchange_server.model.cuda_graphs import capture_for
 from quickchange_server.model.input_buffers import Download, upload
 from quickchange_server.model.loading.model_loader import LoadedModel, Output, forward
 from quickchange_server.spec_decode.cost_model import stopwatch
 from quickchange_server.spec_decode.draft_head_plan import DraftPlan, Round
 from quickchange_server.spec_decode.draft_heads import DraftItem, Guide, HeadDrafter
+from quickchange_server.spec_decode.speculator import NoSpeculation
 from quickchange_server.spec_decode.verifier import Fed, fed, judge
 
 MasksFor = Callable[[Sequence[Scheduled]], TokenMasks]
@@ -87,8 +91,8 @@ class Runner:
         self._masks = masks
         self._block_size = block_size
         self._device = device
+        self._dtype = dtype
         self._sampler = Sampler(model.vocabulary, device)
-        self._rows = BatchTables(model.vocabulary, every=device.type != "cpu")
         self._drafter = HeadDrafter(model, device)
         self._states_on = device if model.recurrent else None
         self._tokens = torch.zeros(most_graph_rows, dtype=torch.int64, device=device)
@@ -96,8 +100,8 @@ class Runner:
         blocks = -(-max_model_len // block_size)
         mixed = 0 if model.recurrent else max_batch_tokens
         capture = capture_for(device)
-        if capture is not None:
-            self._rows = BatchTables(model.vocabulary, every=True)
+        every = capture is not None or dispatch.triton_compiles(device)
+        self._rows = BatchTables(model.vocabulary, every=every)
         self._graphs = capture and StepGraphs(
             StepBuckets(most_graph_rows, blocks, sequences, mixed),
             self._compute_all,
@@ -117,6 +121,11 @@ class Runner:
             device=device,
         )
 
+    @property
+    def captures(self) -> int:
+        """Number of graphs captured so far."""
+        return 0 if self._graphs is None else self._graphs.captures
+
     def warm_up(self) -> None:
         """Capture every graph now, so that no request waits for one."""
         if self._graphs is None:
@@ -124,6 +133,24 @@ class Runner:
         self._graphs.warm_up(None)
         if self._adapters.served:
             self._graphs.warm_up(self._adapters.tables)
+
+    def launch_all(self, limits: StepLimits) -> None:
+        """Launch every kernel that a request may need; see warm_up.py. Raises RuntimeError if a
+        step can't be made."""
+        for plan in steps(limits):
+            if faults := self.launch(plan, NoSpeculation()).ran().faults:
+                raise RuntimeError(f"the warm-up can't be computed: {'; '.join(faults.values())}")
+        vocabulary = self._model.vocabulary
+        logits = torch.zeros(1, vocabulary, dtype=self._dtype, device=self._device)
+        bits = torch.zeros(1, mask_words(vocabulary), dtype=torch.int32)
+        TokenMasks(torch.zeros(1, dtype=torch.int64), bits, {}, None).apply_(logits)
+        if limits.adapters and limits.drafts:
+            hidden = torch.zeros(1, self._model.hidden, dtype=self._dtype, device=self._device)
+            token = torch.zeros(1, dtype=torch.int64, device=self._device)
+            blank = BlankHeads(self._adapters, vocabulary)
+            for slot, turbo in enumerate(blank.slots):
+                item = DraftItem(0, slot, turbo.depth, ())
+                self._drafter.draft(hidden, token, [item], blank)
 
     def price_rows(self, most: int) -> list[tuple[int, float]]:
         """(rows, seconds) of decode steps of up to `most` rows, without adapters, as they run: from
@@ -186,7 +213,11 @@ class Runner:
         sampling = [item for item in plan if item.samples]
         tables = self._rows.of(sampling)
         read = read_inputs(plan) if shape.reads else None
-        extent = None if self._graphs is None else self._graphs.fit(plan, shape)
+        slots = {slot for components in shape.components for slot, _ in components}
+        adapters = self._adapters.tables_of(slots) if slots else None
+        extent = None
+        if self._graphs is not None and (not slots or adapters is self._adapters.tables):
+            extent = self._graphs.fit(plan, shape)
         step = None
         if self._graphs is not None and extent is not None:
             self._graphs.write(plan, shape, extent, tables.columns)
@@ -194,13 +225,13 @@ class Runner:
             exact = exact_extent(plan, shape, self._device)
             scaled = self._model.scaling is not None
             step = step_inputs(plan, shape, exact, self._block_size, self._states_on, scaled=scaled)
-        return _Inputs(shape, tables, fed(sampling), read, extent, step)
+        return _Inputs(shape, tables, adapters, fed(sampling), read, extent, step)
 
     def _forward(
         self, plan: Sequence[Scheduled], inputs: _Inputs, drafting: _Drafting | None
     ) -> tuple[StepOutput, _Parts]:
         """Output of the sampled rows, then of those that are read, and the rest on the device."""
-        tables = self._adapters.tables if inputs.shape.adapters else None
+        tables = inputs.adapters
         rounds = () if drafting is None else drafting.plan.rounds
         own = inputs.tables
         others = (own.edits, own.asking, inputs.fed, rounds, inputs.read)
@@ -306,6 +337,7 @@ class _Inputs(NamedTuple):
 
     shape: PlanShape
     tables: RowTables
+    adapters: LowRankTables | None  # None: no row has one
     fed: Fed | None
     read: ReadInputs | None
     extent: Extent | None  # of the captured graph that the step runs from; None: none

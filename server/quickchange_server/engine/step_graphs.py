@@ -77,6 +77,11 @@ class StepGraphs:
         )
         self._written: dict[Extent, _Written] = {}
 
+    @property
+    def captures(self) -> int:
+        """Number of graphs captured so far."""
+        return self._graphs.captures
+
     def warm_up(self, tables: LowRankTables | None) -> None:
         """Capture every graph for the adapters' tables; None: the graphs without adapters."""
         for extent in self._buckets.extents(adapters=tables is not None):

@@ -52,6 +52,7 @@ class Graphs(Generic[Inputs]):
         self._inputs: dict[Hashable, StaticInputs[Inputs]] = {}
         self._graphs: dict[Hashable, _Graph] = {}
         self._outputs: list[Tensor] = []  # memory that all graphs write their outputs to
+        self.captures = 0  # so far
 
     def inputs(self, key: Hashable, make: Callable[[], Inputs]) -> Inputs:
         """The key's inputs on the host, to be written into before each run. make: the first ones,
@@ -85,6 +86,7 @@ class Graphs(Generic[Inputs]):
         return graph.outputs, arrived
 
     def _captured(self, inputs: Inputs, tables: LowRankTables | None) -> _Graph:
+        self.captures += 1
         replay, outputs = self._capture(lambda: self._kept(self._compute(inputs, tables)))
         return _Graph(tables, replay, outputs)
 
