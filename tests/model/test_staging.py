@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from quickchange_server.model.input_buffers import (
+    Download,
     StaticInputs,
     layout_of,
     packed,
@@ -96,15 +97,29 @@ def test_a_cpu_gets_the_very_tensors() -> None:
 def test_static_inputs_take_new_values_on_the_same_memory() -> None:
     first, second = make_tree(0), make_tree(100)
     static = StaticInputs(first, CPU)
-    tree = static.tree()
+    tree = static.device
     before = tree.ids.data_ptr()
     assert torch.equal(tree.ids, first.ids)
     static.refill(second)
+    static.send(())
     assert tree.ids.data_ptr() == before
     assert torch.equal(tree.ids, second.ids)
     assert torch.equal(tree.again.table, second.inner.table)
     assert torch.equal(tree.weight, second.weight)
     assert torch.equal(first.ids, torch.arange(3)), "the host's tensors were taken, not copied"
+
+
+def test_what_is_written_on_the_host_arrives_with_what_goes_up_beside_it() -> None:
+    static = StaticInputs(make_tree(0), CPU)
+    static.host.ids[1] = 77
+    (beside,) = static.send((torch.arange(4),))
+    assert static.device.ids.tolist() == [0, 77, 2]
+    assert beside.tolist() == [0, 1, 2, 3]
+
+
+def test_a_download_on_a_cpu_is_the_tree_itself() -> None:
+    tree = make_tree()
+    assert Download(tree, CPU).tree() is tree
 
 
 @pytest.mark.parametrize(
