@@ -32,7 +32,7 @@ _WAITING = (
 
 
 class _NothingSentAtOnce(TorchFunctionMode):
-    """Refuses tensors that are made on the device of the host's values: no dispatch mode sees it."""
+    """Refuses tensors made there of the host's values, which no dispatch mode sees."""
 
     def __torch_function__(
         self,
