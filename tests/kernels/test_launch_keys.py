@@ -17,6 +17,7 @@ from launch_keys import Key, key_of, keys_of, recorded_keys
 from quickchange_kernels.aot import compiling
 from quickchange_kernels.compilation import Compilation
 from quickchange_kernels.elementwise import elementwise_triton
+from quickchange_kernels.linear import linear_fixed_triton
 from quickchange_kernels.lowrank import lowrank_experts_triton, lowrank_triton
 from quickchange_kernels.lowrank.lowrank_tables import LARGE_TILE, SMALL_TILE
 from quickchange_kernels.sampling import sample_triton, token_mask_triton, verify_triton
@@ -83,7 +84,7 @@ def test_lowrank(data: st.DataObject, dtype: torch.dtype, rows: int, features: i
     x, y = empty(rows, features, dtype=dtype), empty(rows, width, dtype=dtype)
     with recorded_keys() as keys:
         lowrank_triton.launch_lowrank(y, x, *operands)
-    assert_ahead(keys, lowrank_triton.compilations_for(features, dtype, wide=wide, dependent=False))
+    assert_ahead(keys, lowrank_triton.compilations_for(features, dtype, wide=wide, dependent=True))
 
 
 @given(st.data(), DTYPES, ROWS, st.integers(1, 200_000))
@@ -94,7 +95,7 @@ def test_lowrank_embedding(
     y, ids = empty(rows, 64, dtype=dtype), torch.zeros(rows, dtype=torch.int64)
     with recorded_keys() as keys:
         lowrank_triton.launch_lowrank_embedding(y, ids, *operands, vocabulary)
-    ahead = lowrank_triton.compilations_for(0, dtype, wide=True, dependent=False, embedding=True)
+    ahead = lowrank_triton.compilations_for(0, dtype, wide=True, dependent=True, embedding=True)
     assert_ahead(keys, ahead)
 
 
@@ -219,6 +220,18 @@ def test_norms_and_gates(dtype: torch.dtype, rows: int, width: int) -> None:
     with recorded_keys() as keys:
         elementwise_triton.launch_silu_mul(empty(rows, 2 * width, dtype=dtype))
     assert_ahead(keys, elementwise_triton.gate_compilations_for(width, dtype))
+
+
+@given(DTYPES, st.integers(1, 3000), WIDTHS, WIDTHS, st.booleans())
+def test_linear_fixed(
+    dtype: torch.dtype, rows: int, features: int, outputs: int, biased: bool
+) -> None:
+    x, weight = empty(rows, features, dtype=dtype), empty(outputs, features, dtype=dtype)
+    bias = empty(outputs, dtype=dtype) if biased else None
+    with recorded_keys() as keys:
+        linear_fixed_triton.launch_linear_fixed(x, weight, bias)
+    ahead = linear_fixed_triton.compilations_for(outputs, features, dtype, bias=biased)
+    assert_ahead(keys, ahead)
 
 
 @given(DTYPES, ROWS, st.integers(1, 33), st.integers(1, 9), st.sampled_from([64, 80, 128]))

@@ -18,6 +18,7 @@ import torch
 
 from quickchange_kernels import dispatch
 from quickchange_kernels.compile_watch import CompileWatch
+from quickchange_kernels.kernel_cache import link_prebuilt
 from quickchange_server.adapters.manager import PacedLoad
 from quickchange_server.config import Settings
 from quickchange_server.engine.inputs.sample_tables import RowError
@@ -225,10 +226,11 @@ class Engine:
         flight = self._runner.launch(plan, self._speculation)
         self._late.note(plan)
         drafts = self._speculation.under_way()
-        for item in plan:
-            if item.sequence.request_id not in flight.faults:
-                self.scheduler.launched(item)
-        must_settle = bool(flight.faults) or any(
+        faults = flight.faults
+        self.scheduler.launched(
+            [item for item in plan if item.sequence.request_id not in faults] if faults else plan
+        )
+        must_settle = bool(faults) or any(
             item.samples and item.sequence.needs_its_tokens for item in plan
         )
         self._flights.append(_InFlight(flight, drafts, started, must_settle))
@@ -285,10 +287,12 @@ class Engine:
         self._runner.warm_up()
         if not self._compiles:
             return
+        link_prebuilt()
         settings = self._settings
         limits = StepLimits(
             rows=settings.batch_tokens,
-            context=self._max_model_len,
+            sequences=settings.max_sequences,
+            context=min(self._max_model_len, blocks.num_blocks * blocks.block_size),
             block_size=blocks.block_size,
             state_rows=0 if states is None else states.num_rows,
             adapters=self._adapters.served,
@@ -399,17 +403,20 @@ class Engine:
         accepted: int,
     ) -> Delta:
         sequence = item.sequence
-        first, sequence.reported = not sequence.reported, True
-        reading = sequence.reading if first else None
-        return Delta(
+        delta = Delta(
             sequence.request_id,
-            token_ids=tuple([row.token_id for row in drawn]),
-            logprobs=tuple([row.logprobs for row in drawn if row.logprobs is not None]),
-            finish_reason=reason,
-            cached_tokens=sequence.cached_tokens if first else None,
-            queue_seconds=sequence.queue_seconds if first else None,
+            tuple([row.token_id for row in drawn]),
+            tuple([row.logprobs for row in drawn if row.logprobs is not None]),
+            reason,
             drafted=len(item.drafts),
             accepted=accepted,
+        )
+        if sequence.reported:
+            return delta
+        sequence.reported, reading = True, sequence.reading
+        return delta._replace(
+            cached_tokens=sequence.cached_tokens,
+            queue_seconds=sequence.queue_seconds,
             prompt_logprobs=() if reading is None else reading.scores,
             embedding=None if reading is None else reading.embedding,
         )

@@ -14,6 +14,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from quickchange_kernels import dispatch
 from quickchange_kernels.lowrank.lowrank_contract import LowRankTables
 from quickchange_server.model.input_buffers import StaticInputs
 
@@ -143,6 +144,13 @@ class CudaCapture:
         return graph.replay, outputs
 
 
+def _computed_once(compute: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
+    """The capture on a GPU that is not there: what would be captured is launched, so compiled."""
+    return (lambda: None), compute()
+
+
 def capture_for(device: torch.device) -> Capture | None:
     """The capture that suits a device; None if every step runs eagerly."""
-    return CudaCapture(device) if device.type == "cuda" else None
+    if device.type == "cuda":
+        return CudaCapture(device)
+    return _computed_once if dispatch.triton_compiles(device) else None
