@@ -117,11 +117,11 @@ class StaticInputs(Generic[Tree]):
 
     def __init__(self, tree: Tree, device: torch.device) -> None:
         self._device = device
-        self._layout, tensors = layout_of(tree)
-        self._written = packed(self._layout, tensors, _CPU)
-        self.host = rebuilt(self._layout, views(self._layout, self._written))
+        layout, tensors = layout_of(tree)
+        self._written = packed(layout, tensors, _CPU)
+        self.host = rebuilt(layout, views(layout, self._written))
         self._buffer = torch.empty_like(self._written, device=device)
-        self.device = rebuilt(self._layout, views(self._layout, self._buffer))
+        self.device = rebuilt(layout, views(layout, self._buffer))
         self.send(())
 
     def send(self, others: Other) -> Other:
@@ -142,16 +142,6 @@ class StaticInputs(Generic[Tree]):
         arrived = host.to(self._device, non_blocking=True)
         self._buffer.copy_(arrived[:own], non_blocking=True)
         return rebuilt(layout, views(layout, arrived[own:]))
-
-    def refill(self, tree: Tree) -> None:
-        """Write other values of the same layout into `host`.
-
-        Raises ValueError if the layout differs: the graph would compute something else.
-        """
-        layout, tensors = layout_of(tree)
-        if layout != self._layout:
-            raise ValueError(f"inputs laid out as {layout} for a graph captured on {self._layout}")
-        _fill(views(layout, self._written), tensors)
 
     def _out(self, more: int) -> Tensor:
         """What `host` holds in memory that the device copies from, with room for `more` bytes."""
