@@ -25,7 +25,7 @@ from quickchange_server.protocol import Constraint, Drafting
 from quickchange_server.structured_output.grammar import TokenGrammars
 from quickchange_store.canonical.canonical_adapter import CanonicalAdapter, LowRankUpdate
 
-RANKS = {"rank-4": 4, "rank-8": 8, "rank-16": 16}
+RANKS = {"rank-4": 4, "rank-8": 8, "rank-16": 16, "rank-24": 24}
 TOKENS = 6
 Asked = list[tuple[list[int], list[tuple[str, float]]]]  # prompt and adapters of each request
 
@@ -161,6 +161,26 @@ def test_masks_of_one_step_leave_nothing_in_the_next_ones_logits(
     said = "".join(pieces[token] for token in drive.tokens["masked"])
     assert re.fullmatch("[A-Z]{9}", said)
     assert drive.tokens["beside"] == drive.tokens["after"] == drive.tokens["alone"]
+
+
+def test_steps_with_a_wider_adapter_run_without_graphs_and_cost_no_capture(
+    model: Path, capture: RepeatingCapture
+) -> None:
+    tokens: list[list[int]] = []
+    for rank in (8, 24):
+        engine = make_engine(model, load, max_adapter_rank=rank, turbo=False)
+        captured = list(capture.rows)
+        drive = Driver(engine)
+        for key in ("rank-8", "rank-24", "rank-8 again"):
+            warmed = capture.replayed
+            asked = [(key.removesuffix(" again"), 1.0)]
+            engine.submit(request(key, [5, 6, 7], asked, max_tokens=TOKENS))
+            drive.finish(key)
+            assert (capture.replayed > warmed) == (rank == 24 or key != "rank-24")
+        engine.close()
+        assert capture.rows == captured
+        tokens.append([*drive.tokens["rank-8"], *drive.tokens["rank-24"]])
+    assert tokens[0] == tokens[1]
 
 
 def test_prefill_chunks_are_not_replayed(model: Path, capture: RepeatingCapture) -> None:

@@ -170,8 +170,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert len(item.components) == len(item.sequence.request.adapters)
             assert (item.heads is None) == (item.sequence.heads is None)
         self.compute(plan)
-        for item in plan:
-            self.scheduler.launched(item)
+        self.scheduler.launched(plan)
         self.flights.append(
             [(item, [*item.drafts[:held], token] if item.samples else []) for item in plan]
         )

@@ -94,29 +94,16 @@ def load(pool: DevicePool, rank: int) -> int:
     return slot
 
 
-def test_adapters_come_and_go_without_a_new_capture() -> None:
+def test_adapters_of_any_rank_come_and_go_without_a_new_capture() -> None:
     pool = DevicePool(GROUPS, 1 << 20, torch.float32, CPU)
     graphs, capture = make_graphs()
     graphs.run("a", Inputs(torch.zeros(1)), pool.tables)
-    for rank in (4, 8, 16):
+    for rank in (4, 8, 16, 64, 300):
         slot = load(pool, rank)
         graphs.run("a", Inputs(torch.zeros(1)), pool.tables)
         pool.free(slot)
         graphs.run("a", Inputs(torch.zeros(1)), pool.tables)
     assert len(capture.rows) == 1
-
-
-def test_adapters_of_a_higher_rank_cost_one_new_capture() -> None:
-    pool = DevicePool(GROUPS, 1 << 20, torch.float32, CPU)
-    graphs, capture = make_graphs()
-    graphs.run("a", Inputs(torch.zeros(1)), pool.tables)
-    for _ in range(3):
-        slot = load(pool, 64)
-        graphs.run("a", Inputs(torch.zeros(1)), pool.tables)
-        pool.free(slot)
-        graphs.run("a", Inputs(torch.zeros(1)), pool.tables)
-    assert len(capture.rows) == 2
-    assert pool.tables.shapes[0].most_pages == 8
 
 
 def test_a_cpu_captures_nothing() -> None:

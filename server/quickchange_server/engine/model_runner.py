@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from quickchange_kernels.lowrank.lowrank_contract import LowRankTables
+from quickchange_kernels.sampling.token_mask import mask_words
 from quickchange_server.adapters.manager import AdapterTiers
 from quickchange_server.engine.model_inputs import (
     DecodeBuckets,
@@ -40,11 +41,13 @@ from quickchange_server.engine.sampler import (
 from quickchange_server.engine.scheduling.scheduler import Scheduled
 from quickchange_server.engine.scheduling.sequence import isolated
 from quickchange_server.engine.token_masks import TokenMasks
+from quickchange_server.engine.warm_up import BlankHeads, StepLimits, steps
 from quickchange_server.model.cuda_graphs import Graphs, capture_for
 from quickchange_server.model.input_buffers import upload
 from quickchange_server.model.loading.model_loader import LoadedModel, Output, forward
 from quickchange_server.spec_decode.cost_model import Stopwatch, stopwatch
 from quickchange_server.spec_decode.draft_heads import DraftItem, Guide, HeadDrafter
+from quickchange_server.spec_decode.speculator import NoSpeculation
 from quickchange_server.spec_decode.verifier import Verdict, judge
 
 MasksFor = Callable[[Sequence[Scheduled]], TokenMasks]
@@ -53,8 +56,7 @@ _PRICED_ROWS = (1, 2, 4, 6, 8, 10, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _PRICING_ROUNDS = 3
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
+class Result(NamedTuple):
     """Tokens and new drafts of one sampling item."""
 
     # By row, down to the first rejected draft's.
@@ -113,6 +115,7 @@ class Runner:
         self._masks = masks
         self._block_size = block_size
         self._device = device
+        self._dtype = dtype
         self._sampler = Sampler(model.vocabulary, device)
         self._drafter = HeadDrafter(model, device)
         capture = capture_for(device)
@@ -128,6 +131,11 @@ class Runner:
             device=device,
         )
 
+    @property
+    def captures(self) -> int:
+        """Number of graphs captured so far."""
+        return 0 if self._graphs is None else self._graphs.captures
+
     def warm_up(self) -> None:
         """Capture every graph now, so that no request waits for one."""
         if self._graphs is None:
@@ -136,6 +144,24 @@ class Runner:
             for extent in self._buckets.extents(adapters=adapters):
                 nothing = self._padded_inputs((), extent)
                 self._graphs.run(extent, nothing, self._adapters.tables if adapters else None)
+
+    def launch_all(self, limits: StepLimits) -> None:
+        """Launch every kernel that a request may need; see warm_up.py. Raises RuntimeError if a
+        step can't be made."""
+        for plan in steps(limits):
+            if faults := self.launch(plan, NoSpeculation()).ran().faults:
+                raise RuntimeError(f"the warm-up can't be computed: {'; '.join(faults.values())}")
+        vocabulary = self._model.vocabulary
+        logits = torch.zeros(1, vocabulary, dtype=self._dtype, device=self._device)
+        bits = torch.zeros(1, mask_words(vocabulary), dtype=torch.int32)
+        TokenMasks(torch.zeros(1, dtype=torch.int64), bits, {}, None).apply_(logits)
+        if limits.adapters and limits.drafts:
+            hidden = torch.zeros(1, self._model.hidden, dtype=self._dtype, device=self._device)
+            token = torch.zeros(1, dtype=torch.int64, device=self._device)
+            blank = BlankHeads(self._adapters, vocabulary)
+            for slot, turbo in enumerate(blank.slots):
+                item = DraftItem(0, slot, turbo.depth, ())
+                self._drafter.draft(hidden, token, [item], blank)
 
     def price_rows(self, most: int) -> list[tuple[int, float]]:
         """(rows, seconds) of decode steps of up to `most` rows, without adapters."""
@@ -219,15 +245,18 @@ class Runner:
         return _Drafted(items, *drafts)
 
     def _inputs(self, plan: Sequence[Scheduled]) -> _Inputs:
-        adapters = any(item.components for item in plan)
+        slots = {slot for item in plan for slot, _ in item.components}
+        adapters = bool(slots)
+        tables = self._adapters.tables_of(slots) if slots else None
+        fixed = tables is None or tables is self._adapters.tables
         rows = sum([item.rows for item in plan])
         extent = None
-        if self._graphs is not None and (self._states_on is None or one_row_each(plan)):
+        if self._graphs is not None and fixed and (self._states_on is None or one_row_each(plan)):
             extent = self._buckets.fit(plan, adapters=adapters)
         if extent is not None:
-            return _Inputs(self._padded_inputs(plan, extent), adapters, rows, extent)
+            return _Inputs(self._padded_inputs(plan, extent), tables, rows, extent)
         exact = exact_extent(plan, self._device, adapters=adapters)
-        return _Inputs(self._padded_inputs(plan, exact), adapters, rows)
+        return _Inputs(self._padded_inputs(plan, exact), tables, rows)
 
     def _padded_inputs(self, plan: Sequence[Scheduled], extent: Extent) -> StepInputs:
         inputs = step_inputs(plan, extent, self._block_size, self._states_on)
@@ -239,7 +268,7 @@ class Runner:
 
     def _forward(self, inputs: _Inputs) -> Output:
         """Output of the sampled rows, then of those that are read."""
-        tables = self._adapters.tables if inputs.adapters else None
+        tables = inputs.tables
         if self._graphs is not None and inputs.bucket is not None:
             logits, hidden = self._graphs.run(inputs.bucket, inputs.step, tables)
             return Output(logits[: inputs.rows], hidden[: inputs.rows])
@@ -345,7 +374,7 @@ class _Inputs(NamedTuple):
     """Host tensors of a step."""
 
     step: StepInputs
-    adapters: bool  # some row has one
+    tables: LowRankTables | None  # None: no row has an adapter
     rows: int
     bucket: Extent | None = None  # of the captured graph that the step runs from; None: none
 

@@ -14,6 +14,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from quickchange_kernels import dispatch
 from quickchange_kernels.lowrank.lowrank_contract import LowRankTables
 from quickchange_server.model.input_buffers import StaticInputs
 
@@ -50,6 +51,7 @@ class Graphs(Generic[Inputs]):
         self._capture = capture
         self._device = device
         self._graphs: dict[Hashable, _Graph[Inputs]] = {}
+        self.captures = 0  # so far
 
     def run(self, key: Hashable, inputs: Inputs, tables: LowRankTables | None) -> Outputs:
         """The outputs for host `inputs`, which must have the same shapes for the same key.
@@ -68,6 +70,7 @@ class Graphs(Generic[Inputs]):
         return graph.outputs
 
     def _captured(self, inputs: Inputs, tables: LowRankTables | None) -> _Graph[Inputs]:
+        self.captures += 1
         static = StaticInputs(inputs, self._device)
         on_device = static.tree()
         replay, outputs = self._capture(lambda: self._compute(on_device, tables))
@@ -114,6 +117,13 @@ class CudaCapture:
         return graph.replay, outputs
 
 
+def _computed_once(compute: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
+    """The capture on a GPU that is not there: what would be captured is launched, so compiled."""
+    return (lambda: None), compute()
+
+
 def capture_for(device: torch.device) -> Capture | None:
     """The capture that suits a device; None if every step runs eagerly."""
-    return CudaCapture(device) if device.type == "cuda" else None
+    if device.type == "cuda":
+        return CudaCapture(device)
+    return _computed_once if dispatch.triton_compiles(device) else None

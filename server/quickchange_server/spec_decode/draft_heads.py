@@ -154,7 +154,7 @@ class HeadDrafter:
         rows = _chosen(states, part.rows)
         logits: Tensor = self._head(rows)
         if part.segments is not None and self._group is not None:
-            lowrank_(logits, rows, call.adapters.tables, part.segments, self._group)
+            lowrank_(logits, rows, call.adapters.wide_tables, part.segments, self._group)
         over_all = 0
         if part.over_all is not None:
             over_all = part.over_all.places.shape[0]
