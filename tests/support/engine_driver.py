@@ -21,6 +21,7 @@ from quickchange_server.protocol import (
     Pooling,
     SamplingParams,
     Submit,
+    TokenLogprobs,
 )
 from quickchange_server.structured_output.compiler import ConstraintCompiler
 from quickchange_store.canonical.canonical_adapter import CanonicalAdapter
@@ -121,6 +122,7 @@ class Driver:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.tokens: dict[str, list[int]] = {}
+        self.logprobs: dict[str, list[TokenLogprobs]] = {}
         self.last: dict[str, Delta] = {}
         self.first: dict[str, Delta] = {}
         self.drafted: Counter[str] = Counter()
@@ -135,6 +137,7 @@ class Driver:
         for delta in () if report is None else report.deltas:
             self.first.setdefault(delta.request_id, delta)
             self.tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
+            self.logprobs.setdefault(delta.request_id, []).extend(delta.logprobs)
             self.drafted[delta.request_id] += delta.drafted
             self.accepted[delta.request_id] += delta.accepted
             if delta.finish_reason:

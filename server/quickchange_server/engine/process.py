@@ -35,6 +35,7 @@ from quickchange_server.protocol import (
     Pulse,
     Ready,
     Shutdown,
+    StepStats,
     Submit,
 )
 from quickchange_server.spec_decode.prompt_lookup import TokenText
@@ -122,6 +123,7 @@ def _start(
             device=torch.device(settings.device),
             adapters=settings.adapters,
             quantization=settings.quantization,
+            deterministic=settings.deterministic,
             model_check=settings.model_check,
             ranks=None if followers is None else followers.join(),
         )
@@ -142,7 +144,7 @@ def _start(
 
 
 def _serve(connection: Connection, engine: Engine, waker: Waker) -> None:
-    told: Pulse | None = None  # the last state that was sent, if nothing has changed since
+    told: StepStats | None = None  # the last that were sent, if nobody has asked since
     while True:
         while connection.poll():
             command: Command = connection.recv()
@@ -157,13 +159,14 @@ def _serve(connection: Connection, engine: Engine, waker: Waker) -> None:
         step = engine.step()
         if step is not None:
             connection.send(step)
-            told = Pulse(engine.stats())
-        elif told != (pulse := Pulse(engine.stats())):
-            connection.send(pulse)
-            told = pulse
-        if step is None:
-            wait([connection, waker.fileno()])
-            waker.clear()
+            told = step.stats
+            continue
+        stats = engine.stats()
+        if told is None or told.between_steps() != stats:
+            connection.send(Pulse(stats))
+            told = stats
+        wait([connection, waker.fileno()])
+        waker.clear()
 
 
 def _obey(engine: Engine, command: Command) -> None:

@@ -42,7 +42,8 @@ class StepLimits:
     """The largest step that the engine may plan."""
 
     rows: int
-    context: int  # tokens of one sequence
+    sequences: int
+    context: int  # tokens of one sequence, for which the cache has room
     block_size: int
     state_rows: int  # for sequences and their drafts, of a model with recurrent layers; else 0
     adapters: bool
@@ -52,6 +53,11 @@ class StepLimits:
 
 def steps(limits: StepLimits) -> Iterator[list[Scheduled]]:
     """Plans that launch, together, every kernel of forward pass, sampling and verification."""
+    for plan in _plans(limits):
+        yield plan[: limits.sequences]
+
+
+def _plans(limits: StepLimits) -> Iterator[list[Scheduled]]:
     make = _Items(limits)
     for components in ((), ((0, 1.0),)) if limits.adapters else ((),):
         for rows in (*_CHUNKS, limits.rows):
@@ -119,6 +125,9 @@ class HeadLayouts(Protocol):
     def tables(self) -> LowRankTables: ...
 
     @property
+    def wide_tables(self) -> LowRankTables: ...
+
+    @property
     def heads(self) -> HeadTables: ...
 
 
@@ -133,6 +142,10 @@ class BlankHeads:
     @property
     def tables(self) -> LowRankTables:
         return self._layouts.tables
+
+    @property
+    def wide_tables(self) -> LowRankTables:
+        return self._layouts.wide_tables
 
     @property
     def heads(self) -> HeadTables:

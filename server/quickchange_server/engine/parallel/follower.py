@@ -68,6 +68,7 @@ def follow(connection: Connection, settings: Settings, rank: int, port: int) -> 
             device=device,
             adapters=settings.adapters,
             quantization=settings.quantization,
+            deterministic=settings.deterministic,
             model_check=settings.model_check,
             ranks=ranks,
         )

@@ -70,7 +70,7 @@ from quickchange_server.model.rows_read import Rows, rows_read
 from quickchange_server.model.wrapping import Wrapper
 from quickchange_store.base_model.base_source import BaseSource
 from quickchange_store.base_model.base_weights import load_base, quantization_method
-from quickchange_store.base_model.expert_parts import routers
+from quickchange_store.base_model.expert_parts import expert_parts, routers
 from quickchange_store.errors import BaseModelError
 
 logger = logging.getLogger(__name__)
@@ -155,6 +155,7 @@ def load_model(
     device: torch.device,
     adapters: bool,
     quantization: Quantization = "none",
+    deterministic: bool = False,
     model_check: bool = True,
     ranks: Ranks | None = None,
 ) -> LoadedModel:
@@ -184,6 +185,7 @@ def load_model(
         model.eval(),
         adapters=adapters,
         quantization=quantization,
+        deterministic=deterministic,
         model_check=model_check,
         dtype=chosen,
         ranks=ranks,
@@ -203,18 +205,28 @@ def prepare(
     *,
     adapters: bool,
     quantization: Quantization = "none",
+    deterministic: bool = False,
     model_check: bool = True,
     dtype: torch.dtype | None = None,
     ranks: Ranks | None = None,
 ) -> LoadedModel:
     """Wrap a model that was loaded with `attn_implementation="quickchange"`.
 
+    deterministic: on a GPU too, sum linears in an order that their rows don't change.
     model_check: prove that it then gives what transformers' own model gives (`model_proof.py`).
     dtype: what it was loaded in; None: what its parameters say.
     Raises UnsupportedModelError for a model that can't be served.
     """
     try:
-        return _prepared(model, adapters, quantization, model_check, dtype or model.dtype, ranks)  # type: ignore[arg-type]
+        return _prepared(
+            model,
+            adapters,
+            quantization,
+            model_check,
+            dtype or model.dtype,  # type: ignore[arg-type]
+            deterministic=deterministic,
+            ranks=ranks,
+        )
     except Exception as error:
         refusal = explained(model, error)
         if ranks is not None:
@@ -229,6 +241,8 @@ def _prepared(
     quantization: Quantization,
     model_check: bool,
     dtype: torch.dtype,
+    *,
+    deterministic: bool,
     ranks: Ranks | None,
 ) -> LoadedModel:
     config: PretrainedConfig = model.config
@@ -248,7 +262,7 @@ def _prepared(
         return (
             int8_linear(module)
             if quantization == "int8" and module not in read
-            else base_linear(module)
+            else base_linear(module, deterministic=deterministic)
         )
 
     sharding = UNCUT if ranks is None else localised(model, ranks)
@@ -256,6 +270,8 @@ def _prepared(
     choosing = routers(model) if adapters else {}
     groups = wrapper.wrap()
     wrap_experts(model, holder, groups, adapters=adapters, sharding=sharding)
+    if deterministic:
+        _refuse_loose_sums(model, config, 1 if ranks is None else ranks.size)
     wrap_routers(model, choosing, holder, groups, lambda: _short_pass(model))
     head_rows.attach(model.get_output_embeddings())  # type: ignore[operator]
     scaling = scale_by_text(model, holder)
@@ -402,4 +418,21 @@ def _refuse_twice_quantised(config: PretrainedConfig, quantization: Quantization
             f"--quantization {quantization} (or QUICKCHANGE_QUANTIZATION): the model is stored "
             f"quantised already, by {method}; use --quantization none",
             param="quantization",
+        )
+
+
+def _refuse_loose_sums(model: nn.Module, config: PretrainedConfig, ranks: int) -> None:
+    """Raise UnsupportedModelError where a GPU would sum in an order that the batch changes."""
+    loose = {
+        "experts, whose grouped products choose": bool(expert_parts(model)),
+        "weights that are stored quantised, whose products choose": quantization_method(config),
+        "recurrent layers, whose scans choose": keeps_states(config),
+        "more than two ranks (--tensor-parallel), whose sums choose": ranks > 2,
+    }
+    found = [what for what, there in loose.items() if there]
+    if found and next(model.parameters()).device.type != "cpu":
+        raise UnsupportedModelError(
+            f"--deterministic (or QUICKCHANGE_DETERMINISTIC): the model has {found[0]} an order of "
+            "sums by the rows of a batch on a GPU; serve it without, or on --device cpu",
+            param="deterministic",
         )
