@@ -61,6 +61,11 @@ def ensure() -> bool:
     return True
 
 
+def multiplies_bfloat16() -> bool:
+    """True if the native kernels serve this CPU and take bfloat16 products from its AVX-512."""
+    return bool(torch.cpu._is_avx512_bf16_supported()) and ensure()
+
+
 def _remedy(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
         return "Give a cache folder that this user may write (QUICKCHANGE_CACHE)"

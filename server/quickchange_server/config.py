@@ -53,10 +53,19 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="0 picks a free port")
 
     device: Literal["cpu", "cuda"] = "cpu"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="the base's floats; auto: the checkpoint's own on a GPU (bfloat16 for float32) "
+        "and on CPUs that multiply bfloat16, float32 elsewhere",
+    )
     quantization: Literal["none", "int8"] = Field(
         "none",
         description="how the base's linears are kept: int8 takes 8.5 bits a weight, on a CPU",
+    )
+    deterministic: bool = Field(
+        False,
+        description="on a GPU, sum the base's products in an order that no other row changes, so "
+        "that a request's tokens don't depend on its batch; slower. A CPU does so anyway",
     )
     model_check: bool = Field(
         True,
@@ -80,6 +89,13 @@ class Settings(BaseSettings):
 
     adapters: bool = Field(True, description="off: no adapter can be served, no seam is put in")
     adapter_device_bytes: int = Field(1 * GIB, ge=1024, description="budget of the device tier")
+    max_adapter_rank: int = Field(
+        64,
+        ge=1,
+        le=1024,
+        description="on CUDA, captured graphs serve adapters up to this rank; steps with a wider "
+        "one run without, which is slower",
+    )
     adapter_dtype: Literal["model", "float32", "bfloat16", "float16"] = Field(
         "model",
         description="how adapters' weights are held: as the base's, or narrower, which halves "
@@ -169,11 +185,6 @@ class Settings(BaseSettings):
     @property
     def allowed_origins(self) -> frozenset[str]:
         return _listed(self.allowed_origin)
-
-    @property
-    def held_adapter_dtype(self) -> str:
-        """`adapter_dtype`, with "model" resolved to `dtype`."""
-        return self.dtype if self.adapter_dtype == "model" else self.adapter_dtype
 
     @property
     def database_url(self) -> str:

@@ -70,15 +70,16 @@ def step(at: Scheduler) -> list[Scheduled]:
     plan = at.schedule(now=0.0)
     rows = sum(item.rows for item in plan)
     assert rows <= MAX_BATCH_TOKENS
+    at.launched(plan)
     for item in plan:
-        at.advance(item, [1] if item.samples else [])
+        at.settled(item, [1] if item.samples else [])
     at.check_integrity()
     return plan
 
 
 def foreground_rows(plan: list[Scheduled]) -> list[tuple[str, int, int]]:
     return sorted(
-        (item.sequence.request_id, item.sequence.computed, item.count)
+        (item.sequence.request_id, item.first + item.count, item.count)
         for item in plan
         if not item.sequence.request.background
     )

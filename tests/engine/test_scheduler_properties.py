@@ -1,10 +1,12 @@
 """The scheduler loses nothing, oversteps no budget, and ends every sequence, whatever comes.
 
+A step's tokens become known before the next one is scheduled, or one step later.
 With recurrent layers, each of its rows reads the state behind the tokens before it, and no other.
 """
 
 from __future__ import annotations
 
+from collections import Counter, deque
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 
@@ -13,7 +15,8 @@ import torch
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from quickchange_server.engine.model_inputs import exact_extent, step_inputs
+from quickchange_server.engine.inputs.step_shapes import PlanShape, exact_extent
+from quickchange_server.engine.model_inputs import step_inputs
 from quickchange_server.engine.scheduling.kv_cache_manager import KVBlocks, StateRows
 from quickchange_server.engine.scheduling.scheduler import Scheduled, Scheduler
 from quickchange_server.engine.scheduling.sequence import Sequence
@@ -24,6 +27,9 @@ MAX_MODEL_LEN = 24
 MAX_BATCH_TOKENS = 8
 MAX_SEQUENCES = 4
 CPU = torch.device("cpu")
+
+
+Flight = list[tuple[Scheduled, list[int]]]  # a launched step's items, and the tokens to come
 
 
 class FakeClaims:
@@ -89,6 +95,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         )
         self.alive: dict[str, Sequence] = {}
         self.counter = 0
+        self.flights: deque[Flight] = deque()
+        self.wasted: Counter[str] = Counter()  # steps with rows of a sequence that had ended
 
     @rule(
         prompt=st.lists(st.integers(0, 1), min_size=1, max_size=MAX_MODEL_LEN - 1),
@@ -140,8 +148,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.cancel(request_id)
         del self.alive[request_id]
 
-    @rule(token=st.sampled_from([0, 1, 7]), drafts=st.integers(0, 6), held=st.integers(0, 6))
-    def step(self, token: int, drafts: int = 0, held: int = 0) -> None:
+    @rule(
+        token=st.sampled_from([0, 1, 7]),
+        drafts=st.integers(0, 6),
+        held=st.integers(0, 6),
+        stays=st.booleans(),
+    )
+    def step(self, token: int, drafts: int = 0, held: int = 0, stays: bool = False) -> None:
+        """stays: the step is still in flight when the next one is scheduled, if it may be."""
         for sequence, _ in self.scheduler.failures():
             del self.alive[sequence.request_id]
         self.drafts.wanted = drafts
@@ -157,22 +171,40 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert len(item.components) == len(item.sequence.request.adapters)
             assert (item.heads is None) == (item.sequence.heads is None)
         self.compute(plan)
-        for item in plan:
+        self.scheduler.launched(plan)
+        self.flights.append(
+            [(item, [*item.drafts[:held], token] if item.samples else []) for item in plan]
+        )
+        must_settle = any(item.samples and item.sequence.needs_its_tokens for item in plan)
+        while len(self.flights) > (stays and bool(plan) and not must_settle):
+            self.settle(self.flights.popleft())
+
+    def settle(self, flight: Flight) -> None:
+        for item, tokens in flight:
+            if not self.scheduler.holds(item.sequence):
+                self.wasted[item.sequence.request_id] += 1
+                continue
             before = item.sequence.output_length
-            tokens = [*item.drafts[:held], token] if item.samples else []
-            taken, reason = self.scheduler.advance(item, tokens)
+            taken, reason = self.scheduler.settled(item, tokens)
             assert item.sequence.output_length == before + taken
             if reason:
                 del self.alive[item.sequence.request_id]
             else:
                 assert taken == len(tokens), "a token of a sequence that goes on is lost"
 
+    def known(self, item: Scheduled) -> list[int]:
+        """The text that the item's rows are made of."""
+        sequence = item.sequence
+        in_flight = [tokens for f in self.flights for of, tokens in f if of.sequence is sequence]
+        return [*sequence.tokens, *(t for tokens in in_flight for t in tokens), *item.drafts]
+
     def compute(self, plan: Seq[Scheduled]) -> None:
         """What the model does with a plan."""
 
     @invariant()
     def intact(self) -> None:
-        self.scheduler.check_integrity()
+        self.scheduler.check_integrity([item.sequence for f in self.flights for item, _ in f])
+        assert all(rows <= 1 for rows in self.wasted.values()), "more than one step is wasted"
         assert len(self.scheduler) == len(self.alive)
         needing = {r: s for r, s in self.alive.items() if s.digests}
         assert {r for r, s in needing.items() if not s.request.background} <= set(
@@ -188,7 +220,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             if not self.alive:
                 return
             self.step(0)
-            self.scheduler.check_integrity()
+            self.intact()
         raise AssertionError(f"never ended: {sorted(self.alive)}")
 
 
@@ -203,8 +235,8 @@ class RecurrentMachine(SchedulerMachine):
     def compute(self, plan: Seq[Scheduled]) -> None:
         if not plan:
             return
-        extent = exact_extent(plan, CPU, adapters=False)
-        inputs = step_inputs(plan, extent, 4, CPU)
+        shape = PlanShape.of(plan)
+        inputs = step_inputs(plan, shape, exact_extent(plan, shape, CPU), 4, CPU)
         ids, owners = inputs.ids.tolist(), [item for item in plan for _ in range(item.rows)]
         for part in inputs.states:
             rows = range(len(ids)) if part.rows is None else part.rows.tolist()
@@ -214,9 +246,11 @@ class RecurrentMachine(SchedulerMachine):
                 state = states[index]
                 for row in rows[index * part.length :][: part.length]:
                     item, position = owners[row], int(inputs.positions[row])
-                    known = (*item.sequence.tokens, *item.drafts)
-                    assert state == known[:position], "another state than that before the row"
-                    state = (*state, ids[row])
+                    known = self.known(item)
+                    assert [*state] == known[:position], "another state than that before the row"
+                    fed = bool(item.sequence.pending)  # the item's only row
+                    assert fed or ids[row] == known[position]
+                    state = (*state, known[position])
                 assert write >= FIRST_STATE
                 self.pool[write] = state
 

@@ -53,10 +53,12 @@ def test_generation_in_chunks_equals_transformers(family: str, tmp_path: Path) -
         sequences[name] = Sequence(Submit(name, tuple(prompt), sampling, seed=0), 0.0)
         scheduler.add(sequences[name])
     while plan := scheduler.schedule(0.0):
-        results = iter(runner.run(plan, drafts).results)
+        flight = runner.launch(plan, drafts)
+        scheduler.launched(plan)
+        results = iter(flight.ran().results)
         for item in plan:
             tokens = [row.token_id for row in next(results).sampled] if item.samples else []
-            scheduler.advance(item, tokens)
+            scheduler.settled(item, tokens)
     reference = make_model(family)
     for name, prompt in prompts.items():
         assert sequences[name].tokens[len(prompt) :] == greedy(reference, prompt, 12), name

@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quickchange_server.engine.engine import torch_dtype
 from quickchange_server.frontend.tokenizer import Text
 from quickchange_server.model.forward_context import (
     FIRST_STATE,
@@ -24,6 +23,7 @@ from quickchange_server.model.forward_context import (
     StatePart,
 )
 from quickchange_server.model.int8_linear import Quantization
+from quickchange_server.model.loading.model_dtype import torch_dtype
 from quickchange_server.model.loading.model_loader import LoadedModel, forward, load_model
 
 TEXT = Path(__file__).parent / "texts" / "prose.txt"

@@ -79,7 +79,7 @@ def segments(runs: Sequence[Run], device: torch.device, room: Room | None = None
 def room_for(runs: Sequence[Run], device: torch.device) -> Room:
     """The smallest room for the runs, with tiles if the device's kernels need them."""
     spans = list(_spans(runs))
-    height = _height(spans) if _needs_tiles(device) else None
+    height = _height(spans) if dispatch.triton_serves(device) else None
     return _batch(spans, height).room(height)
 
 
@@ -102,10 +102,6 @@ def unpack(packed: torch.Tensor, room: Room) -> Segments:
         if room.height is None
         else RowTiles(pieces.view(-1, 4), tiles.view(-1, 4), room.height),
     )
-
-
-def _needs_tiles(device: torch.device) -> bool:
-    return device.type != "cpu" or dispatch.triton_interpreted()
 
 
 def _spans(runs: Sequence[Run]) -> Iterator[tuple[int, int, Components]]:

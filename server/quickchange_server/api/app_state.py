@@ -73,14 +73,15 @@ class Services:
     @property
     def fingerprint(self) -> str:
         """OpenAI's `system_fingerprint`: it changes if the same request and seed may differ."""
-        settings = self.settings
+        settings, engine = self.settings, self.engine
         parts = (
             VERSION,
             settings.model,
-            settings.dtype,
-            settings.held_adapter_dtype,
+            engine.dtype,
+            engine.adapter_dtype,
             settings.quantization,
             settings.device,
+            *(["deterministic"] if settings.deterministic else []),
         )
         return "fp_" + hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 

@@ -1,33 +1,44 @@
 """The engine: requests in, one report a step out. Token ids only; no HTTP, no text, no processes.
 
-`step` is the architecture in a few lines: schedule, run, learn, advance, report.
+`step` is the architecture in a few lines: schedule and launch, then learn from an earlier step,
+advance and report.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
-from quickchange_server.adapters.manager import AdapterTiers, NoAdapters, PacedLoad, Residency
-from quickchange_server.adapters.memory_pool import DevicePool
-from quickchange_server.adapters.turbo_packing import TurboShape
+from quickchange_kernels import dispatch
+from quickchange_kernels.compile_watch import CompileWatch
+from quickchange_kernels.kernel_cache import link_prebuilt
+from quickchange_server.adapters.manager import PacedLoad
 from quickchange_server.config import Settings
-from quickchange_server.engine.model_runner import Ran, Result, Runner
-from quickchange_server.engine.sampler import RowError, SampledToken
+from quickchange_server.engine.inputs.sample_tables import RowError
+from quickchange_server.engine.memory.cache_sizes import (
+    ROWS_OF_DRAFTS,
+    adapter_tiers,
+    cache_sizes,
+    context_length,
+    held_dtype,
+)
+from quickchange_server.engine.model_runner import Runner
+from quickchange_server.engine.sampler import SampledToken
 from quickchange_server.engine.scheduling.kv_cache_manager import KVBlocks, StateRows
 from quickchange_server.engine.scheduling.scheduler import Scheduled, Scheduler
 from quickchange_server.engine.scheduling.sequence import Sequence, fault_of
+from quickchange_server.engine.step_results import Flight, Ran, Result
 from quickchange_server.engine.token_masks import constraints_of
-from quickchange_server.model.architectures.recurrent_layers import bytes_per_state
-from quickchange_server.model.forward_context import FIRST_STATE
+from quickchange_server.engine.warm_up import LateWork, StepLimits
+from quickchange_server.model.loading.model_dtype import dtype_name
 from quickchange_server.model.loading.model_loader import LoadedModel
-from quickchange_server.model.paged_attention import bytes_per_block
 from quickchange_server.protocol import (
     AdapterFailed,
     AdapterMoved,
@@ -42,14 +53,27 @@ from quickchange_server.protocol import (
 )
 from quickchange_server.spec_decode.cost_model import StepCost
 from quickchange_server.spec_decode.prompt_lookup import TokenText
-from quickchange_server.spec_decode.speculator import DraftReport, NoSpeculation, Speculation
+from quickchange_server.spec_decode.speculator import (
+    DraftReport,
+    NoSpeculation,
+    Speculation,
+    StepDrafts,
+)
 from quickchange_server.structured_output.compiler import ConstraintCompiler
 
 logger = logging.getLogger(__name__)
 
 _UNSOUND = "prompt: it can't be read: the model's hidden states or logits hold NaN or infinity"
-_ROWS_OF_DRAFTS = 2  # rows per sequence for which a full batch has a captured graph, and states
-_TOKENS_OF_STATES_ALONE = 32768  # default context of a model that keeps no keys and values
+_DEPTH = 2  # steps in flight on a device that works beside the host
+
+
+class _InFlight(NamedTuple):
+    """A launched step and what its results will be judged by."""
+
+    flight: Flight
+    drafts: StepDrafts
+    started: float  # when its scheduling began; seconds, monotonic
+    must_settle: bool  # before the next step is scheduled
 
 
 class Engine:
@@ -60,7 +84,12 @@ class Engine:
     tokenizer for drafting the prompt's words by their text; None: no such drafts. `constraints`:
     the grammar compiler; None: requests with a constraint are refused. `prices`: of steps, as an
     engine like this one measured them; empty: they are measured. `on_begun` is told the ids of
-    requests before the engine works on them for the first time.
+    requests before the engine works on them for the first time. `depth`: steps that may be launched
+    and not settled; None: what suits the device.
+
+    While a step is in flight the next one is scheduled, launched behind it, and fed its tokens on
+    the device. A sequence that a token turns out to end has one row in the next step, whose result
+    is dropped. Where the tokens decide what the next step computes, they are waited for first.
 
     An error that belongs to one sequence (its parameters, its grammar, its prompt's reading, its
     drafts) ends that sequence alone, with an error delta. An error in work that sequences share is
@@ -78,19 +107,22 @@ class Engine:
         constraints: ConstraintCompiler | None = None,
         prices: Prices = (),
         on_begun: Callable[[tuple[str, ...]], None] = lambda _: None,
+        depth: int | None = None,
     ) -> None:
         self._settings = settings
         self._on_wake = on_wake
         self._on_begun = on_begun
         self._prices = prices
         self._vocabulary = model.vocabulary
-        states, blocks = _caches(model, settings)
+        self._dtypes = dtype_name(model.dtype), dtype_name(held_dtype(model, settings))
+        states, blocks = cache_sizes(model, settings)
         self._scaling = model.scaling
-        self._max_model_len = _context_length(model, settings, blocks)
-        self._adapters = _adapters(model, settings, load_adapter, on_wake)
+        self._max_model_len = context_length(model, settings, blocks)
+        self._adapters = adapter_tiers(model, settings, load_adapter, on_wake)
         self._constraints = constraints_of(constraints, model.vocabulary, on_wake)
         self._runner = self._made_runner(model, blocks, states)
-        self._runner.warm_up()
+        self._compiles = dispatch.triton_compiles(torch.device(settings.device))
+        self._warm_up(model, blocks, states)
         self._speculation = self._made_speculation(text)
         self.scheduler = Scheduler(
             blocks,
@@ -102,6 +134,11 @@ class Engine:
             states=states,
         )
         self._refused: list[Delta] = []
+        self._late = LateWork(self._runner, CompileWatch() if self._compiles else None)
+        self._depth = depth or (1 if settings.device == "cpu" else _DEPTH)
+        self._flights: deque[_InFlight] = deque()  # oldest first
+        self._deltas: list[Delta] = []  # of sequences that ended outside of a step
+        self._settled = 0.0  # when the last step was; seconds, monotonic
 
     def ready(self, load_seconds: float) -> Ready:
         """Limits and sizes for the API process. load_seconds: the duration of the start."""
@@ -115,6 +152,8 @@ class Engine:
             adapter_host_bytes=settings.adapter_host_bytes,
             prices=self._prices,
             own_bytes=_own_bytes(),
+            dtype=self._dtypes[0],
+            adapter_dtype=self._dtypes[1],
         )
 
     def submit(self, submit: Submit) -> None:
@@ -157,38 +196,72 @@ class Engine:
         return self._adapters.poll()
 
     def step(self) -> StepReport | None:
-        """Run one step. None if there was nothing to compute and nothing to report."""
+        """Launch what can be, then settle one step, the oldest, and return its report. None if
+        there was nothing to compute and nothing to report."""
+        self._deltas += self._ended_before_a_step()
+        while len(self._flights) < self._depth and not self._must_settle():
+            if not self._launch():
+                break
+        if not self._flights:
+            deltas, self._deltas = self._deltas, []
+            return StepReport(tuple(deltas), self.stats()) if deltas else None
+        return self._settle(self._flights.popleft())
+
+    def _must_settle(self) -> bool:
+        """True if no step can be prepared before the one in flight has told its tokens."""
+        return bool(self._flights) and self._flights[-1].must_settle
+
+    def _launch(self) -> bool:
+        """Schedule a step and give it to the device; False if there is nothing to compute."""
         started = time.monotonic()
-        deltas = self._ended_before_a_step()
         plan = self.scheduler.schedule(started)
         for request_id, fault in self.scheduler.faults.items():
             self.scheduler.cancel(request_id)
-            deltas.append(_error(request_id, fault, "request"))
+            self._deltas.append(_error(request_id, fault, "request"))
         if self.scheduler.claims_changed:
             self._on_wake()  # the tiers act on claims in `poll_adapters`
-        if not plan and not deltas:
-            return None
+        if not plan:
+            return False
         self._begin([item.sequence for item in plan])
-        prefill_rows = sum([item.count for item in plan if item.sequence.remaining > 1])
-        ran = self._runner.run(plan, self._speculation)
-        drafted = self._speculation.observe(plan, ran)
+        flight = self._runner.launch(plan, self._speculation)
+        self._late.note(plan)
+        drafts = self._speculation.under_way()
+        faults = flight.faults
+        self.scheduler.launched(
+            [item for item in plan if item.sequence.request_id not in faults] if faults else plan
+        )
+        must_settle = bool(faults) or any(
+            item.samples and item.sequence.needs_its_tokens for item in plan
+        )
+        self._flights.append(_InFlight(flight, drafts, started, must_settle))
+        return True
+
+    def _settle(self, launched: _InFlight) -> StepReport:
+        """Wait for a launched step, and let its sequences take their tokens."""
+        plan = launched.flight.plan
+        ran = launched.flight.ran()
+        drafted = self._speculation.observe(plan, ran, launched.drafts)
+        deltas, self._deltas = self._deltas, []
         deltas += self._advance(plan, ran)
-        stats = self._stats(plan, prefill_rows, drafted, ran.mask_seconds, started)
+        began, self._settled = max(launched.started, self._settled), time.monotonic()
+        stats = self._stats(plan, drafted, ran.mask_seconds, self._settled - began)
         return StepReport(tuple(deltas), stats)
 
     def stats(self) -> StepStats:
         """The state between steps; the figures of a step are 0."""
-        return self._stats([], 0, DraftReport(), None, None)
+        return self._stats((), DraftReport(), None, 0.0)
 
     def check_integrity(self) -> None:
         """Raises AssertionError if the scheduler's, the cache's or the tiers' state is broken."""
-        self.scheduler.check_integrity()
+        in_flight = [item.sequence for f in self._flights for item in f.flight.plan]
+        self.scheduler.check_integrity(in_flight)
         self._adapters.check_integrity()
 
     def close(self) -> None:
         """End the threads that compile grammars and load adapters."""
         self._constraints.close()
         self._adapters.close()
+        self._late.close()
 
     def _made_runner(
         self, model: LoadedModel, blocks: KVBlocks, states: StateRows | None
@@ -200,12 +273,33 @@ class Engine:
             self._constraints.masks,
             num_blocks=blocks.num_blocks,
             block_size=blocks.block_size,
-            most_graph_rows=settings.max_sequences * (_ROWS_OF_DRAFTS if settings.turbo else 1),
+            most_graph_rows=settings.max_sequences * (ROWS_OF_DRAFTS if settings.turbo else 1),
             max_model_len=self._max_model_len,
-            dtype=torch_dtype(settings.dtype),
+            dtype=model.dtype,
             device=torch.device(settings.device),
             state_rows=0 if states is None else states.model_rows,
+            max_sequences=settings.max_sequences,
+            max_batch_tokens=settings.batch_tokens,
         )
+
+    def _warm_up(self, model: LoadedModel, blocks: KVBlocks, states: StateRows | None) -> None:
+        """Capture every graph and launch every kernel now, so that no request waits for them."""
+        self._runner.warm_up()
+        if not self._compiles:
+            return
+        link_prebuilt()
+        settings = self._settings
+        limits = StepLimits(
+            rows=settings.batch_tokens,
+            sequences=settings.max_sequences,
+            context=min(self._max_model_len, blocks.num_blocks * blocks.block_size),
+            block_size=blocks.block_size,
+            state_rows=0 if states is None else states.num_rows,
+            adapters=self._adapters.served,
+            drafts=settings.turbo,
+            scaling=model.scaling,
+        )
+        self._runner.launch_all(limits)
 
     def _made_speculation(self, text: TokenText | None) -> Speculation | NoSpeculation:
         if not self._settings.turbo:
@@ -269,6 +363,8 @@ class Engine:
         for item in plan:
             result = next(results) if item.samples else None
             request_id = item.sequence.request_id
+            if not self.scheduler.holds(item.sequence):
+                continue  # it has ended since the launch
             fault = ran.faults.get(request_id)
             if fault is None:
                 try:
@@ -283,19 +379,19 @@ class Engine:
     def _advance_one(self, item: Scheduled, result: Result | None) -> list[Delta]:
         sequence = item.sequence
         if sequence.reading is not None and not sequence.reading.sound:
-            self.scheduler.finish(sequence)
+            self.scheduler.cancel(sequence.request_id)
             return [_unsound(sequence, _UNSOUND, "internal")]
         if result is None:
-            _, reason = self.scheduler.advance(item, ())
+            _, reason = self.scheduler.settled(item, ())
             return [] if reason is None else [self._delta(item, [], reason, 0)]
         drawn, error = _until_error(result.sampled)
-        taken, reason = self.scheduler.advance(item, [row.token_id for row in drawn])
+        taken, reason = self.scheduler.settled(item, [row.token_id for row in drawn])
         deltas = []
         if taken:
             held = len(result.sampled) - 1
             deltas.append(self._delta(item, drawn[:taken], reason, min(taken, held)))
         if reason is None and error is not None:
-            self.scheduler.finish(sequence)
+            self.scheduler.cancel(sequence.request_id)
             deltas.append(_unsound(sequence, error.error, error.kind))
         return deltas
 
@@ -307,34 +403,36 @@ class Engine:
         accepted: int,
     ) -> Delta:
         sequence = item.sequence
-        first, sequence.reported = not sequence.reported, True
-        reading = sequence.reading if first else None
-        return Delta(
+        delta = Delta(
             sequence.request_id,
-            token_ids=tuple([row.token_id for row in drawn]),
-            logprobs=tuple([row.logprobs for row in drawn if row.logprobs is not None]),
-            finish_reason=reason,
-            cached_tokens=sequence.cached_tokens if first else None,
-            queue_seconds=sequence.queue_seconds if first else None,
+            tuple([row.token_id for row in drawn]),
+            tuple([row.logprobs for row in drawn if row.logprobs is not None]),
+            reason,
             drafted=len(item.drafts),
             accepted=accepted,
+        )
+        if sequence.reported:
+            return delta
+        sequence.reported, reading = True, sequence.reading
+        return delta._replace(
+            cached_tokens=sequence.cached_tokens,
+            queue_seconds=sequence.queue_seconds,
             prompt_logprobs=() if reading is None else reading.scores,
             embedding=None if reading is None else reading.embedding,
         )
 
     def _stats(
         self,
-        plan: list[Scheduled],
-        prefill_rows: int,
+        plan: Seq[Scheduled],
         drafted: DraftReport,
         mask_seconds: float | None,
-        started: float | None,
+        seconds: float,
     ) -> StepStats:
         scheduler = self.scheduler
         return StepStats(
-            seconds=0.0 if started is None else time.monotonic() - started,
+            seconds=seconds,
             rows=sum([item.rows for item in plan]),
-            prefill_rows=prefill_rows,
+            prefill_rows=sum([item.count for item in plan if item.prefills]),
             sequences=len(plan),
             adapters=len({digest for item in plan for digest in item.sequence.digests}),
             running=len(scheduler.running),
@@ -349,6 +447,8 @@ class Engine:
             draft_estimate=drafted.estimate,
             draft_gain=drafted.gain,
             mask_seconds=mask_seconds,
+            late_compilations=self._late.compiled,
+            late_captures=self._late.captured,
         )
 
 
@@ -360,81 +460,6 @@ def _until_error(rows: Seq[SampledToken | RowError]) -> tuple[list[SampledToken]
             return drawn, row
         drawn.append(row)
     return drawn, None
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """The torch dtype that a setting names."""
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
-
-
-def _caches(model: LoadedModel, settings: Settings) -> tuple[StateRows | None, KVBlocks]:
-    """State rows, None for a model without recurrent layers, and the KV blocks, by what
-    `kv_cache_bytes` has room for.
-
-    Every sequence needs one state row, and one more for each draft that is verified; a prefix is
-    found again where a state was kept behind it. So states get rows for all `max_sequences`, as
-    many again where drafts are made, and as many again to keep, but no more than half of the budget
-    while there are keys and values to hold, in this order of importance. Blocks get the rest.
-    Raises ValueError if there is no room for the states of one sequence.
-    """
-    budget, most = settings.kv_cache_bytes, settings.max_sequences
-    block = bytes_per_block(model.layers, settings.block_size, torch_dtype(settings.dtype))
-    if not model.recurrent:
-        blocks = KVBlocks(budget // block, settings.block_size, prefix_cache=settings.prefix_cache)
-        return None, blocks
-    state = bytes_per_state(model.recurrent)
-    room = (budget // 2 if block else budget) // state - FIRST_STATE
-    rows = min(most * (_ROWS_OF_DRAFTS if settings.turbo else 1), room)
-    if rows < 1:
-        raise ValueError(
-            f"kv_cache_bytes ({budget}) has no room for the states of one sequence, {state} bytes: "
-            f"give at least {state * (FIRST_STATE + 1) * (2 if block else 1)}"
-        )
-    states = StateRows(rows, min(most, room - rows) if settings.prefix_cache else 0)
-    if block:
-        num_blocks = (budget - states.model_rows * state) // block
-    else:  # blocks hold nothing: as many as all the sequences can ask for
-        length = settings.max_model_len or min(model.max_positions, _TOKENS_OF_STATES_ALONE)
-        num_blocks = -(-length // settings.block_size) * most
-    logger.info(
-        "kv_cache_bytes: %d states of %d bytes for sequences, %d to keep; %d blocks of keys and "
-        "values of %d bytes",
-        rows,
-        state,
-        states.model_rows - FIRST_STATE - rows,
-        num_blocks,
-        block,
-    )
-    return states, KVBlocks(num_blocks, settings.block_size, prefix_cache=settings.prefix_cache)
-
-
-def _context_length(model: LoadedModel, settings: Settings, blocks: KVBlocks) -> int:
-    """Most tokens of one sequence. Raises ValueError if the model has fewer positions, or none."""
-    most = model.max_positions
-    room = blocks.num_blocks * blocks.block_size if model.layers else _TOKENS_OF_STATES_ALONE
-    length = settings.max_model_len or min(most, room)
-    if not 1 <= length <= most:
-        raise ValueError(f"max_model_len ({length}) must be from 1 to the model's {most}")
-    return length
-
-
-def _adapters(
-    model: LoadedModel,
-    settings: Settings,
-    load_adapter: PacedLoad,
-    on_wake: Callable[[], None],
-) -> AdapterTiers:
-    if not settings.adapters:
-        return NoAdapters()
-    pool = DevicePool(
-        model.groups,
-        settings.adapter_device_bytes,
-        torch_dtype(settings.held_adapter_dtype),
-        torch.device(settings.device),
-    )
-    turbo = TurboShape(model.hidden, model.vocabulary)
-    return Residency(pool, load_adapter, model.groups, turbo, settings.adapter_host_bytes, on_wake)
 
 
 def _own_bytes() -> int:

@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection, wait
 import torch
 
 from quickchange_server.config import Settings
-from quickchange_server.engine.engine import Engine, torch_dtype
+from quickchange_server.engine.engine import Engine
 from quickchange_server.errors import SettingError
 from quickchange_server.model.loading.model_loader import load_model
 from quickchange_server.protocol import (
@@ -33,6 +33,7 @@ from quickchange_server.protocol import (
     Pulse,
     Ready,
     Shutdown,
+    StepStats,
     Submit,
 )
 from quickchange_server.spec_decode.prompt_lookup import TokenText
@@ -103,10 +104,11 @@ def _start(
         tokenizer = beside.submit(read_tokenizer, settings)
         model = load_model(
             settings.model,
-            dtype=torch_dtype(settings.dtype),
+            dtype=settings.dtype,
             device=torch.device(settings.device),
             adapters=settings.adapters,
             quantization=settings.quantization,
+            deterministic=settings.deterministic,
             model_check=settings.model_check,
         )
         store = Store(settings.store)
@@ -125,7 +127,7 @@ def _start(
 
 
 def _serve(connection: Connection, engine: Engine, waker: Waker) -> None:
-    told: Pulse | None = None  # the last state that was sent, if nothing has changed since
+    told: StepStats | None = None  # the last that were sent, if nobody has asked since
     while True:
         while connection.poll():
             command: Command = connection.recv()
@@ -140,13 +142,14 @@ def _serve(connection: Connection, engine: Engine, waker: Waker) -> None:
         step = engine.step()
         if step is not None:
             connection.send(step)
-            told = Pulse(engine.stats())
-        elif told != (pulse := Pulse(engine.stats())):
-            connection.send(pulse)
-            told = pulse
-        if step is None:
-            wait([connection, waker.fileno()])
-            waker.clear()
+            told = step.stats
+            continue
+        stats = engine.stats()
+        if told is None or told.between_steps() != stats:
+            connection.send(Pulse(stats))
+            told = stats
+        wait([connection, waker.fileno()])
+        waker.clear()
 
 
 def _obey(engine: Engine, command: Command) -> None:

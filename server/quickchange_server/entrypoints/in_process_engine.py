@@ -20,7 +20,7 @@ from torch import Tensor
 
 from quickchange_server.adapters.manager import PacedLoad
 from quickchange_server.config import Settings
-from quickchange_server.engine.engine import Engine, torch_dtype
+from quickchange_server.engine.engine import Engine
 from quickchange_server.errors import (
     AdapterFailedError,
     AdapterWeightsError,
@@ -172,10 +172,11 @@ class InProcessEngine:
         started = time.monotonic()
         model = load_model(
             settings.model,
-            dtype=torch_dtype(settings.dtype),
+            dtype=settings.dtype,
             device=torch.device(settings.device),
             adapters=settings.adapters,
             quantization=settings.quantization,
+            deterministic=settings.deterministic,
             model_check=settings.model_check,
         )
         self._head = model.module.get_output_embeddings()  # type: ignore[operator]

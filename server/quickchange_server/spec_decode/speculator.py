@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from quickchange_server.protocol import LOOKUP, DraftCount
 from quickchange_server.spec_decode.acceptance_rates import FORCED, WORDS, Acceptance, Drafter
@@ -43,6 +43,21 @@ class DraftReport:
     gain: int = 0  # tokens accepted
 
 
+@dataclass(slots=True)
+class StepDrafts:
+    """What was decided about the drafts of one step, kept until its results are there."""
+
+    awake: bool = False  # True if the step may draft
+    room: int = 0  # rows that were left for drafts
+    bought: dict[str, list[Draft]] = field(default_factory=dict)
+    depths: dict[str, int] = field(default_factory=dict)
+    guided: dict[str, GuidedChain] = field(default_factory=dict)
+    estimate: float = 0.0
+
+
+_NO_DRAFTS = StepDrafts()
+
+
 class NoSpeculation:
     """Null object of an engine that does not draft."""
 
@@ -57,8 +72,11 @@ class NoSpeculation:
     def guide(self, items: Seq[PlannedItem]) -> None:
         """Never asked: no heads draft."""
 
-    def observe(self, plan: Seq[PlannedItem], ran: StepResult) -> DraftReport:
-        del plan, ran
+    def under_way(self) -> StepDrafts:
+        return _NO_DRAFTS
+
+    def observe(self, plan: Seq[PlannedItem], ran: StepResult, drafts: StepDrafts) -> DraftReport:
+        del plan, ran, drafts
         return DraftReport()
 
 
@@ -81,24 +99,21 @@ class Speculation:
         self._proposer = Proposer(self._acceptance, max_model_len, text)
         self._depth_plan = DepthPlan(self._acceptance, cost, self._draft_cost)
         self._backoff = Backoff()
-        self._awake = False  # True if the step under way may draft
         self._trial: str | None = None  # request whose drafts are verified at any cost
-        self._room = 0
-        # State of the step under way.
-        self._bought: dict[str, list[Draft]] = {}
-        self._depths: dict[str, int] = {}
-        self._guided: dict[str, GuidedChain] = {}
-        self._estimate = 0.0
+        self._step = StepDrafts()  # the one that is being prepared, or was last
+
+    def under_way(self) -> StepDrafts:
+        """The decisions of the step that was launched last; `observe` reads them."""
+        return self._step
 
     def buy(self, plan: Seq[PlannedItem], room: int) -> list[tuple[int, ...]]:
         """Drafts to verify for each item, at most `room` in all; an empty list: none at all."""
-        self._bought, self._estimate = {}, 0.0
+        step = self._step = StepDrafts(room=room)
         self._proposer.alone.clear()
         decoding = sum([item.samples for item in plan])
-        self._room = room
         wanted = any(item.sequence.drafting is not None for item in plan)
-        self._awake = wanted and self._backoff.awake(decoding)
-        if not self._awake:
+        step.awake = wanted and self._backoff.awake(decoding)
+        if not step.awake:
             return []
         chains = [self._chain(item) for item in plan]
         if not any(chains):
@@ -107,13 +122,13 @@ class Speculation:
         trial = next((i for i, item in enumerate(plan) if self._is_trial(item)), None)
         chances = [[draft.chance for draft in chain] for chain in chains]
         purchase = buy_chains(chances, load, self._cost, trial=trial)
-        self._estimate = purchase.gain
+        step.estimate = purchase.gain
         bought = []
         for index, (item, chain) in enumerate(zip(plan, chains, strict=True)):
             own = chain[: purchase.lengths[index]]
             bought.append(tuple([draft.token for draft in own]))
             if own:
-                self._bought[item.sequence.request_id] = own
+                step.bought[item.sequence.request_id] = own
         return bought
 
     def depths(self, plan: Seq[PlannedItem]) -> Mapping[str, int]:
@@ -121,8 +136,8 @@ class Speculation:
 
         Also chooses the drafter that the next step tries.
         """
-        self._trial, self._depths, self._guided = None, {}, {}
-        if not self._awake:
+        self._trial, step = None, self._step
+        if not step.awake:
             return {}
         items = [item for item in plan if item.samples and item.sequence.drafting is not None]
         if not items:
@@ -132,7 +147,7 @@ class Speculation:
         )
         prospects = [self._prospect(item) for item in items]
         decoding = sum([item.samples for item in plan])
-        load = StepLoad(decoding, 0, self._room + sum([len(item.drafts) for item in plan]))
+        load = StepLoad(decoding, 0, step.room + sum([len(item.drafts) for item in plan]))
         chosen = self._depth_plan.depths(prospects, load)
         for item, prospect, planned in zip(items, prospects, chosen, strict=True):
             key = item.sequence.request_id
@@ -142,58 +157,61 @@ class Speculation:
                 if due == prospect.drafter:
                     depth = max(depth, min(_TRIED, prospect.deepest))
             if depth:
-                self._depths[key] = depth
-        return self._depths
+                step.depths[key] = depth
+        return step.depths
 
     def guide(self, items: Seq[PlannedItem]) -> WordGuide | None:
         """The guide that revises the heads' drafts for these items; None: they stay."""
         chains = [self._guided_chain(item.sequence) for item in items]
         if all(chain.lookup is None for chain in chains):
             return None
-        self._guided = {
+        self._step.guided = {
             item.sequence.request_id: chain for item, chain in zip(items, chains, strict=True)
         }
         return WordGuide(chains, self._acceptance)
 
-    def observe(self, plan: Seq[PlannedItem], ran: StepResult) -> DraftReport:
-        """Learn from a computed step, before its tokens are taken; keep the heads' new drafts."""
+    def observe(self, plan: Seq[PlannedItem], ran: StepResult, drafts: StepDrafts) -> DraftReport:
+        """Learn from a computed step, before its tokens are taken; keep the heads' new drafts.
+
+        drafts: `under_way` when the step was launched.
+        """
         sampling = [item for item in plan if item.samples]
         for item, result in zip(sampling, ran.results, strict=True):
-            self._keep(item.sequence, result)
+            self._keep(item.sequence, result, drafts)
         if ran.seconds is not None and all(item.count == 1 for item in plan):
             self._cost.observe(sum([item.rows for item in plan]), ran.seconds)
-        self._judge_step(plan, ran)
+        self._judge_step(plan, ran, drafts)
         if ran.draft_seconds is not None:
-            self._draft_cost.observe(list(self._depths.values()), ran.draft_seconds)
-        if not self._bought:
+            self._draft_cost.observe(list(drafts.depths.values()), ran.draft_seconds)
+        if not drafts.bought:
             return DraftReport()
         drafted: Counter[tuple[str, int]] = Counter()
         accepted: Counter[tuple[str, int]] = Counter()
         for item, result in zip(sampling, ran.results, strict=True):
-            self._judge(item, result, drafted, accepted)
+            self._judge(item, result, drafts, drafted, accepted)
         return DraftReport(
             counts=tuple(
                 DraftCount(name, depth, count, accepted[name, depth])
                 for (name, depth), count in drafted.items()
             ),
             rows=drafted.total(),
-            estimate=self._estimate,
+            estimate=drafts.estimate,
             gain=accepted.total(),
         )
 
-    def _keep(self, sequence: DraftedSequence, result: ItemResult) -> None:
+    def _keep(self, sequence: DraftedSequence, result: ItemResult, drafts: StepDrafts) -> None:
         """Keep the heads' drafts behind the tokens that a sequence is about to take."""
         sequence.head_drafts = None
         if result.drafts:
             tokens, chances = zip(*result.drafts, strict=True)
-            guided = self._guided.get(sequence.request_id)
+            guided = drafts.guided.get(sequence.request_id)
             matches = (0,) * len(tokens) if guided is None else guided.matches[: len(tokens)]
             after = len(sequence.tokens) + len(result.sampled)
             sequence.head_drafts = HeadDrafts(after, tokens, chances, tuple(matches))
 
-    def _judge_step(self, plan: Seq[PlannedItem], ran: StepResult) -> None:
+    def _judge_step(self, plan: Seq[PlannedItem], ran: StepResult, drafts: StepDrafts) -> None:
         """Compare a decode step's tokens a second with those of no drafts, for the back-off."""
-        if not self._awake or ran.seconds is None or any(item.count != 1 for item in plan):
+        if not drafts.awake or ran.seconds is None or any(item.count != 1 for item in plan):
             return
         tokens = sum([len(result.sampled) for result in ran.results])
         seconds = ran.seconds + (ran.draft_seconds or 0.0)
@@ -203,12 +221,13 @@ class Speculation:
         self,
         item: PlannedItem,
         result: ItemResult,
+        drafts: StepDrafts,
         drafted: Counter[tuple[str, int]],
         accepted: Counter[tuple[str, int]],
     ) -> None:
         """Count one item's drafts, and learn from those up to the first rejected."""
         held = len(result.sampled) - 1
-        chain = self._bought.get(item.sequence.request_id, [])
+        chain = drafts.bought.get(item.sequence.request_id, [])
         for depth, draft in enumerate(chain[: len(item.drafts)], 1):
             counted = LOOKUP if draft.drafter.name in (WORDS, FORCED) else draft.drafter.name
             drafted[counted, depth] += 1
@@ -242,7 +261,7 @@ class Speculation:
         if heads is None or sequence.drafting is None:
             raise RuntimeError(f"{sequence.request_id} has drafts of heads that it does not have")
         lookup = self._proposer.words(sequence) if sequence.drafting.lookup else None
-        depth = self._depths[sequence.request_id]
+        depth = self._step.depths[sequence.request_id]
         return GuidedChain(lookup, heads, Drafter(WORDS, sequence.key), depth)
 
 

@@ -112,7 +112,7 @@ async def info(services: Injected) -> Json:
     return {
         "model_id": services.catalog.base_name,
         "model_sha": None,
-        "model_dtype": f"torch.{settings.dtype}",
+        "model_dtype": f"torch.{engine.dtype}",
         "model_device_type": settings.device,
         "model_pipeline_tag": "text-generation",
         "max_concurrent_requests": settings.max_queue,

@@ -17,51 +17,58 @@ using, and a load that has begun is not broken off.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from typing import Protocol
 
 from quickchange_server.engine.scheduling.adapter_claims import Claims, Holdings
 from quickchange_server.engine.scheduling.fair_queue import Lane
 from quickchange_server.engine.scheduling.kv_cache_manager import KVBlocks, StateRows
-from quickchange_server.engine.scheduling.sequence import Border, Sequence, isolated
+from quickchange_server.engine.scheduling.sequence import Border, Components, Sequence, isolated
 from quickchange_server.protocol import FinishReason
 
 _NO_ROWS = range(0)
+_COMPONENTS = attrgetter("components")
 _MOST_SCORED = 256  # prompt rows of a step whose logits are read: [256, V] is held at once
 _BESIDE = 8  # beside foreground rows, the background gets one of so many rows of the budget
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Scheduled:
-    """Rows of one sequence in the coming step: tokens [computed, computed + count), then drafts."""
+    """Rows of one sequence in a step: tokens [first, first + count), then drafts.
+
+    It says what the step computes of the sequence, which goes on while the step is in flight.
+    """
 
     sequence: Sequence
     count: int
-    components: tuple[tuple[int, float], ...]  # (device slot, weight) of each adapter
+    components: Components
     heads: int | None = None  # device slot of its Turbo heads
     drafts: tuple[int, ...] = ()  # tokens to verify, in order
+    first: int = field(init=False)
+    # True if the sequence's last token is among these rows, so that a new one is sampled.
+    samples: bool = field(init=False)
+    prefills: bool = field(init=False)  # it had more than its last token to compute
+    # Positions of the rows whose logits are read for the prompt's log-probabilities, and of those
+    # whose hidden states are read for an embedding.
+    scored: range = field(init=False)
+    pooled: range = field(init=False)
+    pends: bool = field(default=False, init=False)  # see `Sequence.pending`; set at the launch
 
-    @property
-    def samples(self) -> bool:
-        """True if the sequence's last token is among these rows, so that a new one is sampled."""
-        return self.count == self.sequence.remaining and self.sequence.generates
-
-    @property
-    def scored(self) -> range:
-        """Positions of the rows whose logits are read for the prompt's log-probabilities."""
-        reading = self.sequence.reading
-        if reading is None or reading.top is None:
-            return _NO_ROWS
-        return reading.rows(self.sequence.computed, self.count)
-
-    @property
-    def pooled(self) -> range:
-        """Positions of the rows whose hidden states are read for an embedding."""
-        reading = self.sequence.reading
-        if reading is None or reading.top is not None:
-            return _NO_ROWS
-        return reading.rows(self.sequence.computed, self.count)
+    def __post_init__(self) -> None:
+        sequence = self.sequence
+        self.first = sequence.computed
+        self.samples = self.count == sequence.remaining and sequence.generates
+        self.prefills = sequence.remaining > 1
+        self.scored = self.pooled = _NO_ROWS
+        if (reading := sequence.reading) is not None:
+            rows = reading.rows(self.first, self.count)
+            if reading.top is None:
+                self.pooled = rows
+            else:
+                self.scored = rows
 
     @property
     def rows(self) -> int:
@@ -181,44 +188,61 @@ class Scheduler:
         if self.background or len(self.running) > self._running_foreground():
             plan += self._behind(plan, now, admitting=self.preemptions == preemptions)
         # Rows under the same adapters side by side: one segment, whose weights are read once.
-        plan.sort(key=lambda item: item.components)
+        plan.sort(key=_COMPONENTS)
         return plan
 
-    def advance(self, item: Scheduled, tokens: Seq[int]) -> tuple[int, FinishReason | None]:
-        """Record that `item` was computed and its prompt rows were read.
+    def launched(self, items: Iterable[Scheduled]) -> None:
+        """Record that `items` were given to the device: what comes next may build on their rows."""
+        for item in items:
+            sequence = item.sequence
+            sequence.computed += item.count
+            if item.samples and sequence.goes_on_behind(sequence.computed + 1, self.max_model_len):
+                item.pends = True
+                sequence.pending += 1
+            if self.states is not None and not item.drafts:
+                self._advance_state(self.states, sequence, 0)
+            self._commit_full_blocks(sequence)
 
-        tokens: the sampled ones, one more than accepted drafts; none if the item does not sample.
-        Returns how many of them count (none after the first that ends the sequence), and the
-        reason if the sequence ended.
+    def settled(self, item: Scheduled, tokens: Seq[int]) -> tuple[int, FinishReason | None]:
+        """Record that a launched `item` was computed and its prompt rows were read.
+
+        tokens: the sampled ones, one more than accepted drafts; none if the item does not sample,
+        or no token could be chosen. Returns how many of them count (none after the first that ends
+        the sequence), and the reason if the sequence ended.
         """
         sequence = item.sequence
-        sequence.computed += item.count
+        sequence.pending -= item.pends
         taken = 0
-        reason = None if sequence.generates else sequence.finish_reason(self.max_model_len)
+        reason = None
+        if not sequence.generates and item.first + item.count == len(sequence.tokens):
+            reason = sequence.reason_without_output
         for token in tokens:
             sequence.take(token)
             taken += 1
             reason = sequence.finish_reason(self.max_model_len)
             if reason is not None:
                 break
-        accepted = max(taken - 1, 0)
-        if self.states is not None:
-            self._advance_state(self.states, sequence, accepted)
-        sequence.computed += accepted  # the rows of accepted drafts
+        if item.drafts:
+            accepted = max(taken - 1, 0)
+            if self.states is not None:
+                self._advance_state(self.states, sequence, accepted)
+            sequence.computed += accepted  # the rows of accepted drafts
         self._commit_full_blocks(sequence)
         if reason is not None:
-            self.finish(sequence)
-        elif sequence.scaling is not None and sequence.outgrown:
+            self.cancel(sequence.request_id)
+        elif sequence.outgrown and not sequence.pending:
             self._outgrown.append(sequence)
         return taken, reason
 
-    def finish(self, sequence: Sequence) -> None:
-        """End a running sequence and free its caches and adapters."""
-        self.running.remove(sequence)
-        self._end(sequence)
+    def holds(self, sequence: Sequence) -> bool:
+        """True if the sequence has not ended."""
+        return self._sequences.get(sequence.request_id) is sequence
 
-    def check_integrity(self) -> None:
-        """Raises AssertionError if a sequence or a block is lost, shared or counted twice."""
+    def check_integrity(self, in_flight: Collection[Sequence] = ()) -> None:
+        """Raises AssertionError if a sequence or a block is lost, shared or counted twice.
+
+        in_flight: the sequences that are part of a launched step which is not settled.
+        """
         self.blocks.check_integrity()
         apart = [*self.foreground, *self.background]
         everywhere = [*self.running, *apart]
@@ -238,7 +262,12 @@ class Scheduler:
         for sequence in self.running:
             room = len(sequence.blocks) * self.blocks.block_size
             assert sequence.computed <= room, "more tokens computed than blocks hold"
-            assert sequence.remaining >= 1, "nothing left to compute in a running sequence"
+            left = sequence.remaining >= 1 or sequence in in_flight
+            assert left, "nothing left to compute in a running sequence"
+            placed = sequence.components, sequence.head_slot
+            assert placed == self._placed(sequence), "a running sequence's adapters have moved"
+        for sequence in everywhere:
+            assert 0 <= sequence.pending <= (sequence in in_flight), "a token that never comes"
         for sequence in apart:
             assert not sequence.blocks, "a sequence that isn't running holds blocks"
             rows = [*sequence.states, sequence.kept_state, sequence.border]
@@ -255,14 +284,16 @@ class Scheduler:
     def _go_on(self, sequences: Seq[Sequence], budget: int) -> list[Scheduled]:
         """Next rows of running sequences, at most `budget`; decode rows come first."""
         plan: list[Scheduled] = []
+        preemptions = self.preemptions
+        remaining = [sequence.remaining for sequence in sequences]
         decode_budget = budget
-        prefill_budget = budget - sum([sequence.remaining == 1 for sequence in sequences])
-        for sequence in sequences:
-            if sequence not in self.running:
+        prefill_budget = budget - remaining.count(1)
+        for sequence, left in zip(sequences, remaining, strict=True):
+            if self.preemptions != preemptions and sequence not in self.running:
                 break  # preempted for one before it, as are all after it
-            decode = sequence.remaining == 1
+            decode = left == 1
             count = self._count(sequence, decode_budget if decode else prefill_budget)
-            if count > 0 and self._grow(sequence, count):
+            if count and self._grow(sequence, count):
                 plan.append(self._scheduled(sequence, count))
                 if decode:
                     decode_budget -= 1
@@ -328,6 +359,7 @@ class Scheduler:
                 self._preempt(self._last())
             lane.take(sequence)
             self.running.append(sequence)
+            sequence.components, sequence.head_slot = self._placed(sequence)
             if sequence.first_scheduled is None:
                 sequence.first_scheduled = now
             count = self._count(sequence, budget)
@@ -468,7 +500,9 @@ class Scheduler:
 
     def _commit_full_blocks(self, sequence: Sequence) -> None:
         block_size = self.blocks.block_size
-        full = sequence.computed // block_size
+        full = min(sequence.computed, len(sequence.tokens)) // block_size
+        if full <= sequence.committed:
+            return
         keys = sequence.keys_of_full_blocks(full, block_size)
         for index in range(sequence.committed, full):
             self.blocks.commit(sequence.blocks[index], keys[index])
@@ -477,12 +511,13 @@ class Scheduler:
     def _scheduled(self, sequence: Sequence, count: int) -> Scheduled:
         if self.states is not None and count > 1:
             self._plan_border(self.states, sequence, count)
+        return Scheduled(sequence, count, sequence.components, sequence.head_slot)
+
+    def _placed(self, sequence: Sequence) -> tuple[Components, int | None]:
+        """Where the adapters of a sequence and its heads are, as long as it holds them."""
         slots = self._holdings.slots(sequence)
-        if not slots:
-            return Scheduled(sequence, count, ())
         components = tuple([(slots[c.digest], c.weight) for c in sequence.request.adapters])
-        heads = None if sequence.heads is None else slots[sequence.heads]
-        return Scheduled(sequence, count, components, heads)
+        return components, None if sequence.heads is None else slots[sequence.heads]
 
 
 def _rows(plan: Seq[Scheduled]) -> int:

@@ -36,6 +36,7 @@ from quickchange_server.structured_output.compiler import Matcher
 
 logger = logging.getLogger(__name__)
 
+Components = tuple[tuple[int, float], ...]  # (device slot, weight) of each adapter
 Doubles = npt.NDArray[np.float64]
 
 
@@ -175,6 +176,7 @@ class Sequence:
     scaling: PositionScaling | None = None  # if the model scales positions by the text's length
     # Derived from the request.
     request_id: str = field(init=False)  # a field: it is read many times a step
+    _prompt: int = field(init=False)  # its length
     tokens: list[int] = field(init=False)
     key: bytes = field(init=False)  # key of its composition and salt
     reach: int = field(init=False)  # tokens of the text that its positions are scaled for, at least
@@ -182,6 +184,7 @@ class Sequence:
     generates: bool = field(init=False)  # False: it ends once its prompt is computed
     drafting: Drafting | None = field(init=False)
     digests: list[str] = field(init=False)  # adapter versions that it needs on the device
+    _needs_values: bool = field(init=False)  # what follows a token depends on which it is
     # Progress.
     head_drafts: HeadDrafts | None = None  # the latest
     lookup: PromptLookup | None = None  # over `tokens`, if drafting asks for it
@@ -191,7 +194,14 @@ class Sequence:
     block_keys: list[bytes] = field(
         default_factory=list
     )  # content keys of its full blocks, as far as needed
-    computed: int = 0  # leading tokens whose keys and values are in `blocks`
+    # Leading tokens whose keys and values are in `blocks`, or will be by a launched step.
+    computed: int = 0
+    # Tokens that launched steps sample and that have to be computed in their turn: they follow
+    # `tokens`, and are scheduled like these.
+    pending: int = 0
+    components: Components = ()  # while it runs
+    head_slot: int | None = None  # of its Turbo heads, while it runs
+    token_row: int = 0  # where the pending one is among the latest step's sampled tokens
     committed: int = 0  # leading blocks offered to the prefix cache
     # State rows of its own, if the model has recurrent layers: the coming step leaves its states in
     # them, after the last row in the first, after each draft in those behind.
@@ -206,6 +216,7 @@ class Sequence:
     def __post_init__(self) -> None:
         request = self.request
         self.request_id = request.request_id
+        self._prompt = len(request.prompt)
         self.tokens = [*request.prompt, *request.output]
         self.key = composition_key(request.adapters, request.salt)
         self.reach = len(request.prompt)
@@ -219,19 +230,37 @@ class Sequence:
         self.drafting = request.drafting if self.generates and not request.background else None
         heads = () if self.heads is None else (self.heads,)
         self.digests = list(dict.fromkeys([*(c.digest for c in request.adapters), *heads]))
+        sampling = request.sampling
+        self._needs_values = (
+            request.constraint is not None
+            or self.drafting is not None
+            or sampling.repetition_penalty != 1.0
+            or sampling.frequency_penalty != 0.0
+            or sampling.presence_penalty != 0.0
+        )
 
     @property
     def output(self) -> list[int]:
-        return self.tokens[len(self.request.prompt) :]
+        return self.tokens[self._prompt :]
 
     @property
     def output_length(self) -> int:
-        return len(self.tokens) - len(self.request.prompt)
+        return len(self.tokens) - self._prompt
 
     @property
     def remaining(self) -> int:
         """Tokens still to be computed before the next one can be sampled."""
-        return len(self.tokens) - self.computed
+        return len(self.tokens) + self.pending - self.computed
+
+    @property
+    def needs_its_tokens(self) -> bool:
+        """True if no row can be made before the tokens in flight are known: its masks, penalties
+        or drafts follow from them, or all is computed anew behind them."""
+        return self._needs_values or self.outgrown
+
+    def goes_on_behind(self, length: int, max_model_len: int) -> bool:
+        """True if a text of `length` tokens may have another one."""
+        return length < max_model_len and length - self._prompt < self.request.sampling.token_limit
 
     @property
     def state(self) -> int:
@@ -264,7 +293,7 @@ class Sequence:
         scaling = self.scaling
         if scaling is None or not scaling.anew:
             return False
-        return scaling.kind(self.reach) != scaling.kind(len(self.tokens))
+        return scaling.kind(self.reach) != scaling.kind(len(self.tokens) + self.pending)
 
     @property
     def room_in_reach(self) -> int:
@@ -299,16 +328,17 @@ class Sequence:
             self.matcher.advance(token)
 
     def finish_reason(self, max_model_len: int) -> FinishReason | None:
-        """Reason why the sequence has ended; None if it goes on."""
+        """Reason why a sequence that generates has ended; None if it goes on."""
         if not self.generates:
-            if self.remaining:
-                return None
-            return "stop" if self.reading is not None and self.reading.top is None else "length"
-        sampling, new = self.request.sampling, self.output_length
-        if new and self.tokens[-1] in sampling.stop_token_ids:
+            return None
+        length, tokens = len(self.tokens), self.tokens
+        if length > self._prompt and tokens[-1] in self.request.sampling.stop_token_ids:
             return "stop"
         if self.matcher is not None and self.matcher.complete:
             return "stop"  # before min_tokens, too: nothing else may follow
-        if new >= sampling.token_limit or len(self.tokens) >= max_model_len:
-            return "length"
-        return None
+        return None if self.goes_on_behind(length, max_model_len) else "length"
+
+    @property
+    def reason_without_output(self) -> FinishReason:
+        """Reason why a sequence that doesn't generate ends, once its prompt is computed."""
+        return "stop" if self.reading is not None and self.reading.top is None else "length"

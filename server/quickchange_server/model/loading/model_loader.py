@@ -52,6 +52,7 @@ from quickchange_server.model.loading.layer_kinds import (
     refuse_other_layers,
     refuse_other_state,
 )
+from quickchange_server.model.loading.model_dtype import model_dtype
 from quickchange_server.model.loading.model_proof import (
     LOOSE,
     ROUNDED,
@@ -66,7 +67,7 @@ from quickchange_server.model.rows_read import Rows, rows_read
 from quickchange_server.model.wrapping import Wrapper
 from quickchange_store.base_model.base_source import BaseSource
 from quickchange_store.base_model.base_weights import load_base, quantization_method
-from quickchange_store.base_model.expert_parts import routers
+from quickchange_store.base_model.expert_parts import expert_parts, routers
 from quickchange_store.errors import BaseModelError
 
 logger = logging.getLogger(__name__)
@@ -114,6 +115,7 @@ class LoadedModel:
     head: nn.Module  # the LM head, wrapped
     head_input: HeadInput
     embedding: nn.Module  # input embedding, wrapped
+    dtype: torch.dtype  # of what it computes, and of its keys and values
     scaling: PositionScaling | None = None  # if positions are scaled by the text's length
     recurrent: tuple[RecurrentLayer, ...] = ()  # layers that keep states between tokens
 
@@ -146,13 +148,14 @@ class Output(NamedTuple):
 def load_model(
     path: str,
     *,
-    dtype: torch.dtype,
+    dtype: str | torch.dtype,
     device: torch.device,
     adapters: bool,
     quantization: Quantization = "none",
+    deterministic: bool = False,
     model_check: bool = True,
 ) -> LoadedModel:
-    """Load and wrap the model that `--model` names.
+    """Load and wrap the model that `--model` names. dtype: the setting, or a dtype.
 
     Raises UnsupportedModelError for an architecture that can't be served and for weights that are
     missing or not finite, OSError or ValueError (transformers') if nothing can be loaded from
@@ -165,13 +168,19 @@ def load_model(
         refuse_other_state(config)
         admit_attention_classes(config)
         _refuse_twice_quantised(config, quantization)
+        chosen = model_dtype(dtype, config, device)
         model: nn.Module = load_base(
-            path, dtype=dtype, attn_implementation=paged_attention.NAME, device_map={"": device}
+            path, dtype=chosen, attn_implementation=paged_attention.NAME, device_map={"": device}
         )
     except BaseModelError as error:
         raise UnsupportedModelError(f"model: {error}", param="model") from error
     return prepare(
-        model.eval(), adapters=adapters, quantization=quantization, model_check=model_check
+        model.eval(),
+        adapters=adapters,
+        quantization=quantization,
+        deterministic=deterministic,
+        model_check=model_check,
+        dtype=chosen,
     )
 
 
@@ -180,21 +189,38 @@ def prepare(
     *,
     adapters: bool,
     quantization: Quantization = "none",
+    deterministic: bool = False,
     model_check: bool = True,
+    dtype: torch.dtype | None = None,
 ) -> LoadedModel:
     """Wrap a model that was loaded with `attn_implementation="quickchange"`.
 
+    deterministic: on a GPU too, sum linears in an order that their rows don't change.
     model_check: prove that it then gives what transformers' own model gives (`model_proof.py`).
+    dtype: what it was loaded in; None: what its parameters say.
     Raises UnsupportedModelError for a model that can't be served.
     """
     try:
-        return _prepared(model, adapters, quantization, model_check)
+        return _prepared(
+            model,
+            adapters,
+            quantization,
+            model_check,
+            dtype or model.dtype,  # type: ignore[arg-type]
+            deterministic=deterministic,
+        )
     except Exception as error:
         raise explained(model, error) from error
 
 
 def _prepared(
-    model: nn.Module, adapters: bool, quantization: Quantization, model_check: bool
+    model: nn.Module,
+    adapters: bool,
+    quantization: Quantization,
+    model_check: bool,
+    dtype: torch.dtype,
+    *,
+    deterministic: bool,
 ) -> LoadedModel:
     config: PretrainedConfig = model.config
     refuse_headless(model)
@@ -212,13 +238,15 @@ def _prepared(
         return (
             int8_linear(module)
             if quantization == "int8" and module not in read
-            else base_linear(module)
+            else base_linear(module, deterministic=deterministic)
         )
 
     wrapper = Wrapper(model, holder, rows=rows if adapters else None, base=base)
     choosing = routers(model) if adapters else {}
     groups = wrapper.wrap()
     wrap_experts(model, holder, groups, adapters=adapters)
+    if deterministic:
+        _refuse_loose_sums(model, config)
     wrap_routers(model, choosing, holder, groups, lambda: _short_pass(model))
     head_rows.attach(model.get_output_embeddings())  # type: ignore[operator]
     scaling = scale_by_text(model, holder)
@@ -243,6 +271,7 @@ def _prepared(
         head=head,
         head_input=head_input,
         embedding=model.get_input_embeddings(),  # type: ignore[operator]
+        dtype=dtype,
         scaling=scaling,
         recurrent=recurrent,
     )
@@ -354,4 +383,20 @@ def _refuse_twice_quantised(config: PretrainedConfig, quantization: Quantization
             f"--quantization {quantization} (or QUICKCHANGE_QUANTIZATION): the model is stored "
             f"quantised already, by {method}; use --quantization none",
             param="quantization",
+        )
+
+
+def _refuse_loose_sums(model: nn.Module, config: PretrainedConfig) -> None:
+    """Raise UnsupportedModelError where a GPU would sum in an order that the batch changes."""
+    loose = {
+        "experts, whose grouped products choose": bool(expert_parts(model)),
+        "weights that are stored quantised, whose products choose": quantization_method(config),
+        "recurrent layers, whose scans choose": keeps_states(config),
+    }
+    found = [what for what, there in loose.items() if there]
+    if found and next(model.parameters()).device.type != "cpu":
+        raise UnsupportedModelError(
+            f"--deterministic (or QUICKCHANGE_DETERMINISTIC): the model has {found[0]} an order of "
+            "sums by the rows of a batch on a GPU; serve it without, or on --device cpu",
+            param="deterministic",
         )

@@ -1,0 +1,1 @@
+"""What takes memory: caches, the adapters' arena, and how a device's memory is divided."""
