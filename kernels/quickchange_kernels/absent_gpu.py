@@ -21,7 +21,7 @@ from triton.backends.driver import DriverBase
 from triton.runtime.driver import driver
 
 from quickchange_kernels import dispatch, native
-from quickchange_kernels.aot.targets import Target
+from quickchange_kernels.gpu_targets import Target, cpu_counts_as
 
 _THREADS = 1024  # the most of a block
 _INDICES = {"token_kernel": ("tokens",), "verify_kernel": ("accepted", "token", "path")}
@@ -57,7 +57,7 @@ def absent_gpu(
     gpu = AbsentGpu(target, on_launch)
     driver.set_active(gpu)
     try:
-        with dispatch.triton_on_cpu(products=products):
+        with dispatch.triton_on_cpu(products=products), cpu_counts_as(target):
             yield gpu
     finally:
         driver._active = before

@@ -7,6 +7,8 @@ is taken for granted that it may lack.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,21 +124,35 @@ def named(names: str) -> list[Target]:
     return [TARGETS[name] for name in names.split(",")]
 
 
+_cpu_counts_as = [TARGETS["sm_90"]]  # the last one holds
+
+
+@contextmanager
+def cpu_counts_as(target: Target) -> Iterator[None]:
+    """Let launchers choose for this GPU where their tensors lie on a CPU. For the whole process."""
+    _cpu_counts_as.append(target)
+    try:
+        yield
+    finally:
+        _cpu_counts_as.pop()
+
+
 def target_of(device: torch.device) -> Target:
-    """The target that a device counts as; for a CPU (under Triton's interpreter) an H100."""
+    """The target that a device counts as; for a CPU (where Triton is interpreted) an H100."""
+    if device.type != "cuda":
+        return _cpu_counts_as[-1]
     if torch.version.hip is not None:
         return TARGETS["gfx942"]
-    return _for_capability(_capability(device))
+    return for_capability(_capability(device))
 
 
 @functools.cache
 def _capability(device: torch.device) -> tuple[int, int]:
-    if device.type != "cuda":
-        return 9, 0
     return torch.cuda.get_device_capability(device)
 
 
-def _for_capability(capability: tuple[int, int]) -> Target:
+def for_capability(capability: tuple[int, int]) -> Target:
+    """The newest of NVIDIA's targets that is not newer than this; the oldest, if all are."""
     arch = capability[0] * 10 + capability[1]
     known = [target for target in TARGETS.values() if target.backend == "cuda"]
     older = [target for target in known if int(target.arch) <= arch]
