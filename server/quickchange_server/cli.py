@@ -1,4 +1,4 @@
-"""The command `quickchange`: serve, adapters, keys, database, train, eval, bench.
+"""The command `quickchange`: serve, warm-cache, adapters, keys, database, train, eval, bench.
 
 A command's modules are imported only when it runs, so that `quickchange --help` is quick.
 """
@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
 
@@ -41,7 +42,6 @@ SUB_APPS = {
 
 def serve_command() -> Callable[..., None]:
     """The function `serve`, with an option for every field of `Settings`."""
-    from quickchange_server.config import Settings
 
     def serve(**given: Any) -> None:
         """Serve the base model and the store's adapters over HTTP.
@@ -54,27 +54,56 @@ def serve_command() -> Callable[..., None]:
         demo = bool(given.pop("demo"))
         launch({name: value for name, value in given.items() if value is not None}, demo=demo)
 
+    demo_help = "serve the demo model and its adapters, fetched and made ready once"
+    return _with_settings(
+        serve, demo=(False, Annotated[bool, typer.Option("--demo", help=demo_help)])
+    )
+
+
+def warm_cache_command() -> Callable[..., None]:
+    """The function `warm-cache`, with an option for every field of `Settings`."""
+
+    def warm_cache(**given: Any) -> None:
+        """Compile ahead the kernels that `serve` with the same settings compiles at its start.
+
+        The GPU need not be there, nor the model's weights: of the model only its configuration
+        is read.
+        """
+        from quickchange_server.entrypoints.warm_cache import warm_cache as run
+
+        gpu, out = given.pop("gpu"), given.pop("out")
+        settings = {name: value for name, value in given.items() if value is not None}
+        typer.echo(run(settings, gpu=gpu, out=out))
+
+    gpu_help = "GPU to compile for: h100, sm_90, …; default: the one in this machine"
+    out_help = "folder of the compiled kernels; default: Triton's cache (TRITON_CACHE_DIR)"
+    return _with_settings(
+        warm_cache,
+        gpu=(None, Annotated[str | None, typer.Option("--gpu", help=gpu_help)]),
+        out=(None, Annotated[Path | None, typer.Option("--out", help=out_help)]),
+    )
+
+
+def _with_settings(
+    command: Callable[..., None], **own: tuple[object, object]
+) -> Callable[..., None]:
+    """The command with an option for every field of `Settings`, then its own: each a default and
+    an annotation."""
+    from quickchange_server.config import Settings
+
+    options = {
+        name: (None, Annotated[_option_type(field.annotation), _option(name, field)])
+        for name, field in Settings.model_fields.items()
+    } | own
     parameters = [
         inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=None,
-            annotation=Annotated[_option_type(field.annotation), _option(name, field)],
+            name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
         )
-        for name, field in Settings.model_fields.items()
+        for name, (default, annotation) in options.items()
     ]
-    demo_help = "serve the demo model and its adapters, fetched and made ready once"
-    parameters.append(
-        inspect.Parameter(
-            "demo",
-            inspect.Parameter.KEYWORD_ONLY,
-            default=False,
-            annotation=Annotated[bool, typer.Option("--demo", help=demo_help)],
-        )
-    )
-    serve.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    serve.__annotations__ = {p.name: p.annotation for p in parameters}
-    return serve
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return command
 
 
 def _option_type(annotation: Any) -> Any:
@@ -151,6 +180,7 @@ def _demo_model() -> str:
 
 
 app.command("serve")(serve_command())
+app.command("warm-cache")(warm_cache_command())
 for _name, (_module, _summary) in SUB_APPS.items():
     forward(_name, _module, _summary)
 

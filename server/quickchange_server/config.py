@@ -62,6 +62,11 @@ class Settings(BaseSettings):
         "none",
         description="how the base's linears are kept: int8 takes 8.5 bits a weight, on a CPU",
     )
+    deterministic: bool = Field(
+        False,
+        description="on a GPU, sum the base's products in an order that no other row changes, so "
+        "that a request's tokens don't depend on its batch; slower. A CPU does so anyway",
+    )
     model_check: bool = Field(
         True,
         description="hold the base, once loaded, against transformers' own; off: serve it unproved",
@@ -84,6 +89,13 @@ class Settings(BaseSettings):
 
     adapters: bool = Field(True, description="off: no adapter can be served, no seam is put in")
     adapter_device_bytes: int = Field(1 * GIB, ge=1024, description="budget of the device tier")
+    max_adapter_rank: int = Field(
+        64,
+        ge=1,
+        le=1024,
+        description="on CUDA, captured graphs serve adapters up to this rank; steps with a wider "
+        "one run without, which is slower",
+    )
     adapter_dtype: Literal["model", "float32", "bfloat16", "float16"] = Field(
         "model",
         description="how adapters' weights are held: as the base's, or narrower, which halves "

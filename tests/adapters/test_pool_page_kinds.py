@@ -128,17 +128,18 @@ def test_a_short_dtype_holds_a_gain_near_one() -> None:
     )
 
 
-def test_groups_behind_sublayers_are_called_once_an_adapter_has_had_pages_there() -> None:
+def test_groups_behind_sublayers_are_called_in_steps_with_an_adapter_that_has_pages_there() -> None:
     pool = make_pool()
-    assert pool.tables.shapes[2].most_pages == 0
     plain = load(pool, image_of(q=gained("q", 8)))
-    assert pool.tables.shapes[2].most_pages == 0
+    assert pool.tables_of([plain]).shapes[2].most_pages == 0
     slot = load(pool, image_of(o=bottleneck(8, "relu")))
-    assert pool.tables.shapes[2].most_pages == 2
-    pool.free(plain)
-    assert pool.tables.shapes[2].most_pages == 2
+    assert pool.tables_of([plain, slot]).shapes[2].most_pages == 2
+    assert pool.tables_of([plain]) is pool.tables
+    assert pool.tables.shapes[2].most_pages == 0
     pool.free(slot)
-    assert pool.tables.shapes[2].most_pages == 2  # graphs that were captured for it stay valid
+    again = load(pool, image_of(q=gained("q", 8)))
+    assert again == slot
+    assert pool.tables_of([again]) is pool.tables
 
 
 def test_what_the_model_can_not_read_is_named() -> None:

@@ -13,7 +13,14 @@ from quickchange_server.adapters.paced_copies import Pause
 from quickchange_server.config import Settings
 from quickchange_server.engine.engine import Engine
 from quickchange_server.model.loading.model_loader import LoadedModel, load_model
-from quickchange_server.protocol import Component, Delta, Pooling, SamplingParams, Submit
+from quickchange_server.protocol import (
+    Component,
+    Delta,
+    Pooling,
+    SamplingParams,
+    Submit,
+    TokenLogprobs,
+)
 from quickchange_server.structured_output.compiler import ConstraintCompiler
 from quickchange_store.canonical.canonical_adapter import CanonicalAdapter
 
@@ -28,7 +35,7 @@ def make_engine(
     **options: object,
 ) -> Engine:
     """An engine on a small model. `load` finds adapters by digest."""
-    settings = _small_settings(model, options)
+    settings = make_settings(model, options)
     loaded = load_model(
         str(model),
         dtype=torch.float32,
@@ -39,7 +46,7 @@ def make_engine(
     return engine_of(loaded, settings, load, constraints, on_wake, on_begun, depth)
 
 
-def _small_settings(model: Path, options: Mapping[str, object]) -> Settings:
+def make_settings(model: Path, options: Mapping[str, object]) -> Settings:
     small = {
         "block_size": 4,
         "kv_cache_bytes": 1 << 20,
@@ -62,7 +69,7 @@ def engine_of(
 ) -> Engine:
     """An engine on a model that is loaded already. settings: or a folder, and small ones."""
     if isinstance(settings, Path):
-        settings = _small_settings(settings, {})
+        settings = make_settings(settings, {})
 
     def read(digest: str, _: Pause) -> CanonicalAdapter:
         if load is None:
@@ -113,6 +120,7 @@ class Driver:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.tokens: dict[str, list[int]] = {}
+        self.logprobs: dict[str, list[TokenLogprobs]] = {}
         self.last: dict[str, Delta] = {}
         self.first: dict[str, Delta] = {}
         self.drafted: Counter[str] = Counter()
@@ -126,6 +134,7 @@ class Driver:
         for delta in () if report is None else report.deltas:
             self.first.setdefault(delta.request_id, delta)
             self.tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
+            self.logprobs.setdefault(delta.request_id, []).extend(delta.logprobs)
             self.drafted[delta.request_id] += delta.drafted
             self.accepted[delta.request_id] += delta.accepted
             if delta.finish_reason:

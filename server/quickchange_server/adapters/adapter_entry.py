@@ -5,7 +5,6 @@ Data with the transitions that need no pool and no loader. Knows nothing of room
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -157,9 +156,6 @@ def slots_of(entries: Iterable[AdapterEntry]) -> list[int]:
     return [entry.slot for entry in entries if entry.slot is not None]
 
 
-def total_demand(entries: Iterable[AdapterEntry]) -> Counter[int]:
-    """Number of pages by size, over all entries whose size is known."""
-    total: Counter[int] = Counter()
-    for entry in entries:
-        total.update(entry.demand or {})
-    return total
+def demands_of(entries: Iterable[AdapterEntry]) -> list[Mapping[int, int]]:
+    """Pages by size of each entry; none where the size is not known."""
+    return [entry.demand or {} for entry in entries]

@@ -17,7 +17,7 @@ names, tokens or batches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Literal
 
 from quickchange_kernels.lowrank.lowrank_contract import LowRankTables
@@ -26,8 +26,8 @@ from quickchange_server.adapters.adapter_entry import (
     AdapterEntry,
     ClaimBook,
     LoadJob,
+    demands_of,
     slots_of,
-    total_demand,
 )
 from quickchange_server.adapters.adapter_loader import Done, Loader, Pacer
 from quickchange_server.adapters.memory_pool import DevicePool, too_large
@@ -76,7 +76,17 @@ class Residency:
 
     @property
     def tables(self) -> LowRankTables:
+        """Tables that captured graphs read: one object for good."""
         return self._pool.tables
+
+    @property
+    def wide_tables(self) -> LowRankTables:
+        """Tables for steps with adapters of any width."""
+        return self._pool.wide_tables
+
+    def tables_of(self, slots: Collection[int]) -> LowRankTables:
+        """Tables for a step with these slots; others than `tables` if one is wide."""
+        return self._pool.tables_of(slots)
 
     @property
     def heads(self) -> HeadTables:
@@ -260,17 +270,17 @@ class Residency:
             for entry in self._entries.values()
             if entry.resident and not entry.pinned and entry.digest not in older
         ]
-        demand = total_demand(missing)
+        demands = demands_of(missing)
         kept = set(slots_of(self._entries.values()))
         victims: list[AdapterEntry] = []
         for entry in self._claims.eviction_order(movable, own):
-            if self._pool.fits(demand, kept):
+            if self._pool.fits(demands, kept):
                 break
             victims.append(entry)
             kept.difference_update(slots_of([entry]))
             if entry.digest in own:
-                demand.update(entry.demand or {})
-        return victims if self._pool.fits(demand, kept) else None
+                demands += demands_of([entry])
+        return victims if self._pool.fits(demands, kept) else None
 
     def _place(self, entry: AdapterEntry) -> None:
         """Start the copy of an image to the device, if there is an image and room."""
@@ -342,7 +352,7 @@ class Residency:
         """Fail a claim that can't fit beside the pinned adapters with all else gone."""
         resident = [entry for entry in pinned if entry.slot is not None]
         wanted = [e for d in self._claims.waiting[key] if (e := self._entries[d]) not in resident]
-        if self._pool.fits(total_demand(wanted), slots_of(resident)):
+        if self._pool.fits(demands_of(wanted), slots_of(resident)):
             return False
         needed = sum(entry.nbytes for entry in wanted)
         error = f"the request's adapters: {too_large(needed, self._pool.budget_bytes)}"
@@ -379,7 +389,7 @@ class Residency:
     def _pin_fits(self, entry: AdapterEntry) -> bool:
         """True if all pins fit together; else this one is refused."""
         pinned = [e for e in self._entries.values() if e.pinned]
-        if self._pool.fits(total_demand(pinned), ()):
+        if self._pool.fits(demands_of(pinned), ()):
             return True
         entry.pinned = False
         reason = too_large(sum(e.nbytes for e in pinned), self._pool.budget_bytes)
@@ -442,6 +452,13 @@ class NoAdapters:
     @property
     def tables(self) -> LowRankTables:
         raise _not_served("tables")
+
+    @property
+    def wide_tables(self) -> LowRankTables:
+        raise _not_served("tables")
+
+    def tables_of(self, slots: Collection[int]) -> LowRankTables:
+        raise _not_served(f"slots {slots}")
 
     @property
     def heads(self) -> HeadTables:

@@ -5,15 +5,23 @@ gain for its own row alone), and a byte budget, not a number of slots, bounds ho
 resident. A slot is an adapter's row in the tables' directory. An adapter's Turbo heads lie in pages
 of the same arena, come and go with its slot, and have tables of their own (turbo_tables.py).
 
-Everything but `write` runs on the engine's thread, between steps. A table that has to grow is
-replaced, so that a running step that holds the old tables keeps valid data. Other changes are made
-in place, in rows that no running step reads: those of slots that no batch refers to. `write` fills
-arena pages only. Knows nothing of names, requests or eviction.
+The tables never grow, since captured graphs hold their addresses: a directory and a page table that
+the arena can't outgrow are made at the start. Grids are of a fixed size too, for adapters up to the
+rank that is usual here (`most_rank`). A slot with more pages in some group is "wide": steps with
+one use `wide_tables`, the same memory with wider grids, which no graph is captured for.
+
+Everything but `write` runs on the engine's thread, between steps, on the steps' own stream. Changes
+are made in place: in rows that no step reads, those of slots that no batch refers to, or, where the
+page table is closed up, behind the steps that read them before. `write` fills arena pages only.
+Knows nothing of names, requests or eviction.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import logging
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -32,18 +40,22 @@ from quickchange_kernels.turbo_heads.turbo_heads_contract import HeadTables
 from quickchange_server.adapters.adapter_loader import Copies, Mark, copies_for
 from quickchange_server.adapters.module_groups import ModuleGroup
 from quickchange_server.adapters.paced_copies import PIECE, Pause, no_pause
-from quickchange_server.adapters.packing import AdapterImage, page_shapes
+from quickchange_server.adapters.packing import AdapterImage, PageShape, Place, page_shapes
 from quickchange_server.adapters.slab_allocator import Grant, RunAllocator, SlabAllocator, slab_size
-from quickchange_server.adapters.turbo_tables import HeadPool, TurboSlot, enlarged
+from quickchange_server.adapters.turbo_tables import HeadPool, TurboSlot
 from quickchange_server.errors import AdapterFailedError
 
 SETTING = "adapter_device_bytes"
 _SLAB_BYTES = 1 << 20
-# First sizes of the tables. A table that grows lies elsewhere, which voids the captured graphs that
-# read it: so there is room for all pages of the smallest size, within reason.
-_FIRST_SLOTS = 64
-_MOST_FIRST_ROWS = 1 << 17
-_USUAL_RANK = 16  # adapters of higher rank widen the kernels' grids when they first come
+# The directory may take so much of the budget, or as many bytes, and the page table's rows beyond
+# those of whole pages as much: gains are short, so an arena full of them would need many more.
+_TABLE_SHARE = 64
+_SMALL_DIRECTORY = 1 << 20
+_LEAST_SLOTS = 256
+_ROW_BYTES = 80  # of the page table
+USUAL_RANK = 64  # of a GPU's grids, unless set
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,6 +67,7 @@ class _Holding:
     rows: tuple[int, int]  # [begin, end) in the page table
     ranges: npt.NDArray[np.int32]  # [groups, 2] its directory row, once published
     after: Mark  # steps given to the device later read none of the pages' old content
+    visible: bool = False  # published
 
 
 class DevicePool:
@@ -67,10 +80,12 @@ class DevicePool:
         dtype: torch.dtype,
         device: torch.device,
         copies: Copies | None = None,
+        most_rank: int = USUAL_RANK,
     ) -> None:
-        """Take `budget_bytes` of device memory at once.
+        """Take `budget_bytes` of device memory at once, and some more for the tables.
 
-        copies: runs the copies to the device; None: those that suit it.
+        copies: runs the copies to the device; None: those that suit it. most_rank: of adapters in
+        steps that run from captured graphs.
         Raises ValueError, naming the setting, if the largest page does not fit.
         """
         shapes = page_shapes(groups, dtype)
@@ -86,31 +101,42 @@ class DevicePool:
             )
         self._groups = tuple(groups)
         self._copies = copies_for(device) if copies is None else copies
-        # Rare pages (gains, updates behind sub-layers) do not count in the slab size.
-        usual = {shape.elements for (_, source), shape in shapes.items() if source == "input"}
-        slab = max(slab_size(usual, span, _SLAB_BYTES // dtype.itemsize), *sizes)
-        unit = A_ALIGNMENT // dtype.itemsize  # pages and slabs begin at multiples of it
-        self._space = SlabAllocator(span, slab // unit * unit)
-        self._slots = RunAllocator(_FIRST_SLOTS)
-        rows = min(span // min(usual), _MOST_FIRST_ROWS)
-        self._rows = RunAllocator(rows)
+        self._space = arena_space(shapes, span, dtype)
+        short = min(shape.gain_elements for shape in shapes.values())
+        share = budget_bytes // _TABLE_SHARE
+        listed = max(share, _SMALL_DIRECTORY) // (8 * len(groups))
+        slots = max(_LEAST_SLOTS, min(listed, span // short))
+        rows = span // min(sizes) + min(share // _ROW_BYTES, span // short) + 1
+        self._slots, self._rows = RunAllocator(slots), RunAllocator(rows)
         self._holdings: dict[int, _Holding] = {}
         self._tables = LowRankTables(
             # Not zeroed, so that on a CPU only pages in use take memory: `write` fills all of one.
             arena=torch.empty(span, dtype=dtype, device=device),
-            directory=self._zeros(torch.int32, _FIRST_SLOTS, len(groups), 2),
+            directory=self._zeros(torch.int32, slots, len(groups), 2),
             pages=self._zeros(torch.int64, rows, 4),
             page_scale=self._zeros(torch.float32, rows),
             page_shift=self._zeros(torch.float32, rows, RANKS_PER_PAGE),
             page_kind=self._zeros(torch.int32, rows),
-            shapes=tuple(_usual_shape(group) for group in groups),
+            shapes=tuple(_usual_shape(group, most_rank) for group in groups),
         )
-        self._heads = HeadPool(self._tables.arena)
+        self._wide_tables = self._tables
+        self._wide: set[int] = set()  # slots
+        self._heads = HeadPool(self._tables.arena, rows)
 
     @property
     def tables(self) -> LowRankTables:
-        """Tables for the coming step. A slot's row is empty until `publish`."""
+        """Tables for steps without wide slots: one object for good. A slot's row is empty until
+        `publish`."""
         return self._tables
+
+    @property
+    def wide_tables(self) -> LowRankTables:
+        """Tables for steps with any slots."""
+        return self._wide_tables
+
+    def tables_of(self, slots: Collection[int]) -> LowRankTables:
+        """Tables for a step with these slots."""
+        return self._tables if self._wide.isdisjoint(slots) else self._wide_tables
 
     @property
     def heads(self) -> HeadTables:
@@ -135,9 +161,19 @@ class DevicePool:
     def used_bytes(self) -> int:
         return self._space.used * self.dtype.itemsize
 
-    def fits(self, demand: Mapping[int, int], kept_slots: Iterable[int]) -> bool:
-        """True if `demand` (pages by size) has room beside the pages of the kept slots alone."""
-        return self._space.fits(demand, [self._holdings[slot].grant for slot in kept_slots])
+    def fits(self, demands: Collection[Mapping[int, int]], kept_slots: Iterable[int]) -> bool:
+        """True if adapters of these demands (pages by size) have room beside the kept slots."""
+        kept = [self._holdings[slot] for slot in kept_slots]
+        total = Counter[int]()
+        for demand in demands:
+            total.update(demand)
+        return self._tables_fit(demands, kept) and self._space.fits(
+            total, [holding.grant for holding in kept]
+        )
+
+    def room_for(self, demand: Mapping[int, int]) -> int:
+        """How many adapters of this demand an empty pool has room for."""
+        return most_that_fit(lambda count: self.fits([demand] * count, ()), self._slots.capacity)
 
     def allocate(self, image: AdapterImage) -> int | None:
         """Take a slot for the image, not visible yet; None if there is no room now.
@@ -145,13 +181,19 @@ class DevicePool:
         Raises AdapterFailedError, with both figures, for an image larger than the whole budget.
         """
         demand = image.demand
-        if not self.fits(demand, ()):
+        if not self.fits([demand], ()):
             raise AdapterFailedError(too_large(image.nbytes, self.budget_bytes))
+        if not self._tables_fit([demand], list(self._holdings.values())):
+            return None
         grant = self._space.allocate(demand)
         if grant is None:
             return None
         slot, begin = self._slots.allocate(1), self._rows.allocate(image.pages)
-        self._grow()
+        if begin is None:
+            self._close_up()
+            begin = self._rows.allocate(image.pages)
+        assert slot is not None, "a slot is lost"
+        assert begin is not None, "a row is lost"
         rows, ranges = (begin, begin + image.pages), self._ranges(image, begin)
         offsets = _in_image_order(image, grant)
         holding = _Holding(grant, offsets, rows, ranges, self._copies.mark())
@@ -168,14 +210,15 @@ class DevicePool:
 
     def publish(self, slot: int) -> None:
         """Make a written slot visible to the steps from now on."""
-        ranges = torch.from_numpy(self._holdings[slot].ranges)
-        self._tables.directory[slot].copy_(ranges)
-        self._widen(self._holdings[slot].ranges)
+        holding = self._holdings[slot] = replace(self._holdings[slot], visible=True)
+        self._tables.directory[slot].copy_(torch.from_numpy(holding.ranges))
+        self._note_width(slot, holding.ranges)
         self._heads.publish(slot)
 
     def free(self, slot: int) -> None:
         """Give the slot and its pages back. No later step may refer to it."""
         holding = self._holdings.pop(slot)
+        self._wide.discard(slot)
         self._heads.remove(slot)
         self._tables.directory[slot].zero_()
         begin, end = holding.rows
@@ -203,33 +246,57 @@ class DevicePool:
     def _zeros(self, dtype: torch.dtype, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=self.device)
 
-    def _grow(self) -> None:
-        """Replace the tables that are smaller than their allocators' capacity."""
-        tables, slots, rows = self._tables, self._slots.capacity, self._rows.capacity
-        if tables.directory.shape[0] < slots:
-            tables = replace(tables, directory=enlarged(tables.directory, slots))
-        if tables.pages.shape[0] < rows:
-            tables = replace(
-                tables,
-                pages=enlarged(tables.pages, rows),
-                page_scale=enlarged(tables.page_scale, rows),
-                page_shift=enlarged(tables.page_shift, rows),
-                page_kind=enlarged(tables.page_kind, rows),
-            )
-        self._tables = tables
+    def _tables_fit(
+        self, demands: Collection[Mapping[int, int]], kept: Collection[_Holding]
+    ) -> bool:
+        """True if the tables have rows for adapters of these demands beside what is kept."""
+        rows = sum(holding.offsets.size for holding in kept)
+        rows += sum(sum(demand.values()) for demand in demands)
+        slots = len(demands) + len(kept)
+        return slots <= self._slots.capacity and rows <= self._rows.capacity
 
-    def _widen(self, ranges: npt.NDArray[np.int32]) -> None:
-        """Let the kernels' grids cover a slot's pages in each group.
+    def _close_up(self) -> None:
+        """Move all rows of the page table together, so that the free ones are one run."""
+        order = sorted(self._holdings, key=lambda slot: self._holdings[slot].rows)
+        runs = self._rows.close_up([self._holdings[slot].rows for slot in order])
+        before = np.concatenate([np.arange(*self._holdings[slot].rows) for slot in order])
+        source = torch.from_numpy(before).to(self.device)
+        tables = self._tables
+        for table in (tables.pages, tables.page_scale, tables.page_shift, tables.page_kind):
+            table[: len(before)] = table.index_select(0, source)
+        for slot, rows in zip(order, runs, strict=True):
+            holding = self._holdings[slot]
+            moved = np.where(holding.ranges[:, :1] < holding.ranges[:, 1:], holding.ranges, 0)
+            moved[moved[:, 1] > 0] -= holding.rows[0] - rows[0]
+            self._holdings[slot] = replace(holding, rows=rows, ranges=moved)
+            if holding.visible:
+                self._tables.directory[slot].copy_(torch.from_numpy(moved))
 
-        They stay wide once it is gone: that costs programs without work, narrowing new graphs.
+    def _note_width(self, slot: int, ranges: npt.NDArray[np.int32]) -> None:
+        """Let `wide_tables` cover a slot's pages in each group, if the usual ones do not.
+
+        They stay wide once it is gone: that costs programs without work.
         """
         counts = (ranges[:, 1] - ranges[:, 0]).tolist()
-        shapes = list(self._tables.shapes)
-        for group, (count, shape) in enumerate(zip(counts, shapes, strict=True)):
-            if count > shape.most_pages:
-                shapes[group] = replace(shape, most_pages=rounded_to_power(count))
-        if tuple(shapes) != self._tables.shapes:
-            self._tables = replace(self._tables, shapes=tuple(shapes))
+        if all(
+            count <= shape.most_pages
+            for count, shape in zip(counts, self._tables.shapes, strict=True)
+        ):
+            return
+        self._wide.add(slot)
+        if self.device.type == "cuda":
+            logger.warning(
+                "an adapter of a higher rank than max_adapter_rank, or with updates behind "
+                "sub-layers, of experts or of routers: steps with it run without captured graphs"
+            )
+        shapes = tuple(
+            replace(
+                shape, most_pages=max(shape.most_pages, rounded_to_power(count) if count else 0)
+            )
+            for count, shape in zip(counts, self._wide_tables.shapes, strict=True)
+        )
+        if shapes != self._wide_tables.shapes:
+            self._wide_tables = replace(self._tables, shapes=shapes)
 
     def _ranges(self, image: AdapterImage, begin: int) -> npt.NDArray[np.int32]:
         """The slot's directory row: int32 [groups, 2], (0, 0) where there is no update."""
@@ -273,15 +340,30 @@ def too_large(needed: int, budget: int) -> str:
     )
 
 
-def _usual_shape(group: ModuleGroup) -> GroupShape:
-    """Shape of a group for adapters of usual rank.
+def arena_space(shapes: Mapping[Place, PageShape], span: int, dtype: torch.dtype) -> SlabAllocator:
+    """The allocator of an arena of `span` elements."""
+    # Rare pages (gains, updates behind sub-layers) do not count in the slab size.
+    usual = {shape.elements for (_, source), shape in shapes.items() if source == "input"}
+    sizes = {shape.elements for shape in shapes.values()}
+    slab = max(slab_size(usual, span, _SLAB_BYTES // dtype.itemsize), *sizes)
+    unit = A_ALIGNMENT // dtype.itemsize  # pages and slabs begin at multiples of it
+    return SlabAllocator(span, slab // unit * unit)
+
+
+def most_that_fit(fits: Callable[[int], bool], most: int) -> int:
+    """The largest count up to `most` that fits, where all smaller ones do."""
+    return bisect_left(range(1, most + 1), True, key=lambda count: not fits(count))
+
+
+def _usual_shape(group: ModuleGroup, most_rank: int) -> GroupShape:
+    """Shape of a group for adapters up to a rank, with a bias or a gain.
 
     Few adapters have pages behind sub-layers, for experts or routers: 0 pages there, so that the
     group is not called.
     """
-    pages = -(-_USUAL_RANK // RANKS_PER_PAGE) * len(group.members)
+    pages = (-(-most_rank // RANKS_PER_PAGE) + 1) * len(group.members)
     usual = group.source == "input" and group.kind not in ("expert", "router")
-    return GroupShape(rounded_to_power(pages) if usual else 0, _aligned(group))
+    return GroupShape(pages if usual else 0, _aligned(group))
 
 
 def _aligned(group: ModuleGroup) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 _PAGES_PER_SLAB = 8  # at least, so that at most an eighth of a slab is lost at its end
 _SLABS_PER_SIZE = 8  # at least, so that at most an eighth of the span lies in slabs not yet full
@@ -139,22 +140,29 @@ class SlabAllocator:
 
 
 class RunAllocator:
-    """First-fit allocator of runs of numbers in [0, capacity), which doubles as needed."""
+    """First-fit allocator of runs of numbers in [0, capacity)."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self._free: list[tuple[int, int]] = [(0, capacity)] if capacity else []  # (begin, end)
 
-    def allocate(self, count: int) -> int:
-        """Take a run of `count` numbers and return its first."""
-        while True:
-            for index, (begin, end) in enumerate(self._free):
-                if end - begin >= count:
-                    rest = (begin + count, end)
-                    self._free[index : index + 1] = [rest] if rest[0] < end else []
-                    return begin
-            self.free(self.capacity, self.capacity)
-            self.capacity *= 2
+    def allocate(self, count: int) -> int | None:
+        """Take a run of `count` numbers and return its first; None if no free run is as long."""
+        if not count:
+            return 0
+        for index, (begin, end) in enumerate(self._free):
+            if end - begin >= count:
+                rest = (begin + count, end)
+                self._free[index : index + 1] = [rest] if rest[0] < end else []
+                return begin
+        return None
+
+    def close_up(self, used: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Move all used runs (begin, end) to the front, in order; returns where they lie then."""
+        ends = list(accumulate(end - begin for begin, end in used))
+        last = ends[-1] if ends else 0
+        self._free = [(last, self.capacity)] if last < self.capacity else []
+        return [(end - (old[1] - old[0]), end) for end, old in zip(ends, used, strict=True)]
 
     def free(self, begin: int, count: int) -> None:
         """Give [begin, begin + count) back, joined with its free neighbours."""

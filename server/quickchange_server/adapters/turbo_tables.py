@@ -1,13 +1,13 @@
 """Tables over the Turbo heads' pages in the arena, and the heads that each slot can draft with.
 
 The pages themselves lie in the arena beside those of the updates; DevicePool allocates, fills and
-frees them. Everything runs on the engine's thread, between steps; a table that has to grow is
-replaced.
+frees them. Everything runs on the engine's thread, between steps. The tables never grow.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -17,9 +17,6 @@ from torch import Tensor
 from quickchange_kernels.turbo_heads.turbo_heads_contract import HeadTables
 from quickchange_server.adapters.slab_allocator import RunAllocator
 from quickchange_server.adapters.turbo_packing import HeadLayout
-
-_FIRST_PAGES = 1024
-_FIRST_MATRICES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,21 +41,34 @@ class _Holding:
 
     pages: tuple[int, int]  # [begin, end)
     matrices: tuple[int, int]  # [begin, end)
-    turbo: TurboSlot
+    layout: HeadLayout
+    offsets: npt.NDArray[np.int64]  # [P] of the heads' pages in the arena
+    vocabulary: Tensor | None
+
+    @cached_property
+    def turbo(self) -> TurboSlot:
+        layout, matrix = self.layout, self.matrices[0]
+        return TurboSlot(
+            heads=tuple(tuple(matrix + block for block in head) for head in layout.heads),
+            sequential=layout.sequential,
+            outputs=tuple(matrix + output for output in layout.outputs),
+            columns=layout.columns,
+            vocabulary=self.vocabulary,
+        )
 
 
 class HeadPool:
-    """Tables of Turbo heads over one arena."""
+    """Tables of Turbo heads over one arena, which holds `pages` pages at most."""
 
-    def __init__(self, arena: Tensor) -> None:
-        self._pages = RunAllocator(_FIRST_PAGES)
-        self._matrices = RunAllocator(_FIRST_MATRICES)
+    def __init__(self, arena: Tensor, pages: int) -> None:
+        self._pages = RunAllocator(pages)
+        self._matrices = RunAllocator(pages)  # one page each, at least
         self._holdings: dict[int, _Holding] = {}
         self._published: set[int] = set()
         self._tables = HeadTables(
             arena=arena,
-            pages=torch.zeros(_FIRST_PAGES, dtype=torch.int64, device=arena.device),
-            matrices=torch.zeros((_FIRST_MATRICES, 2), dtype=torch.int32, device=arena.device),
+            pages=torch.zeros(pages, dtype=torch.int64, device=arena.device),
+            matrices=torch.zeros((pages, 2), dtype=torch.int32, device=arena.device),
         )
 
     @property
@@ -74,18 +84,19 @@ class HeadPool:
         """Add a slot's heads. offsets [P]: places of their pages in the arena, in elements."""
         count = int(layout.matrices[-1, 1])  # the vocabulary's page is in no table
         page, matrix = self._pages.allocate(count), self._matrices.allocate(len(layout.matrices))
-        self._grow()
-        turbo = TurboSlot(
-            heads=tuple(tuple(matrix + block for block in head) for head in layout.heads),
-            sequential=layout.sequential,
-            outputs=tuple(matrix + output for output in layout.outputs),
-            columns=layout.columns,
-            vocabulary=self._vocabulary(layout, int(offsets[-1])),
+        if page is None or matrix is None:
+            self._close_up()
+            return self.add(slot, layout, offsets)
+        held = _Holding(
+            (page, page + count),
+            (matrix, matrix + len(layout.matrices)),
+            layout,
+            offsets,
+            self._vocabulary(layout, int(offsets[-1])),
         )
-        held = _Holding((page, page + count), (matrix, matrix + len(layout.matrices)), turbo)
-        self._tables.pages[slice(*held.pages)].copy_(torch.from_numpy(offsets[:count]))
-        self._tables.matrices[slice(*held.matrices)].copy_(torch.from_numpy(layout.matrices + page))
         self._holdings[slot] = held
+        self._describe(held)
+        return None
 
     def publish(self, slot: int) -> None:
         """Make a slot's heads visible: their pages have arrived. Ignored without heads."""
@@ -113,18 +124,21 @@ class HeadPool:
         elements = -(-layout.vocabulary * torch.int32.itemsize // arena.dtype.itemsize)
         return arena[offset : offset + elements].view(torch.int32)
 
-    def _grow(self) -> None:
-        """Replace the tables that are smaller than their allocators' capacity."""
-        tables = self._tables
-        if tables.pages.shape[0] < self._pages.capacity:
-            tables = replace(tables, pages=enlarged(tables.pages, self._pages.capacity))
-        if tables.matrices.shape[0] < self._matrices.capacity:
-            tables = replace(tables, matrices=enlarged(tables.matrices, self._matrices.capacity))
-        self._tables = tables
+    def _describe(self, held: _Holding) -> None:
+        """Write a slot's rows of both tables."""
+        (page, end), tables = held.pages, self._tables
+        tables.pages[page:end].copy_(torch.from_numpy(held.offsets[: end - page]))
+        matrices = torch.from_numpy(held.layout.matrices + page)
+        tables.matrices[slice(*held.matrices)].copy_(matrices)
 
-
-def enlarged(table: Tensor, rows: int) -> Tensor:
-    """Copy of `table` with `rows` rows, the new ones zero."""
-    larger = torch.zeros((rows, *table.shape[1:]), dtype=table.dtype, device=table.device)
-    larger[: table.shape[0]] = table
-    return larger
+    def _close_up(self) -> None:
+        """Move all rows of both tables together, so that the free ones are one run."""
+        held = sorted(self._holdings.items(), key=lambda item: item[1].pages)
+        pages = self._pages.close_up([each.pages for _, each in held])
+        held_pages = {slot: run for (slot, _), run in zip(held, pages, strict=True)}
+        held.sort(key=lambda item: item[1].matrices)
+        matrices = self._matrices.close_up([each.matrices for _, each in held])
+        for (slot, each), run in zip(held, matrices, strict=True):
+            moved = replace(each, pages=held_pages[slot], matrices=run)
+            self._holdings[slot] = moved
+            self._describe(moved)

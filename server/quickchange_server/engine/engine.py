@@ -16,8 +16,12 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from quickchange_kernels import dispatch
+from quickchange_kernels.compile_watch import CompileWatch
+from quickchange_kernels.kernel_cache import link_prebuilt
 from quickchange_server.adapters.manager import PacedLoad
 from quickchange_server.config import Settings
+from quickchange_server.engine.inputs.sample_tables import RowError
 from quickchange_server.engine.memory.cache_sizes import (
     ROWS_OF_DRAFTS,
     adapter_tiers,
@@ -25,12 +29,14 @@ from quickchange_server.engine.memory.cache_sizes import (
     context_length,
     held_dtype,
 )
-from quickchange_server.engine.model_runner import Flight, Ran, Result, Runner
-from quickchange_server.engine.sampler import RowError, SampledToken
+from quickchange_server.engine.model_runner import Runner
+from quickchange_server.engine.sampler import SampledToken
 from quickchange_server.engine.scheduling.kv_cache_manager import KVBlocks, StateRows
 from quickchange_server.engine.scheduling.scheduler import Scheduled, Scheduler
 from quickchange_server.engine.scheduling.sequence import Sequence, fault_of
+from quickchange_server.engine.step_results import Flight, Ran, Result
 from quickchange_server.engine.token_masks import constraints_of
+from quickchange_server.engine.warm_up import LateWork, StepLimits
 from quickchange_server.model.loading.model_dtype import dtype_name
 from quickchange_server.model.loading.model_loader import LoadedModel
 from quickchange_server.protocol import (
@@ -115,7 +121,8 @@ class Engine:
         self._adapters = adapter_tiers(model, settings, load_adapter, on_wake)
         self._constraints = constraints_of(constraints, model.vocabulary, on_wake)
         self._runner = self._made_runner(model, blocks, states)
-        self._runner.warm_up()
+        self._compiles = dispatch.triton_compiles(torch.device(settings.device))
+        self._warm_up(model, blocks, states)
         self._speculation = self._made_speculation(text)
         self.scheduler = Scheduler(
             blocks,
@@ -127,6 +134,7 @@ class Engine:
             states=states,
         )
         self._refused: list[Delta] = []
+        self._late = LateWork(self._runner, CompileWatch() if self._compiles else None)
         self._depth = depth or (1 if settings.device == "cpu" else _DEPTH)
         self._flights: deque[_InFlight] = deque()  # oldest first
         self._deltas: list[Delta] = []  # of sequences that ended outside of a step
@@ -216,6 +224,7 @@ class Engine:
             return False
         self._begin([item.sequence for item in plan])
         flight = self._runner.launch(plan, self._speculation)
+        self._late.note(plan)
         drafts = self._speculation.under_way()
         faults = flight.faults
         self.scheduler.launched(
@@ -252,6 +261,7 @@ class Engine:
         """End the threads that compile grammars and load adapters."""
         self._constraints.close()
         self._adapters.close()
+        self._late.close()
 
     def _made_runner(
         self, model: LoadedModel, blocks: KVBlocks, states: StateRows | None
@@ -268,7 +278,28 @@ class Engine:
             dtype=model.dtype,
             device=torch.device(settings.device),
             state_rows=0 if states is None else states.model_rows,
+            max_sequences=settings.max_sequences,
+            max_batch_tokens=settings.batch_tokens,
         )
+
+    def _warm_up(self, model: LoadedModel, blocks: KVBlocks, states: StateRows | None) -> None:
+        """Capture every graph and launch every kernel now, so that no request waits for them."""
+        self._runner.warm_up()
+        if not self._compiles:
+            return
+        link_prebuilt()
+        settings = self._settings
+        limits = StepLimits(
+            rows=settings.batch_tokens,
+            sequences=settings.max_sequences,
+            context=min(self._max_model_len, blocks.num_blocks * blocks.block_size),
+            block_size=blocks.block_size,
+            state_rows=0 if states is None else states.num_rows,
+            adapters=self._adapters.served,
+            drafts=settings.turbo,
+            scaling=model.scaling,
+        )
+        self._runner.launch_all(limits)
 
     def _made_speculation(self, text: TokenText | None) -> Speculation | NoSpeculation:
         if not self._settings.turbo:
@@ -414,6 +445,8 @@ class Engine:
             draft_estimate=drafted.estimate,
             draft_gain=drafted.gain,
             mask_seconds=mask_seconds,
+            late_compilations=self._late.compiled,
+            late_captures=self._late.captured,
         )
 
 

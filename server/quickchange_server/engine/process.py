@@ -108,6 +108,7 @@ def _start(
             device=torch.device(settings.device),
             adapters=settings.adapters,
             quantization=settings.quantization,
+            deterministic=settings.deterministic,
             model_check=settings.model_check,
         )
         store = Store(settings.store)

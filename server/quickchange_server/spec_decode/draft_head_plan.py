@@ -41,7 +41,7 @@ class HeadAdapters(Protocol):
     """Tables of the adapters on the device."""
 
     @property
-    def tables(self) -> LowRankTables: ...
+    def wide_tables(self) -> LowRankTables: ...
 
     @property
     def heads(self) -> HeadTables: ...
@@ -134,6 +134,16 @@ class Round:
     module: ModuleLogits | None
     subset: SubsetLogits | None
     own: tuple[OwnLogits, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DraftPlan:
+    """All of a drafting call that is known before its hidden states are."""
+
+    items: Sequence[DraftItem]
+    rounds: tuple[Round, ...]  # on the host
+    vocabularies: Sequence[Tensor]  # on the device
+    depth: int  # the largest that an item asks for
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,6 +88,7 @@ def adapter_tiers(
         settings.adapter_device_bytes,
         held_dtype(model, settings),
         torch.device(settings.device),
+        most_rank=settings.max_adapter_rank,
     )
     turbo = TurboShape(model.hidden, model.vocabulary)
     return Residency(pool, load_adapter, model.groups, turbo, settings.adapter_host_bytes, on_wake)
