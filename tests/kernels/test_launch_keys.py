@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -76,6 +76,7 @@ def lowrank_operands(draw: st.DrawFn, dtype: torch.dtype, wide: bool) -> tuple[o
     return (*tables, height, draw(st.integers(0, groups - 1)), most_pages, wide)
 
 
+@settings(deadline=None, max_examples=40)
 @given(st.data(), DTYPES, ROWS, WIDTHS)
 def test_lowrank(data: st.DataObject, dtype: torch.dtype, rows: int, features: int) -> None:
     wide = features % 8 == 0
@@ -87,6 +88,7 @@ def test_lowrank(data: st.DataObject, dtype: torch.dtype, rows: int, features: i
     assert_ahead(keys, lowrank_triton.compilations_for(features, dtype, wide=wide, dependent=True))
 
 
+@settings(deadline=None, max_examples=40)
 @given(st.data(), DTYPES, ROWS, st.integers(1, 200_000))
 def test_lowrank_embedding(
     data: st.DataObject, dtype: torch.dtype, rows: int, vocabulary: int
@@ -99,6 +101,7 @@ def test_lowrank_embedding(
     assert_ahead(keys, ahead)
 
 
+@settings(deadline=None, max_examples=40)
 @given(st.data(), DTYPES, ROWS, st.integers(1, 16), st.booleans())
 def test_lowrank_experts(
     data: st.DataObject, dtype: torch.dtype, tokens: int, choices: int, spread: bool
@@ -112,6 +115,7 @@ def test_lowrank_experts(
     assert_ahead(keys, lowrank_experts_triton.compilations_for(dtype, wide=True))
 
 
+@settings(deadline=None, max_examples=40)
 @given(
     DTYPES,
     st.integers(1, 65),
@@ -142,6 +146,7 @@ def test_sample(
     assert len(set(keys)) == len(keys) <= 5
 
 
+@settings(deadline=None, max_examples=40)
 @given(DTYPES, ROWS, st.integers(1, 40), st.sampled_from([31, 512, 50_257]))
 def test_token_mask(dtype: torch.dtype, rows: int, masks: int, vocabulary: int) -> None:
     logits = empty(rows, vocabulary, dtype=dtype)
@@ -151,6 +156,7 @@ def test_token_mask(dtype: torch.dtype, rows: int, masks: int, vocabulary: int) 
     assert_ahead(keys, token_mask_triton.compilations_for(dtype))
 
 
+@settings(deadline=None, max_examples=40)
 @given(ROWS, ROWS, st.integers(1, 128))
 def test_verify(rows: int, sequences: int, longest: int) -> None:
     tokens = torch.zeros(rows, dtype=torch.int64)
@@ -159,6 +165,7 @@ def test_verify(rows: int, sequences: int, longest: int) -> None:
     assert_ahead(keys, verify_triton.compilations())
 
 
+@settings(deadline=None, max_examples=40)
 @given(DTYPES, DTYPES, ROWS, st.integers(1, 9), WIDTHS, st.integers(1, 5000), st.booleans())
 def test_draft_logits(
     dtype: torch.dtype,
@@ -179,6 +186,7 @@ def test_draft_logits(
     assert_ahead(keys, ahead)
 
 
+@settings(deadline=None, max_examples=40)
 @given(DTYPES, DTYPES, ROWS, ROWS, st.integers(1, 9), WIDTHS, WIDTHS)
 def test_turbo_heads(
     dtype: torch.dtype,
@@ -210,6 +218,7 @@ def test_turbo_heads(
     assert_ahead(keys, ahead)
 
 
+@settings(deadline=None, max_examples=40)
 @given(DTYPES, ROWS, WIDTHS)
 def test_norms_and_gates(dtype: torch.dtype, rows: int, width: int) -> None:
     x, weight = empty(rows, width, dtype=dtype), empty(width, dtype=dtype)
@@ -222,6 +231,7 @@ def test_norms_and_gates(dtype: torch.dtype, rows: int, width: int) -> None:
     assert_ahead(keys, elementwise_triton.gate_compilations_for(width, dtype))
 
 
+@settings(deadline=None, max_examples=40)
 @given(DTYPES, st.integers(1, 3000), WIDTHS, WIDTHS, st.booleans())
 def test_linear_fixed(
     dtype: torch.dtype, rows: int, features: int, outputs: int, biased: bool
@@ -234,6 +244,7 @@ def test_linear_fixed(
     assert_ahead(keys, ahead)
 
 
+@settings(deadline=None, max_examples=40)
 @given(DTYPES, ROWS, st.integers(1, 33), st.integers(1, 9), st.sampled_from([64, 80, 128]))
 def test_rotary(dtype: torch.dtype, rows: int, heads: int, kv_heads: int, size: int) -> None:
     qkv = empty(rows, heads + 2 * kv_heads, size, dtype=dtype)
@@ -256,3 +267,12 @@ def test_no_argument_of_a_kernel_is_specialised() -> None:
             ]
             assert not kept, f"{one.kernel.fn.__name__} is compiled anew by {kept}"
             assert key_of(one)
+
+
+def test_globals_of_a_kernel_equal_themselves() -> None:
+    """Triton compares them at every launch, and refuses what has changed; NaN always has."""
+    for module in compiling.kernel_modules():
+        for one in compiling.compilations_of(module):
+            assert one.kernel.cache_key
+            for (name, _), (value, found) in one.kernel.used_global_vals.items():
+                assert found[name] == value, f"{one.kernel.fn.__name__}: {name}"

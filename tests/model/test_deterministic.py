@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny_models import save_model
 from torch import nn
+from transformers import LlamaConfig
 
 from quickchange_server.errors import UnsupportedModelError
 from quickchange_server.model.adapter_layers import BaseLinear, base_linear
@@ -40,14 +41,8 @@ def test_on_a_cpu_the_bits_stay_as_they_are() -> None:
     assert torch.equal(plain, fixed)
 
 
-class _Config:
-    model_type = "llama"
-    layer_types: tuple[str, ...] = ()
-
-
 def test_a_quantised_checkpoint_is_refused_on_a_gpu_and_not_on_a_cpu() -> None:
-    config = _Config()
-    config.quantization_config = {"quant_method": "bitsandbytes"}  # type: ignore[attr-defined]
-    _refuse_loose_sums(nn.Linear(2, 2), config)  # type: ignore[arg-type]
+    config = LlamaConfig(quantization_config={"quant_method": "bitsandbytes"})
+    _refuse_loose_sums(nn.Linear(2, 2), config)
     with pytest.raises(UnsupportedModelError, match=r"--deterministic .* stored quantised"):
-        _refuse_loose_sums(nn.Linear(2, 2, device="meta"), config)  # type: ignore[arg-type]
+        _refuse_loose_sums(nn.Linear(2, 2, device="meta"), config)
