@@ -27,8 +27,9 @@ from quickchange_bench.report_tables import table
 from quickchange_server.config import Settings
 from quickchange_server.engine import model_runner
 from quickchange_server.engine.engine import Engine
-from quickchange_server.engine.model_runner import Flight, HeadPlan, Ran, Runner
+from quickchange_server.engine.model_runner import HeadPlan, Runner
 from quickchange_server.engine.scheduling.scheduler import Scheduled
+from quickchange_server.engine.step_results import Flight, Ran
 from quickchange_server.model.cuda_graphs import Outputs
 from quickchange_server.model.loading.model_loader import LoadedModel
 from quickchange_server.protocol import Component, SamplingParams, Submit

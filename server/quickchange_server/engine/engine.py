@@ -21,6 +21,7 @@ from quickchange_kernels.compile_watch import CompileWatch
 from quickchange_kernels.kernel_cache import link_prebuilt
 from quickchange_server.adapters.manager import PacedLoad
 from quickchange_server.config import Settings
+from quickchange_server.engine.inputs.sample_tables import RowError
 from quickchange_server.engine.memory.cache_sizes import (
     ROWS_OF_DRAFTS,
     adapter_tiers,
@@ -28,11 +29,12 @@ from quickchange_server.engine.memory.cache_sizes import (
     context_length,
     held_dtype,
 )
-from quickchange_server.engine.model_runner import Flight, Ran, Result, Runner
-from quickchange_server.engine.sampler import RowError, SampledToken
+from quickchange_server.engine.model_runner import Runner
+from quickchange_server.engine.sampler import SampledToken
 from quickchange_server.engine.scheduling.kv_cache_manager import KVBlocks, StateRows
 from quickchange_server.engine.scheduling.scheduler import Scheduled, Scheduler
 from quickchange_server.engine.scheduling.sequence import Sequence, fault_of
+from quickchange_server.engine.step_results import Flight, Ran, Result
 from quickchange_server.engine.token_masks import constraints_of
 from quickchange_server.engine.warm_up import LateWork, StepLimits
 from quickchange_server.model.loading.model_dtype import dtype_name
@@ -276,6 +278,8 @@ class Engine:
             dtype=model.dtype,
             device=torch.device(settings.device),
             state_rows=0 if states is None else states.model_rows,
+            max_sequences=settings.max_sequences,
+            max_batch_tokens=settings.batch_tokens,
         )
 
     def _warm_up(self, model: LoadedModel, blocks: KVBlocks, states: StateRows | None) -> None:
