@@ -21,7 +21,7 @@ from triton.backends.driver import DriverBase
 from triton.runtime.driver import driver
 
 from quickchange_kernels import dispatch, native
-from quickchange_kernels.aot.targets import Target
+from quickchange_kernels.gpu_targets import Target
 
 _THREADS = 1024  # the most of a block
 _INDICES = {"token_kernel": ("tokens",), "verify_kernel": ("accepted", "token", "path")}

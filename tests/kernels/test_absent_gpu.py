@@ -11,7 +11,7 @@ from triton import knobs
 from triton.runtime.errors import OutOfResources
 
 from quickchange_kernels.absent_gpu import Launch, absent_gpu
-from quickchange_kernels.aot.targets import TARGETS, Target
+from quickchange_kernels.gpu_targets import TARGETS, Target
 from quickchange_kernels.compile_watch import CompileWatch
 from quickchange_kernels.elementwise.silu_mul import silu_mul
 

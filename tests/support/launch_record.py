@@ -20,7 +20,7 @@ from triton import knobs
 from triton.runtime.jit import JITFunction
 
 from quickchange_kernels.absent_gpu import Launch, absent_gpu
-from quickchange_kernels.aot.targets import TARGETS
+from quickchange_kernels.gpu_targets import TARGETS
 from quickchange_server.engine import model_runner
 from quickchange_server.model.cuda_graphs import Outputs
 
@@ -101,7 +101,7 @@ class _NoKernel:
 
 @contextmanager
 def recorded_launches(target: str = "sm_90") -> Iterator[LaunchRecord]:
-    """target: the GPU that the launchers see, by its name in `aot.targets`."""
+    """target: the GPU that the launchers see, by its name in `gpu_targets`."""
     record = LaunchRecord()
     with absent_gpu(TARGETS[target], record.on_launch) as gpu:
 
