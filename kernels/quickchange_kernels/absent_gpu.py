@@ -23,7 +23,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from quickchange_kernels import dispatch, native
-from quickchange_kernels.aot.targets import Target
+from quickchange_kernels.gpu_targets import Target, cpu_counts_as
 
 _THREADS = 1024  # the most of a block
 # Outputs that the host reads or that are followed as indices: what they hold after a launch.
@@ -82,6 +82,7 @@ def absent_gpu(
         with (
             mock.patch.object(JITFunction, "_do_compile", compile_),
             dispatch.triton_on_cpu(products=products),
+            cpu_counts_as(target),
         ):
             yield gpu
     finally:

@@ -15,7 +15,7 @@ from typing import Any
 from unittest import mock
 
 from quickchange_kernels.absent_gpu import Launch, LaunchKey, absent_gpu
-from quickchange_kernels.aot.targets import TARGETS
+from quickchange_kernels.gpu_targets import TARGETS
 from quickchange_server.engine import model_runner
 from quickchange_server.model.cuda_graphs import Outputs
 
@@ -82,7 +82,7 @@ def _news(noticed: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> st
 
 @contextmanager
 def recorded_launches(target: str = "sm_90") -> Iterator[LaunchRecord]:
-    """target: the GPU that the launchers see, by its name in `aot.targets`."""
+    """target: the GPU that the launchers see, by its name in `gpu_targets.py`."""
     record = LaunchRecord()
     with absent_gpu(TARGETS[target], record.on_launch, on_key=record.on_key):
         yield record

@@ -175,7 +175,7 @@ def _device(device: torch.device) -> AbstractContextManager[object]:
     if device.type == "cuda":
         return nullcontext()
     from quickchange_kernels.absent_gpu import absent_gpu
-    from quickchange_kernels.aot.targets import TARGETS
+    from quickchange_kernels.gpu_targets import TARGETS
 
     return absent_gpu(TARGETS["sm_90"], on_key=lambda _: None, products=False)
 

@@ -21,6 +21,7 @@ from quickchange_kernels.compile_watch import CompileWatch
 from quickchange_kernels.kernel_cache import link_prebuilt
 from quickchange_server.adapters.manager import PacedLoad
 from quickchange_server.config import Settings
+from quickchange_server.engine.inputs.sample_tables import RowError
 from quickchange_server.engine.memory.cache_sizes import (
     ROWS_OF_DRAFTS,
     adapter_tiers,
@@ -28,11 +29,12 @@ from quickchange_server.engine.memory.cache_sizes import (
     context_length,
     held_dtype,
 )
-from quickchange_server.engine.model_runner import Flight, Ran, Result, Runner
-from quickchange_server.engine.sampler import RowError, SampledToken
+from quickchange_server.engine.model_runner import Runner
+from quickchange_server.engine.sampler import SampledToken
 from quickchange_server.engine.scheduling.kv_cache_manager import KVBlocks, StateRows
 from quickchange_server.engine.scheduling.scheduler import Scheduled, Scheduler
 from quickchange_server.engine.scheduling.sequence import Sequence, fault_of
+from quickchange_server.engine.step_results import Flight, Ran, Result
 from quickchange_server.engine.token_masks import constraints_of
 from quickchange_server.engine.warm_up import LateWork, StepLimits
 from quickchange_server.model.loading.model_dtype import dtype_name
@@ -224,10 +226,11 @@ class Engine:
         flight = self._runner.launch(plan, self._speculation)
         self._late.note(plan)
         drafts = self._speculation.under_way()
-        for item in plan:
-            if item.sequence.request_id not in flight.faults:
-                self.scheduler.launched(item)
-        must_settle = bool(flight.faults) or any(
+        faults = flight.faults
+        self.scheduler.launched(
+            [item for item in plan if item.sequence.request_id not in faults] if faults else plan
+        )
+        must_settle = bool(faults) or any(
             item.samples and item.sequence.needs_its_tokens for item in plan
         )
         self._flights.append(_InFlight(flight, drafts, started, must_settle))
@@ -275,6 +278,8 @@ class Engine:
             dtype=model.dtype,
             device=torch.device(settings.device),
             state_rows=0 if states is None else states.model_rows,
+            max_sequences=settings.max_sequences,
+            max_batch_tokens=settings.batch_tokens,
         )
 
     def _warm_up(self, model: LoadedModel, blocks: KVBlocks, states: StateRows | None) -> None:
@@ -398,17 +403,20 @@ class Engine:
         accepted: int,
     ) -> Delta:
         sequence = item.sequence
-        first, sequence.reported = not sequence.reported, True
-        reading = sequence.reading if first else None
-        return Delta(
+        delta = Delta(
             sequence.request_id,
-            token_ids=tuple([row.token_id for row in drawn]),
-            logprobs=tuple([row.logprobs for row in drawn if row.logprobs is not None]),
-            finish_reason=reason,
-            cached_tokens=sequence.cached_tokens if first else None,
-            queue_seconds=sequence.queue_seconds if first else None,
+            tuple([row.token_id for row in drawn]),
+            tuple([row.logprobs for row in drawn if row.logprobs is not None]),
+            reason,
             drafted=len(item.drafts),
             accepted=accepted,
+        )
+        if sequence.reported:
+            return delta
+        sequence.reported, reading = True, sequence.reading
+        return delta._replace(
+            cached_tokens=sequence.cached_tokens,
+            queue_seconds=sequence.queue_seconds,
             prompt_logprobs=() if reading is None else reading.scores,
             embedding=None if reading is None else reading.embedding,
         )

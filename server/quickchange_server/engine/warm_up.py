@@ -125,6 +125,9 @@ class HeadLayouts(Protocol):
     def tables(self) -> LowRankTables: ...
 
     @property
+    def wide_tables(self) -> LowRankTables: ...
+
+    @property
     def heads(self) -> HeadTables: ...
 
 
@@ -139,6 +142,10 @@ class BlankHeads:
     @property
     def tables(self) -> LowRankTables:
         return self._layouts.tables
+
+    @property
+    def wide_tables(self) -> LowRankTables:
+        return self._layouts.wide_tables
 
     @property
     def heads(self) -> HeadTables:

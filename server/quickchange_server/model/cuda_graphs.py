@@ -19,6 +19,7 @@ from quickchange_kernels.lowrank.lowrank_contract import LowRankTables
 from quickchange_server.model.input_buffers import StaticInputs
 
 Inputs = TypeVar("Inputs")
+Other = TypeVar("Other")
 
 Outputs = tuple[Tensor, ...]
 
@@ -27,15 +28,14 @@ Capture = Callable[[Callable[[], Outputs]], tuple[Callable[[], None], Outputs]]
 
 
 @dataclass(frozen=True)
-class _Graph(Generic[Inputs]):
-    inputs: StaticInputs[Inputs]
+class _Graph:
     tables: LowRankTables | None
     replay: Callable[[], None]
     outputs: Outputs
 
 
 class Graphs(Generic[Inputs]):
-    """One graph per key, captured when it is first needed.
+    """One graph per key, captured when it is first run.
 
     compute: makes the outputs from inputs on the device and the adapters' tables. It must not read
     the tensors' values on the host.
@@ -50,31 +50,58 @@ class Graphs(Generic[Inputs]):
         self._compute = compute
         self._capture = capture
         self._device = device
-        self._graphs: dict[Hashable, _Graph[Inputs]] = {}
+        self._inputs: dict[Hashable, StaticInputs[Inputs]] = {}
+        self._graphs: dict[Hashable, _Graph] = {}
+        self._outputs: list[Tensor] = []  # memory that all graphs write their outputs to
         self.captures = 0  # so far
 
-    def run(self, key: Hashable, inputs: Inputs, tables: LowRankTables | None) -> Outputs:
-        """The outputs for host `inputs`, which must have the same shapes for the same key.
+    def inputs(self, key: Hashable, make: Callable[[], Inputs]) -> Inputs:
+        """The key's inputs on the host, to be written into before each run. make: the first ones,
+        whose shapes stay."""
+        if key not in self._inputs:
+            self._inputs[key] = StaticInputs(make(), self._device)
+        return self._inputs[key].host
 
-        They lie in the graph's memory: the next `run`, of any key, may overwrite them.
+    def device_inputs(self, key: Hashable) -> Inputs:
+        """The key's inputs on the device."""
+        return self._inputs[key].device
+
+    def run(
+        self, key: Hashable, tables: LowRankTables | None, others: Other
+    ) -> tuple[Outputs, Other]:
+        """The outputs for the key's inputs as they are now, and `others` on the device, which go up
+        with them.
+
+        The outputs lie in the graphs' memory: the next `run`, of any key, may overwrite them.
         """
+        static = self._inputs[key]
+        arrived = static.send(others)
         graph = self._graphs.get(key)
         if graph is None or not _same_memory(graph.tables, tables):
-            graph = self._captured(inputs, tables)
-        else:
+            graph = self._captured(static.device, tables)
+        elif graph.tables is not tables:
             # Equal tables may be another object: kept, so that the next comparison is cheap.
             graph = dataclasses.replace(graph, tables=tables)
-            graph.inputs.refill(inputs)
         self._graphs[key] = graph
         graph.replay()
-        return graph.outputs
+        return graph.outputs, arrived
 
-    def _captured(self, inputs: Inputs, tables: LowRankTables | None) -> _Graph[Inputs]:
+    def _captured(self, inputs: Inputs, tables: LowRankTables | None) -> _Graph:
         self.captures += 1
-        static = StaticInputs(inputs, self._device)
-        on_device = static.tree()
-        replay, outputs = self._capture(lambda: self._compute(on_device, tables))
-        return _Graph(static, tables, replay, outputs)
+        replay, outputs = self._capture(lambda: self._kept(self._compute(inputs, tables)))
+        return _Graph(tables, replay, outputs)
+
+    @torch.inference_mode()
+    def _kept(self, outputs: Outputs) -> Outputs:
+        """The outputs in memory that all graphs share: only one's are in use at a time."""
+        kept: list[Tensor] = []
+        for place, output in enumerate(outputs):
+            if place == len(self._outputs):
+                self._outputs.append(output.new_empty(0))
+            if self._outputs[place].numel() < output.numel():
+                self._outputs[place] = output.new_empty(output.numel())
+            kept.append(self._outputs[place][: output.numel()].view(output.shape).copy_(output))
+        return tuple(kept)
 
 
 def _same_memory(captured: LowRankTables | None, now: LowRankTables | None) -> bool:
