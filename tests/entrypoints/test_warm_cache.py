@@ -10,8 +10,8 @@ from tiny_models import make_model, save_model
 from transformers import AutoConfig
 
 from quickchange_kernels.absent_gpu import absent_gpu
-from quickchange_kernels.gpu_targets import TARGETS
 from quickchange_kernels.elementwise.silu_mul import silu_mul
+from quickchange_kernels.gpu_targets import TARGETS
 from quickchange_kernels.kernel_cache import PREBUILT, filling, link_prebuilt
 from quickchange_server.entrypoints.warm_cache import warm_cache
 from quickchange_server.errors import SettingError

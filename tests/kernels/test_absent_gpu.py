@@ -12,9 +12,9 @@ from triton import knobs
 from triton.runtime.errors import OutOfResources
 
 from quickchange_kernels.absent_gpu import Launch, absent_gpu
-from quickchange_kernels.gpu_targets import TARGETS
 from quickchange_kernels.compile_watch import CompileWatch
 from quickchange_kernels.elementwise.silu_mul import silu_mul
+from quickchange_kernels.gpu_targets import TARGETS
 
 
 @pytest.fixture
