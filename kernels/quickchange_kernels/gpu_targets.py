@@ -124,35 +124,37 @@ def named(names: str) -> list[Target]:
     return [TARGETS[name] for name in names.split(",")]
 
 
-_cpu_counts_as = [TARGETS["sm_90"]]  # the last one holds
+_standing_in: list[Target] = []  # those that CPU tensors are served as, the latest last
 
 
 @contextmanager
 def cpu_counts_as(target: Target) -> Iterator[None]:
-    """Let launchers choose for this GPU where their tensors lie on a CPU. For the whole process."""
-    _cpu_counts_as.append(target)
+    """Let CPU tensors be served as by this GPU, see `absent_gpu.py`."""
+    _standing_in.append(target)
     try:
         yield
     finally:
-        _cpu_counts_as.pop()
+        _standing_in.remove(target)
 
 
 def target_of(device: torch.device) -> Target:
-    """The target that a device counts as; for a CPU (where Triton is interpreted) an H100."""
-    if device.type != "cuda":
-        return _cpu_counts_as[-1]
+    """The target that a device counts as; a CPU as an H100 (under Triton's interpreter), or as the
+    GPU that is told."""
+    if device.type == "cpu" and _standing_in:
+        return _standing_in[-1]
     if torch.version.hip is not None:
         return TARGETS["gfx942"]
-    return for_capability(_capability(device))
+    return _for_capability(_capability(device))
 
 
 @functools.cache
 def _capability(device: torch.device) -> tuple[int, int]:
+    if device.type != "cuda":
+        return 9, 0
     return torch.cuda.get_device_capability(device)
 
 
-def for_capability(capability: tuple[int, int]) -> Target:
-    """The newest of NVIDIA's targets that is not newer than this; the oldest, if all are."""
+def _for_capability(capability: tuple[int, int]) -> Target:
     arch = capability[0] * 10 + capability[1]
     known = [target for target in TARGETS.values() if target.backend == "cuda"]
     older = [target for target in known if int(target.arch) <= arch]
