@@ -1,4 +1,4 @@
-"""Kernels that a layer of a Llama with adapters takes in a decode step, as docs/kernels.md has it."""
+"""Launches of a layer with adapters in a decode step, which the paper estimate rests on."""
 
 from __future__ import annotations
 

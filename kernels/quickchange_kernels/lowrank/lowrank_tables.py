@@ -19,7 +19,6 @@ A_ALIGNMENT = 64  # bytes
 SMALL_TILE, LARGE_TILE = 16, 64
 
 
-COLUMNS = 128  # columns of y that one program of the GPU's expand owns
 _MAX_PARTS, _MIN_PART = 8, 1024  # parts in which features are summed; features
 
 
@@ -98,6 +97,11 @@ def rounded_to_power(pages: int) -> int:
 def parts_of(features: int) -> int:
     """Number of parts in which a GPU sums the features, to keep it busy with few rows."""
     return min(_MAX_PARTS, -(-features // _MIN_PART))
+
+
+def columns_of(height: int) -> int:
+    """Columns of y that one program of a GPU's expand owns: many where its tile has many rows."""
+    return 128 if height == SMALL_TILE else 256
 
 
 def tile_height(longest: int) -> int:

@@ -40,11 +40,11 @@ from quickchange_kernels.launch_config import (
     wide_size,
 )
 from quickchange_kernels.lowrank.lowrank_tables import (
-    COLUMNS,
     LARGE_TILE,
     RANKS_PER_PAGE,
     SMALL_TILE,
     PageKind,
+    columns_of,
     parts_of,
 )
 from quickchange_kernels.lowrank.lowrank_tuning import (
@@ -352,7 +352,7 @@ def _expand(
     wide = o.aligned and aligned(y, o.arena)
     dependent = ids is None and dependent_launch()
     config = expand_config(summed, o.tile_height, aligned=wide, dependent=dependent)
-    expand_kernel[(len(tiles), triton.cdiv(y.shape[1], COLUMNS))](
+    expand_kernel[(len(tiles), triton.cdiv(y.shape[1], columns_of(o.tile_height)))](
         y,
         partial,
         ids,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from quickchange_kernels.launch_config import LaunchConfig
-from quickchange_kernels.lowrank.lowrank_tables import COLUMNS, SMALL_TILE, parts_of
+from quickchange_kernels.lowrank.lowrank_tables import SMALL_TILE, columns_of, parts_of
 
 EXPERT_COLUMNS = 256  # columns that one program owns of one row of experts
 EXPERT_PAGES = 2  # pages of one program of shrink for experts
@@ -45,7 +45,7 @@ def expand_config(
         "HEIGHT": height,
         "PAGES": 4,
         "PARTS": 1 if features is None else parts_of(features),
-        "BLOCK_N": COLUMNS,
+        "BLOCK_N": columns_of(height),
         "ALIGNED": aligned,
         "DEPENDENT": dependent,
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from quickchange_kernels.lowrank.lowrank_tables import COLUMNS, parts_of
+from quickchange_kernels.lowrank.lowrank_tables import LARGE_TILE, columns_of, parts_of
 from quickchange_kernels.roofline import floors
 from quickchange_kernels.roofline.beside_vllm import (
     QUICKCHANGE,
@@ -234,7 +234,7 @@ def prefill_table(machine: GpuRates = H100) -> str:
             expand = floors.expand(group, batch, parts)
             base = floors.linear(group, batch.rows).seconds(machine)
             update = shrink.seconds(machine) + expand.seconds(machine)
-            blocks = sum(group.outputs) // COLUMNS
+            blocks = sum(group.outputs) // columns_of(LARGE_TILE)
             again = batch.rows * blocks * parts * rank * floors.PARTIAL
             rows.append(
                 [
