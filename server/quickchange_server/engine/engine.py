@@ -367,12 +367,13 @@ class Engine:
         """Record that the plan was computed and return its sequences' deltas."""
         deltas: list[Delta] = []
         results = iter(ran.results)
+        holds, faults = self.scheduler.holds, ran.faults
         for item in plan:
             result = next(results) if item.samples else None
-            request_id = item.sequence.request_id
-            if not self.scheduler.holds(item.sequence):
+            if not holds(item.sequence):
                 continue  # it has ended since the launch
-            fault = ran.faults.get(request_id)
+            request_id = item.sequence.request_id
+            fault = faults.get(request_id) if faults else None
             if fault is None:
                 try:
                     deltas += self._advance_one(item, result)
@@ -410,14 +411,11 @@ class Engine:
         accepted: int,
     ) -> Delta:
         sequence = item.sequence
-        delta = Delta(
-            sequence.request_id,
-            tuple([row.token_id for row in drawn]),
-            tuple([row.logprobs for row in drawn if row.logprobs is not None]),
-            reason,
-            drafted=len(item.drafts),
-            accepted=accepted,
-        )
+        token_ids = tuple([row.token_id for row in drawn])
+        logprobs = tuple([row.logprobs for row in drawn if row.logprobs is not None])
+        delta = Delta(sequence.request_id, token_ids, logprobs, reason)
+        if item.drafts:
+            delta = delta._replace(drafted=len(item.drafts), accepted=accepted)
         if sequence.reported:
             return delta
         sequence.reported, reading = True, sequence.reading
