@@ -20,6 +20,7 @@ from quickchange_kernels import dispatch
 from quickchange_kernels.compile_watch import CompileWatch
 from quickchange_kernels.kernel_cache import link_prebuilt
 from quickchange_server.adapters.manager import PacedLoad
+from quickchange_server.adapters.memory_pool import DevicePool
 from quickchange_server.config import Settings
 from quickchange_server.engine.inputs.sample_tables import RowError
 from quickchange_server.engine.memory.cache_sizes import (
@@ -30,6 +31,7 @@ from quickchange_server.engine.memory.cache_sizes import (
     held_dtype,
 )
 from quickchange_server.engine.model_runner import Runner
+from quickchange_server.engine.parallel.followers import Followers
 from quickchange_server.engine.sampler import SampledToken
 from quickchange_server.engine.scheduling.kv_cache_manager import KVBlocks, StateRows
 from quickchange_server.engine.scheduling.scheduler import Scheduled, Scheduler
@@ -85,7 +87,8 @@ class Engine:
     the grammar compiler; None: requests with a constraint are refused. `prices`: of steps, as an
     engine like this one measured them; empty: they are measured. `on_begun` is told the ids of
     requests before the engine works on them for the first time. `depth`: steps that may be launched
-    and not settled; None: what suits the device.
+    and not settled; None: what suits the device. `followers`: hold the other parts of the model;
+    None: it is whole.
 
     While a step is in flight the next one is scheduled, launched behind it, and fed its tokens on
     the device. A sequence that a token turns out to end has one row in the next step, whose result
@@ -108,6 +111,7 @@ class Engine:
         prices: Prices = (),
         on_begun: Callable[[tuple[str, ...]], None] = lambda _: None,
         depth: int | None = None,
+        followers: Followers | None = None,
     ) -> None:
         self._settings = settings
         self._on_wake = on_wake
@@ -118,7 +122,9 @@ class Engine:
         states, blocks = cache_sizes(model, settings)
         self._scaling = model.scaling
         self._max_model_len = context_length(model, settings, blocks)
-        self._adapters = adapter_tiers(model, settings, load_adapter, on_wake)
+        self._followers = followers
+        made = DevicePool if followers is None else followers.pool
+        self._adapters = adapter_tiers(model, settings, load_adapter, on_wake, made)
         self._constraints = constraints_of(constraints, model.vocabulary, on_wake)
         self._runner = self._made_runner(model, blocks, states)
         self._compiles = dispatch.triton_compiles(torch.device(settings.device))
@@ -285,6 +291,7 @@ class Engine:
             state_rows=0 if states is None else states.model_rows,
             max_sequences=settings.max_sequences,
             max_batch_tokens=settings.batch_tokens,
+            followers=self._followers,
         )
 
     def _warm_up(self, model: LoadedModel, blocks: KVBlocks, states: StateRows | None) -> None:

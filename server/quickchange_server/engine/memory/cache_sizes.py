@@ -80,14 +80,15 @@ def adapter_tiers(
     settings: Settings,
     load_adapter: PacedLoad,
     on_wake: Callable[[], None],
+    make_pool: Callable[..., DevicePool] = DevicePool,
 ) -> AdapterTiers:
     if not settings.adapters:
         return NoAdapters()
-    pool = DevicePool(
+    pool = make_pool(
         model.groups,
         settings.adapter_device_bytes,
         held_dtype(model, settings),
-        torch.device(settings.device),
+        device=torch.device(settings.device),
         most_rank=settings.max_adapter_rank,
     )
     turbo = TurboShape(model.hidden, model.vocabulary)
