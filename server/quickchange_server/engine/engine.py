@@ -213,6 +213,10 @@ class Engine:
             return StepReport(tuple(deltas), self.stats()) if deltas else None
         return self._settle(self._flights.popleft())
 
+    def land(self) -> list[StepReport]:
+        """Settle the steps in flight, and launch no other; returns their reports."""
+        return [self._settle(self._flights.popleft()) for _ in range(len(self._flights))]
+
     def _must_settle(self) -> bool:
         """True if no step can be prepared before the one in flight has told its tokens."""
         return bool(self._flights) and self._flights[-1].must_settle
@@ -228,7 +232,8 @@ class Engine:
             self._on_wake()  # the tiers act on claims in `poll_adapters`
         if not plan:
             return False
-        self._begin([item.sequence for item in plan])
+        if new := [item.sequence for item in plan if not item.sequence.begun]:
+            self._begin(new)
         flight = self._runner.launch(plan, self._speculation)
         self._late.note(plan)
         drafts = self._speculation.under_way()
@@ -357,11 +362,10 @@ class Engine:
         return deltas
 
     def _begin(self, sequences: Seq[Sequence]) -> None:
-        new = [sequence for sequence in sequences if not sequence.begun]
-        for sequence in new:
+        """Tell of sequences that are about to be worked on for the first time."""
+        for sequence in sequences:
             sequence.begun = True
-        if new:
-            self._on_begun(tuple([sequence.request_id for sequence in new]))
+        self._on_begun(tuple([sequence.request_id for sequence in sequences]))
 
     def _advance(self, plan: Seq[Scheduled], ran: Ran) -> list[Delta]:
         """Record that the plan was computed and return its sequences' deltas."""
