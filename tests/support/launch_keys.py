@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 from unittest import mock
 
-from quickchange_kernels.aot.targets import TARGETS
 from triton.compiler.compiler import make_backend
 from triton.runtime import jit
 
