@@ -18,16 +18,11 @@ import torch
 
 from quickchange_server.adapters.manager import PacedLoad
 from quickchange_server.config import Settings
-from quickchange_server.engine.memory.cache_sizes import (
-    ROWS_OF_DRAFTS,
-    adapter_tiers,
-    cache_sizes,
-    context_length,
-    held_dtype,
-)
-from quickchange_server.engine.model_runner import Flight, Ran, Result, Runner
+from quickchange_server.engine.memory.device_memory import memory_of
+from quickchange_server.engine.memory.fitting import EngineMemory
+from quickchange_server.engine.memory.footprint import held_dtype
+from quickchange_server.engine.model_runner import Flight, Ran, Result
 from quickchange_server.engine.sampler import RowError, SampledToken
-from quickchange_server.engine.scheduling.kv_cache_manager import KVBlocks, StateRows
 from quickchange_server.engine.scheduling.scheduler import Scheduled, Scheduler
 from quickchange_server.engine.scheduling.sequence import Sequence, fault_of
 from quickchange_server.engine.token_masks import constraints_of
@@ -109,22 +104,23 @@ class Engine:
         self._prices = prices
         self._vocabulary = model.vocabulary
         self._dtypes = dtype_name(model.dtype), dtype_name(held_dtype(model, settings))
-        states, blocks = cache_sizes(model, settings)
         self._scaling = model.scaling
-        self._max_model_len = context_length(model, settings, blocks)
-        self._adapters = adapter_tiers(model, settings, load_adapter, on_wake)
+        memory = EngineMemory(model, settings, memory_of(torch.device(settings.device)))
+        self._adapters = memory.adapter_tiers(load_adapter, on_wake)
         self._constraints = constraints_of(constraints, model.vocabulary, on_wake)
-        self._runner = self._made_runner(model, blocks, states)
-        self._runner.warm_up()
+        fitted = memory.fit(self._adapters, self._constraints.masks)
+        logger.info("memory:\n%s", fitted.table)
+        self._runner, caches = fitted.runner, fitted.caches
+        self._max_model_len = caches.max_model_len
         self._speculation = self._made_speculation(text)
         self.scheduler = Scheduler(
-            blocks,
+            caches.blocks,
             self._adapters,
             self._speculation,
             max_batch_tokens=settings.batch_tokens,
-            max_sequences=settings.max_sequences,
+            max_sequences=settings.step_sequences,
             max_model_len=self._max_model_len,
-            states=states,
+            states=caches.states,
         )
         self._refused: list[Delta] = []
         self._depth = depth or (1 if settings.device == "cpu" else _DEPTH)
@@ -140,7 +136,7 @@ class Engine:
             kv_blocks=self.scheduler.blocks.num_blocks,
             block_size=settings.block_size,
             load_seconds=load_seconds,
-            adapter_device_bytes=settings.adapter_device_bytes,
+            adapter_device_bytes=self._adapters.device_bytes,
             adapter_host_bytes=settings.adapter_host_bytes,
             prices=self._prices,
             own_bytes=_own_bytes(),
@@ -251,23 +247,6 @@ class Engine:
         """End the threads that compile grammars and load adapters."""
         self._constraints.close()
         self._adapters.close()
-
-    def _made_runner(
-        self, model: LoadedModel, blocks: KVBlocks, states: StateRows | None
-    ) -> Runner:
-        settings = self._settings
-        return Runner(
-            model,
-            self._adapters,
-            self._constraints.masks,
-            num_blocks=blocks.num_blocks,
-            block_size=blocks.block_size,
-            most_graph_rows=settings.max_sequences * (ROWS_OF_DRAFTS if settings.turbo else 1),
-            max_model_len=self._max_model_len,
-            dtype=model.dtype,
-            device=torch.device(settings.device),
-            state_rows=0 if states is None else states.model_rows,
-        )
 
     def _made_speculation(self, text: TokenText | None) -> Speculation | NoSpeculation:
         if not self._settings.turbo:

@@ -395,7 +395,7 @@ class DecodeBuckets:
 
     def __init__(self, most: int, blocks: int) -> None:
         self._sizes = bucket_sizes(most)
-        self._blocks = blocks
+        self.blocks = blocks  # of a sequence
 
     def extents(self, *, adapters: bool) -> list[Extent]:
         """All shapes, the largest first."""
@@ -420,7 +420,7 @@ class DecodeBuckets:
         # Pieces: one adapter per row, doubled for compositions whose rows are cut in several tiles.
         # Small tiles whatever the batch: most have a row or two under one adapter.
         room = Room(size, pieces=2 * size, tiles=size, height=SMALL_TILE) if adapters else None
-        return Extent(size, size, size, self._blocks, room, room, room)
+        return Extent(size, size, size, self.blocks, room, room, room)
 
 
 def _needed(plan: Sequence[Scheduled]) -> tuple[int, int]:

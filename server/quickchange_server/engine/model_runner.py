@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from quickchange_kernels.lowrank.lowrank_contract import LowRankTables
+from quickchange_server.adapters.batch_segments import full_room
 from quickchange_server.adapters.manager import AdapterTiers
 from quickchange_server.engine.model_inputs import (
     DecodeBuckets,
@@ -28,7 +29,7 @@ from quickchange_server.engine.model_inputs import (
     row_reach,
     step_inputs,
 )
-from quickchange_server.engine.prompt_outputs import read
+from quickchange_server.engine.prompt_outputs import SCORED_AT_ONCE, read, score_columns
 from quickchange_server.engine.sampler import (
     Draw,
     RowError,
@@ -43,6 +44,7 @@ from quickchange_server.engine.token_masks import TokenMasks
 from quickchange_server.model.cuda_graphs import Graphs, capture_for
 from quickchange_server.model.input_buffers import upload
 from quickchange_server.model.loading.model_loader import LoadedModel, Output, forward
+from quickchange_server.protocol import SamplingParams
 from quickchange_server.spec_decode.cost_model import Stopwatch, stopwatch
 from quickchange_server.spec_decode.draft_heads import DraftItem, Guide, HeadDrafter
 from quickchange_server.spec_decode.verifier import Verdict, judge
@@ -51,6 +53,16 @@ MasksFor = Callable[[Sequence[Scheduled]], TokenMasks]
 
 _PRICED_ROWS = (1, 2, 4, 6, 8, 10, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _PRICING_ROUNDS = 3
+_MOST_SCORES = 20
+_WIDEST = SampleRow(  # of all that rows may ask of the sampler
+    SamplingParams(
+        max_tokens=1, temperature=1.0, top_k=50, top_p=0.9, min_p=0.01, logprobs=_MOST_SCORES
+    ),
+    seed=0,
+    position=0,
+    prompt=(),
+    output=(),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +148,21 @@ class Runner:
             for extent in self._buckets.extents(adapters=adapters):
                 nothing = self._padded_inputs((), extent)
                 self._graphs.run(extent, nothing, self._adapters.tables if adapters else None)
+
+    def rehearse(self, rows: int, sequences: int) -> None:
+        """Run the largest step there is, on no content, for the memory that it takes.
+
+        It is a prefill whose rows are all scored, under adapters, with the sampler behind as many
+        rows as are ever drawn, by all of its parameters.
+        """
+        room = full_room(rows, sequences, self._device) if self._adapters.served else None
+        extent = Extent(rows, sequences, rows, self._buckets.blocks, room, room, room)
+        inputs = upload(self._padded_inputs((), extent), self._device)
+        logits = self._compute(inputs, self._adapters.tables if room is not None else None).logits
+        scored = logits[:SCORED_AT_ONCE]
+        score_columns(scored, scored.new_zeros(len(scored), dtype=torch.int64), _MOST_SCORES)
+        drawn = min(rows, len(self._tokens))
+        self._sampler.draw(logits[:drawn], [_WIDEST] * drawn)
 
     def price_rows(self, most: int) -> list[tuple[int, float]]:
         """(rows, seconds) of decode steps of up to `most` rows, without adapters."""

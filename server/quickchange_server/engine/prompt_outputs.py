@@ -31,6 +31,8 @@ def read(plan: Sequence[Scheduled], logits: Tensor, hidden: Tensor, faults: dict
     _pass_on([item for item in plan if item.pooled], hidden, _pooled_rows, _states, faults)
 
 
+SCORED_AT_ONCE = 256  # rows: in float32 those of a whole prefill would take gigabytes
+
 Add = Callable[[Reading], None]
 
 
@@ -71,13 +73,26 @@ def _scores(items: Sequence[Scheduled], logits: Tensor) -> list[Add]:
     for item in items:
         targets += item.sequence.tokens[item.scored.start + 1 : item.scored.stop + 1]
     most = max(item.sequence.reading.top or 0 for item in items if item.sequence.reading)
+    wanted = torch.tensor(targets, device=logits.device)
+    found = [
+        score_columns(*part, most)
+        for part in zip(
+            torch.split(logits, SCORED_AT_ONCE), torch.split(wanted, SCORED_AT_ONCE), strict=True
+        )
+    ]
+    lines = iter(zip(targets, torch.cat(found).tolist(), strict=True))
+    return [_add_scores([next(lines) for _ in item.scored]) for item in items]
+
+
+def score_columns(logits: Tensor, targets: Tensor, most: int) -> Tensor:
+    """Log-probabilities of the targets, then ids and log-probabilities of the `most` best tokens:
+    float64 [rows, 1 or more]."""
     table = torch.log_softmax(logits.float(), dim=-1)
-    parts = [table.gather(1, torch.tensor(targets, device=table.device)[:, None]).double()]
+    parts = [table.gather(1, targets[:, None]).double()]
     if most:
         best = table.topk(top_count(most, table.shape[1]), dim=-1)
         parts += [best.indices.double(), best.values.double()]
-    lines = iter(zip(targets, torch.cat(parts, dim=1).tolist(), strict=True))
-    return [_add_scores([next(lines) for _ in item.scored]) for item in items]
+    return torch.cat(parts, dim=1)
 
 
 def _add_scores(lines: Sequence[tuple[int, list[float]]]) -> Add:

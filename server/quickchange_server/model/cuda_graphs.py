@@ -2,6 +2,10 @@
 
 `Graphs` does the bookkeeping: the graph of each shape, its inputs in memory that stays, and when a
 graph is out of date. Its `Capture` is given from outside: on CUDA devices `CudaCapture`.
+
+Outputs of all graphs lie in one place, as large as those of the largest: 54 graphs of Llama 3.1 8B,
+for up to 512 rows, would keep 2.4 GB of logits otherwise. A copy of a graph's logits costs it a
+thousandth of what the weights do.
 """
 
 from __future__ import annotations
@@ -9,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from operator import gt
 from typing import Generic, TypeVar
 
 import torch
@@ -50,6 +55,7 @@ class Graphs(Generic[Inputs]):
         self._capture = capture
         self._device = device
         self._graphs: dict[Hashable, _Graph[Inputs]] = {}
+        self._outputs: Outputs = ()  # of the largest graph; the others' are their first rows
 
     def run(self, key: Hashable, inputs: Inputs, tables: LowRankTables | None) -> Outputs:
         """The outputs for host `inputs`, which must have the same shapes for the same key.
@@ -70,8 +76,24 @@ class Graphs(Generic[Inputs]):
     def _captured(self, inputs: Inputs, tables: LowRankTables | None) -> _Graph[Inputs]:
         static = StaticInputs(inputs, self._device)
         on_device = static.tree()
-        replay, outputs = self._capture(lambda: self._compute(on_device, tables))
+        replay, outputs = self._capture(lambda: self._kept(self._compute(on_device, tables)))
         return _Graph(static, tables, replay, outputs)
+
+    def _kept(self, outputs: Outputs) -> Outputs:
+        """The outputs, copied to where all graphs have theirs.
+
+        The place is made when the largest graph first computes, which is before it is captured:
+        graphs are captured largest first.
+        """
+        rows = [output.shape[0] for output in outputs]
+        if not self._outputs or any(map(gt, rows, [held.shape[0] for held in self._outputs])):
+            self._outputs = tuple(torch.empty_like(output) for output in outputs)
+        kept = tuple(
+            held[: output.shape[0]] for held, output in zip(self._outputs, outputs, strict=True)
+        )
+        for held, output in zip(kept, outputs, strict=True):
+            held.copy_(output)
+        return kept
 
 
 def _same_memory(captured: LowRankTables | None, now: LowRankTables | None) -> bool:

@@ -83,4 +83,4 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     """True if products of bfloat16 are the device's own and the kernels use them."""
     if device.type == "cpu":
         return native.multiplies_bfloat16()
-    return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
