@@ -92,6 +92,11 @@ def triton_serves(device: torch.device) -> bool:
     return device.type != "cpu" or triton_interpreted() or bool(_in_front)
 
 
+def triton_compiles(device: torch.device) -> bool:
+    """True if kernels for the device's tensors are compiled when they are first launched."""
+    return triton_serves(device) and not triton_interpreted()
+
+
 def writes_in_place(*_: Any) -> None:
     """The fake version of an operation that returns nothing."""
 

@@ -337,6 +337,8 @@ class StepStats:
     draft_estimate: float = 0.0  # tokens that the drafts were expected to gain
     draft_gain: int = 0  # tokens that they gained
     mask_seconds: float | None = None  # for all token masks; None: no sequence was constrained
+    late_compilations: int = 0  # kernels compiled since the engine was ready; total
+    late_captures: int = 0  # graphs captured since the engine was ready; total
 
 
 @dataclass(frozen=True, slots=True)

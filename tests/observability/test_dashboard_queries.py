@@ -84,6 +84,8 @@ def test_every_alert_has_something_to_judge(observed: Observed, alert: str) -> N
         "adapter_evictions_total",
         "adapter_load_failures_total",
         "preemptions_total",
+        "late_compilations_total",
+        "late_captures_total",
     ],
 )
 def test_the_load_has_what_is_rare(observed: Observed, series: str) -> None:

@@ -42,6 +42,8 @@ class BusyEngine(FakeEngine):
             prefix_query_tokens=8 * self.steps,
             prefix_hit_tokens=3 * self.steps,
             preemptions=self.steps // 10,
+            late_compilations=self.steps // 40,
+            late_captures=self.steps // 40,
         )
 
 

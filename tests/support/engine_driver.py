@@ -28,7 +28,7 @@ def make_engine(
     **options: object,
 ) -> Engine:
     """An engine on a small model. `load` finds adapters by digest."""
-    settings = _small_settings(model, options)
+    settings = make_settings(model, options)
     loaded = load_model(
         str(model),
         dtype=torch.float32,
@@ -39,7 +39,7 @@ def make_engine(
     return engine_of(loaded, settings, load, constraints, on_wake, on_begun, depth)
 
 
-def _small_settings(model: Path, options: Mapping[str, object]) -> Settings:
+def make_settings(model: Path, options: Mapping[str, object]) -> Settings:
     small = {
         "block_size": 4,
         "kv_cache_bytes": 1 << 20,
@@ -62,7 +62,7 @@ def engine_of(
 ) -> Engine:
     """An engine on a model that is loaded already. settings: or a folder, and small ones."""
     if isinstance(settings, Path):
-        settings = _small_settings(settings, {})
+        settings = make_settings(settings, {})
 
     def read(digest: str, _: Pause) -> CanonicalAdapter:
         if load is None:

@@ -39,9 +39,10 @@ def compiled(one: Compilation, target: Target) -> Any:
     _check_arguments(one, names)
     types = {name: one.signature.get(name, "constexpr") for name in names}
     attributes = {
-        (position,): [["tt.divisibility", 16]]
-        for position, name in enumerate(names)
-        if types[name].startswith("*") or name in one.divisible_by_16
+        (parameter.num,): [["tt.divisibility", 16]]
+        for parameter in one.kernel.params
+        if not parameter.do_not_specialize
+        and (types[parameter.name].startswith("*") or parameter.name in one.divisible_by_16)
     }
     source = ASTSource(
         fn=one.kernel, signature=types, constexprs=dict(one.constants), attrs=attributes

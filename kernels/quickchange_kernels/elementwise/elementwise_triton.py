@@ -14,12 +14,21 @@ import triton.language as tl
 from torch import Tensor
 
 from quickchange_kernels.compilation import Compilation
+from quickchange_kernels.launch_config import (
+    WIDE,
+    LaunchConfig,
+    aligned,
+    fixed_kernel,
+    pointer,
+    wide_row,
+    wide_size,
+)
 
 GATE_BLOCK = 2048  # columns of one program of silu_mul: eight a lane on 4 warps of 64
 ROTARY_HEADS = 8  # heads of one program of rotary_
 
 
-@triton.jit
+@fixed_kernel
 def rms_norm_kernel(
     # pointers
     x,  # [T, K]
@@ -27,8 +36,6 @@ def rms_norm_kernel(
     weight,  # [K]
     total,  # [T, K], not written unless ADD
     y,  # [T, K]
-    # sizes
-    K,
     # scalars
     eps,
     offset,
@@ -36,25 +43,32 @@ def rms_norm_kernel(
     stride_x,
     stride_delta,
     # meta
+    K: tl.constexpr,
     BLOCK: tl.constexpr,
     ADD: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     """Program (row,)."""
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK)
     live = k < K
-    value = tl.load(x + row * stride_x + k, mask=live, other=0.0).to(tl.float32)  # stream
+    value = tl.load(wide_row(x, row * stride_x, ALIGNED) + k, mask=live, other=0.0)  # stream
+    value = value.to(tl.float32)
     if ADD:
-        added = tl.load(delta + row * stride_delta + k, mask=live, other=0.0)  # stream
+        place = wide_row(delta, row * stride_delta, ALIGNED)
+        added = tl.load(place + k, mask=live, other=0.0)  # stream
         rounded = (value + added.to(tl.float32)).to(total.dtype.element_ty)
-        tl.store(total + row * K + k, rounded, mask=live)
+        tl.store(wide_row(total, row * K, ALIGNED) + k, rounded, mask=live)
         value = rounded.to(tl.float32)
     factor = 1.0 / tl.sqrt(tl.sum(value * value, 0) / K + eps)
-    gain = tl.load(weight + k, mask=live, other=0.0).to(tl.float32) + offset  # stream
-    tl.store(y + row * K + k, (value * factor * gain).to(y.dtype.element_ty), mask=live)
+    # a bare argument can't be known to be aligned; the grid has one column, so 0 is added
+    gains = wide_row(weight, tl.program_id(1), ALIGNED)
+    gain = tl.load(gains + k, mask=live, other=0.0).to(tl.float32) + offset  # stream
+    normed = (value * factor * gain).to(y.dtype.element_ty)
+    tl.store(wide_row(y, row * K, ALIGNED) + k, normed, mask=live)
 
 
-@triton.jit
+@fixed_kernel
 def silu_mul_kernel(
     # pointers
     x,  # [T, 2 I]
@@ -65,25 +79,28 @@ def silu_mul_kernel(
     stride_x,
     # meta
     BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     """Program (row, block of columns)."""
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    live = i < I
-    gate = tl.load(x + row * stride_x + i, mask=live, other=0.0).to(tl.float32)  # stream
-    up = tl.load(x + row * stride_x + I + i, mask=live, other=0.0).to(tl.float32)  # stream
+    live = i < wide_size(I, x, ALIGNED)
+    gates = wide_row(x, row * stride_x, ALIGNED)
+    ups = wide_row(x, row * stride_x + I, ALIGNED)
+    gate = tl.load(gates + i, mask=live, other=0.0).to(tl.float32)  # stream
+    up = tl.load(ups + i, mask=live, other=0.0).to(tl.float32)  # stream
     silu = gate / (1.0 + tl.exp(-gate))
-    tl.store(y + row * I + i, (silu * up).to(y.dtype.element_ty), mask=live)
+    tl.store(wide_row(y, row * I, ALIGNED) + i, (silu * up).to(y.dtype.element_ty), mask=live)
 
 
 @triton.jit
 def _rotate(x, cos, sin, first_head, heads, stride_head, HALF: tl.constexpr, BLOCK: tl.constexpr,
-            HEADS: tl.constexpr):  # fmt: skip
+            HEADS: tl.constexpr, ALIGNED: tl.constexpr):  # fmt: skip
     """Rotate some heads of one row, in place. x: its first head; cos, sin: its row of them."""
     head = first_head + tl.arange(0, HEADS)
     i = tl.arange(0, BLOCK)
     live = (head < heads)[:, None] & (i < HALF)[None, :]
-    place = x + head.to(tl.int64)[:, None] * stride_head + i[None, :]  # [HEADS, BLOCK]
+    place = wide_row(x, head.to(tl.int64) * stride_head, ALIGNED)[:, None] + i[None, :]
     first = tl.load(place, mask=live, other=0.0).to(tl.float32)
     second = tl.load(place + HALF, mask=live, other=0.0).to(tl.float32)
     inside = i < HALF
@@ -95,7 +112,7 @@ def _rotate(x, cos, sin, first_head, heads, stride_head, HALF: tl.constexpr, BLO
     tl.store(place + HALF, (second * c2 + first * s2).to(x.dtype.element_ty), mask=live)
 
 
-@triton.jit
+@fixed_kernel
 def rotary_kernel(
     # pointers
     q,  # [T, q_heads, D]
@@ -116,19 +133,20 @@ def rotary_kernel(
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
     HEADS: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     """Program (row, HEADS heads of q, then of k)."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     q_parts = tl.cdiv(q_heads, HEADS)
-    cos_row = cos + row * stride_cos
-    sin_row = sin + row * stride_sin
+    cos_row = wide_row(cos, row * stride_cos, ALIGNED)
+    sin_row = wide_row(sin, row * stride_sin, ALIGNED)
     if part < q_parts:
         _rotate(q + row * stride_q_row, cos_row, sin_row, part * HEADS, q_heads, stride_q_head,
-                HALF, BLOCK, HEADS)  # fmt: skip
+                HALF, BLOCK, HEADS, ALIGNED)  # fmt: skip
     else:
         _rotate(k + row * stride_k_row, cos_row, sin_row, (part - q_parts) * HEADS, k_heads,
-                stride_k_head, HALF, BLOCK, HEADS)  # fmt: skip
+                stride_k_head, HALF, BLOCK, HEADS, ALIGNED)  # fmt: skip
 
 
 def launch_rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
@@ -169,10 +187,10 @@ def _launch_norm(
     if x.numel() == 0:
         return
     width = x.shape[1]
+    config = _norm(width, add=add, wide=aligned(x, delta, weight))
     rms_norm_kernel[(x.shape[0],)](
-        x, delta, weight, total, y, width, eps, offset, x.stride(0), delta.stride(0),
-        BLOCK=triton.next_power_of_2(width), ADD=add, num_warps=_norm_warps(width),
-    )  # fmt: skip
+        x, delta, weight, total, y, eps, offset, x.stride(0), delta.stride(0), **config.keywords
+    )
 
 
 def launch_silu_mul(x: Tensor) -> Tensor:
@@ -182,7 +200,7 @@ def launch_silu_mul(x: Tensor) -> Tensor:
     y = torch.empty((*x.shape[:-1], width), dtype=x.dtype, device=x.device)
     if y.numel():
         grid = (rows.shape[0], triton.cdiv(width, GATE_BLOCK))
-        silu_mul_kernel[grid](rows, y, width, rows.stride(0), BLOCK=GATE_BLOCK, num_warps=4)
+        silu_mul_kernel[grid](rows, y, width, rows.stride(0), **_gate(aligned(rows, y)).keywords)
     return y
 
 
@@ -201,53 +219,69 @@ def launch_rotary_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     parts = triton.cdiv(q.shape[1], ROTARY_HEADS) + triton.cdiv(k.shape[1], ROTARY_HEADS)
     rotary_kernel[(q.shape[0], parts)](
         q, k, cos, sin, q.shape[1], k.shape[1], q.stride(0), q.stride(1), k.stride(0), k.stride(1),
-        cos.stride(0), sin.stride(0), HALF=half, BLOCK=triton.next_power_of_2(half),
-        HEADS=ROTARY_HEADS, num_warps=4,
+        cos.stride(0), sin.stride(0), **_rotary(half, wide=aligned(q, k, cos, sin)).keywords
     )  # fmt: skip
 
 
-def _norm_warps(width: int) -> int:
-    """Warps that leave each lane 8 elements or more, also of 64 lanes: loads of 16 bytes."""
-    return min(16, max(1, triton.next_power_of_2(width) // 512))
+def _norm(width: int, *, add: bool, wide: bool) -> LaunchConfig:
+    block = triton.next_power_of_2(width)
+    # 8 elements a lane or more, also of 64 lanes: loads of 16 bytes
+    warps = min(16, max(1, block // 512))
+    return LaunchConfig({"K": width, "BLOCK": block, "ADD": add, "ALIGNED": wide}, warps)
+
+
+def _gate(wide: bool) -> LaunchConfig:
+    return LaunchConfig({"BLOCK": GATE_BLOCK, "ALIGNED": wide}, num_warps=4)
+
+
+def _rotary(half: int, *, wide: bool) -> LaunchConfig:
+    block = triton.next_power_of_2(half)
+    constants = {"HALF": half, "BLOCK": block, "HEADS": ROTARY_HEADS, "ALIGNED": wide}
+    return LaunchConfig(constants, num_warps=4)
+
+
+def norm_compilations_for(
+    width: int, dtype: torch.dtype, *, wide: bool | None = None
+) -> Iterator[Compilation]:
+    """All that rms_norm and add_rms_norm launch. wide: `aligned` of rows; None: as the width is."""
+    wide = width * dtype.itemsize % WIDE == 0 if wide is None else wide
+    row = pointer(dtype)
+    types = dict.fromkeys(("x", "delta", "weight", "total", "y"), row)
+    types |= {"eps": "fp32", "offset": "fp32", "stride_x": "i32", "stride_delta": "i32"}
+    for add in (False, True):
+        yield _norm(width, add=add, wide=wide).compilation(
+            f"{'add_' if add else ''}rms_norm {width}{'' if wide else ', odd'}, {row[1:]}",
+            rms_norm_kernel,
+            types,
+        )
+
+
+def gate_compilations_for(width: int, dtype: torch.dtype) -> Iterator[Compilation]:
+    """All that silu_mul launches for a gate of `width` columns."""
+    wide, row = width * dtype.itemsize % WIDE == 0, pointer(dtype)
+    yield _gate(wide).compilation(
+        f"silu_mul{'' if wide else ', odd'}, {row[1:]}",
+        silu_mul_kernel,
+        {"x": row, "y": row, "I": "i32", "stride_x": "i32"},
+    )
+
+
+def rotary_compilations_for(
+    width: int, dtype: torch.dtype, *, wide: bool | None = None
+) -> Iterator[Compilation]:
+    """All that rotary_ launches. width: columns that are rotated. wide: as for norms, of heads."""
+    wide = width * dtype.itemsize % WIDE == 0 if wide is None else wide
+    row, names = pointer(dtype), [arg for arg in rotary_kernel.arg_names if arg.islower()]
+    types = {name: row if name in ("q", "k", "cos", "sin") else "i32" for name in names}
+    yield _rotary(width // 2, wide=wide).compilation(
+        f"rotary {width}{'' if wide else ', odd'}, {row[1:]}", rotary_kernel, types
+    )
 
 
 def compilations() -> Iterator[Compilation]:
-    """Configurations in bfloat16 for the widths of Llama-3.1-8B and 70B."""
-    bf16 = "*bf16"
-    for hidden in (4096, 8192):
-        for add in (False, True):
-            yield Compilation(
-                name=f"{'add_' if add else ''}rms_norm {hidden}, bf16",
-                kernel=rms_norm_kernel,
-                signature={
-                    "x": bf16, "delta": bf16, "weight": bf16, "total": bf16, "y": bf16, "K": "i32",
-                    "eps": "fp32", "offset": "fp32", "stride_x": "i32", "stride_delta": "i32",
-                },
-                constants={"BLOCK": hidden, "ADD": add},
-                num_warps=_norm_warps(hidden),
-                num_stages=1,
-                divisible_by_16=("K", "stride_x", "stride_delta"),
-            )  # fmt: skip
-    yield Compilation(
-        name="silu_mul, bf16",
-        kernel=silu_mul_kernel,
-        signature={"x": bf16, "y": bf16, "I": "i32", "stride_x": "i32"},
-        constants={"BLOCK": GATE_BLOCK},
-        num_warps=4,
-        num_stages=1,
-        divisible_by_16=("I", "stride_x"),
-    )
-    yield Compilation(
-        name="rotary 128, bf16",
-        kernel=rotary_kernel,
-        signature={
-            "q": bf16, "k": bf16, "cos": bf16, "sin": bf16, "q_heads": "i32", "k_heads": "i32",
-            "stride_q_row": "i32", "stride_q_head": "i32", "stride_k_row": "i32",
-            "stride_k_head": "i32", "stride_cos": "i32", "stride_sin": "i32",
-        },
-        constants={"HALF": 64, "BLOCK": 64, "HEADS": ROTARY_HEADS},
-        num_warps=4,
-        num_stages=1,
-        divisible_by_16=("stride_q_row", "stride_q_head", "stride_k_row", "stride_k_head",
-                         "stride_cos", "stride_sin"),
-    )  # fmt: skip
+    """Configurations for the widths of Llama-3.1-8B, and of 70B in bfloat16."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        yield from norm_compilations_for(4096, dtype)
+        yield from gate_compilations_for(14336, dtype)
+        yield from rotary_compilations_for(128, dtype)
+    yield from norm_compilations_for(8192, torch.bfloat16)

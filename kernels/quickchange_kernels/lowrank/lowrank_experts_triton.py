@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quickchange_kernels.compilation import Compilation
+from quickchange_kernels.launch_config import aligned, fixed_kernel, pointer, wide_row, wide_size
 from quickchange_kernels.lowrank.lowrank_tables import RANKS_PER_PAGE, PageKind
 from quickchange_kernels.lowrank.lowrank_triton import (
     Operands,
@@ -30,14 +31,18 @@ from quickchange_kernels.lowrank.lowrank_triton import (
     page_range,
     tiles_of,
 )
-from quickchange_kernels.lowrank.lowrank_tuning import EXPERT_COLUMNS, experts_launch
+from quickchange_kernels.lowrank.lowrank_tuning import (
+    EXPERT_COLUMNS,
+    EXPERT_PAGES,
+    chunk_programs,
+    experts_configs,
+)
 
-_STEP_SIZES = ["group", "groups"]
 _RANKS = tl.constexpr(RANKS_PER_PAGE)
 _IDENTITY = tl.constexpr(int(PageKind.IDENTITY))
 
 
-@triton.jit(do_not_specialize=_STEP_SIZES)
+@fixed_kernel
 def shrink_experts_kernel(
     # pointers
     x_ptr,
@@ -57,11 +62,11 @@ def shrink_experts_kernel(
     y_per_x,  # rows of y that read one row of x
     ranks,  # row length of the buffer
     # meta
-    PAGES: tl.constexpr,  # pages of one program
+    PAGES: tl.constexpr,  # pages of one chunk
     BLOCK_K: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """Program (piece, row of its tile, chunk of pages): A x."""
+    """Program (piece, row of its tile, chunks of pages): A x."""
     piece = tl.program_id(0)
     within = tl.program_id(1)
     token = tl.load(pieces_ptr + piece * 4) + within // choices
@@ -71,34 +76,29 @@ def shrink_experts_kernel(
     slot = tl.load(pieces_ptr + piece * 4 + 2)
     expert = tl.load(expert_ptr + row).to(tl.int32)
     first, last = page_range(directory_ptr, slot, group + expert, groups)
-    first_rank = tl.program_id(2) * (PAGES * _RANKS)
-    if first + first_rank // _RANKS >= last:
-        return
-
-    rank = tl.arange(0, PAGES * _RANKS)
-    page = first + (first_rank + rank) // _RANKS
-    live = page < last
-    a = tl.load(pages_ptr + page.to(tl.int64) * 4, mask=live, other=0)
-    if ALIGNED:
-        a = tl.multiple_of(a, 8)
-    a_rows = arena_ptr + (a + (rank % _RANKS) * K)
-    x_row_ptr = x_ptr + row // y_per_x * x_row
-
-    h = tl.zeros((PAGES * _RANKS,), tl.float32)
-    for k0 in range(0, K, BLOCK_K):
-        k = k0 + tl.arange(0, BLOCK_K)
-        weight = tl.load(  # stream
-            a_rows[:, None] + k[None, :], mask=live[:, None] & (k < K)[None, :], other=0.0
-        )
-        x = tl.load(x_row_ptr + k, mask=k < K, other=0.0)
-        h += tl.sum(weight.to(tl.float32) * x.to(tl.float32)[None, :], axis=1)
-
     rows = tl.num_programs(1)
-    out = h_ptr + (piece * rows + within).to(tl.int64) * ranks + first_rank + rank
-    tl.store(out, h, mask=live)
+    rank = tl.arange(0, PAGES * _RANKS)
+    x_row_ptr = wide_row(x_ptr, row // y_per_x * x_row, ALIGNED)
+    out = h_ptr + (piece * rows + within).to(tl.int64) * ranks
+    K = wide_size(K, arena_ptr, ALIGNED)
+
+    for page0 in range(first + tl.program_id(2) * PAGES, last, tl.num_programs(2) * PAGES):
+        page = page0 + rank // _RANKS
+        live = page < last
+        a = tl.load(pages_ptr + page.to(tl.int64) * 4, mask=live, other=0)
+        a_rows = wide_row(arena_ptr, a + (rank % _RANKS) * K, ALIGNED)
+        h = tl.zeros((PAGES * _RANKS,), tl.float32)
+        for k0 in range(0, K, BLOCK_K):
+            k = k0 + tl.arange(0, BLOCK_K)
+            weight = tl.load(  # stream
+                a_rows[:, None] + k[None, :], mask=live[:, None] & (k < K)[None, :], other=0.0
+            )
+            x = tl.load(x_row_ptr + k, mask=k < K, other=0.0)
+            h += tl.sum(weight.to(tl.float32) * x.to(tl.float32)[None, :], axis=1)
+        tl.store(out + (page0 - first) * _RANKS + rank, h, mask=live)
 
 
-@triton.jit(do_not_specialize=_STEP_SIZES)
+@fixed_kernel
 def expand_experts_kernel(
     # pointers
     y_ptr,
@@ -167,16 +167,16 @@ def expand_experts_kernel(
             if ALIGNED:
                 column = tl.multiple_of(column, 8)
                 width = tl.multiple_of(width, 8)
-                b_row = tl.multiple_of(b_row, 8)
-            b_row += (rank % _RANKS) * width - column
+            b_rows = wide_row(arena_ptr, b_row + (rank % _RANKS) * width - column, ALIGNED)
             inside = (n[None, :] >= column[:, None]) & (n[None, :] < (column + width)[:, None])
             b = tl.load(  # stream
-                arena_ptr + (b_row[:, None] + n[None, :]), mask=live[:, None] & inside, other=0.0
+                b_rows[:, None] + n[None, :], mask=live[:, None] & inside, other=0.0
             )
             update += tl.sum(b.to(tl.float32) * h[:, None], axis=0)
 
     if chunks > 0:
-        out = y_ptr + row * y_row + n
+        N = wide_size(N, y_ptr, ALIGNED)
+        out = wide_row(y_ptr, row * y_row, ALIGNED) + n
         y = tl.load(out, mask=n < N, other=0.0).to(tl.float32) + update
         tl.store(out, y.to(y_ptr.dtype.element_ty), mask=n < N)
 
@@ -200,10 +200,12 @@ def launch_lowrank_experts(
             f"{choices} choices of {experts} experts"
         )
     K, N, rows = x.shape[1], y.shape[1], o.tile_height * choices
-    launch = experts_launch(x.itemsize, o.aligned)
-    ranks = RANKS_PER_PAGE * max(launch.pages, o.most_pages)
+    wide = o.aligned and aligned(x, y, o.arena)
+    shrink, expand = experts_configs(x.dtype, aligned=wide)
+    ranks = RANKS_PER_PAGE * max(EXPERT_PAGES, o.most_pages)
     h = torch.empty((len(pieces), rows, ranks), dtype=torch.float32, device=y.device)
-    shrink_experts_kernel[(len(pieces), rows, triton.cdiv(o.most_pages, launch.pages))](
+    chunks = chunk_programs(o.most_pages, EXPERT_PAGES, len(pieces) * rows)
+    shrink_experts_kernel[(len(pieces), rows, chunks)](
         x,
         expert,
         o.arena,
@@ -218,8 +220,7 @@ def launch_lowrank_experts(
         x.stride(0),
         y.shape[0] // x.shape[0],
         ranks,
-        **launch.shrink,
-        num_warps=launch.num_warps,
+        **shrink.keywords,
     )
     expand_experts_kernel[(len(tiles), rows, triton.cdiv(N, EXPERT_COLUMNS))](
         y,
@@ -240,8 +241,7 @@ def launch_lowrank_experts(
         choices,
         y.stride(0),
         ranks,
-        **launch.expand,
-        num_warps=launch.num_warps,
+        **expand.keywords,
     )
 
 
@@ -251,34 +251,34 @@ _POINTERS = {
 }  # fmt: skip
 
 
+def compilations_for(dtype: torch.dtype, *, wide: bool) -> Iterator[Compilation]:
+    """All that lowrank_experts_ launches. wide: as lowrank_triton.compilations_for says."""
+    shrink, expand = experts_configs(dtype, aligned=wide)
+    row, name = pointer(dtype), f"{pointer(dtype)[1:]}{'' if wide else ', odd'}"
+    yield shrink.compilation(
+        f"lowrank experts shrink, {name}",
+        shrink_experts_kernel,
+        _POINTERS | {"x_ptr": row, "arena_ptr": row, "K": "i32", "x_row": "i32", "y_per_x": "i32"},
+    )
+    yield expand.compilation(
+        f"lowrank experts expand, {name}",
+        expand_experts_kernel,
+        _POINTERS
+        | {
+            "y_ptr": row,
+            "arena_ptr": row,
+            "scale_ptr": "*fp32",
+            "shift_ptr": "*fp32",
+            "kind_ptr": "*i32",
+            "weight_ptr": "*fp32",
+            "tiles_ptr": "*i32",
+            "N": "i32",
+            "y_row": "i32",
+        },
+    )
+
+
 def compilations() -> Iterator[Compilation]:
-    """Configurations for the experts' inputs of Qwen3-30B-A3B, in both dtypes."""
-    for dtype in ("bf16", "fp32"):
-        launch = experts_launch(2 if dtype == "bf16" else 4, aligned=True)
-        row = f"*{dtype}"
-        yield Compilation(
-            name=f"lowrank experts shrink, {dtype}",
-            kernel=shrink_experts_kernel,
-            signature={
-                "x_ptr": row, "arena_ptr": row, "K": "i32", "x_row": "i32", "y_per_x": "i32",
-            } | _POINTERS,
-            constants=launch.shrink,
-            num_warps=launch.num_warps,
-            num_stages=1,
-            divisible_by_16=("K", "x_row", "ranks"),
-            products=False,
-        )  # fmt: skip
-        yield Compilation(
-            name=f"lowrank experts expand, {dtype}",
-            kernel=expand_experts_kernel,
-            signature={
-                "y_ptr": row, "arena_ptr": row, "scale_ptr": "*fp32", "shift_ptr": "*fp32",
-                "kind_ptr": "*i32", "weight_ptr": "*fp32", "tiles_ptr": "*i32", "N": "i32",
-                "y_row": "i32",
-            } | _POINTERS,
-            constants=launch.expand,
-            num_warps=launch.num_warps,
-            num_stages=1,
-            divisible_by_16=("N", "y_row", "ranks"),
-            products=False,
-        )  # fmt: skip
+    """Configurations in each dtype."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        yield from compilations_for(dtype, wide=True)

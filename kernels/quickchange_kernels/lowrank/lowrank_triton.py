@@ -9,8 +9,12 @@ The two launches also keep every read of x before any write of y. An embedding n
 A x is a lookup, done in expand.
 
 Which features are summed apart (`parts`) depends on their number alone; a tile's height, on how
-many rows share a segment, changes no order of sums. The grid covers the most pages that any
-resident adapter has; programs past an adapter's own pages end at once.
+many rows share a segment, changes no order of sums. Programs are as many as the most pages that any
+resident adapter has, but no more than keep a GPU busy: they go through an adapter's own pages in
+turn, and those past them end at once.
+
+On Hopper and later, expand starts while shrink runs (programmatic dependent launch), reads its
+tables and weights, and waits for shrink before it reads the sums or touches y.
 """
 
 from __future__ import annotations
@@ -22,18 +26,33 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from quickchange_kernels.compilation import Compilation
+from quickchange_kernels.compilation import TARGETS, Compilation
+from quickchange_kernels.launch_config import (
+    DEPENDENT_TARGETS,
+    OTHER_TARGETS,
+    aligned,
+    dependent_launch,
+    fixed_kernel,
+    pointer,
+    wide_row,
+    wide_size,
+)
 from quickchange_kernels.lowrank.lowrank_tables import (
     LARGE_TILE,
     RANKS_PER_PAGE,
     SMALL_TILE,
     PageKind,
 )
-from quickchange_kernels.lowrank.lowrank_tuning import COLUMNS, expand_launch, parts, shrink_launch
+from quickchange_kernels.lowrank.lowrank_tuning import (
+    COLUMNS,
+    chunk_programs,
+    expand_config,
+    parts,
+    shrink_config,
+)
 
-# Arguments whose values, differing by layer or step, are worth no kernel of their own.
-_STEP_SIZES = ["group", "groups", "pieces"]
 _RANKS = tl.constexpr(RANKS_PER_PAGE)
 _IDENTITY = tl.constexpr(int(PageKind.IDENTITY))
 _RELU = tl.constexpr(int(PageKind.RELU))
@@ -51,7 +70,7 @@ def page_range(directory_ptr, slot, group, groups):
     return tl.load(entry), tl.load(entry + 1)
 
 
-@triton.jit(do_not_specialize=_STEP_SIZES)
+@fixed_kernel
 def shrink_kernel(
     # pointers
     x_ptr,
@@ -62,22 +81,24 @@ def shrink_kernel(
     pieces_ptr,
     partial_ptr,  # float32 [parts, pieces, HEIGHT, ranks]
     # sizes
-    K,
     group,
     groups,
     pieces,
     # strides
     x_row,
-    ranks,  # row length of the buffer
+    ranks,  # row length of the buffer, a multiple of 16
     # meta
+    K: tl.constexpr,
     HEIGHT: tl.constexpr,
-    PAGES: tl.constexpr,  # pages of one program
+    PAGES: tl.constexpr,  # pages of one chunk
     BLOCK_K: tl.constexpr,
     PART: tl.constexpr,  # features of one part, a multiple of BLOCK_K
-    EVEN_K: tl.constexpr,  # BLOCK_K divides K
     ALIGNED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
-    """Program (piece, chunk of pages, part of the features): partial sums of A x."""
+    """Program (piece, chunks of pages, part of the features): partial sums of A x."""
+    if DEPENDENT:
+        gdc_launch_dependents()
     piece = tl.program_id(0)
     begin = tl.load(pieces_ptr + piece * 4)
     end = tl.load(pieces_ptr + piece * 4 + 1)
@@ -85,36 +106,37 @@ def shrink_kernel(
         return
     slot = tl.load(pieces_ptr + piece * 4 + 2)
     first, last = page_range(directory_ptr, slot, group, groups)
-    first_rank = tl.program_id(1) * (PAGES * _RANKS)
-    if first + first_rank // _RANKS >= last:
-        return
     part = tl.program_id(2)
 
     rank = tl.arange(0, PAGES * _RANKS)
-    page = first + (first_rank + rank) // _RANKS
-    live = page < last
-    live = live & (tl.load(kind_ptr + page, mask=live, other=_GAIN) != _GAIN)
-    a = tl.load(pages_ptr + page.to(tl.int64) * 4, mask=live, other=0)
-    if ALIGNED:
-        a = tl.multiple_of(a, 8)
-    a_rows = arena_ptr + (a + (rank % _RANKS) * K)
     m = tl.arange(0, HEIGHT)
     in_tile = begin + m < end
-    x_rows = x_ptr + (begin + m).to(tl.int64) * x_row
-
-    h = tl.zeros((HEIGHT, PAGES * _RANKS), tl.float32)
-    for k0 in range(part * PART, tl.minimum((part + 1) * PART, K), BLOCK_K):
-        k = k0 + tl.arange(0, BLOCK_K)
-        in_k = tl.full((BLOCK_K,), True, tl.int1) if EVEN_K else k < K
-        weight = tl.load(  # stream
-            a_rows[:, None] + k[None, :], mask=live[:, None] & in_k[None, :], other=0.0
-        )
-        x = tl.load(x_rows[:, None] + k[None, :], mask=in_tile[:, None] & in_k[None, :], other=0.0)
-        h = tl.dot(x, tl.trans(weight.to(x.dtype)), h, input_precision="ieee")
-
+    x_rows = wide_row(x_ptr, (begin + m).to(tl.int64) * x_row, ALIGNED)
+    stop = tl.minimum((part + 1) * PART, K)
     row = (part.to(tl.int64) * pieces + piece) * HEIGHT + m
-    out = partial_ptr + row[:, None] * ranks + (first_rank + rank)[None, :]
-    tl.store(out, h, mask=in_tile[:, None] & live[None, :])
+    out_rows = wide_row(partial_ptr, row * ranks, True)
+
+    for page0 in range(first + tl.program_id(1) * PAGES, last, tl.num_programs(1) * PAGES):
+        page = page0 + rank // _RANKS
+        live = page < last
+        live = live & (tl.load(kind_ptr + page, mask=live, other=_GAIN) != _GAIN)
+        a = tl.load(pages_ptr + page.to(tl.int64) * 4, mask=live, other=0)
+        a_rows = wide_row(arena_ptr, a + (rank % _RANKS) * K, ALIGNED)
+
+        h = tl.zeros((HEIGHT, PAGES * _RANKS), tl.float32)
+        for k0 in range(part * PART, stop, BLOCK_K):
+            k = k0 + tl.arange(0, BLOCK_K)
+            in_k = tl.full((BLOCK_K,), True, tl.int1) if K % BLOCK_K == 0 else k < K
+            weight = tl.load(  # stream
+                a_rows[:, None] + k[None, :], mask=live[:, None] & in_k[None, :], other=0.0
+            )
+            x = tl.load(
+                x_rows[:, None] + k[None, :], mask=in_tile[:, None] & in_k[None, :], other=0.0
+            )
+            h = tl.dot(x, tl.trans(weight.to(x.dtype)), h, input_precision="ieee")
+
+        at = (page0 - first) * _RANKS + rank
+        tl.store(out_rows[:, None] + at[None, :], h, mask=in_tile[:, None] & live[None, :])
 
 
 @triton.jit
@@ -134,14 +156,14 @@ def activated(h, kind):
 @triton.jit
 def _summed(partial_ptr, row, rank, mask, ranks, part_stride, PARTS: tl.constexpr):
     """The partial sums of a piece's rows [M] and some ranks [R], added in order: [M, R]."""
-    source = partial_ptr + row[:, None] * ranks + rank[None, :]
+    source = wide_row(partial_ptr, row * ranks, True)[:, None] + rank[None, :]
     h = tl.load(source, mask=mask, other=0.0)
     for part in tl.static_range(1, PARTS):
         h += tl.load(source + part * part_stride, mask=mask, other=0.0)
     return h
 
 
-@triton.jit(do_not_specialize=_STEP_SIZES)
+@fixed_kernel
 def expand_kernel(
     # pointers
     y_ptr,
@@ -171,12 +193,15 @@ def expand_kernel(
     PARTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ALIGNED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Program (tile, block of columns): adds the updates of all pieces and pages to y."""
     tile = tl.program_id(0)
     begin = tl.load(tiles_ptr + tile * 4)
     end = tl.load(tiles_ptr + tile * 4 + 1)
     if begin >= end:
+        if DEPENDENT:
+            gdc_wait()
         return
     n0 = tl.program_id(1) * BLOCK_N
     n = n0 + tl.arange(0, BLOCK_N)
@@ -211,6 +236,17 @@ def expand_kernel(
                 low_rank = hit & (kind != _GAIN)
                 scale = weight * tl.load(scale_ptr + page, mask=hit, other=0.0)
 
+                b_row = tl.load(entry + 1, mask=hit, other=0)
+                b_row += (rank % _RANKS) * width - column
+                inside = (n[None, :] >= column[:, None]) & (n[None, :] < (column + width)[:, None])
+                read = hit & (low_rank | (rank % _RANKS == 0))  # a gain has one row
+                b_rows = wide_row(arena_ptr, b_row, ALIGNED)
+                b = tl.load(  # stream
+                    b_rows[:, None] + n[None, :], mask=read[:, None] & inside, other=0.0
+                )
+
+                if DEPENDENT:
+                    gdc_wait()
                 lanes = in_tile[:, None] & low_rank[None, :]
                 if ids_ptr is None:
                     row = piece * HEIGHT + m.to(tl.int64)
@@ -228,26 +264,17 @@ def expand_kernel(
                     h = activated(h, kind[None, :])
                 h = tl.where(low_rank[None, :], h * scale[None, :], 0.0)
 
-                b_row = tl.load(entry + 1, mask=hit, other=0)
-                if ALIGNED:
-                    b_row = tl.multiple_of(b_row, 8)
-                b_row += (rank % _RANKS) * width - column
-                inside = (n[None, :] >= column[:, None]) & (n[None, :] < (column + width)[:, None])
-                read = hit & (low_rank | (rank % _RANKS == 0))  # a gain has one row
-                b = tl.load(  # stream
-                    arena_ptr + (b_row[:, None] + n[None, :]),
-                    mask=read[:, None] & inside,
-                    other=0.0,
-                )
                 if tl.max(is_gain.to(tl.int32), axis=0) > 0:
                     gains = tl.where(is_gain[:, None], b.to(tl.float32) * scale[:, None], 0.0)
                     gain += tl.sum(gains, axis=0)
                 factor = h.to(y_ptr.dtype.element_ty)
                 update = tl.dot(factor, b.to(factor.dtype), update, input_precision="ieee")
 
+    if DEPENDENT:
+        gdc_wait()  # also where no page hits: the kernel that follows may rely on shrink's end
     if chunks > 0:
-        out = y_ptr + (begin + m).to(tl.int64)[:, None] * y_row + n[None, :]
-        mask = in_tile[:, None] & (n < N)[None, :]
+        out = wide_row(y_ptr, (begin + m).to(tl.int64) * y_row, ALIGNED)[:, None] + n[None, :]
+        mask = in_tile[:, None] & (n < wide_size(N, y_ptr, ALIGNED))[None, :]
         y = tl.load(out, mask=mask, other=0.0).to(tl.float32)
         y += update + y * gain[None, :]
         tl.store(out, y.to(y_ptr.dtype.element_ty), mask=mask)
@@ -282,12 +309,13 @@ def launch_lowrank(y: Tensor, x: Tensor, *operands: Any) -> None:
     if x.dtype != y.dtype:
         raise TypeError(f"lowrank: x is {x.dtype}, y is {y.dtype}; they must be the same")
     K = x.shape[1]
-    hip = torch.version.hip is not None
-    launch = shrink_launch(K, x.itemsize, o.tile_height, o.most_pages, o.aligned, hip)
+    wide = o.aligned and aligned(x, o.arena)
+    dependent = dependent_launch(y.device)
+    config = shrink_config(K, x.dtype, o.tile_height, aligned=wide, dependent=dependent)
     ranks = RANKS_PER_PAGE * max(2, o.most_pages)
     shape = (parts(K), len(pieces), o.tile_height, ranks)
     partial = torch.empty(shape, dtype=torch.float32, device=y.device)
-    chunks = triton.cdiv(o.most_pages, launch.constants["PAGES"])
+    chunks = chunk_programs(o.most_pages, config.constants["PAGES"], len(pieces) * parts(K))
     shrink_kernel[(len(pieces), chunks, parts(K))](
         x,
         o.arena,
@@ -296,15 +324,12 @@ def launch_lowrank(y: Tensor, x: Tensor, *operands: Any) -> None:
         o.page_kind,
         pieces,
         partial,
-        K,
         o.group,
         o.directory.shape[1],
         len(pieces),
         x.stride(0),
         ranks,
-        **launch.constants,
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
+        **config.keywords,
     )
     _expand(y, partial, None, o, K)
 
@@ -324,7 +349,9 @@ def _expand(
     """Launch expand. features: those of the module's input, or an embedding's vocabulary."""
     pieces, tiles = tiles_of(o)
     summed = features if ids is None else None
-    launch = expand_launch(summed, o.tile_height, o.aligned)
+    wide = o.aligned and aligned(y, o.arena)
+    dependent = ids is None and dependent_launch(y.device)
+    config = expand_config(summed, o.tile_height, aligned=wide, dependent=dependent)
     expand_kernel[(len(tiles), triton.cdiv(y.shape[1], COLUMNS))](
         y,
         partial,
@@ -345,9 +372,7 @@ def _expand(
         len(pieces),
         y.stride(0),
         0 if partial is None else partial.shape[3],
-        **launch.constants,
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
+        **config.keywords,
     )
 
 
@@ -369,57 +394,62 @@ def check_rows(tensor: Tensor, name: str) -> None:
 
 _TABLES = {
     "directory_ptr": "*i32", "pages_ptr": "*i64", "kind_ptr": "*i32", "pieces_ptr": "*i32",
-    "partial_ptr": "*fp32", "K": "i32", "group": "i32", "groups": "i32", "pieces": "i32",
-    "ranks": "i32",
+    "partial_ptr": "*fp32", "group": "i32", "groups": "i32", "pieces": "i32", "ranks": "i32",
 }  # fmt: skip
 
 
-def compilations() -> Iterator[Compilation]:
-    """Configurations for decode and prefill, inputs of Llama 8B (4096 features) and 70B (8192)."""
+def compilations_for(
+    features: int,
+    dtype: torch.dtype,
+    *,
+    wide: bool,
+    dependent: bool,
+    embedding: bool = False,
+    targets: tuple[str, ...] = TARGETS,
+) -> Iterator[Compilation]:
+    """All that lowrank_, or for an embedding lowrank_embedding_, launches for a module group.
+
+    features: those of the group's input; an embedding's are not looked at. wide: GroupShape.aligned
+    and `aligned` of rows of x and y. dependent: `dependent_launch` of the device.
+    """
+    row = pointer(dtype)
+    narrow = dtype.itemsize == 2
+    shape = "embedding" if embedding else f"{features} features"
+    shape += ("" if wide else ", odd") + (", dependent" if dependent and not embedding else "")
     for height, phase in ((SMALL_TILE, "decode"), (LARGE_TILE, "prefill")):
-        yield _shrink_compilation(f"4096 features, {phase}", 4096, 8, height, "bf16")
-        yield _shrink_compilation(f"4096 features, {phase}", 4096, 8, height, "fp32")
-        yield _expand_compilation(f"4096 features, {phase}", 4096, height, "bf16")
-        yield _expand_compilation(f"4096 features, {phase}", 4096, height, "fp32")
-        yield _expand_compilation(f"8192 features, {phase}", 8192, height, "bf16")
-        yield _expand_compilation(f"embedding, {phase}", None, height, "bf16")
-    yield _shrink_compilation("8192 features, few pages, prefill", 8192, 4, LARGE_TILE, "bf16")
+        name = f"{shape}, {phase}, {row[1:]}"
+        if not embedding:
+            shrink = shrink_config(features, dtype, height, aligned=wide, dependent=dependent)
+            types: dict[str, str | None] = {
+                "x_ptr": row,
+                "arena_ptr": row,
+                "x_row": "i32",
+            } | _TABLES
+            yield shrink.compilation(
+                f"lowrank shrink, {name}", shrink_kernel, types, products=narrow, targets=targets
+            )
+        expand = expand_config(
+            None if embedding else features,
+            height,
+            aligned=wide,
+            dependent=dependent and not embedding,
+        )
+        absent = "partial_ptr" if embedding else "ids_ptr"
+        types = _TABLES | {
+            "y_ptr": row, "arena_ptr": row, "scale_ptr": "*fp32", "shift_ptr": "*fp32",
+            "weight_ptr": "*fp32", "tiles_ptr": "*i32", "ids_ptr": "*i64", "N": "i32", "K": "i32",
+            "y_row": "i32", absent: None,
+        }  # fmt: skip
+        yield expand.compilation(
+            f"lowrank expand, {name}", expand_kernel, types, products=narrow, targets=targets
+        )
 
 
-def _shrink_compilation(
-    name: str, features: int, pages: int, height: int, dtype: str
-) -> Compilation:
-    itemsize = 4 if dtype == "fp32" else 2
-    launch = shrink_launch(features, itemsize, height, pages, aligned=True)
-    row = f"*{dtype}"
-    return Compilation(
-        name=f"lowrank shrink, {name}, {dtype}",
-        kernel=shrink_kernel,
-        signature={"x_ptr": row, "arena_ptr": row, "x_row": "i32"} | _TABLES,
-        constants=launch.constants,
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
-        divisible_by_16=("K", "x_row", "ranks"),
-        products=itemsize == 2,
-    )
-
-
-def _expand_compilation(name: str, features: int | None, height: int, dtype: str) -> Compilation:
-    launch = expand_launch(features, height, aligned=True)
-    row = f"*{dtype}"
-    unused = "ids_ptr" if features is not None else "partial_ptr"
-    signature = {
-        "y_ptr": row, "arena_ptr": row, "scale_ptr": "*fp32", "shift_ptr": "*fp32",
-        "weight_ptr": "*fp32", "tiles_ptr": "*i32", "ids_ptr": "*i64", "N": "i32", "y_row": "i32",
-    } | _TABLES  # fmt: skip
-    del signature[unused]
-    return Compilation(
-        name=f"lowrank expand, {name}, {dtype}",
-        kernel=expand_kernel,
-        signature=signature,
-        constants=launch.constants | {unused: None},
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
-        divisible_by_16=("K", "N", "y_row", "ranks"),
-        products=dtype != "fp32",
-    )
+def compilations() -> Iterator[Compilation]:
+    """Configurations for inputs of Llama 8B (4096 features) and of 70B's down (28672)."""
+    for dependent, targets in ((False, OTHER_TARGETS), (True, DEPENDENT_TARGETS)):
+        how: dict[str, Any] = {"wide": True, "dependent": dependent, "targets": targets}
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            yield from compilations_for(4096, dtype, **how)
+        yield from compilations_for(28672, torch.bfloat16, **how)
+    yield from compilations_for(0, torch.bfloat16, wide=True, dependent=False, embedding=True)

@@ -1,29 +1,22 @@
 """Block sizes and launch options of lowrank's Triton kernels: pure functions of shape and device.
 
-Chosen by what the compilers for sm_80, sm_90, sm_100 and gfx942 say of registers, shared memory and
-load widths; few different ones, because each is compiled anew when it is first needed.
+Chosen by what the compilers say of registers, shared memory and load widths. Of what changes at run
+time only a tile's height decides here, and it has two values: each configuration is compiled ahead.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import torch
 
+from quickchange_kernels.launch_config import LaunchConfig
 from quickchange_kernels.lowrank.lowrank_tables import SMALL_TILE
 
 MAX_PARTS = 8
 MIN_PART = 1024  # features
 COLUMNS = 128  # columns of y that one program of expand owns
 EXPERT_COLUMNS = 256  # the same, of one row of experts
-
-
-@dataclass(frozen=True)
-class LowRankLaunch:
-    """The constants and launch options of one kernel."""
-
-    constants: dict[str, Any]
-    num_warps: int
-    num_stages: int
+EXPERT_PAGES = 2  # pages of one program of shrink for experts
+BUSY_PROGRAMS = 528  # four on each multiprocessor of an H100
 
 
 def parts(features: int) -> int:
@@ -31,51 +24,60 @@ def parts(features: int) -> int:
     return min(MAX_PARTS, -(-features // MIN_PART))
 
 
-def shrink_launch(
-    features: int, itemsize: int, height: int, most_pages: int, aligned: bool, hip: bool = False
-) -> LowRankLaunch:
-    """The launch of shrink for rows of `features` elements of `itemsize` bytes."""
-    small = height == SMALL_TILE
-    block = (512 if small else 128) // itemsize
+def shrink_config(
+    features: int, dtype: torch.dtype, height: int, *, aligned: bool, dependent: bool
+) -> LaunchConfig:
+    """The launch of shrink for rows of `features` elements."""
+    small, hip = height == SMALL_TILE, torch.version.hip is not None
+    block = (512 if small else 128) // dtype.itemsize
     constants = {
+        "K": features,
         "HEIGHT": height,
-        "PAGES": 2 if small else (4 if most_pages <= 4 else 8),
+        "PAGES": 2 if small else 8,
         "BLOCK_K": block,
         "PART": -(-features // (parts(features) * block)) * block,
-        "EVEN_K": features % block == 0,
         "ALIGNED": aligned,
+        "DEPENDENT": dependent,
     }
-    return LowRankLaunch(constants, num_warps=4, num_stages=2 if hip else 3)
+    return LaunchConfig(constants, num_warps=4, num_stages=2 if hip else 3)
 
 
-def expand_launch(features: int | None, height: int, aligned: bool) -> LowRankLaunch:
-    """The launch of expand. features: those of shrink's input; None for an embedding."""
+def expand_config(
+    features: int | None, height: int, *, aligned: bool, dependent: bool
+) -> LaunchConfig:
+    """The launch of expand. features: those of shrink's input; None for an embedding.
+
+    dependent: it starts while shrink runs, so it is False for an embedding.
+    """
     constants = {
         "HEIGHT": height,
         "PAGES": 4,
         "PARTS": 1 if features is None else parts(features),
         "BLOCK_N": COLUMNS,
         "ALIGNED": aligned,
+        "DEPENDENT": dependent,
     }
-    return LowRankLaunch(constants, num_warps=4 if height == SMALL_TILE else 8, num_stages=1)
-
-
-@dataclass(frozen=True)
-class ExpertsLaunch:
-    """The constants and launch options of both kernels for experts."""
-
-    shrink: dict[str, Any]
-    expand: dict[str, Any]
-    pages: int  # of one program of shrink
-    num_warps: int
-
-
-def experts_launch(itemsize: int, aligned: bool) -> ExpertsLaunch:
-    """The launches of the kernels for experts, for elements of `itemsize` bytes."""
-    pages = 2
-    return ExpertsLaunch(
-        shrink={"PAGES": pages, "BLOCK_K": 512 // itemsize, "ALIGNED": aligned},
-        expand={"PAGES": pages, "BLOCK_N": EXPERT_COLUMNS, "ALIGNED": aligned},
-        pages=pages,
-        num_warps=4,
+    return LaunchConfig(
+        constants,
+        num_warps=4 if height == SMALL_TILE else 8,
+        options={"launch_pdl": True} if dependent else {},
     )
+
+
+def experts_configs(dtype: torch.dtype, *, aligned: bool) -> tuple[LaunchConfig, LaunchConfig]:
+    """The launches of shrink and expand for experts."""
+    common = {"PAGES": EXPERT_PAGES, "ALIGNED": aligned}
+    return (
+        LaunchConfig(common | {"BLOCK_K": 512 // dtype.itemsize}, num_warps=4),
+        LaunchConfig(common | {"BLOCK_N": EXPERT_COLUMNS}, num_warps=4),
+    )
+
+
+def chunk_programs(most_pages: int, pages: int, others: int) -> int:
+    """Programs over the chunks of `pages` pages of a piece, each of which takes every n-th chunk.
+
+    One for each chunk that the widest resident adapter can have, unless the `others` programs
+    beside them keep the GPU busy: most adapters have far fewer pages, and a program that finds
+    none costs its start.
+    """
+    return max(1, min(-(-most_pages // pages), -(-BUSY_PROGRAMS // others)))

@@ -2,9 +2,13 @@
 
 A vocabulary is read in splits of SPLIT tokens, a program a split and row, so that few rows keep
 all of a GPU busy: once for the best logits, once for the masses' sums, and then one split for the
-token. top_k, top_p and typical_p find their edge by bisection, a program a row, with three
-thresholds tried in each pass over the row; the first two stop as soon as what is kept can't change.
-The launches depend on shapes and on which filters are given, never on values.
+token. Filters find their edges by bisection, a program a row, with three thresholds tried in each
+pass over the row; top_k and top_p stop as soon as what is kept can't change. A filter that is off
+in a row is skipped there, on the device: with all of them off, a row costs the filters' program no
+more than its start.
+
+The launches, and their keys, depend on what is given, never on values: the best logits alone, draws
+without filters (all None), and draws with them (those that are None count as off in every row).
 
 The kernels are compiled without fusing products with sums: that is what fixes a mass to the bit.
 """
@@ -20,6 +24,15 @@ import triton.language as tl
 from torch import Tensor
 
 from quickchange_kernels.compilation import Compilation
+from quickchange_kernels.launch_config import (
+    WIDE,
+    LaunchConfig,
+    aligned,
+    fixed_kernel,
+    pointer,
+    wide_row,
+    wide_size,
+)
 from quickchange_kernels.sampling import sample_plain
 
 SPLIT = 4096  # tokens of one program
@@ -103,46 +116,32 @@ def _narrow(low, high, over, wanted, step, sum1, sum2, sum3):
 
 
 @triton.jit
-def _least_mass(least, min_p, row, FILTERED: tl.constexpr, FLOORED: tl.constexpr):
-    """The least mass that top_p and min_p keep, at least 1."""
-    lowest = tl.full((), 1, tl.int64)
-    if FILTERED:
-        lowest = tl.load(least + row)
-    if FLOORED:
-        unit = tl.full((), 1, tl.int64) << _MASS_BITS
-        floor = (tl.load(min_p + row) * unit.to(tl.float64)).to(tl.int64)
-        lowest = tl.maximum(lowest, tl.minimum(floor, unit))
-    return lowest
+def _logits(place, start, V, BLOCK: tl.constexpr):
+    """(tokens start to start + BLOCK, their logits in float32)."""
+    i = start + tl.arange(0, BLOCK)
+    return i, tl.load(place + i, mask=i < V, other=_NEVER).to(tl.float32)
 
 
 @triton.jit
-def _kept(
-    logit,
-    row,
-    peak,
-    temperature,
-    kth,
-    least,
-    min_p,
-    near,
-    CUT: tl.constexpr,
-    FILTERED: tl.constexpr,
-    FLOORED: tl.constexpr,
-    TYPICAL: tl.constexpr,
-):
+def _cut(logit, power, cut, least):
+    """int64 masses that top_k, top_p and min_p keep, 0 elsewhere."""
+    mass = tl.where(_keys(logit) >= cut, _masses(power), 0)
+    return tl.where(mass >= least, mass, 0)
+
+
+@triton.jit
+def _kept(logit, row, peak, temperature, edges, FILTERED: tl.constexpr):
     """int64 masses of a row's float32 logits, 0 for what its filters drop."""
     power = _powers(logit, peak, _scale(temperature, row))
-    mass = _masses(power)
-    if CUT:
-        mass = tl.where(_keys(logit) >= tl.load(kth + row), mass, 0)
-    mass = tl.where(mass >= _least_mass(least, min_p, row, FILTERED, FLOORED), mass, 0)
-    if TYPICAL:
-        away = tl.abs(_depths(power) - tl.load(near + 2 * row))
-        mass = tl.where(away <= tl.load(near + 2 * row + 1), mass, 0)
-    return mass
+    if FILTERED:
+        edge = edges + 4 * row
+        mass = _cut(logit, power, tl.load(edge), tl.load(edge + 1))
+        away = tl.abs(_depths(power).to(tl.int64) - tl.load(edge + 2))
+        return tl.where(away <= tl.load(edge + 3), mass, 0)
+    return _masses(power)
 
 
-@triton.jit
+@fixed_kernel
 def edit_kernel(
     # pointers
     logits,  # float32 [R, V]
@@ -177,7 +176,7 @@ def edit_kernel(
         tl.debug_barrier()  # a token of this kind may stand in the next one, on another thread
 
 
-@triton.jit
+@fixed_kernel
 def peak_kernel(
     # pointers
     logits,  # [R, V]
@@ -189,13 +188,14 @@ def peak_kernel(
     # strides
     stride_row,
     # meta
+    ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Program (row, split): the split's best logit and its place."""
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
-    i = split * BLOCK + tl.arange(0, BLOCK)
-    logit = tl.load(logits + row * stride_row + i, mask=i < V, other=_NEVER).to(tl.float32)
+    place_of_row = wide_row(logits, row * stride_row, ALIGNED)
+    i, logit = _logits(place_of_row, split * BLOCK, wide_size(V, logits, ALIGNED), BLOCK)
     peak = tl.max(logit, 0)
     nan = tl.max((logit != logit).to(tl.int32), 0)
     first = tl.min(tl.where(logit == peak, i, _FAR), 0)
@@ -204,26 +204,9 @@ def peak_kernel(
 
 
 @triton.jit
-def top_k_kernel(
-    # pointers
-    logits,  # [R, V]
-    best,  # float32 [R, splits]
-    top_k,  # float64 [R]
-    kth,  # int32 [R]: keys >= it are kept
-    # sizes
-    V,
-    splits,
-    # strides
-    stride_row,
-    # meta
-    SPLITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Program (row,): the key of the k-th best logit."""
-    row = tl.program_id(0).to(tl.int64)
-    limit = tl.load(top_k + row)
+def _kth_key(place, peak, limit, V, BLOCK: tl.constexpr):
+    """The key of the k-th best logit; the lowest where the filter is off."""
     wanted = tl.minimum(limit, V).to(tl.int64)
-    peak, _ = _row_peak(best, row, splits, SPLITS)
     low = tl.full((), _LOWEST_KEY, tl.int64)
     high = _keys(peak).to(tl.int64) + 1
     over = tl.full((), 1, tl.int64)
@@ -235,9 +218,8 @@ def top_k_kernel(
         count2 = tl.zeros((BLOCK,), tl.int32)
         count3 = tl.zeros((BLOCK,), tl.int32)
         for start in range(0, V, BLOCK):
-            i = start + tl.arange(0, BLOCK)
-            logit = tl.load(logits + row * stride_row + i, mask=i < V, other=_NEVER)
-            key = _keys(logit.to(tl.float32)).to(tl.int64)
+            _, logit = _logits(place, start, V, BLOCK)
+            key = _keys(logit).to(tl.int64)
             count1 += (key >= low + step).to(tl.int32)
             count2 += (key >= low + 2 * step).to(tl.int32)
             count3 += (key >= low + 3 * step).to(tl.int32)
@@ -246,19 +228,136 @@ def top_k_kernel(
             tl.sum(count1, 0).to(tl.int64), tl.sum(count2, 0).to(tl.int64),
             tl.sum(count3, 0).to(tl.int64),
         )  # fmt: skip
-    tl.store(kth + row, low.to(tl.int32))
+    return low
 
 
 @triton.jit
+def _nucleus_edge(place, peak, scale, cut, limit, V, BLOCK: tl.constexpr):
+    """The least mass in the nucleus of what top_k left."""
+    held = tl.zeros((BLOCK,), tl.int64)
+    for start in range(0, V, BLOCK):
+        _, logit = _logits(place, start, V, BLOCK)
+        held += _cut(logit, _powers(logit, peak, scale), cut, 1)
+    total = tl.sum(held, 0)
+    wanted = tl.maximum((total.to(tl.float64) * limit).to(tl.int64), 1)
+    # all masses below it are less than total - wanted together
+    low = tl.maximum((total - wanted) // V, 1)
+    high = (tl.full((), 1, tl.int64) << _MASS_BITS) + 1
+    over = high
+    while (high - low > 1) & (over >= low):
+        step = tl.maximum((high - low) // 4, 1)
+        sum1 = tl.zeros((BLOCK,), tl.int64)
+        sum2 = tl.zeros((BLOCK,), tl.int64)
+        sum3 = tl.zeros((BLOCK,), tl.int64)
+        for start in range(0, V, BLOCK):
+            _, logit = _logits(place, start, V, BLOCK)
+            mass = _cut(logit, _powers(logit, peak, scale), cut, 1)
+            sum1 += tl.where(mass >= low + step, mass, 0)
+            sum2 += tl.where(mass >= low + 2 * step, mass, 0)
+            sum3 += tl.where(mass >= low + 3 * step, mass, 0)
+        low, high, over = _narrow(
+            low, high, over, wanted, step,
+            tl.sum(sum1, 0), tl.sum(sum2, 0), tl.sum(sum3, 0),
+        )  # fmt: skip
+    return low
+
+
+@triton.jit
+def _near(place, peak, scale, cut, least, limit, V, BLOCK: tl.constexpr):
+    """(the mean depth, how far from it depths are kept) of what the filters before left."""
+    total = tl.zeros((BLOCK,), tl.int64)
+    upper = tl.zeros((BLOCK,), tl.int64)
+    lower = tl.zeros((BLOCK,), tl.int64)
+    for start in range(0, V, BLOCK):
+        _, logit = _logits(place, start, V, BLOCK)
+        power = _powers(logit, peak, scale)
+        mass = _cut(logit, power, cut, least)
+        depth = _depths(power).to(tl.int64)
+        total += mass
+        upper += mass // _LIMB * depth
+        lower += mass % _LIMB * depth
+    whole = tl.sum(total, 0).to(tl.float64)
+    weighted = tl.sum(upper, 0).to(tl.float64) * _LIMB + tl.sum(lower, 0).to(tl.float64)
+    # an unsound row has no mass; token_kernel gives it token 0
+    mean = (weighted / tl.maximum(whole, 1.0)).to(tl.int64)
+    wanted = tl.maximum((whole * limit).to(tl.int64), 1)
+    low = tl.full((), 0, tl.int64)  # depths at least so close, counted from _MOST_DEPTH
+    high = tl.full((), _MOST_DEPTH + 1, tl.int64)
+    over = high
+    while high - low > 1:
+        step = tl.maximum((high - low) // 4, 1)
+        sum1 = tl.zeros((BLOCK,), tl.int64)
+        sum2 = tl.zeros((BLOCK,), tl.int64)
+        sum3 = tl.zeros((BLOCK,), tl.int64)
+        for start in range(0, V, BLOCK):
+            _, logit = _logits(place, start, V, BLOCK)
+            power = _powers(logit, peak, scale)
+            mass = _cut(logit, power, cut, least)
+            close = -tl.abs(_depths(power).to(tl.int64) - mean) + _MOST_DEPTH
+            sum1 += tl.where(close >= low + step, mass, 0)
+            sum2 += tl.where(close >= low + 2 * step, mass, 0)
+            sum3 += tl.where(close >= low + 3 * step, mass, 0)
+        low, high, over = _narrow(
+            low, high, over, wanted, step,
+            tl.sum(sum1, 0), tl.sum(sum2, 0), tl.sum(sum3, 0),
+        )  # fmt: skip
+    return mean, -low + _MOST_DEPTH
+
+
+@fixed_kernel
+def filter_kernel(
+    # pointers
+    logits,  # [R, V]
+    best,  # float32 [R, splits]
+    temperature,  # float64 [R]
+    top_k,  # float64 [R], as all filters; None: off
+    top_p,
+    min_p,
+    typical_p,
+    edges,  # int64 [R, 4]: least key, least mass, mean depth and how far from it depths are kept
+    # sizes
+    V,
+    splits,
+    # strides
+    stride_row,
+    # meta
+    SPLITS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Program (row,): what the row's filters keep."""
+    row = tl.program_id(0).to(tl.int64)
+    if tl.load(temperature + row) > 0:
+        width = wide_size(V, logits, ALIGNED)
+        place = wide_row(logits, row * stride_row, ALIGNED)
+        peak, _ = _row_peak(best, row, splits, SPLITS)
+        scale = _scale(temperature, row)
+        cut = _kth_key(place, peak, tl.load(top_k + row), width, BLOCK)
+        least = tl.full((), 1, tl.int64)
+        nucleus = tl.load(top_p + row)
+        if nucleus < 1:
+            least = _nucleus_edge(place, peak, scale, cut, nucleus, width, BLOCK)
+        unit = tl.full((), 1, tl.int64) << _MASS_BITS
+        floor = (tl.load(min_p + row) * unit.to(tl.float64)).to(tl.int64)
+        least = tl.maximum(least, tl.minimum(floor, unit))
+        mean = tl.full((), 0, tl.int64)
+        reach = tl.full((), _FAR, tl.int64)
+        typical = tl.load(typical_p + row)
+        if typical < 1:
+            mean, reach = _near(place, peak, scale, cut, least, typical, width, BLOCK)
+        tl.store(edges + 4 * row, cut)
+        tl.store(edges + 4 * row + 1, least)
+        tl.store(edges + 4 * row + 2, mean)
+        tl.store(edges + 4 * row + 3, reach)
+
+
+@fixed_kernel
 def sum_kernel(
     # pointers
     logits,  # [R, V]
     best,  # float32 [R, splits]
     temperature,  # float64 [R]
-    kth,  # int32 [R], not read unless CUT
-    least,  # int64 [R], not read unless FILTERED
-    min_p,  # float64 [R], not read unless FLOORED
-    near,  # int32 [R, 2], not read unless TYPICAL
+    edges,  # int64 [R, 4], not read unless FILTERED
     sums,  # int64 [R, splits] of the kept masses
     # sizes
     V,
@@ -266,176 +365,31 @@ def sum_kernel(
     # strides
     stride_row,
     # meta
-    CUT: tl.constexpr,
     FILTERED: tl.constexpr,
-    FLOORED: tl.constexpr,
-    TYPICAL: tl.constexpr,
     SPLITS: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Program (row, split): the sum of the split's kept masses."""
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     if tl.load(temperature + row) > 0:
-        i = split * BLOCK + tl.arange(0, BLOCK)
         peak, _ = _row_peak(best, row, splits, SPLITS)
-        logit = tl.load(logits + row * stride_row + i, mask=i < V, other=_NEVER).to(tl.float32)
-        mass = _kept(
-            logit, row, peak, temperature, kth, least, min_p, near, CUT, FILTERED, FLOORED, TYPICAL
-        )
+        place = wide_row(logits, row * stride_row, ALIGNED)
+        _, logit = _logits(place, split * BLOCK, wide_size(V, logits, ALIGNED), BLOCK)
+        mass = _kept(logit, row, peak, temperature, edges, FILTERED)
         tl.store(sums + row * splits + split, tl.sum(mass, 0))
 
 
-@triton.jit
-def top_p_kernel(
-    # pointers
-    logits,  # [R, V]
-    best,  # float32 [R, splits]
-    temperature,  # float64 [R]
-    kth,  # int32 [R], not read unless CUT
-    top_p,  # float64 [R]
-    sums,  # int64 [R, splits] of what top_k left
-    least,  # int64 [R]: masses >= it are kept
-    # sizes
-    V,
-    splits,
-    # strides
-    stride_row,
-    # meta
-    CUT: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Program (row,): the least mass in the nucleus."""
-    row = tl.program_id(0).to(tl.int64)
-    low = tl.full((), 1, tl.int64)
-    limit = tl.load(top_p + row)
-    if (limit < 1) & (tl.load(temperature + row) > 0):
-        peak, _ = _row_peak(best, row, splits, SPLITS)
-        scale = _scale(temperature, row)
-        s = tl.arange(0, SPLITS)
-        total = tl.sum(tl.load(sums + row * splits + s, mask=s < splits, other=0), 0)
-        wanted = tl.maximum((total.to(tl.float64) * limit).to(tl.int64), 1)
-        # all masses below it are less than total - wanted together
-        low = tl.maximum((total - wanted) // V, 1)
-        high = (tl.full((), 1, tl.int64) << _MASS_BITS) + 1
-        over = high
-        cut = tl.full((), _LOWEST_KEY, tl.int32)
-        if CUT:
-            cut = tl.load(kth + row)
-        while (high - low > 1) & (over >= low):
-            step = tl.maximum((high - low) // 4, 1)
-            sum1 = tl.zeros((BLOCK,), tl.int64)
-            sum2 = tl.zeros((BLOCK,), tl.int64)
-            sum3 = tl.zeros((BLOCK,), tl.int64)
-            for start in range(0, V, BLOCK):
-                i = start + tl.arange(0, BLOCK)
-                place = logits + row * stride_row + i
-                logit = tl.load(place, mask=i < V, other=_NEVER).to(tl.float32)
-                mass = _masses(_powers(logit, peak, scale))
-                if CUT:
-                    mass = tl.where(_keys(logit) >= cut, mass, 0)
-                sum1 += tl.where(mass >= low + step, mass, 0)
-                sum2 += tl.where(mass >= low + 2 * step, mass, 0)
-                sum3 += tl.where(mass >= low + 3 * step, mass, 0)
-            low, high, over = _narrow(
-                low, high, over, wanted, step,
-                tl.sum(sum1, 0), tl.sum(sum2, 0), tl.sum(sum3, 0),
-            )  # fmt: skip
-    tl.store(least + row, low)
-
-
-@triton.jit
-def typical_kernel(
-    # pointers
-    logits,  # [R, V]
-    best,  # float32 [R, splits]
-    temperature,  # float64 [R]
-    kth,  # int32 [R], not read unless CUT
-    least,  # int64 [R], not read unless FILTERED
-    min_p,  # float64 [R], not read unless FLOORED
-    typical_p,  # float64 [R]
-    near,  # int32 [R, 2]: the mean depth, and how far from it depths are kept
-    # sizes
-    V,
-    splits,
-    # strides
-    stride_row,
-    # meta
-    CUT: tl.constexpr,
-    FILTERED: tl.constexpr,
-    FLOORED: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Program (row,): the depths that typical_p keeps."""
-    row = tl.program_id(0).to(tl.int64)
-    mean = tl.full((), 0, tl.int32)
-    low = tl.full((), -_FAR, tl.int64)  # depths at least so close, counted from _MOST_DEPTH
-    limit = tl.load(typical_p + row)
-    if (limit < 1) & (tl.load(temperature + row) > 0):
-        peak, _ = _row_peak(best, row, splits, SPLITS)
-        total = tl.zeros((BLOCK,), tl.int64)
-        upper = tl.zeros((BLOCK,), tl.int64)
-        lower = tl.zeros((BLOCK,), tl.int64)
-        for start in range(0, V, BLOCK):
-            i = start + tl.arange(0, BLOCK)
-            place = logits + row * stride_row + i
-            logit = tl.load(place, mask=i < V, other=_NEVER).to(tl.float32)
-            mass = _kept(
-                logit, row, peak, temperature, kth, least, min_p, near, CUT, FILTERED, FLOORED,
-                False,
-            )  # fmt: skip
-            depth = _depths(_powers(logit, peak, _scale(temperature, row))).to(tl.int64)
-            total += mass
-            upper += mass // _LIMB * depth
-            lower += mass % _LIMB * depth
-        whole = tl.sum(total, 0).to(tl.float64)
-        weighted = tl.sum(upper, 0).to(tl.float64) * _LIMB + tl.sum(lower, 0).to(tl.float64)
-        # an unsound row has no mass; token_kernel gives it token 0
-        mean = (weighted / tl.maximum(whole, 1.0)).to(tl.int32)
-        wanted = tl.maximum((whole * limit).to(tl.int64), 1)
-        low = tl.full((), 0, tl.int64)
-        high = tl.full((), _MOST_DEPTH + 1, tl.int64)
-        over = high
-        while high - low > 1:
-            step = tl.maximum((high - low) // 4, 1)
-            sum1 = tl.zeros((BLOCK,), tl.int64)
-            sum2 = tl.zeros((BLOCK,), tl.int64)
-            sum3 = tl.zeros((BLOCK,), tl.int64)
-            for start in range(0, V, BLOCK):
-                i = start + tl.arange(0, BLOCK)
-                place = logits + row * stride_row + i
-                logit = tl.load(place, mask=i < V, other=_NEVER).to(tl.float32)
-                mass = _kept(
-                    logit, row, peak, temperature, kth, least, min_p, near, CUT, FILTERED, FLOORED,
-                    False,
-                )  # fmt: skip
-                depth = _depths(_powers(logit, peak, _scale(temperature, row)))
-                close = (-tl.abs(depth - mean) + _MOST_DEPTH).to(tl.int64)
-                sum1 += tl.where(close >= low + step, mass, 0)
-                sum2 += tl.where(close >= low + 2 * step, mass, 0)
-                sum3 += tl.where(close >= low + 3 * step, mass, 0)
-            low, high, over = _narrow(
-                low, high, over, wanted, step,
-                tl.sum(sum1, 0), tl.sum(sum2, 0), tl.sum(sum3, 0),
-            )  # fmt: skip
-    tl.store(near + 2 * row, mean)
-    tl.store(near + 2 * row + 1, tl.minimum(-low + _MOST_DEPTH, _FAR).to(tl.int32))
-
-
-@triton.jit
+@fixed_kernel
 def token_kernel(
     # pointers
     logits,  # [R, V]
     best,  # float32 [R, splits]
     place,  # int32 [R, splits]
-    temperature,  # float64 [R], not read unless DRAWN; so are those up to sums
+    temperature,  # float64 [R], None unless DRAWN; so are those up to sums
     uniform,  # float64 [R]
-    kth,  # int32 [R], not read unless CUT
-    least,  # int64 [R], not read unless FILTERED
-    min_p,  # float64 [R], not read unless FLOORED
-    near,  # int32 [R, 2], not read unless TYPICAL
+    edges,  # int64 [R, 4], not read unless FILTERED
     sums,  # int64 [R, splits]
     tokens,  # int64 [R]
     soundness,  # bool [R]
@@ -446,11 +400,9 @@ def token_kernel(
     stride_row,
     # meta
     DRAWN: tl.constexpr,
-    CUT: tl.constexpr,
     FILTERED: tl.constexpr,
-    FLOORED: tl.constexpr,
-    TYPICAL: tl.constexpr,
     SPLITS: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Program (row,): the row's token, drawn or the best."""
@@ -470,15 +422,16 @@ def token_kernel(
             target = tl.minimum(target, total - 1)
             passed = live & (tl.cumsum(sum_of, 0) <= target)
             target -= tl.sum(tl.where(passed, sum_of, 0), 0)
-            i = tl.sum(passed.to(tl.int32), 0) * BLOCK + tl.arange(0, BLOCK)
-            logit = tl.load(logits + row * stride_row + i, mask=i < V, other=_NEVER).to(tl.float32)
-            mass = _kept(
-                logit, row, peak, temperature, kth, least, min_p, near, CUT, FILTERED, FLOORED,
-                TYPICAL,
-            )  # fmt: skip
+            own = wide_row(logits, row * stride_row, ALIGNED)
+            start = tl.sum(passed.to(tl.int32), 0) * BLOCK
+            i, logit = _logits(own, start, wide_size(V, logits, ALIGNED), BLOCK)
+            mass = _kept(logit, row, peak, temperature, edges, FILTERED)
             token = tl.min(tl.where(tl.cumsum(mass, 0) > target, i, _FAR), 0)
     tl.store(tokens + row, tl.where(sound, token, 0).to(tl.int64))
     tl.store(soundness + row, sound)
+
+
+_OFF = (0.0, 1.0, 0.0, 1.0)  # top_k, top_p, min_p and typical_p that keep everything
 
 
 def launch_sample(
@@ -491,7 +444,6 @@ def launch_sample(
     edit_value: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """sample; see sample_contract.py."""
-    top_k, top_p, min_p, typical_p = filters
     rows, size = logits.shape
     device = logits.device
     tokens = torch.empty(rows, dtype=torch.int64, device=device)
@@ -501,99 +453,116 @@ def launch_sample(
     if edit_begin is not None:
         logits = logits.float()
         edit_kernel[(rows,)](
-            logits, edit_begin, edit_token, edit_value, logits.stride(0), BLOCK=EDIT_BLOCK,
-            num_warps=4, enable_fp_fusion=False,
-        )  # fmt: skip
+            logits, edit_begin, edit_token, edit_value, logits.stride(0), **_EDITS.keywords
+        )
     splits = triton.cdiv(size, SPLIT)
     best = torch.empty(rows, splits, dtype=torch.float32, device=device)
     place = torch.empty(rows, splits, dtype=torch.int32, device=device)
-    sums = torch.empty(rows, splits, dtype=torch.int64, device=device)
-    kth = torch.empty(rows, dtype=torch.int32, device=device)
-    least = torch.empty(rows, dtype=torch.int64, device=device)
-    near = torch.empty(rows, 2, dtype=torch.int32, device=device)
     sizes = (size, splits, logits.stride(0))
-    row_grid, split_grid = (rows,), (rows, splits)
-    drawn = temperature is not None
-    cut, nucleus, floored, typical = (
-        drawn and value is not None for value in (top_k, top_p, min_p, typical_p)
-    )
-    meta = {"SPLITS": triton.next_power_of_2(splits), "BLOCK": SPLIT, "enable_fp_fusion": False}
-    each, whole = meta | {"num_warps": 8}, meta | {"num_warps": 16}
-
-    peak_kernel[split_grid](logits, best, place, *sizes, BLOCK=SPLIT, num_warps=8)
-    if cut:
-        top_k_kernel[row_grid](logits, best, top_k, kth, *sizes, **whole)
-    if nucleus:
-        sum_kernel[split_grid](
-            logits, best, temperature, kth, least, least, near, sums, *sizes,
-            CUT=cut, FILTERED=False, FLOORED=False, TYPICAL=False, **each,
-        )  # fmt: skip
-        top_p_kernel[row_grid](
-            logits, best, temperature, kth, top_p, sums, least, *sizes, CUT=cut, **whole
+    wide = aligned(logits)
+    peak_kernel[(rows, splits)](logits, best, place, *sizes, **_peak(wide).keywords)
+    if temperature is None:
+        config = _token(size, wide, drawn=False, filtered=False)
+        token_kernel[(rows,)](
+            logits, best, place, None, None, None, None, tokens, sound, *sizes, **config.keywords
         )
-    kept = {"CUT": cut, "FILTERED": nucleus, "FLOORED": floored}
-    floor = min_p if floored else least
-    if typical:
-        typical_kernel[row_grid](
-            logits, best, temperature, kth, least, floor, typical_p, near, *sizes,
-            **kept, **whole,
-        )  # fmt: skip
-    kept["TYPICAL"] = typical
-    if drawn:
-        sum_kernel[split_grid](
-            logits, best, temperature, kth, least, floor, near, sums, *sizes, **kept, **each,
-        )  # fmt: skip
-    token_kernel[row_grid](
-        logits, best, place, temperature if drawn else sums, uniform if drawn else sums, kth, least,
-        floor, near, sums, tokens, sound, *sizes, DRAWN=drawn, **kept, **each,
+        return tokens, sound
+    sums = torch.empty(rows, splits, dtype=torch.int64, device=device)
+    filtered = any(value is not None for value in filters)
+    edges = torch.empty(rows if filtered else 0, 4, dtype=torch.int64, device=device)
+    if filtered:
+        columns = [
+            torch.full_like(temperature, off) if value is None else value
+            for value, off in zip(filters, _OFF, strict=True)
+        ]
+        filter_kernel[(rows,)](
+            logits, best, temperature, *columns, edges, *sizes, **_filter(size, wide).keywords
+        )
+    sum_kernel[(rows, splits)](
+        logits, best, temperature, edges, sums, *sizes,
+        **_sum(size, wide, filtered=filtered).keywords,
+    )  # fmt: skip
+    token_kernel[(rows,)](
+        logits, best, place, temperature, uniform, edges, sums, tokens, sound, *sizes,
+        **_token(size, wide, drawn=True, filtered=filtered).keywords,
     )  # fmt: skip
     return tokens, sound
 
 
-def compilations() -> Iterator[Compilation]:
-    """Configurations for Llama-3's vocabulary, with all filters and with none."""
-    yield _compilation("sample edits", edit_kernel, 4, "fp32", BLOCK=EDIT_BLOCK)
-    splits = triton.next_power_of_2(triton.cdiv(128_256, SPLIT))
-    for dtype in ("fp32", "bf16"):
-        yield _compilation(f"sample peak, {dtype}", peak_kernel, 8, dtype, BLOCK=SPLIT)
-        shape = {"SPLITS": splits, "BLOCK": SPLIT}
-        yield _compilation(f"sample top_k, {dtype}", top_k_kernel, 16, dtype, **shape)
-        yield _compilation(f"sample top_p, {dtype}", top_p_kernel, 16, dtype, CUT=True, **shape)
-        for on in (False, True):
-            kind = f"{'all filters' if on else 'no filter'}, {dtype}"
-            filters = {"CUT": on, "FILTERED": on, "FLOORED": on}
-            if on:
-                yield _compilation(
-                    f"sample typical_p, {dtype}", typical_kernel, 16, dtype, **filters, **shape
-                )
-            filters["TYPICAL"] = on
-            yield _compilation(f"sample sums, {kind}", sum_kernel, 8, dtype, **filters, **shape)
-            yield _compilation(
-                f"sample token, {kind}", token_kernel, 8, dtype, DRAWN=True, **filters, **shape
-            )
+def _config(num_warps: int, **constants: int | bool) -> LaunchConfig:
+    return LaunchConfig(constants, num_warps, options={"enable_fp_fusion": False})
+
+
+_EDITS = _config(4, BLOCK=EDIT_BLOCK)
+
+
+def _peak(wide: bool) -> LaunchConfig:
+    return _config(8, ALIGNED=wide, BLOCK=SPLIT)
+
+
+def _shape(vocabulary: int, wide: bool) -> dict[str, int | bool]:
+    splits = triton.next_power_of_2(triton.cdiv(vocabulary, SPLIT))
+    return {"SPLITS": splits, "ALIGNED": wide, "BLOCK": SPLIT}
+
+
+def _filter(vocabulary: int, wide: bool) -> LaunchConfig:
+    return _config(16, **_shape(vocabulary, wide))
+
+
+def _sum(vocabulary: int, wide: bool, *, filtered: bool) -> LaunchConfig:
+    return _config(8, FILTERED=filtered, **_shape(vocabulary, wide))
+
+
+def _token(vocabulary: int, wide: bool, *, drawn: bool, filtered: bool) -> LaunchConfig:
+    return _config(8, DRAWN=drawn, FILTERED=filtered, **_shape(vocabulary, wide))
 
 
 _TYPES = {
     "best": "*fp32", "place": "*i32", "temperature": "*fp64", "uniform": "*fp64",
-    "top_k": "*fp64", "top_p": "*fp64", "min_p": "*fp64", "typical_p": "*fp64", "near": "*i32",
-    "kth": "*i32", "least": "*i64", "sums": "*i64", "tokens": "*i64",
-    "soundness": "*i1", "begin": "*i32", "token": "*i32", "value": "*fp32", "V": "i32",
-    "splits": "i32", "stride_row": "i32",
+    "top_k": "*fp64", "top_p": "*fp64", "min_p": "*fp64", "typical_p": "*fp64", "edges": "*i64",
+    "sums": "*i64", "tokens": "*i64", "soundness": "*u1", "begin": "*i32", "token": "*i32",
+    "value": "*fp32", "V": "i32", "splits": "i32", "stride_row": "i32",
 }  # fmt: skip
 
 
-def _compilation(
-    name: str, kernel: Any, warps: int, dtype: str, **constants: int | bool
-) -> Compilation:
-    types = {"logits": f"*{dtype}", **_TYPES}
-    signature = {arg: types[arg] for arg in kernel.arg_names if arg not in constants}
-    return Compilation(
-        name=name,
-        kernel=kernel,
-        signature=signature,
-        constants=constants,
-        num_warps=warps,
-        num_stages=1,
-        divisible_by_16=tuple(arg for arg in ("V", "stride_row") if arg in signature),
-        options={"enable_fp_fusion": False},
-    )
+def compilations_for(
+    vocabulary: int, dtype: torch.dtype, *, wide: bool | None = None
+) -> Iterator[Compilation]:
+    """All that sample launches for logits of one dtype; those that are edited are float32 too.
+
+    wide: `aligned` of the logits; None: as rows of the vocabulary's size are.
+    """
+    if wide is None:
+        wide = vocabulary * dtype.itemsize % WIDE == 0
+    greedy, drawn = (_token(vocabulary, wide, drawn=on, filtered=False) for on in (False, True))
+    absent: dict[str, str | None] = dict.fromkeys(("temperature", "uniform", "edges", "sums"))
+    cases: list[tuple[str, Any, LaunchConfig, dict[str, str | None]]] = [
+        ("peak", peak_kernel, _peak(wide), {}),
+        ("token, greedy", token_kernel, greedy, absent),
+        ("sums, no filter", sum_kernel, _sum(vocabulary, wide, filtered=False), {}),
+        ("token, no filter", token_kernel, drawn, {}),
+        ("filters", filter_kernel, _filter(vocabulary, wide), {}),
+        ("sums, all filters", sum_kernel, _sum(vocabulary, wide, filtered=True), {}),
+        (
+            "token, all filters",
+            token_kernel,
+            _token(vocabulary, wide, drawn=True, filtered=True),
+            {},
+        ),
+    ]
+    if dtype == torch.float32:
+        cases.append(("edits", edit_kernel, _EDITS, {}))
+    types = {"logits": pointer(dtype), **_TYPES}
+    for name, kernel, config, given in cases:
+        named = [arg for arg in kernel.arg_names if arg not in config.constants]
+        yield config.compilation(
+            f"sample {name}, {vocabulary}{'' if wide else ', odd'}, {pointer(dtype)[1:]}",
+            kernel,
+            {arg: given[arg] if arg in given else types[arg] for arg in named},
+        )
+
+
+def compilations() -> Iterator[Compilation]:
+    """Configurations for Llama-3's vocabulary, with all filters and with none."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        yield from compilations_for(128_256, dtype)

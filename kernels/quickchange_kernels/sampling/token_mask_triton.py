@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from quickchange_kernels.compilation import Compilation
+from quickchange_kernels.launch_config import LaunchConfig, fixed_kernel, pointer
 
 _WORDS = 64  # words of one program: 2,048 tokens
-_WARPS = 4
+_CONFIG = LaunchConfig({"WORDS": _WORDS}, num_warps=4)
 
 
-@triton.jit
+@fixed_kernel
 def token_mask_kernel(
     # pointers
     logits,  # [R, V]
@@ -53,26 +55,20 @@ def launch_token_mask_(logits: Tensor, rows: Tensor, bits: Tensor) -> None:
         logits.shape[1],
         words,
         logits.stride(0),
-        WORDS=_WORDS,
-        num_warps=_WARPS,
+        **_CONFIG.keywords,
     )
+
+
+def compilations_for(dtype: torch.dtype) -> Iterator[Compilation]:
+    """All that token_mask_ launches for logits of one dtype."""
+    types = {
+        "logits": pointer(dtype), "rows": "*i64", "bits": "*i32", "vocabulary": "i32",
+        "words": "i32", "stride": "i32",
+    }  # fmt: skip
+    yield _CONFIG.compilation(f"token_mask, {pointer(dtype)[1:]}", token_mask_kernel, types)
 
 
 def compilations() -> Iterator[Compilation]:
     """Configurations for each dtype of logits."""
-    for dtype in ("fp32", "bf16", "fp16"):
-        yield Compilation(
-            name=f"token_mask, {dtype}",
-            kernel=token_mask_kernel,
-            signature={
-                "logits": f"*{dtype}",
-                "rows": "*i64",
-                "bits": "*i32",
-                "vocabulary": "i32",
-                "words": "i32",
-                "stride": "i32",
-            },
-            constants={"WORDS": _WORDS},
-            num_warps=_WARPS,
-            num_stages=1,
-        )
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        yield from compilations_for(dtype)

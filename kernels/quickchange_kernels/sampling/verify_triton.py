@@ -5,14 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from quickchange_kernels.compilation import Compilation
+from quickchange_kernels.launch_config import LaunchConfig, fixed_kernel
+from quickchange_kernels.sampling.verify import MAX_ROWS
+
+_FEW_ROWS = 32
+_CONFIGS = (
+    LaunchConfig({"ROWS": _FEW_ROWS}, num_warps=1),
+    LaunchConfig({"ROWS": MAX_ROWS}, num_warps=4),
+)
 
 
-@triton.jit
+@fixed_kernel
 def verify_kernel(
     # pointers
     sampled,  # int64 [T]
@@ -60,28 +67,16 @@ def launch_verify(
             token,
             path,
             longest,
-            ROWS=triton.next_power_of_2(longest),
-            num_warps=_warps(longest),
+            **_CONFIGS[longest > _FEW_ROWS].keywords,
         )
     return accepted, token, path
 
 
-def _warps(longest: int) -> int:
-    return 4 if longest > 32 else 1
-
-
 def compilations() -> Iterator[Compilation]:
-    """Configurations for sequences of a few rows, and of the most."""
-    signature = {
+    """All that verify launches: for sequences of a few rows, and of the most."""
+    types = {
         "sampled": "*i64", "drafted": "*i64", "rows": "*i32", "accepted": "*i32", "token": "*i64",
         "path": "*i32", "longest": "i32",
     }  # fmt: skip
-    for rows in (8, 128):
-        yield Compilation(
-            name=f"verify, {rows} rows",
-            kernel=verify_kernel,
-            signature=signature,
-            constants={"ROWS": rows},
-            num_warps=_warps(rows),
-            num_stages=1,
-        )
+    for config in _CONFIGS:
+        yield config.compilation(f"verify, {config.constants['ROWS']} rows", verify_kernel, types)

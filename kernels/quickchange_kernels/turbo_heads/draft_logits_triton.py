@@ -15,17 +15,26 @@ import triton.language as tl
 from torch import Tensor
 
 from quickchange_kernels.compilation import Compilation
+from quickchange_kernels.launch_config import (
+    WIDE,
+    LaunchConfig,
+    aligned,
+    fixed_kernel,
+    pointer,
+    wide_row,
+    wide_size,
+)
 
 ROWS = 16  # the least that a tensor core's product takes
-_COLUMNS, _WARPS, _STAGES = 32, 4, 2
+_COLUMNS = 32
 
 
-@triton.jit
+@fixed_kernel
 def draft_logits_kernel(
     # pointers
     h,  # [I, H]
     weight,  # [V, H]
-    bias,  # [V]; not read without BIAS
+    bias,  # [V]; None without BIAS
     vocabulary,  # int32 [S]
     segments,  # int32 [R, 4]
     out,  # [I, width]
@@ -37,6 +46,7 @@ def draft_logits_kernel(
     width,
     # meta
     BIAS: tl.constexpr,
+    ALIGNED: tl.constexpr,
     EVEN: tl.constexpr,  # H is a multiple of DEPTH
     NARROW: tl.constexpr,  # products in the operands' own 16 bits
     ROWS: tl.constexpr,
@@ -54,18 +64,20 @@ def draft_logits_kernel(
         k = tl.arange(0, DEPTH)
         inside = first + j < last
         token = tl.load(vocabulary + first + j, mask=inside, other=0).to(tl.int64)
-        weights = weight + (token * stride_w)[:, None] + k[None, :]  # [COLUMNS, DEPTH]
+        H = wide_size(H, weight, ALIGNED)
+        heads = wide_row(weight, token * stride_w, ALIGNED)
+        weights = heads[:, None] + k[None, :]  # [COLUMNS, DEPTH]
         for start in range(begin, end, ROWS):
             i = (start + tl.arange(0, ROWS)).to(tl.int64)
             live = i < end
-            own = h + i[:, None] * stride_h  # [ROWS, 1]
+            own = wide_row(h, i * stride_h, ALIGNED)
             sums = tl.zeros((ROWS, COLUMNS), tl.float32)
             for done in range(0, H, DEPTH):
                 a_kept, w_kept = live[:, None], inside[:, None]
                 if not EVEN:
                     left = (done + k < H)[None, :]
                     a_kept, w_kept = a_kept & left, w_kept & left
-                a = tl.load(own + done + k[None, :], mask=a_kept, other=0.0)
+                a = tl.load(own[:, None] + done + k[None, :], mask=a_kept, other=0.0)
                 w = tl.load(weights + done, mask=w_kept, other=0.0)  # stream
                 if not NARROW:
                     a = a.to(tl.float32)
@@ -90,47 +102,70 @@ def launch_draft_logits(
     """draft_logits; see draft_logits.py."""
     out = torch.empty((h.shape[0], width), dtype=torch.float32, device=h.device)
     if out.numel() and segments.shape[0]:
-        narrow = h.dtype == weight.dtype and h.dtype != torch.float32
+        config = _config(h.shape[1], h.dtype, weight.dtype, bias is not None, aligned(h, weight))
         draft_logits_kernel[(triton.cdiv(width, _COLUMNS), segments.shape[0])](
-            h, weight, weight if bias is None else bias, vocabulary, segments, out,
-            h.shape[1], h.stride(0), weight.stride(0), width,
-            **_constants(h.shape[1], narrow=narrow, bias=bias is not None),
-            num_warps=_WARPS, num_stages=_STAGES,
+            h, weight, bias, vocabulary, segments, out,
+            h.shape[1], h.stride(0), weight.stride(0), width, **config.keywords,
         )  # fmt: skip
     return out
 
 
-def _constants(features: int, *, narrow: bool, bias: bool) -> dict[str, int | bool]:
+def _config(
+    features: int, dtype: torch.dtype, weight: torch.dtype, bias: bool, wide: bool
+) -> LaunchConfig:
+    narrow = dtype == weight and dtype.itemsize == 2
     depth = min(256 if narrow else 64, max(16, triton.next_power_of_2(features)))
-    return {
+    constants = {
         "BIAS": bias,
+        "ALIGNED": wide,
         "EVEN": features % depth == 0,
         "NARROW": narrow,
         "ROWS": ROWS,
         "COLUMNS": _COLUMNS,
         "DEPTH": depth,
     }
+    return LaunchConfig(constants, num_warps=4, num_stages=2)
+
+
+def compilations_for(
+    features: int,
+    dtype: torch.dtype,
+    weight: torch.dtype,
+    *,
+    bias: bool = False,
+    wide: bool | None = None,
+) -> Iterator[Compilation]:
+    """All that draft_logits launches over one LM head. dtype: that of h.
+
+    wide: `aligned` of h and weight; None: as rows of so many features are.
+    """
+    if wide is None:
+        wide = all(features * each.itemsize % WIDE == 0 for each in (dtype, weight))
+    head = pointer(weight)
+    odd = ("" if wide else ", odd") + (", bias" if bias else "")
+    yield _config(features, dtype, weight, bias, wide).compilation(
+        f"draft_logits, {features} features{odd}, h {pointer(dtype)[1:]}, weight {head[1:]}",
+        draft_logits_kernel,
+        {
+            "h": pointer(dtype),
+            "weight": head,
+            "bias": head if bias else None,
+            "vocabulary": "*i32",
+            "segments": "*i32",
+            "out": "*fp32",
+            "H": "i32",
+            "stride_h": "i32",
+            "stride_w": "i32",
+            "width": "i32",
+        },
+        products=dtype == weight and dtype.itemsize == 2,
+    )
 
 
 def compilations() -> Iterator[Compilation]:
-    """Configurations for LM heads: Llama-3.1-8B's in bfloat16, SmolLM2-135M's in float32 too."""
-    for model, features, dtype in (
-        ("Llama 8B", 4096, "*bf16"),
-        ("SmolLM2", 576, "*bf16"),
-        ("SmolLM2", 576, "*fp32"),
-    ):
-        narrow = dtype == "*bf16"
-        yield Compilation(
-            name=f"draft_logits, {model}, {dtype[1:]}",
-            kernel=draft_logits_kernel,
-            signature={
-                "h": dtype, "weight": dtype, "bias": dtype,
-                "vocabulary": "*i32", "segments": "*i32", "out": "*fp32", "H": "i32",
-                "stride_h": "i32", "stride_w": "i32", "width": "i32",
-            },
-            constants=_constants(features, narrow=narrow, bias=False),
-            num_warps=_WARPS,
-            num_stages=_STAGES,
-            divisible_by_16=("H", "stride_h", "stride_w"),
-            products=narrow,
-        )  # fmt: skip
+    """Configurations for LM heads: Llama-3.1-8B's and SmolLM2-135M's."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        yield from compilations_for(4096, dtype, dtype)
+    yield from compilations_for(576, torch.bfloat16, torch.bfloat16)
+    yield from compilations_for(576, torch.float32, torch.float32)
+    yield from compilations_for(4096, torch.float32, torch.bfloat16)

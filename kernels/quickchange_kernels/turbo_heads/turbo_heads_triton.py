@@ -8,7 +8,6 @@ same for any number of items, so that the order of a sum is too.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -16,22 +15,22 @@ import triton.language as tl
 from torch import Tensor
 
 from quickchange_kernels.compilation import Compilation
+from quickchange_kernels.launch_config import (
+    WIDE,
+    LaunchConfig,
+    aligned,
+    fixed_kernel,
+    pointer,
+    wide_row,
+    wide_size,
+)
 from quickchange_kernels.turbo_heads.turbo_heads_contract import PAGE_ROWS
 
 ROWS = 16  # the least that a tensor core's product takes
+COLUMNS = 32  # a single segment at H = 4096 is 128 programs, about one for each multiprocessor
 
 
-@dataclass(frozen=True)
-class Blocks:
-    """Block sizes and launch options."""
-
-    columns: int
-    depth: int  # features of one step of the sums
-    warps: int
-    stages: int
-
-
-@triton.jit
+@fixed_kernel
 def turbo_heads_kernel(
     # pointers
     x,  # [T, N]; not read without RESIDUAL
@@ -50,7 +49,7 @@ def turbo_heads_kernel(
     stride_z,
     # meta
     RESIDUAL: tl.constexpr,  # out = x + SiLU(sums) rather than the sums
-    ALIGNED: tl.constexpr,  # K is a multiple of 16: weight rows begin at multiples of 32 bytes
+    ALIGNED: tl.constexpr,  # rows of z and of the matrices begin at multiples of 16 bytes
     EVEN: tl.constexpr,  # N is a multiple of COLUMNS and K of DEPTH
     NARROW: tl.constexpr,  # products in the operands' own 16 bits
     PAGE: tl.constexpr,  # outputs in a page
@@ -65,28 +64,34 @@ def turbo_heads_kernel(
     if begin < end:
         matrix = tl.load(segments + 3 * segment + 2).to(tl.int64)
         first = tl.load(matrices + 2 * matrix)
+        if EVEN:
+            N = N // COLUMNS * COLUMNS
+            K = K // DEPTH * DEPTH
+        else:
+            K = wide_size(K, arena, ALIGNED)
         n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
         k = tl.arange(0, DEPTH)
         inside = n < N
         page = tl.load(pages + first + n // PAGE, mask=inside, other=0)
-        if ALIGNED:
-            page = tl.multiple_of(page, 16)
         bias = tl.load(arena + page + PAGE * K + n % PAGE, mask=inside, other=0.0)
-        weights = arena + (page + n % PAGE * K)[:, None] + k[None, :]  # [COLUMNS, DEPTH]
+        outputs = wide_row(arena, page + n % PAGE * K, ALIGNED)
+        weights = outputs[:, None] + k[None, :]  # [COLUMNS, DEPTH]
         for start in range(begin, end, ROWS):
             i = start + tl.arange(0, ROWS)
             live = i < end
             row = tl.load(items + 2 * i, mask=live, other=0).to(tl.int64)
             place = tl.load(items + 2 * i + 1, mask=live, other=0).to(tl.int64)
-            own = z + row[:, None] * stride_z  # [ROWS, 1]
+            own = wide_row(z, row * stride_z, ALIGNED)
             sums = tl.zeros((ROWS, COLUMNS), tl.float32)
             for done in range(0, K, DEPTH):
                 if EVEN:
-                    a = tl.load(own + done + k[None, :], mask=live[:, None], other=0.0)
+                    a = tl.load(own[:, None] + done + k[None, :], mask=live[:, None], other=0.0)
                     w = tl.load(weights + done)  # stream
                 else:
                     left = (done + k < K)[None, :]
-                    a = tl.load(own + done + k[None, :], mask=live[:, None] & left, other=0.0)
+                    a = tl.load(
+                        own[:, None] + done + k[None, :], mask=live[:, None] & left, other=0.0
+                    )
                     w = tl.load(weights + done, mask=inside[:, None] & left, other=0.0)  # stream
                 if not NARROW:
                     a = a.to(tl.float32)
@@ -135,71 +140,80 @@ def _launch(x: Tensor | None, z: Tensor, tables: tuple[Tensor, ...], out: Tensor
     width, features = out.shape[1], z.shape[1]
     if out.numel() == 0 or segments.shape[0] == 0:
         return
-    narrow = z.dtype == arena.dtype and z.dtype != torch.float32
-    blocks = blocks_for(features, narrow=narrow)
     own = z if x is None else x
-    turbo_heads_kernel[(triton.cdiv(width, blocks.columns), segments.shape[0])](
-        own, z, *tables, out, width, features, own.stride(0), z.stride(0),
-        **_constants(width, features, blocks, narrow=narrow, residual=x is not None),
-        num_warps=blocks.warps, num_stages=blocks.stages,
-    )  # fmt: skip
+    wide = aligned(z, arena) and features * arena.itemsize % WIDE == 0
+    config = _config(width, features, z.dtype, arena.dtype, residual=x is not None, wide=wide)
+    turbo_heads_kernel[(triton.cdiv(width, COLUMNS), segments.shape[0])](
+        own, z, *tables, out, width, features, own.stride(0), z.stride(0), **config.keywords
+    )
 
 
-def blocks_for(features: int, *, narrow: bool) -> Blocks:
-    """Blocks for matrices with `features` inputs; narrow: 16-bit operands."""
+def _config(
+    width: int, features: int, z: torch.dtype, arena: torch.dtype, *, residual: bool, wide: bool
+) -> LaunchConfig:
+    narrow = z == arena and z.itemsize == 2
     depth = min(256 if narrow else 64, max(16, triton.next_power_of_2(features)))
-    # 32 columns: a single segment at H = 4096 is 128 programs, about one for each multiprocessor
-    return Blocks(columns=32, depth=depth, warps=4, stages=2)
-
-
-def _constants(
-    width: int, features: int, blocks: Blocks, *, narrow: bool, residual: bool
-) -> dict[str, int | bool]:
-    return {
+    constants = {
         "RESIDUAL": residual,
-        "ALIGNED": features % 16 == 0,
-        "EVEN": width % blocks.columns == 0 and features % blocks.depth == 0,
+        "ALIGNED": wide,
+        "EVEN": width % COLUMNS == 0 and features % depth == 0,
         "NARROW": narrow,
         "PAGE": PAGE_ROWS,
         "ROWS": ROWS,
-        "COLUMNS": blocks.columns,
-        "DEPTH": blocks.depth,
+        "COLUMNS": COLUMNS,
+        "DEPTH": depth,
     }
+    return LaunchConfig(constants, num_warps=4, num_stages=2)
+
+
+def compilations_for(
+    width: int,
+    features: int,
+    dtype: torch.dtype,
+    arena: torch.dtype,
+    *,
+    residual: bool,
+    wide: bool | None = None,
+) -> Iterator[Compilation]:
+    """All that turbo_heads, or head_logits without the residual, launches for one kind of matrix.
+
+    dtype: that of x and z. wide: `aligned` of z and the arena; None: as rows of so many features
+    are.
+    """
+    if wide is None:
+        wide = all(features * each.itemsize % WIDE == 0 for each in (dtype, arena))
+    name = f"{'turbo_heads' if residual else 'head_logits'} {features} to {width}"
+    name += "" if wide else ", odd"
+    yield _config(width, features, dtype, arena, residual=residual, wide=wide).compilation(
+        f"{name}, x {pointer(dtype)[1:]}, arena {pointer(arena)[1:]}",
+        turbo_heads_kernel,
+        {
+            "x": pointer(dtype),
+            "z": pointer(dtype),
+            "arena": pointer(arena),
+            "pages": "*i64",
+            "matrices": "*i32",
+            "items": "*i32",
+            "segments": "*i32",
+            "out": pointer(dtype) if residual else "*fp32",
+            "N": "i32",
+            "K": "i32",
+            "stride_x": "i32",
+            "stride_z": "i32",
+        },
+        products=dtype == arena and dtype.itemsize == 2,
+    )
 
 
 def compilations() -> Iterator[Compilation]:
-    """Configurations for the widths of Llama-3.1-8B, 70B and SmolLM2-135M.
+    """Configurations for the widths of Llama-3.1-8B and SmolLM2-135M.
 
-    In bf16, float32, and a bf16 arena under float32; also a head that reads an embedding, and an
-    LM head of its own.
+    In each dtype, and a bf16 arena under float32; also a head that reads an embedding, and an LM
+    head of its own.
     """
-    for width in (4096, 8192, 576):
-        for x, arena in (("*bf16", "*bf16"), ("*fp32", "*bf16"), ("*fp32", "*fp32")):
-            name = f"turbo_heads {width}, x {x[1:]}, arena {arena[1:]}"
-            yield _compilation(name, width, width, x, arena, residual=True)
-    for name, width, features, residual in (
-        ("turbo_heads 2 x 4096", 4096, 8192, True),
-        ("head_logits 4096 to 128256", 128256, 4096, False),
-    ):
-        yield _compilation(name, width, features, "*bf16", "*bf16", residual=residual)
-
-
-def _compilation(
-    name: str, width: int, features: int, x: str, arena: str, *, residual: bool
-) -> Compilation:
-    narrow = x == arena == "*bf16"
-    blocks = blocks_for(features, narrow=narrow)
-    return Compilation(
-        name=name,
-        kernel=turbo_heads_kernel,
-        signature={
-            "x": x, "z": x, "arena": arena, "pages": "*i64", "matrices": "*i32", "items": "*i32",
-            "segments": "*i32", "out": x if residual else "*fp32", "N": "i32", "K": "i32",
-            "stride_x": "i32", "stride_z": "i32",
-        },
-        constants=_constants(width, features, blocks, narrow=narrow, residual=residual),
-        num_warps=blocks.warps,
-        num_stages=blocks.stages,
-        divisible_by_16=("N", "K", "stride_x", "stride_z"),
-        products=narrow,
-    )  # fmt: skip
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    for width in (4096, 576):
+        for x, arena in ((bf16, bf16), (fp16, fp16), (fp32, bf16), (fp32, fp32)):
+            yield from compilations_for(width, width, x, arena, residual=True)
+    yield from compilations_for(4096, 8192, bf16, bf16, residual=True)
+    yield from compilations_for(128256, 4096, bf16, bf16, residual=False)

@@ -16,8 +16,11 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from quickchange_kernels import dispatch
+from quickchange_kernels.compile_watch import CompileWatch
 from quickchange_server.adapters.manager import PacedLoad
 from quickchange_server.config import Settings
+from quickchange_server.engine.memory.cache_sizes import CacheSizes
 from quickchange_server.engine.memory.device_memory import memory_of
 from quickchange_server.engine.memory.fitting import EngineMemory
 from quickchange_server.engine.memory.footprint import held_dtype
@@ -26,6 +29,7 @@ from quickchange_server.engine.sampler import RowError, SampledToken
 from quickchange_server.engine.scheduling.scheduler import Scheduled, Scheduler
 from quickchange_server.engine.scheduling.sequence import Sequence, fault_of
 from quickchange_server.engine.token_masks import constraints_of
+from quickchange_server.engine.warm_up import LateWork, StepLimits
 from quickchange_server.model.loading.model_dtype import dtype_name
 from quickchange_server.model.loading.model_loader import LoadedModel
 from quickchange_server.protocol import (
@@ -112,6 +116,9 @@ class Engine:
         logger.info("memory:\n%s", fitted.table)
         self._runner, caches = fitted.runner, fitted.caches
         self._max_model_len = caches.max_model_len
+        self._compiles = dispatch.triton_compiles(torch.device(settings.device))
+        if self._compiles:
+            self._runner.launch_all(self._step_limits(model, caches))
         self._speculation = self._made_speculation(text)
         self.scheduler = Scheduler(
             caches.blocks,
@@ -123,6 +130,7 @@ class Engine:
             states=caches.states,
         )
         self._refused: list[Delta] = []
+        self._late = LateWork(self._runner, CompileWatch() if self._compiles else None)
         self._depth = depth or (1 if settings.device == "cpu" else _DEPTH)
         self._flights: deque[_InFlight] = deque()  # oldest first
         self._deltas: list[Delta] = []  # of sequences that ended outside of a step
@@ -212,6 +220,7 @@ class Engine:
             return False
         self._begin([item.sequence for item in plan])
         flight = self._runner.launch(plan, self._speculation)
+        self._late.note(plan)
         drafts = self._speculation.under_way()
         for item in plan:
             if item.sequence.request_id not in flight.faults:
@@ -247,6 +256,18 @@ class Engine:
         """End the threads that compile grammars and load adapters."""
         self._constraints.close()
         self._adapters.close()
+        self._late.close()
+
+    def _step_limits(self, model: LoadedModel, caches: CacheSizes) -> StepLimits:
+        return StepLimits(
+            rows=self._settings.batch_tokens,
+            context=caches.max_model_len,
+            block_size=caches.blocks.block_size,
+            state_rows=0 if caches.states is None else caches.states.num_rows,
+            adapters=self._adapters.served,
+            drafts=self._settings.turbo,
+            scaling=model.scaling,
+        )
 
     def _made_speculation(self, text: TokenText | None) -> Speculation | NoSpeculation:
         if not self._settings.turbo:
@@ -391,6 +412,8 @@ class Engine:
             draft_estimate=drafted.estimate,
             draft_gain=drafted.gain,
             mask_seconds=mask_seconds,
+            late_compilations=self._late.compiled,
+            late_captures=self._late.captured,
         )
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from quickchange_kernels.lowrank.lowrank_contract import LowRankTables
+from quickchange_kernels.sampling.token_mask import mask_words
 from quickchange_server.adapters.batch_segments import full_room
 from quickchange_server.adapters.manager import AdapterTiers
 from quickchange_server.engine.model_inputs import (
@@ -41,12 +42,14 @@ from quickchange_server.engine.sampler import (
 from quickchange_server.engine.scheduling.scheduler import Scheduled
 from quickchange_server.engine.scheduling.sequence import isolated
 from quickchange_server.engine.token_masks import TokenMasks
+from quickchange_server.engine.warm_up import BlankHeads, StepLimits, steps
 from quickchange_server.model.cuda_graphs import Graphs, capture_for
 from quickchange_server.model.input_buffers import upload
 from quickchange_server.model.loading.model_loader import LoadedModel, Output, forward
 from quickchange_server.protocol import SamplingParams
 from quickchange_server.spec_decode.cost_model import Stopwatch, stopwatch
 from quickchange_server.spec_decode.draft_heads import DraftItem, Guide, HeadDrafter
+from quickchange_server.spec_decode.speculator import NoSpeculation
 from quickchange_server.spec_decode.verifier import Verdict, judge
 
 MasksFor = Callable[[Sequence[Scheduled]], TokenMasks]
@@ -125,6 +128,7 @@ class Runner:
         self._masks = masks
         self._block_size = block_size
         self._device = device
+        self._dtype = dtype
         self._sampler = Sampler(model.vocabulary, device)
         self._drafter = HeadDrafter(model, device)
         capture = capture_for(device)
@@ -139,6 +143,11 @@ class Runner:
             dtype=dtype,
             device=device,
         )
+
+    @property
+    def captures(self) -> int:
+        """Number of graphs captured so far."""
+        return 0 if self._graphs is None else self._graphs.captures
 
     def warm_up(self) -> None:
         """Capture every graph now, so that no request waits for one."""
@@ -163,6 +172,24 @@ class Runner:
         score_columns(scored, scored.new_zeros(len(scored), dtype=torch.int64), _MOST_SCORES)
         drawn = min(rows, len(self._tokens))
         self._sampler.draw(logits[:drawn], [_WIDEST] * drawn)
+
+    def launch_all(self, limits: StepLimits) -> None:
+        """Launch every kernel that a request may need; see warm_up.py. Raises RuntimeError if a
+        step can't be made."""
+        for plan in steps(limits):
+            if faults := self.launch(plan, NoSpeculation()).ran().faults:
+                raise RuntimeError(f"the warm-up can't be computed: {'; '.join(faults.values())}")
+        vocabulary = self._model.vocabulary
+        logits = torch.zeros(1, vocabulary, dtype=self._dtype, device=self._device)
+        bits = torch.zeros(1, mask_words(vocabulary), dtype=torch.int32)
+        TokenMasks(torch.zeros(1, dtype=torch.int64), bits, {}, None).apply_(logits)
+        if limits.adapters and limits.drafts:
+            hidden = torch.zeros(1, self._model.hidden, dtype=self._dtype, device=self._device)
+            token = torch.zeros(1, dtype=torch.int64, device=self._device)
+            blank = BlankHeads(self._adapters, vocabulary)
+            for slot, turbo in enumerate(blank.slots):
+                item = DraftItem(0, slot, turbo.depth, ())
+                self._drafter.draft(hidden, token, [item], blank)
 
     def price_rows(self, most: int) -> list[tuple[int, float]]:
         """(rows, seconds) of decode steps of up to `most` rows, without adapters."""

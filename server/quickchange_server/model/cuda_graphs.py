@@ -56,6 +56,7 @@ class Graphs(Generic[Inputs]):
         self._device = device
         self._graphs: dict[Hashable, _Graph[Inputs]] = {}
         self._outputs: Outputs = ()  # of the largest graph; the others' are their first rows
+        self.captures = 0  # so far
 
     def run(self, key: Hashable, inputs: Inputs, tables: LowRankTables | None) -> Outputs:
         """The outputs for host `inputs`, which must have the same shapes for the same key.
@@ -74,6 +75,7 @@ class Graphs(Generic[Inputs]):
         return graph.outputs
 
     def _captured(self, inputs: Inputs, tables: LowRankTables | None) -> _Graph[Inputs]:
+        self.captures += 1
         static = StaticInputs(inputs, self._device)
         on_device = static.tree()
         replay, outputs = self._capture(lambda: self._kept(self._compute(on_device, tables)))

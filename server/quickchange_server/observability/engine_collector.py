@@ -21,6 +21,8 @@ _TOTALS = {
     "prefix_query_tokens": "Prompt tokens looked up in the prefix cache",
     "prefix_hit_tokens": "Prompt tokens found in the prefix cache",
     "preemptions": "Sequences that gave up their KV blocks to be computed again",
+    "late_compilations": "Kernels compiled while requests waited, which the start should have done",
+    "late_captures": "Graphs captured while requests waited, which the start should have done",
 }
 
 

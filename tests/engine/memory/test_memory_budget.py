@@ -102,9 +102,9 @@ def test_a_card_that_is_too_small_is_refused_with_all_that_would_help() -> None:
         "gpu_memory_utilization (0.9): the device has 644245094 bytes left for keys and values, "
         "and one sequence of 8192 tokens needs 1073741824. Taken: base 15.00 GiB, adapters 4.00 "
         "GiB, graphs 1.00 GiB, scratch 1.00 GiB of 21.60 GiB. What would fit: --max-model-len "
-        "4912; --adapter-device-bytes 3865470566; --gpu-memory-utilization 0.917; --dtype bfloat16; "
-        "fewer --max-sequences, for which there are fewer graphs; fewer --max-batch-tokens; "
-        "a base that is stored quantised, a smaller one, or a larger device"
+        "4912; --adapter-device-bytes 3865470566; --gpu-memory-utilization 0.917; "
+        "--dtype bfloat16; fewer --max-sequences, for which there are fewer graphs; fewer "
+        "--max-batch-tokens; a base that is stored quantised, a smaller one, or a larger device"
     )
 
 

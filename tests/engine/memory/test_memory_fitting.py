@@ -1,7 +1,7 @@
 """An engine on a device whose memory is divided: measured first, then filled, never beyond.
 
-The device is a stand-in that counts what the process holds: the model's, the arena's and the
-caches' tensors, and what captured graphs and steps are said to take.
+The device is a stand-in that counts what the process comes to hold, the arena's and the caches'
+tensors, and what the base, captured graphs and steps are said to take.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from quickchange_server.engine.memory.footprint import tensor_bytes
 from quickchange_server.errors import SettingError
 from quickchange_server.model.loading.model_loader import LoadedModel, load_model
 
-GRAPH_BYTES, STEP_BYTES, OTHERS = 3 << 20, 5 << 20, 1 << 20
+GRAPH_BYTES, STEP_BYTES, BASE = 3 << 20, 5 << 20, 1 << 20
 CPU = torch.device("cpu")
 
 
@@ -35,12 +35,13 @@ class CountedMemory:
         self.total = total
         self.peak = 0
         self._capture = capture
-        self._before = self._living()
+        gc.collect()
+        gc.freeze()  # what is there already is not looked at again
 
     def in_use(self) -> int:
         # The last runner's graphs alone live: those of the first are gone with it.
         graphs = GRAPH_BYTES if self._capture.rows else 0
-        return OTHERS + self._living() - self._before + graphs
+        return BASE + self._living() + graphs
 
     def growth(self, work: Callable[[], None]) -> int:
         before = self.in_use()
@@ -82,7 +83,8 @@ def device(
         monkeypatch.setattr(engine_module, "memory_of", lambda _: memory)
         return memory
 
-    return of
+    yield of
+    gc.unfreeze()
 
 
 def settings(path: Path, **options: object) -> Settings:

@@ -39,7 +39,13 @@ class Outline:
 
 
 def outline(
-    path: str, *, dtype: str, device: str, bfloat16: bool, adapters: bool, quantization: Quantization
+    path: str,
+    *,
+    dtype: str,
+    device: str,
+    bfloat16: bool,
+    adapters: bool,
+    quantization: Quantization,
 ) -> Outline:
     """The outline of what `--model` names. bfloat16: whether the device multiplies it.
 
@@ -72,9 +78,7 @@ def outline(
         for parameter, tensor in network.named_parameters():
             if name in parameter:
                 tensor.data = tensor.data.to(plan)
-    model = prepare(
-        network.eval(), adapters=adapters, quantization=quantization, dtype=chosen
-    )
+    model = prepare(network.eval(), adapters=adapters, quantization=quantization, dtype=chosen)
     text = network.config.get_text_config()
     heads = int(getattr(text, "num_attention_heads", 0) or 0)
     return Outline(model, heads, method, size)
