@@ -1,4 +1,4 @@
-"""The command `quickchange`: serve, adapters, keys, database, train, eval, bench.
+"""The command `quickchange`: serve, plan, adapters, keys, database, train, eval, bench.
 
 A command's modules are imported only when it runs, so that `quickchange --help` is quick.
 """
@@ -41,7 +41,6 @@ SUB_APPS = {
 
 def serve_command() -> Callable[..., None]:
     """The function `serve`, with an option for every field of `Settings`."""
-    from quickchange_server.config import Settings
 
     def serve(**given: Any) -> None:
         """Serve the base model and the store's adapters over HTTP.
@@ -52,29 +51,63 @@ def serve_command() -> Callable[..., None]:
         from quickchange_server.entrypoints.serve import serve as launch
 
         demo = bool(given.pop("demo"))
-        launch({name: value for name, value in given.items() if value is not None}, demo=demo)
+        launch(_given(given), demo=demo)
 
-    parameters = [
-        inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=None,
-            annotation=Annotated[_option_type(field.annotation), _option(name, field)],
-        )
-        for name, field in Settings.model_fields.items()
+    help_text = "serve the demo model and its adapters, fetched and made ready once"
+    own = _parameter("demo", bool, typer.Option("--demo", help=help_text), default=False)
+    return _with_settings(serve, [own])
+
+
+def plan_command() -> Callable[..., None]:
+    """The function `plan`, with the options of `serve`."""
+
+    def plan(**given: Any) -> None:
+        """Print what the model would take of a device, and how many adapters fit.
+
+        Takes the options and the environment of `serve`. No GPU is needed, and no weight is read.
+        """
+        from quickchange_server.entrypoints.plan import plan as printed
+
+        gpu, ranks = given.pop("gpu"), given.pop("ranks")
+        printed(_given(given), gpu=gpu, ranks=ranks)
+
+    gpu = "device to plan for: h100, h200, a100-80gb, a100-40gb, b200, l4, l40s, rtx4090, mi300x, "
+    gpu += "or its size, such as 24GiB (default: this machine's CPU)"
+    ranks = "ranks of adapters to count, joined by commas (default 8,16,32,64)"
+    own = [
+        _parameter("gpu", str | None, typer.Option("--gpu", help=gpu, show_default=False)),
+        _parameter("ranks", str | None, typer.Option("--ranks", help=ranks, show_default=False)),
     ]
-    demo_help = "serve the demo model and its adapters, fetched and made ready once"
-    parameters.append(
-        inspect.Parameter(
-            "demo",
-            inspect.Parameter.KEYWORD_ONLY,
-            default=False,
-            annotation=Annotated[bool, typer.Option("--demo", help=demo_help)],
-        )
+    return _with_settings(plan, own)
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _with_settings(
+    command: Callable[..., None], own: Sequence[inspect.Parameter]
+) -> Callable[..., None]:
+    """The command with an option for every field of `Settings`, and its own."""
+    from quickchange_server.config import Settings
+
+    fields = Settings.model_fields.items()
+    parameters = [
+        *(_parameter(n, _option_type(field.annotation), _option(n, field)) for n, field in fields),
+        *own,
+    ]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {each.name: each.annotation for each in parameters}
+    return command
+
+
+def _parameter(name: str, kind: Any, option: Any, default: Any = None) -> inspect.Parameter:
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=default,
+        annotation=Annotated[kind, option],
     )
-    serve.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    serve.__annotations__ = {p.name: p.annotation for p in parameters}
-    return serve
 
 
 def _option_type(annotation: Any) -> Any:
@@ -151,6 +184,7 @@ def _demo_model() -> str:
 
 
 app.command("serve")(serve_command())
+app.command("plan")(plan_command())
 for _name, (_module, _summary) in SUB_APPS.items():
     forward(_name, _module, _summary)
 
