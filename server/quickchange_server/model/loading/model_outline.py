@@ -70,7 +70,11 @@ def outline(
             del config.quantization_config
         with torch.device("meta"):
             network = made._from_config(  # type: ignore[attr-defined]
-                config, dtype=chosen, attn_implementation=paged_attention.NAME
+                config,
+                dtype=chosen,
+                attn_implementation=paged_attention.NAME,
+                # Before they are wrapped: the others look at the experts that were chosen.
+                experts_implementation="batched_mm",
             )
     except (BaseModelError, ValueError) as error:
         raise UnsupportedModelError(f"model: {error}", param="model") from error
