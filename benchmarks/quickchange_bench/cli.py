@@ -491,6 +491,38 @@ def step(
 
 @app.command()
 @_refusals
+def host(
+    sequences: Annotated[str, typer.Option(help="That decode together.")] = "1,16,64",
+    device_ms: Annotated[float, typer.Option(min=0, help="Duration of the device's step.")] = 5.0,
+    depths: Annotated[str, typer.Option(help="Steps in flight at once.")] = "1,2",
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Measured, of each load.")] = 100,
+    wall: Annotated[
+        bool, typer.Option("--wall", help="Periods in real time, on a machine without other work.")
+    ] = False,
+) -> None:
+    """Show the host's time in decode steps, on a simulated device, with and without adapters."""
+    from quickchange_bench.engine.host_time import (
+        HostLoad,
+        OwnClock,
+        WallClock,
+        host_table,
+        host_times,  # needs torch
+    )
+
+    loads = [
+        HostLoad(int(count), adapters, int(depth))
+        for count in sequences.split(",")
+        for adapters in (False, True)
+        for depth in depths.split(",")
+    ]
+    typer.echo(f"T = {device_ms:g} ms; all columns in ms\n")
+    clock = WallClock if wall else OwnClock
+    found = host_times(loads, device_ms / 1e3, steps=steps, clock=clock)
+    typer.echo(host_table(list(found)))
+
+
+@app.command()
+@_refusals
 def perplexity(
     model: Annotated[Path, typer.Option(help="Base model: a folder in transformers' layout.")],
     dtype: Annotated[str, typer.Option(help="One or more, with commas.")] = "float32,bfloat16",

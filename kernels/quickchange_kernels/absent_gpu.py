@@ -3,7 +3,8 @@
 Inside `absent_gpu` the operations on CPU tensors go to their Triton launchers, and Triton itself
 binds, specialises and compiles each launch for the GPU that is named: the same code, the same keys,
 the same entries in its cache. So what a program would launch can be counted, and compiled ahead, on
-any machine. Outputs hold whatever their memory held.
+any machine. Outputs hold whatever their memory held, but for those that are followed as indices,
+which are 0.
 
 Triton replaced by its interpreter (TRITON_INTERPRET=1) has no compiler: there this does not work.
 """
@@ -23,6 +24,7 @@ from quickchange_kernels import dispatch, native
 from quickchange_kernels.aot.targets import Target
 
 _THREADS = 1024  # the most of a block
+_INDICES = {"token_kernel": ("tokens",), "verify_kernel": ("accepted", "token", "path")}
 _number = itertools.count()
 
 
@@ -39,9 +41,12 @@ OnLaunch = Callable[[Launch], None]
 
 
 @contextmanager
-def absent_gpu(target: Target, on_launch: OnLaunch = lambda _: None) -> Iterator[AbsentGpu]:
+def absent_gpu(
+    target: Target, on_launch: OnLaunch = lambda _: None, *, products: bool = True
+) -> Iterator[AbsentGpu]:
     """Let CPU tensors be served as by a GPU of this kind; `on_launch` is told of each launch.
 
+    products: False: the model's own products, which need no kernel of ours, are not computed.
     Holds for the whole process. Raises what Triton's compiler raises, and OutOfResources for a
     kernel that takes more shared memory than the target has.
     """
@@ -52,7 +57,7 @@ def absent_gpu(target: Target, on_launch: OnLaunch = lambda _: None) -> Iterator
     gpu = AbsentGpu(target, on_launch)
     driver.set_active(gpu)
     try:
-        with dispatch.triton_on_cpu():
+        with dispatch.triton_on_cpu(products=products):
             yield gpu
     finally:
         driver._active = before
@@ -110,6 +115,8 @@ class AbsentGpu(DriverBase):  # type: ignore[misc]  # Triton has no types
         # after the grid: stream, function, two kinds of metadata, two hooks; then the arguments
         def launch(x: int, y: int, z: int, *rest: Any) -> None:
             arguments = dict(zip(names, rest[6:], strict=True))
+            for index in _INDICES.get(name, ()):
+                arguments[index].zero_()
             self.on_launch(Launch(name, (x, y, z), arguments))
 
         return launch

@@ -1,7 +1,7 @@
 """Configurations of Triton kernels, from which they are compiled and checked without a GPU.
 
 Each `*_triton.py` has `compilations()`, which yields one `Compilation` for every configuration that
-ships; `python -m quickchange_kernels.aot` compiles them all for the targets named here.
+ships; `python -m quickchange_kernels.aot` compiles them all for the targets of gpu_targets.py.
 """
 
 from __future__ import annotations
@@ -10,7 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")  # A100, H100, B200, MI300
+from quickchange_kernels import gpu_targets
+
+TARGETS = tuple(gpu_targets.TARGETS)
+# Where a configuration ships that differs by nothing but the name of its dtype from one that is
+# compiled for all: one of each compiler.
+ONE_OF_EACH_COMPILER = ("sm_90", "gfx942")
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ import torch
 
 LIBRARY: Any = torch.library.Library("quickchange", "DEF")  # type: ignore[no-untyped-call]
 _launchers: dict[str, Callable[..., Any]] = {}  # by operation
+_fakes: dict[str, Callable[..., Any]] = {}  # the same
+_PRODUCTS = ("linear", "linear_experts")  # operations that torch serves on a GPU
 _in_front: list[Any] = []  # the library that serves CPU tensors inside `triton_on_cpu`
 
 
@@ -45,6 +47,7 @@ def declare(
         LIBRARY.define(f"{overload}{signature}")
         LIBRARY.impl(overload, plain, "CompositeExplicitAutograd")
         torch.library.register_fake(f"quickchange::{overload}", fake, lib=LIBRARY)
+    _fakes[name] = fake
     dispatched: Callable[..., Any] = getattr(torch.ops.quickchange, name).default
     return dispatched
 
@@ -72,12 +75,16 @@ def triton_version(name: str, launcher: str) -> None:
 
 
 @contextmanager
-def triton_on_cpu() -> Iterator[None]:
-    """Let the Triton launchers serve CPU tensors too, in front of every other version."""
+def triton_on_cpu(*, products: bool = True) -> Iterator[None]:
+    """Let the Triton launchers serve CPU tensors too, in front of every other version.
+
+    products: False: the model's own products are not computed either.
+    """
     library: Any = torch.library.Library("quickchange", "IMPL")  # type: ignore[no-untyped-call]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Warning only once for all operators")
-        for name, call in _launchers.items():
+        skipped = {} if products else {name: _fakes[name] for name in _PRODUCTS if name in _fakes}
+        for name, call in (_launchers | skipped).items():
             library.impl(name, call, "CPU")
     _in_front.append(library)
     try:

@@ -15,7 +15,6 @@ What the compiler must know for loads of 16 bytes, the kernel says itself, by `w
 
 from __future__ import annotations
 
-import functools
 import inspect
 import re
 from collections.abc import Callable, Mapping
@@ -26,7 +25,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.driver import driver
 
+from quickchange_kernels import dispatch
 from quickchange_kernels.compilation import TARGETS, Compilation
 
 _TYPES = {
@@ -57,12 +58,13 @@ def pointer(dtype: torch.dtype) -> str:
 def aligned(*tensors: Tensor) -> bool:
     """True if every row of every tensor [..., K] begins at a multiple of 16 bytes and ends there.
 
-    A model's own sizes decide it: memory begins at multiples of 64 bytes, and views begin at
-    multiples of the model's widths.
+    A tensor of one dimension must only begin at one. A model's own sizes decide it: memory begins
+    at multiples of 64 bytes, and views begin at multiples of the model's widths.
     """
     return all(
         size * tensor.itemsize % WIDE == 0
         for tensor in tensors
+        if tensor.dim() > 1
         for size in (tensor.shape[-1], *tensor.stride()[:-1])
     ) and all(tensor.data_ptr() % WIDE == 0 for tensor in tensors)
 
@@ -71,12 +73,15 @@ DEPENDENT_TARGETS = tuple(name for name in TARGETS if re.match(r"sm_(9|1\d)\d", 
 OTHER_TARGETS = tuple(name for name in TARGETS if name not in DEPENDENT_TARGETS)
 
 
-@functools.cache
-def dependent_launch(device: torch.device) -> bool:
+def gpu() -> Any:
+    """Triton's target for the launches of this process (backend, arch); None when interpreted."""
+    return None if dispatch.triton_interpreted() else driver.active.get_current_target()
+
+
+def dependent_launch() -> bool:
     """True where a kernel may start before the one before it has ended (DEPENDENT_TARGETS)."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return False
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+    target = gpu()
+    return target is not None and target.backend == "cuda" and target.arch >= 90
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""The command `quickchange`: serve, plan, adapters, keys, database, train, eval, bench.
+"""The command `quickchange`: serve, plan, warm-cache, adapters, keys, database, train, eval, bench.
 
 A command's modules are imported only when it runs, so that `quickchange --help` is quick.
 """
@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
 
@@ -51,63 +52,83 @@ def serve_command() -> Callable[..., None]:
         from quickchange_server.entrypoints.serve import serve as launch
 
         demo = bool(given.pop("demo"))
-        launch(_given(given), demo=demo)
+        launch({name: value for name, value in given.items() if value is not None}, demo=demo)
 
-    help_text = "serve the demo model and its adapters, fetched and made ready once"
-    own = _parameter("demo", bool, typer.Option("--demo", help=help_text), default=False)
-    return _with_settings(serve, [own])
+    demo_help = "serve the demo model and its adapters, fetched and made ready once"
+    return _with_settings(
+        serve, demo=(False, Annotated[bool, typer.Option("--demo", help=demo_help)])
+    )
 
 
 def plan_command() -> Callable[..., None]:
-    """The function `plan`, with the options of `serve`."""
+    """The function `plan`, with an option for every field of `Settings`."""
 
     def plan(**given: Any) -> None:
         """Print what the model would take of a device, and how many adapters fit.
 
         Takes the options and the environment of `serve`. No GPU is needed, and no weight is read.
         """
-        from quickchange_server.entrypoints.plan import plan as printed
+        from quickchange_server.entrypoints.plan import plan as run
 
         gpu, ranks = given.pop("gpu"), given.pop("ranks")
-        printed(_given(given), gpu=gpu, ranks=ranks)
+        settings = {name: value for name, value in given.items() if value is not None}
+        run(settings, gpu=gpu, ranks=ranks)
 
-    gpu = "device to plan for: h100, h200, a100-80gb, a100-40gb, b200, l4, l40s, rtx4090, mi300x, "
-    gpu += "or its size, such as 24GiB (default: this machine's CPU)"
-    ranks = "ranks of adapters to count, joined by commas (default 8,16,32,64)"
-    own = [
-        _parameter("gpu", str | None, typer.Option("--gpu", help=gpu, show_default=False)),
-        _parameter("ranks", str | None, typer.Option("--ranks", help=ranks, show_default=False)),
-    ]
-    return _with_settings(plan, own)
+    gpu_help = (
+        "GPU to plan for: h100, rtx4090, …, or a size such as 24GiB; default: a CPU"
+    )
+    ranks_help = "ranks of adapters to count, joined by commas; default: 8,16,32,64"
+    return _with_settings(
+        plan,
+        gpu=(None, Annotated[str | None, typer.Option("--gpu", help=gpu_help)]),
+        ranks=(None, Annotated[str | None, typer.Option("--ranks", help=ranks_help)]),
+    )
 
 
-def _given(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
+def warm_cache_command() -> Callable[..., None]:
+    """The function `warm-cache`, with an option for every field of `Settings`."""
+
+    def warm_cache(**given: Any) -> None:
+        """Compile ahead the kernels that `serve` with the same settings compiles at its start.
+
+        The GPU need not be there, nor the model's weights: of the model only its configuration
+        is read.
+        """
+        from quickchange_server.entrypoints.warm_cache import warm_cache as run
+
+        gpu, out = given.pop("gpu"), given.pop("out")
+        settings = {name: value for name, value in given.items() if value is not None}
+        typer.echo(run(settings, gpu=gpu, out=out))
+
+    gpu_help = "GPU to compile for: h100, sm_90, …; default: the one in this machine"
+    out_help = "folder of the compiled kernels; default: Triton's cache (TRITON_CACHE_DIR)"
+    return _with_settings(
+        warm_cache,
+        gpu=(None, Annotated[str | None, typer.Option("--gpu", help=gpu_help)]),
+        out=(None, Annotated[Path | None, typer.Option("--out", help=out_help)]),
+    )
 
 
 def _with_settings(
-    command: Callable[..., None], own: Sequence[inspect.Parameter]
+    command: Callable[..., None], **own: tuple[object, object]
 ) -> Callable[..., None]:
-    """The command with an option for every field of `Settings`, and its own."""
+    """The command with an option for every field of `Settings`, then its own: each a default and
+    an annotation."""
     from quickchange_server.config import Settings
 
-    fields = Settings.model_fields.items()
+    options = {
+        name: (None, Annotated[_option_type(field.annotation), _option(name, field)])
+        for name, field in Settings.model_fields.items()
+    } | own
     parameters = [
-        *(_parameter(n, _option_type(field.annotation), _option(n, field)) for n, field in fields),
-        *own,
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+        )
+        for name, (default, annotation) in options.items()
     ]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {each.name: each.annotation for each in parameters}
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
     return command
-
-
-def _parameter(name: str, kind: Any, option: Any, default: Any = None) -> inspect.Parameter:
-    return inspect.Parameter(
-        name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=default,
-        annotation=Annotated[kind, option],
-    )
 
 
 def _option_type(annotation: Any) -> Any:
@@ -185,6 +206,7 @@ def _demo_model() -> str:
 
 app.command("serve")(serve_command())
 app.command("plan")(plan_command())
+app.command("warm-cache")(warm_cache_command())
 for _name, (_module, _summary) in SUB_APPS.items():
     forward(_name, _module, _summary)
 

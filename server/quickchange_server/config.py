@@ -62,6 +62,11 @@ class Settings(BaseSettings):
         "none",
         description="how the base's linears are kept: int8 takes 8.5 bits a weight, on a CPU",
     )
+    deterministic: bool = Field(
+        False,
+        description="on a GPU, sum the base's products in an order that no other row changes, so "
+        "that a request's tokens don't depend on its batch; slower. A CPU does so anyway",
+    )
     model_check: bool = Field(
         True,
         description="hold the base, once loaded, against transformers' own; off: serve it unproved",

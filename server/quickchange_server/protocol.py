@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from annotated_types import Interval
 
@@ -264,8 +264,7 @@ class Ready:
     adapter_dtype: str = "float32"  # what adapters are held in
 
 
-@dataclass(frozen=True, slots=True)
-class TokenLogprobs:
+class TokenLogprobs(NamedTuple):
     """The model's log-probabilities at one position, before penalties, bias and temperature."""
 
     token_id: int
@@ -283,8 +282,7 @@ class TokenLogprobs:
         return ranked
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(NamedTuple):
     """New tokens of one request; the last delta of a request carries `finish_reason`."""
 
     request_id: str
@@ -303,8 +301,7 @@ class Delta:
     embedding: bytes | None = None  # float32 little-endian [H], in its request's only delta
 
 
-@dataclass(frozen=True, slots=True)
-class DraftCount:
+class DraftCount(NamedTuple):
     """Drafted and accepted tokens of one drafter at one depth in one step."""
 
     drafter: str  # digest of the adapter version whose heads drafted, or LOOKUP
@@ -316,8 +313,7 @@ class DraftCount:
 LOOKUP = "lookup"  # DraftCount.drafter of drafts made by prompt lookup
 
 
-@dataclass(frozen=True, slots=True)
-class StepStats:
+class StepStats(NamedTuple):
     """Figures of one engine step, and totals since the engine started."""
 
     seconds: float
@@ -340,9 +336,23 @@ class StepStats:
     late_compilations: int = 0  # kernels compiled since the engine was ready; total
     late_captures: int = 0  # graphs captured since the engine was ready; total
 
+    def between_steps(self) -> StepStats:
+        """The same state, and none of the step's figures."""
+        return self._replace(
+            seconds=0.0,
+            rows=0,
+            prefill_rows=0,
+            sequences=0,
+            adapters=0,
+            drafts=(),
+            draft_rows=0,
+            draft_estimate=0.0,
+            draft_gain=0,
+            mask_seconds=None,
+        )
 
-@dataclass(frozen=True, slots=True)
-class StepReport:
+
+class StepReport(NamedTuple):
     """The outcome of one engine step."""
 
     deltas: tuple[Delta, ...]

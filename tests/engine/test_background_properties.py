@@ -70,8 +70,8 @@ def step(at: Scheduler) -> list[Scheduled]:
     plan = at.schedule(now=0.0)
     rows = sum(item.rows for item in plan)
     assert rows <= MAX_BATCH_TOKENS
+    at.launched(plan)
     for item in plan:
-        at.launched(item)
         at.settled(item, [1] if item.samples else [])
     at.check_integrity()
     return plan

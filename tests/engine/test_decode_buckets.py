@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from dataclasses import replace
 
 import pytest
@@ -10,18 +11,31 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quickchange_server.adapters.batch_segments import unpack
-from quickchange_server.engine.model_inputs import (
-    DecodeBuckets,
+from quickchange_server.engine.inputs.step_shapes import (
+    Extent,
+    PlanShape,
+    StepBuckets,
     bucket_sizes,
     exact_extent,
-    step_inputs,
 )
+from quickchange_server.engine.model_inputs import StepInputs, step_inputs
 from quickchange_server.engine.scheduling.scheduler import Scheduled
 from quickchange_server.engine.scheduling.sequence import Sequence
 from quickchange_server.protocol import SamplingParams, Submit
 
 BLOCK = 4
 CPU = torch.device("cpu")
+
+
+def fit(buckets: StepBuckets, plan: Seq[Scheduled]) -> Extent | None:
+    return buckets.fit(PlanShape.of(plan))
+
+
+def exact(plan: Seq[Scheduled]) -> StepInputs:
+    shape = PlanShape.of(plan)
+    return step_inputs(plan, shape, exact_extent(plan, shape, CPU), BLOCK)
+
+
 Components = tuple[tuple[int, float], ...]
 
 
@@ -54,70 +68,68 @@ def test_the_small_sizes_are_the_ones_that_kernels_are_tuned_for() -> None:
 
 
 def test_the_smallest_bucket_with_room_is_taken() -> None:
-    buckets = DecodeBuckets(16, 8)
-    extent = buckets.fit([decode(row) for row in range(5)], adapters=False)
+    buckets = StepBuckets(16, 8)
+    extent = fit(buckets, [decode(row) for row in range(5)])
     assert extent is not None
     assert (extent.rows, extent.sequences, extent.samples, extent.blocks) == (8, 8, 8, 8)
     assert extent.tokens_room is None
 
 
 def test_a_step_that_verifies_drafts_takes_a_bucket_with_room_for_their_rows() -> None:
-    plan = [replace(decode(row), drafts=(7, 8)) for row in range(3)]
-    extent = DecodeBuckets(16, 8).fit(plan, adapters=False)
+    plan = [replace(item(row + 5, 1, [row, 4, 5]), drafts=(7, 8)) for row in range(3)]
+    extent = fit(StepBuckets(16, 8), plan)
     assert extent is not None
     assert extent.rows == 16  # nine are needed
-    inputs = step_inputs(plan, extent, BLOCK)
+    inputs = step_inputs(plan, PlanShape.of(plan), extent, BLOCK)
     assert inputs.ids[:9].tolist() == [105, 7, 8, 106, 7, 8, 107, 7, 8]
     assert inputs.positions[:9].tolist() == [5, 6, 7, 6, 7, 8, 7, 8, 9]
     assert inputs.sample_rows[:9].tolist() == list(range(9))
-    assert inputs.attention.query_start[:5].tolist() == [0, 3, 6, 9, 9]
-    assert inputs.attention.seq_lens[:4].tolist() == [8, 9, 10, 0]
+    assert inputs.query_start[:5].tolist() == [0, 3, 6, 9, 9]
+    assert inputs.seq_lens[:4].tolist() == [8, 9, 10, 0]
 
 
 def test_a_prefill_chunk_fits_no_bucket() -> None:
-    buckets = DecodeBuckets(16, 8)
-    assert buckets.fit([decode(0), item(0, 3, [3])], adapters=False) is None
-    assert buckets.fit([item(0, 1, [3], more=4)], adapters=False) is None
+    buckets = StepBuckets(16, 8)
+    assert fit(buckets, [decode(0), item(0, 3, [3])]) is None
+    assert fit(buckets, [item(0, 1, [3], more=4)]) is None
 
 
 def test_compositions_take_a_larger_bucket_or_none() -> None:
-    buckets = DecodeBuckets(8, 8)
+    buckets = StepBuckets(8, 8)
     three: Components = ((0, 1.0), (1, 0.5), (2, 0.25))
-    small = buckets.fit([decode(0, three)], adapters=True)
+    small = fit(buckets, [decode(0, three)])
     assert small is not None
     assert small.rows == 4
     many: Components = tuple((slot, 1.0) for slot in range(9))
-    assert buckets.fit([decode(0, many)], adapters=True) is None
+    assert fit(buckets, [decode(0, many)]) is None
 
 
 def test_every_extent_is_offered_largest_first() -> None:
-    extents = DecodeBuckets(9, 8).extents(adapters=True)
+    extents = StepBuckets(9, 8).extents(adapters=True)
     assert [extent.rows for extent in extents] == [9, 8, 4, 2, 1]
 
 
 def test_inputs_say_where_each_row_stands() -> None:
     plan = [item(6, 3, [7, 2, 5]), decode(1)]
-    inputs = step_inputs(plan, exact_extent(plan, CPU, adapters=False), BLOCK)
+    inputs = exact(plan)
     assert inputs.ids.tolist() == [106, 107, 108, 106]
     assert inputs.positions.tolist() == [6, 7, 8, 6]
     assert inputs.sample_rows.tolist() == [2, 3]
-    batch = inputs.attention
+    batch = inputs
     assert batch.slots.tolist() == [2 * 4 + 2, 2 * 4 + 3, 5 * 4, 2 * 4 + 2]
-    assert batch.block_tables.tolist() == [[7, 2, 5], [1, 2, 0]]
+    assert batch.tables.tolist() == [[7, 2, 5], [1, 2, 0]]
     assert batch.seq_lens.tolist() == [9, 7]
     assert batch.query_start.tolist() == [0, 3, 4]
 
 
 def test_a_chunk_that_does_not_reach_the_end_samples_nothing() -> None:
     plan = [item(0, 3, [0], more=2)]
-    assert (
-        step_inputs(plan, exact_extent(plan, CPU, adapters=False), BLOCK).sample_rows.numel() == 0
-    )
+    assert exact(plan).sample_rows.numel() == 0
 
 
 def test_segments_follow_the_rows_and_the_sampling_rows() -> None:
     plan = [item(0, 3, [0], ((4, 0.5),), more=2), decode(0, ((4, 0.5),)), decode(1, ((2, 1.0),))]
-    inputs = step_inputs(plan, exact_extent(plan, CPU, adapters=True), BLOCK)
+    inputs = exact(plan)
     assert inputs.tokens is not None
     assert inputs.samples is not None
     tokens = unpack(inputs.tokens.packed, inputs.tokens.room)
@@ -130,19 +142,19 @@ def test_segments_follow_the_rows_and_the_sampling_rows() -> None:
 @given(rows=st.integers(0, 8), adapters=st.booleans())
 def test_padding_only_appends_what_is_harmless(rows: int, adapters: bool) -> None:
     plan = [decode(row, ((row % 3, 1.0),) if adapters else ()) for row in range(rows)]
-    extent = DecodeBuckets(8, 8).extents(adapters=adapters)[0]
-    padded = step_inputs(plan, extent, BLOCK)
+    extent = StepBuckets(8, 8).extents(adapters=adapters)[0]
+    padded = step_inputs(plan, PlanShape.of(plan), extent, BLOCK)
     assert padded.ids.shape == padded.positions.shape == padded.sample_rows.shape == (8,)
-    batch = padded.attention
-    assert batch.block_tables.shape == (8, 8)
+    batch = padded
+    assert batch.tables.shape == (8, 8)
     assert batch.slots[rows:].tolist() == [-1] * (8 - rows)
     assert batch.seq_lens[rows:].tolist() == [0] * (8 - rows)
     assert batch.query_start.tolist() == [min(row, rows) for row in range(9)]
     if rows:
-        exact = step_inputs(plan, exact_extent(plan, CPU, adapters=adapters), BLOCK)
-        assert torch.equal(padded.ids[:rows], exact.ids)
-        assert torch.equal(batch.slots[:rows], exact.attention.slots)
-        assert torch.equal(batch.seq_lens[:rows], exact.attention.seq_lens)
-        width = exact.attention.block_tables.shape[1]
-        assert torch.equal(batch.block_tables[:rows, :width], exact.attention.block_tables)
+        own = exact(plan)
+        assert torch.equal(padded.ids[:rows], own.ids)
+        assert torch.equal(batch.slots[:rows], own.slots)
+        assert torch.equal(batch.seq_lens[:rows], own.seq_lens)
+        width = own.tables.shape[1]
+        assert torch.equal(batch.tables[:rows, :width], own.tables)
     assert padded.tokens is padded.samples

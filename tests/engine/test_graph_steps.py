@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -111,14 +112,14 @@ def test_the_warm_up_captures_every_shape_and_serving_no_more(
     model: Path, capture: RepeatingCapture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Watched(model, ASKED, monkeypatch)
-    assert capture.rows == 2 * [12, 8, 4, 2, 1]
+    assert capture.rows == 2 * [12, 8, 4, 2, 1, 12]  # the last: the mixed steps' samples
 
 
 def test_an_engine_without_turbo_captures_no_shape_for_drafts(
     model: Path, capture: RepeatingCapture
 ) -> None:
     make_engine(model, load, max_sequences=6, turbo=False).close()
-    assert capture.rows == 2 * [6, 4, 2, 1]
+    assert capture.rows == 2 * [6, 4, 2, 1, 6]
 
 
 def test_drafts_are_verified_from_graphs_with_the_same_tokens(
@@ -183,10 +184,48 @@ def test_steps_with_a_wider_adapter_run_without_graphs_and_cost_no_capture(
     assert tokens[0] == tokens[1]
 
 
-def test_prefill_chunks_are_not_replayed(model: Path, capture: RepeatingCapture) -> None:
+def test_chunks_of_prompts_run_from_graphs_unless_their_rows_are_read(
+    model: Path, capture: RepeatingCapture
+) -> None:
     engine = make_engine(model, load)
-    engine.submit(request("0", list(range(19)), max_tokens=1))
+    drive = Driver(engine)
     warmed = capture.replayed
-    Driver(engine).finish("0")
+    engine.submit(request("0", list(range(19)), max_tokens=1))
+    drive.finish("0")
+    assert capture.replayed == warmed + 2, "two chunks of 16 and 3 rows"
+    engine.submit(request("1", list(range(20, 32)), max_tokens=0, prompt_logprobs=1))
+    drive.finish("1")
     engine.close()
-    assert capture.replayed == warmed
+    assert capture.replayed == warmed + 2
+
+
+def test_sampling_at_every_parameter_gives_the_tokens_of_a_run_without_graphs(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some rows are drawn in the graph, some need edits, log-probabilities or both behind it."""
+    asked: dict[str, dict[str, Any]] = {
+        "greedy": {},
+        "drawn": {"temperature": 0.9, "seed": 5},
+        "filtered": {"temperature": 1.1, "top_k": 9, "top_p": 0.9, "min_p": 0.01, "seed": 6},
+        "typical": {"temperature": 1.0, "typical_p": 0.7, "seed": 7},
+        "penalised": {"temperature": 0.8, "frequency_penalty": 1.0, "seed": 8},
+        "biased": {"logit_bias": {3: 5.0}, "logprobs": 2},
+        "told": {"temperature": 0.7, "logprobs": 3, "seed": 9},
+    }
+
+    def answers(names: tuple[str, ...]) -> dict[str, object]:
+        engine = make_engine(model, load)
+        drive = Driver(engine)
+        for name in names:
+            prompt = [list(asked).index(name) + 1, 2, 3]
+            engine.submit(request(name, prompt, [("rank-8", 0.5)], max_tokens=8, **asked[name]))
+        drive.finish(*names)
+        engine.close()
+        return {name: (drive.tokens[name], drive.logprobs[name]) for name in names}
+
+    plain = {name: answers((name,))[name] for name in asked}
+    capture = RepeatingCapture()
+    monkeypatch.setattr(model_runner, "capture_for", lambda _device: capture)
+    assert answers(tuple(asked)) == plain
+    assert answers(("greedy", "drawn", "filtered")).items() <= plain.items()
+    assert capture.replayed > len(capture.rows), "no step was replayed"

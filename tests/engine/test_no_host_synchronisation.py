@@ -7,7 +7,6 @@ The device is torch's "meta": tensors with shapes and dtypes, without values.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,7 +23,9 @@ from quickchange_kernels.sampling.token_mask import mask_words, plain_token_mask
 from quickchange_server.adapters.adapter_loader import ImmediateCopies
 from quickchange_server.adapters.memory_pool import DevicePool
 from quickchange_server.adapters.packing import build_image, page_shapes
-from quickchange_server.engine.model_inputs import DecodeBuckets, row_reach, step_inputs
+from quickchange_server.engine.inputs.state_inputs import state_parts
+from quickchange_server.engine.inputs.step_shapes import StepBuckets
+from quickchange_server.engine.model_inputs import empty_inputs
 from quickchange_server.model import paged_attention
 from quickchange_server.model.input_buffers import layout_of, rebuilt
 from quickchange_server.model.loading.model_loader import LoadedModel, forward, prepare
@@ -93,10 +94,9 @@ def make_step(family: str, *, adapters: bool) -> tuple[LoadedModel, tuple[Tensor
     loaded.install_caches(
         num_blocks=BLOCKS, block_size=BLOCK_SIZE, state_rows=ROWS, dtype=torch.float32, device=META
     )
-    extent = DecodeBuckets(ROWS, BLOCKS).extents(adapters=adapters)[0]
-    on_host = step_inputs((), extent, BLOCK_SIZE, META if loaded.recurrent else None)
-    if loaded.scaling is not None:
-        on_host = replace(on_host, reach=row_reach((), extent.rows))
+    extent = StepBuckets(ROWS, BLOCKS).extents(adapters=adapters)[0]
+    states = state_parts((), extent.rows, META) if loaded.recurrent else ()
+    on_host = empty_inputs(extent, scaled=loaded.scaling is not None, states=states)
     layout, tensors = layout_of(on_host)
     inputs = rebuilt(layout, [there(tensor) for tensor in tensors])
     tables = None

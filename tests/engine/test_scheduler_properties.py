@@ -15,7 +15,8 @@ import torch
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from quickchange_server.engine.model_inputs import exact_extent, step_inputs
+from quickchange_server.engine.inputs.step_shapes import PlanShape, exact_extent
+from quickchange_server.engine.model_inputs import step_inputs
 from quickchange_server.engine.scheduling.kv_cache_manager import KVBlocks, StateRows
 from quickchange_server.engine.scheduling.scheduler import Scheduled, Scheduler
 from quickchange_server.engine.scheduling.sequence import Sequence
@@ -170,8 +171,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert len(item.components) == len(item.sequence.request.adapters)
             assert (item.heads is None) == (item.sequence.heads is None)
         self.compute(plan)
-        for item in plan:
-            self.scheduler.launched(item)
+        self.scheduler.launched(plan)
         self.flights.append(
             [(item, [*item.drafts[:held], token] if item.samples else []) for item in plan]
         )
@@ -235,8 +235,8 @@ class RecurrentMachine(SchedulerMachine):
     def compute(self, plan: Seq[Scheduled]) -> None:
         if not plan:
             return
-        extent = exact_extent(plan, CPU, adapters=False)
-        inputs = step_inputs(plan, extent, 4, CPU)
+        shape = PlanShape.of(plan)
+        inputs = step_inputs(plan, shape, exact_extent(plan, shape, CPU), 4, CPU)
         ids, owners = inputs.ids.tolist(), [item for item in plan for _ in range(item.rows)]
         for part in inputs.states:
             rows = range(len(ids)) if part.rows is None else part.rows.tolist()

@@ -22,7 +22,7 @@ from turbo_models import TurboModels, make_turbo_models
 
 from quickchange_server.engine import model_inputs, model_runner, prompt_outputs
 from quickchange_server.engine.engine import Engine
-from quickchange_server.engine.sampler import Sampler
+from quickchange_server.engine.inputs.sample_tables import BatchTables
 from quickchange_server.engine.scheduling.sequence import Reading
 from quickchange_server.engine.scheduling.sequence import Sequence as EngineSequence
 from quickchange_server.protocol import Constraint, Drafting, SamplingParams, Submit
@@ -165,14 +165,20 @@ def in_masks(engine: Engine, patch: pytest.MonkeyPatch, error: type[BaseExceptio
 
 def in_tables(engine: Engine, patch: pytest.MonkeyPatch, error: type[BaseException]) -> None:
     del engine
-    faulty = raising(Sampler.tables, lambda _, rows: any(r.seed == BAD_SEED for r in rows), error)
-    patch.setattr(Sampler, "tables", faulty)
+    faulty = raising(BatchTables.of, lambda _, items: is_bad(items), error)
+    patch.setattr(BatchTables, "of", faulty)
 
 
 def in_scores(engine: Engine, patch: pytest.MonkeyPatch, error: type[BaseException]) -> None:
     del engine
-    faulty = raising(prompt_outputs._scores, lambda items, _: is_bad(items), error)
+    faulty = raising(prompt_outputs._scores, lambda item, *_: is_bad([item]), error)
     patch.setattr(prompt_outputs, "_scores", faulty)
+
+
+def in_targets(engine: Engine, patch: pytest.MonkeyPatch, error: type[BaseException]) -> None:
+    del engine
+    faulty = raising(prompt_outputs.read_inputs, is_bad, error)
+    patch.setattr(model_runner, "read_inputs", faulty)
 
 
 def in_reading(engine: Engine, patch: pytest.MonkeyPatch, error: type[BaseException]) -> None:
@@ -205,6 +211,7 @@ PLACES = (
     in_inputs,
     in_masks,
     in_tables,
+    in_targets,
     in_scores,
     in_reading,
     in_take,

@@ -92,7 +92,7 @@ def test_the_watch_counts_kernels_that_come_late_and_names_them(
             assert watch.compiled == 1
         finally:
             watch.close()
-        silu_mul(torch.ones(3, 2))
+        silu_mul(torch.ones(3, 2, dtype=torch.bfloat16))
     assert watch.compiled == 1
     assert len(compiled) == 3
     assert "silu_mul_kernel was compiled" in caplog.text

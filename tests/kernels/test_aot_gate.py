@@ -14,7 +14,8 @@ import pytest
 pytest.importorskip("triton")
 
 import quickchange_kernels
-from quickchange_kernels.aot import compiling, gate, gate_report, streams, targets
+from quickchange_kernels import gpu_targets
+from quickchange_kernels.aot import compiling, gate, gate_report, streams
 from quickchange_kernels.aot.gate import CompileJob, CompileOutcome
 from quickchange_kernels.compilation import TARGETS, Compilation
 
@@ -86,7 +87,7 @@ def test_the_mark_of_a_statement_over_several_lines_covers_them_all(tmp_path: Pa
 
 
 def test_a_configuration_is_compiled_only_where_it_ships() -> None:
-    everywhere = list(targets.TARGETS.values())
+    everywhere = list(gpu_targets.TARGETS.values())
     assert [job.target for job in gate.jobs([SPECIMENS], everywhere, "scale")] == [
         "sm_80",
         "gfx942",
@@ -98,16 +99,16 @@ def test_arguments_left_out_are_named() -> None:
 
     incomplete = Compilation("partial", aot_specimens.scale, {"x": "*fp32"}, {"FLAG": 1}, 4, 1)
     with pytest.raises(ValueError, match=r"partial: .* wrong: factor, out"):
-        compiling.compiled(incomplete, targets.TARGETS["sm_80"])
+        compiling.compiled(incomplete, gpu_targets.TARGETS["sm_80"])
 
 
 def test_unknown_targets_are_refused() -> None:
     with pytest.raises(ValueError, match="unknown target sm_42: choose among sm_80"):
-        targets.named("sm_80,sm_42")
+        gpu_targets.named("sm_80,sm_42")
 
 
 def test_occupancy_follows_the_scarcest_resource() -> None:
-    a100 = targets.TARGETS["sm_80"]
+    a100 = gpu_targets.TARGETS["sm_80"]
     assert a100.blocks_resident(registers=32, shared=0, warps=4) == 16  # by warps: 64 of 64
     assert a100.blocks_resident(registers=255, shared=0, warps=4) == 2  # by registers
     assert a100.blocks_resident(registers=32, shared=80 * 1024, warps=4) == 2  # by shared memory
@@ -147,7 +148,7 @@ def test_every_kernel_module_of_the_package_says_what_it_ships() -> None:
     modules = compiling.kernel_modules()
     files = Path(quickchange_kernels.__path__[0]).rglob("*_triton.py")
     assert {module.rpartition(".")[2] for module in modules} == {file.stem for file in files}
-    work = list(gate.jobs(modules, targets.named(",".join(TARGETS))))
+    work = list(gate.jobs(modules, gpu_targets.named(",".join(TARGETS))))
     assert {job.module for job in work} == set(modules)
     assert len({(job.name, job.target) for job in work}) == len(work)
 

@@ -24,6 +24,8 @@ from quickchange_kernels.elementwise import elementwise_triton
 from quickchange_kernels.elementwise.rms_norm import reference_add_rms_norm, reference_rms_norm
 from quickchange_kernels.elementwise.rotary import reference_rotary
 from quickchange_kernels.elementwise.silu_mul import reference_silu_mul
+from quickchange_kernels.linear import linear_fixed_triton
+from quickchange_kernels.linear.linear_float import reference_linear
 from quickchange_kernels.lowrank import lowrank_contract, lowrank_triton
 from quickchange_kernels.lowrank.lowrank_tables import LowRankTables, Segments
 from quickchange_kernels.sampling import sample_triton, verify_triton
@@ -133,16 +135,42 @@ def test_lowrank_embedding() -> None:
 
 def test_a_false_claim_that_lowrank_weights_are_aligned_is_caught() -> None:
     generator = torch.Generator().manual_seed(13)
-    tables = random_inputs.random_tables(36, (20,), (8,), generator, dtype=torch.bfloat16)
-    honest = tables.shapes[0]
-    assert not honest.aligned
-    lying = dataclasses.replace(tables, shapes=(dataclasses.replace(honest, aligned=True),))
-    x, y = randn(2, 36, dtype=torch.bfloat16), randn(2, 20, dtype=torch.bfloat16)
+    tables = random_inputs.random_tables(64, (24,), (8,), generator, dtype=torch.bfloat16)
+    pages = tables.pages.clone()
+    pages[:, :2] += 1
+    arena = torch.cat([tables.arena[:1], tables.arena])
+    lying = dataclasses.replace(tables, arena=arena, pages=pages)
+    assert lying.shapes[0].aligned
+    honest = (dataclasses.replace(lying.shapes[0], aligned=False),)
+    x, y = randn(2, 64, dtype=torch.bfloat16), randn(2, 24, dtype=torch.bfloat16)
     segments = random_inputs.make_segments([(0, 2, 0, 1.0)])
-    expected = lowrank_contract.reference_lowrank(y, x, tables, segments, 0)
-    assert_close(run_lowrank(tables, segments, y, x), expected)
+    expected = lowrank_contract.reference_lowrank(y, x, lying, segments, 0)
+    assert_close(run_lowrank(dataclasses.replace(lying, shapes=honest), segments, y, x), expected)
     with pytest.raises(FaultError, match="misaligned"):
         run_lowrank(lying, segments, y, x)
+
+
+@pytest.mark.parametrize(
+    ("features", "outputs", "dtype", "biased"),
+    [
+        pytest.param(2048, 40, torch.bfloat16, True, id="splits", marks=pytest.mark.slow),
+        pytest.param(140, 24, torch.float16, False, id="odd sizes"),
+    ],
+)
+def test_linear_fixed_gives_a_row_the_same_bits_in_every_batch(
+    features: int, outputs: int, dtype: torch.dtype, biased: bool
+) -> None:
+    """Few rows, a few more, and many take programs of their own; the order of sums is one."""
+    x = randn(66, features, dtype=dtype)
+    weight = randn(outputs, features, dtype=dtype, seed=2)
+    bias = randn(outputs, dtype=dtype, seed=3) if biased else None
+    with launches_run_as_ptx(seed=16):
+        few, more, many = (
+            linear_fixed_triton.launch_linear_fixed(x[:rows], weight, bias) for rows in (3, 18, 66)
+        )
+    assert torch.equal(many[:18], more)
+    assert torch.equal(more[:3], few)
+    assert_close(many, reference_linear(x, weight, bias))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from mass_edges import draws_at_edges
 from torch import Tensor
 
-from quickchange_kernels.aot import compiling, targets
+from quickchange_kernels import gpu_targets
+from quickchange_kernels.aot import compiling
 from quickchange_kernels.sampling import sample_triton
 from quickchange_kernels.sampling.sample_contract import Drawn, Draws, Edits, sample
 from quickchange_kernels.sampling.sample_plain import masses, plain_sample
@@ -359,7 +360,7 @@ def test_the_gpus_masses_fuse_no_product_with_a_sum() -> None:
     checked = 0
     for one in sample_triton.compilations():
         if "no filter, fp32" in one.name:
-            code = compiling.compiled(one, targets.TARGETS["sm_90"]).asm["ptx"]
+            code = compiling.compiled(one, gpu_targets.TARGETS["sm_90"]).asm["ptx"]
             assert "mul.rn.f32" in code
             assert "div.rn.f32" in code
             assert "fma.rn.f32" not in code

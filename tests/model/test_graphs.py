@@ -6,6 +6,7 @@ A graph here is the computation itself, called again on the same memory.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -32,9 +33,23 @@ def doubled(inputs: Inputs, tables: LowRankTables | None) -> Outputs:
     return (inputs.values * 2 + (0 if tables is None else tables.page_scale.sum()),)
 
 
-def make_graphs() -> tuple[Graphs[Inputs], RepeatingCapture]:
+class Running:
+    """Graphs whose inputs are written and run at once."""
+
+    def __init__(self, graphs: Graphs[Inputs]) -> None:
+        self.graphs = graphs
+
+    def run(self, key: str, inputs: Inputs, tables: LowRankTables | None) -> Outputs:
+        written = self.graphs.inputs(key, lambda: inputs)
+        written.values.copy_(inputs.values)
+        outputs, nothing = self.graphs.run(key, tables, ())
+        assert nothing == ()
+        return outputs
+
+
+def make_graphs() -> tuple[Running, RepeatingCapture]:
     capture = RepeatingCapture()
-    return Graphs(doubled, capture, CPU), capture
+    return Running(Graphs(doubled, capture, CPU)), capture
 
 
 def make_tables() -> LowRankTables:
@@ -108,3 +123,25 @@ def test_adapters_of_any_rank_come_and_go_without_a_new_capture() -> None:
 
 def test_a_cpu_captures_nothing() -> None:
     assert capture_for(CPU) is None
+
+
+def test_graphs_write_their_outputs_to_the_same_memory() -> None:
+    """So that logits of all shapes take the memory of the largest alone."""
+    outputs: list[Outputs] = []
+
+    def capture(compute: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
+        outputs.append(compute())
+        return (lambda: None), outputs[-1]
+
+    graphs = Running(Graphs(doubled, capture, CPU))
+    for rows in (4, 3, 1):
+        (out,) = graphs.run(str(rows), Inputs(torch.full((rows,), 1.0 * rows)), None)
+        assert out.tolist() == [2.0 * rows] * rows
+    assert len({out.data_ptr() for (out,) in outputs}) == 1
+
+
+def test_what_goes_up_beside_the_inputs_comes_out_on_the_device() -> None:
+    graphs = Graphs(doubled, RepeatingCapture(), CPU)
+    graphs.inputs("a", lambda: Inputs(torch.ones(2)))
+    _, (beside, number) = graphs.run("a", None, (torch.arange(3), 7))
+    assert (beside.tolist(), number) == ([0, 1, 2], 7)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import pytest
 import torch
 from torch import Tensor
 
 from quickchange_server.model.input_buffers import (
+    Download,
     StaticInputs,
     layout_of,
     packed,
@@ -93,36 +93,24 @@ def test_a_cpu_gets_the_very_tensors() -> None:
     assert upload(tree, CPU) is tree
 
 
-def test_static_inputs_take_new_values_on_the_same_memory() -> None:
-    first, second = make_tree(0), make_tree(100)
+def test_what_is_written_on_the_host_arrives_on_the_same_memory_with_what_goes_up_beside_it() -> (
+    None
+):
+    first = make_tree(0)
     static = StaticInputs(first, CPU)
-    tree = static.tree()
-    before = tree.ids.data_ptr()
-    assert torch.equal(tree.ids, first.ids)
-    static.refill(second)
-    assert tree.ids.data_ptr() == before
-    assert torch.equal(tree.ids, second.ids)
-    assert torch.equal(tree.again.table, second.inner.table)
-    assert torch.equal(tree.weight, second.weight)
+    assert torch.equal(static.device.ids, first.ids)
+    before = static.device.ids.data_ptr()
+    static.host.ids[1] = 77
+    (beside,) = static.send((torch.arange(4),))
+    assert static.device.ids.data_ptr() == before
+    assert static.device.ids.tolist() == [0, 77, 2]
     assert torch.equal(first.ids, torch.arange(3)), "the host's tensors were taken, not copied"
+    assert beside.tolist() == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize(
-    "other",
-    [
-        make_tree(rows=4),
-        make_tree(height=64),
-        Outer(
-            *[getattr(make_tree(), n) for n in ("ids", "inner")],
-            Inner(torch.zeros(5), 16),
-            torch.zeros(2, 1),
-        ),
-    ],
-    ids=["another shape", "another constant", "a tensor no longer shared"],
-)
-def test_static_inputs_refuse_another_layout(other: Outer) -> None:
-    with pytest.raises(ValueError, match="captured on"):
-        StaticInputs(make_tree(), CPU).refill(other)
+def test_a_download_on_a_cpu_is_the_tree_itself() -> None:
+    tree = make_tree()
+    assert Download(tree, CPU).tree() is tree
 
 
 def test_tuples_are_trees_too() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +66,7 @@ def busy_metrics() -> tuple[Metrics, State]:
     metrics.engine_started(READY)
     metrics.step(STATS, NAMES.get)
     metrics.step(
-        replace(STATS, drafts=DRAFTS, draft_rows=11, draft_estimate=4.5, draft_gain=4), NAMES.get
+        STATS._replace(drafts=DRAFTS, draft_rows=11, draft_estimate=4.5, draft_gain=4), NAMES.get
     )
     metrics.drafting(Drafting("t", lookup=True))
     request = metrics.request("orders", True, 7, 0.0)
@@ -168,7 +167,7 @@ def test_requests_are_counted_by_what_drafts_for_them() -> None:
 def test_drafts_of_adapters_without_a_known_name_are_counted_as_other() -> None:
     metrics = make_metrics(adapters=1)
     for digest in ("t", "u", "v"):
-        stats = replace(STATS, drafts=(DraftCount(digest, 1, 1, 0),), draft_rows=1)
+        stats = STATS._replace(drafts=(DraftCount(digest, 1, 1, 0),), draft_rows=1)
         metrics.step(stats, {"t": "turbo", "u": "beyond the bound"}.get)
     drafted = "quickchange_speculation_drafted_tokens_total"
     assert value(metrics, drafted, adapter="turbo") == 1
@@ -221,13 +220,13 @@ def test_the_engines_totals_never_go_back_over_restarts() -> None:
     metrics, _ = busy_metrics()
     seen = []
     for hits in (100, 150):
-        metrics.step(replace(STATS, prefix_hit_tokens=hits), NAMES.get)
+        metrics.step(STATS._replace(prefix_hit_tokens=hits), NAMES.get)
         seen.append(value(metrics, "quickchange_prefix_hit_tokens_total"))
     metrics.engine_died()
     seen.append(value(metrics, "quickchange_prefix_hit_tokens_total"))
     metrics.engine_started(READY)
     for hits in (0, 20):
-        metrics.step(replace(STATS, prefix_hit_tokens=hits), NAMES.get)
+        metrics.step(STATS._replace(prefix_hit_tokens=hits), NAMES.get)
         seen.append(value(metrics, "quickchange_prefix_hit_tokens_total"))
     metrics.engine_died()
     metrics.engine_died()  # one that never made a step

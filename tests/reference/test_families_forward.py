@@ -54,8 +54,7 @@ def test_generation_in_chunks_equals_transformers(family: str, tmp_path: Path) -
         scheduler.add(sequences[name])
     while plan := scheduler.schedule(0.0):
         flight = runner.launch(plan, drafts)
-        for item in plan:
-            scheduler.launched(item)
+        scheduler.launched(plan)
         results = iter(flight.ran().results)
         for item in plan:
             tokens = [row.token_id for row in next(results).sampled] if item.samples else []

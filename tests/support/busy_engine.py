@@ -3,7 +3,7 @@ and a device tier too small for its adapters."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
 from fake_engine import ADAPTER_BYTES, Behaviour, FakeEngine
@@ -28,13 +28,12 @@ class BusyEngine(FakeEngine):
 
     def advance(self, key: str) -> Delta:
         delta = super().advance(key)
-        return replace(delta, cached_tokens=1) if delta.cached_tokens == 0 else delta
+        return delta._replace(cached_tokens=1) if delta.cached_tokens == 0 else delta
 
     def stats(self) -> StepStats:
         self.steps += 1
         stats = super().stats()
-        return replace(
-            stats,
+        return stats._replace(
             mask_seconds=0.0003,
             rows=stats.rows + stats.draft_rows + 4,
             prefill_rows=4,

@@ -13,7 +13,14 @@ from quickchange_server.adapters.paced_copies import Pause
 from quickchange_server.config import Settings
 from quickchange_server.engine.engine import Engine
 from quickchange_server.model.loading.model_loader import LoadedModel, load_model
-from quickchange_server.protocol import Component, Delta, Pooling, SamplingParams, Submit
+from quickchange_server.protocol import (
+    Component,
+    Delta,
+    Pooling,
+    SamplingParams,
+    Submit,
+    TokenLogprobs,
+)
 from quickchange_server.structured_output.compiler import ConstraintCompiler
 from quickchange_store.canonical.canonical_adapter import CanonicalAdapter
 
@@ -113,6 +120,7 @@ class Driver:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.tokens: dict[str, list[int]] = {}
+        self.logprobs: dict[str, list[TokenLogprobs]] = {}
         self.last: dict[str, Delta] = {}
         self.first: dict[str, Delta] = {}
         self.drafted: Counter[str] = Counter()
@@ -126,6 +134,7 @@ class Driver:
         for delta in () if report is None else report.deltas:
             self.first.setdefault(delta.request_id, delta)
             self.tokens.setdefault(delta.request_id, []).extend(delta.token_ids)
+            self.logprobs.setdefault(delta.request_id, []).extend(delta.logprobs)
             self.drafted[delta.request_id] += delta.drafted
             self.accepted[delta.request_id] += delta.accepted
             if delta.finish_reason:

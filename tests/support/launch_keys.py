@@ -7,13 +7,15 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 from unittest import mock
 
-from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 from triton.runtime import jit
 
+from quickchange_kernels.absent_gpu import absent_gpu
+from quickchange_kernels.aot.targets import TARGETS
 from quickchange_kernels.compilation import Compilation
 
-_BACKEND = make_backend(GPUTarget("cuda", 90, 32))
+_TARGET = TARGETS["sm_90"]
+_BACKEND = make_backend(_TARGET.triton_target())
 
 Key = tuple[Any, ...]
 
@@ -53,5 +55,5 @@ def recorded_keys() -> Iterator[list[Key]]:
         _, specialization, options = binders[kernel](*positional, **named)
         keys.append(_key(kernel, specialization, options))
 
-    with mock.patch.object(jit.JITFunction, "run", run):
+    with absent_gpu(_TARGET), mock.patch.object(jit.JITFunction, "run", run):
         yield keys

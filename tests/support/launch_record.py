@@ -142,13 +142,4 @@ def _token(tokens: torch.Tensor, soundness: torch.Tensor, **_: Any) -> None:
     soundness.fill_(True)
 
 
-def _verify(
-    accepted: torch.Tensor, token: torch.Tensor, path: torch.Tensor, rows: torch.Tensor, **_: Any
-) -> None:
-    """Every draft is rejected."""
-    accepted.zero_()
-    token.fill_(TOKEN)
-    path[:, 0] = rows[:, 0]
-
-
-_EFFECTS: dict[str, Callable[..., None]] = {"token_kernel": _token, "verify_kernel": _verify}
+_EFFECTS: dict[str, Callable[..., None]] = {"token_kernel": _token}

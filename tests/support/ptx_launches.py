@@ -13,12 +13,14 @@ from unittest import mock
 
 import ptx_executor
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 from triton.runtime import jit
 
-TARGET = GPUTarget("cuda", 80, 32)  # the executor knows no instruction of newer ones
+from quickchange_kernels.absent_gpu import absent_gpu
+from quickchange_kernels.aot.targets import TARGETS
+
+TARGET = TARGETS["sm_80"].triton_target()  # the executor knows no instruction of newer ones
 
 
 @contextlib.contextmanager
@@ -31,7 +33,7 @@ def launches_run_as_ptx(seed: int | None = 0) -> Iterator[None]:
             shared = compiled.metadata.shared
             ptx_executor.launch(compiled.asm["ptx"], shared, shape, arguments, seed)
 
-    with mock.patch.object(jit.JITFunction, "run", run):
+    with absent_gpu(TARGETS["sm_80"]), mock.patch.object(jit.JITFunction, "run", run):
         yield
 
 

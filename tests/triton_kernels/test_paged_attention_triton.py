@@ -10,12 +10,13 @@ import torch
 from random_batches import query_starts
 from torch import Tensor
 
-from quickchange_kernels.attention import paged_attention_tuning
+from quickchange_kernels.attention import paged_attention_triton
 from quickchange_kernels.attention.paged_attention_contract import (
     paged_attention,
     reference_paged_attention,
 )
-from quickchange_kernels.attention.paged_attention_tuning import launches_for
+from quickchange_kernels.attention.paged_attention_tuning import Splits, launches_for
+from quickchange_kernels.gpu_targets import TARGETS
 from quickchange_kernels.random_inputs import random_keys
 
 Compare = Callable[..., None]
@@ -105,7 +106,7 @@ def test_sinks_and_slopes(
     """In one split, in several, and in a chunk over its whole context."""
     switches = {"window": window, "softcap": softcap, "sinks": sinks, "slopes": slopes}
     compare([33, 70], [1, 9], heads=(4, 2), dim=32, **switches)
-    monkeypatch.setattr(paged_attention_tuning, "KEYS_PER_SPLIT", 32)
+    monkeypatch.setattr(paged_attention_triton, "splits_for", lambda _: Splits(64, 4, 64))
     compare([130, 1, 90], [1, 1, 70], heads=(6, 2), dim=32, **switches)
 
 
@@ -153,7 +154,7 @@ def test_drafts_in_a_window(compare: Compare, window: int) -> None:
 
 @pytest.fixture
 def short_splits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paged_attention_tuning, "KEYS_PER_SPLIT", 64)
+    monkeypatch.setattr(paged_attention_triton, "splits_for", lambda _: Splits(64, 4, 64))
 
 
 @pytest.mark.usefixtures("short_splits")
@@ -247,7 +248,7 @@ def test_a_sequences_result_does_not_depend_on_its_batch(
 
 def test_launches_cover_every_number_of_queries_once() -> None:
     for T, B, group in [(1, 1, 4), (16, 16, 3), (100, 100, 8), (65, 2, 1), (300, 8, 32)]:
-        launches = launches_for(T, B, group, 128, 128, 2, few_registers=False)
+        launches = launches_for(T, B, group, 128, 128, 2, TARGETS["sm_90"])
         reach = [launch.most for launch in launches]
         assert [launch.least for launch in launches] == [1, *(most + 1 for most in reach[:-1])]
         assert reach[-1] >= T

@@ -2,7 +2,6 @@
 
     python -m quickchange_kernels.aot        a table, and exit status 1 where a kernel is unfit
 
-    targets      limits of each GPU
     compiling    one configuration for one target, by Triton's compiler: no GPU, no driver
     inspection   registers, spills, memory, tensor-core instructions, from what the compiler wrote
     streams      widths of the loads on lines marked `# stream`

@@ -10,8 +10,9 @@ from typing import Annotated
 
 import typer
 
-from quickchange_kernels.aot import compiling, gate, gate_report, targets
-from quickchange_kernels.compilation import TARGETS
+from quickchange_kernels import gpu_targets
+from quickchange_kernels.aot import compiling, gate, gate_report
+from quickchange_kernels.gpu_targets import TARGETS
 
 
 def main(
@@ -23,7 +24,7 @@ def main(
 ) -> None:
     """Compile the Triton kernels that ship, print what each takes; status 1 if one is unfit."""
     started = time.perf_counter()
-    work = list(gate.jobs(module or compiling.kernel_modules(), targets.named(names), only))
+    work = list(gate.jobs(module or compiling.kernel_modules(), gpu_targets.named(names), only))
     typer.echo(gate_report.line(gate_report.HEADER))
     outcomes = []
     for outcome in gate.run(work, jobs):

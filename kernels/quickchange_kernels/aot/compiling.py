@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import quickchange_kernels
 from quickchange_kernels import dispatch
-from quickchange_kernels.aot.targets import Target
 from quickchange_kernels.compilation import Compilation
+from quickchange_kernels.gpu_targets import TARGETS, Target
 
 
 def kernel_modules() -> list[str]:
@@ -30,25 +31,59 @@ def compilations_of(module: str) -> Iterator[Compilation]:
     yield from imported.compilations()
 
 
-def compiled(one: Compilation, target: Target) -> Any:
-    """triton.compiler.CompiledKernel of a configuration. Raises what Triton's compiler raises."""
+@dataclass(frozen=True)
+class CompiledKernel:
+    """What the compilers made of one configuration for one target."""
+
+    asm: Mapping[str, Any]  # by stage: "ttir", "ptx" and "cubin", or "amdgcn"
+    shared: int  # bytes of shared memory
+    num_warps: int
+
+
+def compiled(one: Compilation, target: Target) -> CompiledKernel:
+    """Code of a configuration. Raises what Triton's compiler raises.
+
+    A launch of what the configuration says finds the result in Triton's cache. Where a target takes
+    another's code (`code_of`), its own assembler assembles that.
+    """
     import triton
+    from triton.compiler.compiler import make_backend
+
+    options = {"num_warps": one.num_warps, "num_stages": one.num_stages, **one.options}
+    base = target if target.code_of not in one.targets else TARGETS[str(target.code_of)]
+    kernel = triton.compile(source(one), target=base.triton_target(), options=options)
+    asm = dict(kernel.asm)
+    if base != target:
+        backend = make_backend(target.triton_target())
+        parsed = backend.parse_options(options)
+        asm["cubin"] = backend.make_cubin(asm["ptx"], {}, parsed, target.arch)
+    return CompiledKernel(asm, kernel.metadata.shared, kernel.metadata.num_warps)
+
+
+def source(one: Compilation) -> Any:
+    """The triton.compiler.ASTSource that a launch of this configuration makes."""
     from triton.compiler import ASTSource
 
     names = list(one.kernel.arg_names)
     _check_arguments(one, names)
     types = {name: one.signature.get(name, "constexpr") for name in names}
-    attributes = {
-        (parameter.num,): [["tt.divisibility", 16]]
-        for parameter in one.kernel.params
-        if not parameter.do_not_specialize
-        and (types[parameter.name].startswith("*") or parameter.name in one.divisible_by_16)
-    }
-    source = ASTSource(
-        fn=one.kernel, signature=types, constexprs=dict(one.constants), attrs=attributes
+    hints = {param.name: _hint(one, param, types[param.name]) for param in one.kernel.params}
+    return ASTSource(
+        fn=one.kernel,
+        signature=types,
+        constexprs={name: one.constants[name] for name in names if name in one.constants},
+        attrs={(at,): hints[name] for at, name in enumerate(names) if hints[name] is not None},
     )
-    options = {"num_warps": one.num_warps, "num_stages": one.num_stages, **one.options}
-    return triton.compile(source, target=target.triton_target(), options=options)
+
+
+def _hint(one: Compilation, param: Any, kind: str) -> list[list[Any]] | None:
+    """What a launch tells the compiler of an argument's value; None where Triton passes no word."""
+    if kind == "constexpr":
+        return []
+    if kind.startswith("fp") or param.do_not_specialize:
+        return None
+    aligned = kind.startswith("*") or param.name in one.divisible_by_16
+    return [["tt.divisibility", 16]] if aligned and not param.do_not_specialize_on_alignment else []
 
 
 def _check_arguments(one: Compilation, names: list[str]) -> None:
@@ -57,4 +92,15 @@ def _check_arguments(one: Compilation, names: list[str]) -> None:
         raise ValueError(
             f"{one.name}: signature and constants must name each argument of the kernel once; "
             f"wrong: {', '.join(sorted(given ^ set(names)) or sorted(one.constants))}"
+        )
+    unknown = [
+        param.name
+        for param in one.kernel.params
+        if param.name in one.divisible_by_16
+        and (param.do_not_specialize or param.do_not_specialize_on_alignment)
+    ]
+    if unknown:
+        raise ValueError(
+            f"{one.name}: divisible_by_16 names {', '.join(unknown)}, on which the kernel is not "
+            "specialised: no launch says so"
         )

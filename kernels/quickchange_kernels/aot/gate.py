@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
+import itertools
 import multiprocessing
 import time
 from collections import Counter
@@ -13,8 +14,8 @@ from pathlib import Path
 
 from quickchange_kernels.aot import compiling, inspection, streams
 from quickchange_kernels.aot.inspection import Resources
-from quickchange_kernels.aot.targets import TARGETS, Target
 from quickchange_kernels.compilation import Compilation
+from quickchange_kernels.gpu_targets import TARGETS, Target
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,21 @@ def run(work: Sequence[CompileJob], processes: int) -> Iterator[CompileOutcome]:
         return
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
-        yield from pool.map(run_job, work)
+        for outcomes in pool.map(_run_jobs, _sharing_code(work)):
+            yield from outcomes
+
+
+def _run_jobs(work: list[CompileJob]) -> list[CompileOutcome]:
+    return list(map(run_job, work))
+
+
+def _sharing_code(work: Sequence[CompileJob]) -> list[list[CompileJob]]:
+    """The jobs in groups, those in one that follow each other and are assembled from one code."""
+
+    def code(job: CompileJob) -> tuple[str, str, str]:
+        return job.module, job.name, TARGETS[job.target].code_of or job.target
+
+    return [list(group) for _, group in itertools.groupby(work, code)]
 
 
 def stale_marks(outcomes: Iterable[CompileOutcome]) -> list[str]:

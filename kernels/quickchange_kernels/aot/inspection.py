@@ -8,9 +8,9 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from quickchange_kernels.aot.targets import Target
+from quickchange_kernels.aot.compiling import CompiledKernel
+from quickchange_kernels.gpu_targets import Target
 
 NVIDIA_PRODUCTS = r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b"
 AMD_PRODUCTS = r"\bv_(mfma|smfmac)_\w+"
@@ -29,21 +29,21 @@ class Resources:
     occupancy: float  # share of a processor's warps, 0 to 1
 
 
-def assembly(kernel: Any, target: Target) -> str:
+def assembly(kernel: CompiledKernel, target: Target) -> str:
     """The text in which loads and products are found: PTX or AMDGCN."""
     text: str = kernel.asm["ptx" if target.backend == "cuda" else "amdgcn"]
     return text
 
 
-def resources(kernel: Any, target: Target) -> Resources:
+def resources(kernel: CompiledKernel, target: Target) -> Resources:
     """Resources that the compiled kernel takes on its target."""
     read = _nvidia if target.backend == "cuda" else _amd
     registers, spilled, shared, products, instructions = read(kernel)
-    occupancy = target.occupancy(registers, shared, kernel.metadata.num_warps)
+    occupancy = target.occupancy(registers, shared, kernel.num_warps)
     return Resources(registers, spilled, shared, products, instructions, occupancy)
 
 
-def _nvidia(kernel: Any) -> tuple[int, int, int, int, int]:
+def _nvidia(kernel: CompiledKernel) -> tuple[int, int, int, int, int]:
     cubin: bytes = kernel.asm["cubin"]
     usage = _resource_usage(cubin)
     products = len(re.findall(NVIDIA_PRODUCTS, kernel.asm["ptx"]))
@@ -51,7 +51,7 @@ def _nvidia(kernel: Any) -> tuple[int, int, int, int, int]:
     return (
         _number(r"REG:(\d+)", usage),
         _number(r"STACK:(\d+)", usage) + _number(r"LOCAL:(\d+)", usage),
-        kernel.metadata.shared,
+        kernel.shared,
         products,
         code // SASS_BYTES,
     )
@@ -79,10 +79,10 @@ def _sections(elf: bytes) -> dict[str, int]:
     }
 
 
-def _amd(kernel: Any) -> tuple[int, int, int, int, int]:
+def _amd(kernel: CompiledKernel) -> tuple[int, int, int, int, int]:
     text: str = kernel.asm["amdgcn"]
     instructions = re.findall(r"^\t[a-z]\w+(?=[ \n])", text, re.MULTILINE)
-    shared = max(kernel.metadata.shared, _number(r"\.group_segment_fixed_size:\s+(\d+)", text))
+    shared = max(kernel.shared, _number(r"\.group_segment_fixed_size:\s+(\d+)", text))
     return (
         _number(r"\.vgpr_count:\s+(\d+)", text),
         _number(r"\.private_segment_fixed_size:\s+(\d+)", text),

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from quickchange_kernels.aot.targets import Target
+from quickchange_kernels.gpu_targets import Target
 
 MARK = "# stream"
 WIDE = 16  # bytes

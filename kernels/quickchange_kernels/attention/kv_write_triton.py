@@ -10,10 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quickchange_kernels.attention.head_operands import aligned_elements, aligned_heads, is_aligned
 from quickchange_kernels.compilation import Compilation
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["total_slots", "k_row", "k_head", "v_row", "v_head"],
+    do_not_specialize_on_alignment=["slots"],
+)
 def kv_write_kernel(
     # pointers
     k,
@@ -24,7 +28,7 @@ def kv_write_kernel(
     # sizes
     total_slots,
     # strides
-    k_row,
+    k_row,  # in units of ALIGN elements, v_row and v_head of ALIGN_V
     k_head,
     v_row,
     v_head,
@@ -33,6 +37,8 @@ def kv_write_kernel(
     D: tl.constexpr,
     DV: tl.constexpr,
     PAGE: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ALIGN_V: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
@@ -46,22 +52,23 @@ def kv_write_kernel(
     place = (slot // PAGE * KV_HEADS + head) * PAGE + slot % PAGE
     d = tl.arange(0, BLOCK_D)[None, :]
     live = (head < KV_HEADS) & (d < D)
-    keys = tl.load(k + row * k_row + head * k_head + d, mask=live)
+    keys = tl.load(k + ((row * k_row + head * k_head) * ALIGN + d), mask=live)
     tl.store(k_cache + place * D + d, keys, mask=live)
     d = tl.arange(0, BLOCK_DV)[None, :]
     live = (head < KV_HEADS) & (d < DV)
-    values = tl.load(v + row * v_row + head * v_head + d, mask=live)
+    values = tl.load(v + ((row * v_row + head * v_head) * ALIGN_V + d), mask=live)
     tl.store(v_cache + place * DV + d, values, mask=live)
 
 
 def launch_kv_write_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
     """kv_write_; see kv_write.py. Raises TypeError or ValueError on what does not fit together."""
     _check(k, v, k_cache, v_cache, slots)
-    k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (k, v))
     blocks, heads, page, dim = k_cache.shape
     if len(slots) == 0:
         return
-    constants = _constants(heads, dim, v_cache.shape[3], page)
+    k, v = aligned_heads(k), aligned_heads(v)
+    constants = _constants(heads, dim, v_cache.shape[3], page, k.itemsize)
+    align, align_v = constants["ALIGN"], constants["ALIGN_V"]
     kv_write_kernel[(len(slots), triton.cdiv(heads, constants["BLOCK_HEADS"]))](
         k,
         v,
@@ -69,12 +76,13 @@ def launch_kv_write_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slo
         v_cache,
         slots,
         blocks * page,
-        k.stride(0),
-        k.stride(1),
-        v.stride(0),
-        v.stride(1),
+        k.stride(0) // align,
+        k.stride(1) // align,
+        v.stride(0) // align_v,
+        v.stride(1) // align_v,
         **constants,
         num_warps=_WARPS,
+        num_stages=1,
     )
 
 
@@ -82,7 +90,7 @@ _WARPS = 4
 _BLOCK = 4096  # elements that a program holds
 
 
-def _constants(heads: int, dim: int, value_dim: int, page: int) -> dict[str, Any]:
+def _constants(heads: int, dim: int, value_dim: int, page: int, itemsize: int) -> dict[str, Any]:
     block_d, block_dv = triton.next_power_of_2(dim), triton.next_power_of_2(value_dim)
     most_heads = max(1, _BLOCK // max(block_d, block_dv))
     return {
@@ -90,6 +98,8 @@ def _constants(heads: int, dim: int, value_dim: int, page: int) -> dict[str, Any
         "D": dim,
         "DV": value_dim,
         "PAGE": page,
+        "ALIGN": aligned_elements(dim, itemsize),
+        "ALIGN_V": aligned_elements(value_dim, itemsize),
         "BLOCK_HEADS": min(triton.next_power_of_2(heads), most_heads),
         "BLOCK_D": block_d,
         "BLOCK_DV": block_dv,
@@ -111,27 +121,38 @@ def _check(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor
         and v.shape == (slots.numel(), k_cache.shape[1], v_cache.shape[3])
         and k_cache.is_contiguous()
         and v_cache.is_contiguous()
+        and is_aligned(k_cache)
+        and is_aligned(v_cache)
     )
     if not fits:
         raise ValueError(
             f"kv_write: k {list(k.shape)}, v {list(v.shape)}, k_cache {list(k_cache.shape)}, "
-            f"v_cache {list(v_cache.shape)} (both contiguous) and slots {list(slots.shape)} do not "
-            "fit together"
+            f"v_cache {list(v_cache.shape)} (both contiguous, from a multiple of 16 bytes) and "
+            f"slots {list(slots.shape)} do not fit together"
         )
 
 
 def compilations() -> Iterator[Compilation]:
     """Configurations for the key heads of Llama 8B and 70B, SmolLM2 and DeepSeek V3."""
-    signature = dict.fromkeys(("k", "v", "k_cache", "v_cache"), "*bf16") | {"slots": "*i64"}
-    integers = ("total_slots", "k_row", "k_head", "v_row", "v_head")
     shapes = {"Llama": (8, 128, 128), "SmolLM2": (3, 64, 64), "DeepSeek V3": (128, 192, 128)}
     for model, shape in shapes.items():
-        yield Compilation(
-            name=f"kv_write, {model}",
-            kernel=kv_write_kernel,
-            signature=signature | dict.fromkeys(integers, "i32"),
-            constants=_constants(*shape, 16),
-            num_warps=_WARPS,
-            num_stages=1,
-            divisible_by_16=integers,
-        )
+        yield compilation(model, *shape, page=16, dtype="bf16")
+    for dtype in ("fp16", "fp32"):
+        yield compilation("Llama", *shapes["Llama"], page=16, dtype=dtype)
+
+
+def compilation(
+    model: str, kv_heads: int, dim: int, value_dim: int, *, page: int, dtype: str
+) -> Compilation:
+    """The one kernel that any batch needs for a shape. dtype: as Triton names it."""
+    integers = ("total_slots", "k_row", "k_head", "v_row", "v_head")
+    return Compilation(
+        name=f"kv_write, {model}, {dtype}",
+        kernel=kv_write_kernel,
+        signature=dict.fromkeys(("k", "v", "k_cache", "v_cache"), f"*{dtype}")
+        | {"slots": "*i64"}
+        | dict.fromkeys(integers, "i32"),
+        constants=_constants(kv_heads, dim, value_dim, page, 4 if dtype == "fp32" else 2),
+        num_warps=_WARPS,
+        num_stages=1,
+    )

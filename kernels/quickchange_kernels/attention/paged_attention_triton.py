@@ -1,268 +1,47 @@
-"""paged_attention on the GPU: one Triton kernel for decode, verification and prefill chunks.
-
-A program takes one tile of query rows of one sequence, one key head and one split of the keys. The
-query heads that share the key head lie along the tile's rows, so that keys and values are read once
-for all of them. The grid follows from shapes alone: which sequence a tile belongs to is searched in
-query_start on the device, and programs with nothing to do leave at once.
+"""paged_attention on the GPU: which kernels are launched over what, and all that are compiled.
 
 Sequences are handled by how many queries they have, each kind by a launch with tiles of its own, so
 that a sequence's sums run in the same order whatever else is in the batch:
 
-    few queries      tiles of 16 rows; the context cut in splits of fixed size, for decode
+    few queries      tiles of 16 rows; the keys cut in splits, for decode
     up to 64         tiles of 64 rows; splits as above, for verification and short chunks
-    more             tiles of up to 128 rows over the whole context, for prefill
+    more             tiles of up to 128 rows over all keys, for prefill
 
-A second kernel merges the splits. Online softmax in base 2 as in FlashAttention (Dao, 2022), splits
-as in Flash-Decoding (Dao et al., 2023).
+One more launch merges the splits of the first two. The kernels are in paged_attention_device.py.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from quickchange_kernels import gpu_targets
+from quickchange_kernels.attention.head_operands import aligned_elements, aligned_heads, is_aligned
+from quickchange_kernels.attention.paged_attention_device import (
+    merge_splits_kernel,
+    paged_attention_kernel,
+)
 from quickchange_kernels.attention.paged_attention_plain import plain_paged_attention
 from quickchange_kernels.attention.paged_attention_tuning import (
-    ANY_COUNT,
     AttentionLaunch,
-    has_few_registers,
+    Splits,
+    Tiling,
     kernel_constants,
-    keys_per_split_for,
     launches_for,
     merge_constants,
+    programs_along,
+    seen_keys,
+    splits_for,
+    tilings,
 )
-from quickchange_kernels.compilation import TARGETS, Compilation
+from quickchange_kernels.compilation import ONE_OF_EACH_COMPILER, TARGETS, Compilation
+from quickchange_kernels.gpu_targets import Target, target_of
 
-
-@triton.jit
-def _sequence_of(query_start, tile, sequences, TOKENS: tl.constexpr, GAP: tl.constexpr):
-    """The last sequence whose first tile, start // TOKENS + GAP · b, is at or before `tile`."""
-    found = 0
-    lanes = tl.arange(0, 128)
-    for first in range(0, sequences, 128):
-        b = first + lanes
-        start = tl.load(query_start + b, mask=b < sequences, other=0)
-        found += tl.sum(((b < sequences) & (start // TOKENS + GAP * b <= tile)).to(tl.int32))
-    return found - 1
-
-
-@triton.jit
-def paged_attention_kernel(
-    # pointers
-    q,
-    k_cache,
-    v_cache,
-    block_tables,
-    seq_lens,
-    query_start,
-    sinks,  # float32 [Hq], or None; with SPLIT None, since they are counted where splits are merged
-    slopes,  # float32 [Hq], or None
-    out,  # [T, Hq, DV]; with SPLIT float32 [splits, T, Hq, DV], not yet divided by the sums
-    stats,  # with SPLIT float32 [2, splits, T, Hq]: maxima in base 2, sums; else None
-    # sizes
-    T,
-    sequences,
-    least,  # queries of the sequences that this launch takes
-    most,
-    keys_per_split,
-    window,
-    # scalars
-    scale,
-    softcap,
-    # strides
-    q_row,
-    q_head,
-    table_row,
-    # meta
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    PAGE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr,
-    BLOCK_D: tl.constexpr,  # of D; BLOCK_REST, if not 0, of the columns behind it
-    BLOCK_REST: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    SPLIT: tl.constexpr,
-):
-    """Program (tile, key head, split): attention of a tile of query rows over its keys."""
-    LOG2_E: tl.constexpr = 1.4426950408889634
-    TOKENS: tl.constexpr = BLOCK_ROWS // GROUP
-    tile = tl.program_id(0)
-    head = tl.program_id(1)
-    split = tl.program_id(2)
-    b = _sequence_of(query_start, tile, sequences, TOKENS, 1)
-    if b < 0:
-        return
-    start = tl.load(query_start + b)
-    count = tl.load(query_start + b + 1) - start
-    length = tl.load(seq_lens + b)
-    first_token = (tile - (start // TOKENS + b)) * TOKENS
-    if (first_token >= count) | (count < least) | (count > most):
-        return
-
-    # The keys, from the oldest that the window shows to the newest that a row of the tile sees.
-    # Blocks of keys lie at multiples of their size, wherever the queries are.
-    past = length - count
-    stop = past + tl.minimum(first_token + TOKENS, count)
-    oldest = tl.maximum(past + first_token - window + 1, 0)
-    begin = split * keys_per_split
-    stop = tl.minimum(stop, begin + keys_per_split)
-    if WINDOW:
-        begin = tl.maximum(begin, oldest // BLOCK_KEYS * BLOCK_KEYS)
-    if begin >= stop:
-        return
-
-    rows = tl.arange(0, BLOCK_ROWS)
-    token = first_token + rows // GROUP
-    query_head = head * GROUP + rows % GROUP
-    live = (rows < TOKENS * GROUP) & (token < count)
-    d = tl.arange(0, BLOCK_D)
-    in_key = d < D
-    dv = tl.arange(0, BLOCK_DV)
-    in_value = dv < DV
-    row = (start + token).to(tl.int64)
-    q_at = row[:, None] * q_row + query_head[:, None] * q_head
-    queries = tl.load(q + (q_at + d[None, :]), mask=live[:, None] & in_key[None, :], other=0.0)
-    if BLOCK_REST:
-        rest = BLOCK_D + tl.arange(0, BLOCK_REST)
-        in_rest = rest < D
-        rest_mask = live[:, None] & in_rest[None, :]
-        queries_rest = tl.load(q + (q_at + rest[None, :]), mask=rest_mask, other=0.0)
-    position = past + token
-    if slopes is not None:
-        slope = tl.load(slopes + query_head, mask=live, other=0.0)
-
-    top = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_ROWS,), tl.float32)
-    acc = tl.zeros((BLOCK_ROWS, BLOCK_DV), tl.float32)
-    lanes = tl.arange(0, BLOCK_KEYS)
-    table = block_tables + b.to(tl.int64) * table_row
-    for first in range(begin, stop, BLOCK_KEYS):
-        key = first + lanes
-        inside = key < stop
-        if WINDOW:
-            inside &= key >= oldest
-        page = tl.load(table + key // PAGE, mask=inside, other=0).to(tl.int64)
-        slot = (page * KV_HEADS + head) * PAGE + key % PAGE
-        at = slot[:, None] * D + d[None, :]
-        k = tl.load(k_cache + at, mask=inside[:, None] & in_key[None, :], other=0.0)  # stream
-        scores = tl.dot(queries, tl.trans(k), input_precision="ieee")
-        if BLOCK_REST:
-            at = slot[:, None] * D + rest[None, :]
-            mask = inside[:, None] & in_rest[None, :]
-            # No stream: on CDNA's wide warps a tile of few columns is less than 16 bytes a thread.
-            k_rest = tl.load(k_cache + at, mask=mask, other=0.0)
-            scores = tl.dot(queries_rest, tl.trans(k_rest), scores, input_precision="ieee")
-        scores = scores * scale
-        if SOFTCAP:  # c · tanh(s / c), and tanh(z) = 1 - 2 / (e^(2z) + 1)
-            power = tl.exp2(tl.minimum(scores * (2 * LOG2_E / softcap), 64.0))
-            scores = softcap * (1 - 2 / (power + 1))
-        if slopes is not None:
-            scores += slope[:, None] * (key[None, :] - position[:, None]).to(tl.float32)
-        seen = key[None, :] <= position[:, None]
-        if WINDOW:
-            seen &= key[None, :] > position[:, None] - window
-        scores = tl.where(seen & inside[None, :], scores * LOG2_E, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        finite = tl.where(new_top == float("-inf"), 0.0, new_top)  # -inf - -inf would be NaN
-        weights = tl.exp2(scores - finite[:, None])
-        shrink = tl.exp2(top - finite)
-        total = total * shrink + tl.sum(weights, 1)
-        at = slot[:, None] * DV + dv[None, :]
-        v = tl.load(v_cache + at, mask=inside[:, None] & in_value[None, :], other=0.0)  # stream
-        acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-        top = new_top
-
-    heads: tl.constexpr = KV_HEADS * GROUP
-    if SPLIT:
-        place = (split.to(tl.int64) * T + row) * heads + query_head
-        tl.store(stats + place, top, mask=live)
-        places = tl.num_programs(2).to(tl.int64) * T * heads
-        tl.store(stats + places + place, total, mask=live)
-    else:
-        place = row * heads + query_head
-        if sinks is not None:
-            sink = tl.load(sinks + query_head, mask=live, other=0.0) * LOG2_E
-            new_top = tl.maximum(top, sink)
-            shrink = tl.exp2(top - new_top)
-            total = total * shrink + tl.exp2(sink - new_top)
-            acc *= shrink[:, None]
-        acc = acc / tl.where(live, total, 1.0)[:, None]
-    out_at = out + place[:, None] * DV + dv[None, :]
-    tl.store(out_at, acc.to(out.dtype.element_ty), mask=live[:, None] & in_value[None, :])
-
-
-@triton.jit
-def merge_splits_kernel(
-    # pointers
-    parts,  # float32 [splits, T, Hq, DV]
-    stats,  # float32 [2, splits, T, Hq]
-    seq_lens,
-    query_start,
-    sinks,  # float32 [Hq], or None
-    out,  # [T, Hq, DV]
-    # sizes
-    T,
-    sequences,
-    splits,
-    least,
-    most,
-    keys_per_split,
-    window,
-    # meta
-    HEADS: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
-    WINDOW: tl.constexpr,
-):
-    """Program (row, query head): Σ over splits of 2^(maximum - highest) · part, over Σ of sums."""
-    row = tl.program_id(0)
-    head = tl.program_id(1)
-    b = _sequence_of(query_start, row, sequences, 1, 0)
-    if b < 0:
-        return
-    start = tl.load(query_start + b)
-    count = tl.load(query_start + b + 1) - start
-    if (row >= start + count) | (count < least) | (count > most):
-        return
-    # Only splits that the row's tile has written are read.
-    past = tl.load(seq_lens + b) - count
-    last = past + row - start
-    oldest = last - window + 1
-    if last < 0:
-        return
-    split = tl.arange(0, BLOCK_SPLITS)
-    written = (split <= last // keys_per_split) & (split < splits)
-    if WINDOW:
-        written &= split >= tl.maximum(oldest, 0) // keys_per_split
-    place = (split.to(tl.int64) * T + row) * HEADS + head
-    top = tl.load(stats + place, mask=written, other=float("-inf"))
-    total = tl.load(stats + splits.to(tl.int64) * T * HEADS + place, mask=written, other=0.0)
-    highest = tl.max(top, 0)
-    if sinks is not None:
-        sink = tl.load(sinks + head) * 1.4426950408889634  # in base 2, as the maxima are
-        highest = tl.maximum(highest, sink)
-    factor = tl.exp2(top - highest)
-    whole = tl.sum(total * factor, 0)
-    if sinks is not None:
-        whole += tl.exp2(sink - highest)
-    d = tl.arange(0, BLOCK_DV)
-    at = parts + place[:, None] * DV + d[None, :]
-    part = tl.load(at, mask=written[:, None] & (d < DV)[None, :], other=0.0)
-    merged = tl.sum(part * factor[:, None], 0) / whole
-    out_at = out + (row.to(tl.int64) * HEADS + head) * DV + d
-    tl.store(out_at, merged.to(out.dtype.element_ty), mask=d < DV)
+MERGE_WARPS = 4
 
 
 def launch_paged_attention(
@@ -300,30 +79,28 @@ def launch_paged_attention(
             sinks,
             slopes,
         )
-    keys = block_tables.shape[1] * k_cache.shape[2]
+    kv_heads, dim = k_cache.shape[1], k_cache.shape[3]
     call = Call(
-        q if q.stride(2) == 1 else q.contiguous(),
+        aligned_heads(q),
         k_cache,
         v_cache,
         block_tables,
         seq_lens,
         query_start,
-        scale,
+        float(scale),
         max(window, 0),
-        max(softcap, 0.0),
+        max(float(softcap), 0.0),
         sinks,
         slopes,
-        keys_per_split_for(keys),
+        splits_for(kv_heads),
     )
-    value_dim = v_cache.shape[3]
-    out = torch.empty((*q.shape[:2], value_dim), dtype=q.dtype, device=q.device)
-    group = q.shape[1] // k_cache.shape[1]
-    if out.numel() > 0:
-        few_registers = has_few_registers(q.device)
-        for launch in launches_for(
-            len(q), len(seq_lens), group, q.shape[2], value_dim, q.itemsize, few_registers
-        ):
-            call.run(launch, out)
+    out = torch.empty((*q.shape[:2], v_cache.shape[3]), dtype=q.dtype, device=q.device)
+    if out.numel() > 0 and len(seq_lens) > 0:
+        group, target = q.shape[1] // kv_heads, target_of(q.device)
+        call.run(
+            launches_for(len(q), len(seq_lens), group, dim, v_cache.shape[3], q.itemsize, target),
+            out,
+        )
     return out
 
 
@@ -358,8 +135,11 @@ def _check(
             f"paged_attention: q is {q.dtype}, but the caches {k_cache.dtype} and {v_cache.dtype}; "
             "they must be equal"
         )
-    if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
-        raise ValueError("paged_attention: k_cache and v_cache must be contiguous")
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if not (cache.is_contiguous() and is_aligned(cache)):
+            raise ValueError(
+                f"paged_attention: {name} must be contiguous and begin at a multiple of 16 bytes"
+            )
 
 
 def _check_by_head(name: str, values: Tensor | None, heads: int) -> None:
@@ -389,31 +169,57 @@ class Call:
     softcap: float
     sinks: Tensor | None
     slopes: Tensor | None
-    keys_per_split: int
+    splits: Splits
 
-    def run(self, launch: AttentionLaunch, out: Tensor) -> None:
-        """Write the output of the launch's sequences, and of no others."""
-        splits = self._splits() if launch.split else 1
-        if splits == 1:
-            self._attend(launch, out, None, 1)
-            return
-        parts = torch.empty((splits, *out.shape), dtype=torch.float32, device=out.device)
-        stats = torch.empty((2, *parts.shape[:3]), dtype=torch.float32, device=out.device)
-        self._attend(launch, parts, stats, splits)
-        self._merge(launch, parts, stats, out)
+    def run(self, launches: list[AttentionLaunch], out: Tensor) -> None:
+        """Write the output of the launches' sequences, and of no others."""
+        split = [launch for launch in launches if launch.split]
+        if split:
+            self._attend_split(split, out)
+        for launch in launches:
+            if not launch.split:
+                self._attend(launch, out, None, 1)
 
-    def _splits(self) -> int:
-        keys = self.block_tables.shape[1] * self.k_cache.shape[2]
-        return max(1, triton.cdiv(keys, self.keys_per_split))
+    def _attend_split(self, launches: list[AttentionLaunch], out: Tensor) -> None:
+        T, heads, value_dim = out.shape
+        capacity = self.block_tables.shape[1] * self.k_cache.shape[2]
+        reached = self.splits.reached(seen_keys(capacity, self.window))
+        partials = self.splits.partials(T, len(self.seq_lens), reached)
+        parts, stats = (
+            torch.empty((partials, heads, width), dtype=torch.float32, device=out.device)
+            for width in (value_dim, 2)
+        )
+        for launch in launches:
+            self._attend(launch, parts, stats, reached)
+        merge_splits_kernel[(T, programs_along(T, heads))](
+            parts,
+            stats,
+            self.seq_lens,
+            self.query_start,
+            self.sinks,
+            out,
+            heads,
+            len(self.seq_lens),
+            launches[0].least,
+            launches[-1].most,
+            self.splits.keys,
+            reached,
+            self.splits.room,
+            self.window,
+            **merge_constants(value_dim, self.window > 0),
+            num_warps=MERGE_WARPS,
+            num_stages=1,
+        )
 
     def _attend(
-        self, launch: AttentionLaunch, out: Tensor, stats: Tensor | None, splits: int
+        self, launch: AttentionLaunch, out: Tensor, stats: Tensor | None, reached: int
     ) -> None:
         T, heads, dim = self.q.shape
         kv_heads, page = self.k_cache.shape[1:3]
-        group, tiling = heads // kv_heads, launch.tiling
-        tiles = T // (tiling.rows // group) + len(self.seq_lens)
-        paged_attention_kernel[(tiles, kv_heads, splits)](
+        tiling = launch.tiling
+        tiles = T // (tiling.rows // (heads // kv_heads)) + len(self.seq_lens)
+        align = aligned_elements(dim, self.q.itemsize)
+        paged_attention_kernel[(tiles, kv_heads, programs_along(tiles * kv_heads, reached))](
             self.q,
             self.k_cache,
             self.v_cache,
@@ -424,16 +230,17 @@ class Call:
             self.slopes,
             out,
             stats,
-            T,
             len(self.seq_lens),
             launch.least,
             launch.most,
-            self.keys_per_split if splits > 1 else ANY_COUNT,
+            self.splits.keys,
+            reached,
+            self.splits.room,
             self.window,
             self.scale,
             self.softcap,
-            self.q.stride(0),
-            self.q.stride(1),
+            self.q.stride(0) // align,
+            self.q.stride(1) // align,
             self.block_tables.stride(0),
             **kernel_constants(
                 heads,
@@ -441,178 +248,151 @@ class Call:
                 dim,
                 self.v_cache.shape[3],
                 page,
+                self.q.itemsize,
                 tiling,
                 WINDOW=self.window > 0,
                 SOFTCAP=self.softcap > 0,
-                SPLIT=stats is not None,
+                SPLIT=launch.split,
             ),
             num_warps=tiling.num_warps,
             num_stages=tiling.num_stages,
-            **({} if torch.version.hip else tiling.options),
-        )
-
-    def _merge(self, launch: AttentionLaunch, parts: Tensor, stats: Tensor, out: Tensor) -> None:
-        splits, T, heads, dim = parts.shape
-        merge_splits_kernel[(T, heads)](
-            parts,
-            stats,
-            self.seq_lens,
-            self.query_start,
-            self.sinks,
-            out,
-            T,
-            len(self.seq_lens),
-            splits,
-            launch.least,
-            launch.most,
-            self.keys_per_split,
-            self.window,
-            **merge_constants(heads, dim, splits, self.window > 0),
-            num_warps=4,
+            **tiling.options,
         )
 
 
-_ATTEND_SIGNATURE = {
-    "q": "*bf16",
-    "k_cache": "*bf16",
-    "v_cache": "*bf16",
+_ATTEND_POINTERS = {
     "block_tables": "*i32",
     "seq_lens": "*i32",
     "query_start": "*i32",
     "sinks": "*fp32",
     "slopes": "*fp32",
-    "out": "*bf16",
     "stats": "*fp32",
-    "T": "i32",
-    "sequences": "i32",
-    "least": "i32",
-    "most": "i32",
-    "keys_per_split": "i32",
-    "window": "i32",
-    "scale": "fp32",
-    "softcap": "fp32",
-    "q_row": "i32",
-    "q_head": "i32",
-    "table_row": "i32",
 }
-_MERGE_SIGNATURE = {
-    "parts": "*fp32",
-    "stats": "*fp32",
-    "seq_lens": "*i32",
-    "query_start": "*i32",
-    "sinks": "*fp32",
-    "out": "*bf16",
-    "T": "i32",
-    "sequences": "i32",
-    "splits": "i32",
-    "least": "i32",
-    "most": "i32",
-    "keys_per_split": "i32",
-    "window": "i32",
-}
+_ATTEND_SCALARS = (
+    dict.fromkeys(("sequences", "least", "most", "split_keys", "most_splits", "room"), "i32")
+    | dict.fromkeys(("window", "q_row", "q_head", "table_row"), "i32")
+    | dict.fromkeys(("scale", "softcap"), "fp32")
+)
+_MERGE_SIGNATURE = (
+    {"parts": "*fp32", "stats": "*fp32", "seq_lens": "*i32", "query_start": "*i32"}
+    | {"sinks": "*fp32"}
+    | dict.fromkeys(("heads", "sequences", "least", "most", "split_keys"), "i32")
+    | dict.fromkeys(("most_splits", "room", "window"), "i32")
+)
 
 
 @dataclass(frozen=True)
-class _Shape:
-    """What a model's attention is compiled for."""
+class AttentionShape:
+    """What a model's attention is compiled for. windows: whether some layers have one, or none."""
 
     heads: int
     kv_heads: int
     dim: int
     value_dim: int
+    page: int = 16
     softcap: bool = False
     sinks: bool = False
     slopes: bool = False
-    windows: tuple[bool, ...] = (False, True)
+    windows: tuple[bool, ...] = (False,)
 
-    def absent(self, *, split: bool) -> tuple[str, ...]:
-        """The pointers that a launch does without."""
+    def compilations(self, model: str, dtype: str, target: Target) -> Iterator[Compilation]:
+        """Each kernel that a launch for this shape can need on a target, once: no batch needs more.
+
+        dtype: as Triton names it. For a warm-up, and for a cache that is compiled ahead.
+        """
+        kinds = ("decode", "verify", "prefill")
+        sizes = tilings(
+            self.heads // self.kv_heads, self.dim, self.value_dim, _ITEMSIZE[dtype], target
+        )
+        for window in self.windows:
+            suffix = f"{model}{', window' if window else ''}, {dtype}"
+            names: dict[tuple[str, bool], str] = {}
+            for kind, tiling in zip(kinds, sizes, strict=True):
+                names.setdefault((repr(tiling), kind != "prefill"), kind)
+            for kind, tiling in zip(kinds, sizes, strict=True):
+                if kind in names.values():
+                    name = f"attention {kind}, {suffix}"
+                    yield self._attend(name, dtype, tiling, window, kind != "prefill")
+            yield self._merge(f"attention merge, {suffix}", dtype, window)
+
+    def _attend(
+        self, name: str, dtype: str, tiling: Tiling, window: bool, split: bool
+    ) -> Compilation:
+        pointers = dict.fromkeys(("q", "k_cache", "v_cache"), f"*{dtype}") | _ATTEND_POINTERS
+        pointers["out"] = "*fp32" if split else f"*{dtype}"
         present = {"sinks": self.sinks and not split, "slopes": self.slopes, "stats": split}
-        return tuple(name for name, given in present.items() if not given)
+        absent = [pointer for pointer, given in present.items() if not given]
+        return Compilation(
+            name=name,
+            kernel=paged_attention_kernel,
+            signature={k: v for k, v in pointers.items() if k not in absent} | _ATTEND_SCALARS,
+            constants=kernel_constants(
+                self.heads,
+                self.kv_heads,
+                self.dim,
+                self.value_dim,
+                self.page,
+                _ITEMSIZE[dtype],
+                tiling,
+                WINDOW=window,
+                SOFTCAP=self.softcap,
+                SPLIT=split,
+            )
+            | dict.fromkeys(absent),
+            num_warps=tiling.num_warps,
+            num_stages=tiling.num_stages,
+            products=dtype != "fp32",
+            options=tiling.options,
+        )
+
+    def _merge(self, name: str, dtype: str, window: bool) -> Compilation:
+        signature = _MERGE_SIGNATURE | {"out": f"*{dtype}"}
+        absent = [] if self.sinks else ["sinks"]
+        return Compilation(
+            name=name,
+            kernel=merge_splits_kernel,
+            signature={k: v for k, v in signature.items() if k not in absent},
+            constants=merge_constants(self.value_dim, window) | dict.fromkeys(absent),
+            num_warps=MERGE_WARPS,
+            num_stages=1,
+        )
 
 
-def _without(
-    absent: tuple[str, ...], signature: dict[str, str], constants: dict[str, Any]
-) -> dict[str, Any]:
-    """Signature and constants of a `Compilation` with None for these pointers."""
-    return {
-        "signature": {name: kind for name, kind in signature.items() if name not in absent},
-        "constants": constants | dict.fromkeys(absent),
-    }
-
-
+_ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 _MODELS = {
-    "Llama 8B": _Shape(32, 8, 128, 128),
-    "Llama 70B": _Shape(64, 8, 128, 128),
-    "SmolLM2": _Shape(9, 3, 64, 64),
-    "Gemma 2 9B": _Shape(16, 8, 256, 256, softcap=True),
-    "gpt-oss 20B": _Shape(64, 8, 64, 64, sinks=True, windows=(True,)),
-    "DeepSeek V3": _Shape(128, 128, 192, 128, windows=(False,)),
-    "DeepSeek V3, latent": _Shape(16, 1, 576, 512, windows=(False,)),
-    "Gemma 4 31B": _Shape(32, 4, 512, 512, windows=(False,)),
-    "MPT 7B": _Shape(32, 32, 128, 128, slopes=True, windows=(False,)),
+    "Llama 8B": AttentionShape(32, 8, 128, 128, windows=(False, True)),  # window: Mistral 7B
+    "Llama 70B": AttentionShape(64, 8, 128, 128),
+    "SmolLM2": AttentionShape(9, 3, 64, 64),
+    "Gemma 2 9B": AttentionShape(16, 8, 256, 256, softcap=True, windows=(False, True)),
+    "gpt-oss 20B": AttentionShape(64, 8, 64, 64, sinks=True, windows=(True,)),
+    "DeepSeek V3": AttentionShape(128, 128, 192, 128),
+    "DeepSeek V3, latent": AttentionShape(16, 1, 576, 512),
+    "Gemma 4 31B": AttentionShape(32, 4, 512, 512),
+    "MPT 7B": AttentionShape(32, 32, 128, 128, slopes=True),
 }
-_FEW_REGISTERS = ("sm_80",)
+_IN_FLOAT32 = ("Llama 8B", "SmolLM2", "Gemma 2 9B", "DeepSeek V3, latent")
 
 
 def compilations() -> Iterator[Compilation]:
     """Configurations for decode, verification (up to 64 tokens), prefill and merging."""
     for model, shape in _MODELS.items():
-        for few_registers in (False, True):
-            yield from _attend_compilations(model, shape, few_registers)
-        yield Compilation(
-            name=f"attention merge, {model}",
-            kernel=merge_splits_kernel,
-            **_without(
-                () if shape.sinks else ("sinks",),
-                _MERGE_SIGNATURE,
-                merge_constants(shape.heads, shape.value_dim, 16, window=False),
-            ),
-            num_warps=4,
-            num_stages=2,
-        )
+        yield from _shipped(model, shape, "bf16", TARGETS)
+    for model in _IN_FLOAT32:
+        yield from _shipped(model, replace(_MODELS[model], windows=(False,)), "fp32", TARGETS)
+    yield from _shipped("Llama 8B", _MODELS["Llama 8B"], "fp16", ONE_OF_EACH_COMPILER)
 
 
-def _attend_compilations(model: str, shape: _Shape, few_registers: bool) -> Iterator[Compilation]:
-    targets = (
-        _FEW_REGISTERS if few_registers else tuple(t for t in TARGETS if t not in _FEW_REGISTERS)
-    )
-    group = shape.heads // shape.kv_heads
-    launches = launches_for(4096, 16, group, shape.dim, shape.value_dim, 2, few_registers)
-    for kind, launch in zip(("decode", "verify", "prefill"), launches, strict=True):
-        for window in shape.windows:
-            name = f"attention {kind}, {model}{', window' if window else ''}"
-            suffix = ", few registers" if few_registers else ""
-            yield _attend_compilation(name + suffix, shape, launch, window, targets)
-
-
-def _attend_compilation(
-    name: str,
-    shape: _Shape,
-    launch: AttentionLaunch,
-    window: bool,
-    targets: tuple[str, ...],
-) -> Compilation:
-    constants = kernel_constants(
-        shape.heads,
-        shape.kv_heads,
-        shape.dim,
-        shape.value_dim,
-        16,
-        launch.tiling,
-        WINDOW=window,
-        SOFTCAP=shape.softcap,
-        SPLIT=launch.split,
-    )
-    signature = _ATTEND_SIGNATURE | ({"out": "*fp32"} if launch.split else {})
-    return Compilation(
-        name=name,
-        kernel=paged_attention_kernel,
-        **_without(shape.absent(split=launch.split), signature, constants),
-        num_warps=launch.tiling.num_warps,
-        num_stages=launch.tiling.num_stages,
-        divisible_by_16=("q_row", "q_head"),
-        products=True,
-        options=launch.tiling.options,
-        targets=targets,
-    )
+def _shipped(
+    model: str, shape: AttentionShape, dtype: str, targets: tuple[str, ...]
+) -> Iterator[Compilation]:
+    """The shape's configurations, one for all targets on which its tile is the same."""
+    alike: dict[str, tuple[Compilation, list[str]]] = {}
+    for target in targets:
+        for one in shape.compilations(model, dtype, gpu_targets.TARGETS[target]):
+            key = repr((one.name, one.constants, one.num_warps, one.num_stages, one.options))
+            alike.setdefault(key, (one, []))[1].append(target)
+    taken: Counter[str] = Counter()
+    for one, where in alike.values():
+        taken[one.name] += 1
+        name = one.name if taken[one.name] == 1 else f"{one.name}, on {where[0]}"
+        yield replace(one, name=name, targets=tuple(where))

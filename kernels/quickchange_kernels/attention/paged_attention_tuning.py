@@ -1,7 +1,14 @@
-"""Tiles, splits and launches of attention's Triton kernels: pure functions of shape and device.
+"""Tiles, splits and launches of attention's Triton kernels: pure functions of shape and target.
 
-Chosen by what the compilers for sm_80, sm_90, sm_100 and gfx942 say of registers, shared memory and
-load widths. Splits have a fixed size, so that the order of a row's sums follows from its context.
+Chosen by what the compilers for gpu_targets.py's targets say of registers, shared memory and load
+widths.
+
+Splits. A sequence with few queries has its keys cut in splits, so that many programs share them.
+How long a split is follows from the sequence's own length and number of queries, never from the
+block table's width or from the other sequences: a constant, and longer only where there would be
+more than `most` of them. `most` falls with the number of key heads, each of which has programs of
+its own, and with the number of queries, so that a sequence has room for a fixed number of partial
+results whatever its queries.
 """
 
 from __future__ import annotations
@@ -9,12 +16,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+from quickchange_kernels.attention.head_operands import aligned_elements
+from quickchange_kernels.gpu_targets import KIB, Target
 
 MAX_SPLIT_QUERIES = 64  # a longer chunk of a sequence goes over its whole context in one
-KEYS_PER_SPLIT = 512
-MAX_SPLITS = 32  # for a wider block table the splits grow instead, by powers of two
-ANY_COUNT = 2**30  # no bound on the number of queries or keys
+ANY_COUNT = 2**30  # no bound on the number of queries
+SPLIT_GRAIN = 64  # splits begin at multiples of it, from the first key on that a row may see
+PROGRAMS = 2048  # of a launch: two or three times what a GPU holds at once
+_REGISTERS = 65536  # of an SM, for all threads of its programs
+_STAGES_BYTES = 64 * KIB  # all that CDNA has, and little enough for every other target
 
 
 @dataclass(frozen=True)
@@ -38,62 +48,115 @@ class AttentionLaunch:
     tiling: Tiling
 
 
-def tiling_for(rows: int, dim: int, value_dim: int, itemsize: int, few_registers: bool) -> Tiling:
+@dataclass(frozen=True)
+class Splits:
+    """How sequences of a model's shape are split."""
+
+    keys: int  # of a split, unless there would be more than `most`
+    most: int  # of a sequence
+    room: int  # partial results of a sequence: its queries times its splits
+
+    def reached(self, keys: int) -> int:
+        """The most splits of a sequence whose rows see `keys` keys at most, together."""
+        return max(1, min(self.most, -(-keys // self.keys)))
+
+    def partials(self, T: int, B: int, reached: int) -> int:
+        """Partial results, one of a row and a split, for which a launch needs room."""
+        return min(T * reached, B * self.room)
+
+
+def splits_for(kv_heads: int) -> Splits:
+    """The splits of a model with so many key heads.
+
+    One sequence of 4,096 keys has 128 programs or more, with any number of heads but one; the
+    longest has about 256. All of them for up to four queries, fewer for each beyond.
+    """
+    most = min(64, max(4, power_of_two(256 // kv_heads)))
+    keys = min(256, max(SPLIT_GRAIN, 16 * power_of_two(kv_heads + 1)))
+    return Splits(keys, most, max(MAX_SPLIT_QUERIES, 4 * most))
+
+
+def seen_keys(capacity: int, window: int) -> int:
+    """Keys that the rows of a split sequence may see together. capacity: of its blocks."""
+    if window == 0:
+        return capacity
+    return min(capacity, window + MAX_SPLIT_QUERIES + SPLIT_GRAIN)
+
+
+def scratch_bytes(
+    T: int, B: int, heads: int, kv_heads: int, value_dim: int, capacity: int, window: int = 0
+) -> int:
+    """Bytes of partial results that attention over T rows of B sequences takes beside its output.
+
+    capacity: keys that a sequence's row of the block table has room for. One layer's at a time.
+    """
+    splits = splits_for(kv_heads)
+    reached = splits.reached(seen_keys(capacity, window))
+    return splits.partials(T, B, reached) * heads * (value_dim + 2) * 4
+
+
+def programs_along(programs: int, most: int) -> int:
+    """Size of a grid's last dimension, over `most` things that a program may also loop over.
+
+    programs: of the grid's other dimensions. What a program computes for each thing is the same.
+    """
+    return max(1, min(most, power_of_two(PROGRAMS // programs + 1) // 2))
+
+
+def tiling_for(rows: int, dim: int, value_dim: int, itemsize: int, target: Target) -> Tiling:
     """Tile and pipeline for `rows` query rows of heads with keys and values of these sizes.
 
-    Two stages of keys and values take at most 64 KiB of shared memory, which is all that CDNA has;
-    where 16 keys need more there is one stage.
-    few_registers: the products' results lie in registers beside their operands (sm_80 to sm_89),
-    where a tile of 128 rows by 64 keys spills. Elsewhere tiles of 8 warps state how many registers
-    a thread may have: for sm_100 the compiler hopes for two programs on an SM otherwise, takes 128
-    and spills.
+    Two stages of keys and values take at most 64 KiB of shared memory; where 16 keys need more
+    there is one stage. Where products leave their results in registers, a tile of 128 rows by 64
+    keys spills. Products of float32 are exact, so no tensor core makes them, and their operands lie
+    in registers too: smallest tiles, many threads. For NVIDIA tiles state how many registers a
+    thread may have: its compiler hopes for more programs on an SM otherwise, and spills.
     """
     bytes_per_key = (sum(blocks_of(dim)) + padded(value_dim)) * itemsize
-    room = power_of_two(2**15 // bytes_per_key + 1) // 2  # a power of two
-    keys = max(16, min(32 if few_registers and rows > 64 else 64, room))
-    warps = 4 if rows < 64 else 8
-    options = {"maxnreg": 255} if warps == 8 and not few_registers else {}
-    num_stages = 2 if 2 * keys * bytes_per_key <= 2**16 else 1
+    room = power_of_two(_STAGES_BYTES // 2 // bytes_per_key + 1) // 2  # a power of two
+    crowded = target.products_in_registers and rows > 64
+    keys = 16 if itemsize == 4 else max(16, min(32 if crowded else 64, room))
+    warps = 4 if rows < 32 else 8
+    if itemsize == 4:
+        warps = 8 if max(dim, value_dim) <= 256 else 16
+    num_stages = 2 if 2 * keys * bytes_per_key <= _STAGES_BYTES else 1
+    options = {"maxnreg": min(255, _REGISTERS // (32 * warps))} if target.backend == "cuda" else {}
     return Tiling(rows, keys, warps, num_stages, options)
 
 
 def launches_for(
-    T: int,
-    B: int,
-    group: int,
-    dim: int,
-    value_dim: int,
-    itemsize: int,
-    few_registers: bool,
+    T: int, B: int, group: int, dim: int, value_dim: int, itemsize: int, target: Target
 ) -> list[AttentionLaunch]:
     """The launches that cover every way in which T rows may be shared by B sequences.
 
     With no more rows than sequences, which is what decoding looks like, small tiles take them all.
+    The tilings are `tilings`, whatever T and B.
     """
-
-    def tiling(rows: int) -> Tiling:
-        rows = max(rows, power_of_two(group))
-        return tiling_for(rows, dim, value_dim, itemsize, few_registers)
-
-    widest = max(dim, value_dim)
-    some = 64 if widest <= 256 else 16  # wider results of more rows don't fit the registers
-
+    small, medium, large = tilings(group, dim, value_dim, itemsize, target)
     few = MAX_SPLIT_QUERIES if T <= B else max(1, 16 // group)
     launches = [
-        AttentionLaunch(1, few, True, tiling(16)),
-        AttentionLaunch(few + 1, MAX_SPLIT_QUERIES, True, tiling(some)),
-        AttentionLaunch(
-            MAX_SPLIT_QUERIES + 1, ANY_COUNT, False, tiling(128 if widest <= 128 else some)
-        ),
+        AttentionLaunch(1, few, True, small),
+        AttentionLaunch(few + 1, MAX_SPLIT_QUERIES, True, medium),
+        AttentionLaunch(MAX_SPLIT_QUERIES + 1, ANY_COUNT, False, large),
     ]
     return [launch for launch in launches if launch.least <= min(T, launch.most)]
 
 
-def has_few_registers(device: torch.device) -> bool:
-    """True for NVIDIA GPUs before sm_90; see `tiling_for`."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return False
-    return torch.cuda.get_device_capability(device)[0] < 9
+def tilings(
+    group: int, dim: int, value_dim: int, itemsize: int, target: Target
+) -> tuple[Tiling, Tiling, Tiling]:
+    """Tilings of a model's shape for few queries (split), for more (split), for many (not)."""
+    widest = max(dim, value_dim)
+    if widest > 256 or itemsize == 4:  # wider results of more rows don't fit the registers
+        some = many = 16
+    else:
+        some, many = (64, 128) if widest <= 128 else (32, 64)
+
+    def tiling(rows: int) -> Tiling:
+        rows = max(rows, power_of_two(group))
+        return tiling_for(rows, dim, value_dim, itemsize, target)
+
+    return tiling(16), tiling(some), tiling(many)
 
 
 def power_of_two(count: int) -> int:
@@ -117,17 +180,13 @@ def blocks_of(dim: int) -> tuple[int, int]:
     return first, padded(dim - first)
 
 
-def keys_per_split_for(keys: int) -> int:
-    """Keys of one split where block tables have room for `keys`: a constant up to 16,384."""
-    return KEYS_PER_SPLIT * power_of_two(-(-keys // (KEYS_PER_SPLIT * MAX_SPLITS)))
-
-
 def kernel_constants(
     heads: int,
     kv_heads: int,
     dim: int,
     value_dim: int,
     page: int,
+    itemsize: int,
     tiling: Tiling,
     **switches: bool,
 ) -> dict[str, Any]:
@@ -139,6 +198,8 @@ def kernel_constants(
         "D": dim,
         "DV": value_dim,
         "PAGE": page,
+        "ALIGN": aligned_elements(dim, itemsize),
+        "GRAIN": SPLIT_GRAIN,
         "BLOCK_ROWS": tiling.rows,
         "BLOCK_KEYS": tiling.keys,
         "BLOCK_D": block,
@@ -148,12 +209,12 @@ def kernel_constants(
     }
 
 
-def merge_constants(heads: int, value_dim: int, splits: int, window: bool) -> dict[str, Any]:
+def merge_constants(value_dim: int, window: bool) -> dict[str, Any]:
     """The constexpr arguments of `merge_splits_kernel`."""
     return {
-        "HEADS": heads,
         "DV": value_dim,
+        "GRAIN": SPLIT_GRAIN,
         "BLOCK_DV": padded(value_dim),
-        "BLOCK_SPLITS": power_of_two(splits),
+        "BLOCK_SPLITS": max(4, min(16, 2048 // padded(value_dim))),
         "WINDOW": window,
     }

@@ -310,7 +310,7 @@ def launch_lowrank(y: Tensor, x: Tensor, *operands: Any) -> None:
         raise TypeError(f"lowrank: x is {x.dtype}, y is {y.dtype}; they must be the same")
     K = x.shape[1]
     wide = o.aligned and aligned(x, o.arena)
-    dependent = dependent_launch(y.device)
+    dependent = dependent_launch()
     config = shrink_config(K, x.dtype, o.tile_height, aligned=wide, dependent=dependent)
     ranks = RANKS_PER_PAGE * max(2, o.most_pages)
     shape = (parts(K), len(pieces), o.tile_height, ranks)
@@ -350,7 +350,7 @@ def _expand(
     pieces, tiles = tiles_of(o)
     summed = features if ids is None else None
     wide = o.aligned and aligned(y, o.arena)
-    dependent = ids is None and dependent_launch(y.device)
+    dependent = ids is None and dependent_launch()
     config = expand_config(summed, o.tile_height, aligned=wide, dependent=dependent)
     expand_kernel[(len(tiles), triton.cdiv(y.shape[1], COLUMNS))](
         y,
@@ -410,7 +410,7 @@ def compilations_for(
     """All that lowrank_, or for an embedding lowrank_embedding_, launches for a module group.
 
     features: those of the group's input; an embedding's are not looked at. wide: GroupShape.aligned
-    and `aligned` of rows of x and y. dependent: `dependent_launch` of the device.
+    and `aligned` of rows of x and y. dependent: `dependent_launch()`.
     """
     row = pointer(dtype)
     narrow = dtype.itemsize == 2

@@ -28,7 +28,7 @@ def shrink_config(
     features: int, dtype: torch.dtype, height: int, *, aligned: bool, dependent: bool
 ) -> LaunchConfig:
     """The launch of shrink for rows of `features` elements."""
-    small, hip = height == SMALL_TILE, torch.version.hip is not None
+    small = height == SMALL_TILE
     block = (512 if small else 128) // dtype.itemsize
     constants = {
         "K": features,
@@ -39,7 +39,7 @@ def shrink_config(
         "ALIGNED": aligned,
         "DEPENDENT": dependent,
     }
-    return LaunchConfig(constants, num_warps=4, num_stages=2 if hip else 3)
+    return LaunchConfig(constants, num_warps=4, num_stages=3)
 
 
 def expand_config(

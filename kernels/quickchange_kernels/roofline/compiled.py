@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quickchange_kernels.aot import compiling, inspection
-from quickchange_kernels.aot.targets import TARGETS
 from quickchange_kernels.compilation import Compilation
+from quickchange_kernels.gpu_targets import TARGETS
 from quickchange_kernels.roofline import floors
 from quickchange_kernels.roofline.floors import VALUE, KernelWork, StepBatch
 from quickchange_kernels.roofline.machine import GpuRates, Linear

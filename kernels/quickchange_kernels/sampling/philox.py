@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -54,10 +55,15 @@ _philox_uniform = dispatch.declare(
 )
 
 
-def uniforms(seeds: Sequence[int], positions: Sequence[int]) -> Tensor:
-    """float64 [R] on the CPU: `uniform` of each pair."""
+def philox_keys(seeds: Sequence[int]) -> npt.NDArray[np.int64]:
+    """The bits of the seeds' keys, for `uniforms`."""
+    return np.array([seed & _WORD for seed in seeds], dtype=np.uint64).view(np.int64)
+
+
+def uniforms(
+    keys: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float64]:
+    """float64 [R]: `uniform` of each pair of a key, by its bits, and a position."""
     native.ensure()
-    keys = np.array([seed & _WORD for seed in seeds], dtype=np.uint64).view(np.int64)
-    counters = np.array(positions, dtype=np.int64)
-    out: Tensor = _philox_uniform(torch.from_numpy(keys), torch.from_numpy(counters))
-    return out
+    out: Tensor = _philox_uniform(torch.from_numpy(keys), torch.from_numpy(positions))
+    return out.numpy()

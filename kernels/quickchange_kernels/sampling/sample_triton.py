@@ -44,7 +44,6 @@ _LOG2_E = tl.constexpr(sample_plain.LOG2_E)
 _ROUNDER = tl.constexpr(sample_plain.ROUNDER)
 _C0, _C1, _C2, _C3, _C4, _C5 = (tl.constexpr(value) for value in sample_plain.EXP2)
 _NEVER = tl.constexpr(float("-inf"))
-_NAN = tl.constexpr(float("nan"))
 _LOWEST_KEY = tl.constexpr(-0x7F800001)  # key of -inf
 _FAR = tl.constexpr(2**31 - 1)
 _DEPTH_UNIT = tl.constexpr(-sample_plain.DEPTH_UNIT)
@@ -199,7 +198,7 @@ def peak_kernel(
     peak = tl.max(logit, 0)
     nan = tl.max((logit != logit).to(tl.int32), 0)
     first = tl.min(tl.where(logit == peak, i, _FAR), 0)
-    tl.store(best + row * splits + split, tl.where(nan > 0, _NAN, peak))
+    tl.store(best + row * splits + split, tl.where(nan > 0, float("nan"), peak))
     tl.store(place + row * splits + split, first)
 
 

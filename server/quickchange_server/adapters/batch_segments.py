@@ -18,7 +18,7 @@ import torch
 
 from quickchange_kernels import dispatch
 from quickchange_kernels.lowrank.lowrank_contract import RowTiles, Segments
-from quickchange_kernels.lowrank.lowrank_tables import LARGE_TILE, cut_tiles, tile_height
+from quickchange_kernels.lowrank.lowrank_tables import cut_tiles, tile_height
 
 Components = tuple[tuple[int, float], ...]  # (device slot, weight) of each adapter
 
@@ -81,14 +81,6 @@ def room_for(runs: Sequence[Run], device: torch.device) -> Room:
     spans = list(_spans(runs))
     height = _height(spans) if dispatch.triton_serves(device) else None
     return _batch(spans, height).room(height)
-
-
-def full_room(rows: int, sequences: int, device: torch.device) -> Room:
-    """Room for a step of any `sequences`, each under an adapter of its own."""
-    if not dispatch.triton_serves(device):
-        return Room(sequences)
-    tiles = sequences + -(-rows // LARGE_TILE)
-    return Room(sequences, pieces=tiles, tiles=tiles, height=LARGE_TILE)
 
 
 def pack(runs: Sequence[Run], room: Room) -> torch.Tensor:

@@ -81,6 +81,7 @@ class Services:
             engine.adapter_dtype,
             settings.quantization,
             settings.device,
+            *(["deterministic"] if settings.deterministic else []),
         )
         return "fp_" + hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 

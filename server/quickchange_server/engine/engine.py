@@ -18,18 +18,19 @@ import torch
 
 from quickchange_kernels import dispatch
 from quickchange_kernels.compile_watch import CompileWatch
+from quickchange_kernels.kernel_cache import link_prebuilt
 from quickchange_server.adapters.manager import PacedLoad
 from quickchange_server.config import Settings
-from quickchange_server.engine.memory.cache_sizes import CacheSizes
+from quickchange_server.engine.inputs.sample_tables import RowError
 from quickchange_server.engine.memory.device_memory import memory_of
 from quickchange_server.engine.memory.fitting import EngineMemory
 from quickchange_server.engine.memory.footprint import held_dtype
-from quickchange_server.engine.model_runner import Flight, Ran, Result
-from quickchange_server.engine.sampler import RowError, SampledToken
+from quickchange_server.engine.sampler import SampledToken
 from quickchange_server.engine.scheduling.scheduler import Scheduled, Scheduler
 from quickchange_server.engine.scheduling.sequence import Sequence, fault_of
+from quickchange_server.engine.step_results import Flight, Ran, Result
 from quickchange_server.engine.token_masks import constraints_of
-from quickchange_server.engine.warm_up import LateWork, StepLimits
+from quickchange_server.engine.warm_up import LateWork
 from quickchange_server.model.loading.model_dtype import dtype_name
 from quickchange_server.model.loading.model_loader import LoadedModel
 from quickchange_server.protocol import (
@@ -112,13 +113,15 @@ class Engine:
         memory = EngineMemory(model, settings, memory_of(torch.device(settings.device)))
         self._adapters = memory.adapter_tiers(load_adapter, on_wake)
         self._constraints = constraints_of(constraints, model.vocabulary, on_wake)
+        self._compiles = dispatch.triton_compiles(torch.device(settings.device))
+        if self._compiles:
+            link_prebuilt()
         fitted = memory.fit(self._adapters, self._constraints.masks)
         logger.info("memory:\n%s", fitted.table)
         self._runner, caches = fitted.runner, fitted.caches
         self._max_model_len = caches.max_model_len
-        self._compiles = dispatch.triton_compiles(torch.device(settings.device))
         if self._compiles:
-            self._runner.launch_all(self._step_limits(model, caches))
+            self._runner.launch_all(fitted.limits)
         self._speculation = self._made_speculation(text)
         self.scheduler = Scheduler(
             caches.blocks,
@@ -222,10 +225,11 @@ class Engine:
         flight = self._runner.launch(plan, self._speculation)
         self._late.note(plan)
         drafts = self._speculation.under_way()
-        for item in plan:
-            if item.sequence.request_id not in flight.faults:
-                self.scheduler.launched(item)
-        must_settle = bool(flight.faults) or any(
+        faults = flight.faults
+        self.scheduler.launched(
+            [item for item in plan if item.sequence.request_id not in faults] if faults else plan
+        )
+        must_settle = bool(faults) or any(
             item.samples and item.sequence.needs_its_tokens for item in plan
         )
         self._flights.append(_InFlight(flight, drafts, started, must_settle))
@@ -257,17 +261,6 @@ class Engine:
         self._constraints.close()
         self._adapters.close()
         self._late.close()
-
-    def _step_limits(self, model: LoadedModel, caches: CacheSizes) -> StepLimits:
-        return StepLimits(
-            rows=self._settings.batch_tokens,
-            context=caches.max_model_len,
-            block_size=caches.blocks.block_size,
-            state_rows=0 if caches.states is None else caches.states.num_rows,
-            adapters=self._adapters.served,
-            drafts=self._settings.turbo,
-            scaling=model.scaling,
-        )
 
     def _made_speculation(self, text: TokenText | None) -> Speculation | NoSpeculation:
         if not self._settings.turbo:
@@ -371,17 +364,20 @@ class Engine:
         accepted: int,
     ) -> Delta:
         sequence = item.sequence
-        first, sequence.reported = not sequence.reported, True
-        reading = sequence.reading if first else None
-        return Delta(
+        delta = Delta(
             sequence.request_id,
-            token_ids=tuple([row.token_id for row in drawn]),
-            logprobs=tuple([row.logprobs for row in drawn if row.logprobs is not None]),
-            finish_reason=reason,
-            cached_tokens=sequence.cached_tokens if first else None,
-            queue_seconds=sequence.queue_seconds if first else None,
+            tuple([row.token_id for row in drawn]),
+            tuple([row.logprobs for row in drawn if row.logprobs is not None]),
+            reason,
             drafted=len(item.drafts),
             accepted=accepted,
+        )
+        if sequence.reported:
+            return delta
+        sequence.reported, reading = True, sequence.reading
+        return delta._replace(
+            cached_tokens=sequence.cached_tokens,
+            queue_seconds=sequence.queue_seconds,
             prompt_logprobs=() if reading is None else reading.scores,
             embedding=None if reading is None else reading.embedding,
         )

@@ -1,76 +1,37 @@
 """Host tensors of a step: the plan as the model reads it, in exact size or padded to a fixed shape.
 
 Padding is harmless by the operations' contracts: rows of slot -1 are not written to the cache,
-sequences of length 0 have no queries, segments without rows do nothing. Decode steps are padded to
-a few shapes, so that one captured graph serves many steps. A shape of n rows has room for n
-sequences: n that decode one row each, or fewer that verify drafts too.
+sequences of length 0 have no queries, segments without rows do nothing. Steps of a fixed shape are
+written into the same tensors again and again (`InputWriter`): what a plan leaves as it was is not
+written anew.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, groupby
+from itertools import accumulate
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from quickchange_kernels.lowrank.lowrank_contract import LowRankTables
-from quickchange_kernels.lowrank.lowrank_tables import SMALL_TILE
-from quickchange_server.adapters.batch_segments import Room, Run, pack, room_for, unpack
-from quickchange_server.engine.scheduling.scheduler import Scheduled
-from quickchange_server.model.forward_context import (
-    SPARE_STATE,
-    ZERO_STATE,
-    AdapterBatch,
-    AttentionBatch,
-    ForwardContext,
-    StatePart,
+from quickchange_server.adapters.batch_segments import Room, Run, pack, unpack
+from quickchange_server.engine.inputs.block_tables import TableChanges, TableRows, put
+from quickchange_server.engine.inputs.state_inputs import PackedSegments, PartInputs, state_parts
+from quickchange_server.engine.inputs.step_shapes import (
+    Extent,
+    PlanShape,
+    head_runs,
+    sample_runs,
+    token_runs,
 )
+from quickchange_server.engine.scheduling.scheduler import Scheduled
+from quickchange_server.model.forward_context import AdapterBatch, AttentionBatch, ForwardContext
 
 _NOWHERE = -1  # the slot of a row that is written to no block
-
-
-@dataclass(frozen=True, slots=True)
-class Extent:
-    """Capacity of a step's tensors."""
-
-    rows: int
-    sequences: int
-    samples: int  # rows whose hidden states are returned; the LM head reads all but the pooled
-    blocks: int  # per sequence
-    tokens_room: Room | None  # segments over all rows; None: no row has an adapter
-    samples_room: Room | None  # segments over the rows that are asked for
-    head_room: Room | None  # segments over those of them that the LM head reads
-
-
-@dataclass(frozen=True, slots=True)
-class PackedSegments:
-    """Segments packed in one tensor, with their room."""
-
-    packed: Tensor  # int32, as made by `batch_segments.pack`
-    room: Room
-
-
-@dataclass(frozen=True, slots=True)
-class PartInputs:
-    """A `StatePart` before its segments are unpacked; those of all rows are the step's own."""
-
-    rows: Tensor | None
-    length: int
-    read: Tensor | None
-    write: Tensor
-    tokens: PackedSegments | None
-
-    def part(self, tables: LowRankTables | None, whole: AdapterBatch | None) -> StatePart:
-        """whole: the step's adapters."""
-        adapters = whole if self.rows is None else None
-        if tables is not None and self.tokens is not None:
-            own = unpack(self.tokens.packed, self.tokens.room)
-            adapters = AdapterBatch(tables, own, own, own)
-        return StatePart(self.rows, self.length, self.read, self.write, adapters)
+_KNOWN = (-1,)  # the feed of a row whose token the host knows
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,20 +42,33 @@ class StepInputs:
     positions: Tensor  # int64 [T]
     sample_rows: Tensor  # int64 [R]: sampled rows, then scored, then pooled
     head_rows: int | None  # the LM head reads the first so many of them; None: all
-    attention: AttentionBatch
+    slots: Tensor  # int64 [T]
+    seq_lens: Tensor  # int32 [B]
+    query_start: Tensor  # int32 [B + 1]
+    tables: Tensor | TableChanges  # int32 [B, M]; or what changes in tables that the device keeps
     tokens: PackedSegments | None
     samples: PackedSegments | None
     head: PackedSegments | None
     states: tuple[PartInputs, ...] = ()  # for models with recurrent layers alone
-    # int64 [T]: which of the latest step's sampled tokens is the row's, -1: that in `ids`.
+    # int64 [T]: which of the latest step's sampled tokens is the row's; -1: that in `ids`.
     feed: Tensor | None = None
     reach: Tensor | None = None  # int64 [T], if the model scales positions by the text
 
-    def step(self, tables: LowRankTables | None) -> ForwardContext:
-        """The forward context that the model's seams read; all tensors on the model's device."""
+    def step(self, tables: LowRankTables | None, kept: Tensor | None = None) -> ForwardContext:
+        """The forward context that the model's seams read; all tensors on the model's device.
+
+        tables: the adapters'. kept: the block tables that the device keeps, if `tables` changes
+        them.
+        """
         adapters = self._adapters(tables)
         states = tuple([part.part(tables, adapters) for part in self.states])
-        return ForwardContext(self.attention, adapters, states, self.reach)
+        blocks = self.tables
+        if isinstance(blocks, TableChanges):
+            if kept is None:
+                raise ValueError("changes of block tables without the tables")
+            blocks = blocks.applied(kept)
+        batch = AttentionBatch(self.slots, blocks, self.seq_lens, self.query_start)
+        return ForwardContext(batch, adapters, states, self.reach)
 
     def _adapters(self, tables: LowRankTables | None) -> AdapterBatch | None:
         if tables is None or self.tokens is None or self.samples is None or self.head is None:
@@ -108,200 +82,186 @@ class StepInputs:
         return AdapterBatch(tables, tokens, samples, head)
 
 
-def only_decodes(plan: Sequence[Scheduled]) -> bool:
-    """True if the plan has last tokens and drafts only, so that every row is sampled."""
-    return all(item.count == 1 and item.samples for item in plan)
+def empty_inputs(
+    extent: Extent,
+    *,
+    kept: TableRows | None = None,
+    one_kind: bool = True,
+    fed: bool = False,
+    scaled: bool = False,
+    states: tuple[PartInputs, ...] = (),
+) -> StepInputs:
+    """Inputs of an extent in which nothing is written yet.
 
+    kept: where the block tables are kept on the device; None: the inputs have them. one_kind: every
+    row is sampled, so that all segments are the same. fed: rows may have a token that only the
+    device knows. scaled: the model needs each row's reach.
+    """
+    tokens = _room_of(extent.tokens_room)
+    samples = tokens if one_kind else _room_of(extent.samples_room)
+    head = samples if extent.head_room is extent.samples_room else _room_of(extent.head_room)
 
-def reads(plan: Sequence[Scheduled]) -> bool:
-    """True if some sequence may read its prompt's rows."""
-    return bool([item for item in plan if item.sequence.reading is not None])
+    def ints(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.zeros(shape, dtype=dtype)
 
-
-def exact_extent(plan: Sequence[Scheduled], device: torch.device, *, adapters: bool) -> Extent:
-    """The smallest extent that holds a plan. adapters: True if some row has one."""
-    tokens_room = samples_room = head_room = None
-    if adapters:
-        tokens_room = room_for(_token_runs(plan), device)
-        same = only_decodes(plan)
-        samples_room = tokens_room if same else room_for(_sample_runs(plan), device)
-        head_room = room_for(_head_runs(plan), device) if _pools(plan) else samples_room
-    return Extent(
-        rows=sum([item.rows for item in plan]),
-        sequences=len(plan),
-        samples=sum(
-            [item.sampled_rows + len(item.scored) + len(item.pooled) for item in plan]
-            if reads(plan)
-            else [item.sampled_rows for item in plan]
-        ),
-        blocks=max(len(item.sequence.blocks) for item in plan),
-        tokens_room=tokens_room,
-        samples_room=samples_room,
-        head_room=head_room,
+    return StepInputs(
+        ids=ints(extent.rows),
+        positions=ints(extent.rows),
+        sample_rows=ints(extent.samples),
+        head_rows=None,
+        slots=ints(extent.rows),
+        seq_lens=ints(extent.sequences, dtype=torch.int32),
+        query_start=ints(extent.sequences + 1, dtype=torch.int32),
+        tables=ints(extent.sequences, extent.blocks, dtype=torch.int32)
+        if kept is None
+        else kept.no_changes(extent.sequences),
+        tokens=tokens,
+        samples=samples,
+        head=head,
+        states=states,
+        feed=ints(extent.rows) if fed else None,
+        reach=ints(extent.rows) if scaled else None,
     )
 
 
 def step_inputs(
     plan: Sequence[Scheduled],
+    shape: PlanShape,
     extent: Extent,
     block_size: int,
     states_on: torch.device | None = None,
+    *,
+    scaled: bool = False,
 ) -> StepInputs:
     """The plan's tensors on the host, padded to `extent`.
 
-    states_on: the device of a model with recurrent layers; None: it has none. Raises ValueError if
-    the plan is larger.
+    states_on: the device of a model with recurrent layers; None: it has none. scaled: the model
+    needs each row's reach. Raises ValueError if the plan is larger.
     """
-    ids: list[int] = []
-    places: list[int] = []
-    for item in plan:
-        sequence, first = item.sequence, item.first
-        known = sequence.tokens[first : first + item.count]
-        ids += known
-        ids += (0,) * (item.count - len(known))  # not on the host yet: see `row_feed`
-        ids += item.drafts
-        places += range(first, first + item.rows)
-    ends = list(accumulate([item.rows for item in plan]))
-    sampled: list[int] = []
-    for item, end in zip(plan, ends, strict=True):
-        sampled += range(end - item.sampled_rows, end)
-    head_rows = None
-    if reads(plan):
-        sampled += _rows_at(plan, ends, [item.scored for item in plan])
-        head_rows = len(sampled)
-        sampled += _rows_at(plan, ends, [item.pooled for item in plan])
-    lengths = [item.sequence.computed + item.rows for item in plan]
-    positions = _padded(places, extent.rows, np.int64)
-    tables = np.zeros((extent.sequences, extent.blocks), dtype=np.int32)
-    for row, item in enumerate(plan):
-        blocks = item.sequence.blocks
-        tables[row, : len(blocks)] = blocks
-    slots = np.full(extent.rows, _NOWHERE, dtype=np.int64)
-    slots[: len(places)] = _slots(plan, positions[: len(places)], tables, block_size)
-    tokens, samples, head = _segments(plan, extent)
-    return StepInputs(
-        ids=torch.from_numpy(_padded(ids, extent.rows, np.int64)),
-        positions=torch.from_numpy(positions),
-        sample_rows=torch.from_numpy(_padded(sampled, extent.samples, np.int64)),
-        head_rows=None if head_rows == len(sampled) else head_rows,
-        attention=AttentionBatch(
-            slots=torch.from_numpy(slots),
-            block_tables=torch.from_numpy(tables),
-            seq_lens=torch.from_numpy(_padded(lengths, extent.sequences, np.int32)),
-            query_start=torch.from_numpy(
-                _padded([0, *ends], extent.sequences + 1, np.int32, fill=len(places))
-            ),
-        ),
-        tokens=tokens,
-        samples=samples,
-        head=head,
-        states=() if states_on is None else _state_parts(plan, extent, states_on),
-    )
+    one_kind = extent.tokens_room == extent.samples_room and shape.all_sampled
+    states = () if states_on is None else state_parts(plan, extent.rows, states_on)
+    fed = any(item.sequence.pending for item in plan)
+    inputs = empty_inputs(extent, one_kind=one_kind, fed=fed, scaled=scaled, states=states)
+    head_rows = InputWriter(inputs, block_size).write(plan, shape)
+    return replace(inputs, head_rows=None if head_rows == extent.samples else head_rows)
 
 
-def row_feed(plan: Sequence[Scheduled], rows: int) -> Tensor:
-    """Places of the rows' tokens among the latest step's sampled ones, int64 [rows]; -1 for rows
-    whose tokens the host knows."""
-    feed: list[int] = []
-    for item in plan:
-        pending = item.sequence.pending
-        feed += (_NOWHERE,) * (item.rows - pending)
-        feed += (item.sequence.token_row,) * pending
-    return torch.from_numpy(_padded(feed, rows, np.int64, fill=_NOWHERE))
+class InputWriter:
+    """Writes plans into the tensors of one `StepInputs`, except for those of recurrent layers, and
+    changes of tables that the device keeps."""
+
+    def __init__(self, inputs: StepInputs, block_size: int) -> None:
+        self._block_size = block_size
+        self._ids = inputs.ids.numpy()
+        self._positions = inputs.positions.numpy()
+        self._sample_rows = inputs.sample_rows.numpy()
+        self._slots = inputs.slots.numpy()
+        self._seq_lens = inputs.seq_lens.numpy()
+        self._query_start = inputs.query_start.numpy()
+        self._tables = inputs.tables.numpy() if isinstance(inputs.tables, Tensor) else None
+        self._feed = None if inputs.feed is None else inputs.feed.numpy()
+        self._reach = None if inputs.reach is None else inputs.reach.numpy()
+        self._segments = [_KeptSegments(inputs.tokens, token_runs)]
+        if inputs.samples is not inputs.tokens:
+            self._segments.append(_KeptSegments(inputs.samples, sample_runs))
+        if inputs.head is not inputs.samples:
+            self._segments.append(_KeptSegments(inputs.head, head_runs))
+
+    def write(self, plan: Sequence[Scheduled], shape: PlanShape) -> int:
+        """Write a plan; returns the rows that are sampled or scored: the LM head reads these.
+
+        Raises ValueError if the plan is larger than the tensors.
+        """
+        size = self._block_size
+        ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        lengths: list[int] = []
+        feed: list[int] = []
+        for item, count in zip(plan, shape.rows, strict=True):
+            sequence, first = item.sequence, item.first
+            length = first + count
+            if count == 1:
+                positions.append(first)
+                slots.append(sequence.blocks[first // size] * size + first % size)
+            else:
+                positions += range(first, length)
+                slots += _slots(sequence.blocks, first, count, size)
+            known = sequence.tokens[first : first + item.count]
+            ids += known
+            feed += _KNOWN if count == 1 else _KNOWN * count
+            if len(known) < item.count:  # the last is not on the host yet
+                ids.append(0)
+                feed[-1] = sequence.token_row
+            ids += item.drafts
+            lengths.append(length)
+        rows = len(positions)
+        ends = list(accumulate(shape.rows))
+        put(self._ids, ids)
+        put(self._positions, positions)
+        put(self._slots, slots, _NOWHERE)
+        put(self._seq_lens, lengths)
+        put(self._query_start[1:], ends, rows)
+        if self._feed is not None:
+            put(self._feed, feed, _KNOWN[0])
+        if self._reach is not None:
+            least = np.repeat([item.sequence.reach for item in plan], shape.rows)
+            put(self._reach, np.maximum(np.array(positions) + 1, least))
+        read, head_rows = _rows_read(plan, shape, ends)
+        put(self._sample_rows, read)
+        if self._tables is not None:
+            for row, item in enumerate(plan):
+                self._tables[row, : len(item.sequence.blocks)] = item.sequence.blocks
+        for segments in self._segments:
+            segments.write(plan, shape)
+        return head_rows
 
 
-def row_reach(plan: Sequence[Scheduled], rows: int) -> Tensor:
-    """Reach of each row, int64 [rows]: its sequence's, or its position + 1 if that is more."""
-    reach: list[int] = []
-    for item in plan:
-        first = item.sequence.computed + 1
-        reach += [max(item.sequence.reach, end) for end in range(first, first + item.rows)]
-    return torch.from_numpy(_padded(reach, rows, np.int64))
+def _slots(blocks: Sequence[int], first: int, count: int, size: int) -> list[int]:
+    """KV slots of `count` rows of a sequence: block · block size + offset."""
+    begin = first // size
+    own = np.array(blocks[begin : (first + count - 1) // size + 1], dtype=np.int64)
+    block, offset = np.divmod(np.arange(first - begin * size, first - begin * size + count), size)
+    slots: list[int] = (own[block] * size + offset).tolist()
+    return slots
 
 
-def one_row_each(plan: Sequence[Scheduled]) -> bool:
-    """True if recurrent layers compute all of the plan in one call, in a shape that is fixed."""
-    return all(item.rows == 1 for item in plan)
+def _rows_read(
+    plan: Sequence[Scheduled], shape: PlanShape, ends: Sequence[int]
+) -> tuple[Sequence[int], int]:
+    """Rows that are sampled, then scored, then pooled; the number of the first two."""
+    if shape.all_sampled:
+        return range(ends[-1] if ends else 0), shape.samples
+    rows: list[int] = []
+    for end, count in zip(ends, shape.sampled, strict=True):
+        rows += range(end - count, end)
+    if not shape.reads:
+        return rows, len(rows)
+    rows += _rows_at(plan, ends, [item.scored for item in plan])
+    head_rows = len(rows)
+    rows += _rows_at(plan, ends, [item.pooled for item in plan])
+    return rows, head_rows
 
 
-def _state_parts(
-    plan: Sequence[Scheduled], extent: Extent, device: torch.device
-) -> tuple[PartInputs, ...]:
-    """Rows that recurrent layers compute together, in order: one row of each sequence, if no one
-    has more; else each chunk alone, then all lone rows, then all first drafts, and so on."""
-    starts = list(accumulate([item.rows for item in plan], initial=0))[:-1]
-    if one_row_each(plan):
-        lone = [_lone_row(item, start) for item, start in zip(plan, starts, strict=True)]
-        return (_part(lone, None, extent.rows),)
-    groups: list[list[_Rows]] = []
-    depths: list[list[_Rows]] = [[] for _ in range(1 + max(len(item.drafts) for item in plan))]
-    for item, start in zip(plan, starts, strict=True):
-        if item.count > 1:
-            groups += [[rows] for rows in _chunk(item, start)]
-        else:
-            depths[0].append(_lone_row(item, start))
-        states = _states_before_drafts(item)
-        for depth in range(1, 1 + len(item.drafts)):
-            row = start + item.count + depth - 1
-            depths[depth].append(_Rows(item, row, 1, states[depth - 1], states[depth]))
-    groups += [rows for rows in depths if rows]
-    return tuple([_part(group, None if len(groups) == 1 else device) for group in groups])
+class _KeptSegments:
+    """Packed segments, written where the rows' adapters have changed since the last time."""
+
+    def __init__(
+        self, into: PackedSegments | None, runs: Callable[[Sequence[Scheduled]], list[Run]]
+    ) -> None:
+        self._into = into
+        self._runs = runs
+        self._written: PlanShape | None = None
+
+    def write(self, plan: Sequence[Scheduled], shape: PlanShape) -> None:
+        if self._into is None or (not shape.reads and shape == self._written):
+            return
+        self._into.packed.copy_(pack(self._runs(plan), self._into.room))
+        self._written = shape
 
 
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """Rows of one sequence in a part; state rows of what is before them and what is after."""
-
-    item: Scheduled
-    first: int
-    count: int
-    read: int
-    write: int
-
-
-def _lone_row(item: Scheduled, row: int) -> _Rows:
-    return _Rows(item, row, 1, item.sequence.state, item.sequence.states[0])
-
-
-def _chunk(item: Scheduled, start: int) -> Iterator[_Rows]:
-    """Scheduled rows of a sequence, up to a state that is to be kept and behind it."""
-    sequence = item.sequence
-    read, left = sequence.state, item.count
-    if sequence.border is not None:
-        before = sequence.border.tokens - sequence.computed
-        yield _Rows(item, start, before, read, sequence.border.row)
-        start, left, read = start + before, left - before, sequence.border.row
-    if left:
-        yield _Rows(item, start, left, read, sequence.states[0])
-
-
-def _states_before_drafts(item: Scheduled) -> list[int]:
-    """State rows after the last scheduled row and after each draft."""
-    sequence = item.sequence
-    border = sequence.border
-    if border is not None and border.tokens == sequence.computed + item.count:
-        return [border.row, *sequence.states[1:]]
-    return sequence.states
-
-
-def _part(group: Sequence[_Rows], device: torch.device | None, padded_to: int = 0) -> PartInputs:
-    """One call's inputs. device: None if the call has all the step's rows in their order."""
-    length = group[0].count if group else 1
-    size = max(padded_to, len(group))
-    read = torch.from_numpy(_padded([rows.read for rows in group], size, np.int64, ZERO_STATE))
-    write = torch.from_numpy(_padded([rows.write for rows in group], size, np.int64, SPARE_STATE))
-    # In their form for several rows, layers begin without a state as transformers has them begin.
-    begins = length > 1 and group[0].read == ZERO_STATE
-    inputs = PartInputs(None, length, None if begins else read, write, None)
-    if device is None:
-        return inputs
-    places = np.concatenate([np.arange(rows.first, rows.first + rows.count) for rows in group])
-    runs = [Run(rows.count, rows.item.components) for rows in group]
-    tokens = None
-    if any(run.components for run in runs):
-        room = room_for(runs, device)
-        tokens = PackedSegments(pack(runs, room), room)
-    return replace(inputs, rows=torch.from_numpy(places), tokens=tokens)
+def _room_of(room: Room | None) -> PackedSegments | None:
+    return None if room is None else PackedSegments(pack((), room), room)
 
 
 def _rows_at(
@@ -310,124 +270,6 @@ def _rows_at(
     """Rows of the step at the given positions of each sequence."""
     rows: list[int] = []
     for item, end, wanted in zip(plan, ends, positions, strict=True):
-        shift = end - item.rows - item.sequence.computed
+        shift = end - item.rows - item.first
         rows += range(wanted.start + shift, wanted.stop + shift) if wanted else ()
     return rows
-
-
-def _slots(
-    plan: Sequence[Scheduled],
-    positions: npt.NDArray[np.integer],
-    tables: npt.NDArray[np.int32],
-    block_size: int,
-) -> npt.NDArray[np.int64]:
-    """KV slot of each row [T]: block · block size + offset."""
-    sequence = np.repeat(np.arange(len(plan)), [item.rows for item in plan])
-    block, offset = np.divmod(positions, block_size)
-    slots: npt.NDArray[np.int64] = tables[sequence, block].astype(np.int64) * block_size + offset
-    return slots
-
-
-def _segments(
-    plan: Sequence[Scheduled], extent: Extent
-) -> tuple[PackedSegments | None, PackedSegments | None, PackedSegments | None]:
-    """Segments over all rows, those asked for and the LM head's: one object for the same rows."""
-    if extent.tokens_room is None or extent.samples_room is None or extent.head_room is None:
-        return None, None, None
-    tokens = PackedSegments(pack(_token_runs(plan), extent.tokens_room), extent.tokens_room)
-    if extent.tokens_room == extent.samples_room and only_decodes(plan):
-        return tokens, tokens, tokens
-    samples = PackedSegments(pack(_sample_runs(plan), extent.samples_room), extent.samples_room)
-    if not _pools(plan):
-        return tokens, samples, samples
-    head = PackedSegments(pack(_head_runs(plan), extent.head_room), extent.head_room)
-    return tokens, samples, head
-
-
-def _token_runs(plan: Sequence[Scheduled]) -> list[Run]:
-    return [Run(item.rows, item.components) for item in plan]
-
-
-def _pools(plan: Sequence[Scheduled]) -> bool:
-    """True if some rows that are asked for don't pass the LM head."""
-    return reads(plan) and bool([item for item in plan if item.pooled])
-
-
-def _sample_runs(plan: Sequence[Scheduled]) -> list[Run]:
-    pooled = [Run(len(item.pooled), item.components) for item in plan if item.pooled]
-    return _head_runs(plan) + pooled if reads(plan) else _head_runs(plan)
-
-
-def _head_runs(plan: Sequence[Scheduled]) -> list[Run]:
-    runs = [Run(item.sampled_rows, item.components) for item in plan if item.samples]
-    if reads(plan):
-        runs += [Run(len(item.scored), item.components) for item in plan if item.scored]
-    return runs
-
-
-def _padded(
-    values: Sequence[int], size: int, dtype: type[np.integer], fill: int = 0
-) -> npt.NDArray[np.integer]:
-    array = np.full(size, fill, dtype=dtype)
-    array[: len(values)] = values
-    return array
-
-
-# (below this many rows, bucket step): a step is padded by an eighth at most, with few graphs
-_STEPS = ((64, 8), (128, 16), (1 << 30, 32))
-
-
-def bucket_sizes(most: int) -> tuple[int, ...]:
-    """Row counts, ascending: 1, 2, 4, 8, 16, 24, 32, ... and `most` as the last."""
-    sizes = [1, 2, 4]
-    while sizes[-1] < most:
-        following = 8 if sizes[-1] == 4 else sizes[-1] + _step(sizes[-1])
-        sizes.append(following)
-    return (*(size for size in sizes if size < most), most)
-
-
-def _step(size: int) -> int:
-    return next(step for limit, step in _STEPS if size < limit)
-
-
-class DecodeBuckets:
-    """Fixed shapes of decode steps: up to `most` rows, sequences of up to `blocks` blocks."""
-
-    def __init__(self, most: int, blocks: int) -> None:
-        self._sizes = bucket_sizes(most)
-        self.blocks = blocks  # of a sequence
-
-    def extents(self, *, adapters: bool) -> list[Extent]:
-        """All shapes, the largest first."""
-        return [self._extent(size, adapters=adapters) for size in reversed(self._sizes)]
-
-    def fit(self, plan: Sequence[Scheduled], *, adapters: bool) -> Extent | None:
-        """The smallest shape that holds the plan; None if no graph serves it."""
-        if not only_decodes(plan):
-            return None
-        rows = sum([item.rows for item in plan])
-        segments, pieces = _needed(plan) if adapters else (0, 0)
-        for size in self._sizes:
-            extent = self._extent(size, adapters=adapters)
-            room = extent.tokens_room
-            if size >= rows and (
-                room is None or (room.segments >= segments and room.pieces >= pieces)
-            ):
-                return extent
-        return None
-
-    def _extent(self, size: int, *, adapters: bool) -> Extent:
-        # Pieces: one adapter per row, doubled for compositions whose rows are cut in several tiles.
-        # Small tiles whatever the batch: most have a row or two under one adapter.
-        room = Room(size, pieces=2 * size, tiles=size, height=SMALL_TILE) if adapters else None
-        return Extent(size, size, size, self.blocks, room, room, room)
-
-
-def _needed(plan: Sequence[Scheduled]) -> tuple[int, int]:
-    """Segments and pieces that a plan needs."""
-    segments = pieces = 0
-    for components, group in groupby(plan, key=lambda item: item.components):
-        rows = sum([item.rows for item in group])
-        segments += len(components)
-        pieces += len(components) * -(-rows // SMALL_TILE)
-    return segments, pieces

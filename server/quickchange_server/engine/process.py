@@ -33,6 +33,7 @@ from quickchange_server.protocol import (
     Pulse,
     Ready,
     Shutdown,
+    StepStats,
     Submit,
 )
 from quickchange_server.spec_decode.prompt_lookup import TokenText
@@ -107,6 +108,7 @@ def _start(
             device=torch.device(settings.device),
             adapters=settings.adapters,
             quantization=settings.quantization,
+            deterministic=settings.deterministic,
             model_check=settings.model_check,
         )
         store = Store(settings.store)
@@ -125,7 +127,7 @@ def _start(
 
 
 def _serve(connection: Connection, engine: Engine, waker: Waker) -> None:
-    told: Pulse | None = None  # the last state that was sent, if nothing has changed since
+    told: StepStats | None = None  # the last that were sent, if nobody has asked since
     while True:
         while connection.poll():
             command: Command = connection.recv()
@@ -140,13 +142,14 @@ def _serve(connection: Connection, engine: Engine, waker: Waker) -> None:
         step = engine.step()
         if step is not None:
             connection.send(step)
-            told = Pulse(engine.stats())
-        elif told != (pulse := Pulse(engine.stats())):
-            connection.send(pulse)
-            told = pulse
-        if step is None:
-            wait([connection, waker.fileno()])
-            waker.clear()
+            told = step.stats
+            continue
+        stats = engine.stats()
+        if told is None or told.between_steps() != stats:
+            connection.send(Pulse(stats))
+            told = stats
+        wait([connection, waker.fileno()])
+        waker.clear()
 
 
 def _obey(engine: Engine, command: Command) -> None:

@@ -2,13 +2,14 @@
 
 An embedding is made of the hidden states that enter the LM head: after the model's final norm, with
 what the request's adapters have added. They are summed in float64. A log-probability is float32
-log_softmax of the model's own logits.
+log_softmax of the model's own logits. All is computed on the device; `pass_on` takes what has come
+to the host.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,77 +17,72 @@ from torch import Tensor
 
 from quickchange_server.engine.sampler import best_first, top_count
 from quickchange_server.engine.scheduling.scheduler import Scheduled
-from quickchange_server.engine.scheduling.sequence import Reading, fault_of, isolated
+from quickchange_server.engine.scheduling.sequence import Reading, fault_of
 from quickchange_server.protocol import TokenLogprobs
+
+_SCORED_AT_ONCE = 256  # rows: in float32 those of a whole prefill would take gigabytes
+
+
+@dataclass(frozen=True, slots=True)
+class ReadInputs:
+    """What the scored and the pooled rows of a step are read for, in the plan's order."""
+
+    targets: Tensor  # int64 [C] the token that each scored row's log-probability is wanted of
+    most: int  # best tokens wanted besides, by any row
+    owners: Tensor  # int64 [P] the item of each pooled row, among those that pool
+    items: int  # that pool
+
+
+@dataclass(frozen=True, slots=True)
+class ReadRows:
+    """What was read of a step's rows."""
+
+    scores: Tensor | None  # float64 [C, 1 + 2n]: log-probability, n best ids, n best values
+    sums: Tensor | None  # float64 [items, H] of the pooled rows' hidden states
+
+
+def read_inputs(plan: Sequence[Scheduled]) -> ReadInputs | None:
+    """What the plan's rows are read for, on the host; None if they are not."""
+    targets: list[int] = []
+    tops: list[int] = []
+    pooled: list[int] = []
+    for item in plan:
+        reading = item.sequence.reading
+        if reading is not None and item.scored:
+            targets += _targets(item)
+            tops.append(reading.top or 0)
+        elif reading is not None and item.pooled:
+            pooled.append(len(item.pooled))
+    if not targets and not pooled:
+        return None
+    owners = np.repeat(np.arange(len(pooled)), pooled)
+    return ReadInputs(
+        torch.tensor(targets, dtype=torch.int64),
+        max(tops, default=0),
+        torch.from_numpy(owners),
+        len(pooled),
+    )
 
 
 @torch.inference_mode()
-def read(plan: Sequence[Scheduled], logits: Tensor, hidden: Tensor, faults: dict[str, str]) -> None:
-    """Pass prompt rows to the sequences that read them; errors of one sequence go to `faults`, by
-    request id.
-
-    logits [C, V] of the scored rows, hidden [P, H] of the pooled rows, both in the plan's order.
-    """
-    _pass_on([item for item in plan if item.scored], logits, _scored_rows, _scores, faults)
-    _pass_on([item for item in plan if item.pooled], hidden, _pooled_rows, _states, faults)
-
-
-SCORED_AT_ONCE = 256  # rows: in float32 those of a whole prefill would take gigabytes
-
-Add = Callable[[Reading], None]
-
-
-def _pass_on(
-    items: Sequence[Scheduled],
-    rows: Tensor,
-    count: Callable[[Scheduled], int],
-    read_rows: Callable[[Sequence[Scheduled], Tensor], list[Add]],
-    faults: dict[str, str],
-) -> None:
-    parts = torch.split(rows, [count(item) for item in items])
-    own = {item.sequence.request_id: part for item, part in zip(items, parts, strict=True)}
-
-    def read_own(some: Sequence[Scheduled]) -> list[Add]:
-        if len(some) == len(items):
-            return read_rows(some, rows)
-        return read_rows(some, torch.cat([own[item.sequence.request_id] for item in some]))
-
-    sound, adds = isolated(items, read_own, faults) if items else (items, [])
-    for item, add in zip(sound, adds or (), strict=True):
-        if (reading := item.sequence.reading) is not None:
-            try:
-                add(reading)
-            except BaseException as error:
-                faults[item.sequence.request_id] = fault_of(error)
-
-
-def _scored_rows(item: Scheduled) -> int:
-    return len(item.scored)
-
-
-def _pooled_rows(item: Scheduled) -> int:
-    return len(item.pooled)
-
-
-def _scores(items: Sequence[Scheduled], logits: Tensor) -> list[Add]:
-    targets: list[int] = []
-    for item in items:
-        targets += item.sequence.tokens[item.scored.start + 1 : item.scored.stop + 1]
-    most = max(item.sequence.reading.top or 0 for item in items if item.sequence.reading)
-    wanted = torch.tensor(targets, device=logits.device)
-    found = [
-        score_columns(*part, most)
-        for part in zip(
-            torch.split(logits, SCORED_AT_ONCE), torch.split(wanted, SCORED_AT_ONCE), strict=True
+def read(logits: Tensor, hidden: Tensor, inputs: ReadInputs) -> ReadRows:
+    """Read logits [C, V] of the scored rows and hidden [P, H] of the pooled rows."""
+    scores = sums = None
+    if len(logits):
+        each = zip(
+            torch.split(logits, _SCORED_AT_ONCE),
+            torch.split(inputs.targets, _SCORED_AT_ONCE),
+            strict=True,
         )
-    ]
-    lines = iter(zip(targets, torch.cat(found).tolist(), strict=True))
-    return [_add_scores([next(lines) for _ in item.scored]) for item in items]
+        scores = torch.cat([_score_columns(*part, inputs.most) for part in each])
+    if len(hidden):
+        sums = hidden.new_zeros((inputs.items, hidden.shape[1]), dtype=torch.float64)
+        sums.index_add_(0, inputs.owners, hidden.double())
+    return ReadRows(scores, sums)
 
 
-def score_columns(logits: Tensor, targets: Tensor, most: int) -> Tensor:
-    """Log-probabilities of the targets, then ids and log-probabilities of the `most` best tokens:
-    float64 [rows, 1 or more]."""
+def _score_columns(logits: Tensor, targets: Tensor, most: int) -> Tensor:
+    """Columns of `ReadRows.scores` of these rows."""
     table = torch.log_softmax(logits.float(), dim=-1)
     parts = [table.gather(1, targets[:, None]).double()]
     if most:
@@ -95,24 +91,34 @@ def score_columns(logits: Tensor, targets: Tensor, most: int) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
-def _add_scores(lines: Sequence[tuple[int, list[float]]]) -> Add:
-    def add(reading: Reading) -> None:
-        reading.add_scores(
-            [
-                TokenLogprobs(target, line[0], best_first(line[1:], reading.top or 0))
-                for target, line in lines
-            ]
-        )
+def pass_on(plan: Sequence[Scheduled], rows: ReadRows, faults: dict[str, str]) -> None:
+    """Pass what was read, on the host, to the plan's sequences; errors of one sequence go to
+    `faults`, by request id."""
+    lines = iter(() if rows.scores is None else rows.scores.tolist())
+    sums = iter(() if rows.sums is None else rows.sums.numpy())
+    for item in plan:
+        reading = item.sequence.reading
+        if reading is None:
+            continue
+        own = [next(lines) for _ in item.scored]
+        total = next(sums) if item.pooled else None
+        try:
+            if own:
+                reading.add_scores(_scores(item, own, reading))
+            if total is not None:
+                reading.add_states(total, len(item.pooled))
+        except BaseException as error:
+            faults[item.sequence.request_id] = fault_of(error)
 
-    return add
+
+def _targets(item: Scheduled) -> list[int]:
+    return item.sequence.tokens[item.scored.start + 1 : item.scored.stop + 1]
 
 
-def _states(items: Sequence[Scheduled], hidden: Tensor) -> list[Add]:
-    counts = [len(item.pooled) for item in items]
-    owner = torch.from_numpy(np.repeat(np.arange(len(items)), counts)).to(hidden.device)
-    sums = hidden.new_zeros((len(items), hidden.shape[1]), dtype=torch.float64)
-    sums.index_add_(0, owner, hidden.double())
+def _scores(
+    item: Scheduled, lines: Sequence[Sequence[float]], reading: Reading
+) -> list[TokenLogprobs]:
     return [
-        partial(Reading.add_states, total=total, rows=count)
-        for total, count in zip(sums.cpu().numpy(), counts, strict=True)
+        TokenLogprobs(target, line[0], best_first(line[1:], reading.top or 0))
+        for target, line in zip(_targets(item), lines, strict=True)
     ]

@@ -44,6 +44,13 @@ class TokenMasks:
     errors: dict[int, str]  # sampled row -> the reason why its grammar can't go on
     seconds: float | None  # spent on making them; None: there are none
 
+    def moved(self, kept: Seq[bool]) -> TokenMasks:
+        """The masks among more sampled rows, of which only the kept ones were asked for."""
+        where = np.flatnonzero(kept)
+        rows = torch.from_numpy(where[self.rows.numpy()])
+        errors = {int(where[row]): error for row, error in self.errors.items()}
+        return TokenMasks(rows, self.bits, errors, self.seconds)
+
     def apply_(self, logits: Tensor) -> None:
         """Suppress the forbidden tokens in logits [R, V], in place."""
         if self.rows.numel():

@@ -121,8 +121,7 @@ class InFlightRequest:
         """A resubmission's delta under the request's own id, without first-delta fields that an
         earlier submission has delivered."""
         delivered = self.metrics.started
-        return replace(
-            delta,
+        return delta._replace(
             request_id=self.request_id,
             cached_tokens=None if delivered else delta.cached_tokens,
             queue_seconds=None if delivered else delta.queue_seconds,

@@ -176,6 +176,7 @@ class InProcessEngine:
             device=torch.device(settings.device),
             adapters=settings.adapters,
             quantization=settings.quantization,
+            deterministic=settings.deterministic,
             model_check=settings.model_check,
         )
         self._head = model.module.get_output_embeddings()  # type: ignore[operator]

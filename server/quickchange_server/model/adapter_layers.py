@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from quickchange_kernels.linear.linear_float import linear
+from quickchange_kernels.linear.linear_float import linear, linear_fixed
 from quickchange_kernels.lowrank.lowrank_contract import Segments, lowrank_, lowrank_embedding_
 from quickchange_server.adapters.module_groups import ModuleGroup
 from quickchange_server.model.forward_context import AdapterBatch, StepHolder
@@ -24,21 +24,27 @@ if TYPE_CHECKING:  # output_side imports fusion, which imports this module
 
 
 class BaseLinear(nn.Module):
-    """A plain `nn.Linear` through the few-row kernel, on the same weight."""
+    """A plain `nn.Linear` through the few-row kernel, on the same weight.
 
-    def __init__(self, base: nn.Linear) -> None:
+    deterministic: by the product that sums in one order whatever the rows are.
+    """
+
+    def __init__(self, base: nn.Linear, *, deterministic: bool = False) -> None:
         super().__init__()
         self.weight = base.weight
         self.bias = base.bias
         self._operands = (base.weight, base.bias)
+        self._product = linear_fixed if deterministic else linear
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(x, *self._operands)
+        return self._product(x, *self._operands)
 
 
-def base_linear(module: nn.Module) -> nn.Module:
+def base_linear(module: nn.Module, *, deterministic: bool = False) -> nn.Module:
     """The fastest module that computes exactly what `module` does (quantised linears stay)."""
-    return BaseLinear(module) if is_plain(module) else module  # type: ignore[arg-type]
+    if not is_plain(module):
+        return module
+    return BaseLinear(module, deterministic=deterministic)  # type: ignore[arg-type]
 
 
 class AdaptedLinear(nn.Module):

@@ -2,10 +2,6 @@
 
 `Graphs` does the bookkeeping: the graph of each shape, its inputs in memory that stays, and when a
 graph is out of date. Its `Capture` is given from outside: on CUDA devices `CudaCapture`.
-
-Outputs of all graphs lie in one place, as large as those of the largest: 54 graphs of Llama 3.1 8B,
-for up to 512 rows, would keep 2.4 GB of logits otherwise. A copy of a graph's logits costs it a
-thousandth of what the weights do.
 """
 
 from __future__ import annotations
@@ -13,16 +9,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from operator import gt
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+from quickchange_kernels import dispatch
 from quickchange_kernels.lowrank.lowrank_contract import LowRankTables
 from quickchange_server.model.input_buffers import StaticInputs
 
 Inputs = TypeVar("Inputs")
+Other = TypeVar("Other")
 
 Outputs = tuple[Tensor, ...]
 
@@ -31,15 +28,14 @@ Capture = Callable[[Callable[[], Outputs]], tuple[Callable[[], None], Outputs]]
 
 
 @dataclass(frozen=True)
-class _Graph(Generic[Inputs]):
-    inputs: StaticInputs[Inputs]
+class _Graph:
     tables: LowRankTables | None
     replay: Callable[[], None]
     outputs: Outputs
 
 
 class Graphs(Generic[Inputs]):
-    """One graph per key, captured when it is first needed.
+    """One graph per key, captured when it is first run.
 
     compute: makes the outputs from inputs on the device and the adapters' tables. It must not read
     the tensors' values on the host.
@@ -54,48 +50,58 @@ class Graphs(Generic[Inputs]):
         self._compute = compute
         self._capture = capture
         self._device = device
-        self._graphs: dict[Hashable, _Graph[Inputs]] = {}
-        self._outputs: Outputs = ()  # of the largest graph; the others' are their first rows
+        self._inputs: dict[Hashable, StaticInputs[Inputs]] = {}
+        self._graphs: dict[Hashable, _Graph] = {}
+        self._outputs: list[Tensor] = []  # memory that all graphs write their outputs to
         self.captures = 0  # so far
 
-    def run(self, key: Hashable, inputs: Inputs, tables: LowRankTables | None) -> Outputs:
-        """The outputs for host `inputs`, which must have the same shapes for the same key.
+    def inputs(self, key: Hashable, make: Callable[[], Inputs]) -> Inputs:
+        """The key's inputs on the host, to be written into before each run. make: the first ones,
+        whose shapes stay."""
+        if key not in self._inputs:
+            self._inputs[key] = StaticInputs(make(), self._device)
+        return self._inputs[key].host
 
-        They lie in the graph's memory: the next `run`, of any key, may overwrite them.
+    def device_inputs(self, key: Hashable) -> Inputs:
+        """The key's inputs on the device."""
+        return self._inputs[key].device
+
+    def run(
+        self, key: Hashable, tables: LowRankTables | None, others: Other
+    ) -> tuple[Outputs, Other]:
+        """The outputs for the key's inputs as they are now, and `others` on the device, which go up
+        with them.
+
+        The outputs lie in the graphs' memory: the next `run`, of any key, may overwrite them.
         """
+        static = self._inputs[key]
+        arrived = static.send(others)
         graph = self._graphs.get(key)
         if graph is None or not _same_memory(graph.tables, tables):
-            graph = self._captured(inputs, tables)
-        else:
+            graph = self._captured(static.device, tables)
+        elif graph.tables is not tables:
             # Equal tables may be another object: kept, so that the next comparison is cheap.
             graph = dataclasses.replace(graph, tables=tables)
-            graph.inputs.refill(inputs)
         self._graphs[key] = graph
         graph.replay()
-        return graph.outputs
+        return graph.outputs, arrived
 
-    def _captured(self, inputs: Inputs, tables: LowRankTables | None) -> _Graph[Inputs]:
+    def _captured(self, inputs: Inputs, tables: LowRankTables | None) -> _Graph:
         self.captures += 1
-        static = StaticInputs(inputs, self._device)
-        on_device = static.tree()
-        replay, outputs = self._capture(lambda: self._kept(self._compute(on_device, tables)))
-        return _Graph(static, tables, replay, outputs)
+        replay, outputs = self._capture(lambda: self._kept(self._compute(inputs, tables)))
+        return _Graph(tables, replay, outputs)
 
+    @torch.inference_mode()
     def _kept(self, outputs: Outputs) -> Outputs:
-        """The outputs, copied to where all graphs have theirs.
-
-        The place is made when the largest graph first computes, which is before it is captured:
-        graphs are captured largest first.
-        """
-        rows = [output.shape[0] for output in outputs]
-        if not self._outputs or any(map(gt, rows, [held.shape[0] for held in self._outputs])):
-            self._outputs = tuple(torch.empty_like(output) for output in outputs)
-        kept = tuple(
-            held[: output.shape[0]] for held, output in zip(self._outputs, outputs, strict=True)
-        )
-        for held, output in zip(kept, outputs, strict=True):
-            held.copy_(output)
-        return kept
+        """The outputs in memory that all graphs share: only one's are in use at a time."""
+        kept: list[Tensor] = []
+        for place, output in enumerate(outputs):
+            if place == len(self._outputs):
+                self._outputs.append(output.new_empty(0))
+            if self._outputs[place].numel() < output.numel():
+                self._outputs[place] = output.new_empty(output.numel())
+            kept.append(self._outputs[place][: output.numel()].view(output.shape).copy_(output))
+        return tuple(kept)
 
 
 def _same_memory(captured: LowRankTables | None, now: LowRankTables | None) -> bool:
@@ -138,6 +144,13 @@ class CudaCapture:
         return graph.replay, outputs
 
 
+def _computed_once(compute: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
+    """The capture on a GPU that is not there: what would be captured is launched, so compiled."""
+    return (lambda: None), compute()
+
+
 def capture_for(device: torch.device) -> Capture | None:
     """The capture that suits a device; None if every step runs eagerly."""
-    return CudaCapture(device) if device.type == "cuda" else None
+    if device.type == "cuda":
+        return CudaCapture(device)
+    return _computed_once if dispatch.triton_compiles(device) else None

@@ -1,17 +1,20 @@
-"""Upload of a step's small host tensors: packed in one buffer, sent in one copy.
+"""Transfers of a step's small tensors: what it needs goes up in one copy, what it gives comes down
+in one.
 
 Works on any tree of dataclasses and tuples whose leaves are tensors, numbers or None, as pytree
 walks them; does not know their meaning. On a CPU nothing is packed or copied.
 
-On a GPU the buffer is pinned, so that the copy does not hold up the host. Pinned memory comes from
-torch's own cache, which hands a buffer out again only once the copies out of it are done.
+On a GPU the host's buffers are pinned, so that no copy holds up the host. Pinned memory comes from
+torch's own cache, which hands a buffer out again only once the copies from or to it are done.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Generic, TypeVar
 
 import torch
@@ -19,7 +22,9 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, register_dataclass, tree_flatten, tree_unflatten
 
 Tree = TypeVar("Tree")
+Other = TypeVar("Other")
 
+_CPU = torch.device("cpu")
 _ALIGNMENT = 16  # bytes; kernels may read the parts in vectors
 
 
@@ -98,34 +103,99 @@ def upload(tree: Tree, device: torch.device) -> Tree:
 
 def packed(layout: BufferLayout[Tree], tensors: list[Tensor], device: torch.device) -> Tensor:
     """The tensors in one host buffer, uint8 [layout.nbytes], pinned for any device but a CPU."""
-    host = torch.empty(layout.nbytes, dtype=torch.uint8, pin_memory=device.type != "cpu")
-    for place, tensor in zip(views(layout, host), tensors, strict=True):
-        place.copy_(tensor)
+    size = layout.nbytes
+    host = torch.empty(size, dtype=torch.uint8) if device.type == "cpu" else _pinned(size)
+    _fill(views(layout, host), tensors)
     return host
 
 
 class StaticInputs(Generic[Tree]):
-    """A tree on a device buffer that stays where it is, as the inputs of a captured graph must."""
+    """A tree on a device buffer that stays where it is, as the inputs of a captured graph must.
+
+    `host` is the same tree on the host, for the owner to write into before each `send`.
+    """
 
     def __init__(self, tree: Tree, device: torch.device) -> None:
         self._device = device
-        self._layout, tensors = layout_of(tree)
-        self._buffer = packed(self._layout, tensors, device).to(device, non_blocking=True)
-        self._views = views(self._layout, self._buffer)
+        layout, tensors = layout_of(tree)
+        self._written = packed(layout, tensors, _CPU)
+        self.host = rebuilt(layout, views(layout, self._written))
+        self._buffer = torch.empty_like(self._written, device=device)
+        self.device = rebuilt(layout, views(layout, self._buffer))
+        self.send(())
+
+    def send(self, others: Other) -> Other:
+        """Copy what `host` holds, and `others`, which are returned on the device, in one transfer.
+
+        They arrive behind all work given to the device so far.
+        """
+        layout, tensors = layout_of(others) if others else (None, [])
+        if layout is None or not tensors:
+            self._buffer.copy_(self._out(0), non_blocking=True)
+            return others
+        if self._device.type == "cpu":
+            self._buffer.copy_(self._written)
+            return others
+        own = self._written.shape[0]
+        host = self._out(layout.nbytes)
+        _fill(views(layout, host[own:]), tensors)
+        arrived = host.to(self._device, non_blocking=True)
+        self._buffer.copy_(arrived[:own], non_blocking=True)
+        return rebuilt(layout, views(layout, arrived[own:]))
+
+    def _out(self, more: int) -> Tensor:
+        """What `host` holds in memory that the device copies from, with room for `more` bytes."""
+        if self._device.type == "cpu":
+            return self._written
+        own = self._written.shape[0]
+        out = _pinned(own + more)
+        out[:own].copy_(self._written)
+        return out
+
+
+class Download(Generic[Tree]):
+    """A tree on its way from the device to the host, in one copy; on a CPU the tree itself."""
+
+    def __init__(self, tree: Tree, device: torch.device) -> None:
+        """Begin the copy, behind all work given to the device so far."""
+        self._tree: Tree | None = None
+        self._arrival: torch.cuda.Event | None = None
+        if device.type == "cpu":
+            self._tree = tree
+            return
+        layout, tensors = layout_of(tree)
+        # The widest first: without gaps each begins at a multiple of its width.
+        order = sorted(range(len(tensors)), key=lambda part: -layout.parts[part].dtype.itemsize)
+        ends = list(accumulate([layout.parts[part].nbytes for part in order], initial=0))
+        parts = list(layout.parts)
+        for part, begin in zip(order, ends, strict=False):
+            parts[part] = replace(parts[part], offset=begin)
+        self._layout = replace(layout, parts=tuple(parts), nbytes=ends[-1])
+        self._host = _pinned(ends[-1])
+        if tensors:
+            flat = [tensors[part].contiguous().view(-1).view(torch.uint8) for part in order]
+            joined = flat[0] if len(flat) == 1 else torch.cat(flat)
+            self._host.copy_(joined, non_blocking=True)
+        if device.type == "cuda":
+            self._arrival = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrival.record()
 
     def tree(self) -> Tree:
-        """The tree with its tensors in the buffer."""
-        return rebuilt(self._layout, self._views)
+        """The tree on the host, once it has arrived: the host waits for this copy alone."""
+        if self._tree is None:
+            if self._arrival is not None:
+                self._arrival.synchronize()
+            self._tree = rebuilt(self._layout, views(self._layout, self._host))
+        return self._tree
 
-    def refill(self, tree: Tree) -> None:
-        """Copy other values of the same layout, behind all work given to the device so far.
 
-        Raises ValueError if the layout differs: the graph would compute something else.
-        """
-        layout, tensors = layout_of(tree)
-        if layout != self._layout:
-            raise ValueError(f"inputs laid out as {layout} for a graph captured on {self._layout}")
-        self._buffer.copy_(packed(layout, tensors, self._device), non_blocking=True)
+def _pinned(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+
+def _fill(places: Iterable[Tensor], tensors: Iterable[Tensor]) -> None:
+    for place, tensor in zip(places, tensors, strict=True):
+        place.copy_(tensor)
 
 
 def _flat(tree: object) -> tuple[list[object], TreeSpec]:

@@ -137,6 +137,16 @@ class Round:
 
 
 @dataclass(frozen=True, slots=True)
+class DraftPlan:
+    """All of a drafting call that is known before its hidden states are."""
+
+    items: Sequence[DraftItem]
+    rounds: tuple[Round, ...]  # on the host
+    vocabularies: Sequence[Tensor]  # on the device
+    depth: int  # the largest that an item asks for
+
+
+@dataclass(frozen=True, slots=True)
 class _Row:
     """One head of one item."""
 

@@ -28,13 +28,14 @@ from quickchange_kernels.lowrank.lowrank_contract import lowrank_
 from quickchange_kernels.turbo_heads.draft_logits import draft_logits
 from quickchange_kernels.turbo_heads.turbo_heads_contract import head_logits, turbo_heads
 from quickchange_server.model.adapter_layers import AdaptedEmbedding, AdaptedLinear, BaseLinear
-from quickchange_server.model.input_buffers import upload
+from quickchange_server.model.input_buffers import Download, upload
 from quickchange_server.model.loading.model_loader import LoadedModel
 from quickchange_server.spec_decode.draft_head_plan import (
     Beginning,
     Columns,
     DraftChoice,
     DraftItem,
+    DraftPlan,
     HeadAdapters,
     HeadFacts,
     ModuleLogits,
@@ -72,6 +73,7 @@ class HeadDrafter:
     def __init__(self, model: LoadedModel, device: torch.device) -> None:
         head, embedding = model.head, model.embedding
         self._device = device
+        self.waits = 0  # times that the host has waited for the device, for guides
         self._group = head.group.index if isinstance(head, AdaptedLinear) else None
         self._head = head.base if isinstance(head, AdaptedLinear) else head
         self._plain = self._head if isinstance(self._head, BaseLinear) else None
@@ -80,6 +82,14 @@ class HeadDrafter:
     @property
     def facts(self) -> HeadFacts:
         return HeadFacts(plain=self._plain is not None, group=self._group)
+
+    def plan(self, items: Sequence[DraftItem], adapters: HeadAdapters, rows: int) -> DraftPlan:
+        """Plan drafts of `items` (one at least) from so many rows of hidden states, on the host.
+
+        Raises ValueError for a slot without heads, and for a depth that its heads don't have.
+        """
+        planner = Planner(items, adapters, self.facts, rows, self._device)
+        return DraftPlan(items, planner.rounds(), planner.vocabularies, planner.depth)
 
     @torch.inference_mode()
     def draft(
@@ -91,20 +101,37 @@ class HeadDrafter:
         *,
         guide: Guide | None = None,
     ) -> Drafts:
-        """Drafts of `items` (one at least).
+        """Drafts of `items`, planned and computed."""
+        plan = self.plan(items, adapters, hidden.shape[0])
+        return self.run(
+            plan, upload(plan.rounds, self._device), hidden, tokens, adapters, guide=guide
+        )
+
+    @torch.inference_mode()
+    def run(
+        self,
+        plan: DraftPlan,
+        rounds: Sequence[Round],
+        hidden: Tensor,
+        tokens: Tensor,
+        adapters: HeadAdapters,
+        *,
+        guide: Guide | None = None,
+    ) -> Drafts:
+        """The planned drafts. rounds: the plan's, on the device.
 
         hidden [n, H]: what entered the LM head. tokens int64 [n]: each row's certain next token.
-        Sequential heads follow their best tokens, or what `guide` puts in their place, which
-        brings tokens to the host at every depth. An item's drafts do not depend on the others.
-        Raises ValueError for a slot without heads, and for a depth that its heads don't have.
+        Sequential heads follow their best tokens, or what `guide` puts in their place: for it alone
+        the host waits, for the certain tokens and at every depth (`waits` counts). An item's drafts
+        do not depend on the others.
         """
-        planner = Planner(items, adapters, self.facts, hidden.shape[0], self._device)
-        call = DraftCall(planner.vocabularies, adapters, tokens, (len(items), planner.depth))
-        rounds = upload(planner.rounds(), self._device)
+        call = DraftCall(plan.vocabularies, adapters, tokens, (len(plan.items), plan.depth))
         if guide is not None:
-            certain = tokens.tolist()
-            guide.begin([certain[item.row] for item in items])
-        return self.compute(rounds, hidden, call, guide)
+            certain = call.on_host((tokens,))[0].tolist()
+            guide.begin([certain[item.row] for item in plan.items])
+        drafts = self.compute(rounds, hidden, call, guide)
+        self.waits += call.waits
+        return drafts
 
     def compute(
         self, rounds: Sequence[Round], hidden: Tensor, call: DraftCall, guide: Guide | None = None
@@ -176,6 +203,7 @@ class DraftCall:
     ) -> None:
         device = certain.device
         self.adapters = adapters
+        self.waits = 0
         self.certain = certain  # int64 [n]
         self.vocabulary = torch.cat([certain.new_empty(0, dtype=torch.int32), *vocabularies])
         self.drafts = Drafts(
@@ -190,10 +218,17 @@ class DraftCall:
     def revise(self, number: int, guide: Guide) -> None:
         """Let `guide` revise the drafts at depth `number` (from 0)."""
         tokens, chances = (part[:, number] for part in self.drafts)
-        before = tokens.tolist()
-        after = guide.revise(before, chances.tolist())
+        at_host = self.on_host((tokens, chances))
+        before = at_host[0].tolist()
+        after = guide.revise(before, at_host[1].tolist())
         if after != before:
-            tokens.copy_(torch.tensor(after))
+            (revised,) = upload((torch.tensor(after),), tokens.device)
+            tokens.copy_(revised)
+
+    def on_host(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The tensors' values, for which the host waits."""
+        self.waits += 1
+        return Download(tensors, self.certain.device).tree()
 
     @property
     def best(self) -> Tensor:

@@ -11,7 +11,7 @@ so that what does not fit is refused at the start, not by the first long prompt.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -36,6 +36,7 @@ from quickchange_server.engine.memory.footprint import (
     tensor_bytes,
 )
 from quickchange_server.engine.model_runner import MasksFor, Runner
+from quickchange_server.engine.warm_up import StepLimits
 from quickchange_server.errors import SettingError
 from quickchange_server.model.loading.model_loader import LoadedModel
 
@@ -46,6 +47,7 @@ class Fitted:
 
     runner: Runner
     caches: CacheSizes
+    limits: StepLimits  # of the largest step
     table: str
 
 
@@ -91,7 +93,8 @@ class EngineMemory:
         runner = self._runner(caches, adapters, masks)
         runner.warm_up()
         lines = memory_lines(self._model, settings, adapters.device_bytes, caches, parts)
-        return Fitted(runner, caches, memory_table(lines, "" if parts is None else parts.says))
+        table = memory_table(lines, "" if parts is None else parts.says)
+        return Fitted(runner, caches, self._limits(adapters, caches), table)
 
     def _left(self) -> int | None:
         """Bytes of the device that the base leaves."""
@@ -111,18 +114,35 @@ class EngineMemory:
             dtype=self._model.dtype,
             device=self._device,
             state_rows=caches.state_rows,
+            max_sequences=self._settings.step_sequences,
+            max_batch_tokens=self._settings.batch_tokens,
+        )
+
+    def _limits(self, adapters: AdapterTiers, caches: CacheSizes) -> StepLimits:
+        blocks = caches.blocks
+        return StepLimits(
+            rows=self._settings.batch_tokens,
+            sequences=self._settings.step_sequences,
+            context=min(caches.max_model_len, blocks.num_blocks * blocks.block_size),
+            block_size=blocks.block_size,
+            state_rows=0 if caches.states is None else caches.states.num_rows,
+            adapters=adapters.served,
+            drafts=self._settings.turbo,
+            scaling=self._model.scaling,
         )
 
     def _measured(self, adapters: AdapterTiers, masks: MasksFor, memory: DeviceMemory) -> Parts:
         """What steps take, by a runner of its own on the smallest caches."""
         settings = self._settings
         with_adapters = memory.in_use()
-        runner = self._runner(least_caches(self._model, settings), adapters, masks)
+        least = least_caches(self._model, settings)
+        limits = replace(self._limits(adapters, least), context=least.max_model_len)
+        runner = self._runner(least, adapters, masks)
         before = memory.in_use()
 
         def work() -> None:
             runner.warm_up()
-            runner.rehearse(settings.batch_tokens, settings.step_sequences)
+            runner.rehearse(limits)
 
         try:
             most = memory.growth(work)

@@ -10,8 +10,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from quickchange_kernels.attention.paged_attention_tuning import scratch_bytes
 from quickchange_server.adapters.arena_sizes import ArenaSizes
 from quickchange_server.config import GIB, Settings
+from quickchange_server.engine.inputs.step_shapes import bucket_sizes
 from quickchange_server.engine.memory.budget import MIB, Parts, kv_bytes, memory_table, size
 from quickchange_server.engine.memory.cache_sizes import CacheSizes, cache_sizes, graph_rows
 from quickchange_server.engine.memory.fitting import arena_bytes, wish_of
@@ -22,14 +24,11 @@ from quickchange_server.engine.memory.footprint import (
     pages_bytes,
     tensor_bytes,
 )
-from quickchange_server.engine.model_inputs import bucket_sizes
-from quickchange_server.engine.prompt_outputs import SCORED_AT_ONCE
 from quickchange_server.model.loading.model_dtype import dtype_name
 from quickchange_server.model.loading.model_outline import Outline
 
 _RUNTIME = 600 * MIB  # a process's own on a GPU: context, libraries, kernels, workspaces
 _GRAPH_NODES = 2 * MIB  # launches of one captured graph
-_SPLITS = 32  # partial results of attention for a decoded row, at most
 _MODULE_WIDTHS = 8  # tensors of the hidden size that live at once in a layer
 
 
@@ -125,11 +124,10 @@ def _graphs(planned: Outline, settings: Settings) -> int:
     length = settings.max_model_len or model.max_positions
     blocks = -(-length // settings.block_size)
     logits = (model.vocabulary + model.hidden) * model.dtype.itemsize
-    widths = [s.value_size for s in model.layers.values()]
-    partial = _SPLITS * planned.heads * (max(widths, default=0) + 2) * torch.float32.itemsize
     sets = 2 if settings.adapters else 1
     return (
-        most * (2 * logits + _row_bytes(planned) + partial)
+        most * (2 * logits + _row_bytes(planned))
+        + _attention(planned, most, most, length)
         + sets * sum(sizes) * (4 * blocks + 128)
         + sets * len(sizes) * _GRAPH_NODES
     )
@@ -140,5 +138,19 @@ def _scratch(planned: Outline, settings: Settings) -> int:
     model = planned.model
     logits = model.vocabulary * model.dtype.itemsize
     drawn = graph_rows(settings) * model.vocabulary * 3 * torch.float32.itemsize
-    scored = min(SCORED_AT_ONCE, settings.batch_tokens) * model.vocabulary * 2 * 4
-    return settings.batch_tokens * (logits + _row_bytes(planned)) + max(drawn, scored)
+    scored = 2 * min(256, settings.batch_tokens) * model.vocabulary * torch.float32.itemsize
+    rows, sequences = settings.batch_tokens, settings.step_sequences
+    length = settings.max_model_len or model.max_positions
+    attention = _attention(planned, rows, sequences, length)
+    return rows * (logits + _row_bytes(planned)) + max(drawn, scored, attention)
+
+
+def _attention(planned: Outline, rows: int, sequences: int, length: int) -> int:
+    """Partial results of one layer's attention."""
+    return max(
+        (
+            scratch_bytes(rows, sequences, planned.heads, s.kv_heads, s.value_size, length)
+            for s in planned.model.layers.values()
+        ),
+        default=0,
+    )

@@ -17,18 +17,20 @@ using, and a load that has begun is not broken off.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from typing import Protocol
 
 from quickchange_server.engine.scheduling.adapter_claims import Claims, Holdings
 from quickchange_server.engine.scheduling.fair_queue import Lane
 from quickchange_server.engine.scheduling.kv_cache_manager import KVBlocks, StateRows
-from quickchange_server.engine.scheduling.sequence import Border, Sequence, isolated
+from quickchange_server.engine.scheduling.sequence import Border, Components, Sequence, isolated
 from quickchange_server.protocol import FinishReason
 
 _NO_ROWS = range(0)
+_COMPONENTS = attrgetter("components")
 _MOST_SCORED = 256  # prompt rows of a step whose logits are read: [256, V] is held at once
 _BESIDE = 8  # beside foreground rows, the background gets one of so many rows of the budget
 
@@ -42,7 +44,7 @@ class Scheduled:
 
     sequence: Sequence
     count: int
-    components: tuple[tuple[int, float], ...]  # (device slot, weight) of each adapter
+    components: Components
     heads: int | None = None  # device slot of its Turbo heads
     drafts: tuple[int, ...] = ()  # tokens to verify, in order
     first: int = field(init=False)
@@ -186,19 +188,20 @@ class Scheduler:
         if self.background or len(self.running) > self._running_foreground():
             plan += self._behind(plan, now, admitting=self.preemptions == preemptions)
         # Rows under the same adapters side by side: one segment, whose weights are read once.
-        plan.sort(key=lambda item: item.components)
+        plan.sort(key=_COMPONENTS)
         return plan
 
-    def launched(self, item: Scheduled) -> None:
-        """Record that `item` was given to the device: what comes next may build on its rows."""
-        sequence = item.sequence
-        sequence.computed += item.count
-        if item.samples and sequence.goes_on_behind(sequence.computed + 1, self.max_model_len):
-            item.pends = True
-            sequence.pending += 1
-        if self.states is not None and not item.drafts:
-            self._advance_state(self.states, sequence, 0)
-        self._commit_full_blocks(sequence)
+    def launched(self, items: Iterable[Scheduled]) -> None:
+        """Record that `items` were given to the device: what comes next may build on their rows."""
+        for item in items:
+            sequence = item.sequence
+            sequence.computed += item.count
+            if item.samples and sequence.goes_on_behind(sequence.computed + 1, self.max_model_len):
+                item.pends = True
+                sequence.pending += 1
+            if self.states is not None and not item.drafts:
+                self._advance_state(self.states, sequence, 0)
+            self._commit_full_blocks(sequence)
 
     def settled(self, item: Scheduled, tokens: Seq[int]) -> tuple[int, FinishReason | None]:
         """Record that a launched `item` was computed and its prompt rows were read.
@@ -261,6 +264,8 @@ class Scheduler:
             assert sequence.computed <= room, "more tokens computed than blocks hold"
             left = sequence.remaining >= 1 or sequence in in_flight
             assert left, "nothing left to compute in a running sequence"
+            placed = sequence.components, sequence.head_slot
+            assert placed == self._placed(sequence), "a running sequence's adapters have moved"
         for sequence in everywhere:
             assert 0 <= sequence.pending <= (sequence in in_flight), "a token that never comes"
         for sequence in apart:
@@ -279,12 +284,14 @@ class Scheduler:
     def _go_on(self, sequences: Seq[Sequence], budget: int) -> list[Scheduled]:
         """Next rows of running sequences, at most `budget`; decode rows come first."""
         plan: list[Scheduled] = []
+        preemptions = self.preemptions
+        remaining = [sequence.remaining for sequence in sequences]
         decode_budget = budget
-        prefill_budget = budget - sum([sequence.remaining == 1 for sequence in sequences])
-        for sequence in sequences:
-            if sequence not in self.running:
+        prefill_budget = budget - remaining.count(1)
+        for sequence, left in zip(sequences, remaining, strict=True):
+            if self.preemptions != preemptions and sequence not in self.running:
                 break  # preempted for one before it, as are all after it
-            decode = sequence.remaining == 1
+            decode = left == 1
             count = self._count(sequence, decode_budget if decode else prefill_budget)
             if count and self._grow(sequence, count):
                 plan.append(self._scheduled(sequence, count))
@@ -352,6 +359,7 @@ class Scheduler:
                 self._preempt(self._last())
             lane.take(sequence)
             self.running.append(sequence)
+            sequence.components, sequence.head_slot = self._placed(sequence)
             if sequence.first_scheduled is None:
                 sequence.first_scheduled = now
             count = self._count(sequence, budget)
@@ -503,12 +511,13 @@ class Scheduler:
     def _scheduled(self, sequence: Sequence, count: int) -> Scheduled:
         if self.states is not None and count > 1:
             self._plan_border(self.states, sequence, count)
+        return Scheduled(sequence, count, sequence.components, sequence.head_slot)
+
+    def _placed(self, sequence: Sequence) -> tuple[Components, int | None]:
+        """Where the adapters of a sequence and its heads are, as long as it holds them."""
         slots = self._holdings.slots(sequence)
-        if not slots:
-            return Scheduled(sequence, count, ())
         components = tuple([(slots[c.digest], c.weight) for c in sequence.request.adapters])
-        heads = None if sequence.heads is None else slots[sequence.heads]
-        return Scheduled(sequence, count, components, heads)
+        return components, None if sequence.heads is None else slots[sequence.heads]
 
 
 def _rows(plan: Seq[Scheduled]) -> int:

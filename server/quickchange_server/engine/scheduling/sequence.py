@@ -36,6 +36,7 @@ from quickchange_server.structured_output.compiler import Matcher
 
 logger = logging.getLogger(__name__)
 
+Components = tuple[tuple[int, float], ...]  # (device slot, weight) of each adapter
 Doubles = npt.NDArray[np.float64]
 
 
@@ -198,6 +199,8 @@ class Sequence:
     # Tokens that launched steps sample and that have to be computed in their turn: they follow
     # `tokens`, and are scheduled like these.
     pending: int = 0
+    components: Components = ()  # while it runs
+    head_slot: int | None = None  # of its Turbo heads, while it runs
     token_row: int = 0  # where the pending one is among the latest step's sampled tokens
     committed: int = 0  # leading blocks offered to the prefix cache
     # State rows of its own, if the model has recurrent layers: the coming step leaves its states in
@@ -328,8 +331,8 @@ class Sequence:
         """Reason why a sequence that generates has ended; None if it goes on."""
         if not self.generates:
             return None
-        length = len(self.tokens)
-        if length > self._prompt and self.tokens[-1] in self.request.sampling.stop_token_ids:
+        length, tokens = len(self.tokens), self.tokens
+        if length > self._prompt and tokens[-1] in self.request.sampling.stop_token_ids:
             return "stop"
         if self.matcher is not None and self.matcher.complete:
             return "stop"  # before min_tokens, too: nothing else may follow

@@ -67,7 +67,7 @@ from quickchange_server.model.rows_read import Rows, rows_read
 from quickchange_server.model.wrapping import Wrapper
 from quickchange_store.base_model.base_source import BaseSource
 from quickchange_store.base_model.base_weights import load_base, quantization_method
-from quickchange_store.base_model.expert_parts import routers
+from quickchange_store.base_model.expert_parts import expert_parts, routers
 from quickchange_store.errors import BaseModelError
 
 logger = logging.getLogger(__name__)
@@ -152,6 +152,7 @@ def load_model(
     device: torch.device,
     adapters: bool,
     quantization: Quantization = "none",
+    deterministic: bool = False,
     model_check: bool = True,
 ) -> LoadedModel:
     """Load and wrap the model that `--model` names. dtype: the setting, or a dtype.
@@ -177,6 +178,7 @@ def load_model(
         model.eval(),
         adapters=adapters,
         quantization=quantization,
+        deterministic=deterministic,
         model_check=model_check,
         dtype=chosen,
     )
@@ -187,18 +189,27 @@ def prepare(
     *,
     adapters: bool,
     quantization: Quantization = "none",
+    deterministic: bool = False,
     model_check: bool = True,
     dtype: torch.dtype | None = None,
 ) -> LoadedModel:
     """Wrap a model that was loaded with `attn_implementation="quickchange"`.
 
     One on the meta device is an outline: shapes and groups as they would be served, no numbers.
+    deterministic: on a GPU too, sum linears in an order that their rows don't change.
     model_check: prove that it then gives what transformers' own model gives (`model_proof.py`).
     dtype: what it was loaded in; None: what its parameters say.
     Raises UnsupportedModelError for a model that can't be served.
     """
     try:
-        return _prepared(model, adapters, quantization, model_check, dtype or model.dtype)  # type: ignore[arg-type]
+        return _prepared(
+            model,
+            adapters,
+            quantization,
+            model_check,
+            dtype or model.dtype,  # type: ignore[arg-type]
+            deterministic=deterministic,
+        )
     except Exception as error:
         raise explained(model, error) from error
 
@@ -209,6 +220,8 @@ def _prepared(
     quantization: Quantization,
     model_check: bool,
     dtype: torch.dtype,
+    *,
+    deterministic: bool,
 ) -> LoadedModel:
     config: PretrainedConfig = model.config
     refuse_headless(model)
@@ -227,13 +240,15 @@ def _prepared(
         return (
             int8_linear(module)
             if quantization == "int8" and module not in read
-            else base_linear(module)
+            else base_linear(module, deterministic=deterministic)
         )
 
     wrapper = Wrapper(model, holder, rows=rows if adapters else None, base=base)
     choosing = routers(model) if adapters else {}
     groups = wrapper.wrap()
     wrap_experts(model, holder, groups, adapters=adapters)
+    if deterministic:
+        _refuse_loose_sums(model, config)
     wrap_routers(model, choosing, holder, groups, lambda: _short_pass(model))
     head_rows.attach(model.get_output_embeddings())  # type: ignore[operator]
     scaling = scale_by_text(model, holder)
@@ -371,4 +386,20 @@ def _refuse_twice_quantised(config: PretrainedConfig, quantization: Quantization
             f"--quantization {quantization} (or QUICKCHANGE_QUANTIZATION): the model is stored "
             f"quantised already, by {method}; use --quantization none",
             param="quantization",
+        )
+
+
+def _refuse_loose_sums(model: nn.Module, config: PretrainedConfig) -> None:
+    """Raise UnsupportedModelError where a GPU would sum in an order that the batch changes."""
+    loose = {
+        "experts, whose grouped products choose": bool(expert_parts(model)),
+        "weights that are stored quantised, whose products choose": quantization_method(config),
+        "recurrent layers, whose scans choose": keeps_states(config),
+    }
+    found = [what for what, there in loose.items() if there]
+    if found and next(model.parameters()).device.type != "cpu":
+        raise UnsupportedModelError(
+            f"--deterministic (or QUICKCHANGE_DETERMINISTIC): the model has {found[0]} an order of "
+            "sums by the rows of a batch on a GPU; serve it without, or on --device cpu",
+            param="deterministic",
         )

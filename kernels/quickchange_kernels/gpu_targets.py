@@ -1,9 +1,16 @@
-"""Limits of each target: the numbers behind shared memory and occupancy."""
+"""GPU architectures and their limits: what the gate judges by, and what tiles are chosen by.
+
+A device that is not listed counts as the closest one of its maker that is no newer, so that nothing
+is taken for granted that it may lack.
+"""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 KIB = 1024
 
@@ -23,6 +30,10 @@ class Target:
     registers_per_processor: int  # 4 bytes each, for one thread
     register_granule: int  # registers are given to a warp in multiples of this, over all its lanes
     reserved_shared: int  # taken from a block by the system
+    # Results of matrix products lie in registers beside their operands (mma.sync), not in memory of
+    # their own (wgmma reads operands from shared memory, tcgen05 has results in tensor memory).
+    products_in_registers: bool
+    code_of: str | None = None  # the target whose PTX this one runs; None: its own
 
     def triton_target(self) -> Any:
         """The target as Triton names it."""
@@ -45,7 +56,16 @@ class Target:
         return resident * warps / self.warps_per_processor
 
 
-def _nvidia(arch: int, block_kib: int, processor_kib: int) -> Target:
+def _nvidia(
+    arch: int,
+    block_kib: int,
+    processor_kib: int,
+    warps: int = 64,
+    blocks: int = 32,
+    *,
+    mma_sync: bool,
+    code_of: str | None = None,
+) -> Target:
     """Limits from the CUDA C++ Programming Guide, "Compute Capabilities"."""
     return Target(
         name=f"sm_{arch}",
@@ -54,11 +74,13 @@ def _nvidia(arch: int, block_kib: int, processor_kib: int) -> Target:
         lanes=32,
         shared_per_block=block_kib * KIB,
         shared_per_processor=processor_kib * KIB,
-        warps_per_processor=64,
-        blocks_per_processor=32,
+        warps_per_processor=warps,
+        blocks_per_processor=blocks,
         registers_per_processor=65536,
         register_granule=256,
         reserved_shared=KIB,
+        products_in_registers=mma_sync,
+        code_of=code_of,
     )
 
 
@@ -75,15 +97,19 @@ _GFX942 = Target(
     registers_per_processor=4 * 512 * 64,
     register_granule=8 * 64,
     reserved_shared=0,
+    products_in_registers=False,  # 512 registers a thread
 )
 
 TARGETS = {
     target.name: target
     for target in (
-        _nvidia(80, 163, 164),
-        _nvidia(90, 227, 228),
-        _nvidia(100, 227, 228),
-        _GFX942,
+        _nvidia(80, 163, 164, mma_sync=True),  # A100
+        _nvidia(86, 99, 100, 48, 16, mma_sync=True, code_of="sm_80"),  # RTX 3090, A10
+        _nvidia(89, 99, 100, 48, 24, mma_sync=True, code_of="sm_80"),  # RTX 4090, L4, L40S
+        _nvidia(90, 227, 228, mma_sync=False),  # H100, H200
+        _nvidia(100, 227, 228, mma_sync=False),  # B200
+        _nvidia(120, 99, 100, 48, 24, mma_sync=True),  # RTX 5090, RTX PRO 6000
+        _GFX942,  # MI300
     )
 }
 
@@ -94,3 +120,24 @@ def named(names: str) -> list[Target]:
     if unknown:
         raise ValueError(f"unknown target {', '.join(unknown)}: choose among {', '.join(TARGETS)}")
     return [TARGETS[name] for name in names.split(",")]
+
+
+def target_of(device: torch.device) -> Target:
+    """The target that a device counts as; for a CPU (under Triton's interpreter) an H100."""
+    if torch.version.hip is not None:
+        return TARGETS["gfx942"]
+    return _for_capability(_capability(device))
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    if device.type != "cuda":
+        return 9, 0
+    return torch.cuda.get_device_capability(device)
+
+
+def _for_capability(capability: tuple[int, int]) -> Target:
+    arch = capability[0] * 10 + capability[1]
+    known = [target for target in TARGETS.values() if target.backend == "cuda"]
+    older = [target for target in known if int(target.arch) <= arch]
+    return max(older, key=lambda target: int(target.arch), default=known[0])
