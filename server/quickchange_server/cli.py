@@ -74,9 +74,7 @@ def plan_command() -> Callable[..., None]:
         settings = {name: value for name, value in given.items() if value is not None}
         run(settings, gpu=gpu, ranks=ranks)
 
-    gpu_help = (
-        "GPU to plan for: h100, rtx4090, …, or a size such as 24GiB; default: a CPU"
-    )
+    gpu_help = "GPU to plan for: h100, rtx4090, …, or a size such as 24GiB; default: a CPU"
     ranks_help = "ranks of adapters to count, joined by commas; default: 8,16,32,64"
     return _with_settings(
         plan,

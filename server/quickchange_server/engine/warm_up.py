@@ -64,7 +64,8 @@ def largest_steps(limits: StepLimits) -> Iterator[list[Scheduled]]:
     make = _Items(limits, everywhere=0)
     components = ((0, 1.0),) if limits.adapters else ()
     scored = SamplingParams(prompt_logprobs=_SCORES, max_tokens=1)
-    prompts, left = [], limits.rows
+    prompts: list[Scheduled] = []
+    left = limits.rows
     while left > 0 and len(prompts) < limits.sequences:
         prompts.append(make.item(min(left, limits.context - 1), components, scored))
         left -= prompts[-1].count

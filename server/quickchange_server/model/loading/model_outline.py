@@ -69,7 +69,7 @@ def outline(
         if method is not None:
             del config.quantization_config
         with torch.device("meta"):
-            network = made._from_config(  # type: ignore[attr-defined]
+            network = made._from_config(
                 config,
                 dtype=chosen,
                 attn_implementation=paged_attention.NAME,
