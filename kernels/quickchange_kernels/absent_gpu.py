@@ -3,8 +3,7 @@
 Inside `absent_gpu` the operations on CPU tensors go to their Triton launchers, and Triton itself
 binds, specialises and compiles each launch for the GPU that is named: the same code, the same keys,
 the same entries in its cache. So what a program would launch can be counted, and compiled ahead, on
-any machine. Outputs hold whatever their memory held, but for those that are followed as indices,
-which are 0.
+any machine. Outputs hold whatever their memory held, but for those that the host reads.
 
 Triton replaced by its interpreter (TRITON_INTERPRET=1) has no compiler: there this does not work.
 """
@@ -16,15 +15,22 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
+from triton import knobs
 from triton.backends.driver import DriverBase
 from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
 
 from quickchange_kernels import dispatch, native
-from quickchange_kernels.aot.targets import Target
+from quickchange_kernels.gpu_targets import Target, cpu_counts_as
 
 _THREADS = 1024  # the most of a block
-_INDICES = {"token_kernel": ("tokens",), "verify_kernel": ("accepted", "token", "path")}
+# Outputs that the host reads or that are followed as indices: what they hold after a launch.
+_OUTPUTS = {
+    "token_kernel": {"tokens": 0, "soundness": 1},
+    "verify_kernel": {"accepted": 0, "token": 0, "path": 0},
+}
 _number = itertools.count()
 
 
@@ -37,27 +43,47 @@ class Launch:
     arguments: Mapping[str, Any]  # all of the kernel's, by name
 
 
+@dataclass(frozen=True, slots=True)
+class LaunchKey:
+    """What Triton compiles a kernel for: once for each key."""
+
+    kernel: str
+    key: str  # Triton's own
+    noticed: Mapping[str, Any]  # type, constant or divisibility of each argument, by name
+
+
 OnLaunch = Callable[[Launch], None]
+OnKey = Callable[[LaunchKey], None]
 
 
 @contextmanager
 def absent_gpu(
-    target: Target, on_launch: OnLaunch = lambda _: None, *, products: bool = True
+    target: Target,
+    on_launch: OnLaunch = lambda _: None,
+    *,
+    on_key: OnKey | None = None,
+    products: bool = True,
 ) -> Iterator[AbsentGpu]:
     """Let CPU tensors be served as by a GPU of this kind; `on_launch` is told of each launch.
 
-    products: False: the model's own products, which need no kernel of ours, are not computed.
-    Holds for the whole process. Raises what Triton's compiler raises, and OutOfResources for a
-    kernel that takes more shared memory than the target has.
+    on_key: is told of each new key, and nothing is compiled. products: False: the model's own
+    products, which need no kernel of ours, are not computed. Holds for the whole process. Raises
+    what Triton's compiler raises, and OutOfResources for a kernel that takes more shared memory
+    than the target has.
     """
     if dispatch.triton_interpreted():
         raise RuntimeError("TRITON_INTERPRET=1 replaces Triton's compiler: unset it")
     native.ensure()  # registered later, it would stand in front
     before = driver._active
     gpu = AbsentGpu(target, on_launch)
+    compile_ = JITFunction._do_compile if on_key is None else gpu.noting(on_key)
     driver.set_active(gpu)
     try:
-        with dispatch.triton_on_cpu(products=products):
+        with (
+            mock.patch.object(JITFunction, "_do_compile", compile_),
+            dispatch.triton_on_cpu(products=products),
+            cpu_counts_as(target),
+        ):
             yield gpu
     finally:
         driver._active = before
@@ -115,8 +141,44 @@ class AbsentGpu(DriverBase):  # type: ignore[misc]  # Triton has no types
         # after the grid: stream, function, two kinds of metadata, two hooks; then the arguments
         def launch(x: int, y: int, z: int, *rest: Any) -> None:
             arguments = dict(zip(names, rest[6:], strict=True))
-            for index in _INDICES.get(name, ()):
-                arguments[index].zero_()
+            for output, value in _OUTPUTS.get(name, {}).items():
+                arguments[output].fill_(value)
             self.on_launch(Launch(name, (x, y, z), arguments))
 
         return launch
+
+    def noting(self, on_key: OnKey) -> Callable[..., Any]:
+        """What takes the place of Triton's compilation: `on_key` is told, nothing is compiled."""
+
+        def note(kernel: Any, key: str, signature: Any, device: Any, constants: Any, options: Any,
+                 attributes: Any, warmup: bool) -> _NoKernel:  # fmt: skip
+            described = (key, signature, self.get_current_target(), device, constants, options)
+            kernel._call_hook(knobs.runtime.jit_cache_hook, *described, [attributes], warmup)
+            kernel.device_caches[device][0][key] = made = _NoKernel(self.launcher(kernel))
+            noticed = _noticed(kernel.arg_names, signature, constants, attributes)
+            on_key(LaunchKey(kernel.fn.__name__, key, noticed))
+            kernel._call_hook(knobs.runtime.jit_post_compile_hook, *described, [attributes], warmup)
+            return made
+
+        return note
+
+
+class _NoKernel:
+    """The outcome of a compilation that was not made."""
+
+    function = packed_metadata = None
+
+    def __init__(self, run: Callable[..., None]) -> None:
+        self.run = run
+
+    def launch_metadata(self, *_: Any) -> None:
+        return None
+
+
+def _noticed(names: list[str], signature: Any, constants: Any, attributes: Any) -> dict[str, Any]:
+    found: dict[str, Any] = dict(signature)
+    found |= {names[place]: value for (place, *_), value in constants.items()}
+    for (place, *_), value in attributes.items():
+        if value:
+            found[names[place]] = f"{found[names[place]]} of 16"
+    return found

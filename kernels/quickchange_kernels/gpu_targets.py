@@ -7,6 +7,8 @@ is taken for granted that it may lack.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,8 +124,24 @@ def named(names: str) -> list[Target]:
     return [TARGETS[name] for name in names.split(",")]
 
 
+_standing_in: list[Target] = []  # those that CPU tensors are served as, the latest last
+
+
+@contextmanager
+def cpu_counts_as(target: Target) -> Iterator[None]:
+    """Let CPU tensors be served as by this GPU, see `absent_gpu.py`."""
+    _standing_in.append(target)
+    try:
+        yield
+    finally:
+        _standing_in.remove(target)
+
+
 def target_of(device: torch.device) -> Target:
-    """The target that a device counts as; for a CPU (under Triton's interpreter) an H100."""
+    """The target that a device counts as; a CPU as an H100 (under Triton's interpreter), or as the
+    GPU that is told."""
+    if device.type == "cpu" and _standing_in:
+        return _standing_in[-1]
     if torch.version.hip is not None:
         return TARGETS["gfx942"]
     return _for_capability(_capability(device))

@@ -30,7 +30,7 @@ class CacheFilling:
 @contextmanager
 def filling(folder: Path | None) -> Iterator[CacheFilling]:
     """Let Triton keep compiled kernels in `folder` (None: where it does so anyway), without the
-    stages on the way to them."""
+    stages between source and binary."""
     from triton import knobs
 
     def note(*, src: Any, cache_hit: bool, **_: Any) -> None:

@@ -58,6 +58,9 @@ class Settings(BaseSettings):
         description="the base's floats; auto: the checkpoint's own on a GPU (bfloat16 for float32) "
         "and on CPUs that multiply bfloat16, float32 elsewhere",
     )
+    tensor_parallel: int = Field(
+        1, ge=1, description="processes that hold the base together, each with a GPU of its own"
+    )
     quantization: Literal["none", "int8"] = Field(
         "none",
         description="how the base's linears are kept: int8 takes 8.5 bits a weight, on a CPU",

@@ -10,8 +10,8 @@ from tiny_models import make_model, save_model
 from transformers import AutoConfig
 
 from quickchange_kernels.absent_gpu import absent_gpu
-from quickchange_kernels.aot.targets import TARGETS
 from quickchange_kernels.elementwise.silu_mul import silu_mul
+from quickchange_kernels.gpu_targets import TARGETS
 from quickchange_kernels.kernel_cache import PREBUILT, filling, link_prebuilt
 from quickchange_server.entrypoints.warm_cache import warm_cache
 from quickchange_server.errors import SettingError
@@ -39,7 +39,7 @@ def test_a_second_engine_of_the_same_settings_finds_all_that_the_first_compiled(
     assert second.compiled == ()
     assert second.found == first.found + len(first.compiled)
     suffixes = {path.suffix for path in cache.rglob("*") if path.is_file()}
-    assert suffixes == {".cubin", ".json"}, "stages on the way are left out"
+    assert suffixes == {".cubin", ".json", ".source"}, "stages on the way are left out"
 
 
 def test_a_gpu_that_is_not_known_and_one_that_is_not_there_are_refused(llama: Path) -> None:

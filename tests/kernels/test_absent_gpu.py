@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,9 @@ from triton import knobs
 from triton.runtime.errors import OutOfResources
 
 from quickchange_kernels.absent_gpu import Launch, absent_gpu
-from quickchange_kernels.aot.targets import TARGETS, Target
 from quickchange_kernels.compile_watch import CompileWatch
 from quickchange_kernels.elementwise.silu_mul import silu_mul
+from quickchange_kernels.gpu_targets import TARGETS
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def test_launches_are_told_with_grid_and_arguments() -> None:
 
 @pytest.mark.usefixtures("compiled")
 def test_what_the_gpu_has_no_shared_memory_for_is_refused() -> None:
-    scarce = Target("scarce", "cuda", 90, 32, -1, 0, 64, 32, 65536, 256, 0)
+    scarce = replace(TARGETS["sm_90"], name="scarce", shared_per_block=-1)
     with absent_gpu(scarce), pytest.raises(OutOfResources, match="shared memory"):
         silu_mul(torch.ones(3, 64))
 
@@ -92,7 +93,7 @@ def test_the_watch_counts_kernels_that_come_late_and_names_them(
             assert watch.compiled == 1
         finally:
             watch.close()
-        silu_mul(torch.ones(3, 2, dtype=torch.bfloat16))
+        silu_mul(torch.ones(3, 64, dtype=torch.bfloat16))
     assert watch.compiled == 1
     assert len(compiled) == 3
     assert "silu_mul_kernel was compiled" in caplog.text

@@ -11,8 +11,8 @@ from triton.compiler.compiler import make_backend
 from triton.runtime import jit
 
 from quickchange_kernels.absent_gpu import absent_gpu
-from quickchange_kernels.aot.targets import TARGETS
 from quickchange_kernels.compilation import Compilation
+from quickchange_kernels.gpu_targets import TARGETS
 
 _TARGET = TARGETS["sm_90"]
 _BACKEND = make_backend(_TARGET.triton_target())

@@ -18,7 +18,7 @@ from triton.compiler.compiler import make_backend
 from triton.runtime import jit
 
 from quickchange_kernels.absent_gpu import absent_gpu
-from quickchange_kernels.aot.targets import TARGETS
+from quickchange_kernels.gpu_targets import TARGETS
 
 TARGET = TARGETS["sm_80"].triton_target()  # the executor knows no instruction of newer ones
 

@@ -18,6 +18,7 @@ names, tokens or batches.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import replace
 from typing import Literal
 
 from quickchange_kernels.lowrank.lowrank_contract import LowRankTables
@@ -330,9 +331,10 @@ class Residency:
             adapter = self._load(digest, self._pause)
             if adapter.turbo is not None:
                 self._turbo.check(adapter.turbo)
-            return build_image(
+            image = build_image(
                 adapter, self._shapes, self._pool.dtype, pin_memory=pin_memory, pause=self._pause
             )
+            return replace(image, digest=digest)
 
         return job
 

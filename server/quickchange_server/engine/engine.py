@@ -25,6 +25,7 @@ from quickchange_server.engine.inputs.sample_tables import RowError
 from quickchange_server.engine.memory.device_memory import memory_of
 from quickchange_server.engine.memory.fitting import EngineMemory
 from quickchange_server.engine.memory.footprint import held_dtype
+from quickchange_server.engine.parallel.followers import Followers
 from quickchange_server.engine.sampler import SampledToken
 from quickchange_server.engine.scheduling.scheduler import Scheduled, Scheduler
 from quickchange_server.engine.scheduling.sequence import Sequence, fault_of
@@ -79,7 +80,8 @@ class Engine:
     the grammar compiler; None: requests with a constraint are refused. `prices`: of steps, as an
     engine like this one measured them; empty: they are measured. `on_begun` is told the ids of
     requests before the engine works on them for the first time. `depth`: steps that may be launched
-    and not settled; None: what suits the device.
+    and not settled; None: what suits the device. `followers`: hold the other parts of the model;
+    None: it is whole.
 
     While a step is in flight the next one is scheduled, launched behind it, and fed its tokens on
     the device. A sequence that a token turns out to end has one row in the next step, whose result
@@ -102,6 +104,7 @@ class Engine:
         prices: Prices = (),
         on_begun: Callable[[tuple[str, ...]], None] = lambda _: None,
         depth: int | None = None,
+        followers: Followers | None = None,
     ) -> None:
         self._settings = settings
         self._on_wake = on_wake
@@ -110,7 +113,7 @@ class Engine:
         self._vocabulary = model.vocabulary
         self._dtypes = dtype_name(model.dtype), dtype_name(held_dtype(model, settings))
         self._scaling = model.scaling
-        memory = EngineMemory(model, settings, memory_of(torch.device(settings.device)))
+        memory = EngineMemory(model, settings, memory_of(torch.device(settings.device)), followers)
         self._adapters = memory.adapter_tiers(load_adapter, on_wake)
         self._constraints = constraints_of(constraints, model.vocabulary, on_wake)
         self._compiles = dispatch.triton_compiles(torch.device(settings.device))
@@ -321,12 +324,13 @@ class Engine:
         """Record that the plan was computed and return its sequences' deltas."""
         deltas: list[Delta] = []
         results = iter(ran.results)
+        holds, faults = self.scheduler.holds, ran.faults
         for item in plan:
             result = next(results) if item.samples else None
-            request_id = item.sequence.request_id
-            if not self.scheduler.holds(item.sequence):
+            if not holds(item.sequence):
                 continue  # it has ended since the launch
-            fault = ran.faults.get(request_id)
+            request_id = item.sequence.request_id
+            fault = faults.get(request_id) if faults else None
             if fault is None:
                 try:
                     deltas += self._advance_one(item, result)
@@ -364,14 +368,11 @@ class Engine:
         accepted: int,
     ) -> Delta:
         sequence = item.sequence
-        delta = Delta(
-            sequence.request_id,
-            tuple([row.token_id for row in drawn]),
-            tuple([row.logprobs for row in drawn if row.logprobs is not None]),
-            reason,
-            drafted=len(item.drafts),
-            accepted=accepted,
-        )
+        token_ids = tuple([row.token_id for row in drawn])
+        logprobs = tuple([row.logprobs for row in drawn if row.logprobs is not None])
+        delta = Delta(sequence.request_id, token_ids, logprobs, reason)
+        if item.drafts:
+            delta = delta._replace(drafted=len(item.drafts), accepted=accepted)
         if sequence.reported:
             return delta
         sequence.reported, reading = True, sequence.reading

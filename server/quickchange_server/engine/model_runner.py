@@ -28,6 +28,7 @@ from quickchange_server.engine.inputs.step_shapes import (
     exact_extent,
 )
 from quickchange_server.engine.model_inputs import StepInputs, step_inputs
+from quickchange_server.engine.parallel.followers import Followers
 from quickchange_server.engine.prompt_outputs import ReadInputs, ReadRows, read, read_inputs
 from quickchange_server.engine.sampler import Sampler
 from quickchange_server.engine.scheduling.scheduler import Scheduled
@@ -81,12 +82,15 @@ class Runner:
         state_rows: int = 0,
         max_sequences: int | None = None,
         max_batch_tokens: int = 0,
+        followers: Followers | None = None,
     ) -> None:
         """masks: makes the token masks of sampling items. most_graph_rows: rows of the largest
         decode step from a captured graph, if there are graphs. state_rows: room for the states of
         recurrent layers. max_sequences: of a step; None: as many as `most_graph_rows`.
-        max_batch_tokens: of a step, for the graphs of mixed ones; 0: there are none."""
+        max_batch_tokens: of a step, for the graphs of mixed ones; 0: there are none. followers: run
+        every pass with their parts of the model; None: it is whole."""
         self._model = model
+        self._followers = followers
         self._adapters = adapters
         self._masks = masks
         self._block_size = block_size
@@ -100,6 +104,11 @@ class Runner:
         blocks = -(-max_model_len // block_size)
         mixed = 0 if model.recurrent else max_batch_tokens
         capture = capture_for(device)
+        if followers is not None:
+            capture = capture and followers.capture(capture)
+            followers.install_caches(
+                num_blocks=num_blocks, block_size=block_size, state_rows=state_rows, dtype=dtype
+            )
         every = capture is not None or dispatch.triton_compiles(device)
         self._rows = BatchTables(model.vocabulary, every=every)
         self._graphs = capture and StepGraphs(
@@ -280,7 +289,10 @@ class Runner:
             if inputs.feed is not None:
                 pending = self._tokens.index_select(0, inputs.feed.clamp(min=0))
                 ids = torch.where(inputs.feed < 0, ids, pending)
-            return forward(self._model, ids, inputs.positions, rows, inputs.head_rows)
+            given = ids, inputs.positions, rows, inputs.head_rows
+            if self._followers is not None:
+                self._followers.forward(holder.step, given)
+            return forward(self._model, *given)
         finally:
             holder.step = None
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from quickchange_server.engine.memory.planning import memory_plan
 from quickchange_server.entrypoints.serve import fail, settings_of
-from quickchange_server.errors import QuickchangeError
+from quickchange_server.errors import QuickchangeError, SettingError
 from quickchange_server.model.loading.model_dtype import multiplies_bfloat16
 from quickchange_server.model.loading.model_outline import outline
 from quickchange_store.errors import StoreError
@@ -45,6 +45,12 @@ def planned(given: Mapping[str, Any], *, gpu: str | None, ranks: str | None) -> 
     """The plan. gpu: a device's name or a size; None: a CPU. ranks: of adapters, with commas."""
     device = "cpu" if gpu is None else "cuda"
     settings = settings_of({"store": Path(), **given, "device": device})
+    if settings.tensor_parallel > 1:
+        raise SettingError(
+            "--tensor-parallel: a plan is for a base on one device; plan for one device of the "
+            "memory of all, which is close",
+            param="tensor_parallel",
+        )
     total = None if gpu is None else device_bytes(gpu)
     import torch
 

@@ -99,7 +99,8 @@ def warm_cache(given: Mapping[str, Any], *, gpu: str | None, out: Path | None) -
 
 def _target(gpu: str | None) -> Any:
     import torch
-    from quickchange_kernels.aot.targets import TARGETS
+
+    from quickchange_kernels.gpu_targets import TARGETS
 
     if gpu is None:
         if not torch.cuda.is_available():

@@ -36,6 +36,7 @@ from quickchange_server.engine.memory.footprint import (
     tensor_bytes,
 )
 from quickchange_server.engine.model_runner import MasksFor, Runner
+from quickchange_server.engine.parallel.followers import Followers
 from quickchange_server.engine.warm_up import StepLimits
 from quickchange_server.errors import SettingError
 from quickchange_server.model.loading.model_loader import LoadedModel
@@ -54,11 +55,19 @@ class Fitted:
 class EngineMemory:
     """Memory of one engine, divided in order: its base is loaded, then adapters, then the rest."""
 
-    def __init__(self, model: LoadedModel, settings: Settings, memory: DeviceMemory | None) -> None:
-        """memory: the device's, which holds the base already; None: it is not divided."""
+    def __init__(
+        self,
+        model: LoadedModel,
+        settings: Settings,
+        memory: DeviceMemory | None,
+        followers: Followers | None = None,
+    ) -> None:
+        """memory: the device's, which holds the base already; None: it is not divided. followers:
+        hold the other parts of the model, each on a device that is divided as this one."""
         self._model = model
         self._settings = settings
         self._memory = memory
+        self._followers = followers
         self._device = torch.device(settings.device)
         self._base = 0 if memory is None else memory.in_use()
 
@@ -67,7 +76,8 @@ class EngineMemory:
         model, settings = self._model, self._settings
         if not settings.adapters:
             return NoAdapters()
-        pool = DevicePool(
+        make_pool = DevicePool if self._followers is None else self._followers.pool
+        pool = make_pool(
             model.groups,
             arena_bytes(model, settings, self._left()),
             held_dtype(model, settings),
@@ -116,6 +126,7 @@ class EngineMemory:
             state_rows=caches.state_rows,
             max_sequences=self._settings.step_sequences,
             max_batch_tokens=self._settings.batch_tokens,
+            followers=self._followers,
         )
 
     def _limits(self, adapters: AdapterTiers, caches: CacheSizes) -> StepLimits:
