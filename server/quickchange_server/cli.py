@@ -68,7 +68,7 @@ def plan_command() -> Callable[..., None]:
 
         Takes the options and the environment of `serve`. No GPU is needed, and no weight is read.
         """
-        from quickchange_server.entrypoints.plan import plan as run
+        from quickchange_server.entrypoints.plan_command import plan as run
 
         gpu, ranks = given.pop("gpu"), given.pop("ranks")
         settings = {name: value for name, value in given.items() if value is not None}

@@ -21,9 +21,9 @@ from quickchange_kernels.compile_watch import CompileWatch
 from quickchange_kernels.kernel_cache import link_prebuilt
 from quickchange_server.adapters.manager import PacedLoad
 from quickchange_server.config import Settings
+from quickchange_server.engine.engine_memory import EngineMemory
 from quickchange_server.engine.inputs.sample_tables import RowError
 from quickchange_server.engine.memory.device_memory import memory_of
-from quickchange_server.engine.memory.fitting import EngineMemory
 from quickchange_server.engine.memory.footprint import held_dtype
 from quickchange_server.engine.parallel.followers import Followers
 from quickchange_server.engine.sampler import SampledToken

@@ -17,7 +17,7 @@ from tiny_models import save_model
 from quickchange_server.config import GIB, Settings
 from quickchange_server.engine.memory.footprint import adapter_pages, pages_bytes, tensor_bytes
 from quickchange_server.engine.memory.planning import memory_plan
-from quickchange_server.entrypoints.plan import DEVICES, device_bytes, planned
+from quickchange_server.entrypoints.plan_command import DEVICES, device_bytes, planned
 from quickchange_server.errors import SettingError, UnsupportedModelError
 from quickchange_server.model.loading.model_loader import LoadedModel, load_model
 from quickchange_server.model.loading.model_outline import Outline, outline

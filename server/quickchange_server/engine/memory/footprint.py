@@ -1,4 +1,4 @@
-"""What the parts of a served model take: weights, adapters of a rank, and the lines of the table.
+"""What the parts of a served model take and ask for, and the lines of the table.
 
 Shapes alone are read, so a model on the meta device will do.
 """
@@ -14,9 +14,15 @@ from torch import nn
 from quickchange_kernels.lowrank.lowrank_contract import RANKS_PER_PAGE
 from quickchange_server.adapters.arena_sizes import ArenaSizes, least_arena
 from quickchange_server.adapters.packing import page_shapes
-from quickchange_server.config import Settings
-from quickchange_server.engine.memory.budget import MemoryLine, Parts, size
-from quickchange_server.engine.memory.cache_sizes import CacheSizes, graph_rows
+from quickchange_server.config import GIB, Settings
+from quickchange_server.engine.memory.budget import MemoryLine, Parts, Wish, size
+from quickchange_server.engine.memory.cache_sizes import (
+    CacheSizes,
+    graph_rows,
+    least_bytes,
+    least_caches,
+)
+from quickchange_server.errors import SettingError
 from quickchange_server.model.loading.model_dtype import dtype_name, torch_dtype
 from quickchange_server.model.loading.model_loader import LoadedModel
 
@@ -71,6 +77,40 @@ def default_arena(model: LoadedModel, dtype: torch.dtype, left: int) -> int:
     adapter = pages_bytes(adapter_pages(model, dtype), dtype)
     wanted = _DEFAULT_ADAPTERS * adapter * _SLACK // (_SLACK - 1)
     return max(min(wanted, left // _DEFAULT_SHARE), least_arena(model.groups, dtype))
+
+
+def arena_bytes(model: LoadedModel, settings: Settings, left: int | None) -> int:
+    """Bytes of the adapters' arena. left: on the device; None: its memory is not divided.
+
+    Raises SettingError for more than is left.
+    """
+    asked = settings.adapter_device_bytes
+    if left is None:
+        return GIB if asked is None else asked
+    if asked is None:
+        return default_arena(model, held_dtype(model, settings), left)
+    if asked > left:
+        raise SettingError(
+            f"adapter_device_bytes ({asked}): the base leaves {max(left, 0)} bytes of the device; "
+            "give at most a part of that",
+            param="adapter_device_bytes",
+        )
+    return asked
+
+
+def wish_of(model: LoadedModel, settings: Settings) -> Wish:
+    """What the settings and the model ask of the caches."""
+    needed, tokens = least_bytes(model, settings)
+    wide = model.dtype.itemsize == torch.float32.itemsize
+    return Wish(
+        settings.kv_cache_bytes,
+        needed,
+        tokens,
+        block_bytes=0 if model.recurrent else least_caches(model, settings).block_bytes,
+        block_tokens=settings.block_size,
+        least_arena=least_arena(model.groups, held_dtype(model, settings)),
+        half_weights=tensor_bytes(model.module) // 2 if wide else 0,
+    )
 
 
 def memory_lines(

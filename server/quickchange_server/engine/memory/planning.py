@@ -16,13 +16,14 @@ from quickchange_server.config import GIB, Settings
 from quickchange_server.engine.inputs.step_shapes import bucket_sizes
 from quickchange_server.engine.memory.budget import MIB, Parts, kv_bytes, memory_table, size
 from quickchange_server.engine.memory.cache_sizes import CacheSizes, cache_sizes, graph_rows
-from quickchange_server.engine.memory.fitting import arena_bytes, wish_of
 from quickchange_server.engine.memory.footprint import (
     adapter_pages,
+    arena_bytes,
     held_dtype,
     memory_lines,
     pages_bytes,
     tensor_bytes,
+    wish_of,
 )
 from quickchange_server.model.loading.model_dtype import dtype_name
 from quickchange_server.model.loading.model_outline import Outline

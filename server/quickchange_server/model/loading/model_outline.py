@@ -24,7 +24,7 @@ from quickchange_server.model.loading.model_dtype import (
 from quickchange_server.model.loading.model_loader import LoadedModel, prepare
 from quickchange_store.base_model.base_source import BaseSource, language_model
 from quickchange_store.base_model.base_weights import quantization_method
-from quickchange_store.base_model.checkpoint_headers import checkpoint_bytes
+from quickchange_store.base_model.weight_reading import checkpoint_bytes
 from quickchange_store.errors import BaseModelError
 
 

@@ -15,25 +15,23 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from quickchange_server.adapters.arena_sizes import least_arena
 from quickchange_server.adapters.manager import AdapterTiers, NoAdapters, PacedLoad, Residency
 from quickchange_server.adapters.memory_pool import DevicePool
 from quickchange_server.adapters.turbo_packing import TurboShape
 from quickchange_server.config import GIB, Settings
-from quickchange_server.engine.memory.budget import Parts, Wish, kv_bytes, memory_table, size
+from quickchange_server.engine.memory.budget import Parts, kv_bytes, memory_table, size
 from quickchange_server.engine.memory.cache_sizes import (
     CacheSizes,
     cache_sizes,
     graph_rows,
-    least_bytes,
     least_caches,
 )
 from quickchange_server.engine.memory.device_memory import DeviceMemory
 from quickchange_server.engine.memory.footprint import (
-    default_arena,
+    arena_bytes,
     held_dtype,
     memory_lines,
-    tensor_bytes,
+    wish_of,
 )
 from quickchange_server.engine.model_runner import MasksFor, Runner
 from quickchange_server.engine.parallel.followers import Followers
@@ -175,37 +173,3 @@ class EngineMemory:
             graphs=graphs,
             scratch=max(most - graphs, 0),
         )
-
-
-def arena_bytes(model: LoadedModel, settings: Settings, left: int | None) -> int:
-    """Bytes of the adapters' arena. left: on the device; None: its memory is not divided.
-
-    Raises SettingError for more than is left.
-    """
-    asked = settings.adapter_device_bytes
-    if left is None:
-        return GIB if asked is None else asked
-    if asked is None:
-        return default_arena(model, held_dtype(model, settings), left)
-    if asked > left:
-        raise SettingError(
-            f"adapter_device_bytes ({asked}): the base leaves {max(left, 0)} bytes of the device; "
-            "give at most a part of that",
-            param="adapter_device_bytes",
-        )
-    return asked
-
-
-def wish_of(model: LoadedModel, settings: Settings) -> Wish:
-    """What the settings and the model ask of the caches."""
-    needed, tokens = least_bytes(model, settings)
-    wide = model.dtype.itemsize == torch.float32.itemsize
-    return Wish(
-        settings.kv_cache_bytes,
-        needed,
-        tokens,
-        block_bytes=0 if model.recurrent else least_caches(model, settings).block_bytes,
-        block_tokens=settings.block_size,
-        least_arena=least_arena(model.groups, held_dtype(model, settings)),
-        half_weights=tensor_bytes(model.module) // 2 if wide else 0,
-    )
