@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent import futures
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkContext, SpawnContext
@@ -186,7 +187,8 @@ class Followers:
             self.blame(error)
         self._closing = True
         if error is None:
-            self._order(Close())
+            with suppress(OSError):  # one that failed is gone already
+                self._order(Close())
         until = time.monotonic() + _CLOSE_SECONDS
         for process in self._processes.values():
             if error is None:
