@@ -392,7 +392,7 @@ def check_rows(tensor: Tensor, name: str) -> None:
         )
 
 
-_TABLES = {
+_TABLES: dict[str, str | None] = {
     "directory_ptr": "*i32", "pages_ptr": "*i64", "kind_ptr": "*i32", "pieces_ptr": "*i32",
     "partial_ptr": "*fp32", "group": "i32", "groups": "i32", "pieces": "i32", "ranks": "i32",
 }  # fmt: skip
@@ -420,7 +420,7 @@ def compilations_for(
         name = f"{shape}, {phase}, {row[1:]}"
         if not embedding:
             shrink = shrink_config(features, dtype, height, aligned=wide, dependent=dependent)
-            types: dict[str, str | None] = {
+            types = {
                 "x_ptr": row,
                 "arena_ptr": row,
                 "x_row": "i32",

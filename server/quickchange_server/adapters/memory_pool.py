@@ -212,12 +212,11 @@ class DevicePool:
         assert held == len({int(o) for h in self._holdings.values() for o in h.offsets})
         assert self.used_bytes <= self.budget_bytes, "over the budget"
         directory = self._tables.directory.cpu()
-        for slot in range(self._slots.capacity):
-            row, holding = directory[slot], self._holdings.get(slot)
-            if holding is None:
-                assert not row.any(), "a free slot is visible"
-            elif row.any():
-                assert np.array_equal(row.numpy(), holding.ranges), "a slot's row is wrong"
+        visible = set(directory.flatten(1).any(1).nonzero().flatten().tolist())
+        assert visible <= set(self._holdings), "a free slot is visible"
+        for slot in visible:
+            row, holding = directory[slot], self._holdings[slot]
+            assert np.array_equal(row.numpy(), holding.ranges), "a slot's row is wrong"
 
     def _zeros(self, dtype: torch.dtype, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=self.device)

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from multiprocessing.connection import Connection
+from typing import Any
 
 import torch
 
@@ -190,7 +191,7 @@ class _Follower:
             self._say(Written(int(done.tag), error))
 
 
-def _captured(run: Callable[[], None], memory: object) -> Callable[[], None]:
+def _captured(run: Callable[[], None], memory: Any) -> Callable[[], None]:
     """Capture a pass in a graph; returns what replays it. It must have run twice before."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
