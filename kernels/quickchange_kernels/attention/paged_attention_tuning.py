@@ -109,9 +109,10 @@ def tiling_for(rows: int, dim: int, value_dim: int, itemsize: int, target: Targe
     Two stages of keys and values take at most 64 KiB of shared memory; where 16 keys need more
     there is one stage. Where products leave their results in registers, a tile of 128 rows by 64
     keys spills. Products of float32 are exact, so no tensor core makes them, and their operands lie
-    in registers too: smallest tiles, many threads (CDNA has more registers for each). For NVIDIA tiles state how many registers a
-    thread may have: its compiler hopes for more programs on an SM otherwise, and spills. It is the
-    other way round for the tile of 128 rows where results lie in registers.
+    in registers too: smallest tiles and, but on CDNA's wide warps, many threads. For NVIDIA tiles
+    state how many registers a thread may have: its compiler hopes for more programs on an SM
+    otherwise, and spills. It is the other way round for the tile of 128 rows where results lie in
+    registers.
     """
     bytes_per_key = (sum(blocks_of(dim)) + padded(value_dim)) * itemsize
     room = power_of_two(_STAGES_BYTES // 2 // bytes_per_key + 1) // 2  # a power of two
