@@ -74,7 +74,9 @@ class EngineMemory:
         model, settings = self._model, self._settings
         if not settings.adapters:
             return NoAdapters()
-        make_pool = DevicePool if self._followers is None else self._followers.pool
+        make_pool: Callable[..., DevicePool] = DevicePool
+        if self._followers is not None:
+            make_pool = self._followers.pool
         pool = make_pool(
             model.groups,
             arena_bytes(model, settings, self._left()),
