@@ -32,7 +32,7 @@ BUSY_PROGRAMS = 264  # two on each multiprocessor of an H100
 MIN_SPLIT = 1024  # features
 MAX_SPLITS = 8
 FEW_OUTPUTS = 64  # of a program that sums one split
-HEIGHTS = (16, 64, 128)  # rows of a program; the last for all that are more
+HEIGHTS = (16, 64, 128)  # most rows of a kind of launch; the last for all that are more
 ADD_BLOCK = 1024
 
 
@@ -142,7 +142,7 @@ def _product(
         "SPLITS": splits,
         "APART": few and splits > 1,
         "OUTPUTS": FEW_OUTPUTS if few or not narrow else 128,
-        "ROWS": height if few else most,
+        "ROWS": min(height, 32) if few else most,  # 64 spill on sm_120
         "BLOCK_K": 64 if narrow else 32,
         "ALIGNED": wide,
     }
