@@ -104,7 +104,7 @@ class AbsentGpu(DriverBase):  # type: ignore[misc]  # Triton has no types
     def is_active(cls) -> bool:
         return False  # Triton never chooses it by itself
 
-    def map_python_to_cpp_type(self, ty: str) -> str:  # noqa: ARG002  Triton gives it by name
+    def map_python_to_cpp_type(self, *_: Any, **__: Any) -> str:
         raise RuntimeError("an absent GPU has no launcher in C")
 
     def get_current_target(self) -> Any:

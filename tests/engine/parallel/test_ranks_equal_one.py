@@ -6,6 +6,7 @@ import itertools
 from pathlib import Path
 
 import deep_engine
+import graph_ranks
 import numpy as np
 import pytest
 from client_support import tokens_of
@@ -23,8 +24,8 @@ SMALL = {"kv_cache_bytes": 1 << 16, "adapter_device_bytes": 400_000}
 
 @pytest.mark.parametrize(
     ("family", "main"),
-    [("llama", engine_main), ("qwen3", deep_engine.main), ("qwen3_moe", engine_main)],
-    ids=["llama", "qwen3-overlapped", "qwen3_moe"],
+    [("llama", graph_ranks.main), ("qwen3", deep_engine.main), ("qwen3_moe", engine_main)],
+    ids=["llama-graphs", "qwen3-overlapped", "qwen3_moe"],
 )
 def test_two_ranks_equal_one_with_adapters_of_every_kind(
     family: str, main: EngineMain, tmp_path: Path

@@ -14,7 +14,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection
+from typing import Any
 
 import torch
 
@@ -112,7 +114,7 @@ class _Follower:
         self._device = device
         self._store = store
         self._say = say
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[int, Callable[[], None]] = {}  # replay them, by number
         self._memory = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self._pool: DevicePool | None = None
         self._layouts: dict[int, AdapterImage] = {}  # of the slots in use, without data
@@ -131,16 +133,12 @@ class _Follower:
         match order:
             case Replay(graph):
                 self._last_pass = time.monotonic()
-                self._graphs[graph].replay()
+                self._graphs[graph]()
             case Pass(layout, None):
                 self._last_pass = time.monotonic()
                 self._run(layout)
             case Pass(layout, int(graph)):
-                self._graphs[graph] = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(
-                    self._graphs[graph], pool=self._memory, capture_error_mode="thread_local"
-                ):
-                    self._run(layout)
+                self._graphs[graph] = _captured(partial(self._run, layout), self._memory)
             case Allocate(slot, image):
                 if self.pool.allocate(image) != slot:
                     raise RuntimeError(f"slot {slot} of the first rank is another one here")
@@ -155,6 +153,7 @@ class _Follower:
             case MakePool(budget, dtype, named):
                 self._pool = DevicePool(self._model.groups, budget, dtype, self._device, **named)
             case InstallCaches(num_blocks, block_size, state_rows, dtype):
+                self._graphs.clear()  # they read the caches that were before
                 self._model.install_caches(
                     num_blocks=num_blocks,
                     block_size=block_size,
@@ -190,6 +189,14 @@ class _Follower:
         for done in self._loader.finished():
             error = None if done.error is None else str(done.error) or repr(done.error)
             self._say(Written(int(done.tag), error))
+
+
+def _captured(run: Callable[[], None], memory: Any) -> Callable[[], None]:
+    """Capture a pass in a graph; returns what replays it. It must have run twice before."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
+        run()
+    return graph.replay
 
 
 def _silence(model: LoadedModel) -> None:

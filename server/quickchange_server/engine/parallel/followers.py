@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent import futures
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkContext, SpawnContext
@@ -117,8 +118,7 @@ class Followers:
         """Let them run the pass that this rank is about to run; `given` are its other inputs."""
         usual = None if self._pool is None else self._pool.tables
         layout, buffer = flattened((context, given), usual)
-        capturing = buffer.is_cuda and torch.cuda.is_current_stream_capturing()
-        self._order(Pass(layout, self._graphs if capturing else None))
+        self._order(Pass(layout, self._graphs if _capturing() else None))
         self._ranks.share(buffer)
 
     def capture(self, capture: Capture) -> Capture:
@@ -187,7 +187,8 @@ class Followers:
             self.blame(error)
         self._closing = True
         if error is None:
-            self._order(Close())
+            with suppress(OSError):  # one that failed is gone already
+                self._order(Close())
         until = time.monotonic() + _CLOSE_SECONDS
         for process in self._processes.values():
             if error is None:
@@ -239,6 +240,11 @@ class Followers:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [-code])
             os.kill(os.getpid(), -code)
         os._exit(1)
+
+
+def _capturing() -> bool:
+    """True while what the device is given goes into a captured graph and is not run."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _context(settings: Settings) -> ForkContext | SpawnContext:
