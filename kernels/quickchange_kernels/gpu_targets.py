@@ -34,7 +34,7 @@ class Target:
     reserved_shared: int  # taken from a block by the system
     # Results of matrix products lie in registers beside their operands (mma.sync), not in memory of
     # their own (wgmma reads operands from shared memory, tcgen05 has results in tensor memory).
-    products_in_registers: bool
+    products_in_registers: bool = False
     code_of: str | None = None  # the target whose PTX this one runs; None: its own
 
     def triton_target(self) -> Any:

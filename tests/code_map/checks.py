@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 
+from blocking_uploads import blocking_lines
 from folder_imports import FolderImports, import_graph
 from grimp import ImportGraph
 from repeated_names import repeated_basenames, repeated_classes
@@ -23,6 +24,8 @@ from unused_symbols import unused_symbols
 FOLDER_LIMIT = 12
 LIMITS = {"server/quickchange_server": 5}  # folders with a limit of their own
 IMPORTS_SHOWN = 12
+STEP_FOLDERS = ("engine", "spec_decode")  # whose code runs in the engine's steps,
+_MODEL = Path("server/quickchange_server/model")  # as does the model's: what loads it lies below
 
 
 class CodeMap:
@@ -94,6 +97,17 @@ def needless_symbols(code: CodeMap) -> Iterator[str]:
     yield from _unlisted(code, "symbols_used_from_outside", found)
 
 
+def blocking_uploads(code: CodeMap) -> Iterator[str]:
+    """Tensors of host values made on a device, for whose copy the host waits."""
+    for module in code.source.modules:
+        if module.folder == _MODEL or any(part in module.folder.parts for part in STEP_FOLDERS):
+            for line in blocking_lines(module.tree):
+                yield (
+                    f"{module.path}:{line} makes a tensor of host values on a device, and waits "
+                    "for its copy: make it on the host and send it with the step's inputs (upload)"
+                )
+
+
 def unmatched_tests(code: CodeMap) -> Iterator[str]:
     """Folders of tests that are named like no package."""
     folders = {
@@ -137,6 +151,7 @@ CHECKS: tuple[Check, ...] = (
     needless_modules,
     needless_symbols,
     unmatched_tests,
+    blocking_uploads,
 )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from checks import (
     CodeMap,
+    blocking_uploads,
     folder_cycles,
     full_folders,
     needless_modules,
@@ -248,3 +249,25 @@ def test_an_import_that_a_contract_forbids(
 def test_imports_that_the_contracts_allow(tmp_path: Path) -> None:
     assert not broken(tmp_path, "quickchange_training", server("entrypoints.llm"))
     assert not broken(tmp_path, server("api"), server("frontend"))
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        "torch.tensor([1], device=there)",
+        "torch.as_tensor(values, dtype=kind, device=there)",
+        "torch.from_numpy(values).to(there)",
+    ],
+)
+def test_a_tensor_of_host_values_made_on_a_device_in_a_step_is_found(tree: Tree, made: str) -> None:
+    tree.add("engine/feeding", f"import torch\n\nrows = {made}\n")
+    tree.add("loading", f"import torch\n\nrows = {made}\n")
+    finding = only(blocking_uploads(tree.map))
+    assert "engine/feeding.py:3" in finding
+    assert "send it with the step's inputs" in finding
+
+
+def test_tensors_of_the_host_and_tensors_made_there_are_no_finding(tree: Tree) -> None:
+    text = "import torch\n\na = torch.tensor([1])\nb = torch.zeros(3, device=there)\n"
+    tree.add("engine/feeding", text)
+    assert not [*blocking_uploads(tree.map)]

@@ -42,6 +42,26 @@ def test_llama_like_models_have_whole_layers_fused(family: str, tmp_path: Path) 
     assert count(model, ProjectionPart) == 0
 
 
+def test_each_layers_last_sum_is_made_with_the_next_norm(tmp_path: Path) -> None:
+    model = loaded("llama", tmp_path)
+    layers = [each for each in model.modules() if isinstance(each, FusedDecoderLayer)]
+    follow = [layer.following for layer in layers]
+    firsts = [layer.input_layernorm for layer in layers[1:]]
+    assert follow == [(norm,) for norm in [*firsts, model.get_submodule("model.norm")]]
+    assert "following" not in dict(layers[0].named_modules())
+
+
+def test_a_norm_that_is_ready_serves_only_the_stream_that_it_was_made_of() -> None:
+    norm = FusedRMSNorm(nn.Parameter(torch.ones(8), requires_grad=False), 1e-6, 0.0)
+    x, other, made = torch.ones(2, 8), torch.full((2, 8), 2.0), torch.zeros(2, 8)
+    norm.ready = (x, made)
+    assert norm(x) is made
+    assert norm(x) is not made
+    norm.ready = (x, made)
+    assert norm(other) is not made
+    assert norm(x) is not made
+
+
 def test_qwen3_has_its_head_norms_fused_too(tmp_path: Path) -> None:
     model = loaded("qwen3", tmp_path)
     assert count(model, FusedRMSNorm) == 4 * LAYERS + 1

@@ -14,6 +14,8 @@ from quickchange_server.config import Settings
 from quickchange_server.engine.engine import Engine
 from quickchange_server.model.loading.model_loader import LoadedModel, load_model
 from quickchange_server.protocol import (
+    AdapterFailed,
+    AdapterMoved,
     Component,
     Delta,
     Pooling,
@@ -125,10 +127,11 @@ class Driver:
         self.first: dict[str, Delta] = {}
         self.drafted: Counter[str] = Counter()
         self.accepted: Counter[str] = Counter()
+        self.moves: list[AdapterMoved | AdapterFailed] = []
 
     def step(self) -> bool:
         """One step; False if there was nothing to do just now."""
-        self.engine.poll_adapters()
+        self.moves += self.engine.poll_adapters()
         report = self.engine.step()
         self.engine.check_integrity()
         for delta in () if report is None else report.deltas:

@@ -10,7 +10,7 @@ import torch
 from random_batches import query_starts
 from torch import Tensor
 
-from quickchange_kernels.attention import paged_attention_triton
+from quickchange_kernels.attention import paged_attention_triton, paged_attention_tuning
 from quickchange_kernels.attention.paged_attention_contract import (
     paged_attention,
     reference_paged_attention,
@@ -19,7 +19,7 @@ from quickchange_kernels.attention.paged_attention_tuning import Splits, launche
 from quickchange_kernels.gpu_targets import TARGETS
 from quickchange_kernels.random_inputs import random_keys
 
-Compare = Callable[..., None]
+Compare = Callable[..., Tensor]
 
 
 @pytest.fixture
@@ -46,7 +46,8 @@ def compare(
         value_dim: int | None = None,
         sinks: bool = False,
         slopes: bool = False,
-    ) -> None:
+    ) -> Tensor:
+        generator.manual_seed(1234)
         keys = random_keys(lengths, heads[1], dim, block_size, generator, dtype, value_dim)
         live = sum(counts)
         q = torch.randn(live + padding, heads[0], dim, generator=generator).to(dtype)
@@ -65,6 +66,7 @@ def compare(
         assert out.dtype == dtype
         reference = reference_paged_attention(*args, dim**-0.5, window, softcap, *by_head)
         assert_close(out[:live], reference[:live])
+        return out[:live]
 
     return check
 
@@ -162,6 +164,29 @@ def short_splits(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("window", [0, 70])
 def test_splits_are_merged(compare: Compare, counts: list[int], window: int) -> None:
     compare([64, 200, 129], counts, heads=(2, 1), dim=32, window=window)
+
+
+@pytest.mark.usefixtures("short_splits")
+@pytest.mark.parametrize("window", [0, 310])
+def test_splits_grow_where_there_would_be_too_many(compare: Compare, window: int) -> None:
+    compare([700, 300, 280], [1, 33, 64], heads=(2, 1), dim=16, window=window)
+
+
+@pytest.mark.usefixtures("short_splits")
+@pytest.mark.parametrize("window", [0, 90])
+def test_partial_results_of_mixed_sequences_keep_apart(compare: Compare, window: int) -> None:
+    compare([90, 130, 70, 1, 40, 200, 65, 300], [0, 5, 64, 1, 33, 2, 65, 3], dim=16, window=window)
+
+
+@pytest.mark.usefixtures("short_splits")
+@pytest.mark.parametrize("window", [0, 150])
+def test_how_many_programs_share_the_splits_changes_no_bit(
+    compare: Compare, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = ([300, 64, 129], [1, 7, 20])
+    shared = compare(*batch, heads=(4, 2), dim=32, window=window)
+    monkeypatch.setattr(paged_attention_tuning, "PROGRAMS", 1)
+    assert torch.equal(compare(*batch, heads=(4, 2), dim=32, window=window), shared)
 
 
 @pytest.mark.usefixtures("short_splits")

@@ -24,7 +24,7 @@ from quickchange_bench.models.random_base import SHAPES, LlamaShape
 from quickchange_server.adapters.module_groups import ModuleGroup
 from quickchange_server.config import Settings
 from quickchange_server.engine.engine import Engine
-from quickchange_server.engine.model_runner import Flight
+from quickchange_server.engine.step_results import Flight
 from quickchange_server.model import paged_attention
 from quickchange_server.model.loading.model_loader import LoadedModel, prepare
 from quickchange_server.protocol import Component, Drafting, SamplingParams, Submit

@@ -13,13 +13,12 @@ One more launch merges the splits of the first two. The kernels are in paged_att
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from quickchange_kernels import gpu_targets
 from quickchange_kernels.attention.head_operands import aligned_elements, aligned_heads, is_aligned
 from quickchange_kernels.attention.paged_attention_device import (
     merge_splits_kernel,
@@ -39,6 +38,7 @@ from quickchange_kernels.attention.paged_attention_tuning import (
     tilings,
 )
 from quickchange_kernels.compilation import ONE_OF_EACH_COMPILER, TARGETS, Compilation
+from quickchange_kernels.gpu_targets import TARGETS as TARGETS_BY_NAME
 from quickchange_kernels.gpu_targets import Target, target_of
 
 MERGE_WARPS = 4
@@ -361,7 +361,6 @@ class AttentionShape:
 _ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 _MODELS = {
     "Llama 8B": AttentionShape(32, 8, 128, 128, windows=(False, True)),  # window: Mistral 7B
-    "Llama 70B": AttentionShape(64, 8, 128, 128),
     "SmolLM2": AttentionShape(9, 3, 64, 64),
     "Gemma 2 9B": AttentionShape(16, 8, 256, 256, softcap=True, windows=(False, True)),
     "gpt-oss 20B": AttentionShape(64, 8, 64, 64, sinks=True, windows=(True,)),
@@ -370,29 +369,33 @@ _MODELS = {
     "Gemma 4 31B": AttentionShape(32, 4, 512, 512),
     "MPT 7B": AttentionShape(32, 32, 128, 128, slopes=True),
 }
-_IN_FLOAT32 = ("Llama 8B", "SmolLM2", "Gemma 2 9B", "DeepSeek V3, latent")
+_IN_FLOAT32 = ("Llama 8B", "SmolLM2", "Gemma 2 9B", "DeepSeek V3, latent")  # of every width
 
 
 def compilations() -> Iterator[Compilation]:
     """Configurations for decode, verification (up to 64 tokens), prefill and merging."""
-    for model, shape in _MODELS.items():
-        yield from _shipped(model, shape, "bf16", TARGETS)
-    for model in _IN_FLOAT32:
-        yield from _shipped(model, replace(_MODELS[model], windows=(False,)), "fp32", TARGETS)
-    yield from _shipped("Llama 8B", _MODELS["Llama 8B"], "fp16", ONE_OF_EACH_COMPILER)
+    wanted = [
+        *((model, shape, "bf16", TARGETS) for model, shape in _MODELS.items()),
+        *((m, replace(_MODELS[m], windows=(False,)), "fp32", TARGETS) for m in _IN_FLOAT32),
+        ("Llama 8B", _MODELS["Llama 8B"], "fp16", ONE_OF_EACH_COMPILER),
+    ]
+    yield from _alike_once(
+        (target, one)
+        for model, shape, dtype, targets in wanted
+        for target in targets
+        for one in shape.compilations(model, dtype, TARGETS_BY_NAME[target])
+    )
 
 
-def _shipped(
-    model: str, shape: AttentionShape, dtype: str, targets: tuple[str, ...]
-) -> Iterator[Compilation]:
-    """The shape's configurations, one for all targets on which its tile is the same."""
-    alike: dict[str, tuple[Compilation, list[str]]] = {}
-    for target in targets:
-        for one in shape.compilations(model, dtype, gpu_targets.TARGETS[target]):
-            key = repr((one.name, one.constants, one.num_warps, one.num_stages, one.options))
-            alike.setdefault(key, (one, []))[1].append(target)
+def _alike_once(found: Iterable[tuple[str, Compilation]]) -> Iterator[Compilation]:
+    """Each configuration once, for all targets on which it ships, under the first one's name."""
+    alike: dict[str, tuple[Compilation, dict[str, None]]] = {}
+    for target, one in found:
+        same = repr((one.kernel, dict(one.signature), dict(one.constants), one.num_warps))
+        key = f"{same} {one.num_stages} {dict(one.options)}"
+        alike.setdefault(key, (one, {}))[1][target] = None
     taken: Counter[str] = Counter()
     for one, where in alike.values():
         taken[one.name] += 1
-        name = one.name if taken[one.name] == 1 else f"{one.name}, on {where[0]}"
+        name = one.name if taken[one.name] == 1 else f"{one.name}, on {next(iter(where))}"
         yield replace(one, name=name, targets=tuple(where))

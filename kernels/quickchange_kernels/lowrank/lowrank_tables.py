@@ -19,6 +19,9 @@ A_ALIGNMENT = 64  # bytes
 SMALL_TILE, LARGE_TILE = 16, 64
 
 
+_MAX_PARTS, _MIN_PART = 8, 1024  # parts in which features are summed; features
+
+
 class PageKind(IntEnum):
     """Operation of a page on its rows."""
 
@@ -89,6 +92,16 @@ Quad = tuple[int, int, int, int]
 def rounded_to_power(pages: int) -> int:
     """The power of two, 1 at least, that has room for `pages`: for GroupShape.most_pages."""
     return 1 << max(pages - 1, 0).bit_length()
+
+
+def parts_of(features: int) -> int:
+    """Number of parts in which a GPU sums the features, to keep it busy with few rows."""
+    return min(_MAX_PARTS, -(-features // _MIN_PART))
+
+
+def columns_of(height: int) -> int:
+    """Columns of y that one program of a GPU's expand owns: many where its tile has many rows."""
+    return 128 if height == SMALL_TILE else 256
 
 
 def tile_height(longest: int) -> int:

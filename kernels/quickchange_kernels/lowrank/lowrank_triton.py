@@ -8,7 +8,7 @@
 The two launches also keep every read of x before any write of y. An embedding needs no shrink: its
 A x is a lookup, done in expand.
 
-Which features are summed apart (`parts`) depends on their number alone; a tile's height, on how
+Which features are summed apart (`parts_of`) depends on their number alone; a tile's height, on how
 many rows share a segment, changes no order of sums. Programs are as many as the most pages that any
 resident adapter has, but no more than keep a GPU busy: they go through an adapter's own pages in
 turn, and those past them end at once.
@@ -44,12 +44,12 @@ from quickchange_kernels.lowrank.lowrank_tables import (
     RANKS_PER_PAGE,
     SMALL_TILE,
     PageKind,
+    columns_of,
+    parts_of,
 )
 from quickchange_kernels.lowrank.lowrank_tuning import (
-    COLUMNS,
     chunk_programs,
     expand_config,
-    parts,
     shrink_config,
 )
 
@@ -313,10 +313,10 @@ def launch_lowrank(y: Tensor, x: Tensor, *operands: Any) -> None:
     dependent = dependent_launch()
     config = shrink_config(K, x.dtype, o.tile_height, aligned=wide, dependent=dependent)
     ranks = RANKS_PER_PAGE * max(2, o.most_pages)
-    shape = (parts(K), len(pieces), o.tile_height, ranks)
+    shape = (parts_of(K), len(pieces), o.tile_height, ranks)
     partial = torch.empty(shape, dtype=torch.float32, device=y.device)
-    chunks = chunk_programs(o.most_pages, config.constants["PAGES"], len(pieces) * parts(K))
-    shrink_kernel[(len(pieces), chunks, parts(K))](
+    chunks = chunk_programs(o.most_pages, config.constants["PAGES"], len(pieces) * parts_of(K))
+    shrink_kernel[(len(pieces), chunks, parts_of(K))](
         x,
         o.arena,
         o.directory,
@@ -352,7 +352,7 @@ def _expand(
     wide = o.aligned and aligned(y, o.arena)
     dependent = ids is None and dependent_launch()
     config = expand_config(summed, o.tile_height, aligned=wide, dependent=dependent)
-    expand_kernel[(len(tiles), triton.cdiv(y.shape[1], COLUMNS))](
+    expand_kernel[(len(tiles), triton.cdiv(y.shape[1], columns_of(o.tile_height)))](
         y,
         partial,
         ids,

@@ -9,19 +9,11 @@ from __future__ import annotations
 import torch
 
 from quickchange_kernels.launch_config import LaunchConfig
-from quickchange_kernels.lowrank.lowrank_tables import SMALL_TILE
+from quickchange_kernels.lowrank.lowrank_tables import SMALL_TILE, columns_of, parts_of
 
-MAX_PARTS = 8
-MIN_PART = 1024  # features
-COLUMNS = 128  # columns of y that one program of expand owns
-EXPERT_COLUMNS = 256  # the same, of one row of experts
+EXPERT_COLUMNS = 256  # columns that one program owns of one row of experts
 EXPERT_PAGES = 2  # pages of one program of shrink for experts
 BUSY_PROGRAMS = 528  # four on each multiprocessor of an H100
-
-
-def parts(features: int) -> int:
-    """Number of parts in which the features are summed, to keep a GPU busy with few rows."""
-    return min(MAX_PARTS, -(-features // MIN_PART))
 
 
 def shrink_config(
@@ -35,7 +27,7 @@ def shrink_config(
         "HEIGHT": height,
         "PAGES": 2 if small else 8,
         "BLOCK_K": block,
-        "PART": -(-features // (parts(features) * block)) * block,
+        "PART": -(-features // (parts_of(features) * block)) * block,
         "ALIGNED": aligned,
         "DEPENDENT": dependent,
     }
@@ -52,8 +44,8 @@ def expand_config(
     constants = {
         "HEIGHT": height,
         "PAGES": 4,
-        "PARTS": 1 if features is None else parts(features),
-        "BLOCK_N": COLUMNS,
+        "PARTS": 1 if features is None else parts_of(features),
+        "BLOCK_N": columns_of(height),
         "ALIGNED": aligned,
         "DEPENDENT": dependent,
     }

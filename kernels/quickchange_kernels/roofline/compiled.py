@@ -157,6 +157,7 @@ def _lowrank_kernel(name: str, features: int, height: int) -> Measured:
 def lowrank_launches(group: Linear, batch: StepBatch) -> list[MeasuredLaunch]:
     """shrink and expand of one call, for rows spread evenly over the adapters."""
     from quickchange_kernels.lowrank.lowrank_tables import RANKS_PER_PAGE, tile_height
+    from quickchange_kernels.lowrank.lowrank_tuning import chunk_programs
 
     height = tile_height(-(-batch.rows // batch.adapters))
     shrink = _lowrank_kernel("shrink_kernel", group.inputs, height)
@@ -164,13 +165,15 @@ def lowrank_launches(group: Linear, batch: StepBatch) -> list[MeasuredLaunch]:
     narrow, wide = shrink.one.constants, expand.one.constants
     pieces = batch.adapters * -(-batch.rows // (batch.adapters * height))
     pages = len(group.outputs) * -(-batch.rank // RANKS_PER_PAGE)
+    chunks = -(-pages // narrow["PAGES"])
+    programs = chunk_programs(pages, narrow["PAGES"], pieces * wide["PARTS"])
     a_tile = narrow["PAGES"] * RANKS_PER_PAGE * narrow["BLOCK_K"]
     b_tile = wide["PAGES"] * RANKS_PER_PAGE * wide["BLOCK_N"]
     return [
         MeasuredLaunch(
             "shrink",
             shrink,
-            pieces * -(-pages // narrow["PAGES"]) * wide["PARTS"],
+            pieces * min(chunks, programs) * wide["PARTS"],
             VALUE * a_tile * (shrink.one.num_stages - 1),
             floors.shrink(group, batch, wide["PARTS"]),
         ),

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from quickchange_kernels.lowrank.lowrank_tables import LARGE_TILE, columns_of, parts_of
 from quickchange_kernels.roofline import floors
+from quickchange_kernels.roofline.beside_vllm import (
+    QUICKCHANGE,
+    QUICKCHANGE_DEPENDENT_OFF,
+    VLLM,
+    step_seconds,
+)
 from quickchange_kernels.roofline.floors import StepBatch
 from quickchange_kernels.roofline.machine import H100, LLAMA_8B, MODELS, GpuRates, Linear, Model
 
@@ -17,6 +24,9 @@ ADAPTERS = (1, 16, 64)
 RANKS = (16, 64)
 CONTEXTS = (1024, 8192)
 TURBO_HEADS = 4
+BESIDE_ROWS = (1, 16, 64)
+BESIDE_ADAPTERS = 16
+PREFILL_ROWS = 2048
 
 
 def batches() -> Iterator[StepBatch]:
@@ -186,10 +196,67 @@ def _waves_row(batch: StepBatch, launch: MeasuredLaunch, machine: GpuRates) -> l
     ]
 
 
+def beside_table(machine: GpuRates = H100) -> str:
+    """A decode step of Llama-3.1-8B over 1,024 keys with adapters of rank 16, beside vLLM's."""
+    header = ["rows", "adapters", "system", "linears, ms", "attention, ms", "updates, ms"]
+    header += ["launches", "gaps, ms", "step, ms", "speed beside vLLM's"]
+    rows = []
+    for count in BESIDE_ROWS:
+        batch = StepBatch(count, min(count, BESIDE_ADAPTERS), RANKS[0])
+        systems = (VLLM, QUICKCHANGE_DEPENDENT_OFF, QUICKCHANGE)
+        times = [step_seconds(each, LLAMA_8B, batch, CONTEXTS[0], machine) for each in systems]
+        for system, time in zip(systems, times, strict=True):
+            rows.append(
+                [
+                    str(count),
+                    str(batch.adapters),
+                    system.name,
+                    *(f"{part * 1e3:.2f}" for part in time[:3]),
+                    str(LLAMA_8B.layers * system.layer + system.once),
+                    f"{time[3] * 1e3:.2f}",
+                    f"{sum(time) * 1e3:.2f}",
+                    f"{sum(times[0]) / sum(time):.2f}",
+                ]
+            )
+    return table(header, rows)
+
+
+def prefill_table(machine: GpuRates = H100) -> str:
+    """Low-rank updates of a prefill of Llama-3.1-8B, one adapter, beside the base's products."""
+    header = ["rank", "linears", "shrink, operations a byte", "shrink, µs", "expand, µs"]
+    header += ["partial sums read again, MB", "base's product, µs", "share of it"]
+    rows = []
+    for rank in RANKS:
+        batch = StepBatch(PREFILL_ROWS, 1, rank)
+        for group in LLAMA_8B.linears:
+            parts = parts_of(group.inputs)
+            shrink = floors.shrink(group, batch, parts)
+            expand = floors.expand(group, batch, parts)
+            base = floors.linear(group, batch.rows).seconds(machine)
+            update = shrink.seconds(machine) + expand.seconds(machine)
+            blocks = sum(group.outputs) // columns_of(LARGE_TILE)
+            again = batch.rows * blocks * parts * rank * floors.PARTIAL
+            rows.append(
+                [
+                    str(rank),
+                    group.name,
+                    f"{shrink.operations / shrink.bytes:.0f}",
+                    microseconds(shrink.seconds(machine)),
+                    microseconds(expand.seconds(machine)),
+                    megabytes(again),
+                    microseconds(base),
+                    f"{update / base:.0%}",
+                ]
+            )
+    return table(header, rows)
+
+
 FLOORS: dict[str, Callable[[], str]] = {
     "lowrank": lowrank_table,
     "others": other_table,
     "step": step_table,
+    "beside vLLM": beside_table,
+    "prefill": prefill_table,
 }
 COMPILED: dict[str, Callable[[], str]] = {"compiled": compiled_table, "waves": waves_table}
 

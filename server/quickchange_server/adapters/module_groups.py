@@ -12,6 +12,24 @@ from dataclasses import dataclass
 
 from quickchange_store.canonical.canonical_adapter import ModuleKind, Source
 
+Spans = tuple[tuple[int, int], ...]  # [begin, end) of each
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """The part of a module that this process computes, of several that hold the model together."""
+
+    in_features: int  # of the whole module
+    out_features: int
+    inputs: Spans | None = None  # None: all; else the outputs are partial sums over the processes
+    outputs: Spans | None = None  # None: all
+    first: bool = True  # of the processes, one adds what may be added to a sum only once
+
+    @property
+    def leaves_sums(self) -> bool:
+        """True if this process leaves to another what is added to the sum of all."""
+        return self.inputs is not None and not self.first
+
 
 @dataclass(frozen=True, slots=True)
 class Member:
@@ -20,6 +38,7 @@ class Member:
     path: str  # e.g. "model.layers.0.self_attn.k_proj", as adapters name it
     column: int
     width: int
+    shard: Shard | None = None  # None: this process computes all of the module
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from quickchange_kernels.lowrank.lowrank_contract import RANKS_PER_PAGE, PageKind
-from quickchange_server.adapters.module_groups import Member, ModuleGroup
+from quickchange_server.adapters.module_groups import Member, ModuleGroup, Shard, Spans
 from quickchange_server.adapters.paced_copies import Pause, aligned, copy_in_pieces, no_pause
 from quickchange_server.adapters.turbo_packing import HeadLayout, head_pages
 from quickchange_server.errors import AdapterFailedError
@@ -54,6 +54,29 @@ class PageShape:
     b_offset: int  # B's begin within the page
     elements: int  # size of the page, 64-byte aligned
     gain_elements: int  # size of a page that holds a gain
+    shard: Shard | None = None  # the part of the module that is here; None: all of it
+
+    @property
+    def whole(self) -> tuple[int, int]:
+        """Features in and out of the whole module."""
+        if self.shard is None:
+            return self.features, self.width
+        return self.shard.in_features, self.shard.out_features
+
+    @property
+    def inputs(self) -> Spans:
+        """The module's inputs that are here."""
+        return (self.shard and self.shard.inputs) or ((0, self.features),)
+
+    @property
+    def outputs(self) -> Spans:
+        """The module's outputs that are here."""
+        return (self.shard and self.shard.outputs) or ((0, self.width),)
+
+    @property
+    def leaves_sums(self) -> bool:
+        """True if another process adds what is added once to a sum over all of them."""
+        return self.shard is not None and self.shard.leaves_sums
 
 
 Place = tuple[str, Source]  # (a module's path, what an update of it reads)
@@ -78,6 +101,7 @@ def _page_shape(group: ModuleGroup, member: Member, dtype: torch.dtype) -> PageS
         b_offset=b_offset,
         elements=b_offset + aligned(RANKS_PER_PAGE * member.width, dtype),
         gain_elements=aligned(member.width, dtype),
+        shard=member.shard,
     )
 
 
@@ -100,6 +124,7 @@ class AdapterImage:
     shift: npt.NDArray[np.float32]  # [L, 8]
     kind: npt.NDArray[np.int32]  # [L] PageKind
     heads: HeadLayout | None  # describes the heads' pages; None: there are none
+    digest: str = ""  # of the adapter's version in the store, if it is of one
 
     @property
     def pages(self) -> int:
@@ -166,13 +191,22 @@ class _Page:
         shape, update = self.shape, self.update
         b = target[self.b_offset :]
         if self.row is not None:
-            copy_in_pieces(b[None, : shape.width], self.row[None], pause)
+            if self.kind is PageKind.GAIN or not shape.leaves_sums:
+                _copy_spans(b[None, : shape.width], self.row[None], shape.outputs, pause)
             return
         b = b[: RANKS_PER_PAGE * shape.width].view(RANKS_PER_PAGE, shape.width)
         count = self.last - self.first
         a = target[: RANKS_PER_PAGE * shape.features].view(RANKS_PER_PAGE, shape.features)
-        copy_in_pieces(a[:count], update.a[self.first : self.last], pause)
-        copy_in_pieces(b[:count], update.b[:, self.first : self.last].T, pause)
+        _copy_spans(a[:count], update.a[self.first : self.last], shape.inputs, pause)
+        _copy_spans(b[:count], update.b[:, self.first : self.last].T, shape.outputs, pause)
+
+
+def _copy_spans(target: Tensor, source: Tensor, spans: Spans, pause: Pause) -> None:
+    """target [n, m] = those columns of source that lie in `spans`, side by side."""
+    at = 0
+    for begin, end in spans:
+        copy_in_pieces(target[:, at : at + end - begin], source[:, begin:end], pause)
+        at += end - begin
 
 
 def build_image(
@@ -253,9 +287,15 @@ def _pages_of(update: LowRankUpdate, shape: PageShape) -> Iterator[_Page]:
 
 
 def _check_shapes(path: str, update: LowRankUpdate, shape: PageShape) -> None:
-    found = (update.a.shape[1], update.b.shape[0])
-    if found != (shape.features, shape.width):
+    found, whole = (update.a.shape[1], update.b.shape[0]), shape.whole
+    if found != whole:
         raise AdapterFailedError(
             f"{path}: the update maps {found[0]} to {found[1]} features, the served model's module "
-            f"{shape.features} to {shape.width}; add the adapter again with its own base model"
+            f"{whole[0]} to {whole[1]}; add the adapter again with its own base model"
+        )
+    partial = shape.shard is not None and shape.shard.inputs is not None
+    if partial and (update.activation != "identity" or update.shift is not None):
+        raise AdapterFailedError(
+            f"{path}: its update has a shift or an activation between A and B, which can't be cut "
+            "with the module's inputs; serve it with --tensor-parallel 1"
         )

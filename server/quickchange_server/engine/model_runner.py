@@ -9,7 +9,7 @@ has them; all others take one common path.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -28,6 +28,7 @@ from quickchange_server.engine.inputs.step_shapes import (
     exact_extent,
 )
 from quickchange_server.engine.model_inputs import StepInputs, step_inputs
+from quickchange_server.engine.parallel.followers import Followers
 from quickchange_server.engine.prompt_outputs import ReadInputs, ReadRows, read, read_inputs
 from quickchange_server.engine.sampler import Sampler
 from quickchange_server.engine.scheduling.scheduler import Scheduled
@@ -35,7 +36,7 @@ from quickchange_server.engine.scheduling.sequence import isolated
 from quickchange_server.engine.step_graphs import StepGraphs, StepOutput, StepTree
 from quickchange_server.engine.step_results import Flight, Landing
 from quickchange_server.engine.token_masks import NO_MASKS, TokenMasks
-from quickchange_server.engine.warm_up import BlankHeads, StepLimits, steps
+from quickchange_server.engine.warm_up import BlankHeads, StepLimits, largest_steps, steps
 from quickchange_server.model.cuda_graphs import capture_for
 from quickchange_server.model.input_buffers import Download, upload
 from quickchange_server.model.loading.model_loader import LoadedModel, Output, forward
@@ -81,12 +82,15 @@ class Runner:
         state_rows: int = 0,
         max_sequences: int | None = None,
         max_batch_tokens: int = 0,
+        followers: Followers | None = None,
     ) -> None:
         """masks: makes the token masks of sampling items. most_graph_rows: rows of the largest
         decode step from a captured graph, if there are graphs. state_rows: room for the states of
         recurrent layers. max_sequences: of a step; None: as many as `most_graph_rows`.
-        max_batch_tokens: of a step, for the graphs of mixed ones; 0: there are none."""
+        max_batch_tokens: of a step, for the graphs of mixed ones; 0: there are none. followers: run
+        every pass with their parts of the model; None: it is whole."""
         self._model = model
+        self._followers = followers
         self._adapters = adapters
         self._masks = masks
         self._block_size = block_size
@@ -100,6 +104,11 @@ class Runner:
         blocks = -(-max_model_len // block_size)
         mixed = 0 if model.recurrent else max_batch_tokens
         capture = capture_for(device)
+        if followers is not None:
+            capture = capture and followers.capture(capture)
+            followers.install_caches(
+                num_blocks=num_blocks, block_size=block_size, state_rows=state_rows, dtype=dtype
+            )
         every = capture is not None or dispatch.triton_compiles(device)
         self._rows = BatchTables(model.vocabulary, every=every)
         self._graphs = capture and StepGraphs(
@@ -134,12 +143,15 @@ class Runner:
         if self._adapters.served:
             self._graphs.warm_up(self._adapters.tables)
 
+    def rehearse(self, limits: StepLimits) -> None:
+        """Run the largest steps there are, for the memory that they take. The caches need hold no
+        more than a block and a state."""
+        self._run_all(largest_steps(limits))
+
     def launch_all(self, limits: StepLimits) -> None:
         """Launch every kernel that a request may need; see warm_up.py. Raises RuntimeError if a
         step can't be made."""
-        for plan in steps(limits):
-            if faults := self.launch(plan, NoSpeculation()).ran().faults:
-                raise RuntimeError(f"the warm-up can't be computed: {'; '.join(faults.values())}")
+        self._run_all(steps(limits))
         vocabulary = self._model.vocabulary
         logits = torch.zeros(1, vocabulary, dtype=self._dtype, device=self._device)
         bits = torch.zeros(1, mask_words(vocabulary), dtype=torch.int32)
@@ -151,6 +163,11 @@ class Runner:
             for slot, turbo in enumerate(blank.slots):
                 item = DraftItem(0, slot, turbo.depth, ())
                 self._drafter.draft(hidden, token, [item], blank)
+
+    def _run_all(self, plans: Iterable[Sequence[Scheduled]]) -> None:
+        for plan in plans:
+            if faults := self.launch(plan, NoSpeculation()).ran().faults:
+                raise RuntimeError(f"the warm-up can't be computed: {'; '.join(faults.values())}")
 
     def price_rows(self, most: int) -> list[tuple[int, float]]:
         """(rows, seconds) of decode steps of up to `most` rows, without adapters, as they run: from
@@ -272,7 +289,10 @@ class Runner:
             if inputs.feed is not None:
                 pending = self._tokens.index_select(0, inputs.feed.clamp(min=0))
                 ids = torch.where(inputs.feed < 0, ids, pending)
-            return forward(self._model, ids, inputs.positions, rows, inputs.head_rows)
+            given = ids, inputs.positions, rows, inputs.head_rows
+            if self._followers is not None:
+                self._followers.forward(holder.step, given)
+            return forward(self._model, *given)
         finally:
             holder.step = None
 

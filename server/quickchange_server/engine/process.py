@@ -7,16 +7,19 @@ the supervisor, which drains and then sends `Shutdown`.
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from multiprocessing.connection import Connection, wait
 
 import torch
 
 from quickchange_server.config import Settings
 from quickchange_server.engine.engine import Engine
+from quickchange_server.engine.parallel.followers import Followers
 from quickchange_server.errors import SettingError
 from quickchange_server.model.loading.model_loader import load_model
 from quickchange_server.protocol import (
@@ -78,18 +81,32 @@ def main(connection: Connection, settings: Settings, read_tokenizer: ReadTokeniz
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     waker = Waker()
-    try:
-        engine, ready = _start(settings, read_tokenizer, begin.prices, connection, waker)
-    except (SettingError, ValueError, OSError, RuntimeError) as error:
-        connection.send(Fatal(f"the engine could not start: {error}"))
-        return
-    connection.send(ready)
-    try:
-        _serve(connection, engine, waker)
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        return  # the API process is gone: nobody is left to answer
-    finally:
-        engine.close()
+
+    def fail(reason: object) -> None:
+        connection.send(Fatal(f"the engine could not start: {reason}"))
+
+    with ExitStack() as stack:
+        followers = None
+        try:
+            if settings.tensor_parallel > 1:
+                followers = stack.enter_context(Followers(settings, fail))
+            engine, ready = _start(
+                settings, read_tokenizer, begin.prices, connection, waker, followers
+            )
+        except (SettingError, ValueError, OSError, RuntimeError) as error:
+            if followers is not None:
+                followers.blame(error)
+            fail(error)
+            return
+        connection.send(ready)
+        gc.collect()
+        gc.freeze()  # modules and libraries: a collection would walk them all within a step
+        try:
+            _serve(connection, engine, waker)
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            return  # the API process is gone: nobody is left to answer
+        finally:
+            engine.close()
 
 
 def _start(
@@ -98,6 +115,7 @@ def _start(
     prices: Prices,
     connection: Connection,
     waker: Waker,
+    followers: Followers | None,
 ) -> tuple[Engine, Ready]:
     started = time.monotonic()
     with ThreadPoolExecutor(1) as beside:
@@ -110,6 +128,7 @@ def _start(
             quantization=settings.quantization,
             deterministic=settings.deterministic,
             model_check=settings.model_check,
+            ranks=None if followers is None else followers.join(),
         )
         store = Store(settings.store)
         text, constraints = tokenizer.result()
@@ -122,6 +141,7 @@ def _start(
         constraints=constraints,
         prices=prices,
         on_begun=lambda request_ids: connection.send(Began(request_ids)),
+        followers=followers,
     )
     return engine, engine.ready(time.monotonic() - started)
 
@@ -132,6 +152,8 @@ def _serve(connection: Connection, engine: Engine, waker: Waker) -> None:
         while connection.poll():
             command: Command = connection.recv()
             if isinstance(command, Shutdown):
+                for landed in engine.land():
+                    connection.send(landed)
                 return
             if isinstance(command, Ping):
                 told = None

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -44,7 +46,7 @@ class _Written(NamedTuple):
     """The host's side of a graph's inputs."""
 
     step: StepInputs
-    columns: SampleColumns
+    columns: npt.NDArray[np.float64]
     writer: InputWriter
 
 
@@ -105,8 +107,8 @@ class StepGraphs:
         written = self._inputs(extent)
         written.writer.write(plan, shape)
         rows = shape.samples
-        written.columns.table[:, :rows] = columns.table
-        written.columns.table[:, rows:] = 0.0
+        written.columns[:, :rows] = columns.table.numpy()
+        written.columns[:, rows:] = 0.0
         if self._recurrent:
             (own,), (part,) = written.step.states, state_parts(plan, extent.rows, self._device)
             own.write.copy_(part.write)
@@ -137,7 +139,7 @@ class StepGraphs:
         if extent not in self._written:
             step, columns = self._graphs.inputs(extent, lambda: self._empty(extent))
             writer = InputWriter(step, self._block_size)
-            self._written[extent] = _Written(step, columns, writer)
+            self._written[extent] = _Written(step, columns.table.numpy(), writer)
         return self._written[extent]
 
     def _empty(self, extent: Extent) -> StepTree:

@@ -27,6 +27,7 @@ from quickchange_server.errors import (
     EngineFailedError,
     QuickchangeError,
     RequestFailedError,
+    SettingError,
 )
 from quickchange_server.model.loading.model_loader import load_model
 from quickchange_server.protocol import (
@@ -165,6 +166,12 @@ class InProcessEngine:
         load_adapter: LoadAdapter | None = None,
         text: TokenText | None = None,
     ) -> None:
+        if settings.tensor_parallel > 1:
+            raise SettingError(
+                "tensor_parallel: an engine in this process holds the whole model; use 1 here, or "
+                "the server",
+                param="tensor_parallel",
+            )
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
         self._awake = threading.Event()

@@ -78,6 +78,7 @@ def warm_cache(given: Mapping[str, Any], *, gpu: str | None, out: Path | None) -
             "device": "cpu",
             "dtype": str(dtype).removeprefix("torch."),
             "max_batch_tokens": settings.batch_tokens,
+            "max_sequences": settings.step_sequences,
             "max_model_len": min(settings.max_model_len or _CONTEXT, model.max_positions, _CONTEXT),
         }
     )

@@ -17,6 +17,7 @@ from quickchange_kernels.lowrank.lowrank_contract import Segments, lowrank_, low
 from quickchange_server.adapters.module_groups import ModuleGroup
 from quickchange_server.model.forward_context import AdapterBatch, StepHolder
 from quickchange_server.model.int8_linear import has_hooks, is_plain
+from quickchange_server.model.parallel.sharding import Joint
 from quickchange_server.model.rows_read import Rows
 
 if TYPE_CHECKING:  # output_side imports fusion, which imports this module
@@ -48,9 +49,19 @@ def base_linear(module: nn.Module, *, deterministic: bool = False) -> nn.Module:
 
 
 class AdaptedLinear(nn.Module):
-    """y = base(x) + Σ over segments of weight · scale · (x Aᵀ) B.   x [..., K], y [..., N]."""
+    """y = base(x) + Σ over segments of weight · scale · (x Aᵀ) B.   x [..., K], y [..., N].
 
-    def __init__(self, base: nn.Module, group: ModuleGroup, rows: Rows, holder: StepHolder) -> None:
+    joint: what the ranks do together around a linear that was cut.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        group: ModuleGroup,
+        rows: Rows,
+        holder: StepHolder,
+        joint: Joint | None = None,
+    ) -> None:
         super().__init__()
         self.base = base
         self.group = group
@@ -58,6 +69,7 @@ class AdaptedLinear(nn.Module):
         self._index = group.index
         self._rows = rows
         self._holder = holder
+        self._joint = joint
         self.output_side: OutputSide | None = None  # if the module ends a sub-layer
 
     @property
@@ -73,6 +85,8 @@ class AdaptedLinear(nn.Module):
         return bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self._joint is not None:
+            x = self._joint.own(x)
         y: torch.Tensor = self._compute_base(x)
         adapters = _adapters(self._holder)
         if adapters is not None:
@@ -81,8 +95,10 @@ class AdaptedLinear(nn.Module):
             # State-space layers give columns transposed.
             inputs = x.reshape(-1, x.shape[-1]).contiguous()
             lowrank_(rows, inputs, adapters.tables, segments, self._index)
-            if self.output_side is not None:
-                self.output_side.add_(rows, adapters)
+        if self._joint is not None:
+            y = self._joint.whole(y, [member.width for member in self.group.members])
+        if adapters is not None and self.output_side is not None:
+            self.output_side.add_(y.view(-1, y.shape[-1]), adapters)
         return y
 
 

@@ -1,7 +1,8 @@
 """Fusion of the base model's modules: RMSNorm and gated MLPs in one pass, attention with few calls.
 
 First small modules are replaced, then attention modules (rotary embedding in place on the fused
-q/k/v product) and whole decoder layers (the residual sum joined with the norm that follows it). A
+q/k/v product) and whole decoder layers (each residual sum joined with the norm that follows it, the
+last one's with that of the next layer). A
 module is recognised by its parts and then by what it computes: the fused version must give what the
 original gives, on a random input or, for attention and layers, on the call that a short pass
 through the model made. There attention is replaced by a product that queries, keys and values all
@@ -46,8 +47,13 @@ class FusedRMSNorm(nn.Module):
         self.eps = eps
         self.offset = offset
         self.operands = (weight, eps, offset)  # arguments of rms_norm and add_rms_norm
+        # what the layer before has returned, and the norm of it
+        self.ready: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        ready, self.ready = self.ready, None
+        if ready is not None and ready[0] is x:
+            return ready[1]
         return rms_norm(x, *self.operands)
 
 
@@ -77,7 +83,7 @@ class Fusion:
         run: runs `model` on ids [T] at positions [T].
         """
         self._model = model
-        self._undo: list[tuple[str, list[tuple[nn.Module, str, nn.Module]]]] = []
+        self._undo: list[tuple[str, list[tuple[nn.Module, str, nn.Module | None]]]] = []
         small = ((path, _fused_small(module)) for path, module in [*model.named_modules()])
         self._replace("norms and MLPs", small)
         for kind, fuse in (("attention", _fused_attention), ("layers", _fused_layer)):
@@ -85,6 +91,11 @@ class Fusion:
                 run(torch.arange(len(_POSITIONS)), torch.tensor(_POSITIONS))
             fused = ((path, fuse(model.get_submodule(path), calls[path], probe)) for path in calls)
             self._replace(kind, fused)
+        pairs = _followed(model, lambda: run(torch.arange(1), torch.zeros(1, dtype=torch.long)))
+        for layer, norm in pairs:
+            layer.following = (norm,)
+        if pairs:
+            self._undo.append(("sums", [(layer, "following", None) for layer, _ in pairs]))
 
     def undo_last(self) -> str | None:
         """Put the originals of the kind fused last back; returns its name, None: none is left."""
@@ -225,7 +236,7 @@ class FusedAttention(nn.Module):
 
 
 class FusedDecoderLayer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), the first sum and second norm in one pass."""
+    """x + attention(norm(x)), then x + mlp(norm(x)), each sum in one pass with the next norm."""
 
     def __init__(
         self, before: nn.Module, self_attn: FusedAttention, after: FusedRMSNorm, mlp: nn.Module
@@ -239,6 +250,8 @@ class FusedDecoderLayer(nn.Module):
         self._attend = self_attn.forward
         self._after = after.operands
         self._mlp = mlp.forward
+        # the norm that what the layer returns enters next, if it is known; no module of this one
+        self.following: tuple[FusedRMSNorm] | None = None
         # called with the residual stream as it enters a norm, by the norm's name
         self.entrances: dict[str, Callable[[torch.Tensor], None]] = {}
 
@@ -254,7 +267,12 @@ class FusedDecoderLayer(nn.Module):
         hidden_states, normed = add_rms_norm(hidden_states, attended, *self._after)
         if self.entrances:
             self._enter("post_attention_layernorm", hidden_states)
-        out: torch.Tensor = hidden_states + self._mlp(normed)
+        update: torch.Tensor = self._mlp(normed)
+        if self.following is None:
+            return hidden_states + update
+        (norm,) = self.following
+        out, normed = add_rms_norm(hidden_states, update, *norm.operands)
+        norm.ready = out, normed
         return out
 
     def _enter(self, norm: str, stream: torch.Tensor) -> None:
@@ -328,6 +346,39 @@ def _noting_calls(model: nn.Module) -> Iterator[tuple[dict[str, _Call], MixingPr
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _followed(
+    model: nn.Module, run: Callable[[], object]
+) -> list[tuple[FusedDecoderLayer, FusedRMSNorm]]:
+    """Layers whose outcome, itself, enters a norm next: the next layer's first, or the model's."""
+    pairs: list[tuple[FusedDecoderLayer, FusedRMSNorm]] = []
+    last: list[tuple[FusedDecoderLayer, torch.Tensor]] = []
+
+    def enters(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        norm = module.input_layernorm if isinstance(module, FusedDecoderLayer) else module
+        given = args[0] if args else kwargs.get("hidden_states")
+        if last and given is last[0][1] and isinstance(norm, FusedRMSNorm):
+            pairs.append((last[0][0], norm))
+        last.clear()
+
+    def leaves(module: nn.Module, _args: tuple[Any, ...], out: Any) -> None:
+        assert isinstance(module, FusedDecoderLayer)
+        last[:] = [(module, out)]
+
+    hooks = []
+    for module in model.modules():
+        if isinstance(module, FusedDecoderLayer | FusedRMSNorm):
+            hooks.append(module.register_forward_pre_hook(enters, with_kwargs=True))
+        if isinstance(module, FusedDecoderLayer):
+            hooks.append(module.register_forward_hook(leaves))
+    paged_attention.install(model, MixingProbe())
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return pairs
 
 
 def _has_projections(module: nn.Module) -> bool:

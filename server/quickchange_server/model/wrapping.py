@@ -22,6 +22,7 @@ from quickchange_server.model.adapter_layers import (
 from quickchange_server.model.forward_context import StepHolder
 from quickchange_server.model.int8_linear import is_plain, linear_shape
 from quickchange_server.model.output_side import OutputSide
+from quickchange_server.model.parallel.sharding import UNCUT, JointLinear, Sharding
 from quickchange_server.model.rows_read import Rows
 from quickchange_store.base_model.sublayers import sublayers
 from quickchange_store.base_model.weight_reading import release
@@ -35,7 +36,8 @@ class Wrapper:
 
     rows: the rows that each linear reads, by path. One whose rows are None has no group: no adapter
     may update it. With rows=None no group exists and no step ever looks for segments; the linears
-    are fused and go through the few-row kernel all the same.
+    are fused and go through the few-row kernel all the same. sharding: what this process holds only
+    a part of.
     """
 
     def __init__(
@@ -45,12 +47,14 @@ class Wrapper:
         *,
         rows: Mapping[str, Rows | None] | None,
         base: Callable[[nn.Module], nn.Module] = base_linear,
+        sharding: Sharding = UNCUT,
     ) -> None:
         self._model = model
         self._holder = holder
         self._adapters = rows is not None
         self._rows = rows or {}
         self._base = base  # makes the module that computes a linear
+        self._joints = sharding.joints
         self.groups: list[ModuleGroup] = []
         self.entrances: list[
             tuple[str, OutputSide]
@@ -83,11 +87,14 @@ class Wrapper:
         linears = [part for part in parts if isinstance(part, nn.Linear) and is_plain(part)]
         paths = [f"{path}.{name}" if path else name for name in names]
         rows = {self._rows.get(each) for each in paths}
-        if len(linears) < len(names) or not _alike(linears) or len(rows) > 1:
+        joint, *others = [self._joints.get(each) for each in paths]
+        joined = all(joint is other or (joint and joint.fits(other)) for other in others)
+        if len(linears) < len(names) or not _alike(linears) or len(rows) > 1 or not joined:
             return
         fused = _concatenate(linears)
         widths = [linear.out_features for linear in linears]
-        shared = SharedProjection(self._adapted(fused, paths, widths, rows.pop()), widths)
+        adapted = self._adapted(fused, paths, widths, rows.pop())
+        shared = SharedProjection(adapted, widths if joint is None else joint.widened(widths))
         for index, name in enumerate(names):
             setattr(parent, name, ProjectionPart(shared, index))
 
@@ -95,7 +102,9 @@ class Wrapper:
         _, width = _shape_of(module)
         adapted = self._adapted(module, [path], [width], self._rows.get(path))
         if isinstance(adapted, AdaptedLinear) and path in self._sublayers:
-            adapted.output_side = self._output_side(path, width)
+            joint = self._joints.get(path)
+            whole = width if joint is None else sum(joint.widened([width]))
+            adapted.output_side = self._output_side(path, whole)
         return adapted
 
     def _output_side(self, path: str, width: int) -> OutputSide:
@@ -118,14 +127,16 @@ class Wrapper:
     def _adapted(
         self, linear: nn.Module, paths: list[str], widths: list[int], rows: Rows | None
     ) -> nn.Module:
-        base = self._base(linear)
+        base, joints = self._base(linear), [self._joints.get(path) for path in paths]
+        joint = joints[0]
         if rows is None:
-            return base
+            return base if joint is None else JointLinear(base, joint, widths)
         columns = [sum(widths[:index]) for index in range(len(widths))]
-        members = tuple(Member(*item) for item in zip(paths, columns, widths, strict=True))
+        shards = [None if each is None else each.shard for each in joints]
+        members = tuple(Member(*item) for item in zip(paths, columns, widths, shards, strict=True))
         group = ModuleGroup(len(self.groups), "linear", *_shape_of(linear), members)
         self.groups.append(group)
-        return AdaptedLinear(base, group, rows, self._holder)
+        return AdaptedLinear(base, group, rows, self._holder, joint)
 
     def _embedding(self, path: str, module: nn.Embedding) -> nn.Module:
         vocabulary, hidden = module.num_embeddings, module.embedding_dim

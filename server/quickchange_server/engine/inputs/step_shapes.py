@@ -37,6 +37,9 @@ class Extent:
     samples_room: Room | None  # segments over the rows that are asked for
     head_room: Room | None  # segments over those of them that the LM head reads
 
+    def __hash__(self) -> int:
+        return hash((self.rows, self.samples, self.tokens_room is None))  # looked up in every step
+
     @property
     def all_sampled(self) -> bool:
         """True if every row may be sampled, so that segments over them are the same."""

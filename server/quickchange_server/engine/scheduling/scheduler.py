@@ -55,13 +55,17 @@ class Scheduled:
     # whose hidden states are read for an embedding.
     scored: range = field(init=False)
     pooled: range = field(init=False)
+    rows: int = field(init=False)
+    sampled_rows: int = field(init=False)  # number of rows, the last ones, that are sampled
     pends: bool = field(default=False, init=False)  # see `Sequence.pending`; set at the launch
 
     def __post_init__(self) -> None:
-        sequence = self.sequence
+        sequence, remaining, drafts = self.sequence, self.sequence.remaining, len(self.drafts)
         self.first = sequence.computed
-        self.samples = self.count == sequence.remaining and sequence.generates
-        self.prefills = sequence.remaining > 1
+        self.samples = self.count == remaining and sequence.generates
+        self.prefills = remaining > 1
+        self.rows = self.count + drafts
+        self.sampled_rows = 1 + drafts if self.samples else 0
         self.scored = self.pooled = _NO_ROWS
         if (reading := sequence.reading) is not None:
             rows = reading.rows(self.first, self.count)
@@ -69,15 +73,6 @@ class Scheduled:
                 self.pooled = rows
             else:
                 self.scored = rows
-
-    @property
-    def rows(self) -> int:
-        return self.count + len(self.drafts)
-
-    @property
-    def sampled_rows(self) -> int:
-        """Number of rows, the last ones, that are sampled."""
-        return 1 + len(self.drafts) if self.samples else 0
 
 
 class DraftBuyer(Protocol):
@@ -201,7 +196,8 @@ class Scheduler:
                 sequence.pending += 1
             if self.states is not None and not item.drafts:
                 self._advance_state(self.states, sequence, 0)
-            self._commit_full_blocks(sequence)
+            if item.prefills:
+                self._commit_full_blocks(sequence)
 
     def settled(self, item: Scheduled, tokens: Seq[int]) -> tuple[int, FinishReason | None]:
         """Record that a launched `item` was computed and its prompt rows were read.
@@ -293,7 +289,7 @@ class Scheduler:
                 break  # preempted for one before it, as are all after it
             decode = left == 1
             count = self._count(sequence, decode_budget if decode else prefill_budget)
-            if count and self._grow(sequence, count):
+            if count > 0 and self._grow(sequence, count):
                 plan.append(self._scheduled(sequence, count))
                 if decode:
                     decode_budget -= 1

@@ -177,6 +177,7 @@ class Sequence:
     # Derived from the request.
     request_id: str = field(init=False)  # a field: it is read many times a step
     _prompt: int = field(init=False)  # its length
+    _end: int = field(init=False)  # tokens of the text, at most, by the request
     tokens: list[int] = field(init=False)
     key: bytes = field(init=False)  # key of its composition and salt
     reach: int = field(init=False)  # tokens of the text that its positions are scaled for, at least
@@ -217,6 +218,7 @@ class Sequence:
         request = self.request
         self.request_id = request.request_id
         self._prompt = len(request.prompt)
+        self._end = self._prompt + request.sampling.token_limit
         self.tokens = [*request.prompt, *request.output]
         self.key = composition_key(request.adapters, request.salt)
         self.reach = len(request.prompt)
@@ -260,7 +262,7 @@ class Sequence:
 
     def goes_on_behind(self, length: int, max_model_len: int) -> bool:
         """True if a text of `length` tokens may have another one."""
-        return length < max_model_len and length - self._prompt < self.request.sampling.token_limit
+        return length < max_model_len and length < self._end
 
     @property
     def state(self) -> int:

@@ -16,8 +16,9 @@ from transformers.integrations.moe import ExpertsInterface
 
 from quickchange_kernels.linear.linear_experts import linear_experts
 from quickchange_kernels.lowrank.lowrank_contract import LowRankTables, lowrank_experts_
-from quickchange_server.adapters.module_groups import Member, ModuleGroup
+from quickchange_server.adapters.module_groups import Member, ModuleGroup, Shard
 from quickchange_server.model.forward_context import StepHolder
+from quickchange_server.model.parallel.sharding import UNCUT, Sharding
 from quickchange_store.base_model.expert_parts import expert_parts
 from quickchange_store.canonical.canonical_adapter import ExpertPart, expert_path
 
@@ -26,7 +27,12 @@ _ATTRIBUTE = "quickchange_experts"
 
 
 def wrap_experts(
-    model: nn.Module, holder: StepHolder, groups: list[ModuleGroup], *, adapters: bool
+    model: nn.Module,
+    holder: StepHolder,
+    groups: list[ModuleGroup],
+    *,
+    adapters: bool,
+    sharding: Sharding = UNCUT,
 ) -> None:
     """Let all experts of the interface compute by this one; their groups are added to `groups`."""
     ExpertsInterface.register(NAME, _interface)
@@ -34,7 +40,8 @@ def wrap_experts(
     products: dict[str, list[_Product]] = {}
     for parameter, part in parts.items():
         path, _, name = parameter.rpartition(".")
-        own = _groups_of(parameter, part, len(groups)) if adapters else []
+        shard = sharding.experts.get(parameter)
+        own = _groups_of(parameter, part, len(groups), shard) if adapters else []
         groups += own
         indices = range(own[0].index, own[0].index + len(own)) if own else None
         product = _Product(model.get_submodule(path), name, holder, indices)
@@ -50,14 +57,16 @@ def _is_plain(model: nn.Module, path: str) -> bool:
     return model.get_parameter(path).dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _groups_of(parameter: str, part: ExpertPart, first: int) -> list[ModuleGroup]:
+def _groups_of(
+    parameter: str, part: ExpertPart, first: int, shard: Shard | None
+) -> list[ModuleGroup]:
     size = (part.in_features, part.out_features)
     return [
         ModuleGroup(
             first + expert,
             "expert",
             *size,
-            (Member(expert_path(parameter, expert), 0, part.out_features),),
+            (Member(expert_path(parameter, expert), 0, part.out_features, shard),),
         )
         for expert in range(part.experts)
     ]

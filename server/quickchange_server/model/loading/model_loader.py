@@ -63,6 +63,9 @@ from quickchange_server.model.loading.model_proof import (
 )
 from quickchange_server.model.output_side import connect
 from quickchange_server.model.paged_attention import LayerShape, PagedAttention, ShapeRecorder
+from quickchange_server.model.parallel.ranks import Ranks
+from quickchange_server.model.parallel.sharding import UNCUT, localised, made_whole
+from quickchange_server.model.parallel.sharding_plan import whole_ends
 from quickchange_server.model.rows_read import Rows, rows_read
 from quickchange_server.model.wrapping import Wrapper
 from quickchange_store.base_model.base_source import BaseSource
@@ -154,8 +157,11 @@ def load_model(
     quantization: Quantization = "none",
     deterministic: bool = False,
     model_check: bool = True,
+    ranks: Ranks | None = None,
 ) -> LoadedModel:
-    """Load and wrap the model that `--model` names. dtype: the setting, or a dtype.
+    """Load and wrap the model that `--model` names; of several ranks, this one's part of it.
+
+    dtype: the setting, or a dtype.
 
     Raises UnsupportedModelError for an architecture that can't be served and for weights that are
     missing or not finite, OSError or ValueError (transformers') if nothing can be loaded from
@@ -169,8 +175,9 @@ def load_model(
         admit_attention_classes(config)
         _refuse_twice_quantised(config, quantization)
         chosen = model_dtype(dtype, config, device)
+        placed = {"device_map": {"": device}} if ranks is None else _cut(path, ranks)
         model: nn.Module = load_base(
-            path, dtype=chosen, attn_implementation=paged_attention.NAME, device_map={"": device}
+            path, dtype=chosen, attn_implementation=paged_attention.NAME, **placed
         )
     except BaseModelError as error:
         raise UnsupportedModelError(f"model: {error}", param="model") from error
@@ -181,7 +188,16 @@ def load_model(
         deterministic=deterministic,
         model_check=model_check,
         dtype=chosen,
+        ranks=ranks,
     )
+
+
+def _cut(path: str, ranks: Ranks) -> dict[str, Any]:
+    """Options by which transformers reads this rank's part of a model, to its own device."""
+    from transformers.distributed.configuration_utils import DistributedConfig
+
+    whole = whole_ends(path, ranks.size)
+    return {"distributed_config": DistributedConfig(tp_size=ranks.size, tp_plan=whole)}
 
 
 def prepare(
@@ -192,9 +208,11 @@ def prepare(
     deterministic: bool = False,
     model_check: bool = True,
     dtype: torch.dtype | None = None,
+    ranks: Ranks | None = None,
 ) -> LoadedModel:
     """Wrap a model that was loaded with `attn_implementation="quickchange"`.
 
+    One on the meta device is an outline: shapes and groups as they would be served, no numbers.
     deterministic: on a GPU too, sum linears in an order that their rows don't change.
     model_check: prove that it then gives what transformers' own model gives (`model_proof.py`).
     dtype: what it was loaded in; None: what its parameters say.
@@ -208,9 +226,14 @@ def prepare(
             model_check,
             dtype or model.dtype,  # type: ignore[arg-type]
             deterministic=deterministic,
+            ranks=ranks,
         )
     except Exception as error:
-        raise explained(model, error) from error
+        refusal = explained(model, error)
+        if ranks is not None:
+            remedy = "it was cut by transformers' plan: try --tensor-parallel 1"
+            refusal = UnsupportedModelError(f"{refusal.message}; {remedy}", param=refusal.param)
+        raise refusal from error
 
 
 def _prepared(
@@ -221,12 +244,15 @@ def _prepared(
     dtype: torch.dtype,
     *,
     deterministic: bool,
+    ranks: Ranks | None,
 ) -> LoadedModel:
     config: PretrainedConfig = model.config
     refuse_headless(model)
     model.requires_grad_(False)
+    outline = next(model.parameters()).is_meta
     rounded = quantization != "none" or quantization_method(config) is not None
-    proof = ModelProof(model, rounded=rounded) if model_check else None
+    with nullcontext() if ranks is None else made_whole(model):
+        proof = ModelProof(model, rounded=rounded) if model_check and not outline else None
     head_rows = fit_to_batch(model)
     replace_own_attention(model)
     holder = StepHolder()
@@ -241,16 +267,18 @@ def _prepared(
             else base_linear(module, deterministic=deterministic)
         )
 
-    wrapper = Wrapper(model, holder, rows=rows if adapters else None, base=base)
+    sharding = UNCUT if ranks is None else localised(model, ranks)
+    wrapper = Wrapper(model, holder, rows=rows if adapters else None, base=base, sharding=sharding)
     choosing = routers(model) if adapters else {}
     groups = wrapper.wrap()
-    wrap_experts(model, holder, groups, adapters=adapters)
+    wrap_experts(model, holder, groups, adapters=adapters, sharding=sharding)
     if deterministic:
-        _refuse_loose_sums(model, config)
+        _refuse_loose_sums(model, config, 1 if ranks is None else ranks.size)
     wrap_routers(model, choosing, holder, groups, lambda: _short_pass(model))
     head_rows.attach(model.get_output_embeddings())  # type: ignore[operator]
     scaling = scale_by_text(model, holder)
-    fusion = Fusion(model, lambda ids, positions: _logits(model, ids, positions))
+    # Fusing compares numbers, of which an outline has none.
+    fusion = None if outline else Fusion(model, lambda *rows: _logits(model, *rows))
     recorder = ShapeRecorder()
     paged_attention.install(model, recorder)
     head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
@@ -275,12 +303,22 @@ def _prepared(
         scaling=scaling,
         recurrent=recurrent,
     )
-    if proof is not None:
+    if proof is not None and fusion is not None:
         exact = TOLERANCE.get(model.dtype, LOOSE)  # type: ignore[call-overload]
         tolerance = ROUNDED if quantization != "none" else LOOSE if rounded else exact
         _prove(loaded, proof, fusion, tolerance)
     connect(model, wrapper.entrances)
+    if ranks is not None:
+        _check_alike(loaded, ranks)
     return loaded
+
+
+def _check_alike(loaded: LoadedModel, ranks: Ranks) -> None:
+    """Raise UnsupportedModelError unless all ranks call the same modules, on parts of one size."""
+    groups = [(g.kind, g.source, g.in_features, g.out_features) for g in loaded.groups]
+    modules = [type(module).__name__ for module in loaded.module.modules()]
+    if not ranks.agree(repr((groups, modules, loaded.layers))):
+        raise UnsupportedModelError("the ranks' parts of the model differ in form", param="model")
 
 
 def _prove(loaded: LoadedModel, proof: ModelProof, fusion: Fusion, tolerance: Tolerance) -> None:
@@ -355,7 +393,7 @@ def _rows_of_short_pass(model: nn.Module) -> tuple[dict[str, Rows | None], froze
 
     paged_attention.install(model, MixingProbe())
     read = rows_read(model, run)
-    if not bool(found[0].isfinite().all()):
+    if not found[0].is_meta and not bool(found[0].isfinite().all()):
         _refuse_broken_weights(model)
     return read
 
@@ -386,12 +424,13 @@ def _refuse_twice_quantised(config: PretrainedConfig, quantization: Quantization
         )
 
 
-def _refuse_loose_sums(model: nn.Module, config: PretrainedConfig) -> None:
+def _refuse_loose_sums(model: nn.Module, config: PretrainedConfig, ranks: int) -> None:
     """Raise UnsupportedModelError where a GPU would sum in an order that the batch changes."""
     loose = {
         "experts, whose grouped products choose": bool(expert_parts(model)),
         "weights that are stored quantised, whose products choose": quantization_method(config),
         "recurrent layers, whose scans choose": keeps_states(config),
+        "more than two ranks (--tensor-parallel), whose sums choose": ranks > 2,
     }
     found = [what for what, there in loose.items() if there]
     if found and next(model.parameters()).device.type != "cpu":

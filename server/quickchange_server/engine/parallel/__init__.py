@@ -1,0 +1,1 @@
+"""The engine's followers: processes that hold the other parts of its model."""
