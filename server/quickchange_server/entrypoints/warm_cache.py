@@ -71,6 +71,7 @@ def warm_cache(given: Mapping[str, Any], *, gpu: str | None, out: Path | None) -
         adapters=settings.adapters,
         quantization=settings.quantization,
         model_check=False,
+        deterministic=settings.deterministic,
     )
     here = settings.model_copy(
         update={
