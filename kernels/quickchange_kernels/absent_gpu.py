@@ -26,9 +26,10 @@ from quickchange_kernels import dispatch, native
 from quickchange_kernels.gpu_targets import Target, cpu_counts_as
 
 _THREADS = 1024  # the most of a block
-# Outputs that the host reads or that are followed as indices: what they hold after a launch.
+# Outputs that the host reads or that are followed as indices: what they hold after a launch. Tokens
+# and soundness are alike, as graphs of other sizes leave theirs in the same memory.
 _OUTPUTS = {
-    "token_kernel": {"tokens": 0, "soundness": 1},
+    "token_kernel": {"tokens": 1, "soundness": 1},
     "verify_kernel": {"accepted": 0, "token": 0, "path": 0},
 }
 _number = itertools.count()
@@ -104,7 +105,7 @@ class AbsentGpu(DriverBase):  # type: ignore[misc]  # Triton has no types
     def is_active(cls) -> bool:
         return False  # Triton never chooses it by itself
 
-    def map_python_to_cpp_type(self, ty: str) -> str:  # noqa: ARG002  Triton gives it by name
+    def map_python_to_cpp_type(self, *_: Any, **__: Any) -> str:
         raise RuntimeError("an absent GPU has no launcher in C")
 
     def get_current_target(self) -> Any:

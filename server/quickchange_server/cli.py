@@ -1,4 +1,4 @@
-"""The command `quickchange`: serve, warm-cache, adapters, keys, database, train, eval, bench.
+"""The command `quickchange`: serve, plan, warm-cache, adapters, keys, database, train, eval, bench.
 
 A command's modules are imported only when it runs, so that `quickchange --help` is quick.
 """
@@ -57,6 +57,29 @@ def serve_command() -> Callable[..., None]:
     demo_help = "serve the demo model and its adapters, fetched and made ready once"
     return _with_settings(
         serve, demo=(False, Annotated[bool, typer.Option("--demo", help=demo_help)])
+    )
+
+
+def plan_command() -> Callable[..., None]:
+    """The function `plan`, with an option for every field of `Settings`."""
+
+    def plan(**given: Any) -> None:
+        """Print what the model would take of a device, and how many adapters fit.
+
+        Takes the options and the environment of `serve`. No GPU is needed, and no weight is read.
+        """
+        from quickchange_server.entrypoints.plan_command import plan as run
+
+        gpu, ranks = given.pop("gpu"), given.pop("ranks")
+        settings = {name: value for name, value in given.items() if value is not None}
+        run(settings, gpu=gpu, ranks=ranks)
+
+    gpu_help = "GPU to plan for: h100, rtx4090, …, or a size such as 24GiB; default: a CPU"
+    ranks_help = "ranks of adapters to count, joined by commas; default: 8,16,32,64"
+    return _with_settings(
+        plan,
+        gpu=(None, Annotated[str | None, typer.Option("--gpu", help=gpu_help)]),
+        ranks=(None, Annotated[str | None, typer.Option("--ranks", help=ranks_help)]),
     )
 
 
@@ -180,6 +203,7 @@ def _demo_model() -> str:
 
 
 app.command("serve")(serve_command())
+app.command("plan")(plan_command())
 app.command("warm-cache")(warm_cache_command())
 for _name, (_module, _summary) in SUB_APPS.items():
     forward(_name, _module, _summary)

@@ -83,15 +83,35 @@ class Settings(BaseSettings):
         description="token rows of one engine step, which bounds how long a prefill holds up "
         "running streams; default: 192 on a CPU, 2048 on CUDA",
     )
-    max_sequences: int = Field(64, ge=1, description="sequences of one engine step")
+    max_sequences: int | None = Field(
+        None,
+        ge=1,
+        description="sequences of one engine step; default: 64 on a CPU, 256 on CUDA, and no more "
+        "than half of max_batch_tokens",
+    )
     block_size: int = Field(16, ge=1, le=256, description="tokens of one KV block")
-    kv_cache_bytes: int = Field(
-        1 * GIB, ge=1024, description="size of the KV cache and of recurrent layers' states"
+    gpu_memory_utilization: float = Field(
+        0.9,
+        gt=0,
+        le=1,
+        description="share of a GPU's memory that may be in use, whoever uses it; what weights, "
+        "adapters, graphs and scratch leave of it goes to the KV cache",
+    )
+    kv_cache_bytes: int | None = Field(
+        None,
+        ge=1024,
+        description="size of the KV cache and of recurrent layers' states; default: 1 GiB on a "
+        "CPU, what gpu_memory_utilization leaves on CUDA",
     )
     prefix_cache: bool = Field(True, description="reuse KV blocks of equal prompt prefixes")
 
     adapters: bool = Field(True, description="off: no adapter can be served, no seam is put in")
-    adapter_device_bytes: int = Field(1 * GIB, ge=1024, description="budget of the device tier")
+    adapter_device_bytes: int | None = Field(
+        None,
+        ge=1024,
+        description="budget of the device tier; default: 1 GiB on a CPU; on CUDA what 64 adapters "
+        "of rank 16 on all linears take, but at most a quarter of what the base leaves",
+    )
     max_adapter_rank: int = Field(
         64,
         ge=1,
@@ -193,6 +213,13 @@ class Settings(BaseSettings):
     def database_url(self) -> str:
         """`database`, or SQLite in the store's folder."""
         return default_database(self.store) if self.database is None else self.database
+
+    @property
+    def step_sequences(self) -> int:
+        """`max_sequences`, or the device's default."""
+        if self.max_sequences is not None:
+            return self.max_sequences
+        return min({"cpu": 64, "cuda": 256}[self.device], max(1, self.batch_tokens // 2))
 
     @property
     def batch_tokens(self) -> int:

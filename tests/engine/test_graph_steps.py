@@ -229,3 +229,18 @@ def test_sampling_at_every_parameter_gives_the_tokens_of_a_run_without_graphs(
     assert answers(tuple(asked)) == plain
     assert answers(("greedy", "drawn", "filtered")).items() <= plain.items()
     assert capture.replayed > len(capture.rows), "no step was replayed"
+
+
+def test_rows_are_priced_by_the_graphs_that_run_them(
+    model: Path, capture: RepeatingCapture
+) -> None:
+    engine = make_engine(model, load, max_sequences=6)
+    warmed, captured = capture.replayed, len(capture.rows)
+    prices = engine._runner.price_rows(16)
+    engine.close()
+    rows = [rows for rows, _ in prices]
+    assert rows == [1, 2, 4, 6, 8, 10, 12, 16]
+    assert all(seconds > 0 for _, seconds in prices)
+    graphs = [size for size in rows if size <= 12]  # a step of more decode rows has none
+    assert capture.replayed == warmed + 3 * len(graphs)
+    assert len(capture.rows) == captured

@@ -214,7 +214,7 @@ def engines(models: TurboModels, request: pytest.FixtureRequest) -> Iterator[Pai
 
 
 @settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(come=traffic())
 def test_any_traffic_gives_the_same_in_overlapped_steps(engines: Pair, come: list[Arrival]) -> None:
@@ -236,7 +236,7 @@ def test_states_and_scaled_positions_follow_tokens_in_flight(kind: str, tmp_path
     model = KINDS_OF_MODELS[kind](kind, tmp_path)
     one, two = (make_engine(model, depth=depth, max_model_len=MAX_LEN) for depth in (1, 2))
 
-    @settings(max_examples=12, deadline=None)
+    @settings(max_examples=8, deadline=None)
     @given(come=traffic(plain=True))
     def same(come: list[Arrival]) -> None:
         assert answers(two, come) == answers(one, come)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -45,6 +46,7 @@ def test_a_fit_kernel_passes_and_is_measured(target: str) -> None:
         ("spills", "gfx942", r"spills \d+ bytes a thread"),
         ("shared", "gfx942", "bytes of shared memory, gfx942 has 65536"),
         ("shared", "sm_80", "bytes of shared memory, sm_80 has 166912"),
+        ("shared", "sm_89", "bytes of shared memory, sm_89 has 101376"),
         ("no products", "sm_80", "no tensor-core instruction"),
         ("narrow", "sm_90", r"aot_specimens.py:\d+ loads 2 bytes a thread at a time, not 16"),
         ("narrow", "gfx942", r"aot_specimens.py:\d+ loads 2 bytes a thread at a time, not 16"),
@@ -100,6 +102,42 @@ def test_arguments_left_out_are_named() -> None:
     incomplete = Compilation("partial", aot_specimens.scale, {"x": "*fp32"}, {"FLAG": 1}, 4, 1)
     with pytest.raises(ValueError, match=r"partial: .* wrong: factor, out"):
         compiling.compiled(incomplete, gpu_targets.TARGETS["sm_80"])
+
+
+@pytest.mark.parametrize("target", ["sm_86", "sm_89"])
+def test_a_target_that_takes_anothers_code_would_have_the_same(target: str) -> None:
+    import aot_specimens
+
+    taken = compiling.compiled(aot_specimens.FIT, gpu_targets.TARGETS[target]).asm
+    only_there = dataclasses.replace(aot_specimens.FIT, targets=(target,))
+    own = compiling.compiled(only_there, gpu_targets.TARGETS[target]).asm
+    assert f".target {target}" in own["ptx"].replace("sm_86a", "sm_86")
+    assert instructions(taken["ptx"]) == instructions(own["ptx"])
+
+
+def instructions(ptx: str) -> list[str]:
+    return [line for line in ptx.splitlines() if not line.startswith((".target", ".version"))]
+
+
+@pytest.mark.parametrize(
+    ("capability", "target"),
+    [((7, 5), "sm_80"), ((8, 7), "sm_86"), ((8, 9), "sm_89"), ((10, 3), "sm_100"),
+     ((11, 0), "sm_100"), ((12, 1), "sm_120")],
+)  # fmt: skip
+def test_a_gpu_that_is_not_listed_counts_as_the_closest_older_one(
+    capability: tuple[int, int], target: str
+) -> None:
+    assert gpu_targets._for_capability(capability).name == target
+
+
+def test_a_hint_that_no_launch_gives_is_refused() -> None:
+    import aot_specimens
+
+    false = dataclasses.replace(aot_specimens.FIT, kernel=aot_specimens.unspecialised)
+    with pytest.raises(
+        ValueError, match="fit: divisible_by_16 names K, on which the kernel is not"
+    ):
+        compiling.compiled(false, gpu_targets.TARGETS["sm_80"])
 
 
 def test_unknown_targets_are_refused() -> None:

@@ -369,7 +369,7 @@ def main(
             kv_blocks=128,
             block_size=settings.block_size,
             load_seconds=behaviour.start_seconds,
-            adapter_device_bytes=settings.adapter_device_bytes,
+            adapter_device_bytes=settings.adapter_device_bytes or 1 << 30,
             adapter_host_bytes=settings.adapter_host_bytes,
             prices=behaviour.prices,
         )

@@ -1,4 +1,5 @@
-"""Reading a checkpoint's weights: how far it is, and which pages of its files stay in memory.
+"""Reading a checkpoint's weights: how far it is, which pages of its files stay in memory, and how
+many bytes there are to read.
 
 transformers maps the files. A weight that keeps its type stays a view of its file; one that is cast
 or replaced by other memory (fused, quantised) leaves pages behind that count as this process's
@@ -9,14 +10,18 @@ wanted again is read again.
 from __future__ import annotations
 
 import ctypes
+import json
 import logging
 import mmap
+import struct
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from quickchange_store.errors import BaseModelError
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +33,7 @@ _MAPS = Path("/proc/self/maps")
 _SAID_EVERY = 5.0  # seconds between lines of a log
 _RELEASED_EVERY = 0.02  # seconds between two looks at the mapped files
 _MADV_DONTNEED = 4  # Linux
+_MOST_HEADER = 100 << 20  # bytes, as safetensors itself allows
 
 
 @contextmanager
@@ -134,3 +140,31 @@ def _give_back(begin: int, end: int) -> None:
     if end > begin:
         libc = ctypes.CDLL(None, use_errno=True)
         libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_DONTNEED)
+
+
+def checkpoint_bytes(folder: str | Path) -> int | None:
+    """Bytes of all tensors in a folder's safetensors files; None where it has none.
+
+    Raises BaseModelError for a file that is damaged.
+    """
+    files = sorted(Path(folder).glob("*.safetensors"))
+    return sum(sum(_sizes(file)) for file in files) if files else None
+
+
+def _sizes(file: Path) -> Iterator[int]:
+    try:
+        with file.open("rb") as opened:
+            (length,) = struct.unpack("<Q", opened.read(8))
+            if length > _MOST_HEADER:
+                raise ValueError(f"a header of {length} bytes")
+            entries = json.loads(opened.read(length))
+        for name, entry in entries.items():
+            if name != "__metadata__":
+                begin, end = entry["data_offsets"]
+                yield end - begin
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise BaseModelError(
+            f"the base model's file can't be read ({error})",
+            file=file.name,
+            remedy="fetch the base model again",
+        ) from error

@@ -109,16 +109,17 @@ def tiling_for(rows: int, dim: int, value_dim: int, itemsize: int, target: Targe
     Two stages of keys and values take at most 64 KiB of shared memory; where 16 keys need more
     there is one stage. Where products leave their results in registers, a tile of 128 rows by 64
     keys spills. Products of float32 are exact, so no tensor core makes them, and their operands lie
-    in registers too: smallest tiles, many threads. For NVIDIA tiles state how many registers a
-    thread may have: its compiler hopes for more programs on an SM otherwise, and spills. It is the
-    other way round for the tile of 128 rows where results lie in registers.
+    in registers too: smallest tiles and, but on CDNA's wide warps, many threads. For NVIDIA tiles
+    state how many registers a thread may have: its compiler hopes for more programs on an SM
+    otherwise, and spills. It is the other way round for the tile of 128 rows where results lie in
+    registers.
     """
     bytes_per_key = (sum(blocks_of(dim)) + padded(value_dim)) * itemsize
     room = power_of_two(_STAGES_BYTES // 2 // bytes_per_key + 1) // 2  # a power of two
     crowded = target.products_in_registers and rows > 64
     keys = 16 if itemsize == 4 else max(16, min(32 if crowded else 64, room))
     warps = 4 if rows < 32 else 8
-    if itemsize == 4:
+    if itemsize == 4 and target.lanes == 32:
         warps = 8 if max(dim, value_dim) <= 256 else 16
     num_stages = 2 if 2 * keys * bytes_per_key <= _STAGES_BYTES else 1
     told = target.backend == "cuda" and (not crowded or itemsize == 4 or blocks_of(dim)[1] > 0)

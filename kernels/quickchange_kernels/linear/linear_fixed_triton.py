@@ -32,8 +32,22 @@ BUSY_PROGRAMS = 264  # two on each multiprocessor of an H100
 MIN_SPLIT = 1024  # features
 MAX_SPLITS = 8
 FEW_OUTPUTS = 64  # of a program that sums one split
-HEIGHTS = (16, 64, 128)  # rows of a program; the last for all that are more
+HEIGHTS = (16, 64, 128)  # most rows of a kind of launch; the last for all that are more
 ADD_BLOCK = 1024
+
+
+@triton.jit
+def _split_sum(weights, rows, inside, live, split, K: tl.constexpr, SPLIT: tl.constexpr,
+               OUTPUTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """The products summed over one split of the features: [OUTPUTS, ROWS]."""
+    k = tl.arange(0, BLOCK_K)
+    part = tl.zeros((OUTPUTS, ROWS), tl.float32)
+    for k0 in range(split * SPLIT, tl.minimum((split + 1) * SPLIT, K), BLOCK_K):
+        in_k = tl.full((BLOCK_K,), True, tl.int1) if K % BLOCK_K == 0 else k0 + k < K
+        w = tl.load(weights + k0, mask=inside[:, None] & in_k[None, :], other=0.0)  # stream
+        a = tl.load(rows + k0, mask=live[:, None] & in_k[None, :], other=0.0)
+        part = tl.dot(w, tl.trans(a), part, input_precision="ieee")
+    return part
 
 
 @fixed_kernel
@@ -67,15 +81,10 @@ def linear_fixed_kernel(
     inside, live = n < N, t < T
     weights = wide_row(weight, n.to(tl.int64) * stride_w, ALIGNED)[:, None] + k[None, :]
     rows = wide_row(x, t.to(tl.int64) * stride_x, ALIGNED)[:, None] + k[None, :]
-    sums = tl.zeros((OUTPUTS, ROWS), tl.float32)
-    for split in range(own, own + 1 if APART else SPLITS):
-        part = tl.zeros((OUTPUTS, ROWS), tl.float32)
-        for k0 in range(split * SPLIT, tl.minimum((split + 1) * SPLIT, K), BLOCK_K):
-            in_k = tl.full((BLOCK_K,), True, tl.int1) if K % BLOCK_K == 0 else k0 + k < K
-            w = tl.load(weights + k0, mask=inside[:, None] & in_k[None, :], other=0.0)  # stream
-            a = tl.load(rows + k0, mask=live[:, None] & in_k[None, :], other=0.0)
-            part = tl.dot(w, tl.trans(a), part, input_precision="ieee")
-        sums = tl.where(split == own, part, sums + part)
+    sums = _split_sum(weights, rows, inside, live, own, K, SPLIT, OUTPUTS, ROWS, BLOCK_K)
+    if not APART:
+        for split in range(1, SPLITS):
+            sums += _split_sum(weights, rows, inside, live, split, K, SPLIT, OUTPUTS, ROWS, BLOCK_K)
     width = wide_size(N, out, ALIGNED)
     at = t.to(tl.int64)
     if APART:
@@ -133,11 +142,13 @@ def _product(
         "SPLITS": splits,
         "APART": few and splits > 1,
         "OUTPUTS": FEW_OUTPUTS if few or not narrow else 128,
-        "ROWS": height if few else most,
-        "BLOCK_K": (128 if few else 64) // (1 if narrow else 2),
+        "ROWS": min(height, 32) if few else most,  # 64 spill on sm_120
+        "BLOCK_K": 64 if narrow else 32,
         "ALIGNED": wide,
     }
-    return LaunchConfig(constants, num_warps=4 if few or not narrow else 8, num_stages=3)
+    return LaunchConfig(
+        constants, num_warps=4 if few or not narrow else 8, num_stages=4 if few else 3
+    )
 
 
 _STEP = 128  # features: a multiple of every BLOCK_K, so that splits end alike whatever the rows

@@ -51,7 +51,7 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     Raises ValueError where a weight is not finite.
     """
     out_features, in_features = weight.shape
-    if not bool(torch.isfinite(weight).all()):
+    if not weight.is_meta and not bool(torch.isfinite(weight).all()):
         raise ValueError("a weight that is infinite or no number can't be kept as int8")
     padded = F.pad(weight.float(), (0, -in_features % GROUP))
     groups = padded.view(out_features, -1, GROUP)

@@ -420,13 +420,13 @@ def compilations_for(
         name = f"{shape}, {phase}, {row[1:]}"
         if not embedding:
             shrink = shrink_config(features, dtype, height, aligned=wide, dependent=dependent)
-            types: dict[str, str | None] = {
+            reads = {
                 "x_ptr": row,
                 "arena_ptr": row,
                 "x_row": "i32",
             } | _TABLES
             yield shrink.compilation(
-                f"lowrank shrink, {name}", shrink_kernel, types, products=narrow, targets=targets
+                f"lowrank shrink, {name}", shrink_kernel, reads, products=narrow, targets=targets
             )
         expand = expand_config(
             None if embedding else features,
@@ -435,7 +435,8 @@ def compilations_for(
             dependent=dependent and not embedding,
         )
         absent = "partial_ptr" if embedding else "ids_ptr"
-        types = _TABLES | {
+        types: dict[str, str | None] = {
+            **_TABLES,
             "y_ptr": row, "arena_ptr": row, "scale_ptr": "*fp32", "shift_ptr": "*fp32",
             "weight_ptr": "*fp32", "tiles_ptr": "*i32", "ids_ptr": "*i64", "N": "i32", "K": "i32",
             "y_row": "i32", absent: None,

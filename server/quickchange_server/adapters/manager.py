@@ -31,6 +31,7 @@ from quickchange_server.adapters.adapter_entry import (
     slots_of,
 )
 from quickchange_server.adapters.adapter_loader import Done, Loader, Pacer
+from quickchange_server.adapters.arena_sizes import ArenaSizes
 from quickchange_server.adapters.memory_pool import DevicePool, too_large
 from quickchange_server.adapters.module_groups import ModuleGroup
 from quickchange_server.adapters.paced_copies import Pause
@@ -93,6 +94,15 @@ class Residency:
     def heads(self) -> HeadTables:
         """Tables of the Turbo heads of all adapters on the device."""
         return self._pool.heads
+
+    @property
+    def arena(self) -> ArenaSizes:
+        return self._pool.sizes
+
+    @property
+    def device_bytes(self) -> int:
+        """Budget of the device tier."""
+        return self._pool.budget_bytes
 
     def turbo(self, slot: int) -> TurboSlot | None:
         """The Turbo heads of the adapter in a slot; None if it has none."""
@@ -450,6 +460,8 @@ class NoAdapters:
     """Null object for a server without adapters: the tiers are empty, nothing may be claimed."""
 
     served = False
+    arena = None
+    device_bytes = 0
 
     @property
     def tables(self) -> LowRankTables:

@@ -19,9 +19,8 @@ Knows nothing of names, requests or eviction.
 from __future__ import annotations
 
 import logging
-from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -30,7 +29,6 @@ import torch
 from torch import Tensor
 
 from quickchange_kernels.lowrank.lowrank_contract import (
-    A_ALIGNMENT,
     RANKS_PER_PAGE,
     GroupShape,
     LowRankTables,
@@ -38,21 +36,14 @@ from quickchange_kernels.lowrank.lowrank_contract import (
 from quickchange_kernels.lowrank.lowrank_tables import rounded_to_power
 from quickchange_kernels.turbo_heads.turbo_heads_contract import HeadTables
 from quickchange_server.adapters.adapter_loader import Copies, Mark, copies_for
+from quickchange_server.adapters.arena_sizes import SETTING, ArenaSizes
 from quickchange_server.adapters.module_groups import ModuleGroup
 from quickchange_server.adapters.paced_copies import PIECE, Pause, no_pause
-from quickchange_server.adapters.packing import AdapterImage, PageShape, Place, page_shapes
-from quickchange_server.adapters.slab_allocator import Grant, RunAllocator, SlabAllocator, slab_size
+from quickchange_server.adapters.packing import AdapterImage
+from quickchange_server.adapters.slab_allocator import Grant, RunAllocator, SlabAllocator
 from quickchange_server.adapters.turbo_tables import HeadPool, TurboSlot
 from quickchange_server.errors import AdapterFailedError
 
-SETTING = "adapter_device_bytes"
-_SLAB_BYTES = 1 << 20
-# The directory may take so much of the budget, or as many bytes, and the page table's rows beyond
-# those of whole pages as much: gains are short, so an arena full of them would need many more.
-_TABLE_SHARE = 64
-_SMALL_DIRECTORY = 1 << 20
-_LEAST_SLOTS = 256
-_ROW_BYTES = 80  # of the page table
 USUAL_RANK = 64  # of a GPU's grids, unless set
 
 logger = logging.getLogger(__name__)
@@ -88,40 +79,29 @@ class DevicePool:
         steps that run from captured graphs.
         Raises ValueError, naming the setting, if the largest page does not fit.
         """
-        shapes = page_shapes(groups, dtype)
-        sizes = {shape.elements for shape in shapes.values()}
+        sizes = ArenaSizes.of(groups, budget_bytes, dtype)
         self.budget_bytes = budget_bytes
+        self.sizes = sizes
         self.dtype = dtype
         self.device = device
-        span = budget_bytes // dtype.itemsize
-        if not sizes or span < max(sizes):
-            raise ValueError(
-                f"{SETTING} ({budget_bytes} bytes) is less than one page of 8 ranks of the model's "
-                f"largest module ({max(sizes, default=0) * dtype.itemsize} bytes): raise it"
-            )
         self._groups = tuple(groups)
         self._copies = copies_for(device) if copies is None else copies
-        self._space = arena_space(shapes, span, dtype)
-        short = min(shape.gain_elements for shape in shapes.values())
-        share = budget_bytes // _TABLE_SHARE
-        listed = max(share, _SMALL_DIRECTORY) // (8 * len(groups))
-        slots = max(_LEAST_SLOTS, min(listed, span // short))
-        rows = span // min(sizes) + min(share // _ROW_BYTES, span // short) + 1
-        self._slots, self._rows = RunAllocator(slots), RunAllocator(rows)
+        self._space = SlabAllocator(sizes.span, sizes.slab)
+        self._slots, self._rows = RunAllocator(sizes.slots), RunAllocator(sizes.rows)
         self._holdings: dict[int, _Holding] = {}
         self._tables = LowRankTables(
             # Not zeroed, so that on a CPU only pages in use take memory: `write` fills all of one.
-            arena=torch.empty(span, dtype=dtype, device=device),
-            directory=self._zeros(torch.int32, slots, len(groups), 2),
-            pages=self._zeros(torch.int64, rows, 4),
-            page_scale=self._zeros(torch.float32, rows),
-            page_shift=self._zeros(torch.float32, rows, RANKS_PER_PAGE),
-            page_kind=self._zeros(torch.int32, rows),
+            arena=torch.empty(sizes.span, dtype=dtype, device=device),
+            directory=self._zeros(torch.int32, sizes.slots, len(groups), 2),
+            pages=self._zeros(torch.int64, sizes.rows, 4),
+            page_scale=self._zeros(torch.float32, sizes.rows),
+            page_shift=self._zeros(torch.float32, sizes.rows, RANKS_PER_PAGE),
+            page_kind=self._zeros(torch.int32, sizes.rows),
             shapes=tuple(_usual_shape(group, most_rank) for group in groups),
         )
         self._wide_tables = self._tables
         self._wide: set[int] = set()  # slots
-        self._heads = HeadPool(self._tables.arena, rows)
+        self._heads = HeadPool(self._tables.arena, sizes.rows)
 
     @property
     def tables(self) -> LowRankTables:
@@ -170,10 +150,6 @@ class DevicePool:
         return self._tables_fit(demands, kept) and self._space.fits(
             total, [holding.grant for holding in kept]
         )
-
-    def room_for(self, demand: Mapping[int, int]) -> int:
-        """How many adapters of this demand an empty pool has room for."""
-        return most_that_fit(lambda count: self.fits([demand] * count, ()), self._slots.capacity)
 
     def allocate(self, image: AdapterImage) -> int | None:
         """Take a slot for the image, not visible yet; None if there is no room now.
@@ -236,12 +212,11 @@ class DevicePool:
         assert held == len({int(o) for h in self._holdings.values() for o in h.offsets})
         assert self.used_bytes <= self.budget_bytes, "over the budget"
         directory = self._tables.directory.cpu()
-        for slot in range(self._slots.capacity):
-            row, holding = directory[slot], self._holdings.get(slot)
-            if holding is None:
-                assert not row.any(), "a free slot is visible"
-            elif row.any():
-                assert np.array_equal(row.numpy(), holding.ranges), "a slot's row is wrong"
+        visible = set(directory.flatten(1).any(1).nonzero().flatten().tolist())
+        assert visible <= set(self._holdings), "a free slot is visible"
+        for slot in visible:
+            row, holding = directory[slot], self._holdings[slot]
+            assert np.array_equal(row.numpy(), holding.ranges), "a slot's row is wrong"
 
     def _zeros(self, dtype: torch.dtype, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=self.device)
@@ -338,21 +313,6 @@ def too_large(needed: int, budget: int) -> str:
         f"(setting {SETTING}): raise it, or use adapters of lower rank, on fewer modules or with "
         "fewer heads"
     )
-
-
-def arena_space(shapes: Mapping[Place, PageShape], span: int, dtype: torch.dtype) -> SlabAllocator:
-    """The allocator of an arena of `span` elements."""
-    # Rare pages (gains, updates behind sub-layers) do not count in the slab size.
-    usual = {shape.elements for (_, source), shape in shapes.items() if source == "input"}
-    sizes = {shape.elements for shape in shapes.values()}
-    slab = max(slab_size(usual, span, _SLAB_BYTES // dtype.itemsize), *sizes)
-    unit = A_ALIGNMENT // dtype.itemsize  # pages and slabs begin at multiples of it
-    return SlabAllocator(span, slab // unit * unit)
-
-
-def most_that_fit(fits: Callable[[int], bool], most: int) -> int:
-    """The largest count up to `most` that fits, where all smaller ones do."""
-    return bisect_left(range(1, most + 1), True, key=lambda count: not fits(count))
 
 
 def _usual_shape(group: ModuleGroup, most_rank: int) -> GroupShape:

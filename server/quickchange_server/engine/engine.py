@@ -20,25 +20,18 @@ from quickchange_kernels import dispatch
 from quickchange_kernels.compile_watch import CompileWatch
 from quickchange_kernels.kernel_cache import link_prebuilt
 from quickchange_server.adapters.manager import PacedLoad
-from quickchange_server.adapters.memory_pool import DevicePool
 from quickchange_server.config import Settings
+from quickchange_server.engine.engine_memory import EngineMemory
 from quickchange_server.engine.inputs.sample_tables import RowError
-from quickchange_server.engine.memory.cache_sizes import (
-    ROWS_OF_DRAFTS,
-    adapter_tiers,
-    cache_sizes,
-    context_length,
-    held_dtype,
-)
-from quickchange_server.engine.model_runner import Runner
+from quickchange_server.engine.memory.device_memory import memory_of
+from quickchange_server.engine.memory.footprint import held_dtype
 from quickchange_server.engine.parallel.followers import Followers
 from quickchange_server.engine.sampler import SampledToken
-from quickchange_server.engine.scheduling.kv_cache_manager import KVBlocks, StateRows
 from quickchange_server.engine.scheduling.scheduler import Scheduled, Scheduler
 from quickchange_server.engine.scheduling.sequence import Sequence, fault_of
 from quickchange_server.engine.step_results import Flight, Ran, Result
 from quickchange_server.engine.token_masks import constraints_of
-from quickchange_server.engine.warm_up import LateWork, StepLimits
+from quickchange_server.engine.warm_up import LateWork
 from quickchange_server.model.loading.model_dtype import dtype_name
 from quickchange_server.model.loading.model_loader import LoadedModel
 from quickchange_server.protocol import (
@@ -119,25 +112,28 @@ class Engine:
         self._prices = prices
         self._vocabulary = model.vocabulary
         self._dtypes = dtype_name(model.dtype), dtype_name(held_dtype(model, settings))
-        states, blocks = cache_sizes(model, settings)
         self._scaling = model.scaling
-        self._max_model_len = context_length(model, settings, blocks)
-        self._followers = followers
-        made = DevicePool if followers is None else followers.pool
-        self._adapters = adapter_tiers(model, settings, load_adapter, on_wake, made)
+        memory = EngineMemory(model, settings, memory_of(torch.device(settings.device)), followers)
+        self._adapters = memory.adapter_tiers(load_adapter, on_wake)
         self._constraints = constraints_of(constraints, model.vocabulary, on_wake)
-        self._runner = self._made_runner(model, blocks, states)
         self._compiles = dispatch.triton_compiles(torch.device(settings.device))
-        self._warm_up(model, blocks, states)
+        if self._compiles:
+            link_prebuilt()
+        fitted = memory.fit(self._adapters, self._constraints.masks)
+        logger.info("memory:\n%s", fitted.table)
+        self._runner, caches = fitted.runner, fitted.caches
+        self._max_model_len = caches.max_model_len
+        if self._compiles:
+            self._runner.launch_all(fitted.limits)
         self._speculation = self._made_speculation(text)
         self.scheduler = Scheduler(
-            blocks,
+            caches.blocks,
             self._adapters,
             self._speculation,
             max_batch_tokens=settings.batch_tokens,
-            max_sequences=settings.max_sequences,
+            max_sequences=settings.step_sequences,
             max_model_len=self._max_model_len,
-            states=states,
+            states=caches.states,
         )
         self._refused: list[Delta] = []
         self._late = LateWork(self._runner, CompileWatch() if self._compiles else None)
@@ -154,7 +150,7 @@ class Engine:
             kv_blocks=self.scheduler.blocks.num_blocks,
             block_size=settings.block_size,
             load_seconds=load_seconds,
-            adapter_device_bytes=settings.adapter_device_bytes,
+            adapter_device_bytes=self._adapters.device_bytes,
             adapter_host_bytes=settings.adapter_host_bytes,
             prices=self._prices,
             own_bytes=_own_bytes(),
@@ -213,6 +209,10 @@ class Engine:
             return StepReport(tuple(deltas), self.stats()) if deltas else None
         return self._settle(self._flights.popleft())
 
+    def land(self) -> list[StepReport]:
+        """Settle the steps in flight, and launch no other; returns their reports."""
+        return [self._settle(self._flights.popleft()) for _ in range(len(self._flights))]
+
     def _must_settle(self) -> bool:
         """True if no step can be prepared before the one in flight has told its tokens."""
         return bool(self._flights) and self._flights[-1].must_settle
@@ -228,7 +228,8 @@ class Engine:
             self._on_wake()  # the tiers act on claims in `poll_adapters`
         if not plan:
             return False
-        self._begin([item.sequence for item in plan])
+        if new := [item.sequence for item in plan if not item.sequence.begun]:
+            self._begin(new)
         flight = self._runner.launch(plan, self._speculation)
         self._late.note(plan)
         drafts = self._speculation.under_way()
@@ -268,45 +269,6 @@ class Engine:
         self._constraints.close()
         self._adapters.close()
         self._late.close()
-
-    def _made_runner(
-        self, model: LoadedModel, blocks: KVBlocks, states: StateRows | None
-    ) -> Runner:
-        settings = self._settings
-        return Runner(
-            model,
-            self._adapters,
-            self._constraints.masks,
-            num_blocks=blocks.num_blocks,
-            block_size=blocks.block_size,
-            most_graph_rows=settings.max_sequences * (ROWS_OF_DRAFTS if settings.turbo else 1),
-            max_model_len=self._max_model_len,
-            dtype=model.dtype,
-            device=torch.device(settings.device),
-            state_rows=0 if states is None else states.model_rows,
-            max_sequences=settings.max_sequences,
-            max_batch_tokens=settings.batch_tokens,
-            followers=self._followers,
-        )
-
-    def _warm_up(self, model: LoadedModel, blocks: KVBlocks, states: StateRows | None) -> None:
-        """Capture every graph and launch every kernel now, so that no request waits for them."""
-        self._runner.warm_up()
-        if not self._compiles:
-            return
-        link_prebuilt()
-        settings = self._settings
-        limits = StepLimits(
-            rows=settings.batch_tokens,
-            sequences=settings.max_sequences,
-            context=min(self._max_model_len, blocks.num_blocks * blocks.block_size),
-            block_size=blocks.block_size,
-            state_rows=0 if states is None else states.num_rows,
-            adapters=self._adapters.served,
-            drafts=settings.turbo,
-            scaling=model.scaling,
-        )
-        self._runner.launch_all(limits)
 
     def _made_speculation(self, text: TokenText | None) -> Speculation | NoSpeculation:
         if not self._settings.turbo:
@@ -357,11 +319,10 @@ class Engine:
         return deltas
 
     def _begin(self, sequences: Seq[Sequence]) -> None:
-        new = [sequence for sequence in sequences if not sequence.begun]
-        for sequence in new:
+        """Tell of sequences that are about to be worked on for the first time."""
+        for sequence in sequences:
             sequence.begun = True
-        if new:
-            self._on_begun(tuple([sequence.request_id for sequence in new]))
+        self._on_begun(tuple([sequence.request_id for sequence in sequences]))
 
     def _advance(self, plan: Seq[Scheduled], ran: Ran) -> list[Delta]:
         """Record that the plan was computed and return its sequences' deltas."""

@@ -261,7 +261,9 @@ class _KeptSegments:
 
 
 def _room_of(room: Room | None) -> PackedSegments | None:
-    return None if room is None else PackedSegments(pack((), room), room)
+    if room is None:
+        return None
+    return PackedSegments(torch.zeros(sum(room.sizes), dtype=torch.int32), room)
 
 
 def _rows_at(

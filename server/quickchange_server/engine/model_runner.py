@@ -9,7 +9,7 @@ has them; all others take one common path.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -36,7 +36,7 @@ from quickchange_server.engine.scheduling.sequence import isolated
 from quickchange_server.engine.step_graphs import StepGraphs, StepOutput, StepTree
 from quickchange_server.engine.step_results import Flight, Landing
 from quickchange_server.engine.token_masks import NO_MASKS, TokenMasks
-from quickchange_server.engine.warm_up import BlankHeads, StepLimits, steps
+from quickchange_server.engine.warm_up import BlankHeads, StepLimits, largest_steps, steps
 from quickchange_server.model.cuda_graphs import capture_for
 from quickchange_server.model.input_buffers import Download, upload
 from quickchange_server.model.loading.model_loader import LoadedModel, Output, forward
@@ -143,12 +143,15 @@ class Runner:
         if self._adapters.served:
             self._graphs.warm_up(self._adapters.tables)
 
+    def rehearse(self, limits: StepLimits) -> None:
+        """Run the largest steps there are, for the memory that they take. The caches need hold no
+        more than a block and a state."""
+        self._run_all(largest_steps(limits))
+
     def launch_all(self, limits: StepLimits) -> None:
         """Launch every kernel that a request may need; see warm_up.py. Raises RuntimeError if a
         step can't be made."""
-        for plan in steps(limits):
-            if faults := self.launch(plan, NoSpeculation()).ran().faults:
-                raise RuntimeError(f"the warm-up can't be computed: {'; '.join(faults.values())}")
+        self._run_all(steps(limits))
         vocabulary = self._model.vocabulary
         logits = torch.zeros(1, vocabulary, dtype=self._dtype, device=self._device)
         bits = torch.zeros(1, mask_words(vocabulary), dtype=torch.int32)
@@ -160,6 +163,11 @@ class Runner:
             for slot, turbo in enumerate(blank.slots):
                 item = DraftItem(0, slot, turbo.depth, ())
                 self._drafter.draft(hidden, token, [item], blank)
+
+    def _run_all(self, plans: Iterable[Sequence[Scheduled]]) -> None:
+        for plan in plans:
+            if faults := self.launch(plan, NoSpeculation()).ran().faults:
+                raise RuntimeError(f"the warm-up can't be computed: {'; '.join(faults.values())}")
 
     def price_rows(self, most: int) -> list[tuple[int, float]]:
         """(rows, seconds) of decode steps of up to `most` rows, without adapters, as they run: from

@@ -7,6 +7,7 @@ the supervisor, which drains and then sends `Shutdown`.
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections.abc import Callable
@@ -98,6 +99,8 @@ def main(connection: Connection, settings: Settings, read_tokenizer: ReadTokeniz
             fail(error)
             return
         connection.send(ready)
+        gc.collect()
+        gc.freeze()  # modules and libraries: a collection would walk them all within a step
         try:
             _serve(connection, engine, waker)
         except (EOFError, BrokenPipeError, ConnectionResetError):
@@ -149,6 +152,8 @@ def _serve(connection: Connection, engine: Engine, waker: Waker) -> None:
         while connection.poll():
             command: Command = connection.recv()
             if isinstance(command, Shutdown):
+                for landed in engine.land():
+                    connection.send(landed)
                 return
             if isinstance(command, Ping):
                 told = None

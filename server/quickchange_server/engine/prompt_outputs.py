@@ -20,6 +20,8 @@ from quickchange_server.engine.scheduling.scheduler import Scheduled
 from quickchange_server.engine.scheduling.sequence import Reading, fault_of
 from quickchange_server.protocol import TokenLogprobs
 
+_SCORED_AT_ONCE = 256  # rows: in float32 those of a whole prefill would take gigabytes
+
 
 @dataclass(frozen=True, slots=True)
 class ReadInputs:
@@ -67,16 +69,26 @@ def read(logits: Tensor, hidden: Tensor, inputs: ReadInputs) -> ReadRows:
     """Read logits [C, V] of the scored rows and hidden [P, H] of the pooled rows."""
     scores = sums = None
     if len(logits):
-        table = torch.log_softmax(logits.float(), dim=-1)
-        parts = [table.gather(1, inputs.targets[:, None]).double()]
-        if inputs.most:
-            best = table.topk(top_count(inputs.most, table.shape[1]), dim=-1)
-            parts += [best.indices.double(), best.values.double()]
-        scores = torch.cat(parts, dim=1)
+        each = zip(
+            torch.split(logits, _SCORED_AT_ONCE),
+            torch.split(inputs.targets, _SCORED_AT_ONCE),
+            strict=True,
+        )
+        scores = torch.cat([_score_columns(*part, inputs.most) for part in each])
     if len(hidden):
         sums = hidden.new_zeros((inputs.items, hidden.shape[1]), dtype=torch.float64)
         sums.index_add_(0, inputs.owners, hidden.double())
     return ReadRows(scores, sums)
+
+
+def _score_columns(logits: Tensor, targets: Tensor, most: int) -> Tensor:
+    """Columns of `ReadRows.scores` of these rows."""
+    table = torch.log_softmax(logits.float(), dim=-1)
+    parts = [table.gather(1, targets[:, None]).double()]
+    if most:
+        best = table.topk(top_count(most, table.shape[1]), dim=-1)
+        parts += [best.indices.double(), best.values.double()]
+    return torch.cat(parts, dim=1)
 
 
 def pass_on(plan: Sequence[Scheduled], rows: ReadRows, faults: dict[str, str]) -> None:

@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 _CHUNKS = (2, 3, 16, 17, 64, 65, 128, 129)
 _FILTERS = {"top_k": 5, "top_p": 0.9, "min_p": 0.1, "typical_p": 0.9}
 _EDITS = {"logit_bias": {0: 1.0}}
+_SCORES = 20  # of a row, at most
 _GREEDY = SamplingParams(temperature=0.0)
 
 
@@ -55,6 +56,26 @@ def steps(limits: StepLimits) -> Iterator[list[Scheduled]]:
     """Plans that launch, together, every kernel of forward pass, sampling and verification."""
     for plan in _plans(limits):
         yield plan[: limits.sequences]
+
+
+def largest_steps(limits: StepLimits) -> Iterator[list[Scheduled]]:
+    """Plans that take most memory: prompts whose rows are all scored, then as many sampled rows as
+    there are. All sequences hold one block and one state, again and again."""
+    make = _Items(limits, everywhere=0)
+    components = ((0, 1.0),) if limits.adapters else ()
+    scored = SamplingParams(prompt_logprobs=_SCORES, max_tokens=1)
+    prompts: list[Scheduled] = []
+    left = limits.rows
+    while left > 0 and len(prompts) < limits.sequences:
+        prompts.append(make.item(min(left, limits.context - 1), components, scored))
+        left -= prompts[-1].count
+    yield prompts
+    sampled = SamplingParams(
+        logprobs=_SCORES,
+        **{"temperature": 1.0, **_FILTERS, **_EDITS},  # type: ignore[arg-type]
+    )
+    most = min(limits.sequences, limits.rows)
+    yield [make.item(1, components, sampled) for _ in range(most)]
 
 
 def _plans(limits: StepLimits) -> Iterator[list[Scheduled]]:
@@ -96,8 +117,10 @@ def _draft_counts(limits: StepLimits) -> Iterable[int]:
 class _Items:
     """Makes items whose sequences hold the cache's first blocks, all the same ones."""
 
-    def __init__(self, limits: StepLimits) -> None:
+    def __init__(self, limits: StepLimits, everywhere: int | None = None) -> None:
+        """everywhere: the block that takes the place of all."""
         self._limits = limits
+        self._everywhere = everywhere
         self._made = itertools.count()
 
     def item(
@@ -113,6 +136,8 @@ class _Items:
         submit = Submit(name, (0,) * rows, sampling, pooling=pooling, seed=0)
         sequence = Sequence(submit, 0.0, self._limits.scaling)
         sequence.blocks = [*range(-(-(rows + drafts) // self._limits.block_size))]
+        if self._everywhere is not None:
+            sequence.blocks = [self._everywhere] * len(sequence.blocks)
         if self._limits.state_rows:
             sequence.states = [FIRST_STATE + place for place in range(1 + drafts)]
         return Scheduled(sequence, rows, components, drafts=(0,) * drafts)
@@ -120,9 +145,6 @@ class _Items:
 
 class HeadLayouts(Protocol):
     """The tables that heads on the device are read through."""
-
-    @property
-    def tables(self) -> LowRankTables: ...
 
     @property
     def wide_tables(self) -> LowRankTables: ...
@@ -138,10 +160,6 @@ class BlankHeads:
         """tokens: the base's vocabulary."""
         self._layouts = layouts
         self.slots = [*_blank_turbos(layouts.heads.arena.device, tokens)]
-
-    @property
-    def tables(self) -> LowRankTables:
-        return self._layouts.tables
 
     @property
     def wide_tables(self) -> LowRankTables:

@@ -40,7 +40,7 @@ def serve(given: Mapping[str, Any], *, demo: bool, engine: EngineMain = engine_m
     logging.getLogger("huggingface_hub").propagate = False  # it prints its lines itself
     logging.getLogger("alembic").setLevel(logging.WARNING)  # it logs every migration
     try:
-        settings = _settings(with_demo(given) if demo else given)
+        settings = settings_of(with_demo(given) if demo else given)
         look_for_hub(settings.model)
         if engine is engine_main and settings.device == "cpu":
             preload()
@@ -78,7 +78,8 @@ def fail(message: str) -> NoReturn:
     sys.exit(f"quickchange: {' '.join(message.split())}")
 
 
-def _settings(given: Mapping[str, Any]) -> Settings:
+def settings_of(given: Mapping[str, Any]) -> Settings:
+    """The settings given on the command line. Exits with status 1 and one line of error."""
     try:
         return Settings(**given)
     except ValidationError as error:

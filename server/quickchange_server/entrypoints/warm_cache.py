@@ -71,12 +71,14 @@ def warm_cache(given: Mapping[str, Any], *, gpu: str | None, out: Path | None) -
         adapters=settings.adapters,
         quantization=settings.quantization,
         model_check=False,
+        deterministic=settings.deterministic,
     )
     here = settings.model_copy(
         update={
             "device": "cpu",
             "dtype": str(dtype).removeprefix("torch."),
             "max_batch_tokens": settings.batch_tokens,
+            "max_sequences": settings.step_sequences,
             "max_model_len": min(settings.max_model_len or _CONTEXT, model.max_positions, _CONTEXT),
         }
     )

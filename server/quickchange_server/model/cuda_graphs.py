@@ -144,13 +144,24 @@ class CudaCapture:
         return graph.replay, outputs
 
 
-def _computed_once(compute: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
-    """The capture on a GPU that is not there: what would be captured is launched, so compiled."""
-    return (lambda: None), compute()
+def computed_once(compute: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
+    """The capture on a GPU that is not there: what would be captured is launched, so compiled.
+
+    Graphs share their outputs' memory, so a replay leaves there what the capture left.
+    """
+    outputs = compute()
+    left = [output.clone() for output in outputs]
+
+    @torch.inference_mode()
+    def replay() -> None:
+        for output, value in zip(outputs, left, strict=True):
+            output.copy_(value)
+
+    return replay, outputs
 
 
 def capture_for(device: torch.device) -> Capture | None:
     """The capture that suits a device; None if every step runs eagerly."""
     if device.type == "cuda":
         return CudaCapture(device)
-    return _computed_once if dispatch.triton_compiles(device) else None
+    return computed_once if dispatch.triton_compiles(device) else None

@@ -154,16 +154,17 @@ class StaticInputs(Generic[Tree]):
 
 
 class Download(Generic[Tree]):
-    """A tree on its way from the device to the host, in one copy; on a CPU the tree itself."""
+    """A tree on its way from the device to the host, in one copy: as it is now, whatever is then
+    done to its tensors."""
 
     def __init__(self, tree: Tree, device: torch.device) -> None:
         """Begin the copy, behind all work given to the device so far."""
         self._tree: Tree | None = None
         self._arrival: torch.cuda.Event | None = None
-        if device.type == "cpu":
-            self._tree = tree
-            return
         layout, tensors = layout_of(tree)
+        if device.type == "cpu":
+            self._tree = rebuilt(layout, [tensor.clone() for tensor in tensors])
+            return
         # The widest first: without gaps each begins at a multiple of its width.
         order = sorted(range(len(tensors)), key=lambda part: -layout.parts[part].dtype.itemsize)
         ends = list(accumulate([layout.parts[part].nbytes for part in order], initial=0))

@@ -120,8 +120,13 @@ class ShapeRecorder:
 
 
 def _same(some: tuple[torch.Tensor, ...], other: tuple[torch.Tensor, ...]) -> bool:
-    """True if the tensors are views of the same elements."""
-    return all(a.is_set_to(b) for a, b in zip(some, other, strict=True))
+    """True if the tensors are views of the same elements, on the meta device too."""
+
+    def place(tensor: torch.Tensor) -> tuple[object, ...]:
+        memory = tensor.untyped_storage()._cdata
+        return memory, tensor.storage_offset(), tensor.shape, tensor.stride()
+
+    return all(place(a) == place(b) for a, b in zip(some, other, strict=True))
 
 
 class PagedAttention:

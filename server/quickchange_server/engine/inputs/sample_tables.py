@@ -88,8 +88,10 @@ def tables_of(rows: Sequence[SampleRow], vocabulary: int) -> RowTables:
     """Tables of single rows."""
     params = [row.params for row in rows]
     asking = [(at, p.logprobs) for at, p in enumerate(params) if p.logprobs is not None]
+    table = _parameters(params, vocabulary)
     parts = _Parts(
-        _parameters(params, vocabulary),
+        table,
+        _used(table),
         philox_keys([row.seed for row in rows]),
         torch.tensor([at for at, _ in asking]) if asking else None,
         [wanted for _, wanted in asking],
@@ -156,6 +158,7 @@ class _Parts(NamedTuple):
     """What stays of rows' tables from step to step."""
 
     table: Doubles  # [COLUMNS, R], the random numbers aside
+    used: list[int]  # columns that some row uses
     keys: npt.NDArray[np.int64]
     asking: Tensor | None
     wanted: list[int]
@@ -183,16 +186,12 @@ class _Parts(NamedTuple):
         )
 
     def _columns(self, positions: npt.NDArray[np.int64], *, every: bool) -> SampleColumns:
-        names, table = COLUMNS, self.table
-        if not every:
-            used = [at for at, name in enumerate(COLUMNS) if (table[at] != _OFF.get(name, 0)).any()]
-            if 0 not in used:  # the temperature: all rows are greedy
-                return SampleColumns(torch.empty(0, len(positions), dtype=torch.float64), ())
-            used = sorted({*used, _UNIFORM})
-            names, table = tuple([COLUMNS[at] for at in used]), table[used]
-        else:
-            table = table.copy()
+        if not every and not self.used:  # all rows are greedy
+            return SampleColumns(torch.empty(0, len(positions), dtype=torch.float64), ())
+        names, table = COLUMNS, self.table.copy()
         table[_UNIFORM] = uniforms(self.keys, positions)
+        if not every:
+            names, table = tuple([COLUMNS[at] for at in self.used]), table[self.used]
         return SampleColumns(torch.from_numpy(table), names)
 
 
@@ -225,7 +224,7 @@ class _Batch:
         return cls(
             sequences,
             counts,
-            _Parts(table, keys, torch.tensor(asking) if asking else None, wanted),
+            _Parts(table, _used(table), keys, torch.tensor(asking) if asking else None, wanted),
             None if len(owners) == len(items) else owners,
             np.arange(len(owners)) - starts[owners],
             [(int(starts[at]), at) for at, own in enumerate(params) if _edits(own)],
@@ -249,6 +248,12 @@ def _parameters(params: Sequence[SamplingParams], vocabulary: int) -> Doubles:
             table[at] = np.array(values, dtype=np.float64)
             table[at, greedy] = _OFF[name]
     return table
+
+
+def _used(table: Doubles) -> list[int]:
+    """Columns that some row uses; none if all rows are greedy."""
+    used = [at for at, name in enumerate(COLUMNS) if (table[at] != _OFF.get(name, 0)).any()]
+    return sorted({*used, _UNIFORM}) if 0 in used else []
 
 
 def _edits(params: SamplingParams) -> bool:

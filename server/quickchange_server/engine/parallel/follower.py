@@ -153,6 +153,7 @@ class _Follower:
             case MakePool(budget, dtype, named):
                 self._pool = DevicePool(self._model.groups, budget, dtype, self._device, **named)
             case InstallCaches(num_blocks, block_size, state_rows, dtype):
+                self._graphs.clear()  # they read the caches that were before
                 self._model.install_caches(
                     num_blocks=num_blocks,
                     block_size=block_size,

@@ -1,0 +1,92 @@
+"""The command `quickchange plan`: what a model would take of a device, with neither at hand."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from quickchange_server.engine.memory.planning import memory_plan
+from quickchange_server.entrypoints.serve import fail, settings_of
+from quickchange_server.errors import QuickchangeError, SettingError
+from quickchange_server.model.loading.model_dtype import multiplies_bfloat16
+from quickchange_server.model.loading.model_outline import outline
+from quickchange_store.errors import StoreError
+
+_GIB = 1 << 30
+# What a driver tells of each, in GiB: less than the name says.
+DEVICES = {
+    "l4": 22.0,
+    "rtx4090": 23.6,
+    "a100-40gb": 39.4,
+    "l40s": 44.4,
+    "a100-80gb": 79.1,
+    "h100": 79.1,
+    "h200": 139.8,
+    "b200": 178.3,
+    "mi300x": 191.5,
+}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(|k|m|g|t)(i?)b?", re.IGNORECASE)
+DEFAULT_RANKS = (8, 16, 32, 64)
+
+
+def plan(given: Mapping[str, Any], *, gpu: str | None, ranks: str | None) -> None:
+    """Print the plan for the settings `given`; exits with status 1 and one line of error if none
+    is possible."""
+    try:
+        print(planned(given, gpu=gpu, ranks=ranks))
+    except (QuickchangeError, StoreError, ValueError) as error:
+        fail(str(error))
+
+
+def planned(given: Mapping[str, Any], *, gpu: str | None, ranks: str | None) -> str:
+    """The plan. gpu: a device's name or a size; None: a CPU. ranks: of adapters, with commas."""
+    device = "cpu" if gpu is None else "cuda"
+    settings = settings_of({"store": Path(), **given, "device": device})
+    if settings.tensor_parallel > 1:
+        raise SettingError(
+            "--tensor-parallel: a plan is for a base on one device; plan for one device of the "
+            "memory of all, which is close",
+            param="tensor_parallel",
+        )
+    total = None if gpu is None else device_bytes(gpu)
+    import torch
+
+    model = outline(
+        settings.model,
+        dtype=settings.dtype,
+        device=device,
+        bfloat16=total is not None or multiplies_bfloat16(torch.device("cpu")),
+        adapters=settings.adapters,
+        quantization=settings.quantization,
+    )
+    store = settings.store if settings.store.exists() else Path()
+    found = memory_plan(model, settings, total, _ranks(ranks), shutil.disk_usage(store).free)
+    return f"{settings.model} on {gpu or 'a CPU'}:\n{found.text}"
+
+
+def device_bytes(name: str) -> int:
+    """Bytes of a device by its name, or of a size such as 24GiB. Raises ValueError for others."""
+    known = DEVICES.get(name.lower())
+    if known is not None:
+        return int(known * _GIB)
+    match = _SIZE.fullmatch(name)
+    count = 0
+    if match is not None:
+        number, unit, binary = match.groups()
+        power = " kmgt".index(unit.lower() or " ")
+        count = int(float(number) * (1024 if binary else 1000) ** power)
+    if count < 1 << 20:
+        raise ValueError(f"--gpu {name}: give a size such as 24GiB, or one of {', '.join(DEVICES)}")
+    return count
+
+
+def _ranks(given: str | None) -> Sequence[int]:
+    if given is None:
+        return DEFAULT_RANKS
+    parts = given.split(",")
+    if not all(part.strip().isdecimal() and int(part) for part in parts):
+        raise ValueError(f"--ranks {given}: give whole numbers above 0, joined by commas: 8,16")
+    return [int(part) for part in parts]
