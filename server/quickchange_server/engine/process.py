@@ -95,7 +95,7 @@ def main(connection: Connection, settings: Settings, read_tokenizer: ReadTokeniz
             )
         except (SettingError, ValueError, OSError, RuntimeError) as error:
             if followers is not None:
-                followers.blame(error)
+                followers.blame()
             fail(error)
             return
         connection.send(ready)

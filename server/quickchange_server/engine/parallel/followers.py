@@ -184,7 +184,7 @@ class Followers:
     ) -> None:
         """End them; where one of them caused the error, this process ends as it did."""
         if error is not None:
-            self.blame(error)
+            self.blame()
         self._closing = True
         if error is None:
             with suppress(OSError):  # one that failed is gone already
@@ -197,12 +197,11 @@ class Followers:
             process.join()
         self._door.close()
 
-    def blame(self, error: BaseException) -> None:
-        """End this process as a follower did if that is what the error came of."""
-        if isinstance(error, RuntimeError | OSError):  # perhaps a joint step that a rank has left
-            ends = [process.sentinel for process in self._processes.values()]
-            if wait(ends, timeout=_NOTICE_SECONDS):
-                self._watch.join()
+    def blame(self) -> None:
+        """On an error: end this process as a follower did if the error came of its end."""
+        ends = [process.sentinel for process in self._processes.values()]
+        if wait(ends, timeout=_NOTICE_SECONDS):
+            self._watch.join()
         self._closing = True  # what happens to them from now on comes of the error
 
     def _listen(self) -> None:
@@ -223,7 +222,7 @@ class Followers:
                 self._writes[slot][number].set_result(None)
             case Written(slot, str(error)):
                 self._writes[slot][number].set_exception(AdapterFailedError(error))
-            case Failed(error):
+            case Failed(error) if self._failed is None:  # the others' come of the first one's
                 self._failed = f"rank {number + 1}: {error}"
 
     def _ended(self, process: BaseProcess) -> None:
