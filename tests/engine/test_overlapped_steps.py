@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 from bought_drafts import every_draft_bought
 from constraint_tokens import tiny_grammars
@@ -223,6 +224,21 @@ def test_any_traffic_gives_the_same_in_overlapped_steps(engines: Pair, come: lis
         assert answers(two, come) == answers(one, come)
 
 
+def alike(one: Any, other: Any) -> bool:
+    """True if two answers have the same tokens and reasons, and scores that differ by rounding.
+
+    A recurrent layer's sums depend on the rows that share its call, of which an overlapped step may
+    have one more.
+    """
+    if isinstance(one, float):
+        return bool(one == pytest.approx(other, rel=1e-4, abs=1e-4))
+    if isinstance(one, bytes):
+        return np.allclose(np.frombuffer(one, "<f4"), np.frombuffer(other, "<f4"), atol=1e-4)
+    if isinstance(one, (tuple, list)):
+        return len(one) == len(other) and all(map(alike, one, other))
+    return bool(one == other)
+
+
 KINDS_OF_MODELS = {
     "qwen3_5_text": save_recurrent,
     "lfm2": save_recurrent,
@@ -239,7 +255,10 @@ def test_states_and_scaled_positions_follow_tokens_in_flight(kind: str, tmp_path
     @settings(max_examples=8, deadline=None)
     @given(come=traffic(plain=True))
     def same(come: list[Arrival]) -> None:
-        assert answers(two, come) == answers(one, come)
+        overlapped, alone = answers(two, come), answers(one, come)
+        assert overlapped.keys() == alone.keys()
+        for key, said in overlapped.items():
+            assert alike(said, alone[key])
 
     same()
     one.close()
