@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import gc
 import logging
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,8 +21,9 @@ from tiny_models import save_model
 
 from quickchange_server.config import Settings
 from quickchange_server.engine import engine as engine_module
-from quickchange_server.engine import model_runner
+from quickchange_server.engine import engine_memory, model_runner
 from quickchange_server.engine.memory.footprint import tensor_bytes
+from quickchange_server.engine.model_runner import Runner
 from quickchange_server.errors import SettingError
 from quickchange_server.model.loading.model_loader import LoadedModel, load_model
 
@@ -116,6 +119,31 @@ def test_keys_and_values_get_what_the_rest_leaves(
     engine.close()
     limit = int(share * memory.total)
     assert limit - (1 << 20) < most <= limit + (1 << 16), "nothing is left, and nothing is over"
+
+
+def test_the_runner_that_was_measured_is_gone_before_the_real_caches_are_taken(
+    path: Path,
+    device: Callable[[int], CountedMemory],
+    model: LoadedModel,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device(64 << 20)
+    made: list[weakref.ref[Runner]] = []
+    alive: list[int] = []
+
+    class Watched(Runner):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            alive.append(sum(one() is not None for one in made))
+            super().__init__(*args, **options)
+            made.append(weakref.ref(self))
+
+    monkeypatch.setattr(engine_memory, "Runner", Watched)
+    gc.disable()  # runners lie in cycles, and no chance collection is to be relied on
+    try:
+        engine_of(model, settings(path)).close()
+    finally:
+        gc.enable()
+    assert alive == [0, 0]
 
 
 def test_what_is_measured_is_captured_twice_and_the_second_time_on_the_real_caches(

@@ -94,7 +94,10 @@ class EngineMemory:
         Raises SettingError, with what would fit, where one sequence of a useful length does not.
         """
         settings = self._settings
-        parts = None if self._memory is None else self._measured(adapters, masks, self._memory)
+        parts = None
+        if self._memory is not None:
+            parts = self._measured(adapters, masks, self._memory)
+            self._memory.in_use()  # the first runner is given back, which lies in cycles
         if parts is None:
             budget = GIB if settings.kv_cache_bytes is None else settings.kv_cache_bytes
         else:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from quickchange_server.engine.memory.planning import memory_plan
+from quickchange_server.entrypoints.gpu_names import GPUS
 from quickchange_server.entrypoints.serve import fail, settings_of
 from quickchange_server.errors import QuickchangeError, SettingError
 from quickchange_server.model.loading.model_dtype import multiplies_bfloat16
@@ -16,18 +17,6 @@ from quickchange_server.model.loading.model_outline import outline
 from quickchange_store.errors import StoreError
 
 _GIB = 1 << 30
-# What a driver tells of each, in GiB: less than the name says.
-DEVICES = {
-    "l4": 22.0,
-    "rtx4090": 23.6,
-    "a100-40gb": 39.4,
-    "l40s": 44.4,
-    "a100-80gb": 79.1,
-    "h100": 79.1,
-    "h200": 139.8,
-    "b200": 178.3,
-    "mi300x": 191.5,
-}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(|k|m|g|t)(i?)b?", re.IGNORECASE)
 DEFAULT_RANKS = (8, 16, 32, 64)
 
@@ -69,9 +58,9 @@ def planned(given: Mapping[str, Any], *, gpu: str | None, ranks: str | None) -> 
 
 def device_bytes(name: str) -> int:
     """Bytes of a device by its name, or of a size such as 24GiB. Raises ValueError for others."""
-    known = DEVICES.get(name.lower())
+    known = GPUS.get(name.lower())
     if known is not None:
-        return int(known * _GIB)
+        return int(known.gib * _GIB)
     match = _SIZE.fullmatch(name)
     count = 0
     if match is not None:
@@ -79,7 +68,7 @@ def device_bytes(name: str) -> int:
         power = " kmgt".index(unit.lower() or " ")
         count = int(float(number) * (1024 if binary else 1000) ** power)
     if count < 1 << 20:
-        raise ValueError(f"--gpu {name}: give a size such as 24GiB, or one of {', '.join(DEVICES)}")
+        raise ValueError(f"--gpu {name}: give a size such as 24GiB, or one of {', '.join(GPUS)}")
     return count
 
 

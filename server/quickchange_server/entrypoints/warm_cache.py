@@ -15,17 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from quickchange_server.config import Settings
+from quickchange_server.entrypoints.gpu_names import GPUS
 from quickchange_server.errors import SettingError
 
 logger = logging.getLogger(__name__)
 
-_GPUS = {
-    "a100": "sm_80",
-    "h100": "sm_90",
-    "h200": "sm_90",
-    "b200": "sm_100",
-    "mi300": "gfx942",
-}
 _CONTEXT = 4096  # tokens at most: what is compiled does not depend on it
 
 
@@ -110,10 +104,11 @@ def _target(gpu: str | None) -> Any:
                 param="gpu",
             )
         gpu = "sm_{}{}".format(*torch.cuda.get_device_capability())
-    name = _GPUS.get(gpu.lower(), gpu)
+    known = GPUS.get(gpu.lower())
+    name = gpu if known is None else known.target
     if name not in TARGETS:
         raise SettingError(
-            f"--gpu {gpu}: not known; name one of {', '.join([*_GPUS, *TARGETS])}", param="gpu"
+            f"--gpu {gpu}: not known; name one of {', '.join([*GPUS, *TARGETS])}", param="gpu"
         )
     return TARGETS[name]
 

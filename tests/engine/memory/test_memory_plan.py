@@ -17,7 +17,8 @@ from tiny_models import save_model
 from quickchange_server.config import GIB, Settings
 from quickchange_server.engine.memory.footprint import adapter_pages, pages_bytes, tensor_bytes
 from quickchange_server.engine.memory.planning import memory_plan
-from quickchange_server.entrypoints.plan_command import DEVICES, device_bytes, planned
+from quickchange_server.entrypoints.gpu_names import GPUS
+from quickchange_server.entrypoints.plan_command import device_bytes, planned
 from quickchange_server.errors import SettingError, UnsupportedModelError
 from quickchange_server.model.loading.model_loader import LoadedModel, load_model
 from quickchange_server.model.loading.model_outline import Outline, outline
@@ -203,7 +204,7 @@ def test_a_damaged_file_is_refused_by_name(tmp_path: Path) -> None:
         ("24GiB", 24 << 30),
         ("24GB", 24 * 10**9),
         ("1.5 TiB", 3 << 39),
-        ("H100", int(DEVICES["h100"] * GIB)),
+        ("H100", int(GPUS["h100"].gib * GIB)),
         ("80g", 80 * 10**9),
     ],
 )
