@@ -2,8 +2,8 @@
 # On a machine with a GPU, in eight minutes at most, each part's result kept if a later one fails:
 # every kernel against float64; a real start of a random Llama-8B in bfloat16, with what it takes;
 # 1, 16 and 64 requests under 0, 1, 16 and 64 adapters, with tokens/s, host time, the device's idle
-# gaps, late compilations and captures; prefill; drafts on and off; attention by FlashInfer; kernels
-# beside torch. Prints all of it, writes $OUT/gpu.json and gpu.txt.
+# gaps, late compilations and captures; prefill; drafts on and off; kernels beside torch. Prints all
+# of it, writes $OUT/gpu.json and gpu.txt.
 #
 #   benchmarks/on_gpu.sh [--dry-run]
 #
