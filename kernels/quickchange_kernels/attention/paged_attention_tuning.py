@@ -50,7 +50,7 @@ class AttentionLaunch:
 
 @dataclass(frozen=True)
 class Splits:
-    """How sequences of a model's shape are split."""
+    """The split of sequences of a model's shape."""
 
     keys: int  # of a split, unless there would be more than `most`
     most: int  # of a sequence

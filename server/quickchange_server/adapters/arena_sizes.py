@@ -28,7 +28,7 @@ _ROW_BYTES = 96  # of the page table and the heads'
 
 @dataclass(frozen=True, slots=True)
 class ArenaSizes:
-    """In elements of the arena's dtype, where nothing else is said."""
+    """Sizes in elements of the arena's dtype, where nothing else is said."""
 
     span: int
     slab: int
@@ -62,7 +62,7 @@ class ArenaSizes:
         return cls(span, slab // unit * unit, slots, rows, slots * listed + rows * _ROW_BYTES)
 
     def room_for(self, pages: Mapping[int, int]) -> int:
-        """How many adapters of these pages (by size) have room, where nothing else is."""
+        """Number of adapters of these pages (by size) that have room, where nothing else is."""
         most = min(self.slots, self.rows // sum(pages.values())) if pages else self.slots
         space = SlabAllocator(self.span, self.slab)
 

@@ -1,4 +1,4 @@
-"""How a device's memory is divided: the parts, the keys and values that are left, and the table.
+"""Division of a device's memory: the parts, the keys and values that are left, and the table.
 
     gpu_memory_utilization · total = base + adapters + graphs + scratch + keys and values
 

@@ -81,7 +81,7 @@ def memory_plan(
 def _adapters_table(
     planned: Outline, settings: Settings, arena: int, ranks: Sequence[int], disk: int
 ) -> str:
-    """How many adapters of each rank on all linears fit on each tier."""
+    """Number of adapters of each rank on all linears that fit on each tier."""
     model, dtype = planned.model, held_dtype(planned.model, settings)
     room = ArenaSizes.of(model.groups, arena, dtype)
     lines = [

@@ -198,7 +198,7 @@ class Followers:
         self._door.close()
 
     def blame(self) -> None:
-        """On an error: end this process as a follower did if the error came of its end."""
+        """End this process as a follower did, if the error came of its end."""
         ends = [process.sentinel for process in self._processes.values()]
         if wait(ends, timeout=_NOTICE_SECONDS):
             self._watch.join()
@@ -247,8 +247,11 @@ def _capturing() -> bool:
 
 
 def _context(settings: Settings) -> ForkContext | SpawnContext:
-    """How followers start. On a CPU they are forked before this process has threads that compute,
-    which spares them to load the engine's modules; a GPU's driver does not survive that."""
+    """The context in which followers start.
+
+    On a CPU they are forked before this process has threads that compute, which spares them to load
+    the engine's modules; a GPU's driver does not survive that.
+    """
     if settings.device == "cpu" and sys.platform == "linux":
         return multiprocessing.get_context("fork")
     return multiprocessing.get_context("spawn")

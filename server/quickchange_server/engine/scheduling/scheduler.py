@@ -510,7 +510,7 @@ class Scheduler:
         return Scheduled(sequence, count, sequence.components, sequence.head_slot)
 
     def _placed(self, sequence: Sequence) -> tuple[Components, int | None]:
-        """Where the adapters of a sequence and its heads are, as long as it holds them."""
+        """Slots of a sequence's adapters and heads, as long as it holds them."""
         slots = self._holdings.slots(sequence)
         components = tuple([(slots[c.digest], c.weight) for c in sequence.request.adapters])
         return components, None if sequence.heads is None else slots[sequence.heads]
