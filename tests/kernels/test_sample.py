@@ -359,7 +359,7 @@ def test_a_native_edit_outside_the_vocabulary_is_refused() -> None:
 def test_the_gpus_masses_fuse_no_product_with_a_sum() -> None:
     checked = 0
     for one in sample_triton.compilations():
-        if "no filter, fp32" in one.name:
+        if "no filter" in one.name and one.name.endswith("fp32"):
             code = compiling.compiled(one, gpu_targets.TARGETS["sm_90"]).asm["ptx"]
             assert "mul.rn.f32" in code
             assert "div.rn.f32" in code

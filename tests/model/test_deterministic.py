@@ -43,6 +43,12 @@ def test_on_a_cpu_the_bits_stay_as_they_are() -> None:
 
 def test_a_quantised_checkpoint_is_refused_on_a_gpu_and_not_on_a_cpu() -> None:
     config = LlamaConfig(quantization_config={"quant_method": "bitsandbytes"})
-    _refuse_loose_sums(nn.Linear(2, 2), config)
+    _refuse_loose_sums(nn.Linear(2, 2), config, ranks=1)
     with pytest.raises(UnsupportedModelError, match=r"--deterministic .* stored quantised"):
-        _refuse_loose_sums(nn.Linear(2, 2, device="meta"), config)
+        _refuse_loose_sums(nn.Linear(2, 2, device="meta"), config, ranks=1)
+
+
+def test_more_than_two_ranks_are_refused_on_a_gpu() -> None:
+    _refuse_loose_sums(nn.Linear(2, 2, device="meta"), LlamaConfig(), ranks=2)
+    with pytest.raises(UnsupportedModelError, match="--tensor-parallel"):
+        _refuse_loose_sums(nn.Linear(2, 2, device="meta"), LlamaConfig(), ranks=3)

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
 
 import pytest
 
+from quickchange_server.config import Settings
+from quickchange_server.engine_client.channel import EngineMain
 from quickchange_server.spec_decode import speculator
 from quickchange_server.spec_decode.backoff import Backoff
 from quickchange_server.spec_decode.draft_depth import DepthPlan, Prospect
@@ -24,6 +27,12 @@ def every_draft_bought() -> Iterator[None]:
         patch.setattr(DepthPlan, "depths", _deepest)
         patch.setattr(Backoff, "awake", lambda _backoff, _decoding: True)
         yield
+
+
+def buying_main(main: EngineMain, connection: Connection, settings: Settings) -> None:
+    """Main function of an engine's process, `main`, that buys every draft."""
+    with every_draft_bought():
+        main(connection, settings)
 
 
 def _whole_chains(

@@ -21,8 +21,7 @@ class SpellingEngine(FakeEngine):
         position = sequence.emitted
         delta = super().advance(key)
         tokens = SPELLED.encode()[position : position + len(delta.token_ids)]
-        object.__setattr__(delta, "token_ids", tuple(tokens))
-        return delta
+        return delta._replace(token_ids=tuple(tokens))
 
 
 def main(connection: Connection, settings: Settings, behaviour: Behaviour) -> None:

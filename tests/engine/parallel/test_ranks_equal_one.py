@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from pathlib import Path
 
 import deep_engine
 import graph_ranks
 import numpy as np
 import pytest
+from bought_drafts import buying_main
 from client_support import tokens_of
 from engine_driver import Driver, make_engine
 from parallel_adapters import adapters_of_every_kind, mixed_requests, stored
@@ -41,7 +43,9 @@ def test_two_ranks_equal_one_with_adapters_of_every_kind(
     alone.finish(*[each.request_id for each in wanted])
     alone.engine.close()
 
-    together = answered(settings_of(model, tmp_path / "store", 2, **SMALL), wanted, main)
+    together = answered(
+        settings_of(model, tmp_path / "store", 2, **SMALL), wanted, partial(buying_main, main)
+    )
 
     for each, deltas in zip(wanted, together, strict=True):
         assert deltas[-1].finish_reason == alone.last[each.request_id].finish_reason, deltas[-1]

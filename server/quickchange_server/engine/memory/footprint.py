@@ -6,10 +6,11 @@ Shapes alone are read, so a model on the meta device will do.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from quickchange_kernels.lowrank.lowrank_contract import RANKS_PER_PAGE
 from quickchange_server.adapters.arena_sizes import ArenaSizes, least_arena
@@ -44,10 +45,20 @@ def tensor_bytes(module: nn.Module) -> int:
     """Bytes of a module's parameters and buffers, those in one memory counted once."""
     found: dict[object, int] = {}
     for tensor in (*module.parameters(), *module.buffers()):
-        storage = tensor.untyped_storage()
-        # On the meta device all storages lie at 0, and a parameter that is shared is one object.
-        found[tensor if tensor.is_meta else storage.data_ptr()] = storage.nbytes()
+        for part in _parts(tensor):
+            storage = part.untyped_storage()
+            # On the meta device all storages lie at 0, and a shared parameter is one object.
+            found[part if part.is_meta else storage.data_ptr()] = storage.nbytes()
     return sum(found.values())
+
+
+def _parts(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensors that hold a tensor's numbers: it, or what torchao's kinds are made of."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _parts(getattr(tensor, name))
 
 
 def adapter_pages(model: LoadedModel, dtype: torch.dtype, rank: int = TABLE_RANK) -> Pages:

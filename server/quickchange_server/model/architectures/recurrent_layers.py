@@ -278,7 +278,8 @@ def noting_states(model: nn.Module) -> Iterator[Callable[[], tuple[RecurrentLaye
         for module, recording in recordings.items():
             if recording.shapes:
                 found.append(RecurrentLayer(module, recording.shapes))
-                if type(module) not in proven and not next(module.parameters()).is_meta:
+                outline = any(each.is_meta for each in module.parameters())
+                if type(module) not in proven and not outline:
                     _refuse_forgetful(module, found[-1], *recording.call)
                     proven.add(type(module))
                 module.forward = found[-1]
