@@ -214,7 +214,7 @@ def test_a_device_is_named_or_given_by_its_size(name: str, expected: int) -> Non
 
 @pytest.mark.parametrize("name", ["h9000", "", "-4GiB", "12", "0GiB"])
 def test_an_unknown_device_is_refused_with_those_known(name: str) -> None:
-    with pytest.raises(ValueError, match="give a size such as 24GiB, or one of l4, .*rtx4090"):
+    with pytest.raises(ValueError, match=r"such as 24GiB, or one of l4, .*rtx4090"):
         device_bytes(name)
 
 
