@@ -135,7 +135,7 @@ def _product(
     few, narrow = height < HEIGHTS[-1], dtype.itemsize == 2
     splits = splits_of(outputs, features)
     # Where a program adds splits, it holds two tiles of sums.
-    most = HEIGHTS[-1] // (1 if splits == 1 else 2) // (1 if narrow else 2)
+    most = HEIGHTS[-1] // (1 if splits == 1 else 2) // (1 if narrow else 4)
     constants = {
         "K": features,
         "SPLIT": -(-features // (splits * _STEP)) * _STEP,
@@ -146,9 +146,9 @@ def _product(
         "BLOCK_K": 64 if narrow else 32,
         "ALIGNED": wide,
     }
-    return LaunchConfig(
-        constants, num_warps=4 if few or not narrow else 8, num_stages=4 if few else 3
-    )
+    warps = 4 if few or not narrow else 8
+    stages = 4 if few else 3
+    return LaunchConfig(constants, num_warps=warps, num_stages=stages)
 
 
 _STEP = 128  # features: a multiple of every BLOCK_K, so that splits end alike whatever the rows

@@ -44,7 +44,6 @@ from quickchange_kernels.lowrank.lowrank_tables import (
     RANKS_PER_PAGE,
     SMALL_TILE,
     PageKind,
-    columns_of,
     parts_of,
 )
 from quickchange_kernels.lowrank.lowrank_tuning import (
@@ -352,7 +351,7 @@ def _expand(
     wide = o.aligned and aligned(y, o.arena)
     dependent = ids is None and dependent_launch()
     config = expand_config(summed, o.tile_height, aligned=wide, dependent=dependent)
-    expand_kernel[(len(tiles), triton.cdiv(y.shape[1], columns_of(o.tile_height)))](
+    expand_kernel[(len(tiles), triton.cdiv(y.shape[1], config.constants["BLOCK_N"]))](
         y,
         partial,
         ids,

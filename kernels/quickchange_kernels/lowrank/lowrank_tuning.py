@@ -6,6 +6,8 @@ time only a tile's height decides here, and it has two values: each configuratio
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from quickchange_kernels.launch_config import LaunchConfig
@@ -41,19 +43,19 @@ def expand_config(
 
     dependent: it starts while shrink runs, so it is False for an embedding.
     """
+    small = height == SMALL_TILE
     constants = {
         "HEIGHT": height,
         "PAGES": 4,
         "PARTS": 1 if features is None else parts_of(features),
-        "BLOCK_N": columns_of(height),
+        "BLOCK_N": columns_of(SMALL_TILE if features is None else height),
         "ALIGNED": aligned,
         "DEPENDENT": dependent,
     }
-    return LaunchConfig(
-        constants,
-        num_warps=4 if height == SMALL_TILE else 8,
-        options={"launch_pdl": True} if dependent else {},
-    )
+    options: dict[str, Any] = {"launch_pdl": True} if dependent else {}
+    if dependent and not small:
+        options["maxnreg"] = 255  # for sm_100 the compiler hopes for two programs, and spills
+    return LaunchConfig(constants, num_warps=4 if small else 8, options=options)
 
 
 def experts_configs(dtype: torch.dtype, *, aligned: bool) -> tuple[LaunchConfig, LaunchConfig]:
