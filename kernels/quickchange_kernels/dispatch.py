@@ -65,8 +65,12 @@ def triton_version(name: str, launcher: str) -> None:
         found: Callable[..., Any] = getattr(importlib.import_module(module), function)
         return found
 
+    schema = getattr(torch.ops.quickchange, name).default._schema
+    defaults = [argument.default_value for argument in schema.arguments]
+
     def call(*args: Any) -> Any:
-        return imported()(*args)
+        # PyTorch leaves out the last arguments where they equal their defaults.
+        return imported()(*args, *defaults[len(args) :])
 
     _launchers[name] = call
     LIBRARY.impl(name, call, "CPU" if triton_interpreted() else "CUDA")
