@@ -9,8 +9,11 @@ import torch
 from random_batches import POPULARITIES, draw_slots
 from torch import Tensor
 
+from quickchange_kernels.attention import kv_write  # noqa: F401  declares it
 from quickchange_kernels.attention.paged_attention_contract import paged_attention
 from quickchange_kernels.elementwise import (
+    rms_norm,  # noqa: F401
+    rotary,  # noqa: F401
     silu_mul,  # noqa: F401  declare them
 )
 from quickchange_kernels.linear.linear_float import linear
