@@ -32,7 +32,7 @@ from quickchange_server.engine.scheduling.scheduler import Scheduled
 from quickchange_server.engine.step_results import Flight, Ran
 from quickchange_server.model.cuda_graphs import Outputs
 from quickchange_server.model.loading.model_loader import LoadedModel
-from quickchange_server.protocol import Component, SamplingParams, Submit
+from quickchange_server.protocol import AdapterMoved, Component, SamplingParams, Submit
 from quickchange_store.canonical.canonical_adapter import CanonicalAdapter, LowRankUpdate
 
 WARM_UP, STEPS = 10, 100
@@ -277,11 +277,13 @@ def _adapter(model: LoadedModel, digest: str) -> CanonicalAdapter:
 
 
 def _let_decode(engine: Engine, model: LoadedModel, load: HostLoad) -> None:
-    """Submit the load's requests, and step until all of them decode."""
+    """Load the load's adapters, submit its requests, and step until all of them decode."""
     end = time.monotonic() + _DEADLINE
+    names = [f"adapter-{row}" for row in range(load.sequences if load.adapters else 0)]
+    _bring(engine, names, end)
     for row in range(load.sequences):
         prompt = tuple((7 * row + place) % model.vocabulary for place in range(PROMPT))
-        adapters = (Component(f"adapter-{row}"),) if load.adapters else ()
+        adapters = (Component(names[row]),) if names else ()
         sampling = SamplingParams(max_tokens=10 * (WARM_UP + STEPS), temperature=0.7)
         engine.submit(Submit(str(row), prompt, sampling, adapters, seed=row))
     running = engine.scheduler.running
@@ -290,7 +292,19 @@ def _let_decode(engine: Engine, model: LoadedModel, load: HostLoad) -> None:
             raise TimeoutError(f"{load}: not all decode after {_DEADLINE:.0f} s")
         engine.poll_adapters()
         report = engine.step()
-        if report is None:
-            time.sleep(0.001)  # an adapter is on its way
-        elif errors := [delta.error for delta in report.deltas if delta.error]:
+        if report is not None and (errors := [d.error for d in report.deltas if d.error]):
             raise RuntimeError(f"{load}: {errors[0]}")
+
+
+def _bring(engine: Engine, names: Sequence[str], end: float) -> None:
+    """Bring adapters to the device before anything runs: the first requests, whose steps take no
+    time, would be over before the last one's adapter had come beside them."""
+    missing = set(names)
+    for name in names:
+        engine.prefetch(name, "device")
+    while missing:
+        if time.monotonic() > end:
+            raise TimeoutError(f"{len(missing)} adapters are not loaded after {_DEADLINE:.0f} s")
+        moves = engine.poll_adapters()
+        missing -= {m.digest for m in moves if isinstance(m, AdapterMoved) and m.tier == "device"}
+        time.sleep(0.001)
