@@ -262,6 +262,7 @@ class Ready:
     own_bytes: int = 0  # memory that it shares with no other process; 0: not known
     dtype: str = "float32"  # what the base computes in
     adapter_dtype: str = "float32"  # what adapters are held in
+    memory: str = ""  # table of what takes how much, for people
 
 
 class TokenLogprobs(NamedTuple):

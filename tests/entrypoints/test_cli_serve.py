@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import psutil
@@ -72,6 +74,17 @@ def serving(*arguments: str) -> Iterator[subprocess.Popen[str]]:
         if process.poll() is None:
             process.kill()
         process.communicate(timeout=LIMIT_SECONDS)
+
+
+def test_the_start_tells_what_takes_how_much_memory(caplog: pytest.LogCaptureFixture) -> None:
+    services = SimpleNamespace(
+        settings=SimpleNamespace(adapters=False),
+        catalog=SimpleNamespace(base_name="tiny"),
+        engine=SimpleNamespace(memory="  base  1.0 MiB"),
+    )
+    with caplog.at_level(logging.INFO):
+        launch._announce(services, "http://127.0.0.1:8000", demo=False)  # type: ignore[arg-type]
+    assert "memory:\n  base  1.0 MiB" in caplog.text
 
 
 def test_the_server_says_when_it_is_ready_and_drains_on_sigterm(

@@ -120,6 +120,7 @@ class Engine:
         if self._compiles:
             link_prebuilt()
         fitted = memory.fit(self._adapters, self._constraints.masks)
+        self._memory = fitted.table
         logger.info("memory:\n%s", fitted.table)
         self._runner, caches = fitted.runner, fitted.caches
         self._max_model_len = caches.max_model_len
@@ -156,6 +157,7 @@ class Engine:
             own_bytes=_own_bytes(),
             dtype=self._dtypes[0],
             adapter_dtype=self._dtypes[1],
+            memory=self._memory,
         )
 
     def submit(self, submit: Submit) -> None:

@@ -130,6 +130,7 @@ def _announce(services: Services, url: str, *, demo: bool) -> None:
     names = services.store.names() if services.settings.adapters else ()
     base = services.catalog.base_name
     count = f"{len(names)} adapter{'' if len(names) == 1 else 's'}"
+    logging.getLogger(__name__).info("memory:\n%s", services.engine.memory)
     print(f"Quickchange is ready on {url} (model {base}, {count})", flush=True)
     if demo:
         _suggest({*names, *services.store.aliases()}, url)
