@@ -26,8 +26,10 @@ def _during(phase: Literal["capturing", "replaying"]) -> Iterator[None]:
 
 
 def _capture(compute: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
-    """As CUDA's: two runs, then the one that is captured. A replay runs again, and orders nothing:
-    a real one has no Python."""
+    """A capture in CUDA's manner: two runs, then the one that is captured.
+
+    A replay runs again, and orders nothing: a real one has no Python.
+    """
     for _ in range(2):
         compute()
     with _during("capturing"):

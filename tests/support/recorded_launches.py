@@ -25,7 +25,7 @@ Key = tuple[str, str, str]  # kernel's name, hash of its source, hash of its opt
 
 @contextlib.contextmanager
 def launches_recorded(target: Target) -> Iterator[Counter[Key]]:
-    """How often each kernel was needed."""
+    """Launches of each kernel."""
     backend = make_backend(target.triton_target())
     launches: Counter[Key] = Counter()
 

@@ -1,4 +1,4 @@
-"""How a device's memory is divided: the sum fits, and a refusal names settings that work."""
+"""Division of a device's memory: the sum fits, and a refusal names settings that work."""
 
 from __future__ import annotations
 
