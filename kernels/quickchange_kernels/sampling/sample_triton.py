@@ -52,12 +52,18 @@ _LIMB = tl.constexpr(1 << 21)
 
 
 @triton.jit
+def _best_number(value):
+    """(the best value that is a number, -inf where none is; 1 where one is not a number)."""
+    other = value != value
+    return tl.max(tl.where(other, _NEVER, value), 0), tl.max(other.to(tl.int32), 0)
+
+
+@triton.jit
 def _row_peak(best, row, splits, SPLITS: tl.constexpr):
     """(the row's best logit, 0 where it is not sound; whether it is sound)."""
     s = tl.arange(0, SPLITS)
     value = tl.load(best + row * splits + s, mask=s < splits, other=_NEVER)
-    peak = tl.max(value, 0)
-    nan = tl.max((value != value).to(tl.int32), 0)
+    peak, nan = _best_number(value)
     sound = (nan == 0) & (peak > _NEVER) & (peak < -_NEVER)
     return tl.where(sound, peak, 0.0), sound
 
@@ -195,8 +201,7 @@ def peak_kernel(
     split = tl.program_id(1)
     place_of_row = wide_row(logits, row * stride_row, ALIGNED)
     i, logit = _logits(place_of_row, split * BLOCK, wide_size(V, logits, ALIGNED), BLOCK)
-    peak = tl.max(logit, 0)
-    nan = tl.max((logit != logit).to(tl.int32), 0)
+    peak, nan = _best_number(logit)
     first = tl.min(tl.where(logit == peak, i, _FAR), 0)
     tl.store(best + row * splits + split, tl.where(nan > 0, float("nan"), peak))
     tl.store(place + row * splits + split, first)
