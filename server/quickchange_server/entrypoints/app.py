@@ -49,6 +49,7 @@ from quickchange_server.storage.database import Database
 from quickchange_server.storage.revisions import Revisions
 from quickchange_server.structured_output.validator import ConstraintChecks
 from quickchange_server.tenants.key_records import TOPIC
+from quickchange_server.tenants.shared_limits import CounterCalls
 from quickchange_server.tenants.tenancy import Tenants, asks_for_keys
 from quickchange_store.base_model.base_spec import base_spec
 from quickchange_store.canonical.canonical_adapter import BaseSpec
@@ -67,11 +68,13 @@ def create_app(
     text: Text | None = None,
     engines: EnginesMaker | None = None,
     base: BaseMaker | None = None,
+    limit_counter: CounterCalls | None = None,
 ) -> FastAPI:
     """The application; its parts are at `app.state.services` once it has started.
 
     `text`, `engines` and `base` replace the model's tokenizer, the engine of this machine and the
-    base model that adapters are checked against. Raises SettingError if the tokenizer can't be
+    base model that adapters are checked against. `limit_counter` counts the limits of API keys for
+    all replicas of a cluster. Raises SettingError if the tokenizer can't be
     read, if traces can't be sent as the settings ask, or if the settings would leave the server
     open to others, or to every web page, without saying so.
 
@@ -89,7 +92,9 @@ def create_app(
         metrics = Metrics(settings)
         url, counts = settings.database_url, StorageMetrics(metrics.registry)
         database = await asyncio.to_thread(Database.open, url, counts)
-        tenants = Tenants.make(settings, database, metrics.registry, keyed=keyed)
+        tenants = Tenants.make(
+            settings, database, metrics.registry, keyed=keyed, counter=limit_counter
+        )
         traces = None if traces_maker is None else traces_maker()
         books: tuple[Bookkeeper, ...] = () if traces is None else (traces,)
         services = _services(settings, metrics, text, engines, base, database, tenants, books)
@@ -99,6 +104,7 @@ def create_app(
             yield
         finally:
             await _end(services)
+            await tenants.close()
             if traces is not None:
                 await traces.close()
 
