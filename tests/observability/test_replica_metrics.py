@@ -7,9 +7,9 @@ import re
 import time
 from collections import Counter as Tally
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+from cluster_support import READY, Replica
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -17,10 +17,7 @@ from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
-from quickchange_server.config import Settings
-from quickchange_server.engine_client.adapter_status import AdapterStatus
 from quickchange_server.observability import replica_metrics
-from quickchange_server.observability.metrics import Metrics
 from quickchange_server.observability.replica_metrics import (
     Kind,
     OwnSnapshot,
@@ -29,34 +26,14 @@ from quickchange_server.observability.replica_metrics import (
     snapshot,
     told_by,
 )
-from quickchange_server.protocol import Delta, Ready, StepStats
-
-READY = Ready(2048, 128, 16, 1.5, 10_000, 20_000)
-STATS = StepStats(0.02, 12, 4, 8, 3, 8, 2, 40, 10, 100, 200, 1)
-
-
-class State:
-    """A client's state for a scrape."""
-
-    in_flight = 10
-    pid: int | None = None
-
-    def __init__(self) -> None:
-        self.residency = AdapterStatus()
 
 
 def replica(requests: int = 1) -> CollectorRegistry:
     """A registry as each replica has one, whatever its kind."""
-    metrics = Metrics(Settings(model="fake", store=Path("store")))
-    metrics.watch(State())
-    metrics.engine_started(READY)
-    metrics.step(STATS, {}.get)
-    for _ in range(requests):
-        request = metrics.request("orders", True, 7, 0.0)
-        request.delta(Delta("a", (1,), cached_tokens=3, queue_seconds=0.2), 1.0)
-        request.end("stop", 2.0)
-    metrics.resubmitted()
-    return metrics.registry
+    made = Replica("unused")
+    made.work(requests)
+    made.metrics.resubmitted()
+    return made.metrics.registry
 
 
 def families(text: bytes) -> list[Metric]:
@@ -106,7 +83,7 @@ def test_what_an_engine_does_is_told_by_engines_alone() -> None:
     assert total(CLUSTER, "quickchange_kv_capacity_blocks") == 2 * READY.kv_blocks
     assert total(CLUSTER, "quickchange_engine_up") == 2
     assert total(CLUSTER, "quickchange_queue_time_seconds_count") == 5  # by replica 4 and 1
-    assert total(CLUSTER, "quickchange_step_duration_seconds_count") == 2
+    assert total(CLUSTER, "quickchange_step_duration_seconds_count") == 5
 
 
 def test_what_happens_on_either_side_is_told_by_both() -> None:
@@ -209,14 +186,12 @@ def test_any_help_and_label_value_comes_through(values: list[str], help_text: st
 
 def test_ten_replicas_are_merged_in_the_time_of_a_few_steps() -> None:
     """Some 16 ms for 1.8 MB; the bound is for a machine that does other things too."""
-    metrics = Metrics(Settings(model="fake", store=Path("store")))
+    one = Replica("unused")
     for number in range(100):
-        request = metrics.request(f"adapter-{number}", True, 7, 0.0)
-        request.delta(Delta("a", (1,), cached_tokens=3, queue_seconds=0.2), 1.0)
-        request.end("stop", 2.0)
+        one.work(adapter=f"adapter-{number}")
     kinds: list[Kind] = ["engine"] * 8 + ["ingress"] * 2
-    others = [snapshot(metrics.registry, f"r{n}", kind) for n, kind in enumerate(kinds)]
-    own = exposition(metrics.registry, "own", "ingress")
+    others = [snapshot(one.metrics.registry, f"r{n}", kind) for n, kind in enumerate(kinds)]
+    own = exposition(one.metrics.registry, "own", "ingress")
     began = time.process_time()
     merged(own, others)
     assert time.process_time() - began < 0.3
