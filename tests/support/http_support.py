@@ -24,6 +24,7 @@ from text_support import byte_text
 
 from quickchange_server.api.app_state import Services
 from quickchange_server.config import Settings
+from quickchange_server.engine_client.local.local_engines import LocalEngines
 from quickchange_server.entrypoints.app import create_app
 from quickchange_server.entrypoints.http_server import DrainingServer, bind, url_of
 from quickchange_server.frontend.tokenizer import Text
@@ -139,7 +140,7 @@ def live_server(
     app = create_app(
         settings,
         text=text or byte_text(eos=frozenset()),
-        engine=partial(engine, behaviour=behaviour or Behaviour()),
+        engines=partial(LocalEngines, main=partial(engine, behaviour=behaviour or Behaviour())),
         base=base,
     )
     listener = bind(settings)

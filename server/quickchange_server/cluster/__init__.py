@@ -1,1 +1,1 @@
-"""Engines and ingresses on many machines, as an application of Ray Serve (the extra `ray`)."""
+"""Several machines: everything that knows Ray, and what routes and plans for many replicas."""

@@ -29,8 +29,9 @@ from quickchange_server.api.middleware import (
 from quickchange_server.api.openai import completions, embeddings, models
 from quickchange_server.api.vllm import routes as vllm
 from quickchange_server.config import Settings
-from quickchange_server.engine_client.channel import EngineMain
 from quickchange_server.engine_client.client import EngineClient
+from quickchange_server.engine_client.engines import EnginesMaker
+from quickchange_server.engine_client.local.local_engines import LocalEngines
 from quickchange_server.entrypoints.engine_start import engine_main
 from quickchange_server.errors import SettingError
 from quickchange_server.experiments.exposures import Exposures
@@ -64,12 +65,12 @@ def create_app(
     settings: Settings,
     *,
     text: Text | None = None,
-    engine: EngineMain = engine_main,
+    engines: EnginesMaker | None = None,
     base: BaseMaker | None = None,
 ) -> FastAPI:
     """The application; its parts are at `app.state.services` once it has started.
 
-    `text`, `engine` and `base` replace the model's tokenizer, the engine process's entry and the
+    `text`, `engines` and `base` replace the model's tokenizer, the engine of this machine and the
     base model that adapters are checked against. Raises SettingError if the tokenizer can't be
     read, if traces can't be sent as the settings ask, or if the settings would leave the server
     open to others, or to every web page, without saying so.
@@ -78,6 +79,7 @@ def create_app(
     its failure.
     """
     text = Text.load(settings.model) if text is None else text
+    engines = partial(LocalEngines, main=engine_main) if engines is None else engines
     base = partial(base_spec, settings.model) if base is None else base
     traces_maker = _traces_maker(settings)
     keyed = asks_for_keys(settings)
@@ -90,7 +92,7 @@ def create_app(
         tenants = Tenants.make(settings, database, metrics.registry, keyed=keyed)
         traces = None if traces_maker is None else traces_maker()
         books: tuple[Bookkeeper, ...] = () if traces is None else (traces,)
-        services = _services(settings, metrics, text, engine, base, database, tenants, books)
+        services = _services(settings, metrics, text, engines, base, database, tenants, books)
         await _start(services)
         app.state.services = services
         try:
@@ -177,14 +179,14 @@ def _services(
     settings: Settings,
     metrics: Metrics,
     text: Text,
-    engine: EngineMain,
+    engines: EnginesMaker,
     base: BaseMaker,
     database: Database,
     tenants: Tenants,
     books: tuple[Bookkeeper, ...],
 ) -> Services:
     """The server's parts, with the engine starting. Called on the event loop."""
-    client = EngineClient(settings, metrics, engine)
+    client = EngineClient(settings, metrics, engines)
     store = Store(settings.store)
     names = base_names(settings)
     constraints = ConstraintChecks(text, metrics.structured)

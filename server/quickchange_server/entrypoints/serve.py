@@ -10,13 +10,15 @@ import shlex
 import sys
 import time
 from collections.abc import Collection, Mapping
+from functools import partial
 from typing import Any, NoReturn
 
 from pydantic import ValidationError
 
 from quickchange_server.api.app_state import Services
 from quickchange_server.config import Settings, is_loopback
-from quickchange_server.engine_client.channel import EngineMain
+from quickchange_server.engine_client.local.channel import EngineMain
+from quickchange_server.engine_client.local.local_engines import LocalEngines
 from quickchange_server.entrypoints.app import create_app
 from quickchange_server.entrypoints.engine_start import engine_main, preload
 from quickchange_server.entrypoints.http_server import bind, run
@@ -51,7 +53,7 @@ def serve(given: Mapping[str, Any], *, demo: bool, engine: EngineMain = engine_m
             if demo and settings.adapters:
                 say(f"adding the demo's adapters to {settings.store}, where they are missing")
                 _publish_demo(settings)
-            app = create_app(settings, engine=engine)
+            app = create_app(settings, engines=partial(LocalEngines, main=engine))
 
             def ready(services: Services, url: str) -> None:
                 keep_database()
