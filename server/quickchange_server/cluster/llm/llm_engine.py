@@ -77,7 +77,8 @@ class QuickchangeEngine(LLMEngine):
         self._ids: LoraIds | None = None
         self._resumed = asyncio.Event()
         self._resumed.set()
-        self._calls: set[asyncio.Task[Any]] = set()
+        self._running = 0
+        self._idle = asyncio.Event()
 
     async def start(self) -> None:
         """Start the application and wait for its engine. Raises QuickchangeError."""
@@ -210,14 +211,12 @@ class QuickchangeEngine(LLMEngine):
         await self._resumed.wait()
         body = body_of(request)
         headers = _headers(raw, body.pop("request_id", None))
-        task = asyncio.current_task()
-        assert task is not None
         try:
             await self._load_named(body)
         except HTTPException as error:
             yield error_response(error.status_code, str(error.detail))
             return
-        self._calls.add(task)
+        self._running += 1
         try:
             content = json.dumps(body).encode()  # ASCII, as a body may have lone surrogates
             async with asgi_call(self._application, path, content, headers) as answer:
@@ -229,7 +228,9 @@ class QuickchangeEngine(LLMEngine):
                 else:
                     yield model.model_validate(json.loads(await answer.body()))
         finally:
-            self._calls.discard(task)
+            self._running -= 1
+            if not self._running:
+                self._idle.set()
 
     async def _load_named(self, body: Mapping[str, Any]) -> None:
         """Import the adapters that a body's own fields name by their ids."""
@@ -259,20 +260,16 @@ class QuickchangeEngine(LLMEngine):
         outer.mount("/", self._application)
         return outer
 
-    async def pause(self, mode: str = "abort", clear_cache: bool = True) -> None:  # noqa: ARG002
-        """Hold back new requests until `resume`. `mode`: running ones abort, or "wait" ends them.
-
-        The prefix cache stays: its blocks are keyed by what made them, which can't change.
-        """
-        if mode not in ("abort", "wait"):
-            raise HTTPException(400, f"mode: {mode!r} is not served; give abort or wait")
+    async def pause(self, mode: str = "wait", clear_cache: bool = False) -> None:
+        """Hold back new requests until `resume`, and wait for the end of those that run."""
+        if mode != "wait":
+            raise HTTPException(400, f"mode: {mode!r} is not served; requests end by themselves")
+        if clear_cache:
+            await self.reset_prefix_cache()
         self._resumed.clear()
-        calls = set(self._calls)
-        if mode == "abort":
-            for call in calls:
-                call.cancel()
-        if calls:
-            await asyncio.wait(calls)
+        while self._running:
+            self._idle.clear()
+            await self._idle.wait()
 
     async def resume(self) -> None:
         self._resumed.set()
