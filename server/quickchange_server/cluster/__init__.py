@@ -1,1 +1,1 @@
-"""Everything that imports Ray: the cluster's deployments, and the engine inside `ray.serve.llm`."""
+"""Several machines: the API and the engine as two deployments of Ray Serve."""
