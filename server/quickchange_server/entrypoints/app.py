@@ -185,7 +185,7 @@ def _services(
 ) -> Services:
     """The server's parts, with the engine starting. Called on the event loop."""
     client = EngineClient(settings, metrics, engine)
-    store = Store(settings.store)
+    store = Store(*settings.store_opening)
     names = base_names(settings)
     constraints = ConstraintChecks(text, metrics.structured)
     seeds = Seeds(settings.seed)
