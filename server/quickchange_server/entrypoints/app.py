@@ -201,7 +201,7 @@ def _services(
     client = EngineClient(settings, metrics, engines)
     if cluster is not None:
         metrics.join(cluster, client)
-    store = Store(settings.store)
+    store = Store(*settings.store_opening)
     names = base_names(settings)
     constraints = ConstraintChecks(text, metrics.structured)
     seeds = Seeds(settings.seed)
