@@ -1,4 +1,4 @@
-"""What an ingress knows of its cluster: state, limits, adapters, pins; and commands that get there."""
+"""What an ingress knows of its cluster: state, limits, adapters, pins; and commands on their way.
 
 from __future__ import annotations
 
