@@ -36,7 +36,7 @@ PAUSE_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 6
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """What an ingress knows of its cluster. Each call is cheap, and answers at once."""
+    """What an ingress knows of its cluster. Each call is cheap and answers at once, on any thread."""
 
     replica: str  # the ingress' own label
     view: Callable[[], ClusterView]  # as last heard of
@@ -108,12 +108,18 @@ class IngressCollector(Collector):
 class ViewCollector(Collector):
     """What the reports of all replicas say together: told by the ingress that is asked."""
 
-    def __init__(self, view: ClusterView, label_of: LabelOf) -> None:
+    def __init__(self, view: ClusterView, wanted: int, label_of: LabelOf) -> None:
         self._view = view
+        self._wanted = wanted
         self._label_of = label_of
 
     def collect(self) -> Iterator[Metric]:
         yield self._replicas()
+        yield GaugeMetricFamily(
+            "quickchange_cluster_engines_wanted",
+            "Engine replicas that there should be",
+            value=self._wanted,
+        )
         yield self._resident()
 
     def _replicas(self) -> Metric:
@@ -143,8 +149,9 @@ class ViewCollector(Collector):
         return family
 
 
-def exposition_of_all(registry: Collector, own: str, view: ClusterView, label_of: LabelOf) -> bytes:
-    """The series of all replicas that a view knows, those of the replica `own` as they are now."""
-    others = {r.replica: r.metrics for r in view.replicas if r.replica != own}
-    series = merged(exposition(registry, own, "ingress"), others.values())
-    return series + generate_latest(ViewCollector(view, label_of))
+def exposition_of_all(registry: Collector, cluster: Cluster, label_of: LabelOf) -> bytes:
+    """The series of all replicas that the cluster knows, this one's as they are now."""
+    view = cluster.view()
+    others = {r.replica: r.metrics for r in view.replicas if r.replica != cluster.replica}
+    series = merged(exposition(registry, cluster.replica, "ingress"), others.values())
+    return series + generate_latest(ViewCollector(view, cluster.wanted(), label_of))

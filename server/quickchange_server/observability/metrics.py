@@ -206,9 +206,7 @@ class Metrics:
             name = name_of(digest)
             return OTHER if name is None else self._labels(name)
 
-        body = await asyncio.to_thread(
-            exposition_of_all, self.registry, cluster.replica, cluster.view(), label_of
-        )
+        body = await asyncio.to_thread(exposition_of_all, self.registry, cluster, label_of)
         return body, CONTENT_TYPE_LATEST
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:

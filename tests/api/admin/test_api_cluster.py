@@ -168,6 +168,7 @@ def test_routing_and_replicas_are_counted(live: Live) -> None:
         'quickchange_cluster_replicas{kind="engine",state="ready"} 2.0',
         'quickchange_cluster_replicas{kind="engine",state="starting"} 1.0',
         'quickchange_cluster_replicas{kind="ingress",state="ready"} 1.0',
+        "quickchange_cluster_engines_wanted 3.0",
     ):
         assert line in lines
 
