@@ -1,1 +1,1 @@
-"""Several machines: everything that knows Ray, and what routes and plans for many replicas."""
+"""Several machines: the API and the engine as two deployments of Ray Serve."""

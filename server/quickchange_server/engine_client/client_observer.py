@@ -51,24 +51,11 @@ class SequenceObserver(Protocol):
     def end(self, outcome: Outcome, now: float) -> None: ...
 
 
-class ClientObserver(Protocol):
-    """Receiver of all other events."""
+class EngineObserver(Protocol):
+    """Receiver of the engines' events."""
 
-    def watch(self, state: ServerState) -> None:
-        """Called once, with the client itself."""
-
-    def request(
-        self, label: str, adapted: bool, prompt_tokens: int, now: float
-    ) -> SequenceObserver:
-        """A sequence is admitted. `label` is its adapter's name, unused unless `adapted`."""
-        ...
-
-    def drafting(self, drafting: Drafting) -> None:
-        """The sequence about to be admitted uses speculative decoding."""
-
-    def refused(self, reason: Refusal) -> None: ...
-
-    def resubmitted(self) -> None: ...
+    def resubmitted(self) -> None:
+        """A sequence goes on with another engine."""
 
     def step(self, stats: StepStats, name_of: Callable[[str], str | None]) -> None: ...
 
@@ -85,3 +72,21 @@ class ClientObserver(Protocol):
     def adapter_moved(self, event: AdapterMoved, before: Tier | None) -> None: ...
 
     def adapter_failed(self) -> None: ...
+
+
+class ClientObserver(EngineObserver, Protocol):
+    """Receiver of all events of a client."""
+
+    def watch(self, state: ServerState) -> None:
+        """Called once, with the client itself."""
+
+    def request(
+        self, label: str, adapted: bool, prompt_tokens: int, now: float
+    ) -> SequenceObserver:
+        """A sequence is admitted. `label` is its adapter's name, unused unless `adapted`."""
+        ...
+
+    def drafting(self, drafting: Drafting) -> None:
+        """The sequence about to be admitted uses speculative decoding."""
+
+    def refused(self, reason: Refusal) -> None: ...

@@ -92,7 +92,8 @@ class InFlightRequest:
         self.resumed_at = len(self.emitted)
         again = f"/{self.submissions}" if self.submissions > 1 else ""
         self.submission_id = self.request_id + again
-        return replace(self.submit, request_id=self.submission_id, output=tuple(self.emitted))
+        output = (*self.submit.output, *self.emitted)
+        return replace(self.submit, request_id=self.submission_id, output=output)
 
     def deliver(self, delta: Delta, now: float) -> None:
         """Take a delta from the engine. `now`: monotonic seconds, for the metrics."""

@@ -113,6 +113,8 @@ def run(app: FastAPI, settings: Settings, listener: socket.socket, announce: Ann
     """
     config = uvicorn.Config(
         app,
+        loop="asyncio",  # the same whatever else is installed: Ray brings others
+        http="h11",
         log_level="warning",
         access_log=False,  # a line per request takes CPU from the engine; /metrics counts
         timeout_graceful_shutdown=int(LAST_BYTES_SECONDS),
