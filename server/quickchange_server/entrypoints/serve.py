@@ -16,7 +16,7 @@ from typing import Any, NoReturn, TypeVar
 from pydantic import ValidationError
 
 from quickchange_server.api.app_state import Services
-from quickchange_server.config import Settings, is_loopback
+from quickchange_server.config import Settings, is_loopback, is_remote
 from quickchange_server.engine_client.local.channel import EngineMain
 from quickchange_server.engine_client.local.local_engines import LocalEngines
 from quickchange_server.entrypoints.app import create_app
@@ -47,6 +47,12 @@ def serve(given: Mapping[str, Any], *, demo: bool, engine: EngineMain = engine_m
         if engine is engine_main and settings.device == "cpu":
             preload()
         with bind(settings) as listener, provisional(settings.database_url) as keep_database:
+            if is_remote(settings.store) and settings.database is None:
+                file = settings.database_url.removeprefix("sqlite:///")
+                say(
+                    f"keeping keys, experiments and usage in {file}, on this machine alone: "
+                    "replicas need a PostgreSQL that they share (--database)"
+                )
             say(f"reading {settings.model}")
             database.check(settings.database_url)
             check_access(settings)
@@ -167,7 +173,10 @@ def _publish_demo(settings: Settings) -> None:
     from quickchange_store.store import Store
     from quickchange_training.demo import publish_demo_adapters
 
-    publish_demo_adapters(Store(settings.store), base_spec(settings.model))
+    publish_demo_adapters(
+        Store(*settings.store_opening),
+        base_spec(settings.model),
+    )
 
 
 def _suggest(names: Collection[str], url: str) -> None:

@@ -15,6 +15,12 @@ from prometheus_client.process_collector import ProcessCollector
 
 from quickchange_server.config import Settings
 from quickchange_server.engine_client.client_observer import Outcome, Refusal, ServerState
+from quickchange_server.observability.cluster_metrics import (
+    Cluster,
+    IngressCollector,
+    Interruption,
+    StreamMetrics,
+)
 from quickchange_server.observability.engine_collector import EngineTotals, StateCollector
 from quickchange_server.observability.http_metrics import HttpMetrics
 from quickchange_server.observability.labels import BASE, AdapterLabels
@@ -54,6 +60,7 @@ class Metrics:
         self.http = HttpMetrics(self.registry)
         self._speculation = SpeculationMetrics(self.registry, self._labels)
         self.structured = StructuredMetrics(self.registry)
+        self._streams = StreamMetrics()
         self._make_step_metrics()
         self._make_adapter_metrics()
         self._make_engine_metrics()
@@ -117,6 +124,11 @@ class Metrics:
             registry=self.registry,
         )
 
+    def join(self, cluster: Cluster, state: ServerState) -> None:
+        """Export what only an ingress of a cluster has. Called once at most."""
+        self._streams.register(self.registry)
+        self.registry.register(IngressCollector(lambda: state.in_flight, cluster))
+
     def request(self, label: str, adapted: bool, prompt_tokens: int, now: float) -> RequestMetrics:
         """Start counting a request. `label` is its adapter's name, unused unless `adapted`."""
         value = self._labels(label) if adapted else BASE
@@ -134,6 +146,10 @@ class Metrics:
 
     def resubmitted(self) -> None:
         self._resubmitted.inc()
+
+    def resumed(self, reason: Interruption, pause_seconds: float) -> None:
+        """Count a stream at its first token from another replica."""
+        self._streams.resumed(reason, pause_seconds)
 
     def step(self, stats: StepStats, name_of: NameOf) -> None:
         """Record one engine step. `name_of` maps the digests of drafters to adapter names."""
