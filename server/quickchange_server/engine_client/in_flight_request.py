@@ -95,6 +95,10 @@ class InFlightRequest:
         output = (*self.submit.output, *self.emitted)
         return replace(self.submit, request_id=self.submission_id, output=output)
 
+    def count_death(self) -> None:
+        """Count the death of an engine that had it. Those before it last got on count no more."""
+        self.deaths = 1 if self.progress >= self.telling else self.deaths + 1
+
     def deliver(self, delta: Delta, now: float) -> None:
         """Take a delta from the engine. `now`: monotonic seconds, for the metrics."""
         if delta.finish_reason == "error":

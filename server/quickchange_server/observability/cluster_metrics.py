@@ -17,13 +17,13 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
+from quickchange_server.engine_client.client_observer import Interruption
 from quickchange_server.engine_client.remote.cluster_view import ClusterView
 from quickchange_server.observability.replica_metrics import exposition, merged
 from quickchange_server.protocol import Tier
 
 Routed = Literal["device", "host", "cold"]  # where the chosen replica held a request's adapters
 ROUTED: tuple[Routed, ...] = ("device", "host", "cold")
-Interruption = Literal["lost", "drained"]  # why a stream left its replica: it died, or gave it back
 
 # From a hand-over between two that are idle to the load of an adapter and a long prompt.
 PAUSE_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
