@@ -28,10 +28,13 @@ class RayCalls:
     async def generate(self, submit: Submit) -> AsyncGenerator[tuple[Delta, ...], None]:
         """Run one sequence on the replica that the router picks."""
         response = _apart(self._streams.generate.remote, submit)
-        last = None
+        ended = False
         try:
             async for batch in response:
-                last = batch[-1]
+                if isinstance(batch, Exception):
+                    ended = True
+                    raise batch
+                ended = batch[-1].finish_reason is not None
                 yield batch
         except asyncio.CancelledError as error:
             if _is_ours():
@@ -40,9 +43,9 @@ class RayCalls:
         except Exception as error:
             raise meaning_of(error) from error
         finally:
-            if last is None or last.finish_reason is None:
+            if not ended:
                 response.cancel()
-        if last is None or last.finish_reason is None:
+        if not ended:
             raise ReplicaLostError("the stream ended before its last delta")
 
     async def command(self, command: AdapterCommand) -> None:
