@@ -27,8 +27,9 @@ from quickchange_store.errors import (
     NoStoreError,
 )
 from quickchange_store.files import held_directory
-from quickchange_store.index import Index, IndexFile, decode, encode
+from quickchange_store.index import Index, decode, encode
 from quickchange_store.names import RESERVED, check_name, parse_reference
+from quickchange_store.places.index_file import IndexFile
 from quickchange_store.store import Store
 
 
@@ -277,7 +278,7 @@ def test_a_source_that_is_not_plain_data_is_refused_and_leaves_nothing(
     with pytest.raises(InvalidAdapterError, match="source"):
         store.add("a", bad)
     assert store.names() == ()
-    assert list((store.root / "tmp").iterdir()) == []
+    assert list((Path(store.location) / "tmp").iterdir()) == []
 
 
 def test_names_and_digests_need_no_torch(tmp_path: Path) -> None:
@@ -344,7 +345,7 @@ def test_verify_names_a_missing_version(store: Store, small_adapter: Any) -> Non
 )
 def test_a_damaged_index_is_named(content: str, store: Store, small_adapter: Any) -> None:
     store.add("a", small_adapter(1))
-    (store.root / "index.json").write_text(content)
+    (Path(store.location) / "index.json").write_text(content)
     with pytest.raises(CorruptStoreError, match=r"index\.json"):
         store.resolve("a")
     assert len(store.verify()) == 1
@@ -372,19 +373,19 @@ def test_gc_keeps_what_is_young_and_what_is_named(store: Store, small_adapter: A
 
 def test_gc_removes_what_a_dead_writer_left(store: Store, small_adapter: Any) -> None:
     store.add("a", small_adapter(1))
-    left = store.root / "tmp" / "dead"
+    left = Path(store.location) / "tmp" / "dead"
     left.mkdir()
     (left / "adapter.safetensors").write_bytes(b"half")
-    (store.root / "tmp" / "index.json.dead").write_bytes(b"half")
+    (Path(store.location) / "tmp" / "index.json.dead").write_bytes(b"half")
     assert store.gc(min_age=60).temporaries == 0
     done = store.gc(min_age=0)
     assert (done.temporaries, done.bytes) == (2, 8)
-    assert list((store.root / "tmp").iterdir()) == []
+    assert list((Path(store.location) / "tmp").iterdir()) == []
 
 
 def test_gc_leaves_a_living_writer_alone(store: Store, small_adapter: Any) -> None:
     store.add("a", small_adapter(1))
-    directory = store.root / "tmp" / "alive"
+    directory = Path(store.location) / "tmp" / "alive"
     with held_directory(directory):
         assert store.gc(min_age=0).temporaries == 0
         assert directory.exists()
@@ -393,7 +394,7 @@ def test_gc_leaves_a_living_writer_alone(store: Store, small_adapter: Any) -> No
 
 def test_gc_of_a_store_that_is_not_there_does_nothing(store: Store) -> None:
     assert store.gc(min_age=0).versions == ()
-    assert not store.root.exists()
+    assert not Path(store.location).exists()
 
 
 # --- reading while others write -----------------------------------------------------------------
@@ -469,8 +470,8 @@ def test_a_change_of_a_store_that_is_not_there_makes_nothing(
 
 def test_a_store_is_there_from_its_first_adapter_on(store: Store, small_adapter: Any) -> None:
     with pytest.raises(NoStoreError, match="no store here: no such folder"):
-        Store.at(store.root)
+        Store.at(store.location)
     store.add("a", small_adapter(1))
-    assert Store.at(store.root).names() == ("a",)
+    assert Store.at(store.location).names() == ("a",)
     store.remove("a")
-    assert Store.at(store.root).names() == ()
+    assert Store.at(store.location).names() == ()

@@ -167,7 +167,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule()
     def collect(self) -> None:
         self.store.gc(min_age=0)
-        on_disk = {path.name for path in (self.store.root / "versions").glob("??/*")}
+        on_disk = {path.name for path in (Path(self.store.location) / "versions").glob("??/*")}
         assert on_disk == {d for entry in self.names.values() for d in entry.versions.values()}
 
     @invariant()

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from quickchange_server.config import local_folder
 from quickchange_server.engine.memory.planning import memory_plan
 from quickchange_server.entrypoints.gpu_names import GPUS
 from quickchange_server.entrypoints.serve import fail, settings_of
@@ -33,7 +34,7 @@ def plan(given: Mapping[str, Any], *, gpu: str | None, ranks: str | None) -> Non
 def planned(given: Mapping[str, Any], *, gpu: str | None, ranks: str | None) -> str:
     """The plan. gpu: a device's name or a size; None: a CPU. ranks: of adapters, with commas."""
     device = "cpu" if gpu is None else "cuda"
-    settings = settings_of({"store": Path(), **given, "device": device})
+    settings = settings_of({"store": ".", **given, "device": device})
     if settings.tensor_parallel > 1:
         raise SettingError(
             "--tensor-parallel: a plan is for a base on one device; plan for one device of the "
@@ -51,7 +52,8 @@ def planned(given: Mapping[str, Any], *, gpu: str | None, ranks: str | None) -> 
         adapters=settings.adapters,
         quantization=settings.quantization,
     )
-    store = settings.store if settings.store.exists() else Path()
+    folder = local_folder(settings.store)
+    store = folder if folder.exists() else Path()
     found = memory_plan(model, settings, total, _ranks(ranks), shutil.disk_usage(store).free)
     return f"{settings.model} on {gpu or 'a CPU'}:\n{found.text}"
 

@@ -116,7 +116,7 @@ def order(
         held = candidate.held(digests, now)
         wide = load <= bound + policy.slack and candidate.kv_share <= policy.kv_full
         if wide and held in ("device", "loading"):
-            return 0, -prefix, place
+            return 0, held == "loading", -prefix, place
         if not free[number]:
             return _OVER, load, place
         # A copy on the host is worth less than room on the device, where that is at home.

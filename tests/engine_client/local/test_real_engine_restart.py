@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from functools import partial
 from pathlib import Path
 
 import poisoned_engine
@@ -15,6 +16,7 @@ from tiny_models import save_model
 
 from quickchange_server.config import Settings
 from quickchange_server.engine_client.client import EngineClient
+from quickchange_server.engine_client.local.local_engines import LocalEngines
 from quickchange_server.entrypoints.engine_start import engine_main
 from quickchange_server.errors import RequestFailedError
 from quickchange_server.observability.metrics import Metrics
@@ -77,7 +79,7 @@ async def tokens_of(client: EngineClient, wanted: Submit, seen: list[int]) -> li
 
 
 async def collect(settings: Settings, wanted: list[Submit], kills: int) -> list[list[int]]:
-    client = EngineClient(settings, Metrics(settings), engine_main)
+    client = EngineClient(settings, Metrics(settings), partial(LocalEngines, main=engine_main))
     await client.start()
     seen: list[int] = []
     try:
@@ -134,7 +136,7 @@ def test_streams_survive_a_request_that_ends_the_real_engine(
     async def scenario() -> None:
         undisturbed = await collect(settings, wanted, kills=0)
         metrics = Metrics(settings)
-        client = EngineClient(settings, metrics, poisoned_engine.main)
+        client = EngineClient(settings, metrics, partial(LocalEngines, main=poisoned_engine.main))
         await client.start()
         seen: list[int] = []
         try:
