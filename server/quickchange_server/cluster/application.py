@@ -51,12 +51,12 @@ def application(
 
     Raises SettingError where the settings make no sense on this cluster.
     """
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    check_database(settings, nodes=len(nodes))
+    machines = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    check_database(settings, machines=len(machines))
     settings = for_replicas(settings, cluster, cpus=ray.cluster_resources().get("CPU", 1.0))
     board = _board().bind()
     engines = _engine(settings, cluster).bind(settings, board, engine)
-    return _ingress(settings, cluster).bind(settings, engines, board)
+    return _ingress(settings, cluster).bind(settings, engines, board, wanted=cluster.engines)
 
 
 def _board() -> Any:

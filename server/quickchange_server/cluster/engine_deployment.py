@@ -29,10 +29,10 @@ from quickchange_server.engine_client.remote.replica_calls import ReplicaLostErr
 from quickchange_server.entrypoints.engine_start import engine_main, preload
 from quickchange_server.errors import EngineFailedError, QuickchangeError
 from quickchange_server.observability.metrics import Metrics
+from quickchange_server.observability.replica_metrics import OwnSnapshot
 from quickchange_server.protocol import Delta, Forget, Pin, Prefetch, StepStats, Submit
 
 REPORT_SECONDS = 0.25
-METRICS_SECONDS = 2.0  # between snapshots of the metrics, which cost more than the rest
 WARM_SECONDS = 30.0  # longest a new replica loads popular adapters before it takes requests
 WARM_SHARE = 0.9  # of the device budget that is filled ahead
 POPULAR_MOST = 256  # adapter versions whose popularity is told
@@ -101,7 +101,7 @@ class EngineReplica:
         self._serving: set[asyncio.Task[Any]] = set()  # of `generate`
         self._giving_back = False
         self._heard = Answer("", 0, (), ())
-        self._metrics, self._metrics_at = b"", 0.0
+        self._own = OwnSnapshot(self._figures.registry, self._label, "engine")
         serve_replica.leave_main_alone()
         if settings.device == "cpu" and main is engine_main:
             preload()
@@ -199,7 +199,7 @@ class EngineReplica:
 
     # --- reports --------------------------------------------------------------------------------
 
-    def _figures_now(self) -> ReplicaReport:
+    def _figures_now(self, metrics: bytes = b"") -> ReplicaReport:
         stats, info = self._figures.stats, self._client.info
         used = 0 if stats is None else stats.kv_blocks_used
         return ReplicaReport(
@@ -213,7 +213,7 @@ class EngineReplica:
             waiting=0 if stats is None else stats.waiting,
             kv_share=used / info.kv_blocks if info is not None and info.kv_blocks else 0.0,
             step_seconds=self._figures.step_seconds,
-            metrics=self._metrics,
+            metrics=metrics,
             at=time.time(),
         )
 
@@ -243,7 +243,7 @@ class EngineReplica:
         try:
             self._heard = await answer(
                 self._board.report.remote,
-                self._figures_now(),
+                self._figures_now(await self._own.latest()),
                 self._demand.most(),
                 before.board,
                 before.heard,
