@@ -157,6 +157,10 @@ class DeltaStream:
         AdapterFailedError, RequestFailedError, EngineFailedError or UnavailableError."""
         return self._mailbox.get()
 
+    def receive_now(self) -> Mail | None:
+        """What `receive` would return at once; None where it would wait."""
+        return None if self._mailbox.empty() else self._mailbox.get_nowait()
+
     def stop(self, index: int) -> None:
         """End a sequence whose text has met a stop string, counted as "stop"."""
         self._end(self._requests[index], "stop")

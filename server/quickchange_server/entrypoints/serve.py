@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Collection, Mapping
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from pydantic import ValidationError
 
@@ -86,10 +86,16 @@ def fail(message: str) -> NoReturn:
     sys.exit(f"quickchange: {' '.join(message.split())}")
 
 
-def settings_of(given: Mapping[str, Any]) -> Settings:
+SettingsType = TypeVar("SettingsType", bound=Settings)
+
+
+def settings_of(
+    given: Mapping[str, Any],
+    kind: type[SettingsType] = Settings,  # type: ignore[assignment]
+) -> SettingsType:
     """The settings given on the command line. Exits with status 1 and one line of error."""
     try:
-        return Settings(**given)
+        return kind(**given)
     except ValidationError as error:
         fail("; ".join(_finding(finding) for finding in error.errors()))
 

@@ -6,6 +6,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from hashlib import sha256
 from types import SimpleNamespace
 from typing import Any
 
@@ -132,7 +133,7 @@ def test_a_prefetch_goes_where_requests_for_its_digest_will() -> None:
     @routing(*three())
     async def _(router: Routed) -> None:
         for number in range(8):
-            digest = f"{number:064x}"
+            digest = sha256(bytes([number])).hexdigest()
             home = await router.send(Prefetch(digest))
             router.complete(home)
             assert await router.send(submit(digest, name=f"r{number}")) == home

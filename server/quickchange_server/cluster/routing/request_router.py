@@ -21,13 +21,9 @@ from ray.serve._private.common import RequestMetadata
 from ray.serve._private.replica_result import ReplicaResult
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
+from quickchange_server.cluster.routing import routing_memory
 from quickchange_server.cluster.routing.placement import Held, PlacementPolicy
-from quickchange_server.cluster.routing.routing_memory import (
-    ROUTED,
-    RoutedRequest,
-    RoutingMemory,
-    routed,
-)
+from quickchange_server.cluster.routing.routing_memory import RoutedRequest, RoutingMemory, routed
 
 _UNSENT_SECONDS = 1.0  # a choice older than this was never sent
 
@@ -99,7 +95,8 @@ class AdapterRequestRouter(RequestRouter):
                 return
             held = self._memory.place(request, name)
         if request.digests and request.sequence:
-            ROUTED.add(held)
+            # By its module: Serve pickles this one by value, with a copy of any object it names.
+            routing_memory.ROUTED.add(held)
 
     def _get_pending_request_matching_internal_request_id(
         self, request_metadata: RequestMetadata | None = None
