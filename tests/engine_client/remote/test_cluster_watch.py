@@ -1,4 +1,4 @@
-"""What an ingress knows of its cluster: state, limits, adapters, pins; and commands on their way.
+"""What an ingress knows of its cluster: state, limits, adapters, pins; and commands."""
 
 from __future__ import annotations
 
