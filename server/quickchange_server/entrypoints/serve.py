@@ -25,7 +25,7 @@ from quickchange_server.entrypoints.http_server import bind, run
 from quickchange_server.errors import QuickchangeError, SettingError
 from quickchange_server.storage import database
 from quickchange_server.storage.database import Database
-from quickchange_server.storage.engines import provisional
+from quickchange_server.storage.database_engines import provisional
 from quickchange_server.tenants.key_records import every
 from quickchange_server.tenants.tenancy import asks_for_keys
 from quickchange_store.errors import StoreError
