@@ -21,9 +21,15 @@ router = APIRouter(tags=["health"])
 @router.get("/ping", response_model=EngineState, responses=NOT_READY, tags=["vLLM"])
 @router.post("/ping", response_model=EngineState, responses=NOT_READY, tags=["vLLM"])
 async def ready(services: Injected) -> Response:
-    """Readiness: 200 while requests are taken, else 503; the body has the engine's state."""
+    """Readiness: 200 while requests are taken, else 503; the body has the engine's state.
+
+    Where the store can't be reached, it says so too: requests for names known so far go on.
+    """
     state = services.client.state
-    return JSONResponse({"state": state}, 200 if state in ("ready", "restarting") else 503)
+    body = {"state": state}
+    if (trouble := services.store.trouble) is not None:
+        body["store"] = trouble
+    return JSONResponse(body, 200 if state in ("ready", "restarting") else 503)
 
 
 @router.get("/health/live", response_model=EngineState, responses=FAILED)

@@ -337,3 +337,4 @@ class ServerVersion(ResponseModel):
 
 class EngineState(ResponseModel):
     state: str
+    store: str | None = None  # its trouble, where it has one
