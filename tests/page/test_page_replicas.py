@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 from cluster_support import FakeCluster, Replica, cluster_answers
+from experiment_fixture import HOSTILE
 from http_support import Live, live_server, make_adapter
 from page_support import Browser
 from selenium.webdriver.common.keys import Keys
-from test_page_adapters import HOSTILE, cells
 
 from quickchange_store.store import Store
 
@@ -47,15 +47,12 @@ def opened(browser: Browser, ingress: Live, section: str = "replicas") -> None:
 
 def row(browser: Browser, name: str) -> dict[str, str]:
     """A replica's figures, by column."""
-    script = """
-      const row = [...document.querySelectorAll("#replica-table tbody tr")]
-        .find((each) => each.querySelector("th").textContent === arguments[0]);
-      return Object.fromEntries(
-        [...row.querySelectorAll("td")].map((each) => [each.dataset.label, each.textContent]));
-    """
-    found = browser.run(script, name)
-    assert isinstance(found, dict)
-    return found
+    return browser.cells("#replica-table", name)
+
+
+def tier(browser: Browser, name: str) -> str:
+    """Where an adapter is."""
+    return browser.cells("#adapter-table", name)["Tier"]
 
 
 def test_every_replica_is_shown_with_its_figures(browser: Browser, ingress: Live) -> None:
@@ -121,8 +118,8 @@ def test_who_asks_a_single_machine_for_the_section_is_told(browser: Browser, liv
 def test_an_adapter_is_shown_with_its_tier_on_each_replica(browser: Browser, ingress: Live) -> None:
     opened(browser, ingress, "adapters")
     browser.wait(lambda: browser.all("#adapter-table tbody tr"))
-    assert cells(browser, "tickets")["Tier"].endswith(" engine-a: device, engine-b: device")
-    assert cells(browser, "orders")["Tier"].endswith(" engine-a: device")
+    assert tier(browser, "tickets").endswith(" engine-a: device, engine-b: device")
+    assert tier(browser, "orders").endswith(" engine-a: device")
 
 
 def test_of_many_replicas_that_have_an_adapter_some_are_named(
@@ -133,7 +130,7 @@ def test_of_many_replicas_that_have_an_adapter_some_are_named(
     browser.stub({"/v1/adapters": [200, there]})
     opened(browser, ingress, "adapters")
     browser.wait(lambda: browser.all("#adapter-table tbody tr"))
-    assert cells(browser, "orders")["Tier"].endswith("engine-3: host and 8 more")
+    assert tier(browser, "orders").endswith("engine-3: host and 8 more")
 
 
 def test_tiers_are_those_of_all_replicas_together(browser: Browser, ingress: Live) -> None:
