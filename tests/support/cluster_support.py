@@ -8,7 +8,7 @@ from pathlib import Path
 from quickchange_server.config import Settings
 from quickchange_server.engine_client.adapter_status import AdapterStatus, Residence
 from quickchange_server.engine_client.remote.cluster_view import ClusterView, ReplicaReport
-from quickchange_server.observability.cluster_metrics import Cluster, Routed
+from quickchange_server.observability.cluster_metrics import Cluster, Held
 from quickchange_server.observability.metrics import Metrics
 from quickchange_server.observability.replica_metrics import Kind, snapshot
 from quickchange_server.protocol import AdapterMoved, Delta, Ready, StepStats
@@ -70,7 +70,7 @@ class FakeCluster:
 
     def __init__(self, *replicas: Replica, own: str = "ingress-1", wanted: int = 2) -> None:
         self.replicas = list(replicas)
-        self.routed: dict[Routed, int] = {"device": 90, "host": 6, "cold": 4}
+        self.routed: dict[Held, int] = {"device": 80, "loading": 10, "host": 6, "disk": 4}
         self.seen = Cluster(own, self.view, lambda: wanted, lambda: self.routed)
 
     def view(self) -> ClusterView:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from fastapi import APIRouter, Depends, Response
 from fastapi.responses import JSONResponse
 
-from quickchange_server.api.app_state import Injected
+from quickchange_server.api.app_state import Injected, Services
 from quickchange_server.api.auth import ADMIN, METRICS_PATH
 from quickchange_server.api.openapi.response_models import EngineState
 from quickchange_server.api.openapi.route_responses import COMMON_ERRORS, PLAIN_TEXT, Responses
 from quickchange_server.frontend.request_base import Json
-from quickchange_server.observability.cluster_metrics import render
+from quickchange_store.errors import CorruptStoreError
 
 NOT_READY: Responses = {503: {"model": EngineState, "description": "No requests are taken"}}
 FAILED: Responses = {503: {"model": EngineState, "description": "Engines fail one after another"}}
@@ -55,5 +57,20 @@ async def metrics(services: Injected) -> Response:
     if services.cluster is None:
         body, content_type = services.metrics.render()
     else:
-        body, content_type = await render(services.metrics.registry, services.cluster)
+        names = _names(services)
+        body, content_type = await services.metrics.render_all(services.cluster, names)
     return Response(body, headers={"Content-Type": content_type})
+
+
+def _names(services: Services) -> Callable[[str], str | None]:
+    """The name of an adapter version by its digest: the store's, which all ingresses know, or the
+    one that it was asked for by."""
+    names: dict[str, str] = {}
+    try:
+        index = services.store.snapshot()
+    except CorruptStoreError:
+        pass  # every request for an adapter says so; the metrics are to be had all the same
+    else:
+        for name, entry in index.entries.items():
+            names |= {version.digest: name for version in entry.versions.values()}
+    return lambda digest: names.get(digest) or services.client.residency.label(digest)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -13,7 +12,7 @@ from fastapi import FastAPI
 
 from quickchange_server.cluster import serve_replica
 from quickchange_server.cluster.ray_calls import RayCalls, answer
-from quickchange_server.cluster.routing import routing_memory
+from quickchange_server.cluster.routing.routing_memory import ROUTED
 from quickchange_server.config import Settings
 from quickchange_server.engine_client.client import EngineClient
 from quickchange_server.engine_client.client_observer import EngineObserver
@@ -22,7 +21,7 @@ from quickchange_server.engine_client.remote.cluster_view import ClusterView, Re
 from quickchange_server.engine_client.remote.remote_engines import RemoteEngines
 from quickchange_server.engine_client.remote.replica_calls import ReplicaLostError
 from quickchange_server.entrypoints.app import create_app
-from quickchange_server.observability.cluster_metrics import Cluster, Routed
+from quickchange_server.observability.cluster_metrics import Cluster
 from quickchange_server.observability.replica_metrics import OwnSnapshot
 
 REPORT_SECONDS = 1.0
@@ -44,7 +43,7 @@ class IngressReplica:
             settings,
             engines=self._make_engines,
             limit_counter=self._calls,
-            cluster=Cluster(self._label, self._view, lambda: wanted, _routed),
+            cluster=Cluster(self._label, self._view, lambda: wanted, ROUTED.snapshot),
         )
         self._reporting = asyncio.create_task(self._report_on(), name="reports")
 
@@ -91,12 +90,3 @@ class IngressReplica:
             metrics=metrics,
             at=time.time(),
         )
-
-
-def _routed() -> Mapping[Routed, int]:
-    counts = routing_memory.ROUTED.snapshot()
-    return {
-        "device": counts["device"] + counts["loading"],  # another request has paid for the load
-        "host": counts["host"],
-        "cold": counts["disk"],
-    }
