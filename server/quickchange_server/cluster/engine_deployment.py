@@ -10,7 +10,8 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Coroutine, Iterable
+from contextlib import aclosing
 from functools import partial
 from typing import Any
 
@@ -88,6 +89,8 @@ class Demand:
 class EngineReplica:
     """The user's class of the deployment `Engine`."""
 
+    _open = False  # started, and not ended
+
     async def __init__(  # type: ignore[misc]  # Serve awaits constructors
         self, settings: Settings, board: Any, main: EngineMain = engine_main
     ) -> None:
@@ -110,7 +113,7 @@ class EngineReplica:
         self._reporting = asyncio.create_task(self._report_on(), name="reports")
         await self._client.start()
         await self._warm_up()
-        self._state = "ready"
+        self._state, self._open = "ready", True
         await self._report()
 
     # --- what ingresses call --------------------------------------------------------------------
@@ -125,8 +128,9 @@ class EngineReplica:
         assert task is not None
         self._serving.add(task)
         try:
-            async for batch in self._deltas(submit):
-                yield batch
+            async with aclosing(self._deltas(submit)) as deltas:
+                async for batch in deltas:
+                    yield batch
         except (QuickchangeError, ReplicaLostError) as error:
             yield error
         except asyncio.CancelledError:
@@ -189,7 +193,15 @@ class EngineReplica:
         report = self._figures_now()
         return {"queue": float(report.running + report.waiting), "kv_share": report.kv_share}
 
-    async def __del__(self) -> None:
+    def __del__(self) -> Coroutine[Any, Any, None] | None:
+        """The end, which Serve awaits; the interpreter, which calls it too, comes after that."""
+        if not self._open:
+            return None
+        self._open = False
+        return self.end()
+
+    async def end(self) -> None:
+        """End the engine, and leave the board."""
         self._reporting.cancel()
         await self._client.close(0.0)
         try:

@@ -52,6 +52,7 @@ class IngressReplica:
         return self._app
 
     async def __del__(self) -> None:
+        """The end, which Serve awaits once the application's lifespan has ended."""
         self._reporting.cancel()
         with suppress(ReplicaLostError):  # it is forgotten soon anyway
             await answer(self._board.leave.remote, self._label)
