@@ -1,4 +1,4 @@
-"""The command `quickchange`: serve, cluster, plan, warm-cache, adapters, keys, database, train, eval, bench.
+"""The command `quickchange`: serve, cluster, plan, warm-cache, adapters, keys, database, train …
 
 A command's modules are imported only when it runs, so that `quickchange --help` is quick.
 """
