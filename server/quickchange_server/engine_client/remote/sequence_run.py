@@ -63,7 +63,7 @@ class SequenceRun:
                 await self._watch.until_served(self._homeless_since)
                 began = time.monotonic()
                 try:
-                    await self._attempt(alone)
+                    return await self._attempt(alone)
                 except ReplicaLostError as loss:
                     self._lost(loss, time.monotonic() - began, suspect=suspect)
             await asyncio.sleep(pause(self._misses))
