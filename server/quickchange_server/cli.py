@@ -1,4 +1,4 @@
-"""The command `quickchange`: serve, plan, warm-cache, adapters, keys, database, train, eval, bench.
+"""The command `quickchange`: serve, cluster, plan, warm-cache, adapters, keys, database, train …
 
 A command's modules are imported only when it runs, so that `quickchange --help` is quick.
 """
@@ -14,11 +14,14 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from quickchange_store.errors import os_error_line
+
+if TYPE_CHECKING:
+    from pydantic_settings import BaseSettings
 
 DEMO = "demo"
 
@@ -57,6 +60,31 @@ def serve_command() -> Callable[..., None]:
     demo_help = "serve the demo model and its adapters, fetched and made ready once"
     return _with_settings(
         serve, demo=(False, Annotated[bool, typer.Option("--demo", help=demo_help)])
+    )
+
+
+def cluster_command() -> Callable[..., None]:
+    """The function `cluster`, with an option for every field of `Settings`, and its own."""
+    from quickchange_server.cluster.cluster_settings import ClusterSettings
+    from quickchange_server.config import Settings
+
+    def cluster(**given: Any) -> None:
+        """Serve on several engines, of one machine or many, with Ray Serve.
+
+        Joins the Ray at RAY_ADDRESS, or starts one on this machine, deploys the application and
+        waits until its replicas run. The signal that ends the command removes the application, and
+        Ray with it where it was started here. Takes the options and the environment of `serve`.
+        """
+        from quickchange_server.cluster.start import cluster as launch
+
+        detach = bool(given.pop("detach"))
+        launch({name: value for name, value in given.items() if value is not None}, detach=detach)
+
+    detach_help = "with RAY_ADDRESS: return once the application runs, and leave it there"
+    return _with_settings(
+        cluster,
+        (Settings, ClusterSettings),
+        detach=(False, Annotated[bool, typer.Option("--detach", help=detach_help)]),
     )
 
 
@@ -130,15 +158,19 @@ def warm_cache_command() -> Callable[..., None]:
 
 
 def _with_settings(
-    command: Callable[..., None], **own: tuple[object, object]
+    command: Callable[..., None],
+    kinds: Sequence[type[BaseSettings]] = (),
+    /,
+    **own: tuple[object, object],
 ) -> Callable[..., None]:
-    """The command with an option for every field of `Settings`, then its own: each a default and
-    an annotation."""
+    """The command with an option for every field of `kinds`, by default of `Settings`, then its
+    own: each a default and an annotation."""
     from quickchange_server.config import Settings
 
     options = {
         name: (None, Annotated[_option_type(field.annotation), _option(name, field)])
-        for name, field in Settings.model_fields.items()
+        for kind in kinds or (Settings,)
+        for name, field in kind.model_fields.items()
     } | own
     parameters = [
         inspect.Parameter(
@@ -225,6 +257,7 @@ def _demo_model() -> str:
 
 
 app.command("serve")(serve_command())
+app.command("cluster")(cluster_command())
 app.command("plan")(plan_command())
 app.command("warm-cache")(warm_cache_command())
 for _name, (_module, _summary) in SUB_APPS.items():
@@ -318,6 +351,7 @@ _EXTRAS = {
     "opentelemetry": "traces",
     "psutil": "bench",
     "psycopg": "postgres",
+    "ray": "ray",
 }
 
 

@@ -19,6 +19,7 @@ from prometheus_client.samples import Sample
 
 from quickchange_server.observability import replica_metrics
 from quickchange_server.observability.replica_metrics import (
+    RESIDENT,
     Kind,
     OwnSnapshot,
     exposition,
@@ -86,6 +87,23 @@ def test_what_an_engine_does_is_told_by_engines_alone() -> None:
     assert total(CLUSTER, "quickchange_step_duration_seconds_count") == 5
 
 
+def test_every_sample_of_a_server_is_told_once_whichever_replicas_share_its_work() -> None:
+    registry = replica(3)
+    text = merged(exposition(registry, "i", "ingress"), [snapshot(registry, "e", "engine")])
+    told: dict[tuple[str, str], list[float]] = {}
+    for family in families(text):
+        for sample in family.samples:
+            labels = {k: v for k, v in sample.labels.items() if k != "replica"}
+            told.setdefault((sample.name, str(sorted(labels.items()))), []).append(sample.value)
+    for family in registry.collect():
+        for sample in family.samples:
+            values = told.get((sample.name, str(sorted(sample.labels.items()))), [])
+            assert len(values) == len(told_by(family.name)), sample
+            if family.name.startswith("quickchange_api_process_"):
+                continue  # it has gone on
+            assert set(values) <= {sample.value}, sample
+
+
 def test_what_happens_on_either_side_is_told_by_both() -> None:
     assert total(CLUSTER, "quickchange_requests_resubmitted_total") == 4
     processes = samples(CLUSTER, "quickchange_api_process_open_fds")
@@ -107,13 +125,14 @@ def test_a_histogram_keeps_all_buckets_of_each_replica_in_order() -> None:
 def test_every_family_of_a_server_is_told_by_the_kind_that_counts_it_truly() -> None:
     """A new family must be judged: is it what clients see, what an engine does, or either's own?"""
     kinds = {family.name: told_by(family.name) for family in replica().collect()}
-    both = {name for name, kind in kinds.items() if kind is None}
+    both = {name for name, kind in kinds.items() if len(kind) == 2}
+    assert {name for name, kind in kinds.items() if not kind} == {RESIDENT}
     assert both == {
         "quickchange_requests_rejected",
         "quickchange_requests_resubmitted",
         *(name for name in kinds if name.startswith("quickchange_api_process_")),
     }
-    assert {name for name, kind in kinds.items() if kind == "ingress"} == {
+    assert {name for name, kind in kinds.items() if kind == ("ingress",)} == {
         f"quickchange_{name}"
         for name in (
             "requests",
@@ -135,7 +154,7 @@ def test_every_family_of_a_server_is_told_by_the_kind_that_counts_it_truly() -> 
     "name", ["storage_queue", "tenant_requests", "experiment_share", "http_responses"]
 )
 def test_books_are_kept_at_ingresses(name: str) -> None:
-    assert told_by(f"quickchange_{name}") == "ingress"
+    assert told_by(f"quickchange_{name}") == ("ingress",)
 
 
 def test_a_replica_that_has_not_told_any_metrics_yet_has_no_series() -> None:

@@ -30,6 +30,7 @@ from quickchange_server.entrypoints.http_server import DrainingServer, bind, url
 from quickchange_server.frontend.tokenizer import Text
 from quickchange_server.observability.cluster_metrics import Cluster
 from quickchange_server.protocol import Component
+from quickchange_server.tenants.shared_limits import CounterCalls
 from quickchange_store.canonical.canonical_adapter import (
     BaseSpec,
     CanonicalAdapter,
@@ -133,6 +134,7 @@ def live_server(
     engine: Callable[..., None] = fake_engine.main,
     base: Callable[[], BaseSpec] = lambda: BASE_SPEC,
     start_limit: float = LIMIT_SECONDS,
+    limit_counter: CounterCalls | None = None,
     cluster: Cluster | None = None,
     **changes: Any,
 ) -> Iterator[Live]:
@@ -144,6 +146,7 @@ def live_server(
         text=text or byte_text(eos=frozenset()),
         engines=partial(LocalEngines, main=partial(engine, behaviour=behaviour or Behaviour())),
         base=base,
+        limit_counter=limit_counter,
         cluster=cluster,
     )
     listener = bind(settings)

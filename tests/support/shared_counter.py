@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import repeat
@@ -27,9 +29,10 @@ class Passage:
 class Place:
     """Where the counter lives. `counter` is None while it is dead."""
 
-    clock: Clock
+    clock: Clock = time.monotonic_ns
     counter: LimitCounter | None = None
     lives: int = 0
+    turn: threading.Lock = field(default_factory=threading.Lock)  # servers in threads of their own
 
     def begin(self) -> None:
         self.counter = LimitCounter(self.clock)
@@ -49,10 +52,11 @@ class Wire:
         await asyncio.sleep(passage.there)
         if self.cut or passage.fate == "lost":
             await asyncio.sleep(1000)
-        if self.place.counter is None or passage.fate == "refused":
-            raise ConnectionError("the actor died")
-        life = self.place.lives
-        reply = self.place.counter.exchange(message)
+        with self.place.turn:
+            if self.place.counter is None or passage.fate == "refused":
+                raise ConnectionError("the actor died")
+            life = self.place.lives
+            reply = self.place.counter.exchange(message)
         await asyncio.sleep(passage.back)
         if passage.fate == "answer lost":
             await asyncio.sleep(1000)

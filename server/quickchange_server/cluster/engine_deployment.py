@@ -10,16 +10,19 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Coroutine, Iterable
+from contextlib import aclosing
 from functools import partial
 from typing import Any
 
 from quickchange_server.cluster import serve_replica
 from quickchange_server.cluster.board import Answer
 from quickchange_server.cluster.ray_calls import answer
+from quickchange_server.cluster.routing.routing_memory import routing_stats
 from quickchange_server.config import Settings
 from quickchange_server.engine_client.client import EngineClient
 from quickchange_server.engine_client.engines import AdapterCommand
+from quickchange_server.engine_client.in_flight_request import Mail
 from quickchange_server.engine_client.local.channel import EngineMain
 from quickchange_server.engine_client.local.local_engines import LocalEngines
 from quickchange_server.engine_client.remote.cluster_view import ReplicaReport
@@ -27,14 +30,17 @@ from quickchange_server.engine_client.remote.replica_calls import ReplicaLostErr
 from quickchange_server.entrypoints.engine_start import engine_main, preload
 from quickchange_server.errors import EngineFailedError, QuickchangeError
 from quickchange_server.observability.metrics import Metrics
+from quickchange_server.observability.replica_metrics import OwnSnapshot
 from quickchange_server.protocol import Delta, Forget, Pin, Prefetch, StepStats, Submit
 
 REPORT_SECONDS = 0.25
-METRICS_SECONDS = 2.0  # between snapshots of the metrics, which cost more than the rest
 WARM_SECONDS = 30.0  # longest a new replica loads popular adapters before it takes requests
 WARM_SHARE = 0.9  # of the device budget that is filled ahead
 POPULAR_MOST = 256  # adapter versions whose popularity is told
 HALF_LIFE_SECONDS = 600.0  # of a request's weight in popularity
+# Between two batches of a stream, times the streams at work: a batch costs the actor and the
+# ingress half a millisecond each, so many streams get more tokens at once instead of all cores.
+PACE_SECONDS = 0.001
 SMOOTHING = 0.1  # weight of the latest step in the mean of its time
 
 logger = logging.getLogger(__name__)
@@ -83,19 +89,22 @@ class Demand:
 class EngineReplica:
     """The user's class of the deployment `Engine`."""
 
+    _open = False  # started, and not ended
+
     async def __init__(  # type: ignore[misc]  # Serve awaits constructors
         self, settings: Settings, board: Any, main: EngineMain = engine_main
     ) -> None:
-        logging.getLogger("quickchange_server").setLevel(logging.INFO)
+        serve_replica.log()
         self._settings = settings
         self._board = board
         self._label, self._node = serve_replica.label(), serve_replica.node()
         self._figures = Figures(settings)
         self._demand = Demand()
         self._state = "starting"
-        self._given_back = asyncio.Event()
+        self._serving: set[asyncio.Task[Any]] = set()  # of `generate`
+        self._giving_back = False
         self._heard = Answer("", 0, (), ())
-        self._metrics, self._metrics_at = b"", 0.0
+        self._own = OwnSnapshot(self._figures.registry, self._label, "engine")
         serve_replica.leave_main_alone()
         if settings.device == "cpu" and main is engine_main:
             preload()
@@ -104,41 +113,51 @@ class EngineReplica:
         self._reporting = asyncio.create_task(self._report_on(), name="reports")
         await self._client.start()
         await self._warm_up()
-        self._state = "ready"
+        self._state, self._open = "ready", True
         await self._report()
 
     # --- what ingresses call --------------------------------------------------------------------
 
-    async def generate(self, submit: Submit) -> AsyncGenerator[tuple[Delta, ...], None]:
+    async def generate(self, submit: Submit) -> AsyncGenerator[tuple[Delta, ...] | Exception, None]:
         """Run one sequence: its deltas, those of several steps at once where they have piled up.
 
-        Raises what the engine refuses it with, and ReplicaLostError when this replica, which is to
-        end, gives it back.
+        Instead of its last comes the error that it ended with, ReplicaLostError where this
+        replica, which is to end, gives it back: Serve would log one that is raised as its own.
         """
-        if self._given_back.is_set():
-            raise ReplicaLostError("the replica is to end", given_back=True)
+        task = asyncio.current_task()
+        assert task is not None
+        self._serving.add(task)
+        try:
+            async with aclosing(self._deltas(submit)) as deltas:
+                async for batch in deltas:
+                    yield batch
+        except (QuickchangeError, ReplicaLostError) as error:
+            yield error
+        except asyncio.CancelledError:
+            if not self._giving_back or task.uncancel():
+                raise
+            yield _given_back()
+        finally:
+            self._serving.discard(task)
+
+    async def _deltas(self, submit: Submit) -> AsyncGenerator[tuple[Delta, ...], None]:
+        if self._giving_back:
+            raise _given_back()
         digests = [component.digest for component in submit.adapters]
         self._demand.add(digests)
         label = digests[0][:12] if len(digests) == 1 else "mix" if digests else "base"
         stream = self._client.generate((submit,), label=label)
-        given_back = asyncio.create_task(self._given_back.wait())
         try:
-            while True:
-                receiving = asyncio.create_task(stream.receive())
-                await asyncio.wait(
-                    (receiving, given_back), return_when=asyncio.FIRST_COMPLETED
-                )
-                if not receiving.done():
-                    receiving.cancel()
-                    raise ReplicaLostError("the replica is to end", given_back=True)
-                _, mail = receiving.result()
-                if isinstance(mail, QuickchangeError):
-                    raise mail
-                yield (mail,)
-                if mail.finish_reason is not None:
-                    return
+            last: Delta | None = None
+            while last is None or last.finish_reason is None:
+                batch = [_delta(await stream.receive())]
+                if last is not None and batch[-1].finish_reason is None:
+                    await asyncio.sleep(PACE_SECONDS * len(self._serving))
+                while batch[-1].finish_reason is None and (mail := stream.receive_now()):
+                    batch.append(_delta(mail))
+                last = batch[-1]
+                yield tuple(batch)
         finally:
-            given_back.cancel()
             stream.close()
 
     async def command(self, command: AdapterCommand) -> None:
@@ -160,21 +179,29 @@ class EngineReplica:
 
     async def record_routing_stats(self) -> dict[str, Any]:
         """What routers go by."""
-        report = self._figures_now()
-        return {
-            "device": [d for d, r in report.residency.items() if r.tier == "device"],
-            "host": [d for d, r in report.residency.items() if r.tier == "host"],
-            "queue": report.running + report.waiting,
-            "kv_share": report.kv_share,
-            "step_seconds": report.step_seconds,
-        }
+        report, info = self._figures_now(), self._client.info
+        return routing_stats(
+            report.residency,
+            device_bytes=0 if info is None else info.adapter_device_bytes,
+            queue=report.running + report.waiting,
+            kv_share=report.kv_share,
+            step_seconds=report.step_seconds,
+        )
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """What `autoscaling.engines_wanted` goes by."""
         report = self._figures_now()
         return {"queue": float(report.running + report.waiting), "kv_share": report.kv_share}
 
-    async def __del__(self) -> None:
+    def __del__(self) -> Coroutine[Any, Any, None] | None:
+        """The end, which Serve awaits; the interpreter, which calls it too, comes after that."""
+        if not self._open:
+            return None
+        self._open = False
+        return self.end()
+
+    async def end(self) -> None:
+        """End the engine, and leave the board."""
         self._reporting.cancel()
         await self._client.close(0.0)
         try:
@@ -184,7 +211,7 @@ class EngineReplica:
 
     # --- reports --------------------------------------------------------------------------------
 
-    def _figures_now(self) -> ReplicaReport:
+    def _figures_now(self, metrics: bytes = b"") -> ReplicaReport:
         stats, info = self._figures.stats, self._client.info
         used = 0 if stats is None else stats.kv_blocks_used
         return ReplicaReport(
@@ -198,7 +225,7 @@ class EngineReplica:
             waiting=0 if stats is None else stats.waiting,
             kv_share=used / info.kv_blocks if info is not None and info.kv_blocks else 0.0,
             step_seconds=self._figures.step_seconds,
-            metrics=self._metrics,
+            metrics=metrics,
             at=time.time(),
         )
 
@@ -212,9 +239,15 @@ class EngineReplica:
                 ending_at = time.monotonic()
                 self._state = "draining"
                 logger.info("%s drains %d sequences", self._label, self._client.in_flight)
-            if ending_at is not None:
-                if time.monotonic() - ending_at >= self._settings.drain_seconds:
-                    self._given_back.set()
+            if ending_at and time.monotonic() - ending_at >= self._settings.drain_seconds:
+                self._give_back()
+
+    def _give_back(self) -> None:
+        if not self._giving_back:
+            self._giving_back = True
+            logger.info("%s gives back %d sequences", self._label, len(self._serving))
+            for task in self._serving:
+                task.cancel()
 
     async def _report(self) -> None:
         """Tell the board, and do what it has heard meanwhile."""
@@ -222,7 +255,7 @@ class EngineReplica:
         try:
             self._heard = await answer(
                 self._board.report.remote,
-                self._figures_now(),
+                self._figures_now(await self._own.latest()),
                 self._demand.most(),
                 before.board,
                 before.heard,
@@ -263,3 +296,15 @@ class EngineReplica:
             await asyncio.sleep(0.05)
         loaded = sum(d in residency and residency[d].tier == "device" for d in wanted)
         logger.info("%s has loaded %d of %d adapters ahead", self._label, loaded, len(wanted))
+
+
+def _given_back() -> ReplicaLostError:
+    return ReplicaLostError("the replica is to end", given_back=True)
+
+
+def _delta(mail: Mail) -> Delta:
+    """The delta of the only sequence of a stream. Raises the error that came instead."""
+    _, delta = mail
+    if isinstance(delta, QuickchangeError):
+        raise delta
+    return delta

@@ -12,12 +12,13 @@ from quickchange_server.engine_client.engines import AdapterCommand
 from quickchange_server.engine_client.remote.cluster_view import ClusterView
 from quickchange_server.engine_client.remote.replica_calls import ReplicaLostError
 from quickchange_server.protocol import Delta, Prefetch, Submit
+from quickchange_server.tenants.limit_counter import Message, Reply
 
 ANSWER_SECONDS = 2.0  # longest wait for the board's answer, and for a prefetch to be taken
 
 
 class RayCalls:
-    """`ReplicaCalls` by the handles of the deployments `Engine` and `Board`."""
+    """`ReplicaCalls` and `CounterCalls`, by the handles of the deployments `Engine` and `Board`."""
 
     def __init__(self, engines: Any, board: Any) -> None:
         # Not by reference: over gRPC a token costs a third of what it does as an object of Ray's.
@@ -28,10 +29,13 @@ class RayCalls:
     async def generate(self, submit: Submit) -> AsyncGenerator[tuple[Delta, ...], None]:
         """Run one sequence on the replica that the router picks."""
         response = _apart(self._streams.generate.remote, submit)
-        last = None
+        ended = False
         try:
             async for batch in response:
-                last = batch[-1]
+                if isinstance(batch, Exception):
+                    ended = True
+                    raise batch
+                ended = batch[-1].finish_reason is not None
                 yield batch
         except asyncio.CancelledError as error:
             if _is_ours():
@@ -40,9 +44,9 @@ class RayCalls:
         except Exception as error:
             raise meaning_of(error) from error
         finally:
-            if last is None or last.finish_reason is None:
+            if not ended:
                 response.cancel()
-        if last is None or last.finish_reason is None:
+        if not ended:
             raise ReplicaLostError("the stream ended before its last delta")
 
     async def command(self, command: AdapterCommand) -> None:
@@ -53,6 +57,11 @@ class RayCalls:
     async def view(self) -> ClusterView:
         view: ClusterView = await answer(self._board.view.remote)
         return view
+
+    async def exchange(self, message: Message) -> Reply:
+        """A message to the counter of API keys' limits, which is at the board."""
+        reply: Reply = await answer(self._board.exchange.remote, message)
+        return reply
 
 
 async def answer(remote: Callable[..., Any], *args: Any) -> Any:

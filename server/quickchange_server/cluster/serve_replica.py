@@ -22,6 +22,13 @@ from quickchange_server.errors import EngineFailedError, QuickchangeError
 logger = logging.getLogger(__name__)
 
 
+def log() -> None:
+    """Write this process's log lines as a single server does."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    for library in ("httpx", "alembic", "ray"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+
+
 def label() -> str:
     """The replica's own short label, such as "engine-k3v9x2ab"."""
     context: Any = serve.get_replica_context()

@@ -21,6 +21,7 @@ from quickchange_server.protocol import (
 
 Outcome = FinishReason | Literal["adapter_failed", "request_failed", "engine_failed", "unavailable"]
 Refusal = Literal["queue_full", "unavailable", "given_up"]
+Interruption = Literal["lost", "drained"]  # why a sequence left its replica: it died, or ends
 
 
 class ServerState(Protocol):
@@ -56,6 +57,9 @@ class EngineObserver(Protocol):
 
     def resubmitted(self) -> None:
         """A sequence goes on with another engine."""
+
+    def resumed(self, reason: Interruption, pause_seconds: float) -> None:
+        """A sequence has its first delta from another replica, so long after the last one."""
 
     def step(self, stats: StepStats, name_of: Callable[[str], str | None]) -> None: ...
 

@@ -6,24 +6,29 @@ An ingress has them in its registry once it has joined a cluster, and tells ever
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter as Tally
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
+from quickchange_server.engine_client.client_observer import Interruption
 from quickchange_server.engine_client.remote.cluster_view import ClusterView
-from quickchange_server.observability.replica_metrics import exposition, merged
+from quickchange_server.observability.replica_metrics import RESIDENT, exposition, merged
 from quickchange_server.protocol import Tier
 
-Routed = Literal["device", "host", "cold"]  # where the chosen replica held a request's adapters
-ROUTED: tuple[Routed, ...] = ("device", "host", "cold")
-Interruption = Literal["lost", "drained"]  # why a stream left its replica: it died, or gave it back
+Held = Literal["device", "loading", "host", "disk"]  # where a replica has a request's adapters
+RESULTS: Mapping[Held, str] = {
+    "device": "device",
+    "loading": "loading",  # an earlier request brings them there
+    "host": "host",
+    "disk": "cold",
+}
+LabelOf = Callable[[str], str]  # a label value for an adapter version's digest
 
 # From a hand-over between two that are idle to the load of an adapter and a long prompt.
 PAUSE_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -31,12 +36,12 @@ PAUSE_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 6
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """What an ingress knows of its cluster. Each call is cheap, and answers at once."""
+    """What an ingress knows of its cluster. Each call answers at once, on any thread."""
 
     replica: str  # the ingress' own label
     view: Callable[[], ClusterView]  # as last heard of
     wanted: Callable[[], int]  # engine replicas that there should be
-    routed: Callable[[], Mapping[Routed, int]]  # requests that this ingress has routed, so far
+    routed: Callable[[], Mapping[Held, int]]  # requests for adapters that this ingress has routed
 
     def counts(self) -> dict[str, int]:
         """Engine replicas that are ready, and those that there should be."""
@@ -92,21 +97,33 @@ class IngressCollector(Collector):
         routed = self._cluster.routed()
         family = CounterMetricFamily(
             "quickchange_routing",
-            "Requests by where the replica that they were routed to held their adapters",
+            "Requests for adapters by where the chosen replica had these",
             labels=["result"],
         )
-        for result in ROUTED:
-            family.add_metric([result], routed.get(result, 0))
+        for held, result in RESULTS.items():
+            family.add_metric([result], routed.get(held, 0))
         yield family
 
 
-class ReplicaCollector(Collector):
-    """The replicas of a view. They are the cluster's, so their series have no replica's label."""
+class ViewCollector(Collector):
+    """What the reports of all replicas say together: told by the ingress that is asked."""
 
-    def __init__(self, view: ClusterView) -> None:
+    def __init__(self, view: ClusterView, wanted: int, label_of: LabelOf) -> None:
         self._view = view
+        self._wanted = wanted
+        self._label_of = label_of
 
     def collect(self) -> Iterator[Metric]:
+        yield self._replicas()
+        yield GaugeMetricFamily(
+            "quickchange_cluster_engines_wanted",
+            "Engine replicas that there should be",
+            value=self._wanted,
+        )
+        yield self._resident()
+
+    def _replicas(self) -> Metric:
+        """The cluster's count, so without a replica's label."""
         family = GaugeMetricFamily(
             "quickchange_cluster_replicas",
             "Replicas that were heard of lately",
@@ -115,16 +132,26 @@ class ReplicaCollector(Collector):
         states = Tally((report.kind, report.state) for report in self._view.replicas)
         for (kind, state), count in sorted(states.items()):
             family.add_metric([kind, state], count)
-        yield family
+        return family
+
+    def _resident(self) -> Metric:
+        size: Tally[tuple[str, str, str]] = Tally()
+        for report in self._view.replicas:
+            for digest, there in report.residency.items():
+                size[self._label_of(digest), report.replica, there.tier] += there.bytes
+        family = GaugeMetricFamily(
+            RESIDENT,
+            "Bytes of an adapter's versions on a tier",
+            labels=["adapter", "replica", "tier"],
+        )
+        for labels, value in size.items():
+            family.add_metric(labels, value)
+        return family
 
 
-async def render(registry: Collector, cluster: Cluster) -> tuple[bytes, str]:
-    """The series of all replicas that the cluster knows now as text, and its content type."""
-    body = await asyncio.to_thread(_render, registry, cluster.replica, cluster.view())
-    return body, CONTENT_TYPE_LATEST
-
-
-def _render(registry: Collector, own: str, view: ClusterView) -> bytes:
-    others = {r.replica: r.metrics for r in view.replicas if r.replica != own}
-    series = merged(exposition(registry, own, "ingress"), others.values())
-    return series + generate_latest(ReplicaCollector(view))
+def exposition_of_all(registry: Collector, cluster: Cluster, label_of: LabelOf) -> bytes:
+    """The series of all replicas that the cluster knows, this one's as they are now."""
+    view = cluster.view()
+    others = {r.replica: r.metrics for r in view.replicas if r.replica != cluster.replica}
+    series = merged(exposition(registry, cluster.replica, "ingress"), others.values())
+    return series + generate_latest(ViewCollector(view, cluster.wanted(), label_of))

@@ -7,6 +7,7 @@ any thread. Neither HTTP nor the engine's process is known here.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram
@@ -14,16 +15,21 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.process_collector import ProcessCollector
 
 from quickchange_server.config import Settings
-from quickchange_server.engine_client.client_observer import Outcome, Refusal, ServerState
+from quickchange_server.engine_client.client_observer import (
+    Interruption,
+    Outcome,
+    Refusal,
+    ServerState,
+)
 from quickchange_server.observability.cluster_metrics import (
     Cluster,
     IngressCollector,
-    Interruption,
     StreamMetrics,
+    exposition_of_all,
 )
 from quickchange_server.observability.engine_collector import EngineTotals, StateCollector
 from quickchange_server.observability.http_metrics import HttpMetrics
-from quickchange_server.observability.labels import BASE, AdapterLabels
+from quickchange_server.observability.labels import BASE, OTHER, AdapterLabels
 from quickchange_server.observability.speculation_metrics import NameOf, SpeculationMetrics
 from quickchange_server.observability.subsystem_metrics import StructuredMetrics
 from quickchange_server.protocol import AdapterMoved, Delta, Drafting, Ready, StepStats, Tier
@@ -196,6 +202,16 @@ class Metrics:
     def render(self) -> tuple[bytes, str]:
         """The metrics as text, and its content type."""
         return generate_latest(self.registry), CONTENT_TYPE_LATEST
+
+    async def render_all(self, cluster: Cluster, name_of: NameOf) -> tuple[bytes, str]:
+        """The same of all replicas of a cluster, made on a thread. `name_of`: by digests."""
+
+        def label_of(digest: str) -> str:
+            name = name_of(digest)
+            return OTHER if name is None else self._labels(name)
+
+        body = await asyncio.to_thread(exposition_of_all, self.registry, cluster, label_of)
+        return body, CONTENT_TYPE_LATEST
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"quickchange_{name}", text, labels, registry=self.registry)

@@ -12,7 +12,7 @@ import asyncio
 import re
 import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Literal
 
 from prometheus_client.core import Metric
@@ -34,18 +34,24 @@ _INGRESS = re.compile(
 _ENGINE = re.compile(
     "quickchange_"
     "(requests_(running|waiting)|queue_time_seconds|step_duration_seconds|batch_\\w+|prefill_rows"
-    "|(kv|prefix|adapter|tier|late)_\\w+|preemptions|structured_mask_seconds"
+    "|adapter_(loads|load_bytes|load_seconds|load_failures|evictions)"
+    "|(kv|prefix|tier|late)_\\w+|preemptions|structured_mask_seconds"
     "|speculation_(drafted_tokens|accepted_tokens|rows|estimated_tokens|gained_tokens)"
     "|engine_\\w+)"
 )
 _BLOCK = re.compile(rb"^# HELP ", re.MULTILINE)  # a family's first line; no other begins so
 
 
-def told_by(family: str) -> Kind | None:
-    """The kind of replica that tells a family of metrics; None: both do."""
+RESIDENT = "quickchange_adapter_resident_bytes"  # of names, which engine replicas don't know
+
+
+def told_by(family: str) -> Collection[Kind]:
+    """The kinds of replica that tell a family of metrics themselves."""
     if _INGRESS.fullmatch(family):
-        return "ingress"
-    return "engine" if _ENGINE.fullmatch(family) else None
+        return ("ingress",)
+    if _ENGINE.fullmatch(family):
+        return ("engine",)
+    return () if family == RESIDENT else ("engine", "ingress")
 
 
 class _Labelled(Collector):
@@ -58,7 +64,7 @@ class _Labelled(Collector):
 
     def collect(self) -> Iterator[Metric]:
         for family in self._registry.collect():
-            if told_by(family.name) in (self._kind, None):
+            if self._kind in told_by(family.name):
                 labelled = Metric(family.name, family.documentation, family.type, family.unit)
                 labelled.samples = [
                     sample._replace(labels=sample.labels | self._replica)

@@ -160,15 +160,41 @@ def test_a_report_of_the_ingress_itself_adds_no_second_series(
 def test_routing_and_replicas_are_counted(live: Live) -> None:
     lines = live.http.get("/metrics").text.splitlines()
     for line in (
-        'quickchange_routing_total{replica="ingress-1",result="device"} 90.0',
+        'quickchange_routing_total{replica="ingress-1",result="device"} 80.0',
+        'quickchange_routing_total{replica="ingress-1",result="loading"} 10.0',
         'quickchange_routing_total{replica="ingress-1",result="host"} 6.0',
         'quickchange_routing_total{replica="ingress-1",result="cold"} 4.0',
         'quickchange_ingress_requests{replica="ingress-1"} 0.0',
         'quickchange_cluster_replicas{kind="engine",state="ready"} 2.0',
         'quickchange_cluster_replicas{kind="engine",state="starting"} 1.0',
         'quickchange_cluster_replicas{kind="ingress",state="ready"} 1.0',
+        "quickchange_cluster_engines_wanted 3.0",
     ):
         assert line in lines
+
+
+def test_what_is_resident_has_the_stores_names_for_it(live: Live, cluster: FakeCluster) -> None:
+    """Engine replicas know digests alone."""
+    cluster.replicas[1].hold("unknown", "a name that no ingress knows", 30)
+    lines = live.http.get("/metrics").text.splitlines()
+    name = "quickchange_adapter_resident_bytes"
+    told = [line for line in lines if line.startswith(f"{name}{{")]
+    assert sorted(told) == [
+        f'{name}{{adapter="orders",replica="engine-b",tier="device"}} 700.0',
+        f'{name}{{adapter="other",replica="engine-a",tier="device"}} 30.0',
+    ]
+    assert lines.count(f"# TYPE {name} gauge") == 1
+
+
+def test_a_damaged_store_does_not_take_the_metrics_away(tmp_path: Path) -> None:
+    with live_server(tmp_path, cluster=FakeCluster(Replica("engine-a")).seen) as live:
+        live.store.add("orders", make_adapter(1.0))
+        for index in tmp_path.rglob("index*.json"):
+            index.write_text("{")
+        assert live.http.get("/v1/adapters").status_code == 500
+        answer = live.http.get("/metrics")
+        assert answer.status_code == 200
+        assert 'replica="engine-a"' in answer.text
 
 
 def test_a_stream_that_changed_its_replica_is_counted_with_its_pause(live: Live) -> None:
