@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,8 +15,9 @@ import httpx
 import pytest
 from http_support import BASE, BASE_SPEC, Live, live_server, make_adapter, wait_until, write_peft
 
-from quickchange_server.adapter_registry.merged_adapters import FOLDER
+from quickchange_server.adapter_registry.merged_adapters import FOLDER, Derived
 from quickchange_store.importing import add_adapter
+from quickchange_store.merging import Recipe
 from quickchange_store.store import Store
 
 T = TypeVar("T")
@@ -126,27 +128,16 @@ def test_versions_added_at_once_under_one_name_are_both_there(
     assert shown[0]["digest"] == shown[1]["digest"]
 
 
-def test_a_merge_that_both_servers_make_at_once_is_one_adapter(servers: Servers) -> None:
-    body = {
-        "inputs": "Hello",
-        "parameters": {
-            "max_new_tokens": 4,
-            "seed": 1,
-            "merged_adapters": {
-                "ids": ["sql", "json"],
-                "weights": [1.0, 1.0],
-                "merge_strategy": "ties",
-                "density": 0.5,
-            },
-        },
-    }
+def test_a_merge_that_two_servers_make_at_once_is_one_adapter(servers: Servers) -> None:
+    stores = [live.store for live in servers]
+    parts = tuple((stores[0].resolve(name).digest, 1.0) for name in ("sql", "json"))
+    recipe = Recipe("ties", parts, 0.5)
 
-    def merged(live: Live) -> str:
-        response = live.post("/generate", body)
-        assert response.status_code == 200, response.text
-        text: str = response.json()["generated_text"]
-        return text
+    async def run() -> list[str]:
+        both = [Derived(store, 4) for store in stores]
+        return await asyncio.gather(*(derived.digest(recipe) for derived in both))
 
-    one, other = servers.at_once(merged)
+    one, other = asyncio.run(run())
     assert one == other
-    assert len(servers.one.store.notes(FOLDER).times()) == 1
+    assert len(stores[0].notes(FOLDER).times()) == 1
+    assert stores[1].load(one).updates
