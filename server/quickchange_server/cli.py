@@ -1,4 +1,4 @@
-"""The command `quickchange`: serve, cluster, plan, warm-cache, adapters, keys, database, train, eval, bench.
+"""The command `quickchange`: serve, cluster, plan, warm-cache, adapters, keys, database, train …
 
 A command's modules are imported only when it runs, so that `quickchange --help` is quick.
 """
@@ -95,19 +95,41 @@ def plan_command() -> Callable[..., None]:
         """Print what the model would take of a device, and how many adapters fit.
 
         Takes the options and the environment of `serve`. No GPU is needed, and no weight is read.
-        """
-        from quickchange_server.entrypoints.plan_command import plan as run
 
-        gpu, ranks = given.pop("gpu"), given.pop("ranks")
+        With --traffic: what that traffic would meet on many replicas, under three ways of routing.
+        """
+        gpu, ranks, trace = given.pop("gpu"), given.pop("ranks"), given.pop("traffic")
+        many = {name: given.pop(name) for name in ("replicas", "policy", "measured")}
         settings = {name: value for name, value in given.items() if value is not None}
-        run(settings, gpu=gpu, ranks=ranks)
+        if trace is None:
+            from quickchange_server.entrypoints.plan_command import plan as run
+
+            run(settings, gpu=gpu, ranks=ranks)
+            return
+        from quickchange_server.cluster.simulation.plan_traffic import plan_traffic
+
+        typer.echo(plan_traffic(settings, trace=trace, gpu=gpu, ranks=ranks, **many))
 
     gpu_help = "GPU to plan for: h100, rtx4090, …, or a size such as 24GiB; default: a CPU"
-    ranks_help = "ranks of adapters to count, joined by commas; default: 8,16,32,64"
+    ranks_help = (
+        "ranks of adapters to count, joined by commas; default: 8,16,32,64. With --traffic, the "
+        "first is all adapters'"
+    )
+    traffic_help = (
+        "plan for a trace (CSV, or JSON lines: time, adapter, prompt, output), or for traffic that "
+        "is drawn: zipf:adapters=1000,alpha=1,rate=10,seconds=60,prompt=256,output=64"
+    )
+    replicas_help = "with --traffic: engine replicas"
+    policy_help = "with --traffic: affinity | random | least-loaded; default: all three"
+    measured_help = "with --traffic: file of a replica's prices and budgets, instead of --gpu's"
     return _with_settings(
         plan,
         gpu=(None, Annotated[str | None, typer.Option("--gpu", help=gpu_help)]),
         ranks=(None, Annotated[str | None, typer.Option("--ranks", help=ranks_help)]),
+        traffic=(None, Annotated[str | None, typer.Option("--traffic", help=traffic_help)]),
+        replicas=(2, Annotated[int, typer.Option("--replicas", help=replicas_help)]),
+        policy=(None, Annotated[str | None, typer.Option("--policy", help=policy_help)]),
+        measured=(None, Annotated[str | None, typer.Option("--measured", help=measured_help)]),
     )
 
 

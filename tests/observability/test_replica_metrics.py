@@ -87,6 +87,23 @@ def test_what_an_engine_does_is_told_by_engines_alone() -> None:
     assert total(CLUSTER, "quickchange_step_duration_seconds_count") == 5
 
 
+def test_every_sample_of_a_server_is_told_once_whichever_replicas_share_its_work() -> None:
+    registry = replica(3)
+    text = merged(exposition(registry, "i", "ingress"), [snapshot(registry, "e", "engine")])
+    told: dict[tuple[str, str], list[float]] = {}
+    for family in families(text):
+        for sample in family.samples:
+            labels = {k: v for k, v in sample.labels.items() if k != "replica"}
+            told.setdefault((sample.name, str(sorted(labels.items()))), []).append(sample.value)
+    for family in registry.collect():
+        for sample in family.samples:
+            values = told.get((sample.name, str(sorted(sample.labels.items()))), [])
+            assert len(values) == len(told_by(family.name)), sample
+            if family.name.startswith("quickchange_api_process_"):
+                continue  # it has gone on
+            assert set(values) <= {sample.value}, sample
+
+
 def test_what_happens_on_either_side_is_told_by_both() -> None:
     assert total(CLUSTER, "quickchange_requests_resubmitted_total") == 4
     processes = samples(CLUSTER, "quickchange_api_process_open_fds")

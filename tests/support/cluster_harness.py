@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +23,10 @@ import httpx
 LIMIT_SECONDS = 90.0
 # Ray must not take the machine's outer address for its nodes'; it reads this when it is imported.
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ.pop("RAY_ADDRESS", None)
+# Workers find the modules of the tests, such as a fake engine, as this process does.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
 
 
 @dataclass
@@ -106,12 +110,11 @@ def live_cluster(
 
     folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # a short path: it has sockets
     port = free_port()
-    nodes = Cluster(
-        initialize_head=True,
-        shutdown_at_exit=False,
-        head_node_args={"num_cpus": 0, "temp_dir": folder, "include_dashboard": False},
-    )
+    before = os.environ.get("RAY_TMPDIR")
+    os.environ["RAY_TMPDIR"] = folder  # where the cluster's address is written, too
+    nodes = Cluster(shutdown_at_exit=False)
     try:
+        nodes.add_node(num_cpus=0, include_dashboard=False)
         for _ in range(workers):
             nodes.add_node(num_cpus=worker_cpus)
         ray.init(address=nodes.address, log_to_driver="RAY_LOGS" in os.environ)
@@ -132,8 +135,9 @@ def live_cluster(
         with contextlib.suppress(Exception):  # a test may have left it without a controller
             serve.shutdown()
         ray.shutdown()
-        for node in [*nodes.worker_nodes, nodes.head_node]:
+        for node in [*nodes.worker_nodes, *filter(None, [nodes.head_node])]:
             node.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
+        os.environ.pop("RAY_TMPDIR") if before is None else os.environ.update(RAY_TMPDIR=before)
         shutil.rmtree(folder, ignore_errors=True)
 
 

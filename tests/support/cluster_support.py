@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from quickchange_server.api.openapi.response_models_admin import ClusterDocument
 from quickchange_server.config import Settings
 from quickchange_server.engine_client.adapter_status import AdapterStatus, Residence
 from quickchange_server.engine_client.remote.cluster_view import ClusterView, ReplicaReport
@@ -75,3 +77,35 @@ class FakeCluster:
 
     def view(self) -> ClusterView:
         return ClusterView(tuple(replica.report() for replica in self.replicas), ("d",))
+
+
+def cluster_answers(*ids: str) -> dict[str, list[Any]]:
+    """What an ingress answers to the page, by path: engines by these ids, and an ingress."""
+    tier = {"adapters": 40, "used_bytes": 30_000_000, "capacity_bytes": 64_000_000}
+    engine = {
+        "running": 12,
+        "waiting": 3,
+        "kv_share": 0.4321,
+        "step_seconds": 0.0213,
+        "device": tier,
+        "host": {**tier, "adapters": 0, "used_bytes": 0},
+    }
+    replica = {"object": "replica", "node": "node-7f3a", "reported": 1_800_000_000.0}
+    engines = [
+        {**replica, "id": name, "kind": "engine", "state": "ready", "engine": engine}
+        for name in ids
+    ]
+    ingress = {**replica, "id": "ingress-1", "kind": "ingress", "state": "ready", "engine": None}
+    counts = {"ready": len(ids), "wanted": len(ids) + 1}
+    told = {
+        "object": "cluster",
+        "answered_by": "ingress-1",
+        "engines": counts,
+        "pins": [],
+        "data": [*engines, ingress],
+    }
+    ClusterDocument.model_validate(told)
+    return {
+        "/health": [200, {"state": "ready", "replicas": counts}],
+        "/v1/cluster": [200, told],
+    }

@@ -30,14 +30,16 @@ from quickchange_server.observability.metrics import Metrics
 from quickchange_server.protocol import Delta, Forget, Pin, Prefetch, Ready, Submit, TokenLogprobs
 
 READY = Ready(2048, 128, 16, 0.1, 1 << 20, 1 << 20)
+NEVER = 1 << 30  # batches
 STALL_TURNS = 20  # of the event loop
 
-End = Literal["loss", "give back", "refusal", "bug", "early end", "stall"]
+End = Literal["loss", "kill", "give back", "refusal", "bug", "early end", "stall"]
 
 
 @dataclass(frozen=True)
 class Fate:
-    """What happens to one attempt at a sequence, behind so many of its batches."""
+    """What happens to one attempt at a sequence, behind so many of its batches. A kill ends its
+    replica, whose place another takes."""
 
     end: End
     after: int
@@ -85,23 +87,50 @@ class FakeReplicas:
         assert submit.request_id not in self.running
         self.running[submit.request_id] = replica.name
         fates = self.fates[submit.request_id.split("/")[0]]
-        fate = fates.popleft() if fates else None
+        fate = fates.popleft() if fates else Fate("stall", NEVER)
         try:
             batches = 0
             for batch in _batches(submit):
                 await asyncio.sleep(self.pace_seconds)
                 _go_on(replica)
-                if fate is not None and batches == fate.after and await _is_over(fate, replica):
+                if (
+                    fate is not None
+                    and batches == fate.after
+                    and await self._is_over(fate, replica)
+                ):
                     return
                 yield batch
                 batches += 1
-            if fate is not None and batches <= fate.after:
-                await _is_over(fate, replica)
+            if batches <= fate.after < NEVER:
+                await self._is_over(fate, replica)
         except (GeneratorExit, asyncio.CancelledError):
             self.left.append(submit.request_id)
             raise
         finally:
             del self.running[submit.request_id]
+
+    async def _is_over(self, fate: Fate, replica: FakeReplica) -> bool:
+        """Let it happen. True if the stream then ends without a word."""
+        match fate.end:
+            case "loss":
+                raise ReplicaLostError("killed")
+            case "kill":
+                replica.state = "dead"
+                self.replicas.append(FakeReplica(f"engine-{len(self.replicas)}"))
+                raise ReplicaLostError("killed with all that it had")
+            case "give back":
+                raise ReplicaLostError("it drains", given_back=True)
+            case "refusal":
+                raise QueueFullError("the replica is full", retry_after=3.0)
+            case "bug":
+                raise ZeroDivisionError("a fault of the transport")
+            case "early end":
+                return True
+            case "stall":
+                for _ in range(STALL_TURNS):
+                    await asyncio.sleep(0)
+                    _go_on(replica)
+        return False
 
     async def command(self, command: AdapterCommand) -> None:
         if self.broken:
@@ -128,26 +157,6 @@ def _go_on(replica: FakeReplica) -> None:
         raise ReplicaLostError("it is dead")
     if replica.state == "giving back":
         raise ReplicaLostError("it is to end", given_back=True)
-
-
-async def _is_over(fate: Fate, replica: FakeReplica) -> bool:
-    """Let it happen. True if the stream then ends without a word."""
-    match fate.end:
-        case "loss":
-            raise ReplicaLostError("killed")
-        case "give back":
-            raise ReplicaLostError("it drains", given_back=True)
-        case "refusal":
-            raise QueueFullError("the replica is full", retry_after=3.0)
-        case "bug":
-            raise ZeroDivisionError("a fault of the transport")
-        case "early end":
-            return True
-        case "stall":
-            for _ in range(STALL_TURNS):
-                await asyncio.sleep(0)
-                _go_on(replica)
-    return False
 
 
 def _batches(submit: Submit) -> Iterator[tuple[Delta, ...]]:
@@ -213,7 +222,7 @@ async def cluster_client(
     calls: FakeReplicas, metrics: Metrics | None = None, **changes: Any
 ) -> AsyncIterator[EngineClient]:
     """A client whose engines are the replicas; at its end no task is left."""
-    settings = make_settings(**changes)
+    settings, before = make_settings(**changes), asyncio.all_tasks()
     client = EngineClient(
         settings, metrics or Metrics(settings), partial(RemoteEngines, calls=calls)
     )
@@ -223,7 +232,7 @@ async def cluster_client(
     finally:
         await client.close(drain_seconds=0)
     assert not calls.running
-    assert len(asyncio.all_tasks()) == 1, "a task is left"
+    assert asyncio.all_tasks() == before, "a task is left"
 
 
 def joined(submits: Sequence[Submit]) -> dict[str, list[Submit]]:

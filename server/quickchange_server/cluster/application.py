@@ -31,6 +31,7 @@ from quickchange_server.entrypoints.engine_start import engine_main
 ROUTING_STATS_SECONDS = 0.5
 HEALTH_SECONDS = 2.0  # between health checks, of which Serve wants three to fail
 END_SECONDS = 15.0  # for a replica to end, once its requests have
+TRIES = 3  # of a start that fails, most often for a setting or the model, which don't change
 MANY = 100_000  # requests at once that no replica reaches: others bound them
 
 _LOGGING = LoggingConfig(
@@ -51,12 +52,12 @@ def application(
 
     Raises SettingError where the settings make no sense on this cluster.
     """
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    check_database(settings, nodes=len(nodes))
+    machines = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    check_database(settings, machines=len(machines))
     settings = for_replicas(settings, cluster, cpus=ray.cluster_resources().get("CPU", 1.0))
     board = _board().bind()
     engines = _engine(settings, cluster).bind(settings, board, engine)
-    return _ingress(settings, cluster).bind(settings, engines, board)
+    return _ingress(settings, cluster).bind(settings, engines, board, wanted=cluster.engines)
 
 
 def _board() -> Any:
@@ -83,6 +84,7 @@ def _engine(settings: Settings, cluster: ClusterSettings) -> Any:
         ),
         graceful_shutdown_timeout_s=settings.drain_seconds + END_SECONDS,
         max_surge_percent=cluster.surge_percent,
+        max_constructor_retry_count=TRIES,
     )
 
 

@@ -1,7 +1,7 @@
 """How many engines Ray Serve's autoscaler is to run: enough for what is queued, and for its KV.
 
 Serve sends this module to its controller by value and calls it there a few times a second; its own
-delays and bounds are applied to the outcome.
+bounds and delays are applied to the outcome.
 """
 
 from __future__ import annotations

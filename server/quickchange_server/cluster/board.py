@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from quickchange_server.engine_client.engines import AdapterCommand
 from quickchange_server.engine_client.remote.cluster_view import ClusterView, ReplicaReport
 from quickchange_server.protocol import Forget, Pin
+from quickchange_server.tenants.limit_counter import LimitCounter, Message, Reply
 
 SILENT_SECONDS = 5.0  # after which a replica is taken for gone
 FORGETS_KEPT = 1024  # commands that a replica may still have to hear of
@@ -104,10 +105,14 @@ class Board:
 
 
 class BoardServer:
-    """The board as the only replica of a deployment. Coroutines, so that one loop runs them all."""
+    """The board, and the counter of API keys' limits, as the only replica of a deployment.
+
+    All methods are coroutines, so that one loop runs them.
+    """
 
     def __init__(self) -> None:
         self._board = Board()
+        self._limits = LimitCounter()
 
     async def report(
         self, report: ReplicaReport, demand: Mapping[str, float], board: str, heard: int
@@ -125,3 +130,6 @@ class BoardServer:
 
     async def popular(self, most: int) -> tuple[Popular, ...]:
         return self._board.popular(most)
+
+    async def exchange(self, message: Message) -> Reply:
+        return self._limits.exchange(message)

@@ -93,16 +93,16 @@ def for_replicas(settings: Settings, cluster: ClusterSettings, *, cpus: float) -
     return settings.model_copy(update=changes)
 
 
-def check_database(settings: Settings, *, nodes: int) -> None:
-    """Raise SettingError if replicas on `nodes` machines can't share the database."""
+def check_database(settings: Settings, *, machines: int) -> None:
+    """Raise SettingError if replicas on so many machines can't share the database."""
     url = settings.database_url
     try:
         backend = make_url(url).get_backend_name()
     except ArgumentError:
         return  # whoever opens it says what is wrong with it
-    if backend == "sqlite" and nodes > 1:
+    if backend == "sqlite" and machines > 1:
         raise SettingError(
-            f"database: SQLite can't be shared by {nodes} machines; give a PostgreSQL database "
+            f"database: SQLite can't be shared by {machines} machines; give a PostgreSQL database "
             "with --database postgresql+psycopg://USER:PASSWORD@HOST/DATABASE",
             param="database",
         )

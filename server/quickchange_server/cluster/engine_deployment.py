@@ -10,7 +10,8 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Coroutine, Iterable
+from contextlib import aclosing
 from functools import partial
 from typing import Any
 
@@ -29,10 +30,10 @@ from quickchange_server.engine_client.remote.replica_calls import ReplicaLostErr
 from quickchange_server.entrypoints.engine_start import engine_main, preload
 from quickchange_server.errors import EngineFailedError, QuickchangeError
 from quickchange_server.observability.metrics import Metrics
+from quickchange_server.observability.replica_metrics import OwnSnapshot
 from quickchange_server.protocol import Delta, Forget, Pin, Prefetch, StepStats, Submit
 
 REPORT_SECONDS = 0.25
-METRICS_SECONDS = 2.0  # between snapshots of the metrics, which cost more than the rest
 WARM_SECONDS = 30.0  # longest a new replica loads popular adapters before it takes requests
 WARM_SHARE = 0.9  # of the device budget that is filled ahead
 POPULAR_MOST = 256  # adapter versions whose popularity is told
@@ -88,6 +89,8 @@ class Demand:
 class EngineReplica:
     """The user's class of the deployment `Engine`."""
 
+    _open = False  # started, and not ended
+
     async def __init__(  # type: ignore[misc]  # Serve awaits constructors
         self, settings: Settings, board: Any, main: EngineMain = engine_main
     ) -> None:
@@ -101,7 +104,7 @@ class EngineReplica:
         self._serving: set[asyncio.Task[Any]] = set()  # of `generate`
         self._giving_back = False
         self._heard = Answer("", 0, (), ())
-        self._metrics, self._metrics_at = b"", 0.0
+        self._own = OwnSnapshot(self._figures.registry, self._label, "engine")
         serve_replica.leave_main_alone()
         if settings.device == "cpu" and main is engine_main:
             preload()
@@ -110,7 +113,7 @@ class EngineReplica:
         self._reporting = asyncio.create_task(self._report_on(), name="reports")
         await self._client.start()
         await self._warm_up()
-        self._state = "ready"
+        self._state, self._open = "ready", True
         await self._report()
 
     # --- what ingresses call --------------------------------------------------------------------
@@ -125,8 +128,9 @@ class EngineReplica:
         assert task is not None
         self._serving.add(task)
         try:
-            async for batch in self._deltas(submit):
-                yield batch
+            async with aclosing(self._deltas(submit)) as deltas:
+                async for batch in deltas:
+                    yield batch
         except (QuickchangeError, ReplicaLostError) as error:
             yield error
         except asyncio.CancelledError:
@@ -189,7 +193,15 @@ class EngineReplica:
         report = self._figures_now()
         return {"queue": float(report.running + report.waiting), "kv_share": report.kv_share}
 
-    async def __del__(self) -> None:
+    def __del__(self) -> Coroutine[Any, Any, None] | None:
+        """The end, which Serve awaits; the interpreter, which calls it too, comes after that."""
+        if not self._open:
+            return None
+        self._open = False
+        return self.end()
+
+    async def end(self) -> None:
+        """End the engine, and leave the board."""
         self._reporting.cancel()
         await self._client.close(0.0)
         try:
@@ -199,7 +211,7 @@ class EngineReplica:
 
     # --- reports --------------------------------------------------------------------------------
 
-    def _figures_now(self) -> ReplicaReport:
+    def _figures_now(self, metrics: bytes = b"") -> ReplicaReport:
         stats, info = self._figures.stats, self._client.info
         used = 0 if stats is None else stats.kv_blocks_used
         return ReplicaReport(
@@ -213,7 +225,7 @@ class EngineReplica:
             waiting=0 if stats is None else stats.waiting,
             kv_share=used / info.kv_blocks if info is not None and info.kv_blocks else 0.0,
             step_seconds=self._figures.step_seconds,
-            metrics=self._metrics,
+            metrics=metrics,
             at=time.time(),
         )
 
@@ -243,7 +255,7 @@ class EngineReplica:
         try:
             self._heard = await answer(
                 self._board.report.remote,
-                self._figures_now(),
+                self._figures_now(await self._own.latest()),
                 self._demand.most(),
                 before.board,
                 before.heard,

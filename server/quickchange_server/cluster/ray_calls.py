@@ -12,12 +12,13 @@ from quickchange_server.engine_client.engines import AdapterCommand
 from quickchange_server.engine_client.remote.cluster_view import ClusterView
 from quickchange_server.engine_client.remote.replica_calls import ReplicaLostError
 from quickchange_server.protocol import Delta, Prefetch, Submit
+from quickchange_server.tenants.limit_counter import Message, Reply
 
 ANSWER_SECONDS = 2.0  # longest wait for the board's answer, and for a prefetch to be taken
 
 
 class RayCalls:
-    """`ReplicaCalls` by the handles of the deployments `Engine` and `Board`."""
+    """`ReplicaCalls` and `CounterCalls`, by the handles of the deployments `Engine` and `Board`."""
 
     def __init__(self, engines: Any, board: Any) -> None:
         # Not by reference: over gRPC a token costs a third of what it does as an object of Ray's.
@@ -56,6 +57,11 @@ class RayCalls:
     async def view(self) -> ClusterView:
         view: ClusterView = await answer(self._board.view.remote)
         return view
+
+    async def exchange(self, message: Message) -> Reply:
+        """A message to the counter of API keys' limits, which is at the board."""
+        reply: Reply = await answer(self._board.exchange.remote, message)
+        return reply
 
 
 async def answer(remote: Callable[..., Any], *args: Any) -> Any:

@@ -6,6 +6,7 @@ Ray is imported here only once the command runs, after what it reads from the en
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import ipaddress
 import logging
 import math
@@ -30,7 +31,7 @@ from quickchange_server.entrypoints.http_server import KEEP_ALIVE_SECONDS, bind
 from quickchange_server.entrypoints.serve import check_access, fail, say, settings_of
 from quickchange_server.errors import EngineFailedError, QuickchangeError, SettingError
 from quickchange_server.storage import database
-from quickchange_server.storage.engines import provisional
+from quickchange_server.storage.database_engines import provisional
 from quickchange_store.errors import StoreError
 from quickchange_store.hub_access import look_for_hub
 
@@ -49,11 +50,12 @@ def cluster(given: Mapping[str, Any], *, detach: bool) -> None:
     detach: with RAY_ADDRESS, return once the application runs, and leave it there. Exits with
     status 1 and one line of error if it can't.
     """
+    if importlib.util.find_spec("ray") is None:
+        raise ModuleNotFoundError("No module named 'ray'", name="ray")
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     arguments = settings_of(given, ApplicationArguments)
-    assert isinstance(arguments, ApplicationArguments)
     settings, cluster_settings = arguments.parts
     address = os.environ.get("RAY_ADDRESS")
     try:
@@ -202,11 +204,12 @@ def _serve_http(settings: Settings) -> str:
 def _deploy(settings: Settings, cluster_settings: ClusterSettings) -> None:
     """Deploy, and wait until all replicas run. Raises EngineFailedError with the first reason."""
     from ray import serve
-    from ray.serve.api import _run
+    from ray.serve.api import RunTarget
 
     from quickchange_server.cluster.application import application
 
-    _run(application(settings, cluster_settings), name=NAME, route_prefix="/", _blocking=False)
+    target = RunTarget(application(settings, cluster_settings), name=NAME, route_prefix="/")
+    serve.run_many([target], wait_for_applications_running=False)
     while True:
         found = serve.status().applications.get(NAME)
         if found is not None:

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
+from prometheus_client import Gauge
 from starlette.middleware.cors import CORSMiddleware
 
 from quickchange_server.adapter_registry.importer import Imports
@@ -28,7 +29,7 @@ from quickchange_server.api.middleware import (
 )
 from quickchange_server.api.openai import completions, embeddings, models
 from quickchange_server.api.vllm import routes as vllm
-from quickchange_server.config import Settings
+from quickchange_server.config import Settings, is_remote
 from quickchange_server.engine_client.client import EngineClient
 from quickchange_server.engine_client.engines import EnginesMaker
 from quickchange_server.engine_client.local.local_engines import LocalEngines
@@ -202,6 +203,11 @@ def _services(
     if cluster is not None:
         metrics.join(cluster, client)
     store = Store(*settings.store_opening)
+    Gauge(
+        "quickchange_store_reachable",
+        "0 while names are served as last read, since the store can't be reached",
+        registry=metrics.registry,
+    ).set_function(lambda: store.trouble is None)
     names = base_names(settings)
     constraints = ConstraintChecks(text, metrics.structured)
     seeds = Seeds(settings.seed)
@@ -247,6 +253,8 @@ async def _start(services: Services) -> None:
     if services.keyring is not None:
         await services.keyring.refresh()
         services.revisions.watch(TOPIC, services.keyring.refresh)
+    if is_remote(services.settings.store):  # read once; from then on it is answered from memory
+        await asyncio.to_thread(services.store.snapshot)
     await services.revisions.look()  # loads experiments before the first request
     services.revisions.start()
 

@@ -25,11 +25,12 @@ from quickchange_server.entrypoints.http_server import bind, run
 from quickchange_server.errors import QuickchangeError, SettingError
 from quickchange_server.storage import database
 from quickchange_server.storage.database import Database
-from quickchange_server.storage.engines import provisional
+from quickchange_server.storage.database_engines import provisional
 from quickchange_server.tenants.key_records import every
 from quickchange_server.tenants.tenancy import asks_for_keys
 from quickchange_store.errors import StoreError
 from quickchange_store.hub_access import look_for_hub
+from quickchange_store.store import Store
 
 
 def serve(given: Mapping[str, Any], *, demo: bool, engine: EngineMain = engine_main) -> None:
@@ -47,6 +48,9 @@ def serve(given: Mapping[str, Any], *, demo: bool, engine: EngineMain = engine_m
         if engine is engine_main and settings.device == "cpu":
             preload()
         with bind(settings) as listener, provisional(settings.database_url) as keep_database:
+            if is_remote(settings.store):
+                say(f"reading the store at {settings.store}")
+                Store(*settings.store_opening).snapshot()
             if is_remote(settings.store) and settings.database is None:
                 file = settings.database_url.removeprefix("sqlite:///")
                 say(
@@ -170,7 +174,6 @@ def with_demo(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _publish_demo(settings: Settings) -> None:
     from quickchange_store.base_model.base_spec import base_spec
-    from quickchange_store.store import Store
     from quickchange_training.demo import publish_demo_adapters
 
     publish_demo_adapters(

@@ -36,7 +36,7 @@ PAUSE_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 6
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """What an ingress knows of its cluster. Each call is cheap and answers at once, on any thread."""
+    """What an ingress knows of its cluster. Each call answers at once, on any thread."""
 
     replica: str  # the ingress' own label
     view: Callable[[], ClusterView]  # as last heard of

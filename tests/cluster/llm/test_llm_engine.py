@@ -34,7 +34,9 @@ async def whole(parts: Any) -> Any:
 
 
 def completion(**changes: Any) -> CompletionRequest:
-    return CompletionRequest(**{"model": BASE, "prompt": "ab", "max_tokens": 4, "seed": 1, **changes})
+    return CompletionRequest(
+        **{"model": BASE, "prompt": "ab", "max_tokens": 4, "seed": 1, **changes}
+    )
 
 
 async def text_of(engine: QuickchangeEngine, model: str) -> str:

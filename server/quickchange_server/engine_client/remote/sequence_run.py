@@ -66,7 +66,7 @@ class SequenceRun:
                     await self._attempt(alone)
                 except ReplicaLostError as loss:
                     self._lost(loss, time.monotonic() - began, suspect=suspect)
-            await asyncio.sleep(self._pause())
+            await asyncio.sleep(pause(self._misses))
 
     async def _attempt(self, alone: AsyncExitStack) -> None:
         """Read the sequence from one replica. alone: left once it has got on."""
@@ -112,7 +112,9 @@ class SequenceRun:
                 "if they were lost for another reason"
             ) from loss
 
-    def _pause(self) -> float:
-        if self._misses < 2:
-            return 0.0
-        return min(LAST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2.0 ** (self._misses - 2))
+
+def pause(misses: int) -> float:
+    """Seconds before the next attempt, after so many in a row that found no replica."""
+    if misses < 2:
+        return 0.0
+    return min(LAST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2.0 ** min(misses - 2, 30))
