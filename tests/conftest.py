@@ -9,4 +9,4 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["QUICKCHANGE_DTYPE"] = "float32"
 os.environ["OMP_NUM_THREADS"] = "1"
 
-pytest_plugins = ["postgres_server"]
+pytest_plugins = ["brief_summary", "postgres_server"]

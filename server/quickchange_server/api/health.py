@@ -28,11 +28,14 @@ async def ready(services: Injected) -> Response:
     """Readiness: 200 while requests are taken, else 503; the body has the engine's state.
 
     In a cluster it also has the engine replicas that are ready, and how many there should be.
+    Where the store can't be reached, it says so too: requests for names known so far go on.
     """
     state = services.client.state
     body: Json = {"state": state}
     if services.cluster is not None:
         body["replicas"] = services.cluster.counts()
+    if (trouble := services.store.trouble) is not None:
+        body["store"] = trouble
     return JSONResponse(body, 200 if state in ("ready", "restarting") else 503)
 
 

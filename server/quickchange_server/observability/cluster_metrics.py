@@ -16,6 +16,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
+from quickchange_server.engine_client.client_observer import Interruption
 from quickchange_server.engine_client.remote.cluster_view import ClusterView
 from quickchange_server.observability.replica_metrics import RESIDENT, exposition, merged
 from quickchange_server.protocol import Tier
@@ -28,7 +29,6 @@ RESULTS: Mapping[Held, str] = {
     "disk": "cold",
 }
 LabelOf = Callable[[str], str]  # a label value for an adapter version's digest
-Interruption = Literal["lost", "drained"]  # why a stream left its replica: it died, or gave it back
 
 # From a hand-over between two that are idle to the load of an adapter and a long prompt.
 PAUSE_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -36,7 +36,7 @@ PAUSE_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 6
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """What an ingress knows of its cluster. Each call is cheap, and is made on any thread."""
+    """What an ingress knows of its cluster. Each call answers at once, on any thread."""
 
     replica: str  # the ingress' own label
     view: Callable[[], ClusterView]  # as last heard of

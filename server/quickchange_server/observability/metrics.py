@@ -15,11 +15,15 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.process_collector import ProcessCollector
 
 from quickchange_server.config import Settings
-from quickchange_server.engine_client.client_observer import Outcome, Refusal, ServerState
+from quickchange_server.engine_client.client_observer import (
+    Interruption,
+    Outcome,
+    Refusal,
+    ServerState,
+)
 from quickchange_server.observability.cluster_metrics import (
     Cluster,
     IngressCollector,
-    Interruption,
     StreamMetrics,
     exposition_of_all,
 )

@@ -345,3 +345,4 @@ class ReplicaCounts(ResponseModel):
 class EngineState(ResponseModel):
     state: str
     replicas: ReplicaCounts | None = None  # in a cluster alone
+    store: str | None = None  # its trouble, where it has one
