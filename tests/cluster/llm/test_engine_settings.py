@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quickchange_server.cluster.llm.engine_settings import (
@@ -59,6 +59,7 @@ def test_the_model_is_named_by_its_id() -> None:
     assert (made().model, made().served_model_name, made().store) == ("m", "id", Path("store"))
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.sampled_from(sorted(HINTS)), st.integers() | st.booleans() | st.text()))
 def test_hints_change_nothing(hints: dict[str, Any]) -> None:
     assert made(**hints) == made()
@@ -78,6 +79,7 @@ def test_what_ray_sets_is_refused_with_where_it_is_set(name: str) -> None:
         made(**{name: "x"})
 
 
+@settings(deadline=None)
 @given(st.text(min_size=1))
 def test_an_unknown_option_is_named(name: str) -> None:
     known = {*Settings.model_fields, *TRANSLATED, *HINTS, *UNSUPPORTED, *ELSEWHERE, "lora_modules"}

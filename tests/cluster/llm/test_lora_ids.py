@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from http_support import BASE_SPEC, make_adapter, write_peft
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quickchange_server.adapter_registry.importer import Imports
@@ -45,6 +45,7 @@ def make_ids(store: Store, bucket: Bucket | None) -> tuple[LoraIds, LoraCatalog]
     return ids, LoraCatalog(store, ids, adapters=True, turbo=True, lookup=True)
 
 
+@settings(deadline=None)
 @given(st.text(min_size=1, max_size=300))
 def test_every_id_has_a_valid_name_of_its_own(adapter: str) -> None:
     assert check_name(store_name(adapter)) == store_name(adapter)
