@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 
 from quickchange_server.config import Settings
 from quickchange_server.engine_client.adapter_status import AdapterStatus
-from quickchange_server.engine_client.client_observer import ClientObserver
+from quickchange_server.engine_client.client_observer import EngineObserver
 from quickchange_server.engine_client.in_flight_request import InFlightRequest
 from quickchange_server.protocol import Forget, Pin, Prefetch, Ready, Submit
 
@@ -83,4 +83,4 @@ class Engines(Protocol):
         waits for one."""
 
 
-EnginesMaker = Callable[[Settings, ClientObserver, Ended], Engines]
+EnginesMaker = Callable[[Settings, EngineObserver, Ended], Engines]

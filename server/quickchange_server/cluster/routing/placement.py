@@ -33,9 +33,6 @@ Held = Literal["device", "loading", "host", "disk"]
 _SLOWEST = 4.0  # most that a step's time makes of a load, and one part of it the least
 _CACHED_ORDERS = 1 << 14
 
-_LAST = 4  # rank of a replica that the request was just lost on
-_OVER = 3  # of one with too much to do
-
 
 @dataclass(frozen=True, slots=True)
 class PlacementPolicy:
@@ -94,44 +91,53 @@ def order(
     """
     if not candidates:
         return []
-    places = _places(tuple([c.replica for c in candidates]), _key(digests) if digests else spread)
+    names = tuple([candidate.replica for candidate in candidates])
+    places = _places(names, _key(digests) if digests else spread)
     loads = _loads(candidates)
-    mean = sum(loads) / len(loads)
-    bound = (1 + policy.epsilon) * mean + 1
+    bound = (1 + policy.epsilon) * sum(loads) / len(loads) + 1
+    wide = bound + policy.slack
     known = prefixes or {}
-    free = [
-        load <= bound and c.kv_share <= policy.kv_full and c.replica not in avoid
-        for c, load in zip(candidates, loads, strict=True)
-    ]
-    at_home = min((place, n) for n, place in enumerate(places) if free[n] or not any(free))[1]
-    home_has_room = not candidates[at_home].full
-
-    def rank(number: int) -> tuple[float, ...]:
-        candidate, load, place = candidates[number], loads[number], places[number]
+    # Each in the order of hashing, which sorting keeps between equals.
+    there: list[int] = []
+    on_host: list[int] = []
+    elsewhere: list[int] = []
+    over: list[int] = []
+    lost: list[int] = []
+    for number in places:
+        candidate, load = candidates[number], loads[number]
         if candidate.replica in avoid:
-            return _LAST, load, place
-        prefix = known.get(candidate.replica, 0)
-        if not digests:
-            return (0, -prefix, load, place) if free[number] else (_OVER, load, place)
-        held = candidate.held(digests, now)
-        wide = load <= bound + policy.slack and candidate.kv_share <= policy.kv_full
-        if wide and held in ("device", "loading"):
-            return 0, -prefix, place
-        if not free[number]:
-            return _OVER, load, place
-        # A copy on the host is worth less than room on the device, where that is at home.
-        if held == "host" and not (candidate.full and home_has_room):
-            return 1, -prefix, place
-        return 2, place
-
-    ranked = sorted(range(len(candidates)), key=rank)
-    return [candidates[number].replica for number in ranked]
+            lost.append(number)
+        elif load > wide or candidate.kv_share > policy.kv_full:
+            over.append(number)
+        elif not digests:
+            (there if load <= bound else over).append(number)
+        elif (held := candidate.held(digests, now)) in ("device", "loading"):
+            there.append(number)
+        elif load > bound:
+            over.append(number)
+        else:
+            (on_host if held == "host" else elsewhere).append(number)
+    if not digests:
+        there.sort(key=lambda n: (-known.get(names[n], 0), loads[n]))
+    elif len(there) > 1:
+        there.sort(
+            key=lambda n: (candidates[n].held(digests, now) != "device", -known.get(names[n], 0))
+        )
+    on_host.sort(key=lambda n: -known.get(names[n], 0))
+    if on_host and elsewhere and not candidates[elsewhere[0]].full:
+        # A copy on the host is worth less than room on the device nearer to home.
+        home = places.index(elsewhere[0])
+        nearer = [n for n in on_host if places.index(n) < home or not candidates[n].full]
+        elsewhere += [n for n in on_host if n not in nearer]
+        on_host = nearer
+    over.sort(key=loads.__getitem__)
+    lost.sort(key=loads.__getitem__)
+    return [names[number] for number in (*there, *on_host, *elsewhere, *over, *lost)]
 
 
 def rendezvous(replicas: Sequence[str], digests: Sequence[str]) -> list[str]:
     """The replicas in their order for these digests, loads and tiers left aside."""
-    places = _places(tuple(replicas), _key(digests))
-    return [name for _, name in sorted(zip(places, replicas, strict=True))]
+    return [replicas[number] for number in _places(tuple(replicas), _key(digests))]
 
 
 def _key(digests: Sequence[str]) -> bytes:
@@ -140,13 +146,10 @@ def _key(digests: Sequence[str]) -> bytes:
 
 @lru_cache(maxsize=_CACHED_ORDERS)
 def _places(replicas: tuple[str, ...], key: bytes) -> array[int]:
-    """Each replica's place in the order of the key."""
+    """The replicas' numbers in the order of the key."""
     weights = [blake2b(key, digest_size=16, key=_secret(name)).digest() for name in replicas]
-    ranked = sorted(range(len(replicas)), key=lambda n: (weights[n], replicas[n]), reverse=True)
-    places = array("L", bytes(array("L").itemsize * len(replicas)))
-    for place, number in enumerate(ranked):
-        places[number] = place
-    return places
+    numbers = sorted(range(len(replicas)), key=lambda n: (weights[n], replicas[n]), reverse=True)
+    return array("L", numbers)
 
 
 @lru_cache(maxsize=1 << 10)
