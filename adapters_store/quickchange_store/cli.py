@@ -30,7 +30,8 @@ app = typer.Typer(
 )
 
 StoreOption = Annotated[
-    Path, typer.Option("--store", envvar="QUICKCHANGE_STORE", help="Folder of the adapter store.")
+    str,
+    typer.Option("--store", envvar="QUICKCHANGE_STORE", help="The store: a folder, or a URL."),
 ]
 ModelOption = Annotated[
     str,
@@ -107,7 +108,7 @@ def show(
         found = next(version for version in versions if version.number == resolved.version)
         detail = {
             **_described(opened, found),
-            "path": str(opened.path(resolved.digest)),
+            "path": opened.address(resolved.digest),
             "versions": [_version(version) for version in versions],
             "aliases": {
                 alias: str(target)

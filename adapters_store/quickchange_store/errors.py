@@ -11,6 +11,8 @@
     ├── NameConflictError         the name is taken by the other kind (name, alias)
     │   └── InUseError            an alias or the current pointer holds what is to be removed
     ├── NoStoreError              there is no store at this path
+    ├── StoreLocationError        a store's path or URL can't be used
+    ├── StoreUnavailableError     the store can't be reached now
     └── CorruptStoreError         the store's own files are damaged
         └── CorruptVersionError   one stored version is damaged
 
@@ -102,6 +104,14 @@ class InUseError(NameConflictError):
 
 class NoStoreError(StoreError):
     """A command that reads or changes a store found none at its path."""
+
+
+class StoreLocationError(StoreError):
+    """A store's path or URL can't be used; the message says what would do."""
+
+
+class StoreUnavailableError(StoreError):
+    """The store can't be reached, or does not answer; nothing is known to have changed."""
 
 
 class CorruptStoreError(StoreError):

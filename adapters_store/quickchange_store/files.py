@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 
 @contextmanager
@@ -72,15 +73,23 @@ def placed(path: Path) -> Iterator[None]:
 
 def write_synced(path: Path, content: bytes) -> None:
     """Write a new file and wait until it is on the disk; what fails leaves no file."""
-    file = path.open("xb")
     try:
-        with file:
+        with written_synced(path) as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+    except FileExistsError:
+        raise
     except OSError:
         path.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def written_synced(path: Path) -> Iterator[BinaryIO]:
+    """Open a new file, and wait at the end until it is on the disk."""
+    with path.open("xb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def replace_atomically(path: Path, content: bytes, scratch: Path) -> None:

@@ -6,10 +6,7 @@ The file is replaced whole, so a reader always has one consistent state and neve
 from __future__ import annotations
 
 import json
-import os
-import threading
 import time
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,9 +24,7 @@ from quickchange_store.errors import (
 )
 from quickchange_store.json_files import (
     UnreadableFileError,
-    open_to_read,
     read_object,
-    read_opened,
 )
 from quickchange_store.names import Reference, check_name, parse_reference
 
@@ -275,7 +270,7 @@ def encode(index: Index) -> bytes:
     return json.dumps(content, sort_keys=True).encode()
 
 
-def decode(content: bytes, path: Path) -> Index:
+def decode(content: bytes, path: Path | str) -> Index:
     """The index from its JSON; `path` is for messages. Raises CorruptStoreError."""
     try:
         tree = read_object(content)
@@ -295,16 +290,17 @@ def decode(content: bytes, path: Path) -> Index:
         }
         _check_pointers(entries, aliases)
     except UnreadableFileError as error:
-        raise _damaged(path, error.problem, error.key) from error
+        raise damaged(path, error.problem, error.key) from error
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        raise _damaged(path, first["msg"], ".".join(map(str, first["loc"]))) from error
+        raise damaged(path, first["msg"], ".".join(map(str, first["loc"]))) from error
     except (ValueError, InvalidNameError) as error:
-        raise _damaged(path, str(error)) from error
+        raise damaged(path, str(error)) from error
     return Index(entries, aliases)
 
 
-def _damaged(path: Path, problem: str, key: str | None = None) -> CorruptStoreError:
+def damaged(path: Path | str, problem: str, key: str | None = None) -> CorruptStoreError:
+    """The error for an index that can't be used."""
     return CorruptStoreError(
         f"the index is damaged ({problem})",
         file=str(path),
@@ -373,65 +369,3 @@ def _check_turbo(entries: Mapping[str, NameEntry], alias: str, reference: Refere
     number = reference.number or (entry and entry.current)
     if entry is None or number not in entry.versions:
         raise ValueError(f"alias {alias} drafts with {reference}, which is missing")
-
-
-class IndexFile:
-    """The index on disk, read again only when it has been replaced.
-
-    Keeps the file that it last read open: the system can't give that file's inode to a newer file
-    in the meantime, so comparing inodes never takes a new index for the old one.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._mutex = threading.Lock()
-        self._seen: tuple[int, int, int, int] | None = None
-        self._index = Index()
-        self._descriptors: list[int] = []  # the file last read, or none
-        weakref.finalize(self, _close_all, self._descriptors)
-
-    def read(self) -> Index:
-        """The index as it is now; empty where there is none yet. Raises CorruptStoreError."""
-        with self._mutex:
-            try:
-                if _identity(self.path.stat()) != self._seen:
-                    self._reload()
-            except FileNotFoundError:
-                self._forget()
-            except OSError as error:
-                raise CorruptStoreError(
-                    f"the index can't be read: {error.strerror}",
-                    file=str(self.path),
-                    remedy="see that it may be read, and that its folder is a store's",
-                ) from error
-            return self._index
-
-    def _reload(self) -> None:
-        descriptor = open_to_read(self.path)
-        try:
-            status = os.fstat(descriptor)
-            index = decode(read_opened(descriptor, MAX_INDEX_BYTES), self.path)
-        except UnreadableFileError as error:
-            os.close(descriptor)
-            raise _damaged(self.path, error.problem) from error
-        except BaseException:
-            os.close(descriptor)
-            raise
-        self._forget()
-        self._descriptors.append(descriptor)
-        self._seen = _identity(status)
-        self._index = index
-
-    def _forget(self) -> None:
-        _close_all(self._descriptors)
-        self._seen = None
-        self._index = Index()
-
-
-def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
-    return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
-
-
-def _close_all(descriptors: list[int]) -> None:
-    while descriptors:
-        os.close(descriptors.pop())

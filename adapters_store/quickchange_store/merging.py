@@ -28,7 +28,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 from quickchange_store.canonical.canonical_adapter import CanonicalAdapter, LowRankUpdate
-from quickchange_store.errors import StoreError, UnsupportedFeatureError
+from quickchange_store.errors import (
+    StoreError,
+    StoreUnavailableError,
+    UnsupportedFeatureError,
+)
 from quickchange_store.store import Store
 
 if TYPE_CHECKING:
@@ -193,9 +197,9 @@ def _stored(
 # --- as a program -------------------------------------------------------------------------------
 
 
-def job(root: Path, recipe: Recipe) -> bytes:
-    """Standard input of the program: derive `recipe` in the store at `root`."""
-    return json.dumps({"root": str(root), "recipe": asdict(recipe)}).encode()
+def job(store: Store, recipe: Recipe) -> bytes:
+    """Standard input of the program: derive `recipe` in the store."""
+    return json.dumps({"store": store.opening, "recipe": asdict(recipe)}).encode()
 
 
 def result(output: bytes) -> str:
@@ -206,6 +210,8 @@ def result(output: bytes) -> str:
     answer = json.loads(output)
     if "refused" in answer:
         raise UnsupportedFeatureError(**answer["refused"])
+    if "unavailable" in answer:
+        raise StoreUnavailableError(**answer["unavailable"])
     return str(answer["digest"])
 
 
@@ -215,12 +221,12 @@ def run(job: bytes) -> dict[str, Any]:
     parts = given["recipe"]
     components = tuple((digest, weight) for digest, weight in parts.pop("components"))
     try:
-        return {
-            "digest": derive(Store(Path(given["root"])), Recipe(components=components, **parts))
-        }
+        recipe = Recipe(components=components, **parts)
+        return {"digest": derive(Store(*given["store"]), recipe)}
     except StoreError as error:
         refusal = {"problem": error.problem, "file": error.file, "key": error.key}
-        return {"refused": {**refusal, "remedy": error.remedy}}
+        away = isinstance(error, StoreUnavailableError)
+        return {"unavailable" if away else "refused": {**refusal, "remedy": error.remedy}}
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ def base_of(model: str, name: str | None) -> tuple[str, str]:
     return model, name or base_name(model)
 
 
-def publication_of(store: Path | None, name: str | None) -> Publication | None:
+def publication_of(store: str | None, name: str | None) -> Publication | None:
     """Where to publish; None without store and name. Raises RecipeError where one is missing."""
     if store is None and name is None:
         return None

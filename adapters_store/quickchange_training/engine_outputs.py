@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from quickchange_server.config import Settings
 from quickchange_server.entrypoints.in_process_engine import EngineCompletion, InProcessEngine
@@ -28,7 +27,7 @@ def generate_for(wanted: WantedOutputs) -> Generate:
     def generate(prompts: Sequence[Sequence[int]], on_output: OnOutput) -> None:
         settings = Settings(
             model=wanted.model,
-            store=Path(os.devnull),  # the only adapter is at hand
+            store=os.devnull,  # the only adapter is at hand
             dtype=wanted.dtype,
             max_sequences=_TOGETHER,
             adapters=wanted.adapter is not None,

@@ -51,7 +51,7 @@ def turbo(
     name: Annotated[str | None, typer.Option(help="Publish under this name (needs --store).")] = (
         None
     ),
-    store: Annotated[Path | None, typer.Option(help="Store to publish in (needs --name).")] = None,
+    store: Annotated[str | None, typer.Option(help="Store to publish in (needs --name).")] = None,
     prompt_format: Annotated[
         PromptFormat,
         typer.Option(help="chat: through the chat template, plain: as it is, auto: chat if any."),
@@ -185,7 +185,7 @@ def turbo_lora(
     name: Annotated[str | None, typer.Option(help="Publish under this name (needs --store).")] = (
         None
     ),
-    store: Annotated[Path | None, typer.Option(help="Store to publish in (needs --name).")] = None,
+    store: Annotated[str | None, typer.Option(help="Store to publish in (needs --name).")] = None,
     prompt_format: Annotated[
         PromptFormat,
         typer.Option(help="chat: through the chat template, plain: as it is, auto: chat if any."),

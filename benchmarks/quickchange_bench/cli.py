@@ -290,7 +290,7 @@ def turbo_command(
         str, typer.Option(help="Base model's folder, or demo for the demo's base.")
     ] = "demo",
     store: Annotated[
-        Path | None, typer.Option(help="Adapter store (default: a new one with the demo's).")
+        str | None, typer.Option(help="Adapter store (default: a new one with the demo's).")
     ] = None,
     tasks: Annotated[
         str, typer.Option(help="With commas: the demo's tasks, and chat.")
@@ -315,7 +315,7 @@ def turbo_command(
 
     options = TurboOptions(
         model=ensure_demo_base() if model == "demo" else _folder(Path(model)),
-        store=None if store is None else Store.at(store).root,
+        store=None if store is None else Store.at(store).location,
         tasks=tuple(tasks.split(",")),
         base_heads=base_heads,
         loads=parse_loads(concurrency, None),
@@ -340,7 +340,7 @@ def structured_command(
         str, typer.Option(help="Base model's folder, or demo for the demo's base.")
     ] = "demo",
     store: Annotated[
-        Path | None, typer.Option(help="Adapter store (default: a new one with the demo's).")
+        str | None, typer.Option(help="Adapter store (default: a new one with the demo's).")
     ] = None,
     generations: Annotated[int, typer.Option(min=0, help="To judge, over ten schemas.")] = 200,
     first: Annotated[int, typer.Option(min=0, help="Seed of the first of them.")] = 0,
@@ -360,7 +360,7 @@ def structured_command(
 
     options = StructuredOptions(
         model=ensure_demo_base() if model == "demo" else _folder(Path(model)),
-        store=None if store is None else Store.at(store).root,
+        store=None if store is None else Store.at(store).location,
         generations=generations,
         first=first,
         concurrency=tuple(int(part) for part in concurrency.split(",") if part),

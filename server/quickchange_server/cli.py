@@ -1,4 +1,4 @@
-"""The command `quickchange`: serve, plan, warm-cache, adapters, keys, database, train, eval, bench.
+"""The command `quickchange`: serve, cluster, plan, warm-cache, adapters, keys, database, train …
 
 A command's modules are imported only when it runs, so that `quickchange --help` is quick.
 """
@@ -14,11 +14,14 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from quickchange_store.errors import os_error_line
+
+if TYPE_CHECKING:
+    from pydantic_settings import BaseSettings
 
 DEMO = "demo"
 
@@ -60,6 +63,31 @@ def serve_command() -> Callable[..., None]:
     )
 
 
+def cluster_command() -> Callable[..., None]:
+    """The function `cluster`, with an option for every field of `Settings`, and its own."""
+    from quickchange_server.cluster.cluster_settings import ClusterSettings
+    from quickchange_server.config import Settings
+
+    def cluster(**given: Any) -> None:
+        """Serve on several engines, of one machine or many, with Ray Serve.
+
+        Joins the Ray at RAY_ADDRESS, or starts one on this machine, deploys the application and
+        waits until its replicas run. The signal that ends the command removes the application, and
+        Ray with it where it was started here. Takes the options and the environment of `serve`.
+        """
+        from quickchange_server.cluster.start import cluster as launch
+
+        detach = bool(given.pop("detach"))
+        launch({name: value for name, value in given.items() if value is not None}, detach=detach)
+
+    detach_help = "with RAY_ADDRESS: return once the application runs, and leave it there"
+    return _with_settings(
+        cluster,
+        (Settings, ClusterSettings),
+        detach=(False, Annotated[bool, typer.Option("--detach", help=detach_help)]),
+    )
+
+
 def plan_command() -> Callable[..., None]:
     """The function `plan`, with an option for every field of `Settings`."""
 
@@ -67,19 +95,41 @@ def plan_command() -> Callable[..., None]:
         """Print what the model would take of a device, and how many adapters fit.
 
         Takes the options and the environment of `serve`. No GPU is needed, and no weight is read.
-        """
-        from quickchange_server.entrypoints.plan_command import plan as run
 
-        gpu, ranks = given.pop("gpu"), given.pop("ranks")
+        With --traffic: what that traffic would meet on many replicas, under three ways of routing.
+        """
+        gpu, ranks, trace = given.pop("gpu"), given.pop("ranks"), given.pop("traffic")
+        many = {name: given.pop(name) for name in ("replicas", "policy", "measured")}
         settings = {name: value for name, value in given.items() if value is not None}
-        run(settings, gpu=gpu, ranks=ranks)
+        if trace is None:
+            from quickchange_server.entrypoints.plan_command import plan as run
+
+            run(settings, gpu=gpu, ranks=ranks)
+            return
+        from quickchange_server.cluster.simulation.plan_traffic import plan_traffic
+
+        typer.echo(plan_traffic(settings, trace=trace, gpu=gpu, ranks=ranks, **many))
 
     gpu_help = "GPU to plan for: h100, rtx4090, …, or a size such as 24GiB; default: a CPU"
-    ranks_help = "ranks of adapters to count, joined by commas; default: 8,16,32,64"
+    ranks_help = (
+        "ranks of adapters to count, joined by commas; default: 8,16,32,64. With --traffic, the "
+        "first is all adapters'"
+    )
+    traffic_help = (
+        "plan for a trace (CSV, or JSON lines: time, adapter, prompt, output), or for traffic that "
+        "is drawn: zipf:adapters=1000,alpha=1,rate=10,seconds=60,prompt=256,output=64"
+    )
+    replicas_help = "with --traffic: engine replicas"
+    policy_help = "with --traffic: affinity | random | least-loaded; default: all three"
+    measured_help = "with --traffic: file of a replica's prices and budgets, instead of --gpu's"
     return _with_settings(
         plan,
         gpu=(None, Annotated[str | None, typer.Option("--gpu", help=gpu_help)]),
         ranks=(None, Annotated[str | None, typer.Option("--ranks", help=ranks_help)]),
+        traffic=(None, Annotated[str | None, typer.Option("--traffic", help=traffic_help)]),
+        replicas=(2, Annotated[int, typer.Option("--replicas", help=replicas_help)]),
+        policy=(None, Annotated[str | None, typer.Option("--policy", help=policy_help)]),
+        measured=(None, Annotated[str | None, typer.Option("--measured", help=measured_help)]),
     )
 
 
@@ -108,15 +158,19 @@ def warm_cache_command() -> Callable[..., None]:
 
 
 def _with_settings(
-    command: Callable[..., None], **own: tuple[object, object]
+    command: Callable[..., None],
+    kinds: Sequence[type[BaseSettings]] = (),
+    /,
+    **own: tuple[object, object],
 ) -> Callable[..., None]:
-    """The command with an option for every field of `Settings`, then its own: each a default and
-    an annotation."""
+    """The command with an option for every field of `kinds`, by default of `Settings`, then its
+    own: each a default and an annotation."""
     from quickchange_server.config import Settings
 
     options = {
         name: (None, Annotated[_option_type(field.annotation), _option(name, field)])
-        for name, field in Settings.model_fields.items()
+        for kind in kinds or (Settings,)
+        for name, field in kind.model_fields.items()
     } | own
     parameters = [
         inspect.Parameter(
@@ -203,6 +257,7 @@ def _demo_model() -> str:
 
 
 app.command("serve")(serve_command())
+app.command("cluster")(cluster_command())
 app.command("plan")(plan_command())
 app.command("warm-cache")(warm_cache_command())
 for _name, (_module, _summary) in SUB_APPS.items():
@@ -296,6 +351,7 @@ _EXTRAS = {
     "opentelemetry": "traces",
     "psutil": "bench",
     "psycopg": "postgres",
+    "ray": "ray",
 }
 
 

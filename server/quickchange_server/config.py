@@ -5,21 +5,42 @@ A bad value raises with the setting's name. The engine process gets the same obj
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import unquote, urlsplit
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 GIB = 1024**3
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@]+")
 
 
-def default_database(store: Path) -> str:
-    """The database URL used by default: SQLite in the store's folder."""
-    return f"sqlite:///{store / 'quickchange.sqlite3'}"
+def default_database(store: str) -> str:
+    """The database URL used by default: SQLite in the store's local folder."""
+    return f"sqlite:///{local_folder(store) / 'quickchange.sqlite3'}"
+
+
+def is_remote(store: str) -> bool:
+    """True if the store is no folder."""
+    return "://" in store and not store.startswith("file://")
+
+
+def local_folder(store: str) -> Path:
+    """The store's folder; of one elsewhere, where this machine keeps what belongs to it."""
+    if store.startswith("file://"):
+        return Path(unquote(urlsplit(store).path))
+    if not is_remote(store):
+        return Path(store)
+    xdg = os.environ.get("XDG_DATA_HOME")
+    data = Path(xdg) if xdg else Path.home() / ".local" / "share"
+    shown = re.sub(r"[^A-Za-z0-9.-]+", "-", store.rstrip("/"))
+    unique = hashlib.sha256(store.rstrip("/").encode()).hexdigest()[:8]
+    return data / "quickchange" / "stores" / f"{shown[:80]}-{unique}"
 
 
 def _listed(names: str | None) -> frozenset[str]:
@@ -47,7 +68,17 @@ class Settings(BaseSettings):
         description="base model: a folder in transformers' layout, a GGUF file, or a hub id"
     )
     served_model_name: str | None = Field(None, description="the base's name in requests")
-    store: Path = Field(description="folder of the adapter store")
+    store: Annotated[str, BeforeValidator(os.fspath)] = Field(
+        description="the adapter store: a folder, or a URL (s3://BUCKET/PREFIX, gs://..., file://)"
+    )
+    store_cache: Path | None = Field(
+        None,
+        description="folder where versions of a URL's store are kept once fetched, shared by this "
+        "machine's servers; default: under the user's cache folder",
+    )
+    store_cache_bytes: int = Field(
+        20 * GIB, ge=1024, description="size of store_cache; what was used least recently goes"
+    )
 
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535, description="0 picks a free port")
@@ -168,7 +199,8 @@ class Settings(BaseSettings):
     database: str | None = Field(
         None,
         description="where experiments, keys and usage are kept: an SQLAlchemy URL, for several "
-        "replicas of PostgreSQL (postgresql+psycopg://...); default: SQLite in the store's folder",
+        "replicas of PostgreSQL (postgresql+psycopg://...); default: SQLite in the store's folder, "
+        "or on this machine where the store is a URL",
     )
     api_keys: bool | None = Field(
         None,
@@ -210,8 +242,13 @@ class Settings(BaseSettings):
         return _listed(self.allowed_origin)
 
     @property
+    def store_opening(self) -> tuple[str, Path | None, int]:
+        """Arguments that open the store."""
+        return self.store, self.store_cache, self.store_cache_bytes
+
+    @property
     def database_url(self) -> str:
-        """`database`, or SQLite in the store's folder."""
+        """`database`, or SQLite in the store's local folder."""
         return default_database(self.store) if self.database is None else self.database
 
     @property

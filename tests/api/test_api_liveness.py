@@ -10,7 +10,7 @@ import pytest
 from fake_engine import Behaviour
 from http_support import BASE, live_server, wait_until
 
-from quickchange_server.engine_client import supervisor
+from quickchange_server.engine_client.local import supervisor
 
 
 def test_liveness_fails_while_engines_fail_and_comes_back_with_one(

@@ -106,7 +106,8 @@ def _application(folder: Path) -> Any:
     engine = partial(_watched_engine, folder / "engine.json", found("engine_main"))
     pieces = [chr(ord(" ") + token) for token in range(VOCABULARY)]
     text = text_of_pieces(pieces, end=VOCABULARY - 1)
-    return found("create_app")(settings, text=text, engine=engine)
+    engines = partial(found("LocalEngines"), main=engine)
+    return found("create_app")(settings, text=text, engines=engines)
 
 
 class _Definitions:

@@ -260,6 +260,50 @@ def constrained(kind: str, source: str, **params: Any) -> Submit:
     )
 
 
+def resumed(engine: Engine, submit: Submit, tokens: list[int]) -> Said:
+    """What is said of a request whose first tokens another engine has said."""
+    said = run(engine, [replace(submit, output=tuple(tokens))])[submit.request_id]
+    return replace(said, tokens=tokens + said.tokens)
+
+
+@slow
+@given(wanted=submits(), missing=st.integers(0, 3))
+def test_a_text_of_which_only_the_last_words_were_lost_ends_as_before(
+    roomy: Engine, wanted: list[Submit], missing: int
+) -> None:
+    for submit in wanted:
+        whole = run(roomy, [submit])[submit.request_id]
+        again = resumed(roomy, submit, whole.tokens[: max(0, len(whole.tokens) - missing)])
+        assert (again.tokens, again.end) == (whole.tokens, whole.end), submit
+
+
+@pytest.mark.parametrize(
+    ("expression", "params", "reason"),
+    [
+        ("a{5}", {"max_tokens": 5}, "stop"),  # complete with the last token that it may have
+        ("a{5}", {"max_tokens": 9}, "stop"),
+        ("a{5}", {"max_tokens": 4}, "length"),
+        ("(ab){3,9}", {"logit_bias": ((END, 100.0),)}, "stop"),
+        ("(a|b){3,9}", {"logit_bias": ((24, 100.0),), "stop_token_ids": {24}}, "stop"),
+        (None, {"max_tokens": 3, "stop_token_ids": set()}, "length"),
+        (None, {"logit_bias": ((END, 100.0),)}, "stop"),
+        (None, {"logit_bias": ((END, 100.0),), "min_tokens": 3, "max_tokens": 3}, "length"),
+        (None, {"max_tokens": MAX_LEN}, "length"),  # the context's end
+    ],
+)
+def test_a_text_whose_end_alone_was_lost_ends_without_another_token(
+    roomy: Engine, expression: str | None, params: dict[str, Any], reason: str
+) -> None:
+    submit = constrained("regex", expression or "", **params)
+    if expression is None:
+        submit = replace(submit, constraint=None)
+    whole = run(roomy, [submit])["r"]
+    assert whole.end == (reason, None)
+    for kept in range(len(whole.tokens) + 1):
+        again = resumed(roomy, submit, whole.tokens[:kept])
+        assert (again.tokens, again.end) == (whole.tokens, whole.end), kept
+
+
 def test_a_complete_text_ends_without_another_token(roomy: Engine) -> None:
     said = run(roomy, [constrained("regex", "a{5}")])["r"]
     assert written(said.tokens) == "aaaaa"

@@ -26,6 +26,7 @@ from client_support import (
 from fake_engine import Behaviour, entries, expected_tokens
 
 from quickchange_server.engine_client.client import EngineClient
+from quickchange_server.engine_client.local.local_engines import LocalEngines
 from quickchange_server.errors import (
     AdapterFailedError,
     EngineFailedError,
@@ -216,7 +217,7 @@ def test_an_engine_that_hangs_at_the_start_is_given_up() -> None:
     async def scenario() -> None:
         settings = make_settings(engine_start_seconds=0.5)
         main = partial(fake_engine.main, behaviour=Behaviour(start_seconds=600))
-        client = EngineClient(settings, Metrics(settings), main)
+        client = EngineClient(settings, Metrics(settings), partial(LocalEngines, main=main))
         with pytest.raises(EngineFailedError, match=r"not ready after 0\.5 seconds"):
             await client.start()
         assert client.pid is None

@@ -267,7 +267,7 @@ def turbo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     for name, adapter in made.adapters.items():
         store.add(name, adapter)
     store.alias("fast", "lora-a", turbo="two")
-    return made.path, store.root
+    return made.path, Path(store.location)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])

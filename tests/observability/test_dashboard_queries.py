@@ -16,8 +16,17 @@ COMPARISON = re.compile(r" (==|!=|>=|<=|>|<) ")
 LABEL_VALUES = re.compile(r"label_values\((.*), (\w+)\)")
 
 
-def values_of(observed: Observed, dashboard: dict[str, Any]) -> dict[str, str]:
-    """The variables as Grafana sets them when the dashboard opens."""
+# Each dashboard with the kinds of server that it shows: series without a replica's label and with.
+SHOWN = [
+    (name, kind)
+    for name in NAMES
+    for kind in ("machine", "cluster")
+    if (name, kind) != ("cluster", "machine")
+]
+
+
+def values_of(observed: Observed, dashboard: dict[str, Any], kind: str) -> dict[str, str]:
+    """The variables as Grafana sets them when the dashboard opens, and this server is chosen."""
     values = built_in(SCRAPE_SECONDS, RANGE_SECONDS)
     for variable in dashboard["templating"]["list"]:
         if variable["type"] == "query":
@@ -27,6 +36,9 @@ def values_of(observed: Observed, dashboard: dict[str, Any]) -> dict[str, str]:
             options = observed.prometheus.label_values(selector, found[2], observed.start)
             assert options, f"{variable['name']} has nothing to choose from"
             values[variable["name"]] = variable.get("allValue", options[0])
+            if variable["name"] == "instance":
+                assert observed.instances[kind] in options
+                values["instance"] = observed.instances[kind]
     return values
 
 
@@ -37,9 +49,9 @@ def answer(observed: Observed, query: Query, values: dict[str, str]) -> list[flo
     return observed.prometheus.over(expression, observed.start, observed.end)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_panels_query_returns_data(observed: Observed, name: str) -> None:
-    values = values_of(observed, load(name))
+@pytest.mark.parametrize(("name", "kind"), SHOWN)
+def test_every_panels_query_returns_data(observed: Observed, name: str, kind: str) -> None:
+    values = values_of(observed, load(name), kind)
     asked = list(queries(name))
     assert asked
     without = [
@@ -50,20 +62,33 @@ def test_every_panels_query_returns_data(observed: Observed, name: str) -> None:
     assert not without, "\n".join(without)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_annotations_query_is_understood(observed: Observed, name: str) -> None:
+@pytest.mark.parametrize(("name", "kind"), SHOWN)
+def test_every_annotations_query_is_understood(observed: Observed, name: str, kind: str) -> None:
     dashboard = load(name)
-    values = values_of(observed, dashboard)
+    values = values_of(observed, dashboard, kind)
     for annotation in dashboard["annotations"]["list"]:
         observed.prometheus.over(filled(annotation["expr"], values), observed.start, observed.end)
 
 
-def test_every_recording_rule_has_recorded(observed: Observed) -> None:
+@pytest.mark.parametrize("kind", ["machine", "cluster"])
+def test_every_recording_rule_has_recorded(observed: Observed, kind: str) -> None:
     recorded = [rule["record"] for rule in rules("rules.yml")]
     assert recorded
     for name in recorded:
-        values = observed.prometheus.over(name, observed.start, observed.end)
+        wanted = "" if name.startswith("variant:") else f'{{instance="{observed.instances[kind]}"}}'
+        values = observed.prometheus.over(name + wanted, observed.start, observed.end)
         assert any(math.isfinite(value) for value in values), name
+
+
+def test_what_is_recorded_of_a_cluster_is_recorded_by_replica(observed: Observed) -> None:
+    there = f'{{instance="{observed.instances["cluster"]}"}}'
+    for name, replicas in {
+        "instance:quickchange_kv_used:ratio": ["engine-busy", "engine-idle"],
+        "instance:quickchange_requests:rate5m": ["ingress-own"],
+        "instance:quickchange_adapter_loads_per_request:ratio_rate5m": ["engine-busy"],
+    }.items():
+        told = observed.prometheus.label_values(name + there, "replica", observed.start)
+        assert set(told) >= set(replicas), name
 
 
 @pytest.mark.parametrize("alert", [rule["alert"] for rule in rules("alerts.yml")])

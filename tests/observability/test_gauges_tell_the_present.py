@@ -11,8 +11,8 @@ from client_support import client_of, generation, make_settings, next_of, rest_o
 from fake_engine import ADAPTER_BYTES, Behaviour
 from prometheus_client.parser import text_string_to_metric_families
 
-from quickchange_server.engine_client import supervisor
 from quickchange_server.engine_client.client import DeltaStream, EngineClient
+from quickchange_server.engine_client.local import supervisor
 from quickchange_server.errors import EngineFailedError
 from quickchange_server.observability.metrics import Metrics
 from quickchange_server.protocol import Component

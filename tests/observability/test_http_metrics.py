@@ -29,7 +29,7 @@ def counted(live: Live) -> dict[tuple[str, str, str], float]:
 
 
 def test_a_route_is_counted_under_its_template(server: Live) -> None:
-    Store(server.store.root).add("orders", make_adapter(1.0))
+    Store(server.store.location).add("orders", make_adapter(1.0))
     for name in ("orders", "nobody", "nothing"):
         server.http.get(f"/v1/adapters/{name}")
     route = "/v1/adapters/{reference:path}"

@@ -7,6 +7,7 @@ from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
+from clustered_metrics import Clustered
 from dashboard_support import NAMES, load
 from http_support import Live
 from prometheus_client.parser import text_string_to_metric_families
@@ -18,6 +19,14 @@ from quickchange_server.observability.tracing import attributes_of
 
 DOCS = Path(__file__).parents[2] / "docs" / "monitoring.md"
 ROW = re.compile(r"^\| `(quickchange_\w+)` \| (\w+) \| (.*) \| (.+) \|$", re.MULTILINE)
+ONLY_IN_CLUSTERS = (
+    "quickchange_cluster_replicas",
+    "quickchange_cluster_engines_wanted",
+    "quickchange_ingress_requests",
+    "quickchange_routing_total",
+    "quickchange_stream_resumes_total",
+    "quickchange_stream_pause_seconds",
+)
 OPENED = Opened("cmpl-1", ANYONE, "m", "orders", 7, 20, 1, 0.0, Assignment("e", "a", "u", "hash"))
 
 
@@ -41,16 +50,33 @@ def test_every_exported_metric_is_listed_with_its_type_and_no_other(
     assert {name: kind for name, (kind, _) in documented().items()} == exported
 
 
-def test_every_metrics_labels_are_listed(live: Live, observed: Observed) -> None:
-    assert observed.end > observed.start  # the load has been, so that labels have values
+def labels_in(text: str) -> defaultdict[str, set[str]]:
+    """The labels of each metric."""
     seen: defaultdict[str, set[str]] = defaultdict(set)
-    for family in text_string_to_metric_families(live.http.get("/metrics").text):
+    for family in text_string_to_metric_families(text):
         name = f"{family.name}_total" if family.type == "counter" else family.name
         for sample in family.samples:
             seen[name] |= sample.labels.keys() - {"le"}
-    assert {name: labels for name, (_, labels) in documented().items()} == {
-        name: seen[name] for name in documented()
-    }
+    return seen
+
+
+def test_every_metrics_labels_are_listed(live: Live, observed: Observed) -> None:
+    assert observed.end > observed.start  # the load has been, so that labels have values
+    listed, seen = documented(), labels_in(live.http.get("/metrics").text)
+    assert seen
+    for name in listed.keys() - set(ONLY_IN_CLUSTERS):
+        assert listed[name][1] == seen[name], name
+
+
+def test_in_a_cluster_every_series_of_a_replica_has_its_label_besides(
+    cluster: tuple[Clustered, str], observed: Observed
+) -> None:
+    assert observed.end > observed.start
+    listed, seen = documented(), labels_in(cluster[0].exposition().decode())
+    assert {name for name in listed if name not in seen} == set()
+    for name, (_, labels) in listed.items():
+        own = set() if name.startswith("quickchange_cluster_") else {"replica"}
+        assert seen[name] == labels | own, name
 
 
 def test_every_dashboard_is_listed_by_its_title() -> None:

@@ -16,8 +16,9 @@ def promtool(*arguments: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_promtool_finds_the_configuration_sound() -> None:
-    promtool("check", "config", str(FILES / "prometheus.yml"))
+@pytest.mark.parametrize("name", ["prometheus.yml", "cluster.yml"])
+def test_promtool_finds_the_configuration_sound(name: str) -> None:
+    promtool("check", "config", str(FILES / name))
 
 
 @pytest.mark.parametrize("name", ["rules.yml", "alerts.yml"])

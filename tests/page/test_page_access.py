@@ -5,12 +5,13 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
+from cluster_support import cluster_answers
 from experiment_fixture import answers, experiment, flag, results
 from http_support import Live
 from page_support import NARROW, Browser
 from selenium.webdriver.common.keys import Keys
 
-SECTIONS = ("chat", "adapters", "experiments")
+SECTIONS = ("chat", "adapters", "experiments", "replicas")
 LONG = "a" * 120
 
 # By the role's computed name, as assistive technology gets it.
@@ -57,10 +58,12 @@ POOR_CONTRAST = """
 
 @pytest.fixture
 def stubbed(browser: Browser) -> Browser:
-    """Experiments to show, one with names as long as they may be."""
+    """Experiments and replicas to show, one of each with a name as long as it may be."""
     liked = flag("liked", (0.50, 0.62, 0.41), 1900)
     uneven = results(LONG, liked, units=(2600, 1900, 1500), automatic=(liked,))
-    browser.stub(answers((experiment(LONG, description=LONG), uneven)))
+    browser.stub(
+        answers((experiment(LONG, description=LONG), uneven)) | cluster_answers("engine-1", LONG)
+    )
     return browser
 
 
@@ -70,6 +73,7 @@ def shown(browser: Browser, live: Live, section: str) -> None:
         "chat": "#pane-a optgroup",
         "adapters": "#tiers meter",
         "experiments": "#result .outcome",
+        "replicas": "#replica-table tbody tr",
     }
     browser.wait(lambda: browser.all(parts[section]))
 

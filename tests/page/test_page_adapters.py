@@ -4,24 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from experiment_fixture import HOSTILE
 from http_support import Live
 from page_support import Browser
 from selenium.webdriver.common.keys import Keys
 
-HOSTILE = '<img src=x onerror="window.hurt=1">'
-
 
 def cells(browser: Browser, name: str) -> dict[str, str]:
     """An adapter's row, by column."""
-    script = """
-      const row = [...document.querySelectorAll("#adapter-table tbody tr")]
-        .find((each) => each.querySelector("th").firstChild.data === arguments[0]);
-      return Object.fromEntries(
-        [...row.querySelectorAll("td")].map((each) => [each.dataset.label, each.textContent]));
-    """
-    found = browser.run(script, name)
-    assert isinstance(found, dict)
-    return found
+    return browser.cells("#adapter-table", name)
 
 
 def press(browser: Browser, label: str) -> None:

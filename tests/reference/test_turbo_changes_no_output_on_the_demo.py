@@ -74,7 +74,7 @@ def test_drafts_change_no_token_of_the_demo_adapters(tmp_path: Path) -> None:
     store = Store(tmp_path / "store")
     publish_demo_adapters(store, base_spec(model))
     requests = demo_requests(model, store)
-    settings = Settings.model_validate({"model": str(model), "store": store.root})
+    settings = Settings.model_validate({"model": str(model), "store": Path(store.location)})
     with InProcessEngine(settings, text=token_text(settings.model)) as engine:
         drafted = engine.run(requests, concurrency=16)
     undrafted = Settings.model_validate({**settings.model_dump(), "turbo": False})

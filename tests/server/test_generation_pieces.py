@@ -42,12 +42,12 @@ class Notes:
         return [completed.ending for completed in self.completed_]
 
 
-def generation_of(
+async def generation_of(
     client: EngineClient, submits: Sequence[Submit], notes: Notes, stop: tuple[str, ...] = ()
 ) -> Generation:
     text = byte_text(eos=frozenset())
     opened = Opened("r", ANYONE, "base", "base", 3, 5, len(submits), time.time())
-    account = Account.open(opened, [notes])
+    account = await Account.open(opened, [notes])
     transcripts = [Transcript(text, replace(s.sampling, stop=stop)) for s in submits]
     return Generation(client.generate(submits), transcripts, account)
 
@@ -70,7 +70,7 @@ def test_choices_share_one_stream_and_end_each_at_its_length() -> None:
         notes = Notes()
         async with client_of() as client:
             submits = [generation(f"r-{i}", 10 + i) for i in range(5)]
-            made = generation_of(client, submits, notes)
+            made = await generation_of(client, submits, notes)
             assert await texts_of(made) == [text_of(s, 10 + i) for i, s in enumerate(submits)]
             made.close()
         assert made.completion_tokens == 60
@@ -88,7 +88,7 @@ def test_a_stop_string_ends_its_choice_alone(tmp_path: Path) -> None:
             submits = [generation("r-0", LONG), generation("r-1", 30)]
             stop = text_of(submits[0], 8)[4:]
             assert stop not in text_of(submits[1], 30)
-            made = generation_of(client, submits, notes, stop=(stop,))
+            made = await generation_of(client, submits, notes, stop=(stop,))
             expected = [text_of(submits[0], 4), text_of(submits[1], 30)]
             assert await texts_of(made) == expected
             assert client.in_flight == 0
@@ -107,7 +107,7 @@ def test_who_leaves_frees_the_engine_of_every_choice(way: str, tmp_path: Path) -
         notes = Notes()
         async with client_of(Behaviour(step_seconds=0.005, journal=journal)) as client:
             submits = [generation(f"r-{i}", LONG) for i in range(3)]
-            made = generation_of(client, submits, notes)
+            made = await generation_of(client, submits, notes)
             if way == "cancelled":
                 with pytest.raises(TimeoutError):
                     await asyncio.wait_for(texts_of(made), 0.05)
@@ -130,7 +130,7 @@ def test_the_first_error_ends_all_choices(tmp_path: Path) -> None:
         behaviour = Behaviour(step_seconds=0.005, missing=frozenset({"gone"}), journal=journal)
         async with client_of(behaviour) as client:
             broken = generation("r-1", adapters=(Component("gone"),))
-            made = generation_of(client, [generation("r-0", LONG), broken], notes)
+            made = await generation_of(client, [generation("r-0", LONG), broken], notes)
             with pytest.raises(AdapterFailedError):
                 await texts_of(made)
             assert client.in_flight == 0

@@ -20,7 +20,7 @@ from quickchange_server.observability.subsystem_metrics import StorageMetrics
 from quickchange_server.storage import transactions as transactions_module
 from quickchange_server.storage import writer as writer_module
 from quickchange_server.storage.database import Database
-from quickchange_server.storage.engines import make_engine, writing
+from quickchange_server.storage.database_engines import make_engine, writing
 from quickchange_server.storage.outages import StillRunningError, passes
 from quickchange_server.storage.transactions import Change, Transactions
 

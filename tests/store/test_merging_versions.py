@@ -72,7 +72,7 @@ def recipe(store: Store, *adapters: CanonicalAdapter) -> Recipe:
 def test_a_job_publishes_what_merge_makes(tmp_path: Path) -> None:
     store = Store(tmp_path)
     wanted = recipe(store, make(1.0), make(2.0))
-    key = result(json.dumps(run(job(tmp_path, wanted))).encode())
+    key = result(json.dumps(run(job(store, wanted))).encode())
     adapters = [store.load(component) for component, _ in wanted.components]
     assert key == digest(merge(wanted, adapters)) == digest(store.load(key))
     assert store.info(key).source["strategy"] == "ties"
@@ -82,7 +82,7 @@ def test_a_refusal_crosses_the_programs_border(tmp_path: Path) -> None:
     store = Store(tmp_path)
     activated = replace(make(2.0).updates[MODULE], activation="relu")
     wanted = recipe(store, make(1.0), replace(make(2.0), updates={MODULE: activated}))
-    output = json.dumps(run(job(tmp_path, wanted))).encode()
+    output = json.dumps(run(job(store, wanted))).encode()
     with pytest.raises(UnsupportedFeatureError, match=MODULE) as refused:
         result(output)
     assert refused.value.remedy is not None

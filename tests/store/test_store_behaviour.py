@@ -7,11 +7,13 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from bucket_support import file_system_of, remove_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,14 +29,28 @@ from quickchange_store.errors import (
     NoStoreError,
 )
 from quickchange_store.files import held_directory
-from quickchange_store.index import Index, IndexFile, decode, encode
+from quickchange_store.index import Index, decode, encode
 from quickchange_store.names import RESERVED, check_name, parse_reference
+from quickchange_store.places.index_file import IndexFile
 from quickchange_store.store import Store
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
+def folder_store(tmp_path: Path) -> Store:
     return Store(tmp_path / "store")
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def store(
+    tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Store]:
+    """A store in a folder, and one in a bucket."""
+    if request.param == "folder":
+        yield Store(tmp_path / "store")
+        return
+    monkeypatch.setenv("QUICKCHANGE_STORE_CACHE", str(tmp_path / "cache"))
+    yield Store("memory://behaviour/store")
+    remove_memory()
 
 
 def snapshot(root: Path) -> set[Path]:
@@ -269,15 +285,15 @@ def test_a_loaded_adapter_outlives_its_removal(store: Store, small_adapter: Any)
 
 
 def test_a_source_that_is_not_plain_data_is_refused_and_leaves_nothing(
-    store: Store, small_adapter: Any
+    folder_store: Store, small_adapter: Any
 ) -> None:
     import dataclasses
 
     bad = dataclasses.replace(small_adapter(1), source={"model": object()})
     with pytest.raises(InvalidAdapterError, match="source"):
-        store.add("a", bad)
-    assert store.names() == ()
-    assert list((store.root / "tmp").iterdir()) == []
+        folder_store.add("a", bad)
+    assert folder_store.names() == ()
+    assert list((Path(folder_store.location) / "tmp").iterdir()) == []
 
 
 def test_names_and_digests_need_no_torch(tmp_path: Path) -> None:
@@ -292,17 +308,27 @@ def test_names_and_digests_need_no_torch(tmp_path: Path) -> None:
 # --- damage -------------------------------------------------------------------------------------
 
 
-def spoil(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
+def spoil(store: Store, digest: str) -> None:
+    """Flip a bit of a version where it is kept, and in the cache of a bucket's store."""
+    for where in (store.path(digest), Path(store.address(digest))):
+        if "://" in store.location and "memory:" in str(where):
+            files, path = file_system_of(store), store.address(digest)
+            files.pipe_file(path, flipped(files.cat_file(path)))
+        else:
+            where.write_bytes(flipped(where.read_bytes()))
+        if "://" not in store.location:
+            return
+
+
+def flipped(content: bytes) -> bytes:
+    return content[:-1] + bytes([content[-1] ^ 1])
 
 
 def test_verify_names_a_damaged_version(store: Store, small_adapter: Any) -> None:
     version = store.add("a", small_adapter(1))
     store.add("b", small_adapter(1))
     store.add("b", small_adapter(2))
-    spoil(store.path(version.digest))
+    spoil(store, version.digest)
     (problem,) = store.verify()
     assert problem.subject == "a@1, b@1"
     assert "digest" in problem.what
@@ -310,7 +336,7 @@ def test_verify_names_a_damaged_version(store: Store, small_adapter: Any) -> Non
 
 def test_verified_loading_refuses_a_damaged_version(store: Store, small_adapter: Any) -> None:
     version = store.add("a", small_adapter(1))
-    spoil(store.path(version.digest))
+    spoil(store, version.digest)
     with pytest.raises(CorruptVersionError, match="repairs"):
         store.load(version.digest)
 
@@ -319,14 +345,17 @@ def test_adding_the_content_again_repairs_a_damaged_version(
     store: Store, small_adapter: Any
 ) -> None:
     version = store.add("a", small_adapter(1))
-    spoil(store.path(version.digest))
+    spoil(store, version.digest)
     assert store.add("a", small_adapter(1)) == version
     assert store.verify() == []
 
 
 def test_verify_names_a_missing_version(store: Store, small_adapter: Any) -> None:
     version = store.add("a", small_adapter(1))
-    store.path(version.digest).unlink()
+    if "://" in store.location:
+        file_system_of(store).rm(store.address(version.digest))
+    else:
+        store.path(version.digest).unlink()
     (problem,) = store.verify()
     assert version.digest in problem.what
 
@@ -342,12 +371,12 @@ def test_verify_names_a_missing_version(store: Store, small_adapter: Any) -> Non
         '{"format": 1, "names": {}, "aliases": {"p": {"name": "a", "version": null}}}',
     ],
 )
-def test_a_damaged_index_is_named(content: str, store: Store, small_adapter: Any) -> None:
-    store.add("a", small_adapter(1))
-    (store.root / "index.json").write_text(content)
+def test_a_damaged_index_is_named(content: str, folder_store: Store, small_adapter: Any) -> None:
+    folder_store.add("a", small_adapter(1))
+    (Path(folder_store.location) / "index.json").write_text(content)
     with pytest.raises(CorruptStoreError, match=r"index\.json"):
-        store.resolve("a")
-    assert len(store.verify()) == 1
+        folder_store.resolve("a")
+    assert len(folder_store.verify()) == 1
 
 
 def test_an_index_survives_encoding(store: Store, small_adapter: Any) -> None:
@@ -360,40 +389,40 @@ def test_an_index_survives_encoding(store: Store, small_adapter: Any) -> None:
 # --- garbage ------------------------------------------------------------------------------------
 
 
-def test_gc_keeps_what_is_young_and_what_is_named(store: Store, small_adapter: Any) -> None:
-    kept = store.add("a", small_adapter(1))
-    gone = store.add("b", small_adapter(2))
-    os.utime(store.path(gone.digest).parent, (0, 0))  # an old version, removed just now
-    store.remove("b")
-    assert store.gc(min_age=60).versions == ()
-    assert store.gc(min_age=0).versions == (gone.digest,)
-    assert store.load(kept.digest)
+def test_gc_keeps_what_is_young_and_what_is_named(folder_store: Store, small_adapter: Any) -> None:
+    kept = folder_store.add("a", small_adapter(1))
+    gone = folder_store.add("b", small_adapter(2))
+    os.utime(folder_store.path(gone.digest).parent, (0, 0))  # an old version, removed just now
+    folder_store.remove("b")
+    assert folder_store.gc(min_age=60).versions == ()
+    assert folder_store.gc(min_age=0).versions == (gone.digest,)
+    assert folder_store.load(kept.digest)
 
 
-def test_gc_removes_what_a_dead_writer_left(store: Store, small_adapter: Any) -> None:
-    store.add("a", small_adapter(1))
-    left = store.root / "tmp" / "dead"
+def test_gc_removes_what_a_dead_writer_left(folder_store: Store, small_adapter: Any) -> None:
+    folder_store.add("a", small_adapter(1))
+    left = Path(folder_store.location) / "tmp" / "dead"
     left.mkdir()
     (left / "adapter.safetensors").write_bytes(b"half")
-    (store.root / "tmp" / "index.json.dead").write_bytes(b"half")
-    assert store.gc(min_age=60).temporaries == 0
-    done = store.gc(min_age=0)
+    (Path(folder_store.location) / "tmp" / "index.json.dead").write_bytes(b"half")
+    assert folder_store.gc(min_age=60).temporaries == 0
+    done = folder_store.gc(min_age=0)
     assert (done.temporaries, done.bytes) == (2, 8)
-    assert list((store.root / "tmp").iterdir()) == []
+    assert list((Path(folder_store.location) / "tmp").iterdir()) == []
 
 
-def test_gc_leaves_a_living_writer_alone(store: Store, small_adapter: Any) -> None:
-    store.add("a", small_adapter(1))
-    directory = store.root / "tmp" / "alive"
+def test_gc_leaves_a_living_writer_alone(folder_store: Store, small_adapter: Any) -> None:
+    folder_store.add("a", small_adapter(1))
+    directory = Path(folder_store.location) / "tmp" / "alive"
     with held_directory(directory):
-        assert store.gc(min_age=0).temporaries == 0
+        assert folder_store.gc(min_age=0).temporaries == 0
         assert directory.exists()
-    assert store.gc(min_age=0).temporaries == 1
+    assert folder_store.gc(min_age=0).temporaries == 1
 
 
-def test_gc_of_a_store_that_is_not_there_does_nothing(store: Store) -> None:
-    assert store.gc(min_age=0).versions == ()
-    assert not store.root.exists()
+def test_gc_of_a_store_that_is_not_there_does_nothing(folder_store: Store) -> None:
+    assert folder_store.gc(min_age=0).versions == ()
+    assert not Path(folder_store.location).exists()
 
 
 # --- reading while others write -----------------------------------------------------------------
@@ -424,13 +453,13 @@ def test_an_unchanged_index_is_read_once(store: Store, small_adapter: Any) -> No
     assert store.snapshot() is store.snapshot()
 
 
-def test_a_reader_keeps_one_file_open(store: Store, small_adapter: Any) -> None:
-    store.add("a", small_adapter(0))
-    store.resolve("a")
+def test_a_reader_keeps_one_file_open(folder_store: Store, small_adapter: Any) -> None:
+    folder_store.add("a", small_adapter(0))
+    folder_store.resolve("a")
     before = len(list(Path("/proc/self/fd").iterdir()))
     for value in range(1, 6):
-        store.add("a", small_adapter(value))
-        store.resolve("a")
+        folder_store.add("a", small_adapter(value))
+        folder_store.resolve("a")
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
@@ -468,9 +497,9 @@ def test_a_change_of_a_store_that_is_not_there_makes_nothing(
 
 
 def test_a_store_is_there_from_its_first_adapter_on(store: Store, small_adapter: Any) -> None:
-    with pytest.raises(NoStoreError, match="no store here: no such folder"):
-        Store.at(store.root)
+    with pytest.raises(NoStoreError, match="no store here"):
+        Store.at(store.location)
     store.add("a", small_adapter(1))
-    assert Store.at(store.root).names() == ("a",)
+    assert Store.at(store.location).names() == ("a",)
     store.remove("a")
-    assert Store.at(store.root).names() == ()
+    assert Store.at(store.location).names() == ()

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 import torch
 
-from quickchange_store import store as store_module
 from quickchange_store.canonical.canonical_adapter import CanonicalAdapter, LowRankUpdate
 from quickchange_store.errors import os_error_line
+from quickchange_store.places import folder_place
 from quickchange_store.store import Store
 
 STEPS = 10  # fsyncs and renames that publishing a second version of a name makes
@@ -99,7 +99,7 @@ class Nursery:
             text=True,
         )
 
-    def start(self, command: str, root: Path, argument: int) -> int:
+    def start(self, command: str, root: str | Path, argument: int) -> int:
         """Start a writer; its process id."""
         return self._ask(f"{command} {root} {argument}")
 
@@ -148,7 +148,7 @@ def test_a_killed_writer_leaves_the_old_state_or_the_new(nursery: Nursery, tmp_p
     seen = kills = 0
     started = time.monotonic()
     while (lasted := time.monotonic() - started) < 6 or ((kills < 4 or not seen) and lasted < 60):
-        writers = [nursery.start("write", store.root, 1000 * (kills + n)) for n in range(2)]
+        writers = [nursery.start("write", store.location, 1000 * (kills + n)) for n in range(2)]
         for _ in range(2):
             time.sleep(chance.uniform(0.005, 0.1))
             seen = _check_while_stopped(store, writers, seen)
@@ -162,8 +162,8 @@ def test_a_killed_writer_leaves_the_old_state_or_the_new(nursery: Nursery, tmp_p
     assert seen > 0
     store.gc(min_age=0)
     check(store, seen)
-    assert list((store.root / "tmp").iterdir()) == []
-    on_disk = {path.name for path in (store.root / "versions").glob("??/*")}
+    assert list((Path(store.location) / "tmp").iterdir()) == []
+    on_disk = {path.name for path in (Path(store.location) / "versions").glob("??/*")}
     assert on_disk == store.snapshot().digests()
 
 
@@ -184,7 +184,7 @@ def test_dying_at_any_sync_or_rename_of_publishing_leaves_old_or_new(
 ) -> None:
     store = Store(tmp_path / "store")
     old = store.add("a", small_adapter(1))
-    status = nursery.reap(nursery.start("die", store.root, step))
+    status = nursery.reap(nursery.start("die", store.location, step))
     assert status == (9 if step <= STEPS else 0)
     assert store.verify() == []
     served = store.resolve("a")
@@ -193,7 +193,7 @@ def test_dying_at_any_sync_or_rename_of_publishing_leaves_old_or_new(
         assert served.digest == old.digest
     store.gc(min_age=0)
     assert store.verify() == []
-    assert list((store.root / "tmp").iterdir()) == []
+    assert list((Path(store.location) / "tmp").iterdir()) == []
     assert store.add("b", small_adapter(2)).number == 1  # and the next writer goes on
 
 
@@ -216,14 +216,14 @@ def test_a_staged_version_that_its_writer_removes_during_collection_harms_nobody
     store = Store(root)
     store.add("a", small_adapter(1))
     (root / "tmp" / "staged").mkdir()
-    listed = store_module.abandoned
+    listed = folder_place.abandoned
 
     def listed_then_removed(path: Path, before: float) -> bool:
         found = listed(path, before)
         shutil.rmtree(path, ignore_errors=True)
         return found
 
-    monkeypatch.setattr(store_module, "abandoned", listed_then_removed)
+    monkeypatch.setattr(folder_place, "abandoned", listed_then_removed)
     assert store.gc(0).versions == ()
 
 

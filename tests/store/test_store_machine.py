@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from bucket_support import file_system_of, look, remove_memory
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -51,14 +52,23 @@ class Named:
 
 
 class StoreMachine(RuleBasedStateMachine):
+    """Over a store in a folder."""
+
     def __init__(self) -> None:
         super().__init__()
         self.root = Path(tempfile.mkdtemp())
-        self.store = Store(self.root / "store")
-        self.other = Store(self.root / "store")  # as another process would see it
+        self.store = self.opened("store")
+        self.other = self.opened("other")  # as another process would see it
         self.names: dict[str, Named] = {}
         self.aliases: dict[str, Pointer] = {}
         self.turbos: dict[str, Pointer] = {}  # by alias
+
+    def opened(self, who: str) -> Store:  # noqa: ARG002
+        return Store(self.root / "store")
+
+    def kept(self) -> set[str]:
+        """Digests of the versions that take space."""
+        return {path.name for path in (self.root / "store" / "versions").glob("??/*")}
 
     def teardown(self) -> None:
         shutil.rmtree(self.root)
@@ -167,11 +177,11 @@ class StoreMachine(RuleBasedStateMachine):
     @rule()
     def collect(self) -> None:
         self.store.gc(min_age=0)
-        on_disk = {path.name for path in (self.store.root / "versions").glob("??/*")}
-        assert on_disk == {d for entry in self.names.values() for d in entry.versions.values()}
+        assert self.kept() == {d for entry in self.names.values() for d in entry.versions.values()}
 
     @invariant()
     def every_reader_sees_the_same(self) -> None:
+        look(self.other)
         for store in (self.store, self.other):
             assert store.names() == tuple(sorted(self.names))
             for name, entry in self.names.items():
@@ -200,5 +210,22 @@ def text(pointer: Pointer) -> str:
     return name if number is None else f"{name}@{number}"
 
 
+class BucketMachine(StoreMachine):
+    """Over a store in a bucket, whose two users have a cache each."""
+
+    def opened(self, who: str) -> Store:
+        return Store("memory://machine/store", self.root / who, 1 << 30)
+
+    def kept(self) -> set[str]:
+        found = file_system_of(self.store).find("/machine/store/versions")
+        return {path.split("/")[5] for path in found}
+
+    def teardown(self) -> None:
+        super().teardown()
+        remove_memory()
+
+
 StoreMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
+BucketMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
 TestStoreMachine = StoreMachine.TestCase
+TestBucketMachine = BucketMachine.TestCase

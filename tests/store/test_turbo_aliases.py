@@ -152,21 +152,21 @@ def test_an_index_without_heads_is_as_it_was_before_heads(
 
 def test_an_index_with_heads_is_of_a_format_that_older_readers_refuse(store: Store) -> None:
     store.alias("prod", "sql", "fast@1")
-    tree = json.loads((store.root / "index.json").read_text())
+    tree = json.loads((Path(store.location) / "index.json").read_text())
     assert tree["format"] == 2
     assert tree["aliases"]["prod"] == {"name": "sql", "version": None, "turbo": "fast@1"}
-    assert Store(store.root).resolve("prod").turbo == digest(store, "fast@1")
+    assert Store(store.location).resolve("prod").turbo == digest(store, "fast@1")
 
 
 @pytest.mark.parametrize("turbo", ["missing", "fast@7", "not a name"])
 def test_an_index_that_binds_what_is_missing_is_damaged(turbo: str, store: Store) -> None:
     store.alias("prod", "sql", "fast")
-    path = store.root / "index.json"
+    path = Path(store.location) / "index.json"
     tree = json.loads(path.read_text())
     tree["aliases"]["prod"]["turbo"] = turbo
     path.write_text(json.dumps(tree))
     with pytest.raises(CorruptStoreError, match="damaged"):
-        Store(store.root).resolve("sql")
+        Store(store.location).resolve("sql")
 
 
 @pytest.mark.parametrize("name", ["auto", "off", "lookup", "Lookup"])

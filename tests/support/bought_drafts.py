@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 import pytest
 
 from quickchange_server.config import Settings
-from quickchange_server.engine_client.channel import EngineMain
+from quickchange_server.engine_client.local.channel import EngineMain
 from quickchange_server.spec_decode import speculator
 from quickchange_server.spec_decode.backoff import Backoff
 from quickchange_server.spec_decode.draft_depth import DepthPlan, Prospect

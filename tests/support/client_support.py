@@ -14,6 +14,7 @@ from fake_engine import Behaviour
 
 from quickchange_server.config import Settings
 from quickchange_server.engine_client.client import DeltaStream, EngineClient
+from quickchange_server.engine_client.local.local_engines import LocalEngines
 from quickchange_server.errors import QuickchangeError
 from quickchange_server.observability.metrics import Metrics
 from quickchange_server.protocol import Delta, SamplingParams, Submit
@@ -46,7 +47,7 @@ def make_client(
 ) -> EngineClient:
     settings = make_settings(**changes)
     main = partial(fake_engine.main, behaviour=behaviour or Behaviour())
-    return EngineClient(settings, metrics or Metrics(settings), main)
+    return EngineClient(settings, metrics or Metrics(settings), partial(LocalEngines, main=main))
 
 
 def generation(name: str, max_tokens: int = 5, **changes: Any) -> Submit:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parents[2] / "docker" / "grafana"
-NAMES = ("adapters", "experiments", "fleet", "tenants", "turbo")
+NAMES = ("adapters", "cluster", "experiments", "fleet", "tenants", "turbo")
 METRIC = re.compile(r"\b(?:[a-z]+:)?quickchange_[a-z0-9_]+(?::[a-z0-9_]+)?")
 VARIABLE = re.compile(r"\$(\w+)|\$\{(\w+)\}")
 

@@ -24,10 +24,13 @@ from text_support import byte_text
 
 from quickchange_server.api.app_state import Services
 from quickchange_server.config import Settings
+from quickchange_server.engine_client.local.local_engines import LocalEngines
 from quickchange_server.entrypoints.app import create_app
 from quickchange_server.entrypoints.http_server import DrainingServer, bind, url_of
 from quickchange_server.frontend.tokenizer import Text
+from quickchange_server.observability.cluster_metrics import Cluster
 from quickchange_server.protocol import Component
+from quickchange_server.tenants.shared_limits import CounterCalls
 from quickchange_store.canonical.canonical_adapter import (
     BaseSpec,
     CanonicalAdapter,
@@ -131,6 +134,8 @@ def live_server(
     engine: Callable[..., None] = fake_engine.main,
     base: Callable[[], BaseSpec] = lambda: BASE_SPEC,
     start_limit: float = LIMIT_SECONDS,
+    limit_counter: CounterCalls | None = None,
+    cluster: Cluster | None = None,
     **changes: Any,
 ) -> Iterator[Live]:
     """A server in a thread of this process, its engine in a process of its own."""
@@ -139,8 +144,10 @@ def live_server(
     app = create_app(
         settings,
         text=text or byte_text(eos=frozenset()),
-        engine=partial(engine, behaviour=behaviour or Behaviour()),
+        engines=partial(LocalEngines, main=partial(engine, behaviour=behaviour or Behaviour())),
         base=base,
+        limit_counter=limit_counter,
+        cluster=cluster,
     )
     listener = bind(settings)
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1)

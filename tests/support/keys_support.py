@@ -29,7 +29,7 @@ def in_database(store: Path, change: Callable[[Connection], T]) -> T:
     """What another process does to the database in the store's folder."""
 
     async def work() -> T:
-        database = Database.open(default_database(store))
+        database = Database.open(default_database(str(store)))
         try:
             return await database.write(change)
         finally:

@@ -122,6 +122,18 @@ class Browser:
         assert isinstance(found, list)
         return found
 
+    def cells(self, table: str, name: str) -> dict[str, str]:
+        """What a table's row says, by column. `name`: how the row's heading begins."""
+        script = """
+          const row = [...document.querySelectorAll(`${arguments[0]} tbody tr`)]
+            .find((each) => each.querySelector("th").firstChild.data === arguments[1]);
+          return Object.fromEntries(
+            [...row.querySelectorAll("td")].map((each) => [each.dataset.label, each.textContent]));
+        """
+        found = self.run(script, table, name)
+        assert isinstance(found, dict)
+        return found
+
     def text(self, selector: str) -> str:
         return " ".join(self.texts(selector))
 

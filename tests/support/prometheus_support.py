@@ -7,7 +7,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,22 +71,23 @@ class Prometheus:
 
 @dataclass(frozen=True)
 class Observed:
-    """What Prometheus holds of a server under load."""
+    """What Prometheus holds of a server under load, and of the same as a cluster tells it."""
 
     prometheus: Prometheus
     start: float  # Unix seconds
     end: float
+    instances: Mapping[str, str]  # of "machine" and "cluster"
 
 
-def configuration(target: str, authorization: str | None) -> dict[str, Any]:
-    """The repository's own, with one server as target, its key and a faster clock."""
+def configuration(targets: Sequence[str], authorization: str | None) -> dict[str, Any]:
+    """The repository's own, with these targets, their key and a faster clock."""
     config: dict[str, Any] = yaml.safe_load((FILES / "prometheus.yml").read_text())
     every = f"{SCRAPE_SECONDS}s"
     config["global"] = {"scrape_interval": every, "evaluation_interval": every}
     config["rule_files"] = [str(FILES / name) for name in config["rule_files"]]
     (job,) = config["scrape_configs"]
     del job["dns_sd_configs"]
-    job["static_configs"] = [{"targets": [target]}]
+    job["static_configs"] = [{"targets": list(targets)}]
     if authorization is not None:
         kind, _, credentials = authorization.partition(" ")
         job["authorization"] = {"type": kind, "credentials": credentials}
@@ -100,14 +101,16 @@ def free_port() -> int:
 
 
 @contextmanager
-def prometheus(folder: Path, target: str, authorization: str | None) -> Iterator[Prometheus]:
-    """Scrapes `target` (host:port), once at least; data and log lie in `folder`.
+def prometheus(
+    folder: Path, targets: Sequence[str], authorization: str | None
+) -> Iterator[Prometheus]:
+    """Scrapes each target (host:port), once at least; data and log lie in `folder`.
 
     Ended by its process id.
     """
     binary = program("prometheus")
     config = folder / "prometheus.yml"
-    config.write_text(yaml.safe_dump(configuration(target, authorization)))
+    config.write_text(yaml.safe_dump(configuration(targets, authorization)))
     address = f"127.0.0.1:{free_port()}"
     command = [
         binary,
@@ -122,7 +125,7 @@ def prometheus(folder: Path, target: str, authorization: str | None) -> Iterator
             wait_until(lambda: process.poll() is not None or _ready(http))
             assert process.poll() is None, (folder / "log").read_text()
             running = Prometheus(http)
-            wait_until(lambda: running.at("up", time.time()) == [1.0])
+            wait_until(lambda: running.at("up", time.time()) == [1.0] * len(targets))
             yield running
     finally:
         process.terminate()

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from client_support import rest_of
 
 from quickchange_server.config import Settings
-from quickchange_server.engine_client.channel import EngineMain
 from quickchange_server.engine_client.client import EngineClient
+from quickchange_server.engine_client.local.channel import EngineMain
+from quickchange_server.engine_client.local.local_engines import LocalEngines
 from quickchange_server.entrypoints.engine_start import engine_main, preload
 from quickchange_server.observability.metrics import Metrics
 from quickchange_server.protocol import Delta, Submit
@@ -40,7 +42,7 @@ async def engine_group(
 ) -> AsyncIterator[EngineClient]:
     """A client whose engine is ready."""
     preload()
-    client = EngineClient(settings, Metrics(settings), main)
+    client = EngineClient(settings, Metrics(settings), partial(LocalEngines, main=main))
     await client.start()
     try:
         yield client

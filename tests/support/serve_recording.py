@@ -17,6 +17,7 @@ from storage_support import NOTES, note
 from text_support import byte_text
 
 from quickchange_server.config import Settings
+from quickchange_server.engine_client.local.local_engines import LocalEngines
 from quickchange_server.entrypoints.app import create_app
 from quickchange_server.entrypoints.http_server import bind, run
 from quickchange_server.frontend.request_observers import Completed, Opened
@@ -62,7 +63,7 @@ def main(store: str, database: str, port: str) -> None:
     app = create_app(
         settings,
         text=byte_text(eos=frozenset()),
-        engine=partial(fake_engine.main, behaviour=Behaviour()),
+        engines=partial(LocalEngines, main=partial(fake_engine.main, behaviour=Behaviour())),
         base=lambda: BASE_SPEC,
     )
     recording(app)

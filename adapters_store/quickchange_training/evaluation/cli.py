@@ -34,7 +34,7 @@ def evaluate(
         ),
     ] = None,
     store: Annotated[
-        Path | None,
+        str | None,
         typer.Option(envvar="QUICKCHANGE_STORE", help="Store (default for the demo: its own)."),
     ] = None,
     model: Annotated[

@@ -29,7 +29,7 @@ class EvaluationJob:
 
     task: Path
     model: str  # folder, hub id or DEMO
-    store: Path | None
+    store: str | None
     adapters: tuple[str, ...]  # NAME[+TURBO] each
     limit: int | None  # number of examples
     max_tokens: int | None  # limit of an answer

@@ -28,7 +28,7 @@ PromptFormat = Literal["auto", "chat", "plain"]
 class Publication:
     """Store and name under which the trained adapter is published."""
 
-    store: Path
+    store: str  # folder or URL
     name: str
 
 

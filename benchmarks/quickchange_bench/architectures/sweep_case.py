@@ -147,7 +147,7 @@ class _Case:
         settings = Settings.model_validate(
             {
                 "model": str(self.folder / "base"),
-                "store": self.folder / "store",
+                "store": str(self.folder / "store"),
                 "dtype": "float32",
                 "block_size": 4,
                 "kv_cache_bytes": 4 << 20,

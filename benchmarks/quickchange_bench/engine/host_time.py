@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any, Protocol
 from unittest import mock
 
@@ -243,7 +242,7 @@ def _engine(model: LoadedModel, load: HostLoad) -> Engine:
     settings = Settings.model_validate(
         {
             "model": "random",
-            "store": Path(),
+            "store": ".",
             "dtype": "float32",
             "max_sequences": load.sequences,
             "max_batch_tokens": 1024,

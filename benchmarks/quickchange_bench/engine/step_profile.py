@@ -84,7 +84,7 @@ def profile_step(
     `folder` receives the random adapters. `prompt` is in tokens.
     """
     bandwidth = measure_bandwidth(threads)
-    settings = Settings(model=model, store=folder, prefix_cache=False)
+    settings = Settings(model=model, store=str(folder), prefix_cache=False)
     loaded = load_model(
         model, dtype=torch.float32, device=torch.device("cpu"), adapters=adapters > 0
     )

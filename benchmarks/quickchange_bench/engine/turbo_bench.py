@@ -48,7 +48,7 @@ class TurboOptions:
     model: Path
     tasks: tuple[str, ...]
     loads: tuple[Load, ...]  # closed loops
-    store: Path | None = None
+    store: str | None = None
     base_heads: str = "base-heads"
     repeat: int = 3
     requests_per_worker: int = 2
@@ -160,7 +160,7 @@ def measure_turbo(options: TurboOptions, say: Callable[[str], None]) -> TurboRes
         work = Path(folder)
         server = own_server.OwnServer(
             model=str(options.model),
-            store=options.store or _demo_store(work / "store", options.model),
+            store=options.store or str(_demo_store(work / "store", options.model)),
             device=options.device,
             dtype=options.dtype,
             environment={"QUICKCHANGE_PREFIX_CACHE": "false"},

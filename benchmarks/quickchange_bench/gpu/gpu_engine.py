@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from itertools import count
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -107,7 +106,7 @@ class BenchEngine:
         small = device.type != "cuda"
         options: dict[str, Any] = {
             "model": "random",
-            "store": Path(),
+            "store": ".",
             "device": device.type,
             "max_sequences": max(scale.requests),
             "max_batch_tokens": scale.batch_tokens,

@@ -30,7 +30,7 @@ class OwnServer:
     """Options of a server's start. `environment` holds further QUICKCHANGE_ settings."""
 
     model: str
-    store: Path
+    store: str | Path
     device: str = "cpu"
     dtype: str = "float32"
     environment: Mapping[str, str] = field(default_factory=dict)

@@ -36,7 +36,7 @@ class StructuredOptions:
     """Options of the run. `store` None: a new one with the demo's adapters."""
 
     model: Path
-    store: Path | None = None
+    store: str | None = None
     generations: int = 200
     first: int = 0  # seed of the first; the others' follow
     concurrency: tuple[int, ...] = (1, 8, 16)

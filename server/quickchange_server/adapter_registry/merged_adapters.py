@@ -1,8 +1,8 @@
 """Adapters merged from others on a client's request: made once, while requests run, and kept.
 
 A merged adapter is a store version without a name. A separate process (one thread, low priority)
-makes it, one at a time. Files in the store's folder map each recipe to its digest, so that the
-mapping outlives a restart and serves every replica on that folder. At most `limit` are kept: the
+makes it, one at a time. Notes in the store map each recipe to its digest, so that the mapping
+outlives a restart and serves every replica on that store. At most `limit` are kept: the
 least recently used goes first, and one whose components have lost their names goes when the next
 one is made.
 
@@ -17,7 +17,6 @@ import os
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 from quickchange_server.errors import (
     EngineFailedError,
@@ -25,14 +24,14 @@ from quickchange_server.errors import (
     RequestFailedError,
     UnavailableError,
 )
-from quickchange_store.files import exclusive_lock, replace_atomically
 from quickchange_store.merging import Recipe, job, result
 from quickchange_store.store import Store
 
-FOLDER = "derived"  # in the store's folder; one file per recipe, KEY.digests
+FOLDER = "derived"  # of the store's notes; one per recipe, KEY.digests
+_SUFFIX = ".digests"
 MAX_WAITING = 16  # recipes being merged or waiting
 MAKING_SECONDS = 600.0  # for one merge; others wait meanwhile
-KEPT_ANEW_SECONDS = 60.0  # a version's use is noted on disk at most so often
+KEPT_ANEW_SECONDS = 60.0  # a version's use is noted in the store at most so often
 IN_USE_SECONDS = 600.0  # a version used this recently may still be needed by a request
 
 logger = logging.getLogger(__name__)
@@ -52,7 +51,7 @@ class Derived:
     def __init__(self, store: Store, limit: int, *, making_seconds: float = MAKING_SECONDS) -> None:
         self._store = store
         self._limit = limit
-        self._folder = store.root / FOLDER
+        self._notes = store.notes(FOLDER)
         self._turn = asyncio.Semaphore(1)
         self._making_seconds = making_seconds
         self._making: dict[str, _Making] = {}
@@ -138,7 +137,7 @@ class Derived:
         )
         try:
             async with asyncio.timeout(self._making_seconds):
-                output, said = await process.communicate(job(self._store.root, recipe))
+                output, said = await process.communicate(job(self._store, recipe))
         except TimeoutError as error:
             logger.error("merging %s took over %.0f s: ended", recipe, self._making_seconds)
             raise RequestFailedError(
@@ -160,39 +159,37 @@ class Derived:
         logger.info("derived %s in %.1f s: %s", digest[:12], time.monotonic() - began, recipe)
         return digest
 
-    # --- the files in the store's folder; called on threads -------------------------------------
-
-    def _path(self, key: str) -> Path:
-        return self._folder / f"{key}.digests"
+    # --- the store's notes; called on threads ---------------------------------------------------
 
     def _find(self, recipe: Recipe) -> str | None:
         """The recipe's digest, if it was merged before and the store still has it."""
-        path = self._path(recipe.key)
-        try:
-            digest = path.read_text().split()[0]
-        except FileNotFoundError:
+        name = recipe.key + _SUFFIX
+        note = self._notes.read(name)
+        if note is None:
             return None
+        digest = note.split()[0]
         if not self._store.keep(digest):
             return None
-        path.touch()
+        self._notes.write(name, note)  # its time is that of the last use
         return digest
 
     def _remember(self, recipe: Recipe, digest: str) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
         words = [digest, *(component for component, _ in recipe.components)]
-        scratch = self._store.root / "tmp"
-        replace_atomically(self._path(recipe.key), "\n".join(words).encode(), scratch)
+        self._notes.write(recipe.key + _SUFFIX, "\n".join(words))
         self._trim()
 
     def _trim(self) -> None:
-        """Drop merged adapters over the limit, and those whose components are gone."""
+        """Drop merged adapters over the limit, and those whose components are gone.
+
+        Other replicas may do so too: what one has removed is gone for all.
+        """
         named = self._store.snapshot().digests()
-        with exclusive_lock(self._folder / "lock"):  # other replicas trim as well
-            used = {path: path.stat().st_mtime for path in self._folder.glob("*.digests")}
-            for place, path in enumerate(sorted(used, key=used.__getitem__, reverse=True)):
-                digest, *components = path.read_text().split()
-                idle = time.time() - used[path] > IN_USE_SECONDS
-                if idle and (place >= self._limit or not named.issuperset(components)):
-                    path.unlink()
-                    self._store.discard(digest)
-                    self._kept.pop(path.stem, None)
+        used = {n: at for n, at in self._notes.times().items() if n.endswith(_SUFFIX)}
+        for place, name in enumerate(sorted(used, key=used.__getitem__, reverse=True)):
+            if time.time() - used[name] <= IN_USE_SECONDS:
+                continue
+            digest, *components = (self._notes.read(name) or "").split() or [""]
+            if digest and (place >= self._limit or not named.issuperset(components)):
+                self._notes.remove(name)
+                self._store.discard(digest)
+                self._kept.pop(name.removesuffix(_SUFFIX), None)

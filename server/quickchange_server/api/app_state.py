@@ -26,6 +26,7 @@ from quickchange_server.experiments.shadows import Shadows
 from quickchange_server.frontend.request_admission import RequestAdmission, Seeds
 from quickchange_server.frontend.request_observers import Bookkeeper
 from quickchange_server.frontend.tokenizer import Text
+from quickchange_server.observability.cluster_metrics import Cluster
 from quickchange_server.observability.experiment_metrics import ExperimentMetrics
 from quickchange_server.observability.metrics import Metrics
 from quickchange_server.protocol import Ready
@@ -63,6 +64,7 @@ class Services:
     promotions: Promotions
     keyring: Keyring | None = None  # None: no request needs an API key
     books: tuple[Bookkeeper, ...] = ()
+    cluster: Cluster | None = None  # None: a single machine
     created: int = field(default_factory=lambda: int(time.time()))  # base model's, in /v1/models
 
     @property

@@ -21,12 +21,14 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope
 
+from quickchange_server.config import local_folder
 from quickchange_server.errors import (
     ConflictError,
     EngineFailedError,
     InvalidRequestError,
     QuickchangeError,
     StorageFullError,
+    UnavailableError,
     UnknownModelError,
     UnsupportedParameterError,
 )
@@ -36,11 +38,13 @@ from quickchange_store.errors import (
     CorruptStoreError,
     NameConflictError,
     StoreError,
+    StoreUnavailableError,
 )
 
 logger = logging.getLogger(__name__)
 
 _SOURCES = ("body", "query", "path")  # where pydantic's names of places begin
+STORE_RETRY_SECONDS = 5.0
 MOST_SAID = 2_000  # characters of a message, which may quote what the client sent
 CLIENT_CLOSED_REQUEST = 499  # nginx's status for it
 
@@ -99,6 +103,13 @@ def from_store(error: StoreError) -> QuickchangeError:
             return UnknownModelError(str(error))
         case NameConflictError():
             return ConflictError(str(error))
+        case StoreUnavailableError():
+            logger.error("the store is away: %s", error)
+            return UnavailableError(
+                "the adapter store can't be reached: nothing is known to have changed; send the "
+                "request again",
+                retry_after=STORE_RETRY_SECONDS,
+            )
         case CorruptStoreError():
             logger.error("the store is damaged: %s", error)
             return EngineFailedError(str(error))
@@ -215,7 +226,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(OSError)
     async def system(request: Request, error: OSError) -> Response:
-        answered = from_system(error, request.app.state.services.settings.store)
+        answered = from_system(error, local_folder(request.app.state.services.settings.store))
         if answered is None:
             raise error
         return await refused(request.scope, request.receive, answered)

@@ -41,6 +41,7 @@ FILES = (
     "experiments.js",
     "result.js",
     "outcome.js",
+    "replicas.js",
     "intervals.js",
 )
 PATHS = {"/": INDEX} | {f"/page/{name}": name for name in FILES}

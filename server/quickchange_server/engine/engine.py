@@ -173,7 +173,9 @@ class Engine:
             self._refused.append(_error(submit.request_id, error, "request"))
             return
         sequence = Sequence(submit, time.monotonic(), self._scaling)
-        if sequence.generates and (reason := sequence.finish_reason(self._max_model_len)):
+        reason = sequence.finish_reason(self._max_model_len)
+        # A text at its limit may have been complete as well, which its grammar has to tell.
+        if reason == "stop" or (reason is not None and submit.constraint is None):
             self._refused.append(Delta(submit.request_id, finish_reason=reason))
         elif submit.constraint is not None:
             self._begin([sequence])

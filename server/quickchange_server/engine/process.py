@@ -130,7 +130,7 @@ def _start(
             model_check=settings.model_check,
             ranks=None if followers is None else followers.join(),
         )
-        store = Store(settings.store)
+        store = Store(*settings.store_opening)
         text, constraints = tokenizer.result()
     engine = Engine(
         model,

@@ -33,13 +33,13 @@ class AdapterStatus(Mapping[str, Residence]):
         self._labels: dict[str, str] = {}
 
     def __getitem__(self, digest: str) -> Residence:
-        return self._residences[digest]
+        return self._held()[digest]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._residences)
+        return iter(self._held())
 
     def __len__(self) -> int:
-        return len(self._residences)
+        return len(self._held())
 
     @property
     def pins(self) -> tuple[str, ...]:
@@ -47,7 +47,7 @@ class AdapterStatus(Mapping[str, Residence]):
 
     def snapshot(self) -> dict[str, Residence]:
         """A copy, for readers on other threads."""
-        return dict(self._residences)
+        return dict(self._held())
 
     def label(self, digest: str) -> str | None:
         """The adapter name under which the version was last requested."""
@@ -81,3 +81,7 @@ class AdapterStatus(Mapping[str, Residence]):
     def clear(self) -> None:
         """Empty both tiers, since the engine is gone. Pins stay."""
         self._residences.clear()
+
+    def _held(self) -> Mapping[str, Residence]:
+        """What is read; `_residences`, but for a subclass that gets it from elsewhere."""
+        return self._residences

@@ -21,6 +21,7 @@ from quickchange_server.protocol import (
 
 Outcome = FinishReason | Literal["adapter_failed", "request_failed", "engine_failed", "unavailable"]
 Refusal = Literal["queue_full", "unavailable", "given_up"]
+Interruption = Literal["lost", "drained"]  # why a sequence left its replica: it died, or ends
 
 
 class ServerState(Protocol):
@@ -51,24 +52,14 @@ class SequenceObserver(Protocol):
     def end(self, outcome: Outcome, now: float) -> None: ...
 
 
-class ClientObserver(Protocol):
-    """Receiver of all other events."""
+class EngineObserver(Protocol):
+    """Receiver of the engines' events."""
 
-    def watch(self, state: ServerState) -> None:
-        """Called once, with the client itself."""
+    def resubmitted(self) -> None:
+        """A sequence goes on with another engine."""
 
-    def request(
-        self, label: str, adapted: bool, prompt_tokens: int, now: float
-    ) -> SequenceObserver:
-        """A sequence is admitted. `label` is its adapter's name, unused unless `adapted`."""
-        ...
-
-    def drafting(self, drafting: Drafting) -> None:
-        """The sequence about to be admitted uses speculative decoding."""
-
-    def refused(self, reason: Refusal) -> None: ...
-
-    def resubmitted(self) -> None: ...
+    def resumed(self, reason: Interruption, pause_seconds: float) -> None:
+        """A sequence has its first delta from another replica, so long after the last one."""
 
     def step(self, stats: StepStats, name_of: Callable[[str], str | None]) -> None: ...
 
@@ -85,3 +76,21 @@ class ClientObserver(Protocol):
     def adapter_moved(self, event: AdapterMoved, before: Tier | None) -> None: ...
 
     def adapter_failed(self) -> None: ...
+
+
+class ClientObserver(EngineObserver, Protocol):
+    """Receiver of all events of a client."""
+
+    def watch(self, state: ServerState) -> None:
+        """Called once, with the client itself."""
+
+    def request(
+        self, label: str, adapted: bool, prompt_tokens: int, now: float
+    ) -> SequenceObserver:
+        """A sequence is admitted. `label` is its adapter's name, unused unless `adapted`."""
+        ...
+
+    def drafting(self, drafting: Drafting) -> None:
+        """The sequence about to be admitted uses speculative decoding."""
+
+    def refused(self, reason: Refusal) -> None: ...

@@ -92,7 +92,12 @@ class InFlightRequest:
         self.resumed_at = len(self.emitted)
         again = f"/{self.submissions}" if self.submissions > 1 else ""
         self.submission_id = self.request_id + again
-        return replace(self.submit, request_id=self.submission_id, output=tuple(self.emitted))
+        output = (*self.submit.output, *self.emitted)
+        return replace(self.submit, request_id=self.submission_id, output=output)
+
+    def count_death(self) -> None:
+        """Count the death of an engine that had it. Those before it last got on count no more."""
+        self.deaths = 1 if self.progress >= self.telling else self.deaths + 1
 
     def deliver(self, delta: Delta, now: float) -> None:
         """Take a delta from the engine. `now`: monotonic seconds, for the metrics."""
@@ -151,6 +156,10 @@ class DeltaStream:
         """Wait for the next delta of any sequence, or for the error that ended one:
         AdapterFailedError, RequestFailedError, EngineFailedError or UnavailableError."""
         return self._mailbox.get()
+
+    def receive_now(self) -> Mail | None:
+        """What `receive` would return at once; None where it would wait."""
+        return None if self._mailbox.empty() else self._mailbox.get_nowait()
 
     def stop(self, index: int) -> None:
         """End a sequence whose text has met a stop string, counted as "stop"."""

@@ -9,13 +9,14 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
+from prometheus_client import Gauge
 from starlette.middleware.cors import CORSMiddleware
 
 from quickchange_server.adapter_registry.importer import Imports
 from quickchange_server.adapter_registry.merged_adapters import Derived
 from quickchange_server.adapter_registry.resolver import Catalog, base_names
 from quickchange_server.api import error_responses, health, openapi_document, page
-from quickchange_server.api.admin import adapters, experiments, keys, usage
+from quickchange_server.api.admin import adapters, experiments, keys, replicas, usage
 from quickchange_server.api.app_state import VERSION, Services
 from quickchange_server.api.auth import CallerMiddleware
 from quickchange_server.api.browser import EXPOSED, BrowserMiddleware
@@ -28,9 +29,10 @@ from quickchange_server.api.middleware import (
 )
 from quickchange_server.api.openai import completions, embeddings, models
 from quickchange_server.api.vllm import routes as vllm
-from quickchange_server.config import Settings
-from quickchange_server.engine_client.channel import EngineMain
+from quickchange_server.config import Settings, is_remote
 from quickchange_server.engine_client.client import EngineClient
+from quickchange_server.engine_client.engines import EnginesMaker
+from quickchange_server.engine_client.local.local_engines import LocalEngines
 from quickchange_server.entrypoints.engine_start import engine_main
 from quickchange_server.errors import SettingError
 from quickchange_server.experiments.exposures import Exposures
@@ -40,6 +42,7 @@ from quickchange_server.experiments.shadows import Shadows
 from quickchange_server.frontend.request_admission import RequestAdmission, Seeds
 from quickchange_server.frontend.request_observers import Bookkeeper
 from quickchange_server.frontend.tokenizer import Text
+from quickchange_server.observability.cluster_metrics import Cluster
 from quickchange_server.observability.experiment_metrics import ExperimentMetrics, ShareCollector
 from quickchange_server.observability.http_metrics import HttpMetricsMiddleware
 from quickchange_server.observability.metrics import Metrics
@@ -48,6 +51,7 @@ from quickchange_server.storage.database import Database
 from quickchange_server.storage.revisions import Revisions
 from quickchange_server.structured_output.validator import ConstraintChecks
 from quickchange_server.tenants.key_records import TOPIC
+from quickchange_server.tenants.shared_limits import CounterCalls
 from quickchange_server.tenants.tenancy import Tenants, asks_for_keys
 from quickchange_store.base_model.base_spec import base_spec
 from quickchange_store.canonical.canonical_adapter import BaseSpec
@@ -64,20 +68,24 @@ def create_app(
     settings: Settings,
     *,
     text: Text | None = None,
-    engine: EngineMain = engine_main,
+    engines: EnginesMaker | None = None,
     base: BaseMaker | None = None,
+    limit_counter: CounterCalls | None = None,
+    cluster: Cluster | None = None,
 ) -> FastAPI:
     """The application; its parts are at `app.state.services` once it has started.
 
-    `text`, `engine` and `base` replace the model's tokenizer, the engine process's entry and the
-    base model that adapters are checked against. Raises SettingError if the tokenizer can't be
-    read, if traces can't be sent as the settings ask, or if the settings would leave the server
-    open to others, or to every web page, without saying so.
+    `text`, `engines` and `base` replace the model's tokenizer, the engine of this machine and the
+    base model that adapters are checked against. In a cluster, `limit_counter` counts the limits
+    of API keys for all replicas, and `cluster` is what an ingress knows of the others. Raises
+    SettingError if the tokenizer can't be read, if traces can't be sent as the settings ask, or if
+    the settings would leave the server open to others, or to every web page, without saying so.
 
     While the engine starts, requests get 503. `services.started` resolves when it is ready, or to
     its failure.
     """
     text = Text.load(settings.model) if text is None else text
+    engines = partial(LocalEngines, main=engine_main) if engines is None else engines
     base = partial(base_spec, settings.model) if base is None else base
     traces_maker = _traces_maker(settings)
     keyed = asks_for_keys(settings)
@@ -87,16 +95,21 @@ def create_app(
         metrics = Metrics(settings)
         url, counts = settings.database_url, StorageMetrics(metrics.registry)
         database = await asyncio.to_thread(Database.open, url, counts)
-        tenants = Tenants.make(settings, database, metrics.registry, keyed=keyed)
+        tenants = Tenants.make(
+            settings, database, metrics.registry, keyed=keyed, counter=limit_counter
+        )
         traces = None if traces_maker is None else traces_maker()
         books: tuple[Bookkeeper, ...] = () if traces is None else (traces,)
-        services = _services(settings, metrics, text, engine, base, database, tenants, books)
+        services = _services(
+            settings, metrics, text, engines, base, database, tenants, books, cluster
+        )
         await _start(services)
         app.state.services = services
         try:
             yield
         finally:
             await _end(services)
+            await tenants.close()
             if traces is not None:
                 await traces.close()
 
@@ -117,6 +130,7 @@ def create_app(
         experiments,
         keys,
         usage,
+        replicas,
         health,
         page,
     ):
@@ -177,15 +191,23 @@ def _services(
     settings: Settings,
     metrics: Metrics,
     text: Text,
-    engine: EngineMain,
+    engines: EnginesMaker,
     base: BaseMaker,
     database: Database,
     tenants: Tenants,
     books: tuple[Bookkeeper, ...],
+    cluster: Cluster | None,
 ) -> Services:
     """The server's parts, with the engine starting. Called on the event loop."""
-    client = EngineClient(settings, metrics, engine)
-    store = Store(settings.store)
+    client = EngineClient(settings, metrics, engines)
+    if cluster is not None:
+        metrics.join(cluster, client)
+    store = Store(*settings.store_opening)
+    Gauge(
+        "quickchange_store_reachable",
+        "0 while names are served as last read, since the store can't be reached",
+        registry=metrics.registry,
+    ).set_function(lambda: store.trouble is None)
     names = base_names(settings)
     constraints = ConstraintChecks(text, metrics.structured)
     seeds = Seeds(settings.seed)
@@ -222,6 +244,7 @@ def _services(
         promotions=Promotions(store, experiments),
         keyring=tenants.keyring,
         books=(*books, tenants.books, exposures),
+        cluster=cluster,
     )
 
 
@@ -230,6 +253,8 @@ async def _start(services: Services) -> None:
     if services.keyring is not None:
         await services.keyring.refresh()
         services.revisions.watch(TOPIC, services.keyring.refresh)
+    if is_remote(services.settings.store):  # read once; from then on it is answered from memory
+        await asyncio.to_thread(services.store.snapshot)
     await services.revisions.look()  # loads experiments before the first request
     services.revisions.start()
 

@@ -20,6 +20,7 @@ from quickchange_server.config import Settings
 from quickchange_server.errors import QuickchangeError, SettingError
 
 BACKLOG = 2048  # connections not yet accepted
+KEEP_ALIVE_SECONDS = 75  # above the usual 60 s of proxies, so that they close first
 LAST_BYTES_SECONDS = 5.0  # after the drain, for complete answers that are not yet read
 
 logger = logging.getLogger(__name__)
@@ -113,10 +114,12 @@ def run(app: FastAPI, settings: Settings, listener: socket.socket, announce: Ann
     """
     config = uvicorn.Config(
         app,
+        loop="asyncio",  # the same whatever else is installed: Ray brings others
+        http="h11",
         log_level="warning",
         access_log=False,  # a line per request takes CPU from the engine; /metrics counts
         timeout_graceful_shutdown=int(LAST_BYTES_SECONDS),
-        timeout_keep_alive=75,  # above the usual 60 s of proxies, so that they close first
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         backlog=BACKLOG,
     )
     server = DrainingServer(config, app, settings)

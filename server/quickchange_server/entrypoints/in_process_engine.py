@@ -190,7 +190,9 @@ class InProcessEngine:
         self._engine = Engine(
             model,
             settings,
-            load_adapter=_paced(load_adapter) if load_adapter else Store(settings.store).load,
+            load_adapter=_paced(load_adapter)
+            if load_adapter
+            else Store(*settings.store_opening).load,
             on_wake=self._awake.set,
             text=text,
         )

@@ -125,14 +125,14 @@ class LLM:
             root = store or opened.enter_context(TemporaryDirectory(prefix="quickchange-"))
             made = _settings(
                 model=str(model),
-                store=Path(root),
+                store=str(root),
                 device=device,
                 dtype=dtype,
                 adapters=bool(adapters) or store is not None,
                 **settings,
             )
             self._text = Text.load(made.model)
-            self._store = Store(made.store)
+            self._store = Store(*made.store_opening)
             self._catalog = Catalog(
                 self._store,
                 base_names(made),

@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from quickchange_server.engine.memory.planning import memory_plan
+from quickchange_server.config import Settings, local_folder
+from quickchange_server.engine.memory.planning import MemoryPlan, memory_plan
 from quickchange_server.entrypoints.gpu_names import GPUS
 from quickchange_server.entrypoints.serve import fail, settings_of
 from quickchange_server.errors import QuickchangeError, SettingError
 from quickchange_server.model.loading.model_dtype import multiplies_bfloat16
-from quickchange_server.model.loading.model_outline import outline
+from quickchange_server.model.loading.model_outline import Outline, outline
 from quickchange_store.errors import StoreError
 
 _GIB = 1 << 30
@@ -32,8 +33,16 @@ def plan(given: Mapping[str, Any], *, gpu: str | None, ranks: str | None) -> Non
 
 def planned(given: Mapping[str, Any], *, gpu: str | None, ranks: str | None) -> str:
     """The plan. gpu: a device's name or a size; None: a CPU. ranks: of adapters, with commas."""
+    settings, _, found = memory_of(given, gpu=gpu, ranks=ranks)
+    return f"{settings.model} on {gpu or 'a CPU'}:\n{found.text}"
+
+
+def memory_of(
+    given: Mapping[str, Any], *, gpu: str | None, ranks: str | None
+) -> tuple[Settings, Outline, MemoryPlan]:
+    """The settings, the base without its weights, and an engine's memory for both."""
     device = "cpu" if gpu is None else "cuda"
-    settings = settings_of({"store": Path(), **given, "device": device})
+    settings = settings_of({"store": ".", **given, "device": device})
     if settings.tensor_parallel > 1:
         raise SettingError(
             "--tensor-parallel: a plan is for a base on one device; plan for one device of the "
@@ -43,7 +52,7 @@ def planned(given: Mapping[str, Any], *, gpu: str | None, ranks: str | None) -> 
     total = None if gpu is None else device_bytes(gpu)
     import torch
 
-    model = outline(
+    base = outline(
         settings.model,
         dtype=settings.dtype,
         device=device,
@@ -51,9 +60,10 @@ def planned(given: Mapping[str, Any], *, gpu: str | None, ranks: str | None) -> 
         adapters=settings.adapters,
         quantization=settings.quantization,
     )
-    store = settings.store if settings.store.exists() else Path()
-    found = memory_plan(model, settings, total, _ranks(ranks), shutil.disk_usage(store).free)
-    return f"{settings.model} on {gpu or 'a CPU'}:\n{found.text}"
+    folder = local_folder(settings.store)
+    store = folder if folder.exists() else Path()
+    free = shutil.disk_usage(store).free
+    return settings, base, memory_plan(base, settings, total, ranks_of(ranks), free)
 
 
 def device_bytes(name: str) -> int:
@@ -72,7 +82,8 @@ def device_bytes(name: str) -> int:
     return count
 
 
-def _ranks(given: str | None) -> Sequence[int]:
+def ranks_of(given: str | None) -> Sequence[int]:
+    """The ranks that are joined by commas, or the default ones. Raises ValueError."""
     if given is None:
         return DEFAULT_RANKS
     parts = given.split(",")

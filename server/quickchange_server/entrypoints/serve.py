@@ -10,24 +10,27 @@ import shlex
 import sys
 import time
 from collections.abc import Collection, Mapping
-from typing import Any, NoReturn
+from functools import partial
+from typing import Any, NoReturn, TypeVar
 
 from pydantic import ValidationError
 
 from quickchange_server.api.app_state import Services
-from quickchange_server.config import Settings, is_loopback
-from quickchange_server.engine_client.channel import EngineMain
+from quickchange_server.config import Settings, is_loopback, is_remote
+from quickchange_server.engine_client.local.channel import EngineMain
+from quickchange_server.engine_client.local.local_engines import LocalEngines
 from quickchange_server.entrypoints.app import create_app
 from quickchange_server.entrypoints.engine_start import engine_main, preload
 from quickchange_server.entrypoints.http_server import bind, run
 from quickchange_server.errors import QuickchangeError, SettingError
 from quickchange_server.storage import database
 from quickchange_server.storage.database import Database
-from quickchange_server.storage.engines import provisional
+from quickchange_server.storage.database_engines import provisional
 from quickchange_server.tenants.key_records import every
 from quickchange_server.tenants.tenancy import asks_for_keys
 from quickchange_store.errors import StoreError
 from quickchange_store.hub_access import look_for_hub
+from quickchange_store.store import Store
 
 
 def serve(given: Mapping[str, Any], *, demo: bool, engine: EngineMain = engine_main) -> None:
@@ -45,13 +48,22 @@ def serve(given: Mapping[str, Any], *, demo: bool, engine: EngineMain = engine_m
         if engine is engine_main and settings.device == "cpu":
             preload()
         with bind(settings) as listener, provisional(settings.database_url) as keep_database:
+            if is_remote(settings.store):
+                say(f"reading the store at {settings.store}")
+                Store(*settings.store_opening).snapshot()
+            if is_remote(settings.store) and settings.database is None:
+                file = settings.database_url.removeprefix("sqlite:///")
+                say(
+                    f"keeping keys, experiments and usage in {file}, on this machine alone: "
+                    "replicas need a PostgreSQL that they share (--database)"
+                )
             say(f"reading {settings.model}")
             database.check(settings.database_url)
             check_access(settings)
             if demo and settings.adapters:
                 say(f"adding the demo's adapters to {settings.store}, where they are missing")
                 _publish_demo(settings)
-            app = create_app(settings, engine=engine)
+            app = create_app(settings, engines=partial(LocalEngines, main=engine))
 
             def ready(services: Services, url: str) -> None:
                 keep_database()
@@ -78,10 +90,16 @@ def fail(message: str) -> NoReturn:
     sys.exit(f"quickchange: {' '.join(message.split())}")
 
 
-def settings_of(given: Mapping[str, Any]) -> Settings:
+SettingsType = TypeVar("SettingsType", bound=Settings)
+
+
+def settings_of(
+    given: Mapping[str, Any],
+    kind: type[SettingsType] = Settings,  # type: ignore[assignment]
+) -> SettingsType:
     """The settings given on the command line. Exits with status 1 and one line of error."""
     try:
-        return Settings(**given)
+        return kind(**given)
     except ValidationError as error:
         fail("; ".join(_finding(finding) for finding in error.errors()))
 
@@ -156,10 +174,12 @@ def with_demo(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _publish_demo(settings: Settings) -> None:
     from quickchange_store.base_model.base_spec import base_spec
-    from quickchange_store.store import Store
     from quickchange_training.demo import publish_demo_adapters
 
-    publish_demo_adapters(Store(settings.store), base_spec(settings.model))
+    publish_demo_adapters(
+        Store(*settings.store_opening),
+        base_spec(settings.model),
+    )
 
 
 def _suggest(names: Collection[str], url: str) -> None:

@@ -56,7 +56,7 @@ def warm_cache(given: Mapping[str, Any], *, gpu: str | None, out: Path | None) -
     from quickchange_store.base_model.base_source import BaseSource
 
     started = time.monotonic()
-    settings = Settings.model_validate({"store": Path(), **given, "device": "cuda"})
+    settings = Settings.model_validate({"store": ".", **given, "device": "cuda"})
     target = _target(gpu)
     config = BaseSource.of(settings.model).config()
     dtype = _dtype(settings, config, target.arch)

@@ -98,7 +98,7 @@ class RequestAdmission:
         """
         self._check_count(wanted)
         submits = self._submits(await self._constrained(wanted))
-        account = Account.open(_opened(wanted, submits), wanted.observers)
+        account = await Account.open(_opened(wanted, submits), wanted.observers)
         try:
             if wanted.derive is not None:
                 submits = await self._derived(wanted.derive, submits)

@@ -78,8 +78,9 @@ class Completed:
 class Bookkeeper(Protocol):
     """An observer of requests, called on the event loop; it must not block."""
 
-    def opened(self, opened: Opened) -> None:
-        """Note that a request begins. Raises a QuickchangeError to refuse it."""
+    def opened(self, opened: Opened) -> Awaitable[None] | None:
+        """Note that a request begins. It, or the awaitable, raises a QuickchangeError to refuse it;
+        then, or if its wait is cancelled, nothing is noted."""
 
     def completed(self, completed: Completed) -> Awaitable[None] | None:
         """Record an ended request. The awaitable is done once the record is durable."""
@@ -111,12 +112,20 @@ class Account:
         self._durable: list[asyncio.Future[None]] | None = None  # None: not ended
 
     @classmethod
-    def open(cls, opened: Opened, keepers: Sequence[Bookkeeper]) -> Account:
-        """Open the request in all books. If a bookkeeper raises, those before it get its end."""
+    async def open(cls, opened: Opened, keepers: Sequence[Bookkeeper]) -> Account:
+        """Open the request in all books. If a bookkeeper raises, those before it get its end.
+
+        Yields to other tasks only where a bookkeeper has to wait.
+        """
         opened_in: list[Bookkeeper] = []
         for keeper in keepers:
             try:
-                keeper.opened(opened)
+                noted = keeper.opened(opened)
+                if noted is not None:
+                    await noted
+            except asyncio.CancelledError:
+                cls(opened, opened_in).end("cancelled")
+                raise
             except QuickchangeError:
                 cls(opened, opened_in).end("refused")
                 raise

@@ -7,6 +7,7 @@ any thread. Neither HTTP nor the engine's process is known here.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram
@@ -14,10 +15,21 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.process_collector import ProcessCollector
 
 from quickchange_server.config import Settings
-from quickchange_server.engine_client.client_observer import Outcome, Refusal, ServerState
+from quickchange_server.engine_client.client_observer import (
+    Interruption,
+    Outcome,
+    Refusal,
+    ServerState,
+)
+from quickchange_server.observability.cluster_metrics import (
+    Cluster,
+    IngressCollector,
+    StreamMetrics,
+    exposition_of_all,
+)
 from quickchange_server.observability.engine_collector import EngineTotals, StateCollector
 from quickchange_server.observability.http_metrics import HttpMetrics
-from quickchange_server.observability.labels import BASE, AdapterLabels
+from quickchange_server.observability.labels import BASE, OTHER, AdapterLabels
 from quickchange_server.observability.speculation_metrics import NameOf, SpeculationMetrics
 from quickchange_server.observability.subsystem_metrics import StructuredMetrics
 from quickchange_server.protocol import AdapterMoved, Delta, Drafting, Ready, StepStats, Tier
@@ -54,6 +66,7 @@ class Metrics:
         self.http = HttpMetrics(self.registry)
         self._speculation = SpeculationMetrics(self.registry, self._labels)
         self.structured = StructuredMetrics(self.registry)
+        self._streams = StreamMetrics()
         self._make_step_metrics()
         self._make_adapter_metrics()
         self._make_engine_metrics()
@@ -117,6 +130,11 @@ class Metrics:
             registry=self.registry,
         )
 
+    def join(self, cluster: Cluster, state: ServerState) -> None:
+        """Export what only an ingress of a cluster has. Called once at most."""
+        self._streams.register(self.registry)
+        self.registry.register(IngressCollector(lambda: state.in_flight, cluster))
+
     def request(self, label: str, adapted: bool, prompt_tokens: int, now: float) -> RequestMetrics:
         """Start counting a request. `label` is its adapter's name, unused unless `adapted`."""
         value = self._labels(label) if adapted else BASE
@@ -134,6 +152,10 @@ class Metrics:
 
     def resubmitted(self) -> None:
         self._resubmitted.inc()
+
+    def resumed(self, reason: Interruption, pause_seconds: float) -> None:
+        """Count a stream at its first token from another replica."""
+        self._streams.resumed(reason, pause_seconds)
 
     def step(self, stats: StepStats, name_of: NameOf) -> None:
         """Record one engine step. `name_of` maps the digests of drafters to adapter names."""
@@ -180,6 +202,16 @@ class Metrics:
     def render(self) -> tuple[bytes, str]:
         """The metrics as text, and its content type."""
         return generate_latest(self.registry), CONTENT_TYPE_LATEST
+
+    async def render_all(self, cluster: Cluster, name_of: NameOf) -> tuple[bytes, str]:
+        """The same of all replicas of a cluster, made on a thread. `name_of`: by digests."""
+
+        def label_of(digest: str) -> str:
+            name = name_of(digest)
+            return OTHER if name is None else self._labels(name)
+
+        body = await asyncio.to_thread(exposition_of_all, self.registry, cluster, label_of)
+        return body, CONTENT_TYPE_LATEST
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"quickchange_{name}", text, labels, registry=self.registry)

@@ -24,6 +24,11 @@ class TenantMetrics:
         self._limited = counter(
             "limited_total", "Requests refused by a limit of their API key", "limit"
         )
+        self._alone = Counter(
+            "quickchange_limits_counted_alone_total",
+            "Requests whose limits a cluster's replica counted alone: the counter did not answer",
+            registry=registry,
+        )
 
     def completed(self, completed: Completed) -> None:
         """Count a request that has ended."""
@@ -38,3 +43,7 @@ class TenantMetrics:
         label = self._labels(tenant)
         self._requests.labels(label, "refused").inc()
         self._limited.labels(label, limit).inc()
+
+    def counted_alone(self) -> None:
+        """Count a request that the cluster's counter was not there to decide."""
+        self._alone.inc()

@@ -3,10 +3,12 @@
 import { ApiError, get, getText, nameInPath, post } from "./api.js";
 import { byId, el, setText, showProblem } from "./dom.js";
 import { NONE, bytes, count } from "./format.js";
-import { showTiers, tiersOf, tiersOfAdapters } from "./tiers.js";
+import { inCluster } from "./replicas.js";
+import { showTiers, tiersOf, tiersOfAdapters, tiersOfReplicas } from "./tiers.js";
 
 const REFRESH_MS = 3000;
 const MOST = 200; // rows shown at once
+const MOST_REPLICAS = 4; // named beside an adapter
 const COLUMNS = ["Name", "Version", "Tier", "Memory", "Pinned", "Turbo", "Actions"];
 
 /** Set up the section; returns what tabs and keys call. */
@@ -17,7 +19,7 @@ export function setUpAdapters() {
   const resident = byId("adapter-resident");
   let adapters = [];
   let timer = null;
-  let withMetrics = true; // false: the key may not read them
+  let withBudgets = true; // false: the key may not read them
 
   byId("adapter-table").append(table(body));
 
@@ -48,14 +50,15 @@ export function setUpAdapters() {
     }
   };
 
-  /** From the metrics, which have the budgets; where these are refused, from the list. */
+  /** With the budgets, of all replicas or this machine; where they are refused, from the list. */
   async function loadTiers() {
-    if (!withMetrics) return tiersOfAdapters(adapters);
+    if (!withBudgets) return tiersOfAdapters(adapters);
     try {
+      if (await inCluster()) return tiersOfReplicas((await get("v1/cluster")).data);
       return tiersOf(await getText("metrics"));
     } catch (error) {
       if (!(error instanceof ApiError) || error.status !== 403) throw error;
-      withMetrics = false;
+      withBudgets = false;
       return tiersOfAdapters(adapters);
     }
   }
@@ -87,7 +90,7 @@ export function setUpAdapters() {
     show: startRefreshing,
     hide: stopRefreshing,
     keyChanged: () => {
-      withMetrics = true;
+      withBudgets = true;
       if (!byId("adapters").hidden) startRefreshing();
     },
   };
@@ -128,6 +131,9 @@ class Row {
         el("td", { role: "cell", "data-label": column }),
       ]),
     );
+    this.tier = el("span");
+    this.replicas = el("span", { class: "hint" });
+    this.cells.Tier.append(this.tier, this.replicas);
     this.pin = el("button", { type: "button" });
     this.pin.addEventListener("click", () => act(name, this.pinned ? "unpin" : "pin"));
     const prefetch = el("button", { type: "button", "aria-label": `Prefetch ${name}` }, "Prefetch");
@@ -149,7 +155,8 @@ class Row {
       this.cells.Version,
       versions.length > 1 ? `${version} of ${versions.length}` : `${version}`,
     );
-    setText(this.cells.Tier, residency.tier);
+    setText(this.tier, residency.tier);
+    setText(this.replicas, replicasText(residency.replicas ?? {}));
     this.cells.Tier.dataset.tier = residency.tier;
     setText(this.cells.Memory, residency.bytes ? bytes(residency.bytes) : NONE);
     setText(this.cells.Pinned, residency.pinned ? "yes" : "no");
@@ -157,6 +164,14 @@ class Row {
     setText(this.pin, residency.pinned ? "Unpin" : "Pin");
     this.pin.setAttribute("aria-label", `${residency.pinned ? "Unpin" : "Pin"} ${this.name}`);
   }
+}
+
+/** Where an adapter is in memory: " engine-1: device, engine-2: host", some at most. */
+function replicasText(replicas) {
+  const told = Object.entries(replicas).map(([replica, tier]) => `${replica}: ${tier}`);
+  if (told.length === 0) return "";
+  const more = told.length > MOST_REPLICAS ? ` and ${count(told.length - MOST_REPLICAS)} more` : "";
+  return ` ${told.slice(0, MOST_REPLICAS).join(", ")}${more}`;
 }
 
 function turboText({ depth, sequential }) {

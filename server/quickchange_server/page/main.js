@@ -5,6 +5,7 @@ import { setUpChat } from "./chat.js";
 import { byId, setText } from "./dom.js";
 import { setUpExperiments } from "./experiments.js";
 import { setUpKey } from "./key.js";
+import { setUpReplicas, showCluster } from "./replicas.js";
 import { setUpTabs } from "./tabs.js";
 
 const STATE_MS = 5000;
@@ -13,19 +14,23 @@ const sections = {
   chat: setUpChat(),
   adapters: setUpAdapters(),
   experiments: setUpExperiments(),
+  replicas: setUpReplicas(),
 };
 
 async function showState() {
   if (document.hidden) return;
   let state = "no answer";
+  let replicas = null;
   try {
-    state = (await (await fetch("health")).json()).state;
+    ({ state, replicas = null } = await (await fetch("health")).json());
+    showCluster(replicas !== null);
   } catch {
     // The word says it; the next look may find the server again.
   }
   const place = byId("state");
   place.dataset.state = state;
-  setText(place, `Server: ${state}`);
+  const engines = replicas === null ? "" : `, ${replicas.ready} of ${replicas.wanted} engines`;
+  setText(place, `Server: ${state}${engines}`);
 }
 
 setUpKey(() => Object.values(sections).forEach((section) => section.keyChanged()));

@@ -28,16 +28,17 @@ export function setUpTabs(sections) {
     else select(ids[0]);
   };
 
-  ids.forEach((id, index) => {
+  ids.forEach((id) => {
     const tab = byId(`tab-${id}`);
     tab.addEventListener("click", () => setAddress(id));
     tab.addEventListener("keydown", (event) => {
-      const last = ids.length - 1;
-      const targets = { ArrowRight: index + 1, ArrowLeft: index - 1, Home: 0, End: last };
+      const there = ids.filter((each) => !byId(`tab-${each}`).hidden);
+      const [at, last] = [there.indexOf(id), there.length - 1];
+      const targets = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: last };
       const target = targets[event.key];
       if (target === undefined) return;
       event.preventDefault();
-      const next = ids[(target + ids.length) % ids.length];
+      const next = there[(target + there.length) % there.length];
       setAddress(next);
       byId(`tab-${next}`).focus();
     });

@@ -9,8 +9,20 @@ const TIERS = [
 ];
 const SAMPLE =
   /^quickchange_tier_(adapters|used_bytes|capacity_bytes)\{tier="(device|host)"\} (\S+)$/gm;
+const FIGURES = ["adapters", "used_bytes", "capacity_bytes"];
 
-/** By tier {adapters, used_bytes, capacity_bytes}, out of the metrics' text. */
+/** By tier {adapters, used_bytes, capacity_bytes}, of all replicas of a cluster together. */
+export function tiersOfReplicas(replicas) {
+  const tiers = {};
+  for (const [tier] of TIERS) {
+    const there = replicas.filter(({ engine }) => engine !== null).map(({ engine }) => engine[tier]);
+    const sum = (figure) => there.reduce((total, each) => total + each[figure], 0);
+    tiers[tier] = Object.fromEntries(FIGURES.map((figure) => [figure, sum(figure)]));
+  }
+  return tiers;
+}
+
+/** The same of a single machine, out of its metrics' text. */
 export function tiersOf(metrics) {
   const tiers = {};
   for (const [, what, tier, value] of metrics.matchAll(SAMPLE)) {

@@ -20,7 +20,13 @@ from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 
 from quickchange_server.observability.subsystem_metrics import StorageMetrics
-from quickchange_server.storage.engines import READERS, make_engine, reading, unusable, writing
+from quickchange_server.storage.database_engines import (
+    READERS,
+    make_engine,
+    reading,
+    unusable,
+    writing,
+)
 from quickchange_server.storage.outages import passes
 from quickchange_server.storage.schema import upgrade
 from quickchange_server.storage.writer import Writer, unanswered

@@ -13,7 +13,7 @@ from sqlalchemy import Connection, Engine, Table, delete, exists, func, insert, 
 
 from quickchange_server.errors import ConflictError
 from quickchange_server.storage.database import check
-from quickchange_server.storage.engines import make_engine, writing
+from quickchange_server.storage.database_engines import make_engine, writing
 from quickchange_server.storage.tables import all_tables
 from quickchange_server.storage.tables_tenants import USAGE
 

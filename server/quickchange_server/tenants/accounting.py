@@ -5,12 +5,27 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from quickchange_server.frontend.request_observers import Completed, Opened
 from quickchange_server.observability.tenant_metrics import TenantMetrics
+from quickchange_server.tenants.key import Limits
 from quickchange_server.tenants.keyring import Keyring
-from quickchange_server.tenants.limits import Admitted, LimitedError, Limiter, TooLargeError
+from quickchange_server.tenants.limits import Admitted, LimitedError, TooLargeError
 from quickchange_server.tenants.usage_log import UsageLog
+
+
+class KeyLimits(Protocol):
+    """Limits of API keys: `Limiter` for one server, `SharedLimits` for a replica of several."""
+
+    async def admit(
+        self, key: str, limits: Limits, prompt_tokens: int, new_tokens: int
+    ) -> Admitted:
+        """Charge a request. Raises TooLargeError or LimitedError, and then charges nothing, as
+        where the wait is cancelled."""
+
+    def end(self, admitted: Admitted, tokens: int) -> None: ...
+    def undo(self, admitted: Admitted) -> None: ...
 
 
 @dataclass
@@ -18,7 +33,7 @@ class KeyAccounting:
     """The parts that exist only if the server requires API keys."""
 
     keyring: Keyring
-    limiter: Limiter
+    limits: KeyLimits
     usage: UsageLog
 
 
@@ -34,17 +49,20 @@ class TenantAccounting:
     clock: Callable[[], float] = time.time  # Unix seconds
     _admitted: dict[str, Admitted] = field(default_factory=dict)  # by request id
 
-    def opened(self, opened: Opened) -> None:
+    def opened(self, opened: Opened) -> Awaitable[None] | None:
         """Charge a request to its key's limits.
 
         Raises TooLargeError, LimitedError or UnauthenticatedError.
         """
         key = opened.caller.key
         if self.keys is None or key is None or _is_shadow(opened):
-            return
-        limits = self.keys.keyring.key(key).terms.limits
+            return None
+        return self._admit(self.keys, key, opened)
+
+    async def _admit(self, keys: KeyAccounting, key: str, opened: Opened) -> None:
+        limits = keys.keyring.key(key).terms.limits
         try:
-            self._admitted[opened.request_id] = self.keys.limiter.admit(
+            self._admitted[opened.request_id] = await keys.limits.admit(
                 key, limits, opened.prompt_tokens, opened.max_tokens
             )
         except (TooLargeError, LimitedError) as error:
@@ -60,9 +78,9 @@ class TenantAccounting:
         if self.keys is None or admitted is None:
             return None
         if completed.ending == "refused":
-            self.keys.limiter.undo(admitted)
+            self.keys.limits.undo(admitted)
             return None
-        self.keys.limiter.end(admitted, opened.prompt_tokens + completed.completion_tokens)
+        self.keys.limits.end(admitted, opened.prompt_tokens + completed.completion_tokens)
         return self.keys.usage.add(completed, admitted.key, self.clock())
 
 

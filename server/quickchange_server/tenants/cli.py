@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -43,11 +42,11 @@ DatabaseOption = Annotated[
     typer.Option("--database", envvar="QUICKCHANGE_DATABASE", help="As of `quickchange serve`."),
 ]
 StoreOption = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
         "--store",
         envvar="QUICKCHANGE_STORE",
-        help="Folder of the adapter store, which holds the database where --database is not given.",
+        help="Store whose local folder holds the database where --database is not given.",
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -159,7 +158,7 @@ def _scope(text: str) -> Scope:
 
 
 def _in_database(
-    url: str | None, store: Path | None, change: Callable[[Connection], T], *, create: bool = False
+    url: str | None, store: str | None, change: Callable[[Connection], T], *, create: bool = False
 ) -> T:
     if url is None:
         if store is None:

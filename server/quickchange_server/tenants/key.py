@@ -21,13 +21,19 @@ _GLOB = re.compile(r"[A-Za-z0-9._/*?\[\]!-]+")
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The limits of one key on one replica; None: no limit."""
+    """The limits of one key; None: no limit."""
 
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None  # prompt and new tokens together
     concurrent_requests: int | None = None
     max_prompt_tokens: int | None = None  # all prompts of one request together
     max_new_tokens: int | None = None  # all choices of one request together
+
+    @property
+    def of_several_requests(self) -> bool:
+        """True if one request's admission depends on others."""
+        several = (self.requests_per_minute, self.tokens_per_minute, self.concurrent_requests)
+        return several != (None, None, None)
 
 
 @dataclass(frozen=True, slots=True)

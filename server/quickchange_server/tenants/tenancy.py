@@ -13,6 +13,7 @@ from quickchange_server.storage.database import Database
 from quickchange_server.tenants.accounting import KeyAccounting, TenantAccounting
 from quickchange_server.tenants.keyring import Keyring
 from quickchange_server.tenants.limits import Limiter
+from quickchange_server.tenants.shared_limits import CounterCalls, SharedLimits
 from quickchange_server.tenants.usage_log import UsageLog
 
 
@@ -22,20 +23,32 @@ class Tenants:
 
     keyring: Keyring | None
     books: TenantAccounting
+    shared: SharedLimits | None = None  # None: this server's limits are its own
 
     @classmethod
     def make(
-        cls, settings: Settings, database: Database, registry: CollectorRegistry, *, keyed: bool
+        cls,
+        settings: Settings,
+        database: Database,
+        registry: CollectorRegistry,
+        *,
+        keyed: bool,
+        counter: CounterCalls | None = None,
     ) -> Tenants:
-        """Build the parts. `keyed`: requests need an API key, see `asks_for_keys`."""
+        """Build the parts, on the event loop. `keyed`: requests need an API key, see
+        `asks_for_keys`. `counter`: the limits' counter of all replicas, where there are several."""
         metrics = TenantMetrics(registry, settings.metrics_adapters)
         if not keyed:
             return cls(None, TenantAccounting(metrics, None))
         keyring = Keyring(database, salted=settings.tenant_cache)
-        return cls(
-            keyring,
-            TenantAccounting(metrics, KeyAccounting(keyring, Limiter(), UsageLog(database))),
-        )
+        shared = None if counter is None else SharedLimits(counter, metrics.counted_alone)
+        keys = KeyAccounting(keyring, shared or Limiter(), UsageLog(database))
+        return cls(keyring, TenantAccounting(metrics, keys), shared)
+
+    async def close(self) -> None:
+        """Tell the other replicas' counter what has ended."""
+        if self.shared is not None:
+            await self.shared.close()
 
 
 def asks_for_keys(settings: Settings) -> bool:

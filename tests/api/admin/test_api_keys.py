@@ -77,7 +77,7 @@ def test_the_secret_is_in_the_first_answer_alone_and_not_in_the_database(live: L
     assert secret.split("-")[1] == key_id
     assert secret not in live.http.get(f"/v1/keys/{key_id}").text
     assert secret not in live.http.get("/v1/keys").text
-    with sqlite3.connect(live.store.root / "quickchange.sqlite3") as database:
+    with sqlite3.connect(Path(live.store.location) / "quickchange.sqlite3") as database:
         row = database.execute("SELECT * FROM api_keys WHERE id = ?", (key_id,)).fetchone()
     database.close()
     assert secret not in map(str, row)
@@ -192,7 +192,7 @@ def test_revoking_a_rotated_key_ends_both_secrets(live: Live) -> None:
 
 
 def test_what_one_replica_does_another_acts_on_within_seconds(live: Live) -> None:
-    with live_server(live.store.root, api_keys=True) as other:
+    with live_server(Path(live.store.location), api_keys=True) as other:
         key_id, secret = created(live)
         wait_until(lambda: status_of(other, secret) == 200, seconds=REPLICA_SECONDS)
         live.http.delete(f"/v1/keys/{key_id}").raise_for_status()
@@ -200,7 +200,7 @@ def test_what_one_replica_does_another_acts_on_within_seconds(live: Live) -> Non
 
 
 def test_a_key_made_in_the_database_works_within_seconds(live: Live) -> None:
-    _, secret = make_key(live.store.root)
+    _, secret = make_key(Path(live.store.location))
     wait_until(lambda: status_of(live, secret) == 200, seconds=REPLICA_SECONDS)
 
 

@@ -69,6 +69,7 @@ EXPECTED: dict[Scope, set[str]] = {
         "DELETE /v1/keys/{id}",
         "POST /v1/keys/{id}/rotate",
         "GET /metrics",
+        "GET /v1/cluster",
     },
 }
 

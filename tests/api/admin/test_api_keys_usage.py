@@ -109,7 +109,7 @@ def test_replicas_on_one_database_add_up(live: Live) -> None:
     _, secret = created(live, tenant="replicas")
     draw = random.Random(1)
     said = []
-    with live_server(live.store.root, api_keys=True) as other:
+    with live_server(Path(live.store.location), api_keys=True) as other:
         for server in (live, other):
             with client_of(server, secret) as client:
                 said += [send(client, draw) for _ in range(10)]

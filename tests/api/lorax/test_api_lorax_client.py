@@ -107,7 +107,9 @@ def test_merged_adapters_are_the_exact_sum(outcomes: Outcomes, live: Live, case:
 def test_a_response_format_is_a_constraint(outcomes: Outcomes, live: Live) -> None:
     assert answer(outcomes, "json")["generated_text"] == with_sql(live)
     assert answer(outcomes, "json stream")[-1]["generated_text"] == expected_text(3, 5, 6)
-    asked = [entry["constraint"] for entry in entries(live.store.root / "journal", "Submit")]
+    asked = [
+        entry["constraint"] for entry in entries(Path(live.store.location) / "journal", "Submit")
+    ]
     sources = [json.loads(one[1]) for one in asked if one and one[0] == "json_schema"]
     assert [schema["properties"] for schema in sources] == [{"n": {"type": "integer"}}] * 2
 

@@ -55,7 +55,7 @@ def recipe(store: Store, strategy: MergeStrategy = "ties", density: float = 0.5)
 
 
 def derived_files(store: Store) -> list[Path]:
-    return sorted((store.root / FOLDER).glob("*.digests"))
+    return sorted((Path(store.location) / FOLDER).glob("*.digests"))
 
 
 @pytest.mark.parametrize("strategy", ["ties", "dare_linear", "dare_ties"])

@@ -88,7 +88,7 @@ def predictions(seed: int, tokens: int) -> dict[str, int]:
 
 def heads_seen(live: Live) -> Any:
     """The heads of the last request that the engine got."""
-    return entries(live.store.root.parent / JOURNAL, "Submit")[-1]["heads"]
+    return entries(Path(live.store.location).parent / JOURNAL, "Submit")[-1]["heads"]
 
 
 def error_of(response: httpx.Response, status: int) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from parallel_adapters import adapters_of_every_kind, mixed_requests, stored
 from rank_groups import answered, settings_of
 from tiny_models import save_model
 
-from quickchange_server.engine_client.channel import EngineMain
+from quickchange_server.engine_client.local.channel import EngineMain
 from quickchange_server.entrypoints.engine_start import engine_main
 from quickchange_server.protocol import AdapterMoved
 

@@ -152,8 +152,12 @@ def _residency(services: Services, digest: str) -> Json:
     residency = services.client.residency
     found = residency.get(digest)
     if found is None:
-        return {"tier": "disk", "bytes": 0, "pinned": digest in residency.pins}
-    return {"tier": found.tier, "bytes": found.bytes, "pinned": found.pinned}
+        told: Json = {"tier": "disk", "bytes": 0, "pinned": digest in residency.pins}
+    else:
+        told = {"tier": found.tier, "bytes": found.bytes, "pinned": found.pinned}
+    if services.cluster is not None:
+        told["replicas"] = services.cluster.tiers(digest)
+    return told
 
 
 def _version(services: Services, version: Version) -> Json:

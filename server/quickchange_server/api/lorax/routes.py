@@ -176,7 +176,7 @@ async def _begin(
         order = request_selection.select(services, caller, wanted, request.headers)
     except UnknownModelError as error:
         raise UnknownModelError(error.message + _remedy(body, caller), param=error.param) from error
-    order = merged(services, order, given.merged_adapters)
+    order = await merged(services, order, given.merged_adapters)
     prompt = await translation.prompt(services, body)
     admitting = request_selection.admit(
         services,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -140,7 +141,7 @@ async def _truncated(services: Services, text: str, ids: list[int], length: int)
 MERGEABLE = ("LoRA", "Turbo LoRA")  # values of `AdapterInfo.kind`
 
 
-def merged(
+async def merged(
     services: Services, order: Order[CompletionRequest], given: MergedAdapters | None
 ) -> Order[CompletionRequest]:
     """The order with the merge that `given` asks for, which is computed at admission.
@@ -158,7 +159,7 @@ def merged(
             param="merged_adapters",
         )
     for component in components:
-        _check_kind(services, component, given)
+        await _check_kind(services, component, given)
     recipe = Recipe(
         given.merge_strategy,
         tuple((component.digest, component.weight) for component in components),
@@ -168,8 +169,8 @@ def merged(
     return replace(order, derive=partial(services.derived.digest, recipe))
 
 
-def _check_kind(services: Services, component: Component, given: MergedAdapters) -> None:
-    kind = services.catalog.info(component.digest).kind
+async def _check_kind(services: Services, component: Component, given: MergedAdapters) -> None:
+    kind = (await asyncio.to_thread(services.catalog.info, component.digest)).kind
     if kind and kind not in MERGEABLE:  # "": added by an earlier release, checked at the merge
         raise InvalidRequestError(
             f"merged_adapters: the version {component.digest[:12]} among {', '.join(given.ids)} is "

@@ -335,5 +335,14 @@ class ServerVersion(ResponseModel):
     version: str
 
 
+class ReplicaCounts(ResponseModel):
+    """Engine replicas of a cluster."""
+
+    ready: int
+    wanted: int
+
+
 class EngineState(ResponseModel):
     state: str
+    replicas: ReplicaCounts | None = None  # in a cluster alone
+    store: str | None = None  # its trouble, where it has one

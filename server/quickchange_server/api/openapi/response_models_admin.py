@@ -8,17 +8,21 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from quickchange_server.api.openapi.response_models import ResponseModel
+from quickchange_server.api.openapi.response_models import ReplicaCounts, ResponseModel
+from quickchange_server.engine_client.remote.cluster_view import ReplicaKind
 from quickchange_server.frontend.caller import Scope
+from quickchange_server.protocol import Tier
 from quickchange_server.tenants.key import Limits
 
 # --- adapters -----------------------------------------------------------------------------------
 
 
 class AdapterResidency(ResponseModel):
-    tier: Literal["device", "host", "disk"]
+    tier: Tier
     bytes: int
     pinned: bool
+    # In a cluster alone: the tier on each engine replica that has it in memory.
+    replicas: dict[str, Tier] | None = Field(None, exclude_if=lambda replicas: replicas is None)
 
 
 class DraftHeadsSummary(ResponseModel):
@@ -116,6 +120,42 @@ class RemovedAlias(ResponseModel):
     id: str
     object: Literal["alias.deleted"]
     deleted: Literal[True]
+
+
+# --- replicas of a cluster ----------------------------------------------------------------------
+
+
+class TierUse(ResponseModel):
+    adapters: int  # versions
+    used_bytes: int
+    capacity_bytes: int
+
+
+class EngineFigures(ResponseModel):
+    running: int  # sequences
+    waiting: int
+    kv_share: float  # of the KV blocks, in use
+    step_seconds: float
+    device: TierUse
+    host: TierUse
+
+
+class ReplicaDocument(ResponseModel):
+    id: str
+    object: Literal["replica"]
+    kind: ReplicaKind
+    node: str
+    state: str
+    reported: float
+    engine: EngineFigures | None
+
+
+class ClusterDocument(ResponseModel):
+    object: Literal["cluster"]
+    answered_by: str
+    engines: ReplicaCounts
+    pins: list[str]
+    data: list[ReplicaDocument]
 
 
 # --- API keys -----------------------------------------------------------------------------------

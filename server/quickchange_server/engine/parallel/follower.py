@@ -74,7 +74,13 @@ def follow(connection: Connection, settings: Settings, rank: int, port: int) -> 
             model_check=settings.model_check,
             ranks=ranks,
         )
-        follower = _Follower(model, ranks, device, Store(settings.store), say)
+        follower = _Follower(
+            model,
+            ranks,
+            device,
+            Store(*settings.store_opening),
+            say,
+        )
         while not isinstance(order := connection.recv(), Close):
             follower.obey(order)
     except EOFError:

@@ -139,7 +139,7 @@ class CrashRecovery:
         begun = [request for request in aboard if request.begun]
         blamed = new or ([] if outside else begun or aboard)
         for request in aboard:
-            request.deaths = 1 if request.progress >= request.telling else request.deaths + 1
+            request.count_death()
             request.suspect = request in blamed or request.deaths > 1
         self._all_wait()
         return None

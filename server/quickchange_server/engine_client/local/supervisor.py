@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from quickchange_server.config import Settings
-from quickchange_server.engine_client.channel import Death, EngineChannel, EngineMain
+from quickchange_server.engine_client.engines import Phase
+from quickchange_server.engine_client.local.channel import Death, EngineChannel, EngineMain
 from quickchange_server.errors import EngineFailedError
 from quickchange_server.protocol import Begin, Ping, Prices, Ready, Report, Shutdown
-
-Phase = Literal["starting", "ready", "restarting", "failed", "stopped"]
 
 STOP_SECONDS = 5.0  # for an orderly shutdown; then the process is killed
 MAX_FAILURES = 5  # consecutive failures after which requests no longer wait for a next engine

@@ -5,64 +5,23 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from pathlib import Path
+from functools import partial
 
 import poisoned_engine
 import pytest
-import torch
 from client_support import next_of
-from tiny_models import save_model
+from served_model import mixed_generations, served_model
 
 from quickchange_server.config import Settings
 from quickchange_server.engine_client.client import EngineClient
+from quickchange_server.engine_client.local.local_engines import LocalEngines
 from quickchange_server.entrypoints.engine_start import engine_main
 from quickchange_server.errors import RequestFailedError
 from quickchange_server.observability.metrics import Metrics
-from quickchange_server.protocol import Component, SamplingParams, Submit
-from quickchange_store.base_model.base_spec import base_spec
-from quickchange_store.canonical.canonical_adapter import CanonicalAdapter, LowRankUpdate
-from quickchange_store.store import Store
+from quickchange_server.protocol import SamplingParams, Submit
 
 NEW_TOKENS = 150
 LIMIT_SECONDS = 900  # on a busy machine
-
-
-def random_adapter(model: Path, rank: int, seed: int) -> CanonicalAdapter:
-    """Random updates of every linear of the layers."""
-    generator = torch.Generator().manual_seed(seed)
-    spec = base_spec(str(model))
-    updates = {
-        path: LowRankUpdate(
-            torch.randn(rank, shape.in_features, generator=generator) * 0.2,
-            torch.randn(shape.out_features, rank, generator=generator) * 0.2,
-            scale=0.5,
-        )
-        for path, shape in spec.modules.items()
-        if shape.kind == "linear" and "layers" in path
-    }
-    return CanonicalAdapter(spec.architecture, spec.name, updates)
-
-
-def generations(digests: list[str]) -> list[Submit]:
-    compositions = [(), *[(Component(digest),) for digest in digests]]
-    compositions.append((Component(digests[0], 0.7), Component(digests[1], -0.2)))
-    return [
-        Submit(
-            request_id=f"r{index}",
-            prompt=tuple(range(1 + index, 20 + 3 * index)),
-            sampling=SamplingParams(
-                max_tokens=NEW_TOKENS,
-                temperature=(0.0, 1.0)[index % 2],
-                top_p=0.9,
-                repetition_penalty=1.1,
-                presence_penalty=0.3,
-                logprobs=2 if index == 1 else None,
-            ),
-            adapters=adapters,
-            seed=index,
-        )
-        for index, adapters in enumerate(compositions)
-    ]
 
 
 async def tokens_of(client: EngineClient, wanted: Submit, seen: list[int]) -> list[int]:
@@ -78,7 +37,7 @@ async def tokens_of(client: EngineClient, wanted: Submit, seen: list[int]) -> li
 
 
 async def collect(settings: Settings, wanted: list[Submit], kills: int) -> list[list[int]]:
-    client = EngineClient(settings, Metrics(settings), engine_main)
+    client = EngineClient(settings, Metrics(settings), partial(LocalEngines, main=engine_main))
     await client.start()
     seen: list[int] = []
     try:
@@ -96,22 +55,8 @@ async def collect(settings: Settings, wanted: list[Submit], kills: int) -> list[
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> tuple[Settings, list[Submit]]:
-    """Settings of an engine on a small model with three adapters, and requests to it."""
-    folder = tmp_path_factory.mktemp("served")
-    model = save_model("llama", folder / "model")
-    store = Store(folder / "store")
-    digests = [
-        store.add(f"adapter-{rank}", random_adapter(model, rank, seed=rank)).digest
-        for rank in (4, 8, 24)
-    ]
-    settings = Settings(
-        model=str(model),
-        store=folder / "store",
-        kv_cache_bytes=4 << 20,
-        threads=1,
-        prompt_lookup=False,  # the model has no tokenizer
-    )
-    return settings, generations(digests)
+    settings, digests = served_model(tmp_path_factory.mktemp("served"))
+    return settings, mixed_generations(digests, NEW_TOKENS)
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +85,7 @@ def test_streams_survive_a_request_that_ends_the_real_engine(
 
     async def scenario() -> None:
         metrics = Metrics(settings)
-        client = EngineClient(settings, metrics, poisoned_engine.main)
+        client = EngineClient(settings, metrics, partial(LocalEngines, main=poisoned_engine.main))
         await client.start()
         seen: list[int] = []
         try:

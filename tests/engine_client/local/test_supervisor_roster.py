@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quickchange_server.config import Settings
-from quickchange_server.engine_client.crash_recovery import CrashRecovery
 from quickchange_server.engine_client.in_flight_request import TELLING_TOKENS, InFlightRequest
+from quickchange_server.engine_client.local.crash_recovery import CrashRecovery
 from quickchange_server.observability.metrics import Metrics
 from quickchange_server.protocol import Delta, SamplingParams, Submit
 

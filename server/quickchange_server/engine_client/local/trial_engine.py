@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Protocol
 
 from quickchange_server.config import Settings
-from quickchange_server.engine_client.channel import Death, EngineChannel, EngineMain
-from quickchange_server.engine_client.supervisor import Supervisor
+from quickchange_server.engine_client.local.channel import Death, EngineChannel, EngineMain
+from quickchange_server.engine_client.local.supervisor import Supervisor
 from quickchange_server.errors import EngineFailedError
 from quickchange_server.protocol import Prices, Ready, Report
 

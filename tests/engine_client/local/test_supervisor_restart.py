@@ -26,10 +26,10 @@ from client_support import (
 from fake_engine import Behaviour, entries, expected_tokens
 from prometheus_client.parser import text_string_to_metric_families
 
-from quickchange_server.engine_client import supervisor
-from quickchange_server.engine_client.channel import Death
 from quickchange_server.engine_client.client import EngineClient
-from quickchange_server.engine_client.supervisor import Supervisor
+from quickchange_server.engine_client.local import supervisor
+from quickchange_server.engine_client.local.channel import Death
+from quickchange_server.engine_client.local.supervisor import Supervisor
 from quickchange_server.errors import EngineFailedError, RequestFailedError, UnavailableError
 from quickchange_server.observability.metrics import Metrics
 from quickchange_server.protocol import (
@@ -292,7 +292,9 @@ def test_where_no_engine_for_trials_can_be_had_suspects_are_tried_between_the_ot
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(
-        "quickchange_server.engine_client.client.has_room", lambda *_: False, raising=True
+        "quickchange_server.engine_client.local.local_engines.has_room",
+        lambda *_: False,
+        raising=True,
     )
     journal = tmp_path / "journal"
     behaviour = Behaviour(step_seconds=0.002, poison=POISON, journal=journal)

@@ -1,0 +1,1 @@
+"""Where a store's bytes lie: a folder, or objects under a URL."""

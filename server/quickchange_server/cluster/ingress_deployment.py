@@ -1,0 +1,92 @@
+"""The HTTP server as a replica of Ray Serve: today's application, its engines elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from contextlib import suppress
+from typing import Any
+
+from fastapi import FastAPI
+
+from quickchange_server.cluster import serve_replica
+from quickchange_server.cluster.ray_calls import RayCalls, answer
+from quickchange_server.cluster.routing.routing_memory import ROUTED
+from quickchange_server.config import Settings
+from quickchange_server.engine_client.client import EngineClient
+from quickchange_server.engine_client.client_observer import EngineObserver
+from quickchange_server.engine_client.engines import Ended
+from quickchange_server.engine_client.remote.cluster_view import ClusterView, ReplicaReport
+from quickchange_server.engine_client.remote.remote_engines import RemoteEngines
+from quickchange_server.engine_client.remote.replica_calls import ReplicaLostError
+from quickchange_server.entrypoints.app import create_app
+from quickchange_server.observability.cluster_metrics import Cluster
+from quickchange_server.observability.replica_metrics import OwnSnapshot
+
+REPORT_SECONDS = 1.0
+
+logger = logging.getLogger(__name__)
+
+
+class IngressReplica:
+    """The user's class of the deployment `Ingress`, which `serve.ingress` wraps."""
+
+    def __init__(self, settings: Settings, engines: Any, board: Any, *, wanted: int) -> None:
+        """wanted: engine replicas that there should be, at least."""
+        serve_replica.log()
+        self._board = board
+        self._calls = RayCalls(engines, board)
+        self._label, self._node = serve_replica.label(), serve_replica.node()
+        self._engines: RemoteEngines | None = None
+        self._app = create_app(
+            settings,
+            engines=self._make_engines,
+            limit_counter=self._calls,
+            cluster=Cluster(self._label, self._view, lambda: wanted, ROUTED.snapshot),
+        )
+        self._reporting = asyncio.create_task(self._report_on(), name="reports")
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """The application; Serve runs its lifespan and passes it what comes over HTTP."""
+        return self._app
+
+    async def __del__(self) -> None:
+        """The end, which Serve awaits once the application's lifespan has ended."""
+        self._reporting.cancel()
+        with suppress(ReplicaLostError):  # it is forgotten soon anyway
+            await answer(self._board.leave.remote, self._label)
+
+    def _make_engines(
+        self, settings: Settings, observer: EngineObserver, ended: Ended
+    ) -> RemoteEngines:
+        self._engines = RemoteEngines(settings, observer, ended, calls=self._calls)
+        return self._engines
+
+    def _view(self) -> ClusterView:
+        return ClusterView(()) if self._engines is None else self._engines.view
+
+    async def _report_on(self) -> None:
+        """Report to the board for ever."""
+        while not hasattr(self._app.state, "services"):
+            await asyncio.sleep(0.05)  # the lifespan has not begun
+        services = self._app.state.services
+        own = OwnSnapshot(services.metrics.registry, self._label, "ingress")
+        while True:
+            report = self._report(services.client, await own.latest())
+            try:
+                await answer(self._board.report.remote, report, {}, "", 0)
+            except ReplicaLostError as error:
+                logger.info("the board does not answer: %s", error)
+            await asyncio.sleep(REPORT_SECONDS)
+
+    def _report(self, client: EngineClient, metrics: bytes) -> ReplicaReport:
+        return ReplicaReport(
+            self._label,
+            "ingress",
+            self._node,
+            "draining" if serve_replica.is_stopping() else client.state,
+            running=client.in_flight,
+            metrics=metrics,
+            at=time.time(),
+        )

@@ -1,0 +1,1 @@
+"""Quickchange as the engine inside `ray.serve.llm`; docs/ray-serve-llm.md is its guide."""

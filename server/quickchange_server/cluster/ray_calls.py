@@ -1,0 +1,91 @@
+"""Calls to engine replicas and to the board, by Ray Serve's handles."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from contextvars import Context
+from typing import Any
+
+from quickchange_server.cluster.serve_replica import meaning_of
+from quickchange_server.engine_client.engines import AdapterCommand
+from quickchange_server.engine_client.remote.cluster_view import ClusterView
+from quickchange_server.engine_client.remote.replica_calls import ReplicaLostError
+from quickchange_server.protocol import Delta, Prefetch, Submit
+from quickchange_server.tenants.limit_counter import Message, Reply
+
+ANSWER_SECONDS = 2.0  # longest wait for the board's answer, and for a prefetch to be taken
+
+
+class RayCalls:
+    """`ReplicaCalls` and `CounterCalls`, by the handles of the deployments `Engine` and `Board`."""
+
+    def __init__(self, engines: Any, board: Any) -> None:
+        # Not by reference: over gRPC a token costs a third of what it does as an object of Ray's.
+        self._streams = engines.options(stream=True, _by_reference=False)
+        self._engines = engines
+        self._board = board
+
+    async def generate(self, submit: Submit) -> AsyncGenerator[tuple[Delta, ...], None]:
+        """Run one sequence on the replica that the router picks."""
+        response = _apart(self._streams.generate.remote, submit)
+        ended = False
+        try:
+            async for batch in response:
+                if isinstance(batch, Exception):
+                    ended = True
+                    raise batch
+                ended = batch[-1].finish_reason is not None
+                yield batch
+        except asyncio.CancelledError as error:
+            if _is_ours():
+                raise
+            raise ReplicaLostError("the call was cancelled where it ran") from error
+        except Exception as error:
+            raise meaning_of(error) from error
+        finally:
+            if not ended:
+                response.cancel()
+        if not ended:
+            raise ReplicaLostError("the stream ended before its last delta")
+
+    async def command(self, command: AdapterCommand) -> None:
+        """Prefetch on the replica that the router picks; tell all others by the board."""
+        handle = self._engines if isinstance(command, Prefetch) else self._board
+        await answer(handle.command.remote, command)
+
+    async def view(self) -> ClusterView:
+        view: ClusterView = await answer(self._board.view.remote)
+        return view
+
+    async def exchange(self, message: Message) -> Reply:
+        """A message to the counter of API keys' limits, which is at the board."""
+        reply: Reply = await answer(self._board.exchange.remote, message)
+        return reply
+
+
+async def answer(remote: Callable[..., Any], *args: Any) -> Any:
+    """A call's result. Raises what it raised there, and ReplicaLostError if none comes in time."""
+    try:
+        async with asyncio.timeout(ANSWER_SECONDS):
+            return await _apart(remote, *args)
+    except TimeoutError as error:
+        raise ReplicaLostError(f"no answer within {ANSWER_SECONDS:g} seconds") from error
+    except asyncio.CancelledError as error:
+        if _is_ours():
+            raise
+        raise ReplicaLostError("the call was cancelled where it ran") from error
+    except Exception as error:
+        raise meaning_of(error) from error
+
+
+def _apart(remote: Callable[..., Any], *args: Any) -> Any:
+    """Begin a call that is no part of the HTTP request in whose context this may run: Serve would
+    cancel it with that request, and take both for one."""
+    return Context().run(remote, *args)
+
+
+def _is_ours() -> bool:
+    """True if it is the current task that was cancelled, and not the call."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

@@ -1,0 +1,1 @@
+"""Plans for many replicas: traffic replayed on models of routing, residency and steps."""

@@ -1,0 +1,1 @@
+"""The engine of this machine: its process, its supervision, and recovery from its crashes."""

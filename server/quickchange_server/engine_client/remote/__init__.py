@@ -1,0 +1,1 @@
+"""Engines elsewhere: replicas that are reached by calls."""

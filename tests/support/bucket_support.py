@@ -1,0 +1,70 @@
+"""Stores in buckets for tests: in this process's memory, and on a small S3 server on loopback."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from quickchange_store.places.bucket_place import BucketPlace
+from quickchange_store.places.objects import Objects
+from quickchange_store.places.version_cache import VersionCache
+from quickchange_store.store import Store
+
+CREDENTIALS = {
+    "AWS_ACCESS_KEY_ID": "testing",
+    "AWS_SECRET_ACCESS_KEY": "testing",
+    "AWS_DEFAULT_REGION": "us-east-1",
+}
+
+
+@contextmanager
+def s3_server() -> Iterator[str]:
+    """Run an S3 server with one bucket, `adapters`; gives its URL, which the environment names."""
+    import fsspec
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    _, port = server.get_host_and_port()
+    url = f"http://127.0.0.1:{port}"
+    before = {name: os.environ.get(name) for name in (*CREDENTIALS, "AWS_ENDPOINT_URL")}
+    os.environ.update(CREDENTIALS, AWS_ENDPOINT_URL=url)
+    try:
+        fsspec.filesystem("s3", skip_instance_cache=True).mkdir("adapters")
+        yield url
+    finally:
+        server.stop()
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def store_on(filesystem: Any, root: str, cache: Path, limit: int = 1 << 30) -> Store:
+    """A store on a file system made by a test, which may fail or wait."""
+    store = Store(f"memory://{root}", cache, limit)
+    objects = Objects(filesystem, f"/{root}", f"memory://{root}")
+    store._place = BucketPlace(objects, VersionCache(cache, limit))
+    return store
+
+
+def look(*stores: Store) -> None:
+    """Let readers of stores in buckets see what is the newest now, as they do by themselves."""
+    for store in stores:
+        if isinstance(store._place, BucketPlace):
+            store._place._indexes.look()
+
+
+def file_system_of(store: Store) -> Any:
+    """The fsspec file system of a store in a bucket."""
+    place = store._place
+    assert isinstance(place, BucketPlace)
+    return place._objects._files
+
+
+def remove_memory() -> None:
+    """Forget every object of memory:// file systems."""
+    import fsspec
+
+    fsspec.filesystem("memory").rm("/", recursive=True)
