@@ -1,4 +1,5 @@
-"""The command `quickchange`: serve, cluster, plan, warm-cache, adapters, keys, database, train, eval, bench.
+"""The command `quickchange`: serve, cluster, plan, warm-cache, adapters, keys, database, train,
+eval, bench.
 
 A command's modules are imported only when it runs, so that `quickchange --help` is quick.
 """
