@@ -75,7 +75,9 @@ def submit(
 
 
 async def items_of(replica: EngineReplica, wanted: Submit) -> list[Any]:
-    return [item async for item in replica.generate(wanted)]
+    label, *items = [item async for item in replica.generate(wanted)]
+    assert label == "engine-test"
+    return items
 
 
 def tokens_of(items: list[Any]) -> list[int]:
@@ -137,6 +139,8 @@ def test_closing_a_stream_cancels_its_sequence_in_the_engine() -> None:
         async with replica_of(BoardHandle(), Behaviour(step_seconds=0.01)) as replica:
             stream = replica.generate(submit("r", 10_000))
             await anext(stream)
+            await anext(stream)
+            assert replica._client.in_flight == 1
             await stream.aclose()
             assert replica._client.in_flight == 0
 

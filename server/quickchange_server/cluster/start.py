@@ -238,7 +238,7 @@ def _replicas() -> dict[str, str]:
     details = serve.context._get_global_client().get_serve_details()
     deployments = details["applications"].get(NAME, {}).get("deployments", {})
     return {
-        f"{name.lower()}-{replica['replica_id']}": str(replica["state"])
+        f"{name.lower()}-{replica['replica_id']}": replica["state"].value
         for name, deployment in deployments.items()
         for replica in deployment["replicas"]
     }
