@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 from fake_engine import Behaviour, entries, token_at
 from http_support import write_peft
-from ray_llm import BASE, fake_llm_engine, llm_config
-
 from ray.llm._internal.serve.core.configs.openai_api_models import (
     ChatCompletionRequest,
     ChatCompletionResponse,
@@ -24,6 +22,8 @@ from ray.llm._internal.serve.core.configs.openai_api_models import (
     TokenizeCompletionRequest,
 )
 from ray.llm._internal.serve.core.protocol import RawRequestInfo
+from ray_llm import BASE, fake_llm_engine, llm_config
+
 from quickchange_server.cluster.llm.llm_engine import QuickchangeEngine
 
 
