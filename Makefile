@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 # ends whatever a run of tests has started, however the run ends
 WHOLE := $(BIN)/python tests/support/whole_tree.py
 
-.PHONY: serve test test-main test-interpreted test-compiled slow soak sweep check lint map format clean
+.PHONY: serve test test-main test-interpreted test-compiled test-cluster slow soak sweep check lint map format clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@echo "quickchange: installing into $(VENV), once: PyTorch (minutes on a slow network) …"
@@ -35,6 +35,10 @@ test-interpreted: $(STAMP)
 
 test-compiled: $(STAMP)
 	$(WHOLE) $(BIN)/python -m quickchange_kernels.aot
+
+# starts Ray on this machine's loopback: two engines, two nodes, ended by their own ids
+test-cluster: $(STAMP)
+	$(WHOLE) $(BIN)/python -m pytest -m cluster tests/cluster
 
 slow: $(STAMP)
 	QUICKCHANGE_THOROUGH=1 $(WHOLE) $(BIN)/python -m pytest -m 'slow or thorough'

@@ -495,7 +495,7 @@ def test_keeping_restarts_a_versions_time(store: Store, small_adapter: Any) -> N
     assert not store.keep(left)
     store.discard(kept)
     with pytest.raises(AdapterNotFoundError):
-        store.load(kept)
+        store.address(kept)
 
 
 def test_discarding_leaves_what_a_name_refers_to(store: Store, small_adapter: Any) -> None:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+pytest.importorskip("pyarrow", reason="ray.serve.llm needs pyarrow")
+
 from fake_engine import Behaviour, entries, token_at
 from http_support import write_peft
-from ray_llm import BASE, fake_llm_engine, llm_config
-
 from ray.llm._internal.serve.core.configs.openai_api_models import (
     ChatCompletionRequest,
     ChatCompletionResponse,
@@ -24,6 +25,8 @@ from ray.llm._internal.serve.core.configs.openai_api_models import (
     TokenizeCompletionRequest,
 )
 from ray.llm._internal.serve.core.protocol import RawRequestInfo
+from ray_llm import BASE, fake_llm_engine, llm_config
+
 from quickchange_server.cluster.llm.llm_engine import QuickchangeEngine
 
 
