@@ -26,7 +26,6 @@ from quickchange_server.observability.cluster_metrics import (
     exposition_of_all,
 )
 from quickchange_server.observability.replica_metrics import snapshot
-from quickchange_server.protocol import AdapterMoved
 
 
 class _Both(Collector):
@@ -55,8 +54,7 @@ class Clustered:
 
     def exposition(self) -> bytes:
         self._streams.resumed("lost", 0.3)
-        fetched = AdapterMoved("d", "host", "load", 0.2, 1000)  # which the fake engine never does
-        self._idle.metrics.adapter_moved(fetched, None)
+        self._idle.fetch("d")  # which the fake engine never does
         registry = _Both(self._services.metrics.registry, self._own)
         return exposition_of_all(registry, self._cluster, lambda digest: digest[:8])
 
