@@ -18,6 +18,11 @@ from quickchange_server.config import Settings
 from quickchange_server.tenants.tenancy import asks_for_keys
 
 
+class _Ingress(IngressReplica):
+    def __del__(self) -> None:  # type: ignore[override]  # only Serve awaits the other
+        pass
+
+
 def settings_of_app(monkeypatch: pytest.MonkeyPatch, proxy: str | None, **given: Any) -> Settings:
     """The settings that the ingress's application gets."""
     seen: list[Settings] = []
@@ -28,14 +33,13 @@ def settings_of_app(monkeypatch: pytest.MonkeyPatch, proxy: str | None, **given:
 
     async def make() -> None:
         settings = Settings(model="m", store=Path("s"), **given)
-        replica = IngressReplica(settings, SimpleNamespace(options=dict), None, wanted=1)
+        replica = _Ingress(settings, SimpleNamespace(options=dict), None, wanted=1)
         replica._reporting.cancel()
 
     for name, value in (("label", "ingress-x"), ("node", "n"), ("log", None)):
         monkeypatch.setattr(serve_replica, name, lambda value=value: value)
     monkeypatch.setattr(serve_replica, "proxy_host", lambda: proxy)
     monkeypatch.setattr(ingress_deployment, "create_app", create_app)
-    monkeypatch.delattr(IngressReplica, "__del__", raising=False)  # Serve awaits it
     asyncio.run(make())
     return seen[0]
 
