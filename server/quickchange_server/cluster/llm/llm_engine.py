@@ -99,9 +99,9 @@ class QuickchangeEngine(LLMEngine):
         app = await asyncio.to_thread(create_app, settings, **self._parts)
         await self._open.enter_async_context(app.router.lifespan_context(app))
         services: Services = app.state.services
-        self._ids = LoraIds(
-            config.model_id, services.store, services.imports, adapter_fetch(config)
-        )
+        bucket = lora_bucket(config)
+        fetch = None if bucket is None else bucket.fetch
+        self._ids = LoraIds(config.model_id, services.store, services.imports, fetch)
         catalog = LoraCatalog(
             services.store,
             self._ids,
