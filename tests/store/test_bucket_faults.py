@@ -240,7 +240,7 @@ def test_readers_are_answered_at_once_while_the_bucket_hangs(
         began = time.perf_counter()
         for _ in range(100):
             assert store.resolve("a").version == 1
-        assert time.perf_counter() - began < 0.5
+        assert time.perf_counter() - began < 20  # of the 30 that each call to the bucket takes
         assert store.trouble is not None
         assert "seconds ago" in store.trouble
     finally:
@@ -495,7 +495,7 @@ def test_keeping_restarts_a_versions_time(store: Store, small_adapter: Any) -> N
     assert not store.keep(left)
     store.discard(kept)
     with pytest.raises(AdapterNotFoundError):
-        store.load(kept)
+        store.address(kept)
 
 
 def test_discarding_leaves_what_a_name_refers_to(store: Store, small_adapter: Any) -> None:

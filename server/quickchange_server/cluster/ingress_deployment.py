@@ -39,8 +39,10 @@ class IngressReplica:
         self._calls = RayCalls(engines, board)
         self._label, self._node = serve_replica.label(), serve_replica.node()
         self._engines: RemoteEngines | None = None
+        # Whether keys are asked for goes by who can reach the proxies, however they were started.
+        host = serve_replica.proxy_host() or settings.host
         self._app = create_app(
-            settings,
+            settings.model_copy(update={"host": host}),
             engines=self._make_engines,
             limit_counter=self._calls,
             cluster=Cluster(self._label, self._view, lambda: wanted, ROUTED.snapshot),

@@ -50,8 +50,8 @@ class SequenceRun:
     async def run(self) -> None:
         """Run the sequence until it is finished.
 
-        Raises UnavailableError if no replica takes it for a minute, RequestFailedError if
-        it is given up, and what a replica refuses it with.
+        Raises UnavailableError if no replica takes it for a minute, RequestFailedError if it is
+        given up, and what a replica refuses it with.
         """
         while not self._request.finished:
             async with AsyncExitStack() as alone:
@@ -66,6 +66,8 @@ class SequenceRun:
                     await self._attempt(alone)
                 except ReplicaLostError as loss:
                     self._lost(loss, time.monotonic() - began, suspect=suspect)
+                else:
+                    return
             await asyncio.sleep(pause(self._misses))
 
     async def _attempt(self, alone: AsyncExitStack) -> None:
