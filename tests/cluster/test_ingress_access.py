@@ -28,14 +28,12 @@ def settings_of_app(monkeypatch: pytest.MonkeyPatch, proxy: str | None, **given:
 
     async def make() -> None:
         settings = Settings(model="m", store=Path("s"), **given)
-        replica = IngressReplica(settings, SimpleNamespace(options=dict), None, wanted=1)
-        replica._reporting.cancel()
+        IngressReplica(settings, SimpleNamespace(options=dict), None, wanted=1)
 
     for name, value in (("label", "ingress-x"), ("node", "n"), ("log", None)):
         monkeypatch.setattr(serve_replica, name, lambda value=value: value)
     monkeypatch.setattr(serve_replica, "proxy_host", lambda: proxy)
     monkeypatch.setattr(ingress_deployment, "create_app", create_app)
-    monkeypatch.delattr(IngressReplica, "__del__", raising=False)  # Serve awaits it
     asyncio.run(make())
     return seen[0]
 
