@@ -18,11 +18,6 @@ from quickchange_server.config import Settings
 from quickchange_server.tenants.tenancy import asks_for_keys
 
 
-class _Ingress(IngressReplica):
-    def __del__(self) -> None:  # type: ignore[override]  # only Serve awaits the other
-        pass
-
-
 def settings_of_app(monkeypatch: pytest.MonkeyPatch, proxy: str | None, **given: Any) -> Settings:
     """The settings that the ingress's application gets."""
     seen: list[Settings] = []
@@ -33,8 +28,7 @@ def settings_of_app(monkeypatch: pytest.MonkeyPatch, proxy: str | None, **given:
 
     async def make() -> None:
         settings = Settings(model="m", store=Path("s"), **given)
-        replica = _Ingress(settings, SimpleNamespace(options=dict), None, wanted=1)
-        replica._reporting.cancel()
+        IngressReplica(settings, SimpleNamespace(options=dict), None, wanted=1)
 
     for name, value in (("label", "ingress-x"), ("node", "n"), ("log", None)):
         monkeypatch.setattr(serve_replica, name, lambda value=value: value)

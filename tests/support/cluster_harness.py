@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 
 LIMIT_SECONDS = 90.0
 # Ray must not take the machine's outer address for its nodes'; it reads this when it is imported.
@@ -138,6 +139,10 @@ def live_cluster(
         ray.shutdown()
         for node in [*nodes.worker_nodes, *filter(None, [nodes.head_node])]:
             node.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
+        for child in psutil.Process().children(recursive=True):  # of a node that did not come up
+            with contextlib.suppress(psutil.Error):
+                if folder in " ".join(child.cmdline()):
+                    child.kill()
         os.environ.pop("RAY_TMPDIR") if before is None else os.environ.update(RAY_TMPDIR=before)
         shutil.rmtree(folder, ignore_errors=True)
 

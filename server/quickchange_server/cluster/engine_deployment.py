@@ -262,7 +262,7 @@ class EngineReplica:
                 before.board,
                 before.heard,
             )
-        except ReplicaLostError as error:
+        except (ReplicaLostError, QuickchangeError) as error:
             logger.info("the board does not answer: %s", error)
             return
         pins, known = set(self._heard.pins), set(self._client.residency.pins)
@@ -279,7 +279,7 @@ class EngineReplica:
         """Load what requests ask for most, as far as the device budget allows."""
         try:
             popular = await answer(self._board.popular.remote, POPULAR_MOST)
-        except ReplicaLostError as error:
+        except (ReplicaLostError, QuickchangeError) as error:
             logger.info("nothing is loaded ahead: %s", error)
             return
         left = WARM_SHARE * self._client.engine.adapter_device_bytes

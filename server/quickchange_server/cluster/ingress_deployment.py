@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from quickchange_server.api.app_state import Services
 from quickchange_server.cluster import serve_replica
 from quickchange_server.cluster.ray_calls import RayCalls, answer
 from quickchange_server.cluster.routing.routing_memory import ROUTED
@@ -23,10 +26,14 @@ from quickchange_server.engine_client.remote.cluster_view import ClusterView, Re
 from quickchange_server.engine_client.remote.remote_engines import RemoteEngines
 from quickchange_server.engine_client.remote.replica_calls import ReplicaLostError
 from quickchange_server.entrypoints.app import create_app
+from quickchange_server.errors import QuickchangeError
 from quickchange_server.observability.cluster_metrics import Cluster
 from quickchange_server.observability.replica_metrics import OwnSnapshot
 
 REPORT_SECONDS = 1.0
+READY_SECONDS = 30.0
+
+Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[Any]]
 
 logger = logging.getLogger(__name__)
 
@@ -66,17 +73,30 @@ class IngressReplica:
             limit_counter=self._calls,
             cluster=Cluster(self._label, self._view, lambda: wanted, ROUTED.snapshot),
         )
-        self._app.add_middleware(OneRequestId)
-        self._reporting = asyncio.create_task(self._report_on(), name="reports")
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The application; Serve runs its lifespan and passes it what comes over HTTP."""
+        self._app.add_middleware(OneRequestId)
+        self._app.router.lifespan_context = partial(
+            self._lifespan, self._app.router.lifespan_context
+        )
         return self._app
 
-    async def __del__(self) -> None:
-        """The end, which Serve awaits once the application's lifespan has ended."""
-        self._reporting.cancel()
-        with suppress(ReplicaLostError):  # it is forgotten soon anyway
+    @asynccontextmanager
+    async def _lifespan(self, lifespan: Lifespan, app: FastAPI) -> AsyncIterator[Any]:
+        """The application's lifespan, with reports to the board.
+
+        It begins once an engine is known to take requests, since Serve sends none before; without
+        engines after READY_SECONDS, so that health and metrics can be asked for.
+        """
+        async with lifespan(app) as state:
+            reporting = asyncio.create_task(self._report_on(app.state.services), name="reports")
+            await asyncio.wait([app.state.services.started], timeout=READY_SECONDS)
+            try:
+                yield state
+            finally:
+                reporting.cancel()
+        with suppress(ReplicaLostError, QuickchangeError):  # it is forgotten soon anyway
             await answer(self._board.leave.remote, self._label)
 
     def _make_engines(
@@ -88,17 +108,14 @@ class IngressReplica:
     def _view(self) -> ClusterView:
         return ClusterView(()) if self._engines is None else self._engines.view
 
-    async def _report_on(self) -> None:
+    async def _report_on(self, services: Services) -> None:
         """Report to the board for ever."""
-        while not hasattr(self._app.state, "services"):
-            await asyncio.sleep(0.05)  # the lifespan has not begun
-        services = self._app.state.services
         own = OwnSnapshot(services.metrics.registry, self._label, "ingress")
         while True:
             report = self._report(services.client, await own.latest())
             try:
                 await answer(self._board.report.remote, report, {}, "", 0)
-            except ReplicaLostError as error:
+            except (ReplicaLostError, QuickchangeError) as error:
                 logger.info("the board does not answer: %s", error)
             await asyncio.sleep(REPORT_SECONDS)
 
