@@ -8,8 +8,9 @@ from typing import Any
 
 import ray
 from fastapi import HTTPException
-from ray import serve
+from ray import cloudpickle, serve
 from ray.llm._internal.serve.core.configs.llm_config import LLMConfig
+from ray.llm._internal.serve.core.ingress import ingress
 from ray.serve.llm import LLMServer
 
 from quickchange_server.cluster.llm.llm_engine import (
@@ -52,7 +53,8 @@ class QuickchangeServer(LLMServer):  # type: ignore[misc]
 
     async def _run_request(self, request: Any, **options: Any) -> AsyncGenerator[Any, None]:
         try:
-            return await super()._run_request(request, **options)
+            answer: AsyncGenerator[Any, None] = await super()._run_request(request, **options)
+            return answer
         except HTTPException as error:
             return _one(error_response(error.status_code, str(error.detail)))
 
@@ -60,7 +62,10 @@ class QuickchangeServer(LLMServer):  # type: ignore[misc]
     def get_deployment_options(cls, llm_config: LLMConfig) -> dict[str, Any]:
         """Ray Serve's options of the deployment. Raises SettingError."""
         check_config(llm_config)
-        options = copy.deepcopy(llm_config.deployment_config)
+        # Ray writes signatures for FastAPI onto its ingress's methods. Pickled by reference they
+        # come without them to the replica, where FastAPI from 0.137 on asks for `self` in the URL.
+        cloudpickle.register_pickle_by_value(ingress)
+        options: dict[str, Any] = copy.deepcopy(llm_config.deployment_config)
         for name in ("placement_group_bundles", "placement_group_strategy"):
             if name in options:
                 raise SettingError(
