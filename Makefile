@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 # ends whatever a run of tests has started, however the run ends
 WHOLE := $(BIN)/python tests/support/whole_tree.py
 
-.PHONY: serve test test-main test-interpreted test-compiled slow soak sweep check lint map format clean
+.PHONY: serve test test-main test-interpreted test-compiled test-cluster slow soak sweep check lint map format clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@echo "quickchange: installing into $(VENV), once: PyTorch (minutes on a slow network) …"
@@ -23,19 +23,25 @@ serve: $(STAMP)
 
 test: test-main test-interpreted test-compiled
 
-# a process a core; a file's tests stay together, so that they share its servers
+# a process a CPU, also where two are threads of one core; a file's tests stay together, so that they
+# share its servers, and the longest files come first (tests/conftest.py), so that all end together
 test-main: $(STAMP)
-	$(WHOLE) $(BIN)/python -m pytest -n auto --dist loadfile
+	$(WHOLE) $(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder
 
 # Triton's interpreter replaces its compiler for a whole process
 test-interpreted: $(STAMP)
-	TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 $(WHOLE) $(BIN)/python -m pytest tests/triton_kernels
+	TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 $(WHOLE) $(BIN)/python -m pytest tests/triton_kernels \
+	  -n logical --dist worksteal
 
 test-compiled: $(STAMP)
 	$(WHOLE) $(BIN)/python -m quickchange_kernels.aot
 
+# starts Ray on this machine's loopback: two engines, two nodes, ended by their own ids
+test-cluster: $(STAMP)
+	$(WHOLE) $(BIN)/python -m pytest -m cluster tests/cluster
+
 slow: $(STAMP)
-	$(WHOLE) $(BIN)/python -m pytest -m slow
+	QUICKCHANGE_THOROUGH=1 $(WHOLE) $(BIN)/python -m pytest -m 'slow or thorough'
 
 # everything at once for MINUTES, the engine killed and stopped: what is lost, what is left
 soak: $(STAMP)

@@ -18,7 +18,7 @@ from quickchange_server.protocol import Constraint, Shutdown, StepReport, Submit
 from quickchange_server.structured_output.compiler import Matcher
 from quickchange_server.structured_output.grammar import TokenGrammars
 
-LIMIT_SECONDS = 20.0
+LIMIT_SECONDS = 180.0
 
 
 class SlowGrammars:

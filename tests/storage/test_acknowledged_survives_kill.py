@@ -19,7 +19,7 @@ from storage_support import noted, notes_at
 
 WRITER = Path(__file__).parents[1] / "support" / "write_until_killed.py"
 STRIDES = (0.15, 0.6)  # seconds of writing before the kill
-LIMIT_SECONDS = 60.0
+LIMIT_SECONDS = 180.0
 
 
 class WriterProcess:

@@ -20,7 +20,7 @@ SCRIPT = Path(__file__).parents[1] / "support" / "serve_recording.py"
 SUPPORT = (SCRIPT.parent, SCRIPT.parents[1] / "server", SCRIPT.parents[1] / "support")
 CLIENTS = 6
 ENDED = 60  # answers before the kill
-LIMIT_SECONDS = 60.0
+LIMIT_SECONDS = 180.0
 
 
 @contextmanager

@@ -133,7 +133,7 @@ def test_a_schema_bomb_is_refused_in_time_and_the_next_one_is_served() -> None:
 
     message, seconds, served = checked(scenario, seconds=1.0)
     assert "longer than 1 s" in message
-    assert seconds < 20
+    assert seconds < 120  # and not as long as it would take
     assert served.kind == "json_schema"
 
 
@@ -164,16 +164,16 @@ def test_a_refusal_is_remembered_too() -> None:
 
 
 def test_the_loop_goes_on_while_a_constraint_compiles() -> None:
-    async def scenario(checks: ConstraintChecks) -> float:
+    async def scenario(checks: ConstraintChecks) -> int:
         task = asyncio.create_task(fault(checks, of_schema(BOMB)))
-        longest, last = 0.0, time.monotonic()
+        turns = 0
         while not task.done():
             await asyncio.sleep(0.005)
-            longest, last = max(longest, time.monotonic() - last), time.monotonic()
+            turns += 1
         await task
-        return longest
+        return turns
 
-    assert checked(scenario, seconds=1.0) < 0.5
+    assert checked(scenario, seconds=1.0) > 5  # where the loop waits for the compiler: one or two
 
 
 def test_a_caller_who_leaves_does_not_end_the_compilation_for_others() -> None:

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from quickchange_store.places.bucket_place import BucketPlace
 from quickchange_store.places.objects import Objects
 from quickchange_store.places.version_cache import VersionCache
@@ -33,6 +35,7 @@ def s3_server() -> Iterator[str]:
     before = {name: os.environ.get(name) for name in (*CREDENTIALS, "AWS_ENDPOINT_URL")}
     os.environ.update(CREDENTIALS, AWS_ENDPOINT_URL=url)
     try:
+        httpx.post(f"{url}/moto-api/reset").raise_for_status()  # its state is the process's
         fsspec.filesystem("s3", skip_instance_cache=True).mkdir("adapters")
         yield url
     finally:

@@ -19,7 +19,7 @@ from quickchange_server.errors import QuickchangeError
 from quickchange_server.observability.metrics import Metrics
 from quickchange_server.protocol import Delta, SamplingParams, Submit
 
-TIME_LIMIT_SECONDS = 30.0
+TIME_LIMIT_SECONDS = 180.0  # on a busy machine
 
 
 def run(scenario: Coroutine[Any, Any, None]) -> None:

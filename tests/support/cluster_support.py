@@ -30,12 +30,14 @@ class Replica:
         self.residency = AdapterStatus()
         self.metrics = Metrics(Settings(model="fake", store=Path("store")))
         self.metrics.watch(self)
+        self._snapshot: bytes | None = None  # None: something has changed
         if kind == "engine":
             self.metrics.engine_started(READY)
             self.metrics.state(STATS)
 
     def work(self, requests: int = 1, adapter: str = "orders") -> None:
         """Some requests, each with a step."""
+        self._snapshot = None
         for _ in range(requests):
             request = self.metrics.request(adapter, True, 7, 0.0)
             request.delta(Delta("a", (1,), cached_tokens=3, queue_seconds=0.2), 1.0)
@@ -44,13 +46,21 @@ class Replica:
 
     def hold(self, digest: str, name: str, size: int = 1000) -> None:
         """Have an adapter version on the device."""
+        self._snapshot = None
         self.residency.name(digest, name)
         move = AdapterMoved(digest, "device", "load", 0.01, size)
         self.metrics.adapter_moved(move, self.residency.moved(move))
 
+    def fetch(self, digest: str) -> None:
+        """Have an adapter version loaded to the host, which forgets it again."""
+        self._snapshot = None
+        self.metrics.adapter_moved(AdapterMoved(digest, "host", "load", 0.2, 1000), None)
+
     def report(self) -> ReplicaReport:
         residency: Mapping[str, Residence] = self.residency.snapshot()
         engine = self.kind == "engine"
+        if self._snapshot is None:
+            self._snapshot = snapshot(self.metrics.registry, self.name, self.kind)
         return ReplicaReport(
             self.name,
             self.kind,
@@ -62,7 +72,7 @@ class Replica:
             waiting=STATS.waiting if engine else 0,
             kv_share=0.3125 if engine else 0.0,
             step_seconds=0.02 if engine else 0.0,
-            metrics=snapshot(self.metrics.registry, self.name, self.kind),
+            metrics=self._snapshot,
             at=1_800_000_000.0,
         )
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from cluster_support import FakeCluster, Replica
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
@@ -26,7 +26,6 @@ from quickchange_server.observability.cluster_metrics import (
     exposition_of_all,
 )
 from quickchange_server.observability.replica_metrics import snapshot
-from quickchange_server.protocol import AdapterMoved
 
 
 class _Both(Collector):
@@ -51,12 +50,12 @@ class Clustered:
         self._asked = 0
         self._own, self._streams = CollectorRegistry(), StreamMetrics()
         self._streams.register(self._own)
+        Counter("quickchange_limits_counted_alone", "Of limits", registry=self._own)
         self._own.register(IngressCollector(lambda: services.client.in_flight, self._cluster))
 
     def exposition(self) -> bytes:
         self._streams.resumed("lost", 0.3)
-        fetched = AdapterMoved("d", "host", "load", 0.2, 1000)  # which the fake engine never does
-        self._idle.metrics.adapter_moved(fetched, None)
+        self._idle.fetch("d")  # which the fake engine never does
         registry = _Both(self._services.metrics.registry, self._own)
         return exposition_of_all(registry, self._cluster, lambda digest: digest[:8])
 

@@ -24,6 +24,7 @@ from text_support import byte_text
 
 from quickchange_server.api.app_state import Services
 from quickchange_server.config import Settings
+from quickchange_server.engine_client.engines import EnginesMaker
 from quickchange_server.engine_client.local.local_engines import LocalEngines
 from quickchange_server.entrypoints.app import create_app
 from quickchange_server.entrypoints.http_server import DrainingServer, bind, url_of
@@ -49,7 +50,7 @@ BASE_SPEC = BaseSpec(
     model_type="llama",
     output_head="lm_head",
 )
-LIMIT_SECONDS = 30.0
+LIMIT_SECONDS = 180.0  # for what takes a second on a machine that is not busy
 
 
 def make_adapter(value: float) -> CanonicalAdapter:
@@ -136,15 +137,18 @@ def live_server(
     start_limit: float = LIMIT_SECONDS,
     limit_counter: CounterCalls | None = None,
     cluster: Cluster | None = None,
+    engines: EnginesMaker | None = None,
     **changes: Any,
 ) -> Iterator[Live]:
-    """A server in a thread of this process, its engine in a process of its own."""
+    """A server in a thread of this process. Its engine is in a process of its own, unless `engines`
+    are given."""
     given = {"model": "unused", "served_model_name": BASE, "drain_seconds": 0, **changes}
     settings = Settings(store=store, port=0, **given)
+    main = partial(engine, behaviour=behaviour or Behaviour())
     app = create_app(
         settings,
         text=text or byte_text(eos=frozenset()),
-        engines=partial(LocalEngines, main=partial(engine, behaviour=behaviour or Behaviour())),
+        engines=engines or partial(LocalEngines, main=main),
         base=base,
         limit_counter=limit_counter,
         cluster=cluster,

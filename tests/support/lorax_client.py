@@ -40,7 +40,11 @@ def run_script(python: Path, script: Path, *arguments: str) -> Any:
     """What a script prints as JSON."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run(
-        [python, script, *arguments], capture_output=True, timeout=120, env=environment, check=False
+        [python, script, *arguments],
+        capture_output=True,
+        timeout=1200,
+        env=environment,
+        check=False,
     )
     assert done.returncode == 0, done.stderr.decode()
     return json.loads(done.stdout)

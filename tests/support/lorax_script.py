@@ -14,6 +14,7 @@ from lorax import AsyncClient, Client
 from lorax.types import MergedAdapters
 
 PROMPT = "Hello"
+SECONDS = 600  # of which an answer takes less than one, on a machine that is not busy
 PLAIN = {"max_new_tokens": 6, "seed": 3}
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
 
@@ -23,12 +24,14 @@ def merged(strategy, *ids):
 
 
 def sync(**parameters):
-    return lambda url: Client(url).generate(PROMPT, **parameters).model_dump(mode="json")
+    return lambda url: (
+        Client(url, timeout=SECONDS).generate(PROMPT, **parameters).model_dump(mode="json")
+    )
 
 
 def streamed(**parameters):
     def run(url):
-        events = Client(url).generate_stream(PROMPT, **parameters)
+        events = Client(url, timeout=SECONDS).generate_stream(PROMPT, **parameters)
         return [event.model_dump(mode="json") for event in events]
 
     return run
@@ -36,7 +39,7 @@ def streamed(**parameters):
 
 def asynchronous(**parameters):
     def run(url):
-        answer = asyncio.run(AsyncClient(url).generate(PROMPT, **parameters))
+        answer = asyncio.run(AsyncClient(url, timeout=SECONDS).generate(PROMPT, **parameters))
         return answer.model_dump(mode="json")
 
     return run
@@ -44,7 +47,7 @@ def asynchronous(**parameters):
 
 def asynchronously_streamed(**parameters):
     async def collect(url):
-        events = AsyncClient(url).generate_stream(PROMPT, **parameters)
+        events = AsyncClient(url, timeout=SECONDS).generate_stream(PROMPT, **parameters)
         return [event.model_dump(mode="json") async for event in events]
 
     return lambda url: asyncio.run(collect(url))
@@ -95,8 +98,8 @@ CASES = {
     "watermark": sync(watermark=True),
     "too long": asynchronous(max_new_tokens=100_000),
     "too long, stream": asynchronously_streamed(max_new_tokens=100_000),
-    "embed": lambda url: Client(url).embed("x").model_dump(mode="json"),
-    "classify": lambda url: Client(url).classify("x").model_dump(mode="json"),
+    "embed": lambda url: Client(url, timeout=SECONDS).embed("x").model_dump(mode="json"),
+    "classify": lambda url: Client(url, timeout=SECONDS).classify("x").model_dump(mode="json"),
     "long": streamed(max_new_tokens=50, seed=3),
 }
 

@@ -171,6 +171,12 @@ def test_mixed_requests_get_their_own_models_tokens(
     assert capture is None or capture.replayed > len(capture.rows)
 
 
+# Steps as they come run in the test above; here the tables of graphs change under them.
+@pytest.mark.parametrize(
+    "capture",
+    ["from graphs", pytest.param("as it comes", marks=pytest.mark.slow)],
+    indirect=True,
+)
 def test_preempted_requests_lose_nothing(
     reference: Reference, device: torch.device, capture: RepeatingCapture | None
 ) -> None:

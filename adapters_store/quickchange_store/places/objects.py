@@ -16,7 +16,6 @@ from typing import Any
 
 from quickchange_store.errors import StoreLocationError, StoreUnavailableError
 
-CALL_SECONDS = 10.0  # for one small object
 SLOWEST = 1 << 20  # bytes a second: a transfer may take its size by this, besides
 
 # Filesystems that create an object only where there is none, of several writers for one, and the
@@ -37,6 +36,8 @@ class Stored:
 
 class Objects:
     """The objects whose keys begin with `root`, on an fsspec file system. `shown` is their URL."""
+
+    call_seconds = 10.0  # for one small object, or a page of a listing
 
     def __init__(self, filesystem: Any, root: str, shown: str) -> None:
         self._files = filesystem
@@ -73,7 +74,8 @@ class Objects:
     def read(self, key: str) -> bytes | None:
         """An object's bytes; None where there is none."""
         try:
-            return bytes(self._call(key, self._files.cat_file, self._path(key)))
+            # With a start, s3fs asks for no size before: one call, whatever there is.
+            return bytes(self._call(key, self._files.cat_file, self._path(key), start=0))
         except FileNotFoundError:
             return None
 
@@ -84,7 +86,7 @@ class Objects:
         except FileNotFoundError:
             return None
 
-    def under(self, folder: str, seconds: float = CALL_SECONDS) -> dict[str, Stored]:
+    def under(self, folder: str, seconds: float | None = None) -> dict[str, Stored]:
         """All objects below a folder, by their keys. Raises StoreLocationError: no such bucket."""
         try:
             found = self._call(
@@ -101,7 +103,7 @@ class Objects:
 
     def download(self, key: str, path: Path, size: int) -> None:
         """Write an object's bytes to a local file."""
-        seconds = CALL_SECONDS + size / SLOWEST
+        seconds = self.call_seconds + size / SLOWEST
         try:
             self._call(key, self._files.get_file, self._path(key), str(path), seconds=seconds)
         except FileNotFoundError as error:
@@ -128,7 +130,7 @@ class Objects:
 
     def upload(self, path: Path, key: str) -> None:
         """Write a local file's bytes as an object, in parts where they are many."""
-        seconds = CALL_SECONDS + path.stat().st_size / SLOWEST
+        seconds = self.call_seconds + path.stat().st_size / SLOWEST
         try:
             self._call(key, self._files.put_file, str(path), self._path(key), seconds=seconds)
         except FileNotFoundError as error:
@@ -172,13 +174,13 @@ class Objects:
         key: str,
         function: Callable[..., Any],
         *arguments: Any,
-        seconds: float = CALL_SECONDS,
+        seconds: float | None = None,
         **options: Any,
     ) -> Any:
         """Raises FileNotFoundError, OSError of this machine's disk and StoreUnavailableError."""
         turn: AbstractContextManager[Any] = nullcontext() if self._waits else _IN_MEMORY
         if self._waits:
-            options["timeout"] = seconds
+            options["timeout"] = self.call_seconds if seconds is None else seconds
         try:
             with turn:
                 return function(*arguments, **options)

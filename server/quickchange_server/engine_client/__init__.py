@@ -1,1 +1,1 @@
-"""The API process's side of the pipe: one supervised engine and the requests in flight with it."""
+"""The client of engines, and the two kinds of them: of this machine, and replicas elsewhere."""

@@ -2,7 +2,8 @@
 
 The alias's earlier target is on the disk before the alias moves, so a crash in between loses
 nothing that rollback needs. Both can be repeated, after a crash or a lost answer: a repeated
-promotion completes the move and records nothing twice, so that one rollback undoes it. HTTP is
+promotion completes the move and records nothing twice, so that one rollback undoes it. It may come
+to another replica than the first, so both begin with the experiment as the database has it. HTTP is
 not known here.
 """
 
@@ -45,10 +46,11 @@ class Promotions:
         """Point the experiment's alias at the adapter of `variant`.
 
         Raises UnknownModelError, InvalidRequestError if there is no alias or the variant is not
-        a single adapter, StoreError and OSError; then nothing has changed.
+        a single adapter, ConflictError if the experiment changes meanwhile, UnavailableError,
+        StoreError and OSError; then nothing has changed.
         """
         async with self._turn:
-            experiment = self._experiments.get(name)
+            experiment = await self._experiments.latest(name)
             alias = _alias_of(experiment)
             variant_of(experiment.definition, variant, param="variant")
             served = experiment.definition.variant(variant)
@@ -57,7 +59,7 @@ class Promotions:
             if _is_again(experiment, variant, alias, before, target):
                 await self._move(alias, target)
                 return Moved(alias, before, target, _not_carried(served))
-            await self._experiments.promote(name, caller, variant, before)
+            await self._experiments.promote(name, caller, variant, before, experiment.version)
             try:
                 await self._move(alias, target)
             except (StoreError, OSError):
@@ -67,9 +69,9 @@ class Promotions:
 
     async def roll_back(self, name: str, caller: Caller) -> Moved:
         """Restore the alias's target before the last promotion. Raises UnknownModelError,
-        ConflictError if there was none, StoreError."""
+        ConflictError if there was none, UnavailableError, StoreError."""
         async with self._turn:
-            experiment = self._experiments.get(name)
+            experiment = await self._experiments.latest(name)
             rolled_back(experiment)  # raises if there is nothing to undo
             last = experiment.promotions[-1]
             now = _pointed(self._store.snapshot().aliases.get(last.alias))

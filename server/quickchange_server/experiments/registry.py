@@ -59,6 +59,11 @@ class Experiments:
             raise experiment_records.unknown(name)
         return found
 
+    async def latest(self, name: str) -> Experiment:
+        """The same, with what others have changed up to now. Raises UnavailableError too."""
+        await self._revisions.look()
+        return self.get(name)
+
     def shares(self) -> Iterator[tuple[str, str, float]]:
         """(experiment, variant, current share of the units) for the running experiments."""
         now = self.clock()
@@ -112,11 +117,14 @@ class Experiments:
         return await self._change(name, act, lambda old: changes.stopped(old, winner, act.at))
 
     async def promote(
-        self, name: str, caller: Caller, variant: str, before: Pointed | None
+        self, name: str, caller: Caller, variant: str, before: Pointed | None, version: int
     ) -> Experiment:
-        """Record that the alias moves to `variant`; `before` is its earlier target."""
+        """Record that the alias moves to `variant`; `before` is its earlier target. Raises
+        ConflictError if the experiment is not at `version`."""
         act = self._act(caller, "promote")
-        return await self._change(name, act, lambda old: changes.promoted(old, variant, before))
+        return await self._change(
+            name, act, lambda old: changes.promoted(old, variant, before), version
+        )
 
     async def roll_back(self, name: str, caller: Caller) -> Experiment:
         """Record that the last promotion is undone."""

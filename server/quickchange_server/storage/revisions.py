@@ -16,7 +16,7 @@ from quickchange_server.errors import UnavailableError
 from quickchange_server.storage.database import Database
 from quickchange_server.storage.tables import REVISIONS, insert
 
-POLL_SECONDS = 1.0
+POLL_SECONDS = 0.5  # what one replica changes acts on the others within a second
 
 Callback = Callable[[], Awaitable[None]]
 

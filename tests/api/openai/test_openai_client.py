@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -149,7 +148,7 @@ def test_a_client_that_goes_away_cancels_its_request_and_is_no_error(
 def test_a_drain_finishes_streams_and_refuses_the_rest(tmp_path: Path) -> None:
     behaviour = Behaviour(step_seconds=0.05)
     request = {"model": BASE, "prompt": "Hello", "seed": 1, "max_tokens": 30, "stream": True}
-    with live_server(tmp_path, behaviour, drain_seconds=20) as live:
+    with live_server(tmp_path, behaviour, drain_seconds=1000) as live:
         wait_until(lambda: live.http.get("/health").status_code == 200)
         with live.http.stream("POST", "/v1/completions", json=request) as response:
             lines = response.iter_lines()
@@ -163,7 +162,5 @@ def test_a_drain_finishes_streams_and_refuses_the_rest(tmp_path: Path) -> None:
             rest = [line for line in lines if line]
         assert len([first, *rest]) == 31
         assert rest[-1] == "data: [DONE]"
-        ended = time.monotonic()
-        live.thread.join(10)
-        assert not live.thread.is_alive()
-        assert time.monotonic() - ended < 10
+        live.thread.join(LIMIT_SECONDS)
+        assert not live.thread.is_alive(), "it waits for the limit of draining"

@@ -18,10 +18,11 @@ import pytest
 from fake_engine import Behaviour
 from fuzz_support import document
 from http_support import Live
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from keys_support import created, keyed_server
 from llm_models import make_llm_models
+from thorough import drawn
 
 from quickchange_server.config import Settings
 from quickchange_server.entrypoints.engine_start import engine_main, read_text
@@ -231,9 +232,7 @@ def test_an_extreme_number_is_answered_or_refused_as_the_clients_fault(
     assert restarts(live) == 0
 
 
-@settings(
-    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@drawn(80, 400, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     chosen=st.dictionaries(
         st.sampled_from(SAMPLING), st.sampled_from(EXTREMES), min_size=2, max_size=6

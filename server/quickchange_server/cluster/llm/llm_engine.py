@@ -63,7 +63,7 @@ _OF_THE_CONNECTION = frozenset(
 )
 
 
-class QuickchangeEngine(LLMEngine):
+class QuickchangeEngine(LLMEngine):  # type: ignore[misc]  # Ray is not typed
     """One replica's engine. `parts` replace those of `create_app`."""
 
     def __init__(self, llm_config: LLMConfig, **parts: Any) -> None:

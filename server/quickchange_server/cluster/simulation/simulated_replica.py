@@ -113,13 +113,14 @@ class SimulatedReplica:
         adapter, kind = self._jobs.popleft()
         if kind == "store":
             self.store_loads += 1
-            self._keep_on_host(adapter)
+            self.host[adapter] = None
             self._jobs.append((adapter, "copy"))
         else:
             self.copies += 1
             self.device[adapter] = None
             self._startable.extend(self._blocked.pop(adapter))
             self._come(now)
+        self._trim_host()
         self._load(now)
 
     def _load(self, now: float) -> None:
@@ -144,13 +145,13 @@ class SimulatedReplica:
         del self.device[victim]
         return True
 
-    def _keep_on_host(self, adapter: str) -> None:
-        self.host[adapter] = None
-        if len(self.host) > self._model.host_room:
-            awaited = self._blocked
-            victim = next((each for each in self.host if each not in awaited), None)
-            if victim is not None:
-                del self.host[victim]
+    def _trim_host(self) -> None:
+        """Bring the host to its budget, as far as no image is waited for."""
+        while len(self.host) > self._model.host_room:
+            victim = next((each for each in self.host if each not in self._blocked), None)
+            if victim is None:
+                return
+            del self.host[victim]
 
     # --- steps ----------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack, aclosing
 
-from quickchange_server.engine_client.client_observer import EngineObserver
+from quickchange_server.engine_client.client_observer import EngineObserver, Interruption
 from quickchange_server.engine_client.in_flight_request import InFlightRequest
 from quickchange_server.engine_client.remote.cluster_watch import ClusterWatch
 from quickchange_server.engine_client.remote.replica_calls import ReplicaCalls, ReplicaLostError
@@ -50,8 +50,8 @@ class SequenceRun:
     async def run(self) -> None:
         """Run the sequence until it is finished.
 
-        Raises UnavailableError if no replica takes it for a minute, RequestFailedError if
-        it is given up, and what a replica refuses it with.
+        Raises UnavailableError if no replica takes it for a minute, RequestFailedError if it is
+        given up, and what a replica refuses it with.
         """
         while not self._request.finished:
             async with AsyncExitStack() as alone:
@@ -66,6 +66,8 @@ class SequenceRun:
                     await self._attempt(alone)
                 except ReplicaLostError as loss:
                     self._lost(loss, time.monotonic() - began, suspect=suspect)
+                else:
+                    return
             await asyncio.sleep(pause(self._misses))
 
     async def _attempt(self, alone: AsyncExitStack) -> None:
@@ -90,7 +92,7 @@ class SequenceRun:
 
     def _heard(self, now: float) -> None:
         if self._loss is not None:
-            reason = "drained" if self._loss.given_back else "lost"
+            reason: Interruption = "drained" if self._loss.given_back else "lost"
             self._observer.resumed(reason, now - self._heard_at)
             self._loss = None
         self._heard_at = now
