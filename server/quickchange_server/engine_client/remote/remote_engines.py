@@ -11,6 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Collection, Iterable
+from functools import partial
 
 from quickchange_server.config import Settings
 from quickchange_server.engine_client.adapter_status import AdapterStatus
@@ -105,7 +106,7 @@ class RemoteEngines:
         for request in requests:
             task = asyncio.create_task(self._run(request), name=f"sequence-{request.request_id}")
             self._tasks[request] = task
-            task.add_done_callback(lambda _, request=request: self._tasks.pop(request))
+            task.add_done_callback(partial(self._done, request))
 
     def cancel(self, request: InFlightRequest) -> None:
         self._requests.pop(request.request_id, None)
@@ -132,6 +133,9 @@ class RemoteEngines:
         except Exception as error:
             logger.exception("request %s failed outside of its replica", request.request_id)
             self._fail(request, EngineFailedError(f"the request could not be run: {error!r}"))
+
+    def _done(self, request: InFlightRequest, _: asyncio.Task[None]) -> None:
+        del self._tasks[request]  # not by the task, which may be cancelled before it begins
 
     def _fail(self, request: InFlightRequest, error: QuickchangeError) -> None:
         if not request.finished:
