@@ -113,7 +113,7 @@ async def read(client: EngineClient, wanted: Submit, leaves: int | None) -> list
     return deltas
 
 
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
 @given(case=cases())
 def test_whatever_befalls_replicas_each_reader_gets_its_text_once_and_whole(case: Case) -> None:
     async def scenario() -> None:
