@@ -23,15 +23,15 @@ serve: $(STAMP)
 
 test: test-main test-interpreted test-compiled
 
-# a process a core; a file's tests stay together, so that they share its servers, and the longest
-# files come first (tests/conftest.py), so that the processes end together
+# a process a CPU, also where two are threads of one core; a file's tests stay together, so that they
+# share its servers, and the longest files come first (tests/conftest.py), so that all end together
 test-main: $(STAMP)
-	$(WHOLE) $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	$(WHOLE) $(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder
 
 # Triton's interpreter replaces its compiler for a whole process
 test-interpreted: $(STAMP)
 	TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 $(WHOLE) $(BIN)/python -m pytest tests/triton_kernels \
-	  -n auto --dist worksteal
+	  -n logical --dist worksteal
 
 test-compiled: $(STAMP)
 	$(WHOLE) $(BIN)/python -m quickchange_kernels.aot

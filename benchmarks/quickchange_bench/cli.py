@@ -564,6 +564,42 @@ def experiments_command(
         typer.echo(line)
 
 
+@app.command("replica")
+@_refusals
+def replica_command(
+    model: Annotated[str, typer.Option(help="Base model, as of serve.")],
+    store: Annotated[str, typer.Option(help="Store whose adapters are loaded to time it.")],
+    out: Annotated[Path, typer.Option(help="File for `quickchange plan --measured`.")],
+) -> None:
+    """Measure one engine for plans: prices of steps, budgets, loads. Settings: QUICKCHANGE_…"""
+    from quickchange_bench.service.plan_check import measure_replica
+    from quickchange_server.config import Settings
+
+    report_tables.save(asyncio.run(measure_replica(Settings(model=model, store=store))), out)
+
+
+@app.command("plan-check")
+@_refusals
+def plan_check_command(
+    url: Annotated[str, typer.Option(help="Of the server or the cluster.")],
+    base: Annotated[str, typer.Option(help="Name of its base model.")],
+    traffic: Annotated[str, typer.Option(help="As of `quickchange plan --traffic`.")],
+    measured: Annotated[Path, typer.Option(help="File of `quickchange bench replica`.")],
+    replicas: Annotated[int, typer.Option(min=1, help="Engine replicas there.")] = 2,
+    ingresses: Annotated[int, typer.Option(min=1, help="Ingresses there.")] = 1,
+    allow_remote: Annotated[bool, typer.Option(help="Load another machine.")] = False,
+) -> None:
+    """Replay traffic on a server and on the plan's models, side by side."""
+    from quickchange_bench.service.plan_check import check_plan, cluster_of, replay
+    from quickchange_server.cluster.simulation.replica_model import read_model
+    from quickchange_server.cluster.simulation.traffic import traffic as read_traffic
+
+    requests = read_traffic(traffic)
+    cluster = cluster_of(read_model(measured), replicas, ingresses)
+    address = check_url(url, allow_remote=allow_remote)
+    typer.echo(check_plan(requests, cluster, asyncio.run(replay(address, base, requests))))
+
+
 @app.command()
 @_refusals
 def make_adapters(

@@ -14,6 +14,7 @@ from ray.exceptions import ActorDiedError
 
 from quickchange_server.cluster import ray_calls
 from quickchange_server.cluster.ray_calls import RayCalls
+from quickchange_server.engine_client.remote.cluster_view import ClusterView, ReplicaReport
 from quickchange_server.engine_client.remote.replica_calls import ReplicaLostError
 from quickchange_server.errors import AdapterFailedError
 from quickchange_server.protocol import Delta, Forget, Pin, Prefetch, SamplingParams, Submit
@@ -28,16 +29,19 @@ class Response:
     def __init__(self, items: list[Any]) -> None:
         self.items = items
         self.cancelled = False
+        self.ended = asyncio.Event()
 
     def cancel(self) -> None:
         self.cancelled = True
+        self.ended.set()
 
     async def __aiter__(self) -> AsyncIterator[Any]:
         for item in self.items:
             if isinstance(item, BaseException) and not isinstance(item, AdapterFailedError):
                 raise item
             if item == "wait":
-                await asyncio.sleep(60)
+                await self.ended.wait()
+                raise asyncio.CancelledError
             yield item
 
 
@@ -124,6 +128,47 @@ def test_cancelling_who_reads_a_stream_cancels_it_and_is_no_loss() -> None:
         with pytest.raises(asyncio.CancelledError):
             await task
         assert response.cancelled
+
+    asyncio.run(scenario())
+
+
+def view_of(board: str, *replicas: str) -> ClusterView:
+    reports = tuple(ReplicaReport(name, "engine", "node", "ready") for name in replicas)
+    return ClusterView(reports, board=board)
+
+
+@pytest.mark.parametrize(
+    ("second", "lost"),
+    [
+        (view_of("b", "engine-1"), True),  # engine-2 has been silent for too long
+        (view_of("b", "engine-1", "engine-2"), False),
+        (view_of("new", "engine-1"), False),  # a new board, which knows few of them yet
+    ],
+)
+def test_streams_of_a_replica_that_falls_silent_are_given_up(
+    second: ClusterView, lost: bool
+) -> None:
+    views = [view_of("b", "engine-1", "engine-2"), second]
+
+    async def scenario() -> None:
+        async def view() -> ClusterView:
+            return views.pop(0)
+
+        response = Response(["engine-2", (MORE,), "wait"])
+        calls = RayCalls(Handle(generate=lambda: response), Handle(view=view))
+        stream = calls.generate(SUBMIT)
+        assert await anext(stream) == (MORE,)
+        rest = asyncio.create_task(anext(stream))  # type: ignore[arg-type]
+        await calls.view()
+        await calls.view()
+        await asyncio.sleep(0.01)
+        if not lost:
+            assert not rest.done()
+            rest.cancel()
+            return
+        with pytest.raises(ReplicaLostError) as caught:
+            await rest
+        assert caught.value.given_back  # it is not the sequence's fault
 
     asyncio.run(scenario())
 

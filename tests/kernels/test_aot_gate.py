@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 
 import quickchange_kernels
 from quickchange_kernels import gpu_targets
+from quickchange_kernels.aot import __main__ as command
 from quickchange_kernels.aot import compiling, gate, gate_report, streams
 from quickchange_kernels.aot.gate import CompileJob, CompileOutcome
 from quickchange_kernels.compilation import TARGETS, Compilation
@@ -156,11 +157,11 @@ def test_occupancy_follows_the_scarcest_resource() -> None:
 
 def test_the_command_prints_the_table_and_fails_with_reasons(tmp_path: Path) -> None:
     written = tmp_path / "outcomes.json"
-    command = [sys.executable, "-m", "quickchange_kernels.aot", "--module", SPECIMENS]
-    command += ["--targets", "sm_80", "--only", "s", "--jobs", "2", "--json", str(written)]
+    words = [sys.executable, "-m", "quickchange_kernels.aot", "--module", SPECIMENS]
+    words += ["--targets", "sm_80", "--only", "s", "--jobs", "2", "--json", str(written)]
     support = str(Path(__file__).parents[1] / "support")
     environment = {**os.environ, "PYTHONPATH": f"{support}:{os.environ.get('PYTHONPATH', '')}"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 1, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].split() == list(gate_report.HEADER)
@@ -191,8 +192,8 @@ def test_every_kernel_module_of_the_package_says_what_it_ships() -> None:
     assert len({(job.name, job.target) for job in work}) == len(work)
 
 
-def test_a_command_that_finds_nothing_fails() -> None:
-    command = [sys.executable, "-m", "quickchange_kernels.aot", "--only", "no such kernel"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 1, done.stderr
-    assert done.stdout.splitlines()[1] == "UNFIT  no configuration was found"
+def test_a_command_that_finds_nothing_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        command.main(only="no such kernel", module=None, json=None, jobs=1)
+    assert ended.value.code == 1
+    assert capsys.readouterr().out.splitlines()[1] == "UNFIT  no configuration was found"

@@ -77,6 +77,19 @@ def test_every_replica_is_shown_with_its_figures(browser: Browser, ingress: Live
     )
 
 
+def test_a_long_id_of_a_node_is_shortened_and_told_on_hovering(
+    browser: Browser, live: Live
+) -> None:
+    told = cluster_answers("engine-1")
+    told["/v1/cluster"][1]["data"][0]["node"] = "7f" * 28
+    browser.stub(told)
+    browser.open(live.url, "#replicas")
+    browser.wait(lambda: browser.all("#replica-table tbody tr"))
+    assert row(browser, "engine-1")["Node"] == "7f7f7f7f…"
+    node = browser.one('#replica-table td[data-label="Node"]')
+    assert node.get_attribute("title") == "7f" * 28
+
+
 def test_an_ingress_has_no_engines_figures(browser: Browser, ingress: Live) -> None:
     opened(browser, ingress)
     told = row(browser, "ingress-2")

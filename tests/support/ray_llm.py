@@ -14,6 +14,7 @@ from ray.serve.llm import LLMConfig
 from text_support import byte_text
 
 from quickchange_server.cluster.llm.llm_engine import QuickchangeEngine
+from quickchange_server.engine_client.local.local_engines import LocalEngines
 
 BASE = "tiny"
 
@@ -36,7 +37,9 @@ async def fake_llm_engine(
     engine = QuickchangeEngine(
         config or llm_config(),
         text=byte_text(eos=frozenset()),
-        engine=partial(fake_engine.main, behaviour=behaviour or Behaviour()),
+        engines=partial(
+            LocalEngines, main=partial(fake_engine.main, behaviour=behaviour or Behaviour())
+        ),
         base=lambda: BASE_SPEC,
     )
     await engine.start()

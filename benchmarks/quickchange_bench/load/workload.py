@@ -104,7 +104,7 @@ class Request:
     """One completion request. `adapter`: its index, or None for the plain base model."""
 
     index: int
-    prompt: str
+    prompt: str | tuple[int, ...]  # or token ids
     output_tokens: int
     adapter: int | None
 

@@ -30,6 +30,7 @@ from quickchange_server.entrypoints.engine_start import engine_main
 
 ROUTING_STATS_SECONDS = 0.5
 HEALTH_SECONDS = 2.0  # between health checks, of which Serve wants three to fail
+HEALTH_ANSWER_SECONDS = 10.0
 END_SECONDS = 15.0  # for a replica to end, once its requests have
 TRIES = 3  # of a start that fails, most often for a setting or the model, which don't change
 MANY = 100_000  # requests at once that no replica reaches: others bound them
@@ -105,6 +106,7 @@ def _deployment(user_class: type, name: str, **options: Any) -> Any:
     return serve.deployment(
         name=name,
         health_check_period_s=HEALTH_SECONDS,
+        health_check_timeout_s=HEALTH_ANSWER_SECONDS,
         graceful_shutdown_wait_loop_s=0.2,
         logging_config=_LOGGING,
         **options,

@@ -118,8 +118,11 @@ class EngineReplica:
 
     # --- what ingresses call --------------------------------------------------------------------
 
-    async def generate(self, submit: Submit) -> AsyncGenerator[tuple[Delta, ...] | Exception, None]:
-        """Run one sequence: its deltas, those of several steps at once where they have piled up.
+    async def generate(
+        self, submit: Submit
+    ) -> AsyncGenerator[str | tuple[Delta, ...] | Exception, None]:
+        """Run one sequence: this replica's label, then the deltas, those of several steps at once
+        where they have piled up.
 
         Instead of its last comes the error that it ended with, ReplicaLostError where this
         replica, which is to end, gives it back: Serve would log one that is raised as its own.
@@ -128,6 +131,7 @@ class EngineReplica:
         assert task is not None
         self._serving.add(task)
         try:
+            yield self._label
             async with aclosing(self._deltas(submit)) as deltas:
                 async for batch in deltas:
                     yield batch
@@ -143,10 +147,8 @@ class EngineReplica:
     async def _deltas(self, submit: Submit) -> AsyncGenerator[tuple[Delta, ...], None]:
         if self._giving_back:
             raise _given_back()
-        digests = [component.digest for component in submit.adapters]
-        self._demand.add(digests)
-        label = digests[0][:12] if len(digests) == 1 else "mix" if digests else "base"
-        stream = self._client.generate((submit,), label=label)
+        self._demand.add(component.digest for component in submit.adapters)
+        stream = self._client.generate((submit,), label=submit.label, drafter=submit.drafter)
         try:
             last: Delta | None = None
             while last is None or last.finish_reason is None:

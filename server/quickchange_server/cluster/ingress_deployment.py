@@ -9,6 +9,8 @@ from contextlib import suppress
 from typing import Any
 
 from fastapi import FastAPI
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quickchange_server.cluster import serve_replica
 from quickchange_server.cluster.ray_calls import RayCalls, answer
@@ -29,6 +31,23 @@ REPORT_SECONDS = 1.0
 logger = logging.getLogger(__name__)
 
 
+class OneRequestId:
+    """ASGI middleware that leaves `x-request-id` to Serve's proxy, which gives it to the request
+    and to the answer: the application's own would be there twice."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_without(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message["headers"]]}
+                del MutableHeaders(scope=message)["x-request-id"]
+            await send(message)
+
+        await self._app(scope, receive, send_without)
+
+
 class IngressReplica:
     """The user's class of the deployment `Ingress`, which `serve.ingress` wraps."""
 
@@ -39,12 +58,15 @@ class IngressReplica:
         self._calls = RayCalls(engines, board)
         self._label, self._node = serve_replica.label(), serve_replica.node()
         self._engines: RemoteEngines | None = None
+        # Whether keys are asked for goes by who can reach the proxies, however they were started.
+        host = serve_replica.proxy_host() or settings.host
         self._app = create_app(
-            settings,
+            settings.model_copy(update={"host": host}),
             engines=self._make_engines,
             limit_counter=self._calls,
             cluster=Cluster(self._label, self._view, lambda: wanted, ROUTED.snapshot),
         )
+        self._app.add_middleware(OneRequestId)
         self._reporting = asyncio.create_task(self._report_on(), name="reports")
 
     def __serve_build_asgi_app__(self) -> FastAPI:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable
 from contextvars import Context
 from typing import Any
@@ -25,25 +26,35 @@ class RayCalls:
         self._streams = engines.options(stream=True, _by_reference=False)
         self._engines = engines
         self._board = board
+        self._seen = ClusterView(())
+        self._responses: defaultdict[str, set[Any]] = defaultdict(set)  # by their replica
 
     async def generate(self, submit: Submit) -> AsyncGenerator[tuple[Delta, ...], None]:
         """Run one sequence on the replica that the router picks."""
         response = _apart(self._streams.generate.remote, submit)
-        ended = False
+        replica, ended = "", False
         try:
-            async for batch in response:
-                if isinstance(batch, Exception):
+            async for item in response:
+                if isinstance(item, str):
+                    replica = item
+                    self._responses[replica].add(response)
+                    continue
+                if isinstance(item, Exception):
                     ended = True
-                    raise batch
-                ended = batch[-1].finish_reason is not None
-                yield batch
+                    raise item
+                ended = item[-1].finish_reason is not None
+                yield item
         except asyncio.CancelledError as error:
             if _is_ours():
                 raise
-            raise ReplicaLostError("the call was cancelled where it ran") from error
+            silent = bool(replica) and response not in self._responses[replica]
+            raise ReplicaLostError("the call was cancelled", given_back=silent) from error
         except Exception as error:
             raise meaning_of(error) from error
         finally:
+            self._responses[replica].discard(response)
+            if not self._responses[replica]:
+                del self._responses[replica]
             if not ended:
                 response.cancel()
         if not ended:
@@ -55,7 +66,15 @@ class RayCalls:
         await answer(handle.command.remote, command)
 
     async def view(self) -> ClusterView:
+        """The cluster's state. Streams of a replica that it has no longer are taken for lost: a
+        machine that falls silent closes no connection."""
         view: ClusterView = await answer(self._board.view.remote)
+        there = {report.replica for report in view.replicas}
+        if view.board == self._seen.board:  # a new one doesn't know all of them yet
+            for gone in {report.replica for report in self._seen.replicas} - there:
+                for response in self._responses.pop(gone, ()):
+                    response.cancel()
+        self._seen = view
         return view
 
     async def exchange(self, message: Message) -> Reply:

@@ -40,6 +40,12 @@ def node() -> str:
     return str(ray.get_runtime_context().get_node_id())
 
 
+def proxy_host() -> str | None:
+    """The address on which Serve's proxies take requests; None if there are none."""
+    host: str | None = serve.context._get_global_client().http_config.host
+    return host
+
+
 def is_stopping() -> bool:
     """True once Serve has asked the replica to end: no new request comes, those at work go on."""
     actors: dict[Any, Any] = ray._private.worker.global_worker.actors

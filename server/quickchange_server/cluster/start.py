@@ -141,14 +141,17 @@ def _start(
     folder = tempfile.mkdtemp(prefix="quickchange-")  # only its owner reads it
     stack.callback(shutil.rmtree, folder, ignore_errors=True)
     stack.callback(ray.shutdown)
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        num_cpus=max(cores, _cpus_reserved(settings, cluster_settings)),
-        object_store_memory=OBJECT_STORE_BYTES,
-        _temp_dir=folder,
-        _node_ip_address=settings.host if _is_address(settings.host) else None,
-    )
+    try:
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            num_cpus=max(cores, _cpus_reserved(settings, cluster_settings)),
+            object_store_memory=OBJECT_STORE_BYTES,
+            _temp_dir=folder,
+            _node_ip_address=settings.host if _is_address(settings.host) else None,
+        )
+    except Exception as error:  # of whatever kind: Ray raises a bare one where it is too slow
+        raise EngineFailedError(f"Ray could not be started: {error}; try again") from error
     _protect_token()
     return settings
 
@@ -235,7 +238,7 @@ def _replicas() -> dict[str, str]:
     details = serve.context._get_global_client().get_serve_details()
     deployments = details["applications"].get(NAME, {}).get("deployments", {})
     return {
-        f"{name.lower()}-{replica['replica_id']}": str(replica["state"])
+        f"{name.lower()}-{replica['replica_id']}": replica["state"].value
         for name, deployment in deployments.items()
         for replica in deployment["replicas"]
     }

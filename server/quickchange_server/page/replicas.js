@@ -8,7 +8,7 @@ const REFRESH_MS = 2000;
 const COLUMNS = [
   ["Replica", null],
   ["Kind", ({ kind }) => kind],
-  ["Node", ({ node }) => node],
+  ["Node", ({ node }) => (node.length > LONG ? `${node.slice(0, SHORT)}…` : node)],
   ["State", ({ state }) => state],
   ["Queue", ({ engine }) => count(engine.waiting)],
   ["Running", ({ engine }) => count(engine.running)],
@@ -18,6 +18,7 @@ const COLUMNS = [
   ["On host", ({ engine }) => adapters(engine.host)],
 ];
 const OF_ALL = 4; // columns that ingresses have too
+const [LONG, SHORT] = [16, 8]; // characters of a node's id: most as it is, and of a longer one
 
 let told = null;
 let tell;
@@ -101,9 +102,10 @@ function place(body, rows, replicas) {
       rows.set(replica.id, row);
     }
     row.cells.forEach((cell, at) => {
-      const [, figure] = COLUMNS[at + 1];
+      const [name, figure] = COLUMNS[at + 1];
       const has = at + 1 < OF_ALL || replica.engine !== null;
       setText(cell, has ? figure(replica) : NONE);
+      if (name === "Node") cell.title = replica.node;
     });
     row.element.dataset.state = replica.state;
     if (body.children[index] !== row.element) body.insertBefore(row.element, body.children[index]);

@@ -119,3 +119,10 @@ def test_lora_modules_are_names_and_folders() -> None:
     for wrong in ("a=/a", [{"name": "a"}], [1]):
         with pytest.raises(SettingError, match=r"engine_kwargs\.lora_modules"):
             lora_modules({"lora_modules": wrong})
+
+
+def test_the_guide_names_what_is_translated() -> None:
+    guide = (Path(__file__).parents[3] / "docs" / "ray-serve-llm.md").read_text()
+    for name, setting in TRANSLATED.items():
+        assert f"`{name}`" in guide
+        assert f"`{setting}`" in guide

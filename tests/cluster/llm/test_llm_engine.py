@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 pytest.importorskip("pyarrow", reason="ray.serve.llm needs pyarrow")
 
@@ -24,10 +25,19 @@ from ray.llm._internal.serve.core.configs.openai_api_models import (
     ScoreRequest,
     TokenizeCompletionRequest,
 )
+from ray.llm._internal.serve.core.ingress.builder import LLMServingArgs
 from ray.llm._internal.serve.core.protocol import RawRequestInfo
 from ray_llm import BASE, fake_llm_engine, llm_config
 
-from quickchange_server.cluster.llm.llm_engine import QuickchangeEngine
+from quickchange_server.cluster.llm.llm_engine import (
+    QuickchangeEngine,
+    check_config,
+    resources_of,
+)
+from quickchange_server.cluster.llm.llm_server import QuickchangeServer
+from quickchange_server.errors import SettingError
+
+ROOT = Path(__file__).parents[3]
 
 
 async def whole(parts: Any) -> Any:
@@ -224,6 +234,31 @@ def test_a_clients_key_and_request_id_reach_the_routes(tmp_path: Path) -> None:
             assert answer.error.code == 401
 
     asyncio.run(scenario())
+
+
+def test_the_example_is_a_configuration_that_deploys() -> None:
+    example = yaml.safe_load((ROOT / "docker" / "ray" / "serve-llm.yaml").read_text())
+    (application,) = example["applications"]
+    (config,) = LLMServingArgs.model_validate(application["args"]).llm_configs
+    check_config(config)
+    assert config.server_cls is QuickchangeServer
+    options = resources_of(config).actor_options({})
+    assert options == {"num_cpus": 1.0, "num_gpus": 1.0, "accelerator_type": "H100"}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"engine_kwargs": {"pipeline_parallel_size": 2}},
+        {"engine_kwargs": {"lora_modules": "a"}},
+        {"accelerator_config": {"kind": "tpu"}},
+        {"callback_config": {"callback_kwargs": {"a": 1}}},
+        {"model_loading_config": {"model_id": BASE, "tokenizer_source": "other"}},
+    ],
+)
+def test_a_configuration_that_is_not_served_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(SettingError):
+        check_config(llm_config(**wrong))
 
 
 def test_a_paused_engine_holds_requests_back_until_it_resumes() -> None:

@@ -106,7 +106,7 @@ class RemoteEngines:
         for request in requests:
             task = asyncio.create_task(self._run(request), name=f"sequence-{request.request_id}")
             self._tasks[request] = task
-            task.add_done_callback(partial(self._done, request))
+            task.add_done_callback(partial(self._left, request))
 
     def cancel(self, request: InFlightRequest) -> None:
         self._requests.pop(request.request_id, None)
@@ -115,6 +115,9 @@ class RemoteEngines:
 
     def command(self, command: AdapterCommand) -> None:
         self._watch.command(command)
+
+    def _left(self, request: InFlightRequest, task: asyncio.Task[None]) -> None:  # noqa: ARG002
+        self._tasks.pop(request)
 
     async def _run(self, request: InFlightRequest) -> None:
         run = SequenceRun(
@@ -133,9 +136,6 @@ class RemoteEngines:
         except Exception as error:
             logger.exception("request %s failed outside of its replica", request.request_id)
             self._fail(request, EngineFailedError(f"the request could not be run: {error!r}"))
-
-    def _done(self, request: InFlightRequest, _: asyncio.Task[None]) -> None:
-        del self._tasks[request]  # not by the task, which may be cancelled before it begins
 
     def _fail(self, request: InFlightRequest, error: QuickchangeError) -> None:
         if not request.finished:
