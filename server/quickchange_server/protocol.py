@@ -205,6 +205,10 @@ class Submit:
     background: bool = False  # uses only capacity that other requests leave
     pooling: Pooling | None = None  # embed the prompt instead of generating
     seed: int = field(kw_only=True)  # a sampled token depends on it and its position alone
+    # Names for metrics and messages, of its adapters and of the adapter whose heads draft. What is
+    # asked for is the same under other names.
+    label: str = field(default="base", kw_only=True, compare=False)
+    drafter: str | None = field(default=None, kw_only=True, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

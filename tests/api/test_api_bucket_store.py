@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import peft  # noqa: F401  # seconds on a busy machine, which no request should wait for
 import pytest
 from bucket_support import file_system_of, remove_memory
 from http_support import Live, live_server, make_adapter, make_turbo, wait_until, write_peft

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +25,15 @@ from quickchange_server.engine_client.adapter_status import Residence
 from quickchange_server.engine_client.remote.cluster_view import ReplicaReport
 from quickchange_server.engine_client.remote.replica_calls import ReplicaLostError
 from quickchange_server.errors import AdapterFailedError, EngineFailedError
-from quickchange_server.protocol import Component, Delta, Forget, Pin, SamplingParams, Submit
+from quickchange_server.protocol import (
+    Component,
+    Delta,
+    Drafting,
+    Forget,
+    Pin,
+    SamplingParams,
+    Submit,
+)
 
 A, B = "a" * 64, "b" * 64
 
@@ -278,3 +287,21 @@ def test_demand_forgets_what_is_no_longer_asked_for(monkeypatch: pytest.MonkeyPa
 
 def test_a_delta_is_what_the_engine_told() -> None:
     assert engine_deployment._delta((0, Delta("r", (1,)))) == Delta("r", (1,))
+
+
+@pytest.mark.usefixtures("stopping")
+def test_adapters_have_in_the_metrics_the_names_that_ingresses_know_them_by() -> None:
+    drafting = Drafting(heads=B)
+    named = replace(submit("r", 30, A), drafting=drafting, label="orders", drafter="fast")
+
+    async def scenario() -> None:
+        async with replica_of(BoardHandle()) as replica:
+            await items_of(replica, named)
+            residency = replica._client.residency
+            assert (residency.label(A), residency.label(B)) == ("orders", "fast")
+
+    run(scenario())
+
+
+def test_what_is_asked_for_is_the_same_under_another_name() -> None:
+    assert replace(submit("r", 30, A), label="orders") == submit("r", 30, A)

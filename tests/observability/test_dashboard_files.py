@@ -16,7 +16,6 @@ ENDINGS = ("_bucket", "_sum", "_count")
 WIDTH = 24  # columns of a dashboard
 # What the server exports and no panel shows; why.
 UNSHOWN = {
-    "quickchange_limits_counted_alone_total": "zero on a single machine",
     "quickchange_api_process_virtual_memory_bytes": "resident memory says more",
     "quickchange_engine_process_virtual_memory_bytes": "resident memory says more",
 }

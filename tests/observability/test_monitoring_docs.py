@@ -23,6 +23,7 @@ ONLY_IN_CLUSTERS = (
     "quickchange_cluster_replicas",
     "quickchange_cluster_engines_wanted",
     "quickchange_ingress_requests",
+    "quickchange_limits_counted_alone_total",
     "quickchange_routing_total",
     "quickchange_stream_resumes_total",
     "quickchange_stream_pause_seconds",

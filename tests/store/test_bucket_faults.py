@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from quickchange_store.errors import (
     StoreUnavailableError,
 )
 from quickchange_store.places import index_objects
+from quickchange_store.places.objects import Objects
 from quickchange_store.store import Store
 
 ROOT = "faults/store"
@@ -485,6 +487,28 @@ def test_gc_keeps_what_is_young_and_says_until_when(store: Store, small_adapter:
     assert store.gc(min_age=0).waiting.versions == 0
     assert store.load(kept.digest)
     assert MemoryFileSystem().find(f"/{ROOT}/kept") == []
+
+
+def test_only_old_uploads_of_the_store_itself_are_ended() -> None:
+    now = datetime.now(UTC)
+    uploads = [
+        {"Key": f"{key}/adapter", "UploadId": f"{key} {age}", "Initiated": now - timedelta(0, age)}
+        for key in ("store", "store-two", "other")
+        for age in (0, 100)
+    ]
+    ended = []
+
+    class Service(MemoryFileSystem):
+        def list_multipart_uploads(self, bucket: str) -> list[dict[str, Any]]:
+            assert bucket == "faults"
+            return uploads
+
+        def call_s3(self, method: str, **named: str) -> None:
+            ended.append((method, named["UploadId"]))
+
+    served = Objects(Service(), ROOT, "s3://faults/store")
+    assert served.abort_uploads(now.timestamp() - 50) == 1
+    assert ended == [("abort_multipart_upload", "store 100")]
 
 
 def test_keeping_restarts_a_versions_time(store: Store, small_adapter: Any) -> None:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from cluster_support import FakeCluster, Replica
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
@@ -50,6 +50,7 @@ class Clustered:
         self._asked = 0
         self._own, self._streams = CollectorRegistry(), StreamMetrics()
         self._streams.register(self._own)
+        Counter("quickchange_limits_counted_alone", "Of limits", registry=self._own)
         self._own.register(IngressCollector(lambda: services.client.in_flight, self._cluster))
 
     def exposition(self) -> bytes:

@@ -144,7 +144,7 @@ class AskClient(Client):
     def body(self, request: Request) -> Body:
         return {
             "model": self._ask.model,
-            "prompt": list(self._ask.prompts[request.prompt]),
+            "prompt": list(self._ask.prompts[str(request.prompt)]),
             "max_tokens": request.output_tokens,
             "temperature": 0,
             "turbo": self._turbo,

@@ -147,10 +147,8 @@ class EngineReplica:
     async def _deltas(self, submit: Submit) -> AsyncGenerator[tuple[Delta, ...], None]:
         if self._giving_back:
             raise _given_back()
-        digests = [component.digest for component in submit.adapters]
-        self._demand.add(digests)
-        label = digests[0][:12] if len(digests) == 1 else "mix" if digests else "base"
-        stream = self._client.generate((submit,), label=label)
+        self._demand.add(component.digest for component in submit.adapters)
+        stream = self._client.generate((submit,), label=submit.label, drafter=submit.drafter)
         try:
             last: Delta | None = None
             while last is None or last.finish_reason is None:

@@ -42,7 +42,7 @@ def memory_of(
 ) -> tuple[Settings, Outline, MemoryPlan]:
     """The settings, the base without its weights, and an engine's memory for both."""
     device = "cpu" if gpu is None else "cuda"
-    settings = settings_of({"store": ".", **given, "device": device})
+    settings = settings_of({"store": ".", **given, "device": device}, Settings)
     if settings.tensor_parallel > 1:
         raise SettingError(
             "--tensor-parallel: a plan is for a base on one device; plan for one device of the "

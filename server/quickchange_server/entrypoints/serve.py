@@ -43,7 +43,7 @@ def serve(given: Mapping[str, Any], *, demo: bool, engine: EngineMain = engine_m
     logging.getLogger("huggingface_hub").propagate = False  # it prints its lines itself
     logging.getLogger("alembic").setLevel(logging.WARNING)  # it logs every migration
     try:
-        settings = settings_of(with_demo(given) if demo else given)
+        settings = settings_of(with_demo(given) if demo else given, Settings)
         look_for_hub(settings.model)
         if engine is engine_main and settings.device == "cpu":
             preload()
@@ -95,7 +95,7 @@ SettingsType = TypeVar("SettingsType", bound=Settings)
 
 def settings_of(
     given: Mapping[str, Any],
-    kind: type[SettingsType] = Settings,  # type: ignore[assignment]
+    kind: type[SettingsType],
 ) -> SettingsType:
     """The settings given on the command line. Exits with status 1 and one line of error."""
     try:

@@ -28,7 +28,7 @@ _INGRESS = re.compile(
     "quickchange_"
     "(requests|prompt_tokens|prompt_cached_tokens|generation_tokens|time_to_first_token_seconds"
     "|inter_token_latency_seconds|request_duration_seconds|speculation_requests"
-    "|structured_(requests|compile_seconds)|(http|storage|tenant|experiment)_\\w+)"
+    "|structured_(requests|compile_seconds)|(http|storage|tenant|limits|experiment)_\\w+)"
 )
 # What a step, a device or an engine's queue shows is told by engine replicas.
 _ENGINE = re.compile(
@@ -47,11 +47,14 @@ RESIDENT = "quickchange_adapter_resident_bytes"  # of names, which engine replic
 
 def told_by(family: str) -> Collection[Kind]:
     """The kinds of replica that tell a family of metrics themselves."""
+    kinds: tuple[Kind, ...] = ("engine", "ingress")
     if _INGRESS.fullmatch(family):
-        return ("ingress",)
-    if _ENGINE.fullmatch(family):
-        return ("engine",)
-    return () if family == RESIDENT else ("engine", "ingress")
+        kinds = ("ingress",)
+    elif _ENGINE.fullmatch(family):
+        kinds = ("engine",)
+    elif family == RESIDENT:
+        kinds = ()
+    return kinds
 
 
 class _Labelled(Collector):

@@ -11,7 +11,9 @@ from quickchange_server.observability.labels import OTHER, AdapterLabels
 class TenantMetrics:
     """The metrics of tenants; the first `limit` tenants keep a label value of their own."""
 
-    def __init__(self, registry: CollectorRegistry, limit: int) -> None:
+    def __init__(self, registry: CollectorRegistry, limit: int, *, shared: bool = False) -> None:
+        """`shared`: limits are counted for several replicas."""
+
         def counter(name: str, text: str, label: str) -> Counter:
             labels = ["tenant", label]
             return Counter(f"quickchange_tenant_{name}", text, labels, registry=registry)
@@ -27,7 +29,7 @@ class TenantMetrics:
         self._alone = Counter(
             "quickchange_limits_counted_alone_total",
             "Requests whose limits a cluster's replica counted alone: the counter did not answer",
-            registry=registry,
+            registry=registry if shared else None,
         )
 
     def completed(self, completed: Completed) -> None:

@@ -37,7 +37,7 @@ class Tenants:
     ) -> Tenants:
         """Build the parts, on the event loop. `keyed`: requests need an API key, see
         `asks_for_keys`. `counter`: the limits' counter of all replicas, where there are several."""
-        metrics = TenantMetrics(registry, settings.metrics_adapters)
+        metrics = TenantMetrics(registry, settings.metrics_adapters, shared=counter is not None)
         if not keyed:
             return cls(None, TenantAccounting(metrics, None))
         keyring = Keyring(database, salted=settings.tenant_cache)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cluster_support import FakeCluster, Replica
-from http_support import Live, live_server, make_adapter
+from http_support import BASE, Live, live_server, make_adapter, make_turbo
 from keys_support import bearer, make_key
 from prometheus_client.parser import text_string_to_metric_families
 
+from quickchange_server.engine_client.in_flight_request import DeltaStream
+from quickchange_server.protocol import Submit
 from quickchange_store.store import Store
 
 
@@ -211,3 +213,24 @@ def test_a_stream_that_changed_its_replica_is_counted_with_its_pause(live: Live)
 @pytest.mark.parametrize("part", ["replica", "_routing_", "_stream_", "_ingress_", "_cluster_"])
 def test_metrics_of_a_single_machine_have_nothing_of_clusters(alone: Live, part: str) -> None:
     assert part not in alone.http.get("/metrics").text
+
+
+def test_what_goes_to_engine_replicas_has_the_names_of_its_adapters(
+    live: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[Submit] = []
+    generate = live.services.client.generate
+
+    def noting(submits: Sequence[Submit], **names: Any) -> DeltaStream:
+        sent.extend(submits)
+        return generate(submits, **names)
+
+    monkeypatch.setattr(live.services.client, "generate", noting)
+    live.store.add("fast", make_turbo(9.0, lora=True))
+    for model in ("orders", "fast", BASE):
+        live.post("/v1/completions", {"model": model, "prompt": "abc", "max_tokens": 1})
+    assert [(s.label, s.drafter) for s in sent] == [
+        ("orders", None),
+        ("fast", "fast"),
+        ("base", None),
+    ]

@@ -84,6 +84,7 @@ def _served(models: LlmModels, folder: Path) -> Iterator[Cluster]:
             model_loading_config={"model_id": BASE, "model_source": str(models.path)},
             server_cls="quickchange_server.cluster.llm.llm_server:QuickchangeServer",
             accelerator_config={"kind": "cpu"},
+            deployment_config={"health_check_timeout_s": 120},
             lora_config={
                 "dynamic_lora_loading_path": f"s3://{BUCKET}/lora",
                 "max_num_adapters_per_replica": 1,

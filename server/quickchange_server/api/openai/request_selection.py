@@ -197,14 +197,14 @@ async def admit(
     `default_tokens` is the limit of new tokens if the body has none; None: all that fit. Raises
     what `RequestAdmission.admit` raises.
     """
-    body, selection = order.body, order.selection
+    body = order.body
     submit = _submit(services, order, request_id, pooling)
     wanted = Wanted(
         submit=submit,
         caller=order.caller,
         model=order.model,
-        label=selection.label,
-        drafter=selection.drafter if pooling is None else None,
+        label=submit.label,
+        drafter=submit.drafter,
         prompts=prompts,
         prompt_param=prompt_param,
         candidates=body.candidates,
@@ -245,12 +245,15 @@ def _submit(
     body = order.body
     services.text.check_ids(body.stop_token_ids, "stop_token_ids")
     services.text.check_ids(list(body.logit_bias), "logit_bias")
+    selection, drafts = order.selection, pooling is None
     return Submit(
         request_id=request_id,
         prompt=(),
         sampling=body.sampling_params(),
-        adapters=order.selection.adapters,
-        drafting=order.selection.drafting if pooling is None else None,
+        adapters=selection.adapters,
+        drafting=selection.drafting if drafts else None,
+        label=selection.label,
+        drafter=selection.drafter if drafts else None,
         salt=order.caller.salt,
         background=order.is_shadow,
         pooling=pooling,

@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Scope
@@ -51,7 +52,8 @@ async def asgi_call(
         await gone.wait()
         return {"type": "http.disconnect"}
 
-    work = asyncio.create_task(app(_scope(path, body, headers), receive, said.put))  # type: ignore[arg-type]
+    call: Any = app(_scope(path, body, headers), receive, said.put)
+    work: asyncio.Task[None] = asyncio.create_task(call)
     try:
         start = await _next(said, work)
         yield AsgiAnswer(start["status"], Headers(raw=start["headers"]), _parts(said, work))

@@ -20,8 +20,6 @@ from typing import Any
 from fastapi import FastAPI, HTTPException
 from pydantic import BaseModel
 from ray.llm._internal.common.callbacks.base import CallbackConfig
-from ray.llm._internal.common.utils.cloud_utils import CloudMirrorConfig, is_remote_path
-from ray.llm._internal.common.utils.download_utils import download_model_files
 from ray.llm._internal.serve.core.configs.llm_config import DiskMultiplexConfig, LLMConfig
 from ray.llm._internal.serve.core.configs.openai_api_models import (
     ChatCompletionRequest,
@@ -46,8 +44,8 @@ from quickchange_server.api.app_state import Services
 from quickchange_server.api.error_responses import from_store
 from quickchange_server.cluster.llm.asgi_call import asgi_call
 from quickchange_server.cluster.llm.engine_settings import engine_settings, lora_modules
-from quickchange_server.cluster.llm.lora_bucket import LoraBucket
 from quickchange_server.cluster.llm.lora_ids import LoraCatalog, LoraIds
+from quickchange_server.cluster.llm.ray_buckets import local_model, lora_bucket
 from quickchange_server.cluster.llm.replica_resources import ReplicaResources, replica_resources
 from quickchange_server.entrypoints.app import create_app
 from quickchange_server.entrypoints.engine_start import preload
@@ -65,7 +63,7 @@ _OF_THE_CONNECTION = frozenset(
 )
 
 
-class QuickchangeEngine(LLMEngine):
+class QuickchangeEngine(LLMEngine):  # type: ignore[misc]  # Ray is not typed
     """One replica's engine. `parts` replace those of `create_app`."""
 
     def __init__(self, llm_config: LLMConfig, **parts: Any) -> None:
@@ -86,7 +84,7 @@ class QuickchangeEngine(LLMEngine):
         store = self._open.enter_context(
             tempfile.TemporaryDirectory(prefix="quickchange-store-", ignore_cleanup_errors=True)
         )
-        model = await asyncio.to_thread(_local_model, config)
+        model = await asyncio.to_thread(local_model, config)
         settings = engine_settings(
             config.engine_kwargs,
             model=model,
@@ -101,7 +99,9 @@ class QuickchangeEngine(LLMEngine):
         app = await asyncio.to_thread(create_app, settings, **self._parts)
         await self._open.enter_async_context(app.router.lifespan_context(app))
         services: Services = app.state.services
-        self._ids = LoraIds(config.model_id, services.store, services.imports, _bucket(config))
+        bucket = lora_bucket(config)
+        fetch = None if bucket is None else bucket.fetch
+        self._ids = LoraIds(config.model_id, services.store, services.imports, fetch)
         catalog = LoraCatalog(
             services.store,
             self._ids,
@@ -377,22 +377,3 @@ def _headers(raw: RawRequestInfo | None, request_id: Any) -> dict[str, str]:
 def _ids_of(adapters: Any) -> list[Any]:
     entries = adapters if isinstance(adapters, list) else []
     return [entry.get("id") for entry in entries if isinstance(entry, dict)]
-
-
-def _bucket(config: LLMConfig) -> Any:
-    """What fetches adapters by their ids; None without a path."""
-    lora = config.lora_config
-    if lora is None or lora.dynamic_lora_loading_path is None:
-        return None
-    return LoraBucket(
-        lora.dynamic_lora_loading_path, lora.download_timeout_s, lora.max_download_tries
-    ).fetch
-
-
-def _local_model(config: LLMConfig) -> str:
-    """The model's folder, file or hub id; a mirror in a bucket is copied here first."""
-    source = config.model_loading_config.model_source or config.model_id
-    if isinstance(source, str) and not is_remote_path(source):
-        return source
-    mirror = CloudMirrorConfig(bucket_uri=source) if isinstance(source, str) else source
-    return str(download_model_files(model_id=config.model_id, mirror_config=mirror))

@@ -53,7 +53,8 @@ class QuickchangeServer(LLMServer):  # type: ignore[misc]
 
     async def _run_request(self, request: Any, **options: Any) -> AsyncGenerator[Any, None]:
         try:
-            return await super()._run_request(request, **options)
+            answer: AsyncGenerator[Any, None] = await super()._run_request(request, **options)
+            return answer
         except HTTPException as error:
             return _one(error_response(error.status_code, str(error.detail)))
 
@@ -64,7 +65,7 @@ class QuickchangeServer(LLMServer):  # type: ignore[misc]
         # Ray writes signatures for FastAPI onto its ingress's methods. Pickled by reference they
         # come without them to the replica, where FastAPI from 0.137 on asks for `self` in the URL.
         cloudpickle.register_pickle_by_value(ingress)
-        options = copy.deepcopy(llm_config.deployment_config)
+        options: dict[str, Any] = copy.deepcopy(llm_config.deployment_config)
         for name in ("placement_group_bundles", "placement_group_strategy"):
             if name in options:
                 raise SettingError(

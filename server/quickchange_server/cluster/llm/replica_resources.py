@@ -123,7 +123,7 @@ def _bundles(
             "placement_group_config: give either bundle_per_worker or bundles",
             param="placement_group_config",
         )
-    several = [worker] * ranks if bundles is None else list(bundles)
+    several: list[Any] = [worker] * ranks if bundles is None else list(bundles)
     strategy = placement.get("strategy", "PACK")
     if "SPREAD" in strategy and len(several) > 1:
         raise SettingError(

@@ -36,7 +36,7 @@ class _Choice(NamedTuple):
     held: Held = "disk"
 
 
-class AdapterRequestRouter(RequestRouter):
+class AdapterRequestRouter(RequestRouter):  # type: ignore[misc]  # Ray is not typed
     """Serve's router that knows where adapters and prefixes are."""
 
     def initialize_state(self, **policy: float) -> None:

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Collection, Iterable
+from functools import partial
 
 from quickchange_server.config import Settings
 from quickchange_server.engine_client.adapter_status import AdapterStatus
@@ -105,7 +106,7 @@ class RemoteEngines:
         for request in requests:
             task = asyncio.create_task(self._run(request), name=f"sequence-{request.request_id}")
             self._tasks[request] = task
-            task.add_done_callback(lambda _, request=request: self._tasks.pop(request))
+            task.add_done_callback(partial(self._left, request))
 
     def cancel(self, request: InFlightRequest) -> None:
         self._requests.pop(request.request_id, None)
@@ -114,6 +115,9 @@ class RemoteEngines:
 
     def command(self, command: AdapterCommand) -> None:
         self._watch.command(command)
+
+    def _left(self, request: InFlightRequest, task: asyncio.Task[None]) -> None:  # noqa: ARG002
+        self._tasks.pop(request)
 
     async def _run(self, request: InFlightRequest) -> None:
         run = SequenceRun(

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack, aclosing
 
-from quickchange_server.engine_client.client_observer import EngineObserver
+from quickchange_server.engine_client.client_observer import EngineObserver, Interruption
 from quickchange_server.engine_client.in_flight_request import InFlightRequest
 from quickchange_server.engine_client.remote.cluster_watch import ClusterWatch
 from quickchange_server.engine_client.remote.replica_calls import ReplicaCalls, ReplicaLostError
@@ -92,7 +92,7 @@ class SequenceRun:
 
     def _heard(self, now: float) -> None:
         if self._loss is not None:
-            reason = "drained" if self._loss.given_back else "lost"
+            reason: Interruption = "drained" if self._loss.given_back else "lost"
             self._observer.resumed(reason, now - self._heard_at)
             self._loss = None
         self._heard_at = now

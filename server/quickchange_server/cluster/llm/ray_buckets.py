@@ -1,4 +1,7 @@
-"""Adapters in the bucket of `lora_config.dynamic_lora_loading_path`, a folder for each id."""
+"""What Ray Serve LLM's configuration keeps in buckets: a model, and adapters by their ids.
+
+Both are read with Ray's own clients, so with the credentials that its ingress lists with.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,13 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from ray.llm._internal.common.utils.cloud_utils import CloudFileSystem
+from ray.llm._internal.common.utils.cloud_utils import (
+    CloudFileSystem,
+    CloudMirrorConfig,
+    is_remote_path,
+)
+from ray.llm._internal.common.utils.download_utils import download_model_files
+from ray.llm._internal.serve.core.configs.llm_config import LLMConfig
 
 from quickchange_server.errors import UnavailableError, UnknownModelError
 
@@ -19,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LoraBucket:
-    """Reads with Ray's own clients, so with the credentials that its ingress lists with."""
+    """A folder for each id, at `lora_config.dynamic_lora_loading_path`."""
 
     url: str
     try_seconds: float | None  # for one try; None: no limit
@@ -57,3 +66,22 @@ class LoraBucket:
                 param="model",
             )
         CloudFileSystem.download_files(path=str(folder), bucket_uri=place)
+
+
+def lora_bucket(config: LLMConfig) -> LoraBucket | None:
+    """The bucket of the configuration's adapters; None where it has none."""
+    lora = config.lora_config
+    if lora is None or lora.dynamic_lora_loading_path is None:
+        return None
+    return LoraBucket(
+        lora.dynamic_lora_loading_path, lora.download_timeout_s, lora.max_download_tries
+    )
+
+
+def local_model(config: LLMConfig) -> str:
+    """The model's folder, file or hub id; a mirror in a bucket is copied here first."""
+    source = config.model_loading_config.model_source or config.model_id
+    if isinstance(source, str) and not is_remote_path(source):
+        return source
+    mirror = CloudMirrorConfig(bucket_uri=source) if isinstance(source, str) else source
+    return str(download_model_files(model_id=config.model_id, mirror_config=mirror))
