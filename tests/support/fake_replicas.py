@@ -209,9 +209,9 @@ def hurried() -> Iterator[None]:
     """The client's pauses as short as the fakes' lives."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cluster_watch, "VIEW_SECONDS", 0.005)
-        patch.setattr(cluster_watch, "STALE_SECONDS", 0.2)
-        patch.setattr(cluster_watch, "PATIENCE_SECONDS", 0.5)
-        patch.setattr(cluster_watch, "COMMAND_SECONDS", 0.05)
+        patch.setattr(cluster_watch, "STALE_SECONDS", 0.5)
+        patch.setattr(cluster_watch, "PATIENCE_SECONDS", 3.0)
+        patch.setattr(cluster_watch, "COMMAND_SECONDS", 0.1)
         patch.setattr(sequence_run, "FIRST_PAUSE_SECONDS", 0.001)
         patch.setattr(sequence_run, "LAST_PAUSE_SECONDS", 0.01)
         yield

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import repeat
 from typing import Literal
 
-from quickchange_server.tenants.limit_counter import LimitCounter, Message, Reply
+from quickchange_server.tenants.limit_counter import LimitCounter, LimitMessage, Reply
 from quickchange_server.tenants.limits import Clock
 
 Fate = Literal["arrives", "lost", "answer lost", "refused"]
@@ -47,7 +47,7 @@ class Wire:
     passages: Iterator[Passage] = field(default_factory=lambda: repeat(Passage()))
     cut: bool = False
 
-    async def exchange(self, message: Message) -> Reply:
+    async def exchange(self, message: LimitMessage) -> Reply:
         passage = next(self.passages)
         await asyncio.sleep(passage.there)
         if self.cut or passage.fate == "lost":

@@ -18,7 +18,14 @@ from shared_counter import Passage, Place, Wire
 from virtual_time import run_virtual, virtual_nanoseconds
 
 from quickchange_server.tenants.key import Limits
-from quickchange_server.tenants.limit_counter import LEASE, Ask, Ended, LimitCounter, Message, Past
+from quickchange_server.tenants.limit_counter import (
+    LEASE,
+    Ended,
+    LimitCounter,
+    LimitMessage,
+    Past,
+    ToAdmit,
+)
 from quickchange_server.tenants.limits import (
     MINUTE,
     SECOND,
@@ -303,8 +310,8 @@ async def test_the_log_tells_once_that_the_counter_is_away_and_once_that_it_is_b
 
 def test_messages_and_replies_can_be_pickled() -> None:
     limits = Limits(requests_per_minute=1)
-    message = Message(
-        "r", 1, (Past("k", 5, 6, None),), (Ended(1, None),), (Ask(2, "k", limits, 3),)
+    message = LimitMessage(
+        "r", 1, (Past("k", 5, 6, None),), (Ended(1, None),), (ToAdmit(2, "k", limits, 3),)
     )
     assert pickle.loads(pickle.dumps(message)) == message
     reply = LimitCounter(lambda: 0).exchange(message)
@@ -316,12 +323,14 @@ def test_messages_and_replies_can_be_pickled() -> None:
 def test_a_message_that_comes_late_or_twice_changes_nothing(number: int) -> None:
     counter = LimitCounter(lambda: 0)
     limits = Limits(concurrent_requests=2)
-    asked = Message("r", 1, (), (), (Ask(1, "k", limits, 3),))
+    asked = LimitMessage("r", 1, (), (), (ToAdmit(1, "k", limits, 3),))
     assert counter.exchange(asked).refused == {}
-    assert counter.exchange(Message("r", 2, None, (Ended(1, 3),))).refused == {}
-    late = Message("r", number, (), (), (Ask(1, "k", limits, 3), Ask(2, "k", limits, 3)))
+    assert counter.exchange(LimitMessage("r", 2, None, (Ended(1, 3),))).refused == {}
+    late = LimitMessage(
+        "r", number, (), (), (ToAdmit(1, "k", limits, 3), ToAdmit(2, "k", limits, 3))
+    )
     assert counter.exchange(late).refused is None
-    fits = Message("s", 1, (), (), (Ask(1, "k", limits, 3), Ask(2, "k", limits, 3)))
+    fits = LimitMessage("s", 1, (), (), (ToAdmit(1, "k", limits, 3), ToAdmit(2, "k", limits, 3)))
     assert counter.exchange(fits).refused == {}
 
 
@@ -333,8 +342,8 @@ def test_the_counter_keeps_no_more_than_its_last_minute_and_what_runs() -> None:
         nonlocal now
         for replica in range(replicas):
             now += SECOND
-            ask = Ask(1, "k", Limits(requests_per_minute=10**6), 3)
-            counter.exchange(Message(f"{now}-{replica}", 1, (), (), (ask,)))
+            ask = ToAdmit(1, "k", Limits(requests_per_minute=10**6), 3)
+            counter.exchange(LimitMessage(f"{now}-{replica}", 1, (), (), (ask,)))
         return len(pickle.dumps((counter._limiter._states, counter._replicas)))
 
     assert hold_after(500) == pytest.approx(hold_after(2000), rel=0.2)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from quickchange_server.engine_client.engines import AdapterCommand
 from quickchange_server.engine_client.remote.cluster_view import ClusterView, ReplicaReport
 from quickchange_server.protocol import Forget, Pin
-from quickchange_server.tenants.limit_counter import LimitCounter, Message, Reply
+from quickchange_server.tenants.limit_counter import LimitCounter, LimitMessage, Reply
 
 SILENT_SECONDS = 5.0  # after which a replica is taken for gone
 FORGETS_KEPT = 1024  # commands that a replica may still have to hear of
@@ -131,5 +131,5 @@ class BoardServer:
     async def popular(self, most: int) -> tuple[Popular, ...]:
         return self._board.popular(most)
 
-    async def exchange(self, message: Message) -> Reply:
+    async def exchange(self, message: LimitMessage) -> Reply:
         return self._limits.exchange(message)

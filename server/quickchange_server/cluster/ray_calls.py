@@ -13,7 +13,7 @@ from quickchange_server.engine_client.engines import AdapterCommand
 from quickchange_server.engine_client.remote.cluster_view import ClusterView
 from quickchange_server.engine_client.remote.replica_calls import ReplicaLostError
 from quickchange_server.protocol import Delta, Prefetch, Submit
-from quickchange_server.tenants.limit_counter import Message, Reply
+from quickchange_server.tenants.limit_counter import LimitMessage, Reply
 
 ANSWER_SECONDS = 2.0  # longest wait for the board's answer, and for a prefetch to be taken
 
@@ -84,7 +84,7 @@ class RayCalls:
         self._seen = view
         return view
 
-    async def exchange(self, message: Message) -> Reply:
+    async def exchange(self, message: LimitMessage) -> Reply:
         """A message to the counter of API keys' limits, which is at the board."""
         reply: Reply = await answer(self._board.exchange.remote, message)
         return reply

@@ -15,7 +15,7 @@ from quickchange_server.tenants.limits import Admitted, LimitedError, TooLargeEr
 from quickchange_server.tenants.usage_log import UsageLog
 
 
-class KeyLimits(Protocol):
+class LimitKeeper(Protocol):
     """Limits of API keys: `Limiter` for one server, `SharedLimits` for a replica of several."""
 
     async def admit(
@@ -33,7 +33,7 @@ class KeyAccounting:
     """The parts that exist only if the server requires API keys."""
 
     keyring: Keyring
-    limits: KeyLimits
+    limits: LimitKeeper
     usage: UsageLog
 
 

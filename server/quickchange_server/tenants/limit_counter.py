@@ -26,7 +26,7 @@ LEASE = 10 * SECOND  # a replica silent for so long is taken for dead
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class ToAdmit:
     """A request that its replica asks to admit, under a number that the replica gives it."""
 
     number: int
@@ -54,14 +54,14 @@ class Past:
 
 
 @dataclass(frozen=True, slots=True)
-class Message:
+class LimitMessage:
     """One message of a replica, numbered in turn. `past` replaces all that was told before."""
 
     replica: str
     number: int
     past: tuple[Past, ...] | None = None
     ended: tuple[Ended, ...] = ()
-    asked: tuple[Ask, ...] = ()
+    asked: tuple[ToAdmit, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ class LimitCounter:
         self._limiter = Limiter(clock)
         self._replicas: dict[str, _Replica] = {}
 
-    def exchange(self, message: Message) -> Reply:
+    def exchange(self, message: LimitMessage) -> Reply:
         """Take in what a replica tells, and decide on what it asks."""
         self._release_silent()
         replica = self._replicas.get(message.replica)
@@ -117,7 +117,7 @@ class LimitCounter:
             self._end(replica.running.pop(ended.number, None), ended.tokens)
         return Reply(self._decide(message, replica))
 
-    def _decide(self, message: Message, replica: _Replica) -> dict[int, Refusal]:
+    def _decide(self, message: LimitMessage, replica: _Replica) -> dict[int, Refusal]:
         refused = {}
         for ask in message.asked:
             try:
@@ -136,7 +136,7 @@ class LimitCounter:
         else:
             self._limiter.end(admitted, tokens)
 
-    def _anew(self, message: Message, past: tuple[Past, ...]) -> _Replica:
+    def _anew(self, message: LimitMessage, past: tuple[Past, ...]) -> _Replica:
         """The replica with all that it tells, in place of what was known of it."""
         known = self._replicas.get(message.replica)
         if known is not None:

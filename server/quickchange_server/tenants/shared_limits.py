@@ -17,7 +17,14 @@ from itertools import count
 from typing import Protocol
 
 from quickchange_server.tenants.key import Limits
-from quickchange_server.tenants.limit_counter import Ask, Ended, Message, Past, Refusal, Reply
+from quickchange_server.tenants.limit_counter import (
+    Ended,
+    LimitMessage,
+    Past,
+    Refusal,
+    Reply,
+    ToAdmit,
+)
 from quickchange_server.tenants.limits import Admitted, Clock, LimitedError, Limiter, check_size
 
 ANSWER_SECONDS = 1.0  # longest wait for one answer of the counter
@@ -29,7 +36,7 @@ logger = logging.getLogger(__name__)
 class CounterCalls(Protocol):
     """The way to the cluster's LimitCounter, wherever it runs."""
 
-    async def exchange(self, message: Message) -> Reply:
+    async def exchange(self, message: LimitMessage) -> Reply:
         """What `LimitCounter.exchange` answers. May raise anything while there is no counter."""
 
 
@@ -37,7 +44,7 @@ class CounterCalls(Protocol):
 class _Asked:
     """A request that waits to be admitted."""
 
-    ask: Ask
+    ask: ToAdmit
     answer: asyncio.Future[Admitted | LimitedError] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
@@ -77,7 +84,7 @@ class SharedLimits:
         nothing is charged. Waits for the counter, for twice ANSWER_SECONDS at most.
         """
         check_size(limits, prompt_tokens, new_tokens)
-        ask = Ask(next(self._requests), key, limits, prompt_tokens + new_tokens)
+        ask = ToAdmit(next(self._requests), key, limits, prompt_tokens + new_tokens)
         if not limits.of_several_requests:
             return self._begin(ask)
         if self._alone:
@@ -144,14 +151,14 @@ class SharedLimits:
             else:
                 self._answer(each, self._begin(each.ask))
 
-    async def _send(self, asked: tuple[Ask, ...]) -> Mapping[int, Refusal]:
+    async def _send(self, asked: tuple[ToAdmit, ...]) -> Mapping[int, Refusal]:
         """The counter's refusals. It is told the past if it asks for it."""
         while True:
             past = None if self._known else tuple(self._past())
             ended = () if past is not None else tuple(self._ended)
             self._ended.clear()
             self._known = True  # until something happens that no message tells
-            message = Message(self._replica, next(self._messages), past, ended, asked)
+            message = LimitMessage(self._replica, next(self._messages), past, ended, asked)
             reply = await self._calls.exchange(message)
             if reply.refused is not None:
                 return reply.refused
@@ -182,7 +189,7 @@ class SharedLimits:
             except LimitedError as refusal:
                 self._answer(each, refusal)
 
-    def _by_own_count(self, ask: Ask) -> Admitted:
+    def _by_own_count(self, ask: ToAdmit) -> Admitted:
         """Admit a request without the counter. Raises LimitedError."""
         self._counted_alone()
         self._known = False
@@ -190,7 +197,7 @@ class SharedLimits:
         self._running[admitted] = ask.number
         return admitted
 
-    def _begin(self, ask: Ask) -> Admitted:
+    def _begin(self, ask: ToAdmit) -> Admitted:
         """Count a request that the counter admitted, or that has no limit to ask for."""
         admitted = self._mine.adopt(ask.key, 0, ask.tokens)
         self._running[admitted] = ask.number

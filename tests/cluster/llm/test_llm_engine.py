@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import multiprocessing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ pytest.importorskip("pyarrow", reason="ray.serve.llm needs pyarrow")
 
 from fake_engine import Behaviour, entries, token_at
 from http_support import write_peft
+from pydantic import BaseModel, Field
 from ray.llm._internal.serve.core.configs.openai_api_models import (
     ChatCompletionRequest,
     ChatCompletionResponse,
@@ -31,11 +34,12 @@ from ray_llm import BASE, fake_llm_engine, llm_config
 
 from quickchange_server.cluster.llm.llm_engine import (
     QuickchangeEngine,
+    body_of,
     check_config,
     resources_of,
 )
 from quickchange_server.cluster.llm.llm_server import QuickchangeServer
-from quickchange_server.errors import SettingError
+from quickchange_server.errors import EngineFailedError, SettingError
 
 ROOT = Path(__file__).parents[3]
 
@@ -118,6 +122,44 @@ def test_fields_that_the_client_did_not_send_are_not_sent_on() -> None:
             assert isinstance(answer, CompletionResponse)
 
     asyncio.run(scenario())
+
+
+class Schema(BaseModel):
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+
+
+class Typed(BaseModel):
+    """Fields as vLLM's models have them: aliases, iterables, a dataclass of a constraint."""
+
+    messages: list[dict[str, Iterable[dict[str, Any]]]]
+    json_schema: Schema | None = None
+    structured_outputs: dict[str, Any] | None = None
+    temperature: float | None = 0.5
+    seed: int | None = None
+
+
+def test_the_body_is_what_the_client_sent() -> None:
+    sent = {
+        "messages": [{"content": [{"type": "text", "text": "a"}]}],
+        "json_schema": {"schema": {"enum": [None]}},
+        "structured_outputs": {"regex": "a", "json": None},
+        "seed": None,
+    }
+    assert body_of(Typed.model_validate(sent)) == {
+        "messages": [{"content": [{"type": "text", "text": "a"}]}],
+        "json_schema": {"schema": {"enum": [None]}},
+        "structured_outputs": {"regex": "a"},
+    }
+
+
+def test_an_engine_that_cannot_start_says_why_and_leaves_nothing() -> None:
+    async def scenario() -> None:
+        with pytest.raises(EngineFailedError, match="no such model"):
+            async with fake_llm_engine(behaviour=Behaviour(refusal="no such model")):
+                pass
+
+    asyncio.run(scenario())
+    assert multiprocessing.active_children() == []
 
 
 def test_a_reader_that_stops_cancels_the_sequence(tmp_path: Path) -> None:

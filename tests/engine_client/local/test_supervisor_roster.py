@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quickchange_server.config import Settings
@@ -237,6 +237,7 @@ class Simulation:
 
 
 @pytest.mark.parametrize("apart", [True, False])
+@settings(deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=8),
     poisons=st.lists(st.integers(0, 39) | st.none(), min_size=8, max_size=8),
@@ -260,6 +261,7 @@ def test_every_poison_is_convicted_and_every_innocent_completes(
         assert simulation.trials <= max(1, max_deaths - 1) * len(at)
 
 
+@settings(deadline=None)
 @given(
     old=st.integers(0, 20),
     poisons=st.lists(st.integers(0, TELLING_TOKENS - 1), min_size=1, max_size=4),
@@ -282,6 +284,7 @@ def test_streams_that_got_on_stall_once_whatever_new_requests_do(
     assert simulation.deaths == 1
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.sampled_from(["step", "kill", "leave", "arrive", "end trial"]), max_size=80),
     st.booleans(),

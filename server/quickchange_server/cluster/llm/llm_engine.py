@@ -80,6 +80,13 @@ class QuickchangeEngine(LLMEngine):  # type: ignore[misc]  # Ray is not typed
 
     async def start(self) -> None:
         """Start the application and wait for its engine. Raises QuickchangeError."""
+        try:
+            await self._start()
+        except BaseException:
+            await self._open.aclose()
+            raise
+
+    async def _start(self) -> None:
         config = self._config
         store = self._open.enter_context(
             tempfile.TemporaryDirectory(prefix="quickchange-store-", ignore_cleanup_errors=True)
