@@ -40,9 +40,12 @@ _LOGGING = LoggingConfig(
 )  # a line per call takes CPU from the engines
 
 
-def build(arguments: ApplicationArguments) -> Any:
-    """The application, as Serve's command line and configuration files build it."""
-    settings, cluster = arguments.parts
+def build(arguments: dict[str, Any]) -> Any:
+    """The application, as Serve's command line and configuration files build it.
+
+    Serve reads annotations as they are, and finds no class in a string; so it is given the words.
+    """
+    settings, cluster = ApplicationArguments(**arguments).parts
     return application(settings, cluster)
 
 
