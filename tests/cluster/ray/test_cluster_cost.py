@@ -8,7 +8,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from cluster_harness import LiveCluster
+from cluster_harness import LIMIT_SECONDS, LiveCluster
 from cluster_streams import LORAS, Asked, Stream, Streams, median_of, tell
 from llm_models import LlmModels
 
@@ -43,7 +43,7 @@ def test_a_cluster_streams_as_a_single_server_does(
     own = OwnServer(str(models.path), store, environment=SETTINGS)
     with (
         own.running(tmp_path / "server.log") as server,
-        httpx.Client(base_url=server.url, timeout=90) as single,
+        httpx.Client(base_url=server.url, timeout=LIMIT_SECONDS) as single,
     ):
         sides = {"single server": single, "cluster": cluster.http}
         for http in sides.values():
