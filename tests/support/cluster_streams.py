@@ -110,11 +110,14 @@ class Stream:
 
 
 def expected(single: LLM, asked: Sequence[Asked]) -> list[Said]:
-    """What one undisturbed engine says, each by itself."""
-    outputs = [
-        single.generate(one.prompt, one.sampling, adapter=one.adapter)[0].outputs[0]
-        for one in asked
-    ]
+    """What one undisturbed engine says."""
+    made = single.generate(
+        [one.prompt for one in asked],
+        [one.sampling for one in asked],
+        adapter=[one.adapter for one in asked],
+        use_tqdm=False,
+    )
+    outputs = [request.outputs[0] for request in made]
     return [Said(o.text, tuple(PIECES[i] for i in o.token_ids), len(o.token_ids)) for o in outputs]
 
 

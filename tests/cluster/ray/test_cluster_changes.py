@@ -24,7 +24,12 @@ def check(load: Load, single: LLM, name: str, began: float) -> None:
     """No request has failed, and each has its text."""
     seconds = time.monotonic() - began
     pauses = sorted(stream.pause for stream in load.answers)
-    tell(name, seconds=seconds, answers=len(load.answers), longest_pause=pauses[-1])
+    tell(
+        name,
+        seconds=round(seconds, 1),
+        answers=len(load.answers),
+        longest_pause=round(pauses[-1], 2),
+    )
     assert load.failures == []
     right = dict(zip(ASKED, expected(single, ASKED), strict=True))
     for stream in load.answers:

@@ -17,7 +17,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # Ray's: sockets, log files, deprecations
 ]
 
-TOKENS = 600
+TOKENS = 400
 
 
 def thirty_two(first_seed: int) -> list[Asked]:
@@ -36,16 +36,20 @@ def test_kill_9_of_an_engine_is_a_pause_of_32_streams_over_16_adapters(
     cluster: LiveCluster, single: LLM
 ) -> None:
     cluster.wait_for("Engine", 2)
-    before = sum(series(cluster.http, "quickchange_stream_resumes_total").values())
+    before = resumed(cluster)
     streams = Streams(cluster.http, thirty_two(100))
     streams.wait_for_tokens(20)
     cluster.kill("Engine")
     ended = streams.ended()
     check(ended, single)
     pauses = sorted(stream.pause for stream in ended)
-    tell("kill -9 of an engine", streams=32, median=pauses[16], longest=pauses[-1])
-    resumed = sum(series(cluster.http, "quickchange_stream_resumes_total").values()) - before
-    assert resumed >= 1, "the engine that was killed had no stream"
+    tell(
+        "kill -9 of an engine",
+        streams=32,
+        median=round(pauses[16], 2),
+        longest=round(pauses[-1], 2),
+    )
+    wait_until(lambda: resumed(cluster) > before)  # the engine that was killed had streams
     cluster.wait_for("Engine", 2)
 
 
@@ -64,7 +68,7 @@ def test_a_removed_node_is_a_pause_of_32_streams_over_16_adapters(
         cluster.nodes.add_node(num_cpus=4.0)
     check(ended, single)
     pauses = sorted(stream.pause for stream in ended)
-    tell("removal of a node", streams=32, median=pauses[16], longest=pauses[-1])
+    tell("removal of a node", streams=32, median=round(pauses[16], 2), longest=round(pauses[-1], 2))
     cluster.redeploy(ingresses=2)
     cluster.wait_for("Engine", 2)
     cluster.wait_for("Ingress", 2)
@@ -111,6 +115,11 @@ def test_the_board_killed_is_nothing_to_requests_and_pins_and_metrics_come_back(
     wait_until(lambda: engines <= set(series(cluster.http, "quickchange_requests_running")))
     cluster.http.delete("/v1/adapters/sql/pin").raise_for_status()
     wait_until(lambda: told(cluster)["pins"] == [])
+
+
+def resumed(cluster: LiveCluster) -> float:
+    """Streams that went on at another engine."""
+    return sum(series(cluster.http, "quickchange_stream_resumes_total").values())
 
 
 def told(cluster: LiveCluster) -> Any:

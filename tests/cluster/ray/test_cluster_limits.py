@@ -9,7 +9,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from cluster_harness import LiveCluster
+from cluster_harness import LIMIT_SECONDS, LiveCluster
 from cluster_streams import PROMPT, tell
 from keys_support import bearer, make_key
 
@@ -51,7 +51,9 @@ def spend(cluster: LiveCluster, secret: str, seconds: float) -> tuple[int, set[s
             "max_tokens": ANSWER,
             "ignore_eos": True,
         }
-        with httpx.Client(base_url=cluster.url, timeout=90, headers=bearer(secret)) as http:
+        with httpx.Client(
+            base_url=cluster.url, timeout=LIMIT_SECONDS, headers=bearer(secret)
+        ) as http:
             while time.monotonic() < end:
                 answer = http.post("/v1/completions", json=body)
                 if answer.status_code == 200:
