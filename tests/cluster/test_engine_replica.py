@@ -22,6 +22,7 @@ from quickchange_server.cluster import engine_deployment, serve_replica
 from quickchange_server.cluster.board import BoardServer
 from quickchange_server.cluster.engine_deployment import Demand, EngineReplica
 from quickchange_server.engine_client.adapter_status import Residence
+from quickchange_server.engine_client.client import EngineClient
 from quickchange_server.engine_client.remote.cluster_view import ReplicaReport
 from quickchange_server.engine_client.remote.replica_calls import ReplicaLostError
 from quickchange_server.errors import AdapterFailedError, EngineFailedError
@@ -126,8 +127,22 @@ def test_what_piles_up_comes_in_one_batch(monkeypatch: pytest.MonkeyPatch) -> No
         async with replica_of(BoardHandle(), Behaviour(step_seconds=0.002)) as replica:
             items = await items_of(replica, submit("r", 60))
             assert tokens_of(items) == expected(60)
-            assert len(items[0]) == 1  # the first token waits for no other
             assert len(items) < 30
+
+    run(scenario())
+
+
+@pytest.mark.usefixtures("stopping")
+def test_the_first_token_waits_for_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_deployment, "PACE_SECONDS", 3600.0)
+
+    async def scenario() -> None:
+        async with replica_of(BoardHandle()) as replica:
+            stream = replica.generate(submit("r", 10_000))
+            async with asyncio.timeout(60):
+                await anext(stream)
+                assert tokens_of([await anext(stream)])[0] == expected(1)[0]
+            await stream.aclose()
 
     run(scenario())
 
@@ -138,6 +153,22 @@ def test_an_error_comes_as_the_last_item() -> None:
         async with replica_of(BoardHandle(), Behaviour(missing=frozenset([B]))) as replica:
             items = await items_of(replica, submit("r", 5, B))
             assert [type(item) for item in items] == [AdapterFailedError]
+
+    run(scenario())
+
+
+@pytest.mark.usefixtures("stopping")
+@pytest.mark.parametrize("state", ["failed", "draining"])
+def test_what_comes_to_a_replica_without_an_engine_is_given_back(
+    state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        async with replica_of(BoardHandle()) as replica:
+            with monkeypatch.context() as patched:
+                patched.setattr(EngineClient, "state", property(lambda _: state))
+                (item,) = await items_of(replica, submit("r", 5))
+            assert isinstance(item, ReplicaLostError)
+            assert item.given_back
 
     run(scenario())
 

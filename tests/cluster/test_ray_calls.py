@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("ray", reason="the extra [ray] is not installed")
 
 from ray.exceptions import ActorDiedError
+from ray.serve.exceptions import RequestCancelledError
 
 from quickchange_server.cluster import ray_calls
 from quickchange_server.cluster.ray_calls import RayCalls
@@ -30,6 +31,7 @@ class Response:
         self.items = items
         self.cancelled = False
         self.ended = asyncio.Event()
+        self.cancellation: BaseException = asyncio.CancelledError()
 
     def cancel(self) -> None:
         self.cancelled = True
@@ -41,7 +43,7 @@ class Response:
                 raise item
             if item == "wait":
                 await self.ended.wait()
-                raise asyncio.CancelledError
+                raise self.cancellation
             yield item
 
 
@@ -137,6 +139,7 @@ def view_of(board: str, *replicas: str) -> ClusterView:
     return ClusterView(reports, board=board)
 
 
+@pytest.mark.parametrize("cancellation", [asyncio.CancelledError(), RequestCancelledError("id")])
 @pytest.mark.parametrize(
     ("second", "lost"),
     [
@@ -146,7 +149,7 @@ def view_of(board: str, *replicas: str) -> ClusterView:
     ],
 )
 def test_streams_of_a_replica_that_falls_silent_are_given_up(
-    second: ClusterView, lost: bool
+    second: ClusterView, lost: bool, cancellation: BaseException
 ) -> None:
     views = [view_of("b", "engine-1", "engine-2"), second]
 
@@ -155,6 +158,7 @@ def test_streams_of_a_replica_that_falls_silent_are_given_up(
             return views.pop(0)
 
         response = Response(["engine-2", (MORE,), "wait"])
+        response.cancellation = cancellation
         calls = RayCalls(Handle(generate=lambda: response), Handle(view=view))
         stream = calls.generate(SUBMIT)
         assert await anext(stream) == (MORE,)

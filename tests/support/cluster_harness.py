@@ -21,7 +21,7 @@ from typing import Any
 import httpx
 import psutil
 
-LIMIT_SECONDS = 90.0
+LIMIT_SECONDS = 240.0  # for what takes seconds on a machine that is not busy
 # Ray must not take the machine's outer address for its nodes'; it reads this when it is imported.
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -105,11 +105,13 @@ def live_cluster(
     """
     import ray
     from ray import serve
+    from ray._private import ray_constants
     from ray.cluster_utils import Cluster
 
     from quickchange_server.cluster.cluster_settings import ClusterSettings
     from quickchange_server.config import Settings
 
+    ray_constants.ENABLE_RAY_CLUSTER = False  # another test may have imported Ray before
     folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # a short path: it has sockets
     port = free_port()
     before = os.environ.get("RAY_TMPDIR")
@@ -137,8 +139,14 @@ def live_cluster(
         with contextlib.suppress(Exception):  # a test may have left it without a controller
             serve.shutdown()
         ray.shutdown()
-        for node in [*nodes.worker_nodes, *filter(None, [nodes.head_node])]:
+        left = [*nodes.worker_nodes, *filter(None, [nodes.head_node])]
+        started = [
+            info.process for node in left for infos in node.all_processes.values() for info in infos
+        ]
+        for node in left:
             node.kill_all_processes(check_alive=False, allow_graceful=False, wait=True)
+        for process in started:  # else Python warns of each, since Ray doesn't ask how they ended
+            process.wait(LIMIT_SECONDS)
         for child in psutil.Process().children(recursive=True):  # of a node that did not come up
             with contextlib.suppress(psutil.Error):
                 if folder in " ".join(child.cmdline()):

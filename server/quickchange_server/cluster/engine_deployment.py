@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 from quickchange_server.cluster import serve_replica
-from quickchange_server.cluster.board import Answer
+from quickchange_server.cluster.board import BoardAnswer
 from quickchange_server.cluster.ray_calls import answer
 from quickchange_server.cluster.routing.routing_memory import routing_stats
 from quickchange_server.config import Settings
@@ -28,7 +28,7 @@ from quickchange_server.engine_client.local.local_engines import LocalEngines
 from quickchange_server.engine_client.remote.cluster_view import ReplicaReport
 from quickchange_server.engine_client.remote.replica_calls import ReplicaLostError
 from quickchange_server.entrypoints.engine_start import engine_main, preload
-from quickchange_server.errors import EngineFailedError, QuickchangeError
+from quickchange_server.errors import EngineFailedError, QuickchangeError, UnavailableError
 from quickchange_server.observability.metrics import Metrics
 from quickchange_server.observability.replica_metrics import OwnSnapshot
 from quickchange_server.protocol import Delta, Forget, Pin, Prefetch, StepStats, Submit
@@ -103,7 +103,7 @@ class EngineReplica:
         self._state = "starting"
         self._serving: set[asyncio.Task[Any]] = set()  # of `generate`
         self._giving_back = False
-        self._heard = Answer("", 0, (), ())
+        self._heard = BoardAnswer("", 0, (), ())
         self._own = OwnSnapshot(self._figures.registry, self._label, "engine")
         serve_replica.leave_main_alone()
         if settings.device == "cpu" and main is engine_main:
@@ -135,6 +135,9 @@ class EngineReplica:
             async with aclosing(self._deltas(submit)) as deltas:
                 async for batch in deltas:
                     yield batch
+        except (UnavailableError, EngineFailedError) as error:
+            # its engines fail one after another: another replica's may not
+            yield error if self._client.state == "ready" else _given_back(error.message)
         except (QuickchangeError, ReplicaLostError) as error:
             yield error
         except asyncio.CancelledError:
@@ -300,8 +303,8 @@ class EngineReplica:
         logger.info("%s has loaded %d of %d adapters ahead", self._label, loaded, len(wanted))
 
 
-def _given_back() -> ReplicaLostError:
-    return ReplicaLostError("the replica is to end", given_back=True)
+def _given_back(why: str = "the replica is to end") -> ReplicaLostError:
+    return ReplicaLostError(why, given_back=True)
 
 
 def _delta(mail: Mail) -> Delta:

@@ -33,6 +33,11 @@ class RayCalls:
         """Run one sequence on the replica that the router picks."""
         response = _apart(self._streams.generate.remote, submit)
         replica, ended = "", False
+
+        def silent() -> bool:
+            """True if `view` has given the stream up."""
+            return bool(replica) and response not in self._responses[replica]
+
         try:
             async for item in response:
                 if isinstance(item, str):
@@ -47,10 +52,12 @@ class RayCalls:
         except asyncio.CancelledError as error:
             if _is_ours():
                 raise
-            silent = bool(replica) and response not in self._responses[replica]
-            raise ReplicaLostError("the call was cancelled", given_back=silent) from error
+            raise ReplicaLostError("the call was cancelled", given_back=silent()) from error
         except Exception as error:
-            raise meaning_of(error) from error
+            meaning = meaning_of(error)
+            if isinstance(meaning, ReplicaLostError) and silent():
+                meaning.given_back = True
+            raise meaning from error
         finally:
             self._responses[replica].discard(response)
             if not self._responses[replica]:

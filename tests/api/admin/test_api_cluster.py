@@ -12,6 +12,7 @@ from http_support import BASE, Live, live_server, make_adapter, make_turbo
 from keys_support import bearer, make_key
 from prometheus_client.parser import text_string_to_metric_families
 
+from quickchange_server.engine_client.client import EngineClient
 from quickchange_server.engine_client.in_flight_request import DeltaStream
 from quickchange_server.protocol import Submit
 from quickchange_store.store import Store
@@ -50,6 +51,12 @@ def replicas_in(text: str, name: str) -> dict[str, float]:
         for sample in family.samples
         if sample.name == name
     }
+
+
+def test_an_ingress_lives_while_no_engine_does(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(EngineClient, "state", property(lambda _: "failed"))
+    assert live.http.get("/health/live").status_code == 200
+    assert live.http.get("/health/ready").status_code == 503
 
 
 def test_the_cluster_is_told_replica_by_replica(live: Live) -> None:
