@@ -53,11 +53,18 @@ class BuiltError(Exception):
     """What the application was built with, in place of an application of Serve."""
 
 
-def built(app: ServeApplicationSchema, monkeypatch: pytest.MonkeyPatch) -> Any:
+def built(
+    app: ServeApplicationSchema, monkeypatch: pytest.MonkeyPatch, *, joined: bool = True
+) -> Any:
+    """The settings of both kinds, and what was joined before."""
+    joins: list[str] = []
+
     def build(settings: Settings, cluster: ClusterSettings) -> Any:
-        raise BuiltError(settings, cluster)
+        raise BuiltError(settings, cluster, joins)
 
     monkeypatch.setattr(application, "application", build)
+    monkeypatch.setattr(application.ray, "is_initialized", lambda: joined)
+    monkeypatch.setattr(application.ray, "init", lambda: joins.append("Ray"))
     with pytest.raises(BuiltError) as given:
         call_user_app_builder_with_args_if_necessary(application.build, app.args)
     return given.value.args
@@ -70,7 +77,7 @@ def test_the_application_is_built_from_the_file_as_serve_builds_it(
     monkeypatch.setenv("QUICKCHANGE_DATABASE", DATABASE)
     app = app_of(file)
     assert app.import_path == f"{application.__name__}:{application.build.__name__}"
-    settings, cluster = built(app, monkeypatch)
+    settings, cluster, _ = built(app, monkeypatch)
     for name, value in app.args.items():
         assert getattr(settings, name, getattr(cluster, name, None)) == value
     assert settings.database == DATABASE
@@ -81,8 +88,18 @@ def test_words_of_serves_command_line_are_settings(monkeypatch: pytest.MonkeyPat
     app = ServeApplicationSchema(
         import_path="m:build", args={"model": "m", "store": "s", "engines": "3", "turbo": "false"}
     )
-    settings, cluster = built(app, monkeypatch)
+    settings, cluster, _ = built(app, monkeypatch)
     assert (settings.model, settings.turbo, cluster.engines) == ("m", False, 3)
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_ray_is_joined_by_who_builds_unless_it_was(
+    joined: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`serve run` builds before it joins; of a configuration file, a process of Ray's builds."""
+    app = ServeApplicationSchema(import_path="m:build", args={"model": "m", "store": "s"})
+    *_, joins = built(app, monkeypatch, joined=joined)
+    assert joins == ([] if joined else ["Ray"])
 
 
 @pytest.mark.parametrize("file", [SERVE, RAY_SERVICE], ids=lambda file: file.name)
