@@ -24,7 +24,7 @@ FORGETS_KEPT = 1024  # commands that a replica may still have to hear of
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class BoardAnswer:
     """What an engine replica gets for its report.
 
     `board` and `heard` come with its next one: `forgets` are those versions that are to be dropped
@@ -59,12 +59,12 @@ class Board:
 
     def report(
         self, report: ReplicaReport, demand: Mapping[str, float], board: str, heard: int
-    ) -> Answer:
+    ) -> BoardAnswer:
         """Take a replica's report. `demand`: requests for each digest that it had lately."""
         self._reports[report.replica] = (self._clock(), report, demand)
         since = heard if board == self.id else 0
         forgets = tuple(digest for number, digest in self._forgets if number > since)
-        return Answer(self.id, self._commands, tuple(self._pins), forgets)
+        return BoardAnswer(self.id, self._commands, tuple(self._pins), forgets)
 
     def leave(self, replica: str) -> None:
         """Forget a replica that ends."""
@@ -116,7 +116,7 @@ class BoardServer:
 
     async def report(
         self, report: ReplicaReport, demand: Mapping[str, float], board: str, heard: int
-    ) -> Answer:
+    ) -> BoardAnswer:
         return self._board.report(report, demand, board, heard)
 
     async def leave(self, replica: str) -> None:

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 from quickchange_server.cluster import serve_replica
-from quickchange_server.cluster.board import Answer
+from quickchange_server.cluster.board import BoardAnswer
 from quickchange_server.cluster.ray_calls import answer
 from quickchange_server.cluster.routing.routing_memory import routing_stats
 from quickchange_server.config import Settings
@@ -103,7 +103,7 @@ class EngineReplica:
         self._state = "starting"
         self._serving: set[asyncio.Task[Any]] = set()  # of `generate`
         self._giving_back = False
-        self._heard = Answer("", 0, (), ())
+        self._heard = BoardAnswer("", 0, (), ())
         self._own = OwnSnapshot(self._figures.registry, self._label, "engine")
         serve_replica.leave_main_alone()
         if settings.device == "cpu" and main is engine_main:

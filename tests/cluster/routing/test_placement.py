@@ -7,12 +7,12 @@ from collections import Counter
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rendezvous import rendezvous
 
 from quickchange_server.cluster.routing.placement import (
-    Candidate,
     PlacementPolicy,
+    ReplicaCandidate,
     order,
-    rendezvous,
 )
 
 POLICY = PlacementPolicy()
@@ -20,7 +20,7 @@ DIGESTS = [f"{n:064x}" for n in range(6)]
 
 tiers = st.sampled_from([frozenset(DIGESTS[begin:end]) for begin in range(4) for end in range(7)])
 one = st.builds(
-    Candidate,
+    ReplicaCandidate,
     replica=st.integers(0, 30).map("engine-{}".format),
     queue=st.integers(0, 60),
     device=tiers,
@@ -36,7 +36,7 @@ wanted = st.lists(st.sampled_from(DIGESTS), unique=True, max_size=3)
 @settings(deadline=None, max_examples=50)
 @given(candidates, wanted, st.data())
 def test_every_replica_has_one_place_and_equal_input_gives_equal_order(
-    replicas: list[Candidate], digests: list[str], data: st.DataObject
+    replicas: list[ReplicaCandidate], digests: list[str], data: st.DataObject
 ) -> None:
     every = [c.replica for c in replicas]
     avoid = data.draw(st.sets(st.sampled_from(every)))
@@ -52,7 +52,7 @@ def test_every_replica_has_one_place_and_equal_input_gives_equal_order(
 @settings(deadline=None, max_examples=50)
 @given(candidates, wanted)
 def test_the_first_replica_is_within_its_bound(
-    replicas: list[Candidate], digests: list[str]
+    replicas: list[ReplicaCandidate], digests: list[str]
 ) -> None:
     for replica in replicas:
         replica.step_seconds = replica.kv_share = 0.0
@@ -67,7 +67,7 @@ def test_the_first_replica_is_within_its_bound(
 @settings(deadline=None, max_examples=50)
 @given(candidates, wanted, st.data())
 def test_a_lost_request_goes_elsewhere_while_there_is_another_replica(
-    replicas: list[Candidate], digests: list[str], data: st.DataObject
+    replicas: list[ReplicaCandidate], digests: list[str], data: st.DataObject
 ) -> None:
     lost = data.draw(st.sampled_from([c.replica for c in replicas]))
     first = order(replicas, digests, avoid=[lost])[0]
@@ -96,7 +96,7 @@ def test_rendezvous_spreads_adapters_evenly() -> None:
     assert max(homes.values()) < 1.3 * 200
 
 
-def _placed(count: int, replicas: list[Candidate], digest: str) -> Counter[str]:
+def _placed(count: int, replicas: list[ReplicaCandidate], digest: str) -> Counter[str]:
     """Where `count` sequences of one adapter go that come one after another and stay."""
     by_name = {c.replica: c for c in replicas}
     placed: Counter[str] = Counter()
@@ -110,7 +110,7 @@ def _placed(count: int, replicas: list[Candidate], digest: str) -> Counter[str]:
 
 def test_a_hot_adapter_spreads_as_its_queue_grows() -> None:
     spread = [
-        len(_placed(count, [Candidate(f"e{n}") for n in range(8)], "hot"))
+        len(_placed(count, [ReplicaCandidate(f"e{n}") for n in range(8)], "hot"))
         for count in (1, 4, 16, 64, 256)
     ]
     assert spread[:2] == [1, 1]
@@ -119,7 +119,7 @@ def test_a_hot_adapter_spreads_as_its_queue_grows() -> None:
 
 
 def test_an_adapter_that_cooled_is_at_home_again() -> None:
-    replicas = [Candidate(f"e{n}") for n in range(8)]
+    replicas = [ReplicaCandidate(f"e{n}") for n in range(8)]
     assert len(_placed(256, replicas, "hot")) > 1
     home = next(
         name
@@ -134,25 +134,28 @@ def test_an_adapter_that_cooled_is_at_home_again() -> None:
 
 def test_a_cold_adapter_stays_on_the_replica_that_has_it() -> None:
     home, other = rendezvous(["a", "b"], ["x"])
-    replicas = [Candidate(home, queue=5), Candidate(other, device={"x"}, queue=6)]
+    replicas = [ReplicaCandidate(home, queue=5), ReplicaCandidate(other, device={"x"}, queue=6)]
     assert order(replicas, ["x"])[0] == other
 
 
 def test_the_host_tier_comes_before_hashing() -> None:
     home, other = rendezvous(["a", "b"], ["x"])
-    replicas = [Candidate(home), Candidate(other, host={"x"})]
+    replicas = [ReplicaCandidate(home), ReplicaCandidate(other, host={"x"})]
     assert order(replicas, ["x"]) == [other, home]
 
 
 def test_room_at_home_comes_before_a_copy_on_a_host_whose_device_is_full() -> None:
     home, other = rendezvous(["a", "b"], ["x"])
-    full = Candidate(other, host={"x"}, full=True)
-    assert order([Candidate(home), full], ["x"]) == [home, other]
-    assert order([Candidate(home, full=True), full], ["x"]) == [other, home]
+    full = ReplicaCandidate(other, host={"x"}, full=True)
+    assert order([ReplicaCandidate(home), full], ["x"]) == [home, other]
+    assert order([ReplicaCandidate(home, full=True), full], ["x"]) == [other, home]
 
 
 def test_all_of_a_composition_must_be_there() -> None:
-    replicas = [Candidate("a", device={"x"}, host={"y"}), Candidate("b", device={"x", "y"})]
+    replicas = [
+        ReplicaCandidate("a", device={"x"}, host={"y"}),
+        ReplicaCandidate("b", device={"x", "y"}),
+    ]
     assert order(replicas, ["x", "y"])[0] == "b"
     replicas[1].device = frozenset()
     assert order(replicas, ["x", "y"])[0] == "a"
@@ -160,14 +163,14 @@ def test_all_of_a_composition_must_be_there() -> None:
 
 def test_an_adapter_on_its_way_counts_until_its_time_is_over() -> None:
     home, other = rendezvous(["a", "b"], ["x"])
-    replicas = [Candidate(home), Candidate(other, loading={"x": 10.0})]
+    replicas = [ReplicaCandidate(home), ReplicaCandidate(other, loading={"x": 10.0})]
     assert order(replicas, ["x"], now=9.0)[0] == other
     assert order(replicas, ["x"], now=10.0)[0] == home
 
 
 @pytest.mark.parametrize("digests", [[], ["x"]])
 def test_a_shared_prefix_is_preferred_within_the_bound(digests: list[str]) -> None:
-    replicas = [Candidate(name, device={"x"}) for name in ("a", "b", "c")]
+    replicas = [ReplicaCandidate(name, device={"x"}) for name in ("a", "b", "c")]
     for name in ("a", "b", "c"):
         assert order(replicas, digests, prefixes={name: 64})[0] == name
     assert order(replicas, digests, prefixes={"a": 64, "c": 128})[0] == "c"
@@ -176,17 +179,24 @@ def test_a_shared_prefix_is_preferred_within_the_bound(digests: list[str]) -> No
 
 
 def test_a_prefix_does_not_move_an_adapter() -> None:
-    replicas = [Candidate("a", device={"x"}), Candidate("b")]
+    replicas = [ReplicaCandidate("a", device={"x"}), ReplicaCandidate("b")]
     assert order(replicas, ["x"], prefixes={"b": 4096})[0] == "a"
 
 
 def test_the_plain_base_goes_to_the_least_loaded() -> None:
-    replicas = [Candidate("a", queue=3), Candidate("b", queue=2), Candidate("c", queue=3)]
+    replicas = [
+        ReplicaCandidate("a", queue=3),
+        ReplicaCandidate("b", queue=2),
+        ReplicaCandidate("c", queue=3),
+    ]
     assert order(replicas, [])[0] == "b"
 
 
 def test_a_slower_replica_gets_less() -> None:
-    quick, slow = Candidate("quick", step_seconds=0.01), Candidate("slow", step_seconds=0.03)
+    quick, slow = (
+        ReplicaCandidate("quick", step_seconds=0.01),
+        ReplicaCandidate("slow", step_seconds=0.03),
+    )
     by_name = {"quick": quick, "slow": slow}
     for _ in range(100):
         by_name[order([quick, slow], [])[0]].queue += 1
@@ -194,7 +204,7 @@ def test_a_slower_replica_gets_less() -> None:
 
 
 def test_a_replica_without_kv_blocks_comes_last() -> None:
-    replicas = [Candidate("a", device={"x"}, kv_share=0.99), Candidate("b", queue=1)]
+    replicas = [ReplicaCandidate("a", device={"x"}, kv_share=0.99), ReplicaCandidate("b", queue=1)]
     assert order(replicas, ["x"]) == ["b", "a"]
     assert order(replicas, []) == ["b", "a"]
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rendezvous import rendezvous
 
 pytest.importorskip("ray", reason="the extra [ray] is not installed")
 
@@ -22,7 +23,6 @@ from ray.serve._private.common import (
 )
 from ray.serve._private.request_router.common import PendingRequest
 
-from quickchange_server.cluster.routing.placement import rendezvous
 from quickchange_server.cluster.routing.request_router import AdapterRequestRouter
 from quickchange_server.cluster.routing.routing_memory import ROUTED, routing_stats
 from quickchange_server.engine_client.adapter_status import Residence

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from quickchange_server.cluster.simulation.traffic import TracedRequest, traffic, write_trace
+from quickchange_server.cluster.simulation.traffic import TracedRequest, traffic
 from quickchange_server.errors import SettingError
 
 TWO = [TracedRequest(0.5, "a b", 10, 2), TracedRequest(1.0, "", 20, 3, "system", 8)]
@@ -15,7 +16,7 @@ TWO = [TracedRequest(0.5, "a b", 10, 2), TracedRequest(1.0, "", 20, 3, "system",
 
 def test_json_lines_are_read_in_order_of_time(tmp_path: Path) -> None:
     path = tmp_path / "trace.jsonl"
-    write_trace(reversed(TWO), path)
+    path.write_text("".join(json.dumps(one._asdict()) + "\n" for one in reversed(TWO)))
     assert traffic(str(path)) == TWO
 
 

@@ -47,7 +47,7 @@ DEFAULT_POLICY = PlacementPolicy()
 
 
 @dataclass(slots=True)
-class Candidate:
+class ReplicaCandidate:
     """An engine replica as a router knows it."""
 
     replica: str
@@ -75,7 +75,7 @@ class Candidate:
 
 
 def order(
-    candidates: Sequence[Candidate],
+    candidates: Sequence[ReplicaCandidate],
     digests: Sequence[str],
     *,
     now: float = 0.0,
@@ -135,11 +135,6 @@ def order(
     return [names[number] for number in (*there, *on_host, *elsewhere, *over, *lost)]
 
 
-def rendezvous(replicas: Sequence[str], digests: Sequence[str]) -> list[str]:
-    """The replicas in their order for these digests, loads and tiers left aside."""
-    return [replicas[number] for number in _places(tuple(replicas), _key(digests))]
-
-
 def _key(digests: Sequence[str]) -> bytes:
     return "\n".join(sorted(digests)).encode()
 
@@ -157,7 +152,7 @@ def _secret(replica: str) -> bytes:
     return blake2b(replica.encode(), digest_size=32).digest()
 
 
-def _loads(candidates: Sequence[Candidate]) -> list[float]:
+def _loads(candidates: Sequence[ReplicaCandidate]) -> list[float]:
     """Queues, each times how slow its replica's steps are beside the others'."""
     timed = [c.step_seconds for c in candidates if c.step_seconds > 0]
     usual = sum(timed) / len(timed) if timed else 0.0

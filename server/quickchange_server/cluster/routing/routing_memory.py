@@ -24,9 +24,9 @@ from cachetools import LRUCache
 
 from quickchange_server.cluster.routing.placement import (
     DEFAULT_POLICY,
-    Candidate,
     Held,
     PlacementPolicy,
+    ReplicaCandidate,
     order,
 )
 from quickchange_server.engine_client.adapter_status import Residence
@@ -135,7 +135,7 @@ class RoutingMemory:
     ) -> None:
         self._policy = policy
         self._clock = clock
-        self._candidates: dict[str, Candidate] = {}
+        self._candidates: dict[str, ReplicaCandidate] = {}
         self._reported: dict[str, tuple[str, str]] = {}  # the tiers as they were last told
         self._prefixes: LRUCache[bytes, tuple[str, ...]] = LRUCache(_PREFIXES)
         self._queues: dict[str, int] = {}  # as they were last told
@@ -144,7 +144,7 @@ class RoutingMemory:
     def keep(self, replicas: Iterable[str]) -> None:
         """Know these replicas from now on, and no other."""
         known = self._candidates
-        self._candidates = {name: known.get(name) or Candidate(name) for name in replicas}
+        self._candidates = {name: known.get(name) or ReplicaCandidate(name) for name in replicas}
         for told in (self._reported, self._queues):
             for name in told.keys() - self._candidates.keys():
                 del told[name]

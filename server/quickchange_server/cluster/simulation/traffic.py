@@ -11,7 +11,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,12 +86,6 @@ def traffic(given: str) -> list[TracedRequest]:
     if not requests:
         raise _wrong(given, "has no request; give a longer one")
     return sorted(requests, key=lambda request: request.time)
-
-
-def write_trace(requests: Iterable[TracedRequest], path: Path) -> None:
-    """Write requests as JSON lines."""
-    with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(request._asdict()) + "\n" for request in requests)
 
 
 def _drawn(given: str) -> list[TracedRequest]:
