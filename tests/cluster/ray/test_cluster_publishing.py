@@ -30,28 +30,31 @@ ONE, TWO = "lora-00", "lora-01"  # have the weights of the versions that are pub
 SHORT, LONG = 16, 1500  # tokens
 
 
+@pytest.fixture(scope="module")
+def restored(cluster: LiveCluster) -> Iterator[LiveCluster]:
+    """The cluster, which in the end is as before."""
+    before = cluster.settings
+    yield cluster
+    cluster.redeploy(before, engines=2)
+
+
 @pytest.fixture(scope="module", params=["folder", "bucket"])
 def published(
     request: pytest.FixtureRequest,
-    cluster: LiveCluster,
+    restored: LiveCluster,
     bucket: str,
     tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[LiveCluster]:
-    """The cluster on an empty store."""
-    before = cluster.settings
+) -> LiveCluster:
+    """The cluster on an empty store, with one engine."""
     folder = tmp_path_factory.mktemp("published")
-    store = bucket if request.param == "bucket" else str(folder / "store")
     changes = {
-        "store": store,
+        "store": bucket if request.param == "bucket" else str(folder / "store"),
         "store_cache": str(folder / "cache"),
         "database": f"sqlite:///{folder}/quickchange.sqlite3",
     }
-    cluster.redeploy(before.model_copy(update=changes))
-    cluster.wait_for("Ingress", 2)
-    cluster.wait_for("Engine", 2)
-    yield cluster
-    cluster.redeploy(before)
-    cluster.wait_for("Ingress", 2)
+    restored.redeploy(restored.settings.model_copy(update=changes), engines=1)
+    restored.wait_for("Ingress", 2)
+    return restored
 
 
 @pytest.fixture(scope="module")
