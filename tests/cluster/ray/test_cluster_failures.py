@@ -100,7 +100,7 @@ def test_the_board_killed_is_nothing_to_requests_and_pins_and_metrics_come_back(
     wait_until(back)
     tell("the board killed", seconds_to_its_successors_view=round(time.time() - killed, 1))
     wait_until(lambda: engines <= set(series(cluster.http, "quickchange_requests_running")))
-    cluster.http.delete("/v1/adapters/sql/pin").raise_for_status()
+    cluster.http.post("/v1/adapters/sql/unpin").raise_for_status()
     wait_until(lambda: told(cluster)["pins"] == [])
 
 
