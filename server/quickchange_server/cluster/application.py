@@ -49,8 +49,11 @@ def build(arguments: dict[str, Any]) -> Any:
     """The application, as Serve's command line and configuration files build it.
 
     Serve reads annotations as they are, and finds no class in a string; so it is given the words.
+    `serve run` builds before it joins Ray.
     """
     settings, cluster = ApplicationArguments(**arguments).parts
+    if not ray.is_initialized():
+        ray.init()
     return application(settings, cluster)
 
 
