@@ -301,9 +301,10 @@ class Store:
         """Restart a version's time until `gc` may remove it. False where the store lacks it."""
         return self._place.keep(digest)
 
-    def discard(self, digest: str) -> None:
-        """Remove a version now, unless a name refers to it."""
-        self._place.discard(digest)
+    def discard(self, digest: str, min_age: float = 0.0) -> None:
+        """Remove a version now, unless a name refers to it or it was published or kept within
+        `min_age` seconds."""
+        self._place.discard(digest, min_age)
 
     def notes(self, folder: str) -> Notes:
         """Small files that are kept beside the versions."""

@@ -28,7 +28,7 @@ def settings_of_app(monkeypatch: pytest.MonkeyPatch, proxy: str | None, **given:
 
     async def make() -> None:
         settings = Settings(model="m", store=Path("s"), **given)
-        IngressReplica(settings, SimpleNamespace(options=dict), None, wanted=1)
+        IngressReplica(settings, SimpleNamespace(options=dict), None)
 
     for name, value in (("label", "ingress-x"), ("node", "n"), ("log", None)):
         monkeypatch.setattr(serve_replica, name, lambda value=value: value)

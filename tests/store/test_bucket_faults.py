@@ -522,6 +522,17 @@ def test_keeping_restarts_a_versions_time(store: Store, small_adapter: Any) -> N
         store.address(kept)
 
 
+def test_discarding_leaves_what_was_kept_lately(store: Store, small_adapter: Any) -> None:
+    digest = store.publish(small_adapter(1))
+    time.sleep(0.6)
+    assert store.keep(digest)
+    store.discard(digest, 0.5)
+    assert store.keep(digest)
+    time.sleep(0.6)
+    store.discard(digest, 0.5)
+    assert not store.keep(digest)
+
+
 def test_discarding_leaves_what_a_name_refers_to(store: Store, small_adapter: Any) -> None:
     digest = store.add("a", small_adapter(1)).digest
     store.discard(digest)

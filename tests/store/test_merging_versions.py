@@ -64,6 +64,18 @@ def test_discard_removes_at_once_what_no_name_refers_to(tmp_path: Path) -> None:
     assert not list((tmp_path / "tmp").iterdir())
 
 
+def test_discard_leaves_what_was_kept_lately(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    digest = store.publish(make(1.0))
+    age(store, digest, 100)
+    assert store.keep(digest)
+    store.discard(digest, 50)
+    assert store.path(digest).is_file()
+    age(store, digest, 100)
+    store.discard(digest, 50)
+    assert not store.keep(digest)
+
+
 def recipe(store: Store, *adapters: CanonicalAdapter) -> Recipe:
     added = [store.add(f"a{index}", adapter) for index, adapter in enumerate(adapters)]
     return Recipe("ties", tuple((version.digest, 0.5) for version in added), 0.5)

@@ -243,9 +243,14 @@ class BucketPlace:
     def _mark_unreferenced(self, digest: str) -> None:
         self._objects.write(_mark(checked_digest(digest)), b"")
 
-    def discard(self, digest: str) -> None:
+    def discard(self, digest: str, min_age: float) -> None:
         listed = self._objects.under(_folder(checked_digest(digest)))
-        if listed and digest not in self._raised_epoch().index.digests():
+        if not listed:
+            return
+        state = self._raised_epoch()
+        mark = self._objects.under("kept").get(_mark(digest))
+        since = max(stored.modified for stored in (*listed.values(), *filter(None, [mark])))
+        if digest not in state.index.digests() and since <= self._indexes.modified(state) - min_age:
             self._objects.remove([*_last_first(listed), _mark(digest)])
 
     # --- upkeep ---------------------------------------------------------------------------------

@@ -178,10 +178,13 @@ class FolderPlace:
             self._mark_unreferenced(digest)
         return there
 
-    def discard(self, digest: str) -> None:
+    def discard(self, digest: str, min_age: float) -> None:
+        before = time.time() - min_age
         with self._writing() as index:
             path = self._directory(digest)
-            if digest not in index.digests() and path.exists():
+            if digest in index.digests() or not path.exists():
+                return
+            if path.stat().st_mtime <= before:
                 delete(path.rename(self._trash(digest)))
 
     # --- upkeep ---------------------------------------------------------------------------------

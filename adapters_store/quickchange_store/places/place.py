@@ -127,8 +127,8 @@ class Place(Protocol):
     def keep(self, digest: str) -> bool:
         """Restart the time that a version waits for `gc`. False where there is none."""
 
-    def discard(self, digest: str) -> None:
-        """Remove a version now unless the index names it."""
+    def discard(self, digest: str, min_age: float) -> None:
+        """Remove a version now unless the index names it, or it came or was kept lately."""
 
     def collect(self, min_age: float) -> Collected:
         """Remove versions that the index has not named for `min_age` seconds, and remains."""

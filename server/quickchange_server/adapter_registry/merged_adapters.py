@@ -191,5 +191,5 @@ class Derived:
             digest, *components = (self._notes.read(name) or "").split() or [""]
             if digest and (place >= self._limit or not named.issuperset(components)):
                 self._notes.remove(name)
-                self._store.discard(digest)
+                self._store.discard(digest, IN_USE_SECONDS)  # unless another has taken it up
                 self._kept.pop(name.removesuffix(_SUFFIX), None)

@@ -6,6 +6,10 @@ with `serve deploy` and KubeRay's RayService; `quickchange cluster` deploys it t
 
 from __future__ import annotations
 
+import hashlib
+import importlib
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -33,6 +37,7 @@ HEALTH_SECONDS = 2.0  # between health checks, of which Serve wants three to fai
 HEALTH_ANSWER_SECONDS = 10.0
 END_SECONDS = 15.0  # for a replica to end, once its requests have
 TRIES = 3  # of a start that fails, most often for a setting or the model, which don't change
+_PACKAGES = ("quickchange_server", "quickchange_store", "quickchange_kernels")
 MANY = 100_000  # requests at once that no replica reaches: others bound them
 
 _LOGGING = LoggingConfig(
@@ -62,9 +67,24 @@ def application(
     machines = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
     check_database(settings, machines=len(machines))
     settings = for_replicas(settings, cluster, cpus=ray.cluster_resources().get("CPU", 1.0))
-    board = _board().bind()
-    engines = _engine(settings, cluster).bind(settings, board, engine)
-    return _ingress(settings, cluster).bind(settings, engines, board, wanted=cluster.engines)
+    given = settings.model_dump_json()
+    board = _as(_board(), "").bind()
+    engines = _as(_engine(settings, cluster), f"{given} {engine!r}").bind(settings, board, engine)
+    return _as(_ingress(settings, cluster), given).bind(settings, engines, board)
+
+
+def _as(deployment: Any, given: str) -> Any:
+    """The deployment, whose replicas are started anew if they were given something else, or another
+    program: Serve's own versions are new each time, so that more replicas would replace all."""
+    program = [version("quickchange"), *map(_changed, _PACKAGES)]
+    told = hashlib.sha256(f"{program} {given}".encode()).hexdigest()
+    return deployment.options(version=told, _internal=True)
+
+
+def _changed(package: str) -> int:
+    """When a file of a package was last changed."""
+    (folder,) = importlib.import_module(package).__path__
+    return max(file.stat().st_mtime_ns for file in Path(folder).rglob("*.py"))
 
 
 def _board() -> Any:
@@ -100,6 +120,7 @@ def _ingress(settings: Settings, cluster: ClusterSettings) -> Any:
         serve.ingress()(IngressReplica),
         "Ingress",
         num_replicas=cluster.ingresses,
+        user_config={"engines": cluster.engines},
         max_ongoing_requests=MANY,
         ray_actor_options={"num_cpus": cluster.ingress_cpus},
         graceful_shutdown_timeout_s=max(cluster.ingress_drain_seconds, settings.drain_seconds)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from functools import partial
 from typing import Any
@@ -58,9 +58,9 @@ class OneRequestId:
 class IngressReplica:
     """The user's class of the deployment `Ingress`, which `serve.ingress` wraps."""
 
-    def __init__(self, settings: Settings, engines: Any, board: Any, *, wanted: int) -> None:
-        """wanted: engine replicas that there should be, at least."""
+    def __init__(self, settings: Settings, engines: Any, board: Any) -> None:
         serve_replica.log()
+        self._wanted = 0  # engine replicas that there should be, at least
         self._board = board
         self._calls = RayCalls(engines, board)
         self._label, self._node = serve_replica.label(), serve_replica.node()
@@ -71,7 +71,7 @@ class IngressReplica:
             settings.model_copy(update={"host": host}),
             engines=self._make_engines,
             limit_counter=self._calls,
-            cluster=Cluster(self._label, self._view, lambda: wanted, ROUTED.snapshot),
+            cluster=Cluster(self._label, self._view, lambda: self._wanted, ROUTED.snapshot),
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -81,6 +81,10 @@ class IngressReplica:
             self._lifespan, self._app.router.lifespan_context
         )
         return self._app
+
+    def reconfigure(self, changeable: Mapping[str, int]) -> None:
+        """Take what changes without a new replica; Serve calls it at the start, too."""
+        self._wanted = changeable["engines"]
 
     @asynccontextmanager
     async def _lifespan(self, lifespan: Lifespan, app: FastAPI) -> AsyncIterator[Any]:

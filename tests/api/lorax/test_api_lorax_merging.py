@@ -128,7 +128,8 @@ def make_all(store: Store, limit: int, recipes: list[Recipe], idle: float) -> li
     made = []
     for wanted in recipes:
         made.append(asyncio.run(Derived(store, limit).digest(wanted)))
-        for path in derived_files(store):
+        versions = [store.path(digest).parent for digest in made if held(store, digest)]
+        for path in (*derived_files(store), *versions):
             past = path.stat().st_mtime - idle
             os.utime(path, (past, past))
     return made
@@ -152,6 +153,15 @@ def test_over_the_limit_the_one_unused_longest_goes_unless_it_may_be_in_use(
     assert len(set(made)) == 3
     assert [held(store, digest) for digest in made] == [kept == 3, True, True]
     assert len(derived_files(store)) == kept
+
+
+def test_what_another_server_has_just_taken_up_stays(tmp_path: Path) -> None:
+    store = filled(tmp_path)
+    recipes = [recipe(store, "dare_linear", density) for density in (0.3, 0.5)]
+    (first,) = make_all(store, 1, recipes[:1], 2 * IN_USE_SECONDS)
+    assert store.keep(first)
+    make_all(store, 1, recipes[1:], 0.0)
+    assert held(store, first)
 
 
 def test_what_was_merged_of_a_removed_adapter_goes_with_the_next_making(tmp_path: Path) -> None:

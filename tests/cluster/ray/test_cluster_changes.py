@@ -20,6 +20,10 @@ ASKED = [Asked(ADAPTERS[n % 16], 300 + n, 120 + 10 * (n % 7)) for n in range(32)
 CLIENTS = 4
 
 
+def ids(cluster: LiveCluster) -> set[str]:
+    return {replica for kind in ("Engine", "Ingress") for replica, _, _ in cluster.replicas(kind)}
+
+
 def check(load: Load, single: LLM, name: str, began: float) -> None:
     """No request has failed, and each has its text."""
     seconds = time.monotonic() - began
@@ -38,27 +42,29 @@ def check(load: Load, single: LLM, name: str, began: float) -> None:
 
 def test_a_rolling_upgrade_under_load_fails_no_request(cluster: LiveCluster, single: LLM) -> None:
     cluster.wait_for("Engine", 2)
-    old = {replica for kind in ("Engine", "Ingress") for replica, _, _ in cluster.replicas(kind)}
+    old = ids(cluster)
     began = time.monotonic()
     with under_load(cluster.http, ASKED, CLIENTS) as load:
         cluster.redeploy(cluster.settings.model_copy(update={"max_queue": 300}))
         cluster.wait_for("Engine", 2)
         answered = len(load.answers)
-        new = {r for kind in ("Engine", "Ingress") for r, _, _ in cluster.replicas(kind)}
-    assert not old & new, "a replica was not replaced"
+    assert not old & ids(cluster), "a replica was not replaced"
     assert len(load.answers) > answered
     check(load, single, "rolling upgrade", began)
 
 
 def test_scaling_2_3_1_under_load_fails_no_request(cluster: LiveCluster, single: LLM) -> None:
     cluster.wait_for("Engine", 2)
-    began = time.monotonic()
+    two, began = ids(cluster), time.monotonic()
     with under_load(cluster.http, ASKED, CLIENTS) as load:
         cluster.redeploy(engines=3)
         cluster.wait_for("Engine", 3)
+        three = ids(cluster)
         cluster.redeploy(engines=1)
         cluster.wait_for("Engine", 1)
         answered = len(load.answers)
+    assert two < three, "a replica was replaced for more of them"
+    assert ids(cluster) < three
     assert len(load.answers) > answered
     check(load, single, "scaling 2, 3, 1", began)
     cluster.redeploy(engines=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from client_environments import run_client
 from cluster_harness import LiveCluster, wait_until
 from cluster_streams import PROMPT, series
 from lorax_client import python_with_client, run_script
+
+from quickchange_server.observability.replica_metrics import RENEW_SECONDS
 
 pytestmark = [
     pytest.mark.cluster,
@@ -50,6 +53,7 @@ def test_an_experiments_variants_stick_and_its_outcomes_count_over_both_ingresse
 ) -> None:
     post(cluster, "/v1/experiments", EXPERIMENT)
     wait_until(lambda: all(known(cluster) for _ in range(8)))  # the other one reads it, too
+    time.sleep(RENEW_SECONDS + 2)  # until what was asked before is counted
     before = ingresses(cluster)
     variants: dict[str, str] = {}
     for turn in range(3):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from cluster_harness import LiveCluster, wait_until
-from cluster_streams import LORAS, Asked, Stream, Streams, expected, series, tell
+from cluster_streams import LORAS, NODE_CPUS, Asked, Stream, Streams, expected, series, tell
 
 from quickchange_server.entrypoints.llm import LLM
 
@@ -58,35 +58,22 @@ def test_a_removed_node_is_a_pause_of_32_streams_over_16_adapters(
 ) -> None:
     cluster.redeploy(ingresses=1)
     cluster.wait_for("Ingress", 1)
-    node = node_with_engines_alone(cluster)
+    cluster.wait_for("Engine", 2)
+    (kept,) = (node for _, _, node in cluster.replicas("Ingress"))  # whose own streams would end
+    node = next(node for _, _, node in cluster.replicas("Engine") if node != kept)
     streams = Streams(cluster.http, thirty_two(200))
     streams.wait_for_tokens(20)
     cluster.nodes.remove_node(cluster.node_of(node), allow_graceful=False)
     try:
         ended = streams.ended()
     finally:
-        cluster.nodes.add_node(num_cpus=4.0)
+        cluster.nodes.add_node(num_cpus=NODE_CPUS)
     check(ended, single)
     pauses = sorted(stream.pause for stream in ended)
     tell("removal of a node", streams=32, median=round(pauses[16], 2), longest=round(pauses[-1], 2))
     cluster.redeploy(ingresses=2)
     cluster.wait_for("Engine", 2)
     cluster.wait_for("Ingress", 2)
-
-
-def node_with_engines_alone(cluster: LiveCluster) -> str:
-    """A node that has an engine and not the ingress, with which streams of its own would end."""
-    for _ in range(4):
-        cluster.wait_for("Engine", 2)
-        kept = {node for _, _, node in cluster.replicas("Ingress")}
-        engines = cluster.replicas("Engine")
-        for index, (_, _, node) in enumerate(engines):
-            if node not in kept:
-                return node
-            last = index
-        pid = cluster.kill("Engine", last)
-        wait_until(lambda pid=pid: pid not in {p for _, p, _ in cluster.replicas("Engine")})
-    raise AssertionError("Serve puts every engine beside the ingress")
 
 
 def test_the_board_killed_is_nothing_to_requests_and_pins_and_metrics_come_back(
@@ -113,7 +100,7 @@ def test_the_board_killed_is_nothing_to_requests_and_pins_and_metrics_come_back(
     wait_until(back)
     tell("the board killed", seconds_to_its_successors_view=round(time.time() - killed, 1))
     wait_until(lambda: engines <= set(series(cluster.http, "quickchange_requests_running")))
-    cluster.http.delete("/v1/adapters/sql/pin").raise_for_status()
+    cluster.http.post("/v1/adapters/sql/unpin").raise_for_status()
     wait_until(lambda: told(cluster)["pins"] == [])
 
 

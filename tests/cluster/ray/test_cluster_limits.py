@@ -29,13 +29,12 @@ def keyed(cluster: LiveCluster, store: Path) -> Iterator[LiveCluster]:
     """The cluster, asking for keys; its client brings an admin's."""
     _, secret = make_key(store, "operator", "admin")
     before = cluster.settings
-    cluster.redeploy(before.model_copy(update={"api_keys": True}))
+    cluster.redeploy(before.model_copy(update={"api_keys": True}), engines=1)
     cluster.http.headers.update(bearer(secret))
     cluster.wait_for("Ingress", 2)
     yield cluster
     del cluster.http.headers["Authorization"]
-    cluster.redeploy(before)
-    cluster.wait_for("Ingress", 2)
+    cluster.redeploy(before, engines=2)
 
 
 def spend(cluster: LiveCluster, secret: str, seconds: float) -> tuple[int, set[str]]:
