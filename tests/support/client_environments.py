@@ -79,5 +79,7 @@ def install(language: str, packages: Path, requirements: list[str]) -> None:
             check=True,
             capture_output=True,
             timeout=INSTALL_SECONDS,
+            # pip would take what lies on this process's path for installed
+            env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
             cwd=packages.parent if language != "node" else packages,
         )

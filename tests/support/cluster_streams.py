@@ -21,7 +21,6 @@ from quickchange_server.protocol import SamplingParams
 
 PROMPT = "select all of it"
 LORAS = tuple(f"lora-{number:02}" for number in range(64))  # in the cluster's store
-NODE_CPUS = 1.2  # of one of the cluster's nodes: an engine and two ingresses, in Ray's books
 
 
 @dataclass(frozen=True)

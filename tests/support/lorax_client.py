@@ -38,12 +38,11 @@ def python_with_client() -> Path:
 
 def run_script(python: Path, script: Path, *arguments: str) -> Any:
     """What a script prints as JSON."""
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run(
         [python, script, *arguments],
         capture_output=True,
         timeout=1200,
-        env=environment,
+        env=_environment(),
         check=False,
     )
     assert done.returncode == 0, done.stderr.decode()
@@ -51,4 +50,9 @@ def run_script(python: Path, script: Path, *arguments: str) -> Any:
 
 
 def _run(*command: str) -> None:
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    subprocess.run(command, check=True, capture_output=True, timeout=300, env=_environment())
+
+
+def _environment() -> dict[str, str]:
+    """This process's, without its packages."""
+    return {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}

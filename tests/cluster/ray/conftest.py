@@ -12,7 +12,7 @@ pytest.importorskip("ray", reason="the extra [ray] is not installed")
 
 from bucket_support import s3_server
 from cluster_harness import LiveCluster, live_cluster
-from cluster_streams import LORAS, NODE_CPUS
+from cluster_streams import LORAS
 from llm_models import LlmModels, make_llm_models
 from random_updates import random_adapter
 
@@ -64,7 +64,7 @@ def bucket() -> Iterator[str]:
 @pytest.fixture(scope="session")
 def cluster(models: LlmModels, store: Path, bucket: str) -> Iterator[LiveCluster]:  # noqa: ARG001
     """Two engines, each on a node of its own, and two ingresses; a third node for upgrades."""
-    size = {"workers": 3, "worker_cpus": NODE_CPUS, "cluster": {"ingresses": 2}}
-    with live_cluster(models.path, store, **size) as live:
+    size = {"ingresses": 2, "engine_cpus": 0.6}  # a node has one, in Ray's books
+    with live_cluster(models.path, store, workers=3, worker_cpus=1, cluster=size) as live:
         live.wait_for("Ingress", 2)
         yield live

@@ -75,7 +75,7 @@ def test_an_experiments_variants_stick_and_its_outcomes_count_over_both_ingresse
     def counted() -> bool:
         results = cluster.http.get("/v1/experiments/tone/results").raise_for_status().json()
         (liked,) = results["outcomes"]
-        return {v["name"]: v["units"] for v in liked["variants"]} == by_variant
+        return {v["variant"]: v["count"] for v in liked["variants"]} == by_variant
 
     wait_until(counted)
     post(cluster, "/v1/experiments/tone/stop", {})

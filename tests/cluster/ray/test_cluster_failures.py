@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from cluster_harness import LiveCluster, wait_until
-from cluster_streams import LORAS, NODE_CPUS, Asked, Stream, Streams, expected, series, tell
+from cluster_streams import LORAS, Asked, Stream, Streams, expected, series, tell
 
 from quickchange_server.entrypoints.llm import LLM
 
@@ -67,7 +67,7 @@ def test_a_removed_node_is_a_pause_of_32_streams_over_16_adapters(
     try:
         ended = streams.ended()
     finally:
-        cluster.nodes.add_node(num_cpus=NODE_CPUS)
+        cluster.nodes.add_node(num_cpus=1)
     check(ended, single)
     pauses = sorted(stream.pause for stream in ended)
     tell("removal of a node", streams=32, median=round(pauses[16], 2), longest=round(pauses[-1], 2))
