@@ -79,7 +79,9 @@ class ClusterWatch:
         if self.info is None:
             return "starting"
         now = time.monotonic()
-        if self._serves and now - self._seen_at <= STALE_SECONDS:
+        if now - self._seen_at > STALE_SECONDS:
+            return "restarting"  # replicas may serve all the same: each request finds out
+        if self._serves:
             return "ready"
         return "failed" if now - self._served_at > PATIENCE_SECONDS else "restarting"
 
