@@ -82,7 +82,7 @@ class IndexObjects:
 
     @property
     def trouble(self) -> str | None:
-        """For how long readers see an index of which nobody knows if it is still the newest."""
+        """Seconds for which readers have seen an index that may not be the newest."""
         silent = time.monotonic() - self._looked
         if self._shown is None or silent < STALE_SECONDS:
             return None

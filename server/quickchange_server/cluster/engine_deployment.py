@@ -66,7 +66,7 @@ class Figures(Metrics):
 
 
 class Demand:
-    """How often each adapter version was asked for lately, older requests counting for less."""
+    """Counts of the requests for each adapter version, older ones weighing less."""
 
     def __init__(self) -> None:
         self._counts: defaultdict[str, float] = defaultdict(float)
@@ -183,7 +183,7 @@ class EngineReplica:
             raise EngineFailedError("engines of this replica fail one after another")
 
     async def record_routing_stats(self) -> dict[str, Any]:
-        """What routers go by."""
+        """Figures that routers go by."""
         report, info = self._figures_now(), self._client.info
         return routing_stats(
             report.residency,
@@ -194,7 +194,7 @@ class EngineReplica:
         )
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        """What `autoscaling.engines_wanted` goes by."""
+        """Figures that `autoscaling.EnginesWanted` goes by."""
         report = self._figures_now()
         return {"queue": float(report.running + report.waiting), "kv_share": report.kv_share}
 
