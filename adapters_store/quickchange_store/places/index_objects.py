@@ -82,7 +82,7 @@ class IndexObjects:
 
     @property
     def trouble(self) -> str | None:
-        """Seconds for which readers have seen an index that may not be the newest."""
+        """The time for which readers have seen an index that may not be the newest, in words."""
         silent = time.monotonic() - self._looked
         if self._shown is None or silent < STALE_SECONDS:
             return None

@@ -1,4 +1,4 @@
-"""The number of engines that Ray Serve's autoscaler is to run: enough for what is queued, and for its KV.
+"""The number of engines that Ray Serve's autoscaler is to run: for what is queued, and its KV.
 
 Serve sends this module to its controller by value and calls it there a few times a second; its own
 bounds and delays are applied to the outcome.
