@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -189,7 +190,7 @@ def modules_of_the_contracts() -> set[str]:
     for contract in CONTRACTS["contracts"]:
         for key in ("layers", "source_modules", "forbidden_modules", "modules"):
             for entry in contract.get(key, []):
-                names.update(name.strip() for name in entry.split(":"))
+                names.update(name.strip() for name in re.split("[:|]", entry))
     names |= {"quickchange_server.entrypoints.serve", "quickchange_training.demo"}
     return {name for name in names if name.startswith("quickchange_")}
 
@@ -232,6 +233,8 @@ def server(name: str) -> str:
         (server("api"), server("engine"), "nothing of the engine side"),
         (server("frontend"), "torch", "no torch"),
         (server("engine"), "fastapi", "knows nothing of HTTP"),
+        (server("entrypoints"), "ray", "The cluster alone knows Ray"),
+        (server("engine_client.client"), server("engine_client.local"), "neither kind of engines"),
         (server("errors"), server("storage"), "import nothing of ours"),
         (server("structured_output"), server("frontend"), "serves both sides"),
         ("quickchange_kernels", "quickchange_store", "stand alone"),
