@@ -38,7 +38,8 @@ test-compiled: $(STAMP)
 
 # starts Ray on this machine's loopback: two engines, two nodes, ended by their own ids
 test-cluster: $(STAMP)
-	$(WHOLE) $(BIN)/python -m pytest -m cluster tests/cluster
+	$(WHOLE) $(BIN)/python -m pytest -m 'cluster and not slow' tests/cluster \
+		-o faulthandler_timeout=600 -o faulthandler_exit_on_timeout=true
 
 slow: $(STAMP)
 	QUICKCHANGE_THOROUGH=1 $(WHOLE) $(BIN)/python -m pytest -m 'slow or thorough'

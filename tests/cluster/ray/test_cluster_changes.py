@@ -12,6 +12,7 @@ from quickchange_server.entrypoints.llm import LLM
 
 pytestmark = [
     pytest.mark.cluster,
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore"),  # Ray's: sockets, log files, deprecations
 ]
 

@@ -30,7 +30,9 @@ EXPERIMENT = {
 }
 
 
-@pytest.mark.parametrize("script", ["client_openai.py", "client_lorax.py"])
+@pytest.mark.parametrize(
+    "script", [pytest.param("client_openai.py", marks=pytest.mark.slow), "client_lorax.py"]
+)
 def test_a_client_gets_what_it_asks_for(cluster: LiveCluster, script: str, tmp_path: Path) -> None:
     run_client(SCRIPTS / script, tmp_path, URL=cluster.url, MODEL="base", ADAPTER="sql")
 

@@ -16,6 +16,7 @@ from quickchange_bench.load.own_server import OwnServer
 
 pytestmark = [
     pytest.mark.cluster,
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore"),  # Ray's: sockets, log files, deprecations
 ]
 

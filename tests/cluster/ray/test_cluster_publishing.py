@@ -38,7 +38,7 @@ def restored(cluster: LiveCluster) -> Iterator[LiveCluster]:
     cluster.redeploy(before, engines=2)
 
 
-@pytest.fixture(scope="module", params=["folder", "bucket"])
+@pytest.fixture(scope="module", params=["folder", pytest.param("bucket", marks=pytest.mark.slow)])
 def published(
     request: pytest.FixtureRequest,
     restored: LiveCluster,

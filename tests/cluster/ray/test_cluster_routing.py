@@ -19,6 +19,7 @@ from quickchange_server.observability.cluster_metrics import RESULTS
 
 pytestmark = [
     pytest.mark.cluster,
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore"),  # Ray's: sockets, log files, deprecations
 ]
 
