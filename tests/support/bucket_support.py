@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +30,35 @@ CREDENTIALS = {
 def s3_server() -> Iterator[str]:
     """Run an S3 server with one bucket, `adapters`; gives its URL, which the environment names."""
     import fsspec
-    from moto.server import ThreadedMotoServer
 
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    _, port = server.get_host_and_port()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
+    # A process of its own: on a thread it draws random numbers beside hypothesis, and parses code.
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     before = {name: os.environ.get(name) for name in (*CREDENTIALS, "AWS_ENDPOINT_URL")}
     os.environ.update(CREDENTIALS, AWS_ENDPOINT_URL=url)
     try:
-        httpx.post(f"{url}/moto-api/reset").raise_for_status()  # its state is the process's
+        _wait_for(url, server)
         fsspec.filesystem("s3", skip_instance_cache=True).mkdir("adapters")
         yield url
     finally:
-        server.stop()
+        server.kill()
+        server.wait()
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def _wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
+    end = time.monotonic() + 180
+    while time.monotonic() < end and server.poll() is None:
+        with suppress(httpx.TransportError):
+            httpx.get(url)
+            return
+        time.sleep(0.05)
+    raise TimeoutError("the S3 server did not start")
 
 
 def store_on(filesystem: Any, root: str, cache: Path, limit: int = 1 << 30) -> Store:

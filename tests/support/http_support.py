@@ -154,7 +154,13 @@ def live_server(
         cluster=cluster,
     )
     listener = bind(settings)
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=1)
+    config = uvicorn.Config(
+        app,
+        http="h11",  # as the server's own
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=1,
+    )
     server = DrainingServer(config, app, settings)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])), daemon=True)
     url = url_of(settings, listener)
