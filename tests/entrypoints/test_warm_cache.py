@@ -43,7 +43,7 @@ def test_a_second_engine_of_the_same_settings_finds_all_that_the_first_compiled(
 
 
 def test_a_gpu_that_is_not_known_and_one_that_is_not_there_are_refused(llama: Path) -> None:
-    with pytest.raises(SettingError, match="--gpu voodoo2: not known; name one of .*a100, h100"):
+    with pytest.raises(SettingError, match=r"--gpu voodoo2: not known; name one of .*a100, h100"):
         warm_cache({"model": str(llama)}, gpu="voodoo2", out=None)
     with pytest.raises(SettingError, match="no GPU here; name the one to compile for"):
         warm_cache({"model": str(llama)}, gpu=None, out=None)
