@@ -25,6 +25,7 @@ LIMIT_SECONDS = 240.0  # for what takes seconds on a machine that is not busy
 # Ray must not take the machine's outer address for its nodes'; it reads this when it is imported.
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "120"  # 5 s end proxies of a busy machine
 os.environ["RAY_prestart_worker_first_driver"] = "0"  # noqa: SIM112  # as Ray reads it
 os.environ.pop("RAY_ADDRESS", None)
 # Workers find the modules of the tests, such as a fake engine, as this process does.

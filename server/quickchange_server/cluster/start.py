@@ -113,6 +113,8 @@ def _ray(
 def _prepare_environment(settings: Settings, *, joins: bool) -> None:
     """Set what Ray reads when it is imported. Its token authentication stays as it has it."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Serve ends a proxy that takes longer to start, by default 5 s, which a busy machine exceeds.
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "120")
     if not joins and is_loopback(settings.host):
         # Ray takes the machine's outer address even where it is given 127.0.0.1, but for this.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"

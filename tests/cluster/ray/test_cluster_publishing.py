@@ -21,6 +21,7 @@ from quickchange_store.base_model.base_spec import base_spec
 
 pytestmark = [
     pytest.mark.cluster,
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore"),  # Ray's: sockets, log files, deprecations
 ]
 
@@ -38,7 +39,7 @@ def restored(cluster: LiveCluster) -> Iterator[LiveCluster]:
     cluster.redeploy(before, engines=2)
 
 
-@pytest.fixture(scope="module", params=["folder", pytest.param("bucket", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["folder", "bucket"])
 def published(
     request: pytest.FixtureRequest,
     restored: LiveCluster,
