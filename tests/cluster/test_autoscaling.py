@@ -1,4 +1,4 @@
-"""How many engines are wanted, by what is queued and by the KV cache in use."""
+"""The number of engines that are wanted, by what is queued and by the KV cache in use."""
 
 from __future__ import annotations
 

@@ -180,7 +180,7 @@ def test_a_lost_sequence_goes_on_at_once_with_what_it_has_said() -> None:
 
 
 def test_a_submission_that_brings_output_goes_on_behind_it() -> None:
-    """As a replica gets it, whose own engine may be lost too."""
+    """A replica gets output with a submission, and its own engine may be lost too."""
 
     async def scenario() -> None:
         calls = FakeReplicas()
