@@ -93,7 +93,6 @@ def test_structured_output_is_valid(cluster: LiveCluster) -> None:
     assert isinstance(order["gift"], bool)
 
 
-@pytest.mark.slow
 def test_a_client_that_goes_away_ends_its_sequence_on_the_engine(cluster: LiveCluster) -> None:
     at_work(cluster, 0)
     before, tokens = steps(cluster), 3500
