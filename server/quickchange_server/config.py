@@ -220,6 +220,10 @@ class Settings(BaseSettings):
         description="origins, joined by commas, whose web pages may use the server "
         "(https://app.example); * for all, only where the server asks for keys",
     )
+    vllm_metrics: bool = Field(
+        False,
+        description="tell the load in /metrics by vLLM's names too, which gateways read",
+    )
     open_metrics: bool = Field(
         False,
         description="answer /metrics without an API key where the server asks for keys; its labels "

@@ -42,19 +42,11 @@ _ENGINE = re.compile(
 _BLOCK = re.compile(rb"^# HELP ", re.MULTILINE)  # a family's first line; no other begins so
 
 
-RESIDENT = "quickchange_adapter_resident_bytes"  # of names, which engine replicas don't know
-
-
 def told_by(family: str) -> Collection[Kind]:
-    """The kinds of replica that tell a family of metrics themselves."""
-    kinds: tuple[Kind, ...] = ("engine", "ingress")
+    """The kinds of replica that tell a family of metrics."""
     if _INGRESS.fullmatch(family):
-        kinds = ("ingress",)
-    elif _ENGINE.fullmatch(family):
-        kinds = ("engine",)
-    elif family == RESIDENT:
-        kinds = ()
-    return kinds
+        return ("ingress",)
+    return ("engine",) if _ENGINE.fullmatch(family) else ("engine", "ingress")
 
 
 class _Labelled(Collector):
