@@ -224,6 +224,10 @@ class Settings(BaseSettings):
         False,
         description="tell the load in /metrics by vLLM's names too, which gateways read",
     )
+    genai_metrics: bool = Field(
+        False,
+        description="tell requests in /metrics by OpenTelemetry's names for generative AI too",
+    )
     open_metrics: bool = Field(
         False,
         description="answer /metrics without an API key where the server asks for keys; its labels "

@@ -40,6 +40,7 @@ COUNTS = (  # gauges and histograms of things without a unit, named by what they
     "quickchange_requests_waiting",
     "quickchange_tier_adapters",
     "quickchange_adapter_resident",
+    "quickchange_adapter_info",
     "quickchange_engine_up",
     "_fds",
 )

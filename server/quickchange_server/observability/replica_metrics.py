@@ -29,6 +29,7 @@ _INGRESS = re.compile(
     "(requests|prompt_tokens|prompt_cached_tokens|generation_tokens|time_to_first_token_seconds"
     "|inter_token_latency_seconds|request_duration_seconds|speculation_requests"
     "|structured_(requests|compile_seconds)|(http|storage|tenant|limits|experiment)_\\w+)"
+    "|gen_ai_\\w+"
 )
 # What a step, a device or an engine's queue shows is told by engine replicas.
 _ENGINE = re.compile(

@@ -13,7 +13,7 @@ import pytest
 from cluster_support import READY, FakeCluster, Replica
 from fake_engine import ADAPTER_BYTES, Behaviour
 from http_support import BASE, Live, live_server, make_adapter, wait_until
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
@@ -173,13 +173,14 @@ def test_as_many_adapters_as_sequences_and_device_bytes_allow(
     sizes: tuple[int, ...], adapters: bool, most: int
 ) -> None:
     residency = {str(n): Residence("device", size, False) for n, size in enumerate(sizes)}
-    settings = settings_of(max_sequences=8, adapters=adapters)
-    assert scraped(vllm_families([report(residency=residency)], settings)).most == most
+    chosen = settings_of(max_sequences=8, adapters=adapters)
+    assert scraped(vllm_families([report(residency=residency)], chosen)).most == most
 
 
 NAMES = st.sets(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,20}", fullmatch=True), max_size=5)
 
 
+@settings(deadline=None)
 @given(running=NAMES, waiting=NAMES)
 def test_any_names_come_through_the_lists_and_none_is_in_both(
     running: set[str], waiting: set[str]

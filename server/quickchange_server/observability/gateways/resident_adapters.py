@@ -13,7 +13,9 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from quickchange_server.engine_client.adapter_status import Residence
+from quickchange_server.observability.labels import OTHER
 
+MOST_DIGESTS = 100  # told of one engine
 LabelOf = Callable[[str], str]  # a label value for an adapter version's digest
 Residences = Mapping[str, Residence]  # by digest
 
@@ -46,11 +48,28 @@ def resident(replicas: Mapping[str | None, Residences], label_of: LabelOf) -> It
         ["adapter", "tier", "pinned", "rank", *by],
         versions,
     )
+    yield _info(replicas, label_of, by)
     yield _family(
         "quickchange_adapter_resident_bytes",
         "Bytes of an adapter's versions on a tier",
         ["adapter", "tier", *by],
         size,
+    )
+
+
+def _info(replicas: Mapping[str | None, Residences], label_of: LabelOf, by: list[str]) -> Metric:
+    """The digests behind the names: of MOST_DIGESTS versions of a replica, the device's first."""
+    told: Counter[tuple[str, ...]] = Counter()
+    for replica, residences in replicas.items():
+        of = () if replica is None else (replica,)
+        named = [d for d in sorted(residences) if label_of(d) != OTHER]
+        named.sort(key=lambda digest: residences[digest].tier != "device")
+        told.update((label_of(digest), digest, *of) for digest in named[:MOST_DIGESTS])
+    return _family(
+        "quickchange_adapter_info",
+        "Adapter versions in memory by digest, always 1",
+        ["adapter", "digest", *by],
+        told,
     )
 
 
