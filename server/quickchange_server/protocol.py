@@ -396,6 +396,7 @@ class AdapterMoved:
     seconds: float = 0.0  # duration of a load from the tier below
     bytes: int = 0  # bytes occupied on `tier`
     pinned: bool = False
+    rank: int = 0  # the highest of its updates
 
 
 @dataclass(frozen=True, slots=True)

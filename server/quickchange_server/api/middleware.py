@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from quickchange_server.api.error_responses import error_response, internal_error
 from quickchange_server.api.json_bodies import Structure
 from quickchange_server.errors import InvalidRequestError
+from quickchange_server.observability.gateways.request_ids import arrive
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,8 @@ def _allowed(scope: Scope) -> list[str]:
 
 
 class RequestIdMiddleware:
-    """Gives each response the client's `x-request-id`, or a new one.
+    """Gives each response the client's `x-request-id`, or a new one, and what the request's work
+    has left for its headers.
 
     An unhandled exception is logged under that id and answered with 500.
     """
@@ -84,7 +86,7 @@ class RequestIdMiddleware:
             await self._app(scope, receive, send)
             return
         given = Headers(scope=scope).get("x-request-id", "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        arrived = arrive(given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex)
 
         started = False
 
@@ -92,13 +94,14 @@ class RequestIdMiddleware:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers.update({**arrived.headers, "x-request-id": arrived.request_id})
             await send(message)
 
         try:
             await self._app(scope, receive, send_with_id)
         except Exception:
-            logger.exception("request %s to %s failed", request_id, scope["path"])
+            logger.exception("request %s to %s failed", arrived.request_id, scope["path"])
             if not started:
                 await error_response(internal_error())(scope, receive, send_with_id)
 

@@ -45,6 +45,7 @@ from quickchange_server.frontend.request_observers import Bookkeeper
 from quickchange_server.frontend.tokenizer import Text
 from quickchange_server.observability.cluster_metrics import Cluster
 from quickchange_server.observability.experiment_metrics import ExperimentMetrics, ShareCollector
+from quickchange_server.observability.gateways.genai_metrics import GenAiMetrics
 from quickchange_server.observability.http_metrics import HttpMetricsMiddleware
 from quickchange_server.observability.metrics import Metrics
 from quickchange_server.observability.subsystem_metrics import StorageMetrics
@@ -101,6 +102,8 @@ def create_app(
         )
         traces = None if traces_maker is None else traces_maker()
         books: tuple[Bookkeeper, ...] = () if traces is None else (traces,)
+        if settings.genai_metrics:
+            books += (GenAiMetrics(metrics.registry, settings.metrics_adapters),)
         services = _services(
             settings, metrics, text, engines, base, database, tenants, books, cluster
         )

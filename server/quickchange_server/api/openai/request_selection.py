@@ -30,8 +30,11 @@ from quickchange_server.frontend.generation import Generation
 from quickchange_server.frontend.request_admission import Wanted
 from quickchange_server.frontend.request_base import Json
 from quickchange_server.frontend.request_observers import Assignment
+from quickchange_server.observability.gateways import request_ids
 from quickchange_server.protocol import Pooling, Submit
 from quickchange_server.structured_output.validator import Asked
+
+ADAPTERS = "x-quickchange-adapter"  # header with the digests of what answers
 
 logger = logging.getLogger(__name__)
 
@@ -215,9 +218,14 @@ async def admit(
         assignment=order.assignment,
         user=body.user,
         traceparent=order.traceparent,
+        http_id=request_ids.current(),
+        streamed=body.stream,
         observers=(services.exposures,) if order.is_shadow else services.books,
     )
     generation = await services.admission.admit(wanted)
+    if submit.adapters and not order.is_shadow:
+        digests = (component.digest for component in submit.adapters)
+        request_ids.answer_with(ADAPTERS, ",".join(digests))
     again = partial(
         admit,
         services,
