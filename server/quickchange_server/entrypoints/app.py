@@ -17,9 +17,11 @@ from quickchange_server.adapter_registry.merged_adapters import Derived
 from quickchange_server.adapter_registry.resolver import Catalog, base_names
 from quickchange_server.api import error_responses, health, openapi_document, page
 from quickchange_server.api.admin import adapters, experiments, keys, replicas, usage
+from quickchange_server.api.anthropic import message_errors, message_routes
 from quickchange_server.api.app_state import VERSION, Services
 from quickchange_server.api.auth import CallerMiddleware
 from quickchange_server.api.browser import EXPOSED, BrowserMiddleware
+from quickchange_server.api.error_responses import Surface
 from quickchange_server.api.lorax import errors
 from quickchange_server.api.lorax import routes as lorax
 from quickchange_server.api.middleware import (
@@ -127,6 +129,7 @@ def create_app(
     for module in (
         completions,
         chat_route,
+        message_routes,
         lorax,
         embeddings,
         models,
@@ -140,8 +143,11 @@ def create_app(
         page,
     ):
         app.include_router(module.router)
-    error_responses.install(app)
-    errors.install(app, lorax.PATHS)
+    error_responses.install(
+        app,
+        Surface(lambda request: request.scope["path"] in lorax.PATHS, errors.refusal),
+        Surface(message_routes.is_anthropics, message_errors.refusal),
+    )
     openapi_document.install(app, settings, keyed=keyed)
     app.add_middleware(
         BodyLimitMiddleware,

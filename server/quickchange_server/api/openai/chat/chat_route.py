@@ -66,13 +66,7 @@ async def begin_chat(
     else:
         order, calls = with_tools(services.text, order)
     body = order.body
-    prompt = await services.text.encode_chat(
-        lambda: [message.for_template() for message in body.messages],
-        chat_length(body.messages, body.offered_tools),
-        most=services.engine.max_model_len,
-        param=param,
-        tools=lambda: [tool.for_template() for tool in body.offered_tools],
-    )
+    prompt = await chat_prompt(services, body, most=services.engine.max_model_len, param=param)
     generation = await request_selection.admit(
         services,
         order,
@@ -82,6 +76,17 @@ async def begin_chat(
         default_tokens=None,
     )
     return Chat(body, generation, order.selection.drafting is not None, calls)
+
+
+async def chat_prompt(services: Services, body: ChatRequest, *, most: int, param: str) -> list[int]:
+    """The token ids of a chat, `most` at most. Raises what `Text.encode_chat` raises."""
+    return await services.text.encode_chat(
+        lambda: [message.for_template() for message in body.messages],
+        chat_length(body.messages, body.offered_tools),
+        most=most,
+        param=param,
+        tools=lambda: [tool.for_template() for tool in body.offered_tools],
+    )
 
 
 @router.post(
