@@ -81,11 +81,12 @@ class Tokenize(ChatRendering):
                 "prompt: give either prompt or messages, or inputs for LoRAX's answer",
                 param="prompt",
             )
-        if self.tools and self.messages is None:
-            raise InvalidRequestError(
-                "tools: stand in a chat's prompt alone; give messages, or remove them",
-                param="tools",
-            )
+        for name in ("tools", "documents", "chat_template_kwargs", "continue_final_message"):
+            if getattr(self, name) and self.messages is None:
+                raise InvalidRequestError(
+                    f"{name}: belongs to a chat's prompt alone; give messages, or remove it",
+                    param=name,
+                )
         return self
 
 
