@@ -164,6 +164,8 @@ class Constraint:
 
     kind: Literal["json_object", "json_schema", "regex", "grammar"]
     source: str = ""  # the schema as JSON, the regular expression, the grammar; "" for json_object
+    # A Lark grammar of all of the text, in which `@answer` stands for what the rest describes.
+    before: str = ""
 
 
 # Who is at fault: an adapter that can't be loaded, the request, its adapters' weights, the server.

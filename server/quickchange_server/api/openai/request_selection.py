@@ -212,7 +212,7 @@ async def admit(
         prompt_param=prompt_param,
         candidates=body.candidates,
         default_tokens=default_tokens,
-        constraint=order.demanded or await _asked(body),
+        constraint=order.demanded or await asked_of(body),
         scored_alike=body.stream,  # each streamed choice begins with its prompt's log-probabilities
         derive=order.derive,
         assignment=order.assignment,
@@ -240,7 +240,7 @@ async def admit(
     return generation
 
 
-async def _asked(body: Constrained) -> Asked | None:
+async def asked_of(body: Constrained) -> Asked | None:
     """The body's constraint, looked for on a thread: the checks of a large schema take long."""
     constrained = any(getattr(body, name) is not None for name in Constrained.model_fields)
     return await asyncio.to_thread(asked, body) if constrained else None

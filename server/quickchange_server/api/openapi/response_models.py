@@ -59,8 +59,9 @@ class PromptTokensDetails(ResponseModel):
 
 
 class CompletionTokensDetails(ResponseModel):
-    accepted_prediction_tokens: int
-    rejected_prediction_tokens: int
+    accepted_prediction_tokens: int | None = None
+    rejected_prediction_tokens: int | None = None
+    reasoning_tokens: int | None = None
 
 
 class CompletionUsage(ResponseModel):
@@ -141,6 +142,8 @@ class AssistantMessage(ResponseModel):
     role: Literal["assistant"]
     content: str | None
     refusal: None
+    reasoning: str | None = None  # of models whose chat template marks thoughts
+    reasoning_content: str | None = None  # the same
     tool_calls: list[AssistantToolCall] | None = None
 
 
@@ -170,6 +173,8 @@ class ToolCallDelta(AssistantToolCall):
 class ChatDelta(ResponseModel):
     role: Literal["assistant"] | None = None
     content: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
     tool_calls: list[ToolCallDelta] | None = None
 
 
