@@ -12,7 +12,8 @@ from fake_engine import Behaviour
 from http_support import BASE, Live, live_server
 from text_support import byte_text
 
-from quickchange_server.api.openai.requests import ChatRequest, CompletionRequest
+from quickchange_server.api.openai.chat.chat_requests import ChatRequest
+from quickchange_server.api.openai.requests import CompletionRequest
 
 COMPLETION = {"model": BASE, "prompt": "Hello"}
 CHAT = {"model": BASE, "messages": [{"role": "user", "content": "Hi"}]}

@@ -13,7 +13,8 @@ from text_support import byte_text
 from quickchange_server import errors
 from quickchange_server.api.admin.adapters import AddFromPath, PointAlias, PrefetchTo, Rollback
 from quickchange_server.api.admin.keys import ChangedKey, KeyLimits, NewKey, Rotation
-from quickchange_server.api.openai.requests import ChatRequest, CompletionRequest, Message
+from quickchange_server.api.openai.chat.chat_requests import ChatRequest, Message
+from quickchange_server.api.openai.requests import CompletionRequest
 from quickchange_server.api.vllm.routes import Detokenize, LoadLora, Tokenize, UnloadLora
 from quickchange_server.config import Settings
 from quickchange_server.entrypoints.app import create_app

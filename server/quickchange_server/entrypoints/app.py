@@ -28,6 +28,7 @@ from quickchange_server.api.middleware import (
     RequestIdMiddleware,
 )
 from quickchange_server.api.openai import completions, embeddings, models
+from quickchange_server.api.openai.chat import chat_route
 from quickchange_server.api.vllm import routes as vllm
 from quickchange_server.config import Settings, is_remote
 from quickchange_server.engine_client.client import EngineClient
@@ -122,6 +123,7 @@ def create_app(
     )
     for module in (
         completions,
+        chat_route,
         lorax,
         embeddings,
         models,

@@ -28,7 +28,7 @@ from quickchange_server.adapter_registry.resolver import (
     WeightedName,
     base_names,
 )
-from quickchange_server.api.openai.requests import Message
+from quickchange_server.api.openai.chat.chat_requests import Message
 from quickchange_server.config import Settings
 from quickchange_server.entrypoints.engine_start import token_text
 from quickchange_server.entrypoints.in_process_engine import EngineCompletion, InProcessEngine

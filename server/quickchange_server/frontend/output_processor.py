@@ -9,7 +9,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Literal
 
-from quickchange_server.frontend.stop_strings import StopScanner
+from quickchange_server.frontend.parsing.stop_strings import StopScanner
 from quickchange_server.frontend.tokenizer import Text
 from quickchange_server.protocol import Delta, SamplingParams, TokenLogprobs
 

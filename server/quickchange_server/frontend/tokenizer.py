@@ -20,7 +20,7 @@ from jinja2 import TemplateError
 
 from quickchange_server.errors import ContextLengthError, InvalidRequestError, SettingError
 from quickchange_server.frontend.detokenizer import Decoding, Detokenizer
-from quickchange_server.frontend.tool_parser import (
+from quickchange_server.frontend.parsing.tool_parser import (
     Messages,
     ToolFormat,
     tool_format,

@@ -1,30 +1,24 @@
 """JSON of the answers of OpenAI's two generation routes: choices, chunks, log-probabilities, usage.
 
-One `Shape` writes the choices of one answer: `ChatShape`, `ToolChatShape` (which takes tool calls
-out of the text), `CompletionShape`, and `PromptShape` (OpenAI's `echo`, vLLM's `prompt_logprobs`).
+One `Shape` writes the choices of one answer: `CompletionShape`, `PromptShape` (OpenAI's `echo`,
+vLLM's `prompt_logprobs`) and chats' own.
 Knows nothing of HTTP or of the engine.
 """
 
 from __future__ import annotations
 
-import secrets
-import string
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 
 from quickchange_server.api.openai.requests import CompletionRequest
 from quickchange_server.frontend.generation import Choice
 from quickchange_server.frontend.output_processor import Ending, LoggedToken, Piece
 from quickchange_server.frontend.request_base import Json
 from quickchange_server.frontend.tokenizer import Text
-from quickchange_server.frontend.tool_parser import ToolCall, ToolReader
 from quickchange_server.protocol import TokenLogprobs
 
 LOWEST_LOGPROB = -9999.0  # for minus infinity, which JSON lacks; OpenAI's API does the same
-_ID_LENGTH = 9  # letters and digits: what the strictest chat template takes
-_ID_CHARACTERS = string.ascii_letters + string.digits
 
 
 def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Json:
@@ -74,58 +68,6 @@ class Shape(ABC):
     def opening(self, _index: int) -> list[Json]:
         """The choices of the events before a choice's first piece."""
         return []
-
-
-class ChatShape(Shape):
-    """Choices of chats, as messages and deltas."""
-
-    object = "chat.completion"
-    chunk_object = "chat.completion.chunk"
-
-    def choice(
-        self, index: int, text: str, tokens: Sequence[LoggedToken], ending: Ending | None
-    ) -> Json:
-        return {
-            "index": index,
-            "message": {"role": "assistant", "content": text, "refusal": None},
-            "logprobs": self._content(tokens),
-            "finish_reason": ending,
-        }
-
-    def opening(self, index: int) -> list[Json]:
-        delta = {"role": "assistant", "content": ""}
-        return [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}]
-
-    def chunks(self, index: int, piece: Piece) -> list[Json]:
-        return self._deltas(index, piece, {"content": piece.text} if piece.text else {})
-
-    def _deltas(self, index: int, piece: Piece, delta: Json) -> list[Json]:
-        if not delta and not piece.tokens and piece.ending is None:
-            return []
-        shown = {
-            "index": index,
-            "delta": delta,
-            "logprobs": self._content(piece.tokens),
-            "finish_reason": piece.ending,
-        }
-        return [shown]
-
-    def _content(self, tokens: Sequence[LoggedToken]) -> Json | None:
-        if not self._logprobs:
-            return None
-        return {"content": [self._entry(t.logprobs) for t in tokens], "refusal": None}
-
-    def _entry(self, logprobs: TokenLogprobs) -> Json:
-        top = [self._token(token_id, logprob) for token_id, logprob in logprobs.top]
-        return {**self._token(logprobs.token_id, logprobs.logprob), "top_logprobs": top}
-
-    def _token(self, token_id: int, logprob: float) -> Json:
-        raw = self._text.token_bytes(token_id)
-        return {
-            "token": raw.decode(errors="replace"),
-            "logprob": finite(logprob),
-            "bytes": list(raw),
-        }
 
 
 class CompletionShape(Shape):
@@ -268,73 +210,3 @@ class PromptShape(CompletionShape):
             }
             for token_id, (logprob, rank) in score.ranked(top).items()
         }
-
-
-class ToolChatShape(ChatShape):
-    """Chat choices with the tool calls taken out of the text. A call is sent once it is whole."""
-
-    def __init__(
-        self, text: Text, logprobs: bool, reader: Callable[[], ToolReader], *, most: int | None
-    ) -> None:
-        """`reader` makes one parser per choice; `most` limits the calls sent per choice."""
-        super().__init__(text, logprobs)
-        self._reader = reader
-        self._most = most
-        self._streams: dict[int, _Stream] = {}
-
-    def choice(
-        self, index: int, text: str, tokens: Sequence[LoggedToken], ending: Ending | None
-    ) -> Json:
-        content, calls = self._stream(index).push(text, final=True)
-        shown = super().choice(index, content, tokens, ending)
-        if calls:
-            shown["message"]["content"] = content.strip() or None
-            shown["message"]["tool_calls"] = [_call(call) for _, call in calls]
-            shown["finish_reason"] = _reason(ending)
-        return shown
-
-    def chunks(self, index: int, piece: Piece) -> list[Json]:
-        stream = self._stream(index)
-        content, calls = stream.push(piece.text, final=piece.ending is not None)
-        delta: Json = {"content": content} if content else {}
-        if calls:
-            delta["tool_calls"] = [{"index": n, **_call(call)} for n, call in calls]
-        shown = self._deltas(index, piece, delta)
-        if piece.ending is None or not stream.sent:
-            return shown
-        if not calls:
-            return [{**shown[0], "finish_reason": _reason(piece.ending)}]
-        # OpenAI's client counts a call as finished only if an event follows it.
-        last: Json = {"index": index, "delta": {}, "logprobs": None}
-        last["finish_reason"] = _reason(piece.ending)
-        return [{**shown[0], "finish_reason": None}, last]
-
-    def _stream(self, index: int) -> _Stream:
-        return self._streams.setdefault(index, _Stream(self._reader(), self._most))
-
-
-class _Stream:
-    """One choice's stream of tool calls, numbered in the order they come."""
-
-    def __init__(self, reader: ToolReader, most: int | None) -> None:
-        self._reader = reader
-        self._most = most
-        self.sent = 0
-
-    def push(self, text: str, *, final: bool) -> tuple[str, list[tuple[int, ToolCall]]]:
-        content, calls = self._reader.push(text, final=final)
-        left = None if self._most is None else self._most - self.sent
-        numbered = list(enumerate(islice(calls, left), start=self.sent))
-        self.sent += len(numbered)
-        return content, numbered
-
-
-def _call(call: ToolCall) -> Json:
-    call_id = "".join(secrets.choice(_ID_CHARACTERS) for _ in range(_ID_LENGTH))
-    function = {"name": call.name, "arguments": call.arguments}
-    return {"id": call_id, "type": "function", "function": function}
-
-
-def _reason(ending: Ending | None) -> str | None:
-    """The finish reason of a choice with calls; one that was cut off still says so."""
-    return "tool_calls" if ending == "stop" else ending

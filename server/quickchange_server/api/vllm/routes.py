@@ -19,9 +19,9 @@ from quickchange_server.api.admin.adapters import (
 from quickchange_server.api.app_state import VERSION, Injected, Services
 from quickchange_server.api.auth import INFER, MANAGE, Calling, Managing, check_own
 from quickchange_server.api.json_bodies import JsonRoute
-from quickchange_server.api.openai.requests import Messages, chat_length
-from quickchange_server.api.openai.tool_calling import tools_form
-from quickchange_server.api.openai.tool_requests import Tools
+from quickchange_server.api.openai.chat.chat_requests import Messages, chat_length
+from quickchange_server.api.openai.chat.tool_calling import tools_form
+from quickchange_server.api.openai.chat.tool_requests import Tools
 from quickchange_server.api.openapi.response_models import (
     DetokenizedText,
     ServerVersion,

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from quickchange_server.api.openai.chat.chat_requests import ChatRequest, Message
+from quickchange_server.api.openai.chat.tool_requests import Tool
 from quickchange_server.api.openai.request_selection import Order
-from quickchange_server.api.openai.requests import ChatRequest, Message
 from quickchange_server.api.openai.text_constraints import asked
-from quickchange_server.api.openai.tool_requests import Tool
 from quickchange_server.errors import InvalidRequestError
+from quickchange_server.frontend.parsing.tool_parser import ToolFormat, ToolReader
 from quickchange_server.frontend.tokenizer import Text
-from quickchange_server.frontend.tool_parser import ToolFormat, ToolReader
 from quickchange_server.protocol import Constraint
 from quickchange_server.structured_output.grammar import JSON_FORM
 from quickchange_server.structured_output.schema_keywords import check_schema, enforceable

@@ -1,0 +1,102 @@
+"""OpenAI's route for chats, /v1/chat/completions, and what every surface of chats begins with."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fastapi import APIRouter, Request, Response
+
+from quickchange_server.api.app_state import Injected, Services
+from quickchange_server.api.auth import Calling
+from quickchange_server.api.json_bodies import JsonRoute
+from quickchange_server.api.openai import request_selection
+from quickchange_server.api.openai.answering import Answer, envelope_of, respond
+from quickchange_server.api.openai.chat.chat_requests import ChatRequest, chat_length
+from quickchange_server.api.openai.chat.chat_responses import ChatShape
+from quickchange_server.api.openai.chat.tool_calling import Calls, with_tools
+from quickchange_server.api.openapi.response_models import (
+    ChatCompletion,
+    ChatCompletionChunk,
+    ErrorBody,
+)
+from quickchange_server.api.openapi.route_responses import COMMON_ERRORS, GENERATION_ERRORS, events
+from quickchange_server.frontend.caller import Caller
+from quickchange_server.frontend.generation import Generation
+from quickchange_server.frontend.parsing.message_reader import MessageReader
+
+router = APIRouter(route_class=JsonRoute, tags=["OpenAI"], responses=COMMON_ERRORS)
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A chat that was admitted, whose answer is to be written."""
+
+    body: ChatRequest  # with the changes of the experiment's variant
+    generation: Generation
+    drafting: bool  # the usage counts draft tokens
+    calls: Calls | None  # None: no tools
+
+    def reader(self) -> MessageReader:
+        """A new parser for one choice."""
+        if self.calls is None:
+            return MessageReader()
+        most = None if self.body.parallel_tool_calls else 1
+        return MessageReader(self.calls.reader(), most_calls=most)
+
+
+async def begin_chat(
+    services: Services,
+    caller: Caller,
+    body: ChatRequest,
+    headers: Mapping[str, str],
+    *,
+    request_id: str,
+    param: str = "messages",
+) -> Chat:
+    """Select, render and admit a chat. Errors of its messages name `param`.
+
+    Raises what `select`, `with_tools`, `Text.encode_chat` and `admit` raise.
+    """
+    order = request_selection.select(services, caller, body, headers)
+    if body.tools:  # the checks of their schemas may take long
+        order, calls = await asyncio.to_thread(with_tools, services.text, order)
+    else:
+        order, calls = with_tools(services.text, order)
+    body = order.body
+    prompt = await services.text.encode_chat(
+        lambda: [message.for_template() for message in body.messages],
+        chat_length(body.messages, body.offered_tools),
+        most=services.engine.max_model_len,
+        param=param,
+        tools=lambda: [tool.for_template() for tool in body.offered_tools],
+    )
+    generation = await request_selection.admit(
+        services,
+        order,
+        [prompt],
+        request_id=request_id,
+        prompt_param=param,
+        default_tokens=None,
+    )
+    return Chat(body, generation, order.selection.drafting is not None, calls)
+
+
+@router.post(
+    "/v1/chat/completions",
+    response_model=ChatCompletion,
+    responses=GENERATION_ERRORS | events(ChatCompletionChunk | ErrorBody, last="[DONE]"),
+)
+async def chat_completions(
+    request: Request, body: ChatRequest, services: Injected, caller: Calling
+) -> Response:
+    """Answer a chat."""
+    request_id = f"chatcmpl-{uuid.uuid4().hex}"
+    chat = await begin_chat(services, caller, body, request.headers, request_id=request_id)
+    shape = ChatShape(services.text, chat.body.logprobs, chat.reader)
+    envelope = envelope_of(services, chat.generation)
+    return await respond(
+        request, chat.body, Answer(envelope, shape, chat.generation, chat.drafting)
+    )
