@@ -18,6 +18,7 @@ import numpy.typing as npt
 from quickchange_store.errors import InvalidAdapterError
 
 Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
 ClassActivation = Literal["softmax", "sigmoid", "identity"]
 CLASS_ACTIVATIONS: tuple[ClassActivation, ...] = get_args(ClassActivation)
 MAX_CLASSES = 10_000
@@ -96,22 +97,23 @@ class ClassifierHead:
         """The head's entry in the header of the canonical bytes."""
         return {"activation": self.activation, "labels": list(self.labels)}
 
-    def scores(self, states: Floats) -> npt.NDArray[np.float64]:
+    def scores(self, states: Floats) -> Doubles:
         """Scores [n, classes] of hidden states [n, H], before the activation."""
-        found = states.astype(np.float64) @ self.weight.T.astype(np.float64)
+        found: Doubles = states.astype(np.float64) @ self.weight.T.astype(np.float64)
         return found if self.bias is None else found + self.bias
 
-    def probabilities(self, scores: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    def probabilities(self, scores: Doubles) -> Doubles:
         """The activation of scores [n, classes]."""
         match self.activation:
             case "identity":
                 return scores
             case "sigmoid":  # by the exponential that can't overflow
                 small = np.exp(-np.abs(scores))
-                return np.where(scores >= 0, 1, small) / (1 + small)
+                told: Doubles = np.where(scores >= 0, 1, small) / (1 + small)
             case "softmax":
                 powers = np.exp(scores - scores.max(axis=1, keepdims=True))
-                return np.asarray(powers / powers.sum(axis=1, keepdims=True))
+                told = powers / powers.sum(axis=1, keepdims=True)
+        return told
 
 
 def assemble(

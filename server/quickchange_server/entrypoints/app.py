@@ -27,8 +27,9 @@ from quickchange_server.api.middleware import (
     PathMiddleware,
     RequestIdMiddleware,
 )
-from quickchange_server.api.openai import completions, embeddings, models
+from quickchange_server.api.openai import completions, models
 from quickchange_server.api.openai.chat import chat_route
+from quickchange_server.api.pooling import embeddings, pooling_routes, scoring_routes
 from quickchange_server.api.vllm import routes as vllm
 from quickchange_server.config import Settings, is_remote
 from quickchange_server.engine_client.client import EngineClient
@@ -126,6 +127,8 @@ def create_app(
         chat_route,
         lorax,
         embeddings,
+        pooling_routes,
+        scoring_routes,
         models,
         vllm,
         adapters,

@@ -26,7 +26,9 @@ from quickchange_server.frontend.request_observers import Completed, Opened
 PATH = "/v1/traces"
 SEND_SECONDS = 5.0  # for one batch, retries included
 BATCH_SECONDS = 1.0  # until a span is sent at the latest
-OPERATIONS = {"chatcmpl": "chat", "embd": "embeddings"}  # by the prefix of the request's id
+_POOLED = ("embd", "pooling", "classify", "score", "rerank")
+# By the prefix of the request's id.
+OPERATIONS = {"chatcmpl": "chat", **dict.fromkeys(_POOLED, "embeddings")}
 MICROSECOND = 1000  # nanoseconds; Unix time as a float has no finer resolution
 
 
