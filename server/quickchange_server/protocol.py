@@ -269,6 +269,7 @@ class Ready:
     dtype: str = "float32"  # what the base computes in
     adapter_dtype: str = "float32"  # what adapters are held in
     memory: str = ""  # table of what takes how much, for people
+    hidden_size: int = 0  # of the states that enter the LM head
 
 
 class TokenLogprobs(NamedTuple):

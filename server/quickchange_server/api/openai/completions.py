@@ -32,7 +32,7 @@ router = APIRouter(route_class=JsonRoute, tags=["OpenAI"], responses=COMMON_ERRO
 AnyPrompt = str | list[str] | list[int] | list[list[int]]
 
 
-def _several(prompt: AnyPrompt) -> Sequence[str | list[int]]:
+def several_of(prompt: AnyPrompt) -> Sequence[str | list[int]]:
     """The list of prompts, each text or token ids."""
     if isinstance(prompt, str):
         return [prompt]
@@ -43,7 +43,7 @@ def _several(prompt: AnyPrompt) -> Sequence[str | list[int]]:
 
 async def token_ids(services: Services, prompt: AnyPrompt, param: str) -> list[list[int]]:
     """The prompts' token ids; text is encoded with the tokenizer's own special tokens."""
-    several, most = _several(prompt), services.engine.max_model_len
+    several, most = several_of(prompt), services.engine.max_model_len
     if isinstance(several[0], str):
         return await services.text.encode_each(cast("Sequence[str]", several), most, param)
     given = cast("list[list[int]]", several)
@@ -87,5 +87,5 @@ def _repeated(
 ) -> list[PromptReport]:
     return [
         prompt_report(services.text, sent if isinstance(sent, str) else None, ids)
-        for sent, ids in zip(_several(body.prompt), prompts, strict=True)
+        for sent, ids in zip(several_of(body.prompt), prompts, strict=True)
     ]

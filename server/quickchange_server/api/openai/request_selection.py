@@ -201,6 +201,8 @@ async def admit(
     what `RequestAdmission.admit` raises.
     """
     body = order.body
+    if pooling is None:
+        order.selection.check_generates()
     submit = _submit(services, order, request_id, pooling)
     wanted = Wanted(
         submit=submit,

@@ -191,30 +191,12 @@ class ChatCompletionChunk(GenerationEnvelope):
     usage: CompletionUsage | None = None
 
 
-class EmbeddingVector(ResponseModel):
-    object: Literal["embedding"]
-    index: int
-    embedding: list[float] | str
-
-
-class EmbeddingUsage(ResponseModel):
-    prompt_tokens: int
-    total_tokens: int
-
-
-class EmbeddingList(ResponseModel):
-    object: Literal["list"]
-    data: list[EmbeddingVector]
-    model: str
-    usage: EmbeddingUsage
-    quickchange: ChosenVariant | None = None
-
-
 class ModelDetails(ResponseModel):
     kind: Literal["base", "adapter", "version", "alias", "experiment"]
     version: int | None = None
     digest: str | None = None
     turbo: str | None = None
+    classifier: bool | None = None
     state: ExperimentState | None = None
 
 
