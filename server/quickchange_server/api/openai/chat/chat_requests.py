@@ -168,7 +168,6 @@ class ChatRequest(GenerationRequest):
         "documents": Unsupported("put them into the messages", ([],)),
         "echo": Unsupported(REMOVE, (False,)),
         "best_of": Unsupported("use n, and choose among the choices yourself", (1,)),
-        "prompt_logprobs": Unsupported(_RENDER),
     }
 
     messages: Messages

@@ -6,7 +6,7 @@ import secrets
 import string
 from collections.abc import Callable, Sequence
 
-from quickchange_server.api.openai.responses import Shape, finite
+from quickchange_server.api.openai.responses import Shape, by_id, finite
 from quickchange_server.frontend.output_processor import Ending, LoggedToken, Piece
 from quickchange_server.frontend.parsing.message_reader import (
     CallPiece,
@@ -32,9 +32,16 @@ class ChatShape(Shape):
     object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def __init__(self, text: Text, logprobs: bool, reader: Callable[[], MessageReader]) -> None:
+    def __init__(
+        self,
+        text: Text,
+        logprobs: bool,
+        reader: Callable[[], MessageReader],
+        *,
+        as_ids: bool = False,
+    ) -> None:
         """`reader` makes one parser per choice."""
-        super().__init__(text, logprobs)
+        super().__init__(text, logprobs, as_ids=as_ids)
         self._reader = reader
         self._streams: dict[int, MessageReader] = {}
         self._called: set[int] = set()  # choices with a call
@@ -86,7 +93,7 @@ class ChatShape(Shape):
     def _token(self, token_id: int, logprob: float) -> Json:
         raw = self._text.token_bytes(token_id)
         return {
-            "token": raw.decode(errors="replace"),
+            "token": by_id(token_id) if self._as_ids else raw.decode(errors="replace"),
             "logprob": finite(logprob),
             "bytes": list(raw),
         }

@@ -17,6 +17,7 @@ from quickchange_server.api.openai.answering import Answer, envelope_of, respond
 from quickchange_server.api.openai.chat.chat_requests import ChatRequest, chat_length
 from quickchange_server.api.openai.chat.chat_responses import ChatShape
 from quickchange_server.api.openai.chat.tool_calling import Calls, with_tools
+from quickchange_server.api.openai.responses import TokenReport
 from quickchange_server.api.openapi.response_models import (
     ChatCompletion,
     ChatCompletionChunk,
@@ -38,6 +39,7 @@ class Chat:
     generation: Generation
     drafting: bool  # the usage counts draft tokens
     calls: Calls | None  # None: no tools
+    prompt: list[int]  # token ids
 
     def reader(self) -> MessageReader:
         """A new parser for one choice."""
@@ -66,13 +68,15 @@ async def begin_chat(
     else:
         order, calls = with_tools(services.text, order)
     body = order.body
+    limit = services.engine.max_model_len
     prompt = await services.text.encode_chat(
         lambda: [message.for_template() for message in body.messages],
         chat_length(body.messages, body.offered_tools),
-        most=services.engine.max_model_len,
+        most=body.most_prompt_tokens(limit),
         param=param,
         tools=lambda: [tool.for_template() for tool in body.offered_tools],
     )
+    prompt = body.truncated(prompt, limit)
     generation = await request_selection.admit(
         services,
         order,
@@ -81,7 +85,7 @@ async def begin_chat(
         prompt_param=param,
         default_tokens=None,
     )
-    return Chat(body, generation, order.selection.drafting is not None, calls)
+    return Chat(body, generation, order.selection.drafting is not None, calls, prompt)
 
 
 @router.post(
@@ -95,8 +99,11 @@ async def chat_completions(
     """Answer a chat."""
     request_id = f"chatcmpl-{uuid.uuid4().hex}"
     chat = await begin_chat(services, caller, body, request.headers, request_id=request_id)
-    shape = ChatShape(services.text, chat.body.logprobs, chat.reader)
-    envelope = envelope_of(services, chat.generation)
-    return await respond(
-        request, chat.body, Answer(envelope, shape, chat.generation, chat.drafting)
+    as_ids = chat.body.return_tokens_as_token_ids
+    shape = ChatShape(services.text, chat.body.logprobs, chat.reader, as_ids=as_ids)
+    report = TokenReport(
+        services.text, chat.body, [chat.prompt], chat.generation.choices, in_choices=False
     )
+    envelope = envelope_of(services, chat.generation)
+    answer = Answer(envelope, shape, report, chat.generation, chat.drafting)
+    return await respond(request, chat.body, answer)
