@@ -204,6 +204,7 @@ class Submit:
     drafting: Drafting | None = None  # None: no speculative decoding
     constraint: Constraint | None = None  # None: any text
     salt: str = ""  # requests share cached prefixes only under equal salts
+    cache_salt: str = ""  # the same, and shares all else with requests under its `salt`
     background: bool = False  # uses only capacity that other requests leave
     pooling: Pooling | None = None  # embed the prompt instead of generating
     seed: int = field(kw_only=True)  # a sampled token depends on it and its position alone

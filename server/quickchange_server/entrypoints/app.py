@@ -31,8 +31,8 @@ from quickchange_server.api.middleware import (
 )
 from quickchange_server.api.openai import completions, models
 from quickchange_server.api.openai.chat import chat_route
-from quickchange_server.api.responses import response_routes
 from quickchange_server.api.pooling import embeddings, pooling_routes, scoring_routes
+from quickchange_server.api.responses import response_routes
 from quickchange_server.api.vllm import routes as vllm
 from quickchange_server.config import Settings, is_remote
 from quickchange_server.engine_client.client import EngineClient

@@ -67,6 +67,8 @@ class Order(Generic[B]):
 def select(services: Services, caller: Caller, body: B, headers: Mapping[str, str]) -> Order[B]:
     """The order for a body: what its `model`, `adapters` and `turbo` name for this caller."""
     traceparent = headers.get("traceparent")
+    if not body.model:
+        body = body.model_copy(update={"model": services.catalog.base_name})
     named = services.experiments.find(body.model) if caller.sees(body.model) else None
     if named is None:
         selection = _selection(services, body, caller.sees)
@@ -265,6 +267,7 @@ def _submit(
         label=selection.label,
         drafter=selection.drafter if drafts else None,
         salt=order.caller.salt,
+        cache_salt=body.cache_salt or "",
         background=order.is_shadow,
         pooling=pooling,
         seed=0,
