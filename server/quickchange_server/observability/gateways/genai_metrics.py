@@ -26,7 +26,7 @@ _OPERATIONS = {  # by the prefix of the answer's id
     "chatcmpl": "chat",
     "resp": "chat",
     "msg": "chat",
-    "embd": "embeddings",
+    **dict.fromkeys(("embd", "pooling", "classify", "score", "rerank"), "embeddings"),
     "pool": "embeddings",
     "score": "embeddings",
     "rerank": "embeddings",
