@@ -30,6 +30,7 @@ app = typer.Typer(
     help="Multi-adapter inference server: one frozen base model, thousands of small adapters.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 

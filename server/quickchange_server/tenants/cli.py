@@ -35,6 +35,7 @@ app = typer.Typer(
     help="Create, list, rotate and revoke API keys.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,
 )
 
 DatabaseOption = Annotated[
