@@ -25,10 +25,10 @@ from engine_driver import make_engine
 from hypothesis import HealthCheck, given, settings
 from turbo_models import KV_BYTES, VOCABULARY, TurboModels, make_turbo_models
 
-from quickchange_server.api.openai.tool_calling import call_grammar
-from quickchange_server.api.openai.tool_requests import Tool
+from quickchange_server.api.openai.chat.tool_calling import call_grammar
+from quickchange_server.api.openai.chat.tool_requests import Tool
 from quickchange_server.engine.engine import Engine
-from quickchange_server.frontend.tool_parser import ToolFormat, ToolReader
+from quickchange_server.frontend.parsing.tool_parser import ToolFormat, ToolReader
 from quickchange_server.protocol import Component, Constraint, Delta, Drafting, Submit
 from quickchange_server.protocol import SamplingParams as Params
 from quickchange_server.structured_output.compiler import Masked, Matcher

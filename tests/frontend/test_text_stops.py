@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quickchange_server.frontend.stop_strings import StopScanner
+from quickchange_server.frontend.parsing.stop_strings import StopScanner
 
 letters = st.text("ab", min_size=1, max_size=4)
 

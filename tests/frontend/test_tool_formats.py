@@ -21,7 +21,7 @@ from tool_templates import (
     THINKING,
 )
 
-from quickchange_server.frontend.tool_parser import ToolCall, ToolFormat, ToolReader
+from quickchange_server.frontend.parsing.tool_parser import ToolCall, ToolFormat, ToolReader
 
 HERMES = ToolFormat("<tool_call>", "</tool_call>", False, ("name",), ("arguments",))
 NAMES = ("weather", "time")

@@ -14,8 +14,8 @@ from http_support import BASE, Live, live_server
 from text_support import END, START, byte_text
 from tool_templates import BARE, BROKEN, LISTED, MARKED, SPECIAL, TEXTUAL
 
-from quickchange_server.api.openai.tool_calling import call_grammar, free_grammar
-from quickchange_server.api.openai.tool_requests import Tool
+from quickchange_server.api.openai.chat.tool_calling import call_grammar, free_grammar
+from quickchange_server.api.openai.chat.tool_requests import Tool
 from quickchange_server.protocol import Constraint
 from quickchange_server.structured_output.grammar import TokenGrammars
 

@@ -7,22 +7,15 @@ fields that constrain the text into one constraint. Knows nothing of routes or o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
 from quickchange_server.adapter_registry.resolver import AUTO
-from quickchange_server.api.openai.tool_requests import (
-    ECHOED,
-    MAX_TOOLS,
-    MadeCall,
-    Tool,
-    ToolChoice,
-    Tools,
-)
 from quickchange_server.errors import InvalidRequestError
+from quickchange_server.frontend.context_length import CONTEXTS
 from quickchange_server.frontend.request_base import (
     MAX_CHOICES,
     SAMPLING,
@@ -33,24 +26,17 @@ from quickchange_server.frontend.request_base import (
     Prompt,
     SamplingBody,
     Unsupported,
-    asks_nothing,
 )
-from quickchange_server.frontend.tokenizer import LONG_TEXT
 from quickchange_server.protocol import SamplingParams
 
 MAX_LOGPROBS = 20
-MAX_MESSAGES = 2_048  # OpenAI's limit
-MESSAGE_LENGTH = 40  # characters that count for a message besides its content
+MAX_SALT = 1_024  # characters, vLLM's limit
 MAX_SCHEMA = 64 * 1024  # characters of a schema as JSON
 MAX_WRITTEN = 256 * 1024  # characters of a schema as text
-MAX_PARTS = 2_048  # of one message's content
 MOST_CHOICES = 1_000  # in guided_choice
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's; a chat may use the rest of the context
 
-# Remedies for unsupported fields
-_REMOVE = "remove it"
-_TEXT_ONLY = "this server reads and writes text alone; remove it"
-_RENDER = "render the chat yourself and use /v1/completions"
+REMOVE = "remove it"  # the remedy for unsupported fields
 
 # --- fields that constrain the text -------------------------------------------------------------
 
@@ -141,7 +127,7 @@ class StructuredOutputs(Body):
 
     unsupported: ClassVar[Mapping[str, Unsupported]] = {
         "structural_tag": Unsupported("use grammar"),
-        "disable_fallback": Unsupported(_REMOVE, (True, False)),
+        "disable_fallback": Unsupported(REMOVE, (True, False)),
         "disable_any_whitespace": Unsupported("use regex or grammar", (False,)),
         "disable_additional_properties": Unsupported("set additionalProperties", (False,)),
         "whitespace_pattern": Unsupported("use regex or grammar"),
@@ -168,13 +154,13 @@ class Constrained(Body):
 # --- what completions and chats share -----------------------------------------------------------
 
 
-def _wrong(field: str, problem: str) -> InvalidRequestError:
+def wrong(field: str, problem: str) -> InvalidRequestError:
     return InvalidRequestError(f"{field}: {problem}", param=field)
 
 
 class StreamOptions(Body):
     unsupported: ClassVar[Mapping[str, Unsupported]] = {
-        "include_obfuscation": Unsupported(_REMOVE, (False,)),
+        "include_obfuscation": Unsupported(REMOVE, (False,)),
     }
 
     include_usage: bool = False
@@ -185,23 +171,28 @@ class StreamOptions(Body):
 _HINTS = frozenset(
     {"store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
     | {"request_id", "session_id", "include_reasoning", "reasoning_effort", "verbosity"}
-    | {"prediction", "stream_interval", "truncation_side", "return_mm_kwargs"}
+    | {"prediction", "stream_interval", "return_mm_kwargs", "priority"}
+    # The spaces that it asks for are written by no tokenizer that is served.
+    | {"spaces_between_special_tokens"}
 )
 
+_ONE_SERVER = "prompt and answer are made by one server; remove it"
 
-_SHARED: dict[str, Unsupported] = {
+
+SHARED: dict[str, Unsupported] = {
     "use_beam_search": Unsupported("use n with a temperature above 0", (False,)),
-    "length_penalty": Unsupported(_REMOVE, (1, 1.0)),
-    "truncate_prompt_tokens": Unsupported("shorten the prompt; /tokenize counts its tokens"),
-    "bad_words": Unsupported("use logit_bias", ([],)),
-    "allowed_token_ids": Unsupported("use logit_bias"),
+    "length_penalty": Unsupported(REMOVE, (1, 1.0)),
     "guided_decoding_backend": Unsupported("there is one; remove it"),
     "guided_whitespace_pattern": Unsupported("use guided_regex or guided_grammar"),
-    "spaces_between_special_tokens": Unsupported(_REMOVE, (True,)),
     "detokenize": Unsupported("text is always made; remove it", (True,)),
     "thinking_token_budget": Unsupported("set max_tokens", (-1,)),
-    "routed_experts_prompt_start": Unsupported(_REMOVE, (0,)),
-    "priority": Unsupported("requests are served fairly over adapters; remove it", (0,)),
+    "routed_experts_prompt_start": Unsupported(REMOVE, (0,)),
+    "repetition_detection": Unsupported("use frequency_penalty, and set max_tokens"),
+    "watermarking": Unsupported(REMOVE, (False,)),
+    "kv_transfer_params": Unsupported(_ONE_SERVER, ({},)),
+    "ec_transfer_params": Unsupported(_ONE_SERVER, ({},)),
+    "vllm_xargs": Unsupported("this server has no extensions to hand it to; remove it", ({},)),
+    "prompt_embeds": Unsupported("give the prompt as text or token ids", ([],)),
 }
 
 
@@ -210,13 +201,19 @@ class GenerationRequest(Constrained, SamplingBody, ABC):
 
     hints = _HINTS
 
-    model: Name
+    model: Name = ""  # the base
     adapters: Adapters = Field(default=[])
     turbo: Name = AUTO  # the source of drafts
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None  # the unit of experiments, unless they define another
     metadata: Metadata = Field(default={})  # a field of it may be an experiment's unit
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False  # in `logprobs`, in place of their texts
+    truncate_prompt_tokens: int | None = Field(None, ge=-1)  # -1: to what fits
+    truncation_side: Literal["left", "right"] = "left"
+    cache_salt: str | None = Field(None, min_length=1, max_length=MAX_SALT)
 
     @property
     def wanted_tokens(self) -> int | None:
@@ -231,7 +228,7 @@ class GenerationRequest(Constrained, SamplingBody, ABC):
     @property
     def wanted_prompt_logprobs(self) -> int | None:
         """Value of `SamplingParams.prompt_logprobs`."""
-        return None
+        return self.prompt_logprobs
 
     @property
     @abstractmethod
@@ -248,6 +245,19 @@ class GenerationRequest(Constrained, SamplingBody, ABC):
         }
         return SamplingParams(**given)
 
+    def most_prompt_tokens(self, limit: int) -> int:
+        """Tokens of the longest prompt that is read, in a context of `limit`."""
+        return limit if self.truncate_prompt_tokens is None else CONTEXTS * limit
+
+    def truncated(self, prompt: list[int], limit: int) -> list[int]:
+        """The prompt as it is served in a context of `limit` tokens."""
+        length = self.truncate_prompt_tokens
+        if length == -1:
+            length = max(1, limit - max(1, self.wanted_tokens or 1))
+        if length is None or len(prompt) <= length:
+            return prompt
+        return prompt[:length] if self.truncation_side == "right" else prompt[-length:]
+
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
@@ -262,10 +272,17 @@ class GenerationRequest(Constrained, SamplingBody, ABC):
     def _check_together(self) -> Self:
         options = self.stream_options
         if options not in (None, StreamOptions()) and not self.stream:
-            raise _wrong("stream_options", "only with stream set to true; remove it, or set stream")
+            raise wrong("stream_options", "only with stream set to true; remove it, or set stream")
         wanted = self.wanted_tokens
         if wanted is not None and self.min_tokens > wanted:
-            raise _wrong("min_tokens", f"{self.min_tokens} exceeds max_tokens, {wanted}; lower it")
+            raise wrong("min_tokens", f"{self.min_tokens} exceeds max_tokens, {wanted}; lower it")
+        if self.truncate_prompt_tokens == 0:
+            raise wrong("truncate_prompt_tokens", "0 leaves no prompt; raise it, or leave it out")
+        if self.stream and self.prompt_logprobs is not None:
+            raise wrong(
+                "prompt_logprobs",
+                "only in an answer that is not streamed; remove it, or remove stream",
+            )
         return self
 
 
@@ -281,11 +298,8 @@ class CompletionRequest(GenerationRequest):
     """Body of POST /v1/completions."""
 
     unsupported: ClassVar[Mapping[str, Unsupported]] = {
-        **_SHARED,
+        **SHARED,
         "suffix": Unsupported("write the fill-in format of the model into the prompt", ("",)),
-        "add_special_tokens": Unsupported("give the prompt as token ids (/tokenize)", (True,)),
-        "prompt_embeds": Unsupported("give the prompt as text or token ids"),
-        "return_tokens_as_token_ids": Unsupported(_REMOVE, (False,)),
     }
 
     prompt: Prompt
@@ -295,7 +309,7 @@ class CompletionRequest(GenerationRequest):
     )
     echo: bool = False
     best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
-    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    add_special_tokens: bool = True  # of the tokenizer, to a prompt that is text
 
     @property
     def candidates(self) -> int:
@@ -315,207 +329,11 @@ class CompletionRequest(GenerationRequest):
     @model_validator(mode="after")
     def _check_completion(self) -> Self:
         if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
-            raise _wrong(
+            raise wrong(
                 "max_tokens", "0 needs echo or prompt_logprobs; raise it, or ask for one of them"
             )
         if self.best_of is not None and self.best_of < self.n:
-            raise _wrong("best_of", f"{self.best_of} is less than n, {self.n}; raise it")
+            raise wrong("best_of", f"{self.best_of} is less than n, {self.n}; raise it")
         if self.stream and self.candidates > self.n:
-            raise _wrong("best_of", "the best are known at the end alone; remove it, or stream")
-        if self.stream and self.prompt_logprobs is not None:
-            raise _wrong(
-                "prompt_logprobs",
-                "only in an answer that is not streamed; remove stream, or use echo with logprobs",
-            )
-        return self
-
-
-# --- chats --------------------------------------------------------------------------------------
-
-
-_TEXTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
-_PART_HINTS = ECHOED | {"type", "annotations", "id"}
-
-
-def join_parts(value: Any) -> str:
-    """A message's content as one string: itself, or its text parts joined by newlines."""
-    if isinstance(value, str):
-        value.encode()  # UnicodeEncodeError is a ValueError, which pydantic reports
-        return value
-    if isinstance(value, list) and len(value) > MAX_PARTS:
-        raise PydanticCustomError("content", f"has more than {MAX_PARTS} parts; join them")
-    if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
-        raise PydanticCustomError("content", "must be a string or a list of text parts")
-    return join_parts("\n".join(map(_part_text, value)))
-
-
-def _part_text(part: dict[str, Any]) -> str:
-    kind = part.get("type")
-    field = _TEXTS.get(kind) if isinstance(kind, str) else None
-    text = None if field is None else part.get(field)
-    if not isinstance(text, str):
-        raise PydanticCustomError(
-            "content",
-            'supports parts of the form {"type": "text", "text": ...} only: '
-            "this server reads no images, audio or files",
-        )
-    for name, value in part.items():
-        if name not in (field, *_PART_HINTS) and not asks_nothing(value):
-            raise PydanticCustomError(
-                "content", "has a part with a field that is not known, {name}", {"name": name}
-            )
-    return text
-
-
-_PART: dict[str, Any] = {
-    "type": "object",
-    "properties": {
-        "type": {"const": "text"},
-        "text": {"type": "string"},
-        "cache_control": {"description": "ignored: equal prefixes are cached by content"},
-    },
-    "required": ["type", "text"],
-    "additionalProperties": False,
-}
-Content = Annotated[
-    str,
-    BeforeValidator(join_parts),
-    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": _PART}]}),
-]
-
-
-_REASONING = frozenset({"reasoning", "reasoning_content", "reasoning_details"})
-
-
-class Message(Body):
-    """One message of a chat. The role `developer` is served as `system`."""
-
-    unsupported: ClassVar[Mapping[str, Unsupported]] = {
-        "function_call": Unsupported("use tool_calls"),
-        "refusal": Unsupported("put the refusal into content", ("",)),
-        "audio": Unsupported(_TEXT_ONLY),
-    }
-    # What servers put beside a message, and clients send back with it.
-    hints = ECHOED | {"annotations", "parsed"} | _REASONING
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Content | None = None
-    name: str | None = None  # passed to the chat template
-    tool_calls: list[MadeCall] = Field(default=[], max_length=MAX_TOOLS, fail_fast=True)
-    tool_call_id: str | None = None
-
-    @property
-    def about_tools(self) -> bool:
-        return bool(self.tool_calls) or self.role == "tool"
-
-    def for_template(self) -> dict[str, Any]:
-        message: dict[str, Any] = {
-            "role": "system" if self.role == "developer" else self.role,
-            "content": self.content or "",
-        }
-        if self.name is not None:
-            message["name"] = self.name
-        if self.tool_calls:
-            message["tool_calls"] = [call.for_template() for call in self.tool_calls]
-        if self.tool_call_id is not None:
-            message["tool_call_id"] = self.tool_call_id
-        return message
-
-    @model_validator(mode="after")
-    def _check_role(self) -> Self:
-        if self.content is None and self.role not in ("assistant", "tool"):
-            raise PydanticCustomError("missing", "is required", {"field": "content"})
-        if self.tool_calls and self.role != "assistant":
-            raise PydanticCustomError(
-                "message", "belong to the role assistant", {"field": "tool_calls"}
-            )
-        if (self.tool_call_id is not None) != (self.role == "tool"):
-            raise PydanticCustomError(
-                "message",
-                "the role tool has it, and no other: the id of the call that it answers",
-                {"field": "tool_call_id"},
-            )
-        return self
-
-
-def chat_length(messages: Sequence[Message], tools: Sequence[Tool]) -> int:
-    """Characters of a chat, about; tools count as a long text whatever their size."""
-    said = sum(len(message.content or "") + MESSAGE_LENGTH for message in messages)
-    called = sum(len(c.function.arguments) for message in messages for c in message.tool_calls)
-    return said + called + (LONG_TEXT if tools else 0)
-
-
-Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
-
-
-class ChatRequest(GenerationRequest):
-    """Body of POST /v1/chat/completions."""
-
-    unsupported: ClassVar[Mapping[str, Unsupported]] = {
-        **_SHARED,
-        "functions": Unsupported("use tools", ([],)),
-        "function_call": Unsupported("use tool_choice", ("none", "auto")),
-        "audio": Unsupported(_TEXT_ONLY),
-        "modalities": Unsupported(_TEXT_ONLY, (["text"],)),
-        "web_search_options": Unsupported("this server searches nothing; remove it"),
-        "moderation": Unsupported(_REMOVE),
-        "chat_template": Unsupported(_RENDER),
-        "chat_template_kwargs": Unsupported(_RENDER, ({},)),
-        "add_generation_prompt": Unsupported(_RENDER, (True,)),
-        "continue_final_message": Unsupported(_RENDER, (False,)),
-        "add_special_tokens": Unsupported("the chat template writes them; remove it", (False,)),
-        "documents": Unsupported("put them into the messages", ([],)),
-        "echo": Unsupported(_REMOVE, (False,)),
-        "best_of": Unsupported("use n, and choose among the choices yourself", (1,)),
-        "prompt_logprobs": Unsupported(_RENDER),
-    }
-
-    messages: Messages
-    tools: Tools = Field(default=[])
-    tool_choice: ToolChoice = ToolChoice(type="auto")
-    parallel_tool_calls: bool = True
-    max_completion_tokens: int | None = Field(None, ge=1)
-    logprobs: bool = False
-    top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS)
-
-    @property
-    def wanted_tokens(self) -> int | None:
-        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-
-    @property
-    def wanted_logprobs(self) -> int | None:
-        return self.top_logprobs if self.logprobs else None
-
-    @property
-    def offered_tools(self) -> list[Tool]:
-        """Tools that the model may call."""
-        return [] if self.tool_choice.type == "none" else self.tools
-
-    @property
-    def demanded_tools(self) -> list[Tool]:
-        """Tools of which the answer must call one; empty if it need not."""
-        chosen = self.tool_choice.function
-        if chosen is not None:
-            return [tool for tool in self.tools if tool.function.name == chosen.name]
-        return self.tools if self.tool_choice.type == "required" else []
-
-    @model_validator(mode="after")
-    def _check_tools(self) -> Self:
-        names = [tool.function.name for tool in self.tools]
-        if len(set(names)) < len(names):
-            raise _wrong("tools", "two functions have one name")
-        chosen = self.tool_choice.function
-        if chosen is not None and chosen.name not in names:
-            raise _wrong("tool_choice", f"{chosen.name!r} is not among the tools")
-        if self.tool_choice.type == "required" and not self.tools:
-            raise _wrong("tool_choice", "required, and there are no tools; give some")
-        return self
-
-    @model_validator(mode="after")
-    def _check_chat(self) -> Self:
-        both = (self.max_tokens, self.max_completion_tokens)
-        if None not in both and both[0] != both[1]:
-            raise _wrong("max_completion_tokens", "differs from max_tokens; give one of the two")
-        if self.top_logprobs and not self.logprobs:
-            raise _wrong("top_logprobs", "only with logprobs set to true")
+            raise wrong("best_of", "the best are known at the end alone; remove it, or stream")
         return self

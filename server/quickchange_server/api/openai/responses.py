@@ -1,30 +1,24 @@
 """JSON of the answers of OpenAI's two generation routes: choices, chunks, log-probabilities, usage.
 
-One `Shape` writes the choices of one answer: `ChatShape`, `ToolChatShape` (which takes tool calls
-out of the text), `CompletionShape`, and `PromptShape` (OpenAI's `echo`, vLLM's `prompt_logprobs`).
+One `Shape` writes the choices of one answer: `CompletionShape`, `EchoShape` (OpenAI's `echo`) and
+chats' own. `TokenReport` adds vLLM's fields.
 Knows nothing of HTTP or of the engine.
 """
 
 from __future__ import annotations
 
-import secrets
-import string
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 
-from quickchange_server.api.openai.requests import CompletionRequest
+from quickchange_server.api.openai.requests import CompletionRequest, GenerationRequest
 from quickchange_server.frontend.generation import Choice
 from quickchange_server.frontend.output_processor import Ending, LoggedToken, Piece
 from quickchange_server.frontend.request_base import Json
 from quickchange_server.frontend.tokenizer import Text
-from quickchange_server.frontend.tool_parser import ToolCall, ToolReader
 from quickchange_server.protocol import TokenLogprobs
 
 LOWEST_LOGPROB = -9999.0  # for minus infinity, which JSON lacks; OpenAI's API does the same
-_ID_LENGTH = 9  # letters and digits: what the strictest chat template takes
-_ID_CHARACTERS = string.ascii_letters + string.digits
 
 
 def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Json:
@@ -51,15 +45,31 @@ def finite(logprob: float) -> float:
     return max(logprob, LOWEST_LOGPROB)
 
 
+def by_id(token_id: int) -> str:
+    """A token in vLLM's way to name it by its id."""
+    return f"token_id:{token_id}"
+
+
+def token_text(text: Text, token_id: int) -> str:
+    """The token's text; part of a character as OpenAI writes it, `bytes:\\xe2\\x80`."""
+    raw = text.token_bytes(token_id)
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
 class Shape(ABC):
     """The way one route writes the choices of an answer."""
 
     object: str  # the field "object" of a whole answer
     chunk_object: str  # the same field of a streamed event
 
-    def __init__(self, text: Text, logprobs: bool) -> None:
+    def __init__(self, text: Text, logprobs: bool, *, as_ids: bool = False) -> None:
+        """`as_ids`: log-probabilities name tokens by their ids, as vLLM does if asked."""
         self._text = text
         self._logprobs = logprobs
+        self._as_ids = as_ids
 
     @abstractmethod
     def choice(
@@ -71,61 +81,13 @@ class Shape(ABC):
     def chunks(self, index: int, piece: Piece) -> list[Json]:
         """The choices of the events that tell what one piece adds; none if it adds nothing."""
 
+    def reasoning_tokens(self, _choices: Sequence[Choice]) -> int | None:
+        """Tokens of the choices' thoughts so far; None where thoughts are not split off."""
+        return None
+
     def opening(self, _index: int) -> list[Json]:
         """The choices of the events before a choice's first piece."""
         return []
-
-
-class ChatShape(Shape):
-    """Choices of chats, as messages and deltas."""
-
-    object = "chat.completion"
-    chunk_object = "chat.completion.chunk"
-
-    def choice(
-        self, index: int, text: str, tokens: Sequence[LoggedToken], ending: Ending | None
-    ) -> Json:
-        return {
-            "index": index,
-            "message": {"role": "assistant", "content": text, "refusal": None},
-            "logprobs": self._content(tokens),
-            "finish_reason": ending,
-        }
-
-    def opening(self, index: int) -> list[Json]:
-        delta = {"role": "assistant", "content": ""}
-        return [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}]
-
-    def chunks(self, index: int, piece: Piece) -> list[Json]:
-        return self._deltas(index, piece, {"content": piece.text} if piece.text else {})
-
-    def _deltas(self, index: int, piece: Piece, delta: Json) -> list[Json]:
-        if not delta and not piece.tokens and piece.ending is None:
-            return []
-        shown = {
-            "index": index,
-            "delta": delta,
-            "logprobs": self._content(piece.tokens),
-            "finish_reason": piece.ending,
-        }
-        return [shown]
-
-    def _content(self, tokens: Sequence[LoggedToken]) -> Json | None:
-        if not self._logprobs:
-            return None
-        return {"content": [self._entry(t.logprobs) for t in tokens], "refusal": None}
-
-    def _entry(self, logprobs: TokenLogprobs) -> Json:
-        top = [self._token(token_id, logprob) for token_id, logprob in logprobs.top]
-        return {**self._token(logprobs.token_id, logprobs.logprob), "top_logprobs": top}
-
-    def _token(self, token_id: int, logprob: float) -> Json:
-        raw = self._text.token_bytes(token_id)
-        return {
-            "token": raw.decode(errors="replace"),
-            "logprob": finite(logprob),
-            "bytes": list(raw),
-        }
 
 
 class CompletionShape(Shape):
@@ -163,12 +125,7 @@ class CompletionShape(Shape):
         return {self._name(token_id): finite(logprob) for token_id, logprob in entries}
 
     def _name(self, token_id: int) -> str:
-        """The token's text; part of a character as OpenAI writes it, `bytes:\\xe2\\x80`."""
-        raw = self._text.token_bytes(token_id)
-        try:
-            return raw.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+        return by_id(token_id) if self._as_ids else token_text(self._text, token_id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,8 +151,8 @@ def prompt_report(text: Text, sent: str | None, ids: Sequence[int]) -> PromptRep
     return PromptReport(own if sent is None else sent, tuple(ids), tuple(offsets))
 
 
-class PromptShape(CompletionShape):
-    """Completion choices that repeat their prompt, or carry its log-probabilities, or both."""
+class EchoShape(CompletionShape):
+    """Completion choices that repeat their prompt."""
 
     def __init__(
         self,
@@ -204,7 +161,7 @@ class PromptShape(CompletionShape):
         prompts: Sequence[PromptReport],
         choices: Sequence[Choice],
     ) -> None:
-        super().__init__(text, body.logprobs is not None)
+        super().__init__(text, body.logprobs is not None, as_ids=body.return_tokens_as_token_ids)
         self._body = body
         self._prompts = prompts
         self._choices = choices
@@ -215,14 +172,10 @@ class PromptShape(CompletionShape):
         number = index // self._body.n
         prompt = self._prompts[number]
         scores = self._choices[number * self._body.candidates].prompt_logprobs
-        written = super().choice(index, text, self._behind(prompt, tokens), ending)
-        if self._body.echo:
-            written["text"] = prompt.text + text
-            if written["logprobs"] is not None:
-                before = self._prompt_lists(prompt, scores)
-                written["logprobs"] = {k: before[k] + v for k, v in written["logprobs"].items()}
-        if self._body.prompt_logprobs is not None:
-            written["prompt_logprobs"] = self._by_token(scores, self._body.prompt_logprobs)
+        written = super().choice(index, prompt.text + text, self._behind(prompt, tokens), ending)
+        if written["logprobs"] is not None:
+            before = self._prompt_lists(prompt, scores)
+            written["logprobs"] = {k: before[k] + v for k, v in written["logprobs"].items()}
         return written
 
     def chunks(self, index: int, piece: Piece) -> list[Json]:
@@ -230,8 +183,6 @@ class PromptShape(CompletionShape):
         return [super().choice(index, piece.text, tokens, piece.ending)]
 
     def opening(self, index: int) -> list[Json]:
-        if not self._body.echo:
-            return []
         prompt = self._prompts[index // self._body.n]
         written = super().choice(index, prompt.text, (), None)
         if written["logprobs"] is not None:
@@ -240,8 +191,6 @@ class PromptShape(CompletionShape):
 
     def _behind(self, prompt: PromptReport, tokens: Sequence[LoggedToken]) -> Sequence[LoggedToken]:
         """The tokens of a choice, with offsets that count the echoed prompt."""
-        if not self._body.echo:
-            return tokens
         return [replace(token, offset=len(prompt.text) + token.offset) for token in tokens]
 
     def _prompt_lists(self, prompt: PromptReport, scores: Sequence[TokenLogprobs]) -> Json:
@@ -255,6 +204,75 @@ class PromptShape(CompletionShape):
             "text_offset": list(prompt.offsets),
         }
 
+
+class TokenReport:
+    """vLLM's fields of an answer: token ids, log-probabilities of prompts, what stopped a choice.
+
+    Those of the prompt stand in each choice, or beside the choices where there is one prompt alone.
+    """
+
+    def __init__(
+        self,
+        text: Text,
+        body: GenerationRequest,
+        prompts: Sequence[Sequence[int]],
+        choices: Sequence[Choice],
+        *,
+        in_choices: bool,
+    ) -> None:
+        self._text = text
+        self._body = body
+        self._prompts = prompts
+        self._choices = choices
+        self._in_choices = in_choices
+        self._held: dict[int, list[int]] = {}  # ids that no event has had, by choice
+        self._begun: set[int] = set()  # choices that have had an event
+
+    def of_answer(self) -> Json:
+        """Fields of a whole answer."""
+        return {} if self._in_choices else self._of_prompt(0)
+
+    def of_choice(self, index: int, ids: Sequence[int], stop_reason: str | int | None) -> Json:
+        """Fields of a whole choice."""
+        own = {
+            "stop_reason": stop_reason,
+            "token_ids": list(ids) if self._body.return_token_ids else None,
+        }
+        return own | (self._of_prompt(index // self._body.n) if self._in_choices else {})
+
+    def add_to_events(self, index: int, choices: list[Json], piece: Piece) -> Json:
+        """Add the fields of a piece to the choices of its events; returns those of the first."""
+        if choices and piece.stop_reason is not None:
+            choices[-1]["stop_reason"] = piece.stop_reason
+        if not self._body.return_token_ids:
+            return {}
+        held = self._held.setdefault(index, [])
+        held += piece.ids
+        if not choices:
+            return {}
+        for choice in choices:
+            choice["token_ids"] = []
+        choices[-1]["token_ids"], self._held[index] = held, []
+        first = not self._begun if not self._in_choices else index not in self._begun
+        self._begun.add(index)
+        if not first:
+            return {}
+        told = {"prompt_token_ids": list(self._prompts[index // self._body.n])}
+        if not self._in_choices:
+            return told
+        choices[0] |= told
+        return {}
+
+    def _of_prompt(self, number: int) -> Json:
+        top = self._body.prompt_logprobs
+        scores = self._choices[number * self._body.candidates].prompt_logprobs
+        return {
+            "prompt_logprobs": None if top is None else self._by_token(scores, top),
+            "prompt_token_ids": list(self._prompts[number])
+            if self._body.return_token_ids
+            else None,
+        }
+
     def _by_token(self, scores: Sequence[TokenLogprobs], top: int) -> list[Json | None]:
         """vLLM's form: per token, except the first, its entry and the `top` best, by token id."""
         return [None, *(self._position(score, top) for score in scores)]
@@ -264,77 +282,7 @@ class PromptShape(CompletionShape):
             str(token_id): {
                 "logprob": finite(logprob),
                 "rank": rank,
-                "decoded_token": self._name(token_id),
+                "decoded_token": token_text(self._text, token_id),
             }
             for token_id, (logprob, rank) in score.ranked(top).items()
         }
-
-
-class ToolChatShape(ChatShape):
-    """Chat choices with the tool calls taken out of the text. A call is sent once it is whole."""
-
-    def __init__(
-        self, text: Text, logprobs: bool, reader: Callable[[], ToolReader], *, most: int | None
-    ) -> None:
-        """`reader` makes one parser per choice; `most` limits the calls sent per choice."""
-        super().__init__(text, logprobs)
-        self._reader = reader
-        self._most = most
-        self._streams: dict[int, _Stream] = {}
-
-    def choice(
-        self, index: int, text: str, tokens: Sequence[LoggedToken], ending: Ending | None
-    ) -> Json:
-        content, calls = self._stream(index).push(text, final=True)
-        shown = super().choice(index, content, tokens, ending)
-        if calls:
-            shown["message"]["content"] = content.strip() or None
-            shown["message"]["tool_calls"] = [_call(call) for _, call in calls]
-            shown["finish_reason"] = _reason(ending)
-        return shown
-
-    def chunks(self, index: int, piece: Piece) -> list[Json]:
-        stream = self._stream(index)
-        content, calls = stream.push(piece.text, final=piece.ending is not None)
-        delta: Json = {"content": content} if content else {}
-        if calls:
-            delta["tool_calls"] = [{"index": n, **_call(call)} for n, call in calls]
-        shown = self._deltas(index, piece, delta)
-        if piece.ending is None or not stream.sent:
-            return shown
-        if not calls:
-            return [{**shown[0], "finish_reason": _reason(piece.ending)}]
-        # OpenAI's client counts a call as finished only if an event follows it.
-        last: Json = {"index": index, "delta": {}, "logprobs": None}
-        last["finish_reason"] = _reason(piece.ending)
-        return [{**shown[0], "finish_reason": None}, last]
-
-    def _stream(self, index: int) -> _Stream:
-        return self._streams.setdefault(index, _Stream(self._reader(), self._most))
-
-
-class _Stream:
-    """One choice's stream of tool calls, numbered in the order they come."""
-
-    def __init__(self, reader: ToolReader, most: int | None) -> None:
-        self._reader = reader
-        self._most = most
-        self.sent = 0
-
-    def push(self, text: str, *, final: bool) -> tuple[str, list[tuple[int, ToolCall]]]:
-        content, calls = self._reader.push(text, final=final)
-        left = None if self._most is None else self._most - self.sent
-        numbered = list(enumerate(islice(calls, left), start=self.sent))
-        self.sent += len(numbered)
-        return content, numbered
-
-
-def _call(call: ToolCall) -> Json:
-    call_id = "".join(secrets.choice(_ID_CHARACTERS) for _ in range(_ID_LENGTH))
-    function = {"name": call.name, "arguments": call.arguments}
-    return {"id": call_id, "type": "function", "function": function}
-
-
-def _reason(ending: Ending | None) -> str | None:
-    """The finish reason of a choice with calls; one that was cut off still says so."""
-    return "tool_calls" if ending == "stop" else ending

@@ -13,7 +13,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from quickchange_server.frontend.stop_strings import StopScanner
+from quickchange_server.frontend.parsing.stop_strings import StopScanner
 
 Messages = Sequence[Mapping[str, Any]]
 Render = Callable[[Messages, Messages, bool], str]

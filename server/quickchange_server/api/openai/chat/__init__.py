@@ -1,0 +1,1 @@
+"""OpenAI's chats: bodies, tools, the route and its answers."""

@@ -1,0 +1,1 @@
+"""Parsers of text as it comes: stop strings, tool calls, the parts of a message."""
