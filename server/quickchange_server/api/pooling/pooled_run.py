@@ -28,6 +28,7 @@ from quickchange_server.frontend.embedding import Floats, vector
 from quickchange_server.frontend.generation import Generation
 from quickchange_server.frontend.request_base import Json
 from quickchange_server.frontend.request_observers import Opened
+from quickchange_server.frontend.templates.chat_template import Rendering
 from quickchange_server.protocol import Pooling
 from quickchange_store.canonical.classifier_part import ClassifierHead
 
@@ -110,7 +111,7 @@ async def prompts_of(call: Call, body: TextRequest) -> list[Sequence[int]]:
             chat_length(messages, []),
             most=most if cut.keep is None else CONTEXTS * most,
             param="messages",
-            add_generation_prompt=body.add_generation_prompt,
+            how=Rendering(body.add_generation_prompt),
             add_special_tokens=bool(special),
         )
         return [cut.of(ids)]

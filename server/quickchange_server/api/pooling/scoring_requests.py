@@ -16,16 +16,21 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import PydanticCustomError
 
-from quickchange_server.api.openai.chat.chat_requests import join_parts
+from quickchange_server.api.openai.chat.chat_requests import check_content
 from quickchange_server.api.openai.requests import wrong
 from quickchange_server.api.pooling.pooling_requests import POOLING_UNSUPPORTED, PooledRequest
 from quickchange_server.frontend.request_base import MAX_PROMPTS, Unsupported, check_text
 
 
+def _joined(content: Any) -> str:
+    parts = check_content(content)
+    return parts if isinstance(parts, str) else "\n".join(parts)
+
+
 def _text(value: Any) -> str:
     """A text: a string, Cohere's {"text"} or vLLM's {"content"} of text parts."""
     if isinstance(value, dict) and len(value) == 1:
-        value = value["text"] if "text" in value else join_parts(value.get("content"))
+        value = value["text"] if "text" in value else _joined(value.get("content"))
     if not isinstance(value, str):
         raise PydanticCustomError(
             "texts", 'must be a string or {"text": "…"}: this server reads text alone'
