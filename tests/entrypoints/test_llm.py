@@ -105,6 +105,34 @@ def test_a_chat_is_the_templates_text(llm: LLM) -> None:
     assert llm.chat(chats[0], GREEDY, adapter="sql")[0].outputs == found[0].outputs
 
 
+def test_a_chat_renders_as_it_is_asked_to(llm: LLM) -> None:
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "We"}]
+    one = SamplingParams(max_tokens=1)
+    assert llm.chat(chat, one, continue_final_message=True)[0].prompt == "user: Hi\nassistant: We"
+    (told,) = llm.chat(chat[:1], one, add_generation_prompt=False, chat_template_kwargs={"a": 1})
+    assert told.prompt == "user: Hi\n"
+    (told,) = llm.chat([{"role": "king", "content": "Hi"}], one, reasoning_effort="low")
+    assert told.prompt == "king: Hi\nassistant: "
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages: is set by"),
+        ({"continue_final_message": True, "add_generation_prompt": True}, "Cannot set both"),
+        ({"reasoning_effort": "huge"}, "reasoning_effort: "),
+        ({"documents": [{"text": "x"}]}, "documents: this model's chat template reads none"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools: this model's"),
+        ({"tools": [{"type": "function"}]}, r"tools\.0\.function: "),
+    ],
+)
+def test_a_chats_arguments_are_refused_by_name(
+    llm: LLM, given: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InvalidRequestError, match=message):
+        llm.chat([{"role": "user", "content": "Hi"}], GREEDY, **given)
+
+
 def test_a_stop_string_ends_its_own_prompt_alone(llm: LLM, models: LlmModels) -> None:
     expected = models.greedy(None, ids_of("Hello"), 12)
     whole = text_of(expected)
@@ -403,7 +431,7 @@ def test_what_is_wrong_is_named_and_nothing_runs(
     [
         ([{"role": "user"}], r"messages\[0\]\[0\]"),
         ([[{"role": "user", "content": "a"}], []], r"messages\[1\]: is empty"),
-        ([[{"role": "king", "content": "a"}]], r"messages\[0\]\[0\].role"),
+        ([[{"role": "", "content": "a"}]], r"messages\[0\]\[0\].role"),
         ([["hello"]], r"messages\[0\]\[0\]"),
     ],
 )

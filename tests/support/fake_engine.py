@@ -338,9 +338,11 @@ def note(behaviour: Behaviour, kind: str, command: Command | None = None) -> Non
         journal.write(json.dumps(entry) + "\n")
 
 
-def _constraint(command: Command | None) -> tuple[str, str] | None:
+def _constraint(command: Command | None) -> tuple[str, ...] | None:
     constraint = getattr(command, "constraint", None)
-    return None if constraint is None else (constraint.kind, constraint.source)
+    if constraint is None:
+        return None
+    return (constraint.kind, constraint.source, *filter(None, [constraint.before]))
 
 
 def entries(journal: Path, kind: str) -> list[dict[str, object]]:
