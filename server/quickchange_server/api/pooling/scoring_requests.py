@@ -63,6 +63,9 @@ Texts = Annotated[
 ]
 
 
+LIMITS = ("max_tokens_per_query", "max_tokens_per_doc")  # of the first texts and of the second
+
+
 class PairsRequest(PooledRequest):
     """What /score and /rerank share."""
 
@@ -78,7 +81,7 @@ class PairsRequest(PooledRequest):
 
     @model_validator(mode="after")
     def _check_limits(self) -> Self:
-        for name in ("max_tokens_per_query", "max_tokens_per_doc"):
+        for name in LIMITS:
             if getattr(self, name) < 0:
                 raise wrong(name, f"{name} must be a non-negative integer; give 0 for all tokens")
         return self
