@@ -17,7 +17,7 @@ from quickchange_server.api.auth import Calling
 from quickchange_server.api.json_bodies import JsonRoute
 from quickchange_server.api.openapi.response_models_pooling import RankedList, ScoreList
 from quickchange_server.api.openapi.route_responses import COMMON_ERRORS, GENERATION_ERRORS
-from quickchange_server.api.pooling.pooled_run import Call, Pooled, call, classes, pooled
+from quickchange_server.api.pooling.pooled_run import Pooled, PoolingCall, call, classes, pooled
 from quickchange_server.api.pooling.prompt_cut import apart, first_tokens, text_ids
 from quickchange_server.api.pooling.scoring_requests import (
     LIMITS,
@@ -66,7 +66,7 @@ async def rerank(
 
 
 async def _scored(
-    made: Call,
+    made: PoolingCall,
     body: PairsRequest,
     texts: tuple[Sequence[str], Sequence[str]],
     *,
@@ -84,7 +84,7 @@ async def _scored(
 
 
 async def _shortened(
-    made: Call, texts: Sequence[str], limit: int, name: str, param: str
+    made: PoolingCall, texts: Sequence[str], limit: int, name: str, param: str
 ) -> Sequence[str]:
     """The first `limit` tokens of each text; 0: all of it. `name` is the limit's field."""
     if not limit:
@@ -101,7 +101,12 @@ async def _shortened(
 
 
 async def _by_cosine(
-    made: Call, first: Sequence[str], second: Sequence[str], *, names: tuple[str, str], kind: str
+    made: PoolingCall,
+    first: Sequence[str],
+    second: Sequence[str],
+    *,
+    names: tuple[str, str],
+    kind: str,
 ) -> tuple[Pooled, list[float]]:
     services = made.services
     most, cut = services.engine.max_model_len, made.cut
@@ -127,7 +132,7 @@ def cosines(left: Floats, right: Floats) -> list[float]:
 
 
 async def _by_head(
-    made: Call,
+    made: PoolingCall,
     body: PairsRequest,
     first: Sequence[str],
     second: Sequence[str],
