@@ -34,6 +34,7 @@ GENERATING = frozenset(
     {
         "/v1/completions",
         "/v1/chat/completions",
+        "/v1/responses",
         "/v1/embeddings",
         "/pooling",
         "/classify",

@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from quickchange_server.api.openapi.message_models import MessageErrorBody
 from quickchange_server.api.openapi.response_models import ErrorBody, LoraxErrorBody
 
 Responses = dict[int | str, dict[str, Any]]
@@ -36,6 +37,11 @@ def errors(*statuses: int) -> Responses:
 def lorax_errors(*statuses: int) -> Responses:
     """Error responses in LoRAX's form, by status."""
     return {s: {"model": LoraxErrorBody, "description": _MEANINGS[s]} for s in statuses}
+
+
+def message_errors(*statuses: int) -> Responses:
+    """Error responses in Anthropic's form, by status."""
+    return {s: {"model": MessageErrorBody, "description": _MEANINGS[s]} for s in statuses}
 
 
 # A wrong field, no API key, a missing scope or a page of another origin, an internal error, an
