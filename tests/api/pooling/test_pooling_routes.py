@@ -136,6 +136,20 @@ def test_a_chat_is_embedded_as_its_template_renders_it(live: Live) -> None:
     assert error(live, "/v1/embeddings", alone)["param"] == "add_generation_prompt"
 
 
+@pytest.mark.parametrize("field", ["add_generation_prompt", "continue_final_message"])
+def test_a_chat_may_end_as_for_an_answer(live: Live, field: str) -> None:
+    chat = {"messages": [*ASK, {"role": "assistant", "content": "Hello"}], field: True}
+    plain = {"add_generation_prompt": False} if field == "continue_final_message" else {}
+    rendered = live.post("/tokenize", {**chat, **plain}).json()["tokens"]
+    found = answer(live, "/classify", {"model": "kinds", **chat})
+    assert found["usage"]["prompt_tokens"] == len(rendered)
+    by_ids = answer(live, "/classify", {"model": "kinds", "input": rendered})
+    assert found["data"] == by_ids["data"]
+    both = {**chat, "add_generation_prompt": True, "continue_final_message": True}
+    told = error(live, "/classify", {"model": "kinds", **both})["message"]
+    assert "Cannot set both `continue_final_message` and `add_generation_prompt` to True" in told
+
+
 @pytest.mark.parametrize("path", ["/v1/embeddings", "/pooling"])
 @pytest.mark.parametrize("given", ["abcdefgh", [*b"abcdefgh"]])
 def test_a_prompt_is_cut_on_the_side_that_is_asked_for(live: Live, path: str, given: Any) -> None:

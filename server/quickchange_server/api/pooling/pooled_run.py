@@ -107,10 +107,10 @@ async def prompts_of(call: PoolingCall, body: TextRequest) -> list[Sequence[int]
         messages = body.messages
         ids = await services.text.encode_chat(
             lambda: [message.for_template() for message in messages],
-            chat_length(messages, []),
+            chat_length(messages, []) + body.rendered_length,
             most=most if cut.keep is None else CONTEXTS * most,
             param="messages",
-            add_generation_prompt=body.add_generation_prompt,
+            how=body.how,
             add_special_tokens=bool(special),
         )
         return [cut.of(ids)]

@@ -68,11 +68,12 @@ async def classify(
     """Tell the class of each text, by the classification head of the adapter that `model` names."""
     if body.inputs is not None:
         return refusal(
+            request,
             UnsupportedParameterError(
                 "/classify: inputs asks for the entities of a text, which takes a token "
                 "classification model; for the class of a text send model, an adapter with a "
                 "classification head, and input"
-            )
+            ),
         )
     made = call(request, services, caller, body)
     found, head, told = await _classified(made, body, kind="classify")
