@@ -20,6 +20,8 @@ from tempfile import TemporaryDirectory
 HERE = Path(__file__).resolve().parent
 REQUIRED = ("pytest-asyncio==1.5.0", "pybase64==1.5.1", "tblib==3.2.2", "anthropic==0.125.0")
 SECONDS = 900  # for one file
+LOGIT_STD = 3.0  # of the model's logits
+END_LOGIT = 3.2  # of the end of the text, in these; the best of a vocabulary is about 4.2
 TESTS = "tests/entrypoints"
 FILES = (
     "openai/completion/test_completion.py",
@@ -103,9 +105,21 @@ def make_model(folder: Path) -> None:
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        tie_word_embeddings=True,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        # One dimension is the same everywhere, and gives the end of the text its logit: not the
+        # best as a rule, so that texts end after some dozens of tokens.
+        model.model.embed_tokens.weight[:, 0] = 1.0
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight[0] = layer.mlp.down_proj.weight[0] = 0.0
+        model.lm_head.weight.normal_(std=LOGIT_STD / config.hidden_size**0.5)
+        model.lm_head.weight[:, 0] = 0.0
+        model.lm_head.weight[tokenizer.eos_token_id] = 0.0
+        prompt = torch.arange(300)[None]
+        hidden = model.model(prompt).last_hidden_state[0, 20:, 0].mean()
+        model.lm_head.weight[tokenizer.eos_token_id, 0] = END_LOGIT * LOGIT_STD / hidden
+    model.save_pretrained(folder)
 
 
 def run_file(sdist: Path, file: str, folder: Path, packages: Path) -> None:

@@ -25,7 +25,12 @@ import pytest
 
 from quickchange_bench.load.load_client import ServedNames
 from quickchange_bench.load.own_server import register
-from quickchange_bench.load.server_process import RunningServer, free_port, quickchange_command, running
+from quickchange_bench.load.server_process import (
+    RunningServer,
+    free_port,
+    quickchange_command,
+    running,
+)
 from quickchange_bench.models.random_adapters import AdapterSpec, write_in_this_process
 from quickchange_server.api.app_state import VERSION
 

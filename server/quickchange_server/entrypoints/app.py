@@ -30,6 +30,7 @@ from quickchange_server.api.middleware import (
 from quickchange_server.api.openai import completions, embeddings, models
 from quickchange_server.api.openai.chat import chat_route
 from quickchange_server.api.vllm import routes as vllm
+from quickchange_server.api.vllm import sagemaker
 from quickchange_server.config import Settings, is_remote
 from quickchange_server.engine_client.client import EngineClient
 from quickchange_server.engine_client.engines import EnginesMaker
@@ -128,6 +129,7 @@ def create_app(
         embeddings,
         models,
         vllm,
+        sagemaker,
         adapters,
         experiments,
         keys,

@@ -43,7 +43,12 @@ def _several(prompt: AnyPrompt) -> Sequence[str | list[int]]:
 
 
 async def token_ids(
-    services: Services, prompt: AnyPrompt, param: str, *, most: int | None = None, special: bool = True
+    services: Services,
+    prompt: AnyPrompt,
+    param: str,
+    *,
+    most: int | None = None,
+    special: bool = True,
 ) -> list[list[int]]:
     """The prompts' token ids; text is encoded with the tokenizer's own special tokens, if
     `special`. `most`: of each prompt; None: as many as the context holds."""

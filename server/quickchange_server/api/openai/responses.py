@@ -157,9 +157,7 @@ class EchoShape(CompletionShape):
         prompts: Sequence[PromptReport],
         choices: Sequence[Choice],
     ) -> None:
-        super().__init__(
-            text, body.logprobs is not None, as_ids=body.return_tokens_as_token_ids
-        )
+        super().__init__(text, body.logprobs is not None, as_ids=body.return_tokens_as_token_ids)
         self._body = body
         self._prompts = prompts
         self._choices = choices
@@ -170,9 +168,7 @@ class EchoShape(CompletionShape):
         number = index // self._body.n
         prompt = self._prompts[number]
         scores = self._choices[number * self._body.candidates].prompt_logprobs
-        written = super().choice(
-            index, prompt.text + text, self._behind(prompt, tokens), ending
-        )
+        written = super().choice(index, prompt.text + text, self._behind(prompt, tokens), ending)
         if written["logprobs"] is not None:
             before = self._prompt_lists(prompt, scores)
             written["logprobs"] = {k: before[k] + v for k, v in written["logprobs"].items()}
