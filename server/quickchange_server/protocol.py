@@ -182,6 +182,8 @@ class Constraint:
 
     kind: Literal["json_object", "json_schema", "regex", "grammar"]
     source: str = ""  # the schema as JSON, the regular expression, the grammar; "" for json_object
+    # A Lark grammar of all of the text, in which `@answer` stands for what the rest describes.
+    before: str = ""
 
 
 # Who is at fault: an adapter that can't be loaded, the request, its adapters' weights, the server.
@@ -287,6 +289,7 @@ class Ready:
     dtype: str = "float32"  # what the base computes in
     adapter_dtype: str = "float32"  # what adapters are held in
     memory: str = ""  # table of what takes how much, for people
+    hidden_size: int = 0  # of the states that enter the LM head
 
 
 class TokenLogprobs(NamedTuple):
@@ -416,6 +419,7 @@ class AdapterMoved:
     seconds: float = 0.0  # duration of a load from the tier below
     bytes: int = 0  # bytes occupied on `tier`
     pinned: bool = False
+    rank: int = 0  # the highest of its updates
 
 
 @dataclass(frozen=True, slots=True)

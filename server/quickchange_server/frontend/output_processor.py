@@ -5,6 +5,8 @@ One transcript per choice. Knows nothing of HTTP; `api/` turns its pieces into J
 
 from __future__ import annotations
 
+from array import array
+from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass
 from typing import Literal
@@ -53,6 +55,7 @@ class Transcript:
         self._scanner = StopScanner(sampling.stop, include=sampling.include_stop_str_in_output)
         self._waiting: deque[LoggedToken] = deque()  # tokens whose text is not emitted yet
         self._decoded = 0  # characters
+        self._begins = array("I")  # where each token's text begins
         self._emitted = 0  # characters
         self._untold: list[int] = []  # token ids that no piece has had
         self.stopped_by: str | None = None  # the stop string that ended the text
@@ -83,6 +86,10 @@ class Transcript:
             parts.append(text)
         return self._piece("".join(parts), delta, stopped)
 
+    def tokens_within(self, start: int, stop: int) -> int:
+        """Tokens whose text begins in this part of the choice's text."""
+        return bisect_left(self._begins, stop) - bisect_left(self._begins, start)
+
     def _visible(self, delta: Delta) -> tuple[int, ...]:
         """The delta's tokens without the stop token that ended the choice."""
         ids = delta.token_ids
@@ -96,6 +103,7 @@ class Transcript:
     ) -> tuple[str, bool]:
         """Add the `position`-th token (from 1). Returns certain text, true if a stop completed."""
         text = self._detokenizer.push(token_id)
+        self._begins.append(self._decoded)
         if logprobs is not None:
             self._waiting.append(LoggedToken(self._decoded, logprobs, text, drafted))
         self._decoded += len(text)

@@ -42,6 +42,9 @@ class Answer:
         counts = usage(prompt_tokens, made.completion_tokens, made.cached_tokens)
         if self.drafting:
             counts |= predictions(made.drafted_tokens, made.accepted_tokens)
+        reasoning = self.shape.reasoning_tokens(made.choices)
+        if reasoning is not None:
+            counts.setdefault("completion_tokens_details", {})["reasoning_tokens"] = reasoning
         return counts
 
 

@@ -33,7 +33,7 @@ router = APIRouter(route_class=JsonRoute, tags=["OpenAI"], responses=COMMON_ERRO
 AnyPrompt = str | list[str] | list[int] | list[list[int]]
 
 
-def _several(prompt: AnyPrompt) -> Sequence[str | list[int]]:
+def several_of(prompt: AnyPrompt) -> Sequence[str | list[int]]:
     """The list of prompts, each text or token ids."""
     if isinstance(prompt, str):
         return [prompt]
@@ -52,7 +52,7 @@ async def token_ids(
 ) -> list[list[int]]:
     """The prompts' token ids; text is encoded with the tokenizer's own special tokens, if
     `special`. `most`: of each prompt; None: as many as the context holds."""
-    several, most = _several(prompt), most or services.engine.max_model_len
+    several, most = several_of(prompt), most or services.engine.max_model_len
     if isinstance(several[0], str):
         texts = cast("Sequence[str]", several)
         return await services.text.encode_each(texts, most, param, special=special)
@@ -111,5 +111,5 @@ def _repeated(
     """The prompts as they are repeated: those that were cut, as they were served."""
     return [
         prompt_report(services.text, own if isinstance(own, str) and whole == ids else None, ids)
-        for own, whole, ids in zip(_several(body.prompt), sent, prompts, strict=True)
+        for own, whole, ids in zip(several_of(body.prompt), sent, prompts, strict=True)
     ]

@@ -81,6 +81,10 @@ class Shape(ABC):
     def chunks(self, index: int, piece: Piece) -> list[Json]:
         """The choices of the events that tell what one piece adds; none if it adds nothing."""
 
+    def reasoning_tokens(self, _choices: Sequence[Choice]) -> int | None:
+        """Tokens of the choices' thoughts so far; None where thoughts are not split off."""
+        return None
+
     def opening(self, _index: int) -> list[Json]:
         """The choices of the events before a choice's first piece."""
         return []

@@ -59,8 +59,9 @@ class PromptTokensDetails(ResponseModel):
 
 
 class CompletionTokensDetails(ResponseModel):
-    accepted_prediction_tokens: int
-    rejected_prediction_tokens: int
+    accepted_prediction_tokens: int | None = None
+    rejected_prediction_tokens: int | None = None
+    reasoning_tokens: int | None = None
 
 
 class CompletionUsage(ResponseModel):
@@ -154,6 +155,8 @@ class AssistantMessage(ResponseModel):
     role: Literal["assistant"]
     content: str | None
     refusal: None
+    reasoning: str | None = None  # of models whose chat template marks thoughts
+    reasoning_content: str | None = None  # the same
     tool_calls: list[AssistantToolCall] | None = None
 
 
@@ -183,6 +186,8 @@ class ToolCallDelta(AssistantToolCall):
 class ChatDelta(ResponseModel):
     role: Literal["assistant"] | None = None
     content: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
     tool_calls: list[ToolCallDelta] | None = None
 
 
@@ -200,30 +205,12 @@ class ChatCompletionChunk(GenerationEnvelope):
     usage: CompletionUsage | None = None
 
 
-class EmbeddingVector(ResponseModel):
-    object: Literal["embedding"]
-    index: int
-    embedding: list[float] | str
-
-
-class EmbeddingUsage(ResponseModel):
-    prompt_tokens: int
-    total_tokens: int
-
-
-class EmbeddingList(ResponseModel):
-    object: Literal["list"]
-    data: list[EmbeddingVector]
-    model: str
-    usage: EmbeddingUsage
-    quickchange: ChosenVariant | None = None
-
-
 class ModelDetails(ResponseModel):
     kind: Literal["base", "adapter", "version", "alias", "experiment"]
     version: int | None = None
     digest: str | None = None
     turbo: str | None = None
+    classifier: bool | None = None
     state: ExperimentState | None = None
 
 
