@@ -238,7 +238,7 @@ def test_an_output_is_taken_as_input_again(live: Live, journal: Path) -> None:
     answer = {"type": "function_call_output", "call_id": output[1]["call_id"], "output": "12 mm"}
     items = [{"role": "user", "content": "Rain?"}, *output, answer]
     prompt = sent(live, journal, input=items)
-    assert prompt == f"user\nRain?\nassistant\nOne moment. \n{CALL}\ntool\n12 mm\nassistant\n"
+    assert prompt == f"user\nRain?\nassistant\n{ANSWER}\ntool\n12 mm\nassistant\n"
 
 
 def test_calls_in_a_row_are_one_message(live: Live, journal: Path) -> None:
