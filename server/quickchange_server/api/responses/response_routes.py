@@ -165,7 +165,7 @@ async def list_input_items(
     after: str | None = None,
 ) -> Response:
     """The items that a response answered, those of the responses before it included."""
-    turns = await _store(services).conversation(owner_of(caller), id, "id")
+    turns = await _store(services).conversation(owner_of(caller), id)
     items = [item for turn in turns[:-1] for item in (*turn.input, *turn.response["output"])]
     items += turns[-1].input
     if order == "desc":
