@@ -237,6 +237,14 @@ class Settings(BaseSettings):
         description="origins, joined by commas, whose web pages may use the server "
         "(https://app.example); * for all, only where the server asks for keys",
     )
+    vllm_metrics: bool = Field(
+        False,
+        description="tell the load in /metrics by vLLM's names too, which gateways read",
+    )
+    genai_metrics: bool = Field(
+        False,
+        description="tell requests in /metrics by OpenTelemetry's names for generative AI too",
+    )
     open_metrics: bool = Field(
         False,
         description="answer /metrics without an API key where the server asks for keys; its labels "

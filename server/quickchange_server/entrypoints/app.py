@@ -17,9 +17,11 @@ from quickchange_server.adapter_registry.merged_adapters import Derived
 from quickchange_server.adapter_registry.resolver import Catalog, base_names
 from quickchange_server.api import error_responses, health, openapi_document, page
 from quickchange_server.api.admin import adapters, experiments, keys, replicas, usage
+from quickchange_server.api.anthropic import message_errors, message_routes
 from quickchange_server.api.app_state import VERSION, Services
 from quickchange_server.api.auth import CallerMiddleware
 from quickchange_server.api.browser import EXPOSED, BrowserMiddleware
+from quickchange_server.api.error_responses import Surface
 from quickchange_server.api.lorax import errors
 from quickchange_server.api.lorax import routes as lorax
 from quickchange_server.api.middleware import (
@@ -27,8 +29,9 @@ from quickchange_server.api.middleware import (
     PathMiddleware,
     RequestIdMiddleware,
 )
-from quickchange_server.api.openai import completions, embeddings, models
+from quickchange_server.api.openai import completions, models
 from quickchange_server.api.openai.chat import chat_route
+from quickchange_server.api.pooling import embeddings, pooling_routes, scoring_routes
 from quickchange_server.api.responses import response_routes
 from quickchange_server.api.vllm import routes as vllm
 from quickchange_server.config import Settings, is_remote
@@ -46,6 +49,7 @@ from quickchange_server.frontend.request_observers import Bookkeeper
 from quickchange_server.frontend.tokenizer import Text
 from quickchange_server.observability.cluster_metrics import Cluster
 from quickchange_server.observability.experiment_metrics import ExperimentMetrics, ShareCollector
+from quickchange_server.observability.gateways.genai_metrics import GenAiMetrics
 from quickchange_server.observability.http_metrics import HttpMetricsMiddleware
 from quickchange_server.observability.metrics import Metrics
 from quickchange_server.observability.subsystem_metrics import StorageMetrics
@@ -103,6 +107,8 @@ def create_app(
         )
         traces = None if traces_maker is None else traces_maker()
         books: tuple[Bookkeeper, ...] = () if traces is None else (traces,)
+        if settings.genai_metrics:
+            books += (GenAiMetrics(metrics.registry, settings.metrics_adapters),)
         services = _services(
             settings, metrics, text, engines, base, database, tenants, books, cluster
         )
@@ -126,9 +132,12 @@ def create_app(
     for module in (
         completions,
         chat_route,
+        message_routes,
         response_routes,
         lorax,
         embeddings,
+        pooling_routes,
+        scoring_routes,
         models,
         vllm,
         adapters,
@@ -140,8 +149,11 @@ def create_app(
         page,
     ):
         app.include_router(module.router)
-    error_responses.install(app)
-    errors.install(app, lorax.PATHS)
+    error_responses.install(
+        app,
+        Surface(lambda request: request.scope["path"] in lorax.PATHS, errors.refusal),
+        Surface(message_routes.is_anthropics, message_errors.refusal),
+    )
     openapi_document.install(app, settings, keyed=keyed)
     app.add_middleware(
         BodyLimitMiddleware,
