@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -151,9 +152,12 @@ def test_a_stored_responses_events_are_not_kept(live: Live) -> None:
 
 
 def test_a_restart_changes_nothing(folder: Path) -> None:
-    with live_server(folder / "again", Behaviour(says=SAYS), store_responses=True) as before:
+    start = partial(
+        live_server, folder / "again", Behaviour(says=SAYS), byte_text(), store_responses=True
+    )
+    with start() as before:
         told = made(before)
-    with live_server(folder / "again", Behaviour(says=SAYS), store_responses=True) as after:
+    with start() as after:
         assert after.http.get(f"/v1/responses/{told['id']}").json() == told
         assert made(after, previous_response_id=told["id"])["previous_response_id"] == told["id"]
 

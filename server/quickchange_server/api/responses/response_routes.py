@@ -65,10 +65,15 @@ async def create_response(
     made = translated(body, context)
     chat = await _begin(services, caller, body, made, request.headers, response_id)
     store = services.responses if body.store else None
-    reader, logged = chat.reader(), body.wanted_logprobs is not None
     work = ResponseWork(
         ResponseObject(body, chat, store is not None),
-        OutputWriter(response_id, services.text, reader, logprobs=logged),
+        OutputWriter(
+            response_id,
+            services.text,
+            chat.reader(),
+            logprobs=body.wanted_logprobs is not None,
+            reasoning=body.include_reasoning,
+        ),
         None if store is None else Keeping(store, owner, context),
     )
     headers = request_selection.headers(chat.generation.account.opened.assignment)
