@@ -26,6 +26,20 @@ from quickchange_server.api.anthropic.message_requests import (
 )
 from quickchange_server.api.openai.chat.chat_requests import ChatRequest, Message
 from quickchange_server.api.openai.requests import CompletionRequest
+from quickchange_server.api.responses.response_items import (
+    CallItem,
+    CallOutput,
+    InputMessage,
+    ItemReference,
+    ReasoningItem,
+)
+from quickchange_server.api.responses.response_requests import (
+    ReasoningOptions,
+    ResponseRequest,
+    ResponseTool,
+    TextFormat,
+    TextOptions,
+)
 from quickchange_server.api.vllm.routes import Detokenize, LoadLora, Tokenize, UnloadLora
 from quickchange_server.config import Settings
 from quickchange_server.entrypoints.app import create_app
@@ -37,6 +51,16 @@ BODIES: list[type[BaseModel]] = [
     CompletionRequest,
     ChatRequest,
     Message,
+    ResponseRequest,
+    InputMessage,
+    CallItem,
+    CallOutput,
+    ReasoningItem,
+    ItemReference,
+    ReasoningOptions,
+    ResponseTool,
+    TextFormat,
+    TextOptions,
     WeightedAdapter,
     AddFromPath,
     Rollback,

@@ -27,6 +27,7 @@ _ELSEWHERE = ("cross-site", "same-site")  # a site's other ports are the same si
 EXPOSED = (  # response headers that a page of an allowed origin may read
     "x-request-id",
     "retry-after",
+    "x-quickchange-adapter",
     "x-quickchange-experiment",
     "x-quickchange-variant",
 )

@@ -33,6 +33,7 @@ from quickchange_server.errors import (
     UnsupportedParameterError,
 )
 from quickchange_server.frontend.request_base import UNKNOWN, UNSUPPORTED
+from quickchange_server.observability.gateways.request_ids import current
 from quickchange_store.errors import (
     AdapterNotFoundError,
     CorruptStoreError,
@@ -260,4 +261,5 @@ def install(app: FastAPI, *surfaces: Surface) -> None:
 
 def internal_error() -> QuickchangeError:
     """The client's error for an unforeseen exception, which the log describes."""
-    return QuickchangeError("internal error; the server's log has the details")
+    about = f" of the request {request}" if (request := current()) else ""
+    return QuickchangeError(f"internal error; the server's log has the details{about}")

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from quickchange_server.api.error_responses import internal_error, refused
 from quickchange_server.api.json_bodies import Structure
 from quickchange_server.errors import InvalidRequestError
+from quickchange_server.observability.gateways.request_ids import arrive
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,8 @@ def _allowed(scope: Scope) -> list[str]:
 
 
 class RequestIdMiddleware:
-    """Gives each response the client's `x-request-id`, or a new one.
+    """Gives each response the client's `x-request-id`, or a new one, and what the request's work
+    has left for its headers.
 
     An unhandled exception is logged under that id and answered with 500.
     """
@@ -85,9 +87,8 @@ class RequestIdMiddleware:
             await self._app(scope, receive, send)
             return
         given = Headers(scope=scope).get("x-request-id", "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-
-        scope.setdefault("state", {})["request_id"] = request_id
+        arrived = arrive(given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex)
+        scope.setdefault("state", {})["request_id"] = arrived.request_id
         started = False
 
         async def send_with_id(message: Message) -> None:
@@ -95,13 +96,15 @@ class RequestIdMiddleware:
             if message["type"] == "http.response.start":
                 started = True
                 headers = MutableHeaders(scope=message)
-                headers["x-request-id"] = headers["request-id"] = request_id  # Anthropic's name
+                headers.update(arrived.headers)
+                # the second is Anthropic's name of it
+                headers["x-request-id"] = headers["request-id"] = arrived.request_id
             await send(message)
 
         try:
             await self._app(scope, receive, send_with_id)
         except Exception:
-            logger.exception("request %s to %s failed", request_id, scope["path"])
+            logger.exception("request %s to %s failed", arrived.request_id, scope["path"])
             if not started:
                 response = refused(Request(scope, receive), internal_error())
                 await response(scope, receive, send_with_id)

@@ -29,8 +29,10 @@ from quickchange_server.api.middleware import (
     PathMiddleware,
     RequestIdMiddleware,
 )
-from quickchange_server.api.openai import completions, embeddings, models
+from quickchange_server.api.openai import completions, models
 from quickchange_server.api.openai.chat import chat_route
+from quickchange_server.api.pooling import embeddings, pooling_routes, scoring_routes
+from quickchange_server.api.responses import response_routes
 from quickchange_server.api.vllm import routes as vllm
 from quickchange_server.config import Settings, is_remote
 from quickchange_server.engine_client.client import EngineClient
@@ -47,10 +49,12 @@ from quickchange_server.frontend.request_observers import Bookkeeper
 from quickchange_server.frontend.tokenizer import Text
 from quickchange_server.observability.cluster_metrics import Cluster
 from quickchange_server.observability.experiment_metrics import ExperimentMetrics, ShareCollector
+from quickchange_server.observability.gateways.genai_metrics import GenAiMetrics
 from quickchange_server.observability.http_metrics import HttpMetricsMiddleware
 from quickchange_server.observability.metrics import Metrics
 from quickchange_server.observability.subsystem_metrics import StorageMetrics
 from quickchange_server.storage.database import Database
+from quickchange_server.storage.responses.stored_responses import StoredResponses
 from quickchange_server.storage.revisions import Revisions
 from quickchange_server.structured_output.validator import ConstraintChecks
 from quickchange_server.tenants.key_records import TOPIC
@@ -103,6 +107,8 @@ def create_app(
         )
         traces = None if traces_maker is None else traces_maker()
         books: tuple[Bookkeeper, ...] = () if traces is None else (traces,)
+        if settings.genai_metrics:
+            books += (GenAiMetrics(metrics.registry, settings.metrics_adapters),)
         services = _services(
             settings, metrics, text, engines, base, database, tenants, books, cluster
         )
@@ -127,8 +133,11 @@ def create_app(
         completions,
         chat_route,
         message_routes,
+        response_routes,
         lorax,
         embeddings,
+        pooling_routes,
+        scoring_routes,
         models,
         vllm,
         adapters,
@@ -250,9 +259,22 @@ def _services(
         experiment_metrics=experiment_metrics,
         shadows=Shadows(experiment_metrics, lambda: 2 * client.in_flight < settings.max_queue),
         promotions=Promotions(store, experiments),
+        responses=_stored_responses(settings, database),
         keyring=tenants.keyring,
         books=(*books, tenants.books, exposures),
         cluster=cluster,
+    )
+
+
+def _stored_responses(settings: Settings, database: Database) -> StoredResponses | None:
+    """The store of responses; None if none are kept."""
+    if not settings.store_responses:
+        return None
+    return StoredResponses(
+        database,
+        seconds=settings.store_responses_seconds,
+        tenant_bytes=settings.store_responses_bytes,
+        conversation_bytes=settings.max_request_bytes,
     )
 
 
@@ -265,6 +287,8 @@ async def _start(services: Services) -> None:
         await asyncio.to_thread(services.store.snapshot)
     await services.revisions.look()  # loads experiments before the first request
     services.revisions.start()
+    if services.responses is not None:
+        services.responses.start()
 
 
 async def _end(services: Services) -> None:
@@ -276,5 +300,7 @@ async def _end(services: Services) -> None:
     await services.shadows.close()
     await services.client.close(services.settings.drain_seconds)
     await services.constraints.close()
+    if services.responses is not None:
+        await services.responses.close()
     await services.revisions.close()
     await services.database.close()

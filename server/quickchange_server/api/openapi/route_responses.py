@@ -53,6 +53,9 @@ GENERATION_ERRORS = errors(404, 413, 424, 429)
 # under the answer's content type.
 PLAIN_TEXT: Responses = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
 
+# Vectors as their bytes, where a body asks for them so.
+OCTETS: Responses = {200: {"content": {"application/octet-stream": {"schema": {"type": "string"}}}}}
+
 
 def events(data: Any, *, last: str | None = None) -> Responses:
     """A stream of server-sent events with JSON data of this type, ended by the literal `last`.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from quickchange_server.frontend.parsing.reasoning_parser import ReasoningReader
 from quickchange_server.frontend.parsing.tool_parser import ToolReader
 
 
@@ -28,16 +30,26 @@ class MessagePiece:
 class MessageReader:
     """Incremental parser of one choice's text."""
 
-    def __init__(self, tools: ToolReader | None = None, *, most_calls: int | None = None) -> None:
+    def __init__(
+        self,
+        tools: ToolReader | None = None,
+        *,
+        most_calls: int | None = None,
+        thoughts: ReasoningReader | None = None,
+    ) -> None:
         """`most_calls`: calls after so many are dropped."""
+        self._thoughts = thoughts
         self._tools = tools
         self._most_calls = most_calls
         self._calls = 0
 
     def push(self, text: str, *, final: bool) -> MessagePiece:
         """Add text, the last if `final`; what may still become a call is held back."""
+        reasoning = ""
+        if self._thoughts is not None:
+            reasoning, text = self._thoughts.push(text, final=final)
         if self._tools is None:
-            return MessagePiece(text)
+            return MessagePiece(text, reasoning)
         content, calls = self._tools.push(text, final=final)
         left = None if self._most_calls is None else self._most_calls - self._calls
         taken = calls[:left]
@@ -46,4 +58,9 @@ class MessageReader:
             for number, call in enumerate(taken, start=self._calls)
         )
         self._calls += len(taken)
-        return MessagePiece(content, calls=pieces)
+        return MessagePiece(content, reasoning, pieces)
+
+    @property
+    def reasoning_spans(self) -> Sequence[tuple[int, int]]:
+        """Where thoughts stand in the choice's text so far, in characters: from, to."""
+        return () if self._thoughts is None else self._thoughts.spans

@@ -110,14 +110,14 @@ def _json_of(constraint: Constraint) -> Json | None:
     return {} if schema is True else schema
 
 
-_BLANKS = "BLANKS: /[ \\n]{1,2}/\n"
+BLANKS = "BLANKS: /[ \\n]{1,2}/\n"
 
 
 def call_grammar(text: Text, form: ToolFormat, tools: Sequence[Tool]) -> str:
     """A Lark grammar of exactly one call with arguments that fit its function's schema."""
     schema = _calls_schema(form, {tool.function.name: _parameters(tool) for tool in tools}, most=1)
-    begin = f"{_mark(text, form.begin)} BLANKS? " if form.begin else ""
-    return f"start: {begin}{_written(text, form, schema)}\n{_BLANKS}"
+    begin = f"{lark_mark(text, form.begin)} BLANKS? " if form.begin else ""
+    return f"start: {begin}{_written(text, form, schema)}\n{BLANKS}"
 
 
 def free_grammar(
@@ -141,30 +141,30 @@ def free_grammar(
     schema = _calls_schema(form, schemas, most=None if parallel else 1)
     written = _written(text, form, schema)
     if answer is not None:
-        mark = f"{_mark(text, form.begin)} BLANKS? " if form.begin else ""
+        mark = f"{lark_mark(text, form.begin)} BLANKS? " if form.begin else ""
         several = "+" if parallel and form.begin and not form.listed else ""
         return (
             f"start: answer | call{several}\nanswer: {_json(answer)}\n"
-            f"call: BLANKS? {mark}{written}\n{_BLANKS}"
+            f"call: BLANKS? {mark}{written}\n{BLANKS}"
         )
     if not form.begin:
         plain = "PLAIN: /([ \\n\\r\\t]*[^ \\n\\r\\t{\\[](?s:.*))?/\n"
-        return f"start: PLAIN | BLANKS? {written} BLANKS?\n{plain}{_BLANKS}"
+        return f"start: PLAIN | BLANKS? {written} BLANKS?\n{plain}{BLANKS}"
     parts = text.special_parts(form.begin)
     special = next((at for at, part in enumerate(parts) if isinstance(part, int)), None)
     if special is None:
-        head = f"head[lazy]: ANY {_marks(parts)}\n"
+        head = f"head[lazy]: ANY {lark_marks(parts)}\n"
     else:  # no text can be mistaken for it
-        head = f"head: ANY {_marks(parts[special:])}\n"
+        head = f"head: ANY {lark_marks(parts[special:])}\n"
     start = "call* rest" if parallel else "call | rest"
     return (
-        f"start: {start}\ncall: head BLANKS? {written}\nrest: ANY\n{head}ANY: /(?s:.*)/\n{_BLANKS}"
+        f"start: {start}\ncall: head BLANKS? {written}\nrest: ANY\n{head}ANY: /(?s:.*)/\n{BLANKS}"
     )
 
 
 def _written(text: Text, form: ToolFormat, schema: Json) -> str:
     """A call behind its mark, in Lark's syntax."""
-    return _json(schema) + (f" BLANKS? {_mark(text, form.end)}" if form.end else "")
+    return _json(schema) + (f" BLANKS? {lark_mark(text, form.end)}" if form.end else "")
 
 
 def _json(schema: Json) -> str:
@@ -215,12 +215,12 @@ def _nested(leaves: Sequence[tuple[Sequence[str], Json]]) -> Json:
     }
 
 
-def _mark(text: Text, mark: str) -> str:
+def lark_mark(text: Text, mark: str) -> str:
     """A mark in Lark's syntax."""
-    return _marks(text.special_parts(mark))
+    return lark_marks(text.special_parts(mark))
 
 
-def _marks(parts: Sequence[str | int]) -> str:
+def lark_marks(parts: Sequence[str | int]) -> str:
     return " ".join(
         f"<[{part}]>" if isinstance(part, int) else json.dumps(part, ensure_ascii=False)
         for part in parts
