@@ -79,10 +79,6 @@ class Text:
         """Ids of special tokens, such as the end of a sequence."""
         return self._decoding.special_ids
 
-    @property
-    def has_chat_template(self) -> bool:
-        return self.template.exists
-
     @cached_property
     def template(self) -> ChatTemplate:
         return ChatTemplate(self._tokenizer)

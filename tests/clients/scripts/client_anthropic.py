@@ -1,5 +1,5 @@
 # requires: anthropic==2.14.0
-"""Anthropic's own client: messages, streams, tools and its runner of them, counts, typed answers."""
+"""Anthropic's own client: messages, streams, tools and their runner, counts, typed answers."""
 
 import asyncio
 import json
@@ -104,9 +104,7 @@ for _ in range(2):
         context_management={"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
     )
     usage = answer.usage
-    total = (
-        usage.input_tokens + usage.cache_read_input_tokens + usage.cache_creation_input_tokens
-    )
+    total = usage.input_tokens + usage.cache_read_input_tokens + usage.cache_creation_input_tokens
     assert total == count.input_tokens, (usage, count)
 assert usage.cache_read_input_tokens > 0, usage  # the second time
 
@@ -177,11 +175,13 @@ assert answer.stop_sequence in ("e", "a", "o", " "), answer
 
 
 async def streamed():
-    async with anthropic.AsyncAnthropic(**OPTIONS) as several:
-        async with several.messages.stream(model=MODEL, messages=ASK, max_tokens=8) as stream:
-            async for _ in stream:
-                pass
-            return await stream.get_final_message()
+    async with (
+        anthropic.AsyncAnthropic(**OPTIONS) as several,
+        several.messages.stream(model=MODEL, messages=ASK, max_tokens=8) as stream,
+    ):
+        async for _ in stream:
+            pass
+        return await stream.get_final_message()
 
 
 assert asyncio.run(streamed()).usage.output_tokens <= 8
@@ -209,7 +209,8 @@ for fields, kind, said in (
             refused = error
         assert type(refused) is kind, (fields, refused)
         assert said in refused.api_message, refused
-        assert refused.type == {400: "invalid_request_error", 404: "not_found_error"}[
-            refused.status_code
-        ]
+        assert (
+            refused.type
+            == {400: "invalid_request_error", 404: "not_found_error"}[refused.status_code]
+        )
         assert refused.request_id == refused.body["request_id"], refused
