@@ -118,8 +118,8 @@ class Text:
         """The tokenizer's configuration, in the names of its tokenizer_config.json."""
         of, kept = self._tokenizer, self._tokenizer.init_kwargs
         marks = ("bos_token", "eos_token", "unk_token", "pad_token")
-        flags = ("add_bos_token", "add_eos_token", "add_prefix_space")
-        flags += ("clean_up_tokenization_spaces",)
+        bos_and_spaces = ("add_bos_token", "add_eos_token", "add_prefix_space")
+        flags = (*bos_and_spaces, "clean_up_tokenization_spaces")
         named = {name: getattr(of, name, None) for name in marks}
         template = of.chat_template
         return {
