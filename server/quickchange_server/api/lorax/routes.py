@@ -94,7 +94,6 @@ async def generate_stream(
 
 
 @router.post("/", response_model=list[LoraxGeneration], responses=_ERRORS | _EVENTS)
-@router.post("/invocations", response_model=list[LoraxGeneration], responses=_ERRORS | _EVENTS)
 async def compat_generate(
     request: Request, body: CompatGenerateRequest, services: Injected, caller: Calling
 ) -> Response:

@@ -343,6 +343,30 @@ class DetokenizedText(ResponseModel):
     prompt: str
 
 
+class TokenizerInfo(ResponseModel):
+    """A tokenizer's configuration; what it does not have is null."""
+
+    tokenizer_class: str
+    model_max_length: int
+    bos_token: str | None
+    eos_token: str | None
+    unk_token: str | None
+    pad_token: str | None
+    additional_special_tokens: list[str]
+    added_tokens_decoder: dict[str, str]  # by token id
+    chat_template: str | None
+    add_bos_token: bool | None
+    add_eos_token: bool | None
+    add_prefix_space: bool | None
+    clean_up_tokenization_spaces: bool | None
+    padding_side: str
+    truncation_side: str
+
+
+class ServerLoad(ResponseModel):
+    server_load: int
+
+
 class ServerVersion(ResponseModel):
     version: str
 

@@ -19,8 +19,8 @@ from quickchange_server.api.openapi.route_responses import (
 )
 from quickchange_server.api.pooling.embeddings import answered, embedded
 from quickchange_server.api.pooling.pooled_run import (
-    Call,
     Pooled,
+    PoolingCall,
     call,
     classes,
     pooled,
@@ -68,11 +68,12 @@ async def classify(
     """Tell the class of each text, by the classification head of the adapter that `model` names."""
     if body.inputs is not None:
         return refusal(
+            request,
             UnsupportedParameterError(
                 "/classify: inputs asks for the entities of a text, which takes a token "
                 "classification model; for the class of a text send model, an adapter with a "
                 "classification head, and input"
-            )
+            ),
         )
     made = call(request, services, caller, body)
     found, head, told = await _classified(made, body, kind="classify")
@@ -90,7 +91,7 @@ async def classify(
 
 
 async def _classified(
-    made: Call, body: TextRequest, *, kind: str
+    made: PoolingCall, body: TextRequest, *, kind: str
 ) -> tuple[Pooled, ClassifierHead, list[list[float]]]:
     """What the head of the adapter says of each prompt."""
     head = await made.services.catalog.classifier(made.order.selection)

@@ -7,7 +7,7 @@ holds the item itself, which goes on growing: write it out before asking for the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from quickchange_server.api.openai.chat.chat_responses import call_id
 from quickchange_server.api.openai.responses import finite
@@ -23,10 +23,17 @@ class OutputWriter:
     """The output items of one response."""
 
     def __init__(
-        self, response_id: str, text: Text, reader: MessageReader, *, logprobs: bool
+        self,
+        response_id: str,
+        text: Text,
+        reader: MessageReader,
+        *,
+        logprobs: bool,
+        reasoning: bool,
     ) -> None:
+        """`reasoning`: it is told."""
         self.items: list[Json] = []
-        self.reasoning_tokens = 0
+        self._reasoned = reasoning
         self._response_id = response_id
         self._text = text
         self._reader = reader
@@ -36,18 +43,19 @@ class OutputWriter:
         self._open: str | None = None  # type of the last item, if it may go on
         self._call: int | None = None  # index of the open call
 
-    def push(self, piece: Piece, completion_tokens: int) -> Iterator[Json]:
-        """Add a piece; the events that it makes, without their numbers.
+    @property
+    def reasoning_spans(self) -> Sequence[tuple[int, int]]:
+        """Where reasoning stands in the answer's text so far, in characters: from, to."""
+        return self._reader.reasoning_spans
 
-        `completion_tokens`: tokens of the answer so far.
-        """
+    def push(self, piece: Piece) -> Iterator[Json]:
+        """Add a piece; the events that it makes, without their numbers."""
         said = self._reader.push(piece.text, final=piece.ending is not None)
         if self._logged:
             self._logprobs += [self._entry(token.logprobs) for token in piece.tokens]
         if not said.content and (said.reasoning or said.calls):
             self._logprobs.clear()  # items of these kinds have none
-        if said.reasoning:
-            self.reasoning_tokens = completion_tokens
+        if said.reasoning and self._reasoned:
             yield from self._reason(said.reasoning)
         if said.content:
             yield from self._say(said.content)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,7 +39,7 @@ class ResponseObject:
         status: Status,
         output: list[Json],
         *,
-        reasoning_tokens: int = 0,
+        reasoning_spans: Sequence[tuple[int, int]],
         error: QuickchangeError | None = None,
         completed_at: float | None = None,
     ) -> Json:
@@ -82,7 +83,7 @@ class ResponseObject:
             "top_logprobs": body.top_logprobs,
             "top_p": body.top_p,
             "truncation": body.truncation,
-            "usage": None if status == "in_progress" else self._usage(reasoning_tokens),
+            "usage": None if status == "in_progress" else self._usage(reasoning_spans),
             "user": body.user,
             "metadata": body.metadata,
         }
@@ -90,10 +91,10 @@ class ResponseObject:
             response["quickchange"] = request_selection.shown(opened.assignment)
         return response
 
-    def _usage(self, reasoning_tokens: int) -> Json:
+    def _usage(self, reasoning_spans: Sequence[tuple[int, int]]) -> Json:
         made = self.chat.generation
         prompt_tokens = made.account.opened.prompt_tokens
-        details: Json = {"reasoning_tokens": reasoning_tokens}
+        details: Json = {"reasoning_tokens": made.choices[0].tokens_within(reasoning_spans)}
         if self.chat.drafting:
             counts = predictions(made.drafted_tokens, made.accepted_tokens)
             details |= counts["completion_tokens_details"]
