@@ -11,7 +11,6 @@ import copy
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,10 +19,10 @@ from jinja2 import TemplateError
 
 from quickchange_server.errors import ContextLengthError, InvalidRequestError, SettingError
 from quickchange_server.frontend.detokenizer import Decoding, Detokenizer
-from quickchange_server.frontend.parsing.tool_parser import (
+from quickchange_server.frontend.parsing.tool_forms import ToolForm
+from quickchange_server.frontend.parsing.tool_learning import (
     Messages,
-    ToolFormat,
-    tool_format,
+    tool_form,
     with_arguments,
 )
 
@@ -83,16 +82,12 @@ class Text:
         return bool(self._tokenizer.chat_template)
 
     @cached_property
-    def tool_format(self) -> ToolFormat | None:
+    def tool_form(self) -> ToolForm | None:
         """The model's form of tool calls; None if its chat template takes no tools."""
-        form = tool_format(self._apply_template) if self.has_chat_template else None
-        return None if form is None else replace(form, end=self._before_end(form.end))
-
-    def _before_end(self, text: str) -> str:
-        """The text before an end-of-sequence token, which no answer's text contains."""
+        if not self.has_chat_template:
+            return None
         ends = {self.token_name(token_id) for token_id in self.eos_ids & self.special_ids}
-        cut = min((text.find(end) for end in ends if end in text), default=len(text))
-        return text[:cut].rstrip()
+        return tool_form(self._apply_template, ends)
 
     def special_parts(self, text: str) -> list[str | int]:
         """The text split at special tokens: these by id, the text between them as strings."""
@@ -224,7 +219,7 @@ class Text:
                 param="messages",
             )
         if any(message.get("tool_calls") for message in messages):
-            form = self.tool_format
+            form = self.tool_form
             as_text = form is not None and form.from_text
             messages = [with_arguments(message, as_text=as_text) for message in messages]
         try:

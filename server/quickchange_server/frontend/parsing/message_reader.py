@@ -4,16 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from quickchange_server.frontend.parsing.argument_reading import CallPiece as CallPiece
 from quickchange_server.frontend.parsing.tool_parser import ToolReader
-
-
-@dataclass(frozen=True, slots=True)
-class CallPiece:
-    """What a tool call grows by: its name comes with its first piece alone."""
-
-    index: int  # of the call within its message
-    name: str | None
-    arguments: str  # a part of the JSON object's text
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,18 +24,12 @@ class MessageReader:
         """`most_calls`: calls after so many are dropped."""
         self._tools = tools
         self._most_calls = most_calls
-        self._calls = 0
 
     def push(self, text: str, *, final: bool) -> MessagePiece:
         """Add text, the last if `final`; what may still become a call is held back."""
         if self._tools is None:
             return MessagePiece(text)
         content, calls = self._tools.push(text, final=final)
-        left = None if self._most_calls is None else self._most_calls - self._calls
-        taken = calls[:left]
-        pieces = tuple(
-            CallPiece(number, call.name, call.arguments)
-            for number, call in enumerate(taken, start=self._calls)
-        )
-        self._calls += len(taken)
-        return MessagePiece(content, calls=pieces)
+        most = self._most_calls
+        kept = tuple(call for call in calls if most is None or call.index < most)
+        return MessagePiece(content, calls=kept)
