@@ -8,11 +8,10 @@ from typing import Any, Literal
 
 from quickchange_server.frontend.parsing.argument_values import (
     TEXT,
+    from_literal,
     from_text,
     json_of,
-    literal,
     property_of,
-    retyped,
     types_of,
 )
 from quickchange_server.frontend.parsing.characters import Characters, NoCallError, Reading
@@ -83,13 +82,8 @@ class _Members:
         self.grow(from_text(text, property_of(self._schema, key), self._schema))
 
     def from_literal(self, key: str, text: str, *, typed: bool = True) -> None:
-        """Tell the value of a literal; what is none is a string."""
         schema = property_of(self._schema, key) if typed else True
-        try:
-            written = retyped(literal(text.strip()), schema, self._schema)
-        except ValueError:
-            written = json_of(text)
-        self.grow(written)
+        self.grow(from_literal(text, schema, self._schema))
 
 
 def json_value(characters: Characters, told: ToldCalls | None = None) -> Generator[None, str, str]:

@@ -35,21 +35,24 @@ def from_text(text: str, schema: Any, root: Any) -> str:
     if allowed == TEXT:
         return json_of(text)
     try:
-        value = literal(text.strip())
-        written = json_of(value)
+        value, written = literal(text)
     except ValueError:
         return json_of(text)
     stays = isinstance(value, str) or not _fits(value, allowed)
     return json_of(text) if stays and (allowed is None or "string" in allowed) else written
 
 
-def retyped(value: Any, schema: Any, root: Any) -> str:
-    """JSON of a value that a model wrote as a literal; of text where the schema has none, what that
-    stands for."""
+def from_literal(text: str, schema: Any, root: Any) -> str:
+    """JSON of a value written as a literal; of a string where the schema has none, what that stands
+    for. What is no literal is a string."""
+    try:
+        value, written = literal(text)
+    except ValueError:
+        return json_of(text)
     allowed = types_of(schema, root)
     if isinstance(value, str) and allowed is not None and "string" not in allowed:
         return from_text(value, schema, root)
-    return json_of(value)
+    return written
 
 
 def _fits(value: Any, allowed: frozenset[str] | None) -> bool:
@@ -57,16 +60,22 @@ def _fits(value: Any, allowed: frozenset[str] | None) -> bool:
     return allowed is None or kind in allowed or (kind == "integer" and "number" in allowed)
 
 
-def literal(text: str) -> Any:
-    """The value of JSON or of a Python literal. Raises ValueError."""
+def literal(text: str) -> tuple[Any, str]:
+    """The value of JSON or of a Python literal, and its JSON. Raises ValueError."""
+    text = text.strip()
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=_no_json), text
     except (ValueError, RecursionError):
         pass
     try:
-        return _value(ast.parse(text, mode="eval").body)
+        value = _value(ast.parse(text, mode="eval").body)
+        return value, json_of(value)
     except (SyntaxError, RecursionError, MemoryError) as error:
         raise ValueError(str(error)) from error
+
+
+def _no_json(name: str) -> Any:
+    raise ValueError(f"JSON has no {name}")
 
 
 def _value(node: ast.expr) -> Any:

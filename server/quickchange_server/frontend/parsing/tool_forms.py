@@ -17,6 +17,11 @@ _TAG = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
 _WORD = re.compile(rf"[^\s{OWN}]*")
 
 
+# A text between key and value, and what it makes of the value: text, JSON, or either, as the
+# function's schema says.
+Middle = tuple[str, Literal["text", "json", "either"]]
+
+
 @dataclass(frozen=True, slots=True)
 class JsonCall:
     """A call that is one JSON object, with its name and its arguments inside."""
@@ -31,9 +36,7 @@ class Parameters:
     """Arguments written one by one: `open` key `middle` value `close`."""
 
     open: str
-    # Texts between key and value, each with what it makes of the value: text, JSON, or either, as
-    # the function's schema says.
-    middles: tuple[tuple[str, Literal["text", "json", "either"]], ...]
+    middles: tuple[Middle, ...]
     close: str
     separator: str = ""
 

@@ -19,6 +19,7 @@ from quickchange_server.frontend.parsing.tool_forms import (
     KEY,
     OWN,
     JsonCall,
+    Middle,
     NamedCall,
     Parameters,
     ToolForm,
@@ -311,8 +312,11 @@ def _with_kinds(turns: _Turns, form: Parameters) -> Parameters | None:
         found[written[: begun.start()]] = None
     if list(found) == [middle]:
         return form
-    others = [text for text in found if text != middle]
-    return replace(form, middles=((middle, "text"), *((text, "json") for text in others)))
+    middles: list[Middle] = [(middle, "text")]
+    for text_before in found:
+        if text_before != middle:
+            middles.append((text_before, "json"))
+    return replace(form, middles=tuple(middles))
 
 
 def _alike(first: str, second: str) -> str:
