@@ -372,6 +372,7 @@ def main(
             adapter_device_bytes=settings.adapter_device_bytes or 1 << 30,
             adapter_host_bytes=settings.adapter_host_bytes,
             prices=behaviour.prices,
+            hidden_size=4,
         )
     )
     if behaviour.deaf:

@@ -14,9 +14,10 @@ from tokenizers import AddedToken
 from quickchange_server.frontend.parsing.argument_reading import CallPiece
 from quickchange_server.frontend.parsing.tool_forms import ToolForm
 from quickchange_server.frontend.parsing.tool_parser import ToolReader
+from quickchange_server.frontend.templates.chat_template import Rendering
 from quickchange_server.frontend.tokenizer import Text
 
-TEMPLATES = Path(__file__).parent / "chat_templates"
+TEMPLATES = Path(__file__).parent / "public_templates"
 REFUSED = ("deepseek_r1_distill", "granite3.3", "gemma4")  # take no tools, or can't be read back
 NAMES = sorted(path.stem for path in TEMPLATES.glob("*.jinja") if path.stem not in REFUSED)
 ONE_CALL = frozenset({"llama3.1", "llama3.2", "gpt_oss"})  # of a message, at most
@@ -93,7 +94,7 @@ def turn(name: str, calls: Iterable[Call]) -> str:
     messages = history(calls)[:2]
     tools = tools_for_template()
     asked = text.render_chat(messages[:1], tools=tools)
-    called = text.render_chat(messages, tools=tools, add_generation_prompt=False)
+    called = text.render_chat(messages, tools=tools, how=Rendering(add_generation_prompt=False))
     mark = form_of(name).mark or form_of(name).head
     start = called.rindex("Rain in Porto?") if mark else _shared(asked, called)
     turned = called[called.index(mark, start) :] if mark else called[start:]

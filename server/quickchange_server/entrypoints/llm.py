@@ -15,9 +15,9 @@ from numbers import Integral, Real
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from tqdm.auto import tqdm
 
 from quickchange_server.adapter_registry.resolver import (
@@ -28,7 +28,8 @@ from quickchange_server.adapter_registry.resolver import (
     WeightedName,
     base_names,
 )
-from quickchange_server.api.openai.chat.chat_requests import Message
+from quickchange_server.api.openai.chat.chat_requests import ChatRendering, Message
+from quickchange_server.api.openai.chat.tool_requests import Tools
 from quickchange_server.config import Settings
 from quickchange_server.entrypoints.engine_start import token_text
 from quickchange_server.entrypoints.in_process_engine import EngineCompletion, InProcessEngine
@@ -52,6 +53,7 @@ from quickchange_server.frontend.context_length import check_fits, room
 from quickchange_server.frontend.embedding import unit, vector
 from quickchange_server.frontend.output_processor import Ending, Transcript
 from quickchange_server.frontend.request_admission import Seeds, choice_seed
+from quickchange_server.frontend.request_base import Body
 from quickchange_server.frontend.tokenizer import Text
 from quickchange_server.protocol import LOOKUP, Delta, Pooling, SamplingParams, Submit
 from quickchange_store.base_model.base_spec import base_spec
@@ -69,6 +71,15 @@ Folder = str | Path
 _LONG = 16  # number of prompts from which a progress bar is shown
 
 logger = logging.getLogger(__name__)
+
+
+_B = TypeVar("_B", bound=Body)
+
+
+class _Chats(ChatRendering):
+    """How the conversations of one call become prompts."""
+
+    tools: Tools = Field(default=[])
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,14 +202,36 @@ class LLM:
         adapter: Adapter | Sequence[Adapter] = None,
         turbo: str | Sequence[str] = AUTO,
         use_tqdm: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        documents: Sequence[Mapping[str, str]] = (),
+        reasoning_effort: str | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation or several, through the model's chat template.
 
-        Otherwise the same as `generate`, with the rendered conversations as prompts.
+        Otherwise the same as `generate`, with the rendered conversations as prompts. The arguments
+        behind `use_tqdm` are the fields of the HTTP API with these names (docs/http.md), one for
+        all conversations; the texts hold thoughts and tool calls as the model writes them.
         """
+        rendering = _validated(
+            _Chats,
+            "",
+            {
+                "tools": list(tools),
+                "add_generation_prompt": add_generation_prompt,
+                "continue_final_message": continue_final_message,
+                "chat_template_kwargs": chat_template_kwargs,
+                "documents": list(documents),
+                "reasoning_effort": reasoning_effort,
+            },
+        )
         one = bool(messages) and isinstance(messages[0], Mapping)
         conversations = cast(Sequence[Conversation], [messages] if one else messages)
-        asked = [self._asked_chat(f"messages[{i}]", c) for i, c in enumerate(conversations)]
+        asked = [
+            self._asked_chat(f"messages[{i}]", c, rendering) for i, c in enumerate(conversations)
+        ]
         return self._generate(asked, params or SamplingParams(), adapter, turbo, use_tqdm)
 
     def embed(
@@ -264,11 +297,15 @@ class LLM:
             ) from error
         return self._text.encode_within(text, most=self._engine.info.max_model_len, param=place)
 
-    def _asked_chat(self, place: str, messages: Conversation) -> _Asked:
-        checked = [_message(f"{place}[{i}]", message) for i, message in enumerate(messages)]
+    def _asked_chat(self, place: str, messages: Conversation, rendering: _Chats) -> _Asked:
+        checked = [
+            _validated(Message, f"{place}[{i}]", message).for_template()
+            for i, message in enumerate(messages)
+        ]
         if not checked:
             raise InvalidRequestError(f"{place}: is empty; give at least one message", param=place)
-        prompt = self._text.render_chat(checked)
+        tools = [tool.for_template() for tool in rendering.tools]
+        prompt = self._text.render_chat(checked, tools=tools, how=rendering.how, param=place)
         ids = self._text.encode_within(
             prompt, most=self._engine.info.max_model_len, param=place, add_special_tokens=False
         )
@@ -358,6 +395,8 @@ class LLM:
     ) -> list[RequestOutput]:
         each_params: list[SamplingParams] = _each(params, len(asked), "params", (SamplingParams,))
         selections = self._selections(adapter, turbo, len(asked))
+        for selection in selections:
+            selection.check_generates()
         choices = [
             self._choices(index, *one)
             for index, one in enumerate(zip(asked, each_params, selections, strict=True))
@@ -508,13 +547,15 @@ def _term(name: str, weight: Any, place: str) -> WeightedName:
     return WeightedName(name, float(weight))
 
 
-def _message(place: str, message: Any) -> dict[str, Any]:
-    """A message in the form that chat templates take."""
+def _validated(model: type[_B], place: str, given: Any) -> _B:
+    """The value as the HTTP API takes it. Raises with the place of what is wrong."""
     try:
-        return Message.model_validate(message).for_template()
+        return model.model_validate(given)
     except ValidationError as error:
         finding = error.errors()[0]
-        where = ".".join(map(str, (place, *finding["loc"])))
+        context = finding.get("ctx", {})
+        field = [context["field"]] if "field" in context else []
+        where = ".".join(map(str, filter(None, (place, *finding["loc"], *field))))
         raise InvalidRequestError(f"{where}: {finding['msg']}", param=where) from error
 
 

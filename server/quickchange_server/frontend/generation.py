@@ -5,7 +5,8 @@ A choice is one sequence in the engine with its transcript. Knows nothing of HTT
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from itertools import starmap
 
 from quickchange_server.engine_client.client import DeltaStream
 from quickchange_server.errors import QuickchangeError, UnavailableError
@@ -29,12 +30,21 @@ class Choice:
         return self._transcript.completion_tokens
 
     @property
+    def stopped_by(self) -> str | None:
+        """The stop string that ended the text."""
+        return self._transcript.stopped_by
+
+    @property
     def drafted_tokens(self) -> int:
         return self._transcript.drafted_tokens
 
     @property
     def accepted_tokens(self) -> int:
         return self._transcript.accepted_tokens
+
+    def tokens_within(self, spans: Iterable[tuple[int, int]]) -> int:
+        """Tokens whose text begins in one of these parts of the text, in characters: from, to."""
+        return sum(starmap(self._transcript.tokens_within, spans))
 
     def push(self, delta: Delta) -> Piece:
         """Add a delta. Raises UnavailableError if it cuts the sequence off."""

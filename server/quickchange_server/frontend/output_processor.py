@@ -5,6 +5,8 @@ One transcript per choice. Knows nothing of HTTP; `api/` turns its pieces into J
 
 from __future__ import annotations
 
+from array import array
+from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass
 from typing import Literal
@@ -28,11 +30,14 @@ class LoggedToken:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """The text and tokens that one delta adds to a choice. The last piece has an `ending`."""
+    """What a choice grows by. The last piece has an `ending`."""
 
     text: str
     tokens: tuple[LoggedToken, ...] = ()
     ending: Ending | None = None
+    ids: tuple[int, ...] = ()  # of all tokens since the piece before, that of the end included
+    # With the ending: the stop string or token; None: an end of sequence, or the limit.
+    stop_reason: str | int | None = None
 
 
 class Transcript:
@@ -43,13 +48,21 @@ class Transcript:
     string are dropped with theirs.
     """
 
-    def __init__(self, text: Text, sampling: SamplingParams) -> None:
+    def __init__(
+        self, text: Text, sampling: SamplingParams, shown: frozenset[int] = frozenset()
+    ) -> None:
+        """`shown`: special tokens that are text in any case."""
         self._sampling = sampling
-        self._detokenizer = text.detokenizer(skip_special_tokens=sampling.skip_special_tokens)
+        self._ends = frozenset[int]() if sampling.ignore_eos else text.eos_ids
+        self._detokenizer = text.detokenizer(
+            skip_special_tokens=sampling.skip_special_tokens, shown=shown
+        )
         self._scanner = StopScanner(sampling.stop, include=sampling.include_stop_str_in_output)
         self._waiting: deque[LoggedToken] = deque()  # tokens whose text is not emitted yet
         self._decoded = 0  # characters
+        self._begins = array("I")  # where each token's text begins
         self._emitted = 0  # characters
+        self._untold: list[int] = []  # token ids that no piece has had
         self.stopped_by: str | None = None  # the stop string that ended the text
         self.completion_tokens = 0
         self.drafted_tokens = 0
@@ -69,6 +82,7 @@ class Transcript:
             if stopped:
                 self.completion_tokens = before + index + 1
                 break
+        self._untold += delta.token_ids[: self.completion_tokens - before]
         self.drafted_tokens += delta.drafted
         # A delta's accepted drafts are its first tokens; a stop string may have cut some off.
         self.accepted_tokens += min(delta.accepted, self.completion_tokens - before)
@@ -76,6 +90,10 @@ class Transcript:
             text, stopped = self._finish()
             parts.append(text)
         return self._piece("".join(parts), delta, stopped)
+
+    def tokens_within(self, start: int, stop: int) -> int:
+        """Tokens whose text begins in this part of the choice's text."""
+        return bisect_left(self._begins, stop) - bisect_left(self._begins, start)
 
     def _visible(self, delta: Delta) -> tuple[int, ...]:
         """The delta's tokens without the stop token that ended the choice."""
@@ -90,6 +108,7 @@ class Transcript:
     ) -> tuple[str, bool]:
         """Add the `position`-th token (from 1). Returns certain text, true if a stop completed."""
         text = self._detokenizer.push(token_id)
+        self._begins.append(self._decoded)
         if logprobs is not None:
             self._waiting.append(LoggedToken(self._decoded, logprobs, text, drafted))
         self._decoded += len(text)
@@ -110,10 +129,18 @@ class Transcript:
         self._emitted += len(text)
         everything = delta.finish_reason is not None and not stopped
         tokens = self._released(everything) if self._waiting else ()
-        if stopped:
-            return Piece(text, tokens, "stop")
-        ending = delta.finish_reason
-        return Piece(text, tokens, ending if ending in ("stop", "length") else None)
+        reason = "stop" if stopped else delta.finish_reason
+        ending: Ending | None = reason if reason in ("stop", "length") else None
+        if not (text or tokens or ending):
+            return Piece("")
+        ids, self._untold = tuple(self._untold), []
+        return Piece(text, tokens, ending, ids, self._stop_reason(ending, ids))
+
+    def _stop_reason(self, ending: Ending | None, ids: tuple[int, ...]) -> str | int | None:
+        if self.stopped_by is not None or ending != "stop" or not ids:
+            return self.stopped_by
+        stops = self._sampling.stop_token_ids
+        return ids[-1] if ids[-1] in stops and ids[-1] not in self._ends else None
 
     def _released(self, everything: bool) -> tuple[LoggedToken, ...]:
         released = []

@@ -159,6 +159,8 @@ class Body(BaseModel):
         schema = handler(core)
         own = handler.resolve_ref_schema(schema)
         own["additionalProperties"] = _NOTHING
+        for name in cls.unsupported:  # a field that a base class has
+            own.get("properties", {}).pop(name, None)
         for name, field in own.get("properties", {}).items():
             if name not in own.get("required", ()) and not _takes_null(field):
                 shown = {key: field.pop(key) for key in ("title", "default") if key in field}

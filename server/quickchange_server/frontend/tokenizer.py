@@ -9,22 +9,19 @@ import asyncio
 import contextlib
 import copy
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from jinja2 import TemplateError
-
 from quickchange_server.errors import ContextLengthError, InvalidRequestError, SettingError
 from quickchange_server.frontend.detokenizer import Decoding, Detokenizer
+from quickchange_server.frontend.parsing.reasoning_parser import ReasoningFormat
 from quickchange_server.frontend.parsing.tool_forms import ToolForm
-from quickchange_server.frontend.parsing.tool_learning import (
-    Messages,
-    tool_form,
-    with_arguments,
-)
+from quickchange_server.frontend.parsing.tool_learning import Messages, with_arguments
+from quickchange_server.frontend.templates.chat_template import ChatTemplate, Rendering
 
 if TYPE_CHECKING:
     from quickchange_store.base_model.base_source import BaseSource
@@ -32,6 +29,8 @@ if TYPE_CHECKING:
 LONG_TEXT = 4_000  # characters: 7 ms of tokenizing (SmolLM2), too long on the event loop
 USUAL_LENGTH = 8  # characters of a token that few texts exceed on average
 AT_ONCE = 2  # long texts tokenized at once: each takes 300 bytes a token
+
+_USUAL = Rendering()
 
 T = TypeVar("T")
 
@@ -79,15 +78,35 @@ class Text:
 
     @property
     def has_chat_template(self) -> bool:
-        return bool(self._tokenizer.chat_template)
+        return self.template.exists
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        return ChatTemplate(self._tokenizer)
 
     @cached_property
     def tool_form(self) -> ToolForm | None:
         """The model's form of tool calls; None if its chat template takes no tools."""
-        if not self.has_chat_template:
-            return None
         ends = {self.token_name(token_id) for token_id in self.eos_ids & self.special_ids}
-        return tool_form(self._apply_template, ends)
+        return self.template.tool_form(ends)
+
+    @cached_property
+    def reasoning_format(self) -> ReasoningFormat | None:
+        """The model's form of thoughts; None if its chat template knows none."""
+        form = self.template.reasoning_format
+        return None if form is None else replace(form, last=self._before_end(form.last))
+
+    async def learn_reasoning(self) -> ReasoningFormat | None:
+        """`reasoning_format`, learned on a thread the first time: it takes a tenth of a second."""
+        if "reasoning_format" in vars(self):
+            return self.reasoning_format
+        return await self._on_thread(lambda: self.reasoning_format)
+
+    def _before_end(self, text: str) -> str:
+        """The text before an end-of-sequence token, which no answer's text contains."""
+        ends = {self.token_name(token_id) for token_id in self.eos_ids & self.special_ids}
+        cut = min((text.find(end) for end in ends if end in text), default=len(text))
+        return text[:cut].rstrip()
 
     def special_parts(self, text: str) -> list[str | int]:
         """The text split at special tokens: these by id, the text between them as strings."""
@@ -95,6 +114,11 @@ class Text:
         longest_first = sorted(known, key=len, reverse=True)
         parts = re.split(f"({'|'.join(map(re.escape, longest_first))})", text) if known else [text]
         return [known.get(part, part) for part in parts if part]
+
+    def special_of(self, texts: Iterable[str]) -> frozenset[int]:
+        """The special tokens in some texts."""
+        parts = [part for text in texts for part in self.special_parts(text)]
+        return frozenset(part for part in parts if isinstance(part, int))
 
     def tokenizer_json(self) -> str | None:
         """The tokenizer in the `tokenizers` library's JSON; None for one of another kind."""
@@ -165,10 +189,13 @@ class Text:
                 )
         return self.encode_now(text, add_special_tokens=add_special_tokens)
 
-    def encode_now(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text, tokenized on the calling thread."""
+    def encode_now(
+        self, text: str, *, second: str | None = None, add_special_tokens: bool = True
+    ) -> list[int]:
+        """Token ids of a text, or of two as the tokenizer joins them, on the calling thread."""
         encoded = self._tokenizer(
             text,
+            second,
             add_special_tokens=add_special_tokens,
             return_attention_mask=False,
             return_token_type_ids=False,
@@ -206,43 +233,19 @@ class Text:
         return await self._on_thread(encoded)
 
     def render_chat(
-        self, messages: Messages, *, tools: Messages = (), add_generation_prompt: bool = True
+        self,
+        messages: Messages,
+        *,
+        tools: Messages = (),
+        how: Rendering = _USUAL,
+        param: str = "messages",
     ) -> str:
-        """The prompt text of a chat, special tokens included.
-
-        Raises InvalidRequestError if the model has no chat template, or the template refuses the
-        messages (roles that must alternate, for example).
-        """
-        if not self.has_chat_template:
-            raise InvalidRequestError(
-                "this model has no chat template: use /v1/completions with the whole prompt",
-                param="messages",
-            )
+        """The prompt text of a chat, special tokens included. Raises as `ChatTemplate.render`."""
         if any(message.get("tool_calls") for message in messages):
             form = self.tool_form
             as_text = form is not None and form.from_text
             messages = [with_arguments(message, as_text=as_text) for message in messages]
-        try:
-            return self._apply_template(messages, tools, add_generation_prompt)
-        except TemplateError as error:
-            raise InvalidRequestError(
-                f"the model's chat template refuses these messages: {error}", param="messages"
-            ) from error
-
-    def _apply_template(
-        self, messages: Messages, tools: Messages, add_generation_prompt: bool
-    ) -> str:
-        """The rendered chat template. Raises jinja2.TemplateError for any error in its code."""
-        try:
-            rendered = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tools=[dict(tool) for tool in tools] or None,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-            )
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            raise TemplateError(str(error)) from error
-        return str(rendered)
+        return self.template.render(messages, tools, how, param=param)
 
     async def encode_chat(
         self,
@@ -252,7 +255,7 @@ class Text:
         most: int,
         param: str,
         tools: Callable[[], Messages] = tuple,
-        add_generation_prompt: bool = True,
+        how: Rendering = _USUAL,
         add_special_tokens: bool = False,  # the template writes them
     ) -> list[int]:
         """Token ids of a chat of about `length` characters. A long one is made on a thread.
@@ -267,18 +270,19 @@ class Text:
             )
 
         def encoded() -> list[int]:
-            rendered = self.render_chat(
-                messages(), tools=tools(), add_generation_prompt=add_generation_prompt
-            )
+            rendered = self.render_chat(messages(), tools=tools(), how=how, param=param)
             return self.encode_within(
                 rendered, most=most, param=param, add_special_tokens=add_special_tokens
             )
 
         return encoded() if length < LONG_TEXT else await self._on_thread(encoded)
 
-    def detokenizer(self, *, skip_special_tokens: bool = True) -> Detokenizer:
-        """A new incremental detokenizer for one sequence."""
-        return self._decoding.detokenizer(skip_special_tokens=skip_special_tokens)
+    def detokenizer(
+        self, *, skip_special_tokens: bool = True, shown: frozenset[int] = frozenset()
+    ) -> Detokenizer:
+        """A new incremental detokenizer for one sequence. `shown`: special tokens that are never
+        skipped."""
+        return self._decoding.detokenizer(skip_special_tokens=skip_special_tokens, shown=shown)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Text of a whole sequence."""

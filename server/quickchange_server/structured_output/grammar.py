@@ -115,6 +115,17 @@ def _panics_raised(what: str) -> Iterator[None]:
 
 
 def _grammar(constraint: Constraint) -> str:
+    answer = _answer_grammar(constraint)
+    if not constraint.before:
+        return answer
+    read = json.loads(answer)["grammars"] if answer.startswith("{") else [{"lark_grammar": answer}]
+    (only,) = read
+    return json.dumps(
+        {"grammars": [{"lark_grammar": constraint.before}, {**only, "name": "answer"}]}
+    )
+
+
+def _answer_grammar(constraint: Constraint) -> str:
     match constraint.kind:
         case "regex":
             return llguidance.LLMatcher.grammar_from_regex(constraint.source)

@@ -12,7 +12,7 @@ import json
 import sys
 import time
 from asyncio.subprocess import DEVNULL, PIPE, Process
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from cachetools import LRUCache
@@ -134,7 +134,7 @@ class ConstraintChecks:
             if unreadable is not None:
                 await self._end()
                 return _Verdict(f"can't be served: {unreadable}")
-        line = {"kind": constraint.kind, "source": constraint.source}
+        line = asdict(constraint)
         answer = await self._ask(line, self._seconds)
         return _Verdict(answer["error"], tuple(answer.get("path", ())))
 

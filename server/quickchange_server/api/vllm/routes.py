@@ -19,7 +19,7 @@ from quickchange_server.api.admin.adapters import (
 from quickchange_server.api.app_state import VERSION, Injected, Services
 from quickchange_server.api.auth import INFER, MANAGE, Calling, Managing, check_own
 from quickchange_server.api.json_bodies import JsonRoute
-from quickchange_server.api.openai.chat.chat_requests import Messages, chat_length
+from quickchange_server.api.openai.chat.chat_requests import ChatRendering, Messages, chat_length
 from quickchange_server.api.openai.chat.tool_calling import tools_form
 from quickchange_server.api.openai.chat.tool_requests import Tools
 from quickchange_server.api.openapi.response_models import (
@@ -31,11 +31,10 @@ from quickchange_server.api.openapi.response_models import (
 from quickchange_server.api.openapi.route_responses import COMMON_ERRORS, PLAIN_TEXT, errors
 from quickchange_server.errors import ContextLengthError, InvalidRequestError, UnknownModelError
 from quickchange_server.frontend.caller import Caller
+from quickchange_server.frontend.context_length import CONTEXTS
 from quickchange_server.frontend.request_base import MAX_PATH, Body, Json, Name, check_text
 
 router = APIRouter(route_class=JsonRoute, tags=["vLLM"], responses=COMMON_ERRORS)
-
-CONTEXTS = 4  # so many context lengths are tokenized and detokenized
 
 ValidText = Annotated[str, AfterValidator(check_text)]
 
@@ -53,7 +52,7 @@ class UnloadLora(Body):
 _FORMS = {"prompt": "string", "messages": "array", "inputs": "string"}
 
 
-class Tokenize(Body):
+class Tokenize(ChatRendering):
     """Body of /tokenize: one of `prompt`, `messages` and LoRAX's `inputs`."""
 
     model_config = ConfigDict(
@@ -71,7 +70,6 @@ class Tokenize(Body):
     messages: Messages | None = None
     tools: Tools = Field(default=[])
     add_special_tokens: bool | None = None  # default: true for a prompt, false for a chat
-    add_generation_prompt: bool = True
     return_token_strs: bool = False
 
     @model_validator(mode="after")
@@ -82,11 +80,12 @@ class Tokenize(Body):
                 "prompt: give either prompt or messages, or inputs for LoRAX's answer",
                 param="prompt",
             )
-        if self.tools and self.messages is None:
-            raise InvalidRequestError(
-                "tools: stand in a chat's prompt alone; give messages, or remove them",
-                param="tools",
-            )
+        for name in ("tools", "documents", "chat_template_kwargs", "continue_final_message"):
+            if getattr(self, name) and self.messages is None:
+                raise InvalidRequestError(
+                    f"{name}: belongs to a chat's prompt alone; give messages, or remove it",
+                    param=name,
+                )
         return self
 
 
@@ -181,11 +180,11 @@ async def _tokens(services: Services, body: Tokenize) -> list[int]:
     tools_form(services.text, messages, body.tools)
     return await services.text.encode_chat(
         lambda: [message.for_template() for message in messages],
-        chat_length(messages, body.tools),
+        chat_length(messages, body.tools) + body.rendered_length,
         most=_most(services),
         param="messages",
         tools=lambda: [tool.for_template() for tool in body.tools],
-        add_generation_prompt=body.add_generation_prompt,
+        how=body.how,
         add_special_tokens=bool(body.add_special_tokens),
     )
 

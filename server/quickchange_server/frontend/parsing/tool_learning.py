@@ -312,11 +312,8 @@ def _with_kinds(turns: _Turns, form: Parameters) -> Parameters | None:
         found[written[: begun.start()]] = None
     if list(found) == [middle]:
         return form
-    middles: list[Middle] = [(middle, "text")]
-    for text_before in found:
-        if text_before != middle:
-            middles.append((text_before, "json"))
-    return replace(form, middles=tuple(middles))
+    others: list[Middle] = [(text, "json") for text in found if text != middle]
+    return replace(form, middles=((middle, "text"), *others))
 
 
 def _alike(first: str, second: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
+from pydantic import BeforeValidator, Field, SkipValidation, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
 from quickchange_server.api.openai.chat.tool_requests import (
@@ -15,6 +15,7 @@ from quickchange_server.api.openai.chat.tool_requests import (
     Tool,
     ToolChoice,
     Tools,
+    ValidText,
 )
 from quickchange_server.api.openai.requests import (
     MAX_LOGPROBS,
@@ -23,12 +24,22 @@ from quickchange_server.api.openai.requests import (
     GenerationRequest,
     wrong,
 )
-from quickchange_server.frontend.request_base import Body, Unsupported, asks_nothing
+from quickchange_server.frontend.request_base import (
+    Body,
+    Unsupported,
+    asks_nothing,
+    check_text,
+)
+from quickchange_server.frontend.templates.chat_template import MAX_ROLE, RESERVED, Rendering
 from quickchange_server.frontend.tokenizer import LONG_TEXT
 
 MAX_MESSAGES = 2_048  # OpenAI's limit
 MESSAGE_LENGTH = 40  # characters that count for a message besides its content
 MAX_PARTS = 2_048  # of one message's content
+MAX_DOCUMENTS = 1_024
+MOST_VARIABLES = 64  # of a chat template; fields of a document
+MAX_VARIABLES = 64 * 1024  # characters of them
+MAX_DEPTH = 32  # levels of one
 
 # Remedies for unsupported fields
 _TEXT_ONLY = "this server reads and writes text alone; remove it"
@@ -38,16 +49,15 @@ _TEXTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal"
 _PART_HINTS = ECHOED | {"type", "annotations", "id"}
 
 
-def join_parts(value: Any) -> str:
-    """A message's content as one string: itself, or its text parts joined by newlines."""
+def check_content(value: Any) -> str | list[str]:
+    """A message's content: a string, or the texts of its parts."""
     if isinstance(value, str):
-        value.encode()  # UnicodeEncodeError is a ValueError, which pydantic reports
-        return value
+        return check_text(value)
     if isinstance(value, list) and len(value) > MAX_PARTS:
         raise PydanticCustomError("content", f"has more than {MAX_PARTS} parts; join them")
     if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
         raise PydanticCustomError("content", "must be a string or a list of text parts")
-    return join_parts("\n".join(map(_part_text, value)))
+    return [check_text(_part_text(part)) for part in value]
 
 
 def _part_text(part: dict[str, Any]) -> str:
@@ -79,17 +89,26 @@ _PART: dict[str, Any] = {
     "additionalProperties": False,
 }
 Content = Annotated[
-    str,
-    BeforeValidator(join_parts),
+    SkipValidation[str | list[str]],
+    BeforeValidator(check_content),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": _PART}]}),
 ]
 
 
-_REASONING = frozenset({"reasoning", "reasoning_content", "reasoning_details"})
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+
+
+def _one_thought(value: Any) -> Any:
+    """A message's fields with its thought under one name; servers use several, all the same."""
+    if not isinstance(value, dict):
+        return value
+    thoughts = [text for text in map(value.get, _THOUGHTS) if isinstance(text, str)]
+    kept = {name: one for name, one in value.items() if name not in _THOUGHTS[1:]}
+    return {**kept, "reasoning_content": thoughts[0]} if thoughts else kept
 
 
 class Message(Body):
-    """One message of a chat. The role `developer` is served as `system`."""
+    """One message of a chat."""
 
     unsupported: ClassVar[Mapping[str, Unsupported]] = {
         "function_call": Unsupported("use tool_calls"),
@@ -97,11 +116,14 @@ class Message(Body):
         "audio": Unsupported(_TEXT_ONLY),
     }
     # What servers put beside a message, and clients send back with it.
-    hints = ECHOED | {"annotations", "parsed"} | _REASONING
+    hints = ECHOED | {"annotations", "parsed", "reasoning_details"}
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    role: Annotated[str, Field(min_length=1, max_length=MAX_ROLE)]
     content: Content | None = None
     name: str | None = None  # passed to the chat template
+    reasoning_content: str | None = (
+        None  # passed to templates that read it; `reasoning` is its alias
+    )
     tool_calls: list[MadeCall] = Field(default=[], max_length=MAX_TOOLS, fail_fast=True)
     tool_call_id: str | None = None
 
@@ -109,22 +131,38 @@ class Message(Body):
     def about_tools(self) -> bool:
         return bool(self.tool_calls) or self.role == "tool"
 
+    @property
+    def text(self) -> str:
+        """The content as one string."""
+        content = self.content or ""
+        return content if isinstance(content, str) else "\n".join(content)
+
     def for_template(self) -> dict[str, Any]:
+        content = self.content or ""
         message: dict[str, Any] = {
-            "role": "system" if self.role == "developer" else self.role,
-            "content": self.content or "",
+            "role": self.role,
+            "content": content
+            if isinstance(content, str)
+            else [{"type": "text", "text": text} for text in content],
         }
         if self.name is not None:
             message["name"] = self.name
+        if self.reasoning_content:
+            message["reasoning"] = self.reasoning_content
         if self.tool_calls:
             message["tool_calls"] = [call.for_template() for call in self.tool_calls]
         if self.tool_call_id is not None:
             message["tool_call_id"] = self.tool_call_id
         return message
 
+    @model_validator(mode="before")
+    @classmethod
+    def _name_thoughts(cls, value: Any) -> Any:
+        return _one_thought(value)
+
     @model_validator(mode="after")
     def _check_role(self) -> Self:
-        if self.content is None and self.role not in ("assistant", "tool"):
+        if self.content is None and self.role in ("system", "developer", "user"):
             raise PydanticCustomError("missing", "is required", {"field": "content"})
         if self.tool_calls and self.role != "assistant":
             raise PydanticCustomError(
@@ -141,7 +179,10 @@ class Message(Body):
 
 def chat_length(messages: Sequence[Message], tools: Sequence[Tool]) -> int:
     """Characters of a chat, about; tools count as a long text whatever their size."""
-    said = sum(len(message.content or "") + MESSAGE_LENGTH for message in messages)
+    said = sum(
+        len(message.text) + len(message.reasoning_content or "") + MESSAGE_LENGTH
+        for message in messages
+    )
     called = sum(len(c.function.arguments) for message in messages for c in message.tool_calls)
     return said + called + (LONG_TEXT if tools else 0)
 
@@ -149,7 +190,82 @@ def chat_length(messages: Sequence[Message], tools: Sequence[Tool]) -> int:
 Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 
 
-class ChatRequest(GenerationRequest):
+# --- how a chat is rendered ----------------------------------------------------------------------
+
+
+def _check_variables(value: Any) -> Any:
+    if not isinstance(value, dict):
+        raise PydanticCustomError("variables", "must be an object of the template's variables")
+    for name in RESERVED & value.keys():
+        raise PydanticCustomError("variables", "is set by the server; remove it", {"field": name})
+    size, parts = 0, [(value, 0)]
+    while parts:
+        part, depth = parts.pop()
+        size += len(check_text(part)) if isinstance(part, str) else 1
+        if size > MAX_VARIABLES or depth > MAX_DEPTH:
+            raise PydanticCustomError(
+                "variables",
+                "has more than {most} characters or {depth} levels; send less",
+                {"most": MAX_VARIABLES, "depth": MAX_DEPTH},
+            )
+        if isinstance(part, dict):
+            parts.extend((name, depth) for name in part)
+            parts.extend((one, depth + 1) for one in part.values())
+        elif isinstance(part, list):
+            parts.extend((one, depth + 1) for one in part[:MAX_VARIABLES])
+    return value
+
+
+Variables = Annotated[
+    dict[str, Any], BeforeValidator(_check_variables), Field(max_length=MOST_VARIABLES)
+]
+Document = Annotated[dict[str, ValidText], Field(max_length=MOST_VARIABLES)]
+Documents = Annotated[list[Document], Field(max_length=MAX_DOCUMENTS, fail_fast=True)]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+
+
+class ChatRendering(Body):
+    """The fields that say how a chat becomes a prompt."""
+
+    add_generation_prompt: bool | None = None  # default: unless continue_final_message
+    continue_final_message: bool = False
+    chat_template_kwargs: Variables = Field(default={})
+    documents: Documents = Field(default=[])
+    reasoning_effort: Effort | None = None
+
+    @property
+    def how(self) -> Rendering:
+        """The way to render the chat."""
+        variables = dict(self.chat_template_kwargs)
+        if self.reasoning_effort is not None:
+            variables.setdefault("reasoning_effort", self.reasoning_effort)
+            variables.setdefault("enable_thinking", self.reasoning_effort != "none")
+        begins = self.add_generation_prompt
+        return Rendering(
+            not self.continue_final_message if begins is None else begins,
+            self.continue_final_message,
+            self.documents,
+            variables,
+        )
+
+    @property
+    def rendered_length(self) -> int:
+        """Characters, about, that these fields add to a chat."""
+        documents = sum(len(text) for one in self.documents for text in one.values())
+        return documents + sum(map(len, map(str, self.chat_template_kwargs.values())))
+
+    @model_validator(mode="after")
+    def _check_rendering(self) -> Self:
+        if self.continue_final_message and self.add_generation_prompt:
+            raise wrong(
+                "continue_final_message",
+                "Cannot set both `continue_final_message` and `add_generation_prompt` to True; "
+                "set one of them",
+            )
+        return self
+
+
+class ChatRequest(ChatRendering, GenerationRequest):
     """Body of POST /v1/chat/completions."""
 
     unsupported: ClassVar[Mapping[str, Unsupported]] = {
@@ -161,17 +277,13 @@ class ChatRequest(GenerationRequest):
         "web_search_options": Unsupported("this server searches nothing; remove it"),
         "moderation": Unsupported(REMOVE),
         "chat_template": Unsupported(_RENDER),
-        "chat_template_kwargs": Unsupported(_RENDER, ({},)),
-        "add_generation_prompt": Unsupported(_RENDER, (True,)),
-        "continue_final_message": Unsupported(_RENDER, (False,)),
-        "add_special_tokens": Unsupported("the chat template writes them; remove it", (False,)),
-        "documents": Unsupported("put them into the messages", ([],)),
-        "echo": Unsupported(REMOVE, (False,)),
         "best_of": Unsupported("use n, and choose among the choices yourself", (1,)),
-        "prompt_logprobs": Unsupported(_RENDER),
     }
 
     messages: Messages
+    echo: bool = False  # the last message's text stands before the answer's, if the role is its
+    add_special_tokens: bool = False
+    include_reasoning: bool = True
     tools: Tools = Field(default=[])
     tool_choice: ToolChoice = ToolChoice(type="auto")
     parallel_tool_calls: bool = True
@@ -186,6 +298,12 @@ class ChatRequest(GenerationRequest):
     @property
     def wanted_logprobs(self) -> int | None:
         return self.top_logprobs if self.logprobs else None
+
+    @property
+    def echoed(self) -> str:
+        """What the answer's text begins with."""
+        last = self.messages[-1]
+        return last.text if self.echo and last.role == "assistant" else ""
 
     @property
     def offered_tools(self) -> list[Tool]:

@@ -6,7 +6,9 @@ import secrets
 import string
 from collections.abc import Callable, Sequence
 
-from quickchange_server.api.openai.responses import Shape, finite
+from quickchange_server.api.openai.chat.chat_requests import ChatRequest
+from quickchange_server.api.openai.responses import Shape, by_id, finite
+from quickchange_server.frontend.generation import Choice
 from quickchange_server.frontend.output_processor import Ending, LoggedToken, Piece
 from quickchange_server.frontend.parsing.message_reader import (
     CallPiece,
@@ -32,20 +34,31 @@ class ChatShape(Shape):
     object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def __init__(self, text: Text, logprobs: bool, reader: Callable[[], MessageReader]) -> None:
-        """`reader` makes one parser per choice."""
-        super().__init__(text, logprobs)
+    def __init__(
+        self, text: Text, body: ChatRequest, reader: Callable[[], MessageReader], *, splits: bool
+    ) -> None:
+        """`reader` makes one parser per choice. splits: it splits thoughts off."""
+        # Log-probabilities would tell thoughts that are left out.
+        shown = body.logprobs and (body.include_reasoning or not splits)
+        super().__init__(text, shown, as_ids=body.return_tokens_as_token_ids)
+        self._body = body
         self._reader = reader
-        self._streams: dict[int, MessageReader] = {}
+        self._splits = splits
+        self._readers: dict[int, MessageReader] = {}
         self._called: set[int] = set()  # choices with a call
 
     def choice(
         self, index: int, text: str, tokens: Sequence[LoggedToken], ending: Ending | None
     ) -> Json:
-        said = self._reader().push(text, final=True)
-        message: Json = {"role": "assistant", "content": said.content, "refusal": None}
+        reader = self._readers[index] = self._reader()
+        said = reader.push(text, final=True)
+        content: str | None = self._body.echoed + said.content
+        if said.reasoning:
+            content = content or None
+        message: Json = {"role": "assistant", "content": content, "refusal": None}
+        message |= self._thought(said)
         if said.calls:
-            message["content"] = said.content.strip() or None
+            message["content"] = (content or "").strip() or None
             message["tool_calls"] = _whole(said.calls)
         return {
             "index": index,
@@ -55,14 +68,21 @@ class ChatShape(Shape):
         }
 
     def opening(self, index: int) -> list[Json]:
-        delta = {"role": "assistant", "content": ""}
-        return [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}]
+        deltas = [{"role": "assistant", "content": ""}]
+        if self._body.echoed:
+            deltas.append({"content": self._body.echoed})
+        return [
+            {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+            for delta in deltas
+        ]
 
     def chunks(self, index: int, piece: Piece) -> list[Json]:
-        reader = self._streams.setdefault(index, self._reader())
+        reader = self._readers.get(index)
+        if reader is None:
+            reader = self._readers[index] = self._reader()
         said = reader.push(piece.text, final=piece.ending is not None)
-        delta = _delta(said)
-        if not delta and not piece.tokens and piece.ending is None:
+        delta = self._thought(said) | _delta(said)
+        if not delta and not (piece.tokens and self._logprobs) and piece.ending is None:
             return []
         if said.calls:
             self._called.add(index)
@@ -73,6 +93,20 @@ class ChatShape(Shape):
         # OpenAI's client counts a call as finished only if an event follows it.
         last = {"index": index, "delta": {}, "logprobs": None, "finish_reason": ending}
         return [{**shown, "finish_reason": None}, last]
+
+    def reasoning_tokens(self, choices: Sequence[Choice]) -> int | None:
+        if not self._splits:
+            return None
+        return sum(
+            choices[index].tokens_within(reader.reasoning_spans)
+            for index, reader in self._readers.items()
+        )
+
+    def _thought(self, said: MessagePiece) -> Json:
+        """The fields of a thought: vLLM's name, and the one that DeepSeek's clients read."""
+        if not said.reasoning or not self._body.include_reasoning:
+            return {}
+        return {"reasoning": said.reasoning, "reasoning_content": said.reasoning}
 
     def _content(self, tokens: Sequence[LoggedToken]) -> Json | None:
         if not self._logprobs:
@@ -86,7 +120,7 @@ class ChatShape(Shape):
     def _token(self, token_id: int, logprob: float) -> Json:
         raw = self._text.token_bytes(token_id)
         return {
-            "token": raw.decode(errors="replace"),
+            "token": by_id(token_id) if self._as_ids else raw.decode(errors="replace"),
             "logprob": finite(logprob),
             "bytes": list(raw),
         }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastapi import APIRouter, Request, Response
 
@@ -16,7 +16,9 @@ from quickchange_server.api.openai import request_selection
 from quickchange_server.api.openai.answering import Answer, envelope_of, respond
 from quickchange_server.api.openai.chat.chat_requests import ChatRequest, chat_length
 from quickchange_server.api.openai.chat.chat_responses import ChatShape
+from quickchange_server.api.openai.chat.thoughts import Thoughts
 from quickchange_server.api.openai.chat.tool_calling import Calls, with_tools
+from quickchange_server.api.openai.responses import TokenReport
 from quickchange_server.api.openapi.response_models import (
     ChatCompletion,
     ChatCompletionChunk,
@@ -38,13 +40,16 @@ class Chat:
     generation: Generation
     drafting: bool  # the usage counts draft tokens
     calls: Calls | None  # None: no tools
+    thoughts: Thoughts | None  # None: the model's chat template knows none
+    prompt: list[int]  # token ids
 
     def reader(self) -> MessageReader:
         """A new parser for one choice."""
-        if self.calls is None:
-            return MessageReader()
-        most = None if self.body.parallel_tool_calls else 1
-        return MessageReader(self.calls.reader(), most_calls=most)
+        return MessageReader(
+            None if self.calls is None else self.calls.reader(),
+            most_calls=None if self.body.parallel_tool_calls else 1,
+            thoughts=None if self.thoughts is None else self.thoughts.reader(),
+        )
 
 
 async def begin_chat(
@@ -65,14 +70,18 @@ async def begin_chat(
         order, calls = await asyncio.to_thread(with_tools, services.text, order)
     else:
         order, calls = with_tools(services.text, order)
+    form = await services.text.learn_reasoning()
+    if form is not None:
+        order = replace(order, shown=order.shown | services.text.special_of(form.marks))
     body = order.body
-    prompt = await services.text.encode_chat(
-        lambda: [message.for_template() for message in body.messages],
-        chat_length(body.messages, body.offered_tools),
-        most=services.engine.max_model_len,
-        param=param,
-        tools=lambda: [tool.for_template() for tool in body.offered_tools],
-    )
+    limit = services.engine.max_model_len
+    prompt = await chat_prompt(services, body, most=body.most_prompt_tokens(limit), param=param)
+    prompt = body.truncated(prompt, limit)
+    thoughts = None if form is None else Thoughts.of(services.text, form, body, prompt)
+    if thoughts is not None:
+        demanded = order.demanded or await request_selection.asked_of(body)
+        if demanded is not None:
+            order = replace(order, demanded=thoughts.before(services.text, demanded))
     generation = await request_selection.admit(
         services,
         order,
@@ -81,7 +90,21 @@ async def begin_chat(
         prompt_param=param,
         default_tokens=None,
     )
-    return Chat(body, generation, order.selection.drafting is not None, calls)
+    drafting = order.selection.drafting is not None
+    return Chat(body, generation, drafting, calls, thoughts, prompt)
+
+
+async def chat_prompt(services: Services, body: ChatRequest, *, most: int, param: str) -> list[int]:
+    """The token ids of a chat, `most` at most. Raises what `Text.encode_chat` raises."""
+    return await services.text.encode_chat(
+        lambda: [message.for_template() for message in body.messages],
+        chat_length(body.messages, body.offered_tools) + body.rendered_length,
+        most=most,
+        param=param,
+        tools=lambda: [tool.for_template() for tool in body.offered_tools],
+        how=body.how,
+        add_special_tokens=body.add_special_tokens,
+    )
 
 
 @router.post(
@@ -95,8 +118,10 @@ async def chat_completions(
     """Answer a chat."""
     request_id = f"chatcmpl-{uuid.uuid4().hex}"
     chat = await begin_chat(services, caller, body, request.headers, request_id=request_id)
-    shape = ChatShape(services.text, chat.body.logprobs, chat.reader)
-    envelope = envelope_of(services, chat.generation)
-    return await respond(
-        request, chat.body, Answer(envelope, shape, chat.generation, chat.drafting)
+    shape = ChatShape(services.text, chat.body, chat.reader, splits=chat.thoughts is not None)
+    report = TokenReport(
+        services.text, chat.body, [chat.prompt], chat.generation.choices, in_choices=False
     )
+    envelope = envelope_of(services, chat.generation)
+    answer = Answer(envelope, shape, report, chat.generation, chat.drafting)
+    return await respond(request, chat.body, answer)

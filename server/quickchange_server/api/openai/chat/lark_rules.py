@@ -11,7 +11,7 @@ from quickchange_server.frontend.parsing.tool_forms import OWN
 from quickchange_server.frontend.tokenizer import Text
 from quickchange_server.structured_output.grammar import JSON_FORM
 
-BLANKS = "BLANKS: /[ \\n]{1,2}/"
+BLANKS = "BLANKS: /[ \\n]{1,2}/\n"
 _OWN = "/[a-zA-Z0-9_-]{1,24}/"  # an id of a call
 
 
@@ -31,7 +31,7 @@ class LarkRules:
     def source(self, start: str, *more: str) -> str:
         """The grammar's source."""
         rules = [f"{name}: {body}" for name, body in self._rules.items()]
-        return "\n".join([f"start: {start}", *more, *rules, BLANKS, ""])
+        return "\n".join([f"start: {start}", *more, *rules, BLANKS])
 
     def literal(self, text: str) -> str:
         """A literal text: special tokens by their ids, and ids of calls as any."""
@@ -39,7 +39,7 @@ class LarkRules:
         for index, part in enumerate(text.split(OWN)):
             if index:
                 pieces.append(_OWN)
-            pieces.append(written(self._text.special_parts(part)))
+            pieces.append(lark_marks(self._text.special_parts(part)))
         return " ".join(piece for piece in pieces if piece)
 
     def begins_special(self, text: str) -> bool:
@@ -48,12 +48,17 @@ class LarkRules:
         return bool(parts) and isinstance(parts[0], int)
 
 
-def written(parts: Sequence[str | int]) -> str:
+def lark_marks(parts: Sequence[str | int]) -> str:
     """Parts of a text in Lark's syntax, special tokens by their ids."""
     return " ".join(
         f"<[{part}]>" if isinstance(part, int) else json.dumps(part, ensure_ascii=False)
         for part in parts
     )
+
+
+def lark_mark(text: Text, mark: str) -> str:
+    """A mark in Lark's syntax."""
+    return lark_marks(text.special_parts(mark))
 
 
 def json_rule(schema: Mapping[str, Any]) -> str:

@@ -48,10 +48,9 @@ def with_tools(text: Text, order: Order[ChatRequest]) -> tuple[Order[ChatRequest
     if form is None:
         return order, None
     calls = Calls(form, {tool.function.name: parameters_of(tool) for tool in body.offered_tools})
-    marks = [part for mark in form.marks for part in text.special_parts(mark)]
-    if any(isinstance(part, int) for part in marks):  # calls are recognised by special tokens
-        order = replace(order, body=body.model_copy(update={"skip_special_tokens": False}))
-    return replace(order, demanded=_demanded(text, form, body)), calls
+    shown = order.shown | text.special_of(form.marks)  # calls are recognised by them
+    demanded = _demanded(text, form, body)
+    return replace(order, demanded=demanded, shown=shown), calls
 
 
 def tools_form(text: Text, messages: Sequence[Message], tools: Sequence[Tool]) -> ToolForm | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from quickchange_server.api.openai.chat.lark_rules import LarkRules, json_rule, written
+from quickchange_server.api.openai.chat.lark_rules import LarkRules, json_rule, lark_marks
 from quickchange_server.api.openai.chat.parameter_grammars import UnkeptError, parameters_rule
 from quickchange_server.api.openai.chat.tool_requests import Tool
 from quickchange_server.errors import InvalidRequestError
@@ -62,9 +62,9 @@ def free_grammar(
     parts = text.special_parts(form.mark)
     special = next((at for at, part in enumerate(parts) if isinstance(part, int)), None)
     if special is None:
-        head = f"head[lazy]: ANY {written(parts)}"
+        head = f"head[lazy]: ANY {lark_marks(parts)}"
     else:  # no text can be mistaken for it
-        head = f"head: ANY {written(parts[special:])}"
+        head = f"head: ANY {lark_marks(parts[special:])}"
     return calls.rules.source(
         "call* rest" if parallel else "call | rest",
         f"call: head {behind}",
