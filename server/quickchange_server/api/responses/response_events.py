@@ -57,9 +57,11 @@ class OutputWriter:
             self._logprobs.clear()  # items of these kinds have none
         if said.reasoning and self._reasoned:
             yield from self._reason(said.reasoning)
+        for call in said.continued:
+            yield from self._continue_call(call)
         if said.content:
             yield from self._say(said.content)
-        for call in said.calls:
+        for call in said.begun:
             yield from self._continue_call(call)
         if piece.ending is not None:
             yield from self._finish(piece.ending)
