@@ -27,6 +27,7 @@ app = typer.Typer(
     help="Add, list, version and remove adapters.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,
 )
 
 StoreOption = Annotated[
@@ -40,6 +41,7 @@ ModelOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
+_SHOWN_LABELS = 20
 _COLUMNS = (
     *("NAME", "VERSION", "DIGEST", "KIND", "RANK"),
     *("TARGETS", "PARAMETERS", "SIZE", "CREATED"),
@@ -121,6 +123,7 @@ def show(
             _print_json(detail)
             return
         detail["turbo"] = _turbo_line(detail["turbo"])
+        detail["classifier"] = _classifier_line(detail["classifier"])
         _print_table(("FIELD", "VALUE"), [(key, _cell(value)) for key, value in detail.items()])
 
 
@@ -302,6 +305,7 @@ def _described(store: Store, version: Version) -> dict[str, Any]:
         "dtypes": list(info.dtypes),
         "bytes": info.size,
         "turbo": _turbo(info),
+        "classifier": None if info.classifier is None else asdict(info.classifier),
     }
 
 
@@ -337,6 +341,18 @@ def _turbo_line(turbo: dict[str, Any] | None) -> str:
     return (
         f"{line}; Medusa-1 has {turbo['medusa_parameters']:,} for as many heads, "
         f"{turbo['fewer_than_medusa']:.1f}x"
+    )
+
+
+def _classifier_line(classifier: dict[str, Any] | None) -> str:
+    """The classification head in words: how many classes, and what they are called."""
+    if classifier is None:
+        return "-"
+    labels = classifier["labels"]
+    more = f", … {len(labels) - _SHOWN_LABELS} more" if len(labels) > _SHOWN_LABELS else ""
+    return (
+        f"classes by {classifier['activation']}: {', '.join(labels[:_SHOWN_LABELS])}{more} "
+        f"({len(labels)} in all)"
     )
 
 

@@ -3,7 +3,7 @@
     lorax    adapter_config.json and adapter_model.safetensors for the LoRA, config.json and
              medusa_lm_head.safetensors for the heads: a Turbo LoRA has both
     vllm     the heads alone, as vLLM's Medusa
-    peft     the LoRA alone
+    peft     the LoRA alone, with its classification head where it has one
     turbo    as lorax, with the heads in Quickchange's own layout, which says all of them
 
 What a layout can't say is refused before anything is written.
@@ -79,9 +79,7 @@ def _steps(adapter: CanonicalAdapter, layout: ExportLayout, base: BaseSpec) -> l
     steps: list[_Step] = []
     if adapter.updates and layout is not ExportLayout.VLLM:
         check_peft(adapter.updates, base)
-        steps.append(
-            ("the LoRA", lambda to: write_peft(adapter.updates, to, base, adapter.base_name))
-        )
+        steps.append(("the LoRA", lambda to: write_peft(adapter, to, base)))
     if adapter.turbo is not None and layout is not ExportLayout.PEFT:
         steps.append(("the Turbo heads", _heads_writer(adapter, adapter.turbo, layout, base)))
     if not steps:

@@ -26,10 +26,11 @@ from quickchange_store.json_files import (
     UnreadableFileError,
     read_object,
 )
-from quickchange_store.names import Reference, check_name, parse_reference
+from quickchange_store.names import Reference, check_name, did_you_mean, parse_reference
 
 FORMAT = 1
 TURBO_FORMAT = 2  # some version has Turbo heads, which readers of format 1 would drop
+CLASSIFIER_FORMAT = 3  # some version has a classification head, which readers of 2 would drop
 MAX_INDEX_BYTES = 1 << 30
 LAST_SECOND = 253_402_300_799.0  # of the year 9999, behind which dates can't be shown
 
@@ -43,6 +44,7 @@ class Version:
     digest: str  # 64 hexadecimal digits
     created: float  # seconds since 1970
     turbo: bool = False  # True: it has Turbo heads
+    classifier: bool = False  # True: it has a classification head, and so generates nothing
 
     def __str__(self) -> str:
         return f"{self.name}@{self.number}"
@@ -81,10 +83,11 @@ class Index:
         try:
             return self.entries[name]
         except KeyError:
+            known = (*self.entries, *self.aliases)
+            otherwise = "add it with `quickchange adapters add`, or"
+            remedy = f"{did_you_mean(name, known, otherwise)} see `quickchange adapters list`"
             raise AdapterNotFoundError(
-                "no adapter has this name",
-                key=name,
-                remedy="add it with `quickchange adapters add`, or see `quickchange adapters list`",
+                "no adapter has this name", key=name, remedy=remedy
             ) from None
 
     def find(self, reference: Reference) -> Version:
@@ -144,14 +147,19 @@ def _select(entry: NameEntry, reference: Reference) -> Version:
 # --- changes: each gives a new value ------------------------------------------------------------
 
 
-def with_digest(entry: NameEntry | None, name: str, digest: str, *, turbo: bool) -> NameEntry:
-    """The entry with `digest` current: an old version of it, or a new one. `turbo`: has heads."""
+def with_digest(
+    entry: NameEntry | None, name: str, digest: str, *, turbo: bool, classifier: bool
+) -> NameEntry:
+    """The entry with `digest` current: an old version of it, or a new one.
+
+    `turbo`: it has Turbo heads; `classifier`: a classification head.
+    """
     versions: Mapping[int, Version] = {} if entry is None else entry.versions
     number = 1 if entry is None else entry.next_number
     for version in versions.values():
         if entry is not None and version.digest == digest:
             return replace(entry, current=version.number)
-    added = Version(name, number, digest, time.time(), turbo)
+    added = Version(name, number, digest, time.time(), turbo, classifier)
     return NameEntry({**versions, number: added}, current=number, next_number=number + 1)
 
 
@@ -251,6 +259,7 @@ def encode(index: Index) -> bytes:
                     "digest": v.digest,
                     "created": v.created,
                     **({"turbo": True} if v.turbo else {}),
+                    **({"classifier": True} if v.classifier else {}),
                 }
                 for v in entry.versions.values()
             },
@@ -265,8 +274,10 @@ def encode(index: Index) -> bytes:
         }
         for alias, target in index.aliases.items()
     }
-    heads = any(v.turbo for entry in index.entries.values() for v in entry.versions.values())
-    content = {"format": TURBO_FORMAT if heads else FORMAT, "names": names, "aliases": aliases}
+    every = [v for entry in index.entries.values() for v in entry.versions.values()]
+    number = TURBO_FORMAT if any(v.turbo for v in every) else FORMAT
+    number = CLASSIFIER_FORMAT if any(v.classifier for v in every) else number
+    content = {"format": number, "names": names, "aliases": aliases}
     return json.dumps(content, sort_keys=True).encode()
 
 
@@ -274,10 +285,10 @@ def decode(content: bytes, path: Path | str) -> Index:
     """The index from its JSON; `path` is for messages. Raises CorruptStoreError."""
     try:
         tree = read_object(content)
-        if tree.get("format") not in (FORMAT, TURBO_FORMAT):
+        if tree.get("format") not in (FORMAT, TURBO_FORMAT, CLASSIFIER_FORMAT):
             raise CorruptStoreError(
                 f"format {tree.get('format')!r} is not known to this version, which reads up to "
-                f"{TURBO_FORMAT}",
+                f"{CLASSIFIER_FORMAT}",
                 file=str(path),
                 key="format",
                 remedy="use the version of quickchange that wrote it",
@@ -317,6 +328,7 @@ class _StoredVersion(_Stored):
     digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     created: Annotated[float, Field(ge=0, le=LAST_SECOND)]
     turbo: bool = False
+    classifier: bool = False
 
 
 class _StoredName(_Stored):
@@ -343,7 +355,9 @@ def _entry(name: str, stored: _StoredName) -> NameEntry:
         number = Reference(name, text).number
         if number is None:
             raise ValueError(f"{name} has a version {text!r}, which is no number from 1")
-        versions[number] = Version(name, number, version.digest, version.created, version.turbo)
+        versions[number] = Version(
+            name, number, version.digest, version.created, version.turbo, version.classifier
+        )
     if stored.next <= max(versions):
         raise ValueError(f"{name} has the version {max(versions)}, and the next is {stored.next}")
     return NameEntry(versions, stored.current, stored.next)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
 from quickchange_store.canonical import turbo_bytes
+from quickchange_store.canonical.classifier_part import ClassActivation, ClassifierHead
 from quickchange_store.errors import BaseMismatchError, CorruptVersionError, InvalidAdapterError
 from quickchange_store.index import LAST_SECOND
 from quickchange_store.json_files import UnreadableFileError, read_file, read_object
@@ -42,6 +43,15 @@ class TurboInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class ClassifierInfo:
+    """Figures of a version's classification head."""
+
+    labels: tuple[str, ...]  # of the classes, by number
+    activation: ClassActivation
+    parameters: int
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterInfo:
     """Figures of a version. `base_name` and `source` are as given when it was first added."""
 
@@ -58,6 +68,7 @@ class AdapterInfo:
     source: Mapping[str, Any]
     kind: str = ""  # "LoRA", "bottleneck", …; unknown where an earlier release added it
     turbo: TurboInfo | None = None
+    classifier: ClassifierInfo | None = None
     base_hidden: int | None = None  # hidden size of the base that it was checked against
     base_vocabulary: int | None = None
 
@@ -134,6 +145,7 @@ def describe(
         source=dict(adapter.source),
         kind=_kind(adapter),
         turbo=None if adapter.turbo is None else _turbo(adapter.turbo),
+        classifier=None if adapter.classifier is None else _classifier(adapter.classifier),
         base_hidden=None if head is None else head.in_features,
         base_vocabulary=None if head is None else head.out_features,
     )
@@ -155,9 +167,15 @@ def _turbo(turbo: TurboHeads) -> TurboInfo:
     )
 
 
+def _classifier(head: ClassifierHead) -> ClassifierInfo:
+    return ClassifierInfo(head.labels, head.activation, head.parameters)
+
+
 def _kind(adapter: CanonicalAdapter) -> str:
     """The kind's usual name, from what the adapter computes."""
     updates = adapter.updates.values()
+    if adapter.classifier is not None:
+        return f"{_kind(replace(adapter, classifier=None))} classifier"
     if not updates:
         return "Turbo" if adapter.turbo is not None else "empty"
     if any(update.activation != "identity" or update.source != "input" for update in updates):

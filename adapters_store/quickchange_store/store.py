@@ -34,7 +34,7 @@ from quickchange_store.index import (
     without,
 )
 from quickchange_store.info import AdapterInfo, check_fit
-from quickchange_store.names import check_name, parse_reference
+from quickchange_store.names import check_name, did_you_mean, parse_reference
 from quickchange_store.places.locations import place_of
 from quickchange_store.places.place import (
     ADAPTER_FILE,
@@ -46,6 +46,7 @@ from quickchange_store.places.place import (
 
 if TYPE_CHECKING:
     from quickchange_store.canonical.canonical_adapter import BaseSpec, CanonicalAdapter
+    from quickchange_store.canonical.classifier_part import ClassifierHead
 
 GC_MIN_AGE = 3600.0  # seconds; longer than a reader takes between resolving and loading
 
@@ -174,6 +175,13 @@ class Store:
         info = self.info(digest)
         return canonical_adapter.load(path, base_name=info.base_name, source=dict(info.source))
 
+    def classifier(self, digest: str) -> ClassifierHead | None:
+        """The classification head of a version, without torch; None where it has none.
+
+        Raises as `load`.
+        """
+        return canonical_adapter.load_classifier(self._place.file(digest))
+
     def info(self, digest: str) -> AdapterInfo:
         """The figures of a version; reads no tensor.
 
@@ -197,12 +205,15 @@ class Store:
         """
         check_name(name)
         _refuse_alias(self._place.index(), name)
-        heads = adapter.turbo is not None
+        heads = {
+            "turbo": adapter.turbo is not None,
+            "classifier": adapter.classifier is not None,
+        }
         with self._place.staged(adapter, base) as staged:
 
             def named(index: Index) -> tuple[Index, Version]:
                 _refuse_alias(index, name)
-                entry = with_digest(index.entries.get(name), name, staged.digest, turbo=heads)
+                entry = with_digest(index.entries.get(name), name, staged.digest, **heads)
                 new = replace(index, entries={**index.entries, name: entry})
                 check_drafters(new)
                 return new, entry.versions[entry.current]
@@ -258,9 +269,9 @@ class Store:
 
         def unaliased(index: Index) -> tuple[Index, None]:
             if alias not in index.aliases:
-                raise AdapterNotFoundError(
-                    "no such alias", key=alias, remedy="see `quickchange adapters list`"
-                )
+                near = did_you_mean(alias, index.aliases)
+                remedy = f"{near} see `quickchange adapters list`".lstrip()
+                raise AdapterNotFoundError("no such alias", key=alias, remedy=remedy)
             kept = {name: target for name, target in index.aliases.items() if name != alias}
             return replace(index, aliases=kept), None
 

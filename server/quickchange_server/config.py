@@ -202,6 +202,23 @@ class Settings(BaseSettings):
         "replicas of PostgreSQL (postgresql+psycopg://...); default: SQLite in the store's folder, "
         "or on this machine where the store is a URL",
     )
+    store_responses: bool = Field(
+        False,
+        description="keep the responses of /v1/responses, with their input, in the database: "
+        "previous_response_id, retrieving, cancelling; off: nothing of them is kept",
+    )
+    store_responses_seconds: float = Field(
+        30 * 86_400.0,
+        gt=0,
+        le=1e10,
+        allow_inf_nan=False,
+        description="how long a stored response is kept after it was made or last continued",
+    )
+    store_responses_bytes: int = Field(
+        256 * 1024**2,
+        ge=1024,
+        description="stored responses of one tenant together; beyond it the oldest go first",
+    )
     api_keys: bool | None = Field(
         None,
         description="ask every request for an API key; default: only where the address is not "
@@ -219,6 +236,14 @@ class Settings(BaseSettings):
         None,
         description="origins, joined by commas, whose web pages may use the server "
         "(https://app.example); * for all, only where the server asks for keys",
+    )
+    vllm_metrics: bool = Field(
+        False,
+        description="tell the load in /metrics by vLLM's names too, which gateways read",
+    )
+    genai_metrics: bool = Field(
+        False,
+        description="tell requests in /metrics by OpenTelemetry's names for generative AI too",
     )
     open_metrics: bool = Field(
         False,

@@ -204,6 +204,7 @@ class Submit:
     drafting: Drafting | None = None  # None: no speculative decoding
     constraint: Constraint | None = None  # None: any text
     salt: str = ""  # requests share cached prefixes only under equal salts
+    cache_salt: str = ""  # the same, and shares all else with requests under its `salt`
     background: bool = False  # uses only capacity that other requests leave
     pooling: Pooling | None = None  # embed the prompt instead of generating
     seed: int = field(kw_only=True)  # a sampled token depends on it and its position alone
@@ -269,6 +270,7 @@ class Ready:
     dtype: str = "float32"  # what the base computes in
     adapter_dtype: str = "float32"  # what adapters are held in
     memory: str = ""  # table of what takes how much, for people
+    hidden_size: int = 0  # of the states that enter the LM head
 
 
 class TokenLogprobs(NamedTuple):
@@ -398,6 +400,7 @@ class AdapterMoved:
     seconds: float = 0.0  # duration of a load from the tier below
     bytes: int = 0  # bytes occupied on `tier`
     pinned: bool = False
+    rank: int = 0  # the highest of its updates
 
 
 @dataclass(frozen=True, slots=True)

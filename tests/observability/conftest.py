@@ -53,4 +53,5 @@ def observed(
     with prometheus(folder, tuple(instances.values()), authorization) as running:
         with under_load(served) as rounds:
             start, end = observe(LOAD_SECONDS, rounds)
+        running.scrape_no_more()
         yield Observed(running, start, end, instances)

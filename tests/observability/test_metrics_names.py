@@ -39,6 +39,8 @@ COUNTS = (  # gauges and histograms of things without a unit, named by what they
     "quickchange_requests_running",
     "quickchange_requests_waiting",
     "quickchange_tier_adapters",
+    "quickchange_adapter_resident",
+    "quickchange_adapter_info",
     "quickchange_engine_up",
     "_fds",
 )
@@ -53,6 +55,9 @@ class State:
 
     def __init__(self) -> None:
         self.residency = AdapterStatus()
+
+    def adapters_in_flight(self) -> tuple[frozenset[str], frozenset[str]]:
+        return frozenset({"orders"}), frozenset()
 
 
 def make_metrics(adapters: int = 100) -> Metrics:

@@ -16,6 +16,7 @@ from prometheus_support import Observed, rules
 from quickchange_server.frontend.caller import ANYONE
 from quickchange_server.frontend.request_observers import Assignment, Completed, Opened
 from quickchange_server.observability.tracing import attributes_of
+from quickchange_server.protocol import SamplingParams
 
 DOCS = Path(__file__).parents[2] / "docs" / "monitoring.md"
 ROW = re.compile(r"^\| `(quickchange_\w+)` \| (\w+) \| (.*) \| (.+) \|$", re.MULTILINE)
@@ -28,7 +29,18 @@ ONLY_IN_CLUSTERS = (
     "quickchange_stream_resumes_total",
     "quickchange_stream_pause_seconds",
 )
-OPENED = Opened("cmpl-1", ANYONE, "m", "orders", 7, 20, 1, 0.0, Assignment("e", "a", "u", "hash"))
+OPENED = Opened(
+    "cmpl-1",
+    ANYONE,
+    "m",
+    "orders",
+    7,
+    20,
+    1,
+    0.0,
+    Assignment("e", "a", "u", "hash"),
+    sampling=SamplingParams(seed=1),
+)
 
 
 def section(title: str) -> str:

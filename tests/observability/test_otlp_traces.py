@@ -23,11 +23,23 @@ from quickchange_server.errors import SettingError
 from quickchange_server.frontend.caller import ANYONE
 from quickchange_server.frontend.request_observers import Assignment, Completed, Opened
 from quickchange_server.observability.tracing import Traces, address
+from quickchange_server.protocol import SamplingParams
 from quickchange_store.store import Store
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 UNSAMPLED = PARENT[:-2] + "00"
-OPENED = Opened("cmpl-1", ANYONE, "canary", "orders", 7, 20, 2, at=1_700_000_000.25)
+OPENED = Opened(
+    "cmpl-1",
+    ANYONE,
+    "canary",
+    "orders",
+    7,
+    20,
+    2,
+    at=1_700_000_000.25,
+    digests=("a" * 64,),
+    sampling=SamplingParams(seed=1),
+)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +75,11 @@ def test_a_completion_is_one_span_with_its_adapter_and_tokens(
 ) -> None:
     live, received = traced
     body = {"model": "orders", "prompt": "abcde", "max_tokens": 6, "n": 2}
-    answer = live.post("/v1/completions", body).json()
+    body |= {"temperature": 0.5, "top_p": 0.25, "top_k": 7, "seed": 3, "stop": ["secret"]}
+    headers = {"x-request-id": "edge:7f3a"}
+    sent = live.http.post("/v1/completions", json=body, headers=headers)
+    answer, digest = sent.json(), live.store.resolve("orders").digest
+    assert sent.headers["x-quickchange-adapter"] == digest
     span, attributes = span_of(received, answer["id"])
     assert span.name == "text_completion orders"
     assert span.kind == Span.SPAN_KIND_SERVER
@@ -76,12 +92,22 @@ def test_a_completion_is_one_span_with_its_adapter_and_tokens(
         "gen_ai.request.model": "orders",
         "gen_ai.request.max_tokens": 12,
         "gen_ai.request.choice.count": 2,
+        "gen_ai.request.stream": False,
+        "gen_ai.request.temperature": 0.5,
+        "gen_ai.request.top_p": 0.25,
+        "gen_ai.request.top_k": 7,
+        "gen_ai.request.frequency_penalty": 0.0,
+        "gen_ai.request.presence_penalty": 0.0,
+        "gen_ai.request.seed": 3,
+        "gen_ai.response.model": f"orders@{digest[:12]}",
         "gen_ai.response.id": answer["id"],
         "gen_ai.response.finish_reasons": ["length"],
         "gen_ai.usage.input_tokens": 5,
         "gen_ai.usage.output_tokens": 12,
         "gen_ai.usage.cache_read.input_tokens": 0,
         "quickchange.adapter": "orders",
+        "quickchange.adapter.digests": [digest],
+        "quickchange.request_id": "edge:7f3a",
         "quickchange.tenant": "default",
         "quickchange.drafted_tokens": 0,
         "quickchange.accepted_tokens": 0,

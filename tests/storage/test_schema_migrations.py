@@ -34,7 +34,7 @@ def test_opening_again_changes_nothing(database_url: str) -> None:
     opened_and_closed(database_url)
 
 
-@pytest.mark.parametrize("domain", ["storage", "tenants", "experiments"])
+@pytest.mark.parametrize("domain", ["storage", "tenants", "experiments", "responses"])
 def test_a_database_that_has_a_part_of_the_migrations_gets_the_others_and_keeps_its_rows(
     database_url: str, domain: str
 ) -> None:
@@ -44,6 +44,7 @@ def test_a_database_that_has_a_part_of_the_migrations_gets_the_others_and_keeps_
         "storage": ("revisions", "('t', 7)"),
         "tenants": ("usage", "(0, 't', 'k', 'a', 'p', 1, 2, 3, 4, 5)"),
         "experiments": ("experiments", "('i', 'n', 1, '{}')"),
+        "responses": ("stored_responses", "('i', 't', 'k', NULL, 1, 1, '{}')"),
     }[domain]
     engine = create_engine(database_url)
     with engine.begin() as connection:

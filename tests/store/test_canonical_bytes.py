@@ -159,8 +159,8 @@ def test_a_file_of_another_format_is_refused(tmp_path: Path) -> None:
     content = to_bytes(CanonicalAdapter("L", "b", {"m": gain(2, torch.float32)}))
     assert content.count(b'\\"format\\":2') == 1
     path = tmp_path / "adapter.safetensors"
-    path.write_bytes(content.replace(b'\\"format\\":2', b'\\"format\\":4'))
-    with pytest.raises(CorruptVersionError, match="format 4"):
+    path.write_bytes(content.replace(b'\\"format\\":2', b'\\"format\\":9'))
+    with pytest.raises(CorruptVersionError, match="format 9"):
         canonical_adapter.load(path)
 
 

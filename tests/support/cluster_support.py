@@ -35,6 +35,9 @@ class Replica:
             self.metrics.engine_started(READY)
             self.metrics.state(STATS)
 
+    def adapters_in_flight(self) -> tuple[frozenset[str], frozenset[str]]:
+        return frozenset({"orders"}), frozenset({"tickets"})
+
     def work(self, requests: int = 1, adapter: str = "orders") -> None:
         """Some requests, each with a step."""
         self._snapshot = None
@@ -70,6 +73,8 @@ class Replica:
             residency,
             running=STATS.running if engine else 0,
             waiting=STATS.waiting if engine else 0,
+            running_adapters=self.adapters_in_flight()[0] if engine else (),
+            waiting_adapters=self.adapters_in_flight()[1] if engine else (),
             kv_share=0.3125 if engine else 0.0,
             step_seconds=0.02 if engine else 0.0,
             metrics=self._snapshot,

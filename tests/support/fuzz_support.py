@@ -34,7 +34,12 @@ GENERATING = frozenset(
     {
         "/v1/completions",
         "/v1/chat/completions",
+        "/v1/responses",
         "/v1/embeddings",
+        "/pooling",
+        "/classify",
+        "/score",
+        "/rerank",
         "/generate",
         "/generate_stream",
         "/invocations",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -45,12 +46,21 @@ class Prometheus:
     """A running one."""
 
     http: httpx.Client
+    config: Path
+    process_id: int
 
     def ask(self, path: str, **params: str | float) -> Any:
         answer = self.http.get(path, params=params)
         told = answer.json()
         assert told["status"] == "success", (params, told)
         return told["data"]
+
+    def scrape_no_more(self) -> None:
+        """Keep what is there; the other tests need the machine."""
+        config = yaml.safe_load(self.config.read_text())
+        self.config.write_text(yaml.safe_dump({**config, "scrape_configs": []}))
+        os.kill(self.process_id, signal.SIGHUP)  # read it again
+        wait_until(lambda: not self.ask("/api/v1/targets")["activeTargets"])
 
     def at(self, expression: str, when: float) -> list[float]:
         """All values of an expression at one time."""
@@ -124,7 +134,7 @@ def prometheus(
         with httpx.Client(base_url=f"http://{address}", timeout=10.0) as http:
             wait_until(lambda: process.poll() is not None or _ready(http))
             assert process.poll() is None, (folder / "log").read_text()
-            running = Prometheus(http)
+            running = Prometheus(http, config, process.pid)
             wait_until(lambda: running.at("up", time.time()) == [1.0] * len(targets))
             yield running
     finally:

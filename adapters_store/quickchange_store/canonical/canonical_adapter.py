@@ -15,8 +15,8 @@ computes: the architecture, the modules, their tensors (dtype included) and scal
 `source` only say where an adapter came from. They are not in the bytes, so the same weights
 imported from two paths or by two tools are one version and share every cache. The digest of an
 adapter is the SHA-256 of these bytes. Defaults are not written, so a plain LoRA stays format 1;
-anything more makes it format 2, and Turbo heads (`turbo_bytes`) format 3, which older readers
-refuse instead of dropping a part.
+anything more makes it format 2, Turbo heads (`turbo_bytes`) format 3 and a classification head
+(`classifier_part`) format 4, which older readers refuse instead of dropping a part.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, Protocol, get_args
 
-from quickchange_store.canonical import turbo_bytes
+from quickchange_store.canonical import classifier_part, turbo_bytes
+from quickchange_store.canonical.classifier_part import ClassifierHead, Floats
 from quickchange_store.canonical.turbo_bytes import TurboLayout
 from quickchange_store.errors import CorruptVersionError, InvalidAdapterError
 
@@ -47,6 +48,7 @@ SOURCES: tuple[Source, ...] = get_args(Source)
 PLAIN_FORMAT = 1  # A, B, scale and bias alone
 FULL_FORMAT = 2
 TURBO_FORMAT = 3
+CLASSIFIER_FORMAT = 4
 METADATA_KEY = "quickchange"  # one key only: a header's keys have no guaranteed order
 DTYPES = {"torch.float32": "F32", "torch.bfloat16": "BF16", "torch.float16": "F16"}
 # The most that a number of an adapter may be, and by which an update may multiply its input. With
@@ -259,12 +261,14 @@ class CanonicalAdapter:
     updates: dict[str, LowRankUpdate]
     source: dict[str, Any] = field(default_factory=dict)  # format, recipe: informal, as base_name
     turbo: TurboHeads | None = None  # the heads that draft for it
+    classifier: ClassifierHead | None = None  # classifies texts by their last hidden state
 
     @property
     def parameters(self) -> int:
-        """Number of stored values, Turbo heads included."""
+        """Number of stored values, those of heads included."""
         updates = sum(t.numel() for u in self.updates.values() for t in u.tensors.values())
-        return updates + (0 if self.turbo is None else turbo_bytes.parameters(self.turbo))
+        heads = 0 if self.turbo is None else turbo_bytes.parameters(self.turbo)
+        return updates + heads + (0 if self.classifier is None else self.classifier.parameters)
 
     @property
     def max_rank(self) -> int:
@@ -326,9 +330,40 @@ def load(
             }
             layout = header.turbo
             turbo = None if layout is None else turbo_bytes.assemble(layout, file.get_tensor)
+            classifier = _classifier(
+                path, header, names, lambda name: file.get_tensor(name).numpy()
+            )
     except (SafetensorError, OSError, InvalidAdapterError) as error:
         raise _corrupt(path, str(error)) from error
-    return CanonicalAdapter(header.architecture, base_name, updates, source or {}, turbo)
+    return CanonicalAdapter(
+        header.architecture, base_name, updates, source or {}, turbo, classifier
+    )
+
+
+def load_classifier(path: Path) -> ClassifierHead | None:
+    """The classification head in an adapter's file, without torch; None where it has none.
+
+    Raises as `load`.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            header = _parse_metadata(path, file.metadata())
+            return _classifier(path, header, set(file.keys()), file.get_tensor)
+    except (SafetensorError, OSError, InvalidAdapterError) as error:
+        raise _corrupt(path, str(error)) from error
+
+
+def _classifier(
+    path: Path, header: _Header, names: set[str], tensor: Callable[[str], Floats]
+) -> ClassifierHead | None:
+    if header.classifier is None:
+        return None
+    try:
+        return classifier_part.assemble(header.classifier, names, tensor)
+    except (KeyError, TypeError) as error:
+        raise _corrupt(path, f"the classification head's entry is damaged: {error!r}") from error
 
 
 def file_digest(path: Path, pause: Callable[[], None] | None = None) -> str:
@@ -353,6 +388,8 @@ def _chunks(adapter: CanonicalAdapter) -> Iterator[bytes]:
     import torch
 
     layout, heads = (None, {}) if adapter.turbo is None else turbo_bytes.parts(adapter.turbo)
+    if adapter.classifier is not None:
+        heads |= {n: torch.from_numpy(t) for n, t in adapter.classifier.tensors.items()}
     tensors = _ordered(adapter, heads)
     _check_numbers(adapter, tensors)
     yield _header(adapter, layout, tensors)
@@ -410,9 +447,10 @@ def _ordered(
     clash = updates.keys() & heads.keys()
     if clash:
         raise InvalidAdapterError(
-            "a module and the Turbo heads have a tensor of this name",
+            "a module and the adapter's heads have a tensor of this name",
             key=min(clash),
-            remedy="rename the module: no path of the base model may begin with turbo.",
+            remedy="rename the module: no path of the base model may begin with turbo., or be "
+            "classifier",
         )
     named = {**updates, **heads}
     for name, tensor in named.items():
@@ -449,6 +487,9 @@ def _header(
     if layout is not None:
         content["format"] = TURBO_FORMAT
         content["turbo"] = layout.encode()
+    if adapter.classifier is not None:
+        content["format"] = CLASSIFIER_FORMAT
+        content["classifier"] = adapter.classifier.encode()
     header: dict[str, Any] = {"__metadata__": {METADATA_KEY: _json(content)}}
     offset = 0
     for name, tensor in tensors:
@@ -475,22 +516,25 @@ class _Header:
     activations: dict[str, Activation]
     sources: dict[str, Source]
     turbo: TurboLayout | None
+    classifier: Mapping[str, Any] | None  # its entry, not yet checked
 
 
 def _parse_metadata(path: Path, metadata: dict[str, str] | None) -> _Header:
     """The parsed header; LowRankUpdate checks its activations and sources."""
     try:
         header = json.loads((metadata or {})[METADATA_KEY])
-        known = (PLAIN_FORMAT, FULL_FORMAT, TURBO_FORMAT)
+        known = (PLAIN_FORMAT, FULL_FORMAT, TURBO_FORMAT, CLASSIFIER_FORMAT)
         if header["format"] not in known:
             raise _corrupt(path, f"format {header['format']}, known are {list(known)}")
-        has_heads = header["format"] == TURBO_FORMAT
+        classifies = header["format"] == CLASSIFIER_FORMAT
+        has_heads = header["format"] == TURBO_FORMAT or (classifies and "turbo" in header)
         return _Header(
             architecture=str(header["architecture"]),
             scales={str(module): float(scale) for module, scale in header["scales"].items()},
             activations=dict(header.get("activations", {})),
             sources=dict(header.get("sources", {})),
             turbo=TurboLayout.decode(header["turbo"]) if has_heads else None,
+            classifier=dict(header["classifier"]) if classifies else None,
         )
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise _corrupt(path, f"the header lacks {METADATA_KEY!r}: {error!r}") from error

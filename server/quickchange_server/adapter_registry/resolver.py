@@ -6,27 +6,38 @@ to the name meanwhile. HTTP and the engine are not known here.
 
 from __future__ import annotations
 
+import asyncio
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from threading import Lock
+
+from cachetools import LRUCache, cached
 
 from quickchange_server.adapter_registry.visibility import Sees, everything, reachable, seen
 from quickchange_server.config import Settings
-from quickchange_server.errors import ForbiddenError, InvalidRequestError, UnknownModelError
-from quickchange_server.frontend.request_base import MAX_COMPONENTS, close_matches
+from quickchange_server.errors import (
+    AdapterFailedError,
+    ForbiddenError,
+    InvalidRequestError,
+    UnknownModelError,
+)
+from quickchange_server.frontend.request_base import MAX_COMPONENTS
 from quickchange_server.protocol import LOOKUP, Component, Drafting
 from quickchange_store.base_model.base_source import base_name
-from quickchange_store.errors import StoreError
+from quickchange_store.canonical.classifier_part import ClassifierHead
+from quickchange_store.errors import AdapterNotFoundError, CorruptVersionError, StoreError
 from quickchange_store.index import Version
 from quickchange_store.info import AdapterInfo
-from quickchange_store.names import parse_reference
+from quickchange_store.names import did_you_mean, parse_reference
 from quickchange_store.store import Store
 
 BASE_LABEL = "base"  # neither label can be an adapter's name
 COMPOSITION_LABEL = "+"
 AUTO, OFF = "auto", "off"  # values of `turbo` besides LOOKUP and names; reserved as names
 KNOWN_VERSIONS = 4096  # versions whose info is cached
+HEADS_BYTES = 256 * 2**20  # of cached classification heads
 # What clients made for servers of one model send for it; the base, unless an adapter is named so.
 PLACEHOLDERS = frozenset({"", "dummy", "tgi"})
 
@@ -56,6 +67,16 @@ class Selection:
     label: str  # for metrics: the adapter's name without version, or one of the labels above
     drafting: Drafting | None = None  # None: no speculative decoding
     drafter: str | None = None  # for metrics: name of the adapter whose heads draft
+    classifiers: frozenset[str] = frozenset()  # those of its adapters that classify, by digest
+
+    def check_generates(self) -> None:
+        """Raise InvalidRequestError if an adapter of it was trained to classify texts."""
+        if self.classifiers:
+            raise InvalidRequestError(
+                f"model: {self.model!r} is served with an adapter that classifies texts and "
+                "generates none; send them to /classify or /score, or name another adapter",
+                param="model",
+            )
 
 
 def base_names(settings: Settings) -> tuple[str, ...]:
@@ -76,14 +97,18 @@ class Catalog:
         adapters: bool = True,
         turbo: bool = True,
         prompt_lookup: bool = True,
+        further: Callable[[], Iterable[str]] = tuple,
     ) -> None:
+        """`further`: what else requests may name, for those who misspell it."""
         self._store = store
+        self._further = further
         self._adapters = adapters
         self._turbo = turbo
         self._lookup = prompt_lookup
         self.base_names = names
         # `Store.info`, cached: a digest's content never changes.
         self.info: Callable[[str], AdapterInfo] = lru_cache(KNOWN_VERSIONS)(store.info)
+        self._heads = cached(LRUCache(HEADS_BYTES, _size), lock=Lock())(store.classifier)
 
     @property
     def base_name(self) -> str:
@@ -91,6 +116,30 @@ class Catalog:
 
     def is_base(self, name: str) -> bool:
         return name in self.base_names
+
+    async def classifier(self, selection: Selection) -> ClassifierHead:
+        """The head that classifies for a selection. Raises InvalidRequestError where it has none,
+        AdapterFailedError where it can't be read, and StoreUnavailableError."""
+        named = f"model: {selection.model!r}"
+        if not selection.classifiers:
+            raise InvalidRequestError(
+                f"{named} has no classification head; name an adapter that was trained with one "
+                "(PEFT's SEQ_CLS), which GET /v1/models marks, or use /v1/embeddings",
+                param="model",
+            )
+        only, *more = selection.adapters
+        if more or only.weight != 1:
+            raise InvalidRequestError(
+                "adapters: a classification head reads the states of its own adapter alone, at "
+                "the weight 1; name that adapter as model",
+                param="adapters",
+            )
+        try:
+            head = await asyncio.to_thread(self._heads, only.digest)
+        except (CorruptVersionError, AdapterNotFoundError) as error:
+            raise AdapterFailedError(f"{named}: {error}", param="model") from error
+        assert head is not None
+        return head
 
     def select(
         self,
@@ -127,7 +176,10 @@ class Catalog:
     def _alone(self, model: str, version: Version) -> Selection:
         if self._only_drafts(version):  # the base itself, with its prefix cache
             return Selection(model, (), BASE_LABEL)
-        return Selection(model, (Component(version.digest),), version.name)
+        adapters = (Component(version.digest),)
+        return Selection(
+            model, adapters, version.name, classifiers=_classifiers(adapters, [version])
+        )
 
     def _only_drafts(self, version: Version) -> bool:
         """True if the version holds Turbo heads and nothing that changes the model."""
@@ -147,14 +199,17 @@ class Catalog:
                 param="adapters",
             )
         weights: dict[str, float] = {}
-        names: set[str] = set()
+        versions: list[Version] = []
         for index, entry in enumerate(composition):
             version = self._term(entry.name, sees, param=f"adapters[{index}].id")
             weights[version.digest] = weights.get(version.digest, 0.0) + entry.weight
-            names.add(version.name)
+            versions.append(version)
         components = _components(weights)
+        names = {version.name for version in versions}
         label = names.pop() if len(names) == 1 else COMPOSITION_LABEL
-        return Selection(model, components, label if components else BASE_LABEL)
+        label = label if components else BASE_LABEL
+        classifiers = _classifiers(components, versions)
+        return Selection(model, components, label, classifiers=classifiers)
 
     def _term(self, reference: str, sees: Sees, *, param: str) -> Version:
         """The version named by one entry of a composition."""
@@ -186,13 +241,14 @@ class Catalog:
     ) -> UnknownModelError:
         """The error for a name, with those that are spelled much like it and the caller sees."""
         there = seen(self._store.snapshot(), sees)
-        known = (*self.base_names, *there.entries, *there.aliases)
+        further = (each for each in self._further() if sees(each))
+        known = (*self.base_names, *there.entries, *there.aliases, *further)
         name = reference.partition("@")[0]
         if name in known:  # it has no such version; the store says which it has
             why = f": {error}"
         else:
-            near = close_matches(reference, known)
-            why = f"; did you mean {near[0]!r}?" if near else "."
+            near = did_you_mean(name, known)
+            why = f"; {near}" if near else "."
         return UnknownModelError(
             f"{param}: there is no model {reference!r}{why} GET /v1/models lists what there is",
             param=param,
@@ -232,6 +288,17 @@ class Catalog:
                 f'leave the field out, or send "{OFF}"',
                 param="turbo",
             )
+
+
+def _classifiers(components: Iterable[Component], versions: Iterable[Version]) -> frozenset[str]:
+    """Digests of those components that have a classification head."""
+    classify = {version.digest for version in versions if version.classifier}
+    return frozenset(c.digest for c in components if c.digest in classify)
+
+
+def _size(head: ClassifierHead | None) -> int:
+    """Bytes of a head in the cache."""
+    return 0 if head is None else sum(tensor.nbytes for tensor in head.tensors.values())
 
 
 def _components(weights: dict[str, float]) -> tuple[Component, ...]:

@@ -32,6 +32,7 @@ class AdapterEntry:
     job: LoadJob = LoadJob.NONE
     demand: Mapping[int, int] | None = None  # pages by size, once an image was built
     nbytes: int = 0  # size of the image and of the pages, known with `demand`
+    rank: int = 0  # known with `demand`
     pinned: bool = False
     forgotten: bool = False
     prefetch: Literal["device", "host"] | None = None
@@ -57,7 +58,7 @@ class AdapterEntry:
     def keep_image(self, image: AdapterImage, clock: int) -> None:
         """Keep the host image that was loaded."""
         self.image, self.demand, self.nbytes = image, image.demand, image.nbytes
-        self.used = clock
+        self.rank, self.used = image.rank, clock
 
     def pin(self, pinned: bool) -> None:
         """Pin or unpin; a pin revokes `forget`."""

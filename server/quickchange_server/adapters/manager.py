@@ -453,7 +453,9 @@ class Residency:
         """Note that an entry has come to its present tier."""
         tier = entry.tier
         size = 0 if tier == "disk" else entry.nbytes
-        self._events.append(AdapterMoved(entry.digest, tier, reason, seconds, size, entry.pinned))
+        self._events.append(
+            AdapterMoved(entry.digest, tier, reason, seconds, size, entry.pinned, entry.rank)
+        )
 
 
 class NoAdapters:

@@ -124,6 +124,7 @@ class AdapterImage:
     shift: npt.NDArray[np.float32]  # [L, 8]
     kind: npt.NDArray[np.int32]  # [L] PageKind
     heads: HeadLayout | None  # describes the heads' pages; None: there are none
+    rank: int = 0  # the highest of the updates
     digest: str = ""  # of the adapter's version in the store, if it is of one
 
     @property
@@ -250,6 +251,7 @@ def build_image(
         shift=shift,
         kind=np.array([page.kind for page in updates], dtype=np.int32),
         heads=layout,
+        rank=max((update.rank for update in adapter.updates.values()), default=0),
     )
 
 

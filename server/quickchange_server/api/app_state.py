@@ -31,6 +31,7 @@ from quickchange_server.observability.experiment_metrics import ExperimentMetric
 from quickchange_server.observability.metrics import Metrics
 from quickchange_server.protocol import Ready
 from quickchange_server.storage.database import Database
+from quickchange_server.storage.responses.stored_responses import StoredResponses
 from quickchange_server.storage.revisions import Revisions
 from quickchange_server.structured_output.validator import ConstraintChecks
 from quickchange_server.tenants.keyring import Keyring
@@ -62,6 +63,7 @@ class Services:
     experiment_metrics: ExperimentMetrics
     shadows: Shadows
     promotions: Promotions
+    responses: StoredResponses | None = None  # None: none are kept
     keyring: Keyring | None = None  # None: no request needs an API key
     books: tuple[Bookkeeper, ...] = ()
     cluster: Cluster | None = None  # None: a single machine

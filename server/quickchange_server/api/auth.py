@@ -80,7 +80,7 @@ class CallerMiddleware:
             try:
                 scope.setdefault("state", {})["caller"] = _caller(scope)
             except UnauthenticatedError as error:
-                response = await refused(scope, receive, error)
+                response = refused(Request(scope, receive), error)
                 response.headers["WWW-Authenticate"] = "Bearer"
                 await response(scope, receive, send)
                 return

@@ -12,6 +12,7 @@ import ipaddress
 import re
 
 from starlette.datastructures import Headers
+from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from quickchange_server.api.app_state import Services
@@ -26,6 +27,7 @@ _ELSEWHERE = ("cross-site", "same-site")  # a site's other ports are the same si
 EXPOSED = (  # response headers that a page of an allowed origin may read
     "x-request-id",
     "retry-after",
+    "x-quickchange-adapter",
     "x-quickchange-experiment",
     "x-quickchange-variant",
 )
@@ -44,7 +46,7 @@ class BrowserMiddleware:
         if scope["type"] == "http" and _unprotected(scope):
             problem = self._problem(scope["method"], Headers(scope=scope))
             if problem is not None:
-                response = await refused(scope, receive, ForbiddenError(problem))
+                response = refused(Request(scope, receive), ForbiddenError(problem))
                 await response(scope, receive, send)
                 return
         await self._app(scope, receive, send)

@@ -1,7 +1,7 @@
 """Error responses in OpenAI's form, `{"error": {"message", "type", "param", "code"}}`.
 
-All routes use them, validation included, except where `lorax/errors.py` has LoRAX's form. Messages
-reveal nothing of the server's internals.
+All routes use them, validation included, except where another API's `Surface` has a form of its
+own. Messages reveal nothing of the server's internals.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from shutil import disk_usage
 from typing import Any
@@ -19,7 +20,6 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.types import Receive, Scope
 
 from quickchange_server.config import local_folder
 from quickchange_server.errors import (
@@ -33,6 +33,7 @@ from quickchange_server.errors import (
     UnsupportedParameterError,
 )
 from quickchange_server.frontend.request_base import UNKNOWN, UNSUPPORTED
+from quickchange_server.observability.gateways.request_ids import current
 from quickchange_store.errors import (
     AdapterNotFoundError,
     CorruptStoreError,
@@ -51,6 +52,14 @@ CLIENT_CLOSED_REQUEST = 499  # nginx's status for it
 
 class ClientGoneError(Exception):
     """The client closed the connection before the answer."""
+
+
+@dataclass(frozen=True)
+class Surface:
+    """The requests of another API than OpenAI's, and its form of errors."""
+
+    covers: Callable[[Request], bool]
+    refusal: Callable[[Request, QuickchangeError, int | None], Response]  # int: the status, if set
 
 
 def error_body(error: QuickchangeError) -> dict[str, Any]:
@@ -74,23 +83,25 @@ def shortened(text: str) -> str:
 
 def error_response(error: QuickchangeError, status: int | None = None) -> Response:
     """The response for an error; `status` overrides its own."""
+    return refusal_response(error_body(error), error, status or error.status)
+
+
+def refusal_response(body: Mapping[str, Any], error: QuickchangeError, status: int) -> Response:
+    """A response with an error's body, and when to come again."""
     headers = {}
     if error.retry_after is not None:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
-    return _response(error_body(error), status or error.status, headers)
-
-
-def _response(body: Mapping[str, Any], status: int, headers: Mapping[str, str]) -> Response:
     # ASCII only: a message may quote lone surrogates from the client's body.
-    return Response(json.dumps(body), status, headers=dict(headers), media_type="application/json")
+    return Response(json.dumps(body), status, headers=headers, media_type="application/json")
 
 
-async def refused(scope: Scope, receive: Receive, error: QuickchangeError) -> Response:
-    """The application's answer to an error of a middleware, in the form of the path's API."""
-    handler = scope["app"].exception_handlers[QuickchangeError]
-    response = await handler(Request(scope, receive), error)
-    assert isinstance(response, Response)
-    return response
+def refused(request: Request, error: QuickchangeError, status: int | None = None) -> Response:
+    """The answer to an error, in the form of the API that the request is of."""
+    surfaces: Sequence[Surface] = request.app.state.surfaces
+    for surface in surfaces:
+        if surface.covers(request):
+            return surface.refusal(request, error, status)
+    return error_response(error, status)
 
 
 def from_store(error: StoreError) -> QuickchangeError:
@@ -157,10 +168,9 @@ def from_validation(errors: list[Any], body: Any = None) -> InvalidRequestError:
     if kind == UNSUPPORTED:
         return UnsupportedParameterError(f"{param}: {first['msg']}", param=param)
     if kind == UNKNOWN:
-        near = first["ctx"]["near"]
-        remedy = f"did you mean {near!r}?" if near else "remove it;"
         return UnsupportedParameterError(
-            f"{param}: unknown field; {remedy} docs/http.md lists what each route takes",
+            f"{param}: unknown field; {first['ctx']['remedy']} docs/http.md lists what each route "
+            "takes",
             param=param,
         )
     return InvalidRequestError(f"{param}: {_sentence(first)}", param=param)
@@ -213,33 +223,33 @@ def _sentence(finding: Mapping[str, Any]) -> str:
     return plain.replace("String should ", "must ")
 
 
-def install(app: FastAPI) -> None:
-    """Register handlers that answer every error of the application in OpenAI's form."""
+def install(app: FastAPI, *surfaces: Surface) -> None:
+    """Register handlers that answer every error in the form of its surface, or else OpenAI's."""
+    app.state.surfaces = surfaces
 
     @app.exception_handler(QuickchangeError)
-    async def quickchange(_request: Request, error: QuickchangeError) -> Response:
-        return error_response(error)
+    async def quickchange(request: Request, error: QuickchangeError) -> Response:
+        return refused(request, error)
 
     @app.exception_handler(StoreError)
-    async def store(_request: Request, error: StoreError) -> Response:
-        return error_response(from_store(error))
+    async def store(request: Request, error: StoreError) -> Response:
+        return refused(request, from_store(error))
 
     @app.exception_handler(OSError)
     async def system(request: Request, error: OSError) -> Response:
         answered = from_system(error, local_folder(request.app.state.services.settings.store))
         if answered is None:
             raise error
-        return await refused(request.scope, request.receive, answered)
+        return refused(request, answered)
 
     @app.exception_handler(RequestValidationError)
-    async def validation(_request: Request, error: RequestValidationError) -> Response:
-        return error_response(from_validation(list(error.errors())))
+    async def validation(request: Request, error: RequestValidationError) -> Response:
+        return refused(request, from_validation(list(error.errors())))
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
         message = f"{request.method} {request.url.path}: {error.detail}"
-        refused = InvalidRequestError(message)
-        response = error_response(refused, error.status_code)
+        response = refused(request, InvalidRequestError(message), error.status_code)
         response.headers.update(error.headers or {})
         return response
 
@@ -250,4 +260,5 @@ def install(app: FastAPI) -> None:
 
 def internal_error() -> QuickchangeError:
     """The client's error for an unforeseen exception, which the log describes."""
-    return QuickchangeError("internal error; the server's log has the details")
+    about = f" of the request {request}" if (request := current()) else ""
+    return QuickchangeError(f"internal error; the server's log has the details{about}")

@@ -58,17 +58,17 @@ async def live(services: Injected) -> Response:
 )
 async def metrics(services: Injected) -> Response:
     """Prometheus metrics; in a cluster those of all replicas, each with the label `replica`."""
+    names = _names(services)
     if services.cluster is None:
-        body, content_type = services.metrics.render()
+        body, content_type = services.metrics.render(names)
     else:
-        names = _names(services)
         body, content_type = await services.metrics.render_all(services.cluster, names)
     return Response(body, headers={"Content-Type": content_type})
 
 
 def _names(services: Services) -> Callable[[str], str | None]:
-    """The name of an adapter version by its digest: the store's, which all ingresses know, or the
-    one that it was asked for by."""
+    """The name of an adapter version by its digest: the store's, or the one that it was asked for
+    by, as one that was merged for a request."""
     names: dict[str, str] = {}
     try:
         index = services.store.snapshot()

@@ -8,12 +8,14 @@ import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from quickchange_server.api.error_responses import error_response, internal_error
+from quickchange_server.api.error_responses import internal_error, refused
 from quickchange_server.api.json_bodies import Structure
 from quickchange_server.errors import InvalidRequestError
+from quickchange_server.observability.gateways.request_ids import arrive
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +73,8 @@ def _allowed(scope: Scope) -> list[str]:
 
 
 class RequestIdMiddleware:
-    """Gives each response the client's `x-request-id`, or a new one.
+    """Gives each response the client's `x-request-id`, or a new one, and what the request's work
+    has left for its headers.
 
     An unhandled exception is logged under that id and answered with 500.
     """
@@ -84,23 +87,27 @@ class RequestIdMiddleware:
             await self._app(scope, receive, send)
             return
         given = Headers(scope=scope).get("x-request-id", "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-
+        arrived = arrive(given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex)
+        scope.setdefault("state", {})["request_id"] = arrived.request_id
         started = False
 
         async def send_with_id(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers.update(arrived.headers)
+                # the second is Anthropic's name of it
+                headers["x-request-id"] = headers["request-id"] = arrived.request_id
             await send(message)
 
         try:
             await self._app(scope, receive, send_with_id)
         except Exception:
-            logger.exception("request %s to %s failed", request_id, scope["path"])
+            logger.exception("request %s to %s failed", arrived.request_id, scope["path"])
             if not started:
-                await error_response(internal_error())(scope, receive, send_with_id)
+                response = refused(Request(scope, receive), internal_error())
+                await response(scope, receive, send_with_id)
 
 
 class BodyLimitMiddleware:
@@ -125,8 +132,9 @@ class BodyLimitMiddleware:
         setting = "max_upload_bytes" if upload else "max_request_bytes"
         announced = headers.get("content-length", "0")
         if announced.isdecimal() and int(announced) > limit:
-            refusal = error_response(InvalidRequestError(_too_large(limit, setting)), 413)
-            await refusal(scope, receive, send)
+            refusal = InvalidRequestError(_too_large(limit, setting))
+            response = refused(Request(scope, receive), refusal, 413)
+            await response(scope, receive, send)
             return
         received, structure = 0, None if upload else Structure()
         more = "expect" not in headers  # else the client waits before it sends the body

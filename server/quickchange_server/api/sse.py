@@ -33,6 +33,11 @@ def event(body: Any) -> bytes:
     return b"data: " + _ENCODER.encode(body).encode() + b"\n\n"
 
 
+def named_event(body: Mapping[str, Any]) -> bytes:
+    """One event that is named by its body's type."""
+    return b"event: " + str(body["type"]).encode() + b"\n" + event(body)
+
+
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """Await `work`; if the client disconnects, cancel it and raise ClientGoneError."""
     task = asyncio.ensure_future(work)
@@ -66,6 +71,7 @@ class EventStream(StreamingResponse):
         events: AsyncGenerator[bytes, None],
         headers: Mapping[str, str],
         failure: Failure,
+        written: Callable[[Any], bytes],
     ) -> None:
         super().__init__(
             events,
@@ -75,6 +81,7 @@ class EventStream(StreamingResponse):
         self._first = first
         self._events = events
         self._failure = failure
+        self._written = written
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -92,10 +99,10 @@ class EventStream(StreamingResponse):
             try:
                 body = await anext(self._events, None)
             except QuickchangeError as error:
-                body = event(self._failure(error))
+                body = self._written(self._failure(error))
             except Exception:
                 logger.exception("a stream failed")
-                body = event(self._failure(internal_error()))
+                body = self._written(self._failure(internal_error()))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
@@ -104,13 +111,15 @@ async def event_stream(
     events: AsyncGenerator[bytes, None],
     headers: Mapping[str, str],
     failure: Failure = error_body,
+    written: Callable[[Any], bytes] = event,
 ) -> EventStream:
     """A response that streams `events`.
 
     An error before the first event is raised here, so that it keeps its HTTP status; a later one
-    becomes the last event, as `failure` writes it.
+    becomes the last event: `failure` gives its body, and `written` makes an event of it.
     """
-    return EventStream(await unless_gone(request, _first(events)), events, headers, failure)
+    first = await unless_gone(request, _first(events))
+    return EventStream(first, events, headers, failure, written)
 
 
 async def _first(events: AsyncIterator[bytes]) -> bytes:

@@ -219,6 +219,7 @@ class EngineReplica:
     def _figures_now(self, metrics: bytes = b"") -> ReplicaReport:
         stats, info = self._figures.stats, self._client.info
         used = 0 if stats is None else stats.kv_blocks_used
+        running, waiting = self._client.adapters_in_flight()
         return ReplicaReport(
             self._label,
             "engine",
@@ -228,6 +229,8 @@ class EngineReplica:
             residency=self._client.residency.snapshot(),
             running=0 if stats is None else stats.running,
             waiting=0 if stats is None else stats.waiting,
+            running_adapters=running,
+            waiting_adapters=waiting,
             kv_share=used / info.kv_blocks if info is not None and info.kv_blocks else 0.0,
             step_seconds=self._figures.step_seconds,
             metrics=metrics,

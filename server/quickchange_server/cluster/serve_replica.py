@@ -18,13 +18,14 @@ from ray.serve.exceptions import RayServeException
 
 from quickchange_server.engine_client.remote.replica_calls import ReplicaLostError
 from quickchange_server.errors import EngineFailedError, QuickchangeError
+from quickchange_server.observability.gateways.request_ids import log_lines
 
 logger = logging.getLogger(__name__)
 
 
 def log() -> None:
     """Write this process's log lines as a single server does."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    log_lines()
     for library in ("httpx", "alembic", "ray"):
         logging.getLogger(library).setLevel(logging.WARNING)
 

@@ -30,6 +30,7 @@ from quickchange_server.config import Settings, is_loopback
 from quickchange_server.entrypoints.http_server import KEEP_ALIVE_SECONDS, bind
 from quickchange_server.entrypoints.serve import check_access, fail, say, settings_of
 from quickchange_server.errors import EngineFailedError, QuickchangeError, SettingError
+from quickchange_server.observability.gateways.request_ids import log_lines
 from quickchange_server.storage import database
 from quickchange_server.storage.database_engines import provisional
 from quickchange_store.errors import StoreError
@@ -52,7 +53,7 @@ def cluster(given: Mapping[str, Any], *, detach: bool) -> None:
     """
     if importlib.util.find_spec("ray") is None:
         raise ModuleNotFoundError("No module named 'ray'", name="ray")
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    log_lines()
     logging.getLogger("httpx").setLevel(logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     arguments = settings_of(given, ApplicationArguments)

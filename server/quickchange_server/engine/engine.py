@@ -111,6 +111,7 @@ class Engine:
         self._on_begun = on_begun
         self._prices = prices
         self._vocabulary = model.vocabulary
+        self._hidden_size = model.hidden
         self._dtypes = dtype_name(model.dtype), dtype_name(held_dtype(model, settings))
         self._scaling = model.scaling
         memory = EngineMemory(model, settings, memory_of(torch.device(settings.device)), followers)
@@ -158,6 +159,7 @@ class Engine:
             dtype=self._dtypes[0],
             adapter_dtype=self._dtypes[1],
             memory=self._memory,
+            hidden_size=self._hidden_size,
         )
 
     def submit(self, submit: Submit) -> None:

@@ -18,6 +18,7 @@ class Residence:
     tier: Tier
     bytes: int
     pinned: bool
+    rank: int = 0  # the highest of the version's updates
 
 
 class AdapterStatus(Mapping[str, Residence]):
@@ -75,7 +76,7 @@ class AdapterStatus(Mapping[str, Residence]):
         before = self._residences.pop(event.digest, None)
         if event.tier != "disk":
             pinned = event.digest in self._pins
-            self._residences[event.digest] = Residence(event.tier, event.bytes, pinned)
+            self._residences[event.digest] = Residence(event.tier, event.bytes, pinned, event.rank)
         return None if before is None else before.tier
 
     def clear(self) -> None:

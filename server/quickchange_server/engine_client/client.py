@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from quickchange_server.config import Settings
@@ -110,6 +110,17 @@ class EngineClient:
     def residency(self) -> AdapterStatus:
         """Adapter versions on the device or host tier, by digest."""
         return self._engines.residency
+
+    def adapters_in_flight(self) -> tuple[frozenset[str], frozenset[str]]:
+        """Names of the adapters of running requests, and of those that only waiting ones have.
+
+        Compositions count as the names that their adapters have. May be called on any thread.
+        """
+        running: set[str] = set()
+        waiting: set[str] = set()
+        for request in list(self._engines.requests):
+            (running if request.runs else waiting).update(self._names_of(request.submit))
+        return frozenset(running), frozenset(waiting - running)
 
     async def start(self) -> Ready:
         """Start the engine. Raises EngineFailedError with the engine's own reason if it can't."""
@@ -220,6 +231,12 @@ class EngineClient:
             self._metrics.drafting(drafting)
             if drafting.heads is not None and drafter is not None:
                 self.residency.name(drafting.heads, drafter)
+
+    def _names_of(self, submit: Submit) -> Iterable[str]:
+        if len(submit.adapters) == 1:
+            return (submit.label,)
+        names = (self.residency.label(component.digest) for component in submit.adapters)
+        return (name for name in names if name is not None)
 
     def _leave(self, request: InFlightRequest, outcome: Outcome) -> None:
         """Cancel a request whose reader has stopped reading."""

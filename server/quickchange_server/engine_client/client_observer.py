@@ -38,6 +38,10 @@ class ServerState(Protocol):
     @property
     def residency(self) -> AdapterStatus: ...
 
+    def adapters_in_flight(self) -> tuple[frozenset[str], frozenset[str]]:
+        """Names of the adapters of running requests, and of those that only waiting ones have."""
+        ...
+
 
 class SequenceObserver(Protocol):
     """Receiver of one admitted sequence's events. Times are monotonic seconds."""

@@ -67,6 +67,11 @@ class InFlightRequest:
         return self.submit.request_id
 
     @property
+    def runs(self) -> bool:
+        """True once an engine is known to have begun with it."""
+        return self.begun or self.metrics.started
+
+    @property
     def progress(self) -> int:
         """Tokens emitted since the last submission."""
         return len(self.emitted) - self.resumed_at

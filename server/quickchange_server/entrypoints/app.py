@@ -17,9 +17,11 @@ from quickchange_server.adapter_registry.merged_adapters import Derived
 from quickchange_server.adapter_registry.resolver import Catalog, base_names
 from quickchange_server.api import error_responses, health, openapi_document, page
 from quickchange_server.api.admin import adapters, experiments, keys, replicas, usage
+from quickchange_server.api.anthropic import message_errors, message_routes
 from quickchange_server.api.app_state import VERSION, Services
 from quickchange_server.api.auth import CallerMiddleware
 from quickchange_server.api.browser import EXPOSED, BrowserMiddleware
+from quickchange_server.api.error_responses import Surface
 from quickchange_server.api.lorax import errors
 from quickchange_server.api.lorax import routes as lorax
 from quickchange_server.api.middleware import (
@@ -27,8 +29,10 @@ from quickchange_server.api.middleware import (
     PathMiddleware,
     RequestIdMiddleware,
 )
-from quickchange_server.api.openai import completions, embeddings, models
+from quickchange_server.api.openai import completions, models
 from quickchange_server.api.openai.chat import chat_route
+from quickchange_server.api.pooling import embeddings, pooling_routes, scoring_routes
+from quickchange_server.api.responses import response_routes
 from quickchange_server.api.vllm import routes as vllm
 from quickchange_server.config import Settings, is_remote
 from quickchange_server.engine_client.client import EngineClient
@@ -45,10 +49,12 @@ from quickchange_server.frontend.request_observers import Bookkeeper
 from quickchange_server.frontend.tokenizer import Text
 from quickchange_server.observability.cluster_metrics import Cluster
 from quickchange_server.observability.experiment_metrics import ExperimentMetrics, ShareCollector
+from quickchange_server.observability.gateways.genai_metrics import GenAiMetrics
 from quickchange_server.observability.http_metrics import HttpMetricsMiddleware
 from quickchange_server.observability.metrics import Metrics
 from quickchange_server.observability.subsystem_metrics import StorageMetrics
 from quickchange_server.storage.database import Database
+from quickchange_server.storage.responses.stored_responses import StoredResponses
 from quickchange_server.storage.revisions import Revisions
 from quickchange_server.structured_output.validator import ConstraintChecks
 from quickchange_server.tenants.key_records import TOPIC
@@ -101,6 +107,8 @@ def create_app(
         )
         traces = None if traces_maker is None else traces_maker()
         books: tuple[Bookkeeper, ...] = () if traces is None else (traces,)
+        if settings.genai_metrics:
+            books += (GenAiMetrics(metrics.registry, settings.metrics_adapters),)
         services = _services(
             settings, metrics, text, engines, base, database, tenants, books, cluster
         )
@@ -124,8 +132,12 @@ def create_app(
     for module in (
         completions,
         chat_route,
+        message_routes,
+        response_routes,
         lorax,
         embeddings,
+        pooling_routes,
+        scoring_routes,
         models,
         vllm,
         adapters,
@@ -137,8 +149,11 @@ def create_app(
         page,
     ):
         app.include_router(module.router)
-    error_responses.install(app)
-    errors.install(app, lorax.PATHS)
+    error_responses.install(
+        app,
+        Surface(lambda request: request.scope["path"] in lorax.PATHS, errors.refusal),
+        Surface(message_routes.is_anthropics, message_errors.refusal),
+    )
     openapi_document.install(app, settings, keyed=keyed)
     app.add_middleware(
         BodyLimitMiddleware,
@@ -231,6 +246,7 @@ def _services(
             adapters=settings.adapters,
             turbo=settings.turbo,
             prompt_lookup=settings.prompt_lookup,
+            further=lambda: experiments.all,
         ),
         imports=Imports(store, base, names, experiments.refuse_name),
         derived=Derived(store, settings.derived_adapters),
@@ -244,9 +260,22 @@ def _services(
         experiment_metrics=experiment_metrics,
         shadows=Shadows(experiment_metrics, lambda: 2 * client.in_flight < settings.max_queue),
         promotions=Promotions(store, experiments),
+        responses=_stored_responses(settings, database),
         keyring=tenants.keyring,
         books=(*books, tenants.books, exposures),
         cluster=cluster,
+    )
+
+
+def _stored_responses(settings: Settings, database: Database) -> StoredResponses | None:
+    """The store of responses; None if none are kept."""
+    if not settings.store_responses:
+        return None
+    return StoredResponses(
+        database,
+        seconds=settings.store_responses_seconds,
+        tenant_bytes=settings.store_responses_bytes,
+        conversation_bytes=settings.max_request_bytes,
     )
 
 
@@ -259,6 +288,8 @@ async def _start(services: Services) -> None:
         await asyncio.to_thread(services.store.snapshot)
     await services.revisions.look()  # loads experiments before the first request
     services.revisions.start()
+    if services.responses is not None:
+        services.responses.start()
 
 
 async def _end(services: Services) -> None:
@@ -270,5 +301,7 @@ async def _end(services: Services) -> None:
     await services.shadows.close()
     await services.client.close(services.settings.drain_seconds)
     await services.constraints.close()
+    if services.responses is not None:
+        await services.responses.close()
     await services.revisions.close()
     await services.database.close()

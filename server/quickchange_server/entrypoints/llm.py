@@ -398,6 +398,8 @@ class LLM:
     ) -> list[RequestOutput]:
         each_params: list[SamplingParams] = _each(params, len(asked), "params", (SamplingParams,))
         selections = self._selections(adapter, turbo, len(asked))
+        for selection in selections:
+            selection.check_generates()
         choices = [
             self._choices(index, *one)
             for index, one in enumerate(zip(asked, each_params, selections, strict=True))

@@ -23,6 +23,7 @@ from quickchange_server.entrypoints.app import create_app
 from quickchange_server.entrypoints.engine_start import engine_main, preload
 from quickchange_server.entrypoints.http_server import bind, run
 from quickchange_server.errors import QuickchangeError, SettingError
+from quickchange_server.observability.gateways.request_ids import log_lines
 from quickchange_server.storage import database
 from quickchange_server.storage.database import Database
 from quickchange_server.storage.database_engines import provisional
@@ -38,7 +39,7 @@ def serve(given: Mapping[str, Any], *, demo: bool, engine: EngineMain = engine_m
 
     Exits with status 1 and one line of error if it can't.
     """
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    log_lines()
     logging.getLogger("httpx").setLevel(logging.WARNING)
     logging.getLogger("huggingface_hub").propagate = False  # it prints its lines itself
     logging.getLogger("alembic").setLevel(logging.WARNING)  # it logs every migration

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from quickchange_server.errors import ContextLengthError, InvalidRequestError
 
+CONTEXTS = 4  # so many context lengths are read of a text that is only counted, or is cut
+
 
 def check_fits(limit: int, tokens: int, param: str) -> None:
     """Check a prompt that nothing is generated for.

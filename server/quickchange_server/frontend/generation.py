@@ -30,6 +30,11 @@ class Choice:
         return self._transcript.completion_tokens
 
     @property
+    def stopped_by(self) -> str | None:
+        """The stop string that ended the text."""
+        return self._transcript.stopped_by
+
+    @property
     def drafted_tokens(self) -> int:
         return self._transcript.drafted_tokens
 

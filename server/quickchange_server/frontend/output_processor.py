@@ -30,11 +30,14 @@ class LoggedToken:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """The text and tokens that one delta adds to a choice. The last piece has an `ending`."""
+    """What a choice grows by. The last piece has an `ending`."""
 
     text: str
     tokens: tuple[LoggedToken, ...] = ()
     ending: Ending | None = None
+    ids: tuple[int, ...] = ()  # of all tokens since the piece before, that of the end included
+    # With the ending: the stop string or token; None: an end of sequence, or the limit.
+    stop_reason: str | int | None = None
 
 
 class Transcript:
@@ -47,12 +50,14 @@ class Transcript:
 
     def __init__(self, text: Text, sampling: SamplingParams) -> None:
         self._sampling = sampling
+        self._ends = frozenset[int]() if sampling.ignore_eos else text.eos_ids
         self._detokenizer = text.detokenizer(skip_special_tokens=sampling.skip_special_tokens)
         self._scanner = StopScanner(sampling.stop, include=sampling.include_stop_str_in_output)
         self._waiting: deque[LoggedToken] = deque()  # tokens whose text is not emitted yet
         self._decoded = 0  # characters
         self._begins = array("I")  # where each token's text begins
         self._emitted = 0  # characters
+        self._untold: list[int] = []  # token ids that no piece has had
         self.stopped_by: str | None = None  # the stop string that ended the text
         self.completion_tokens = 0
         self.drafted_tokens = 0
@@ -72,6 +77,7 @@ class Transcript:
             if stopped:
                 self.completion_tokens = before + index + 1
                 break
+        self._untold += delta.token_ids[: self.completion_tokens - before]
         self.drafted_tokens += delta.drafted
         # A delta's accepted drafts are its first tokens; a stop string may have cut some off.
         self.accepted_tokens += min(delta.accepted, self.completion_tokens - before)
@@ -118,10 +124,18 @@ class Transcript:
         self._emitted += len(text)
         everything = delta.finish_reason is not None and not stopped
         tokens = self._released(everything) if self._waiting else ()
-        if stopped:
-            return Piece(text, tokens, "stop")
-        ending = delta.finish_reason
-        return Piece(text, tokens, ending if ending in ("stop", "length") else None)
+        reason = "stop" if stopped else delta.finish_reason
+        ending: Ending | None = reason if reason in ("stop", "length") else None
+        if not (text or tokens or ending):
+            return Piece("")
+        ids, self._untold = tuple(self._untold), []
+        return Piece(text, tokens, ending, ids, self._stop_reason(ending, ids))
+
+    def _stop_reason(self, ending: Ending | None, ids: tuple[int, ...]) -> str | int | None:
+        if self.stopped_by is not None or ending != "stop" or not ids:
+            return self.stopped_by
+        stops = self._sampling.stop_token_ids
+        return ids[-1] if ids[-1] in stops and ids[-1] not in self._ends else None
 
     def _released(self, everything: bool) -> tuple[LoggedToken, ...]:
         released = []

@@ -71,6 +71,8 @@ class Wanted:
     assignment: Assignment | None = None
     user: str | None = None  # the body's field
     traceparent: str | None = None
+    http_id: str = ""
+    streamed: bool = False
     observers: Sequence[Bookkeeper] = ()
 
 
@@ -192,6 +194,10 @@ def _opened(wanted: Wanted, submits: Sequence[Submit]) -> Opened:
         assignment=wanted.assignment,
         user=wanted.user,
         traceparent=wanted.traceparent,
+        http_id=wanted.http_id,
+        digests=tuple(component.digest for component in wanted.submit.adapters),
+        sampling=None if wanted.submit.pooling else wanted.submit.sampling,
+        streamed=wanted.streamed,
     )
 
 

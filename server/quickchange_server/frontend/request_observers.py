@@ -15,6 +15,7 @@ from typing import Literal, Protocol
 
 from quickchange_server.errors import QuickchangeError
 from quickchange_server.frontend.caller import Caller
+from quickchange_server.protocol import SamplingParams
 
 Ending = Literal["stop", "length", "cancelled", "refused", "failed"]
 # Reason of an assignment; "state": the experiment is paused or stopped.
@@ -58,6 +59,10 @@ class Opened:
     assignment: Assignment | None = None
     user: str | None = None  # the body's field
     traceparent: str | None = None  # W3C trace context of the client
+    http_id: str = ""  # `x-request-id` of the HTTP request
+    digests: tuple[str, ...] = ()  # of the adapters
+    sampling: SamplingParams | None = None  # as the client has it; None: nothing is generated
+    streamed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

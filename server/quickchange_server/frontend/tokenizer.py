@@ -187,10 +187,13 @@ class Text:
                 )
         return self.encode_now(text, add_special_tokens=add_special_tokens)
 
-    def encode_now(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text, tokenized on the calling thread."""
+    def encode_now(
+        self, text: str, *, second: str | None = None, add_special_tokens: bool = True
+    ) -> list[int]:
+        """Token ids of a text, or of two as the tokenizer joins them, on the calling thread."""
         encoded = self._tokenizer(
             text,
+            second,
             add_special_tokens=add_special_tokens,
             return_attention_mask=False,
             return_token_type_ids=False,

@@ -7,7 +7,7 @@ An ingress has them in its registry once it has joined a cluster, and tells ever
 from __future__ import annotations
 
 from collections import Counter as Tally
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,7 +18,8 @@ from prometheus_client.registry import Collector
 
 from quickchange_server.engine_client.client_observer import Interruption
 from quickchange_server.engine_client.remote.cluster_view import ClusterView
-from quickchange_server.observability.replica_metrics import RESIDENT, exposition, merged
+from quickchange_server.observability.gateways.resident_adapters import LabelOf, Told, resident
+from quickchange_server.observability.replica_metrics import exposition, merged
 from quickchange_server.protocol import Tier
 
 Held = Literal["device", "loading", "host", "disk"]  # where a replica has a request's adapters
@@ -28,7 +29,6 @@ RESULTS: Mapping[Held, str] = {
     "host": "host",
     "disk": "cold",
 }
-LabelOf = Callable[[str], str]  # a label value for an adapter version's digest
 
 # From a hand-over between two that are idle to the load of an adapter and a long prompt.
 PAUSE_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -105,53 +105,37 @@ class IngressCollector(Collector):
         yield family
 
 
-class ViewCollector(Collector):
+def _of_all(view: ClusterView, wanted: int, label_of: LabelOf) -> Iterator[Metric]:
     """What the reports of all replicas say together: told by the ingress that is asked."""
-
-    def __init__(self, view: ClusterView, wanted: int, label_of: LabelOf) -> None:
-        self._view = view
-        self._wanted = wanted
-        self._label_of = label_of
-
-    def collect(self) -> Iterator[Metric]:
-        yield self._replicas()
-        yield GaugeMetricFamily(
-            "quickchange_cluster_engines_wanted",
-            "Engine replicas that there should be",
-            value=self._wanted,
-        )
-        yield self._resident()
-
-    def _replicas(self) -> Metric:
-        """The cluster's count, so without a replica's label."""
-        family = GaugeMetricFamily(
-            "quickchange_cluster_replicas",
-            "Replicas that were heard of lately",
-            labels=["kind", "state"],
-        )
-        states = Tally((report.kind, report.state) for report in self._view.replicas)
-        for (kind, state), count in sorted(states.items()):
-            family.add_metric([kind, state], count)
-        return family
-
-    def _resident(self) -> Metric:
-        size: Tally[tuple[str, str, str]] = Tally()
-        for report in self._view.replicas:
-            for digest, there in report.residency.items():
-                size[self._label_of(digest), report.replica, there.tier] += there.bytes
-        family = GaugeMetricFamily(
-            RESIDENT,
-            "Bytes of an adapter's versions on a tier",
-            labels=["adapter", "replica", "tier"],
-        )
-        for labels, value in size.items():
-            family.add_metric(labels, value)
-        return family
+    yield _replicas(view)
+    yield GaugeMetricFamily(
+        "quickchange_cluster_engines_wanted",
+        "Engine replicas that there should be",
+        value=wanted,
+    )
+    yield from resident({r.replica: r.residency for r in view.replicas}, label_of)
 
 
-def exposition_of_all(registry: Collector, cluster: Cluster, label_of: LabelOf) -> bytes:
-    """The series of all replicas that the cluster knows, this one's as they are now."""
+def _replicas(view: ClusterView) -> Metric:
+    """The cluster's count, so without a replica's label."""
+    family = GaugeMetricFamily(
+        "quickchange_cluster_replicas",
+        "Replicas that were heard of lately",
+        labels=["kind", "state"],
+    )
+    states = Tally((report.kind, report.state) for report in view.replicas)
+    for (kind, state), count in sorted(states.items()):
+        family.add_metric([kind, state], count)
+    return family
+
+
+def exposition_of_all(
+    registry: Collector, cluster: Cluster, label_of: LabelOf, more: Iterable[Metric] = ()
+) -> bytes:
+    """The series of all replicas that the cluster knows, this one's as they are now, and `more`,
+    which are the whole cluster's."""
     view = cluster.view()
     others = {r.replica: r.metrics for r in view.replicas if r.replica != cluster.replica}
     series = merged(exposition(registry, cluster.replica, "ingress"), others.values())
-    return series + generate_latest(ViewCollector(view, cluster.wanted(), label_of))
+    told = _of_all(view, cluster.wanted(), label_of)
+    return series + generate_latest(Told(told, more))

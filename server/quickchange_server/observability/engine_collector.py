@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from quickchange_server.engine_client.adapter_status import Residence
+from quickchange_server.engine_client.adapter_status import AdapterStatus
 from quickchange_server.engine_client.client_observer import ServerState
-from quickchange_server.observability.labels import OTHER, AdapterLabels
+from quickchange_server.engine_client.remote.cluster_view import READY, ReplicaReport
 from quickchange_server.protocol import Ready, StepStats
 
 _TOTALS = {
@@ -54,25 +54,50 @@ class EngineTotals:
 class StateCollector(Collector):
     """Prometheus collector of the client's state and the engine's totals."""
 
-    def __init__(self, state: ServerState, totals: EngineTotals, labels: AdapterLabels) -> None:
+    def __init__(self, state: ServerState, totals: EngineTotals) -> None:
         self._state = state
         self._totals = totals
-        self._labels = labels
 
     def collect(self) -> Iterator[Metric]:
         yield from self._requests()
         yield from self._kv_cache()
         yield from self._engine_totals()
         yield from self._tiers()
-        yield self._adapters()
 
-    def _requests(self) -> Iterator[Metric]:
+    @property
+    def residency(self) -> AdapterStatus:
+        return self._state.residency
+
+    def report(self) -> ReplicaReport:
+        """The same as a cluster's replica would report it; without an engine, all requests wait."""
+        info, last = self._totals.ready, self._totals.last
+        running, waiting = self._running_and_waiting()
+        begun, others = self._state.adapters_in_flight()
+        return ReplicaReport(
+            "",
+            "engine",
+            "",
+            READY,
+            info=info,
+            residency=self.residency.snapshot(),
+            running=running,
+            waiting=waiting,
+            running_adapters=begun if info else (),
+            waiting_adapters=others if info else begun | others,
+            kv_share=last.kv_blocks_used / info.kv_blocks if last and info else 0.0,
+        )
+
+    def _running_and_waiting(self) -> tuple[int, int]:
         """Running as the engine last said; all others wait, also those that wait for an engine."""
         in_flight = self._state.in_flight
         last = self._totals.last
         running = 0 if last is None else min(last.running, in_flight)
+        return running, in_flight - running
+
+    def _requests(self) -> Iterator[Metric]:
+        running, waiting = self._running_and_waiting()
         yield _gauge("requests_running", "Requests in the engine's batch", running)
-        yield _gauge("requests_waiting", "Requests admitted and not running", in_flight - running)
+        yield _gauge("requests_waiting", "Requests admitted and not running", waiting)
 
     def _kv_cache(self) -> Iterator[Metric]:
         info, last = self._totals.ready, self._totals.last
@@ -90,7 +115,7 @@ class StateCollector(Collector):
     def _tiers(self) -> Iterator[Metric]:
         count: defaultdict[str, int] = defaultdict(int)
         size: defaultdict[str, int] = defaultdict(int)
-        for residence in self._residences().values():
+        for residence in self._state.residency.snapshot().values():
             count[residence.tier] += 1
             size[residence.tier] += residence.bytes
         info = self._totals.ready
@@ -101,25 +126,6 @@ class StateCollector(Collector):
         yield _by_tier("tier_adapters", "Adapter versions on a tier", count)
         yield _by_tier("tier_used_bytes", "Bytes of adapter versions on a tier", size)
         yield _by_tier("tier_capacity_bytes", "Budget of a tier in bytes", capacity)
-
-    def _adapters(self) -> Metric:
-        """Bytes by adapter and tier; versions without a known name are counted as "other"."""
-        size: defaultdict[tuple[str, str], int] = defaultdict(int)
-        for digest, residence in self._residences().items():
-            name = self._state.residency.label(digest)
-            label = OTHER if name is None else self._labels(name)
-            size[label, residence.tier] += residence.bytes
-        family = GaugeMetricFamily(
-            "quickchange_adapter_resident_bytes",
-            "Bytes of an adapter's versions on a tier",
-            labels=["adapter", "tier"],
-        )
-        for (label, tier), value in size.items():
-            family.add_metric([label, tier], value)
-        return family
-
-    def _residences(self) -> dict[str, Residence]:
-        return self._state.residency.snapshot()
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:

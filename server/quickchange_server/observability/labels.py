@@ -8,6 +8,7 @@ from quickchange_server.protocol import LOOKUP
 
 BASE = "base"  # requests to the plain base model
 OTHER = "other"  # every adapter beyond the bound
+COMPOSED = "+"  # requests of several adapters at once
 RESERVED = frozenset({BASE, OTHER, LOOKUP})  # LOOKUP: drafts that no adapter made
 LONGEST = 100  # characters
 _UNUSUAL = re.compile(r"[^A-Za-z0-9._@:/+-]")

@@ -8,9 +8,10 @@ any thread. Neither HTTP nor the engine's process is known here.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import Metric
 from prometheus_client.exposition import generate_latest
 from prometheus_client.process_collector import ProcessCollector
 
@@ -21,6 +22,7 @@ from quickchange_server.engine_client.client_observer import (
     Refusal,
     ServerState,
 )
+from quickchange_server.engine_client.remote.cluster_view import ReplicaReport
 from quickchange_server.observability.cluster_metrics import (
     Cluster,
     IngressCollector,
@@ -28,6 +30,8 @@ from quickchange_server.observability.cluster_metrics import (
     exposition_of_all,
 )
 from quickchange_server.observability.engine_collector import EngineTotals, StateCollector
+from quickchange_server.observability.gateways.resident_adapters import LabelOf, Told, resident
+from quickchange_server.observability.gateways.vllm_metrics import vllm_families
 from quickchange_server.observability.http_metrics import HttpMetrics
 from quickchange_server.observability.labels import BASE, OTHER, AdapterLabels
 from quickchange_server.observability.speculation_metrics import NameOf, SpeculationMetrics
@@ -59,6 +63,8 @@ class Metrics:
 
     def __init__(self, settings: Settings) -> None:
         self.registry = CollectorRegistry()
+        self._settings = settings
+        self._state: StateCollector | None = None  # None: nothing to watch yet
         self._labels = AdapterLabels(settings.metrics_adapters)
         self._series: dict[str, AdapterSeries] = {}  # by label value
         self._totals = EngineTotals()
@@ -123,7 +129,8 @@ class Metrics:
 
     def watch(self, state: ServerState) -> None:
         """Read gauges from `state` at each scrape. Called once."""
-        self.registry.register(StateCollector(state, self._totals, self._labels))
+        self._state = StateCollector(state, self._totals)
+        self.registry.register(self._state)
         ProcessCollector(
             namespace="quickchange_engine",
             pid=lambda: state.pid or "none",
@@ -199,19 +206,35 @@ class Metrics:
     def adapter_failed(self) -> None:
         self._load_failures.inc()
 
-    def render(self) -> tuple[bytes, str]:
-        """The metrics as text, and its content type."""
-        return generate_latest(self.registry), CONTENT_TYPE_LATEST
+    def render(self, name_of: NameOf | None = None) -> tuple[bytes, str]:
+        """The metrics as text, and its content type.
+
+        `name_of`: adapters' names by digest; default: those that requests came with.
+        """
+        body = generate_latest(self.registry)
+        if (state := self._state) is not None:
+            label_of = self._label_of(name_of or state.residency.label)
+            families = resident({None: state.residency.snapshot()}, label_of)
+            body += generate_latest(Told(families, self._for_gateways([state.report()])))
+        return body, CONTENT_TYPE_LATEST
 
     async def render_all(self, cluster: Cluster, name_of: NameOf) -> tuple[bytes, str]:
-        """The same of all replicas of a cluster, made on a thread. `name_of`: by digests."""
+        """The same of all replicas of a cluster, made on a thread."""
+        more = self._for_gateways(cluster.view().replicas)
+        body = await asyncio.to_thread(
+            exposition_of_all, self.registry, cluster, self._label_of(name_of), more
+        )
+        return body, CONTENT_TYPE_LATEST
 
+    def _label_of(self, name_of: NameOf) -> LabelOf:
         def label_of(digest: str) -> str:
             name = name_of(digest)
             return OTHER if name is None else self._labels(name)
 
-        body = await asyncio.to_thread(exposition_of_all, self.registry, cluster, label_of)
-        return body, CONTENT_TYPE_LATEST
+        return label_of
+
+    def _for_gateways(self, replicas: Iterable[ReplicaReport]) -> Iterable[Metric]:
+        return vllm_families(replicas, self._settings) if self._settings.vllm_metrics else ()
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"quickchange_{name}", text, labels, registry=self.registry)

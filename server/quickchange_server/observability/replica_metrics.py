@@ -29,6 +29,7 @@ _INGRESS = re.compile(
     "(requests|prompt_tokens|prompt_cached_tokens|generation_tokens|time_to_first_token_seconds"
     "|inter_token_latency_seconds|request_duration_seconds|speculation_requests"
     "|structured_(requests|compile_seconds)|(http|storage|tenant|limits|experiment)_\\w+)"
+    "|gen_ai_\\w+"
 )
 # What a step, a device or an engine's queue shows is told by engine replicas.
 _ENGINE = re.compile(
@@ -42,19 +43,11 @@ _ENGINE = re.compile(
 _BLOCK = re.compile(rb"^# HELP ", re.MULTILINE)  # a family's first line; no other begins so
 
 
-RESIDENT = "quickchange_adapter_resident_bytes"  # of names, which engine replicas don't know
-
-
 def told_by(family: str) -> Collection[Kind]:
-    """The kinds of replica that tell a family of metrics themselves."""
-    kinds: tuple[Kind, ...] = ("engine", "ingress")
+    """The kinds of replica that tell a family of metrics."""
     if _INGRESS.fullmatch(family):
-        kinds = ("ingress",)
-    elif _ENGINE.fullmatch(family):
-        kinds = ("engine",)
-    elif family == RESIDENT:
-        kinds = ()
-    return kinds
+        return ("ingress",)
+    return ("engine",) if _ENGINE.fullmatch(family) else ("engine", "ingress")
 
 
 class _Labelled(Collector):

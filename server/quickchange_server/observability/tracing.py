@@ -22,11 +22,17 @@ from opentelemetry.util.types import AttributeValue
 
 from quickchange_server.errors import SettingError
 from quickchange_server.frontend.request_observers import Completed, Opened
+from quickchange_server.observability.gateways.genai_metrics import (
+    PROVIDER,
+    UNSPECIFIED,
+    operation,
+    response_model,
+)
+from quickchange_server.protocol import SamplingParams
 
 PATH = "/v1/traces"
 SEND_SECONDS = 5.0  # for one batch, retries included
 BATCH_SECONDS = 1.0  # until a span is sent at the latest
-OPERATIONS = {"chatcmpl": "chat", "embd": "embeddings"}  # by the prefix of the request's id
 MICROSECOND = 1000  # nanoseconds; Unix time as a float has no finer resolution
 
 
@@ -55,7 +61,7 @@ class Traces:
         carrier = {} if opened.traceparent is None else {"traceparent": opened.traceparent}
         began = _nanoseconds(opened.at)
         span = self._tracer.start_span(
-            f"{_operation(opened)} {opened.model}",
+            f"{operation(opened)} {opened.model}",
             context=self._propagator.extract(carrier),
             kind=SpanKind.SERVER,
             start_time=began,
@@ -95,33 +101,35 @@ def _nanoseconds(seconds: float) -> int:
     return round(seconds * 1e6) * MICROSECOND
 
 
-def _operation(opened: Opened) -> str:
-    return OPERATIONS.get(opened.request_id.partition("-")[0], "text_completion")
-
-
 def attributes_of(completed: Completed) -> dict[str, AttributeValue]:
     """The attributes of a request's span."""
     opened = completed.opened
     attributes: dict[str, AttributeValue] = {
-        "gen_ai.operation.name": _operation(opened),
-        "gen_ai.provider.name": "quickchange",
+        "gen_ai.operation.name": operation(opened),
+        "gen_ai.provider.name": PROVIDER,
         "gen_ai.request.model": opened.model,
         "gen_ai.request.max_tokens": opened.max_tokens,
         "gen_ai.request.choice.count": opened.choices,
+        "gen_ai.request.stream": opened.streamed,
         "gen_ai.response.id": opened.request_id,
+        "gen_ai.response.model": response_model(opened),
         "gen_ai.usage.input_tokens": opened.prompt_tokens,
         "gen_ai.usage.output_tokens": completed.completion_tokens,
         "gen_ai.usage.cache_read.input_tokens": completed.cached_tokens,
         "quickchange.adapter": opened.label,
+        "quickchange.adapter.digests": opened.digests,
+        "quickchange.request_id": opened.http_id,
         "quickchange.tenant": opened.caller.tenant,
         "quickchange.drafted_tokens": completed.drafted_tokens,
         "quickchange.accepted_tokens": completed.accepted_tokens,
         "quickchange.ending": completed.ending,
     }
+    if opened.sampling is not None:
+        attributes |= _sampling(opened.sampling)
     if completed.ending in ("stop", "length"):
         attributes["gen_ai.response.finish_reasons"] = (completed.ending,)
     if completed.ending == "failed":
-        attributes["error.type"] = "_OTHER"  # the conventions' value for an unspecified error
+        attributes["error.type"] = UNSPECIFIED
     if completed.first_token_seconds is not None:
         attributes["gen_ai.response.time_to_first_chunk"] = completed.first_token_seconds
     if opened.assignment is not None:
@@ -130,3 +138,17 @@ def attributes_of(completed: Completed) -> dict[str, AttributeValue]:
             "quickchange.variant": opened.assignment.variant,
         }
     return attributes
+
+
+def _sampling(sampling: SamplingParams) -> dict[str, AttributeValue]:
+    """What the client chose, or the defaults; without stop strings, which are its own text."""
+    chosen: dict[str, AttributeValue] = {
+        "gen_ai.request.temperature": sampling.temperature,
+        "gen_ai.request.top_p": sampling.top_p,
+        "gen_ai.request.top_k": sampling.top_k,
+        "gen_ai.request.frequency_penalty": sampling.frequency_penalty,
+        "gen_ai.request.presence_penalty": sampling.presence_penalty,
+    }
+    if sampling.seed is not None:
+        chosen["gen_ai.request.seed"] = sampling.seed
+    return chosen

@@ -1,6 +1,7 @@
 """The MetaData of all tables, the table of revisions, and INSERT … ON CONFLICT.
 
-A domain adds its tables in a file `tables_<domain>.py` beside this one, and its migrations as a
+A domain adds its tables in a file `tables_<domain>.py` in this folder, or in one of its own below
+it, and its migrations as a
 separate Alembic branch in `migrations/versions` (`<domain>_0001.py`, no down revision, the domain
 as branch label), so that domains evolve independently. The naming convention gives each constraint
 a name, by which a migration can drop it.
@@ -36,9 +37,9 @@ REVISIONS = Table(
 def all_tables() -> MetaData:
     """METADATA after importing the tables of every domain."""
     package = __name__.rpartition(".")[0]
-    for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
-        if module.name.startswith("tables_"):
-            importlib.import_module(f"{package}.{module.name}")
+    for module in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}."):
+        if module.name.rpartition(".")[2].startswith("tables_"):
+            importlib.import_module(module.name)
     return METADATA
 
 

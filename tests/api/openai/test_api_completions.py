@@ -39,6 +39,7 @@ def test_a_completion_has_text_usage_and_identity(live: Live) -> None:
         "text": expected_text(3, len(PROMPT), 16),
         "logprobs": None,
         "finish_reason": "length",
+        **dict.fromkeys(("stop_reason", "token_ids", "prompt_token_ids", "prompt_logprobs")),
     }
     assert body["usage"] == {
         "prompt_tokens": 5,

@@ -85,7 +85,7 @@ def accepted(build: Any, **said: Any) -> bool:
 
 def test_bodies_have_every_field() -> None:
     assert set(CompletionRequest.model_fields) >= NAMES
-    assert NAMES - set(ChatRequest.model_fields) == {"prompt_logprobs"}
+    assert set(ChatRequest.model_fields) >= NAMES
 
 
 @pytest.mark.parametrize("name", sorted(NAMES - {"max_tokens"}))

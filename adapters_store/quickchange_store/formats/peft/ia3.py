@@ -23,6 +23,7 @@ from quickchange_store.formats.config_file import (
 )
 from quickchange_store.formats.imported import Imported
 from quickchange_store.formats.patterns import check_patterns
+from quickchange_store.formats.peft.classification_head import take_classifier
 from quickchange_store.formats.peft.peft_common import (
     WEIGHTS_FILE,
     check_base,
@@ -68,8 +69,9 @@ def read_ia3(directory: Path, base: BaseSpec) -> Imported:
     """
     from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as DEFAULTS
 
-    config = read_config(directory)
     tensors, names = open_tensors(directory, base)
+    classified = take_classifier(directory, read_config(directory), base, tensors)
+    config = classified.config
     refuse_fields(config, known=HONOURED | HARMLESS, refused=REFUSED, remedies=_REMEDIES)
     warnings = check_base(config, base)
     check_patterns(config, base.modules, CONFIG_FILE)
@@ -94,7 +96,8 @@ def read_ia3(directory: Path, base: BaseSpec) -> Imported:
         "config": {key: value for key, value in config.items() if is_set(value)},
     }
     name = str(config.get("base_model_name_or_path") or "")
-    return Imported(CanonicalAdapter(base.architecture, name, updates, source), tuple(warnings))
+    adapter = CanonicalAdapter(base.architecture, name, updates, source)
+    return classified.joined(Imported(adapter, tuple(warnings)))
 
 
 def _feedforward(

@@ -15,6 +15,7 @@ from quickchange_store.canonical.canonical_adapter import BaseSpec, CanonicalAda
 from quickchange_store.errors import BaseMismatchError, InvalidAdapterError, UnsupportedFeatureError
 from quickchange_store.formats.config_file import CONFIG_FILE, read_config
 from quickchange_store.formats.imported import Imported
+from quickchange_store.formats.peft.classification_head import take_classifier
 from quickchange_store.formats.peft.expert_lora import expert_updates
 from quickchange_store.formats.peft.peft_common import check_copies, open_tensors
 from quickchange_store.formats.peft.peft_config import LoraSettings, check_kind, parse_config
@@ -38,7 +39,8 @@ def read_peft(directory: Path, base: BaseSpec) -> Imported:
     config = read_config(directory)
     check_kind(config)
     tensors, names = open_tensors(directory, base)
-    return read_lora(config, base, tensors, names)
+    classified = take_classifier(directory, config, base, tensors)
+    return classified.joined(read_lora(classified.config, base, tensors, names))
 
 
 def read_lora(

@@ -1,7 +1,8 @@
 """Writer of a PEFT LoRA directory from the updates of a canonical adapter.
 
-Only what PEFT's LoRA computes is written: A, B and a scale for each module. Ranks and scales that
-differ between modules go into rank_pattern and alpha_pattern, by whole module paths.
+Only what PEFT's LoRA computes is written: A, B and a scale for each module, and a classification
+head. Ranks and scales that differ between modules go into rank_pattern and alpha_pattern, by whole
+module paths.
 """
 
 from __future__ import annotations
@@ -13,9 +14,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from quickchange_store.canonical.canonical_adapter import BaseSpec, LowRankUpdate, expert_path
+from quickchange_store.canonical.canonical_adapter import (
+    BaseSpec,
+    CanonicalAdapter,
+    LowRankUpdate,
+    expert_path,
+)
 from quickchange_store.errors import BaseMismatchError, UnsupportedFeatureError
 from quickchange_store.formats.config_file import BASE_NAME, CONFIG_FILE
+from quickchange_store.formats.peft.classification_head import head_config, head_tensors
 from quickchange_store.formats.peft.expert_lora import stacked, wrapper_name
 from quickchange_store.formats.peft.peft_common import WEIGHTS_FILE
 from quickchange_store.formats.peft.tensor_names import PREFIX
@@ -41,10 +48,9 @@ def check_peft(updates: Mapping[str, LowRankUpdate], base: BaseSpec) -> None:
             )
 
 
-def write_peft(
-    updates: Mapping[str, LowRankUpdate], directory: Path, base: BaseSpec, base_name: str
-) -> None:
+def write_peft(adapter: CanonicalAdapter, directory: Path, base: BaseSpec) -> None:
     """Write the LoRA into `directory`, which exists, after `check_peft`."""
+    updates, head = adapter.updates, adapter.classifier
     plain = {path: update for path, update in updates.items() if path in base.modules}
     experts = _of_parameters(updates, base)
     tensors = {}
@@ -56,9 +62,12 @@ def write_peft(
         names = ("embedding_A", "embedding_B") if embedding else ("A.weight", "B.weight")
         for name, factor in zip(names, (update.a, update.b), strict=True):
             tensors[f"{PREFIX}{module}.lora_{name}"] = copied(factor)
+    config = _config(plain, experts, base, adapter.base_name)
+    if head is not None:
+        tensors |= head_tensors(head)
+        config |= head_config(head)
     save_tensors(tensors, directory / WEIGHTS_FILE)
-    config = json.dumps(_config(plain, experts, base, base_name), indent=2, sort_keys=True)
-    (directory / CONFIG_FILE).write_text(config + "\n")
+    (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _of_parameters(

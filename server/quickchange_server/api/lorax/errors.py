@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import math
 import re
-from collections.abc import Awaitable, Callable, Collection
-from typing import Any
 
-from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
-from starlette.exceptions import HTTPException
+from fastapi import Request, Response
 
-from quickchange_server.api.error_responses import from_store, from_validation
+from quickchange_server.api.error_responses import refusal_response
 from quickchange_server.errors import (
     AdapterFailedError,
     ConflictError,
@@ -27,7 +21,6 @@ from quickchange_server.errors import (
     UnknownModelError,
 )
 from quickchange_server.frontend.request_base import Json
-from quickchange_store.errors import StoreError
 
 # LoRAX's names of the fields that messages mention; longer names first.
 _NAMES = (
@@ -67,41 +60,7 @@ def failure(error: QuickchangeError) -> Json:
     return {"error": message, "error_type": kind}
 
 
-def refusal(error: QuickchangeError, status: int | None = None) -> Response:
-    """The response to a failed request. `status` overrides LoRAX's."""
-    headers = {}
-    if error.retry_after is not None:
-        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
-    content = json.dumps(failure(error))  # ASCII: messages may quote lone surrogates
-    status = lorax_error(error)[0] if status is None else status
-    return Response(content, status, headers=headers, media_type="application/json")
-
-
-def install(app: FastAPI, paths: Collection[str]) -> None:
-    """Register handlers with LoRAX's form for these paths, after `error_responses.install`."""
-
-    def answer(kind: type[Exception], answered: Callable[[Any], Response]) -> None:
-        otherwise = app.exception_handlers[kind]
-
-        async def handler(request: Request, error: Exception) -> Response:
-            if request.url.path in paths:
-                return answered(error)
-            response = otherwise(request, error)
-            assert isinstance(response, Awaitable)
-            answer_of_others = await response
-            assert isinstance(answer_of_others, Response)
-            return answer_of_others
-
-        app.add_exception_handler(kind, handler)
-
-    answer(QuickchangeError, refusal)
-    answer(StoreError, lambda error: refusal(from_store(error)))
-    answer(RequestValidationError, lambda error: refusal(from_validation(list(error.errors()))))
-    answer(HTTPException, _http)
-
-
-def _http(error: HTTPException) -> Response:
-    status = 422 if error.status_code == 400 else error.status_code  # a body that is not JSON
-    response = refusal(InvalidRequestError(str(error.detail)), status)
-    response.headers.update(error.headers or {})
-    return response
+def refusal(_request: Request, error: QuickchangeError, status: int | None = None) -> Response:
+    """The response to a failed request. `status` overrides LoRAX's, but for a wrong body."""
+    status = lorax_error(error)[0] if status in (None, 400) else status
+    return refusal_response(failure(error), error, status)

@@ -141,15 +141,13 @@ async def embed() -> Response:
 
 
 @router.post(
-    "/classify", dependencies=[Depends(INFER)], status_code=422, response_model=LoraxErrorBody
-)
-@router.post(
     "/classify_batch", dependencies=[Depends(INFER)], status_code=422, response_model=LoraxErrorBody
 )
-async def classify() -> Response:
+async def classify_batch() -> Response:
     """Refuse the request, as LoRAX does unless the model is a classification model."""
     raise UnsupportedParameterError(
-        "/classify: this server generates text; ask for the class in the prompt of /generate"
+        "/classify_batch: the entities of texts take a token classification model; for the class "
+        "of a text POST /classify with model, an adapter with a classification head, and input"
     )
 
 

@@ -12,7 +12,7 @@ from fastapi import Request, Response
 from quickchange_server.api.app_state import Services
 from quickchange_server.api.openai import request_selection
 from quickchange_server.api.openai.requests import GenerationRequest
-from quickchange_server.api.openai.responses import Shape, predictions, usage
+from quickchange_server.api.openai.responses import Shape, TokenReport, predictions, usage
 from quickchange_server.api.sse import DONE, event, event_stream, unless_gone
 from quickchange_server.frontend.generation import Generation
 from quickchange_server.frontend.output_processor import Ending, LoggedToken
@@ -25,6 +25,7 @@ class Answer:
 
     envelope: Json  # fields that the whole answer and each event share, without "object"
     shape: Shape
+    report: TokenReport
     generation: Generation
     drafting: bool  # the usage counts draft tokens
     n: int = 1  # choices returned for each prompt
@@ -53,7 +54,9 @@ class _Collected:
 
     parts: list[str] = field(default_factory=list)
     tokens: list[LoggedToken] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
     ending: Ending | None = None
+    stop_reason: str | int | None = None
 
     @property
     def likelihood(self) -> float:
@@ -81,16 +84,19 @@ async def whole(answer: Answer) -> Json:
             choice = collected[index]
             choice.parts.append(piece.text)
             choice.tokens.extend(piece.tokens)
-            choice.ending = piece.ending
+            choice.ids.extend(piece.ids)
+            choice.ending, choice.stop_reason = piece.ending, piece.stop_reason
     await answer.generation.account.settled()
     return {
         **answer.envelope,
         "object": answer.shape.object,
         "choices": [
             answer.shape.choice(index, "".join(choice.parts), choice.tokens, choice.ending)
+            | answer.report.of_choice(index, choice.ids, choice.stop_reason)
             for index, choice in enumerate(_best(collected, answer))
         ],
         "usage": answer.usage,
+        **answer.report.of_answer(),
     }
 
 
@@ -106,9 +112,11 @@ async def streamed(
             if index not in opened:
                 opened.add(index)
                 choices = [*answer.shape.opening(index), *choices]
+            first = answer.report.add_to_events(index, choices, piece)
             usage = {"usage": answer.usage if continuous_usage else None} if include_usage else {}
             for choice in choices:
-                yield event({**envelope, "choices": [choice], **usage})
+                yield event({**envelope, **first, "choices": [choice], **usage})
+                first = {}
     if include_usage:
         yield event({**envelope, "choices": [], "usage": answer.usage})
     await answer.generation.account.settled()

@@ -16,8 +16,9 @@ from quickchange_server.api.openai.answering import Answer, envelope_of, respond
 from quickchange_server.api.openai.requests import DEFAULT_COMPLETION_TOKENS, CompletionRequest
 from quickchange_server.api.openai.responses import (
     CompletionShape,
+    EchoShape,
     PromptReport,
-    PromptShape,
+    TokenReport,
     prompt_report,
 )
 from quickchange_server.api.openapi.response_models import (
@@ -32,7 +33,7 @@ router = APIRouter(route_class=JsonRoute, tags=["OpenAI"], responses=COMMON_ERRO
 AnyPrompt = str | list[str] | list[int] | list[list[int]]
 
 
-def _several(prompt: AnyPrompt) -> Sequence[str | list[int]]:
+def several_of(prompt: AnyPrompt) -> Sequence[str | list[int]]:
     """The list of prompts, each text or token ids."""
     if isinstance(prompt, str):
         return [prompt]
@@ -41,11 +42,20 @@ def _several(prompt: AnyPrompt) -> Sequence[str | list[int]]:
     return cast("list[str | list[int]]", prompt)
 
 
-async def token_ids(services: Services, prompt: AnyPrompt, param: str) -> list[list[int]]:
-    """The prompts' token ids; text is encoded with the tokenizer's own special tokens."""
-    several, most = _several(prompt), services.engine.max_model_len
+async def token_ids(
+    services: Services,
+    prompt: AnyPrompt,
+    param: str,
+    *,
+    most: int | None = None,
+    special: bool = True,
+) -> list[list[int]]:
+    """The prompts' token ids; text is encoded with the tokenizer's own special tokens, if
+    `special`. `most`: of each prompt; None: as many as the context holds."""
+    several, most = several_of(prompt), most or services.engine.max_model_len
     if isinstance(several[0], str):
-        return await services.text.encode_each(cast("Sequence[str]", several), most, param)
+        texts = cast("Sequence[str]", several)
+        return await services.text.encode_each(texts, most, param, special=special)
     given = cast("list[list[int]]", several)
     for ids in given:
         services.text.check_ids(ids, param)
@@ -63,7 +73,15 @@ async def completions(
     """Continue a prompt."""
     order = request_selection.select(services, caller, body, request.headers)
     body = order.body
-    prompts = await token_ids(services, body.prompt, "prompt")
+    limit = services.engine.max_model_len
+    sent = await token_ids(
+        services,
+        body.prompt,
+        "prompt",
+        most=body.most_prompt_tokens(limit),
+        special=body.add_special_tokens,
+    )
+    prompts = [body.truncated(ids, limit) for ids in sent]
     generation = await request_selection.admit(
         services,
         order,
@@ -72,20 +90,26 @@ async def completions(
         prompt_param="prompt",
         default_tokens=DEFAULT_COMPLETION_TOKENS,
     )
-    shape = CompletionShape(services.text, body.logprobs is not None)
-    if body.echo or body.prompt_logprobs is not None:
-        repeated = _repeated(services, body, prompts)
-        shape = PromptShape(services.text, body, repeated, generation.choices)
+    as_ids = body.return_tokens_as_token_ids
+    shape = CompletionShape(services.text, body.logprobs is not None, as_ids=as_ids)
+    if body.echo:
+        repeated = _repeated(services, body, sent, prompts)
+        shape = EchoShape(services.text, body, repeated, generation.choices)
+    report = TokenReport(services.text, body, prompts, generation.choices, in_choices=True)
     drafting = order.selection.drafting is not None
     envelope = envelope_of(services, generation)
-    answer = Answer(envelope, shape, generation, drafting, body.n, body.candidates)
+    answer = Answer(envelope, shape, report, generation, drafting, body.n, body.candidates)
     return await respond(request, body, answer)
 
 
 def _repeated(
-    services: Services, body: CompletionRequest, prompts: Sequence[Sequence[int]]
+    services: Services,
+    body: CompletionRequest,
+    sent: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int]],
 ) -> list[PromptReport]:
+    """The prompts as they are repeated: those that were cut, as they were served."""
     return [
-        prompt_report(services.text, sent if isinstance(sent, str) else None, ids)
-        for sent, ids in zip(_several(body.prompt), prompts, strict=True)
+        prompt_report(services.text, own if isinstance(own, str) and whole == ids else None, ids)
+        for own, whole, ids in zip(several_of(body.prompt), sent, prompts, strict=True)
     ]

@@ -48,6 +48,7 @@ def _version_card(services: Services, index: Index, reference: Reference, kind: 
         "version": version.number,
         "digest": version.digest,
         "turbo": None if drafter is None else str(drafter),
+        **({"classifier": True} if version.classifier else {}),
     }
     return _card(services, str(reference), version.created, details, str(version))
 

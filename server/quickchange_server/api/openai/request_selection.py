@@ -30,8 +30,11 @@ from quickchange_server.frontend.generation import Generation
 from quickchange_server.frontend.request_admission import Wanted
 from quickchange_server.frontend.request_base import Json
 from quickchange_server.frontend.request_observers import Assignment
+from quickchange_server.observability.gateways import request_ids
 from quickchange_server.protocol import Pooling, Submit
 from quickchange_server.structured_output.validator import Asked
+
+ADAPTERS = "x-quickchange-adapter"  # header with the digests of what answers
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +67,8 @@ class Order(Generic[B]):
 def select(services: Services, caller: Caller, body: B, headers: Mapping[str, str]) -> Order[B]:
     """The order for a body: what its `model`, `adapters` and `turbo` name for this caller."""
     traceparent = headers.get("traceparent")
+    if not body.model:
+        body = body.model_copy(update={"model": services.catalog.base_name})
     named = services.experiments.find(body.model) if caller.sees(body.model) else None
     if named is None:
         selection = _selection(services, body, caller.sees)
@@ -198,6 +203,8 @@ async def admit(
     what `RequestAdmission.admit` raises.
     """
     body = order.body
+    if pooling is None:
+        order.selection.check_generates()
     submit = _submit(services, order, request_id, pooling)
     wanted = Wanted(
         submit=submit,
@@ -215,9 +222,14 @@ async def admit(
         assignment=order.assignment,
         user=body.user,
         traceparent=order.traceparent,
+        http_id=request_ids.current(),
+        streamed=body.stream,
         observers=(services.exposures,) if order.is_shadow else services.books,
     )
     generation = await services.admission.admit(wanted)
+    if submit.adapters and not order.is_shadow:
+        digests = (component.digest for component in submit.adapters)
+        request_ids.answer_with(ADAPTERS, ",".join(digests))
     again = partial(
         admit,
         services,
@@ -255,6 +267,7 @@ def _submit(
         label=selection.label,
         drafter=selection.drafter if drafts else None,
         salt=order.caller.salt,
+        cache_salt=body.cache_salt or "",
         background=order.is_shadow,
         pooling=pooling,
         seed=0,

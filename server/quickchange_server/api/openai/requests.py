@@ -15,6 +15,7 @@ from pydantic_core import PydanticCustomError
 
 from quickchange_server.adapter_registry.resolver import AUTO
 from quickchange_server.errors import InvalidRequestError
+from quickchange_server.frontend.context_length import CONTEXTS
 from quickchange_server.frontend.request_base import (
     MAX_CHOICES,
     SAMPLING,
@@ -29,6 +30,7 @@ from quickchange_server.frontend.request_base import (
 from quickchange_server.protocol import SamplingParams
 
 MAX_LOGPROBS = 20
+MAX_SALT = 1_024  # characters, vLLM's limit
 MAX_SCHEMA = 64 * 1024  # characters of a schema as JSON
 MAX_WRITTEN = 256 * 1024  # characters of a schema as text
 MOST_CHOICES = 1_000  # in guided_choice
@@ -169,23 +171,28 @@ class StreamOptions(Body):
 _HINTS = frozenset(
     {"store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
     | {"request_id", "session_id", "include_reasoning", "reasoning_effort", "verbosity"}
-    | {"prediction", "stream_interval", "truncation_side", "return_mm_kwargs"}
+    | {"prediction", "stream_interval", "return_mm_kwargs", "priority"}
+    # The spaces that it asks for are written by no tokenizer that is served.
+    | {"spaces_between_special_tokens"}
 )
+
+_ONE_SERVER = "prompt and answer are made by one server; remove it"
 
 
 SHARED: dict[str, Unsupported] = {
     "use_beam_search": Unsupported("use n with a temperature above 0", (False,)),
     "length_penalty": Unsupported(REMOVE, (1, 1.0)),
-    "truncate_prompt_tokens": Unsupported("shorten the prompt; /tokenize counts its tokens"),
-    "bad_words": Unsupported("use logit_bias", ([],)),
-    "allowed_token_ids": Unsupported("use logit_bias"),
     "guided_decoding_backend": Unsupported("there is one; remove it"),
     "guided_whitespace_pattern": Unsupported("use guided_regex or guided_grammar"),
-    "spaces_between_special_tokens": Unsupported(REMOVE, (True,)),
     "detokenize": Unsupported("text is always made; remove it", (True,)),
     "thinking_token_budget": Unsupported("set max_tokens", (-1,)),
     "routed_experts_prompt_start": Unsupported(REMOVE, (0,)),
-    "priority": Unsupported("requests are served fairly over adapters; remove it", (0,)),
+    "repetition_detection": Unsupported("use frequency_penalty, and set max_tokens"),
+    "watermarking": Unsupported(REMOVE, (False,)),
+    "kv_transfer_params": Unsupported(_ONE_SERVER, ({},)),
+    "ec_transfer_params": Unsupported(_ONE_SERVER, ({},)),
+    "vllm_xargs": Unsupported("this server has no extensions to hand it to; remove it", ({},)),
+    "prompt_embeds": Unsupported("give the prompt as text or token ids", ([],)),
 }
 
 
@@ -194,13 +201,19 @@ class GenerationRequest(Constrained, SamplingBody, ABC):
 
     hints = _HINTS
 
-    model: Name
+    model: Name = ""  # the base
     adapters: Adapters = Field(default=[])
     turbo: Name = AUTO  # the source of drafts
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None  # the unit of experiments, unless they define another
     metadata: Metadata = Field(default={})  # a field of it may be an experiment's unit
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False  # in `logprobs`, in place of their texts
+    truncate_prompt_tokens: int | None = Field(None, ge=-1)  # -1: to what fits
+    truncation_side: Literal["left", "right"] = "left"
+    cache_salt: str | None = Field(None, min_length=1, max_length=MAX_SALT)
 
     @property
     def wanted_tokens(self) -> int | None:
@@ -215,7 +228,7 @@ class GenerationRequest(Constrained, SamplingBody, ABC):
     @property
     def wanted_prompt_logprobs(self) -> int | None:
         """Value of `SamplingParams.prompt_logprobs`."""
-        return None
+        return self.prompt_logprobs
 
     @property
     @abstractmethod
@@ -231,6 +244,19 @@ class GenerationRequest(Constrained, SamplingBody, ABC):
             "prompt_logprobs": self.wanted_prompt_logprobs,
         }
         return SamplingParams(**given)
+
+    def most_prompt_tokens(self, limit: int) -> int:
+        """Tokens of the longest prompt that is read, in a context of `limit`."""
+        return limit if self.truncate_prompt_tokens is None else CONTEXTS * limit
+
+    def truncated(self, prompt: list[int], limit: int) -> list[int]:
+        """The prompt as it is served in a context of `limit` tokens."""
+        length = self.truncate_prompt_tokens
+        if length == -1:
+            length = max(1, limit - max(1, self.wanted_tokens or 1))
+        if length is None or len(prompt) <= length:
+            return prompt
+        return prompt[:length] if self.truncation_side == "right" else prompt[-length:]
 
     @property
     def include_usage(self) -> bool:
@@ -250,6 +276,13 @@ class GenerationRequest(Constrained, SamplingBody, ABC):
         wanted = self.wanted_tokens
         if wanted is not None and self.min_tokens > wanted:
             raise wrong("min_tokens", f"{self.min_tokens} exceeds max_tokens, {wanted}; lower it")
+        if self.truncate_prompt_tokens == 0:
+            raise wrong("truncate_prompt_tokens", "0 leaves no prompt; raise it, or leave it out")
+        if self.stream and self.prompt_logprobs is not None:
+            raise wrong(
+                "prompt_logprobs",
+                "only in an answer that is not streamed; remove it, or remove stream",
+            )
         return self
 
 
@@ -267,9 +300,6 @@ class CompletionRequest(GenerationRequest):
     unsupported: ClassVar[Mapping[str, Unsupported]] = {
         **SHARED,
         "suffix": Unsupported("write the fill-in format of the model into the prompt", ("",)),
-        "add_special_tokens": Unsupported("give the prompt as token ids (/tokenize)", (True,)),
-        "prompt_embeds": Unsupported("give the prompt as text or token ids"),
-        "return_tokens_as_token_ids": Unsupported(REMOVE, (False,)),
     }
 
     prompt: Prompt
@@ -279,7 +309,7 @@ class CompletionRequest(GenerationRequest):
     )
     echo: bool = False
     best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
-    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    add_special_tokens: bool = True  # of the tokenizer, to a prompt that is text
 
     @property
     def candidates(self) -> int:
@@ -306,9 +336,4 @@ class CompletionRequest(GenerationRequest):
             raise wrong("best_of", f"{self.best_of} is less than n, {self.n}; raise it")
         if self.stream and self.candidates > self.n:
             raise wrong("best_of", "the best are known at the end alone; remove it, or stream")
-        if self.stream and self.prompt_logprobs is not None:
-            raise wrong(
-                "prompt_logprobs",
-                "only in an answer that is not streamed; remove stream, or use echo with logprobs",
-            )
         return self

@@ -1,7 +1,7 @@
 """JSON of the answers of OpenAI's two generation routes: choices, chunks, log-probabilities, usage.
 
-One `Shape` writes the choices of one answer: `CompletionShape`, `PromptShape` (OpenAI's `echo`,
-vLLM's `prompt_logprobs`) and chats' own.
+One `Shape` writes the choices of one answer: `CompletionShape`, `EchoShape` (OpenAI's `echo`) and
+chats' own. `TokenReport` adds vLLM's fields.
 Knows nothing of HTTP or of the engine.
 """
 
@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from quickchange_server.api.openai.requests import CompletionRequest
+from quickchange_server.api.openai.requests import CompletionRequest, GenerationRequest
 from quickchange_server.frontend.generation import Choice
 from quickchange_server.frontend.output_processor import Ending, LoggedToken, Piece
 from quickchange_server.frontend.request_base import Json
@@ -45,15 +45,31 @@ def finite(logprob: float) -> float:
     return max(logprob, LOWEST_LOGPROB)
 
 
+def by_id(token_id: int) -> str:
+    """A token in vLLM's way to name it by its id."""
+    return f"token_id:{token_id}"
+
+
+def token_text(text: Text, token_id: int) -> str:
+    """The token's text; part of a character as OpenAI writes it, `bytes:\\xe2\\x80`."""
+    raw = text.token_bytes(token_id)
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
 class Shape(ABC):
     """The way one route writes the choices of an answer."""
 
     object: str  # the field "object" of a whole answer
     chunk_object: str  # the same field of a streamed event
 
-    def __init__(self, text: Text, logprobs: bool) -> None:
+    def __init__(self, text: Text, logprobs: bool, *, as_ids: bool = False) -> None:
+        """`as_ids`: log-probabilities name tokens by their ids, as vLLM does if asked."""
         self._text = text
         self._logprobs = logprobs
+        self._as_ids = as_ids
 
     @abstractmethod
     def choice(
@@ -109,12 +125,7 @@ class CompletionShape(Shape):
         return {self._name(token_id): finite(logprob) for token_id, logprob in entries}
 
     def _name(self, token_id: int) -> str:
-        """The token's text; part of a character as OpenAI writes it, `bytes:\\xe2\\x80`."""
-        raw = self._text.token_bytes(token_id)
-        try:
-            return raw.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+        return by_id(token_id) if self._as_ids else token_text(self._text, token_id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +151,8 @@ def prompt_report(text: Text, sent: str | None, ids: Sequence[int]) -> PromptRep
     return PromptReport(own if sent is None else sent, tuple(ids), tuple(offsets))
 
 
-class PromptShape(CompletionShape):
-    """Completion choices that repeat their prompt, or carry its log-probabilities, or both."""
+class EchoShape(CompletionShape):
+    """Completion choices that repeat their prompt."""
 
     def __init__(
         self,
@@ -150,7 +161,7 @@ class PromptShape(CompletionShape):
         prompts: Sequence[PromptReport],
         choices: Sequence[Choice],
     ) -> None:
-        super().__init__(text, body.logprobs is not None)
+        super().__init__(text, body.logprobs is not None, as_ids=body.return_tokens_as_token_ids)
         self._body = body
         self._prompts = prompts
         self._choices = choices
@@ -161,14 +172,10 @@ class PromptShape(CompletionShape):
         number = index // self._body.n
         prompt = self._prompts[number]
         scores = self._choices[number * self._body.candidates].prompt_logprobs
-        written = super().choice(index, text, self._behind(prompt, tokens), ending)
-        if self._body.echo:
-            written["text"] = prompt.text + text
-            if written["logprobs"] is not None:
-                before = self._prompt_lists(prompt, scores)
-                written["logprobs"] = {k: before[k] + v for k, v in written["logprobs"].items()}
-        if self._body.prompt_logprobs is not None:
-            written["prompt_logprobs"] = self._by_token(scores, self._body.prompt_logprobs)
+        written = super().choice(index, prompt.text + text, self._behind(prompt, tokens), ending)
+        if written["logprobs"] is not None:
+            before = self._prompt_lists(prompt, scores)
+            written["logprobs"] = {k: before[k] + v for k, v in written["logprobs"].items()}
         return written
 
     def chunks(self, index: int, piece: Piece) -> list[Json]:
@@ -176,8 +183,6 @@ class PromptShape(CompletionShape):
         return [super().choice(index, piece.text, tokens, piece.ending)]
 
     def opening(self, index: int) -> list[Json]:
-        if not self._body.echo:
-            return []
         prompt = self._prompts[index // self._body.n]
         written = super().choice(index, prompt.text, (), None)
         if written["logprobs"] is not None:
@@ -186,8 +191,6 @@ class PromptShape(CompletionShape):
 
     def _behind(self, prompt: PromptReport, tokens: Sequence[LoggedToken]) -> Sequence[LoggedToken]:
         """The tokens of a choice, with offsets that count the echoed prompt."""
-        if not self._body.echo:
-            return tokens
         return [replace(token, offset=len(prompt.text) + token.offset) for token in tokens]
 
     def _prompt_lists(self, prompt: PromptReport, scores: Sequence[TokenLogprobs]) -> Json:
@@ -201,6 +204,75 @@ class PromptShape(CompletionShape):
             "text_offset": list(prompt.offsets),
         }
 
+
+class TokenReport:
+    """vLLM's fields of an answer: token ids, log-probabilities of prompts, what stopped a choice.
+
+    Those of the prompt stand in each choice, or beside the choices where there is one prompt alone.
+    """
+
+    def __init__(
+        self,
+        text: Text,
+        body: GenerationRequest,
+        prompts: Sequence[Sequence[int]],
+        choices: Sequence[Choice],
+        *,
+        in_choices: bool,
+    ) -> None:
+        self._text = text
+        self._body = body
+        self._prompts = prompts
+        self._choices = choices
+        self._in_choices = in_choices
+        self._held: dict[int, list[int]] = {}  # ids that no event has had, by choice
+        self._begun: set[int] = set()  # choices that have had an event
+
+    def of_answer(self) -> Json:
+        """Fields of a whole answer."""
+        return {} if self._in_choices else self._of_prompt(0)
+
+    def of_choice(self, index: int, ids: Sequence[int], stop_reason: str | int | None) -> Json:
+        """Fields of a whole choice."""
+        own = {
+            "stop_reason": stop_reason,
+            "token_ids": list(ids) if self._body.return_token_ids else None,
+        }
+        return own | (self._of_prompt(index // self._body.n) if self._in_choices else {})
+
+    def add_to_events(self, index: int, choices: list[Json], piece: Piece) -> Json:
+        """Add the fields of a piece to the choices of its events; returns those of the first."""
+        if choices and piece.stop_reason is not None:
+            choices[-1]["stop_reason"] = piece.stop_reason
+        if not self._body.return_token_ids:
+            return {}
+        held = self._held.setdefault(index, [])
+        held += piece.ids
+        if not choices:
+            return {}
+        for choice in choices:
+            choice["token_ids"] = []
+        choices[-1]["token_ids"], self._held[index] = held, []
+        first = not self._begun if not self._in_choices else index not in self._begun
+        self._begun.add(index)
+        if not first:
+            return {}
+        told = {"prompt_token_ids": list(self._prompts[index // self._body.n])}
+        if not self._in_choices:
+            return told
+        choices[0] |= told
+        return {}
+
+    def _of_prompt(self, number: int) -> Json:
+        top = self._body.prompt_logprobs
+        scores = self._choices[number * self._body.candidates].prompt_logprobs
+        return {
+            "prompt_logprobs": None if top is None else self._by_token(scores, top),
+            "prompt_token_ids": list(self._prompts[number])
+            if self._body.return_token_ids
+            else None,
+        }
+
     def _by_token(self, scores: Sequence[TokenLogprobs], top: int) -> list[Json | None]:
         """vLLM's form: per token, except the first, its entry and the `top` best, by token id."""
         return [None, *(self._position(score, top) for score in scores)]
@@ -210,7 +282,7 @@ class PromptShape(CompletionShape):
             str(token_id): {
                 "logprob": finite(logprob),
                 "rank": rank,
-                "decoded_token": self._name(token_id),
+                "decoded_token": token_text(self._text, token_id),
             }
             for token_id, (logprob, rank) in score.ranked(top).items()
         }

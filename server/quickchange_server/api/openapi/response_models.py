@@ -98,12 +98,25 @@ class PromptLogprob(ResponseModel):
     decoded_token: str
 
 
-class CompletionChoice(ResponseModel):
+class StoppedChoice(ResponseModel):
+    """vLLM's fields of a choice."""
+
+    stop_reason: str | int | None = None
+    token_ids: list[int] | None = None
+
+
+class ReportedPrompt(ResponseModel):
+    """vLLM's fields about a prompt."""
+
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = None
+    prompt_token_ids: list[int] | None = None
+
+
+class CompletionChoice(StoppedChoice, ReportedPrompt):
     index: int
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason | None
-    prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = None
 
 
 class TextCompletion(GenerationEnvelope):
@@ -147,14 +160,14 @@ class AssistantMessage(ResponseModel):
     tool_calls: list[AssistantToolCall] | None = None
 
 
-class ChatChoice(ResponseModel):
+class ChatChoice(StoppedChoice):
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason | Literal["tool_calls"]
 
 
-class ChatCompletion(GenerationEnvelope):
+class ChatCompletion(GenerationEnvelope, ReportedPrompt):
     object: Literal["chat.completion"]
     choices: list[ChatChoice]
     usage: CompletionUsage
@@ -178,7 +191,7 @@ class ChatDelta(ResponseModel):
     tool_calls: list[ToolCallDelta] | None = None
 
 
-class ChatChunkChoice(ResponseModel):
+class ChatChunkChoice(StoppedChoice):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None
@@ -188,26 +201,8 @@ class ChatChunkChoice(ResponseModel):
 class ChatCompletionChunk(GenerationEnvelope):
     object: Literal["chat.completion.chunk"]
     choices: list[ChatChunkChoice]
+    prompt_token_ids: list[int] | None = None  # of the first event
     usage: CompletionUsage | None = None
-
-
-class EmbeddingVector(ResponseModel):
-    object: Literal["embedding"]
-    index: int
-    embedding: list[float] | str
-
-
-class EmbeddingUsage(ResponseModel):
-    prompt_tokens: int
-    total_tokens: int
-
-
-class EmbeddingList(ResponseModel):
-    object: Literal["list"]
-    data: list[EmbeddingVector]
-    model: str
-    usage: EmbeddingUsage
-    quickchange: ChosenVariant | None = None
 
 
 class ModelDetails(ResponseModel):
@@ -215,6 +210,7 @@ class ModelDetails(ResponseModel):
     version: int | None = None
     digest: str | None = None
     turbo: str | None = None
+    classifier: bool | None = None
     state: ExperimentState | None = None
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from quickchange_server.api.openapi.message_models import MessageErrorBody
 from quickchange_server.api.openapi.response_models import ErrorBody, LoraxErrorBody
 
 Responses = dict[int | str, dict[str, Any]]
@@ -38,6 +39,11 @@ def lorax_errors(*statuses: int) -> Responses:
     return {s: {"model": LoraxErrorBody, "description": _MEANINGS[s]} for s in statuses}
 
 
+def message_errors(*statuses: int) -> Responses:
+    """Error responses in Anthropic's form, by status."""
+    return {s: {"model": MessageErrorBody, "description": _MEANINGS[s]} for s in statuses}
+
+
 # A wrong field, no API key, a missing scope or a page of another origin, an internal error, an
 # engine that is not ready, a full disk.
 COMMON_ERRORS = errors(400, 401, 403, 500, 503, 507)
@@ -46,6 +52,9 @@ GENERATION_ERRORS = errors(404, 413, 424, 429)
 # A route that does not answer JSON needs response_class=Response, or FastAPI documents its errors
 # under the answer's content type.
 PLAIN_TEXT: Responses = {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}}
+
+# Vectors as their bytes, where a body asks for them so.
+OCTETS: Responses = {200: {"content": {"application/octet-stream": {"schema": {"type": "string"}}}}}
 
 
 def events(data: Any, *, last: str | None = None) -> Responses:

@@ -31,11 +31,10 @@ from quickchange_server.api.openapi.response_models import (
 from quickchange_server.api.openapi.route_responses import COMMON_ERRORS, PLAIN_TEXT, errors
 from quickchange_server.errors import ContextLengthError, InvalidRequestError, UnknownModelError
 from quickchange_server.frontend.caller import Caller
+from quickchange_server.frontend.context_length import CONTEXTS
 from quickchange_server.frontend.request_base import MAX_PATH, Body, Json, Name, check_text
 
 router = APIRouter(route_class=JsonRoute, tags=["vLLM"], responses=COMMON_ERRORS)
-
-CONTEXTS = 4  # so many context lengths are tokenized and detokenized
 
 ValidText = Annotated[str, AfterValidator(check_text)]
 

@@ -160,6 +160,13 @@ def composition_key(adapters: Seq[Component], salt: str = "") -> bytes:
     return digest.digest()
 
 
+def salted(key: bytes, salt: str) -> bytes:
+    """The key itself without a salt, else one that no other salt gives."""
+    if not salt:
+        return key
+    return hashlib.blake2b(salt.encode(), digest_size=16, key=key).digest()
+
+
 class Border(NamedTuple):
     """A state that is to be kept: that after so many tokens, and the held row for it."""
 
@@ -321,7 +328,8 @@ class Sequence:
 
     def _first_parent(self) -> bytes:
         kind = 0 if self.scaling is None else self.scaling.kind(self.reach)
-        return block_key(self.key, [kind]) if kind else self.key
+        own = salted(self.key, self.request.cache_salt)
+        return block_key(own, [kind]) if kind else own
 
     def take(self, token: int) -> None:
         """Append the next token of the output."""

@@ -5,7 +5,7 @@ Nothing here knows how it is sent, or what the replicas run on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -28,6 +28,8 @@ class ReplicaReport:
     residency: Mapping[str, Residence] = field(default_factory=dict)  # by digest
     running: int = 0  # sequences
     waiting: int = 0
+    running_adapters: Collection[str] = ()  # names
+    waiting_adapters: Collection[str] = ()
     kv_share: float = 0.0  # of the KV blocks, in use
     step_seconds: float = 0.0  # mean of the latest
     metrics: bytes = b""  # its registry, in the format of observability

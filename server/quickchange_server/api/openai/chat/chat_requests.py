@@ -278,7 +278,6 @@ class ChatRequest(ChatRendering, GenerationRequest):
         "moderation": Unsupported(REMOVE),
         "chat_template": Unsupported(_RENDER),
         "best_of": Unsupported("use n, and choose among the choices yourself", (1,)),
-        "prompt_logprobs": Unsupported(_RENDER),
     }
 
     messages: Messages

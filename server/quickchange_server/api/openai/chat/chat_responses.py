@@ -7,7 +7,7 @@ import string
 from collections.abc import Callable, Sequence
 
 from quickchange_server.api.openai.chat.chat_requests import ChatRequest
-from quickchange_server.api.openai.responses import Shape, finite
+from quickchange_server.api.openai.responses import Shape, by_id, finite
 from quickchange_server.frontend.generation import Choice
 from quickchange_server.frontend.output_processor import Ending, LoggedToken, Piece
 from quickchange_server.frontend.parsing.message_reader import (
@@ -39,7 +39,8 @@ class ChatShape(Shape):
     ) -> None:
         """`reader` makes one parser per choice. splits: it splits thoughts off."""
         # Log-probabilities would tell thoughts that are left out.
-        super().__init__(text, body.logprobs and (body.include_reasoning or not splits))
+        shown = body.logprobs and (body.include_reasoning or not splits)
+        super().__init__(text, shown, as_ids=body.return_tokens_as_token_ids)
         self._body = body
         self._reader = reader
         self._splits = splits
@@ -119,7 +120,7 @@ class ChatShape(Shape):
     def _token(self, token_id: int, logprob: float) -> Json:
         raw = self._text.token_bytes(token_id)
         return {
-            "token": raw.decode(errors="replace"),
+            "token": by_id(token_id) if self._as_ids else raw.decode(errors="replace"),
             "logprob": finite(logprob),
             "bytes": list(raw),
         }

@@ -18,6 +18,7 @@ from quickchange_server.api.openai.chat.chat_requests import ChatRequest, chat_l
 from quickchange_server.api.openai.chat.chat_responses import ChatShape
 from quickchange_server.api.openai.chat.thoughts import Thoughts, visible
 from quickchange_server.api.openai.chat.tool_calling import Calls, with_tools
+from quickchange_server.api.openai.responses import TokenReport
 from quickchange_server.api.openapi.response_models import (
     ChatCompletion,
     ChatCompletionChunk,
@@ -40,6 +41,7 @@ class Chat:
     drafting: bool  # the usage counts draft tokens
     calls: Calls | None  # None: no tools
     thoughts: Thoughts | None  # None: the model's chat template knows none
+    prompt: list[int]  # token ids
 
     def reader(self) -> MessageReader:
         """A new parser for one choice."""
@@ -72,7 +74,9 @@ async def begin_chat(
     if form is not None:
         order = replace(order, body=visible(services.text, form, order.body))
     body = order.body
-    prompt = await chat_prompt(services, body, most=services.engine.max_model_len, param=param)
+    limit = services.engine.max_model_len
+    prompt = await chat_prompt(services, body, most=body.most_prompt_tokens(limit), param=param)
+    prompt = body.truncated(prompt, limit)
     thoughts = None if form is None else Thoughts.of(services.text, form, body, prompt)
     if thoughts is not None:
         demanded = order.demanded or await request_selection.asked_of(body)
@@ -86,7 +90,8 @@ async def begin_chat(
         prompt_param=param,
         default_tokens=None,
     )
-    return Chat(body, generation, order.selection.drafting is not None, calls, thoughts)
+    drafting = order.selection.drafting is not None
+    return Chat(body, generation, drafting, calls, thoughts, prompt)
 
 
 async def chat_prompt(services: Services, body: ChatRequest, *, most: int, param: str) -> list[int]:
@@ -114,7 +119,9 @@ async def chat_completions(
     request_id = f"chatcmpl-{uuid.uuid4().hex}"
     chat = await begin_chat(services, caller, body, request.headers, request_id=request_id)
     shape = ChatShape(services.text, chat.body, chat.reader, splits=chat.thoughts is not None)
-    envelope = envelope_of(services, chat.generation)
-    return await respond(
-        request, chat.body, Answer(envelope, shape, chat.generation, chat.drafting)
+    report = TokenReport(
+        services.text, chat.body, [chat.prompt], chat.generation.choices, in_choices=False
     )
+    envelope = envelope_of(services, chat.generation)
+    answer = Answer(envelope, shape, report, chat.generation, chat.drafting)
+    return await respond(request, chat.body, answer)

@@ -17,7 +17,7 @@ MAX_ARGUMENTS = 256 * 1024  # characters of one call's
 ValidText = Annotated[str, AfterValidator(check_text)]
 
 
-def _written(value: Any) -> Any:
+def arguments_text(value: Any) -> Any:
     """A call's arguments as text; some clients send the object itself."""
     return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value
 
@@ -101,7 +101,9 @@ class CalledFunction(Body):
     hints = ECHOED | {"parsed_arguments"}
 
     name: ValidText
-    arguments: Annotated[ValidText, Field(max_length=MAX_ARGUMENTS), BeforeValidator(_written)] = ""
+    arguments: Annotated[
+        ValidText, Field(max_length=MAX_ARGUMENTS), BeforeValidator(arguments_text)
+    ] = ""
 
 
 class MadeCall(Body):

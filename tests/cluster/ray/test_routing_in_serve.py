@@ -1,11 +1,9 @@
-"""The router in a real Serve application of two replicas that have no model."""
+"""The router in a Serve application of two replicas that have no model, beside a whole cluster."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import AsyncGenerator, Iterator
 from hashlib import sha256
@@ -15,9 +13,9 @@ import pytest
 
 pytest.importorskip("ray", reason="the extra [ray] is not installed")
 
-import ray
+from cluster_harness import LiveCluster
 from ray import serve
-from ray.serve.config import HTTPOptions, RequestRouterConfig
+from ray.serve.config import RequestRouterConfig
 
 from quickchange_server.cluster.routing.request_router import AdapterRequestRouter
 from quickchange_server.cluster.routing.routing_memory import ROUTED, routing_stats
@@ -34,7 +32,7 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def handle() -> Iterator[Any]:
+def handle(cluster: LiveCluster) -> Iterator[Any]:  # noqa: ARG001
     @serve.deployment(
         num_replicas=2,
         max_ongoing_requests=64,
@@ -65,24 +63,9 @@ def handle() -> Iterator[Any]:
                 self.held, device_bytes=1000, queue=self.running, kv_share=0, step_seconds=0.01
             )
 
-    folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # a short path: it has sockets
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        configure_logging=False,
-        log_to_driver=False,
-        _node_ip_address="127.0.0.1",
-        _temp_dir=folder,
-    )
-    try:
-        serve.start(http_options=HTTPOptions(location="NoServer"))
-        application = serve.run(Engine.bind(), name="engines", route_prefix=None)
-        yield application.options(stream=True)
-    finally:
-        serve.shutdown()
-        ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
+    application = serve.run(Engine.bind(), name="routed", route_prefix=None)
+    yield application.options(stream=True)
+    serve.delete("routed")
 
 
 def submit(name: str, digest: str, seconds: float = 0.01) -> Submit:

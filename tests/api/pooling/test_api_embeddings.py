@@ -97,7 +97,7 @@ def test_an_input_may_fill_the_context_and_not_exceed_it(live: Live) -> None:
 @pytest.mark.parametrize(
     ("change", "param"),
     [
-        ({"dimensions": 2}, "dimensions"),
+        ({"dimensions": 5}, "dimensions"),
         ({"input": ""}, "input"),
         ({"input": []}, "input"),
         ({"input": [99999]}, "input"),

@@ -1,0 +1,1 @@
+"""Anthropic's routes for messages: translations into chats, and of their answers."""

@@ -1,0 +1,1 @@
+"""Stored responses of /v1/responses: kept for a time, within a bound, for their owner alone."""

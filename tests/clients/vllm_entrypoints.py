@@ -1,0 +1,196 @@
+"""Runs vLLM's own HTTP tests, from its unpacked sdist, against this server, and prints a table.
+
+    python tests/clients/vllm_entrypoints.py path/to/vllm-0.33.0 [tests/entrypoints/...]
+
+vLLM itself is not needed (`vllm_stand_ins.py`). A test that needs what the tiny random model can't
+have (knowledge, images, GPUs) or vLLM's own code is not applicable, with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+HERE = Path(__file__).resolve().parent
+REQUIRED = ("pytest-asyncio==1.5.0", "pybase64==1.5.1", "tblib==3.2.2", "anthropic==0.125.0")
+SECONDS = 900  # for one file
+TESTS = "tests/entrypoints"
+FILES = (
+    "openai/completion/test_completion.py",
+    "openai/completion/test_prompt_validation.py",
+    "openai/completion/test_token_in_token_out.py",
+    "openai/chat_completion/test_chat.py",
+    "openai/chat_completion/test_chat_completion.py",
+    "openai/chat_completion/test_chat_echo.py",
+    "openai/chat_completion/test_chat_logit_bias_validation.py",
+    "openai/chat_completion/test_completion_with_function_calling.py",
+    "openai/chat_completion/test_batched_chat_completions.py",
+    "openai/chat_completion/test_enable_force_include_usage.py",
+    "openai/chat_completion/test_extra_content_fields.py",
+    "openai/chat_completion/test_include_reasoning.py",
+    "openai/chat_completion/test_logprob_token_ids.py",
+    "openai/chat_completion/test_root_path.py",
+    "openai/chat_completion/test_thinking_token_budget.py",
+    "openai/models/test_models.py",
+    "openai/test_chunked_prompt.py",
+    "openai/test_openai_schema.py",
+    "openai/test_return_token_ids.py",
+    "openai/test_return_tokens_as_ids.py",
+    "openai/responses/test_simple.py",
+    "anthropic/test_messages.py",
+    "tool_parsers/test_hermes_tool_parser.py",
+    "serve/lora/test_lora_adapters.py",
+    "serve/instrumentator/test_basic.py",
+    "serve/instrumentator/test_metrics.py",
+    "serve/instrumentator/test_orca_metrics.py",
+    "serve/instrumentator/test_uds.py",
+    "serve/middleware/test_optional_middleware.py",
+    "serve/sagemaker/test_sagemaker_lora_adapters.py",
+    "serve/sagemaker/test_sagemaker_stateful_sessions.py",
+    "serve/sagemaker/test_sagemaker_handler_overrides.py",
+    "serve/sagemaker/test_sagemaker_middleware_integration.py",
+    "serve/tokenize/test_tokenization.py",
+    "launchers/test_shutdown.py",
+    "scale_out/token_in_token_out/test_serving_tokens.py",
+    "pooling/embed/test_online.py",
+    "pooling/embed/test_online_dimensions.py",
+    "pooling/scoring/test_bi_encoder_online.py",
+    "pooling/classify/test_online.py",
+    "pooling/basic/test_truncation.py",
+)
+
+
+def make_model(folder: Path) -> None:
+    """A tiny random model with a real tokenizer, whose special tokens stand last, as in Qwen's."""
+    import torch
+    from tool_templates import MARKED
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from quickchange_training.demo.demo_base import ensure_demo_base
+
+    parts = json.loads((ensure_demo_base() / "tokenizer.json").read_text())
+    vocabulary, added = parts["model"]["vocab"], parts["added_tokens"]
+    size, special = len(vocabulary), len(added)
+    parts["model"]["vocab"] = {t: (i - special) % size for t, i in vocabulary.items()}
+    for token in added:
+        token["id"] = (token["id"] - special) % size
+    folder.mkdir(parents=True)
+    (folder / "tokenizer.json").write_text(json.dumps(parts))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"),
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        model_max_length=16_384,
+        chat_template=MARKED,
+    )
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=size,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=16_384,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def run_file(sdist: Path, file: str, folder: Path, packages: Path) -> None:
+    """Run one file of tests; its outcomes go to the folder's report."""
+    path = [HERE, HERE.parent / "support", os.environ.get("PYTHONPATH", ""), packages]
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short"]
+    command += ["-c", str(folder / "pytest.ini"), f"--rootdir={sdist}", "--noconftest"]
+    command += ["-p", "vllm_stand_ins"]
+    command += ["-p", "no:cacheprovider", "-p", "tests.entrypoints.conftest"]
+    if "/sagemaker/" in file:
+        command += ["-p", "tests.entrypoints.serve.sagemaker.conftest"]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([*map(str, path), str(sdist)]),
+        "VLLM_TESTS_FOLDER": str(folder),
+        "HF_HUB_OFFLINE": "1",
+    }
+    log = folder / "logs" / (file.replace("/", "--") + ".log")
+    log.parent.mkdir(exist_ok=True)
+    with log.open("w") as output:
+        try:
+            subprocess.run(
+                [*command, str(sdist / file)],
+                cwd=sdist,
+                env=environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                timeout=SECONDS,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            report(folder, file, "fail", f"the file's tests took more than {SECONDS} s")
+
+
+def report(folder: Path, test: str, outcome: str, reason: str) -> None:
+    with (folder / "report.jsonl").open("a") as file:
+        file.write(json.dumps({"test": test, "outcome": outcome, "reason": reason}) + "\n")
+
+
+def table(folder: Path) -> str:
+    """Counts by file, then each failure, and each reason why tests are not applicable."""
+    written = folder / "report.jsonl"
+    written.touch()
+    outcomes = [json.loads(line) for line in written.read_text().splitlines()]
+    latest = {each["test"]: each for each in outcomes}.values()
+    counts = Counter((each["test"].split("::")[0], each["outcome"]) for each in latest)
+    lines = ["| file | pass | fail | n/a |", "|---|---|---|---|"]
+    for file in dict.fromkeys(name for name, _ in counts):
+        numbers = [str(counts[file, outcome]) for outcome in ("pass", "fail", "n/a")]
+        lines.append("| " + " | ".join([file.removeprefix(f"{TESTS}/"), *numbers]) + " |")
+    total = Counter(each["outcome"] for each in latest)
+    lines.append(f"| all | {total['pass']} | {total['fail']} | {total['n/a']} |")
+    for outcome in ("fail", "n/a"):
+        lines += ["", f"{outcome}:"]
+        for each in latest:
+            if each["outcome"] == outcome:
+                test = each["test"].removeprefix(f"{TESTS}/")
+                lines.append(f"- {test}: {' '.join(each['reason'].split())[:300]}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("sdist", type=Path, help="vLLM's unpacked sdist")
+    parser.add_argument("files", nargs="*", help=f"files under the sdist; default: {TESTS}/...")
+    parser.add_argument("--folder", type=Path, help="keep the model, the logs and the report here")
+    parser.add_argument("--packages", type=Path, help=f"a folder with {', '.join(REQUIRED)}")
+    given = parser.parse_args()
+    sys.path[:0] = [str(HERE.parent / "support")]
+    if given.packages is None:
+        from client_environments import installed
+
+        version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+        environment = installed(version, ["--no-deps", *REQUIRED])
+        given.packages = environment / "lib" / version / "site-packages"
+    with TemporaryDirectory(prefix="vllm-entrypoints-") as made:
+        folder = (given.folder or Path(made)).resolve()
+        if not (folder / "model").exists():
+            make_model(folder / "model")
+        (folder / "pytest.ini").write_text("[pytest]\nasyncio_mode = strict\n")
+        for file in given.files or [f"{TESTS}/{file}" for file in FILES]:
+            run_file(given.sdist.resolve(), file, folder, given.packages)
+            print(file, flush=True)
+        print(table(folder))
+
+
+if __name__ == "__main__":
+    main()
