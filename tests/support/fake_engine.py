@@ -326,6 +326,8 @@ def note(behaviour: Behaviour, kind: str, command: Command | None = None) -> Non
         "output": len(getattr(command, "output", ())),
         "background": getattr(command, "background", None),
         "salt": getattr(command, "salt", None),
+        "cache_salt": getattr(command, "cache_salt", None),
+        "bad_tokens": getattr(command, "bad_tokens", None),
         "heads": getattr(getattr(command, "drafting", None), "heads", None),
         "prompt": getattr(command, "prompt", None),
         "prices": getattr(command, "prices", None),
@@ -338,9 +340,11 @@ def note(behaviour: Behaviour, kind: str, command: Command | None = None) -> Non
         journal.write(json.dumps(entry) + "\n")
 
 
-def _constraint(command: Command | None) -> tuple[str, str] | None:
+def _constraint(command: Command | None) -> tuple[str, ...] | None:
     constraint = getattr(command, "constraint", None)
-    return None if constraint is None else (constraint.kind, constraint.source)
+    if constraint is None:
+        return None
+    return (constraint.kind, constraint.source, *filter(None, [constraint.before]))
 
 
 def entries(journal: Path, kind: str) -> list[dict[str, object]]:
