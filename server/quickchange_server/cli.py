@@ -82,12 +82,16 @@ def serve_command() -> Callable[..., None]:
         """
         from quickchange_server.entrypoints.serve import serve as launch
 
-        demo = bool(given.pop("demo"))
-        launch({name: value for name, value in given.items() if value is not None}, demo=demo)
+        demo, modules = bool(given.pop("demo")), given.pop("lora_modules")
+        settings = {name: value for name, value in given.items() if value is not None}
+        launch(settings, demo=demo, modules=modules)
 
     demo_help = "serve the demo model and its adapters, fetched and made ready once"
+    modules_help = "adapters to add to the store first: NAME=FOLDER …, as vLLM has it"
     return _with_settings(
-        serve, demo=(False, Annotated[bool, typer.Option("--demo", help=demo_help)])
+        serve,
+        demo=(False, Annotated[bool, typer.Option("--demo", help=demo_help)]),
+        lora_modules=([], Annotated[list[str], typer.Option("--lora-modules", help=modules_help)]),
     )
 
 
@@ -248,10 +252,28 @@ def completion(
 
     fish: quickchange completion fish > ~/.config/fish/completions/quickchange.fish
     """
-    from typer.completion import get_completion_script
+    from typer.completion import get_completion_script  # type: ignore[attr-defined]
 
     script = get_completion_script(prog_name=PROGRAM, complete_var=COMPLETING, shell=shell)
     typer.echo(script)
+
+
+def with_vllm_flags(arguments: list[str]) -> list[str]:
+    """The arguments with vLLM's flags of `serve` as Quickchange's options."""
+    if arguments[:1] != ["serve"]:
+        return arguments
+    from quickchange_server.config import Settings
+    from quickchange_server.entrypoints.flags.vllm_flags import translated
+
+    switches = {"--demo", "--help"}
+    for name, field in Settings.model_fields.items():
+        if field.annotation in (bool, bool | None):
+            flag = name.replace("_", "-")
+            switches |= {f"--{flag}", f"--no-{flag}"}
+    made = translated(arguments[1:], switches)
+    for line in made.lines:
+        print(f"quickchange: {line}", file=sys.stderr)
+    return ["serve", *made.arguments]
 
 
 def with_demo_paths(command: str, arguments: Sequence[str]) -> list[str]:
@@ -325,10 +347,10 @@ def main() -> None:
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
         if COMPLETING in os.environ:
-            from typer.completion import completion_init
+            from typer.completion import completion_init  # type: ignore[attr-defined]
 
             completion_init()  # typer knows the shells of its own scripts from then on
-        given = with_demo_paths(*_command_of(sys.argv[1:]))
+        given = with_demo_paths(*_command_of(with_vllm_flags(sys.argv[1:])))
         raise SystemExit(app(args=given, prog_name=PROGRAM, standalone_mode=False))
     except Interrupted as interrupted:
         print(f"quickchange: ended by {interrupted.signal.name}", file=sys.stderr)

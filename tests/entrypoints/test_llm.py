@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from classifier_models import classifier
 from llm_models import END, LlmModels, ids_of, make_llm_models, piece_tokenizer, text_of
 from text_of_pieces import tokenizer_of_pieces
 from turbo_models import VOCABULARY as TURBO_VOCABULARY
@@ -25,7 +26,9 @@ from quickchange_server.errors import (
     SettingError,
     UnknownModelError,
 )
+from quickchange_store.base_model.base_spec import base_spec
 from quickchange_store.errors import StoreError
+from quickchange_store.importing import read_adapter
 from quickchange_store.store import Store
 
 MIX = {"sql": 0.75, "orders": -0.5}
@@ -69,6 +72,20 @@ def test_texts_and_ids_with_an_adapter_each_are_pefts_own_tokens(
         assert output.finish_reason == "length"
         assert output.logprobs is None
     assert [result.request_id for result in found] == ["0", "1", "2", "3", "4"]
+
+
+def test_an_adapter_that_classifies_generates_nothing_and_is_embedded(
+    models: LlmModels, tmp_path: Path
+) -> None:
+    sql = read_adapter(models.adapters["sql"], base_spec(str(models.path))).adapter
+    Store(tmp_path).add("kinds", classifier(sql, 3, hidden=48))
+    with LLM(models.path, store=tmp_path, **SMALL) as llm:
+        with pytest.raises(InvalidRequestError, match="classifies"):
+            llm.generate("Hello", GREEDY, adapter="kinds")
+        with pytest.raises(InvalidRequestError, match="classifies"):
+            llm.generate(["Hello"] * 2, GREEDY, adapter=[None, {"kinds": 0.5}])
+        (vector,) = llm.embed("Hello", adapter="kinds")
+        assert len(vector.outputs.embedding) == 48
 
 
 def test_one_prompt_and_one_adapter_for_all(llm: LLM, models: LlmModels) -> None:

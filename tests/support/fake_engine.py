@@ -326,6 +326,8 @@ def note(behaviour: Behaviour, kind: str, command: Command | None = None) -> Non
         "output": len(getattr(command, "output", ())),
         "background": getattr(command, "background", None),
         "salt": getattr(command, "salt", None),
+        "cache_salt": getattr(command, "cache_salt", None),
+        "bad_tokens": getattr(command, "bad_tokens", None),
         "heads": getattr(getattr(command, "drafting", None), "heads", None),
         "prompt": getattr(command, "prompt", None),
         "prices": getattr(command, "prices", None),

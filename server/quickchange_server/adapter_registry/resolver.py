@@ -81,9 +81,7 @@ class Selection:
 
 def base_names(settings: Settings) -> tuple[str, ...]:
     """The names of the base model; it is listed under the first."""
-    if settings.served_model_name is not None:
-        return (settings.served_model_name,)
-    return (base_name(settings.model),)
+    return settings.served_names or (base_name(settings.model),)
 
 
 class Catalog:

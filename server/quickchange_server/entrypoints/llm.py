@@ -39,7 +39,7 @@ from quickchange_server.entrypoints.outputs import (
     EmbeddingOutput,
     EmbeddingRequestOutput,
     RequestOutput,
-    position,
+    generated_position,
     prompt_positions,
 )
 from quickchange_server.errors import (
@@ -354,7 +354,8 @@ class LLM:
         self, index: int, asked: _Asked, params: SamplingParams, selection: Selection
     ) -> list[_Choice]:
         """The sequences of one prompt, one per choice."""
-        self._text.check_ids(sorted(params.stop_token_ids), "stop_token_ids")
+        for name in ("stop_token_ids", "logprob_token_ids", "allowed_token_ids"):
+            self._text.check_ids(sorted(getattr(params, name)), name)
         self._text.check_ids(list(params.logit_bias), "logit_bias")
         fits = room(self._engine.info.max_model_len, len(asked.ids), params.max_tokens, asked.place)
         most = fits if params.max_tokens is None else params.max_tokens
@@ -372,6 +373,7 @@ class LLM:
             sampling,
             selection.adapters,
             drafting=selection.drafting,
+            bad_tokens=self._text.spellings(params.bad_words),
             seed=seed,
         )
         others = replace(sampling, prompt_logprobs=None)  # the first choice's serve all
@@ -469,7 +471,7 @@ class LLM:
             text="".join(choice.parts),
             token_ids=ids,
             cumulative_logprob=sum(one.logprob for one in scores) if scored else None,
-            logprobs=[position(self._text, one, params.logprobs or 0) for one in scores]
+            logprobs=[generated_position(self._text, one, params) for one in scores]
             if scored
             else None,
             finish_reason=choice.ending,

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import copy
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property, partial
@@ -19,11 +19,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from quickchange_server.errors import ContextLengthError, InvalidRequestError, SettingError
 from quickchange_server.frontend.detokenizer import Decoding, Detokenizer
 from quickchange_server.frontend.parsing.reasoning_parser import ReasoningFormat
-from quickchange_server.frontend.parsing.tool_parser import (
-    Messages,
-    ToolFormat,
-    with_arguments,
-)
+from quickchange_server.frontend.parsing.tool_forms import ToolForm
+from quickchange_server.frontend.parsing.tool_learning import Messages, with_arguments
 from quickchange_server.frontend.templates.chat_template import ChatTemplate, Rendering
 
 if TYPE_CHECKING:
@@ -79,19 +76,15 @@ class Text:
         """Ids of special tokens, such as the end of a sequence."""
         return self._decoding.special_ids
 
-    @property
-    def has_chat_template(self) -> bool:
-        return self.template.exists
-
     @cached_property
     def template(self) -> ChatTemplate:
         return ChatTemplate(self._tokenizer)
 
     @cached_property
-    def tool_format(self) -> ToolFormat | None:
+    def tool_form(self) -> ToolForm | None:
         """The model's form of tool calls; None if its chat template takes no tools."""
-        form = self.template.tool_format
-        return None if form is None else replace(form, end=self._before_end(form.end))
+        ends = {self.token_name(token_id) for token_id in self.eos_ids & self.special_ids}
+        return self.template.tool_form(ends)
 
     @cached_property
     def reasoning_format(self) -> ReasoningFormat | None:
@@ -121,6 +114,35 @@ class Text:
         longest_first = sorted(known, key=len, reverse=True)
         parts = re.split(f"({'|'.join(map(re.escape, longest_first))})", text) if known else [text]
         return [known.get(part, part) for part in parts if part]
+
+    def configuration(self) -> dict[str, Any]:
+        """The tokenizer's configuration, in the names of its tokenizer_config.json."""
+        of, kept = self._tokenizer, self._tokenizer.init_kwargs
+        marks = ("bos_token", "eos_token", "unk_token", "pad_token")
+        bos_and_spaces = ("add_bos_token", "add_eos_token", "add_prefix_space")
+        flags = (*bos_and_spaces, "clean_up_tokenization_spaces")
+        named = {name: getattr(of, name, None) for name in marks}
+        template = of.chat_template
+        return {
+            "tokenizer_class": type(of).__name__,
+            "model_max_length": int(of.model_max_length),
+            **named,
+            "additional_special_tokens": [
+                str(token) for token in of.all_special_tokens if token not in named.values()
+            ],
+            "added_tokens_decoder": {
+                str(token_id): str(token) for token_id, token in of.added_tokens_decoder.items()
+            },
+            "chat_template": template if isinstance(template, str) else None,
+            **{name: kept.get(name) for name in flags},
+            "padding_side": str(of.padding_side),
+            "truncation_side": str(of.truncation_side),
+        }
+
+    def special_of(self, texts: Iterable[str]) -> frozenset[int]:
+        """The special tokens in some texts."""
+        parts = [part for text in texts for part in self.special_parts(text)]
+        return frozenset(part for part in parts if isinstance(part, int))
 
     def tokenizer_json(self) -> str | None:
         """The tokenizer in the `tokenizers` library's JSON; None for one of another kind."""
@@ -205,6 +227,22 @@ class Text:
         )
         return list(encoded["input_ids"])
 
+    def spellings(self, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
+        """Runs of tokens that spell each word, without a space before it and with one.
+
+        As vLLM takes them: the second where it is another token in the first's place.
+        """
+        runs: list[tuple[int, ...]] = []
+        for word in words:
+            bare, spaced = (
+                tuple(self.encode_now(before + word.lstrip(), add_special_tokens=False))
+                for before in ("", " ")
+            )
+            runs.append(bare)
+            if len(spaced) == len(bare) and spaced[:1] != bare[:1]:
+                runs.append(spaced)
+        return tuple(run for run in runs if run)
+
     async def spans(
         self, text: str, *, most: int, param: str, add_special_tokens: bool = True
     ) -> list[tuple[int, int, int]]:
@@ -244,7 +282,7 @@ class Text:
     ) -> str:
         """The prompt text of a chat, special tokens included. Raises as `ChatTemplate.render`."""
         if any(message.get("tool_calls") for message in messages):
-            form = self.tool_format
+            form = self.tool_form
             as_text = form is not None and form.from_text
             messages = [with_arguments(message, as_text=as_text) for message in messages]
         return self.template.render(messages, tools, how, param=param)
@@ -279,9 +317,12 @@ class Text:
 
         return encoded() if length < LONG_TEXT else await self._on_thread(encoded)
 
-    def detokenizer(self, *, skip_special_tokens: bool = True) -> Detokenizer:
-        """A new incremental detokenizer for one sequence."""
-        return self._decoding.detokenizer(skip_special_tokens=skip_special_tokens)
+    def detokenizer(
+        self, *, skip_special_tokens: bool = True, shown: frozenset[int] = frozenset()
+    ) -> Detokenizer:
+        """A new incremental detokenizer for one sequence. `shown`: special tokens that are never
+        skipped."""
+        return self._decoding.detokenizer(skip_special_tokens=skip_special_tokens, shown=shown)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Text of a whole sequence."""

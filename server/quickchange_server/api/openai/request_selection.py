@@ -30,7 +30,7 @@ from quickchange_server.frontend.generation import Generation
 from quickchange_server.frontend.request_admission import Wanted
 from quickchange_server.frontend.request_base import Json
 from quickchange_server.frontend.request_observers import Assignment
-from quickchange_server.observability.gateways import request_ids
+from quickchange_server.observability.naming import request_ids
 from quickchange_server.protocol import Pooling, Submit
 from quickchange_server.structured_output.validator import Asked
 
@@ -55,6 +55,7 @@ class Order(Generic[B]):
     traceparent: str | None = None
     shadows: tuple[tuple[Assignment, Order[B]], ...] = ()  # generated beside it, never returned
     demanded: Asked | None = None  # a constraint that the body's own fields don't give (tools)
+    shown: frozenset[int] = frozenset()  # special tokens that its answers' parsers look for
     shadow_limit: int = 0  # shadow requests of its experiment at once
     # Merges the selection's adapters into one that serves the request; returns its digest.
     derive: Callable[[], Awaitable[str]] | None = None
@@ -217,6 +218,7 @@ async def admit(
         candidates=body.candidates,
         default_tokens=default_tokens,
         constraint=order.demanded or await asked_of(body),
+        shown=order.shown,
         scored_alike=body.stream,  # each streamed choice begins with its prompt's log-probabilities
         derive=order.derive,
         assignment=order.assignment,
@@ -255,7 +257,8 @@ def _submit(
 ) -> Submit:
     """The part of `Submit` that all choices share; the admission fills in the rest."""
     body = order.body
-    services.text.check_ids(body.stop_token_ids, "stop_token_ids")
+    for name in ("stop_token_ids", "logprob_token_ids", "allowed_token_ids"):
+        services.text.check_ids(getattr(body, name), name)
     services.text.check_ids(list(body.logit_bias), "logit_bias")
     selection, drafts = order.selection, pooling is None
     return Submit(
@@ -268,6 +271,7 @@ def _submit(
         drafter=selection.drafter if drafts else None,
         salt=order.caller.salt,
         cache_salt=body.cache_salt or "",
+        bad_tokens=services.text.spellings(body.bad_words),
         background=order.is_shadow,
         pooling=pooling,
         seed=0,

@@ -16,7 +16,7 @@ from quickchange_server.api.openai import request_selection
 from quickchange_server.api.openai.answering import Answer, envelope_of, respond
 from quickchange_server.api.openai.chat.chat_requests import ChatRequest, chat_length
 from quickchange_server.api.openai.chat.chat_responses import ChatShape
-from quickchange_server.api.openai.chat.thoughts import Thoughts, visible
+from quickchange_server.api.openai.chat.thoughts import Thoughts
 from quickchange_server.api.openai.chat.tool_calling import Calls, with_tools
 from quickchange_server.api.openai.request_selection import Order
 from quickchange_server.api.openai.responses import TokenReport
@@ -81,7 +81,7 @@ async def begin_chat(
         order, calls = with_tools(services.text, order)
     form = await services.text.learn_reasoning()
     if form is not None:
-        order = replace(order, body=visible(services.text, form, order.body))
+        order = replace(order, shown=order.shown | services.text.special_of(form.marks))
     body = order.body
     limit = services.engine.max_model_len
     prompt = await chat_prompt(services, body, most=body.most_prompt_tokens(limit), param=param)
