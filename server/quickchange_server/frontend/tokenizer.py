@@ -100,7 +100,7 @@ class Text:
         return self.reasoning_format
 
     def _learn(self) -> None:
-        _ = self.template.takes, self.tool_format, self.reasoning_format
+        _ = self.template.takes, self.tool_form, self.reasoning_format
 
     def _before_end(self, text: str) -> str:
         """The text before an end-of-sequence token, which no answer's text contains."""
