@@ -66,10 +66,7 @@ class _ParametersRule:
     def _any(self) -> str:
         """Any parameters at all."""
         form, rules = self._form, self._rules
-        if self._python:
-            value = json_rule({})
-        else:
-            value = self._text_value("(?s:.*)", close=form.close)
+        value = json_rule({}) if self._python else self._text_value("(?s:.*)", close=form.close)
         middle = rules.literal(form.middles[0][0])
         item = rules.add(f"{rules.literal(form.open)} {_ANY_KEY} {middle} {value}")
         separator = rules.literal(form.separator)
