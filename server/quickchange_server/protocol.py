@@ -16,6 +16,7 @@ from annotated_types import Interval
 
 MOST_TOKENS = 2**31 - 1  # no vocabulary has more
 MOST_BIAS = 100  # of a logit, as OpenAI's
+MOST_LOGPROB_IDS = 128  # tokens whose log-probabilities are told wherever they rank, as vLLM's
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 Tier = Literal["device", "host", "disk"]
@@ -49,6 +50,9 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)  # by token id
     logprobs: Annotated[int | None, Interval(ge=0)] = None  # n best besides the sampled token
     prompt_logprobs: Annotated[int | None, Interval(ge=0)] = None  # n best at each prompt token
+    logprob_token_ids: Collection[int] = ()  # with `logprobs`: of these tokens, not of the best
+    allowed_token_ids: Collection[int] = frozenset()  # no other token is chosen; empty: any is
+    bad_words: Sequence[str] = ()  # texts whose tokens are never completed
 
     def __post_init__(self) -> None:
         """Check all fields and normalise them: tuple, frozenset and dict, top_k -1 as 0.
@@ -64,12 +68,26 @@ class SamplingParams:
         stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         if not all(isinstance(stop, str) and stop for stop in stops):
             raise ValueError("stop: must be strings that are not empty; remove the others")
-        kept = {
+        bad_words = tuple(self.bad_words)
+        if isinstance(self.bad_words, str) or not all(
+            isinstance(word, str) and word.strip() for word in bad_words
+        ):
+            raise ValueError("bad_words: must be a list of words that are not empty")
+        kept: dict[str, Any] = {
             "top_k": max(0, min(self.top_k, MOST_TOKENS)),
             "stop": stops,
             "stop_token_ids": frozenset(self.stop_token_ids),
             "logit_bias": _summed(self.logit_bias),
+            "logprob_token_ids": tuple(dict.fromkeys(self.logprob_token_ids)),
+            "allowed_token_ids": frozenset(self.allowed_token_ids),
+            "bad_words": bad_words,
         }
+        if len(kept["logprob_token_ids"]) > MOST_LOGPROB_IDS:
+            raise ValueError(
+                f"logprob_token_ids: has more than {MOST_LOGPROB_IDS} tokens; list fewer"
+            )
+        if kept["logprob_token_ids"] and self.logprobs is None:
+            raise ValueError("logprob_token_ids: only with logprobs; set it, or remove them")
         for name, value in kept.items():
             object.__setattr__(self, name, value)
 
@@ -205,6 +223,7 @@ class Submit:
     constraint: Constraint | None = None  # None: any text
     salt: str = ""  # requests share cached prefixes only under equal salts
     cache_salt: str = ""  # the same, and shares all else with requests under its `salt`
+    bad_tokens: tuple[tuple[int, ...], ...] = ()  # `bad_words`, each as tokens that spell it
     background: bool = False  # uses only capacity that other requests leave
     pooling: Pooling | None = None  # embed the prompt instead of generating
     seed: int = field(kw_only=True)  # a sampled token depends on it and its position alone

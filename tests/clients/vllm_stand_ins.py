@@ -19,7 +19,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -61,7 +61,7 @@ OPTIONS: dict[str, tuple[int, str | None]] = {
     "--enable-server-load-tracking": (0, None),
     "--enable-per-request-metrics": (0, None),
     "--max-logprobs": (1, "--max-logprobs"),
-    "--seed": (1, "--seed"),
+    "--seed": (1, None),
     "--port": (1, None),
     "--trust-remote-code": (0, None),
     "--runner": (1, None),
@@ -72,24 +72,35 @@ OPTIONS: dict[str, tuple[int, str | None]] = {
     "--structured-outputs-config.enable_in_reasoning": (1, None),
 }
 
+CONTEXT = 8_192  # of every server but those for which a test asks more
+
 # What makes a server's start short.
 QUICK = ("--no-model-check", "--no-turbo", "--no-prompt-lookup", "--threads", "1")
 
 
+class _Running:
+    """The state of the run."""
+
+    test: ClassVar[bool] = False  # a test runs; else modules are imported
+
+
 def not_applicable(reason: str) -> Any:
-    return pytest.skip(reason, allow_module_level=True)
+    """End the test. A module that is imported goes on with something absent."""
+    if not _Running.test:
+        return _Absent(reason, (Exception,), {})
+    return pytest.skip(reason)
 
 
 class _Absent(type):
     """Classes that stand for what is vLLM's own: whatever uses one ends its test."""
 
     def __call__(cls, *_: Any, **__: Any) -> Any:
-        return not_applicable(f"{OWN_CODE}: {cls.__name__}")
+        return not_applicable(cls.__name__)
 
     def __getattr__(cls, name: str) -> Any:
         if name.startswith("_") or name == "pytestmark":
             raise AttributeError(name)
-        return not_applicable(f"{OWN_CODE}: {cls.__name__}.{name}")
+        return not_applicable(f"{cls.__name__}.{name}")
 
 
 class _StandIn(ModuleType):
@@ -98,13 +109,15 @@ class _StandIn(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "pytestmark":
             raise AttributeError(name)
-        return _Absent(name, (Exception,), {"__module__": self.__name__})
+        return _Absent(f"{OWN_CODE}: {name}", (Exception,), {"__module__": self.__name__})
 
 
 class _Platform:
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
         if name not in _PLATFORMS:
-            not_applicable(f"{OWN_CODE}: current_platform.{name}")
+            return not_applicable(f"{OWN_CODE}: current_platform.{name}")
         return lambda: name == "is_cpu"
 
 
@@ -141,11 +154,48 @@ def _get_tokenizer(tokenizer_name: str, **_: Any) -> Any:
     return AutoTokenizer.from_pretrained(MODEL)
 
 
+class _Process:
+    """A server that runs until another one is wanted: starts take most of the tests' time."""
+
+    kept: ClassVar[dict[tuple[str, ...], _Process]] = {}
+
+    def __init__(self, model: str, arguments: Sequence[str]) -> None:
+        self._stack = ExitStack()
+        folder = self._stack.enter_context(TemporaryDirectory(prefix="vllm-tests-"))
+        self.port = free_port()
+        command = quickchange_command(
+            "serve",
+            *("--model", str(MODEL), "--store", f"{folder}/store", "--port", str(self.port)),
+            *("--dtype", "float32", "--served-model-name", model, *QUICK, *arguments),
+        )
+        self.running: RunningServer = self._stack.enter_context(
+            running(
+                command,
+                url=f"http://127.0.0.1:{self.port}",
+                target=ServedNames(model),
+                log=FOLDER / "server.log",
+            )
+        )
+
+    @classmethod
+    def of(cls, model: str, arguments: Sequence[str], *, fresh: bool) -> _Process:
+        key = (model, *arguments)
+        if fresh or key not in cls.kept:
+            cls.end_all()
+            cls.kept[key] = cls(model, arguments)
+        return cls.kept[key]
+
+    @classmethod
+    def end_all(cls) -> None:
+        while cls.kept:
+            cls.kept.popitem()[1]._stack.close()
+
+
 class RemoteOpenAIServer:
     """A server started with the options of `vllm serve`."""
 
-    DUMMY_API_KEY = "token-abc123"
-    live: list[RemoteOpenAIServer] = []
+    DUMMY_API_KEY: ClassVar[str] = "token-abc123"
+    live: ClassVar[list[RemoteOpenAIServer]] = []
     show_hidden_metrics = False
 
     def __init__(
@@ -162,32 +212,18 @@ class RemoteOpenAIServer:
         if override_hf_configs is not None:
             not_applicable("another configuration of the model")
         arguments, adapters = _translated([*vllm_serve_args])
-        self._stack = ExitStack()
-        folder = self._stack.enter_context(TemporaryDirectory(prefix="vllm-tests-"))
-        self.host, self.port, self.uds = "127.0.0.1", free_port(), None
-        command = quickchange_command(
-            "serve",
-            *("--model", str(MODEL), "--store", f"{folder}/store", "--port", str(self.port)),
-            *("--dtype", "float32", "--served-model-name", model, *QUICK, *arguments),
-        )
-        server: RunningServer = self._stack.enter_context(
-            running(
-                command,
-                url=f"http://127.0.0.1:{self.port}",
-                target=ServedNames(model),
-                log=FOLDER / "server.log",
-            )
-        )
-        self.pid = server.pid
+        fresh = "--enable-lora" in vllm_serve_args  # its store is filled
+        process = _Process.of(model, arguments, fresh=fresh)
+        self.host, self.port, self.uds = "127.0.0.1", process.port, None
+        self.pid = process.running.pid
+        register(process.running.url, adapters)
         self.live.append(self)
-        register(server.url, adapters)
 
     def __enter__(self) -> RemoteOpenAIServer:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.live.remove(self)
-        self._stack.close()
 
     @property
     def url_root(self) -> str:
@@ -228,7 +264,7 @@ class RemoteOpenAIServer:
 
 def _translated(given: list[str]) -> tuple[list[str], dict[str, Path]]:
     """Our options for vLLM's, and the adapters that they name."""
-    arguments: list[str] = []
+    arguments = ["--max-model-len", str(CONTEXT)]
     adapters: dict[str, Path] = {}
     while given:
         option, *joined = given.pop(0).split("=", 1)
@@ -243,6 +279,9 @@ def _translated(given: list[str]) -> tuple[list[str], dict[str, Path]]:
                 else:
                     name, _, path = named.partition("=")
                     adapters[name] = Path(path)
+            continue
+        if option == "--max-model-len" and int(given[0]) <= CONTEXT:
+            given.pop(0)  # so that servers are alike
             continue
         if option not in OPTIONS:
             not_applicable(f"vLLM's option {option}")
@@ -277,6 +316,7 @@ KNOWN = {
         "RemoteOpenAIServer": RemoteOpenAIServer,
         "ROCM_EXTRA_ARGS": [],
         "VLLM_PATH": FOLDER,
+        "requires_fp8": lambda test: test,
         **dict.fromkeys(("multi_gpu_test", "multi_gpu_only", "large_gpu_mark"), _mark),
     },
 }
@@ -318,6 +358,9 @@ class _Report:
         self._path = path
         self._served: set[str] = set()
 
+    def pytest_runtest_logstart(self) -> None:
+        _Running.test = True
+
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Iterator[None]:
         if RemoteOpenAIServer.live:
@@ -350,6 +393,10 @@ class _Report:
     def _write(self, test: str, outcome: str, reason: str) -> None:
         with self._path.open("a") as file:
             file.write(json.dumps({"test": test, "outcome": outcome, "reason": reason}) + "\n")
+
+
+def pytest_sessionfinish() -> None:
+    _Process.end_all()
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -29,7 +29,7 @@ def test_generation_in_chunks_equals_transformers(family: str, tmp_path: Path) -
     runner = Runner(
         loaded,
         NoAdapters(),
-        NoConstraints().masks,
+        NoConstraints(0).masks,
         num_blocks=32,
         block_size=4,
         most_graph_rows=3,

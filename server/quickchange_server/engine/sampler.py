@@ -27,6 +27,7 @@ from quickchange_server.engine.inputs.sample_tables import (
     RowTables,
     SampleColumns,
     SampleRow,
+    WantedLogprobs,
     tables_of,
 )
 from quickchange_server.engine.token_masks import NO_MASKS, TokenMasks
@@ -48,7 +49,8 @@ class Picks:
     """Sampled tokens of R rows, and the log-probabilities of the rows that ask for them."""
 
     table: Tensor  # int64 [2, R]: token, 0 if none can be chosen; soundness
-    logprobs: Tensor | None = None  # float64 [L, 1 + 2n]: the token's, n best ids, n best values
+    # float64 [L, 1 + K + 2n]: the token's, those of K listed tokens, n best ids, n best values
+    logprobs: Tensor | None = None
 
     @property
     def tokens(self) -> Tensor:
@@ -77,13 +79,16 @@ class Draw:
         results: list[SampledToken | RowError] = list(map(SampledToken, tokens))
         if picks.logprobs is not None and self._tables.asking is not None:
             asking, lines = self._tables.asking.tolist(), picks.logprobs.tolist()
-            for row, line, wanted in zip(asking, lines, self._tables.wanted, strict=True):
-                best = best_first(line[1:], wanted)
-                results[row] = SampledToken(tokens[row], TokenLogprobs(tokens[row], line[0], best))
+            listed = len(asking[0]) - 1
+            for (row, *_), line, wanted in zip(asking, lines, self._tables.wanted, strict=True):
+                token = tokens[row]
+                top = _told(token, line, listed, wanted)
+                results[row] = SampledToken(token, TokenLogprobs(token, line[0], top))
         if not all(sound):
             for row, well in enumerate(sound):
                 if not well:
-                    results[row] = RowError(row, _UNSOUND)
+                    asked = row in self._tables.narrowed
+                    results[row] = RowError(row, _UNSOUND, "request" if asked else "internal")
         for row, error in self._errors.items():
             results[row] = error
         return results
@@ -91,7 +96,7 @@ class Draw:
 
 _UNSOUND = (
     "no token can be chosen: the logits hold NaN or infinity, or every token is suppressed by "
-    "logit_bias and min_tokens"
+    "logit_bias, allowed_token_ids, bad_words and min_tokens"
 )
 
 
@@ -143,16 +148,28 @@ class Sampler:
         columns, edits, asking = parts
         own = None  # the model's own log-probabilities: before anything is edited
         if asking is not None:
-            own = torch.log_softmax(logits.index_select(0, asking).float(), dim=-1)
+            own = torch.log_softmax(logits.index_select(0, asking[:, 0]).float(), dim=-1)
         masks.apply_(logits)
         if picked is None or edits is not None or masks.rows.numel():
             picked = self.pick(logits, columns, edits)
         picks = Picks(picked)
         if own is not None and asking is not None:
-            count = top_count(max(tables.wanted), self._vocabulary_size)
-            picks = Picks(picked, _logprobs(own, picked[0].index_select(0, asking), count))
+            count = top_count(max(one.best for one in tables.wanted), self._vocabulary_size)
+            chosen = picked[0].index_select(0, asking[:, 0])
+            picks = Picks(picked, _logprobs(own, chosen, asking[:, 1:], count))
         forbidden = {row: RowError(row, text, "request") for row, text in masks.errors.items()}
         return Draw(picks, tables, {**tables.errors, **forbidden})
+
+
+def _told(
+    token: int, line: Sequence[float], listed: int, wanted: WantedLogprobs
+) -> tuple[tuple[int, float], ...]:
+    """Log-probabilities that a row asks for besides its token's: of listed tokens, the token among
+    them, or of the best."""
+    if not wanted.listed:
+        return best_first(line[1 + listed :], wanted.best)
+    told = dict(zip(wanted.listed, line[1:], strict=False)) | {token: line[0]}
+    return tuple(sorted(told.items(), key=lambda pair: (-pair[1], pair[0])))
 
 
 def best_first(columns: Sequence[float], wanted: int) -> tuple[tuple[int, float], ...]:
@@ -170,10 +187,10 @@ def top_count(wanted: int, vocabulary: int) -> int:
     return min(-(-wanted // _TOP_LOGPROBS_STEP) * _TOP_LOGPROBS_STEP, vocabulary)
 
 
-def _logprobs(table: Tensor, chosen: Tensor, count: int) -> Tensor:
-    """float64 [L, 1 + 2n] of log-probabilities [L, V]: the chosen token's, n best ids, n best
-    values."""
-    parts = [table.gather(1, chosen[:, None]).double()]
+def _logprobs(table: Tensor, chosen: Tensor, listed: Tensor, count: int) -> Tensor:
+    """float64 [L, 1 + K + 2n] of log-probabilities [L, V]: the chosen token's, those of `listed`
+    [L, K], n best ids, n best values."""
+    parts = [table.gather(1, torch.cat([chosen[:, None], listed], dim=1)).double()]
     if count:
         best = table.topk(count, dim=-1)
         parts += [best.indices.double(), best.values.double()]

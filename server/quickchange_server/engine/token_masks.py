@@ -1,5 +1,7 @@
 """Constrained sequences: grammars compiled beside decoding, token masks for sampled rows.
 
+A mask is made of the grammar's tokens, of the tokens that the request allows, or of both.
+
 A `ConstraintCompiler`, which knows the tokenizer, says which tokens may follow; only token ids
 appear here. A sequence waits outside the scheduler until its grammar is compiled, so that it delays
 no other. One that arrives with output (after a restart) has the output replayed on its grammar.
@@ -12,6 +14,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +32,10 @@ from quickchange_server.structured_output.errors import ConstraintError
 
 _KEPT = 64  # compiled grammars
 _ALL = -1  # a word that allows all of its tokens
+_NONE_ALLOWED = (
+    "allowed_token_ids: none of them can follow in a text that is constrained; allow more, or "
+    "remove the constraint"
+)
 _NO_TOKEN = (
     "constraint: its text can only go on with tokens that end the output, and it is not complete; "
     "ask for other stop tokens"
@@ -129,7 +136,7 @@ class Constraints:
                 rows += range(first, first + item.sampled_rows)
             first += item.sampled_rows
         if not wanted:
-            return NO_MASKS
+            return narrowed(NO_MASKS, sampling, self._vocabulary)
         bits = np.full((len(rows), mask_words(self._vocabulary)), _ALL, dtype=np.int32)
         self._compiler.fill(wanted, bits)
         for one, stop in zip(wanted, stops, strict=True):
@@ -141,7 +148,8 @@ class Constraints:
                 empty = np.flatnonzero(~bits[own].any(axis=1))
                 errors |= dict.fromkeys((rows[one.row + place] for place in empty), _NO_TOKEN)
         seconds = time.monotonic() - started
-        return TokenMasks(torch.tensor(rows), torch.from_numpy(bits), errors, seconds)
+        made = TokenMasks(torch.tensor(rows), torch.from_numpy(bits), errors, seconds)
+        return narrowed(made, sampling, self._vocabulary)
 
     def close(self) -> None:
         self._thread.shutdown(cancel_futures=True)
@@ -174,6 +182,9 @@ class Constraints:
 class NoConstraints:
     """Null object of an engine without a tokenizer: constraints are refused."""
 
+    def __init__(self, vocabulary: int) -> None:
+        self._vocabulary = vocabulary
+
     def refusal(self, submit: Submit) -> str | None:
         if submit.constraint is None:
             return None
@@ -192,8 +203,7 @@ class NoConstraints:
         return 0
 
     def masks(self, sampling: Seq[Scheduled]) -> TokenMasks:
-        del sampling
-        return NO_MASKS
+        return narrowed(NO_MASKS, sampling, self._vocabulary)
 
     def close(self) -> None:
         """Do nothing: there is no thread to end."""
@@ -203,7 +213,44 @@ def constraints_of(
     compiler: ConstraintCompiler | None, vocabulary: int, on_wake: Callable[[], None]
 ) -> Constraints | NoConstraints:
     """The engine's constraints. compiler: None if text can't be constrained."""
-    return NoConstraints() if compiler is None else Constraints(compiler, vocabulary, on_wake)
+    if compiler is None:
+        return NoConstraints(vocabulary)
+    return Constraints(compiler, vocabulary, on_wake)
+
+
+def narrowed(masks: TokenMasks, sampling: Seq[Scheduled], vocabulary: int) -> TokenMasks:
+    """The masks with those tokens alone that the sampling items' requests allow."""
+    started = time.monotonic()
+    own: dict[int, npt.NDArray[np.int32]] = {}
+    first = 0
+    for item in sampling:
+        allowed = item.sequence.request.sampling.allowed_token_ids
+        if allowed:
+            bits = _bits_allowed(frozenset(allowed), vocabulary)
+            own |= dict.fromkeys(range(first, first + item.sampled_rows), bits)
+        first += item.sampled_rows
+    if not own:
+        return masks
+    known = masks.rows.tolist()
+    rows = [*known, *sorted(own.keys() - set(known))]
+    table = np.full((len(rows), mask_words(vocabulary)), _ALL, dtype=np.int32)
+    if known:
+        table[: len(known)] = masks.bits.numpy()
+    for place, row in enumerate(rows):
+        if row in own:
+            table[place] &= own[row]
+    empty = (row for place, row in enumerate(rows) if not table[place].any())
+    errors = dict.fromkeys(empty, _NONE_ALLOWED) | masks.errors
+    seconds = (masks.seconds or 0.0) + time.monotonic() - started
+    return TokenMasks(torch.tensor(rows), torch.from_numpy(table), errors, seconds)
+
+
+@lru_cache(_KEPT)
+def _bits_allowed(allowed: frozenset[int], vocabulary: int) -> npt.NDArray[np.int32]:
+    """int32 [words]: a mask of these tokens."""
+    flags = np.zeros(mask_words(vocabulary) * WORD, dtype=np.uint8)
+    flags[[token for token in allowed if 0 <= token < vocabulary]] = 1
+    return np.packbits(flags, bitorder="little").view("<i4").astype(np.int32)
 
 
 def _bits_of(tokens: frozenset[int] | list[int]) -> npt.NDArray[np.int32]:

@@ -34,6 +34,7 @@ from quickchange_server.api.openai.chat import chat_route
 from quickchange_server.api.pooling import embeddings, pooling_routes, scoring_routes
 from quickchange_server.api.responses import response_routes
 from quickchange_server.api.vllm import routes as vllm
+from quickchange_server.api.vllm import sagemaker
 from quickchange_server.config import Settings, is_remote
 from quickchange_server.engine_client.client import EngineClient
 from quickchange_server.engine_client.engines import EnginesMaker
@@ -140,6 +141,7 @@ def create_app(
         scoring_routes,
         models,
         vllm,
+        sagemaker,
         adapters,
         experiments,
         keys,
@@ -246,6 +248,7 @@ def _services(
             adapters=settings.adapters,
             turbo=settings.turbo,
             prompt_lookup=settings.prompt_lookup,
+            further=lambda: experiments.all,
         ),
         imports=Imports(store, base, names, experiments.refuse_name),
         derived=Derived(store, settings.derived_adapters),

@@ -29,6 +29,7 @@ from quickchange_server.adapter_registry.resolver import (
     base_names,
 )
 from quickchange_server.api.openai.chat.chat_requests import ChatRendering, Message
+from quickchange_server.api.openai.chat.tool_calling import tools_form
 from quickchange_server.api.openai.chat.tool_requests import Tools
 from quickchange_server.config import Settings
 from quickchange_server.entrypoints.engine_start import token_text
@@ -38,7 +39,7 @@ from quickchange_server.entrypoints.outputs import (
     EmbeddingOutput,
     EmbeddingRequestOutput,
     RequestOutput,
-    position,
+    generated_position,
     prompt_positions,
 )
 from quickchange_server.errors import (
@@ -298,14 +299,16 @@ class LLM:
         return self._text.encode_within(text, most=self._engine.info.max_model_len, param=place)
 
     def _asked_chat(self, place: str, messages: Conversation, rendering: _Chats) -> _Asked:
-        checked = [
-            _validated(Message, f"{place}[{i}]", message).for_template()
-            for i, message in enumerate(messages)
-        ]
+        checked = [_validated(Message, f"{place}[{i}]", m) for i, m in enumerate(messages)]
         if not checked:
             raise InvalidRequestError(f"{place}: is empty; give at least one message", param=place)
-        tools = [tool.for_template() for tool in rendering.tools]
-        prompt = self._text.render_chat(checked, tools=tools, how=rendering.how, param=place)
+        tools_form(self._text, checked, rendering.tools)
+        prompt = self._text.render_chat(
+            [message.for_template() for message in checked],
+            tools=[tool.for_template() for tool in rendering.tools],
+            how=rendering.how,
+            param=place,
+        )
         ids = self._text.encode_within(
             prompt, most=self._engine.info.max_model_len, param=place, add_special_tokens=False
         )
@@ -351,7 +354,8 @@ class LLM:
         self, index: int, asked: _Asked, params: SamplingParams, selection: Selection
     ) -> list[_Choice]:
         """The sequences of one prompt, one per choice."""
-        self._text.check_ids(sorted(params.stop_token_ids), "stop_token_ids")
+        for name in ("stop_token_ids", "logprob_token_ids", "allowed_token_ids"):
+            self._text.check_ids(sorted(getattr(params, name)), name)
         self._text.check_ids(list(params.logit_bias), "logit_bias")
         fits = room(self._engine.info.max_model_len, len(asked.ids), params.max_tokens, asked.place)
         most = fits if params.max_tokens is None else params.max_tokens
@@ -369,6 +373,7 @@ class LLM:
             sampling,
             selection.adapters,
             drafting=selection.drafting,
+            bad_tokens=self._text.spellings(params.bad_words),
             seed=seed,
         )
         others = replace(sampling, prompt_logprobs=None)  # the first choice's serve all
@@ -466,7 +471,7 @@ class LLM:
             text="".join(choice.parts),
             token_ids=ids,
             cumulative_logprob=sum(one.logprob for one in scores) if scored else None,
-            logprobs=[position(self._text, one, params.logprobs or 0) for one in scores]
+            logprobs=[generated_position(self._text, one, params) for one in scores]
             if scored
             else None,
             finish_reason=choice.ending,
@@ -555,7 +560,8 @@ def _validated(model: type[_B], place: str, given: Any) -> _B:
         finding = error.errors()[0]
         context = finding.get("ctx", {})
         field = [context["field"]] if "field" in context else []
-        where = ".".join(map(str, filter(None, (place, *finding["loc"], *field))))
+        places = ([place] if place else []) + [*finding["loc"], *field]
+        where = ".".join(map(str, places))
         raise InvalidRequestError(f"{where}: {finding['msg']}", param=where) from error
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from quickchange_server.frontend.output_processor import Ending
 from quickchange_server.frontend.tokenizer import Text
-from quickchange_server.protocol import TokenLogprobs
+from quickchange_server.protocol import SamplingParams, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +73,14 @@ def position(text: Text, scores: TokenLogprobs, most: int) -> Position:
         token_id: Logprob(logprob, rank, text.token_bytes(token_id).decode(errors="replace"))
         for token_id, (logprob, rank) in scores.ranked(most).items()
     }
+
+
+def generated_position(text: Text, scores: TokenLogprobs, params: SamplingParams) -> Position:
+    """A generated position's own token, and the best ones or those that the parameters list."""
+    if not params.logprob_token_ids:
+        return position(text, scores, params.logprobs or 0)
+    named = position(text, scores, len(scores.top))
+    return {token_id: replace(one, rank=None) for token_id, one in named.items()}
 
 
 def prompt_positions(

@@ -41,6 +41,7 @@ ACTIONS = frozenset(
 # Sampling fields that a variant can't override.
 REQUESTS_OWN = frozenset(
     {"n", "seed", "min_tokens", "stop_token_ids", "logit_bias", "logprobs", "prompt_logprobs"}
+    | {"logprob_token_ids", "allowed_token_ids", "bad_words"}
     | {"ignore_eos", "include_stop_str_in_output", "skip_special_tokens"}
 )
 OVERRIDABLE = tuple(name for name in SAMPLING if name not in REQUESTS_OWN)

@@ -7,14 +7,14 @@ Hints, which change no answer, are dropped whatever they say.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar, get_args, get_type_hints
 
 from annotated_types import Interval
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -30,7 +30,8 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError
 
 from quickchange_server.errors import QuickchangeError
-from quickchange_server.protocol import SamplingParams
+from quickchange_server.protocol import MOST_LOGPROB_IDS, SamplingParams
+from quickchange_store.names import did_you_mean
 
 # Types of validation errors whose context names the field
 UNSUPPORTED = "unsupported"
@@ -38,7 +39,6 @@ UNKNOWN = "unknown_field"
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 1024  # characters
 MAX_CHOICES = 128
-LONGEST_NAME = 256  # characters of a name that is compared with others
 
 MAX_PROMPTS = 2_048  # OpenAI's limit of a list of inputs
 MAX_COMPONENTS = 32  # adapters in one composition
@@ -46,6 +46,8 @@ MOST_WEIGHT = 1_000.0
 MAX_PATH = 4_096  # characters of a folder's path, as in Linux
 MAX_BIASES = 10_000
 MAX_LISTED_IDS = 10_000  # in stop_token_ids
+MAX_ALLOWED_IDS = 2**18  # no fewer than a vocabulary's
+MAX_BAD_WORDS = 128
 
 T = TypeVar("T")
 Number = FiniteFloat
@@ -138,8 +140,8 @@ class Body(BaseModel):
                 if not (value is None and cls.null_is_default):
                     kept[name] = value
             elif name not in cls.hints and not asks_nothing(value):
-                near = close_matches(name, cls._names())
-                context = {"field": name, "near": near[0] if near else ""}
+                remedy = did_you_mean(name, cls._names(), otherwise="remove it;")
+                context = {"field": name, "remedy": remedy}
                 raise PydanticCustomError(UNKNOWN, "unknown field", context)
         return kept
 
@@ -166,14 +168,6 @@ class Body(BaseModel):
                 shown = {key: field.pop(key) for key in ("title", "default") if key in field}
                 own["properties"][name] = {"anyOf": [field, {"type": "null"}], **shown}
         return schema
-
-
-def close_matches(name: str, known: Iterable[str]) -> list[str]:
-    """Known names that are spelled much like this one, the likeliest first."""
-    folded = {each.casefold(): each for each in known}
-    if len(name) > LONGEST_NAME:
-        return []
-    return [folded[each] for each in get_close_matches(name.casefold(), folded, cutoff=0.75)]
 
 
 def _takes_null(field: Mapping[str, Any]) -> bool:
@@ -245,6 +239,13 @@ def check_stops(value: Any) -> list[str]:
     return [check_text(stop) for stop in stops]
 
 
+def check_word(value: str) -> str:
+    """Check that a word is more than spaces."""
+    if not value.strip():
+        raise PydanticCustomError("word", "must not be empty; remove it")
+    return check_text(value)
+
+
 def check_bias(value: Any) -> dict[int, float]:
     """OpenAI's logit_bias, from token ids as strings to -100..100, with ids as integers."""
     if not isinstance(value, dict):
@@ -264,6 +265,7 @@ def check_bias(value: Any) -> dict[int, float]:
     return biases
 
 
+BadWord = Annotated[str, Field(max_length=MAX_STOP_LENGTH), AfterValidator(check_word)]
 MetadataKey = Annotated[str, Field(min_length=1, max_length=64)]
 MetadataValue = Annotated[str, Field(max_length=512)]
 Metadata = Annotated[  # with OpenAI's limits
@@ -315,7 +317,7 @@ Adapters = Annotated[list[WeightedAdapter], Field(max_length=MAX_COMPONENTS, fai
 # Sampling fields with types of their own in bodies: bounded by the server, or in JSON's form.
 _OWN = frozenset(
     {"n", "max_tokens", "min_tokens", "stop", "stop_token_ids", "seed", "logit_bias"}
-    | {"logprobs", "prompt_logprobs"}
+    | {"logprobs", "prompt_logprobs", "logprob_token_ids", "allowed_token_ids", "bad_words"}
 )
 SAMPLING = tuple(field.name for field in fields(SamplingParams))
 
@@ -345,3 +347,6 @@ class SamplingBody(_SamplingFields):
     logit_bias: LogitBias = Field(default={})
     min_tokens: int = Field(0, ge=0)
     stop_token_ids: list[int] = Field(default=[], max_length=MAX_LISTED_IDS, fail_fast=True)
+    logprob_token_ids: list[int] = Field(default=[], max_length=MOST_LOGPROB_IDS, fail_fast=True)
+    allowed_token_ids: list[int] = Field(default=[], max_length=MAX_ALLOWED_IDS, fail_fast=True)
+    bad_words: list[BadWord] = Field(default=[], max_length=MAX_BAD_WORDS, fail_fast=True)

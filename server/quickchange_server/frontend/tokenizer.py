@@ -76,10 +76,6 @@ class Text:
         """Ids of special tokens, such as the end of a sequence."""
         return self._decoding.special_ids
 
-    @property
-    def has_chat_template(self) -> bool:
-        return self.template.exists
-
     @cached_property
     def template(self) -> ChatTemplate:
         return ChatTemplate(self._tokenizer)
@@ -114,6 +110,30 @@ class Text:
         longest_first = sorted(known, key=len, reverse=True)
         parts = re.split(f"({'|'.join(map(re.escape, longest_first))})", text) if known else [text]
         return [known.get(part, part) for part in parts if part]
+
+    def configuration(self) -> dict[str, Any]:
+        """The tokenizer's configuration, in the names of its tokenizer_config.json."""
+        of, kept = self._tokenizer, self._tokenizer.init_kwargs
+        marks = ("bos_token", "eos_token", "unk_token", "pad_token")
+        bos_and_spaces = ("add_bos_token", "add_eos_token", "add_prefix_space")
+        flags = (*bos_and_spaces, "clean_up_tokenization_spaces")
+        named = {name: getattr(of, name, None) for name in marks}
+        template = of.chat_template
+        return {
+            "tokenizer_class": type(of).__name__,
+            "model_max_length": int(of.model_max_length),
+            **named,
+            "additional_special_tokens": [
+                str(token) for token in of.all_special_tokens if token not in named.values()
+            ],
+            "added_tokens_decoder": {
+                str(token_id): str(token) for token_id, token in of.added_tokens_decoder.items()
+            },
+            "chat_template": template if isinstance(template, str) else None,
+            **{name: kept.get(name) for name in flags},
+            "padding_side": str(of.padding_side),
+            "truncation_side": str(of.truncation_side),
+        }
 
     def special_of(self, texts: Iterable[str]) -> frozenset[int]:
         """The special tokens in some texts."""
@@ -202,6 +222,22 @@ class Text:
             verbose=False,  # no warning about long prompts, which admission refuses
         )
         return list(encoded["input_ids"])
+
+    def spellings(self, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
+        """Runs of tokens that spell each word, without a space before it and with one.
+
+        As vLLM takes them: the second where it is another token in the first's place.
+        """
+        runs: list[tuple[int, ...]] = []
+        for word in words:
+            bare, spaced = (
+                tuple(self.encode_now(before + word.lstrip(), add_special_tokens=False))
+                for before in ("", " ")
+            )
+            runs.append(bare)
+            if len(spaced) == len(bare) and spaced[:1] != bare[:1]:
+                runs.append(spaced)
+        return tuple(run for run in runs if run)
 
     async def spans(
         self, text: str, *, most: int, param: str, add_special_tokens: bool = True

@@ -42,6 +42,8 @@ EXPECTED: dict[Scope, set[str]] = {
         "POST /tokenize",
         "POST /detokenize",
         "GET /version",
+        "GET /tokenizer_info",
+        "GET /load",
         "GET /v1/usage",
         "POST /generate",
         "POST /generate_stream",
@@ -55,6 +57,8 @@ EXPECTED: dict[Scope, set[str]] = {
     "manage": {
         "POST /v1/load_lora_adapter",
         "POST /v1/unload_lora_adapter",
+        "POST /adapters",
+        "DELETE /adapters/{adapter_name}",
         "GET /v1/adapters",
         "POST /v1/adapters",
         "GET /v1/adapters/{reference:path}",

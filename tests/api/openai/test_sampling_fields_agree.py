@@ -62,6 +62,9 @@ NOT_IN_LORAX = {
     "min_tokens",
     "stop_token_ids",
     "logit_bias",
+    "logprob_token_ids",
+    "allowed_token_ids",
+    "bad_words",
     "include_stop_str_in_output",
     "skip_special_tokens",
 }

@@ -30,7 +30,7 @@ from quickchange_server.frontend.generation import Generation
 from quickchange_server.frontend.request_admission import Wanted
 from quickchange_server.frontend.request_base import Json
 from quickchange_server.frontend.request_observers import Assignment
-from quickchange_server.observability.gateways import request_ids
+from quickchange_server.observability.naming import request_ids
 from quickchange_server.protocol import Pooling, Submit
 from quickchange_server.structured_output.validator import Asked
 
@@ -257,7 +257,8 @@ def _submit(
 ) -> Submit:
     """The part of `Submit` that all choices share; the admission fills in the rest."""
     body = order.body
-    services.text.check_ids(body.stop_token_ids, "stop_token_ids")
+    for name in ("stop_token_ids", "logprob_token_ids", "allowed_token_ids"):
+        services.text.check_ids(getattr(body, name), name)
     services.text.check_ids(list(body.logit_bias), "logit_bias")
     selection, drafts = order.selection, pooling is None
     return Submit(
@@ -270,6 +271,7 @@ def _submit(
         drafter=selection.drafter if drafts else None,
         salt=order.caller.salt,
         cache_salt=body.cache_salt or "",
+        bad_tokens=services.text.spellings(body.bad_words),
         background=order.is_shadow,
         pooling=pooling,
         seed=0,

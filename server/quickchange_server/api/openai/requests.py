@@ -276,6 +276,8 @@ class GenerationRequest(Constrained, SamplingBody, ABC):
         wanted = self.wanted_tokens
         if wanted is not None and self.min_tokens > wanted:
             raise wrong("min_tokens", f"{self.min_tokens} exceeds max_tokens, {wanted}; lower it")
+        if self.logprob_token_ids and self.wanted_logprobs is None:
+            raise wrong("logprob_token_ids", "only with logprobs; ask for them, or remove it")
         if self.truncate_prompt_tokens == 0:
             raise wrong("truncate_prompt_tokens", "0 leaves no prompt; raise it, or leave it out")
         if self.stream and self.prompt_logprobs is not None:

@@ -24,8 +24,10 @@ from quickchange_server.api.openai.chat.tool_calling import tools_form
 from quickchange_server.api.openai.chat.tool_requests import Tools
 from quickchange_server.api.openapi.response_models import (
     DetokenizedText,
+    ServerLoad,
     ServerVersion,
     TokenizedPrompt,
+    TokenizerInfo,
     TokenSpan,
 )
 from quickchange_server.api.openapi.route_responses import COMMON_ERRORS, PLAIN_TEXT, errors
@@ -102,6 +104,11 @@ class Detokenize(Body):
 )
 async def load_lora_adapter(body: LoadLora, services: Injected, caller: Managing) -> Response:
     """Import an adapter from a folder and load it to the device."""
+    return await load_named(services, caller, body)
+
+
+async def load_named(services: Services, caller: Caller, body: LoadLora) -> Response:
+    """The response to an adapter's load."""
     check_own(caller, body.lora_name, "lora_name")
     check_paths_allowed(services.settings)
     name, folder = body.lora_name, Path(body.lora_path)
@@ -131,7 +138,11 @@ async def load_lora_adapter(body: LoadLora, services: Injected, caller: Managing
 )
 async def unload_lora_adapter(body: UnloadLora, services: Injected, caller: Managing) -> Response:
     """Remove an adapter's name with all its versions."""
-    name = body.lora_name
+    return await unload_named(services, caller, body.lora_name)
+
+
+async def unload_named(services: Services, caller: Caller, name: str) -> Response:
+    """The response to the removal of a name."""
     if not caller.sees(name) or name not in services.store.snapshot().entries:
         raise UnknownModelError(
             f"lora_name: the lora adapter '{name}' cannot be found.", param="lora_name"
@@ -211,6 +222,18 @@ def _check_model(services: Services, caller: Caller, model: str | None) -> None:
     """Raise for an unknown `model`. It is optional: all models share the base's tokenizer."""
     if model is not None:
         services.catalog.select(model, sees=caller.sees)
+
+
+@router.get("/tokenizer_info", dependencies=[Depends(INFER)], response_model=TokenizerInfo)
+async def tokenizer_info(services: Injected) -> Json:
+    """The tokenizer's configuration and chat template, as in its tokenizer_config.json."""
+    return services.text.configuration()
+
+
+@router.get("/load", dependencies=[Depends(INFER)], response_model=ServerLoad)
+async def load(services: Injected) -> Json:
+    """The number of sequences in flight."""
+    return {"server_load": services.client.in_flight}
 
 
 @router.get("/version", dependencies=[Depends(INFER)], response_model=ServerVersion)

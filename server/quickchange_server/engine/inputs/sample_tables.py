@@ -40,6 +40,7 @@ class SampleRow:
     position: int  # absolute, from 0: prompt length + output tokens so far
     prompt: Sequence[int]
     output: Sequence[int]  # tokens generated so far
+    bad_tokens: Sequence[Sequence[int]] = ()  # runs of tokens that the output must not hold
 
 
 class RowError(NamedTuple):
@@ -67,6 +68,32 @@ class SampleColumns:
         return Draws(**dict(zip(self.names, self.table, strict=True)))
 
 
+class WantedLogprobs(NamedTuple):
+    """Log-probabilities that a row asks for besides its token's: of tokens, or of the best ones."""
+
+    best: int
+    listed: tuple[int, ...] = ()
+
+
+def _wanted(params: SamplingParams) -> WantedLogprobs | None:
+    if params.logprobs is None:
+        return None
+    listed = tuple(params.logprob_token_ids)
+    return WantedLogprobs(0 if listed else params.logprobs, listed)
+
+
+def _asking(rows: Sequence[int], wanted: Sequence[WantedLogprobs]) -> Tensor | None:
+    """`RowTables.asking`."""
+    if not rows:
+        return None
+    width = max(len(one.listed) for one in wanted)
+    table = np.zeros((len(rows), 1 + width), dtype=np.int64)
+    table[:, 0] = rows
+    for line, one in zip(table, wanted, strict=True):
+        line[1 : 1 + len(one.listed)] = one.listed
+    return torch.from_numpy(table)
+
+
 @dataclass(frozen=True, slots=True)
 class RowTables:
     """Tables of R rows on the host, and what is known of the rows before their tokens are."""
@@ -74,8 +101,11 @@ class RowTables:
     rows: int
     columns: SampleColumns
     edits: Edits | None = None
-    asking: Tensor | None = None  # int64 [L] rows whose log-probabilities are wanted; None: none
-    wanted: Sequence[int] = ()  # best tokens that each of these asks for
+    # int64 [L, 1 + K]: rows whose log-probabilities are wanted, each followed by the tokens that it
+    # lists (padded with 0); None: none.
+    asking: Tensor | None = None
+    wanted: Sequence[WantedLogprobs] = ()  # what each of these asks for
+    narrowed: frozenset[int] = frozenset()  # rows whose request may leave them no token
     errors: Mapping[int, RowError] = field(default_factory=dict)
 
     @property
@@ -87,14 +117,16 @@ class RowTables:
 def tables_of(rows: Sequence[SampleRow], vocabulary: int) -> RowTables:
     """Tables of single rows."""
     params = [row.params for row in rows]
-    asking = [(at, p.logprobs) for at, p in enumerate(params) if p.logprobs is not None]
+    asking = [(at, own) for at, p in enumerate(params) if (own := _wanted(p)) is not None]
+    wanted = [own for _, own in asking]
     table = _parameters(params, vocabulary)
     parts = _Parts(
         table,
         _used(table),
         philox_keys([row.seed for row in rows]),
-        torch.tensor([at for at, _ in asking]) if asking else None,
-        [wanted for _, wanted in asking],
+        _asking([at for at, _ in asking], wanted),
+        wanted,
+        frozenset(at for at, row in enumerate(rows) if _narrows(row.params)),
     )
     edited = {at: row for at, row in enumerate(rows) if _edits(row.params)}
     positions = np.array([row.position for row in rows], dtype=np.int64)
@@ -161,7 +193,8 @@ class _Parts(NamedTuple):
     used: list[int]  # columns that some row uses
     keys: npt.NDArray[np.int64]
     asking: Tensor | None
-    wanted: list[int]
+    wanted: list[WantedLogprobs]
+    narrowed: frozenset[int]
 
     def tables(
         self,
@@ -182,6 +215,7 @@ class _Parts(NamedTuple):
             changes.edits(),
             self.asking,
             self.wanted,
+            self.narrowed,
             changes.errors,
         )
 
@@ -214,17 +248,21 @@ class _Batch:
         owners = np.repeat(np.arange(len(items)), counts)
         starts = np.cumsum([0, *counts])[: len(items)]
         asking: list[int] = []
-        wanted: list[int] = []
+        wanted: list[WantedLogprobs] = []
+        narrowed: set[int] = set()
         for first, count, own in zip(starts.tolist(), counts, params, strict=True):
-            if own.logprobs is not None:
-                asking += range(first, first + count)
-                wanted += [own.logprobs] * count
+            rows = range(first, first + count)
+            if (asked := _wanted(own)) is not None:
+                asking += rows
+                wanted += [asked] * count
+            if _narrows(own):
+                narrowed.update(rows)
         table = _parameters(params, vocabulary)[:, owners]
         keys = philox_keys([sequence.request.seed for sequence in sequences])[owners]
         return cls(
             sequences,
             counts,
-            _Parts(table, _used(table), keys, torch.tensor(asking) if asking else None, wanted),
+            _Parts(table, _used(table), keys, _asking(asking, wanted), wanted, frozenset(narrowed)),
             None if len(owners) == len(items) else owners,
             np.arange(len(owners)) - starts[owners],
             [(int(starts[at]), at) for at, own in enumerate(params) if _edits(own)],
@@ -260,11 +298,17 @@ def _edits(params: SamplingParams) -> bool:
     """True if some row under these parameters may have edited logits."""
     return bool(
         params.logit_bias
+        or params.bad_words
         or (params.min_tokens and params.stop_token_ids)
         or params.repetition_penalty != 1.0
         or params.frequency_penalty != 0.0
         or params.presence_penalty != 0.0
     )
+
+
+def _narrows(params: SamplingParams) -> bool:
+    """True if these parameters may suppress every token."""
+    return bool(params.allowed_token_ids or params.bad_words)
 
 
 def _sample_row(item: SampledItem, end: int) -> SampleRow:
@@ -278,6 +322,7 @@ def _sample_row(item: SampledItem, end: int) -> SampleRow:
         position=end,
         prompt=TokenWindow(tokens, 0, prompt),
         output=TokenWindow(tokens, prompt, end),
+        bad_tokens=request.bad_tokens,
     )
 
 
@@ -298,7 +343,8 @@ class _EditTable:
             return
         params, output = row.params, row.output
         self._add(self._bias(params.logit_bias))
-        suppressed = params.stop_token_ids if len(output) < params.min_tokens else ()
+        stops = params.stop_token_ids if len(output) < params.min_tokens else ()
+        suppressed = {*stops, *completing(row.bad_tokens, output)}
         self._add({i: _NEVER for i in suppressed if 0 <= i < self._vocabulary_size})
         penalty = params.repetition_penalty
         self._add(dict.fromkeys({*row.prompt, *output}, penalty) if penalty != 1.0 else {})
@@ -334,6 +380,15 @@ class _EditTable:
         return bias
 
 
+def completing(runs: Sequence[Sequence[int]], output: Sequence[int]) -> Iterator[int]:
+    """The tokens that would complete one of the runs behind this output."""
+    for run in runs:
+        before = len(run) - 1
+        ended = output[len(output) - before :] if before <= len(output) else None
+        if ended is not None and list(ended) == list(run[:-1]):
+            yield run[-1]
+
+
 def _counted(output: Sequence[int], frequency: float, presence: float) -> dict[int, float]:
     """Frequency and presence penalty of each token in the output."""
     if frequency == 0.0 and presence == 0.0:
@@ -357,7 +412,10 @@ class TokenWindow(Sequence[int]):
     @overload
     def __getitem__(self, index: slice) -> list[int]: ...
     def __getitem__(self, index: int | slice) -> int | list[int]:
-        return self._values[self._begin : self._end][index]
+        places = range(self._begin, self._end)
+        if isinstance(index, slice):
+            return [self._values[at] for at in places[index]]
+        return self._values[places[index]]
 
     def __iter__(self) -> Iterator[int]:
         return islice(self._values, self._begin, self._end)

@@ -243,6 +243,7 @@ class Sequence:
         self._needs_values = (
             request.constraint is not None
             or self.drafting is not None
+            or bool(request.bad_tokens)
             or sampling.repetition_penalty != 1.0
             or sampling.frequency_penalty != 0.0
             or sampling.presence_penalty != 0.0

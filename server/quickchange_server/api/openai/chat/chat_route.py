@@ -43,6 +43,14 @@ class Chat:
     thoughts: Thoughts | None  # None: the model's chat template knows none
     prompt: list[int]  # token ids
 
+    @property
+    def told(self) -> ChatRequest:
+        """What the answer tells. Tokens and their log-probabilities would spell thoughts that are
+        left out."""
+        if self.thoughts is None or self.body.include_reasoning:
+            return self.body
+        return self.body.model_copy(update={"logprobs": False, "return_token_ids": False})
+
     def reader(self) -> MessageReader:
         """A new parser for one choice."""
         return MessageReader(
@@ -118,10 +126,11 @@ async def chat_completions(
     """Answer a chat."""
     request_id = f"chatcmpl-{uuid.uuid4().hex}"
     chat = await begin_chat(services, caller, body, request.headers, request_id=request_id)
-    shape = ChatShape(services.text, chat.body, chat.reader, splits=chat.thoughts is not None)
+    told = chat.told
+    shape = ChatShape(services.text, told, chat.reader, splits=chat.thoughts is not None)
     report = TokenReport(
-        services.text, chat.body, [chat.prompt], chat.generation.choices, in_choices=False
+        services.text, told, [chat.prompt], chat.generation.choices, in_choices=False
     )
     envelope = envelope_of(services, chat.generation)
     answer = Answer(envelope, shape, report, chat.generation, chat.drafting)
-    return await respond(request, chat.body, answer)
+    return await respond(request, told, answer)
