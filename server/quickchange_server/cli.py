@@ -252,7 +252,7 @@ def completion(
 
     fish: quickchange completion fish > ~/.config/fish/completions/quickchange.fish
     """
-    from typer.completion import get_completion_script
+    from typer.completion import get_completion_script  # type: ignore[attr-defined]
 
     script = get_completion_script(prog_name=PROGRAM, complete_var=COMPLETING, shell=shell)
     typer.echo(script)
@@ -347,7 +347,7 @@ def main() -> None:
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
         if COMPLETING in os.environ:
-            from typer.completion import completion_init
+            from typer.completion import completion_init  # type: ignore[attr-defined]
 
             completion_init()  # typer knows the shells of its own scripts from then on
         given = with_demo_paths(*_command_of(with_vllm_flags(sys.argv[1:])))

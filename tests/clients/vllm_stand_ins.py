@@ -78,20 +78,29 @@ CONTEXT = 8_192  # of every server but those for which a test asks more
 QUICK = ("--no-model-check", "--no-turbo", "--no-prompt-lookup", "--threads", "1")
 
 
+class _Running:
+    """The state of the run."""
+
+    test: ClassVar[bool] = False  # a test runs; else modules are imported
+
+
 def not_applicable(reason: str) -> Any:
-    return pytest.skip(reason, allow_module_level=True)
+    """End the test. A module that is imported goes on with something absent."""
+    if not _Running.test:
+        return _Absent(reason, (Exception,), {})
+    return pytest.skip(reason)
 
 
 class _Absent(type):
     """Classes that stand for what is vLLM's own: whatever uses one ends its test."""
 
     def __call__(cls, *_: Any, **__: Any) -> Any:
-        return not_applicable(f"{OWN_CODE}: {cls.__name__}")
+        return not_applicable(cls.__name__)
 
     def __getattr__(cls, name: str) -> Any:
         if name.startswith("_") or name == "pytestmark":
             raise AttributeError(name)
-        return not_applicable(f"{OWN_CODE}: {cls.__name__}.{name}")
+        return not_applicable(f"{cls.__name__}.{name}")
 
 
 class _StandIn(ModuleType):
@@ -100,13 +109,15 @@ class _StandIn(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "pytestmark":
             raise AttributeError(name)
-        return _Absent(name, (Exception,), {"__module__": self.__name__})
+        return _Absent(f"{OWN_CODE}: {name}", (Exception,), {"__module__": self.__name__})
 
 
 class _Platform:
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
         if name not in _PLATFORMS:
-            not_applicable(f"{OWN_CODE}: current_platform.{name}")
+            return not_applicable(f"{OWN_CODE}: current_platform.{name}")
         return lambda: name == "is_cpu"
 
 
@@ -305,6 +316,7 @@ KNOWN = {
         "RemoteOpenAIServer": RemoteOpenAIServer,
         "ROCM_EXTRA_ARGS": [],
         "VLLM_PATH": FOLDER,
+        "requires_fp8": lambda test: test,
         **dict.fromkeys(("multi_gpu_test", "multi_gpu_only", "large_gpu_mark"), _mark),
     },
 }
@@ -345,6 +357,9 @@ class _Report:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._served: set[str] = set()
+
+    def pytest_runtest_logstart(self) -> None:
+        _Running.test = True
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Iterator[None]:

@@ -33,7 +33,7 @@ from quickchange_server.errors import (
     UnsupportedParameterError,
 )
 from quickchange_server.frontend.request_base import UNKNOWN, UNSUPPORTED
-from quickchange_server.observability.gateways.request_ids import current
+from quickchange_server.observability.naming.request_ids import current
 from quickchange_store.errors import (
     AdapterNotFoundError,
     CorruptStoreError,

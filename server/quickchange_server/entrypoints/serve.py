@@ -29,7 +29,7 @@ from quickchange_server.entrypoints.flags.lora_modules import (
 )
 from quickchange_server.entrypoints.http_server import bind, run
 from quickchange_server.errors import QuickchangeError, SettingError
-from quickchange_server.observability.gateways.request_ids import log_lines
+from quickchange_server.observability.naming.request_ids import log_lines
 from quickchange_server.storage import database
 from quickchange_server.storage.database import Database
 from quickchange_server.storage.database_engines import provisional

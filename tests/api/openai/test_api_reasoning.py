@@ -78,10 +78,11 @@ def test_a_stream_tells_the_thought_and_then_the_answer(live: Live) -> None:
 
 
 def test_a_thought_can_be_left_out(live: Live) -> None:
-    whole = answered(live, include_reasoning=False, logprobs=True)
+    whole = answered(live, include_reasoning=False, logprobs=True, return_token_ids=True)
     told = whole["choices"][0]
     assert told["message"] == {"role": "assistant", "content": "Two.", "refusal": None}
-    assert told["logprobs"] is None  # it would spell the thought
+    assert told["logprobs"] is None  # it would spell the thought,
+    assert told["token_ids"] is None  # as would these
     assert whole["usage"]["completion_tokens_details"]["reasoning_tokens"] == len("\nHm, 2.\n")
     deltas = streamed(live, include_reasoning=False)
     assert not any("reasoning" in delta for delta in deltas)

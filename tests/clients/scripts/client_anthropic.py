@@ -1,5 +1,5 @@
 # requires: anthropic==2.14.0
-"""Anthropic's own client: messages, streams, tools and its runner of them, counts, typed answers."""
+"""Anthropic's own client: messages, streams, tools and their runner, counts, typed answers."""
 
 import asyncio
 import json
@@ -175,11 +175,13 @@ assert answer.stop_sequence in ("e", "a", "o", " "), answer
 
 
 async def streamed():
-    async with anthropic.AsyncAnthropic(**OPTIONS) as several:
-        async with several.messages.stream(model=MODEL, messages=ASK, max_tokens=8) as stream:
-            async for _ in stream:
-                pass
-            return await stream.get_final_message()
+    async with (
+        anthropic.AsyncAnthropic(**OPTIONS) as several,
+        several.messages.stream(model=MODEL, messages=ASK, max_tokens=8) as stream,
+    ):
+        async for _ in stream:
+            pass
+        return await stream.get_final_message()
 
 
 assert asyncio.run(streamed()).usage.output_tokens <= 8

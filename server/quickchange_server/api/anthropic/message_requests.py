@@ -142,7 +142,7 @@ class OutputConfig(Body):
     format: OutputFormat | None = None
 
 
-class Sender(Body):
+class MessageSender(Body):
     """Who the request is for: an experiment may stick to it."""
 
     user_id: Annotated[ValidText, Field(max_length=512)] | None = None
@@ -259,7 +259,7 @@ class MessageRequest(MessageBody):
     temperature: Number = Field(1.0, ge=0, le=2)
     top_p: Number = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=-1, lt=2**63)
-    metadata: Sender = Sender()
+    metadata: MessageSender = MessageSender()
     adapters: Adapters = Field(default=[])
     turbo: Name = AUTO
 

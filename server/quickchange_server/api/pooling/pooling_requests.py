@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, JsonValue, model_validator
 
 from quickchange_server.api.openai.chat.chat_requests import ChatRendering, Messages
 from quickchange_server.api.openai.requests import CompletionRequest, wrong
@@ -57,7 +57,7 @@ class PooledRequest(Body):
         )
 
 
-_FORMS = {"input": ["string", "array"], "messages": ["array"]}
+_FORMS: dict[str, list[JsonValue]] = {"input": ["string", "array"], "messages": ["array"]}
 
 
 class TextRequest(ChatRendering, PooledRequest):

@@ -149,7 +149,8 @@ async def _by_head(
             param="model",
         )
     most, cut = services.engine.max_model_len, made.cut
-    pairs = zip(first * len(second) if len(first) == 1 else first, second, strict=True)
+    ones = [*first] * (len(second) if len(first) == 1 else 1)
+    pairs = zip(ones, second, strict=True)
     prompts = []
     for one, other in pairs:
         for text in (one, other):

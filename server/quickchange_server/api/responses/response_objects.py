@@ -44,6 +44,7 @@ class ResponseObject:
         completed_at: float | None = None,
     ) -> Json:
         body, opened = self.body, self.chat.generation.account.opened
+        sampling = body.sampling_params()
         response: Json = {
             "id": opened.request_id,
             "object": "response",
@@ -67,7 +68,7 @@ class ResponseObject:
             "safety_identifier": body.safety_identifier,
             "service_tier": "default",
             "store": self.stored,
-            "temperature": body.temperature,
+            "temperature": sampling.temperature,
             "text": _text(body),
             "tool_choice": _choice(body.tool_choice),
             "tools": [
@@ -81,7 +82,7 @@ class ResponseObject:
                 for tool in body.tools
             ],
             "top_logprobs": body.top_logprobs,
-            "top_p": body.top_p,
+            "top_p": sampling.top_p,
             "truncation": body.truncation,
             "usage": None if status == "in_progress" else self._usage(reasoning_spans),
             "user": body.user,

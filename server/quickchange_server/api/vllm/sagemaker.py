@@ -19,10 +19,10 @@ from quickchange_server.api.auth import INFER, MANAGE, Managing
 from quickchange_server.api.json_bodies import JsonRoute, parse_large
 from quickchange_server.api.openapi.response_models import (
     ChatCompletion,
-    EmbeddingList,
     LoraxGeneration,
     TextCompletion,
 )
+from quickchange_server.api.openapi.response_models_pooling import EmbeddingList
 from quickchange_server.api.openapi.route_responses import (
     COMMON_ERRORS,
     GENERATION_ERRORS,
@@ -41,6 +41,9 @@ ADAPTER_HEADER = "x-amzn-sagemaker-adapter-identifier"  # stands for the field `
 TARGETS = {
     "messages": "/v1/chat/completions",
     "prompt": "/v1/completions",
+    "query": "/rerank",
+    "queries": "/score",
+    "text_1": "/score",
     "input": "/v1/embeddings",
     "inputs": "/",
 }
@@ -101,7 +104,7 @@ def _target(body: Any, content: bytes, adapter: str | None) -> tuple[str, bytes]
     if field is None:
         raise InvalidRequestError(
             "the body is none that is served here: give messages (a chat), prompt (a completion), "
-            "input (embeddings) or inputs (LoRAX's and TGI's)"
+            "query (a ranking), queries (scores), input (embeddings) or inputs (LoRAX's and TGI's)"
         )
     if adapter is not None:
         if field == "inputs":

@@ -189,20 +189,20 @@ _SHORT = {
 
 
 @dataclass
-class Translated:
+class ServeCommand:
     """A command line of `quickchange serve`, and lines to tell of what became of it."""
 
     arguments: list[str] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
 
 
-def translated(arguments: Sequence[str], switches: Collection[str]) -> Translated:
+def translated(arguments: Sequence[str], switches: Collection[str]) -> ServeCommand:
     """The arguments behind `serve` with vLLM's flags as options of ours.
 
     `switches`: options of ours without a value. A bare argument is the model. Raises SettingError
     for what isn't done.
     """
-    made, model = Translated(), None
+    made, model = ServeCommand(), None
     rest = list(reversed(arguments))
     foreign = False
     while rest:
@@ -267,7 +267,7 @@ def _options(name: str, rule: Rule, values: list[str], lines: list[str]) -> list
     return [] if value is None else [rule.setting, value]
 
 
-def _store(made: Translated) -> list[str]:
+def _store(made: ServeCommand) -> list[str]:
     """A store of the model's own, where a command line for vLLM names none."""
     given = [argument.partition("=")[0] for argument in made.arguments]
     if "--store" in given or "--demo" in given or "QUICKCHANGE_STORE" in os.environ:

@@ -13,7 +13,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 
 from quickchange_server.config import Settings
 from quickchange_server.engine_client.remote.cluster_view import ReplicaReport
-from quickchange_server.observability.labels import COMPOSED
+from quickchange_server.observability.naming.labels import COMPOSED
 from quickchange_store.base_model.base_source import base_name
 
 ENGINE = {"engine": "0"}  # vLLM's label for one of several engines behind an address

@@ -14,7 +14,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from sqlalchemy import Connection
 
@@ -29,6 +29,7 @@ SWEEP_SECONDS = 60.0
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")  # what no database stumbles over
 
 Json = dict[str, Any]
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -206,7 +207,7 @@ class StoredResponses:
             except Exception:
                 logger.exception("stored responses could not be swept")
 
-    async def _read(self, query: Callable[[Connection, float], Any]) -> Any:
+    async def _read(self, query: Callable[[Connection, float], T]) -> T:
         now = self._clock()
         return await self._database.read(lambda connection: query(connection, now))
 
