@@ -188,7 +188,7 @@ def test_a_thread_is_refused_in_the_way_that_has_the_library_go_on_without(live:
 
 
 def test_a_body_that_is_no_json_or_too_large_is_refused_in_the_same_form(tmp_path: Path) -> None:
-    with live_server(tmp_path, max_request_bytes=1000) as live:
+    with live_server(tmp_path, max_request_bytes=1024) as live:
         for content, status, kind in (
             (b"{", 400, "invalid_request_error"),
             (b"[]", 400, "invalid_request_error"),
@@ -223,7 +223,8 @@ def test_a_full_queue_is_a_rate_limit_with_a_time_to_come_again(tmp_path: Path) 
     with live_server(tmp_path, Behaviour(step_seconds=0.05), max_queue=1) as live:
         sent = {"model": BASE, "max_tokens": 500, "messages": ASK, "stream": True}
         with live.http.stream("POST", "/v1/messages", json=sent) as first:
-            next(first.iter_lines())
+            lines = first.iter_lines()  # kept: its end would close the stream
+            next(lines)
             response = live.post("/v1/messages", sent)
         assert response.status_code == 429
         assert response.json()["error"]["type"] == "rate_limit_error"
