@@ -18,7 +18,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 HERE = Path(__file__).resolve().parent
-REQUIRED = ("pytest-asyncio==1.5.0", "pybase64==1.5.1", "tblib==3.2.2", "anthropic==0.125.0", "docstring-parser")
+REQUIRED = (
+    "pytest-asyncio==1.5.0",
+    "pybase64==1.5.1",
+    "tblib==3.2.2",
+    "anthropic==0.125.0",
+    "docstring-parser",
+)
 LOGIT_STD = 3.0  # of the model's logits
 END_LOGIT = 3.2  # of the end of the text, in these; the best of a vocabulary is about 4.2
 TESTS = "tests/entrypoints"
