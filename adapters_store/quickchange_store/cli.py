@@ -27,6 +27,7 @@ app = typer.Typer(
     help="Add, list, version and remove adapters.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,
 )
 
 StoreOption = Annotated[

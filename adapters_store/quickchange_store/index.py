@@ -26,7 +26,7 @@ from quickchange_store.json_files import (
     UnreadableFileError,
     read_object,
 )
-from quickchange_store.names import Reference, check_name, parse_reference
+from quickchange_store.names import Reference, check_name, did_you_mean, parse_reference
 
 FORMAT = 1
 TURBO_FORMAT = 2  # some version has Turbo heads, which readers of format 1 would drop
@@ -83,10 +83,11 @@ class Index:
         try:
             return self.entries[name]
         except KeyError:
+            known = (*self.entries, *self.aliases)
+            otherwise = "add it with `quickchange adapters add`, or"
+            remedy = f"{did_you_mean(name, known, otherwise)} see `quickchange adapters list`"
             raise AdapterNotFoundError(
-                "no adapter has this name",
-                key=name,
-                remedy="add it with `quickchange adapters add`, or see `quickchange adapters list`",
+                "no adapter has this name", key=name, remedy=remedy
             ) from None
 
     def find(self, reference: Reference) -> Version:

@@ -8,7 +8,9 @@ hexadecimal digits) or an alias. Names are never used as file names: a name can'
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 from quickchange_store.errors import InvalidNameError
 
@@ -84,3 +86,17 @@ def _shown(text: str) -> str:
 
 def _reserved() -> str:
     return ", ".join(sorted(RESERVED))
+
+
+def close_matches(name: str, known: Iterable[str]) -> list[str]:
+    """Known names that are spelled much like this one, the likeliest first."""
+    if len(name) > MAX_LENGTH:
+        return []
+    folded = {each.casefold(): each for each in known}
+    return [folded[each] for each in get_close_matches(name.casefold(), folded, cutoff=0.75)]
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str = "") -> str:
+    """A question after the known name that is spelled most like this one, else `otherwise`."""
+    near = close_matches(name, known)
+    return f"did you mean {near[0]!r}?" if near else otherwise

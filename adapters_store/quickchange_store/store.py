@@ -34,7 +34,7 @@ from quickchange_store.index import (
     without,
 )
 from quickchange_store.info import AdapterInfo, check_fit
-from quickchange_store.names import check_name, parse_reference
+from quickchange_store.names import check_name, did_you_mean, parse_reference
 from quickchange_store.places.locations import place_of
 from quickchange_store.places.place import (
     ADAPTER_FILE,
@@ -269,9 +269,9 @@ class Store:
 
         def unaliased(index: Index) -> tuple[Index, None]:
             if alias not in index.aliases:
-                raise AdapterNotFoundError(
-                    "no such alias", key=alias, remedy="see `quickchange adapters list`"
-                )
+                near = did_you_mean(alias, index.aliases)
+                remedy = f"{near} see `quickchange adapters list`".lstrip()
+                raise AdapterNotFoundError("no such alias", key=alias, remedy=remedy)
             kept = {name: target for name, target in index.aliases.items() if name != alias}
             return replace(index, aliases=kept), None
 

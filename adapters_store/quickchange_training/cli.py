@@ -33,7 +33,13 @@ from quickchange_training.turbo_cli import (
 if TYPE_CHECKING:
     from quickchange_training.lora.lora_trainer import TrainingReport
 
-app = typer.Typer(name="train", help="Train adapters.", no_args_is_help=True, add_completion=False)
+app = typer.Typer(
+    name="train",
+    help="Train adapters.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+)
 app.command()(turbo)
 app.command("turbo-lora")(turbo_lora)
 

@@ -39,6 +39,7 @@ app = typer.Typer(
     help="Measure a server: ours, or any that speaks OpenAI's completions.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,
 )
 Command = TypeVar("Command", bound=Callable[..., None])
 

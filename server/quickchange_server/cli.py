@@ -14,25 +14,18 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from typer.core import TyperGroup
+from typer.main import get_command
 
-from quickchange_store.errors import os_error_line
+from quickchange_server.cli_errors import expected_error, is_help
 
 if TYPE_CHECKING:
     from pydantic_settings import BaseSettings
 
 DEMO = "demo"
-
-app = typer.Typer(
-    name="quickchange",
-    help="Multi-adapter inference server: one frozen base model, thousands of small adapters.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-
 SUB_APPS = {
     "adapters": ("quickchange_store.cli", "Add, list, alias, verify and remove adapters."),
     "keys": ("quickchange_server.tenants.cli", "Create, list, rotate and revoke API keys."),
@@ -41,6 +34,41 @@ SUB_APPS = {
     "eval": ("quickchange_training.evaluation.cli", "Compare adapters on a task of your own."),
     "bench": ("quickchange_bench.cli", "Measure servers and kernels."),
 }
+
+
+class Commands(TyperGroup):
+    """The commands, of which those of `SUB_APPS` are imported when they are meant."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[Any, Any, list[str]]:
+        name, command, rest = super().resolve_command(ctx, args)
+        if name in SUB_APPS:
+            command = get_command(importlib.import_module(SUB_APPS[name][0]).app)
+            _tell_whole(command)
+        return name, command, rest
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        _tell_whole(self)
+        super().format_commands(ctx, formatter)
+
+
+def _tell_whole(command: Any) -> None:
+    """Have a group's help tell each command's first paragraph, which it would cut to a line."""
+    for each in getattr(command, "commands", {}).values():
+        each.short_help = each.short_help or " ".join((each.help or "").split("\n\n")[0].split())
+
+
+PROGRAM = "quickchange"
+COMPLETING = "_QUICKCHANGE_COMPLETE"  # the variable by which a shell's script asks what may follow
+
+app = typer.Typer(
+    name=PROGRAM,
+    cls=Commands,
+    help="Multi-adapter inference server: one frozen base model, thousands of small adapters.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
 
 
 def serve_command() -> Callable[..., None]:
@@ -54,12 +82,16 @@ def serve_command() -> Callable[..., None]:
         """
         from quickchange_server.entrypoints.serve import serve as launch
 
-        demo = bool(given.pop("demo"))
-        launch({name: value for name, value in given.items() if value is not None}, demo=demo)
+        demo, modules = bool(given.pop("demo")), given.pop("lora_modules")
+        settings = {name: value for name, value in given.items() if value is not None}
+        launch(settings, demo=demo, modules=modules)
 
     demo_help = "serve the demo model and its adapters, fetched and made ready once"
+    modules_help = "adapters to add to the store first: NAME=FOLDER …, as vLLM has it"
     return _with_settings(
-        serve, demo=(False, Annotated[bool, typer.Option("--demo", help=demo_help)])
+        serve,
+        demo=(False, Annotated[bool, typer.Option("--demo", help=demo_help)]),
+        lora_modules=([], Annotated[list[str], typer.Option("--lora-modules", help=modules_help)]),
     )
 
 
@@ -196,30 +228,52 @@ def _option(name: str, field: Any) -> Any:
     if field.annotation in (bool, bool | None):
         flag = f"{flag}/--no-{flag.removeprefix('--')}"
     default = "" if field.is_required() or field.default is None else f" (default {field.default})"
-    return typer.Option(flag, help=_help(field) + default, show_default=False)
+    choices = _choices(field.annotation)
+    told = "; ".join(part for part in (field.description or "", " | ".join(choices)) if part)
+    complete = (lambda: choices) if choices else None
+    return typer.Option(flag, help=told + default, show_default=False, autocompletion=complete)
 
 
-def _help(field: Any) -> str:
-    choices = (
-        getattr(field.annotation, "__args__", ()) if "Literal" in str(field.annotation) else ()
-    )
-    described = field.description or ""
-    listed = " | ".join(str(choice) for choice in choices)
-    return "; ".join(part for part in (described, listed) if part)
+def _choices(annotation: Any) -> list[str]:
+    literal = "Literal" in str(annotation)
+    return [str(choice) for choice in getattr(annotation, "__args__", ()) if literal]
 
 
-def forward(name: str, module: str, summary: str) -> None:
-    """Register `quickchange NAME …`, which runs the typer application of `module`."""
+def completion(
+    shell: Annotated[
+        Literal["bash", "zsh", "fish"], typer.Argument(help="The shell to complete in.")
+    ],
+) -> None:
+    """Print a script that completes commands and options in a shell.
 
-    @app.command(
-        name,
-        help=summary,
-        add_help_option=False,  # the sub-application has its own
-        context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    )
-    def run(context: typer.Context) -> None:
-        sub_app = importlib.import_module(module).app
-        sub_app(args=context.args, prog_name=f"quickchange {name}")
+    bash: quickchange completion bash > ~/.local/share/bash-completion/completions/quickchange
+
+    zsh: quickchange completion zsh > DIR/_quickchange, where DIR is a folder of $fpath
+
+    fish: quickchange completion fish > ~/.config/fish/completions/quickchange.fish
+    """
+    from typer.completion import get_completion_script  # type: ignore[attr-defined]
+
+    script = get_completion_script(prog_name=PROGRAM, complete_var=COMPLETING, shell=shell)
+    typer.echo(script)
+
+
+def with_vllm_flags(arguments: list[str]) -> list[str]:
+    """The arguments with vLLM's flags of `serve` as Quickchange's options."""
+    if arguments[:1] != ["serve"]:
+        return arguments
+    from quickchange_server.config import Settings
+    from quickchange_server.entrypoints.flags.vllm_flags import translated
+
+    switches = {"--demo", "--help"}
+    for name, field in Settings.model_fields.items():
+        if field.annotation in (bool, bool | None):
+            flag = name.replace("_", "-")
+            switches |= {f"--{flag}", f"--no-{flag}"}
+    made = translated(arguments[1:], switches)
+    for line in made.lines:
+        print(f"quickchange: {line}", file=sys.stderr)
+    return ["serve", *made.arguments]
 
 
 def with_demo_paths(command: str, arguments: Sequence[str]) -> list[str]:
@@ -260,8 +314,9 @@ app.command("serve")(serve_command())
 app.command("cluster")(cluster_command())
 app.command("plan")(plan_command())
 app.command("warm-cache")(warm_cache_command())
-for _name, (_module, _summary) in SUB_APPS.items():
-    forward(_name, _module, _summary)
+for _name, (_, _summary) in SUB_APPS.items():
+    app.command(_name, help=_summary)(lambda: None)  # stands for it until `resolve_command`
+app.command("completion")(completion)
 
 
 @app.callback(invoke_without_command=True)
@@ -291,7 +346,12 @@ def main() -> None:
     for library in ("torchao", "torch.utils._pytree"):  # they warn of GPU parts while imported
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
-        app(args=with_demo_paths(*_command_of(sys.argv[1:])), prog_name="quickchange")
+        if COMPLETING in os.environ:
+            from typer.completion import completion_init  # type: ignore[attr-defined]
+
+            completion_init()  # typer knows the shells of its own scripts from then on
+        given = with_demo_paths(*_command_of(with_vllm_flags(sys.argv[1:])))
+        raise SystemExit(app(args=given, prog_name=PROGRAM, standalone_mode=False))
     except Interrupted as interrupted:
         print(f"quickchange: ended by {interrupted.signal.name}", file=sys.stderr)
         raise
@@ -302,8 +362,8 @@ def main() -> None:
         line = expected_error(error)
         if line is None:
             raise
-        print(f"error: {' '.join(line.split())}", file=sys.stderr)
-        raise SystemExit(1) from None
+        print(line if is_help(error) else f"error: {' '.join(line.split())}", file=sys.stderr)
+        raise SystemExit(getattr(error, "exit_code", 1)) from None
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
@@ -312,64 +372,3 @@ def _interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
 
 def _command_of(arguments: list[str]) -> tuple[str, list[str]]:
     return next((a for a in arguments if not a.startswith("-")), ""), arguments
-
-
-def expected_error(error: BaseException) -> str | None:
-    """What to print of an error that is no fault of the program; None for any other.
-
-    Libraries' errors are known by name, so that no library is imported for them.
-    """
-    if isinstance(error, BaseExceptionGroup):
-        lines = [expected_error(each) for each in error.exceptions]
-        return None if None in lines else lines[0]
-    if isinstance(error, ModuleNotFoundError):
-        return _missing_module(error)
-    kinds = {f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(error).mro()}
-    if "httpx.RequestError" in kinds:
-        return _unanswered(error)
-    if isinstance(error, OSError):
-        return os_error_line(error)
-    if kinds & _SAYING_ALL:
-        return str(error)
-    return None
-
-
-# Errors whose message names the fault and the remedy.
-_SAYING_ALL = {
-    "httpx.InvalidURL",
-    "pydantic_core.ValidationError",
-    "quickchange_server.QuickchangeError",
-    "quickchange_store.StoreError",
-    "quickchange_training.DemoBaseError",
-    "quickchange_training.TrainingError",
-    "sqlalchemy.DBAPIError",
-}
-_EXTRAS = {
-    "faker": "train",
-    "jsonschema": "bench",
-    "matplotlib": "eval",
-    "opentelemetry": "traces",
-    "psutil": "bench",
-    "psycopg": "postgres",
-    "ray": "ray",
-}
-
-
-def _missing_module(error: ModuleNotFoundError) -> str | None:
-    module = (error.name or "").partition(".")[0]
-    extra = _EXTRAS.get(module)
-    if extra is None:
-        return None
-    return f"this needs {module}, which is not installed: pip install 'quickchange[{extra}]'"
-
-
-def _unanswered(error: BaseException) -> str:
-    """What to say of an httpx.RequestError."""
-    try:
-        url = str(error.request.url)  # type: ignore[attr-defined]
-    except RuntimeError:  # no request was made
-        return f"{error}; give an address as http://HOST:PORT with --url"
-    return (
-        f"no answer from {url} ({error or type(error).__name__}); start a server with "
-        "`quickchange serve`, or say with --url where it is"
-    )

@@ -67,7 +67,10 @@ class Settings(BaseSettings):
     model: str = Field(
         description="base model: a folder in transformers' layout, a GGUF file, or a hub id"
     )
-    served_model_name: str | None = Field(None, description="the base's name in requests")
+    served_model_name: str | None = Field(
+        None,
+        description="the base's names in requests, joined by commas; it is listed by the first",
+    )
     store: Annotated[str, BeforeValidator(os.fspath)] = Field(
         description="the adapter store: a folder, or a URL (s3://BUCKET/PREFIX, gs://..., file://)"
     )
@@ -257,6 +260,12 @@ class Settings(BaseSettings):
         None, description="where OpenTelemetry traces are sent (OTLP over HTTP); default: nowhere"
     )
     seed: int | None = Field(None, description="seed of the drawn seeds; default: from the system")
+
+    @property
+    def served_names(self) -> tuple[str, ...]:
+        """The names of `served_model_name`, the first one listed; none where it is not given."""
+        names = (self.served_model_name or "").split(",")
+        return tuple(name.strip() for name in names if name.strip())
 
     @property
     def allowed_hosts(self) -> frozenset[str]:

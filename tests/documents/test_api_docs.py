@@ -37,7 +37,6 @@ from quickchange_server.api.responses.response_requests import (
     ReasoningOptions,
     ResponseRequest,
     ResponseTool,
-    TextFormat,
     TextOptions,
 )
 from quickchange_server.api.vllm.routes import Detokenize, LoadLora, Tokenize, UnloadLora
@@ -59,7 +58,6 @@ BODIES: list[type[BaseModel]] = [
     ItemReference,
     ReasoningOptions,
     ResponseTool,
-    TextFormat,
     TextOptions,
     WeightedAdapter,
     AddFromPath,

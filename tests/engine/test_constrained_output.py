@@ -25,10 +25,11 @@ from engine_driver import make_engine
 from hypothesis import HealthCheck, given, settings
 from turbo_models import KV_BYTES, VOCABULARY, TurboModels, make_turbo_models
 
-from quickchange_server.api.openai.chat.tool_calling import call_grammar
+from quickchange_server.api.openai.chat.tool_grammars import call_grammar
 from quickchange_server.api.openai.chat.tool_requests import Tool
 from quickchange_server.engine.engine import Engine
-from quickchange_server.frontend.parsing.tool_parser import ToolFormat, ToolReader
+from quickchange_server.frontend.parsing.tool_forms import JsonCall, ToolForm
+from quickchange_server.frontend.parsing.tool_parser import ToolReader
 from quickchange_server.protocol import Component, Constraint, Delta, Drafting, Submit
 from quickchange_server.protocol import SamplingParams as Params
 from quickchange_server.structured_output.compiler import Masked, Matcher
@@ -400,7 +401,9 @@ def test_a_cancelled_request_that_waits_for_its_grammar_is_gone(roomy: Engine) -
     assert roomy.step() is None
 
 
-FORM = ToolFormat("-a-", ".b.", False, ("a",), ("b",))  # of this vocabulary's characters
+FORM = ToolForm(
+    JsonCall(("a",), ("b",)), open="-a-", close=".b."
+)  # of this vocabulary's characters
 TOOLS = [
     Tool.model_validate({"type": "function", "function": {"name": name, "parameters": parameters}})
     for name, parameters in {
@@ -440,7 +443,7 @@ def test_a_demanded_call_is_read_back_and_the_same_with_drafts_for_every_seed(
     called = set()
     for said in plain.values():
         assert said.end == ("stop", None)
-        text, calls = ToolReader(FORM, list(schemas)).push(written(said.tokens), final=True)
+        text, calls = ToolReader(FORM, schemas).push(written(said.tokens), final=True)
         assert text == ""
         (call,) = calls
         jsonschema.Draft202012Validator(schemas[call.name]).validate(json.loads(call.arguments))

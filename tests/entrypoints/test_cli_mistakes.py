@@ -12,8 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from http_support import make_adapter
 
 from quickchange_server import cli
+from quickchange_store.store import Store
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +30,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     Path("broken.jsonl").write_text('{"prompt": "a"')
     Path("latin.jsonl").write_bytes(b'{"prompt": "\xe9", "completion": "b"}\n')
     Path("lines.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 20)
+    store = Store("holds")
+    store.add("sql", make_adapter(1.0))
+    store.alias("best", "sql")
     other = sqlite3.connect("other.sqlite3")
     other.execute("CREATE TABLE a (b)")
     other.close()
@@ -104,6 +109,21 @@ MISTAKES = [
     ("bench perplexity --model typo", "typo"),
     ("bench make-adapters --model typo --out out", "typo"),
     ("bench adapters-at-scale --model typo", "typo"),
+    ("adapters show sqll --store holds", "did you mean 'sql'? see `quickchange adapters list`"),
+    ("adapters unalias bset --store holds", "did you mean 'best'?"),
+    ("serve --prot 1", "No such option: --prot; did you mean --port? `quickchange serve --help`"),
+    ("serve --max_model_len 9", "did you mean --max-model-len?"),
+    ("serve --no-prefix-cach", "did you mean --no-prefix-cache?"),
+    ("adapters list --stroe folder", "did you mean --store? `quickchange adapters list --help`"),
+    ("keys create --tennant a", "did you mean --tenant?"),
+    ("eval lines.jsonl --stroe folder", "did you mean --store? `quickchange eval --help`"),
+    ("adapter list", "No such command 'adapter'. Did you mean 'adapters'?"),
+    ("adapters lst", "No such command 'lst'. Did you mean 'list'?"),
+    ("bench servng", "Did you mean 'serving'?"),
+    ("serve --port x", "Invalid value for '--port'"),
+    ("serve --xyzzy", "No such option: --xyzzy; `quickchange serve --help` tells what it takes"),
+    ("adapters show", "Missing argument 'name'; `quickchange adapters show --help`"),
+    ("completion csh", "'csh' is not one of 'bash', 'zsh', 'fish'"),
 ]
 
 

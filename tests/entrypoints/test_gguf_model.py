@@ -58,7 +58,7 @@ def test_text_is_read_with_the_files_tokenizer(tmp_path: Path) -> None:
     text = Text.load(str(path))
     assert text.vocab_size == 300
     assert text.eos_ids == frozenset({1})
-    assert text.has_chat_template
+    assert text.template.exists
     assert text.decode(text.encode_now("hello 12")) == "hello 12"
 
 

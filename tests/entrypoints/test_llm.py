@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from classifier_models import classifier
 from llm_models import END, LlmModels, ids_of, make_llm_models, piece_tokenizer, text_of
 from text_of_pieces import tokenizer_of_pieces
 from turbo_models import VOCABULARY as TURBO_VOCABULARY
@@ -25,7 +26,9 @@ from quickchange_server.errors import (
     SettingError,
     UnknownModelError,
 )
+from quickchange_store.base_model.base_spec import base_spec
 from quickchange_store.errors import StoreError
+from quickchange_store.importing import read_adapter
 from quickchange_store.store import Store
 
 MIX = {"sql": 0.75, "orders": -0.5}
@@ -71,6 +74,20 @@ def test_texts_and_ids_with_an_adapter_each_are_pefts_own_tokens(
     assert [result.request_id for result in found] == ["0", "1", "2", "3", "4"]
 
 
+def test_an_adapter_that_classifies_generates_nothing_and_is_embedded(
+    models: LlmModels, tmp_path: Path
+) -> None:
+    sql = read_adapter(models.adapters["sql"], base_spec(str(models.path))).adapter
+    Store(tmp_path).add("kinds", classifier(sql, 3, hidden=48))
+    with LLM(models.path, store=tmp_path, **SMALL) as llm:
+        with pytest.raises(InvalidRequestError, match="classifies"):
+            llm.generate("Hello", GREEDY, adapter="kinds")
+        with pytest.raises(InvalidRequestError, match="classifies"):
+            llm.generate(["Hello"] * 2, GREEDY, adapter=[None, {"kinds": 0.5}])
+        (vector,) = llm.embed("Hello", adapter="kinds")
+        assert len(vector.outputs.embedding) == 48
+
+
 def test_one_prompt_and_one_adapter_for_all(llm: LLM, models: LlmModels) -> None:
     (text,) = llm.generate("Hello", GREEDY, adapter="sql")
     (ids,) = llm.generate(ids_of("Hello"), GREEDY, adapter="sql")
@@ -103,6 +120,34 @@ def test_a_chat_is_the_templates_text(llm: LLM) -> None:
     assert [one.prompt for one in found] == texts
     assert [one.outputs for one in found] == [one.outputs for one in expected]
     assert llm.chat(chats[0], GREEDY, adapter="sql")[0].outputs == found[0].outputs
+
+
+def test_a_chat_renders_as_it_is_asked_to(llm: LLM) -> None:
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "We"}]
+    one = SamplingParams(max_tokens=1)
+    assert llm.chat(chat, one, continue_final_message=True)[0].prompt == "user: Hi\nassistant: We"
+    (told,) = llm.chat(chat[:1], one, add_generation_prompt=False, chat_template_kwargs={"a": 1})
+    assert told.prompt == "user: Hi\n"
+    (told,) = llm.chat([{"role": "king", "content": "Hi"}], one, reasoning_effort="low")
+    assert told.prompt == "king: Hi\nassistant: "
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages: is set by"),
+        ({"continue_final_message": True, "add_generation_prompt": True}, "Cannot set both"),
+        ({"reasoning_effort": "huge"}, "reasoning_effort: "),
+        ({"documents": [{"text": "x"}]}, "documents: this model's chat template reads none"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools: this model's"),
+        ({"tools": [{"type": "function"}]}, r"tools\.0\.function: "),
+    ],
+)
+def test_a_chats_arguments_are_refused_by_name(
+    llm: LLM, given: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InvalidRequestError, match=message):
+        llm.chat([{"role": "user", "content": "Hi"}], GREEDY, **given)
 
 
 def test_a_stop_string_ends_its_own_prompt_alone(llm: LLM, models: LlmModels) -> None:
@@ -403,7 +448,7 @@ def test_what_is_wrong_is_named_and_nothing_runs(
     [
         ([{"role": "user"}], r"messages\[0\]\[0\]"),
         ([[{"role": "user", "content": "a"}], []], r"messages\[1\]: is empty"),
-        ([[{"role": "king", "content": "a"}]], r"messages\[0\]\[0\].role"),
+        ([[{"role": "", "content": "a"}]], r"messages\[0\]\[0\].role"),
         ([["hello"]], r"messages\[0\]\[0\]"),
     ],
 )

@@ -1,6 +1,8 @@
-"""Thoughts: their marks are learned from a chat template, and read back from what a model writes."""
+"""Thoughts: their marks are learned from a chat template, and read back from a model's text."""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import pytest
 from chat_template_files import chat_template
@@ -156,7 +158,7 @@ def test_the_result_does_not_depend_on_the_pieces(
     form, prompt, text, _, _ = said
     text += more
     edges = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
-    pieces = [text[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    pieces = [text[a:b] for a, b in pairwise(edges)]
     assert read(form, pieces, **prompt) == read(form, [text], **prompt)
 
 

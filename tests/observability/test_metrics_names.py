@@ -12,8 +12,8 @@ from prometheus_client.samples import Sample
 
 from quickchange_server.config import Settings
 from quickchange_server.engine_client.adapter_status import AdapterStatus
-from quickchange_server.observability.labels import AdapterLabels
 from quickchange_server.observability.metrics import Metrics
+from quickchange_server.observability.naming.labels import AdapterLabels
 from quickchange_server.protocol import (
     LOOKUP,
     AdapterMoved,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from fake_engine import Behaviour
@@ -11,6 +12,20 @@ from http_support import Live, live_server, make_adapter, make_turbo
 from page_support import CHROMEDRIVER, CHROMIUM, Browser
 
 STEP_SECONDS = 0.004
+
+
+@pytest.fixture(scope="session")
+def hold(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file that holds the answers of `live` after their first tokens while it is there."""
+    return tmp_path_factory.mktemp("hold") / "hold"
+
+
+@pytest.fixture
+def held(hold: Path) -> Iterator[Callable[[], None]]:
+    """Answers stand still after their first tokens, until this is called or the test ends."""
+    hold.touch()
+    yield hold.unlink
+    hold.unlink(missing_ok=True)
 
 
 @pytest.fixture(scope="session")
@@ -36,9 +51,9 @@ def browser(chromium: Browser) -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="session")
-def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+def live(tmp_path_factory: pytest.TempPathFactory, hold: Path) -> Iterator[Live]:
     """Adapters `sql` (two versions), `team/json` and `fast` (with Turbo), an alias `best`."""
-    behaviour = Behaviour(step_seconds=STEP_SECONDS)
+    behaviour = Behaviour(step_seconds=STEP_SECONDS, hold=hold)
     with live_server(tmp_path_factory.mktemp("page-store"), behaviour) as server:
         server.store.add("sql", make_adapter(1.0))
         server.store.add("sql", make_adapter(2.0))

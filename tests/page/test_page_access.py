@@ -8,10 +8,10 @@ import pytest
 from cluster_support import cluster_answers
 from experiment_fixture import answers, experiment, flag, results
 from http_support import Live
-from page_support import NARROW, Browser
+from page_support import NARROW, Browser, usage_answers, usage_row
 from selenium.webdriver.common.keys import Keys
 
-SECTIONS = ("chat", "adapters", "experiments", "replicas")
+SECTIONS = ("chat", "adapters", "experiments", "usage", "replicas")
 LONG = "a" * 120
 
 # By the role's computed name, as assistive technology gets it.
@@ -62,7 +62,9 @@ def stubbed(browser: Browser) -> Browser:
     liked = flag("liked", (0.50, 0.62, 0.41), 1900)
     uneven = results(LONG, liked, units=(2600, 1900, 1500), automatic=(liked,))
     browser.stub(
-        answers((experiment(LONG, description=LONG), uneven)) | cluster_answers("engine-1", LONG)
+        answers((experiment(LONG, description=LONG), uneven))
+        | cluster_answers("engine-1", LONG)
+        | usage_answers(usage_row(2_000_000, tenant=LONG))
     )
     return browser
 
@@ -73,6 +75,7 @@ def shown(browser: Browser, live: Live, section: str) -> None:
         "chat": "#pane-a optgroup",
         "adapters": "#tiers meter",
         "experiments": "#result .outcome",
+        "usage": "#usage-table tbody tr",
         "replicas": "#replica-table tbody tr",
     }
     browser.wait(lambda: browser.all(parts[section]))
@@ -148,7 +151,7 @@ def test_tabs_are_moved_over_by_arrow_keys(browser: Browser, live: Live) -> None
     assert not browser.one("#chat").is_displayed()
     assert browser.driver.switch_to.active_element.get_attribute("id") == "tab-adapters"
     browser.keys(Keys.END)
-    assert browser.one("#experiments").is_displayed()
+    assert browser.one("#usage").is_displayed()
     browser.keys(Keys.ARROW_RIGHT)
     assert browser.one("#chat").is_displayed()
     selected = [e.get_attribute("id") for e in browser.all("[role=tab][aria-selected=true]")]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import spelling_engine
 from http_support import BASE, Live, live_server, make_adapter
-from page_support import Browser
+from page_support import PHONE, WIDE, Browser
 from selenium.webdriver.common.keys import Keys
+
+from quickchange_training.demo import DEMO_ADAPTERS, DEMO_ALIASES, DemoAdapter, DemoAlias
 
 PANES = ("#pane-a", "#pane-b")
 
@@ -51,26 +53,34 @@ def test_one_prompt_streams_each_models_answer_into_its_pane(browser: Browser, l
     assert "differ from character" in browser.text("#same")
 
 
-def test_text_shows_before_the_answer_is_complete(browser: Browser, live: Live) -> None:
+def some_said(browser: Browser) -> bool:
+    return all(said(browser, pane) and said(browser, pane)[0] for pane in PANES)
+
+
+def test_text_shows_before_the_answer_is_complete(
+    browser: Browser, live: Live, held: Callable[[], None]
+) -> None:
     browser.open(live.url)
     browser.choose("#pane-a select[data-field=model]", BASE)
-    say(browser, "Hello", tokens=1000)
-    browser.wait(lambda: all(said(browser, pane) and said(browser, pane)[0] for pane in PANES))
-    assert all(len(said(browser, pane)[0]) < 1000 for pane in PANES)
+    say(browser, "Hello")
+    browser.wait(lambda: some_said(browser))
+    assert [len(said(browser, pane)[0]) for pane in PANES] == [1, 1]  # letters, a token each
     assert browser.one("#pane-a .log").get_attribute("aria-busy") == "true"
-    browser.one("#stop").click()
+    held()
     browser.answered()
+    assert said(browser, "#pane-a") == [answer_of(live, BASE, [user("Hello")])]
 
 
+@pytest.mark.usefixtures("held")
 def test_stop_ends_both_answers_and_keeps_what_was_said(browser: Browser, live: Live) -> None:
     browser.open(live.url)
     browser.choose("#pane-a select[data-field=model]", BASE)
-    say(browser, "Hello", tokens=1500)
-    browser.wait(lambda: all(said(browser, pane) and said(browser, pane)[0] for pane in PANES))
+    say(browser, "Hello")
+    browser.wait(lambda: some_said(browser))
     browser.one("#stop").click()
     browser.answered()
     for pane in PANES:
-        assert 0 < len(said(browser, pane)[0]) < 1500
+        assert len(said(browser, pane)[0]) == 1
         assert figures(browser, pane)["Ended by"] == "Stop"
     running = "quickchange_requests_running 0.0"
     browser.wait(lambda: running in live.http.get("/metrics").text)
@@ -161,38 +171,110 @@ def test_a_busy_server_is_told_with_when_to_come_back(
     assert told.endswith("Try again in 7 s.")
 
 
+@pytest.mark.usefixtures("held")
 def test_the_chat_needs_no_mouse(browser: Browser, live: Live) -> None:
     browser.open(live.url)
     browser.wait(lambda: browser.all("#pane-a optgroup"))
     browser.run("document.querySelector('#tab-chat').focus()")
     seen = []
-    for _ in range(20):
+    for _ in range(16):
         browser.keys(Keys.TAB)
         active = browser.driver.switch_to.active_element
         seen.append(active.get_attribute("id") or active.get_attribute("data-field"))
-        if seen[-1] == "prompt":
-            break
     log = None  # it has the focus to be scrolled
     fields = ["model", "turbo", "temperature", "max_tokens", "seed", log]
-    assert seen == ["key-button", *fields, *fields, "prompt"]
+    assert seen == ["key-button", "prompt", "send", "fresh", *fields, *fields]
+    browser.run("document.querySelector('#prompt').focus()")
     browser.keys("Hello", Keys.TAB)
     assert browser.driver.switch_to.active_element.get_attribute("id") == "send"
     browser.keys(Keys.ENTER)
     assert browser.driver.switch_to.active_element.get_attribute("id") == "stop"
-    browser.wait(lambda: said(browser, "#pane-a") and said(browser, "#pane-a")[0])
+    browser.wait(lambda: some_said(browser))
     browser.keys(Keys.ENTER)
     browser.answered()
     assert browser.driver.switch_to.active_element.get_attribute("id") == "prompt"
+
+
+# --- what it begins with ------------------------------------------------------------------------
+
+
+def card(name: str, kind: str) -> dict[str, object]:
+    return {"id": name, "quickchange": {"kind": kind}}
+
+
+def begun(browser: Browser, live: Live, *models: tuple[str, str]) -> tuple[str, str]:
+    """The model of pane B and the prompt, where the server lists `models` beside the base."""
+    cards = [card(BASE, "base"), *(card(*model) for model in models)]
+    browser.stub({"/v1/models": [200, {"data": cards}]})
+    browser.open(live.url)
+    browser.wait(lambda: browser.all("#pane-b option"))
+    assert browser.one("#pane-a [data-field=model]").get_property("value") == BASE
+    model = browser.one("#pane-b [data-field=model]").get_property("value")
+    return str(model), str(browser.one("#prompt").get_property("value"))
+
+
+@pytest.mark.parametrize("name", [*DEMO_ADAPTERS, *DEMO_ALIASES])
+def test_a_demo_adapter_is_shown_with_the_prompt_it_was_made_for(
+    browser: Browser, live: Live, name: str
+) -> None:
+    known: dict[str, DemoAdapter | DemoAlias] = {**DEMO_ADAPTERS, **DEMO_ALIASES}
+    others = [("an-experiment", "experiment"), ("aaa", "alias"), (name, "adapter")]
+    assert begun(browser, live, *others) == (name, known[name].example_prompt)
+
+
+def test_of_the_demos_adapters_the_one_with_turbo_comes_first(browser: Browser, live: Live) -> None:
+    demo = [(name, "adapter") for name in DEMO_ADAPTERS] + [(n, "alias") for n in DEMO_ALIASES]
+    assert begun(browser, live, *demo)[0] == "order-json-turbo"
+
+
+@pytest.mark.parametrize(
+    ("models", "shown"),
+    [
+        ([("test", "experiment"), ("best", "alias"), ("mine", "adapter")], "mine"),
+        ([("test", "experiment"), ("best", "alias")], "best"),
+        ([("test", "experiment")], "test"),
+        ([], BASE),
+    ],
+)
+def test_without_a_demo_adapter_the_first_there_is_is_shown(
+    browser: Browser, live: Live, models: list[tuple[str, str]], shown: str
+) -> None:
+    model, prompt = begun(browser, live, *models)
+    assert (model, prompt != "") == (shown, True)
+
+
+def test_a_sample_follows_the_chosen_model_until_somebody_types(
+    browser: Browser, live: Live
+) -> None:
+    begun(browser, live, ("sql", "adapter"), ("docstring", "adapter"))
+    browser.choose("#pane-b [data-field=model]", "docstring")
+    sample = browser.one("#prompt").get_property("value")
+    assert sample == DEMO_ADAPTERS["docstring"].example_prompt
+    browser.fill("#prompt", "Mine")
+    browser.choose("#pane-b [data-field=model]", "sql")
+    assert browser.one("#prompt").get_property("value") == "Mine"
+
+
+@pytest.mark.parametrize("size", [WIDE, PHONE])
+def test_the_prompt_comes_before_the_panes_and_without_scrolling(
+    browser: Browser, live: Live, size: tuple[int, int]
+) -> None:
+    browser.size(size)
+    browser.open(live.url)
+    browser.wait(lambda: browser.all("#pane-a optgroup"))
+    send, pane = (browser.one(each).rect for each in ("#send", "#pane-a"))
+    assert send["y"] + send["height"] <= min(pane["y"], size[1])
 
 
 # --- hostile output -----------------------------------------------------------------------------
 
 
 @pytest.fixture
-def hostile(tmp_path: Path) -> Iterator[Live]:
+def hostile(browser: Browser, tmp_path: Path) -> Iterator[Live]:
     with live_server(tmp_path, engine=spelling_engine.main) as live:
         live.store.add("sql", make_adapter(1.0))
         yield live
+        browser.leave()
 
 
 def test_markup_of_a_model_is_text(browser: Browser, hostile: Live) -> None:

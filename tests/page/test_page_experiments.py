@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import pytest
 from experiment_fixture import HOSTILE, amount, answers, experiment, flag, results
 from http_support import Live
 from page_support import Browser
 
+INTERVALS = """
+  const table = document.querySelectorAll("#result table.intervals")[arguments[0]];
+  return [...table.querySelectorAll("td[data-label=Interval]")].map((each) => each.textContent);
+"""
 LIKED = flag("liked", (0.50, 0.62, 0.41), 1900)
 
 
@@ -146,3 +152,53 @@ def test_markup_in_a_description_is_text(browser: Browser, live: Live) -> None:
 def test_a_server_without_experiments_says_how_to_make_one(browser: Browser, live: Live) -> None:
     opened(browser, live)
     assert "POST /v1/experiments" in browser.text("#result")
+
+
+@pytest.mark.parametrize(
+    ("winner", "words"),
+    [
+        ("tuned", "every request gets tuned, which was named the winner"),
+        (None, "every request gets base, the control, as no winner was named"),
+    ],
+)
+def test_a_stopped_experiment_says_so_and_who_answers(
+    browser: Browser, live: Live, winner: str | None, words: str
+) -> None:
+    open_still = flag("liked", (0.50, 0.51, 0.41), 1900)
+    stopped = {**experiment("greeting", "stopped"), "winner": winner}
+    opened(browser, live, (stopped, {**results("greeting", open_still), "state": "stopped"}))
+    assert browser.text("#experiment-end").startswith("Stopped for good. ")
+    assert words in browser.text("#experiment-end")
+    assert browser.texts("#result .decision") == ["left undecided", "worse"]  # none collects on
+
+
+def test_a_paused_experiment_says_so_and_a_running_one_nothing(
+    browser: Browser, live: Live
+) -> None:
+    paused = {**results("greeting", LIKED), "state": "paused"}
+    opened(browser, live, (experiment("greeting", "paused"), paused))
+    assert "every request gets the control, base" in browser.text("#experiment-end")
+    opened(browser, live, (experiment("greeting"), results("greeting", LIKED)))
+    assert browser.all("#experiment-end") == []
+
+
+def test_units_needed_are_explained_where_some_are_missing(browser: Browser, live: Live) -> None:
+    few = results("greeting", flag("liked", (0.5, 1.0, 0.0), 2), units=(2, 2, 2))
+    opened(browser, live, (experiment("greeting"), few))
+    words = browser.text("#needed-words")
+    assert "a unit is one user" in words
+    assert "at least 100 of them" in words
+    assert "20 units of each of its two values" in words
+    opened(browser, live, (experiment("greeting"), results("greeting", LIKED)))
+    assert browser.all("#needed-words") == []
+
+
+def test_no_interval_reaches_beyond_what_can_be(browser: Browser, live: Live) -> None:
+    few = flag("liked", (0.0, 1.0, 0.5), 3)
+    seconds = amount("latency", (0.1, 0.2, 0.3), 4)
+    told = results("greeting", few, units=(3, 3, 3), automatic=(replace(seconds, least=0.0),))
+    opened(browser, live, (experiment("greeting"), told))
+    differences, shares, _, latencies = (browser.run(INTERVALS, number) for number in range(4))
+    assert differences[0].endswith(" to +100 points")
+    assert all(not each.startswith("−") for each in (*shares, *latencies))
+    assert latencies[0].startswith("0 to ")

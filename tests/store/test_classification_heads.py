@@ -15,10 +15,12 @@ import torch
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
+from typer.testing import CliRunner
 
 from quickchange_store.canonical import canonical_adapter
 from quickchange_store.canonical.canonical_adapter import CanonicalAdapter
 from quickchange_store.canonical.classifier_part import ClassifierHead
+from quickchange_store.cli import app
 from quickchange_store.errors import (
     BaseMismatchError,
     InvalidAdapterError,
@@ -359,3 +361,21 @@ def test_probabilities_are_torchs(activation: Any) -> None:
         "identity": linear,
     }[activation]
     np.testing.assert_allclose(head.probabilities(head.scores(states)), applied.numpy(), rtol=1e-9)
+
+
+def test_the_command_line_tells_the_classes_of_a_head(tmp_path: Path) -> None:
+    Store(tmp_path).add("kind", with_head())
+    many = np.ones((25, 4), np.float32)
+    Store(tmp_path).add("many", with_head(weight=many, labels=tuple(f"c{i}" for i in range(25))))
+
+    def shown(name: str, *options: str) -> str:
+        result = CliRunner().invoke(app, ["show", name, "--store", str(tmp_path), *options])
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    assert "classes by softmax: a, b (2 in all)" in shown("kind")
+    assert "c19, … 5 more (25 in all)" in shown("many")
+    told = json.loads(shown("kind", "--json"))["classifier"]
+    assert told == {"labels": ["a", "b"], "activation": "softmax", "parameters": 8}
+    listed = CliRunner().invoke(app, ["list", "--store", str(tmp_path)]).output
+    assert "empty classifier" in listed

@@ -76,10 +76,14 @@ def make_classifier_models(folder: Path) -> ClassifierModels:
 
 
 def classifier(
-    base: CanonicalAdapter, classes: int, activation: ClassActivation = "softmax"
+    base: CanonicalAdapter,
+    classes: int,
+    activation: ClassActivation = "softmax",
+    hidden: int = 4,
 ) -> CanonicalAdapter:
-    """The adapter with a head over four features whose numbers follow from their places."""
-    weight = (np.arange(classes * 4, dtype=np.float32).reshape(classes, 4) % 5 - 2) / 8
+    """The adapter with a head over so many features, whose numbers follow from their places."""
+    numbers = np.arange(classes * hidden, dtype=np.float32) % 5
+    weight = (numbers.reshape(classes, hidden) - 2) / 8
     labels = tuple(f"class {number}" for number in range(classes))
     head = ClassifierHead(weight, None, labels, activation)
     return CanonicalAdapter(base.architecture, base.base_name, base.updates, classifier=head)

@@ -65,6 +65,7 @@ class Behaviour:
     missing: frozenset[str] = frozenset()  # digests that can't be loaded
     deaf: bool = False  # reads no commands after Ready
     says: tuple[int, ...] = ()  # tokens that every answer has instead, in a circle
+    hold: Path | None = None  # while this file is there, no answer grows beyond its first tokens
     journal: Path | None = None  # a JSON line for each start and each command
 
 
@@ -159,8 +160,9 @@ class FakeEngine:
             self.pinned.discard(command.digest)
 
     def step(self) -> StepReport:
-        deltas = tuple(self.advance(key) for key in list(self.sequences))
-        return StepReport(deltas, self.stats())
+        held = self.behaviour.hold is not None and self.behaviour.hold.exists()
+        moving = [key for key, each in self.sequences.items() if not (held and each.begun)]
+        return StepReport(tuple(self.advance(key) for key in moving), self.stats())
 
     def advance(self, key: str) -> Delta:
         sequence = self.sequences[key]
@@ -338,9 +340,11 @@ def note(behaviour: Behaviour, kind: str, command: Command | None = None) -> Non
         journal.write(json.dumps(entry) + "\n")
 
 
-def _constraint(command: Command | None) -> tuple[str, str] | None:
+def _constraint(command: Command | None) -> tuple[str, ...] | None:
     constraint = getattr(command, "constraint", None)
-    return None if constraint is None else (constraint.kind, constraint.source)
+    if constraint is None:
+        return None
+    return (constraint.kind, constraint.source, *filter(None, [constraint.before]))
 
 
 def entries(journal: Path, kind: str) -> list[dict[str, object]]:

@@ -32,7 +32,7 @@ FLAGS = (
     f"--host-resolver-rules=MAP {POINTED_HERE} 127.0.0.1",
 )
 WAIT_SECONDS = 15.0
-WIDE, NARROW = (1280, 900), (360, 740)
+WIDE, PHONE, NARROW = (1280, 900), (390, 844), (360, 740)
 
 # Answers instead of the server: by path, [status, body]. Everything else goes to the server.
 STUB = """
@@ -47,6 +47,22 @@ STUB = """
   };
 })();
 """
+
+
+def usage_row(tokens: int, **names: str | int) -> dict[str, Any]:
+    """As GET /v1/usage has it: half the tokens are the prompts'."""
+    half = tokens // 2
+    figures = {
+        "prompt_tokens": half,
+        "completion_tokens": tokens - half,
+        "cached_tokens": half // 4,
+    }
+    return {**names, "requests": tokens // 100, "failed": tokens // 1000, **figures}
+
+
+def usage_answers(*rows: dict[str, Any]) -> dict[str, list[Any]]:
+    """What GET /v1/usage answers, by path, where rows are by tenant."""
+    return {"/v1/usage": [200, {"group": ["tenant"], "data": list(rows)}]}
 
 
 @dataclass
@@ -86,6 +102,10 @@ class Browser:
         self.driver.get("about:blank")
         self.driver.get(f"{url}/{fragment}")
         self.wait(lambda: self.all("[role=tab][aria-selected=true]"))
+
+    def leave(self) -> None:
+        """Go away from the page, so that it asks a server that ends no more."""
+        self.driver.get("about:blank")
 
     def stub(self, answers: dict[str, list[Any]]) -> None:
         """Answer these paths from now on, from the next load."""
@@ -158,8 +178,8 @@ class Browser:
     def run(self, script: str, *arguments: Any) -> Any:
         return self.driver.execute_script(script, *arguments)
 
-    def wait(self, condition: Any) -> None:
-        WebDriverWait(self.driver, WAIT_SECONDS, 0.02).until(lambda _: condition())
+    def wait(self, condition: Any, seconds: float = WAIT_SECONDS) -> None:
+        WebDriverWait(self.driver, seconds, 0.02).until(lambda _: condition())
 
     def answered(self, count: int = 1) -> None:
         """Wait until both panes are done with `count` answers each."""

@@ -24,7 +24,7 @@ LISTED = (  # all calls in one list behind a mark
     '{"function": {{ c.function | tojson }}, "id": "{{ c.id }}"}{{ "," if not loop.last }}'
     "{% endfor %}]<|im_end|>{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
 )
-TAGGED = (  # no JSON at all
+TAGGED = (  # no JSON at all, and a key on both sides of its value
     "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}{{ m.content }}"
     "{% for c in m.tool_calls or [] %}<call name={{ c.function.name }}>"
     "{% for k, v in c.function.arguments.items() %}<{{ k }}>{{ v }}</{{ k }}>{% endfor %}</call>"
@@ -44,4 +44,20 @@ SPECIAL = (  # the mark begins with a special token, and what ends a call ends t
     '{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}'
     "</call><|im_end|>\n{% endfor %}{% if not m.tool_calls %}.{% endif %}{% endfor %}"
 )
+LINES = MARKED[: MARKED.index("{% for c in")] + (  # Python, a call a line
+    "{% if m.tool_calls %}<function_calls>\n{% for c in m.tool_calls %}{{ c.function.name }}("
+    "{% for k, v in c.function.arguments.items() %}{{ k }}="
+    "{{ \"'\" + v + \"'\" if v is string else v | tojson }}{{ ', ' if not loop.last }}{% endfor %})"
+    "\n{% endfor %}</function_calls>{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+KEYED = LISTED.replace(  # the name is a key
+    "[CALLS][{% for c in m.tool_calls %}"
+    '{"function": {{ c.function | tojson }}, "id": "{{ c.id }}"}{{ "," if not loop.last }}'
+    "{% endfor %}]",
+    '<tools>[{% for c in m.tool_calls %}{"{{ c.function.name }}": '
+    '{{ c.function.arguments | tojson }}}{{ ", " if not loop.last }}{% endfor %}]</tools>',
+)
+TWICE = MARKED.replace("<tool_call>", "<tool_call to={{ c.function.name }}>")
+UNCLOSED = TAGGED.replace("</{{ k }}>", " ")  # no telling where a value ends
 BROKEN = MARKED + "{{ messages[7].content + 1 }}"  # fails in its own code

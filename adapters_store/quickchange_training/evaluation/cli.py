@@ -14,7 +14,7 @@ from quickchange_training.evaluation.evaluation_report import MEASURES, Measure
 from quickchange_training.lora.lora_job import PromptFormat
 from quickchange_training.lora.lora_recipe import TrainingDtype
 
-app = typer.Typer(name="eval", add_completion=False)
+app = typer.Typer(name="eval", add_completion=False, rich_markup_mode=None)
 
 _DEMO = "demo"
 

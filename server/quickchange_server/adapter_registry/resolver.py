@@ -23,14 +23,14 @@ from quickchange_server.errors import (
     InvalidRequestError,
     UnknownModelError,
 )
-from quickchange_server.frontend.request_base import MAX_COMPONENTS, close_matches
+from quickchange_server.frontend.request_base import MAX_COMPONENTS
 from quickchange_server.protocol import LOOKUP, Component, Drafting
 from quickchange_store.base_model.base_source import base_name
 from quickchange_store.canonical.classifier_part import ClassifierHead
 from quickchange_store.errors import AdapterNotFoundError, CorruptVersionError, StoreError
 from quickchange_store.index import Version
 from quickchange_store.info import AdapterInfo
-from quickchange_store.names import parse_reference
+from quickchange_store.names import did_you_mean, parse_reference
 from quickchange_store.store import Store
 
 BASE_LABEL = "base"  # neither label can be an adapter's name
@@ -81,9 +81,7 @@ class Selection:
 
 def base_names(settings: Settings) -> tuple[str, ...]:
     """The names of the base model; it is listed under the first."""
-    if settings.served_model_name is not None:
-        return (settings.served_model_name,)
-    return (base_name(settings.model),)
+    return settings.served_names or (base_name(settings.model),)
 
 
 class Catalog:
@@ -97,8 +95,11 @@ class Catalog:
         adapters: bool = True,
         turbo: bool = True,
         prompt_lookup: bool = True,
+        further: Callable[[], Iterable[str]] = tuple,
     ) -> None:
+        """`further`: what else requests may name, for those who misspell it."""
         self._store = store
+        self._further = further
         self._adapters = adapters
         self._turbo = turbo
         self._lookup = prompt_lookup
@@ -238,13 +239,14 @@ class Catalog:
     ) -> UnknownModelError:
         """The error for a name, with those that are spelled much like it and the caller sees."""
         there = seen(self._store.snapshot(), sees)
-        known = (*self.base_names, *there.entries, *there.aliases)
+        further = (each for each in self._further() if sees(each))
+        known = (*self.base_names, *there.entries, *there.aliases, *further)
         name = reference.partition("@")[0]
         if name in known:  # it has no such version; the store says which it has
             why = f": {error}"
         else:
-            near = close_matches(reference, known)
-            why = f"; did you mean {near[0]!r}?" if near else "."
+            near = did_you_mean(name, known)
+            why = f"; {near}" if near else "."
         return UnknownModelError(
             f"{param}: there is no model {reference!r}{why} GET /v1/models lists what there is",
             param=param,

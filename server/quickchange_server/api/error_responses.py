@@ -33,7 +33,7 @@ from quickchange_server.errors import (
     UnsupportedParameterError,
 )
 from quickchange_server.frontend.request_base import UNKNOWN, UNSUPPORTED
-from quickchange_server.observability.gateways.request_ids import current
+from quickchange_server.observability.naming.request_ids import current
 from quickchange_store.errors import (
     AdapterNotFoundError,
     CorruptStoreError,
@@ -168,10 +168,9 @@ def from_validation(errors: list[Any], body: Any = None) -> InvalidRequestError:
     if kind == UNSUPPORTED:
         return UnsupportedParameterError(f"{param}: {first['msg']}", param=param)
     if kind == UNKNOWN:
-        near = first["ctx"]["near"]
-        remedy = f"did you mean {near!r}?" if near else "remove it;"
         return UnsupportedParameterError(
-            f"{param}: unknown field; {remedy} docs/http.md lists what each route takes",
+            f"{param}: unknown field; {first['ctx']['remedy']} docs/http.md lists what each route "
+            "takes",
             param=param,
         )
     return InvalidRequestError(f"{param}: {_sentence(first)}", param=param)

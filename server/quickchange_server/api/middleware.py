@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from quickchange_server.api.error_responses import internal_error, refused
 from quickchange_server.api.json_bodies import Structure
 from quickchange_server.errors import InvalidRequestError
-from quickchange_server.observability.gateways.request_ids import arrive
+from quickchange_server.observability.naming.request_ids import arrive
 
 logger = logging.getLogger(__name__)
 

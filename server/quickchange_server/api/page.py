@@ -36,12 +36,18 @@ FILES = (
     "chat.js",
     "pane.js",
     "message.js",
+    "samples.js",
     "adapters.js",
+    "manage.js",
+    "dialog.js",
     "tiers.js",
     "experiments.js",
     "result.js",
     "outcome.js",
+    "usage.js",
     "replicas.js",
+    "refresh.js",
+    "table.js",
     "intervals.js",
 )
 PATHS = {"/": INDEX} | {f"/page/{name}": name for name in FILES}

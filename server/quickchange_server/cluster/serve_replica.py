@@ -18,7 +18,7 @@ from ray.serve.exceptions import RayServeException
 
 from quickchange_server.engine_client.remote.replica_calls import ReplicaLostError
 from quickchange_server.errors import EngineFailedError, QuickchangeError
-from quickchange_server.observability.gateways.request_ids import log_lines
+from quickchange_server.observability.naming.request_ids import log_lines
 
 logger = logging.getLogger(__name__)
 

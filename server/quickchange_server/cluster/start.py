@@ -30,7 +30,7 @@ from quickchange_server.config import Settings, is_loopback
 from quickchange_server.entrypoints.http_server import KEEP_ALIVE_SECONDS, bind
 from quickchange_server.entrypoints.serve import check_access, fail, say, settings_of
 from quickchange_server.errors import EngineFailedError, QuickchangeError, SettingError
-from quickchange_server.observability.gateways.request_ids import log_lines
+from quickchange_server.observability.naming.request_ids import log_lines
 from quickchange_server.storage import database
 from quickchange_server.storage.database_engines import provisional
 from quickchange_store.errors import StoreError

@@ -27,7 +27,7 @@ from quickchange_server.engine.inputs.sample_tables import (
     RowTables,
     SampleColumns,
     SampleRow,
-    Wanted,
+    WantedLogprobs,
     tables_of,
 )
 from quickchange_server.engine.token_masks import NO_MASKS, TokenMasks
@@ -162,7 +162,7 @@ class Sampler:
 
 
 def _told(
-    token: int, line: Sequence[float], listed: int, wanted: Wanted
+    token: int, line: Sequence[float], listed: int, wanted: WantedLogprobs
 ) -> tuple[tuple[int, float], ...]:
     """Log-probabilities that a row asks for besides its token's: of listed tokens, the token among
     them, or of the best."""

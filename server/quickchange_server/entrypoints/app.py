@@ -248,6 +248,7 @@ def _services(
             adapters=settings.adapters,
             turbo=settings.turbo,
             prompt_lookup=settings.prompt_lookup,
+            further=lambda: experiments.all,
         ),
         imports=Imports(store, base, names, experiments.refuse_name),
         derived=Derived(store, settings.derived_adapters),

@@ -29,6 +29,7 @@ from quickchange_server.adapter_registry.resolver import (
     base_names,
 )
 from quickchange_server.api.openai.chat.chat_requests import ChatRendering, Message
+from quickchange_server.api.openai.chat.tool_calling import tools_form
 from quickchange_server.api.openai.chat.tool_requests import Tools
 from quickchange_server.config import Settings
 from quickchange_server.entrypoints.engine_start import token_text
@@ -298,14 +299,16 @@ class LLM:
         return self._text.encode_within(text, most=self._engine.info.max_model_len, param=place)
 
     def _asked_chat(self, place: str, messages: Conversation, rendering: _Chats) -> _Asked:
-        checked = [
-            _validated(Message, f"{place}[{i}]", message).for_template()
-            for i, message in enumerate(messages)
-        ]
+        checked = [_validated(Message, f"{place}[{i}]", m) for i, m in enumerate(messages)]
         if not checked:
             raise InvalidRequestError(f"{place}: is empty; give at least one message", param=place)
-        tools = [tool.for_template() for tool in rendering.tools]
-        prompt = self._text.render_chat(checked, tools=tools, how=rendering.how, param=place)
+        tools_form(self._text, checked, rendering.tools)
+        prompt = self._text.render_chat(
+            [message.for_template() for message in checked],
+            tools=[tool.for_template() for tool in rendering.tools],
+            how=rendering.how,
+            param=place,
+        )
         ids = self._text.encode_within(
             prompt, most=self._engine.info.max_model_len, param=place, add_special_tokens=False
         )
@@ -557,7 +560,8 @@ def _validated(model: type[_B], place: str, given: Any) -> _B:
         finding = error.errors()[0]
         context = finding.get("ctx", {})
         field = [context["field"]] if "field" in context else []
-        where = ".".join(map(str, filter(None, (place, *finding["loc"], *field))))
+        places = ([place] if place else []) + [*finding["loc"], *field]
+        where = ".".join(map(str, places))
         raise InvalidRequestError(f"{where}: {finding['msg']}", param=where) from error
 
 

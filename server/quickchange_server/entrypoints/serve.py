@@ -9,33 +9,48 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, NoReturn, TypeVar
 
 from pydantic import ValidationError
 
+from quickchange_server.adapter_registry.resolver import base_names
 from quickchange_server.api.app_state import Services
 from quickchange_server.config import Settings, is_loopback, is_remote
 from quickchange_server.engine_client.local.channel import EngineMain
 from quickchange_server.engine_client.local.local_engines import LocalEngines
 from quickchange_server.entrypoints.app import create_app
 from quickchange_server.entrypoints.engine_start import engine_main, preload
+from quickchange_server.entrypoints.flags.lora_modules import (
+    LoraModule,
+    add_modules,
+    lora_modules,
+)
 from quickchange_server.entrypoints.http_server import bind, run
 from quickchange_server.errors import QuickchangeError, SettingError
-from quickchange_server.observability.gateways.request_ids import log_lines
+from quickchange_server.observability.naming.request_ids import log_lines
 from quickchange_server.storage import database
 from quickchange_server.storage.database import Database
 from quickchange_server.storage.database_engines import provisional
 from quickchange_server.tenants.key_records import every
 from quickchange_server.tenants.tenancy import asks_for_keys
+from quickchange_store.base_model.base_spec import base_spec
 from quickchange_store.errors import StoreError
 from quickchange_store.hub_access import look_for_hub
 from quickchange_store.store import Store
 
 
-def serve(given: Mapping[str, Any], *, demo: bool, engine: EngineMain = engine_main) -> None:
+def serve(
+    given: Mapping[str, Any],
+    *,
+    demo: bool,
+    modules: Sequence[str] = (),
+    engine: EngineMain = engine_main,
+) -> None:
     """Serve until a signal ends it, with the settings `given` on the command line.
+
+    `modules`: adapters to add to the store first, as `lora_modules` reads them.
 
     Exits with status 1 and one line of error if it can't.
     """
@@ -45,6 +60,7 @@ def serve(given: Mapping[str, Any], *, demo: bool, engine: EngineMain = engine_m
     logging.getLogger("alembic").setLevel(logging.WARNING)  # it logs every migration
     try:
         settings = settings_of(with_demo(given) if demo else given, Settings)
+        wanted = lora_modules(modules)
         look_for_hub(settings.model)
         if engine is engine_main and settings.device == "cpu":
             preload()
@@ -64,6 +80,8 @@ def serve(given: Mapping[str, Any], *, demo: bool, engine: EngineMain = engine_m
             if demo and settings.adapters:
                 say(f"adding the demo's adapters to {settings.store}, where they are missing")
                 _publish_demo(settings)
+            if wanted:
+                _publish_modules(wanted, settings)
             app = create_app(settings, engines=partial(LocalEngines, main=engine))
 
             def ready(services: Services, url: str) -> None:
@@ -155,6 +173,18 @@ def _announce(services: Services, url: str, *, demo: bool) -> None:
         _suggest({*names, *services.store.aliases()}, url)
 
 
+def _publish_modules(modules: Sequence[LoraModule], settings: Settings) -> None:
+    if not settings.adapters:
+        raise SettingError(
+            "lora_modules: adapters are switched off by --no-adapters; leave one of the two out",
+            param="lora_modules",
+        )
+    names = ", ".join(module.name for module in modules)
+    say(f"adding {names} to {settings.store}, where they are missing")
+    store, base = Store(*settings.store_opening), base_spec(settings.model)
+    add_modules(modules, store, base, base_names(settings))
+
+
 # --- the demo -----------------------------------------------------------------------------------
 
 
@@ -174,7 +204,6 @@ def with_demo(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _publish_demo(settings: Settings) -> None:
-    from quickchange_store.base_model.base_spec import base_spec
     from quickchange_training.demo import publish_demo_adapters
 
     publish_demo_adapters(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from quickchange_server.storage.tables_experiments import (
     EXPERIMENT_OUTCOMES,
     EXPERIMENTS,
 )
+from quickchange_store.names import did_you_mean
 
 TOPIC = "experiments"  # topic of the revisions
 
@@ -122,11 +123,10 @@ def _entry(row: RowMapping) -> dict[str, Any]:
     return {**row, **sides}
 
 
-def unknown(name: str) -> UnknownModelError:
-    return UnknownModelError(
-        f"name: there is no experiment {name!r}; GET /v1/experiments lists what there is",
-        param="name",
-    )
+def unknown(name: str, known: Iterable[str] = ()) -> UnknownModelError:
+    """The error for a name. `known`: those that the caller sees, for one spelled much like it."""
+    remedy = f"{did_you_mean(name, known)} GET /v1/experiments lists what there is".lstrip()
+    return UnknownModelError(f"name: there is no experiment {name!r}; {remedy}", param="name")
 
 
 def _locked(connection: Connection, name: str) -> str:

@@ -204,6 +204,7 @@ def _automatic(
             "flag" if name in ENDINGS else "number",
             _placed(found, experiment, order, place),
             ENDINGS.get(name, "decrease"),
+            least=0.0,  # seconds and tokens
         )
         for place, name in enumerate(_measures())
     )

@@ -216,28 +216,30 @@ class Decoding:
         """True if each character of a vocabulary's entry stands for a byte."""
         return self._kind == "byte_level"
 
-    def detokenizer(self, *, skip_special_tokens: bool) -> Detokenizer:
-        """A new detokenizer for one sequence."""
-        skipped = self._special if skip_special_tokens else frozenset()
+    def detokenizer(
+        self, *, skip_special_tokens: bool, shown: frozenset[int] = frozenset()
+    ) -> Detokenizer:
+        """A new detokenizer for one sequence. `shown`: special tokens that are never skipped."""
+        skipped = self._special - shown if skip_special_tokens else frozenset()
         if self._kind == "byte_level":
             return ByteLevelDetokenizer(self.token_bytes, skipped)
         if self._kind == "sentencepiece":
             return SentencePieceDetokenizer(self._piece_of, skipped, self._strip_first)
-        return WindowDetokenizer(self._window_decode(skip_special_tokens))
+        return WindowDetokenizer(self._window_decode(skipped))
 
     def _token_bytes(self) -> TokenBytes:
         if self._kind == "byte_level":
             return ByteLevelPieces(self._piece_of)
         if self._kind == "sentencepiece":
             return SentencePiecePieces(self._piece_of)
-        return WindowPieces(self._window_decode(False))
+        return WindowPieces(self._window_decode(frozenset()))
 
-    def _window_decode(self, skip_special_tokens: bool) -> Callable[[Sequence[int]], str]:
+    def _window_decode(self, skipped: frozenset[int]) -> Callable[[Sequence[int]], str]:
         def decode(ids: Sequence[int]) -> str:
             return str(
                 self._tokenizer.decode(
-                    list(ids),
-                    skip_special_tokens=skip_special_tokens,
+                    [token_id for token_id in ids if token_id not in skipped],
+                    skip_special_tokens=False,
                     clean_up_tokenization_spaces=False,
                 )
             )

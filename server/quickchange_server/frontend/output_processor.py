@@ -48,10 +48,15 @@ class Transcript:
     string are dropped with theirs.
     """
 
-    def __init__(self, text: Text, sampling: SamplingParams) -> None:
+    def __init__(
+        self, text: Text, sampling: SamplingParams, shown: frozenset[int] = frozenset()
+    ) -> None:
+        """`shown`: special tokens that are text in any case."""
         self._sampling = sampling
         self._ends = frozenset[int]() if sampling.ignore_eos else text.eos_ids
-        self._detokenizer = text.detokenizer(skip_special_tokens=sampling.skip_special_tokens)
+        self._detokenizer = text.detokenizer(
+            skip_special_tokens=sampling.skip_special_tokens, shown=shown
+        )
         self._scanner = StopScanner(sampling.stop, include=sampling.include_stop_str_in_output)
         self._waiting: deque[LoggedToken] = deque()  # tokens whose text is not emitted yet
         self._decoded = 0  # characters

@@ -65,6 +65,7 @@ class Wanted:
     candidates: int = 1  # choices generated for each prompt
     default_tokens: int | None = None  # if the sampling has no max_tokens; None: all that fit
     constraint: Asked | None = None
+    shown: frozenset[int] = frozenset()  # special tokens that are text in any case
     scored_alike: bool = False  # prompt log-probabilities for all choices, not the first alone
     drafter: str | None = None  # name of the adapter whose heads draft
     derive: Callable[[], Awaitable[str]] | None = None  # merges the adapters into one; its digest
@@ -111,7 +112,7 @@ class RequestAdmission:
         except BaseException:
             account.end("refused")
             raise
-        transcripts = [Transcript(self._text, submit.sampling) for submit in submits]
+        transcripts = [Transcript(self._text, submit.sampling, wanted.shown) for submit in submits]
         return Generation(stream, transcripts, account, wanted.candidates)
 
     def _check_count(self, wanted: Wanted) -> None:

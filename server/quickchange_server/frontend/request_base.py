@@ -7,9 +7,8 @@ Hints, which change no answer, are dropped whatever they say.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar, get_args, get_type_hints
 
@@ -32,6 +31,7 @@ from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError
 
 from quickchange_server.errors import QuickchangeError
 from quickchange_server.protocol import MOST_LOGPROB_IDS, SamplingParams
+from quickchange_store.names import did_you_mean
 
 # Types of validation errors whose context names the field
 UNSUPPORTED = "unsupported"
@@ -39,7 +39,6 @@ UNKNOWN = "unknown_field"
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 1024  # characters
 MAX_CHOICES = 128
-LONGEST_NAME = 256  # characters of a name that is compared with others
 
 MAX_PROMPTS = 2_048  # OpenAI's limit of a list of inputs
 MAX_COMPONENTS = 32  # adapters in one composition
@@ -141,8 +140,8 @@ class Body(BaseModel):
                 if not (value is None and cls.null_is_default):
                     kept[name] = value
             elif name not in cls.hints and not asks_nothing(value):
-                near = close_matches(name, cls._names())
-                context = {"field": name, "near": near[0] if near else ""}
+                remedy = did_you_mean(name, cls._names(), otherwise="remove it;")
+                context = {"field": name, "remedy": remedy}
                 raise PydanticCustomError(UNKNOWN, "unknown field", context)
         return kept
 
@@ -169,14 +168,6 @@ class Body(BaseModel):
                 shown = {key: field.pop(key) for key in ("title", "default") if key in field}
                 own["properties"][name] = {"anyOf": [field, {"type": "null"}], **shown}
         return schema
-
-
-def close_matches(name: str, known: Iterable[str]) -> list[str]:
-    """Known names that are spelled much like this one, the likeliest first."""
-    folded = {each.casefold(): each for each in known}
-    if len(name) > LONGEST_NAME:
-        return []
-    return [folded[each] for each in get_close_matches(name.casefold(), folded, cutoff=0.75)]
 
 
 def _takes_null(field: Mapping[str, Any]) -> bool:

@@ -19,11 +19,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from quickchange_server.errors import ContextLengthError, InvalidRequestError, SettingError
 from quickchange_server.frontend.detokenizer import Decoding, Detokenizer
 from quickchange_server.frontend.parsing.reasoning_parser import ReasoningFormat
-from quickchange_server.frontend.parsing.tool_parser import (
-    Messages,
-    ToolFormat,
-    with_arguments,
-)
+from quickchange_server.frontend.parsing.tool_forms import ToolForm
+from quickchange_server.frontend.parsing.tool_learning import Messages, with_arguments
 from quickchange_server.frontend.templates.chat_template import ChatTemplate, Rendering
 
 if TYPE_CHECKING:
@@ -79,19 +76,15 @@ class Text:
         """Ids of special tokens, such as the end of a sequence."""
         return self._decoding.special_ids
 
-    @property
-    def has_chat_template(self) -> bool:
-        return self.template.exists
-
     @cached_property
     def template(self) -> ChatTemplate:
         return ChatTemplate(self._tokenizer)
 
     @cached_property
-    def tool_format(self) -> ToolFormat | None:
+    def tool_form(self) -> ToolForm | None:
         """The model's form of tool calls; None if its chat template takes no tools."""
-        form = self.template.tool_format
-        return None if form is None else replace(form, end=self._before_end(form.end))
+        ends = {self.token_name(token_id) for token_id in self.eos_ids & self.special_ids}
+        return self.template.tool_form(ends)
 
     @cached_property
     def reasoning_format(self) -> ReasoningFormat | None:
@@ -141,6 +134,11 @@ class Text:
             "padding_side": str(of.padding_side),
             "truncation_side": str(of.truncation_side),
         }
+
+    def special_of(self, texts: Iterable[str]) -> frozenset[int]:
+        """The special tokens in some texts."""
+        parts = [part for text in texts for part in self.special_parts(text)]
+        return frozenset(part for part in parts if isinstance(part, int))
 
     def tokenizer_json(self) -> str | None:
         """The tokenizer in the `tokenizers` library's JSON; None for one of another kind."""
@@ -280,7 +278,7 @@ class Text:
     ) -> str:
         """The prompt text of a chat, special tokens included. Raises as `ChatTemplate.render`."""
         if any(message.get("tool_calls") for message in messages):
-            form = self.tool_format
+            form = self.tool_form
             as_text = form is not None and form.from_text
             messages = [with_arguments(message, as_text=as_text) for message in messages]
         return self.template.render(messages, tools, how, param=param)
@@ -315,9 +313,12 @@ class Text:
 
         return encoded() if length < LONG_TEXT else await self._on_thread(encoded)
 
-    def detokenizer(self, *, skip_special_tokens: bool = True) -> Detokenizer:
-        """A new incremental detokenizer for one sequence."""
-        return self._decoding.detokenizer(skip_special_tokens=skip_special_tokens)
+    def detokenizer(
+        self, *, skip_special_tokens: bool = True, shown: frozenset[int] = frozenset()
+    ) -> Detokenizer:
+        """A new incremental detokenizer for one sequence. `shown`: special tokens that are never
+        skipped."""
+        return self._decoding.detokenizer(skip_special_tokens=skip_special_tokens, shown=shown)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Text of a whole sequence."""

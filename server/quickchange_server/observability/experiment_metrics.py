@@ -12,7 +12,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from quickchange_server.frontend.request_observers import Assignment, Completed
-from quickchange_server.observability.labels import OTHER, AdapterLabels
+from quickchange_server.observability.naming.labels import OTHER, AdapterLabels
 
 SECONDS_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 MAX_WORDS = 64  # label values for variants, and as many for outcomes, of one experiment

@@ -33,7 +33,7 @@ from quickchange_server.observability.engine_collector import EngineTotals, Stat
 from quickchange_server.observability.gateways.resident_adapters import LabelOf, Told, resident
 from quickchange_server.observability.gateways.vllm_metrics import vllm_families
 from quickchange_server.observability.http_metrics import HttpMetrics
-from quickchange_server.observability.labels import BASE, OTHER, AdapterLabels
+from quickchange_server.observability.naming.labels import BASE, OTHER, AdapterLabels
 from quickchange_server.observability.speculation_metrics import NameOf, SpeculationMetrics
 from quickchange_server.observability.subsystem_metrics import StructuredMetrics
 from quickchange_server.protocol import AdapterMoved, Delta, Drafting, Ready, StepStats, Tier

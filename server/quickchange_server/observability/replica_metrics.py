@@ -12,7 +12,7 @@ import asyncio
 import re
 import time
 import zlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 from prometheus_client.core import Metric
@@ -43,7 +43,7 @@ _ENGINE = re.compile(
 _BLOCK = re.compile(rb"^# HELP ", re.MULTILINE)  # a family's first line; no other begins so
 
 
-def told_by(family: str) -> Collection[Kind]:
+def told_by(family: str) -> tuple[Kind, ...]:
     """The kinds of replica that tell a family of metrics."""
     if _INGRESS.fullmatch(family):
         return ("ingress",)

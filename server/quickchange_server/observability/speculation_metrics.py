@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter
 
-from quickchange_server.observability.labels import OTHER, AdapterLabels
+from quickchange_server.observability.naming.labels import OTHER, AdapterLabels
 from quickchange_server.protocol import LOOKUP, DraftCount, Drafting, StepStats
 
 NameOf = Callable[[str], str | None]  # an adapter version's name by its digest, if known

@@ -5,7 +5,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter
 
 from quickchange_server.frontend.request_observers import Completed
-from quickchange_server.observability.labels import OTHER, AdapterLabels
+from quickchange_server.observability.naming.labels import OTHER, AdapterLabels
 
 
 class TenantMetrics:

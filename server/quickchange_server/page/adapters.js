@@ -3,7 +3,10 @@
 import { ApiError, get, getText, nameInPath, post } from "./api.js";
 import { byId, el, setText, showProblem } from "./dom.js";
 import { NONE, bytes, count } from "./format.js";
+import { Management } from "./manage.js";
+import { Refreshing } from "./refresh.js";
 import { inCluster } from "./replicas.js";
+import { cardTable } from "./table.js";
 import { showTiers, tiersOf, tiersOfAdapters, tiersOfReplicas } from "./tiers.js";
 
 const REFRESH_MS = 3000;
@@ -18,10 +21,9 @@ export function setUpAdapters() {
   const filter = byId("adapter-filter");
   const resident = byId("adapter-resident");
   let adapters = [];
-  let timer = null;
   let withBudgets = true; // false: the key may not read them
 
-  byId("adapter-table").append(table(body));
+  byId("adapter-table").append(cardTable("Adapters", COLUMNS, body));
 
   const showRows = () => {
     const wanted = filter.value.trim().toLowerCase();
@@ -31,7 +33,7 @@ export function setUpAdapters() {
         (!resident.checked || residency.tier !== "disk"),
     );
     const shown = matching.slice(0, MOST);
-    place(body, rows, shown, act);
+    place(body, rows, shown, actions);
     const all = adapters.length;
     const part = shown.length < all ? `${count(shown.length)} of ${count(all)}` : count(all);
     setText(byId("adapters-count"), all ? `${part} adapters` : "The store has no adapters yet.");
@@ -45,7 +47,7 @@ export function setUpAdapters() {
       showProblem(byId("adapters-problem"), null);
     } catch (error) {
       if (!(error instanceof ApiError)) throw error;
-      if (error.status === 401 || error.status === 403) stopRefreshing(); // until another key
+      if (error.status === 401 || error.status === 403) refreshing.stop(); // until another key
       showProblem(byId("adapters-problem"), `The adapters can't be shown. ${error.message}`);
     }
   };
@@ -63,10 +65,10 @@ export function setUpAdapters() {
     }
   }
 
+  /** Run what a button stands for, and tell what it says or why it was refused. */
   async function act(name, action) {
     try {
-      await post(`v1/adapters/${nameInPath(name)}/${action}`);
-      setText(byId("adapters-done"), `${name}: ${action} was asked for.`);
+      setText(byId("adapters-done"), (await action()) ?? "");
     } catch (error) {
       if (!(error instanceof ApiError)) throw error;
       setText(byId("adapters-done"), `${name}: ${error.message}`);
@@ -74,37 +76,31 @@ export function setUpAdapters() {
     await refresh();
   }
 
-  const startRefreshing = () => {
-    stopRefreshing();
-    timer = setInterval(() => document.hidden || refresh(), REFRESH_MS);
-    return refresh();
-  };
-  const stopRefreshing = () => {
-    clearInterval(timer);
-    timer = null;
-  };
+  const refreshing = new Refreshing(refresh, REFRESH_MS);
+  const management = new Management(
+    () => adapters,
+    async (words) => {
+      setText(byId("adapters-done"), words);
+      await refresh();
+    },
+  );
+  const actions = { management, act };
 
   filter.addEventListener("input", showRows);
   resident.addEventListener("change", showRows);
+  byId("adapter-add").addEventListener("click", () => management.add());
   return {
-    show: startRefreshing,
-    hide: stopRefreshing,
+    show: () => refreshing.start(),
+    hide: () => refreshing.stop(),
     keyChanged: () => {
       withBudgets = true;
-      if (!byId("adapters").hidden) startRefreshing();
+      if (!byId("adapters").hidden) refreshing.start();
     },
   };
 }
 
-// Roles are said again, because narrow screens show rows as cards, which ends a table for some.
-function table(body) {
-  const cells = COLUMNS.map((name) => el("th", { scope: "col", role: "columnheader" }, name));
-  const head = el("thead", { role: "rowgroup" }, el("tr", { role: "row" }, cells));
-  return el("table", { class: "cards", role: "table", "aria-label": "Adapters" }, head, body);
-}
-
 /** Make the rows those of `shown`, moving none that stay. */
-function place(body, rows, shown, act) {
+function place(body, rows, shown, actions) {
   const names = new Set(shown.map(({ id }) => id));
   for (const [name, row] of rows) {
     if (names.has(name)) continue;
@@ -114,7 +110,7 @@ function place(body, rows, shown, act) {
   shown.forEach((adapter, index) => {
     let row = rows.get(adapter.id);
     if (row === undefined) {
-      row = new Row(adapter.id, act);
+      row = new Row(adapter.id, actions);
       rows.set(adapter.id, row);
     }
     row.update(adapter);
@@ -123,7 +119,7 @@ function place(body, rows, shown, act) {
 }
 
 class Row {
-  constructor(name, act) {
+  constructor(name, { management, act }) {
     this.aliases = el("span", { class: "hint" });
     this.cells = Object.fromEntries(
       COLUMNS.slice(1, -1).map((column) => [
@@ -134,27 +130,42 @@ class Row {
     this.tier = el("span");
     this.replicas = el("span", { class: "hint" });
     this.cells.Tier.append(this.tier, this.replicas);
-    this.pin = el("button", { type: "button" });
-    this.pin.addEventListener("click", () => act(name, this.pinned ? "unpin" : "pin"));
-    const prefetch = el("button", { type: "button", "aria-label": `Prefetch ${name}` }, "Prefetch");
-    prefetch.addEventListener("click", () => act(name, "prefetch"));
+    const button = (word, action) => {
+      const made = el("button", { type: "button", "aria-label": `${word} ${name}` }, word);
+      made.addEventListener("click", () => act(name, action));
+      return made;
+    };
+    const ask = async (what) => {
+      await post(`v1/adapters/${nameInPath(name)}/${what}`);
+      return `${name}: ${what} was asked for.`;
+    };
+    this.pin = button("Pin", () => ask(this.adapter.residency.pinned ? "unpin" : "pin"));
+    this.rollBack = button("Roll back", () => management.rollBack(this.adapter));
+    const buttons = [
+      this.pin,
+      button("Prefetch", () => ask("prefetch")),
+      button("Alias", () => management.alias(this.adapter)),
+      this.rollBack,
+      button("Remove", () => management.remove(this.adapter)),
+    ];
     this.element = el(
       "tr",
       { role: "row" },
       el("th", { scope: "row", role: "rowheader" }, name, this.aliases),
       Object.values(this.cells),
-      el("td", { role: "cell", "data-label": "Actions" }, this.pin, " ", prefetch),
+      el("td", { role: "cell", "data-label": "Actions" }, el("div", { class: "actions" }, buttons)),
     );
     this.name = name;
   }
 
-  update({ version, versions, aliases, residency, turbo }) {
-    this.pinned = residency.pinned;
+  update(adapter) {
+    const { version, versions, aliases, residency, turbo } = adapter;
+    this.adapter = adapter;
+    this.rollBack.disabled = versions.length === 1;
     setText(this.aliases, aliases.length ? ` also ${aliases.join(", ")}` : "");
-    setText(
-      this.cells.Version,
-      versions.length > 1 ? `${version} of ${versions.length}` : `${version}`,
-    );
+    const others = versions.length - 1;
+    const kept = others ? ` (${count(others)} ${others === 1 ? "other" : "others"})` : "";
+    setText(this.cells.Version, `${version}${kept}`);
     setText(this.tier, residency.tier);
     setText(this.replicas, replicasText(residency.replicas ?? {}));
     this.cells.Tier.dataset.tier = residency.tier;

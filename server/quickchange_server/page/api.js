@@ -41,8 +41,23 @@ export async function getText(path) {
 }
 
 /** POST of JSON, answered by JSON. */
-export async function post(path, body = null) {
-  return (await send("POST", path, body)).json();
+export async function post(path, body = null, signal = null) {
+  return (await send("POST", path, body, signal)).json();
+}
+
+/** PUT of JSON, answered by JSON. */
+export async function put(path, body, signal = null) {
+  return (await send("PUT", path, body, signal)).json();
+}
+
+/** DELETE, answered by JSON. */
+export async function remove(path, signal = null) {
+  return (await send("DELETE", path, null, signal)).json();
+}
+
+/** POST of a FormData, answered by JSON. */
+export async function upload(path, form, signal = null) {
+  return (await send("POST", path, form, signal)).json();
 }
 
 /** POST that is answered by events; yields each one's JSON, and ends at [DONE]. */
@@ -65,8 +80,9 @@ async function send(method, path, body = null, signal = null) {
   const headers = {};
   const key = storedKey();
   if (key !== null) headers.Authorization = `Bearer ${key}`;
-  if (body !== null) headers["Content-Type"] = "application/json";
-  const options = { method, headers, signal, body: body === null ? null : JSON.stringify(body) };
+  const asJson = body !== null && !(body instanceof FormData); // which names its own type
+  if (asJson) headers["Content-Type"] = "application/json";
+  const options = { method, headers, signal, body: asJson ? JSON.stringify(body) : body };
   let response;
   try {
     response = await fetch(path, options);

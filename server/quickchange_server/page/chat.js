@@ -4,6 +4,7 @@ import { ApiError } from "./api.js";
 import { byId, setText, showProblem } from "./dom.js";
 import { loadModels } from "./models.js";
 import { Pane } from "./pane.js";
+import { modelToShow, sampleFor } from "./samples.js";
 
 /** Set up the section; returns what tabs and keys call. */
 export function setUpChat() {
@@ -11,6 +12,7 @@ export function setUpChat() {
   const prompt = byId("prompt");
   const [send, stop] = [byId("send"), byId("stop")];
   let running = null; // the AbortController of what is being answered
+  let sample = ""; // what stands in the prompt until somebody types another
 
   byId("panes").append(...panes.map((pane) => pane.element));
 
@@ -24,6 +26,12 @@ export function setUpChat() {
     if (focused === stop && stop.disabled) prompt.focus();
   };
 
+  const offerSample = (model) => {
+    if (prompt.value !== sample) return;
+    sample = sampleFor(model);
+    prompt.value = sample;
+  };
+
   const ask = async () => {
     const text = prompt.value.trim();
     if (running !== null || !panes.every((pane) => pane.ready())) return;
@@ -35,6 +43,7 @@ export function setUpChat() {
     setRunning(controller);
     setText(byId("same"), "");
     prompt.value = "";
+    sample = null; // nothing is put there any more
     try {
       const texts = await Promise.all(panes.map((pane) => pane.answer(text, controller.signal)));
       if (texts.every((each) => each === null) && prompt.value === "") prompt.value = text;
@@ -48,9 +57,9 @@ export function setUpChat() {
     try {
       const models = await loadModels();
       const base = models.find(({ kind }) => kind === "base").id;
-      const other = models.find(({ kind }) => kind !== "base")?.id ?? base;
       panes[0].offer(models, base);
-      panes[1].offer(models, other);
+      panes[1].offer(models, modelToShow(models));
+      offerSample(panes[1].model.value);
       showProblem(byId("models-problem"), null);
     } catch (error) {
       if (!(error instanceof ApiError)) throw error;
@@ -58,6 +67,9 @@ export function setUpChat() {
     }
   };
 
+  for (const { model } of panes) {
+    model.addEventListener("change", () => offerSample(model.value));
+  }
   byId("prompt-form").addEventListener("submit", (event) => {
     event.preventDefault();
     ask();

@@ -2,6 +2,7 @@
 
 import { ApiError, get, nameInPath } from "./api.js";
 import { byId, el, showProblem } from "./dom.js";
+import { Refreshing } from "./refresh.js";
 import { showResult } from "./result.js";
 import { setAddress } from "./tabs.js";
 
@@ -13,7 +14,6 @@ export function setUpExperiments() {
   const place = byId("result");
   let chosen = null; // a name
   let shown = null; // what the result was drawn from, as text: it is drawn again only if it changed
-  let timer = null;
 
   const showList = (experiments) => {
     const items = experiments.map((experiment) => item(experiment, experiment.id === chosen));
@@ -49,29 +49,19 @@ export function setUpExperiments() {
       showProblem(byId("experiments-problem"), null);
     } catch (error) {
       if (!(error instanceof ApiError)) throw error;
-      if (error.status === 401 || error.status === 403) stopRefreshing(); // until another key
+      if (error.status === 401 || error.status === 403) refreshing.stop(); // until another key
       showProblem(byId("experiments-problem"), `The experiments can't be shown. ${error.message}`);
     }
   };
-  const startRefreshing = () => {
-    stopRefreshing();
-    timer = setInterval(() => document.hidden || refresh(), REFRESH_MS);
-    return refresh();
-  };
-  const stopRefreshing = () => {
-    clearInterval(timer);
-    timer = null;
-  };
+  const refreshing = new Refreshing(refresh, REFRESH_MS);
 
   return {
     show: (name) => {
       chosen = name ?? chosen;
-      return startRefreshing();
+      return refreshing.start();
     },
-    hide: stopRefreshing,
-    keyChanged: () => {
-      if (!byId("experiments").hidden) startRefreshing();
-    },
+    hide: () => refreshing.stop(),
+    keyChanged: () => byId("experiments").hidden || refreshing.start(),
   };
 }
 

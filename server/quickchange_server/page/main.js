@@ -7,6 +7,7 @@ import { setUpExperiments } from "./experiments.js";
 import { setUpKey } from "./key.js";
 import { setUpReplicas, showCluster } from "./replicas.js";
 import { setUpTabs } from "./tabs.js";
+import { setUpUsage } from "./usage.js";
 
 const STATE_MS = 5000;
 
@@ -14,6 +15,7 @@ const sections = {
   chat: setUpChat(),
   adapters: setUpAdapters(),
   experiments: setUpExperiments(),
+  usage: setUpUsage(),
   replicas: setUpReplicas(),
 };
 

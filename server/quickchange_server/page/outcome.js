@@ -4,8 +4,8 @@ import { el } from "./dom.js";
 import { NONE, count, number, pValue, percent, probability } from "./format.js";
 import { axis, intervalStrip, scaleOf } from "./intervals.js";
 
-/** The outcome's part of the page. `level`: of its heading, 3 or 4. */
-export function outcomePart(outcome, level) {
+/** The outcome's part of the page. `level`: of its heading, 3 or 4. `state`: of the experiment. */
+export function outcomePart(outcome, level, state) {
   const { name, label, goal, comparisons } = outcome;
   const title = label === null ? name : `${name} = ${label}`;
   const aim = goal === "increase" ? "more is better" : "less is better";
@@ -16,7 +16,7 @@ export function outcomePart(outcome, level) {
     el(
       "ul",
       { class: "decisions" },
-      comparisons.map((each) => decision(each, outcome)),
+      comparisons.map((each) => decision(each, outcome, state)),
     ),
     differences(outcome, title),
     means(outcome, title),
@@ -38,10 +38,12 @@ function range(interval, format, unit = "") {
   return interval === null ? NONE : `${format(interval[0])} to ${format(interval[1])}${unit}`;
 }
 
+const OPEN = "keep collecting";
 const MOODS = { better: "better", worse: "worse" };
 
-function decision(comparison, outcome) {
-  const { variant, control, decision: decided } = comparison;
+function decision(comparison, outcome, state) {
+  const { variant, control, decision: now } = comparison;
+  const decided = now === OPEN && state === "stopped" ? "left undecided" : now;
   const mood = MOODS[decided] ?? "open";
   return el(
     "li",
@@ -62,7 +64,7 @@ function sampleWords({ variant, control, enough, needed_units: needed, decision 
   }
   if (!enough) return "too few units of one of its two values";
   const reached = `minimum sample of ${count(needed)} reached`;
-  return decision === "keep collecting" ? `${reached}, the interval holds 0` : reached;
+  return decision === OPEN ? `${reached}, the interval holds 0` : reached;
 }
 
 function differences(outcome, title) {

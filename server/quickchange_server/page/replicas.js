@@ -3,6 +3,8 @@
 import { ApiError, get } from "./api.js";
 import { byId, el, setText, showProblem } from "./dom.js";
 import { NONE, bytes, count, percent, seconds } from "./format.js";
+import { Refreshing } from "./refresh.js";
+import { cardTable } from "./table.js";
 
 const REFRESH_MS = 2000;
 const COLUMNS = [
@@ -41,9 +43,14 @@ export async function inCluster() {
 export function setUpReplicas() {
   const body = el("tbody", { role: "rowgroup" });
   const rows = new Map(); // by replica: kept over refreshes
-  let timer = null;
 
-  byId("replica-table").append(table(body));
+  byId("replica-table").append(
+    cardTable(
+      "Replicas",
+      COLUMNS.map(([name]) => name),
+      body,
+    ),
+  );
 
   const refresh = async () => {
     try {
@@ -58,33 +65,16 @@ export function setUpReplicas() {
       showProblem(byId("replicas-problem"), null);
     } catch (error) {
       if (!(error instanceof ApiError)) throw error;
-      if ([401, 403, 404].includes(error.status)) stopRefreshing(); // until another key
+      if ([401, 403, 404].includes(error.status)) refreshing.stop(); // until another key
       showProblem(byId("replicas-problem"), `The replicas can't be shown. ${error.message}`);
     }
   };
-  const startRefreshing = () => {
-    stopRefreshing();
-    timer = setInterval(() => document.hidden || refresh(), REFRESH_MS);
-    return refresh();
-  };
-  const stopRefreshing = () => {
-    clearInterval(timer);
-    timer = null;
-  };
+  const refreshing = new Refreshing(refresh, REFRESH_MS);
   return {
-    show: startRefreshing,
-    hide: stopRefreshing,
-    keyChanged: () => {
-      if (!byId("replicas").hidden) startRefreshing();
-    },
+    show: () => refreshing.start(),
+    hide: () => refreshing.stop(),
+    keyChanged: () => byId("replicas").hidden || refreshing.start(),
   };
-}
-
-// Roles are said again, because narrow screens show rows as cards, which ends a table for some.
-function table(body) {
-  const cells = COLUMNS.map(([name]) => el("th", { scope: "col", role: "columnheader" }, name));
-  const head = el("thead", { role: "rowgroup" }, el("tr", { role: "row" }, cells));
-  return el("table", { class: "cards", role: "table", "aria-label": "Replicas" }, head, body);
 }
 
 /** Make the rows those of `replicas`, in their order. */

@@ -3,6 +3,7 @@
 import { el } from "./dom.js";
 import { count, number, pValue, percent } from "./format.js";
 import { outcomePart } from "./outcome.js";
+import { cardBody, cardTable } from "./table.js";
 
 /** Draw the result in `place`; what was unfolded there stays so. */
 export function showResult(place, experiment, result) {
@@ -12,8 +13,10 @@ export function showResult(place, experiment, result) {
     : undefined;
   place.replaceChildren(
     ...head(experiment, result),
+    endPart(experiment, result),
     ratioPart(result.ratio),
     el("p", { class: "hint" }, rules(result)),
+    neededPart(experiment, result),
     ...outcomes(result),
     folded("result-automatic", "What the server measured", automatic(result)),
     folded("result-units", "Units by variant", units(experiment, result)),
@@ -34,6 +37,26 @@ function head(experiment, result) {
     description ? el("p", {}, description) : "",
     el("p", { class: "hint" }, facts.join(" · ")),
   ];
+}
+
+/** Why nothing is assigned any more, and what requests get instead. */
+function endPart({ winner }, { state, control }) {
+  if (state === "running") return "";
+  const words =
+    state === "paused"
+      ? ["Paused. ", `Until it is resumed every request gets the control, ${control}.`]
+      : [
+          "Stopped for good. ",
+          `Nobody is assigned any more: every request gets ${winner ?? control}, ` +
+            `${winner === null ? "the control, as no winner was named" : "which was named the winner"}` +
+            ". The result stays; outcomes of answers from before still count.",
+        ];
+  return el(
+    "p",
+    { class: "notice", id: "experiment-end", role: "status" },
+    el("strong", {}, words[0]),
+    words[1],
+  );
 }
 
 function stickyWords({ by, name }) {
@@ -70,57 +93,46 @@ function rules({ alpha, minimum }) {
   );
 }
 
-function outcomes({ outcomes: told }) {
-  if (told.length) return told.map((each) => outcomePart(each, 3));
+/** What "units needed" means, where a decision still waits for units. */
+function neededPart({ definition: { sticky } }, { outcomes: told, minimum, minimum_events: events }) {
+  if (told.every(({ comparisons }) => comparisons.every(({ enough }) => enough))) return "";
+  const unit = { random: "request", user: "user" }[sticky.by] ?? `${sticky.by} ${sticky.name}`;
+  return el(
+    "p",
+    { class: "hint", id: "needed-words" },
+    el("strong", {}, "Units needed: "),
+    `a unit is one ${unit} with outcomes, and counts once however many it has. Before a decision ` +
+      `the smaller of the two variants needs at least ${count(minimum)} of them, and more the ` +
+      "further the other outgrows it, because the intervals are only exact enough from there on" +
+      (told.some(({ kind }) => kind !== "number")
+        ? `; a share also needs ${count(events)} units of each of its two values. `
+        : ". ") +
+      "It is the least, not a forecast: a small difference takes many more units to show.",
+  );
+}
+
+function outcomes({ outcomes: told, state }) {
+  if (told.length) return told.map((each) => outcomePart(each, 3, state));
   return [el("p", {}, "No metrics are defined: only what the server measured is below.")];
 }
 
-function automatic({ automatic: measured }) {
-  return (measured ?? []).map((each) => outcomePart(each, 3));
+function automatic({ automatic: measured, state }) {
+  return (measured ?? []).map((each) => outcomePart(each, 3, state));
 }
 
 function units({ shares }, { ratio, requests }) {
-  const names = Object.keys(ratio.expected);
-  const head = ["Variant", "Share now", "Units", "Expected", "Requests"];
-  const rows = names.map((name) => [
+  const columns = ["Variant", "Share now", "Units", "Expected", "Requests"];
+  const rows = Object.keys(ratio.expected).map((name) => [
+    name,
     percent(shares[name] ?? 0),
     count(ratio.observed[name] ?? 0),
     count(Math.round(ratio.expected[name])),
     count(sum(requests?.[name])),
   ]);
-  return [
-    el(
-      "table",
-      { class: "cards", role: "table", "aria-label": "Units by variant" },
-      el(
-        "thead",
-        { role: "rowgroup" },
-        el(
-          "tr",
-          { role: "row" },
-          head.map((text) => columnHead(text)),
-        ),
-      ),
-      el(
-        "tbody",
-        { role: "rowgroup" },
-        rows.map((row, index) => unitsRow(names[index], row, head)),
-      ),
-    ),
-  ];
+  return [cardTable("Units by variant", columns, cardBody(columns, rows))];
 }
 
 const sum = (byEnding) => Object.values(byEnding ?? {}).reduce((total, each) => total + each, 0);
-const columnHead = (text) => el("th", { scope: "col", role: "columnheader" }, text);
-
-function unitsRow(name, row, head) {
-  return el(
-    "tr",
-    { role: "row" },
-    el("th", { scope: "row", role: "rowheader" }, name),
-    row.map((text, index) => el("td", { role: "cell", "data-label": head[index + 1] }, text)),
-  );
-}
 
 function method({ method: said }) {
   const entries = Object.entries(said);

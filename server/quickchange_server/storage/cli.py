@@ -11,7 +11,7 @@ import typer
 from quickchange_server.errors import QuickchangeError
 from quickchange_server.storage import maintenance
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
 
 @app.callback()

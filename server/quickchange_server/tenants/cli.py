@@ -35,6 +35,7 @@ app = typer.Typer(
     help="Create, list, rotate and revoke API keys.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,
 )
 
 DatabaseOption = Annotated[
@@ -60,7 +61,9 @@ def _limit(name: str, what: str) -> Any:
 @app.command()
 def create(
     tenant: Annotated[str, typer.Option("--tenant", help="Whose key it is.")],
-    scope: Annotated[str, typer.Option("--scope", help=" | ".join(SCOPES))] = "infer",
+    scope: Annotated[
+        str, typer.Option("--scope", help=" | ".join(SCOPES), autocompletion=lambda: [*SCOPES])
+    ] = "infer",
     names: Annotated[
         list[str] | None,
         typer.Option("--names", help="Glob of names that exist for it; may be given again."),

@@ -174,6 +174,17 @@ def test_messages_of_one_role_in_a_row_are_one_turn(live: Live, journal: Path) -
     assert sent == "user\nRain\nin Porto?\nassistant\nSome.\nA lot.\nuser\nHow much?\nassistant\n"
 
 
+def test_an_answer_goes_on_with_the_text_of_a_last_message_of_its_own(
+    live: Live, journal: Path
+) -> None:
+    started = [*ASK, {"role": "assistant", "content": "It rains"}]
+    assert prompt(live, journal, messages=started).endswith("assistant\nIt rains")
+    counted = live.post("/v1/messages/count_tokens", {"model": BASE, "messages": started})
+    assert counted.json() == {
+        "input_tokens": answer(live, messages=started)["usage"]["input_tokens"]
+    }
+
+
 def test_calls_and_their_results_are_written_back(live: Live, journal: Path) -> None:
     call = {"type": "tool_use", "id": "toolu_1", "name": "weather", "input": {"city": "Porto"}}
     result = {"type": "tool_result", "tool_use_id": "toolu_1"}
@@ -282,12 +293,37 @@ def test_what_clients_send_besides_changes_nothing(live: Live, journal: Path) ->
         "metadata": {"user_id": "user_1"},
         "thinking": {"type": "adaptive", "display": "omitted"},
         "output_config": {"effort": "high"},
+        "chat_template_kwargs": {"a_variable_that_no_template_has": 1},
         "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
         "mcp_servers": [],
         "container": None,
         "betas": ["interleaved-thinking-2025-05-14"],
     }
     assert prompt(live, journal, **hints) == plain
+
+
+@pytest.mark.parametrize(
+    ("fields", "variables"),
+    [
+        ({}, {}),
+        ({"thinking": {"type": "adaptive"}}, {}),
+        ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, {"enable_thinking": True}),
+        (
+            {"thinking": {"type": "disabled"}, "output_config": {"effort": "high"}},
+            {"reasoning_effort": "none", "enable_thinking": False},
+        ),
+        (
+            {"output_config": {"effort": "low"}},
+            {"reasoning_effort": "low", "enable_thinking": True},
+        ),
+        ({"chat_template_kwargs": {"a": 1}}, {"a": 1}),
+    ],
+)
+def test_thinking_is_the_templates_switch(
+    fields: dict[str, Any], variables: dict[str, Any]
+) -> None:
+    sent = body(**fields) | {"max_tokens": 2000}
+    assert MessageRequest.model_validate(sent).chat.how.variables == variables
 
 
 COUNTED: list[dict[str, Any]] = [

@@ -14,6 +14,7 @@ from text_support import START, byte_text
 
 from quickchange_server.api.lorax.requests import GenerateRequest, Parameters
 from quickchange_server.api.lorax.translation import completion
+from quickchange_server.api.openai.text_constraints import asked
 from quickchange_server.frontend.request_admission import choice_seed
 from quickchange_server.protocol import Component
 from quickchange_store.store import Store
@@ -111,6 +112,48 @@ def test_alternative_tokens_are_told_where_asked_for(live: Live) -> None:
     assert first["alternative_tokens"] == [
         {"id": first["id"], "text": first["text"], "logprob": first["logprob"]}
     ]
+
+
+def test_the_top_tokens_are_told_in_tgis_form(live: Live) -> None:
+    details = generate(live, details=True, top_n_tokens=1)["details"]
+    tokens = [[{**token}] for token in details["tokens"]]
+    for (token,) in tokens:
+        del token["skipped"]
+    assert details["top_tokens"] == tokens  # the fake engine draws the likeliest
+    assert "top_tokens" not in generate(live, details=True)["details"]
+    assert "details" not in generate(live, top_n_tokens=1)
+    parameters = {"seed": 3, "max_new_tokens": 6, "top_n_tokens": 1}
+    told = live.post("/generate_stream", {"inputs": PROMPT, "parameters": parameters}).text
+    events = [json.loads(line.removeprefix("data: ")) for line in told.splitlines() if line]
+    assert [event["top_tokens"] for event in events] == tokens
+
+
+SCHEMA = {"type": "object", "properties": {"size": {"type": "string"}}}
+
+
+@pytest.mark.parametrize(
+    ("grammar", "kind", "source"),
+    [
+        ({"type": "regex", "value": "a+"}, "regex", "a+"),
+        ({"type": "json", "value": SCHEMA}, "json_schema", SCHEMA),
+        ({"type": "json", "value": json.dumps(SCHEMA)}, "json_schema", SCHEMA),
+        ({"type": "json_object", "value": SCHEMA}, "json_schema", SCHEMA),
+        (
+            {"type": "json_schema", "value": {"schema": SCHEMA, "name": "x", "strict": True}},
+            "json_schema",
+            SCHEMA,
+        ),
+    ],
+)
+def test_tgis_grammar_constrains_the_text(
+    live: Live, grammar: dict[str, Any], kind: str, source: Any
+) -> None:
+    request = GenerateRequest(inputs="x", parameters=Parameters(**{"grammar": grammar}))
+    found = asked(completion(live.services, request, tokens=False))
+    assert found is not None
+    assert found.constraint.kind == kind
+    told = found.constraint.source
+    assert (told if kind == "regex" else json.loads(told)) == source
 
 
 def test_a_stop_sequence_ends_the_text_and_stays_in_it(live: Live) -> None:
@@ -279,9 +322,11 @@ def test_a_stream_has_an_event_a_token_and_the_last_has_text_and_details(
     assert [event["token"]["text"] for event in [*events, last]] == list(text)
     assert all(event["generated_text"] is event["details"] is None for event in events)
     assert last["generated_text"] == text
+    assert [event["index"] for event in [*events, last]] == [1, 2, 3, 4, 5, 6]
     assert last["details"] == {
         "finish_reason": "length",
         "prompt_tokens": 5,
+        "input_length": 5,
         "generated_tokens": 6,
         "skipped_tokens": 0,
         "seed": 3,

@@ -14,9 +14,11 @@ from quickchange_server import errors
 from quickchange_server.api.lorax.errors import lorax_error
 from quickchange_server.api.lorax.requests import (
     CompatGenerateRequest,
+    JsonGrammar,
     LoraxResponseFormat,
     MergedAdapters,
     Parameters,
+    SchemaOfGrammar,
 )
 from quickchange_server.api.lorax.routes import router
 
@@ -26,6 +28,8 @@ BODIES: list[type[BaseModel]] = [
     Parameters,
     MergedAdapters,
     LoraxResponseFormat,
+    JsonGrammar,
+    SchemaOfGrammar,
 ]
 
 
@@ -42,7 +46,7 @@ def test_every_route_is_documented() -> None:
 
 
 def test_every_header_and_every_field_of_an_answer_is_documented(tmp_path: Path) -> None:
-    parameters = {"details": True, "best_of": 2, "top_k": 3, "max_new_tokens": 2}
+    parameters = {"details": True, "best_of": 2, "top_k": 3, "max_new_tokens": 2, "top_n_tokens": 1}
     with live_server(tmp_path, Behaviour()) as live:
         response = live.post("/generate", {"inputs": "x", "parameters": parameters})
     headers = [name for name in response.headers if name.startswith("x-")]

@@ -14,7 +14,7 @@ from http_support import BASE, Live, live_server
 from text_support import END, START, byte_text
 from tool_templates import BARE, BROKEN, LISTED, MARKED, SPECIAL, TEXTUAL
 
-from quickchange_server.api.openai.chat.tool_calling import call_grammar, free_grammar
+from quickchange_server.api.openai.chat.tool_grammars import call_grammar, free_grammar
 from quickchange_server.api.openai.chat.tool_requests import Tool
 from quickchange_server.protocol import Constraint
 from quickchange_server.structured_output.grammar import TokenGrammars
@@ -110,7 +110,7 @@ def test_a_conversation_with_calls_is_written_back(live: Live, journal: Path) ->
     assert "tool\n12 mm" in prompt
 
 
-def test_a_stream_tells_text_as_it_comes_and_a_call_whole(live: Live) -> None:
+def test_a_stream_tells_text_and_the_parts_of_a_call_as_they_come(live: Live) -> None:
     events = live.events(
         "/v1/chat/completions", {"model": BASE, "messages": ASK, "tools": [WEATHER]}
     )
@@ -118,7 +118,12 @@ def test_a_stream_tells_text_as_it_comes_and_a_call_whole(live: Live) -> None:
     text = "".join(delta["delta"].get("content") or "" for delta in deltas)
     calls = [call for delta in deltas for call in delta["delta"].get("tool_calls", [])]
     assert text.strip() == "One moment."
-    assert [(call["index"], call["function"]["name"]) for call in calls] == [(0, "weather")]
+    first, *others = calls
+    assert (first["index"], first["type"], first["function"]["name"]) == (0, "function", "weather")
+    assert len(first["id"]) == 9
+    assert len(others) > 5
+    assert all(call.keys() == {"index", "function"} for call in others)
+    assert "".join(call["function"]["arguments"] for call in calls) == '{"city": "Porto"}'
     ends = [(delta["delta"], delta["finish_reason"]) for delta in deltas if delta["finish_reason"]]
     assert ends == [({}, "tool_calls")]  # behind the call: OpenAI's client tells it only then
 
@@ -164,12 +169,12 @@ def accepts(
 ) -> bool:
     """True if the grammar of a demanded call, or of free text with calls, accepts a text."""
     text = byte_text(template)
-    assert text.tool_format is not None
+    assert text.tool_form is not None
     offered = [Tool.model_validate(tool) for tool in tools]
     if free:
-        source = free_grammar(text, text.tool_format, offered, parallel=parallel, answer=answer)
+        source = free_grammar(text, text.tool_form, offered, parallel=parallel, answer=answer)
     else:
-        source = call_grammar(text, text.tool_format, offered)
+        source = call_grammar(text, text.tool_form, offered)
     matcher = TokenGrammars.of(text).compile(Constraint("grammar", source))
     tokens = [*written.encode(), END]
     return matcher.allowed(tokens) == len(tokens)
@@ -285,9 +290,9 @@ def test_a_strict_list_of_calls_may_have_several() -> None:
 
 def test_strict_behind_a_special_token_begins_at_its_id() -> None:
     text = byte_text(SPECIAL)
-    assert text.tool_format is not None
+    assert text.tool_form is not None
     tool = Tool.model_validate(strict(WEATHER))
-    source = free_grammar(text, text.tool_format, [tool], parallel=True)
+    source = free_grammar(text, text.tool_form, [tool], parallel=True)
     matcher = TokenGrammars.of(text).compile(Constraint("grammar", source))
     for city, lawful in ((b'"Porto"', True), (b"7", False)):
         call = b'call\n{"name": "weather", "arguments": {"city": ' + city + b"}}</call>"
@@ -346,8 +351,8 @@ def test_strict_is_a_constraint_and_a_function_without_it_none(live: Live, journ
 
 def test_a_mark_with_a_special_token_is_demanded_by_its_id() -> None:
     text = byte_text(SPECIAL)
-    assert text.tool_format is not None
-    source = call_grammar(text, text.tool_format, [Tool.model_validate(TIME)])
+    assert text.tool_form is not None
+    source = call_grammar(text, text.tool_form, [Tool.model_validate(TIME)])
     matcher = TokenGrammars.of(text).compile(Constraint("grammar", source))
     tokens = [START, *b'call\n{"name": "time", "arguments": {}}</call>', END]
     assert matcher.allowed(tokens) == len(tokens)
@@ -429,8 +434,9 @@ def test_several_choices_each_have_their_calls(live: Live, stream: bool) -> None
         *events, _ = live.events("/v1/chat/completions", body)
         told = [event["choices"][0] for event in events]
         deltas = [one for one in told if "tool_calls" in one["delta"]]
-        assert sorted(one["index"] for one in deltas) == [0, 1, 2]
-        calls = [one["delta"]["tool_calls"] for one in deltas]
+        named = [one for one in deltas if "id" in one["delta"]["tool_calls"][0]]
+        assert sorted(one["index"] for one in named) == [0, 1, 2]
+        calls = [one["delta"]["tool_calls"] for one in named]
     assert [[call["function"]["name"] for call in one] for one in calls] == [["weather"]] * 3
     assert len({call["id"] for one in calls for call in one}) == 3
 
@@ -443,10 +449,33 @@ def test_tokenize_counts_what_a_chat_with_tools_sends(live: Live, journal: Path)
     assert live.post("/tokenize", {"prompt": "x", "tools": [TIME]}).status_code == 400
 
 
-def test_a_stop_string_inside_a_call_leaves_text(live: Live) -> None:
+def test_a_stop_string_inside_a_call_leaves_what_was_written_of_it(live: Live) -> None:
     answered = choice(live, stop=["Porto"])
+    (call,) = answered["message"]["tool_calls"]
+    assert call["function"] == {"name": "weather", "arguments": '{"city": "'}
+    answered = choice(live, stop=["weather"])
+    assert answered["message"]["content"] == ANSWER[: ANSWER.index("weather")]
     assert answered["finish_reason"] == "stop"
-    assert answered["message"]["content"] == ANSWER[: ANSWER.index("Porto")]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_that_is_cut_off_keeps_what_was_written_of_its_arguments(
+    live: Live, stream: bool
+) -> None:
+    most = ANSWER.index("orto")  # a token a byte
+    if not stream:
+        answered = choice(live, max_tokens=most)
+        (call,) = answered["message"]["tool_calls"]
+        said = [call["function"]["arguments"]]
+        ended = answered["finish_reason"]
+    else:
+        body = {"model": BASE, "messages": ASK, "tools": [WEATHER], "max_tokens": most}
+        *events, _ = live.events("/v1/chat/completions", body)
+        deltas = [event["choices"][0]["delta"] for event in events]
+        said = [c["function"]["arguments"] for d in deltas for c in d.get("tool_calls", [])]
+        ended = events[-1]["choices"][0]["finish_reason"]
+    assert "".join(said) == '{"city": "P'
+    assert ended == "length"
 
 
 NAMED = {"type": "function", "function": {"name": "other"}}

@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
+from classifier_models import classifier
 from fake_engine import Behaviour
 from fuzz_support import document
 from http_support import Live
@@ -190,6 +191,8 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
         for name, path in models.adapters.items():
             added = server.post("/v1/adapters", {"name": name, "path": str(path)})
             assert added.status_code == 201, added.text
+        sql = server.store.load(server.store.resolve("sql").digest)
+        server.store.add("kinds", classifier(sql, 3, hidden=server.services.engine.hidden_size))
         made = server.post("/v1/experiments", {**WHOLE["POST /v1/experiments"], "name": "trial"})
         assert made.status_code == 201, made.text
         answered = server.post("/v1/completions", {**HELLO, "model": "trial", "user": "someone"})

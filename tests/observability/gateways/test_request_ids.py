@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quickchange_server.observability.gateways import request_ids
-from quickchange_server.observability.gateways.request_ids import FORMAT, _Requests
+from quickchange_server.observability.naming.request_ids import FORMAT, _Requests
 from quickchange_store.store import Store
 
 COMPLETION = {"model": BASE, "prompt": "ab", "max_tokens": 2}

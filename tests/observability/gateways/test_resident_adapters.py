@@ -18,7 +18,7 @@ from quickchange_server.adapters.manager import Residency
 from quickchange_server.engine_client.adapter_status import AdapterStatus
 from quickchange_server.observability.cluster_metrics import exposition_of_all
 from quickchange_server.observability.gateways.resident_adapters import resident
-from quickchange_server.observability.labels import AdapterLabels
+from quickchange_server.observability.naming.labels import AdapterLabels
 from quickchange_server.protocol import AdapterFailed, AdapterMoved
 from quickchange_store.store import Store
 

@@ -42,7 +42,7 @@ from quickchange_store.errors import AdapterNotFoundError, InUseError
 from quickchange_store.importing import Added
 from quickchange_store.index import Alias, Index, Version
 from quickchange_store.info import AdapterInfo
-from quickchange_store.names import Reference, parse_reference
+from quickchange_store.names import Reference, did_you_mean, parse_reference
 from quickchange_store.store import Resolved
 
 UPLOADS = "/v1/adapters"
@@ -128,7 +128,16 @@ def check_paths_allowed(settings: Settings) -> None:
 def check_seen(services: Services, caller: Caller, reference: str) -> None:
     """Raise AdapterNotFoundError, the same for a missing name and for one the caller can't see."""
     parsed = parse_reference(reference)
-    reachable(services.store.snapshot(), parsed, caller.sees).find(parsed)
+    index = services.store.snapshot()
+    try:
+        reachable(index, parsed, caller.sees).find(parsed)
+    except AdapterNotFoundError as error:
+        there = seen(index, caller.sees)
+        near = did_you_mean(parsed.name, (*there.entries, *there.aliases))
+        if not near or parsed.name in (*there.entries, *there.aliases):  # it lacks the version
+            raise
+        remedy = f"{near} GET /v1/adapters lists what there is"
+        raise AdapterNotFoundError(error.problem, key=error.key, remedy=remedy) from error
 
 
 @contextmanager
@@ -449,7 +458,9 @@ async def remove_alias(alias: str, services: Injected, caller: Managing) -> Json
     """Remove an alias; what it points at stays."""
     index = services.store.snapshot()
     if alias not in reachable(index, Reference(alias), caller.sees).aliases:
-        raise AdapterNotFoundError("no such alias", key=alias, remedy="GET /v1/aliases lists all")
+        near = did_you_mean(alias, seen(index, caller.sees).aliases)
+        remedy = f"{near} GET /v1/aliases lists all".lstrip()
+        raise AdapterNotFoundError("no such alias", key=alias, remedy=remedy)
     await asyncio.to_thread(services.store.unalias, alias)
     return {"id": alias, "object": "alias.deleted", "deleted": True}
 

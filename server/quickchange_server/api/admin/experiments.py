@@ -384,9 +384,10 @@ def _pointed(pointed: Pointed | None) -> Json | None:
 
 def _seen(services: Services, caller: Caller, name: str) -> Experiment:
     """The experiment. Raises UnknownModelError if there is none or the caller can't see it."""
-    if not caller.sees(name):
-        raise experiment_records.unknown(name)
-    return services.experiments.get(name)
+    found = services.experiments.find(name) if caller.sees(name) else None
+    if found is None:
+        raise experiment_records.unknown(name, filter(caller.sees, services.experiments.all))
+    return found
 
 
 def _refuse_stored(index: Index, name: str) -> None:

@@ -255,6 +255,12 @@ class Conversation:
         self.messages: list[Json] = [{"role": "system", "content": system}] if system else []
         self.origins: list[int | None] = [None for _ in self.messages]  # None: the system prompt
 
+    @property
+    def ends_open(self) -> bool:
+        """True if the answer goes on with the last message, which is the beginning of one."""
+        last = self.messages[-1]
+        return last["role"] == "assistant" and bool(last["content"]) and "tool_calls" not in last
+
     def add(self, index: int, turn: Turn) -> None:
         for message in turn.for_chat():
             last = self.messages[-1] if self.messages else {"role": ""}

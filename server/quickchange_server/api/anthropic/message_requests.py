@@ -19,7 +19,13 @@ from quickchange_server.api.anthropic.message_blocks import (
     system_text,
 )
 from quickchange_server.api.error_responses import from_validation
-from quickchange_server.api.openai.chat.chat_requests import MAX_MESSAGES, MAX_PARTS, ChatRequest
+from quickchange_server.api.openai.chat.chat_requests import (
+    MAX_MESSAGES,
+    MAX_PARTS,
+    ChatRequest,
+    Effort,
+    Variables,
+)
 from quickchange_server.api.openai.chat.tool_requests import MAX_TOOLS, ValidText
 from quickchange_server.api.openai.requests import Schema, wrong
 from quickchange_server.errors import InvalidRequestError
@@ -133,7 +139,7 @@ class OutputConfig(Body):
     format: OutputFormat | None = None
 
 
-class Sender(Body):
+class MessageSender(Body):
     """Who the request is for: an experiment may stick to it."""
 
     user_id: Annotated[ValidText, Field(max_length=512)] | None = None
@@ -161,13 +167,18 @@ class MessageBody(Cacheable):
     thinking: Thinking | None = None
     output_config: OutputConfig = OutputConfig()
     output_format: OutputFormat | None = None  # an earlier name of output_config.format
+    chat_template_kwargs: Variables = Field(default={})  # vLLM's
 
     @cached_property
     def chat(self) -> ChatRequest:
         """The chat that this body means. Raises InvalidRequestError with the chat's field names,
         but for the places of messages."""
         written = self._conversation()
-        body = {"messages": written.messages, **self._fields()}
+        body = {
+            "messages": written.messages,
+            "continue_final_message": written.ends_open,
+            **self._fields(),
+        }
         try:
             return ChatRequest.model_validate(body)
         except ValidationError as error:
@@ -196,13 +207,21 @@ class MessageBody(Cacheable):
     def _fields(self) -> Json:
         """The chat's fields besides its messages."""
         form = self.output_config.format or self.output_format
+        thinking = self.thinking
+        effort: Effort | None = self.output_config.effort
+        if thinking is not None and thinking.type == "disabled":
+            effort = "none"
+        variables = dict(self.chat_template_kwargs)
+        if thinking is not None and thinking.type == "enabled":
+            variables.setdefault("enable_thinking", True)
         return {
             "model": self.model,
             "tools": [tool.for_chat() for tool in self.tools],
             "tool_choice": self.tool_choice.for_chat(),
             "parallel_tool_calls": not self.tool_choice.disable_parallel_tool_use,
             "response_format": None if form is None else form.for_chat(),
-            "reasoning_effort": self.output_config.effort,
+            "reasoning_effort": effort,
+            "chat_template_kwargs": variables,
         }
 
     @model_validator(mode="after")
@@ -234,7 +253,7 @@ class MessageRequest(MessageBody):
     temperature: Number = Field(1.0, ge=0, le=2)
     top_p: Number = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=-1, lt=2**63)
-    metadata: Sender = Sender()
+    metadata: MessageSender = MessageSender()
     adapters: Adapters = Field(default=[])
     turbo: Name = AUTO
 

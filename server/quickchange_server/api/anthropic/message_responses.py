@@ -51,9 +51,11 @@ class MessageWriter:
         """The events of what the message grows by."""
         if piece.reasoning:
             yield from self._think(piece.reasoning)
+        for call in piece.continued:
+            yield from self._call(call)
         if piece.content:
             yield from self._say(piece.content)
-        for call in piece.calls:
+        for call in piece.begun:
             yield from self._call(call)
 
     def finish(self) -> Iterator[Json]:

@@ -19,6 +19,7 @@ from quickchange_server.api.json_bodies import JsonRoute
 from quickchange_server.api.openai import request_selection
 from quickchange_server.api.openai.chat.chat_route import begin_chat, chat_prompt
 from quickchange_server.api.openai.chat.tool_calling import tools_form
+from quickchange_server.api.openai.models import ANTHROPIC_VERSION
 from quickchange_server.api.openapi.message_models import (
     MessageErrorBody,
     MessageEvent,
@@ -35,7 +36,6 @@ router = APIRouter(
     responses=message_errors(400, 401, 403, 404, 413, 500, 503, 507),
 )
 
-VERSION_HEADER = "anthropic-version"  # every request of Anthropic's clients has it
 CONTEXTS = 4  # so many context lengths are counted, so that one can see how much is too much
 
 
@@ -86,4 +86,4 @@ _PATHS = frozenset(route.path for route in router.routes if isinstance(route, AP
 
 def is_anthropics(request: Request) -> bool:
     """True for a request of Anthropic's API: on its routes, or by one of its clients."""
-    return request.scope["path"] in _PATHS or VERSION_HEADER in request.headers
+    return request.scope["path"] in _PATHS or ANTHROPIC_VERSION in request.headers

@@ -29,6 +29,7 @@ _NAMES = (
     (re.compile(r"^model: "), "adapter_id: "),
     (re.compile(r"\bmax_tokens\b"), "max_new_tokens"),
     (re.compile(r"\bresponse_format\.json_schema\.schema\b"), "response_format.schema"),
+    (re.compile(r"\bguided_(json|regex)\b"), "grammar.value"),
 )
 
 

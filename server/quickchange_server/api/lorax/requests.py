@@ -8,13 +8,14 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from quickchange_server.adapter_registry.resolver import AUTO
-from quickchange_server.api.openai.requests import MAX_LOGPROBS
+from quickchange_server.api.openai.requests import MAX_LOGPROBS, Schema, Source, Written
 from quickchange_server.errors import InvalidRequestError
 from quickchange_server.frontend.request_base import (
     MAX_CHOICES,
     MAX_COMPONENTS,
     MAX_STOPS,
     Body,
+    Json,
     MergeWeight,
     Name,
     Number,
@@ -61,16 +62,54 @@ class LoraxResponseFormat(Body):
     json_schema: dict[str, Any] | None = Field(None, alias="schema")
 
 
+class SchemaOfGrammar(Body):
+    """A JSON schema; `name` and `strict` change nothing, as it is always enforced."""
+
+    hints = frozenset({"name", "strict"})
+
+    json_schema: Schema = Field(alias="schema")
+
+
+class JsonGrammar(Body):
+    """TGI's form of a JSON schema, or of a text that is one."""
+
+    type: Literal["json", "json_object"]
+    value: Written
+
+    @property
+    def fields(self) -> Json:
+        """The fields of a completion that ask for the same."""
+        return {"guided_json": self.value}
+
+
+class SchemaGrammar(Body):
+    """TGI's form of OpenAI's."""
+
+    type: Literal["json_schema"]
+    value: SchemaOfGrammar
+
+    @property
+    def fields(self) -> Json:
+        return {"guided_json": self.value.json_schema}
+
+
+class RegexGrammar(Body):
+    type: Literal["regex"]
+    value: Source
+
+    @property
+    def fields(self) -> Json:
+        return {"guided_regex": self.value}
+
+
+Grammar = Annotated[JsonGrammar | SchemaGrammar | RegexGrammar, Field(discriminator="type")]
+
+
 class Parameters(Body):
     """Parameters of generation; `turbo` and `user` are this server's own, as in OpenAI's routes."""
 
     unsupported: ClassVar[Mapping[str, Unsupported]] = {
         "watermark": Unsupported("remove it: no watermark is put into texts here", (False,)),
-        "grammar": Unsupported(  # from TGI
-            'use response_format, {"type": "json_object", "schema": ...}; /v1/completions takes a '
-            "regular expression as guided_regex"
-        ),
-        "top_n_tokens": Unsupported("use return_k_alternatives", (0,)),  # from TGI
         "apply_chat_template": Unsupported("send the chat to /v1/chat/completions", (False,)),
     }
 
@@ -99,6 +138,8 @@ class Parameters(Body):
     decoder_input_details: bool = False
     return_k_alternatives: int | None = Field(None, gt=0, le=MAX_LOGPROBS)
     response_format: LoraxResponseFormat | None = None
+    grammar: Grammar | None = None  # TGI's
+    top_n_tokens: int = Field(0, ge=0, le=MAX_LOGPROBS)  # TGI's
     turbo: Name = AUTO
     user: str | None = None
 
@@ -109,6 +150,11 @@ class Parameters(Body):
             return False
         filtered = (self.top_k, self.top_p, self.typical_p) != (None, None, None)
         return self.do_sample or filtered or self.temperature not in (None, 1.0)
+
+    @property
+    def alternatives(self) -> int:
+        """The best tokens that are told beside each."""
+        return max(self.top_n_tokens, self.return_k_alternatives or 0)
 
     @property
     def candidates(self) -> int:

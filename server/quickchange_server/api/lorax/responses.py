@@ -73,12 +73,31 @@ class Shapes:
             "special": special,
             "skipped": token.drafted,
         }
-        if self._parameters.return_k_alternatives is not None:
+        wanted = self._parameters.return_k_alternatives
+        if wanted is not None:
             shown["alternative_tokens"] = [
                 {"id": id_, "text": self._alone(id_), "logprob": finite(logprob)}
-                for id_, logprob in scores.top
+                for id_, logprob in scores.top[:wanted]
             ]
         return shown
+
+    def top(self, tokens: Sequence[LoggedToken]) -> list[list[Json]]:
+        """The best tokens at the place of each, in TGI's form; empty unless requested."""
+        wanted, special = self._parameters.top_n_tokens, self._text.special_ids
+        if not wanted:
+            return []
+        return [
+            [
+                {
+                    "id": id_,
+                    "text": self._alone(id_),
+                    "logprob": finite(logprob),
+                    "special": id_ in special,
+                }
+                for id_, logprob in token.logprobs.top[:wanted]
+            ]
+            for token in tokens
+        ]
 
     def prefill(self, prompt: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> list[Json]:
         """The prompt's tokens, the first without log-probability; empty unless requested."""

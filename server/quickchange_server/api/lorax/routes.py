@@ -118,12 +118,15 @@ async def info(services: Injected) -> Json:
         "max_best_of": MAX_CHOICES,
         "max_stop_sequences": MAX_STOP_SEQUENCES,
         "max_input_length": engine.max_model_len - 1,
+        "max_input_tokens": engine.max_model_len - 1,  # TGI's name of it
         "max_total_tokens": engine.max_model_len,
         "waiting_served_ratio": 0.0,  # new requests join at the next step
         "max_batch_total_tokens": engine.kv_blocks * engine.block_size,
         "max_waiting_tokens": 0,  # the same
         "validation_workers": 1,
+        "max_client_batch_size": 1,
         "eager_prefill": True,
+        "router": "quickchange",
         "version": VERSION,
         "sha": None,
         "docker_label": None,
@@ -252,7 +255,9 @@ def _details(work: LoraxWork, candidates: Sequence[Candidate], best: int) -> Jso
     for index, candidate in enumerate(candidates):
         tokens = [shapes.token(token) for token in candidate.tokens]
         ending = shapes.ending(candidate, choices[index])
-        parts.append({**ending, "prefill": prefill, "tokens": tokens})
+        part = {**ending, "prefill": prefill, "tokens": tokens}
+        top = shapes.top(candidate.tokens)
+        parts.append({**part, "top_tokens": top} if top else part)
     details = {**parts.pop(best), "prompt_tokens": len(work.prompt)}
     if parts:
         others = [*candidates[:best], *candidates[best + 1 :]]
@@ -275,17 +280,29 @@ async def _events(work: LoraxWork) -> AsyncGenerator[bytes, None]:
     """One event per token; the last has the text and, if requested, the details."""
     shapes, candidate = work.shapes, Candidate(work.seeds[0])
     tokens: tuple[LoggedToken, ...] = ()
+    index = 0  # of the last token that was told, from 1
     async with aclosing(work.generation.pieces()) as pieces:
         async for _, piece in pieces:
             tokens = candidate.add(piece)
             for token in tokens if piece.ending is None else tokens[:-1]:
-                yield event({"token": shapes.token(token), "generated_text": None, "details": None})
+                index += 1
+                told = _told(shapes, index, token)
+                yield event({**told, "generated_text": None, "details": None})
     await work.generation.account.settled()
     if not tokens:
         raise EngineFailedError("the engine ended the text without a token")
     details = None
     if work.request.parameters.details:
         ending = shapes.ending(candidate, work.generation.choices[0])
-        details = {**ending, "prompt_tokens": len(work.prompt)}
-    last = {"token": shapes.token(tokens[-1]), "generated_text": shapes.generated_text(candidate)}
-    yield event({**last, "details": details})
+        length = len(work.prompt)
+        details = {**ending, "prompt_tokens": length, "input_length": length}
+    last = _told(shapes, index + 1, tokens[-1])
+    yield event({**last, "generated_text": shapes.generated_text(candidate), "details": details})
+
+
+def _told(shapes: Shapes, index: int, token: LoggedToken) -> Json:
+    """The fields of a stream's event that tell a token."""
+    told: Json = {"index": index, "token": shapes.token(token)}
+    for top in shapes.top([token]):
+        told["top_tokens"] = top
+    return told

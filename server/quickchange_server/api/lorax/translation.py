@@ -51,8 +51,9 @@ def completion(services: Services, request: GenerateRequest, *, tokens: bool) ->
         "include_stop_str_in_output": True,  # LoRAX leaves it in the text
         "seed": seed if seed < 2**63 else seed - 2**64,  # the same 64 bits
         "ignore_eos": given.ignore_eos_token,
-        "logprobs": (given.return_k_alternatives or 0) if tokens else None,
+        "logprobs": given.alternatives if tokens else None,
         "response_format": _format(given.response_format),
+        **({} if given.grammar is None else given.grammar.fields),
         "turbo": given.turbo,
         "user": given.user,
     }

@@ -30,7 +30,7 @@ from quickchange_server.frontend.generation import Generation
 from quickchange_server.frontend.request_admission import Wanted
 from quickchange_server.frontend.request_base import Json
 from quickchange_server.frontend.request_observers import Assignment
-from quickchange_server.observability.gateways import request_ids
+from quickchange_server.observability.naming import request_ids
 from quickchange_server.protocol import Pooling, Submit
 from quickchange_server.structured_output.validator import Asked
 
@@ -55,6 +55,7 @@ class Order(Generic[B]):
     traceparent: str | None = None
     shadows: tuple[tuple[Assignment, Order[B]], ...] = ()  # generated beside it, never returned
     demanded: Asked | None = None  # a constraint that the body's own fields don't give (tools)
+    shown: frozenset[int] = frozenset()  # special tokens that its answers' parsers look for
     shadow_limit: int = 0  # shadow requests of its experiment at once
     # Merges the selection's adapters into one that serves the request; returns its digest.
     derive: Callable[[], Awaitable[str]] | None = None
@@ -217,6 +218,7 @@ async def admit(
         candidates=body.candidates,
         default_tokens=default_tokens,
         constraint=order.demanded or await asked_of(body),
+        shown=order.shown,
         scored_alike=body.stream,  # each streamed choice begins with its prompt's log-probabilities
         derive=order.derive,
         assignment=order.assignment,

@@ -131,3 +131,20 @@ MessageEvent = (
 
 class TokenCount(ResponseModel):
     input_tokens: int
+
+
+class AnthropicModel(ResponseModel):
+    type: Literal["model"]
+    id: str
+    display_name: str
+    created_at: str
+    lifecycle: Literal["active"]
+    max_input_tokens: int | None
+    max_tokens: int | None
+
+
+class AnthropicModels(ResponseModel):
+    data: list[AnthropicModel]
+    has_more: Literal[False]
+    first_id: str
+    last_id: str

@@ -245,6 +245,10 @@ class LoraxToken(LoraxAlternativeToken):
     alternative_tokens: list[LoraxAlternativeToken] | None = None
 
 
+class TgiToken(LoraxAlternativeToken):
+    special: bool
+
+
 class LoraxPrefillToken(ResponseModel):
     id: int
     text: str
@@ -261,6 +265,7 @@ class LoraxEnding(ResponseModel):
 class LoraxTokenDetails(LoraxEnding):
     prefill: list[LoraxPrefillToken]
     tokens: list[LoraxToken]
+    top_tokens: list[list[TgiToken]] | None = None
 
 
 class LoraxSequence(LoraxTokenDetails):
@@ -279,10 +284,13 @@ class LoraxGeneration(ResponseModel):
 
 class LoraxStreamDetails(LoraxEnding):
     prompt_tokens: int
+    input_length: int
 
 
 class LoraxStreamEvent(ResponseModel):
+    index: int
     token: LoraxToken
+    top_tokens: list[TgiToken] | None = None
     generated_text: str | None  # in the last event
     details: LoraxStreamDetails | None  # in the last event
 
@@ -297,12 +305,15 @@ class LoraxInfo(ResponseModel):
     max_best_of: int
     max_stop_sequences: int
     max_input_length: int
+    max_input_tokens: int
     max_total_tokens: int
     waiting_served_ratio: float
     max_batch_total_tokens: int
     max_waiting_tokens: int
     validation_workers: int
+    max_client_batch_size: int
     eager_prefill: bool
+    router: str
     version: str
     sha: str | None
     docker_label: str | None

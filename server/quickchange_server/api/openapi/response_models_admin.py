@@ -13,6 +13,7 @@ from quickchange_server.engine_client.remote.cluster_view import ReplicaKind
 from quickchange_server.frontend.caller import Scope
 from quickchange_server.protocol import Tier
 from quickchange_server.tenants.key import Limits
+from quickchange_store.canonical.classifier_part import ClassActivation
 
 # --- adapters -----------------------------------------------------------------------------------
 
@@ -59,6 +60,12 @@ class AdapterList(ResponseModel):
     data: list[AdapterSummary]
 
 
+class ClassifierSummary(ResponseModel):
+    labels: list[str]
+    activation: ClassActivation
+    parameters: int
+
+
 class AdapterContents(ResponseModel):
     architecture: str
     base_name: str
@@ -70,6 +77,7 @@ class AdapterContents(ResponseModel):
     size: int
     source: dict[str, Any]
     kind: str
+    classifier: ClassifierSummary | None
     base_hidden: int | None
     base_vocabulary: int | None
 

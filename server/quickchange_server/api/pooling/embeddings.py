@@ -16,7 +16,7 @@ from quickchange_server.api.openapi.route_responses import (
     GENERATION_ERRORS,
     OCTETS,
 )
-from quickchange_server.api.pooling.pooled_run import Call, Pooled, call, pooled, prompts_of
+from quickchange_server.api.pooling.pooled_run import Pooled, PoolingCall, call, pooled, prompts_of
 from quickchange_server.api.pooling.pooling_requests import EmbeddingRequest
 from quickchange_server.api.pooling.vector_encodings import encoded, to_bytes
 from quickchange_server.errors import InvalidRequestError
@@ -39,7 +39,7 @@ async def embeddings(
 
 
 async def embedded(
-    made: Call, body: EmbeddingRequest, *, kind: str
+    made: PoolingCall, body: EmbeddingRequest, *, kind: str
 ) -> tuple[Pooled, Sequence[Floats]]:
     """The states of a body's prompts, and the vectors that it asks for."""
     _check_dimensions(made.services, body)

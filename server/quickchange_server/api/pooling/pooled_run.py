@@ -28,7 +28,6 @@ from quickchange_server.frontend.embedding import Floats, vector
 from quickchange_server.frontend.generation import Generation
 from quickchange_server.frontend.request_base import Json
 from quickchange_server.frontend.request_observers import Opened
-from quickchange_server.frontend.templates.chat_template import Rendering
 from quickchange_server.protocol import Pooling
 from quickchange_store.canonical.classifier_part import ClassifierHead
 
@@ -36,7 +35,7 @@ Doubles = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Call:
+class PoolingCall:
     """A validated body with what serves it."""
 
     services: Services
@@ -92,14 +91,14 @@ class Pooled:
         return request_selection.headers(self.opened.assignment)
 
 
-def call(request: Request, services: Services, caller: Caller, body: PooledRequest) -> Call:
+def call(request: Request, services: Services, caller: Caller, body: PooledRequest) -> PoolingCall:
     """The call of a body, with its adapters selected."""
     wanted = body.as_completion(services.catalog.base_name)
     order = request_selection.select(services, caller, wanted, request.headers)
-    return Call(services, request, body, order)
+    return PoolingCall(services, request, body, order)
 
 
-async def prompts_of(call: Call, body: TextRequest) -> list[Sequence[int]]:
+async def prompts_of(call: PoolingCall, body: TextRequest) -> list[Sequence[int]]:
     """Token ids of a body's texts, or of its chat, cut as it asks."""
     services, cut = call.services, call.cut
     most = services.engine.max_model_len
@@ -108,10 +107,10 @@ async def prompts_of(call: Call, body: TextRequest) -> list[Sequence[int]]:
         messages = body.messages
         ids = await services.text.encode_chat(
             lambda: [message.for_template() for message in messages],
-            chat_length(messages, []),
+            chat_length(messages, []) + body.rendered_length,
             most=most if cut.keep is None else CONTEXTS * most,
             param="messages",
-            how=Rendering(body.add_generation_prompt),
+            how=body.how,
             add_special_tokens=bool(special),
         )
         return [cut.of(ids)]
@@ -129,7 +128,7 @@ async def prompts_of(call: Call, body: TextRequest) -> list[Sequence[int]]:
 
 
 async def pooled(
-    call: Call, prompts: Sequence[Sequence[int]], *, kind: str, param: str, pooling: Pooling
+    call: PoolingCall, prompts: Sequence[Sequence[int]], *, kind: str, param: str, pooling: Pooling
 ) -> Pooled:
     """The prompts' states. `kind`: begins the request's id; `param`: the prompts' field."""
     number = uuid.uuid4().hex
@@ -142,7 +141,11 @@ async def pooled(
 
 @asynccontextmanager
 async def _admitted(
-    call: Call, prompts: Sequence[Sequence[int]], request_id: str, param: str, pooling: Pooling
+    call: PoolingCall,
+    prompts: Sequence[Sequence[int]],
+    request_id: str,
+    param: str,
+    pooling: Pooling,
 ) -> AsyncIterator[Generation]:
     generation = await request_selection.admit(
         call.services,

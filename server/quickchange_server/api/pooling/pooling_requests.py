@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, JsonValue, model_validator
 
-from quickchange_server.api.openai.chat.chat_requests import Messages
+from quickchange_server.api.openai.chat.chat_requests import ChatRendering, Messages
 from quickchange_server.api.openai.requests import CompletionRequest, wrong
 from quickchange_server.api.pooling.prompt_cut import TruncationSide
 from quickchange_server.api.pooling.vector_encodings import EmbedDtype, Endianness
 from quickchange_server.frontend.request_base import Adapters, Body, Name, Prompt, Unsupported
+from quickchange_server.frontend.templates.chat_template import Rendering
 from quickchange_server.protocol import Pooling
 
 MAX_ID = 512  # characters of a request's id
@@ -23,7 +25,6 @@ POOLING_UNSUPPORTED: Mapping[str, Unsupported] = {
     "priority": Unsupported("requests are served fairly over adapters; remove it", (0,)),
     "padding": Unsupported("prompts are read as they are; remove it", ("do_not_pad",)),
     "chat_template": Unsupported(_RENDER),
-    "chat_template_kwargs": Unsupported(_RENDER, ({},)),
     "cache_salt": Unsupported("API keys part the tenants' caches; remove it"),
     "late_chunking_params": Unsupported("send the chunks as inputs of their own"),
 }
@@ -56,11 +57,11 @@ class PooledRequest(Body):
         )
 
 
-_FORMS = {"input": ["string", "array"], "messages": ["array"]}
+_FORMS: dict[str, list[JsonValue]] = {"input": ["string", "array"], "messages": ["array"]}
 
 
-class TextRequest(PooledRequest):
-    """A body with texts: `input`, or a chat in `messages`."""
+class TextRequest(ChatRendering, PooledRequest):
+    """A body with texts: `input`, or a chat in `messages`, which ends with its last message."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -74,14 +75,18 @@ class TextRequest(PooledRequest):
     input: Prompt | None = None
     messages: Messages | None = None
     add_special_tokens: bool | None = None  # default: true for input, false for a chat
-    add_generation_prompt: bool = False
+
+    @property
+    def how(self) -> Rendering:
+        return replace(super().how, add_generation_prompt=bool(self.add_generation_prompt))
 
     @model_validator(mode="after")
     def _check_form(self) -> Self:
         if (self.input is None) == (self.messages is None):
             raise wrong("input", "give either input or messages")
-        if self.add_generation_prompt and self.messages is None:
-            raise wrong("add_generation_prompt", "belongs to messages; remove it")
+        for name in ChatRendering.model_fields:
+            if getattr(self, name) and self.messages is None:
+                raise wrong(name, "belongs to a chat; give messages, or remove it")
         return self
 
 

@@ -19,8 +19,8 @@ from quickchange_server.api.openapi.route_responses import (
 )
 from quickchange_server.api.pooling.embeddings import answered, embedded
 from quickchange_server.api.pooling.pooled_run import (
-    Call,
     Pooled,
+    PoolingCall,
     call,
     classes,
     pooled,
@@ -91,7 +91,7 @@ async def classify(
 
 
 async def _classified(
-    made: Call, body: TextRequest, *, kind: str
+    made: PoolingCall, body: TextRequest, *, kind: str
 ) -> tuple[Pooled, ClassifierHead, list[list[float]]]:
     """What the head of the adapter says of each prompt."""
     head = await made.services.catalog.classifier(made.order.selection)

@@ -22,15 +22,11 @@ from quickchange_server.api.pooling.pooling_requests import POOLING_UNSUPPORTED,
 from quickchange_server.frontend.request_base import MAX_PROMPTS, Unsupported, check_text
 
 
-def _joined(content: Any) -> str:
-    parts = check_content(content)
-    return parts if isinstance(parts, str) else "\n".join(parts)
-
-
 def _text(value: Any) -> str:
     """A text: a string, Cohere's {"text"} or vLLM's {"content"} of text parts."""
     if isinstance(value, dict) and len(value) == 1:
-        value = value["text"] if "text" in value else _joined(value.get("content"))
+        value = value["text"] if "text" in value else check_content(value.get("content"))
+        value = "\n".join(value) if isinstance(value, list) else value
     if not isinstance(value, str):
         raise PydanticCustomError(
             "texts", 'must be a string or {"text": "…"}: this server reads text alone'
@@ -68,11 +64,15 @@ Texts = Annotated[
 ]
 
 
+LIMITS = ("max_tokens_per_query", "max_tokens_per_doc")  # of the first texts and of the second
+
+
 class PairsRequest(PooledRequest):
     """What /score and /rerank share."""
 
     unsupported: ClassVar[Mapping[str, Unsupported]] = {
         **POOLING_UNSUPPORTED,
+        "chat_template_kwargs": Unsupported("write what they say into the texts", ({},)),
         "instruction": Unsupported("write it into the texts"),
         "max_chunks_per_doc": Unsupported("send the chunks as documents of their own"),
         "rank_fields": Unsupported("send the fields that count as each document's text"),
@@ -83,7 +83,7 @@ class PairsRequest(PooledRequest):
 
     @model_validator(mode="after")
     def _check_limits(self) -> Self:
-        for name in ("max_tokens_per_query", "max_tokens_per_doc"):
+        for name in LIMITS:
             if getattr(self, name) < 0:
                 raise wrong(name, f"{name} must be a non-negative integer; give 0 for all tokens")
         return self

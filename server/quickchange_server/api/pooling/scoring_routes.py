@@ -17,9 +17,10 @@ from quickchange_server.api.auth import Calling
 from quickchange_server.api.json_bodies import JsonRoute
 from quickchange_server.api.openapi.response_models_pooling import RankedList, ScoreList
 from quickchange_server.api.openapi.route_responses import COMMON_ERRORS, GENERATION_ERRORS
-from quickchange_server.api.pooling.pooled_run import Call, Pooled, call, classes, pooled
+from quickchange_server.api.pooling.pooled_run import Pooled, PoolingCall, call, classes, pooled
 from quickchange_server.api.pooling.prompt_cut import apart, first_tokens, text_ids
 from quickchange_server.api.pooling.scoring_requests import (
+    LIMITS,
     PairsRequest,
     RerankRequest,
     ScoreRequest,
@@ -65,7 +66,7 @@ async def rerank(
 
 
 async def _scored(
-    made: Call,
+    made: PoolingCall,
     body: PairsRequest,
     texts: tuple[Sequence[str], Sequence[str]],
     *,
@@ -73,23 +74,23 @@ async def _scored(
     kind: str,
 ) -> tuple[Pooled, list[float]]:
     """A score of each pair; a single first text is paired with all of the second ones."""
-    limits = (body.max_tokens_per_query, body.max_tokens_per_doc)
     first, second = [
-        await _shortened(made, some, limit, param)
-        for some, limit, param in zip(texts, limits, names, strict=True)
+        await _shortened(made, some, getattr(body, limit), limit, param)
+        for some, limit, param in zip(texts, LIMITS, names, strict=True)
     ]
     if made.order.selection.classifiers:
         return await _by_head(made, body, first, second, kind=kind, param=names[1])
     return await _by_cosine(made, first, second, names=names, kind=kind)
 
 
-async def _shortened(made: Call, texts: Sequence[str], limit: int, param: str) -> Sequence[str]:
-    """The first `limit` tokens of each text; 0: all of it."""
+async def _shortened(
+    made: PoolingCall, texts: Sequence[str], limit: int, name: str, param: str
+) -> Sequence[str]:
+    """The first `limit` tokens of each text; 0: all of it. `name` is the limit's field."""
     if not limit:
         return texts
     most = made.services.engine.max_model_len
     if limit >= most:
-        name = "max_tokens_per_query" if param in ("query", "queries") else "max_tokens_per_doc"
         raise InvalidRequestError(
             f"{name}: {limit} must be less than max_model_len, the context's {most} tokens; lower "
             "it, or give 0 for all tokens",
@@ -100,7 +101,12 @@ async def _shortened(made: Call, texts: Sequence[str], limit: int, param: str) -
 
 
 async def _by_cosine(
-    made: Call, first: Sequence[str], second: Sequence[str], *, names: tuple[str, str], kind: str
+    made: PoolingCall,
+    first: Sequence[str],
+    second: Sequence[str],
+    *,
+    names: tuple[str, str],
+    kind: str,
 ) -> tuple[Pooled, list[float]]:
     services = made.services
     most, cut = services.engine.max_model_len, made.cut
@@ -126,7 +132,7 @@ def cosines(left: Floats, right: Floats) -> list[float]:
 
 
 async def _by_head(
-    made: Call,
+    made: PoolingCall,
     body: PairsRequest,
     first: Sequence[str],
     second: Sequence[str],
@@ -143,7 +149,8 @@ async def _by_head(
             param="model",
         )
     most, cut = services.engine.max_model_len, made.cut
-    pairs = zip(first * len(second) if len(first) == 1 else first, second, strict=True)
+    ones = [*first] * (len(second) if len(first) == 1 else 1)
+    pairs = zip(ones, second, strict=True)
     prompts = []
     for one, other in pairs:
         for text in (one, other):

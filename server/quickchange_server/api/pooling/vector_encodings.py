@@ -56,10 +56,11 @@ def _bfloat16(vector: Floats) -> npt.NDArray[np.uint16]:
 
 @cache
 def _magnitudes(exponent_bits: int) -> npt.NDArray[np.float64]:
-    """Values of an 8-bit float's codes from 0 to the first that stands for no finite number."""
+    """Values of an 8-bit float's codes from 0: to the largest that is finite, or for five exponent
+    bits to the first that is not, which stands for infinity."""
     mantissa_bits = 7 - exponent_bits
     bias = 2 ** (exponent_bits - 1) - 1
-    codes = np.arange(128 if exponent_bits == 4 else 125)
+    codes = np.arange(127 if exponent_bits == 4 else 125)
     exponents, mantissas = codes >> mantissa_bits, codes & (2**mantissa_bits - 1)
     parts = mantissas / 2.0**mantissa_bits + (exponents > 0)
     values: npt.NDArray[np.float64] = np.ldexp(parts, np.maximum(exponents, 1) - bias)

@@ -107,7 +107,7 @@ class ResponseWork:
 
     def _push(self, piece: Piece) -> Iterator[Json]:
         self._ending = piece.ending
-        return self.writer.push(piece, self.object.chat.generation.completion_tokens)
+        return self.writer.push(piece)
 
     async def _pieces(self) -> AsyncGenerator[Piece, None]:
         """The pieces of the answer, up to its end or its cancellation."""
@@ -160,7 +160,7 @@ class ResponseWork:
         return self.object.told(
             status,
             self.writer.items,
-            reasoning_tokens=self.writer.reasoning_tokens,
+            reasoning_spans=self.writer.reasoning_spans,
             error=error,
             completed_at=time.time() if status == "completed" else None,
         )

@@ -7,51 +7,58 @@ holds the item itself, which goes on growing: write it out before asking for the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from quickchange_server.api.openai.chat.chat_responses import call_id
 from quickchange_server.api.openai.responses import finite
 from quickchange_server.api.responses.response_context import item_id
-from quickchange_server.frontend.output_processor import Ending, Piece
+from quickchange_server.frontend.output_processor import Ending, LoggedToken, Piece
 from quickchange_server.frontend.parsing.message_reader import CallPiece, MessageReader
 from quickchange_server.frontend.request_base import Json
 from quickchange_server.frontend.tokenizer import Text
-from quickchange_server.protocol import TokenLogprobs
 
 
 class OutputWriter:
     """The output items of one response."""
 
     def __init__(
-        self, response_id: str, text: Text, reader: MessageReader, *, logprobs: bool
+        self,
+        response_id: str,
+        text: Text,
+        reader: MessageReader,
+        *,
+        logprobs: bool,
+        reasoning: bool,
     ) -> None:
+        """`reasoning`: it is told."""
         self.items: list[Json] = []
-        self.reasoning_tokens = 0
+        self._reasoned = reasoning
         self._response_id = response_id
         self._text = text
         self._reader = reader
         self._logged = logprobs
-        self._logprobs: list[Json] = []  # of tokens whose text has not been told yet
+        self._waiting: list[LoggedToken] = []  # tokens whose text has not been told yet
         self._blanks = ""  # whitespace that may turn out to stand before a call
         self._open: str | None = None  # type of the last item, if it may go on
         self._call: int | None = None  # index of the open call
 
-    def push(self, piece: Piece, completion_tokens: int) -> Iterator[Json]:
-        """Add a piece; the events that it makes, without their numbers.
+    @property
+    def reasoning_spans(self) -> Sequence[tuple[int, int]]:
+        """Where reasoning stands in the answer's text so far, in characters: from, to."""
+        return self._reader.reasoning_spans
 
-        `completion_tokens`: tokens of the answer so far.
-        """
+    def push(self, piece: Piece) -> Iterator[Json]:
+        """Add a piece; the events that it makes, without their numbers."""
         said = self._reader.push(piece.text, final=piece.ending is not None)
         if self._logged:
-            self._logprobs += [self._entry(token.logprobs) for token in piece.tokens]
-        if not said.content and (said.reasoning or said.calls):
-            self._logprobs.clear()  # items of these kinds have none
-        if said.reasoning:
-            self.reasoning_tokens = completion_tokens
+            self._waiting += piece.tokens
+        if said.reasoning and self._reasoned:
             yield from self._reason(said.reasoning)
+        for call in said.continued:
+            yield from self._continue_call(call)
         if said.content:
             yield from self._say(said.content)
-        for call in said.calls:
+        for call in said.begun:
             yield from self._continue_call(call)
         if piece.ending is not None:
             yield from self._finish(piece.ending)
@@ -80,7 +87,7 @@ class OutputWriter:
     def _grow_message(self, text: str) -> Iterator[Json]:
         part = self._last["content"][0]
         part["text"] += text
-        logprobs, self._logprobs = self._logprobs, []
+        logprobs = self._logprobs_of(text)
         part["logprobs"] += logprobs
         yield self._event(
             "response.output_text.delta", content_index=0, delta=text, logprobs=logprobs
@@ -109,7 +116,7 @@ class OutputWriter:
             if blanks:
                 yield from self._grow_message(blanks)
         if self._open == "message":
-            self._last["content"][0]["logprobs"] += self._logprobs  # of tokens without text
+            self._last["content"][0]["logprobs"] += map(self._entry, self._waiting)  # without text
         yield from self._close("completed" if ending == "stop" else "incomplete")
 
     # --- the open item --------------------------------------------------------------------------
@@ -174,7 +181,24 @@ class OutputWriter:
 
     # --- log-probabilities ----------------------------------------------------------------------
 
-    def _entry(self, logprobs: TokenLogprobs) -> Json:
+    def _logprobs_of(self, text: str) -> list[Json]:
+        """Entries of the waiting tokens that make this text. Those before it, such as marks, are
+        dropped; those behind it wait on."""
+        begin = max(0, "".join(token.text for token in self._waiting).find(text))
+        end, at, taken = begin + len(text), 0, 0
+        found = []
+        for token in self._waiting:
+            if at >= end:
+                break
+            at += len(token.text)
+            taken += 1
+            if at > begin or (at == begin and not token.text):  # a part of a character
+                found.append(self._entry(token))
+        del self._waiting[:taken]
+        return found
+
+    def _entry(self, token: LoggedToken) -> Json:
+        logprobs = token.logprobs
         top = [self._token(token_id, logprob) for token_id, logprob in logprobs.top]
         return {**self._token(logprobs.token_id, logprobs.logprob), "top_logprobs": top}
 

@@ -236,9 +236,10 @@ Input = Annotated[
     OrText(),
 ]
 
-_STORED: TypeAdapter[ContextItem] = TypeAdapter(InputItem)
+_STORED: TypeAdapter[Any] = TypeAdapter(InputItem)
 
 
 def item_of(stored: Json) -> ContextItem:
     """An item as it was stored."""
-    return _STORED.validate_python(stored)
+    item: ContextItem = _STORED.validate_python(stored)
+    return item

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,11 +39,12 @@ class ResponseObject:
         status: Status,
         output: list[Json],
         *,
-        reasoning_tokens: int = 0,
+        reasoning_spans: Sequence[tuple[int, int]],
         error: QuickchangeError | None = None,
         completed_at: float | None = None,
     ) -> Json:
         body, opened = self.body, self.chat.generation.account.opened
+        sampling = body.sampling_params()
         response: Json = {
             "id": opened.request_id,
             "object": "response",
@@ -66,7 +68,7 @@ class ResponseObject:
             "safety_identifier": body.safety_identifier,
             "service_tier": "default",
             "store": self.stored,
-            "temperature": body.temperature,
+            "temperature": sampling.temperature,
             "text": _text(body),
             "tool_choice": _choice(body.tool_choice),
             "tools": [
@@ -80,9 +82,9 @@ class ResponseObject:
                 for tool in body.tools
             ],
             "top_logprobs": body.top_logprobs,
-            "top_p": body.top_p,
+            "top_p": sampling.top_p,
             "truncation": body.truncation,
-            "usage": None if status == "in_progress" else self._usage(reasoning_tokens),
+            "usage": None if status == "in_progress" else self._usage(reasoning_spans),
             "user": body.user,
             "metadata": body.metadata,
         }
@@ -90,10 +92,10 @@ class ResponseObject:
             response["quickchange"] = request_selection.shown(opened.assignment)
         return response
 
-    def _usage(self, reasoning_tokens: int) -> Json:
+    def _usage(self, reasoning_spans: Sequence[tuple[int, int]]) -> Json:
         made = self.chat.generation
         prompt_tokens = made.account.opened.prompt_tokens
-        details: Json = {"reasoning_tokens": reasoning_tokens}
+        details: Json = {"reasoning_tokens": made.choices[0].tokens_within(reasoning_spans)}
         if self.chat.drafting:
             counts = predictions(made.drafted_tokens, made.accepted_tokens)
             details |= counts["completion_tokens_details"]

@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, GetJsonSchemaHandler, model_validat
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
 
+from quickchange_server.api.openai.chat.chat_requests import ChatRendering, Effort
 from quickchange_server.api.openai.chat.tool_requests import ECHOED, MAX_TOOLS, ValidText
 from quickchange_server.api.openai.requests import (
     MAX_LOGPROBS,
@@ -131,7 +132,7 @@ class ReasoningOptions(Body):
 
     hints = frozenset({"generate_summary", "context", "mode"})
 
-    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    effort: Effort | None = None
     summary: Literal["auto", "concise", "detailed"] | None = None
 
 
@@ -150,10 +151,10 @@ LOGPROBS: Included = "message.output_text.logprobs"
 _SENT = "send what it stands for in input"
 
 
-class ResponseRequest(GenerationRequest):
+class ResponseRequest(ChatRendering, GenerationRequest):
     """Body of POST /v1/responses."""
 
-    hints = GenerationRequest.hints | {"access_programs", "prompt_cache_options", "watermarking"}
+    hints = GenerationRequest.hints | {"access_programs", "prompt_cache_options"}
     unsupported: ClassVar[Mapping[str, Unsupported]] = {
         **SHARED,
         "response_format": Unsupported("use text.format"),
@@ -171,10 +172,10 @@ class ResponseRequest(GenerationRequest):
         "image": Unsupported("this server makes text alone; remove it"),
         "enable_response_messages": Unsupported(REMOVE, (False,)),
         "previous_input_messages": Unsupported(_SENT, ([],)),
-        "cache_salt": Unsupported("the setting tenant_cache keeps tenants apart; remove it"),
-        "kv_transfer_params": Unsupported(REMOVE, ({},)),
-        "ec_transfer_params": Unsupported(REMOVE, ({},)),
-        "vllm_xargs": Unsupported(REMOVE, ({},)),
+        "reasoning_effort": Unsupported("use reasoning.effort"),
+        "prompt_logprobs": Unsupported("use /v1/chat/completions"),
+        "return_token_ids": Unsupported("use /v1/chat/completions", (False,)),
+        "return_tokens_as_token_ids": Unsupported("use /v1/chat/completions", (False,)),
     }
 
     input: Input
@@ -192,6 +193,7 @@ class ResponseRequest(GenerationRequest):
     top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS)
     include: list[Included] = Field(default=[], max_length=16, fail_fast=True)
     reasoning: ReasoningOptions = ReasoningOptions()
+    include_reasoning: bool = True  # vLLM's: reasoning is an item of the output
     truncation: Literal["disabled", "auto"] = "disabled"
     service_tier: Literal["auto", "default", "flex", "scale", "priority"] | None = None  # a hint
     prompt_cache_key: str | None = None  # these are told back, and change nothing

@@ -65,10 +65,15 @@ async def create_response(
     made = translated(body, context)
     chat = await _begin(services, caller, body, made, request.headers, response_id)
     store = services.responses if body.store else None
-    reader, logged = chat.reader(), body.wanted_logprobs is not None
     work = ResponseWork(
         ResponseObject(body, chat, store is not None),
-        OutputWriter(response_id, services.text, reader, logprobs=logged),
+        OutputWriter(
+            response_id,
+            services.text,
+            chat.reader(),
+            logprobs=body.wanted_logprobs is not None,
+            reasoning=body.include_reasoning,
+        ),
         None if store is None else Keeping(store, owner, context),
     )
     headers = request_selection.headers(chat.generation.account.opened.assignment)
@@ -165,7 +170,7 @@ async def list_input_items(
     after: str | None = None,
 ) -> Response:
     """The items that a response answered, those of the responses before it included."""
-    turns = await _store(services).conversation(owner_of(caller), id, "id")
+    turns = await _store(services).conversation(owner_of(caller), id)
     items = [item for turn in turns[:-1] for item in (*turn.input, *turn.response["output"])]
     items += turns[-1].input
     if order == "desc":

@@ -15,7 +15,8 @@ from pydantic import ValidationError
 
 from quickchange_server.config import Settings
 from quickchange_server.errors import SettingError
-from quickchange_server.frontend.request_base import Unsupported, close_matches
+from quickchange_server.frontend.request_base import Unsupported
+from quickchange_store.names import did_you_mean
 
 Device = Literal["cpu", "cuda"]
 
@@ -205,8 +206,7 @@ def _setting(given: str, value: Any) -> str | None:
     unsupported = UNSUPPORTED.get(given)
     if unsupported is None:
         known = (*Settings.model_fields, *TRANSLATED, *UNSUPPORTED, *HINTS, LORA_MODULES)
-        near = close_matches(given, known)
-        hint = f"did you mean {near[0]!r}?" if near else "remove it;"
+        hint = did_you_mean(given, known, otherwise="remove it;")
         raise _wrong(
             given, f"unknown; {hint} docs/settings.md and docs/ray-serve-llm.md list what there is"
         )

@@ -33,6 +33,7 @@ from ray.llm._internal.serve.core.configs.openai_api_models import (
     ErrorInfo,
     ErrorResponse,
     ScoreRequest,
+    ScoreResponse,
     TokenizeRequest,
     TokenizeResponse,
     TranscriptionRequest,
@@ -203,13 +204,10 @@ class QuickchangeEngine(LLMEngine):  # type: ignore[misc]  # Ray is not typed
         yield error_response(501, "transcriptions: Quickchange reads text alone, no audio")
 
     async def score(
-        self,
-        request: ScoreRequest,  # noqa: ARG002
-        raw_request_info: RawRequestInfo | None = None,  # noqa: ARG002
-    ) -> AsyncGenerator[ErrorResponse, None]:
-        yield error_response(
-            501, "score: Quickchange scores no pairs of texts; compare their /v1/embeddings"
-        )
+        self, request: ScoreRequest, raw_request_info: RawRequestInfo | None = None
+    ) -> AsyncGenerator[ScoreResponse | ErrorResponse, None]:
+        async for part in self._call("/score", request, raw_request_info, ScoreResponse):
+            yield part
 
     async def _call(
         self, path: str, request: BaseModel, raw: RawRequestInfo | None, model: type[BaseModel]

@@ -68,21 +68,21 @@ class SampleColumns:
         return Draws(**dict(zip(self.names, self.table, strict=True)))
 
 
-class Wanted(NamedTuple):
+class WantedLogprobs(NamedTuple):
     """Log-probabilities that a row asks for besides its token's: of tokens, or of the best ones."""
 
     best: int
     listed: tuple[int, ...] = ()
 
 
-def _wanted(params: SamplingParams) -> Wanted | None:
+def _wanted(params: SamplingParams) -> WantedLogprobs | None:
     if params.logprobs is None:
         return None
     listed = tuple(params.logprob_token_ids)
-    return Wanted(0 if listed else params.logprobs, listed)
+    return WantedLogprobs(0 if listed else params.logprobs, listed)
 
 
-def _asking(rows: Sequence[int], wanted: Sequence[Wanted]) -> Tensor | None:
+def _asking(rows: Sequence[int], wanted: Sequence[WantedLogprobs]) -> Tensor | None:
     """`RowTables.asking`."""
     if not rows:
         return None
@@ -104,7 +104,7 @@ class RowTables:
     # int64 [L, 1 + K]: rows whose log-probabilities are wanted, each followed by the tokens that it
     # lists (padded with 0); None: none.
     asking: Tensor | None = None
-    wanted: Sequence[Wanted] = ()  # what each of these asks for
+    wanted: Sequence[WantedLogprobs] = ()  # what each of these asks for
     narrowed: frozenset[int] = frozenset()  # rows whose request may leave them no token
     errors: Mapping[int, RowError] = field(default_factory=dict)
 
@@ -193,7 +193,7 @@ class _Parts(NamedTuple):
     used: list[int]  # columns that some row uses
     keys: npt.NDArray[np.int64]
     asking: Tensor | None
-    wanted: list[Wanted]
+    wanted: list[WantedLogprobs]
     narrowed: frozenset[int]
 
     def tables(
@@ -248,7 +248,7 @@ class _Batch:
         owners = np.repeat(np.arange(len(items)), counts)
         starts = np.cumsum([0, *counts])[: len(items)]
         asking: list[int] = []
-        wanted: list[Wanted] = []
+        wanted: list[WantedLogprobs] = []
         narrowed: set[int] = set()
         for first, count, own in zip(starts.tolist(), counts, params, strict=True):
             rows = range(first, first + count)

@@ -56,7 +56,8 @@ class OutcomeSums:
     """The sums of a number, of a flag (0 to 1 for a unit), or of one label (1 if the unit has it).
 
     `sums` has a row for each stretch of constant weights, in any order, with the units first seen
-    in it. `labels` is the number of labels that are tested; 1 for numbers and flags.
+    in it. `labels` is the number of labels that are tested; 1 for numbers and flags. `least` is
+    what no unit's number can be below.
     """
 
     name: str
@@ -66,6 +67,17 @@ class OutcomeSums:
     margin: float | None = None
     label: str | None = None
     labels: int = 1
+    least: float = -math.inf
+
+    @property
+    def means(self) -> Interval:
+        """The means that a variant can have."""
+        return (self.least, math.inf) if self.kind == "number" else (0.0, 1.0)
+
+    @property
+    def differences(self) -> Interval:
+        """The differences that two variants can have."""
+        return (-math.inf, math.inf) if self.kind == "number" else (-1.0, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,16 +134,16 @@ def _outcome(variants: Sequence[str], outcome: OutcomeSums, plan: Plan) -> Outco
         goal=outcome.goal,
         margin=outcome.margin,
         comparisons_corrected=corrected,
-        variants=_variants(variants, moments, outcome.goal, plan),
+        variants=_variants(variants, moments, outcome, plan),
         comparisons=_comparisons(variants, strata, outcome, corrected, plan),
     )
 
 
 def _variants(
-    names: Sequence[str], moments: Moments, goal: Goal, plan: Plan
+    names: Sequence[str], moments: Moments, outcome: OutcomeSums, plan: Plan
 ) -> tuple[VariantResult, ...]:
-    best = probability_best(moments, goal)
-    intervals = _mean_intervals(moments, plan)
+    best = probability_best(moments, outcome.goal)
+    intervals = _mean_intervals(moments, outcome, plan)
     return tuple(
         VariantResult(
             variant=name,
@@ -145,11 +157,11 @@ def _variants(
     )
 
 
-def _mean_intervals(moments: Moments, plan: Plan) -> list[Interval | None]:
+def _mean_intervals(moments: Moments, outcome: OutcomeSums, plan: Plan) -> list[Interval | None]:
     if moments.kind == "flag":
         pairs = zip(moments.total, moments.count, strict=True)
         return [sequential.proportion_interval(float(s), float(n), plan.alpha) for s, n in pairs]
-    return _around(sequential.means(moments), plan.alpha, plan.rho)
+    return _around(sequential.means(moments), plan.alpha, plan.rho, outcome.means)
 
 
 def _comparisons(
@@ -160,7 +172,7 @@ def _comparisons(
     plan: Plan,
 ) -> tuple[Comparison, ...]:
     estimate = sequential.differences(strata)
-    intervals = _around(estimate, plan.alpha / corrected, plan.rho)
+    intervals = _around(estimate, plan.alpha / corrected, plan.rho, outcome.differences)
     p_values = np.minimum(sequential.p_value(estimate, plan.rho) * corrected, 1.0)
     moments = pooled(strata)
     enough, needed = plan.enough(moments), plan.needed(moments)
@@ -184,10 +196,18 @@ def _comparisons(
     )
 
 
-def _around(estimate: sequential.Estimate, alpha: float, rho: float) -> list[Interval | None]:
+def _around(
+    estimate: sequential.Estimate, alpha: float, rho: float, possible: Interval
+) -> list[Interval | None]:
+    """The intervals, less what is not possible: what they hold of that is not lost by it."""
     half = sequential.half_width(estimate, alpha, rho)
     ends = zip(estimate.value - half, estimate.value + half, strict=True)
-    return [(float(low), float(high)) if np.isfinite(low + high) else None for low, high in ends]
+    return [
+        (float(max(low, possible[0])), float(min(high, possible[1])))
+        if np.isfinite(low + high)
+        else None
+        for low, high in ends
+    ]
 
 
 def _ratio(names: Sequence[str], stretches: Sequence[StretchUnits], plan: Plan) -> RatioResult:

@@ -5,17 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from quickchange_server.frontend.parsing.argument_reading import CallPiece as CallPiece
 from quickchange_server.frontend.parsing.reasoning_parser import ReasoningReader
 from quickchange_server.frontend.parsing.tool_parser import ToolReader
-
-
-@dataclass(frozen=True, slots=True)
-class CallPiece:
-    """What a tool call grows by: its name comes with its first piece alone."""
-
-    index: int  # of the call within its message
-    name: str | None
-    arguments: str  # a part of the JSON object's text
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +17,16 @@ class MessagePiece:
     content: str = ""
     reasoning: str = ""
     calls: tuple[CallPiece, ...] = ()
+
+    @property
+    def continued(self) -> tuple[CallPiece, ...]:
+        """What grows a call that was begun before: it comes before the content."""
+        return tuple(call for call in self.calls if call.name is None)
+
+    @property
+    def begun(self) -> tuple[CallPiece, ...]:
+        """The calls that begin with this piece, behind the content."""
+        return tuple(call for call in self.calls if call.name is not None)
 
 
 class MessageReader:
@@ -41,7 +43,6 @@ class MessageReader:
         self._thoughts = thoughts
         self._tools = tools
         self._most_calls = most_calls
-        self._calls = 0
 
     def push(self, text: str, *, final: bool) -> MessagePiece:
         """Add text, the last if `final`; what may still become a call is held back."""
@@ -51,14 +52,9 @@ class MessageReader:
         if self._tools is None:
             return MessagePiece(text, reasoning)
         content, calls = self._tools.push(text, final=final)
-        left = None if self._most_calls is None else self._most_calls - self._calls
-        taken = calls[:left]
-        pieces = tuple(
-            CallPiece(number, call.name, call.arguments)
-            for number, call in enumerate(taken, start=self._calls)
-        )
-        self._calls += len(taken)
-        return MessagePiece(content, reasoning, pieces)
+        most = self._most_calls
+        kept = tuple(call for call in calls if most is None or call.index < most)
+        return MessagePiece(content, reasoning, kept)
 
     @property
     def reasoning_spans(self) -> Sequence[tuple[int, int]]:

@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 
 from jinja2 import TemplateError
 
-from quickchange_server.frontend.parsing.tool_parser import Messages
+from quickchange_server.frontend.parsing.tool_learning import Messages
 
 _ASK = {"role": "user", "content": "probe_question"}
 _AGAIN = {"role": "user", "content": "probe_return"}

@@ -1,251 +1,264 @@
-"""Tool calls in a model's text: the form that its chat template gives them, and their parser.
+"""Tool calls in a model's text, read piece by piece in any form that tool_forms.py describes.
 
-No model is known by name: the template renders a sample call, and the text around its JSON marks
-calls from then on. Knows nothing of HTTP.
+The text is read a character at a time, so that how it was cut makes no difference. Knows nothing
+of HTTP.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
-
+from quickchange_server.frontend.parsing.argument_reading import (
+    CallPiece,
+    ToldCalls,
+    json_value,
+    keywords,
+    parameters,
+)
+from quickchange_server.frontend.parsing.characters import (
+    Characters,
+    NoCallError,
+    Reading,
+    is_named,
+)
 from quickchange_server.frontend.parsing.stop_strings import StopScanner
+from quickchange_server.frontend.parsing.tool_forms import JsonCall, NamedCall, ToolForm, last_tag
 
-Messages = Sequence[Mapping[str, Any]]
-Render = Callable[[Messages, Messages, bool], str]
-"""Text of (messages, tools, add_generation_prompt). Raises jinja2.TemplateError."""
-
-_NAME, _KEY, _VALUE, _SAID = "probe_tool", "probe_key", "probe_value", "probe_content"
-_ARGUMENTS = {_KEY: _VALUE}
-_ASKED = {"role": "user", "content": "probe_question"}
-_ANSWERED = {"role": "assistant", "content": _SAID}
-_ID = "call00000"  # nine letters and digits, as the strictest template demands
-_CALLED = {
-    "role": "assistant",
-    "content": "",
-    "tool_calls": [
-        {
-            "id": _ID,
-            "type": "function",
-            "function": {"name": _NAME, "arguments": _ARGUMENTS},
-        }
-    ],
-}
-_TOOL = {
-    "type": "function",
-    "function": {
-        "name": _NAME,
-        "description": "probe_description",
-        "parameters": {"type": "object", "properties": {_KEY: {"type": "string"}}},
-    },
-}
-_DECODER = json.JSONDecoder()
-
-
-@dataclass(frozen=True, slots=True)
-class ToolCall:
-    """A function that the model wants called; `arguments` is a JSON object as text."""
-
-    name: str
-    arguments: str
-
-
-@dataclass(frozen=True, slots=True)
-class ToolFormat:
-    """The form of a model's calls: `begin`, a JSON object or a list of them, `end`."""
-
-    begin: str  # "": the JSON is the whole answer
-    end: str
-    listed: bool  # the JSON is a list of calls
-    name_path: tuple[str, ...]  # keys down to the function's name
-    arguments_path: tuple[str, ...]
-    from_text: bool = False  # the template takes a call's arguments as text, not as an object
-
-    def calls(self, value: Any, names: Collection[str]) -> list[ToolCall] | None:
-        """The calls in a JSON value; None if it is not calls of functions among `names`."""
-        items = value if isinstance(value, list) else [value]
-        calls = [self._call(item) for item in items]
-        known = [call for call in calls if call is not None and call.name in names]
-        return known if known and len(known) == len(calls) else None
-
-    def _call(self, value: Any) -> ToolCall | None:
-        name, arguments = _at(value, self.name_path), _at(value, self.arguments_path)
-        if not isinstance(name, str) or not isinstance(arguments, dict):
-            return None
-        return ToolCall(name, json.dumps(arguments, ensure_ascii=False))
-
-
-def tool_format(render: Render) -> ToolFormat | None:
-    """The form of calls in a chat template; None if it takes no tools or writes no JSON."""
-    return _learned(render, from_text=False) or _learned(render, from_text=True)
-
-
-def with_arguments(message: Mapping[str, Any], *, as_text: bool) -> dict[str, Any]:
-    """The message with its calls' arguments in the form that a template expects.
-
-    A model may have written arguments that are no object (cut off, empty): a template that takes
-    text gets them as they are, one that takes an object gets an empty one.
-    """
-    formed = _text if as_text else _object
-    calls = [
-        {**call, "function": {**call["function"], "arguments": formed(call["function"])}}
-        for call in message.get("tool_calls", ())
-    ]
-    return {**message, "tool_calls": calls} if calls else dict(message)
-
-
-def _text(function: Mapping[str, Any]) -> str:
-    given = function["arguments"]
-    return given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
-
-
-def _object(function: Mapping[str, Any]) -> dict[str, Any]:
-    given = function["arguments"]
-    return given if isinstance(given, dict) else {}
-
-
-def _learned(render: Render, *, from_text: bool) -> ToolFormat | None:
-    call = with_arguments(_CALLED, as_text=from_text)
-    try:
-        opening = render([_ASKED], [_TOOL], True)
-        answered = render([_ASKED, _ANSWERED], [_TOOL], False)
-        called = render([_ASKED, call], [_TOOL], False)
-    except TemplateError:
-        return None
-    if _NAME not in opening or _SAID not in answered:
-        return None
-    # Text around every message of the assistant, such as an empty thought, is not part of a call.
-    before, _, after = answered.rpartition(_SAID)
-    begun = max(_shared(opening, called), _shared(before, called))
-    tail = called[begun:].removesuffix(after)
-    for start, end, value in _values(tail):
-        call = value[0] if isinstance(value, list) and value else value
-        name_path, arguments_path = _path(call, _NAME), _path(call, _ARGUMENTS)
-        if name_path and arguments_path:
-            begin, finish = tail[:start].strip(), tail[end:].strip()
-            if any(own in begin + finish for own in (_ID, _NAME)):
-                return None  # marks that differ between calls
-            listed = isinstance(value, list)
-            return ToolFormat(begin, finish, listed, name_path, arguments_path, from_text)
-    return None
-
-
-def _shared(left: str, right: str) -> int:
-    """Length of the common prefix."""
-    pairs = enumerate(zip(left, right, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(left), len(right)))
-
-
-def _values(text: str) -> Iterator[tuple[int, int, Any]]:
-    """JSON objects and lists in a text, outer ones first: (start, end, value)."""
-    for start, character in enumerate(text):
-        if character in "{[":
-            try:
-                value, end = _DECODER.raw_decode(text, start)
-            except json.JSONDecodeError:
-                continue
-            yield start, end, value
-
-
-def _path(value: Any, wanted: Any) -> tuple[str, ...] | None:
-    """The path of keys to `wanted` in nested objects; None if it is not there."""
-    if not isinstance(value, dict):
-        return None
-    for key, inner in value.items():
-        if inner == wanted:
-            return (key,)
-        deeper = _path(inner, wanted)
-        if deeper is not None:
-            return (key, *deeper)
-    return None
-
-
-def _at(value: Any, path: Sequence[str]) -> Any:
-    for key in path:
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
+_MOST_PASSED = 120  # characters between a name and the mark before its arguments
 
 
 class ToolReader:
     """Incremental parser that separates the calls of one choice from its text.
 
-    Text that may be part of a call is held back, and returned as text if it turns out to be none.
+    Text that may begin a call is held back, and becomes text again if it turns out to be none. From
+    where a call's name is told there is no way back: what follows is its arguments as they are.
     """
 
-    def __init__(self, form: ToolFormat, names: Collection[str]) -> None:
+    def __init__(self, form: ToolForm, tools: Mapping[str, Any]) -> None:
+        """`tools`: the schemas of the functions' parameters, by the functions' names."""
         self._form = form
-        self._names = names
-        self._scanner = StopScanner([form.begin] if form.begin else ())
-        # Text since `begin`; None outside a call.
-        self._call: str | None = None if form.begin else ""
+        self._told = ToldCalls(tools)
+        self._content: list[str] = []
+        self._blanks = ""  # behind a call: text only if more text follows
+        self._scanner = StopScanner([form.mark])
+        self._section: _Section | None = None
+        if not form.mark:
+            self._section = _Section(form, self._told)
 
-    def push(self, text: str, *, final: bool) -> tuple[str, list[ToolCall]]:
-        """Add text, the last if `final`. Returns text that is certain, and complete calls."""
-        plain: list[str] = []
-        calls: list[ToolCall] = []
-        while True:
-            if self._call is None:
-                text = self._outside(text, plain, final=final)
-            if self._call is None:
-                return "".join(plain), calls
-            self._call += text
-            rest = self._inside(plain, calls, final=final)
-            if rest is None:
-                return "".join(plain), calls
-            text = rest
-
-    def _outside(self, text: str, plain: list[str], *, final: bool) -> str:
-        """Consume text up to the beginning of a call; returns the rest."""
-        for index, character in enumerate(text):
-            scanned = self._scanner.push(character)
-            plain.append(scanned.text)
-            if scanned.stop is not None:
-                self._call = ""
-                return text[index + 1 :]
+    def push(self, text: str, *, final: bool) -> tuple[str, list[CallPiece]]:
+        """Add text, the last if `final`. Returns text that is certain, and what calls grew by."""
+        waiting = [*reversed(text)]  # characters to be read, the last first
+        while waiting:
+            if self._section is not None:
+                self._inside(waiting.pop(), waiting)
+            elif self._form.mark:
+                self._outside(waiting.pop())
+            else:  # the calls of an answer that has no marks are over
+                self._say("".join(reversed(waiting)))
+                break
         if final:
-            plain.append(self._scanner.finish())
-        return ""
+            self._finish()
+        said, self._content = "".join(self._content), []
+        return said, self._told.take()
 
-    def _inside(self, plain: list[str], calls: list[ToolCall], *, final: bool) -> str | None:
-        """Consume a complete call; returns the rest, None if the call needs more text."""
-        held = self._call or ""
-        start = len(held) - len(held.lstrip())
-        if not self._form.begin and held[start : start + 1] not in ("", "{", "["):
-            return self._no_call(held, len(held), plain)
+    def _outside(self, character: str) -> None:
+        scanned = self._scanner.push(character)
+        self._say(scanned.text)
+        if scanned.stop is not None:
+            self._scanner = StopScanner([self._form.mark])
+            self._section = _Section(self._form, self._told)
+
+    def _inside(self, character: str, waiting: list[str]) -> None:
+        """Read a character of a section ("": there are no more); what it leaves is read again."""
+        section = self._section
+        assert section is not None
+        before = self._told.count
+        left = section.push(character)
+        if self._told.count > before:
+            self._blanks = ""
+        if left is None:
+            return
+        self._section = None
+        if not section.failed:
+            waiting += reversed(left)
+            return
+        if self._form.mark and left.startswith(self._form.mark):
+            self._say(self._form.mark)
+            left = left[len(self._form.mark) :]
+        if character:
+            waiting += reversed(left)
+        else:  # not read again: there may be much of it, over and over
+            self._say(left)
+
+    def _finish(self) -> None:
+        waiting: list[str] = []
+        while self._section is not None:
+            self._inside("", waiting)
+        self._say("".join(reversed(waiting)) + self._scanner.finish())
+
+    def _say(self, text: str) -> None:
+        """Add text outside of calls; blanks behind a call wait for what follows."""
+        if self._told.count and not text.strip():
+            self._blanks += text
+        else:
+            self._content.append(self._blanks + text)
+            self._blanks = ""
+
+
+class _Section:
+    """A parser of calls that stand together, from behind their mark on."""
+
+    def __init__(self, form: ToolForm, told: ToldCalls) -> None:
+        self.failed = False
+        self._form = form
+        self._told = told
+        self._characters = Characters()
+        self._held = form.mark  # text since the mark, or since the last call
+        self._reading = self._calls()
+        next(self._reading)
+
+    def push(self, character: str) -> str | None:
+        """Read a character ("": there are no more). Returns the text that is left at the end.
+
+        It is all the text since the last call if what follows that has `failed` to be one.
+        """
+        self._held += character
         try:
-            value, end = _DECODER.raw_decode(held, start)
-        except json.JSONDecodeError as error:
-            wrong = self._wrong_until(held, error)
-            if wrong is None and not final:
-                return None
-            return self._no_call(held, wrong or len(held), plain)
-        rest = held[end:].lstrip()
-        if not final and len(rest) < len(self._form.end) and self._form.end.startswith(rest):
-            return None
-        found = self._form.calls(value, self._names)
-        if found is None:
-            return self._no_call(held, end, plain)
-        calls += found
-        self._leave()
-        return rest.removeprefix(self._form.end)
+            self._reading.send(character)
+        except StopIteration:
+            return self._characters.drop()
+        except NoCallError:
+            self.failed = True
+            return self._held
+        return None
 
-    def _wrong_until(self, held: str, error: json.JSONDecodeError) -> int | None:
-        """Index where a call that is not JSON ends; None while it may still become JSON."""
-        if not self._form.end or error.msg.startswith("Unterminated string"):
-            return None  # an `end` within a string doesn't count
-        end = held.find(self._form.end, error.pos)
-        return None if end < 0 else end + len(self._form.end)
+    def _complete(self) -> None:
+        """Forget the text of a call that is told."""
+        self._held = self._characters.back
 
-    def _no_call(self, held: str, length: int, plain: list[str]) -> str:
-        """Return the first `length` held characters to the text; returns the rest."""
-        plain.append(self._form.begin + held[:length])
-        self._leave()
-        return held[length:]
+    def _calls(self) -> Reading:
+        form, characters = self._form, self._characters
+        yield from characters.expect(form.head[len(form.mark) :])
+        while True:
+            if isinstance(form.call, JsonCall):
+                yield from self._json_calls(form.call)
+            else:
+                yield from self._named_call(form.call)
+            yield from characters.match(form.close, cut=True)
+            self._complete()
+            if not form.sectioned or not (yield from self._continues()):
+                return
 
-    def _leave(self) -> None:
-        self._call = None
-        self._scanner = StopScanner([self._form.begin] if self._form.begin else ())
+    def _continues(self) -> Generator[None, str, bool]:
+        """True if another call follows in the section; the section's end is consumed."""
+        form = self._form
+        before = form.separator + form.open
+        options = [text for text in (form.end, before) if text.strip()]
+        found = yield from self._characters.match(*options, cut=True)
+        if found is not None:
+            return options[found] != form.end
+        if before.strip():
+            return False
+        follows = yield from self._characters.peek()
+        return is_named(follows) or follows in ("{", "[")
+
+    def _json_calls(self, call: JsonCall) -> Reading:
+        """Read JSON objects one behind the other, or a list of them."""
+        characters = self._characters
+        separators = [",", ";"]
+        if (yield from characters.match("[")) is not None:
+            separators.append("]")
+        while True:
+            found = _Found()
+            yield from self._members(call, (), found)
+            if not found.told:
+                raise NoCallError
+            self._complete()
+            if (yield from characters.match(*separators)) == 2:
+                return
+            if (yield from characters.peek()) != "{":
+                return
+
+    def _members(self, call: JsonCall, path: tuple[str, ...], found: _Found) -> Reading:
+        """Read an object that is a call, or a part of one."""
+        characters = self._characters
+        yield from characters.expect("{")
+        while (yield from characters.match("}")) is None:
+            key = (*path, (yield from characters.json_string()))
+            yield from characters.expect(":")
+            opens = yield from characters.peek()
+            if key == call.name_path:
+                found.name = yield from characters.json_string()
+                if found.name not in self._told.tools:
+                    raise NoCallError
+            elif key == call.arguments_path:
+                if opens != "{":
+                    raise NoCallError
+                if found.name is None:
+                    found.arguments = yield from json_value(characters)
+                elif not found.told:
+                    found.told = True
+                    self._told.open(found.name)
+                    yield from json_value(characters, self._told)
+                    self._complete()
+            elif opens == "{" and _within(key, call):
+                yield from self._members(call, key, found)
+            else:
+                yield from json_value(characters)
+            if found.name is not None and found.arguments and not found.told:
+                found.told = True
+                self._told.open(found.name)
+                self._told.grow(found.arguments)
+                self._complete()
+            if (yield from characters.match(",", "}")) != 0:
+                return
+
+    def _named_call(self, call: NamedCall) -> Reading:
+        characters = self._characters
+        name = yield from characters.name()
+        if name not in self._told.tools:
+            raise NoCallError
+        yield from self._middle(call.middle)
+        if call.arguments == "json":
+            if (yield from characters.peek()) != "{":
+                raise NoCallError
+            self._told.open(name)
+            yield from json_value(characters, self._told)
+        elif call.arguments == "python":
+            yield from keywords(characters, self._told, name)
+        else:
+            close = self._form.close or self._form.end
+            yield from parameters(characters, self._told, name, call.arguments, close)
+
+    def _middle(self, text: str) -> Reading:
+        """Read the text between a name and its arguments. Raises NoCallError if another follows.
+
+        Where it ends in a mark, models that write more or less before that are understood.
+        """
+        characters = self._characters
+        if (yield from characters.match(text)) is not None:
+            return
+        mark = last_tag(text)
+        passed = ""
+        while mark and len(passed) < _MOST_PASSED and not passed.endswith(mark):
+            character = yield from characters.next()
+            if character in ("", "{", "\n"):
+                raise NoCallError
+            passed += character
+        if not mark or not passed.endswith(mark):
+            raise NoCallError
+
+
+def _within(key: tuple[str, ...], call: JsonCall) -> bool:
+    return key in (call.name_path[: len(key)], call.arguments_path[: len(key)])
+
+
+@dataclass(slots=True)
+class _Found:
+    """What is known of a call that is being read."""
+
+    name: str | None = None
+    arguments: str = ""
+    told: bool = False

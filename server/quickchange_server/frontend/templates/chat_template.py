@@ -7,7 +7,7 @@ what it makes of a probe; no model is known by name. Knows nothing of HTTP.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -20,7 +20,8 @@ from quickchange_server.frontend.parsing.reasoning_parser import (
     reasoning_format,
     with_thought,
 )
-from quickchange_server.frontend.parsing.tool_parser import Messages, ToolFormat, tool_format
+from quickchange_server.frontend.parsing.tool_forms import ToolForm
+from quickchange_server.frontend.parsing.tool_learning import Messages, tool_form
 
 MAX_ROLE = 64  # characters
 USUAL_ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
@@ -71,10 +72,10 @@ class ChatTemplate:
         known = _GIVEN | set(self._tokenizer.special_tokens_map)
         return frozenset(meta.find_undeclared_variables(parsed)) - known
 
-    @cached_property
-    def tool_format(self) -> ToolFormat | None:
-        """The form of tool calls; None if the template takes no tools."""
-        return tool_format(self.apply) if self.exists else None
+    def tool_form(self, ends: Collection[str]) -> ToolForm | None:
+        """The form of tool calls; None if the template takes no tools. `ends`: end-of-sequence
+        tokens."""
+        return tool_form(self.apply, ends) if self.exists else None
 
     @cached_property
     def reasoning_format(self) -> ReasoningFormat | None:

@@ -12,7 +12,7 @@ import re
 from prometheus_client import CollectorRegistry, Histogram
 
 from quickchange_server.frontend.request_observers import Completed, Opened
-from quickchange_server.observability.labels import AdapterLabels
+from quickchange_server.observability.naming.labels import AdapterLabels
 
 PROVIDER = "quickchange"  # gen_ai.provider.name
 UNSPECIFIED = "_OTHER"  # error.type of an error that the conventions have no name for

@@ -13,7 +13,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from quickchange_server.engine_client.adapter_status import Residence
-from quickchange_server.observability.labels import OTHER
+from quickchange_server.observability.naming.labels import OTHER
 
 MOST_DIGESTS = 100  # told of one engine
 LabelOf = Callable[[str], str]  # a label value for an adapter version's digest

@@ -13,7 +13,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 
 from quickchange_server.config import Settings
 from quickchange_server.engine_client.remote.cluster_view import ReplicaReport
-from quickchange_server.observability.labels import COMPOSED
+from quickchange_server.observability.naming.labels import COMPOSED
 from quickchange_store.base_model.base_source import base_name
 
 ENGINE = {"engine": "0"}  # vLLM's label for one of several engines behind an address
@@ -26,7 +26,7 @@ def vllm_families(replicas: Iterable[ReplicaReport], settings: Settings) -> Iter
     blocks = sum(count for _, count, _ in sizes)
     used = sum(share * count for share, count, _ in sizes)
     share = used / blocks if blocks else 0.0
-    model = {"model_name": settings.served_model_name or base_name(settings.model)} | ENGINE
+    model = {"model_name": (settings.served_names or (base_name(settings.model),))[0]} | ENGINE
     running, waiting = (sum(r.running for r in engines), sum(r.waiting for r in engines))
     yield _gauge("num_requests_running", "Requests in the batch", running, model)
     yield _gauge("num_requests_waiting", "Requests that wait for it", waiting, model)

@@ -10,10 +10,11 @@ import asyncio
 import contextlib
 import json
 import logging
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from sqlalchemy import Connection
 
@@ -25,7 +26,10 @@ from quickchange_server.storage.responses.tables_responses import Link, Owner
 MOST_TURNS = 512  # responses of one conversation
 SWEEP_SECONDS = 60.0
 
+_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")  # what no database stumbles over
+
 Json = dict[str, Any]
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +123,8 @@ class StoredResponses:
 
     async def find(self, owner: Owner, id: str) -> Kept | None:
         """The response; None where the owner has none of this id."""
+        if _ID.fullmatch(id) is None:
+            return None
         found = await self._read(lambda connection, now: self._kept(connection, owner, [id], now))
         return found.get(id)
 
@@ -132,12 +138,15 @@ class StoredResponses:
 
         return await self._read(read)
 
-    async def conversation(self, owner: Owner, last: str, param: str) -> list[Kept]:
+    async def conversation(self, owner: Owner, last: str, param: str | None = None) -> list[Kept]:
         """A response and those that it continues, the first first.
 
         Raises NotFoundError if the response, or one before it, is not there, and
         InvalidRequestError if the conversation is too long; both of the field `param`.
         """
+
+        if _ID.fullmatch(last) is None:
+            raise unknown(last, param)
 
         def read(connection: Connection, now: float) -> list[Kept]:
             links = table.chain(connection, owner, last, most=MOST_TURNS + 1, now=now)
@@ -145,14 +154,14 @@ class StoredResponses:
                 raise unknown(last, param)
             if len(links) > MOST_TURNS:
                 raise InvalidRequestError(
-                    f"{param}: this conversation has more than {MOST_TURNS} responses; begin a new "
-                    "one with what is still needed of it in input",
+                    f"{_place(param)}this conversation has more than {MOST_TURNS} responses; begin "
+                    "a new one with what is still needed of it in input",
                     param=param,
                 )
             if (missing := links[-1].previous) is not None:
                 raise NotFoundError(
-                    f"{param}: the conversation's response {missing!r} was deleted; send the "
-                    "conversation in input",
+                    f"{_place(param)}the conversation's response {missing!r} was deleted; send "
+                    "the conversation in input",
                     param=param,
                 )
             self._check_size(links, param)
@@ -165,7 +174,7 @@ class StoredResponses:
     async def forget(self, owner: Owner, id: str) -> bool:
         """Delete a response; False where the owner has none of this id."""
         now = self._clock()
-        return await self._database.write(
+        return _ID.fullmatch(id) is not None and await self._database.write(
             lambda connection: table.remove(connection, owner, id, now=now)
         )
 
@@ -198,7 +207,7 @@ class StoredResponses:
             except Exception:
                 logger.exception("stored responses could not be swept")
 
-    async def _read(self, query: Callable[[Connection, float], Any]) -> Any:
+    async def _read(self, query: Callable[[Connection, float], T]) -> T:
         now = self._clock()
         return await self._database.read(lambda connection: query(connection, now))
 
@@ -208,11 +217,11 @@ class StoredResponses:
         found = table.documents(connection, owner, ids, now=now)
         return {id: Kept(**json.loads(document)) for id, document in found.items()}
 
-    def _check_size(self, links: Sequence[Link], param: str) -> None:
+    def _check_size(self, links: Sequence[Link], param: str | None) -> None:
         size = sum(link.bytes for link in links)
         if size > self._conversation_bytes:
             raise InvalidRequestError(
-                f"{param}: what is stored of this conversation takes {size} bytes, of "
+                f"{_place(param)}what is stored of this conversation takes {size} bytes, of "
                 f"{self._conversation_bytes} at most (the setting max_request_bytes); begin a new "
                 "one with what is still needed of it in input",
                 param=param,
@@ -221,4 +230,8 @@ class StoredResponses:
 
 def unknown(id: str, param: str | None = None) -> NotFoundError:
     """The error for an id that the owner has no response of."""
-    return NotFoundError(f"Response with id {id!r} not found.", param=param)
+    return NotFoundError(f"{_place(param)}Response with id {id!r} not found.", param=param)
+
+
+def _place(param: str | None) -> str:
+    return "" if param is None else f"{param}: "

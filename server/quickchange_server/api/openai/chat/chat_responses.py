@@ -38,9 +38,7 @@ class ChatShape(Shape):
         self, text: Text, body: ChatRequest, reader: Callable[[], MessageReader], *, splits: bool
     ) -> None:
         """`reader` makes one parser per choice. splits: it splits thoughts off."""
-        # Log-probabilities would tell thoughts that are left out.
-        shown = body.logprobs and (body.include_reasoning or not splits)
-        super().__init__(text, shown, as_ids=body.return_tokens_as_token_ids)
+        super().__init__(text, body.logprobs, as_ids=body.return_tokens_as_token_ids)
         self._body = body
         self._reader = reader
         self._splits = splits

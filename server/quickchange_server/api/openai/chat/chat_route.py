@@ -16,7 +16,7 @@ from quickchange_server.api.openai import request_selection
 from quickchange_server.api.openai.answering import Answer, envelope_of, respond
 from quickchange_server.api.openai.chat.chat_requests import ChatRequest, chat_length
 from quickchange_server.api.openai.chat.chat_responses import ChatShape
-from quickchange_server.api.openai.chat.thoughts import Thoughts, visible
+from quickchange_server.api.openai.chat.thoughts import Thoughts
 from quickchange_server.api.openai.chat.tool_calling import Calls, with_tools
 from quickchange_server.api.openai.responses import TokenReport
 from quickchange_server.api.openapi.response_models import (
@@ -42,6 +42,14 @@ class Chat:
     calls: Calls | None  # None: no tools
     thoughts: Thoughts | None  # None: the model's chat template knows none
     prompt: list[int]  # token ids
+
+    @property
+    def told(self) -> ChatRequest:
+        """What the answer tells. Tokens and their log-probabilities would spell thoughts that are
+        left out."""
+        if self.thoughts is None or self.body.include_reasoning:
+            return self.body
+        return self.body.model_copy(update={"logprobs": False, "return_token_ids": False})
 
     def reader(self) -> MessageReader:
         """A new parser for one choice."""
@@ -72,7 +80,7 @@ async def begin_chat(
         order, calls = with_tools(services.text, order)
     form = await services.text.learn_reasoning()
     if form is not None:
-        order = replace(order, body=visible(services.text, form, order.body))
+        order = replace(order, shown=order.shown | services.text.special_of(form.marks))
     body = order.body
     limit = services.engine.max_model_len
     prompt = await chat_prompt(services, body, most=body.most_prompt_tokens(limit), param=param)
@@ -118,10 +126,11 @@ async def chat_completions(
     """Answer a chat."""
     request_id = f"chatcmpl-{uuid.uuid4().hex}"
     chat = await begin_chat(services, caller, body, request.headers, request_id=request_id)
-    shape = ChatShape(services.text, chat.body, chat.reader, splits=chat.thoughts is not None)
+    told = chat.told
+    shape = ChatShape(services.text, told, chat.reader, splits=chat.thoughts is not None)
     report = TokenReport(
-        services.text, chat.body, [chat.prompt], chat.generation.choices, in_choices=False
+        services.text, told, [chat.prompt], chat.generation.choices, in_choices=False
     )
     envelope = envelope_of(services, chat.generation)
     answer = Answer(envelope, shape, report, chat.generation, chat.drafting)
-    return await respond(request, chat.body, answer)
+    return await respond(request, told, answer)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from quickchange_server.api.openai.chat.chat_requests import ChatRequest
-from quickchange_server.api.openai.chat.tool_calling import BLANKS, lark_mark, lark_marks
+from quickchange_server.api.openai.chat.lark_rules import BLANKS, lark_mark, lark_marks
 from quickchange_server.frontend.parsing.reasoning_parser import ReasoningFormat, ReasoningReader
 from quickchange_server.frontend.tokenizer import Text
 from quickchange_server.structured_output.validator import Asked
@@ -59,9 +59,3 @@ class Thoughts:
             lazy = "[lazy]" if special is None else ""  # no text is mistaken for a special token
             grammar += f"thought{lazy}: ANY {lark_marks(parts[special or 0 :])}\nANY: /(?s:.*)/\n"
         return replace(asked, constraint=replace(asked.constraint, before=grammar))
-
-
-def visible(text: Text, form: ReasoningFormat, body: ChatRequest) -> ChatRequest:
-    """The body whose answers show the marks of thoughts, where those are special tokens."""
-    special = any(isinstance(p, int) for mark in form.marks for p in text.special_parts(mark))
-    return body.model_copy(update={"skip_special_tokens": False}) if special else body

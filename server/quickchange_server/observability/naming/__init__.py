@@ -1,0 +1,1 @@
+"""Names by which metrics, logs and spans tell adapters and requests."""
