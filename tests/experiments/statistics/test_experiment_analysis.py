@@ -6,6 +6,8 @@ import json
 import math
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from quickchange_server.experiments.statistics.analysis import (
     OutcomeSums,
@@ -192,3 +194,42 @@ def test_stretches_are_compared_each_within_itself() -> None:
     assert found.comparisons[0].difference == pytest.approx(0.0, abs=1e-12)
     assert found.variants[1].count == 2600
     assert found.variants[1].mean == pytest.approx(2500 / 2600)
+
+
+# --- intervals end where what can be ends -------------------------------------------------------
+
+COUNTS = st.integers(2, 300)
+
+
+@settings(deadline=None, max_examples=25)
+@given(count=COUNTS, shares=st.tuples(st.floats(0, 1), st.floats(0, 1)))
+def test_intervals_of_shares_stay_within_what_shares_and_their_differences_can_be(
+    count: int, shares: tuple[float, float]
+) -> None:
+    [outcome] = result(flag(*(round(share * count) for share in shares), count=count)).outcomes
+    for variant in outcome.variants:
+        assert variant.interval is not None
+        assert 0 <= variant.interval[0] <= variant.interval[1] <= 1
+    [comparison] = outcome.comparisons
+    if comparison.interval is not None and comparison.difference is not None:
+        low, high = comparison.interval
+        assert -1 <= low <= comparison.difference <= high <= 1
+
+
+@settings(deadline=None, max_examples=25)
+@given(count=COUNTS, means=st.tuples(st.floats(0, 10), st.floats(0, 10)))
+def test_intervals_of_numbers_end_at_their_least_where_they_have_one(
+    count: int, means: tuple[float, float]
+) -> None:
+    [free] = result(number(*means, count=count)).outcomes
+    [bound] = result(number(*means, count=count, least=0.0)).outcomes
+    for wide, cut in zip(free.variants, bound.variants, strict=True):
+        assert wide.interval is not None
+        assert cut.interval == (max(wide.interval[0], 0.0), wide.interval[1])
+    assert free.comparisons == bound.comparisons  # a difference may have either sign
+
+
+def test_a_number_without_a_least_may_lie_below_zero() -> None:
+    [outcome] = result(number(0.0, 0.1, count=100)).outcomes
+    assert outcome.variants[0].interval is not None
+    assert outcome.variants[0].interval[0] < 0
