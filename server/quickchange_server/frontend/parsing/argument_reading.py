@@ -161,7 +161,7 @@ def _expression(characters: Characters) -> Generator[None, str, tuple[str, bool]
 
 
 def parameters(
-    characters: Characters, told: ToldCalls, name: str, form: Parameters, close: str
+    characters: Characters, told: ToldCalls, name: str, form: ParameterForm, close: str
 ) -> Reading:
     """Read parameters up to the text that closes their call, which stays.
 
