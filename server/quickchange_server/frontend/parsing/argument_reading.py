@@ -16,7 +16,7 @@ from quickchange_server.frontend.parsing.argument_values import (
 )
 from quickchange_server.frontend.parsing.characters import Characters, NoCallError, Reading
 from quickchange_server.frontend.parsing.stop_strings import StopScanner
-from quickchange_server.frontend.parsing.tool_forms import KEY, Parameters
+from quickchange_server.frontend.parsing.tool_forms import KEY, ParameterForm
 
 _OPENING, _CLOSING = "{[(", "}])"
 
@@ -194,7 +194,7 @@ def parameters(
 
 
 def _key(
-    characters: Characters, form: Parameters
+    characters: Characters, form: ParameterForm
 ) -> Generator[None, str, tuple[str, Literal["text", "json", "either"] | None]]:
     """A parameter's key, and what the text behind it makes of the value; None: there is none."""
     key = ""

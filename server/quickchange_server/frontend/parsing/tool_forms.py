@@ -47,7 +47,7 @@ class NamedCall:
     keyword arguments up to a bracket, or parameters."""
 
     middle: str
-    arguments: Literal["json", "python"] | Parameters
+    arguments: Literal["json", "python"] | ParameterForm
 
 
 @dataclass(frozen=True, slots=True)
