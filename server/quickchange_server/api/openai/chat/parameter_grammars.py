@@ -8,7 +8,7 @@ from typing import Any
 
 from quickchange_server.api.openai.chat.lark_rules import LarkRules, json_rule, pattern
 from quickchange_server.frontend.parsing.argument_values import TEXT, resolved, types_of
-from quickchange_server.frontend.parsing.tool_forms import KEY
+from quickchange_server.frontend.parsing.tool_forms import KEY, ParameterForm
 
 Json = dict[str, Any]
 
