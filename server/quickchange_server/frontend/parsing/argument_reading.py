@@ -16,7 +16,7 @@ from quickchange_server.frontend.parsing.argument_values import (
 )
 from quickchange_server.frontend.parsing.characters import Characters, NoCallError, Reading
 from quickchange_server.frontend.parsing.stop_strings import StopScanner
-from quickchange_server.frontend.parsing.tool_forms import KEY, ParameterForm
+from quickchange_server.frontend.parsing.tool_forms import KEY, ParameterMarks
 
 _OPENING, _CLOSING = "{[(", "}])"
 
@@ -161,7 +161,7 @@ def _expression(characters: Characters) -> Generator[None, str, tuple[str, bool]
 
 
 def parameters(
-    characters: Characters, told: ToldCalls, name: str, form: ParameterForm, close: str
+    characters: Characters, told: ToldCalls, name: str, form: ParameterMarks, close: str
 ) -> Reading:
     """Read parameters up to the text that closes their call, which stays.
 
@@ -194,7 +194,7 @@ def parameters(
 
 
 def _key(
-    characters: Characters, form: ParameterForm
+    characters: Characters, form: ParameterMarks
 ) -> Generator[None, str, tuple[str, Literal["text", "json", "either"] | None]]:
     """A parameter's key, and what the text behind it makes of the value; None: there is none."""
     key = ""

@@ -8,7 +8,7 @@ from typing import Any
 
 from quickchange_server.api.openai.chat.lark_rules import LarkRules, json_rule, pattern
 from quickchange_server.frontend.parsing.argument_values import TEXT, resolved, types_of
-from quickchange_server.frontend.parsing.tool_forms import KEY, ParameterForm
+from quickchange_server.frontend.parsing.tool_forms import KEY, ParameterMarks
 
 Json = dict[str, Any]
 
@@ -17,7 +17,7 @@ _ROOT_KEYS = {"type", "properties", "required", "additionalProperties", "$ref", 
 _TEXT_KEYS = frozenset({"type", "enum", "const", "minLength", "maxLength", "pattern"})
 _MIXED_KEYS = frozenset({"type"})
 _WRITABLE = re.compile(r"[\w-]+")
-_KEYWORDS = ParameterForm("", (("=", "json"),), "", ", ")  # Python's
+_KEYWORDS = ParameterMarks("", (("=", "json"),), "", ", ")  # Python's
 _ANY_KEY = "/[a-zA-Z_][a-zA-Z0-9_]*/"
 
 
@@ -30,7 +30,7 @@ class UnkeptError(Exception):
 
 
 def parameters_rule(
-    rules: LarkRules, form: ParameterForm | None, schema: Any, *, kept: bool
+    rules: LarkRules, form: ParameterMarks | None, schema: Any, *, kept: bool
 ) -> str:
     """The rule of parameters of a schema; form None: Python's keyword arguments.
 
@@ -40,7 +40,7 @@ def parameters_rule(
 
 
 class _ParametersRule:
-    def __init__(self, rules: LarkRules, form: ParameterForm | None, root: Any) -> None:
+    def __init__(self, rules: LarkRules, form: ParameterMarks | None, root: Any) -> None:
         self._rules = rules
         self._python = form is None
         self._form = form or _KEYWORDS
