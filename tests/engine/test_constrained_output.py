@@ -31,7 +31,7 @@ from quickchange_server.engine.engine import Engine
 from quickchange_server.frontend.parsing.tool_forms import (
     JsonCall,
     NamedCall,
-    Parameters,
+    ParameterMarks,
     ToolForm,
 )
 from quickchange_server.frontend.parsing.tool_parser import ToolReader
@@ -411,7 +411,7 @@ FORMS = {
     "json": ToolForm(JsonCall(("a",), ("b",)), open="-a-", close=".b."),
     "named": ToolForm(NamedCall(":", "json"), begin="[", open="-", close=".", end="]"),
     "parameters": ToolForm(
-        NamedCall(":", Parameters("[", ((".", "either"),), "]")), open="-a-", close=".b."
+        NamedCall(":", ParameterMarks("[", ((".", "either"),), "]")), open="-a-", close=".b."
     ),
 }
 TOOLS = [

@@ -136,6 +136,34 @@ def test_openais_library_reads_the_calls(live: Live) -> None:
     assert call.function.name == "weather"
 
 
+def test_openais_library_joins_the_pieces_of_calls(tmp_path: Path) -> None:
+    text = f"One moment. {CALL}\n{CALL.replace('Porto', 'Faro')}"
+    with (
+        live_server(tmp_path, says(text), byte_text(MARKED)) as live,
+        openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0) as client,
+        client.chat.completions.stream(model=BASE, messages=ASK, tools=[WEATHER]) as stream,  # type: ignore[arg-type, list-item]
+    ):
+        grown = [event for event in stream if event.type == "tool_calls.function.arguments.delta"]
+        done = stream.get_final_completion().choices[0]
+    assert done.finish_reason == "tool_calls"
+    assert (done.message.content or "").strip() == "One moment."
+    told = [call.function.arguments for call in done.message.tool_calls or []]
+    assert told == ['{"city": "Porto"}', '{"city": "Faro"}']
+    assert len(grown) > 10
+
+
+def test_no_special_token_but_those_of_calls_is_told(tmp_path: Path) -> None:
+    told = (START, *b"Hm.", START, *b'call\n{"name": "time", "arguments": {}}</call>', END)
+    with live_server(tmp_path, Behaviour(says=told), byte_text(SPECIAL)) as live:
+        message = choice(live)["message"]
+    assert message["content"] == "<|im_start|>Hm."  # it may begin a call, and is none
+    told = (START, *b"Hm. ", *CALL.encode(), END)
+    with live_server(tmp_path / "other", Behaviour(says=told), byte_text(MARKED)) as live:
+        message = choice(live)["message"]
+    assert message["content"] == "Hm."
+    assert len(message["tool_calls"]) == 1
+
+
 def test_one_call_at_most_where_parallel_calls_are_off(tmp_path: Path) -> None:
     with live_server(tmp_path, says(CALL + CALL), byte_text(MARKED)) as live:
         assert len(choice(live)["message"]["tool_calls"]) == 2
