@@ -9,7 +9,7 @@ import pytest
 
 from quickchange_server.errors import InvalidRequestError, NotFoundError
 from quickchange_server.storage.database import Database
-from quickchange_server.storage.responses import stored_responses
+from quickchange_server.storage.responses import stored_responses, tables_responses
 from quickchange_server.storage.responses.stored_responses import Kept, StoredResponses
 from quickchange_server.storage.responses.tables_responses import Owner
 
@@ -124,7 +124,7 @@ def test_a_tenants_oldest_go_beyond_its_bytes(database_url: str) -> None:
 def test_a_sweep_goes_on_until_all_that_has_expired_is_gone(
     database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stored_responses.table, "SWEPT_AT_ONCE", 3)
+    monkeypatch.setattr(tables_responses, "SWEPT_AT_ONCE", 3)
 
     async def work(store: StoredResponses, clock: Clock) -> None:
         ids = [f"r{number}" for number in range(10)]

@@ -66,7 +66,7 @@ def sent(live: Live, journal: Path, **fields: Any) -> str:
     """The prompt that a body becomes."""
     response = live.post("/v1/responses", {"model": BASE, **fields})
     assert response.status_code == 200, response.text
-    prompt = entries(journal, "Submit")[-1]["prompt"]
+    prompt: Any = entries(journal, "Submit")[-1]["prompt"]
     return bytes(token for token in prompt if token < 256).decode()
 
 
@@ -268,7 +268,7 @@ def test_a_schema_constrains_the_text(live: Live, journal: Path) -> None:
     text = {"format": {"type": "json_schema", "name": "it", "schema": schema}, "verbosity": "low"}
     response = live.post("/v1/responses", {"model": BASE, "input": "?", "text": text})
     assert response.status_code == 200, response.text
-    constraint = entries(journal, "Submit")[-1]["constraint"]
+    constraint: Any = entries(journal, "Submit")[-1]["constraint"]
     assert json.loads(constraint["source"] if isinstance(constraint, dict) else constraint[1]) == (
         schema
     )

@@ -89,7 +89,8 @@ def test_reasoning_is_given_back_to_the_template(live: Live, journal: Path) -> N
     output = answered(live)["output"]
     for items in (output, [output[0], {**output[1], "content": "Four."}]):
         answered(live, input=[{"role": "user", "content": "2 + 2?"}, *items])
-        prompt = bytes(t for t in entries(journal, "Submit")[-1]["prompt"] if t < 256).decode()
+        ids: Any = entries(journal, "Submit")[-1]["prompt"]
+        prompt = bytes(token for token in ids if token < 256).decode()
         assert THOUGHT in prompt
         assert prompt.index(THOUGHT) < prompt.index(SAID)
     answered(live, input=[{"role": "user", "content": "?"}, output[0]])  # alone, it is answered too

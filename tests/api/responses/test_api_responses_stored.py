@@ -51,7 +51,7 @@ def made(live: Live, **fields: Any) -> Any:
 
 
 def prompt_of(folder: Path) -> str:
-    prompt = entries(folder / "journal", "Submit")[-1]["prompt"]
+    prompt: Any = entries(folder / "journal", "Submit")[-1]["prompt"]
     return bytes(token for token in prompt if token < 256).decode()
 
 

@@ -54,8 +54,7 @@ class ResponseWork:
 
     async def cancel(self) -> Json:
         """End what still runs. Returns the response, which is kept."""
-        if self.keeping is not None:
-            self.keeping.store.end(self.keeping.owner, self.id)
+        self._leave()
         self._last = list(self.writer.cut())
         self._cancelled.set()
         self.object.chat.generation.close()
@@ -83,22 +82,28 @@ class ResponseWork:
                         yield self._life("in_progress", self.so_far())
                     for told in self._push(piece):
                         yield self._numbered(told)
-            if not self._cancelled.is_set():
-                response = await self._completed()
-                yield self._life(response["status"], response)
         except QuickchangeError as error:
+            self._leave()
             if not begun:
                 raise
             for told in self.writer.cut():
                 yield self._numbered(told)
             yield self._life("failed", await self._keep(self._told("failed", error)))
+            return
         finally:
-            if self.keeping is not None:
-                self.keeping.store.end(self.keeping.owner, self.id)
+            self._leave()
         if self._cancelled.is_set():
             for told in self._last:
                 yield self._numbered(told)
             yield self._life("incomplete", self._told("cancelled"))
+        else:
+            response = await self._completed()
+            yield self._life(response["status"], response)
+
+    def _leave(self) -> None:
+        """From here on it can't be cancelled."""
+        if self.keeping is not None:
+            self.keeping.store.end(self.keeping.owner, self.id)
 
     def failure(self, error: QuickchangeError) -> Json:
         """The event that ends a stream which nothing else could."""

@@ -50,7 +50,6 @@ class Context:
     items: Sequence[ContextItem]
     places: Sequence[str]  # of each item: the body's field that it came from
     continued: tuple[str, ...] = ()  # ids of the responses before it, the nearest first
-    earlier: Sequence[Json] = ()  # items of those, as they were stored
     own: int = 0  # items of the body's own input, the last ones
 
     def stored_input(self, response_id: str) -> list[Json]:
@@ -96,7 +95,6 @@ async def context_of(store: StoredResponses | None, owner: Owner, body: Response
             *(f"input[{index}]" for index in range(len(own))),
         ],
         continued=tuple(turn.id for turn in reversed(turns)),
-        earlier=earlier,
         own=len(own),
     )
 
