@@ -17,11 +17,11 @@ from quickchange_server.api.anthropic.message_blocks import ToolResultBlock, Too
 from quickchange_server.api.anthropic.message_requests import (
     CountRequest,
     MessageRequest,
+    MessageSender,
     MessageTool,
     MessageToolChoice,
     OutputConfig,
     OutputFormat,
-    Sender,
     Thinking,
 )
 from quickchange_server.api.openai.chat.chat_requests import ChatRequest, Message
@@ -76,7 +76,7 @@ BODIES: list[type[BaseModel]] = [
 
 ANTHROPICS: list[type[BaseModel]] = [
     *(MessageRequest, CountRequest, Turn, MessageTool, MessageToolChoice, Thinking),
-    *(OutputConfig, OutputFormat, Sender, ToolUseBlock, ToolResultBlock),
+    *(OutputConfig, OutputFormat, MessageSender, ToolUseBlock, ToolResultBlock),
 ]
 
 

@@ -5,6 +5,7 @@ import json
 import os
 
 from huggingface_hub import InferenceClient
+from huggingface_hub.errors import ValidationError
 
 URL, MODEL, ADAPTER = (os.environ[name] for name in ("URL", "MODEL", "ADAPTER"))
 client = InferenceClient(base_url=URL, timeout=300)  # it names "dummy" as the model
@@ -50,6 +51,21 @@ pieces = list(client.text_generation("Once upon a time", max_new_tokens=8, strea
 assert "".join(pieces) == whole.generated_text, pieces
 tuned = client.text_generation("Once upon a time", max_new_tokens=8, adapter_id=ADAPTER)
 assert tuned != whole.generated_text, tuned
+
+regex = {"type": "regex", "value": "[ab]{3}"}
+for grammar, fits in ((regex, "ab"), ({"type": "json", "value": SCHEMA}, None)):
+    text = client.text_generation("Order:", grammar=grammar, max_new_tokens=200)
+    assert set(text) <= set(fits) if fits else json.loads(text)["size"], text
+top = client.text_generation("Once", max_new_tokens=3, details=True, top_n_tokens=2).details
+assert [len(tokens) for tokens in top.top_tokens] == [2, 2, 2], top
+told = client.text_generation("Once", max_new_tokens=3, details=True, top_n_tokens=2, stream=True)
+assert [len(event.top_tokens) for event in told] == [2, 2, 2]
+try:
+    client.text_generation("Hello", max_new_tokens=10_000_000)
+    refused = None
+except ValidationError as error:
+    refused = error
+assert "max_new_tokens" in str(refused), refused
 
 try:
     client.chat_completion(ASK, model="nobody", max_tokens=5)

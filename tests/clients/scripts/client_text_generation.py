@@ -7,7 +7,7 @@ import os
 
 from text_generation import AsyncClient, Client
 from text_generation.errors import ValidationError
-from text_generation.types import Message, Tool
+from text_generation.types import Grammar, GrammarType, Message, Tool
 
 URL = os.environ["URL"]
 client = Client(URL, timeout=300)
@@ -20,6 +20,12 @@ asked = AsyncClient(URL, timeout=300).generate("Once upon a time", max_new_token
 assert asyncio.run(asked).generated_text == answer.generated_text
 full = client.generate("Once", max_new_tokens=8, do_sample=True, seed=3, return_full_text=True)
 assert full.generated_text.startswith("Once"), full
+
+grammar = Grammar(type=GrammarType.Regex, value="[ab]{3}")
+text = client.generate("Order:", grammar=grammar, max_new_tokens=60).generated_text
+assert set(text) <= set("ab"), text
+top = client.generate("Once", max_new_tokens=3, top_n_tokens=2).details.top_tokens
+assert [len(tokens) for tokens in top] == [2, 2, 2], top
 
 ask = [Message(role="user", content="Order a small hose.")]
 chat = client.chat(ask, max_tokens=8, temperature=0)  # it names "tgi" as the model
