@@ -21,7 +21,7 @@ from quickchange_server.api.anthropic.message_requests import (
     MessageToolChoice,
     OutputConfig,
     OutputFormat,
-    Sender,
+    MessageSender,
     Thinking,
 )
 from quickchange_server.api.openai.chat.chat_requests import ChatRequest, Message
@@ -76,7 +76,7 @@ BODIES: list[type[BaseModel]] = [
 
 ANTHROPICS: list[type[BaseModel]] = [
     *(MessageRequest, CountRequest, Turn, MessageTool, MessageToolChoice, Thinking),
-    *(OutputConfig, OutputFormat, Sender, ToolUseBlock, ToolResultBlock),
+    *(OutputConfig, OutputFormat, MessageSender, ToolUseBlock, ToolResultBlock),
 ]
 
 
