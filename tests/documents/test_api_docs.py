@@ -17,11 +17,11 @@ from quickchange_server.api.anthropic.message_blocks import ToolResultBlock, Too
 from quickchange_server.api.anthropic.message_requests import (
     CountRequest,
     MessageRequest,
+    MessageSender,
     MessageTool,
     MessageToolChoice,
     OutputConfig,
     OutputFormat,
-    MessageSender,
     Thinking,
 )
 from quickchange_server.api.openai.chat.chat_requests import ChatRequest, Message
