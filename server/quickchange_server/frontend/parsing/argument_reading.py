@@ -172,13 +172,14 @@ def parameters(
         separator = form.separator if members is not None and members.count else ""
         before = separator + form.open
         options = [text for text in (close, before, form.open) if text.strip()]
-        found = yield from characters.match(*options)
+        found = yield from characters.match(*options, cut=members is not None)
         if found is None and before.strip():
             break
         members = members or _Members(told, name)
         if found is not None and options[found] == close:
+            members.close()
             characters.put_back(close)
-            break
+            return
         key, kind = yield from _key(characters, form)
         if kind is None:
             break

@@ -54,7 +54,7 @@ class _ParametersRule:
         properties = schema.get("properties")
         properties = properties if isinstance(properties, dict) else {}
         if not kept or (not properties and schema.get("additionalProperties") is not False):
-            if not self._python and KEY not in self._form.close:
+            if KEY not in self._form.close:
                 return self._any()
             properties = dict.fromkeys(properties, True) if not kept else properties
         required = schema.get("required", ()) if kept else ()
@@ -68,10 +68,10 @@ class _ParametersRule:
     def _any(self) -> str:
         """Any parameters at all."""
         form, rules = self._form, self._rules
-        value = self._text_value("(?s:.*)", close=form.close)
+        value = json_rule({}) if self._python else self._text_value("(?s:.*)", close=form.close)
         middle = rules.literal(form.middles[0][0])
         item = rules.add(f"{rules.literal(form.open)} {_ANY_KEY} {middle} {value}")
-        separator = rules.literal(form.separator.strip())
+        separator = rules.literal(form.separator)
         return rules.add(f"({item} ({separator} {item})*)?")
 
     def _row(self, items: Sequence[tuple[str, bool]]) -> str:
