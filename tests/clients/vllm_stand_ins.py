@@ -60,7 +60,6 @@ OPTIONS: dict[str, tuple[int, str | None]] = {
     "--enable-tokenizer-info-endpoint": (0, None),
     "--enable-server-load-tracking": (0, None),
     "--enable-per-request-metrics": (0, None),
-    "--max-logprobs": (1, "--max-logprobs"),
     "--seed": (1, None),
     "--port": (1, None),
     "--trust-remote-code": (0, None),
@@ -152,6 +151,7 @@ class _Environment:
 
 
 def _get_tokenizer(tokenizer_name: str, **_: Any) -> Any:
+    del tokenizer_name
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(MODEL)
@@ -212,6 +212,7 @@ class RemoteOpenAIServer:
         max_wait_seconds: float | None = None,
         override_hf_configs: dict[str, Any] | None = None,
     ) -> None:
+        del env_dict, seed, auto_port, max_wait_seconds  # nothing here needs them
         if override_hf_configs is not None:
             not_applicable("another configuration of the model")
         arguments, adapters = _translated([*vllm_serve_args])

@@ -45,6 +45,7 @@ MAX_COMPONENTS = 32  # adapters in one composition
 MOST_WEIGHT = 1_000.0
 MAX_PATH = 4_096  # characters of a folder's path, as in Linux
 MAX_BIASES = 10_000
+MAX_SHOWN = 20  # wrong entries that a message tells, and characters of each
 MAX_LISTED_IDS = 10_000  # in stop_token_ids
 MAX_ALLOWED_IDS = 2**18  # no fewer than a vocabulary's
 MAX_BAD_WORDS = 128
@@ -254,15 +255,27 @@ def check_bias(value: Any) -> dict[int, float]:
         raise PydanticCustomError(
             "logit_bias", "has more than {most} tokens; bias fewer", {"most": MAX_BIASES}
         )
-    biases: dict[int, float] = {}
-    for token_id, bias in value.items():
-        number = isinstance(bias, (int, float)) and not isinstance(bias, bool)
-        if not (token_id.isascii() and token_id.isdecimal() and len(token_id) < 10):
-            raise PydanticCustomError("logit_bias", "its keys must be token ids in decimal digits")
-        if not (number and -100 <= bias <= 100):
-            raise PydanticCustomError("logit_bias", "its values must be numbers from -100 to 100")
-        biases[int(token_id)] = float(bias)
-    return biases
+    _refuse_entries(
+        [key for key in value if not (key.isascii() and key.isdecimal() and len(key) < 10)],
+        "its keys must be token ids in decimal digits, unlike",
+    )
+    _refuse_entries(
+        [key for key, bias in value.items() if not _is_bias(bias)],
+        "its values must be numbers from -100 to 100, unlike that of",
+    )
+    return {int(token_id): float(bias) for token_id, bias in value.items()}
+
+
+def _is_bias(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and -100 <= value <= 100
+
+
+def _refuse_entries(keys: list[str], problem: str) -> None:
+    """Raise for these entries of a logit_bias, which are told, the first of many."""
+    if keys:
+        shown = ", ".join(repr(key[:MAX_SHOWN]) for key in keys[:MAX_SHOWN])
+        raise PydanticCustomError("logit_bias", "{problem}", {"problem": f"{problem} {shown}"})
 
 
 BadWord = Annotated[str, Field(max_length=MAX_STOP_LENGTH), AfterValidator(check_word)]

@@ -348,8 +348,8 @@ class Text:
             name = "" if known is None else f" ({known!r})"
             remedy = "" if known is None else f", and leave out the text {known!r}"
             raise InvalidRequestError(
-                f"{param}: token id {wrong}{name} is not in the model's vocabulary; "
-                f"use ids from 0 to {self.vocab_size - 1}{remedy}",
+                f"{param}: token id {wrong}{name} is out of vocabulary: the model has "
+                f"{self.vocab_size} tokens; use ids from 0 to {self.vocab_size - 1}{remedy}",
                 param=param,
             )
 

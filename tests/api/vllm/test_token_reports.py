@@ -233,3 +233,19 @@ def test_special_tokens_can_be_left_out(live: Live) -> None:
     asked = body(COMPLETION, add_special_tokens=False, return_token_ids=True)
     (choice,) = live.post(COMPLETION, asked).json()["choices"]
     assert choice["prompt_token_ids"] == list(PROMPT.encode())
+
+
+def test_all_wrong_entries_of_a_bias_are_told(live: Live) -> None:
+    keys = {"bad1": 1.0, "7": 1.0, "bad2": 1.0}
+    message = live.post(COMPLETION, body(COMPLETION, logit_bias=keys)).json()["error"]["message"]
+    assert "'bad1', 'bad2'" in message
+    assert "'7'" not in message
+    values = {"7": "x", "8": 1.0, "9": 101}
+    message = live.post(COMPLETION, body(COMPLETION, logit_bias=values)).json()["error"]["message"]
+    assert "'7', '9'" in message
+
+
+def test_a_token_out_of_vocabulary_is_told_with_its_size(live: Live) -> None:
+    refused = live.post(COMPLETION, body(COMPLETION, logit_bias={"999": 1.0})).json()["error"]
+    assert "999" in refused["message"]
+    assert "258" in refused["message"]
