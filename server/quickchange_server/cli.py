@@ -246,11 +246,12 @@ def completion(
 ) -> None:
     """Print a script that completes commands and options in a shell.
 
-    bash: quickchange completion bash > ~/.local/share/bash-completion/completions/quickchange
+    Write it to the file where the shell looks for it; DIR is a folder of zsh's $fpath:
 
-    zsh: quickchange completion zsh > DIR/_quickchange, where DIR is a folder of $fpath
-
-    fish: quickchange completion fish > ~/.config/fish/completions/quickchange.fish
+    \b
+    bash  ~/.local/share/bash-completion/completions/quickchange
+    zsh   DIR/_quickchange
+    fish  ~/.config/fish/completions/quickchange.fish
     """
     from typer.completion import get_completion_script  # type: ignore[attr-defined]
 

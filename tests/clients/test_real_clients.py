@@ -35,7 +35,8 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     template.unlink(missing_ok=True)
     template.write_text(MARKED)
     write_adapters(base, folder, [ADAPTER], AdapterSpec(rank=4))
-    own = OwnServer(model=str(model), store=folder / "store")
+    stored = {"QUICKCHANGE_STORE_RESPONSES": "true"}  # for what clients refer to by its id
+    own = OwnServer(model=str(model), store=folder / "store", environment=stored)
     with own.running(folder / "server.log") as server:
         register(server.url, {ADAPTER: folder / ADAPTER})
         yield server.url

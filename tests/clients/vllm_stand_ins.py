@@ -102,6 +102,9 @@ class _Absent(type):
             raise AttributeError(name)
         return not_applicable(f"{cls.__name__}.{name}")
 
+    def __getitem__(cls, _: Any) -> Any:
+        return not_applicable(cls.__name__)
+
 
 class _StandIn(ModuleType):
     """A module whose unknown names are absent."""

@@ -20,7 +20,7 @@ from keys_support import keyed_server, make_key
 from text_support import byte_text
 from typer.core import TyperGroup
 
-from quickchange_server.cli import SUB_APPS
+from quickchange_server.cli import SUB_APPS, with_vllm_flags
 from quickchange_server.cli import app as quickchange
 from quickchange_server.config import Settings
 
@@ -123,7 +123,7 @@ def test_commands_parse(words: list[str], tmp_path: Path, monkeypatch: pytest.Mo
         Path(folder).mkdir(parents=True)
     for file in ("orders.jsonl", "held-out.jsonl"):
         Path(file).touch()
-    check_parses(words[1:])
+    check_parses(with_vllm_flags(words[1:]))
 
 
 @pytest.mark.parametrize("file", DOCUMENTS, ids=name_of)

@@ -28,7 +28,12 @@ from turbo_models import KV_BYTES, VOCABULARY, TurboModels, make_turbo_models
 from quickchange_server.api.openai.chat.tool_grammars import call_grammar
 from quickchange_server.api.openai.chat.tool_requests import Tool
 from quickchange_server.engine.engine import Engine
-from quickchange_server.frontend.parsing.tool_forms import JsonCall, ToolForm
+from quickchange_server.frontend.parsing.tool_forms import (
+    JsonCall,
+    NamedCall,
+    Parameters,
+    ToolForm,
+)
 from quickchange_server.frontend.parsing.tool_parser import ToolReader
 from quickchange_server.protocol import Component, Constraint, Delta, Drafting, Submit
 from quickchange_server.protocol import SamplingParams as Params
@@ -401,9 +406,14 @@ def test_a_cancelled_request_that_waits_for_its_grammar_is_gone(roomy: Engine) -
     assert roomy.step() is None
 
 
-FORM = ToolForm(
-    JsonCall(("a",), ("b",)), open="-a-", close=".b."
-)  # of this vocabulary's characters
+# Of this vocabulary's characters.
+FORMS = {
+    "json": ToolForm(JsonCall(("a",), ("b",)), open="-a-", close=".b."),
+    "named": ToolForm(NamedCall(":", "json"), begin="[", open="-", close=".", end="]"),
+    "parameters": ToolForm(
+        NamedCall(":", Parameters("[", ((".", "either"),), "]")), open="-a-", close=".b."
+    ),
+}
 TOOLS = [
     Tool.model_validate({"type": "function", "function": {"name": name, "parameters": parameters}})
     for name, parameters in {
@@ -420,10 +430,11 @@ TOOLS = [
 ]
 
 
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_a_demanded_call_is_read_back_and_the_same_with_drafts_for_every_seed(
-    roomy: Engine, cramped: Engine
+    roomy: Engine, cramped: Engine, form: ToolForm
 ) -> None:
-    constraint = Constraint("grammar", call_grammar(tiny_text(), FORM, TOOLS))
+    constraint = Constraint("grammar", call_grammar(tiny_text(), form, TOOLS))
     params = Params(
         max_tokens=60,
         temperature=3.0,
@@ -443,7 +454,7 @@ def test_a_demanded_call_is_read_back_and_the_same_with_drafts_for_every_seed(
     called = set()
     for said in plain.values():
         assert said.end == ("stop", None)
-        text, calls = ToolReader(FORM, schemas).push(written(said.tokens), final=True)
+        text, calls = ToolReader(form, schemas).push(written(said.tokens), final=True)
         assert text == ""
         (call,) = calls
         jsonschema.Draft202012Validator(schemas[call.name]).validate(json.loads(call.arguments))

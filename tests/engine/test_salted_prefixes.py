@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,19 @@ def cached_tokens(engine: Engine, salts: list[str]) -> list[int | None]:
 def test_a_prefix_is_found_again_under_the_same_salt_alone(path: Path) -> None:
     found = cached_tokens(make_engine(path), ["one", "two", "", "one", "two", ""])
     assert found == [0, 0, 0, 20, 20, 20]
+
+
+def test_a_requests_own_salt_parts_its_prefix_and_nothing_else(path: Path) -> None:
+    engine = make_engine(path)
+    drive = Driver(engine)
+    for index, (salt, own) in enumerate([("", "a"), ("", "b"), ("t", "a"), ("", ""), ("", "a")]):
+        engine.submit(replace(request(str(index), PROMPT, salt=salt), cache_salt=own))
+        drive.finish(str(index))
+    found = [drive.first[str(index)].cached_tokens for index in range(5)]
+    assert found == [0, 0, 0, 0, 20]
+    assert len({tuple(drive.tokens[str(index)]) for index in range(5)}) == 1
+    keys = {Sequence(replace(request("x", PROMPT), cache_salt=own), 0.0).key for own in "ab"}
+    assert len(keys) == 1
 
 
 def test_salts_do_not_change_what_is_generated(path: Path) -> None:

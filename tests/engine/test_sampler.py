@@ -398,3 +398,70 @@ def test_bfloat16_logits_are_sampled_in_float32() -> None:
 def test_logits_of_another_shape_are_refused() -> None:
     with pytest.raises(ValueError, match="vocabulary of 97"):
         Sampler(V, CPU).draw(torch.zeros(2, V), [row(params())]).results()
+
+
+# --- what vLLM's clients ask for besides --------------------------------------------------------
+
+
+@PROPERTY
+@given(
+    st.integers(0, 1000),
+    st.lists(st.lists(st.integers(0, V - 1), unique=True, max_size=9), min_size=1, max_size=4),
+    st.integers(0, 3),
+)
+def test_listed_logprobs_are_the_models_own_with_the_tokens_among_them(
+    seed: int, listed: list[list[int]], best: int
+) -> None:
+    logits = random_logits(seed, rows=len(listed))
+    rows = [row(params(logprobs=best, logprob_token_ids=ids, temperature=0.0)) for ids in listed]
+    own = torch.log_softmax(logits, dim=-1)
+    results = Sampler(V, CPU).draw(logits.clone(), rows).results()
+    for at, (result, ids) in enumerate(zip(results, listed, strict=True)):
+        assert isinstance(result, SampledToken)
+        assert result.logprobs is not None
+        token = int(logits[at].argmax())
+        told = dict(result.logprobs.top)
+        assert set(told) == ({*ids, token} if ids else set(own[at].topk(best).indices.tolist()))
+        assert told == {i: float(own[at, i]) for i in told}
+        values = [value for _, value in result.logprobs.top]
+        assert values == sorted(values, reverse=True)
+
+
+@PROPERTY
+@given(
+    st.integers(0, 1000),
+    st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=3), max_size=5),
+    st.lists(st.integers(0, 3), max_size=6),
+)
+def test_a_bad_words_last_token_is_suppressed_where_the_others_stand(
+    seed: int, runs: list[list[int]], output: list[int]
+) -> None:
+    logits = random_logits(seed)
+    expected = logits.clone()
+    for token in range(V):
+        after = [*output, token]
+        if any(after[len(after) - len(run) :] == run for run in runs if len(run) <= len(after)):
+            expected[0, token] = -math.inf
+    one = dataclasses.replace(row(params(bad_words=["x"]), output=output), bad_tokens=runs)
+    assert torch.equal(edited(logits, one), expected)
+
+
+def test_a_prompt_completes_no_bad_word() -> None:
+    logits = random_logits(0)
+    one = row(params(bad_words=["x"]), prompt=[7, 7], output=[])
+    one = dataclasses.replace(one, bad_tokens=[[7, 8]])
+    assert torch.equal(edited(logits, one), logits)
+
+
+def test_a_request_that_leaves_itself_no_token_is_at_fault() -> None:
+    rows = [
+        dataclasses.replace(
+            row(params(bad_words=["x"], temperature=0.0)), bad_tokens=[[i] for i in range(V)]
+        ),
+        row(params(temperature=0.0)),
+    ]
+    first, second = Sampler(V, CPU).draw(random_logits(2, rows=2), rows).results()
+    assert isinstance(first, RowError)
+    assert first.kind == "request"
+    assert "bad_words" in first.error
+    assert isinstance(second, SampledToken)

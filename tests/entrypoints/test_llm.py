@@ -552,3 +552,60 @@ def test_the_package_brings_in_nothing_by_itself() -> None:
     subprocess.run([sys.executable, "-c", told], check=True)
     with pytest.raises(ImportError, match="nothing"):
         from quickchange_server import nothing  # noqa: F401
+
+
+# --- tokens that may be chosen ------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def kept_greedy(
+    models: LlmModels, prompt: list[int], count: int, bad: list[list[int]], allowed: set[int] | None
+) -> list[int]:
+    """Greedy tokens by transformers alone, of those that are allowed and complete no bad run."""
+    output: list[int] = []
+    with models.reference.disable_adapter():
+        for _ in range(count):
+            ids = torch.tensor([[*prompt, *output]])
+            logits = models.reference(input_ids=ids, use_cache=False).logits[0, -1]
+            for token in range(len(logits)):
+                after = [*output, token]
+                complete = any(
+                    after[len(after) - len(run) :] == run for run in bad if len(run) <= len(after)
+                )
+                if complete or (allowed is not None and token not in allowed):
+                    logits[token] = float("-inf")
+            output.append(int(logits.argmax()))
+    return output
+
+
+def test_only_allowed_tokens_are_chosen(llm: LLM, models: LlmModels) -> None:
+    allowed = set(ids_of("abc xyz"))
+    params = SamplingParams(
+        temperature=0.0, max_tokens=12, ignore_eos=True, allowed_token_ids=allowed
+    )
+    free, kept = llm.generate(["Hello", "Hello"], [GREEDY, params])
+    assert kept.outputs[0].token_ids == kept_greedy(models, ids_of("Hello"), 12, [], allowed)
+    assert free.outputs[0].token_ids == kept_greedy(models, ids_of("Hello"), 12, [], None)
+
+
+def test_bad_words_are_kept_out(llm: LLM, models: LlmModels) -> None:
+    plain = llm.generate("Hello", GREEDY)[0].outputs[0].text
+    words = [plain[2:4], plain[5]]
+    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, bad_words=words)
+    found = llm.generate("Hello", params)[0].outputs[0]
+    runs = [ids_of(before + word) for word in words for before in ("", " ")]
+    bare = [ids_of(word.lstrip()) for word in words if word.strip()]
+    assert found.token_ids == kept_greedy(models, ids_of("Hello"), 12, bare, None), runs
+    assert not any(word.lstrip() in found.text for word in words if word.strip())
+
+
+def test_listed_tokens_have_their_logprobs_and_no_rank(llm: LLM) -> None:
+    listed = ids_of("qz")
+    params = SamplingParams(
+        temperature=0.0, max_tokens=3, ignore_eos=True, logprobs=0, logprob_token_ids=listed
+    )
+    found = llm.generate("Hello", params)[0].outputs[0]
+    assert found.logprobs is not None
+    for token, position in zip(found.token_ids, found.logprobs, strict=True):
+        assert set(position) == {token, *listed}
+        assert all(one.rank is None for one in position.values())

@@ -9,10 +9,12 @@ from chat_template_files import chat_template
 from hypothesis import given
 from hypothesis import strategies as st
 from text_support import CHAT_TEMPLATE, byte_text
+from tool_models import TEMPLATES
 from tool_templates import BARE, BROKEN, LISTED, MARKED, SPECIAL, TAGGED, TEXTUAL
 
 from quickchange_server.frontend.parsing.reasoning_parser import ReasoningFormat, ReasoningReader
 from quickchange_server.frontend.templates.chat_template import Rendering
+from quickchange_server.frontend.tokenizer import Text
 
 TAGS = ReasoningFormat("<think>", "</think>")
 FORMS = {
@@ -166,6 +168,71 @@ def test_a_thought_is_told_as_it_comes() -> None:
     reader = ReasoningReader(TAGS, opened=False)
     told = [reader.push(piece, final=False) for piece in ("<think>", "Let ", "me see", "</th")]
     assert [thought for thought, _ in told] == ["", "Let", " me see", ""]
+
+
+THINK = ("<think>", "</think>", "", "")
+PUBLIC = {  # models' own templates: begin, end, again, plain
+    "deepseek_r1_distill": THINK,
+    "deepseek_v3.2": THINK,
+    "gemma4": ("<|channel>thought", "<channel|>", "", ""),
+    "glm4.6": THINK,
+    "glm4.7": THINK,
+    "gpt_oss": (
+        "<|channel|>analysis<|message|>",
+        "<|end|>",
+        "<|start|>assistant",
+        "<|channel|>final<|message|>",
+    ),
+    "granite3.3": ("<think>", "</think>", "", "<response>"),
+    "lfm2.5": THINK,
+    "minimax_m2": THINK,
+    "qwen3": THINK,
+    "qwen3.5": THINK,
+    "seed_oss": ("<seed:think>", "</seed:think>", "", ""),
+    "solar_open": ("<|think|>", "<|end|>", "<|begin|>assistant", "<|content|>"),
+    "vllm_deepseekr1": THINK,
+    "vllm_deepseekv31": THINK,
+}
+
+
+def public(name: str) -> Text:
+    return byte_text((TEMPLATES / f"{name}.jinja").read_text())
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in TEMPLATES.glob("*.jinja")))
+def test_the_forms_of_models_own_templates(name: str) -> None:
+    form = public(name).reasoning_format
+    found = None if form is None else (form.begin, form.end, form.again, form.plain)
+    assert found == PUBLIC.get(name)
+
+
+WRITERS = (
+    "glm4.6",
+    "gpt_oss",
+    "lfm2.5",
+    "minimax_m2",
+    "qwen3",
+    "qwen3.5",
+    "seed_oss",
+    "solar_open",
+)
+WRITTEN = [(name, thought) for name in WRITERS for thought in ("Hm, 2.", "")]
+WRITTEN.remove(("minimax_m2", ""))  # its prompt begins a thought that this message lacks
+
+
+@pytest.mark.parametrize(("name", "thought"), WRITTEN)
+def test_what_a_models_own_template_writes_is_read_back(name: str, thought: str) -> None:
+    text = public(name)
+    form = text.reasoning_format
+    assert form is not None
+    prompt = text.render_chat(ASK)
+    answer = {"role": "assistant", "content": "Two.", "reasoning": thought}
+    whole = text.render_chat([*ASK, answer], how=Rendering(add_generation_prompt=False))
+    assert whole.startswith(prompt)
+    said = whole.removeprefix(prompt)
+    said = said[: said.index("Two.") + len("Two.")]
+    found = read(form, [said], opened=form.opened(prompt), closed=form.closed(prompt))
+    assert found[:2] == (thought, "Two.")
 
 
 @pytest.mark.parametrize("name", ["thinks_in_field", "thinks_in_parts", "thinks_in_channels"])

@@ -40,7 +40,7 @@ from quickchange_server.frontend.parsing.tool_forms import (
     OWN,
     JsonCall,
     NamedCall,
-    Parameters,
+    ParameterMarks,
     ToolForm,
 )
 
@@ -74,7 +74,7 @@ def learned(template: str) -> ToolForm | None:
         (
             TAGGED,
             ToolForm(
-                NamedCall(">", Parameters("<", ((">", "either"),), f"</{KEY}>")),
+                NamedCall(">", ParameterMarks("<", ((">", "either"),), f"</{KEY}>")),
                 open="<call name=",
                 close="</call>",
             ),

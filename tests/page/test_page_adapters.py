@@ -188,7 +188,7 @@ def test_an_adapter_is_uploaded_and_served(browser: Browser, own: Live, tmp_path
     opened(browser, own)
     upload(browser, "team/mine", folder)
     done(browser, "team/mine: version 1 is served now.")
-    assert cells(browser, "team/mine")["Version"] == "1"
+    browser.wait(lambda: "team/mine" in browser.texts("#adapter-table tbody th"))
     body = {"model": "team/mine", "prompt": "Hello", "max_tokens": 1}
     assert own.post("/v1/completions", body).status_code == 200
 
@@ -197,6 +197,7 @@ def test_turbo_heads_are_uploaded_as_well(browser: Browser, own: Live, tmp_path:
     opened(browser, own)
     upload(browser, "heads", write_medusa(tmp_path / "heads"))
     done(browser, "heads: version 1 is served now.")
+    browser.wait(lambda: "heads" in browser.texts("#adapter-table tbody th"))
     assert cells(browser, "heads")["Turbo"] == "2 tokens ahead, parallel"
 
 
@@ -223,7 +224,7 @@ def test_a_refused_upload_says_why_and_keeps_what_was_given(
     upload(browser, "mine", folder)
     assert "adapter_model.safetensors" in refused(browser)
     assert browser.one("dialog.ask input[data-field=name]").get_property("value") == "mine"
-    assert browser.texts("#adapter-table tbody th") == ["fast", "sql also best"]
+    browser.wait(lambda: browser.texts("#adapter-table tbody th") == ["fast", "sql also best"])
 
 
 def test_an_upload_without_files_is_not_sent(browser: Browser, own: Live) -> None:
@@ -244,7 +245,9 @@ def test_an_alias_is_made_for_a_version_with_turbo_heads(browser: Browser, own: 
     browser.choose("dialog.ask select[data-field=turbo]", "fast")
     submit(browser)
     done(browser, "prod points at sql@2 now.")
-    assert browser.texts("#adapter-table tbody th") == ["fast", "sql also best, prod"]
+    browser.wait(
+        lambda: browser.texts("#adapter-table tbody th") == ["fast", "sql also best, prod"]
+    )
     aliases = {each["id"]: each for each in own.http.get("/v1/aliases").json()["data"]}
     assert (aliases["prod"]["target"], aliases["prod"]["turbo"]) == ("sql@2", "fast")
 
@@ -280,7 +283,7 @@ def test_rolling_back_serves_the_version_before_unless_another_is_chosen(
     assert "sql serves version 3" in browser.text("dialog.ask p")
     submit(browser)
     done(browser, "sql: version 2 is served now.")
-    assert cells(browser, "sql")["Version"] == "2 (2 others)"
+    browser.wait(lambda: cells(browser, "sql")["Version"] == "2 (2 others)")
     press(browser, "Roll back sql")
     browser.choose("dialog.ask select[data-field=version]", "3")
     submit(browser)
@@ -299,7 +302,7 @@ def test_an_adapter_is_removed_when_it_was_confirmed_and_not_before(
     press(browser, "Remove fast")
     submit(browser)
     done(browser, "fast is removed.")
-    assert browser.texts("#adapter-table tbody th") == ["sql also best"]
+    browser.wait(lambda: browser.texts("#adapter-table tbody th") == ["sql also best"])
 
 
 def test_what_an_alias_holds_is_removed_after_the_alias(browser: Browser, own: Live) -> None:
@@ -323,4 +326,4 @@ def test_what_an_alias_holds_is_removed_after_the_alias(browser: Browser, own: L
     browser.choose("dialog.ask select[data-field=what]", "adapters/sql%401")
     submit(browser)
     done(browser, "sql@1 is removed.")
-    assert cells(browser, "sql")["Version"] == "3 (1 other)"
+    browser.wait(lambda: cells(browser, "sql")["Version"] == "3 (1 other)")

@@ -34,6 +34,7 @@ GENERATING = frozenset(
     {
         "/v1/completions",
         "/v1/chat/completions",
+        "/v1/messages",
         "/v1/responses",
         "/v1/embeddings",
         "/pooling",
@@ -178,6 +179,8 @@ class Fuzzer:
                     eased[name] = short
             if isinstance(eased.get("parameters"), dict):
                 eased["parameters"] = self._some(eased["parameters"], ())
+            if case.path == "/v1/messages":
+                eased["max_tokens"] = 2  # it must be given
             if "model" in eased:
                 eased["model"] = self._choice.choice(SERVED)
             case.body = eased

@@ -16,7 +16,14 @@ from quickchange_server.adapter_registry.importer import Imports
 from quickchange_server.adapter_registry.merged_adapters import Derived
 from quickchange_server.adapter_registry.resolver import Catalog, base_names
 from quickchange_server.api import error_responses, health, openapi_document, page
-from quickchange_server.api.admin import adapters, experiments, keys, replicas, usage
+from quickchange_server.api.admin import (
+    adapters,
+    experiments,
+    keys,
+    model_rewrites,
+    replicas,
+    usage,
+)
 from quickchange_server.api.anthropic import message_errors, message_routes
 from quickchange_server.api.app_state import VERSION, Services
 from quickchange_server.api.auth import CallerMiddleware
@@ -144,6 +151,7 @@ def create_app(
         sagemaker,
         adapters,
         experiments,
+        model_rewrites,
         keys,
         usage,
         replicas,

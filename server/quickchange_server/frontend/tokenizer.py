@@ -93,10 +93,14 @@ class Text:
         return None if form is None else replace(form, last=self._before_end(form.last))
 
     async def learn_reasoning(self) -> ReasoningFormat | None:
-        """`reasoning_format`, learned on a thread the first time: it takes a tenth of a second."""
-        if "reasoning_format" in vars(self):
-            return self.reasoning_format
-        return await self._on_thread(lambda: self.reasoning_format)
+        """`reasoning_format`. The first time what the template says of itself is learned, on a
+        thread: it takes some tenths of a second."""
+        if "reasoning_format" not in vars(self):
+            await self._on_thread(self._learn)
+        return self.reasoning_format
+
+    def _learn(self) -> None:
+        _ = self.template.takes, self.tool_form, self.reasoning_format
 
     def _before_end(self, text: str) -> str:
         """The text before an end-of-sequence token, which no answer's text contains."""

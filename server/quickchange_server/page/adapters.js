@@ -21,6 +21,7 @@ export function setUpAdapters() {
   const filter = byId("adapter-filter");
   const resident = byId("adapter-resident");
   let adapters = [];
+  let asked = 0; // lists so far
   let withBudgets = true; // false: the key may not read them
 
   byId("adapter-table").append(cardTable("Adapters", COLUMNS, body));
@@ -41,7 +42,10 @@ export function setUpAdapters() {
 
   const refresh = async () => {
     try {
-      adapters = (await get("v1/adapters")).data;
+      const turn = (asked += 1);
+      const { data } = await get("v1/adapters");
+      if (turn !== asked) return; // another was asked for since, and knows more
+      adapters = data;
       showRows();
       showTiers(byId("tiers"), await loadTiers());
       showProblem(byId("adapters-problem"), null);

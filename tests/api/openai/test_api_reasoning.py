@@ -126,6 +126,16 @@ def test_an_earlier_thought_stands_in_the_prompt(live: Live, journal: Path) -> N
         assert prompt.endswith("assistant\n<think>\nEasy.\n</think>\n\nTw")
 
 
+def test_thoughts_as_parts_of_a_content_are_thoughts(live: Live, journal: Path) -> None:
+    parts = [{"type": "thinking", "thinking": "Easy."}, {"type": "text", "text": "Tw"}]
+    last = {"role": "assistant", "content": parts}
+    message(live, messages=[*ASK, last], continue_final_message=True)
+    prompt = prompt_of(entries(journal, "Submit")[-1])
+    assert prompt.endswith("assistant\n<think>\nEasy.\n</think>\n\nTw")
+    refused = live.post(URL, {"model": BASE, "messages": [{"role": "user", "content": parts}]})
+    assert refused.json()["error"]["param"] == "messages[0].content"
+
+
 def test_a_last_thought_goes_on_as_a_thought(tmp_path: Path) -> None:
     text = byte_text(chat_template("thinks_always"))
     journal = tmp_path / "journal"

@@ -194,7 +194,7 @@ async def list_experiments(services: Injected, caller: Managing) -> Json:
 )
 async def results(name: str, services: Injected, caller: Managing) -> Json:
     """Statistics of the variants so far."""
-    experiment = _seen(services, caller, name)
+    experiment = seen(services, caller, name)
     return await results_of(services.database, experiment)
 
 
@@ -224,7 +224,7 @@ async def audit(
 )
 async def one_experiment(name: str, services: Injected, caller: Managing) -> Json:
     """One experiment: its definition, its state and its current shares."""
-    return _shown(_seen(services, caller, name), services)
+    return _shown(seen(services, caller, name), services)
 
 
 @router.patch(
@@ -235,7 +235,7 @@ async def one_experiment(name: str, services: Injected, caller: Managing) -> Jso
 )
 async def update(name: str, body: Change, services: Injected, caller: Managing) -> Json:
     """Change an experiment; only units whose share moved get another variant."""
-    before = _seen(services, caller, name).definition
+    before = seen(services, caller, name).definition
     _check_served(services, caller, body.apply(before), before)
     changed = await services.experiments.update(name, caller, body.apply, body.version)
     return _shown(changed, services)
@@ -246,7 +246,7 @@ async def update(name: str, body: Change, services: Injected, caller: Managing) 
 )
 async def delete(name: str, services: Injected, caller: Managing) -> Json:
     """Delete an experiment and its records; the audit trail stays."""
-    _seen(services, caller, name)
+    seen(services, caller, name)
     await services.experiments.delete(name, caller)
     return {"id": name, "object": "experiment.deleted", "deleted": True}
 
@@ -262,7 +262,7 @@ async def delete(name: str, services: Injected, caller: Managing) -> Json:
 )
 async def pause(name: str, services: Injected, caller: Managing) -> Json:
     """Serve the control to everybody for now, without counting it."""
-    _seen(services, caller, name)
+    seen(services, caller, name)
     return _shown(await services.experiments.pause(name, caller), services)
 
 
@@ -274,7 +274,7 @@ async def pause(name: str, services: Injected, caller: Managing) -> Json:
 )
 async def resume(name: str, services: Injected, caller: Managing) -> Json:
     """Resume a paused experiment; everybody gets their variant again."""
-    _seen(services, caller, name)
+    seen(services, caller, name)
     return _shown(await services.experiments.resume(name, caller), services)
 
 
@@ -286,7 +286,7 @@ async def resume(name: str, services: Injected, caller: Managing) -> Json:
 )
 async def stop(name: str, services: Injected, caller: Managing, body: Stop | None = None) -> Json:
     """End an experiment: everybody gets the winner, or the control."""
-    _seen(services, caller, name)
+    seen(services, caller, name)
     winner = None if body is None else body.winner
     return _shown(await services.experiments.stop(name, caller, winner), services)
 
@@ -298,7 +298,7 @@ async def stop(name: str, services: Injected, caller: Managing, body: Stop | Non
 )
 async def promote(name: str, body: Promote, services: Injected, caller: Managing) -> Json:
     """Point the experiment's alias at what a variant serves, atomically."""
-    _check_alias(services, caller, _seen(services, caller, name).definition.alias)
+    _check_alias(services, caller, seen(services, caller, name).definition.alias)
     return _moved(name, await services.promotions.promote(name, caller, body.variant))
 
 
@@ -307,7 +307,7 @@ async def promote(name: str, body: Promote, services: Injected, caller: Managing
 )
 async def roll_back(name: str, services: Injected, caller: Managing) -> Json:
     """Undo the last promotion: the alias points where it did before."""
-    promotions = _seen(services, caller, name).promotions
+    promotions = seen(services, caller, name).promotions
     _check_alias(services, caller, promotions[-1].alias if promotions else None)
     return _moved(name, await services.promotions.roll_back(name, caller))
 
@@ -323,7 +323,7 @@ async def roll_back(name: str, services: Injected, caller: Managing) -> Json:
 )
 async def outcomes(name: str, body: Outcomes, services: Injected, caller: Calling) -> Json:
     """Record outcomes of answers, all or none. The response comes after they are durable."""
-    experiment = _seen(services, caller, name)
+    experiment = seen(services, caller, name)
     given = [_reported(outcome, index) for index, outcome in enumerate(body.outcomes)]
     now = services.experiments.clock()
     kept = await services.database.write(
@@ -382,7 +382,7 @@ def _pointed(pointed: Pointed | None) -> Json | None:
     return None if pointed is None else asdict(pointed)
 
 
-def _seen(services: Services, caller: Caller, name: str) -> Experiment:
+def seen(services: Services, caller: Caller, name: str) -> Experiment:
     """The experiment. Raises UnknownModelError if there is none or the caller can't see it."""
     found = services.experiments.find(name) if caller.sees(name) else None
     if found is None:

@@ -21,6 +21,8 @@ _NAMES = (
     (re.compile(r"^stop\b(?=[:\[])"), "stop_sequences"),
     (re.compile(r"^parallel_tool_calls\b"), "tool_choice.disable_parallel_tool_use"),
 )
+THREAD = "thread"  # a field that Anthropic's library leaves out once it is told of by this code
+_DETAILS = {THREAD: {"error_code": "thread_unsupported_request", "unsupported": [THREAD]}}
 _KINDS = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -44,7 +46,10 @@ def failure(error: QuickchangeError, status: int | None = None) -> Json:
     for pattern, name in _NAMES:
         message = pattern.sub(name, message)
     kind = kind_of(error.status if status is None else status)
-    return {"type": "error", "error": {"type": kind, "message": shortened(message)}}
+    told: Json = {"type": kind, "message": shortened(message)}
+    if error.param in _DETAILS:
+        told["details"] = _DETAILS[error.param]
+    return {"type": "error", "error": told}
 
 
 def refusal(request: Request, error: QuickchangeError, status: int | None = None) -> Response:

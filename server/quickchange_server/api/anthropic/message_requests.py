@@ -18,6 +18,7 @@ from quickchange_server.api.anthropic.message_blocks import (
     Turn,
     system_text,
 )
+from quickchange_server.api.anthropic.message_errors import THREAD
 from quickchange_server.api.error_responses import from_validation
 from quickchange_server.api.openai.chat.chat_requests import (
     MAX_MESSAGES,
@@ -107,6 +108,8 @@ class MessageToolChoice(Body):
 class Thinking(Body):
     """Wishes about reasoning. How long it gets is up to the model."""
 
+    hints = frozenset({"block_binding"})
+
     type: Literal["enabled", "disabled", "adaptive", "between_tools"]
     budget_tokens: int | None = Field(None, ge=MIN_BUDGET)
     display: Literal["summarized", "omitted", "updates"] | None = None
@@ -151,12 +154,15 @@ class MessageBody(Cacheable):
     unsupported: ClassVar[Mapping[str, Unsupported]] = {
         "container": Unsupported("this server runs no code; remove it"),
         "mcp_servers": Unsupported("connect to them yourself, and give their tools", ([],)),
+        "compaction": Unsupported("shorten the messages yourself; remove it"),
+        THREAD: Unsupported("no conversations are kept here; send all of its messages"),
         "prompt": Unsupported("/v1/messages takes messages; send the text as one"),
     }
     # Wishes about cost, place and memory. None changes what is answered here.
     hints = frozenset(
         {"service_tier", "speed", "inference_geo", "user_profile_id", "workspace_id"}
         | {"diagnostics", "context_management", "betas", "fallbacks"}
+        | {"billing_policy", "fallback_credit_token"}
     )
 
     model: Annotated[Name, Field(min_length=1)]

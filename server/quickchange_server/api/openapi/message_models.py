@@ -10,9 +10,15 @@ from quickchange_server.frontend.request_base import FunctionName
 StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
 
 
+class UnsupportedDetails(ResponseModel):
+    error_code: Literal["thread_unsupported_request"]
+    unsupported: list[str]
+
+
 class MessageErrorDetails(ResponseModel):
     type: str
     message: str
+    details: UnsupportedDetails | None = None
 
 
 class MessageErrorBody(ResponseModel):

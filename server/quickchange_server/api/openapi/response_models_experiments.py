@@ -30,6 +30,16 @@ class ExperimentList(ResponseModel):
     data: list[ExperimentDocument]
 
 
+class ExportedRewrite(ResponseModel):
+    object: Literal["experiment.rewrite"]
+    rewrite: dict[str, Any]  # an InferenceModelRewrite
+    left_out: list[str]
+
+
+class ImportedRewrite(ExperimentList):
+    left_out: list[str]
+
+
 class DeletedExperiment(ResponseModel):
     id: str
     object: Literal["experiment.deleted"]

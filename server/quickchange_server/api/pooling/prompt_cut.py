@@ -12,9 +12,9 @@ from functools import partial
 from typing import Literal, TypeVar
 
 from quickchange_server.errors import InvalidRequestError
+from quickchange_server.frontend.context_length import CONTEXTS
 from quickchange_server.frontend.tokenizer import LONG_TEXT, USUAL_LENGTH, Text
 
-CONTEXTS = 4  # a text that is to be cut may be so many contexts long
 T = TypeVar("T")
 TruncationSide = Literal["left", "right"]
 

@@ -42,12 +42,17 @@ ValidText = Annotated[str, AfterValidator(check_text)]
 
 
 class LoadLora(Body):
+    # The LoRA syncer names the base; an adapter is checked against the one served, in any case.
+    hints = frozenset({"base_model_name", "is_3d_lora_weight"})
+
     lora_name: Name = Field(min_length=1)
     lora_path: str = Field(min_length=1, max_length=MAX_PATH)
     load_inplace: bool = False  # true: publish a new version if the name exists
 
 
 class UnloadLora(Body):
+    hints = frozenset({"lora_int_id"})
+
     lora_name: Name = Field(min_length=1)
 
 

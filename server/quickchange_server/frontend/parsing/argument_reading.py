@@ -16,7 +16,7 @@ from quickchange_server.frontend.parsing.argument_values import (
 )
 from quickchange_server.frontend.parsing.characters import Characters, NoCallError, Reading
 from quickchange_server.frontend.parsing.stop_strings import StopScanner
-from quickchange_server.frontend.parsing.tool_forms import KEY, Parameters
+from quickchange_server.frontend.parsing.tool_forms import KEY, ParameterMarks
 
 _OPENING, _CLOSING = "{[(", "}])"
 
@@ -161,7 +161,7 @@ def _expression(characters: Characters) -> Generator[None, str, tuple[str, bool]
 
 
 def parameters(
-    characters: Characters, told: ToldCalls, name: str, form: Parameters, close: str
+    characters: Characters, told: ToldCalls, name: str, form: ParameterMarks, close: str
 ) -> Reading:
     """Read parameters up to the text that closes their call, which stays.
 
@@ -172,13 +172,14 @@ def parameters(
         separator = form.separator if members is not None and members.count else ""
         before = separator + form.open
         options = [text for text in (close, before, form.open) if text.strip()]
-        found = yield from characters.match(*options)
+        found = yield from characters.match(*options, cut=members is not None)
         if found is None and before.strip():
             break
         members = members or _Members(told, name)
         if found is not None and options[found] == close:
+            members.close()
             characters.put_back(close)
-            break
+            return
         key, kind = yield from _key(characters, form)
         if kind is None:
             break
@@ -193,7 +194,7 @@ def parameters(
 
 
 def _key(
-    characters: Characters, form: Parameters
+    characters: Characters, form: ParameterMarks
 ) -> Generator[None, str, tuple[str, Literal["text", "json", "either"] | None]]:
     """A parameter's key, and what the text behind it makes of the value; None: there is none."""
     key = ""

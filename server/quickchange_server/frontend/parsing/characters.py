@@ -55,8 +55,8 @@ class Characters:
     def match(self, *options: str, cut: bool = False) -> Generator[None, str, int | None]:
         """The index of the longest option that the text goes on with, blanks apart.
 
-        None: of none, and nothing is consumed. `cut`: at the end of the text a part of an option is
-        taken for all of it.
+        None: of none, and nothing is consumed. `cut`: at the end of the text a part of one option,
+        and of no other, is taken for all of it.
         """
         wanted = ["".join(option.split()) for option in options]
         states = dict.fromkeys(range(len(wanted)), 0)
@@ -69,7 +69,7 @@ class Characters:
                 break
             character = yield from self.next()
             if not character:
-                if cut and best is None and taken.strip():
+                if cut and best is None and taken.strip() and len({wanted[i] for i in states}) == 1:
                     best, length = next(iter(states)), len(taken)
                 break
             taken += character

@@ -32,7 +32,7 @@ class JsonCall:
 
 
 @dataclass(frozen=True, slots=True)
-class Parameters:
+class ParameterMarks:
     """Arguments written one by one: `open` key `middle` value `close`."""
 
     open: str
@@ -47,7 +47,7 @@ class NamedCall:
     keyword arguments up to a bracket, or parameters."""
 
     middle: str
-    arguments: Literal["json", "python"] | Parameters
+    arguments: Literal["json", "python"] | ParameterMarks
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ class ToolForm:
         texts = [self.begin, self.open, self.close, self.separator, self.end]
         if isinstance(self.call, NamedCall):
             texts.append(self.call.middle)
-            if isinstance(parameters := self.call.arguments, Parameters):
+            if isinstance(parameters := self.call.arguments, ParameterMarks):
                 texts += [parameters.open, parameters.close, parameters.separator]
                 texts += [middle for middle, _ in parameters.middles]
         return tuple(text for text in texts if text)

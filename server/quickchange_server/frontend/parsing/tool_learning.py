@@ -21,7 +21,7 @@ from quickchange_server.frontend.parsing.tool_forms import (
     JsonCall,
     Middle,
     NamedCall,
-    Parameters,
+    ParameterMarks,
     ToolForm,
 )
 from quickchange_server.frontend.parsing.tool_parser import ToolReader
@@ -251,7 +251,7 @@ def _named_form(turns: _Turns) -> ToolForm | None:
     behind = None if first is None else first.tail.removeprefix(closes)
     if behind is not None and (second := _cut(behind, _SECOND)) is not None:
         between = second.head
-        opens = call.arguments.open if isinstance(call.arguments, Parameters) else ""
+        opens = call.arguments.open if isinstance(call.arguments, ParameterMarks) else ""
         middle = _alike(middle, second.first.removesuffix(opens))
     call = replace(call, middle=_owned(middle))
     tail = cut.tail.removeprefix(closes)
@@ -290,13 +290,13 @@ def _named_call(turns: _Turns, cut: _Cut) -> tuple[NamedCall | None, str]:
     opens = _common_end(cut.first, between)
     separator = between.removesuffix(opens)
     close = _common_start(cut.tail.replace(_KEYS[-1], KEY), separator)
-    form = Parameters(opens, ((middle, "either"),), close, separator.removeprefix(close))
+    form = ParameterMarks(opens, ((middle, "either"),), close, separator.removeprefix(close))
     known = None if not close.strip() or not middle.strip() else _with_kinds(turns, form)
     call = None if known is None else NamedCall(cut.first.removesuffix(opens), known)
     return call, close.replace(KEY, _KEYS[-1])
 
 
-def _with_kinds(turns: _Turns, form: Parameters) -> Parameters | None:
+def _with_kinds(turns: _Turns, form: ParameterMarks) -> ParameterMarks | None:
     """The form with the texts that stand before values of other types; None if those have another
     form altogether."""
     (middle, _), *_ = form.middles

@@ -159,6 +159,8 @@ class _Section:
         found = yield from self._characters.match(*options, cut=True)
         if found is not None:
             return options[found] != form.end
+        if self._characters.ended:
+            self._characters.drop()  # half of what goes on or ends
         if before.strip():
             return False
         follows = yield from self._characters.peek()

@@ -155,7 +155,7 @@ class ChatTemplate:
         if formed["role"] == "developer" and not self._knows_developer:
             formed["role"] = "system"
         content = formed.get("content")
-        texts, parts = self._takes(formed["role"])
+        texts, parts = self.takes.get(formed["role"], (True, False))
         if isinstance(content, list) and not parts:
             formed["content"] = "\n".join(part["text"] for part in content)
         elif isinstance(content, str) and content and not texts:
@@ -167,12 +167,10 @@ class ChatTemplate:
     def _knows_developer(self) -> bool:
         return re.search(r"""["']developer["']""", self.source) is not None
 
-    def _takes(self, role: str) -> tuple[bool, bool]:
-        """True, true if the template takes a content that is a text, or one that is parts."""
-        return self._takes_of.get(role, (True, False))
-
     @cached_property
-    def _takes_of(self) -> dict[str, tuple[bool, bool]]:
+    def takes(self) -> dict[str, tuple[bool, bool]]:
+        """For each usual role: true, true if it takes a content that is a text, one that is parts;
+        texts alone from other roles."""
         asked = {"role": "user", "content": _QUESTION}
         probes: dict[str, tuple[Sequence[dict[str, Any]], Sequence[dict[str, Any]]]] = {
             "system": ((), (asked,)),

@@ -102,9 +102,19 @@ def _one_thought(value: Any) -> Any:
     """A message's fields with its thought under one name; servers use several, all the same."""
     if not isinstance(value, dict):
         return value
-    thoughts = [text for text in map(value.get, _THOUGHTS) if isinstance(text, str)]
     kept = {name: one for name, one in value.items() if name not in _THOUGHTS[1:]}
-    return {**kept, "reasoning_content": thoughts[0]} if thoughts else kept
+    thoughts = [text for text in map(value.get, _THOUGHTS) if isinstance(text, str)][:1]
+    content = value.get("content")
+    if isinstance(content, list) and value.get("role") == "assistant":
+        kept["content"] = [part for part in content if not _is_thought(part)]
+        thoughts += [part["thinking"] for part in content if _is_thought(part)]
+    return {**kept, "reasoning_content": "\n".join(thoughts)} if thoughts else kept
+
+
+def _is_thought(part: Any) -> bool:
+    """True for a part of a content that is a thought, in Mistral's and Anthropic's form."""
+    thinks = isinstance(part, dict) and part.get("type") == "thinking"
+    return thinks and isinstance(part.get("thinking"), str)
 
 
 class Message(Body):

@@ -18,6 +18,7 @@ from quickchange_server.api.openai.chat.chat_requests import ChatRequest, chat_l
 from quickchange_server.api.openai.chat.chat_responses import ChatShape
 from quickchange_server.api.openai.chat.thoughts import Thoughts
 from quickchange_server.api.openai.chat.tool_calling import Calls, with_tools
+from quickchange_server.api.openai.request_selection import Order
 from quickchange_server.api.openai.responses import TokenReport
 from quickchange_server.api.openapi.response_models import (
     ChatCompletion,
@@ -74,11 +75,11 @@ async def begin_chat(
     Raises what `select`, `with_tools`, `Text.encode_chat` and `admit` raise.
     """
     order = request_selection.select(services, caller, body, headers)
+    form = await services.text.learn_reasoning()
     if body.tools:  # the checks of their schemas may take long
         order, calls = await asyncio.to_thread(with_tools, services.text, order)
     else:
         order, calls = with_tools(services.text, order)
-    form = await services.text.learn_reasoning()
     if form is not None:
         order = replace(order, shown=order.shown | services.text.special_of(form.marks))
     body = order.body
@@ -87,9 +88,7 @@ async def begin_chat(
     prompt = body.truncated(prompt, limit)
     thoughts = None if form is None else Thoughts.of(services.text, form, body, prompt)
     if thoughts is not None:
-        demanded = order.demanded or await request_selection.asked_of(body)
-        if demanded is not None:
-            order = replace(order, demanded=thoughts.before(services.text, demanded))
+        order = await _behind(services, thoughts, order)
     generation = await request_selection.admit(
         services,
         order,
@@ -100,6 +99,19 @@ async def begin_chat(
     )
     drafting = order.selection.drafting is not None
     return Chat(body, generation, drafting, calls, thoughts, prompt)
+
+
+async def _behind(
+    services: Services, thoughts: Thoughts, order: Order[ChatRequest]
+) -> Order[ChatRequest]:
+    """The order, and its shadows, with constraints that hold behind the thoughts."""
+    demanded = order.demanded or await request_selection.asked_of(order.body)
+    shadows = [(a, await _behind(services, thoughts, shadow)) for a, shadow in order.shadows]
+    return replace(
+        order,
+        demanded=None if demanded is None else thoughts.before(services.text, demanded),
+        shadows=tuple(shadows),
+    )
 
 
 async def chat_prompt(services: Services, body: ChatRequest, *, most: int, param: str) -> list[int]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from quickchange_server.api.openai.chat.lark_rules import LarkRules, json_rule, pattern
 from quickchange_server.frontend.parsing.argument_values import TEXT, resolved, types_of
-from quickchange_server.frontend.parsing.tool_forms import KEY, Parameters
+from quickchange_server.frontend.parsing.tool_forms import KEY, ParameterMarks
 
 Json = dict[str, Any]
 
@@ -17,7 +17,7 @@ _ROOT_KEYS = {"type", "properties", "required", "additionalProperties", "$ref", 
 _TEXT_KEYS = frozenset({"type", "enum", "const", "minLength", "maxLength", "pattern"})
 _MIXED_KEYS = frozenset({"type"})
 _WRITABLE = re.compile(r"[\w-]+")
-_KEYWORDS = Parameters("", (("=", "json"),), "", ", ")  # Python's
+_KEYWORDS = ParameterMarks("", (("=", "json"),), "", ", ")  # Python's
 _ANY_KEY = "/[a-zA-Z_][a-zA-Z0-9_]*/"
 
 
@@ -29,7 +29,9 @@ class UnkeptError(Exception):
         self.path = path
 
 
-def parameters_rule(rules: LarkRules, form: Parameters | None, schema: Any, *, kept: bool) -> str:
+def parameters_rule(
+    rules: LarkRules, form: ParameterMarks | None, schema: Any, *, kept: bool
+) -> str:
     """The rule of parameters of a schema; form None: Python's keyword arguments.
 
     Unless the schema is `kept`, any parameters are lawful. Raises UnkeptError.
@@ -38,7 +40,7 @@ def parameters_rule(rules: LarkRules, form: Parameters | None, schema: Any, *, k
 
 
 class _ParametersRule:
-    def __init__(self, rules: LarkRules, form: Parameters | None, root: Any) -> None:
+    def __init__(self, rules: LarkRules, form: ParameterMarks | None, root: Any) -> None:
         self._rules = rules
         self._python = form is None
         self._form = form or _KEYWORDS
@@ -52,7 +54,7 @@ class _ParametersRule:
         properties = schema.get("properties")
         properties = properties if isinstance(properties, dict) else {}
         if not kept or (not properties and schema.get("additionalProperties") is not False):
-            if not self._python and KEY not in self._form.close:
+            if KEY not in self._form.close:
                 return self._any()
             properties = dict.fromkeys(properties, True) if not kept else properties
         required = schema.get("required", ()) if kept else ()
@@ -66,10 +68,10 @@ class _ParametersRule:
     def _any(self) -> str:
         """Any parameters at all."""
         form, rules = self._form, self._rules
-        value = self._text_value("(?s:.*)", close=form.close)
+        value = json_rule({}) if self._python else self._text_value("(?s:.*)", close=form.close)
         middle = rules.literal(form.middles[0][0])
         item = rules.add(f"{rules.literal(form.open)} {_ANY_KEY} {middle} {value}")
-        separator = rules.literal(form.separator.strip())
+        separator = rules.literal(form.separator)
         return rules.add(f"({item} ({separator} {item})*)?")
 
     def _row(self, items: Sequence[tuple[str, bool]]) -> str:
