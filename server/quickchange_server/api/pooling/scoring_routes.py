@@ -32,8 +32,8 @@ from quickchange_server.frontend.request_base import Json
 router = APIRouter(route_class=JsonRoute, tags=["vLLM"], responses=COMMON_ERRORS)
 
 
-@router.post("/score", response_model=ScoreList, responses=GENERATION_ERRORS)
 @router.post("/v1/score", response_model=ScoreList, responses=GENERATION_ERRORS)
+@router.post("/score", response_model=ScoreList, responses=GENERATION_ERRORS)
 async def score(
     request: Request, body: ScoreRequest, services: Injected, caller: Calling
 ) -> Response:
@@ -45,9 +45,9 @@ async def score(
     )
 
 
-@router.post("/rerank", response_model=RankedList, responses=GENERATION_ERRORS)
-@router.post("/v1/rerank", response_model=RankedList, responses=GENERATION_ERRORS)
 @router.post("/v2/rerank", response_model=RankedList, responses=GENERATION_ERRORS)
+@router.post("/v1/rerank", response_model=RankedList, responses=GENERATION_ERRORS)
+@router.post("/rerank", response_model=RankedList, responses=GENERATION_ERRORS)
 async def rerank(
     request: Request, body: RerankRequest, services: Injected, caller: Calling
 ) -> Response:
