@@ -62,7 +62,14 @@ def test_the_place_of_the_first_fault_is_named(schema: Any, place: str) -> None:
 
 def test_annotations_stand_anywhere() -> None:
     check_keywords(
-        {"title": "t", "description": "d", "default": 1, "x-order": 2, "items": {"examples": []}},
+        {
+            "strict": True,
+            "title": "t",
+            "description": "d",
+            "default": 1,
+            "x-order": 2,
+            "items": {"examples": []},
+        },
         "schema",
     )
 

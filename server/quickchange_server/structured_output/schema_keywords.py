@@ -37,7 +37,7 @@ ENFORCED = frozenset(
     | {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"}
 )
 ANNOTATIONS = frozenset(
-    {"title", "description", "default", "example", "examples", "deprecated", "readOnly"}
+    {"strict", "title", "description", "default", "example", "examples", "deprecated", "readOnly"}
     | {"writeOnly", "$comment", "$schema", "discriminator"}
 )
 FORMATS = frozenset(
