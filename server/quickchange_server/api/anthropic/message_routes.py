@@ -28,6 +28,7 @@ from quickchange_server.api.openapi.message_models import (
 )
 from quickchange_server.api.openapi.route_responses import events, message_errors
 from quickchange_server.api.sse import event_stream, named_event, unless_gone
+from quickchange_server.frontend.context_length import CONTEXTS
 from quickchange_server.frontend.request_base import Json
 
 router = APIRouter(
@@ -35,8 +36,6 @@ router = APIRouter(
     tags=["Anthropic"],
     responses=message_errors(400, 401, 403, 404, 413, 500, 503, 507),
 )
-
-CONTEXTS = 4  # so many context lengths are counted, so that one can see how much is too much
 
 
 @router.post(

@@ -20,10 +20,11 @@ from quickchange_server.api.openai.completions import several_of
 from quickchange_server.api.openai.request_selection import Order
 from quickchange_server.api.openai.requests import CompletionRequest
 from quickchange_server.api.pooling.pooling_requests import PooledRequest, TextRequest
-from quickchange_server.api.pooling.prompt_cut import CONTEXTS, Truncation, text_ids, truncation
+from quickchange_server.api.pooling.prompt_cut import Truncation, text_ids, truncation
 from quickchange_server.api.sse import unless_gone
 from quickchange_server.errors import AdapterWeightsError, EngineFailedError
 from quickchange_server.frontend.caller import Caller
+from quickchange_server.frontend.context_length import CONTEXTS
 from quickchange_server.frontend.embedding import Floats, vector
 from quickchange_server.frontend.generation import Generation
 from quickchange_server.frontend.request_base import Json

@@ -26,8 +26,8 @@ from quickchange_server.experiments.experiment import Experiment
 from quickchange_server.experiments.layout import SIZE, shares
 from quickchange_server.frontend.request_base import Body, Json, Name
 
-API = "inference.networking.x-k8s.io/v1alpha2"
-KIND = "InferenceModelRewrite"
+API: Literal["inference.networking.x-k8s.io/v1alpha2"] = "inference.networking.x-k8s.io/v1alpha2"
+KIND: Literal["InferenceModelRewrite"] = "InferenceModelRewrite"
 VARIANTS = "quickchange-variants"  # annotation: the variants' names, in the targets' order
 MAX_WEIGHT = 1_000_000
 MAX_RULES = 64
@@ -36,7 +36,7 @@ STICKY = (
 )
 
 
-class Target(Body):
+class RewriteTarget(Body):
     modelRewrite: Name = Field(min_length=1)  # noqa: N815  # Kubernetes' spelling
     weight: int | None = Field(None, ge=1, le=MAX_WEIGHT)
 
@@ -50,8 +50,8 @@ class Match(Body):
     model: ModelMatch
 
 
-class Rule(Body):
-    targets: list[Target] = Field(min_length=1, max_length=MAX_VARIANTS, fail_fast=True)
+class RewriteRule(Body):
+    targets: list[RewriteTarget] = Field(min_length=1, max_length=MAX_VARIANTS, fail_fast=True)
     matches: list[Match] = Field(default=[], max_length=MAX_RULES, fail_fast=True)
 
 
@@ -62,7 +62,7 @@ class PoolRef(Body):
 
 
 class Spec(Body):
-    rules: list[Rule] = Field(min_length=1, max_length=MAX_RULES, fail_fast=True)
+    rules: list[RewriteRule] = Field(min_length=1, max_length=MAX_RULES, fail_fast=True)
     poolRef: PoolRef | None = None  # noqa: N815
 
 
@@ -196,7 +196,7 @@ def imported(rewrite: Rewrite) -> tuple[list[Definition], list[str]]:
     return list(made.values()), lines
 
 
-def _variants(rule: Rule, place: str, names: Sequence[str]) -> list[Variant]:
+def _variants(rule: RewriteRule, place: str, names: Sequence[str]) -> list[Variant]:
     given = [target.weight for target in rule.targets]
     if None in given and any(given):
         raise InvalidRequestError(
