@@ -30,6 +30,9 @@ EXPECTED: dict[Scope, set[str]] = {
     "infer": {
         "POST /v1/completions",
         "POST /v1/chat/completions",
+        "POST /v1/responses",
+        "POST /v1/messages",
+        "POST /v1/messages/count_tokens",
         "POST /v1/embeddings",
         "POST /pooling",
         "POST /score",
@@ -148,7 +151,8 @@ def test_routes_ask_for_the_scopes_that_are_meant() -> None:
 
 @pytest.fixture(scope="module")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    with keyed_server(tmp_path_factory.mktemp("scopes")) as live:
+    folder = tmp_path_factory.mktemp("scopes")
+    with keyed_server(folder, store_responses=True) as live:
         yield live
 
 
