@@ -559,7 +559,7 @@ def experiments_command(
     every: Annotated[int, typer.Option(min=1, help="Outcomes between looks.")] = 50,
     seed: Annotated[int, typer.Option(help="Of the outcomes.")] = 0,
 ) -> None:
-    """How often the experiments' statistics are wrong, and how soon they are right."""
+    """Measure how often the experiments' statistics are wrong, and how soon they are right."""
     design = simulation.Design(runs=runs, horizon=horizon, every=every, seed=seed)
     for line in simulation.report(design):
         typer.echo(line)

@@ -99,7 +99,7 @@ class RequestFailedError(QuickchangeError):
 
 
 class AdapterWeightsError(RequestFailedError):
-    """With its adapters at their weights the model's numbers are not finite."""
+    """The model's numbers are not finite with these adapters at these weights."""
 
     status = 400
     kind = "invalid_request_error"

@@ -59,7 +59,7 @@ def answer(text: str) -> dict[str, Any]:
 
 
 def results(valid: tuple[int, int], units: int = 200) -> dict[str, Any]:
-    """As the server tells them: `valid` of `units` users of each variant."""
+    """The server's own form: `valid` of `units` users of each variant."""
     flags = [Sums(units, float(good), float(good)) for good in valid]
     tokens = [Sums(units, 30.0 * units, 1000.0 * units)] * 2
     told = [OutcomeSums("valid", "flag", [flags]), OutcomeSums("tokens", "number", [tokens])]

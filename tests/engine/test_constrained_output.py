@@ -373,7 +373,7 @@ def test_text_with_two_spellings_is_the_models_own_in_spite_of_drafts(
 
 
 def test_log_probabilities_are_the_models_own(roomy: Engine) -> None:
-    """Of a forced token, which had to be sampled, too."""
+    """The rule holds of a forced token, which had to be sampled, too."""
     submit = constrained("regex", "a", logprobs=1)
     roomy.submit(submit)
     said: dict[str, Said] = {"r": Said()}

@@ -78,7 +78,7 @@ _B = TypeVar("_B", bound=Body)
 
 
 class _Chats(ChatRendering):
-    """How the conversations of one call become prompts."""
+    """The way in which conversations of one call become prompts."""
 
     tools: Tools = Field(default=[])
 

@@ -115,7 +115,7 @@ def scopes_of(dependant: Dependant) -> set[Scope]:
 
 
 def declared() -> dict[str, set[Scope]]:
-    """Of each method and path, the scopes that its dependencies ask for."""
+    """The scopes that each method and path asks for, by its dependencies."""
     return {
         f"{method} {route.path}": scopes_of(route.dependant)
         for route in routes_of(make_app())

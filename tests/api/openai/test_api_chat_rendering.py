@@ -1,4 +1,4 @@
-"""How a chat becomes a prompt: variables of the template, documents, roles, parts, a last message
+"""A chat becomes a prompt: variables of the template, documents, roles, parts, a last message
 that goes on; the same on /tokenize."""
 
 from __future__ import annotations

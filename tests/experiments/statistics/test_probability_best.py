@@ -12,13 +12,13 @@ from quickchange_server.experiments.statistics.moments import Moments
 
 
 def flags(*pairs: tuple[int, int]) -> Moments:
-    """Of (hits, units) each."""
+    """(Hits, units) of each variant."""
     total = np.array([float(hits) for hits, _ in pairs])
     return Moments("flag", np.array([float(units) for _, units in pairs]), total, total)
 
 
 def numbers(*triples: tuple[float, float, int]) -> Moments:
-    """Of (mean, standard deviation, units) each."""
+    """(Mean, standard deviation, units) of each variant."""
     mean, deviation, count = (np.array(part, dtype=float) for part in zip(*triples, strict=True))
     squares = deviation**2 * (count - 1) + count * mean**2
     return Moments("number", count, count * mean, squares)

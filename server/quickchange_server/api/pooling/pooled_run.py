@@ -46,7 +46,7 @@ class PoolingCall:
 
     @property
     def cut(self) -> Truncation:
-        """How prompts are cut. Raises InvalidRequestError."""
+        """The cut of prompts. Raises InvalidRequestError."""
         body, context = self.body, self.services.engine.max_model_len
         return truncation(body.truncate_prompt_tokens, body.truncation_side, context)
 

@@ -21,7 +21,7 @@ TruncationSide = Literal["left", "right"]
 
 @dataclass(frozen=True, slots=True)
 class Truncation:
-    """How many tokens of a prompt are kept; None: all. `side` is where the others go."""
+    """The number of a prompt's tokens that are kept; None: all. `side` is where the others go."""
 
     keep: int | None
     side: TruncationSide = "right"
