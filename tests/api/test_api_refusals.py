@@ -157,8 +157,8 @@ def test_numbers_must_be_finite(live: Live, number: str, field: str) -> None:
 
 
 def test_a_missing_field_is_named(live: Live) -> None:
-    error = error_of(live.post("/v1/completions", {"prompt": "x"}))
-    assert (error["param"], error["message"]) == ("model", "model: is required")
+    error = error_of(live.post("/v1/completions", {"model": "tiny/base"}))
+    assert (error["param"], error["message"]) == ("prompt", "prompt: is required")
 
 
 def test_a_prompt_over_the_context_says_the_figures(live: Live) -> None:

@@ -42,6 +42,7 @@ EXTREMES = (
 )
 HELLO = {"model": "base", "prompt": "Hello", "max_tokens": 2, "temperature": 0}
 VARIANTS = [{"name": "now", "model": "base"}, {"name": "tuned", "model": "sql"}]
+TARGETS = [{"modelRewrite": name, "weight": 1} for name in ("base", "sql")]
 OUTCOME = {"name": "liked", "unit": "someone"}
 RAMP = {"at": 2e9, "share": 0.5}
 WHOLE: dict[str, dict[str, Any]] = {  # a sound body of each operation whose numbers are sent
@@ -67,6 +68,9 @@ WHOLE: dict[str, dict[str, Any]] = {  # a sound body of each operation whose num
     "POST /detokenize": {"model": "base", "tokens": [1, 2]},
     "POST /v1/experiments": {"name": "made", "variants": VARIANTS, "metrics": [{"name": "liked"}]},
     "PATCH /v1/experiments/{name}": {},
+    "POST /v1/model-rewrites": {
+        "spec": {"rules": [{"matches": [{"model": {"value": "split"}}], "targets": TARGETS}]}
+    },
     "POST /v1/experiments/{name}/outcomes": OUTCOME | {"value": 1},
     "POST /v1/adapters/{name}/rollback": {"version": 1},
     "POST /v1/keys": {"tenant": "t", "names": ["*"]},
@@ -84,6 +88,8 @@ ITEMS: dict[str, Any] = {
     "shadows": {**VARIANTS[1], "name": "shadow"},
     "metrics": {"name": "liked"},
     "ramp": RAMP,
+    "rules": {"targets": TARGETS},
+    "targets": TARGETS[1],
     "outcomes": OUTCOME,
     "merged_adapters": {"ids": ["sql", "orders"], "merge_strategy": "linear", "weights": [1, 1]},
 }

@@ -13,7 +13,7 @@ from http_support import BASE, Live, live_server, make_adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quickchange_server.observability.gateways import request_ids
+from quickchange_server.observability.naming import request_ids
 from quickchange_server.observability.naming.request_ids import FORMAT, _Requests
 from quickchange_store.store import Store
 
