@@ -203,8 +203,8 @@ def given_settings(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> dict[str
     """What `serve` with these arguments hands on."""
     received: dict[str, object] = {}
 
-    def launch(given: dict[str, object], *, demo: bool, modules: str | None) -> None:
-        assert modules is None
+    def launch(given: dict[str, object], *, demo: bool, modules: list[str]) -> None:
+        assert modules == []
         received.update(given, demo=demo)
 
     monkeypatch.setattr("quickchange_server.entrypoints.serve.serve", launch)
