@@ -112,7 +112,7 @@ MISTAKES = [
     ("adapters show sqll --store holds", "did you mean 'sql'? see `quickchange adapters list`"),
     ("adapters unalias bset --store holds", "did you mean 'best'?"),
     ("serve --prot 1", "No such option: --prot; did you mean --port? `quickchange serve --help`"),
-    ("serve --max_model_len 9", "did you mean --max-model-len?"),
+    ("serve --max_modle_len 9", "did you mean --max-model-len?"),
     ("serve --no-prefix-cach", "did you mean --no-prefix-cache?"),
     ("adapters list --stroe folder", "did you mean --store? `quickchange adapters list --help`"),
     ("keys create --tennant a", "did you mean --tenant?"),

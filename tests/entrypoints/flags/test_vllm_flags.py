@@ -162,7 +162,7 @@ def test_the_command_gets_settings_and_modules(
     monkeypatch.setattr(sys, "argv", ["quickchange", "serve", *shlex.split(KSERVE)])
     with pytest.raises(SystemExit) as ended:
         cli.main()
-    assert ended.value.code == 0
+    assert not ended.value.code
     assert got["model"] == "/mnt/models"
     assert got["port"] == 8000
     assert got["adapters"] is True
