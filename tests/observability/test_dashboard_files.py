@@ -16,6 +16,7 @@ ENDINGS = ("_bucket", "_sum", "_count")
 WIDTH = 24  # columns of a dashboard
 # What the server exports and no panel shows; why.
 UNSHOWN = {
+    "quickchange_adapter_info": "joins digests to other series' names",
     "quickchange_api_process_virtual_memory_bytes": "resident memory says more",
     "quickchange_engine_process_virtual_memory_bytes": "resident memory says more",
 }
