@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -29,7 +30,12 @@ CREDENTIALS = {
 @contextmanager
 def s3_server() -> Iterator[str]:
     """Run an S3 server with one bucket, `adapters`; gives its URL, which the environment names."""
+    import botocore.retryhandler
     import fsspec
+
+    # A call that was given up is retried on a thread, beside the next file's tests: it must not
+    # draw from the generator that hypothesis watches.
+    botocore.retryhandler.random = random.Random()
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
