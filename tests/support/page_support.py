@@ -50,7 +50,7 @@ STUB = """
 
 
 def usage_row(tokens: int, **names: str | int) -> dict[str, Any]:
-    """As GET /v1/usage has it: half the tokens are the prompts'."""
+    """The answer of GET /v1/usage: half the tokens are the prompts'."""
     half = tokens // 2
     figures = {
         "prompt_tokens": half,

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from quickchange_server.api.openai.chat.chat_responses import call_id
-from quickchange_server.api.openai.responses import finite
+from quickchange_server.api.openai.chat.chat_responses import call_id, logprob_entry
 from quickchange_server.api.responses.response_context import item_id
 from quickchange_server.frontend.output_processor import Ending, LoggedToken, Piece
 from quickchange_server.frontend.parsing.message_reader import CallPiece, MessageReader
@@ -198,11 +197,4 @@ class OutputWriter:
         return found
 
     def _entry(self, token: LoggedToken) -> Json:
-        logprobs = token.logprobs
-        top = [self._token(token_id, logprob) for token_id, logprob in logprobs.top]
-        return {**self._token(logprobs.token_id, logprobs.logprob), "top_logprobs": top}
-
-    def _token(self, token_id: int, logprob: float) -> Json:
-        raw = self._text.token_bytes(token_id)
-        token = raw.decode(errors="replace")
-        return {"token": token, "logprob": finite(logprob), "bytes": list(raw)}
+        return logprob_entry(self._text, token.logprobs)

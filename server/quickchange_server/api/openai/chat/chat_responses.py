@@ -28,6 +28,24 @@ def call_id() -> str:
     return "".join(secrets.choice(_ID_CHARACTERS) for _ in range(_ID_LENGTH))
 
 
+def logprob_entry(text: Text, logprobs: TokenLogprobs, *, as_ids: bool = False) -> Json:
+    """A token with its log-probability and the best ones beside it, in OpenAI's form for chats.
+
+    as_ids: tokens are named by their ids.
+    """
+
+    def told(token_id: int, logprob: float) -> Json:
+        raw = text.token_bytes(token_id)
+        return {
+            "token": by_id(token_id) if as_ids else raw.decode(errors="replace"),
+            "logprob": finite(logprob),
+            "bytes": list(raw),
+        }
+
+    top = [told(token_id, logprob) for token_id, logprob in logprobs.top]
+    return {**told(logprobs.token_id, logprobs.logprob), "top_logprobs": top}
+
+
 class ChatShape(Shape):
     """Choices of chats, as messages and deltas."""
 
@@ -109,19 +127,8 @@ class ChatShape(Shape):
     def _content(self, tokens: Sequence[LoggedToken]) -> Json | None:
         if not self._logprobs:
             return None
-        return {"content": [self._entry(t.logprobs) for t in tokens], "refusal": None}
-
-    def _entry(self, logprobs: TokenLogprobs) -> Json:
-        top = [self._token(token_id, logprob) for token_id, logprob in logprobs.top]
-        return {**self._token(logprobs.token_id, logprobs.logprob), "top_logprobs": top}
-
-    def _token(self, token_id: int, logprob: float) -> Json:
-        raw = self._text.token_bytes(token_id)
-        return {
-            "token": by_id(token_id) if self._as_ids else raw.decode(errors="replace"),
-            "logprob": finite(logprob),
-            "bytes": list(raw),
-        }
+        entries = [logprob_entry(self._text, t.logprobs, as_ids=self._as_ids) for t in tokens]
+        return {"content": entries, "refusal": None}
 
 
 def _delta(said: MessagePiece) -> Json:
