@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from quickchange_server.errors import InvalidRequestError
@@ -17,6 +17,7 @@ from quickchange_server.experiments.exchange.model_rewrite import (
     exported,
     imported,
 )
+from quickchange_server.experiments.layout import shares
 
 NOW = 1_000.0
 MODELS = st.from_regex(r"[a-z0-9][a-z0-9._/-]{0,20}", fullmatch=True)
@@ -74,7 +75,7 @@ def test_an_experiment_is_a_rule_with_weighted_targets() -> None:
 @settings(deadline=None)
 @given(
     variants=st.lists(
-        st.tuples(LABELS, MODELS, st.floats(1e-3, 1e6)),
+        st.tuples(LABELS, MODELS, st.floats(1e-6, 1e6)),
         min_size=2,
         max_size=16,
         unique_by=lambda each: each[0],
@@ -82,17 +83,20 @@ def test_an_experiment_is_a_rule_with_weighted_targets() -> None:
 )
 def test_names_models_and_shares_come_back(variants: list[tuple[str, str, float]]) -> None:
     given = [{"name": name, "model": model, "weight": w} for name, model, w in variants]
-    before = running(variants=given).definition
-    made = exported(running(variants=given), NOW, pool="llama")
+    experiment = running(variants=given)
+    before, (stretch,) = experiment.definition, experiment.stretches
+    served = [each for each in before.variants if each.name in shares(stretch.layout)]
+    assume(len(served) > 1)
+    made = exported(experiment, NOW, pool="llama")
     (after,), lines = imported(Rewrite.model_validate(made.document))
-    assert [(v.name, v.model) for v in after.variants] == [
-        (v.name, v.model) for v in before.variants
-    ]
-    for wanted, got in zip(before.variants, after.variants, strict=True):
+    assert [(v.name, v.model) for v in after.variants] == [(v.name, v.model) for v in served]
+    for wanted, got in zip(served, after.variants, strict=True):
         share = wanted.weight / sum(before.weights.values())
         assert got.weight / sum(after.weights.values()) == pytest.approx(share, abs=2e-5)
     assert len(lines) == 1
     assert after.sticky.by == "user"
+    for unserved in set(before.weights) - {each.name for each in served}:
+        assert any(repr(unserved) in line for line in made.left_out)
 
 
 @given(weights=st.lists(st.integers(1, 1_000_000), min_size=2, max_size=16))

@@ -219,9 +219,10 @@ class _Run:
         self._settle(number)
 
     def _until(self, time: float) -> None:
-        """Let everything happen that is due by `time`."""
+        """Let everything happen that is due before `time`: a request that comes as a step ends is in
+        the next, whether or not its stretch went on."""
         events, due = self._events, self._due
-        while events and events[0][0] <= time:
+        while events and events[0][0] < time:
             now, kind, number = heappop(events)
             if due[kind][number] != now:
                 continue  # put off or brought forward
