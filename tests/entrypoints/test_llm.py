@@ -261,6 +261,31 @@ def test_logprobs_are_transformers(llm: LLM, models: LlmModels) -> None:
         )
 
 
+def test_the_whole_vocabularys_log_probabilities_are_told(llm: LLM) -> None:
+    """Beside a request that wants few, in the same steps."""
+    whole = SamplingParams(temperature=0.0, max_tokens=3, logprobs=-1, prompt_logprobs=-1)
+    few = replace(whole, logprobs=2, prompt_logprobs=1)
+    for params in ([whole, few], [few, whole, few]):
+        for result, asked in zip(
+            llm.generate(["Hello"] * len(params), params), params, strict=True
+        ):
+            told = result.outputs[0].logprobs
+            of_prompt = result.prompt_logprobs
+            assert told is not None
+            assert of_prompt is not None
+            assert len(told) == 3
+            for place in (*told, *of_prompt[1:]):
+                assert place is not None
+                total = sum(math.exp(one.logprob) for one in place.values())
+                assert (total == pytest.approx(1.0)) == (asked is whole)
+                assert (len(place) <= 3) == (asked is few)
+        small, large = llm.generate(["Hello"] * 2, [few, whole])
+        alone = llm.generate("Hello", few)[0]
+        assert small.outputs == alone.outputs
+        assert small.prompt_logprobs == alone.prompt_logprobs
+        assert large.outputs[0].token_ids == alone.outputs[0].token_ids
+
+
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("pooling", ["mean", "last"])
 def test_embeddings_are_transformers_hidden_states(

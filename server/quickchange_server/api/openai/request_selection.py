@@ -260,6 +260,7 @@ def _submit(
     for name in ("stop_token_ids", "logprob_token_ids", "allowed_token_ids"):
         services.text.check_ids(getattr(body, name), name)
     services.text.check_ids(list(body.logit_bias), "logit_bias")
+    body.check_logprobs(services.settings.max_logprobs, services.text.vocab_size)
     selection, drafts = order.selection, pooling is None
     return Submit(
         request_id=request_id,
