@@ -96,16 +96,20 @@ def test_an_echo_with_all_log_probabilities_has_the_prompts_too(whole: Live) -> 
     assert len(tops[1]) > FEW_BEST
 
 
-@pytest.mark.parametrize(("path", "field"), FIELDS)
-def test_an_answer_that_would_not_fit_is_refused(whole: Live, path: str, field: str) -> None:
-    positions = MOST_BEST // VOCABULARY
-    long = {"max_tokens": positions // 2 + 1, "n": 2, field: -1}
-    if field == "prompt_logprobs":
-        long = {"prompt": [1] * (positions + 1), "max_tokens": 1, field: -1}
-    if path == CHAT and field == "prompt_logprobs":
-        long = {"messages": [{"role": "user", "content": "a" * positions}], field: -1}
-    refused = whole.post(path, {**body(path), **long})
+LARGE: list[tuple[str, dict[str, Any]]] = [
+    (COMPLETION, {"logprobs": -1, "n": 5, "max_tokens": 2_000}),
+    (COMPLETION, {"prompt_logprobs": -1, "prompt": [[1] * 2_000] * 5}),
+    (CHAT, {"top_logprobs": VOCABULARY, "n": 5}),
+]
+
+
+@pytest.mark.parametrize(("path", "large"), LARGE)
+def test_an_answer_that_would_not_fit_is_refused(
+    whole: Live, path: str, large: dict[str, Any]
+) -> None:
+    assert 5 * 2_000 * VOCABULARY > MOST_BEST
+    refused = whole.post(path, {**body(path), "max_tokens": None, **large})
     assert refused.status_code == 400, refused.text
     assert f"of {MOST_BEST} at most" in refused.json()["error"]["message"]
-    few = {**long, field: 20}
-    assert whole.post(path, {**body(path), **few}).status_code == 200
+    small = {"max_tokens": 1, "prompt": "Hi"} if path == COMPLETION else {"max_tokens": 1}
+    assert whole.post(path, {**body(path), **large, **small}).status_code == 200

@@ -57,7 +57,7 @@ def unit(vector: np.ndarray) -> np.ndarray:
     return vector / np.linalg.norm(vector)
 
 
-# --- SageMaker's route for all bodies ---------------------------------------------------------------
+# --- SageMaker's route for all bodies --------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
