@@ -67,6 +67,7 @@ FILES = (  # those whose servers are alike stand together
     "pooling/classify/test_online.py",
     "pooling/basic/test_truncation.py",
     "serve/middleware/test_optional_middleware.py",
+    "scale_out/render/test_render.py",
     "openai/test_openai_schema.py",
     "serve/instrumentator/test_metrics.py",
     "launchers/test_shutdown.py",

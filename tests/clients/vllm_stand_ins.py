@@ -68,6 +68,7 @@ OPTIONS: dict[str, tuple[int, str | None]] = {
     "--seed": (1, None),
     "--port": (1, None),
     "--trust-remote-code": (0, None),
+    "--trust-request-chat-template": (0, None),
     "--runner": (1, None),
     "--tokenizer": (1, None),
     "--generation-config": (1, None),
@@ -345,6 +346,7 @@ KNOWN = {
     "vllm.logger": {"init_logger": __import__("logging").getLogger},
     "tests.utils": {
         "RemoteOpenAIServer": RemoteOpenAIServer,
+        "RemoteLaunchRenderServer": RemoteOpenAIServer,
         "ROCM_EXTRA_ARGS": [],
         "VLLM_PATH": FOLDER,
         "requires_fp8": lambda test: test,

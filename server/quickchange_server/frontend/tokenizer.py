@@ -254,7 +254,7 @@ class Text:
         if not self._tokenizer.is_fast:
             raise InvalidRequestError(
                 f"{param}: this model has no fast tokenizer, which alone tells where tokens begin; "
-                "send prompt instead of inputs for the ids alone",
+                "ask for the ids alone",
                 param=param,
             )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
@@ -154,6 +154,7 @@ class Constrained(Body):
 # --- what completions and chats share -----------------------------------------------------------
 
 
+Part = TypeVar("Part")
 BestTokens = Annotated[int, Field(ge=ALL, le=MOST_TOKENS)]  # of them, the setting max_logprobs
 
 
@@ -269,8 +270,8 @@ class GenerationRequest(Constrained, SamplingBody, ABC):
         """Tokens of the longest prompt that is read, in a context of `limit`."""
         return limit if self.truncate_prompt_tokens is None else CONTEXTS * limit
 
-    def truncated(self, prompt: list[int], limit: int) -> list[int]:
-        """The prompt as it is served in a context of `limit` tokens."""
+    def truncated(self, prompt: list[Part], limit: int) -> list[Part]:
+        """The prompt as it is served in a context of `limit` tokens, or what is said of each."""
         length = self.truncate_prompt_tokens
         if length == -1:
             length = max(1, limit - max(1, self.wanted_tokens or 1))
