@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -26,6 +27,7 @@ REQUIRED = (
     "tblib==3.2.2",
     "anthropic==0.125.0",
     "docstring-parser",
+    "orjson==3.13.0",
 )
 LOGIT_STD = 3.0  # of the model's logits
 # Of the end of the text, of a string and of thoughts, in these; a vocabulary's best is about 4.2.
@@ -165,14 +167,19 @@ def run(sdist: Path, files: list[str], folder: Path, packages: Path) -> None:
         "HF_HUB_OFFLINE": "1",
     }
     with (folder / "pytest.log").open("w") as output:
-        subprocess.run(
+        tests = subprocess.Popen(
             [*command, *(str(sdist / file) for file in files)],
             cwd=sdist,
             env=environment,
             stdout=output,
             stderr=subprocess.STDOUT,
-            check=False,
         )
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))
+        try:
+            tests.wait()
+        finally:
+            tests.send_signal(signal.SIGINT)  # if it still runs, it ends its servers
+            tests.wait(60)
 
 
 def table(folder: Path) -> str:

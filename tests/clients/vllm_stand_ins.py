@@ -77,7 +77,7 @@ OPTIONS: dict[str, tuple[int, str | None]] = {
     "--structured-outputs-config.enable_in_reasoning": (1, None),
 }
 
-CONTEXT = 4_096  # of every server but those for which a test asks more
+CONTEXT = 12_288  # of every server but those for which a test asks more
 
 START_SECONDS = 300.0  # for what a test needs: its server's start takes minutes on a busy machine
 CALL_SECONDS = 60.0  # for a test itself
@@ -239,7 +239,8 @@ class RemoteOpenAIServer:
         del env_dict, seed, auto_port, max_wait_seconds  # nothing here needs them
         if override_hf_configs is not None:
             not_applicable("another configuration of the model")
-        arguments, adapters = _translated([*vllm_serve_args])
+        names, arguments, adapters = _translated([*vllm_serve_args])
+        model = names[0] if names else model
         thinks = any(option.startswith("--reasoning-parser") for option in vllm_serve_args)
         self.process = _Process.of(THINKING if thinks else MODEL, model, arguments)
         self.host, self.port, self.uds = "127.0.0.1", self.process.port, None
@@ -294,14 +295,19 @@ class RemoteOpenAIServer:
         return anthropic.AsyncAnthropic(**{**self._options(given), "base_url": self.url_root})
 
 
-def _translated(given: list[str]) -> tuple[list[str], dict[str, Path]]:
-    """Our options for vLLM's, and the adapters that they name."""
+def _translated(given: list[str]) -> tuple[list[str], list[str], dict[str, Path]]:
+    """The base's own names, our options for vLLM's, and the adapters that they name."""
+    names: list[str] = []
     arguments = ["--max-model-len", str(CONTEXT)]
     adapters: dict[str, Path] = {}
     while given:
         option, *joined = given.pop(0).split("=", 1)
         option = option if option == "--port" else option.replace("_", "-", option.count("_"))
         given[:0] = joined
+        if option == "--served-model-name":
+            while given and not given[0].startswith("--"):
+                names.append(given.pop(0))
+            continue
         if option == "--lora-modules":
             while given and not given[0].startswith("--"):
                 named = given.pop(0)
@@ -321,7 +327,7 @@ def _translated(given: list[str]) -> tuple[list[str], dict[str, Path]]:
         values = [given.pop(0) for _ in range(count)]
         if ours is not None:
             arguments += [ours, *values]
-    return arguments, adapters
+    return names, arguments, adapters
 
 
 def _module(name: str, **names: Any) -> ModuleType:
@@ -401,7 +407,6 @@ class _Limits:
         if left <= 0:
             pytest.fail(f"the file took more than {FILE_SECONDS:.0f} s")
         started = time.monotonic()
-        signal.signal(signal.SIGTERM, lambda *_: pytest.exit("ended"))  # the servers end with it
         signal.setitimer(signal.ITIMER_REAL, min(seconds, left))
         try:
             yield
