@@ -69,6 +69,7 @@ OPTIONS: dict[str, tuple[int, str | None]] = {
     "--port": (1, None),
     "--trust-remote-code": (0, None),
     "--trust-request-chat-template": (0, None),
+    "--chat-template": (1, None),  # `_with_template`
     "--runner": (1, None),
     "--tokenizer": (1, None),
     "--generation-config": (1, None),
@@ -77,13 +78,15 @@ OPTIONS: dict[str, tuple[int, str | None]] = {
     "--structured-outputs-config.enable_in_reasoning": (1, None),
 }
 
-CONTEXT = 12_288  # of every server but those for which a test asks more
+# Of every server, unless a test asks more than USUAL: a text that no chance ends is short.
+CONTEXT, USUAL = 4_096, 8_192
 
 START_SECONDS = 300.0  # for what a test needs: its server's start takes minutes on a busy machine
 CALL_SECONDS = 60.0  # for a test itself
 FILE_SECONDS = 600.0  # for all tests of a file, the starts of servers among them
 
 LISTING = {"test_models.py"}  # files whose tests expect one name in the list of models
+EXACT = {"test_tokenization.py"}  # that expect the context that they ask for
 
 # What makes a server's start short.
 QUICK = ("--no-model-check", "--no-turbo", "--no-prompt-lookup", "--threads", "1")
@@ -115,6 +118,9 @@ class _Absent(type):
         return not_applicable(f"{cls.__name__}.{name}")
 
     def __getitem__(cls, _: Any) -> Any:
+        return not_applicable(cls.__name__)
+
+    def __add__(cls, _: Any) -> Any:
         return not_applicable(cls.__name__)
 
 
@@ -242,7 +248,8 @@ class RemoteOpenAIServer:
         names, arguments, adapters = _translated([*vllm_serve_args])
         model = names[0] if names else model
         thinks = any(option.startswith("--reasoning-parser") for option in vllm_serve_args)
-        self.process = _Process.of(THINKING if thinks else MODEL, model, arguments)
+        weights = _with_template([*vllm_serve_args], THINKING if thinks else MODEL)
+        self.process = _Process.of(weights, model, arguments)
         self.host, self.port, self.uds = "127.0.0.1", self.process.port, None
         self.pid = self.process.running.pid
         register(self.process.running.url, adapters)
@@ -295,6 +302,21 @@ class RemoteOpenAIServer:
         return anthropic.AsyncAnthropic(**{**self._options(given), "base_url": self.url_root})
 
 
+def _with_template(given: list[str], weights: Path) -> Path:
+    """The model's folder, or one with the chat template that a test gives."""
+    if "--chat-template" not in given:
+        return weights
+    template = given[given.index("--chat-template") + 1]
+    folder = FOLDER / f"{weights.name}-{zlib.crc32(template.encode())}"
+    if not folder.exists():
+        folder.mkdir()
+        for file in weights.iterdir():
+            (folder / file.name).symlink_to(file)
+        (folder / "chat_template.jinja").unlink(missing_ok=True)
+        (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
 def _translated(given: list[str]) -> tuple[list[str], list[str], dict[str, Path]]:
     """The base's own names, our options for vLLM's, and the adapters that they name."""
     names: list[str] = []
@@ -318,7 +340,8 @@ def _translated(given: list[str]) -> tuple[list[str], list[str], dict[str, Path]
                     name, _, path = named.partition("=")
                     adapters[name] = Path(path)
             continue
-        if option == "--max-model-len" and int(given[0]) <= CONTEXT:
+        usual = _Running.file not in EXACT
+        if option == "--max-model-len" and usual and int(given[0]) <= USUAL:
             given.pop(0)  # so that servers are alike
             continue
         if option not in OPTIONS:
