@@ -146,9 +146,9 @@ def make_model(folder: Path, *, thinks: bool) -> None:
 
 
 def asked_for(files: Iterable[Path]) -> list[str]:
-    """Names of models in the files' constants, which one server has together."""
-    constant = re.compile(r'^\w*MODEL\w* = "([^",]+)"', re.MULTILINE)
-    return sorted({name for file in files for name in constant.findall(file.read_text())})
+    """Names of models in the files, which one server has together."""
+    named = re.compile(r'(?:(?i:model)\w* = |RemoteOpenAIServer\()"([\w.-]+/[\w.-]+)"')
+    return sorted({name for file in files for name in named.findall(file.read_text())})
 
 
 def run(sdist: Path, files: list[str], folder: Path, packages: Path) -> None:
@@ -159,11 +159,13 @@ def run(sdist: Path, files: list[str], folder: Path, packages: Path) -> None:
     command += ["--continue-on-collection-errors"]
     command += ["-c", str(folder / "pytest.ini"), f"--rootdir={sdist}"]
     command += [part for plugin in plugins for part in ("-p", plugin)]
+    read = [sdist / file for file in files]
+    read += [sdist / f"{name.replace('.', '/')}.py" for name in CONFTESTS]
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(map(str, path)),
         "VLLM_TESTS_FOLDER": str(folder),
-        "VLLM_TESTS_NAMES": ",".join(asked_for(sdist / file for file in files)),
+        "VLLM_TESTS_NAMES": ",".join(asked_for(read)),
         "HF_HUB_OFFLINE": "1",
     }
     with (folder / "pytest.log").open("w") as output:

@@ -17,6 +17,7 @@ import sys
 import time
 import zlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -97,6 +98,8 @@ class _Running:
 
     test: ClassVar[bool] = False  # a test runs; else modules are imported
     file: ClassVar[str] = ""  # of the test
+    node: ClassVar[str] = ""  # the test
+    served: ClassVar[set[str]] = set()  # tests that had a server, or asked for one
 
 
 def not_applicable(reason: str) -> Any:
@@ -214,7 +217,8 @@ class _Process:
         key = (str(weights), names, *arguments)
         if key not in cls.kept:
             cls.end_all(but=[server.process for server in RemoteOpenAIServer.live])
-            cls.kept[key] = cls(weights, names, arguments)
+            with ThreadPoolExecutor(1) as starting:  # a test may have an event loop of its own
+                cls.kept[key] = starting.submit(cls, weights, names, arguments).result()
         return cls.kept[key]
 
     @classmethod
@@ -243,6 +247,7 @@ class RemoteOpenAIServer:
         override_hf_configs: dict[str, Any] | None = None,
     ) -> None:
         del env_dict, seed, auto_port, max_wait_seconds  # nothing here needs them
+        _Running.served.add(_Running.node)
         if override_hf_configs is not None:
             not_applicable("another configuration of the model")
         names, arguments, adapters = _translated([*vllm_serve_args])
@@ -439,7 +444,7 @@ class _Limits:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> Iterator[None]:
-        _Running.file = item.path.name
+        _Running.file, _Running.node = item.path.name, item.nodeid
         with self._bounded(item.path, START_SECONDS):
             return (yield)
 
@@ -454,7 +459,6 @@ class _Report:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._served: set[str] = set()
 
     def pytest_runtest_logstart(self) -> None:
         _Running.test = True
@@ -462,19 +466,16 @@ class _Report:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Iterator[None]:
         if RemoteOpenAIServer.live:
-            self._served.add(item.nodeid)
-        started = len(RemoteOpenAIServer.live)
+            _Running.served.add(item.nodeid)
         yield
-        if started != len(RemoteOpenAIServer.live):
-            self._served.add(item.nodeid)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when != "call" and report.passed:
             return
-        if report.passed and report.nodeid in self._served:
-            self._write(report.nodeid, "pass", "")
-        elif report.passed:
+        if not report.skipped and report.nodeid not in _Running.served:
             self._write(report.nodeid, "n/a", OWN_CODE)
+        elif report.passed:
+            self._write(report.nodeid, "pass", "")
         elif report.skipped:
             reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else ""
             self._write(report.nodeid, "n/a", reason.removeprefix("Skipped: "))
