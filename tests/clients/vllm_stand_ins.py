@@ -82,9 +82,9 @@ OPTIONS: dict[str, tuple[int, str | None]] = {
 # Of every server, unless a test asks more than USUAL: a text that no chance ends is short.
 CONTEXT, USUAL = 4_096, 8_192
 
-START_SECONDS = 300.0  # for what a test needs: its server's start takes minutes on a busy machine
+START_SECONDS = 600.0  # for what a test needs: its server's start takes minutes on a busy machine
 CALL_SECONDS = 60.0  # for a test itself
-FILE_SECONDS = 600.0  # for all tests of a file, the starts of servers among them
+FILE_SECONDS = 900.0  # for all tests of a file, the starts of servers among them
 
 LISTING = {"test_models.py"}  # files whose tests expect one name in the list of models
 EXACT = {"test_tokenization.py"}  # that expect the context that they ask for
@@ -206,6 +206,7 @@ class _Process:
                 url=f"http://127.0.0.1:{self.port}",
                 target=ServedNames(model.split(",")[0]),
                 log=FOLDER / "server.log",
+                timeout=START_SECONDS,
             )
         )
 
