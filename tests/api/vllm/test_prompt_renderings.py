@@ -13,7 +13,7 @@ from tool_templates import MARKED
 from quickchange_store.store import Store
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
-LIMIT = 64
+LIMIT = 2_048
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
 
 
