@@ -136,6 +136,9 @@ def create_app(
         lifespan=lifespan,
         separate_input_output_schemas=False,
         redirect_slashes=False,
+        servers=[{"url": settings.root_path}] if settings.root_path else None,
+        docs_url=None,  # both are made with the document
+        redoc_url=None,
     )
     for module in (
         completions,
@@ -177,7 +180,7 @@ def create_app(
         _allow_origins(app, settings, keyed=keyed)
     app.add_middleware(RequestIdMiddleware)
     app.add_middleware(HttpMetricsMiddleware)
-    app.add_middleware(PathMiddleware)
+    app.add_middleware(PathMiddleware, root_path=settings.root_path or "")
     return app
 
 

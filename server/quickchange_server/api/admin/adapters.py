@@ -34,7 +34,7 @@ from quickchange_server.api.openapi.response_models_admin import (
     VersionResidency,
 )
 from quickchange_server.api.openapi.route_responses import COMMON_ERRORS, errors
-from quickchange_server.config import Settings, is_loopback
+from quickchange_server.config import Settings
 from quickchange_server.errors import ConflictError, ForbiddenError, InvalidRequestError
 from quickchange_server.frontend.caller import Caller
 from quickchange_server.frontend.request_base import MAX_PATH, Body, Json, Name
@@ -113,7 +113,7 @@ def check_paths_allowed(settings: Settings) -> None:
     """Raise ForbiddenError if clients may not name folders of the server's machine."""
     allowed = settings.adapter_paths
     if allowed is None:
-        allowed = is_loopback(settings.host)
+        allowed = not settings.reachable
     if not allowed:
         raise ForbiddenError(
             "path: adding an adapter from a path of the server's machine is switched off by the "
