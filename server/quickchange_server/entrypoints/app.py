@@ -29,7 +29,7 @@ from quickchange_server.api.app_state import VERSION, Services
 from quickchange_server.api.auth import CallerMiddleware
 from quickchange_server.api.browser import EXPOSED, BrowserMiddleware
 from quickchange_server.api.error_responses import Surface
-from quickchange_server.api.lorax import errors
+from quickchange_server.api.lorax import errors, text_routes
 from quickchange_server.api.lorax import routes as lorax
 from quickchange_server.api.middleware import (
     BodyLimitMiddleware,
@@ -146,6 +146,7 @@ def create_app(
         message_routes,
         response_routes,
         lorax,
+        text_routes,
         embeddings,
         pooling_routes,
         scoring_routes,
@@ -162,9 +163,10 @@ def create_app(
         page,
     ):
         app.include_router(module.router)
+    lorax_paths = errors.paths_of(lorax.router, text_routes.router)
     error_responses.install(
         app,
-        Surface(lambda request: request.scope["path"] in lorax.PATHS, errors.refusal),
+        Surface(lambda request: request.scope["path"] in lorax_paths, errors.refusal),
         Surface(message_routes.is_anthropics, message_errors.refusal),
     )
     openapi_document.install(app, settings, keyed=keyed)

@@ -77,7 +77,11 @@ class Pooled:
 
     def answer(self, fields: Mapping[str, Any]) -> Response:
         """The answer, with the experiment's variant where there is one."""
-        content = {**fields, **self.envelope}
+        return self.bare({**fields, **self.envelope})
+
+    def bare(self, fields: Mapping[str, Any]) -> Response:
+        """An answer of these fields alone, and the experiment's variant."""
+        content = dict(fields)
         if self.opened.assignment is not None:
             content["quickchange"] = request_selection.shown(self.opened.assignment)
         return Response(json.dumps(content), media_type="application/json", headers=self.headers)
