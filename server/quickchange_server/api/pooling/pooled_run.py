@@ -18,9 +18,9 @@ from quickchange_server.api.openai import request_selection
 from quickchange_server.api.openai.chat.chat_requests import chat_length
 from quickchange_server.api.openai.completions import several_of
 from quickchange_server.api.openai.request_selection import Order
-from quickchange_server.api.openai.requests import CompletionRequest
+from quickchange_server.api.openai.requests import CompletionRequest, Truncation
 from quickchange_server.api.pooling.pooling_requests import PooledRequest, TextRequest
-from quickchange_server.api.pooling.prompt_cut import Truncation, text_ids, truncation
+from quickchange_server.api.pooling.prompt_cut import text_ids, truncation
 from quickchange_server.api.sse import unless_gone
 from quickchange_server.errors import AdapterWeightsError, EngineFailedError
 from quickchange_server.frontend.caller import Caller
