@@ -173,9 +173,11 @@ async def _begin(
     tokens = streamed or given.details or given.decoder_input_details or given.candidates > 1
     wanted = translation.completion(services, body, tokens=tokens)
     try:
-        order = request_selection.select(services, caller, wanted, request.headers)
+        order = await request_selection.select(services, caller, wanted, request.headers)
     except UnknownModelError as error:
-        raise UnknownModelError(error.message + _remedy(body, caller), param=error.param) from error
+        fetching = services.on_demand is not None
+        remedy = "" if fetching else _remedy(body, caller)
+        raise UnknownModelError(error.message + remedy, param=error.param) from error
     order = await merged(services, order, given.merged_adapters)
     prompt = await translation.prompt(services, body)
     admitting = request_selection.admit(
