@@ -91,7 +91,7 @@ def _opened(url: AdapterUrl) -> tuple[Any, Any]:
             remedy="pip install 'quickchange[oci]'",
         ) from error
 
-    class Bounded(HTTPAdapter):
+    class Bounded(HTTPAdapter):  # type: ignore[misc]  # requests brings no types
         """Gives up on a registry that is silent; by itself the library waits without end."""
 
         def send(self, request: Any, **options: Any) -> Any:
