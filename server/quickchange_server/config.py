@@ -18,6 +18,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 GIB = 1024**3
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@]+")
+_ROOT_PATH = re.compile(r"(?:/[A-Za-z0-9._~-]+)*")
 
 
 def default_database(store: str) -> str:
@@ -68,6 +69,15 @@ def _check_pattern(pattern: str) -> str:
 AdapterPattern = Annotated[str, AfterValidator(_check_pattern)]
 
 
+def _without_end(path: str) -> str:
+    if _ROOT_PATH.fullmatch(bare := path.rstrip("/")) is None:
+        raise ValueError(f"{path!r} is not the beginning of a path; write it as /llm or /team/llm")
+    return bare
+
+
+RootPath = Annotated[str, AfterValidator(_without_end)]
+
+
 class Settings(BaseSettings):
     """All settings. Sizes are in bytes, times in seconds, lengths in tokens."""
 
@@ -94,6 +104,14 @@ class Settings(BaseSettings):
 
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535, description="0 picks a free port")
+    uds: Path | None = Field(
+        None, description="a Unix socket's path, to listen on it and not on host and port"
+    )
+    root_path: RootPath | None = Field(
+        None,
+        description="the beginning of its paths for clients, such as /llm, where a proxy takes it "
+        "off; requests that still have it are answered too",
+    )
 
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -297,6 +315,11 @@ class Settings(BaseSettings):
         """The names of `served_model_name`, the first one listed; none where it is not given."""
         names = (self.served_model_name or "").split(",")
         return tuple(name.strip() for name in names if name.strip())
+
+    @property
+    def reachable(self) -> bool:
+        """True if more than this machine can reach the address."""
+        return self.uds is None and not is_loopback(self.host)
 
     @property
     def allowed_hosts(self) -> frozenset[str]:

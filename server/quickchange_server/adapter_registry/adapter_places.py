@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from quickchange_server.config import Settings, is_loopback
+from quickchange_server.config import Settings
 from quickchange_server.errors import ForbiddenError
 from quickchange_store.sources.adapter_url import AdapterUrl, adapter_url, is_url
 
@@ -24,7 +24,7 @@ def allowed_place(settings: Settings, text: str, param: str) -> Path | AdapterUr
         return url
     allowed = settings.adapter_paths
     if allowed is None:
-        allowed = is_loopback(settings.host)
+        allowed = not settings.reachable
     if not allowed:
         raise ForbiddenError(
             f"{param}: adding an adapter from a path of the server's machine is switched off by "

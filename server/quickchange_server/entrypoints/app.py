@@ -31,7 +31,7 @@ from quickchange_server.api.app_state import VERSION, Services
 from quickchange_server.api.auth import CallerMiddleware
 from quickchange_server.api.browser import EXPOSED, BrowserMiddleware
 from quickchange_server.api.error_responses import Surface
-from quickchange_server.api.lorax import errors
+from quickchange_server.api.lorax import errors, text_routes
 from quickchange_server.api.lorax import routes as lorax
 from quickchange_server.api.middleware import (
     BodyLimitMiddleware,
@@ -138,6 +138,9 @@ def create_app(
         lifespan=lifespan,
         separate_input_output_schemas=False,
         redirect_slashes=False,
+        servers=[{"url": settings.root_path}] if settings.root_path else None,
+        docs_url=None,  # both are made with the document
+        redoc_url=None,
     )
     for module in (
         completions,
@@ -145,6 +148,7 @@ def create_app(
         message_routes,
         response_routes,
         lorax,
+        text_routes,
         embeddings,
         pooling_routes,
         scoring_routes,
@@ -161,9 +165,10 @@ def create_app(
         page,
     ):
         app.include_router(module.router)
+    lorax_paths = errors.paths_of(lorax.router, text_routes.router)
     error_responses.install(
         app,
-        Surface(lambda request: request.scope["path"] in lorax.PATHS, errors.refusal),
+        Surface(lambda request: request.scope["path"] in lorax_paths, errors.refusal),
         Surface(message_routes.is_anthropics, message_errors.refusal),
     )
     openapi_document.install(app, settings, keyed=keyed)
@@ -179,7 +184,7 @@ def create_app(
         _allow_origins(app, settings, keyed=keyed)
     app.add_middleware(RequestIdMiddleware)
     app.add_middleware(HttpMetricsMiddleware)
-    app.add_middleware(PathMiddleware)
+    app.add_middleware(PathMiddleware, root_path=settings.root_path or "")
     return app
 
 

@@ -49,7 +49,9 @@ def live(places: Places, tmp_path_factory: pytest.TempPathFactory) -> Iterator[L
 
 
 def ask(live: Live, model: str, **fields: Any) -> Any:
-    return live.post("/v1/completions", {"model": model, "prompt": "a", "max_tokens": 2, "seed": 1, **fields})
+    return live.post(
+        "/v1/completions", {"model": model, "prompt": "a", "max_tokens": 2, "seed": 1, **fields}
+    )
 
 
 def test_an_allowed_url_is_added_and_another_is_refused_by_its_setting(live: Live) -> None:
