@@ -138,6 +138,12 @@ class Settings(BaseSettings):
     threads: int | None = Field(None, ge=1, description="engine threads on a CPU; default: all")
 
     max_model_len: int | None = Field(None, ge=16, description="default: what the model allows")
+    max_logprobs: int = Field(
+        20,
+        ge=-1,
+        description="best tokens whose log-probabilities a request may ask for at each token; -1: "
+        "the whole vocabulary, which requests ask for by -1",
+    )
     max_batch_tokens: int | None = Field(
         None,
         ge=16,

@@ -42,8 +42,8 @@ from quickchange_server.api.openai import completions, models
 from quickchange_server.api.openai.chat import chat_route
 from quickchange_server.api.pooling import embeddings, pooling_routes, scoring_routes
 from quickchange_server.api.responses import response_routes
+from quickchange_server.api.vllm import prompt_renderings, sagemaker
 from quickchange_server.api.vllm import routes as vllm
-from quickchange_server.api.vllm import sagemaker
 from quickchange_server.config import Settings, is_remote
 from quickchange_server.engine_client.client import EngineClient
 from quickchange_server.engine_client.engines import EnginesMaker
@@ -154,6 +154,7 @@ def create_app(
         scoring_routes,
         models,
         vllm,
+        prompt_renderings,
         sagemaker,
         adapters,
         experiments,

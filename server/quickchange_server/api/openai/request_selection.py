@@ -258,14 +258,20 @@ async def asked_of(body: Constrained) -> Asked | None:
     return await asyncio.to_thread(asked, body) if constrained else None
 
 
+def check_tokens(services: Services, body: GenerationRequest) -> None:
+    """Raise InvalidRequestError for token ids, or counts of them, that the model doesn't have."""
+    for name in ("stop_token_ids", "logprob_token_ids", "allowed_token_ids"):
+        services.text.check_ids(getattr(body, name), name)
+    services.text.check_ids(list(body.logit_bias), "logit_bias")
+    body.check_logprobs(services.settings.max_logprobs, services.text.vocab_size)
+
+
 def _submit(
     services: Services, order: Order[B], request_id: str, pooling: Pooling | None
 ) -> Submit:
     """The part of `Submit` that all choices share; the admission fills in the rest."""
     body = order.body
-    for name in ("stop_token_ids", "logprob_token_ids", "allowed_token_ids"):
-        services.text.check_ids(getattr(body, name), name)
-    services.text.check_ids(list(body.logit_bias), "logit_bias")
+    check_tokens(services, body)
     selection, drafts = order.selection, pooling is None
     return Submit(
         request_id=request_id,
