@@ -1,7 +1,8 @@
-"""Files of an adapter's folder that hold its tensors: one, shards with or without an index, pickles.
+"""Files of an adapter's folder that hold its tensors: one, shards, or pickles.
 
 State of the training that lies beside them (optimizer, scheduler, random numbers, a critic's value
-head, earlier checkpoints) is no part of the adapter; draft heads have readers of their own. Knows nothing of what the tensors are.
+head, earlier checkpoints) is no part of the adapter; draft heads have readers of their own. Knows
+nothing of what the tensors are.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ yet: the refusal has the command that gathers them.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,13 +20,14 @@ from quickchange_store.formats.layouts.torchtune import PARAMS_FILE
 from quickchange_store.formats.peft.mlx import MLX_FILE
 from quickchange_store.formats.peft.peft_common import WEIGHTS_FILE
 from quickchange_store.formats.turbo.turbo_common import HEADS_CONFIG_FILE, HEADS_FILE
+from quickchange_store.formats.weight_files import SAFETENSORS
 
 MAX_DEPTH = 4  # folders in one another
 MAX_ENTRIES = 10_000  # looked at
 _SHOWN = 8  # folders, for a message
 _STEM = Path(WEIGHTS_FILE).stem
 _OWN = re.compile(
-    rf"{re.escape(CONFIG_FILE)}|{re.escape(HEADS_CONFIG_FILE)}|{_STEM}[.-].*|adapter_\d+\.pt"
+    rf"{re.escape(CONFIG_FILE)}|{_STEM}[.-].*|adapter_\d+\.pt"
     rf"|{re.escape(MLX_FILE)}|{re.escape(bottleneck.WEIGHTS_FILE)}|{re.escape(HEADS_FILE)}"
     r"|(lora|pytorch_lora_weights)\.safetensors|model\.safetensors|.*\.gguf|.*\.npz"
 )
@@ -90,7 +90,8 @@ _PIECES = (
 def adapter_folder(directory: Path) -> Path:
     """The folder of the adapter in `directory`. Raises StoreError where it is not clear."""
     names = _entries(directory)
-    if any(_OWN.fullmatch(name) for name in names if (directory / name).is_file()):
+    heads = HEADS_CONFIG_FILE in names and any(name.endswith(SAFETENSORS) for name in names)
+    if heads or any(_OWN.fullmatch(name) for name in names if (directory / name).is_file()):
         _refuse_pieces(directory, names, unless_weights=True)
         return directory
     inside = list(_adapters(directory))
@@ -111,7 +112,7 @@ def adapter_folder(directory: Path) -> Path:
 
 def _refuse_pieces(folder: Path, names: list[str], *, unless_weights: bool) -> None:
     """Refuse a folder of pieces by the first of its files that is one."""
-    weights = any(name.startswith(_STEM) or name.endswith(".safetensors") for name in names)
+    weights = any(name.startswith(_STEM) or name.endswith(SAFETENSORS) for name in names)
     if unless_weights and weights:
         return
     for pieces in _PIECES:
@@ -149,7 +150,7 @@ def _folders(directory: Path) -> Iterator[Path]:
 
 def _entries(folder: Path) -> list[str]:
     try:
-        return sorted(os.listdir(folder))
+        return sorted(path.name for path in folder.iterdir())
     except OSError:  # a folder within that this user may not read holds no adapter for him
         return []
 

@@ -1,9 +1,9 @@
 """Reader of MLX LM's adapters: `adapter_config.json` and `adapters.safetensors`.
 
 MLX computes y + scale · (x A) B with A [in, r] and B [r, out]: PEFT's LoRA with the matrices
-transposed and alpha = scale · r. Its DoRA is PEFT's too, with the magnitudes under `m`. Experts of a
-layer have their matrices in one tensor, which is not transposed. The rest of the configuration are
-the options of the training.
+transposed and alpha = scale · r. Its DoRA is PEFT's too, with the magnitudes under `m`. The experts
+of a layer have their matrices in one tensor, which is not transposed. The rest of the configuration
+are the options of the training.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def _parameters(config: Mapping[str, Any]) -> tuple[int, float]:
 
 
 def _of_experts(names: TensorNames, module: str, part: str, tensor: torch.Tensor) -> Named | None:
-    """Tensors of single experts' modules, from MLX's of all of a layer: A [E, r, in], B [E, out, r].
+    """Tensors of single experts' modules, from those of a layer's: A [E, r, in], B [E, out, r].
 
     MLX joins them as `switch_mlp.gate_proj`; their own names are those of checkpoints.
     """

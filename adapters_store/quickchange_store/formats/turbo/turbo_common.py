@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quickchange_store.canonical.canonical_adapter import BaseSpec
 from quickchange_store.errors import BaseMismatchError, InvalidAdapterError
-from quickchange_store.formats.config_file import BASE_NAME, read_config
+from quickchange_store.formats.config_file import BASE_NAME
 from quickchange_store.formats.tensors import AdapterTensors
 
 if TYPE_CHECKING:
