@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from quickchange_store.checking.check_command import check
 from quickchange_store.errors import StoreError, os_error_line
 from quickchange_store.exporting import ExportLayout, export_adapter
 from quickchange_store.hub_access import look_for_hub
@@ -30,6 +31,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
+app.command()(check)
 
 StoreOption = Annotated[
     str,

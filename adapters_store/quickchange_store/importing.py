@@ -11,6 +11,8 @@ from quickchange_store.errors import InvalidAdapterError, UnsupportedFeatureErro
 from quickchange_store.formats.adapterhub.bottleneck import read_adapterhub
 from quickchange_store.formats.config_file import CONFIG_FILE, read_config
 from quickchange_store.formats.imported import Imported
+from quickchange_store.formats.layouts.adapter_folder import adapter_folder
+from quickchange_store.formats.layouts.foreign_layouts import read_foreign
 from quickchange_store.formats.peft.ia3 import read_ia3
 from quickchange_store.formats.peft.lora import read_peft
 from quickchange_store.formats.peft.mlx import is_mlx, read_mlx
@@ -79,6 +81,7 @@ def read_adapter(directory: Path, base: BaseSpec) -> Imported:
         raise InvalidAdapterError(
             "no such folder", file=str(directory), remedy="give the folder that holds the adapter"
         )
+    directory = adapter_folder(directory)
     heads = read_heads(directory, base)
     if heads is None:
         return _read_updates(directory, base)
@@ -102,6 +105,9 @@ def _read_updates(directory: Path, base: BaseSpec) -> Imported:
             file="model.safetensors",
             remedy=f"give a folder with {CONFIG_FILE}",
         )
+    foreign = read_foreign(directory, base)
+    if foreign is not None:
+        return foreign
     config = read_config(directory)
     if config.get("peft_type") == "IA3":
         return read_ia3(directory, base)
