@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from quickchange_store.canonical.canonical_adapter import BaseSpec, CanonicalAdapter
+from quickchange_store.canonical.canonical_adapter import BaseSpec, CanonicalAdapter, digest
 from quickchange_store.errors import InvalidAdapterError, UnsupportedFeatureError
 from quickchange_store.formats.adapterhub.bottleneck import read_adapterhub
 from quickchange_store.formats.config_file import CONFIG_FILE, read_config
 from quickchange_store.formats.imported import Imported
+from quickchange_store.formats.layouts.adapter_folder import adapter_folder
+from quickchange_store.formats.layouts.foreign_layouts import read_foreign
 from quickchange_store.formats.peft.ia3 import read_ia3
 from quickchange_store.formats.peft.lora import read_peft
 from quickchange_store.formats.peft.mlx import is_mlx, read_mlx
@@ -17,6 +20,8 @@ from quickchange_store.formats.peft.peft_common import WEIGHTS_FILE
 from quickchange_store.formats.turbo.heads_reader import read_heads
 from quickchange_store.index import Version
 from quickchange_store.names import check_name
+from quickchange_store.sources.adapter_url import AdapterUrl
+from quickchange_store.sources.fetching import fetched
 from quickchange_store.store import Store
 
 
@@ -28,14 +33,46 @@ class Added:
     warnings: tuple[str, ...]
 
 
-def add_adapter(store: Store, name: str, directory: Path, base: BaseSpec) -> Added:
+def add_adapter(
+    store: Store,
+    name: str,
+    directory: Path,
+    base: BaseSpec,
+    origin: Mapping[str, str] | None = None,
+) -> Added:
     """Read the adapter in `directory`, check it against `base` and publish it as `name`.
 
-    Raises StoreError: every refusal names file, key and remedy.
+    origin: where its files were fetched from, recorded beside its format. Raises StoreError: every
+    refusal names file, key and remedy.
     """
     check_name(name)  # before the work
     imported = read_adapter(directory, base)
+    adapter = imported.adapter
+    if origin is not None:
+        adapter = replace(adapter, source={**adapter.source, "from": dict(origin)})
+    return Added(store.add(name, adapter, base), imported.warnings)
+
+
+def add_unless_known(store: Store, name: str, directory: Path, base: BaseSpec) -> Added | None:
+    """Publish the adapter in `directory` unless it is a version of `name` already, be it one that
+    was rolled back. Raises StoreError."""
+    check_name(name)
+    imported = read_adapter(directory, base)
+    entry = store.snapshot().entries.get(name)
+    if entry is not None:
+        found = digest(imported.adapter)
+        if any(version.digest == found for version in entry.versions.values()):
+            return None
     return Added(store.add(name, imported.adapter, base), imported.warnings)
+
+
+def add_from_url(
+    store: Store, name: str, url: AdapterUrl, base: BaseSpec, most_bytes: int | None = None
+) -> Added:
+    """Fetch the adapter at a URL and publish it as `name`. Raises StoreError and OSError."""
+    check_name(name)
+    with fetched(url, most_bytes) as there:
+        return add_adapter(store, name, there.folder, base, there.origin)
 
 
 def read_adapter(directory: Path, base: BaseSpec) -> Imported:
@@ -44,6 +81,7 @@ def read_adapter(directory: Path, base: BaseSpec) -> Imported:
         raise InvalidAdapterError(
             "no such folder", file=str(directory), remedy="give the folder that holds the adapter"
         )
+    directory = adapter_folder(directory)
     heads = read_heads(directory, base)
     if heads is None:
         return _read_updates(directory, base)
@@ -67,6 +105,9 @@ def _read_updates(directory: Path, base: BaseSpec) -> Imported:
             file="model.safetensors",
             remedy=f"give a folder with {CONFIG_FILE}",
         )
+    foreign = read_foreign(directory, base)
+    if foreign is not None:
+        return foreign
     config = read_config(directory)
     if config.get("peft_type") == "IA3":
         return read_ia3(directory, base)

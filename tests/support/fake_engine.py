@@ -332,8 +332,10 @@ def note(behaviour: Behaviour, kind: str, command: Command | None = None) -> Non
         "prompt": getattr(command, "prompt", None),
         "prices": getattr(command, "prices", None),
         "constraint": _constraint(command),
-        "prompt_logprobs": (
-            command.sampling.prompt_logprobs if isinstance(command, Submit) else None
+        **(
+            {name: getattr(command.sampling, name) for name in ("logprobs", "prompt_logprobs")}
+            if isinstance(command, Submit)
+            else dict.fromkeys(("logprobs", "prompt_logprobs"))
         ),
     }
     with behaviour.journal.open("a") as journal:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING
@@ -14,7 +14,9 @@ from starlette.middleware.cors import CORSMiddleware
 
 from quickchange_server.adapter_registry.importer import Imports
 from quickchange_server.adapter_registry.merged_adapters import Derived
-from quickchange_server.adapter_registry.resolver import Catalog, base_names
+from quickchange_server.adapter_registry.on_demand import OnDemand
+from quickchange_server.adapter_registry.resolver import PLACEHOLDERS, Catalog, base_names
+from quickchange_server.adapter_registry.watched_folder import WatchedFolder
 from quickchange_server.api import error_responses, health, openapi_document, page
 from quickchange_server.api.admin import (
     adapters,
@@ -40,8 +42,8 @@ from quickchange_server.api.openai import completions, models
 from quickchange_server.api.openai.chat import chat_route
 from quickchange_server.api.pooling import embeddings, pooling_routes, scoring_routes
 from quickchange_server.api.responses import response_routes
+from quickchange_server.api.vllm import prompt_renderings, sagemaker
 from quickchange_server.api.vllm import routes as vllm
-from quickchange_server.api.vllm import sagemaker
 from quickchange_server.config import Settings, is_remote
 from quickchange_server.engine_client.client import EngineClient
 from quickchange_server.engine_client.engines import EnginesMaker
@@ -152,6 +154,7 @@ def create_app(
         scoring_routes,
         models,
         vllm,
+        prompt_renderings,
         sagemaker,
         adapters,
         experiments,
@@ -248,6 +251,7 @@ def _services(
     experiment_metrics = ExperimentMetrics(metrics.registry, settings.metrics_adapters)
     metrics.registry.register(ShareCollector(experiments.shares, experiment_metrics.label))
     exposures = Exposures(database, experiment_metrics)
+    imports = Imports(store, base, names, experiments.refuse_name, settings.max_upload_bytes)
     return Services(
         settings=settings,
         client=client,
@@ -263,7 +267,7 @@ def _services(
             prompt_lookup=settings.prompt_lookup,
             further=lambda: experiments.all,
         ),
-        imports=Imports(store, base, names, experiments.refuse_name),
+        imports=imports,
         derived=Derived(store, settings.derived_adapters),
         seeds=seeds,
         admission=RequestAdmission(client, text, constraints, seeds),
@@ -276,6 +280,10 @@ def _services(
         shadows=Shadows(experiment_metrics, lambda: 2 * client.in_flight < settings.max_queue),
         promotions=Promotions(store, experiments),
         responses=_stored_responses(settings, database),
+        on_demand=_on_demand(settings, imports, store, {*names, *PLACEHOLDERS}, experiments),
+        watched=None
+        if settings.adapter_watch is None
+        else WatchedFolder(settings.adapter_watch, imports),
         keyring=tenants.keyring,
         books=(*books, tenants.books, exposures),
         cluster=cluster,
@@ -294,6 +302,25 @@ def _stored_responses(settings: Settings, database: Database) -> StoredResponses
     )
 
 
+def _on_demand(
+    settings: Settings,
+    imports: Imports,
+    store: Store,
+    names: Collection[str],
+    experiments: Experiments,
+) -> OnDemand | None:
+    """What fetches adapters that requests name; None if nothing does. `names`: of the base."""
+    if settings.adapter_resolver is None or not settings.adapters:
+        return None
+    return OnDemand(
+        settings.adapter_resolver,
+        imports,
+        store,
+        settings.adapter_resolver_names,
+        lambda name: name in names or name in experiments.all,
+    )
+
+
 async def _start(services: Services) -> None:
     """Load keys and experiments from the database, and watch it for changes."""
     if services.keyring is not None:
@@ -305,6 +332,8 @@ async def _start(services: Services) -> None:
     services.revisions.start()
     if services.responses is not None:
         services.responses.start()
+    if services.watched is not None:
+        services.watched.start()
 
 
 async def _end(services: Services) -> None:
@@ -312,6 +341,10 @@ async def _end(services: Services) -> None:
     if not services.started.done():
         services.started.cancel()
     await asyncio.wait([services.started])
+    if services.watched is not None:
+        await services.watched.close()
+    if services.on_demand is not None:
+        await services.on_demand.close()
     await services.derived.close()
     await services.shadows.close()
     await services.client.close(services.settings.drain_seconds)

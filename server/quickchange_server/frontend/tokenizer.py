@@ -259,7 +259,7 @@ class Text:
         if not self._tokenizer.is_fast:
             raise InvalidRequestError(
                 f"{param}: this model has no fast tokenizer, which alone tells where tokens begin; "
-                "POST /tokenize with prompt or messages tells the ids alone",
+                "ask for the ids alone",
                 param=param,
             )
         self.encode_within(text, most=most, param=param)

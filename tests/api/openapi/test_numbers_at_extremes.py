@@ -51,6 +51,11 @@ WHOLE: dict[str, dict[str, Any]] = {  # a sound body of each operation whose num
         **{"model": "base", "max_tokens": 2, "logprobs": True},
         "messages": [{"role": "user", "content": "Hello"}],
     },
+    "POST /v1/completions/render": HELLO,
+    "POST /v1/chat/completions/render": {
+        **{"model": "base", "max_tokens": 2, "logprobs": True},
+        "messages": [{"role": "user", "content": "Hello"}],
+    },
     "POST /v1/responses": {"model": "base", "input": "Hello", "max_output_tokens": 2},
     "POST /v1/messages": {
         **{"model": "base", "max_tokens": 2},

@@ -48,7 +48,8 @@ async def chat_tokenize(
     request: Request, body: ChatRequest, services: Injected, caller: Calling
 ) -> Json:
     """Text and tokens of a chat's prompt, in TGI's form."""
-    chat = request_selection.select(services, caller, body, request.headers).body
+    order = await request_selection.select(services, caller, body, request.headers)
+    chat = order.body
     tools_form(services.text, chat.messages, chat.offered_tools)
     most = CONTEXTS * services.engine.max_model_len
     text = await services.text.chat_text(

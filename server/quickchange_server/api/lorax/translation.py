@@ -155,9 +155,10 @@ async def selected(
     Raises what `select` raises, and InvalidRequestError.
     """
     try:
-        order = request_selection.select(services, caller, wanted, headers)
+        order = await request_selection.select(services, caller, wanted, headers)
     except UnknownModelError as error:
-        remedy = _remedy(given.adapter_source or "hub", caller)
+        fetches = services.on_demand is not None
+        remedy = "" if fetches else _remedy(given.adapter_source or "hub", caller)
         raise UnknownModelError(error.message + remedy, param=error.param) from error
     return await _merged(services, order, given.merged_adapters)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, JsonValue
 
 from quickchange_server.frontend.request_base import FunctionName
 
@@ -328,6 +328,20 @@ class TokenizedPrompt(ResponseModel):
     max_model_len: int
     tokens: list[int]
     token_strs: list[str] | None
+
+
+class RenderedPrompt(ResponseModel):
+    """A prompt as the engine would get it, with the sampling parameters of its request."""
+
+    request_id: str
+    token_ids: list[int]
+    token_offsets: list[tuple[int, int]] | None
+    sampling_params: dict[str, JsonValue]
+    model: str
+    stream: bool
+    stream_options: dict[str, bool] | None
+    cache_salt: str | None
+    priority: int
 
 
 class TokenSpan(ResponseModel):

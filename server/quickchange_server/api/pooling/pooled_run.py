@@ -96,10 +96,12 @@ class Pooled:
         return request_selection.headers(self.opened.assignment)
 
 
-def call(request: Request, services: Services, caller: Caller, body: PooledRequest) -> PoolingCall:
+async def call(
+    request: Request, services: Services, caller: Caller, body: PooledRequest
+) -> PoolingCall:
     """The call of a body, with its adapters selected."""
     wanted = body.as_completion(services.catalog.base_name)
-    order = request_selection.select(services, caller, wanted, request.headers)
+    order = await request_selection.select(services, caller, wanted, request.headers)
     return PoolingCall(services, request, body, order)
 
 

@@ -135,7 +135,6 @@ RULES: dict[str, Rule] = {
     "--disable-frontend-multiprocessing": _hint(_OWN, 0),
     "--workers": _hint("one process answers"),
     "--swap-space": _hint("KV blocks are computed again, not swapped"),
-    "--max-logprobs": _hint("requests may ask for as many as the vocabulary has"),
     "--generation-config": _hint("requests say how to sample; docs/http.md has the defaults"),
     "--disable-log-requests": _hint(_LOG, 0),
     "--no-enable-log-requests": _hint(_LOG, 0),

@@ -65,7 +65,9 @@ class AnswerMaker:
                 f"{asked.place}; lower it",
                 param="min_tokens",
             )
-        sampling = params.resolved(max_tokens=most, eos_ids=self._text.eos_ids)
+        sampling = params.resolved(
+            max_tokens=most, eos_ids=self._text.eos_ids, vocab_size=self._text.vocab_size
+        )
         seed = self._seeds.draw() if params.seed is None else params.seed % 2**64
         first = Submit(
             f"{index}-0",
