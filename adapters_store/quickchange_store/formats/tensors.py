@@ -177,6 +177,11 @@ class AdapterTensors:
         self.left.discard(key)
         return tensor
 
+    def holds_integers(self, key: str) -> bool:
+        """True for a tensor of whole numbers."""
+        tensor = self._find(key)
+        return not tensor.is_floating_point() and not tensor.is_complex()
+
     def take_integers(self, key: str) -> torch.Tensor:
         """A tensor of whole numbers, int32 or int64."""
         tensor = self._find(key)
