@@ -56,6 +56,18 @@ def add(
     ],
     store: StoreOption,
     model: ModelOption,
+    approximate_rank: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Serve what has no low rank by the nearest update of this rank; `show` states "
+            "its error.",
+        ),
+    ] = None,
+    exact_rank: Annotated[
+        int,
+        typer.Option(min=1, help="Highest rank of a module up to which an update is exact."),
+    ] = 256,
     as_json: JsonOption = False,
 ) -> None:
     """Check an adapter against the base model and publish it as the version that NAME serves."""
@@ -64,7 +76,14 @@ def add(
 
     with _errors_shown():
         look_for_hub(model)
-        added = add_adapter(Store(store), name, directory, base_spec(model))
+        added = add_adapter(
+            Store(store),
+            name,
+            directory,
+            base_spec(model),
+            approximate_rank=approximate_rank,
+            exact_rank=exact_rank,
+        )
         for warning in added.warnings:
             typer.echo(f"warning: {warning}", err=True)
         if as_json:
@@ -122,6 +141,7 @@ def show(
         if as_json:
             _print_json(detail)
             return
+        detail["approximation"] = _approximation_line(detail["approximation"])
         detail["turbo"] = _turbo_line(detail["turbo"])
         detail["classifier"] = _classifier_line(detail["classifier"])
         _print_table(("FIELD", "VALUE"), [(key, _cell(value)) for key, value in detail.items()])
@@ -304,9 +324,20 @@ def _described(store: Store, version: Version) -> dict[str, Any]:
         "parameters": info.parameters,
         "dtypes": list(info.dtypes),
         "bytes": info.size,
+        "approximation": info.source.get("approximation"),
         "turbo": _turbo(info),
         "classifier": None if info.classifier is None else asdict(info.classifier),
     }
+
+
+def _approximation_line(stated: dict[str, Any] | None) -> str:
+    """What an update that could not be served exactly differs by, relative to its own size."""
+    if stated is None:
+        return "-"
+    return (
+        f"rank {stated['rank']} at most, relative error {stated['relative_error']:.2%}; at worst "
+        f"{stated['worst_relative_error']:.2%} ({stated['worst_module'] or 'no module'})"
+    )
 
 
 def _turbo(info: AdapterInfo) -> dict[str, Any] | None:

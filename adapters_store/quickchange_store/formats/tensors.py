@@ -177,10 +177,13 @@ class AdapterTensors:
         self.left.discard(key)
         return tensor
 
-    def holds_integers(self, key: str) -> bool:
-        """True for a tensor of whole numbers."""
+    def take_any(self, key: str) -> torch.Tensor:
+        """A tensor of numbers, checked as by `take`, or of whole numbers of any width."""
         tensor = self._find(key)
-        return not tensor.is_floating_point() and not tensor.is_complex()
+        if tensor.is_floating_point() or tensor.is_complex():
+            return self.take(key)
+        self.left.discard(key)
+        return tensor
 
     def take_integers(self, key: str) -> torch.Tensor:
         """A tensor of whole numbers, int32 or int64."""

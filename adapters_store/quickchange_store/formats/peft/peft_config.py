@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Any, Literal, TypeVar
 
 from quickchange_store.canonical.canonical_adapter import BaseSpec
-from quickchange_store.errors import InvalidAdapterError, UnsupportedFeatureError
+from quickchange_store.errors import UnsupportedFeatureError
 from quickchange_store.formats.config_file import (
     CONFIG_FILE,
     MAX_NAMES,
@@ -110,7 +110,6 @@ _BASE_CHANGING = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 _REMEDIES = {
     "modules_to_save": "train these modules with LoRA (target_modules) instead",
-    "trainable_token_indices": "train the embedding with LoRA (target_modules) instead",
     "ensure_weight_tying": "target the embedding and the LM head separately",
 }
 
@@ -196,24 +195,6 @@ def parse_config(
     if settings.dora and settings.lora_bias:
         raise invalid("lora_bias", True, "PEFT has no DoRA with a bias of its own: train without")
     return settings, warnings + _overlaps(settings)
-
-
-def check_kind(config: Mapping[str, Any]) -> None:
-    kind = config.get("peft_type")
-    if kind is None:
-        raise InvalidAdapterError(
-            "the field is missing",
-            file=CONFIG_FILE,
-            key="peft_type",
-            remedy='set it to "LORA" or "IA3"',
-        )
-    if kind != "LORA":
-        raise UnsupportedFeatureError(
-            f"{kind!r} is not supported",
-            file=CONFIG_FILE,
-            key="peft_type",
-            remedy='use "LORA" or "IA3"',
-        )
 
 
 def _check_initialisation(config: Mapping[str, Any]) -> None:

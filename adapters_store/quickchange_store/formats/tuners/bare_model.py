@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from quickchange_store.canonical.canonical_adapter import BaseSpec, ModuleShape
+from quickchange_store.canonical.canonical_adapter import ModuleShape
 from quickchange_store.errors import BaseMismatchError, InvalidAdapterError, UnsupportedFeatureError
 from quickchange_store.formats.config_file import CONFIG_FILE
 from quickchange_store.formats.peft.peft_common import WEIGHTS_FILE
@@ -130,16 +130,19 @@ def _response(
     """What the layer adds to the module's output, and that output."""
     import torch
 
-    with torch.no_grad():
-        own = _output(module, inputs)
-        return layer(inputs).double() - own, own
+    own = _output(module, inputs)
+    try:
+        with torch.no_grad():
+            return layer(inputs).double() - own, own
+    except _OF_PEFT as error:
+        raise _refused_by_peft(error) from error
 
 
 def _output(module: BareModule, inputs: torch.Tensor) -> torch.Tensor:
     import torch
 
     if module.weight is None:
-        own = torch.zeros(*inputs.shape[: 2], module.shape.out_features, dtype=torch.float64)
+        own = torch.zeros(*inputs.shape[:2], module.shape.out_features, dtype=torch.float64)
     else:
         own = _linear(module, module.weight.double(), inputs)
     return own if module.bias is None else own + module.bias.double()

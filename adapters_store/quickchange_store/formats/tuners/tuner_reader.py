@@ -6,11 +6,12 @@ low, and on request the nearest of a given rank (`low_rank`), with the error sta
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from quickchange_store.canonical.canonical_adapter import BaseSpec, CanonicalAdapter, LowRankUpdate
 from quickchange_store.errors import InvalidAdapterError, UnsupportedFeatureError
@@ -36,10 +37,12 @@ from quickchange_store.formats.peft.tensor_names import PREFIX, WRAPPERS, Tensor
 from quickchange_store.formats.tensors import AdapterTensors, weights_file
 from quickchange_store.formats.tuners.bare_model import BareModule, Change, changes
 from quickchange_store.formats.tuners.low_rank import exact_factors, nearest_factors
-from quickchange_store.formats.tuners.tuner_types import APPROXIMATE_REMEDY, Tuner, tuner_of
-
-if TYPE_CHECKING:
-    import torch
+from quickchange_store.formats.tuners.tuner_types import (
+    APPROXIMATE_REMEDY,
+    ON_REQUEST,
+    Tuner,
+    tuner_of,
+)
 
 EXACT_RANK = 256  # a module's rank up to which an update is served exactly
 LARGEST_BYTES = 4 << 30  # of what PEFT makes by a configuration alone
@@ -73,6 +76,10 @@ _READ_HERE = (
 )
 
 
+_BASE_CHANGING = ("pissa", "olora", "loftq")  # PEFT does it again when it loads
+_LORA_KINDS = ("use_bdlora", "use_qalora", "kasa_config", "monteclora_config")
+
+
 @dataclass(frozen=True, slots=True)
 class RankLimits:
     """How far updates of high rank are served: exactly up to `exact`, else as `approximate` says.
@@ -89,6 +96,9 @@ class RankLimits:
                 raise InvalidAdapterError(
                     f"{value!r} is no rank", key=name, remedy="give a whole number from 1 to 65536"
                 )
+
+
+EXACT_ONLY = RankLimits()
 
 
 @dataclass
@@ -115,6 +125,15 @@ class _Errors:
             "worst_relative_error": self.worst[0],
             "worst_module": self.worst[1],
         }
+
+
+def is_made_by_peft(config: Mapping[str, Any]) -> bool:
+    """True for a LoRA that is more than A and B: PEFT's layers have to say what it computes."""
+    initialised = config.get("init_lora_weights")
+    changes_base = isinstance(initialised, str) and initialised.lower().startswith(_BASE_CHANGING)
+    return config.get("peft_type") == "LORA" and (
+        changes_base or any(is_set(config.get(name)) for name in _LORA_KINDS)
+    )
 
 
 def read_tuner(directory: Path, base: BaseSpec, limits: RankLimits) -> Imported:
@@ -156,6 +175,8 @@ def _read(
     made, warnings = _configuration(config, base)
     check_patterns(config, base.modules, CONFIG_FILE)
     targets = _targets(str(kind), config, base, names)
+    if kind in ON_REQUEST and limits.approximate is not None:
+        limits = RankLimits(min(limits.exact, limits.approximate), limits.approximate)
     errors = _Errors()
     updates = {}
     for change in _changes(made, tuner, base, targets, tensors):
@@ -175,7 +196,7 @@ def _read(
         "format": "peft",
         "config": {key: value for key, value in config.items() if is_set(value)},
     }
-    if errors.approximated and limits.approximate is not None:
+    if (errors.approximated or kind in ON_REQUEST) and limits.approximate is not None:
         source["approximation"] = errors.stated(limits.approximate)
     name = str(config.get("base_model_name_or_path") or "")
     return Imported(CanonicalAdapter(base.architecture, name, updates, source), tuple(warnings))
@@ -250,7 +271,7 @@ def _changes(
     groups = [modules] if tuner.shared else [[path] for path in modules]
     for group in groups:
         taken = {
-            key: _take(tensors, key)
+            key: tensors.take_any(key)
             for key in sorted(tensors.left)
             if _is_of(key, group) or (tuner.shared and not key.startswith(PREFIX))
         }
@@ -261,10 +282,6 @@ def _changes(
 def _is_of(key: str, modules: list[str]) -> bool:
     path = key.removeprefix(PREFIX)
     return path != key and any(path.startswith(f"{module}.") for module in modules)
-
-
-def _take(tensors: AdapterTensors, key: str) -> torch.Tensor:
-    return tensors.take_integers(key) if tensors.holds_integers(key) else tensors.take(key)
 
 
 def _bare(
@@ -291,8 +308,6 @@ def _bare(
 
 def _for(config: Any, modules: list[str]) -> Any:
     """The configuration for these modules alone."""
-    import copy
-
     own = copy.deepcopy(config)
     own.target_modules = list(modules)
     pattern = getattr(own, "rank_pattern", None)
@@ -316,7 +331,7 @@ def _update(change: Change, limits: RankLimits, errors: _Errors) -> LowRankUpdat
             "are served exactly",
             file=CONFIG_FILE,
             key="peft_type",
-            remedy=f"raise --exact-rank (`exact_rank` in the API), or {APPROXIMATE_REMEDY}",
+            remedy=f"raise --exact-rank (`exact_rank` in Python), or {APPROXIMATE_REMEDY}",
         )
     if found is None and limits.approximate is not None:
         found = nearest_factors(change.weight, limits.approximate)

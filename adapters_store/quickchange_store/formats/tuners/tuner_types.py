@@ -13,8 +13,8 @@ from quickchange_store.errors import InvalidAdapterError, UnsupportedFeatureErro
 from quickchange_store.formats.config_file import CONFIG_FILE
 
 APPROXIMATE_REMEDY = (
-    "add it with --approximate-rank N (`approximate_rank` in the API), which serves the best update "
-    "of rank N and states its error"
+    "add it with --approximate-rank N (`approximate_rank` in Python), which serves the nearest "
+    "update of rank N and states its error"
 )
 
 
