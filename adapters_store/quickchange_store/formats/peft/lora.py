@@ -164,10 +164,15 @@ def _factors(
             key=tensors.name(keys[0]),
             remedy="correct r or rank_pattern, or save the adapter again",
         )
-    return (
-        tensors.take_shaped(keys[0], module, (rank, shape.in_features)),
-        tensors.take_shaped(keys[1], module, (shape.out_features, rank)),
-    )
+    b = tensors.take_shaped(keys[1], module, (shape.out_features, rank))
+    if settings.pooled > 1 and a.ndim == 2 and a.shape[1] * settings.pooled == shape.in_features:
+        return _unpooled(a, settings.pooled), b
+    return tensors.take_shaped(keys[0], module, (rank, shape.in_features)), b
+
+
+def _unpooled(a: torch.Tensor, group: int) -> torch.Tensor:
+    """A [r, in] for QALoRA's [r, in / group], which reads means of groups, times their number."""
+    return a.float().repeat_interleave(group, 1) * (a.shape[1] / group)
 
 
 def _base_bias_change(

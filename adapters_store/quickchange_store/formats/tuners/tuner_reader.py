@@ -54,11 +54,13 @@ _REFUSED = frozenset(
         "layer_replication",
         "megatron_config",
         "modules_to_save",
+        "sample_at_inference",
         "target_parameters",
         "trainable_token_indices",
     }
 )
 _REMEDIES = {
+    "sample_at_inference": "set it to false: the mean is served, never a sample",
     "modules_to_save": "train these modules as targets of the adapter instead",
     "target_parameters": "target the modules (target_modules) instead",
 }
@@ -76,8 +78,8 @@ _READ_HERE = (
 )
 
 
-_BASE_CHANGING = ("pissa", "olora", "loftq")  # PEFT does it again when it loads
-_LORA_KINDS = ("use_bdlora", "use_qalora", "kasa_config", "monteclora_config")
+_BASE_CHANGING = ("pissa", "olora")  # PEFT does it again when it loads
+_LORA_KINDS = ("use_bdlora", "kasa_config", "monteclora_config")
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +185,9 @@ def _read(
         update = _update(change, limits, errors)
         if update is not None:
             updates[change.path] = update
+    if getattr(made, "bias", "none") == "all":
+        updates |= _other_biases(base, targets, tensors)
+    updates = {path: updates[path] for path in base.modules if path in updates}
     check_copies(tensors, base)
     if tensors.left:
         raise InvalidAdapterError(
@@ -277,6 +282,25 @@ def _changes(
         }
         bare = [_bare(config, tuner, base, path, tensors) for path in group]
         yield from changes(_for(config, group), bare, taken)
+
+
+def _other_biases(
+    base: BaseSpec, targets: frozenset[str], tensors: AdapterTensors
+) -> dict[str, LowRankUpdate]:
+    """Updates of modules that have a trained bias and nothing else."""
+    import torch
+
+    found = {}
+    for path, shape in base.modules.items():
+        key = f"{PREFIX}{path}.bias"
+        if path in targets or not shape.bias or key not in tensors:
+            continue
+        trained = tensors.take_shaped(key, path, (shape.out_features,)).float()
+        change = trained - tensors.base_tensor(base, f"{path}.bias", key).float()
+        if bool(change.any()):
+            a, b = torch.zeros(0, shape.in_features), torch.zeros(shape.out_features, 0)
+            found[path] = LowRankUpdate(a, b, 1.0, change)
+    return found
 
 
 def _is_of(key: str, modules: list[str]) -> bool:
