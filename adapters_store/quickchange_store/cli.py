@@ -64,20 +64,34 @@ def add(
     ],
     store: StoreOption,
     model: ModelOption,
+    approximate_rank: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Serve what has no low rank by the nearest update of this rank; `show` states "
+            "its error.",
+        ),
+    ] = None,
+    exact_rank: Annotated[
+        int,
+        typer.Option(min=1, help="Highest rank of a module up to which an update is exact."),
+    ] = 256,
     as_json: JsonOption = False,
 ) -> None:
     """Check an adapter against the base model and publish it as the version that NAME serves."""
     from quickchange_store.base_model.base_spec import base_spec  # imports torch: seconds
+    from quickchange_store.formats.tuners.tuner_reader import RankLimits
     from quickchange_store.importing import add_adapter, add_from_url
 
     with _errors_shown():
         look_for_hub(model)
         url = adapter_url(place) if is_url(place) else None
         opened, base = Store(store), base_spec(model)
+        limits = RankLimits(exact_rank, approximate_rank)
         if url is None:
-            added = add_adapter(opened, name, Path(place), base)
+            added = add_adapter(opened, name, Path(place), base, limits)
         else:
-            added = add_from_url(opened, name, url, base)
+            added = add_from_url(opened, name, url, base, limits)
         for warning in added.warnings:
             typer.echo(f"warning: {warning}", err=True)
         if as_json:
@@ -135,6 +149,7 @@ def show(
         if as_json:
             _print_json(detail)
             return
+        detail["approximation"] = _approximation_line(detail["approximation"])
         detail["turbo"] = _turbo_line(detail["turbo"])
         detail["classifier"] = _classifier_line(detail["classifier"])
         _print_table(("FIELD", "VALUE"), [(key, _cell(value)) for key, value in detail.items()])
@@ -317,9 +332,20 @@ def _described(store: Store, version: Version) -> dict[str, Any]:
         "parameters": info.parameters,
         "dtypes": list(info.dtypes),
         "bytes": info.size,
+        "approximation": info.source.get("approximation"),
         "turbo": _turbo(info),
         "classifier": None if info.classifier is None else asdict(info.classifier),
     }
+
+
+def _approximation_line(stated: dict[str, Any] | None) -> str:
+    """What an update that could not be served exactly differs by, relative to its own size."""
+    if stated is None:
+        return "-"
+    return (
+        f"rank {stated['rank']} at most, relative error {stated['relative_error']:.2%}; at worst "
+        f"{stated['worst_relative_error']:.2%} ({stated['worst_module'] or 'no module'})"
+    )
 
 
 def _turbo(info: AdapterInfo) -> dict[str, Any] | None:

@@ -83,7 +83,7 @@ class Imports:
         async with self._turn:
             try:
                 return await asyncio.to_thread(
-                    lambda: add_adapter(self._store, name, folder, self._spec(), origin)
+                    lambda: add_adapter(self._store, name, folder, self._spec(), origin=origin)
                 )
             except OSError as error:
                 if not _is_of(error, folder):

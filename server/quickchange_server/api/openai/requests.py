@@ -211,7 +211,7 @@ class Truncation:
     keep: int | None
     side: TruncationSide
 
-    def of(self, ids: Sequence[int]) -> list[int]:
+    def of(self, ids: Sequence[Part]) -> list[Part]:
         """The ids that are kept."""
         if self.keep is None or len(ids) <= self.keep:
             return list(ids)

@@ -128,7 +128,7 @@ async def prompts_of(call: PoolingCall, body: TextRequest) -> list[Sequence[int]
         return await text_ids(
             services.text, texts, cut, most=most, param="input", special=special is not False
         )
-    ids_of_each = [cut.of(one) for one in given if not isinstance(one, str)]
+    ids_of_each: list[Sequence[int]] = [cut.of(one) for one in given if not isinstance(one, str)]
     for one in ids_of_each:
         services.text.check_ids(one, "input")
     return ids_of_each

@@ -58,7 +58,7 @@ async def render_completion(
     request: Request, body: CompletionToRender, services: Injected, caller: Calling
 ) -> list[Json]:
     """Token ids and sampling parameters of each prompt of a completion, which is not generated."""
-    order = request_selection.select(services, caller, body, request.headers)
+    order = await request_selection.select(services, caller, body, request.headers)
     body, limit = order.body, services.engine.max_model_len
     most, special = body.most_prompt_tokens(limit), body.add_special_tokens
     sent = await token_ids(services, body.prompt, "prompt", most=most, special=special)
@@ -81,7 +81,8 @@ async def render_chat(
     request: Request, body: ChatToRender, services: Injected, caller: Calling
 ) -> Json:
     """Token ids and sampling parameters of a chat, which is not answered."""
-    body = request_selection.select(services, caller, body, request.headers).body
+    order = await request_selection.select(services, caller, body, request.headers)
+    body = order.body
     tools_form(services.text, body.messages, body.offered_tools)
     most = body.most_prompt_tokens(services.engine.max_model_len)
     ids = await chat_prompt(services, body, most=most, param="messages")
