@@ -33,6 +33,8 @@ class PooledRequest(Body):
     """What all of these bodies have: what serves them, and how prompts are cut."""
 
     unsupported: ClassVar[Mapping[str, Unsupported]] = POOLING_UNSUPPORTED
+    # Load generators ask every route for texts of one length; these generate none.
+    hints = frozenset({"ignore_eos", "min_tokens"})
 
     model: Name | None = None
     adapters: Adapters = Field(default=[])
