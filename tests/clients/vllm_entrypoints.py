@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -26,6 +27,7 @@ REQUIRED = (
     "tblib==3.2.2",
     "anthropic==0.125.0",
     "docstring-parser",
+    "orjson==3.13.0",
 )
 LOGIT_STD = 3.0  # of the model's logits
 # Of the end of the text, of a string and of thoughts, in these; a vocabulary's best is about 4.2.
@@ -144,9 +146,9 @@ def make_model(folder: Path, *, thinks: bool) -> None:
 
 
 def asked_for(files: Iterable[Path]) -> list[str]:
-    """Names of models in the files' constants, which one server has together."""
-    constant = re.compile(r'^\w*MODEL\w* = "([^",]+)"', re.MULTILINE)
-    return sorted({name for file in files for name in constant.findall(file.read_text())})
+    """Names of models in the files, which one server has together."""
+    named = re.compile(r'(?:(?i:model)\w* = |RemoteOpenAIServer\()"([\w.-]+/[\w.-]+)"')
+    return sorted({name for file in files for name in named.findall(file.read_text())})
 
 
 def run(sdist: Path, files: list[str], folder: Path, packages: Path) -> None:
@@ -157,22 +159,29 @@ def run(sdist: Path, files: list[str], folder: Path, packages: Path) -> None:
     command += ["--continue-on-collection-errors"]
     command += ["-c", str(folder / "pytest.ini"), f"--rootdir={sdist}"]
     command += [part for plugin in plugins for part in ("-p", plugin)]
+    read = [sdist / file for file in files]
+    read += [sdist / f"{name.replace('.', '/')}.py" for name in CONFTESTS]
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(map(str, path)),
         "VLLM_TESTS_FOLDER": str(folder),
-        "VLLM_TESTS_NAMES": ",".join(asked_for(sdist / file for file in files)),
+        "VLLM_TESTS_NAMES": ",".join(asked_for(read)),
         "HF_HUB_OFFLINE": "1",
     }
     with (folder / "pytest.log").open("w") as output:
-        subprocess.run(
+        tests = subprocess.Popen(
             [*command, *(str(sdist / file) for file in files)],
             cwd=sdist,
             env=environment,
             stdout=output,
             stderr=subprocess.STDOUT,
-            check=False,
         )
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))
+        try:
+            tests.wait()
+        finally:
+            tests.send_signal(signal.SIGINT)  # if it still runs, it ends its servers
+            tests.wait(60)
 
 
 def table(folder: Path) -> str:

@@ -17,6 +17,7 @@ import sys
 import time
 import zlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -69,6 +70,7 @@ OPTIONS: dict[str, tuple[int, str | None]] = {
     "--port": (1, None),
     "--trust-remote-code": (0, None),
     "--trust-request-chat-template": (0, None),
+    "--chat-template": (1, None),  # `_with_template`
     "--runner": (1, None),
     "--tokenizer": (1, None),
     "--generation-config": (1, None),
@@ -77,13 +79,15 @@ OPTIONS: dict[str, tuple[int, str | None]] = {
     "--structured-outputs-config.enable_in_reasoning": (1, None),
 }
 
-CONTEXT = 4_096  # of every server but those for which a test asks more
+# Of every server, unless a test asks more than USUAL: a text that no chance ends is short.
+CONTEXT, USUAL = 4_096, 8_192
 
-START_SECONDS = 300.0  # for what a test needs: its server's start takes minutes on a busy machine
+START_SECONDS = 600.0  # for what a test needs: its server's start takes minutes on a busy machine
 CALL_SECONDS = 60.0  # for a test itself
-FILE_SECONDS = 600.0  # for all tests of a file, the starts of servers among them
+FILE_SECONDS = 900.0  # for all tests of a file, the starts of servers among them
 
 LISTING = {"test_models.py"}  # files whose tests expect one name in the list of models
+EXACT = {"test_tokenization.py"}  # that expect the context that they ask for
 
 # What makes a server's start short.
 QUICK = ("--no-model-check", "--no-turbo", "--no-prompt-lookup", "--threads", "1")
@@ -94,6 +98,8 @@ class _Running:
 
     test: ClassVar[bool] = False  # a test runs; else modules are imported
     file: ClassVar[str] = ""  # of the test
+    node: ClassVar[str] = ""  # the test
+    served: ClassVar[set[str]] = set()  # tests that had a server, or asked for one
 
 
 def not_applicable(reason: str) -> Any:
@@ -115,6 +121,9 @@ class _Absent(type):
         return not_applicable(f"{cls.__name__}.{name}")
 
     def __getitem__(cls, _: Any) -> Any:
+        return not_applicable(cls.__name__)
+
+    def __add__(cls, _: Any) -> Any:
         return not_applicable(cls.__name__)
 
 
@@ -197,6 +206,7 @@ class _Process:
                 url=f"http://127.0.0.1:{self.port}",
                 target=ServedNames(model.split(",")[0]),
                 log=FOLDER / "server.log",
+                timeout=START_SECONDS,
             )
         )
 
@@ -208,7 +218,8 @@ class _Process:
         key = (str(weights), names, *arguments)
         if key not in cls.kept:
             cls.end_all(but=[server.process for server in RemoteOpenAIServer.live])
-            cls.kept[key] = cls(weights, names, arguments)
+            with ThreadPoolExecutor(1) as starting:  # a test may have an event loop of its own
+                cls.kept[key] = starting.submit(cls, weights, names, arguments).result()
         return cls.kept[key]
 
     @classmethod
@@ -237,11 +248,14 @@ class RemoteOpenAIServer:
         override_hf_configs: dict[str, Any] | None = None,
     ) -> None:
         del env_dict, seed, auto_port, max_wait_seconds  # nothing here needs them
+        _Running.served.add(_Running.node)
         if override_hf_configs is not None:
             not_applicable("another configuration of the model")
-        arguments, adapters = _translated([*vllm_serve_args])
+        names, arguments, adapters = _translated([*vllm_serve_args])
+        model = names[0] if names else model
         thinks = any(option.startswith("--reasoning-parser") for option in vllm_serve_args)
-        self.process = _Process.of(THINKING if thinks else MODEL, model, arguments)
+        weights = _with_template([*vllm_serve_args], THINKING if thinks else MODEL)
+        self.process = _Process.of(weights, model, arguments)
         self.host, self.port, self.uds = "127.0.0.1", self.process.port, None
         self.pid = self.process.running.pid
         register(self.process.running.url, adapters)
@@ -294,14 +308,34 @@ class RemoteOpenAIServer:
         return anthropic.AsyncAnthropic(**{**self._options(given), "base_url": self.url_root})
 
 
-def _translated(given: list[str]) -> tuple[list[str], dict[str, Path]]:
-    """Our options for vLLM's, and the adapters that they name."""
+def _with_template(given: list[str], weights: Path) -> Path:
+    """The model's folder, or one with the chat template that a test gives."""
+    if "--chat-template" not in given:
+        return weights
+    template = given[given.index("--chat-template") + 1]
+    folder = FOLDER / f"{weights.name}-{zlib.crc32(template.encode())}"
+    if not folder.exists():
+        folder.mkdir()
+        for file in weights.iterdir():
+            (folder / file.name).symlink_to(file)
+        (folder / "chat_template.jinja").unlink(missing_ok=True)
+        (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
+def _translated(given: list[str]) -> tuple[list[str], list[str], dict[str, Path]]:
+    """The base's own names, our options for vLLM's, and the adapters that they name."""
+    names: list[str] = []
     arguments = ["--max-model-len", str(CONTEXT)]
     adapters: dict[str, Path] = {}
     while given:
         option, *joined = given.pop(0).split("=", 1)
         option = option if option == "--port" else option.replace("_", "-", option.count("_"))
         given[:0] = joined
+        if option == "--served-model-name":
+            while given and not given[0].startswith("--"):
+                names.append(given.pop(0))
+            continue
         if option == "--lora-modules":
             while given and not given[0].startswith("--"):
                 named = given.pop(0)
@@ -312,7 +346,8 @@ def _translated(given: list[str]) -> tuple[list[str], dict[str, Path]]:
                     name, _, path = named.partition("=")
                     adapters[name] = Path(path)
             continue
-        if option == "--max-model-len" and int(given[0]) <= CONTEXT:
+        usual = _Running.file not in EXACT
+        if option == "--max-model-len" and usual and int(given[0]) <= USUAL:
             given.pop(0)  # so that servers are alike
             continue
         if option not in OPTIONS:
@@ -321,7 +356,7 @@ def _translated(given: list[str]) -> tuple[list[str], dict[str, Path]]:
         values = [given.pop(0) for _ in range(count)]
         if ours is not None:
             arguments += [ours, *values]
-    return arguments, adapters
+    return names, arguments, adapters
 
 
 def _module(name: str, **names: Any) -> ModuleType:
@@ -401,7 +436,6 @@ class _Limits:
         if left <= 0:
             pytest.fail(f"the file took more than {FILE_SECONDS:.0f} s")
         started = time.monotonic()
-        signal.signal(signal.SIGTERM, lambda *_: pytest.exit("ended"))  # the servers end with it
         signal.setitimer(signal.ITIMER_REAL, min(seconds, left))
         try:
             yield
@@ -411,7 +445,7 @@ class _Limits:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> Iterator[None]:
-        _Running.file = item.path.name
+        _Running.file, _Running.node = item.path.name, item.nodeid
         with self._bounded(item.path, START_SECONDS):
             return (yield)
 
@@ -426,7 +460,6 @@ class _Report:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._served: set[str] = set()
 
     def pytest_runtest_logstart(self) -> None:
         _Running.test = True
@@ -434,19 +467,16 @@ class _Report:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Iterator[None]:
         if RemoteOpenAIServer.live:
-            self._served.add(item.nodeid)
-        started = len(RemoteOpenAIServer.live)
+            _Running.served.add(item.nodeid)
         yield
-        if started != len(RemoteOpenAIServer.live):
-            self._served.add(item.nodeid)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when != "call" and report.passed:
             return
-        if report.passed and report.nodeid in self._served:
-            self._write(report.nodeid, "pass", "")
-        elif report.passed:
+        if not report.skipped and report.nodeid not in _Running.served:
             self._write(report.nodeid, "n/a", OWN_CODE)
+        elif report.passed:
+            self._write(report.nodeid, "pass", "")
         elif report.skipped:
             reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else ""
             self._write(report.nodeid, "n/a", reason.removeprefix("Skipped: "))

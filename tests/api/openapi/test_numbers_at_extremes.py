@@ -56,6 +56,11 @@ WHOLE: dict[str, dict[str, Any]] = {  # a sound body of each operation whose num
         **{"model": "base", "max_tokens": 2, "logprobs": True},
         "messages": [{"role": "user", "content": "Hello"}],
     },
+    "POST /v1/messages/render": {
+        **{"model": "base", "max_tokens": 2},
+        "messages": [{"role": "user", "content": "Hello"}],
+    },
+    "POST /v1/responses/render": {"model": "base", "input": "Hello", "max_output_tokens": 2},
     "POST /v1/responses": {"model": "base", "input": "Hello", "max_output_tokens": 2},
     "POST /v1/messages": {
         **{"model": "base", "max_tokens": 2},

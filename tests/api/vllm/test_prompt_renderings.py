@@ -130,3 +130,23 @@ def test_a_chats_tools_are_in_its_prompt(live: Live) -> None:
 def test_the_base_renders_as_its_adapters_do(live: Live) -> None:
     own, base = (one(rendered(live, CHAT)(model=name)) for name in ("sql", BASE))
     assert own["token_ids"] == base["token_ids"]
+
+
+def test_messages_and_responses_render_as_the_chat_that_they_are(live: Live) -> None:
+    chat = one(rendered(live, CHAT)())
+    ask = {"model": "sql", "max_tokens": 7, "messages": body(CHAT)["messages"]}
+    message = one(live.post("/v1/messages/render", ask))
+    response = one(
+        live.post("/v1/responses/render", {"model": "sql", "input": "Hi", "max_output_tokens": 7})
+    )
+    assert message["token_ids"] == response["token_ids"] == chat["token_ids"]
+    assert [told["sampling_params"]["max_tokens"] for told in (message, response)] == [7, 7]
+    assert message["request_id"].startswith("msg_")
+    assert response["request_id"].startswith("resp_")
+
+
+def test_a_response_that_nothing_is_kept_of_is_not_continued(live: Live) -> None:
+    ask = {"model": "sql", "input": "Hi", "previous_response_id": "resp_1"}
+    refused = live.post("/v1/responses/render", ask)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "previous_response_id"

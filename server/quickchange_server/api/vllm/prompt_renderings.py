@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from pydantic import Field
 
+from quickchange_server.api.anthropic.message_requests import MessageRequest
 from quickchange_server.api.app_state import Injected, Services
 from quickchange_server.api.auth import Calling
 from quickchange_server.api.json_bodies import JsonRoute
@@ -27,6 +28,9 @@ from quickchange_server.api.openai.requests import (
 )
 from quickchange_server.api.openapi.response_models import RenderedPrompt
 from quickchange_server.api.openapi.route_responses import COMMON_ERRORS, errors
+from quickchange_server.api.responses.chat_translation import chat_of, translated
+from quickchange_server.api.responses.response_context import context_of, owner_of
+from quickchange_server.api.responses.response_requests import ResponseRequest
 from quickchange_server.frontend.context_length import room
 from quickchange_server.frontend.request_base import Body, Json
 from quickchange_server.observability.naming import request_ids
@@ -66,7 +70,7 @@ async def render_completion(
     if body.return_token_offsets:
         texts = several_of(body.prompt)
         spans = [await _offsets(services, text, most, special, "prompt") for text in texts]
-    name = _id(request, "cmpl", body.request_id)
+    name = _id(request, "cmpl-", body.request_id)
     names = [name] if len(sent) == 1 else [f"{name}-{number}" for number in range(len(sent))]
     return [
         _rendered(services, body, one, ids, offsets, "prompt", DEFAULT_COMPLETION_TOKENS)
@@ -81,29 +85,55 @@ async def render_chat(
     request: Request, body: ChatToRender, services: Injected, caller: Calling
 ) -> Json:
     """Token ids and sampling parameters of a chat, which is not answered."""
-    order = await request_selection.select(services, caller, body, request.headers)
-    body = order.body
+    name = _id(request, "chatcmpl-", body.request_id)
+    body = (await request_selection.select(services, caller, body, request.headers)).body
+    return await _chat(services, body, name, "messages", with_offsets=body.return_token_offsets)
+
+
+@router.post("/v1/messages/render", response_model=RenderedPrompt, responses=errors(404, 413))
+async def render_messages(
+    request: Request, body: MessageRequest, services: Injected, caller: Calling
+) -> Json:
+    """Token ids and sampling parameters of an Anthropic conversation, which is not answered."""
+    chat = (await request_selection.select(services, caller, body.chat, request.headers)).body
+    return await _chat(services, chat, _id(request, "msg_", None), "messages")
+
+
+@router.post("/v1/responses/render", response_model=RenderedPrompt, responses=errors(404, 413))
+async def render_response(
+    request: Request, body: ResponseRequest, services: Injected, caller: Calling
+) -> Json:
+    """Token ids and sampling parameters of a response's input, which is not answered."""
+    context = await context_of(services.responses, owner_of(caller), body)
+    chat = chat_of(body, translated(body, context))
+    chat = (await request_selection.select(services, caller, chat, request.headers)).body
+    return await _chat(services, chat, _id(request, "resp_", None), "input")
+
+
+async def _chat(
+    services: Services, body: ChatRequest, name: str, param: str, *, with_offsets: bool = False
+) -> Json:
+    """A `RenderedPrompt` of a chat."""
     tools_form(services.text, body.messages, body.offered_tools)
     most = body.most_prompt_tokens(services.engine.max_model_len)
-    ids = await chat_prompt(services, body, most=most, param="messages")
+    ids = await chat_prompt(services, body, most=most, param=param)
     offsets = None
-    if body.return_token_offsets:
+    if with_offsets:
         text = await asyncio.to_thread(
             services.text.render_chat,
             [message.for_template() for message in body.messages],
             tools=[tool.for_template() for tool in body.offered_tools],
             how=body.how,
         )
-        offsets = await _offsets(services, text, most, body.add_special_tokens, "messages")
-    name = _id(request, "chatcmpl", body.request_id)
-    return _rendered(services, body, name, ids, offsets, "messages", None)
+        offsets = await _offsets(services, text, most, body.add_special_tokens, param)
+    return _rendered(services, body, name, ids, offsets, param, None)
 
 
 def _id(request: Request, kind: str, given: str | None) -> str:
     """The client's own id by its header or else its body, or a new one."""
     header = request.headers.get("x-request-id")
     known = header if header and header == request_ids.current() else given
-    return f"{kind}-{known or uuid.uuid4().hex}"
+    return f"{kind}{known or uuid.uuid4().hex}"
 
 
 async def _offsets(

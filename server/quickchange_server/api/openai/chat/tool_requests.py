@@ -44,10 +44,12 @@ class Tool(Body):
     function: Function
 
     def for_template(self) -> dict[str, Any]:
-        """The function in the form that chat templates expect."""
+        """The function in the form that chat templates expect: without a description that it
+        doesn't have, which is text of the prompt."""
+        described = self.function.description is not None
         function: dict[str, Any] = {
             "name": self.function.name,
-            "description": self.function.description or "",
+            **({"description": self.function.description} if described else {}),
             "parameters": self.function.parameters or {"type": "object", "properties": {}},
         }
         return {"type": "function", "function": function}
