@@ -84,12 +84,11 @@ def report_on(directory: Path, model: str | None) -> AdapterReport:
     spec = None if model is None else _spec(model)
     folder, config, trainer = directory, {}, None
     try:
-        if directory.is_dir():
-            trainer = trainer_of(directory, {})
-            folder = adapter_folder(directory)
-            if (folder / CONFIG_FILE).is_file():
-                config = read_config(folder)
-            trainer = trainer_of(folder, config) or trainer
+        trainer = trainer_of(directory, {}) if directory.is_dir() else None
+        folder = adapter_folder(directory)
+        if (folder / CONFIG_FILE).is_file():
+            config = read_config(folder)
+        trainer = trainer_of(folder, config) or trainer
     except StoreError as error:
         return AdapterReport(str(folder), trainer, None, model, None, Refused.of(error))
     made_for = config.get(BASE_NAME) or config.get("model")  # PEFT's, MLX LM's

@@ -7,6 +7,7 @@ nothing of what the tensors are.
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Sequence
@@ -126,7 +127,8 @@ def conversion(name: str, expected: str) -> str:
     """The command that makes the pickle `name` the safetensors file `expected`."""
     code = (
         "import torch; from safetensors.torch import save_file; "
-        f"save_file(torch.load({name!r}, weights_only=True, map_location='cpu'), {expected!r})"
+        f'save_file(torch.load({json.dumps(name)}, weights_only=True, map_location="cpu"), '
+        f"{json.dumps(expected)})"
     )
     return f"python -c {shlex.quote(code)}"
 

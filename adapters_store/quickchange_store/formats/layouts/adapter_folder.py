@@ -89,6 +89,10 @@ _PIECES = (
 
 def adapter_folder(directory: Path) -> Path:
     """The folder of the adapter in `directory`. Raises StoreError where it is not clear."""
+    if not directory.is_dir():
+        raise InvalidAdapterError(
+            "no such folder", file=str(directory), remedy="give the folder that holds the adapter"
+        )
     names = _entries(directory)
     heads = HEADS_CONFIG_FILE in names and any(name.endswith(SAFETENSORS) for name in names)
     if heads or any(_OWN.fullmatch(name) for name in names if (directory / name).is_file()):
