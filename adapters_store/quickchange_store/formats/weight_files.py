@@ -89,15 +89,15 @@ def _without_index(directory: Path, parts: Sequence[re.Match[str]]) -> list[Path
 def shards(directory: Path, index: Path) -> list[Path]:
     """The files of an index of shards. Raises InvalidAdapterError where one is missing."""
     mapping = read_config(index.parent, index.name).get("weight_map")
-    known = isinstance(mapping, dict) and bool(mapping)
-    if not known or not all(isinstance(name, str) for name in mapping.values()):
+    listed = list(mapping.values()) if isinstance(mapping, dict) else []
+    if not listed or not all(isinstance(name, str) for name in listed):
         raise InvalidAdapterError(
             "not an index of weight files",
             file=index.name,
             key="weight_map",
             remedy="copy or save it again",
         )
-    names = sorted(set(mapping.values()))
+    names = sorted(set(listed))
     for name in names:
         if Path(name).name != name or not (directory / name).is_file():
             raise InvalidAdapterError(

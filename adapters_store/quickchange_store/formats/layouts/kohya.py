@@ -119,14 +119,4 @@ def _rank(opened: Opened, path: str) -> int:
 
 def _alpha(opened: Opened, path: str, rank: int) -> float:
     key = f"{PREFIX}{path}.{_ALPHA}"
-    if key not in opened.tensors:
-        return float(rank)
-    tensor = opened.tensors.take(key)
-    if tensor.numel() != 1:
-        raise InvalidAdapterError(
-            f"shape {list(tensor.shape)}, where one number is needed",
-            file=opened.tensors.file_of(key),
-            key=opened.tensors.name(key),
-            remedy="save the adapter again",
-        )
-    return float(tensor.item())
+    return opened.tensors.take_number(key) if key in opened.tensors else float(rank)

@@ -118,7 +118,7 @@ def _halves(
             key=place[1],
             remedy="use an adapter of this base model",
         )
-    pairs = tensor.unflatten(0, (-1, width // 2, 2))
+    pairs = tensor.reshape(-1, width // 2, 2, *tensor.shape[1:])
     return pairs.transpose(1, 2).reshape(tensor.shape).contiguous()
 
 
