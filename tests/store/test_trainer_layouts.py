@@ -105,7 +105,7 @@ def test_torchtunes_rows_of_a_type_that_is_not_known_are_refused(
     write_torchtune(tmp_path)
     base = dataclasses.replace(bases("llama").spec, model_type="phi3")
     error = refused(tmp_path, base, UnsupportedFeatureError)
-    assert (error.file, error.key) == ("adapter_model.pt", "layers.0.attn.q_proj.lora_b.weight")
+    assert (error.file, error.key) == ("adapter_model.pt", "layers.0.attn.k_proj.lora_b.weight")
     assert "'phi3'" in str(error)
 
 

@@ -60,8 +60,8 @@ def candidates(directory: Path, stem: str) -> list[Path]:
         if index.is_file():
             return shards(directory, index)
     names = _names(directory)
-    for suffix in (SAFETENSORS, *PICKLES):
-        found = [n for n in names if n.endswith(suffix) and not _STATE.fullmatch(n)]
+    for suffixes in ((SAFETENSORS,), PICKLES):
+        found = [n for n in names if n.endswith(suffixes) and not _STATE.fullmatch(n)]
         parts = [match for match in map(_SHARD.fullmatch, found) if match is not None]
         own = [match for match in parts if match["stem"] == stem] or parts
         if own:

@@ -24,7 +24,7 @@ from quickchange_store.formats.layouts.own_layout import (
     A,
     B,
     Config,
-    Opened,
+    OpenedLayout,
     lora_config,
     mapped_targets,
 )
@@ -99,7 +99,7 @@ def read(
         rows = _rows(tensor, (file, key), linear, paths, base)
         return [(f"{PREFIX}{path}.{B}", part) for path, part in zip(paths, rows, strict=True)]
 
-    opened = Opened.of("megatron", files, base, names, parts)
+    opened = OpenedLayout.of("megatron", files, base, names, parts)
     peft = lora_config(config, "Megatron", "peft.dim and peft.alpha")
     targets = mapped_targets(peft, _TARGETS, opened.targets)
     return opened.read({**peft, "target_modules": targets})
