@@ -37,7 +37,7 @@ def read_foreign(directory: Path, base: BaseSpec) -> Imported | None:
 
 
 def layout_name(directory: Path) -> str | None:
-    """The tool in whose layout the tensors in `directory` are; None for PEFT's. Raises StoreError."""
+    """The tool in whose layout the tensors in `directory` are; None: PEFT's. Raises StoreError."""
     layout = _layout(_files(directory)[1])
     return None if layout is None else layout.__name__.rpartition(".")[2]
 
