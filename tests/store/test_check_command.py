@@ -1,4 +1,4 @@
-"""`quickchange adapters check`: what a folder is, with no store, and without a base if need be."""
+"""`quickchange adapters check`: what a folder is, with no store and, where need be, no base."""
 
 from __future__ import annotations
 

@@ -149,6 +149,8 @@ class BaseSpec:
     output_head: str | None = None  # module path of the LM head, which "all-linear" leaves out
     producers: Mapping[str, str] = field(default_factory=dict, compare=False)
     """Modules whose input is, factor for factor, another module's output: down_proj -> up_proj."""
+    tied: Mapping[str, str] = field(default_factory=dict, compare=False)
+    """Modules whose weight is another module's: lm_head -> model.embed_tokens."""
     sublayers: Mapping[str, SubLayer] = field(default_factory=dict, compare=False)
     """The modules that end a sub-layer, whose output joins the residual stream."""
     weights: BaseWeights | None = field(default=None, compare=False, repr=False)

@@ -154,6 +154,14 @@ class AdapterTensors:
         self.left.discard(key)
         return tensor
 
+    def take_any(self, key: str) -> torch.Tensor:
+        """A tensor of numbers, checked as by `take`, or of whole numbers of any width."""
+        tensor = self._find(key)
+        if tensor.is_floating_point() or tensor.is_complex():
+            return self.take(key)
+        self.left.discard(key)
+        return tensor
+
     def take_integers(self, key: str) -> torch.Tensor:
         """A tensor of whole numbers, int32 or int64."""
         tensor = self._find(key)
