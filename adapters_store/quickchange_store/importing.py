@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from quickchange_store.canonical.canonical_adapter import BaseSpec, CanonicalAdapter, digest
-from quickchange_store.errors import InvalidAdapterError, UnsupportedFeatureError
+from quickchange_store.errors import UnsupportedFeatureError
 from quickchange_store.formats.adapterhub.bottleneck import read_adapterhub
 from quickchange_store.formats.config_file import CONFIG_FILE, read_config
 from quickchange_store.formats.imported import Imported
@@ -86,10 +86,6 @@ def add_from_url(
 
 def read_adapter(directory: Path, base: BaseSpec, limits: RankLimits = EXACT_ONLY) -> Imported:
     """Read an adapter of any supported format: updates, Turbo heads or both. Raises StoreError."""
-    if not directory.is_dir():
-        raise InvalidAdapterError(
-            "no such folder", file=str(directory), remedy="give the folder that holds the adapter"
-        )
     directory = adapter_folder(directory)
     heads = read_heads(directory, base)
     if heads is None:

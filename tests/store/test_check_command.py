@@ -119,6 +119,7 @@ def test_another_layout_without_its_base_says_what_was_not_checked(
     found = report(folder)
     assert found["served"] is found["refused"] is None
     assert "--base" in found["not_checked"][0]
+    assert ("torchtune" in str(found["not_checked"])) == (write is write_torchtune)
 
 
 def test_a_folder_of_checkpoints_names_the_one_to_give(folder: Path) -> None:

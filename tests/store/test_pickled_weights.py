@@ -90,7 +90,7 @@ def test_what_is_no_file_of_torch_is_refused(tmp_path: Path, content: bytes) -> 
 
 def test_an_empty_file_is_refused_with_the_conversion(tmp_path: Path) -> None:
     (tmp_path / "a.bin").touch()
-    assert "torch.load('a.bin', weights_only=True" in str(refused(tmp_path / "a.bin").remedy)
+    assert 'torch.load("a.bin", weights_only=True' in str(refused(tmp_path / "a.bin").remedy)
 
 
 def test_tensors_larger_than_their_file_are_refused(tmp_path: Path) -> None:

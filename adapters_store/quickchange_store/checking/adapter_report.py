@@ -19,6 +19,7 @@ from quickchange_store.errors import BaseMismatchError, BaseModelError, StoreErr
 from quickchange_store.formats.config_file import BASE_NAME, CONFIG_FILE, read_config
 from quickchange_store.formats.imported import Imported
 from quickchange_store.formats.layouts.adapter_folder import adapter_folder
+from quickchange_store.formats.layouts.foreign_layouts import layout_name
 from quickchange_store.formats.peft.peft_common import WEIGHTS_FILE
 from quickchange_store.formats.peft.tensor_names import PREFIX, unwrapped
 from quickchange_store.formats.tensors import AdapterTensors
@@ -34,7 +35,7 @@ _OF_BASE = "modules, shapes and values that depend on the base model"
 
 
 @dataclass(frozen=True)
-class Refused:
+class AdapterRefusal:
     """Why nothing of the folder would be served, and what mends it."""
 
     problem: str
@@ -43,12 +44,12 @@ class Refused:
     remedy: str | None
 
     @classmethod
-    def of(cls, error: StoreError) -> Refused:
+    def of(cls, error: StoreError) -> AdapterRefusal:
         return cls(error.problem, error.file, error.key, error.remedy)
 
 
 @dataclass(frozen=True)
-class Served:
+class AdapterFigures:
     """Figures of what would be served, as `adapters show` has them."""
 
     kind: str
@@ -70,8 +71,8 @@ class AdapterReport:
     trainer: str | None
     made_for: str | None  # the base model that the adapter names
     checked_against: str | None
-    served: Served | None
-    refused: Refused | None
+    served: AdapterFigures | None
+    refused: AdapterRefusal | None
     warnings: tuple[str, ...] = ()
     not_checked: tuple[str, ...] = ()
 
@@ -84,14 +85,13 @@ def report_on(directory: Path, model: str | None) -> AdapterReport:
     spec = None if model is None else _spec(model)
     folder, config, trainer = directory, {}, None
     try:
-        if directory.is_dir():
-            trainer = trainer_of(directory, {})
-            folder = adapter_folder(directory)
-            if (folder / CONFIG_FILE).is_file():
-                config = read_config(folder)
-            trainer = trainer_of(folder, config) or trainer
+        trainer = trainer_of(directory, {}) if directory.is_dir() else None
+        folder = adapter_folder(directory)
+        if (folder / CONFIG_FILE).is_file():
+            config = read_config(folder)
+        trainer = trainer_of(folder, config) or trainer
     except StoreError as error:
-        return AdapterReport(str(folder), trainer, None, model, None, Refused.of(error))
+        return AdapterReport(str(folder), trainer, None, model, None, AdapterRefusal.of(error))
     made_for = config.get(BASE_NAME) or config.get("model")  # PEFT's, MLX LM's
     made_for = made_for if isinstance(made_for, str) else None
     missing = None
@@ -112,7 +112,7 @@ def _read(
         read = read_adapter(folder, base)
         return AdapterReport(*about, _served(read, base, known=True), None, read.warnings)
     except StoreError as error:
-        return AdapterReport(*about, None, Refused.of(error))
+        return AdapterReport(*about, None, AdapterRefusal.of(error))
 
 
 def _without_base(
@@ -125,7 +125,9 @@ def _without_base(
     try:
         base = _assumed(folder, config)
         if base is None:
-            return AdapterReport(*about, None, None, (), (missing,))
+            tool = layout_name(folder)
+            own = () if tool is None else (f"its tensors, which are in {tool}'s own layout",)
+            return AdapterReport(*about, None, None, (), (missing, *own))
         read = read_adapter(folder, base)
         return AdapterReport(
             *about, _served(read, base, known=False), None, read.warnings, (missing,)
@@ -133,7 +135,7 @@ def _without_base(
     except (BaseMismatchError, BaseModelError) as error:  # it may be the base that is assumed
         return AdapterReport(*about, None, None, (), (missing, str(error)))
     except StoreError as error:
-        return AdapterReport(*about, None, Refused.of(error), (), (missing,))
+        return AdapterReport(*about, None, AdapterRefusal.of(error), (), (missing,))
 
 
 def _spec(model: str) -> BaseSpec:
@@ -194,13 +196,13 @@ def _assumed(folder: Path, config: Mapping[str, Any]) -> BaseSpec | None:
     return BaseSpec(str(architecture or ""), str(config.get(BASE_NAME) or ""), modules)
 
 
-def _served(read: Imported, base: BaseSpec, *, known: bool) -> Served:
+def _served(read: Imported, base: BaseSpec, *, known: bool) -> AdapterFigures:
     with tempfile.TemporaryFile() as file:
         digest = write(read.adapter, file)
         size = file.tell()
     info = describe(read.adapter, digest, size=size, created=0.0, base=base)
     layout = info.source.get("format")
-    return Served(
+    return AdapterFigures(
         kind=info.kind,
         layout=layout if isinstance(layout, str) else None,
         modules=info.modules,

@@ -175,6 +175,19 @@ class AdapterTensors:
         self.left.discard(key)
         return tensor
 
+    def take_number(self, key: str) -> float:
+        """The only number of a tensor of any usual dtype."""
+        whole = str(self._find(key).dtype) in ("torch.int32", "torch.int64")
+        tensor = self.take_integers(key) if whole else self.take(key)
+        if tensor.numel() != 1:
+            raise InvalidAdapterError(
+                f"shape {list(tensor.shape)}, where one number is needed",
+                file=self.file_of(key),
+                key=self.name(key),
+                remedy="save the adapter again",
+            )
+        return float(tensor.item())
+
     def _find(self, key: str) -> torch.Tensor:
         if key not in self._content:
             raise InvalidAdapterError(

@@ -7,6 +7,7 @@ nothing of what the tensors are.
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Sequence
@@ -59,8 +60,8 @@ def candidates(directory: Path, stem: str) -> list[Path]:
         if index.is_file():
             return shards(directory, index)
     names = _names(directory)
-    for suffix in (SAFETENSORS, *PICKLES):
-        found = [n for n in names if n.endswith(suffix) and not _STATE.fullmatch(n)]
+    for suffixes in ((SAFETENSORS,), PICKLES):
+        found = [n for n in names if n.endswith(suffixes) and not _STATE.fullmatch(n)]
         parts = [match for match in map(_SHARD.fullmatch, found) if match is not None]
         own = [match for match in parts if match["stem"] == stem] or parts
         if own:
@@ -88,15 +89,15 @@ def _without_index(directory: Path, parts: Sequence[re.Match[str]]) -> list[Path
 def shards(directory: Path, index: Path) -> list[Path]:
     """The files of an index of shards. Raises InvalidAdapterError where one is missing."""
     mapping = read_config(index.parent, index.name).get("weight_map")
-    known = isinstance(mapping, dict) and bool(mapping)
-    if not known or not all(isinstance(name, str) for name in mapping.values()):
+    listed = list(mapping.values()) if isinstance(mapping, dict) else []
+    if not listed or not all(isinstance(name, str) for name in listed):
         raise InvalidAdapterError(
             "not an index of weight files",
             file=index.name,
             key="weight_map",
             remedy="copy or save it again",
         )
-    names = sorted(set(mapping.values()))
+    names = sorted(set(listed))
     for name in names:
         if Path(name).name != name or not (directory / name).is_file():
             raise InvalidAdapterError(
@@ -126,7 +127,8 @@ def conversion(name: str, expected: str) -> str:
     """The command that makes the pickle `name` the safetensors file `expected`."""
     code = (
         "import torch; from safetensors.torch import save_file; "
-        f"save_file(torch.load({name!r}, weights_only=True, map_location='cpu'), {expected!r})"
+        f'save_file(torch.load({json.dumps(name)}, weights_only=True, map_location="cpu"), '
+        f"{json.dumps(expected)})"
     )
     return f"python -c {shlex.quote(code)}"
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from quickchange_store.errors import InvalidAdapterError, UnsupportedFeatureError
 from quickchange_store.formats.adapterhub import bottleneck
 from quickchange_store.formats.config_file import CONFIG_FILE
-from quickchange_store.formats.layouts.torchtune import PARAMS_FILE
+from quickchange_store.formats.layouts.torchtune import MISTRAL_FILE, PARAMS_FILE
 from quickchange_store.formats.peft.mlx import MLX_FILE
 from quickchange_store.formats.peft.peft_common import WEIGHTS_FILE
 from quickchange_store.formats.turbo.turbo_common import HEADS_CONFIG_FILE, HEADS_FILE
@@ -89,6 +89,10 @@ _PIECES = (
 
 def adapter_folder(directory: Path) -> Path:
     """The folder of the adapter in `directory`. Raises StoreError where it is not clear."""
+    if not directory.is_dir():
+        raise InvalidAdapterError(
+            "no such folder", file=str(directory), remedy="give the folder that holds the adapter"
+        )
     names = _entries(directory)
     heads = HEADS_CONFIG_FILE in names and any(name.endswith(SAFETENSORS) for name in names)
     if heads or any(_OWN.fullmatch(name) for name in names if (directory / name).is_file()):
@@ -127,11 +131,12 @@ def _refuse_pieces(folder: Path, names: list[str], *, unless_weights: bool) -> N
 
 def _adapters(directory: Path) -> Iterator[Path]:
     """Folders inside that hold an adapter; none is looked for within another."""
+    found: set[Path] = set()
     for folder in _folders(directory):
-        if any((folder / name).is_file() for name in _ADAPTERS):
-            if folder.name != "original":
-                yield folder
-        elif (folder / PARAMS_FILE).is_file() and (folder / "lora.safetensors").is_file():
+        own = any((folder / name).is_file() for name in _ADAPTERS)
+        own = own or all((folder / name).is_file() for name in (PARAMS_FILE, MISTRAL_FILE))
+        if own and found.isdisjoint(folder.parents):
+            found.add(folder)
             yield folder
 
 

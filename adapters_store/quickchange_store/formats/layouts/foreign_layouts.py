@@ -27,14 +27,25 @@ def read_foreign(directory: Path, base: BaseSpec) -> Imported | None:
     config = read_config(directory) if has_config else {}
     if config.get("peft_type") not in (None, "LORA") or is_mlx(config) or "config" in config:
         return None
-    files = candidates(directory, Path(WEIGHTS_FILE).stem)
+    files, keys = _files(directory)
     names = TensorNames(base)
-    keys = sorted(key for path in files for key in AdapterTensors.keys(path))
     layout = _layout([key for key in keys if names.plain(key) is None])
     if layout is None:
         return None
     read: Imported = layout.read(directory, files, config, base, TensorNames(base))
     return read
+
+
+def layout_name(directory: Path) -> str | None:
+    """The tool in whose layout the tensors in `directory` are; None: PEFT's. Raises StoreError."""
+    layout = _layout(_files(directory)[1])
+    return None if layout is None else layout.__name__.rpartition(".")[2]
+
+
+def _files(directory: Path) -> tuple[list[Path], list[str]]:
+    """Files of weights, and the names of their tensors."""
+    files = candidates(directory, Path(WEIGHTS_FILE).stem)
+    return files, sorted(key for path in files for key in AdapterTensors.keys(path))
 
 
 def _layout(keys: list[str]) -> ModuleType | None:

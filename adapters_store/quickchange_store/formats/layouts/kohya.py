@@ -17,7 +17,7 @@ from quickchange_store.canonical.canonical_adapter import BaseSpec
 from quickchange_store.errors import InvalidAdapterError
 from quickchange_store.formats.config_file import CONFIG_FILE
 from quickchange_store.formats.imported import Imported
-from quickchange_store.formats.layouts.own_layout import MAGNITUDE, A, B, Config, Opened
+from quickchange_store.formats.layouts.own_layout import MAGNITUDE, A, B, Config, OpenedLayout
 from quickchange_store.formats.peft.tensor_names import LEADING, PREFIX, TensorNames
 from quickchange_store.formats.tensors import Named
 
@@ -65,7 +65,7 @@ def read(
             tensor = tensor.flatten(1)
         return [(f"{PREFIX}{path}.{part}", tensor)]
 
-    opened = Opened.of("kohya", files, base, names, parts)
+    opened = OpenedLayout.of("kohya", files, base, names, parts)
     targets = opened.targets
     dora = any(key.endswith(MAGNITUDE) for key in opened.tensors.left)
     ranks = {path: _rank(opened, path) for path in targets}
@@ -111,22 +111,12 @@ def _flat_path(text: str, flat: dict[str, str]) -> str | None:
     return flat[rest]
 
 
-def _rank(opened: Opened, path: str) -> int:
+def _rank(opened: OpenedLayout, path: str) -> int:
     """The rank of a module by its A. Raises InvalidAdapterError where there is none."""
     a = opened.tensors.take(f"{PREFIX}{path}.{A}")
     return int(a.shape[0])
 
 
-def _alpha(opened: Opened, path: str, rank: int) -> float:
+def _alpha(opened: OpenedLayout, path: str, rank: int) -> float:
     key = f"{PREFIX}{path}.{_ALPHA}"
-    if key not in opened.tensors:
-        return float(rank)
-    tensor = opened.tensors.take(key)
-    if tensor.numel() != 1:
-        raise InvalidAdapterError(
-            f"shape {list(tensor.shape)}, where one number is needed",
-            file=opened.tensors.file_of(key),
-            key=opened.tensors.name(key),
-            remedy="save the adapter again",
-        )
-    return float(tensor.item())
+    return opened.tensors.take_number(key) if key in opened.tensors else float(rank)

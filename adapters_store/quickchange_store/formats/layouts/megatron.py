@@ -24,7 +24,7 @@ from quickchange_store.formats.layouts.own_layout import (
     A,
     B,
     Config,
-    Opened,
+    OpenedLayout,
     lora_config,
     mapped_targets,
 )
@@ -99,7 +99,7 @@ def read(
         rows = _rows(tensor, (file, key), linear, paths, base)
         return [(f"{PREFIX}{path}.{B}", part) for path, part in zip(paths, rows, strict=True)]
 
-    opened = Opened.of("megatron", files, base, names, parts)
+    opened = OpenedLayout.of("megatron", files, base, names, parts)
     peft = lora_config(config, "Megatron", "peft.dim and peft.alpha")
     targets = mapped_targets(peft, _TARGETS, opened.targets)
     return opened.read({**peft, "target_modules": targets})
@@ -123,9 +123,9 @@ def _rows(
             remedy="use an adapter of this base model, gathered from all tensor-parallel ranks",
         )
     if linear == "linear_fc1":
-        return [part.contiguous() for part in tensor.split(sizes)]
+        return [tensor[: sizes[0]].contiguous(), tensor[sizes[0] :].contiguous()]
     groups = sizes[1] // width
-    heads = tensor.unflatten(0, (groups, -1, width))  # [groups, queries + 2, width, r]
+    heads = tensor.reshape(groups, -1, width, tensor.shape[1])  # [groups, queries + 2, width, r]
     queries = heads.shape[1] - 2
     found = heads[:, :queries], heads[:, queries : queries + 1], heads[:, queries + 1 :]
     return [part.flatten(0, 2).contiguous() for part in found]

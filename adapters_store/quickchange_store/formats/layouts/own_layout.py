@@ -27,7 +27,7 @@ Config = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedLayout:
     """A folder's tensors under PEFT's names, where a layout knows them."""
 
     tool: str
@@ -38,7 +38,7 @@ class Opened:
     @classmethod
     def of(
         cls, tool: str, files: Sequence[Path], base: BaseSpec, names: TensorNames, parts: Parts
-    ) -> Opened:
+    ) -> OpenedLayout:
         """Open `files`. `parts`: what a tensor becomes, by its name without wrappers' parts, and
         its file.
 

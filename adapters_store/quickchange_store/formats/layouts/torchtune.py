@@ -24,7 +24,7 @@ from quickchange_store.formats.layouts.own_layout import (
     A,
     B,
     Config,
-    Opened,
+    OpenedLayout,
     lora_config,
     mapped_targets,
 )
@@ -35,7 +35,7 @@ from quickchange_store.formats.tensors import Named
 if TYPE_CHECKING:
     import torch
 
-PARAMS_FILE = "params.json"  # mistral-finetune's
+MISTRAL_FILE, PARAMS_FILE = "lora.safetensors", "params.json"  # mistral-finetune's
 PAIRED = frozenset({"llama", "mistral", "gemma", "gemma2"})  # neighbours rotate together
 HALVED = frozenset({"qwen2", "qwen3"})
 _KEY = re.compile(
@@ -89,7 +89,7 @@ def read(
             tensor = _halves(tensor, (file, key), base, meta=found["block"] == "attention")
         return [(f"{PREFIX}{path}.{part}", tensor)]
 
-    opened = Opened.of("torchtune", files, base, names, parts)
+    opened = OpenedLayout.of("torchtune", files, base, names, parts)
     peft = _config(directory, config)
     targets = mapped_targets(peft, _TARGETS | {"output": [base.output_head or ""]}, opened.targets)
     dora = any(key.endswith(MAGNITUDE) for key in opened.tensors.left)
@@ -118,7 +118,7 @@ def _halves(
             key=place[1],
             remedy="use an adapter of this base model",
         )
-    pairs = tensor.unflatten(0, (-1, width // 2, 2))
+    pairs = tensor.reshape(-1, width // 2, 2, *tensor.shape[1:])
     return pairs.transpose(1, 2).reshape(tensor.shape).contiguous()
 
 
