@@ -103,7 +103,9 @@ def _measured(kind: str, module: BareModule, layer: Any, twin: Any) -> Change:
             remedy=_DRAWN_REMEDY,
         )
     bias = _bias(layer, module)
-    for weight in (_merged(twin, module), _of_units(layer, module, bias)):
+    ways = (lambda: _merged(twin, module), lambda: _of_units(layer, module, bias))
+    for way in ways:
+        weight = way()
         if weight is not None and _near(_applied(module, weight, bias, probe), expected, size):
             return Change(module.path, weight, bias if bool(bias.any()) else None)
     raise UnsupportedFeatureError(

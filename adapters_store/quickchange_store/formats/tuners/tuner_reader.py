@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
+from warnings import catch_warnings, simplefilter
 
 from quickchange_store.canonical.canonical_adapter import BaseSpec, CanonicalAdapter, LowRankUpdate
 from quickchange_store.errors import InvalidAdapterError, UnsupportedFeatureError
@@ -221,7 +222,9 @@ def _configuration(config: Mapping[str, Any], base: BaseSpec) -> tuple[Any, list
     given = {k: v for k, v in config.items() if k in known and k not in _READ_HERE}
     given |= {"inference_mode": True, "target_modules": None}
     try:
-        return made(**given), warnings
+        with catch_warnings():
+            simplefilter("ignore")  # what PEFT says to those who train
+            return made(**given), warnings
     except (TypeError, ValueError, KeyError, AttributeError, ImportError) as error:
         raise InvalidAdapterError(
             f"PEFT does not take this configuration ({' '.join(str(error).split())[:400]})",
