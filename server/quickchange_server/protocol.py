@@ -16,6 +16,7 @@ from annotated_types import Interval
 
 MOST_TOKENS = 2**31 - 1  # no vocabulary has more
 MOST_BIAS = 100  # of a logit, as OpenAI's
+ALL = -1  # in a number of best tokens: the vocabulary's
 MOST_LOGPROB_IDS = 128  # tokens whose log-probabilities are told wherever they rank, as vLLM's
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -48,8 +49,8 @@ class SamplingParams:
     skip_special_tokens: bool = True
     seed: Annotated[int | None, Interval(ge=-(2**63), lt=2**64)] = None  # None: drawn at random
     logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)  # by token id
-    logprobs: Annotated[int | None, Interval(ge=0)] = None  # n best besides the sampled token
-    prompt_logprobs: Annotated[int | None, Interval(ge=0)] = None  # n best at each prompt token
+    logprobs: Annotated[int | None, Interval(ge=ALL)] = None  # n best besides the sampled token
+    prompt_logprobs: Annotated[int | None, Interval(ge=ALL)] = None  # n best at each prompt token
     logprob_token_ids: Collection[int] = ()  # with `logprobs`: of these tokens, not of the best
     allowed_token_ids: Collection[int] = frozenset()  # no other token is chosen; empty: any is
     bad_words: Sequence[str] = ()  # texts whose tokens are never completed
@@ -91,11 +92,23 @@ class SamplingParams:
         for name, value in kept.items():
             object.__setattr__(self, name, value)
 
-    def resolved(self, *, max_tokens: int, eos_ids: Iterable[int]) -> SamplingParams:
-        """The parameters as the engine takes them: a concrete limit and every stop token id."""
+    def resolved(
+        self, *, max_tokens: int, eos_ids: Iterable[int], vocab_size: int
+    ) -> SamplingParams:
+        """The parameters as the engine takes them: a concrete limit, every stop token id, and a
+        number of best tokens."""
         ends = () if self.ignore_eos else eos_ids
         stops = frozenset((*self.stop_token_ids, *ends))
-        return replace(self, max_tokens=max_tokens, stop_token_ids=stops)
+        best, of_prompt = (
+            vocab_size if count == ALL else count for count in (self.logprobs, self.prompt_logprobs)
+        )
+        return replace(
+            self,
+            max_tokens=max_tokens,
+            stop_token_ids=stops,
+            logprobs=best,
+            prompt_logprobs=of_prompt,
+        )
 
     @property
     def token_limit(self) -> int:
@@ -299,12 +312,16 @@ class TokenLogprobs(NamedTuple):
     logprob: float
     top: tuple[tuple[int, float], ...] = ()  # best first
 
+    def best(self, most: int) -> tuple[tuple[int, float], ...]:
+        """The `most` first of `top`; ALL: all of it."""
+        return self.top if most == ALL else self.top[:most]
+
     def ranked(self, most: int) -> dict[int, tuple[float, int | None]]:
         """The `most` best tokens and this position's token, each with its log-probability and its
         rank from 1, which is None if the position's token is not in `top`."""
         ids = [token_id for token_id, _ in self.top]
         ranked: dict[int, tuple[float, int | None]]
-        ranked = {token_id: (p, rank) for rank, (token_id, p) in enumerate(self.top[:most], 1)}
+        ranked = {token_id: (p, rank) for rank, (token_id, p) in enumerate(self.best(most), 1)}
         own = ids.index(self.token_id) + 1 if self.token_id in ids else None
         ranked.setdefault(self.token_id, (self.logprob, own))
         return ranked

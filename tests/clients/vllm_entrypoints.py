@@ -11,9 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -26,15 +28,13 @@ REQUIRED = (
     "docstring-parser",
 )
 LOGIT_STD = 3.0  # of the model's logits
-END_LOGIT = 3.2  # of the end of the text, in these; the best of a vocabulary is about 4.2
+# Of the end of the text, of a string and of thoughts, in these; a vocabulary's best is about 4.2.
+END_LOGIT, QUOTE_LOGIT, THOUGHT_LOGIT = 3.2, 4.0, 4.0
 TESTS = "tests/entrypoints"
 CONFTESTS = ("tests.entrypoints.conftest", "tests.entrypoints.serve.sagemaker.conftest")
 FILES = (  # those whose servers are alike stand together
     "openai/completion/test_completion.py",
     "openai/completion/test_token_in_token_out.py",
-    "openai/chat_completion/test_completion_with_function_calling.py",
-    "openai/chat_completion/test_include_reasoning.py",
-    "openai/chat_completion/test_thinking_token_budget.py",
     "openai/chat_completion/test_enable_force_include_usage.py",
     "openai/test_return_tokens_as_ids.py",
     "openai/test_chunked_prompt.py",
@@ -67,16 +67,23 @@ FILES = (  # those whose servers are alike stand together
     "pooling/classify/test_online.py",
     "pooling/basic/test_truncation.py",
     "serve/middleware/test_optional_middleware.py",
+    "scale_out/render/test_render.py",
     "openai/test_openai_schema.py",
     "serve/instrumentator/test_metrics.py",
     "launchers/test_shutdown.py",
+    "openai/chat_completion/test_completion_with_function_calling.py",
+    "openai/chat_completion/test_include_reasoning.py",
+    "openai/chat_completion/test_thinking_token_budget.py",
 )
 
 
-def make_model(folder: Path) -> None:
-    """A tiny random model with a real tokenizer, whose special tokens stand last, as in Qwen's."""
+def make_model(folder: Path, *, thinks: bool) -> None:
+    """A tiny random model with a real tokenizer, whose special tokens stand last, as in Qwen's.
+
+    Its texts, strings and thoughts end by chance. `thinks`: its template opens a thought.
+    """
     import torch
-    from tool_templates import MARKED
+    from tool_templates import MARKED, THOUGHTFUL
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     from quickchange_training.demo.demo_base import ensure_demo_base
@@ -84,9 +91,14 @@ def make_model(folder: Path) -> None:
     parts = json.loads((ensure_demo_base() / "tokenizer.json").read_text())
     vocabulary, added = parts["model"]["vocab"], parts["added_tokens"]
     size, special = len(vocabulary), len(added)
-    parts["model"]["vocab"] = {t: (i - special) % size for t, i in vocabulary.items()}
+    vocabulary = {t: (i - special) % size for t, i in vocabulary.items()}
+    parts["model"]["vocab"] = vocabulary
     for token in added:
         token["id"] = (token["id"] - special) % size
+    if thinks:
+        for mark in ("<think>", "</think>"):
+            added.append({**added[0], "id": size, "content": mark, "special": False})
+            size += 1
     folder.mkdir(parents=True)
     (folder / "tokenizer.json").write_text(json.dumps(parts))
     tokenizer = PreTrainedTokenizerFast(
@@ -94,7 +106,7 @@ def make_model(folder: Path) -> None:
         eos_token="<|im_end|>",
         pad_token="<|im_end|>",
         model_max_length=16_384,
-        chat_template=MARKED,
+        chat_template=THOUGHTFUL if thinks else MARKED,
     )
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
@@ -113,18 +125,28 @@ def make_model(folder: Path) -> None:
     )
     model = LlamaForCausalLM(config)
     with torch.no_grad():
-        # One dimension is the same everywhere, and gives the end of the text its logit: not the
+        # One dimension is the same everywhere, and gives what ends something its logit: not the
         # best as a rule, so that texts end after some dozens of tokens.
         model.model.embed_tokens.weight[:, 0] = 1.0
         for layer in model.model.layers:
             layer.self_attn.o_proj.weight[0] = layer.mlp.down_proj.weight[0] = 0.0
         model.lm_head.weight.normal_(std=LOGIT_STD / config.hidden_size**0.5)
         model.lm_head.weight[:, 0] = 0.0
-        model.lm_head.weight[tokenizer.eos_token_id] = 0.0
         prompt = torch.arange(300)[None]
         hidden = model.model(prompt).last_hidden_state[0, 20:, 0].mean()
-        model.lm_head.weight[tokenizer.eos_token_id, 0] = END_LOGIT * LOGIT_STD / hidden
+        ends = {tokenizer.eos_token_id: END_LOGIT, vocabulary['"']: QUOTE_LOGIT}
+        if thinks:
+            ends[size - 1] = THOUGHT_LOGIT
+        for token_id, logit in ends.items():
+            model.lm_head.weight[token_id] = 0.0
+            model.lm_head.weight[token_id, 0] = logit * LOGIT_STD / hidden
     model.save_pretrained(folder)
+
+
+def asked_for(files: Iterable[Path]) -> list[str]:
+    """Names of models in the files' constants, which one server has together."""
+    constant = re.compile(r'^\w*MODEL\w* = "([^",]+)"', re.MULTILINE)
+    return sorted({name for file in files for name in constant.findall(file.read_text())})
 
 
 def run(sdist: Path, files: list[str], folder: Path, packages: Path) -> None:
@@ -139,6 +161,7 @@ def run(sdist: Path, files: list[str], folder: Path, packages: Path) -> None:
         **os.environ,
         "PYTHONPATH": os.pathsep.join(map(str, path)),
         "VLLM_TESTS_FOLDER": str(folder),
+        "VLLM_TESTS_NAMES": ",".join(asked_for(sdist / file for file in files)),
         "HF_HUB_OFFLINE": "1",
     }
     with (folder / "pytest.log").open("w") as output:
@@ -180,7 +203,7 @@ def main() -> None:
     parser.add_argument("files", nargs="*", help=f"files under the sdist; default: {TESTS}/...")
     parser.add_argument("--folder", type=Path, help="keep the model, the logs and the report here")
     parser.add_argument("--packages", type=Path, help=f"a folder with {', '.join(REQUIRED)}")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     sys.path[:0] = [str(HERE.parent / "support")]
     if given.packages is None:
         from client_environments import installed
@@ -190,8 +213,9 @@ def main() -> None:
         given.packages = environment / "lib" / version / "site-packages"
     with TemporaryDirectory(prefix="vllm-entrypoints-") as made:
         folder = (given.folder or Path(made)).resolve()
-        if not (folder / "model").exists():
-            make_model(folder / "model")
+        for name in ("model", "thinking"):
+            if not (folder / name).exists():
+                make_model(folder / name, thinks=name == "thinking")
         (folder / "pytest.ini").write_text("[pytest]\nasyncio_mode = strict\n")
         files = given.files or [f"{TESTS}/{file}" for file in FILES]
         run(given.sdist.resolve(), files, folder, given.packages)

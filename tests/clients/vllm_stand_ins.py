@@ -12,15 +12,18 @@ import importlib.abc
 import importlib.util
 import json
 import os
+import signal
 import sys
+import time
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any, ClassVar
 
+import httpx
 import pytest
 
 from quickchange_bench.load.load_client import ServedNames
@@ -35,7 +38,8 @@ from quickchange_bench.models.random_adapters import AdapterSpec, write_in_this_
 from quickchange_server.api.app_state import VERSION
 
 FOLDER = Path(os.environ["VLLM_TESTS_FOLDER"])  # holds the model; adapters and the report go there
-MODEL = FOLDER / "model"
+MODEL, THINKING = FOLDER / "model", FOLDER / "thinking"
+NAMES = os.environ["VLLM_TESTS_NAMES"].split(",")  # models that the tests ask for
 OWN_CODE = "tests vLLM's own code"
 _PLATFORMS = ("is_rocm", "is_cuda", "is_xpu", "is_cuda_alike", "is_tpu", "is_cpu")
 
@@ -45,7 +49,8 @@ OPTIONS: dict[str, tuple[int, str | None]] = {
     "--enforce-eager": (0, None),
     "--max-model-len": (1, "--max-model-len"),
     "--max-num-seqs": (1, None),
-    "--max-num-batched-tokens": (1, "--max-batch-tokens"),
+    "--max-num-batched-tokens": (1, None),
+    "--max-logprobs": (1, "--max-logprobs"),
     "--enable-chunked-prefill": (0, None),
     "--enable-prompt-tokens-details": (0, None),
     "--no-enable-prefix-caching": (0, "--no-prefix-cache"),
@@ -63,6 +68,7 @@ OPTIONS: dict[str, tuple[int, str | None]] = {
     "--seed": (1, None),
     "--port": (1, None),
     "--trust-remote-code": (0, None),
+    "--trust-request-chat-template": (0, None),
     "--runner": (1, None),
     "--tokenizer": (1, None),
     "--generation-config": (1, None),
@@ -71,7 +77,13 @@ OPTIONS: dict[str, tuple[int, str | None]] = {
     "--structured-outputs-config.enable_in_reasoning": (1, None),
 }
 
-CONTEXT = 8_192  # of every server but those for which a test asks more
+CONTEXT = 4_096  # of every server but those for which a test asks more
+
+START_SECONDS = 300.0  # for what a test needs: its server's start takes minutes on a busy machine
+CALL_SECONDS = 60.0  # for a test itself
+FILE_SECONDS = 600.0  # for all tests of a file, the starts of servers among them
+
+LISTING = {"test_models.py"}  # files whose tests expect one name in the list of models
 
 # What makes a server's start short.
 QUICK = ("--no-model-check", "--no-turbo", "--no-prompt-lookup", "--threads", "1")
@@ -81,6 +93,7 @@ class _Running:
     """The state of the run."""
 
     test: ClassVar[bool] = False  # a test runs; else modules are imported
+    file: ClassVar[str] = ""  # of the test
 
 
 def not_applicable(reason: str) -> Any:
@@ -97,7 +110,7 @@ class _Absent(type):
         return not_applicable(cls.__name__)
 
     def __getattr__(cls, name: str) -> Any:
-        if name.startswith("_") or name == "pytestmark":
+        if name.startswith("__" if _Running.test else "_") or name == "pytestmark":
             raise AttributeError(name)
         return not_applicable(f"{cls.__name__}.{name}")
 
@@ -162,36 +175,47 @@ class _Process:
 
     kept: ClassVar[dict[tuple[str, ...], _Process]] = {}
 
-    def __init__(self, model: str, arguments: Sequence[str]) -> None:
+    def __init__(self, weights: Path, model: str, arguments: Sequence[str]) -> None:
         self._stack = ExitStack()
         folder = self._stack.enter_context(TemporaryDirectory(prefix="vllm-tests-"))
         self.port = free_port()
         command = quickchange_command(
             "serve",
-            *("--model", str(MODEL), "--store", f"{folder}/store", "--port", str(self.port)),
+            *(
+                "--model",
+                str(weights),
+                "--store",
+                f"{folder}/store",
+                "--port",
+                str(self.port),
+            ),
             *("--dtype", "float32", "--served-model-name", model, *QUICK, *arguments),
         )
         self.running: RunningServer = self._stack.enter_context(
             running(
                 command,
                 url=f"http://127.0.0.1:{self.port}",
-                target=ServedNames(model),
+                target=ServedNames(model.split(",")[0]),
                 log=FOLDER / "server.log",
             )
         )
 
     @classmethod
-    def of(cls, model: str, arguments: Sequence[str], *, fresh: bool) -> _Process:
-        key = (model, *arguments)
-        if fresh or key not in cls.kept:
-            cls.end_all()
-            cls.kept[key] = cls(model, arguments)
+    def of(cls, weights: Path, model: str, arguments: Sequence[str]) -> _Process:
+        """A server of the model under this name first, and of others where no test lists them."""
+        named = [name for name in NAMES if name != model]
+        names = model if _Running.file in LISTING else ",".join(sorted([model, *named]))
+        key = (str(weights), names, *arguments)
+        if key not in cls.kept:
+            cls.end_all(but=[server.process for server in RemoteOpenAIServer.live])
+            cls.kept[key] = cls(weights, names, arguments)
         return cls.kept[key]
 
     @classmethod
-    def end_all(cls) -> None:
-        while cls.kept:
-            cls.kept.popitem()[1]._stack.close()
+    def end_all(cls, *, but: Sequence[_Process] = ()) -> None:
+        for key, process in [*cls.kept.items()]:
+            if process not in but:
+                cls.kept.pop(key)._stack.close()
 
 
 class RemoteOpenAIServer:
@@ -216,11 +240,11 @@ class RemoteOpenAIServer:
         if override_hf_configs is not None:
             not_applicable("another configuration of the model")
         arguments, adapters = _translated([*vllm_serve_args])
-        fresh = "--enable-lora" in vllm_serve_args  # its store is filled
-        process = _Process.of(model, arguments, fresh=fresh)
-        self.host, self.port, self.uds = "127.0.0.1", process.port, None
-        self.pid = process.running.pid
-        register(process.running.url, adapters)
+        thinks = any(option.startswith("--reasoning-parser") for option in vllm_serve_args)
+        self.process = _Process.of(THINKING if thinks else MODEL, model, arguments)
+        self.host, self.port, self.uds = "127.0.0.1", self.process.port, None
+        self.pid = self.process.running.pid
+        register(self.process.running.url, adapters)
         self.live.append(self)
 
     def __enter__(self) -> RemoteOpenAIServer:
@@ -228,6 +252,10 @@ class RemoteOpenAIServer:
 
     def __exit__(self, *_: object) -> None:
         self.live.remove(self)
+        with httpx.Client(base_url=self.url_root, timeout=60) as client:
+            for model in client.get("/v1/models").json()["data"]:
+                if model.get("parent") is not None:  # an adapter; the next test has its own
+                    client.post("/v1/unload_lora_adapter", json={"lora_name": model["id"]})
 
     @property
     def url_root(self) -> str:
@@ -318,6 +346,7 @@ KNOWN = {
     "vllm.logger": {"init_logger": __import__("logging").getLogger},
     "tests.utils": {
         "RemoteOpenAIServer": RemoteOpenAIServer,
+        "RemoteLaunchRenderServer": RemoteOpenAIServer,
         "ROCM_EXTRA_ARGS": [],
         "VLLM_PATH": FOLDER,
         "requires_fp8": lambda test: test,
@@ -353,6 +382,43 @@ def _one_tokenizer() -> Iterator[None]:
     AutoTokenizer.from_pretrained = lambda *_, **__: made(MODEL)
     yield
     AutoTokenizer.from_pretrained = made
+
+
+class _Limits:
+    """Bounds on the time of each test and each file: a test that hangs fails, and the run ends."""
+
+    def __init__(self) -> None:
+        self._spent: dict[Path, float] = {}
+        signal.signal(signal.SIGALRM, self._end)
+
+    @staticmethod
+    def _end(*_: object) -> None:
+        pytest.fail("took too long")
+
+    @contextmanager
+    def _bounded(self, file: Path, seconds: float) -> Iterator[None]:
+        left = FILE_SECONDS - self._spent.get(file, 0.0)
+        if left <= 0:
+            pytest.fail(f"the file took more than {FILE_SECONDS:.0f} s")
+        started = time.monotonic()
+        signal.signal(signal.SIGTERM, lambda *_: pytest.exit("ended"))  # the servers end with it
+        signal.setitimer(signal.ITIMER_REAL, min(seconds, left))
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0.0)
+            self._spent[file] = self._spent.get(file, 0.0) + time.monotonic() - started
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> Iterator[None]:
+        _Running.file = item.path.name
+        with self._bounded(item.path, START_SECONDS):
+            return (yield)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> Iterator[None]:
+        with self._bounded(item.path, CALL_SECONDS):
+            return (yield)
 
 
 class _Report:
@@ -404,4 +470,5 @@ def pytest_sessionfinish() -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(_Limits())
     config.pluginmanager.register(_Report(FOLDER / "report.jsonl"))

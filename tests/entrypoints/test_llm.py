@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -259,6 +261,31 @@ def test_logprobs_are_transformers(llm: LLM, models: LlmModels) -> None:
         assert told[prompt[place]].logprob == pytest.approx(
             float(table[place - 1, prompt[place]]), abs=1e-4
         )
+
+
+def test_the_whole_vocabularys_log_probabilities_are_told(llm: LLM) -> None:
+    """Beside a request that wants few, in the same steps."""
+    whole = SamplingParams(temperature=0.0, max_tokens=3, logprobs=-1, prompt_logprobs=-1)
+    few = replace(whole, logprobs=2, prompt_logprobs=1)
+    for params in ([whole, few], [few, whole, few]):
+        for result, asked in zip(
+            llm.generate(["Hello"] * len(params), params), params, strict=True
+        ):
+            told = result.outputs[0].logprobs
+            of_prompt = result.prompt_logprobs
+            assert told is not None
+            assert of_prompt is not None
+            assert len(told) == 3
+            for place in (*told, *of_prompt[1:]):
+                assert place is not None
+                total = sum(math.exp(one.logprob) for one in place.values())
+                assert (total == pytest.approx(1.0)) == (asked is whole)
+                assert (len(place) <= 3) == (asked is few)
+        small, large = llm.generate(["Hello"] * 2, [few, whole])
+        alone = llm.generate("Hello", few)[0]
+        assert small.outputs == alone.outputs
+        assert small.prompt_logprobs == alone.prompt_logprobs
+        assert large.outputs[0].token_ids == alone.outputs[0].token_ids
 
 
 @pytest.mark.parametrize("normalize", [True, False])

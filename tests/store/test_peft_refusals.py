@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -181,51 +180,6 @@ def test_weights_of_conv1d_are_refused_as_parameters(
         UnsupportedFeatureError, tmp_path, bases("gpt2").spec, CONFIG, "target_parameters"
     )
     assert "linear" in str(error)
-
-
-@pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.pt", "weights.pth"])
-def test_a_pickle_is_never_opened_and_the_conversion_is_named(
-    name: str, folder: Path, bases: Any, tmp_path: Path
-) -> None:
-    (folder / WEIGHTS).unlink()
-    marker = tmp_path / "executed"
-    (folder / name).write_bytes(pickle.dumps(_Evil(str(marker))))
-    error = refused(UnsupportedFeatureError, folder, bases("llama").spec, name, None)
-    assert "weights_only=True" in str(error)
-    assert not marker.exists()
-
-
-class _Evil:
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (open, (self.path, "w"))
-
-
-def test_the_named_conversion_of_a_pickle_works(folder: Path, bases: Any) -> None:
-    import subprocess
-    import sys
-
-    torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
-    (folder / WEIGHTS).unlink()
-    with pytest.raises(UnsupportedFeatureError) as caught:
-        read_adapter(folder, bases("llama").spec)
-    assert caught.value.remedy is not None
-    command = caught.value.remedy.partition(": ")[2].replace("python", sys.executable, 1)
-    subprocess.run(command, shell=True, check=True, cwd=folder, timeout=120)
-    assert read_adapter(folder, bases("llama").spec).adapter.updates
-
-
-def test_shards_are_named(folder: Path, bases: Any) -> None:
-    (folder / WEIGHTS).rename(folder / "adapter_model-00001-of-00002.safetensors")
-    refused(
-        UnsupportedFeatureError,
-        folder,
-        bases("llama").spec,
-        "adapter_model-00001-of-00002.safetensors",
-        None,
-    )
 
 
 def test_missing_weights_are_named(folder: Path, bases: Any) -> None:

@@ -289,7 +289,7 @@ def read_only(submit: Submit) -> Delta:
 
 
 def accepted_at(seed: int, emitted: int, drafted: int) -> int:
-    """Of `drafted` tokens, how many the fake engine accepts in the step after `emitted` tokens."""
+    """The number of `drafted` tokens accepted in the step after `emitted` tokens."""
     return zlib.crc32(repr((seed, emitted)).encode()) % (drafted + 1)
 
 
@@ -332,8 +332,10 @@ def note(behaviour: Behaviour, kind: str, command: Command | None = None) -> Non
         "prompt": getattr(command, "prompt", None),
         "prices": getattr(command, "prices", None),
         "constraint": _constraint(command),
-        "prompt_logprobs": (
-            command.sampling.prompt_logprobs if isinstance(command, Submit) else None
+        **(
+            {name: getattr(command.sampling, name) for name in ("logprobs", "prompt_logprobs")}
+            if isinstance(command, Submit)
+            else dict.fromkeys(("logprobs", "prompt_logprobs"))
         ),
     }
     with behaviour.journal.open("a") as journal:

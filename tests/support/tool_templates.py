@@ -34,6 +34,11 @@ THINKING = MARKED.replace(  # an empty thought before every answer behind the la
     "{{ m.content }}",
     "{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}",
 )
+THOUGHTFUL = THINKING.replace(  # ends within a thought, which is empty where none is wanted
+    "assistant\n{% endif %}",
+    "assistant\n<think>\n{% if enable_thinking is defined and not enable_thinking %}"
+    "\n</think>\n\n{% endif %}{% endif %}",
+)
 TEXTUAL = MARKED.replace(  # joins the arguments to its own text
     "{{ c.function.arguments | tojson }}", "{{ '' + c.function.arguments }}"
 )

@@ -110,7 +110,15 @@ def spec_of(network: Any, name: str, weights: BaseWeights | None = None) -> Base
         weights=weights,
         experts=experts,
         expert_modules=ConvertedExperts.of(network, experts),
+        head_dim=_head_dim(network),
     )
+
+
+def _head_dim(network: Any) -> int | None:
+    """The width of every head of attention; None where they differ or no module says it."""
+    found = {getattr(module, "head_dim", None) for module in text_modules(network)}
+    widths = {width for width in found if type(width) is int}
+    return widths.pop() if len(widths) == 1 else None
 
 
 def _tied(network: Any, modules: Mapping[str, ModuleShape]) -> dict[str, str]:

@@ -157,6 +157,8 @@ class BaseSpec:
     experts: Mapping[str, ExpertPart] = field(default_factory=dict)
     """Parameters that hold a matrix for each expert, by path."""
     expert_modules: ExpertModules | None = field(default=None, compare=False, repr=False)
+    head_dim: int | None = field(default=None, compare=False)
+    """Width of a head of attention, where all have one."""
 
     def expert(self, path: str) -> ExpertPart | None:
         """The part that one expert's matrix is of; None for any other path."""

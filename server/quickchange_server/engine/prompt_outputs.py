@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quickchange_server.engine.sampler import best_first, top_count
+from quickchange_server.engine.sampler import best_first, runs_alike
 from quickchange_server.engine.scheduling.scheduler import Scheduled
 from quickchange_server.engine.scheduling.sequence import Reading, fault_of
 from quickchange_server.protocol import TokenLogprobs
@@ -28,7 +28,7 @@ class ReadInputs:
     """What the scored and the pooled rows of a step are read for, in the plan's order."""
 
     targets: Tensor  # int64 [C] the token that each scored row's log-probability is wanted of
-    most: int  # best tokens wanted besides, by any row
+    runs: tuple[tuple[int, int], ...]  # `runs_alike` by the best tokens wanted besides
     owners: Tensor  # int64 [P] the item of each pooled row, among those that pool
     items: int  # that pool
 
@@ -37,7 +37,8 @@ class ReadInputs:
 class ReadRows:
     """What was read of a step's rows."""
 
-    scores: Tensor | None  # float64 [C, 1 + 2n]: log-probability, n best ids, n best values
+    # float64 [c, 1 + 2n] of runs of scored rows: log-probability, n best ids, n best values
+    scores: tuple[Tensor, ...]
     sums: Tensor | None  # float64 [items, H] of the pooled rows' hidden states
 
 
@@ -50,7 +51,7 @@ def read_inputs(plan: Sequence[Scheduled]) -> ReadInputs | None:
         reading = item.sequence.reading
         if reading is not None and item.scored:
             targets += _targets(item)
-            tops.append(reading.top or 0)
+            tops += [reading.top or 0] * len(item.scored)
         elif reading is not None and item.pooled:
             pooled.append(len(item.pooled))
     if not targets and not pooled:
@@ -58,7 +59,7 @@ def read_inputs(plan: Sequence[Scheduled]) -> ReadInputs | None:
     owners = np.repeat(np.arange(len(pooled)), pooled)
     return ReadInputs(
         torch.tensor(targets, dtype=torch.int64),
-        max(tops, default=0),
+        runs_alike(tops),
         torch.from_numpy(owners),
         len(pooled),
     )
@@ -67,26 +68,27 @@ def read_inputs(plan: Sequence[Scheduled]) -> ReadInputs | None:
 @torch.inference_mode()
 def read(logits: Tensor, hidden: Tensor, inputs: ReadInputs) -> ReadRows:
     """Read logits [C, V] of the scored rows and hidden [P, H] of the pooled rows."""
-    scores = sums = None
-    if len(logits):
-        each = zip(
-            torch.split(logits, _SCORED_AT_ONCE),
-            torch.split(inputs.targets, _SCORED_AT_ONCE),
-            strict=True,
-        )
-        scores = torch.cat([_score_columns(*part, inputs.most) for part in each])
+    scores: list[Tensor] = []
+    sums = None
+    begin = 0
+    for length, count in inputs.runs:
+        end = begin + length
+        for first in range(begin, end, _SCORED_AT_ONCE):
+            rows = slice(first, min(first + _SCORED_AT_ONCE, end))
+            scores.append(_score_columns(logits[rows], inputs.targets[rows], count))
+        begin = end
     if len(hidden):
         sums = hidden.new_zeros((inputs.items, hidden.shape[1]), dtype=torch.float64)
         sums.index_add_(0, inputs.owners, hidden.double())
-    return ReadRows(scores, sums)
+    return ReadRows(tuple(scores), sums)
 
 
-def _score_columns(logits: Tensor, targets: Tensor, most: int) -> Tensor:
-    """Columns of `ReadRows.scores` of these rows."""
+def _score_columns(logits: Tensor, targets: Tensor, count: int) -> Tensor:
+    """Columns of `ReadRows.scores` of these rows, with so many best tokens."""
     table = torch.log_softmax(logits.float(), dim=-1)
     parts = [table.gather(1, targets[:, None]).double()]
-    if most:
-        best = table.topk(top_count(most, table.shape[1]), dim=-1)
+    if count:
+        best = table.topk(min(count, table.shape[1]), dim=-1)
         parts += [best.indices.double(), best.values.double()]
     return torch.cat(parts, dim=1)
 
@@ -94,7 +96,7 @@ def _score_columns(logits: Tensor, targets: Tensor, most: int) -> Tensor:
 def pass_on(plan: Sequence[Scheduled], rows: ReadRows, faults: dict[str, str]) -> None:
     """Pass what was read, on the host, to the plan's sequences; errors of one sequence go to
     `faults`, by request id."""
-    lines = iter(() if rows.scores is None else rows.scores.tolist())
+    lines = iter([line for part in rows.scores for line in part.tolist()])
     sums = iter(() if rows.sums is None else rows.sums.numpy())
     for item in plan:
         reading = item.sequence.reading

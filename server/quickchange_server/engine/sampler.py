@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -49,8 +50,9 @@ class Picks:
     """Sampled tokens of R rows, and the log-probabilities of the rows that ask for them."""
 
     table: Tensor  # int64 [2, R]: token, 0 if none can be chosen; soundness
-    # float64 [L, 1 + K + 2n]: the token's, those of K listed tokens, n best ids, n best values
-    logprobs: Tensor | None = None
+    # float64 [l, 1 + K + 2n] of runs of these rows: the token's, those of K listed tokens, n best
+    # ids, n best values
+    logprobs: tuple[Tensor, ...] = ()
 
     @property
     def tokens(self) -> Tensor:
@@ -77,8 +79,9 @@ class Draw:
             picks = Download(self.picks, self.picks.table.device).tree()
         tokens, sound = picks.table.tolist()
         results: list[SampledToken | RowError] = list(map(SampledToken, tokens))
-        if picks.logprobs is not None and self._tables.asking is not None:
-            asking, lines = self._tables.asking.tolist(), picks.logprobs.tolist()
+        if self._tables.asking is not None:
+            asking = self._tables.asking.tolist()
+            lines = [line for part in picks.logprobs for line in part.tolist()]
             listed = len(asking[0]) - 1
             for (row, *_), line, wanted in zip(asking, lines, self._tables.wanted, strict=True):
                 token = tokens[row]
@@ -154,9 +157,14 @@ class Sampler:
             picked = self.pick(logits, columns, edits)
         picks = Picks(picked)
         if own is not None and asking is not None:
-            count = top_count(max(one.best for one in tables.wanted), self._vocabulary_size)
             chosen = picked[0].index_select(0, asking[:, 0])
-            picks = Picks(picked, _logprobs(own, chosen, asking[:, 1:], count))
+            told: list[Tensor] = []
+            first = 0
+            for length, count in runs_alike([one.best for one in tables.wanted]):
+                run = slice(first, first + length)
+                told.append(_logprobs(own[run], chosen[run], asking[run, 1:], count))
+                first += length
+            picks = Picks(picked, tuple(told))
         forbidden = {row: RowError(row, text, "request") for row, text in masks.errors.items()}
         return Draw(picks, tables, {**tables.errors, **forbidden})
 
@@ -182,16 +190,21 @@ def best_first(columns: Sequence[float], wanted: int) -> tuple[tuple[int, float]
     return tuple(ranked[:wanted])
 
 
-def top_count(wanted: int, vocabulary: int) -> int:
-    """The k of torch.topk for the `wanted` best tokens: `wanted` rounded up, at most V."""
-    return min(-(-wanted // _TOP_LOGPROBS_STEP) * _TOP_LOGPROBS_STEP, vocabulary)
+def runs_alike(wanted: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Runs of rows that torch.topk takes together, as (rows, k), by the best tokens of each row.
+
+    All that want few are alike; none has the width of another that wants many.
+    """
+    few = _TOP_LOGPROBS_STEP if any(wanted) else 0
+    counts = (few if one <= few else -(-one // few) * few for one in wanted)
+    return tuple((len(list(run)), count) for count, run in groupby(counts))
 
 
 def _logprobs(table: Tensor, chosen: Tensor, listed: Tensor, count: int) -> Tensor:
     """float64 [L, 1 + K + 2n] of log-probabilities [L, V]: the chosen token's, those of `listed`
-    [L, K], n best ids, n best values."""
+    [L, K], n best ids, n best values; n is `count`, at most V."""
     parts = [table.gather(1, torch.cat([chosen[:, None], listed], dim=1)).double()]
     if count:
-        best = table.topk(count, dim=-1)
+        best = table.topk(min(count, table.shape[1]), dim=-1)
         parts += [best.indices.double(), best.values.double()]
     return torch.cat(parts, dim=1)

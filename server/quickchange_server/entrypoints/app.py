@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING
@@ -14,7 +14,9 @@ from starlette.middleware.cors import CORSMiddleware
 
 from quickchange_server.adapter_registry.importer import Imports
 from quickchange_server.adapter_registry.merged_adapters import Derived
-from quickchange_server.adapter_registry.resolver import Catalog, base_names
+from quickchange_server.adapter_registry.on_demand import OnDemand
+from quickchange_server.adapter_registry.resolver import PLACEHOLDERS, Catalog, base_names
+from quickchange_server.adapter_registry.watched_folder import WatchedFolder
 from quickchange_server.api import error_responses, health, openapi_document, page
 from quickchange_server.api.admin import (
     adapters,
@@ -29,7 +31,7 @@ from quickchange_server.api.app_state import VERSION, Services
 from quickchange_server.api.auth import CallerMiddleware
 from quickchange_server.api.browser import EXPOSED, BrowserMiddleware
 from quickchange_server.api.error_responses import Surface
-from quickchange_server.api.lorax import errors
+from quickchange_server.api.lorax import errors, text_routes
 from quickchange_server.api.lorax import routes as lorax
 from quickchange_server.api.middleware import (
     BodyLimitMiddleware,
@@ -40,8 +42,8 @@ from quickchange_server.api.openai import completions, models
 from quickchange_server.api.openai.chat import chat_route
 from quickchange_server.api.pooling import embeddings, pooling_routes, scoring_routes
 from quickchange_server.api.responses import response_routes
+from quickchange_server.api.vllm import prompt_renderings, sagemaker
 from quickchange_server.api.vllm import routes as vllm
-from quickchange_server.api.vllm import sagemaker
 from quickchange_server.config import Settings, is_remote
 from quickchange_server.engine_client.client import EngineClient
 from quickchange_server.engine_client.engines import EnginesMaker
@@ -136,6 +138,9 @@ def create_app(
         lifespan=lifespan,
         separate_input_output_schemas=False,
         redirect_slashes=False,
+        servers=[{"url": settings.root_path}] if settings.root_path else None,
+        docs_url=None,  # both are made with the document
+        redoc_url=None,
     )
     for module in (
         completions,
@@ -143,11 +148,13 @@ def create_app(
         message_routes,
         response_routes,
         lorax,
+        text_routes,
         embeddings,
         pooling_routes,
         scoring_routes,
         models,
         vllm,
+        prompt_renderings,
         sagemaker,
         adapters,
         experiments,
@@ -159,9 +166,10 @@ def create_app(
         page,
     ):
         app.include_router(module.router)
+    lorax_paths = errors.paths_of(lorax.router, text_routes.router)
     error_responses.install(
         app,
-        Surface(lambda request: request.scope["path"] in lorax.PATHS, errors.refusal),
+        Surface(lambda request: request.scope["path"] in lorax_paths, errors.refusal),
         Surface(message_routes.is_anthropics, message_errors.refusal),
     )
     openapi_document.install(app, settings, keyed=keyed)
@@ -177,7 +185,7 @@ def create_app(
         _allow_origins(app, settings, keyed=keyed)
     app.add_middleware(RequestIdMiddleware)
     app.add_middleware(HttpMetricsMiddleware)
-    app.add_middleware(PathMiddleware)
+    app.add_middleware(PathMiddleware, root_path=settings.root_path or "")
     return app
 
 
@@ -243,6 +251,7 @@ def _services(
     experiment_metrics = ExperimentMetrics(metrics.registry, settings.metrics_adapters)
     metrics.registry.register(ShareCollector(experiments.shares, experiment_metrics.label))
     exposures = Exposures(database, experiment_metrics)
+    imports = Imports(store, base, names, experiments.refuse_name, settings.max_upload_bytes)
     return Services(
         settings=settings,
         client=client,
@@ -258,7 +267,7 @@ def _services(
             prompt_lookup=settings.prompt_lookup,
             further=lambda: experiments.all,
         ),
-        imports=Imports(store, base, names, experiments.refuse_name),
+        imports=imports,
         derived=Derived(store, settings.derived_adapters),
         seeds=seeds,
         admission=RequestAdmission(client, text, constraints, seeds),
@@ -271,6 +280,10 @@ def _services(
         shadows=Shadows(experiment_metrics, lambda: 2 * client.in_flight < settings.max_queue),
         promotions=Promotions(store, experiments),
         responses=_stored_responses(settings, database),
+        on_demand=_on_demand(settings, imports, store, {*names, *PLACEHOLDERS}, experiments),
+        watched=None
+        if settings.adapter_watch is None
+        else WatchedFolder(settings.adapter_watch, imports),
         keyring=tenants.keyring,
         books=(*books, tenants.books, exposures),
         cluster=cluster,
@@ -289,6 +302,25 @@ def _stored_responses(settings: Settings, database: Database) -> StoredResponses
     )
 
 
+def _on_demand(
+    settings: Settings,
+    imports: Imports,
+    store: Store,
+    names: Collection[str],
+    experiments: Experiments,
+) -> OnDemand | None:
+    """What fetches adapters that requests name; None if nothing does. `names`: of the base."""
+    if settings.adapter_resolver is None or not settings.adapters:
+        return None
+    return OnDemand(
+        settings.adapter_resolver,
+        imports,
+        store,
+        settings.adapter_resolver_names,
+        lambda name: name in names or name in experiments.all,
+    )
+
+
 async def _start(services: Services) -> None:
     """Load keys and experiments from the database, and watch it for changes."""
     if services.keyring is not None:
@@ -300,6 +332,8 @@ async def _start(services: Services) -> None:
     services.revisions.start()
     if services.responses is not None:
         services.responses.start()
+    if services.watched is not None:
+        services.watched.start()
 
 
 async def _end(services: Services) -> None:
@@ -307,6 +341,10 @@ async def _end(services: Services) -> None:
     if not services.started.done():
         services.started.cancel()
     await asyncio.wait([services.started])
+    if services.watched is not None:
+        await services.watched.close()
+    if services.on_demand is not None:
+        await services.on_demand.close()
     await services.derived.close()
     await services.shadows.close()
     await services.client.close(services.settings.drain_seconds)

@@ -26,6 +26,8 @@ from quickchange_server.protocol import Component, Submit
 from quickchange_server.structured_output.validator import Asked, ConstraintChecks
 
 MAX_SEQUENCES = 2_048  # of one request
+FEW_BEST = 32  # tokens at one position, which are told of as many positions as there are
+MOST_BEST = 2**21  # of one request where it asks for more: 42 positions of 49,152 tokens
 SEED_BITS = 63
 SEED_BYTES = 8
 
@@ -139,7 +141,11 @@ class RequestAdmission:
         for prompt in wanted.prompts:
             self._text.check_ids(prompt, wanted.prompt_param)  # whatever form it came in
             new_tokens = self._new_tokens(wanted, len(prompt))
-            sampling = asked.resolved(max_tokens=new_tokens, eos_ids=self._text.eos_ids)
+            sampling = asked.resolved(
+                max_tokens=new_tokens,
+                eos_ids=self._text.eos_ids,
+                vocab_size=self._text.vocab_size,
+            )
             ids = tuple(prompt)
             for choice in range(wanted.candidates):
                 scored = choice == 0 or wanted.scored_alike
@@ -151,6 +157,7 @@ class RequestAdmission:
                     seed=choice_seed(seed, choice),
                 )
                 submits.append(submit)
+        _check_told(submits)
         return submits
 
     def _new_tokens(self, wanted: Wanted, prompt_tokens: int) -> int:
@@ -200,6 +207,24 @@ def _opened(wanted: Wanted, submits: Sequence[Submit]) -> Opened:
         sampling=None if wanted.submit.pooling else wanted.submit.sampling,
         streamed=wanted.streamed,
     )
+
+
+def _check_told(submits: Sequence[Submit]) -> None:
+    """Raise for log-probabilities of so many tokens that they would not fit in memory."""
+    for name in ("logprobs", "prompt_logprobs"):
+        total = 0
+        for submit in submits:
+            best = getattr(submit.sampling, name) or 0
+            of_prompt = name == "prompt_logprobs"
+            positions = len(submit.prompt) if of_prompt else submit.sampling.token_limit
+            total += best * positions if best > FEW_BEST else 0
+        if total > MOST_BEST:
+            shorter = "shorten the prompt" if of_prompt else "lower max_tokens"
+            raise InvalidRequestError(
+                f"{name}: {total} log-probabilities in one answer, of {MOST_BEST} at most; ask "
+                f"for those of fewer tokens, or {shorter}",
+                param=name,
+            )
 
 
 def _share(wanted: Wanted) -> int | None:

@@ -11,6 +11,7 @@ from http_support import live_server
 from pydantic import BaseModel
 
 from quickchange_server import errors
+from quickchange_server.api.lorax import routes, text_routes
 from quickchange_server.api.lorax.errors import lorax_error
 from quickchange_server.api.lorax.requests import (
     CompatGenerateRequest,
@@ -20,7 +21,6 @@ from quickchange_server.api.lorax.requests import (
     Parameters,
     SchemaOfGrammar,
 )
-from quickchange_server.api.lorax.routes import router
 
 DOCS = (Path(__file__).parents[3] / "docs" / "lorax.md").read_text()
 BODIES: list[type[BaseModel]] = [
@@ -41,7 +41,7 @@ def test_every_field_is_documented(body: type[BaseModel]) -> None:
 
 
 def test_every_route_is_documented() -> None:
-    for route in router.routes:
+    for route in (*routes.router.routes, *text_routes.router.routes):
         assert re.search(rf"(GET|POST) {route.path}`", DOCS), route.path  # type: ignore[attr-defined]
 
 

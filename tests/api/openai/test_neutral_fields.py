@@ -208,6 +208,7 @@ def test_continuous_usage_is_in_every_event(live: Live, path: str) -> None:
     counts = [event["usage"]["completion_tokens"] for event in events]
     assert counts == sorted(counts)
     assert counts[-1] == last["usage"]["completion_tokens"] == 5
+    assert counts[0] == (0 if path == CHAT else 1)  # the role comes before the first token
     assert all(
         event["usage"]["prompt_tokens"] == last["usage"]["prompt_tokens"] for event in events
     )

@@ -51,6 +51,11 @@ WHOLE: dict[str, dict[str, Any]] = {  # a sound body of each operation whose num
         **{"model": "base", "max_tokens": 2, "logprobs": True},
         "messages": [{"role": "user", "content": "Hello"}],
     },
+    "POST /v1/completions/render": HELLO,
+    "POST /v1/chat/completions/render": {
+        **{"model": "base", "max_tokens": 2, "logprobs": True},
+        "messages": [{"role": "user", "content": "Hello"}],
+    },
     "POST /v1/responses": {"model": "base", "input": "Hello", "max_output_tokens": 2},
     "POST /v1/messages": {
         **{"model": "base", "max_tokens": 2},
@@ -61,6 +66,7 @@ WHOLE: dict[str, dict[str, Any]] = {  # a sound body of each operation whose num
         "messages": [{"role": "user", "content": "Hello"}],
     },
     "POST /v1/embeddings": {"model": "base", "input": "Hello"},
+    "POST /embed": {"inputs": "Hello"},
     "POST /pooling": {"model": "base", "input": "Hello"},
     "POST /classify": {"model": "kinds", "input": "Hello"},
     "POST /score": {"model": "base", "text_1": "Hello", "text_2": "you"},

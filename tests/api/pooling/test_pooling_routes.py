@@ -57,6 +57,35 @@ def unit(vector: np.ndarray) -> np.ndarray:
     return vector / np.linalg.norm(vector)
 
 
+# --- SageMaker's route for all bodies -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/classify", {"model": "kinds", "input": ["Hello", "you"]}),
+        ("/classify", {"model": "live", "messages": ASK}),
+        ("/classify", {"model": "kinds", "input": "Hello", "use_activation": False}),
+        ("/pooling", {"model": "sql", "task": "embed", "input": "Hello"}),
+        ("/pooling", {"model": "kinds", "task": "classify", "messages": ASK}),
+        ("/pooling", {"task": "embed", "input": "Hello"}),
+    ],
+)
+def test_an_invocation_is_answered_by_the_route_of_its_task(
+    live: Live, path: str, body: dict[str, Any]
+) -> None:
+    own, invoked = answer(live, path, body), answer(live, "/invocations", body)
+    assert own.pop("id") != invoked.pop("id")
+    own.pop("created"), invoked.pop("created")
+    assert invoked == own
+
+
+def test_the_adapters_header_makes_an_invocation_classify(live: Live) -> None:
+    header = {"X-Amzn-SageMaker-Adapter-Identifier": "kinds"}
+    told = live.http.post("/invocations", json={"input": "Hello"}, headers=header).json()
+    assert told["data"] == answer(live, "/classify", {"model": "kinds", "input": "Hello"})["data"]
+
+
 # --- embeddings ---------------------------------------------------------------------------------
 
 

@@ -196,6 +196,11 @@ def parse_config(
         )
     if settings.dora and settings.lora_bias:
         raise invalid("lora_bias", True, "PEFT has no DoRA with a bias of its own: train without")
+    if not settings.alpha:
+        warnings.append(
+            f"{CONFIG_FILE}: lora_alpha: at 0 the adapter changes nothing; verl's model_merger "
+            "writes 0 where it does not know it: set it to the training's"
+        )
     return settings, warnings + _overlaps(settings)
 
 

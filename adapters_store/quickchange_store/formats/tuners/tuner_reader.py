@@ -35,7 +35,7 @@ from quickchange_store.formats.peft.peft_common import (
 )
 from quickchange_store.formats.peft.peft_config import TRAINING_ONLY
 from quickchange_store.formats.peft.tensor_names import PREFIX, WRAPPERS, TensorNames
-from quickchange_store.formats.tensors import AdapterTensors, weights_file
+from quickchange_store.formats.tensors import AdapterTensors
 from quickchange_store.formats.tuners.bare_model import BareModule, Change, changes
 from quickchange_store.formats.tuners.low_rank import exact_factors, nearest_factors
 from quickchange_store.formats.tuners.tuner_types import (
@@ -44,6 +44,7 @@ from quickchange_store.formats.tuners.tuner_types import (
     Tuner,
     tuner_of,
 )
+from quickchange_store.formats.weight_files import weight_files
 
 EXACT_RANK = 256  # a module's rank up to which an update is served exactly
 LARGEST_BYTES = 4 << 30  # of what PEFT makes by a configuration alone
@@ -147,8 +148,8 @@ def read_tuner(directory: Path, base: BaseSpec, limits: RankLimits) -> Imported:
     config = read_config(directory)
     tuner_of(config.get("peft_type"), on_request=limits.approximate is not None)
     names = TensorNames(base)
-    path = weights_file(directory, WEIGHTS_FILE, WRITER)
-    tensors = AdapterTensors(path, plain=lambda key: _plain(key, names))
+    paths = weight_files(directory, WEIGHTS_FILE, WRITER)
+    tensors = AdapterTensors(*paths, plain=lambda key: _plain(key, names))
     classified = take_classifier(directory, config, base, tensors)
     return classified.joined(_read(classified.config, base, tensors, names, limits))
 

@@ -100,23 +100,31 @@ async def whole(answer: Answer) -> Json:
     }
 
 
+_COUNTED = ("completion_tokens", "total_tokens")
+
+
 async def streamed(
     answer: Answer, include_usage: bool, continuous_usage: bool = False
 ) -> AsyncGenerator[bytes, None]:
     """The answer as server-sent events; pieces that tell nothing are left out."""
     envelope = {**answer.envelope, "object": answer.shape.chunk_object}
     opened: set[int] = set()
+    told = answer.usage
     async with aclosing(answer.generation.pieces()) as pieces:
         async for index, piece in pieces:
-            choices = answer.shape.chunks(index, piece)
-            if index not in opened:
-                opened.add(index)
-                choices = [*answer.shape.opening(index), *choices]
-            first = answer.report.add_to_events(index, choices, piece)
-            usage = {"usage": answer.usage if continuous_usage else None} if include_usage else {}
-            for choice in choices:
-                yield event({**envelope, **first, "choices": [choice], **usage})
-                first = {}
+            made = answer.shape.chunks(index, piece)
+            opening = [] if index in opened else answer.shape.opening(index)
+            opened.add(index)
+            first = answer.report.add_to_events(index, [*opening, *made], piece)
+            usage = answer.usage if continuous_usage else None
+            # What stands before a choice's first piece has taken no token of it.
+            before = None if usage is None else usage | {k: told[k] for k in _COUNTED}
+            for choices, so_far in ((opening, before), (made, usage)):
+                shown = {"usage": so_far} if include_usage else {}
+                for choice in choices:
+                    yield event({**envelope, **first, "choices": [choice], **shown})
+                    first = {}
+            told = told if usage is None else usage
     if include_usage:
         yield event({**envelope, "choices": [], "usage": answer.usage})
     await answer.generation.account.settled()

@@ -65,11 +65,17 @@ class Order(Generic[B]):
         return self.assignment is not None and self.assignment.shadow
 
 
-def select(services: Services, caller: Caller, body: B, headers: Mapping[str, str]) -> Order[B]:
-    """The order for a body: what its `model`, `adapters` and `turbo` name for this caller."""
+async def select(
+    services: Services, caller: Caller, body: B, headers: Mapping[str, str]
+) -> Order[B]:
+    """The order for a body: what its `model`, `adapters` and `turbo` name for this caller, fetched
+    where the server fetches what it lacks."""
     traceparent = headers.get("traceparent")
     if not body.model:
         body = body.model_copy(update={"model": services.catalog.base_name})
+    if services.on_demand is not None:
+        named_adapters = (body.model, *(entry.id for entry in body.adapters), body.turbo)
+        await services.on_demand.ensure(named_adapters, caller.sees)
     named = services.experiments.find(body.model) if caller.sees(body.model) else None
     if named is None:
         selection = _selection(services, body, caller.sees)
@@ -252,14 +258,20 @@ async def asked_of(body: Constrained) -> Asked | None:
     return await asyncio.to_thread(asked, body) if constrained else None
 
 
+def check_tokens(services: Services, body: GenerationRequest) -> None:
+    """Raise InvalidRequestError for token ids, or counts of them, that the model doesn't have."""
+    for name in ("stop_token_ids", "logprob_token_ids", "allowed_token_ids"):
+        services.text.check_ids(getattr(body, name), name)
+    services.text.check_ids(list(body.logit_bias), "logit_bias")
+    body.check_logprobs(services.settings.max_logprobs, services.text.vocab_size)
+
+
 def _submit(
     services: Services, order: Order[B], request_id: str, pooling: Pooling | None
 ) -> Submit:
     """The part of `Submit` that all choices share; the admission fills in the rest."""
     body = order.body
-    for name in ("stop_token_ids", "logprob_token_ids", "allowed_token_ids"):
-        services.text.check_ids(getattr(body, name), name)
-    services.text.check_ids(list(body.logit_bias), "logit_bias")
+    check_tokens(services, body)
     selection, drafts = order.selection, pooling is None
     return Submit(
         request_id=request_id,

@@ -7,8 +7,9 @@ fields that constrain the text into one constraint. Knows nothing of routes or o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
@@ -27,9 +28,9 @@ from quickchange_server.frontend.request_base import (
     SamplingBody,
     Unsupported,
 )
-from quickchange_server.protocol import SamplingParams
+from quickchange_server.protocol import ALL, MOST_TOKENS, SamplingParams
 
-MAX_LOGPROBS = 20
+MAX_LOGPROBS = 20  # OpenAI's, where the setting max_logprobs doesn't count
 MAX_SALT = 1_024  # characters, vLLM's limit
 MAX_SCHEMA = 64 * 1024  # characters of a schema as JSON
 MAX_WRITTEN = 256 * 1024  # characters of a schema as text
@@ -154,6 +155,10 @@ class Constrained(Body):
 # --- what completions and chats share -----------------------------------------------------------
 
 
+Part = TypeVar("Part")
+BestTokens = Annotated[int, Field(ge=ALL, le=MOST_TOKENS)]  # of them, the setting max_logprobs
+
+
 def wrong(field: str, problem: str) -> InvalidRequestError:
     return InvalidRequestError(f"{field}: {problem}", param=field)
 
@@ -196,10 +201,28 @@ SHARED: dict[str, Unsupported] = {
 }
 
 
+TruncationSide = Literal["left", "right"]
+
+
+@dataclass(frozen=True, slots=True)
+class Truncation:
+    """The number of a prompt's tokens that are kept; None: all. `side` is where the others go."""
+
+    keep: int | None
+    side: TruncationSide
+
+    def of(self, ids: Sequence[Part]) -> list[Part]:
+        """The ids that are kept."""
+        if self.keep is None or len(ids) <= self.keep:
+            return list(ids)
+        return list(ids[: self.keep] if self.side == "right" else ids[len(ids) - self.keep :])
+
+
 class GenerationRequest(Constrained, SamplingBody, ABC):
     """Base of completions and chats; most sampling fields are SamplingParams' own."""
 
     hints = _HINTS
+    logprobs_field: ClassVar[str] = "logprobs"  # that says how many best tokens are told
 
     model: Name = ""  # the base
     adapters: Adapters = Field(default=[])
@@ -208,11 +231,11 @@ class GenerationRequest(Constrained, SamplingBody, ABC):
     stream_options: StreamOptions | None = None
     user: str | None = None  # the unit of experiments, unless they define another
     metadata: Metadata = Field(default={})  # a field of it may be an experiment's unit
-    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    prompt_logprobs: BestTokens | None = None
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False  # in `logprobs`, in place of their texts
     truncate_prompt_tokens: int | None = Field(None, ge=-1)  # -1: to what fits
-    truncation_side: Literal["left", "right"] = "left"
+    truncation_side: TruncationSide = "left"
     cache_salt: str | None = Field(None, min_length=1, max_length=MAX_SALT)
 
     @property
@@ -235,6 +258,22 @@ class GenerationRequest(Constrained, SamplingBody, ABC):
     def wanted_logprobs(self) -> int | None:
         """Value of `SamplingParams.logprobs`."""
 
+    def check_logprobs(self, most: int, vocabulary: int) -> None:
+        """Raise InvalidRequestError for more best tokens than the setting max_logprobs allows."""
+        allowed = vocabulary if most == ALL else most
+        of_answer = None if self.logprob_token_ids else self.wanted_logprobs
+        for kind, field, wanted in (
+            ("sample", self.logprobs_field, of_answer),
+            ("prompt", "prompt_logprobs", self.prompt_logprobs),
+        ):
+            count = vocabulary if wanted == ALL else wanted or 0
+            if count > allowed:
+                raise wrong(
+                    field,
+                    f"Requested {kind} logprobs of {count}, which is greater than max allowed: "
+                    f"{allowed}; ask for fewer, or start the server with --max-logprobs",
+                )
+
     def sampling_params(self) -> SamplingParams:
         """The body's sampling fields, before `resolved` fills in what the engine needs."""
         given = {name: getattr(self, name) for name in SAMPLING if name in type(self).model_fields}
@@ -249,14 +288,12 @@ class GenerationRequest(Constrained, SamplingBody, ABC):
         """Tokens of the longest prompt that is read, in a context of `limit`."""
         return limit if self.truncate_prompt_tokens is None else CONTEXTS * limit
 
-    def truncated(self, prompt: list[int], limit: int) -> list[int]:
-        """The prompt as it is served in a context of `limit` tokens."""
+    def truncated(self, prompt: list[Part], limit: int) -> list[Part]:
+        """The prompt as it is served in a context of `limit` tokens, or what is said of each."""
         length = self.truncate_prompt_tokens
         if length == -1:
             length = max(1, limit - max(1, self.wanted_tokens or 1))
-        if length is None or len(prompt) <= length:
-            return prompt
-        return prompt[:length] if self.truncation_side == "right" else prompt[-length:]
+        return Truncation(length, self.truncation_side).of(prompt)
 
     @property
     def include_usage(self) -> bool:
@@ -306,9 +343,7 @@ class CompletionRequest(GenerationRequest):
 
     prompt: Prompt
     max_tokens: int | None = Field(None, ge=0)
-    logprobs: Annotated[int | None, BeforeValidator(_not_false)] = Field(
-        None, ge=0, le=MAX_LOGPROBS
-    )
+    logprobs: Annotated[BestTokens | None, BeforeValidator(_not_false)] = None
     echo: bool = False
     best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
     add_special_tokens: bool = True  # of the tokenizer, to a prompt that is text
@@ -321,7 +356,7 @@ class CompletionRequest(GenerationRequest):
     def wanted_prompt_logprobs(self) -> int | None:
         echoed = self.logprobs if self.echo else None
         wanted = [top for top in (echoed, self.prompt_logprobs) if top is not None]
-        return max(wanted, default=None)
+        return ALL if ALL in wanted else max(wanted, default=None)
 
     @property
     def wanted_logprobs(self) -> int | None:

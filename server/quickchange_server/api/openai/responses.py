@@ -196,7 +196,7 @@ class EchoShape(CompletionShape):
     def _prompt_lists(self, prompt: PromptReport, scores: Sequence[TokenLogprobs]) -> Json:
         """The prompt's part of a choice's `logprobs`; the first token has no log-probability."""
         top = self._body.logprobs or 0
-        cut = [score._replace(top=score.top[:top]) for score in scores]
+        cut = [score._replace(top=score.best(top)) for score in scores]
         return {
             "tokens": [self._name(token_id) for token_id in prompt.ids],
             "token_logprobs": [None, *(finite(score.logprob) for score in cut)],

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, JsonValue
 
 from quickchange_server.frontend.request_base import FunctionName
 
@@ -330,6 +330,20 @@ class TokenizedPrompt(ResponseModel):
     token_strs: list[str] | None
 
 
+class RenderedPrompt(ResponseModel):
+    """A prompt as the engine would get it, with the sampling parameters of its request."""
+
+    request_id: str
+    token_ids: list[int]
+    token_offsets: list[tuple[int, int]] | None
+    sampling_params: dict[str, JsonValue]
+    model: str
+    stream: bool
+    stream_options: dict[str, bool] | None
+    cache_salt: str | None
+    priority: int
+
+
 class TokenSpan(ResponseModel):
     """A token in LoRAX's answer of /tokenize."""
 
@@ -337,6 +351,13 @@ class TokenSpan(ResponseModel):
     text: str
     start: int
     stop: int
+
+
+class TokenizedChat(ResponseModel):
+    """TGI's answer of /chat_tokenize."""
+
+    tokenize_response: list[TokenSpan]
+    templated_text: str
 
 
 class DetokenizedText(ResponseModel):

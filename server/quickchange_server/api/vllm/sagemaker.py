@@ -7,22 +7,25 @@ answers and errors. Which one follows from the body's fields, as in vLLM.
 from __future__ import annotations
 
 import json
-from typing import Any
 
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic import Field
 from starlette.types import Message, Receive, Scope, Send
 
 from quickchange_server.api.admin.adapters import adapters_on
-from quickchange_server.api.app_state import Injected
-from quickchange_server.api.auth import INFER, MANAGE, Managing
+from quickchange_server.api.app_state import Injected, Services
+from quickchange_server.api.auth import MANAGE, Calling, Managing
 from quickchange_server.api.json_bodies import JsonRoute, parse_large
 from quickchange_server.api.openapi.response_models import (
     ChatCompletion,
     LoraxGeneration,
     TextCompletion,
 )
-from quickchange_server.api.openapi.response_models_pooling import EmbeddingList
+from quickchange_server.api.openapi.response_models_pooling import (
+    ClassifiedList,
+    EmbeddingList,
+    PooledList,
+)
 from quickchange_server.api.openapi.route_responses import (
     COMMON_ERRORS,
     GENERATION_ERRORS,
@@ -30,8 +33,9 @@ from quickchange_server.api.openapi.route_responses import (
     errors,
 )
 from quickchange_server.api.vllm.routes import LoadLora, load_named, unload_named
-from quickchange_server.errors import InvalidRequestError
-from quickchange_server.frontend.request_base import MAX_PATH, Body, Name
+from quickchange_server.errors import InvalidRequestError, QuickchangeError
+from quickchange_server.frontend.caller import Caller
+from quickchange_server.frontend.request_base import MAX_PATH, Body, Json, Name
 
 router = APIRouter(route_class=JsonRoute, tags=["SageMaker"], responses=COMMON_ERRORS)
 
@@ -47,6 +51,7 @@ TARGETS = {
     "input": "/v1/embeddings",
     "inputs": "/",
 }
+_POOLED = ("messages", "input")  # may also belong to /pooling and /classify
 
 
 class _Forwarded(Response):
@@ -73,8 +78,12 @@ class _Forwarded(Response):
 
 @router.post(
     "/invocations",
-    dependencies=[Depends(INFER)],
-    response_model=TextCompletion | ChatCompletion | EmbeddingList | list[LoraxGeneration],
+    response_model=TextCompletion
+    | ChatCompletion
+    | EmbeddingList
+    | ClassifiedList
+    | PooledList
+    | list[LoraxGeneration],
     responses=GENERATION_ERRORS,
     openapi_extra={
         "requestBody": {
@@ -87,19 +96,36 @@ class _Forwarded(Response):
         }
     },
 )
-async def invocations(request: Request) -> Response:
+async def invocations(request: Request, services: Injected, caller: Calling) -> Response:
     """Answer as the route does whose body this is: `messages`, `prompt`, `input` or `inputs`."""
     content = await request.body()
     try:
         body = await parse_large(content)
     except json.JSONDecodeError as error:
         raise InvalidRequestError(f"the body is no JSON: {error}") from error
-    return _Forwarded(*_target(body, content, request.headers.get(ADAPTER_HEADER)))
-
-
-def _target(body: Any, content: bytes, adapter: str | None) -> tuple[str, bytes]:
-    """The path that answers the body, and the body for it."""
     known = body if isinstance(body, dict) else {}
+    adapter = request.headers.get(ADAPTER_HEADER)
+    path, content = _target(known, content, adapter)
+    if any(path == TARGETS[field] for field in _POOLED):
+        if "task" in known:
+            path = "/pooling"
+        elif _classifies(services, caller, adapter or known.get("model")):
+            path = "/classify"
+    return _Forwarded(path, content)
+
+
+def _classifies(services: Services, caller: Caller, model: object) -> bool:
+    """True if the model is an adapter with a classification head."""
+    if not isinstance(model, str) or not model:
+        return False
+    try:
+        return bool(services.catalog.select(model, sees=caller.sees).classifiers)
+    except QuickchangeError:
+        return False  # the route that answers says what is wrong with it
+
+
+def _target(known: Json, content: bytes, adapter: str | None) -> tuple[str, bytes]:
+    """The path that answers the body, and the body for it."""
     field = next((field for field in TARGETS if field in known), None)
     if field is None:
         raise InvalidRequestError(

@@ -56,7 +56,7 @@ HINTS = frozenset(
     | {"disable_log_stats", "disable_log_requests", "enable_log_requests", "max_log_len"}
     | {"aggregate_engine_logging", "collect_detailed_traces", "show_hidden_metrics_for_version"}
     | {"enable_log_outputs", "uvicorn_log_level", "kv_cache_metrics", "cudagraph_metrics"}
-    | {"enable_server_load_tracking", "enable_prompt_tokens_details", "max_logprobs"}
+    | {"enable_server_load_tracking", "enable_prompt_tokens_details"}
     # tools and structured output, which are always on
     | {"enable_auto_tool_choice", "tool_call_parser", "tool_parser_plugin"}
     | {"structured_outputs_config", "guided_decoding_backend", "guided_decoding_disable_fallback"}

@@ -18,9 +18,9 @@ from quickchange_server.api.openai.chat.tool_requests import (
     ValidText,
 )
 from quickchange_server.api.openai.requests import (
-    MAX_LOGPROBS,
     REMOVE,
     SHARED,
+    BestTokens,
     GenerationRequest,
     wrong,
 )
@@ -290,6 +290,8 @@ class ChatRequest(ChatRendering, GenerationRequest):
         "best_of": Unsupported("use n, and choose among the choices yourself", (1,)),
     }
 
+    logprobs_field = "top_logprobs"
+
     messages: Messages
     echo: bool = False  # the last message's text stands before the answer's, if the role is its
     add_special_tokens: bool = False
@@ -299,7 +301,7 @@ class ChatRequest(ChatRendering, GenerationRequest):
     parallel_tool_calls: bool = True
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
-    top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS)
+    top_logprobs: BestTokens = 0
 
     @property
     def wanted_tokens(self) -> int | None:

@@ -102,7 +102,11 @@ class ChatShape(Shape):
             return []
         if said.calls:
             self._called.add(index)
-        shown = {"index": index, "delta": delta, "logprobs": self._content(piece.tokens)}
+        shown = {
+            "index": index,
+            "delta": delta,
+            "logprobs": self._content(piece.tokens) if piece.tokens else None,
+        }
         ending = _reason(piece.ending, called=index in self._called)
         if ending is None or not said.calls:
             return [{**shown, "finish_reason": ending}]

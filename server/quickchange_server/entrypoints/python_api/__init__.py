@@ -1,0 +1,1 @@
+"""Parts of the Python API: what a call is given, and what it answers."""
