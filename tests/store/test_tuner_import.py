@@ -213,7 +213,7 @@ def test_the_store_keeps_what_an_approximation_leaves_out(bases: Any, tmp_path: 
     base = bases("llama")
     tuned(base, "C3A", tmp_path / "c3a", block_size=8)
     store = Store(tmp_path / "store")
-    added = add_adapter(store, "mine", tmp_path / "c3a", base.spec, approximate_rank=3)
+    added = add_adapter(store, "mine", tmp_path / "c3a", base.spec, RankLimits(approximate=3))
     stated = store.info(added.version.digest).source["approximation"]
     assert stated["rank"] == 3
     assert 0 < stated["relative_error"] <= stated["worst_relative_error"] < 1

@@ -277,10 +277,11 @@ def _changes(
 ) -> Iterator[Change]:
     """The changes of all targets, one bare model for each where modules share nothing."""
     modules = [path for path in base.modules if path in targets]  # the base's order
+    pruned = config.peft_type.value == "ADALORA"  # of every rank, in some modules
     groups = [modules] if tuner.shared else [[path] for path in modules]
     for group in groups:
         taken = {
-            key: tensors.take_any(key)
+            key: tensors.take_any(key, empty=pruned)
             for key in sorted(tensors.left)
             if _is_of(key, group) or (tuner.shared and not key.startswith(PREFIX))
         }
