@@ -345,6 +345,15 @@ def test_a_rank_that_can_not_be_is_refused(value: Any, spoilt: Path, bases: Any)
     assert refusal(spoilt, bases("llama")).file == CONFIG
 
 
+@pytest.mark.parametrize("pattern", [[1], "q_proj", {"q_proj": "x"}, {"q_proj(": 2}, {"q_proj": 3}])
+def test_a_rank_pattern_that_does_not_fit_is_refused(
+    pattern: Any, bases: Any, tmp_path: Path
+) -> None:
+    tuned(bases("llama"), "LOHA", tmp_path, r=2)
+    edit_config(tmp_path, rank_pattern=pattern)
+    refusal(tmp_path, bases("llama"))
+
+
 def test_another_rank_than_the_files_is_refused(spoilt: Path, bases: Any) -> None:
     edit_config(spoilt, r=3)
     assert isinstance(refusal(spoilt, bases("llama")), BaseMismatchError)

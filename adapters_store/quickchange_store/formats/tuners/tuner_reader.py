@@ -36,7 +36,7 @@ from quickchange_store.formats.peft.peft_common import (
 from quickchange_store.formats.peft.peft_config import TRAINING_ONLY
 from quickchange_store.formats.peft.tensor_names import PREFIX, WRAPPERS, TensorNames
 from quickchange_store.formats.tensors import AdapterTensors
-from quickchange_store.formats.tuners.bare_model import BareModule, Change, changes
+from quickchange_store.formats.tuners.bare_model import BareModule, WeightChange, changes
 from quickchange_store.formats.tuners.low_rank import exact_factors, nearest_factors
 from quickchange_store.formats.tuners.tuner_types import (
     APPROXIMATE_REMEDY,
@@ -239,6 +239,9 @@ def _check_sizes(config: Mapping[str, Any], base: BaseSpec) -> None:
     widest = max(shape.in_features + shape.out_features for shape in base.modules.values())
     numbers = max(shape.in_features * shape.out_features for shape in base.modules.values())
     for name, value in config.items():
+        patterned = name in ("alpha_pattern", "lambda_pattern", "rank_pattern") and is_set(value)
+        if patterned and not isinstance(value, dict):
+            raise invalid(name, value, "use an object of module patterns and values")
         if isinstance(value, bool) or not isinstance(value, int) or "seed" in name or "key" in name:
             continue
         rank = name == "r" or name.endswith(("_r", "rank"))
@@ -274,7 +277,7 @@ def _targets(
 
 def _changes(
     config: Any, tuner: Tuner, base: BaseSpec, targets: frozenset[str], tensors: AdapterTensors
-) -> Iterator[Change]:
+) -> Iterator[WeightChange]:
     """The changes of all targets, one bare model for each where modules share nothing."""
     modules = [path for path in base.modules if path in targets]  # the base's order
     pruned = config.peft_type.value == "ADALORA"  # of every rank, in some modules
@@ -350,7 +353,7 @@ def _for(config: Any, modules: list[str]) -> Any:
     return own
 
 
-def _update(change: Change, limits: RankLimits, errors: _Errors) -> LowRankUpdate | None:
+def _update(change: WeightChange, limits: RankLimits, errors: _Errors) -> LowRankUpdate | None:
     """The update that makes a change; None where there is no change."""
     bias = None if change.bias is None else change.bias.float()
     found = exact_factors(change.weight, limits.exact)
