@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import spelling_engine
+from chat_template_files import chat_template
 from fake_engine import Behaviour
 from http_support import BASE, Live, live_server, make_adapter
 from page_support import PHONE, WIDE, Browser
 from selenium.webdriver.common.keys import Keys
 from text_support import END, byte_text
-from tool_templates import MARKED
 
 from quickchange_training.demo import DEMO_ADAPTERS, DEMO_ALIASES, DemoAdapter, DemoAlias
 
@@ -276,17 +276,18 @@ def test_the_prompt_comes_before_the_panes_and_without_scrolling(
 def thoughtful(browser: Browser, tmp_path: Path) -> Iterator[Live]:
     """Its model thinks, in markup, before it answers; it is reached by a proxy's path too."""
     said = (*b"<think>\nHm, <b>2</b>.\n</think>\n\nTwo.", END)
-    with live_server(tmp_path, Behaviour(says=said), byte_text(MARKED), root_path="/llm") as live:
+    text = byte_text(chat_template("thinks_in_field"))
+    with live_server(tmp_path, Behaviour(says=said), text, root_path="/llm") as live:
         live.store.add("sql", make_adapter(1.0))
         yield live
         browser.leave()
 
 
-@pytest.mark.parametrize("path", ["", "/llm", "/llm/"])
+@pytest.mark.parametrize("path", ["", "llm", "llm/"])
 def test_thoughts_stand_folded_above_the_answer(
     browser: Browser, thoughtful: Live, path: str
 ) -> None:
-    browser.open(thoughtful.url + path)
+    browser.open(thoughtful.url, path)
     browser.choose("#pane-a select[data-field=model]", BASE)
     say(browser, "1 + 1?", tokens=100)
     browser.answered()

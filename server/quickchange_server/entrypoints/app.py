@@ -31,7 +31,7 @@ from quickchange_server.api.app_state import VERSION, Services
 from quickchange_server.api.auth import CallerMiddleware
 from quickchange_server.api.browser import EXPOSED, BrowserMiddleware
 from quickchange_server.api.error_responses import Surface
-from quickchange_server.api.lorax import errors, text_routes
+from quickchange_server.api.lorax import errors
 from quickchange_server.api.lorax import routes as lorax
 from quickchange_server.api.middleware import (
     BodyLimitMiddleware,
@@ -40,7 +40,12 @@ from quickchange_server.api.middleware import (
 )
 from quickchange_server.api.openai import completions, models
 from quickchange_server.api.openai.chat import chat_route
-from quickchange_server.api.pooling import embeddings, pooling_routes, scoring_routes
+from quickchange_server.api.pooling import (
+    embeddings,
+    lorax_routes,
+    pooling_routes,
+    scoring_routes,
+)
 from quickchange_server.api.responses import response_routes
 from quickchange_server.api.vllm import prompt_renderings, sagemaker
 from quickchange_server.api.vllm import routes as vllm
@@ -148,7 +153,7 @@ def create_app(
         message_routes,
         response_routes,
         lorax,
-        text_routes,
+        lorax_routes,
         embeddings,
         pooling_routes,
         scoring_routes,
@@ -166,7 +171,7 @@ def create_app(
         page,
     ):
         app.include_router(module.router)
-    lorax_paths = errors.paths_of(lorax.router, text_routes.router)
+    lorax_paths = errors.paths_of(lorax.router, lorax_routes.router)
     error_responses.install(
         app,
         Surface(lambda request: request.scope["path"] in lorax_paths, errors.refusal),

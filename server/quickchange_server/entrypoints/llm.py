@@ -20,6 +20,7 @@ from quickchange_server.config import Settings
 from quickchange_server.entrypoints.engine_start import token_text
 from quickchange_server.entrypoints.in_process_engine import EngineCompletion, InProcessEngine
 from quickchange_server.entrypoints.outputs import EmbeddingRequestOutput, RequestOutput
+from quickchange_server.entrypoints.prompt_answers import AnswerMaker, embedded
 from quickchange_server.entrypoints.python_api.given_prompts import (
     AskedPrompt,
     ChatFields,
@@ -35,7 +36,6 @@ from quickchange_server.entrypoints.python_api.named_adapters import (
     each,
     publish,
 )
-from quickchange_server.entrypoints.python_api.prompt_answers import AnswerMaker, embedded
 from quickchange_server.errors import InvalidRequestError, SettingError
 from quickchange_server.frontend.context_length import check_fits
 from quickchange_server.frontend.request_admission import Seeds

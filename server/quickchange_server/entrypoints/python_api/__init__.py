@@ -1,1 +1,1 @@
-"""Parts of the Python API: what a call is given, and what it answers."""
+"""What a call of the Python API is given: prompts, and adapters by name."""

@@ -69,7 +69,7 @@ def import_rewrite(
         answer = _ask(url, api_key, "POST", ROUTE, json=resource)
         _tell(answer["left_out"])
         for experiment in answer["data"]:
-            typer.echo(experiment["name"])
+            typer.echo(experiment["id"])
 
 
 def _resources(file: Path) -> Iterator[Any]:
