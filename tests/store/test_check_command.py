@@ -99,8 +99,8 @@ def test_without_its_base_a_lora_is_held_against_itself(folder: Path, name: str 
 
 
 def test_without_its_base_a_field_that_is_not_served_is_found(folder: Path) -> None:
-    write_peft(folder, use_qalora=True)
-    assert report(folder)["refused"]["key"] == "use_qalora"
+    write_peft(folder, layer_replication=[[0, 2]])
+    assert report(folder)["refused"]["key"] == "layer_replication"
 
 
 def test_without_its_base_a_missing_tensor_is_found(folder: Path) -> None:

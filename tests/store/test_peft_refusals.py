@@ -74,22 +74,18 @@ def refused(
     ("field", "value"),
     [
         ("modules_to_save", ["lm_head"]),
-        ("trainable_token_indices", [1, 2]),
         ("layer_replication", [[0, 2], [1, 2]]),
         ("target_parameters", ["mlp.experts.gate_up_proj"]),
         ("alora_invocation_tokens", [5, 6]),
         ("arrow_config", {"top_k": 2}),
-        ("kasa_config", {"beta": 1e-4}),
-        ("monteclora_config", {"num_samples": 4}),
-        ("use_bdlora", {"nblocks": 2}),
-        ("use_qalora", True),
         ("megatron_config", {"tensor_model_parallel_size": 2}),
         ("ensure_weight_tying", True),
-        ("init_lora_weights", "pissa_niter_16"),
-        ("init_lora_weights", "olora"),
         ("init_lora_weights", "loftq"),
+        ("init_lora_weights", "corda"),
         ("a_field_of_the_future", 3),
-        ("peft_type", "ADALORA"),
+        ("peft_type", "XLORA"),
+        ("peft_type", "OFT"),
+        ("peft_type", "LATER"),
     ],
 )
 def test_an_unsupported_field_is_named(field: str, value: Any, folder: Path, bases: Any) -> None:
@@ -373,7 +369,7 @@ def test_a_refused_adapter_leaves_the_store_as_it_was(
 ) -> None:
     store = Store(tmp_path / "store")
     good = add_adapter(store, "mine", folder, bases("llama").spec)
-    edit_config(folder, use_qalora=True)
+    edit_config(folder, layer_replication=[[0, 2]])
     with pytest.raises(UnsupportedFeatureError):
         add_adapter(store, "mine", folder, bases("llama").spec)
     assert store.versions("mine") == (good.version,)

@@ -23,6 +23,7 @@ from quickchange_store.formats.layouts.foreign_layouts import layout_name
 from quickchange_store.formats.peft.peft_common import WEIGHTS_FILE
 from quickchange_store.formats.peft.tensor_names import PREFIX, unwrapped
 from quickchange_store.formats.tensors import AdapterTensors
+from quickchange_store.formats.tuners.tuner_reader import is_made_by_peft
 from quickchange_store.formats.weight_files import candidates
 from quickchange_store.importing import read_adapter
 from quickchange_store.info import describe
@@ -166,7 +167,10 @@ def _named_base(name: str) -> tuple[BaseSpec | None, str | None]:
 
 def _assumed(folder: Path, config: Mapping[str, Any]) -> BaseSpec | None:
     """A base model with the modules that a plain LoRA's tensors name; None for other adapters."""
-    if config.get("peft_type") != "LORA" or any(config.get(field) for field in _NEEDS_BASE):
+    if not folder.is_dir():
+        return BaseSpec("", "", {})  # whose reader says so
+    plain = config.get("peft_type") == "LORA" and not is_made_by_peft(config)
+    if not plain or any(config.get(field) for field in _NEEDS_BASE):
         return None
     files = candidates(folder, Path(WEIGHTS_FILE).stem)
     if not files:

@@ -154,10 +154,14 @@ class AdapterTensors:
         self.left.discard(key)
         return tensor
 
-    def take_any(self, key: str) -> torch.Tensor:
-        """A tensor of numbers, checked as by `take`, or of whole numbers of any width."""
+    def take_any(self, key: str, *, empty: bool = False) -> torch.Tensor:
+        """A tensor of numbers, checked as by `take`, or of whole numbers of any width.
+
+        empty: the tensor may have no numbers.
+        """
         tensor = self._find(key)
-        if tensor.is_floating_point() or tensor.is_complex():
+        pruned = empty and not tensor.numel()
+        if not pruned and (tensor.is_floating_point() or tensor.is_complex()):
             return self.take(key)
         self.left.discard(key)
         return tensor

@@ -117,8 +117,8 @@ def read_tokens(directory: Path, base: BaseSpec) -> Imported:
     updates: dict[str, LowRankUpdate] = {}
     for path in (path for path in base.modules if path in targets):
         key = f"{PREFIX}{path}.trainable_tokens_delta"
-        if key not in tensors and base.tied.get(path) in targets:
-            continue
+        if base.tied.get(path) in targets:
+            continue  # it follows the module that it is tied to
         updates |= _updates(base, path, indices, tensors, key)
     if tensors.left:
         raise InvalidAdapterError(
@@ -174,10 +174,12 @@ def _updates(
             key="peft_type",
             remedy="add the adapter with the base as it was before quantisation (--model)",
         )
+    followers = [name for name, source in base.tied.items() if source == path]
+    for name in followers:
+        _take_copy(tensors, key.replace(path, name), name, trained)
     change = trained - weight[indices].float()
     picked = _picked(indices, tokens)
     found = {}
-    followers = [name for name, source in base.tied.items() if source == path]
     for name in (path, *followers) if embedding else (path,):
         if base.modules[name].kind == "embedding":
             scale = base.modules[name].output_scale
@@ -185,6 +187,17 @@ def _updates(
         else:
             found[name] = LowRankUpdate(change, picked.T.contiguous(), 1.0)
     return found
+
+
+def _take_copy(tensors: AdapterTensors, key: str, path: str, trained: torch.Tensor) -> None:
+    """Take the same rows, which PEFT saves again for a module that is tied."""
+    if key in tensors and not tensors.take(key).float().equal(trained):
+        raise InvalidAdapterError(
+            f"these rows differ from those of the embedding, which {path} is tied to",
+            file=tensors.file_of(key),
+            key=tensors.name(key),
+            remedy="save the adapter again, on this base model",
+        )
 
 
 def _picked(indices: list[int], tokens: int) -> torch.Tensor:

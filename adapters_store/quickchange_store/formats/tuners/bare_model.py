@@ -8,6 +8,7 @@ field of a configuration means what it means to PEFT. Each layer is then measure
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -43,7 +44,7 @@ class BareModule:
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class WeightChange:
     """What a layer adds to its module's output: `weight` [out, in] x + `bias` [out], float64."""
 
     path: str
@@ -53,7 +54,7 @@ class Change:
 
 def changes(
     config: Any, modules: Sequence[BareModule], tensors: Mapping[str, torch.Tensor]
-) -> Iterator[Change]:
+) -> Iterator[WeightChange]:
     """The change of each module under PEFT's configuration `config`, which is left as it is.
 
     tensors: all of the modules', by PEFT's names. Raises InvalidAdapterError where they are not
@@ -88,7 +89,7 @@ def _drawing(kind: str) -> str:
 # --- measuring ----------------------------------------------------------------------------------
 
 
-def _measured(kind: str, module: BareModule, layer: Any, twin: Any) -> Change:
+def _measured(kind: str, module: BareModule, layer: Any, twin: Any) -> WeightChange:
     """The change that `layer` makes; `twin` is the same, loaded again, and may be spoilt."""
     probe = _probe(module.shape)
     expected, own = _response(layer, module, probe)
@@ -103,9 +104,11 @@ def _measured(kind: str, module: BareModule, layer: Any, twin: Any) -> Change:
             remedy=_DRAWN_REMEDY,
         )
     bias = _bias(layer, module)
-    for weight in (_merged(twin, module), _of_units(layer, module, bias)):
-        if weight is not None and _near(_applied(module, weight, bias, probe), expected, size):
-            return Change(module.path, weight, bias if bool(bias.any()) else None)
+    weight = _merged(twin, module)
+    if weight is None or not _near(_applied(module, weight, bias, probe), expected, size):
+        weight = _of_units(layer, module, bias)
+    if _near(_applied(module, weight, bias, probe), expected, size):
+        return WeightChange(module.path, weight, bias if bool(bias.any()) else None)
     raise UnsupportedFeatureError(
         f"what this {kind} does at {module.path} is no linear map of the module's input",
         file=CONFIG_FILE,
@@ -182,7 +185,7 @@ def _merged(layer: Any, module: BareModule) -> torch.Tensor | None:
             layer.merge()
     except _OF_PEFT:
         return None  # measured by its outputs instead
-    merged = layer.get_base_layer().weight.data.double()
+    merged: torch.Tensor = layer.get_base_layer().weight.data.double()
     if module.shape.transposed or module.shape.kind == "embedding":
         merged = merged.T
     return merged if module.weight is None else merged - module.weight.double()
@@ -260,6 +263,7 @@ _OF_PEFT = (
     RuntimeError,
     TypeError,
     ValueError,
+    re.error,
 )
 
 

@@ -75,7 +75,7 @@ def _range(matrix: torch.Tensor, columns: int) -> torch.Tensor:
 
     drawn = torch.Generator().manual_seed(_SEED)
     sample = torch.randn(matrix.shape[1], columns, generator=drawn, dtype=matrix.dtype)
-    basis, _ = torch.linalg.qr(matrix @ sample)
+    basis: torch.Tensor = torch.linalg.qr(matrix @ sample)[0]
     return basis
 
 

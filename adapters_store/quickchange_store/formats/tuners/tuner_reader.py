@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
+from warnings import catch_warnings, simplefilter
 
 from quickchange_store.canonical.canonical_adapter import BaseSpec, CanonicalAdapter, LowRankUpdate
 from quickchange_store.errors import InvalidAdapterError, UnsupportedFeatureError
@@ -35,7 +36,7 @@ from quickchange_store.formats.peft.peft_common import (
 from quickchange_store.formats.peft.peft_config import TRAINING_ONLY
 from quickchange_store.formats.peft.tensor_names import PREFIX, WRAPPERS, TensorNames
 from quickchange_store.formats.tensors import AdapterTensors
-from quickchange_store.formats.tuners.bare_model import BareModule, Change, changes
+from quickchange_store.formats.tuners.bare_model import BareModule, WeightChange, changes
 from quickchange_store.formats.tuners.low_rank import exact_factors, nearest_factors
 from quickchange_store.formats.tuners.tuner_types import (
     APPROXIMATE_REMEDY,
@@ -222,7 +223,9 @@ def _configuration(config: Mapping[str, Any], base: BaseSpec) -> tuple[Any, list
     given = {k: v for k, v in config.items() if k in known and k not in _READ_HERE}
     given |= {"inference_mode": True, "target_modules": None}
     try:
-        return made(**given), warnings
+        with catch_warnings():
+            simplefilter("ignore")  # what PEFT says to those who train
+            return made(**given), warnings
     except (TypeError, ValueError, KeyError, AttributeError, ImportError) as error:
         raise InvalidAdapterError(
             f"PEFT does not take this configuration ({' '.join(str(error).split())[:400]})",
@@ -236,6 +239,9 @@ def _check_sizes(config: Mapping[str, Any], base: BaseSpec) -> None:
     widest = max(shape.in_features + shape.out_features for shape in base.modules.values())
     numbers = max(shape.in_features * shape.out_features for shape in base.modules.values())
     for name, value in config.items():
+        patterned = name in ("alpha_pattern", "lambda_pattern", "rank_pattern") and is_set(value)
+        if patterned and not isinstance(value, dict):
+            raise invalid(name, value, "use an object of module patterns and values")
         if isinstance(value, bool) or not isinstance(value, int) or "seed" in name or "key" in name:
             continue
         rank = name == "r" or name.endswith(("_r", "rank"))
@@ -271,13 +277,14 @@ def _targets(
 
 def _changes(
     config: Any, tuner: Tuner, base: BaseSpec, targets: frozenset[str], tensors: AdapterTensors
-) -> Iterator[Change]:
+) -> Iterator[WeightChange]:
     """The changes of all targets, one bare model for each where modules share nothing."""
     modules = [path for path in base.modules if path in targets]  # the base's order
+    pruned = config.peft_type.value == "ADALORA"  # of every rank, in some modules
     groups = [modules] if tuner.shared else [[path] for path in modules]
     for group in groups:
         taken = {
-            key: tensors.take_any(key)
+            key: tensors.take_any(key, empty=pruned)
             for key in sorted(tensors.left)
             if _is_of(key, group) or (tuner.shared and not key.startswith(PREFIX))
         }
@@ -346,7 +353,7 @@ def _for(config: Any, modules: list[str]) -> Any:
     return own
 
 
-def _update(change: Change, limits: RankLimits, errors: _Errors) -> LowRankUpdate | None:
+def _update(change: WeightChange, limits: RankLimits, errors: _Errors) -> LowRankUpdate | None:
     """The update that makes a change; None where there is no change."""
     bias = None if change.bias is None else change.bias.float()
     found = exact_factors(change.weight, limits.exact)
