@@ -15,11 +15,13 @@ from typing import Annotated, Any
 
 import typer
 
+from quickchange_store.checking.check_command import check
 from quickchange_store.errors import StoreError, os_error_line
 from quickchange_store.exporting import ExportLayout, export_adapter
 from quickchange_store.hub_access import look_for_hub
 from quickchange_store.index import Version
 from quickchange_store.info import AdapterInfo
+from quickchange_store.sources.adapter_url import adapter_url, is_url
 from quickchange_store.store import GC_MIN_AGE, Store
 
 app = typer.Typer(
@@ -29,6 +31,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
+app.command()(check)
 
 StoreOption = Annotated[
     str,
@@ -51,20 +54,44 @@ _COLUMNS = (
 @app.command()
 def add(
     name: Annotated[str, typer.Argument(help="The adapter's name.")],
-    directory: Annotated[
-        Path, typer.Argument(help="Folder of the adapter: PEFT, AdapterHub, Medusa heads.")
+    place: Annotated[
+        str,
+        typer.Argument(
+            metavar="FOLDER|URL",
+            help="The adapter: a folder (PEFT, AdapterHub, Medusa heads), or where it lies: "
+            "hf://OWNER/NAME[@REVISION], s3://BUCKET/PREFIX, gs://…, oci://REGISTRY/NAME:TAG.",
+        ),
     ],
     store: StoreOption,
     model: ModelOption,
+    approximate_rank: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Serve what has no low rank by the nearest update of this rank; `show` states "
+            "its error.",
+        ),
+    ] = None,
+    exact_rank: Annotated[
+        int,
+        typer.Option(min=1, help="Highest rank of a module up to which an update is exact."),
+    ] = 256,
     as_json: JsonOption = False,
 ) -> None:
     """Check an adapter against the base model and publish it as the version that NAME serves."""
     from quickchange_store.base_model.base_spec import base_spec  # imports torch: seconds
-    from quickchange_store.importing import add_adapter
+    from quickchange_store.formats.tuners.tuner_reader import RankLimits
+    from quickchange_store.importing import add_adapter, add_from_url
 
     with _errors_shown():
         look_for_hub(model)
-        added = add_adapter(Store(store), name, directory, base_spec(model))
+        url = adapter_url(place) if is_url(place) else None
+        opened, base = Store(store), base_spec(model)
+        limits = RankLimits(exact_rank, approximate_rank)
+        if url is None:
+            added = add_adapter(opened, name, Path(place), base, limits)
+        else:
+            added = add_from_url(opened, name, url, base, limits)
         for warning in added.warnings:
             typer.echo(f"warning: {warning}", err=True)
         if as_json:
@@ -122,6 +149,7 @@ def show(
         if as_json:
             _print_json(detail)
             return
+        detail["approximation"] = _approximation_line(detail["approximation"])
         detail["turbo"] = _turbo_line(detail["turbo"])
         detail["classifier"] = _classifier_line(detail["classifier"])
         _print_table(("FIELD", "VALUE"), [(key, _cell(value)) for key, value in detail.items()])
@@ -304,9 +332,20 @@ def _described(store: Store, version: Version) -> dict[str, Any]:
         "parameters": info.parameters,
         "dtypes": list(info.dtypes),
         "bytes": info.size,
+        "approximation": info.source.get("approximation"),
         "turbo": _turbo(info),
         "classifier": None if info.classifier is None else asdict(info.classifier),
     }
+
+
+def _approximation_line(stated: dict[str, Any] | None) -> str:
+    """What an update that could not be served exactly differs by, relative to its own size."""
+    if stated is None:
+        return "-"
+    return (
+        f"rank {stated['rank']} at most, relative error {stated['relative_error']:.2%}; at worst "
+        f"{stated['worst_relative_error']:.2%} ({stated['worst_module'] or 'no module'})"
+    )
 
 
 def _turbo(info: AdapterInfo) -> dict[str, Any] | None:

@@ -10,6 +10,9 @@
     │   └── AmbiguousVersionError a digest prefix fits several versions
     ├── NameConflictError         the name is taken by the other kind (name, alias)
     │   └── InUseError            an alias or the current pointer holds what is to be removed
+    ├── AdapterSourceError        an adapter can't be fetched from its URL, now or later
+    │   └── NoAdapterThereError   there is nothing at the URL
+    ├── SourceUnavailableError    the place of an adapter's URL can't be reached now
     ├── NoStoreError              there is no store at this path
     ├── StoreLocationError        a store's path or URL can't be used
     ├── StoreUnavailableError     the store can't be reached now
@@ -100,6 +103,18 @@ class NameConflictError(StoreError):
 
 class InUseError(NameConflictError):
     """An alias or a current pointer still needs the version; the message names it."""
+
+
+class AdapterSourceError(StoreError):
+    """A URL of an adapter can't be read, is not allowed, or has no adapter."""
+
+
+class NoAdapterThereError(AdapterSourceError):
+    """There is nothing at a URL, or nothing that this server's credentials may read."""
+
+
+class SourceUnavailableError(StoreError):
+    """The place that a URL of an adapter names does not answer, or not as it should."""
 
 
 class NoStoreError(StoreError):

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from quickchange_store.canonical.canonical_adapter import BaseSpec, CanonicalAdapter
-from quickchange_store.errors import InvalidAdapterError, UnsupportedFeatureError
+from quickchange_store.canonical.canonical_adapter import BaseSpec, CanonicalAdapter, digest
+from quickchange_store.errors import UnsupportedFeatureError
 from quickchange_store.formats.adapterhub.bottleneck import read_adapterhub
 from quickchange_store.formats.config_file import CONFIG_FILE, read_config
 from quickchange_store.formats.imported import Imported
+from quickchange_store.formats.layouts.adapter_folder import adapter_folder
+from quickchange_store.formats.layouts.foreign_layouts import read_foreign
 from quickchange_store.formats.peft.ia3 import read_ia3
 from quickchange_store.formats.peft.lora import read_peft
 from quickchange_store.formats.peft.mlx import is_mlx, read_mlx
 from quickchange_store.formats.peft.peft_common import WEIGHTS_FILE
+from quickchange_store.formats.peft.token_rows import read_tokens
+from quickchange_store.formats.tuners.tuner_reader import (
+    EXACT_ONLY,
+    RankLimits,
+    is_made_by_peft,
+    read_tuner,
+)
 from quickchange_store.formats.turbo.heads_reader import read_heads
 from quickchange_store.index import Version
 from quickchange_store.names import check_name
+from quickchange_store.sources.adapter_url import AdapterUrl
+from quickchange_store.sources.fetching import fetched
 from quickchange_store.store import Store
 
 
@@ -28,30 +40,61 @@ class Added:
     warnings: tuple[str, ...]
 
 
-def add_adapter(store: Store, name: str, directory: Path, base: BaseSpec) -> Added:
+def add_adapter(
+    store: Store,
+    name: str,
+    directory: Path,
+    base: BaseSpec,
+    limits: RankLimits = EXACT_ONLY,
+    origin: Mapping[str, str] | None = None,
+) -> Added:
     """Read the adapter in `directory`, check it against `base` and publish it as `name`.
 
-    Raises StoreError: every refusal names file, key and remedy.
+    limits: how updates that are no LoRA's are served, by their ranks. origin: where the files were
+    fetched from, recorded beside their format. Raises StoreError: every refusal names file, key and
+    remedy.
     """
     check_name(name)  # before the work
+    imported = read_adapter(directory, base, limits)
+    adapter = imported.adapter
+    if origin is not None:
+        adapter = replace(adapter, source={**adapter.source, "from": dict(origin)})
+    return Added(store.add(name, adapter, base), imported.warnings)
+
+
+def add_unless_known(store: Store, name: str, directory: Path, base: BaseSpec) -> Added | None:
+    """Publish the adapter in `directory` unless it is a version of `name` already, be it one that
+    was rolled back. Raises StoreError."""
+    check_name(name)
     imported = read_adapter(directory, base)
+    entry = store.snapshot().entries.get(name)
+    if entry is not None:
+        found = digest(imported.adapter)
+        if any(version.digest == found for version in entry.versions.values()):
+            return None
     return Added(store.add(name, imported.adapter, base), imported.warnings)
 
 
-def read_adapter(directory: Path, base: BaseSpec) -> Imported:
+def add_from_url(
+    store: Store, name: str, url: AdapterUrl, base: BaseSpec, limits: RankLimits = EXACT_ONLY
+) -> Added:
+    """Fetch the adapter at a URL and publish it as `name`. Raises StoreError and OSError."""
+    check_name(name)
+    with fetched(url) as there:
+        return add_adapter(store, name, there.folder, base, limits, there.origin)
+
+
+def read_adapter(directory: Path, base: BaseSpec, limits: RankLimits = EXACT_ONLY) -> Imported:
     """Read an adapter of any supported format: updates, Turbo heads or both. Raises StoreError."""
-    if not directory.is_dir():
-        raise InvalidAdapterError(
-            "no such folder", file=str(directory), remedy="give the folder that holds the adapter"
-        )
+    directory = adapter_folder(directory)
     heads = read_heads(directory, base)
     if heads is None:
-        return _read_updates(directory, base)
+        return _read_updates(directory, base, limits)
     if not any((directory / name).exists() for name in (CONFIG_FILE, WEIGHTS_FILE)):
         source = dict(heads.source)
         turbo = CanonicalAdapter(base.architecture, heads.base_name, {}, source, heads.heads)
         return Imported(turbo, heads.warnings)
-    read = _read_updates(directory, base)
+    read = _read_updates(directory, base, limits)
     both = replace(
         read.adapter,
         turbo=heads.heads,
@@ -60,18 +103,29 @@ def read_adapter(directory: Path, base: BaseSpec) -> Imported:
     return Imported(both, read.warnings + heads.warnings)
 
 
-def _read_updates(directory: Path, base: BaseSpec) -> Imported:
+def _read_updates(directory: Path, base: BaseSpec, limits: RankLimits) -> Imported:
     if not (directory / CONFIG_FILE).is_file() and (directory / "model.safetensors").is_file():
         raise UnsupportedFeatureError(
             "this is a whole model, not an adapter",
             file="model.safetensors",
             remedy=f"give a folder with {CONFIG_FILE}",
         )
+    foreign = read_foreign(directory, base)
+    if foreign is not None:
+        return foreign
     config = read_config(directory)
-    if config.get("peft_type") == "IA3":
-        return read_ia3(directory, base)
     if is_mlx(config):
         return read_mlx(directory, base)
     if "peft_type" not in config and ("config" in config or "model_type" in config):
         return read_adapterhub(directory, base)
-    return read_peft(directory, base)
+    kind = config.get("peft_type")
+    reader = None if is_made_by_peft(config) else _READERS.get(str(kind))
+    return read_tuner(directory, base, limits) if reader is None else reader(directory, base)
+
+
+# PEFT's types that have a reader of their own; `read_tuner` reads or refuses the others.
+_READERS: Mapping[str, Callable[[Path, BaseSpec], Imported]] = {
+    "IA3": read_ia3,
+    "LORA": read_peft,
+    "TRAINABLE_TOKENS": read_tokens,
+}

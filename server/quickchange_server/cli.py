@@ -1,4 +1,4 @@
-"""The command `quickchange`: serve, cluster, plan, warm-cache, adapters, keys, database, train …
+"""The command `quickchange`: serve, cluster, plan, warm-cache, adapters, keys, experiments, train …
 
 A command's modules are imported only when it runs, so that `quickchange --help` is quick.
 """
@@ -29,6 +29,10 @@ DEMO = "demo"
 SUB_APPS = {
     "adapters": ("quickchange_store.cli", "Add, list, alias, verify and remove adapters."),
     "keys": ("quickchange_server.tenants.cli", "Create, list, rotate and revoke API keys."),
+    "experiments": (
+        "quickchange_server.experiments.exchange.experiments_cli",
+        "Exchange experiments with gateways.",
+    ),
     "database": ("quickchange_server.storage.cli", "Move what the server keeps elsewhere."),
     "train": ("quickchange_training.cli", "Train adapters."),
     "eval": ("quickchange_training.evaluation.cli", "Compare adapters on a task of your own."),

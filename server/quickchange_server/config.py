@@ -18,6 +18,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 GIB = 1024**3
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@]+")
+_ROOT_PATH = re.compile(r"(?:/[A-Za-z0-9._~-]+)*")
 
 
 def default_database(store: str) -> str:
@@ -59,6 +60,24 @@ def _check_origins(value: str) -> str:
 Origins = Annotated[str, AfterValidator(_check_origins)]
 
 
+def _check_pattern(pattern: str) -> str:
+    if pattern.count("{name}") != 1:
+        raise ValueError("must have {name} once, for the adapter's name, as in hf://OWNER/{name}")
+    return pattern
+
+
+AdapterPattern = Annotated[str, AfterValidator(_check_pattern)]
+
+
+def _without_end(path: str) -> str:
+    if _ROOT_PATH.fullmatch(bare := path.rstrip("/")) is None:
+        raise ValueError(f"{path!r} is not the beginning of a path; write it as /llm or /team/llm")
+    return bare
+
+
+RootPath = Annotated[str, AfterValidator(_without_end)]
+
+
 class Settings(BaseSettings):
     """All settings. Sizes are in bytes, times in seconds, lengths in tokens."""
 
@@ -85,6 +104,14 @@ class Settings(BaseSettings):
 
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535, description="0 picks a free port")
+    uds: Path | None = Field(
+        None, description="a Unix socket's path, to listen on it and not on host and port"
+    )
+    root_path: RootPath | None = Field(
+        None,
+        description="the beginning of its paths for clients, such as /llm, where a proxy takes it "
+        "off; requests that still have it are answered too",
+    )
 
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -182,10 +209,32 @@ class Settings(BaseSettings):
         description="allow adding an adapter over HTTP from a path on the server's machine; "
         "default: only where the address is loopback",
     )
+    adapter_sources: str | None = Field(
+        None,
+        description="beginnings of URLs, joined by commas, from which adapters may be added over "
+        "HTTP (hf://OWNER, s3://BUCKET/PREFIX, gs://..., oci://REGISTRY/...); default: none",
+    )
+    adapter_resolver: AdapterPattern | None = Field(
+        None,
+        description="where an adapter that a request names and the store lacks is fetched from, "
+        "with {name} for its name: hf://OWNER/{name}, s3://BUCKET/{name}, a folder",
+    )
+    adapter_resolver_names: int = Field(
+        10_000,
+        ge=1,
+        description="names in the store beyond which no request has another one fetched",
+    )
+    adapter_watch: Path | None = Field(
+        None,
+        description="folder whose folders are adapters, named by them: what is put there or "
+        "changes is published, for those who sync files",
+    )
     max_request_bytes: int = Field(
         16 * 1024**2, ge=1024, description="largest request body, adapter uploads aside"
     )
-    max_upload_bytes: int = Field(2 * GIB, ge=1024, description="largest adapter upload")
+    max_upload_bytes: int = Field(
+        2 * GIB, ge=1024, description="largest adapter that is uploaded or fetched"
+    )
 
     max_queue: int = Field(256, ge=1, description="sequences in flight before 429")
     drain_seconds: float = Field(30.0, ge=0, description="on SIGTERM, time for running requests")
@@ -274,12 +323,21 @@ class Settings(BaseSettings):
         return tuple(name.strip() for name in names if name.strip())
 
     @property
+    def reachable(self) -> bool:
+        """True if more than this machine can reach the address."""
+        return self.uds is None and not is_loopback(self.host)
+
+    @property
     def allowed_hosts(self) -> frozenset[str]:
         return _listed(self.allowed_host)
 
     @property
     def allowed_origins(self) -> frozenset[str]:
         return _listed(self.allowed_origin)
+
+    @property
+    def source_prefixes(self) -> frozenset[str]:
+        return _listed(self.adapter_sources)
 
     @property
     def store_opening(self) -> tuple[str, Path | None, int]:

@@ -78,6 +78,8 @@ ASKS: dict[str, Ask] = {
     "completion of a digest": generate("/v1/completions", model="NAME@0123abc", **PROMPT),
     "chat": generate("/v1/chat/completions", model="NAME", **CHAT),
     "embedding": generate("/v1/embeddings", model="NAME", input="x"),
+    "LoRAX's vector": generate("/embed", inputs="x", parameters={"adapter_id": "NAME"}),
+    "TGI's tokens": generate("/chat_tokenize", model="NAME", **CHAT),
     "class": generate("/classify", model="NAME", input="x"),
     "score": generate("/score", model="NAME", text_1="x", text_2="y"),
     "composition": generate("/v1/completions", model=BASE, adapters=[{"id": "NAME"}], **PROMPT),

@@ -31,6 +31,8 @@ REQUESTS: list[tuple[str, dict[str, Any], int]] = [
     ("/v1/completions", {**COMPLETION, "prompt": {"a": CANARY}}, 400),
     ("/v1/chat/completions", CHAT, 200),
     ("/v1/embeddings", {"model": "tiny/base", "input": CANARY}, 200),
+    ("/embed", {"inputs": CANARY, "parameters": {"api_token": TOKEN}}, 200),
+    ("/chat_tokenize", CHAT, 200),
     ("/classify", {"model": "tiny/base", "input": CANARY}, 400),
     ("/rerank", {"model": "tiny/base", "query": CANARY, "documents": [CANARY]}, 200),
     ("/score", {"model": "tiny/base", "text_1": CANARY, "text_2": [{"image": CANARY}]}, 400),

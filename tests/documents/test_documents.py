@@ -50,7 +50,9 @@ def commands(file: Path) -> list[list[str]]:
 
 
 def of_program(program: str) -> list[list[str]]:
-    return [words for file in DOCUMENTS for words in commands(file) if words[0] == program]
+    """The words of each command of a program, up to where its output goes."""
+    found = [words for file in DOCUMENTS for words in commands(file) if words[0] == program]
+    return [words[: words.index(">")] if ">" in words else words for words in found]
 
 
 def mentioned(file: Path) -> list[list[str]]:

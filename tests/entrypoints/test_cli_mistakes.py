@@ -122,7 +122,7 @@ MISTAKES = [
     ("bench servng", "Did you mean 'serving'?"),
     ("serve --port x", "Invalid value for '--port'"),
     ("serve --xyzzy", "No such option: --xyzzy; `quickchange serve --help` tells what it takes"),
-    ("adapters show", "Missing argument 'name'; `quickchange adapters show --help`"),
+    ("adapters show", "'; `quickchange adapters show --help` tells what it takes"),
     ("completion csh", "'csh' is not one of 'bash', 'zsh', 'fish'"),
 ]
 

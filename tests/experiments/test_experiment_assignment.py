@@ -46,7 +46,7 @@ def reweighed(old: Experiment, weights: dict[str, float], now: float = START) ->
 
 
 def within(count: int, share: float, of: int = len(UNITS)) -> bool:
-    """Whether a binomial count is within five standard deviations."""
+    """True if a binomial count is within five standard deviations."""
     return abs(count - share * of) <= 5 * math.sqrt(of * max(share * (1 - share), 1 / of))
 
 

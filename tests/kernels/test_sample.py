@@ -125,7 +125,7 @@ def test_the_token_is_the_one_that_the_rules_give_in_float64(
 
 
 def _on_an_edge(logits: Tensor, rules: Rules) -> bool:
-    """Whether a change of top_p, min_p or typical_p within rounding changes what is kept."""
+    """True if a change of top_p, min_p or typical_p within rounding changes what is kept."""
     row = logits[0].double().numpy()
     kept = [
         probabilities(

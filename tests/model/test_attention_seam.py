@@ -117,7 +117,7 @@ def test_equal_keys_and_values_that_are_not_the_same_have_their_own_pages() -> N
 
 
 def test_a_sharing_layer_reads_the_pages_of_the_other_and_writes_none() -> None:
-    """With sinks in bfloat16, as a model of that dtype has them."""
+    """Layer 1 shares; sinks are in bfloat16, as a model of that dtype has them."""
     shapes = {0: LayerShape(1, 8, 5), 1: LayerShape(1, 8, 5, shares=0)}
     holder = StepHolder()
     pages = PagedAttention(shapes, 2, 4, torch.float32, CPU, holder)

@@ -93,7 +93,7 @@ def test_what_is_recorded_of_a_cluster_is_recorded_by_replica(observed: Observed
 
 @pytest.mark.parametrize("alert", [rule["alert"] for rule in rules("alerts.yml")])
 def test_every_alert_has_something_to_judge(observed: Observed, alert: str) -> None:
-    """With `bool` a comparison keeps what it drops otherwise: series that are as they should be."""
+    """A comparison with `bool` keeps what it drops otherwise: series that are as they should be."""
     (expression,) = (rule["expr"] for rule in rules("alerts.yml") if rule["alert"] == alert)
     judged = COMPARISON.sub(r" \1 bool ", expression)
     values = observed.prometheus.over(judged, observed.start, observed.end)

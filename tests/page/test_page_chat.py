@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 import spelling_engine
+from chat_template_files import chat_template
+from fake_engine import Behaviour
 from http_support import BASE, Live, live_server, make_adapter
 from page_support import PHONE, WIDE, Browser
 from selenium.webdriver.common.keys import Keys
+from text_support import END, byte_text
 
 from quickchange_training.demo import DEMO_ADAPTERS, DEMO_ALIASES, DemoAdapter, DemoAlias
 
@@ -264,6 +267,47 @@ def test_the_prompt_comes_before_the_panes_and_without_scrolling(
     browser.wait(lambda: browser.all("#pane-a optgroup"))
     send, pane = (browser.one(each).rect for each in ("#send", "#pane-a"))
     assert send["y"] + send["height"] <= min(pane["y"], size[1])
+
+
+# --- thoughts -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def thoughtful(browser: Browser, tmp_path: Path) -> Iterator[Live]:
+    """Its model thinks, in markup, before it answers; it is reached by a proxy's path too."""
+    said = (*b"<think>\nHm, <b>2</b>.\n</think>\n\nTwo.", END)
+    text = byte_text(chat_template("thinks_in_field"))
+    with live_server(tmp_path, Behaviour(says=said), text, root_path="/llm") as live:
+        live.store.add("sql", make_adapter(1.0))
+        yield live
+        browser.leave()
+
+
+@pytest.mark.parametrize("path", ["", "llm", "llm/"])
+def test_thoughts_stand_folded_above_the_answer(
+    browser: Browser, thoughtful: Live, path: str
+) -> None:
+    browser.open(thoughtful.url, path)
+    browser.choose("#pane-a select[data-field=model]", BASE)
+    say(browser, "1 + 1?", tokens=100)
+    browser.answered()
+    for pane in PANES:
+        assert said(browser, pane) == ["Two."]
+        folded = browser.one(f"{pane} .turn.model .thoughts")
+        assert folded.get_attribute("open") is None
+        assert folded.rect["y"] < browser.one(f"{pane} .turn.model .said").rect["y"]
+        browser.one(f"{pane} .thoughts summary").click()
+        assert browser.texts(f"{pane} .thought") == ["Hm, <b>2</b>."]
+        assert "First token" in figures(browser, pane)
+    assert "Same text" in browser.text("#same")
+
+
+def test_an_answer_without_thoughts_has_no_fold(browser: Browser, live: Live) -> None:
+    browser.open(live.url)
+    browser.choose("#pane-a select[data-field=model]", BASE)
+    say(browser, "Hello")
+    browser.answered()
+    assert browser.all(".thoughts") == []
 
 
 # --- hostile output -----------------------------------------------------------------------------

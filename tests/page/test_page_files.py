@@ -1,4 +1,4 @@
-"""How the page's files are served, and that they need nothing from elsewhere."""
+"""The page's files: how they are served, and that they need nothing from elsewhere."""
 
 from __future__ import annotations
 

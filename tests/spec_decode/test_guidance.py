@@ -16,7 +16,7 @@ PROMPT = [ord(character) for character in "ship to Porto."]
 
 
 def chain(*, lookup: bool = True, depth: int = 4) -> GuidedChain:
-    """Of a sequence whose output so far is a quote; a token is a character."""
+    """The guide of a sequence whose output so far is a quote; a token is a character."""
     words = WordLookup([*PROMPT, ord('"')], len(PROMPT), TEXT) if lookup else None
     return GuidedChain(words, HEADS, BY_WORDS, depth)
 

@@ -1,4 +1,4 @@
-"""With the same seed, output with drafts equals output without, token for token, whatever is mixed:
+"""Output with drafts equals output without at the same seed, token for token, whatever is mixed:
 requests in the background, under salts or constraints, and those that read their own prompt.
 
 Each request is run alone, without drafts, on an engine with room for everything; then all together,

@@ -150,21 +150,6 @@ def test_two_names_of_one_tensor_are_refused_with_both(folder: Path, bases: Any)
     assert str(error).count(key) == 2  # as it is, and in the other
 
 
-def test_torchtunes_names_are_refused_as_its_own(folder: Path, bases: Any) -> None:
-    rename(
-        folder,
-        lambda key: (
-            key.removeprefix(f"{PREFIX}model.")
-            .replace("self_attn", "attn")
-            .replace("lora_A", "lora_a")
-            .replace("lora_B", "lora_b")
-        ),
-    )
-    error = refused(folder, bases("llama").spec, UnsupportedFeatureError)
-    assert "torchtune" in str(error)
-    assert error.key == "layers.0.attn.q_proj.lora_a.weight"
-
-
 @pytest.mark.parametrize(
     ("field", "value"),
     [("lorap_emb_lr", 1e-6), ("lorap_lr_ratio", None), ("lora_dtype", "float32")],
@@ -229,6 +214,7 @@ def test_an_mlx_folder_is_pefts_with_alpha_scale_times_rank(
         ({"lora_parameters": {"rank": 4}}, "lora_parameters.scale"),
         ({"lora_parameters": {"rank": 0, "scale": 1.0}}, "lora_parameters.rank"),
         ({"lora_parameters": {"rank": 4, "scale": 1, "alpha": 8}}, "lora_parameters.alpha"),
+        ({"lora_parameters": {"rank": 4, "scale": 1, "alpha": 4, "a": 1}}, "lora_parameters.a"),
         ({"lora_parameters": {"rank": 4, "scale": 1, "new": 8}}, "lora_parameters.new"),
     ],
 )

@@ -66,7 +66,7 @@ def equal_blocks(left: DraftBlock, right: DraftBlock) -> bool:
 
 
 def same(left: TurboHeads, right: TurboHeads) -> bool:
-    """Whether two sets of heads compute the same: head by head and block by block."""
+    """True if two sets of heads compute the same: head by head and block by block."""
     chains = [
         [[turbo.blocks[index] for index in head] for head in turbo.heads] for turbo in (left, right)
     ]

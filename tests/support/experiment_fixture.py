@@ -17,7 +17,7 @@ HOSTILE = '<img src=x onerror="window.hurt=1">'
 
 
 def experiment(name: str, state: str = "running", description: str = "") -> dict[str, Any]:
-    """As GET /v1/experiments lists it."""
+    """An experiment as GET /v1/experiments lists it."""
     return {
         "id": name,
         "object": "experiment",
@@ -49,7 +49,7 @@ def results(
     units: tuple[int, ...] = (2000, 2000, 2000),
     automatic: tuple[OutcomeSums, ...] = (),
 ) -> dict[str, Any]:
-    """As GET /v1/experiments/NAME/results has it. `units`: assigned, with equal weights."""
+    """A result as GET …/NAME/results has it. `units`: assigned, with equal weights."""
     stretches = [StretchUnits((1, 1, 1), units)]
     found = analyse(NAMES, [*told, *automatic], stretches, Plan()).to_json()
     every = found.pop("outcomes")

@@ -289,7 +289,7 @@ def read_only(submit: Submit) -> Delta:
 
 
 def accepted_at(seed: int, emitted: int, drafted: int) -> int:
-    """Of `drafted` tokens, how many the fake engine accepts in the step after `emitted` tokens."""
+    """The number of `drafted` tokens accepted in the step after `emitted` tokens."""
     return zlib.crc32(repr((seed, emitted)).encode()) % (drafted + 1)
 
 

@@ -167,7 +167,9 @@ def live_server(
     thread.start()
     try:
         wait_until(lambda: server.started)
-        with httpx.Client(base_url=url, timeout=LIMIT_SECONDS) as http:
+        way = None if settings.uds is None else httpx.HTTPTransport(uds=str(settings.uds))
+        place = url if settings.uds is None else "http://localhost"
+        with httpx.Client(base_url=place, transport=way, timeout=LIMIT_SECONDS) as http:
             if settings.drain_seconds == 0 and (behaviour is None or behaviour.start_seconds == 0):
                 wait_until(lambda: http.get("/health").status_code == 200, start_limit)
             end = partial(server.handle_exit, signal.SIGTERM, None)

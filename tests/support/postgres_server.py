@@ -101,7 +101,7 @@ class PostgresServer:
             raise RuntimeError(f"{program}: {done.stderr.decode()}")
 
     def _command(self, program: str) -> list[str]:
-        """As a user who is not root, which the server refuses; ended when these tests are."""
+        """The program as a user other than root, whom it refuses; it ends with these tests."""
         user = ["--reuid=nobody", "--regid=nogroup", "--clear-groups"] if os.getuid() == 0 else []
         return ["setpriv", *user, "--pdeathsig=INT", str(self._programs / program)]
 

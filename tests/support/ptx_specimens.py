@@ -51,7 +51,7 @@ def divided(x, y, out, N: tl.constexpr):
 
 @triton.jit
 def counted(x, out, N: tl.constexpr):
-    """How many of x are positive, by atomics."""
+    """The number of x that are positive, by atomics."""
     lanes = tl.program_id(0) * N + tl.arange(0, N)
     tl.atomic_add(out, tl.sum((tl.load(x + lanes) > 0).to(tl.int32), 0))
 

@@ -29,7 +29,7 @@ WAIT = 20.0  # seconds until a test that hangs fails
 
 
 def make_adapter(kind: str, count: int) -> CanonicalAdapter:
-    """As Store names them."""
+    """An adapter of a kind that `Store` below names, with its content by `count`."""
     if kind in "tx":
         return turbo_adapter(make_turbo(HIDDEN + (kind == "x"), count))
     if kind == "b":

@@ -60,7 +60,7 @@ def entry(number: int) -> Callable[[Connection], None]:
 
 
 async def watch_loop(delays: list[float]) -> None:
-    """How late the event loop wakes a task that sleeps a millisecond, in seconds."""
+    """The delay with which the event loop wakes a task that sleeps a millisecond, in seconds."""
     while True:
         began = time.perf_counter()
         await asyncio.sleep(0.001)

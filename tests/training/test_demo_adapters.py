@@ -128,7 +128,7 @@ def test_the_heads_folder_tells_the_recipe_that_the_command_follows(
 
 
 def test_the_heads_drafts_are_worth_their_rows(heads: DemoAdapter) -> None:
-    """As their training measured on prompts that they did not learn from."""
+    """Scores as their training measured them on prompts that they did not learn from."""
     held_out = json.loads((heads.path / "config.json").read_text())["notes"]["report"]["held_out"]
     assert held_out["tokens_a_step"] > (1.3 if heads.name == "base-heads" else 2.0)
 

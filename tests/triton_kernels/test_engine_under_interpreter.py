@@ -112,7 +112,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
 def capture(
     request: pytest.FixtureRequest, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> RepeatingCapture | None:
-    """How the engines made from now on run decode steps."""
+    """The way in which engines made from now on run decode steps."""
     if request.param == "as it comes":
         monkeypatch.setattr(model_runner, "capture_for", lambda _device: None)
         return None

@@ -105,11 +105,28 @@ def spec_of(network: Any, name: str, weights: BaseWeights | None = None) -> Base
         model_type=str(network.config.model_type),
         output_head=output_head,
         producers=producers(network),
+        tied=_tied(network, modules),
         sublayers=sublayers(network),
         weights=weights,
         experts=experts,
         expert_modules=ConvertedExperts.of(network, experts),
+        head_dim=_head_dim(network),
     )
+
+
+def _head_dim(network: Any) -> int | None:
+    """The width of every head of attention; None where they differ or no module says it."""
+    found = {getattr(module, "head_dim", None) for module in text_modules(network)}
+    widths = {width for width in found if type(width) is int}
+    return widths.pop() if len(widths) == 1 else None
+
+
+def _tied(network: Any, modules: Mapping[str, ModuleShape]) -> dict[str, str]:
+    """Modules whose weight is another's, and whose."""
+    keys = dict(getattr(network, "all_tied_weights_keys", None) or {})
+    named = {str(key).removesuffix(".weight"): str(keys[key]) for key in keys}
+    pairs = {target: source.removesuffix(".weight") for target, source in named.items()}
+    return {each: pairs[each] for each in pairs if {each, pairs[each]} <= modules.keys()}
 
 
 @dataclass(frozen=True)

@@ -149,12 +149,16 @@ class BaseSpec:
     output_head: str | None = None  # module path of the LM head, which "all-linear" leaves out
     producers: Mapping[str, str] = field(default_factory=dict, compare=False)
     """Modules whose input is, factor for factor, another module's output: down_proj -> up_proj."""
+    tied: Mapping[str, str] = field(default_factory=dict, compare=False)
+    """Modules whose weight is another module's: lm_head -> model.embed_tokens."""
     sublayers: Mapping[str, SubLayer] = field(default_factory=dict, compare=False)
     """The modules that end a sub-layer, whose output joins the residual stream."""
     weights: BaseWeights | None = field(default=None, compare=False, repr=False)
     experts: Mapping[str, ExpertPart] = field(default_factory=dict)
     """Parameters that hold a matrix for each expert, by path."""
     expert_modules: ExpertModules | None = field(default=None, compare=False, repr=False)
+    head_dim: int | None = field(default=None, compare=False)
+    """Width of a head of attention, where all have one."""
 
     def expert(self, path: str) -> ExpertPart | None:
         """The part that one expert's matrix is of; None for any other path."""

@@ -1,15 +1,13 @@
-"""Weight files of an adapter's directory: found, opened, and read tensor by tensor.
+"""Weight files of an adapter's directory, opened and read tensor by tensor.
 
 Every tensor is checked when it is taken; `AdapterTensors.left` holds those that were not taken.
-Pickled weights are never opened.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -23,65 +21,29 @@ from quickchange_store.errors import (
     UnsupportedFeatureError,
 )
 from quickchange_store.formats.config_file import CONFIG_FILE
+from quickchange_store.formats.pickled_weights import as_safetensors
+from quickchange_store.formats.weight_files import PICKLES
 
 if TYPE_CHECKING:
     import torch
 
 _COMPARED = 100  # names at most, for a message
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-
-
-def weights_file(directory: Path, expected: str, writer: str) -> Path:
-    """The safetensors file `expected`, as `writer` saves it. Raises StoreError where it is not."""
-    path = directory / expected
-    if path.is_file():
-        return path
-    refuse_pickle(directory, expected)
-    others = _names(directory)
-    sharded = [name for name in others if Path(expected).stem in name]
-    if sharded:
-        raise UnsupportedFeatureError(
-            "an adapter in several weight files is not supported",
-            file=", ".join(sharded),
-            remedy=f"save it as one {expected}",
-        )
-    raise InvalidAdapterError(
-        "the file is missing",
-        file=expected,
-        remedy=f"give the folder that {writer} wrote",
-    )
-
-
-def refuse_pickle(directory: Path, expected: str, apart_from: Sequence[str] = ()) -> None:
-    """Refuse the first pickle in `directory`, with the command that makes it `expected`.
-
-    Files whose names begin with one of `apart_from` hold something else.
-    """
-    for name in _names(directory):
-        if name.endswith(PICKLES) and not name.startswith(tuple(apart_from)):
-            raise UnsupportedFeatureError(
-                "a pickle can run any code when it is opened, and is not read",
-                file=name,
-                remedy="convert it where you trust it: python -c "
-                f"{shlex.quote(_conversion(name, expected))}",
-            )
-
-
-def _names(directory: Path) -> list[str]:
-    return sorted(entry.name for entry in directory.iterdir() if entry.is_file())
-
-
-def _conversion(name: str, expected: str) -> str:
-    return (
-        "import torch; from safetensors.torch import save_file; "
-        f"save_file(torch.load({name!r}, weights_only=True, map_location='cpu'), {expected!r})"
-    )
+Named = Iterable[tuple[str, "torch.Tensor"]]
+_EMPTY_REMEDY = (
+    "DeepSpeed's ZeRO-3 and FSDP leave such tensors where the parts were not gathered: run "
+    "zero_to_fp32.py in the checkpoint, or save with stage3_gather_16bit_weights_on_model_save "
+    "(FSDP: fsdp_state_dict_type FULL_STATE_DICT)"
+)
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
+    if path.suffix in PICKLES:
+        with as_safetensors(path) as converted, _opened(converted) as file:
+            yield file
+        return
     try:
         with safe_open(str(path), framework="pt") as file:
             yield file
@@ -97,7 +59,9 @@ class AdapterTensors:
     """Tensors of one file or several; `left` holds the names not yet taken.
 
     `config_file`: for messages, the file that says which tensors there must be. `plain`: the name
-    by which a tensor is asked for; None leaves its own. `transposed`: matrices are stored so.
+    by which a tensor is asked for; None leaves its own. `parts`: in place of `plain`, the tensors
+    that a tensor of a file makes, by the names that they are asked for by; None as before. It is
+    called with the tensor's own name, the tensor and its file's name.
     """
 
     def __init__(
@@ -105,12 +69,12 @@ class AdapterTensors:
         *paths: Path,
         config_file: str = CONFIG_FILE,
         plain: Callable[[str], str | None] = lambda _: None,
-        transposed: bool = False,
+        parts: Callable[[str, torch.Tensor, str], Named | None] | None = None,
     ) -> None:
         self._config_file = config_file
         self._main = paths[0].name
         self._plain = plain
-        self._transposed = transposed
+        self._parts = parts or self._named
         self._content: dict[str, torch.Tensor] = {}
         self._files: dict[str, str] = {}
         self._own: dict[str, str] = {}  # names in the file, by those that they are asked for by
@@ -122,27 +86,33 @@ class AdapterTensors:
     def _open(self, path: Path) -> None:
         with _opened(path) as file:
             for own in map(str, file.keys()):
-                known = self._plain(own)
-                key = own if known is None else known
-                if key in self._content:
-                    raise InvalidAdapterError(
-                        f"the tensor is in {self._files[key]} too"
-                        + ("" if self._own[key] == own else f", as {self._own[key]}"),
-                        file=path.name,
-                        key=own,
-                        remedy="keep one of the two",
-                    )
+                tensor = file.get_tensor(own)
+                known = self._parts(own, tensor, path.name)
                 if known is None:
                     self._strange.append(own)
-                tensor = file.get_tensor(own)
-                turned = self._transposed and tensor.ndim == 2
-                self._content[key] = tensor.T if turned else tensor
-                self._files[key] = path.name
-                self._own[key] = own
+                for key, part in [(own, tensor)] if known is None else known:
+                    self._add(path.name, own, key, part)
+
+    def _named(self, own: str, tensor: torch.Tensor, _file: str) -> Named | None:
+        key = self._plain(own)
+        return None if key is None else [(key, tensor)]
+
+    def _add(self, file: str, own: str, key: str, tensor: torch.Tensor) -> None:
+        if key in self._content:
+            raise InvalidAdapterError(
+                f"the tensor is in {self._files[key]} too"
+                + ("" if self._own[key] == own else f", as {self._own[key]}"),
+                file=file,
+                key=own,
+                remedy="keep one of the two",
+            )
+        self._content[key] = tensor
+        self._files[key] = file
+        self._own[key] = own
 
     @staticmethod
     def keys(path: Path) -> set[str]:
-        """Tensor names in one file, whose tensors are not read. Raises InvalidAdapterError."""
+        """Tensor names in one file, whose tensors are not read. Raises StoreError."""
         with _opened(path) as file:
             return set(file.keys())
 
@@ -167,6 +137,13 @@ class AdapterTensors:
                 key=self.name(key),
                 remedy="save it as float32, bfloat16 or float16",
             )
+        if not tensor.numel():
+            raise InvalidAdapterError(
+                f"the tensor is empty, shape {list(tensor.shape)}",
+                file=self.file_of(key),
+                key=self.name(key),
+                remedy=_EMPTY_REMEDY,
+            )
         if not bool(tensor.isfinite().all()):
             raise InvalidAdapterError(
                 "it holds NaN or infinite values",
@@ -174,6 +151,18 @@ class AdapterTensors:
                 key=self.name(key),
                 remedy="train again, or take an earlier checkpoint",
             )
+        self.left.discard(key)
+        return tensor
+
+    def take_any(self, key: str, *, empty: bool = False) -> torch.Tensor:
+        """A tensor of numbers, checked as by `take`, or of whole numbers of any width.
+
+        empty: the tensor may have no numbers.
+        """
+        tensor = self._find(key)
+        pruned = empty and not tensor.numel()
+        if not pruned and (tensor.is_floating_point() or tensor.is_complex()):
+            return self.take(key)
         self.left.discard(key)
         return tensor
 
@@ -189,6 +178,19 @@ class AdapterTensors:
             )
         self.left.discard(key)
         return tensor
+
+    def take_number(self, key: str) -> float:
+        """The only number of a tensor of any usual dtype."""
+        whole = str(self._find(key).dtype) in ("torch.int32", "torch.int64")
+        tensor = self.take_integers(key) if whole else self.take(key)
+        if tensor.numel() != 1:
+            raise InvalidAdapterError(
+                f"shape {list(tensor.shape)}, where one number is needed",
+                file=self.file_of(key),
+                key=self.name(key),
+                remedy="save the adapter again",
+            )
+        return float(tensor.item())
 
     def _find(self, key: str) -> torch.Tensor:
         if key not in self._content:

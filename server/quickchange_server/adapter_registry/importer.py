@@ -1,4 +1,5 @@
-"""Import of adapters into the store while requests run: one at a time, on a thread.
+"""Import of adapters into the store while requests run: one at a time, on a thread; a few that lie
+elsewhere are fetched meanwhile.
 
 Validation reads every tensor, so it must not block the event loop. HTTP is not known here.
 """
@@ -8,19 +9,25 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 from quickchange_server.errors import ConflictError, InvalidRequestError
 from quickchange_store.canonical.canonical_adapter import BaseSpec
-from quickchange_store.importing import Added, add_adapter
+from quickchange_store.importing import Added, add_adapter, add_unless_known
+from quickchange_store.sources.adapter_url import AdapterUrl
+from quickchange_store.sources.fetching import fetched
 from quickchange_store.store import Store
+
+_FETCHES = 4  # at once
 
 
 class Imports:
     """Imports adapters. `base` makes, once, the spec of the base that adapters must fit.
 
-    `refuse_name` raises if a name is taken by something that is not in the store.
+    `refuse_name` raises if a name is taken by something that is not in the store. An adapter that
+    is fetched has at most `most_bytes`.
     """
 
     def __init__(
@@ -29,6 +36,7 @@ class Imports:
         base: Callable[[], BaseSpec],
         base_names: tuple[str, ...],
         refuse_name: Callable[[str], None],
+        most_bytes: int | None = None,
     ) -> None:
         self._refuse_name = refuse_name
         self._store = store
@@ -36,24 +44,32 @@ class Imports:
         self._base_names = base_names
         self._base: BaseSpec | None = None
         self._turn = asyncio.Lock()
+        self._fetches = asyncio.Semaphore(_FETCHES)
+        self._most_bytes = most_bytes
 
-    async def add(self, name: str, directory: Path) -> Added:
-        """Check the adapter in `directory` and publish it as `name`.
+    async def add(self, name: str, place: Path | AdapterUrl) -> Added:
+        """Check the adapter in a folder or at a URL and publish it as `name`.
 
         Raises StoreError, ConflictError if the name is taken, InvalidRequestError if the folder
         can't be read, and OSError if the store can't be written.
         """
         self.refuse_taken(name)
+        if isinstance(place, Path):
+            return await self._add(name, place, None)
+        async with AsyncExitStack() as stack:
+            async with self._fetches:  # others are imported meanwhile
+                opening = fetched(place, self._most_bytes)
+                there = await asyncio.to_thread(opening.__enter__)
+                stack.push(opening)
+            return await self._add(name, there.folder, there.origin)
+
+    async def add_unless_known(self, name: str, folder: Path) -> Added | None:
+        """Publish what is in a folder unless it is a version of `name` already. Raises as `add`."""
+        self.refuse_taken(name)
         async with self._turn:
-            try:
-                return await asyncio.to_thread(self._add, name, directory)
-            except OSError as error:
-                if not _is_of(error, directory):
-                    raise
-                raise InvalidRequestError(
-                    f"path: {error.filename} can't be read: {error.strerror}",
-                    param="path",
-                ) from error
+            return await asyncio.to_thread(
+                lambda: add_unless_known(self._store, name, folder, self._spec())
+            )
 
     def refuse_taken(self, name: str) -> None:
         """Raise ConflictError if `name` is the base model's or an experiment's."""
@@ -63,10 +79,24 @@ class Imports:
                 f"name: {name!r} is the base model; choose another name", param="name"
             )
 
-    def _add(self, name: str, directory: Path) -> Added:
+    async def _add(self, name: str, folder: Path, origin: Mapping[str, str] | None) -> Added:
+        async with self._turn:
+            try:
+                return await asyncio.to_thread(
+                    lambda: add_adapter(self._store, name, folder, self._spec(), origin=origin)
+                )
+            except OSError as error:
+                if not _is_of(error, folder):
+                    raise
+                raise InvalidRequestError(
+                    f"path: {error.filename} can't be read: {error.strerror}",
+                    param="path",
+                ) from error
+
+    def _spec(self) -> BaseSpec:
         if self._base is None:
             self._base = self._make_base()
-        return add_adapter(self._store, name, directory, self._base)
+        return self._base
 
 
 def _is_of(error: OSError, directory: Path) -> bool:

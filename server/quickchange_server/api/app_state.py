@@ -16,7 +16,9 @@ from fastapi import Depends, Request
 
 from quickchange_server.adapter_registry.importer import Imports
 from quickchange_server.adapter_registry.merged_adapters import Derived
+from quickchange_server.adapter_registry.on_demand import OnDemand
 from quickchange_server.adapter_registry.resolver import Catalog
+from quickchange_server.adapter_registry.watched_folder import WatchedFolder
 from quickchange_server.config import Settings
 from quickchange_server.engine_client.client import EngineClient
 from quickchange_server.experiments.exposures import Exposures
@@ -64,6 +66,8 @@ class Services:
     shadows: Shadows
     promotions: Promotions
     responses: StoredResponses | None = None  # None: none are kept
+    on_demand: OnDemand | None = None  # None: requests have nothing fetched
+    watched: WatchedFolder | None = None
     keyring: Keyring | None = None  # None: no request needs an API key
     books: tuple[Bookkeeper, ...] = ()
     cluster: Cluster | None = None  # None: a single machine

@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from quickchange_server.api.app_state import Services
 from quickchange_server.api.auth import METRICS_PATH
 from quickchange_server.api.error_responses import refused
-from quickchange_server.config import Settings, is_loopback
+from quickchange_server.config import Settings
 from quickchange_server.errors import ForbiddenError
 
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^\[\]:]+)(?::([0-9]*))?")
@@ -38,8 +38,9 @@ class BrowserMiddleware:
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app = app
-        self._hosts = {"localhost", *map(_name, (settings.host, *settings.allowed_hosts))}
-        self._here = is_loopback(settings.host)  # only this machine's addresses lead here
+        own = settings.host if settings.uds is None else settings.uds.name
+        self._hosts = {"localhost", *map(_name, (own, *settings.allowed_hosts))}
+        self._here = not settings.reachable  # only this machine's addresses lead here
         self._origins = settings.allowed_origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -38,6 +38,7 @@ from quickchange_store.errors import (
     AdapterNotFoundError,
     CorruptStoreError,
     NameConflictError,
+    SourceUnavailableError,
     StoreError,
     StoreUnavailableError,
 )
@@ -121,6 +122,8 @@ def from_store(error: StoreError) -> QuickchangeError:
                 "request again",
                 retry_after=STORE_RETRY_SECONDS,
             )
+        case SourceUnavailableError():
+            return UnavailableError(str(error), retry_after=STORE_RETRY_SECONDS)
         case CorruptStoreError():
             logger.error("the store is damaged: %s", error)
             return EngineFailedError(str(error))

@@ -25,20 +25,26 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 class PathMiddleware:
     """Treats all routes alike: a trailing slash counts for nothing, HEAD is GET without its body,
-    OPTIONS is answered, and `Allow` has every method of the path."""
+    OPTIONS is answered, and `Allow` has every method of the path.
 
-    def __init__(self, app: ASGIApp) -> None:
+    All behind it sees paths as routes have them: `root_path`, by which a proxy's clients ask, is
+    off, whether or not the proxy took it off.
+    """
+
+    def __init__(self, app: ASGIApp, root_path: str = "") -> None:
         self._app = app
+        self._root_path = root_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         method = scope["method"]
+        root = self._root_path if self._is_whole(scope) else ""
         asked = {
             **scope,  # a copy: the server itself goes by the method that came
-            "path": scope["path"].rstrip("/") or "/",
-            "raw_path": scope["raw_path"].rstrip(b"/") or b"/",
+            "path": scope["path"].removeprefix(root).rstrip("/") or "/",
+            "raw_path": scope["raw_path"].removeprefix(root.encode()).rstrip(b"/") or b"/",
             "method": "GET" if method == "HEAD" else method,
         }
         bodyless = method == "HEAD"
@@ -57,6 +63,14 @@ class PathMiddleware:
             await send(message)
 
         await self._app(asked, receive, send_alike)
+
+    def _is_whole(self, scope: Scope) -> bool:
+        """True if the path still has the root path: it begins so, and no route of ours does."""
+        path, root = scope["path"], self._root_path
+        if not root or not f"{path}/".startswith(f"{root}/"):
+            return False
+        routes = scope["app"].router.routes
+        return all(route.matches(scope)[0] is Match.NONE for route in routes)
 
 
 def _allowed(scope: Scope) -> list[str]:

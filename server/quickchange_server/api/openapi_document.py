@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
+from fastapi.openapi.docs import get_redoc_html, get_swagger_ui_html
+from starlette.responses import HTMLResponse
 
 from quickchange_server.api.auth import METRICS_PATH, OPEN
 from quickchange_server.config import Settings
@@ -30,6 +32,16 @@ def install(app: FastAPI, settings: Settings, *, keyed: bool) -> None:
         return made()
 
     app.openapi = whole  # type: ignore[method-assign]  # FastAPI's documented way
+    place = f"{settings.root_path or ''}{app.openapi_url}"
+
+    async def swagger(_: Request) -> HTMLResponse:
+        return get_swagger_ui_html(openapi_url=place, title=f"{app.title} - Swagger UI")
+
+    async def redoc(_: Request) -> HTMLResponse:
+        return get_redoc_html(openapi_url=place, title=f"{app.title} - ReDoc")
+
+    app.add_route("/docs", swagger, include_in_schema=False)
+    app.add_route("/redoc", redoc, include_in_schema=False)
 
 
 def operations_of(document: Json) -> Iterator[tuple[tuple[str, str], Json]]:

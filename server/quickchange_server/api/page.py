@@ -54,7 +54,7 @@ PATHS = {"/": INDEX} | {f"/page/{name}": name for name in FILES}
 
 _TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 _HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'none'; "
+    "Content-Security-Policy": "default-src 'self'; base-uri 'self'; form-action 'none'; "
     "frame-ancestors 'none'; object-src 'none'; "
     "require-trusted-types-for 'script'; trusted-types 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -82,10 +82,14 @@ class Asset:
 
 
 @cache
-def assets() -> Mapping[str, Asset]:
-    """All files of the page, read once."""
+def assets(root_path: str) -> Mapping[str, Asset]:
+    """All files of the page, read once. Its links begin with `root_path`, if there is one."""
     folder = files("quickchange_server") / "page"
-    return {name: _asset(name, (folder / name).read_bytes()) for name in FILES}
+    content = {name: (folder / name).read_bytes() for name in FILES}
+    if root_path:  # which is plain letters; else links count from where the page was found
+        base = f'<head>\n    <base href="{root_path}/" />'
+        content[INDEX] = content[INDEX].replace(b"<head>", base.encode(), 1)
+    return {name: _asset(name, content[name]) for name in FILES}
 
 
 def _asset(name: str, content: bytes) -> Asset:
@@ -96,7 +100,8 @@ def _asset(name: str, content: bytes) -> Asset:
 def _sender(name: str) -> Callable[[Request], Awaitable[Response]]:
     async def send(request: Request) -> Response:
         """A file of the page."""
-        return assets()[name].answer(request)
+        root_path = request.app.state.services.settings.root_path or ""
+        return assets(root_path)[name].answer(request)
 
     return send
 

@@ -84,6 +84,12 @@ def for_replicas(settings: Settings, cluster: ClusterSettings, *, cpus: float) -
 
     Raises SettingError where they make no sense in a cluster.
     """
+    if settings.uds is not None:
+        raise SettingError(
+            "uds: a cluster's proxies listen on an address of every node; leave it out, and give "
+            "--host and --port",
+            param="uds",
+        )
     most = cluster.most_engines
     changes: dict[str, Any] = {}
     if settings.device == "cpu" and settings.threads is None:

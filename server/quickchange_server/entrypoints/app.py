@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING
@@ -14,7 +14,9 @@ from starlette.middleware.cors import CORSMiddleware
 
 from quickchange_server.adapter_registry.importer import Imports
 from quickchange_server.adapter_registry.merged_adapters import Derived
-from quickchange_server.adapter_registry.resolver import Catalog, base_names
+from quickchange_server.adapter_registry.on_demand import OnDemand
+from quickchange_server.adapter_registry.resolver import PLACEHOLDERS, Catalog, base_names
+from quickchange_server.adapter_registry.watched_folder import WatchedFolder
 from quickchange_server.api import error_responses, health, openapi_document, page
 from quickchange_server.api.admin import (
     adapters,
@@ -38,7 +40,12 @@ from quickchange_server.api.middleware import (
 )
 from quickchange_server.api.openai import completions, models
 from quickchange_server.api.openai.chat import chat_route
-from quickchange_server.api.pooling import embeddings, pooling_routes, scoring_routes
+from quickchange_server.api.pooling import (
+    embeddings,
+    lorax_routes,
+    pooling_routes,
+    scoring_routes,
+)
 from quickchange_server.api.responses import response_routes
 from quickchange_server.api.vllm import prompt_renderings, sagemaker
 from quickchange_server.api.vllm import routes as vllm
@@ -136,6 +143,9 @@ def create_app(
         lifespan=lifespan,
         separate_input_output_schemas=False,
         redirect_slashes=False,
+        servers=[{"url": settings.root_path}] if settings.root_path else None,
+        docs_url=None,  # both are made with the document
+        redoc_url=None,
     )
     for module in (
         completions,
@@ -143,6 +153,7 @@ def create_app(
         message_routes,
         response_routes,
         lorax,
+        lorax_routes,
         embeddings,
         pooling_routes,
         scoring_routes,
@@ -160,9 +171,10 @@ def create_app(
         page,
     ):
         app.include_router(module.router)
+    lorax_paths = errors.paths_of(lorax.router, lorax_routes.router)
     error_responses.install(
         app,
-        Surface(lambda request: request.scope["path"] in lorax.PATHS, errors.refusal),
+        Surface(lambda request: request.scope["path"] in lorax_paths, errors.refusal),
         Surface(message_routes.is_anthropics, message_errors.refusal),
     )
     openapi_document.install(app, settings, keyed=keyed)
@@ -178,7 +190,7 @@ def create_app(
         _allow_origins(app, settings, keyed=keyed)
     app.add_middleware(RequestIdMiddleware)
     app.add_middleware(HttpMetricsMiddleware)
-    app.add_middleware(PathMiddleware)
+    app.add_middleware(PathMiddleware, root_path=settings.root_path or "")
     return app
 
 
@@ -244,6 +256,7 @@ def _services(
     experiment_metrics = ExperimentMetrics(metrics.registry, settings.metrics_adapters)
     metrics.registry.register(ShareCollector(experiments.shares, experiment_metrics.label))
     exposures = Exposures(database, experiment_metrics)
+    imports = Imports(store, base, names, experiments.refuse_name, settings.max_upload_bytes)
     return Services(
         settings=settings,
         client=client,
@@ -259,7 +272,7 @@ def _services(
             prompt_lookup=settings.prompt_lookup,
             further=lambda: experiments.all,
         ),
-        imports=Imports(store, base, names, experiments.refuse_name),
+        imports=imports,
         derived=Derived(store, settings.derived_adapters),
         seeds=seeds,
         admission=RequestAdmission(client, text, constraints, seeds),
@@ -272,6 +285,10 @@ def _services(
         shadows=Shadows(experiment_metrics, lambda: 2 * client.in_flight < settings.max_queue),
         promotions=Promotions(store, experiments),
         responses=_stored_responses(settings, database),
+        on_demand=_on_demand(settings, imports, store, {*names, *PLACEHOLDERS}, experiments),
+        watched=None
+        if settings.adapter_watch is None
+        else WatchedFolder(settings.adapter_watch, imports),
         keyring=tenants.keyring,
         books=(*books, tenants.books, exposures),
         cluster=cluster,
@@ -290,6 +307,25 @@ def _stored_responses(settings: Settings, database: Database) -> StoredResponses
     )
 
 
+def _on_demand(
+    settings: Settings,
+    imports: Imports,
+    store: Store,
+    names: Collection[str],
+    experiments: Experiments,
+) -> OnDemand | None:
+    """What fetches adapters that requests name; None if nothing does. `names`: of the base."""
+    if settings.adapter_resolver is None or not settings.adapters:
+        return None
+    return OnDemand(
+        settings.adapter_resolver,
+        imports,
+        store,
+        settings.adapter_resolver_names,
+        lambda name: name in names or name in experiments.all,
+    )
+
+
 async def _start(services: Services) -> None:
     """Load keys and experiments from the database, and watch it for changes."""
     if services.keyring is not None:
@@ -301,6 +337,8 @@ async def _start(services: Services) -> None:
     services.revisions.start()
     if services.responses is not None:
         services.responses.start()
+    if services.watched is not None:
+        services.watched.start()
 
 
 async def _end(services: Services) -> None:
@@ -308,6 +346,10 @@ async def _end(services: Services) -> None:
     if not services.started.done():
         services.started.cancel()
     await asyncio.wait([services.started])
+    if services.watched is not None:
+        await services.watched.close()
+    if services.on_demand is not None:
+        await services.on_demand.close()
     await services.derived.close()
     await services.shadows.close()
     await services.client.close(services.settings.drain_seconds)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -28,8 +31,22 @@ logger = logging.getLogger(__name__)
 Announce = Callable[[Services, str], None]
 
 
+@contextmanager
+def bound(settings: Settings) -> Iterator[socket.socket]:
+    """The listener of `bind`, whose Unix socket is gone from its folder at the end."""
+    with bind(settings) as listener:
+        own = None if settings.uds is None else _file(settings.uds)
+        try:
+            yield listener
+        finally:
+            if settings.uds is not None and _file(settings.uds) == own:  # else another's by now
+                settings.uds.unlink(missing_ok=True)
+
+
 def bind(settings: Settings) -> socket.socket:
     """Listen on the settings' address. Raises SettingError if that fails."""
+    if settings.uds is not None:
+        return _bind_file(settings.uds)
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -46,8 +63,47 @@ def bind(settings: Settings) -> socket.socket:
     return listener
 
 
+def _bind_file(path: Path) -> socket.socket:
+    """Listen on a Unix socket, in the place of one that nobody listens on any more."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if path.is_socket() and not _answered(path):
+            path.unlink()
+        listener.bind(os.fspath(path))
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise SettingError(
+            f"uds: can't listen on {path}: {error.strerror or error}; choose a path in a folder "
+            "of yours that is not in use, of at most 107 bytes",
+            param="uds",
+        ) from error
+    return listener
+
+
+def _answered(path: Path) -> bool:
+    """True if somebody listens on the Unix socket, so that it can't be taken."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(os.fspath(path))
+        except ConnectionRefusedError:
+            return False
+        return True
+
+
+def _file(path: Path) -> tuple[int, int] | None:
+    """The file that stands at a path, told from others; None if there is none."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 def url_of(settings: Settings, listener: socket.socket) -> str:
     """The server's URL, with the port that the listener got."""
+    if settings.uds is not None:
+        return f"unix:{settings.uds}"
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     return f"http://{host}:{listener.getsockname()[1]}"
 

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from quickchange_server.adapter_registry.resolver import base_names
 from quickchange_server.api.app_state import Services
-from quickchange_server.config import Settings, is_loopback, is_remote
+from quickchange_server.config import Settings, is_remote
 from quickchange_server.engine_client.local.channel import EngineMain
 from quickchange_server.engine_client.local.local_engines import LocalEngines
 from quickchange_server.entrypoints.app import create_app
@@ -27,7 +27,7 @@ from quickchange_server.entrypoints.flags.lora_modules import (
     add_modules,
     lora_modules,
 )
-from quickchange_server.entrypoints.http_server import bind, run
+from quickchange_server.entrypoints.http_server import bound, run
 from quickchange_server.errors import QuickchangeError, SettingError
 from quickchange_server.observability.naming.request_ids import log_lines
 from quickchange_server.storage import database
@@ -64,7 +64,7 @@ def serve(
         look_for_hub(settings.model)
         if engine is engine_main and settings.device == "cpu":
             preload()
-        with bind(settings) as listener, provisional(settings.database_url) as keep_database:
+        with bound(settings) as listener, provisional(settings.database_url) as keep_database:
             if is_remote(settings.store):
                 say(f"reading the store at {settings.store}")
                 Store(*settings.store_opening).snapshot()
@@ -145,7 +145,7 @@ def check_access(settings: Settings) -> None:
                 "with `quickchange keys create`, or let everyone in with --allow-unauthenticated",
                 param="api_keys",
             )
-    elif not is_loopback(settings.host):
+    elif settings.reachable:
         logging.getLogger(__name__).warning(
             "listening on %s without asking for API keys: anyone who reaches it can use it and "
             "change its adapters",
@@ -170,7 +170,7 @@ def _announce(services: Services, url: str, *, demo: bool) -> None:
     logging.getLogger(__name__).info("memory:\n%s", services.engine.memory)
     print(f"Quickchange is ready on {url} (model {base}, {count})", flush=True)
     if demo:
-        _suggest({*names, *services.store.aliases()}, url)
+        _suggest({*names, *services.store.aliases()}, url, services.settings)
 
 
 def _publish_modules(modules: Sequence[LoraModule], settings: Settings) -> None:
@@ -212,7 +212,7 @@ def _publish_demo(settings: Settings) -> None:
     )
 
 
-def _suggest(names: Collection[str], url: str) -> None:
+def _suggest(names: Collection[str], url: str, settings: Settings) -> None:
     """Print the adapters' names, those with Turbo last, and a request to try."""
     from quickchange_training.demo import DEMO_ADAPTERS, DEMO_ALIASES, DemoAdapter, DemoAlias
 
@@ -228,5 +228,8 @@ def _suggest(names: Collection[str], url: str) -> None:
             "temperature": 0,
         }
         header = "-H 'Content-Type: application/json'"
-        print(f"curl {url}/v1/chat/completions {header} -d {shlex.quote(json.dumps(body))}")
+        place = f"{url}/v1/chat/completions"
+        if settings.uds is not None:
+            place = f"--unix-socket {shlex.quote(str(settings.uds))} http://localhost/v1/chat/completions"
+        print(f"curl {place} {header} -d {shlex.quote(json.dumps(body))}")
     sys.stdout.flush()

@@ -251,26 +251,27 @@ class Text:
         Raises InvalidRequestError if the model's tokenizer does not provide spans, and
         ContextLengthError as `encode` does.
         """
+        return await self._on_thread(partial(self._spans, text, most, param, add_special_tokens))
+
+    def _spans(
+        self, text: str, most: int, param: str, add_special_tokens: bool
+    ) -> list[tuple[int, int, int]]:
         if not self._tokenizer.is_fast:
             raise InvalidRequestError(
                 f"{param}: this model has no fast tokenizer, which alone tells where tokens begin; "
                 "ask for the ids alone",
                 param=param,
             )
-
-        def encoded() -> list[tuple[int, int, int]]:
-            self.encode_within(text, most=most, param=param)
-            found = self._tokenizer(
-                text,
-                add_special_tokens=add_special_tokens,
-                return_offsets_mapping=True,
-                return_attention_mask=False,
-                verbose=False,
-            )
-            pairs = zip(found["input_ids"], found["offset_mapping"], strict=True)
-            return [(token_id, start, stop) for token_id, (start, stop) in pairs]
-
-        return await self._on_thread(encoded)
+        self.encode_within(text, most=most, param=param)
+        found = self._tokenizer(
+            text,
+            add_special_tokens=add_special_tokens,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        pairs = zip(found["input_ids"], found["offset_mapping"], strict=True)
+        return [(token_id, start, stop) for token_id, (start, stop) in pairs]
 
     def render_chat(
         self,
@@ -298,9 +299,25 @@ class Text:
         how: Rendering = _USUAL,
         add_special_tokens: bool = False,  # the template writes them
     ) -> list[int]:
-        """Token ids of a chat of about `length` characters. A long one is made on a thread.
+        """Token ids of a chat. Raises as `encode` does, and as `chat_text`."""
+        text = await self.chat_text(messages, length, most=most, param=param, tools=tools, how=how)
+        return await self.encode(
+            text, most=most, param=param, add_special_tokens=add_special_tokens
+        )
 
-        Raises as `encode` does, and as `render_chat`.
+    async def chat_text(
+        self,
+        messages: Callable[[], Messages],
+        length: int,
+        *,
+        most: int,
+        param: str,
+        tools: Callable[[], Messages] = tuple,
+        how: Rendering = _USUAL,
+    ) -> str:
+        """The prompt text of a chat of about `length` characters; a long one is made on a thread.
+
+        Raises ContextLengthError for one of surely more than `most` tokens, and as `render_chat`.
         """
         if length > most * self.longest_token:
             raise ContextLengthError(
@@ -309,13 +326,10 @@ class Text:
                 param=param,
             )
 
-        def encoded() -> list[int]:
-            rendered = self.render_chat(messages(), tools=tools(), how=how, param=param)
-            return self.encode_within(
-                rendered, most=most, param=param, add_special_tokens=add_special_tokens
-            )
+        def rendered() -> str:
+            return self.render_chat(messages(), tools=tools(), how=how, param=param)
 
-        return encoded() if length < LONG_TEXT else await self._on_thread(encoded)
+        return rendered() if length < LONG_TEXT else await self._on_thread(rendered)
 
     def detokenizer(
         self, *, skip_special_tokens: bool = True, shown: frozenset[int] = frozenset()

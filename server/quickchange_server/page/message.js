@@ -18,8 +18,9 @@ export class AnswerTurn {
   constructor(model) {
     this.text = "";
     this.sent = performance.now();
-    this.first = null; // when its first text came
+    this.first = null; // when its first text came, or its first thought's
     this.last = null;
+    this.thought = null; // the text of its thoughts, where the model has any
     this.said = el("p", { class: "said" });
     this.said.append(document.createTextNode(""));
     this.figures = el("dl", { class: "figures" });
@@ -35,18 +36,34 @@ export class AnswerTurn {
       this.figure("Variant", told.variant);
     }
     for (const choice of event.choices) {
+      if (choice.delta.reasoning) this.think(choice.delta.reasoning);
       if (choice.delta.content) this.add(choice.delta.content);
       if (choice.finish_reason) this.figure("Ended by", choice.finish_reason);
     }
     if (event.usage) this.count(event.usage);
   }
 
-  add(piece) {
+  /** Something came: a thought's text, or the answer's. */
+  came() {
     this.last = performance.now();
-    if (this.first === null) {
-      this.first = this.last;
-      this.figure("First token", seconds((this.first - this.sent) / 1000));
+    if (this.first !== null) return;
+    this.first = this.last;
+    this.figure("First token", seconds((this.first - this.sent) / 1000));
+  }
+
+  /** A piece of a thought, which stands folded above the answer. */
+  think(piece) {
+    this.came();
+    if (this.thought === null) {
+      this.thought = document.createTextNode("");
+      const text = el("p", { class: "thought" }, this.thought);
+      this.said.before(el("details", { class: "thoughts" }, el("summary", {}, "Thoughts"), text));
     }
+    this.thought.appendData(piece);
+  }
+
+  add(piece) {
+    this.came();
     this.text += piece;
     this.said.firstChild.appendData(piece);
   }

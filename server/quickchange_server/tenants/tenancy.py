@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry
 
-from quickchange_server.config import Settings, is_loopback
+from quickchange_server.config import Settings
 from quickchange_server.errors import SettingError
 from quickchange_server.observability.tenant_metrics import TenantMetrics
 from quickchange_server.storage.database import Database
@@ -57,7 +57,7 @@ def asks_for_keys(settings: Settings) -> bool:
     Raises SettingError if the settings contradict each other, or open the server to other machines
     without `allow_unauthenticated`.
     """
-    reachable = not is_loopback(settings.host)
+    reachable = settings.reachable
     if settings.api_keys and settings.allow_unauthenticated:
         raise SettingError(
             "allow_unauthenticated: contradicts api_keys; give one of --api-keys and "

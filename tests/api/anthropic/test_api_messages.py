@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_template_files import chat_template
 from fake_engine import Behaviour, entries
 from http_support import BASE, Live, live_server, make_adapter
 from text_support import END, byte_text
@@ -324,6 +325,68 @@ def test_thinking_is_the_templates_switch(
 ) -> None:
     sent = body(**fields) | {"max_tokens": 2000}
     assert MessageRequest.model_validate(sent).chat.how.variables == variables
+
+
+THOUGHT = "<think>\nHm, 2.\n</think>\n\nTwo."
+
+
+@pytest.fixture(scope="module")
+def thinking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Live, Path]]:
+    """A server whose model thinks before it answers, as its chat template has it."""
+    folder = tmp_path_factory.mktemp("thinking")
+    behaviour = Behaviour(says=(*THOUGHT.encode(), END), journal=folder / "journal")
+    text = byte_text(chat_template("thinks_in_field"))
+    with live_server(folder / "store", behaviour, text) as live:
+        yield live, folder / "journal"
+
+
+def collected(live: Live, **fields: Any) -> list[Any]:
+    """The blocks that a stream's events add up to."""
+    sent = body(stream=True, **fields)
+    with live.http.stream("POST", "/v1/messages", json=sent) as response:
+        lines = [line for line in response.iter_lines() if line.startswith("data: ")]
+    blocks: list[Any] = []
+    for event in (json.loads(line.removeprefix("data: ")) for line in lines):
+        if event["type"] == "content_block_start":
+            assert event["index"] == len(blocks)
+            blocks.append(event["content_block"])
+        elif event["type"] == "content_block_delta":
+            assert event["index"] == len(blocks) - 1
+            for name, text in event["delta"].items():
+                if name != "type":
+                    blocks[-1][name] = blocks[-1].get(name, "") + text
+    return blocks
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["whole", "stream"])
+def test_thoughts_are_a_block_before_the_text(thinking: tuple[Live, Path], streamed: bool) -> None:
+    live, _ = thinking
+    content = collected(live) if streamed else answer(live)["content"]
+    assert [block["type"] for block in content] == ["thinking", "text"]
+    assert (content[0]["thinking"], content[1]["text"]) == ("Hm, 2.", "Two.")
+    assert len(content[0]["signature"]) == 64
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["whole", "stream"])
+def test_thoughts_can_be_left_out_of_their_block(
+    thinking: tuple[Live, Path], streamed: bool
+) -> None:
+    live, _ = thinking
+    fields = {"thinking": {"type": "adaptive", "display": "omitted"}}
+    content = collected(live, **fields) if streamed else answer(live, **fields)["content"]
+    assert [block["type"] for block in content] == ["thinking", "text"]
+    assert (content[0]["thinking"], content[1]["text"]) == ("", "Two.")
+
+
+def test_thoughts_that_are_sent_back_are_the_templates_own(thinking: tuple[Live, Path]) -> None:
+    live, journal = thinking
+    blocks = answer(live)["content"]
+    turns = [*ASK, {"role": "assistant", "content": blocks}, {"role": "user", "content": "Sure?"}]
+    sent = prompt(live, journal, messages=turns)
+    assert "Two." in sent
+    chat = [*ASK, {"role": "assistant", "content": "Two.", "reasoning": "Hm, 2."}, turns[-1]]
+    tokens = live.post("/tokenize", {"messages": chat}).json()["tokens"]
+    assert sent == bytes(token for token in tokens if token < 256).decode()
 
 
 COUNTED: list[dict[str, Any]] = [

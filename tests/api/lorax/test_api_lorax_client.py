@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from fake_engine import Behaviour, entries
+from fake_engine import Behaviour, embedding_of, entries
 from http_support import Live, expected_text, live_server, make_adapter
 from lorax_client import python_with_client, run_script
 from text_support import byte_text
@@ -104,6 +105,16 @@ def test_merged_adapters_are_the_exact_sum(outcomes: Outcomes, live: Live, case:
     assert said["generated_text"] == expected
 
 
+def test_a_text_becomes_a_vector(outcomes: Outcomes) -> None:
+    assert answer(outcomes, "embed") == {"embeddings": pytest.approx(embedding_of_x())}
+
+
+def embedding_of_x() -> list[float]:
+    """The fake engine's vector of "x", of length 1."""
+    vector = np.array(embedding_of((ord("x"),), "last", ()))
+    return [float(number) for number in vector / np.linalg.norm(vector)]
+
+
 def test_a_response_format_is_a_constraint(outcomes: Outcomes, live: Live) -> None:
     assert answer(outcomes, "json")["generated_text"] == with_sql(live)
     assert answer(outcomes, "json stream")[-1]["generated_text"] == expected_text(3, 5, 6)
@@ -132,7 +143,6 @@ def test_merged_adapters_by_ties(outcomes: Outcomes, live: Live) -> None:
         ("too long", "ValidationError", "must be <= 2048"),
         ("too long, stream", "ValidationError", "must be <= 2048"),
         ("bad schema", "ValidationError", "response_format.schema.type: "),
-        ("embed", "ValidationError", "/v1/embeddings"),
         ("classify", "ValidationError", "/classify"),
     ],
 )

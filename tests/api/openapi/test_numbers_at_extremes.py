@@ -71,6 +71,7 @@ WHOLE: dict[str, dict[str, Any]] = {  # a sound body of each operation whose num
         "messages": [{"role": "user", "content": "Hello"}],
     },
     "POST /v1/embeddings": {"model": "base", "input": "Hello"},
+    "POST /embed": {"inputs": "Hello"},
     "POST /pooling": {"model": "base", "input": "Hello"},
     "POST /classify": {"model": "kinds", "input": "Hello"},
     "POST /score": {"model": "base", "text_1": "Hello", "text_2": "you"},

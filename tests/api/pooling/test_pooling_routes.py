@@ -57,7 +57,7 @@ def unit(vector: np.ndarray) -> np.ndarray:
     return vector / np.linalg.norm(vector)
 
 
-# --- SageMaker's route for all bodies --------------------------------------------------------------
+# --- SageMaker's route for all bodies -------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -84,6 +84,30 @@ def test_the_adapters_header_makes_an_invocation_classify(live: Live) -> None:
     header = {"X-Amzn-SageMaker-Adapter-Identifier": "kinds"}
     told = live.http.post("/invocations", json={"input": "Hello"}, headers=header).json()
     assert told["data"] == answer(live, "/classify", {"model": "kinds", "input": "Hello"})["data"]
+
+
+PAIR = {"model": BASE, "queries": "Hi", "documents": ["Hello"]}
+RANKED = {"model": BASE, "query": "Hi", "documents": ["Hello"]}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/embeddings", TEXT),
+        ("/pooling", TEXT),
+        ("/classify", {**TEXT, "model": "kinds"}),
+        ("/score", PAIR),
+        ("/rerank", RANKED),
+    ],
+)
+def test_lengths_that_load_generators_ask_of_every_route_change_nothing(
+    live: Live, path: str, body: dict[str, Any]
+) -> None:
+    plain = answer(live, path, body)
+    asked = answer(live, path, {**body, "ignore_eos": True, "min_tokens": 12})
+    told = {"data", "results"} & plain.keys()
+    assert {name: asked[name] for name in told} == {name: plain[name] for name in told} != {}
+    assert error(live, path, {**body, "max_tokens": 12})["param"] == "max_tokens"
 
 
 # --- embeddings ---------------------------------------------------------------------------------

@@ -64,6 +64,7 @@ def arguments_of(line: str) -> list[str]:
         ("--model_name=m --model_id org/base", "--served-model-name m --model org/base"),
         ("--model_dir=/mnt/models --http_port 8080", "--model /mnt/models --port 8080"),
         ("--shutdown-timeout 15", "--drain-seconds 15"),
+        ("--uds=/run/a.sock --root-path /llm", "--uds /run/a.sock --root-path /llm"),
         ("--no-enable-prefix-caching", "--no-prefix-cache"),
         ("--lora-modules a=/a b=/b --port 1", "--lora-modules a=/a --lora-modules b=/b --port 1"),
         ("--lora-modules=a=/mnt/a", "--lora-modules a=/mnt/a"),

@@ -23,7 +23,8 @@ from quickchange_store.formats.adapterhub.adapterhub_config import (
 )
 from quickchange_store.formats.config_file import CONFIG_FILE, read_config
 from quickchange_store.formats.imported import Imported
-from quickchange_store.formats.tensors import AdapterTensors, weights_file
+from quickchange_store.formats.tensors import AdapterTensors
+from quickchange_store.formats.weight_files import weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +50,7 @@ def read_adapterhub(directory: Path, base: BaseSpec) -> Imported:
     settings, warnings = parse_bottleneck(read_config(directory), base)
     _refuse_beside(directory)
     places = _places(settings, base)
-    tensors = AdapterTensors(weights_file(directory, WEIGHTS_FILE, WRITER))
+    tensors = AdapterTensors(*weight_files(directory, WEIGHTS_FILE, WRITER))
     updates = {
         path: _update(tensors, settings, base, path) for path in base.modules if path in places
     }

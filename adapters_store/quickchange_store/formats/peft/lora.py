@@ -18,8 +18,9 @@ from quickchange_store.formats.imported import Imported
 from quickchange_store.formats.peft.classification_head import take_classifier
 from quickchange_store.formats.peft.expert_lora import expert_updates
 from quickchange_store.formats.peft.peft_common import check_copies, open_tensors
-from quickchange_store.formats.peft.peft_config import LoraSettings, check_kind, parse_config
+from quickchange_store.formats.peft.peft_config import LoraSettings, parse_config
 from quickchange_store.formats.peft.tensor_names import PREFIX, TensorNames
+from quickchange_store.formats.peft.token_rows import take_token_rows
 from quickchange_store.formats.tensors import AdapterTensors
 
 if TYPE_CHECKING:
@@ -37,10 +38,10 @@ def read_peft(directory: Path, base: BaseSpec) -> Imported:
     names file, key and remedy.
     """
     config = read_config(directory)
-    check_kind(config)
     tensors, names = open_tensors(directory, base)
     classified = take_classifier(directory, config, base, tensors)
-    return classified.joined(read_lora(classified.config, base, tensors, names))
+    rows = take_token_rows(classified.config, base, tensors)
+    return classified.joined(rows.joined(read_lora(rows.config, base, tensors, names), base))
 
 
 def read_lora(
@@ -163,10 +164,15 @@ def _factors(
             key=tensors.name(keys[0]),
             remedy="correct r or rank_pattern, or save the adapter again",
         )
-    return (
-        tensors.take_shaped(keys[0], module, (rank, shape.in_features)),
-        tensors.take_shaped(keys[1], module, (shape.out_features, rank)),
-    )
+    b = tensors.take_shaped(keys[1], module, (shape.out_features, rank))
+    if settings.pooled > 1 and a.ndim == 2 and a.shape[1] * settings.pooled == shape.in_features:
+        return _unpooled(a, settings.pooled), b
+    return tensors.take_shaped(keys[0], module, (rank, shape.in_features)), b
+
+
+def _unpooled(a: torch.Tensor, group: int) -> torch.Tensor:
+    """A [r, in] for QALoRA's [r, in / group], which reads means of groups, times their number."""
+    return a.float().repeat_interleave(group, 1) * (a.shape[1] / group)
 
 
 def _base_bias_change(

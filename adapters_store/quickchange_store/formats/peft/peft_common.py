@@ -11,23 +11,13 @@ from quickchange_store.canonical.canonical_adapter import BaseSpec
 from quickchange_store.errors import BaseMismatchError, InvalidAdapterError, UnsupportedFeatureError
 from quickchange_store.formats.config_file import CONFIG_FILE, invalid, other_base, texts
 from quickchange_store.formats.peft.tensor_names import PREFIX, TensorNames
-from quickchange_store.formats.tensors import AdapterTensors, weights_file
+from quickchange_store.formats.tensors import AdapterTensors
+from quickchange_store.formats.weight_files import weight_files
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 WRITER = "PEFT's save_pretrained"
 ALL_LINEAR = "all-linear"
 _FOREIGN = (
-    (
-        re.compile(r"(^|\.)layers\.\d+\.(attn|mlp)\.\w+\.(lora_[ab]\.weight|magnitude)$"),
-        "torchtune",
-        "save it in PEFT's format (a checkpointer for Hugging Face writes it beside), in which the "
-        "rows of q_proj and k_proj are in another order too",
-    ),
-    (
-        re.compile(r"(^|[._])lora_(down|up)\.weight$"),
-        "kohya",
-        "convert it to PEFT's format",
-    ),
     (
         re.compile(r"(^|\.)transformer\.h\.\d+\.(attn|mlp)\.\w+\.lora_[AB]$"),
         "LitGPT",
@@ -59,9 +49,9 @@ def check_base(config: Mapping[str, Any], base: BaseSpec) -> list[str]:
 def open_tensors(directory: Path, base: BaseSpec) -> tuple[AdapterTensors, TensorNames]:
     """The folder's tensors by PEFT's names for them, and the names. Raises StoreError."""
     names = TensorNames(base)
-    path = weights_file(directory, WEIGHTS_FILE, WRITER)
-    tensors = AdapterTensors(path, plain=names.plain)
-    names.refuse_several(path.name)
+    paths = weight_files(directory, WEIGHTS_FILE, WRITER)
+    tensors = AdapterTensors(*paths, plain=names.plain)
+    names.refuse_several(paths[0].name)
     _refuse_foreign(tensors)
     return tensors, names
 

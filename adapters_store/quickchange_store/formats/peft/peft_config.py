@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Any, Literal, TypeVar
 
 from quickchange_store.canonical.canonical_adapter import BaseSpec
-from quickchange_store.errors import InvalidAdapterError, UnsupportedFeatureError
+from quickchange_store.errors import UnsupportedFeatureError
 from quickchange_store.formats.config_file import (
     CONFIG_FILE,
     MAX_NAMES,
@@ -43,12 +43,14 @@ HONOURED = frozenset(
         "lora_alpha",
         "lora_bias",
         "peft_type",
+        "qalora_group_size",
         "r",
         "rank_pattern",
         "target_modules",
         "target_parameters",
         "task_type",  # other than a causal language model warns
         "use_dora",
+        "use_qalora",
         "use_rslora",
     }
 )
@@ -64,7 +66,6 @@ HARMLESS = frozenset(
         "lora_ga_config",
         "megatron_core",  # a module's name, used with megatron_config only
         "peft_version",
-        "qalora_group_size",  # used with use_qalora only
         "revision",  # the base model's on the hub
         "runtime_config",
         "velora_config",  # another backward pass, the same forward pass
@@ -96,9 +97,8 @@ REFUSED = frozenset(
         "megatron_config",
         "modules_to_save",
         "monteclora_config",
-        "trainable_token_indices",
+        "trainable_token_indices",  # read beside it
         "use_bdlora",
-        "use_qalora",
     }
 )
 
@@ -110,7 +110,6 @@ _BASE_CHANGING = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 _REMEDIES = {
     "modules_to_save": "train these modules with LoRA (target_modules) instead",
-    "trainable_token_indices": "train the embedding with LoRA (target_modules) instead",
     "ensure_weight_tying": "target the embedding and the LM head separately",
 }
 
@@ -127,6 +126,7 @@ class LoraSettings:
     bias: Literal["none", "all", "lora_only"]
     lora_bias: bool
     dora: bool
+    pooled: int  # inputs that QALoRA sums up before A; 1: A reads each by itself
     targets: frozenset[str]  # module paths of the base, and names of single experts' modules
     parameters: frozenset[str]  # paths of experts' parameters
     names: TensorNames  # what the patterns may call them
@@ -177,6 +177,7 @@ def parse_config(
         bias=_bias(config),
         lora_bias=flag(config, "lora_bias"),
         dora=flag(config, "use_dora"),
+        pooled=_pooled(config),
         targets=find_targets(config, base, DEFAULTS, names, alone=not parameters),
         parameters=parameters,
         names=names,
@@ -195,25 +196,12 @@ def parse_config(
         )
     if settings.dora and settings.lora_bias:
         raise invalid("lora_bias", True, "PEFT has no DoRA with a bias of its own: train without")
+    if not settings.alpha:
+        warnings.append(
+            f"{CONFIG_FILE}: lora_alpha: at 0 the adapter changes nothing; verl's model_merger "
+            "writes 0 where it does not know it: set it to the training's"
+        )
     return settings, warnings + _overlaps(settings)
-
-
-def check_kind(config: Mapping[str, Any]) -> None:
-    kind = config.get("peft_type")
-    if kind is None:
-        raise InvalidAdapterError(
-            "the field is missing",
-            file=CONFIG_FILE,
-            key="peft_type",
-            remedy='set it to "LORA" or "IA3"',
-        )
-    if kind != "LORA":
-        raise UnsupportedFeatureError(
-            f"{kind!r} is not supported",
-            file=CONFIG_FILE,
-            key="peft_type",
-            remedy='use "LORA" or "IA3"',
-        )
 
 
 def _check_initialisation(config: Mapping[str, Any]) -> None:
@@ -234,6 +222,12 @@ def _bias(config: Mapping[str, Any]) -> Literal["none", "all", "lora_only"]:
         raise invalid("bias", value, 'use "none", "all" or "lora_only"')
     kind: Literal["none", "all", "lora_only"] = value
     return kind
+
+
+def _pooled(config: Mapping[str, Any]) -> int:
+    if not flag(config, "use_qalora"):
+        return 1
+    return rank_of("qalora_group_size", config.get("qalora_group_size", 16))
 
 
 def rank_of(name: str, value: Any) -> int:

@@ -29,7 +29,17 @@ WRAPPERS = frozenset(
 )
 # What may stand before a path: PEFT's own, the model within a trainer's, and the language model
 # within a multimodal one.
-_LEADING = frozenset({"base_model", "model", "language_model", "text_model"})
+LEADING = frozenset(
+    {
+        "base_model",
+        "language_model",
+        "llm",  # XTuner
+        "model",
+        "pretrained_model",  # TRL's model with a value head
+        "text_model",
+    }
+)
+_SWIFT = "loramodule_"  # before an adapter's name, in ms-swift until 1.5
 _PART = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B"
     r"|lora_magnitude_vector|ia3_l)"
@@ -37,6 +47,12 @@ _PART = re.compile(
 )
 _NESTED = re.compile(r"(?P<module>.+?)(?P<depth>(?:\.base_layer)*)")
 _PARAMETER = re.compile(r"(?P<module>.+?)\.(?P<part>(?:base_layer\.)?(?:weight|bias))")
+
+
+def unwrapped(key: str) -> str:
+    """A tensor's name without the parts that wrappers of modules add."""
+    parts = key.split(".")
+    return ".".join(p for p in parts if p not in WRAPPERS and not p.startswith(_SWIFT))
 
 
 class TensorNames:
@@ -58,9 +74,8 @@ class TensorNames:
 
     def plain(self, key: str) -> str | None:
         """PEFT's name for the tensor `key`; None where it belongs to no module of the base."""
-        parts = [part for part in key.split(".") if part not in WRAPPERS]
-        for kept in (key.split("."), parts):  # a base may have a module of a wrapper's name
-            named = self._plain(key, ".".join(kept))
+        for text in (key, unwrapped(key)):  # a base may have a module of a wrapper's name
+            named = self._plain(key, text)
             if named is not None:
                 return named
         return None
@@ -83,6 +98,11 @@ class TensorNames:
         found = _PARAMETER.fullmatch(text)
         path = None if found is None else self.path(found["module"])
         return None if found is None or path is None else f"{PREFIX}{path}.{found['part']}"
+
+    @property
+    def spellings(self) -> dict[str, str]:
+        """The base's module paths by each name that is one module's alone."""
+        return {path: path for path in self._paths} | self._whole
 
     def path(self, text: str) -> str | None:
         """The base's path of the module that a file calls `text`; None where there is not one."""
@@ -156,7 +176,7 @@ def _cuts(parts: Sequence[str]) -> list[str]:
     """The path, and what is left of it without its first parts that may stand before one."""
     cuts = [".".join(parts)]
     for number, part in enumerate(parts[:-1], 1):
-        if part not in _LEADING:
+        if part not in LEADING:
             break
         cuts.append(".".join(parts[number:]))
     return cuts

@@ -12,19 +12,19 @@ from quickchange_store.formats.adapterhub import bottleneck
 from quickchange_store.formats.config_file import BASE_NAME, other_base, read_config
 from quickchange_store.formats.peft import peft_common
 from quickchange_store.formats.peft.mlx import MLX_FILE
-from quickchange_store.formats.tensors import PICKLES, AdapterTensors, refuse_pickle
+from quickchange_store.formats.tensors import AdapterTensors
 from quickchange_store.formats.turbo.medusa import HEADS_KEYS, is_vllm, read_medusa
 from quickchange_store.formats.turbo.turbo_common import (
     HEADS_CONFIG_FILE,
     HEADS_FILE,
     ImportedHeads,
-    shards,
 )
 from quickchange_store.formats.turbo.turbo_directory import (
     TURBO_FILE,
     TURBO_KEY,
     read_turbo_directory,
 )
+from quickchange_store.formats.weight_files import PICKLES, refuse_pickle, shards
 
 _STEM = Path(HEADS_FILE).stem
 _OF_OTHERS = {

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quickchange_store.canonical.canonical_adapter import BaseSpec
 from quickchange_store.errors import BaseMismatchError, InvalidAdapterError
-from quickchange_store.formats.config_file import BASE_NAME, read_config
+from quickchange_store.formats.config_file import BASE_NAME
 from quickchange_store.formats.tensors import AdapterTensors
 
 if TYPE_CHECKING:
@@ -119,25 +118,3 @@ def base_name(config: Mapping[str, Any]) -> str:
 def plain(config: Mapping[str, Any]) -> dict[str, Any]:
     """Fields other than null, as plain data."""
     return {key: value for key, value in config.items() if value is not None}
-
-
-def shards(directory: Path, index: Path) -> list[Path]:
-    """The files of an index of shards. Raises InvalidAdapterError where one is missing."""
-    mapping = read_config(index.parent, index.name).get("weight_map")
-    if not isinstance(mapping, dict) or not all(isinstance(n, str) for n in mapping.values()):
-        raise InvalidAdapterError(
-            "not an index of safetensors files",
-            file=index.name,
-            key="weight_map",
-            remedy="copy or save it again",
-        )
-    names = sorted(set(mapping.values()))
-    for name in names:
-        if Path(name).name != name or not (directory / name).is_file():
-            raise InvalidAdapterError(
-                f"it lists {name!r}, which is no file of this folder",
-                file=index.name,
-                key="weight_map",
-                remedy="copy the folder again, complete",
-            )
-    return [directory / name for name in names]

@@ -18,6 +18,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import Field, ValidationError
 from starlette.datastructures import FormData, UploadFile
 
+from quickchange_server.adapter_registry.adapter_places import allowed_place
 from quickchange_server.adapter_registry.visibility import reachable, seen
 from quickchange_server.api.app_state import Injected, Services
 from quickchange_server.api.auth import MANAGE, Managing, check_own
@@ -34,7 +35,6 @@ from quickchange_server.api.openapi.response_models_admin import (
     VersionResidency,
 )
 from quickchange_server.api.openapi.route_responses import COMMON_ERRORS, errors
-from quickchange_server.config import Settings, is_loopback
 from quickchange_server.errors import ConflictError, ForbiddenError, InvalidRequestError
 from quickchange_server.frontend.caller import Caller
 from quickchange_server.frontend.request_base import MAX_PATH, Body, Json, Name
@@ -70,7 +70,7 @@ router = APIRouter(
 
 class AddFromPath(Body):
     name: Name
-    path: str = Field(max_length=MAX_PATH)
+    path: str = Field(max_length=MAX_PATH)  # a folder of the server's machine, or a URL
 
 
 _FILE = {"type": "string", "format": "binary"}
@@ -107,19 +107,6 @@ class PrefetchTo(Body):
 class PointAlias(Body):
     target: Name  # NAME, or NAME@VERSION
     turbo: Name | None = None  # the same form, for the drafting heads; default: the target's
-
-
-def check_paths_allowed(settings: Settings) -> None:
-    """Raise ForbiddenError if clients may not name folders of the server's machine."""
-    allowed = settings.adapter_paths
-    if allowed is None:
-        allowed = is_loopback(settings.host)
-    if not allowed:
-        raise ForbiddenError(
-            "path: adding an adapter from a path of the server's machine is switched off by the "
-            "setting adapter_paths (QUICKCHANGE_ADAPTER_PATHS); upload the files instead",
-            param="path",
-        )
 
 
 # --- visibility ---------------------------------------------------------------------------------
@@ -271,14 +258,15 @@ async def one_adapter(reference: str, services: Injected, caller: Managing) -> J
     openapi_extra={"requestBody": _ADD_BODY},
 )
 async def add_adapter(request: Request, services: Injected, caller: Managing) -> Json:
-    """Add an adapter from a folder of the server's machine (JSON) or an upload (multipart)."""
+    """Add an adapter from a folder of the server's machine or a URL (JSON), or an upload
+    (multipart)."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":
         body = _parse(AddFromPath, await request.body())
         check_own(caller, body.name, "name")
-        check_paths_allowed(services.settings)
+        place = allowed_place(services.settings, body.path, "path")
         with uses_hidden(caller):
-            return _added(await services.imports.add(body.name, Path(body.path)))
+            return _added(await services.imports.add(body.name, place))
     if kind == "multipart/form-data":
         async with request.form(max_files=MAX_UPLOAD_FILES, max_fields=1) as form:
             return _added(await _add_upload(services, caller, form))

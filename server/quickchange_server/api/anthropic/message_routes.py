@@ -73,7 +73,8 @@ async def count_tokens(
     request: Request, body: CountRequest, services: Injected, caller: Calling
 ) -> Json:
     """Count the tokens of a conversation's prompt."""
-    chat = request_selection.select(services, caller, body.chat, request.headers).body
+    order = await request_selection.select(services, caller, body.chat, request.headers)
+    chat = order.body
     tools_form(services.text, chat.messages, chat.offered_tools)
     most = CONTEXTS * services.engine.max_model_len
     prompt = await chat_prompt(services, chat, most=most, param="messages")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from fastapi import Request, Response
+from fastapi import APIRouter, Request, Response
+from fastapi.routing import APIRoute
 
 from quickchange_server.api.error_responses import refusal_response
 from quickchange_server.errors import (
@@ -31,6 +32,13 @@ _NAMES = (
     (re.compile(r"\bresponse_format\.json_schema\.schema\b"), "response_format.schema"),
     (re.compile(r"\bguided_(json|regex)\b"), "grammar.value"),
 )
+
+
+def paths_of(*routers: APIRouter) -> frozenset[str]:
+    """The paths whose errors have LoRAX's form."""
+    return frozenset(
+        route.path for router in routers for route in router.routes if isinstance(route, APIRoute)
+    )
 
 
 def lorax_error(error: QuickchangeError) -> tuple[int, str, str]:

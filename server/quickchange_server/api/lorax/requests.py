@@ -105,7 +105,25 @@ class RegexGrammar(Body):
 Grammar = Annotated[JsonGrammar | SchemaGrammar | RegexGrammar, Field(discriminator="type")]
 
 
-class Parameters(Body):
+class AdapterParameters(Body):
+    """What serves a request: the base, an adapter, or several merged."""
+
+    adapter_id: Name | None = None
+    adapter_source: AdapterSource | None = None
+    merged_adapters: MergedAdapters | None = None
+    api_token: str | None = Field(None, repr=False)  # for hubs, which this server never contacts
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if self.adapter_id is not None and self.merged_adapters is not None:
+            raise InvalidRequestError(
+                "at most one of `adapter_id` or `merged_adapters` may be provided",
+                param="merged_adapters",
+            )
+        return self
+
+
+class Parameters(AdapterParameters):
     """Parameters of generation; `turbo` and `user` are this server's own, as in OpenAI's routes."""
 
     unsupported: ClassVar[Mapping[str, Unsupported]] = {
@@ -113,10 +131,6 @@ class Parameters(Body):
         "apply_chat_template": Unsupported("send the chat to /v1/chat/completions", (False,)),
     }
 
-    adapter_id: Name | None = None
-    adapter_source: AdapterSource | None = None
-    merged_adapters: MergedAdapters | None = None
-    api_token: str | None = Field(None, repr=False)  # for hubs, which this server never contacts
     best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
     temperature: Number | None = Field(None, ge=0)
     repetition_penalty: Number | None = Field(None, gt=0)
@@ -162,11 +176,6 @@ class Parameters(Body):
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
-        if self.adapter_id is not None and self.merged_adapters is not None:
-            raise InvalidRequestError(
-                "at most one of `adapter_id` or `merged_adapters` may be provided",
-                param="merged_adapters",
-            )
         if len(self.stop) > MAX_STOP_SEQUENCES:
             raise InvalidRequestError(
                 f"`stop` supports up to {MAX_STOP_SEQUENCES} stop sequences. "
@@ -187,17 +196,27 @@ class Parameters(Body):
             raise InvalidRequestError("`seed` must not be set when `best_of` > 1", param="seed")
 
 
+def _not_empty(text: str) -> str:
+    if not text:
+        raise InvalidRequestError("`inputs` cannot be empty", param="inputs")
+    return text
+
+
+Inputs = Annotated[ValidText, AfterValidator(_not_empty)]
+
+
 class GenerateRequest(Body):
     """Body of POST /generate and /generate_stream."""
 
-    inputs: ValidText
+    inputs: Inputs
     parameters: Parameters = Field(default_factory=Parameters)
 
-    @model_validator(mode="after")
-    def _not_empty(self) -> Self:
-        if not self.inputs:
-            raise InvalidRequestError("`inputs` cannot be empty", param="inputs")
-        return self
+
+class EmbedRequest(Body):
+    """Body of POST /embed."""
+
+    inputs: Inputs
+    parameters: AdapterParameters = Field(default_factory=AdapterParameters)
 
 
 class CompatGenerateRequest(GenerateRequest):

@@ -1,4 +1,4 @@
-"""Routes of LoRAX: /generate, /generate_stream, / and /info."""
+"""Routes of LoRAX that generate: /generate, /generate_stream and /; and /info."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from fastapi import APIRouter, Depends, Request, Response
-from fastapi.routing import APIRoute
 
 from quickchange_server.api.app_state import VERSION, Injected, Services
 from quickchange_server.api.auth import INFER, Calling
@@ -28,7 +27,6 @@ from quickchange_server.api.lorax.responses import (
     accounting,
     identity,
 )
-from quickchange_server.api.lorax.translation import merged
 from quickchange_server.api.openai import request_selection
 from quickchange_server.api.openapi.response_models import (
     LoraxErrorBody,
@@ -38,12 +36,7 @@ from quickchange_server.api.openapi.response_models import (
 )
 from quickchange_server.api.openapi.route_responses import events, lorax_errors
 from quickchange_server.api.sse import event, event_stream, unless_gone
-from quickchange_server.errors import (
-    EngineFailedError,
-    InvalidRequestError,
-    UnknownModelError,
-    UnsupportedParameterError,
-)
+from quickchange_server.errors import EngineFailedError, InvalidRequestError
 from quickchange_server.frontend.caller import Caller
 from quickchange_server.frontend.generation import Generation
 from quickchange_server.frontend.output_processor import LoggedToken
@@ -134,28 +127,6 @@ async def info(services: Injected) -> Json:
     }
 
 
-@router.post(
-    "/embed", dependencies=[Depends(INFER)], status_code=422, response_model=LoraxErrorBody
-)
-async def embed() -> Response:
-    """Refuse the request, as LoRAX does unless the model is an embedding model."""
-    raise UnsupportedParameterError("/embed: this server generates text; use POST /v1/embeddings")
-
-
-@router.post(
-    "/classify_batch", dependencies=[Depends(INFER)], status_code=422, response_model=LoraxErrorBody
-)
-async def classify_batch() -> Response:
-    """Refuse the request, as LoRAX does unless the model is a classification model."""
-    raise UnsupportedParameterError(
-        "/classify_batch: the entities of texts take a token classification model; for the class "
-        "of a text POST /classify with model, an adapter with a classification head, and input"
-    )
-
-
-PATHS = frozenset(route.path for route in router.routes if isinstance(route, APIRoute))
-
-
 # --- admission and answers ----------------------------------------------------------------------
 
 
@@ -172,11 +143,7 @@ async def _begin(
     given = body.parameters
     tokens = streamed or given.details or given.decoder_input_details or given.candidates > 1
     wanted = translation.completion(services, body, tokens=tokens)
-    try:
-        order = request_selection.select(services, caller, wanted, request.headers)
-    except UnknownModelError as error:
-        raise UnknownModelError(error.message + _remedy(body, caller), param=error.param) from error
-    order = await merged(services, order, given.merged_adapters)
+    order = await translation.selected(services, caller, request.headers, given, wanted)
     prompt = await translation.prompt(services, body)
     admitting = request_selection.admit(
         services,
@@ -194,20 +161,6 @@ async def _begin(
     shapes = Shapes(services.text, given, body.inputs)
     known = identity(services, given, body.inputs, len(prompt))
     return LoraxWork(body, prompt, generation, seeds, shapes, clock, known)
-
-
-def _remedy(body: GenerateRequest, caller: Caller) -> str:
-    """Advice for a missing adapter."""
-    source = body.parameters.adapter_source or "hub"
-    adding = "have whoever runs it add it"
-    if caller.may("admin"):
-        adding = "add it once (POST /v1/adapters, or `quickchange adapters add`)"
-    elif caller.may("manage"):
-        adding = "add it once (POST /v1/adapters)"
-    return (
-        f". Adapters are served from this server's store, and nothing is fetched from {source!r} "
-        f"when a request comes: {adding}"
-    )
 
 
 def _check_stream(body: GenerateRequest) -> None:

@@ -12,14 +12,17 @@ from pydantic import ValidationError
 
 from quickchange_server.api.app_state import Services
 from quickchange_server.api.lorax.requests import (
+    AdapterParameters,
     GenerateRequest,
     LoraxResponseFormat,
     MergedAdapters,
     Parameters,
 )
+from quickchange_server.api.openai import request_selection
 from quickchange_server.api.openai.request_selection import Order
 from quickchange_server.api.openai.requests import CompletionRequest
-from quickchange_server.errors import InvalidRequestError
+from quickchange_server.errors import InvalidRequestError, UnknownModelError
+from quickchange_server.frontend.caller import Caller
 from quickchange_server.frontend.request_base import SAMPLING, Json
 from quickchange_server.protocol import Component
 from quickchange_store.merging import Recipe
@@ -44,7 +47,7 @@ def completion(services: Services, request: GenerateRequest, *, tokens: bool) ->
     seed = services.seeds.draw() if given.seed is None else given.seed
     body = {
         **{name: getattr(given, name) for name in SHARED},
-        **_model(services, given),
+        **chosen(services, given),
         "prompt": request.inputs,
         "max_tokens": given.max_new_tokens,
         "n": given.candidates,
@@ -74,7 +77,8 @@ def _temperature(given: Parameters) -> float:
     return 1.0 if given.temperature is None else given.temperature
 
 
-def _model(services: Services, given: Parameters) -> Mapping[str, object]:
+def chosen(services: Services, given: AdapterParameters) -> Mapping[str, object]:
+    """A completion's fields that name the same adapters."""
     base = services.catalog.base_name
     merged = given.merged_adapters
     if merged is not None:
@@ -139,10 +143,43 @@ async def _truncated(services: Services, text: str, ids: list[int], length: int)
     return ids[-length:]
 
 
+async def selected(
+    services: Services,
+    caller: Caller,
+    headers: Mapping[str, str],
+    given: AdapterParameters,
+    wanted: CompletionRequest,
+) -> Order[CompletionRequest]:
+    """The completion with what serves it, merged as asked for.
+
+    Raises what `select` raises, and InvalidRequestError.
+    """
+    try:
+        order = await request_selection.select(services, caller, wanted, headers)
+    except UnknownModelError as error:
+        fetches = services.on_demand is not None
+        remedy = "" if fetches else _remedy(given.adapter_source or "hub", caller)
+        raise UnknownModelError(error.message + remedy, param=error.param) from error
+    return await _merged(services, order, given.merged_adapters)
+
+
+def _remedy(source: str, caller: Caller) -> str:
+    """Advice for a missing adapter."""
+    adding = "have whoever runs it add it"
+    if caller.may("admin"):
+        adding = "add it once (POST /v1/adapters, or `quickchange adapters add`)"
+    elif caller.may("manage"):
+        adding = "add it once (POST /v1/adapters)"
+    return (
+        f". Adapters are served from this server's store, and nothing is fetched from {source!r} "
+        f"when a request comes: {adding}"
+    )
+
+
 MERGEABLE = ("LoRA", "Turbo LoRA")  # values of `AdapterInfo.kind`
 
 
-async def merged(
+async def _merged(
     services: Services, order: Order[CompletionRequest], given: MergedAdapters | None
 ) -> Order[CompletionRequest]:
     """The order with the merge that `given` asks for, which is computed at admission.

@@ -71,7 +71,7 @@ async def completions(
     request: Request, body: CompletionRequest, services: Injected, caller: Calling
 ) -> Response:
     """Continue a prompt."""
-    order = request_selection.select(services, caller, body, request.headers)
+    order = await request_selection.select(services, caller, body, request.headers)
     body = order.body
     limit = services.engine.max_model_len
     sent = await token_ids(

@@ -65,11 +65,17 @@ class Order(Generic[B]):
         return self.assignment is not None and self.assignment.shadow
 
 
-def select(services: Services, caller: Caller, body: B, headers: Mapping[str, str]) -> Order[B]:
-    """The order for a body: what its `model`, `adapters` and `turbo` name for this caller."""
+async def select(
+    services: Services, caller: Caller, body: B, headers: Mapping[str, str]
+) -> Order[B]:
+    """The order for a body: what its `model`, `adapters` and `turbo` name for this caller, fetched
+    where the server fetches what it lacks."""
     traceparent = headers.get("traceparent")
     if not body.model:
         body = body.model_copy(update={"model": services.catalog.base_name})
+    if services.on_demand is not None:
+        named_adapters = (body.model, *(entry.id for entry in body.adapters), body.turbo)
+        await services.on_demand.ensure(named_adapters, caller.sees)
     named = services.experiments.find(body.model) if caller.sees(body.model) else None
     if named is None:
         selection = _selection(services, body, caller.sees)

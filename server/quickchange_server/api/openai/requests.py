@@ -7,7 +7,8 @@ fields that constrain the text into one constraint. Knows nothing of routes or o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
@@ -200,6 +201,23 @@ SHARED: dict[str, Unsupported] = {
 }
 
 
+TruncationSide = Literal["left", "right"]
+
+
+@dataclass(frozen=True, slots=True)
+class Truncation:
+    """The number of a prompt's tokens that are kept; None: all. `side` is where the others go."""
+
+    keep: int | None
+    side: TruncationSide
+
+    def of(self, ids: Sequence[Part]) -> list[Part]:
+        """The ids that are kept."""
+        if self.keep is None or len(ids) <= self.keep:
+            return list(ids)
+        return list(ids[: self.keep] if self.side == "right" else ids[len(ids) - self.keep :])
+
+
 class GenerationRequest(Constrained, SamplingBody, ABC):
     """Base of completions and chats; most sampling fields are SamplingParams' own."""
 
@@ -217,7 +235,7 @@ class GenerationRequest(Constrained, SamplingBody, ABC):
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False  # in `logprobs`, in place of their texts
     truncate_prompt_tokens: int | None = Field(None, ge=-1)  # -1: to what fits
-    truncation_side: Literal["left", "right"] = "left"
+    truncation_side: TruncationSide = "left"
     cache_salt: str | None = Field(None, min_length=1, max_length=MAX_SALT)
 
     @property
@@ -275,9 +293,7 @@ class GenerationRequest(Constrained, SamplingBody, ABC):
         length = self.truncate_prompt_tokens
         if length == -1:
             length = max(1, limit - max(1, self.wanted_tokens or 1))
-        if length is None or len(prompt) <= length:
-            return prompt
-        return prompt[:length] if self.truncation_side == "right" else prompt[-length:]
+        return Truncation(length, self.truncation_side).of(prompt)
 
     @property
     def include_usage(self) -> bool:

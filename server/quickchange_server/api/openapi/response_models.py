@@ -353,6 +353,13 @@ class TokenSpan(ResponseModel):
     stop: int
 
 
+class TokenizedChat(ResponseModel):
+    """TGI's answer of /chat_tokenize."""
+
+    tokenize_response: list[TokenSpan]
+    templated_text: str
+
+
 class DetokenizedText(ResponseModel):
     prompt: str
 

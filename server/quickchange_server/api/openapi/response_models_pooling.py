@@ -36,6 +36,12 @@ class EmbeddingList(PooledListEnvelope):
     data: list[EmbeddingVector]
 
 
+class LoraxEmbedding(ResponseModel):
+    """LoRAX's answer of /embed: one vector."""
+
+    embeddings: list[float]
+
+
 class PooledVector(ResponseModel):
     object: Literal["pooling"]
     index: int

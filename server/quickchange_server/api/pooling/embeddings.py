@@ -33,7 +33,7 @@ async def embeddings(
     request: Request, body: EmbeddingRequest, services: Injected, caller: Calling
 ) -> Response:
     """Turn texts into vectors."""
-    made = call(request, services, caller, body)
+    made = await call(request, services, caller, body)
     found, vectors = await embedded(made, body, kind="embd")
     return answered(found, body, vectors, object_="embedding", field="embedding")
 

@@ -18,9 +18,9 @@ from quickchange_server.api.openai import request_selection
 from quickchange_server.api.openai.chat.chat_requests import chat_length
 from quickchange_server.api.openai.completions import several_of
 from quickchange_server.api.openai.request_selection import Order
-from quickchange_server.api.openai.requests import CompletionRequest
+from quickchange_server.api.openai.requests import CompletionRequest, Truncation
 from quickchange_server.api.pooling.pooling_requests import PooledRequest, TextRequest
-from quickchange_server.api.pooling.prompt_cut import Truncation, text_ids, truncation
+from quickchange_server.api.pooling.prompt_cut import text_ids, truncation
 from quickchange_server.api.sse import unless_gone
 from quickchange_server.errors import AdapterWeightsError, EngineFailedError
 from quickchange_server.frontend.caller import Caller
@@ -77,7 +77,11 @@ class Pooled:
 
     def answer(self, fields: Mapping[str, Any]) -> Response:
         """The answer, with the experiment's variant where there is one."""
-        content = {**fields, **self.envelope}
+        return self.bare({**fields, **self.envelope})
+
+    def bare(self, fields: Mapping[str, Any]) -> Response:
+        """An answer of these fields alone, and the experiment's variant."""
+        content = dict(fields)
         if self.opened.assignment is not None:
             content["quickchange"] = request_selection.shown(self.opened.assignment)
         return Response(json.dumps(content), media_type="application/json", headers=self.headers)
@@ -92,10 +96,12 @@ class Pooled:
         return request_selection.headers(self.opened.assignment)
 
 
-def call(request: Request, services: Services, caller: Caller, body: PooledRequest) -> PoolingCall:
+async def call(
+    request: Request, services: Services, caller: Caller, body: PooledRequest
+) -> PoolingCall:
     """The call of a body, with its adapters selected."""
     wanted = body.as_completion(services.catalog.base_name)
-    order = request_selection.select(services, caller, wanted, request.headers)
+    order = await request_selection.select(services, caller, wanted, request.headers)
     return PoolingCall(services, request, body, order)
 
 
@@ -122,7 +128,7 @@ async def prompts_of(call: PoolingCall, body: TextRequest) -> list[Sequence[int]
         return await text_ids(
             services.text, texts, cut, most=most, param="input", special=special is not False
         )
-    ids_of_each = [cut.of(one) for one in given if not isinstance(one, str)]
+    ids_of_each: list[Sequence[int]] = [cut.of(one) for one in given if not isinstance(one, str)]
     for one in ids_of_each:
         services.text.check_ids(one, "input")
     return ids_of_each

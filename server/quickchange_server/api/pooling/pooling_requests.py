@@ -9,8 +9,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import ConfigDict, Field, JsonValue, model_validator
 
 from quickchange_server.api.openai.chat.chat_requests import ChatRendering, Messages
-from quickchange_server.api.openai.requests import CompletionRequest, wrong
-from quickchange_server.api.pooling.prompt_cut import TruncationSide
+from quickchange_server.api.openai.requests import CompletionRequest, TruncationSide, wrong
 from quickchange_server.api.pooling.vector_encodings import EmbedDtype, Endianness
 from quickchange_server.frontend.request_base import Adapters, Body, Name, Prompt, Unsupported
 from quickchange_server.frontend.templates.chat_template import Rendering
@@ -34,6 +33,8 @@ class PooledRequest(Body):
     """What all of these bodies have: what serves them, and how prompts are cut."""
 
     unsupported: ClassVar[Mapping[str, Unsupported]] = POOLING_UNSUPPORTED
+    # Load generators ask every route for texts of one length; these generate none.
+    hints = frozenset({"ignore_eos", "min_tokens"})
 
     model: Name | None = None
     adapters: Adapters = Field(default=[])

@@ -42,7 +42,7 @@ async def pooling(
     request: Request, body: PoolingRequest, services: Injected, caller: Calling
 ) -> Response:
     """Turn texts into vectors, or into probabilities of classes."""
-    made = call(request, services, caller, body)
+    made = await call(request, services, caller, body)
     task = body.task or ("classify" if made.order.selection.classifiers else "embed")
     if task == "embed":
         found, vectors = await embedded(made, body, kind="pooling")
@@ -75,7 +75,7 @@ async def classify(
                 "classification head, and input"
             ),
         )
-    made = call(request, services, caller, body)
+    made = await call(request, services, caller, body)
     found, head, told = await _classified(made, body, kind="classify")
     return found.listed(
         [

@@ -7,30 +7,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Literal, TypeVar
+from typing import TypeVar
 
+from quickchange_server.api.openai.requests import Truncation, TruncationSide
 from quickchange_server.errors import InvalidRequestError
 from quickchange_server.frontend.context_length import CONTEXTS
 from quickchange_server.frontend.tokenizer import LONG_TEXT, USUAL_LENGTH, Text
 
 T = TypeVar("T")
-TruncationSide = Literal["left", "right"]
-
-
-@dataclass(frozen=True, slots=True)
-class Truncation:
-    """The number of a prompt's tokens that are kept; None: all. `side` is where the others go."""
-
-    keep: int | None
-    side: TruncationSide = "right"
-
-    def of(self, ids: Sequence[int]) -> Sequence[int]:
-        """The ids that are kept."""
-        if self.keep is None or len(ids) <= self.keep:
-            return ids
-        return ids[: self.keep] if self.side == "right" else ids[len(ids) - self.keep :]
 
 
 def truncation(asked: int | None, side: TruncationSide | None, context: int) -> Truncation:

@@ -38,7 +38,7 @@ async def score(
     request: Request, body: ScoreRequest, services: Injected, caller: Calling
 ) -> Response:
     """Score pairs of texts."""
-    made = call(request, services, caller, body)
+    made = await call(request, services, caller, body)
     found, scores = await _scored(made, body, body.texts, names=body.names, kind="score")
     return found.listed(
         [{"object": "score", "index": index, "score": one} for index, one in enumerate(scores)]
@@ -52,7 +52,7 @@ async def rerank(
     request: Request, body: RerankRequest, services: Injected, caller: Calling
 ) -> Response:
     """Sort documents by how well they fit a query, the best first."""
-    made = call(request, services, caller, body)
+    made = await call(request, services, caller, body)
     texts = ([body.query], body.documents)
     found, scores = await _scored(made, body, texts, names=("query", "documents"), kind="rerank")
     order = sorted(range(len(scores)), key=lambda index: scores[index], reverse=True)

@@ -8,12 +8,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, GetJsonSchemaHandler, model_validator
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema, PydanticCustomError
+from pydantic import BeforeValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from quickchange_server.api.openai.chat.chat_requests import ChatRendering, Effort
-from quickchange_server.api.openai.chat.tool_requests import ECHOED, MAX_TOOLS, ValidText
+from quickchange_server.api.openai.chat.tool_requests import (
+    ECHOED,
+    MAX_TOOLS,
+    MODES,
+    ChoiceOfTools,
+    ValidText,
+)
 from quickchange_server.api.openai.requests import (
     MAX_LOGPROBS,
     REMOVE,
@@ -24,7 +29,6 @@ from quickchange_server.api.openai.requests import (
 from quickchange_server.api.responses.response_items import Input
 from quickchange_server.frontend.request_base import Body, FunctionName, Name, Unsupported
 
-_MODES = ("none", "auto", "required")
 _CHOICES = (
     'must be "none", "auto", "required", {"type": "function", "name": ...} or '
     '{"type": "allowed_tools", "mode": ..., "tools": [...]}'
@@ -60,7 +64,7 @@ class AllowedTool(Body):
     name: FunctionName
 
 
-class ResponseToolChoice(Body):
+class ResponseToolChoice(ChoiceOfTools):
     """Who chooses to call: a string in the body, a function, or those of the tools that may be."""
 
     type: Literal["none", "auto", "required", "function", "allowed_tools"]
@@ -73,11 +77,11 @@ class ResponseToolChoice(Body):
     @model_validator(mode="before")
     @classmethod
     def _from_text(cls, value: Any) -> Any:
-        if isinstance(value, str) and value in _MODES:
+        if isinstance(value, str) and value in MODES:
             return {"type": value}
         if not isinstance(value, dict):
             raise PydanticCustomError("tool_choice", _CHOICES)
-        return value if value.get("type") in (*_MODES, "allowed_tools") else _check_tool(value)
+        return value if value.get("type") in (*MODES, "allowed_tools") else _check_tool(value)
 
     @model_validator(mode="after")
     def _check_named(self) -> Self:
@@ -90,18 +94,6 @@ class ResponseToolChoice(Body):
                 "tool_choice", "the type allowed_tools has some, and no other", {"field": "tools"}
             )
         return self
-
-    @classmethod
-    def __get_pydantic_json_schema__(
-        cls, core: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> JsonSchemaValue:
-        """The JSON schema: a string, or one of OpenAI's objects."""
-        schema = handler(core)
-        own = handler.resolve_ref_schema(schema)
-        chosen = {**own}
-        own.clear()
-        own |= {"anyOf": [{"type": "string", "enum": list(_MODES)}, chosen]}
-        return schema
 
 
 class TextFormat(Body):

@@ -62,7 +62,7 @@ async def render_completion(
     request: Request, body: CompletionToRender, services: Injected, caller: Calling
 ) -> list[Json]:
     """Token ids and sampling parameters of each prompt of a completion, which is not generated."""
-    order = request_selection.select(services, caller, body, request.headers)
+    order = await request_selection.select(services, caller, body, request.headers)
     body, limit = order.body, services.engine.max_model_len
     most, special = body.most_prompt_tokens(limit), body.add_special_tokens
     sent = await token_ids(services, body.prompt, "prompt", most=most, special=special)
@@ -86,7 +86,7 @@ async def render_chat(
 ) -> Json:
     """Token ids and sampling parameters of a chat, which is not answered."""
     name = _id(request, "chatcmpl-", body.request_id)
-    body = request_selection.select(services, caller, body, request.headers).body
+    body = (await request_selection.select(services, caller, body, request.headers)).body
     return await _chat(services, body, name, "messages", with_offsets=body.return_token_offsets)
 
 
@@ -95,7 +95,7 @@ async def render_messages(
     request: Request, body: MessageRequest, services: Injected, caller: Calling
 ) -> Json:
     """Token ids and sampling parameters of an Anthropic conversation, which is not answered."""
-    chat = request_selection.select(services, caller, body.chat, request.headers).body
+    chat = (await request_selection.select(services, caller, body.chat, request.headers)).body
     return await _chat(services, chat, _id(request, "msg_", None), "messages")
 
 
@@ -106,7 +106,7 @@ async def render_response(
     """Token ids and sampling parameters of a response's input, which is not answered."""
     context = await context_of(services.responses, owner_of(caller), body)
     chat = chat_of(body, translated(body, context))
-    chat = request_selection.select(services, caller, chat, request.headers).body
+    chat = (await request_selection.select(services, caller, chat, request.headers)).body
     return await _chat(services, chat, _id(request, "resp_", None), "input")
 
 

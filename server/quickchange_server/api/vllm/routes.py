@@ -10,9 +10,9 @@ from fastapi import APIRouter, Depends, Response
 from fastapi.responses import PlainTextResponse
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
+from quickchange_server.adapter_registry.adapter_places import allowed_place
 from quickchange_server.api.admin.adapters import (
     adapters_on,
-    check_paths_allowed,
     remove_reference,
     uses_hidden,
 )
@@ -108,29 +108,28 @@ class Detokenize(Body):
     responses=PLAIN_TEXT | errors(404, 409, 413),
 )
 async def load_lora_adapter(body: LoadLora, services: Injected, caller: Managing) -> Response:
-    """Import an adapter from a folder and load it to the device."""
+    """Import an adapter from a folder or a URL and load it to the device."""
     return await load_named(services, caller, body)
 
 
 async def load_named(services: Services, caller: Caller, body: LoadLora) -> Response:
     """The response to an adapter's load."""
     check_own(caller, body.lora_name, "lora_name")
-    check_paths_allowed(services.settings)
-    name, folder = body.lora_name, Path(body.lora_path)
+    name, place = body.lora_name, allowed_place(services.settings, body.lora_path, "lora_path")
     if name in services.store.snapshot().entries and not body.load_inplace:
         raise InvalidRequestError(
             f"lora_name: the lora adapter '{name}' has already been loaded. If you want to load "
             "the adapter in place, set 'load_inplace' to True.",
             param="lora_name",
         )
-    if not folder.is_dir():
+    if isinstance(place, Path) and not place.is_dir():
         raise UnknownModelError(
             f"lora_path: no adapter found for '{name}': {body.lora_path} is not a folder of the "
             "server's machine",
             param="lora_path",
         )
     with uses_hidden(caller):
-        added = await services.imports.add(name, folder)
+        added = await services.imports.add(name, place)
     services.client.prefetch(added.version.digest)
     return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 

@@ -219,8 +219,10 @@ class _Run:
         self._settle(number)
 
     def _until(self, time: float) -> None:
-        """Let everything happen that is due before `time`: a request that comes as a step ends is in
-        the next, whether or not its stretch went on."""
+        """Let everything happen that is due before `time`.
+
+        A request that comes as a step ends is in the next, whether or not its stretch went on.
+        """
         events, due = self._events, self._due
         while events and events[0][0] < time:
             now, kind, number = heappop(events)

@@ -94,6 +94,8 @@ RULES: dict[str, Rule] = {
     "--model-name": _setting("--served-model-name"),
     "--served-model-name": Rule(setting="--served-model-name", takes=None),
     "--http-port": _setting("--port"),
+    "--uds": _setting("--uds"),
+    "--root-path": _setting("--root-path"),
     "--dtype": _setting("--dtype", _renamed(half="float16", float="float32")),
     "--device": _setting("--device", _renamed(auto=None)),
     "--quantization": Rule(setting="--quantization", convert=_renamed(gguf=None)),
@@ -174,9 +176,7 @@ RULES: dict[str, Rule] = {
     "--ssl-certfile": _not(_PROXY),
     "--ssl-keyfile": _not(_PROXY),
     "--ssl-ca-certs": _not(_PROXY),
-    "--root-path": _not("have the proxy take the path's beginning off"),
     "--middleware": _not("no code is loaded into the server"),
-    "--uds": _not("it listens on --host and --port"),
     "--config": _not("give settings in the environment, QUICKCHANGE_…, or as options"),
 }
 _SHORT = {

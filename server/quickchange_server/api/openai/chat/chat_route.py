@@ -74,7 +74,7 @@ async def begin_chat(
 
     Raises what `select`, `with_tools`, `Text.encode_chat` and `admit` raise.
     """
-    order = request_selection.select(services, caller, body, headers)
+    order = await request_selection.select(services, caller, body, headers)
     form = await services.text.learn_reasoning()
     if body.tools:  # the checks of their schemas may take long
         order, calls = await asyncio.to_thread(with_tools, services.text, order)

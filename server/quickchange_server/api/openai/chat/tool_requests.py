@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, GetJsonSchemaHandler, model_validator
 from pydantic.json_schema import JsonSchemaValue
@@ -59,11 +59,31 @@ class ChosenFunction(Body):
     name: FunctionName
 
 
-_MODES = ("none", "auto", "required")
+MODES = ("none", "auto", "required")
 
 
-class ToolChoice(Body):
+class ChoiceOfTools(Body):
+    """Base of who chooses to call: one of `MODES` as a string in the body, or an object."""
+
+    object_form: ClassVar[JsonSchemaValue] = {}  # what the JSON schema of the object has besides
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """The JSON schema: a string, or the object."""
+        schema = handler(core)
+        own = handler.resolve_ref_schema(schema)
+        chosen = {**own, **cls.object_form}
+        own.clear()
+        own |= {"anyOf": [{"type": "string", "enum": list(MODES)}, chosen]}
+        return schema
+
+
+class ToolChoice(ChoiceOfTools):
     """Who chooses to call: a string in the body, or an object that names a function."""
+
+    object_form: ClassVar[JsonSchemaValue] = {"required": ["function"]}
 
     type: Literal["none", "auto", "required", "function"]
     function: ChosenFunction | None = None
@@ -71,7 +91,7 @@ class ToolChoice(Body):
     @model_validator(mode="before")
     @classmethod
     def _from_text(cls, value: Any) -> Any:
-        if isinstance(value, str) and value in _MODES:
+        if isinstance(value, str) and value in MODES:
             return {"type": value}
         if not isinstance(value, dict):
             raise PydanticCustomError("tool_choice", _CHOICES)
@@ -80,18 +100,6 @@ class ToolChoice(Body):
         if value.get("type") == "function" and value.get("function") is None:
             raise PydanticCustomError("missing", "is required", {"field": "function"})
         return value
-
-    @classmethod
-    def __get_pydantic_json_schema__(
-        cls, core: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> JsonSchemaValue:
-        """The JSON schema: a string, or OpenAI's object."""
-        schema = handler(core)
-        own = handler.resolve_ref_schema(schema)
-        chosen = {**own, "required": ["function"]}
-        own.clear()
-        own |= {"anyOf": [{"type": "string", "enum": list(_MODES)}, chosen]}
-        return schema
 
 
 _CHOICES = 'must be "none", "auto", "required" or {"type": "function", "function": {"name": ...}}'

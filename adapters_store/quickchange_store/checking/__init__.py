@@ -1,0 +1,1 @@
+"""What a folder holds and what would be served of it, with no store and no server."""

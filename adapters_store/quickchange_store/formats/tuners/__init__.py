@@ -1,0 +1,1 @@
+"""Tuners of PEFT beside LoRA and IA3, by what their layers compute."""

@@ -1,0 +1,1 @@
+"""Adapters from where they lie: the hub, buckets, registries of containers."""
