@@ -13,6 +13,7 @@ from quickchange_store.formats.peft.mlx import is_mlx
 from quickchange_store.formats.peft.peft_common import WEIGHTS_FILE
 from quickchange_store.formats.peft.tensor_names import TensorNames, unwrapped
 from quickchange_store.formats.tensors import AdapterTensors
+from quickchange_store.formats.tuners.tuner_reader import is_made_by_peft
 from quickchange_store.formats.weight_files import candidates
 
 _LAYOUTS = (torchtune, megatron, kohya)
@@ -25,7 +26,8 @@ def read_foreign(directory: Path, base: BaseSpec) -> Imported | None:
     """
     has_config = (directory / CONFIG_FILE).is_file()
     config = read_config(directory) if has_config else {}
-    if config.get("peft_type") not in (None, "LORA") or is_mlx(config) or "config" in config:
+    plain = config.get("peft_type") in (None, "LORA") and not is_made_by_peft(config)
+    if not plain or is_mlx(config) or "config" in config:
         return None
     files, keys = _files(directory)
     names = TensorNames(base)
