@@ -219,6 +219,28 @@ def test_the_store_keeps_what_an_approximation_leaves_out(bases: Any, tmp_path: 
     assert 0 < stated["relative_error"] <= stated["worst_relative_error"] < 1
 
 
+def test_the_command_serves_an_approximation_and_shows_its_error(
+    bases: Any, tmp_path: Path
+) -> None:
+    from typer.testing import CliRunner
+
+    from quickchange_store.cli import app
+
+    base = bases("llama")
+    tuned(base, "C3A", tmp_path / "c3a", block_size=8)
+    store = ["--store", str(tmp_path / "store")]
+    add = ["add", "mine", str(tmp_path / "c3a"), *store, "--model", str(base.folder)]
+    refused = CliRunner().invoke(app, add)
+    assert refused.exit_code == 1
+    assert "--approximate-rank N" in refused.stderr
+    added = CliRunner().invoke(app, [*add, "--approximate-rank", "3"])
+    assert added.exit_code == 0, added.output
+    shown = CliRunner().invoke(app, ["show", "mine", *store]).stdout
+    assert "rank 3 at most, relative error" in shown
+    detail = json.loads(CliRunner().invoke(app, ["show", "mine", "--json", *store]).stdout)
+    assert 0 < detail["approximation"]["relative_error"] < 1
+
+
 def test_reading_twice_gives_the_same_content(bases: Any, tmp_path: Path) -> None:
     from quickchange_store.canonical.canonical_adapter import digest
 
