@@ -170,7 +170,7 @@ def test_an_uploaded_pickle_in_place_of_the_weights_is_refused(live: Live, tmp_p
 def test_a_full_disk_is_the_servers_fault(
     live: Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: int, way: str
 ) -> None:
-    def fail(*_args: Any) -> None:
+    def fail(*_args: Any, **_options: Any) -> None:
         raise OSError(failure, "no space", str(tmp_path / "gone" / "version"))
 
     monkeypatch.setattr("quickchange_server.adapter_registry.importer.add_adapter", fail)
@@ -188,7 +188,7 @@ def test_a_full_disk_is_the_servers_fault(
 def test_a_store_that_cant_be_written_is_the_servers_fault(
     live: Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_args: Any) -> None:
+    def fail(*_args: Any, **_options: Any) -> None:
         raise OSError(errno.EROFS, "read-only", str(tmp_path / "store"))
 
     monkeypatch.setattr("quickchange_server.adapter_registry.importer.add_adapter", fail)
@@ -203,7 +203,7 @@ def test_a_folder_that_cant_be_read_is_the_clients_fault(
 ) -> None:
     folder = write_peft(tmp_path / "sql")
 
-    def fail(*_args: Any) -> None:
+    def fail(*_args: Any, **_options: Any) -> None:
         raise PermissionError(errno.EACCES, "no", str(folder / "adapter_config.json"))
 
     monkeypatch.setattr("quickchange_server.adapter_registry.importer.add_adapter", fail)
