@@ -126,7 +126,7 @@ def test_what_is_hidden_answers_as_what_is_absent(world: Isolated, kind: str, hi
     assert len(absent) == len(hidden)
     answer = told(ASKS[kind](world.acme, hidden), hidden)
     assert answer == told(ASKS[kind](world.acme, absent), absent)
-    assert answer[0] in (403, 404)
+    assert answer[0] in (403, 404, 424)  # the last in LoRAX's form
     assert HIDDEN in world.live.store.names()
 
 

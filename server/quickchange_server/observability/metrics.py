@@ -31,7 +31,7 @@ from quickchange_server.observability.cluster_metrics import (
 )
 from quickchange_server.observability.engine_collector import EngineTotals, StateCollector
 from quickchange_server.observability.gateways.resident_adapters import LabelOf, Told, resident
-from quickchange_server.observability.gateways.vllm_metrics import vllm_families
+from quickchange_server.observability.gateways.vllm_metrics import EngineLoad, vllm_families
 from quickchange_server.observability.http_metrics import HttpMetrics
 from quickchange_server.observability.naming.labels import BASE, OTHER, AdapterLabels
 from quickchange_server.observability.speculation_metrics import NameOf, SpeculationMetrics
@@ -225,6 +225,14 @@ class Metrics:
             exposition_of_all, self.registry, cluster, self._label_of(name_of), more
         )
         return body, CONTENT_TYPE_LATEST
+
+    def load(self, cluster: Cluster | None) -> EngineLoad:
+        """The present load of this machine's engine, or of all that `cluster` has."""
+        if cluster is not None:
+            replicas: Iterable[ReplicaReport] = cluster.view().replicas
+        else:
+            replicas = () if self._state is None else [self._state.report()]
+        return EngineLoad.of([report for report in replicas if report.serves])
 
     def _label_of(self, name_of: NameOf) -> LabelOf:
         def label_of(digest: str) -> str:

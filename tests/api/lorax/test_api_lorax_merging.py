@@ -242,8 +242,11 @@ def test_what_has_begun_is_made_and_what_waits_is_not_where_all_have_gone(tmp_pa
 
     async def leave() -> Derived:
         derived = Derived(store, 8)
-        asked = [asyncio.create_task(derived.digest(one)) for one in (first, second)]
-        await asyncio.sleep(0.5)
+        asked = [asyncio.create_task(derived.digest(first))]
+        while derived._under_way is None:
+            await asyncio.sleep(0.01)
+        asked.append(asyncio.create_task(derived.digest(second)))
+        await asyncio.sleep(0.1)
         for task in asked:
             task.cancel()
         await asyncio.gather(*asked, return_exceptions=True)

@@ -47,8 +47,6 @@ NARROWER: dict[
     "temperature": lambda value: value > 2,
     "n": lambda value: value > 128,
     "seed": lambda value: value >= 2**63,
-    "logprobs": lambda value: value > 20,
-    "prompt_logprobs": lambda value: value > 20,
 }
 LORAX_NAMES = {
     "n": "best_of",

@@ -30,6 +30,7 @@ from quickchange_server.frontend.generation import Generation
 from quickchange_server.frontend.request_admission import Wanted
 from quickchange_server.frontend.request_base import Json
 from quickchange_server.frontend.request_observers import Assignment
+from quickchange_server.observability.gateways.load_report import FORMAT, REPORT, load_report
 from quickchange_server.observability.naming import request_ids
 from quickchange_server.protocol import Pooling, Submit
 from quickchange_server.structured_output.validator import Asked
@@ -73,6 +74,10 @@ async def select(
     traceparent = headers.get("traceparent")
     if not body.model:
         body = body.model_copy(update={"model": services.catalog.base_name})
+    if (form := headers.get(FORMAT)) is not None:
+        report = load_report(form, services.metrics.load(services.cluster))
+        if report is not None:
+            request_ids.answer_with(REPORT, report)
     if services.on_demand is not None:
         named_adapters = (body.model, *(entry.id for entry in body.adapters), body.turbo)
         await services.on_demand.ensure(named_adapters, caller.sees)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from prometheus_client.core import GaugeMetricFamily, Metric
 
@@ -19,22 +20,38 @@ from quickchange_store.base_model.base_source import base_name
 ENGINE = {"engine": "0"}  # vLLM's label for one of several engines behind an address
 
 
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """The load of all engines that take requests, at one moment."""
+
+    running: int
+    waiting: int
+    kv_blocks: int
+    kv_share: float  # of the blocks that are in use
+
+    @classmethod
+    def of(cls, engines: Sequence[ReplicaReport]) -> EngineLoad:
+        sizes = [(report.kv_share, report.info.kv_blocks) for report in engines if report.info]
+        blocks = sum(count for _, count in sizes)
+        used = sum(share * count for share, count in sizes)
+        running, waiting = sum(r.running for r in engines), sum(r.waiting for r in engines)
+        return cls(running, waiting, blocks, used / blocks if blocks else 0.0)
+
+
 def vllm_families(replicas: Iterable[ReplicaReport], settings: Settings) -> Iterator[Metric]:
     """The load of all engines that take requests, at this moment."""
     engines = [report for report in replicas if report.serves]
-    sizes = [(r.kv_share, r.info.kv_blocks, r.info.block_size) for r in engines if r.info]
-    blocks = sum(count for _, count, _ in sizes)
-    used = sum(share * count for share, count, _ in sizes)
-    share = used / blocks if blocks else 0.0
+    load = EngineLoad.of(engines)
     model = {"model_name": (settings.served_names or (base_name(settings.model),))[0]} | ENGINE
-    running, waiting = (sum(r.running for r in engines), sum(r.waiting for r in engines))
-    yield _gauge("num_requests_running", "Requests in the batch", running, model)
-    yield _gauge("num_requests_waiting", "Requests that wait for it", waiting, model)
+    yield _gauge("num_requests_running", "Requests in the batch", load.running, model)
+    yield _gauge("num_requests_waiting", "Requests that wait for it", load.waiting, model)
+    share = load.kv_share
     yield _gauge("kv_cache_usage_perc", "Share of the KV cache in use; 1 is all", share, model)
     yield _gauge("gpu_cache_usage_perc", "kv_cache_usage_perc by its old name", share, model)
+    sizes = [report.info.block_size for report in engines if report.info]
     cache = {
-        "block_size": str(sizes[0][2] if sizes else settings.block_size),
-        "num_gpu_blocks": str(blocks),
+        "block_size": str(sizes[0] if sizes else settings.block_size),
+        "num_gpu_blocks": str(load.kv_blocks),
         "enable_prefix_caching": str(settings.prefix_cache),
     }
     yield _gauge("cache_config_info", "The KV cache's configuration", 1, cache | ENGINE)
