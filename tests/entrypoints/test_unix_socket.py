@@ -9,7 +9,7 @@ import httpx
 import pytest
 from http_support import LIMIT_SECONDS, live_server
 
-from quickchange_server.api.admin.adapters import check_paths_allowed
+from quickchange_server.adapter_registry.adapter_places import allowed_place
 from quickchange_server.cluster.cluster_settings import ClusterSettings, for_replicas
 from quickchange_server.config import Settings
 from quickchange_server.entrypoints.http_server import bind, bound, url_of
@@ -83,7 +83,7 @@ def test_what_can_be_no_socket_is_refused_and_stays(tmp_path: Path, name: str) -
 def test_only_this_machine_reaches_it_whatever_the_host(tmp_path: Path) -> None:
     open_host = settings(tmp_path / "a", host="0.0.0.0")
     assert not asks_for_keys(open_host)
-    check_paths_allowed(open_host)
+    assert allowed_place(open_host, str(tmp_path), "path") == tmp_path
     assert asks_for_keys(settings(tmp_path / "a", api_keys=True))
 
 
