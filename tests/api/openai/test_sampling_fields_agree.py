@@ -18,7 +18,7 @@ from quickchange_server.api.openai.chat.chat_requests import ChatRequest
 from quickchange_server.api.openai.requests import CompletionRequest
 from quickchange_server.errors import InvalidRequestError
 from quickchange_server.experiments.definition import OVERRIDABLE, REQUESTS_OWN
-from quickchange_server.protocol import SamplingParams, Submit
+from quickchange_server.protocol import MOST_TOKENS, SamplingParams, Submit
 
 DOCS = Path(__file__).parents[3] / "docs"
 NAMES = {field.name for field in fields(SamplingParams)}
@@ -47,6 +47,8 @@ NARROWER: dict[
     "temperature": lambda value: value > 2,
     "n": lambda value: value > 128,
     "seed": lambda value: value >= 2**63,
+    "logprobs": lambda value: value > MOST_TOKENS,
+    "prompt_logprobs": lambda value: value > MOST_TOKENS,
 }
 LORAX_NAMES = {
     "n": "best_of",
