@@ -80,7 +80,7 @@ def _range(matrix: torch.Tensor, columns: int) -> torch.Tensor:
 
 
 def _numeric_rank(values: torch.Tensor, norm: float) -> int:
-    """How many singular values, the largest first, leave less than EXACT_ERROR of the norm."""
+    """The number of singular values, the largest first, that leave less than EXACT_ERROR of all."""
     left = values.square().flip(0).cumsum(0).flip(0).sqrt()  # norm of those from each one on
     return int((left > EXACT_ERROR * norm).sum())
 

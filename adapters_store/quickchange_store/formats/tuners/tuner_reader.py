@@ -86,7 +86,7 @@ _LORA_KINDS = ("use_bdlora", "kasa_config", "monteclora_config")
 
 @dataclass(frozen=True, slots=True)
 class RankLimits:
-    """How far updates of high rank are served: exactly up to `exact`, else as `approximate` says.
+    """The ranks that are served: exactly up to `exact`, above it as `approximate` says.
 
     approximate: the rank of the nearest update, where an approximation is asked for.
     """

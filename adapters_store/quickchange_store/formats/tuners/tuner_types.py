@@ -20,7 +20,7 @@ APPROXIMATE_REMEDY = (
 
 @dataclass(frozen=True, slots=True)
 class Tuner:
-    """How PEFT's layers of a type are read.
+    """What is known of PEFT's layers of a type.
 
     shared: modules share vectors or are numbered, so that all are built at once. weighs: the update
     depends on the base's weight.
@@ -103,7 +103,7 @@ REFUSED: Mapping[str, tuple[str, str]] = {  # why, and what to do
 
 
 def tuner_of(kind: object, *, on_request: bool) -> Tuner:
-    """How layers of PEFT's type `kind` are read.
+    """The reading of layers of PEFT's type `kind`.
 
     on_request: an approximation is asked for. Raises InvalidAdapterError where there is no type,
     UnsupportedFeatureError where it is not served, with the reason and the remedy.
