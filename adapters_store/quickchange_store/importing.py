@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from quickchange_store.canonical.canonical_adapter import BaseSpec, CanonicalAdapter, digest
+from quickchange_store.canonical.adapter_bytes import digest
+from quickchange_store.canonical.canonical_adapter import BaseSpec, CanonicalAdapter
 from quickchange_store.errors import UnsupportedFeatureError
 from quickchange_store.formats.adapterhub.bottleneck import read_adapterhub
 from quickchange_store.formats.config_file import CONFIG_FILE, read_config

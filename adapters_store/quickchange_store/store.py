@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quickchange_store.canonical import canonical_adapter
+from quickchange_store.canonical import adapter_bytes
 from quickchange_store.errors import (
     AdapterNotFoundError,
     CorruptStoreError,
@@ -173,14 +173,14 @@ class Store:
         """
         path = self._place.file(digest, pause)
         info = self.info(digest)
-        return canonical_adapter.load(path, base_name=info.base_name, source=dict(info.source))
+        return adapter_bytes.load(path, base_name=info.base_name, source=dict(info.source))
 
     def classifier(self, digest: str) -> ClassifierHead | None:
         """The classification head of a version, without torch; None where it has none.
 
         Raises as `load`.
         """
-        return canonical_adapter.load_classifier(self._place.file(digest))
+        return adapter_bytes.load_classifier(self._place.file(digest))
 
     def info(self, digest: str) -> AdapterInfo:
         """The figures of a version; reads no tensor.
@@ -348,7 +348,7 @@ class Store:
             path = directory / ADAPTER_FILE
             check_digest(path, digest)
             AdapterInfo.read(directory / INFO_FILE)
-            canonical_adapter.load(path)
+            adapter_bytes.load(path)
 
     def gc(self, min_age: float = GC_MIN_AGE) -> Collected:
         """Remove versions unreferenced for `min_age` seconds, and what dead writers left.

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quickchange_store.canonical import canonical_adapter
+from quickchange_store.canonical import adapter_bytes
 from quickchange_store.errors import (
     BaseMismatchError,
     InvalidAdapterError,
@@ -155,17 +155,17 @@ def test_activations_are_known_by_the_librarys_names(
 
 def test_an_adapter_saved_without_its_models_prefix_is_the_same(bases: Any, tmp_path: Path) -> None:
     folder, spec = write(tmp_path), bases("llama").spec
-    before = canonical_adapter.digest(read_adapter(folder, spec).adapter)
+    before = adapter_bytes.digest(read_adapter(folder, spec).adapter)
     tensors = load_file(folder / WEIGHTS)
     save_file({k.removeprefix("model."): t for k, t in tensors.items()}, folder / WEIGHTS)
-    assert canonical_adapter.digest(read_adapter(folder, spec).adapter) == before
+    assert adapter_bytes.digest(read_adapter(folder, spec).adapter) == before
 
 
 def test_a_stored_adapter_is_read_back(bases: Any, tmp_path: Path) -> None:
     store = Store(tmp_path / "store")
     added = add_adapter(store, "mine", write(tmp_path), bases("llama").spec)
     loaded = store.load(added.version.digest)
-    assert canonical_adapter.digest(loaded) == added.version.digest
+    assert adapter_bytes.digest(loaded) == added.version.digest
     update = loaded.updates[O_PROJ.format(1)]
     assert (update.activation, update.source, update.rank) == ("silu", "output", 4)
     assert store.info(added.version.digest).source["format"] == "adapterhub"
@@ -278,10 +278,10 @@ def test_what_lies_beside_the_adapter_is_not_ignored(file: str, bases: Any, tmp_
 def test_a_pickle_is_the_same_adapter(bases: Any, tmp_path: Path) -> None:
     """AdapterHub's own default."""
     base = bases("llama").spec
-    before = canonical_adapter.digest(read_adapter(write(tmp_path), base).adapter)
+    before = adapter_bytes.digest(read_adapter(write(tmp_path), base).adapter)
     torch.save(load_file(tmp_path / WEIGHTS), tmp_path / "pytorch_adapter.bin")
     (tmp_path / WEIGHTS).unlink()
-    assert canonical_adapter.digest(read_adapter(tmp_path, base).adapter) == before
+    assert adapter_bytes.digest(read_adapter(tmp_path, base).adapter) == before
 
 
 def test_a_missing_tensor_is_named(bases: Any, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from quickchange_store.canonical import canonical_adapter
+from quickchange_store.canonical import adapter_bytes
 from quickchange_store.canonical.canonical_adapter import (
     ACTIVATIONS,
     SOURCES,
@@ -87,13 +87,13 @@ def test_what_is_written_is_read_back(
 ) -> None:
     path = tmp_path_factory.mktemp("bytes") / "adapter.safetensors"
     with path.open("wb") as file:
-        digest = canonical_adapter.write(adapter, file)
-    loaded = canonical_adapter.load(path)
+        digest = adapter_bytes.write(adapter, file)
+    loaded = adapter_bytes.load(path)
     assert loaded.architecture == adapter.architecture
     assert loaded.updates.keys() == adapter.updates.keys()
     assert all(same(loaded.updates[m], adapter.updates[m]) for m in adapter.updates)
     assert path.read_bytes() == to_bytes(adapter)
-    assert digest == canonical_adapter.digest(loaded) == canonical_adapter.file_digest(path)
+    assert digest == adapter_bytes.digest(loaded) == adapter_bytes.file_digest(path)
 
 
 @settings(max_examples=40, deadline=None)
@@ -108,7 +108,7 @@ def test_the_order_of_modules_does_not_matter(adapter: CanonicalAdapter, random:
 def test_where_an_adapter_came_from_does_not_matter() -> None:
     adapter = CanonicalAdapter("L", "base", {"m": update(2, torch.float32, True)}, {"format": "x"})
     other = dataclasses.replace(adapter, base_name="another", source={"seed": 3})
-    assert canonical_adapter.digest(other) == canonical_adapter.digest(adapter)
+    assert adapter_bytes.digest(other) == adapter_bytes.digest(adapter)
 
 
 def test_memory_layout_does_not_matter() -> None:
@@ -134,22 +134,20 @@ def test_memory_layout_does_not_matter() -> None:
 def test_what_changes_the_function_changes_the_digest(change: Any) -> None:
     before = CanonicalAdapter("L", "base", {"m": update(2, torch.float32, True)})
     after = dataclasses.replace(before, updates={"m": change(before.updates["m"])})
-    assert canonical_adapter.digest(after) != canonical_adapter.digest(before)
+    assert adapter_bytes.digest(after) != adapter_bytes.digest(before)
 
 
 def test_the_bytes_stay_the_same_over_releases() -> None:
     adapter = CanonicalAdapter(
         "L", "b", {"m": update(2, torch.bfloat16, True), "n": update(0, torch.float32, True)}
     )
-    assert canonical_adapter.digest(adapter) == PINNED
+    assert adapter_bytes.digest(adapter) == PINNED
     assert hashlib.sha256(to_bytes(adapter)).hexdigest() == PINNED
 
 
 def test_what_an_update_reads_changes_the_digest() -> None:
     digests = {
-        canonical_adapter.digest(
-            CanonicalAdapter("L", "b", {"m": bottleneck(2, "relu", source, True)})
-        )
+        adapter_bytes.digest(CanonicalAdapter("L", "b", {"m": bottleneck(2, "relu", source, True)}))
         for source in SOURCES
     }
     assert len(digests) == len(SOURCES)
@@ -161,7 +159,7 @@ def test_a_file_of_another_format_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "adapter.safetensors"
     path.write_bytes(content.replace(b'\\"format\\":2', b'\\"format\\":9'))
     with pytest.raises(CorruptVersionError, match="format 9"):
-        canonical_adapter.load(path)
+        adapter_bytes.load(path)
 
 
 def test_an_unknown_activation_in_a_file_is_refused(tmp_path: Path) -> None:
@@ -169,7 +167,7 @@ def test_an_unknown_activation_in_a_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "adapter.safetensors"
     path.write_bytes(to_bytes(adapter).replace(b"relu", b"mish"))
     with pytest.raises(CorruptVersionError, match="mish"):
-        canonical_adapter.load(path)
+        adapter_bytes.load(path)
 
 
 @pytest.mark.parametrize(
@@ -208,7 +206,7 @@ def test_a_cut_file_is_refused(keep: int, tmp_path: Path) -> None:
     path = tmp_path / "adapter.safetensors"
     path.write_bytes(content[:keep])
     with pytest.raises(CorruptVersionError, match=r"adapter\.safetensors"):
-        canonical_adapter.load(path)
+        adapter_bytes.load(path)
 
 
 def test_a_scale_that_is_not_finite_is_refused() -> None:
@@ -219,9 +217,7 @@ def test_a_scale_that_is_not_finite_is_refused() -> None:
 
 def test_a_dtype_that_can_not_be_stored_is_refused() -> None:
     with pytest.raises(InvalidAdapterError, match=r"m\.a"):
-        canonical_adapter.digest(
-            CanonicalAdapter("L", "base", {"m": update(2, torch.float64, False)})
-        )
+        adapter_bytes.digest(CanonicalAdapter("L", "base", {"m": update(2, torch.float64, False)}))
 
 
 def test_factors_that_do_not_fit_are_refused() -> None:

@@ -25,7 +25,7 @@ from trainer_layouts import (
 )
 from typer.testing import CliRunner, Result
 
-from quickchange_store.canonical.canonical_adapter import digest
+from quickchange_store.canonical.adapter_bytes import digest
 from quickchange_store.checking.trainer_signs import trainer_of
 from quickchange_store.cli import app
 from quickchange_store.importing import read_adapter

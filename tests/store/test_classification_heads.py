@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
-from quickchange_store.canonical import canonical_adapter
+from quickchange_store.canonical import adapter_bytes
 from quickchange_store.canonical.canonical_adapter import CanonicalAdapter
 from quickchange_store.canonical.classifier_part import ClassifierHead
 from quickchange_store.cli import app
@@ -120,7 +120,7 @@ def test_a_head_without_a_task_type_is_read_where_the_configuration_names_it(
 
 def test_names_of_a_state_dict_are_read_as_the_same_version(bases: Any, save: Save) -> None:
     saved, spec = save(), bases("llama").spec
-    digest = canonical_adapter.digest(read_adapter(saved.folder, spec).adapter)
+    digest = adapter_bytes.digest(read_adapter(saved.folder, spec).adapter)
 
     def state_dict(key: str) -> str:
         key = key.replace(".score.", ".score.modules_to_save.default.")
@@ -130,7 +130,7 @@ def test_names_of_a_state_dict_are_read_as_the_same_version(bases: Any, save: Sa
     tensors = load_file(saved.folder / WEIGHTS)
     original = "module.base_model.model.score.original_module.weight"
     save_file({**tensors, original: torch.zeros(3, 32)}, saved.folder / WEIGHTS)
-    assert canonical_adapter.digest(read_adapter(saved.folder, spec).adapter) == digest
+    assert adapter_bytes.digest(read_adapter(saved.folder, spec).adapter) == digest
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -285,10 +285,10 @@ def with_head(**changes: Any) -> CanonicalAdapter:
     ],
 )
 def test_every_part_of_the_head_is_in_the_digest(change: dict[str, Any]) -> None:
-    plain = canonical_adapter.digest(with_head())
-    assert canonical_adapter.digest(with_head()) == plain
-    assert canonical_adapter.digest(with_head(**change)) != plain
-    assert canonical_adapter.digest(replace(with_head(), classifier=None)) != plain
+    plain = adapter_bytes.digest(with_head())
+    assert adapter_bytes.digest(with_head()) == plain
+    assert adapter_bytes.digest(with_head(**change)) != plain
+    assert adapter_bytes.digest(replace(with_head(), classifier=None)) != plain
 
 
 @pytest.mark.parametrize("bias", [None, np.array([1.5, -2.0], np.float32)])
@@ -323,7 +323,7 @@ def test_an_adapter_without_a_head_has_none(tmp_path: Path, bases: Any, train: A
 
 def test_numbers_that_are_not_finite_are_refused() -> None:
     with pytest.raises(InvalidAdapterError):
-        canonical_adapter.digest(with_head(weight=np.full((2, 4), np.nan, np.float32)))
+        adapter_bytes.digest(with_head(weight=np.full((2, 4), np.nan, np.float32)))
 
 
 def test_an_exported_head_is_read_back_as_the_same_version_and_by_peft(
@@ -336,7 +336,7 @@ def test_an_exported_head_is_read_back_as_the_same_version_and_by_peft(
     adapter = read_adapter(saved.folder, spec).adapter
     export_adapter(adapter, tmp_path / "out", ExportLayout.PEFT, spec)
     again = read_adapter(tmp_path / "out", spec).adapter
-    assert canonical_adapter.digest(again) == canonical_adapter.digest(adapter)
+    assert adapter_bytes.digest(again) == adapter_bytes.digest(adapter)
     base = AutoModelForSequenceClassification.from_pretrained(bases("llama").folder, num_labels=3)
     ids = torch.arange(7)[None]
     with warnings.catch_warnings(), torch.inference_mode():

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quickchange_store.canonical.canonical_adapter import digest, load, write
+from quickchange_store.canonical.adapter_bytes import digest, load, write
 from quickchange_store.errors import BaseMismatchError, InvalidAdapterError, UnsupportedFeatureError
 from quickchange_store.exporting import ExportLayout, export_adapter
 from quickchange_store.importing import read_adapter

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from quickchange_store.canonical import canonical_adapter
+from quickchange_store.canonical import adapter_bytes
 from quickchange_store.canonical.canonical_adapter import BaseSpec, CanonicalAdapter, LowRankUpdate
 from quickchange_store.canonical.turbo_part import DraftBlock, TurboHeads
 from quickchange_store.errors import (
@@ -96,7 +96,7 @@ def test_heads_read_back_are_the_same_version(
     assert export_adapter(adapter(heads), folder, layout, spec) == ("the Turbo heads",)
     read = read_adapter(folder, spec)
     assert read.warnings == ()
-    assert canonical_adapter.digest(read.adapter) == canonical_adapter.digest(adapter(heads))
+    assert adapter_bytes.digest(read.adapter) == adapter_bytes.digest(adapter(heads))
 
 
 @pytest.mark.parametrize("layout", [ExportLayout.LORAX, ExportLayout.TURBO])
@@ -106,7 +106,7 @@ def test_a_turbo_lora_read_back_is_the_same_version(
     made = adapter(PARALLEL, lora(spec, 2.0, 0.1, 1 / 3))
     export_adapter(made, tmp_path / "made", layout, spec)
     read = read_adapter(tmp_path / "made", spec).adapter
-    assert canonical_adapter.digest(read) == canonical_adapter.digest(made)
+    assert adapter_bytes.digest(read) == adapter_bytes.digest(made)
 
 
 def test_the_lora_part_is_a_peft_folder_that_peft_reads(
@@ -119,9 +119,9 @@ def test_the_lora_part_is_a_peft_folder_that_peft_reads(
     folder = tmp_path / "made"
     assert export_adapter(made, folder, ExportLayout.PEFT, base.spec) == ("the LoRA",)
     alone = dataclasses.replace(made, turbo=None)
-    assert canonical_adapter.digest(
-        read_adapter(folder, base.spec).adapter
-    ) == canonical_adapter.digest(alone)
+    assert adapter_bytes.digest(read_adapter(folder, base.spec).adapter) == adapter_bytes.digest(
+        alone
+    )
 
     from transformers import AutoModelForCausalLM
 
@@ -143,7 +143,7 @@ def test_an_embeddings_lora_keeps_its_scale(tmp_path: Path, bases: Any) -> None:
     export_adapter(made, tmp_path / "made", ExportLayout.PEFT, spec)
     assert json.loads((tmp_path / "made/adapter_config.json").read_text())["lora_alpha"] == 8
     read = read_adapter(tmp_path / "made", spec).adapter
-    assert canonical_adapter.digest(read) == canonical_adapter.digest(made)
+    assert adapter_bytes.digest(read) == adapter_bytes.digest(made)
 
 
 def test_vllms_folder_has_what_its_medusa_model_loads(tmp_path: Path, bases: Any) -> None:

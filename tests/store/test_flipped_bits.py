@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from turbo_adapters import make_turbo, turbo_adapter
 
-from quickchange_store.canonical.canonical_adapter import CanonicalAdapter, LowRankUpdate, digest
+from quickchange_store.canonical.adapter_bytes import digest
+from quickchange_store.canonical.canonical_adapter import CanonicalAdapter, LowRankUpdate
 from quickchange_store.errors import CorruptVersionError
 from quickchange_store.store import ADAPTER_FILE, INFO_FILE, Store
 

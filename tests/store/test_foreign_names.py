@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from quickchange_store.canonical.canonical_adapter import digest
+from quickchange_store.canonical.adapter_bytes import digest
 from quickchange_store.errors import InvalidAdapterError, StoreError, UnsupportedFeatureError
 from quickchange_store.formats.peft.tensor_names import WRAPPERS, TensorNames
 from quickchange_store.importing import read_adapter

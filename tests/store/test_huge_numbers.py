@@ -13,12 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from turbo_adapters import make_turbo, turbo_adapter
 
-from quickchange_store.canonical.canonical_adapter import (
-    LARGEST,
-    CanonicalAdapter,
-    LowRankUpdate,
-    digest,
-)
+from quickchange_store.canonical.adapter_bytes import LARGEST, digest
+from quickchange_store.canonical.canonical_adapter import CanonicalAdapter, LowRankUpdate
 from quickchange_store.errors import InvalidAdapterError
 from quickchange_store.store import Store
 

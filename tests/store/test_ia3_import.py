@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quickchange_store.canonical import canonical_adapter
+from quickchange_store.canonical import adapter_bytes
 from quickchange_store.errors import (
     BaseMismatchError,
     InvalidAdapterError,
@@ -87,7 +87,7 @@ def test_a_stored_adapter_is_read_back(bases: Any, save: Any, tmp_path: Path) ->
     folder = save(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"])
     added = add_adapter(store, "mine", folder, bases("llama").spec)
     loaded = store.load(added.version.digest)
-    assert canonical_adapter.digest(loaded) == added.version.digest
+    assert adapter_bytes.digest(loaded) == added.version.digest
     assert store.info(added.version.digest).ranks == (0,)
     assert loaded.parameters == 2 * (32 + 48)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from quickchange_store.canonical import canonical_adapter
+from quickchange_store.canonical import adapter_bytes
 from quickchange_store.canonical.canonical_adapter import BaseSpec, CanonicalAdapter
 from quickchange_store.canonical.turbo_part import TurboHeads
 from quickchange_store.errors import (
@@ -154,15 +154,13 @@ def test_the_number_of_blocks_is_one_where_nothing_says_it(tmp_path: Path, spec:
 
 
 def test_heads_may_lie_in_several_files(tmp_path: Path, spec: BaseSpec) -> None:
-    whole = canonical_adapter.digest(
-        read_adapter(lorax(tmp_path / "a", lorax_tensors()), spec).adapter
-    )
+    whole = adapter_bytes.digest(read_adapter(lorax(tmp_path / "a", lorax_tensors()), spec).adapter)
     parts = tmp_path / "b"
     tensors = lorax_tensors()
     for i in range(N):
         part = {key: tensors[key] for key in tensors if key.startswith(f"{i}.")}
         write(parts, part, f"part-{i}.safetensors", medusa_num_heads=N)
-    assert canonical_adapter.digest(read_adapter(parts, spec).adapter) == whole
+    assert adapter_bytes.digest(read_adapter(parts, spec).adapter) == whole
 
 
 def sharded(folder: Path) -> Path:
@@ -220,9 +218,7 @@ def test_vllms_layout_holds_the_same_heads(
     v1 = lorax(tmp_path / "lorax", lorax_tensors(layers, own=True), layers)
     tensors = {prefix + key: tensor for key, tensor in vllm_tensors(layers).items()}
     other = vllm(tmp_path / "vllm", tensors, layers)
-    digests = {
-        canonical_adapter.digest(read_adapter(folder, spec).adapter) for folder in (v1, other)
-    }
+    digests = {adapter_bytes.digest(read_adapter(folder, spec).adapter) for folder in (v1, other)}
     assert len(digests) == 1
 
 
@@ -437,12 +433,10 @@ def test_a_lora_and_heads_are_one_adapter_of_two_parts(
         (turbo_lora / name).unlink()
     lora = read_adapter(turbo_lora, spec).adapter
     assert (len(lora.updates), lora.turbo, heads.updates) == (2, None, {})
-    assert canonical_adapter.digest(
-        dataclasses.replace(both, turbo=None)
-    ) == canonical_adapter.digest(lora)
-    assert canonical_adapter.digest(
-        dataclasses.replace(both, updates={})
-    ) == canonical_adapter.digest(heads)
+    assert adapter_bytes.digest(dataclasses.replace(both, turbo=None)) == adapter_bytes.digest(lora)
+    assert adapter_bytes.digest(dataclasses.replace(both, updates={})) == adapter_bytes.digest(
+        heads
+    )
     assert both.parameters == lora.parameters + heads.parameters
 
 

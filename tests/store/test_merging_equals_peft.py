@@ -14,7 +14,8 @@ from peft import LoraConfig, LoraModel, PeftModel, get_peft_model
 from tiny_models import make_model, save_model
 
 from quickchange_store.base_model.base_spec import base_spec
-from quickchange_store.canonical.canonical_adapter import CanonicalAdapter, digest
+from quickchange_store.canonical.adapter_bytes import digest
+from quickchange_store.canonical.canonical_adapter import CanonicalAdapter
 from quickchange_store.errors import UnsupportedFeatureError
 from quickchange_store.importing import read_adapter
 from quickchange_store.merging import MergeStrategy, Recipe, merge, module_seed

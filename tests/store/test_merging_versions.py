@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from quickchange_store.canonical.canonical_adapter import CanonicalAdapter, LowRankUpdate, digest
+from quickchange_store.canonical.adapter_bytes import digest
+from quickchange_store.canonical.canonical_adapter import CanonicalAdapter, LowRankUpdate
 from quickchange_store.errors import AdapterNotFoundError, UnsupportedFeatureError
 from quickchange_store.merging import Recipe, job, merge, result, run
 from quickchange_store.store import Store

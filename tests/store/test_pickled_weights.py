@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from trainer_layouts import CONFIG, STEM, peft_config, peft_tensors, write_json
 
-from quickchange_store.canonical.canonical_adapter import digest
+from quickchange_store.canonical.adapter_bytes import digest
 from quickchange_store.errors import StoreError
 from quickchange_store.formats import pickled_weights
 from quickchange_store.formats.pickled_weights import as_safetensors

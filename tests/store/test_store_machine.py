@@ -15,7 +15,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from quickchange_store.canonical import canonical_adapter
+from quickchange_store.canonical import adapter_bytes
 from quickchange_store.canonical.canonical_adapter import CanonicalAdapter, LowRankUpdate
 from quickchange_store.canonical.turbo_part import DraftBlock, TurboHeads
 from quickchange_store.errors import (
@@ -39,7 +39,7 @@ def adapter(content: int) -> CanonicalAdapter:
     return CanonicalAdapter("LlamaForCausalLM", "tiny", {"m.q": update}, turbo=turbo)
 
 
-DIGESTS = [canonical_adapter.digest(adapter(content)) for content in CONTENTS]
+DIGESTS = [adapter_bytes.digest(adapter(content)) for content in CONTENTS]
 DRAFTING = {DIGESTS[content] for content in WITH_HEADS}
 Pointer = tuple[str, int | None]
 

@@ -25,7 +25,7 @@ from trainer_layouts import (
     write_torchtune,
 )
 
-from quickchange_store.canonical.canonical_adapter import digest
+from quickchange_store.canonical.adapter_bytes import digest
 from quickchange_store.errors import (
     BaseMismatchError,
     InvalidAdapterError,

@@ -242,7 +242,7 @@ def test_the_command_serves_an_approximation_and_shows_its_error(
 
 
 def test_reading_twice_gives_the_same_content(bases: Any, tmp_path: Path) -> None:
-    from quickchange_store.canonical.canonical_adapter import digest
+    from quickchange_store.canonical.adapter_bytes import digest
 
     base = bases("llama")
     tuned(base, "VERA", tmp_path, r=8)

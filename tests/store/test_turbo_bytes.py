@@ -13,7 +13,7 @@ from canonical_bytes import to_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quickchange_store.canonical import canonical_adapter
+from quickchange_store.canonical import adapter_bytes
 from quickchange_store.canonical.canonical_adapter import CanonicalAdapter, LowRankUpdate
 from quickchange_store.canonical.turbo_part import DraftBlock, TurboHeads
 from quickchange_store.errors import CorruptVersionError, InvalidAdapterError
@@ -93,12 +93,12 @@ def test_what_is_written_is_read_back(
     made = adapter(heads, lora)
     path = tmp_path_factory.mktemp("bytes") / "adapter.safetensors"
     with path.open("wb") as file:
-        digest = canonical_adapter.write(made, file)
-    loaded = canonical_adapter.load(path)
+        digest = adapter_bytes.write(made, file)
+    loaded = adapter_bytes.load(path)
     assert loaded.turbo is not None
     assert same(loaded.turbo, heads)
     assert loaded.updates.keys() == made.updates.keys()
-    assert digest == canonical_adapter.digest(loaded) == canonical_adapter.file_digest(path)
+    assert digest == adapter_bytes.digest(loaded) == adapter_bytes.file_digest(path)
     assert path.read_bytes() == to_bytes(made)
     assert loaded.parameters == made.parameters
 
@@ -123,7 +123,7 @@ def test_how_blocks_are_numbered_and_shared_does_not_matter(
 @settings(max_examples=60, deadline=None)
 @given(left=turbo_heads(), right=turbo_heads())
 def test_only_equal_heads_have_equal_bytes(left: TurboHeads, right: TurboHeads) -> None:
-    digests = [canonical_adapter.digest(adapter(turbo)) for turbo in (left, right)]
+    digests = [adapter_bytes.digest(adapter(turbo)) for turbo in (left, right)]
     assert (digests[0] == digests[1]) == same(left, right)
 
 
@@ -132,7 +132,7 @@ def test_only_equal_heads_have_equal_bytes(left: TurboHeads, right: TurboHeads) 
 def test_heads_change_the_digest_of_a_lora(heads: TurboHeads) -> None:
     both = adapter(heads, lora=True)
     alone = dataclasses.replace(both, turbo=None)
-    assert canonical_adapter.digest(both) != canonical_adapter.digest(alone)
+    assert adapter_bytes.digest(both) != adapter_bytes.digest(alone)
     assert b"turbo" not in to_bytes(alone)
 
 
@@ -144,7 +144,7 @@ def test_the_bytes_stay_the_same_over_releases() -> None:
     )
     outputs = (torch.arange(6.0).reshape(3, 2),) * 2
     heads = TurboHeads(blocks, ((0,), (0, 1)), True, vocabulary, outputs)
-    assert canonical_adapter.digest(adapter(heads, lora=True)) == PINNED
+    assert adapter_bytes.digest(adapter(heads, lora=True)) == PINNED
 
 
 def test_what_heads_share_counts_once() -> None:
@@ -180,13 +180,13 @@ def test_a_damaged_header_is_refused(old: bytes, new: bytes, tmp_path: Path) -> 
     path = tmp_path / "adapter.safetensors"
     path.write_bytes(content.replace(old, new))
     with pytest.raises(CorruptVersionError, match=r"adapter\.safetensors"):
-        canonical_adapter.load(path)
+        adapter_bytes.load(path)
 
 
 def test_a_dtype_that_can_not_be_stored_is_refused() -> None:
     heads = TurboHeads((block(1, torch.float64),), ((0,),))
     with pytest.raises(InvalidAdapterError, match=r"turbo\.block\.0\.weight"):
-        canonical_adapter.digest(adapter(heads))
+        adapter_bytes.digest(adapter(heads))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quickchange_store.canonical import canonical_adapter
+from quickchange_store.canonical import adapter_bytes
 from quickchange_store.canonical.canonical_adapter import BaseSpec, CanonicalAdapter
 from quickchange_store.canonical.turbo_part import DraftBlock, TurboHeads
 from quickchange_store.errors import (
@@ -79,7 +79,7 @@ def test_what_is_written_is_read_back(heads: TurboHeads, tmp_path: Path, spec: B
     assert read.adapter.base_name == "tiny"
     assert read.adapter.source == {"format": "turbo", "notes": {"recipe": {"seed": 3}}}
     expected = CanonicalAdapter(spec.architecture, "", {}, {}, heads)
-    assert canonical_adapter.digest(read.adapter) == canonical_adapter.digest(expected)
+    assert adapter_bytes.digest(read.adapter) == adapter_bytes.digest(expected)
 
 
 def test_equal_blocks_are_written_once(tmp_path: Path, spec: BaseSpec) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from quickchange_store.canonical import canonical_adapter
+from quickchange_store.canonical import adapter_bytes
 from quickchange_store.canonical.canonical_adapter import CanonicalAdapter
 
 
 def to_bytes(adapter: CanonicalAdapter) -> bytes:
     """The same for the same content, on any machine. Raises as `write`."""
-    return b"".join(canonical_adapter._chunks(adapter))
+    return b"".join(adapter_bytes._chunks(adapter))

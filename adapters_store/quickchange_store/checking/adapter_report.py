@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quickchange_store.canonical.canonical_adapter import BaseSpec, ModuleShape, write
+from quickchange_store.canonical.adapter_bytes import write
+from quickchange_store.canonical.canonical_adapter import BaseSpec, ModuleShape
 from quickchange_store.checking.trainer_signs import trainer_of
 from quickchange_store.errors import BaseMismatchError, BaseModelError, StoreError
 from quickchange_store.formats.config_file import BASE_NAME, CONFIG_FILE, read_config

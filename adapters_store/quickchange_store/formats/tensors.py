@@ -13,7 +13,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quickchange_store.canonical.canonical_adapter import DTYPES, BaseSpec
+from quickchange_store.canonical.adapter_bytes import DTYPES
+from quickchange_store.canonical.canonical_adapter import BaseSpec
 from quickchange_store.errors import (
     BaseMismatchError,
     BaseModelError,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from quickchange_store.canonical import canonical_adapter
+from quickchange_store.canonical import adapter_bytes
 from quickchange_store.errors import AdapterNotFoundError, CorruptVersionError
 from quickchange_store.files import sync_directory, write_synced, written_synced
 from quickchange_store.index import Index
@@ -155,7 +155,7 @@ def no_such_version(digest: str) -> AdapterNotFoundError:
 def write_version(directory: Path, adapter: CanonicalAdapter, base: BaseSpec | None) -> Staged:
     """Write a version's two files, synced. Raises InvalidAdapterError, OSError."""
     with written_synced(directory / ADAPTER_FILE) as file:
-        digest = canonical_adapter.write(adapter, file)
+        digest = adapter_bytes.write(adapter, file)
         size = file.tell()
     info = describe(adapter, digest, size=size, created=time.time(), base=base)
     write_synced(directory / INFO_FILE, info.encode())
@@ -165,7 +165,7 @@ def write_version(directory: Path, adapter: CanonicalAdapter, base: BaseSpec | N
 
 def check_digest(path: Path, digest: str, pause: Pause | None = None, *, name: str = "") -> None:
     """Raise CorruptVersionError where the file's bytes have another digest. `name`: to show."""
-    found = canonical_adapter.file_digest(path, pause)
+    found = adapter_bytes.file_digest(path, pause)
     if found != digest:
         raise CorruptVersionError(
             f"the version is damaged: its content has the digest {found}",

@@ -87,7 +87,7 @@ def make_heads(
 
     Raises TrainingError.
     """
-    from quickchange_store.canonical.canonical_adapter import digest
+    from quickchange_store.canonical.adapter_bytes import digest
 
     wanted = WantedOutputs(
         source.model,

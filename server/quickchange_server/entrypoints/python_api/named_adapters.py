@@ -23,7 +23,8 @@ from quickchange_server.errors import (
     UnknownModelError,
 )
 from quickchange_server.protocol import LOOKUP
-from quickchange_store.canonical.canonical_adapter import BaseSpec, digest
+from quickchange_store.canonical.adapter_bytes import digest
+from quickchange_store.canonical.canonical_adapter import BaseSpec
 from quickchange_store.errors import AdapterNotFoundError, InvalidNameError
 from quickchange_store.importing import add_adapter, read_adapter
 from quickchange_store.store import Store
