@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from quickchange_store.checking.check_command import check
+from quickchange_store.combining.compose_command import compose_command
 from quickchange_store.errors import StoreError, os_error_line
 from quickchange_store.exporting import ExportLayout, export_adapter
 from quickchange_store.hub_access import look_for_hub
@@ -32,6 +33,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command()(check)
+app.command("compose")(compose_command)
 
 StoreOption = Annotated[
     str,
@@ -152,6 +154,7 @@ def show(
         detail["approximation"] = _approximation_line(detail["approximation"])
         detail["turbo"] = _turbo_line(detail["turbo"])
         detail["classifier"] = _classifier_line(detail["classifier"])
+        detail["terms"] = _terms_line(detail["terms"])
         _print_table(("FIELD", "VALUE"), [(key, _cell(value)) for key, value in detail.items()])
 
 
@@ -335,6 +338,7 @@ def _described(store: Store, version: Version) -> dict[str, Any]:
         "approximation": info.source.get("approximation"),
         "turbo": _turbo(info),
         "classifier": None if info.classifier is None else asdict(info.classifier),
+        "terms": info.source.get("terms") if info.composition else None,
     }
 
 
@@ -380,6 +384,18 @@ def _turbo_line(turbo: dict[str, Any] | None) -> str:
     return (
         f"{line}; Medusa-1 has {turbo['medusa_parameters']:,} for as many heads, "
         f"{turbo['fewer_than_medusa']:.1f}x"
+    )
+
+
+def _terms_line(terms: list[dict[str, Any]] | None) -> str:
+    """The terms of a composition as they were given."""
+    if terms is None:
+        return "-"
+    return ", ".join(
+        f"{term['weight']:g} {term['adapter']}"
+        + (f" from {term['begin']} to {term['end'] or 'the end'}" if "begin" in term else "")
+        + (f" with {len(term['scales'])} scales" if "scales" in term else "")
+        for term in terms
     )
 
 

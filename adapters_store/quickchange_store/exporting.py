@@ -55,6 +55,12 @@ def export_adapter(
         raise NameConflictError(
             "the folder exists", key=str(directory), remedy="give one that does not exist yet"
         )
+    if adapter.composition is not None:
+        raise UnsupportedFeatureError(
+            "it is a composition, which no layout of one adapter says",
+            key=", ".join(adapter.needs),
+            remedy="export the adapters that it is made of",
+        )
     if adapter.architecture != base.architecture:
         raise BaseMismatchError(
             f"the adapter is for {adapter.architecture}, the base model is {base.architecture}",

@@ -31,6 +31,8 @@ from quickchange_store.names import Reference, check_name, did_you_mean, parse_r
 FORMAT = 1
 TURBO_FORMAT = 2  # some version has Turbo heads, which readers of format 1 would drop
 CLASSIFIER_FORMAT = 3  # some version has a classification head, which readers of 2 would drop
+NEEDS_FORMAT = 4  # some version is a sum of others, which readers of 3 would collect
+_FORMATS = (FORMAT, TURBO_FORMAT, CLASSIFIER_FORMAT, NEEDS_FORMAT)
 MAX_INDEX_BYTES = 1 << 30
 LAST_SECOND = 253_402_300_799.0  # of the year 9999, behind which dates can't be shown
 
@@ -45,6 +47,12 @@ class Version:
     created: float  # seconds since 1970
     turbo: bool = False  # True: it has Turbo heads
     classifier: bool = False  # True: it has a classification head, and so generates nothing
+    needs: tuple[str, ...] = ()  # digests of the versions that a composition is made of
+
+    @property
+    def served(self) -> tuple[str, ...]:
+        """Digests of what is on the device for it: its terms, or itself."""
+        return self.needs or (self.digest,)
 
     def __str__(self) -> str:
         return f"{self.name}@{self.number}"
@@ -119,8 +127,9 @@ class Index:
         return version if version.turbo else None
 
     def digests(self) -> set[str]:
-        """Digests that a name refers to."""
-        return {v.digest for entry in self.entries.values() for v in entry.versions.values()}
+        """Digests that a name refers to, by itself or as a term of a composition."""
+        versions = (v for entry in self.entries.values() for v in entry.versions.values())
+        return {digest for version in versions for digest in (version.digest, *version.needs)}
 
 
 def _select(entry: NameEntry, reference: Reference) -> Version:
@@ -148,18 +157,24 @@ def _select(entry: NameEntry, reference: Reference) -> Version:
 
 
 def with_digest(
-    entry: NameEntry | None, name: str, digest: str, *, turbo: bool, classifier: bool
+    entry: NameEntry | None,
+    name: str,
+    digest: str,
+    *,
+    turbo: bool,
+    classifier: bool,
+    needs: tuple[str, ...] = (),
 ) -> NameEntry:
     """The entry with `digest` current: an old version of it, or a new one.
 
-    `turbo`: it has Turbo heads; `classifier`: a classification head.
+    `turbo`: it has Turbo heads; `classifier`: a classification head; `needs`: its terms.
     """
     versions: Mapping[int, Version] = {} if entry is None else entry.versions
     number = 1 if entry is None else entry.next_number
     for version in versions.values():
         if entry is not None and version.digest == digest:
             return replace(entry, current=version.number)
-    added = Version(name, number, digest, time.time(), turbo, classifier)
+    added = Version(name, number, digest, time.time(), turbo, classifier, needs)
     return NameEntry({**versions, number: added}, current=number, next_number=number + 1)
 
 
@@ -260,6 +275,7 @@ def encode(index: Index) -> bytes:
                     "created": v.created,
                     **({"turbo": True} if v.turbo else {}),
                     **({"classifier": True} if v.classifier else {}),
+                    **({"needs": list(v.needs)} if v.needs else {}),
                 }
                 for v in entry.versions.values()
             },
@@ -277,6 +293,7 @@ def encode(index: Index) -> bytes:
     every = [v for entry in index.entries.values() for v in entry.versions.values()]
     number = TURBO_FORMAT if any(v.turbo for v in every) else FORMAT
     number = CLASSIFIER_FORMAT if any(v.classifier for v in every) else number
+    number = NEEDS_FORMAT if any(v.needs for v in every) else number
     content = {"format": number, "names": names, "aliases": aliases}
     return json.dumps(content, sort_keys=True).encode()
 
@@ -285,10 +302,10 @@ def decode(content: bytes, path: Path | str) -> Index:
     """The index from its JSON; `path` is for messages. Raises CorruptStoreError."""
     try:
         tree = read_object(content)
-        if tree.get("format") not in (FORMAT, TURBO_FORMAT, CLASSIFIER_FORMAT):
+        if tree.get("format") not in _FORMATS:
             raise CorruptStoreError(
                 f"format {tree.get('format')!r} is not known to this version, which reads up to "
-                f"{CLASSIFIER_FORMAT}",
+                f"{_FORMATS[-1]}",
                 file=str(path),
                 key="format",
                 remedy="use the version of quickchange that wrote it",
@@ -324,11 +341,15 @@ class _Stored(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
 
 
+_Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
 class _StoredVersion(_Stored):
-    digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    digest: _Digest
     created: Annotated[float, Field(ge=0, le=LAST_SECOND)]
     turbo: bool = False
     classifier: bool = False
+    needs: list[_Digest] = []
 
 
 class _StoredName(_Stored):
@@ -356,7 +377,13 @@ def _entry(name: str, stored: _StoredName) -> NameEntry:
         if number is None:
             raise ValueError(f"{name} has a version {text!r}, which is no number from 1")
         versions[number] = Version(
-            name, number, version.digest, version.created, version.turbo, version.classifier
+            name,
+            number,
+            version.digest,
+            version.created,
+            version.turbo,
+            version.classifier,
+            tuple(version.needs),
         )
     if stored.next <= max(versions):
         raise ValueError(f"{name} has the version {max(versions)}, and the next is {stored.next}")

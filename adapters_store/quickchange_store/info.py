@@ -13,6 +13,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from quickchange_store.canonical import turbo_bytes
 from quickchange_store.canonical.classifier_part import ClassActivation, ClassifierHead
+from quickchange_store.canonical.composition_part import Term
 from quickchange_store.errors import BaseMismatchError, CorruptVersionError, InvalidAdapterError
 from quickchange_store.index import LAST_SECOND
 from quickchange_store.json_files import UnreadableFileError, read_file, read_object
@@ -69,6 +70,7 @@ class AdapterInfo:
     kind: str = ""  # "LoRA", "bottleneck", …; unknown where an earlier release added it
     turbo: TurboInfo | None = None
     classifier: ClassifierInfo | None = None
+    composition: tuple[Term, ...] = ()  # the versions that it is the sum of
     base_hidden: int | None = None  # hidden size of the base that it was checked against
     base_vocabulary: int | None = None
 
@@ -146,6 +148,7 @@ def describe(
         kind=_kind(adapter),
         turbo=None if adapter.turbo is None else _turbo(adapter.turbo),
         classifier=None if adapter.classifier is None else _classifier(adapter.classifier),
+        composition=() if adapter.composition is None else adapter.composition.terms,
         base_hidden=None if head is None else head.in_features,
         base_vocabulary=None if head is None else head.out_features,
     )
@@ -176,6 +179,8 @@ def _kind(adapter: CanonicalAdapter) -> str:
     updates = adapter.updates.values()
     if adapter.classifier is not None:
         return f"{_kind(replace(adapter, classifier=None))} classifier"
+    if adapter.composition is not None:
+        return "composition"
     if not updates:
         return "Turbo" if adapter.turbo is not None else "empty"
     if any(update.activation != "identity" or update.source != "input" for update in updates):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,7 +59,8 @@ class Resolved:
     name: str
     digest: str
     version: int
-    turbo: str | None = None  # digest of the version whose heads draft by default, where one does
+    turbo: str | None  # digest of the version whose heads draft by default, where one does
+    served: tuple[str, ...]  # digests of what is on the device for it: its terms, or itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +144,7 @@ class Store:
         index, parsed = self._place.index(), parse_reference(reference)
         version, drafter = index.find(parsed), index.drafting(parsed)
         turbo = None if drafter is None else drafter.digest
-        return Resolved(version.name, version.digest, version.number, turbo)
+        return Resolved(version.name, version.digest, version.number, turbo, version.served)
 
     def names(self) -> tuple[str, ...]:
         """All names, sorted."""
@@ -205,15 +207,17 @@ class Store:
         """
         check_name(name)
         _refuse_alias(self._place.index(), name)
-        heads = {
-            "turbo": adapter.turbo is not None,
-            "classifier": adapter.classifier is not None,
-        }
+        numbered = partial(
+            with_digest,
+            turbo=adapter.turbo is not None,
+            classifier=adapter.classifier is not None,
+            needs=adapter.needs,
+        )
         with self._place.staged(adapter, base) as staged:
 
             def named(index: Index) -> tuple[Index, Version]:
                 _refuse_alias(index, name)
-                entry = with_digest(index.entries.get(name), name, staged.digest, **heads)
+                entry = numbered(index.entries.get(name), name, staged.digest)
                 new = replace(index, entries={**index.entries, name: entry})
                 check_drafters(new)
                 return new, entry.versions[entry.current]
@@ -335,7 +339,7 @@ class Store:
                 str(version)
                 for entry in index.entries.values()
                 for version in entry.versions.values()
-                if version.digest == digest
+                if digest in (version.digest, *version.needs)
             )
             try:
                 self._check(digest)

@@ -16,8 +16,8 @@ import pytest
 from http_support import BASE, BASE_SPEC, Live, live_server, make_adapter, wait_until, write_peft
 
 from quickchange_server.adapter_registry.merged_adapters import FOLDER, Derived
+from quickchange_store.combining.merging import Recipe
 from quickchange_store.importing import add_adapter
-from quickchange_store.merging import Recipe
 from quickchange_store.store import Store
 
 T = TypeVar("T")

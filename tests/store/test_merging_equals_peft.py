@@ -16,9 +16,9 @@ from tiny_models import make_model, save_model
 from quickchange_store.base_model.base_spec import base_spec
 from quickchange_store.canonical.adapter_bytes import digest
 from quickchange_store.canonical.canonical_adapter import CanonicalAdapter
+from quickchange_store.combining.merging import MergeStrategy, Recipe, merge, module_seed
 from quickchange_store.errors import UnsupportedFeatureError
 from quickchange_store.importing import read_adapter
-from quickchange_store.merging import MergeStrategy, Recipe, merge, module_seed
 
 PREFIX = "base_model.model."
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]

@@ -13,8 +13,8 @@ import torch
 
 from quickchange_store.canonical.adapter_bytes import digest
 from quickchange_store.canonical.canonical_adapter import CanonicalAdapter, LowRankUpdate
+from quickchange_store.combining.merging import Recipe, job, merge, result, run
 from quickchange_store.errors import AdapterNotFoundError, UnsupportedFeatureError
-from quickchange_store.merging import Recipe, job, merge, result, run
 from quickchange_store.store import Store
 
 MODULE = "model.layers.0.self_attn.q_proj"

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 from quickchange_store.canonical import turbo_bytes
 from quickchange_store.canonical.classifier_part import ClassifierHead
+from quickchange_store.canonical.composition_part import Composition
 from quickchange_store.canonical.stored_parts import Invocation, StoredPart
 from quickchange_store.errors import InvalidAdapterError
 
@@ -244,6 +245,7 @@ class CanonicalAdapter:
     turbo: TurboHeads | None = None  # the heads that draft for it
     classifier: ClassifierHead | None = None  # classifies texts by their last hidden state
     invocation: Invocation | None = None  # None: it serves the whole text
+    composition: Composition | None = None  # the versions that it stands for, of a named sum
 
     @property
     def parameters(self) -> int:
@@ -257,8 +259,17 @@ class CanonicalAdapter:
     @property
     def parts(self) -> dict[str, StoredPart]:
         """Its parts beside updates and heads, by the name that the bytes have them under."""
-        parts = {"invocation": self.invocation}
+        parts: dict[str, StoredPart | None] = {
+            "composition": self.composition,
+            "invocation": self.invocation,
+        }
         return {name: part for name, part in parts.items() if part is not None}
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Digests of the versions that it is the sum of, sorted."""
+        terms = () if self.composition is None else self.composition.terms
+        return tuple(sorted({term.digest for term in terms}))
 
     @property
     def max_rank(self) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from quickchange_store.canonical.composition_part import Composition, Term
 from quickchange_store.errors import InvalidAdapterError
 
 if TYPE_CHECKING:  # names and digests are useful without torch
@@ -65,7 +66,14 @@ def _invocation(entry: Any, _tensors: Tensors) -> Invocation:
     return Invocation(tuple(entry))
 
 
-_READERS: Mapping[str, Callable[[Any, Tensors], StoredPart]] = {"invocation": _invocation}
+def _composition(entry: Any, _tensors: Tensors) -> Composition:
+    return Composition(tuple(Term(*term) for term in entry))
+
+
+_READERS: Mapping[str, Callable[[Any, Tensors], StoredPart]] = {
+    "composition": _composition,
+    "invocation": _invocation,
+}
 
 
 def assemble(entries: Mapping[str, Any], tensors: Tensors) -> dict[str, Any]:

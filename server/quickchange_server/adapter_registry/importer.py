@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 
 from quickchange_server.errors import ConflictError, InvalidRequestError
 from quickchange_store.canonical.canonical_adapter import BaseSpec
+from quickchange_store.combining.composing import GivenTerm, compose
+from quickchange_store.formats.tuners.tuner_reader import EXACT_ONLY, RankLimits
 from quickchange_store.importing import Added, add_adapter, add_unless_known
 from quickchange_store.sources.adapter_url import AdapterUrl
 from quickchange_store.sources.fetching import fetched
@@ -47,7 +49,9 @@ class Imports:
         self._fetches = asyncio.Semaphore(_FETCHES)
         self._most_bytes = most_bytes
 
-    async def add(self, name: str, place: Path | AdapterUrl) -> Added:
+    async def add(
+        self, name: str, place: Path | AdapterUrl, limits: RankLimits = EXACT_ONLY
+    ) -> Added:
         """Check the adapter in a folder or at a URL and publish it as `name`.
 
         Raises StoreError, ConflictError if the name is taken, InvalidRequestError if the folder
@@ -55,13 +59,19 @@ class Imports:
         """
         self.refuse_taken(name)
         if isinstance(place, Path):
-            return await self._add(name, place, None)
+            return await self._add(name, place, limits, None)
         async with AsyncExitStack() as stack:
             async with self._fetches:  # others are imported meanwhile
                 opening = fetched(place, self._most_bytes)
                 there = await asyncio.to_thread(opening.__enter__)
                 stack.push(opening)
-            return await self._add(name, there.folder, there.origin)
+            return await self._add(name, there.folder, limits, there.origin)
+
+    async def compose(self, name: str, terms: Sequence[GivenTerm]) -> Added:
+        """Publish the weighted sum of adapters as `name`. Raises StoreError, ConflictError."""
+        self.refuse_taken(name)
+        async with self._turn:
+            return Added(await asyncio.to_thread(compose, self._store, name, terms), ())
 
     async def add_unless_known(self, name: str, folder: Path) -> Added | None:
         """Publish what is in a folder unless it is a version of `name` already. Raises as `add`."""
@@ -79,11 +89,13 @@ class Imports:
                 f"name: {name!r} is the base model; choose another name", param="name"
             )
 
-    async def _add(self, name: str, folder: Path, origin: Mapping[str, str] | None) -> Added:
+    async def _add(
+        self, name: str, folder: Path, limits: RankLimits, origin: Mapping[str, str] | None
+    ) -> Added:
         async with self._turn:
             try:
                 return await asyncio.to_thread(
-                    lambda: add_adapter(self._store, name, folder, self._spec(), origin=origin)
+                    lambda: add_adapter(self._store, name, folder, self._spec(), limits, origin)
                 )
             except OSError as error:
                 if not _is_of(error, folder):

@@ -24,7 +24,7 @@ from quickchange_server.errors import (
     RequestFailedError,
     UnavailableError,
 )
-from quickchange_store.merging import Recipe, job, result
+from quickchange_store.combining.merging import Recipe, job, result
 from quickchange_store.store import Store
 
 FOLDER = "derived"  # of the store's notes; one per recipe, KEY.digests
@@ -129,7 +129,7 @@ class Derived:
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
-            "quickchange_store.merging",
+            "quickchange_store.combining.merging",
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,

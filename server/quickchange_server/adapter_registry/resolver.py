@@ -174,10 +174,17 @@ class Catalog:
     def _alone(self, model: str, version: Version) -> Selection:
         if self._only_drafts(version):  # the base itself, with its prefix cache
             return Selection(model, (), BASE_LABEL)
-        adapters = (Component(version.digest),)
+        adapters = _sum(self._terms(version))
         return Selection(
             model, adapters, version.name, classifiers=_classifiers(adapters, [version])
         )
+
+    def _terms(self, version: Version, weight: float = 1.0) -> list[Component]:
+        """What a version adds to the model, at a weight: itself, or its composition's terms."""
+        if not version.needs:
+            return [Component(version.digest, weight)]
+        terms = self.info(version.digest).composition
+        return [Component(term.digest, weight * term.weight) for term in terms]
 
     def _only_drafts(self, version: Version) -> bool:
         """True if the version holds Turbo heads and nothing that changes the model."""
@@ -196,13 +203,13 @@ class Catalog:
                 f"not {len(composition)}",
                 param="adapters",
             )
-        weights: dict[str, float] = {}
+        terms: list[Component] = []
         versions: list[Version] = []
         for index, entry in enumerate(composition):
             version = self._term(entry.name, sees, param=f"adapters[{index}].id")
-            weights[version.digest] = weights.get(version.digest, 0.0) + entry.weight
+            terms += self._terms(version, entry.weight)
             versions.append(version)
-        components = _components(weights)
+        components = _sum(terms)
         names = {version.name for version in versions}
         label = names.pop() if len(names) == 1 else COMPOSITION_LABEL
         label = label if components else BASE_LABEL
@@ -299,11 +306,20 @@ def _size(head: ClassifierHead | None) -> int:
     return 0 if head is None else sum(tensor.nbytes for tensor in head.tensors.values())
 
 
-def _components(weights: dict[str, float]) -> tuple[Component, ...]:
+def _sum(terms: Sequence[Component]) -> tuple[Component, ...]:
     """The components sorted by digest, so that equal compositions share cached prefixes.
 
-    Raises InvalidRequestError if a weight is not finite.
+    Raises InvalidRequestError if a weight is not finite, or there are too many adapters.
     """
+    weights: dict[str, float] = {}
+    for term in terms:
+        weights[term.digest] = weights.get(term.digest, 0.0) + term.weight
+    if len(weights) > MAX_COMPONENTS:
+        raise InvalidRequestError(
+            f"adapters: with the terms of named compositions {len(weights)} adapters, where "
+            f"{MAX_COMPONENTS} is the most in one composition; name fewer",
+            param="adapters",
+        )
     for weight in weights.values():
         if not math.isfinite(weight):
             raise InvalidRequestError(

@@ -15,7 +15,7 @@ from lorax_client import python_with_client, run_script
 from text_support import byte_text
 
 from quickchange_server.protocol import Component
-from quickchange_store.merging import Recipe, derive
+from quickchange_store.combining.merging import Recipe, derive
 from quickchange_store.store import Store
 
 SCRIPT = Path(__file__).parents[2] / "support" / "lorax_script.py"

@@ -20,8 +20,8 @@ from keys_support import client_of, created, keyed_server
 from quickchange_server.adapter_registry.merged_adapters import FOLDER, IN_USE_SECONDS, Derived
 from quickchange_server.errors import RequestFailedError, UnavailableError
 from quickchange_server.protocol import Component
+from quickchange_store.combining.merging import MergeStrategy, Recipe, derive, merge
 from quickchange_store.errors import AdapterNotFoundError, UnsupportedFeatureError
-from quickchange_store.merging import MergeStrategy, Recipe, derive, merge
 from quickchange_store.store import Store
 
 MERGED = {"ids": ["sql", "json"], "weights": [0.5, 2.0], "density": 0.5}

@@ -12,7 +12,7 @@ from http_support import BASE, Live, live_server, make_adapter
 from text_support import byte_text
 
 from quickchange_server.protocol import Component
-from quickchange_store.merging import Recipe, derive
+from quickchange_store.combining.merging import Recipe, derive
 from quickchange_store.store import Store
 
 CHAT = [{"role": "user", "content": "Grüße"}]

@@ -46,6 +46,7 @@ from quickchange_store.formats.tuners.tuner_types import (
 )
 from quickchange_store.formats.weight_files import weight_files
 
+MAX_RANK = 1 << 16
 EXACT_RANK = 256  # a module's rank up to which an update is served exactly
 LARGEST_BYTES = 4 << 30  # of what PEFT makes by a configuration alone
 _REFUSED = frozenset(
@@ -96,9 +97,11 @@ class RankLimits:
 
     def __post_init__(self) -> None:
         for name, value in (("exact_rank", self.exact), ("approximate_rank", self.approximate)):
-            if value is not None and (type(value) is not int or not 1 <= value <= 1 << 16):
+            if value is not None and (type(value) is not int or not 1 <= value <= MAX_RANK):
                 raise InvalidAdapterError(
-                    f"{value!r} is no rank", key=name, remedy="give a whole number from 1 to 65536"
+                    f"{value!r} is no rank",
+                    key=name,
+                    remedy=f"give a whole number from 1 to {MAX_RANK}",
                 )
 
 

@@ -7,11 +7,11 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.exceptions import RequestValidationError
@@ -37,8 +37,18 @@ from quickchange_server.api.openapi.response_models_admin import (
 from quickchange_server.api.openapi.route_responses import COMMON_ERRORS, errors
 from quickchange_server.errors import ConflictError, ForbiddenError, InvalidRequestError
 from quickchange_server.frontend.caller import Caller
-from quickchange_server.frontend.request_base import MAX_PATH, Body, Json, Name
+from quickchange_server.frontend.request_base import (
+    MAX_COMPONENTS,
+    MAX_PATH,
+    Body,
+    Json,
+    MergeWeight,
+    Name,
+    WeightedAdapter,
+)
+from quickchange_store.combining.composing import GivenTerm
 from quickchange_store.errors import AdapterNotFoundError, InUseError
+from quickchange_store.formats.tuners.tuner_reader import EXACT_ONLY, MAX_RANK, RankLimits
 from quickchange_store.importing import Added
 from quickchange_store.index import Alias, Index, Version
 from quickchange_store.info import AdapterInfo
@@ -50,6 +60,9 @@ MAX_UPLOAD_FILES = 64  # Turbo heads may come in several
 ACCEPTED = "Asked of the engine; the answer does not wait for it"
 UPLOAD_FILE = re.compile(r"(?!\.+$)[\w. ()+-]{1,100}")
 KEPT = (".json", ".safetensors")
+MAX_SCALES = 1_000  # factors of a term's modules
+
+Checked = TypeVar("Checked", bound=Body)
 
 
 async def adapters_on(services: Injected) -> None:
@@ -68,9 +81,35 @@ router = APIRouter(
 )
 
 
-class AddFromPath(Body):
+class _Ranks(Body):
+    """Limits of the ranks by which updates are served that no LoRA made."""
+
+    exact_rank: int = Field(EXACT_ONLY.exact, ge=1, le=MAX_RANK)  # up to which they are exact
+    approximate_rank: int | None = Field(None, ge=1, le=MAX_RANK)  # default: exactly, or refused
+
+    @property
+    def limits(self) -> RankLimits:
+        return RankLimits(self.exact_rank, self.approximate_rank)
+
+
+class AddFromPath(_Ranks):
     name: Name
     path: str = Field(max_length=MAX_PATH)  # a folder of the server's machine, or a URL
+
+
+class _UploadFields(_Ranks):
+    name: Name
+
+
+class ComposedTerm(WeightedAdapter):
+    """A term of a composition under a name."""
+
+    scales: dict[str, MergeWeight] = Field(default_factory=dict, max_length=MAX_SCALES)
+
+
+class Compose(Body):
+    name: Name
+    adapters: list[ComposedTerm] = Field(min_length=1, max_length=MAX_COMPONENTS, fail_fast=True)
 
 
 _FILE = {"type": "string", "format": "binary"}
@@ -90,7 +129,9 @@ _UPLOAD_FORM = {
 _ADD_BODY = {  # for the OpenAPI document; the route parses the body itself
     "required": True,
     "content": {
-        "application/json": {"schema": AddFromPath.model_json_schema()},
+        "application/json": {
+            "schema": {"anyOf": [AddFromPath.model_json_schema(), Compose.model_json_schema()]}
+        },
         "multipart/form-data": {"schema": _UPLOAD_FORM},
     },
 }
@@ -144,15 +185,19 @@ def uses_hidden(caller: Caller) -> Iterator[None]:
 # --- views --------------------------------------------------------------------------------------
 
 
-def _residency(services: Services, digest: str) -> Json:
+def _residency(services: Services, digests: Sequence[str]) -> Json:
+    """Where the farthest of the versions lies that a name serves, and what all of them take."""
     residency = services.client.residency
-    found = residency.get(digest)
-    if found is None:
-        told: Json = {"tier": "disk", "bytes": 0, "pinned": digest in residency.pins}
-    else:
-        told = {"tier": found.tier, "bytes": found.bytes, "pinned": found.pinned}
+    found = [residency.get(digest) for digest in digests]
+    tiers = ["disk" if each is None else each.tier for each in found]
+    farthest = max(tiers, key=("device", "host", "disk").index)
+    told: Json = {
+        "tier": farthest,
+        "bytes": sum(each.bytes for each in found if each is not None),
+        "pinned": set(digests) <= set(residency.pins),
+    }
     if services.cluster is not None:
-        told["replicas"] = services.cluster.tiers(digest)
+        told["replicas"] = services.cluster.tiers(digests[tiers.index(farthest)])
     return told
 
 
@@ -162,7 +207,7 @@ def _version(services: Services, version: Version) -> Json:
         "digest": version.digest,
         "created": int(version.created),
         "turbo": _turbo(services.catalog.info(version.digest)) if version.turbo else None,
-        "residency": _residency(services, version.digest),
+        "residency": _residency(services, version.served),
     }
 
 
@@ -200,7 +245,7 @@ def _state(services: Services, resolved: Resolved) -> Json:
         "id": resolved.name,
         "version": resolved.version,
         "digest": resolved.digest,
-        "residency": _residency(services, resolved.digest),
+        "residency": _residency(services, resolved.served),
     }
 
 
@@ -258,44 +303,66 @@ async def one_adapter(reference: str, services: Injected, caller: Managing) -> J
     openapi_extra={"requestBody": _ADD_BODY},
 )
 async def add_adapter(request: Request, services: Injected, caller: Managing) -> Json:
-    """Add an adapter from a folder of the server's machine or a URL (JSON), or an upload
-    (multipart)."""
+    """Add an adapter from a folder of the server's machine or a URL, a sum of adapters (both JSON),
+    or an upload (multipart)."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":
-        body = _parse(AddFromPath, await request.body())
+        content = _read(await request.body())
+        if isinstance(content, dict) and "adapters" in content:
+            return _added(await _compose(services, caller, _checked(Compose, content)))
+        body = _checked(AddFromPath, content)
         check_own(caller, body.name, "name")
         place = allowed_place(services.settings, body.path, "path")
         with uses_hidden(caller):
-            return _added(await services.imports.add(body.name, place))
+            return _added(await services.imports.add(body.name, place, body.limits))
     if kind == "multipart/form-data":
-        async with request.form(max_files=MAX_UPLOAD_FILES, max_fields=1) as form:
+        fields = len(_UploadFields.model_fields)
+        async with request.form(max_files=MAX_UPLOAD_FILES, max_fields=fields) as form:
             return _added(await _add_upload(services, caller, form))
     raise InvalidRequestError(
-        "the body must be application/json with name and path, or multipart/form-data with name "
-        "and the adapter's files"
+        "the body must be application/json with name and path or adapters, or multipart/form-data "
+        "with name and the adapter's files"
     )
 
 
-def _parse(model: type[AddFromPath], content: bytes) -> AddFromPath:
+def _read(content: bytes) -> Any:
     try:
-        return model.model_validate(json.loads(content))
-    except ValidationError as error:
-        raise RequestValidationError(error.errors()) from error
+        return json.loads(content)
     except ValueError as error:
         raise InvalidRequestError(f"the body is not valid JSON: {error}") from error
 
 
+def _checked(model: type[Checked], content: Any, *, strings: bool = False) -> Checked:
+    try:
+        return (
+            model.model_validate_strings(content, strict=False)
+            if strings
+            else model.model_validate(content)
+        )
+    except ValidationError as error:
+        raise RequestValidationError(error.errors()) from error
+
+
+async def _compose(services: Services, caller: Caller, body: Compose) -> Added:
+    check_own(caller, body.name, "name")
+    for term in body.adapters:
+        check_seen(services, caller, term.id)
+    terms = [GivenTerm(t.id, t.weight, scales=t.scales) for t in body.adapters]
+    with uses_hidden(caller):
+        return await services.imports.compose(body.name, terms)
+
+
 async def _add_upload(services: Services, caller: Caller, form: FormData) -> Added:
-    name = form.get("name")
-    if not isinstance(name, str):
-        raise InvalidRequestError("name: is required, as a form field", param="name")
+    given = {k: v for k, v in form.items() if k in _UploadFields.model_fields}
+    fields = _checked(_UploadFields, given, strings=True)
+    name = fields.name
     check_own(caller, name, "name")
     with (
         uses_hidden(caller),
         tempfile.TemporaryDirectory(prefix="quickchange-upload-") as folder,
     ):
         for file, upload in form.multi_items():
-            if file == "name":
+            if file in given:
                 continue
             # The field's name, not the client's file name: UPLOAD_FILE admits no path.
             path = Path(folder) / file
@@ -307,7 +374,7 @@ async def _add_upload(services: Services, caller: Caller, form: FormData) -> Add
                     param=file,
                 )
             await asyncio.to_thread(_write, upload, path)
-        return await services.imports.add(name, Path(folder))
+        return await services.imports.add(name, Path(folder), fields.limits)
 
 
 def _write(upload: UploadFile, path: Path) -> None:
@@ -325,7 +392,8 @@ async def remove_reference(
     check_seen(services, caller, reference)
     with uses_hidden(caller):
         gone = await asyncio.to_thread(services.store.remove, reference)
-    for digest in {version.digest for version in gone} - services.store.snapshot().digests():
+    used = {digest for version in gone for digest in version.served}
+    for digest in used - services.store.snapshot().digests():
         services.client.forget(digest)
     return gone
 
@@ -390,7 +458,8 @@ async def unpin(reference: str, services: Injected, caller: Managing) -> Json:
 def _pinned(services: Services, caller: Caller, reference: str, pinned: bool) -> Json:
     check_seen(services, caller, reference)
     resolved = services.store.resolve(reference)
-    services.client.pin(resolved.digest, pinned)
+    for digest in resolved.served:
+        services.client.pin(digest, pinned)
     return _state(services, resolved)
 
 
@@ -407,7 +476,8 @@ async def prefetch(
     """Load a version to a tier if the tier's budget allows; the answer does not wait for it."""
     check_seen(services, caller, reference)
     resolved = services.store.resolve(reference)
-    services.client.prefetch(resolved.digest, "device" if body is None else body.tier)
+    for digest in resolved.served:
+        services.client.prefetch(digest, "device" if body is None else body.tier)
     return _state(services, resolved)
 
 

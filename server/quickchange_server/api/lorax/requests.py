@@ -22,7 +22,7 @@ from quickchange_server.frontend.request_base import (
     Unsupported,
     check_text,
 )
-from quickchange_store.merging import MergeStrategy, SignMethod
+from quickchange_store.combining.merging import MergeStrategy, SignMethod
 
 MAX_STOP_SEQUENCES = 4  # LoRAX's default, reported by /info
 AdapterSource = Literal["hub", "local", "s3", "pbase"]

@@ -25,7 +25,7 @@ from quickchange_server.errors import InvalidRequestError, UnknownModelError
 from quickchange_server.frontend.caller import Caller
 from quickchange_server.frontend.request_base import SAMPLING, Json
 from quickchange_server.protocol import Component
-from quickchange_store.merging import Recipe
+from quickchange_store.combining.merging import Recipe
 
 BASE_ID = "__base_model__"  # LoRAX's adapter id of the plain base model
 # Sampling parameters with the same name and meaning. LoRAX's temperature has another meaning, and

@@ -66,6 +66,13 @@ class ClassifierSummary(ResponseModel):
     parameters: int
 
 
+class ComposedVersion(ResponseModel):
+    digest: str
+    weight: float
+    begin: int
+    end: int | None
+
+
 class AdapterContents(ResponseModel):
     architecture: str
     base_name: str
@@ -78,6 +85,7 @@ class AdapterContents(ResponseModel):
     source: dict[str, Any]
     kind: str
     classifier: ClassifierSummary | None
+    composition: list[ComposedVersion]
     base_hidden: int | None
     base_vocabulary: int | None
 

@@ -7,8 +7,9 @@ value decomposition ("ties_svd", ...), which takes long on a large base. TIES: Y
 2023. DARE: Yu and others, 2024.
 
 A recipe decides the result, DARE's randomness included. As a program
-(`python -m quickchange_store.merging`) it reads a job from standard input and publishes the result
-without a name, so that a server needs no tensors of its own for it. Knows nothing of HTTP.
+(`python -m quickchange_store.combining.merging`) it reads a job from standard input and publishes
+the result without a name, so that a server needs no tensors of its own for it. Knows nothing of
+HTTP.
 """
 
 from __future__ import annotations
@@ -100,6 +101,10 @@ def derive(store: Store, recipe: Recipe) -> str:
 
 
 def _check_plain(digest: str, adapter: CanonicalAdapter) -> None:
+    if adapter.composition is not None:
+        raise UnsupportedFeatureError(
+            "it is a composition", key=digest, remedy="merge the adapters that it is made of"
+        )
     if not adapter.updates:
         raise UnsupportedFeatureError(
             "it holds Turbo heads alone, which add nothing to merge",

@@ -1,0 +1,1 @@
+"""Adapters made of stored adapters: merges, and sums under a name."""
