@@ -37,6 +37,7 @@ class TurboInfo:
     vocabulary: int | None  # tokens that can be drafted; None: all
     own_outputs: bool  # the heads have LM heads of their own
     parameters: int  # trained values
+    tenant: str | None = None  # the only one that they draft for; None: they do for everybody
 
     def medusa_parameters(self, vocabulary: int) -> int:
         """Parameters of as many Medusa-1 heads, each with an LM head of [vocabulary, hidden]."""
@@ -167,6 +168,7 @@ def _turbo(turbo: TurboHeads) -> TurboInfo:
         vocabulary=None if turbo.vocabulary is None else len(turbo.vocabulary),
         own_outputs=bool(turbo.outputs),
         parameters=turbo_bytes.parameters(turbo),
+        tenant=turbo.tenant,
     )
 
 

@@ -21,6 +21,8 @@ _THE_ADAPTER = "adapter"  # stands for the only adapter's digest
 def generate_for(wanted: WantedOutputs) -> Generate:
     """A function that makes greedy outputs with an engine of its own, closed at its end.
 
+    For prompts whose outputs `wanted` knows it reads the states of these instead.
+
     The function raises ModelError where the model can't be served or a prompt can't be answered.
     """
 
@@ -40,24 +42,31 @@ def generate_for(wanted: WantedOutputs) -> Generate:
 
         try:
             with InProcessEngine(settings, lambda _digest: _known(wanted.adapter)) as engine:
-                engine.run(_requests(wanted, prompts), states=True, on_finished=finished)
+                asked = [i for i, prompt in enumerate(prompts) if tuple(prompt) not in wanted.said]
+                engine.run(
+                    [_request(wanted, i, prompts[i]) for i in asked],
+                    states=True,
+                    on_finished=lambda place, completion: finished(asked[place], completion),
+                )
+                for index, prompt in enumerate(prompts):
+                    said = wanted.said.get(tuple(prompt))
+                    if said is not None:
+                        states = engine.prompt_states(_request(wanted, index, (*prompt, *said)))
+                        on_output(index, said, states[len(prompt) - 1 :])
         except QuickchangeError as error:
             raise ModelError(f"{wanted.model}: its outputs can't be made: {error}") from error
 
     return generate
 
 
-def _requests(wanted: WantedOutputs, prompts: Sequence[Sequence[int]]) -> list[Submit]:
+def _request(wanted: WantedOutputs, index: int, prompt: Sequence[int]) -> Submit:
     sampling = SamplingParams(
         max_tokens=wanted.max_new_tokens,
         temperature=0.0,
         stop_token_ids=wanted.stop_token_ids,
     )
     adapters = () if wanted.adapter is None else (Component(_THE_ADAPTER),)
-    return [
-        Submit(str(index), tuple(prompt), sampling, adapters, seed=0)
-        for index, prompt in enumerate(prompts)
-    ]
+    return Submit(str(index), tuple(prompt), sampling, adapters, seed=0)
 
 
 def _known(adapter: CanonicalAdapter | None) -> CanonicalAdapter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,24 +20,29 @@ from quickchange_training.cli_options import (
     say_added,
     say_warnings,
 )
+from quickchange_training.errors import RecipeError
 from quickchange_training.lora.lora_job import PromptFormat
 from quickchange_training.lora.lora_recipe import LoraRecipe, TrainingDtype
+from quickchange_training.turbo.recorded_requests import RecordingServer
 from quickchange_training.turbo.turbo_recipe import HeadKind, Sharing, TurboRecipe
 
 if TYPE_CHECKING:
     from quickchange_training.turbo.head_maker import GenerateFor, TurboReport
 
+DEFAULT_SERVER = "http://127.0.0.1:8000"
+KEY_VARIABLE = "QUICKCHANGE_API_KEY"
+
 _D = TurboRecipe()
 
 
 def turbo(
+    out: Annotated[Path, typer.Option(help="Folder for the heads; must not exist.")],
     data: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             help='JSONL of {"prompt"} or {"messages"}, one a line; completions are not learned.'
         ),
-    ],
-    out: Annotated[Path, typer.Option(help="Folder for the heads; must not exist.")],
+    ] = None,
     model: Annotated[
         str, typer.Option(help="Base model: folder, hub id, or demo for the demo's base.")
     ] = DEMO,
@@ -44,6 +50,26 @@ def turbo(
         Path | None,
         typer.Option(help="Folder of the LoRA that the heads are for; it goes into --out as well."),
     ] = None,
+    on: Annotated[
+        str | None,
+        typer.Option(help="Adapter or alias in --store that the heads are for, not --adapter."),
+    ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            help="Heads to go on from: a name in --store or a folder (default: those that draft "
+            "for --on, else none).",
+        ),
+    ] = None,
+    recorded: Annotated[
+        bool,
+        typer.Option("--recorded", help="Learn from requests that a server recorded, not --data."),
+    ] = False,
+    server: Annotated[
+        str,
+        typer.Option(help="Where --recorded asks, with the key in QUICKCHANGE_API_KEY if any."),
+    ] = DEFAULT_SERVER,
     base_name: Annotated[
         str | None,
         typer.Option(help="What the heads call their base (default: hub id or folder's name)."),
@@ -134,12 +160,15 @@ def turbo(
             seed=seed,
             dtype=dtype,
         )
-        publication = publication_of(store, name)
+        source = _source_of(data, server if recorded else None)
+        _check_adapter(adapter, on, store)
+        read_alone = name is None and (on is not None or start is not None)
+        publication = None if read_alone else publication_of(store, name)
         folder, called = base_of(model, base_name)
         job = TurboJob(
             folder,
             called,
-            data,
+            source,
             adapter,
             out,
             prompt_format,
@@ -147,10 +176,32 @@ def turbo(
             publication,
             resume,
             checkpoint_every,
+            on,
+            start,
+            store,
         )
         report, added = run(job, engine_outputs())
         print_turbo_report(report, out)
         say_added(added)
+
+
+def _source_of(data: Path | None, server: str | None) -> Path | RecordingServer:
+    """Where the prompts come from. Raises RecipeError without one and with both."""
+    if (data is None) == (server is None):
+        raise RecipeError("--data: give a file of prompts, or --recorded, one of the two")
+    if server is not None:
+        return RecordingServer(server, os.environ.get(KEY_VARIABLE))
+    assert data is not None
+    return data
+
+
+def _check_adapter(adapter: Path | None, on: str | None, store: str | None) -> None:
+    if on is None:
+        return
+    if adapter is not None:
+        raise RecipeError("--on: names the adapter, and --adapter is its folder; give one of them")
+    if store is None:
+        raise RecipeError("--on: the adapter is in a store; give --store")
 
 
 def engine_outputs() -> GenerateFor:

@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.nn import functional
 
 from quickchange_store.canonical.turbo_part import TurboHeads
 from quickchange_training.checkpoint import Checkpoints
 from quickchange_training.errors import OutputError, RecipeError
-from quickchange_training.turbo.turbo_data import ABSENT, OwnOutput, positions
+from quickchange_training.turbo.fitting import StartingHeads, checked_start
+from quickchange_training.turbo.turbo_data import ABSENT, OwnOutput, positions, widened
 from quickchange_training.turbo.turbo_recipe import TurboRecipe
 from quickchange_training.turbo.turbo_trainer import BaseEnds, TurboTrainer
 
@@ -177,3 +180,80 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
 def test_a_bad_recipe_is_refused_by_its_options_name(options: Any, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         TurboRecipe(**options)
+
+
+def start_of(recipe: TurboRecipe) -> TurboHeads:
+    """Heads that have learned `outputs`, as stored."""
+    return trainer(recipe).train(positions(outputs(), recipe.depth))[0].export(None)
+
+
+@pytest.mark.parametrize("recipe", KINDS)
+def test_heads_that_go_on_begin_as_they_are_stored(recipe: TurboRecipe) -> None:
+    start = start_of(recipe)
+    begun = replace(trainer(recipe), start=start).begun(positions(outputs(), recipe.depth))
+    again = begun.export(None)
+    assert (again.heads, again.sequential) == (start.heads, start.sequential)
+    for one, other in zip(again.blocks, start.blocks, strict=True):
+        torch.testing.assert_close(one.weight.float(), other.weight.float(), rtol=1e-2, atol=0)
+        assert torch.equal(one.bias, other.bias)
+
+
+def test_heads_that_go_on_lose_less_than_new_ones_in_as_few_steps() -> None:
+    few = replace(RECIPE, steps=5)
+    rows = positions(outputs(), RECIPE.depth)
+    _, new = trainer(few).train(rows)
+    _, continued = replace(trainer(few), start=start_of(RECIPE)).train(rows)
+    assert continued.final < 0.3 * new.final
+
+
+def test_sequential_heads_go_on_deeper_with_the_blocks_of_their_last_head() -> None:
+    start = replace(RECIPE, depth=2, share="rest")
+    deep = replace(RECIPE, depth=5)
+    heads = checked_start(StartingHeads("they", start_of(start)), deep, HIDDEN)
+    assert heads.heads == ((0,), (1,), (1,), (1,), (1,))
+    rows = positions(outputs(), 5)
+    trained, _ = replace(trainer(deep), start=heads).train(rows)
+    assert trainer(deep).measure(trained, outputs()).tokens_a_step > 3.5
+
+
+def test_heads_that_go_on_may_be_cut() -> None:
+    start = start_of(replace(RECIPE, share="none"))
+    heads = checked_start(StartingHeads("they", start), replace(RECIPE, depth=1), HIDDEN)
+    assert heads.heads == ((0,),)
+    assert len(heads.blocks) == 1
+
+
+@pytest.mark.parametrize(
+    ("start", "options", "message"),
+    [
+        (RECIPE, {"blocks": 2}, "--blocks: heads that go on keep their form"),
+        (PARALLEL, {"depth": 9}, "--depth 9: parallel heads draft no deeper"),
+    ],
+)
+def test_heads_that_cant_go_on_are_refused(
+    start: TurboRecipe, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        checked_start(
+            StartingHeads("they", start_of(start)), replace(TurboRecipe(), **options), HIDDEN
+        )
+
+
+def test_heads_of_another_hidden_size_cant_go_on() -> None:
+    with pytest.raises(RecipeError, match="hidden size of 48, and the base has 64"):
+        checked_start(StartingHeads("they", start_of(RECIPE)), TurboRecipe(depth=3), 64)
+
+
+@given(
+    said=st.sets(st.integers(0, 40), min_size=1),
+    start=st.sets(st.integers(0, 40), min_size=1),
+    size=st.integers(1, 50),
+)
+def test_a_widened_vocabulary_holds_the_outputs_tokens_and_fills_its_room(
+    said: set[int], start: set[int], size: int
+) -> None:
+    wide = widened(torch.tensor(sorted(said)), torch.tensor(sorted(start)), size).tolist()
+    assert wide == sorted(set(wide))
+    assert said <= set(wide) <= said | start
+    room = max(len(said), size, len(start))
+    assert len(wide) == min(len(said | start), room)

@@ -291,3 +291,113 @@ def test_a_bad_recipe_is_refused_by_its_key(
     result = train("turbo-lora", model, "--data", examples, "--out", tmp_path / "both", *options)
     assert result.exit_code == 1
     assert message in result.stderr
+
+
+@pytest.fixture
+def store(model: Path, examples: Path, prompts: Path, tmp_path: Path) -> Path:
+    """A store with the LoRA `orders`, heads `drafts`, and an alias `live` of both."""
+    place = tmp_path / "store"
+    heads = ("--data", prompts, "--out", tmp_path / "drafts", "--name", "drafts", *QUICK)
+    lora = ("--data", examples, "--out", tmp_path / "lora", "--name", "orders")
+    small = ("--rank", 4, "--steps", 3)
+    for command, options in (("turbo", heads), ("lora", (*lora, *small))):
+        result = train(command, model, *options, "--store", place)
+        assert result.exit_code == 0, result.stderr
+    Store(place).alias("live", "orders", turbo="drafts")
+    return place
+
+
+def test_heads_are_fitted_to_an_adapter_of_the_store_and_published(
+    model: Path, prompts: Path, store: Path, tmp_path: Path
+) -> None:
+    result = train(
+        "turbo",
+        model,
+        *("--on", "live", "--store", store, "--name", "fitted", "--held-out", 0.2),
+        *("--data", prompts, "--out", tmp_path / "fitted", *QUICK),
+    )
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout[: result.stdout.rindex("}") + 1])
+    assert report["started_from"] == "those of live"
+    assert len(report["before"]["acceptance"]) == len(report["held_out"]["acceptance"]) == 2
+    fitted = stored(store, "fitted")
+    assert not fitted.updates
+    assert fitted.turbo is not None
+    before = stored(store, "drafts").turbo
+    assert before is not None
+    assert before.vocabulary is not None
+    assert fitted.turbo.vocabulary is not None
+    Store(store).alias("live", "orders", turbo="fitted")
+
+
+def test_heads_go_on_from_those_named(
+    model: Path, prompts: Path, store: Path, tmp_path: Path
+) -> None:
+    for start in ("drafts", tmp_path / "drafts"):
+        out = tmp_path / f"from {'name' if start == 'drafts' else 'folder'}"
+        given = ("--on", "orders", "--store", store, "--from", start)
+        result = train("turbo", model, *given, "--data", prompts, "--out", out, *QUICK)
+        assert result.exit_code == 0, result.stderr
+        assert json.loads(result.stdout)["started_from"] == str(start)
+    one, other = (
+        tmp_path / f"from {how}" / "turbo_heads.safetensors" for how in ("name", "folder")
+    )
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_an_adapter_that_nothing_drafts_for_gets_heads_from_nothing(
+    model: Path, prompts: Path, store: Path, tmp_path: Path
+) -> None:
+    given = ("--on", "orders", "--store", store, "--data", prompts, "--out", tmp_path / "new")
+    result = train("turbo", model, *given, *QUICK)
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["started_from"] is report["before"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--on", "orders"), "--on: the adapter is in a store; give --store"),
+        (("--on", "orders", "--adapter", "."), "--on: names the adapter, and --adapter"),
+        (("--on", "drafts", "--store", "STORE"), "--on drafts: it holds heads alone"),
+        (("--from", "nothing"), "--from nothing: no such folder; a name needs --store"),
+        (("--from", "orders", "--store", "STORE"), "--from orders: it has no Turbo heads"),
+        (("--recorded",), "--data: give a file of prompts, or --recorded"),
+    ],
+)
+def test_an_option_of_fitting_that_cant_be_meant_is_refused(
+    model: Path,
+    prompts: Path,
+    store: Path,
+    tmp_path: Path,
+    options: Sequence[str],
+    message: str,
+) -> None:
+    given = [str(store) if option == "STORE" else option for option in options]
+    out = ("--data", prompts, "--out", tmp_path / "fitted", *QUICK)
+    result = train("turbo", model, *given, *out)
+    assert result.exit_code == 1
+    assert message in " ".join(result.stderr.split())
+
+
+def test_states_of_given_outputs_are_those_of_making_them(model: Path, prompts: Path) -> None:
+    letters = ["", *(chr(97 + i) for i in range(26))]
+    asked = [
+        [letters.index(json.loads(line)["prompt"])] for line in prompts.read_text().split("\n")
+    ]
+    made: dict[int, tuple[tuple[int, ...], torch.Tensor]] = {}
+    read: dict[int, tuple[tuple[int, ...], torch.Tensor]] = {}
+    wanted = WantedOutputs(str(model), None, "float32", 12, frozenset({0}))
+    engine_outputs.generate_for(wanted)(
+        asked, lambda index, tokens, states: made.update({index: (tuple(tokens), states)})
+    )
+    said = {tuple(asked[index]): tokens for index, (tokens, _) in made.items() if index % 2}
+    again = WantedOutputs(str(model), None, "float32", 12, frozenset({0}), said)
+    engine_outputs.generate_for(again)(
+        asked, lambda index, tokens, states: read.update({index: (tuple(tokens), states)})
+    )
+    assert made.keys() == read.keys()
+    for index, (tokens, states) in made.items():
+        assert read[index][0] == tokens
+        torch.testing.assert_close(read[index][1], states, rtol=1e-4, atol=1e-4)

@@ -267,8 +267,8 @@ def _header(
     if adapter.classifier is not None:
         content["format"] = CLASSIFIER_FORMAT
         content["classifier"] = adapter.classifier.encode()
-    if adapter.parts:
-        content["format"] = PARTS_FORMAT
+    if adapter.parts or (layout is not None and layout.tenant is not None):
+        content["format"] = PARTS_FORMAT  # readers that don't know of tenants refuse it
         content["parts"] = {name: part.encode() for name, part in adapter.parts.items()}
     header: dict[str, Any] = {"__metadata__": {METADATA_KEY: _json(content)}}
     offset = 0

@@ -27,6 +27,7 @@ class TurboLayout:
     outputs: tuple[int, ...]  # number of each head's own LM head; or empty
     sequential: bool
     vocabulary: bool  # True: only the listed tokens are drafted
+    tenant: str | None = None  # the only one that they draft for
 
     def encode(self) -> dict[str, Any]:
         return {
@@ -34,6 +35,7 @@ class TurboLayout:
             "outputs": list(self.outputs),
             "sequential": self.sequential,
             "vocabulary": self.vocabulary,
+            **({} if self.tenant is None else {"tenant": self.tenant}),
         }
 
     @classmethod
@@ -44,6 +46,7 @@ class TurboLayout:
             outputs=tuple(map(_number, tree["outputs"])),
             sequential=bool(tree["sequential"]),
             vocabulary=bool(tree["vocabulary"]),
+            tenant=_tenant(tree.get("tenant")),
         )
 
 
@@ -59,6 +62,7 @@ def parts(turbo: TurboHeads) -> tuple[TurboLayout, dict[str, torch.Tensor]]:
         outputs=tuple(output_numbers),
         sequential=turbo.sequential,
         vocabulary=turbo.vocabulary is not None,
+        tenant=turbo.tenant,
     )
     tensors: dict[str, torch.Tensor] = {}
     for number, (weight, bias) in enumerate(blocks):
@@ -80,6 +84,7 @@ def assemble(layout: TurboLayout, tensor: Callable[[str], torch.Tensor]) -> Turb
         sequential=layout.sequential,
         vocabulary=tensor(VOCABULARY) if layout.vocabulary else None,
         outputs=tuple(outputs[i] for i in layout.outputs),
+        tenant=layout.tenant,
     )
 
 
@@ -123,6 +128,12 @@ def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
 def _number(value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise ValueError(f"{value!r} is not a number from 0")
+    return value
+
+
+def _tenant(value: object) -> str | None:
+    if value is not None and (not isinstance(value, str) or not value):
+        raise ValueError(f"{value!r} is not a tenant's name")
     return value
 
 

@@ -50,6 +50,9 @@ class TurboHeads:
     sequential: bool = False
     vocabulary: torch.Tensor | None = None  # int32 [D] ascending; None: every token
     outputs: tuple[torch.Tensor, ...] = ()  # own LM heads [D or V, H], one a head; or none
+    # Whose requests they learned from: what they draft could tell others of these, by the time that
+    # answers take, so that they draft for this tenant alone. None: for everybody.
+    tenant: str | None = None
 
     def __post_init__(self) -> None:
         hidden = {int(block.weight.shape[0]) for block in self.blocks}

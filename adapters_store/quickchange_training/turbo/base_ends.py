@@ -33,8 +33,8 @@ def base_ends(model: str, spec: BaseSpec, adapter: CanonicalAdapter | None) -> B
     if update is not None:
         if not update.plain or update.bias is not None:
             raise RecipeError(
-                f"--adapter changes {spec.output_head} by more than A and B: heads draft with its "
-                "weight alone; leave that module out of the adapter"
+                f"the adapter changes {spec.output_head} by more than A and B: heads draft with "
+                "its weight alone; leave that module out of the adapter"
             )
         head = head + update.scale * (update.b.float() @ update.a.float())
     return BaseEnds(embeddings, head)

@@ -193,6 +193,18 @@ def draft_vocabulary(outputs: Sequence[OwnOutput], size: int, stop: frozenset[in
     return chosen
 
 
+def widened(chosen: Tensor, start: Tensor, size: int) -> Tensor:
+    """int64, ascending: the tokens `chosen` and, while there is room, those of `start`.
+
+    There is room for `size` tokens, or for as many as `start` has. Lower ids, which tokenizers
+    give to more frequent tokens, come first.
+    """
+    more = start[~torch.isin(start, chosen)].to(torch.int64)
+    room = max(0, max(size, len(start)) - len(chosen))
+    both: Tensor = torch.cat([chosen, more[:room]]).sort().values
+    return both
+
+
 def short_outputs(lengths: Sequence[int]) -> list[str]:
     """A warning where outputs are so short that drafting can save few steps."""
     if not lengths or mean(lengths) >= SHORT_OUTPUT:

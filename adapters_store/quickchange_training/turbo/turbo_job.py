@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quickchange_training.errors import OutputError
+from quickchange_training.errors import OutputError, RecipeError
 from quickchange_training.lora.lora_job import (
     PromptFormat,
     Publication,
@@ -23,13 +23,18 @@ from quickchange_training.lora.lora_job import (
     uses_chat,
     work_folder,
 )
+from quickchange_training.turbo.fitting import fitted_adapter, starting_heads
 from quickchange_training.turbo.head_maker import GenerateFor, HeadsSource, TurboReport, make_heads
+from quickchange_training.turbo.recorded_requests import RecordingServer, recorded_requests
 from quickchange_training.turbo.turbo_recipe import TurboRecipe
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from quickchange_store.canonical.canonical_adapter import BaseSpec
     from quickchange_store.canonical.turbo_part import TurboHeads
     from quickchange_store.importing import Added
+    from quickchange_training.turbo.turbo_data import Prompt
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class TurboJob:
 
     model: str  # a folder or a hub id
     base_name: str  # the base's name in the heads' folder
-    data: Path
+    data: Path | RecordingServer  # prompts, or the server that has recorded requests
     adapter: Path | None  # folder of the LoRA that the heads are for; None: the base alone
     out: Path
     prompt_format: PromptFormat
@@ -46,6 +51,9 @@ class TurboJob:
     publication: Publication | None
     resume: bool
     checkpoint_every: int  # optimizer steps
+    on: str | None = None  # the adapter of the store that the heads are for, instead of `adapter`
+    start: str | None = None  # heads to go on from; None: those that draft for `on`, if there are
+    store: str | None = None  # where `on` and `start` are
 
     @property
     def work(self) -> Path:
@@ -80,19 +88,46 @@ def run(job: TurboJob, generate_for: GenerateFor) -> tuple[TurboReport, Added | 
 
 def _source(job: TurboJob, spec: BaseSpec) -> HeadsSource:
     from quickchange_store.importing import read_adapter
-    from quickchange_training.examples import read_prompts
+    from quickchange_store.store import Store
     from quickchange_training.turbo.base_ends import stop_token_ids
+
+    wanted = job.on is not None or job.start is not None
+    store = Store.at(job.store) if wanted and job.store is not None else None
+    adapter = None if job.adapter is None else read_adapter(job.adapter, spec).adapter
+    start = None if job.start is None else starting_heads(job.start, store, spec)
+    tokenizer = load_tokenizer(job.model)
+    stop = stop_token_ids(job.model, tokenizer)
+    if job.on is None or store is None:
+        if isinstance(job.data, RecordingServer):
+            raise RecipeError("--recorded: requests are recorded by adapter; name it with --on")
+        prompts = _prompts(job.data, job, tokenizer)
+        return HeadsSource(job.model, spec, adapter, tuple(prompts), stop, start=start)
+    fitted = fitted_adapter(store, job.on, spec)
+    start = start or fitted.drafting
+    if not isinstance(job.data, RecordingServer):
+        prompts = _prompts(job.data, job, tokenizer)
+        return HeadsSource(job.model, spec, fitted.adapter, tuple(prompts), stop, start=start)
+    recorded = recorded_requests(job.data, fitted.name, fitted.digest, job.recipe.max_length)
+    return HeadsSource(
+        job.model,
+        spec,
+        fitted.adapter,
+        recorded.prompts,
+        stop,
+        said=recorded.said,
+        start=start,
+        tenant=recorded.tenant,
+    )
+
+
+def _prompts(file: Path, job: TurboJob, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+    from quickchange_training.examples import read_prompts
     from quickchange_training.turbo.turbo_data import encode_prompts
 
-    examples = read_prompts(job.data)
-    adapter = None if job.adapter is None else read_adapter(job.adapter, spec).adapter
-    tokenizer = load_tokenizer(job.model)
+    examples = read_prompts(file)
     longest = job.recipe.max_length - job.recipe.max_new_tokens
     chat = uses_chat(examples, tokenizer, job.prompt_format)
-    prompts = encode_prompts(examples, tokenizer, chat=chat, longest=longest)
-    return HeadsSource(
-        job.model, spec, adapter, tuple(prompts), stop_token_ids(job.model, tokenizer)
-    )
+    return encode_prompts(examples, tokenizer, chat=chat, longest=longest)
 
 
 def save_heads(
@@ -137,8 +172,8 @@ def _notes(job: TurboJob, report: TurboReport) -> dict[str, Any]:
     """Notes recorded with the heads, without paths of this machine."""
     return {
         "command": "quickchange train turbo",
-        "data": job.data.name,
-        "adapter": None if job.adapter is None else job.adapter.name,
+        "data": job.data.name if isinstance(job.data, Path) else "recorded requests",
+        "adapter": job.on if job.adapter is None else job.adapter.name,
         "prompt_format": job.prompt_format,
         "turbo": job.recipe.as_dict(),
         "report": asdict(report),

@@ -75,24 +75,48 @@ class HeadMeasures:
 
 
 class TrainableHeads(nn.Module):
-    """Heads in training, in float32.
+    """Heads in training, in float32: of the blocks `heads` each, as `TurboHeads` numbers them.
 
     Embeddings are much smaller than hidden states; `embedding_scale` makes them alike for the
     optimizer, and `export` moves it into the weights.
     """
 
-    def __init__(self, recipe: TurboRecipe, hidden: int, embedding_scale: float) -> None:
+    def __init__(
+        self,
+        heads: tuple[tuple[int, ...], ...],
+        *,
+        sequential: bool,
+        hidden: int,
+        embedding_scale: float,
+    ) -> None:
         super().__init__()
-        self.recipe = recipe
-        self.heads = recipe.heads
+        self.heads = heads
+        self.sequential = sequential
         self.embedding_scale = embedding_scale
-        firsts = {head[0] for head in self.heads} if recipe.kind == "sequential" else set()
+        firsts = {head[0] for head in self.heads} if sequential else set()
         count = 1 + max(max(head) for head in self.heads)
         self.blocks = nn.ModuleList(
             nn.Linear(2 * hidden if i in firsts else hidden, hidden) for i in range(count)
         )
         for parameter in self.blocks.parameters():  # a head begins as the LM head itself
             nn.init.zeros_(parameter)
+
+    @classmethod
+    def of(cls, start: TurboHeads, embedding_scale: float) -> TrainableHeads:
+        """Heads that begin as stored ones. `start` has no LM heads of its own."""
+        made = cls(
+            start.heads,
+            sequential=start.sequential,
+            hidden=start.hidden,
+            embedding_scale=embedding_scale,
+        )
+        with torch.no_grad():
+            for linear, block in zip(made.blocks, start.blocks, strict=True):
+                weight, bias = linear.parameters()
+                weight.copy_(block.weight)
+                weight[:, start.hidden :] /= embedding_scale
+                bias.copy_(block.bias)
+        return made
 
     def forward(self, states: Tensor, embedded: Tensor) -> Tensor:
         """Heads' hidden states [depth, N, H] from states [N, H] and embeddings [depth, N, H].
@@ -101,10 +125,10 @@ class TrainableHeads(nn.Module):
         """
         ends, h = [], states
         for head, e in zip(self.heads, embedded, strict=True):
-            if self.recipe.kind == "parallel":
-                h, z = states, states
-            else:
+            if self.sequential:
                 z = torch.cat([h, e * self.embedding_scale], dim=1)
+            else:
+                h, z = states, states
             for index in head:
                 h = z = h + functional.silu(self.blocks[index](z))
             ends.append(h)
@@ -115,7 +139,7 @@ class TrainableHeads(nn.Module):
         return TurboHeads(
             blocks=tuple(self._block(block) for block in self.blocks),
             heads=self.heads,
-            sequential=self.recipe.kind == "sequential",
+            sequential=self.sequential,
             vocabulary=None if vocabulary is None else vocabulary.to(torch.int32),
         )
 
@@ -127,11 +151,15 @@ class TrainableHeads(nn.Module):
 
 @dataclass(frozen=True)
 class TurboTrainer:
-    """One training: rows to learn from, the base's ends, the draft vocabulary, the recipe."""
+    """One training: rows to learn from, the base's ends, the draft vocabulary, the recipe.
+
+    `start`: heads to go on from, `recipe.depth` of them; None: the recipe's own, from nothing.
+    """
 
     recipe: TurboRecipe
     ends: BaseEnds
     vocabulary: Tensor | None  # int64 ascending; None: every token
+    start: TurboHeads | None = None
 
     def train(
         self, rows: Positions, checkpoints: Checkpoints | None = None
@@ -143,7 +171,7 @@ class TurboTrainer:
         from tqdm import tqdm
 
         recipe = self.recipe
-        heads = self._fresh(rows)
+        heads = self.begun(rows)
         optimizer = torch.optim.AdamW(
             heads.parameters(), lr=recipe.lr, betas=_BETAS, weight_decay=recipe.weight_decay
         )
@@ -246,10 +274,18 @@ class TurboTrainer:
             tokens_a_step=_tokens_a_step([len(o.tokens) for o in outputs], chain.sum(1).tolist()),
         )
 
-    def _fresh(self, rows: Positions) -> TrainableHeads:
+    def begun(self, rows: Positions) -> TrainableHeads:
+        """The heads before their first step."""
         drafted = self._head_rows(self.ends.embeddings)
         scale = float(rows.states.float().std() / drafted.std())
-        return TrainableHeads(self.recipe, rows.states.shape[1], scale)
+        if self.start is not None:
+            return TrainableHeads.of(self.start, scale)
+        return TrainableHeads(
+            self.recipe.heads,
+            sequential=self.recipe.kind == "sequential",
+            hidden=rows.states.shape[1],
+            embedding_scale=scale,
+        )
 
     def _batches(self, rows: int, done: int, total: int) -> Iterator[Tensor]:
         """Row indices [batch_size] of steps `done` to `total`, shuffled anew each epoch."""

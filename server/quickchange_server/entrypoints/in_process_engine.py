@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any
 
@@ -261,6 +261,31 @@ class InProcessEngine:
             steps=steps,
             drafts=counts.by_depth(),
         )
+
+    def prompt_states(self, request: Submit) -> Tensor:
+        """The states [tokens - 1, H] that entered the LM head for the prompt's tokens from the
+        second on, in the model's dtype; nothing is generated.
+
+        Raises what `run` raises.
+        """
+        self._check((request,), False)
+        sampling = replace(request.sampling, max_tokens=0, prompt_logprobs=0)
+        parts: list[Tensor] = []
+        with _StateTap(self._head) as tap:
+            self._engine.submit(replace(request, sampling=sampling, drafting=None))
+            while True:
+                self._awake.clear()
+                failed = _failures(self._engine.poll_adapters())
+                report = self._engine.step()
+                if report is None:
+                    self._awake.wait()
+                    continue
+                for delta in report.deltas:
+                    if delta.finish_reason == "error":
+                        raise _error_of(delta, failed)
+                parts.append(tap.take())
+                if any(delta.finish_reason is not None for delta in report.deltas):
+                    return torch.cat(parts)
 
     def _check(self, requests: Sequence[Submit], states: bool) -> None:
         if self._closed:
