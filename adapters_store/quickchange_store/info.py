@@ -69,6 +69,7 @@ class AdapterInfo:
     kind: str = ""  # "LoRA", "bottleneck", …; unknown where an earlier release added it
     turbo: TurboInfo | None = None
     classifier: ClassifierInfo | None = None
+    invocation: tuple[int, ...] = ()  # tokens that activate it; empty: it serves the whole text
     base_hidden: int | None = None  # hidden size of the base that it was checked against
     base_vocabulary: int | None = None
 
@@ -146,6 +147,7 @@ def describe(
         kind=_kind(adapter),
         turbo=None if adapter.turbo is None else _turbo(adapter.turbo),
         classifier=None if adapter.classifier is None else _classifier(adapter.classifier),
+        invocation=() if adapter.invocation is None else adapter.invocation.tokens,
         base_hidden=None if head is None else head.in_features,
         base_vocabulary=None if head is None else head.out_features,
     )
@@ -184,6 +186,8 @@ def _kind(adapter: CanonicalAdapter) -> str:
         kind = "DoRA" if adapter.max_rank else "IA3"
     else:
         kind = "LoRA"
+    if adapter.invocation is not None:
+        kind = f"a{kind}"
     return kind if adapter.turbo is None else f"Turbo {kind}"
 
 

@@ -208,6 +208,7 @@ class Store:
         heads = {
             "turbo": adapter.turbo is not None,
             "classifier": adapter.classifier is not None,
+            "invoked": adapter.invocation is not None,
         }
         with self._place.staged(adapter, base) as staged:
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from threading import Lock
 
@@ -23,7 +23,8 @@ from quickchange_server.errors import (
     InvalidRequestError,
     UnknownModelError,
 )
-from quickchange_server.frontend.request_base import MAX_COMPONENTS
+from quickchange_server.frontend.adapter_spans import Invocations, activated, summed
+from quickchange_server.frontend.request_base import MAX_COMPONENTS, WeightedAdapter
 from quickchange_server.protocol import LOOKUP, Component, Drafting
 from quickchange_store.base_model.base_source import base_name
 from quickchange_store.canonical.classifier_part import ClassifierHead
@@ -44,10 +45,12 @@ PLACEHOLDERS = frozenset({"", "dummy", "tgi"})
 
 @dataclass(frozen=True, slots=True)
 class WeightedName:
-    """One entry of a request's `adapters`."""
+    """One entry of a request's `adapters`, for tokens at positions [begin, end) of the text."""
 
     name: str
     weight: float
+    begin: int = 0
+    end: int | None = None  # None: to the end of the text
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,11 @@ class Selection:
     drafting: Drafting | None = None  # None: no speculative decoding
     drafter: str | None = None  # for metrics: name of the adapter whose heads draft
     classifiers: frozenset[str] = frozenset()  # those of its adapters that classify, by digest
+    invocations: Invocations = field(default_factory=dict)  # of those of them that are activated
+
+    def serving(self, prompt: Sequence[int]) -> tuple[Component, ...]:
+        """The adapters that serve a prompt, each from where it begins."""
+        return activated(self.adapters, self.invocations, prompt)
 
     def check_generates(self) -> None:
         """Raise InvalidRequestError if an adapter of it was trained to classify texts."""
@@ -77,6 +85,11 @@ class Selection:
                 "generates none; send them to /classify or /score, or name another adapter",
                 param="model",
             )
+
+
+def weighted_names(entries: Iterable[WeightedAdapter]) -> list[WeightedName]:
+    """The entries of a body's composition."""
+    return [WeightedName(entry.id, entry.weight, entry.begin, entry.end) for entry in entries]
 
 
 def base_names(settings: Settings) -> tuple[str, ...]:
@@ -176,7 +189,11 @@ class Catalog:
             return Selection(model, (), BASE_LABEL)
         adapters = (Component(version.digest),)
         return Selection(
-            model, adapters, version.name, classifiers=_classifiers(adapters, [version])
+            model,
+            adapters,
+            version.name,
+            classifiers=_classifiers(adapters, [version]),
+            invocations=self._invocations(adapters, [version]),
         )
 
     def _only_drafts(self, version: Version) -> bool:
@@ -196,18 +213,30 @@ class Catalog:
                 f"not {len(composition)}",
                 param="adapters",
             )
-        weights: dict[str, float] = {}
+        terms: list[Component] = []
         versions: list[Version] = []
         for index, entry in enumerate(composition):
             version = self._term(entry.name, sees, param=f"adapters[{index}].id")
-            weights[version.digest] = weights.get(version.digest, 0.0) + entry.weight
+            terms.append(Component(version.digest, entry.weight, entry.begin, entry.end))
             versions.append(version)
-        components = _components(weights)
+        components = _components(terms)
         names = {version.name for version in versions}
         label = names.pop() if len(names) == 1 else COMPOSITION_LABEL
-        label = label if components else BASE_LABEL
-        classifiers = _classifiers(components, versions)
-        return Selection(model, components, label, classifiers=classifiers)
+        return Selection(
+            model,
+            components,
+            label if components else BASE_LABEL,
+            classifiers=_classifiers(components, versions),
+            invocations=self._invocations(components, versions),
+        )
+
+    def _invocations(
+        self, components: Iterable[Component], versions: Iterable[Version]
+    ) -> Invocations:
+        """Invocations of those components that are activated by them."""
+        used = {component.digest for component in components}
+        invoked = {v.digest for v in versions if v.invoked and v.digest in used}
+        return {digest: self.info(digest).invocation for digest in sorted(invoked)}
 
     def _term(self, reference: str, sees: Sees, *, param: str) -> Version:
         """The version named by one entry of a composition."""
@@ -299,17 +328,13 @@ def _size(head: ClassifierHead | None) -> int:
     return 0 if head is None else sum(tensor.nbytes for tensor in head.tensors.values())
 
 
-def _components(weights: dict[str, float]) -> tuple[Component, ...]:
-    """The components sorted by digest, so that equal compositions share cached prefixes.
-
-    Raises InvalidRequestError if a weight is not finite.
-    """
-    for weight in weights.values():
-        if not math.isfinite(weight):
+def _components(terms: Sequence[Component]) -> tuple[Component, ...]:
+    """The composition of the terms. Raises InvalidRequestError if a weight is not finite."""
+    components = summed(terms)
+    for component in components:
+        if not math.isfinite(component.weight):
             raise InvalidRequestError(
                 "adapters: the weights of one adapter add up to infinity; give smaller weights",
                 param="adapters",
             )
-    return tuple(
-        Component(digest, weight) for digest, weight in sorted(weights.items()) if weight != 0.0
-    )
+    return components

@@ -78,6 +78,7 @@ class AdapterContents(ResponseModel):
     source: dict[str, Any]
     kind: str
     classifier: ClassifierSummary | None
+    invocation: list[int]
     base_hidden: int | None
     base_vocabulary: int | None
 
