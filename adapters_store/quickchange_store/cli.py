@@ -339,6 +339,7 @@ def _described(store: Store, version: Version) -> dict[str, Any]:
         "turbo": _turbo(info),
         "classifier": None if info.classifier is None else asdict(info.classifier),
         "terms": info.source.get("terms") if info.composition else None,
+        "invocation": list(info.invocation),
     }
 
 

@@ -85,6 +85,12 @@ def _steps(adapter: CanonicalAdapter, layout: ExportLayout, base: BaseSpec) -> l
     steps: list[_Step] = []
     if adapter.updates and layout is not ExportLayout.VLLM:
         check_peft(adapter.updates, base)
+        if adapter.invocation is not None and layout is ExportLayout.LORAX:
+            raise UnsupportedFeatureError(
+                "LoRAX knows no activated adapters, and would serve the whole text with it",
+                key="format",
+                remedy="export it with --format peft, or turbo where it has heads",
+            )
         steps.append(("the LoRA", lambda to: write_peft(adapter, to, base)))
     if adapter.turbo is not None and layout is not ExportLayout.PEFT:
         steps.append(("the Turbo heads", _heads_writer(adapter, adapter.turbo, layout, base)))

@@ -31,8 +31,8 @@ from quickchange_store.names import Reference, check_name, did_you_mean, parse_r
 FORMAT = 1
 TURBO_FORMAT = 2  # some version has Turbo heads, which readers of format 1 would drop
 CLASSIFIER_FORMAT = 3  # some version has a classification head, which readers of 2 would drop
-NEEDS_FORMAT = 4  # some version is a sum of others, which readers of 3 would collect
-_FORMATS = (FORMAT, TURBO_FORMAT, CLASSIFIER_FORMAT, NEEDS_FORMAT)
+LATER_FORMAT = 4  # some version is a sum of others, or activated: readers of 3 would drop that
+_FORMATS = (FORMAT, TURBO_FORMAT, CLASSIFIER_FORMAT, LATER_FORMAT)
 MAX_INDEX_BYTES = 1 << 30
 LAST_SECOND = 253_402_300_799.0  # of the year 9999, behind which dates can't be shown
 
@@ -47,6 +47,7 @@ class Version:
     created: float  # seconds since 1970
     turbo: bool = False  # True: it has Turbo heads
     classifier: bool = False  # True: it has a classification head, and so generates nothing
+    invoked: bool = False  # True: it serves a text from its invocation on, which its info tells
     needs: tuple[str, ...] = ()  # digests of the versions that a composition is made of
 
     @property
@@ -163,18 +164,20 @@ def with_digest(
     *,
     turbo: bool,
     classifier: bool,
+    invoked: bool,
     needs: tuple[str, ...] = (),
 ) -> NameEntry:
     """The entry with `digest` current: an old version of it, or a new one.
 
-    `turbo`: it has Turbo heads; `classifier`: a classification head; `needs`: its terms.
+    `turbo`: it has Turbo heads; `classifier`: a classification head; `invoked`: an invocation;
+    `needs`: its terms.
     """
     versions: Mapping[int, Version] = {} if entry is None else entry.versions
     number = 1 if entry is None else entry.next_number
     for version in versions.values():
         if entry is not None and version.digest == digest:
             return replace(entry, current=version.number)
-    added = Version(name, number, digest, time.time(), turbo, classifier, needs)
+    added = Version(name, number, digest, time.time(), turbo, classifier, invoked, needs)
     return NameEntry({**versions, number: added}, current=number, next_number=number + 1)
 
 
@@ -276,6 +279,7 @@ def encode(index: Index) -> bytes:
                     **({"turbo": True} if v.turbo else {}),
                     **({"classifier": True} if v.classifier else {}),
                     **({"needs": list(v.needs)} if v.needs else {}),
+                    **({"invoked": True} if v.invoked else {}),
                 }
                 for v in entry.versions.values()
             },
@@ -293,7 +297,7 @@ def encode(index: Index) -> bytes:
     every = [v for entry in index.entries.values() for v in entry.versions.values()]
     number = TURBO_FORMAT if any(v.turbo for v in every) else FORMAT
     number = CLASSIFIER_FORMAT if any(v.classifier for v in every) else number
-    number = NEEDS_FORMAT if any(v.needs for v in every) else number
+    number = LATER_FORMAT if any(v.needs or v.invoked for v in every) else number
     content = {"format": number, "names": names, "aliases": aliases}
     return json.dumps(content, sort_keys=True).encode()
 
@@ -350,6 +354,7 @@ class _StoredVersion(_Stored):
     turbo: bool = False
     classifier: bool = False
     needs: list[_Digest] = []
+    invoked: bool = False
 
 
 class _StoredName(_Stored):
@@ -383,6 +388,7 @@ def _entry(name: str, stored: _StoredName) -> NameEntry:
             version.created,
             version.turbo,
             version.classifier,
+            version.invoked,
             tuple(version.needs),
         )
     if stored.next <= max(versions):

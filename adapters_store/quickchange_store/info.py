@@ -72,6 +72,7 @@ class AdapterInfo:
     turbo: TurboInfo | None = None
     classifier: ClassifierInfo | None = None
     composition: tuple[Term, ...] = ()  # the versions that it is the sum of
+    invocation: tuple[int, ...] = ()  # tokens that activate it; empty: it serves the whole text
     base_hidden: int | None = None  # hidden size of the base that it was checked against
     base_vocabulary: int | None = None
 
@@ -150,6 +151,7 @@ def describe(
         turbo=None if adapter.turbo is None else _turbo(adapter.turbo),
         classifier=None if adapter.classifier is None else _classifier(adapter.classifier),
         composition=() if adapter.composition is None else adapter.composition.terms,
+        invocation=() if adapter.invocation is None else adapter.invocation.tokens,
         base_hidden=None if head is None else head.in_features,
         base_vocabulary=None if head is None else head.out_features,
     )
@@ -191,6 +193,8 @@ def _kind(adapter: CanonicalAdapter) -> str:
         kind = "DoRA" if adapter.max_rank else "IA3"
     else:
         kind = "LoRA"
+    if adapter.invocation is not None:
+        kind = f"a{kind}"
     return kind if adapter.turbo is None else f"Turbo {kind}"
 
 

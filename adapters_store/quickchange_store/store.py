@@ -211,6 +211,7 @@ class Store:
             with_digest,
             turbo=adapter.turbo is not None,
             classifier=adapter.classifier is not None,
+            invoked=adapter.invocation is not None,
             needs=adapter.needs,
         )
         with self._place.staged(adapter, base) as staged:

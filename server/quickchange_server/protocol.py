@@ -175,10 +175,16 @@ def _inside(value: Any, interval: Interval) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Component:
-    """One term of a composition Σ weightᵢ · adapterᵢ: an adapter version and its weight."""
+    """One term of a composition Σ weightᵢ · adapterᵢ: an adapter version and its weight.
+
+    Tokens at positions [begin, end) of the text take it: prompt and output, from 0. One version may
+    have several terms, whose spans do not overlap: a weight that changes along the text.
+    """
 
     digest: str
     weight: float = 1.0
+    begin: int = 0
+    end: int | None = None  # None: to the end of the text
 
 
 @dataclass(frozen=True, slots=True)

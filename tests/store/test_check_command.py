@@ -66,6 +66,7 @@ def test_a_folder_is_reported_as_it_would_be_served(folder: Path, bases: Any) ->
         "parameters": adapter.parameters,
         "dtypes": ["float32"],
         "bytes": 0,
+        "invocation": [],
         "digest": digest(adapter),
     }
     assert found["served"]["bytes"] > 4 * adapter.parameters

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -83,6 +83,7 @@ def test_equal_sums_are_one_version_whatever_the_order_and_the_names(store: Stor
     assert one.digest == other.digest
 
 
+@settings(deadline=None)
 @given(
     factor=st.floats(-8, 8, allow_nan=False, width=32),
     pattern=st.sampled_from(["*", "*.mlp.*", "*.self_attn.*", MLP]),
@@ -123,8 +124,11 @@ def test_a_composition_of_compositions_is_their_terms(store: Store) -> None:
         Term(tone, 1.0, 4, 8),
         Term(german, 2.0, 4, None),
     }
-    with pytest.raises(InvalidAdapterError, match="position"):
-        compose(store, "nothing", [GivenTerm("both", begin=8)])
+    late = compose(store, "late", [GivenTerm("both", begin=8)])
+    assert set(store.info(late.digest).composition) == {Term(german, 1.0, 8, None)}
+    compose(store, "early", [GivenTerm("tone", end=8)])
+    with pytest.raises(InvalidAdapterError, match="serves a position"):
+        compose(store, "nothing", [GivenTerm("early", begin=8)])
 
 
 def test_gc_keeps_what_a_composition_needs_until_it_goes(store: Store) -> None:

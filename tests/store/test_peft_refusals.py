@@ -76,7 +76,6 @@ def refused(
         ("modules_to_save", ["lm_head"]),
         ("layer_replication", [[0, 2], [1, 2]]),
         ("target_parameters", ["mlp.experts.gate_up_proj"]),
-        ("alora_invocation_tokens", [5, 6]),
         ("arrow_config", {"top_k": 2}),
         ("megatron_config", {"tensor_model_parallel_size": 2}),
         ("ensure_weight_tying", True),

@@ -40,6 +40,15 @@ class Term:
                 remedy="give a finite weight, and an end behind the begin, which is 0 or more",
             )
 
+    def within(self, weight: float, begin: int, end: int | None) -> Term | None:
+        """The term at a weight, in the positions from `begin` to `end` that it is for; None if
+        there are none."""
+        ends = [each for each in (end, self.end) if each is not None]
+        begin, last = max(begin, self.begin), min(ends, default=None)
+        if last is not None and last <= begin:
+            return None
+        return Term(self.digest, weight * self.weight, begin, last)
+
 
 @dataclass(frozen=True)
 class Composition:

@@ -62,6 +62,7 @@ class AdapterFigures:
     parameters: int
     dtypes: tuple[str, ...]
     bytes: int
+    invocation: tuple[int, ...]  # tokens that activate it; empty: it serves the whole text
     digest: str | None  # None where the base, which is part of it, is not at hand
 
 
@@ -216,5 +217,6 @@ def _served(read: Imported, base: BaseSpec, *, known: bool) -> AdapterFigures:
         parameters=info.parameters,
         dtypes=info.dtypes,
         bytes=size,
+        invocation=info.invocation,
         digest=digest if known else None,
     )

@@ -64,6 +64,9 @@ def _lines(report: AdapterReport) -> list[str]:
             f"size: {served.parameters:,} parameters, {', '.join(served.dtypes)}, "
             f"{served.bytes:,} bytes",
         ]
+    if served is not None and served.invocation:
+        tokens = ", ".join(map(str, served.invocation))
+        lines.append(f"activated by: the tokens {tokens}, where they stand last in a prompt")
     if served is not None and served.digest is not None:
         lines.append(f"digest: {served.digest}")
     lines += [f"warning: {warning}" for warning in report.warnings]

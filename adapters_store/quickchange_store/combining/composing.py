@@ -90,15 +90,15 @@ def _terms(store: Store, given: GivenTerm, digest: str) -> list[Term]:
                 key=min(unused),
                 remedy="give a module's path, with * for any part: *.mlp.*",
             )
-    return [
-        Term(t.digest, given.weight * t.weight, *_common((given.begin, given.end), t)) for t in own
-    ]
-
-
-def _common(span: tuple[int, int | None], term: Term) -> tuple[int, int | None]:
-    """The positions that both a span and a term hold for; Term refuses it if there are none."""
-    ends = [end for end in (span[1], term.end) if end is not None]
-    return max(span[0], term.begin), min(ends, default=None)
+    found = [term.within(given.weight, given.begin, given.end) for term in own]
+    kept = [term for term in found if term is not None]
+    if not kept:
+        raise InvalidAdapterError(
+            f"no term of it serves a position from {given.begin} to {given.end}",
+            key=given.reference,
+            remedy="give another span, or leave it out",
+        )
+    return kept
 
 
 def _scaled(store: Store, digest: str, scales: Mapping[str, float], unused: set[str]) -> str:

@@ -69,12 +69,20 @@ class Recipe:
 def merge(recipe: Recipe, adapters: Sequence[CanonicalAdapter]) -> CanonicalAdapter:
     """The merged adapter; `adapters` are the recipe's components, in its order.
 
-    A module that some adapters lack is merged from the others. Turbo heads are left out. Raises
-    UnsupportedFeatureError where an adapter is more than a LoRA.
+    A module that some adapters lack is merged from the others. Turbo heads are left out. Activated
+    ones are merged where all have one invocation, which the result has too. Raises
+    UnsupportedFeatureError where an adapter is more than a LoRA, or is activated by other tokens.
     """
     weights = [weight for _, weight in recipe.components]
     for (digest, _), adapter in zip(recipe.components, adapters, strict=True):
         _check_plain(digest, adapter)
+        if adapter.invocation != adapters[0].invocation:
+            raise UnsupportedFeatureError(
+                "it is activated by other tokens than the first of them, or one of the two by none",
+                key=digest,
+                remedy="merge adapters with equal invocations, or use the strategy "
+                '"linear", which lets each begin at its own',
+            )
     ranks = {update.rank for adapter in adapters for update in adapter.updates.values()}
     merged = _merged_factors if len(ranks) == 1 else partial(_merged_whole, rank=max(ranks))
     modules = sorted({module for adapter in adapters for module in adapter.updates})
@@ -89,7 +97,9 @@ def merge(recipe: Recipe, adapters: Sequence[CanonicalAdapter]) -> CanonicalAdap
     source = {"format": "merged", **asdict(recipe)}
     source["components"] = [list(component) for component in recipe.components]
     first = adapters[0]
-    return CanonicalAdapter(first.architecture, first.base_name, updates, source)
+    return CanonicalAdapter(
+        first.architecture, first.base_name, updates, source, invocation=first.invocation
+    )
 
 
 def derive(store: Store, recipe: Recipe) -> str:

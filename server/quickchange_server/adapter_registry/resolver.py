@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from threading import Lock
 
@@ -23,10 +23,12 @@ from quickchange_server.errors import (
     InvalidRequestError,
     UnknownModelError,
 )
-from quickchange_server.frontend.request_base import MAX_COMPONENTS
+from quickchange_server.frontend.adapter_spans import Invocations, activated, summed
+from quickchange_server.frontend.request_base import MAX_COMPONENTS, WeightedAdapter
 from quickchange_server.protocol import LOOKUP, Component, Drafting
 from quickchange_store.base_model.base_source import base_name
 from quickchange_store.canonical.classifier_part import ClassifierHead
+from quickchange_store.canonical.composition_part import Term
 from quickchange_store.errors import AdapterNotFoundError, CorruptVersionError, StoreError
 from quickchange_store.index import Version
 from quickchange_store.info import AdapterInfo
@@ -44,10 +46,12 @@ PLACEHOLDERS = frozenset({"", "dummy", "tgi"})
 
 @dataclass(frozen=True, slots=True)
 class WeightedName:
-    """One entry of a request's `adapters`."""
+    """One entry of a request's `adapters`, for tokens at positions [begin, end) of the text."""
 
     name: str
     weight: float
+    begin: int = 0
+    end: int | None = None  # None: to the end of the text
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +72,11 @@ class Selection:
     drafting: Drafting | None = None  # None: no speculative decoding
     drafter: str | None = None  # for metrics: name of the adapter whose heads draft
     classifiers: frozenset[str] = frozenset()  # those of its adapters that classify, by digest
+    invocations: Invocations = field(default_factory=dict)  # of those of them that are activated
+
+    def serving(self, prompt: Sequence[int]) -> tuple[Component, ...]:
+        """The adapters that serve a prompt, each from where it begins."""
+        return activated(self.adapters, self.invocations, prompt)
 
     def check_generates(self) -> None:
         """Raise InvalidRequestError if an adapter of it was trained to classify texts."""
@@ -77,6 +86,11 @@ class Selection:
                 "generates none; send them to /classify or /score, or name another adapter",
                 param="model",
             )
+
+
+def weighted_names(entries: Iterable[WeightedAdapter]) -> list[WeightedName]:
+    """The entries of a body's composition."""
+    return [WeightedName(entry.id, entry.weight, entry.begin, entry.end) for entry in entries]
 
 
 def base_names(settings: Settings) -> tuple[str, ...]:
@@ -174,17 +188,21 @@ class Catalog:
     def _alone(self, model: str, version: Version) -> Selection:
         if self._only_drafts(version):  # the base itself, with its prefix cache
             return Selection(model, (), BASE_LABEL)
-        adapters = _sum(self._terms(version))
+        adapters = _sum(self._terms(version, WeightedName(model, 1.0)))
         return Selection(
-            model, adapters, version.name, classifiers=_classifiers(adapters, [version])
+            model,
+            adapters,
+            version.name,
+            classifiers=_classifiers(adapters, [version]),
+            invocations=self._invocations(adapters, [version]),
         )
 
-    def _terms(self, version: Version, weight: float = 1.0) -> list[Component]:
-        """What a version adds to the model, at a weight: itself, or its composition's terms."""
-        if not version.needs:
-            return [Component(version.digest, weight)]
-        terms = self.info(version.digest).composition
-        return [Component(term.digest, weight * term.weight) for term in terms]
+    def _terms(self, version: Version, named: WeightedName) -> list[Component]:
+        """What a version adds to the model where it is named: itself, or its composition's terms
+        in the positions that both are for."""
+        terms = self.info(version.digest).composition if version.needs else (Term(version.digest),)
+        found = (term.within(named.weight, named.begin, named.end) for term in terms)
+        return [Component(t.digest, t.weight, t.begin, t.end) for t in found if t is not None]
 
     def _only_drafts(self, version: Version) -> bool:
         """True if the version holds Turbo heads and nothing that changes the model."""
@@ -207,14 +225,28 @@ class Catalog:
         versions: list[Version] = []
         for index, entry in enumerate(composition):
             version = self._term(entry.name, sees, param=f"adapters[{index}].id")
-            terms += self._terms(version, entry.weight)
+            terms += self._terms(version, entry)
             versions.append(version)
         components = _sum(terms)
         names = {version.name for version in versions}
         label = names.pop() if len(names) == 1 else COMPOSITION_LABEL
-        label = label if components else BASE_LABEL
-        classifiers = _classifiers(components, versions)
-        return Selection(model, components, label, classifiers=classifiers)
+        return Selection(
+            model,
+            components,
+            label if components else BASE_LABEL,
+            classifiers=_classifiers(components, versions),
+            invocations=self._invocations(components, versions),
+        )
+
+    def _invocations(
+        self, components: Iterable[Component], versions: Iterable[Version]
+    ) -> Invocations:
+        """Invocations of those components that are activated by them."""
+        used = {component.digest for component in components}
+        single = {version.digest for version in versions if version.invoked}
+        terms = {digest for version in versions for digest in version.needs}
+        invoked = used & (single | {term for term in terms if self.info(term).invocation})
+        return {digest: self.info(digest).invocation for digest in sorted(invoked)}
 
     def _term(self, reference: str, sees: Sees, *, param: str) -> Version:
         """The version named by one entry of a composition."""
@@ -307,25 +339,21 @@ def _size(head: ClassifierHead | None) -> int:
 
 
 def _sum(terms: Sequence[Component]) -> tuple[Component, ...]:
-    """The components sorted by digest, so that equal compositions share cached prefixes.
+    """The composition of the terms.
 
-    Raises InvalidRequestError if a weight is not finite, or there are too many adapters.
+    Raises InvalidRequestError if a weight is not finite, or there are too many terms.
     """
-    weights: dict[str, float] = {}
-    for term in terms:
-        weights[term.digest] = weights.get(term.digest, 0.0) + term.weight
-    if len(weights) > MAX_COMPONENTS:
+    if len(terms) > MAX_COMPONENTS:
         raise InvalidRequestError(
-            f"adapters: with the terms of named compositions {len(weights)} adapters, where "
+            f"adapters: with the terms of named compositions {len(terms)} adapters, where "
             f"{MAX_COMPONENTS} is the most in one composition; name fewer",
             param="adapters",
         )
-    for weight in weights.values():
-        if not math.isfinite(weight):
+    components = summed(terms)
+    for component in components:
+        if not math.isfinite(component.weight):
             raise InvalidRequestError(
                 "adapters: the weights of one adapter add up to infinity; give smaller weights",
                 param="adapters",
             )
-    return tuple(
-        Component(digest, weight) for digest, weight in sorted(weights.items()) if weight != 0.0
-    )
+    return components

@@ -21,6 +21,8 @@ from quickchange_kernels.lowrank.lowrank_contract import RowTiles, Segments
 from quickchange_kernels.lowrank.lowrank_tables import cut_tiles, tile_height
 
 Components = tuple[tuple[int, float], ...]  # (device slot, weight) of each adapter
+# (first position, components) of a text's stretches under one composition each, the first from 0.
+Stretches = tuple[tuple[int, Components], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,17 @@ class _Batch:
     def room(self, height: int | None) -> Room:
         """The smallest room for the batch. height: rows per tile; None: no tiles."""
         return Room(len(self.slots), len(self.pieces), len(self.tiles), height)
+
+
+def runs_between(stretches: Stretches, begin: int, end: int) -> list[Run]:
+    """Runs of the rows at positions [begin, end) of a text, with at least one row each."""
+    ends = [*[first for first, _ in stretches[1:]], end]
+    found = []
+    for (first, components), last in zip(stretches, ends, strict=True):
+        rows = min(last, end) - max(first, begin)
+        if rows > 0:
+            found.append(Run(rows, components))
+    return found
 
 
 def segments(runs: Sequence[Run], device: torch.device, room: Room | None = None) -> Segments:

@@ -224,8 +224,9 @@ class EngineClient:
 
     def _name(self, submit: Submit, label: str, drafter: str | None) -> None:
         """Remember the adapter names behind a sequence's digests."""
-        if len(submit.adapters) == 1:
-            self.residency.name(submit.adapters[0].digest, label)
+        digests = {component.digest for component in submit.adapters}
+        if len(digests) == 1:
+            self.residency.name(digests.pop(), label)
         drafting = submit.drafting
         if drafting is not None:
             self._metrics.drafting(drafting)
@@ -233,9 +234,10 @@ class EngineClient:
                 self.residency.name(drafting.heads, drafter)
 
     def _names_of(self, submit: Submit) -> Iterable[str]:
-        if len(submit.adapters) == 1:
+        digests = dict.fromkeys(component.digest for component in submit.adapters)
+        if len(digests) == 1:
             return (submit.label,)
-        names = (self.residency.label(component.digest) for component in submit.adapters)
+        names = (self.residency.label(digest) for digest in digests)
         return (name for name in names if name is not None)
 
     def _leave(self, request: InFlightRequest, outcome: Outcome) -> None:

@@ -198,7 +198,7 @@ class LLM:
             check_fits(self._engine.info.max_model_len, len(one.ids), one.place)
         sampling = SamplingParams(max_tokens=0)
         submits = [
-            Submit(str(i), one.ids, sampling, selection.adapters, pooling=pooling, seed=0)
+            Submit(str(i), one.ids, sampling, selection.serving(one.ids), pooling=pooling, seed=0)
             for i, (one, selection) in enumerate(
                 zip(asked, self._adapters.selections(adapter, OFF, len(asked)), strict=True)
             )

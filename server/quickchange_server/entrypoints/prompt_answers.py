@@ -73,7 +73,7 @@ class AnswerMaker:
             f"{index}-0",
             asked.ids,
             sampling,
-            selection.adapters,
+            selection.serving(asked.ids),
             drafting=selection.drafting,
             bad_tokens=self._text.spellings(params.bad_words),
             seed=seed,

@@ -12,10 +12,11 @@ import random
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from quickchange_server.engine_client.client import EngineClient
 from quickchange_server.errors import InvalidRequestError
+from quickchange_server.frontend.adapter_spans import Invocations, activated
 from quickchange_server.frontend.caller import Caller
 from quickchange_server.frontend.context_length import check_fits, room
 from quickchange_server.frontend.generation import Generation
@@ -70,6 +71,7 @@ class Wanted:
     shown: frozenset[int] = frozenset()  # special tokens that are text in any case
     scored_alike: bool = False  # prompt log-probabilities for all choices, not the first alone
     drafter: str | None = None  # name of the adapter whose heads draft
+    invocations: Invocations = field(default_factory=dict)  # of the submit's activated adapters
     derive: Callable[[], Awaitable[str]] | None = None  # merges the adapters into one; its digest
     assignment: Assignment | None = None
     user: str | None = None  # the body's field
@@ -106,7 +108,7 @@ class RequestAdmission:
         account = await Account.open(_opened(wanted, submits), wanted.observers)
         try:
             if wanted.derive is not None:
-                submits = await self._derived(wanted.derive, submits)
+                submits = await self._derived(wanted, wanted.derive, submits)
             stream = self._client.generate(submits, label=wanted.label, drafter=wanted.drafter)
         except asyncio.CancelledError:
             account.end("cancelled")
@@ -147,12 +149,14 @@ class RequestAdmission:
                 vocab_size=self._text.vocab_size,
             )
             ids = tuple(prompt)
+            adapters = activated(wanted.submit.adapters, wanted.invocations, ids)
             for choice in range(wanted.candidates):
                 scored = choice == 0 or wanted.scored_alike
                 submit = replace(
                     wanted.submit,
                     request_id=f"{wanted.submit.request_id}-{len(submits)}",
                     prompt=ids,
+                    adapters=adapters,
                     sampling=sampling if scored else replace(sampling, prompt_logprobs=None),
                     seed=choice_seed(seed, choice),
                 )
@@ -181,12 +185,19 @@ class RequestAdmission:
         return most
 
     async def _derived(
-        self, derive: Callable[[], Awaitable[str]], submits: Sequence[Submit]
+        self, wanted: Wanted, derive: Callable[[], Awaitable[str]], submits: Sequence[Submit]
     ) -> list[Submit]:
         """The submits with the merged adapter, which is not made if the queue is full."""
         self._client.check_room(len(submits))
-        adapters = (Component(await derive()),)
-        return [replace(submit, adapters=adapters) for submit in submits]
+        digest = await derive()
+        # Only adapters of one invocation are merged, and the result has it.
+        common = list(wanted.invocations.values())[:1]
+        invocations = dict(zip([digest], common, strict=False))
+        merged = (Component(digest),)
+        return [
+            replace(submit, adapters=activated(merged, invocations, submit.prompt))
+            for submit in submits
+        ]
 
 
 def _opened(wanted: Wanted, submits: Sequence[Submit]) -> Opened:
@@ -203,7 +214,7 @@ def _opened(wanted: Wanted, submits: Sequence[Submit]) -> Opened:
         user=wanted.user,
         traceparent=wanted.traceparent,
         http_id=wanted.http_id,
-        digests=tuple(component.digest for component in wanted.submit.adapters),
+        digests=tuple({component.digest: None for component in wanted.submit.adapters}),
         sampling=None if wanted.submit.pooling else wanted.submit.sampling,
         streamed=wanted.streamed,
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, TypeVar, get_args, get_type_hints
 
 from annotated_types import Interval
 from pydantic import (
@@ -30,7 +30,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError
 
 from quickchange_server.errors import QuickchangeError
-from quickchange_server.protocol import MOST_LOGPROB_IDS, SamplingParams
+from quickchange_server.protocol import MOST_LOGPROB_IDS, MOST_TOKENS, SamplingParams
 from quickchange_store.names import did_you_mean
 
 # Types of validation errors whose context names the field
@@ -319,10 +319,24 @@ MergeWeight = Annotated[Number, Field(ge=-MOST_WEIGHT, le=MOST_WEIGHT)]
 
 
 class WeightedAdapter(Body):
-    """One term of a composition Σ weightᵢ · adapterᵢ."""
+    """One term of a composition Σ weightᵢ · adapterᵢ, for tokens at positions [begin, end) of the
+    text: prompt and output together, from 0."""
 
     id: Name
     weight: MergeWeight = 1.0
+    begin: int = Field(0, ge=0, le=MOST_TOKENS)
+    end: int | None = Field(None, ge=1, le=MOST_TOKENS)  # null: to the end of the text
+
+    @model_validator(mode="after")
+    def _check_span(self) -> Self:
+        if self.end is not None and self.end <= self.begin:
+            raise PydanticCustomError(
+                "span",
+                "end ({end}) must be behind begin ({begin}): the adapter serves the tokens from "
+                "begin on and before end",
+                {"begin": self.begin, "end": self.end},
+            )
+        return self
 
 
 Adapters = Annotated[list[WeightedAdapter], Field(max_length=MAX_COMPONENTS, fail_fast=True)]

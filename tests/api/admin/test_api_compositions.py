@@ -38,6 +38,10 @@ def test_a_named_composition_answers_as_the_one_that_a_request_lists(live: Live)
     assert composed(live, "both", *terms).status_code == 201
     assert text_of(live, model="both") == text_of(live, model=BASE, adapters=terms)
     assert text_of(live, model="both") != text_of(live, model="orders")
+    spans = [{**terms[0], "end": 6}, {**terms[1], "begin": 6}]
+    assert composed(live, "scheduled", *spans).status_code == 201
+    assert text_of(live, model="scheduled") == text_of(live, model=BASE, adapters=spans)
+    assert text_of(live, model="scheduled") != text_of(live, model="both")
     halves = [{"id": "both", "weight": 0.5}, {"id": "orders", "weight": 0.15}]
     sums = [{"id": "orders", "weight": 0.5}, {"id": "sql", "weight": -0.1}]
     assert text_of(live, model=BASE, adapters=halves) == text_of(live, model=BASE, adapters=sums)

@@ -17,6 +17,7 @@ from quickchange_store.formats.config_file import CONFIG_FILE, read_config
 from quickchange_store.formats.imported import Imported
 from quickchange_store.formats.peft.classification_head import take_classifier
 from quickchange_store.formats.peft.expert_lora import expert_updates
+from quickchange_store.formats.peft.invocation_tokens import take_invocation
 from quickchange_store.formats.peft.peft_common import check_copies, open_tensors
 from quickchange_store.formats.peft.peft_config import LoraSettings, parse_config
 from quickchange_store.formats.peft.tensor_names import PREFIX, TensorNames
@@ -37,11 +38,12 @@ def read_peft(directory: Path, base: BaseSpec) -> Imported:
     InvalidAdapterError, UnsupportedFeatureError, BaseMismatchError and BaseModelError; the message
     names file, key and remedy.
     """
-    config = read_config(directory)
+    activated = take_invocation(read_config(directory))
     tensors, names = open_tensors(directory, base)
-    classified = take_classifier(directory, config, base, tensors)
+    classified = take_classifier(directory, activated.config, base, tensors)
     rows = take_token_rows(classified.config, base, tensors)
-    return classified.joined(rows.joined(read_lora(rows.config, base, tensors, names), base))
+    read = rows.joined(read_lora(rows.config, base, tensors, names), base)
+    return activated.joined(classified.joined(read), base)
 
 
 def read_lora(

@@ -89,7 +89,7 @@ TRAINING_ONLY = frozenset(
 
 REFUSED = frozenset(
     {
-        "alora_invocation_tokens",
+        "alora_invocation_tokens",  # read beside it
         "arrow_config",
         "ensure_weight_tying",
         "kasa_config",

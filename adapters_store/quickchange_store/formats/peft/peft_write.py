@@ -1,8 +1,8 @@
 """Writer of a PEFT LoRA directory from the updates of a canonical adapter.
 
-Only what PEFT's LoRA computes is written: A, B and a scale for each module, and a classification
-head. Ranks and scales that differ between modules go into rank_pattern and alpha_pattern, by whole
-module paths.
+Only what PEFT's LoRA computes is written: A, B and a scale for each module, an aLoRA's invocation
+and a classification head. Ranks and scales that differ between modules go into rank_pattern and
+alpha_pattern, by whole module paths.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from quickchange_store.errors import BaseMismatchError, UnsupportedFeatureError
 from quickchange_store.formats.config_file import BASE_NAME, CONFIG_FILE
 from quickchange_store.formats.peft.classification_head import head_config, head_tensors
 from quickchange_store.formats.peft.expert_lora import stacked, wrapper_name
+from quickchange_store.formats.peft.invocation_tokens import TOKENS
 from quickchange_store.formats.peft.peft_common import WEIGHTS_FILE
 from quickchange_store.formats.peft.tensor_names import PREFIX
 from quickchange_store.formats.tensors import copied, save_tensors
@@ -63,6 +64,8 @@ def write_peft(adapter: CanonicalAdapter, directory: Path, base: BaseSpec) -> No
         for name, factor in zip(names, (update.a, update.b), strict=True):
             tensors[f"{PREFIX}{module}.lora_{name}"] = copied(factor)
     config = _config(plain, experts, base, adapter.base_name)
+    if adapter.invocation is not None:
+        config[TOKENS] = list(adapter.invocation.tokens)
     if head is not None:
         tensors |= head_tensors(head)
         config |= head_config(head)

@@ -347,7 +347,7 @@ async def _compose(services: Services, caller: Caller, body: Compose) -> Added:
     check_own(caller, body.name, "name")
     for term in body.adapters:
         check_seen(services, caller, term.id)
-    terms = [GivenTerm(t.id, t.weight, scales=t.scales) for t in body.adapters]
+    terms = [GivenTerm(t.id, t.weight, t.begin, t.end, t.scales) for t in body.adapters]
     with uses_hidden(caller):
         return await services.imports.compose(body.name, terms)
 

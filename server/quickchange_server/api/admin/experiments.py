@@ -18,7 +18,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from quickchange_server.adapter_registry.resolver import WeightedName
+from quickchange_server.adapter_registry.resolver import weighted_names
 from quickchange_server.api.app_state import Injected, Services
 from quickchange_server.api.auth import Calling, Managing, check_own
 from quickchange_server.api.error_responses import from_validation
@@ -424,7 +424,7 @@ def _check_served(
 
 def _check_one(services: Services, caller: Caller, variant: Served, place: str) -> None:
     model = variant.model or services.catalog.base_name
-    composition = [WeightedName(entry.id, entry.weight) for entry in variant.adapters]
+    composition = weighted_names(variant.adapters)
     turbo = "auto" if variant.turbo is None else variant.turbo
     try:
         services.catalog.select(model, composition, turbo, sees=caller.sees)

@@ -176,7 +176,7 @@ def _remedy(source: str, caller: Caller) -> str:
     )
 
 
-MERGEABLE = ("LoRA", "Turbo LoRA")  # values of `AdapterInfo.kind`
+MERGEABLE = ("LoRA", "Turbo LoRA", "aLoRA", "Turbo aLoRA")  # values of `AdapterInfo.kind`
 
 
 async def _merged(

@@ -55,6 +55,7 @@ def _version_card(services: Services, index: Index, reference: Reference, kind: 
         "digest": version.digest,
         "turbo": None if drafter is None else str(drafter),
         **({"classifier": True} if version.classifier else {}),
+        **({"activated": True} if version.invoked else {}),
     }
     return _card(services, str(reference), version.created, details, str(version))
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Generic, TypeVar
 
-from quickchange_server.adapter_registry.resolver import Selection, WeightedName
+from quickchange_server.adapter_registry.resolver import Selection, weighted_names
 from quickchange_server.adapter_registry.visibility import Sees, everything
 from quickchange_server.api.app_state import Services
 from quickchange_server.api.openai.requests import Constrained, GenerationRequest
@@ -121,7 +121,7 @@ def _shadows(
 
 
 def _selection(services: Services, body: GenerationRequest, sees: Sees) -> Selection:
-    composition = [WeightedName(entry.id, entry.weight) for entry in body.adapters]
+    composition = weighted_names(body.adapters)
     return services.catalog.select(body.model, composition, body.turbo, sees=sees)
 
 
@@ -224,6 +224,7 @@ async def admit(
         model=order.model,
         label=submit.label,
         drafter=submit.drafter,
+        invocations=order.selection.invocations,
         prompts=prompts,
         prompt_param=prompt_param,
         candidates=body.candidates,
@@ -241,7 +242,7 @@ async def admit(
     )
     generation = await services.admission.admit(wanted)
     if submit.adapters and not order.is_shadow:
-        digests = (component.digest for component in submit.adapters)
+        digests = dict.fromkeys(component.digest for component in submit.adapters)
         request_ids.answer_with(ADAPTERS, ",".join(digests))
     again = partial(
         admit,

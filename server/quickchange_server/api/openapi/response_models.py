@@ -211,6 +211,7 @@ class ModelDetails(ResponseModel):
     digest: str | None = None
     turbo: str | None = None
     classifier: bool | None = None
+    activated: bool | None = None
     state: ExperimentState | None = None
 
 

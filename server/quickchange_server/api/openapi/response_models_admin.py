@@ -86,6 +86,7 @@ class AdapterContents(ResponseModel):
     kind: str
     classifier: ClassifierSummary | None
     composition: list[ComposedVersion]
+    invocation: list[int]
     base_hidden: int | None
     base_vocabulary: int | None
 

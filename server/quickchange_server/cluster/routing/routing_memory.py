@@ -217,12 +217,16 @@ class RoutingMemory:
 
 
 def _prefixes(submit: Submit) -> Iterable[tuple[bytes, int]]:
-    """Keys of the prompt's first 32, 64, 128, … tokens under its composition and salt."""
-    digest = blake2b(digest_size=16)
-    parts: Sequence[object] = sorted((c.digest, c.weight) for c in submit.adapters)
-    digest.update(repr((submit.salt, parts)).encode())
+    """Keys of the prompt's first 32, 64, 128, … tokens under what serves them, and its salt."""
+    digest = blake2b(submit.salt.encode(), digest_size=16)
     begin, end = 0, _FIRST_PREFIX
     while end <= min(len(submit.prompt), _LONGEST_PREFIX):
+        parts: Sequence[object] = sorted(
+            (c.digest, c.weight, max(c.begin, begin), end if c.end is None else min(c.end, end))
+            for c in submit.adapters
+            if c.begin < end and (c.end is None or begin < c.end)
+        )
+        digest.update(repr(parts).encode())
         digest.update(array("q", submit.prompt[begin:end]).tobytes())
         yield digest.digest(), end
         begin, end = end, 2 * end

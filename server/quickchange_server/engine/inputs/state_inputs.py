@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from quickchange_kernels.lowrank.lowrank_contract import LowRankTables
-from quickchange_server.adapters.batch_segments import Room, Run, pack, room_for, unpack
+from quickchange_server.adapters.batch_segments import Room, pack, room_for, unpack
 from quickchange_server.engine.scheduling.scheduler import Scheduled
 from quickchange_server.model.forward_context import (
     SPARE_STATE,
@@ -76,8 +76,10 @@ def state_parts(
             depths[0].append(_lone_row(item, start))
         states = _states_before_drafts(item)
         for depth in range(1, 1 + len(item.drafts)):
-            row = start + item.count + depth - 1
-            depths[depth].append(_Rows(item, row, 1, states[depth - 1], states[depth]))
+            behind = item.count + depth - 1
+            before, after = states[depth - 1], states[depth]
+            row = _Rows(item, start + behind, item.first + behind, 1, before, after)
+            depths[depth].append(row)
     groups += [rows for rows in depths if rows]
     return tuple([_part(group, None if len(groups) == 1 else device) for group in groups])
 
@@ -87,26 +89,28 @@ class _Rows:
     """Rows of one sequence in a part; state rows of what is before them and what is after."""
 
     item: Scheduled
-    first: int
+    first: int  # of the step's rows
+    position: int  # in its text
     count: int
     read: int
     write: int
 
 
 def _lone_row(item: Scheduled, row: int) -> _Rows:
-    return _Rows(item, row, 1, item.sequence.state, item.sequence.states[0])
+    return _Rows(item, row, item.first, 1, item.sequence.state, item.sequence.states[0])
 
 
 def _chunk(item: Scheduled, start: int) -> Iterator[_Rows]:
     """Scheduled rows of a sequence, up to a state that is to be kept and behind it."""
     sequence = item.sequence
-    read, left = sequence.state, item.count
+    read, position, left = sequence.state, item.first, item.count
     if sequence.border is not None:
         before = sequence.border.tokens - item.first
-        yield _Rows(item, start, before, read, sequence.border.row)
+        yield _Rows(item, start, position, before, read, sequence.border.row)
         start, left, read = start + before, left - before, sequence.border.row
+        position += before
     if left:
-        yield _Rows(item, start, left, read, sequence.states[0])
+        yield _Rows(item, start, position, left, read, sequence.states[0])
 
 
 def _states_before_drafts(item: Scheduled) -> list[int]:
@@ -130,7 +134,9 @@ def _part(group: Sequence[_Rows], device: torch.device | None, padded_to: int = 
     if device is None:
         return inputs
     places = np.concatenate([np.arange(rows.first, rows.first + rows.count) for rows in group])
-    runs = [Run(rows.count, rows.item.components) for rows in group]
+    runs = [
+        run for rows in group for run in rows.item.runs(rows.position, rows.position + rows.count)
+    ]
     tokens = None
     if any(run.components for run in runs):
         room = room_for(runs, device)

@@ -52,7 +52,10 @@ class PlanShape:
 
     rows: list[int]
     sampled: list[int]  # rows that are sampled, the last ones
+    # Of each run of a sequence's rows under one composition: most sequences have one run.
     components: list[Components]
+    run_rows: list[int]
+    run_sampled: list[int]
     samples: int  # sampled rows in all
     all_sampled: bool  # the plan has last tokens and drafts only
     reads: bool  # some sequence may read its prompt's rows
@@ -67,8 +70,39 @@ class PlanShape:
         rows = [item.rows for item in plan]
         sampled = [item.sampled_rows for item in plan]
         components = [item.components for item in plan]
+        runs = components, rows, sampled
+        if any(item.stretches for item in plan):
+            runs = _cut(plan)
         reads = any(item.sequence.reading is not None for item in plan)
-        return cls(rows, sampled, components, sum(sampled), rows == sampled, reads)
+        return cls(rows, sampled, *runs, sum(sampled), rows == sampled, reads)
+
+
+def _cut(plan: Sequence[Scheduled]) -> tuple[list[Components], list[int], list[int]]:
+    """Components, rows and sampled rows of all runs."""
+    components: list[Components] = []
+    rows: list[int] = []
+    sampled: list[int] = []
+    for item in plan:
+        left = item.rows
+        for run in _runs(item):
+            components.append(run.components)
+            rows.append(run.rows)
+            sampled.append(max(0, min(run.rows, item.sampled_rows - left + run.rows)))
+            left -= run.rows
+    return components, rows, sampled
+
+
+def _runs(item: Scheduled) -> list[Run]:
+    return item.runs(item.first, item.first + item.rows)
+
+
+def _sampled_runs(item: Scheduled) -> list[Run]:
+    end = item.first + item.rows
+    return item.runs(end - item.sampled_rows, end)
+
+
+def _read_runs(item: Scheduled, read: range) -> list[Run]:
+    return item.runs(read.start, read.stop) if read else []
 
 
 def pools(plan: Iterable[Scheduled]) -> bool:
@@ -77,17 +111,16 @@ def pools(plan: Iterable[Scheduled]) -> bool:
 
 
 def token_runs(plan: Iterable[Scheduled]) -> list[Run]:
-    return [Run(item.rows, item.components) for item in plan]
+    return [run for item in plan for run in _runs(item)]
 
 
 def head_runs(plan: Iterable[Scheduled]) -> list[Run]:
-    sampled = [Run(item.sampled_rows, item.components) for item in plan if item.samples]
-    return sampled + [Run(len(item.scored), item.components) for item in plan if item.scored]
+    sampled = [run for item in plan if item.samples for run in _sampled_runs(item)]
+    return sampled + [run for item in plan for run in _read_runs(item, item.scored)]
 
 
 def sample_runs(plan: Iterable[Scheduled]) -> list[Run]:
-    pooled = [Run(len(item.pooled), item.components) for item in plan if item.pooled]
-    return head_runs(plan) + pooled
+    return head_runs(plan) + [run for item in plan for run in _read_runs(item, item.pooled)]
 
 
 def exact_extent(plan: Sequence[Scheduled], shape: PlanShape, device: torch.device) -> Extent:
@@ -157,14 +190,14 @@ class StepBuckets:
         adapters = shape.adapters
         decode, mixed = self._extents[adapters]
         rows = sum(shape.rows)
-        needed = _needed(shape.components, shape.rows) if adapters else _Need()
+        needed = _needed(shape.components, shape.run_rows) if adapters else _Need()
         if shape.all_sampled:
             for extent in decode:
                 if extent.rows >= rows and needed.fits(extent.tokens_room):
                     return extent
         if shape.reads:
             return None
-        sampled = _needed(shape.components, shape.sampled) if adapters else _Need()
+        sampled = _needed(shape.components, shape.run_sampled) if adapters else _Need()
         for extent in mixed:
             if (
                 extent.rows >= rows
@@ -210,8 +243,9 @@ class _Need(NamedTuple):
     def fits(self, room: Room | None) -> bool:
         if room is None or room.height is None:
             return True
-        pieces = sum([number * -(-rows // room.height) for rows, number in self.stretches])
-        return room.segments >= self.segments and room.pieces >= pieces
+        tiles = [-(-rows // room.height) for rows, _ in self.stretches]
+        pieces = sum([n * number for n, (_, number) in zip(tiles, self.stretches, strict=True)])
+        return room.segments >= self.segments and room.pieces >= pieces and room.tiles >= sum(tiles)
 
 
 def _needed(components: Iterable[Components], rows: Iterable[int]) -> _Need:

@@ -23,10 +23,11 @@ from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Protocol
 
+from quickchange_server.adapters.batch_segments import Components, Run, Stretches, runs_between
 from quickchange_server.engine.scheduling.adapter_claims import Claims, Holdings
 from quickchange_server.engine.scheduling.fair_queue import Lane
 from quickchange_server.engine.scheduling.kv_cache_manager import KVBlocks, StateRows
-from quickchange_server.engine.scheduling.sequence import Border, Components, Sequence, isolated
+from quickchange_server.engine.scheduling.sequence import Border, Sequence, isolated
 from quickchange_server.protocol import FinishReason
 
 _NO_ROWS = range(0)
@@ -44,9 +45,10 @@ class Scheduled:
 
     sequence: Sequence
     count: int
-    components: Components
+    components: Components  # of all its rows; of the last one where `stretches` tell them apart
     heads: int | None = None  # device slot of its Turbo heads
     drafts: tuple[int, ...] = ()  # tokens to verify, in order
+    stretches: Stretches = ()  # of its text; empty: all of it is under `components`
     first: int = field(init=False)
     # True if the sequence's last token is among these rows, so that a new one is sampled.
     samples: bool = field(init=False)
@@ -73,6 +75,14 @@ class Scheduled:
                 self.pooled = rows
             else:
                 self.scored = rows
+        if self.stretches:
+            self.components = self.runs(self.first, self.first + self.rows)[-1].components
+
+    def runs(self, begin: int, end: int) -> list[Run]:
+        """Its rows at positions [begin, end), which are not empty, by the adapters they take."""
+        if not self.stretches:
+            return [Run(end - begin, self.components)]
+        return runs_between(self.stretches, begin, end)
 
 
 class DraftBuyer(Protocol):
@@ -260,7 +270,7 @@ class Scheduler:
             assert sequence.computed <= room, "more tokens computed than blocks hold"
             left = sequence.remaining >= 1 or sequence in in_flight
             assert left, "nothing left to compute in a running sequence"
-            placed = sequence.components, sequence.head_slot
+            placed = sequence.components, sequence.stretches, sequence.head_slot
             assert placed == self._placed(sequence), "a running sequence's adapters have moved"
         for sequence in everywhere:
             assert 0 <= sequence.pending <= (sequence in in_flight), "a token that never comes"
@@ -355,7 +365,8 @@ class Scheduler:
                 self._preempt(self._last())
             lane.take(sequence)
             self.running.append(sequence)
-            sequence.components, sequence.head_slot = self._placed(sequence)
+            placed = self._placed(sequence)
+            sequence.components, sequence.stretches, sequence.head_slot = placed
             if sequence.first_scheduled is None:
                 sequence.first_scheduled = now
             count = self._count(sequence, budget)
@@ -507,13 +518,18 @@ class Scheduler:
     def _scheduled(self, sequence: Sequence, count: int) -> Scheduled:
         if self.states is not None and count > 1:
             self._plan_border(self.states, sequence, count)
-        return Scheduled(sequence, count, sequence.components, sequence.head_slot)
+        components, stretches = sequence.components, sequence.stretches
+        return Scheduled(sequence, count, components, sequence.head_slot, stretches=stretches)
 
-    def _placed(self, sequence: Sequence) -> tuple[Components, int | None]:
+    def _placed(self, sequence: Sequence) -> tuple[Components, Stretches, int | None]:
         """Slots of a sequence's adapters and heads, as long as it holds them."""
         slots = self._holdings.slots(sequence)
-        components = tuple([(slots[c.digest], c.weight) for c in sequence.request.adapters])
-        return components, None if sequence.heads is None else slots[sequence.heads]
+        stretches = tuple(
+            (first, tuple([(slots[term.digest], term.weight) for term in terms]))
+            for first, terms in sequence.compositions
+        )
+        heads = None if sequence.heads is None else slots[sequence.heads]
+        return stretches[0][1], stretches if len(stretches) > 1 else (), heads
 
 
 def _rows(plan: Seq[Scheduled]) -> int:

@@ -19,6 +19,7 @@ from typing import NamedTuple, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from quickchange_server.adapters.batch_segments import Components, Stretches
 from quickchange_server.engine.scheduling.kv_cache_manager import block_key
 from quickchange_server.model.architectures.position_scaling import PositionScaling
 from quickchange_server.model.forward_context import ZERO_STATE
@@ -36,7 +37,6 @@ from quickchange_server.structured_output.compiler import Matcher
 
 logger = logging.getLogger(__name__)
 
-Components = tuple[tuple[int, float], ...]  # (device slot, weight) of each adapter
 Doubles = npt.NDArray[np.float64]
 
 
@@ -147,7 +147,8 @@ class Reading:
 
 
 def composition_key(adapters: Seq[Component], salt: str = "") -> bytes:
-    """Content key [16 bytes] of Σ weightᵢ · adapterᵢ: equal for equal compositions.
+    """Content key [16 bytes] of Σ weightᵢ · adapterᵢ: equal for equal compositions, wherever in
+    the text their terms begin and end.
 
     Under different salts equal compositions have different keys. So neither cached blocks nor what
     is learned of drafts is shared between salts, and admission is fair over them: whoever has a
@@ -155,9 +156,22 @@ def composition_key(adapters: Seq[Component], salt: str = "") -> bytes:
     """
     secret = hashlib.blake2b(salt.encode(), digest_size=32).digest() if salt else b""
     digest = hashlib.blake2b(digest_size=16, key=secret)
-    for component in sorted(adapters, key=lambda c: (c.digest, c.weight)):
-        digest.update(component.digest.encode() + struct.pack("<d", component.weight))
+    for name, weight in sorted({(c.digest, c.weight) for c in adapters}):
+        digest.update(name.encode() + struct.pack("<d", weight))
     return digest.digest()
+
+
+def compositions_along(adapters: Seq[Component]) -> list[tuple[int, tuple[Component, ...]]]:
+    """(first position, terms) of each stretch of a text under one composition, the first from 0."""
+    if all(term.begin == 0 and term.end is None for term in adapters):
+        return [(0, tuple(adapters))]
+    ends = {term.end for term in adapters if term.end is not None}
+    found: list[tuple[int, tuple[Component, ...]]] = []
+    for first in sorted({0, *(term.begin for term in adapters), *ends}):
+        terms = tuple(t for t in adapters if t.begin <= first and (t.end is None or first < t.end))
+        if not found or found[-1][1] != terms:
+            found.append((first, terms))
+    return found
 
 
 def salted(key: bytes, salt: str) -> bytes:
@@ -192,6 +206,8 @@ class Sequence:
     generates: bool = field(init=False)  # False: it ends once its prompt is computed
     drafting: Drafting | None = field(init=False)
     digests: list[str] = field(init=False)  # adapter versions that it needs on the device
+    # (first position, terms) of the stretches of its text under one composition each
+    compositions: list[tuple[int, tuple[Component, ...]]] = field(init=False)
     _needs_values: bool = field(init=False)  # what follows a token depends on which it is
     # Progress.
     head_drafts: HeadDrafts | None = None  # the latest
@@ -207,7 +223,10 @@ class Sequence:
     # Tokens that launched steps sample and that have to be computed in their turn: they follow
     # `tokens`, and are scheduled like these.
     pending: int = 0
-    components: Components = ()  # while it runs
+    # While it runs: the slots of its adapters in all of its text; where it has several stretches,
+    # those of each.
+    components: Components = ()
+    stretches: Stretches = ()
     head_slot: int | None = None  # of its Turbo heads, while it runs
     token_row: int = 0  # where the pending one is among the latest step's sampled tokens
     committed: int = 0  # leading blocks offered to the prefix cache
@@ -228,6 +247,7 @@ class Sequence:
         self._end = self._prompt + request.sampling.token_limit
         self.tokens = [*request.prompt, *request.output]
         self.key = composition_key(request.adapters, request.salt)
+        self.compositions = compositions_along(request.adapters)
         self.reach = len(request.prompt)
         if self.outgrown:
             self.reach = len(self.tokens)
@@ -323,14 +343,26 @@ class Sequence:
         while len(self.block_keys) < count:
             index = len(self.block_keys)
             parent = self.block_keys[-1] if index else self._first_parent()
-            tokens = self.tokens[index * block_size : (index + 1) * block_size]
-            self.block_keys.append(block_key(parent, tokens))
+            begin, end = index * block_size, (index + 1) * block_size
+            for first, terms in self.compositions[1:]:
+                if begin <= first < end:
+                    parent = self._border_key(parent, first - begin, terms)
+            self.block_keys.append(block_key(parent, self.tokens[begin:end]))
         return self.block_keys[:count]
 
     def _first_parent(self) -> bytes:
+        """What the first block follows: the composition that the text begins under, so that texts
+        share blocks up to where their compositions part."""
         kind = 0 if self.scaling is None else self.scaling.kind(self.reach)
-        own = salted(self.key, self.request.cache_salt)
+        _, terms = self.compositions[0]
+        own = salted(composition_key(terms, self.request.salt), self.request.cache_salt)
         return block_key(own, [kind]) if kind else own
+
+    def _border_key(self, parent: bytes, offset: int, terms: Seq[Component]) -> bytes:
+        """What a block follows in which another composition begins, `offset` tokens behind its
+        first."""
+        content = struct.pack("<q", offset) + composition_key(terms, self.request.salt)
+        return hashlib.blake2b(content, key=parent, digest_size=16, person=b"border").digest()
 
     def take(self, token: int) -> None:
         """Append the next token of the output."""

@@ -29,8 +29,11 @@ from quickchange_store.errors import AdapterNotFoundError, InvalidNameError
 from quickchange_store.importing import add_adapter, read_adapter
 from quickchange_store.store import Store
 
-Adapter = str | Mapping[str, float] | None
-"""A name, version or alias of the store; a mix Σ weight · adapter; None: the base model."""
+Span = tuple[float, int, int | None]
+"""A weight for the tokens at positions [begin, end) of prompt and output; None: to the end."""
+Adapter = str | Mapping[str, float | Span | Sequence[Span]] | None
+"""A name, version or alias of the store; a mix Σ weight · adapter, where a weight may hold for a
+span, or change from one to another; None: the base model."""
 Folder = str | Path
 
 logger = logging.getLogger(__name__)
@@ -88,7 +91,7 @@ class NamedAdapters:
                 self._check_known(name, place)
         if turbo not in (AUTO, OFF, LOOKUP):
             self._check_known(turbo, f"turbo[{index}]")
-        composition = [_term(name, weight, place) for name, weight in mix.items()]
+        composition = [term for name, given in mix.items() for term in _terms(name, given, place)]
         try:
             return self._catalog.select(model, composition, turbo)
         except QuickchangeError as error:
@@ -123,9 +126,28 @@ def each(value: Any, count: int, name: str, kinds: tuple[type, ...]) -> list[Any
     return list(value)
 
 
-def _term(name: str, weight: Any, place: str) -> WeightedName:
+def _terms(name: str, given: Any, place: str) -> list[WeightedName]:
+    """The terms of one adapter, from a weight, a span or several."""
+    if isinstance(given, list):
+        return [_term(name, span, place) for span in given]
+    return [_term(name, given if isinstance(given, tuple) else (given, 0, None), place)]
+
+
+def _term(name: str, span: Any, place: str) -> WeightedName:
+    if not isinstance(span, tuple) or len(span) != 3:
+        raise InvalidRequestError(
+            f"{place}: {span!r:.80} is no span of {name!r}; give (weight, begin, end)", param=place
+        )
+    weight, begin, end = span
     if not isinstance(weight, Real) or not math.isfinite(weight):
         raise InvalidRequestError(
             f"{place}: the weight of {name!r} is {weight!r}; give a finite number", param=place
         )
-    return WeightedName(name, float(weight))
+    placed = type(begin) is int and begin >= 0
+    if not placed or not (end is None or (type(end) is int and end > begin)):
+        raise InvalidRequestError(
+            f"{place}: {name!r} can't serve from {begin!r} to {end!r}; give whole numbers from 0, "
+            "the second above the first, or None for the end of the text",
+            param=place,
+        )
+    return WeightedName(name, float(weight), begin, end)
