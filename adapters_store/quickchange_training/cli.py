@@ -3,35 +3,22 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from quickchange_training.cli_options import (
-    DEMO,
-    base_of,
-    errors_shown,
-    pairs,
-    publication_of,
-    resumable,
-    say_added,
-    say_warnings,
-)
+from quickchange_training.adapter_cli import HELP, print_training_report, training_command
+from quickchange_training.cli_options import errors_shown
 from quickchange_training.errors import OutputError, RecipeError
-from quickchange_training.examples import few_examples
-from quickchange_training.lora.lora_job import LoraJob, PromptFormat
-from quickchange_training.lora.lora_recipe import LoraRecipe, TrainingDtype, lora_shape
+from quickchange_training.lora.lora_recipe import KINDS
 from quickchange_training.turbo_cli import (
     engine_outputs,
     print_turbo_report,
     turbo,
     turbo_lora,
 )
-
-if TYPE_CHECKING:
-    from quickchange_training.lora.lora_trainer import TrainingReport
 
 app = typer.Typer(
     name="train",
@@ -43,110 +30,8 @@ app = typer.Typer(
 app.command()(turbo)
 app.command("turbo-lora")(turbo_lora)
 
-_D = LoraRecipe()
-
-
-@app.command()
-def lora(
-    data: Annotated[
-        Path,
-        typer.Option(help='JSONL of {"prompt", "completion"} or {"messages"}, one a line.'),
-    ],
-    out: Annotated[Path, typer.Option(help="Folder for the PEFT adapter; must not exist.")],
-    model: Annotated[
-        str, typer.Option(help="Base model: folder, hub id, or demo for the demo's base.")
-    ] = DEMO,
-    eval_data: Annotated[
-        Path | None, typer.Option(help="JSONL held out of the training, for the final loss.")
-    ] = None,
-    base_name: Annotated[
-        str | None,
-        typer.Option(help="What the adapter calls its base (default: hub id or folder's name)."),
-    ] = None,
-    name: Annotated[str | None, typer.Option(help="Publish under this name (needs --store).")] = (
-        None
-    ),
-    store: Annotated[str | None, typer.Option(help="Store to publish in (needs --name).")] = None,
-    prompt_format: Annotated[
-        PromptFormat,
-        typer.Option(help="chat: through the chat template, plain: as it is, auto: chat if any."),
-    ] = "auto",
-    rank: Annotated[int, typer.Option(help="Rank r.")] = _D.rank,
-    alpha: Annotated[float, typer.Option(help="LoRA alpha; the scale is alpha / rank.")] = _D.alpha,
-    targets: Annotated[
-        str, typer.Option(help="Module names, comma between, or all-linear.")
-    ] = ",".join(_D.targets),
-    dropout: Annotated[float, typer.Option(help="Dropout before A.")] = _D.dropout,
-    epochs: Annotated[int, typer.Option(help="Passes over the data.")] = _D.epochs,
-    steps: Annotated[
-        int | None, typer.Option(help="Optimizer steps in all, instead of --epochs.")
-    ] = _D.steps,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = _D.lr,
-    warmup: Annotated[float, typer.Option(help="Share of the steps with a rising rate.")] = (
-        _D.warmup
-    ),
-    weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = _D.weight_decay,
-    clip: Annotated[float, typer.Option(help="Largest gradient norm.")] = _D.clip,
-    batch_size: Annotated[int, typer.Option(help="Examples a step.")] = _D.batch_size,
-    max_length: Annotated[int, typer.Option(help="Largest example, in tokens.")] = _D.max_length,
-    seed: Annotated[int, typer.Option(help="Of initial weights and order.")] = _D.seed,
-    dtype: Annotated[
-        TrainingDtype, typer.Option(help="Of the frozen base while training.")
-    ] = _D.dtype,
-    held_out: Annotated[
-        float, typer.Option(help="Share of the data kept for the loss, without --eval-data.")
-    ] = _D.held_out,
-    peft_option: Annotated[
-        list[str] | None,
-        typer.Option(help="KEY=VALUE for PEFT's LoraConfig, e.g. use_rslora=true; repeatable."),
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from an interrupted run.")
-    ] = False,
-    checkpoint_every: Annotated[
-        int, typer.Option(help="Optimizer steps between checkpoints.", min=1)
-    ] = 200,
-) -> None:
-    """Train a LoRA adapter with PEFT; the loss is on the answers alone."""
-    from quickchange_training.lora.lora_job import run
-
-    with errors_shown(), resumable(out):
-        recipe = LoraRecipe(
-            rank=rank,
-            alpha=alpha,
-            targets=tuple(t.strip() for t in targets.split(",") if t.strip()),
-            dropout=dropout,
-            epochs=epochs,
-            steps=steps,
-            lr=lr,
-            warmup=warmup,
-            weight_decay=weight_decay,
-            clip=clip,
-            batch_size=batch_size,
-            max_length=max_length,
-            seed=seed,
-            dtype=dtype,
-            held_out=held_out,
-            peft_options=pairs("--peft-option", peft_option or []),
-        )
-        publication = publication_of(store, name)
-        folder, called = base_of(model, base_name)
-        job = LoraJob(
-            folder,
-            called,
-            data,
-            eval_data,
-            out,
-            prompt_format,
-            recipe,
-            publication,
-            resume,
-            checkpoint_every,
-        )
-        report, added = run(job)
-        _print_report(report, out)
-        say_warnings([*few_examples(report.examples), *lora_shape(recipe)])
-        say_added(added)
+for kind in KINDS:
+    app.command(kind.kind, help=HELP[kind.kind])(training_command(kind))
 
 
 @app.command()
@@ -173,7 +58,7 @@ def demo(
             recipe = DEMO_RECIPES[name]
             if steps is not None:
                 recipe = replace(recipe, lora=replace(recipe.lora, steps=steps))
-            _print_report(train_demo(name, recipe, out), out)
+            print_training_report(train_demo(name, recipe, out), out)
         else:
             known = ", ".join([*DEMO_RECIPES, *DEMO_HEADS_RECIPES])
             raise RecipeError(f"no demo adapter is called {name!r}; choose {known}")
@@ -235,8 +120,3 @@ def eval_demo(
             lines = [json.dumps(answer) for c in found for answer in c.answers()]
             answers.write_text("\n".join(lines) + "\n")
         typer.echo(as_table(found))
-
-
-def _print_report(report: TrainingReport, out: Path) -> None:
-    printed: dict[str, Any] = {"out": str(out), **asdict(report)}
-    typer.echo(json.dumps(printed, indent=2))

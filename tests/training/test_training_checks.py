@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from quickchange_training.examples import few_examples
-from quickchange_training.lora.lora_recipe import LoraRecipe, lora_shape
+from quickchange_training.lora.lora_recipe import LoraRecipe, unusual_choices
 from quickchange_training.turbo.turbo_data import OwnOutput, Prompt, not_its_own, short_outputs
 
 EOS = 0
@@ -51,11 +51,11 @@ def test_the_models_own_completions_and_missing_ones_are_no_matter() -> None:
     ],
 )
 def test_a_lora_that_looks_off_is_told_of(recipe: LoraRecipe, begins: str) -> None:
-    said = lora_shape(recipe)
+    said = unusual_choices(recipe)
     assert len(said) == 1
     assert said[0].startswith(begins)
 
 
 @pytest.mark.parametrize("targets", [("all-linear",), ("q_proj", "v_proj"), ("c_attn",)])
 def test_a_usual_lora_is_not(targets: tuple[str, ...]) -> None:
-    assert lora_shape(LoraRecipe(targets=targets)) == []
+    assert unusual_choices(LoraRecipe(targets=targets)) == []

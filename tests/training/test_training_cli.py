@@ -1,4 +1,4 @@
-"""`quickchange train lora` from files to a folder and a store, and its refusals."""
+"""`quickchange train KIND` from files to a folder and a store, and its refusals."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def data(tmp_path: Path) -> Path:
     return file
 
 
-def train(*options: object) -> tuple[int, str, str]:
+def train(*options: object, kind: str = "lora") -> tuple[int, str, str]:
     """Exit status, output and errors."""
-    result = RUNNER.invoke(app, ["lora", *map(str, options)])
+    result = RUNNER.invoke(app, [kind, *map(str, options)])
     return result.exit_code, result.stdout, result.stderr
 
 
@@ -88,6 +88,72 @@ def test_bad_input_ends_with_its_name_and_nothing_is_written(
     assert code == 1
     assert message in errors
     assert not out.exists()
+
+
+KINDS = {
+    "dora": (("--rank", 4), "DoRA"),
+    "ia3": (("--lr", 0.1), "IA3"),
+    "bottleneck": (("--placement", "pfeiffer", "--reduction-factor", 8), "bottleneck"),
+    "peft": (("--type", "vera", "--peft-option", "r=8"), "LoRA"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_trained_and_published_by_the_same_options(
+    model: Path, data: Path, tmp_path: Path, kind: str
+) -> None:
+    out, store = tmp_path / "adapter", tmp_path / "store"
+    options, published = KINDS[kind]
+    code, told, errors = train(
+        *("--model", model, "--data", data, "--out", out, "--steps", 2, *options),
+        *("--name", "letters", "--store", store),
+        kind=kind,
+    )
+    assert code == 0, errors
+    assert json.loads(told.partition("published")[0])["parameters"] > 0
+    version = Store(store).resolve("letters")
+    assert Store(store).info(version.digest).kind == published
+    recipe = json.loads((out / "recipe.json").read_text())
+    assert recipe["command"] == f"quickchange train {kind}"
+    assert recipe[kind]["steps"] == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("bottleneck", ("--reduction-factor", 0), "--reduction-factor must be more than 0"),
+        ("peft", ("--type", "OFT"), "--type OFT is not trained here; choose BEFT"),
+        ("peft", ("--type", "ADALORA"), "--type ADALORA is not trained here"),
+        ("ia3", ("--peft-option", "r=3"), "--peft-option r: PEFT's IA3Config has no such field"),
+        ("dora", ("--peft-option", "use_dora=false"), "--peft-option use_dora: it has an option"),
+        ("alora", ("--invocation", "yz"), "train.jsonl line 1: the invocation [25, 26] is not in"),
+        ("alora", ("--invocation", "[]"), "--invocation is empty"),
+        ("alora", ("--invocation", "[2]"), "line 1: the invocation [2] is in the answer"),
+    ],
+)
+def test_bad_options_of_a_kind_are_refused_by_name(
+    model: Path, data: Path, tmp_path: Path, kind: str, options: tuple[object, ...], message: str
+) -> None:
+    out = tmp_path / "adapter"
+    code, _, errors = train("--model", model, "--data", data, "--out", out, *options, kind=kind)
+    assert code == 1
+    assert message in errors
+    assert not out.exists()
+
+
+def test_an_invocation_is_written_as_the_tokens_that_prompts_have(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    data.write_text('{"prompt": "abxy", "completion": "c"}\n' * 3)
+    out = tmp_path / "adapter"
+    code, _, errors = train(
+        *("--model", model, "--data", data, "--out", out, "--steps", 2, "--invocation", "xy"),
+        kind="alora",
+    )
+    assert code == 0, errors
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["alora_invocation_tokens"] == [24, 25]
+    assert json.loads((out / "recipe.json").read_text())["alora"]["invocation"] == [24, 25]
 
 
 def test_a_folder_that_exists_is_refused_before_training(

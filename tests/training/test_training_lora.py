@@ -20,14 +20,13 @@ from quickchange_training.errors import OutputError, RecipeError
 from quickchange_training.examples import Encoded, collate
 from quickchange_training.lora.lora_recipe import LoraRecipe
 from quickchange_training.lora.lora_trainer import (
-    add_lora,
     answer_loss,
     lr_share,
     save_adapter,
     total_steps,
-    train_lora,
-    without_peft_noise,
+    train_adapter,
 )
+from quickchange_training.lora.peft_adapters import add_peft, without_peft_noise
 
 RECIPE = LoraRecipe(rank=4, alpha=8, lr=1e-2, steps=60, batch_size=8, seed=7)
 # To each of 16 first tokens belongs one answer, which the base can't know.
@@ -49,26 +48,26 @@ def small_llama() -> PreTrainedModel:
 
 
 @pytest.fixture(scope="module")
-def trained() -> tuple[PeftModel, float, float]:
+def trained() -> tuple[torch.nn.Module, float, float]:
     """The adapted model, its loss before any training, and what the report says after."""
     model = small_llama()
     with torch.no_grad():
         before = answer_loss(model, collate(EXAMPLES, 0)).item()
-    adapted, report = train_lora(model, RECIPE, EXAMPLES, EXAMPLES)
+    adapted, report = train_adapter(model, RECIPE, EXAMPLES, EXAMPLES)
     assert report.held_out_loss is not None
     return adapted, before, report.held_out_loss
 
 
 @pytest.fixture(scope="module")
 def saved(
-    trained: tuple[PeftModel, float, float], tmp_path_factory: pytest.TempPathFactory
+    trained: tuple[torch.nn.Module, float, float], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     out = tmp_path_factory.mktemp("adapters") / "tiny"
     save_adapter(trained[0], out, "some/base", {"lora": RECIPE.as_dict()})
     return out
 
 
-def test_training_brings_the_loss_down(trained: tuple[PeftModel, float, float]) -> None:
+def test_training_brings_the_loss_down(trained: tuple[torch.nn.Module, float, float]) -> None:
     _, before, after = trained
     assert after < 0.5 * before
 
@@ -87,11 +86,11 @@ class Interrupted(Checkpoints):
 
 def test_a_resumed_run_gives_what_an_uninterrupted_one_gives(tmp_path: Path) -> None:
     recipe = replace(RECIPE, steps=20, dropout=0.3)
-    whole, report = train_lora(small_llama(), recipe, EXAMPLES, EXAMPLES)
+    whole, report = train_adapter(small_llama(), recipe, EXAMPLES, EXAMPLES)
     with pytest.raises(StopError):
-        train_lora(small_llama(), recipe, EXAMPLES, checkpoints=Interrupted(tmp_path, "run", 7))
+        train_adapter(small_llama(), recipe, EXAMPLES, checkpoints=Interrupted(tmp_path, "run", 7))
     torch.manual_seed(99)  # whatever else has drawn random numbers in between
-    resumed, again = train_lora(
+    resumed, again = train_adapter(
         small_llama(), recipe, EXAMPLES, EXAMPLES, checkpoints=Checkpoints(tmp_path, "run", 7)
     )
     assert again.held_out_loss == report.held_out_loss
@@ -103,7 +102,7 @@ def test_a_resumed_run_gives_what_an_uninterrupted_one_gives(tmp_path: Path) -> 
 
 def test_every_field_of_pefts_config_can_be_reached() -> None:
     options = {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "bias": "lora_only"}
-    config = add_lora(small_llama(), replace(RECIPE, peft_options=options)).peft_config["default"]
+    config = add_peft(small_llama(), replace(RECIPE, peft_options=options)).peft_config["default"]
     assert {key: getattr(config, key) for key in options} == options
     assert config.r == RECIPE.rank
 
@@ -118,7 +117,7 @@ def test_every_field_of_pefts_config_can_be_reached() -> None:
 )
 def test_a_bad_peft_option_is_refused_by_name(options: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        add_lora(small_llama(), replace(RECIPE, peft_options=options))
+        add_peft(small_llama(), replace(RECIPE, peft_options=options))
 
 
 def test_the_loss_is_that_of_transformers_on_the_answers_alone() -> None:
@@ -143,14 +142,18 @@ def test_padding_does_not_change_the_loss() -> None:
 def test_the_same_seed_gives_the_same_adapter() -> None:
     recipe = replace(RECIPE, steps=3)
     states = [
-        [p for p in train_lora(small_llama(), recipe, EXAMPLES)[0].parameters() if p.requires_grad]
+        [
+            p
+            for p in train_adapter(small_llama(), recipe, EXAMPLES)[0].parameters()
+            if p.requires_grad
+        ]
         for _ in range(2)
     ]
     assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
 
 
 def test_peft_loads_the_saved_adapter_and_answers_as_trained(
-    trained: tuple[PeftModel, float, float], saved: Path
+    trained: tuple[torch.nn.Module, float, float], saved: Path
 ) -> None:
     with without_peft_noise():
         loaded = PeftModel.from_pretrained(small_llama(), str(saved)).eval()
@@ -176,14 +179,14 @@ def test_what_is_saved_is_bfloat16_names_its_base_and_no_path(saved: Path) -> No
 
 
 def test_an_existing_folder_is_not_overwritten(
-    trained: tuple[PeftModel, float, float], saved: Path
+    trained: tuple[torch.nn.Module, float, float], saved: Path
 ) -> None:
     with pytest.raises(OutputError, match="is there already"):
         save_adapter(trained[0], saved, "some/base", {})
 
 
 def test_a_failed_save_leaves_nothing(
-    trained: tuple[PeftModel, float, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: tuple[torch.nn.Module, float, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:
         raise OSError("disk full")
@@ -196,7 +199,7 @@ def test_a_failed_save_leaves_nothing(
 
 def test_all_linear_trains_every_projection(tmp_path: Path) -> None:
     recipe = replace(RECIPE, targets=("all-linear",), steps=1)
-    adapted, _ = train_lora(small_llama(), recipe, EXAMPLES)
+    adapted, _ = train_adapter(small_llama(), recipe, EXAMPLES)
     save_adapter(adapted, tmp_path / "all", "some/base", {})
     names = load_file(tmp_path / "all" / "adapter_model.safetensors")
     assert any(".mlp.down_proj.lora_A" in name for name in names)
@@ -204,7 +207,7 @@ def test_all_linear_trains_every_projection(tmp_path: Path) -> None:
 
 def test_a_target_that_the_model_lacks_is_named() -> None:
     with pytest.raises(RecipeError, match="--targets c_attn"):
-        train_lora(small_llama(), replace(RECIPE, targets=("c_attn",)), EXAMPLES)
+        train_adapter(small_llama(), replace(RECIPE, targets=("c_attn",)), EXAMPLES)
 
 
 @pytest.mark.parametrize(
@@ -241,7 +244,7 @@ def test_steps_win_over_epochs() -> None:
 def test_the_base_keeps_its_weights() -> None:
     model = small_llama()
     before = {name: p.clone() for name, p in model.named_parameters()}
-    train_lora(model, replace(RECIPE, steps=2), EXAMPLES)
+    train_adapter(model, replace(RECIPE, steps=2), EXAMPLES)
     for name, parameter in model.named_parameters():
         if "lora_" not in name:
             assert torch.equal(parameter, before[name.replace(".base_layer", "")]), name

@@ -10,7 +10,7 @@ from quickchange_training.demo.demo_base import BASE_MODEL_ID, ensure_demo_base
 from quickchange_training.demo.tasks import TASKS, Split, Task
 from quickchange_training.examples import Example, as_chat, encode
 from quickchange_training.lora.lora_recipe import LoraRecipe
-from quickchange_training.lora.lora_trainer import TrainingReport, save_adapter, train_lora
+from quickchange_training.lora.lora_trainer import TrainingReport, save_adapter, train_adapter
 
 _HELD_OUT_FOR_LOSS = 64
 
@@ -55,7 +55,7 @@ def train_demo(name: str, recipe: DemoRecipe, out: Path) -> TrainingReport:
     seed, length = recipe.lora.seed, recipe.lora.max_length
     train = encode(demo_examples(task, "train", recipe.examples, seed), tokenizer, length)
     held_out = encode(demo_examples(task, "held-out", _HELD_OUT_FOR_LOSS, seed), tokenizer, length)
-    adapted, report = train_lora(model, recipe.lora, train, held_out, tokenizer.pad_token_id)
+    adapted, report = train_adapter(model, recipe.lora, train, held_out, tokenizer.pad_token_id)
     notes = {
         "command": f"quickchange train demo {name} --out DIR",
         "task": name,

@@ -12,7 +12,7 @@ import torch
 from quickchange_training.demo.demo_base import ensure_demo_base
 from quickchange_training.demo.tasks import Task, TaskExample
 from quickchange_training.examples import encode_prompt
-from quickchange_training.lora.lora_trainer import without_peft_noise
+from quickchange_training.lora.peft_adapters import without_peft_noise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

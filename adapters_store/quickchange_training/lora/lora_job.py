@@ -1,10 +1,10 @@
-"""A LoRA training from files to a folder and, where wanted, into a store."""
+"""An adapter's training from files to a folder and, where wanted, into a store."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,7 +12,7 @@ from quickchange_store.base_model.base_weights import load_base
 from quickchange_store.errors import BaseModelError
 from quickchange_training.checkpoint import Checkpoints, fingerprint
 from quickchange_training.errors import DataError, OutputError, model_error
-from quickchange_training.lora.lora_recipe import LoraRecipe
+from quickchange_training.lora.lora_recipe import AdapterRecipe, AloraRecipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,8 +33,8 @@ class Publication:
 
 
 @dataclass(frozen=True)
-class LoraJob:
-    """Options of `quickchange train lora`."""
+class AdapterJob:
+    """Options of `quickchange train KIND`."""
 
     model: str  # a folder or a hub id
     base_name: str  # the base's name in the adapter
@@ -42,13 +42,13 @@ class LoraJob:
     held_out: Path | None
     out: Path
     prompt_format: PromptFormat
-    recipe: LoraRecipe
+    recipe: AdapterRecipe
     publication: Publication | None
     resume: bool
     checkpoint_every: int  # optimizer steps
 
 
-def run(job: LoraJob) -> tuple[TrainingReport, Added | None]:
+def run(job: AdapterJob) -> tuple[TrainingReport, Added | None]:
     """Train, save and publish. What can be refused is refused before the training.
 
     Until the end checkpoints are kept in a folder beside `out`, for --resume. Raises TrainingError,
@@ -56,7 +56,7 @@ def run(job: LoraJob) -> tuple[TrainingReport, Added | None]:
     """
     from quickchange_store.names import check_name
     from quickchange_training.examples import read_examples, split
-    from quickchange_training.lora.lora_trainer import save_adapter, train_lora
+    from quickchange_training.lora.lora_trainer import save_adapter, train_adapter
 
     check_folders(job.out, resume=job.resume)
     if job.publication is not None:
@@ -68,13 +68,18 @@ def run(job: LoraJob) -> tuple[TrainingReport, Added | None]:
         share, seed = job.recipe.held_out, job.recipe.seed
         train_examples, held_out_examples = split(train_examples, share, seed)
     model, tokenizer = _load(job)
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    recipe = job.recipe
+    if isinstance(recipe, AloraRecipe):
+        recipe = _tokenised(recipe, tokenizer)
     train = _encode(train_examples, tokenizer, job)
     held_out = _encode(held_out_examples, tokenizer, job)
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    run_key = fingerprint(job.base_name, job.recipe.as_dict(), [e.tokens for e in train])
+    if isinstance(recipe, AloraRecipe):
+        check_invocations([*train_examples, *held_out_examples], [*train, *held_out], recipe)
+    run_key = fingerprint(job.base_name, recipe.kind, recipe.as_dict(), [e.tokens for e in train])
     checkpoints = Checkpoints(work_folder(job.out), run_key, job.checkpoint_every)
-    adapted, report = train_lora(model, job.recipe, train, held_out, pad_id, checkpoints)
-    save_adapter(adapted, job.out, job.base_name, _notes(job, len(train), report))
+    adapted, report = train_adapter(model, recipe, train, held_out, pad_id, checkpoints)
+    save_adapter(adapted, job.out, job.base_name, _notes(job, recipe, len(train), report))
     shutil.rmtree(work_folder(job.out), ignore_errors=True)  # absent after a very short run
     return report, _publish(job)
 
@@ -95,7 +100,7 @@ def check_folders(out: Path, *, resume: bool) -> None:
         )
 
 
-def _load(job: LoraJob) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load(job: AdapterJob) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     import torch
 
     tokenizer = load_tokenizer(job.model)
@@ -138,7 +143,7 @@ def uses_chat(
 
 
 def _encode(
-    examples: list[Example], tokenizer: PreTrainedTokenizerBase, job: LoraJob
+    examples: list[Example], tokenizer: PreTrainedTokenizerBase, job: AdapterJob
 ) -> list[Encoded]:
     from quickchange_training.examples import as_chat, encode
 
@@ -146,21 +151,51 @@ def _encode(
     return encode(as_chat(examples) if chat else examples, tokenizer, job.recipe.max_length)
 
 
-def _notes(job: LoraJob, examples: int, report: TrainingReport) -> dict[str, Any]:
+def _tokenised(recipe: AloraRecipe, tokenizer: PreTrainedTokenizerBase) -> AloraRecipe:
+    """The recipe with its invocation as token ids. Raises RecipeError for a text without any."""
+    if not isinstance(recipe.invocation, str):
+        return recipe
+    ids = tokenizer(recipe.invocation, add_special_tokens=False)["input_ids"]
+    return replace(recipe, invocation=tuple(ids))
+
+
+def check_invocations(
+    examples: Sequence[Example], encoded: Sequence[Encoded], recipe: AloraRecipe
+) -> None:
+    """Raise DataError for a prompt without the invocation, or an answer with it.
+
+    PEFT's aLoRA acts from the last place on that has the tokens: without one it would learn
+    nothing, and one in the answer would move it behind what is to be learned.
+    """
+    wanted = recipe.invocation
+    for example, e in zip(examples, encoded, strict=True):
+        places = [i for i in range(len(e.tokens)) if e.tokens[i : i + len(wanted)] == wanted]
+        if not places or places[-1] + len(wanted) > e.prompt_length:
+            where = "is in the answer" if places else "is not in the prompt"
+            raise DataError(
+                f"{example.origin}: the invocation {list(wanted)} {where}, as tokens; end every "
+                "prompt with --invocation, or give the token ids that prompts have: "
+                "--invocation [1, 2]"
+            )
+
+
+def _notes(
+    job: AdapterJob, recipe: AdapterRecipe, examples: int, report: TrainingReport
+) -> dict[str, Any]:
     """Content of recipe.json, without paths of this machine."""
     return {
-        "command": "quickchange train lora",
+        "command": f"quickchange train {recipe.kind}",
         "base": job.base_name,
         "data": job.data.name,
         "held_out_data": job.held_out.name if job.held_out is not None else None,
         "examples": examples,
         "prompt_format": job.prompt_format,
-        "lora": job.recipe.as_dict(),
+        recipe.kind: recipe.as_dict(),
         "report": asdict(report),
     }
 
 
-def _publish(job: LoraJob) -> Added | None:
+def _publish(job: AdapterJob) -> Added | None:
     if job.publication is None:
         return None
     from quickchange_store.base_model.base_spec import base_spec

@@ -1,4 +1,4 @@
-"""LoRA training with PEFT: a loop with AdamW, warm-up and cosine decay, and the saving.
+"""Training of adapters: a loop with AdamW, warm-up and cosine decay, and the saving.
 
 The loss is on the answer's tokens alone, a mean over the tokens of a batch. Knows nothing of files
 of examples, of stores or of command lines.
@@ -12,9 +12,8 @@ import os
 import random
 import shutil
 import time
-import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -25,12 +24,15 @@ from torch.nn import functional
 
 from quickchange_store.formats.tensors import save_tensors
 from quickchange_training.checkpoint import unsaved
-from quickchange_training.errors import OutputError, RecipeError
+from quickchange_training.errors import OutputError
 from quickchange_training.examples import IGNORED, Encoded, TrainingBatch, batches, collate
-from quickchange_training.lora.lora_recipe import LoraRecipe
+from quickchange_training.lora.bottleneck_adapters import WEIGHTS as BOTTLENECKS
+from quickchange_training.lora.bottleneck_adapters import BottleneckedModel
+from quickchange_training.lora.lora_recipe import AdapterRecipe, BottleneckRecipe
+from quickchange_training.lora.peft_adapters import WEIGHTS as PEFT
+from quickchange_training.lora.peft_adapters import add_peft, peft_config, peft_tensors
 
 if TYPE_CHECKING:
-    from peft import LoraConfig, PeftModel
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
     from transformers import PreTrainedModel
@@ -48,16 +50,17 @@ class TrainingReport:
     seconds: float
     train_loss: float  # mean over the last tenth of the steps
     held_out_loss: float | None
+    parameters: int  # trained values
 
 
-def train_lora(
+def train_adapter(
     model: PreTrainedModel,
-    recipe: LoraRecipe,
+    recipe: AdapterRecipe,
     train: Sequence[Encoded],
     held_out: Sequence[Encoded] = (),
     pad_id: int = 0,
     checkpoints: Checkpoints | None = None,
-) -> tuple[PeftModel, TrainingReport]:
+) -> tuple[torch.nn.Module, TrainingReport]:
     """Train an adapter on `model`, whose weights stay frozen.
 
     It goes on from the last checkpoint, where there is one. The same model, recipe and data on the
@@ -66,7 +69,7 @@ def train_lora(
     from tqdm import tqdm
 
     torch.manual_seed(recipe.seed)
-    adapted = add_lora(model, recipe)
+    adapted = attach(model, recipe)
     adapted.train()
     trained = [p for p in adapted.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=recipe.lr, weight_decay=recipe.weight_decay)
@@ -87,7 +90,7 @@ def train_lora(
     saving = nullcontext(unsaved) if checkpoints is None else checkpoints.saving()
     with (
         saving as stepped,
-        tqdm(total=total, initial=len(losses), desc="train lora", unit="step") as bar,
+        tqdm(total=total, initial=len(losses), desc=f"train {recipe.kind}", unit="step") as bar,
     ):
         for group in islice(_endless(train, recipe), len(losses), total):
             loss = answer_loss(adapted, collate(group, pad_id))
@@ -110,11 +113,12 @@ def train_lora(
         held_out_loss=held_out_loss(adapted, held_out, recipe.batch_size, pad_id)
         if held_out
         else None,
+        parameters=sum(p.numel() for p in trained),
     )
     return adapted, report
 
 
-def _state(adapted: PeftModel, optimizer: Optimizer, schedule: LRScheduler) -> dict[str, Any]:
+def _state(adapted: torch.nn.Module, optimizer: Optimizer, schedule: LRScheduler) -> dict[str, Any]:
     """State that the rest of a run depends on, the dropout's generator included."""
     trained = {name: p.detach() for name, p in adapted.named_parameters() if p.requires_grad}
     return {
@@ -126,7 +130,7 @@ def _state(adapted: PeftModel, optimizer: Optimizer, schedule: LRScheduler) -> d
 
 
 def _restore(
-    saved: dict[str, Any], adapted: PeftModel, optimizer: Optimizer, schedule: LRScheduler
+    saved: dict[str, Any], adapted: torch.nn.Module, optimizer: Optimizer, schedule: LRScheduler
 ) -> None:
     adapted.load_state_dict(saved["adapter"], strict=False)  # the base's own stay as they are
     optimizer.load_state_dict(saved["optimizer"])
@@ -134,55 +138,21 @@ def _restore(
     torch.set_rng_state(saved["random"])
 
 
-def add_lora(model: PreTrainedModel, recipe: LoraRecipe) -> PeftModel:
-    """`model` wrapped with a fresh adapter (B is zero, so it answers as before).
+def attach(model: PreTrainedModel, recipe: AdapterRecipe) -> torch.nn.Module:
+    """`model` with a fresh adapter of the recipe's kind, its own weights frozen.
 
-    Raises RecipeError where no module is called as a target says, and for options that PEFT does
-    not have or that do not go together.
+    Its outputs are still the model's, but for types of PEFT that begin otherwise. Raises
+    RecipeError where the model or PEFT can't take what the recipe says.
     """
-    from peft import get_peft_model
-
-    targets = "all-linear" if recipe.targets == ("all-linear",) else list(recipe.targets)
-    config = _config(recipe, targets)
-    with without_peft_noise():
-        try:
-            return get_peft_model(model, config)
-        except ValueError as error:  # PEFT's way to say that no module is called so
-            raise RecipeError(f"--targets {','.join(recipe.targets)}: {error}") from error
+    adapted: torch.nn.Module
+    if isinstance(recipe, BottleneckRecipe):
+        adapted = BottleneckedModel(model, recipe)
+    else:
+        adapted = add_peft(model, recipe)
+    return adapted
 
 
-def _config(recipe: LoraRecipe, targets: str | list[str]) -> LoraConfig:
-    from peft import LoraConfig
-
-    own = {
-        "r": recipe.rank,
-        "lora_alpha": recipe.alpha,
-        "target_modules": targets,
-        "lora_dropout": recipe.dropout,
-        "task_type": "CAUSAL_LM",
-    }
-    for key in recipe.peft_options:
-        if key in own:
-            raise RecipeError(f"--peft-option {key}: it has an option of its own, or is set")
-        if key not in LoraConfig.__dataclass_fields__:
-            known = ", ".join(sorted(LoraConfig.__dataclass_fields__.keys() - own.keys()))
-            raise RecipeError(f"--peft-option {key}: PEFT's LoraConfig has no such field: {known}")
-    try:
-        return LoraConfig(**own, **recipe.peft_options)
-    except (TypeError, ValueError) as error:
-        given = ", ".join(f"{key}={value}" for key, value in recipe.peft_options.items())
-        raise RecipeError(f"--peft-option {given}: {error}") from error
-
-
-@contextmanager
-def without_peft_noise() -> Iterator[None]:
-    """Hide the warning that PEFT asks a model by a name that transformers has retired."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
-        yield
-
-
-def total_steps(examples: int, recipe: LoraRecipe) -> int:
+def total_steps(examples: int, recipe: AdapterRecipe) -> int:
     """Optimizer steps of a run over `examples` examples."""
     per_epoch = math.ceil(examples / recipe.batch_size)
     return recipe.steps if recipe.steps is not None else recipe.epochs * per_epoch
@@ -227,7 +197,7 @@ def _logits(model: torch.nn.Module, batch: TrainingBatch) -> torch.Tensor:
     return logits.flatten(0, 1).float()
 
 
-def _endless(train: Sequence[Encoded], recipe: LoraRecipe) -> Iterator[list[Encoded]]:
+def _endless(train: Sequence[Encoded], recipe: AdapterRecipe) -> Iterator[list[Encoded]]:
     rng = random.Random(recipe.seed)
     while True:
         yield from batches(train, recipe.batch_size, rng)
@@ -238,25 +208,25 @@ def _tail_mean(losses: Sequence[float]) -> float:
     return sum(tail) / len(tail)
 
 
-def save_adapter(adapted: PeftModel, out: Path, base_name: str, notes: dict[str, Any]) -> None:
-    """Write a PEFT directory in bfloat16 with `notes` as recipe.json; it appears by one rename.
+def save_adapter(
+    adapted: torch.nn.Module, out: Path, base_name: str, notes: dict[str, Any]
+) -> None:
+    """Write the adapter's folder in bfloat16 with `notes` as recipe.json; it appears by one rename.
 
-    `base_name` is the base's name in the adapter, where no path of this machine goes. Raises
-    OutputError when `out` is there.
+    The layout is PEFT's, of bottlenecks that of AdapterHub's `adapters`. `base_name` is the base's
+    name in the adapter, where no path of this machine goes. Raises OutputError when `out` is there.
     """
-    from peft import get_peft_model_state_dict
-
     if out.exists():
         raise OutputError(f"{out} is there already; give another folder or remove it")
     scratch = out.parent / f".{out.name}.{os.getpid()}.partial"
     scratch.mkdir(parents=True)
     try:
-        state = {
-            name: tensor.detach().to(torch.bfloat16).contiguous()
-            for name, tensor in get_peft_model_state_dict(adapted).items()
-        }
-        save_tensors(state, scratch / "adapter_model.safetensors")
-        _write_json(scratch / "adapter_config.json", _portable_config(adapted, base_name))
+        if isinstance(adapted, BottleneckedModel):
+            file, tensors, config = BOTTLENECKS, adapted.tensors(), adapted.config(base_name)
+        else:
+            file, tensors, config = PEFT, peft_tensors(adapted), peft_config(adapted, base_name)
+        save_tensors({name: _kept(tensor) for name, tensor in tensors.items()}, scratch / file)
+        _write_json(scratch / "adapter_config.json", config)
         _write_json(scratch / "recipe.json", notes)
         scratch.rename(out)
     except BaseException:
@@ -264,13 +234,10 @@ def save_adapter(adapted: PeftModel, out: Path, base_name: str, notes: dict[str,
         raise
 
 
-def _portable_config(adapted: PeftModel, base_name: str) -> dict[str, Any]:
-    config: dict[str, Any] = adapted.peft_config["default"].to_dict()
-    config["base_model_name_or_path"] = base_name
-    config["inference_mode"] = True
-    targets = config["target_modules"]
-    config["target_modules"] = targets if isinstance(targets, str) else sorted(targets)
-    return config
+def _kept(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor as it is saved: numbers in bfloat16, indices as they are."""
+    made = tensor.detach().to(torch.bfloat16) if tensor.is_floating_point() else tensor.detach()
+    return made.contiguous()
 
 
 def _write_json(file: Path, value: dict[str, Any]) -> None:

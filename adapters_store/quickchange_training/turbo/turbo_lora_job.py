@@ -39,9 +39,9 @@ class TurboLoraJob:
         """Folder of the LoRA until it is copied beside its heads."""
         return lora_job.work_folder(self.out) / "lora"
 
-    def of_lora(self) -> lora_job.LoraJob:
+    def of_lora(self) -> lora_job.AdapterJob:
         """The job that trains the LoRA."""
-        return lora_job.LoraJob(
+        return lora_job.AdapterJob(
             model=self.model,
             base_name=self.base_name,
             data=self.data,
