@@ -33,6 +33,11 @@ def store(bench: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def store_bytes(store: Path, name: str) -> int:
+    found = Store(store)
+    return found.info(found.resolve(name).digest).size
+
+
 def test_adapters_stand_side_by_side_below_the_base(
     bench: Any, store: Path, tmp_path: Path
 ) -> None:
@@ -42,7 +47,7 @@ def test_adapters_stand_side_by_side_below_the_base(
         "stored", "--store", store, "--concurrency", "2,1", "--json", out, "--plot", plot,
     )  # fmt: skip
     assert code == 0, errors
-    header, _, *rows = told.strip().splitlines()
+    header, _, *rows, _, mixed = told.strip().splitlines()
     assert "tok/s at 1 " in header
     assert "tok/s at 2 " in header
     labels = [row.split("|")[1].strip() for row in rows]
@@ -59,7 +64,33 @@ def test_adapters_stand_side_by_side_below_the_base(
     assert base["scores"]["json_valid"] is not None
     assert base["acceptance"] == []
     assert all(speed["tokens_per_second"] > 0 for speed in base["speeds"])
+    assert base["size"] == {"parameters": 0, "stored_bytes": 0, "device_bytes": 0}
+    assert first["size"]["parameters"] < stored["size"]["parameters"]
+    assert stored["size"]["stored_bytes"] == store_bytes(store, "stored")
+    assert first["size"]["device_bytes"] < stored["size"]["device_bytes"]
+    requests = found["mixed"]["speed"]["requests"]
+    assert requests == 4 * 2
+    assert "All 4 in turn, 2 at a time: " in mixed
+    assert f"{requests} of {requests} answers as when alone" in mixed
     assert plot.read_text().lstrip().startswith("<?xml")
+
+
+def test_sums_and_merges_stand_beside_their_parts(bench: Any, tmp_path: Path) -> None:
+    out = tmp_path / "found.json"
+    first, second = bench.loras.values()
+    parts = f"{first}*0.5,{second}*0.5"
+    code, _, errors = evaluate(
+        bench, "--adapter", first, "--adapter", second, "--adapter", parts, "--adapter",
+        f"ties({parts})", "--concurrency", 2, "--json", out,
+    )  # fmt: skip
+    assert code == 0, errors
+    _, one, two, summed, merged = json.loads(out.read_text())["rows"]
+    assert (summed["label"], merged["label"]) == (
+        "first*0.5,second*0.5",
+        "ties(first*0.5,second*0.5)",
+    )
+    assert summed["size"]["parameters"] == one["size"]["parameters"] + two["size"]["parameters"]
+    assert len({row["loss"] for row in (one, two, summed, merged)}) == 4
 
 
 def test_a_limit_takes_the_first_examples(bench: Any, tmp_path: Path) -> None:
@@ -106,6 +137,7 @@ def test_a_bad_line_is_named(bench: Any, tmp_path: Path) -> None:
     ("options", "named"),
     [
         (("--concurrency", "few"), "--concurrency 'few'"),
+        (("--density", "0"), "--density 0: "),
         (("--concurrency", "0"), "--concurrency '0'"),
         (("--plot", "figure.txt"), ".svg"),
         (("--adapter", "nobody"), "'nobody' is not a folder; give --store"),

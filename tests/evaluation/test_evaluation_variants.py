@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from quickchange_server.protocol import Drafting
+from quickchange_server.protocol import Component, Drafting
 from quickchange_store.base_model.base_spec import base_spec
+from quickchange_store.canonical.adapter_bytes import digest
 from quickchange_store.canonical.canonical_adapter import CanonicalAdapter
 from quickchange_store.canonical.turbo_part import DraftBlock, TurboHeads
 from quickchange_store.errors import StoreError
 from quickchange_store.importing import read_adapter
+from quickchange_store.merging import MergeStrategy, Recipe, merge
 from quickchange_store.store import Store
 from quickchange_training.evaluation.variants import EvaluatedAdapters, EvaluatedVariant
 
@@ -47,9 +49,10 @@ def digests(store: Store) -> dict[str, str]:
 def variant(bench: Any, store: Store, text: str) -> EvaluatedVariant:
     adapters = EvaluatedAdapters(str(bench.model), store)
     found = adapters.variant(text)
-    for digest in (found.adapter, found.drafting and found.drafting.heads):
-        if digest is not None:
-            adapters.load(digest)  # the engine will ask for it
+    for component in found.components:
+        adapters.load(component.digest)  # the engine will ask for it
+    if found.drafting is not None and found.drafting.heads is not None:
+        adapters.load(found.drafting.heads)
     return found
 
 
@@ -79,13 +82,45 @@ def test_names_mean_adapters_and_heads(
     drafter: str | None,
 ) -> None:
     found = variant(bench, store, text)
-    assert found.adapter == (None if adapter is None else digests[adapter])
+    assert found.components == (() if adapter is None else (Component(digests[adapter]),))
     expected = None if drafter is None else Drafting(digests[drafter], lookup=True)
     assert found.drafting == expected
 
 
 def test_lookup_drafts_without_heads(bench: Any, store: Store) -> None:
     assert variant(bench, store, "turbo-lora+lookup").drafting == Drafting(lookup=True)
+
+
+def test_a_sum_has_each_adapter_with_its_weight(
+    bench: Any, store: Store, digests: dict[str, str]
+) -> None:
+    other = bench.loras["second"]
+    found = variant(bench, store, f"lora*0.7, {other}*-0.4")
+    assert found.label == "lora*0.7,second*-0.4"
+    assert found.components[0] == Component(digests["lora"], 0.7)
+    assert found.components[1].weight == -0.4
+
+
+@pytest.mark.parametrize("strategy", ["ties", "dare_linear", "dare_ties"])
+def test_a_merge_is_one_adapter_that_the_stores_merging_makes(
+    bench: Any, store: Store, digests: dict[str, str], strategy: MergeStrategy
+) -> None:
+    adapters = EvaluatedAdapters(str(bench.model), store, density=0.3)
+    found = adapters.variant(f"{strategy}(lora*0.7,{bench.loras['second']}*0.4)")
+    spec = base_spec(str(bench.model))
+    second = read_adapter(bench.loras["second"], spec).adapter
+    by_digest = {digests["lora"]: store.load(digests["lora"]), digest(second): second}
+    recipe = Recipe(strategy, tuple(zip(by_digest, (0.7, 0.4), strict=True)), 0.3)
+    expected = digest(merge(recipe, [by_digest[each] for each, _ in recipe.components]))
+    assert found.components == (Component(expected),)
+    assert digest(adapters.load(expected)) == expected
+    assert found.label == f"{strategy}(lora*0.7,second*0.4)"
+
+
+@pytest.mark.parametrize("text", ["lora*", "lora*x", "lora*nan", "lora,lora*1", "*1", "base*1"])
+def test_a_part_without_adapter_or_weight_is_refused(bench: Any, store: Store, text: str) -> None:
+    with pytest.raises(StoreError, match=r"no adapter with a weight|adds nothing"):
+        variant(bench, store, text)
 
 
 def test_a_folder_is_labelled_by_its_name(bench: Any, store: Store) -> None:

@@ -1,4 +1,4 @@
-"""`quickchange eval`: compares adapters on a task file, as a table and a plot."""
+"""`quickchange eval`: compares adapters on a task file, as a table and plots."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ def evaluate(
         typer.Option(
             help="NAME or folder, may be given repeatedly; NAME+TURBO says how it drafts: auto "
             "(default), off, lookup, or the name or folder of Turbo heads. The base always comes "
-            "first; base+TURBO is the base with heads."
+            "first; base+TURBO is the base with heads. NAME*0.5,NAME*0.5 is the exact weighted "
+            "sum, ties(…), dare_linear(…) and dare_ties(…) of it are merges."
         ),
     ] = None,
     store: Annotated[
@@ -40,6 +41,7 @@ def evaluate(
     model: Annotated[
         str, typer.Option(help="Base model: folder, hub id, or demo for the demo's base.")
     ] = _DEMO,
+    density: Annotated[float, typer.Option(help="Share of the values that merges keep.")] = 0.5,
     limit: Annotated[int | None, typer.Option(min=1, help="Take the first N examples.")] = None,
     max_tokens: Annotated[
         int | None,
@@ -56,7 +58,8 @@ def evaluate(
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where the engine runs.")] = "cpu",
     dtype: Annotated[TrainingDtype, typer.Option(help="Of the base model.")] = "float32",
     plot: Annotated[
-        Path | None, typer.Option(help="Draw quality against speed here: .png, .svg or .pdf.")
+        Path | None,
+        typer.Option(help="Draw quality against size and speed here: .png, .svg or .pdf."),
     ] = None,
     measure: Annotated[
         Measure, typer.Option(help=f"The plot's quality: {', '.join(MEASURES)}.")
@@ -66,11 +69,12 @@ def evaluate(
         typer.Option("--json", help="Write figures and answers here, after each adapter."),
     ] = None,
 ) -> None:
-    """Compare adapters on a task file: quality, loss, speed and accepted drafts.
+    """Compare adapters on a task file: quality, loss, size, speed and accepted drafts.
 
     Exact match; JSON validity, of the answers whose reference is JSON; SQuAD's token F1; loss in
-    nats a token of the references; tokens/s, tokens a step and time to the first token; the share
-    of drafts accepted, depth by depth.
+    nats a token of the references; values, bytes in a store and memory where the engine runs;
+    tokens/s, tokens a step and time to the first token; the share of drafts accepted, depth by
+    depth. Last, all of them in turn in one batch.
     """
     from quickchange_training.evaluation import evaluation_report
     from quickchange_training.evaluation.evaluation_job import EvaluationJob, run
@@ -84,6 +88,7 @@ def evaluate(
                 model=model,
                 store=store,
                 adapters=tuple(adapter or ()),
+                density=_density(density),
                 limit=limit,
                 max_tokens=max_tokens,
                 concurrency=_concurrency(concurrency),
@@ -96,8 +101,15 @@ def evaluate(
             lambda stage: typer.echo(stage, err=True),
         )
         typer.echo(evaluation_report.as_table(found))
+        typer.echo(f"\n{evaluation_report.mixed_line(found)}")
         if plot is not None:
             evaluation_report.plot(found, measure, plot)
+
+
+def _density(value: float) -> float:
+    if not 0 < value <= 1:
+        raise RecipeError(f"--density {value:g}: give a share above 0, at most 1")
+    return value
 
 
 def _concurrency(text: str) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from quickchange_training.demo import (
     ensure_demo_base,
     publish_demo_adapters,
 )
-from quickchange_training.evaluation.evaluation_results import Evaluation, save
+from quickchange_training.evaluation.evaluation_results import Evaluation, Row, save
 from quickchange_training.evaluation.evaluation_run import EvaluationTask, evaluate
 from quickchange_training.evaluation.variants import BASE, EvaluatedAdapters
 from quickchange_training.examples import as_chat, encode, read_examples
@@ -30,7 +30,8 @@ class EvaluationJob:
     task: Path
     model: str  # folder, hub id or DEMO
     store: str | None
-    adapters: tuple[str, ...]  # NAME[+TURBO] each
+    adapters: tuple[str, ...]  # each as `variants` reads it
+    density: float  # of merges
     limit: int | None  # number of examples
     max_tokens: int | None  # limit of an answer
     concurrency: tuple[int, ...]  # ascending
@@ -49,7 +50,7 @@ def run(job: EvaluationJob, stage: Callable[[str], None]) -> Evaluation:
     """
     model = str(ensure_demo_base()) if job.model == DEMO else job.model
     task = _task(job, model)
-    adapters = EvaluatedAdapters(model, _store(job, model))
+    adapters = EvaluatedAdapters(model, _store(job, model), job.density)
     variants = [adapters.variant(text) for text in (BASE, *job.adapters)]
     settings = Settings.model_validate(
         {
@@ -68,10 +69,17 @@ def run(job: EvaluationJob, stage: Callable[[str], None]) -> Evaluation:
         max_tokens=task.max_tokens,
         rows=(),
     )
-    for row in evaluate(settings, adapters, variants, task, job.concurrency, stage):
-        found = replace(found, rows=(*found.rows, row))
+    rows: list[Row] = []
+
+    def done(row: Row) -> None:
+        rows.append(row)
         if job.out is not None:
-            save(found, job.out)
+            save(replace(found, rows=tuple(rows)), job.out)
+
+    mixed = evaluate(settings, adapters, variants, task, job.concurrency, stage, done)
+    found = replace(found, rows=tuple(rows), mixed=mixed)
+    if job.out is not None:
+        save(found, job.out)
     return found
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from quickchange_training.evaluation.scores import Scores
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,15 +47,33 @@ class ScoredAnswer:
 
 
 @dataclass(frozen=True, slots=True)
+class EvaluatedSize:
+    """Size of what answers, without the base; of several adapters at once, their sum."""
+
+    parameters: int  # values stored
+    stored_bytes: int  # the file of a version in a store
+    device_bytes: int  # memory that it takes where the engine runs
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
-    """One adapter, or one way of drafting for it."""
+    """One adapter, one way of drafting for it, or several adapters at once."""
 
     label: str
+    size: EvaluatedSize
     scores: Scores
     loss: float  # nats per reference token, end-of-sequence included, teacher forced
     speeds: tuple[EvaluationSpeed, ...]
     acceptance: tuple[DepthAcceptance, ...]  # empty: nothing was drafted
     answers: tuple[ScoredAnswer, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MixedBatch:
+    """One pass in which the variants take turns, so that they share the engine's steps."""
+
+    speed: EvaluationSpeed
+    same_answers: int  # requests answered as when their variant ran alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +85,7 @@ class Evaluation:
     examples: int
     max_tokens: int
     rows: tuple[Row, ...]
+    mixed: MixedBatch | None = None  # None: not yet measured
     version: int = VERSION
 
 

@@ -8,18 +8,23 @@ files or tables.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from io import BytesIO
 from statistics import median
 
 from quickchange_server.config import Settings
 from quickchange_server.entrypoints.engine_start import read_text, token_text
 from quickchange_server.entrypoints.in_process_engine import EngineRun, InProcessEngine
 from quickchange_server.protocol import Component, SamplingParams, Submit
+from quickchange_store.canonical import adapter_bytes
+from quickchange_store.canonical.canonical_adapter import CanonicalAdapter
 from quickchange_training.evaluation.evaluation_results import (
     DepthAcceptance,
+    EvaluatedSize,
     EvaluationSpeed,
+    MixedBatch,
     Row,
     ScoredAnswer,
 )
@@ -48,23 +53,66 @@ def evaluate(
     task: EvaluationTask,
     concurrency: Sequence[int],
     stage: Callable[[str], None],
-) -> Iterator[Row]:
-    """Yield each variant's row as it is done; `stage` is called as each part begins.
+    done: Callable[[Row], None],
+) -> MixedBatch:
+    """Call `done` with each variant's row; then let all of them share batches.
 
-    `concurrency`: requests in the engine at once, for each pass. Raises what `InProcessEngine` and
-    its `run` raise.
+    `concurrency`: requests in the engine at once, for each pass; the highest for the mixed one.
+    `stage` is called as each part begins. Raises what `InProcessEngine` and its `run` raise.
     """
     text = read_text(settings.model)
     decode = partial(text.decode, skip_special_tokens=True)
-    losses: dict[str | None, float] = {}  # by digest: heads change no loss
+    losses: dict[tuple[Component, ...], float] = {}  # heads change no loss
     with InProcessEngine(settings, adapters.load, token_text(text)) as engine:
+        passes = []
         for variant in variants:
-            if variant.adapter not in losses:
+            if variant.components not in losses:
                 stage(f"{variant.label}: loss")
-                losses[variant.adapter] = reference_loss(engine, variant.components, task.encoded)
+                losses[variant.components] = reference_loss(
+                    engine, variant.components, task.encoded
+                )
             stage(f"{variant.label}: answers")
             answers = _Answers(engine, task, variant, text.eos_ids, decode)
-            yield answers.row(concurrency, losses[variant.adapter])
+            size = _size(engine, adapters, variant)
+            done(answers.row(concurrency, losses[variant.components], size))
+            passes.append(answers)
+        stage("all in one batch")
+        return _mixed(engine, passes, max(concurrency))
+
+
+def _size(
+    engine: InProcessEngine, adapters: EvaluatedAdapters, variant: EvaluatedVariant
+) -> EvaluatedSize:
+    """Size of the variant's adapters and heads, which the engine must have loaded."""
+    heads = None if variant.drafting is None else variant.drafting.heads
+    digests = {component.digest for component in variant.components}
+    digests |= set() if heads is None else {heads}
+    read = [adapters.load(digest) for digest in digests]
+    return EvaluatedSize(
+        parameters=sum(adapter.parameters for adapter in read),
+        stored_bytes=sum(_stored_bytes(adapter) for adapter in read),
+        device_bytes=sum(engine.device_bytes[digest] for digest in digests),
+    )
+
+
+def _stored_bytes(adapter: CanonicalAdapter) -> int:
+    with BytesIO() as stream:
+        adapter_bytes.write(adapter, stream)
+        return stream.tell()
+
+
+def _mixed(engine: InProcessEngine, passes: Sequence[_Answers], lanes: int) -> MixedBatch:
+    """All variants in turn, each with as many of its requests as make a few batches together."""
+    each = -(-max(_LEAST_REQUESTS, _REQUESTS_A_LANE * lanes) // len(passes))
+    alone = [
+        (answers.renamed(index, number), answers.tokens[number])
+        for number in range(min(each, len(passes[0].tokens)))
+        for index, answers in enumerate(passes)
+    ]
+    run = engine.run([request for request, _ in alone], concurrency=lanes)
+    answered = zip(run.completions, alone, strict=True)
+    same = sum(completion.token_ids == tokens for completion, (_, tokens) in answered)
+    return MixedBatch(_speed(lanes, run), same)
 
 
 def reference_loss(
@@ -117,14 +165,21 @@ class _Answers:
             for index, e in enumerate(task.encoded)
         ]
         self._label = variant.label
-
-    def row(self, concurrency: Sequence[int], loss: float) -> Row:
         self._warm_up()
+        self.tokens: tuple[tuple[int, ...], ...] = ()  # of each example's answer, once there
+
+    def renamed(self, variant: int, example: int) -> Submit:
+        """The request for an example, by an id that no other variant's has."""
+        return replace(self._requests[example], request_id=f"{variant}/{example}")
+
+    def row(self, concurrency: Sequence[int], loss: float, size: EvaluatedSize) -> Row:
         runs = {lanes: self._pass(lanes, most=max(concurrency)) for lanes in concurrency}
-        answers = [self._decode(c.token_ids) for c in runs[max(concurrency)].completions]
+        self.tokens = tuple(c.token_ids for c in runs[max(concurrency)].completions)
+        answers = [self._decode(tokens) for tokens in self.tokens]
         examples = self._task.examples
         return Row(
             label=self._label,
+            size=size,
             scores=score(answers, [e.completion for e in examples]),
             loss=loss,
             speeds=tuple(_speed(lanes, run) for lanes, run in runs.items()),

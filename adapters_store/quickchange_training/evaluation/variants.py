@@ -1,14 +1,23 @@
-"""Variants that an evaluation compares: an adapter, from the store or a folder, and its drafter.
+"""Variants that an evaluation compares: an adapter and its drafter, or several adapters at once.
 
-A variant is written `NAME[+TURBO]`. NAME is a request's `model` (a name, a name with a version, an
-alias), a folder, or base; TURBO is a request's `turbo` (auto, off, lookup, a name), or a folder.
+A variant is written
+
+    NAME[+TURBO]               NAME is a request's `model` (a name, a name with a version, an
+                               alias), a folder, or base; TURBO is a request's `turbo` (auto, off,
+                               lookup, a name), or a folder
+    NAME*WEIGHT,NAME*WEIGHT    the exact weighted sum, as a request's `adapters` have it
+    STRATEGY(NAME*WEIGHT,…)    LoRAs merged into one: ties, dare_linear or dare_ties
 """
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import cast, get_args
 
 from quickchange_server.protocol import Component, Drafting
 from quickchange_store.base_model.base_spec import base_spec
@@ -16,10 +25,12 @@ from quickchange_store.canonical.adapter_bytes import digest as digest_of
 from quickchange_store.canonical.canonical_adapter import BaseSpec, CanonicalAdapter
 from quickchange_store.errors import AdapterNotFoundError, InvalidAdapterError
 from quickchange_store.importing import read_adapter
+from quickchange_store.merging import MergeStrategy, Recipe, merge
 from quickchange_store.store import Store
 
 BASE = "base"
 _AUTO, _OFF, _LOOKUP = "auto", "off", "lookup"
+_MERGED = re.compile(rf"({'|'.join(get_args(MergeStrategy))})\((.+)\)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +38,8 @@ class EvaluatedVariant:
     """One row of the table."""
 
     label: str
-    adapter: str | None  # digest of the adapter that answers; None: the base alone
+    components: tuple[Component, ...]  # the adapters that answer; none: the base alone
     drafting: Drafting | None
-
-    @property
-    def components(self) -> tuple[Component, ...]:
-        return () if self.adapter is None else (Component(self.adapter),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +51,15 @@ class _Found:
 
 
 class EvaluatedAdapters:
-    """Adapters by name in a store, where there is one, or by folder; kept once read."""
+    """Adapters by name in a store, where there is one, or by folder; kept once read.
 
-    def __init__(self, model: str, store: Store | None) -> None:
+    density: share of the values that a merge keeps.
+    """
+
+    def __init__(self, model: str, store: Store | None, density: float = 0.5) -> None:
         self._model = model
         self._store = store
+        self._density = density
         self._read: dict[str, CanonicalAdapter] = {}  # by digest
 
     @cached_property
@@ -60,10 +71,56 @@ class EvaluatedAdapters:
         return self._read[digest]
 
     def variant(self, text: str) -> EvaluatedVariant:
-        """The variant that `NAME[+TURBO]` means. Raises StoreError, naming NAME or TURBO."""
+        """The variant that `text` means. Raises StoreError, naming the part that is wrong."""
+        if not _is_folder(text):
+            merged = _MERGED.fullmatch(text)
+            if merged is not None:
+                return self._merged(cast(MergeStrategy, merged[1]), merged[2])
+            if "*" in text:
+                parts = self._weighted(text)
+                components = tuple(Component(digest, weight) for _, digest, weight in parts)
+                return EvaluatedVariant(_sum_label(parts), components, None)
         name, turbo = _split(text)
         found = self._find(name)
-        return EvaluatedVariant(_label(name, turbo), found.adapter, self._drafting(found, turbo))
+        return EvaluatedVariant(
+            _label(name, turbo),
+            () if found.adapter is None else (Component(found.adapter),),
+            self._drafting(found, turbo),
+        )
+
+    def _merged(self, strategy: MergeStrategy, text: str) -> EvaluatedVariant:
+        parts = self._weighted(text)
+        weights = tuple((digest, weight) for _, digest, weight in parts)
+        recipe = Recipe(strategy, weights, self._density)
+        adapter = merge(recipe, [self._read[digest] for digest, _ in recipe.components])
+        digest = digest_of(adapter)
+        self._read[digest] = adapter
+        return EvaluatedVariant(f"{strategy}({_sum_label(parts)})", (Component(digest),), None)
+
+    def _weighted(self, text: str) -> list[tuple[str, str, float]]:
+        """Label, digest and weight of each part of `NAME*WEIGHT,NAME*WEIGHT`."""
+        parts = []
+        for part in text.split(","):
+            name, _, number = part.strip().rpartition("*")
+            try:
+                weight = float(number)
+            except ValueError:
+                weight = math.nan
+            if not name or not math.isfinite(weight):
+                raise InvalidAdapterError(
+                    f"{part.strip()!r} is no adapter with a weight",
+                    key=text,
+                    remedy="write NAME*WEIGHT,NAME*WEIGHT, as in sql*0.5,orders*0.5",
+                )
+            found = self._find(name)
+            if found.adapter is None:
+                raise InvalidAdapterError(
+                    "it adds nothing that could be weighed",
+                    key=name,
+                    remedy="name adapters with updates",
+                )
+            parts.append((_label(name, _AUTO), found.adapter, weight))
+        return parts
 
     def _drafting(self, found: _Found, turbo: str) -> Drafting | None:
         if turbo == _OFF:
@@ -115,6 +172,10 @@ def _split(text: str) -> tuple[str, str]:
 
 def _is_folder(text: str) -> bool:
     return bool(text) and Path(text).is_dir()
+
+
+def _sum_label(parts: Sequence[tuple[str, str, float]]) -> str:
+    return ",".join(f"{label}*{weight:g}" for label, _, weight in parts)
 
 
 def _label(name: str, turbo: str) -> str:

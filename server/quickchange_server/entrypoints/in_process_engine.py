@@ -186,6 +186,7 @@ class InProcessEngine:
             deterministic=settings.deterministic,
             model_check=settings.model_check,
         )
+        self.device_bytes: dict[str, int] = {}  # memory of each adapter loaded, by digest
         self._head = model.module.get_output_embeddings()  # type: ignore[operator]
         self._engine = Engine(
             model,
@@ -317,7 +318,11 @@ class InProcessEngine:
     ) -> tuple[StepStats | None, list[tuple[int, EngineCompletion]]]:
         """Run one step; returns what ended in it."""
         self._awake.clear()
-        failed = _failures(self._engine.poll_adapters())
+        moves = self._engine.poll_adapters()
+        failed = _failures(moves)
+        self.device_bytes.update(
+            {m.digest: m.bytes for m in moves if isinstance(m, AdapterMoved) and m.tier == "device"}
+        )
         report = self._engine.step()
         if report is None:
             self._awake.wait()  # nothing can run before an adapter is loaded
