@@ -82,7 +82,7 @@ def add(
 ) -> None:
     """Check an adapter against the base model and publish it as the version that NAME serves."""
     from quickchange_store.base_model.base_spec import base_spec  # imports torch: seconds
-    from quickchange_store.formats.tuners.tuner_reader import RankLimits
+    from quickchange_store.formats.rank_limits import RankLimits
     from quickchange_store.importing import add_adapter, add_from_url
 
     with _errors_shown():

@@ -18,13 +18,10 @@ from quickchange_store.formats.peft.ia3 import read_ia3
 from quickchange_store.formats.peft.lora import read_peft
 from quickchange_store.formats.peft.mlx import is_mlx, read_mlx
 from quickchange_store.formats.peft.peft_common import WEIGHTS_FILE
+from quickchange_store.formats.peft.saved_modules import read_norm_tuning
 from quickchange_store.formats.peft.token_rows import read_tokens
-from quickchange_store.formats.tuners.tuner_reader import (
-    EXACT_ONLY,
-    RankLimits,
-    is_made_by_peft,
-    read_tuner,
-)
+from quickchange_store.formats.rank_limits import EXACT_ONLY, RankLimits
+from quickchange_store.formats.tuners.tuner_reader import is_made_by_peft, read_tuner
 from quickchange_store.formats.turbo.heads_reader import read_heads
 from quickchange_store.index import Version
 from quickchange_store.names import check_name
@@ -121,12 +118,13 @@ def _read_updates(directory: Path, base: BaseSpec, limits: RankLimits) -> Import
         return read_adapterhub(directory, base)
     kind = config.get("peft_type")
     reader = None if is_made_by_peft(config) else _READERS.get(str(kind))
-    return read_tuner(directory, base, limits) if reader is None else reader(directory, base)
+    return (reader or read_tuner)(directory, base, limits)
 
 
 # PEFT's types that have a reader of their own; `read_tuner` reads or refuses the others.
-_READERS: Mapping[str, Callable[[Path, BaseSpec], Imported]] = {
+_READERS: Mapping[str, Callable[[Path, BaseSpec, RankLimits], Imported]] = {
     "IA3": read_ia3,
+    "LN_TUNING": read_norm_tuning,
     "LORA": read_peft,
     "TRAINABLE_TOKENS": read_tokens,
 }

@@ -13,9 +13,9 @@ from quickchange_store.base_model.base_spec import base_spec
 from quickchange_store.canonical.adapter_bytes import digest
 from quickchange_store.canonical.canonical_adapter import CanonicalAdapter
 from quickchange_store.canonical.turbo_part import DraftBlock, TurboHeads
+from quickchange_store.combining.merging import MergeStrategy, Recipe, merge
 from quickchange_store.errors import StoreError
 from quickchange_store.importing import read_adapter
-from quickchange_store.merging import MergeStrategy, Recipe, merge
 from quickchange_store.store import Store
 from quickchange_training.evaluation.variants import EvaluatedAdapters, EvaluatedVariant
 

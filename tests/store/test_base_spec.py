@@ -14,12 +14,13 @@ from quickchange_store.canonical.canonical_adapter import ModuleShape
 from quickchange_store.errors import BaseModelError
 
 
-def test_modules_are_all_linears_and_the_input_embedding(bases: Any) -> None:
+def test_modules_are_all_linears_the_input_embedding_and_norms(bases: Any) -> None:
     spec = bases("llama").spec
     assert spec.architecture == "LlamaForCausalLM"
     assert spec.model_type == "llama"
     assert spec.output_head == "lm_head"
-    assert len(spec.modules) == 2 * 7 + 2
+    assert len(spec.modules) == 2 * 7 + 2 + 2 * 2 + 1
+    assert spec.modules["model.norm"] == ModuleShape("norm", 32, 32)
     assert spec.modules["model.embed_tokens"] == ModuleShape("embedding", 53, 32)
     assert spec.modules["model.layers.1.self_attn.k_proj"] == ModuleShape("linear", 32, 16, True)
     assert spec.modules["model.layers.0.mlp.down_proj"] == ModuleShape("linear", 48, 32)
@@ -32,6 +33,12 @@ def test_a_tied_lm_head_is_a_linear_like_any_other(bases: Any) -> None:
 def test_a_scaled_embedding_says_its_scale(bases: Any) -> None:
     scale = bases("gemma3").spec.modules["model.embed_tokens"].output_scale
     assert scale == pytest.approx(32**0.5)
+
+
+def test_a_norm_says_what_it_adds_to_its_weight(bases: Any) -> None:
+    path = "model.layers.1.post_feedforward_layernorm"
+    assert bases("gemma3").spec.modules[path] == ModuleShape("norm", 32, 32, weight_offset=1.0)
+    assert bases("gpt2").spec.modules["transformer.ln_f"] == ModuleShape("norm", 32, 32, True)
 
 
 def test_no_weights_are_needed_for_the_spec(bases: Any, tmp_path: Path) -> None:

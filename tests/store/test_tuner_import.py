@@ -19,7 +19,7 @@ from quickchange_store.errors import (
     StoreError,
     UnsupportedFeatureError,
 )
-from quickchange_store.formats.tuners.tuner_reader import RankLimits
+from quickchange_store.formats.rank_limits import RankLimits
 from quickchange_store.importing import add_adapter, read_adapter
 from quickchange_store.store import Store
 
@@ -348,7 +348,6 @@ def spoilt(hra: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("modules_to_save", ["lm_head"]),
         ("a_field_of_the_future", 3),
         ("layer_replication", [[0, 2], [1, 2]]),
     ],

@@ -22,6 +22,7 @@ from quickchange_store.base_model.expert_parts import (
     routers,
 )
 from quickchange_store.base_model.gguf_file import GGUFTensors
+from quickchange_store.base_model.norms import norms
 from quickchange_store.base_model.sublayers import producers, sublayers
 from quickchange_store.canonical.canonical_adapter import BaseSpec, BaseWeights, ModuleShape
 from quickchange_store.errors import BaseModelError
@@ -37,9 +38,9 @@ def base_spec(model: str | Path, name: str | None = None) -> BaseSpec:
     """The spec of the model at a path (transformers' layout) or with a hub id.
 
     Its modules are every `nn.Linear` and `Conv1D` (GPT-2's, a linear of a transposed weight), the
-    LM head included where it is tied to the embedding, the input embedding, and routers; linears
-    of single experts, which no adapter can update, are left out. `name` stands for the base in
-    messages; default: `model`. Takes seconds for a large model: keep the result. Raises
+    LM head included where it is tied to the embedding, the input embedding, routers, and norms;
+    linears of single experts, which no adapter can update, are left out. `name` stands for the base
+    in messages; default: `model`. Takes seconds for a large model: keep the result. Raises
     BaseModelError.
     """
     import torch
@@ -97,6 +98,8 @@ def spec_of(network: Any, name: str, weights: BaseWeights | None = None) -> Base
     for path, weight in routers(network).items():
         biased = getattr(network.get_submodule(path), "bias", None) is not None
         modules[path] = ModuleShape("router", weight.shape[1], weight.shape[0], bias=biased)
+    of_text = {path for path, module in network.named_modules() if module in text}
+    modules |= {path: shape for path, shape in norms(network).items() if path in of_text}
     experts = expert_parts(network)
     return BaseSpec(
         architecture=type(network).__name__,

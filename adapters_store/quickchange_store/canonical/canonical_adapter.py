@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # imported where it is needed: names and digests are useful w
 
     from quickchange_store.canonical.turbo_part import TurboHeads
 
-ModuleKind = Literal["linear", "embedding", "expert", "router"]
+ModuleKind = Literal["linear", "embedding", "expert", "router", "norm"]
 Activation = Literal["identity", "relu", "gelu", "gelu_tanh", "silu", "tanh"]
 Source = Literal["input", "output", "residual", "stream"]
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
@@ -48,6 +48,7 @@ class ModuleShape:
     bias: bool = False  # True: the base module has one
     transposed: bool = False  # True: the module's weight is [in, out], as Conv1D's
     output_scale: float = 1.0  # the module multiplies its own output by it (scaled embeddings)
+    weight_offset: float = 0.0  # a norm multiplies by offset + weight (1 in Gemma's)
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,12 @@ class BaseSpec:
         part = self.experts.get(parameter)
         known = part is not None and number.isdecimal() and int(number) < part.experts
         return part if known and str(int(number)) == number else None
+
+    def tied_to(self, path: str) -> tuple[str, ...]:
+        """The other modules that have this one's weight."""
+        source = self.tied.get(path, path)
+        group = (source, *(each for each in self.tied if self.tied[each] == source))
+        return tuple(each for each in group if each != path)
 
     @property
     def head(self) -> ModuleShape | None:

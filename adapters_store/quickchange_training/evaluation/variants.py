@@ -23,9 +23,9 @@ from quickchange_server.protocol import Component, Drafting
 from quickchange_store.base_model.base_spec import base_spec
 from quickchange_store.canonical.adapter_bytes import digest as digest_of
 from quickchange_store.canonical.canonical_adapter import BaseSpec, CanonicalAdapter
+from quickchange_store.combining.merging import MergeStrategy, Recipe, merge
 from quickchange_store.errors import AdapterNotFoundError, InvalidAdapterError
 from quickchange_store.importing import read_adapter
-from quickchange_store.merging import MergeStrategy, Recipe, merge
 from quickchange_store.store import Store
 
 BASE = "base"

@@ -16,7 +16,7 @@ from pathlib import Path
 from quickchange_server.errors import ConflictError, InvalidRequestError
 from quickchange_store.canonical.canonical_adapter import BaseSpec
 from quickchange_store.combining.composing import GivenTerm, compose
-from quickchange_store.formats.tuners.tuner_reader import EXACT_ONLY, RankLimits
+from quickchange_store.formats.rank_limits import EXACT_ONLY, RankLimits
 from quickchange_store.importing import Added, add_adapter, add_unless_known
 from quickchange_store.sources.adapter_url import AdapterUrl
 from quickchange_store.sources.fetching import fetched

@@ -54,7 +54,7 @@ def read(
         path = None if found is None else names.path(found["module"])
         if found is not None and path is None:
             path = _flat_path(found["module"], flat)
-        if found is None or path is None or base.modules[path].kind == "embedding":
+        if found is None or path is None or base.modules[path].kind in ("embedding", "norm"):
             return None
         if found["alpha"]:
             return [(f"{PREFIX}{path}.{_ALPHA}", tensor)]

@@ -73,7 +73,9 @@ def take_classifier(
     message names file, key and remedy.
     """
     named, task = config.get("modules_to_save"), config.get("task_type")
-    listed = isinstance(named, list) and bool(named) and set(map(str, named)) <= set(HEADS)
+    saved = named if isinstance(named, list) else []
+    others = [name for name in saved if name not in HEADS]  # read with the updates
+    listed = len(others) < len(saved)
     if task == "TOKEN_CLS" and listed:
         raise UnsupportedFeatureError(
             "an adapter that classifies each token is not served",
@@ -82,7 +84,7 @@ def take_classifier(
             remedy=f"train it to classify whole texts ({TASK})",
         )
     asked = listed if task is None else task == TASK
-    if not asked or (named and not listed):  # what else is saved whole is refused by its field
+    if not asked:
         return Classification(config, None)
     found = _head_tensors(tensors)
     if not found and not listed:
@@ -91,7 +93,8 @@ def take_classifier(
     gone = {"modules_to_save", "task_type", *_OF_HEADS}
     if _made_for(config) == _classifier_class(base):
         gone.add("auto_mapping")
-    return Classification({k: v for k, v in config.items() if k not in gone}, head)
+    kept = {k: v for k, v in config.items() if k not in gone}
+    return Classification(kept | ({"modules_to_save": others} if others else {}), head)
 
 
 def head_tensors(head: ClassifierHead) -> dict[str, torch.Tensor]:

@@ -27,11 +27,12 @@ from quickchange_store.formats.peft.classification_head import take_classifier
 from quickchange_store.formats.peft.peft_common import (
     WEIGHTS_FILE,
     check_base,
-    check_copies,
     find_targets,
     open_tensors,
 )
+from quickchange_store.formats.peft.saved_modules import with_saved_modules
 from quickchange_store.formats.peft.tensor_names import PREFIX
+from quickchange_store.formats.rank_limits import Factoring, RankLimits
 from quickchange_store.formats.tensors import AdapterTensors
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ HONOURED = frozenset(
         "base_model_name_or_path",  # a different one warns
         "exclude_modules",
         "feedforward_modules",
+        "modules_to_save",
         "peft_type",
         "target_modules",
         "task_type",  # other than a causal language model warns
@@ -57,11 +59,9 @@ HARMLESS = frozenset(
         "revision",  # the base model's on the hub
     }
 )
-REFUSED = frozenset({"modules_to_save"})
-_REMEDIES = {"modules_to_save": "train these modules with LoRA instead"}
 
 
-def read_ia3(directory: Path, base: BaseSpec) -> Imported:
+def read_ia3(directory: Path, base: BaseSpec, limits: RankLimits) -> Imported:
     """Read the IA3 adapter in `directory` for the base model `base`.
 
     Raises InvalidAdapterError, UnsupportedFeatureError and BaseMismatchError; the message names
@@ -72,7 +72,7 @@ def read_ia3(directory: Path, base: BaseSpec) -> Imported:
     tensors, names = open_tensors(directory, base)
     classified = take_classifier(directory, read_config(directory), base, tensors)
     config = classified.config
-    refuse_fields(config, known=HONOURED | HARMLESS, refused=REFUSED, remedies=_REMEDIES)
+    refuse_fields(config, known=HONOURED | HARMLESS, refused=(), remedies={})
     warnings = check_base(config, base)
     check_patterns(config, base.modules, CONFIG_FILE)
     targets = find_targets(config, base, DEFAULTS, names)
@@ -82,7 +82,9 @@ def read_ia3(directory: Path, base: BaseSpec) -> Imported:
         place = _producer(base, module) if module in feedforward else module
         gain = _factors(tensors, base, module, feedforward=module in feedforward)
         gains[place] = gains[place] * gain if place in gains else gain
-    check_copies(tensors, base)
+    updates = {path: _update(base, path, gain) for path, gain in gains.items()}
+    factoring = Factoring(limits)
+    updates = with_saved_modules(updates, config, base, tensors, factoring)
     if tensors.left:
         raise InvalidAdapterError(
             "the tensor is not expected: target_modules does not cover it",
@@ -90,10 +92,10 @@ def read_ia3(directory: Path, base: BaseSpec) -> Imported:
             key=tensors.name(min(tensors.left)),
             remedy=f"save the adapter again, so that {CONFIG_FILE} and its tensors agree",
         )
-    updates = {path: _update(base, path, gains[path]) for path in base.modules if path in gains}
     source = {
         "format": "peft",
         "config": {key: value for key, value in config.items() if is_set(value)},
+        **factoring.stated(),
     }
     name = str(config.get("base_model_name_or_path") or "")
     adapter = CanonicalAdapter(base.architecture, name, updates, source)

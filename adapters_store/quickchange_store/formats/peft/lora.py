@@ -18,10 +18,12 @@ from quickchange_store.formats.imported import Imported
 from quickchange_store.formats.peft.classification_head import take_classifier
 from quickchange_store.formats.peft.expert_lora import expert_updates
 from quickchange_store.formats.peft.invocation_tokens import take_invocation
-from quickchange_store.formats.peft.peft_common import check_copies, open_tensors
+from quickchange_store.formats.peft.peft_common import open_tensors
 from quickchange_store.formats.peft.peft_config import LoraSettings, parse_config
+from quickchange_store.formats.peft.saved_modules import with_saved_modules
 from quickchange_store.formats.peft.tensor_names import PREFIX, TensorNames
 from quickchange_store.formats.peft.token_rows import take_token_rows
+from quickchange_store.formats.rank_limits import EXACT_ONLY, Factoring, RankLimits
 from quickchange_store.formats.tensors import AdapterTensors
 
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 _ROWS_AT_ONCE = 4096  # rows of the weight in memory at once in float32
 
 
-def read_peft(directory: Path, base: BaseSpec) -> Imported:
+def read_peft(directory: Path, base: BaseSpec, limits: RankLimits = EXACT_ONLY) -> Imported:
     """Read the LoRA or DoRA adapter in `directory` for the base model `base`.
 
     The base's own weights are opened only for adapters that need them: DoRA, and copies of the
@@ -42,12 +44,16 @@ def read_peft(directory: Path, base: BaseSpec) -> Imported:
     tensors, names = open_tensors(directory, base)
     classified = take_classifier(directory, activated.config, base, tensors)
     rows = take_token_rows(classified.config, base, tensors)
-    read = rows.joined(read_lora(rows.config, base, tensors, names), base)
+    read = rows.joined(read_lora(rows.config, base, tensors, names, limits), base)
     return activated.joined(classified.joined(read), base)
 
 
 def read_lora(
-    config: Mapping[str, Any], base: BaseSpec, tensors: AdapterTensors, names: TensorNames
+    config: Mapping[str, Any],
+    base: BaseSpec,
+    tensors: AdapterTensors,
+    names: TensorNames,
+    limits: RankLimits = EXACT_ONLY,
 ) -> Imported:
     """Read a LoRA from its configuration and its tensors by PEFT's names. Raises as `read_peft`."""
     settings, warnings = parse_config(config, base, names)
@@ -57,11 +63,11 @@ def read_lora(
         if update is not None:
             updates[module] = update
     updates |= expert_updates(tensors, settings, base)
-    check_copies(tensors, base)
+    factoring = Factoring(limits)
+    updates = with_saved_modules(updates, config, base, tensors, factoring)
     _refuse_leftovers(tensors, settings, base)
-    adapter = CanonicalAdapter(
-        base.architecture, settings.base_name, updates, dict(settings.source)
-    )
+    source = {**settings.source, **factoring.stated()}
+    adapter = CanonicalAdapter(base.architecture, settings.base_name, updates, source)
     return Imported(adapter, tuple(warnings))
 
 
@@ -184,8 +190,8 @@ def _base_bias_change(
     targeted = module in settings.targets
     if settings.bias == "none" or not (targeted or settings.bias == "all"):
         return None
-    if not base.modules[module].bias:
-        return None
+    if not base.modules[module].bias or base.modules[module].kind == "norm":
+        return None  # a norm's is read with whatever is saved whole
     key = f"{PREFIX}{module}.base_layer.bias"
     if not targeted or (key not in tensors and f"{PREFIX}{module}.bias" in tensors):
         key = f"{PREFIX}{module}.bias"  # also the name under which older versions of PEFT saved it

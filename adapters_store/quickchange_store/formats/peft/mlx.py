@@ -68,7 +68,7 @@ def read_mlx(directory: Path, base: BaseSpec) -> Imported:
         path = names.path(module)
         if path is None:
             return _of_experts(names, module, part, tensor)
-        named = _PARTS[base.modules[path].kind].get(part)
+        named = _PARTS.get(base.modules[path].kind, {}).get(part)
         turned = tensor.T.contiguous() if tensor.ndim == 2 else tensor
         return None if named is None else [(f"{PREFIX}{path}.{named}", turned)]
 

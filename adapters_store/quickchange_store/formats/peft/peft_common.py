@@ -9,7 +9,7 @@ from typing import Any
 
 from quickchange_store.canonical.canonical_adapter import BaseSpec
 from quickchange_store.errors import BaseMismatchError, InvalidAdapterError, UnsupportedFeatureError
-from quickchange_store.formats.config_file import CONFIG_FILE, invalid, other_base, texts
+from quickchange_store.formats.config_file import CONFIG_FILE, flag, invalid, other_base, texts
 from quickchange_store.formats.peft.tensor_names import PREFIX, TensorNames
 from quickchange_store.formats.tensors import AdapterTensors
 from quickchange_store.formats.weight_files import weight_files
@@ -17,6 +17,7 @@ from quickchange_store.formats.weight_files import weight_files
 WEIGHTS_FILE = "adapter_model.safetensors"
 WRITER = "PEFT's save_pretrained"
 ALL_LINEAR = "all-linear"
+SAVED = "modules_to_save"
 _FOREIGN = (
     (
         re.compile(r"(^|\.)transformer\.h\.\d+\.(attn|mlp)\.\w+\.lora_[AB]$"),
@@ -70,6 +71,15 @@ def _refuse_foreign(tensors: AdapterTensors) -> None:
                 )
 
 
+def saved_names(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the modules that PEFT saves whole. Raises InvalidAdapterError."""
+    named = config.get(SAVED) or []
+    if not isinstance(named, list) or not all(isinstance(each, str) and each for each in named):
+        raise invalid(SAVED, named, "list names of modules")
+    texts(SAVED, named)
+    return tuple(named)
+
+
 def find_parameters(config: Mapping[str, Any], base: BaseSpec) -> frozenset[str]:
     """Paths of the parameters that PEFT would wrap: target_parameters.
 
@@ -116,12 +126,13 @@ def find_targets(
     names: TensorNames,
     *,
     alone: bool = True,
+    norms: bool = False,
 ) -> frozenset[str]:
     """The base's modules that PEFT would wrap, by PEFT's own rule over path or name in the file.
 
     Those of single experts count too, if the file has them. `defaults` are PEFT's target_modules by
-    model type. alone: nothing else is targeted, so there must be some. Raises InvalidAdapterError
-    and BaseMismatchError.
+    model type. alone: nothing else is targeted, so there must be some. norms: they may be targets.
+    Raises InvalidAdapterError, BaseMismatchError, and UnsupportedFeatureError for a norm.
     """
     from peft import LoraConfig
     from peft.tuners.tuners_utils import check_target_module_exists
@@ -142,6 +153,7 @@ def find_targets(
             exclude_modules=config.get("exclude_modules"),
             layers_to_transform=config.get("layers_to_transform"),
             layers_pattern=config.get("layers_pattern"),
+            modules_to_save=saved_names(config),  # which PEFT leaves out of the targets
         )
         found = {
             path
@@ -155,6 +167,14 @@ def find_targets(
             key="target_modules, exclude_modules, layers_to_transform, layers_pattern",
             remedy="give module names or one regular expression, as PEFT's LoraConfig takes them",
         ) from error
+    refused = [path for path in base.modules if path in found and _is_norm(base, path)]
+    if refused and not norms:
+        raise UnsupportedFeatureError(
+            f"{refused[0]} is a norm, on which there is no {config.get('peft_type') or 'LoRA'}",
+            file=CONFIG_FILE,
+            key="target_modules",
+            remedy="train norms whole: name them in modules_to_save, or with LN_TUNING",
+        )
     if not found and alone:
         raise BaseMismatchError(
             f"{config.get('target_modules')!r} is no linear or embedding module of the base model "
@@ -164,7 +184,18 @@ def find_targets(
             remedy="use an adapter of this base model; linear modules and the input embedding are "
             "served",
         )
-    return by_weight | found
+    return with_tied(config, base, by_weight | found)
+
+
+def with_tied(config: Mapping[str, Any], base: BaseSpec, paths: frozenset[str]) -> frozenset[str]:
+    """`paths`, and the modules tied to any of them where the configuration asks for it."""
+    if not flag(config, "ensure_weight_tying"):
+        return paths
+    return paths.union(*(base.tied_to(path) for path in paths))
+
+
+def _is_norm(base: BaseSpec, path: str) -> bool:
+    return base.modules[path].kind == "norm"
 
 
 def _check_layers(layers: Any) -> None:
@@ -195,30 +226,3 @@ def _target_modules(
             remedy="list the modules that the adapter's tensors belong to",
         )
     return list(targets)
-
-
-def check_copies(tensors: AdapterTensors, base: BaseSpec) -> None:
-    """Accept copies of the base's own parameters where nothing in them has changed.
-
-    PEFT saves the embedding beside its LoRA, and with bias="all" every bias of the model.
-    """
-    copies = [key for key in sorted(tensors.left) if _is_base_parameter(key)]
-    for key in copies:
-        name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
-        if name.rpartition(".")[0] not in base.modules and not name.endswith(".bias"):
-            continue  # a module that the base lacks: reported with the leftovers
-        saved = tensors.take(key)
-        original = tensors.base_tensor(base, name, key)
-        if saved.shape != original.shape or not bool((original.to(saved.dtype) == saved).all()):
-            raise UnsupportedFeatureError(
-                f"it replaces the base model's own {name}, shape {list(original.shape)}, by other "
-                f"values, shape {list(saved.shape)}",
-                file=WEIGHTS_FILE,
-                key=tensors.name(key),
-                remedy="train the module with LoRA; a resized vocabulary, fully trained modules "
-                "and biases outside of linear modules are not supported",
-            )
-
-
-def _is_base_parameter(key: str) -> bool:
-    return key.startswith(PREFIX) and key.endswith((".weight", ".bias")) and ".lora_" not in key

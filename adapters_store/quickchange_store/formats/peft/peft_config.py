@@ -36,12 +36,14 @@ HONOURED = frozenset(
         "auto_mapping",  # its base_model_class is compared with the base's architecture
         "base_model_name_or_path",  # a different one warns
         "bias",
+        "ensure_weight_tying",
         "exclude_modules",
         "init_lora_weights",  # kinds that change the base's weights are refused
         "layers_pattern",
         "layers_to_transform",
         "lora_alpha",
         "lora_bias",
+        "modules_to_save",
         "peft_type",
         "qalora_group_size",
         "r",
@@ -91,11 +93,9 @@ REFUSED = frozenset(
     {
         "alora_invocation_tokens",  # read beside it
         "arrow_config",
-        "ensure_weight_tying",
         "kasa_config",
         "layer_replication",
         "megatron_config",
-        "modules_to_save",
         "monteclora_config",
         "trainable_token_indices",  # read beside it
         "use_bdlora",
@@ -107,11 +107,6 @@ MAX_RANK = 1 << 20  # above any module's width
 # These subtract from the base's weights what they put into the adapter; without that changed base
 # the adapter is another function.
 _BASE_CHANGING = ("pissa", "olora", "corda", "lora_ga", "loftq")
-
-_REMEDIES = {
-    "modules_to_save": "train these modules with LoRA (target_modules) instead",
-    "ensure_weight_tying": "target the embedding and the LM head separately",
-}
 
 
 @dataclass(frozen=True)
@@ -159,9 +154,7 @@ def parse_config(
 
     Raises InvalidAdapterError, UnsupportedFeatureError and BaseMismatchError, naming the field.
     """
-    refuse_fields(
-        config, known=HONOURED | HARMLESS | TRAINING_ONLY, refused=REFUSED, remedies=_REMEDIES
-    )
+    refuse_fields(config, known=HONOURED | HARMLESS | TRAINING_ONLY, refused=REFUSED, remedies={})
     _check_initialisation(config)
     warnings = check_base(config, base)
     check_patterns(config, [*base.modules, *base.experts, *names.of_experts], CONFIG_FILE)

@@ -45,6 +45,10 @@ _PART = re.compile(
     r"|lora_magnitude_vector|ia3_l)"
     r"(?:\.(?P<adapter>(?!weight$|bias$)[^.]+))?(?:\.(?P<kind>weight|bias))?"
 )
+# Between a module's path and its parameters, in the state dict of a model that trains it whole.
+_SAVED = re.compile(
+    r"\.(?:modules_to_save|ln_tuning_layers)(?:\.(?P<name>(?!weight$|bias$)[^.]+))?(?=\.)"
+)
 _NESTED = re.compile(r"(?P<module>.+?)(?P<depth>(?:\.base_layer)*)")
 _PARAMETER = re.compile(r"(?P<module>.+?)\.(?P<part>(?:base_layer\.)?(?:weight|bias))")
 
@@ -53,6 +57,11 @@ def unwrapped(key: str) -> str:
     """A tensor's name without the parts that wrappers of modules add."""
     parts = key.split(".")
     return ".".join(p for p in parts if p not in WRAPPERS and not p.startswith(_SWIFT))
+
+
+def without_saving(text: str) -> str:
+    """A tensor's name without the parts that PEFT adds where it trains a module whole."""
+    return _SAVED.sub("", text, count=1)
 
 
 class TensorNames:
@@ -95,9 +104,14 @@ class TensorNames:
             part = found["part"]
             ending = f".{found['kind'] or 'weight'}" if part in ("lora_A", "lora_B") else ""
             return f"{PREFIX}{path}.{part}{ending}"
-        found = _PARAMETER.fullmatch(text)
+        found = _PARAMETER.fullmatch(without_saving(text))
         path = None if found is None else self.path(found["module"])
-        return None if found is None or path is None else f"{PREFIX}{path}.{found['part']}"
+        if found is None or path is None:
+            return None
+        saved = _SAVED.search(text)
+        if saved is not None and saved["name"] is not None:
+            self._adapters.setdefault(saved["name"], key)
+        return f"{PREFIX}{path}.{found['part']}"
 
     @property
     def spellings(self) -> dict[str, str]:

@@ -31,6 +31,7 @@ from quickchange_store.formats.peft.peft_common import (
     open_tensors,
 )
 from quickchange_store.formats.peft.tensor_names import PREFIX, TensorNames
+from quickchange_store.formats.rank_limits import RankLimits
 from quickchange_store.formats.tensors import AdapterTensors
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def take_token_rows(
     return TokenRows(without, updates)
 
 
-def read_tokens(directory: Path, base: BaseSpec) -> Imported:
+def read_tokens(directory: Path, base: BaseSpec, limits: RankLimits) -> Imported:  # noqa: ARG001 - what every type takes
     """Read the TRAINABLE_TOKENS adapter in `directory`. Raises StoreError."""
     config = read_config(directory)
     tensors, _ = open_tensors(directory, base)

@@ -7,9 +7,8 @@ low, and on request the nearest of a given rank (`low_rank`), with the error sta
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 from warnings import catch_warnings, simplefilter
@@ -30,24 +29,22 @@ from quickchange_store.formats.peft.peft_common import (
     WEIGHTS_FILE,
     WRITER,
     check_base,
-    check_copies,
     find_targets,
 )
 from quickchange_store.formats.peft.peft_config import TRAINING_ONLY
-from quickchange_store.formats.peft.tensor_names import PREFIX, WRAPPERS, TensorNames
+from quickchange_store.formats.peft.saved_modules import with_saved_modules
+from quickchange_store.formats.peft.tensor_names import (
+    PREFIX,
+    WRAPPERS,
+    TensorNames,
+    without_saving,
+)
+from quickchange_store.formats.rank_limits import Factoring, RankLimits
 from quickchange_store.formats.tensors import AdapterTensors
 from quickchange_store.formats.tuners.bare_model import BareModule, WeightChange, changes
-from quickchange_store.formats.tuners.low_rank import exact_factors, nearest_factors
-from quickchange_store.formats.tuners.tuner_types import (
-    APPROXIMATE_REMEDY,
-    ON_REQUEST,
-    Tuner,
-    tuner_of,
-)
+from quickchange_store.formats.tuners.tuner_types import ON_REQUEST, Tuner, tuner_of
 from quickchange_store.formats.weight_files import weight_files
 
-MAX_RANK = 1 << 16
-EXACT_RANK = 256  # a module's rank up to which an update is served exactly
 LARGEST_BYTES = 4 << 30  # of what PEFT makes by a configuration alone
 _REFUSED = frozenset(
     {
@@ -56,7 +53,6 @@ _REFUSED = frozenset(
         "ensure_weight_tying",
         "layer_replication",
         "megatron_config",
-        "modules_to_save",
         "sample_at_inference",
         "target_parameters",
         "trainable_token_indices",
@@ -64,7 +60,6 @@ _REFUSED = frozenset(
 )
 _REMEDIES = {
     "sample_at_inference": "set it to false: the mean is served, never a sample",
-    "modules_to_save": "train these modules as targets of the adapter instead",
     "target_parameters": "target the modules (target_modules) instead",
 }
 # Where the targets are is read before, and the base's name says nothing to PEFT's layers.
@@ -83,55 +78,6 @@ _READ_HERE = (
 
 _BASE_CHANGING = ("pissa", "olora")  # PEFT does it again when it loads
 _LORA_KINDS = ("use_bdlora", "kasa_config", "monteclora_config")
-
-
-@dataclass(frozen=True, slots=True)
-class RankLimits:
-    """The ranks that are served: exactly up to `exact`, above it as `approximate` says.
-
-    approximate: the rank of the nearest update, where an approximation is asked for.
-    """
-
-    exact: int = EXACT_RANK
-    approximate: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, value in (("exact_rank", self.exact), ("approximate_rank", self.approximate)):
-            if value is not None and (type(value) is not int or not 1 <= value <= MAX_RANK):
-                raise InvalidAdapterError(
-                    f"{value!r} is no rank",
-                    key=name,
-                    remedy=f"give a whole number from 1 to {MAX_RANK}",
-                )
-
-
-EXACT_ONLY = RankLimits()
-
-
-@dataclass
-class _Errors:
-    """What approximations leave out, module by module."""
-
-    left: float = 0.0  # sums of squares
-    whole: float = 0.0
-    worst: tuple[float, str] = (0.0, "")
-    modules: int = 0
-    approximated: list[str] = field(default_factory=list)
-
-    def count(self, module: str, error: float, norm: float) -> None:
-        self.left += error**2
-        self.whole += norm**2
-        if norm:
-            self.worst = max(self.worst, (error / norm, module))
-
-    def stated(self, rank: int) -> dict[str, Any]:
-        return {
-            "rank": rank,
-            "modules": len(self.approximated),
-            "relative_error": math.sqrt(self.left / self.whole) if self.whole else 0.0,
-            "worst_relative_error": self.worst[0],
-            "worst_module": self.worst[1],
-        }
 
 
 def is_made_by_peft(config: Mapping[str, Any]) -> bool:
@@ -160,7 +106,7 @@ def read_tuner(directory: Path, base: BaseSpec, limits: RankLimits) -> Imported:
 def _plain(key: str, names: TensorNames) -> str | None:
     """PEFT's name for a tensor of the file; None where it belongs to no module of the base."""
     parts = [part for part in key.split(".") if part not in WRAPPERS]
-    text = ".".join(parts)
+    text = without_saving(".".join(parts))
     inner = text.removeprefix(PREFIX).split(".")
     if text.startswith(PREFIX):
         for cut in range(len(inner) - 1, 0, -1):
@@ -184,16 +130,13 @@ def _read(
     targets = _targets(str(kind), config, base, names)
     if kind in ON_REQUEST and limits.approximate is not None:
         limits = RankLimits(min(limits.exact, limits.approximate), limits.approximate)
-    errors = _Errors()
-    updates = {}
+    factoring = Factoring(limits)
+    updates: dict[str, LowRankUpdate] = {}
     for change in _changes(made, tuner, base, targets, tensors):
-        update = _update(change, limits, errors)
+        update = _update(change, factoring)
         if update is not None:
             updates[change.path] = update
-    if getattr(made, "bias", "none") == "all":
-        updates |= _other_biases(base, targets, tensors)
-    updates = {path: updates[path] for path in base.modules if path in updates}
-    check_copies(tensors, base)
+    updates = with_saved_modules(updates, config, base, tensors, factoring)
     if tensors.left:
         raise InvalidAdapterError(
             f"the tensor is not expected: nothing in {CONFIG_FILE} asks for it, or it belongs to a "
@@ -206,8 +149,7 @@ def _read(
         "format": "peft",
         "config": {key: value for key, value in config.items() if is_set(value)},
     }
-    if (errors.approximated or kind in ON_REQUEST) and limits.approximate is not None:
-        source["approximation"] = errors.stated(limits.approximate)
+    source |= factoring.stated(always=kind in ON_REQUEST)
     name = str(config.get("base_model_name_or_path") or "")
     return Imported(CanonicalAdapter(base.architecture, name, updates, source), tuple(warnings))
 
@@ -295,25 +237,6 @@ def _changes(
         yield from changes(_for(config, group), bare, taken)
 
 
-def _other_biases(
-    base: BaseSpec, targets: frozenset[str], tensors: AdapterTensors
-) -> dict[str, LowRankUpdate]:
-    """Updates of modules that have a trained bias and nothing else."""
-    import torch
-
-    found = {}
-    for path, shape in base.modules.items():
-        key = f"{PREFIX}{path}.bias"
-        if path in targets or not shape.bias or key not in tensors:
-            continue
-        trained = tensors.take_shaped(key, path, (shape.out_features,)).float()
-        change = trained - tensors.base_tensor(base, f"{path}.bias", key).float()
-        if bool(change.any()):
-            a, b = torch.zeros(0, shape.in_features), torch.zeros(shape.out_features, 0)
-            found[path] = LowRankUpdate(a, b, 1.0, change)
-    return found
-
-
 def _is_of(key: str, modules: list[str]) -> bool:
     path = key.removeprefix(PREFIX)
     return path != key and any(path.startswith(f"{module}.") for module in modules)
@@ -356,23 +279,10 @@ def _for(config: Any, modules: list[str]) -> Any:
     return own
 
 
-def _update(change: WeightChange, limits: RankLimits, errors: _Errors) -> LowRankUpdate | None:
+def _update(change: WeightChange, factoring: Factoring) -> LowRankUpdate | None:
     """The update that makes a change; None where there is no change."""
     bias = None if change.bias is None else change.bias.float()
-    found = exact_factors(change.weight, limits.exact)
-    if found is None and limits.approximate is None:
-        raise UnsupportedFeatureError(
-            f"the update of {change.path} has a rank above {limits.exact}, up to which updates "
-            "are served exactly",
-            file=CONFIG_FILE,
-            key="peft_type",
-            remedy=f"raise --exact-rank (`exact_rank` in Python), or {APPROXIMATE_REMEDY}",
-        )
-    if found is None and limits.approximate is not None:
-        found = nearest_factors(change.weight, limits.approximate)
-        errors.approximated.append(change.path)
-    assert found is not None
-    errors.count(change.path, found.error, found.norm)
+    found = factoring.factors(change.path, change.weight, "peft_type")
     if not len(found.a) and bias is None:
         return None
     return LowRankUpdate(found.a, found.b, 1.0, bias)

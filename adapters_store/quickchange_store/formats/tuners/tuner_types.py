@@ -11,11 +11,7 @@ from dataclasses import dataclass
 
 from quickchange_store.errors import InvalidAdapterError, UnsupportedFeatureError
 from quickchange_store.formats.config_file import CONFIG_FILE
-
-APPROXIMATE_REMEDY = (
-    "add it with --approximate-rank N (`approximate_rank` in Python), which serves the nearest "
-    "update of rank N and states its error"
-)
+from quickchange_store.formats.rank_limits import APPROXIMATE_REMEDY
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +34,7 @@ EXACT: Mapping[str, Tuner] = {
     "GRALORA": Tuner(),
     "HRA": Tuner(weighs=True),
     "IA3": Tuner(),
+    "LN_TUNING": Tuner(),  # has a reader of its own
     "LOHA": Tuner(),
     "LOKR": Tuner(),
     "LORA": Tuner(weighs=True),  # kinds that the reader of plain LoRA has not
@@ -80,11 +77,6 @@ REFUSED: Mapping[str, tuple[str, str]] = {  # why, and what to do
         "it mixes its experts by the mean over a whole batch, so its output depends on what else "
         "is in the batch",
         _NO_UPDATE,
-    ),
-    "LN_TUNING": (
-        "it replaces the weights of norms or of whole modules",
-        "train the linear modules with LoRA, or merge it into the base with PEFT "
-        "(merge_and_unload)",
     ),
     "MULTITASK_PROMPT_TUNING": (
         "it is a prompt of trained vectors for each task, not an update of modules",

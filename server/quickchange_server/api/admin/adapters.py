@@ -48,7 +48,7 @@ from quickchange_server.frontend.request_base import (
 )
 from quickchange_store.combining.composing import GivenTerm
 from quickchange_store.errors import AdapterNotFoundError, InUseError
-from quickchange_store.formats.tuners.tuner_reader import EXACT_ONLY, MAX_RANK, RankLimits
+from quickchange_store.formats.rank_limits import EXACT_ONLY, MAX_RANK, RankLimits
 from quickchange_store.importing import Added
 from quickchange_store.index import Alias, Index, Version
 from quickchange_store.info import AdapterInfo
