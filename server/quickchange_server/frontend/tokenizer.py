@@ -6,7 +6,6 @@ Wraps transformers' tokenizer and chat template, without torch. Knows nothing of
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import copy
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -14,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from quickchange_server.errors import ContextLengthError, InvalidRequestError, SettingError
 from quickchange_server.frontend.detokenizer import Decoding, Detokenizer
@@ -22,9 +21,6 @@ from quickchange_server.frontend.parsing.reasoning_parser import ReasoningFormat
 from quickchange_server.frontend.parsing.tool_forms import ToolForm
 from quickchange_server.frontend.parsing.tool_learning import Messages, with_arguments
 from quickchange_server.frontend.templates.chat_template import ChatTemplate, Rendering
-
-if TYPE_CHECKING:
-    from quickchange_store.base_model.base_source import BaseSource
 
 LONG_TEXT = 4_000  # characters: 7 ms of tokenizing (SmolLM2), too long on the event loop
 USUAL_LENGTH = 8  # characters of a token that few texts exceed on average
@@ -56,12 +52,12 @@ class Text:
         """
         _check_folder(model)  # before the imports, which take seconds
         from quickchange_store.base_model.base_source import BaseSource
+        from quickchange_store.base_model.base_tokenizer import read_tokenizer
         from quickchange_store.errors import BaseModelError
 
         try:
             source = BaseSource.of(model)
-            read = _read_folder if source.gguf_path is None else _read_gguf
-            tokenizer, vocab_size, eos_ids = read(source)
+            tokenizer, vocab_size, eos_ids = read_tokenizer(source)
         except (OSError, ValueError, BaseModelError) as error:
             raise SettingError(
                 f"model: can't read a tokenizer and configuration from {model!r}: {error}",
@@ -381,36 +377,3 @@ def _check_folder(model: str) -> None:
             "file or a hub id such as owner/name",
             param="model",
         )
-
-
-def _read_folder(source: BaseSource) -> tuple[Any, int, frozenset[int]]:
-    """The tokenizer of a folder or hub id, its model's vocabulary size and end ids."""
-    from transformers import AutoTokenizer
-
-    config = source.config()
-    tokenizer = AutoTokenizer.from_pretrained(source.where, trust_remote_code=False)
-    vocab_size = int(config.get_text_config().vocab_size)
-    return tokenizer, vocab_size, _eos_ids(source.where, config, tokenizer)
-
-
-def _read_gguf(source: BaseSource) -> tuple[Any, int, frozenset[int]]:
-    """Tokenizer and ends of a GGUF file, without its configuration, which takes seconds to read."""
-    from quickchange_store.base_model.gguf_tokenizer import gguf_tokenizer
-
-    assert source.gguf_path is not None
-    return gguf_tokenizer(source.gguf_path)
-
-
-def _eos_ids(model: str, config: Any, tokenizer: Any) -> frozenset[int]:
-    """End-of-sequence ids from the generation settings, the model and the tokenizer."""
-    from transformers import GenerationConfig
-
-    found: set[int] = set()
-    sources = [config.get_text_config(), tokenizer]
-    with contextlib.suppress(OSError):  # the file is optional
-        sources.append(GenerationConfig.from_pretrained(model))
-    for source in sources:
-        ids = getattr(source, "eos_token_id", None)
-        if ids is not None:
-            found.update([ids] if isinstance(ids, int) else ids)
-    return frozenset(found)
