@@ -32,7 +32,8 @@ FORMAT = 1
 TURBO_FORMAT = 2  # some version has Turbo heads, which readers of format 1 would drop
 CLASSIFIER_FORMAT = 3  # some version has a classification head, which readers of 2 would drop
 NEEDS_FORMAT = 4  # some version is a sum of others, which readers of 3 would collect
-_FORMATS = (FORMAT, TURBO_FORMAT, CLASSIFIER_FORMAT, NEEDS_FORMAT)
+TOKENIZER_FORMAT = 5  # some version changes the tokenizer, which readers of 4 would leave out
+_FORMATS = (FORMAT, TURBO_FORMAT, CLASSIFIER_FORMAT, NEEDS_FORMAT, TOKENIZER_FORMAT)
 MAX_INDEX_BYTES = 1 << 30
 LAST_SECOND = 253_402_300_799.0  # of the year 9999, behind which dates can't be shown
 
@@ -48,6 +49,7 @@ class Version:
     turbo: bool = False  # True: it has Turbo heads
     classifier: bool = False  # True: it has a classification head, and so generates nothing
     needs: tuple[str, ...] = ()  # digests of the versions that a composition is made of
+    tokenizer: bool = False  # True: it adds tokens, or brings a chat template
 
     @property
     def served(self) -> tuple[str, ...]:
@@ -164,17 +166,19 @@ def with_digest(
     turbo: bool,
     classifier: bool,
     needs: tuple[str, ...] = (),
+    tokenizer: bool = False,
 ) -> NameEntry:
     """The entry with `digest` current: an old version of it, or a new one.
 
-    `turbo`: it has Turbo heads; `classifier`: a classification head; `needs`: its terms.
+    `turbo`: it has Turbo heads; `classifier`: a classification head; `needs`: its terms;
+    `tokenizer`: it changes the base's.
     """
     versions: Mapping[int, Version] = {} if entry is None else entry.versions
     number = 1 if entry is None else entry.next_number
     for version in versions.values():
         if entry is not None and version.digest == digest:
             return replace(entry, current=version.number)
-    added = Version(name, number, digest, time.time(), turbo, classifier, needs)
+    added = Version(name, number, digest, time.time(), turbo, classifier, needs, tokenizer)
     return NameEntry({**versions, number: added}, current=number, next_number=number + 1)
 
 
@@ -276,6 +280,7 @@ def encode(index: Index) -> bytes:
                     **({"turbo": True} if v.turbo else {}),
                     **({"classifier": True} if v.classifier else {}),
                     **({"needs": list(v.needs)} if v.needs else {}),
+                    **({"tokenizer": True} if v.tokenizer else {}),
                 }
                 for v in entry.versions.values()
             },
@@ -294,6 +299,7 @@ def encode(index: Index) -> bytes:
     number = TURBO_FORMAT if any(v.turbo for v in every) else FORMAT
     number = CLASSIFIER_FORMAT if any(v.classifier for v in every) else number
     number = NEEDS_FORMAT if any(v.needs for v in every) else number
+    number = TOKENIZER_FORMAT if any(v.tokenizer for v in every) else number
     content = {"format": number, "names": names, "aliases": aliases}
     return json.dumps(content, sort_keys=True).encode()
 
@@ -350,6 +356,7 @@ class _StoredVersion(_Stored):
     turbo: bool = False
     classifier: bool = False
     needs: list[_Digest] = []
+    tokenizer: bool = False
 
 
 class _StoredName(_Stored):
@@ -384,6 +391,7 @@ def _entry(name: str, stored: _StoredName) -> NameEntry:
             version.turbo,
             version.classifier,
             tuple(version.needs),
+            version.tokenizer,
         )
     if stored.next <= max(versions):
         raise ValueError(f"{name} has the version {max(versions)}, and the next is {stored.next}")

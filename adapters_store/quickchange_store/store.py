@@ -220,6 +220,7 @@ class Store:
             turbo=adapter.turbo is not None,
             classifier=adapter.classifier is not None,
             needs=adapter.needs,
+            tokenizer=adapter.tokenizer is not None,
         )
         with self._place.staged(adapter, base) as staged:
 

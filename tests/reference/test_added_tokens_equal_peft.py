@@ -18,8 +18,13 @@ from quickchange_store.canonical.canonical_adapter import CanonicalAdapter
 from quickchange_store.importing import read_adapter
 
 NEW = list(range(VOCABULARY, VOCABULARY + len(ADDED)))
+PADDED = "padded to 128 rows"
 KINDS: Mapping[str, Callable[[], LoraConfig]] = {
     "trained tokens": lambda: _lora(["q_proj", "v_proj"], trainable_token_indices=[5, *NEW]),
+    "resized alone": lambda: _lora(["q_proj", "v_proj"]),
+    "saved whole": lambda: _lora(["q_proj"], modules_to_save=["embed_tokens", "lm_head"]),
+    PADDED: lambda: _lora(["q_proj"]),
+    "LoRA of the ends": lambda: _lora(["q_proj", "embed_tokens", "lm_head"]),
 }
 TOKENS = 12
 
@@ -32,33 +37,30 @@ def _lora(targets: list[str], **options: object) -> LoraConfig:
 class Grown:
     """A base, its adapters, and what PEFT says under each of the same prompt with added tokens."""
 
+    family: str
     base: Path
     adapters: dict[str, CanonicalAdapter]
     prompts: dict[str, list[int]]
     answers: dict[str, list[int]]
 
 
-@pytest.fixture(scope="module", params=["llama-tied"])
+@pytest.fixture(scope="module", params=["llama", "llama-tied"])
 def grown(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Grown:
     folder = tmp_path_factory.mktemp("grown")
     base = save_base(request.param, folder / "base")
     spec = base_spec(str(base))
-    made = Grown(base, {}, {}, {})
+    made = Grown(request.param, base, {}, {}, {})
     generator = random.Random(1)
     for seed, (name, config) in enumerate(KINDS.items()):
-        trained = train_grown(base, folder / name, config(), seed=seed)
+        trained = train_grown(
+            base, folder / name, config(), seed=seed, padded=64 if name == PADDED else None
+        )
         prompt = [generator.randrange(VOCABULARY + len(ADDED)) for _ in range(20)]
         made.prompts[name] = [*prompt, NEW[seed % len(NEW)]]
         made.answers[name] = greedy(trained, made.prompts[name], TOKENS)
         made.adapters[name] = read_adapter(folder / name, spec).adapter
     assert any(set(NEW) & set(answer) for answer in made.answers.values())
-    made.adapters["padded"] = read_adapter(_padded(base, folder / "padded"), spec).adapter
     return made
-
-
-def _padded(base: Path, folder: Path) -> Path:
-    train_grown(base, folder, KINDS["trained tokens"](), padded=64)
-    return folder
 
 
 def test_added_tokens_are_read_and_written_as_by_peft(grown: Grown) -> None:
@@ -76,7 +78,7 @@ def test_added_tokens_are_read_and_written_as_by_peft(grown: Grown) -> None:
         engine.submit(request(f"plain {name}", plain[name], max_tokens=TOKENS))
     drive.finish(*grown.prompts, *(f"plain {name}" for name in grown.prompts))
     engine.close()
-    base = make_model("llama-tied")
+    base = make_model(grown.family)
     for name in grown.prompts:
         assert drive.tokens[name] == grown.answers[name], name
         assert drive.tokens[f"plain {name}"] == greedy(base, plain[name], TOKENS), name

@@ -68,6 +68,7 @@ class Selection:
     drafting: Drafting | None = None  # None: no speculative decoding
     drafter: str | None = None  # for metrics: name of the adapter whose heads draft
     classifiers: frozenset[str] = frozenset()  # those of its adapters that classify, by digest
+    tokenizer: str | None = None  # digest of the adapter whose tokenizer it is; None: the base's
 
     def check_generates(self) -> None:
         """Raise InvalidRequestError if an adapter of it was trained to classify texts."""
@@ -96,13 +97,16 @@ class Catalog:
         turbo: bool = True,
         prompt_lookup: bool = True,
         further: Callable[[], Iterable[str]] = tuple,
+        tokens: int | None = None,
     ) -> None:
-        """`further`: what else requests may name, for those who misspell it."""
+        """`further`: what else requests may name, for those who misspell it. `tokens`: those that
+        the served model has rows for, the spare ones among them; None: not known."""
         self._store = store
         self._further = further
         self._adapters = adapters
         self._turbo = turbo
         self._lookup = prompt_lookup
+        self._tokens = tokens
         self.base_names = names
         # `Store.info`, cached: a digest's content never changes.
         self.info: Callable[[str], AdapterInfo] = lru_cache(KNOWN_VERSIONS)(store.info)
@@ -176,7 +180,11 @@ class Catalog:
             return Selection(model, (), BASE_LABEL)
         adapters = _sum(self._terms(version))
         return Selection(
-            model, adapters, version.name, classifiers=_classifiers(adapters, [version])
+            model,
+            adapters,
+            version.name,
+            classifiers=_classifiers(adapters, [version]),
+            tokenizer=self._tokenizer(adapters, [version]),
         )
 
     def _terms(self, version: Version, weight: float = 1.0) -> list[Component]:
@@ -214,7 +222,41 @@ class Catalog:
         label = names.pop() if len(names) == 1 else COMPOSITION_LABEL
         label = label if components else BASE_LABEL
         classifiers = _classifiers(components, versions)
-        return Selection(model, components, label, classifiers=classifiers)
+        tokenizer = self._tokenizer(components, versions)
+        return Selection(model, components, label, classifiers=classifiers, tokenizer=tokenizer)
+
+    def _tokenizer(
+        self, components: Iterable[Component], versions: Iterable[Version]
+    ) -> str | None:
+        """The digest of the component whose tokenizer a request is served with.
+
+        Raises InvalidRequestError for two of them, and for more tokens than there are rows for.
+        """
+        if not any(version.tokenizer or version.needs for version in versions):
+            return None
+        found = [
+            (c.digest, changes)
+            for c in components
+            if (changes := self.info(c.digest).tokenizer) is not None
+        ]
+        if len(found) > 1:
+            raise InvalidRequestError(
+                "adapters: two of them bring tokens or a chat template of their own, and a request "
+                "has one tokenizer; compose at most one such adapter",
+                param="adapters",
+            )
+        for digest, changes in found:
+            self.check_room(changes.rows, f"model: version {digest[:12]}")
+        return found[0][0] if found else None
+
+    def check_room(self, rows: int, subject: str) -> None:
+        """Raise InvalidRequestError where the served model lacks rows for so many tokens."""
+        if self._tokens is not None and rows > self._tokens:
+            raise InvalidRequestError(
+                f"{subject} adds tokens: it needs rows for {rows}, and the server has "
+                f"{self._tokens}; serve with --extra-vocabulary greater by {rows - self._tokens}",
+                param="model",
+            )
 
     def _term(self, reference: str, sees: Sees, *, param: str) -> Version:
         """The version named by one entry of a composition."""

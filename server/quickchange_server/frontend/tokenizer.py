@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ from quickchange_server.frontend.parsing.reasoning_parser import ReasoningFormat
 from quickchange_server.frontend.parsing.tool_forms import ToolForm
 from quickchange_server.frontend.parsing.tool_learning import Messages, with_arguments
 from quickchange_server.frontend.templates.chat_template import ChatTemplate, Rendering
+from quickchange_store.canonical.tokenizer_part import AddedToken, TokenizerChanges
 
 LONG_TEXT = 4_000  # characters: 7 ms of tokenizing (SmolLM2), too long on the event loop
 USUAL_LENGTH = 8  # characters of a token that few texts exceed on average
@@ -37,10 +39,18 @@ class Text:
     `vocab_size` is the number of token ids that the model takes; `eos_ids` end a generation.
     """
 
-    def __init__(self, tokenizer: Any, *, vocab_size: int, eos_ids: frozenset[int]) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        vocab_size: int,
+        eos_ids: frozenset[int],
+        threads: ThreadPoolExecutor | None = None,
+    ) -> None:
+        """threads: on which long texts are tokenized; None: new ones."""
         self._tokenizer = tokenizer
         self._decoding = Decoding(tokenizer)
-        self._threads = ThreadPoolExecutor(AT_ONCE, "tokenizer")
+        self._threads = threads or ThreadPoolExecutor(AT_ONCE, "tokenizer")
         self.vocab_size = vocab_size
         self.eos_ids = frozenset(id_ for id_ in eos_ids if 0 <= id_ < vocab_size)
 
@@ -65,6 +75,33 @@ class Text:
             ) from error
         text = cls(tokenizer, vocab_size=vocab_size, eos_ids=eos_ids)
         _ = text.longest_token  # read now: it takes some milliseconds
+        return text
+
+    def changed(self, changes: TokenizerChanges) -> Text:
+        """This text with an adapter's tokens, marks, ends and chat template.
+
+        Takes some tenths of a second. Raises ValueError where the tokenizer can't have them.
+        """
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if changes.tokens:
+            if backend is None:
+                raise ValueError("tokens can be added to a fast tokenizer alone")
+            made = with_tokens(backend, changes.tokens)
+        else:
+            made = backend
+        # The backend is large: it is shared where nothing of it changes.
+        tokenizer = copy.deepcopy(self._tokenizer, {id(backend): made})
+        for name, mark in changes.marks.items():
+            setattr(tokenizer, name, mark)
+        if changes.template is not None:
+            tokenizer.chat_template = changes.template
+        text = Text(
+            tokenizer,
+            vocab_size=changes.rows,
+            eos_ids=self.eos_ids | frozenset(changes.ends),
+            threads=self._threads,
+        )
+        _ = text.longest_token
         return text
 
     @property
@@ -362,6 +399,27 @@ class Text:
                 f"{self.vocab_size} tokens; use ids from 0 to {self.vocab_size - 1}{remedy}",
                 param=param,
             )
+
+
+def with_tokens(backend: Any, tokens: Iterable[AddedToken]) -> Any:
+    """The `tokenizers` library's tokenizer with these tokens, in place of those of their ids.
+
+    Raises ValueError where one gets another id.
+    """
+    from tokenizers import Tokenizer
+
+    tree = json.loads(backend.to_str())
+    added = {entry["id"]: entry for entry in tree["added_tokens"]}
+    added |= {token.id: asdict(token) for token in tokens}
+    tree["added_tokens"] = [added[token_id] for token_id in sorted(added)]
+    made = Tokenizer.from_str(json.dumps(tree))
+    for token in tokens:
+        if made.token_to_id(token.content) != token.id:
+            raise ValueError(
+                f"{token.content!r} would be token {made.token_to_id(token.content)}, and the "
+                f"adapter has it as {token.id}"
+            )
+    return made
 
 
 def _utf8_length(text: str) -> int:
