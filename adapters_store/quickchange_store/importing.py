@@ -23,6 +23,7 @@ from quickchange_store.formats.peft.token_rows import read_tokens
 from quickchange_store.formats.rank_limits import EXACT_ONLY, RankLimits
 from quickchange_store.formats.tuners.tuner_reader import is_made_by_peft, read_tuner
 from quickchange_store.formats.turbo.heads_reader import read_heads
+from quickchange_store.formats.vocabulary.resized_vocabulary import with_tokenizer
 from quickchange_store.index import Version
 from quickchange_store.names import check_name
 from quickchange_store.sources.adapter_url import AdapterUrl
@@ -85,6 +86,10 @@ def add_from_url(
 def read_adapter(directory: Path, base: BaseSpec, limits: RankLimits = EXACT_ONLY) -> Imported:
     """Read an adapter of any supported format: updates, Turbo heads or both. Raises StoreError."""
     directory = adapter_folder(directory)
+    return with_tokenizer(_read_adapter(directory, base, limits), directory, base)
+
+
+def _read_adapter(directory: Path, base: BaseSpec, limits: RankLimits) -> Imported:
     heads = read_heads(directory, base)
     if heads is None:
         return _read_updates(directory, base, limits)

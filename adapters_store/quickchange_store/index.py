@@ -31,7 +31,7 @@ from quickchange_store.names import Reference, check_name, did_you_mean, parse_r
 FORMAT = 1
 TURBO_FORMAT = 2  # some version has Turbo heads, which readers of format 1 would drop
 CLASSIFIER_FORMAT = 3  # some version has a classification head, which readers of 2 would drop
-LATER_FORMAT = 4  # some version is a sum of others, or activated: readers of 3 would drop that
+LATER_FORMAT = 4  # some version has what readers of 3 would drop: terms, an invocation, tokens
 _FORMATS = (FORMAT, TURBO_FORMAT, CLASSIFIER_FORMAT, LATER_FORMAT)
 MAX_INDEX_BYTES = 1 << 30
 LAST_SECOND = 253_402_300_799.0  # of the year 9999, behind which dates can't be shown
@@ -49,6 +49,7 @@ class Version:
     classifier: bool = False  # True: it has a classification head, and so generates nothing
     invoked: bool = False  # True: it serves a text from its invocation on, which its info tells
     needs: tuple[str, ...] = ()  # digests of the versions that a composition is made of
+    tokenizer: bool = False  # True: it adds tokens, or brings a chat template
 
     @property
     def served(self) -> tuple[str, ...]:
@@ -166,18 +167,19 @@ def with_digest(
     classifier: bool,
     invoked: bool,
     needs: tuple[str, ...] = (),
+    tokenizer: bool = False,
 ) -> NameEntry:
     """The entry with `digest` current: an old version of it, or a new one.
 
     `turbo`: it has Turbo heads; `classifier`: a classification head; `invoked`: an invocation;
-    `needs`: its terms.
+    `needs`: its terms; `tokenizer`: it changes the base's.
     """
     versions: Mapping[int, Version] = {} if entry is None else entry.versions
     number = 1 if entry is None else entry.next_number
     for version in versions.values():
         if entry is not None and version.digest == digest:
             return replace(entry, current=version.number)
-    added = Version(name, number, digest, time.time(), turbo, classifier, invoked, needs)
+    added = Version(name, number, digest, time.time(), turbo, classifier, invoked, needs, tokenizer)
     return NameEntry({**versions, number: added}, current=number, next_number=number + 1)
 
 
@@ -280,6 +282,7 @@ def encode(index: Index) -> bytes:
                     **({"classifier": True} if v.classifier else {}),
                     **({"needs": list(v.needs)} if v.needs else {}),
                     **({"invoked": True} if v.invoked else {}),
+                    **({"tokenizer": True} if v.tokenizer else {}),
                 }
                 for v in entry.versions.values()
             },
@@ -297,7 +300,8 @@ def encode(index: Index) -> bytes:
     every = [v for entry in index.entries.values() for v in entry.versions.values()]
     number = TURBO_FORMAT if any(v.turbo for v in every) else FORMAT
     number = CLASSIFIER_FORMAT if any(v.classifier for v in every) else number
-    number = LATER_FORMAT if any(v.needs or v.invoked for v in every) else number
+    later = any(v.needs or v.invoked or v.tokenizer for v in every)
+    number = LATER_FORMAT if later else number
     content = {"format": number, "names": names, "aliases": aliases}
     return json.dumps(content, sort_keys=True).encode()
 
@@ -355,6 +359,7 @@ class _StoredVersion(_Stored):
     classifier: bool = False
     needs: list[_Digest] = []
     invoked: bool = False
+    tokenizer: bool = False
 
 
 class _StoredName(_Stored):
@@ -390,6 +395,7 @@ def _entry(name: str, stored: _StoredName) -> NameEntry:
             version.classifier,
             version.invoked,
             tuple(version.needs),
+            version.tokenizer,
         )
     if stored.next <= max(versions):
         raise ValueError(f"{name} has the version {max(versions)}, and the next is {stored.next}")

@@ -22,6 +22,7 @@ MAX_INFO_BYTES = 16 * 1024**2  # four times an adapter's configuration, which is
 
 if TYPE_CHECKING:
     from quickchange_store.canonical.canonical_adapter import BaseSpec, CanonicalAdapter
+    from quickchange_store.canonical.tokenizer_part import TokenizerChanges
     from quickchange_store.canonical.turbo_part import TurboHeads
 
 CHECKSUM = "checksum"  # of the other figures: a flipped bit is noticed
@@ -54,6 +55,15 @@ class ClassifierInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class VocabularyInfo:
+    """Figures of what a version's tokenizer adds to its base's."""
+
+    tokens: int  # added
+    rows: int  # token ids that requests under it may have, from 0
+    template: bool  # it brings a chat template
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterInfo:
     """Figures of a version. `base_name` and `source` are as given when it was first added."""
 
@@ -73,6 +83,7 @@ class AdapterInfo:
     classifier: ClassifierInfo | None = None
     composition: tuple[Term, ...] = ()  # the versions that it is the sum of
     invocation: tuple[int, ...] = ()  # tokens that activate it; empty: it serves the whole text
+    tokenizer: VocabularyInfo | None = None
     base_hidden: int | None = None  # hidden size of the base that it was checked against
     base_vocabulary: int | None = None
 
@@ -152,6 +163,7 @@ def describe(
         classifier=None if adapter.classifier is None else _classifier(adapter.classifier),
         composition=() if adapter.composition is None else adapter.composition.terms,
         invocation=() if adapter.invocation is None else adapter.invocation.tokens,
+        tokenizer=None if adapter.tokenizer is None else _tokenizer(adapter.tokenizer),
         base_hidden=None if head is None else head.in_features,
         base_vocabulary=None if head is None else head.out_features,
     )
@@ -176,6 +188,10 @@ def _turbo(turbo: TurboHeads) -> TurboInfo:
 
 def _classifier(head: ClassifierHead) -> ClassifierInfo:
     return ClassifierInfo(head.labels, head.activation, head.parameters)
+
+
+def _tokenizer(changes: TokenizerChanges) -> VocabularyInfo:
+    return VocabularyInfo(len(changes.tokens), changes.rows, changes.template is not None)
 
 
 def _kind(adapter: CanonicalAdapter) -> str:

@@ -48,6 +48,7 @@ from quickchange_store.places.place import (
 if TYPE_CHECKING:
     from quickchange_store.canonical.canonical_adapter import BaseSpec, CanonicalAdapter
     from quickchange_store.canonical.classifier_part import ClassifierHead
+    from quickchange_store.canonical.tokenizer_part import TokenizerChanges
 
 GC_MIN_AGE = 3600.0  # seconds; longer than a reader takes between resolving and loading
 
@@ -184,6 +185,13 @@ class Store:
         """
         return adapter_bytes.load_classifier(self._place.file(digest))
 
+    def tokenizer(self, digest: str) -> TokenizerChanges | None:
+        """What a version's tokenizer adds to the base's, without torch; None where nothing.
+
+        Raises as `load`.
+        """
+        return adapter_bytes.load_tokenizer(self._place.file(digest))
+
     def info(self, digest: str) -> AdapterInfo:
         """The figures of a version; reads no tensor.
 
@@ -213,6 +221,7 @@ class Store:
             classifier=adapter.classifier is not None,
             invoked=adapter.invocation is not None,
             needs=adapter.needs,
+            tokenizer=adapter.tokenizer is not None,
         )
         with self._place.staged(adapter, base) as staged:
 

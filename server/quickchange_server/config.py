@@ -191,6 +191,13 @@ class Settings(BaseSettings):
         description="how adapters' weights are held: as the base's, or narrower, which halves "
         "their memory and what a step reads, at the cost of their rounding",
     )
+    extra_vocabulary: int = Field(
+        0,
+        ge=0,
+        le=1 << 16,
+        description="tokens beyond the base's own for which adapters may bring rows of embedding "
+        "and LM head; 0: adapters with added tokens are refused",
+    )
     adapter_host_bytes: int = Field(2 * GIB, ge=1024, description="budget of the host tier")
     turbo: bool = Field(True, description="off: no token is drafted ahead, whatever requests ask")
     prompt_lookup: bool = Field(

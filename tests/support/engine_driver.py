@@ -44,6 +44,7 @@ def make_engine(
         device=torch.device(settings.device),
         adapters=settings.adapters,
         quantization=settings.quantization,
+        extra_vocabulary=settings.extra_vocabulary,
     )
     return engine_of(loaded, settings, load, constraints, on_wake, on_begun, depth)
 

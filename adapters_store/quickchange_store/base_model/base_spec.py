@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quickchange_store.base_model.base_source import BaseSource, language_model, text_modules
+from quickchange_store.base_model.base_tokenizer import CheckpointTokenizer
 from quickchange_store.base_model.base_weights import quantization_method
 from quickchange_store.base_model.expert_parts import (
     ConvertedExperts,
@@ -24,7 +25,12 @@ from quickchange_store.base_model.expert_parts import (
 from quickchange_store.base_model.gguf_file import GGUFTensors
 from quickchange_store.base_model.norms import norms
 from quickchange_store.base_model.sublayers import producers, sublayers
-from quickchange_store.canonical.canonical_adapter import BaseSpec, BaseWeights, ModuleShape
+from quickchange_store.canonical.canonical_adapter import (
+    BaseSpec,
+    BaseTokenizer,
+    BaseWeights,
+    ModuleShape,
+)
 from quickchange_store.errors import BaseModelError
 
 if TYPE_CHECKING:
@@ -62,10 +68,15 @@ def base_spec(model: str | Path, name: str | None = None) -> BaseSpec:
         weights = CheckpointWeights(source.where, _Names.of(network), quantization_method(config))
     else:
         weights = GGUFTensors(source.gguf_path, network)
-    return spec_of(network, str(name or model), weights)
+    return spec_of(network, str(name or model), weights, CheckpointTokenizer(source))
 
 
-def spec_of(network: Any, name: str, weights: BaseWeights | None = None) -> BaseSpec:
+def spec_of(
+    network: Any,
+    name: str,
+    weights: BaseWeights | None = None,
+    tokenizer: BaseTokenizer | None = None,
+) -> BaseSpec:
     """The spec of a transformers model that exists already, on any device."""
     import torch
     from transformers.pytorch_utils import Conv1D
@@ -111,6 +122,7 @@ def spec_of(network: Any, name: str, weights: BaseWeights | None = None) -> Base
         tied=_tied(network, modules),
         sublayers=sublayers(network),
         weights=weights,
+        tokenizer=tokenizer,
         experts=experts,
         expert_modules=ConvertedExperts.of(network, experts),
         head_dim=_head_dim(network),

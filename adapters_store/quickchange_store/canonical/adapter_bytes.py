@@ -27,6 +27,7 @@ from quickchange_store.canonical.canonical_adapter import (
     Source,
 )
 from quickchange_store.canonical.classifier_part import ClassifierHead, Floats
+from quickchange_store.canonical.tokenizer_part import TokenizerChanges
 from quickchange_store.canonical.turbo_bytes import TurboLayout
 from quickchange_store.errors import CorruptVersionError, InvalidAdapterError
 
@@ -128,6 +129,23 @@ def load_classifier(path: Path) -> ClassifierHead | None:
             return _classifier(path, header, set(file.keys()), file.get_tensor)
     except (SafetensorError, OSError, InvalidAdapterError) as error:
         raise _corrupt(path, str(error)) from error
+
+
+def load_tokenizer(path: Path) -> TokenizerChanges | None:
+    """What an adapter's file says of its tokenizer, without torch; None where it is the base's.
+
+    Raises as `load`.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            entry = _parse_metadata(path, file.metadata()).parts.get("tokenizer")
+        return None if entry is None else TokenizerChanges.decode(entry)
+    except (SafetensorError, OSError, InvalidAdapterError) as error:
+        raise _corrupt(path, str(error)) from error
+    except (KeyError, TypeError) as error:
+        raise _corrupt(path, f"the tokenizer's entry is damaged: {error!r}") from error
 
 
 def _classifier(

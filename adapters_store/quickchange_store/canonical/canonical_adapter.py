@@ -24,6 +24,7 @@ from quickchange_store.canonical import turbo_bytes
 from quickchange_store.canonical.classifier_part import ClassifierHead
 from quickchange_store.canonical.composition_part import Composition
 from quickchange_store.canonical.stored_parts import Invocation, StoredPart
+from quickchange_store.canonical.tokenizer_part import TokenizerChanges
 from quickchange_store.errors import InvalidAdapterError
 
 if TYPE_CHECKING:  # imported where it is needed: names and digests are useful without torch
@@ -117,6 +118,29 @@ class BaseWeights(Protocol):
         ...
 
 
+class BaseTokenizer(Protocol):
+    """The base model's tokenizer, read only where an adapter's folder brings one."""
+
+    @property
+    def backend(self) -> Any:
+        """The `tokenizers` library's; None where there is none, or one of another kind."""
+        ...
+
+    @property
+    def template(self) -> Any:
+        """The chat template, as text or by name; None where there is none."""
+        ...
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """Ids that end a text."""
+        ...
+
+    def mark(self, name: str) -> str | None:
+        """A marking token, by tokenizers' name for it: eos_token, bos_token."""
+        ...
+
+
 @dataclass(frozen=True)
 class BaseSpec:
     """The base model's architecture and module shapes, which an adapter must fit."""
@@ -136,6 +160,7 @@ class BaseSpec:
     experts: Mapping[str, ExpertPart] = field(default_factory=dict)
     """Parameters that hold a matrix for each expert, by path."""
     expert_modules: ExpertModules | None = field(default=None, compare=False, repr=False)
+    tokenizer: BaseTokenizer | None = field(default=None, compare=False, repr=False)
     head_dim: int | None = field(default=None, compare=False)
     """Width of a head of attention, where all have one."""
 
@@ -253,6 +278,7 @@ class CanonicalAdapter:
     classifier: ClassifierHead | None = None  # classifies texts by their last hidden state
     invocation: Invocation | None = None  # None: it serves the whole text
     composition: Composition | None = None  # the versions that it stands for, of a named sum
+    tokenizer: TokenizerChanges | None = None  # what differs from the base's
 
     @property
     def parameters(self) -> int:
@@ -269,6 +295,7 @@ class CanonicalAdapter:
         parts: dict[str, StoredPart | None] = {
             "composition": self.composition,
             "invocation": self.invocation,
+            "tokenizer": self.tokenizer,
         }
         return {name: part for name, part in parts.items() if part is not None}
 

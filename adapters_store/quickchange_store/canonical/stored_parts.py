@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from quickchange_store.canonical.composition_part import Composition, Term
+from quickchange_store.canonical.tokenizer_part import TokenizerChanges
 from quickchange_store.errors import InvalidAdapterError
 
 if TYPE_CHECKING:  # names and digests are useful without torch
@@ -70,9 +71,14 @@ def _composition(entry: Any, _tensors: Tensors) -> Composition:
     return Composition(tuple(Term(*term) for term in entry))
 
 
+def _tokenizer(entry: Any, _tensors: Tensors) -> TokenizerChanges:
+    return TokenizerChanges.decode(entry)
+
+
 _READERS: Mapping[str, Callable[[Any, Tensors], StoredPart]] = {
     "composition": _composition,
     "invocation": _invocation,
+    "tokenizer": _tokenizer,
 }
 
 

@@ -127,6 +127,10 @@ class AdapterTensors:
         """What the file calls the tensor `key`."""
         return self._own.get(key, key)
 
+    def shape(self, key: str) -> tuple[int, ...]:
+        """The shape of a tensor that is there, which is not taken."""
+        return tuple(self._content[key].shape)
+
     def __contains__(self, key: str) -> bool:
         return key in self._content
 

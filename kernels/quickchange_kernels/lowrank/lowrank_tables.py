@@ -58,6 +58,9 @@ class LowRankTables:
     page_shift: Tensor  # float32 [P, 8] added to A x: a bias is a rank of A row 0 and shift 1
     page_kind: Tensor  # int32 [P] PageKind
     shapes: tuple[GroupShape, ...]  # [groups]
+    # int32 [slots]: columns of the logits that are tokens under each slot; None: all are. No kernel
+    # reads it
+    tokens: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,7 @@ class Selection:
     drafter: str | None = None  # for metrics: name of the adapter whose heads draft
     classifiers: frozenset[str] = frozenset()  # those of its adapters that classify, by digest
     invocations: Invocations = field(default_factory=dict)  # of those of them that are activated
+    tokenizer: str | None = None  # digest of the adapter whose tokenizer it is; None: the base's
 
     def serving(self, prompt: Sequence[int]) -> tuple[Component, ...]:
         """The adapters that serve a prompt, each from where it begins."""
@@ -110,13 +111,16 @@ class Catalog:
         turbo: bool = True,
         prompt_lookup: bool = True,
         further: Callable[[], Iterable[str]] = tuple,
+        tokens: int | None = None,
     ) -> None:
-        """`further`: what else requests may name, for those who misspell it."""
+        """`further`: what else requests may name, for those who misspell it. `tokens`: those that
+        the served model has rows for, the spare ones among them; None: not known."""
         self._store = store
         self._further = further
         self._adapters = adapters
         self._turbo = turbo
         self._lookup = prompt_lookup
+        self._tokens = tokens
         self.base_names = names
         # `Store.info`, cached: a digest's content never changes.
         self.info: Callable[[str], AdapterInfo] = lru_cache(KNOWN_VERSIONS)(store.info)
@@ -195,6 +199,7 @@ class Catalog:
             version.name,
             classifiers=_classifiers(adapters, [version]),
             invocations=self._invocations(adapters, [version]),
+            tokenizer=self._tokenizer(adapters, [version]),
         )
 
     def _terms(self, version: Version, named: WeightedName) -> list[Component]:
@@ -236,6 +241,7 @@ class Catalog:
             label if components else BASE_LABEL,
             classifiers=_classifiers(components, versions),
             invocations=self._invocations(components, versions),
+            tokenizer=self._tokenizer(components, versions),
         )
 
     def _invocations(
@@ -247,6 +253,37 @@ class Catalog:
         terms = {digest for version in versions for digest in version.needs}
         invoked = used & (single | {term for term in terms if self.info(term).invocation})
         return {digest: self.info(digest).invocation for digest in sorted(invoked)}
+
+    def _tokenizer(
+        self, components: Iterable[Component], versions: Iterable[Version]
+    ) -> str | None:
+        """The digest of the component whose tokenizer a request is served with.
+
+        Raises InvalidRequestError for two of them, and for more tokens than there are rows for.
+        """
+        if not any(version.tokenizer or version.needs for version in versions):
+            return None
+        digests = sorted({component.digest for component in components})
+        infos = ((digest, self.info(digest).tokenizer) for digest in digests)
+        found = [(digest, changes) for digest, changes in infos if changes is not None]
+        if len(found) > 1:
+            raise InvalidRequestError(
+                "adapters: two of them bring tokens or a chat template of their own, and a request "
+                "has one tokenizer; compose at most one such adapter",
+                param="adapters",
+            )
+        for digest, changes in found:
+            self.check_room(changes.rows, f"model: version {digest[:12]}")
+        return found[0][0] if found else None
+
+    def check_room(self, rows: int, subject: str) -> None:
+        """Raise InvalidRequestError where the served model lacks rows for so many tokens."""
+        if self._tokens is not None and rows > self._tokens:
+            raise InvalidRequestError(
+                f"{subject} adds tokens: it needs rows for {rows}, and the server has "
+                f"{self._tokens}; serve with --extra-vocabulary greater by {rows - self._tokens}",
+                param="model",
+            )
 
     def _term(self, reference: str, sees: Sees, *, param: str) -> Version:
         """The version named by one entry of a composition."""

@@ -57,6 +57,7 @@ class _Holding:
     offsets: npt.NDArray[np.int64]  # [P] the same pages, in the image's order
     rows: tuple[int, int]  # [begin, end) in the page table
     ranges: npt.NDArray[np.int32]  # [groups, 2] its directory row, once published
+    tokens: int  # of its vocabulary; 0: the base's own
     after: Mark  # steps given to the device later read none of the pages' old content
     visible: bool = False  # published
 
@@ -89,6 +90,7 @@ class DevicePool:
         self._space = SlabAllocator(sizes.span, sizes.slab)
         self._slots, self._rows = RunAllocator(sizes.slots), RunAllocator(sizes.rows)
         self._holdings: dict[int, _Holding] = {}
+        self._tokens = self._zeros(torch.int32, sizes.slots)
         self._tables = LowRankTables(
             # Not zeroed, so that on a CPU only pages in use take memory: `write` fills all of one.
             arena=torch.empty(sizes.span, dtype=dtype, device=device),
@@ -98,6 +100,7 @@ class DevicePool:
             page_shift=self._zeros(torch.float32, sizes.rows, RANKS_PER_PAGE),
             page_kind=self._zeros(torch.int32, sizes.rows),
             shapes=tuple(_usual_shape(group, most_rank) for group in groups),
+            tokens=self._tokens,
         )
         self._wide_tables = self._tables
         self._wide: set[int] = set()  # slots
@@ -172,7 +175,7 @@ class DevicePool:
         assert begin is not None, "a row is lost"
         rows, ranges = (begin, begin + image.pages), self._ranges(image, begin)
         offsets = _in_image_order(image, grant)
-        holding = _Holding(grant, offsets, rows, ranges, self._copies.mark())
+        holding = _Holding(grant, offsets, rows, ranges, image.tokens, self._copies.mark())
         self._holdings[slot] = holding
         self._describe_pages(image, holding)
         if image.heads is not None:
@@ -188,6 +191,7 @@ class DevicePool:
         """Make a written slot visible to the steps from now on."""
         holding = self._holdings[slot] = replace(self._holdings[slot], visible=True)
         self._tables.directory[slot].copy_(torch.from_numpy(holding.ranges))
+        self._tokens[slot] = holding.tokens
         self._note_width(slot, holding.ranges)
         self._heads.publish(slot)
 

@@ -39,6 +39,7 @@ class Member:
     column: int
     width: int
     shard: Shard | None = None  # None: this process computes all of the module
+    spare: int = 0  # last inputs of an embedding, or outputs of an LM head, that no base has
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,6 +55,9 @@ class PageShape:
     elements: int  # size of the page, 64-byte aligned
     gain_elements: int  # size of a page that holds a gain
     shard: Shard | None = None  # the part of the module that is here; None: all of it
+    # tokens that only some adapters have: the last outputs, of an embedding inputs
+    spare: int = 0
+    embeds: bool = False
 
     @property
     def whole(self) -> tuple[int, int]:
@@ -62,6 +65,12 @@ class PageShape:
         if self.shard is None:
             return self.features, self.width
         return self.shard.in_features, self.shard.out_features
+
+    @property
+    def without_spare(self) -> tuple[int, int]:
+        """Features in and out of the whole module as the base has it."""
+        found, made = self.whole
+        return (found - self.spare, made) if self.embeds else (found, made - self.spare)
 
     @property
     def inputs(self) -> Spans:
@@ -102,6 +111,8 @@ def _page_shape(group: ModuleGroup, member: Member, dtype: torch.dtype) -> PageS
         elements=b_offset + aligned(RANKS_PER_PAGE * member.width, dtype),
         gain_elements=aligned(member.width, dtype),
         shard=member.shard,
+        spare=member.spare,
+        embeds=group.kind == "embedding",
     )
 
 
@@ -125,6 +136,7 @@ class AdapterImage:
     kind: npt.NDArray[np.int32]  # [L] PageKind
     heads: HeadLayout | None  # describes the heads' pages; None: there are none
     rank: int = 0  # the highest of the updates
+    tokens: int = 0  # of its vocabulary; 0: the base's own
     digest: str = ""  # of the adapter's version in the store, if it is of one
 
     @property
@@ -203,11 +215,13 @@ class _Page:
 
 
 def _copy_spans(target: Tensor, source: Tensor, spans: Spans, pause: Pause) -> None:
-    """target [n, m] = those columns of source that lie in `spans`, side by side."""
+    """target [n, m] = those columns of source that lie in `spans`, side by side. A source that
+    lacks the last ones, spare tokens, leaves zeros there."""
     at = 0
-    for begin, end in spans:
+    for begin, stop in spans:
+        end = min(stop, source.shape[1])
         copy_in_pieces(target[:, at : at + end - begin], source[:, begin:end], pause)
-        at += end - begin
+        at += stop - begin
 
 
 def build_image(
@@ -252,6 +266,7 @@ def build_image(
         kind=np.array([page.kind for page in updates], dtype=np.int32),
         heads=layout,
         rank=max((update.rank for update in adapter.updates.values()), default=0),
+        tokens=0 if adapter.tokenizer is None else adapter.tokenizer.rows,
     )
 
 
@@ -263,6 +278,7 @@ def _zeros(count: int, dtype: torch.dtype, *, pin_memory: bool) -> Tensor:
 
 
 def _list_pages(adapter: CanonicalAdapter, shapes: Mapping[Place, PageShape]) -> list[_Page]:
+    tokens = 0 if adapter.tokenizer is None else adapter.tokenizer.rows
     pages: list[_Page] = []
     for path, update in adapter.updates.items():
         shape = shapes.get((path, update.source))
@@ -273,7 +289,7 @@ def _list_pages(adapter: CanonicalAdapter, shapes: Mapping[Place, PageShape]) ->
                 "update (quantised experts, a router with no one product); add the adapter again "
                 "with the base model that it was trained on, or train one without this module"
             )
-        _check_shapes(path, update, shape)
+        _check_shapes(path, update, shape, tokens)
         pages += _pages_of(update, shape)
     pages.sort(key=lambda page: page.shape.group)
     return pages
@@ -288,9 +304,19 @@ def _pages_of(update: LowRankUpdate, shape: PageShape) -> Iterator[_Page]:
         yield _Page(shape, update, 0, row=update.gain.float() - 1, kind=PageKind.GAIN)
 
 
-def _check_shapes(path: str, update: LowRankUpdate, shape: PageShape) -> None:
-    found, whole = (update.a.shape[1], update.b.shape[0]), shape.whole
-    if found != whole:
+def _check_shapes(path: str, update: LowRankUpdate, shape: PageShape, tokens: int) -> None:
+    """Raise AdapterFailedError for an update of another module's shape. tokens: rows of the
+    adapter's vocabulary; 0: the base's own."""
+    found, whole = (update.a.shape[1], update.b.shape[0]), shape.without_spare
+    beyond = found[0] - whole[0] if shape.embeds else found[1] - whole[1]
+    if tokens and beyond > shape.spare:
+        raise AdapterFailedError(
+            f"{path}: the adapter adds tokens, {beyond} rows beyond the base's own, and this "
+            f"server has room for {shape.spare} (setting extra_vocabulary): serve it with "
+            f"--extra-vocabulary {beyond} or more"
+        )
+    added = beyond if tokens else 0
+    if found != ((whole[0] + added, whole[1]) if shape.embeds else (whole[0], whole[1] + added)):
         raise AdapterFailedError(
             f"{path}: the update maps {found[0]} to {found[1]} features, the served model's module "
             f"{whole[0]} to {whole[1]}; add the adapter again with its own base model"

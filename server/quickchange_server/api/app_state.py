@@ -25,6 +25,7 @@ from quickchange_server.experiments.exposures import Exposures
 from quickchange_server.experiments.promotion import Promotions
 from quickchange_server.experiments.registry import Experiments
 from quickchange_server.experiments.shadows import Shadows
+from quickchange_server.frontend.adapter_texts import AdapterTexts
 from quickchange_server.frontend.request_admission import RequestAdmission, Seeds
 from quickchange_server.frontend.request_observers import Bookkeeper
 from quickchange_server.frontend.tokenizer import Text
@@ -49,7 +50,8 @@ class Services:
     settings: Settings
     client: EngineClient
     metrics: Metrics
-    text: Text
+    text: Text  # the base's, or where one is served that brings its own, an adapter's
+    texts: AdapterTexts
     constraints: ConstraintChecks
     store: Store
     catalog: Catalog

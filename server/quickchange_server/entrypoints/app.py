@@ -59,6 +59,7 @@ from quickchange_server.experiments.exposures import Exposures
 from quickchange_server.experiments.promotion import Promotions
 from quickchange_server.experiments.registry import Experiments
 from quickchange_server.experiments.shadows import Shadows
+from quickchange_server.frontend.adapter_texts import AdapterTexts
 from quickchange_server.frontend.request_admission import RequestAdmission, Seeds
 from quickchange_server.frontend.request_observers import Bookkeeper
 from quickchange_server.frontend.tokenizer import Text
@@ -262,6 +263,7 @@ def _services(
         client=client,
         metrics=metrics,
         text=text,
+        texts=AdapterTexts(text, store.tokenizer),
         constraints=constraints,
         store=store,
         catalog=Catalog(
@@ -271,6 +273,7 @@ def _services(
             turbo=settings.turbo,
             prompt_lookup=settings.prompt_lookup,
             further=lambda: experiments.all,
+            tokens=text.vocab_size + settings.extra_vocabulary,
         ),
         imports=imports,
         derived=Derived(store, settings.derived_adapters),

@@ -79,6 +79,7 @@ class Wanted:
     http_id: str = ""
     streamed: bool = False
     observers: Sequence[Bookkeeper] = ()
+    text: Text | None = None  # under its adapters; None: the base's
 
 
 class RequestAdmission:
@@ -116,7 +117,8 @@ class RequestAdmission:
         except BaseException:
             account.end("refused")
             raise
-        transcripts = [Transcript(self._text, submit.sampling, wanted.shown) for submit in submits]
+        text = wanted.text or self._text
+        transcripts = [Transcript(text, submit.sampling, wanted.shown) for submit in submits]
         return Generation(stream, transcripts, account, wanted.candidates)
 
     def _check_count(self, wanted: Wanted) -> None:
@@ -138,15 +140,16 @@ class RequestAdmission:
     def _submits(self, wanted: Wanted) -> list[Submit]:
         """One submit per choice."""
         asked = wanted.submit.sampling
+        text = wanted.text or self._text
         seed = self._seeds.draw() if asked.seed is None else asked.seed % 2**64
         submits: list[Submit] = []
         for prompt in wanted.prompts:
-            self._text.check_ids(prompt, wanted.prompt_param)  # whatever form it came in
+            text.check_ids(prompt, wanted.prompt_param)  # whatever form it came in
             new_tokens = self._new_tokens(wanted, len(prompt))
             sampling = asked.resolved(
                 max_tokens=new_tokens,
-                eos_ids=self._text.eos_ids,
-                vocab_size=self._text.vocab_size,
+                eos_ids=text.eos_ids,
+                vocab_size=text.vocab_size,
             )
             ids = tuple(prompt)
             adapters = activated(wanted.submit.adapters, wanted.invocations, ids)

@@ -6,15 +6,15 @@ Wraps transformers' tokenizer and chat template, without torch. Knows nothing of
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import copy
+import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from quickchange_server.errors import ContextLengthError, InvalidRequestError, SettingError
 from quickchange_server.frontend.detokenizer import Decoding, Detokenizer
@@ -22,9 +22,7 @@ from quickchange_server.frontend.parsing.reasoning_parser import ReasoningFormat
 from quickchange_server.frontend.parsing.tool_forms import ToolForm
 from quickchange_server.frontend.parsing.tool_learning import Messages, with_arguments
 from quickchange_server.frontend.templates.chat_template import ChatTemplate, Rendering
-
-if TYPE_CHECKING:
-    from quickchange_store.base_model.base_source import BaseSource
+from quickchange_store.canonical.tokenizer_part import AddedToken, TokenizerChanges
 
 LONG_TEXT = 4_000  # characters: 7 ms of tokenizing (SmolLM2), too long on the event loop
 USUAL_LENGTH = 8  # characters of a token that few texts exceed on average
@@ -41,10 +39,18 @@ class Text:
     `vocab_size` is the number of token ids that the model takes; `eos_ids` end a generation.
     """
 
-    def __init__(self, tokenizer: Any, *, vocab_size: int, eos_ids: frozenset[int]) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        vocab_size: int,
+        eos_ids: frozenset[int],
+        threads: ThreadPoolExecutor | None = None,
+    ) -> None:
+        """threads: on which long texts are tokenized; None: new ones."""
         self._tokenizer = tokenizer
         self._decoding = Decoding(tokenizer)
-        self._threads = ThreadPoolExecutor(AT_ONCE, "tokenizer")
+        self._threads = threads or ThreadPoolExecutor(AT_ONCE, "tokenizer")
         self.vocab_size = vocab_size
         self.eos_ids = frozenset(id_ for id_ in eos_ids if 0 <= id_ < vocab_size)
 
@@ -56,12 +62,12 @@ class Text:
         """
         _check_folder(model)  # before the imports, which take seconds
         from quickchange_store.base_model.base_source import BaseSource
+        from quickchange_store.base_model.base_tokenizer import read_tokenizer
         from quickchange_store.errors import BaseModelError
 
         try:
             source = BaseSource.of(model)
-            read = _read_folder if source.gguf_path is None else _read_gguf
-            tokenizer, vocab_size, eos_ids = read(source)
+            tokenizer, vocab_size, eos_ids = read_tokenizer(source)
         except (OSError, ValueError, BaseModelError) as error:
             raise SettingError(
                 f"model: can't read a tokenizer and configuration from {model!r}: {error}",
@@ -69,6 +75,33 @@ class Text:
             ) from error
         text = cls(tokenizer, vocab_size=vocab_size, eos_ids=eos_ids)
         _ = text.longest_token  # read now: it takes some milliseconds
+        return text
+
+    def changed(self, changes: TokenizerChanges) -> Text:
+        """This text with an adapter's tokens, marks, ends and chat template.
+
+        Takes some tenths of a second. Raises ValueError where the tokenizer can't have them.
+        """
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if changes.tokens:
+            if backend is None:
+                raise ValueError("tokens can be added to a fast tokenizer alone")
+            made = with_tokens(backend, changes.tokens)
+        else:
+            made = backend
+        # The backend is large: it is shared where nothing of it changes.
+        tokenizer = copy.deepcopy(self._tokenizer, {id(backend): made})
+        for name, mark in changes.marks.items():
+            setattr(tokenizer, name, mark)
+        if changes.template is not None:
+            tokenizer.chat_template = changes.template
+        text = Text(
+            tokenizer,
+            vocab_size=changes.rows,
+            eos_ids=self.eos_ids | frozenset(changes.ends),
+            threads=self._threads,
+        )
+        _ = text.longest_token
         return text
 
     @property
@@ -368,6 +401,27 @@ class Text:
             )
 
 
+def with_tokens(backend: Any, tokens: Iterable[AddedToken]) -> Any:
+    """The `tokenizers` library's tokenizer with these tokens, in place of those of their ids.
+
+    Raises ValueError where one gets another id.
+    """
+    from tokenizers import Tokenizer
+
+    tree = json.loads(backend.to_str())
+    added = {entry["id"]: entry for entry in tree["added_tokens"]}
+    added |= {token.id: asdict(token) for token in tokens}
+    tree["added_tokens"] = [added[token_id] for token_id in sorted(added)]
+    made = Tokenizer.from_str(json.dumps(tree))
+    for token in tokens:
+        if made.token_to_id(token.content) != token.id:
+            raise ValueError(
+                f"{token.content!r} would be token {made.token_to_id(token.content)}, and the "
+                f"adapter has it as {token.id}"
+            )
+    return made
+
+
 def _utf8_length(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))
 
@@ -381,36 +435,3 @@ def _check_folder(model: str) -> None:
             "file or a hub id such as owner/name",
             param="model",
         )
-
-
-def _read_folder(source: BaseSource) -> tuple[Any, int, frozenset[int]]:
-    """The tokenizer of a folder or hub id, its model's vocabulary size and end ids."""
-    from transformers import AutoTokenizer
-
-    config = source.config()
-    tokenizer = AutoTokenizer.from_pretrained(source.where, trust_remote_code=False)
-    vocab_size = int(config.get_text_config().vocab_size)
-    return tokenizer, vocab_size, _eos_ids(source.where, config, tokenizer)
-
-
-def _read_gguf(source: BaseSource) -> tuple[Any, int, frozenset[int]]:
-    """Tokenizer and ends of a GGUF file, without its configuration, which takes seconds to read."""
-    from quickchange_store.base_model.gguf_tokenizer import gguf_tokenizer
-
-    assert source.gguf_path is not None
-    return gguf_tokenizer(source.gguf_path)
-
-
-def _eos_ids(model: str, config: Any, tokenizer: Any) -> frozenset[int]:
-    """End-of-sequence ids from the generation settings, the model and the tokenizer."""
-    from transformers import GenerationConfig
-
-    found: set[int] = set()
-    sources = [config.get_text_config(), tokenizer]
-    with contextlib.suppress(OSError):  # the file is optional
-        sources.append(GenerationConfig.from_pretrained(model))
-    for source in sources:
-        ids = getattr(source, "eos_token_id", None)
-        if ids is not None:
-            found.update([ids] if isinstance(ids, int) else ids)
-    return frozenset(found)

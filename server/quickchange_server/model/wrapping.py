@@ -37,7 +37,7 @@ class Wrapper:
     rows: the rows that each linear reads, by path. One whose rows are None has no group: no adapter
     may update it. With rows=None no group exists and no step ever looks for segments; the linears
     are fused and go through the few-row kernel all the same. sharding: what this process holds only
-    a part of.
+    a part of. spare: tokens of the embedding and the LM head that the base itself does not have.
     """
 
     def __init__(
@@ -48,6 +48,7 @@ class Wrapper:
         rows: Mapping[str, Rows | None] | None,
         base: Callable[[nn.Module], nn.Module] = base_linear,
         sharding: Sharding = UNCUT,
+        spare: int = 0,
     ) -> None:
         self._model = model
         self._holder = holder
@@ -55,6 +56,7 @@ class Wrapper:
         self._rows = rows or {}
         self._base = base  # makes the module that computes a linear
         self._joints = sharding.joints
+        self._spare = spare
         self.groups: list[ModuleGroup] = []
         self.entrances: list[
             tuple[str, OutputSide]
@@ -63,6 +65,7 @@ class Wrapper:
     def wrap(self) -> list[ModuleGroup]:
         """Replace the modules in place and return the groups."""
         embedding = self._model.get_input_embeddings()  # type: ignore[operator]
+        self._head = self._model.get_output_embeddings()  # type: ignore[operator]
         self._sublayers = sublayers(self._model)
         for path in self._paths():
             for names in FUSED:
@@ -133,14 +136,17 @@ class Wrapper:
             return base if joint is None else JointLinear(base, joint, widths)
         columns = [sum(widths[:index]) for index in range(len(widths))]
         shards = [None if each is None else each.shard for each in joints]
-        members = tuple(Member(*item) for item in zip(paths, columns, widths, shards, strict=True))
+        spare = self._spare if linear is self._head else 0
+        members = tuple(
+            Member(*item, spare) for item in zip(paths, columns, widths, shards, strict=True)
+        )
         group = ModuleGroup(len(self.groups), "linear", *_shape_of(linear), members)
         self.groups.append(group)
         return AdaptedLinear(base, group, rows, self._holder, joint)
 
     def _embedding(self, path: str, module: nn.Embedding) -> nn.Module:
         vocabulary, hidden = module.num_embeddings, module.embedding_dim
-        member = Member(path, 0, hidden)
+        member = Member(path, 0, hidden, spare=self._spare)
         group = ModuleGroup(len(self.groups), "embedding", vocabulary, hidden, (member,))
         self.groups.append(group)
         return AdaptedEmbedding(module, group, self._holder)

@@ -30,6 +30,7 @@ from quickchange_kernels.turbo_heads.turbo_heads_contract import head_logits, tu
 from quickchange_server.model.adapter_layers import AdaptedEmbedding, AdaptedLinear, BaseLinear
 from quickchange_server.model.input_buffers import Download, upload
 from quickchange_server.model.loading.model_loader import LoadedModel
+from quickchange_server.model.spare_tokens import fence_
 from quickchange_server.spec_decode.draft_head_plan import (
     Beginning,
     Columns,
@@ -73,6 +74,7 @@ class HeadDrafter:
     def __init__(self, model: LoadedModel, device: torch.device) -> None:
         head, embedding = model.head, model.embedding
         self._device = device
+        self._own_vocabulary = model.own_vocabulary
         self.waits = 0  # times that the host has waited for the device, for guides
         self._group = head.group.index if isinstance(head, AdaptedLinear) else None
         self._head = head.base if isinstance(head, AdaptedLinear) else head
@@ -182,6 +184,8 @@ class HeadDrafter:
         logits: Tensor = self._head(rows)
         if part.segments is not None and self._group is not None:
             lowrank_(logits, rows, call.adapters.wide_tables, part.segments, self._group)
+        tokens = None if part.segments is None else call.adapters.wide_tables.tokens
+        fence_(logits, self._own_vocabulary, part.segments, tokens)
         over_all = 0
         if part.over_all is not None:
             over_all = part.over_all.places.shape[0]

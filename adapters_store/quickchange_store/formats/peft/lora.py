@@ -22,9 +22,10 @@ from quickchange_store.formats.peft.peft_common import open_tensors
 from quickchange_store.formats.peft.peft_config import LoraSettings, parse_config
 from quickchange_store.formats.peft.saved_modules import with_saved_modules
 from quickchange_store.formats.peft.tensor_names import PREFIX, TensorNames
-from quickchange_store.formats.peft.token_rows import take_token_rows
+from quickchange_store.formats.peft.token_rows import named_tokens, take_token_rows
 from quickchange_store.formats.rank_limits import EXACT_ONLY, Factoring, RankLimits
 from quickchange_store.formats.tensors import AdapterTensors
+from quickchange_store.formats.vocabulary.resized_vocabulary import resized_base
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +43,7 @@ def read_peft(directory: Path, base: BaseSpec, limits: RankLimits = EXACT_ONLY) 
     """
     activated = take_invocation(read_config(directory))
     tensors, names = open_tensors(directory, base)
+    base = resized_base(base, tensors, PREFIX, named_tokens(activated.config))
     classified = take_classifier(directory, activated.config, base, tensors)
     rows = take_token_rows(classified.config, base, tensors)
     read = rows.joined(read_lora(rows.config, base, tensors, names, limits), base)

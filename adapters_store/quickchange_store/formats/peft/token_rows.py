@@ -33,6 +33,7 @@ from quickchange_store.formats.peft.peft_common import (
 from quickchange_store.formats.peft.tensor_names import PREFIX, TensorNames
 from quickchange_store.formats.rank_limits import RankLimits
 from quickchange_store.formats.tensors import AdapterTensors
+from quickchange_store.formats.vocabulary.resized_vocabulary import resized_base
 
 if TYPE_CHECKING:
     import torch
@@ -109,6 +110,7 @@ def read_tokens(directory: Path, base: BaseSpec, limits: RankLimits) -> Imported
     """Read the TRAINABLE_TOKENS adapter in `directory`. Raises StoreError."""
     config = read_config(directory)
     tensors, _ = open_tensors(directory, base)
+    base = resized_base(base, tensors, PREFIX, named_tokens(config))
     refuse_fields(config, known=_HONOURED | _HARMLESS, refused=(), remedies={})
     warnings = check_base(config, base)
     check_patterns(config, base.modules, CONFIG_FILE)
@@ -132,6 +134,14 @@ def read_tokens(directory: Path, base: BaseSpec, limits: RankLimits) -> Imported
     name = str(config.get("base_model_name_or_path") or "")
     ordered = {path: updates[path] for path in base.modules if path in updates}
     return Imported(CanonicalAdapter(base.architecture, name, ordered, source), tuple(warnings))
+
+
+def named_tokens(config: Mapping[str, Any]) -> int:
+    """The least number of tokens for which a configuration's numbers of tokens are some."""
+    fields = [config.get(INDICES), config.get(_KIND_INDICES)]
+    listed = [list(each.values()) if isinstance(each, dict) else [each] for each in fields]
+    numbers = [each for lists in listed for one in lists if isinstance(one, list) for each in one]
+    return max((each + 1 for each in numbers if type(each) is int), default=0)
 
 
 def _indices(field: str, value: Any) -> list[int]:
@@ -163,7 +173,7 @@ def _updates(
             f"it has trained token {max(indices)}, and the base model has {tokens} tokens",
             file=CONFIG_FILE,
             key=INDICES if INDICES in key else _KIND_INDICES,
-            remedy="use an adapter of this base model; tokens that were added to it are not served",
+            remedy="use an adapter of this base model",
         )
     trained = tensors.take_shaped(key, path, (len(indices), width)).float()
     weight = tensors.base_tensor(base, f"{path}.weight", key)
@@ -178,8 +188,9 @@ def _updates(
     followers = [name for name, source in base.tied.items() if source == path]
     for name in followers:
         _take_copy(tensors, key.replace(path, name), name, trained)
-    change = trained - weight[indices].float()
-    picked = _picked(indices, tokens)
+    rows, trained = _with_resized(tensors, key, path, followers, weight, indices, trained)
+    change = trained - weight[rows].float()
+    picked = _picked(rows, tokens)
     found = {}
     for name in (path, *followers) if embedding else (path,):
         if base.modules[name].kind == "embedding":
@@ -188,6 +199,30 @@ def _updates(
         else:
             found[name] = LowRankUpdate(change, picked.T.contiguous(), 1.0)
     return found
+
+
+def _with_resized(
+    tensors: AdapterTensors,
+    key: str,
+    path: str,
+    followers: list[str],
+    weight: torch.Tensor,
+    indices: list[int],
+    trained: torch.Tensor,
+) -> tuple[list[int], torch.Tensor]:
+    """The trained rows, and those others that differ in the matrix that PEFT saves beside them
+    where the vocabulary was resized."""
+    import torch
+
+    saved = key.replace("trainable_tokens_delta", "base_layer.weight")
+    if saved not in tensors:
+        return indices, trained
+    copy = tensors.take_shaped(saved, path, tuple(weight.shape))
+    for name in followers:
+        _take_copy(tensors, saved.replace(path, name), name, copy.float())
+    differ = (copy != weight.to(copy.dtype)).any(1).nonzero().flatten().tolist()
+    others = [row for row in differ if row not in set(indices)]
+    return [*indices, *others], torch.cat([trained, copy[others].float()])
 
 
 def _take_copy(tensors: AdapterTensors, key: str, path: str, trained: torch.Tensor) -> None:

@@ -74,6 +74,7 @@ async def count_tokens(
 ) -> Json:
     """Count the tokens of a conversation's prompt."""
     order = await request_selection.select(services, caller, body.chat, request.headers)
+    services = await request_selection.speaking(services, order)
     chat = order.body
     tools_form(services.text, chat.messages, chat.offered_tools)
     most = CONTEXTS * services.engine.max_model_len

@@ -144,6 +144,7 @@ async def _begin(
     tokens = streamed or given.details or given.decoder_input_details or given.candidates > 1
     wanted = translation.completion(services, body, tokens=tokens)
     order = await translation.selected(services, caller, request.headers, given, wanted)
+    services = await request_selection.speaking(services, order)
     prompt = await translation.prompt(services, body)
     admitting = request_selection.admit(
         services,

@@ -72,6 +72,7 @@ async def completions(
 ) -> Response:
     """Continue a prompt."""
     order = await request_selection.select(services, caller, body, request.headers)
+    services = await request_selection.speaking(services, order)
     body = order.body
     limit = services.engine.max_model_len
     sent = await token_ids(

@@ -97,6 +97,15 @@ async def select(
     )
 
 
+async def speaking(services: Services, order: Order[B]) -> Services:
+    """The services with the tokenizer of an order's adapter, where it brings one.
+
+    Raises AdapterFailedError where it can't be read.
+    """
+    text = await services.texts.of(order.selection.tokenizer)
+    return services if text is services.text else replace(services, text=text)
+
+
 def _served(
     services: Services, caller: Caller, body: B, assignment: Assignment, variant: Served
 ) -> Order[B]:
@@ -215,6 +224,7 @@ async def admit(
     what `RequestAdmission.admit` raises.
     """
     body = order.body
+    services = await speaking(services, order)  # a shadow's is its own
     if pooling is None:
         order.selection.check_generates()
     submit = _submit(services, order, request_id, pooling)
@@ -239,6 +249,7 @@ async def admit(
         http_id=request_ids.current(),
         streamed=body.stream,
         observers=(services.exposures,) if order.is_shadow else services.books,
+        text=services.text,
     )
     generation = await services.admission.admit(wanted)
     if submit.adapters and not order.is_shadow:

@@ -36,6 +36,7 @@ async def embed(
     fields = PooledRequest.model_validate(translation.chosen(services, given))
     wanted = fields.as_completion(services.catalog.base_name)
     order = await translation.selected(services, caller, request.headers, given, wanted)
+    services = await request_selection.speaking(services, order)
     most = services.engine.max_model_len
     prompt = await services.text.encode(body.inputs, most=most, param="inputs")
     call = PoolingCall(services, request, fields, order)
@@ -49,6 +50,7 @@ async def chat_tokenize(
 ) -> Json:
     """Text and tokens of a chat's prompt, in TGI's form."""
     order = await request_selection.select(services, caller, body, request.headers)
+    services = await request_selection.speaking(services, order)
     chat = order.body
     tools_form(services.text, chat.messages, chat.offered_tools)
     most = CONTEXTS * services.engine.max_model_len

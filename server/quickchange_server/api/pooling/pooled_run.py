@@ -102,6 +102,7 @@ async def call(
     """The call of a body, with its adapters selected."""
     wanted = body.as_completion(services.catalog.base_name)
     order = await request_selection.select(services, caller, wanted, request.headers)
+    services = await request_selection.speaking(services, order)
     return PoolingCall(services, request, body, order)
 
 

@@ -69,7 +69,7 @@ async def create_response(
         ResponseObject(body, chat, store is not None),
         OutputWriter(
             response_id,
-            services.text,
+            chat.text,
             chat.reader(),
             logprobs=body.wanted_logprobs is not None,
             reasoning=body.include_reasoning,

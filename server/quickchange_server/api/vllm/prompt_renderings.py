@@ -63,6 +63,7 @@ async def render_completion(
 ) -> list[Json]:
     """Token ids and sampling parameters of each prompt of a completion, which is not generated."""
     order = await request_selection.select(services, caller, body, request.headers)
+    services = await request_selection.speaking(services, order)
     body, limit = order.body, services.engine.max_model_len
     most, special = body.most_prompt_tokens(limit), body.add_special_tokens
     sent = await token_ids(services, body.prompt, "prompt", most=most, special=special)
@@ -86,7 +87,8 @@ async def render_chat(
 ) -> Json:
     """Token ids and sampling parameters of a chat, which is not answered."""
     name = _id(request, "chatcmpl-", body.request_id)
-    body = (await request_selection.select(services, caller, body, request.headers)).body
+    order = await request_selection.select(services, caller, body, request.headers)
+    services, body = await request_selection.speaking(services, order), order.body
     return await _chat(services, body, name, "messages", with_offsets=body.return_token_offsets)
 
 
@@ -95,7 +97,8 @@ async def render_messages(
     request: Request, body: MessageRequest, services: Injected, caller: Calling
 ) -> Json:
     """Token ids and sampling parameters of an Anthropic conversation, which is not answered."""
-    chat = (await request_selection.select(services, caller, body.chat, request.headers)).body
+    order = await request_selection.select(services, caller, body.chat, request.headers)
+    services, chat = await request_selection.speaking(services, order), order.body
     return await _chat(services, chat, _id(request, "msg_", None), "messages")
 
 
@@ -106,7 +109,8 @@ async def render_response(
     """Token ids and sampling parameters of a response's input, which is not answered."""
     context = await context_of(services.responses, owner_of(caller), body)
     chat = chat_of(body, translated(body, context))
-    chat = (await request_selection.select(services, caller, chat, request.headers)).body
+    order = await request_selection.select(services, caller, chat, request.headers)
+    services, chat = await request_selection.speaking(services, order), order.body
     return await _chat(services, chat, _id(request, "resp_", None), "input")
 
 

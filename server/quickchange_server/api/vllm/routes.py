@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -163,7 +164,7 @@ async def tokenize(body: Tokenize, services: Injected, caller: Calling) -> Json 
 
     For `inputs` the answer is LoRAX's: a list of tokens, each with its span in the text.
     """
-    _check_model(services, caller, body.model)
+    services = await _of_model(services, caller, body.model)
     if body.inputs is not None:
         return await _spans(services, body.inputs, body.add_special_tokens is not False)
     ids = await _tokens(services, body)
@@ -212,7 +213,7 @@ def _most(services: Services) -> int:
 @router.post("/detokenize", response_model=DetokenizedText, responses=errors(404, 413))
 async def detokenize(body: Detokenize, services: Injected, caller: Calling) -> Json:
     """Text of token ids, special tokens included."""
-    _check_model(services, caller, body.model)
+    services = await _of_model(services, caller, body.model)
     if len(body.tokens) > _most(services):
         raise ContextLengthError(
             f"tokens: has {len(body.tokens)} tokens, of {_most(services)} at most; send fewer",
@@ -222,10 +223,12 @@ async def detokenize(body: Detokenize, services: Injected, caller: Calling) -> J
     return {"prompt": await asyncio.to_thread(services.text.decode, body.tokens)}
 
 
-def _check_model(services: Services, caller: Caller, model: str | None) -> None:
-    """Raise for an unknown `model`. It is optional: all models share the base's tokenizer."""
-    if model is not None:
-        services.catalog.select(model, sees=caller.sees)
+async def _of_model(services: Services, caller: Caller, model: str | None) -> Services:
+    """The services with the tokenizer of `model`; None: the base's. Raises for an unknown one."""
+    if model is None:
+        return services
+    selection = services.catalog.select(model, sees=caller.sees)
+    return replace(services, text=await services.texts.of(selection.tokenizer))
 
 
 @router.get("/tokenizer_info", dependencies=[Depends(INFER)], response_model=TokenizerInfo)

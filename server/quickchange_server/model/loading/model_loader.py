@@ -67,6 +67,7 @@ from quickchange_server.model.parallel.ranks import Ranks
 from quickchange_server.model.parallel.sharding import UNCUT, localised, made_whole
 from quickchange_server.model.parallel.sharding_plan import whole_ends
 from quickchange_server.model.rows_read import Rows, rows_read
+from quickchange_server.model.spare_tokens import add_spare_tokens, fence_
 from quickchange_server.model.wrapping import Wrapper
 from quickchange_store.base_model.base_source import BaseSource
 from quickchange_store.base_model.base_weights import load_base, quantization_method
@@ -113,6 +114,7 @@ class LoadedModel:
     groups: tuple[ModuleGroup, ...]
     layers: dict[int, LayerShape]
     vocabulary: int  # columns of the logits
+    own_vocabulary: int  # of them the base's own; spare ones for adapters' tokens stand behind
     hidden: int  # features that enter the LM head
     max_positions: int  # tokens
     head: nn.Module  # the LM head, wrapped
@@ -158,10 +160,11 @@ def load_model(
     deterministic: bool = False,
     model_check: bool = True,
     ranks: Ranks | None = None,
+    extra_vocabulary: int = 0,
 ) -> LoadedModel:
     """Load and wrap the model that `--model` names; of several ranks, this one's part of it.
 
-    dtype: the setting, or a dtype.
+    dtype: the setting, or a dtype. extra_vocabulary: spare tokens, for adapters'.
 
     Raises UnsupportedModelError for an architecture that can't be served and for weights that are
     missing or not finite, OSError or ValueError (transformers') if nothing can be loaded from
@@ -189,6 +192,7 @@ def load_model(
         model_check=model_check,
         dtype=chosen,
         ranks=ranks,
+        extra_vocabulary=extra_vocabulary,
     )
 
 
@@ -209,13 +213,14 @@ def prepare(
     model_check: bool = True,
     dtype: torch.dtype | None = None,
     ranks: Ranks | None = None,
+    extra_vocabulary: int = 0,
 ) -> LoadedModel:
     """Wrap a model that was loaded with `attn_implementation="quickchange"`.
 
     One on the meta device is an outline: shapes and groups as they would be served, no numbers.
     deterministic: on a GPU too, sum linears in an order that their rows don't change.
     model_check: prove that it then gives what transformers' own model gives (`model_proof.py`).
-    dtype: what it was loaded in; None: what its parameters say.
+    dtype: what it was loaded in; None: what its parameters say. extra_vocabulary: spare tokens.
     Raises UnsupportedModelError for a model that can't be served.
     """
     try:
@@ -227,6 +232,7 @@ def prepare(
             dtype or model.dtype,  # type: ignore[arg-type]
             deterministic=deterministic,
             ranks=ranks,
+            extra_vocabulary=extra_vocabulary,
         )
     except Exception as error:
         refusal = explained(model, error)
@@ -245,10 +251,14 @@ def _prepared(
     *,
     deterministic: bool,
     ranks: Ranks | None,
+    extra_vocabulary: int,
 ) -> LoadedModel:
     config: PretrainedConfig = model.config
     refuse_headless(model)
     model.requires_grad_(False)
+    extra_vocabulary = extra_vocabulary if adapters else 0
+    if extra_vocabulary:
+        add_spare_tokens(model, extra_vocabulary)
     outline = next(model.parameters()).is_meta
     rounded = quantization != "none" or quantization_method(config) is not None
     with nullcontext() if ranks is None else made_whole(model):
@@ -268,7 +278,14 @@ def _prepared(
         )
 
     sharding = UNCUT if ranks is None else localised(model, ranks)
-    wrapper = Wrapper(model, holder, rows=rows if adapters else None, base=base, sharding=sharding)
+    wrapper = Wrapper(
+        model,
+        holder,
+        rows=rows if adapters else None,
+        base=base,
+        sharding=sharding,
+        spare=extra_vocabulary,
+    )
     choosing = routers(model) if adapters else {}
     groups = wrapper.wrap()
     wrap_experts(model, holder, groups, adapters=adapters, sharding=sharding)
@@ -294,6 +311,7 @@ def _prepared(
         groups=tuple(groups),
         layers=dict(sorted(recorder.layers.items())),
         vocabulary=logits.shape[-1],
+        own_vocabulary=logits.shape[-1] - extra_vocabulary,
         hidden=head_input.take().shape[-1],
         max_positions=stretched(config.get_text_config(), most_positions(model, config)),
         head=head,
@@ -352,6 +370,10 @@ def forward(
     model.head_input.rows = head_rows
     try:
         logits = _logits(model.module, ids, positions, sample_rows)
+        step = model.holder.step
+        adapters = None if step is None else step.adapters
+        segments, tokens = (adapters.samples, adapters.tables.tokens) if adapters else (None, None)
+        fence_(logits, model.own_vocabulary, segments, tokens)
         return Output(logits, model.head_input.take())
     finally:
         model.head_input.rows = None

@@ -29,6 +29,7 @@ from quickchange_server.api.openapi.route_responses import COMMON_ERRORS, GENERA
 from quickchange_server.frontend.caller import Caller
 from quickchange_server.frontend.generation import Generation
 from quickchange_server.frontend.parsing.message_reader import MessageReader
+from quickchange_server.frontend.tokenizer import Text
 
 router = APIRouter(route_class=JsonRoute, tags=["OpenAI"], responses=COMMON_ERRORS)
 
@@ -43,6 +44,7 @@ class Chat:
     calls: Calls | None  # None: no tools
     thoughts: Thoughts | None  # None: the model's chat template knows none
     prompt: list[int]  # token ids
+    text: Text  # under its adapters
 
     @property
     def told(self) -> ChatRequest:
@@ -75,6 +77,7 @@ async def begin_chat(
     Raises what `select`, `with_tools`, `Text.encode_chat` and `admit` raise.
     """
     order = await request_selection.select(services, caller, body, headers)
+    services = await request_selection.speaking(services, order)
     form = await services.text.learn_reasoning()
     if body.tools:  # the checks of their schemas may take long
         order, calls = await asyncio.to_thread(with_tools, services.text, order)
@@ -98,7 +101,7 @@ async def begin_chat(
         default_tokens=None,
     )
     drafting = order.selection.drafting is not None
-    return Chat(body, generation, drafting, calls, thoughts, prompt)
+    return Chat(body, generation, drafting, calls, thoughts, prompt, services.text)
 
 
 async def _behind(
@@ -139,10 +142,8 @@ async def chat_completions(
     request_id = f"chatcmpl-{uuid.uuid4().hex}"
     chat = await begin_chat(services, caller, body, request.headers, request_id=request_id)
     told = chat.told
-    shape = ChatShape(services.text, told, chat.reader, splits=chat.thoughts is not None)
-    report = TokenReport(
-        services.text, told, [chat.prompt], chat.generation.choices, in_choices=False
-    )
+    shape = ChatShape(chat.text, told, chat.reader, splits=chat.thoughts is not None)
+    report = TokenReport(chat.text, told, [chat.prompt], chat.generation.choices, in_choices=False)
     envelope = envelope_of(services, chat.generation)
     answer = Answer(envelope, shape, report, chat.generation, chat.drafting)
     return await respond(request, told, answer)

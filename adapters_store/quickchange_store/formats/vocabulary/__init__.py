@@ -1,0 +1,1 @@
+"""Tokens and texts: adapters of other vocabularies than the base, and tokenizers in folders."""
