@@ -335,6 +335,7 @@ def _described(store: Store, version: Version) -> dict[str, Any]:
         "approximation": info.source.get("approximation"),
         "turbo": _turbo(info),
         "classifier": None if info.classifier is None else asdict(info.classifier),
+        "virtual_tokens": 0 if info.prompt is None else info.prompt.tokens,
     }
 
 

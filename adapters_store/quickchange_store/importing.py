@@ -19,6 +19,7 @@ from quickchange_store.formats.peft.lora import read_peft
 from quickchange_store.formats.peft.mlx import is_mlx, read_mlx
 from quickchange_store.formats.peft.peft_common import WEIGHTS_FILE
 from quickchange_store.formats.peft.token_rows import read_tokens
+from quickchange_store.formats.prompts.prompt_reader import OF_CACHES, OF_EMBEDDINGS, read_prompt
 from quickchange_store.formats.tuners.tuner_reader import (
     EXACT_ONLY,
     RankLimits,
@@ -129,4 +130,5 @@ _READERS: Mapping[str, Callable[[Path, BaseSpec], Imported]] = {
     "IA3": read_ia3,
     "LORA": read_peft,
     "TRAINABLE_TOKENS": read_tokens,
+    **dict.fromkeys((*OF_CACHES, *OF_EMBEDDINGS), read_prompt),
 }

@@ -31,6 +31,7 @@ from quickchange_store.names import Reference, check_name, did_you_mean, parse_r
 FORMAT = 1
 TURBO_FORMAT = 2  # some version has Turbo heads, which readers of format 1 would drop
 CLASSIFIER_FORMAT = 3  # some version has a classification head, which readers of 2 would drop
+PROMPT_FORMAT = 4  # some version has virtual tokens, which readers of 3 would drop
 MAX_INDEX_BYTES = 1 << 30
 LAST_SECOND = 253_402_300_799.0  # of the year 9999, behind which dates can't be shown
 
@@ -45,6 +46,7 @@ class Version:
     created: float  # seconds since 1970
     turbo: bool = False  # True: it has Turbo heads
     classifier: bool = False  # True: it has a classification head, and so generates nothing
+    virtual_tokens: int = 0  # that it puts in front of every text
 
     def __str__(self) -> str:
         return f"{self.name}@{self.number}"
@@ -148,18 +150,24 @@ def _select(entry: NameEntry, reference: Reference) -> Version:
 
 
 def with_digest(
-    entry: NameEntry | None, name: str, digest: str, *, turbo: bool, classifier: bool
+    entry: NameEntry | None,
+    name: str,
+    digest: str,
+    *,
+    turbo: bool,
+    classifier: bool,
+    virtual_tokens: int,
 ) -> NameEntry:
     """The entry with `digest` current: an old version of it, or a new one.
 
-    `turbo`: it has Turbo heads; `classifier`: a classification head.
+    `turbo`: it has Turbo heads; `classifier`: a classification head; `virtual_tokens`: so many.
     """
     versions: Mapping[int, Version] = {} if entry is None else entry.versions
     number = 1 if entry is None else entry.next_number
     for version in versions.values():
         if entry is not None and version.digest == digest:
             return replace(entry, current=version.number)
-    added = Version(name, number, digest, time.time(), turbo, classifier)
+    added = Version(name, number, digest, time.time(), turbo, classifier, virtual_tokens)
     return NameEntry({**versions, number: added}, current=number, next_number=number + 1)
 
 
@@ -260,6 +268,7 @@ def encode(index: Index) -> bytes:
                     "created": v.created,
                     **({"turbo": True} if v.turbo else {}),
                     **({"classifier": True} if v.classifier else {}),
+                    **({"virtual_tokens": v.virtual_tokens} if v.virtual_tokens else {}),
                 }
                 for v in entry.versions.values()
             },
@@ -277,6 +286,7 @@ def encode(index: Index) -> bytes:
     every = [v for entry in index.entries.values() for v in entry.versions.values()]
     number = TURBO_FORMAT if any(v.turbo for v in every) else FORMAT
     number = CLASSIFIER_FORMAT if any(v.classifier for v in every) else number
+    number = PROMPT_FORMAT if any(v.virtual_tokens for v in every) else number
     content = {"format": number, "names": names, "aliases": aliases}
     return json.dumps(content, sort_keys=True).encode()
 
@@ -285,10 +295,10 @@ def decode(content: bytes, path: Path | str) -> Index:
     """The index from its JSON; `path` is for messages. Raises CorruptStoreError."""
     try:
         tree = read_object(content)
-        if tree.get("format") not in (FORMAT, TURBO_FORMAT, CLASSIFIER_FORMAT):
+        if tree.get("format") not in (FORMAT, TURBO_FORMAT, CLASSIFIER_FORMAT, PROMPT_FORMAT):
             raise CorruptStoreError(
                 f"format {tree.get('format')!r} is not known to this version, which reads up to "
-                f"{CLASSIFIER_FORMAT}",
+                f"{PROMPT_FORMAT}",
                 file=str(path),
                 key="format",
                 remedy="use the version of quickchange that wrote it",
@@ -329,6 +339,7 @@ class _StoredVersion(_Stored):
     created: Annotated[float, Field(ge=0, le=LAST_SECOND)]
     turbo: bool = False
     classifier: bool = False
+    virtual_tokens: Annotated[int, Field(ge=0)] = 0
 
 
 class _StoredName(_Stored):
@@ -356,7 +367,13 @@ def _entry(name: str, stored: _StoredName) -> NameEntry:
         if number is None:
             raise ValueError(f"{name} has a version {text!r}, which is no number from 1")
         versions[number] = Version(
-            name, number, version.digest, version.created, version.turbo, version.classifier
+            name,
+            number,
+            version.digest,
+            version.created,
+            version.turbo,
+            version.classifier,
+            version.virtual_tokens,
         )
     if stored.next <= max(versions):
         raise ValueError(f"{name} has the version {max(versions)}, and the next is {stored.next}")

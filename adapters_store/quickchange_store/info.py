@@ -13,6 +13,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from quickchange_store.canonical import turbo_bytes
 from quickchange_store.canonical.classifier_part import ClassActivation, ClassifierHead
+from quickchange_store.canonical.prompt_part import PromptForm
 from quickchange_store.errors import BaseMismatchError, CorruptVersionError, InvalidAdapterError
 from quickchange_store.index import LAST_SECOND
 from quickchange_store.json_files import UnreadableFileError, read_file, read_object
@@ -52,6 +53,14 @@ class ClassifierInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptInfo:
+    """Figures of a version's virtual tokens."""
+
+    form: PromptForm
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterInfo:
     """Figures of a version. `base_name` and `source` are as given when it was first added."""
 
@@ -69,6 +78,7 @@ class AdapterInfo:
     kind: str = ""  # "LoRA", "bottleneck", …; unknown where an earlier release added it
     turbo: TurboInfo | None = None
     classifier: ClassifierInfo | None = None
+    prompt: PromptInfo | None = None
     base_hidden: int | None = None  # hidden size of the base that it was checked against
     base_vocabulary: int | None = None
 
@@ -127,10 +137,11 @@ def describe(
     adapter: CanonicalAdapter, digest: str, *, size: int, created: float, base: BaseSpec | None
 ) -> AdapterInfo:
     """Figures of `adapter`, checked against `base` and stored in `size` bytes."""
-    updates = adapter.updates
+    updates, prompt = adapter.updates, adapter.prompt
     head = None if base is None else base.head
     weights = [update.a for update in updates.values()]
     weights += [] if adapter.turbo is None else [block.weight for block in adapter.turbo.blocks]
+    weights += [] if adapter.prompt is None else [adapter.prompt.values]
     return AdapterInfo(
         digest=digest,
         architecture=adapter.architecture,
@@ -146,6 +157,7 @@ def describe(
         kind=_kind(adapter),
         turbo=None if adapter.turbo is None else _turbo(adapter.turbo),
         classifier=None if adapter.classifier is None else _classifier(adapter.classifier),
+        prompt=None if prompt is None else PromptInfo(prompt.form, prompt.tokens),
         base_hidden=None if head is None else head.in_features,
         base_vocabulary=None if head is None else head.out_features,
     )
@@ -176,6 +188,10 @@ def _kind(adapter: CanonicalAdapter) -> str:
     updates = adapter.updates.values()
     if adapter.classifier is not None:
         return f"{_kind(replace(adapter, classifier=None))} classifier"
+    if adapter.prompt is not None:
+        others = replace(adapter, prompt=None)
+        own = adapter.prompt.kind
+        return f"{_kind(others)} with {own}" if updates or others.turbo else own
     if not updates:
         return "Turbo" if adapter.turbo is not None else "empty"
     if any(update.activation != "identity" or update.source != "input" for update in updates):

@@ -100,6 +100,13 @@ def derive(store: Store, recipe: Recipe) -> str:
 
 
 def _check_plain(digest: str, adapter: CanonicalAdapter) -> None:
+    if adapter.prompt is not None:
+        raise UnsupportedFeatureError(
+            f"it puts {adapter.prompt.tokens} virtual tokens in front of the text, which can't be "
+            "merged",
+            key=digest,
+            remedy="leave it out, or name it beside LoRAs in a composition without a merge",
+        )
     if not adapter.updates:
         raise UnsupportedFeatureError(
             "it holds Turbo heads alone, which add nothing to merge",

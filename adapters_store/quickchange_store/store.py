@@ -205,15 +205,20 @@ class Store:
         """
         check_name(name)
         _refuse_alias(self._place.index(), name)
-        heads = {
-            "turbo": adapter.turbo is not None,
-            "classifier": adapter.classifier is not None,
-        }
+        prompt = adapter.prompt
+        turbo, classifier = adapter.turbo is not None, adapter.classifier is not None
         with self._place.staged(adapter, base) as staged:
 
             def named(index: Index) -> tuple[Index, Version]:
                 _refuse_alias(index, name)
-                entry = with_digest(index.entries.get(name), name, staged.digest, **heads)
+                entry = with_digest(
+                    index.entries.get(name),
+                    name,
+                    staged.digest,
+                    turbo=turbo,
+                    classifier=classifier,
+                    virtual_tokens=0 if prompt is None else prompt.tokens,
+                )
                 new = replace(index, entries={**index.entries, name: entry})
                 check_drafters(new)
                 return new, entry.versions[entry.current]

@@ -175,10 +175,15 @@ def _inside(value: Any, interval: Interval) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Component:
-    """One term of a composition Σ weightᵢ · adapterᵢ: an adapter version and its weight."""
+    """One term of a composition Σ weightᵢ · adapterᵢ: an adapter version and its weight.
+
+    virtual_tokens: that the adapter puts in front of the text, where they take positions of the
+    context; at most one term has any, at the weight 1.
+    """
 
     digest: str
     weight: float = 1.0
+    virtual_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,6 +249,11 @@ class Submit:
     # asked for is the same under other names.
     label: str = field(default="base", kw_only=True, compare=False)
     drafter: str | None = field(default=None, kw_only=True, compare=False)
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Tokens that its adapters put in front of the text."""
+        return sum([component.virtual_tokens for component in self.adapters])
 
 
 @dataclass(frozen=True, slots=True)

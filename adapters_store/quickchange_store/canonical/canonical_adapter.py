@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 from quickchange_store.canonical import turbo_bytes
 from quickchange_store.canonical.classifier_part import ClassifierHead
+from quickchange_store.canonical.prompt_part import VirtualPrompt
 from quickchange_store.canonical.stored_parts import Invocation, StoredPart
 from quickchange_store.errors import InvalidAdapterError
 
@@ -244,6 +245,7 @@ class CanonicalAdapter:
     turbo: TurboHeads | None = None  # the heads that draft for it
     classifier: ClassifierHead | None = None  # classifies texts by their last hidden state
     invocation: Invocation | None = None  # None: it serves the whole text
+    prompt: VirtualPrompt | None = None  # virtual tokens in front of every text
 
     @property
     def parameters(self) -> int:
@@ -257,7 +259,10 @@ class CanonicalAdapter:
     @property
     def parts(self) -> dict[str, StoredPart]:
         """Its parts beside updates and heads, by the name that the bytes have them under."""
-        parts = {"invocation": self.invocation}
+        parts: dict[str, StoredPart | None] = {
+            "invocation": self.invocation,
+            "prompt": self.prompt,
+        }
         return {name: part for name, part in parts.items() if part is not None}
 
     @property

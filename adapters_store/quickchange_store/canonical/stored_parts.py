@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from quickchange_store.canonical.prompt_part import assemble_prompt
 from quickchange_store.errors import InvalidAdapterError
 
 if TYPE_CHECKING:  # names and digests are useful without torch
@@ -65,7 +66,10 @@ def _invocation(entry: Any, _tensors: Tensors) -> Invocation:
     return Invocation(tuple(entry))
 
 
-_READERS: Mapping[str, Callable[[Any, Tensors], StoredPart]] = {"invocation": _invocation}
+_READERS: Mapping[str, Callable[[Any, Tensors], StoredPart]] = {
+    "invocation": _invocation,
+    "prompt": assemble_prompt,
+}
 
 
 def assemble(entries: Mapping[str, Any], tensors: Tensors) -> dict[str, Any]:

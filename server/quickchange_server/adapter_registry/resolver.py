@@ -69,6 +69,11 @@ class Selection:
     drafter: str | None = None  # for metrics: name of the adapter whose heads draft
     classifiers: frozenset[str] = frozenset()  # those of its adapters that classify, by digest
 
+    @property
+    def virtual_tokens(self) -> int:
+        """Tokens of the context that its adapters put in front of the text."""
+        return sum(component.virtual_tokens for component in self.adapters)
+
     def check_generates(self) -> None:
         """Raise InvalidRequestError if an adapter of it was trained to classify texts."""
         if self.classifiers:
@@ -174,14 +179,15 @@ class Catalog:
     def _alone(self, model: str, version: Version) -> Selection:
         if self._only_drafts(version):  # the base itself, with its prefix cache
             return Selection(model, (), BASE_LABEL)
-        adapters = (Component(version.digest),)
+        adapters = (Component(version.digest, virtual_tokens=version.virtual_tokens),)
         return Selection(
             model, adapters, version.name, classifiers=_classifiers(adapters, [version])
         )
 
     def _only_drafts(self, version: Version) -> bool:
         """True if the version holds Turbo heads and nothing that changes the model."""
-        return version.turbo and self.info(version.digest).modules == 0
+        changes = version.virtual_tokens or self.info(version.digest).modules
+        return version.turbo and not changes
 
     def _composed(self, model: str, composition: Sequence[WeightedName], sees: Sees) -> Selection:
         if not self.is_base(model):
@@ -202,7 +208,7 @@ class Catalog:
             version = self._term(entry.name, sees, param=f"adapters[{index}].id")
             weights[version.digest] = weights.get(version.digest, 0.0) + entry.weight
             versions.append(version)
-        components = _components(weights)
+        components = _components(weights, versions)
         names = {version.name for version in versions}
         label = names.pop() if len(names) == 1 else COMPOSITION_LABEL
         label = label if components else BASE_LABEL
@@ -299,10 +305,10 @@ def _size(head: ClassifierHead | None) -> int:
     return 0 if head is None else sum(tensor.nbytes for tensor in head.tensors.values())
 
 
-def _components(weights: dict[str, float]) -> tuple[Component, ...]:
+def _components(weights: dict[str, float], versions: Iterable[Version]) -> tuple[Component, ...]:
     """The components sorted by digest, so that equal compositions share cached prefixes.
 
-    Raises InvalidRequestError if a weight is not finite.
+    Raises InvalidRequestError if a weight is not finite, or if virtual tokens can't be composed.
     """
     for weight in weights.values():
         if not math.isfinite(weight):
@@ -310,6 +316,29 @@ def _components(weights: dict[str, float]) -> tuple[Component, ...]:
                 "adapters: the weights of one adapter add up to infinity; give smaller weights",
                 param="adapters",
             )
+    prompts = {version.digest: version for version in versions if version.virtual_tokens}
+    _check_prompts({str(each): weights[digest] for digest, each in prompts.items()})
+    virtual = {digest: version.virtual_tokens for digest, version in prompts.items()}
     return tuple(
-        Component(digest, weight) for digest, weight in sorted(weights.items()) if weight != 0.0
+        Component(digest, weight, virtual_tokens=virtual.get(digest, 0))
+        for digest, weight in sorted(weights.items())
+        if weight != 0.0
     )
+
+
+def _check_prompts(weights: dict[str, float]) -> None:
+    """Raise unless at most one has virtual tokens, by the weight 1; 0 leaves an adapter out."""
+    served = {name: weight for name, weight in weights.items() if weight != 0.0}
+    if len(served) > 1:
+        raise InvalidRequestError(
+            f"adapters: {' and '.join(sorted(served))} have virtual tokens (prompt or prefix "
+            "tuning), and a text has one front; name one of them",
+            param="adapters",
+        )
+    for name, weight in served.items():
+        if weight != 1:
+            raise InvalidRequestError(
+                f"adapters: {name} has virtual tokens (prompt or prefix tuning), which are there "
+                f"or not: its weight is {weight:g}; give 1",
+                param="adapters",
+            )

@@ -73,7 +73,7 @@ async def completions(
     """Continue a prompt."""
     order = await request_selection.select(services, caller, body, request.headers)
     body = order.body
-    limit = services.engine.max_model_len
+    limit = order.context(services)
     sent = await token_ids(
         services,
         body.prompt,
