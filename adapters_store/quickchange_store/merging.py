@@ -100,9 +100,9 @@ def derive(store: Store, recipe: Recipe) -> str:
 
 
 def _check_plain(digest: str, adapter: CanonicalAdapter) -> None:
-    if adapter.prompt is not None:
+    if adapter.virtual_tokens:
         raise UnsupportedFeatureError(
-            f"it puts {adapter.prompt.tokens} virtual tokens in front of the text, which can't be "
+            f"it puts {adapter.virtual_tokens} virtual tokens in front of the text, which can't be "
             "merged",
             key=digest,
             remedy="leave it out, or name it beside LoRAs in a composition without a merge",

@@ -205,7 +205,6 @@ class Store:
         """
         check_name(name)
         _refuse_alias(self._place.index(), name)
-        prompt = adapter.prompt
         turbo, classifier = adapter.turbo is not None, adapter.classifier is not None
         with self._place.staged(adapter, base) as staged:
 
@@ -217,7 +216,7 @@ class Store:
                     staged.digest,
                     turbo=turbo,
                     classifier=classifier,
-                    virtual_tokens=0 if prompt is None else prompt.tokens,
+                    virtual_tokens=adapter.virtual_tokens,
                 )
                 new = replace(index, entries={**index.entries, name: entry})
                 check_drafters(new)

@@ -25,7 +25,8 @@ from peft import (
     PromptTuningConfig,
     get_peft_model,
 )
-from tiny_models import VOCABULARY, greedy, make_model, save_model
+from tiny_models import VOCABULARY, greedy, make_model
+from transformers import PreTrainedModel
 
 from quickchange_server.protocol import Submit
 from quickchange_store.base_model.base_spec import base_spec
@@ -108,24 +109,30 @@ class Prompts:
         return found
 
 
-def learn(family: str, folder: Path, kinds: Sequence[str] = tuple(KINDS)) -> Prompts:
-    """A LoRA and a prompt of each kind, random, on a model of the family."""
-    path = save_model(family, folder / "base")
+def learn(
+    family: str,
+    folder: Path,
+    kinds: Sequence[str] = tuple(KINDS),
+    make: Callable[[str], PreTrainedModel] = make_model,
+) -> Prompts:
+    """A LoRA and a prompt of each kind, random, on the model that `make` gives for the family."""
+    path = folder / "base"
+    make(family).save_pretrained(path)
     spec = base_spec(str(path))
     generator = random.Random(1)
     made = Prompts(path)
     for seed, name in enumerate([LORA, *kinds]):
         text = [generator.randrange(VOCABULARY) for _ in range(generator.randint(1, 25))]
         made.texts[name] = text
-        made.plain[name] = greedy(make_model(family), text, TOKENS)
-        model = _random(family, name, seed)
+        made.plain[name] = greedy(make(family), text, TOKENS)
+        model = _random(make(family), name, seed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of tied embeddings
             model.save_pretrained(folder / name)
         made.adapters[name] = read_adapter(folder / name, spec).adapter
         made.alone[name] = generated(model, text)
         if name != LORA:
-            merged = _random(family, LORA, 0).merge_and_unload()
+            merged = _random(make(family), LORA, 0).merge_and_unload()
             made.with_lora[name] = generated(_loaded(merged, folder / name), text)
     return made
 
@@ -150,13 +157,13 @@ def generated(model: torch.nn.Module, text: Sequence[int]) -> list[int]:
     return out[0, len(text) :].tolist()
 
 
-def _random(family: str, name: str, seed: int) -> PeftModel:
+def _random(base: PreTrainedModel, name: str, seed: int) -> PeftModel:
     torch.manual_seed(seed)
     lora = LoraConfig(**_TASK, r=4, target_modules="all-linear", init_lora_weights=False)
     config = lora if name == LORA else KINDS[name]()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = get_peft_model(make_model(family), config).eval()
+        model = get_peft_model(base, config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:

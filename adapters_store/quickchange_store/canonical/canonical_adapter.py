@@ -266,5 +266,10 @@ class CanonicalAdapter:
         return {name: part for name, part in parts.items() if part is not None}
 
     @property
+    def virtual_tokens(self) -> int:
+        """Number of tokens that it puts in front of every text."""
+        return 0 if self.prompt is None else self.prompt.tokens
+
+    @property
     def max_rank(self) -> int:
         return max((u.rank for u in self.updates.values()), default=0)

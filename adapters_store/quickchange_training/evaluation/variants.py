@@ -29,10 +29,13 @@ class EvaluatedVariant:
     label: str
     adapter: str | None  # digest of the adapter that answers; None: the base alone
     drafting: Drafting | None
+    virtual_tokens: int = 0  # that the adapter puts in front of a text
 
     @property
     def components(self) -> tuple[Component, ...]:
-        return () if self.adapter is None else (Component(self.adapter),)
+        if self.adapter is None:
+            return ()
+        return (Component(self.adapter, virtual_tokens=self.virtual_tokens),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +66,9 @@ class EvaluatedAdapters:
         """The variant that `NAME[+TURBO]` means. Raises StoreError, naming NAME or TURBO."""
         name, turbo = _split(text)
         found = self._find(name)
-        return EvaluatedVariant(_label(name, turbo), found.adapter, self._drafting(found, turbo))
+        drafting = self._drafting(found, turbo)
+        virtual = 0 if found.adapter is None else self._read[found.adapter].virtual_tokens
+        return EvaluatedVariant(_label(name, turbo), found.adapter, drafting, virtual)
 
     def _drafting(self, found: _Found, turbo: str) -> Drafting | None:
         if turbo == _OFF:
@@ -102,7 +107,7 @@ class EvaluatedAdapters:
 
     def _keep(self, digest: str, adapter: CanonicalAdapter, turbo: str | None) -> _Found:
         self._read[digest] = adapter
-        return _Found(digest if adapter.updates else None, turbo)
+        return _Found(digest if adapter.updates or adapter.prompt else None, turbo)
 
 
 def _split(text: str) -> tuple[str, str]:

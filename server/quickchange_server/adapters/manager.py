@@ -135,8 +135,8 @@ class Residency:
 
     @property
     def host_images(self) -> dict[str, int]:
-        """Bytes of each adapter on the host tier, by digest."""
-        return {e.digest: e.host_bytes for e in self._entries.values() if e.image is not None}
+        """Bytes on the host of each adapter that has any there, by digest."""
+        return {e.digest: e.host_bytes for e in self._entries.values() if e.host_bytes}
 
     # --- claims ---------------------------------------------------------------------------------
 
@@ -442,22 +442,27 @@ class Residency:
         return [entry for entry in awaited if entry.image is not None and not entry.resident]
 
     def _trim_host(self) -> None:
-        """Bring the host tier to its budget."""
-        total = sum(entry.host_bytes for entry in self._entries.values())
+        """Bring the host tier to its budget. Adapters leave the device too, where nobody uses them
+        and virtual tokens would stay on the host for them."""
+        total = sum(self.host_images.values())
         if total <= self._host_budget:
             return
         awaited, oldest = self._awaited_images(), self._claims.oldest
-        free = [e for e in self._entries.values() if e.image is not None and e not in awaited]
+        needed = self._claims.in_use.union(self._claims.awaited)
+        free = [e for e in self._entries.values() if e.host_bytes and e not in awaited]
         free.sort(key=lambda entry: entry.used)
         for entry in [*free, *(e for e in reversed(awaited) if e.digest not in oldest)]:
             if total <= self._host_budget:
                 return
-            if entry.job is LoadJob.NONE:
-                total -= entry.host_bytes
-                entry.leave_host()
-                total += entry.host_bytes
-                if entry.slot is None:
-                    self._moved(entry, "evict")
+            if entry.job is not LoadJob.NONE:
+                continue
+            total -= entry.host_bytes
+            entry.leave_host()
+            if entry.slot is None:
+                self._moved(entry, "evict")
+            elif entry.prompt is not None and not (entry.pinned or entry.digest in needed):
+                self._evict(entry)
+            total += entry.host_bytes
 
     def _moved(
         self, entry: AdapterEntry, reason: Literal["load", "evict", "forget"], seconds: float = 0.0

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from transformers import PretrainedConfig
 
 from quickchange_server.adapters.manager import AdapterTiers, NoAdapters, PacedLoad, Residency
 from quickchange_server.adapters.memory_pool import DevicePool
@@ -188,9 +189,10 @@ class EngineMemory:
 
 def prompt_shape(model: LoadedModel, settings: Settings) -> PromptShape:
     """What the model takes as virtual tokens of adapters, and why where it takes none."""
-    embedding: int | str = int(model.embedding.weight.shape[-1])  # type: ignore[union-attr, index]
+    embedding: int | str = int(model.embedding.weight.shape[-1])  # type: ignore[index]
     cache = _cache_shape(model, settings)
-    config = model.module.config.get_text_config()  # type: ignore[operator]
+    config: PretrainedConfig = model.module.config
+    config = config.get_text_config()
     if any(getattr(config, name, 0) for name in _READ_IDS):
         embedding = f"the served model reads token ids behind its embedding; {_ANOTHER}"
     if model.scaling is not None and model.scaling.anew:

@@ -6,14 +6,13 @@ values in no cached block gets them with its inputs. Knows nothing of tiers, ste
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from quickchange_server.adapters.paced_copies import Pause
 from quickchange_server.errors import AdapterFailedError
 from quickchange_store.canonical.prompt_part import VirtualPrompt
 
@@ -61,8 +60,11 @@ class PromptShape:
     most: int  # tokens of a text, with those in front of it
     dtype: torch.dtype
 
-    def held(self, prompt: VirtualPrompt, pause: Pause) -> HeldPrompt:
-        """The prompt as steps take it. Raises AdapterFailedError for one that can't be served."""
+    def held(self, prompt: VirtualPrompt, pause: Callable[[], None]) -> HeldPrompt:
+        """The prompt as steps take it. `pause` is called between pieces of the work.
+
+        Raises AdapterFailedError for one that can't be served.
+        """
         cached = prompt.form == "cache"
         allowed = self.cache if cached else self.embedding
         if isinstance(allowed, str):

@@ -14,6 +14,7 @@ from quickchange_server.frontend.caller import Scope
 from quickchange_server.protocol import Tier
 from quickchange_server.tenants.key import Limits
 from quickchange_store.canonical.classifier_part import ClassActivation
+from quickchange_store.canonical.prompt_part import PromptForm
 
 # --- adapters -----------------------------------------------------------------------------------
 
@@ -66,6 +67,11 @@ class ClassifierSummary(ResponseModel):
     parameters: int
 
 
+class PromptSummary(ResponseModel):
+    form: PromptForm
+    tokens: int
+
+
 class AdapterContents(ResponseModel):
     architecture: str
     base_name: str
@@ -78,6 +84,7 @@ class AdapterContents(ResponseModel):
     source: dict[str, Any]
     kind: str
     classifier: ClassifierSummary | None
+    prompt: PromptSummary | None
     base_hidden: int | None
     base_vocabulary: int | None
 

@@ -6,7 +6,7 @@ import asyncio
 import uuid
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
 from pydantic import Field
@@ -20,6 +20,7 @@ from quickchange_server.api.openai.chat.chat_requests import ChatRequest
 from quickchange_server.api.openai.chat.chat_route import chat_prompt
 from quickchange_server.api.openai.chat.tool_calling import tools_form
 from quickchange_server.api.openai.completions import several_of, token_ids
+from quickchange_server.api.openai.request_selection import Order
 from quickchange_server.api.openai.requests import (
     DEFAULT_COMPLETION_TOKENS,
     CompletionRequest,
@@ -40,6 +41,8 @@ router = APIRouter(route_class=JsonRoute, tags=["vLLM"], responses=COMMON_ERRORS
 MAX_ID = 128  # characters, as of the header
 
 Offsets = list[tuple[int, int]]
+Bodies = TypeVar("Bodies", bound=GenerationRequest)
+Chats = TypeVar("Chats", bound=ChatRequest)
 
 
 class _Rendering(Body):
@@ -73,7 +76,7 @@ async def render_completion(
     name = _id(request, "cmpl-", body.request_id)
     names = [name] if len(sent) == 1 else [f"{name}-{number}" for number in range(len(sent))]
     return [
-        _rendered(services, body, one, ids, offsets, "prompt", DEFAULT_COMPLETION_TOKENS)
+        _rendered(services, order, one, ids, offsets, "prompt", DEFAULT_COMPLETION_TOKENS)
         for one, ids, offsets in zip(names, sent, spans, strict=True)
     ]
 
@@ -86,8 +89,9 @@ async def render_chat(
 ) -> Json:
     """Token ids and sampling parameters of a chat, which is not answered."""
     name = _id(request, "chatcmpl-", body.request_id)
-    body = (await request_selection.select(services, caller, body, request.headers)).body
-    return await _chat(services, body, name, "messages", with_offsets=body.return_token_offsets)
+    order = await request_selection.select(services, caller, body, request.headers)
+    with_offsets = order.body.return_token_offsets
+    return await _chat(services, order, name, "messages", with_offsets=with_offsets)
 
 
 @router.post("/v1/messages/render", response_model=RenderedPrompt, responses=errors(404, 413))
@@ -95,8 +99,8 @@ async def render_messages(
     request: Request, body: MessageRequest, services: Injected, caller: Calling
 ) -> Json:
     """Token ids and sampling parameters of an Anthropic conversation, which is not answered."""
-    chat = (await request_selection.select(services, caller, body.chat, request.headers)).body
-    return await _chat(services, chat, _id(request, "msg_", None), "messages")
+    order = await request_selection.select(services, caller, body.chat, request.headers)
+    return await _chat(services, order, _id(request, "msg_", None), "messages")
 
 
 @router.post("/v1/responses/render", response_model=RenderedPrompt, responses=errors(404, 413))
@@ -106,14 +110,20 @@ async def render_response(
     """Token ids and sampling parameters of a response's input, which is not answered."""
     context = await context_of(services.responses, owner_of(caller), body)
     chat = chat_of(body, translated(body, context))
-    chat = (await request_selection.select(services, caller, chat, request.headers)).body
-    return await _chat(services, chat, _id(request, "resp_", None), "input")
+    order = await request_selection.select(services, caller, chat, request.headers)
+    return await _chat(services, order, _id(request, "resp_", None), "input")
 
 
 async def _chat(
-    services: Services, body: ChatRequest, name: str, param: str, *, with_offsets: bool = False
+    services: Services,
+    order: Order[Chats],
+    name: str,
+    param: str,
+    *,
+    with_offsets: bool = False,
 ) -> Json:
     """A `RenderedPrompt` of a chat."""
+    body = order.body
     tools_form(services.text, body.messages, body.offered_tools)
     most = body.most_prompt_tokens(services.engine.max_model_len)
     ids = await chat_prompt(services, body, most=most, param=param)
@@ -126,7 +136,7 @@ async def _chat(
             how=body.how,
         )
         offsets = await _offsets(services, text, most, body.add_special_tokens, param)
-    return _rendered(services, body, name, ids, offsets, param, None)
+    return _rendered(services, order, name, ids, offsets, param, None)
 
 
 def _id(request: Request, kind: str, given: str | None) -> str:
@@ -148,7 +158,7 @@ async def _offsets(
 
 def _rendered(
     services: Services,
-    body: GenerationRequest,
+    order: Order[Bodies],
     request_id: str,
     ids: list[int],
     offsets: Offsets | None,
@@ -156,10 +166,11 @@ def _rendered(
     default_tokens: int | None,
 ) -> Json:
     """A `RenderedPrompt`. Raises as the generation's own route where the prompt does not fit."""
-    limit = services.engine.max_model_len
+    body, limit = order.body, order.context(services)
     ids = body.truncated(ids, limit)
     wanted = body.wanted_tokens
-    left = room(limit, len(ids), wanted, param)
+    front = order.selection.virtual_tokens
+    left = room(services.engine.max_model_len, len(ids), wanted, param, front)
     most = wanted if wanted is not None else min(left, default_tokens or left)
     if body.min_tokens > most:
         raise wrong(
