@@ -340,6 +340,7 @@ def _described(store: Store, version: Version) -> dict[str, Any]:
         "classifier": None if info.classifier is None else asdict(info.classifier),
         "terms": info.source.get("terms") if info.composition else None,
         "invocation": list(info.invocation),
+        "virtual_tokens": 0 if info.prompt is None else info.prompt.tokens,
     }
 
 

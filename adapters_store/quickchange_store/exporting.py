@@ -3,7 +3,8 @@
     lorax    adapter_config.json and adapter_model.safetensors for the LoRA, config.json and
              medusa_lm_head.safetensors for the heads: a Turbo LoRA has both
     vllm     the heads alone, as vLLM's Medusa
-    peft     the LoRA alone, with its classification head where it has one
+    peft     the LoRA alone, with its classification head where it has one; or virtual tokens,
+             where it is nothing else
     turbo    as lorax, with the heads in Quickchange's own layout, which says all of them
 
 What a layout can't say is refused before anything is written.
@@ -21,6 +22,7 @@ from quickchange_store.canonical.canonical_adapter import BaseSpec, CanonicalAda
 from quickchange_store.canonical.turbo_part import TurboHeads
 from quickchange_store.errors import BaseMismatchError, NameConflictError, UnsupportedFeatureError
 from quickchange_store.formats.peft.peft_write import check_peft, write_peft
+from quickchange_store.formats.prompts.prompt_writer import write_prompt
 from quickchange_store.formats.turbo.medusa_write import (
     check_base,
     check_lorax,
@@ -83,6 +85,9 @@ def export_adapter(
 def _steps(adapter: CanonicalAdapter, layout: ExportLayout, base: BaseSpec) -> list[_Step]:
     """Parts to write, in order: name and writer. Raises where the layout can't say one."""
     steps: list[_Step] = []
+    if (prompt := adapter.prompt) is not None:
+        _check_prompt(adapter, layout)
+        return [("the virtual tokens", lambda to: write_prompt(prompt, to, adapter.base_name))]
     if adapter.updates and layout is not ExportLayout.VLLM:
         check_peft(adapter.updates, base)
         if adapter.invocation is not None and layout is ExportLayout.LORAX:
@@ -102,6 +107,18 @@ def _steps(adapter: CanonicalAdapter, layout: ExportLayout, base: BaseSpec) -> l
             remedy="choose the layout of what it has: `quickchange adapters show` says its kind",
         )
     return steps
+
+
+def _check_prompt(adapter: CanonicalAdapter, layout: ExportLayout) -> None:
+    """Raise unless PEFT's layout is asked for and virtual tokens are all that there is to say."""
+    more = adapter.updates or adapter.turbo is not None or adapter.classifier is not None
+    if layout is not ExportLayout.PEFT or more:
+        raise UnsupportedFeatureError(
+            "it has virtual tokens, which only PEFT's layout can say, and that alone",
+            key="format",
+            remedy="choose the layout peft for an adapter of virtual tokens alone; of others, keep "
+            "the folder that it was added from",
+        )
 
 
 def _heads_writer(

@@ -20,6 +20,7 @@ from quickchange_store.formats.peft.mlx import is_mlx, read_mlx
 from quickchange_store.formats.peft.peft_common import WEIGHTS_FILE
 from quickchange_store.formats.peft.saved_modules import read_norm_tuning
 from quickchange_store.formats.peft.token_rows import read_tokens
+from quickchange_store.formats.prompts.prompt_reader import OF_CACHES, OF_EMBEDDINGS, read_prompt
 from quickchange_store.formats.rank_limits import EXACT_ONLY, RankLimits
 from quickchange_store.formats.tuners.tuner_reader import is_made_by_peft, read_tuner
 from quickchange_store.formats.turbo.heads_reader import read_heads
@@ -132,4 +133,5 @@ _READERS: Mapping[str, Callable[[Path, BaseSpec, RankLimits], Imported]] = {
     "LN_TUNING": read_norm_tuning,
     "LORA": read_peft,
     "TRAINABLE_TOKENS": read_tokens,
+    **dict.fromkeys((*OF_CACHES, *OF_EMBEDDINGS), read_prompt),
 }

@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -28,28 +28,53 @@ from quickchange_store.json_files import (
 )
 from quickchange_store.names import Reference, check_name, did_you_mean, parse_reference
 
+if TYPE_CHECKING:
+    from quickchange_store.canonical.canonical_adapter import CanonicalAdapter
+
 FORMAT = 1
 TURBO_FORMAT = 2  # some version has Turbo heads, which readers of format 1 would drop
 CLASSIFIER_FORMAT = 3  # some version has a classification head, which readers of 2 would drop
-LATER_FORMAT = 4  # some version has what readers of 3 would drop: terms, an invocation, tokens
+LATER_FORMAT = 4  # some version has what readers of 3 would drop: terms, virtual tokens, …
 _FORMATS = (FORMAT, TURBO_FORMAT, CLASSIFIER_FORMAT, LATER_FORMAT)
 MAX_INDEX_BYTES = 1 << 30
 LAST_SECOND = 253_402_300_799.0  # of the year 9999, behind which dates can't be shown
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traits:
+    """What a request must know of a version, kept in the index so that no other file is read."""
+
+    turbo: bool = False  # True: it has Turbo heads
+    classifier: bool = False  # True: it has a classification head, and so generates nothing
+    invoked: bool = False  # True: it serves a text from its invocation on, which its info tells
+    tokenizer: bool = False  # True: it adds tokens, or brings a chat template
+    virtual_tokens: int = 0  # that it puts in front of every text
+    needs: tuple[str, ...] = ()  # digests of the versions that a composition is made of
+
+    @classmethod
+    def of(cls, adapter: CanonicalAdapter) -> Traits:
+        """The traits of an adapter."""
+        return cls(
+            turbo=adapter.turbo is not None,
+            classifier=adapter.classifier is not None,
+            invoked=adapter.invocation is not None,
+            tokenizer=adapter.tokenizer is not None,
+            virtual_tokens=adapter.virtual_tokens,
+            needs=adapter.needs,
+        )
+
+
+_TRAITS = tuple(trait.name for trait in fields(Traits))
+
+
 @dataclass(frozen=True, slots=True)
-class Version:
+class Version(Traits):
     """One published version of a name."""
 
     name: str
     number: int  # from 1, in the order of publishing; a number is not used twice
     digest: str  # 64 hexadecimal digits
     created: float  # seconds since 1970
-    turbo: bool = False  # True: it has Turbo heads
-    classifier: bool = False  # True: it has a classification head, and so generates nothing
-    invoked: bool = False  # True: it serves a text from its invocation on, which its info tells
-    needs: tuple[str, ...] = ()  # digests of the versions that a composition is made of
-    tokenizer: bool = False  # True: it adds tokens, or brings a chat template
 
     @property
     def served(self) -> tuple[str, ...]:
@@ -158,28 +183,14 @@ def _select(entry: NameEntry, reference: Reference) -> Version:
 # --- changes: each gives a new value ------------------------------------------------------------
 
 
-def with_digest(
-    entry: NameEntry | None,
-    name: str,
-    digest: str,
-    *,
-    turbo: bool,
-    classifier: bool,
-    invoked: bool,
-    needs: tuple[str, ...] = (),
-    tokenizer: bool = False,
-) -> NameEntry:
-    """The entry with `digest` current: an old version of it, or a new one.
-
-    `turbo`: it has Turbo heads; `classifier`: a classification head; `invoked`: an invocation;
-    `needs`: its terms; `tokenizer`: it changes the base's.
-    """
+def with_digest(entry: NameEntry | None, name: str, digest: str, traits: Traits) -> NameEntry:
+    """The entry with `digest` current: an old version of it, or a new one, with its traits."""
     versions: Mapping[int, Version] = {} if entry is None else entry.versions
     number = 1 if entry is None else entry.next_number
     for version in versions.values():
         if entry is not None and version.digest == digest:
             return replace(entry, current=version.number)
-    added = Version(name, number, digest, time.time(), turbo, classifier, invoked, needs, tokenizer)
+    added = Version(name, number, digest, time.time(), **asdict(traits))
     return NameEntry({**versions, number: added}, current=number, next_number=number + 1)
 
 
@@ -278,11 +289,7 @@ def encode(index: Index) -> bytes:
                 str(v.number): {
                     "digest": v.digest,
                     "created": v.created,
-                    **({"turbo": True} if v.turbo else {}),
-                    **({"classifier": True} if v.classifier else {}),
-                    **({"needs": list(v.needs)} if v.needs else {}),
-                    **({"invoked": True} if v.invoked else {}),
-                    **({"tokenizer": True} if v.tokenizer else {}),
+                    **{trait: value for trait in _TRAITS if (value := getattr(v, trait))},
                 }
                 for v in entry.versions.values()
             },
@@ -300,7 +307,7 @@ def encode(index: Index) -> bytes:
     every = [v for entry in index.entries.values() for v in entry.versions.values()]
     number = TURBO_FORMAT if any(v.turbo for v in every) else FORMAT
     number = CLASSIFIER_FORMAT if any(v.classifier for v in every) else number
-    later = any(v.needs or v.invoked or v.tokenizer for v in every)
+    later = any(v.invoked or v.tokenizer or v.virtual_tokens or v.needs for v in every)
     number = LATER_FORMAT if later else number
     content = {"format": number, "names": names, "aliases": aliases}
     return json.dumps(content, sort_keys=True).encode()
@@ -357,9 +364,15 @@ class _StoredVersion(_Stored):
     created: Annotated[float, Field(ge=0, le=LAST_SECOND)]
     turbo: bool = False
     classifier: bool = False
-    needs: list[_Digest] = []
     invoked: bool = False
     tokenizer: bool = False
+    virtual_tokens: Annotated[int, Field(ge=0)] = 0
+    needs: list[_Digest] = []
+
+    def version(self, name: str, number: int) -> Version:
+        """The version of that number."""
+        traits = {trait: getattr(self, trait) for trait in _TRAITS} | {"needs": tuple(self.needs)}
+        return Version(name, number, self.digest, self.created, **traits)
 
 
 class _StoredName(_Stored):
@@ -386,17 +399,7 @@ def _entry(name: str, stored: _StoredName) -> NameEntry:
         number = Reference(name, text).number
         if number is None:
             raise ValueError(f"{name} has a version {text!r}, which is no number from 1")
-        versions[number] = Version(
-            name,
-            number,
-            version.digest,
-            version.created,
-            version.turbo,
-            version.classifier,
-            version.invoked,
-            tuple(version.needs),
-            version.tokenizer,
-        )
+        versions[number] = version.version(name, number)
     if stored.next <= max(versions):
         raise ValueError(f"{name} has the version {max(versions)}, and the next is {stored.next}")
     return NameEntry(versions, stored.current, stored.next)

@@ -14,6 +14,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from quickchange_store.canonical import turbo_bytes
 from quickchange_store.canonical.classifier_part import ClassActivation, ClassifierHead
 from quickchange_store.canonical.composition_part import Term
+from quickchange_store.canonical.prompt_part import PromptForm
 from quickchange_store.errors import BaseMismatchError, CorruptVersionError, InvalidAdapterError
 from quickchange_store.index import LAST_SECOND
 from quickchange_store.json_files import UnreadableFileError, read_file, read_object
@@ -64,6 +65,14 @@ class VocabularyInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptInfo:
+    """Figures of a version's virtual tokens."""
+
+    form: PromptForm
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterInfo:
     """Figures of a version. `base_name` and `source` are as given when it was first added."""
 
@@ -84,6 +93,7 @@ class AdapterInfo:
     composition: tuple[Term, ...] = ()  # the versions that it is the sum of
     invocation: tuple[int, ...] = ()  # tokens that activate it; empty: it serves the whole text
     tokenizer: VocabularyInfo | None = None
+    prompt: PromptInfo | None = None
     base_hidden: int | None = None  # hidden size of the base that it was checked against
     base_vocabulary: int | None = None
 
@@ -142,10 +152,11 @@ def describe(
     adapter: CanonicalAdapter, digest: str, *, size: int, created: float, base: BaseSpec | None
 ) -> AdapterInfo:
     """Figures of `adapter`, checked against `base` and stored in `size` bytes."""
-    updates = adapter.updates
+    updates, prompt = adapter.updates, adapter.prompt
     head = None if base is None else base.head
     weights = [update.a for update in updates.values()]
     weights += [] if adapter.turbo is None else [block.weight for block in adapter.turbo.blocks]
+    weights += [] if adapter.prompt is None else [adapter.prompt.values]
     return AdapterInfo(
         digest=digest,
         architecture=adapter.architecture,
@@ -164,6 +175,7 @@ def describe(
         composition=() if adapter.composition is None else adapter.composition.terms,
         invocation=() if adapter.invocation is None else adapter.invocation.tokens,
         tokenizer=None if adapter.tokenizer is None else _tokenizer(adapter.tokenizer),
+        prompt=None if prompt is None else PromptInfo(prompt.form, prompt.tokens),
         base_hidden=None if head is None else head.in_features,
         base_vocabulary=None if head is None else head.out_features,
     )
@@ -201,6 +213,10 @@ def _kind(adapter: CanonicalAdapter) -> str:
         return f"{_kind(replace(adapter, classifier=None))} classifier"
     if adapter.composition is not None:
         return "composition"
+    if adapter.prompt is not None:
+        others = replace(adapter, prompt=None)
+        own = adapter.prompt.kind
+        return f"{_kind(others)} with {own}" if updates or others.turbo else own
     if not updates:
         return "Turbo" if adapter.turbo is not None else "empty"
     if any(update.activation != "identity" or update.source != "input" for update in updates):

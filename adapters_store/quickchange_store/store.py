@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +25,7 @@ from quickchange_store.errors import (
 from quickchange_store.index import (
     Alias,
     Index,
+    Traits,
     Version,
     check_drafters,
     no_version,
@@ -215,19 +215,12 @@ class Store:
         """
         check_name(name)
         _refuse_alias(self._place.index(), name)
-        numbered = partial(
-            with_digest,
-            turbo=adapter.turbo is not None,
-            classifier=adapter.classifier is not None,
-            invoked=adapter.invocation is not None,
-            needs=adapter.needs,
-            tokenizer=adapter.tokenizer is not None,
-        )
+        traits = Traits.of(adapter)
         with self._place.staged(adapter, base) as staged:
 
             def named(index: Index) -> tuple[Index, Version]:
                 _refuse_alias(index, name)
-                entry = numbered(index.entries.get(name), name, staged.digest)
+                entry = with_digest(index.entries.get(name), name, staged.digest, traits)
                 new = replace(index, entries={**index.entries, name: entry})
                 check_drafters(new)
                 return new, entry.versions[entry.current]

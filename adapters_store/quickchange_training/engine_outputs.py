@@ -65,7 +65,9 @@ def _request(wanted: WantedOutputs, index: int, prompt: Sequence[int]) -> Submit
         temperature=0.0,
         stop_token_ids=wanted.stop_token_ids,
     )
-    adapters = () if wanted.adapter is None else (Component(_THE_ADAPTER),)
+    adapters: tuple[Component, ...] = ()
+    if (adapter := wanted.adapter) is not None:
+        adapters = (Component(_THE_ADAPTER, virtual_tokens=adapter.virtual_tokens),)
     return Submit(str(index), tuple(prompt), sampling, adapters, seed=0)
 
 

@@ -179,12 +179,15 @@ class Component:
 
     Tokens at positions [begin, end) of the text take it: prompt and output, from 0. One version may
     have several terms, whose spans do not overlap: a weight that changes along the text.
+    virtual_tokens: that the adapter puts in front of the text, where they take positions of the
+    context; at most one term has any, at the weight 1 in all of the text.
     """
 
     digest: str
     weight: float = 1.0
     begin: int = 0
     end: int | None = None  # None: to the end of the text
+    virtual_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,6 +253,11 @@ class Submit:
     # asked for is the same under other names.
     label: str = field(default="base", kw_only=True, compare=False)
     drafter: str | None = field(default=None, kw_only=True, compare=False)
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Tokens that its adapters put in front of the text."""
+        return sum([component.virtual_tokens for component in self.adapters])
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,9 @@ class RoomForTwo:
     def failed(self, key: str) -> str | None:
         return None if key in self.waiting or key in self.held else "no claim"
 
+    def prompt(self, _digest: str) -> None:
+        """The adapters have no virtual tokens."""
+
     def release(self, key: str) -> None:
         self.waiting.pop(key, None)
         self.held.pop(key, None)

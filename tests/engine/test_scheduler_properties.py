@@ -2,6 +2,7 @@
 
 A step's tokens become known before the next one is scheduled, or one step later.
 With recurrent layers, each of its rows reads the state behind the tokens before it, and no other.
+With virtual tokens, each row finds the keys of all that stands in front of it.
 """
 
 from __future__ import annotations
@@ -9,13 +10,16 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
+from typing import Any
 
 import hypothesis.strategies as st
 import torch
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from quickchange_server.adapters.prompts.held_prompt import HeldPrompt
 from quickchange_server.engine.inputs.step_shapes import PlanShape, exact_extent
+from quickchange_server.engine.inputs.virtual_inputs import virtual_inputs
 from quickchange_server.engine.model_inputs import step_inputs
 from quickchange_server.engine.scheduling.kv_cache_manager import KVBlocks, StateRows
 from quickchange_server.engine.scheduling.scheduler import Scheduled, Scheduler
@@ -35,7 +39,8 @@ Flight = list[tuple[Scheduled, list[int]]]  # a launched step's items, and the t
 class FakeClaims:
     """Adapters that become ready, or fail, when the test says so."""
 
-    def __init__(self) -> None:
+    def __init__(self, prompts: Mapping[str, HeldPrompt]) -> None:
+        self.prompts = prompts
         self.claimed: dict[str, list[str]] = {}
         self.loaded: set[str] = set()
         self.broken: set[str] = set()
@@ -51,6 +56,9 @@ class FakeClaims:
     def failed(self, key: str) -> str | None:
         broken = set(self.claimed[key]) & self.broken
         return f"{broken} can't be loaded" if broken else None
+
+    def prompt(self, digest: str) -> HeldPrompt | None:
+        return self.prompts.get(digest)
 
     def release(self, key: str) -> None:
         del self.claimed[key]
@@ -79,10 +87,11 @@ class SchedulerMachine(RuleBasedStateMachine):
     """Requests come and go; each step gives every sampling sequence a token."""
 
     states: StateRows | None = None
+    prompts: Mapping[str, HeldPrompt] = {}  # by adapter
 
     def __init__(self) -> None:
         super().__init__()
-        self.claims = FakeClaims()
+        self.claims = FakeClaims(self.prompts)
         self.drafts = FakeDrafts()
         self.scheduler = Scheduler(
             KVBlocks(8, 4),
@@ -114,12 +123,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         background: bool,
     ) -> None:
         self.counter += 1
+        front = {name: self.prompts[name].tokens for name in adapters if name in self.prompts}
+        if len(front) > 1:
+            return  # the engine refuses it
+        prompt = prompt[: MAX_MODEL_LEN - 1 - sum(front.values())]
         sequence = Sequence(
             Submit(
                 f"r{self.counter}",
                 tuple(prompt),
                 SamplingParams(max_tokens=max_tokens, stop_token_ids=frozenset({7})),
-                tuple(Component(name) for name in adapters),
+                tuple(Component(name, virtual_tokens=front.get(name, 0)) for name in adapters),
                 drafting=drafting,
                 background=background,
                 seed=0,
@@ -196,7 +209,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         """The text that the item's rows are made of."""
         sequence = item.sequence
         in_flight = [tokens for f in self.flights for of, tokens in f if of.sequence is sequence]
-        return [*sequence.tokens, *(t for tokens in in_flight for t in tokens), *item.drafts]
+        front = [-1] * sequence.virtual
+        return [
+            *front,
+            *sequence.tokens,
+            *(t for tokens in in_flight for t in tokens),
+            *item.drafts,
+        ]
 
     def compute(self, plan: Seq[Scheduled]) -> None:
         """What the model does with a plan."""
@@ -227,6 +246,8 @@ class SchedulerMachine(RuleBasedStateMachine):
 class RecurrentMachine(SchedulerMachine):
     """A machine with a model whose state is the list of all tokens so far."""
 
+    prompts: Mapping[str, HeldPrompt] = {"y": HeldPrompt(torch.zeros(5, 1), cached=False)}
+
     def __init__(self) -> None:
         self.states = StateRows(MAX_SEQUENCES + 1, 3)
         self.pool: dict[int, tuple[int, ...]] = {ZERO_STATE: ()}
@@ -249,12 +270,83 @@ class RecurrentMachine(SchedulerMachine):
                     known = self.known(item)
                     assert [*state] == known[:position], "another state than that before the row"
                     fed = bool(item.sequence.pending)  # the item's only row
-                    assert fed or ids[row] == known[position]
+                    assert fed or ids[row] == max(known[position], 0)
                     state = (*state, known[position])
                 assert write >= FIRST_STATE
                 self.pool[write] = state
 
 
+class VirtualMachine(SchedulerMachine):
+    """A machine with a model whose keys are the composition and the tokens up to each position.
+
+    Two adapters have virtual tokens, vectors and keys, whose values say which they are.
+    """
+
+    def __init__(self) -> None:
+        self.slots: dict[int, Any] = {}
+        super().__init__()
+
+    @staticmethod
+    def prompts_of(vectors: int, keys: int) -> dict[str, HeldPrompt]:
+        return {
+            "x": HeldPrompt(torch.arange(float(vectors))[:, None], cached=False),
+            "y": HeldPrompt(torch.arange(float(keys))[:, None], cached=True),
+        }
+
+    def compute(self, plan: Seq[Scheduled]) -> None:
+        if not plan:
+            return
+        shape = PlanShape.of(plan)
+        inputs = step_inputs(plan, shape, exact_extent(plan, shape, CPU), 4)
+        virtual = virtual_inputs(plan, 4)
+        given: dict[int, float] = {}
+        if virtual is not None and virtual.slots is not None and virtual.cache is not None:
+            cached = zip(virtual.slots.tolist(), virtual.cache[:, 0].tolist(), strict=True)
+            self.slots |= {slot: ("given", token) for slot, token in cached}
+        if virtual is not None and virtual.rows is not None and virtual.vectors is not None:
+            given = dict(zip(virtual.rows.tolist(), virtual.vectors[:, 0].tolist(), strict=True))
+        row = 0
+        for item in plan:
+            sequence, known = item.sequence, self.known(item)
+            for position in range(item.first, item.first + item.rows):
+                if position < sequence.virtual:
+                    assert given.pop(row) == position, "another virtual token than the row's"
+                else:
+                    fed = bool(sequence.pending)
+                    assert fed or int(inputs.ids[row]) == known[position]
+                slot = int(inputs.slots[row])
+                assert int(inputs.positions[row]) == position
+                self.slots[slot] = self.key(sequence, known, position)
+                for before in range(position):
+                    at = sequence.blocks[before // 4] * 4 + before % 4
+                    assert self.slots[at] == self.key(sequence, known, before), "a key is missing"
+                row += 1
+        assert not given, "vectors for rows that are no virtual tokens"
+
+    def key(self, sequence: Sequence, known: list[int], position: int) -> Any:
+        cached = sequence.prompt is not None and sequence.prompt.cached
+        if cached and position < sequence.virtual:
+            return "given", float(position)
+        return sequence.key, tuple(known[: position + 1])
+
+
+class ShortPromptsMachine(VirtualMachine):
+    prompts = VirtualMachine.prompts_of(3, 2)
+
+
+class LongPromptsMachine(VirtualMachine):
+    prompts = VirtualMachine.prompts_of(9, 10)
+
+
+class WholeBlocksMachine(VirtualMachine):
+    prompts = VirtualMachine.prompts_of(8, 4)
+
+
+for machine in (ShortPromptsMachine, LongPromptsMachine, WholeBlocksMachine):
+    machine.TestCase.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+TestShortPrompts = ShortPromptsMachine.TestCase
+TestLongPrompts = LongPromptsMachine.TestCase
+TestWholeBlocksOfPrompts = WholeBlocksMachine.TestCase
 TestRecurrentScheduler = RecurrentMachine.TestCase
 TestRecurrentScheduler.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
 TestScheduler = SchedulerMachine.TestCase

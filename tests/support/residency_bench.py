@@ -13,6 +13,7 @@ from quickchange_server.adapters.manager import Residency
 from quickchange_server.adapters.memory_pool import DevicePool
 from quickchange_server.adapters.module_groups import Member, ModuleGroup
 from quickchange_server.adapters.paced_copies import Pause
+from quickchange_server.adapters.prompts.held_prompt import CacheShape, PromptShape
 from quickchange_server.adapters.turbo_packing import TurboShape
 from quickchange_server.protocol import AdapterFailed, AdapterMoved
 from quickchange_store.canonical.canonical_adapter import CanonicalAdapter, LowRankUpdate
@@ -80,6 +81,7 @@ class Bench:
             self.store.load,
             GROUPS,
             TurboShape(HIDDEN, VOCABULARY),
+            PromptShape(HIDDEN, CacheShape(2, 1, 4), 1 << 20, torch.float32),
             host,
             self.awake.release,
         )

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 from quickchange_store.canonical import turbo_bytes
 from quickchange_store.canonical.classifier_part import ClassifierHead
 from quickchange_store.canonical.composition_part import Composition
+from quickchange_store.canonical.prompt_part import VirtualPrompt
 from quickchange_store.canonical.stored_parts import Invocation, StoredPart
 from quickchange_store.canonical.tokenizer_part import TokenizerChanges
 from quickchange_store.errors import InvalidAdapterError
@@ -279,6 +280,7 @@ class CanonicalAdapter:
     invocation: Invocation | None = None  # None: it serves the whole text
     composition: Composition | None = None  # the versions that it stands for, of a named sum
     tokenizer: TokenizerChanges | None = None  # what differs from the base's
+    prompt: VirtualPrompt | None = None  # virtual tokens in front of every text
 
     @property
     def parameters(self) -> int:
@@ -295,6 +297,7 @@ class CanonicalAdapter:
         parts: dict[str, StoredPart | None] = {
             "composition": self.composition,
             "invocation": self.invocation,
+            "prompt": self.prompt,
             "tokenizer": self.tokenizer,
         }
         return {name: part for name, part in parts.items() if part is not None}
@@ -304,6 +307,11 @@ class CanonicalAdapter:
         """Digests of the versions that it is the sum of, sorted."""
         terms = () if self.composition is None else self.composition.terms
         return tuple(sorted({term.digest for term in terms}))
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Number of tokens that it puts in front of every text."""
+        return 0 if self.prompt is None else self.prompt.tokens
 
     @property
     def max_rank(self) -> int:

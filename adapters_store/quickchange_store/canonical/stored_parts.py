@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from quickchange_store.canonical.composition_part import Composition, Term
+from quickchange_store.canonical.prompt_part import assemble_prompt
 from quickchange_store.canonical.tokenizer_part import TokenizerChanges
 from quickchange_store.errors import InvalidAdapterError
 
@@ -78,6 +79,7 @@ def _tokenizer(entry: Any, _tensors: Tensors) -> TokenizerChanges:
 _READERS: Mapping[str, Callable[[Any, Tensors], StoredPart]] = {
     "composition": _composition,
     "invocation": _invocation,
+    "prompt": assemble_prompt,
     "tokenizer": _tokenizer,
 }
 

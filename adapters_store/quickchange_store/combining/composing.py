@@ -61,7 +61,7 @@ def compose(store: Store, name: str, given: Sequence[GivenTerm]) -> Version:
 
 
 def _check(reference: str, info: AdapterInfo, first: AdapterInfo) -> None:
-    if info.classifier is not None or not (info.modules or info.composition):
+    if info.classifier is not None or not (info.modules or info.composition or info.prompt):
         raise UnsupportedFeatureError(
             "it has a classification head, or nothing that changes the model",
             key=reference,

@@ -115,6 +115,13 @@ def _check_plain(digest: str, adapter: CanonicalAdapter) -> None:
         raise UnsupportedFeatureError(
             "it is a composition", key=digest, remedy="merge the adapters that it is made of"
         )
+    if adapter.virtual_tokens:
+        raise UnsupportedFeatureError(
+            f"it puts {adapter.virtual_tokens} virtual tokens in front of the text, which can't be "
+            "merged",
+            key=digest,
+            remedy="leave it out, or name it beside LoRAs in a composition without a merge",
+        )
     if not adapter.updates:
         raise UnsupportedFeatureError(
             "it holds Turbo heads alone, which add nothing to merge",

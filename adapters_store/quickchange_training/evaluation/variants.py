@@ -78,15 +78,19 @@ class EvaluatedAdapters:
                 return self._merged(cast(MergeStrategy, merged[1]), merged[2])
             if "*" in text:
                 parts = self._weighted(text)
-                components = tuple(Component(digest, weight) for _, digest, weight in parts)
+                components = tuple(self._component(digest, weight) for _, digest, weight in parts)
                 return EvaluatedVariant(_sum_label(parts), components, None)
         name, turbo = _split(text)
         found = self._find(name)
         return EvaluatedVariant(
             _label(name, turbo),
-            () if found.adapter is None else (Component(found.adapter),),
+            () if found.adapter is None else (self._component(found.adapter, 1.0),),
             self._drafting(found, turbo),
         )
+
+    def _component(self, digest: str, weight: float) -> Component:
+        virtual_tokens = self._read[digest].virtual_tokens
+        return Component(digest, weight, virtual_tokens=virtual_tokens)
 
     def _merged(self, strategy: MergeStrategy, text: str) -> EvaluatedVariant:
         parts = self._weighted(text)
@@ -159,7 +163,7 @@ class EvaluatedAdapters:
 
     def _keep(self, digest: str, adapter: CanonicalAdapter, turbo: str | None) -> _Found:
         self._read[digest] = adapter
-        return _Found(digest if adapter.updates else None, turbo)
+        return _Found(digest if adapter.updates or adapter.prompt else None, turbo)
 
 
 def _split(text: str) -> tuple[str, str]:

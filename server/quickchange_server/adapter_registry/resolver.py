@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from threading import Lock
@@ -78,6 +78,11 @@ class Selection:
     def serving(self, prompt: Sequence[int]) -> tuple[Component, ...]:
         """The adapters that serve a prompt, each from where it begins."""
         return activated(self.adapters, self.invocations, prompt)
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Tokens of the context that its adapters put in front of the text."""
+        return sum(component.virtual_tokens for component in self.adapters)
 
     def check_generates(self) -> None:
         """Raise InvalidRequestError if an adapter of it was trained to classify texts."""
@@ -192,7 +197,7 @@ class Catalog:
     def _alone(self, model: str, version: Version) -> Selection:
         if self._only_drafts(version):  # the base itself, with its prefix cache
             return Selection(model, (), BASE_LABEL)
-        adapters = _sum(self._terms(version, WeightedName(model, 1.0)))
+        adapters = self._sum(self._terms(version, WeightedName(model, 1.0)), [version])
         return Selection(
             model,
             adapters,
@@ -209,9 +214,38 @@ class Catalog:
         found = (term.within(named.weight, named.begin, named.end) for term in terms)
         return [Component(t.digest, t.weight, t.begin, t.end) for t in found if t is not None]
 
+    def _sum(
+        self, terms: Sequence[Component], versions: Sequence[Version]
+    ) -> tuple[Component, ...]:
+        """The composition of the terms, which the versions brought.
+
+        Raises InvalidRequestError if a weight is not finite, if there are too many terms, or if
+        virtual tokens can't be composed.
+        """
+        if len(terms) > MAX_COMPONENTS:
+            raise InvalidRequestError(
+                f"adapters: with the terms of named compositions {len(terms)} adapters, where "
+                f"{MAX_COMPONENTS} is the most in one composition; name fewer",
+                param="adapters",
+            )
+        components = summed(terms)
+        if not all(math.isfinite(component.weight) for component in components):
+            raise InvalidRequestError(
+                "adapters: the weights of one adapter add up to infinity; give smaller weights",
+                param="adapters",
+            )
+        virtual = {version.digest: version.virtual_tokens for version in versions}
+        for needed in {digest for version in versions for digest in version.needs}:
+            prompt = self.info(needed).prompt
+            virtual[needed] = 0 if prompt is None else prompt.tokens
+        components = tuple(replace(c, virtual_tokens=virtual[c.digest]) for c in components)
+        _check_prompts(components, {version.digest: str(version) for version in versions})
+        return components
+
     def _only_drafts(self, version: Version) -> bool:
         """True if the version holds Turbo heads and nothing that changes the model."""
-        return version.turbo and self.info(version.digest).modules == 0
+        changes = version.virtual_tokens or self.info(version.digest).modules
+        return version.turbo and not changes
 
     def _composed(self, model: str, composition: Sequence[WeightedName], sees: Sees) -> Selection:
         if not self.is_base(model):
@@ -232,7 +266,7 @@ class Catalog:
             version = self._term(entry.name, sees, param=f"adapters[{index}].id")
             terms += self._terms(version, entry)
             versions.append(version)
-        components = _sum(terms)
+        components = self._sum(terms, versions)
         names = {version.name for version in versions}
         label = names.pop() if len(names) == 1 else COMPOSITION_LABEL
         return Selection(
@@ -375,22 +409,22 @@ def _size(head: ClassifierHead | None) -> int:
     return 0 if head is None else sum(tensor.nbytes for tensor in head.tensors.values())
 
 
-def _sum(terms: Sequence[Component]) -> tuple[Component, ...]:
-    """The composition of the terms.
-
-    Raises InvalidRequestError if a weight is not finite, or there are too many terms.
-    """
-    if len(terms) > MAX_COMPONENTS:
+def _check_prompts(components: Sequence[Component], names: Mapping[str, str]) -> None:
+    """Raise unless at most one has virtual tokens, at the weight 1 in all of the text."""
+    served = [component for component in components if component.virtual_tokens]
+    if len({component.digest for component in served}) > 1:
+        told = sorted(names.get(component.digest, component.digest[:12]) for component in served)
         raise InvalidRequestError(
-            f"adapters: with the terms of named compositions {len(terms)} adapters, where "
-            f"{MAX_COMPONENTS} is the most in one composition; name fewer",
+            f"adapters: {' and '.join(told)} have virtual tokens (prompt or prefix "
+            "tuning), and a text has one front; name one of them",
             param="adapters",
         )
-    components = summed(terms)
-    for component in components:
-        if not math.isfinite(component.weight):
+    for component in served:
+        if (component.weight, component.begin, component.end) != (1.0, 0, None):
+            name = names.get(component.digest, component.digest[:12])
             raise InvalidRequestError(
-                "adapters: the weights of one adapter add up to infinity; give smaller weights",
+                f"adapters: {name} has virtual tokens (prompt or prefix tuning), which are there "
+                f"or not: its weight is {component.weight:g}, from {component.begin} to "
+                f"{component.end or 'the end'}; give 1, and no begin or end",
                 param="adapters",
             )
-    return components

@@ -11,6 +11,7 @@ from enum import Enum
 from typing import Literal
 
 from quickchange_server.adapters.packing import AdapterImage
+from quickchange_server.adapters.prompts.held_prompt import HeldPrompt
 from quickchange_server.protocol import Tier
 
 
@@ -28,10 +29,12 @@ class AdapterEntry:
 
     digest: str
     image: AdapterImage | None = None
+    prompt: HeldPrompt | None = None  # kept as long as the image or the slot is
     slot: int | None = None  # device pages; their content is there unless job is WRITE
     job: LoadJob = LoadJob.NONE
     demand: Mapping[int, int] | None = None  # pages by size, once an image was built
     nbytes: int = 0  # size of the image and of the pages, known with `demand`
+    loaded_bytes: int = 0  # of the image and virtual tokens, known with `demand`
     rank: int = 0  # known with `demand`
     pinned: bool = False
     forgotten: bool = False
@@ -58,7 +61,27 @@ class AdapterEntry:
     def keep_image(self, image: AdapterImage, clock: int) -> None:
         """Keep the host image that was loaded."""
         self.image, self.demand, self.nbytes = image, image.demand, image.nbytes
+        self.prompt = image.prompt
+        self.loaded_bytes = self.host_bytes
         self.rank, self.used = image.rank, clock
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes on the host: of the image, and of virtual tokens."""
+        image = 0 if self.image is None else self.image.nbytes
+        return image + (0 if self.prompt is None else self.prompt.nbytes)
+
+    def leave_host(self) -> None:
+        """Drop the image; virtual tokens stay while a slot needs them."""
+        self.image = None
+        if self.slot is None:
+            self.prompt = None
+
+    def leave_device(self) -> None:
+        """Drop the slot, which its owner has freed."""
+        self.slot = None
+        if self.image is None:
+            self.prompt = None
 
     def pin(self, pinned: bool) -> None:
         """Pin or unpin; a pin revokes `forget`."""

@@ -36,6 +36,7 @@ from quickchange_server.adapters.memory_pool import DevicePool, too_large
 from quickchange_server.adapters.module_groups import ModuleGroup
 from quickchange_server.adapters.paced_copies import Pause
 from quickchange_server.adapters.packing import AdapterImage, build_image, page_shapes
+from quickchange_server.adapters.prompts.held_prompt import HeldPrompt, PromptShape
 from quickchange_server.adapters.turbo_packing import TurboShape
 from quickchange_server.adapters.turbo_tables import TurboSlot
 from quickchange_server.protocol import AdapterFailed, AdapterMoved, Submit
@@ -58,6 +59,7 @@ class Residency:
         load: PacedLoad,
         groups: Sequence[ModuleGroup],
         turbo: TurboShape,
+        prompts: PromptShape,
         host_budget_bytes: int,
         on_wake: Callable[[], None],
     ) -> None:
@@ -66,6 +68,7 @@ class Residency:
         self._load = load
         self._shapes = page_shapes(groups, pool.dtype)
         self._turbo = turbo
+        self._prompts = prompts
         self._host_budget = host_budget_bytes
         self._loader: Loader[AdapterImage | None] = Loader(on_wake)
         self._claims = ClaimBook()
@@ -132,8 +135,8 @@ class Residency:
 
     @property
     def host_images(self) -> dict[str, int]:
-        """Bytes of each adapter on the host tier, by digest."""
-        return {e.digest: e.nbytes for e in self._entries.values() if e.image is not None}
+        """Bytes on the host of each adapter that has any there, by digest."""
+        return {e.digest: e.host_bytes for e in self._entries.values() if e.host_bytes}
 
     # --- claims ---------------------------------------------------------------------------------
 
@@ -168,6 +171,10 @@ class Residency:
         # Another claim may be the oldest now.
         self._stale = self._stale or bool(self._claims.waiting)
         return slots
+
+    def prompt(self, digest: str) -> HeldPrompt | None:
+        """The virtual tokens of an adapter on the device; None if it has none."""
+        return self._entries[digest].prompt
 
     def failed(self, key: str) -> str | None:
         """Error of a claim that can't be met, or None. A later claim on its adapters retries."""
@@ -314,9 +321,9 @@ class Residency:
                 continue
             loading = [e for e in self._entries.values() if e.job is LoadJob.LOAD]
             # An adapter that was never loaded is taken to be as large as the largest known one.
-            largest = max((e.nbytes for e in self._entries.values()), default=0)
+            largest = max((e.loaded_bytes for e in self._entries.values()), default=0)
             ahead = [*self._awaited_images(), *loading, entry]
-            promised = sum(e.nbytes or largest for e in ahead)
+            promised = sum(e.loaded_bytes or largest for e in ahead)
             full = promised > self._host_budget and not first
             if full or len(loading) >= _LOADS_AT_ONCE:
                 return False
@@ -334,7 +341,10 @@ class Residency:
             image = build_image(
                 adapter, self._shapes, self._pool.dtype, pin_memory=pin_memory, pause=self._pause
             )
-            return replace(image, digest=digest)
+            prompt = None
+            if adapter.prompt is not None:
+                prompt = self._prompts.held(adapter.prompt, self._pause)
+            return replace(image, digest=digest, prompt=prompt)
 
         return job
 
@@ -355,7 +365,7 @@ class Residency:
         """Give up an adapter that can't be loaded, with its pin and the claims that wait for it."""
         if entry.slot is not None:
             self._pool.free(entry.slot)
-            entry.slot = None
+            entry.leave_device()
         entry.pinned, entry.prefetch = False, None
         self._claims.fail_all(entry.digest, error)
         self._events.append(AdapterFailed(entry.digest, error))
@@ -414,14 +424,15 @@ class Residency:
         if not entry.idle:
             if entry.slot is not None:
                 self._pool.free(entry.slot)
-            entry.slot = entry.image = None
+            entry.leave_device()
+            entry.leave_host()
             self._moved(entry, "forget")
 
     def _evict(self, entry: AdapterEntry) -> None:
         """Evict an entry from the device; the host's copy stays."""
         if entry.slot is not None:
             self._pool.free(entry.slot)
-            entry.slot = None
+            entry.leave_device()
             self._moved(entry, "evict")
             self._stale = True  # a claim may need it
 
@@ -431,28 +442,34 @@ class Residency:
         return [entry for entry in awaited if entry.image is not None and not entry.resident]
 
     def _trim_host(self) -> None:
-        """Bring the host tier to its budget."""
+        """Bring the host tier to its budget. Adapters leave the device too, where nobody uses them
+        and virtual tokens would stay on the host for them."""
         total = sum(self.host_images.values())
         if total <= self._host_budget:
             return
         awaited, oldest = self._awaited_images(), self._claims.oldest
-        free = [e for e in self._entries.values() if e.image is not None and e not in awaited]
+        needed = self._claims.in_use.union(self._claims.awaited)
+        free = [e for e in self._entries.values() if e.host_bytes and e not in awaited]
         free.sort(key=lambda entry: entry.used)
         for entry in [*free, *(e for e in reversed(awaited) if e.digest not in oldest)]:
             if total <= self._host_budget:
                 return
-            if entry.job is LoadJob.NONE:
-                total -= entry.nbytes
-                entry.image = None
-                if entry.slot is None:
-                    self._moved(entry, "evict")
+            if entry.job is not LoadJob.NONE:
+                continue
+            total -= entry.host_bytes
+            entry.leave_host()
+            if entry.slot is None:
+                self._moved(entry, "evict")
+            elif entry.prompt is not None and not (entry.pinned or entry.digest in needed):
+                self._evict(entry)
+            total += entry.host_bytes
 
     def _moved(
         self, entry: AdapterEntry, reason: Literal["load", "evict", "forget"], seconds: float = 0.0
     ) -> None:
         """Note that an entry has come to its present tier."""
         tier = entry.tier
-        size = 0 if tier == "disk" else entry.nbytes
+        size = {"disk": 0, "host": entry.host_bytes, "device": entry.nbytes}[tier]
         self._events.append(
             AdapterMoved(entry.digest, tier, reason, seconds, size, entry.pinned, entry.rank)
         )
@@ -499,6 +516,9 @@ class NoAdapters:
 
     def ready(self, key: str) -> dict[str, int] | None:
         raise _not_served(f"claim {key}")
+
+    def prompt(self, digest: str) -> HeldPrompt | None:
+        raise _not_served(f"the virtual tokens of {digest}")
 
     def failed(self, key: str) -> str | None:
         raise _not_served(f"claim {key}")

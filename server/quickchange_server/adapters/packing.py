@@ -30,6 +30,7 @@ from torch import Tensor
 from quickchange_kernels.lowrank.lowrank_contract import RANKS_PER_PAGE, PageKind
 from quickchange_server.adapters.module_groups import Member, ModuleGroup, Shard, Spans
 from quickchange_server.adapters.paced_copies import Pause, aligned, copy_in_pieces, no_pause
+from quickchange_server.adapters.prompts.held_prompt import HeldPrompt
 from quickchange_server.adapters.turbo_packing import HeadLayout, head_pages
 from quickchange_server.errors import AdapterFailedError
 from quickchange_store.canonical.canonical_adapter import (
@@ -138,6 +139,7 @@ class AdapterImage:
     rank: int = 0  # the highest of the updates
     tokens: int = 0  # of its vocabulary; 0: the base's own
     digest: str = ""  # of the adapter's version in the store, if it is of one
+    prompt: HeldPrompt | None = None  # its virtual tokens, which have no pages
 
     @property
     def pages(self) -> int:

@@ -37,6 +37,7 @@ from quickchange_server.model.loading.model_loader import LoadedModel
 from quickchange_server.protocol import (
     AdapterFailed,
     AdapterMoved,
+    Component,
     Delta,
     ErrorKind,
     FinishReason,
@@ -286,13 +287,21 @@ class Engine:
 
     def _refusal(self, submit: Submit) -> str | None:
         tokens = len(submit.prompt) + len(submit.output)
-        most = self._max_model_len - (submit.pooling is None)
+        virtual = [component for component in submit.adapters if component.virtual_tokens]
+        if (error := _refused_prompts(virtual)) is not None:
+            return error
+        context = self._max_model_len - sum([component.virtual_tokens for component in virtual])
+        most = context - (submit.pooling is None)
         if not submit.prompt:
             return "prompt: it has no token; give at least one"
         if not isinstance(submit.sampling.token_limit, int):
             return f"max_tokens: {submit.sampling.token_limit} is not a whole number"
-        if tokens > self._max_model_len or len(submit.prompt) > most:
-            return f"prompt: {tokens} tokens leave no room in a context of {self._max_model_len}"
+        if tokens > context or len(submit.prompt) > most:
+            behind = f" behind {self._max_model_len - context} virtual tokens" if virtual else ""
+            return (
+                f"prompt: {tokens} tokens{behind} leave no room in a context of "
+                f"{self._max_model_len}"
+            )
         if not all(0 <= token < self._vocabulary for token in (*submit.prompt, *submit.output)):
             return f"prompt: token ids must be from 0 to {self._vocabulary - 1}"
         return self._adapters.refusal(submit) or self._constraints.refusal(submit)
@@ -422,6 +431,19 @@ class Engine:
             late_compilations=self._late.compiled,
             late_captures=self._late.captured,
         )
+
+
+def _refused_prompts(virtual: Seq[Component]) -> str | None:
+    """Why components with virtual tokens can't serve a request; None if they can."""
+    if len(virtual) > 1:
+        return "adapters: two of them have virtual tokens, and a text has one front; leave one out"
+    for component in virtual:
+        if component.virtual_tokens < 0 or component.weight != 1:
+            return (
+                f"adapters: {component.digest[:12]} has virtual tokens, which have no weight but "
+                f"1, not {component.weight:g}"
+            )
+    return None
 
 
 def _until_error(rows: Seq[SampledToken | RowError]) -> tuple[list[SampledToken], RowError | None]:

@@ -14,9 +14,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from transformers import PretrainedConfig
 
 from quickchange_server.adapters.manager import AdapterTiers, NoAdapters, PacedLoad, Residency
 from quickchange_server.adapters.memory_pool import DevicePool
+from quickchange_server.adapters.prompts.held_prompt import CacheShape, PromptShape
 from quickchange_server.adapters.turbo_packing import TurboShape
 from quickchange_server.config import GIB, Settings
 from quickchange_server.engine.memory.budget import Parts, kv_bytes, memory_table, size
@@ -38,6 +40,10 @@ from quickchange_server.engine.parallel.followers import Followers
 from quickchange_server.engine.warm_up import StepLimits
 from quickchange_server.errors import SettingError
 from quickchange_server.model.loading.model_loader import LoadedModel
+
+# Fields of models that read token ids elsewhere than in their input embedding.
+_READ_IDS = ("hidden_size_per_layer_input", "num_hash_layers")
+_ANOTHER = "use another kind of adapter"
 
 
 @dataclass(frozen=True)
@@ -85,8 +91,9 @@ class EngineMemory:
             most_rank=settings.max_adapter_rank,
         )
         turbo = TurboShape(model.hidden, model.vocabulary)
+        prompts = prompt_shape(model, settings)
         host = settings.adapter_host_bytes
-        return Residency(pool, load_adapter, model.groups, turbo, host, on_wake)
+        return Residency(pool, load_adapter, model.groups, turbo, prompts, host, on_wake)
 
     def fit(self, adapters: AdapterTiers, masks: MasksFor) -> Fitted:
         """The runner and its caches, as large as the settings say or the device has room for.
@@ -178,3 +185,37 @@ class EngineMemory:
             graphs=graphs,
             scratch=max(most - graphs, 0),
         )
+
+
+def prompt_shape(model: LoadedModel, settings: Settings) -> PromptShape:
+    """What the model takes as virtual tokens of adapters, and why where it takes none."""
+    embedding: int | str = int(model.embedding.weight.shape[-1])  # type: ignore[index]
+    cache = _cache_shape(model, settings)
+    config: PretrainedConfig = model.module.config
+    config = config.get_text_config()
+    if any(getattr(config, name, 0) for name in _READ_IDS):
+        embedding = f"the served model reads token ids behind its embedding; {_ANOTHER}"
+    if model.scaling is not None and model.scaling.anew:
+        embedding = cache = (
+            "the served model computes a text anew when it outgrows its first frequencies, for "
+            f"which PEFT counts no virtual tokens; {_ANOTHER}"
+        )
+    most = settings.max_model_len or model.max_positions
+    return PromptShape(embedding, cache, most, model.dtype)
+
+
+def _cache_shape(model: LoadedModel, settings: Settings) -> CacheShape | str:
+    """Shape of what the cache holds of a token, or why no adapter can give it."""
+    if settings.tensor_parallel > 1:
+        return (
+            "keys and values of adapters are not cut over GPUs; serve it with --tensor-parallel 1"
+        )
+    if model.recurrent:
+        return f"the served model has layers whose state keys and values can't say; {_ANOTHER}"
+    shapes = list(model.layers.values())
+    alike = {(shape.kv_heads, shape.head_size, shape.value_size) for shape in shapes}
+    sharing = any(shape.shares is not None for shape in shapes)
+    heads, keys, values = next(iter(alike))
+    if sharing or len(alike) > 1 or keys != values or sorted(model.layers) != [*range(len(shapes))]:
+        return f"the served model's layers have caches of several shapes; {_ANOTHER}"
+    return CacheShape(len(shapes), heads, keys)

@@ -29,6 +29,7 @@ from quickchange_server.engine.inputs.step_shapes import (
 )
 from quickchange_server.engine.scheduling.scheduler import Scheduled
 from quickchange_server.model.forward_context import AdapterBatch, AttentionBatch, ForwardContext
+from quickchange_server.model.virtual_rows import VirtualRows
 
 _NOWHERE = -1  # the slot of a row that is written to no block
 _KNOWN = (-1,)  # the feed of a row whose token the host knows
@@ -53,6 +54,7 @@ class StepInputs:
     # int64 [T]: which of the latest step's sampled tokens is the row's; -1: that in `ids`.
     feed: Tensor | None = None
     reach: Tensor | None = None  # int64 [T], if the model scales positions by the text
+    virtual: VirtualRows | None = None  # in steps without a graph alone
 
     def step(self, tables: LowRankTables | None, kept: Tensor | None = None) -> ForwardContext:
         """The forward context that the model's seams read; all tensors on the model's device.
@@ -68,7 +70,7 @@ class StepInputs:
                 raise ValueError("changes of block tables without the tables")
             blocks = blocks.applied(kept)
         batch = AttentionBatch(self.slots, blocks, self.seq_lens, self.query_start)
-        return ForwardContext(batch, adapters, states, self.reach)
+        return ForwardContext(batch, adapters, states, self.reach, self.virtual)
 
     def _adapters(self, tables: LowRankTables | None) -> AdapterBatch | None:
         if tables is None or self.tokens is None or self.samples is None or self.head is None:
@@ -132,18 +134,21 @@ def step_inputs(
     states_on: torch.device | None = None,
     *,
     scaled: bool = False,
+    virtual: VirtualRows | None = None,
 ) -> StepInputs:
     """The plan's tensors on the host, padded to `extent`.
 
     states_on: the device of a model with recurrent layers; None: it has none. scaled: the model
-    needs each row's reach. Raises ValueError if the plan is larger.
+    needs each row's reach. virtual: what the plan is given of virtual tokens. Raises ValueError if
+    the plan is larger.
     """
     one_kind = extent.tokens_room == extent.samples_room and shape.all_sampled
     states = () if states_on is None else state_parts(plan, extent.rows, states_on)
     fed = any(item.sequence.pending for item in plan)
     inputs = empty_inputs(extent, one_kind=one_kind, fed=fed, scaled=scaled, states=states)
     head_rows = InputWriter(inputs, block_size).write(plan, shape)
-    return replace(inputs, head_rows=None if head_rows == extent.samples else head_rows)
+    head = None if head_rows == extent.samples else head_rows
+    return replace(inputs, head_rows=head, virtual=virtual)
 
 
 class InputWriter:
@@ -187,7 +192,7 @@ class InputWriter:
             else:
                 positions += range(first, length)
                 slots += _slots(sequence.blocks, first, count, size)
-            known = sequence.tokens[first : first + item.count]
+            known = sequence.ids(first, item.count)
             ids += known
             feed += _KNOWN if count == 1 else _KNOWN * count
             if len(known) < item.count:  # the last is not on the host yet

@@ -27,6 +27,7 @@ from quickchange_server.engine.inputs.step_shapes import (
     StepBuckets,
     exact_extent,
 )
+from quickchange_server.engine.inputs.virtual_inputs import virtual_inputs
 from quickchange_server.engine.model_inputs import StepInputs, step_inputs
 from quickchange_server.engine.parallel.followers import Followers
 from quickchange_server.engine.prompt_outputs import ReadInputs, ReadRows, read, read_inputs
@@ -232,8 +233,10 @@ class Runner:
         read = read_inputs(plan) if shape.reads else None
         slots = {slot for components in shape.components for slot, _ in components}
         adapters = self._adapters.tables_of(slots) if slots else None
+        virtual = virtual_inputs(plan, self._block_size)
+        usual = virtual is None and (not slots or adapters is self._adapters.tables)
         extent = None
-        if self._graphs is not None and (not slots or adapters is self._adapters.tables):
+        if self._graphs is not None and usual:
             extent = self._graphs.fit(plan, shape)
         step = None
         if self._graphs is not None and extent is not None:
@@ -241,7 +244,15 @@ class Runner:
         else:
             exact = exact_extent(plan, shape, self._device)
             scaled = self._model.scaling is not None
-            step = step_inputs(plan, shape, exact, self._block_size, self._states_on, scaled=scaled)
+            step = step_inputs(
+                plan,
+                shape,
+                exact,
+                self._block_size,
+                self._states_on,
+                scaled=scaled,
+                virtual=virtual,
+            )
         return _Inputs(shape, tables, adapters, fed(sampling), read, extent, step)
 
     def _forward(

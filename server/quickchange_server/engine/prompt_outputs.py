@@ -114,7 +114,7 @@ def pass_on(plan: Sequence[Scheduled], rows: ReadRows, faults: dict[str, str]) -
 
 
 def _targets(item: Scheduled) -> list[int]:
-    return item.sequence.tokens[item.scored.start + 1 : item.scored.stop + 1]
+    return item.sequence.ids(item.scored.start + 1, len(item.scored))
 
 
 def _scores(

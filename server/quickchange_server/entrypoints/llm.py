@@ -194,8 +194,6 @@ class LLM:
                 f'pooling: {pooling!r} is not known; give "mean" or "last"', param="pooling"
             )
         asked = self._prompts.read(prompts)
-        for one in asked:
-            check_fits(self._engine.info.max_model_len, len(one.ids), one.place)
         sampling = SamplingParams(max_tokens=0)
         submits = [
             Submit(str(i), one.ids, sampling, selection.serving(one.ids), pooling=pooling, seed=0)
@@ -203,6 +201,9 @@ class LLM:
                 zip(asked, self._adapters.selections(adapter, OFF, len(asked)), strict=True)
             )
         ]
+        most = self._engine.info.max_model_len
+        for one, submit in zip(asked, submits, strict=True):
+            check_fits(most, len(one.ids), one.place, submit.virtual_tokens)
         completions = self._run(submits, None, use_tqdm)
         return [
             embedded(str(i), one, completion, normalize)

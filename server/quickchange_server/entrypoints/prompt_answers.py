@@ -57,7 +57,8 @@ class AnswerMaker:
         for name in ("stop_token_ids", "logprob_token_ids", "allowed_token_ids"):
             self._text.check_ids(sorted(getattr(params, name)), name)
         self._text.check_ids(list(params.logit_bias), "logit_bias")
-        fits = room(self._most, len(asked.ids), params.max_tokens, asked.place)
+        front = selection.virtual_tokens
+        fits = room(self._most, len(asked.ids), params.max_tokens, asked.place, front)
         most = fits if params.max_tokens is None else params.max_tokens
         if params.min_tokens > most:
             raise InvalidRequestError(

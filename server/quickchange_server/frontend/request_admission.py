@@ -169,12 +169,12 @@ class RequestAdmission:
 
     def _new_tokens(self, wanted: Wanted, prompt_tokens: int) -> int:
         """Limit of new tokens for a prompt. Raises if it, or the wanted tokens, don't fit."""
-        limit = self._client.engine.max_model_len
+        limit, virtual = self._client.engine.max_model_len, wanted.submit.virtual_tokens
         if wanted.submit.pooling is not None:
-            check_fits(limit, prompt_tokens, wanted.prompt_param)
+            check_fits(limit, prompt_tokens, wanted.prompt_param, virtual)
             return 0
         sampling = wanted.submit.sampling
-        left = room(limit, prompt_tokens, sampling.max_tokens, wanted.prompt_param)
+        left = room(limit, prompt_tokens, sampling.max_tokens, wanted.prompt_param, virtual)
         if sampling.max_tokens is not None:
             return sampling.max_tokens
         limits = (left, wanted.default_tokens, _share(wanted))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from quickchange_kernels.lowrank.lowrank_contract import LowRankTables, Segments
+from quickchange_server.model.virtual_rows import VirtualRows
 
 ZERO_STATE = 0  # state row that is zero and stays so
 SPARE_STATE = 1  # state row that takes what nobody reads: padding's states
@@ -60,6 +61,7 @@ class ForwardContext:
     states: tuple[StatePart, ...] = ()  # in order of computation; for models with states alone
     # int64 [T]: tokens of the text that each row's position is scaled for; None: no model needs it
     reach: torch.Tensor | None = None
+    virtual: VirtualRows | None = None
 
 
 class StepHolder:

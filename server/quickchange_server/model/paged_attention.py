@@ -142,6 +142,7 @@ class PagedAttention:
         holder: StepHolder,
     ) -> None:
         self._holder = holder
+        self._places = {layer: place for place, layer in enumerate(sorted(shapes))}
         self._caches = {
             layer: tuple(
                 # Not zeroed, so that on a CPU only pages in use take memory: no kernel's result
@@ -179,6 +180,8 @@ class PagedAttention:
         batch = step.attention
         if layer in self._caches:
             k_cache, v_cache = self._caches[layer]
+            if step.virtual is not None:
+                step.virtual.write_cache(self._places[layer], k_cache, v_cache)
             kv_write_(key, value, k_cache, v_cache, batch.slots)
         else:  # the keys and values are those that another layer has written in this step
             k_cache, v_cache = self._sharing[layer]

@@ -30,7 +30,7 @@ from quickchange_kernels.turbo_heads.turbo_heads_contract import head_logits, tu
 from quickchange_server.model.adapter_layers import AdaptedEmbedding, AdaptedLinear, BaseLinear
 from quickchange_server.model.input_buffers import Download, upload
 from quickchange_server.model.loading.model_loader import LoadedModel
-from quickchange_server.model.spare_tokens import fence_
+from quickchange_server.model.loading.spare_tokens import fence_
 from quickchange_server.spec_decode.draft_head_plan import (
     Beginning,
     Columns,

@@ -56,7 +56,7 @@ class Proposer:
     def most(self, sequence: DraftedSequence) -> int:
         """Number of drafts that can still count: the last token of a sequence needs none."""
         left = sequence.request.sampling.token_limit - sequence.output_length
-        return min(left, self._max_model_len - len(sequence.tokens), DEEPEST + 1) - 1
+        return min(left, self._max_model_len - sequence.length, DEEPEST + 1) - 1
 
     def chain(self, sequence: DraftedSequence) -> list[Draft]:
         """The drafts offered for a sequence; empty if it has none."""

@@ -49,6 +49,11 @@ class DraftedSequence(Protocol):
     @property
     def output_length(self) -> int: ...
 
+    @property
+    def length(self) -> int:
+        """Positions of its text so far, with virtual tokens in front."""
+        ...
+
 
 class PlannedItem(Protocol):
     """Rows of one sequence in a step: its known tokens, then drafts to verify."""

@@ -29,6 +29,8 @@ class Tuner:
 EXACT: Mapping[str, Tuner] = {
     "ADALORA": Tuner(),
     "BEFT": Tuner(),
+    "CARTRIDGE": Tuner(),
+    "CPT": Tuner(),
     "DEFT": Tuner(weighs=True),
     "DELORA": Tuner(weighs=True),
     "GRALORA": Tuner(),
@@ -39,8 +41,12 @@ EXACT: Mapping[str, Tuner] = {
     "LOKR": Tuner(),
     "LORA": Tuner(weighs=True),  # kinds that the reader of plain LoRA has not
     "MISS": Tuner(weighs=True),
+    "MULTITASK_PROMPT_TUNING": Tuner(),
+    "PREFIX_TUNING": Tuner(),
+    "PROMPT_TUNING": Tuner(),
     "PSOFT": Tuner(weighs=True),
     "PVERA": Tuner(shared=True),
+    "P_TUNING": Tuner(),
     "TINYLORA": Tuner(shared=True),
     "TRAINABLE_TOKENS": Tuner(weighs=True),
     "UNILORA": Tuner(shared=True),
@@ -71,21 +77,12 @@ REFUSED: Mapping[str, tuple[str, str]] = {  # why, and what to do
         "merge it into the base with PEFT (merge_and_unload), or train a LoRA instead",
     ),
     "ADAPTION_PROMPT": ("it adds prompts within the attention of single layers", _NO_UPDATE),
-    "CARTRIDGE": ("it is a cache of keys and values, not an update of modules", _NO_UPDATE),
-    "CPT": ("it is a prompt of trained vectors, not an update of modules", _NO_UPDATE),
     "LILY": (
         "it mixes its experts by the mean over a whole batch, so its output depends on what else "
         "is in the batch",
         _NO_UPDATE,
     ),
-    "MULTITASK_PROMPT_TUNING": (
-        "it is a prompt of trained vectors for each task, not an update of modules",
-        _NO_UPDATE,
-    ),
     "POLY": ("it mixes its skills by a task id, which a request does not have", _NO_UPDATE),
-    "PREFIX_TUNING": ("it is a prefix of keys and values, not an update of modules", _NO_UPDATE),
-    "PROMPT_TUNING": ("it is a prompt of trained vectors, not an update of modules", _NO_UPDATE),
-    "P_TUNING": ("it is a prompt of trained vectors, not an update of modules", _NO_UPDATE),
     "SHADOW": ("it runs a second network beside the base", _NO_UPDATE),
     "XLORA": (
         "it mixes its LoRAs by a network that reads each prompt",

@@ -74,7 +74,7 @@ async def completions(
     order = await request_selection.select(services, caller, body, request.headers)
     services = await request_selection.speaking(services, order)
     body = order.body
-    limit = services.engine.max_model_len
+    limit = order.context(services)
     sent = await token_ids(
         services,
         body.prompt,

@@ -61,6 +61,10 @@ class Order(Generic[B]):
     # Merges the selection's adapters into one that serves the request; returns its digest.
     derive: Callable[[], Awaitable[str]] | None = None
 
+    def context(self, services: Services) -> int:
+        """Tokens that its prompt and answer may have: the context's without virtual tokens."""
+        return services.engine.max_model_len - self.selection.virtual_tokens
+
     @property
     def is_shadow(self) -> bool:
         return self.assignment is not None and self.assignment.shadow

@@ -14,6 +14,7 @@ from quickchange_server.frontend.caller import Scope
 from quickchange_server.protocol import Tier
 from quickchange_server.tenants.key import Limits
 from quickchange_store.canonical.classifier_part import ClassActivation
+from quickchange_store.canonical.prompt_part import PromptForm
 
 # --- adapters -----------------------------------------------------------------------------------
 
@@ -73,6 +74,11 @@ class ComposedVersion(ResponseModel):
     end: int | None
 
 
+class PromptSummary(ResponseModel):
+    form: PromptForm
+    tokens: int
+
+
 class AdapterContents(ResponseModel):
     architecture: str
     base_name: str
@@ -87,6 +93,7 @@ class AdapterContents(ResponseModel):
     classifier: ClassifierSummary | None
     composition: list[ComposedVersion]
     invocation: list[int]
+    prompt: PromptSummary | None
     base_hidden: int | None
     base_vocabulary: int | None
 

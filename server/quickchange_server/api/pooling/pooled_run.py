@@ -47,7 +47,7 @@ class PoolingCall:
     @property
     def cut(self) -> Truncation:
         """The cut of prompts. Raises InvalidRequestError."""
-        body, context = self.body, self.services.engine.max_model_len
+        body, context = self.body, self.order.context(self.services)
         return truncation(body.truncate_prompt_tokens, body.truncation_side, context)
 
 

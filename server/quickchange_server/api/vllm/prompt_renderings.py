@@ -6,7 +6,7 @@ import asyncio
 import uuid
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
 from pydantic import Field
@@ -20,6 +20,7 @@ from quickchange_server.api.openai.chat.chat_requests import ChatRequest
 from quickchange_server.api.openai.chat.chat_route import chat_prompt
 from quickchange_server.api.openai.chat.tool_calling import tools_form
 from quickchange_server.api.openai.completions import several_of, token_ids
+from quickchange_server.api.openai.request_selection import Order
 from quickchange_server.api.openai.requests import (
     DEFAULT_COMPLETION_TOKENS,
     CompletionRequest,
@@ -40,6 +41,8 @@ router = APIRouter(route_class=JsonRoute, tags=["vLLM"], responses=COMMON_ERRORS
 MAX_ID = 128  # characters, as of the header
 
 Offsets = list[tuple[int, int]]
+Bodies = TypeVar("Bodies", bound=GenerationRequest)
+Chats = TypeVar("Chats", bound=ChatRequest)
 
 
 class _Rendering(Body):
@@ -74,7 +77,7 @@ async def render_completion(
     name = _id(request, "cmpl-", body.request_id)
     names = [name] if len(sent) == 1 else [f"{name}-{number}" for number in range(len(sent))]
     return [
-        _rendered(services, body, one, ids, offsets, "prompt", DEFAULT_COMPLETION_TOKENS)
+        _rendered(services, order, one, ids, offsets, "prompt", DEFAULT_COMPLETION_TOKENS)
         for one, ids, offsets in zip(names, sent, spans, strict=True)
     ]
 
@@ -88,8 +91,9 @@ async def render_chat(
     """Token ids and sampling parameters of a chat, which is not answered."""
     name = _id(request, "chatcmpl-", body.request_id)
     order = await request_selection.select(services, caller, body, request.headers)
-    services, body = await request_selection.speaking(services, order), order.body
-    return await _chat(services, body, name, "messages", with_offsets=body.return_token_offsets)
+    services = await request_selection.speaking(services, order)
+    with_offsets = order.body.return_token_offsets
+    return await _chat(services, order, name, "messages", with_offsets=with_offsets)
 
 
 @router.post("/v1/messages/render", response_model=RenderedPrompt, responses=errors(404, 413))
@@ -98,8 +102,8 @@ async def render_messages(
 ) -> Json:
     """Token ids and sampling parameters of an Anthropic conversation, which is not answered."""
     order = await request_selection.select(services, caller, body.chat, request.headers)
-    services, chat = await request_selection.speaking(services, order), order.body
-    return await _chat(services, chat, _id(request, "msg_", None), "messages")
+    services = await request_selection.speaking(services, order)
+    return await _chat(services, order, _id(request, "msg_", None), "messages")
 
 
 @router.post("/v1/responses/render", response_model=RenderedPrompt, responses=errors(404, 413))
@@ -110,14 +114,20 @@ async def render_response(
     context = await context_of(services.responses, owner_of(caller), body)
     chat = chat_of(body, translated(body, context))
     order = await request_selection.select(services, caller, chat, request.headers)
-    services, chat = await request_selection.speaking(services, order), order.body
-    return await _chat(services, chat, _id(request, "resp_", None), "input")
+    services = await request_selection.speaking(services, order)
+    return await _chat(services, order, _id(request, "resp_", None), "input")
 
 
 async def _chat(
-    services: Services, body: ChatRequest, name: str, param: str, *, with_offsets: bool = False
+    services: Services,
+    order: Order[Chats],
+    name: str,
+    param: str,
+    *,
+    with_offsets: bool = False,
 ) -> Json:
     """A `RenderedPrompt` of a chat."""
+    body = order.body
     tools_form(services.text, body.messages, body.offered_tools)
     most = body.most_prompt_tokens(services.engine.max_model_len)
     ids = await chat_prompt(services, body, most=most, param=param)
@@ -130,7 +140,7 @@ async def _chat(
             how=body.how,
         )
         offsets = await _offsets(services, text, most, body.add_special_tokens, param)
-    return _rendered(services, body, name, ids, offsets, param, None)
+    return _rendered(services, order, name, ids, offsets, param, None)
 
 
 def _id(request: Request, kind: str, given: str | None) -> str:
@@ -152,7 +162,7 @@ async def _offsets(
 
 def _rendered(
     services: Services,
-    body: GenerationRequest,
+    order: Order[Bodies],
     request_id: str,
     ids: list[int],
     offsets: Offsets | None,
@@ -160,10 +170,11 @@ def _rendered(
     default_tokens: int | None,
 ) -> Json:
     """A `RenderedPrompt`. Raises as the generation's own route where the prompt does not fit."""
-    limit = services.engine.max_model_len
+    body, limit = order.body, order.context(services)
     ids = body.truncated(ids, limit)
     wanted = body.wanted_tokens
-    left = room(limit, len(ids), wanted, param)
+    front = order.selection.virtual_tokens
+    left = room(services.engine.max_model_len, len(ids), wanted, param, front)
     most = wanted if wanted is not None else min(left, default_tokens or left)
     if body.min_tokens > most:
         raise wrong(

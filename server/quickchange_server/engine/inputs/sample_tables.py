@@ -138,6 +138,7 @@ class SampledSequence(Protocol):
 
     request: Submit
     tokens: list[int]  # prompt and output
+    virtual: int  # virtual tokens in front of them, which `first` counts
 
 
 class SampledItem(Protocol):
@@ -174,7 +175,7 @@ class BatchTables:
         if not self._batch.is_of(items):
             self._batch = _Batch.of(items, self._vocabulary)
         batch = self._batch
-        known = [item.first + item.count for item in items]
+        known = [item.first + item.count - item.sequence.virtual for item in items]
         positions = np.array(known, dtype=np.int64)
         if batch.owners is not None:
             positions = positions[batch.owners] + batch.depths

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from typing import Protocol
 
+from quickchange_server.adapters.prompts.held_prompt import HeldPrompt
 from quickchange_server.engine.scheduling.sequence import Sequence
 
 _NONE: Mapping[str, int] = {}
@@ -22,6 +23,7 @@ class Claims(Protocol):
     def claim(self, key: str, digests: list[str]) -> None: ...
     def ready(self, key: str) -> Mapping[str, int] | None: ...
     def failed(self, key: str) -> str | None: ...
+    def prompt(self, digest: str) -> HeldPrompt | None: ...
     def release(self, key: str) -> None: ...
 
 
@@ -78,6 +80,19 @@ class Holdings:
         if slots is None:
             raise RuntimeError(f"{sequence.request_id} runs without its adapters on the device")
         return slots
+
+    def take_prompt(self, sequence: Sequence) -> str | None:
+        """Give a ready sequence its virtual tokens; an error if it counts on others."""
+        for component in sequence.request.adapters:
+            prompt = self._claims.prompt(component.digest)
+            found, counted = 0 if prompt is None else prompt.tokens, component.virtual_tokens
+            if found != counted:
+                return (
+                    f"adapters: {component.digest[:12]} has {found} virtual tokens, and the "
+                    f"request was made for {counted}; send it again"
+                )
+            sequence.prompt = prompt or sequence.prompt
+        return None
 
     def failure(self, sequence: Sequence) -> str | None:
         """The error that keeps a claimed adapter from loading; None if there is none so far."""

@@ -27,10 +27,14 @@ from quickchange_server.adapters.batch_segments import Components, Run, Stretche
 from quickchange_server.engine.scheduling.adapter_claims import Claims, Holdings
 from quickchange_server.engine.scheduling.fair_queue import Lane
 from quickchange_server.engine.scheduling.kv_cache_manager import KVBlocks, StateRows
-from quickchange_server.engine.scheduling.sequence import Border, Sequence, isolated
+from quickchange_server.engine.scheduling.sequence import (
+    NO_ROWS,
+    Border,
+    Sequence,
+    isolated,
+)
 from quickchange_server.protocol import FinishReason
 
-_NO_ROWS = range(0)
 _COMPONENTS = attrgetter("components")
 _MOST_SCORED = 256  # prompt rows of a step whose logits are read: [256, V] is held at once
 _BESIDE = 8  # beside foreground rows, the background gets one of so many rows of the budget
@@ -38,7 +42,7 @@ _BESIDE = 8  # beside foreground rows, the background gets one of so many rows o
 
 @dataclass(slots=True, eq=False)
 class Scheduled:
-    """Rows of one sequence in a step: tokens [first, first + count), then drafts.
+    """Rows of one sequence in a step: positions [first, first + count), then drafts.
 
     It says what the step computes of the sequence, which goes on while the step is in flight.
     """
@@ -57,6 +61,7 @@ class Scheduled:
     # whose hidden states are read for an embedding.
     scored: range = field(init=False)
     pooled: range = field(init=False)
+    virtual: range = field(init=False)  # positions of virtual tokens that the step is given
     rows: int = field(init=False)
     sampled_rows: int = field(init=False)  # number of rows, the last ones, that are sampled
     pends: bool = field(default=False, init=False)  # see `Sequence.pending`; set at the launch
@@ -68,9 +73,12 @@ class Scheduled:
         self.prefills = remaining > 1
         self.rows = self.count + drafts
         self.sampled_rows = 1 + drafts if self.samples else 0
-        self.scored = self.pooled = _NO_ROWS
+        self.virtual = sequence.virtual_rows(self.count) if sequence.virtual else NO_ROWS
+        self.scored = self.pooled = NO_ROWS
         if (reading := sequence.reading) is not None:
-            rows = reading.rows(self.first, self.count)
+            front = sequence.virtual
+            rows = reading.rows(self.first - front, self.count)
+            rows = range(rows.start + front, rows.stop + front)
             if reading.top is None:
                 self.pooled = rows
             else:
@@ -176,8 +184,8 @@ class Scheduler:
     def schedule(self, now: float) -> list[Scheduled]:
         """Plan the coming step. now: seconds on the clock of the sequences' arrival.
 
-        Sequences for which no drafts can be made, because of an error of their own, are in `faults`
-        and not in the plan: the owner cancels them.
+        Sequences that can't be admitted, or for which no drafts can be made, because of an error of
+        their own, are in `faults` and not in the plan: the owner cancels them.
         """
         self.faults = {}
         self._holdings.changed = False
@@ -201,6 +209,7 @@ class Scheduler:
         for item in items:
             sequence = item.sequence
             sequence.computed += item.count
+            sequence.written = sequence.virtual
             if item.samples and sequence.goes_on_behind(sequence.computed + 1, self.max_model_len):
                 item.pends = True
                 sequence.pending += 1
@@ -220,7 +229,7 @@ class Scheduler:
         sequence.pending -= item.pends
         taken = 0
         reason = None
-        if not sequence.generates and item.first + item.count == len(sequence.tokens):
+        if not sequence.generates and item.first + item.count == sequence.length:
             reason = sequence.reason_without_output
         for token in tokens:
             sequence.take(token)
@@ -359,7 +368,13 @@ class Scheduler:
         admitted = []
         while budget > 0 and self._has_place(lane):
             sequence = lane.next(self._holdings.is_ready)
-            if sequence is None or not self._place(sequence):
+            if sequence is None:
+                break
+            if (fault := self._holdings.take_prompt(sequence)) is not None:
+                self.cancel(sequence.request_id)
+                self.faults[sequence.request_id] = fault
+                continue
+            if not self._place(sequence):
                 break
             if len(self.running) == self.max_sequences:
                 self._preempt(self._last())
@@ -411,7 +426,7 @@ class Scheduler:
             with_state, state = self.states.find(keys[: len(found)])
             self.blocks.release(found[with_state:])
             found = found[:with_state]
-        most = len(sequence.tokens) + sequence.generates
+        most = sequence.length + sequence.generates
         needed = -(-most // block_size) - len(found)
         while needed > self.blocks.available or (self.states and not self.states.available):
             if sequence.request.background or len(self.running) == self._running_foreground():
@@ -423,12 +438,12 @@ class Scheduler:
         if self.states is not None:
             sequence.states, sequence.kept_state = self.states.allocate(1), state
         sequence.blocks = found
-        sequence.computed = len(found) * block_size
+        sequence.start_behind(len(found) * block_size)
         sequence.committed = len(found)
         self.prefix_query_tokens += len(sequence.tokens)
-        self.prefix_hit_tokens += sequence.computed
+        self.prefix_hit_tokens += sequence.text_computed
         if sequence.cached_tokens is None:
-            sequence.cached_tokens = sequence.computed
+            sequence.cached_tokens = sequence.text_computed
         return True
 
     def _grow(self, sequence: Sequence, count: int) -> bool:
@@ -476,8 +491,8 @@ class Scheduler:
             self.states.let_go(sequence.kept_state)
             self.states.let_go(None if sequence.border is None else sequence.border.row)
             sequence.states, sequence.kept_state, sequence.border = [], None, None
-        sequence.computed = 0
-        sequence.committed = 0
+        sequence.computed = sequence.written = sequence.committed = 0
+        sequence.prompt = None
 
     def _plan_border(self, states: StateRows, sequence: Sequence, count: int) -> None:
         """Let the coming `count` rows leave the state behind their last full block to be kept."""
@@ -507,7 +522,7 @@ class Scheduler:
 
     def _commit_full_blocks(self, sequence: Sequence) -> None:
         block_size = self.blocks.block_size
-        full = min(sequence.computed, len(sequence.tokens)) // block_size
+        full = min(sequence.computed, sequence.length) // block_size
         if full <= sequence.committed:
             return
         keys = sequence.keys_of_full_blocks(full, block_size)
@@ -525,7 +540,10 @@ class Scheduler:
         """Slots of a sequence's adapters and heads, as long as it holds them."""
         slots = self._holdings.slots(sequence)
         stretches = tuple(
-            (first, tuple([(slots[term.digest], term.weight) for term in terms]))
+            (
+                first and sequence.virtual + first,
+                tuple([(slots[term.digest], term.weight) for term in terms]),
+            )
             for first, terms in sequence.compositions
         )
         heads = None if sequence.heads is None else slots[sequence.heads]

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quickchange_server.adapters.batch_segments import Components, Stretches
+from quickchange_server.adapters.prompts.held_prompt import HeldPrompt
 from quickchange_server.engine.scheduling.kv_cache_manager import block_key
 from quickchange_server.model.architectures.position_scaling import PositionScaling
 from quickchange_server.model.forward_context import ZERO_STATE
@@ -37,6 +38,8 @@ from quickchange_server.structured_output.compiler import Matcher
 
 logger = logging.getLogger(__name__)
 
+NO_ROWS = range(0)
+_VIRTUAL = -1  # a virtual token in block keys, which its adapter's digest tells from others
 Doubles = npt.NDArray[np.float64]
 
 
@@ -130,7 +133,7 @@ class Reading:
         return (self._sum / self._pooled).astype("<f4").tobytes()
 
     def rows(self, first: int, count: int) -> range:
-        """Rows to be read among [first, first + count)."""
+        """Rows to be read among [first, first + count), which may begin in front of the text."""
         return range(max(first, self.done), min(first + count, self._end))
 
     def add_scores(self, scores: Seq[TokenLogprobs]) -> None:
@@ -190,15 +193,19 @@ class Border(NamedTuple):
 
 @dataclass(eq=False)
 class Sequence:
-    """A request in the engine. `tokens` is prompt and output; everything else follows from it."""
+    """A request in the engine. `tokens` is prompt and output; everything else follows from it.
+
+    Positions, rows and blocks count the virtual tokens in front of the text; `tokens` has none.
+    """
 
     request: Submit
     arrival: float  # seconds, monotonic
     scaling: PositionScaling | None = None  # if the model scales positions by the text's length
     # Derived from the request.
     request_id: str = field(init=False)  # a field: it is read many times a step
+    virtual: int = field(init=False)  # virtual tokens in front of its text
     _prompt: int = field(init=False)  # its length
-    _end: int = field(init=False)  # tokens of the text, at most, by the request
+    _end: int = field(init=False)  # positions, at most, by the request
     tokens: list[int] = field(init=False)
     key: bytes = field(init=False)  # key of its composition and salt
     reach: int = field(init=False)  # tokens of the text that its positions are scaled for, at least
@@ -218,7 +225,7 @@ class Sequence:
     block_keys: list[bytes] = field(
         default_factory=list
     )  # content keys of its full blocks, as far as needed
-    # Leading tokens whose keys and values are in `blocks`, or will be by a launched step.
+    # Leading positions whose keys and values are in `blocks`, or will be by a launched step.
     computed: int = 0
     # Tokens that launched steps sample and that have to be computed in their turn: they follow
     # `tokens`, and are scheduled like these.
@@ -227,6 +234,10 @@ class Sequence:
     # those of each.
     components: Components = ()
     stretches: Stretches = ()
+    prompt: HeldPrompt | None = None  # its virtual tokens, while it runs
+    # Leading positions that need no writing: of those in front, a cache's keys and values are
+    # given to the blocks, and not computed.
+    written: int = 0
     head_slot: int | None = None  # of its Turbo heads, while it runs
     token_row: int = 0  # where the pending one is among the latest step's sampled tokens
     committed: int = 0  # leading blocks offered to the prefix cache
@@ -244,13 +255,14 @@ class Sequence:
         request = self.request
         self.request_id = request.request_id
         self._prompt = len(request.prompt)
-        self._end = self._prompt + request.sampling.token_limit
+        self.virtual = request.virtual_tokens
+        self._end = self.virtual + self._prompt + request.sampling.token_limit
         self.tokens = [*request.prompt, *request.output]
         self.key = composition_key(request.adapters, request.salt)
         self.compositions = compositions_along(request.adapters)
-        self.reach = len(request.prompt)
+        self.reach = self.virtual + len(request.prompt)
         if self.outgrown:
-            self.reach = len(self.tokens)
+            self.reach = self.length
         self.reading = Reading.of(request)
         # A request for its prompt's log-probabilities alone has no new token.
         more = self.reading is None or request.sampling.token_limit > 0
@@ -278,9 +290,39 @@ class Sequence:
         return len(self.tokens) - self._prompt
 
     @property
+    def length(self) -> int:
+        """Positions of its text so far, with the virtual tokens in front."""
+        return self.virtual + len(self.tokens)
+
+    @property
     def remaining(self) -> int:
-        """Tokens still to be computed before the next one can be sampled."""
-        return len(self.tokens) + self.pending - self.computed
+        """Positions still to be computed before the next token can be sampled."""
+        return self.virtual + len(self.tokens) + self.pending - self.computed
+
+    def ids(self, first: int, count: int) -> list[int]:
+        """Token ids at `count` positions, as far as known; 0 for a virtual token."""
+        begin = first - self.virtual
+        if begin >= 0:
+            return self.tokens[begin : begin + count]
+        return [0] * min(-begin, count) + self.tokens[: max(begin + count, 0)]
+
+    def virtual_rows(self, count: int) -> range:
+        """Positions of virtual tokens that a step with the next `count` rows has to be given."""
+        if self.prompt is not None and self.prompt.cached:
+            return range(self.written, self.virtual)
+        end = min(self.computed + count, self.virtual)
+        return range(self.computed, end) if self.computed < end else NO_ROWS
+
+    def start_behind(self, cached: int) -> None:
+        """Begin behind `cached` positions that were found, and behind a cache in front of them."""
+        given = self.virtual if self.prompt is not None and self.prompt.cached else 0
+        self.written = min(cached, self.virtual)
+        self.computed = max(cached, given)
+
+    @property
+    def text_computed(self) -> int:
+        """Leading tokens of the text that are computed, or will be by a launched step."""
+        return max(self.computed - self.virtual, 0)
 
     @property
     def needs_its_tokens(self) -> bool:
@@ -289,7 +331,7 @@ class Sequence:
         return self._needs_values or self.outgrown
 
     def goes_on_behind(self, length: int, max_model_len: int) -> bool:
-        """True if a text of `length` tokens may have another one."""
+        """True if a text of `length` positions may have another one."""
         return length < max_model_len and length < self._end
 
     @property
@@ -301,11 +343,11 @@ class Sequence:
 
     @property
     def reusable(self) -> int:
-        """Leading tokens that need not be computed if their keys and values are cached."""
-        known = len(self.tokens) - 1  # the last one's hidden state gives the next token
+        """Leading positions that need not be computed if their keys and values are cached."""
+        known = self.length - 1  # the last one's hidden state gives the next token
         if self.reading is None or self.reading.complete:
             return known
-        return min(known, self.reading.done)
+        return min(known, self.virtual + self.reading.done)
 
     @property
     def queue_seconds(self) -> float | None:
@@ -323,7 +365,7 @@ class Sequence:
         scaling = self.scaling
         if scaling is None or not scaling.anew:
             return False
-        return scaling.kind(self.reach) != scaling.kind(len(self.tokens) + self.pending)
+        return scaling.kind(self.reach) != scaling.kind(self.length + self.pending)
 
     @property
     def room_in_reach(self) -> int:
@@ -331,11 +373,11 @@ class Sequence:
         scaling = self.scaling
         if scaling is None or not scaling.anew or scaling.kind(self.reach):
             return sys.maxsize
-        return scaling.limit - len(self.tokens)
+        return scaling.limit - self.length
 
     def begin_anew(self) -> None:
         """Scale positions for the text as it is now. No token may count as computed."""
-        self.reach = len(self.tokens)
+        self.reach = self.length
         self.block_keys.clear()
 
     def keys_of_full_blocks(self, count: int, block_size: int) -> list[bytes]:
@@ -345,10 +387,17 @@ class Sequence:
             parent = self.block_keys[-1] if index else self._first_parent()
             begin, end = index * block_size, (index + 1) * block_size
             for first, terms in self.compositions[1:]:
-                if begin <= first < end:
-                    parent = self._border_key(parent, first - begin, terms)
-            self.block_keys.append(block_key(parent, self.tokens[begin:end]))
+                if begin <= self.virtual + first < end:
+                    parent = self._border_key(parent, self.virtual + first - begin, terms)
+            self.block_keys.append(block_key(parent, self._key_tokens(index, block_size)))
         return self.block_keys[:count]
+
+    def _key_tokens(self, index: int, block_size: int) -> list[int]:
+        """The tokens of a full block as its key has them."""
+        begin = index * block_size - self.virtual
+        if begin >= 0:
+            return self.tokens[begin : begin + block_size]
+        return [_VIRTUAL] * min(-begin, block_size) + self.tokens[: max(begin + block_size, 0)]
 
     def _first_parent(self) -> bytes:
         """What the first block follows: the composition that the text begins under, so that texts
@@ -374,8 +423,8 @@ class Sequence:
         """Reason why a sequence that generates has ended; None if it goes on."""
         if not self.generates:
             return None
-        length, tokens = len(self.tokens), self.tokens
-        if length > self._prompt and tokens[-1] in self.request.sampling.stop_token_ids:
+        length, tokens = self.length, self.tokens
+        if len(tokens) > self._prompt and tokens[-1] in self.request.sampling.stop_token_ids:
             return "stop"
         if self.matcher is not None and self.matcher.complete:
             return "stop"  # before min_tokens, too: nothing else may follow

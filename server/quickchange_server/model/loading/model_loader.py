@@ -61,13 +61,14 @@ from quickchange_server.model.loading.model_proof import (
     Tolerance,
     explained,
 )
+from quickchange_server.model.loading.spare_tokens import add_spare_tokens, fence_
 from quickchange_server.model.output_side import connect
 from quickchange_server.model.paged_attention import LayerShape, PagedAttention, ShapeRecorder
 from quickchange_server.model.parallel.ranks import Ranks
 from quickchange_server.model.parallel.sharding import UNCUT, localised, made_whole
 from quickchange_server.model.parallel.sharding_plan import whole_ends
 from quickchange_server.model.rows_read import Rows, rows_read
-from quickchange_server.model.spare_tokens import add_spare_tokens, fence_
+from quickchange_server.model.virtual_rows import take_vectors
 from quickchange_server.model.wrapping import Wrapper
 from quickchange_store.base_model.base_source import BaseSource
 from quickchange_store.base_model.base_weights import load_base, quantization_method
@@ -300,6 +301,7 @@ def _prepared(
     paged_attention.install(model, recorder)
     head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
     head_input = HeadInput(head)
+    take_vectors(model.get_input_embeddings(), holder)  # type: ignore[operator]
     states = noting_states(model) if keeps_states(config) else nullcontext(lambda: ())
     with states as recurrent_layers:
         logits = _logits(model, torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long))

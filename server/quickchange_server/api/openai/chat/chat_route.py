@@ -86,7 +86,7 @@ async def begin_chat(
     if form is not None:
         order = replace(order, shown=order.shown | services.text.special_of(form.marks))
     body = order.body
-    limit = services.engine.max_model_len
+    limit = order.context(services)
     prompt = await chat_prompt(services, body, most=body.most_prompt_tokens(limit), param=param)
     prompt = body.truncated(prompt, limit)
     thoughts = None if form is None else Thoughts.of(services.text, form, body, prompt)

@@ -1,0 +1,1 @@
+"""PEFT adapters that are a prompt of trained numbers in front of every text."""

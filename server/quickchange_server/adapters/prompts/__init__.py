@@ -1,0 +1,1 @@
+"""Virtual tokens of adapters, as the engine holds them."""
