@@ -12,12 +12,14 @@ import torch
 from engine_driver import Driver, make_engine, request
 from peft import PeftConfig, PeftModel, get_peft_model
 from tiny_models import VOCABULARY, greedy, make_model, save_model
+from transformers import PreTrainedModel
 
 from quickchange_store.base_model.base_spec import base_spec
 from quickchange_store.canonical.canonical_adapter import CanonicalAdapter
 from quickchange_store.importing import read_adapter
 
 TOKENS = 10
+WHOLE = ("modules_to_save", "ln_tuning_layers")  # in the names of modules that are trained whole
 
 
 @dataclass(frozen=True)
@@ -31,9 +33,15 @@ class Trained:
     plain: dict[str, list[int]]  # the base's own answers
 
 
-def train(family: str, folder: Path, configs: Mapping[str, PeftConfig]) -> Trained:
+def train(
+    family: str, folder: Path, configs: Mapping[str, PeftConfig], *, drawn_norms: bool = False
+) -> Trained:
     """Each adapter on a model of its own, as PEFT does not mix its kinds."""
-    path = save_model(family, folder / "base")
+    path = save_model(family, folder / "base", drawn_norms=drawn_norms)
+
+    def base() -> PreTrainedModel:
+        return make_model(family, drawn_norms=drawn_norms)
+
     spec = base_spec(str(path))
     generator = random.Random(1)
     result = Trained(path, {}, {}, {}, {})
@@ -41,10 +49,10 @@ def train(family: str, folder: Path, configs: Mapping[str, PeftConfig]) -> Train
         torch.manual_seed(seed)
         prompt = [generator.randrange(VOCABULARY) for _ in range(generator.randint(1, 30))]
         result.prompts[name] = prompt
-        result.plain[name] = greedy(make_model(family), prompt, TOKENS)
+        result.plain[name] = greedy(base(), prompt, TOKENS)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT warns of tied embeddings, and saves them too
-            model = get_peft_model(make_model(family), config).eval()
+            model = get_peft_model(base(), config).eval()
             _randomise(model)
             model.save_pretrained(folder / name)
         result.answers[name] = greedy(model, prompt, TOKENS)
@@ -57,6 +65,8 @@ def _randomise(model: PeftModel) -> None:
         for key, parameter in model.named_parameters():
             if "lora_magnitude" in key or "ia3_l" in key:
                 parameter.mul_(torch.rand_like(parameter) + 0.5)
+            elif parameter.requires_grad and any(part in key for part in WHOLE):
+                parameter.add_(torch.randn_like(parameter) * 0.2)
             elif parameter.requires_grad:
                 torch.nn.init.normal_(parameter, std=0.25)
 

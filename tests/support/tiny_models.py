@@ -76,6 +76,14 @@ FAMILIES: dict[str, dict[str, object]] = {
         "final_logit_softcapping": 15.0,
         "query_pre_attn_scalar": 16,
     },
+    # Norms of heads, and around each sub-layer, whose weights are stored minus one.
+    "gemma3-untied": {
+        "model_type": "gemma3_text",
+        **_GROUPED,
+        "head_dim": 16,
+        "sliding_window": 9,
+        "tie_word_embeddings": False,
+    },
     # Looks like llama, but scales what each sub-layer adds.
     "granite": {"model_type": "granite", **_GROUPED, "residual_multiplier": 0.5},
     # Rotates neighbouring columns; attention and MLP side by side.
@@ -240,8 +248,11 @@ FAMILIES: dict[str, dict[str, object]] = {
 }
 
 
-def make_model(family: str, seed: int = 0) -> PreTrainedModel:
-    """A random float32 model with transformers' own attention."""
+def make_model(family: str, seed: int = 0, *, drawn_norms: bool = False) -> PreTrainedModel:
+    """A random float32 model with transformers' own attention.
+
+    drawn_norms: its norms have random weights and biases, too, as trained ones have.
+    """
     torch.manual_seed(seed)
     options = {**_COMMON, **FAMILIES[family]}
     attention = options.pop("attn_implementation", "eager")
@@ -252,12 +263,14 @@ def make_model(family: str, seed: int = 0) -> PreTrainedModel:
             part in name.lower() for part in ("norm", "ln_")
         ):  # biases start at zero: make them count
             torch.nn.init.normal_(parameter, std=0.3 if parameter.dim() > 1 else 0.1)
+        elif drawn_norms:
+            parameter.data += torch.randn_like(parameter) * 0.2
     return model
 
 
-def save_model(family: str, folder: Path, seed: int = 0) -> Path:
+def save_model(family: str, folder: Path, seed: int = 0, *, drawn_norms: bool = False) -> Path:
     """The same model on disk, in transformers' layout."""
-    make_model(family, seed).save_pretrained(folder)
+    make_model(family, seed, drawn_norms=drawn_norms).save_pretrained(folder)
     return folder
 
 

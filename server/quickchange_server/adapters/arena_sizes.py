@@ -50,15 +50,19 @@ class ArenaSizes:
             )
         shapes = page_shapes(groups, dtype)
         sizes = {shape.elements for shape in shapes.values()}
-        # Rare pages (gains, updates behind sub-layers) do not count in the slab size.
-        usual = {shape.elements for (_, source), shape in shapes.items() if source == "input"}
+        # Rare pages (gains, updates behind sub-layers and norms) do not count in the slab size.
+        usual = {
+            shape.elements
+            for (_, source), shape in shapes.items()
+            if source == "input" and shape.heads is None
+        }
         slab = max(slab_size(usual, span, _SLAB_BYTES // dtype.itemsize), *sizes)
         unit = A_ALIGNMENT // dtype.itemsize  # pages and slabs begin at multiples of it
-        short = min(shape.gain_elements for shape in shapes.values())
+        short = min(shape.gain_elements for shape in shapes.values() if shape.heads is None)
         share, listed = budget // _TABLE_SHARE, 8 * len(groups)
         slots = min(max(share, _SMALL_DIRECTORY) // listed, span // short)
         slots = max(_LEAST_SLOTS, slots)
-        rows = span // min(sizes) + min(share // _ROW_BYTES, span // short) + 1
+        rows = span // min(usual) + min(share // _ROW_BYTES, span // short) + 1
         return cls(span, slab // unit * unit, slots, rows, slots * listed + rows * _ROW_BYTES)
 
     def room_for(self, pages: Mapping[int, int]) -> int:

@@ -322,11 +322,11 @@ def too_large(needed: int, budget: int) -> str:
 def _usual_shape(group: ModuleGroup, most_rank: int) -> GroupShape:
     """Shape of a group for adapters up to a rank, with a bias or a gain.
 
-    Few adapters have pages behind sub-layers, for experts or routers: 0 pages there, so that the
-    group is not called.
+    Few adapters have pages behind sub-layers, for experts, routers or norms: 0 pages there, so that
+    the group is not called.
     """
     pages = (-(-most_rank // RANKS_PER_PAGE) + 1) * len(group.members)
-    usual = group.source == "input" and group.kind not in ("expert", "router")
+    usual = group.source == "input" and group.kind not in ("expert", "router", "norm")
     return GroupShape(pages if usual else 0, _aligned(group))
 
 

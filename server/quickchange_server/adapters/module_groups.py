@@ -40,6 +40,7 @@ class Member:
     width: int
     shard: Shard | None = None  # None: this process computes all of the module
     spare: int = 0  # last inputs of an embedding, or outputs of an LM head, that no base has
+    heads: int | None = None  # of a norm: its weight's outputs stand side by side so many times
 
 
 @dataclass(frozen=True, slots=True)

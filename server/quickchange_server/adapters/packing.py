@@ -59,12 +59,13 @@ class PageShape:
     # tokens that only some adapters have: the last outputs, of an embedding inputs
     spare: int = 0
     embeds: bool = False
+    heads: int | None = None  # of a norm, that have one weight
 
     @property
     def whole(self) -> tuple[int, int]:
         """Features in and out of the whole module."""
         if self.shard is None:
-            return self.features, self.width
+            return self.features // (self.heads or 1), self.width // (self.heads or 1)
         return self.shard.in_features, self.shard.out_features
 
     @property
@@ -114,6 +115,7 @@ def _page_shape(group: ModuleGroup, member: Member, dtype: torch.dtype) -> PageS
         shard=member.shard,
         spare=member.spare,
         embeds=group.kind == "embedding",
+        heads=member.heads,
     )
 
 
@@ -207,7 +209,8 @@ class _Page:
         b = target[self.b_offset :]
         if self.row is not None:
             if self.kind is PageKind.GAIN or not shape.leaves_sums:
-                _copy_spans(b[None, : shape.width], self.row[None], shape.outputs, pause)
+                row = self.row.repeat(shape.heads or 1)
+                _copy_spans(b[None, : shape.width], row[None], shape.outputs, pause)
             return
         b = b[: RANKS_PER_PAGE * shape.width].view(RANKS_PER_PAGE, shape.width)
         count = self.last - self.first
@@ -288,8 +291,9 @@ def _list_pages(adapter: CanonicalAdapter, shapes: Mapping[Place, PageShape]) ->
             reads = "" if update.source == "input" else f" whose {update.source} could be read"
             raise AdapterFailedError(
                 f"{path}: the served model has no such module{reads}, or one that adapters can't "
-                "update (quantised experts, a router with no one product); add the adapter again "
-                "with the base model that it was trained on, or train one without this module"
+                "update (quantised experts, a router with no one product, a norm over other "
+                "rows); add the adapter again with the base model that it was trained on, or "
+                "train one without this module"
             )
         _check_shapes(path, update, shape, tokens)
         pages += _pages_of(update, shape)
@@ -322,6 +326,11 @@ def _check_shapes(path: str, update: LowRankUpdate, shape: PageShape, tokens: in
         raise AdapterFailedError(
             f"{path}: the update maps {found[0]} to {found[1]} features, the served model's module "
             f"{whole[0]} to {whole[1]}; add the adapter again with its own base model"
+        )
+    if shape.heads is not None and update.rank:
+        raise AdapterFailedError(
+            f"{path} is a norm, and the update is more than a gain and a bias of its output; train "
+            "norms whole (modules_to_save of PEFT)"
         )
     partial = shape.shard is not None and shape.shard.inputs is not None
     if partial and (update.activation != "identity" or update.shift is not None):

@@ -49,12 +49,15 @@ class FusedRMSNorm(nn.Module):
         self.operands = (weight, eps, offset)  # arguments of rms_norm and add_rms_norm
         # what the layer before has returned, and the norm of it
         self.ready: tuple[torch.Tensor, torch.Tensor] | None = None
+        # called with what the norm gives, which it may change in place
+        self.follow: Callable[[torch.Tensor], None] | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         ready, self.ready = self.ready, None
-        if ready is not None and ready[0] is x:
-            return ready[1]
-        return rms_norm(x, *self.operands)
+        y = ready[1] if ready is not None and ready[0] is x else rms_norm(x, *self.operands)
+        if self.follow is not None:
+            self.follow(y)
+        return y
 
 
 class FusedGatedMLP(nn.Module):
@@ -249,6 +252,7 @@ class FusedDecoderLayer(nn.Module):
         self._before = before.forward
         self._attend = self_attn.forward
         self._after = after.operands
+        self._follow_after = after.follow
         self._mlp = mlp.forward
         # the norm that what the layer returns enters next, if it is known; no module of this one
         self.following: tuple[FusedRMSNorm] | None = None
@@ -265,6 +269,8 @@ class FusedDecoderLayer(nn.Module):
             self._enter("input_layernorm", hidden_states)
         attended, _none = self._attend(self._before(hidden_states), position_embeddings)
         hidden_states, normed = add_rms_norm(hidden_states, attended, *self._after)
+        if self._follow_after is not None:
+            self._follow_after(normed)
         if self.entrances:
             self._enter("post_attention_layernorm", hidden_states)
         update: torch.Tensor = self._mlp(normed)
@@ -274,6 +280,13 @@ class FusedDecoderLayer(nn.Module):
         out, normed = add_rms_norm(hidden_states, update, *norm.operands)
         norm.ready = out, normed
         return out
+
+    def take_norms(self) -> None:
+        """Follow what has changed in the norms, whose operations the layer calls itself."""
+        self._before = self.input_layernorm.forward
+        after = self.post_attention_layernorm
+        assert isinstance(after, FusedRMSNorm)
+        self._follow_after = after.follow
 
     def _enter(self, norm: str, stream: torch.Tensor) -> None:
         enter = self.entrances.get(norm)

@@ -5,8 +5,8 @@ page of the kind GAIN on them, by the same operation as a linear's. A norm of at
 one weight for all heads of a row, whose gain stands in the page once for each. If no adapter on the
 device has pages for a norm, nothing is called for it.
 
-Which rows a norm gives is found by the short pass; one that gives others, as one of heads that were
-transposed before it, has no group: no adapter may update it.
+Which rows a norm gives is found by the short pass; one that gives others has no group: no adapter
+may update it.
 """
 
 from __future__ import annotations
@@ -33,15 +33,17 @@ class NormRows:
 
     rows: Rows
     heads: int
+    heads_first: bool = False  # the model gives [1, heads, T, width]; a fused one's rows are whole
 
 
 class NormSide:
     """Module group behind one norm."""
 
-    def __init__(self, group: ModuleGroup, rows: Rows, holder: StepHolder) -> None:
+    def __init__(self, group: ModuleGroup, rows: NormRows, holder: StepHolder) -> None:
         self._index = group.index
         self._width = group.out_features
-        self._rows = rows
+        self._rows = rows.rows
+        self._heads_first = rows.heads_first
         self._holder = holder
         self._tables: LowRankTables | None = None  # tables that `_used` was found in
         self._used = False  # some adapter on the device has pages in the group
@@ -54,10 +56,14 @@ class NormSide:
         tables = step.adapters.tables
         if tables is not self._tables:
             self._tables, self._used = tables, bool(tables.shapes[self._index].most_pages)
-        if self._used:
-            segments: Segments = getattr(step.adapters, self._rows)
-            rows = y.view(-1, self._width)
-            lowrank_(rows, rows, tables, segments, self._index)
+        if not self._used:
+            return
+        segments: Segments = getattr(step.adapters, self._rows)
+        whole = y.transpose(1, 2) if self._heads_first and y.dim() == 4 else y
+        rows = whole.reshape(-1, self._width)
+        lowrank_(rows, rows, tables, segments, self._index)
+        if rows.data_ptr() != y.data_ptr():  # the rows did not lie side by side
+            whole.copy_(rows.view(whole.shape))
 
 
 @contextmanager
@@ -71,7 +77,7 @@ def noting_norms(model: nn.Module, dtype: torch.dtype) -> Iterator[dict[str, Nor
 
     def note(path: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
         def hook(_module: nn.Module, _args: tuple[Any, ...], out: Any) -> None:
-            fits = isinstance(out, torch.Tensor) and out.dtype == dtype and out.is_contiguous()
+            fits = isinstance(out, torch.Tensor) and out.dtype == dtype
             shapes.setdefault(path, set()).add(out.shape if fits else None)
 
         return hook
@@ -97,8 +103,9 @@ def _rows_of(shape: torch.Size | None, width: int) -> NormRows | None:
     inner = shape[1:] if shape[0] == 1 else shape
     if len(inner) == 2 and inner[0] in (TOKENS, ASKED):
         return NormRows("tokens" if inner[0] == TOKENS else "samples", 1)
-    if len(inner) == 3 and inner[0] == TOKENS != inner[1]:
-        return NormRows("tokens", inner[1])
+    if len(inner) == 3 and TOKENS in inner[:2] and inner[0] != inner[1]:
+        heads_first = inner[1] == TOKENS
+        return NormRows("tokens", inner[0 if heads_first else 1], heads_first)
     return None
 
 
@@ -116,20 +123,19 @@ def norm_sides(
         width = shape.out_features * seen.heads
         member = Member(path, 0, width, heads=seen.heads)
         groups.append(ModuleGroup(len(groups), "norm", width, width, (member,)))
-        sides.append((path, NormSide(groups[-1], seen.rows, holder)))
+        sides.append((path, NormSide(groups[-1], seen, holder)))
     return sides
 
 
 def connect_norms(model: nn.Module, sides: Iterable[tuple[str, NormSide]]) -> None:
     """Let each norm, given by path, pass its output to its side. Call it after all fusing."""
     for path, side in sides:
-        parent, _, name = path.rpartition(".")
         norm = model.get_submodule(path)
         if isinstance(norm, FusedRMSNorm):
             norm.follow = side.add_
         else:
             norm.forward = _followed(norm.forward, side.add_)
-        layer = model.get_submodule(parent)
+        layer = model.get_submodule(path.rpartition(".")[0])
         if isinstance(layer, FusedDecoderLayer):
             layer.take_norms()
 

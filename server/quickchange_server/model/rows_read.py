@@ -22,7 +22,10 @@ from quickchange_store.base_model.expert_parts import routed
 
 Rows = Literal["tokens", "samples", "head"]  # all; those asked for; those that the LM head reads
 
-_TOKENS, _ASKED = 5, (3, 1)  # rows of the short pass, and those that are asked for
+# Rows of the short pass, of which no model has as many heads, and those that are asked for.
+TOKENS = 11
+_ASKED = (3, 1)
+ASKED = len(_ASKED)
 
 
 def rows_read(
@@ -35,10 +38,10 @@ def rows_read(
     Raises UnsupportedModelError for a model that makes other logits than those asked for.
     """
     with _noting_rows(model) as counts:
-        logits = run(torch.arange(_TOKENS) % 3, torch.tensor(_ASKED))
-    if logits.shape[0] != len(_ASKED):
+        logits = run(torch.arange(TOKENS) % 3, torch.tensor(_ASKED))
+    if logits.shape[0] != ASKED:
         raise UnsupportedModelError(
-            f"{type(model).__name__} makes logits of {logits.shape[0]} rows where {len(_ASKED)} "
+            f"{type(model).__name__} makes logits of {logits.shape[0]} rows where {ASKED} "
             "are asked for (logits_to_keep); such models can't be served"
         )
     head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
@@ -53,8 +56,8 @@ def rows_read(
 def _rows_of(path: str, module: nn.Module, counts: Mapping[str, set[int]]) -> Rows | None:
     if routed(path, module):
         return None
-    seen = counts.get(path, {_TOKENS})  # a module that no text reaches stands as any other
-    known: dict[int, Rows] = {_TOKENS: "tokens", len(_ASKED): "samples"}
+    seen = counts.get(path, {TOKENS})  # a module that no text reaches stands as any other
+    known: dict[int, Rows] = {TOKENS: "tokens", ASKED: "samples"}
     return known.get(next(iter(seen))) if len(seen) == 1 else None
 
 

@@ -62,6 +62,11 @@ from quickchange_server.model.loading.model_proof import (
     explained,
 )
 from quickchange_server.model.loading.spare_tokens import add_spare_tokens, fence_
+from quickchange_server.model.norm_side import (
+    connect_norms,
+    norm_sides,
+    noting_norms,
+)
 from quickchange_server.model.output_side import connect
 from quickchange_server.model.paged_attention import LayerShape, PagedAttention, ShapeRecorder
 from quickchange_server.model.parallel.ranks import Ranks
@@ -267,7 +272,8 @@ def _prepared(
     head_rows = fit_to_batch(model)
     replace_own_attention(model)
     holder = StepHolder()
-    rows, called = _rows_of_short_pass(model)
+    with noting_norms(model, dtype) as normed:
+        rows, called = _rows_of_short_pass(model)
     # Mamba multiplies by some linear's weight itself: it stays as it is.
     read = {module for path, module in model.named_modules() if path not in called}
 
@@ -289,6 +295,7 @@ def _prepared(
     )
     choosing = routers(model) if adapters else {}
     groups = wrapper.wrap()
+    sides = norm_sides(model, normed, groups, holder) if adapters else []
     wrap_experts(model, holder, groups, adapters=adapters, sharding=sharding)
     if deterministic:
         _refuse_loose_sums(model, config, 1 if ranks is None else ranks.size)
@@ -328,6 +335,7 @@ def _prepared(
         tolerance = ROUNDED if quantization != "none" else LOOSE if rounded else exact
         _prove(loaded, proof, fusion, tolerance)
     connect(model, wrapper.entrances)
+    connect_norms(model, sides)
     if ranks is not None:
         _check_alike(loaded, ranks)
     return loaded
