@@ -13,6 +13,7 @@ from quickchange_store.base_model.base_spec import base_spec
 from quickchange_store.canonical.adapter_bytes import digest
 from quickchange_store.canonical.canonical_adapter import CanonicalAdapter
 from quickchange_store.canonical.turbo_part import DraftBlock, TurboHeads
+from quickchange_store.combining.composing import GivenTerm, compose
 from quickchange_store.combining.merging import MergeStrategy, Recipe, merge
 from quickchange_store.errors import StoreError
 from quickchange_store.importing import read_adapter
@@ -99,6 +100,19 @@ def test_a_sum_has_each_adapter_with_its_weight(
     assert found.label == "lora*0.7,second*-0.4"
     assert found.components[0] == Component(digests["lora"], 0.7)
     assert found.components[1].weight == -0.4
+
+
+def test_a_composition_under_a_name_is_its_terms(
+    bench: Any, store: Store, digests: dict[str, str]
+) -> None:
+    compose(store, "both", [GivenTerm("lora", 0.5), GivenTerm("turbo-lora", 0.25)])
+    terms = {c.digest: c.weight for c in variant(bench, store, "both").components}
+    assert terms == {digests["lora"]: 0.5, digests["turbo-lora"]: 0.25}
+    found = variant(bench, store, "both*2,lora*-1")
+    assert {c.digest: c.weight for c in found.components} == {
+        digests["lora"]: 0.0,
+        digests["turbo-lora"]: 0.5,
+    }
 
 
 @pytest.mark.parametrize("strategy", ["ties", "dare_linear", "dare_ties"])

@@ -18,6 +18,7 @@ from quickchange_store.base_model.base_spec import base_spec
 from quickchange_store.canonical.canonical_adapter import CanonicalAdapter
 from quickchange_store.importing import read_adapter
 from quickchange_training.checkpoint import Checkpoints
+from quickchange_training.errors import RecipeError
 from quickchange_training.examples import Encoded
 from quickchange_training.lora.bottleneck_adapters import BottleneckedModel
 from quickchange_training.lora.lora_recipe import (
@@ -28,7 +29,7 @@ from quickchange_training.lora.lora_recipe import (
     LoraRecipe,
     PeftTypeRecipe,
 )
-from quickchange_training.lora.lora_trainer import save_adapter, train_adapter
+from quickchange_training.lora.lora_trainer import attach, save_adapter, train_adapter
 from quickchange_training.lora.peft_adapters import without_peft_noise
 
 TOKENS = 10
@@ -37,8 +38,8 @@ TARGETS = ("q_proj", "v_proj", "down_proj")
 EXAMPLES = [Encoded((4 + i, 2, 20 + i * 7 % 16, 30 + i, 3), prompt_length=2) for i in range(16)]
 
 
-def of_type(name: str, **options: Any) -> PeftTypeRecipe:
-    return PeftTypeRecipe(type=name, targets=TARGETS, peft_options=options, **LOOP)
+def of_type(name: str, targets: tuple[str, ...] = TARGETS, /, **options: Any) -> PeftTypeRecipe:
+    return PeftTypeRecipe(type=name, targets=targets, peft_options=options, **LOOP)
 
 
 RECIPES: dict[str, AdapterRecipe] = {
@@ -52,13 +53,33 @@ RECIPES: dict[str, AdapterRecipe] = {
     "parallel": BottleneckRecipe(
         placement="parallel", reduction_factor=64, activation="gelu_new", **LOOP
     ),
-    "vera": of_type("vera", r=8),
-    "loha": of_type("LOHA", r=2),
-    "lokr": of_type("LOKR", r=4),
-    "hra": of_type("HRA", r=4),
-    "miss": of_type("MISS", r=4),
-    "vblora": of_type("VBLORA", r=3, num_vectors=16, vector_length=8),
+    "BEFT": of_type("BEFT", ("q_proj", "v_proj")),
+    "DEFT": of_type("DEFT", r=4),
+    "DELORA": of_type("DELORA", r=4),
+    "GRALORA": of_type("GRALORA", r=4, gralora_k=2),
+    "HRA": of_type("HRA", r=4),
+    "IA3": of_type("IA3", feedforward_modules=["down_proj"]),
+    "LOHA": of_type("LOHA", r=2),
+    "LOKR": of_type("LOKR", r=4),
+    "LORA": of_type("lora", r=4, use_rslora=True),
+    "MISS": of_type("MISS", r=4),
+    "PSOFT": of_type("PSOFT", r=4),
+    "PVERA": of_type("PVERA", r=8),
+    "TINYLORA": of_type("TINYLORA"),
+    "TRAINABLE_TOKENS": of_type(
+        "TRAINABLE_TOKENS", ("embed_tokens",), token_indices=list(range(2, 40))
+    ),
+    "UNILORA": of_type("UNILORA"),
+    "VBLORA": of_type("VBLORA", r=3, num_vectors=16, vector_length=8),
+    "VERA": of_type("vera", r=8),
 }
+
+
+def test_every_type_that_can_be_chosen_is_among_them() -> None:
+    types = {r.peft_type for r in RECIPES.values() if isinstance(r, PeftTypeRecipe)}
+    with pytest.raises(RecipeError) as refused:
+        attach(make_model("llama"), of_type("OFT"))
+    assert f"choose {', '.join(sorted(types))}" in str(refused.value)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +116,7 @@ def test_each_kind_is_served_as_trained_in_a_batch_with_all_others(
         prompts[name] = [generator.randrange(VOCABULARY) for _ in range(generator.randint(2, 20))]
         expected[name] = greedy(saved_model(recipe, tmp_path / name), prompts[name], TOKENS)
         expected[f"plain/{name}"] = greedy(make_model("llama"), prompts[name], TOKENS)
-    engine = make_engine(base, adapters.__getitem__, max_sequences=24, max_batch_tokens=48)
+    engine = make_engine(base, adapters.__getitem__, max_sequences=48, max_batch_tokens=96)
     drive = Driver(engine)
     for name, prompt in prompts.items():
         engine.submit(request(name, prompt, [(name, 1.0)], max_tokens=TOKENS))

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -46,7 +45,7 @@ class EvaluatedVariant:
 class _Found:
     """Result of looking up a name or a folder."""
 
-    adapter: str | None
+    components: tuple[Component, ...]  # none: it adds nothing to the model
     turbo: str | None  # digest of the heads that `auto` means
 
 
@@ -77,33 +76,24 @@ class EvaluatedAdapters:
             if merged is not None:
                 return self._merged(cast(MergeStrategy, merged[1]), merged[2])
             if "*" in text:
-                parts = self._weighted(text)
-                components = tuple(self._component(digest, weight) for _, digest, weight in parts)
-                return EvaluatedVariant(_sum_label(parts), components, None)
+                return EvaluatedVariant(*self._weighted(text), None)
         name, turbo = _split(text)
         found = self._find(name)
-        return EvaluatedVariant(
-            _label(name, turbo),
-            () if found.adapter is None else (self._component(found.adapter, 1.0),),
-            self._drafting(found, turbo),
-        )
-
-    def _component(self, digest: str, weight: float) -> Component:
-        virtual_tokens = self._read[digest].virtual_tokens
-        return Component(digest, weight, virtual_tokens=virtual_tokens)
+        return EvaluatedVariant(_label(name, turbo), found.components, self._drafting(found, turbo))
 
     def _merged(self, strategy: MergeStrategy, text: str) -> EvaluatedVariant:
-        parts = self._weighted(text)
-        weights = tuple((digest, weight) for _, digest, weight in parts)
+        label, components = self._weighted(text)
+        weights = tuple((component.digest, component.weight) for component in components)
         recipe = Recipe(strategy, weights, self._density)
         adapter = merge(recipe, [self._read[digest] for digest, _ in recipe.components])
         digest = digest_of(adapter)
         self._read[digest] = adapter
-        return EvaluatedVariant(f"{strategy}({_sum_label(parts)})", (Component(digest),), None)
+        return EvaluatedVariant(f"{strategy}({label})", (Component(digest),), None)
 
-    def _weighted(self, text: str) -> list[tuple[str, str, float]]:
-        """Label, digest and weight of each part of `NAME*WEIGHT,NAME*WEIGHT`."""
-        parts = []
+    def _weighted(self, text: str) -> tuple[str, tuple[Component, ...]]:
+        """Label and sum of `NAME*WEIGHT,NAME*WEIGHT`; an adapter named twice is there once."""
+        labels: list[str] = []
+        weights: dict[str, float] = {}
         for part in text.split(","):
             name, _, number = part.strip().rpartition("*")
             try:
@@ -117,14 +107,16 @@ class EvaluatedAdapters:
                     remedy="write NAME*WEIGHT,NAME*WEIGHT, as in sql*0.5,orders*0.5",
                 )
             found = self._find(name)
-            if found.adapter is None:
+            if not found.components:
                 raise InvalidAdapterError(
                     "it adds nothing that could be weighed",
                     key=name,
                     remedy="name adapters with updates",
                 )
-            parts.append((_label(name, _AUTO), found.adapter, weight))
-        return parts
+            labels.append(f"{_label(name, _AUTO)}*{weight:g}")
+            for term in found.components:
+                weights[term.digest] = weights.get(term.digest, 0.0) + term.weight * weight
+        return ",".join(labels), tuple(Component(*pair) for pair in weights.items())
 
     def _drafting(self, found: _Found, turbo: str) -> Drafting | None:
         if turbo == _OFF:
@@ -146,7 +138,7 @@ class EvaluatedAdapters:
         if _is_folder(name):
             return self._by_folder(Path(name))
         if name == BASE:
-            return _Found(None, None)
+            return _Found((), None)
         if self._store is None:
             raise AdapterNotFoundError(
                 f"{name!r} is not a folder", remedy="give --store for adapters by name"
@@ -154,7 +146,13 @@ class EvaluatedAdapters:
         resolved = self._store.resolve(name)
         if resolved.turbo is not None:
             self._read[resolved.turbo] = self._store.load(resolved.turbo)
-        return self._keep(resolved.digest, self._store.load(resolved.digest), resolved.turbo)
+        adapter = self._store.load(resolved.digest)
+        if adapter.composition is None:
+            return self._keep(resolved.digest, adapter, resolved.turbo)
+        for term in adapter.composition.terms:
+            self._read[term.digest] = self._store.load(term.digest)
+        terms = tuple(Component(t.digest, t.weight) for t in adapter.composition.terms)
+        return _Found(terms, resolved.turbo)
 
     def _by_folder(self, folder: Path) -> _Found:
         adapter = read_adapter(folder, self._spec).adapter
@@ -163,7 +161,9 @@ class EvaluatedAdapters:
 
     def _keep(self, digest: str, adapter: CanonicalAdapter, turbo: str | None) -> _Found:
         self._read[digest] = adapter
-        return _Found(digest if adapter.updates or adapter.prompt else None, turbo)
+        served = adapter.updates or adapter.prompt
+        component = Component(digest, virtual_tokens=adapter.virtual_tokens)
+        return _Found((component,) if served else (), turbo)
 
 
 def _split(text: str) -> tuple[str, str]:
@@ -176,10 +176,6 @@ def _split(text: str) -> tuple[str, str]:
 
 def _is_folder(text: str) -> bool:
     return bool(text) and Path(text).is_dir()
-
-
-def _sum_label(parts: Sequence[tuple[str, str, float]]) -> str:
-    return ",".join(f"{label}*{weight:g}" for label, _, weight in parts)
 
 
 def _label(name: str, turbo: str) -> str:
