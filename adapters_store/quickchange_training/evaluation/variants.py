@@ -88,7 +88,7 @@ class EvaluatedAdapters:
         adapter = merge(recipe, [self._read[digest] for digest, _ in recipe.components])
         digest = digest_of(adapter)
         self._read[digest] = adapter
-        return EvaluatedVariant(f"{strategy}({label})", (Component(digest),), None)
+        return EvaluatedVariant(f"{strategy}({label})", (self._component(digest),), None)
 
     def _weighted(self, text: str) -> tuple[str, tuple[Component, ...]]:
         """Label and sum of `NAME*WEIGHT,NAME*WEIGHT`; an adapter named twice is there once."""
@@ -116,7 +116,11 @@ class EvaluatedAdapters:
             labels.append(f"{_label(name, _AUTO)}*{weight:g}")
             for term in found.components:
                 weights[term.digest] = weights.get(term.digest, 0.0) + term.weight * weight
-        return ",".join(labels), tuple(Component(*pair) for pair in weights.items())
+        return ",".join(labels), tuple(self._component(*pair) for pair in weights.items())
+
+    def _component(self, digest: str, weight: float = 1.0) -> Component:
+        """A term of an adapter that has been read."""
+        return Component(digest, weight)
 
     def _drafting(self, found: _Found, turbo: str) -> Drafting | None:
         if turbo == _OFF:
@@ -151,7 +155,7 @@ class EvaluatedAdapters:
             return self._keep(resolved.digest, adapter, resolved.turbo)
         for term in adapter.composition.terms:
             self._read[term.digest] = self._store.load(term.digest)
-        terms = tuple(Component(t.digest, t.weight) for t in adapter.composition.terms)
+        terms = tuple(self._component(t.digest, t.weight) for t in adapter.composition.terms)
         return _Found(terms, resolved.turbo)
 
     def _by_folder(self, folder: Path) -> _Found:
@@ -162,8 +166,7 @@ class EvaluatedAdapters:
     def _keep(self, digest: str, adapter: CanonicalAdapter, turbo: str | None) -> _Found:
         self._read[digest] = adapter
         served = adapter.updates or adapter.prompt
-        component = Component(digest, virtual_tokens=adapter.virtual_tokens)
-        return _Found((component,) if served else (), turbo)
+        return _Found((self._component(digest),) if served else (), turbo)
 
 
 def _split(text: str) -> tuple[str, str]:
