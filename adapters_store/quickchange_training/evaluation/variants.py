@@ -120,7 +120,7 @@ class EvaluatedAdapters:
 
     def _component(self, digest: str, weight: float = 1.0) -> Component:
         """A term of an adapter that has been read."""
-        return Component(digest, weight)
+        return Component(digest, weight, virtual_tokens=self._read[digest].virtual_tokens)
 
     def _drafting(self, found: _Found, turbo: str) -> Drafting | None:
         if turbo == _OFF:
