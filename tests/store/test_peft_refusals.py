@@ -313,13 +313,14 @@ def test_an_unsupported_dtype_is_named(dtype: torch.dtype, folder: Path, bases: 
     refused(UnsupportedFeatureError, folder, bases("llama").spec, WEIGHTS, Q0_B)
 
 
-def test_a_resized_embedding_is_refused(bases: Any, train: Any, tmp_path: Path) -> None:
+def test_a_resized_vocabulary_whose_tokens_nothing_names_is_refused(
+    bases: Any, train: Any, tmp_path: Path
+) -> None:
     train("llama", tmp_path, target_modules=["q_proj"])
     key = "base_model.model.model.embed_tokens.weight"
     edit_tensors(tmp_path, lambda tensors: tensors.update({key: torch.zeros(60, 32)}))
-    error = refused(UnsupportedFeatureError, tmp_path, bases("llama").spec, WEIGHTS, key)
-    assert "[53, 32]" in str(error)
-    assert "[60, 32]" in str(error)
+    error = refused(InvalidAdapterError, tmp_path, bases("llama").spec, "tokenizer.json", None)
+    assert "60 tokens, the base 53" in str(error)
 
 
 def test_a_missing_bias_is_named(bases: Any, train: Any, tmp_path: Path) -> None:

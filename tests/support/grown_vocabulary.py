@@ -50,19 +50,27 @@ def save_base(family: str, folder: Path) -> Path:
 
 
 def train_grown(
-    base: Path, folder: Path, config: LoraConfig, *, seed: int = 1, padded: int | None = None
+    base: Path,
+    folder: Path,
+    config: LoraConfig,
+    *,
+    seed: int = 1,
+    padded: int | None = None,
+    grow: bool = True,
 ) -> PeftModel:
     """A random adapter of the model with ADDED, saved in `folder` with its tokenizer.
 
-    padded: the number of rows is a multiple of it.
+    padded: the number of rows is a multiple of it. grow: False: no token is added, and no tokenizer
+    saved.
     """
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # transformers explains how it fills rows; PEFT, tying
-        model.resize_token_embeddings(
-            VOCABULARY + len(ADDED), pad_to_multiple_of=padded, mean_resizing=False
-        )
+        if grow:
+            model.resize_token_embeddings(
+                VOCABULARY + len(ADDED), pad_to_multiple_of=padded, mean_resizing=False
+            )
         with torch.no_grad():
             for end in (model.get_input_embeddings(), model.get_output_embeddings()):
                 torch.nn.init.normal_(end.weight[VOCABULARY:], std=0.6)  # often the best
@@ -73,5 +81,6 @@ def train_grown(
             elif parameter.requires_grad:  # whole rows
                 parameter.data += torch.randn_like(parameter) * 0.2
         trained.save_pretrained(folder)
-    grown_tokenizer().save_pretrained(folder)
+    if grow:
+        grown_tokenizer().save_pretrained(folder)
     return trained

@@ -162,6 +162,8 @@ class BaseSpec:
     """Parameters that hold a matrix for each expert, by path."""
     expert_modules: ExpertModules | None = field(default=None, compare=False, repr=False)
     tokenizer: BaseTokenizer | None = field(default=None, compare=False, repr=False)
+    spare_tokens: int | None = field(default=None, compare=False)
+    """Tokens that adapters may add, where a server says how many it has rows for."""
     head_dim: int | None = field(default=None, compare=False)
     """Width of a head of attention, where all have one."""
 

@@ -11,6 +11,7 @@ import errno
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from quickchange_server.errors import ConflictError, InvalidRequestError
@@ -39,7 +40,9 @@ class Imports:
         base_names: tuple[str, ...],
         refuse_name: Callable[[str], None],
         most_bytes: int | None = None,
+        spare_tokens: int | None = None,
     ) -> None:
+        """spare_tokens: that the served model has rows for; None: any number."""
         self._refuse_name = refuse_name
         self._store = store
         self._make_base = base
@@ -48,6 +51,7 @@ class Imports:
         self._turn = asyncio.Lock()
         self._fetches = asyncio.Semaphore(_FETCHES)
         self._most_bytes = most_bytes
+        self._spare_tokens = spare_tokens
 
     async def add(
         self, name: str, place: Path | AdapterUrl, limits: RankLimits = EXACT_ONLY
@@ -107,7 +111,7 @@ class Imports:
 
     def _spec(self) -> BaseSpec:
         if self._base is None:
-            self._base = self._make_base()
+            self._base = replace(self._make_base(), spare_tokens=self._spare_tokens)
         return self._base
 
 

@@ -257,7 +257,14 @@ def _services(
     experiment_metrics = ExperimentMetrics(metrics.registry, settings.metrics_adapters)
     metrics.registry.register(ShareCollector(experiments.shares, experiment_metrics.label))
     exposures = Exposures(database, experiment_metrics)
-    imports = Imports(store, base, names, experiments.refuse_name, settings.max_upload_bytes)
+    imports = Imports(
+        store,
+        base,
+        names,
+        experiments.refuse_name,
+        settings.max_upload_bytes,
+        settings.extra_vocabulary,
+    )
     return Services(
         settings=settings,
         client=client,

@@ -19,7 +19,11 @@ from quickchange_store.canonical.canonical_adapter import (
     ModuleShape,
 )
 from quickchange_store.canonical.tokenizer_part import MOST_ROWS, MOST_TOKENS
-from quickchange_store.errors import BaseMismatchError, InvalidAdapterError
+from quickchange_store.errors import (
+    BaseMismatchError,
+    InvalidAdapterError,
+    UnsupportedFeatureError,
+)
 from quickchange_store.formats.imported import Imported
 from quickchange_store.formats.tensors import AdapterTensors
 from quickchange_store.formats.vocabulary.tokenizer_files import folder_tokenizer
@@ -69,6 +73,7 @@ def with_tokenizer(imported: Imported, directory: Path, base: BaseSpec) -> Impor
     changes = folder_tokenizer(directory, base.tokenizer, rows, own)
     updates = dict(adapter.updates)
     if rows > own:
+        _check_room(rows - own, base)
         _check_rows(updates, base, rows)
     elif rows < own:
         updates |= {path: _widened(updates[path], shape, own) for path, shape in ends.items()}
@@ -141,6 +146,17 @@ def _resized(base: BaseSpec, rows: int) -> BaseSpec:
         modules={**base.modules, **shapes},
         weights=None if weights is None else _ResizedWeights(weights, names, rows),
     )
+
+
+def _check_room(more: int, base: BaseSpec) -> None:
+    """Raise UnsupportedFeatureError where the server that imports it has no room for it."""
+    if base.spare_tokens is not None and more > base.spare_tokens:
+        raise UnsupportedFeatureError(
+            f"the adapter's model has {more} more tokens than the base, and this server has room "
+            f"for {base.spare_tokens}",
+            key="extra_vocabulary",
+            remedy=f"serve with --extra-vocabulary {more} or more",
+        )
 
 
 def _check_rows(updates: Mapping[str, LowRankUpdate], base: BaseSpec, rows: int) -> None:
