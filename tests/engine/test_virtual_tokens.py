@@ -195,9 +195,9 @@ def test_two_prompts_and_weights_but_1_are_refused_and_harm_nobody(
     sent = made.texts[one]
     refused = {
         "two": made.submit("two", KINDS, sent),
-        "half": request("half", sent, [(one, 0.5, made.virtual_tokens(one))]),
+        "half": request("half", sent, [(one, 0.5, 0, None, made.virtual_tokens(one))]),
         "unknown": request("unknown", sent, [(one, 1.0)]),
-        "others": request("others", sent, [(other, 1.0, made.virtual_tokens(one))]),
+        "others": request("others", sent, [(other, 1.0, 0, None, made.virtual_tokens(one))]),
     }
     running.submit(made.submit("good", [one], sent))
     for submit in refused.values():

@@ -87,7 +87,7 @@ class Prompts:
     def submit(
         self, request_id: str, adapters: Sequence[str], text: Sequence[int], **options: object
     ) -> Submit:
-        components = [(name, 1.0, self.virtual_tokens(name)) for name in adapters]
+        components = [(name, 1.0, 0, None, self.virtual_tokens(name)) for name in adapters]
         return request(request_id, text, components, **{"max_tokens": TOKENS, **options})
 
     def virtual_tokens(self, name: str) -> int:

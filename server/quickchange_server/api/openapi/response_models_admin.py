@@ -67,6 +67,12 @@ class ClassifierSummary(ResponseModel):
     parameters: int
 
 
+class TokenizerSummary(ResponseModel):
+    tokens: int
+    rows: int
+    template: bool
+
+
 class ComposedVersion(ResponseModel):
     digest: str
     weight: float
@@ -94,6 +100,7 @@ class AdapterContents(ResponseModel):
     composition: list[ComposedVersion]
     invocation: list[int]
     prompt: PromptSummary | None
+    tokenizer: TokenizerSummary | None
     base_hidden: int | None
     base_vocabulary: int | None
 
