@@ -549,6 +549,28 @@ def perplexity(
     typer.echo(f"{losses[0].tokens} tokens scored\n\n{loss_table(losses)}")
 
 
+@app.command()
+@_refusals
+def alora(
+    model: Annotated[Path, typer.Option(help="Base model: a folder in transformers' layout.")],
+    prefix_tokens: Annotated[int, typer.Option(min=16, help="That all requests share.")] = 4000,
+    adapters: Annotated[int, typer.Option(min=1, help="Called one after the other.")] = 3,
+    rank: Annotated[int, typer.Option(min=1, help="Of every adapter.")] = 16,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    threads: Annotated[int, typer.Option(min=1, help="Engine threads.")] = 2,
+) -> None:
+    """Measure first tokens of activated and of plain LoRAs behind a prefix that the base read."""
+    from quickchange_bench.engine.activation_bench import (
+        ActivationOptions,
+        activation_table,
+        measure_activation,  # needs torch
+    )
+
+    chosen = _choice("--dtype", dtype, tuple(own_server.VALUE_BYTES))
+    options = ActivationOptions(str(_folder(model)), prefix_tokens, adapters, rank, chosen, threads)
+    typer.echo(activation_table(measure_activation(options)))
+
+
 @app.command("experiments")
 @_refusals
 def experiments_command(

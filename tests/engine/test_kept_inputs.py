@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from quickchange_kernels.lowrank.lowrank_contract import Segments
+from quickchange_server.adapters.batch_segments import Stretches, unpack
 from quickchange_server.engine.inputs.block_tables import TableChanges, TableRows
 from quickchange_server.engine.inputs.sample_tables import (
     COLUMNS,
@@ -18,7 +20,12 @@ from quickchange_server.engine.inputs.sample_tables import (
     SampleRow,
     tables_of,
 )
-from quickchange_server.engine.inputs.step_shapes import Extent, PlanShape, StepBuckets
+from quickchange_server.engine.inputs.step_shapes import (
+    Extent,
+    PlanShape,
+    StepBuckets,
+    exact_extent,
+)
 from quickchange_server.engine.model_inputs import (
     InputWriter,
     StepInputs,
@@ -41,6 +48,11 @@ PARAMS = (
     SamplingParams(logit_bias={3: 1.5}, min_tokens=9, stop_token_ids=[7], logprobs=0),
 )
 COMPOSITIONS = ((), ((0, 1.0),), ((1, 0.5),), ((0, 0.5), (2, -1.0)))
+STRETCHES: tuple[Stretches, ...] = (  # of texts that are cut
+    ((0, ()), (7, COMPOSITIONS[1])),
+    ((0, COMPOSITIONS[3]), (1, COMPOSITIONS[2]), (2, ()), (9, COMPOSITIONS[3])),
+    tuple((position, COMPOSITIONS[position % 4]) for position in range(WIDTH * BLOCK)),
+)
 
 
 class Batch:
@@ -58,7 +70,8 @@ class Batch:
             tokens = tuple(range(1, 1 + data.draw(st.integers(1, 12), "prompt")))
             params = data.draw(st.sampled_from(PARAMS))
             submit = Submit(str(self._made), tokens, params, seed=self._made * 7)
-            kind = data.draw(st.integers(0, len(COMPOSITIONS) - 1), "composition")
+            kinds = len(COMPOSITIONS) + len(STRETCHES)
+            kind = data.draw(st.integers(0, kinds - 1), "composition")
             self.sequences.append((Sequence(submit, 0.0), kind))
             self._made += 1
         if self.sequences and data.draw(st.booleans(), "one is preempted"):
@@ -78,7 +91,11 @@ class Batch:
             end = sequence.computed + count + len(drafts)
             while len(sequence.blocks) * BLOCK < end:
                 sequence.blocks.append(data.draw(st.integers(0, 63), "block"))
-            plan.append(Scheduled(sequence, count, COMPOSITIONS[kind], drafts=drafts))
+            cut: Stretches = ()
+            if kind >= len(COMPOSITIONS):
+                kind, cut = 0, STRETCHES[kind - len(COMPOSITIONS)]
+            one = Scheduled(sequence, count, COMPOSITIONS[kind], drafts=drafts, stretches=cut)
+            plan.append(one)
         plan.sort(key=lambda item: item.components)
         return plan
 
@@ -134,6 +151,55 @@ def test_tensors_that_are_written_again_and_again_equal_those_made_from_scratch(
             assert (own is None) == (fresh is None)
             if own is not None:
                 assert torch.equal(own.packed, fresh.packed), field
+        batch.advance(plan)
+
+
+def taken(item: Scheduled, position: int) -> list[tuple[int, float]]:
+    """What the row at a position takes."""
+    found = item.components
+    for first, components in item.stretches:
+        found = components if first <= position else found
+    return [*found]
+
+
+def read(segments: Segments, rows: int) -> list[list[tuple[int, float]]]:
+    """(slot, weight) of each row, in order."""
+    found: list[list[tuple[int, float]]] = [[] for _ in range(rows)]
+    parts = zip(
+        segments.rows.tolist(), segments.slot.tolist(), segments.weight.tolist(), strict=True
+    )
+    for (begin, end), slot, weight in parts:
+        for row in range(begin, end):
+            found[row].append((slot, weight))
+    return found
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.data())
+def test_every_row_takes_what_its_position_says_in_each_shape_that_fits(
+    data: st.DataObject,
+) -> None:
+    batch = Batch()
+    buckets = StepBuckets(8, WIDTH, SEQUENCES, ROWS)
+    for _ in range(data.draw(st.integers(1, 8), "steps")):
+        batch.change(data)
+        plan = batch.plan(data)
+        shape = PlanShape.of(plan)
+        for extent in (buckets.fit(shape), exact_extent(plan, shape, CPU) if plan else None):
+            if extent is None or extent.tokens_room is None:
+                continue
+            inputs = step_inputs(plan, shape, extent, BLOCK)
+            assert inputs.tokens is not None
+            assert inputs.samples is not None
+            rows = [(item, item.first + row) for item in plan for row in range(item.rows)]
+            sampled = [
+                (item, item.first + row)
+                for item in plan
+                for row in range(item.rows - item.sampled_rows, item.rows)
+            ]
+            for packed, those in ((inputs.tokens, rows), (inputs.samples, sampled)):
+                found = read(unpack(packed.packed, packed.room), len(those))
+                assert found == [taken(*row) for row in those]
         batch.advance(plan)
 
 

@@ -110,6 +110,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(
         prompt=st.lists(st.integers(0, 1), min_size=1, max_size=MAX_MODEL_LEN - 1),
         adapters=st.lists(st.sampled_from("xyz"), max_size=2, unique=True),
+        begin=st.sampled_from([0, 0, 3, 9]),
+        length=st.sampled_from([None, 1, 6]),
         max_tokens=st.integers(1, 12),
         drafting=st.sampled_from([None, Drafting(lookup=True), Drafting("x"), Drafting("z", True)]),
         background=st.booleans(),
@@ -118,6 +120,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self,
         prompt: list[int],
         adapters: list[str],
+        begin: int,
+        length: int | None,
         max_tokens: int,
         drafting: Drafting | None,
         background: bool,
@@ -132,7 +136,12 @@ class SchedulerMachine(RuleBasedStateMachine):
                 f"r{self.counter}",
                 tuple(prompt),
                 SamplingParams(max_tokens=max_tokens, stop_token_ids=frozenset({7})),
-                tuple(Component(name, virtual_tokens=front.get(name, 0)) for name in adapters),
+                tuple(
+                    Component(name, virtual_tokens=front[name])
+                    if front.get(name)
+                    else Component(name, 1.0, begin, length and begin + length)
+                    for name in adapters
+                ),
                 drafting=drafting,
                 background=background,
                 seed=0,
@@ -181,7 +190,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         for item in plan:
             room = len(item.sequence.blocks) * 4
             assert item.sequence.computed + item.rows <= room, "rows without a block"
-            assert len(item.components) == len(item.sequence.request.adapters)
+            for row in range(item.first, item.first + item.rows):
+                (run,) = item.runs(row, row + 1)
+                position = max(row - item.sequence.virtual, 0)
+                there = [
+                    term
+                    for term in item.sequence.request.adapters
+                    if term.begin <= position and (term.end is None or position < term.end)
+                ]
+                assert [slot for slot, _ in run.components] == [ord(t.digest) for t in there]
             assert (item.heads is None) == (item.sequence.heads is None)
         self.compute(plan)
         self.scheduler.launched(plan)

@@ -86,7 +86,7 @@ def test_an_index_with_an_alora_is_refused_by_readers_that_would_drop_its_invoca
     store.add("plain", made(1.0, None))
     assert json.loads(index.encode(store.snapshot()))["format"] == index.FORMAT
     store.add("judge", made(1.0))
-    assert json.loads(index.encode(store.snapshot()))["format"] == index.INVOKED_FORMAT
+    assert json.loads(index.encode(store.snapshot()))["format"] == index.LATER_FORMAT
 
 
 def test_the_check_of_a_folder_tells_what_activates_it(folder: Path, bases: Any) -> None:

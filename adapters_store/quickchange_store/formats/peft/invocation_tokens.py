@@ -22,7 +22,7 @@ _OF_ALL_TEXT = ("modules_to_save", "trainable_token_indices", "target_parameters
 
 
 @dataclass(frozen=True)
-class Activation:
+class InvokedConfig:
     """What a LoRA's configuration says of its activation, and the configuration without it."""
 
     config: Mapping[str, Any]
@@ -43,11 +43,11 @@ class Activation:
         return replace(imported, adapter=replace(imported.adapter, invocation=self.invocation))
 
 
-def take_invocation(config: Mapping[str, Any]) -> Activation:
+def take_invocation(config: Mapping[str, Any]) -> InvokedConfig:
     """Take the invocation, if any, of a LoRA. Raises StoreError, naming the field."""
     given = config.get(TOKENS)
     if not is_set(given):
-        return Activation(config, None)
+        return InvokedConfig(config, None)
     if not isinstance(given, list) or any(isinstance(token, bool) for token in given):
         raise invalid(TOKENS, given, _REMEDY)
     whole = [name for name in _OF_ALL_TEXT if is_set(config.get(name))]
@@ -67,4 +67,4 @@ def take_invocation(config: Mapping[str, Any]) -> Activation:
             error.problem, file=CONFIG_FILE, key=TOKENS, remedy=error.remedy
         ) from error
     without = {name: value for name, value in config.items() if name != TOKENS}
-    return Activation(without, invocation)
+    return InvokedConfig(without, invocation)

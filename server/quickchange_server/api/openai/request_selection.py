@@ -257,8 +257,10 @@ async def admit(
     )
     generation = await services.admission.admit(wanted)
     if submit.adapters and not order.is_shadow:
-        digests = dict.fromkeys(component.digest for component in submit.adapters)
-        request_ids.answer_with(ADAPTERS, ",".join(digests))
+        serving = [order.selection.serving(prompt) for prompt in prompts]
+        digests = sorted({component.digest for each in serving for component in each})
+        if digests:  # else no prompt activates one
+            request_ids.answer_with(ADAPTERS, ",".join(digests))
     again = partial(
         admit,
         services,
