@@ -66,6 +66,7 @@ class Device:
         *,
         quantization: Quantization = "none",
         dtype: torch.dtype = torch.float32,
+        spare: int = 0,
     ) -> None:
         self.original = make_model(family)
         self.model: LoadedModel = load_model(
@@ -74,6 +75,7 @@ class Device:
             device=CPU,
             adapters=True,
             quantization=quantization,
+            extra_vocabulary=spare,
         )
         self.pool = DevicePool(self.model.groups, 16 << 20, dtype, CPU)
         self.drafter = HeadDrafter(self.model, CPU)
@@ -164,8 +166,11 @@ def test_what_adapters_add_to_the_lm_head_counts(name: str, tmp_path: Path) -> N
         check(drafts, index, device.expected(turbo, item, *updates[index]))
 
 
-def test_heads_of_all_kinds_in_one_call_draft_as_each_does_alone(tmp_path: Path) -> None:
-    device, low = Device(tmp_path), lm_update(8, 3)
+@pytest.mark.parametrize("spare", [0, 40])  # rows of zero for tokens that adapters add
+def test_heads_of_all_kinds_in_one_call_draft_as_each_does_alone(
+    spare: int, tmp_path: Path
+) -> None:
+    device, low = Device(tmp_path, spare=spare), lm_update(8, 3)
     asked: list[tuple[DraftItem, TurboHeads]] = []
     for number, turbo in enumerate(TURBOS.values()):
         slot = device.load(turbo_adapter(turbo, lm_head=low))
