@@ -357,6 +357,11 @@ class Settings(BaseSettings):
         return default_database(self.store) if self.database is None else self.database
 
     @property
+    def spare_tokens(self) -> int:
+        """`extra_vocabulary`, where adapters are served."""
+        return self.extra_vocabulary if self.adapters else 0
+
+    @property
     def step_sequences(self) -> int:
         """`max_sequences`, or the device's default."""
         if self.max_sequences is not None:

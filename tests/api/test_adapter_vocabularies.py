@@ -230,3 +230,26 @@ def test_a_template_alone_is_the_adapters(live: Live, trained: Trained, tmp_path
         {"model": "spoken", "messages": CHAT, "add_generation_prompt": False},
     )
     assert found["count"] == len("<tool>hi</tool>")
+
+
+def test_constrained_texts_are_of_the_bases_tokens(live: Live) -> None:
+    body = {
+        "model": "grown",
+        "prompt": PROMPT,
+        "max_tokens": 30,
+        "structured_outputs": {"regex": "[a-z]{5}"},
+        "return_token_ids": True,
+    }
+    choice = answer(live, "/v1/completions", body)["choices"][0]
+    assert choice["finish_reason"] == "stop"
+    assert len(choice["text"]) == 5
+    assert choice["text"].islower()
+    assert max(choice["token_ids"]) < VOCABULARY
+
+
+def test_a_grammar_of_the_adapters_own_tokens_is_refused(live: Live) -> None:
+    grammar = f"start: <[{NEW[0]}]> /a+/"
+    body = {"prompt": "x", "max_tokens": 5, "structured_outputs": {"grammar": grammar}}
+    said = refusal(live, "/v1/completions", {**body, "model": "grown"})
+    assert "tokens of its own" in said
+    refusal(live, "/v1/completions", {**body, "model": "base"})

@@ -44,7 +44,7 @@ def make_engine(
         device=torch.device(settings.device),
         adapters=settings.adapters,
         quantization=settings.quantization,
-        extra_vocabulary=settings.extra_vocabulary,
+        extra_vocabulary=settings.spare_tokens,
     )
     return engine_of(loaded, settings, load, constraints, on_wake, on_begun, depth)
 

@@ -127,7 +127,7 @@ def _start(
             adapters=settings.adapters,
             quantization=settings.quantization,
             deterministic=settings.deterministic,
-            extra_vocabulary=settings.extra_vocabulary,
+            extra_vocabulary=settings.spare_tokens,
             model_check=settings.model_check,
             ranks=None if followers is None else followers.join(),
         )

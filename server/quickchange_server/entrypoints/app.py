@@ -263,7 +263,7 @@ def _services(
         names,
         experiments.refuse_name,
         settings.max_upload_bytes,
-        settings.extra_vocabulary,
+        settings.spare_tokens,
     )
     return Services(
         settings=settings,
@@ -280,7 +280,7 @@ def _services(
             turbo=settings.turbo,
             prompt_lookup=settings.prompt_lookup,
             further=lambda: experiments.all,
-            tokens=text.vocab_size + settings.extra_vocabulary,
+            tokens=text.vocab_size + settings.spare_tokens,
         ),
         imports=imports,
         derived=Derived(store, settings.derived_adapters),

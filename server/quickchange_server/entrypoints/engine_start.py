@@ -60,7 +60,7 @@ def read_tokenizer(settings: Settings) -> tuple[TokenText | None, ConstraintComp
         if phrases:
             raise
         return None, None
-    return token_text(text) if phrases else None, _grammars(text)
+    return token_text(text) if phrases else None, _grammars(text, settings.spare_tokens)
 
 
 def read_text(model: str) -> Text:
@@ -89,12 +89,15 @@ def token_text(model: str | Text) -> TokenText:
     return TokenText(piece, encode)
 
 
-def _grammars(text: Text) -> ConstraintCompiler | None:
-    """The grammar compiler; None if the tokenizer doesn't allow one (such requests are refused)."""
+def _grammars(text: Text, spare: int) -> ConstraintCompiler | None:
+    """The grammar compiler; None if the tokenizer doesn't allow one (such requests are refused).
+
+    spare: tokens behind the base's own.
+    """
     from quickchange_server.structured_output.grammar import TokenGrammars
 
     try:
-        return TokenGrammars.of(text)
+        return TokenGrammars.of(text, spare)
     except ConstraintError as error:
         logger.warning("structured output is not served: %s", error)
         return None

@@ -184,7 +184,7 @@ class InProcessEngine:
             adapters=settings.adapters,
             quantization=settings.quantization,
             deterministic=settings.deterministic,
-            extra_vocabulary=settings.extra_vocabulary,
+            extra_vocabulary=settings.spare_tokens,
             model_check=settings.model_check,
         )
         self.device_bytes: dict[str, int] = {}  # memory of each adapter loaded, by digest

@@ -59,6 +59,7 @@ def memory_of(
         bfloat16=total is not None or multiplies_bfloat16(torch.device("cpu")),
         adapters=settings.adapters,
         quantization=settings.quantization,
+        extra_vocabulary=settings.spare_tokens,
     )
     folder = local_folder(settings.store)
     store = folder if folder.exists() else Path()

@@ -66,7 +66,7 @@ def warm_cache(given: Mapping[str, Any], *, gpu: str | None, out: Path | None) -
         quantization=settings.quantization,
         model_check=False,
         deterministic=settings.deterministic,
-        extra_vocabulary=settings.extra_vocabulary,
+        extra_vocabulary=settings.spare_tokens,
     )
     here = settings.model_copy(
         update={

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import random
+import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -31,6 +32,7 @@ FEW_BEST = 32  # tokens at one position, which are told of as many positions as 
 MOST_BEST = 2**21  # of one request where it asks for more: 42 positions of 49,152 tokens
 SEED_BITS = 63
 SEED_BYTES = 8
+_MARK = re.compile(r"<\[(\d{1,9})\]>")  # a token by its id, in Lark's syntax
 
 
 class Seeds:
@@ -134,8 +136,22 @@ class RequestAdmission:
     async def _constrained(self, wanted: Wanted) -> Wanted:
         if wanted.constraint is None:
             return wanted
+        if wanted.text is not None and wanted.text is not self._text:
+            self._check_marks(wanted.constraint)
         constraint = await self._constraints.accept(wanted.constraint)
         return replace(wanted, submit=replace(wanted.submit, constraint=constraint))
+
+    def _check_marks(self, asked: Asked) -> None:
+        """Raise InvalidRequestError for a constraint that needs an adapter's own tokens: grammars
+        are made of the base's."""
+        constraint = asked.constraint
+        marks = map(int, _MARK.findall(constraint.before + constraint.source))
+        if any(mark >= self._text.vocab_size for mark in marks):
+            raise InvalidRequestError(
+                f"{asked.place}: the adapter writes this with tokens of its own, which no "
+                "constraint can ask for; leave the choice to the model, and the schema out",
+                param=asked.place,
+            )
 
     def _submits(self, wanted: Wanted) -> list[Submit]:
         """One submit per choice."""

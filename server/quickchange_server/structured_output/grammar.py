@@ -40,11 +40,12 @@ _MOST_THREADS = 4  # for the masks of a step
 Tokens = llguidance.LLTokenizer
 
 
-def read_tokenizer(tokenizer: str, vocabulary: int, ends: Iterable[int]) -> Tokens:
+def read_tokenizer(tokenizer: str, vocabulary: int, ends: Iterable[int], spare: int = 0) -> Tokens:
     """Read a tokenizer for the library.
 
     tokenizer: JSON of the `tokenizers` library. vocabulary: the model's rows; tokens past them are
     left out, and ids past the tokenizer's are never allowed. ends: the model's end-of-sequence ids.
+    spare: further rows, of tokens that are never allowed.
 
     Raises ConstraintError if the library can't read it or there is no end-of-sequence id.
     """
@@ -52,7 +53,7 @@ def read_tokenizer(tokenizer: str, vocabulary: int, ends: Iterable[int]) -> Toke
         raise ConstraintError("the model has no end-of-sequence token")
     with _panics_raised("the model's tokenizer can't be read"):
         within = _within(tokenizer, vocabulary)
-        return llguidance.LLTokenizer(within, n_vocab=vocabulary, eos_token=known)
+        return llguidance.LLTokenizer(within, n_vocab=vocabulary + spare, eos_token=known)
 
 
 def _within(tokenizer: str, vocabulary: int) -> str:
@@ -146,19 +147,24 @@ def _schema_grammar(source: str) -> str:
 class TokenGrammars:
     """`ConstraintCompiler` for one tokenizer. `compile` and `fill` may run at the same time."""
 
-    def __init__(self, tokenizer: str, vocabulary: int, ends: frozenset[int]) -> None:
+    def __init__(
+        self, tokenizer: str, vocabulary: int, ends: frozenset[int], spare: int = 0
+    ) -> None:
         """Arguments and errors are those of `read_tokenizer`."""
         self.ends = ends
-        self._tokens = read_tokenizer(tokenizer, vocabulary, ends)
+        self._tokens = read_tokenizer(tokenizer, vocabulary, ends, spare)
         self._executor = llguidance.LLExecutor(min(_MOST_THREADS, os.cpu_count() or 1))
 
     @classmethod
-    def of(cls, text: Vocabulary) -> TokenGrammars:
-        """Make it for a model's tokenizer. Raises ConstraintError if the library can't read it."""
+    def of(cls, text: Vocabulary, spare: int = 0) -> TokenGrammars:
+        """Make it for a model's tokenizer. Raises ConstraintError if the library can't read it.
+
+        spare: tokens behind the base's own.
+        """
         tokenizer = text.tokenizer_json()
         if tokenizer is None:
             raise ConstraintError(NO_TOKENIZER)
-        return cls(tokenizer, text.vocab_size, text.eos_ids)
+        return cls(tokenizer, text.vocab_size, text.eos_ids, spare)
 
     def compile(self, constraint: Constraint) -> LibraryMatcher:
         """Compile a constraint. Raises ConstraintError."""

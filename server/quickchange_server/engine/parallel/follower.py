@@ -71,7 +71,7 @@ def follow(connection: Connection, settings: Settings, rank: int, port: int) -> 
             adapters=settings.adapters,
             quantization=settings.quantization,
             deterministic=settings.deterministic,
-            extra_vocabulary=settings.extra_vocabulary,
+            extra_vocabulary=settings.spare_tokens,
             model_check=settings.model_check,
             ranks=ranks,
         )

@@ -262,7 +262,6 @@ def _prepared(
     config: PretrainedConfig = model.config
     refuse_headless(model)
     model.requires_grad_(False)
-    extra_vocabulary = extra_vocabulary if adapters else 0
     if extra_vocabulary:
         add_spare_tokens(model, extra_vocabulary)
     outline = next(model.parameters()).is_meta

@@ -46,6 +46,7 @@ def outline(
     bfloat16: bool,
     adapters: bool,
     quantization: Quantization,
+    extra_vocabulary: int = 0,
 ) -> Outline:
     """The outline of what `--model` names. bfloat16: whether the device multiplies it.
 
@@ -82,7 +83,13 @@ def outline(
         for parameter, tensor in network.named_parameters():
             if name in parameter:
                 tensor.data = tensor.data.to(plan)
-    model = prepare(network.eval(), adapters=adapters, quantization=quantization, dtype=chosen)
+    model = prepare(
+        network.eval(),
+        adapters=adapters,
+        quantization=quantization,
+        dtype=chosen,
+        extra_vocabulary=extra_vocabulary,
+    )
     text = network.config.get_text_config()
     heads = int(getattr(text, "num_attention_heads", 0) or 0)
     return Outline(model, heads, method, size)
