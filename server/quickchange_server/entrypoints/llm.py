@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any, cast
@@ -15,7 +16,7 @@ from typing import Any, cast
 from pydantic import ValidationError
 from tqdm.auto import tqdm
 
-from quickchange_server.adapter_registry.resolver import AUTO, OFF, Catalog, base_names
+from quickchange_server.adapter_registry.resolver import AUTO, OFF, Catalog, Selection, base_names
 from quickchange_server.config import Settings
 from quickchange_server.entrypoints.engine_start import token_text
 from quickchange_server.entrypoints.in_process_engine import EngineCompletion, InProcessEngine
@@ -27,6 +28,7 @@ from quickchange_server.entrypoints.python_api.given_prompts import (
     Conversation,
     Prompt,
     PromptReader,
+    several,
     validated,
 )
 from quickchange_server.entrypoints.python_api.named_adapters import (
@@ -37,6 +39,7 @@ from quickchange_server.entrypoints.python_api.named_adapters import (
     publish,
 )
 from quickchange_server.errors import InvalidRequestError, SettingError
+from quickchange_server.frontend.adapter_texts import AdapterTexts
 from quickchange_server.frontend.context_length import check_fits
 from quickchange_server.frontend.request_admission import Seeds
 from quickchange_server.frontend.tokenizer import Text
@@ -89,15 +92,18 @@ class LLM:
                 adapters=made.adapters,
                 turbo=made.turbo,
                 prompt_lookup=made.prompt_lookup,
+                tokens=text.vocab_size + made.spare_tokens,
             )
             if adapters:
-                publish(adapter_store, adapters, base_spec(made.model), catalog.base_names)
+                base = replace(base_spec(made.model), spare_tokens=made.spare_tokens)
+                publish(adapter_store, adapters, base, catalog.base_names)
             self._adapters = NamedAdapters(adapter_store, catalog)
             words = token_text(text) if made.turbo and made.prompt_lookup else None
             self._engine = opened.enter_context(InProcessEngine(made, text=words))
             most = self._engine.info.max_model_len
-            self._prompts = PromptReader(text, most)
-            self._answers = AnswerMaker(text, Seeds(made.seed), most)
+            self._texts = AdapterTexts(text, adapter_store.tokenizer)
+            self._prompts = PromptReader(most)
+            self._answers = AnswerMaker(Seeds(made.seed), most)
             self._opened = opened.pop_all()
 
     def __enter__(self) -> LLM:
@@ -133,8 +139,10 @@ class LLM:
         Raises InvalidRequestError, ContextLengthError or UnknownModelError before anything runs;
         AdapterFailedError or EngineFailedError if the engine fails.
         """
-        asked = self._prompts.read(prompts)
-        return self._generate(asked, params or SamplingParams(), adapter, turbo, use_tqdm)
+        given = several(prompts)
+        selections, texts = self._selected(adapter, turbo, len(given))
+        asked = self._prompts.read(given, texts)
+        return self._generate(asked, params or SamplingParams(), selections, use_tqdm)
 
     def chat(
         self,
@@ -171,10 +179,12 @@ class LLM:
         )
         one = bool(messages) and isinstance(messages[0], Mapping)
         conversations = cast(Sequence[Conversation], [messages] if one else messages)
+        selections, texts = self._selected(adapter, turbo, len(conversations))
         asked = [
-            self._prompts.chat(f"messages[{i}]", c, rendering) for i, c in enumerate(conversations)
+            self._prompts.chat(f"messages[{i}]", conversation, rendering, text)
+            for i, (conversation, text) in enumerate(zip(conversations, texts, strict=True))
         ]
-        return self._generate(asked, params or SamplingParams(), adapter, turbo, use_tqdm)
+        return self._generate(asked, params or SamplingParams(), selections, use_tqdm)
 
     def embed(
         self,
@@ -193,13 +203,13 @@ class LLM:
             raise InvalidRequestError(
                 f'pooling: {pooling!r} is not known; give "mean" or "last"', param="pooling"
             )
-        asked = self._prompts.read(prompts)
+        given = several(prompts)
+        selections, texts = self._selected(adapter, OFF, len(given))
+        asked = self._prompts.read(given, texts)
         sampling = SamplingParams(max_tokens=0)
         submits = [
             Submit(str(i), one.ids, sampling, selection.serving(one.ids), pooling=pooling, seed=0)
-            for i, (one, selection) in enumerate(
-                zip(asked, self._adapters.selections(adapter, OFF, len(asked)), strict=True)
-            )
+            for i, (one, selection) in enumerate(zip(asked, selections, strict=True))
         ]
         most = self._engine.info.max_model_len
         for one, submit in zip(asked, submits, strict=True):
@@ -210,16 +220,21 @@ class LLM:
             for i, (one, completion) in enumerate(zip(asked, completions, strict=True))
         ]
 
+    def _selected(
+        self, adapter: Adapter | Sequence[Adapter], turbo: str | Sequence[str], count: int
+    ) -> tuple[Sequence[Selection], list[Text]]:
+        """What serves each of `count` prompts, and the tokenizers that they are read with."""
+        selections = self._adapters.selections(adapter, turbo, count)
+        return selections, [self._texts.now(selection.tokenizer) for selection in selections]
+
     def _generate(
         self,
         asked: Sequence[AskedPrompt],
         params: SamplingParams | Sequence[SamplingParams],
-        adapter: Adapter | Sequence[Adapter],
-        turbo: str | Sequence[str],
+        selections: Sequence[Selection],
         use_tqdm: bool | None,
     ) -> list[RequestOutput]:
         each_params: list[SamplingParams] = each(params, len(asked), "params", (SamplingParams,))
-        selections = self._adapters.selections(adapter, turbo, len(asked))
         for selection in selections:
             selection.check_generates()
         choices = [

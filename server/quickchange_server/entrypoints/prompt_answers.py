@@ -21,7 +21,6 @@ from quickchange_server.frontend.context_length import room
 from quickchange_server.frontend.embedding import unit, vector
 from quickchange_server.frontend.output_processor import Ending, Transcript
 from quickchange_server.frontend.request_admission import Seeds, choice_seed
-from quickchange_server.frontend.tokenizer import Text
 from quickchange_server.protocol import Delta, SamplingParams, Submit
 
 
@@ -45,8 +44,7 @@ class PromptChoice:
 class AnswerMaker:
     """Makes the sequences of a call's prompts, and their results, in a context of `most` tokens."""
 
-    def __init__(self, text: Text, seeds: Seeds, most: int) -> None:
-        self._text = text
+    def __init__(self, seeds: Seeds, most: int) -> None:
         self._seeds = seeds
         self._most = most
 
@@ -54,9 +52,10 @@ class AnswerMaker:
         self, index: int, asked: AskedPrompt, params: SamplingParams, selection: Selection
     ) -> list[PromptChoice]:
         """The sequences of one prompt, one per choice."""
+        text = asked.spoken
         for name in ("stop_token_ids", "logprob_token_ids", "allowed_token_ids"):
-            self._text.check_ids(sorted(getattr(params, name)), name)
-        self._text.check_ids(list(params.logit_bias), "logit_bias")
+            text.check_ids(sorted(getattr(params, name)), name)
+        text.check_ids(list(params.logit_bias), "logit_bias")
         front = selection.virtual_tokens
         fits = room(self._most, len(asked.ids), params.max_tokens, asked.place, front)
         most = fits if params.max_tokens is None else params.max_tokens
@@ -67,7 +66,7 @@ class AnswerMaker:
                 param="min_tokens",
             )
         sampling = params.resolved(
-            max_tokens=most, eos_ids=self._text.eos_ids, vocab_size=self._text.vocab_size
+            max_tokens=most, eos_ids=text.eos_ids, vocab_size=text.vocab_size
         )
         seed = self._seeds.draw() if params.seed is None else params.seed % 2**64
         first = Submit(
@@ -76,7 +75,7 @@ class AnswerMaker:
             sampling,
             selection.serving(asked.ids),
             drafting=selection.drafting,
-            bad_tokens=self._text.spellings(params.bad_words),
+            bad_tokens=text.spellings(params.bad_words),
             seed=seed,
         )
         others = replace(sampling, prompt_logprobs=None)  # the first choice's serve all
@@ -89,7 +88,7 @@ class AnswerMaker:
             )
             for number in range(1, params.n)
         ]
-        return [PromptChoice(submit, Transcript(self._text, sampling)) for submit in submits]
+        return [PromptChoice(submit, Transcript(text, sampling)) for submit in submits]
 
     def output(
         self,
@@ -105,17 +104,22 @@ class AnswerMaker:
             prompt=asked.text,
             prompt_token_ids=list(asked.ids),
             prompt_logprobs=prompt_positions(
-                self._text, first.prompt_logprobs, params.prompt_logprobs
+                asked.spoken, first.prompt_logprobs, params.prompt_logprobs
             ),
             outputs=[
-                self._completion(number, choice, completion, params)
+                self._completion(number, asked, choice, completion, params)
                 for number, (choice, completion) in enumerate(answers)
             ],
             num_cached_tokens=first.cached_tokens,
         )
 
     def _completion(
-        self, index: int, choice: PromptChoice, completion: EngineCompletion, params: SamplingParams
+        self,
+        index: int,
+        asked: AskedPrompt,
+        choice: PromptChoice,
+        completion: EngineCompletion,
+        params: SamplingParams,
     ) -> CompletionOutput:
         # Fewer than the engine's tokens if a stop string ended amid accepted drafts.
         count = choice.transcript.completion_tokens
@@ -131,7 +135,7 @@ class AnswerMaker:
             text="".join(choice.parts),
             token_ids=ids,
             cumulative_logprob=sum(one.logprob for one in scores) if scored else None,
-            logprobs=[generated_position(self._text, one, params) for one in scores]
+            logprobs=[generated_position(asked.spoken, one, params) for one in scores]
             if scored
             else None,
             finish_reason=choice.ending,

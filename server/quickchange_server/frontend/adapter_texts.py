@@ -27,6 +27,7 @@ class AdapterTexts:
         self._base = base
         self._changes = changes
         self._texts: LRUCache[str, asyncio.Future[Text]] = LRUCache(KEPT)
+        self._kept: LRUCache[str, Text] = LRUCache(KEPT)  # of `now`
 
     async def of(self, digest: str | None) -> Text:
         """The text under the tokenizer of a version; None: the base's.
@@ -41,6 +42,15 @@ class AdapterTexts:
             self._texts[digest] = making
             making.add_done_callback(partial(self._drop_failed, digest))
         return await asyncio.shield(making)
+
+    def now(self, digest: str | None) -> Text:
+        """The same for callers without an event loop, on their own thread."""
+        if digest is None:
+            return self._base
+        kept = self._kept.get(digest)
+        if kept is None:
+            kept = self._kept[digest] = self._made(digest)
+        return kept
 
     def _drop_failed(self, digest: str, made: asyncio.Future[Text]) -> None:
         """Let the next request try again."""

@@ -35,61 +35,69 @@ class AskedPrompt:
     place: str
     text: str | None  # None: token ids were given
     ids: tuple[int, ...]
+    spoken: Text  # the tokenizer under its adapter
 
 
 class PromptReader:
     """Makes tokenized prompts, of `most` tokens each. Raises with the place of what is wrong."""
 
-    def __init__(self, text: Text, most: int) -> None:
-        self._text = text
+    def __init__(self, most: int) -> None:
         self._most = most
 
-    def read(self, prompts: Prompt | Sequence[Prompt]) -> list[AskedPrompt]:
-        """Prompts as a call is given them: one, or several."""
-        several = [prompts] if _is_one(prompts) else prompts
-        return [self._one(f"prompts[{i}]", p) for i, p in enumerate(several)]
+    def read(self, prompts: Sequence[Prompt], texts: Sequence[Text]) -> list[AskedPrompt]:
+        """Prompts of a call, each by a tokenizer."""
+        return [
+            self._one(f"prompts[{i}]", *each)
+            for i, each in enumerate(zip(prompts, texts, strict=True))
+        ]
 
-    def _one(self, place: str, prompt: Any) -> AskedPrompt:
+    def _one(self, place: str, prompt: Any, text: Text) -> AskedPrompt:
         if isinstance(prompt, str):
-            ids = self._encode(place, prompt)
-            self._text.check_ids(ids, place)
-            return AskedPrompt(place, prompt, tuple(ids))
+            ids = self._encode(place, prompt, text)
+            text.check_ids(ids, place)
+            return AskedPrompt(place, prompt, tuple(ids), text)
         if isinstance(prompt, Iterable):
             ids = list(prompt)
             if all(isinstance(i, Integral) and not isinstance(i, bool) for i in ids):
-                self._text.check_ids(ids, place)
-                return AskedPrompt(place, None, tuple(map(int, ids)))
+                text.check_ids(ids, place)
+                return AskedPrompt(place, None, tuple(map(int, ids)), text)
         raise InvalidRequestError(
             f"{place}: {type(prompt).__name__} is no prompt; give a text or a list of token ids",
             param=place,
         )
 
-    def _encode(self, place: str, text: str) -> list[int]:
+    def _encode(self, place: str, prompt: str, text: Text) -> list[int]:
         try:
-            text.encode()
+            prompt.encode()
         except UnicodeEncodeError as error:
             raise InvalidRequestError(
                 f"{place}: holds half of a surrogate pair; give valid Unicode", param=place
             ) from error
-        return self._text.encode_within(text, most=self._most, param=place)
+        return text.encode_within(prompt, most=self._most, param=place)
 
-    def chat(self, place: str, messages: Conversation, rendering: ChatFields) -> AskedPrompt:
+    def chat(
+        self, place: str, messages: Conversation, rendering: ChatFields, text: Text
+    ) -> AskedPrompt:
         """A conversation's prompt."""
         checked = [validated(Message, f"{place}[{i}]", m) for i, m in enumerate(messages)]
         if not checked:
             raise InvalidRequestError(f"{place}: is empty; give at least one message", param=place)
-        tools_form(self._text, checked, rendering.tools)
-        prompt = self._text.render_chat(
+        tools_form(text, checked, rendering.tools)
+        prompt = text.render_chat(
             [message.for_template() for message in checked],
             tools=[tool.for_template() for tool in rendering.tools],
             how=rendering.how,
             param=place,
         )
-        ids = self._text.encode_within(
-            prompt, most=self._most, param=place, add_special_tokens=False
-        )
-        self._text.check_ids(ids, place)
-        return AskedPrompt(place, prompt, tuple(ids))
+        ids = text.encode_within(prompt, most=self._most, param=place, add_special_tokens=False)
+        text.check_ids(ids, place)
+        return AskedPrompt(place, prompt, tuple(ids), text)
+
+
+def several(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """Prompts as a call is given them: one, or several."""
+    found: Any = [prompts] if _is_one(prompts) else prompts
+    return list(found)
 
 
 def _is_one(prompts: Any) -> bool:
