@@ -365,6 +365,7 @@ def _turbo(info: AdapterInfo) -> dict[str, Any] | None:
         "sequential": info.turbo.sequential,
         "vocabulary": info.turbo.vocabulary,
         "own_lm_heads": info.turbo.own_outputs,
+        "tenant": info.turbo.tenant,
         "hidden": info.turbo.hidden,
         "parameters": info.turbo.parameters,
         "medusa_parameters": medusa,
@@ -380,6 +381,7 @@ def _turbo_line(turbo: dict[str, Any] | None) -> str:
         f"{turbo['heads']} {'sequential' if turbo['sequential'] else 'parallel'} heads, "
         f"{drafted} tokens, {'own LM heads' if turbo['own_lm_heads'] else 'shared LM head'}, "
         f"{turbo['parameters']:,} parameters"
+        f"{'' if turbo['tenant'] is None else ', for the tenant ' + turbo['tenant'] + ' alone'}"
     )
     if turbo["medusa_parameters"] is None:
         return line

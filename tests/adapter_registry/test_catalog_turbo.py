@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from http_support import BASE, make_adapter, make_turbo
 from quickchange_server.adapter_registry.resolver import Catalog, Selection, WeightedName
 from quickchange_server.errors import ForbiddenError, InvalidRequestError, UnknownModelError
 from quickchange_server.protocol import Component, Drafting
+from quickchange_store.canonical.canonical_adapter import CanonicalAdapter
 from quickchange_store.store import Store
 
 COMPOSITION = [WeightedName("sql", 0.5)]
@@ -154,3 +156,35 @@ def test_a_new_version_of_a_bound_turbo_drafts_for_later_requests(
     second = store.add("heads", make_turbo(4.0)).digest
     assert catalog.select("pinned").drafting == Drafting(first, lookup=True)
     assert catalog.select("floating").drafting == Drafting(second, lookup=True)
+
+
+def owned(tenant: str) -> CanonicalAdapter:
+    made = make_turbo(5.0)
+    assert made.turbo is not None
+    return replace(made, turbo=replace(made.turbo, tenant=tenant))
+
+
+def test_heads_that_learned_from_a_tenants_requests_draft_for_it_alone(
+    catalog: Catalog, store: Store
+) -> None:
+    store.add("acmes", owned("acme"))
+    store.alias("live", "sql", turbo="acmes")
+    wanted = Drafting(digest_of(store, "acmes"), lookup=True)
+    for model in ("live", "acmes"):
+        assert catalog.select(model, tenant="acme").drafting == wanted
+        for other in ("globex", None):
+            plain = catalog.select(model, tenant=other)
+            assert (plain.drafting, plain.drafter) == (None, None)
+            assert plain.adapters == catalog.select(model, tenant="acme").adapters
+    assert catalog.select("sql", turbo="acmes", tenant="acme").drafting == wanted
+    assert catalog.select(BASE, COMPOSITION, "acmes", tenant="acme").drafting == wanted
+    for name in ("acmes", "acmes@1", "live"):
+        with pytest.raises(ForbiddenError, match=r"^turbo: .* of another tenant"):
+            catalog.select("sql", turbo=name, tenant="globex")
+        assert not catalog.drafts_for(name, "globex")
+        assert catalog.drafts_for(name, "acme")
+
+
+@pytest.mark.parametrize("turbo", ["auto", "off", "lookup", "heads", "sql", "nothing"])
+def test_what_is_nobodys_drafts_for_all(catalog: Catalog, turbo: str) -> None:
+    assert catalog.drafts_for(turbo, "globex")

@@ -52,6 +52,7 @@ def turbo_heads(draw: st.DrawFn) -> TurboHeads:
         sequential=sequential,
         vocabulary=None if tokens is None else torch.tensor(sorted(tokens), dtype=torch.int32),
         outputs=tuple(torch.full((rows, H), float(draw(st.integers(0, 1)))) for _ in heads if own),
+        tenant=draw(st.sampled_from((None, "acme", "globex"))),
     )
 
 

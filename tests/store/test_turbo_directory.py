@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from quickchange_store.errors import (
     StoreError,
     UnsupportedFeatureError,
 )
+from quickchange_store.formats.turbo.medusa_write import check_lorax, check_vllm
 from quickchange_store.formats.turbo.turbo_directory import write_turbo_directory
 from quickchange_store.importing import read_adapter
 
@@ -135,7 +138,7 @@ def test_a_block_in_the_wrong_place_is_refused(tmp_path: Path, spec: BaseSpec) -
 
 def test_a_later_format_is_refused(tmp_path: Path, spec: BaseSpec) -> None:
     write_turbo_directory(recurrent(), tmp_path, "tiny")
-    edit_config(tmp_path, format=2)
+    edit_config(tmp_path, format=3)
     refused(UnsupportedFeatureError, tmp_path, spec, CONFIG, f"{KEY}.format")
 
 
@@ -194,3 +197,25 @@ def test_heads_in_two_layouts_are_refused(tmp_path: Path, spec: BaseSpec) -> Non
     write_turbo_directory(recurrent(), tmp_path, "tiny")
     save_file({"0.0.linear.bias": torch.zeros(H)}, tmp_path / "medusa_lm_head.safetensors")
     refused(InvalidAdapterError, tmp_path, spec, "medusa_lm_head.safetensors", None)
+
+
+def test_heads_of_one_tenant_are_so_again_and_known_to_no_earlier_reader(
+    tmp_path: Path, spec: BaseSpec
+) -> None:
+    heads = replace(recurrent(), tenant="acme")
+    write_turbo_directory(heads, tmp_path, "tiny")
+    assert json.loads((tmp_path / CONFIG).read_text())[KEY]["format"] == 2
+    read = read_adapter(tmp_path, spec).adapter.turbo
+    assert read is not None
+    assert read.tenant == "acme"
+    edit_config(tmp_path, tenant=7)
+    refused(InvalidAdapterError, tmp_path, spec, CONFIG, KEY)
+
+
+@pytest.mark.parametrize("check", [check_lorax, check_vllm])
+def test_medusas_layouts_cant_say_whom_heads_draft_for(
+    spec: BaseSpec, check: Callable[[TurboHeads, BaseSpec], None]
+) -> None:
+    heads = TurboHeads((block(0), block(1)), ((0,), (1,)), tenant="acme")
+    with pytest.raises(UnsupportedFeatureError, match="the tenant acme alone"):
+        check(heads, spec)

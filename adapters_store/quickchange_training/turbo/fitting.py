@@ -49,7 +49,7 @@ def fitted_adapter(store: Store, reference: str, spec: BaseSpec) -> FittedAdapte
             f"--on {reference}: it is for {adapter.architecture}, and --model is "
             f"{spec.architecture}; give the model that it was trained on"
         )
-    if not adapter.updates:
+    if not adapter.updates and not adapter.virtual_tokens:
         raise RecipeError(
             f"--on {reference}: it holds heads alone; name the adapter that they are to draft for, "
             "and these heads with --from"

@@ -169,21 +169,26 @@ class Catalog:
         turbo: str = AUTO,
         *,
         sees: Sees = everything,
+        tenant: str | None = None,
     ) -> Selection:
         """Resolve `model`, or the base with a composition Σ weightᵢ · adapterᵢ, and the drafting
         by `turbo`: AUTO, OFF, LOOKUP or the name of an adapter with draft heads.
 
-        A name that the caller may not see does not exist for it; the base is always seen. Raises
-        UnknownModelError, InvalidRequestError, or ForbiddenError if a setting switches it off.
+        Heads that learned from a tenant's requests draft for requests of this `tenant` alone: under
+        AUTO others go without, by name they are refused. A name that the caller may not see does
+        not exist for it; the base is always seen. Raises UnknownModelError, InvalidRequestError,
+        or ForbiddenError, also if a setting switches it off.
         """
         if self._is_placeholder(model, sees):
             model = self.base_name
         if composition:
-            return self._drafted(self._composed(model, composition, sees), None, turbo, sees)
+            composed = self._composed(model, composition, sees)
+            return self._drafted(composed, None, turbo, sees, tenant)
         if self.is_base(model):
-            return self._drafted(Selection(model, (), BASE_LABEL), None, turbo, sees)
+            return self._drafted(Selection(model, (), BASE_LABEL), None, turbo, sees, tenant)
         named = self._find(model, sees, param="model")
-        return self._drafted(self._alone(model, named.version), named.drafter, turbo, sees)
+        alone = self._alone(model, named.version)
+        return self._drafted(alone, named.drafter, turbo, sees, tenant)
 
     def _is_placeholder(self, model: str, sees: Sees) -> bool:
         if model not in PLACEHOLDERS or self.is_base(model):
@@ -365,13 +370,19 @@ class Catalog:
     # --- drafting -------------------------------------------------------------------------------
 
     def _drafted(
-        self, selection: Selection, bound: Version | None, turbo: str, sees: Sees
+        self,
+        selection: Selection,
+        bound: Version | None,
+        turbo: str,
+        sees: Sees,
+        tenant: str | None,
     ) -> Selection:
         """The selection with its drafting. `bound`: the version whose heads AUTO uses."""
         if turbo == OFF:
             return selection
         if turbo == AUTO:
-            return self._by_heads(selection, bound) if bound and self._turbo else selection
+            drafts = bound is not None and self._turbo and self._drafts_for(bound, tenant)
+            return self._by_heads(selection, bound) if bound and drafts else selection
         self._check_on("turbo", self._turbo)
         if turbo == LOOKUP:
             self._check_on("prompt_lookup", self._lookup)
@@ -383,7 +394,25 @@ class Catalog:
                 f'marks them), or send "{LOOKUP}" or "{OFF}"',
                 param="turbo",
             )
+        if not self._drafts_for(drafter, tenant):
+            raise ForbiddenError(
+                f"turbo: {turbo!r} has learned from requests of another tenant, and drafts for its "
+                f'requests alone; name other heads, or send "{OFF}"',
+                param="turbo",
+            )
         return self._by_heads(selection, drafter)
+
+    def drafts_for(self, turbo: str, tenant: str) -> bool:
+        """False if `turbo` names heads that learned from another tenant's requests."""
+        try:
+            drafter = self._find(turbo, everything, param="turbo").drafter
+        except (UnknownModelError, ForbiddenError):
+            return True  # AUTO, LOOKUP and OFF; and what the look-up will refuse
+        return drafter is None or self._drafts_for(drafter, tenant)
+
+    def _drafts_for(self, drafter: Version, tenant: str | None) -> bool:
+        heads = self.info(drafter.digest).turbo
+        return heads is None or heads.tenant in (None, tenant)
 
     def _by_heads(self, selection: Selection, drafter: Version) -> Selection:
         drafting = Drafting(drafter.digest, lookup=self._lookup)

@@ -107,6 +107,8 @@ def _check_medusa(heads: TurboHeads, base: BaseSpec, target: str) -> None:
     check_base(heads, base)
     if heads.sequential:
         raise _unsaid("sequential heads", target)
+    if heads.tenant is not None:
+        raise _unsaid(f"that they draft for the tenant {heads.tenant} alone", target)
     if len({len(head) for head in heads.heads}) > 1:
         raise _unsaid("heads of different numbers of blocks", target)
 

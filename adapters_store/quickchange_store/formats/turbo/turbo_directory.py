@@ -5,9 +5,10 @@ That is sequential heads, shared blocks, a draft vocabulary, and heads of differ
     config.json                {"base_model_name_or_path", "quickchange_turbo": {…}, "notes"}
     turbo_heads.safetensors    block.{i}.weight, block.{i}.bias, output.{i}, vocabulary
 
-`quickchange_turbo` has `format` (1), `heads` (each head's blocks, from 0), `outputs` (each head's
-LM head; empty: the base model's), `sequential` and `vocabulary` (true if there is one). The same
-folder may hold a PEFT adapter: together they are a Turbo LoRA.
+`quickchange_turbo` has `format` (1; 2 where there is a `tenant`, the only one that they draft for),
+`heads` (each head's blocks, from 0), `outputs` (each head's LM head; empty: the base model's),
+`sequential` and `vocabulary` (true if there is one). The same folder may hold a PEFT adapter:
+together they are a Turbo LoRA.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 TURBO_KEY = "quickchange_turbo"
 TURBO_FILE = "turbo_heads.safetensors"
 FORMAT = 1
+TENANT_FORMAT = 2  # with `tenant`, which readers of format 1 would drop
 _PREFIX = "turbo."  # prefix of canonical names; the file omits it
 
 
@@ -55,7 +57,10 @@ def write_turbo_directory(
     layout, tensors = turbo_bytes.parts(heads)
     config = {
         BASE_NAME: base_name,
-        TURBO_KEY: {"format": FORMAT, **layout.encode()},
+        TURBO_KEY: {
+            "format": FORMAT if heads.tenant is None else TENANT_FORMAT,
+            **layout.encode(),
+        },
         "notes": dict(notes or {}),
     }
     encoded = json.dumps(config, indent=2, sort_keys=True, allow_nan=False)
@@ -111,9 +116,10 @@ def _take(tensors: AdapterTensors, layout: TurboLayout, head: LmHead) -> dict[st
 
 
 def _layout(tree: Any) -> TurboLayout:
-    if isinstance(tree, dict) and tree.get("format") not in (None, FORMAT):
+    if isinstance(tree, dict) and tree.get("format") not in (None, FORMAT, TENANT_FORMAT):
         raise UnsupportedFeatureError(
-            f"format {tree['format']!r} is not known to this version, which reads {FORMAT}",
+            f"format {tree['format']!r} is not known to this version, which reads {FORMAT} and "
+            f"{TENANT_FORMAT}",
             file=HEADS_CONFIG_FILE,
             key=f"{TURBO_KEY}.format",
             remedy="use the version of quickchange that wrote it",

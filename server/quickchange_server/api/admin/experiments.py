@@ -427,7 +427,7 @@ def _check_one(services: Services, caller: Caller, variant: Served, place: str) 
     composition = weighted_names(variant.adapters)
     turbo = "auto" if variant.turbo is None else variant.turbo
     try:
-        services.catalog.select(model, composition, turbo, sees=caller.sees)
+        services.catalog.select(model, composition, turbo, sees=caller.sees, tenant=caller.tenant)
     except QuickchangeError as error:
         raise type(error)(f"{place}.{error.message}", param=f"{place}.{error.param}") from error
 

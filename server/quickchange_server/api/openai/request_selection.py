@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Generic, TypeVar
 
-from quickchange_server.adapter_registry.resolver import Selection, weighted_names
+from quickchange_server.adapter_registry.resolver import OFF, Selection, weighted_names
 from quickchange_server.adapter_registry.visibility import Sees, everything
 from quickchange_server.api.app_state import Services
 from quickchange_server.api.openai.requests import Constrained, GenerationRequest
@@ -87,9 +87,11 @@ async def select(
         await services.on_demand.ensure(named_adapters, caller.sees)
     named = services.experiments.find(body.model) if caller.sees(body.model) else None
     if named is None:
-        selection = _selection(services, body, caller.sees)
+        selection = _selection(services, caller, body, caller.sees)
         return Order(caller, body.model, body, selection, traceparent=traceparent)
-    services.catalog.select(services.catalog.base_name, turbo=body.turbo, sees=caller.sees)
+    services.catalog.select(
+        services.catalog.base_name, turbo=body.turbo, sees=caller.sees, tenant=caller.tenant
+    )
     assignment = _assigned(services, named, caller, body, headers)
     definition = named.definition
     order = _served(services, caller, body, assignment, definition.variant(assignment.variant))
@@ -114,9 +116,9 @@ def _served(
     services: Services, caller: Caller, body: B, assignment: Assignment, variant: Served
 ) -> Order[B]:
     """The order for a body under an experiment's variant. Raises AdapterFailedError."""
-    changed = _overridden(services, body, variant)
-    try:
-        selection = _selection(services, changed, everything)  # the operator chose the variants
+    changed = _overridden(services, caller, body, variant)
+    try:  # the operator chose the variants, so that everything is seen
+        selection = _selection(services, caller, changed, everything)
     except QuickchangeError as error:
         services.experiment_metrics.unservable(assignment)
         raise _unservable(assignment, error) from error
@@ -133,9 +135,13 @@ def _shadows(
             yield beside, _served(services, caller, body, beside, shadow)
 
 
-def _selection(services: Services, body: GenerationRequest, sees: Sees) -> Selection:
+def _selection(
+    services: Services, caller: Caller, body: GenerationRequest, sees: Sees
+) -> Selection:
     composition = weighted_names(body.adapters)
-    return services.catalog.select(body.model, composition, body.turbo, sees=sees)
+    return services.catalog.select(
+        body.model, composition, body.turbo, sees=sees, tenant=caller.tenant
+    )
 
 
 def _assigned(
@@ -165,15 +171,19 @@ def _drawn(experiment: Experiment) -> Iterator[Shadow]:
                 yield shadow
 
 
-def _overridden(services: Services, body: B, variant: Served) -> B:
-    """The body with the variant's model, adapters and overrides."""
+def _overridden(services: Services, caller: Caller, body: B, variant: Served) -> B:
+    """The body with the variant's model, adapters and overrides.
+
+    Where the variant's heads draft for another tenant alone, nothing drafts.
+    """
     changes: dict[str, Any] = {
         "model": variant.model or services.catalog.base_name,
         "adapters": variant.adapters,
         **variant.overrides,
     }
     if variant.turbo is not None:
-        changes["turbo"] = variant.turbo
+        drafts = services.catalog.drafts_for(variant.turbo, caller.tenant)
+        changes["turbo"] = variant.turbo if drafts else OFF
     wanted = variant.overrides.get("max_tokens")
     if wanted is not None:
         changes["min_tokens"] = min(body.min_tokens, wanted)

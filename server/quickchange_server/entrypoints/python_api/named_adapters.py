@@ -22,6 +22,7 @@ from quickchange_server.errors import (
     QuickchangeError,
     UnknownModelError,
 )
+from quickchange_server.frontend.caller import ANYONE
 from quickchange_server.protocol import LOOKUP
 from quickchange_store.canonical.adapter_bytes import digest
 from quickchange_store.canonical.canonical_adapter import BaseSpec
@@ -93,7 +94,7 @@ class NamedAdapters:
             self._check_known(turbo, f"turbo[{index}]")
         composition = [term for name, given in mix.items() for term in _terms(name, given, place)]
         try:
-            return self._catalog.select(model, composition, turbo)
+            return self._catalog.select(model, composition, turbo, tenant=ANYONE.tenant)
         except QuickchangeError as error:
             raise type(error)(f"{place}: {error.message}", param=error.param) from error
 
