@@ -68,6 +68,7 @@ def made_up(experiment: Experiment, seed: int) -> tuple[Rows, Rows]:
             "drafted": 0,
             "accepted": 0,
         }
+        exposure["accepted"] = chance.randrange(exposure["tokens"] + 1)
         exposures.append(exposure)
         kept = {k: exposure[k] for k in ("experiment", "variant", "unit", "completion", "counted")}
         for name in chance.sample(["stars", "ok", "mood"], 2):
@@ -148,11 +149,16 @@ def test_sums_are_those_by_hand(database_url: str, seed: int) -> None:
     def answered(row: dict[str, Any], column: str) -> float | None:
         return row[column] if row["ending"] in ("stop", "length") else None
 
+    def accepted_per_step(row: dict[str, Any]) -> float | None:
+        tokens, accepted = answered(row, "tokens"), row["accepted"]
+        return accepted / (tokens - accepted) if tokens and tokens > accepted else None
+
     found = {(o.name, None): o.sums for o in sums.automatic}
     for name, value_of in {
         "latency": lambda r: answered(r, "seconds"),
         "first_token": lambda r: r["first_token"],
         "tokens": lambda r: answered(r, "tokens"),
+        "accepted_per_step": accepted_per_step,
         "failed": lambda r: float(r["ending"] == "failed"),
     }.items():
         assert_same(found[name, None], by_hand(exposures, exposures, value_of))

@@ -34,7 +34,10 @@ MAX_LISTED = 10_000
 MAX_NUMBER = 1e15  # largest absolute value of an outcome, so that sums of squares don't overflow
 MAX_SECONDS = 1e11  # of a time, as for keys
 MAX_TEXT = 512  # characters of a description or of a listed unit
-AUTOMATIC = ("latency", "first_token", "tokens", "stop", "length", "cancelled", "failed")
+AUTOMATIC = (
+    *("latency", "first_token", "tokens", "accepted_per_step"),
+    *("stop", "length", "cancelled", "failed"),
+)
 ACTIONS = frozenset(
     {"outcomes", "results", "audit", "pause", "resume", "stop", "promote", "rollback"}
 )

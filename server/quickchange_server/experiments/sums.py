@@ -36,6 +36,7 @@ ENDINGS: Mapping[str, Goal] = {
     "cancelled": "decrease",
     "failed": "decrease",
 }
+GOALS: Mapping[str, Goal] = {**ENDINGS, "accepted_per_step": "increase"}  # of others: decrease
 NOTHING = Sums(0, 0.0, 0.0)
 
 _E, _O = EXPERIMENT_EXPOSURES.c, EXPERIMENT_OUTCOMES.c
@@ -190,6 +191,14 @@ def _measures() -> dict[str, ColumnElement[Any]]:
         "latency": case((answered, _E.seconds), else_=null()),
         "first_token": _E.first_token,
         "tokens": case((answered, _E.tokens * 1.0), else_=null()),
+        # each step gives a token besides the drafts that it accepts; choices are summed, as steps
+        "accepted_per_step": case(
+            (
+                and_(answered, _E.tokens > _E.accepted),
+                _E.accepted * 1.0 / (_E.tokens - _E.accepted),
+            ),
+            else_=null(),
+        ),
         **{ending: case((_E.ending == ending, 1.0), else_=0.0) for ending in ENDINGS},
     }
 
@@ -203,7 +212,7 @@ def _automatic(
             name,
             "flag" if name in ENDINGS else "number",
             _placed(found, experiment, order, place),
-            ENDINGS.get(name, "decrease"),
+            GOALS.get(name, "decrease"),
             least=0.0,  # seconds and tokens
         )
         for place, name in enumerate(_measures())

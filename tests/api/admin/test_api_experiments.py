@@ -395,7 +395,8 @@ def test_automatic_measures_need_no_outcomes(live: Live) -> None:
     results = live.http.get("/v1/experiments/tone/results").json()
     measured = {o["name"]: o["variants"] for o in results["automatic"]}
     assert set(measured) == {
-        "latency", "first_token", "tokens", "stop", "length", "cancelled", "failed",
+        "latency", "first_token", "tokens", "accepted_per_step",
+        "stop", "length", "cancelled", "failed",
     }  # fmt: skip
     for variant in measured["tokens"]:
         assert variant["mean"] == (4 if variant["count"] else None)
