@@ -52,7 +52,7 @@ def generate_for(wanted: WantedOutputs) -> Generate:
                     said = wanted.said.get(tuple(prompt))
                     if said is not None:
                         states = engine.prompt_states(_request(wanted, index, (*prompt, *said)))
-                        on_output(index, said, states[len(prompt) - 1 :])
+                        on_output(index, said, states[-len(said) :])
         except QuickchangeError as error:
             raise ModelError(f"{wanted.model}: its outputs can't be made: {error}") from error
 

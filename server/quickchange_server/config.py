@@ -284,6 +284,25 @@ class Settings(BaseSettings):
         ge=1024,
         description="stored responses of one tenant together; beyond it the oldest go first",
     )
+    recorded_requests: int = Field(
+        1000,
+        ge=0,
+        description="requests that a recording holds, the newest, of one tenant to one adapter; 0: "
+        "none is recorded, whoever asks for it",
+    )
+    recorded_bytes: int = Field(
+        4 * 1024**2,
+        ge=1024,
+        description="their size: four bytes a token, and 512 a request; beyond it the oldest go",
+    )
+    recording_seconds: float = Field(
+        1.0,
+        ge=0,
+        le=1e10,
+        allow_inf_nan=False,
+        description="least time from one request that a recording takes to the next, so that a "
+        "burst does not fill it",
+    )
     api_keys: bool | None = Field(
         None,
         description="ask every request for an API key; default: only where the address is not "

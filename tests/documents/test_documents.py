@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import typer
-from http_support import Live, live_server, make_adapter, write_peft
+from http_support import Live, live_server, make_adapter, make_turbo, write_peft
 from keys_support import keyed_server, make_key
 from text_support import byte_text
 from typer.core import TyperGroup
@@ -29,6 +29,7 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").g
 KUBERNETES = ROOT / "docker" / "kubernetes" / "quickchange.yaml"
 DEMO_BASE = "SmolLM2-135M-Instruct"
 ADAPTERS = ("order-json", "order-json-turbo", "sql", "docstring", "acme/sql")
+HEADS = ("order-fitted", "order-refreshed")
 SECONDS = 60
 
 
@@ -193,6 +194,8 @@ def test_curls_are_answered(file: Path, tmp_path: Path) -> None:
     with server_for(file, tmp_path / "store") as (live, variables):
         for value, name in enumerate(ADAPTERS, start=1):
             live.store.add(name, make_adapter(float(value)))
+        for value, name in enumerate(HEADS, start=1):
+            live.store.add(name, make_turbo(float(value)))
         for curl in curls(file):
             command = re.sub(r"http://127\.0\.0\.1:8000|localhost:8000", live.url, curl)
             command = command.replace("curl ", "curl -sS --fail-with-body ", 1)

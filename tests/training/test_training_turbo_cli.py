@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from letter_model import save_letter_model
 from typer.testing import CliRunner, Result
 
 from quickchange_store.canonical.canonical_adapter import CanonicalAdapter
@@ -29,27 +28,7 @@ QUICK = ("--steps", 3, "--max-new-tokens", 12, "--depth", 2, "--vocabulary", 9)
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama whose tokenizer has a token a letter and no chat template."""
-    folder = tmp_path_factory.mktemp("bases") / "tiny-llama"
-    vocab = {"<eos>": 0} | {chr(97 + i): i + 1 for i in range(26)}
-    backend = Tokenizer(models.WordLevel(vocab, unk_token="z"))
-    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>").save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=27,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.3,
-        bos_token_id=None,
-        eos_token_id=0,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    return save_letter_model(tmp_path_factory.mktemp("bases") / "tiny-llama")
 
 
 @pytest.fixture

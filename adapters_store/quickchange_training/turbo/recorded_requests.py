@@ -49,7 +49,7 @@ def recorded_requests(
     """
     from quickchange_training.turbo.turbo_data import Prompt
 
-    answer = _asked(server, f"/v1/adapters/{quote(adapter)}/recording/requests")
+    answer = _asked(server, f"/v1/recordings/{quote(adapter)}")
     said: dict[tuple[int, ...], tuple[int, ...]] = {}
     others = 0
     for one in answer["data"]:
@@ -63,7 +63,7 @@ def recorded_requests(
         raise DataError(
             f"--recorded: {server.url} has recorded no request that this version of {adapter} "
             f"answered and that --max-length {longest} has room for ({others} of other versions); "
-            f"start with `quickchange record start {adapter}`, and send requests"
+            f"begin with PUT /v1/recordings/{adapter}, and send requests"
         )
     prompts = tuple(
         Prompt(prompt, (), f"recorded request {number}")

@@ -34,6 +34,7 @@ from quickchange_server.observability.experiment_metrics import ExperimentMetric
 from quickchange_server.observability.metrics import Metrics
 from quickchange_server.protocol import Ready
 from quickchange_server.storage.database import Database
+from quickchange_server.storage.recordings.recorder import Recorder
 from quickchange_server.storage.responses.stored_responses import StoredResponses
 from quickchange_server.storage.revisions import Revisions
 from quickchange_server.structured_output.validator import ConstraintChecks
@@ -67,6 +68,7 @@ class Services:
     experiment_metrics: ExperimentMetrics
     shadows: Shadows
     promotions: Promotions
+    recorder: Recorder
     responses: StoredResponses | None = None  # None: none are kept
     on_demand: OnDemand | None = None  # None: requests have nothing fetched
     watched: WatchedFolder | None = None

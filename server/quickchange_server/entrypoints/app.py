@@ -23,6 +23,7 @@ from quickchange_server.api.admin import (
     experiments,
     keys,
     model_rewrites,
+    recordings,
     replicas,
     usage,
 )
@@ -70,6 +71,7 @@ from quickchange_server.observability.http_metrics import HttpMetricsMiddleware
 from quickchange_server.observability.metrics import Metrics
 from quickchange_server.observability.subsystem_metrics import StorageMetrics
 from quickchange_server.storage.database import Database
+from quickchange_server.storage.recordings.recorder import Recorder, RecordingLimits
 from quickchange_server.storage.responses.stored_responses import StoredResponses
 from quickchange_server.storage.revisions import Revisions
 from quickchange_server.structured_output.validator import ConstraintChecks
@@ -165,6 +167,7 @@ def create_app(
         adapters,
         experiments,
         model_rewrites,
+        recordings,
         keys,
         usage,
         replicas,
@@ -257,6 +260,15 @@ def _services(
     experiment_metrics = ExperimentMetrics(metrics.registry, settings.metrics_adapters)
     metrics.registry.register(ShareCollector(experiments.shares, experiment_metrics.label))
     exposures = Exposures(database, experiment_metrics)
+    recorder = Recorder(
+        database,
+        revisions,
+        RecordingLimits(
+            settings.recorded_requests, settings.recorded_bytes, settings.recording_seconds
+        ),
+        names[0],
+        partial(_there, store),
+    )
     imports = Imports(
         store,
         base,
@@ -285,7 +297,7 @@ def _services(
         imports=imports,
         derived=Derived(store, settings.derived_adapters),
         seeds=seeds,
-        admission=RequestAdmission(client, text, constraints, seeds),
+        admission=RequestAdmission(client, text, constraints, seeds, recorder),
         started=asyncio.create_task(client.start(), name="engine-start"),
         database=database,
         revisions=revisions,
@@ -294,6 +306,7 @@ def _services(
         experiment_metrics=experiment_metrics,
         shadows=Shadows(experiment_metrics, lambda: 2 * client.in_flight < settings.max_queue),
         promotions=Promotions(store, experiments),
+        recorder=recorder,
         responses=_stored_responses(settings, database),
         on_demand=_on_demand(settings, imports, store, {*names, *PLACEHOLDERS}, experiments),
         watched=None
@@ -303,6 +316,12 @@ def _services(
         books=(*books, tenants.books, exposures),
         cluster=cluster,
     )
+
+
+def _there(store: Store) -> tuple[Collection[str], Collection[str]]:
+    """The names of the store's adapters, and the digests of their versions."""
+    index = store.snapshot()
+    return index.entries.keys(), index.digests()
 
 
 def _stored_responses(settings: Settings, database: Database) -> StoredResponses | None:
@@ -345,6 +364,7 @@ async def _start(services: Services) -> None:
         await asyncio.to_thread(services.store.snapshot)
     await services.revisions.look()  # loads experiments before the first request
     services.revisions.start()
+    services.recorder.start()
     if services.responses is not None:
         services.responses.start()
     if services.watched is not None:
@@ -366,5 +386,6 @@ async def _end(services: Services) -> None:
     await services.constraints.close()
     if services.responses is not None:
         await services.responses.close()
+    await services.recorder.close()
     await services.revisions.close()
     await services.database.close()

@@ -11,7 +11,7 @@ from itertools import starmap
 from quickchange_server.engine_client.client import DeltaStream
 from quickchange_server.errors import QuickchangeError, UnavailableError
 from quickchange_server.frontend.output_processor import Piece, Transcript
-from quickchange_server.frontend.request_observers import Account, Ending
+from quickchange_server.frontend.request_observers import Account, Ending, TokenRecord
 from quickchange_server.protocol import Delta, TokenLogprobs
 
 
@@ -69,11 +69,14 @@ class Generation:
         transcripts: Sequence[Transcript],
         account: Account,
         per_prompt: int = 1,
+        record: TokenRecord | None = None,
     ) -> None:
+        """`record`: gets the first choice's tokens; None: nobody wants them."""
         self._stream = stream
         self._per_prompt = per_prompt
         self.choices = tuple(map(Choice, transcripts))
         self.account = account
+        self._record = record
 
     @property
     def cached_tokens(self) -> int:
@@ -116,6 +119,8 @@ class Generation:
                 if isinstance(delta, QuickchangeError):
                     raise delta
                 piece = self.choices[index].push(delta)
+                if index == 0 and self._record is not None:
+                    self._record.add(piece.ids)
                 if piece.ending is not None:
                     self._stream.stop(index)  # only a stop string leaves the sequence running
                     endings.add(piece.ending)
@@ -131,6 +136,8 @@ class Generation:
             self._end("cancelled")
             raise
         self._end("length" if "length" in endings else "stop")
+        if self._record is not None:
+            self._record.keep()
 
     def close(self) -> None:
         """Cancel what still runs."""

@@ -22,7 +22,13 @@ from quickchange_server.frontend.caller import Caller
 from quickchange_server.frontend.context_length import check_fits, room
 from quickchange_server.frontend.generation import Generation
 from quickchange_server.frontend.output_processor import Transcript
-from quickchange_server.frontend.request_observers import Account, Assignment, Bookkeeper, Opened
+from quickchange_server.frontend.request_observers import (
+    Account,
+    Assignment,
+    Bookkeeper,
+    Opened,
+    TokenRecorder,
+)
 from quickchange_server.frontend.tokenizer import Text
 from quickchange_server.protocol import Component, Submit
 from quickchange_server.structured_output.validator import Asked, ConstraintChecks
@@ -93,8 +99,10 @@ class RequestAdmission:
         text: Text,
         constraints: ConstraintChecks,
         seeds: Seeds,
+        recorder: TokenRecorder,
     ) -> None:
         self._client = client
+        self._recorder = recorder
         self._text = text
         self._constraints = constraints
         self._seeds = seeds
@@ -108,7 +116,8 @@ class RequestAdmission:
         """
         self._check_count(wanted)
         submits = self._submits(await self._constrained(wanted))
-        account = await Account.open(_opened(wanted, submits), wanted.observers)
+        opened = _opened(wanted, submits)
+        account = await Account.open(opened, wanted.observers)
         try:
             if wanted.derive is not None:
                 submits = await self._derived(wanted, wanted.derive, submits)
@@ -121,7 +130,8 @@ class RequestAdmission:
             raise
         text = wanted.text or self._text
         transcripts = [Transcript(text, submit.sampling, wanted.shown) for submit in submits]
-        return Generation(stream, transcripts, account, wanted.candidates)
+        record = self._recorder.begin(opened, submits[0])
+        return Generation(stream, transcripts, account, wanted.candidates, record)
 
     def _check_count(self, wanted: Wanted) -> None:
         count = len(wanted.prompts) * wanted.candidates

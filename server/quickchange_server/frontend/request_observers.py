@@ -15,7 +15,7 @@ from typing import Literal, Protocol
 
 from quickchange_server.errors import QuickchangeError
 from quickchange_server.frontend.caller import Caller
-from quickchange_server.protocol import SamplingParams
+from quickchange_server.protocol import SamplingParams, Submit
 
 Ending = Literal["stop", "length", "cancelled", "refused", "failed"]
 # Reason of an assignment; "state": the experiment is paused or stopped.
@@ -89,6 +89,23 @@ class Bookkeeper(Protocol):
 
     def completed(self, completed: Completed) -> Awaitable[None] | None:
         """Record an ended request. The awaitable is done once the record is durable."""
+
+
+class TokenRecord(Protocol):
+    """The tokens of one request, as they come."""
+
+    def add(self, token_ids: Sequence[int]) -> None:
+        """Note tokens of the output."""
+
+    def keep(self) -> None:
+        """Keep the request, which has ended with all of its output."""
+
+
+class TokenRecorder(Protocol):
+    """Keeps the tokens of some requests; asked on the event loop, where it must not block."""
+
+    def begin(self, opened: Opened, submit: Submit) -> TokenRecord | None:
+        """The record of an admitted request, whose first choice is `submit`; None: none is made."""
 
 
 class Counts(Protocol):

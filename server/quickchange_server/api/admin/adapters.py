@@ -395,6 +395,7 @@ async def remove_reference(
     used = {digest for version in gone for digest in version.served}
     for digest in used - services.store.snapshot().digests():
         services.client.forget(digest)
+    await services.recorder.sweep()
     return gone
 
 

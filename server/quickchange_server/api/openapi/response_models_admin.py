@@ -142,6 +142,41 @@ class AliasDocument(ResponseModel):
     turbo: str | None
 
 
+class RecordingDocument(ResponseModel):
+    id: str  # the adapter's own name
+    object: Literal["recording"]
+    tenant: str
+    since: int
+    requests: int
+    bytes: int
+
+
+class RecordingList(ResponseModel):
+    object: Literal["list"]
+    data: list[RecordingDocument]
+
+
+class RecordedRequestDocument(ResponseModel):
+    digest: str
+    base: str
+    at: float
+    prompt: list[int]
+    output: list[int]
+
+
+class RecordingContent(ResponseModel):
+    id: str
+    object: Literal["recording.requests"]
+    tenant: str
+    data: list[RecordedRequestDocument]
+
+
+class EndedRecording(ResponseModel):
+    id: str
+    object: Literal["recording.deleted"]
+    deleted: bool
+
+
 class AliasList(ResponseModel):
     object: Literal["list"]
     data: list[AliasDocument]
