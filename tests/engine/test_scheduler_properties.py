@@ -83,6 +83,16 @@ class FakeDrafts:
         return bought
 
 
+def terms_at(sequence: Sequence, row: int) -> list[Component]:
+    """The adapters that the row at a position takes; virtual tokens take the text's first ones."""
+    position = max(row - sequence.virtual, 0)
+    return [
+        term
+        for term in sequence.request.adapters
+        if term.begin <= position and (term.end is None or position < term.end)
+    ]
+
+
 class SchedulerMachine(RuleBasedStateMachine):
     """Requests come and go; each step gives every sampling sequence a token."""
 
@@ -192,12 +202,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert item.sequence.computed + item.rows <= room, "rows without a block"
             for row in range(item.first, item.first + item.rows):
                 (run,) = item.runs(row, row + 1)
-                position = max(row - item.sequence.virtual, 0)
-                there = [
-                    term
-                    for term in item.sequence.request.adapters
-                    if term.begin <= position and (term.end is None or position < term.end)
-                ]
+                there = terms_at(item.sequence, row)
                 assert [slot for slot, _ in run.components] == [ord(t.digest) for t in there]
             assert (item.heads is None) == (item.sequence.heads is None)
         self.compute(plan)
@@ -294,7 +299,7 @@ class RecurrentMachine(SchedulerMachine):
 
 
 class VirtualMachine(SchedulerMachine):
-    """A machine with a model whose keys are the composition and the tokens up to each position.
+    """A machine with a model whose keys are tokens up to each position, and what these took.
 
     Two adapters have virtual tokens, vectors and keys, whose values say which they are.
     """
@@ -344,7 +349,11 @@ class VirtualMachine(SchedulerMachine):
         cached = sequence.prompt is not None and sequence.prompt.cached
         if cached and position < sequence.virtual:
             return "given", float(position)
-        return sequence.key, tuple(known[: position + 1])
+        taken = tuple(
+            tuple((term.digest, term.weight) for term in terms_at(sequence, row))
+            for row in range(position + 1)
+        )
+        return taken, tuple(known[: position + 1])
 
 
 class ShortPromptsMachine(VirtualMachine):
