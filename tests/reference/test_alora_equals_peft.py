@@ -182,3 +182,46 @@ def test_a_prefix_before_the_invocation_is_the_bases_and_every_aloras(trained: A
         found[key] = drive.first[key].cached_tokens
     engine.close()
     assert found == {"base": 0, "judge": 32, "all": 32, "plain": 0}
+
+
+def test_a_chain_of_calls_computes_nothing_twice(trained: Activated) -> None:
+    """The base answers, one aLoRA judges it, another writes on: each reads what is before its call
+    from the cache. With the first one's span in the composition, the second reads its rows too."""
+    engine = make_engine(trained.path, trained.adapters.__getitem__, max_batch_tokens=64)
+    drive = Driver(engine)
+
+    def ask(key: str, prompt: list[int], *components: Component) -> tuple[list[int], int]:
+        asking = request(key, prompt, max_tokens=COUNT)
+        engine.submit(Submit(key, asking.prompt, asking.sampling, components, seed=0))
+        drive.finish(key)
+        return drive.tokens[key], drive.first[key].cached_tokens or 0
+
+    def cacheable(count: int) -> int:
+        return count // 4 * 4  # in blocks of four
+
+    question = list(range(1, 34))
+    answer, _ = ask("base", question)
+    talk = [*question, *answer]
+    known = len(talk) - 1  # the last token was sampled, and not computed
+    judged = [*talk, *CALLS["judge"]]
+    verdict, found = ask("judge", judged, Component("judge", 1.0, len(talk)))
+    assert found == cacheable(known)
+    _, found = ask("writer", [*talk, *CALLS["writer"]], Component("writer", 1.0, len(talk)))
+    assert found == cacheable(known)
+    _, found = ask("again", [*talk, 5, 6, 7])
+    assert found == cacheable(known)
+    until = len(judged) + len(verdict)
+    chain = [*judged, *verdict, *CALLS["all"]]
+    both = Component("judge", 1.0, len(talk), until), Component("all", 1.0, until)
+    said, found = ask("chain", chain, *both)
+    assert found == cacheable(until - 1)
+    engine.close()
+    fresh = make_engine(
+        trained.path, trained.adapters.__getitem__, max_batch_tokens=64, prefix_cache=False
+    )
+    drive = Driver(fresh)
+    asking = request("chain", chain, max_tokens=COUNT)
+    fresh.submit(Submit("chain", asking.prompt, asking.sampling, both, seed=0))
+    drive.finish("chain")
+    fresh.close()
+    assert drive.tokens["chain"] == said
