@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from quickchange_server.config import Settings
 from quickchange_server.entrypoints.in_process_engine import EngineCompletion, InProcessEngine
 from quickchange_server.errors import EngineFailedError, QuickchangeError
+from quickchange_server.frontend.adapter_spans import activated
 from quickchange_server.protocol import Component, SamplingParams, Submit
 from quickchange_store.canonical.canonical_adapter import CanonicalAdapter
 from quickchange_training.errors import ModelError
@@ -51,7 +52,7 @@ def generate_for(wanted: WantedOutputs) -> Generate:
                 for index, prompt in enumerate(prompts):
                     said = wanted.said.get(tuple(prompt))
                     if said is not None:
-                        states = engine.prompt_states(_request(wanted, index, (*prompt, *said)))
+                        states = engine.prompt_states(_request(wanted, index, prompt, said))
                         on_output(index, said, states[-len(said) :])
         except QuickchangeError as error:
             raise ModelError(f"{wanted.model}: its outputs can't be made: {error}") from error
@@ -59,7 +60,10 @@ def generate_for(wanted: WantedOutputs) -> Generate:
     return generate
 
 
-def _request(wanted: WantedOutputs, index: int, prompt: Sequence[int]) -> Submit:
+def _request(
+    wanted: WantedOutputs, index: int, prompt: Sequence[int], said: Sequence[int] = ()
+) -> Submit:
+    """The request for what follows a prompt and what was said behind it."""
     sampling = SamplingParams(
         max_tokens=wanted.max_new_tokens,
         temperature=0.0,
@@ -68,7 +72,9 @@ def _request(wanted: WantedOutputs, index: int, prompt: Sequence[int]) -> Submit
     adapters: tuple[Component, ...] = ()
     if (adapter := wanted.adapter) is not None:
         adapters = (Component(_THE_ADAPTER, virtual_tokens=adapter.virtual_tokens),)
-    return Submit(str(index), tuple(prompt), sampling, adapters, seed=0)
+        if adapter.invocation is not None:
+            adapters = activated(adapters, {_THE_ADAPTER: adapter.invocation.tokens}, prompt)
+    return Submit(str(index), (*prompt, *said), sampling, adapters, seed=0)
 
 
 def _known(adapter: CanonicalAdapter | None) -> CanonicalAdapter:

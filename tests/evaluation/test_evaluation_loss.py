@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,10 +38,10 @@ EXAMPLES = encoded([(1, 2), (5, 40), (16, 17), (30, 47), (200, 290), (3, 260)])
 
 
 @torch.inference_mode()
-def by_transformers(model: torch.nn.Module) -> float:
+def by_transformers(model: torch.nn.Module, examples: list[Encoded] = EXAMPLES) -> float:
     """Mean over answer tokens, each example alone, in float64."""
     nats, count = 0.0, 0
-    for example in EXAMPLES:
+    for example in examples:
         ids = torch.tensor([example.tokens])
         logprobs = model(input_ids=ids).logits[0].double().log_softmax(-1)
         for place in range(example.prompt_length, len(example.tokens)):
@@ -71,7 +73,7 @@ def engine(bench: Any) -> Iterator[InProcessEngine]:
 
 def test_the_bases_loss_is_transformers(bench: Any, engine: InProcessEngine) -> None:
     model = AutoModelForCausalLM.from_pretrained(bench.model).eval()
-    found = reference_loss(engine, (), EXAMPLES)
+    found = reference_loss(engine, (), EXAMPLES, {})
     assert found == pytest.approx(by_transformers(model), rel=1e-5)
 
 
@@ -79,9 +81,25 @@ def test_the_bases_loss_is_transformers(bench: Any, engine: InProcessEngine) -> 
 def test_an_adapters_loss_is_pefts(bench: Any, engine: InProcessEngine, name: str) -> None:
     base = AutoModelForCausalLM.from_pretrained(bench.model)
     expected = by_transformers(PeftModel.from_pretrained(base, bench.loras[name]).eval())
-    found = reference_loss(engine, (Component(name),), EXAMPLES)
+    found = reference_loss(engine, (Component(name),), EXAMPLES, {})
     assert found == pytest.approx(expected, rel=1e-5)
-    assert abs(expected - reference_loss(engine, (), EXAMPLES)) > 0.01  # nothing of it stays
+    assert abs(expected - reference_loss(engine, (), EXAMPLES, {})) > 0.01  # nothing of it stays
+
+
+def test_an_activated_adapters_loss_is_pefts(
+    bench: Any, engine: InProcessEngine, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(bench.loras["first"], tmp_path / "activated"))
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config |= {"alora_invocation_tokens": [31, 30], "task_type": "CAUSAL_LM"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    examples = [Encoded((*(t % 30 for t in e.tokens[:3]), 31, 30, 5, 7, 8, 9), 6) for e in EXAMPLES]
+    base = AutoModelForCausalLM.from_pretrained(bench.model)
+    expected = by_transformers(PeftModel.from_pretrained(base, folder).eval(), examples)
+    adapters, called = (Component("first"),), {"first": (31, 30)}
+    found = reference_loss(engine, adapters, examples, called)
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert abs(expected - reference_loss(engine, adapters, examples, {})) > 1e-3
 
 
 def test_an_adapter_larger_than_the_budget_is_refused(bench: Any) -> None:
@@ -89,4 +107,4 @@ def test_an_adapter_larger_than_the_budget_is_refused(bench: Any) -> None:
         started(bench, 9000) as small,
         pytest.raises(AdapterFailedError, match="adapter_device_bytes"),
     ):
-        reference_loss(small, (Component("second"),), EXAMPLES)
+        reference_loss(small, (Component("second"),), EXAMPLES, {})

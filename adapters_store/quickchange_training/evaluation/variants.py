@@ -69,6 +69,11 @@ class EvaluatedAdapters:
         """The adapter of a digest that `variant` gave."""
         return self._read[digest]
 
+    def invocations(self, variant: EvaluatedVariant) -> dict[str, tuple[int, ...]]:
+        """Tokens that call those adapters of a variant which are activated, by digest."""
+        read = {term.digest: self._read[term.digest].invocation for term in variant.components}
+        return {digest: called.tokens for digest, called in read.items() if called is not None}
+
     def variant(self, text: str) -> EvaluatedVariant:
         """The variant that `text` means. Raises StoreError, naming the part that is wrong."""
         if not _is_folder(text):
