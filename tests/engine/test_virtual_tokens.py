@@ -16,9 +16,11 @@ import torch
 from engine_driver import Driver, engine_of, make_settings, request
 from hypothesis import given, settings
 from prompt_adapters import Prompts, learn
+from repeating_capture import RepeatingCapture
 from tiny_models import VOCABULARY, make_model
 
 from quickchange_server.adapters.manager import Residency
+from quickchange_server.engine import model_runner
 from quickchange_server.engine.engine import Engine
 from quickchange_server.model.loading.model_loader import LoadedModel, load_model
 from quickchange_server.protocol import Drafting
@@ -71,6 +73,21 @@ def test_the_answer_is_peft_s_however_the_prompt_is_cut(
         whole = (made.virtual_tokens(kind) + len(made.texts[kind]) - 1) // block_size * block_size
         assert found == max(whole - made.virtual_tokens(kind), 0)
         running.close()
+
+
+def test_graphs_serve_the_steps_behind_them(
+    made: Prompts, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repeating = RepeatingCapture()
+    monkeypatch.setattr(model_runner, "capture_for", lambda _device: repeating)
+    running = engine(made, loaded, max_batch_tokens=24)
+    drive = Driver(running)
+    submits = made.submits()
+    for submit in submits:
+        running.submit(submit)
+    drive.finish(*(submit.request_id for submit in submits))
+    running.close()
+    assert {name: drive.tokens[name] for name in made.answers} == made.answers
 
 
 @given(data=st.data())

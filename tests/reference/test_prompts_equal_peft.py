@@ -3,11 +3,16 @@ alone and with a LoRA, beside LoRA and plain rows in one batch."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from engine_driver import Driver, make_engine
 from prompt_adapters import KINDS, Prompts, learn
+from recurrent_models import make_recurrent
+
+from quickchange_store.canonical.prompt_part import VirtualPrompt
 
 FAMILIES = ["llama", "qwen3", "gpt2", "gemma2", "mistral"]
 
@@ -38,3 +43,37 @@ def test_prompts_answer_as_in_peft_alone_and_with_a_lora(family: str, tmp_path: 
         # Where Mistral's window has left them behind, they may change nothing any more.
         changed = [name for name in KINDS if made.alone[name] != made.plain[name]]
         assert len(changed) > len(KINDS) // 2
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5_text", "granitemoehybrid", "lfm2"])
+def test_vectors_answer_as_in_peft_on_recurrent_layers(kind: str, tmp_path: Path) -> None:
+    made = learn(kind, tmp_path, ["prompt tuning", "p-tuning"], make_recurrent)
+    got = answered(made, max_model_len=96, kv_cache_bytes=2 << 20)
+    for name, answer in made.answers.items():
+        assert got.tokens[name] == answer, name
+    prompt = VirtualPrompt("cache", torch.zeros(2, 2, 2, 3, 8))
+    made.adapters["keys"] = replace(made.adapters["p-tuning"], prompt=prompt)
+    engine = make_engine(made.path, made.adapters.__getitem__, max_model_len=96)
+    drive = Driver(engine)
+    engine.submit(made.submit("keys", ["keys"], [1, 2]))
+    drive.finish("keys")
+    engine.close()
+    assert "prefix tuning" in str(drive.last["keys"].error)
+    assert "state" in str(drive.last["keys"].error)
+    assert drive.last["keys"].error_kind == "adapter"
+
+
+@pytest.mark.parametrize("family", ["gemma", "bloom", "gpt_neox", "qwen2", "phi", "mixtral"])
+def test_other_bases_answer_as_in_peft(family: str, tmp_path: Path) -> None:
+    made = learn(family, tmp_path, ["prompt tuning", "prefix tuning"])
+    got = answered(made)
+    for name, answer in made.answers.items():
+        assert got.tokens[name] == answer, name
+
+
+def test_a_base_that_reads_ids_behind_its_embedding_says_so(tmp_path: Path) -> None:
+    made = learn("gemma3n", tmp_path, ["prompt tuning"])
+    got = answered(made)
+    assert "reads token ids" in str(got.last["prompt tuning"].error)
+    assert got.last["prompt tuning"].error_kind == "adapter"
+    assert got.tokens["prompt tuning, plain"] == made.plain["prompt tuning"]

@@ -77,6 +77,19 @@ def _check(reference: str, info: AdapterInfo, first: AdapterInfo) -> None:
         )
 
 
+def _check_prompts(store: Store, terms: Sequence[Term]) -> None:
+    """Raise unless at most one term has virtual tokens, at the weight 1 and for the whole text."""
+    prompts = [term for term in terms if store.info(term.digest).prompt is not None]
+    whole = all(term == Term(term.digest) for term in prompts)
+    if len(prompts) > 1 or not whole:
+        raise UnsupportedFeatureError(
+            "virtual tokens (prompt or prefix tuning) stand in front of the text once, at the "
+            "weight 1 and for all of it",
+            key=prompts[-1].digest,
+            remedy="compose one such adapter at most, with no other weight and no span",
+        )
+
+
 def _terms(store: Store, given: GivenTerm, digest: str) -> list[Term]:
     """The terms that one entry stands for."""
     adapter = store.load(digest)
