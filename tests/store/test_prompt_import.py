@@ -1,4 +1,4 @@
-"""PEFT's prompts read as virtual tokens: their values, their bytes, what is refused and exported."""
+"""PEFT's prompts read as virtual tokens: values, bytes, what is refused and what exported."""
 
 from __future__ import annotations
 
