@@ -41,7 +41,7 @@ def catalog(store: Store) -> Catalog:
 
 def test_a_prompt_says_how_many_tokens_it_takes(catalog: Catalog, store: Store) -> None:
     selection = catalog.select("front")
-    assert selection.adapters == (Component(store.resolve("front").digest, 1.0, 5),)
+    assert selection.adapters == (Component(store.resolve("front").digest, virtual_tokens=5),)
     assert selection.virtual_tokens == 5
     assert catalog.select("sql").virtual_tokens == 0
 
@@ -51,7 +51,7 @@ def test_one_prompt_is_composed_with_loras(catalog: Catalog, store: Store) -> No
     selection = catalog.select(BASE, terms)
     assert set(selection.adapters) == {
         Component(store.resolve("sql").digest, 0.5),
-        Component(store.resolve("front").digest, 1.0, 5),
+        Component(store.resolve("front").digest, virtual_tokens=5),
     }
     compose(store, "named", [GivenTerm("sql", 0.5), GivenTerm("front")])
     assert catalog.select("named").adapters == selection.adapters
@@ -61,8 +61,8 @@ def test_one_prompt_is_composed_with_loras(catalog: Catalog, store: Store) -> No
     ("terms", "words"),
     [
         ([("front", 1.0), ("other", 1.0)], "one front"),
-        ([("front", 0.5)], "the weight 0.5"),
-        ([("front", 1.0), ("front", 1.0)], "the weight 2"),
+        ([("front", 0.5)], "its weight is 0.5"),
+        ([("front", 1.0), ("front", 1.0)], "its weight is 2"),
     ],
 )
 def test_other_compositions_of_prompts_are_refused(

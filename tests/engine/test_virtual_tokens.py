@@ -213,6 +213,7 @@ def test_two_prompts_and_weights_but_1_are_refused_and_harm_nobody(
     refused = {
         "two": made.submit("two", KINDS, sent),
         "half": request("half", sent, [(one, 0.5, 0, None, made.virtual_tokens(one))]),
+        "span": request("span", sent, [(one, 1.0, 2, None, made.virtual_tokens(one))]),
         "unknown": request("unknown", sent, [(one, 1.0)]),
         "others": request("others", sent, [(other, 1.0, 0, None, made.virtual_tokens(one))]),
     }
@@ -221,7 +222,13 @@ def test_two_prompts_and_weights_but_1_are_refused_and_harm_nobody(
         running.submit(submit)
     drive.finish("good", *refused)
     assert drive.tokens["good"] == made.alone[one]
-    words = {"two": "one front", "half": "0.5", "unknown": "made for 0", "others": "made for 7"}
+    words = {
+        "two": "one front",
+        "half": "0.5",
+        "span": "all of the text",
+        "unknown": "made for 0",
+        "others": "made for 7",
+    }
     for name, word in words.items():
         assert drive.last[name].error_kind == "request"
         assert word in str(drive.last[name].error)
@@ -250,7 +257,7 @@ def test_a_prompt_that_does_not_fit_fails_as_it_is_loaded(
         {**made.adapters, "broken": broken(prompt)}.__getitem__,
     )
     drive = Driver(running)
-    running.submit(request("broken", [1, 2], [("broken", 1.0, prompt.tokens)]))
+    running.submit(request("broken", [1, 2], [("broken", 1.0, 0, None, prompt.tokens)]))
     running.submit(made.submit("good", [KINDS[0]], made.texts[KINDS[0]]))
     drive.finish("broken", "good")
     assert drive.last["broken"].error_kind in ("adapter", "request")

@@ -231,7 +231,7 @@ def test_an_index_with_virtual_tokens_is_read_again_and_has_a_format_of_its_own(
     prompt = VirtualPrompt("embeddings", torch.ones(2, 4))
     store.add("mine", CanonicalAdapter("LlamaForCausalLM", "", {}, prompt=prompt))
     index: Index = store.snapshot()
-    assert json.loads(encode(index))["format"] == 5
+    assert json.loads(encode(index))["format"] == 4
     assert decode(encode(index), "index") == index
 
 

@@ -51,6 +51,7 @@ def compose(store: Store, name: str, given: Sequence[GivenTerm]) -> Version:
         _check(term.reference, info, infos[0] if infos else info)
         infos.append(info)
         terms += _terms(store, term, resolved.digest)
+    _check_prompts(store, terms)
     composition = Composition(tuple(terms))
     first = infos[0]
     source = {"format": "composed", "terms": [_informal(term) for term in given]}

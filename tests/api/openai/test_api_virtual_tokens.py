@@ -34,7 +34,7 @@ def ask(live: Live, route: str = "/v1/completions", **fields: Any) -> dict[str, 
 
 def test_virtual_tokens_are_not_counted_as_the_prompts(live: Live) -> None:
     body = ask(live, max_tokens=4)
-    component = Component(live.store.resolve("front").digest, 1.0, VIRTUAL)
+    component = Component(live.store.resolve("front").digest, virtual_tokens=VIRTUAL)
     assert body["choices"][0]["text"] == expected_text(3, 5, 4, component)
     assert body["usage"]["prompt_tokens"] == 5
 

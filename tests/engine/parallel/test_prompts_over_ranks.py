@@ -20,7 +20,10 @@ def test_vectors_answer_as_in_peft_on_two_ranks_and_keys_are_refused(tmp_path: P
     sampling = SamplingParams(max_tokens=TOKENS, temperature=0.0)
 
     def submit(request_id: str, *names: str) -> Submit:
-        adapters = [Component(version[n].digest, 1.0, version[n].virtual_tokens) for n in names]
+        adapters = [
+            Component(v.digest, virtual_tokens=v.virtual_tokens)
+            for v in (version[n] for n in names)
+        ]
         text = tuple(made.texts[names[0]])
         return Submit(request_id, text, sampling, tuple(adapters), seed=0)
 
