@@ -3,16 +3,23 @@ alone and with a LoRA, beside LoRA and plain rows in one batch."""
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from engine_driver import Driver, make_engine
+from engine_driver import Driver, make_engine, request
+from peft import get_peft_model
 from prompt_adapters import KINDS, Prompts, learn
 from recurrent_models import make_recurrent
+from tiny_models import VOCABULARY, save_model
+from transformers import AutoModelForSequenceClassification
 
+from quickchange_store.base_model.base_spec import base_spec
 from quickchange_store.canonical.prompt_part import VirtualPrompt
+from quickchange_store.importing import read_adapter
 
 FAMILIES = ["llama", "qwen3", "gpt2", "gemma2", "mistral"]
 
@@ -77,3 +84,33 @@ def test_a_base_that_reads_ids_behind_its_embedding_says_so(tmp_path: Path) -> N
     assert "reads token ids" in str(got.last["prompt tuning"].error)
     assert got.last["prompt tuning"].error_kind == "adapter"
     assert got.tokens["prompt tuning, plain"] == made.plain["prompt tuning"]
+
+
+@pytest.mark.parametrize("kind", ["prompt tuning", "prefix tuning"])
+def test_classes_behind_virtual_tokens_are_peft_s(kind: str, tmp_path: Path) -> None:
+    path = save_model("llama", tmp_path / "base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a head that is not in the checkpoint
+        torch.manual_seed(0)
+        classifier = AutoModelForSequenceClassification.from_pretrained(path, num_labels=3)
+        classifier.config.pad_token_id = VOCABULARY - 1  # in no text
+        config = KINDS[kind]()
+        config.task_type = "SEQ_CLS"
+        model = get_peft_model(classifier, config).eval()
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.4)
+        model.save_pretrained(tmp_path / "adapter")
+    adapter = read_adapter(tmp_path / "adapter", base_spec(str(path))).adapter
+    assert adapter.classifier is not None
+    text = [5, 17, 40, 8, 23, 61, 2]
+    with torch.inference_mode():
+        expected = model(input_ids=torch.tensor([text])).logits[0].numpy()
+    engine = make_engine(path, lambda _: adapter)
+    drive = Driver(engine)
+    terms = [("a", 1.0, 0, None, adapter.virtual_tokens)]
+    engine.submit(request("a", text, terms, pooling="last", max_tokens=0))
+    drive.finish("a")
+    engine.close()
+    state = np.frombuffer(drive.first["a"].embedding or b"", "<f4")
+    np.testing.assert_allclose(adapter.classifier.scores(state[None])[0], expected, rtol=2e-3)
