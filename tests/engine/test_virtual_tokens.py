@@ -16,9 +16,11 @@ import torch
 from engine_driver import Driver, engine_of, make_settings, request
 from hypothesis import given, settings
 from prompt_adapters import Prompts, learn
+from repeating_capture import RepeatingCapture
 from tiny_models import VOCABULARY, make_model
 
 from quickchange_server.adapters.manager import Residency
+from quickchange_server.engine import model_runner
 from quickchange_server.engine.engine import Engine
 from quickchange_server.model.loading.model_loader import LoadedModel, load_model
 from quickchange_server.protocol import Drafting
@@ -71,6 +73,21 @@ def test_the_answer_is_peft_s_however_the_prompt_is_cut(
         whole = (made.virtual_tokens(kind) + len(made.texts[kind]) - 1) // block_size * block_size
         assert found == max(whole - made.virtual_tokens(kind), 0)
         running.close()
+
+
+def test_graphs_serve_the_steps_behind_them(
+    made: Prompts, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repeating = RepeatingCapture()
+    monkeypatch.setattr(model_runner, "capture_for", lambda _device: repeating)
+    running = engine(made, loaded, max_batch_tokens=24)
+    drive = Driver(running)
+    submits = made.submits()
+    for submit in submits:
+        running.submit(submit)
+    drive.finish(*(submit.request_id for submit in submits))
+    running.close()
+    assert {name: drive.tokens[name] for name in made.answers} == made.answers
 
 
 @given(data=st.data())
@@ -196,6 +213,7 @@ def test_two_prompts_and_weights_but_1_are_refused_and_harm_nobody(
     refused = {
         "two": made.submit("two", KINDS, sent),
         "half": request("half", sent, [(one, 0.5, 0, None, made.virtual_tokens(one))]),
+        "span": request("span", sent, [(one, 1.0, 2, None, made.virtual_tokens(one))]),
         "unknown": request("unknown", sent, [(one, 1.0)]),
         "others": request("others", sent, [(other, 1.0, 0, None, made.virtual_tokens(one))]),
     }
@@ -204,7 +222,13 @@ def test_two_prompts_and_weights_but_1_are_refused_and_harm_nobody(
         running.submit(submit)
     drive.finish("good", *refused)
     assert drive.tokens["good"] == made.alone[one]
-    words = {"two": "one front", "half": "0.5", "unknown": "made for 0", "others": "made for 7"}
+    words = {
+        "two": "one front",
+        "half": "0.5",
+        "span": "all of the text",
+        "unknown": "made for 0",
+        "others": "made for 7",
+    }
     for name, word in words.items():
         assert drive.last[name].error_kind == "request"
         assert word in str(drive.last[name].error)
@@ -233,7 +257,7 @@ def test_a_prompt_that_does_not_fit_fails_as_it_is_loaded(
         {**made.adapters, "broken": broken(prompt)}.__getitem__,
     )
     drive = Driver(running)
-    running.submit(request("broken", [1, 2], [("broken", 1.0, prompt.tokens)]))
+    running.submit(request("broken", [1, 2], [("broken", 1.0, 0, None, prompt.tokens)]))
     running.submit(made.submit("good", [KINDS[0]], made.texts[KINDS[0]]))
     drive.finish("broken", "good")
     assert drive.last["broken"].error_kind in ("adapter", "request")

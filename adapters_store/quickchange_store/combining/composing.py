@@ -51,6 +51,7 @@ def compose(store: Store, name: str, given: Sequence[GivenTerm]) -> Version:
         _check(term.reference, info, infos[0] if infos else info)
         infos.append(info)
         terms += _terms(store, term, resolved.digest)
+    _check_prompts(store, terms)
     composition = Composition(tuple(terms))
     first = infos[0]
     source = {"format": "composed", "terms": [_informal(term) for term in given]}
@@ -74,6 +75,19 @@ def _check(reference: str, info: AdapterInfo, first: AdapterInfo) -> None:
             f"term for {first.architecture} with {first.base_hidden}",
             key=reference,
             remedy="compose adapters of one base model",
+        )
+
+
+def _check_prompts(store: Store, terms: Sequence[Term]) -> None:
+    """Raise unless at most one term has virtual tokens, at the weight 1 and for the whole text."""
+    prompts = [term for term in terms if store.info(term.digest).prompt is not None]
+    whole = all(term == Term(term.digest) for term in prompts)
+    if len(prompts) > 1 or not whole:
+        raise UnsupportedFeatureError(
+            "virtual tokens (prompt or prefix tuning) stand in front of the text once, at the "
+            "weight 1 and for all of it",
+            key=prompts[-1].digest,
+            remedy="compose one such adapter at most, with no other weight and no span",
         )
 
 

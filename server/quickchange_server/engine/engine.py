@@ -438,10 +438,12 @@ def _refused_prompts(virtual: Seq[Component]) -> str | None:
     if len(virtual) > 1:
         return "adapters: two of them have virtual tokens, and a text has one front; leave one out"
     for component in virtual:
-        if component.virtual_tokens < 0 or component.weight != 1:
+        if component.virtual_tokens < 0 or component != Component(
+            component.digest, virtual_tokens=component.virtual_tokens
+        ):
             return (
                 f"adapters: {component.digest[:12]} has virtual tokens, which have no weight but "
-                f"1, not {component.weight:g}"
+                f"1, not {component.weight:g}, and stand for all of the text"
             )
     return None
 
