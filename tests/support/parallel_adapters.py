@@ -95,12 +95,16 @@ def adapters_of_every_kind(model: Path) -> dict[str, CanonicalAdapter]:
 
 
 def _ends_and_experts(spec: BaseSpec, drawn: _Drawn) -> dict[str, LowRankUpdate]:
-    """Updates of the embedding, the head, routers and every other expert."""
+    """Updates of the embedding, the head, routers, norms and every other expert."""
     updates = {
         path: drawn.update(shape.in_features, shape.out_features, 4)
         for path, shape in spec.modules.items()
-        if shape.kind != "linear" or "layers" not in path
+        if shape.kind in ("embedding", "router") or path == spec.output_head
     }
+    for path, shape in spec.modules.items():
+        if shape.kind == "norm":
+            width = shape.out_features
+            updates[path] = drawn.update(width, width, 0, gain=1 + drawn.normal(width))
     for parameter, part in spec.experts.items():
         for expert in range(0, part.experts, 2):
             updates[expert_path(parameter, expert)] = drawn.update(

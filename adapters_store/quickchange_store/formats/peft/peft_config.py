@@ -104,6 +104,11 @@ REFUSED = frozenset(
 
 MAX_RANK = 1 << 20  # above any module's width
 
+_REMEDIES = {
+    "layer_replication": "serve a base whose checkpoint has its layers so often, and set the "
+    "field to null",
+}
+
 # These subtract from the base's weights what they put into the adapter; without that changed base
 # the adapter is another function.
 _BASE_CHANGING = ("pissa", "olora", "corda", "lora_ga", "loftq")
@@ -154,7 +159,9 @@ def parse_config(
 
     Raises InvalidAdapterError, UnsupportedFeatureError and BaseMismatchError, naming the field.
     """
-    refuse_fields(config, known=HONOURED | HARMLESS | TRAINING_ONLY, refused=REFUSED, remedies={})
+    refuse_fields(
+        config, known=HONOURED | HARMLESS | TRAINING_ONLY, refused=REFUSED, remedies=_REMEDIES
+    )
     _check_initialisation(config)
     warnings = check_base(config, base)
     check_patterns(config, [*base.modules, *base.experts, *names.of_experts], CONFIG_FILE)
@@ -205,7 +212,8 @@ def _check_initialisation(config: Mapping[str, Any]) -> None:
             file=CONFIG_FILE,
             key="init_lora_weights",
             remedy="save it with save_pretrained(path_initial_model_for_weight_conversion=…), "
-            "which writes a plain LoRA",
+            "which writes a plain LoRA; or serve the base that the initialisation left, saved by "
+            "save_pretrained, and set init_lora_weights to true",
         )
 
 
