@@ -196,7 +196,7 @@ class Settings(BaseSettings):
         ge=0,
         le=1 << 16,
         description="tokens beyond the base's own for which adapters may bring rows of embedding "
-        "and LM head; 0: adapters with added tokens are refused",
+        "and LM head, rounded up to a multiple of 64; 0: adapters with added tokens are refused",
     )
     adapter_host_bytes: int = Field(2 * GIB, ge=1024, description="budget of the host tier")
     turbo: bool = Field(True, description="off: no token is drafted ahead, whatever requests ask")
@@ -377,8 +377,8 @@ class Settings(BaseSettings):
 
     @property
     def spare_tokens(self) -> int:
-        """`extra_vocabulary`, where adapters are served."""
-        return self.extra_vocabulary if self.adapters else 0
+        """`extra_vocabulary`, where adapters are served, rounded up to keep matrices aligned."""
+        return -(-self.extra_vocabulary // 64) * 64 if self.adapters else 0
 
     @property
     def step_sequences(self) -> int:

@@ -212,7 +212,7 @@ def test_an_adapter_without_room_is_refused_with_the_remedy(
     live: Live, trained: Trained, tmp_path: Path
 ) -> None:
     config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    train_grown(trained.base, tmp_path / "padded", config, padded=64)
+    train_grown(trained.base, tmp_path / "padded", config, padded=256)
     said = refusal(live, "/v1/adapters", {"name": "padded", "path": str(tmp_path / "padded")})
     assert "--extra-vocabulary" in said
 

@@ -31,6 +31,7 @@ TRANSLATED: Mapping[str, str] = {
     "enable_lora": "adapters",
     "max_lora_rank": "max_adapter_rank",
     "lora_dtype": "adapter_dtype",
+    "lora_extra_vocab_size": "extra_vocabulary",
     "kv_cache_memory_bytes": "kv_cache_bytes",
     "otlp_traces_endpoint": "otlp_endpoint",
 }
@@ -39,7 +40,7 @@ TRANSLATED: Mapping[str, str] = {
 HINTS = frozenset(
     # adapters are counted in bytes of each tier, tables made for any number
     {"max_loras", "max_cpu_loras", "fully_sharded_loras", "enable_lora_bias"}
-    | {"lora_extra_vocab_size", "specialize_active_lora"}
+    | {"specialize_active_lora"}
     # launches, kernels and graphs
     | {"enforce_eager", "compilation_config", "cuda_graph_sizes", "cudagraph_capture_sizes"}
     | {"max_cudagraph_capture_size", "max_seq_len_to_capture", "optimization_level"}

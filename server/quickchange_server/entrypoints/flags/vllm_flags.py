@@ -86,7 +86,7 @@ RULES: dict[str, Rule] = {
     "--lora-dtype": _setting("--adapter-dtype", _renamed(auto="model")),
     "--fully-sharded-loras": _hint("adapters are divided as the base is", 0),
     "--no-fully-sharded-loras": _hint("adapters are divided as the base is", 0),
-    "--lora-extra-vocab-size": _hint("no adapter adds tokens"),
+    "--lora-extra-vocab-size": _setting("--extra-vocabulary"),
     "--enable-lora-bias": _hint("biases of adapters are served", 0),
     # the model and the address
     "--model-id": _setting("--model"),

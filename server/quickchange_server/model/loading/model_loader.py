@@ -262,8 +262,6 @@ def _prepared(
     config: PretrainedConfig = model.config
     refuse_headless(model)
     model.requires_grad_(False)
-    if extra_vocabulary:
-        add_spare_tokens(model, extra_vocabulary)
     outline = next(model.parameters()).is_meta
     rounded = quantization != "none" or quantization_method(config) is not None
     with nullcontext() if ranks is None else made_whole(model):
@@ -284,6 +282,8 @@ def _prepared(
         )
 
     sharding = UNCUT if ranks is None else localised(model, ranks)
+    if extra_vocabulary:  # behind the proof, which is of the base's own tokens
+        add_spare_tokens(model, extra_vocabulary)
     wrapper = Wrapper(
         model,
         holder,
@@ -352,7 +352,11 @@ def _prove(loaded: LoadedModel, proof: ModelProof, fusion: Fusion, tolerance: To
     """Undo fusions until the model proves right. Raises UnsupportedModelError if it never does."""
     name = type(loaded.module).__name__
     undone: list[tuple[str, str]] = []
-    while difference := proof.difference(loaded.install_caches, loaded.holder, _logits, tolerance):
+
+    def run(*rows: Any) -> torch.Tensor:
+        return _logits(*rows)[:, : loaded.own_vocabulary]
+
+    while difference := proof.difference(loaded.install_caches, loaded.holder, run, tolerance):
         kind = fusion.undo_last()
         if kind is None:
             raise UnsupportedModelError(
