@@ -98,8 +98,30 @@ def test_a_sum_has_each_adapter_with_its_weight(
     other = bench.loras["second"]
     found = variant(bench, store, f"lora*0.7, {other}*-0.4")
     assert found.label == "lora*0.7,second*-0.4"
-    assert found.components[0] == Component(digests["lora"], 0.7)
-    assert found.components[1].weight == -0.4
+    weights = {component.digest: component.weight for component in found.components}
+    assert weights.pop(digests["lora"]) == 0.7
+    assert list(weights.values()) == [-0.4]
+
+
+def test_a_composition_under_a_name_is_its_terms(
+    bench: Any, store: Store, digests: dict[str, str]
+) -> None:
+    compose(store, "both", [GivenTerm("lora", 0.5), GivenTerm("turbo-lora", 0.25)])
+    terms = {c.digest: c.weight for c in variant(bench, store, "both").components}
+    assert terms == {digests["lora"]: 0.5, digests["turbo-lora"]: 0.25}
+    found = variant(bench, store, "both*2,lora*-1")
+    assert found.components == (Component(digests["turbo-lora"], 0.5),)
+
+
+def test_a_schedule_under_a_name_keeps_its_spans(
+    bench: Any, store: Store, digests: dict[str, str]
+) -> None:
+    compose(store, "later", [GivenTerm("lora", 1.0, end=8), GivenTerm("lora", 0.5, begin=8)])
+    found = variant(bench, store, "later*2")
+    assert found.components == (
+        Component(digests["lora"], 2.0, 0, 8),
+        Component(digests["lora"], 1.0, 8, None),
+    )
 
 
 def test_a_composition_under_a_name_is_its_terms(

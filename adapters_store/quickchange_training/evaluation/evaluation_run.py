@@ -68,9 +68,7 @@ def evaluate(
         for variant in variants:
             if variant.components not in losses:
                 stage(f"{variant.label}: loss")
-                losses[variant.components] = reference_loss(
-                    engine, variant.components, task.encoded
-                )
+                losses[variant.components] = reference_loss(engine, variant, task.encoded)
             stage(f"{variant.label}: answers")
             answers = _Answers(engine, task, variant, text.eos_ids, decode)
             size = _size(engine, adapters, variant)
@@ -116,7 +114,7 @@ def _mixed(engine: InProcessEngine, passes: Sequence[_Answers], lanes: int) -> M
 
 
 def reference_loss(
-    engine: InProcessEngine, adapters: tuple[Component, ...], examples: Sequence[Encoded]
+    engine: InProcessEngine, variant: EvaluatedVariant, examples: Sequence[Encoded]
 ) -> float:
     """Mean loss of the reference answers' tokens in nats, end-of-sequence included.
 
@@ -125,7 +123,10 @@ def reference_loss(
     """
     sampling = SamplingParams(max_tokens=0, prompt_logprobs=0)
     run = engine.run(
-        [Submit(str(i), e.tokens, sampling, adapters, seed=0) for i, e in enumerate(examples)]
+        [
+            Submit(str(i), e.tokens, sampling, variant.serving(e.tokens[: e.prompt_length]), seed=0)
+            for i, e in enumerate(examples)
+        ]
     )
     nats = [
         -scores.logprob
@@ -158,7 +159,7 @@ class _Answers:
                     temperature=0.0,
                     stop_token_ids=eos_ids,
                 ),
-                adapters=variant.components,
+                adapters=variant.serving(e.tokens[: e.prompt_length]),
                 drafting=variant.drafting,
                 seed=0,
             )
