@@ -124,19 +124,6 @@ def test_a_schedule_under_a_name_keeps_its_spans(
     )
 
 
-def test_a_composition_under_a_name_is_its_terms(
-    bench: Any, store: Store, digests: dict[str, str]
-) -> None:
-    compose(store, "both", [GivenTerm("lora", 0.5), GivenTerm("turbo-lora", 0.25)])
-    terms = {c.digest: c.weight for c in variant(bench, store, "both").components}
-    assert terms == {digests["lora"]: 0.5, digests["turbo-lora"]: 0.25}
-    found = variant(bench, store, "both*2,lora*-1")
-    assert {c.digest: c.weight for c in found.components} == {
-        digests["lora"]: 0.0,
-        digests["turbo-lora"]: 0.5,
-    }
-
-
 @pytest.mark.parametrize("strategy", ["ties", "dare_linear", "dare_ties"])
 def test_a_merge_is_one_adapter_that_the_stores_merging_makes(
     bench: Any, store: Store, digests: dict[str, str], strategy: MergeStrategy
