@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from quickchange_server.protocol import Component, Drafting
 from quickchange_store.base_model.base_spec import base_spec
 from quickchange_store.canonical.adapter_bytes import digest
 from quickchange_store.canonical.canonical_adapter import CanonicalAdapter
+from quickchange_store.canonical.stored_parts import Invocation
 from quickchange_store.canonical.turbo_part import DraftBlock, TurboHeads
 from quickchange_store.combining.composing import GivenTerm, compose
 from quickchange_store.combining.merging import MergeStrategy, Recipe, merge
@@ -122,6 +124,18 @@ def test_a_schedule_under_a_name_keeps_its_spans(
         Component(digests["lora"], 2.0, 0, 8),
         Component(digests["lora"], 1.0, 8, None),
     )
+
+
+def test_an_activated_adapter_serves_a_prompt_from_its_last_invocation_on(
+    bench: Any, store: Store, digests: dict[str, str]
+) -> None:
+    called = replace(store.load(digests["lora"]), invocation=Invocation((4, 5)))
+    called_digest = store.add("called", called).digest
+    found = variant(bench, store, "called")
+    assert found.serving((4, 5, 9, 4, 5, 1)) == (Component(called_digest, begin=3),)
+    assert found.serving((4, 9)) == ()
+    both = variant(bench, store, "called*1,lora*0.5").serving((9, 4, 5))
+    assert {(c.digest, c.begin) for c in both} == {(called_digest, 1), (digests["lora"], 0)}
 
 
 @pytest.mark.parametrize("strategy", ["ties", "dare_linear", "dare_ties"])

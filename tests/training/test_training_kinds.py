@@ -20,11 +20,7 @@ from quickchange_server.protocol import Component
 from quickchange_store.base_model.base_spec import base_spec
 from quickchange_store.canonical.canonical_adapter import CanonicalAdapter
 from quickchange_store.importing import read_adapter
-from quickchange_training.checkpoint import Checkpoints
-from quickchange_training.errors import RecipeError
-from quickchange_training.examples import Encoded
-from quickchange_training.lora.bottleneck_adapters import BottleneckedModel
-from quickchange_training.lora.lora_recipe import (
+from quickchange_training.adapters.adapter_recipes import (
     AdapterRecipe,
     AloraRecipe,
     BottleneckRecipe,
@@ -33,8 +29,12 @@ from quickchange_training.lora.lora_recipe import (
     LoraRecipe,
     PeftTypeRecipe,
 )
-from quickchange_training.lora.lora_trainer import attach, save_adapter, train_adapter
-from quickchange_training.lora.peft_adapters import without_peft_noise
+from quickchange_training.adapters.adapter_trainer import attach, save_adapter, train_adapter
+from quickchange_training.adapters.bottleneck_adapters import BottleneckedModel
+from quickchange_training.adapters.peft_adapters import without_peft_noise
+from quickchange_training.checkpoint import Checkpoints
+from quickchange_training.errors import RecipeError
+from quickchange_training.examples import Encoded
 
 TOKENS = 10
 LOOP: dict[str, Any] = {"lr": 0.05, "steps": 6, "batch_size": 4, "seed": 3}

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from quickchange_store.base_model.base_weights import load_base
 from quickchange_store.errors import BaseModelError
+from quickchange_training.adapters.adapter_recipes import AdapterRecipe, AloraRecipe
 from quickchange_training.checkpoint import Checkpoints, fingerprint
 from quickchange_training.errors import DataError, OutputError, model_error
-from quickchange_training.lora.lora_recipe import AdapterRecipe, AloraRecipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from quickchange_store.importing import Added
+    from quickchange_training.adapters.adapter_trainer import TrainingReport
     from quickchange_training.examples import Encoded, Example
-    from quickchange_training.lora.lora_trainer import TrainingReport
 
 PromptFormat = Literal["auto", "chat", "plain"]
 
@@ -55,8 +55,8 @@ def run(job: AdapterJob) -> tuple[TrainingReport, Added | None]:
     and StoreError where the adapter can't be published.
     """
     from quickchange_store.names import check_name
+    from quickchange_training.adapters.adapter_trainer import save_adapter, train_adapter
     from quickchange_training.examples import read_examples, split
-    from quickchange_training.lora.lora_trainer import save_adapter, train_adapter
 
     check_folders(job.out, resume=job.resume)
     if job.publication is not None:

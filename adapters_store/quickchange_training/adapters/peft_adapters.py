@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from quickchange_store.formats.tuners.tuner_types import EXACT
+from quickchange_training.adapters.adapter_recipes import PeftRecipe
 from quickchange_training.errors import RecipeError
-from quickchange_training.lora.lora_recipe import PeftRecipe
 
 if TYPE_CHECKING:
     import torch
