@@ -72,6 +72,7 @@ def run(job: AdapterJob) -> tuple[TrainingReport, Added | None]:
     recipe = job.recipe
     if isinstance(recipe, AloraRecipe):
         recipe = _tokenised(recipe, tokenizer)
+        pad_id = padding_apart_from(recipe, pad_id)
     train = _encode(train_examples, tokenizer, job)
     held_out = _encode(held_out_examples, tokenizer, job)
     if isinstance(recipe, AloraRecipe):
@@ -157,6 +158,12 @@ def _tokenised(recipe: AloraRecipe, tokenizer: PreTrainedTokenizerBase) -> Alora
         return recipe
     ids = tokenizer(recipe.invocation, add_special_tokens=False)["input_ids"]
     return replace(recipe, invocation=tuple(ids))
+
+
+def padding_apart_from(recipe: AloraRecipe, pad_id: int) -> int:
+    """A token id for padding that is not in the invocation, which PEFT looks for in padding too."""
+    free = set(range(len(recipe.invocation) + 1)) - set(recipe.invocation)
+    return min(free) if pad_id in recipe.invocation else pad_id
 
 
 def check_invocations(
