@@ -11,6 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from quickchange_training.adapters.adapter_job import AdapterJob, PromptFormat
+from quickchange_training.adapters.adapter_recipes import (
+    AdapterRecipe,
+    BottleneckActivation,
+    Placement,
+    TrainingDtype,
+    unusual_choices,
+)
 from quickchange_training.cli_options import (
     DEMO,
     base_of,
@@ -22,17 +30,9 @@ from quickchange_training.cli_options import (
     say_warnings,
 )
 from quickchange_training.examples import few_examples
-from quickchange_training.lora.lora_job import AdapterJob, PromptFormat
-from quickchange_training.lora.lora_recipe import (
-    AdapterRecipe,
-    BottleneckActivation,
-    Placement,
-    TrainingDtype,
-    unusual_choices,
-)
 
 if TYPE_CHECKING:
-    from quickchange_training.lora.lora_trainer import TrainingReport
+    from quickchange_training.adapters.adapter_trainer import TrainingReport
 
 HELP = {
     "lora": "Train a LoRA adapter with PEFT; the loss is on the answers alone.",
@@ -132,7 +132,7 @@ def training_command(kind: type[AdapterRecipe]) -> Callable[..., None]:
         ] = 200,
         **given: Any,
     ) -> None:
-        from quickchange_training.lora.lora_job import run
+        from quickchange_training.adapters.adapter_job import run
 
         with errors_shown(), resumable(out):
             recipe = kind(**{name: _value(name, value) for name, value in given.items()})

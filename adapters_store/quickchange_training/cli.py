@@ -10,9 +10,9 @@ from typing import Annotated
 import typer
 
 from quickchange_training.adapter_cli import HELP, print_training_report, training_command
+from quickchange_training.adapters.adapter_recipes import KINDS
 from quickchange_training.cli_options import errors_shown
 from quickchange_training.errors import OutputError, RecipeError
-from quickchange_training.lora.lora_recipe import KINDS
 from quickchange_training.turbo_cli import (
     engine_outputs,
     print_turbo_report,

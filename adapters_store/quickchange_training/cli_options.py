@@ -15,9 +15,9 @@ import typer
 
 from quickchange_store.base_model.base_source import base_name
 from quickchange_store.hub_access import look_for_hub
+from quickchange_training.adapters.adapter_job import Publication, work_folder
+from quickchange_training.adapters.adapter_recipes import LoraRecipe
 from quickchange_training.errors import RecipeError, TrainingError
-from quickchange_training.lora.lora_job import Publication, work_folder
-from quickchange_training.lora.lora_recipe import LoraRecipe
 from quickchange_training.turbo.turbo_recipe import TurboRecipe
 
 if TYPE_CHECKING:

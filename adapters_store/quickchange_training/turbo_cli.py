@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from quickchange_training.adapters.adapter_job import PromptFormat
+from quickchange_training.adapters.adapter_recipes import LoraRecipe, TrainingDtype
 from quickchange_training.cli_options import (
     DEMO,
     base_of,
@@ -21,8 +23,6 @@ from quickchange_training.cli_options import (
     say_warnings,
 )
 from quickchange_training.errors import RecipeError
-from quickchange_training.lora.lora_job import PromptFormat
-from quickchange_training.lora.lora_recipe import LoraRecipe, TrainingDtype
 from quickchange_training.turbo.recorded_requests import RecordingServer
 from quickchange_training.turbo.turbo_recipe import HeadKind, Sharing, TurboRecipe
 

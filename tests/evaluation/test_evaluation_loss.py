@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from quickchange_store.base_model.base_spec import base_spec
 from quickchange_store.canonical.canonical_adapter import CanonicalAdapter
 from quickchange_store.importing import read_adapter
 from quickchange_training.evaluation.evaluation_run import reference_loss
+from quickchange_training.evaluation.variants import EvaluatedVariant
 from quickchange_training.examples import Encoded
 
 
@@ -35,6 +37,10 @@ def encoded(lengths: list[tuple[int, int]]) -> list[Encoded]:
 
 
 EXAMPLES = encoded([(1, 2), (5, 40), (16, 17), (30, 47), (200, 290), (3, 260)])
+
+
+def of(*names: str) -> EvaluatedVariant:
+    return EvaluatedVariant("", tuple(Component(name) for name in names), None, {})
 
 
 @torch.inference_mode()
@@ -73,7 +79,7 @@ def engine(bench: Any) -> Iterator[InProcessEngine]:
 
 def test_the_bases_loss_is_transformers(bench: Any, engine: InProcessEngine) -> None:
     model = AutoModelForCausalLM.from_pretrained(bench.model).eval()
-    found = reference_loss(engine, (), EXAMPLES, {})
+    found = reference_loss(engine, of(), EXAMPLES)
     assert found == pytest.approx(by_transformers(model), rel=1e-5)
 
 
@@ -81,9 +87,9 @@ def test_the_bases_loss_is_transformers(bench: Any, engine: InProcessEngine) -> 
 def test_an_adapters_loss_is_pefts(bench: Any, engine: InProcessEngine, name: str) -> None:
     base = AutoModelForCausalLM.from_pretrained(bench.model)
     expected = by_transformers(PeftModel.from_pretrained(base, bench.loras[name]).eval())
-    found = reference_loss(engine, (Component(name),), EXAMPLES, {})
+    found = reference_loss(engine, of(name), EXAMPLES)
     assert found == pytest.approx(expected, rel=1e-5)
-    assert abs(expected - reference_loss(engine, (), EXAMPLES, {})) > 0.01  # nothing of it stays
+    assert abs(expected - reference_loss(engine, of(), EXAMPLES)) > 0.01  # nothing of it stays
 
 
 def test_an_activated_adapters_loss_is_pefts(
@@ -96,10 +102,10 @@ def test_an_activated_adapters_loss_is_pefts(
     examples = [Encoded((*(t % 30 for t in e.tokens[:3]), 31, 30, 5, 7, 8, 9), 6) for e in EXAMPLES]
     base = AutoModelForCausalLM.from_pretrained(bench.model)
     expected = by_transformers(PeftModel.from_pretrained(base, folder).eval(), examples)
-    adapters, called = (Component("first"),), {"first": (31, 30)}
-    found = reference_loss(engine, adapters, examples, called)
+    activated = replace(of("first"), invocations={"first": (31, 30)})
+    found = reference_loss(engine, activated, examples)
     assert found == pytest.approx(expected, rel=1e-5)
-    assert abs(expected - reference_loss(engine, adapters, examples, {})) > 1e-3
+    assert abs(expected - reference_loss(engine, of("first"), examples)) > 1e-3
 
 
 def test_an_adapter_larger_than_the_budget_is_refused(bench: Any) -> None:
@@ -107,4 +113,4 @@ def test_an_adapter_larger_than_the_budget_is_refused(bench: Any) -> None:
         started(bench, 9000) as small,
         pytest.raises(AdapterFailedError, match="adapter_device_bytes"),
     ):
-        reference_loss(small, (Component("second"),), EXAMPLES, {})
+        reference_loss(small, of("second"), EXAMPLES)

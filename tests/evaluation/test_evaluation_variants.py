@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from quickchange_server.protocol import Component, Drafting
 from quickchange_store.base_model.base_spec import base_spec
 from quickchange_store.canonical.adapter_bytes import digest
 from quickchange_store.canonical.canonical_adapter import CanonicalAdapter
+from quickchange_store.canonical.stored_parts import Invocation
 from quickchange_store.canonical.turbo_part import DraftBlock, TurboHeads
 from quickchange_store.combining.composing import GivenTerm, compose
 from quickchange_store.combining.merging import MergeStrategy, Recipe, merge
@@ -98,8 +100,9 @@ def test_a_sum_has_each_adapter_with_its_weight(
     other = bench.loras["second"]
     found = variant(bench, store, f"lora*0.7, {other}*-0.4")
     assert found.label == "lora*0.7,second*-0.4"
-    assert found.components[0] == Component(digests["lora"], 0.7)
-    assert found.components[1].weight == -0.4
+    weights = {component.digest: component.weight for component in found.components}
+    assert weights.pop(digests["lora"]) == 0.7
+    assert list(weights.values()) == [-0.4]
 
 
 def test_a_composition_under_a_name_is_its_terms(
@@ -109,10 +112,30 @@ def test_a_composition_under_a_name_is_its_terms(
     terms = {c.digest: c.weight for c in variant(bench, store, "both").components}
     assert terms == {digests["lora"]: 0.5, digests["turbo-lora"]: 0.25}
     found = variant(bench, store, "both*2,lora*-1")
-    assert {c.digest: c.weight for c in found.components} == {
-        digests["lora"]: 0.0,
-        digests["turbo-lora"]: 0.5,
-    }
+    assert found.components == (Component(digests["turbo-lora"], 0.5),)
+
+
+def test_a_schedule_under_a_name_keeps_its_spans(
+    bench: Any, store: Store, digests: dict[str, str]
+) -> None:
+    compose(store, "later", [GivenTerm("lora", 1.0, end=8), GivenTerm("lora", 0.5, begin=8)])
+    found = variant(bench, store, "later*2")
+    assert found.components == (
+        Component(digests["lora"], 2.0, 0, 8),
+        Component(digests["lora"], 1.0, 8, None),
+    )
+
+
+def test_an_activated_adapter_serves_a_prompt_from_its_last_invocation_on(
+    bench: Any, store: Store, digests: dict[str, str]
+) -> None:
+    called = replace(store.load(digests["lora"]), invocation=Invocation((4, 5)))
+    called_digest = store.add("called", called).digest
+    found = variant(bench, store, "called")
+    assert found.serving((4, 5, 9, 4, 5, 1)) == (Component(called_digest, begin=3),)
+    assert found.serving((4, 9)) == ()
+    both = variant(bench, store, "called*1,lora*0.5").serving((9, 4, 5))
+    assert {(c.digest, c.begin) for c in both} == {(called_digest, 1), (digests["lora"], 0)}
 
 
 @pytest.mark.parametrize("strategy", ["ties", "dare_linear", "dare_ties"])

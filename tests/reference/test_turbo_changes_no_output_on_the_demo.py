@@ -17,10 +17,10 @@ from quickchange_server.frontend.tokenizer import Text
 from quickchange_server.protocol import Component, Drafting, SamplingParams, Submit
 from quickchange_store.base_model.base_spec import base_spec
 from quickchange_store.store import Store
+from quickchange_training.adapters.adapter_job import load_tokenizer
 from quickchange_training.demo import DEMO_ADAPTERS, ensure_demo_base, publish_demo_adapters
 from quickchange_training.demo.tasks import TASKS
 from quickchange_training.examples import encode_prompt
-from quickchange_training.lora.lora_job import load_tokenizer
 
 REQUESTS = 24
 NEW_TOKENS = 48

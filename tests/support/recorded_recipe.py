@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from quickchange_training.lora.lora_recipe import LoraRecipe
+from quickchange_training.adapters.adapter_recipes import LoraRecipe
 
 
 def recorded_recipe(values: dict[str, Any]) -> LoraRecipe:

@@ -11,9 +11,9 @@ from tiny_models import greedy, make_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import quickchange_store.formats.adapterhub.adapterhub_config as adapterhub
+from quickchange_training.adapters.adapter_recipes import BottleneckRecipe
+from quickchange_training.adapters.bottleneck_adapters import BottleneckedModel
 from quickchange_training.errors import RecipeError
-from quickchange_training.lora.bottleneck_adapters import BottleneckedModel
-from quickchange_training.lora.lora_recipe import BottleneckRecipe
 
 RECORDED = json.loads(
     (Path(__file__).parents[1] / "reference" / "adapterhub" / "answers.json").read_text()

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import pytest
 import torch
 
+from quickchange_training.adapters.adapter_recipes import LoraRecipe, unusual_choices
 from quickchange_training.examples import few_examples
-from quickchange_training.lora.lora_recipe import LoraRecipe, unusual_choices
 from quickchange_training.turbo.turbo_data import OwnOutput, Prompt, not_its_own, short_outputs
 
 EOS = 0

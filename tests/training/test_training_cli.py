@@ -12,6 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from quickchange_store.store import Store
+from quickchange_training.adapters.adapter_job import padding_apart_from
+from quickchange_training.adapters.adapter_recipes import AloraRecipe
 from quickchange_training.cli import app
 from quickchange_training.examples import read_examples
 
@@ -154,6 +156,11 @@ def test_an_invocation_is_written_as_the_tokens_that_prompts_have(
     config = json.loads((out / "adapter_config.json").read_text())
     assert config["alora_invocation_tokens"] == [24, 25]
     assert json.loads((out / "recipe.json").read_text())["alora"]["invocation"] == [24, 25]
+
+
+@pytest.mark.parametrize(("invocation", "pad"), [((7, 2), 0), ((0,), 1), ((1, 0), 2)])
+def test_padding_is_not_taken_for_an_invocation(invocation: tuple[int, ...], pad: int) -> None:
+    assert padding_apart_from(AloraRecipe(invocation=invocation), 0) == pad
 
 
 def test_a_folder_that_exists_is_refused_before_training(

@@ -15,18 +15,18 @@ from recorded_recipe import recorded_recipe
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from quickchange_training.checkpoint import Checkpoints
-from quickchange_training.errors import OutputError, RecipeError
-from quickchange_training.examples import Encoded, collate
-from quickchange_training.lora.lora_recipe import LoraRecipe
-from quickchange_training.lora.lora_trainer import (
+from quickchange_training.adapters.adapter_recipes import LoraRecipe
+from quickchange_training.adapters.adapter_trainer import (
     answer_loss,
     lr_share,
     save_adapter,
     total_steps,
     train_adapter,
 )
-from quickchange_training.lora.peft_adapters import add_peft, without_peft_noise
+from quickchange_training.adapters.peft_adapters import add_peft, without_peft_noise
+from quickchange_training.checkpoint import Checkpoints
+from quickchange_training.errors import OutputError, RecipeError
+from quickchange_training.examples import Encoded, collate
 
 RECIPE = LoraRecipe(rank=4, alpha=8, lr=1e-2, steps=60, batch_size=8, seed=7)
 # To each of 16 first tokens belongs one answer, which the base can't know.

@@ -195,7 +195,9 @@ def test_an_interrupted_run_goes_on_with_the_outputs_that_it_has(
 
 
 @pytest.mark.parametrize("received", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("where", ["lora.lora_trainer.collate", "turbo.turbo_trainer.lr_share"])
+@pytest.mark.parametrize(
+    "where", ["adapters.adapter_trainer.collate", "turbo.turbo_trainer.lr_share"]
+)
 def test_a_signal_in_a_step_saves_it_and_the_printed_command_ends_as_the_whole_run(
     model: Path,
     examples: Path,

@@ -6,11 +6,15 @@ import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from quickchange_training.adapters.adapter_recipes import LoraRecipe
+from quickchange_training.adapters.adapter_trainer import (
+    TrainingReport,
+    save_adapter,
+    train_adapter,
+)
 from quickchange_training.demo.demo_base import BASE_MODEL_ID, ensure_demo_base
 from quickchange_training.demo.tasks import TASKS, Split, Task
 from quickchange_training.examples import Example, as_chat, encode
-from quickchange_training.lora.lora_recipe import LoraRecipe
-from quickchange_training.lora.lora_trainer import TrainingReport, save_adapter, train_adapter
 
 _HELD_OUT_FOR_LOSS = 64
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from quickchange_training.adapters.peft_adapters import without_peft_noise
 from quickchange_training.demo.demo_base import ensure_demo_base
 from quickchange_training.demo.tasks import Task, TaskExample
 from quickchange_training.examples import encode_prompt
-from quickchange_training.lora.peft_adapters import without_peft_noise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

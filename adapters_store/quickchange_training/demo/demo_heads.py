@@ -59,8 +59,8 @@ def train_demo_heads(
 
     from quickchange_store.base_model.base_spec import base_spec
     from quickchange_store.importing import read_adapter
+    from quickchange_training.adapters.adapter_job import work_folder
     from quickchange_training.demo import DEMO_ADAPTERS
-    from quickchange_training.lora.lora_job import work_folder
     from quickchange_training.turbo.base_ends import stop_token_ids
     from quickchange_training.turbo.head_maker import make_heads
     from quickchange_training.turbo.turbo_data import encode_prompts

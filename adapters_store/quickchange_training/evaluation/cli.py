@@ -9,10 +9,10 @@ from typing import Annotated, Literal
 
 import typer
 
+from quickchange_training.adapters.adapter_job import PromptFormat
+from quickchange_training.adapters.adapter_recipes import TrainingDtype
 from quickchange_training.errors import RecipeError, TrainingError
 from quickchange_training.evaluation.evaluation_report import MEASURES, Measure
-from quickchange_training.lora.lora_job import PromptFormat
-from quickchange_training.lora.lora_recipe import TrainingDtype
 
 app = typer.Typer(name="eval", add_completion=False, rich_markup_mode=None)
 

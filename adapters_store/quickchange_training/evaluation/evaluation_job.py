@@ -9,6 +9,7 @@ from pathlib import Path
 from quickchange_server.config import Settings
 from quickchange_store.base_model.base_spec import base_spec
 from quickchange_store.store import Store
+from quickchange_training.adapters.adapter_job import PromptFormat, load_tokenizer, uses_chat
 from quickchange_training.demo import (
     demo_store_folder,
     ensure_demo_base,
@@ -18,7 +19,6 @@ from quickchange_training.evaluation.evaluation_results import Evaluation, Row, 
 from quickchange_training.evaluation.evaluation_run import EvaluationTask, evaluate
 from quickchange_training.evaluation.variants import BASE, EvaluatedAdapters
 from quickchange_training.examples import as_chat, encode, read_examples
-from quickchange_training.lora.lora_job import PromptFormat, load_tokenizer, uses_chat
 
 DEMO = "demo"
 

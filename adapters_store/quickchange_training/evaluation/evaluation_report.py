@@ -99,6 +99,7 @@ def plot(evaluation: Evaluation, measure: Measure, path: Path) -> None:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import ScalarFormatter
 
     lanes = [speed.concurrency for speed in evaluation.rows[0].speeds]
     figure = Figure(figsize=(1.5 + 4.5 * (1 + len(lanes)), 4.2), layout="constrained")
@@ -116,7 +117,8 @@ def plot(evaluation: Evaluation, measure: Measure, path: Path) -> None:
         for axis, speed in zip(panels, row.speeds, strict=True):
             axis.plot(speed.tokens_per_second, quality, "o", markersize=8, **look)
     sizes.set_title("size")
-    sizes.set_xscale("log")
+    sizes.set_xscale("log", base=2)
+    sizes.xaxis.set_major_formatter(ScalarFormatter())
     sizes.set_xlabel("stored, KiB")
     sizes.set_ylabel(measure.replace("-", " "))
     sizes.legend()

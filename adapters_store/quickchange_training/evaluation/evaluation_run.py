@@ -17,7 +17,6 @@ from statistics import median
 from quickchange_server.config import Settings
 from quickchange_server.entrypoints.engine_start import read_text, token_text
 from quickchange_server.entrypoints.in_process_engine import EngineRun, InProcessEngine
-from quickchange_server.frontend.adapter_spans import Invocations, activated
 from quickchange_server.protocol import Component, SamplingParams, Submit
 from quickchange_store.canonical import adapter_bytes
 from quickchange_store.canonical.canonical_adapter import CanonicalAdapter
@@ -69,12 +68,9 @@ def evaluate(
         for variant in variants:
             if variant.components not in losses:
                 stage(f"{variant.label}: loss")
-                losses[variant.components] = reference_loss(
-                    engine, variant.components, task.encoded, adapters.invocations(variant)
-                )
+                losses[variant.components] = reference_loss(engine, variant, task.encoded)
             stage(f"{variant.label}: answers")
-            called = adapters.invocations(variant)
-            answers = _Answers(engine, task, variant, called, text.eos_ids, decode)
+            answers = _Answers(engine, task, variant, text.eos_ids, decode)
             size = _size(engine, adapters, variant)
             done(answers.row(concurrency, losses[variant.components], size))
             passes.append(answers)
@@ -118,24 +114,18 @@ def _mixed(engine: InProcessEngine, passes: Sequence[_Answers], lanes: int) -> M
 
 
 def reference_loss(
-    engine: InProcessEngine,
-    adapters: tuple[Component, ...],
-    examples: Sequence[Encoded],
-    invocations: Invocations,
+    engine: InProcessEngine, variant: EvaluatedVariant, examples: Sequence[Encoded]
 ) -> float:
     """Mean loss of the reference answers' tokens in nats, end-of-sequence included.
-
-    invocations: of adapters that begin where these tokens stand last in an example's prompt.
 
     Teacher forced, from the log-probabilities of each example as a prompt. Raises what
     `InProcessEngine.run` raises: an example must be shorter than the engine's context.
     """
     sampling = SamplingParams(max_tokens=0, prompt_logprobs=0)
-    serving = [activated(adapters, invocations, e.tokens[: e.prompt_length]) for e in examples]
     run = engine.run(
         [
-            Submit(str(i), e.tokens, sampling, terms, seed=0)
-            for i, (e, terms) in enumerate(zip(examples, serving, strict=True))
+            Submit(str(i), e.tokens, sampling, variant.serving(e.tokens[: e.prompt_length]), seed=0)
+            for i, e in enumerate(examples)
         ]
     )
     nats = [
@@ -154,7 +144,6 @@ class _Answers:
         engine: InProcessEngine,
         task: EvaluationTask,
         variant: EvaluatedVariant,
-        invocations: Invocations,
         eos_ids: frozenset[int],
         decode: Callable[[Sequence[int]], str],
     ) -> None:
@@ -170,7 +159,7 @@ class _Answers:
                     temperature=0.0,
                     stop_token_ids=eos_ids,
                 ),
-                adapters=activated(variant.components, invocations, e.tokens[: e.prompt_length]),
+                adapters=variant.serving(e.tokens[: e.prompt_length]),
                 drafting=variant.drafting,
                 seed=0,
             )

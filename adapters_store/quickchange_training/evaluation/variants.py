@@ -13,15 +13,18 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import cast, get_args
 
+from quickchange_server.frontend.adapter_spans import Invocations, activated, summed
 from quickchange_server.protocol import Component, Drafting
 from quickchange_store.base_model.base_spec import base_spec
 from quickchange_store.canonical.adapter_bytes import digest as digest_of
 from quickchange_store.canonical.canonical_adapter import BaseSpec, CanonicalAdapter
+from quickchange_store.canonical.composition_part import Term
 from quickchange_store.combining.merging import MergeStrategy, Recipe, merge
 from quickchange_store.errors import AdapterNotFoundError, InvalidAdapterError
 from quickchange_store.importing import read_adapter
@@ -39,6 +42,11 @@ class EvaluatedVariant:
     label: str
     components: tuple[Component, ...]  # the adapters that answer; none: the base alone
     drafting: Drafting | None
+    invocations: Invocations  # of activated adapters among them
+
+    def serving(self, prompt: Sequence[int]) -> tuple[Component, ...]:
+        """The terms that serve a prompt: an activated adapter begins at its invocation."""
+        return activated(self.components, self.invocations, prompt)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +77,6 @@ class EvaluatedAdapters:
         """The adapter of a digest that `variant` gave."""
         return self._read[digest]
 
-    def invocations(self, variant: EvaluatedVariant) -> dict[str, tuple[int, ...]]:
-        """Tokens that call those adapters of a variant which are activated, by digest."""
-        read = {term.digest: self._read[term.digest].invocation for term in variant.components}
-        return {digest: called.tokens for digest, called in read.items() if called is not None}
-
     def variant(self, text: str) -> EvaluatedVariant:
         """The variant that `text` means. Raises StoreError, naming the part that is wrong."""
         if not _is_folder(text):
@@ -81,10 +84,32 @@ class EvaluatedAdapters:
             if merged is not None:
                 return self._merged(cast(MergeStrategy, merged[1]), merged[2])
             if "*" in text:
-                return EvaluatedVariant(*self._weighted(text), None)
+                return self._variant(*self._weighted(text), None)
         name, turbo = _split(text)
         found = self._find(name)
-        return EvaluatedVariant(_label(name, turbo), found.components, self._drafting(found, turbo))
+        return self._variant(_label(name, turbo), found.components, self._drafting(found, turbo))
+
+    def _variant(
+        self, label: str, components: tuple[Component, ...], drafting: Drafting | None
+    ) -> EvaluatedVariant:
+        read = {component.digest: self._read[component.digest] for component in components}
+        invocations = {
+            digest: adapter.invocation.tokens
+            for digest, adapter in read.items()
+            if adapter.invocation is not None
+        }
+        return EvaluatedVariant(label, components, drafting, invocations)
+
+    def _component(self, term: Term) -> Component:
+        """A term of an adapter that has been read."""
+        virtual_tokens = self._read[term.digest].virtual_tokens
+        return Component(term.digest, term.weight, term.begin, term.end, virtual_tokens)
+
+    def _sum(self, terms: Sequence[Component]) -> tuple[Component, ...]:
+        """The terms in one form for equal sums, with the virtual tokens that adapters have."""
+        return tuple(
+            self._component(Term(t.digest, t.weight, t.begin, t.end)) for t in summed(terms)
+        )
 
     def _merged(self, strategy: MergeStrategy, text: str) -> EvaluatedVariant:
         label, components = self._weighted(text)
@@ -93,12 +118,12 @@ class EvaluatedAdapters:
         adapter = merge(recipe, [self._read[digest] for digest, _ in recipe.components])
         digest = digest_of(adapter)
         self._read[digest] = adapter
-        return EvaluatedVariant(f"{strategy}({label})", (self._component(digest),), None)
+        return self._variant(f"{strategy}({label})", (self._component(Term(digest)),), None)
 
     def _weighted(self, text: str) -> tuple[str, tuple[Component, ...]]:
-        """Label and sum of `NAME*WEIGHT,NAME*WEIGHT`; an adapter named twice is there once."""
+        """Label and sum of `NAME*WEIGHT,NAME*WEIGHT`."""
         labels: list[str] = []
-        weights: dict[str, float] = {}
+        terms: list[Component] = []
         for part in text.split(","):
             name, _, number = part.strip().rpartition("*")
             try:
@@ -119,13 +144,8 @@ class EvaluatedAdapters:
                     remedy="name adapters with updates",
                 )
             labels.append(f"{_label(name, _AUTO)}*{weight:g}")
-            for term in found.components:
-                weights[term.digest] = weights.get(term.digest, 0.0) + term.weight * weight
-        return ",".join(labels), tuple(self._component(*pair) for pair in weights.items())
-
-    def _component(self, digest: str, weight: float = 1.0) -> Component:
-        """A term of an adapter that has been read."""
-        return Component(digest, weight, virtual_tokens=self._read[digest].virtual_tokens)
+            terms += [replace(term, weight=term.weight * weight) for term in found.components]
+        return ",".join(labels), self._sum(terms)
 
     def _drafting(self, found: _Found, turbo: str) -> Drafting | None:
         if turbo == _OFF:
@@ -160,8 +180,8 @@ class EvaluatedAdapters:
             return self._keep(resolved.digest, adapter, resolved.turbo)
         for term in adapter.composition.terms:
             self._read[term.digest] = self._store.load(term.digest)
-        terms = tuple(self._component(t.digest, t.weight) for t in adapter.composition.terms)
-        return _Found(terms, resolved.turbo)
+        terms = [self._component(term) for term in adapter.composition.terms]
+        return _Found(self._sum(terms), resolved.turbo)
 
     def _by_folder(self, folder: Path) -> _Found:
         adapter = read_adapter(folder, self._spec).adapter
@@ -170,8 +190,8 @@ class EvaluatedAdapters:
 
     def _keep(self, digest: str, adapter: CanonicalAdapter, turbo: str | None) -> _Found:
         self._read[digest] = adapter
-        served = adapter.updates or adapter.prompt
-        return _Found((self._component(digest),) if served else (), turbo)
+        adds = bool(adapter.updates) or adapter.prompt is not None
+        return _Found((self._component(Term(digest)),) if adds else (), turbo)
 
 
 def _split(text: str) -> tuple[str, str]:

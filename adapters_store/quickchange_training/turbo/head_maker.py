@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 from torch import uint8
 
+from quickchange_training.adapters.adapter_recipes import TrainingDtype
 from quickchange_training.checkpoint import Checkpoints, fingerprint
 from quickchange_training.errors import RecipeError
 from quickchange_training.examples import few_examples, split
-from quickchange_training.lora.lora_recipe import TrainingDtype
 from quickchange_training.turbo.base_ends import base_ends
 from quickchange_training.turbo.fitting import StartingHeads, checked_start
 from quickchange_training.turbo.turbo_data import (

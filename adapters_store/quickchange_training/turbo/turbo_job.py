@@ -14,8 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quickchange_training.errors import OutputError, RecipeError
-from quickchange_training.lora.lora_job import (
+from quickchange_training.adapters.adapter_job import (
     PromptFormat,
     Publication,
     check_folders,
@@ -23,6 +22,7 @@ from quickchange_training.lora.lora_job import (
     uses_chat,
     work_folder,
 )
+from quickchange_training.errors import OutputError, RecipeError
 from quickchange_training.turbo.fitting import fitted_adapter, starting_heads
 from quickchange_training.turbo.head_maker import GenerateFor, HeadsSource, TurboReport, make_heads
 from quickchange_training.turbo.recorded_requests import RecordingServer, recorded_requests

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quickchange_training.lora import lora_job
-from quickchange_training.lora.lora_job import PromptFormat, Publication
-from quickchange_training.lora.lora_recipe import LoraRecipe
+from quickchange_training.adapters import adapter_job
+from quickchange_training.adapters.adapter_job import PromptFormat, Publication
+from quickchange_training.adapters.adapter_recipes import LoraRecipe
 from quickchange_training.turbo import turbo_job
 from quickchange_training.turbo.head_maker import GenerateFor, TurboReport
 from quickchange_training.turbo.turbo_recipe import TurboRecipe
@@ -37,11 +37,11 @@ class TurboLoraJob:
     @property
     def lora_out(self) -> Path:
         """Folder of the LoRA until it is copied beside its heads."""
-        return lora_job.work_folder(self.out) / "lora"
+        return adapter_job.work_folder(self.out) / "lora"
 
-    def of_lora(self) -> lora_job.AdapterJob:
+    def of_lora(self) -> adapter_job.AdapterJob:
         """The job that trains the LoRA."""
-        return lora_job.AdapterJob(
+        return adapter_job.AdapterJob(
             model=self.model,
             base_name=self.base_name,
             data=self.data,
@@ -77,13 +77,13 @@ def run(
 
     Raises TrainingError, and StoreError where the adapter can't be published.
     """
-    lora_job.check_folders(job.out, resume=job.resume)
+    adapter_job.check_folders(job.out, resume=job.resume)
     if job.publication is not None:
         from quickchange_store.names import check_name
 
         check_name(job.publication.name)
     if not job.lora_out.exists():
-        lora_job.run(job.of_lora())
+        adapter_job.run(job.of_lora())
     said = json.loads((job.lora_out / "recipe.json").read_text())["report"]
     report, added = turbo_job.run(job.of_heads(), generate_for)
     return said, report, added

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from quickchange_training.adapters.adapter_recipes import TrainingDtype
 from quickchange_training.errors import RecipeError
-from quickchange_training.lora.lora_recipe import TrainingDtype
 
 HeadKind = Literal["sequential", "parallel"]
 Sharing = Literal["all", "rest", "none"]

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from quickchange_store.canonical.turbo_part import DraftBlock, TurboHeads
+from quickchange_training.adapters.adapter_trainer import lr_share
 from quickchange_training.checkpoint import unsaved
 from quickchange_training.errors import DataError
-from quickchange_training.lora.lora_trainer import lr_share
 from quickchange_training.turbo.turbo_data import ABSENT, OwnOutput, Positions, positions
 
 if TYPE_CHECKING:

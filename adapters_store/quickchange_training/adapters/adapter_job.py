@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from quickchange_store.base_model.base_weights import load_base
 from quickchange_store.errors import BaseModelError
+from quickchange_training.adapters.adapter_recipes import AdapterRecipe, AloraRecipe
 from quickchange_training.checkpoint import Checkpoints, fingerprint
 from quickchange_training.errors import DataError, OutputError, model_error
-from quickchange_training.lora.lora_recipe import AdapterRecipe, AloraRecipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from quickchange_store.importing import Added
+    from quickchange_training.adapters.adapter_trainer import TrainingReport
     from quickchange_training.examples import Encoded, Example
-    from quickchange_training.lora.lora_trainer import TrainingReport
 
 PromptFormat = Literal["auto", "chat", "plain"]
 
@@ -55,8 +55,8 @@ def run(job: AdapterJob) -> tuple[TrainingReport, Added | None]:
     and StoreError where the adapter can't be published.
     """
     from quickchange_store.names import check_name
+    from quickchange_training.adapters.adapter_trainer import save_adapter, train_adapter
     from quickchange_training.examples import read_examples, split
-    from quickchange_training.lora.lora_trainer import save_adapter, train_adapter
 
     check_folders(job.out, resume=job.resume)
     if job.publication is not None:
@@ -72,6 +72,7 @@ def run(job: AdapterJob) -> tuple[TrainingReport, Added | None]:
     recipe = job.recipe
     if isinstance(recipe, AloraRecipe):
         recipe = _tokenised(recipe, tokenizer)
+        pad_id = padding_apart_from(recipe, pad_id)
     train = _encode(train_examples, tokenizer, job)
     held_out = _encode(held_out_examples, tokenizer, job)
     if isinstance(recipe, AloraRecipe):
@@ -157,6 +158,12 @@ def _tokenised(recipe: AloraRecipe, tokenizer: PreTrainedTokenizerBase) -> Alora
         return recipe
     ids = tokenizer(recipe.invocation, add_special_tokens=False)["input_ids"]
     return replace(recipe, invocation=tuple(ids))
+
+
+def padding_apart_from(recipe: AloraRecipe, pad_id: int) -> int:
+    """A token id for padding that is not in the invocation, which PEFT looks for in padding too."""
+    free = set(range(len(recipe.invocation) + 1)) - set(recipe.invocation)
+    return min(free) if pad_id in recipe.invocation else pad_id
 
 
 def check_invocations(

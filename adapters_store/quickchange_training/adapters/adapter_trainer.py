@@ -23,14 +23,14 @@ import torch
 from torch.nn import functional
 
 from quickchange_store.formats.tensors import save_tensors
+from quickchange_training.adapters.adapter_recipes import AdapterRecipe, BottleneckRecipe
+from quickchange_training.adapters.bottleneck_adapters import WEIGHTS as BOTTLENECKS
+from quickchange_training.adapters.bottleneck_adapters import BottleneckedModel
+from quickchange_training.adapters.peft_adapters import WEIGHTS as PEFT
+from quickchange_training.adapters.peft_adapters import add_peft, peft_config, peft_tensors
 from quickchange_training.checkpoint import unsaved
 from quickchange_training.errors import OutputError
 from quickchange_training.examples import IGNORED, Encoded, TrainingBatch, batches, collate
-from quickchange_training.lora.bottleneck_adapters import WEIGHTS as BOTTLENECKS
-from quickchange_training.lora.bottleneck_adapters import BottleneckedModel
-from quickchange_training.lora.lora_recipe import AdapterRecipe, BottleneckRecipe
-from quickchange_training.lora.peft_adapters import WEIGHTS as PEFT
-from quickchange_training.lora.peft_adapters import add_peft, peft_config, peft_tensors
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer

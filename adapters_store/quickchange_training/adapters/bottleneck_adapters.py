@@ -22,8 +22,8 @@ from transformers.activations import ACT2FN
 
 from quickchange_store.base_model.sublayers import sublayers
 from quickchange_store.canonical.canonical_adapter import Source, SubLayer
+from quickchange_training.adapters.adapter_recipes import BottleneckRecipe, Placement
 from quickchange_training.errors import RecipeError
-from quickchange_training.lora.lora_recipe import BottleneckRecipe, Placement
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

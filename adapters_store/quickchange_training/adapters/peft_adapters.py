@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from quickchange_store.formats.tuners.tuner_types import EXACT
+from quickchange_training.adapters.adapter_recipes import PeftRecipe
 from quickchange_training.errors import RecipeError
-from quickchange_training.lora.lora_recipe import PeftRecipe
 
 if TYPE_CHECKING:
     import torch
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 WEIGHTS = "adapter_model.safetensors"
-_SCHEDULED = "ADALORA"  # gives ranks away while it trains, by a schedule of its own
+# AdaLoRA gives ranks away as it trains, CPT has a loss of its own, the third needs tasks by number.
+_OTHER_LOOPS = frozenset({"ADALORA", "CPT", "MULTITASK_PROMPT_TUNING"})
 
 
 def add_peft(model: PreTrainedModel, recipe: PeftRecipe) -> PeftModel:
@@ -59,8 +60,8 @@ def _config_class(name: str) -> type[PeftConfig]:
     from peft import PeftType
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    if name == _SCHEDULED or name not in EXACT:
-        known = ", ".join(sorted(EXACT.keys() - {_SCHEDULED}))
+    if name in _OTHER_LOOPS or name not in EXACT:
+        known = ", ".join(sorted(EXACT.keys() - _OTHER_LOOPS))
         raise RecipeError(f"--type {name} is not trained here; choose {known}")
     made: type[PeftConfig] = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType[name]]
     return made
@@ -68,8 +69,9 @@ def _config_class(name: str) -> type[PeftConfig]:
 
 @contextmanager
 def without_peft_noise() -> Iterator[None]:
-    """Hide the warning that PEFT asks a model by a name that transformers has retired."""
+    """Hide PEFT's warnings of a name that transformers has retired, and of norms as targets."""
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Unsupported layer type")
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
         yield
 

@@ -1,1 +1,0 @@
-"""LoRA training with PEFT."""
