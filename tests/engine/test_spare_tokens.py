@@ -11,11 +11,11 @@ import torch
 from engine_driver import Driver, make_engine, request
 from hypothesis import given
 from hypothesis import strategies as st
+from quickchange_server.model.spare_tokens import fence_
 from served_model import random_adapter
 from tiny_models import VOCABULARY, save_model
 
 from quickchange_kernels.lowrank.lowrank_contract import Segments
-from quickchange_server.model.spare_tokens import fence_
 from quickchange_server.protocol import Submit, TokenLogprobs
 from quickchange_store.base_model.base_spec import base_spec
 from quickchange_store.canonical.canonical_adapter import CanonicalAdapter, LowRankUpdate
