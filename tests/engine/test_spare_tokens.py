@@ -11,7 +11,6 @@ import torch
 from engine_driver import Driver, make_engine, request
 from hypothesis import given
 from hypothesis import strategies as st
-from quickchange_server.model.spare_tokens import fence_
 from served_model import random_adapter
 from tiny_models import VOCABULARY, save_model
 
