@@ -154,6 +154,7 @@ def show(
         detail["approximation"] = _approximation_line(detail["approximation"])
         detail["turbo"] = _turbo_line(detail["turbo"])
         detail["classifier"] = _classifier_line(detail["classifier"])
+        detail["tokenizer"] = _tokenizer_line(detail["tokenizer"])
         detail["terms"] = _terms_line(detail["terms"])
         _print_table(("FIELD", "VALUE"), [(key, _cell(value)) for key, value in detail.items()])
 
@@ -338,6 +339,7 @@ def _described(store: Store, version: Version) -> dict[str, Any]:
         "approximation": info.source.get("approximation"),
         "turbo": _turbo(info),
         "classifier": None if info.classifier is None else asdict(info.classifier),
+        "tokenizer": None if info.tokenizer is None else asdict(info.tokenizer),
         "terms": info.source.get("terms") if info.composition else None,
         "invocation": list(info.invocation),
         "virtual_tokens": 0 if info.prompt is None else info.prompt.tokens,
@@ -401,6 +403,14 @@ def _terms_line(terms: list[dict[str, Any]] | None) -> str:
         + (f" with {len(term['scales'])} scales" if "scales" in term else "")
         for term in terms
     )
+
+
+def _tokenizer_line(tokenizer: dict[str, Any] | None) -> str:
+    """What the adapter's tokenizer adds to the base's."""
+    if tokenizer is None:
+        return "-"
+    template = " and a chat template" if tokenizer["template"] else ""
+    return f"{tokenizer['tokens']} tokens of its own{template}, {tokenizer['rows']:,} rows in all"
 
 
 def _classifier_line(classifier: dict[str, Any] | None) -> str:

@@ -63,6 +63,12 @@ def export_adapter(
             key=", ".join(adapter.needs),
             remedy="export the adapters that it is made of",
         )
+    if adapter.tokenizer is not None:
+        raise UnsupportedFeatureError(
+            "it adds tokens or brings a chat template, which no layout here writes",
+            key="tokenizer",
+            remedy="keep the folder that it was added from",
+        )
     if adapter.architecture != base.architecture:
         raise BaseMismatchError(
             f"the adapter is for {adapter.architecture}, the base model is {base.architecture}",

@@ -82,3 +82,26 @@ def test_added_tokens_are_read_and_written_as_by_peft(grown: Grown) -> None:
     for name in grown.prompts:
         assert drive.tokens[name] == grown.answers[name], name
         assert drive.tokens[f"plain {name}"] == greedy(base, plain[name], TOKENS), name
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied"])
+def test_spare_rows_of_the_base_need_no_setting(family: str, tmp_path: Path) -> None:
+    """transformers cuts the matrices to as many rows as there are tokens; the base keeps all."""
+    base = save_base(family, tmp_path / "base", fewer=7)
+    config = KINDS["saved whole"]()
+    trained = train_grown(base, tmp_path / "grown", config, fewer=7)
+    adapter = read_adapter(tmp_path / "grown", base_spec(str(base))).adapter
+    assert adapter.tokenizer is not None
+    rows = adapter.tokenizer.rows
+    assert rows == VOCABULARY - 7 + len(ADDED)
+    assert [token.id for token in adapter.tokenizer.tokens] == list(range(rows - 3, rows))
+    engine = make_engine(base, {"grown": adapter}.__getitem__)
+    drive = Driver(engine)
+    prompt = [5, rows - 3, 7, rows - 1]
+    wished = {VOCABULARY - 1: 50.0}  # a row that the adapter's model lacks
+    engine.submit(request("grown", prompt, [("grown", 1.0)], max_tokens=TOKENS, logit_bias=wished))
+    engine.submit(request("plain", prompt, max_tokens=TOKENS))
+    drive.finish("grown", "plain")
+    engine.close()
+    assert drive.tokens["grown"] == greedy(trained, prompt, TOKENS)
+    assert drive.tokens["plain"] == greedy(make_model(family), prompt, TOKENS)

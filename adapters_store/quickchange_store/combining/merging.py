@@ -122,6 +122,12 @@ def _check_plain(digest: str, adapter: CanonicalAdapter) -> None:
             key=digest,
             remedy="leave it out, or name it beside LoRAs in a composition without a merge",
         )
+    if adapter.tokenizer is not None:
+        raise UnsupportedFeatureError(
+            "it adds tokens or brings a chat template, which what is merged would lack",
+            key=digest,
+            remedy='use the strategy "linear", by which one such adapter may be composed',
+        )
     if not adapter.updates:
         raise UnsupportedFeatureError(
             "it holds Turbo heads alone, which add nothing to merge",

@@ -122,23 +122,42 @@ def _tokens(
 
 
 def _tree(path: Path) -> dict[str, Any]:
+    """A tokenizer.json, in whose form the rest may trust."""
     try:
-        return read_object(read_file(path, _MOST_BYTES))
+        tree = read_object(read_file(path, _MOST_BYTES))
     except UnreadableFileError as error:
-        raise InvalidAdapterError(
-            f"not a tokenizer ({error.problem})",
-            file=path.name,
-            key=error.key,
-            remedy=_REMEDY,
-        ) from error
+        raise _broken(error.problem, error.key) from error
+    added, model = tree.get("added_tokens"), tree.get("model")
+    if added is not None and not _all(added, dict):
+        raise _broken("it is no list of tokens", "added_tokens")
+    if not isinstance(model, dict):
+        raise _broken("it is no object", "model")
+    pieces: Any = model.get("vocab")
+    merges = model.get("merges")
+    if not isinstance(pieces, dict) and not (_all(pieces, list) and all(map(_is_piece, pieces))):
+        raise _broken("it is no vocabulary", "model.vocab")
+    if merges is not None and not _all(merges, str) and not _all(merges, list):
+        raise _broken("it is no list of merges", "model.merges")
+    return tree
 
 
-def _read_token(entry: Any) -> AddedToken:
+def _all(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(isinstance(each, kind) for each in value)
+
+
+def _is_piece(entry: list[Any]) -> bool:
+    """True for a piece of a Unigram model and its score."""
+    return len(entry) == 2 and isinstance(entry[0], str)
+
+
+def _broken(problem: str, key: str | None) -> InvalidAdapterError:
+    return InvalidAdapterError(
+        f"not a tokenizer ({problem})", file=TOKENIZER_FILE, key=key, remedy=_REMEDY
+    )
+
+
+def _read_token(entry: Mapping[str, Any]) -> AddedToken:
     fields = ("special", "lstrip", "rstrip", "single_word", "normalized")
-    if not isinstance(entry, dict):
-        raise InvalidAdapterError(
-            f"{entry!r} is no added token", file=TOKENIZER_FILE, key="added_tokens", remedy=_REMEDY
-        )
     flags = {name: entry.get(name, False) for name in fields}
     return AddedToken(entry.get("id", -1), entry.get("content", ""), **flags)
 
@@ -200,26 +219,22 @@ def _panics_refused() -> Iterator[None]:
         ) from error
 
 
-def _contents(tree: Mapping[str, Any]) -> set[Any]:
-    return {e.get("content") for e in tree.get("added_tokens") or () if isinstance(e, dict)}
+def _contents(tree: Mapping[str, Any]) -> set[str]:
+    contents = (entry.get("content") for entry in tree.get("added_tokens") or ())
+    return {content for content in contents if isinstance(content, str)}
 
 
-def _pieces(tree: Mapping[str, Any], added: set[Any]) -> dict[str, Any]:
+def _pieces(tree: Mapping[str, Any], added: set[str]) -> dict[str, Any]:
     """Pieces of a tokenizer's model with their numbers, without added tokens."""
-    model = tree.get("model")
-    pieces = model.get("vocab") if isinstance(model, dict) else None
-    if isinstance(pieces, list):  # Unigram's: [piece, score], numbered in order
-        found = {str(entry[0]): (at, entry[1]) for at, entry in enumerate(pieces) if entry}
-    else:
-        found = pieces if isinstance(pieces, dict) else {}
+    pieces = tree["model"]["vocab"]
+    found = pieces if isinstance(pieces, dict) else {p: (at, x) for at, (p, x) in enumerate(pieces)}
     return {piece: value for piece, value in found.items() if piece not in added}
 
 
-def _merges(tree: Mapping[str, Any]) -> list[tuple[str, ...]]:
+def _merges(tree: Mapping[str, Any]) -> list[list[Any]]:
     """Merges in order: written as pairs, or with a space between by older versions."""
-    model = tree.get("model")
-    merges = (model.get("merges") if isinstance(model, dict) else None) or []
-    return [tuple(each.split(" ") if isinstance(each, str) else each) for each in merges]
+    merges = tree["model"].get("merges") or []
+    return [each.split(" ") if isinstance(each, str) else each for each in merges]
 
 
 def _mark(value: Any) -> str | None:
@@ -252,7 +267,8 @@ def _template(directory: Path, config: Mapping[str, Any]) -> str | None:
 def _text_of(template: Any) -> str | None:
     """A template's text: of several, the default one's."""
     if isinstance(template, list):
-        template = {e.get("name"): e.get("template") for e in template if isinstance(e, dict)}
+        named = (entry for entry in template if isinstance(entry, dict))
+        template = {str(entry.get("name")): entry.get("template") for entry in named}
     if isinstance(template, dict):
         template = template.get("default")
     return template if isinstance(template, str) and template else None
