@@ -62,6 +62,7 @@ class VocabularyInfo:
     tokens: int  # added
     rows: int  # token ids that requests under it may have, from 0
     template: bool  # it brings a chat template
+    content: str  # SHA-256 of all that it changes: equal for equal tokenizers
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +204,9 @@ def _classifier(head: ClassifierHead) -> ClassifierInfo:
 
 
 def _tokenizer(changes: TokenizerChanges) -> VocabularyInfo:
-    return VocabularyInfo(len(changes.tokens), changes.rows, changes.template is not None)
+    entry = json.dumps(changes.encode(), sort_keys=True).encode()
+    content = hashlib.sha256(entry).hexdigest()
+    return VocabularyInfo(len(changes.tokens), changes.rows, changes.template is not None, content)
 
 
 def _kind(adapter: CanonicalAdapter) -> str:

@@ -15,6 +15,7 @@ from grown_vocabulary import ADDED, OWN_TEMPLATE, grown_tokenizer, save_base, tr
 from http_support import Live, live_server
 from peft import LoraConfig
 from tiny_models import VOCABULARY, greedy
+from transformers import AutoTokenizer
 
 from quickchange_server.config import Settings
 from quickchange_server.entrypoints.engine_start import engine_main, read_text
@@ -33,14 +34,17 @@ def real_engine(connection: Connection, settings: Settings, behaviour: Behaviour
 
 
 class Trained:
-    """The base, two adapters with tokens of their own, and one with a chat template alone."""
+    """The base, two adapters with the same tokens, and one with a chat template of its own too."""
 
     def __init__(self, folder: Path) -> None:
         self.base = save_base("llama", folder / "base")
         config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
         self.model = train_grown(self.base, folder / "grown", config)
-        self.other = folder / "other"
-        train_grown(self.base, self.other, config, seed=5)
+        train_grown(self.base, folder / "sister", config, seed=4)
+        train_grown(self.base, folder / "other", config, seed=5)
+        others = AutoTokenizer.from_pretrained(folder / "other")
+        others.chat_template += "!"
+        others.save_pretrained(folder / "other")
         self.folder = folder
         self.tokenizer = grown_tokenizer()
 
@@ -69,7 +73,7 @@ def live(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         threads=1,
         extra_vocabulary=4,
     ) as server:
-        for name in ("grown", "other"):
+        for name in ("grown", "sister", "other"):
             body = {"name": name, "path": str(trained.folder / name)}
             added = server.post("/v1/adapters", body)
             assert added.status_code == 201, added.text
@@ -156,11 +160,12 @@ def test_nobody_else_names_the_tokens(live: Live) -> None:
     )
 
 
-def test_a_text_may_hold_no_more_than_one_vocabulary(live: Live) -> None:
-    both = [{"id": "grown", "weight": 0.5}, {"id": "other", "weight": 0.5}]
-    body = {"model": "base", "prompt": "x", "max_tokens": 1, "adapters": both}
-    assert "at most one" in refusal(live, "/v1/completions", body)
-    answer(live, "/v1/completions", {**body, "adapters": both[:1]})
+def test_a_composition_has_one_tokenizer(live: Live) -> None:
+    terms = [{"id": name, "weight": 0.5} for name in ("grown", "sister", "other")]
+    body = {"model": "base", "prompt": "<tool>x", "max_tokens": 1, "adapters": terms}
+    assert "of one" in refusal(live, "/v1/completions", body)
+    found = answer(live, "/v1/completions", {**body, "adapters": terms[:2]})
+    assert found["usage"]["prompt_tokens"] == 2
 
 
 def test_stop_strings_are_found_in_added_tokens(live: Live, trained: Trained) -> None:

@@ -305,10 +305,10 @@ class Catalog:
         digests = sorted({component.digest for component in components})
         infos = ((digest, self.info(digest).tokenizer) for digest in digests)
         found = [(digest, changes) for digest, changes in infos if changes is not None]
-        if len(found) > 1:
+        if len({changes.content for _, changes in found}) > 1:
             raise InvalidRequestError(
-                "adapters: two of them bring tokens or a chat template of their own, and a request "
-                "has one tokenizer; compose at most one such adapter",
+                "adapters: two of them bring tokens or chat templates that differ, and a request "
+                "has one tokenizer; compose adapters of one",
                 param="adapters",
             )
         for digest, changes in found:

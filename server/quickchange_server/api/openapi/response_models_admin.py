@@ -71,6 +71,7 @@ class TokenizerSummary(ResponseModel):
     tokens: int
     rows: int
     template: bool
+    content: str
 
 
 class ComposedVersion(ResponseModel):
