@@ -59,10 +59,11 @@ def _finish(document: Json) -> None:
         responses = operation["responses"]
         for status, response in list(responses.items()):
             for content in response.get("content", {}).values():
-                schema = content["schema"]
-                if schema.get("$ref", "").endswith(f"/{_VALIDATION}"):
+                if content["schema"].get("$ref", "").endswith(f"/{_VALIDATION}"):
                     del responses[status]
-                for name, shared in schema.pop("$defs", {}).items():
+        for described in (operation.get("requestBody", {}), *responses.values()):
+            for content in described.get("content", {}).values():
+                for name, shared in content["schema"].pop("$defs", {}).items():
                     schemas.setdefault(name, shared)
 
 

@@ -34,7 +34,7 @@ from quickchange_server.api.openapi.response_models_admin import (
     ServedAdapter,
     VersionResidency,
 )
-from quickchange_server.api.openapi.route_responses import COMMON_ERRORS, errors
+from quickchange_server.api.openapi.route_responses import COMMON_ERRORS, errors, parsed_body
 from quickchange_server.errors import ConflictError, ForbiddenError, InvalidRequestError
 from quickchange_server.frontend.caller import Caller
 from quickchange_server.frontend.request_base import (
@@ -129,9 +129,7 @@ _UPLOAD_FORM = {
 _ADD_BODY = {  # for the OpenAPI document; the route parses the body itself
     "required": True,
     "content": {
-        "application/json": {
-            "schema": {"anyOf": [AddFromPath.model_json_schema(), Compose.model_json_schema()]}
-        },
+        "application/json": {"schema": parsed_body(AddFromPath | Compose)},
         "multipart/form-data": {"schema": _UPLOAD_FORM},
     },
 }

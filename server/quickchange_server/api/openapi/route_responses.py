@@ -57,6 +57,12 @@ PLAIN_TEXT: Responses = {200: {"content": {"text/plain": {"schema": {"type": "st
 OCTETS: Responses = {200: {"content": {"application/octet-stream": {"schema": {"type": "string"}}}}}
 
 
+def parsed_body(data: Any) -> dict[str, Any]:
+    """Schema of a JSON body of this type that a route parses itself."""
+    # openapi_document.py moves what several share to where references point
+    return TypeAdapter(data).json_schema(ref_template=_REFERENCE)
+
+
 def events(data: Any, *, last: str | None = None) -> Responses:
     """A stream of server-sent events with JSON data of this type, ended by the literal `last`.
 
