@@ -76,6 +76,32 @@ def test_texts_and_ids_with_an_adapter_each_are_pefts_own_tokens(
     assert [result.request_id for result in found] == ["0", "1", "2", "3", "4"]
 
 
+def test_a_weight_may_hold_for_a_span_or_change_along_the_text(llm: LLM) -> None:
+    prompt = ids_of("List all users.")
+    ways: list[Any] = [
+        "sql",
+        {"sql": (1.0, 0, None)},
+        {"sql": [(1.0, 0, 5), (1.0, 5, None)]},
+        None,
+        {"sql": (1.0, len(prompt) + 40, None)},
+        {"sql": (1.0, 4, None)},
+    ]
+    whole, span, cut, base, behind, later = (
+        result.outputs[0].token_ids for result in llm.generate([prompt] * 6, GREEDY, adapter=ways)
+    )
+    assert whole == span == cut
+    assert base == behind
+    assert later not in (whole, base)
+
+
+@pytest.mark.parametrize(
+    "span", [(1.0, 0), (1.0, -1, None), (1.0, 3, 3), ("x", 0, None), [(1.0, 0, True)], [1.0]]
+)
+def test_a_span_that_is_none_is_refused(llm: LLM, span: Any) -> None:
+    with pytest.raises(InvalidRequestError, match="sql"):
+        llm.generate("Hello", GREEDY, adapter={"sql": span})
+
+
 def test_an_adapter_that_classifies_generates_nothing_and_is_embedded(
     models: LlmModels, tmp_path: Path
 ) -> None:

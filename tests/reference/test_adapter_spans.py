@@ -48,15 +48,18 @@ class Based:
         small: dict[str, object] = {"kv_cache_bytes": 1 << 20, "max_model_len": 96}
         return make_engine(self.path, self.adapters.__getitem__, **{**small, **options})
 
-    def says(self, model: torch.nn.Module, asked: Asked) -> list[int]:
-        prompt, components = asked
+    @contextmanager
+    def serving(
+        self, model: torch.nn.Module, components: Sequence[Component]
+    ) -> Iterator[torch.nn.Module]:
+        """The model with hooks for the components."""
         modules = dict(model.named_modules())
         with ExitStack() as hooked:
             for component in components:
                 for path, update in self.adapters[component.digest].updates.items():
                     hook = modules[path].register_forward_hook(adding(component, update))
                     hooked.callback(hook.remove)
-            return greedy(model, prompt, COUNT)
+            yield model
 
 
 Asked = tuple[list[int], tuple[Component, ...]]
@@ -135,7 +138,9 @@ def check(base: Based, batch: list[Asked], engine: Engine, drafting: Drafting | 
     model = base.make()
     with torch.inference_mode():
         for key, one in enumerate(batch):
-            assert drive.tokens[str(key)] == base.says(model, one), one
+            prompt, components = one
+            with base.serving(model, components):
+                assert drive.tokens[str(key)] == greedy(model, prompt, COUNT), one
     return drive
 
 
@@ -218,3 +223,32 @@ def test_recurrent_layers_read_states_of_what_each_row_took(
     with every_draft_bought():
         engine = base.engine(kv_cache_bytes=4 << 20)
         check(base, schedules(6), engine, Drafting(lookup=True))
+
+
+def test_what_is_read_of_a_prompt_is_read_under_its_spans(llama: Based) -> None:
+    """Log-probabilities and vectors, in chunks, beside each other."""
+    engine = llama.engine(max_sequences=18, max_batch_tokens=20)
+    drive = Driver(engine)
+    batch = schedules(6)
+    for key, (prompt, components) in enumerate(batch):
+        scored = request(f"scores/{key}", prompt, max_tokens=1, prompt_logprobs=0)
+        engine.submit(replace(scored, adapters=components))
+        for pooling in ("last", "mean"):
+            pooled = request(f"{pooling}/{key}", prompt, max_tokens=0, pooling=pooling)
+            engine.submit(replace(pooled, adapters=components))
+    drive.finish(*(f"{kind}/{k}" for kind in ("scores", "last", "mean") for k in range(len(batch))))
+    engine.close()
+    model = llama.make()
+    for key, (prompt, components) in enumerate(batch):
+        with torch.inference_mode(), llama.serving(model, components):
+            out = model(torch.tensor([prompt]), use_cache=False, output_hidden_states=True)
+        scores = out.logits[0].log_softmax(-1)
+        expected = [float(scores[i, token]) for i, token in enumerate(prompt[1:])]
+        found = [score.logprob for score in drive.first[f"scores/{key}"].prompt_logprobs]
+        assert found == pytest.approx(expected, abs=2e-3)
+        states = out.hidden_states[-1][0]
+        for pooling, wanted in (("last", states[-1]), ("mean", states.mean(0))):
+            embedding = drive.last[f"{pooling}/{key}"].embedding
+            assert embedding is not None
+            vector = torch.frombuffer(bytearray(embedding), dtype=torch.float32)
+            torch.testing.assert_close(vector, wanted, atol=2e-3, rtol=2e-3)

@@ -128,6 +128,7 @@ def mixed_requests(digests: Mapping[str, str]) -> list[Submit]:
         (),
         *((Component(digest),) for digest in digests.values()),
         (Component(one, 0.7), Component(two, -0.4)),
+        (Component(one, 0.7, 0, 19), Component(two, -0.4, 6)),
         (Component(digests["rank-24"], 0.5), Component(digests["ends-and-experts"], 0.5)),
         (),
         (Component(one),),

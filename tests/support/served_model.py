@@ -52,6 +52,7 @@ def mixed_generations(digests: list[str], new_tokens: int) -> list[Submit]:
     """On the base, on each adapter and on two of them mixed; every second one is sampled."""
     compositions = [(), *[(Component(digest),) for digest in digests]]
     compositions.append((Component(digests[0], 0.7), Component(digests[1], -0.2)))
+    compositions.append((Component(digests[0], 0.7, 0, 30), Component(digests[1], 1.0, 27)))
     return [
         Submit(
             request_id=f"r{index}",

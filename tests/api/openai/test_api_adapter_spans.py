@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 from http_support import BASE, Live, expected_text, live_server, make_adapter
-from quickchange_store.merging import Recipe, derive
 
 from quickchange_server.protocol import Component
 from quickchange_store.canonical.stored_parts import Invocation
+from quickchange_store.combining.merging import Recipe, derive
 from quickchange_store.store import Store
 
 PROMPT = "Hello"
