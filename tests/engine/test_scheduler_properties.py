@@ -350,7 +350,7 @@ class VirtualMachine(SchedulerMachine):
         if cached and position < sequence.virtual:
             return "given", float(position)
         taken = tuple(
-            tuple((term.digest, term.weight) for term in terms_at(sequence, row))
+            frozenset((term.digest, term.weight) for term in terms_at(sequence, row))
             for row in range(position + 1)
         )
         return taken, tuple(known[: position + 1])
