@@ -82,14 +82,17 @@ def move(module: nn.Module) -> None:
 
 
 def make_step(family: str, *, adapters: bool) -> tuple[LoadedModel, tuple[Tensor, Tensor, Tensor]]:
-    """A model on the device with a padded decode step set, and ids, positions, rows to sample."""
+    """A model on the device with a padded decode step set, and ids, positions, rows to sample.
+
+    With adapters it has spare tokens, which only some adapters have.
+    """
     paged_attention.register()
     made = (
         make_recurrent if family in RECURRENT else make_scaled if family in SCALED else make_model
     )
     model = made(family)
     model.set_attn_implementation(paged_attention.NAME)
-    loaded = prepare(model, adapters=adapters)
+    loaded = prepare(model, adapters=adapters, extra_vocabulary=64 if adapters else 0)
     move(loaded.module)
     loaded.install_caches(
         num_blocks=BLOCKS, block_size=BLOCK_SIZE, state_rows=ROWS, dtype=torch.float32, device=META
@@ -138,7 +141,7 @@ def test_drafting_stays_on_the_device(adapted: bool) -> None:
         {"sequential": True, "vocabulary": (1, 2, 3)},
         {"own_outputs": 9},
     ]
-    low = LowRankUpdate(torch.ones(8, loaded.hidden), torch.ones(loaded.vocabulary, 8), 1.0)
+    low = LowRankUpdate(torch.ones(8, loaded.hidden), torch.ones(loaded.own_vocabulary, 8), 1.0)
     shapes = page_shapes(loaded.groups, torch.float32)
     items: list[DraftItem] = []
     for kind in kinds:
