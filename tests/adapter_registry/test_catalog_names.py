@@ -7,12 +7,8 @@ from pathlib import Path
 import pytest
 from http_support import BASE, make_adapter
 
-from quickchange_server.adapter_registry.resolver import (
-    Catalog,
-    Selection,
-    WeightedName,
-    base_names,
-)
+from quickchange_server.adapter_registry.composed_terms import WeightedName
+from quickchange_server.adapter_registry.resolver import Catalog, Selection, base_names
 from quickchange_server.config import Settings
 from quickchange_server.errors import ForbiddenError, InvalidRequestError, UnknownModelError
 from quickchange_server.protocol import Component

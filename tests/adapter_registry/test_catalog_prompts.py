@@ -9,7 +9,8 @@ import pytest
 import torch
 from http_support import BASE, make_adapter, make_turbo
 
-from quickchange_server.adapter_registry.resolver import Catalog, WeightedName
+from quickchange_server.adapter_registry.composed_terms import WeightedName
+from quickchange_server.adapter_registry.resolver import Catalog
 from quickchange_server.errors import InvalidRequestError
 from quickchange_server.protocol import Component, Drafting
 from quickchange_store.canonical.canonical_adapter import CanonicalAdapter

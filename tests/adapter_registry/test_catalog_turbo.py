@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from http_support import BASE, make_adapter, make_turbo
 
-from quickchange_server.adapter_registry.resolver import Catalog, Selection, WeightedName
+from quickchange_server.adapter_registry.composed_terms import WeightedName
+from quickchange_server.adapter_registry.resolver import Catalog, Selection
 from quickchange_server.errors import ForbiddenError, InvalidRequestError, UnknownModelError
 from quickchange_server.protocol import Component, Drafting
 from quickchange_store.canonical.canonical_adapter import CanonicalAdapter

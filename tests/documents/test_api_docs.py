@@ -11,7 +11,8 @@ from pydantic import BaseModel
 from text_support import byte_text
 
 from quickchange_server import errors
-from quickchange_server.api.admin.adapters import AddFromPath, PointAlias, PrefetchTo, Rollback
+from quickchange_server.api.admin.adapter_adding import AddFromPath, Compose, ComposedTerm
+from quickchange_server.api.admin.adapters import PointAlias, PrefetchTo, Rollback
 from quickchange_server.api.admin.keys import ChangedKey, KeyLimits, NewKey, Rotation
 from quickchange_server.api.anthropic.message_blocks import ToolResultBlock, ToolUseBlock, Turn
 from quickchange_server.api.anthropic.message_requests import (
@@ -61,6 +62,8 @@ BODIES: list[type[BaseModel]] = [
     TextOptions,
     WeightedAdapter,
     AddFromPath,
+    Compose,
+    ComposedTerm,
     Rollback,
     PrefetchTo,
     PointAlias,

@@ -7,14 +7,14 @@ to the name meanwhile. HTTP and the engine are not known here.
 from __future__ import annotations
 
 import asyncio
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from threading import Lock
 
 from cachetools import LRUCache, cached
 
+from quickchange_server.adapter_registry.composed_terms import WeightedName, composed_terms
 from quickchange_server.adapter_registry.visibility import Sees, everything, reachable, seen
 from quickchange_server.config import Settings
 from quickchange_server.errors import (
@@ -23,12 +23,11 @@ from quickchange_server.errors import (
     InvalidRequestError,
     UnknownModelError,
 )
-from quickchange_server.frontend.adapter_spans import Invocations, activated, summed
-from quickchange_server.frontend.request_base import MAX_COMPONENTS, WeightedAdapter
+from quickchange_server.frontend.adapter_spans import Invocations, activated
+from quickchange_server.frontend.request_base import MAX_COMPONENTS
 from quickchange_server.protocol import LOOKUP, Component, Drafting
 from quickchange_store.base_model.base_source import base_name
 from quickchange_store.canonical.classifier_part import ClassifierHead
-from quickchange_store.canonical.composition_part import Term
 from quickchange_store.errors import AdapterNotFoundError, CorruptVersionError, StoreError
 from quickchange_store.index import Version
 from quickchange_store.info import AdapterInfo
@@ -42,16 +41,6 @@ KNOWN_VERSIONS = 4096  # versions whose info is cached
 HEADS_BYTES = 256 * 2**20  # of cached classification heads
 # What clients made for servers of one model send for it; the base, unless an adapter is named so.
 PLACEHOLDERS = frozenset({"", "dummy", "tgi"})
-
-
-@dataclass(frozen=True, slots=True)
-class WeightedName:
-    """One entry of a request's `adapters`, for tokens at positions [begin, end) of the text."""
-
-    name: str
-    weight: float
-    begin: int = 0
-    end: int | None = None  # None: to the end of the text
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +81,6 @@ class Selection:
                 "generates none; send them to /classify or /score, or name another adapter",
                 param="model",
             )
-
-
-def weighted_names(entries: Iterable[WeightedAdapter]) -> list[WeightedName]:
-    """The entries of a body's composition."""
-    return [WeightedName(entry.id, entry.weight, entry.begin, entry.end) for entry in entries]
 
 
 def base_names(settings: Settings) -> tuple[str, ...]:
@@ -202,50 +186,25 @@ class Catalog:
     def _alone(self, model: str, version: Version) -> Selection:
         if self._only_drafts(version):  # the base itself, with its prefix cache
             return Selection(model, (), BASE_LABEL)
-        adapters = self._sum(self._terms(version, WeightedName(model, 1.0)), [version])
+        return self._selection(model, version.name, [(version, WeightedName(model))])
+
+    def _selection(
+        self, model: str, label: str, parts: Sequence[tuple[Version, WeightedName]]
+    ) -> Selection:
+        """The selection of a sum of versions. Raises InvalidRequestError."""
+        composed = composed_terms(parts, self.info)
+        tokenizer = None
+        if composed.tokenizer is not None:
+            tokenizer, changes = composed.tokenizer
+            self.check_room(changes.rows, f"model: version {tokenizer[:12]}")
         return Selection(
             model,
-            adapters,
-            version.name,
-            classifiers=_classifiers(adapters, [version]),
-            invocations=self._invocations(adapters, [version]),
-            tokenizer=self._tokenizer(adapters, [version]),
+            composed.components,
+            label if composed.components else BASE_LABEL,
+            classifiers=composed.classifiers,
+            invocations=composed.invocations,
+            tokenizer=tokenizer,
         )
-
-    def _terms(self, version: Version, named: WeightedName) -> list[Component]:
-        """What a version adds to the model where it is named: itself, or its composition's terms
-        in the positions that both are for."""
-        terms = self.info(version.digest).composition if version.needs else (Term(version.digest),)
-        found = (term.within(named.weight, named.begin, named.end) for term in terms)
-        return [Component(t.digest, t.weight, t.begin, t.end) for t in found if t is not None]
-
-    def _sum(
-        self, terms: Sequence[Component], versions: Sequence[Version]
-    ) -> tuple[Component, ...]:
-        """The composition of the terms, which the versions brought.
-
-        Raises InvalidRequestError if a weight is not finite, if there are too many terms, or if
-        virtual tokens can't be composed.
-        """
-        if len(terms) > MAX_COMPONENTS:
-            raise InvalidRequestError(
-                f"adapters: with the terms of named compositions {len(terms)} adapters, where "
-                f"{MAX_COMPONENTS} is the most in one composition; name fewer",
-                param="adapters",
-            )
-        components = summed(terms)
-        if not all(math.isfinite(component.weight) for component in components):
-            raise InvalidRequestError(
-                "adapters: the weights of one adapter add up to infinity; give smaller weights",
-                param="adapters",
-            )
-        virtual = {version.digest: version.virtual_tokens for version in versions}
-        for needed in {digest for version in versions for digest in version.needs}:
-            prompt = self.info(needed).prompt
-            virtual[needed] = 0 if prompt is None else prompt.tokens
-        components = tuple(replace(c, virtual_tokens=virtual[c.digest]) for c in components)
-        _check_prompts(components, {version.digest: str(version) for version in versions})
-        return components
 
     def _only_drafts(self, version: Version) -> bool:
         """True if the version holds Turbo heads and nothing that changes the model."""
@@ -265,55 +224,13 @@ class Catalog:
                 f"not {len(composition)}",
                 param="adapters",
             )
-        terms: list[Component] = []
-        versions: list[Version] = []
-        for index, entry in enumerate(composition):
-            version = self._term(entry.name, sees, param=f"adapters[{index}].id")
-            terms += self._terms(version, entry)
-            versions.append(version)
-        components = self._sum(terms, versions)
-        names = {version.name for version in versions}
+        parts = [
+            (self._term(entry.name, sees, param=f"adapters[{index}].id"), entry)
+            for index, entry in enumerate(composition)
+        ]
+        names = {version.name for version, _ in parts}
         label = names.pop() if len(names) == 1 else COMPOSITION_LABEL
-        return Selection(
-            model,
-            components,
-            label if components else BASE_LABEL,
-            classifiers=_classifiers(components, versions),
-            invocations=self._invocations(components, versions),
-            tokenizer=self._tokenizer(components, versions),
-        )
-
-    def _invocations(
-        self, components: Iterable[Component], versions: Iterable[Version]
-    ) -> Invocations:
-        """Invocations of those components that are activated by them."""
-        used = {component.digest for component in components}
-        single = {version.digest for version in versions if version.invoked}
-        terms = {digest for version in versions for digest in version.needs}
-        invoked = used & (single | {term for term in terms if self.info(term).invocation})
-        return {digest: self.info(digest).invocation for digest in sorted(invoked)}
-
-    def _tokenizer(
-        self, components: Iterable[Component], versions: Iterable[Version]
-    ) -> str | None:
-        """The digest of the component whose tokenizer a request is served with.
-
-        Raises InvalidRequestError for two of them, and for more tokens than there are rows for.
-        """
-        if not any(version.tokenizer or version.needs for version in versions):
-            return None
-        digests = sorted({component.digest for component in components})
-        infos = ((digest, self.info(digest).tokenizer) for digest in digests)
-        found = [(digest, changes) for digest, changes in infos if changes is not None]
-        if len({changes.content for _, changes in found}) > 1:
-            raise InvalidRequestError(
-                "adapters: two of them bring tokens or chat templates that differ, and a request "
-                "has one tokenizer; compose adapters of one",
-                param="adapters",
-            )
-        for digest, changes in found:
-            self.check_room(changes.rows, f"model: version {digest[:12]}")
-        return found[0][0] if found else None
+        return self._selection(model, label, parts)
 
     def check_room(self, rows: int, subject: str) -> None:
         """Raise InvalidRequestError where the served model lacks rows for so many tokens."""
@@ -427,33 +344,6 @@ class Catalog:
             )
 
 
-def _classifiers(components: Iterable[Component], versions: Iterable[Version]) -> frozenset[str]:
-    """Digests of those components that have a classification head."""
-    classify = {version.digest for version in versions if version.classifier}
-    return frozenset(c.digest for c in components if c.digest in classify)
-
-
 def _size(head: ClassifierHead | None) -> int:
     """Bytes of a head in the cache."""
     return 0 if head is None else sum(tensor.nbytes for tensor in head.tensors.values())
-
-
-def _check_prompts(components: Sequence[Component], names: Mapping[str, str]) -> None:
-    """Raise unless at most one has virtual tokens, at the weight 1 in all of the text."""
-    served = [component for component in components if component.virtual_tokens]
-    if len({component.digest for component in served}) > 1:
-        told = sorted(names.get(component.digest, component.digest[:12]) for component in served)
-        raise InvalidRequestError(
-            f"adapters: {' and '.join(told)} have virtual tokens (prompt or prefix "
-            "tuning), and a text has one front; name one of them",
-            param="adapters",
-        )
-    for component in served:
-        if (component.weight, component.begin, component.end) != (1.0, 0, None):
-            name = names.get(component.digest, component.digest[:12])
-            raise InvalidRequestError(
-                f"adapters: {name} has virtual tokens (prompt or prefix tuning), which are there "
-                f"or not: its weight is {component.weight:g}, from {component.begin} to "
-                f"{component.end or 'the end'}; give 1, and no begin or end",
-                param="adapters",
-            )

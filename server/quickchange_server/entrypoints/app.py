@@ -19,6 +19,7 @@ from quickchange_server.adapter_registry.resolver import PLACEHOLDERS, Catalog, 
 from quickchange_server.adapter_registry.watched_folder import WatchedFolder
 from quickchange_server.api import error_responses, health, openapi_document, page
 from quickchange_server.api.admin import (
+    adapter_adding,
     adapters,
     experiments,
     keys,
@@ -165,6 +166,7 @@ def create_app(
         prompt_renderings,
         sagemaker,
         adapters,
+        adapter_adding,
         experiments,
         model_rewrites,
         recordings,
@@ -185,7 +187,7 @@ def create_app(
     app.add_middleware(
         BodyLimitMiddleware,
         limit=settings.max_request_bytes,
-        uploads=adapters.UPLOADS,
+        uploads=adapter_adding.UPLOADS,
         upload_limit=settings.max_upload_bytes,
     )
     app.add_middleware(CallerMiddleware)

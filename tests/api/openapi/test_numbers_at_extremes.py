@@ -83,7 +83,7 @@ WHOLE: dict[str, dict[str, Any]] = {  # a sound body of each operation whose num
         "spec": {"rules": [{"matches": [{"model": {"value": "split"}}], "targets": TARGETS}]}
     },
     "POST /v1/experiments/{name}/outcomes": OUTCOME | {"value": 1},
-    "POST /v1/adapters": {"name": "made", "adapters": [{"id": "sql"}]},
+    "POST /v1/adapters": {"name": "summed", "adapters": [{"id": "sql"}]},
     "POST /v1/adapters/{name}/rollback": {"version": 1},
     "POST /v1/keys": {"tenant": "t", "names": ["*"]},
     "PATCH /v1/keys/{id}": {},

@@ -18,7 +18,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from quickchange_server.adapter_registry.resolver import weighted_names
+from quickchange_server.adapter_registry.composed_terms import weighted_names
 from quickchange_server.api.app_state import Injected, Services
 from quickchange_server.api.auth import Calling, Managing, check_own
 from quickchange_server.api.error_responses import from_validation

@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Generic, TypeVar
 
-from quickchange_server.adapter_registry.resolver import OFF, Selection, weighted_names
+from quickchange_server.adapter_registry.composed_terms import weighted_names
+from quickchange_server.adapter_registry.resolver import OFF, Selection
 from quickchange_server.adapter_registry.visibility import Sees, everything
 from quickchange_server.api.app_state import Services
 from quickchange_server.api.openai.requests import Constrained, GenerationRequest

@@ -9,13 +9,8 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from quickchange_server.adapter_registry.resolver import (
-    AUTO,
-    OFF,
-    Catalog,
-    Selection,
-    WeightedName,
-)
+from quickchange_server.adapter_registry.composed_terms import WeightedName
+from quickchange_server.adapter_registry.resolver import AUTO, OFF, Catalog, Selection
 from quickchange_server.errors import (
     ConflictError,
     InvalidRequestError,
