@@ -24,6 +24,7 @@ from quickchange_server.errors import (
     UnknownModelError,
 )
 from quickchange_server.frontend.adapter_spans import Invocations, activated
+from quickchange_server.frontend.adapter_texts import OwnTokenizer
 from quickchange_server.frontend.request_base import MAX_COMPONENTS
 from quickchange_server.protocol import LOOKUP, Component, Drafting
 from quickchange_store.base_model.base_source import base_name
@@ -62,7 +63,7 @@ class Selection:
     drafter: str | None = None  # for metrics: name of the adapter whose heads draft
     classifiers: frozenset[str] = frozenset()  # those of its adapters that classify, by digest
     invocations: Invocations = field(default_factory=dict)  # of those of them that are activated
-    tokenizer: str | None = None  # digest of the adapter whose tokenizer it is; None: the base's
+    tokenizer: OwnTokenizer | None = None  # None: the base's
 
     def serving(self, prompt: Sequence[int]) -> tuple[Component, ...]:
         """The adapters that serve a prompt, each from where it begins."""
@@ -195,8 +196,9 @@ class Catalog:
         composed = composed_terms(parts, self.info)
         tokenizer = None
         if composed.tokenizer is not None:
-            tokenizer, changes = composed.tokenizer
-            self.check_room(changes.rows, f"model: version {tokenizer[:12]}")
+            digest, changes = composed.tokenizer
+            self.check_room(changes.rows, f"model: version {digest[:12]}")
+            tokenizer = OwnTokenizer(digest, changes.content)
         return Selection(
             model,
             composed.components,
