@@ -13,11 +13,13 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+from bought_drafts import every_draft_bought
 from engine_driver import Driver, engine_of, make_settings, request
 from hypothesis import given, settings
-from prompt_adapters import Prompts, learn
+from prompt_adapters import LORA, Prompts, learn
 from repeating_capture import RepeatingCapture
 from tiny_models import VOCABULARY, make_model
+from turbo_adapters import make_turbo, turbo_adapter
 
 from quickchange_server.adapters.manager import Residency
 from quickchange_server.engine import model_runner
@@ -147,6 +149,30 @@ def test_drafts_change_no_answer(made: Prompts, loaded: LoadedModel, kind: str) 
     running.submit(replace(wanted, request_id="drafted", drafting=Drafting(lookup=True)))
     drive.finish("plain", "drafted")
     assert drive.tokens["drafted"] == drive.tokens["plain"]
+    running.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_heads_draft_behind_virtual_tokens_and_change_no_answer(
+    made: Prompts, loaded: LoadedModel, kind: str
+) -> None:
+    heads = turbo_adapter(make_turbo(48, 3, sequential=True))
+    adapters = {**made.adapters, "heads": heads}
+    running = engine_of(loaded, make_settings(made.path, {}), adapters.__getitem__)
+    drive = Driver(running)
+    sent = made.texts[kind]
+    drafting = Drafting(heads="heads")
+    for name, used in (("prompt", [kind]), ("with lora", [kind, LORA]), ("plain", [])):
+        submit = made.submit(name, used, sent, max_tokens=12)
+        running.submit(submit)
+        drafted = replace(submit, request_id=f"{name}, drafted", drafting=drafting)
+        running.submit(drafted)
+    names = ("prompt", "with lora", "plain")
+    with every_draft_bought():
+        drive.finish(*names, *(f"{name}, drafted" for name in names))
+    for name in names:
+        assert drive.tokens[f"{name}, drafted"] == drive.tokens[name]
+        assert drive.drafted[f"{name}, drafted"] > 0
     running.close()
 
 
