@@ -17,7 +17,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import gammaln, xlogy
 
 from quickchange_server.experiments.statistics.moments import Floats
 
@@ -68,6 +67,8 @@ def dirichlet_evidence(counts: Floats, shares: Floats, prior: Floats) -> Floats:
 
     Infinite if a variant without a share has units.
     """
+    from scipy.special import gammaln, xlogy  # as in best.py
+
     whole = np.sum(prior, axis=-1)
     units = np.sum(counts, axis=-1)
     live = prior > 0

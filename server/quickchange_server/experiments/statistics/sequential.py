@@ -20,8 +20,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import brentq
-from scipy.special import betaln, xlog1py, xlogy
 
 from quickchange_server.experiments.statistics.moments import Floats, Moments, pooled, ratio
 
@@ -115,6 +113,9 @@ def proportion_interval(total: float, count: float, alpha: float) -> tuple[float
     times better. It also holds for values between 0 and 1, since x -> a^x * b^(1 - x) is convex
     (Hoeffding 1963).
     """
+    from scipy.optimize import brentq  # as in best.py
+    from scipy.special import betaln, xlog1py, xlogy
+
     rest = count - total
     level = float(betaln(total + 1, rest + 1)) + math.log(alpha)
 
