@@ -265,6 +265,15 @@ def test_pieces_do_not_matter(data: st.DataObject) -> None:
     assert read(form, [*text]) == read(form, [text])
 
 
+@pytest.mark.parametrize("behind", ["", " ", "\n", "a ", " a", "< ", "a\n"])
+def test_blanks_behind_a_call_are_text_only_with_text(behind: str) -> None:
+    form, whole = form_of("vllm_llama3.2_pythonic"), sample("vllm_llama3.2_pythonic")
+    content, calls = read(form, [whole + behind])
+    assert content == (behind if behind.strip() else "")
+    assert len(calls) == 2
+    assert read(form, [whole, *behind]) == read(form, [*whole, behind]) == (content, calls)
+
+
 VALUES = st.one_of(
     st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<")).map(str),
     st.integers(-(2**53), 2**53),

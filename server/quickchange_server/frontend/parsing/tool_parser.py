@@ -41,6 +41,7 @@ class ToolReader:
         self._form = form
         self._told = ToldCalls(tools)
         self._content: list[str] = []
+        self._behind_call = False  # no text was said since the last call
         self._blanks = ""  # behind a call: text only if more text follows
         self._scanner = StopScanner([form.mark])
         self._section: _Section | None = None
@@ -77,7 +78,7 @@ class ToolReader:
         before = self._told.count
         left = section.push(character)
         if self._told.count > before:
-            self._blanks = ""
+            self._behind_call, self._blanks = True, ""
         if left is None:
             return
         self._section = None
@@ -100,11 +101,11 @@ class ToolReader:
 
     def _say(self, text: str) -> None:
         """Add text outside of calls; blanks behind a call wait for what follows."""
-        if self._told.count and not text.strip():
+        if self._behind_call and not text.strip():
             self._blanks += text
         else:
             self._content.append(self._blanks + text)
-            self._blanks = ""
+            self._behind_call, self._blanks = False, ""
 
 
 class _Section:
