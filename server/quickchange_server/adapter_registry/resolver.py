@@ -123,6 +123,13 @@ class Catalog:
     def is_base(self, name: str) -> bool:
         return name in self.base_names
 
+    def _read(self, digest: str) -> AdapterInfo:
+        """A version's figures. Raises AdapterFailedError where they can't be read."""
+        try:
+            return self.info(digest)
+        except (CorruptVersionError, AdapterNotFoundError) as error:
+            raise AdapterFailedError(f"model: {error}", param="model") from error
+
     async def classifier(self, selection: Selection) -> ClassifierHead:
         """The head that classifies for a selection. Raises InvalidRequestError where it has none,
         AdapterFailedError where it can't be read, and StoreUnavailableError."""
@@ -193,7 +200,7 @@ class Catalog:
         self, model: str, label: str, parts: Sequence[tuple[Version, WeightedName]]
     ) -> Selection:
         """The selection of a sum of versions. Raises InvalidRequestError."""
-        composed = composed_terms(parts, self.info)
+        composed = composed_terms(parts, self._read)
         tokenizer = None
         if composed.tokenizer is not None:
             digest, changes = composed.tokenizer
@@ -210,8 +217,9 @@ class Catalog:
 
     def _only_drafts(self, version: Version) -> bool:
         """True if the version holds Turbo heads and nothing that changes the model."""
-        changes = version.virtual_tokens or self.info(version.digest).modules
-        return version.turbo and not changes
+        if not version.turbo or version.virtual_tokens:
+            return False
+        return self._read(version.digest).modules == 0
 
     def _composed(self, model: str, composition: Sequence[WeightedName], sees: Sees) -> Selection:
         if not self.is_base(model):
@@ -330,7 +338,7 @@ class Catalog:
         return drafter is None or self._drafts_for(drafter, tenant)
 
     def _drafts_for(self, drafter: Version, tenant: str | None) -> bool:
-        heads = self.info(drafter.digest).turbo
+        heads = self._read(drafter.digest).turbo
         return heads is None or heads.tenant in (None, tenant)
 
     def _by_heads(self, selection: Selection, drafter: Version) -> Selection:

@@ -122,3 +122,13 @@ def test_an_update_without_a_low_rank_is_approximated_on_request(
     )
     assert wrong.status_code == 400
     assert "exact_rank" in wrong.text
+
+
+def test_a_term_that_can_not_be_read_fails_its_requests_alone(live: Live) -> None:
+    assert composed(live, "broken", {"id": "sql", "scales": {"*": 3.0}}).status_code == 201
+    (term,) = live.store.resolve("broken").served
+    live.store.path(term).with_name("info.json").write_text("{}")
+    response = live.post("/v1/completions", {**COMPLETION, "model": "broken"})
+    assert response.status_code == 424
+    assert response.json()["error"]["param"] == "model"
+    assert text_of(live, model="sql")
