@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from peft import (
     HRAConfig,
@@ -199,7 +199,11 @@ def test_any_modules_saved_beside_any_targets_give_pefts_logits(
     left = targets - saved - ({"down_proj"} if "layers.0.mlp" in saved else set())
     config = lora(*sorted(saved), targets=sorted(left | {"q_proj"}), ensure_weight_tying=tied)
     folder = tmp_path_factory.mktemp("saved")
-    expected = trained(bases(family), config, folder)
+    try:
+        expected = trained(bases(family), config, folder)
+    except TypeError as error:  # PEFT's, of a module that would be both: a tied head that is saved
+        assume("modules_to_save cannot be applied" not in str(error))
+        raise
     adapter = read_adapter(folder, bases(family).spec).adapter
     got = canonical_logits(bases(family).model, adapter)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=2e-5)

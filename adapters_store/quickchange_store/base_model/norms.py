@@ -7,6 +7,7 @@ Knows nothing of adapters.
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING
 
 from quickchange_store.canonical.canonical_adapter import ModuleShape
@@ -53,14 +54,19 @@ def norm_weight(module: nn.Module) -> torch.Tensor | None:
 def _offset(norm: nn.Module, width: int, *, biased: bool) -> float | None:
     """What is added to the weight; None where the module computes something else."""
     import torch
-    from torch.func import functional_call
+
+    # Not the module itself: what moves a model's weights about may hang on its parameters and
+    # on its `forward`, and take a weight that is only tried for its own.
+    bare = copy.copy(norm)
+    vars(bare).pop("forward", None)
 
     drawn = torch.Generator().manual_seed(0)
     x, weight, bias = torch.randn(3, width, generator=drawn, dtype=torch.float64)
 
     def output(weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        given = {"weight": weight, **({"bias": bias} if biased else {})}
-        out: torch.Tensor = functional_call(norm, given, (x[None, None],))
+        given = {"weight": weight, "bias": bias if biased else None}
+        vars(bare)["_parameters"] = given
+        out: torch.Tensor = type(norm).forward(bare, x[None, None])
         return out[0, 0].double()
 
     none = torch.zeros(width, dtype=torch.float64)

@@ -100,7 +100,8 @@ class AdapterTensors:
 
     def _add(self, file: str, own: str, key: str, tensor: torch.Tensor) -> None:
         if key in self._content:
-            if self._content[key].equal(tensor):  # PEFT saves some of a module's biases twice
+            twice = self._files[key] == file and self._content[key].equal(tensor)
+            if twice:  # PEFT saves some of a module's biases under two names
                 return
             raise InvalidAdapterError(
                 f"the tensor is in {self._files[key]} too"

@@ -11,7 +11,7 @@ from engine_driver import Driver, engine_of, make_engine, request
 from peft import LoraConfig, PeftModel, get_peft_model
 from quantized_models import KINDS, ROUNDING, PackedLinear, float_model, packed_model
 from tiny_models import greedy, make_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from quickchange_server.engine.engine import Engine
 from quickchange_server.errors import UnsupportedModelError
@@ -68,10 +68,16 @@ def test_base_and_adapter_give_pefts_tokens_on_the_same_weights(kind: str, tmp_p
     folder = lora(tmp_path / "lora")
     adapter = read_peft(folder, base_spec(tmp_path / "model")).adapter
     found = run(make_engine(tmp_path / "model", load=lambda _: adapter))
-    base = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "model", dtype=torch.float32, attn_implementation="eager"
-    )
+
+    def loaded() -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(
+            tmp_path / "model", dtype=torch.float32, attn_implementation="eager"
+        )
+
+    base = loaded()
     for name in ("a", "c", "b"):  # PEFT changes the model: last
+        if name == "b" and kind.startswith("bitsandbytes"):
+            base = loaded()  # PEFT misreads weights that a first pass has packed for the CPU
         model = PeftModel.from_pretrained(base, folder) if name == "b" else base
         if kind in ROUNDING:
             assert worst_choice(model, PROMPTS[name], found[name]) < 0.1, name
