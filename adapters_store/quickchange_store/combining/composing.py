@@ -99,8 +99,10 @@ def _terms(store: Store, given: GivenTerm, digest: str) -> list[Term]:
         unused = set(given.scales)
         own = [replace(t, digest=_scaled(store, t.digest, given.scales, unused)) for t in own]
         if unused:
+            some = sorted(path for term in own for path in store.load(term.digest).updates)[:2]
             raise InvalidAdapterError(
-                f"the adapter {given.reference} updates no module that the scale fits first",
+                f"the adapter {given.reference} updates no module that this scale is the first to "
+                f"fit; it updates {', '.join(some)}, …",
                 key=min(unused),
                 remedy="give a module's path, with * for any part: *.mlp.*",
             )
