@@ -18,6 +18,7 @@ from quickchange_store.canonical.composition_part import Term
 from quickchange_store.index import Version
 from quickchange_store.info import AdapterInfo, VocabularyInfo
 
+LEAST_WEIGHT = 0.01  # of an adapter whose model had fewer tokens than the base
 InfoOf = Callable[[str], AdapterInfo]  # of a version, by its digest
 
 
@@ -66,6 +67,7 @@ def composed_terms(parts: Sequence[tuple[Version, WeightedName]], info_of: InfoO
             "adapters: the weights of one adapter add up to infinity; give smaller weights",
             param="adapters",
         )
+    _check_fewer_tokens(components, info_of)
     used = {component.digest for component in components}
     needed = {digest for version in versions for digest in version.needs}
     invoked = {version.digest for version in versions if version.invoked} | {
@@ -116,6 +118,23 @@ def _check_prompts(components: Sequence[Component], names: Mapping[str, str]) ->
                 f"adapters: {name} has virtual tokens (prompt or prefix tuning), which are there "
                 f"or not: its weight is {component.weight:g}, from {component.begin} to "
                 f"{component.end or 'the end'}; give 1, and no begin or end",
+                param="adapters",
+            )
+
+
+def _check_fewer_tokens(components: Sequence[Component], info_of: InfoOf) -> None:
+    """Raise for a weight that would not keep away tokens that an adapter's model lacks: its update
+    has a bias against them."""
+    for component in components:
+        if component.weight >= LEAST_WEIGHT:
+            continue
+        info = info_of(component.digest)
+        changes, own = info.tokenizer, info.base_vocabulary
+        if changes is not None and own is not None and changes.rows < own:
+            raise InvalidRequestError(
+                f"adapters: {component.digest[:12]} was trained with {changes.rows} of the base's "
+                f"{own} tokens, and its weight is {component.weight:g}; give at least "
+                f"{LEAST_WEIGHT:g}",
                 param="adapters",
             )
 
