@@ -67,13 +67,15 @@ def equal_blocks(left: DraftBlock, right: DraftBlock) -> bool:
 
 
 def same(left: TurboHeads, right: TurboHeads) -> bool:
-    """True if two sets of heads compute the same: head by head and block by block."""
+    """True if two sets of heads compute the same, head by head and block by block, and for the same
+    requests."""
     chains = [
         [[turbo.blocks[index] for index in head] for head in turbo.heads] for turbo in (left, right)
     ]
     vocabularies = [None if t.vocabulary is None else t.vocabulary.tolist() for t in (left, right)]
     return (
         left.sequential == right.sequential
+        and left.tenant == right.tenant
         and vocabularies[0] == vocabularies[1]
         and len(left.outputs) == len(right.outputs)
         and all(map(torch.equal, left.outputs, right.outputs))
