@@ -27,6 +27,7 @@ from quickchange_store.errors import (
     InvalidAdapterError,
     UnsupportedFeatureError,
 )
+from quickchange_store.formats.vocabulary.resized_vocabulary import NEVER
 from quickchange_store.index import Index, decode, encode
 from quickchange_store.store import Store
 
@@ -106,6 +107,20 @@ def test_a_scale_multiplies_what_the_modules_that_fit_add(factor: float, pattern
             found = torch.zeros_like(y) if made is None else effect(made, x, y)
             assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-5)
     assert term.weight == 0.5
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, 0.5])
+def test_no_scale_lets_tokens_come_that_an_adapter_lacks(store: Store, factor: float) -> None:
+    fewer = make(3.0)
+    bias = torch.tensor([0.5] * 6 + [NEVER] * 2)
+    updates = {**fewer.updates, MLP: replace(fewer.updates[MLP], bias=bias)}
+    store.add("fewer", replace(fewer, updates=updates))
+    compose(store, "scaled", [GivenTerm("fewer", scales={"*": factor})])
+    (term,) = store.info(store.resolve("scaled").digest).composition
+    found = store.load(term.digest).updates[MLP]
+    assert found.bias is not None
+    assert found.bias.tolist() == [0.5 * factor] * 6 + [NEVER] * 2
+    assert found.scale == 2.0 * factor
 
 
 def test_the_first_scale_that_fits_counts(store: Store) -> None:

@@ -18,6 +18,7 @@ from quickchange_store.errors import (
     InvalidAdapterError,
     UnsupportedFeatureError,
 )
+from quickchange_store.formats.vocabulary.resized_vocabulary import NEVER
 from quickchange_store.index import Version
 from quickchange_store.info import AdapterInfo
 from quickchange_store.names import check_name
@@ -127,18 +128,24 @@ def _scaled(store: Store, digest: str, scales: Mapping[str, float], unused: set[
             updates[path] = update
             continue
         unused.discard(pattern)
-        if scales[pattern]:
+        if scales[pattern] or _keeps_tokens_away(update):
             updates[path] = _times(update, scales[pattern])
     source = {"format": "scaled", "of": digest, "scales": dict(scales)}
     return store.publish(replace(adapter, updates=updates, turbo=None, source=source))
 
 
+def _keeps_tokens_away(update: LowRankUpdate) -> bool:
+    """True if the update has a bias against tokens that the adapter's model lacked."""
+    return update.bias is not None and bool((update.bias <= NEVER).any())
+
+
 def _times(update: LowRankUpdate, factor: float) -> LowRankUpdate:
+    """The update multiplied, but for a bias that keeps tokens away."""
     bias, gain = update.bias, update.gain
     return replace(
         update,
         scale=update.scale * factor,
-        bias=None if bias is None else bias * factor,
+        bias=None if bias is None else (bias * factor).where(bias > NEVER, bias),
         gain=None if gain is None else 1 + (gain - 1) * factor,
     )
 

@@ -31,7 +31,7 @@ from quickchange_store.formats.vocabulary.tokenizer_files import folder_tokenize
 if TYPE_CHECKING:
     import torch
 
-_NEVER = -1e4  # added to a logit: float16 holds it
+NEVER = -1e4  # added to a logit: float16 holds it
 
 
 def resized_base(base: BaseSpec, tensors: AdapterTensors, prefix: str, named: int) -> BaseSpec:
@@ -203,5 +203,5 @@ def _never(
     )
     update = updates.get(path, nothing)
     bias = torch.zeros(shape.out_features) if update.bias is None else update.bias.float().clone()
-    bias[rows:] = _NEVER
+    bias[rows:] = NEVER
     return {path: replace(update, bias=bias)}
