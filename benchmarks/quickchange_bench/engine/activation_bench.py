@@ -62,7 +62,7 @@ class ActivationResult:
 
     @property
     def ratio(self) -> float:
-        """How many times sooner the median first token comes."""
+        """Median first-token time of LoRA over that of aLoRA."""
         return median(self.lora.seconds) / median(self.alora.seconds)
 
 

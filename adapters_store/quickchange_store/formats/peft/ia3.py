@@ -12,12 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quickchange_store.canonical.canonical_adapter import BaseSpec, CanonicalAdapter, LowRankUpdate
-from quickchange_store.errors import InvalidAdapterError, UnsupportedFeatureError
+from quickchange_store.canonical.canonical_adapter import BaseSpec, LowRankUpdate
+from quickchange_store.errors import UnsupportedFeatureError
 from quickchange_store.formats.config_file import (
     CONFIG_FILE,
     invalid,
-    is_set,
     read_config,
     refuse_fields,
 )
@@ -25,12 +24,11 @@ from quickchange_store.formats.imported import Imported
 from quickchange_store.formats.patterns import check_patterns
 from quickchange_store.formats.peft.classification_head import take_classifier
 from quickchange_store.formats.peft.peft_common import (
-    WEIGHTS_FILE,
     check_base,
     find_targets,
     open_tensors,
 )
-from quickchange_store.formats.peft.saved_modules import with_saved_modules
+from quickchange_store.formats.peft.saved_modules import as_configured, with_saved_modules
 from quickchange_store.formats.peft.tensor_names import PREFIX
 from quickchange_store.formats.rank_limits import Factoring, RankLimits
 from quickchange_store.formats.tensors import AdapterTensors
@@ -85,20 +83,7 @@ def read_ia3(directory: Path, base: BaseSpec, limits: RankLimits) -> Imported:
     updates = {path: _update(base, path, gain) for path, gain in gains.items()}
     factoring = Factoring(limits)
     updates = with_saved_modules(updates, config, base, tensors, factoring)
-    if tensors.left:
-        raise InvalidAdapterError(
-            "the tensor is not expected: target_modules does not cover it",
-            file=WEIGHTS_FILE,
-            key=tensors.name(min(tensors.left)),
-            remedy=f"save the adapter again, so that {CONFIG_FILE} and its tensors agree",
-        )
-    source = {
-        "format": "peft",
-        "config": {key: value for key, value in config.items() if is_set(value)},
-        **factoring.stated(),
-    }
-    name = str(config.get("base_model_name_or_path") or "")
-    adapter = CanonicalAdapter(base.architecture, name, updates, source)
+    adapter = as_configured(updates, config, base, tensors, factoring)
     return classified.joined(Imported(adapter, tuple(warnings)))
 
 

@@ -76,6 +76,21 @@ def read_norm_tuning(directory: Path, base: BaseSpec, limits: RankLimits) -> Imp
     targets = find_targets(config, base, DEFAULTS, names, norms=True)
     factoring = Factoring(limits)
     updates = with_saved_modules({}, config, base, tensors, factoring, targets)
+    adapter = as_configured(updates, config, base, tensors, factoring)
+    return classified.joined(Imported(adapter, tuple(warnings)))
+
+
+def as_configured(
+    updates: Mapping[str, LowRankUpdate],
+    config: Mapping[str, Any],
+    base: BaseSpec,
+    tensors: AdapterTensors,
+    factoring: Factoring,
+) -> CanonicalAdapter:
+    """The adapter of updates that were read by a configuration of modules alone.
+
+    Raises InvalidAdapterError for tensors that are left.
+    """
     if tensors.left:
         raise InvalidAdapterError(
             "the tensor is not expected: target_modules does not cover it",
@@ -89,8 +104,7 @@ def read_norm_tuning(directory: Path, base: BaseSpec, limits: RankLimits) -> Imp
         **factoring.stated(),
     }
     name = str(config.get("base_model_name_or_path") or "")
-    adapter = CanonicalAdapter(base.architecture, name, updates, source)
-    return classified.joined(Imported(adapter, tuple(warnings)))
+    return CanonicalAdapter(base.architecture, name, dict(updates), source)
 
 
 def with_saved_modules(
