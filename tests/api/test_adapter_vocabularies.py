@@ -4,33 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_engine import Behaviour
 from grown_vocabulary import ADDED, OWN_TEMPLATE, grown_tokenizer, save_base, train_grown
 from http_support import Live, live_server
 from peft import LoraConfig
+from real_engine import with_real_engine
 from tiny_models import VOCABULARY, greedy
 from transformers import AutoTokenizer
 
-from quickchange_server.config import Settings
-from quickchange_server.entrypoints.engine_start import engine_main, read_text
-from quickchange_store.base_model.base_spec import base_spec
-
-START_SECONDS = 300.0
 TOKENS = 12
 NEW = list(range(VOCABULARY, VOCABULARY + len(ADDED)))
 PROMPT = "call <tool>weather</tool> now"
 CHAT = [{"role": "user", "content": "hi"}]
-
-
-def real_engine(connection: Connection, settings: Settings, behaviour: Behaviour) -> None:  # noqa: ARG001
-    """The engine process's entry, in the place of the fake engine's."""
-    engine_main(connection, settings)
 
 
 class Trained:
@@ -61,17 +49,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 def live(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     model = str(trained.base)
     with live_server(
-        tmp_path_factory.mktemp("store"),
-        text=read_text(model),
-        engine=real_engine,
-        start_limit=START_SECONDS,
-        base=partial(base_spec, model),
-        model=model,
-        served_model_name="base",
-        kv_cache_bytes=4 << 20,
-        adapter_device_bytes=16 << 20,
-        threads=1,
-        extra_vocabulary=4,
+        tmp_path_factory.mktemp("store"), **with_real_engine(model, extra_vocabulary=4)
     ) as server:
         for name in ("grown", "sister", "other"):
             body = {"name": name, "path": str(trained.folder / name)}

@@ -9,27 +9,22 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
-from multiprocessing.connection import Connection
 from typing import Any
 
 import httpx
 import pytest
 from classifier_models import classifier
-from fake_engine import Behaviour
 from fuzz_support import document
 from http_support import Live
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from keys_support import created, keyed_server
 from llm_models import make_llm_models
+from real_engine import with_real_engine
 from thorough import drawn
 
-from quickchange_server.config import Settings
-from quickchange_server.entrypoints.engine_start import engine_main, read_text
 from quickchange_server.experiments.definition import OVERRIDABLE
 from quickchange_server.protocol import _RANGES, SamplingParams
-from quickchange_store.base_model.base_spec import base_spec
 
 EVERY = "[]"  # in a path: each item of a list
 ANY = "{}"  # in a path: each value of an object
@@ -164,7 +159,6 @@ def _types(schema: dict[str, Any]) -> list[str]:
 
 
 NUMBERS = list(numbers(document()))
-START_SECONDS = 300.0  # a real engine's, which may build its kernels first
 KEYS: list[str] = []  # public ids of those that the fixture makes
 EXPERIMENTS = next(number for number in NUMBERS if number.operation == "POST /v1/experiments")
 SAMPLING = [number for number in NUMBERS if number.path == "/v1/completions"]
@@ -192,11 +186,6 @@ def raw(body: Any, literals: dict[str, str]) -> bytes:
     return text.encode()
 
 
-def real_engine(connection: Connection, settings: Settings, behaviour: Behaviour) -> None:  # noqa: ARG001
-    """The engine process's entry, in the place of the fake engine's."""
-    engine_main(connection, settings)
-
-
 @pytest.fixture(scope="module")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     """A server with a real engine, two adapters, an experiment and keys."""
@@ -204,16 +193,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     models = make_llm_models(folder)
     model = str(models.path)
     with keyed_server(
-        folder / "store",
-        text=read_text(model),
-        engine=real_engine,
-        start_limit=START_SECONDS,
-        base=partial(base_spec, model),
-        model=model,
-        served_model_name="base",
-        kv_cache_bytes=16 << 20,
-        adapter_device_bytes=16 << 20,
-        threads=1,
+        folder / "store", **with_real_engine(model, kv_cache_bytes=16 << 20)
     ) as server:
         for name, path in models.adapters.items():
             added = server.post("/v1/adapters", {"name": name, "path": str(path)})

@@ -4,30 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from classifier_models import KINDS, LABELS, ClassifierModels, make_classifier_models
-from fake_engine import Behaviour
 from http_support import Live, live_server
 from llm_models import ids_of
+from real_engine import with_real_engine
 from tiny_models import greedy
 
-from quickchange_server.config import Settings
-from quickchange_server.entrypoints.engine_start import engine_main, read_text
-from quickchange_store.base_model.base_spec import base_spec
-
 TEXTS = ["two pumps, please", "the third one broke", "x", "when do you open?" * 3]
-START_SECONDS = 300.0
-
-
-def real_engine(connection: Connection, settings: Settings, behaviour: Behaviour) -> None:  # noqa: ARG001
-    """The engine process's entry, in the place of the fake engine's."""
-    engine_main(connection, settings)
 
 
 @pytest.fixture(scope="module")
@@ -38,18 +26,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> ClassifierModels:
 @pytest.fixture(scope="module")
 def live(models: ClassifierModels, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     model = str(models.path)
-    with live_server(
-        tmp_path_factory.mktemp("store"),
-        text=read_text(model),
-        engine=real_engine,
-        start_limit=START_SECONDS,
-        base=partial(base_spec, model),
-        model=model,
-        served_model_name="base",
-        kv_cache_bytes=4 << 20,
-        adapter_device_bytes=16 << 20,
-        threads=1,
-    ) as server:
+    with live_server(tmp_path_factory.mktemp("store"), **with_real_engine(model)) as server:
         for name, path in models.adapters.items():
             added = server.post("/v1/adapters", {"name": name, "path": str(path)})
             assert added.status_code == 201, added.text
