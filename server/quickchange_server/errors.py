@@ -15,6 +15,7 @@
     ├── QueueFullError             429  with Retry-After
     ├── RateLimitedError           429  a limit of the API key; with Retry-After
     ├── EngineFailedError          500  the engine failed inside a request
+    ├── WorkerFailedError          500  a process that imports adapters ended
     ├── UnavailableError           503  starting, draining or failed; with Retry-After
     ├── StorageFullError           507  a disk of the server is full
     └── SettingError               500  the server can't start so: `param` names the setting
@@ -119,6 +120,10 @@ class RateLimitedError(QuickchangeError):
 
 
 class EngineFailedError(QuickchangeError):
+    status = 500
+
+
+class WorkerFailedError(QuickchangeError):
     status = 500
 
 

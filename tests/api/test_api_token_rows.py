@@ -9,6 +9,7 @@ import pytest
 from http_support import BASE, Live, live_server
 from text_support import CHAT_TEMPLATE, END, byte_tokenizer
 
+from quickchange_server.frontend.encoding.foreign_tokenizer import model_tokenizer
 from quickchange_server.frontend.tokenizer import Text
 
 IMAGE = "<image>"  # id 258 of a model with rows 0 to 257
@@ -19,7 +20,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
-    text = Text(tokenizer, vocab_size=258, eos_ids=frozenset({END, 258}))
+    text = Text(model_tokenizer(tokenizer), vocab_size=258, eos_ids=frozenset({END, 258}))
     with live_server(tmp_path_factory.mktemp("store"), text=text) as running:
         yield running
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from text_support import byte_tokenizer, metaspace_tokenizer, sentencepiece_tokenizer
 
 from quickchange_server.frontend.detokenizer import Decoding
+from quickchange_server.frontend.encoding.foreign_tokenizer import model_tokenizer
 
 MERGES = [("Ã", "©"), ("a", "b"), ("Ġ", "a"), ("ð", "Ł")]  # é, ab, " a", the first half of an emoji
 TOKENIZERS = {
@@ -18,7 +19,7 @@ TOKENIZERS = {
     "sentencepiece_strip": sentencepiece_tokenizer(strip=True),
     "window": metaspace_tokenizer(),
 }
-DECODINGS = {name: Decoding(tokenizer) for name, tokenizer in TOKENIZERS.items()}
+DECODINGS = {name: Decoding(model_tokenizer(tokenizer)) for name, tokenizer in TOKENIZERS.items()}
 
 
 def pieces_of(decoding: Decoding, ids: list[int], skip: bool) -> list[str]:

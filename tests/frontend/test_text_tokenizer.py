@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from text_support import END, START, byte_text, byte_tokenizer
 
 from quickchange_server.errors import ContextLengthError, InvalidRequestError
+from quickchange_server.frontend.encoding.foreign_tokenizer import model_tokenizer
 from quickchange_server.frontend.tokenizer import AT_ONCE, LONG_TEXT, Text
 
 TEXT = byte_text()
 MERGED = byte_tokenizer([("a", "a"), ("aa", "aa"), ("Ġ", "Ġ"), ("ĠĠ", "Ġ")])
-WORDS = Text(MERGED, vocab_size=len(MERGED), eos_ids=frozenset({END}))
+WORDS = Text(model_tokenizer(MERGED), vocab_size=len(MERGED), eos_ids=frozenset({END}))
 
 
 @pytest.mark.parametrize("length", [5, LONG_TEXT + 1])

@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry
 from text_support import byte_text, metaspace_tokenizer, sentencepiece_tokenizer
 
 from quickchange_server.errors import InvalidRequestError, QueueFullError
+from quickchange_server.frontend.encoding.foreign_tokenizer import model_tokenizer
 from quickchange_server.frontend.tokenizer import Text
 from quickchange_server.observability.subsystem_metrics import StructuredMetrics
 from quickchange_server.protocol import Constraint
@@ -207,12 +208,14 @@ def test_a_model_without_an_end_token_is_refused_with_the_reason() -> None:
 
 
 def test_a_tokenizer_at_which_the_library_panics_is_named() -> None:
-    text = Text(sentencepiece_tokenizer(strip=True), vocab_size=269, eos_ids=frozenset({2}))
+    text = Text(
+        model_tokenizer(sentencepiece_tokenizer(strip=True)), vocab_size=269, eos_ids=frozenset({2})
+    )
     _, message = checked(lambda c: fault(c, Asked(Constraint("regex", "b"), "f")), text=text)
     assert "the model's tokenizer can't be read" in message
 
 
 def test_a_tokenizer_that_the_library_does_not_read_is_named() -> None:
-    text = Text(metaspace_tokenizer(), vocab_size=9, eos_ids=frozenset({1}))
+    text = Text(model_tokenizer(metaspace_tokenizer()), vocab_size=9, eos_ids=frozenset({1}))
     _, message = checked(lambda c: fault(c, Asked(Constraint("regex", "b"), "f")), text=text)
     assert "the model's tokenizer can't be read" in message

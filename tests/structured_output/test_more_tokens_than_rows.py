@@ -10,6 +10,7 @@ from text_support import END, byte_tokenizer, sentencepiece_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
+from quickchange_server.frontend.encoding.foreign_tokenizer import model_tokenizer
 from quickchange_server.frontend.tokenizer import Text
 from quickchange_server.protocol import Constraint
 from quickchange_server.structured_output.compiler import Masked
@@ -33,9 +34,10 @@ def allowed(text: Text, regex: str, *taken: int) -> list[int]:
 @settings(deadline=None, max_examples=30)
 @given(rows=st.integers(258, 268))
 def test_masks_hold_exactly_the_tokens_that_the_model_has(rows: int) -> None:
-    text = Text(byte_tokenizer(MERGES), vocab_size=rows, eos_ids=frozenset({END}))
+    text = Text(model_tokenizer(byte_tokenizer(MERGES)), vocab_size=rows, eos_ids=frozenset({END}))
     whole = allowed(
-        Text(byte_tokenizer(MERGES), vocab_size=300, eos_ids=frozenset({END})), r'[ab"12]*c?'
+        Text(model_tokenizer(byte_tokenizer(MERGES)), vocab_size=300, eos_ids=frozenset({END})),
+        r'[ab"12]*c?',
     )
     assert allowed(text, r'[ab"12]*c?') == [token for token in whole if token < rows]
 
@@ -45,14 +47,14 @@ def test_a_special_token_past_the_last_row_is_left_out() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     assert tokenizer.convert_tokens_to_ids("<image>") == 258
-    text = Text(tokenizer, vocab_size=258, eos_ids=frozenset({END, 258}))
+    text = Text(model_tokenizer(tokenizer), vocab_size=258, eos_ids=frozenset({END, 258}))
     assert text.eos_ids == {END}
     assert allowed(text, "ab", ord("a")) == [ord("b")]
     assert allowed(text, "ab", *b"ab") == [END]
 
 
 def test_forced_tokens_have_rows() -> None:
-    text = Text(byte_tokenizer(MERGES), vocab_size=259, eos_ids=frozenset({END}))
+    text = Text(model_tokenizer(byte_tokenizer(MERGES)), vocab_size=259, eos_ids=frozenset({END}))
     matcher = TokenGrammars.of(text).compile(Constraint("regex", "abcabc12"))
     forced = matcher.forced()
     assert forced
@@ -76,7 +78,7 @@ def test_other_kinds_of_tokenizers_are_cut_too(
     tokenizer: PreTrainedTokenizerFast, rows: int, end: int
 ) -> None:
     assert len(tokenizer) > rows
-    text = Text(tokenizer, vocab_size=rows, eos_ids=frozenset({end}))
+    text = Text(model_tokenizer(tokenizer), vocab_size=rows, eos_ids=frozenset({end}))
     found = allowed(text, "[ab]+")
     assert found
     assert max(found) < rows

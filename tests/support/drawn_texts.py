@@ -10,6 +10,7 @@ import numpy as np
 from text_support import END, byte_tokenizer
 
 from quickchange_server.errors import InvalidRequestError
+from quickchange_server.frontend.encoding.foreign_tokenizer import model_tokenizer
 from quickchange_server.frontend.tokenizer import Text
 from quickchange_server.protocol import Constraint
 from quickchange_server.structured_output.compiler import Masked
@@ -19,7 +20,9 @@ from quickchange_server.structured_output.schema_keywords import check_schema
 
 LONGEST = 400  # tokens of a drawn text
 PADDED = 300  # the model's vocabulary: the tokenizer has 258
-GRAMMARS = TokenGrammars.of(Text(byte_tokenizer(), vocab_size=PADDED, eos_ids=frozenset({END})))
+GRAMMARS = TokenGrammars.of(
+    Text(model_tokenizer(byte_tokenizer()), vocab_size=PADDED, eos_ids=frozenset({END}))
+)
 _CLOSERS = [byte for byte in b'"}],:0' for _ in range(3)]
 
 

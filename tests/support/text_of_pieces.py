@@ -8,6 +8,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from quickchange_server.frontend.detokenizer import byte_level_alphabet
+from quickchange_server.frontend.encoding.foreign_tokenizer import model_tokenizer
 from quickchange_server.frontend.tokenizer import Text
 
 
@@ -28,4 +29,4 @@ def tokenizer_of_pieces(pieces: Sequence[str], end: int) -> PreTrainedTokenizerF
 def text_of_pieces(pieces: Sequence[str], end: int) -> Text:
     """What the server knows of a model with that tokenizer."""
     tokenizer = tokenizer_of_pieces(pieces, end)
-    return Text(tokenizer, vocab_size=len(pieces), eos_ids=frozenset({end}))
+    return Text(model_tokenizer(tokenizer), vocab_size=len(pieces), eos_ids=frozenset({end}))

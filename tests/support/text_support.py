@@ -8,6 +8,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from quickchange_server.frontend.detokenizer import byte_level_alphabet
+from quickchange_server.frontend.encoding.foreign_tokenizer import model_tokenizer
 from quickchange_server.frontend.tokenizer import Text
 
 CHAT_TEMPLATE = (
@@ -59,4 +60,4 @@ def metaspace_tokenizer() -> PreTrainedTokenizerFast:
 def byte_text(template: str | None = CHAT_TEMPLATE, eos: frozenset[int] = frozenset({END})) -> Text:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = template
-    return Text(tokenizer, vocab_size=258, eos_ids=eos)
+    return Text(model_tokenizer(tokenizer), vocab_size=258, eos_ids=eos)

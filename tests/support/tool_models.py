@@ -11,6 +11,7 @@ from typing import Any
 from text_support import byte_tokenizer
 from tokenizers import AddedToken
 
+from quickchange_server.frontend.encoding.foreign_tokenizer import model_tokenizer
 from quickchange_server.frontend.parsing.argument_reading import CallPiece
 from quickchange_server.frontend.parsing.tool_forms import ToolForm
 from quickchange_server.frontend.parsing.tool_parser import ToolReader
@@ -54,7 +55,7 @@ def model_text(name: str, special: tuple[str, ...] = ()) -> Text:
     tokenizer.bos_token = "<s>"
     tokenizer.chat_template = (TEMPLATES / f"{name}.jinja").read_text()
     ids = {257, *(tokenizer.convert_tokens_to_ids(mark) for mark in ENDS)}
-    return Text(tokenizer, vocab_size=len(tokenizer), eos_ids=frozenset(ids))
+    return Text(model_tokenizer(tokenizer), vocab_size=len(tokenizer), eos_ids=frozenset(ids))
 
 
 def form_of(name: str, special: tuple[str, ...] = ()) -> ToolForm:

@@ -12,6 +12,7 @@ from typing import Any
 
 from quickchange_store.base_model.base_source import BaseSource
 from quickchange_store.base_model.gguf_tokenizer import gguf_tokenizer
+from quickchange_store.base_model.tokenizer_data import TokenizerData, tokenizer_data
 from quickchange_store.errors import BaseModelError
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -30,6 +31,15 @@ def read_tokenizer(source: BaseSource) -> tuple[Any, int, frozenset[int]]:
     tokenizer = AutoTokenizer.from_pretrained(source.where, trust_remote_code=False)
     vocab_size = int(config.get_text_config().vocab_size)
     return tokenizer, vocab_size, _eos_ids(source.where, config, tokenizer)
+
+
+def read_plain(model: str) -> tuple[TokenizerData | None, int, frozenset[int]]:
+    """`read_tokenizer` of what `--model` takes, its tokenizer as plain data.
+
+    None in its place where it has none. Raises as `read_tokenizer`.
+    """
+    tokenizer, vocab_size, eos_ids = read_tokenizer(BaseSource.of(model))
+    return tokenizer_data(tokenizer), vocab_size, eos_ids
 
 
 def _eos_ids(model: str, config: Any, tokenizer: Any) -> frozenset[int]:

@@ -110,7 +110,7 @@ def create_app(
     While the engine starts, requests get 503. `services.started` resolves when it is ready, or to
     its failure.
     """
-    text = Text.load(settings.model) if text is None else text
+    text = Text.load_apart(settings.model) if text is None else text
     engines = partial(LocalEngines, main=engine_main) if engines is None else engines
     base = partial(base_spec, settings.model) if base is None else base
     traces_maker = _traces_maker(settings)

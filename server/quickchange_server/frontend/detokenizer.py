@@ -19,6 +19,8 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from quickchange_server.frontend.encoding.model_tokenizer import ModelTokenizer
+
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -196,12 +198,12 @@ class WindowPieces:
 class Decoding:
     """The decoding side of a tokenizer: its detokenizers and each token's bytes."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: ModelTokenizer) -> None:
         self._tokenizer = tokenizer
-        backend = getattr(tokenizer, "backend_tokenizer", None)
+        backend = tokenizer.backend
         rules = _decoder_rules(backend)
         self._kind, self._strip_first = _recognise(rules)
-        self._special = _special_ids(tokenizer, backend)
+        self._special = tokenizer.special_ids
         self._piece_of: Callable[[int], str | None] = (
             backend.id_to_token if backend is not None else _no_piece
         )
@@ -236,13 +238,7 @@ class Decoding:
 
     def _window_decode(self, skipped: frozenset[int]) -> Callable[[Sequence[int]], str]:
         def decode(ids: Sequence[int]) -> str:
-            return str(
-                self._tokenizer.decode(
-                    [token_id for token_id in ids if token_id not in skipped],
-                    skip_special_tokens=False,
-                    clean_up_tokenization_spaces=False,
-                )
-            )
+            return self._tokenizer.decode([token for token in ids if token not in skipped])
 
         return decode
 
@@ -274,10 +270,3 @@ def _recognise(rules: dict[str, Any]) -> tuple[str, bool]:
     if steps == [*_SENTENCEPIECE, _STRIP]:
         return "sentencepiece", True
     return "window", False
-
-
-def _special_ids(tokenizer: Any, backend: Any) -> frozenset[int]:
-    if backend is None:
-        return frozenset(tokenizer.all_special_ids)
-    added = backend.get_added_tokens_decoder()
-    return frozenset(token_id for token_id, token in added.items() if token.special)

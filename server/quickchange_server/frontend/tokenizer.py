@@ -1,28 +1,39 @@
 """The base model's tokenizer: prompts and chats to token ids, and token ids to text.
 
-Wraps transformers' tokenizer and chat template, without torch. Knows nothing of HTTP or the engine.
+Made of the tokenizer's plain data (`encoding/`): this needs neither transformers nor torch. Knows
+nothing of HTTP or the engine.
 """
 
 from __future__ import annotations
 
 import asyncio
 import copy
-import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from quickchange_server.errors import ContextLengthError, InvalidRequestError, SettingError
+from quickchange_server.errors import (
+    ContextLengthError,
+    InvalidRequestError,
+    SettingError,
+    WorkerFailedError,
+)
 from quickchange_server.frontend.detokenizer import Decoding, Detokenizer
+from quickchange_server.frontend.encoding.model_tokenizer import ModelTokenizer
+from quickchange_server.frontend.encoding.plain_tokenizer import PlainTokenizer
 from quickchange_server.frontend.parsing.reasoning_parser import ReasoningFormat
 from quickchange_server.frontend.parsing.tool_forms import ToolForm
 from quickchange_server.frontend.parsing.tool_learning import Messages, with_arguments
 from quickchange_server.frontend.templates.chat_template import ChatTemplate, Rendering
-from quickchange_store.canonical.tokenizer_part import AddedToken, TokenizerChanges
+from quickchange_server.workers.torch_worker import TorchWorker, torch_is_loaded
+from quickchange_store.base_model.base_tokenizer import read_plain
+from quickchange_store.canonical.tokenizer_part import TokenizerChanges
+from quickchange_store.errors import BaseModelError
 
 LONG_TEXT = 4_000  # characters: 7 ms of tokenizing (SmolLM2), too long on the event loop
 USUAL_LENGTH = 8  # characters of a token that few texts exceed on average
@@ -41,7 +52,7 @@ class Text:
 
     def __init__(
         self,
-        tokenizer: Any,
+        tokenizer: ModelTokenizer,
         *,
         vocab_size: int,
         eos_ids: frozenset[int],
@@ -56,23 +67,34 @@ class Text:
 
     @classmethod
     def load(cls, model: str) -> Text:
-        """Read the tokenizer of a model folder or hub id.
+        """Read the tokenizer of a model folder or hub id, with transformers.
 
         Raises SettingError (setting `model`) if there is none.
         """
-        _check_folder(model)  # before the imports, which take seconds
-        from quickchange_store.base_model.base_source import BaseSource
-        from quickchange_store.base_model.base_tokenizer import read_tokenizer
-        from quickchange_store.errors import BaseModelError
+        with _reading(model):
+            from quickchange_server.frontend.encoding.foreign_tokenizer import model_tokenizer
+            from quickchange_store.base_model.base_source import BaseSource
+            from quickchange_store.base_model.base_tokenizer import read_tokenizer
 
-        try:
-            source = BaseSource.of(model)
-            tokenizer, vocab_size, eos_ids = read_tokenizer(source)
-        except (OSError, ValueError, BaseModelError) as error:
-            raise SettingError(
-                f"model: can't read a tokenizer and configuration from {model!r}: {error}",
-                param="model",
-            ) from error
+            tokenizer, vocab_size, eos_ids = read_tokenizer(BaseSource.of(model))
+        return cls._read(model_tokenizer(tokenizer), vocab_size, eos_ids)
+
+    @classmethod
+    def load_apart(cls, model: str) -> Text:
+        """The same where this process is to have neither transformers nor torch: another reads it.
+
+        A tokenizer that is no plain data is read here all the same. Raises SettingError.
+        """
+        if torch_is_loaded():
+            return cls.load(model)
+        with _reading(model), TorchWorker() as worker:
+            data, vocab_size, eos_ids = worker.run(read_plain, model)
+        if data is None:
+            return cls.load(model)
+        return cls._read(PlainTokenizer.of(data), vocab_size, eos_ids)
+
+    @classmethod
+    def _read(cls, tokenizer: ModelTokenizer, vocab_size: int, eos_ids: frozenset[int]) -> Text:
         text = cls(tokenizer, vocab_size=vocab_size, eos_ids=eos_ids)
         _ = text.longest_token  # read now: it takes some milliseconds
         return text
@@ -82,21 +104,8 @@ class Text:
 
         Takes some tenths of a second. Raises ValueError where the tokenizer can't have them.
         """
-        backend = getattr(self._tokenizer, "backend_tokenizer", None)
-        if changes.tokens:
-            if backend is None:
-                raise ValueError("tokens can be added to a fast tokenizer alone")
-            made = with_tokens(backend, changes.tokens)
-        else:
-            made = backend
-        # The backend is large: it is shared where nothing of it changes.
-        tokenizer = copy.deepcopy(self._tokenizer, {id(backend): made})
-        for name, mark in changes.marks.items():
-            setattr(tokenizer, name, mark)
-        if changes.template is not None:
-            tokenizer.chat_template = changes.template
         text = Text(
-            tokenizer,
+            self._tokenizer.changed(changes),
             vocab_size=changes.rows,
             eos_ids=self.eos_ids | frozenset(changes.ends),
             threads=self._threads,
@@ -150,27 +159,7 @@ class Text:
 
     def configuration(self) -> dict[str, Any]:
         """The tokenizer's configuration, in the names of its tokenizer_config.json."""
-        of, kept = self._tokenizer, self._tokenizer.init_kwargs
-        marks = ("bos_token", "eos_token", "unk_token", "pad_token")
-        bos_and_spaces = ("add_bos_token", "add_eos_token", "add_prefix_space")
-        flags = (*bos_and_spaces, "clean_up_tokenization_spaces")
-        named = {name: getattr(of, name, None) for name in marks}
-        template = of.chat_template
-        return {
-            "tokenizer_class": type(of).__name__,
-            "model_max_length": int(of.model_max_length),
-            **named,
-            "additional_special_tokens": [
-                str(token) for token in of.all_special_tokens if token not in named.values()
-            ],
-            "added_tokens_decoder": {
-                str(token_id): str(token) for token_id, token in of.added_tokens_decoder.items()
-            },
-            "chat_template": template if isinstance(template, str) else None,
-            **{name: kept.get(name) for name in flags},
-            "padding_side": str(of.padding_side),
-            "truncation_side": str(of.truncation_side),
-        }
+        return self._tokenizer.configuration()
 
     def special_of(self, texts: Iterable[str]) -> frozenset[int]:
         """The special tokens in some texts."""
@@ -179,7 +168,7 @@ class Text:
 
     def tokenizer_json(self) -> str | None:
         """The tokenizer in the `tokenizers` library's JSON; None for one of another kind."""
-        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        backend = self._tokenizer.backend
         if backend is None:
             return None
         plain = copy.copy(backend)
@@ -214,10 +203,10 @@ class Text:
     @cached_property
     def longest_token(self) -> int:
         """The most bytes of text that one token stands for."""
-        added = [len(name.encode()) for name in self._tokenizer.get_added_vocab()]
+        added = [len(name.encode()) for name in self._tokenizer.added()]
         # In a byte-level vocabulary each character of an entry stands for a byte.
         length = len if self._decoding.byte_level else _utf8_length
-        return max(*map(length, self._tokenizer.get_vocab()), *added, 1)
+        return max(*map(length, self._tokenizer.entries()), *added, 1)
 
     def check_length(self, text: str, most: int, param: str) -> None:
         """Raise ContextLengthError if the text has more bytes than `most` tokens can have."""
@@ -250,15 +239,7 @@ class Text:
         self, text: str, *, second: str | None = None, add_special_tokens: bool = True
     ) -> list[int]:
         """Token ids of a text, or of two as the tokenizer joins them, on the calling thread."""
-        encoded = self._tokenizer(
-            text,
-            second,
-            add_special_tokens=add_special_tokens,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,  # no warning about long prompts, which admission refuses
-        )
-        return list(encoded["input_ids"])
+        return self._tokenizer.encode(text, second, special=add_special_tokens)
 
     def spellings(self, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
         """Runs of tokens that spell each word, without a space before it and with one.
@@ -289,22 +270,15 @@ class Text:
     def _spans(
         self, text: str, most: int, param: str, add_special_tokens: bool
     ) -> list[tuple[int, int, int]]:
-        if not self._tokenizer.is_fast:
+        self.encode_within(text, most=most, param=param)
+        found = self._tokenizer.spans(text, special=add_special_tokens)
+        if found is None:
             raise InvalidRequestError(
                 f"{param}: this model has no fast tokenizer, which alone tells where tokens begin; "
                 "ask for the ids alone",
                 param=param,
             )
-        self.encode_within(text, most=most, param=param)
-        found = self._tokenizer(
-            text,
-            add_special_tokens=add_special_tokens,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            verbose=False,
-        )
-        pairs = zip(found["input_ids"], found["offset_mapping"], strict=True)
-        return [(token_id, start, stop) for token_id, (start, stop) in pairs]
+        return found
 
     def render_chat(
         self,
@@ -382,7 +356,7 @@ class Text:
 
     def token_name(self, token_id: int) -> str:
         """The token's entry in the vocabulary, such as "Ġthe"."""
-        return str(self._tokenizer.convert_ids_to_tokens(token_id))
+        return self._tokenizer.name(token_id)
 
     def check_ids(self, ids: Sequence[int], param: str) -> None:
         """Raise InvalidRequestError for an id that the model has no row for.
@@ -401,32 +375,13 @@ class Text:
             )
 
 
-def with_tokens(backend: Any, tokens: Iterable[AddedToken]) -> Any:
-    """The `tokenizers` library's tokenizer with these tokens, in place of those of their ids.
-
-    Raises ValueError where one gets another id.
-    """
-    from tokenizers import Tokenizer
-
-    tree = json.loads(backend.to_str())
-    added = {entry["id"]: entry for entry in tree["added_tokens"]}
-    added |= {token.id: asdict(token) for token in tokens}
-    tree["added_tokens"] = [added[token_id] for token_id in sorted(added)]
-    made = Tokenizer.from_str(json.dumps(tree))
-    for token in tokens:
-        if made.token_to_id(token.content) != token.id:
-            raise ValueError(
-                f"{token.content!r} would be token {made.token_to_id(token.content)}, and the "
-                f"adapter has it as {token.id}"
-            )
-    return made
-
-
 def _utf8_length(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))
 
 
-def _check_folder(model: str) -> None:
+@contextmanager
+def _reading(model: str) -> Iterator[None]:
+    """Raise what is wrong with a model's tokenizer as SettingError."""
     looks_like_path = model.startswith((".", "/", "~")) or model.count("/") > 1
     gguf = model.lower().endswith(".gguf")  # BaseSource says what is wrong with one
     if looks_like_path and not gguf and not Path(model).is_dir():
@@ -435,3 +390,10 @@ def _check_folder(model: str) -> None:
             "file or a hub id such as owner/name",
             param="model",
         )
+    try:
+        yield
+    except (OSError, ValueError, BaseModelError, WorkerFailedError) as error:
+        raise SettingError(
+            f"model: can't read a tokenizer and configuration from {model!r}: {error}",
+            param="model",
+        ) from error

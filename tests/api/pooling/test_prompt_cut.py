@@ -20,6 +20,7 @@ from quickchange_server.api.pooling.prompt_cut import (
     truncation,
 )
 from quickchange_server.errors import ContextLengthError, InvalidRequestError
+from quickchange_server.frontend.encoding.foreign_tokenizer import model_tokenizer
 from quickchange_server.frontend.tokenizer import Text
 
 MOST = 64
@@ -33,7 +34,9 @@ def text_of(template: str) -> tuple[Text, Any]:
         pair="$A $B",
         special_tokens=[("<end>", END)],
     )
-    return Text(tokenizer, vocab_size=len(PIECES), eos_ids=frozenset({END})), tokenizer
+    return Text(
+        model_tokenizer(tokenizer), vocab_size=len(PIECES), eos_ids=frozenset({END})
+    ), tokenizer
 
 
 def cut(text: Text, given: Sequence[str], keep: int | None, side: TruncationSide) -> Any:

@@ -1,4 +1,4 @@
-"""The model's chat template: chats to prompts, through transformers' sandboxed Jinja.
+"""The model's chat template: chats to prompts.
 
 What a template takes (parts of a content, a role, a variable) is read from its own code or from
 what it makes of a probe; no model is known by name. Knows nothing of HTTP.
@@ -15,6 +15,7 @@ from typing import Any
 from jinja2 import Environment, TemplateError, meta
 
 from quickchange_server.errors import InvalidRequestError
+from quickchange_server.frontend.encoding.model_tokenizer import ModelTokenizer
 from quickchange_server.frontend.parsing.reasoning_parser import (
     ReasoningFormat,
     reasoning_format,
@@ -50,14 +51,14 @@ class Rendering:
 class ChatTemplate:
     """The chat template of a tokenizer."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: ModelTokenizer) -> None:
         self._tokenizer = tokenizer
-        found = tokenizer.chat_template
-        self.source: str = found.get("default", "") if isinstance(found, dict) else found or ""
+        found = tokenizer.template or ""
+        self.source: str = found if isinstance(found, str) else found.get("default", "")
 
     @property
     def exists(self) -> bool:
-        return bool(self._tokenizer.chat_template)
+        return bool(self._tokenizer.template)
 
     @cached_property
     def variables(self) -> frozenset[str]:
@@ -69,7 +70,7 @@ class ChatTemplate:
             ).parse(_TAGS.sub("", self.source))
         except TemplateError:
             return frozenset()  # what renders it tells the error
-        known = _GIVEN | set(self._tokenizer.special_tokens_map)
+        known = _GIVEN | set(self._tokenizer.marks)
         return frozenset(meta.find_undeclared_variables(parsed)) - known
 
     def tool_form(self, ends: Collection[str]) -> ToolForm | None:
@@ -130,13 +131,7 @@ class ChatTemplate:
     ) -> str:
         """The rendered template. Raises jinja2.TemplateError for any error in its code."""
         try:
-            rendered = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
-                tools=[dict(tool) for tool in tools] or None,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                **rest,
-            )
+            return self._tokenizer.render(messages, tools or None, add_generation_prompt, **rest)
         except (
             ArithmeticError,
             AttributeError,
@@ -146,7 +141,6 @@ class ChatTemplate:
             ValueError,
         ) as error:
             raise TemplateError(str(error)) from error
-        return str(rendered)
 
     # --- messages in the form that the template takes -------------------------------------------
 

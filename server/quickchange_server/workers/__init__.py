@@ -1,0 +1,1 @@
+"""Child processes for what the API process does without: torch and transformers."""
