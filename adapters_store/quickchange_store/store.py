@@ -147,6 +147,10 @@ class Store:
         turbo = None if drafter is None else drafter.digest
         return Resolved(version.name, version.digest, version.number, turbo, version.served)
 
+    def look(self) -> None:
+        """Read what another process may have published just now."""
+        self._place.look()
+
     def names(self) -> tuple[str, ...]:
         """All names, sorted."""
         return tuple(sorted(self._place.index().entries))

@@ -1,4 +1,4 @@
-"""Tokenizers as plain data against transformers' own: the same ids, texts and prompts, to the byte."""
+"""Tokenizers as plain data against transformers' own: the same ids, texts and prompts."""
 
 from __future__ import annotations
 
@@ -210,7 +210,7 @@ def changed(name: str) -> tuple[ModelTokenizer, ModelTokenizer]:
 def python_pieces() -> PreTrainedTokenizerFast:
     class Halves:
         def pre_tokenize(self, text: Any) -> None:
-            text.split(lambda i, piece: [piece[:1], piece[1:]])
+            text.split(lambda _, piece: [piece[:1], piece[1:]])
 
     tokenizer = byte_tokenizer()
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.PreTokenizer.custom(Halves())

@@ -88,6 +88,9 @@ class BucketPlace:
 
     # --- index ----------------------------------------------------------------------------------
 
+    def look(self) -> None:
+        self._indexes.look()
+
     def index(self) -> Index:
         return self._indexes.seen().index
 

@@ -84,6 +84,9 @@ class FolderPlace:
 
     # --- index ----------------------------------------------------------------------------------
 
+    def look(self) -> None:
+        """Nothing: the index is read where its file has changed."""
+
     def index(self) -> Index:
         return self._index.read()
 

@@ -93,6 +93,9 @@ class Place(Protocol):
     def make(self) -> None:
         """Begin an empty store where there is none."""
 
+    def look(self) -> None:
+        """Have `index` give what is the newest now, as far as that can be read."""
+
     def index(self) -> Index:
         """The index as readers see it. Raises CorruptStoreError, StoreUnavailableError."""
 

@@ -1,7 +1,7 @@
-"""Import of adapters into the store while requests run: one at a time, on a thread; a few that lie
-elsewhere are fetched meanwhile.
+"""Import of adapters into the store while requests run: one at a time, off the event loop; a few
+that lie elsewhere are fetched meanwhile.
 
-Validation reads every tensor, so it must not block the event loop. HTTP is not known here.
+HTTP is not known here.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import errno
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import replace
 from pathlib import Path
 
+from quickchange_server.adapter_registry.import_runner import ImportRunner
 from quickchange_server.errors import ConflictError, InvalidRequestError
 from quickchange_store.canonical.canonical_adapter import BaseSpec
 from quickchange_store.combining.composing import GivenTerm, compose
@@ -27,7 +27,7 @@ _FETCHES = 4  # at once
 
 
 class Imports:
-    """Imports adapters. `base` makes, once, the spec of the base that adapters must fit.
+    """Imports adapters, by what `runner` runs.
 
     `refuse_name` raises if a name is taken by something that is not in the store. An adapter that
     is fetched has at most `most_bytes`.
@@ -35,23 +35,17 @@ class Imports:
 
     def __init__(
         self,
-        store: Store,
-        base: Callable[[], BaseSpec],
+        runner: ImportRunner,
         base_names: tuple[str, ...],
         refuse_name: Callable[[str], None],
         most_bytes: int | None = None,
-        spare_tokens: int | None = None,
     ) -> None:
-        """spare_tokens: that the served model has rows for; None: any number."""
         self._refuse_name = refuse_name
-        self._store = store
-        self._make_base = base
+        self._runner = runner
         self._base_names = base_names
-        self._base: BaseSpec | None = None
         self._turn = asyncio.Lock()
         self._fetches = asyncio.Semaphore(_FETCHES)
         self._most_bytes = most_bytes
-        self._spare_tokens = spare_tokens
 
     async def add(
         self, name: str, place: Path | AdapterUrl, limits: RankLimits = EXACT_ONLY
@@ -75,15 +69,17 @@ class Imports:
         """Publish the weighted sum of adapters as `name`. Raises StoreError, ConflictError."""
         self.refuse_taken(name)
         async with self._turn:
-            return Added(await asyncio.to_thread(compose, self._store, name, terms), ())
+            return await self._runner.run(_compose, name, terms)
 
     async def add_unless_known(self, name: str, folder: Path) -> Added | None:
         """Publish what is in a folder unless it is a version of `name` already. Raises as `add`."""
         self.refuse_taken(name)
         async with self._turn:
-            return await asyncio.to_thread(
-                lambda: add_unless_known(self._store, name, folder, self._spec())
-            )
+            return await self._runner.run(_add_unless_known, name, folder)
+
+    async def close(self) -> None:
+        """Wait for what is imported."""
+        await self._runner.close()
 
     def refuse_taken(self, name: str) -> None:
         """Raise ConflictError if `name` is the base model's or an experiment's."""
@@ -98,9 +94,7 @@ class Imports:
     ) -> Added:
         async with self._turn:
             try:
-                return await asyncio.to_thread(
-                    lambda: add_adapter(self._store, name, folder, self._spec(), limits, origin)
-                )
+                return await self._runner.run(_add, name, folder, limits, origin)
             except OSError as error:
                 if not _is_of(error, folder):
                     raise
@@ -109,10 +103,31 @@ class Imports:
                     param="path",
                 ) from error
 
-    def _spec(self) -> BaseSpec:
-        if self._base is None:
-            self._base = replace(self._make_base(), spare_tokens=self._spare_tokens)
-        return self._base
+
+# --- what the runner runs -----------------------------------------------------------------------
+
+
+def _add(
+    store: Store,
+    base: Callable[[], BaseSpec],
+    name: str,
+    folder: Path,
+    limits: RankLimits,
+    origin: Mapping[str, str] | None,
+) -> Added:
+    return add_adapter(store, name, folder, base(), limits, origin)
+
+
+def _add_unless_known(
+    store: Store, base: Callable[[], BaseSpec], name: str, folder: Path
+) -> Added | None:
+    return add_unless_known(store, name, folder, base())
+
+
+def _compose(
+    store: Store, _base: Callable[[], BaseSpec], name: str, terms: Sequence[GivenTerm]
+) -> Added:
+    return Added(compose(store, name, terms), ())
 
 
 def _is_of(error: OSError, directory: Path) -> bool:

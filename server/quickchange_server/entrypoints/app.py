@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from prometheus_client import Gauge
 from starlette.middleware.cors import CORSMiddleware
 
+from quickchange_server.adapter_registry.import_runner import BaseMaker, import_runner
 from quickchange_server.adapter_registry.importer import Imports
 from quickchange_server.adapter_registry.merged_adapters import Derived
 from quickchange_server.adapter_registry.on_demand import OnDemand
@@ -79,14 +80,11 @@ from quickchange_server.structured_output.validator import ConstraintChecks
 from quickchange_server.tenants.key_records import TOPIC
 from quickchange_server.tenants.shared_limits import CounterCalls
 from quickchange_server.tenants.tenancy import Tenants, asks_for_keys
-from quickchange_store.base_model.base_spec import base_spec
-from quickchange_store.canonical.canonical_adapter import BaseSpec
 from quickchange_store.store import Store
 
 if TYPE_CHECKING:
     from quickchange_server.observability.tracing import Traces
 
-BaseMaker = Callable[[], BaseSpec]
 TracesMaker = Callable[[], "Traces"]
 
 
@@ -101,6 +99,8 @@ def create_app(
 ) -> FastAPI:
     """The application; its parts are at `app.state.services` once it has started.
 
+    A process that has no torch gets none: what needs it runs in workers.
+
     `text`, `engines` and `base` replace the model's tokenizer, the engine of this machine and the
     base model that adapters are checked against. In a cluster, `limit_counter` counts the limits
     of API keys for all replicas, and `cluster` is what an ingress knows of the others. Raises
@@ -112,7 +112,6 @@ def create_app(
     """
     text = Text.load_apart(settings.model) if text is None else text
     engines = partial(LocalEngines, main=engine_main) if engines is None else engines
-    base = partial(base_spec, settings.model) if base is None else base
     traces_maker = _traces_maker(settings)
     keyed = asks_for_keys(settings)
 
@@ -238,7 +237,7 @@ def _services(
     metrics: Metrics,
     text: Text,
     engines: EnginesMaker,
-    base: BaseMaker,
+    base: BaseMaker | None,
     database: Database,
     tenants: Tenants,
     books: tuple[Bookkeeper, ...],
@@ -272,12 +271,10 @@ def _services(
         partial(_there, store),
     )
     imports = Imports(
-        store,
-        base,
+        import_runner(store, settings.model, settings.spare_tokens, base),
         names,
         experiments.refuse_name,
         settings.max_upload_bytes,
-        settings.spare_tokens,
     )
     return Services(
         settings=settings,
@@ -382,6 +379,7 @@ async def _end(services: Services) -> None:
         await services.watched.close()
     if services.on_demand is not None:
         await services.on_demand.close()
+    await services.imports.close()
     await services.derived.close()
     await services.shadows.close()
     await services.client.close(services.settings.drain_seconds)

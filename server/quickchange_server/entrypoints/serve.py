@@ -35,6 +35,7 @@ from quickchange_server.storage.database import Database
 from quickchange_server.storage.database_engines import provisional
 from quickchange_server.tenants.key_records import every
 from quickchange_server.tenants.tenancy import asks_for_keys
+from quickchange_server.workers.torch_worker import run_apart
 from quickchange_store.base_model.base_spec import base_spec
 from quickchange_store.errors import StoreError
 from quickchange_store.hub_access import look_for_hub
@@ -77,9 +78,9 @@ def serve(
             say(f"reading {settings.model}")
             database.check(settings.database_url)
             check_access(settings)
-            if demo and settings.adapters:
+            if demo and settings.adapters and _demo_lacks(settings):
                 say(f"adding the demo's adapters to {settings.store}, where they are missing")
-                _publish_demo(settings)
+                run_apart(_publish_demo, settings)
             if wanted:
                 _publish_modules(wanted, settings)
             app = create_app(settings, engines=partial(LocalEngines, main=engine))
@@ -181,6 +182,10 @@ def _publish_modules(modules: Sequence[LoraModule], settings: Settings) -> None:
         )
     names = ", ".join(module.name for module in modules)
     say(f"adding {names} to {settings.store}, where they are missing")
+    run_apart(_add_modules, modules, settings)
+
+
+def _add_modules(modules: Sequence[LoraModule], settings: Settings) -> None:
     store, base = Store(*settings.store_opening), base_spec(settings.model)
     add_modules(modules, store, base, base_names(settings))
 
@@ -201,6 +206,15 @@ def with_demo(given: Mapping[str, Any]) -> dict[str, Any]:
     if "store" not in given and "QUICKCHANGE_STORE" not in os.environ:
         settings["store"] = demo_store_folder()
     return settings
+
+
+def _demo_lacks(settings: Settings) -> bool:
+    """True if the store has not all that the demo shows."""
+    from quickchange_training.demo import DEMO_ADAPTERS, DEMO_ALIASES, DEMO_HEADS
+
+    store = Store(*settings.store_opening)
+    names = {*store.names(), *store.aliases()}
+    return not names >= {*DEMO_ADAPTERS, *DEMO_HEADS, *DEMO_ALIASES}
 
 
 def _publish_demo(settings: Settings) -> None:

@@ -30,7 +30,7 @@ from quickchange_server.frontend.parsing.reasoning_parser import ReasoningFormat
 from quickchange_server.frontend.parsing.tool_forms import ToolForm
 from quickchange_server.frontend.parsing.tool_learning import Messages, with_arguments
 from quickchange_server.frontend.templates.chat_template import ChatTemplate, Rendering
-from quickchange_server.workers.torch_worker import TorchWorker, torch_is_loaded
+from quickchange_server.workers.torch_worker import run_apart
 from quickchange_store.base_model.base_tokenizer import read_plain
 from quickchange_store.canonical.tokenizer_part import TokenizerChanges
 from quickchange_store.errors import BaseModelError
@@ -85,10 +85,8 @@ class Text:
 
         A tokenizer that is no plain data is read here all the same. Raises SettingError.
         """
-        if torch_is_loaded():
-            return cls.load(model)
-        with _reading(model), TorchWorker() as worker:
-            data, vocab_size, eos_ids = worker.run(read_plain, model)
+        with _reading(model):
+            data, vocab_size, eos_ids = run_apart(read_plain, model)
         if data is None:
             return cls.load(model)
         return cls._read(PlainTokenizer.of(data), vocab_size, eos_ids)

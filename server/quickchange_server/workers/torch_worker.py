@@ -36,6 +36,17 @@ def torch_is_loaded() -> bool:
     return "torch" in sys.modules
 
 
+def run_apart(work: Callable[..., T], *arguments: object) -> T:
+    """What a function returns or raises, run in a worker unless this process has torch.
+
+    It can be pickled, as its arguments can. Raises WorkerFailedError.
+    """
+    if torch_is_loaded():
+        return work(*arguments)
+    with TorchWorker() as worker:
+        return worker.run(work, *arguments)
+
+
 class TorchWorker:
     """Runs one function at a time, in a process that starts with the first. A context manager."""
 

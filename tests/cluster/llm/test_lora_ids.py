@@ -11,6 +11,7 @@ from http_support import BASE_SPEC, make_adapter, write_peft
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quickchange_server.adapter_registry.import_runner import ThreadRunner
 from quickchange_server.adapter_registry.importer import Imports
 from quickchange_server.cluster.llm.lora_ids import LoraCatalog, LoraIds, adapter_of, store_name
 from quickchange_server.errors import UnavailableError, UnknownModelError
@@ -40,7 +41,7 @@ class Bucket:
 
 
 def make_ids(store: Store, bucket: Bucket | None) -> tuple[LoraIds, LoraCatalog]:
-    imports = Imports(store, lambda: BASE_SPEC, (BASE,), lambda _name: None)
+    imports = Imports(ThreadRunner(store, lambda: BASE_SPEC), (BASE,), lambda _name: None)
     ids = LoraIds(BASE, store, imports, None if bucket is None else bucket.fetch)
     return ids, LoraCatalog(store, ids, adapters=True, turbo=True, lookup=True)
 
