@@ -536,7 +536,7 @@ def machine_command(
     out: Annotated[Path | None, typer.Option(help="Write the result here, as JSON.")] = None,
 ) -> None:
     """Measure this machine's CPUs, and say what each workload can reach on them at most."""
-    from quickchange_bench.engine.machine_report import (
+    from quickchange_bench.machine_report import (
         closed_loops,
         machine_text,
         measure_machine,  # needs torch

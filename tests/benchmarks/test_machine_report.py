@@ -1,22 +1,23 @@
-"""`bench machine` says this machine's rates and each workload's limit; its file is read again."""
+"""`bench machine` says this machine's rates and each workload's limit."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from pydantic import TypeAdapter
 from typer.testing import CliRunner
 
 from quickchange_bench.cli import app
-from quickchange_bench.engine.machine_report import (
+from quickchange_bench.machine_report import (
     closed_loops,
     limits_of,
     limits_table,
     read_model,
-    read_report,
 )
-from quickchange_kernels.roofline.machine import MachineRates
+from quickchange_kernels.roofline.machine import CpuRates, MachineRates, Model
 
 SMOLLM2 = {
     "hidden_size": 576,
@@ -39,12 +40,17 @@ def test_the_command_prints_rates_and_limits_and_writes_them(tmp_path: Path) -> 
     arguments = f"machine --model {model} --concurrency 1,16 --threads 1 --out {out}"
     found = CliRunner().invoke(app, arguments.split())
     assert found.exit_code == 0, found.output
-    report = read_report(out)
-    assert f"memory, as read: {report.rates.bandwidth / 1e9:.1f} GB/s" in found.output
+    written = json.loads(out.read_text())
+    rates = TypeAdapter(CpuRates).validate_python(written["rates"])
+    assert f"memory, as read: {rates.bandwidth / 1e9:.1f} GB/s" in found.output
     assert "1 threads" in found.output
     assert "- model: small" in found.output
-    assert limits_table(report.limits) in found.output
-    assert [(one.weights, one.load.concurrent, one.load.adapters) for one in report.limits] == [
+    model = Model.of_config("small", SMOLLM2)
+    loads = closed_loops([1, 16], prompt=64, answer=64, rank=16)
+    limits = limits_of(rates, model, loads)
+    assert limits_table(limits) in found.output
+    assert written["limits"] == [asdict(one) for one in limits]
+    assert [(one.weights, one.load.concurrent, one.load.adapters) for one in limits] == [
         (weights, concurrent, concurrent * distinct)
         for weights in ("float32", "bfloat16", "int8", "int4")
         for distinct in (0, 1)
@@ -89,11 +95,3 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     found = CliRunner().invoke(app, ["machine", "--model", str(tmp_path)])
     assert found.exit_code == 2
     assert "has no config.json" in found.output
-
-
-@pytest.mark.parametrize("text", ["{}", "[]", "not JSON", '{"kind": "machine", "version": 1}'])
-def test_another_file_is_no_report(tmp_path: Path, text: str) -> None:
-    file = tmp_path / "other.json"
-    file.write_text(text)
-    with pytest.raises(ValueError, match=r"other\.json"):
-        read_report(file)

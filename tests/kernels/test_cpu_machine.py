@@ -10,12 +10,8 @@ import pytest
 import torch
 
 from quickchange_kernels import native
-from quickchange_kernels.roofline.cpu_machine import (
-    OPERANDS,
-    CoreAllowance,
-    core_allowance,
-    measure_cpu,
-)
+from quickchange_kernels.roofline.cpu_machine import core_allowance, measure_cpu
+from quickchange_kernels.roofline.machine import OPERANDS, CoreAllowance
 
 
 @pytest.fixture

@@ -1,58 +1,28 @@
 """This machine's rates, measured: reading, multiplying, sharing an operation out.
 
 The loops are native (`csrc/peak_rates.h`), run on as many threads as there are cores to use. Each
-rate is the best of several windows: other work on the machine only ever lowers it.
+figure is the median of several windows; nothing else should run meanwhile.
 """
 
 from __future__ import annotations
 
-import math
 import os
+import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from quickchange_kernels import native
-from quickchange_kernels.roofline.machine import MachineRates
+from quickchange_kernels.roofline.machine import OPERANDS, CoreAllowance, CpuRates
 
-READ_BYTES = 2**28  # more than any cache holds
-WINDOWS = 7
+READ_BYTES = 2**29  # more than any cache holds
+WINDOWS = 15
 ROUNDS = 2_000_000  # of a loop of products: 5 to 30 ms
 SHARED = 2_000  # operations on end
 PAUSE = 0.02  # s, after which threads sleep
-OPERANDS = ("float32", "bfloat16", "int8")
-
-
-@dataclass(frozen=True)
-class CoreAllowance:
-    """Cores that this process may use."""
-
-    affinity: int
-    quota: float | None  # cores' worth of time of its control group; None: no limit
-
-    @property
-    def usable(self) -> int:
-        """Threads that can run at once without being held up."""
-        limit = self.affinity if self.quota is None else min(self.affinity, math.ceil(self.quota))
-        return max(limit, 1)
-
-
-@dataclass(frozen=True)
-class CpuRates(MachineRates):
-    """A CPU's rates on all usable cores together."""
-
-    instruction_set: str
-    allowance: CoreAllowance
-    threads: int
-    share: float  # s to begin an operation on all threads and to wait for all, one after another
-    wake: float  # the same after a pause
-
-    def native(self, operands: str) -> bool:
-        """True if the CPU multiplies these operands as they are, not as float32."""
-        return self.operations[operands] != self.operations["float32"] or operands == "float32"
 
 
 def core_allowance(
@@ -79,14 +49,14 @@ def _quotas(groups: Path, membership: Path) -> Iterator[float]:
 
 
 def read_bandwidth() -> float:
-    """Bytes a second that all of torch's threads read from memory, the best of several windows.
+    """Bytes a second that all of torch's threads read from memory.
 
     Raises:
         RuntimeError: the native kernels can't be built.
     """
     _need_native()
     data = torch.ones(READ_BYTES, dtype=torch.uint8)  # written: untouched pages would all be one
-    return _best(lambda: float(torch.ops.quickchange_native.read_memory(data)))
+    return _median(lambda: float(torch.ops.quickchange_native.read_memory(data)))
 
 
 def measure_cpu(name: str, threads: int | None = None) -> CpuRates:
@@ -101,7 +71,7 @@ def measure_cpu(name: str, threads: int | None = None) -> CpuRates:
     before = torch.get_num_threads()
     torch.set_num_threads(threads or allowance.usable)
     try:
-        rates = {kind: 2 * _best(lambda k=kind: ops.multiply_adds(k, ROUNDS)) for kind in OPERANDS}  # type: ignore[misc]
+        rates = {kind: 2 * _median(partial(ops.multiply_adds, kind, ROUNDS)) for kind in OPERANDS}
         return CpuRates(
             name=name,
             bandwidth=read_bandwidth(),
@@ -109,8 +79,8 @@ def measure_cpu(name: str, threads: int | None = None) -> CpuRates:
             instruction_set=ops.instruction_set(),
             allowance=allowance,
             threads=torch.get_num_threads(),
-            share=min(float(ops.share_cost(SHARED)) for _ in range(WINDOWS)),
-            wake=sorted(_after_pause() for _ in range(5 * WINDOWS))[5 * WINDOWS // 2],
+            share=_median(lambda: float(ops.share_cost(SHARED))),
+            wake=_median(_after_pause),
         )
     finally:
         torch.set_num_threads(before)
@@ -121,8 +91,9 @@ def _need_native() -> None:
         raise RuntimeError("measuring the machine needs the native kernels; see the warning above")
 
 
-def _best(window: Callable[[], float]) -> float:
-    return max(window() for _ in range(WINDOWS))
+def _median(window: Callable[[], float]) -> float:
+    window()  # the first meets cold caches and threads asleep
+    return statistics.median(window() for _ in range(WINDOWS))
 
 
 def _after_pause() -> float:

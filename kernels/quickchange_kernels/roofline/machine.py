@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+OPERANDS = ("float32", "bfloat16", "int8")  # that a CPU's products are measured for
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,35 @@ class GpuRates(MachineRates):
     def bytes_in_flight(self) -> float:
         """Bytes that must be on their way at any time to use the whole bandwidth (Little's law)."""
         return self.bandwidth * self.latency
+
+
+@dataclass(frozen=True)
+class CoreAllowance:
+    """Cores that this process may use."""
+
+    affinity: int
+    quota: float | None  # cores' worth of time of its control group; None: no limit
+
+    @property
+    def usable(self) -> int:
+        """Threads that can run at once without being held up."""
+        limit = self.affinity if self.quota is None else min(self.affinity, math.ceil(self.quota))
+        return max(limit, 1)
+
+
+@dataclass(frozen=True)
+class CpuRates(MachineRates):
+    """A CPU's rates on all usable cores together."""
+
+    instruction_set: str
+    allowance: CoreAllowance
+    threads: int
+    share: float  # s to begin an operation on all threads and to wait for all, one after another
+    wake: float  # the same after a pause
+
+    def native(self, operands: str) -> bool:
+        """True if the CPU multiplies these operands as they are, not as float32."""
+        return self.operations[operands] != self.operations["float32"] or operands == "float32"
 
 
 # NVIDIA H100 SXM data sheet; the clock is the one that its tensor rate implies, 1.83 GHz.

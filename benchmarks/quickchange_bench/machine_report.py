@@ -1,4 +1,4 @@
-"""This machine's rates and the limit of each workload that RESULTS.md shows, as a table and JSON."""
+"""This machine's rates and the limits of the workloads in RESULTS.md, as a table and JSON."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from pathlib import Path
 from quickchange_bench import provenance
 from quickchange_bench.bench_results import SCHEMA_VERSION, MachineInfo
 from quickchange_bench.report_tables import MILLI, number, table
-from quickchange_kernels.roofline.cpu_machine import OPERANDS, CpuRates, measure_cpu
-from quickchange_kernels.roofline.machine import MachineRates, Model
+from quickchange_kernels.roofline.machine import OPERANDS, CpuRates, MachineRates, Model
 from quickchange_kernels.roofline.workload_limits import (
     PRECISIONS,
     ClosedLoop,
@@ -89,6 +88,8 @@ def measure_machine(
         ValueError: see `read_model`.
         RuntimeError: see `measure_cpu`.
     """
+    from quickchange_kernels.roofline.cpu_machine import measure_cpu  # needs torch
+
     model = read_model(folder)  # before anything is measured
     info = provenance.machine()
     rates = measure_cpu(info.cpu, threads)
@@ -101,23 +102,6 @@ def measure_machine(
         command=provenance.command(),
         started=provenance.now(),
     )
-
-
-def read_report(path: Path) -> MachineReport:
-    """Read what `bench machine --out` wrote.
-
-    Raises:
-        ValueError: not such a file, or of another version.
-    """
-    from pydantic import TypeAdapter, ValidationError
-
-    try:
-        content = json.loads(path.read_text())
-        if (content.get("kind"), content.get("version")) != ("machine", SCHEMA_VERSION):
-            raise ValueError(f"{path} is no result of `bench machine` of version {SCHEMA_VERSION}")
-        return TypeAdapter(MachineReport).validate_python(content)
-    except (json.JSONDecodeError, AttributeError, ValidationError) as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 def machine_text(report: MachineReport) -> str:
