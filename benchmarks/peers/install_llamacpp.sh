@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# llama.cpp's llama-server, built for this CPU from the sources inside llama-cpp-python's sdist.
+# llama.cpp's llama-server, llama-quantize and llama-perplexity, built for this CPU from the sources
+# inside llama-cpp-python's sdist.
 # Needs cmake, ninja and a C++ compiler. JOBS: how many compilers at once (default 2).
 . "$(dirname "$0")/common.sh"
 VERSION=0.3.36
@@ -19,4 +20,4 @@ cmake -S "$SOURCE/vendor/llama.cpp" -B "$BUILD" -G Ninja \
   -DLLAMA_BUILD_NUMBER=0 -DLLAMA_BUILD_COMMIT="sdist-$VERSION" \
   -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF \
   -DLLAMA_BUILD_APP=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF
-ninja -C "$BUILD" -j "${JOBS:-2}" llama-server
+ninja -C "$BUILD" -j "${JOBS:-2}" llama-server llama-quantize llama-perplexity

@@ -1,6 +1,6 @@
 """Loopback HTTP server for the mistralrs wheel, which is a library without one.
 
-Answers `/v1/completions`, streamed. It drives the library's chat call with a template that passes
+It drives the library's chat call with a template that passes
 the prompt through, because the completion call holds the runner until it is done, while the
 streaming chat call returns at once and lets requests share batches. Settings come from the
 environment, see common.sh. Runs in mistral.rs' own environment.
@@ -8,21 +8,15 @@ environment, see common.sh. Runs in mistral.rs' own environment.
 
 from __future__ import annotations
 
-import asyncio
-import json
 import os
 import threading
-from collections.abc import AsyncIterator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mistralrs  # type: ignore[import-not-found]
-import uvicorn
-from fastapi import FastAPI, Request
-from fastapi.responses import StreamingResponse
-
-Event = dict[str, Any]
+from completions_front import Event, serve
 
 
 def load_runner(base: str, folder: Path, adapters: int, sequences: int) -> Any:
@@ -69,43 +63,6 @@ def completion(runner: Any, lock: threading.Lock, body: Event) -> Iterator[Event
         yield event
 
 
-def make_app(runner: Any, threads: int) -> FastAPI:
-    app = FastAPI()
-    pool = ThreadPoolExecutor(threads)
-    lock = threading.Lock()
-
-    @app.get("/health")
-    async def health() -> dict[str, str]:
-        return {"status": "ok"}
-
-    @app.post("/v1/completions")
-    async def completions(request: Request) -> StreamingResponse:
-        body = await request.json()
-        loop = asyncio.get_running_loop()
-        events: asyncio.Queue[Event | None] = asyncio.Queue()
-
-        def put(event: Event | None) -> None:
-            loop.call_soon_threadsafe(events.put_nowait, event)
-
-        def work() -> None:
-            try:
-                for event in completion(runner, lock, body):
-                    put(event)
-            except BaseException as error:  # the library's panics are not Exceptions
-                put({"error": f"{type(error).__name__}: {error}"})
-            put(None)
-
-        async def stream() -> AsyncIterator[str]:
-            while (event := await events.get()) is not None:
-                yield f"data: {json.dumps(event)}\n\n"
-            yield "data: [DONE]\n\n"
-
-        pool.submit(work)
-        return StreamingResponse(stream(), media_type="text/event-stream")
-
-    return app
-
-
 def main() -> None:
     sequences = int(os.environ["SEQUENCES"])
     runner = load_runner(
@@ -114,8 +71,7 @@ def main() -> None:
         int(os.environ["ADAPTERS"]),
         sequences,
     )
-    port = int(os.environ["PORT"])
-    uvicorn.run(make_app(runner, 2 * sequences), host="127.0.0.1", port=port, log_level="warning")
+    serve(partial(completion, runner, threading.Lock()), sequences)
 
 
 if __name__ == "__main__":

@@ -142,6 +142,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--output-tokens", type=int, default=64)
     parser.add_argument("--requests-per-worker", type=int, default=2)
+    parser.add_argument("--min-requests", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--turn", type=int, default=0)
     parser.add_argument("--check", default="", help="JSON list of prompts: print texts instead")
@@ -161,6 +162,7 @@ def main() -> None:
         ),
         loads=tuple(Load(workers=int(n)) for n in options.concurrency.split(",")),
         requests_per_worker=options.requests_per_worker,
+        min_requests=options.min_requests,
         warmup=max(adapters, 2),
     )
     for place, load in enumerate(plan.loads):

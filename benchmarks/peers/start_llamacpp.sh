@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # llama-server. A request picks adapters with "lora": [{"id": K, "scale": 1.0}]; ADAPTERS=0: none.
-# LLAMACPP_TYPE: how the base's weights are stored, f32 (default), f16 or q8_0.
+# LLAMACPP_TYPE: how the base's weights are stored, f32 (default), f16, q8_0 or
+# q4_k_m.
 . "$(dirname "$0")/common.sh"
 need_model
 GGUF="$PEERS_DIR/gguf"

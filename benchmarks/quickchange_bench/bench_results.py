@@ -47,6 +47,7 @@ class Load:
 
     workers: int | None = None
     rate: float | None = None  # requests per second, Poisson
+    busy: int = 0  # other processes that keep the cores busy meanwhile
 
     def __post_init__(self) -> None:
         if (self.workers is None) == (self.rate is None):
@@ -55,10 +56,13 @@ class Load:
             raise ValueError(f"{self.workers} workers: at least 1 is needed")
         if self.rate is not None and self.rate <= 0:
             raise ValueError(f"a rate of {self.rate} requests a second: it must be above 0")
+        if self.busy < 0:
+            raise ValueError(f"{self.busy} busy processes: it must be 0 or more")
 
     @property
     def name(self) -> str:
-        return f"{self.workers} concurrent" if self.rate is None else f"{self.rate:g} req/s"
+        load = f"{self.workers} concurrent" if self.rate is None else f"{self.rate:g} req/s"
+        return f"{load}, {self.busy} busy" if self.busy else load
 
 
 @dataclass(frozen=True, slots=True)

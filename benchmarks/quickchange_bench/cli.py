@@ -522,6 +522,38 @@ def host(
     typer.echo(host_table(list(found)))
 
 
+@app.command("machine")
+@_refusals
+def machine_command(
+    model: Annotated[
+        str, typer.Option(help="Base model's folder, or demo for the demo's base.")
+    ] = "demo",
+    concurrency: Annotated[str, typer.Option(help="Requests at once.")] = "1,4,8,16",
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Of each request.")] = 64,
+    output_tokens: Annotated[int, typer.Option(min=2, help="Of each answer.")] = 64,
+    rank: Annotated[int, typer.Option(min=1, help="Of every adapter.")] = 16,
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: the usable cores.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the result here, as JSON.")] = None,
+) -> None:
+    """Measure this machine's CPUs, and say what each workload can reach on them at most."""
+    from quickchange_bench.machine_report import (
+        closed_loops,
+        machine_text,
+        measure_machine,  # needs torch
+    )
+    from quickchange_training.demo import ensure_demo_base
+
+    loads = [load.workers or 1 for load in parse_loads(concurrency, None)]
+    report = measure_machine(
+        ensure_demo_base() if model == "demo" else Path(model),
+        closed_loops(loads, prompt=prompt_tokens, answer=output_tokens, rank=rank),
+        threads,
+    )
+    typer.echo(machine_text(report))
+    if out is not None:
+        report_tables.save(report, out)
+
+
 @app.command()
 @_refusals
 def perplexity(

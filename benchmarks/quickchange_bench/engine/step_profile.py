@@ -23,6 +23,7 @@ from quickchange_bench.models.random_adapters import (
     linear_shapes,
     write_adapters,
 )
+from quickchange_kernels.roofline.cpu_machine import read_bandwidth
 from quickchange_server.config import Settings
 from quickchange_server.engine.engine import Engine
 from quickchange_server.model.loading.model_loader import LoadedModel, load_model
@@ -32,7 +33,6 @@ from quickchange_store.formats.peft.lora import read_peft
 
 WARM_UP = 8  # steps
 PROFILED = 10  # steps
-_BUFFER = 1 << 28  # bytes read to measure the memory's speed: far more than any cache
 
 # Parts of a step by the operation that they end in; what is left of the sampler's and the modules'
 # small operations is "other torch operations".
@@ -64,18 +64,6 @@ class StepProfile:
     parts: tuple[StepPart, ...]
 
 
-def measure_bandwidth(threads: int) -> float:
-    """Bytes per second that `threads` threads read from memory (best of five)."""
-    torch.set_num_threads(threads)
-    data = torch.ones(_BUFFER // 4, dtype=torch.float32)
-    best = float("inf")
-    for _ in range(5):
-        started = time.perf_counter()
-        data.sum()
-        best = min(best, time.perf_counter() - started)
-    return _BUFFER / best
-
-
 def profile_step(
     model: str, folder: Path, *, rows: int, adapters: int, rank: int, prompt: int, threads: int
 ) -> StepProfile:
@@ -83,7 +71,8 @@ def profile_step(
 
     `folder` receives the random adapters. `prompt` is in tokens.
     """
-    bandwidth = measure_bandwidth(threads)
+    torch.set_num_threads(threads)
+    bandwidth = read_bandwidth()
     settings = Settings(model=model, store=str(folder), prefix_cache=False)
     loaded = load_model(
         model, dtype=torch.float32, device=torch.device("cpu"), adapters=adapters > 0

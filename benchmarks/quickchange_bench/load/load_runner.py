@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from quickchange_bench.bench_results import ClientCompletion, Load, Point, Summary, summarise
+from quickchange_bench.load.busy_neighbours import busy_neighbours
 from quickchange_bench.load.load_client import Client
 from quickchange_bench.load.process_usage import ResourceProbe
 from quickchange_bench.load.workload import ROUND_STRIDE, Fixed, Request, Workload
@@ -102,12 +103,13 @@ async def measure(
     if warmup := plan.warmup_requests(turn, place):
         await closed_loop(client, warmup, load.workers or 1)
     requests = plan.workload.requests(plan.start(turn, place), plan.count(load))
-    probe = None if pid is None else ResourceProbe(pid)
-    if load.rate is None:
-        done = await closed_loop(client, requests, load.workers or 1)
-    else:
-        done = await open_loop(client, requests, load.rate, plan.workload.seed + turn)
-    return summarise(done, None if probe is None else probe.stop())
+    with busy_neighbours(load.busy):
+        probe = None if pid is None else ResourceProbe(pid)
+        if load.rate is None:
+            done = await closed_loop(client, requests, load.workers or 1)
+        else:
+            done = await open_loop(client, requests, load.rate, plan.workload.seed + turn)
+        return summarise(done, None if probe is None else probe.stop())
 
 
 async def run_plan(

@@ -44,8 +44,9 @@ class Setup:
     adapters_dir: Path
     adapters: int
     threads: int
-    concurrency: tuple[int, ...]
+    loads: tuple[Load, ...]
     requests_per_worker: int
+    min_requests: int
     repeat: int
     prompt_tokens: int
     output_tokens: int
@@ -67,7 +68,7 @@ class Setup:
             "ADAPTERS_DIR": str(self.adapters_dir),
             "ADAPTERS": str(self.adapters),
             "THREADS": str(self.threads),
-            "SEQUENCES": str(max(self.concurrency)),
+            "SEQUENCES": str(max(load.workers or 1 for load in self.loads)),
             "CONTEXT": str(max(1024, self.prompt_tokens + self.output_tokens + 16)),
             "PORT": str(port),
         }
@@ -81,17 +82,22 @@ class Setup:
                 distinct if mode == "distinct" else None,
                 self.seed,
             ),
-            loads=tuple(Load(workers=n) for n in self.concurrency),
+            loads=self.loads,
             repeat=self.repeat,
             requests_per_worker=self.requests_per_worker,
+            min_requests=self.min_requests,
             warmup=max(self.adapters, 2),
         )
 
 
 class Peer(Protocol):
-    """A server or program that can be measured, one round at a time."""
+    """A server or program that can be measured, one round at a time.
+
+    `weights` names the width of the base's weights, as `bench machine` does.
+    """
 
     name: str
+    weights: str
 
     def measure(self, setup: Setup, modes: Sequence[str], turn: int) -> dict[str, list[Point]]:
         """Measure one round; its points by mode."""
@@ -102,11 +108,13 @@ class Peer(Protocol):
 
 @dataclass
 class HttpPeer:
-    """A peer over HTTP, started and ended by `run`."""
+    """A peer over HTTP, started and ended by `run`. `modes`: those that it has."""
 
     name: str
     dialect: DialectName
     run: Callable[[Setup], Iterator[RunningServer]]
+    weights: str = "float32"
+    modes: tuple[str, ...] = MODES
 
     def measure(self, setup: Setup, modes: Sequence[str], turn: int) -> dict[str, list[Point]]:
         with contextmanager(self.run)(setup) as server:
@@ -125,6 +133,7 @@ class HttpPeer:
                     progress=partial(setup.progress, self.name, mode),
                 )
                 for mode in modes
+                if mode in self.modes
             }
 
     def texts(self, setup: Setup) -> list[list[str]]:
@@ -145,7 +154,14 @@ class HttpPeer:
         return rows
 
 
-def scripted(name: str, dialect: DialectName, **environment: str) -> HttpPeer:
+def scripted(
+    name: str,
+    dialect: DialectName,
+    *,
+    weights: str = "float32",
+    modes: tuple[str, ...] = MODES,
+    **environment: str,
+) -> HttpPeer:
     """A peer served by a start script: NAME, or NAME-VARIANT with further environment."""
     script = f"start_{name.partition('-')[0]}.sh"
 
@@ -161,7 +177,7 @@ def scripted(name: str, dialect: DialectName, **environment: str) -> HttpPeer:
         ) as server:
             yield server
 
-    return HttpPeer(name, dialect, run)
+    return HttpPeer(name, dialect, run, weights, modes)
 
 
 def quickchange(name: str = "quickchange", **settings: str) -> HttpPeer:
@@ -187,24 +203,29 @@ def quickchange(name: str = "quickchange", **settings: str) -> HttpPeer:
                 filled.touch()
             yield server
 
-    return HttpPeer(name, "openai", run)
+    weights = settings.get("quantization", settings.get("dtype", "float32"))
+    return HttpPeer(name, "openai", run, weights)
 
 
 class PeftStatic:
     """PEFT's static batches: no server, but a program that measures itself by the same rules."""
 
     name = "peft"
+    weights = "float32"
 
     def measure(self, setup: Setup, modes: Sequence[str], turn: int) -> dict[str, list[Point]]:
+        if any(load.busy for load in setup.loads):
+            raise ValueError("peft has no server to measure beside busy processes")
         found = {}
         for mode in modes:
             lines = self._run(
                 setup,
                 mode=mode,
-                concurrency=",".join(map(str, setup.concurrency)),
+                concurrency=",".join(str(load.workers) for load in setup.loads),
                 prompt_tokens=str(setup.prompt_tokens),
                 output_tokens=str(setup.output_tokens),
                 requests_per_worker=str(setup.requests_per_worker),
+                min_requests=str(setup.min_requests),
                 seed=str(setup.seed),
                 turn=str(turn),
             ).splitlines()

@@ -9,6 +9,7 @@
 #include "bind_kv_write.h"
 #include "bind_linear.h"
 #include "bind_lowrank.h"
+#include "bind_machine.h"
 #include "bind_rows.h"
 #include "bind_sample.h"
 #include "bind_token_mask.h"
@@ -59,6 +60,9 @@ TORCH_LIBRARY_IMPL(quickchange, CPU, m) {
 TORCH_LIBRARY(quickchange_native, m) {
   m.def("instruction_set() -> str", instruction_set);
   m.def("use_instruction_set(str name) -> ()", use_instruction_set);
+  m.def("multiply_adds(str type, int rounds) -> float", multiply_adds);
+  m.def("read_memory(Tensor data) -> float", read_memory);
+  m.def("share_cost(int count) -> float", share_cost);
 }
 
 }  // namespace quickchange

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from quickchange_kernels.roofline import floors
 from quickchange_kernels.roofline.floors import StepBatch
-from quickchange_kernels.roofline.machine import GpuRates, Linear, Model
+from quickchange_kernels.roofline.machine import GpuRates, Model
 
 LINEARS_SHARE = 0.85  # of the bandwidth, that cuBLAS reaches with few rows: an assumption
 UPDATES_SHARE = 0.6  # of the bandwidth, that low-rank kernels reach: an assumption
@@ -43,9 +43,8 @@ def step_seconds(
     system: ServingSystem, model: Model, batch: StepBatch, context: int, machine: GpuRates
 ) -> tuple[float, float, float, float]:
     """(linears and head, attention, updates, gaps between launches) of a step, in seconds."""
-    head = Linear("head", model.hidden, (model.vocabulary,))
     layer = sum(floors.linear(group, batch.rows).seconds(machine) for group in model.linears)
-    base = model.layers * layer + floors.linear(head, batch.rows).seconds(machine)
+    base = model.layers * layer + floors.linear(model.head, batch.rows).seconds(machine)
     attention = model.layers * floors.attention(model, batch.rows, context).seconds(machine)
     updates = model.layers * sum(
         work(group, batch).seconds(machine)

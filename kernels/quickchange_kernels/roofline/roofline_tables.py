@@ -14,7 +14,7 @@ from quickchange_kernels.roofline.beside_vllm import (
     step_seconds,
 )
 from quickchange_kernels.roofline.floors import StepBatch
-from quickchange_kernels.roofline.machine import H100, LLAMA_8B, MODELS, GpuRates, Linear, Model
+from quickchange_kernels.roofline.machine import H100, LLAMA_8B, MODELS, GpuRates, Model
 
 if TYPE_CHECKING:
     from quickchange_kernels.roofline.compiled import MeasuredLaunch
@@ -124,8 +124,7 @@ def _step_row(model: Model, batch: StepBatch, machine: GpuRates) -> list[str]:
     groups = model.linears
     layer = sum(floors.linear(group, batch.rows).seconds(machine) for group in groups)
     layer += floors.attention(model, batch.rows, CONTEXTS[0]).seconds(machine)
-    head = Linear("head", model.hidden, (model.vocabulary,))
-    without = model.layers * layer + floors.linear(head, batch.rows).seconds(machine)
+    without = model.layers * layer + floors.linear(model.head, batch.rows).seconds(machine)
     update = sum(
         floors.shrink(group, batch).seconds(machine) + floors.expand(group, batch).seconds(machine)
         for group in groups
