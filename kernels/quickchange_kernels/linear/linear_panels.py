@@ -32,6 +32,12 @@ _PART = 16  # the last panel's columns are a multiple of it
 PANEL_DTYPES = (torch.float32, torch.bfloat16)
 
 
+def fills_panels(weight: Tensor) -> bool:
+    """True if W's panels have no filling, so that they take the bytes that W takes."""
+    columns, features = weight.shape
+    return columns % _PART == 0 and features % _depth(weight.dtype) == 0
+
+
 def pack_panels(weight: Tensor) -> Tensor:
     """W [N, K] in panels: one dimension, W's dtype (float32 or bfloat16)."""
     columns, features = weight.shape

@@ -15,7 +15,12 @@ from torch import nn
 
 from quickchange_kernels import native
 from quickchange_kernels.linear.linear_float import linear, linear_fixed
-from quickchange_kernels.linear.linear_panels import PANEL_DTYPES, linear_panels, pack_panels
+from quickchange_kernels.linear.linear_panels import (
+    PANEL_DTYPES,
+    fills_panels,
+    linear_panels,
+    pack_panels,
+)
 from quickchange_kernels.lowrank.lowrank_contract import Segments, lowrank_, lowrank_embedding_
 from quickchange_server.adapters.module_groups import ModuleGroup
 from quickchange_server.model.forward_context import AdapterBatch, StepHolder
@@ -78,8 +83,9 @@ def base_linear(
 
 
 def packs(weight: torch.Tensor) -> bool:
-    """True if a linear with this weight is faster with panels: the native kernels serve it."""
-    return weight.device.type == "cpu" and weight.dtype in PANEL_DTYPES and native.ensure()
+    """True if the native kernels serve a linear with this weight, and its panels are no larger."""
+    on_cpu = weight.device.type == "cpu" and weight.dtype in PANEL_DTYPES
+    return on_cpu and fills_panels(weight) and native.ensure()
 
 
 def sharing_weights(model: nn.Module) -> set[nn.Module]:
