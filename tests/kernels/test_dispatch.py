@@ -36,6 +36,7 @@ def operands(generator: torch.Generator) -> dict[str, tuple[object, ...]]:
     paged = (k_cache, v_cache, keys.block_tables, keys.seq_lens, starts, 1.0)
     return {
         "linear": (torch.randn(2, 12), torch.randn(8, 12), torch.randn(8)),
+        "linear_panels": (torch.randn(2, 12), torch.randn(16 * 12), 8, torch.randn(8)),
         "lowrank_": (torch.zeros(2, 8), torch.randn(2, 12), *lowrank),
         "lowrank_embedding_": (torch.zeros(2, 8), torch.tensor([3, 11]), *lowrank, 12),
         "kv_write_": (k, k, k_cache, v_cache, torch.tensor([5])),
@@ -50,6 +51,7 @@ def operands(generator: torch.Generator) -> dict[str, tuple[object, ...]]:
     "name",
     [
         "linear",
+        "linear_panels",
         "lowrank_",
         "lowrank_embedding_",
         "kv_write_",

@@ -26,6 +26,7 @@ from quickchange_bench.models.random_adapters import (
 from quickchange_kernels.roofline.cpu_machine import read_bandwidth
 from quickchange_server.config import Settings
 from quickchange_server.engine.engine import Engine
+from quickchange_server.model.adapter_layers import PackedLinear
 from quickchange_server.model.loading.model_loader import LoadedModel, load_model
 from quickchange_server.protocol import Component, SamplingParams, Submit
 from quickchange_store.base_model.base_spec import base_spec
@@ -38,6 +39,7 @@ PROFILED = 10  # steps
 # small operations is "other torch operations".
 _PARTS = {
     "quickchange::linear": "linears",
+    "quickchange::linear_panels": "linears",
     "quickchange::lowrank_": "low-rank",
     "quickchange::lowrank_embedding_": "low-rank",
     "quickchange::paged_attention": "attention",
@@ -153,7 +155,9 @@ def _timed(engine: Engine) -> float:
 def _bytes_moved(loaded: LoadedModel, rows: int, context: int) -> dict[str, int]:
     """Least bytes to read, by part: weights once, keys and values."""
     head = loaded.module.get_output_embeddings().weight  # type: ignore[operator]
-    weights = sum(p.nbytes for name, p in loaded.module.named_parameters() if p.dim() == 2)
+    weights = sum(p.nbytes for p in loaded.module.parameters() if p.dim() == 2)
+    linears = [one for one in loaded.module.modules() if isinstance(one, PackedLinear)]
+    weights += sum(one.panels.nbytes for one in linears)
     tied = loaded.module.get_input_embeddings().weight is head  # type: ignore[operator]
     embedding = 0 if tied else loaded.module.get_input_embeddings().weight.nbytes  # type: ignore[operator]
     values = sum(2 * shape.kv_heads * shape.head_size for shape in loaded.layers.values())

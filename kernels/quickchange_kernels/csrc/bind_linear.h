@@ -1,4 +1,4 @@
-// linear, linear_int8, linear_experts: see the files of these names.
+// linear, linear_panels, linear_int8, linear_experts: see the files of these names.
 #pragma once
 
 #include "binding.h"
@@ -70,6 +70,45 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
   Tensor y = output_for(x, weight.size(0));
   if (weight.scalar_type() == at::kFloat) run_linear<float>(rows, weight, bias, y);
   else run_linear<bf16>(rows, weight, bias, y);
+  return y;
+}
+
+// Panels in pieces, several a thread. A piece's last lines are followed by the first ones of the
+// piece that the same thread is likely to take next.
+template <class T>
+void run_linear_panels(
+    const Tensor& x, const Tensor& panels, int64_t columns, const std::optional<Tensor>& bias,
+    const Tensor& y) {
+  const PanelArgs<T> args{
+      data<T>(x), x.stride(0), x.size(0), data<T>(panels), columns,
+      x.size(1) / PANEL_DEPTH<T>, bias ? data<T>(*bias) : nullptr, data<T>(y)};
+  const int64_t count = (columns + PANEL_WIDTH - 1) / PANEL_WIDTH, threads = at::get_num_threads();
+  const int64_t step = std::max<int64_t>(1, count / (threads * 8));
+  const Kernels& version = kernels();
+  share((count + step - 1) / step, [&](int64_t i) {
+    const int64_t next = (i + threads) * step;
+    version.linear_panels(
+        args, i * step, std::min((i + 1) * step, count), next < count ? next : -1);
+  });
+}
+
+Tensor linear_panels(
+    const Tensor& x, const Tensor& panels, int64_t columns, const std::optional<Tensor>& bias) {
+  const bool native = is_native(panels.scalar_type()) && x.scalar_type() == panels.scalar_type() &&
+                      panels.is_contiguous() && x.dim() > 0 && x.numel() > 0 && columns > 0 &&
+                      (!bias || (bias->scalar_type() == panels.scalar_type() &&
+                                 bias->is_contiguous() && bias->numel() == columns));
+  const int64_t depth = panels.scalar_type() == at::kFloat ? PANEL_DEPTH<float> : PANEL_DEPTH<bf16>;
+  if (!native || panels.numel() != rounded_up(columns, 16) * rounded_up(x.size(-1), depth)) {
+    using Plain = Tensor(const Tensor&, const Tensor&, int64_t, const std::optional<Tensor>&);
+    static const auto plain = plain_version<Plain>("quickchange::linear_panels");
+    return plain.call(x, panels, columns, bias);
+  }
+  Tensor rows = as_rows(x);
+  if (rows.size(1) % depth) rows = at::constant_pad_nd(rows, {0, depth - rows.size(1) % depth});
+  Tensor y = output_for(x, columns);
+  if (panels.scalar_type() == at::kFloat) run_linear_panels<float>(rows, panels, columns, bias, y);
+  else run_linear_panels<bf16>(rows, panels, columns, bias, y);
   return y;
 }
 

@@ -35,6 +35,7 @@ void use_instruction_set(const std::string& name) {
 
 TORCH_LIBRARY_IMPL(quickchange, CPU, m) {
   m.impl("linear", linear);
+  m.impl("linear_panels", linear_panels);
   m.impl("linear_int8", linear_int8);
   m.impl("linear_experts", linear_experts);
   m.impl("lowrank_", lowrank_);

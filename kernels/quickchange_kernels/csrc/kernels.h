@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 namespace quickchange {
 
@@ -47,6 +48,21 @@ struct LinearArgs {
   int64_t ldx, rows;
   const T* w;  // [N, K]
   int64_t ldw, N, K;
+  const T* bias;  // [N] or null
+  T* y;           // [rows, N]
+};
+
+constexpr int64_t PANEL_WIDTH = 48;  // columns of a panel; the last one's are a multiple of 16
+
+template <class T>
+constexpr int64_t PANEL_DEPTH = 4 / sizeof(T);  // neighbours along K that lie together
+
+template <class T>
+struct PanelArgs {
+  const T* x;  // [rows, steps * PANEL_DEPTH]
+  int64_t ldx, rows;
+  const T* w;  // panels of [steps, width, PANEL_DEPTH], one behind another
+  int64_t N, steps;
   const T* bias;  // [N] or null
   T* y;           // [rows, N]
 };
@@ -221,12 +237,16 @@ struct SampleScratch {
 };
 
 // One instruction set's versions. Ranges are of output columns (linear,
-// up, heads, draft_logits), of items (down), or of rows.
+// up, heads, draft_logits), of panels (linear_panels), of items (down), or of rows.
 class Kernels {
  public:
   virtual const char* name() const = 0;
   virtual void linear(const LinearArgs<float>&, int64_t begin, int64_t end) const = 0;
   virtual void linear(const LinearArgs<bf16>&, int64_t begin, int64_t end) const = 0;
+  virtual void linear_panels(
+      const PanelArgs<float>&, int64_t begin, int64_t end, int64_t next) const = 0;
+  virtual void linear_panels(
+      const PanelArgs<bf16>&, int64_t begin, int64_t end, int64_t next) const = 0;
   virtual void linear_int8(const Int8Args<float, float>&, int64_t begin, int64_t end) const = 0;
   virtual void linear_int8(const Int8Args<bf16, float>&, int64_t begin, int64_t end) const = 0;
   virtual void linear_int8(const Int8Args<bf16, bf16>&, int64_t begin, int64_t end) const = 0;

@@ -6,6 +6,7 @@ namespace QC_ISA {
 #include "simd.h"
 #include "dot_impl.h"
 #include "linear_impl.h"
+#include "linear_panels_impl.h"
 #include "linear_int8_impl.h"
 #include "lowrank_impl.h"
 #include "attention_impl.h"
@@ -26,6 +27,14 @@ class Versions final : public Kernels {
   }
   void linear(const LinearArgs<bf16>& a, int64_t begin, int64_t end) const override {
     QC_ISA::linear(a, begin, end);
+  }
+  void linear_panels(
+      const PanelArgs<float>& a, int64_t begin, int64_t end, int64_t next) const override {
+    QC_ISA::linear_panels(a, begin, end, next);
+  }
+  void linear_panels(
+      const PanelArgs<bf16>& a, int64_t begin, int64_t end, int64_t next) const override {
+    QC_ISA::linear_panels(a, begin, end, next);
   }
   void linear_int8(const Int8Args<float, float>& a, int64_t begin, int64_t end) const override {
     QC_ISA::linear_int8(a, begin, end);

@@ -7,18 +7,27 @@ gate/up) is one group with several members.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from quickchange_kernels import native
 from quickchange_kernels.linear.linear_float import linear, linear_fixed
+from quickchange_kernels.linear.linear_panels import (
+    PANEL_DTYPES,
+    fills_panels,
+    linear_panels,
+    pack_panels,
+)
 from quickchange_kernels.lowrank.lowrank_contract import Segments, lowrank_, lowrank_embedding_
 from quickchange_server.adapters.module_groups import ModuleGroup
 from quickchange_server.model.forward_context import AdapterBatch, StepHolder
-from quickchange_server.model.int8_linear import has_hooks, is_plain
+from quickchange_server.model.int8_linear import has_hooks, is_plain, shape_only
 from quickchange_server.model.parallel.sharding import Joint
 from quickchange_server.model.rows_read import Rows
+from quickchange_store.base_model.weight_reading import release
 
 if TYPE_CHECKING:  # output_side imports fusion, which imports this module
     from quickchange_server.model.output_side import OutputSide
@@ -41,11 +50,54 @@ class BaseLinear(nn.Module):
         return self._product(x, *self._operands)
 
 
-def base_linear(module: nn.Module, *, deterministic: bool = False) -> nn.Module:
-    """The fastest module that computes exactly what `module` does (quantised linears stay)."""
+class PackedLinear(nn.Module):
+    """A plain `nn.Linear` whose weight is kept in panels alone.   x [..., K], y [..., N]."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        weight = base.weight.detach()
+        self.panels: torch.Tensor
+        self.register_buffer("panels", pack_panels(weight))
+        self.bias = base.bias
+        self.weight = shape_only(weight)  # models ask for its shape, dtype or device
+        self._operands = (self.panels, weight.shape[0], base.bias)
+        release(weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear_panels(x, *self._operands)
+
+
+def base_linear(
+    module: nn.Module, *, deterministic: bool = False, rows_read: bool = True
+) -> nn.Module:
+    """The fastest module that computes exactly what `module` does (quantised linears stay).
+
+    rows_read: somebody else reads rows of the weight, which therefore stays as it is.
+    """
     if not is_plain(module):
         return module
-    return BaseLinear(module, deterministic=deterministic)  # type: ignore[arg-type]
+    linear: nn.Linear = module  # type: ignore[assignment]
+    if not rows_read and packs(linear.weight):
+        return PackedLinear(linear)
+    return BaseLinear(linear, deterministic=deterministic)
+
+
+def packs(weight: torch.Tensor) -> bool:
+    """True if the native kernels serve a linear with this weight, and its panels are no larger."""
+    on_cpu = weight.device.type == "cpu" and weight.dtype in PANEL_DTYPES
+    return on_cpu and fills_panels(weight) and native.ensure()
+
+
+def sharing_weights(model: nn.Module) -> set[nn.Module]:
+    """Modules one of whose parameters is another's, too."""
+    holders = Counter(
+        parameter for module in model.modules() for parameter in module._parameters.values()
+    )
+    return {
+        module
+        for module in model.modules()
+        if any(p is not None and holders[p] > 1 for p in module._parameters.values())
+    }
 
 
 class AdaptedLinear(nn.Module):

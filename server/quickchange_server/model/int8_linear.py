@@ -29,7 +29,7 @@ class Int8Linear(nn.Module):
         self.register_buffer("quantized", quantized)  # int8 [N, K]
         self.register_buffer("scale", scale)  # bfloat16 [N, groups]
         self.bias = base.bias
-        self.weight = _shape_only(base.weight)
+        self.weight = shape_only(base.weight)
         self._operands = (quantized, scale, base.bias)
         release(base.weight)
 
@@ -74,6 +74,6 @@ def check_quantization(quantization: Quantization, device: torch.device) -> None
         )
 
 
-def _shape_only(weight: torch.Tensor) -> torch.Tensor:
+def shape_only(weight: torch.Tensor) -> torch.Tensor:
     """Zeros like `weight` that take no memory: models ask for a shape, dtype or device."""
     return torch.zeros((), dtype=weight.dtype, device=weight.device).expand(weight.shape)

@@ -13,6 +13,7 @@ import torch
 from tiny_models import save_model
 from torch import nn
 
+from quickchange_server.model.adapter_layers import PackedLinear
 from quickchange_server.model.loading.model_loader import load_model
 
 LOAD = r"""
@@ -79,7 +80,7 @@ def test_peak_memory_is_that_of_the_weights(
 
 
 def test_fused_linears_leave_no_copy_of_their_weights(tmp_path: Path) -> None:
-    """What is left are the fused weights: as many numbers as the model has."""
+    """What is left are the fused weights, packed: as many numbers as the model has."""
     path = save_model("llama", tmp_path)
     model = load_model(
         str(path), dtype=torch.float32, device=torch.device("cpu"), adapters=True
@@ -90,4 +91,6 @@ def test_fused_linears_leave_no_copy_of_their_weights(tmp_path: Path) -> None:
 
     count = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(path).parameters())
     gc.collect()
-    assert sum(p.numel() for p in model.parameters()) == count
+    packed = [one.panels for one in model.modules() if isinstance(one, PackedLinear)]
+    assert len(packed) == 12
+    assert sum(p.numel() for p in (*model.parameters(), *packed)) == count

@@ -24,7 +24,7 @@ from transformers import PretrainedConfig
 from quickchange_server.adapters.module_groups import ModuleGroup
 from quickchange_server.errors import UnsupportedModelError
 from quickchange_server.model import paged_attention
-from quickchange_server.model.adapter_layers import base_linear
+from quickchange_server.model.adapter_layers import base_linear, sharing_weights
 from quickchange_server.model.architectures.attention_shims import (
     admit_attention_classes,
     replace_own_attention,
@@ -273,13 +273,13 @@ def _prepared(
         rows, called = _rows_of_short_pass(model)
     # Mamba multiplies by some linear's weight itself: it stays as it is.
     read = {module for path, module in model.named_modules() if path not in called}
+    kept = read | sharing_weights(model) | {model.get_output_embeddings()}  # type: ignore[operator]
 
     def base(module: nn.Module) -> nn.Module:
-        return (
-            int8_linear(module)
-            if quantization == "int8" and module not in read
-            else base_linear(module, deterministic=deterministic)
-        )
+        if quantization == "int8" and module not in read:
+            return int8_linear(module)
+        # Drafts over some tokens, and a tied embedding, read rows of the head.
+        return base_linear(module, deterministic=deterministic, rows_read=module in kept)
 
     sharding = UNCUT if ranks is None else localised(model, ranks)
     if extra_vocabulary:  # behind the proof, which is of the base's own tokens
