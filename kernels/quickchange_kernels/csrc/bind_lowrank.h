@@ -96,12 +96,21 @@ LowRankItem<T> item_of(const Segments& s, int64_t i, int64_t p, int64_t row, int
           nullptr};
 }
 
+// Lists of one call, kept for the next: 120 calls a step would allocate them anew.
+template <class T>
+struct LowRankPlan {
+  std::vector<LowRankItem<T>> items;
+  std::vector<int64_t> first_row;  // least row of the items from i on
+  std::vector<int64_t> cuts;
+  std::vector<float> h;
+};
+
 // Every page of every segment, checked, its rows cut in short runs; pages innermost.
 template <class T>
-std::vector<LowRankItem<T>> list_items(
-    const Segments& s, const Tensor& y, const int64_t* ids, int64_t K) {
-  std::vector<LowRankItem<T>> items;
-  items.reserve(8 * s.slot.numel());  // rank 16 in a group of up to four members
+void list_items(
+    std::vector<LowRankItem<T>>& items, const Segments& s, const Tensor& y, const int64_t* ids,
+    int64_t K) {
+  items.clear();
   const int32_t* rows = data<int32_t>(s.rows);
   for (int64_t i = 0; i < s.slot.numel(); i++) {
     if (rows[2 * i] == rows[2 * i + 1]) continue;  // padding
@@ -113,7 +122,6 @@ std::vector<LowRankItem<T>> list_items(
         items.push_back(
             item_of<T>(s, i, p, row, std::min<int64_t>(ROWS_PER_ITEM, rows[2 * i + 1] - row)));
   }
-  return items;
 }
 
 // The experts that rows of y are for.
@@ -125,9 +133,10 @@ struct Routing {
 
 // As list_items, one row each: neighbouring rows go through different experts.
 template <class T>
-std::vector<LowRankItem<T>> list_expert_items(
-    const Segments& s, const Tensor& y, const Routing& routing, int64_t K) {
-  std::vector<LowRankItem<T>> items;
+void list_expert_items(
+    std::vector<LowRankItem<T>>& items, const Segments& s, const Tensor& y, const Routing& routing,
+    int64_t K) {
+  items.clear();
   const int32_t* rows = data<int32_t>(s.rows);
   for (int64_t i = 0; i < s.slot.numel(); i++) {
     if (rows[2 * i] == rows[2 * i + 1]) continue;  // padding
@@ -140,45 +149,40 @@ std::vector<LowRankItem<T>> list_expert_items(
       for (int64_t p = range[0]; p < range[1]; p++) items.push_back(item_of<T>(s, i, p, r, 1));
     }
   }
-  return items;
 }
 
-// Where items can be parted so that no row is on both sides: 0, ..., items.size().
+// Where the items can be parted so that no row is on both sides: cuts 0, ..., items.size().
 template <class T>
-std::vector<int64_t> row_cuts(const std::vector<LowRankItem<T>>& items) {
-  std::vector<int64_t> first_row(items.size());  // least row of the items from i on
+void cut_rows(LowRankPlan<T>& plan) {
+  const auto& items = plan.items;
+  plan.first_row.resize(items.size());
   int64_t least = std::numeric_limits<int64_t>::max();
   for (int64_t i = items.size() - 1; i >= 0; i--)
-    first_row[i] = least = std::min(least, items[i].row);
-  std::vector<int64_t> cuts{0};
+    plan.first_row[i] = least = std::min(least, items[i].row);
+  plan.cuts.assign(1, 0);
   int64_t end = items[0].row + items[0].rows;
   for (int64_t i = 1; i < int64_t(items.size()); i++) {
-    if (first_row[i] >= end) cuts.push_back(i);
+    if (plan.first_row[i] >= end) plan.cuts.push_back(i);
     end = std::max(end, items[i].row + items[i].rows);
   }
-  cuts.push_back(items.size());
-  return cuts;
+  plan.cuts.push_back(items.size());
 }
 
 // Few rows under many adapters are shared out by rows, both halves in one go: no thread waits for
 // another in between, and a page read from end to end comes faster than its parts do for several
 // threads. Legal where x is y, too: a row's x is read before that row is written. False where the
-// rows are not of that sort.
+// rows are not of that sort, or too few for the threads to be done at about the same time.
 template <class T, class X>
-bool share_by_rows(
-    const LowRankArgs<T, X>& args, const std::vector<LowRankItem<T>>& items, int64_t columns) {
-  const std::vector<int64_t> cuts = row_cuts(items);
-  const int64_t parts = cuts.size() - 1;
-  const int64_t rows = items.back().row + items.back().rows - items[0].row;
-  if (parts < 4 * at::get_num_threads() || rows > 4 * parts) return false;
+bool share_by_rows(const LowRankArgs<T, X>& args, LowRankPlan<T>& plan, int64_t columns) {
+  cut_rows(plan);
+  const int64_t parts = plan.cuts.size() - 1, threads = at::get_num_threads();
+  const int64_t rows = plan.items.back().row + plan.items.back().rows - plan.items[0].row;
+  if ((parts % threads != 0 && parts < 4 * threads) || rows > 4 * parts) return false;
   const Kernels& version = kernels();
-  // Several parts a unit, because what comes first in a unit is not fetched ahead of its use.
-  const int64_t run = parts / (4 * at::get_num_threads());
-  share((parts + run - 1) / run, [&](int64_t i) {
-    const int64_t first = cuts[i * run], last = cuts[std::min((i + 1) * run, parts)];
+  share(parts, [&](int64_t i) {
     LowRankArgs<T, X> unit = args;
-    unit.items += first;
-    unit.count = last - first;
+    unit.items += plan.cuts[i];
+    unit.count = plan.cuts[i + 1] - plan.cuts[i];
     version.down(unit, 0, unit.count);
     version.up(unit, 0, columns);
   });
@@ -204,16 +208,18 @@ template <class T, class X>
 void run_lowrank(
     const Segments& s, LowRankArgs<T, X> args, const Tensor& y, const Routing* routing) {
   const int64_t columns = y.size(1);
-  std::vector<LowRankItem<T>> items = routing ? list_expert_items<T>(s, y, *routing, args.K)
-                                              : list_items<T>(s, y, args.ids, args.K);
+  static thread_local LowRankPlan<T> plan;
+  auto& items = plan.items;
+  if (routing) list_expert_items<T>(items, s, y, *routing, args.K);
+  else list_items<T>(items, s, y, args.ids, args.K);
   if (items.empty()) return;
   int64_t room = 0, work = 0;
   for (const auto& item : items) {
     room += item.rows * item.h_row();
     work += item.rows * RANKS * (args.K + item.width);
   }
-  const std::unique_ptr<float[]> h(new float[room]);
-  float* next = h.get();
+  if (int64_t(plan.h.size()) < room) plan.h.resize(room);
+  float* next = plan.h.data();
   for (auto& item : items) {
     item.h = next;
     next += item.rows * item.h_row();
@@ -226,7 +232,7 @@ void run_lowrank(
     version.up(args, 0, columns);
     return;
   }
-  if (!share_by_rows(args, items, columns)) share_by_columns(args, columns);
+  if (!share_by_rows(args, plan, columns)) share_by_columns(args, columns);
 }
 
 template <class T, class X>

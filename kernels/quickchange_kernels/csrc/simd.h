@@ -13,9 +13,28 @@ constexpr int64_t W = QC_WIDTH;
 
 inline vec load(const float* p) { return *reinterpret_cast<const vec_unaligned*>(p); }
 
+// Left to __builtin_convertvector, GCC 12 widens 16 halves in seven instructions instead of one.
+#if QC_WIDTH == 16
+inline bits32 widen(const bits16_unaligned* p) {
+  return reinterpret_cast<bits32>(
+      _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+}
+inline bits16 narrowed(bits32 v) {
+  return reinterpret_cast<bits16>(_mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(v)));
+}
+#elif QC_WIDTH == 8
+inline bits32 widen(const bits16_unaligned* p) {
+  return reinterpret_cast<bits32>(
+      _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+inline bits16 narrowed(bits32 v) { return __builtin_convertvector(v, bits16); }
+#else
+inline bits32 widen(const bits16_unaligned* p) { return __builtin_convertvector(*p, bits32); }
+inline bits16 narrowed(bits32 v) { return __builtin_convertvector(v, bits16); }
+#endif
+
 inline vec load(const bf16* p) {
-  const bits16 raw = *reinterpret_cast<const bits16_unaligned*>(p);
-  return reinterpret_cast<vec>(__builtin_convertvector(raw, bits32) << 16);
+  return reinterpret_cast<vec>(widen(reinterpret_cast<const bits16_unaligned*>(p)) << 16);
 }
 
 // The first n of W elements; zero in the other lanes.
@@ -34,7 +53,7 @@ inline void store(bf16* p, vec v) {
   const bits32 rounded = (raw + 0x7fff + ((raw >> 16) & 1)) >> 16;
   const bits32 nan = reinterpret_cast<bits32>(v != v);
   const bits32 chosen = (rounded & ~nan) | (0x7fc0 & nan);
-  *reinterpret_cast<bits16_unaligned*>(p) = __builtin_convertvector(chosen, bits16);
+  *reinterpret_cast<bits16_unaligned*>(p) = narrowed(chosen);
 }
 
 template <class T>
