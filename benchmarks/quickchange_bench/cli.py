@@ -334,6 +334,37 @@ def turbo_command(
         raise typer.Exit(1)
 
 
+@app.command("replay")
+@_refusals
+def replay_command(
+    recording: Annotated[Path, typer.Option(help="File; what it lacks is recorded first.")],
+    model: Annotated[
+        str, typer.Option(help="Base model's folder, or demo for the demo's base.")
+    ] = "demo",
+    tasks: Annotated[
+        str, typer.Option(help="With commas: the demo's tasks, and chat.")
+    ] = "order-json,sql,chat",
+    dtypes: Annotated[
+        str, typer.Option(help="Whose prices: float32, bfloat16, int8.")
+    ] = "float32,bfloat16,int8",
+    concurrency: Annotated[str, typer.Option(help="Sequences at once.")] = "1,4,8,16,32",
+    requests: Annotated[int, typer.Option(min=1, help="Recorded of each task.")] = 64,
+) -> None:
+    """Judge the purchase of drafts against oracles, on recorded outputs at measured prices."""
+    from quickchange_bench.engine.replay_bench import ReplayOptions, replay_drafting, replay_table
+    from quickchange_training.demo import ensure_demo_base
+
+    options = ReplayOptions(
+        model=ensure_demo_base() if model == "demo" else _folder(Path(model)),
+        recording=recording,
+        tasks=tuple(tasks.split(",")),
+        dtypes=tuple(dtypes.split(",")),
+        lanes=tuple(map(int, concurrency.split(","))),
+        requests=requests,
+    )
+    typer.echo(replay_table(replay_drafting(options, lambda text: typer.echo(text, err=True))))
+
+
 @app.command("structured")
 @_refusals
 def structured_command(

@@ -142,13 +142,13 @@ class Acceptance:
         depth: from 1. confidence: of heads, the draft's own probability; of lookup, the number of
         tokens, or characters, that matched; of forced drafts, 1.
         """
-        column = _bin(drafter, confidence)
+        column = confidence_bin(drafter.name, confidence)
         return self._drafters[drafter].chance(depth, column, self._prior(drafter, column))
 
     def chances(self, drafter: Drafter, confidences: Iterable[float]) -> list[float]:
         """Chances of drafts that follow one another from depth 1."""
         history = self._drafters[drafter]
-        columns = [_bin(drafter, confidence) for confidence in confidences]
+        columns = [confidence_bin(drafter.name, confidence) for confidence in confidences]
         return [
             history.chance(depth, column, self._prior(drafter, column))
             for depth, column in enumerate(columns, 1)
@@ -156,8 +156,8 @@ class Acceptance:
 
     def observe(self, drafter: Drafter, depth: int, confidence: float, held: bool) -> None:
         """Learn from a verified draft before which all were accepted. held: it was accepted."""
-        column = _bin(drafter, confidence)
-        kind, own = self._kinds[_kind(drafter)], self._drafters[drafter].means
+        column = confidence_bin(drafter.name, confidence)
+        kind, own = self._kinds[_kind(drafter.name)], self._drafters[drafter].means
         kind.turn()
         kind.add(column, held)
         own.turn()
@@ -167,7 +167,7 @@ class Acceptance:
     def offered(self, drafter: Drafter, confidences: Sequence[float]) -> None:
         """Note a chain drafted from depth 1, bought or not."""
         history = self._drafters[drafter]
-        columns = [_bin(drafter, confidence) for confidence in confidences[:DEEPEST]]
+        columns = [confidence_bin(drafter.name, confidence) for confidence in confidences[:DEEPEST]]
         history.offers[history.next_offer, : len(columns)] = columns
         history.next_offer = (history.next_offer + 1) % OFFERS
 
@@ -191,15 +191,16 @@ class Acceptance:
 
     def _prior(self, drafter: Drafter, column: int) -> float:
         """Chance of a drafter of which nothing is known."""
-        kind = _kind(drafter)
+        kind = _kind(drafter.name)
         return self._kinds[kind].mean(column, _PRIORS[kind][column], KIND_STRENGTH)
 
 
-def _bin(drafter: Drafter, confidence: float) -> int:
-    if _kind(drafter) == _HEADS:
+def confidence_bin(name: str, confidence: float) -> int:
+    """Column of a draft's confidence. name: its drafter's."""
+    if _kind(name) == _HEADS:
         return bisect_right(_HEADS_EDGES, confidence)
     return min(int(confidence), BINS) - 1
 
 
-def _kind(drafter: Drafter) -> str:
-    return drafter.name if drafter.name in _PRIORS else _HEADS
+def _kind(name: str) -> str:
+    return name if name in _PRIORS else _HEADS
