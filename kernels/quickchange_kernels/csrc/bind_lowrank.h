@@ -170,10 +170,10 @@ bool share_by_rows(
   const std::vector<int64_t> cuts = row_cuts(items);
   const int64_t parts = cuts.size() - 1;
   const int64_t rows = items.back().row + items.back().rows - items[0].row;
-  if (parts < 4 * at::get_num_threads() || rows > 4 * parts) return false;
+  if (parts < 4 * num_threads() || rows > 4 * parts) return false;
   const Kernels& version = kernels();
   // Several parts a unit, because what comes first in a unit is not fetched ahead of its use.
-  const int64_t run = parts / (4 * at::get_num_threads());
+  const int64_t run = parts / (4 * num_threads());
   share((parts + run - 1) / run, [&](int64_t i) {
     const int64_t first = cuts[i * run], last = cuts[std::min((i + 1) * run, parts)];
     LowRankArgs<T, X> unit = args;

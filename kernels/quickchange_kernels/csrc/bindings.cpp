@@ -14,6 +14,7 @@
 #include "bind_token_mask.h"
 #include "bind_turbo_heads.h"
 #include "bind_verify.h"
+#include "step_plan.h"
 
 namespace quickchange {
 namespace {
@@ -59,6 +60,13 @@ TORCH_LIBRARY_IMPL(quickchange, CPU, m) {
 TORCH_LIBRARY(quickchange_native, m) {
   m.def("instruction_set() -> str", instruction_set);
   m.def("use_instruction_set(str name) -> ()", use_instruction_set);
+  m.class_<StepMemory>("StepMemory").def(torch::init<>()).def("bytes", &StepMemory::bytes);
+  m.class_<StepPlan>("StepPlan")
+      .def(torch::init<c10::intrusive_ptr<StepMemory>>())
+      .def("begin", &StepPlan::begin)
+      .def("end", &StepPlan::end)
+      .def("run", &StepPlan::run)
+      .def("length", &StepPlan::length);
 }
 
 }  // namespace quickchange
